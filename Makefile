@@ -1,0 +1,57 @@
+# One command each: `make demo`, `make test`. PYTHON chooses the interpreter that .venv is made with.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Written last: as long as it is newer than what it depends on, nothing is installed again.
+STAMP := $(VENV)/.complete
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CHECKED := crossmae det tools tests setup.py
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint types doctor clean-demo clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+venv: $(STAMP)  ## set up .venv: about 3 minutes and 6 GB, once
+
+demo: $(STAMP)  ## real images -> pretrain -> convert -> detect -> outputs/demo/report.html
+	@$(BIN)/python tools/demo.py
+
+test: lint types  ## lint, types and every test
+	@$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff: rules and format
+	@$(BIN)/ruff check $(CHECKED)
+	@$(BIN)/ruff format --check $(CHECKED)
+
+types: $(STAMP)  ## mypy
+	@$(BIN)/mypy
+
+doctor:  ## what this machine has, what is missing, and the command that mends it
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m crossmae.doctor; else $(PYTHON) -m crossmae.doctor; fi
+
+clean-demo:  ## remove what the demo made, its data included
+	rm -rf outputs/demo
+
+clean:  ## remove .venv and the caches; outputs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find crossmae det tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; name a Python 3.10, 3.11 or 3.12: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null || { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), expected 3.10, 3.11 or 3.12; name one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) has no venv module; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "[1/3] create $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# One call of pip: one resolution, and torch is fetched while nothing else waits for it.
+$(STAMP): setup.py pyproject.toml requirements-tested.txt tools/install_detectron2.py | $(BIN)/python
+	@echo "[2/3] install torch and the other requirements: 2 to 3 minutes, 6 GB; quiet until done"
+	@$(PIP) install --quiet --constraint requirements-tested.txt --editable ".[det,demo,dev]"
+	@echo "[3/3] install detectron2: half a minute"
+	@$(BIN)/python tools/install_detectron2.py
+	@touch $@
+	@echo "$(VENV) is ready"

@@ -1,0 +1,40 @@
+"""CrossMAE: pretrain a plain vision transformer with a cross-attention-only masked autoencoder (arXiv
+2401.14391).
+
+Public names are imported on first use, so that `import crossmae` is quick and `python -m crossmae.doctor` can
+tell what is missing on a machine where torch itself is not there yet.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CrossMAE": "crossmae.model",
+    "CrossMAEOutput": "crossmae.model",
+    "ViTEncoder": "crossmae.vit",
+    "create_model": "crossmae.variants",
+    "list_models": "crossmae.variants",
+    "PretrainConfig": "crossmae.config",
+    "load_config": "crossmae.config",
+    "pretrain": "crossmae.train",
+    "read_weights": "crossmae.weights",
+    "load_encoder": "crossmae.weights",
+    "load_model": "crossmae.weights",
+    "UserError": "crossmae.errors",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'crossmae' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,126 @@
+"""Checkpoints of a training run: written atomically, found again by what is provably complete.
+
+Layout, in the run's folder:
+
+    checkpoints/step-00001200/model.safetensors   the model's tensors with their metadata
+                              state.pt            optimizer and position: tensors, numbers and strings only
+                              run.json            config, versions and position, for people
+                              manifest.json       sizes and SHA-256 of the above; written last, it is the
+                              commit
+
+A folder without a manifest, or whose files do not agree with it, does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from crossmae.errors import UserError
+from crossmae.files import sha256, write_atomically, write_json
+
+log = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+MODEL, STATE, RECORD, MANIFEST = "model.safetensors", "state.pt", "run.json", "manifest.json"
+_NAME = re.compile(r"step-(\d{8})")
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+    state: Any,
+    record: Any,
+    keep: int,
+) -> Path:
+    """Write the checkpoint of a step, then delete all but the newest `keep` complete ones.
+
+    Args:
+        run: the run's folder.
+        step: optimizer steps done.
+        tensors, metadata: what goes into model.safetensors.
+        state: what goes into state.pt: nested dicts and lists of tensors, numbers and strings.
+        record: what goes into run.json.
+        keep: how many checkpoints stay.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    folder = run / FOLDER / f"step-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    write_atomically(folder / MODEL, lambda path: save_file(tensors, path, metadata))
+    write_atomically(folder / STATE, lambda path: torch.save(state, path))
+    write_json(folder / RECORD, record)
+    names = (MODEL, STATE, RECORD)
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names
+    }
+    write_json(folder / MANIFEST, {"step": step, "files": files})
+    for old in complete_checkpoints(run)[:-keep]:
+        # Without its manifest it stops counting at once, even if the deletion is interrupted.
+        (old / MANIFEST).unlink()
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Folders of complete checkpoints by rising step; what does not count is named in the log."""
+    found = []
+    for folder in sorted((run / FOLDER).glob("step-*")):
+        reason = "its name is not step-<8 digits>" if not _NAME.fullmatch(folder.name) else defect(folder)
+        if reason:
+            log.warning("skipping checkpoint %s: %s", folder, reason)
+        else:
+            found.append(folder)
+    return found
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The complete checkpoint of the highest step whose contents agree with its manifest, or None."""
+    for folder in reversed(complete_checkpoints(run)):
+        reason = defect(folder, contents=True)
+        if not reason:
+            return folder
+        log.warning("skipping checkpoint %s: %s", folder, reason)
+    return None
+
+
+def defect(folder: Path, contents: bool = False) -> str | None:
+    """Why a checkpoint does not count, or None; checks manifest and sizes, with `contents` SHA-256, too."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"no {MANIFEST}, so it was never completed"
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return f"{MANIFEST} is damaged"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != expected["bytes"]:
+            size = path.stat().st_size if path.is_file() else "no"
+            return f"{name} has {size} bytes instead of {expected['bytes']}"
+        if contents and sha256(path) != expected["sha256"]:
+            return f"{name} has another SHA-256 than {MANIFEST} says"
+    return None
+
+
+def read_state(folder: Path) -> Any:
+    """What was saved as `state`, by restricted unpickling, on the CPU.
+
+    Raises:
+        UserError: the file holds something other than tensors, numbers, strings, lists and dicts.
+    """
+    try:
+        return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises pickle errors, runtime errors and others for the same cause
+        raise UserError(f"{folder / STATE}: can not be read: {' '.join(str(error).split())[:300]}") from error

@@ -1,0 +1,30 @@
+"""Errors that a user can cause, and how every command line shows them.
+
+A library function raises `UserError` with what was wrong, in which file or key, what was expected and what to
+do. A tool wraps its main function in `run_cli`, so that the user sees one line instead of a traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+USER_ERROR_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130
+
+
+class UserError(ValueError):
+    """Something outside the program is wrong: a path, a key, a file, a combination of settings."""
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run `main`; a `UserError` becomes an `error: ...` line on stderr and exit code 2, Ctrl-C code 130."""
+    try:
+        main()
+    except UserError as error:
+        message = " ".join(str(error).split()) if "\n" not in str(error) else str(error)
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(USER_ERROR_EXIT_CODE) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED_EXIT_CODE) from None

@@ -1,0 +1,116 @@
+"""Building blocks of the encoder and of the three decoders.
+
+Shapes: B batch, L tokens of the sequence worked on, S tokens attended to, E its width, D width of the
+queries. Module and parameter names are those of the published checkpoints (method specification, section
+1.3).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens, by one strided convolution."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        """(B, C, H, W) images to (B, H / p, W / p, E) tokens."""
+        return self.proj(imgs).permute(0, 2, 3, 1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one projection for queries, keys and values."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        _check_heads(dim, num_heads)
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, E) to (B, L, E)."""
+        B, L, E = x.shape
+        qkv = self.qkv(x).view(B, L, 3, self.num_heads, E // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, E / heads)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(B, L, E))
+
+
+class CrossAttention(nn.Module):
+    """Queries of width D attend to context tokens of width E; `kv` changes the width (paper, 3.2)."""
+
+    def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
+        super().__init__()
+        _check_heads(dim, num_heads)
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(context_dim, 2 * dim)  # first half keys, second half values
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, L, D) queries and (B, S, E) context to (B, L, D)."""
+        B, L, D = x.shape
+        S, heads = context.shape[1], self.num_heads
+        q = self.q(x).view(B, L, heads, D // heads).transpose(1, 2)  # (B, heads, L, D / heads)
+        k, v = (
+            self.kv(context).view(B, S, 2, heads, D // heads).permute(2, 0, 3, 1, 4)
+        )  # (B, heads, S, D / heads)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(B, L, D))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: self-attention, then MLP, each with a residual."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, E) to (B, L, E)."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class CrossBlock(nn.Module):
+    """Decoder block: optional self-attention of predicted tokens, cross-attention, MLP (paper, 3.2, 4.3)."""
+
+    def __init__(
+        self, dim: int, context_dim: int, num_heads: int, mlp_ratio: float = 4.0, self_attention: bool = False
+    ) -> None:
+        super().__init__()
+        self.has_self_attention = self_attention
+        if self_attention:
+            self.norm0 = LayerNorm(dim)
+            self.self_attn = Attention(dim, num_heads)
+        self.norm1 = LayerNorm(dim)
+        self.cross_attn = CrossAttention(dim, context_dim, num_heads)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, M, D) predicted tokens and (B, V + 1, E) visible tokens, already normalised, to (B, M, D)."""
+        if self.has_self_attention:
+            x = x + self.self_attn(self.norm0(x))
+        x = x + self.cross_attn(self.norm1(x), context)
+        return x + self.mlp(self.norm2(x))
+
+
+def _check_heads(dim: int, num_heads: int) -> None:
+    if dim % num_heads:
+        raise ValueError(f"a width of {dim} can not be split over {num_heads} attention heads")

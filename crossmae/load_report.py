@@ -1,0 +1,128 @@
+"""What became of every tensor when a file met a model, as a table a person can read."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Literal
+
+Status = Literal["used", "new", "dropped", "mismatched"]
+Shape = tuple[int, ...]
+ORDER: tuple[Status, ...] = ("mismatched", "new", "dropped", "used")
+MAX_NAMES = 3
+
+# Prefixes under which files hold an encoder: none, ours and detectron2's ViTDet, other frameworks'.
+ENCODER_HOMES = ("backbone.net.", "backbone.", "encoder.", "")
+_INDEXED = re.compile(r"([^.]+)\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor. `accepted` is false where the status makes loading fail."""
+
+    name: str
+    status: Status
+    reason: str = ""
+    file_shape: Shape | None = None
+    model_shape: Shape | None = None
+    accepted: bool = True
+
+
+@dataclass
+class LoadReport:
+    """Every tensor of the file and of the model, once.
+
+    | status       | meaning                                                        |
+    | ------------ | -------------------------------------------------------------- |
+    | `used`       | from the file into the model                                   |
+    | `new`        | in the model only: keeps the value it was initialised with     |
+    | `dropped`    | in the file only                                               |
+    | `mismatched` | in both, with different shapes; never accepted                 |
+    """
+
+    source: str
+    target: str
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Something is used, and nothing is unaccounted for."""
+        return self.count("used") > 0 and all(entry.accepted for entry in self.entries)
+
+    def count(self, status: Status) -> int:
+        """Tensors of a status."""
+        return sum(entry.status == status for entry in self.entries)
+
+    def names(self, status: Status) -> list[str]:
+        """Names of the tensors of a status, in the order of file and model."""
+        return [entry.name for entry in self.entries if entry.status == status]
+
+    def summary(self) -> str:
+        """One line: how many tensors of each status."""
+        counts = {status: self.count(status) for status in reversed(ORDER)}
+        return ", ".join(
+            f"{number} {status}" for status, number in counts.items() if number or status == "used"
+        )
+
+    def table(self) -> str:
+        """Text table by module, what is wrong first; `!` marks what makes loading fail."""
+        rows = [("", "status", "module", "tensors", "detail")]
+        for status in ORDER:
+            rows += [row for row in self._rows(status) if row[0]]
+            rows += [row for row in self._rows(status) if not row[0]]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            f"{row[0]:1} {row[1]:{widths[1]}}  {row[2]:{widths[2]}}  {row[3]:>{widths[3]}}  {row[4]}".rstrip()
+            for row in rows
+        ]
+        return "\n".join([*lines, f"  {self.summary()}"])
+
+    def _rows(self, status: Status) -> list[tuple[str, str, str, str, str]]:
+        groups: dict[tuple[str, ...], list[tuple[str, str]]] = defaultdict(list)
+        for entry in self.entries:
+            if entry.status == status:
+                module, index, tensor = split_name(entry.name)
+                shapes = (
+                    f"{tensor}: file {entry.file_shape}, model {entry.model_shape}"
+                    if status == "mismatched"
+                    else ""
+                )
+                mark = "" if entry.accepted else "!"
+                groups[mark, module, entry.reason, shapes].append((index, tensor))
+        rows: list[tuple[str, str, str, str, str]] = []
+        for (mark, module, reason, shapes), members in groups.items():
+            indices = sorted({int(index) for index, _ in members if index})
+            name = f"{module}.{ranges(indices)}" if indices else module
+            tensors = list(dict.fromkeys(tensor for _, tensor in members if tensor))
+            listed = shorten(tensors) if status == "new" or mark else ""
+            detail = "; ".join(part for part in (shapes, reason, listed) if part)
+            rows.append((mark, status, name, str(len(members)), detail))
+        return rows
+
+
+def split_name(name: str) -> tuple[str, str, str]:
+    """Module, index within it or "", and the rest: `blocks.3.norm1.bias` is ("blocks", "3", "norm1.bias")."""
+    home = next(prefix for prefix in ENCODER_HOMES if name.startswith(prefix))
+    rest = name.removeprefix(home)
+    indexed = _INDEXED.fullmatch(rest)
+    if indexed:
+        return home + indexed[1], indexed[2], indexed[3]
+    module, _, tensor = rest.partition(".")
+    return home + module, "", tensor
+
+
+def ranges(indices: list[int]) -> str:
+    """Ascending numbers in short: [0, 1, 2, 5] is "0-2,5"."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
+
+
+def shorten(names: list[str]) -> str:
+    """The first few names."""
+    return ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")

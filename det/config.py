@@ -1,0 +1,238 @@
+"""The keys that this package adds to a detectron2 config, and how a config is read: safe YAML, then overrides.
+
+detectron2's own reader evaluates Python tags and opens URLs; this one does neither, and its errors name file and key.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode, get_cfg
+
+from crossmae.config import read_yaml, resolve_config_path
+from crossmae.errors import UserError
+
+BASE_KEY = "_BASE_"
+_KEY = re.compile(r"[A-Z_][A-Z0-9_]*(\.[A-Z0-9_]+)*")
+
+
+def add_crossmae_config(cfg: CfgNode) -> None:
+    """Add the keys of the backbone, its recipe and its data to a detectron2 config, in place.
+
+    Two of detectron2's defaults change: `SEED` is 0, so that runs repeat, and `DATALOADER.ASPECT_RATIO_GROUPING` is off,
+    so that the order of images depends on the seed alone.
+    """
+    cfg.SEED = 0
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+
+    vit = cfg.MODEL.VIT = CfgNode()
+    vit.IMG_SIZE = 1024  # pixels; sizes the relative positions of global blocks
+    vit.PRETRAIN_IMG_SIZE = 224  # pixels; sizes the position table, so it must be that of pretraining
+    vit.PATCH_SIZE = 16
+    vit.EMBED_DIM = 768
+    vit.DEPTH = 12
+    vit.NUM_HEADS = 12
+    vit.MLP_RATIO = 4.0
+    vit.DROP_PATH = 0.1  # of the last block; grows linearly from 0 in the first
+    vit.WINDOW_SIZE = 14  # patches; 0: every block is global
+    vit.GLOBAL_BLOCKS = [2, 5, 8, 11]
+    vit.REL_POS = True
+    # Simple feature pyramid
+    vit.OUT_CHANNELS = 256
+    vit.SCALE_FACTORS = [4.0, 2.0, 1.0, 0.5]  # p2, p3, p4, p5 with patches of 16 pixels
+    vit.NORM = "LN"
+    vit.MAX_POOL_LEVEL = True  # p6
+    vit.SQUARE_PAD = 0  # pixels; 0: pad to the largest image of the batch
+
+    # Large-scale jitter: scale into a square of SIZE times a random factor, then crop to SIZE.
+    cfg.INPUT.LSJ = CfgNode({"ENABLED": False, "SIZE": 1024, "MIN_SCALE": 0.1, "MAX_SCALE": 2.0})
+
+    cfg.SOLVER.BETAS = (0.9, 0.999)  # of AdamW
+    cfg.SOLVER.LAYER_DECAY = 1.0  # learning rate of each encoder layer over that of the next; 1: none
+    cfg.SOLVER.AMP.PRECISION = "bf16"  # bf16 or fp16, where SOLVER.AMP.ENABLED
+
+
+def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
+    """Read a detection config.
+
+    Args:
+        name: a path, or a name under configs/.
+        overrides: `KEY VALUE` and `KEY=VALUE` words, mixed as you like; values are Python literals or plain text.
+
+    Returns:
+        The checked config; not frozen.
+
+    Raises:
+        UserError: no such file, no YAML, an unknown key, a wrong type, a value out of range; names file and key.
+    """
+    cfg = get_cfg()
+    add_crossmae_config(cfg)
+    path = resolve_config_path(name)
+    _merge_tree(cfg, _read_with_base(path), "", cfg, str(path))
+    for key, text in split_overrides(overrides):
+        _set(cfg, key, text, "command line")
+    check_config(cfg)
+    return cfg
+
+
+def split_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
+    """`["A.B", "1", "C=2"]` to `[("A.B", "1"), ("C", "2")]`.
+
+    Raises:
+        UserError: a word where a key is expected is none, or the last key has no value.
+    """
+    pairs, queue = [], iter(words)
+    for word in queue:
+        key, separator, value = word.partition("=")
+        if not _KEY.fullmatch(key):
+            raise UserError(f"command line: expected KEY VALUE or KEY=VALUE, got {word!r}")
+        if not separator:
+            found = next(queue, None)
+            if found is None:
+                raise UserError(f"command line: {key} has no value")
+            value = found
+        pairs.append((key, value))
+    return pairs
+
+
+def _read_with_base(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file laid over the file that its `_BASE_` names, relative to its own folder."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: {BASE_KEY} leads back to the file itself")
+    tree = read_yaml(path)
+    base = tree.pop(BASE_KEY, None)
+    if base is None:
+        return tree
+    if not isinstance(base, str) or not (path.parent / base).is_file():
+        raise UserError(f"{path}: {BASE_KEY} must name one existing file, got {base!r}")
+    return _overlay(_read_with_base(path.parent / base, (*seen, path.resolve())), tree)
+
+
+def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _overlay(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _merge_tree(cfg: CfgNode, tree: dict[str, Any], prefix: str, root: CfgNode, source: str) -> None:
+    for key, value in tree.items():
+        full = f"{prefix}{key}"
+        if isinstance(value, dict) and isinstance(cfg.get(key), CfgNode):
+            _merge_tree(cfg[key], value, f"{full}.", root, source)
+        else:
+            _set(root, full, value, source)
+
+
+def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
+    """Set one dotted key to a value of the type that it has now."""
+    *sections, last = str(key).split(".")
+    node: Any = cfg
+    for section in sections:
+        node = node.get(section) if isinstance(node, CfgNode) else None
+    if not isinstance(node, CfgNode) or last not in node:
+        near = difflib.get_close_matches(str(key), list(_leaf_keys(cfg)), n=1)
+        raise UserError(f"{source}: unknown key {key}" + (f" (did you mean {near[0]}?)" if near else ""))
+    default = node[last]
+    if isinstance(default, CfgNode):
+        raise UserError(f"{source}: {key} is a section, not a key; it has {', '.join(sorted(default))}")
+    try:
+        node[last] = _coerce(value, default)
+    except TypeError:
+        wanted = type(default).__name__
+        raise UserError(
+            f"{source}: {key} must be of type {wanted}, like {default!r}, got {value!r}"
+        ) from None
+
+
+def _leaf_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _leaf_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _coerce(value: Any, default: Any) -> Any:
+    """`value`, decoded if it is text, as the type of `default`; TypeError where it is of another kind."""
+    if isinstance(value, str) and not isinstance(default, str):
+        value = _literal(value)
+    if default is None or type(value) is type(default):
+        return value
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
+        return type(default)(value)
+    raise TypeError
+
+
+def _literal(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+# What a value must be beyond its type: key, test, description.
+_CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("SOLVER.IMS_PER_BATCH", lambda v: v >= 1, "at least 1"),
+    ("SOLVER.MAX_ITER", lambda v: v >= 1, "at least 1"),
+    ("SOLVER.CHECKPOINT_PERIOD", lambda v: v >= 1, "at least 1"),
+    ("SOLVER.BASE_LR", lambda v: v > 0, "greater than 0"),
+    ("SOLVER.LAYER_DECAY", lambda v: 0 < v <= 1, "greater than 0 and at most 1"),
+    ("SOLVER.AMP.PRECISION", lambda v: v in ("bf16", "fp16"), "bf16 or fp16"),
+    ("SOLVER.LR_SCHEDULER_NAME", lambda v: v in ("WarmupMultiStepLR", "WarmupCosineLR"),
+     "WarmupMultiStepLR or WarmupCosineLR"),
+    ("SOLVER.REFERENCE_WORLD_SIZE", lambda v: v == 0, "0: automatic scaling would change the batch unseen"),
+    ("SEED", lambda v: v >= 0, "at least 0: the order of the images comes from it"),
+    ("DATALOADER.NUM_WORKERS", lambda v: v >= 0, "at least 0"),
+    ("DATALOADER.ASPECT_RATIO_GROUPING", lambda v: not v, "False: the order of the images depends on SEED alone"),
+    ("DATALOADER.SAMPLER_TRAIN", lambda v: v == "TrainingSampler", "TrainingSampler"),
+    ("INPUT.FORMAT", lambda v: v in ("RGB", "BGR"), "RGB or BGR"),
+    ("INPUT.MASK_FORMAT", lambda v: v in ("polygon", "bitmask"), "polygon or bitmask"),
+    ("INPUT.LSJ.SIZE", lambda v: v >= 1, "at least 1"),
+    ("INPUT.LSJ.MIN_SCALE", lambda v: v > 0, "greater than 0"),
+    ("MODEL.ROI_HEADS.NUM_CLASSES", lambda v: v >= 1, "at least 1"),
+    ("MODEL.VIT.PATCH_SIZE", lambda v: v >= 1, "at least 1"),
+    ("MODEL.VIT.DEPTH", lambda v: v >= 1, "at least 1"),
+    ("MODEL.VIT.DROP_PATH", lambda v: 0 <= v < 1, "at least 0 and less than 1"),
+    ("MODEL.VIT.WINDOW_SIZE", lambda v: v >= 0, "at least 0"),
+    ("MODEL.VIT.MLP_RATIO", lambda v: v > 0, "greater than 0"),
+    ("MODEL.VIT.NUM_HEADS", lambda v: v >= 1, "at least 1"),
+]  # fmt: skip
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Check values beyond their type, and pairs that contradict each other.
+
+    Raises:
+        UserError: names the key, its value and what it must be.
+    """
+    for key, test, expected in _CHECKS:
+        value: Any = cfg
+        for part in key.split("."):
+            value = value[part]
+        if not test(value):
+            raise UserError(f"{key} must be {expected}, got {value!r}")
+    vit, lsj = cfg.MODEL.VIT, cfg.INPUT.LSJ
+    outside = [index for index in vit.GLOBAL_BLOCKS if index not in range(vit.DEPTH)]
+    if outside:
+        raise UserError(
+            f"MODEL.VIT.GLOBAL_BLOCKS has {outside}, but MODEL.VIT.DEPTH {vit.DEPTH} ends at {vit.DEPTH - 1}"
+        )
+    if lsj.MIN_SCALE > lsj.MAX_SCALE:
+        raise UserError(
+            f"INPUT.LSJ.MIN_SCALE {lsj.MIN_SCALE} is greater than INPUT.LSJ.MAX_SCALE {lsj.MAX_SCALE}"
+        )
+    if lsj.ENABLED and cfg.INPUT.CROP.ENABLED:
+        raise UserError(
+            "INPUT.LSJ.ENABLED and INPUT.CROP.ENABLED exclude each other: large-scale jitter crops already"
+        )

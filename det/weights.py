@@ -1,0 +1,129 @@
+"""`MODEL.WEIGHTS`: a pretraining checkpoint, a converted encoder or a whole detector, strictly.
+
+What a file must fill, and what of it may be left over, is listed here; everything else is an error with a table.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from torch import nn
+
+from crossmae.errors import UserError
+from crossmae.load_report import LoadReport
+from crossmae.weights import (
+    PIXEL_MEAN,
+    PIXEL_STD,
+    Weights,
+    encoder_arguments,
+    encoder_tensors,
+    load_encoder,
+    load_model,
+    read_weights,
+)
+from det.vit import ViT
+
+log = logging.getLogger(__name__)
+
+# The class token has no place in a dense backbone; relative positions exist only in detection and start at zero.
+DROPPED = (r"cls_token$",)
+NEW = (r"blocks\.\d+\.attn\.rel_pos_[hw]$",)
+# Argument of the encoder -> key that sets it, where a shape or the file's metadata shows the right value.
+ARCHITECTURE = {
+    "embed_dim": "EMBED_DIM",
+    "depth": "DEPTH",
+    "num_heads": "NUM_HEADS",
+    "patch_size": "PATCH_SIZE",
+    "mlp_ratio": "MLP_RATIO",
+    "pretrain_img_size": "PRETRAIN_IMG_SIZE",
+}
+
+
+def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False) -> LoadReport | None:
+    """Fill a detector from `MODEL.WEIGHTS`: the encoder alone, or everything if the file holds a whole detector.
+
+    Args:
+        model: from `detectron2.modeling.build_model`, its backbone `build_crossmae_vitdet_backbone`.
+        cfg: names the file and says how pixels are normalised.
+        detector_only: refuse a file with an encoder alone; for evaluation, which needs trained heads.
+
+    Returns:
+        What became of every tensor, or None where `MODEL.WEIGHTS` is empty and the weights stay random.
+
+    Raises:
+        UserError: unreadable file, another architecture, a tensor missing or left over, other pixel statistics.
+    """
+    path = cfg.MODEL.WEIGHTS
+    if not path and detector_only:
+        raise UserError(
+            "MODEL.WEIGHTS is empty: evaluation needs a trained detector, for example OUTPUT_DIR/model_final.pth"
+        )
+    if not path:
+        log.warning("MODEL.WEIGHTS is empty: training starts from random weights")
+        return None
+    if "://" in path:
+        raise UserError(f"MODEL.WEIGHTS: {path} is a URL; download the file and name its path")
+    try:
+        weights = read_weights(Path(path))
+        if weights.format == "detector":
+            report = load_model(model, weights)
+        elif detector_only:
+            raise UserError(f"{path} holds an encoder alone; evaluation needs a trained detector")
+        else:
+            report = _load_encoder(model, weights, cfg)
+    except UserError as error:
+        raise UserError(f"MODEL.WEIGHTS: {error}") from error
+    log.info("weights from %s (%s): %s", weights.path, weights.format, report.summary())
+    log.debug("%s", report.table())
+    return report
+
+
+def _load_encoder(model: nn.Module, weights: Weights, cfg: CfgNode) -> LoadReport:
+    net = model.backbone.net
+    check_architecture(net, weights)
+    check_pixels(cfg, weights)
+    return load_encoder(net, weights, new=NEW, dropped=DROPPED)
+
+
+def check_architecture(net: ViT, weights: Weights) -> None:
+    """Compare the encoder of a file with the one that `MODEL.VIT.*` describes.
+
+    Raises:
+        UserError: names every key that differs, its value, and the value that fits the file.
+    """
+    found = encoder_arguments(encoder_tensors(weights), weights.metadata)
+    found["pretrain_img_size"] = found.pop("img_size", net.pretrain_img_size)
+    if "model" not in weights.metadata:
+        found.pop("num_heads", None)  # no shape shows it; without metadata it would be a guess from the width
+    wrong = [
+        f"MODEL.VIT.{key} is {getattr(net, name)}, the file needs {found[name]}"
+        for name, key in ARCHITECTURE.items()
+        if name in found and found[name] != getattr(net, name)
+    ]
+    if wrong:
+        raise UserError(f"{weights.path} is of another architecture: {'; '.join(wrong)}")
+
+
+def check_pixels(cfg: CfgNode, weights: Weights) -> None:
+    """Compare the pixel statistics that a file was pretrained with, where it records them, with those of the config.
+
+    Raises:
+        UserError: names the key and the value that fits the file.
+    """
+    for field, key in ((PIXEL_MEAN, "PIXEL_MEAN"), (PIXEL_STD, "PIXEL_STD")):
+        if field not in weights.metadata:
+            continue
+        if cfg.INPUT.FORMAT != "RGB":
+            raise UserError(
+                f"{weights.path} was pretrained on RGB images: set INPUT.FORMAT RGB, not {cfg.INPUT.FORMAT}"
+            )
+        wanted = [255 * value for value in json.loads(weights.metadata[field])]
+        given = list(cfg.MODEL[key])
+        if len(given) != len(wanted) or max(abs(a - b) for a, b in zip(given, wanted, strict=True)) > 0.01:
+            rounded = [round(value, 3) for value in wanted]
+            raise UserError(
+                f"{weights.path} was pretrained with MODEL.{key} {rounded}, the config has {given}"
+            )

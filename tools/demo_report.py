@@ -1,0 +1,391 @@
+"""Put the demo's results on one page, outputs/demo/report.html, and its COCO table into outputs/demo/summary.txt.
+
+    python tools/demo_report.py outputs/demo
+
+It may be run at any time: what is not there yet is named on the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import math
+import os
+import platform
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from crossmae import report as page
+from crossmae.errors import UserError, run_cli
+from crossmae.files import write_atomically
+from crossmae.images import read_image
+from crossmae.report import Bar, Block, Fact, Missing, Report, Section, Series, read_json, read_json_lines
+
+PICTURES = 12
+SCORE_THRESHOLD = 0.5
+SIDE = 480  # pixels of a drawn picture, shown at about half of it: crisp on dense screens
+TASKS = {"bbox": "box", "segm": "mask"}
+METRICS = ("AP", "AP50", "AP75")
+DETECTOR_LOSSES = {
+    "loss_mask": "mask",
+    "loss_box_reg": "box",
+    "loss_cls": "class",
+    "loss_rpn_cls": "proposal: object or not",
+    "loss_rpn_loc": "proposal: box",
+}
+LEAD = (
+    "A masked autoencoder, CrossMAE, learned from images without labels by reconstructing patches that were hidden from it; "
+    "its encoder then became the backbone of a Mask R-CNN that finds and outlines handwritten digits in photographs. "
+    "Digits and photographs are real, the held-out images share none of either with the training images, and every number "
+    "here was measured on the machine described at the end, by the commands shown."
+)
+
+
+# --- Average precision ------------------------------------------------------------------------------------------------
+
+
+def read_results(path: Path) -> dict[str, dict[str, float]]:
+    """detectron2's COCO results: {"bbox": {"AP": 31.2, ..., "AP-<class>": ...}, "segm": {...}}, in percent.
+
+    Raises:
+        UserError: not such a file; names it.
+    """
+    results = read_json(path)
+    for task in TASKS:
+        values = results.get(task) if isinstance(results, dict) else None
+        if not isinstance(values, dict) or not all(isinstance(values.get(name), (int, float)) for name in METRICS):
+            raise UserError(f"{path}: expected {task!r} with numbers for {', '.join(METRICS)}, as detectron2 writes it")
+    return {task: results[task] for task in TASKS}
+
+
+def class_names(results: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The classes that have an AP of their own."""
+    return [name.removeprefix("AP-") for name in results["bbox"] if name.startswith("AP-")]
+
+
+def percent(value: float) -> str:
+    """An AP with one decimal; a class without objects has none."""
+    return "-" if math.isnan(value) else f"{value:.1f}"
+
+
+def text_table(results: Mapping[str, Mapping[str, float]]) -> str:
+    """The COCO table for a terminal."""
+    names = class_names(results)
+    lines = [["", *METRICS], *([TASKS[task], *(percent(results[task][m]) for m in METRICS)] for task in TASKS)]
+    by_class = [["AP of class", *names]]
+    by_class += [[TASKS[task], *(percent(results[task].get(f"AP-{name}", math.nan)) for name in names)] for task in TASKS]
+    tables = [_aligned(lines), _aligned(by_class)] if names else [_aligned(lines)]
+    return "\n\n".join(["COCO average precision on the held-out images, in percent", *tables]) + "\n"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text: the first column flush left, the others flush right, a rule under the first row."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows
+    ]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([lines[0].rstrip(), rule, *lines[1:]])
+
+
+# --- Sections ---------------------------------------------------------------------------------------------------------
+
+
+def result_section(folder: Path) -> Section:
+    """Average precision, all together and by class."""
+    path = folder / "detect/results.json"
+    blocks: list[Block] = [Missing(path, "average precision")]
+    if path.exists():
+        results = read_results(path)
+        rows = [[TASKS[task], *(_ap_bar(results[task][metric]) for metric in METRICS)] for task in TASKS]
+        blocks = [page.Table(["", *METRICS], rows, "Average precision in percent, by the COCO evaluation (pycocotools).")]
+        names = class_names(results)
+        if names:
+            by_class = [[name, *(_ap_bar(results[task].get(f"AP-{name}", math.nan)) for task in TASKS)] for name in names]
+            caption = "AP in percent by class, over IoU thresholds from 0.5 to 0.95; a full bar is 100."
+            blocks.append(page.Table(["class", *(f"{name} AP" for name in TASKS.values())], by_class, caption))
+    text = "AP50 counts a detection as right when it overlaps the true object by at least half (IoU 0.5); AP is the mean over ten"
+    return Section("Average precision", f"{text} such thresholds up to 0.95.", blocks)
+
+
+def _ap_bar(value: float) -> Bar:
+    return Bar(percent(value), 0.0 if math.isnan(value) else min(max(value / 100, 0.0), 1.0))
+
+
+def prediction_section(folder: Path) -> Section:
+    """The detector's instances drawn over held-out images, beside the true ones."""
+    annotations, images = folder / "data/annotations/val.json", folder / "data/val"
+    predictions = folder / "detect/inference/coco_instances_results.json"
+    text = (
+        f"The first {PICTURES} held-out images by id, not a selection. Detections with a score of at least {SCORE_THRESHOLD} "
+        "are drawn, each with its class and score; a class has the same colour on both sides."
+    )
+    absent = [Missing(path, "pictures of detections") for path in (annotations, images, predictions) if not path.exists()]
+    blocks: Sequence[Block] = absent or [page.Gallery(prediction_rows(annotations, images, predictions))]
+    return Section("Detections on held-out images", text, blocks)
+
+
+def prediction_rows(annotations: Path, images: Path, predictions: Path) -> list[page.PictureRow]:
+    """Ground truth and prediction of the first images by id.
+
+    Raises:
+        UserError: one of the JSON files is not in COCO's format, or an image can not be read; names it.
+    """
+    truth = read_json(annotations)
+    if not isinstance(truth, dict) or any(not isinstance(truth.get(k), list) for k in ("images", "annotations", "categories")):
+        raise UserError(f"{annotations}: expected a COCO file with lists `images`, `annotations` and `categories`")
+    found = read_json(predictions)
+    if not isinstance(found, list):
+        raise UserError(f"{predictions}: expected a list of detections, as detectron2 writes it")
+    try:
+        categories = {category["id"]: str(category["name"]) for category in truth["categories"]}
+        true_of = _by_image(truth["annotations"])
+        sure_of = _by_image([entry for entry in found if entry["score"] >= SCORE_THRESHOLD])
+        chosen = sorted(truth["images"], key=lambda image: image["id"])[:PICTURES]
+        return [_picture_row(image, images, true_of[image["id"]], sure_of[image["id"]], categories) for image in chosen]
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(f"{annotations} or {predictions}: an entry has no {error}") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{annotations} or {predictions}: {error}") from None
+
+
+def _by_image(entries: Sequence[Mapping[str, Any]]) -> defaultdict[int, list[Mapping[str, Any]]]:
+    grouped = defaultdict(list)
+    for entry in entries:
+        grouped[entry["image_id"]].append(entry)
+    return grouped
+
+
+def _picture_row(
+    image: Mapping[str, Any],
+    folder: Path,
+    true: Sequence[Mapping[str, Any]],
+    found: Sequence[Mapping[str, Any]],
+    categories: Mapping[int, str],
+) -> page.PictureRow:
+    """One image twice: with its true instances, and with the predicted ones."""
+    from det.draw import draw_instances, instances_from_coco  # seconds, as it brings detectron2
+
+    pixels = np.asarray(read_image(folder / image["file_name"]))
+    pictures = []
+    for label, entries in (("ground truth", true), ("prediction", found)):
+        instances = instances_from_coco(entries, categories, *pixels.shape[:2])
+        drawn = draw_instances(pixels, instances, longest_side=SIDE)
+        alt = f"image {image['id']}, {label}: " + (", ".join(instance.name for instance in instances) or "nothing")
+        pictures.append(page.embed_image(drawn, alt=alt, label=label, density=2))
+    caption = f"Image {image['id']}: {_count(len(true), 'digit')}, {_count(len(found), 'detection')}"
+    return page.PictureRow(pictures, caption)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def reconstruction_section(folder: Path) -> Section:
+    """The first and the last picture of reconstructions that pretraining wrote."""
+    where = folder / "pretrain/reconstructions"
+    steps = {int(match[1]): path for path in where.glob("step-*.png") if (match := re.fullmatch(r"step-(\d+)", path.stem))}
+    text = (
+        "Held-out images, the part of them that the encoder saw, and what the decoder made of it. Pixel normalisation is "
+        "undone: each patch is scaled back by its own mean and contrast, so its structure is the model's, its brightness given."
+    )
+    if not steps:
+        return Section("Reconstructions", text, [Missing(where / "step-*.png", "reconstructions")])
+    rows = []
+    for step in dict.fromkeys((min(steps), max(steps))):
+        alt = f"input, masked and reconstructed images after {step} steps"
+        rows.append(page.PictureRow([page.embed_image(read_image(steps[step]), alt=alt)], f"After {step} steps"))
+    return Section("Reconstructions", text, [page.Gallery(rows, min_width=900)])
+
+
+def pretraining_section(folder: Path) -> Section:
+    """Loss and learning rate of the pretraining."""
+    path = folder / "pretrain/log.jsonl"
+    if not path.exists():
+        return Section("Pretraining", "", [Missing(path, "curves of the pretraining")])
+    rows = read_json_lines(path)
+    blocks: list[Block] = [
+        _curve(rows, path, "step", {"loss": "loss"}, "Reconstruction loss", "loss"),
+        _curve(rows, path, "step", {"lr": "learning rate"}, "Learning rate", "learning rate"),
+    ]
+    rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
+    speed = f" It went through {np.median(rates):.0f} images per second (median)." if rates else ""
+    text = "Mean squared error of the hidden patches, whose pixels are normalised to mean 0 and variance 1 patch by patch."
+    return Section("Pretraining", text + speed, blocks)
+
+
+def detector_section(folder: Path) -> Section:
+    """Losses of the detector's training."""
+    path = folder / "detect/metrics.json"
+    if not path.exists():
+        return Section("Detector training", "", [Missing(path, "curves of the detector's training")])
+    rows = read_json_lines(path)
+    present = {key: label for key, label in DETECTOR_LOSSES.items() if any(key in row for row in rows)}
+    blocks = [_curve(rows, path, "iteration", {"total_loss": "total loss"}, "Total loss", "loss")]
+    if present:
+        blocks.append(_curve(rows, path, "iteration", present, "Its parts", "loss"))
+    text = "Mask R-CNN, all of it trained: proposals, classes, boxes and masks. The total is the sum of the parts."
+    return Section("Detector training", text, blocks)
+
+
+def _curve(
+    rows: Sequence[Mapping[str, Any]], path: Path, x: str, keys: Mapping[str, str], title: str, y_label: str
+) -> Block:
+    """A plot of logged values over steps; says so when the log has none."""
+    series = []
+    for key, label in keys.items():
+        points = [(row[x], row[key]) for row in rows if x in row and key in row]
+        if points:
+            series.append(Series(label, *zip(*points, strict=True)))
+    if not series:
+        return Missing(path, f"curve of the {y_label}", f"no line of it has {x!r} and {', '.join(map(repr, keys))}")
+    count = len(series[0].x)
+    smooth = " Faint: as logged; strong: running mean over 5 % of the values." if count >= page.SMOOTH_FROM else ""
+    caption = f"{y_label.capitalize()} by {'optimizer step' if x == 'step' else x}, {_count(count, 'logged value')}.{smooth}"
+    return page.line_plot(series, title=title, x_label=x, y_label=y_label, caption=caption)
+
+
+def stage_section(stages: Sequence[Mapping[str, Any]], path: Path) -> Section:
+    """Time, peak memory and command of every stage."""
+    if not stages:
+        return Section("Stages and their commands", "", [Missing(path, "record of the stages")])
+    rows = []
+    for stage in stages:
+        done = stage["status"] == "done"
+        time = page.format_seconds(stage["seconds"]) if done else "this page"
+        memory = page.format_bytes(stage["peak_memory_bytes"]) if done else "-"
+        rows.append([stage["name"], time, memory])
+    total = ["all", page.format_seconds(_seconds(stages)), page.format_bytes(_peak(stages))]
+    caption = (
+        "Time on the clock, start of the program included. Peak memory: the highest sum of resident memory of a stage's "
+        "processes, sampled four times a second; memory that processes share counts once for each of them."
+    )
+    table = page.Table(["stage", "time", "peak memory"], rows, caption, total)
+    commands = page.Commands([(stage["title"], stage["command"]) for stage in stages])
+    return Section("Stages and their commands", "Each stage is a command of its own; run them in this order.", [table, commands])
+
+
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+
+def read_stages(path: Path) -> list[dict[str, Any]]:
+    """The stages that tools/demo.py recorded; none if it was not used.
+
+    Raises:
+        UserError: the file is not what tools/demo.py writes.
+    """
+    if not path.exists():
+        return []
+    content = read_json(path)
+    needed = {"name", "title", "command", "status", "seconds", "peak_memory_bytes"}
+    stages = content.get("stages") if isinstance(content, dict) else None
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) and needed <= stage.keys() for stage in stages):
+        raise UserError(f"{path}: expected `stages`, each with {', '.join(sorted(needed))}")
+    return stages
+
+
+def _seconds(stages: Sequence[Mapping[str, Any]]) -> float:
+    return sum(stage["seconds"] for stage in stages if stage["status"] == "done")
+
+
+def _peak(stages: Sequence[Mapping[str, Any]]) -> int:
+    return max((stage["peak_memory_bytes"] for stage in stages if stage["status"] == "done"), default=0)
+
+
+def facts(folder: Path, stages: Sequence[Mapping[str, Any]]) -> list[Fact]:
+    """The headline numbers that there are."""
+    found = []
+    path = folder / "detect/results.json"
+    if path.exists():
+        results = read_results(path)
+        for task, name in reversed(TASKS.items()):
+            values = results[task]
+            note = f"AP {percent(values['AP'])}, AP75 {percent(values['AP75'])}"
+            found.append(Fact(f"{name} AP50".capitalize().replace("ap", "AP"), f"{percent(values['AP50'])} %", note))
+    if stages:
+        done = sum(stage["status"] == "done" for stage in stages)
+        found.append(Fact("Time", page.format_seconds(_seconds(stages)), f"{_count(done, 'stage')}, one after the other"))
+        found.append(Fact("Peak memory", page.format_bytes(_peak(stages)), "of the largest stage"))
+    return found
+
+
+def environment() -> list[tuple[str, str]]:
+    """Machine and versions, as (name, value)."""
+    distributions = importlib.metadata.packages_distributions()
+    versions = []
+    for package in ("crossmae", "torch", "torchvision", "timm", "detectron2", "numpy"):
+        if package in distributions:
+            versions.append(f"{package} {importlib.metadata.version(distributions[package][0])}")
+    memory = page.format_bytes(psutil.virtual_memory().total)
+    return [
+        ("Processor", _processor()),
+        ("Cores", f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}"),
+        ("Memory", memory),
+        ("GPU", _gpu()),
+        ("System", f"{platform.system()} {platform.release()}, Python {platform.python_version()}"),
+        ("Packages", ", ".join(versions)),
+    ]
+
+
+def _processor() -> str:
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return match[1] if match else platform.processor() or platform.machine()
+
+
+def _gpu() -> str:
+    import torch  # seconds; det.draw has brought it already where there are detections to draw
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+
+
+def build_report(folder: Path) -> Report:
+    """The demo's page from what is in its folder.
+
+    Raises:
+        UserError: a file is there, but is not what its stage writes; names it.
+    """
+    stages = read_stages(folder / "stages.json")
+    parts: list[Callable[[Path], Section]] = [
+        result_section,
+        prediction_section,
+        reconstruction_section,
+        pretraining_section,
+        detector_section,
+    ]
+    sections = [part(folder) for part in parts]
+    sections.append(stage_section(stages, folder / "stages.json"))
+    return Report("CrossMAE demo: digits in photos", LEAD, facts(folder, stages), sections, environment())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write page and summary."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the demo's folder, such as outputs/demo")
+    args = parser.parse_args(argv)
+    if not args.folder.is_dir():
+        raise UserError(f"{args.folder}: no such folder; `python tools/demo.py` makes it")
+    report = build_report(args.folder)
+    results = args.folder / "detect/results.json"
+    summary = text_table(read_results(results)) if results.exists() else f"no results yet: {results} does not exist\n"
+    write_atomically(args.folder / "summary.txt", lambda temporary: _write(temporary, summary))
+    report.write(args.folder / "report.html")
+    print(f"wrote {args.folder / 'report.html'} ({page.format_bytes((args.folder / 'report.html').stat().st_size)})")
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_cli(main)
