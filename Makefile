@@ -6,7 +6,6 @@ BIN := $(VENV)/bin
 # Written last: as long as it is newer than what it depends on, nothing is installed again.
 STAMP := $(VENV)/.complete
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CHECKED := crossmae det tools tests setup.py
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint types doctor clean-demo clean
@@ -16,6 +15,7 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 venv: $(STAMP)  ## set up .venv: about 3 minutes and 6 GB, once
+	@echo "$(VENV) is ready"
 
 demo: $(STAMP)  ## real images -> pretrain -> convert -> detect -> outputs/demo/report.html
 	@$(BIN)/python tools/demo.py
@@ -24,8 +24,8 @@ test: lint types  ## lint, types and every test
 	@$(BIN)/python -m pytest
 
 lint: $(STAMP)  ## ruff: rules and format
-	@$(BIN)/ruff check $(CHECKED)
-	@$(BIN)/ruff format --check $(CHECKED)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
 
 types: $(STAMP)  ## mypy
 	@$(BIN)/mypy
@@ -42,7 +42,7 @@ clean:  ## remove .venv and the caches; outputs/ stays
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; name a Python 3.10, 3.11 or 3.12: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null || { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), expected 3.10, 3.11 or 3.12; name one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null || { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1), expected 3.10, 3.11 or 3.12; name one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) has no venv module; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "[1/3] create $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
@@ -50,8 +50,7 @@ $(BIN)/python:
 # One call of pip: one resolution, and torch is fetched while nothing else waits for it.
 $(STAMP): setup.py pyproject.toml requirements-tested.txt tools/install_detectron2.py | $(BIN)/python
 	@echo "[2/3] install torch and the other requirements: 2 to 3 minutes, 6 GB; quiet until done"
-	@$(PIP) install --quiet --constraint requirements-tested.txt --editable ".[det,demo,dev]"
+	@$(PIP) install -qq --constraint requirements-tested.txt --editable ".[det,demo,dev]"
 	@echo "[3/3] install detectron2: half a minute"
 	@$(BIN)/python tools/install_detectron2.py
 	@touch $@
-	@echo "$(VENV) is ready"

@@ -77,6 +77,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["crossmae", "crossmae.*", "det", "det.*"]),
+    package_data={"crossmae": ["templates/*"]},
     install_requires=CORE,
     extras_require={"det": DET, "demo": DEMO, "dev": DEV},
 )

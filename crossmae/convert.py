@@ -33,8 +33,9 @@ from crossmae.weights import (
 DETECTRON2_PREFIX = "backbone.net."
 LICENCE = "licence"
 NON_COMMERCIAL = (
-    "The source has the layout of the published CrossMAE and MAE files. If it is one of them, or was "
-    "trained from one: those weights are licensed CC BY-NC 4.0 (non-commercial), and converted weights keep that licence."
+    "The source has the layout of the published CrossMAE and MAE files. If it is one of them, or "
+    "was trained from one: those weights are licensed CC BY-NC 4.0 (non-commercial), "
+    "and converted weights keep that licence."
 )
 _PUBLISHED_FORMATS = ("crossmae", "mae", "encoder", "finetuned", "linear_probe")
 
@@ -65,12 +66,11 @@ def convert_to_detectron2(weights: Weights, destination: Path, *, force: bool = 
     else:
         content = _detectron2_file({name: _array(tensor) for name, tensor in kept.items()}, metadata)
         write_file(destination, lambda file: _pickle(content, file), force=force)
-    return _report(weights, encoder, f"as {DETECTRON2_PREFIX}*", destination)
+    return _report(weights, encoder, f"as {DETECTRON2_PREFIX}*", destination, "detectron2's ViT")
 
 
 def convert_to_crossmae(weights: Weights, destination: Path, *, force: bool = False) -> LoadReport:
-    """Write a whole pretraining model, CrossMAE or MAE, as safetensors with bit-equal tensors and the same
-    names.
+    """Write a whole pretraining model, CrossMAE or MAE, as safetensors: same names, bit-equal tensors.
 
     Raises:
         UserError: the source is not a whole pretraining model, another suffix, or the destination can not be
@@ -81,7 +81,7 @@ def convert_to_crossmae(weights: Weights, destination: Path, *, force: bool = Fa
         raise UserError(
             f"{weights.path}: of format {weights.format}; only whole pretraining models become --to crossmae"
         )
-    save_weights(destination, weights.tensors, provenance(weights) | {FORMAT: weights.format}, force=force)
+    save_weights(destination, weights.tensors, provenance(weights) | {FORMAT: "crossmae"}, force=force)
     return _report(weights, weights.tensors, "", destination)
 
 
@@ -130,15 +130,16 @@ def licence_notice(weights: Weights) -> str | None:
 def provenance(weights: Weights) -> dict[str, str]:
     """Metadata for a converted file: what the source says of itself, and where the weights come from.
 
-    Nothing is assumed: the pixel statistics are "unknown" where the source does not record them.
+    Nothing is assumed: the pixel statistics are "unknown" where the source does not record them. Of a file
+    that was converted before, the first source stays on record.
     """
-    metadata = {PIXEL_MEAN: "unknown", PIXEL_STD: "unknown"} | weights.metadata
-    metadata |= {
+    source = {
         "source_file": weights.path.name,
         "source_sha256": sha256(weights.path),
         "source_format": weights.format,
-        "converter_version": __version__,
     }
+    metadata = {PIXEL_MEAN: "unknown", PIXEL_STD: "unknown"} | source | weights.metadata
+    metadata["converter_version"] = __version__
     notice = licence_notice(weights)
     return metadata | {LICENCE: notice} if notice else metadata
 
@@ -164,7 +165,9 @@ def _pickle(content: Any, path: Path) -> None:
         pickle.dump(content, file, protocol=4)
 
 
-def _report(weights: Weights, used: Mapping[str, Tensor], reason: str, destination: Path) -> LoadReport:
+def _report(
+    weights: Weights, used: Mapping[str, Tensor], reason: str, destination: Path, place: str = "it"
+) -> LoadReport:
     home = encoder_home(weights.tensors) or ""
     report = LoadReport(str(weights.path), str(destination))
     for name, tensor in weights.tensors.items():
@@ -172,5 +175,5 @@ def _report(weights: Weights, used: Mapping[str, Tensor], reason: str, destinati
         if name in used or name.removeprefix(home) in used:
             report.entries.append(Entry(name, "used", reason, file_shape=shape))
         else:
-            report.entries.append(Entry(name, "dropped", "the target has no place for it", file_shape=shape))
+            report.entries.append(Entry(name, "dropped", f"no place in {place}", file_shape=shape))
     return report

@@ -161,7 +161,7 @@ class PretrainImages(Dataset[tuple[Tensor, Tensor, int]]):
     def __getitem__(  # type: ignore[override]
         self, key: tuple[int, int]
     ) -> tuple[Tensor, Tensor, int] | Unreadable:
-        """Sample `index` as it looks in `epoch`, for key = (epoch, index): (3, H, W) uint8, (L,) noise, index."""
+        """Sample `index` as seen in `epoch`; key = (epoch, index). (3, H, W) uint8, (L,) noise, index."""
         epoch, index = key
         try:
             image = read_image(self.path(index))

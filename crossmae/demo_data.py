@@ -321,7 +321,7 @@ def pick_colour(rng: np.random.Generator, background: Array, taken: list[Array])
 def random_colours(rng: np.random.Generator, count: int) -> Array:
     """RGB colours (count, 3) float32 in 0..255: every hue, pale to saturated, dark to bright."""
     hue = rng.uniform(0, 6, (count, 1))
-    pure = np.clip(np.abs((hue + [0, 4, 2]) % 6 - 3) - 1, 0, 1)
+    pure = np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
     saturation, value = rng.uniform(0, 1, (count, 1)) ** 0.5, rng.uniform(0.05, 1, (count, 1)) ** 0.5
     return np.asarray(255 * value * (1 - saturation * (1 - pure)), dtype=np.float32)
 
@@ -330,10 +330,10 @@ def random_colours(rng: np.random.Generator, count: int) -> Array:
 
 
 def make_demo_data(settings: DemoDataSettings, output: Path, force: bool = False) -> bool:
-    """Write the data set to `output`, all of it or nothing. False: it was there already, complete and unchanged.
+    """Write the data set to `output`, all of it or nothing; False if it is there already and unchanged.
 
-    Raises UserError if `output` holds something else. `force` replaces data of other settings, or damaged data,
-    but never a folder that this function did not make.
+    Raises UserError if `output` holds something else. `force` replaces data of other settings or damaged
+    data, but never a folder that this function did not make.
     """
     output = Path(os.path.abspath(output))
     if not must_write(settings, output, force):

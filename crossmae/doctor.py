@@ -208,7 +208,7 @@ def model_zoo_row() -> Row:
     if module_exists("pkg_resources"):
         return Row("model zoo", "detectron2.model_zoo can be imported")
     text = "detectron2.model_zoo cannot be imported: no pkg_resources; nothing here uses it"
-    return Row("model zoo", text, pip_command("setuptools<81"))
+    return Row("model zoo", text, pip_command("setuptools<82"))
 
 
 # Devices.

@@ -79,26 +79,26 @@ class LoadReport:
         return "\n".join([*lines, f"  {self.summary()}"])
 
     def _rows(self, status: Status) -> list[tuple[str, str, str, str, str]]:
-        groups: dict[tuple[str, ...], list[tuple[str, str]]] = defaultdict(list)
+        groups: dict[tuple[str, str, str], list[tuple[str, str]]] = defaultdict(list)
         for entry in self.entries:
             if entry.status == status:
                 module, index, tensor = split_name(entry.name)
-                shapes = (
-                    f"{tensor}: file {entry.file_shape}, model {entry.model_shape}"
-                    if status == "mismatched"
-                    else ""
-                )
-                mark = "" if entry.accepted else "!"
-                groups[mark, module, entry.reason, shapes].append((index, tensor))
+                groups["" if entry.accepted else "!", module, _detail(entry, tensor)].append((index, tensor))
         rows: list[tuple[str, str, str, str, str]] = []
-        for (mark, module, reason, shapes), members in groups.items():
+        for (mark, module, detail), members in groups.items():
             indices = sorted({int(index) for index, _ in members if index})
             name = f"{module}.{ranges(indices)}" if indices else module
             tensors = list(dict.fromkeys(tensor for _, tensor in members if tensor))
-            listed = shorten(tensors) if status == "new" or mark else ""
-            detail = "; ".join(part for part in (shapes, reason, listed) if part)
+            if tensors and (status == "new" or (status == "dropped" and mark)):
+                detail += f": {shorten(tensors)}"
             rows.append((mark, status, name, str(len(members)), detail))
         return rows
+
+
+def _detail(entry: Entry, tensor: str) -> str:
+    if entry.status != "mismatched":
+        return entry.reason
+    return f"{tensor or 'shape'}: file {entry.file_shape}, model {entry.model_shape}"
 
 
 def split_name(name: str) -> tuple[str, str, str]:

@@ -68,7 +68,7 @@ class CrossMAE(ViTEncoder):
     Args:
         img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio: see `ViTEncoder`.
         decoder_embed_dim, decoder_depth, decoder_num_heads: width D, blocks N and heads of the decoder.
-        decoder: "cross" (CrossMAE), "cross_self" (its ablation with self-attention among the predicted) or "self"
+        decoder: "cross" (CrossMAE), "cross_self" (its ablation with self-attention among them) or "self"
             (plain MAE: `fuse_blocks` and `fuse_input` do not apply, and `predict_ratio` is ignored).
         fuse_blocks: encoder blocks whose outputs are mixed for the decoder. None is every block; a tuple
             holds indices, negative ones from the end; `()` is no fusion: every decoder block sees the last
@@ -229,7 +229,7 @@ class CrossMAE(ViTEncoder):
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def targets(self, imgs: Tensor, idx: Tensor) -> Tensor:
-        """Pixels of the patches idx (B, M): (B, M, P) float32, standardised per patch with `norm_pix_loss`."""
+        """Pixels of the patches idx (B, M): (B, M, P) float32, standardised with `norm_pix_loss`."""
         patches = gather_tokens(patchify(imgs, self.patch_size), idx).float()
         if not self.norm_pix_loss:
             return patches

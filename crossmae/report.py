@@ -1,8 +1,9 @@
-"""Self-contained report pages: one HTML file with its styles, figures and images inside, and nothing fetched from anywhere.
+"""Self-contained report pages: one HTML file with its styles, figures and images inside.
 
-A page is data: a `Report` of `Section`s of blocks (`Plot`, `Gallery`, `Table`, `Commands`, `Missing`), rendered through
-`templates/report.html.j2`. Every string is escaped by the template; the one exception is the SVG that `line_plot` makes.
-A content security policy in the page forbids the browser to load anything, so that "self-contained" is enforced.
+A page is data: a `Report` of `Section`s of blocks (`Plot`, `Gallery`, `Table`, `Commands`, `Missing`),
+rendered through `templates/report.html.j2`. The template escapes every string; the one exception is the SVG
+that `line_plot` makes. A content security policy in the page forbids the browser to load anything, so that
+"self-contained" is enforced.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from PIL import Image
 from crossmae.errors import UserError
 from crossmae.files import write_atomically
 
-# Colours that no figure would use by accident; in the SVG each becomes a CSS variable, so that figures follow the
-# reader's light or dark mode like the rest of the page.
+# Colours that no figure would use by accident; in the SVG each becomes a CSS variable, so that figures follow
+# the reader's light or dark mode like the rest of the page.
 _SERIES = ("#01fe01", "#01fe02", "#01fe03", "#01fe04", "#01fe05", "#01fe06")
 _CSS_COLORS = {color: f"var(--series-{i})" for i, color in enumerate(_SERIES, start=1)}
 _CSS_COLORS |= {"#01fe11": "var(--muted)", "#01fe12": "var(--line)"}
@@ -36,7 +37,7 @@ _SIZE_INCHES = (4.6, 2.9)  # small on purpose: the labels stay readable when a p
 SMOOTH_FROM = 40  # points; shorter curves are shown as they are
 
 
-# --- What a page is made of -------------------------------------------------------------------------------------------
+# --- What a page is made of -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class PictureRow:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Rows of pictures; as many rows beside each other as fit when each is at least `min_width` CSS pixels wide."""
+    """Rows of pictures; as many side by side as fit when each is at least `min_width` CSS pixels wide."""
 
     rows: Sequence[PictureRow]
     min_width: int = 420
@@ -79,7 +80,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure as inline SVG, and its caption; neighbouring plots stand side by side where the page is wide enough."""
+    """A figure as inline SVG, and its caption; neighbouring plots stand side by side on a wide page."""
 
     svg: Markup
     title: str
@@ -97,7 +98,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first column is text and whose other columns are numbers, already formatted with their digits."""
+    """A table whose first column is text and whose other columns are numbers, already formatted."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str | Bar]]
@@ -169,8 +170,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write the page to `path`, whole or not at all; its folder must exist."""
-        html = self.to_html()
-        write_atomically(path, lambda temporary: _write_text(temporary, html))
+        write_text(path, self.to_html())
 
 
 def _side_by_side(blocks: Sequence[Block]) -> list[list[Block]]:
@@ -184,7 +184,7 @@ def _side_by_side(blocks: Sequence[Block]) -> list[list[Block]]:
     return groups
 
 
-# --- Images -----------------------------------------------------------------------------------------------------------
+# --- Images -----------------------------------------------------------------------------------------------
 
 
 def embed_image(
@@ -200,7 +200,7 @@ def embed_image(
     Args:
         image: (H, W, 3) uint8 RGB, or a PIL image.
         density: image pixels per CSS pixel; 2 makes the picture crisp on high-resolution screens.
-        lossless: PNG for drawings and text, else JPEG without chroma subsampling (thin coloured lines stay sharp).
+        lossless: PNG, for drawings and text; else JPEG, with full colour resolution for thin coloured lines.
     """
     picture = (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB")
     buffer = io.BytesIO()
@@ -213,7 +213,7 @@ def embed_image(
     return Picture(source, round(picture.width / density), round(picture.height / density), alt, label)
 
 
-# --- Curves -----------------------------------------------------------------------------------------------------------
+# --- Curves -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -228,17 +228,17 @@ class Series:
 def line_plot(
     series: Sequence[Series], *, title: str, x_label: str, y_label: str, caption: str, log_y: bool = False
 ) -> Plot:
-    """Curves over one pair of axes. A long curve is drawn faintly, with its running mean (5 % of its points) over it.
+    """Curves over one pair of axes; a long one faintly, under its running mean over 5 % of its points.
 
     Raises:
         ValueError: no series, more than six, or x and y of unequal length.
     """
     _check_series(series)
-    # Imported here: half a second that pages without curves, and `make demo` when all is done, need not spend.
+    # Imported here: half a second that `make demo` need not spend when all is done.
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style: dict[str, Any] = {
+    style: Any = {
         "svg.fonttype": "none",  # text stays text: selectable, and in the page's own font
         "svg.hashsalt": title,  # the same figure gives the same bytes
         "font.size": 9,
@@ -288,7 +288,7 @@ def _draw_curves(figure: Any, series: Sequence[Series], log_y: bool) -> None:
 
 
 def running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """The mean over a centred window of `width` values (n,) -> (n,), over fewer at both ends; NaN are left out."""
+    """The mean over a centred window of `width` values, (n,) -> (n,); fewer at both ends, NaN left out."""
     half = width // 2
     return np.array([_mean_or_nan(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
@@ -299,7 +299,7 @@ def _mean_or_nan(values: NDArray[np.float64]) -> float:
 
 
 def _themed_svg(svg: str, title: str) -> Markup:
-    """Matplotlib's SVG made fit for an HTML page: theme colours, ids unique per figure, fluid size, an accessible name."""
+    """Matplotlib's SVG made fit for a page: theme colours, unique ids, fluid size, accessible name."""
     svg = svg[svg.index("<svg") :]
     for color, variable in _CSS_COLORS.items():
         svg = svg.replace(color, variable)
@@ -312,11 +312,16 @@ def _themed_svg(svg: str, title: str) -> Markup:
     return Markup(re.sub(r'<svg[^>]*? (viewBox="[^"]*")[^>]*>', rf"{head} \1>", svg, count=1))
 
 
-# --- Words and files --------------------------------------------------------------------------------------------------
+# --- Words and files --------------------------------------------------------------------------------------
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
 
 
 def format_seconds(seconds: float) -> str:

@@ -48,7 +48,7 @@ WEIGHTS, LOG, CONFIG = "model.safetensors", "log.jsonl", "config.yaml"
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers of a run that follow from config and data; printed at the start, saved with every checkpoint."""
+    """Numbers of a run that follow from config and data; printed at the start, saved with checkpoints."""
 
     images: int
     images_per_step: int
@@ -321,8 +321,8 @@ def make_plan(config: PretrainConfig, batches: BatchPlan, device: torch.device, 
     steps_per_epoch = batches.batches_per_epoch // optim.accumulate
     if steps_per_epoch == 0:
         raise UserError(
-            f"optim.accumulate: a step needs {optim.accumulate} batches of {optim.batch_size} images, an epoch "
-            f"of {batches.num_images} images has {batches.batches_per_epoch}; lower one of the two"
+            f"optim.accumulate: a step needs {optim.accumulate} batches of {optim.batch_size} images, one "
+            f"epoch of {batches.num_images} images has {batches.batches_per_epoch}; lower one of the two"
         )
     if schedule.warmup_epochs > schedule.epochs:
         raise UserError(
@@ -361,7 +361,7 @@ def find_start(run: Path, resume: bool) -> Path | None:
     latest = latest_checkpoint(run)
     if latest and not resume:
         raise UserError(
-            f"output_dir: {run} already holds a run ({latest.name}); pass --resume to go on, or name another one"
+            f"output_dir: {run} already holds a run ({latest.name}); pass --resume to go on, or name another"
         )
     if resume and not latest:
         log.info("--resume: no complete checkpoint in %s, starting from scratch", run)
@@ -448,7 +448,7 @@ def finite_mean(losses: list[Tensor], step: int, lr: float) -> float:
     mean = torch.stack(losses).mean().item()
     if not np.isfinite(mean):
         raise UserError(
-            f"the loss is {mean} at step {step} (learning rate {lr:.3g}); the last checkpoint stays as it is. "
+            f"the loss is {mean} at step {step} (learning rate {lr:.3g}); the last checkpoint stays. "
             "Lower optim.base_lr, set optim.clip_grad, or use runtime.precision=fp32"
         )
     return mean

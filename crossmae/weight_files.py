@@ -73,8 +73,8 @@ def file_kind(path: Path) -> str:
     if head.startswith(_PICKLE):
         return "torch" if _LEGACY_TORCH in head[:32] else "pickle"
     raise UserError(
-        f"{path}: not a weight file ({path.stat().st_size:,} bytes, starting with {head[:12]!r}); expected what "
-        "torch.save writes (.pth, .pt), safetensors, or a .pkl of numpy arrays"
+        f"{path}: not a weight file ({path.stat().st_size:,} bytes, starting with {head[:12]!r}); expected "
+        "what torch.save writes (.pth, .pt), safetensors, or a .pkl of numpy arrays"
     )
 
 
@@ -136,8 +136,8 @@ def _find_in_folder(folder: Path) -> Path:
     checkpoint = latest_checkpoint(folder)
     if checkpoint is None:
         raise UserError(
-            f"{folder}: a folder without weights: neither {MODEL}, which a pretraining run writes at its end, nor "
-            f"a complete checkpoint {FOLDER}/step-*/; name a weight file or the folder of a run"
+            f"{folder}: a folder without weights: neither {MODEL}, which a pretraining run writes at its "
+            f"end, nor a complete checkpoint {FOLDER}/step-*/; name a weight file or the folder of a run"
         )
     return checkpoint / MODEL
 

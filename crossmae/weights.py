@@ -107,8 +107,9 @@ def detect_format(tensors: Mapping[str, Any]) -> str:
 
 
 def encoder_tensors(weights: Weights) -> dict[str, Tensor]:
-    """The encoder under its plain keys: `cls_token`, `pos_embed`, `patch_embed.*`, `blocks.*`; no norm,
-    decoder or head.
+    """The encoder under its plain keys: `cls_token`, `pos_embed`, `patch_embed.*`, `blocks.*`.
+
+    The final norm, the decoder and heads are left out.
 
     Raises:
         UserError: the file holds no encoder.
@@ -155,10 +156,28 @@ def encoder_arguments(
         arguments["img_size"] = side * p
     if heads := {size.embed_dim: size.num_heads for size in SIZES.values()}.get(E):
         arguments["num_heads"] = heads
-    recorded = json.loads((metadata or {}).get(MODEL_ARGUMENTS, "{}"))
+    recorded = recorded_arguments(metadata or {})
     if "img_size" in recorded:
         arguments["img_size"] = _int_if_square(recorded["img_size"])
     return arguments | {key: recorded[key] for key in ("num_heads",) if key in recorded}
+
+
+def recorded_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The constructor arguments of `CrossMAE` that a file of ours records; {} where it records none.
+
+    Raises:
+        UserError: the record is not a JSON object.
+    """
+    text = metadata.get(MODEL_ARGUMENTS, "{}")
+    try:
+        arguments = json.loads(text)
+    except json.JSONDecodeError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise UserError(
+            f"metadata {MODEL_ARGUMENTS!r} of a weight file: expected a JSON object, got {text[:80]!r}"
+        )
+    return arguments
 
 
 def load_encoder(
@@ -263,7 +282,7 @@ def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
         more = f" and {len(bad) - MAX_NAMES} more" if len(bad) > MAX_NAMES else ""
         raise UserError(
             f"{path}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity: "
-            f"{', '.join(bad[:MAX_NAMES])}{more}; the run that wrote it had diverged, take an earlier checkpoint"
+            f"{', '.join(bad[:MAX_NAMES])}{more}; the run that wrote it diverged, take an earlier checkpoint"
         )
 
 
@@ -331,14 +350,10 @@ def _load(model: nn.Module, weights: Weights, source: Mapping[str, Tensor], repo
     """Copy what the report calls used, or raise before anything is copied."""
     problem = _different_architecture(model, weights)
     if not problem and not report.ok:
-        problem = (
-            "see the tensors marked !" if report.count("used") else "it holds nothing that the model has"
-        )
+        problem = "see the tensors marked !" if report.count("used") else "no tensor is in both"
     if problem:
-        headline = (
-            f"{weights.path} ({weights.format}) does not fit {report.target}: {problem}. Nothing was loaded."
-        )
-        raise UserError(f"{headline}\n{report.table()}")
+        headline = f"{weights.path} ({weights.format}) does not fit {report.target}: {problem}"
+        raise UserError(f"{headline}. Nothing was loaded.\n{report.table()}")
     model.load_state_dict({name: source[name] for name in report.names("used")}, strict=False)
 
 
@@ -351,9 +366,9 @@ def _different_architecture(model: nn.Module, weights: Weights) -> str:
     expected = encoder_arguments(target)
     if isinstance(grid := getattr(model, "grid", None), tuple):
         expected["img_size"] = _int_if_square([side * expected["patch_size"] for side in grid])
-    # No shape shows the number of heads: what the file records, if it does, is compared with what the model
-    has. heads = getattr(getattr(dict(model.named_modules()).get("blocks.0"), "attn", None), "num_heads",
-    None) if heads is None or MODEL_ARGUMENTS not in weights.metadata:
+    # No shape shows the number of heads: only what the file records is compared with what the model has.
+    heads = getattr(dict(model.named_modules()).get("blocks.0.attn"), "num_heads", None)
+    if heads is None or "num_heads" not in recorded_arguments(weights.metadata):
         held.pop("num_heads", None)
     expected["num_heads"] = heads
     differing = [key for key in held if held[key] != expected.get(key, held[key])]

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import ast
 import difflib
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, get_cfg
 
 from crossmae.config import read_yaml, resolve_config_path
 from crossmae.errors import UserError
+
+log = logging.getLogger(__name__)
 
 BASE_KEY = "_BASE_"
 _KEY = re.compile(r"[A-Z_][A-Z0-9_]*(\.[A-Z0-9_]+)*")
@@ -74,10 +78,24 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
     add_crossmae_config(cfg)
     path = resolve_config_path(name)
     _merge_tree(cfg, _read_with_base(path), "", cfg, str(path))
-    for key, text in split_overrides(overrides):
+    pairs = split_overrides(overrides)
+    for key, text in pairs:
         _set(cfg, key, text, "command line")
     check_config(cfg)
+    choose_device(cfg, asked="MODEL.DEVICE" in dict(pairs))
     return cfg
+
+
+def choose_device(cfg: CfgNode, asked: bool) -> None:
+    """Train on the CPU where there is no GPU, and say so; an error if the command line `asked` for the GPU."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        if asked:
+            raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but torch finds no GPU; use MODEL.DEVICE cpu")
+        log.info("no GPU found: MODEL.DEVICE is cpu")
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
+        log.info("SOLVER.AMP.ENABLED is False: mixed precision is for GPUs")
+        cfg.SOLVER.AMP.ENABLED = False
 
 
 def split_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
@@ -192,6 +210,8 @@ _CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("SOLVER.LR_SCHEDULER_NAME", lambda v: v in ("WarmupMultiStepLR", "WarmupCosineLR"),
      "WarmupMultiStepLR or WarmupCosineLR"),
     ("SOLVER.REFERENCE_WORLD_SIZE", lambda v: v == 0, "0: automatic scaling would change the batch unseen"),
+    ("SOLVER.BIAS_LR_FACTOR", lambda v: v == 1, "1: biases learn at the rate of their layer"),
+    ("SOLVER.WEIGHT_DECAY_BIAS", lambda v: v is None, "None: biases decay like their weights"),
     ("SEED", lambda v: v >= 0, "at least 0: the order of the images comes from it"),
     ("DATALOADER.NUM_WORKERS", lambda v: v >= 0, "at least 0"),
     ("DATALOADER.ASPECT_RATIO_GROUPING", lambda v: not v, "False: the order of the images depends on SEED alone"),

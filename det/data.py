@@ -6,6 +6,7 @@ A full validator can take the place of `check_coco`, which is the only judge of 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from crossmae.data import BatchPlan, PlannedBatches, Unreadable
 from crossmae.errors import UserError
 from crossmae.images import read_image
 
+log = logging.getLogger(__name__)
+
+OWN_TRAIN, OWN_VAL = "own_coco_train", "own_coco_val"
 MAX_NAMES = 5
 IMAGE_KEYS = ("id", "file_name", "height", "width")
 ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox")
@@ -48,13 +52,21 @@ class CocoSummary:
     mask_kinds: frozenset[str]
 
 
-def register_coco(name: str, json_path: str | Path, images: str | Path) -> CocoSummary:
+def register_coco(
+    name: str, json_path: str | Path, images: str | Path, *, for_evaluation: bool = False
+) -> CocoSummary:
     """Check a data set in COCO format and register it with detectron2 under `name`, replacing an older one.
+
+    Args:
+        name: for `DATASETS.TRAIN` and `DATASETS.TEST`.
+        json_path: COCO file.
+        images: folder that its file names are relative to.
+        for_evaluation: check also what AP needs.
 
     Raises:
         UserError: see `read_coco` and `check_coco`.
     """
-    summary = check_coco(read_coco(json_path), Path(json_path), Path(images))
+    summary = check_coco(read_coco(json_path), Path(json_path), Path(images), for_evaluation)
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
@@ -86,19 +98,20 @@ def read_coco(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def check_coco(content: dict[str, Any], path: Path, images: Path) -> CocoSummary:
+def check_coco(content: dict[str, Any], path: Path, images: Path, for_evaluation: bool = False) -> CocoSummary:
     """Light checks of a COCO file: keys, references, image paths, and whether the images are there and whole.
 
     Args:
         content: from `read_coco`.
         path: of the file, for errors.
         images: folder that `file_name` is relative to.
+        for_evaluation: AP needs the area of every annotation, and whether it is a crowd region.
 
     Raises:
         UserError: names the file, the entry and the key.
     """
     _require(content["images"], IMAGE_KEYS, path, "images")
-    _require(content["annotations"], ANNOTATION_KEYS, path, "annotations")
+    _require(content["annotations"], ANNOTATION_KEYS + EVALUATION_KEYS * for_evaluation, path, "annotations")
     _require(content["categories"], ("id", "name"), path, "categories")
     image_ids = _unique_ids(content["images"], path, "images")
     category_ids = _unique_ids(content["categories"], path, "categories")
@@ -123,11 +136,6 @@ def check_coco(content: dict[str, Any], path: Path, images: Path) -> CocoSummary
         num_trainable=len({annotation["image_id"] for annotation in kept}),
         mask_kinds=frozenset(_mask_kind(annotation) for annotation in kept),
     )
-
-
-def check_for_evaluation(content: dict[str, Any], path: Path) -> None:
-    """What COCO's AP needs of every annotation beyond training: its area, and whether it is a crowd region."""
-    _require(content["annotations"], EVALUATION_KEYS, path, "annotations")
 
 
 def _require(entries: list[Any], keys: tuple[str, ...], path: Path, where: str) -> None:
@@ -180,7 +188,51 @@ def _ends_like_an_image(path: Path) -> bool:
         return file.read().endswith(_ENDINGS)
 
 
-def class_names_agree(train: CocoSummary, val: CocoSummary, train_json: str, val_json: str) -> None:
+def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, str] | None) -> None:
+    """Let the config train and evaluate on data sets named by two paths each, and fit it to them; says what it changes.
+
+    Args:
+        cfg: changed in place: `DATASETS.*`, `MODEL.ROI_HEADS.NUM_CLASSES`, `INPUT.MASK_FORMAT`.
+        train, val: COCO file and image folder, or None where there is none. Both None leaves the config alone.
+
+    Raises:
+        UserError: see `read_coco`, `check_coco`, `choose_mask_format`; or the two files have different categories.
+    """
+    if train is None and val is None:
+        return
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ()
+    summaries = []
+    if train is not None:
+        summaries.append(register_coco(OWN_TRAIN, *train))
+        choose_mask_format(cfg, summaries[0], train[0])
+        cfg.DATASETS.TRAIN = (OWN_TRAIN,)
+    if val is not None:
+        summaries.append(register_coco(OWN_VAL, *val, for_evaluation=True))
+        cfg.DATASETS.TEST = (OWN_VAL,)
+    else:
+        log.info("no --val-json: nothing is evaluated")
+    if train is not None and val is not None:
+        check_same_categories(summaries[0], summaries[1], train[0], val[0])
+    classes = len(summaries[0].categories)
+    if cfg.MODEL.ROI_HEADS.NUM_CLASSES != classes:
+        log.info("MODEL.ROI_HEADS.NUM_CLASSES is %d: so many categories has %s", classes, (train or val or ("",))[0])
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = classes
+
+
+def check_registered(names: tuple[str, ...], key: str) -> None:
+    """Raise a `UserError` unless detectron2 knows the data sets and their COCO files are where it expects them."""
+    for name in names:
+        if name not in DatasetCatalog:
+            raise UserError(f"{key}: no data set {name!r} is registered; for your own data use --train-json and --val-json")
+        path = MetadataCatalog.get(name).get("json_file")
+        if path is not None and not Path(path).is_file():
+            raise UserError(
+                f"{key}: {name} needs {path}, which does not exist; set DETECTRON2_DATASETS to the folder that holds coco/, "
+                "or name your own data with --train-json, --train-images, --val-json and --val-images"
+            )
+
+
+def check_same_categories(train: CocoSummary, val: CocoSummary, train_json: str, val_json: str) -> None:
     """Raise a `UserError` unless both files name the same categories in the same order of ids."""
     if train.categories == val.categories:
         return
@@ -192,17 +244,14 @@ def class_names_agree(train: CocoSummary, val: CocoSummary, train_json: str, val
     raise UserError(f"{train_json} and {val_json} have different categories; {detail}")
 
 
-def choose_mask_format(cfg: CfgNode, summary: CocoSummary, path: str) -> str | None:
+def choose_mask_format(cfg: CfgNode, summary: CocoSummary, path: str) -> None:
     """Check that masks are there if they are trained, and set `INPUT.MASK_FORMAT` to one that can hold them.
-
-    Returns:
-        A sentence about what was changed, or None.
 
     Raises:
         UserError: `MODEL.MASK_ON`, and not every annotation has a mask.
     """
     if not cfg.MODEL.MASK_ON:
-        return None
+        return
     if "none" in summary.mask_kinds:
         some = (
             "some annotations have" if len(summary.mask_kinds) > 1 else "no annotation has a mask: all have"
@@ -210,8 +259,7 @@ def choose_mask_format(cfg: CfgNode, summary: CocoSummary, path: str) -> str | N
         raise UserError(f"{path}: {some} no 'segmentation'; add masks or set MODEL.MASK_ON False")
     if "rle" in summary.mask_kinds and cfg.INPUT.MASK_FORMAT == "polygon":
         cfg.INPUT.MASK_FORMAT = "bitmask"
-        return "INPUT.MASK_FORMAT is bitmask: the file has run-length encoded masks"
-    return None
+        log.info("INPUT.MASK_FORMAT is bitmask: %s has run-length encoded masks", path)
 
 
 def build_augmentations(cfg: CfgNode) -> list[T.Augmentation]:

@@ -1,13 +1,12 @@
-"""Draw COCO-style instances on images: masks, outlines, boxes, class names and scores; ground truth and predictions alike.
+"""Draw COCO-style instances on images, true and predicted ones: masks, boxes, class names and scores.
 
-Drawn with Pillow rather than detectron2's `Visualizer`, for two reasons: a class has the same colour in the ground truth and
-in the predictions, so that two pictures can be compared at a glance, and lines and letters are drawn after a small image is
-enlarged, so that they are sharp.
+Drawn with Pillow rather than detectron2's `Visualizer`, for two reasons: a class has the same colour in the
+ground truth and in the predictions, so that two pictures can be compared at a glance, and lines and letters
+are drawn after a small image is enlarged, so that they are sharp.
 """
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +16,35 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as coco_mask
 
-_GOLDEN_RATIO = 0.618034  # steps of hue of this size keep any first n colours far apart
-_FILL_OPACITY = 0.42
-
 Color = tuple[int, int, int]
+
+# Bright enough for dark photographs, and told apart side by side; more classes than colours begin again.
+_PALETTE: tuple[Color, ...] = (
+    (255, 84, 84),
+    (64, 200, 255),
+    (255, 225, 64),
+    (178, 128, 255),
+    (112, 224, 80),
+    (255, 150, 40),
+    (255, 112, 214),
+    (32, 214, 176),
+    (122, 150, 255),
+    (246, 232, 208),
+)
+_FILL_OPACITY = 0.45
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One object: box (x, y, width, height) in pixels, class index (chooses the colour), name, mask (H, W) bool, score."""
+    """One object.
+
+    Attributes:
+        box: x, y, width, height, in pixels.
+        class_index: chooses the colour.
+        name: of the class.
+        mask: (H, W), true on the object; drawn if there.
+        score: of a prediction; drawn if there.
+    """
 
     box: tuple[float, float, float, float]
     class_index: int
@@ -35,9 +54,8 @@ class Instance:
 
 
 def class_color(index: int) -> Color:
-    """The RGB colour of a class: bright, and far in hue from those of its neighbours."""
-    red, green, blue = colorsys.hsv_to_rgb((0.58 + index * _GOLDEN_RATIO) % 1, 0.72 + 0.2 * (index % 2), 1.0)
-    return round(red * 255), round(green * 255), round(blue * 255)
+    """The RGB colour of a class."""
+    return _PALETTE[index % len(_PALETTE)]
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
@@ -66,7 +84,7 @@ def instances_from_coco(
     """COCO annotations, or entries of a COCO results file, of one image as instances.
 
     Args:
-        annotations: each with `category_id` and `bbox` (x, y, width, height), maybe `segmentation` and `score`.
+        annotations: each with `category_id` and `bbox` (x, y, width, height); `segmentation`, `score` if any.
         categories: names by category id; their order numbers the classes.
 
     Raises:
@@ -94,11 +112,11 @@ def draw_instances(
 ) -> NDArray[np.uint8]:
     """The image with its instances drawn over it.
 
-    Large objects are drawn first, so that small ones stay visible; among predictions the surest labels come on top.
+    Large objects are drawn first, so that small ones stay visible; of labels the surest come on top.
 
     Args:
         image: (H, W, 3) uint8 RGB; it is not changed.
-        longest_side: enlarge or shrink to this many pixels before drawing, so that lines and letters are sharp.
+        longest_side: enlarge or shrink to this many pixels before drawing.
 
     Returns:
         (H', W', 3) uint8 RGB.
@@ -116,18 +134,20 @@ def draw_instances(
         if instance.mask is not None:
             if instance.mask.shape != image.shape[:2]:
                 raise ValueError(f"mask of {instance.mask.shape} on an image of {image.shape[:2]}")
-            _draw_mask(canvas, instance.mask, class_color(instance.class_index), unit)
+            _draw_mask(canvas, instance.mask, class_color(instance.class_index), scale, unit)
         _draw_box(canvas, instance, scale, unit)
     for instance in sorted(instances, key=lambda item: item.score or 0.0):
         _draw_label(canvas, instance, scale, unit)
     return np.asarray(canvas)
 
 
-def _draw_mask(canvas: Image.Image, mask: NDArray[np.bool_], color: Color, unit: float) -> None:
-    """Tint the mask's area and draw its outline; enlarged smoothly, so that the outline has no steps."""
+def _draw_mask(canvas: Image.Image, mask: NDArray[np.bool_], color: Color, scale: float, unit: float) -> None:
+    """Tint the mask's area and draw its outline."""
     soft = Image.fromarray(mask.astype(np.uint8) * 255).resize(canvas.size, Image.Resampling.BICUBIC)
+    if scale > 1:
+        soft = soft.filter(ImageFilter.GaussianBlur(0.5 * scale))  # no steps where one pixel became many
     inside = soft.point(lambda value: 255 if value >= 128 else 0)
-    inner = inside.filter(ImageFilter.MinFilter(2 * max(1, round(unit)) + 1))
+    inner = inside.filter(ImageFilter.MinFilter(2 * max(1, round(1.5 * unit)) + 1))
     edge = np.asarray(inside) > np.asarray(inner)
     opacity = np.where(edge, 1.0, _FILL_OPACITY) * (np.asarray(inside) > 0)
     canvas.paste(Image.new("RGB", canvas.size, color), mask=Image.fromarray((opacity * 255).astype(np.uint8)))
@@ -137,13 +157,13 @@ def _draw_box(canvas: Image.Image, instance: Instance, scale: float, unit: float
     x, y, width, height = (value * scale for value in instance.box)
     right, bottom = max(x + width, x + 1), max(y + height, y + 1)
     outline = class_color(instance.class_index)
-    ImageDraw.Draw(canvas).rectangle((x, y, right, bottom), outline=outline, width=max(1, round(1.5 * unit)))
+    ImageDraw.Draw(canvas).rectangle((x, y, right, bottom), outline=outline, width=max(1, round(2 * unit)))
 
 
 def _draw_label(canvas: Image.Image, instance: Instance, scale: float, unit: float) -> None:
-    """The class name, and the score if there is one, on a tag above the box; moved inside the picture at its borders."""
+    """The class name and the score, if any, on a tag above the box, but always inside the picture."""
     text = instance.name if instance.score is None else f"{instance.name} {instance.score:.2f}"
-    font = ImageFont.load_default(size=max(9.0, 19 * unit))
+    font = ImageFont.load_default(size=max(9.0, 24 * unit))
     draw = ImageDraw.Draw(canvas)
     pad = round(4 * unit)
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font, anchor="la")

@@ -66,13 +66,12 @@ class SpatialAttention(Attention):
         """(B, heads, H * W, d) queries, not scaled, to what is added to their (B, heads, H * W, H * W) scores."""
         B, heads, _, d = q.shape
         q = q.view(B, heads, H, W, d)
-        rows = torch.einsum(
-            "bnhwd,hkd->bnhwk", q, relative_positions(self.rel_pos_h, H)
-        )  # (B, heads, H, W, H)
-        columns = torch.einsum(
-            "bnhwd,wkd->bnhwk", q, relative_positions(self.rel_pos_w, W)
-        )  # (B, heads, H, W, W)
-        return (rows[..., :, None] + columns[..., None, :]).view(B, heads, H * W, H * W)
+        Rh, Rw = relative_positions(self.rel_pos_h, H), relative_positions(self.rel_pos_w, W)
+        rows = torch.einsum("bnhwd,hkd->bnhwk", q, Rh)  # (B, heads, H, W, H)
+        columns = torch.einsum("bnhwd,wkd->bnhwk", q, Rw)  # (B, heads, H, W, W)
+        # Contiguous before they are added, or the sum, heads * (H * W)^2 numbers, would have to be copied.
+        bias = rows.contiguous()[..., :, None] + columns.contiguous()[..., None, :]
+        return bias.reshape(B, heads, H * W, H * W)
 
 
 def relative_positions(table: Tensor, size: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Convert a weight file into the layout of another program.
 
-    python tools/convert_checkpoint.py outputs/run backbone.pth --to detectron2    # encoder, for
-    MODEL.WEIGHTS python tools/convert_checkpoint.py published.pth backbone.pkl --to detectron2  # also .pkl
-    and .safetensors python tools/convert_checkpoint.py published.pth model.safetensors --to crossmae
+    python tools/convert_checkpoint.py outputs/run backbone.pth --to detectron2    # for MODEL.WEIGHTS
+    python tools/convert_checkpoint.py published.pth backbone.pkl --to detectron2  # or .safetensors
+    python tools/convert_checkpoint.py published.pth model.safetensors --to crossmae
 
 SRC is any weight file, or the folder of a pretraining run. Nothing in it is run, and it is never changed.
 """
@@ -16,7 +16,6 @@ from crossmae.convert import TARGETS, check_conversion, licence_notice
 from crossmae.errors import run_cli
 from crossmae.files import sha256
 from crossmae.weights import (
-    MODEL_ARGUMENTS,
     PIXEL_MEAN,
     PIXEL_STD,
     Weights,
@@ -24,6 +23,7 @@ from crossmae.weights import (
     encoder_home,
     encoder_tensors,
     read_weights,
+    recorded_arguments,
 )
 
 
@@ -54,7 +54,7 @@ def describe(weights: Weights) -> str:
     ]
     if encoder_home(weights.tensors) is not None:
         arguments = encoder_arguments(encoder_tensors(weights), weights.metadata)
-        sure = "num_heads" in weights.metadata.get(MODEL_ARGUMENTS, "")
+        sure = "num_heads" in recorded_arguments(weights.metadata)
         shown = [f"{key} {value}" for key, value in arguments.items() if key != "num_heads" or sure]
         lines.append(f"encoder      {', '.join(shown)}")
     mean, std = (weights.metadata.get(key, "unknown") for key in (PIXEL_MEAN, PIXEL_STD))

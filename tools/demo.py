@@ -1,11 +1,12 @@
-"""The whole way on real images: data, pretraining, conversion, detection, report. This is what `make demo` runs.
+"""The whole way on real images: data, pretraining, conversion, detection, report. `make demo` runs this.
 
     python tools/demo.py                       # everything that is not done yet, in outputs/demo
     python tools/demo.py --output outputs/big  # elsewhere
     python tools/demo.py --fresh               # all of it again
 
-Each stage is a command of its own, shown before it runs, to be copied and changed at will. A stage that is done is reused as
-long as its command, its configs and the stages before it are the same; a stage that failed is where the next run goes on.
+Each stage is a command of its own, shown before it runs, to be copied and changed at will. A stage that is
+done is reused as long as its command, its configs and the stages before it are the same; where a stage
+failed, the next run goes on.
 """
 
 from __future__ import annotations
@@ -81,55 +82,64 @@ class StageRecord:
     ended: str = ""
 
 
-# --- The stages of the demo -------------------------------------------------------------------------------------------
+# --- The stages of the demo -------------------------------------------------------------------------------
+
+
+CONFIGS = ROOT / "configs"
 
 
 def demo_stages(output: Path) -> list[Stage]:
     """The demo's stages; every file they write is under `output`."""
-    data, pretrain, detect = output / "data", output / "pretrain", output / "detect"
-    encoder = output / "encoder_detectron2.pth"
+
+    def command(tool: str, arguments: str) -> tuple[str, ...]:
+        # @ is the folder; filled in after the split, so that its name may hold spaces.
+        return (_tool(tool), *(word.replace("@", str(output)) for word in arguments.split()))
+
     return [
         Stage(
             "data",
             "Compose handwritten digits over photographs",
-            (_tool("make_demo_data"), "--output", str(data)),
-            (data,),
+            command("make_demo_data", "--output @/data"),
+            outputs=(output / "data",),
         ),
         Stage(
             "pretrain",
             "Pretrain CrossMAE on the training images, without their labels",
-            (_tool("pretrain"), "--config-file", "pretrain/demo.yaml", f"data.train={data / 'pretrain'}")
-            + (f"data.val={data / 'val'}", f"output_dir={pretrain}"),
-            (pretrain,),
-            (ROOT / "configs/pretrain/demo.yaml",),
+            command(
+                "pretrain",
+                "--config-file pretrain/demo.yaml data.train=@/data/pretrain data.val=@/data/val "
+                "output_dir=@/pretrain",
+            ),
+            outputs=(output / "pretrain",),
+            configs=(CONFIGS / "pretrain/demo.yaml",),
         ),
         Stage(
             "convert",
             "Make the encoder a detection backbone",
-            (
-                _tool("convert_checkpoint"),
-                str(pretrain / "model.safetensors"),
-                str(encoder),
-                "--to",
-                "detectron2",
+            command(
+                "convert_checkpoint",
+                "@/pretrain/model.safetensors @/encoder_detectron2.pth --to detectron2",
             ),
-            (encoder,),
+            outputs=(output / "encoder_detectron2.pth",),
         ),
         Stage(
             "detect",
             "Train Mask R-CNN on that backbone, and evaluate it on held-out images",
-            (_tool("train_net"), "--config-file", "demo_mask_rcnn.yaml")
-            + ("--train-json", str(data / "annotations/train.json"), "--train-images", str(data / "train"))
-            + ("--val-json", str(data / "annotations/val.json"), "--val-images", str(data / "val"))
-            + (f"MODEL.WEIGHTS={encoder}", f"OUTPUT_DIR={detect}"),
-            (detect,),
-            (ROOT / "configs/demo_mask_rcnn.yaml",),
+            command(
+                "train_net",
+                "--config-file demo_mask_rcnn.yaml "
+                "--train-json @/data/annotations/train.json --train-images @/data/train "
+                "--val-json @/data/annotations/val.json --val-images @/data/val "
+                "MODEL.WEIGHTS=@/encoder_detectron2.pth OUTPUT_DIR=@/detect",
+            ),
+            outputs=(output / "detect",),
+            configs=(CONFIGS / "demo_mask_rcnn.yaml",),
         ),
         Stage(
             "report",
             "Put it all on one page",
-            (_tool("demo_report"), str(output)),
-            (output / "report.html", output / "summary.txt"),
+            command("demo_report", "@"),
+            outputs=(output / "report.html", output / "summary.txt"),
         ),
     ]
 
@@ -140,21 +150,21 @@ def _tool(name: str) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-# --- Running stages ---------------------------------------------------------------------------------------------------
+# --- Running stages ---------------------------------------------------------------------------------------
 
 
 def run_stages(stages: Sequence[Stage], folder: Path, *, fresh: bool = False) -> list[StageRecord]:
-    """Run in order the stages that are not done yet, and record them in `folder`/stages.json after each change.
+    """Run in order the stages that are not done yet, and record each in `folder`/stages.json.
 
-    A stage is done when it ended well with the same fingerprint and its outputs are still there. Once one has run, those
-    after it run too, because what they were made from is new.
+    A stage is done when it ended well with the same fingerprint and its outputs are still there. Once one has
+    run, those after it run too, because what they were made from is new.
 
     Args:
         fresh: run all of them, whatever is recorded.
 
     Raises:
         UserError: a stage failed, a config file is missing, or stages.json is not what this program writes.
-        ValueError: a stage's output is not inside `folder`; such a stage must not be run, for outputs are removed.
+        ValueError: a stage's output is not inside `folder`; outputs are removed, so this must not be.
     """
     make_folder(folder, "--output")
     known = {} if fresh else _read_records(folder / RECORDS)
@@ -178,7 +188,7 @@ def run_stages(stages: Sequence[Stage], folder: Path, *, fresh: bool = False) ->
 
 
 def fingerprint(stage: Stage, previous: str) -> str:
-    """A hash of all that decides a stage's outcome: version, command, configs, and the fingerprint of the stage before it.
+    """A hash of what decides a stage's outcome: version, command, configs, and the stages before it.
 
     Raises:
         UserError: a config file does not exist.
@@ -226,8 +236,9 @@ def run_command(command: Sequence[str]) -> tuple[int, int]:
     """Run a command attached to this terminal.
 
     Returns:
-        Its exit code (negative: the signal that ended it), and the highest sum of the resident memory, in bytes, of it and
-        all its descendants. The sum is sampled four times a second and counts a page that processes share once for each.
+        Its exit code (negative: the signal that ended it), and the highest sum of the resident memory, in
+        bytes, of it and its descendants. The sum is sampled four times a second; it counts shared pages once
+        per process.
     """
     process = subprocess.Popen(command)
     peak = _resident_bytes(process.pid)
@@ -288,7 +299,7 @@ def _remove(path: Path, folder: Path) -> None:
         shutil.rmtree(path)
 
 
-# --- Records ----------------------------------------------------------------------------------------------------------
+# --- Records ----------------------------------------------------------------------------------------------
 
 
 def _write_records(path: Path, records: Sequence[StageRecord]) -> None:
@@ -311,7 +322,7 @@ def _cost(record: StageRecord) -> str:
     return f"{format_seconds(record.seconds)}, peak memory {format_bytes(record.peak_memory_bytes)}"
 
 
-# --- Command line -----------------------------------------------------------------------------------------------------
+# --- Command line -----------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> None:

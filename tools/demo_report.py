@@ -1,4 +1,4 @@
-"""Put the demo's results on one page, outputs/demo/report.html, and its COCO table into outputs/demo/summary.txt.
+"""Put the demo's results on one page, FOLDER/report.html, and its COCO table into FOLDER/summary.txt.
 
     python tools/demo_report.py outputs/demo
 
@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,6 @@ import psutil
 
 from crossmae import report as page
 from crossmae.errors import UserError, run_cli
-from crossmae.files import write_atomically
 from crossmae.images import read_image
 from crossmae.report import Bar, Block, Fact, Missing, Report, Section, Series, read_json, read_json_lines
 
@@ -40,28 +40,38 @@ DETECTOR_LOSSES = {
     "loss_rpn_loc": "proposal: box",
 }
 LEAD = (
-    "A masked autoencoder, CrossMAE, learned from images without labels by reconstructing patches that were hidden from it; "
-    "its encoder then became the backbone of a Mask R-CNN that finds and outlines handwritten digits in photographs. "
-    "Digits and photographs are real, the held-out images share none of either with the training images, and every number "
-    "here was measured on the machine described at the end, by the commands shown."
+    "A masked autoencoder, CrossMAE, learned from images without labels by reconstructing patches that were "
+    "hidden from it; its encoder then became the backbone of a Mask R-CNN that finds and outlines "
+    "handwritten digits in photographs. Digits and photographs are real, the held-out images share none of "
+    "either with the training images, and every number here was measured on the machine described at the "
+    "end, by the commands shown."
 )
 
 
-# --- Average precision ------------------------------------------------------------------------------------------------
+# --- Average precision ------------------------------------------------------------------------------------
 
 
 def read_results(path: Path) -> dict[str, dict[str, float]]:
-    """detectron2's COCO results: {"bbox": {"AP": 31.2, ..., "AP-<class>": ...}, "segm": {...}}, in percent.
+    """COCO results: {"bbox": {"AP": 31.2, ..., "AP-<class>": ...}, "segm": {...}}, in percent; null is NaN.
 
     Raises:
         UserError: not such a file; names it.
     """
-    results = read_json(path)
+    content = read_json(path)
+    results = {}
     for task in TASKS:
-        values = results.get(task) if isinstance(results, dict) else None
-        if not isinstance(values, dict) or not all(isinstance(values.get(name), (int, float)) for name in METRICS):
-            raise UserError(f"{path}: expected {task!r} with numbers for {', '.join(METRICS)}, as detectron2 writes it")
-    return {task: results[task] for task in TASKS}
+        values = content.get(task) if isinstance(content, dict) else None
+        if not isinstance(values, dict) or not set(METRICS) <= values.keys():
+            raise UserError(
+                f"{path}: expected {task!r} with {', '.join(METRICS)}, as tools/train_net.py writes it"
+            )
+        wrong = {
+            key: value for key, value in values.items() if not isinstance(value, (int, float, type(None)))
+        }
+        if wrong:
+            raise UserError(f"{path}: {task}: expected numbers, received {wrong}")
+        results[task] = {key: math.nan if value is None else float(value) for key, value in values.items()}
+    return results
 
 
 def class_names(results: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -74,27 +84,7 @@ def percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.1f}"
 
 
-def text_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """The COCO table for a terminal."""
-    names = class_names(results)
-    lines = [["", *METRICS], *([TASKS[task], *(percent(results[task][m]) for m in METRICS)] for task in TASKS)]
-    by_class = [["AP of class", *names]]
-    by_class += [[TASKS[task], *(percent(results[task].get(f"AP-{name}", math.nan)) for name in names)] for task in TASKS]
-    tables = [_aligned(lines), _aligned(by_class)] if names else [_aligned(lines)]
-    return "\n\n".join(["COCO average precision on the held-out images, in percent", *tables]) + "\n"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as text: the first column flush left, the others flush right, a rule under the first row."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows
-    ]
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([lines[0].rstrip(), rule, *lines[1:]])
-
-
-# --- Sections ---------------------------------------------------------------------------------------------------------
+# --- Sections ---------------------------------------------------------------------------------------------
 
 
 def result_section(folder: Path) -> Section:
@@ -103,19 +93,30 @@ def result_section(folder: Path) -> Section:
     blocks: list[Block] = [Missing(path, "average precision")]
     if path.exists():
         results = read_results(path)
-        rows = [[TASKS[task], *(_ap_bar(results[task][metric]) for metric in METRICS)] for task in TASKS]
-        blocks = [page.Table(["", *METRICS], rows, "Average precision in percent, by the COCO evaluation (pycocotools).")]
+        rows = [_ap_row(TASKS[task], [results[task][metric] for metric in METRICS]) for task in TASKS]
+        blocks = [
+            page.Table(
+                ["", *METRICS], rows, "Average precision in percent, by the COCO evaluation (pycocotools)."
+            )
+        ]
         names = class_names(results)
         if names:
-            by_class = [[name, *(_ap_bar(results[task].get(f"AP-{name}", math.nan)) for task in TASKS)] for name in names]
-            caption = "AP in percent by class, over IoU thresholds from 0.5 to 0.95; a full bar is 100."
-            blocks.append(page.Table(["class", *(f"{name} AP" for name in TASKS.values())], by_class, caption))
-    text = "AP50 counts a detection as right when it overlaps the true object by at least half (IoU 0.5); AP is the mean over ten"
-    return Section("Average precision", f"{text} such thresholds up to 0.95.", blocks)
+            by_class = [
+                _ap_row(name, [results[task].get(f"AP-{name}", math.nan) for task in TASKS]) for name in names
+            ]
+            caption = "AP in percent by class; a full bar is 100."
+            blocks.append(
+                page.Table(["class", *(f"{name} AP" for name in TASKS.values())], by_class, caption)
+            )
+    text = (
+        "AP50 counts a detection as right when its overlap with the true object (IoU) is at least 0.5; AP "
+        "is the mean over ten such thresholds from 0.5 to 0.95."
+    )
+    return Section("Average precision", text, blocks)
 
 
-def _ap_bar(value: float) -> Bar:
-    return Bar(percent(value), 0.0 if math.isnan(value) else min(max(value / 100, 0.0), 1.0))
+def _ap_row(name: str, values: Sequence[float]) -> list[str | Bar]:
+    return [name, *(Bar(percent(v), 0.0 if math.isnan(v) else min(max(v / 100, 0.0), 1.0)) for v in values)]
 
 
 def prediction_section(folder: Path) -> Section:
@@ -123,12 +124,17 @@ def prediction_section(folder: Path) -> Section:
     annotations, images = folder / "data/annotations/val.json", folder / "data/val"
     predictions = folder / "detect/inference/coco_instances_results.json"
     text = (
-        f"The first {PICTURES} held-out images by id, not a selection. Detections with a score of at least {SCORE_THRESHOLD} "
-        "are drawn, each with its class and score; a class has the same colour on both sides."
+        f"The first {PICTURES} held-out images by id, not a selection. Detections with a score of at least "
+        f"{SCORE_THRESHOLD} are drawn, each with its class and score; a class has the same colour on both "
+        "sides."
     )
-    absent = [Missing(path, "pictures of detections") for path in (annotations, images, predictions) if not path.exists()]
+    absent = [
+        Missing(path, "pictures of detections")
+        for path in (annotations, images, predictions)
+        if not path.exists()
+    ]
     blocks: Sequence[Block] = absent or [page.Gallery(prediction_rows(annotations, images, predictions))]
-    return Section("Detections on held-out images", text, blocks)
+    return Section("Held-out images", text, blocks)
 
 
 def prediction_rows(annotations: Path, images: Path, predictions: Path) -> list[page.PictureRow]:
@@ -138,8 +144,12 @@ def prediction_rows(annotations: Path, images: Path, predictions: Path) -> list[
         UserError: one of the JSON files is not in COCO's format, or an image can not be read; names it.
     """
     truth = read_json(annotations)
-    if not isinstance(truth, dict) or any(not isinstance(truth.get(k), list) for k in ("images", "annotations", "categories")):
-        raise UserError(f"{annotations}: expected a COCO file with lists `images`, `annotations` and `categories`")
+    if not isinstance(truth, dict) or any(
+        not isinstance(truth.get(k), list) for k in ("images", "annotations", "categories")
+    ):
+        raise UserError(
+            f"{annotations}: expected a COCO file with lists `images`, `annotations` and `categories`"
+        )
     found = read_json(predictions)
     if not isinstance(found, list):
         raise UserError(f"{predictions}: expected a list of detections, as detectron2 writes it")
@@ -148,7 +158,10 @@ def prediction_rows(annotations: Path, images: Path, predictions: Path) -> list[
         true_of = _by_image(truth["annotations"])
         sure_of = _by_image([entry for entry in found if entry["score"] >= SCORE_THRESHOLD])
         chosen = sorted(truth["images"], key=lambda image: image["id"])[:PICTURES]
-        return [_picture_row(image, images, true_of[image["id"]], sure_of[image["id"]], categories) for image in chosen]
+        return [
+            _picture_row(image, images, true_of[image["id"]], sure_of[image["id"]], categories)
+            for image in chosen
+        ]
     except UserError:
         raise
     except KeyError as error:
@@ -179,7 +192,9 @@ def _picture_row(
     for label, entries in (("ground truth", true), ("prediction", found)):
         instances = instances_from_coco(entries, categories, *pixels.shape[:2])
         drawn = draw_instances(pixels, instances, longest_side=SIDE)
-        alt = f"image {image['id']}, {label}: " + (", ".join(instance.name for instance in instances) or "nothing")
+        alt = f"image {image['id']}, {label}: " + (
+            ", ".join(instance.name for instance in instances) or "nothing"
+        )
         pictures.append(page.embed_image(drawn, alt=alt, label=label, density=2))
     caption = f"Image {image['id']}: {_count(len(true), 'digit')}, {_count(len(found), 'detection')}"
     return page.PictureRow(pictures, caption)
@@ -192,17 +207,24 @@ def _count(number: int, noun: str) -> str:
 def reconstruction_section(folder: Path) -> Section:
     """The first and the last picture of reconstructions that pretraining wrote."""
     where = folder / "pretrain/reconstructions"
-    steps = {int(match[1]): path for path in where.glob("step-*.png") if (match := re.fullmatch(r"step-(\d+)", path.stem))}
+    steps = {
+        int(match[1]): path
+        for path in where.glob("step-*.png")
+        if (match := re.fullmatch(r"step-(\d+)", path.stem))
+    }
     text = (
-        "Held-out images, the part of them that the encoder saw, and what the decoder made of it. Pixel normalisation is "
-        "undone: each patch is scaled back by its own mean and contrast, so its structure is the model's, its brightness given."
+        "Held-out images, the part of them that the encoder saw, and what the decoder made of it. Pixel "
+        "normalisation is undone: each patch is scaled back by its own mean and contrast, so its structure "
+        "is the model's, its brightness given."
     )
     if not steps:
         return Section("Reconstructions", text, [Missing(where / "step-*.png", "reconstructions")])
     rows = []
     for step in dict.fromkeys((min(steps), max(steps))):
         alt = f"input, masked and reconstructed images after {step} steps"
-        rows.append(page.PictureRow([page.embed_image(read_image(steps[step]), alt=alt)], f"After {step} steps"))
+        rows.append(
+            page.PictureRow([page.embed_image(read_image(steps[step]), alt=alt)], f"After {step} steps")
+        )
     return Section("Reconstructions", text, [page.Gallery(rows, min_width=900)])
 
 
@@ -218,7 +240,7 @@ def pretraining_section(folder: Path) -> Section:
     ]
     rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
     speed = f" It went through {np.median(rates):.0f} images per second (median)." if rates else ""
-    text = "Mean squared error of the hidden patches, whose pixels are normalised to mean 0 and variance 1 patch by patch."
+    text = "Mean squared error of hidden patches, each with its pixels normalised to mean 0 and variance 1."
     return Section("Pretraining", text + speed, blocks)
 
 
@@ -232,7 +254,7 @@ def detector_section(folder: Path) -> Section:
     blocks = [_curve(rows, path, "iteration", {"total_loss": "total loss"}, "Total loss", "loss")]
     if present:
         blocks.append(_curve(rows, path, "iteration", present, "Its parts", "loss"))
-    text = "Mask R-CNN, all of it trained: proposals, classes, boxes and masks. The total is the sum of the parts."
+    text = "Mask R-CNN: the total loss is the sum of those of proposals, classes, boxes and masks."
     return Section("Detector training", text, blocks)
 
 
@@ -246,34 +268,51 @@ def _curve(
         if points:
             series.append(Series(label, *zip(*points, strict=True)))
     if not series:
-        return Missing(path, f"curve of the {y_label}", f"no line of it has {x!r} and {', '.join(map(repr, keys))}")
+        return Missing(
+            path, f"curve of the {y_label}", f"no line of it has {x!r} and {', '.join(map(repr, keys))}"
+        )
     count = len(series[0].x)
-    smooth = " Faint: as logged; strong: running mean over 5 % of the values." if count >= page.SMOOTH_FROM else ""
-    caption = f"{y_label.capitalize()} by {'optimizer step' if x == 'step' else x}, {_count(count, 'logged value')}.{smooth}"
+    caption = f"{y_label.capitalize()} by {x}, {_count(count, 'logged value')}."
+    if count >= page.SMOOTH_FROM:
+        caption += " Faint: as logged; strong: running mean over 5 % of the values."
     return page.line_plot(series, title=title, x_label=x, y_label=y_label, caption=caption)
 
 
 def stage_section(stages: Sequence[Mapping[str, Any]], path: Path) -> Section:
     """Time, peak memory and command of every stage."""
     if not stages:
-        return Section("Stages and their commands", "", [Missing(path, "record of the stages")])
+        return Section("Stages", "", [Missing(path, "record of the stages")])
     rows = []
     for stage in stages:
         done = stage["status"] == "done"
-        time = page.format_seconds(stage["seconds"]) if done else "this page"
+        unfinished = "this page" if stage["name"] == "report" else stage["status"]
+        time = page.format_seconds(stage["seconds"]) if done else unfinished
         memory = page.format_bytes(stage["peak_memory_bytes"]) if done else "-"
         rows.append([stage["name"], time, memory])
     total = ["all", page.format_seconds(_seconds(stages)), page.format_bytes(_peak(stages))]
     caption = (
-        "Time on the clock, start of the program included. Peak memory: the highest sum of resident memory of a stage's "
-        "processes, sampled four times a second; memory that processes share counts once for each of them."
+        "Time on the clock, start of the program included. Peak memory: the highest sum of resident memory "
+        "of a stage's processes, sampled four times a second; memory that processes share counts once for "
+        "each of them."
     )
     table = page.Table(["stage", "time", "peak memory"], rows, caption, total)
-    commands = page.Commands([(stage["title"], stage["command"]) for stage in stages])
-    return Section("Stages and their commands", "Each stage is a command of its own; run them in this order.", [table, commands])
+    commands = page.Commands([(stage["title"], folded(stage["command"])) for stage in stages])
+    return Section("Stages", "Each stage is a command of its own; run them in this order.", [table, commands])
 
 
-# --- The page ---------------------------------------------------------------------------------------------------------
+def folded(command: str) -> str:
+    """A long shell command over several lines, one option or `key=value` each; it can be pasted as it is."""
+    if len(command) <= 100:
+        return command
+    lines: list[list[str]] = [[]]
+    for word in shlex.split(command):
+        if word.startswith("--") or "=" in word:
+            lines.append([])
+        lines[-1].append(word)
+    return " \\\n  ".join(shlex.join(line) for line in lines)
+
+
+# --- The page ---------------------------------------------------------------------------------------------
 
 
 def read_stages(path: Path) -> list[dict[str, Any]]:
@@ -287,7 +326,9 @@ def read_stages(path: Path) -> list[dict[str, Any]]:
     content = read_json(path)
     needed = {"name", "title", "command", "status", "seconds", "peak_memory_bytes"}
     stages = content.get("stages") if isinstance(content, dict) else None
-    if not isinstance(stages, list) or not all(isinstance(stage, dict) and needed <= stage.keys() for stage in stages):
+    if not isinstance(stages, list) or not all(
+        isinstance(stage, dict) and needed <= stage.keys() for stage in stages
+    ):
         raise UserError(f"{path}: expected `stages`, each with {', '.join(sorted(needed))}")
     return stages
 
@@ -309,10 +350,16 @@ def facts(folder: Path, stages: Sequence[Mapping[str, Any]]) -> list[Fact]:
         for task, name in reversed(TASKS.items()):
             values = results[task]
             note = f"AP {percent(values['AP'])}, AP75 {percent(values['AP75'])}"
-            found.append(Fact(f"{name} AP50".capitalize().replace("ap", "AP"), f"{percent(values['AP50'])} %", note))
+            found.append(
+                Fact(f"{name} AP50".capitalize().replace("ap", "AP"), f"{percent(values['AP50'])} %", note)
+            )
     if stages:
         done = sum(stage["status"] == "done" for stage in stages)
-        found.append(Fact("Time", page.format_seconds(_seconds(stages)), f"{_count(done, 'stage')}, one after the other"))
+        found.append(
+            Fact(
+                "Time", page.format_seconds(_seconds(stages)), f"{_count(done, 'stage')}, one after the other"
+            )
+        )
         found.append(Fact("Peak memory", page.format_bytes(_peak(stages)), "of the largest stage"))
     return found
 
@@ -357,8 +404,8 @@ def build_report(folder: Path) -> Report:
     """
     stages = read_stages(folder / "stages.json")
     parts: list[Callable[[Path], Section]] = [
-        result_section,
         prediction_section,
+        result_section,
         reconstruction_section,
         pretraining_section,
         detector_section,
@@ -368,23 +415,32 @@ def build_report(folder: Path) -> Report:
     return Report("CrossMAE demo: digits in photos", LEAD, facts(folder, stages), sections, environment())
 
 
+def summary(results: Path) -> str:
+    """The COCO table for a terminal."""
+    from det.evaluate import format_results  # seconds, as it brings detectron2
+
+    return (
+        f"COCO average precision on held-out images, in percent\n\n{format_results(read_results(results))}\n"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Write page and summary."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="the demo's folder, such as outputs/demo")
     args = parser.parse_args(argv)
     if not args.folder.is_dir():
         raise UserError(f"{args.folder}: no such folder; `python tools/demo.py` makes it")
     report = build_report(args.folder)
     results = args.folder / "detect/results.json"
-    summary = text_table(read_results(results)) if results.exists() else f"no results yet: {results} does not exist\n"
-    write_atomically(args.folder / "summary.txt", lambda temporary: _write(temporary, summary))
-    report.write(args.folder / "report.html")
-    print(f"wrote {args.folder / 'report.html'} ({page.format_bytes((args.folder / 'report.html').stat().st_size)})")
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    target = args.folder / "report.html"
+    page.write_text(
+        args.folder / "summary.txt", summary(results) if results.exists() else f"{results}: not there yet\n"
+    )
+    report.write(target)
+    print(f"wrote {target}, {target.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ OUR_VERSION = f"{INDEX_VERSION}+purepy"  # a local version, so that `pip list` s
 UPSTREAM_NAME = "detectron2"
 UPSTREAM_URL = "https://github.com/facebookresearch/detectron2.git"
 UPSTREAM_COMMIT = "a59f05630a8f205756064244bf5beb8661f96180"
+BUILD_TOOL = "setuptools>=70.1,<82"  # builds wheels by itself since 70.1; torch 2.11 wants it below 82
 
 CHECKED_MODULES = ("detectron2", "detectron2.modeling", "detectron2.engine")
 
@@ -265,14 +266,16 @@ def install_from_git(folder: Path, *, force: bool) -> None:
     compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
     if not any(shutil.which(compiler) for compiler in compilers):
         raise InstallError("--from git needs a C++ compiler (g++ or clang++); without one leave it out")
-    say("[1/3] fetch and build with pip, against the torch that is installed")
+    say(f"[1/4] have {BUILD_TOOL}")
+    pip("install", BUILD_TOOL)
+    say("[2/4] fetch and build with pip, against the torch that is installed")
     # Its setup.py imports torch, which an isolated build environment does not have.
     options = ("--no-deps", "--no-build-isolation", "--wheel-dir", str(folder))
     pip("wheel", *options, f"git+{UPSTREAM_URL}@{UPSTREAM_COMMIT}")
     (wheel,) = folder.glob("*.whl")
-    say(f"[2/3] install {wheel.name} with pip")
+    say(f"[3/4] install {wheel.name} with pip")
     install_wheel(wheel, replaces=INDEX_NAME, force=force)
-    say(f"[3/3] import {', '.join((*CHECKED_MODULES, 'detectron2._C'))}")
+    say(f"[4/4] import {', '.join((*CHECKED_MODULES, 'detectron2._C'))}")
     # torch first: the extension links against its libraries.
     check_import(("torch", *CHECKED_MODULES, "detectron2._C"))
     say("detectron2 is ready, with its compiled operators")
@@ -295,7 +298,7 @@ def install_wheel(wheel: Path, *, replaces: str, force: bool) -> None:
 
 def pip(*arguments: str) -> None:
     """Run this interpreter's pip; its errors appear as it writes them, its chatter does not."""
-    quiet = ("--quiet", "--disable-pip-version-check")
+    quiet = ("--quiet", "--quiet", "--disable-pip-version-check")  # twice: errors only
     code = subprocess.run([sys.executable, "-m", "pip", *quiet, *arguments], check=False).returncode
     if code != 0:
         raise InstallError(f"pip {arguments[0]} failed with exit code {code}; its own message is above")

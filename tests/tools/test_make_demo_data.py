@@ -26,7 +26,7 @@ from crossmae import demo_data  # noqa: E402
 from crossmae.demo_data import DemoDataSettings, SceneStyle, compose_scene, make_demo_data  # noqa: E402
 from crossmae.errors import UserError  # noqa: E402
 
-# pycocotools 2.0.11 reaches a NumPy call that newer NumPy deprecates; nothing that we could write differently.
+# pycocotools 2.0.11 reaches a NumPy call that newer NumPy deprecates, whatever we write.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"
 )
@@ -77,6 +77,17 @@ def test_another_seed_gives_other_images_and_another_split_of_the_digits(data: P
         json.loads((f / "manifest.json").read_text())["mnist_rows"]["val"] for f in (data, tmp_path / "other")
     ]
     assert rows[0] != rows[1]
+
+
+def test_every_image_is_drawn_on_its_own(data: Path) -> None:
+    for folder in (*SPLITS, "classify/train", "classify/val"):
+        images = list(tree(data / folder).values())
+        assert len(set(images)) == len(images)
+    for split in SPLITS:
+        entries = read_annotations(data, split)["annotations"]
+        counts = np.bincount([entry["image_id"] for entry in entries])[1:]
+        assert set(counts) == {2, 3, 4, 5}
+        assert len({(*entry["bbox"], entry["mnist_row"]) for entry in entries}) == len(entries)
 
 
 def test_an_image_does_not_depend_on_how_many_there_are(data: Path, tmp_path: Path) -> None:
@@ -239,7 +250,7 @@ def test_other_settings_are_refused_and_force_replaces_them(tmp_path: Path) -> N
     small, other = DemoDataSettings(train=2, val=1, size=64), DemoDataSettings(train=1, val=1, size=64)
     make_demo_data(small, tmp_path / "data")
     before = tree(tmp_path)
-    with pytest.raises(UserError, match="train: found 2, expected 1.*--force"):
+    with pytest.raises(UserError, match=r"train: found 2, expected 1.*--force"):
         make_demo_data(other, tmp_path / "data")
     assert tree(tmp_path) == before
     assert make_demo_data(other, tmp_path / "data", force=True) is True
@@ -275,7 +286,7 @@ def test_a_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         raise OSError("No space left on device")
 
     monkeypatch.setattr(demo_data, "write_classification", fail)
-    with pytest.raises(UserError, match="cannot write .*No space left"):
+    with pytest.raises(UserError, match=r"cannot write .*No space left"):
         make_demo_data(DemoDataSettings(train=1, val=1, size=64), tmp_path / "data")
     assert list(tmp_path.iterdir()) == []
 
@@ -296,7 +307,7 @@ def test_a_missing_package_is_named_with_its_remedy(
 
 
 @pytest.mark.parametrize(
-    "name, value", [("train", 0), ("val", -1), ("size", 63), ("size", 4096), ("seed", -1)]
+    ("name", "value"), [("train", 0), ("val", -1), ("size", 63), ("size", 4096), ("seed", -1)]
 )
 def test_settings_out_of_range_are_named(name: str, value: int) -> None:
     with pytest.raises(UserError, match=f"{name}={value} is out of range"):
@@ -319,4 +330,5 @@ def test_command_line_makes_reuses_and_refuses(
         call("--train", "3", "--val", "1")
     assert stop.value.code == 2
     message = capsys.readouterr().err
-    assert message.startswith("error: ") and message.count("\n") == 1
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1

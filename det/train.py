@@ -1,0 +1,289 @@
+"""Training a detector: detectron2's trainer with AdamW and layer decay, a repeatable order, and atomic checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, create_ddp_model, hooks
+from detectron2.layers.batch_norm import LayerNorm as ChannelFirstLayerNorm
+from detectron2.modeling import build_model
+from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
+from detectron2.solver import build_lr_scheduler
+from detectron2.solver.build import maybe_add_gradient_clipping, reduce_param_groups
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from torch import nn
+from tqdm import tqdm
+
+from crossmae.data import Unreadable
+from crossmae.errors import UserError
+from crossmae.files import make_folder, write_atomically, write_json
+from crossmae.train import versions
+from det.data import build_train_loader, check_registered
+from det.evaluate import evaluate
+from det.weights import load_weights
+
+log = logging.getLogger(__name__)
+
+LOG, CONFIG, VERSIONS, FINAL = "log.txt", "config.yaml", "versions.json", "model_final.pth"
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, ChannelFirstLayerNorm)
+
+
+def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
+    """Train and evaluate one detector.
+
+    Where the weights come from: 1. with `resume`, the last checkpoint in `OUTPUT_DIR`; 2. `MODEL.WEIGHTS`; 3. random.
+
+    Args:
+        cfg: from `load_det_config`.
+        resume: go on from the last checkpoint, if there is one.
+
+    Returns:
+        The results of the last evaluation, see `evaluate`.
+
+    Raises:
+        UserError: bad data, weights or settings, or a loss that is not finite. Until training starts nothing is written.
+    """
+    check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+    check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
+    if not cfg.DATASETS.TRAIN:
+        raise UserError("no training data: name it with --train-json and --train-images")
+    trainer = Trainer(cfg, resume)
+    with log_file(Path(cfg.OUTPUT_DIR)):
+        trainer.train()
+    return trainer.results
+
+
+def evaluate_only(cfg: CfgNode) -> dict[str, dict[str, float]]:
+    """Evaluate the detector in `MODEL.WEIGHTS` on `DATASETS.TEST`.
+
+    Raises:
+        UserError: no test data, or no whole detector in `MODEL.WEIGHTS`. Nothing is written then.
+    """
+    check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
+    if not cfg.DATASETS.TEST:
+        raise UserError("no data to evaluate on: name it with --val-json and --val-images")
+    model = build_model(cfg)
+    load_weights(model, cfg, detector_only=True)
+    make_folder(Path(cfg.OUTPUT_DIR), "OUTPUT_DIR")
+    with log_file(Path(cfg.OUTPUT_DIR)):
+        return evaluate(cfg, create_ddp_model(model, broadcast_buffers=False))
+
+
+class Trainer(DefaultTrainer):
+    """detectron2's default trainer, built in an order that writes nothing before everything has been checked.
+
+    Every iteration seeds torch by `SEED`, its number and the rank, and the data come by plan, so that a resumed run
+    repeats what an uninterrupted one would have done.
+    """
+
+    def __init__(self, cfg: CfgNode, resume: bool = False) -> None:
+        TrainerBase.__init__(self)  # not DefaultTrainer's: that opens its log files first
+        seed_all_rng(cfg.SEED)
+        self.cfg, self.start_iter, self.max_iter = cfg, 0, cfg.SOLVER.MAX_ITER
+        self.results: dict[str, dict[str, float]] = {}
+        self.records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        loader = self._loader(first=0)
+        model = build_model(cfg)
+        self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        resume = resume and self._find_checkpoint()
+        if not resume:
+            load_weights(model, cfg)
+        optimizer = build_optimizer(cfg, model)
+        self._trainer = _inner_trainer(cfg, create_ddp_model(model, broadcast_buffers=False), loader, optimizer)
+        self.scheduler = build_lr_scheduler(cfg, optimizer)
+        if comm.is_main_process():
+            record_run(cfg)
+        self.register_hooks(self.build_hooks())
+        if resume:
+            self.checkpointer.load(self.checkpointer.get_checkpoint_file())
+            self.start_iter = self.iter + 1  # the checkpoint holds the iteration that had just ended
+            self.data_loader = self._loader(first=self.start_iter)
+            log.info("resuming after iteration %d from %s", self.start_iter, self.checkpointer.get_checkpoint_file())
+
+    def _loader(self, first: int) -> Any:
+        return _named_failures(build_train_loader(self.cfg, self.records, first, comm.get_rank(), comm.get_world_size()))
+
+    def _find_checkpoint(self) -> bool:
+        if not self.checkpointer.has_checkpoint():
+            log.info("--resume: no checkpoint in %s yet, starting from MODEL.WEIGHTS", self.cfg.OUTPUT_DIR)
+            return False
+        path = Path(self.checkpointer.get_checkpoint_file())
+        if not path.is_file():
+            raise UserError(f"{path.parent / 'last_checkpoint'} names {path.name}, which does not exist")
+        return True
+
+    def build_hooks(self) -> list[HookBase]:
+        """What happens between iterations; evaluation comes after the checkpoint, so that its failure loses nothing."""
+        cfg, main = self.cfg, comm.is_main_process()
+        steps: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler()]
+        if main:
+            steps += [ProgressBar(), hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)]
+        if cfg.DATASETS.TEST:
+            steps.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
+        if main:
+            steps.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+        return steps
+
+    def _evaluate(self) -> dict[str, dict[str, float]]:
+        self.results = evaluate(self.cfg, self.model)
+        return self.results
+
+    def run_step(self) -> None:
+        """One iteration; a loss that is not finite ends the run with one line."""
+        key = np.random.SeedSequence([self.cfg.SEED, self.iter, comm.get_rank()])
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        try:
+            super().run_step()
+        except FloatingPointError as error:
+            raise UserError(
+                f"{' '.join(str(error).split())} Lower SOLVER.BASE_LR (it is {self.cfg.SOLVER.BASE_LR}) or raise "
+                f"SOLVER.WARMUP_ITERS ({self.cfg.SOLVER.WARMUP_ITERS}), then go on with --resume"
+            ) from error
+
+
+class AtomicCheckpointer(DetectionCheckpointer):
+    """detectron2's checkpoints, but a reader sees a whole file or none, and resuming is strict."""
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write `<name>.pth`, then name it in `last_checkpoint`."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        state = {key: value.state_dict() for key, value in self.checkpointables.items()}
+        data = {"model": self.model.state_dict(), **state, **kwargs}
+        write_atomically(Path(self.save_dir, f"{name}.pth"), lambda path: torch.save(data, path))
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Name the newest checkpoint."""
+        tag = Path(self.save_dir, "last_checkpoint")
+        write_atomically(tag, lambda path: _write_text(path, last_filename_basename))
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        wrong = [*incompatible.missing_keys, *incompatible.unexpected_keys]
+        wrong += [name for name, *_ in incompatible.incorrect_shapes]
+        if wrong:
+            raise UserError(
+                f"{self.get_checkpoint_file()} is of another model than the config: {len(wrong)} tensors are missing, left "
+                f"over or of another shape, like {wrong[0]}; resume with the config it was trained with"
+            )
+
+
+class ProgressBar(HookBase):
+    """Iterations done, time left, loss and learning rate on one line."""
+
+    def before_train(self) -> None:
+        """Start the line."""
+        start, total = self.trainer.start_iter, self.trainer.max_iter
+        self.bar = tqdm(initial=start, total=total, desc="train", unit="it", dynamic_ncols=True)
+
+    def after_step(self) -> None:
+        """Advance it."""
+        loss, lr = (self.trainer.storage.history(name).latest() for name in ("total_loss", "lr"))
+        self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+        self.bar.update()
+
+    def after_train(self) -> None:
+        """End it, also after a failure."""
+        self.bar.close()
+
+
+class _named_failures:
+    """A training loader that raises the message of an unreadable sample in the process that shows it."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            for sample in batch:
+                if isinstance(sample, Unreadable):
+                    raise UserError(sample.message)
+            yield batch
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW over `parameter_groups`, with `SOLVER.CLIP_GRADIENTS` if enabled."""
+    optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+    return optimizer(parameter_groups(cfg, model), lr=cfg.SOLVER.BASE_LR, betas=cfg.SOLVER.BETAS)
+
+
+def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters by learning rate and weight decay (method specification, section 3.1).
+
+    The learning rate of encoder layer i of n is BASE_LR * LAYER_DECAY ** (n + 1 - i): 0 is patch embedding and positions,
+    i block i - 1, n + 1 everything outside the encoder. No decay on `pos_embed`, `WEIGHT_DECAY_NORM` on norms. Those are
+    told by type here, because detectron2's own list misses its channel-first LayerNorm.
+    """
+    groups = []
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            decay = cfg.SOLVER.WEIGHT_DECAY_NORM if isinstance(module, _NORMS) else cfg.SOLVER.WEIGHT_DECAY
+            full = f"{module_name}.{name}"
+            factor = get_vit_lr_decay_rate(full, cfg.SOLVER.LAYER_DECAY, cfg.MODEL.VIT.DEPTH)
+            hyper = {"lr": cfg.SOLVER.BASE_LR * factor, "weight_decay": 0.0 if name == "pos_embed" else decay}
+            groups.append({"params": [parameter], **hyper})
+    return reduce_param_groups(groups)
+
+
+def _inner_trainer(cfg: CfgNode, model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer) -> SimpleTrainer:
+    if not cfg.SOLVER.AMP.ENABLED:
+        return SimpleTrainer(model, loader, optimizer)
+    half = cfg.SOLVER.AMP.PRECISION == "fp16"
+    scaler = torch.amp.GradScaler("cuda", enabled=half)  # bf16 has the range of fp32 and needs none
+    precision = torch.float16 if half else torch.bfloat16
+    return AMPTrainer(model, loader, optimizer, grad_scaler=scaler, precision=precision)
+
+
+def record_run(cfg: CfgNode) -> None:
+    """Create `OUTPUT_DIR` with the resolved config and the versions that will have made what comes there."""
+    folder = Path(cfg.OUTPUT_DIR)
+    make_folder(folder, "OUTPUT_DIR")
+    write_atomically(folder / CONFIG, lambda path: _write_text(path, cfg.dump()))
+    write_json(folder / VERSIONS, versions())
+
+
+@contextmanager
+def log_file(folder: Path) -> Iterator[None]:
+    """Inside, everything that is logged goes to `log.txt`, too."""
+    if not comm.is_main_process():
+        yield
+        return
+    handler = logging.FileHandler(folder / LOG, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+class ConsoleHandler(logging.Handler):
+    """Shows what concerns the user, above the progress bar: our own lines, and the warnings of everybody else."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """detectron2 logs a traceback of every error that ends training; the error itself is shown by the tool."""
+        if record.name == "detectron2.engine.train_loop":
+            return False
+        return record.levelno >= logging.WARNING or record.name.split(".")[0] in ("det", "crossmae")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line without tearing the bar."""
+        tqdm.write(self.format(record))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,505 @@
+"""Proves that every kind of weight file is read bit-exactly and safely, that loading is strict both ways, and
+that each way a file can be wrong has its own error."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from crossmae.checkpoint import save_checkpoint
+from crossmae.errors import UserError
+from crossmae.model import CrossMAE
+from crossmae.vit import ViTEncoder
+from crossmae.weights import (
+    FORMAT,
+    MODEL_ARGUMENTS,
+    PUBLISHED_ARGUMENTS,
+    Weights,
+    detect_format,
+    encoder_arguments,
+    encoder_tensors,
+    load_encoder,
+    load_model,
+    read_weights,
+    save_weights,
+)
+
+OFFICIAL = Path(__file__).parents[3] / "shared/golden"
+ENCODER = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
+DECODER = {"decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2}
+
+
+def build(**overrides: Any) -> CrossMAE:
+    """A tiny model; every call gives other weights."""
+    return CrossMAE(**ENCODER | DECODER | overrides)
+
+
+def state(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor, expected[name]), name
+
+
+def published(path: Path, model: CrossMAE) -> None:
+    """The layout of the published training scripts, optimizer state and Namespace included."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(1, 3, 32, 32)).loss.backward()
+    optimizer.step()
+    args = argparse.Namespace(model="mae_vit_base_patch16", input_size=32, norm_pix_loss=True, use_fm=[-1])
+    content = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": 3,
+        "scaler": {},
+        "args": args,
+    }
+    torch.save(content, path)
+
+
+@pytest.fixture
+def tensors() -> dict[str, Tensor]:
+    return state(build())
+
+
+# What is read
+
+
+def test_published_layout(tmp_path: Path) -> None:
+    model = build()
+    published(tmp_path / "published.pth", model)
+    weights = read_weights(tmp_path / "published.pth")
+    assert weights.format == "crossmae"
+    assert json.loads(weights.metadata[PUBLISHED_ARGUMENTS])["model"] == "mae_vit_base_patch16"
+    assert_same(weights.tensors, state(model))
+    other = build()
+    report = load_model(other, weights)
+    assert_same(state(other), state(model))
+    assert report.ok
+    assert report.count("used") == len(model.state_dict()) == len(report.entries)
+
+
+@pytest.mark.parametrize(
+    ("name", "decoder", "depth"), [("crossmae", "cross", 4), ("mae", "self", 2)], ids=["crossmae", "mae"]
+)
+def test_official_files(name: str, decoder: str, depth: int) -> None:
+    path = OFFICIAL / f"{name}_official_layout.pth"
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not here")
+    weights = read_weights(path)
+    assert weights.format == name
+    model = build(decoder=decoder, decoder_depth=depth)
+    load_model(model, weights)
+    assert_same(state(model), weights.tensors)
+
+
+@pytest.mark.parametrize("wrap", ["bare", "model", "state_dict", "ddp", "compiled", "nested", "legacy"])
+def test_wrappers(tmp_path: Path, tensors: dict[str, Tensor], wrap: str) -> None:
+    prefixes = {"ddp": "module.", "compiled": "_orig_mod.module."}
+    content: Any = OrderedDict((prefixes.get(wrap, "") + name, tensor) for name, tensor in tensors.items())
+    for key in {"model": ["model"], "state_dict": ["state_dict"], "nested": ["module", "model"]}.get(
+        wrap, []
+    ):
+        content = {key: content, "epoch": 3}
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=wrap != "legacy")
+    weights = read_weights(tmp_path / "a.pt")
+    assert weights.format == "crossmae"
+    assert_same(weights.tensors, tensors)
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("numpy_1", [False, True])
+def test_pickled_arrays(tmp_path: Path, protocol: int, numpy_1: bool) -> None:
+    arrays = {
+        "backbone.net.patch_embed.proj.weight": np.random.default_rng(0).normal(size=(4, 3, 2, 2)),
+        "fortran": np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3)),
+        "big_endian": np.arange(3, dtype=">f4"),
+        "scalar": np.array(3, np.int64),
+    }
+    content = pickle.dumps({"model": OrderedDict(arrays), "__author__": "me"}, protocol)
+    if numpy_1 and protocol < 4:  # names are length-prefixed from protocol 4 on
+        content = content.replace(b"numpy._core", b"numpy.core")
+    (tmp_path / "a.pkl").write_bytes(content)
+    weights = read_weights(tmp_path / "a.pkl")
+    assert weights.format == "detector"
+    for name, array in arrays.items():
+        assert np.array_equal(weights.tensors[name].numpy(), array), name
+
+
+def test_safetensors_with_metadata(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    save_weights(tmp_path / "a.safetensors", tensors, {FORMAT: "crossmae"})
+    weights = read_weights(tmp_path / "a.safetensors")
+    assert weights.metadata == {FORMAT: "crossmae"}
+    assert_same(weights.tensors, tensors)
+
+
+def test_contents_decide_not_the_suffix(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    torch.save(tensors, tmp_path / "a.safetensors")
+    save_file(tensors, tmp_path / "b.pth")
+    for name in ("a.safetensors", "b.pth"):
+        assert_same(read_weights(tmp_path / name).tensors, tensors)
+
+
+def test_run_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = tmp_path / "run"
+    for step in (9, 10, 200):
+        save_checkpoint(run, step, {"step": torch.tensor([step])}, {}, {}, {}, keep=5)
+    (run / "checkpoints/step-00000200/manifest.json").unlink()
+    assert read_weights(run).path == run / "checkpoints/step-00000010/model.safetensors"
+    assert "step-00000200" in caplog.text
+    assert read_weights(run / "checkpoints/step-00000009").tensors["step"] == 9
+    with pytest.raises(UserError, match=r"step-00000200: not a complete checkpoint: no manifest\.json"):
+        read_weights(run / "checkpoints/step-00000200")
+    save_file({"final": torch.zeros(1)}, run / "model.safetensors")
+    assert read_weights(run).path == run / "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["patch_embed.proj.weight", "wfm.linear.weight"], "crossmae"),
+        (["patch_embed.proj.weight", "norm.weight", "decoder_blocks.0.cross_attn.q.weight"], "crossmae"),
+        (["patch_embed.proj.weight", "norm.weight", "decoder_embed.weight"], "mae"),
+        (["patch_embed.proj.weight", "cls_token", "norm.weight"], "encoder"),
+        (["encoder.patch_embed.proj.weight", "encoder.cls_token"], "encoder"),
+        (["patch_embed.proj.weight", "fc_norm.weight", "head.weight"], "finetuned"),
+        (["patch_embed.proj.weight", "norm.weight", "head.weight"], "finetuned"),
+        (["patch_embed.proj.weight", "head.0.running_mean", "head.1.weight"], "linear_probe"),
+        (["backbone.net.patch_embed.proj.weight", "backbone.net.pos_embed"], "detectron2"),
+        (["backbone.net.patch_embed.proj.weight", "backbone.simfp_2.0.weight"], "detector"),
+        (["conv1.weight"], "unknown"),
+        (["patch_embed.proj.weight", "something.else"], "unknown"),
+    ],
+)
+def test_formats(names: list[str], expected: str) -> None:
+    assert detect_format(dict.fromkeys(names)) == expected
+
+
+# What is refused
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.sentinel),)
+
+
+def payload_files(folder: Path, sentinel: Path) -> dict[str, Path]:
+    content = {"model": {"a": torch.zeros(2)}, "args": Payload(sentinel)}
+    torch.save(content, folder / "zip.pth")
+    torch.save(content, folder / "legacy.pth", _use_new_zipfile_serialization=False)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        (folder / f"{protocol}.pkl").write_bytes(pickle.dumps({"model": Payload(sentinel)}, protocol))
+    (folder / "disguised.safetensors").write_bytes(pickle.dumps(Payload(sentinel)))
+    return {path.name: path for path in folder.iterdir()}
+
+
+def test_payloads_never_run(tmp_path: Path) -> None:
+    sentinel = tmp_path / "sentinel"
+    (tmp_path / "files").mkdir()
+    files = payload_files(tmp_path / "files", sentinel)
+    for name, path in files.items():
+        # Protocols 0 and 1 have no marker at their start, and no weight file has them.
+        told = (
+            "not a weight file"
+            if name in ("0.pkl", "1.pkl")
+            else r"refused, because it refers to (posix|nt)\.mkdir"
+        )
+        with pytest.raises(UserError, match=told) as caught:
+            read_weights(path)
+        assert str(path) in str(caught.value)
+        assert not sentinel.exists(), name
+    pickle.loads(files["4.pkl"].read_bytes())  # the payload does work where pickle is trusted
+    assert sentinel.exists()
+
+
+def refused(path: Path, content: Any) -> str:
+    torch.save(content, path)
+    with pytest.raises(UserError) as caught:
+        read_weights(path)
+    return str(caught.value)
+
+
+def test_other_classes_are_refused_by_name(tmp_path: Path) -> None:
+    message = refused(tmp_path / "a.pth", {"model": {"a": torch.zeros(2)}, "args": Path("x")})
+    assert "refers to pathlib." in message
+    assert "Nothing in the file was run" in message
+    assert "crossmae.vit.ViTEncoder" in refused(tmp_path / "b.pth", ViTEncoder(**ENCODER))
+    (tmp_path / "c.pkl").write_bytes(pickle.dumps({"model": {"a": np.float64(1)}}))
+    with pytest.raises(UserError, match=r"refers to numpy\._?core\.multiarray\.scalar"):
+        read_weights(tmp_path / "c.pkl")
+
+
+def test_there_is_no_unrestricted_reading_in_the_package() -> None:
+    for path in (Path(__file__).parents[2] / "crossmae").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "weights_only=False" not in text, path
+        assert "pickle.load" not in text, path
+        assert text.count("torch.load(") == text.count("weights_only=True"), path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.pth", b"", r"a\.pth: the file is empty"),
+        ("a.pth", b"\n<!DOCTYPE html><html>", "a web page"),
+        ("a.safetensors", b"<html>", "a web page"),
+        (
+            "a.pth",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+            "git-lfs pointer.*git lfs pull",
+        ),
+        ("a.pth", b"just text", r"not a weight file \(9 bytes, starting with b'just text'\)"),
+        ("a.pkl", pickle.dumps([1, 2]), "not a state dict: holds a list"),
+        ("a.pkl", pickle.dumps({}), "not a state dict: holds an empty dict"),
+        ("a.pkl", pickle.dumps({"epoch": 3, "lr": 0.1}), "'epoch' is of type int.*keys 'epoch', 'lr'"),
+        ("a.pkl", pickle.dumps({"names": np.array(["x", "y"])}), "names is not a plain array of numbers"),
+        ("a.pkl", pickle.dumps({"a": np.zeros(100)})[:-40], r"truncated or damaged \(\d+ bytes\)"),
+    ],
+)
+def test_broken_files(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}.*{told}" if not told.startswith("a\\") else told):
+        read_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["zip.pth", "legacy.pth", "a.safetensors"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.99])
+def test_truncated_files(tmp_path: Path, tensors: dict[str, Tensor], kind: str, share: float) -> None:
+    path = tmp_path / kind
+    if kind == "a.safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save({"model": tensors}, path, _use_new_zipfile_serialization=kind == "zip.pth")
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(UserError, match=rf"{kind}: truncated or damaged \([\d,]+ bytes\)"):
+        read_weights(path)
+
+
+def test_flipped_bit_in_a_torch_archive(tmp_path: Path) -> None:
+    torch.save({"model": {"a": torch.ones(4096)}}, tmp_path / "a.pth")
+    content = bytearray((tmp_path / "a.pth").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged.*checksum of its part a/data/0"):
+        read_weights(tmp_path / "a.pth")
+
+
+def test_state_dict_that_holds_itself(tmp_path: Path) -> None:
+    content: dict[str, Any] = {}
+    content["model"] = content
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match="not a state dict"):
+        read_weights(tmp_path / "a.pkl")
+
+
+def test_missing_paths(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    with pytest.raises(
+        UserError, match=rf"no such file.*gone/x\.pth.*nearest folder that exists is {tmp_path}/here$"
+    ):
+        read_weights(tmp_path / "here/gone/x.pth")
+    with pytest.raises(UserError, match=r"here: a folder without weights: neither model\.safetensors"):
+        read_weights(tmp_path / "here")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_tensors_are_named(tmp_path: Path, tensors: dict[str, Tensor], value: float) -> None:
+    tensors["blocks.1.mlp.fc1.bias"][3] = value
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(
+        UserError, match=rf"a\.safetensors: 1 of {len(tensors)} tensors.*: blocks\.1\.mlp\.fc1\.bias"
+    ):
+        read_weights(tmp_path / "a.safetensors")
+
+
+# The encoder
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "encoder.", "backbone.", "backbone.net.", "module.backbone.net."]
+)
+def test_encoder_is_found_under_any_known_prefix(tmp_path: Path, prefix: str) -> None:
+    encoder = state(ViTEncoder(**ENCODER))
+    torch.save({prefix + name: tensor for name, tensor in encoder.items()}, tmp_path / "a.pth")
+    assert_same(encoder_tensors(read_weights(tmp_path / "a.pth")), encoder)
+
+
+@pytest.mark.parametrize("decoder", ["cross", "cross_self", "self"])
+def test_encoder_of_a_pretraining_model(decoder: str) -> None:
+    model = build(decoder=decoder)
+    weights = Weights(Path("x"), "crossmae", state(model), {})
+    encoder = ViTEncoder(**ENCODER)
+    report = load_encoder(encoder, weights)
+    assert_same(state(encoder), encoder_tensors(weights))
+    assert report.count("used") + report.count("dropped") == len(weights.tensors) == len(report.entries)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(
+        encoder.features(encoder.embed(images), [2])[0], model.features(model.embed(images), [2])[0]
+    )
+
+
+def test_no_encoder(tmp_path: Path) -> None:
+    torch.save({"conv1.weight": torch.zeros(2)}, tmp_path / "a.pth")
+    with pytest.raises(
+        UserError, match=r"no ViT encoder.*'backbone\.net\.patch_embed.*first tensors are conv1\.weight"
+    ):
+        encoder_tensors(read_weights(tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize("img_size", [32, (16, 64)])
+def test_encoder_arguments_rebuild_the_encoder(img_size: Any) -> None:
+    made = ENCODER | {"img_size": img_size, "in_chans": 2, "mlp_ratio": 2.0}
+    metadata = {MODEL_ARGUMENTS: json.dumps(made)}
+    assert encoder_arguments(ViTEncoder(**made).state_dict(), metadata) == made
+    if img_size == 32:
+        without = {key: value for key, value in made.items() if key != "num_heads"}
+        assert encoder_arguments(ViTEncoder(**made).state_dict()) == without
+
+
+# Strict loading
+
+
+def weights_of(model: torch.nn.Module, metadata: dict[str, str] | None = None) -> Weights:
+    tensors = state(model)
+    return Weights(Path("source.pth"), detect_format(tensors), tensors, metadata or {})
+
+
+def check_refusal(model: torch.nn.Module, weights: Weights, *told: str, **allowed: tuple[str, ...]) -> str:
+    before = state(model)
+    with pytest.raises(UserError) as caught:
+        load_encoder(model, weights, **allowed)
+    assert_same(state(model), before)
+    for text in ("source.pth", "Nothing was loaded", *told):
+        assert text in str(caught.value)
+    return str(caught.value)
+
+
+def test_missing_and_unexpected_tensors() -> None:
+    weights = weights_of(ViTEncoder(**ENCODER))
+    del weights.tensors["blocks.1.norm1.bias"]
+    message = check_refusal(ViTEncoder(**ENCODER), weights, "missing from the file: norm1.bias")
+    assert "! new" in message
+    weights = weights_of(ViTEncoder(**ENCODER))
+    weights.tensors["blocks.1.ls1.gamma"] = torch.ones(24)
+    message = check_refusal(
+        ViTEncoder(**ENCODER), weights, "unexpected, the model has no such tensor: ls1.gamma"
+    )
+    assert "! dropped" in message
+    report = load_encoder(ViTEncoder(**ENCODER), weights, dropped=(r"blocks\.\d+\.ls1\.",))
+    assert report.names("dropped") == ["blocks.1.ls1.gamma"]
+    # A pattern is matched from the start of the key, not anywhere in it.
+    check_refusal(ViTEncoder(**ENCODER), weights, "ls1.gamma", dropped=("ls1",))
+
+
+def test_allowed_new_tensors_keep_their_values() -> None:
+    model, weights = build(), weights_of(ViTEncoder(**ENCODER))
+    check_refusal(model, weights, "decoder_blocks.0-1")
+    before = state(model)
+    report = load_encoder(model, weights, new=("decoder_", "dec_norms", "wfm", "mask_token"))
+    assert_same(
+        {name: tensor for name, tensor in state(model).items() if name not in weights.tensors},
+        {name: before[name] for name in report.names("new")},
+    )
+    assert_same({name: state(model)[name] for name in report.names("used")}, weights.tensors)
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"embed_dim": 12}, "holds a ViT with embed_dim 12; the model expects embed_dim 24"),
+        ({"depth": 5}, "depth 5; the model expects depth 3"),
+        ({"patch_size": 4}, "patch_size 4; the model expects patch_size 8"),
+        ({"img_size": 64}, "img_size 64; the model expects img_size 32"),
+        ({"in_chans": 1}, "in_chans 1; the model expects in_chans 3"),
+        ({"mlp_ratio": 2.0}, "mlp_ratio 2.0; the model expects mlp_ratio 4.0"),
+    ],
+)
+def test_other_architectures(other: dict[str, Any], told: str) -> None:
+    check_refusal(ViTEncoder(**ENCODER), weights_of(ViTEncoder(**ENCODER | other)), told, "\n! ")
+
+
+@pytest.mark.parametrize("other", [{"num_heads": 6}, {"img_size": (16, 64)}])
+def test_differences_that_no_shape_shows(other: dict[str, Any]) -> None:
+    made = ENCODER | other
+    weights = weights_of(ViTEncoder(**made), {MODEL_ARGUMENTS: json.dumps(made)})
+    key, value = next(iter(other.items()))
+    check_refusal(ViTEncoder(**ENCODER), weights, f"{key} {value}; the model expects {key} {ENCODER[key]}")
+
+
+def test_mismatches_are_never_allowed() -> None:
+    weights = weights_of(ViTEncoder(**ENCODER | {"img_size": 64}))
+    told = "file (1, 65, 24), model (1, 17, 24)"
+    check_refusal(ViTEncoder(**ENCODER), weights, told, new=(".",), dropped=(".",))
+
+
+def test_nothing_in_common_is_an_error() -> None:
+    with pytest.raises(UserError, match="no tensor is in both"):
+        load_model(build(), weights_of(torch.nn.Linear(2, 2)), new=(".",), dropped=(".",))
+
+
+def test_load_model_is_strict_both_ways() -> None:
+    with pytest.raises(UserError, match=r"! new +decoder_blocks\.0-1"):
+        load_model(build(), weights_of(ViTEncoder(**ENCODER)))
+    with pytest.raises(UserError, match=r"! dropped +decoder_blocks\.0-1"):
+        load_model(ViTEncoder(**ENCODER), weights_of(build()))
+
+
+def test_half_precision_is_reported() -> None:
+    weights = weights_of(ViTEncoder(**ENCODER).half())
+    model = ViTEncoder(**ENCODER)
+    assert "float16 to float32" in load_encoder(model, weights).table()
+    assert torch.equal(model.cls_token, weights.tensors["cls_token"].float())
+
+
+# Writing
+
+
+def test_save_refuses_to_overwrite(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    path = tmp_path / "new folder/a.safetensors"
+    save_weights(path, tensors, {})
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"a\.safetensors: exists already"):
+        save_weights(path, {"a": torch.zeros(1)}, {})
+    assert path.read_bytes() == before
+    save_weights(path, {"a": torch.zeros(1)}, {}, force=True)
+    assert list(read_weights(path).tensors) == ["a"]
+    with pytest.raises(UserError, match="a folder; name the file"):
+        save_weights(path.parent, tensors, {}, force=True)
+
+
+def test_failed_save_leaves_the_old_file_and_no_other(
+    tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.safetensors"
+    save_weights(path, tensors, {})
+    before = path.read_bytes()
+
+    def full_disk(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("crossmae.weights.save_file", full_disk)
+    with pytest.raises(UserError, match=r"a\.safetensors: can not be written: No space left"):
+        save_weights(path, {"a": torch.zeros(1)}, {}, force=True)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,218 @@
+"""`make demo` runs stages in order, reuses what is done, continues where it failed, removes only its own."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from crossmae.errors import UserError
+from tools.demo import RECORDS, ROOT, Stage, StageRecord, demo_stages, fingerprint, run_command, run_stages
+
+WRITE = "import sys; open(sys.argv[1], 'w').write('x'); open(sys.argv[2], 'a').write(sys.argv[3])"
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[Stage]:
+    """Three quick stages; each appends its letter to a journal beside the demo's folder."""
+    (tmp_path / "b.yaml").write_text("first")
+    return [quick(tmp_path, "a"), quick(tmp_path, "b", (tmp_path / "b.yaml",)), quick(tmp_path, "c")]
+
+
+def quick(tmp_path: Path, name: str, configs: tuple[Path, ...] = ()) -> Stage:
+    output, journal = tmp_path / "demo" / f"{name}.txt", tmp_path / "journal"
+    arguments = ("-S", "-c", WRITE, str(output), str(journal), name)
+    return Stage(name, f"title of {name}", arguments, (output,), configs)
+
+
+def journal(tmp_path: Path) -> str:
+    """The letters of the stages that ran since the last look."""
+    path = tmp_path / "journal"
+    text = path.read_text() if path.exists() else ""
+    path.unlink(missing_ok=True)
+    return text
+
+
+def records(tmp_path: Path) -> list[dict[str, object]]:
+    return json.loads((tmp_path / "demo" / RECORDS).read_text())["stages"]
+
+
+def test_second_run_reuses_everything(three: list[Stage], tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    first = run_stages(three, tmp_path / "demo")
+    assert journal(tmp_path) == "abc"
+    out = capfd.readouterr().out
+    for stage in three:
+        assert f"{stage.title}\n$ {stage.command}" in out
+    assert [r["status"] for r in records(tmp_path)] == ["done"] * 3
+    again = run_stages(three, tmp_path / "demo")
+    assert journal(tmp_path) == ""
+    assert again == first
+    assert capfd.readouterr().out.count("reused") == 3
+
+
+def test_changed_config_reruns_its_stage_and_those_after_it(three: list[Stage], tmp_path: Path):
+    run_stages(three, tmp_path / "demo")
+    journal(tmp_path)
+    (tmp_path / "b.yaml").write_text("second")
+    run_stages(three, tmp_path / "demo")
+    assert journal(tmp_path) == "bc"
+
+
+def test_changed_command_reruns_its_stage_and_those_after_it(three: list[Stage], tmp_path: Path):
+    run_stages(three, tmp_path / "demo")
+    journal(tmp_path)
+    three[1] = replace(three[1], arguments=(*three[1].arguments[:-1], "B"))
+    run_stages(three, tmp_path / "demo")
+    assert journal(tmp_path) == "Bc"
+
+
+def test_removed_output_reruns_its_stage_and_those_after_it(three: list[Stage], tmp_path: Path):
+    run_stages(three, tmp_path / "demo")
+    journal(tmp_path)
+    three[1].outputs[0].unlink()
+    run_stages(three, tmp_path / "demo")
+    assert journal(tmp_path) == "bc"
+
+
+def test_fresh_reruns_everything_even_with_broken_records(three: list[Stage], tmp_path: Path):
+    run_stages(three, tmp_path / "demo")
+    journal(tmp_path)
+    (tmp_path / "demo" / RECORDS).write_text("{")
+    run_stages(three, tmp_path / "demo", fresh=True)
+    assert journal(tmp_path) == "abc"
+
+
+def test_failed_stage_is_named_and_the_next_run_continues_there(three: list[Stage], tmp_path: Path):
+    good = three[1]
+    three[1] = replace(good, arguments=("-S", "-c", "raise SystemExit(7)"))
+    with pytest.raises(
+        UserError,
+        match=r"stage b failed after .*: exit code 7; its command was: .* -c 'raise SystemExit\(7\)'",
+    ):
+        run_stages(three, tmp_path / "demo")
+    assert journal(tmp_path) == "a"
+    assert [r["status"] for r in records(tmp_path)] == ["done", "failed"]
+    three[1] = good
+    run_stages(three, tmp_path / "demo")
+    assert journal(tmp_path) == "bc"
+
+
+def test_stage_without_its_output_failed(three: list[Stage], tmp_path: Path):
+    three[0] = replace(three[0], arguments=("-S", "-c", "pass"))
+    with pytest.raises(UserError, match=r"stage a failed .*: wrote no .*a.txt"):
+        run_stages(three, tmp_path / "demo")
+    assert records(tmp_path)[0]["status"] == "failed"
+
+
+def test_killed_stage_says_what_killed_it(three: list[Stage], tmp_path: Path):
+    suicide = f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})"
+    three[0] = replace(three[0], arguments=("-S", "-c", suicide))
+    with pytest.raises(UserError, match="killed by SIGKILL, which is what happens when memory runs out"):
+        run_stages(three, tmp_path / "demo")
+
+
+def test_interrupted_stage_is_not_taken_for_done(three: list[Stage], tmp_path: Path):
+    run_stages(three, tmp_path / "demo")
+    journal(tmp_path)
+    content = records(tmp_path)
+    content[2]["status"] = "started"  # as when the machine goes down
+    (tmp_path / "demo" / RECORDS).write_text(json.dumps({"stages": content}))
+    run_stages(three, tmp_path / "demo")
+    assert journal(tmp_path) == "c"
+
+
+def test_old_outputs_are_gone_before_a_stage_runs(tmp_path: Path):
+    folder = tmp_path / "demo" / "out"
+    folder.mkdir(parents=True)
+    (folder / "leftover").touch()
+    code = "import sys, pathlib; pathlib.Path(sys.argv[1]).mkdir()"  # fails where the folder exists
+    run_stages([Stage("a", "t", ("-S", "-c", code, str(folder)), (folder,))], tmp_path / "demo")
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["outside", "demo/../outside", "demo"])
+def test_nothing_outside_the_folder_is_removed(tmp_path: Path, where: str):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "demo").mkdir()
+    with pytest.raises(ValueError, match="must be inside"):
+        run_stages([Stage("a", "t", ("-S", "-c", "pass"), (tmp_path / where,))], tmp_path / "demo")
+    assert (tmp_path / "outside").is_dir()
+    assert (tmp_path / "demo").is_dir()
+
+
+def test_a_link_is_removed_but_not_what_it_points_to(tmp_path: Path):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").touch()
+    (tmp_path / "demo").mkdir()
+    link = tmp_path / "demo" / "a.txt"
+    link.symlink_to(precious)
+    run_stages([quick(tmp_path, "a")], tmp_path / "demo")
+    assert link.read_text() == "x"
+    assert (precious / "file").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"stages": [{"name": "a"}]}'])
+def test_broken_records_are_an_error(three: list[Stage], tmp_path: Path, content: str):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / RECORDS).write_text(content)
+    with pytest.raises(UserError, match=RECORDS):
+        run_stages(three, tmp_path / "demo")
+    assert journal(tmp_path) == ""
+
+
+def test_missing_config_is_an_error(three: list[Stage], tmp_path: Path):
+    (tmp_path / "b.yaml").unlink()
+    with pytest.raises(UserError, match=r"stage b: its config .*b.yaml does not exist"):
+        run_stages(three, tmp_path / "demo")
+
+
+def test_peak_memory_counts_descendants():
+    hold = "x = bytearray(96 << 20); import time; time.sleep(0.8)"
+    child = f"subprocess.run([sys.executable, '-S', '-c', {hold!r}])"
+    parent = f"import subprocess, sys; x = bytearray(96 << 20); {child}"
+    code, peak = run_command([sys.executable, "-S", "-c", parent])
+    assert code == 0
+    assert 2 * 96 << 20 <= peak < 4 * 96 << 20
+
+
+def test_demo_commands_are_what_is_shown_and_write_inside_the_output(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    output = Path("out put")
+    for stage in demo_stages(output):
+        assert tuple(shlex.split(stage.command)[1:]) == stage.arguments  # can be pasted, spaces or not
+        assert str(ROOT) not in stage.command.partition(" ")[2]  # nothing of this machine in it
+        assert (ROOT / stage.arguments[0]).is_file()
+        assert all(path.is_relative_to(output) for path in stage.outputs)
+        assert all(path.is_file() for path in stage.configs)
+
+
+def test_nothing_to_do_is_quick_and_prints_the_table_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    done, previous = [], ""
+    for stage in demo_stages(tmp_path):
+        previous = fingerprint(stage, previous)
+        done.append(
+            asdict(StageRecord(stage.name, stage.title, stage.command, previous, "done", 90.0, 2**30))
+        )
+        for output in stage.outputs:
+            output.write_text("mask 51.0")
+    (tmp_path / RECORDS).write_text(json.dumps({"stages": done}))
+    probe = (
+        "import sys; from tools.demo import main; main(['--output', sys.argv[1]]); "
+        "print(sorted({'torch', 'matplotlib', 'detectron2'} & set(sys.modules)))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", probe, str(tmp_path)], check=True, capture_output=True, text=True
+    ).stdout
+    assert out.count("reused") == 5
+    assert "mask 51.0" in out
+    assert "7 min 30 s" in out
+    assert str(tmp_path / "report.html") in out
+    assert out.endswith("[]\n")

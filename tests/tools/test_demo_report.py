@@ -1,0 +1,211 @@
+"""The demo's page shows what the stages wrote, names what is not there yet, and refuses broken files."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from crossmae.errors import UserError
+from crossmae.report import Gallery, Missing, Plot, Table
+from tools import demo_report
+from tools.demo_report import (
+    PICTURES,
+    build_report,
+    detector_section,
+    folded,
+    main,
+    prediction_section,
+    pretraining_section,
+    read_results,
+    read_stages,
+    reconstruction_section,
+    result_section,
+    stage_section,
+)
+
+# pycocotools 2.0.11 hands numpy 2 an array type of its own that knows no `copy`.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+IMAGES = PICTURES + 2
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A demo's folder with every artifact, small."""
+    monkeypatch.setattr(demo_report, "SIDE", 64)  # small pictures are drawn in no time
+    for name in ("data/annotations", "data/val", "detect/inference", "pretrain/reconstructions"):
+        (tmp_path / name).mkdir(parents=True)
+    mask = np.zeros((16, 16), np.uint8, order="F")
+    mask[4:12, 4:12] = 1
+    rle = coco_mask.encode(mask)
+    segmentation = {"size": rle["size"], "counts": rle["counts"].decode()}
+    shape = {"category_id": 1, "bbox": [4, 4, 8, 8], "segmentation": segmentation}
+    # The file lists images in falling order of id, so that "the first by id" is not "the first in the file".
+    ids = list(range(IMAGES, 0, -1))
+    for i in ids:
+        Image.new("RGB", (16, 16), (10 * i, 0, 0)).save(tmp_path / f"data/val/{i}.png")
+    truth = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 16, "height": 16} for i in ids],
+        "annotations": [{"id": i, "image_id": i, **shape} for i in ids],
+        "categories": [{"id": 1, "name": "7"}],
+    }
+    found = [{"image_id": i, "score": score, **shape} for i in ids for score in (0.49, 0.5, 0.9)]
+    values = {"AP": 40.0, "AP50": 71.24, "AP75": None, "AP-7": 12.5}
+    write(tmp_path / "data/annotations/val.json", truth)
+    write(tmp_path / "detect/inference/coco_instances_results.json", found)
+    write(tmp_path / "detect/results.json", {"bbox": values, "segm": values | {"AP50": 65.43}})
+    lines(
+        tmp_path / "pretrain/log.jsonl",
+        [{"step": s, "loss": 1 / s, "lr": 0.1, "images_per_second": 9} for s in (1, 2)],
+    )
+    losses = {"loss_mask": 0.5, "loss_cls": 0.5}
+    lines(tmp_path / "detect/metrics.json", [{"iteration": i, "total_loss": 1.0, **losses} for i in (1, 2)])
+    for step in (8, 16, 100):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"pretrain/reconstructions/step-{step:08d}.png")
+    done = {"title": "Title", "status": "done", "seconds": 61.0, "peak_memory_bytes": 3 * 2**30}
+    stages = [
+        {"name": "data", "command": "python tools/a.py", **done},
+        {"name": "report", "command": "python tools/b.py", **done, "status": "started", "seconds": 0.0},
+    ]
+    write(tmp_path / "stages.json", {"stages": stages})
+    return tmp_path
+
+
+def write(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value))
+
+
+def lines(path: Path, rows: list[dict[str, float]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_whole_page(folder: Path, capsys: pytest.CaptureFixture[str]):
+    main([str(folder)])
+    html, summary = (folder / "report.html").read_text(), (folder / "summary.txt").read_text()
+    assert "65.4 %" in html
+    assert "71.2" in summary
+    assert "65.4" in summary
+    assert "1 min 01 s" in html
+    assert "python tools/b.py" in html
+    assert 'class="card missing"' not in html
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_pictures_are_the_first_by_id_with_the_stated_threshold(folder: Path):
+    (gallery,) = prediction_section(folder).blocks
+    assert isinstance(gallery, Gallery)
+    captions = [row.caption for row in gallery.rows]
+    assert captions == [f"Image {i}: 1 digit, 2 detections" for i in range(1, PICTURES + 1)]
+
+
+def test_reconstructions_are_the_first_and_the_last_step(folder: Path):
+    (gallery,) = reconstruction_section(folder).blocks
+    assert isinstance(gallery, Gallery)
+    assert [row.caption for row in gallery.rows] == ["After 8 steps", "After 100 steps"]
+
+
+def test_curves_and_tables(folder: Path):
+    curves = [*pretraining_section(folder).blocks, *detector_section(folder).blocks]
+    assert [type(block) for block in curves] == [Plot] * 4
+    summary, by_class = result_section(folder).blocks
+    assert isinstance(summary, Table)
+    assert isinstance(by_class, Table)
+    assert [[getattr(cell, "text", cell) for cell in row] for row in summary.rows] == [
+        ["box", "40.0", "71.2", "-"],
+        ["mask", "40.0", "65.4", "-"],
+    ]
+    assert [getattr(cell, "text", cell) for cell in by_class.rows[0]] == ["7", "12.5", "12.5"]
+    assert [getattr(cell, "share", None) for cell in by_class.rows[0]] == [None, 0.125, 0.125]
+
+
+def test_report_in_the_making_has_no_time_of_its_own(folder: Path):
+    path = folder / "stages.json"
+    table = stage_section(read_stages(path), path).blocks[0]
+    assert isinstance(table, Table)
+    assert [row[1] for row in table.rows] == ["1 min 01 s", "this page"]
+    assert list(table.footer) == ["all", "1 min 01 s", "3.00 GiB"]
+
+
+def test_empty_folder_names_every_missing_file(tmp_path: Path):
+    main([str(tmp_path)])
+    missing = {
+        str(block.path.relative_to(tmp_path))
+        for section in build_report(tmp_path).sections
+        for block in section.blocks
+        if isinstance(block, Missing)
+    }
+    assert missing == {
+        "data/annotations/val.json",
+        "data/val",
+        "detect/inference/coco_instances_results.json",
+        "detect/results.json",
+        "detect/metrics.json",
+        "pretrain/log.jsonl",
+        "pretrain/reconstructions/step-*.png",
+        "stages.json",
+    }
+    html = (tmp_path / "report.html").read_text()
+    assert all(f"{name}</code>" in html for name in missing)
+
+
+def test_log_without_the_values_is_named(folder: Path):
+    lines(folder / "pretrain/log.jsonl", [{"step": 1}])
+    assert all(isinstance(block, Missing) for block in pretraining_section(folder).blocks)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("detect/results.json", {"bbox": {"AP": 1}}, "results.json: expected 'bbox' with AP, AP50, AP75"),
+        ("detect/results.json", [], "results.json: expected 'bbox'"),
+        ("data/annotations/val.json", {"images": []}, "val.json: expected a COCO file"),
+        ("detect/inference/coco_instances_results.json", {}, "coco_instances_results.json: expected a list"),
+        (
+            "detect/inference/coco_instances_results.json",
+            [{}],
+            "coco_instances_results.json: an entry has no 'score'",
+        ),
+        ("stages.json", {"stages": [{}]}, "stages.json: expected `stages`"),
+    ],
+)
+def test_wrong_files_are_named(folder: Path, name: str, content: object, message: str):
+    write(folder / name, content)
+    with pytest.raises(UserError, match=message):
+        main([str(folder)])
+    assert not (folder / "report.html").exists()
+    assert not (folder / "summary.txt").exists()
+
+
+def test_text_instead_of_a_number_is_named(folder: Path):
+    values = {"AP": "high", "AP50": 1.0, "AP75": 1.0}
+    write(folder / "detect/results.json", {"bbox": values, "segm": values})
+    with pytest.raises(UserError, match=r"bbox: expected numbers, received \{'AP': 'high'\}"):
+        read_results(folder / "detect/results.json")
+
+
+def test_folder_that_does_not_exist(tmp_path: Path):
+    with pytest.raises(UserError, match="no such folder"):
+        main([str(tmp_path / "nowhere")])
+
+
+def test_folded_command_is_the_same_command():
+    command = "python tools/train_net.py --config-file a.yaml " + " ".join(
+        f"KEY{i}='va lue'" for i in range(9)
+    )
+    text = folded(command)
+    assert text.count("\n") == 10
+    assert shlex.split(text.replace("\\\n", "")) == shlex.split(command)
+    assert folded("python a.py --short") == "python a.py --short"
+
+
+def test_environment_names_machine_and_versions():
+    values = dict(demo_report.environment())
+    assert values["Cores"]
+    assert "torch " in values["Packages"]
+    assert "crossmae" in values["Packages"] or "numpy" in values["Packages"]

@@ -1,0 +1,90 @@
+"""Train or evaluate a detector with a CrossMAE encoder.
+
+CPU, to see it work (2 iterations of one image):
+    python tools/train_net.py --config-file coco_mask_rcnn.yaml --train-json TRAIN.json --train-images IMAGES \\
+        MODEL.WEIGHTS=WEIGHTS OUTPUT_DIR=OUT SOLVER.MAX_ITER=2 SOLVER.IMS_PER_BATCH=1
+One GPU, data of your own in COCO format:
+    python tools/train_net.py --config-file coco_mask_rcnn.yaml --train-json TRAIN.json --train-images IMAGES \\
+        --val-json VAL.json --val-images IMAGES MODEL.WEIGHTS=WEIGHTS OUTPUT_DIR=OUT SOLVER.IMS_PER_BATCH=4
+Eight GPUs, COCO 2017 in $DETECTRON2_DATASETS/coco:
+    python tools/train_net.py --config-file coco_mask_rcnn.yaml --num-gpus 8 MODEL.WEIGHTS=WEIGHTS OUTPUT_DIR=OUT
+The same command with --resume goes on from the last checkpoint; with --eval-only MODEL.WEIGHTS=OUT/model_final.pth
+it evaluates. Settings follow as KEY VALUE or KEY=VALUE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import launch
+from detectron2.utils import comm
+from torch.multiprocessing import ProcessRaisedException
+
+from crossmae.errors import UserError, run_cli
+from det.config import load_det_config
+from det.data import use_own_data
+from det.evaluate import format_results
+from det.train import ConsoleHandler, evaluate_only, train
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="NAME", help="a YAML file, or its name under configs/")
+    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes, one per GPU (default 1)")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, do not train")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    for split in ("train", "val"):
+        parser.add_argument(f"--{split}-json", metavar="FILE", help=f"{split} annotations in COCO format")
+        parser.add_argument(f"--{split}-images", metavar="DIR", help=f"folder of the images that --{split}-json names")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE | KEY=VALUE", help="settings that replace the file's")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, call; one process per GPU."""
+    arguments = build_parser().parse_intermixed_args(argv)
+    set_up_console()
+    own_data = tuple(_pair(arguments, split) for split in ("train", "val"))
+    gpus = torch.cuda.device_count()
+    if arguments.num_gpus < 1 or (arguments.num_gpus > 1 and arguments.num_gpus > gpus):
+        raise UserError(f"--num-gpus {arguments.num_gpus}: this machine has {gpus}; without a GPU leave it at 1")
+    cfg = load_det_config(arguments.config_file, arguments.overrides)
+    try:
+        launch(run, arguments.num_gpus, dist_url="auto", args=(cfg, own_data, arguments.eval_only, arguments.resume))
+    except ProcessRaisedException as error:
+        _, is_ours, message = str(error).rpartition("UserError: ")
+        raise UserError(message.strip()) if is_ours else error from None
+
+
+def run(
+    cfg: CfgNode, own_data: tuple[tuple[str, str] | None, ...], eval_only: bool, resume: bool
+) -> None:
+    """What every process does."""
+    set_up_console()
+    train_data, val_data = own_data
+    use_own_data(cfg, None if eval_only else train_data, val_data)
+    results = evaluate_only(cfg) if eval_only else train(cfg, resume)
+    if comm.is_main_process() and results:
+        print(format_results(results))
+
+
+def set_up_console() -> None:
+    """Show log lines; again in every process."""
+    if not any(isinstance(handler, ConsoleHandler) for handler in logging.getLogger().handlers):
+        logging.getLogger().addHandler(ConsoleHandler())
+        logging.getLogger().setLevel(logging.INFO)
+
+
+def _pair(arguments: argparse.Namespace, split: str) -> tuple[str, str] | None:
+    json_path, images = getattr(arguments, f"{split}_json"), getattr(arguments, f"{split}_images")
+    if (json_path is None) != (images is None):
+        raise UserError(f"--{split}-json and --{split}-images belong together: give both or none")
+    return None if json_path is None else (json_path, images)
+
+
+if __name__ == "__main__":
+    run_cli(main)
