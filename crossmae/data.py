@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,7 +117,7 @@ class Unreadable:
     message: str
 
 
-class PretrainImages(Dataset[tuple[Tensor, Tensor, int]]):
+class PretrainImages(Dataset[Any]):
     """Randomly cropped and flipped images with mask noise (method specification, section 1.9).
 
     Args:
@@ -158,9 +159,7 @@ class PretrainImages(Dataset[tuple[Tensor, Tensor, int]]):
         """The file of one sample."""
         return Path(os.fsdecode(self.paths[index]))
 
-    def __getitem__(  # type: ignore[override]
-        self, key: tuple[int, int]
-    ) -> tuple[Tensor, Tensor, int] | Unreadable:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int] | Unreadable:
         """Sample `index` as seen in `epoch`; key = (epoch, index). (3, H, W) uint8, (L,) noise, index."""
         epoch, index = key
         try:
@@ -184,8 +183,8 @@ def collate(samples: list[tuple[Tensor, Tensor, int] | Unreadable]) -> Batch | U
 
 def build_loader(
     dataset: PretrainImages, plan: BatchPlan, first: int, last: int, workers: int, pin_memory: bool
-) -> DataLoader[Batch | Unreadable]:
-    """A loader of batches `first` .. `last` - 1 of the plan."""
+) -> DataLoader[Any]:
+    """A loader of batches `first` .. `last` - 1 of the plan; each is a `Batch` or `Unreadable`."""
     return DataLoader(
         dataset,
         batch_sampler=PlannedBatches(plan, first, last),

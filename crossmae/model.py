@@ -113,6 +113,7 @@ class CrossMAE(ViTEncoder):
                 block.requires_grad_(False)
         else:
             self.norm = LayerNorm(embed_dim)
+        blocks: list[nn.Module]
         if decoder == "self":
             self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
             blocks = [Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)]

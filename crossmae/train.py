@@ -97,6 +97,8 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
         fused=True,
     )
     step = restore(start, model, optimizer, config, plan) if start else 0
+    # Weights of an earlier end would hide the newer checkpoints of this run from those who read the folder.
+    (config.output_dir / WEIGHTS).unlink(missing_ok=True)
     announce(config, plan, model, step)
 
     # 3. Train.

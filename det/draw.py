@@ -31,7 +31,7 @@ _PALETTE: tuple[Color, ...] = (
     (122, 150, 255),
     (246, 232, 208),
 )
-_FILL_OPACITY = 0.45
+_FILL_OPACITY = 0.35
 
 
 @dataclass(frozen=True)

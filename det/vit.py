@@ -135,7 +135,8 @@ class ViT(Backbone):
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, patch_grid(pretrain_img_size, patch_size)))
         self.blocks = nn.ModuleList()
-        for index, rate in enumerate(torch.linspace(0, drop_path, depth).tolist()):
+        for index in range(depth):
+            rate = drop_path * index / max(depth - 1, 1)
             window = 0 if index in global_blocks else window_size
             block = Block(embed_dim, num_heads, mlp_ratio, rate)
             block.attn = SpatialAttention(embed_dim, num_heads, window, (window or grid) if rel_pos else 0)

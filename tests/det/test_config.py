@@ -1,0 +1,120 @@
+"""Configs are read safely, and whatever is wrong with one is an error that names the key."""
+
+import pytest
+
+pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
+
+import torch
+
+from crossmae.errors import UserError
+from det.config import load_det_config, split_overrides
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(text, name="config.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return _write
+
+
+@pytest.mark.parametrize("name", ["coco_mask_rcnn.yaml", "coco_mask_rcnn", "demo_mask_rcnn.yaml"])
+def test_bare_names_resolve_in_configs(name):
+    cfg = load_det_config(name)
+    assert cfg.MODEL.BACKBONE.NAME == "build_crossmae_vitdet_backbone"
+
+
+def test_the_recipe_is_the_published_one():
+    """Method specification, section 3.1."""
+    cfg = load_det_config("coco_mask_rcnn.yaml")
+    vit, solver = cfg.MODEL.VIT, cfg.SOLVER
+    assert (vit.EMBED_DIM, vit.DEPTH, vit.NUM_HEADS, vit.WINDOW_SIZE, vit.GLOBAL_BLOCKS) == (768, 12, 12, 14, [2, 5, 8, 11])
+    assert (vit.DROP_PATH, vit.SCALE_FACTORS, vit.OUT_CHANNELS, vit.NORM, vit.REL_POS) == (
+        0.1, [4, 2, 1, 0.5], 256, "LN", True,
+    )  # fmt: skip
+    assert (solver.BASE_LR, solver.WEIGHT_DECAY, solver.BETAS, solver.LAYER_DECAY) == (1e-4, 0.1, (0.9, 0.999), 0.7)
+    assert (solver.IMS_PER_BATCH, solver.MAX_ITER, solver.STEPS) == (64, 184375, (163889, 177546))
+    assert (solver.WARMUP_ITERS, solver.WARMUP_FACTOR, solver.GAMMA) == (250, 0.001, 0.1)
+    assert (cfg.INPUT.LSJ.SIZE, cfg.INPUT.LSJ.MIN_SCALE, cfg.INPUT.LSJ.MAX_SCALE) == (1024, 0.1, 2.0)
+    assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT) == (1024, 1024, "RGB")
+    assert len(cfg.MODEL.RPN.CONV_DIMS) == 2
+    assert (cfg.MODEL.ROI_BOX_HEAD.NUM_CONV, cfg.MODEL.ROI_BOX_HEAD.NUM_FC) == (4, 1)
+    assert cfg.MODEL.ROI_BOX_HEAD.NORM == cfg.MODEL.ROI_MASK_HEAD.NORM == "LN"
+
+
+def test_overrides_mix_both_forms(write):
+    path = write("SOLVER: {MAX_ITER: 7}")
+    words = ["SOLVER.BASE_LR", "1", "SOLVER.STEPS=(3, 5)", "MODEL.MASK_ON", "true", "OUTPUT_DIR=a=b", "MODEL.WEIGHTS", "1"]
+    cfg = load_det_config(path, words)
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR, cfg.SOLVER.STEPS, cfg.MODEL.MASK_ON) == (7, 1.0, (3, 5), True)
+    assert (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS) == ("a=b", "1"), "text keys take their value as it is"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["SOLVER.BASE_LR"], "SOLVER.BASE_LR has no value"),
+        (["0.1"], "expected KEY VALUE or KEY=VALUE, got '0.1'"),
+        (["SOLVER.BASE_RL=1"], r"unknown key SOLVER.BASE_RL \(did you mean SOLVER.BASE_LR\?\)"),
+        (["SOLVER.MAX_ITER=1.5"], "SOLVER.MAX_ITER must be of type int, like 40000, got '1.5'"),
+        (["SOLVER.MAX_ITER=none"], "SOLVER.MAX_ITER must be of type int"),
+        (["SOLVER=1"], "SOLVER is a section, not a key"),
+        (["SOLVER.BASE_LR.X=1"], "unknown key SOLVER.BASE_LR.X"),
+        (["SOLVER.IMS_PER_BATCH=0"], "SOLVER.IMS_PER_BATCH must be at least 1, got 0"),
+        (["SOLVER.LAYER_DECAY=1.5"], "SOLVER.LAYER_DECAY must be greater than 0 and at most 1, got 1.5"),
+        (["MODEL.VIT.GLOBAL_BLOCKS=[3,12]"], r"MODEL.VIT.GLOBAL_BLOCKS has \[12\], but MODEL.VIT.DEPTH 12 ends at 11"),
+        (["INPUT.LSJ.MIN_SCALE=3.0"], "INPUT.LSJ.MIN_SCALE 3.0 is greater than INPUT.LSJ.MAX_SCALE 2.0"),
+        (["INPUT.LSJ.ENABLED=True", "INPUT.CROP.ENABLED=True"], "exclude each other"),
+        (["DATALOADER.ASPECT_RATIO_GROUPING=True"], "DATALOADER.ASPECT_RATIO_GROUPING must be False"),
+        (["SEED=-1"], "SEED must be at least 0"),
+    ],
+)
+def test_bad_overrides_name_the_key(write, words, message):
+    with pytest.raises(UserError, match=message):
+        load_det_config(write("SOLVER: {MAX_ITER: 40000}"), words)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("SOLVER: {BASE_RL: 1}", r"config.yaml: unknown key SOLVER.BASE_RL \(did you mean SOLVER.BASE_LR\?\)"),
+        ("SOLVER: {MAX_ITER: {A: 1}}", "config.yaml: SOLVER.MAX_ITER must be of type int"),
+        ("SOLVER: [", "config.yaml: not valid YAML"),
+        ("OUTPUT_DIR: !!python/object/apply:os.getcwd []", "config.yaml: not valid YAML"),
+        ("_BASE_: https://example.org/x.yaml", "_BASE_ must name one existing file"),
+        ("_BASE_: config.yaml", "_BASE_ leads back to the file itself"),
+    ],
+)
+def test_bad_files_are_refused_and_run_nothing(write, text, message):
+    with pytest.raises(UserError, match=message):
+        load_det_config(write(text))
+
+
+def test_a_base_file_is_overlaid(write):
+    write("SOLVER: {MAX_ITER: 5, BASE_LR: 1e-3}", "base.yaml")
+    cfg = load_det_config(write("_BASE_: base.yaml\nSOLVER: {MAX_ITER: 6}"))
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR) == (6, 1e-3)
+
+
+def test_a_missing_file_lists_what_there_is():
+    with pytest.raises(UserError, match=r"coco_mask_rcnn\.yaml"):
+        load_det_config("coco_mask_rcn.yaml")
+
+
+def test_without_a_gpu_the_default_device_falls_back_and_an_asked_one_is_an_error(write, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    caplog.set_level("INFO")
+    path = write("SOLVER: {AMP: {ENABLED: true}}")
+    cfg = load_det_config(path)
+    assert cfg.MODEL.DEVICE == "cpu"
+    assert not cfg.SOLVER.AMP.ENABLED
+    assert "no GPU found: MODEL.DEVICE is cpu" in caplog.text
+    assert "SOLVER.AMP.ENABLED is False" in caplog.text
+    with pytest.raises(UserError, match="MODEL.DEVICE is cuda, but torch finds no GPU"):
+        load_det_config(path, ["MODEL.DEVICE", "cuda"])
+
+
+def test_split_overrides_takes_values_that_look_like_keys():
+    assert split_overrides(["A.B", "C=1", "D=E=F"]) == [("A.B", "C=1"), ("D", "E=F")]

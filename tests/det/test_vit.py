@@ -1,0 +1,127 @@
+"""The backbone equals detectron2's own ViT and SimpleFeaturePyramid: features and gradients, from equal weights.
+
+Square and non-square images, padded windows, relative positions with and without, tables resized from other sizes.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
+
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
+from detectron2.modeling.backbone.vit import ViT as ReferenceViT
+
+from crossmae.errors import UserError
+from crossmae.layers import LayerNorm
+from crossmae.pos_embed import sincos_pos_embed
+from det.config import load_det_config
+from det.vit import ViT, build_crossmae_vitdet_backbone, build_pyramid, relative_positions
+
+SIZE = {"patch_size": 16, "embed_dim": 32, "depth": 4, "num_heads": 2}
+
+
+def make_pair(rel_pos=True, window=3, img_size=128, drop_path=0.0):
+    """Ours and detectron2's, with the same random weights: relative positions away from zero, so that they count."""
+    torch.manual_seed(0)
+    ours = ViT(img_size, 64, **SIZE, drop_path=drop_path, window_size=window, global_blocks=(1, 3), rel_pos=rel_pos)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    reference = ReferenceViT(
+        img_size, **SIZE, drop_path_rate=drop_path, norm_layer=LayerNorm, use_rel_pos=rel_pos, window_size=window,
+        window_block_indexes=(0, 2), pretrain_img_size=64, out_feature="last_feat",
+    )  # fmt: skip
+    reference.load_state_dict(ours.state_dict(), strict=True)
+    pyramids = []
+    for net in (ours, reference):
+        torch.manual_seed(1)
+        if net is ours:
+            pyramids.append(build_pyramid(net, out_channels=16, square_pad=0))
+        else:
+            pyramids.append(SimpleFeaturePyramid(net, "last_feat", 16, (4.0, 2.0, 1.0, 0.5), LastLevelMaxPool(), "LN"))
+    return pyramids
+
+
+@pytest.mark.filterwarnings("ignore:Importing from timm.models.layers:FutureWarning")
+@pytest.mark.parametrize("rel_pos", [True, False])
+@pytest.mark.parametrize(
+    ("height", "width", "window"),
+    [(128, 128, 4), (128, 128, 3), (96, 160, 3), (64, 224, 5)],
+    ids=["whole windows", "padded windows", "not square", "other size than built for"],
+)
+def test_features_and_gradients_equal_detectron2(rel_pos, height, width, window):
+    ours, reference = make_pair(rel_pos, window)
+    imgs = torch.randn(2, 3, height, width)
+    features, expected = ours(imgs), reference(imgs)
+    assert list(features) == list(expected) == ["p2", "p3", "p4", "p5", "p6"]
+    for name in expected:
+        torch.testing.assert_close(features[name], expected[name], atol=1e-5, rtol=1e-5)
+    for outputs in (features, expected):
+        sum((level * level.detach().roll(1, 1)).mean() for level in outputs.values()).backward()
+    gradients = dict(reference.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Importing from timm.models.layers:FutureWarning")
+def test_drop_path_grows_linearly_as_in_detectron2():
+    ours, reference = make_pair(drop_path=0.3)
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in ours.net.blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert rates == pytest.approx([getattr(block.drop_path, "drop_prob", 0.0) for block in reference.net.blocks])
+
+
+def test_keys_and_shapes_are_those_of_the_published_adapter():
+    cfg = load_det_config("coco_mask_rcnn.yaml")
+    with torch.device("meta"):
+        from detectron2.layers import ShapeSpec
+
+        backbone = build_crossmae_vitdet_backbone(cfg, ShapeSpec(channels=3))
+    shapes = {name: tuple(tensor.shape) for name, tensor in backbone.net.state_dict().items()}
+    assert not {"cls_token", "norm.weight"} & set(shapes)
+    assert shapes["pos_embed"] == (1, 197, 768)
+    assert shapes["patch_embed.proj.weight"] == (768, 3, 16, 16)
+    for index in range(12):
+        length = 127 if index in (2, 5, 8, 11) else 27
+        assert shapes[f"blocks.{index}.attn.rel_pos_h"] == shapes[f"blocks.{index}.attn.rel_pos_w"] == (length, 64)
+    assert len(shapes) == 3 + 12 * 12 + 12 * 2
+    assert {name: spec.stride for name, spec in backbone.output_shape().items()} == {
+        "p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64,
+    }  # fmt: skip
+    assert backbone.padding_constraints == {"size_divisiblity": 32, "square_size": 1024}
+
+
+def test_a_new_backbone_starts_from_sine_cosine_positions_and_no_relative_ones():
+    net = ViT(64, 48, **SIZE, window_size=2, global_blocks=(3,))
+    torch.testing.assert_close(net.pos_embed.data, sincos_pos_embed(32, (3, 3)))
+    assert net.pos_embed.requires_grad
+    assert all(not t.any() for name, t in net.state_dict().items() if "rel_pos" in name)
+
+
+def test_relative_positions_are_differences_of_coordinates():
+    table = torch.arange(7.0)[:, None]  # distances -3 .. 3 of a grid of 4
+    pairs = relative_positions(table, 4)[..., 0] - 3
+    expected = torch.tensor([[float(i - j) for j in range(4)] for i in range(4)])
+    assert torch.equal(pairs, expected)
+
+
+def test_sides_that_are_no_multiple_of_the_patch_are_refused():
+    with pytest.raises(ValueError, match=r"multiples of 16 pixels, got \(64, 70\)"):
+        ViT(64, 64, **SIZE)(torch.zeros(1, 3, 64, 70))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("MODEL.VIT.PATCH_SIZE=14", "MODEL.VIT: img_size 1024 is not a multiple of patch_size 14"),
+        ("MODEL.VIT.NUM_HEADS=5", "MODEL.VIT: a width of 768 can not be split over 5 attention heads"),
+    ],
+)
+def test_impossible_sizes_name_the_section(override, message):
+    from detectron2.layers import ShapeSpec
+
+    cfg = load_det_config("coco_mask_rcnn.yaml", [override])
+    with torch.device("meta"), pytest.raises(UserError, match=message):
+        build_crossmae_vitdet_backbone(cfg, ShapeSpec(channels=3))

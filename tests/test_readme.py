@@ -1,0 +1,144 @@
+"""Proves that the README's commands work as written: each is run, word for word, on small data with small configs.
+
+The folder that a command runs in has files of the names in the README (IMAGES, TRAIN.json, ...), and configs of the same
+names as the recipes, which come before those in configs/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+PRETRAIN = {
+    "output_dir": "outputs",
+    "data": {"train": "IMAGES", "workers": 0},
+    "model": {
+        "name": "crossmae_vit_tiny_patch16",
+        "img_size": 64,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "decoder_embed_dim": 32,
+        "decoder_depth": 2,
+        "decoder_num_heads": 2,
+    },
+    "optim": {"batch_size": 4},
+    "schedule": {"epochs": 1, "warmup_epochs": 0},
+}
+DETECT = {
+    "_BASE_": "recipe.yaml",
+    "INPUT": {"LSJ": {"ENABLED": False}, "MIN_SIZE_TRAIN": [64], "MIN_SIZE_TEST": 64, "MAX_SIZE_TEST": 64},
+    "MODEL": {
+        "VIT": {
+            "IMG_SIZE": 64,
+            "PRETRAIN_IMG_SIZE": 64,
+            "EMBED_DIM": 32,
+            "DEPTH": 2,
+            "NUM_HEADS": 2,
+            "WINDOW_SIZE": 2,
+            "GLOBAL_BLOCKS": [1],
+            "OUT_CHANNELS": 16,
+            "SQUARE_PAD": 64,
+        },
+        "ROI_BOX_HEAD": {"CONV_DIM": 16, "FC_DIM": 32},
+        "ROI_MASK_HEAD": {"CONV_DIM": 16},
+    },
+    "SOLVER": {"MAX_ITER": 2, "IMS_PER_BATCH": 2, "STEPS": [], "WARMUP_ITERS": 1},
+    "DATALOADER": {"NUM_WORKERS": 0},
+    "TEST": {"EVAL_PERIOD": 0},
+}
+
+
+def command(name: str) -> str:
+    """The indented or fenced block after `<!-- test: name -->`."""
+    match = re.search(rf"<!-- test: {name} -->\n((?:    .*\n)+|```python\n.*?```)", README, re.DOTALL)
+    assert match, f"the README has no block for {name}"
+    return match[1].removeprefix("```python\n").removesuffix("```")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "tools").symlink_to(ROOT / "tools")
+    (folder / "IMAGES").mkdir()
+    images, annotations = [], []
+    rng = np.random.default_rng(0)
+    for number in range(1, 7):
+        pixels = rng.integers(0, 256, (64, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / "IMAGES" / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": 64, "height": 64})
+        x, y, side = (int(v) for v in rng.integers(4, 30, 3))
+        corners = [x, y, x + side, y, x + side, y + side, x, y + side]
+        box = {"bbox": [x, y, side, side], "area": side**2, "segmentation": [corners], "iscrowd": 0}
+        annotations.append({"id": number, "image_id": number, "category_id": 1 + number % 2, **box})
+    content = {"images": images, "annotations": annotations}
+    content["categories"] = [{"id": 1, "name": "square"}, {"id": 2, "name": "box"}]
+    for name in ("TRAIN.json", "VAL.json"):
+        (folder / name).write_text(json.dumps(content))
+    (folder / "pretrain").mkdir()
+    (folder / "pretrain" / "crossmae_vitb16.yaml").write_text(yaml.safe_dump(PRETRAIN))
+    (folder / "recipe.yaml").write_text((ROOT / "configs" / "coco_mask_rcnn.yaml").read_text())
+    (folder / "coco_mask_rcnn.yaml").write_text(yaml.safe_dump(DETECT))
+    return folder
+
+
+def run(script: str, folder: Path) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", "-ec", script], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_from_a_folder_of_images_to_an_ap(folder: Path) -> None:
+    """The four commands in the order of the README, each from what the one before it left."""
+    # The README's SOLVER.IMS_PER_BATCH=4 fits the six images.
+    run(command("pretrain"), folder)
+    assert (folder / "outputs/mine/model.safetensors").is_file()
+    assert "backbone.net" in run(command("convert"), folder)
+    assert (folder / "encoder.pth").is_file()
+    run(command("detect"), folder)
+    results = json.loads((folder / "outputs/detector/results.json").read_text())
+    assert {"bbox", "segm"} <= results.keys()
+    (folder / "outputs/detector/results.json").unlink()
+    assert "AP50" in run(command("evaluate"), folder)
+    again = json.loads((folder / "outputs/detector/results.json").read_text())
+    assert again == results
+
+
+def test_the_python_example_runs(folder: Path) -> None:
+    script = textwrap.dedent(command("python"))
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert "torch.Size([2, 4, 768])" in done.stdout, done.stderr
+
+
+def test_every_link_in_the_docs_leads_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_file_that_the_docs_name_exists() -> None:
+    """Paths in backticks that look like files of this repository."""
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"]:
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"`((?:crossmae|det|tools|configs|tests|docs)/[\w./-]*\w)`", text):
+            assert (ROOT / name).exists(), f"{page.name}: {name}"
