@@ -60,9 +60,7 @@ DEV = [
 
 def read_version() -> str:
     """`__version__` of crossmae/__init__.py, read as text because importing it needs the dependencies."""
-    match = re.search(
-        r'^__version__ = "([^"]+)"$', (ROOT / "crossmae/__init__.py").read_text("utf-8"), re.MULTILINE
-    )
+    match = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "crossmae/__init__.py").read_text("utf-8"), re.MULTILINE)
     if match is None:
         raise RuntimeError('crossmae/__init__.py: no line of the form __version__ = "X.Y.Z"')
     return match.group(1)

@@ -63,9 +63,7 @@ def save_checkpoint(
     write_atomically(folder / STATE, lambda path: torch.save(state, path))
     write_json(folder / RECORD, record)
     names = (MODEL, STATE, RECORD)
-    files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names
-    }
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
     write_json(folder / MANIFEST, {"step": step, "files": files})
     for old in complete_checkpoints(run)[:-keep]:
         # Without its manifest it stops counting at once, even if the deletion is interrupted.

@@ -47,17 +47,12 @@ class DataConfig(Section):
     val: Path | None = Field(
         None, description="folder of held-out images for the reconstructions; default: training images"
     )
+    check: bool = Field(True, description="look at every file first; false for millions of known good ones")
     workers: int = Field(4, ge=0, description="processes that read images; 0 reads in the training process")
-    crop_scale: tuple[Share, Share] = Field(
-        (0.2, 1.0), description="area of the random crop, as shares of the image"
-    )
+    crop_scale: tuple[Share, Share] = Field((0.2, 1.0), description="area of the random crop, as shares of the image")
     flip: Share = Field(0.5, description="probability of a horizontal flip")
-    mean: tuple[float, ...] = Field(
-        (0.485, 0.456, 0.406), description="per channel, of pixels scaled to 0-1, RGB"
-    )
-    std: tuple[Positive, ...] = Field(
-        (0.229, 0.224, 0.225), description="per channel, of pixels scaled to 0-1, RGB"
-    )
+    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="per channel, of pixels scaled to 0-1, RGB")
+    std: tuple[Positive, ...] = Field((0.229, 0.224, 0.225), description="per channel, of pixels scaled to 0-1, RGB")
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
@@ -83,12 +78,8 @@ class ModelConfig(Section):
     decoder_depth: PositiveInt | None = None
     decoder_num_heads: PositiveInt | None = None
     mlp_ratio: Positive | None = None
-    decoder: Decoder | None = Field(
-        None, description=f"one of {', '.join(DECODERS)}; default: the size's own"
-    )
-    fuse_blocks: tuple[int, ...] | None = Field(
-        None, description="encoder blocks to mix; null: all, []: no fusion"
-    )
+    decoder: Decoder | None = Field(None, description=f"one of {', '.join(DECODERS)}; default: the size's own")
+    fuse_blocks: tuple[int, ...] | None = Field(None, description="encoder blocks to mix; null: all, []: no fusion")
     fuse_input: bool = Field(True, description="mix the encoder's input, too")
     norm_pix_loss: bool = Field(True, description="standardise each target patch")
     mask_ratio: Ratio = Field(0.75, description="share of all patches that the encoder does not see")
@@ -97,11 +88,7 @@ class ModelConfig(Section):
     def arguments(self) -> dict[str, Any]:
         """Everything that `create_model` takes besides the name; None is the size's own value."""
         masking = {"name", "mask_ratio", "predict_ratio"}
-        return {
-            key: value
-            for key, value in self
-            if key not in masking and (value is not None or key == "fuse_blocks")
-        }
+        return {key: value for key, value in self if key not in masking and (value is not None or key == "fuse_blocks")}
 
 
 class OptimConfig(Section):
@@ -134,9 +121,7 @@ class RuntimeConfig(Section):
     """Device, precision, randomness."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 autocast on GPUs that have it"
-    )
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast on GPUs that have it")
     seed: int = Field(0, ge=0)
 
 
@@ -144,9 +129,7 @@ class LogConfig(Section):
     """What is written while training."""
 
     every_steps: PositiveInt = Field(20, description="steps between two lines of log.jsonl")
-    reconstruct_every_epochs: PositiveInt = Field(
-        20, description="epochs between two pictures of reconstructions"
-    )
+    reconstruct_every_epochs: PositiveInt = Field(20, description="epochs between two pictures of reconstructions")
     reconstruct_images: int = Field(8, ge=0, le=64, description="images in such a picture; 0: none")
 
 
@@ -154,9 +137,7 @@ class CheckpointConfig(Section):
     """When the state is saved, and how much of it is kept."""
 
     every_epochs: PositiveInt = 20
-    keep: int = Field(
-        2, ge=1, description="checkpoints kept; older ones are deleted after a newer one is complete"
-    )
+    keep: int = Field(2, ge=1, description="checkpoints kept; older ones are deleted after a newer one is complete")
 
 
 class PretrainConfig(Section):
@@ -193,9 +174,7 @@ def resolve_config_path(name: str) -> Path:
         if path.is_file():
             return path
     known = sorted(str(path.relative_to(CONFIG_ROOT)) for path in CONFIG_ROOT.rglob("*.yaml"))
-    raise UserError(
-        f"--config-file {name}: no such file here or in configs/; configs/ has {', '.join(known)}"
-    )
+    raise UserError(f"--config-file {name}: no such file here or in configs/; configs/ has {', '.join(known)}")
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> PretrainConfig:
@@ -230,9 +209,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(
-            f"{path}: expected sections with keys (data:, model:, ...), got {type(values).__name__}"
-        )
+        raise UserError(f"{path}: expected sections with keys (data:, model:, ...), got {type(values).__name__}")
     return values
 
 
@@ -261,9 +238,7 @@ def describe_errors(error: ValidationError, path: Path, values: dict[str, Any]) 
     problems = []
     for item in error.errors(include_url=False):
         location = [
-            part
-            for part in item["loc"]
-            if isinstance(part, str) and not part.startswith(("tuple[", "constrained"))
+            part for part in item["loc"] if isinstance(part, str) and not part.startswith(("tuple[", "constrained"))
         ]
         key = ".".join(location)
         if item["type"] == "extra_forbidden":

@@ -109,13 +109,9 @@ def check_conversion(source: Path, destination: Path, to: str, *, force: bool = 
         raise UserError(f"--to {to}: unknown format; known: {', '.join(TARGETS)}")
     if destination.suffix not in TARGETS[to].suffixes:
         known = ", ".join(TARGETS[to].suffixes)
-        raise UserError(
-            f"{destination}: the suffix says the kind of file to write; for --to {to} one of {known}"
-        )
+        raise UserError(f"{destination}: the suffix says the kind of file to write; for --to {to} one of {known}")
     if destination.exists() and source.exists() and destination.samefile(source):
-        raise UserError(
-            f"{destination}: source and destination are the same file; the source is never touched"
-        )
+        raise UserError(f"{destination}: source and destination are the same file; the source is never touched")
     check_destination(destination, force=force)
 
 

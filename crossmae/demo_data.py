@@ -82,6 +82,7 @@ MIN_VISIBLE_SHARE = 0.8  # of a digit's own pixels, once later digits lie over i
 MIN_VISIBLE_AREA = 40  # pixels
 MIN_CONTRAST = 60.0  # luma steps (of 255) between a digit and what it is painted on ...
 MAX_UNREADABLE_SHARE = 0.2  # ... on all but this share of its pixels
+PHOTOGRAPH_BRIGHTNESS = 0.6  # of the original: bright digits of every hue can be read on it
 MIN_COLOUR_DISTANCE = 110.0  # RGB steps between two digits of one image
 MAX_ROTATION = 15.0  # degrees
 MAX_TRIES = 40  # per digit, and of whole images when a digit finds no place
@@ -98,7 +99,7 @@ class DemoDataSettings:
     `train` and `val` count images, `size` is their side in pixels. Out of range: UserError with the name.
     """
 
-    train: int = 1200
+    train: int = 1600
     val: int = 150
     size: int = 128
     seed: int = 0
@@ -164,9 +165,7 @@ def package_file(package: str, relative: str) -> Path:
         raise UserError(f"the demo's data needs {DISTRIBUTIONS[package]}: pip install -e .[demo]")
     path = Path(spec.origin).parent / relative
     if not path.is_file():
-        raise UserError(
-            f"{path} is missing from {DISTRIBUTIONS[package]}: pip install -e .[demo] for one that has it"
-        )
+        raise UserError(f"{path} is missing from {DISTRIBUTIONS[package]}: pip install -e .[demo] for one that has it")
     return path
 
 
@@ -214,18 +213,14 @@ def compose_scene(seed: int, stream: str, index: int, source: SourceImages, styl
     labels = rng.permutation([index % 10, *rng.integers(0, 10, count - 1)]).tolist()
     for _ in range(MAX_TRIES):
         photograph, pixels = crop_photograph(rng, source.photographs, style.size)
-        canvas = pixels.astype(np.float32)
+        canvas = pixels.astype(np.float32) * PHOTOGRAPH_BRIGHTNESS
         instances: list[Instance] = []
         if all(place_digit(rng, canvas, instances, source, label, style.heights) for label in labels):
             return Scene(np.rint(canvas).astype(np.uint8), photograph, instances)
-    raise RuntimeError(
-        f"no room for the digits {labels} in {style.size} pixels: {stream} {index}, seed {seed}"
-    )
+    raise RuntimeError(f"no room for the digits {labels} in {style.size} pixels: {stream} {index}, seed {seed}")
 
 
-def crop_photograph(
-    rng: np.random.Generator, photographs: dict[str, Image.Image], size: int
-) -> tuple[str, Array]:
+def crop_photograph(rng: np.random.Generator, photographs: dict[str, Image.Image], size: int) -> tuple[str, Array]:
     """A random square of a random photograph, large enough (half the shorter side) to tell what it shows.
 
     Returns the file name and the pixels (size, size, 3) uint8.
@@ -311,7 +306,7 @@ def pick_colour(rng: np.random.Generator, background: Array, taken: list[Array])
     """A random colour (3,) float32 that can be read on pixels (n, 3) and is unlike those taken, or None."""
     candidates = random_colours(rng, 64)
     luma, behind = candidates @ LUMA_WEIGHTS, np.sort(background @ LUMA_WEIGHTS)
-    too_close = np.searchsorted(behind, luma + MIN_CONTRAST) - np.searchsorted(behind, luma - MIN_CONTRAST)
+    too_close = behind.size - np.searchsorted(behind, luma - MIN_CONTRAST)
     readable = too_close <= MAX_UNREADABLE_SHARE * behind.size
     for colour in taken:
         readable &= np.linalg.norm(candidates - colour, axis=1) >= MIN_COLOUR_DISTANCE
@@ -319,10 +314,10 @@ def pick_colour(rng: np.random.Generator, background: Array, taken: list[Array])
 
 
 def random_colours(rng: np.random.Generator, count: int) -> Array:
-    """RGB colours (count, 3) float32 in 0..255: every hue, pale to saturated, dark to bright."""
+    """RGB colours (count, 3) float32 in 0..255: every hue, pale to saturated, all bright."""
     hue = rng.uniform(0, 6, (count, 1))
     pure = np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
-    saturation, value = rng.uniform(0, 1, (count, 1)) ** 0.5, rng.uniform(0.05, 1, (count, 1)) ** 0.5
+    saturation, value = rng.uniform(0, 1, (count, 1)) ** 0.5, rng.uniform(0.8, 1, (count, 1))
     return np.asarray(255 * value * (1 - saturation * (1 - pure)), dtype=np.float32)
 
 
@@ -358,9 +353,7 @@ def must_write(settings: DemoDataSettings, output: Path, force: bool) -> bool:
         return True
     manifest = read_manifest(output)
     if manifest is None:
-        raise UserError(
-            f"{output} exists and is not demo data (no such manifest.json): give another --output"
-        )
+        raise UserError(f"{output} exists and is not demo data (no such manifest.json): give another --output")
     if force:
         return True
     wanted = settings_record(settings)
@@ -392,9 +385,7 @@ def settings_record(settings: DemoDataSettings) -> dict[str, int]:
 
 def difference(found: dict[str, Any], wanted: dict[str, int]) -> str:
     """The settings that differ, for an error message."""
-    return ", ".join(
-        f"{k}: found {found.get(k)}, expected {v}" for k, v in wanted.items() if found.get(k) != v
-    )
+    return ", ".join(f"{k}: found {found.get(k)}, expected {v}" for k, v in wanted.items() if found.get(k) != v)
 
 
 def replace_folder(new: Path, output: Path) -> None:
@@ -428,7 +419,7 @@ def write_detection(
 ) -> None:
     """Write `count` images of a split and their COCO annotations."""
     size = settings.size
-    style = SceneStyle(size, counts=(2, 5), heights=(max(24, round(0.22 * size)), round(0.5 * size)))
+    style = SceneStyle(size, counts=(2, 4), heights=(max(24, round(0.27 * size)), round(0.5 * size)))
     (root / split).mkdir()
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []

@@ -143,9 +143,7 @@ def python_row() -> Row:
 def crossmae_row() -> Row:
     """This package: it may run from a clone without being installed."""
     if installed_version(("crossmae",)) is None:
-        return Row(
-            "crossmae", f"{crossmae.__version__}, not installed: found in the current folder", "make venv"
-        )
+        return Row("crossmae", f"{crossmae.__version__}, not installed: found in the current folder", "make venv")
     return Row("crossmae", crossmae.__version__)
 
 
@@ -155,9 +153,7 @@ def library_row(library: Library) -> Row:
         module = importlib.import_module(library.module)
     except Exception as error:  # a broken binary may raise anything; the report must go on
         return broken_row(library, error)
-    version = installed_version(library.distributions) or str(
-        getattr(module, "__version__", "version unknown")
-    )
+    version = installed_version(library.distributions) or str(getattr(module, "__version__", "version unknown"))
     if library.name == "torch":
         return torch_row(version)
     return Row(library.name, version)

@@ -54,9 +54,7 @@ def reconstruct(
     visible = gather_tokens(patches, out.visible_idx)
     filled = patches.scatter(1, predict_at, pred).scatter(1, visible_at, visible)
     seen = torch.full_like(patches, float("nan")).scatter(1, visible_at, visible)
-    panels = (
-        _pixels(unpatchify(p, model.grid, model.patch_size), mean, std) for p in (patches, seen, filled)
-    )
+    panels = (_pixels(unpatchify(p, model.grid, model.patch_size), mean, std) for p in (patches, seen, filled))
     return Panels(*panels)
 
 
@@ -78,7 +76,7 @@ def reconstruction_figure(panels: Panels, title: str) -> Figure:
 def _pixels(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Undo the normalisation; unseen pixels become grey."""
     shape = (1, -1, 1, 1)
-    pixels = imgs * torch.tensor(std, device=imgs.device).view(shape) + torch.tensor(
-        mean, device=imgs.device
-    ).view(shape)
+    pixels = imgs * torch.tensor(std, device=imgs.device).view(shape) + torch.tensor(mean, device=imgs.device).view(
+        shape
+    )
     return pixels.nan_to_num(0.5).clamp(0, 1)

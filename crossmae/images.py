@@ -5,14 +5,20 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
 
 from crossmae.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+# Of whole JPEG and PNG files. Other files may be whole, too: they have to be decoded to be sure.
+LAST_BYTES = (b"\xff\xd9", b"IEND\xaeB`\x82")
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +39,7 @@ def find_images(folder: str | Path, key: str) -> list[Path]:
     if not root.is_dir():
         parent = next(p for p in [root, *root.resolve().parents] if p.exists())
         kind = (
-            "is a file, not a folder"
-            if root.is_file()
-            else f"does not exist (the nearest folder that does: {parent})"
+            "is a file, not a folder" if root.is_file() else f"does not exist (the nearest folder that does: {parent})"
         )
         raise UserError(f"{key}: {root} {kind}")
     images: list[Path] = []
@@ -88,6 +92,26 @@ def read_image(path: str | Path) -> Image.Image:
         # Pillow reports broken files by any of these, PNG ones by SyntaxError.
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
         raise UserError(f"{path}: can not be read as an image: {reason}") from error
+
+
+def check_images(paths: Sequence[Path]) -> None:
+    """Make sure that every file is whole, before hours are spent: by its last bytes, in doubt by reading it.
+
+    Raises:
+        UserError: see `read_image`.
+    """
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        whole = pool.map(_ends_like_an_image, paths)
+        for path, is_whole in zip(paths, tqdm(whole, "check images", len(paths), leave=False, unit="img"), strict=True):
+            if not is_whole:
+                read_image(path)
+
+
+def _ends_like_an_image(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(file.tell() - 16, 0))
+        return file.read().endswith(LAST_BYTES)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -63,9 +63,7 @@ class CrossAttention(nn.Module):
         B, L, D = x.shape
         S, heads = context.shape[1], self.num_heads
         q = self.q(x).view(B, L, heads, D // heads).transpose(1, 2)  # (B, heads, L, D / heads)
-        k, v = (
-            self.kv(context).view(B, S, 2, heads, D // heads).permute(2, 0, 3, 1, 4)
-        )  # (B, heads, S, D / heads)
+        k, v = self.kv(context).view(B, S, 2, heads, D // heads).permute(2, 0, 3, 1, 4)  # (B, heads, S, D / heads)
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(B, L, D))
 

@@ -61,9 +61,7 @@ class LoadReport:
     def summary(self) -> str:
         """One line: how many tensors of each status."""
         counts = {status: self.count(status) for status in reversed(ORDER)}
-        return ", ".join(
-            f"{number} {status}" for status, number in counts.items() if number or status == "used"
-        )
+        return ", ".join(f"{number} {status}" for status, number in counts.items() if number or status == "used")
 
     def table(self) -> str:
         """Text table by module, what is wrong first; `!` marks what makes loading fail."""

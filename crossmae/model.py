@@ -103,9 +103,7 @@ class CrossMAE(ViTEncoder):
         self.fuse_input = fuse_input and bool(self.fused_blocks)
 
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        self.decoder_pos_embed = nn.Parameter(
-            sincos_pos_embed(decoder_embed_dim, self.grid), requires_grad=False
-        )
+        self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(decoder_embed_dim, self.grid), requires_grad=False)
         if self.fused_blocks:
             self.wfm = FeatureMixer(len(self.fused_blocks) + self.fuse_input, decoder_depth)
             self.dec_norms = nn.ModuleList(LayerNorm(embed_dim) for _ in range(decoder_depth))
@@ -119,9 +117,7 @@ class CrossMAE(ViTEncoder):
             blocks = [Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)]
         else:
             blocks = [
-                CrossBlock(
-                    decoder_embed_dim, embed_dim, decoder_num_heads, mlp_ratio, decoder == "cross_self"
-                )
+                CrossBlock(decoder_embed_dim, embed_dim, decoder_num_heads, mlp_ratio, decoder == "cross_self")
                 for _ in range(decoder_depth)
             ]
         self.decoder_blocks = nn.ModuleList(blocks)
@@ -188,9 +184,7 @@ class CrossMAE(ViTEncoder):
 
     def patch_counts(self, mask_ratio: float, predict_ratio: float) -> MaskCounts:
         """Patches per image that are visible, dropped and predicted; see `mask_counts`."""
-        return mask_counts(
-            self.num_patches, mask_ratio, mask_ratio if self.decoder == "self" else predict_ratio
-        )
+        return mask_counts(self.num_patches, mask_ratio, mask_ratio if self.decoder == "self" else predict_ratio)
 
     def encode(self, imgs: Tensor, visible_idx: Tensor | None = None) -> list[Tensor]:
         """What each decoder block attends to: N tensors of (B, V + 1, E), class token first, not yet
@@ -222,9 +216,7 @@ class CrossMAE(ViTEncoder):
         B, _, D = x.shape
         where = visible_idx.unsqueeze(-1).expand(-1, -1, D)
         masked = self.mask_token.to(x.dtype).expand(B, self.num_patches, D)
-        x = (
-            torch.cat([x[:, :1], masked.scatter(1, where, x[:, 1:])], dim=1) + self.decoder_pos_embed
-        )  # (B, L + 1, D)
+        x = torch.cat([x[:, :1], masked.scatter(1, where, x[:, 1:])], dim=1) + self.decoder_pos_embed  # (B, L + 1, D)
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
@@ -253,9 +245,7 @@ def resolve_blocks(blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...
         )
     resolved = sorted(index % depth for index in blocks)
     if len(set(resolved)) < len(resolved):
-        raise ValueError(
-            f"fuse_blocks {tuple(blocks)} names a block twice; counted from the start: {tuple(resolved)}"
-        )
+        raise ValueError(f"fuse_blocks {tuple(blocks)} names a block twice; counted from the start: {tuple(resolved)}")
     return tuple(resolved)
 
 

@@ -16,9 +16,7 @@ LR_RULES = {
 }
 
 
-def scaled_lr(
-    base_lr: float, images_per_step: int, mask_ratio: float, predict_ratio: float, rule: str
-) -> float:
+def scaled_lr(base_lr: float, images_per_step: int, mask_ratio: float, predict_ratio: float, rule: str) -> float:
     """Peak learning rate: base_lr * images / 256 * factor of the rule.
 
     Args:

@@ -246,9 +246,7 @@ def line_plot(
         "axes.spines.right": False,
         "axes.spines.left": False,
     }
-    style |= dict.fromkeys(
-        ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), _TEXT
-    )
+    style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), _TEXT)
     buffer = io.StringIO()
     with mpl.rc_context(style):
         figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
@@ -280,9 +278,7 @@ def _draw_curves(figure: Any, series: Sequence[Series], log_y: bool) -> None:
         if len(y) >= SMOOTH_FROM:
             axes.plot(curve.x, y, color=color, linewidth=0.8, alpha=0.3)
             y = running_mean(y, width=max(3, len(y) // 20))
-        axes.plot(
-            curve.x, y, color=color, linewidth=1.8, label=curve.label, marker="o" if len(y) == 1 else None
-        )
+        axes.plot(curve.x, y, color=color, linewidth=1.8, label=curve.label, marker="o" if len(y) == 1 else None)
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=8)
 

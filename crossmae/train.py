@@ -35,7 +35,7 @@ from crossmae.data import Batch, BatchPlan, PretrainImages, Unreadable, build_lo
 from crossmae.errors import UserError
 from crossmae.figures import reconstruct, reconstruction_figure
 from crossmae.files import make_folder, write_atomically
-from crossmae.images import find_images, read_image
+from crossmae.images import check_images, find_images, read_image
 from crossmae.model import CrossMAE
 from crossmae.optim import lr_at, parameter_groups, scaled_lr
 from crossmae.variants import create_model, model_arguments
@@ -75,9 +75,7 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
     """
     # 1. Everything that can be wrong is looked at before anything is written.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "WORLD_SIZE is over 1, but pretraining runs in one process so far; start it without torchrun"
-        )
+        raise UserError("WORLD_SIZE is over 1, but pretraining runs in one process so far; start it without torchrun")
     device, precision = choose_device(config)
     model = build_model(config)
     paths = find_images(config.data.train, "data.train")
@@ -85,6 +83,8 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
     batches = BatchPlan(len(paths), config.optim.batch_size, config.runtime.seed)
     plan = make_plan(config, batches, device, precision)
     start = find_start(config.output_dir, resume)
+    if config.data.check:
+        check_images(paths)
     preview = load_preview(config, model, val_paths[: config.log.reconstruct_images])
 
     # 2. Build what trains, and restore it.
@@ -155,9 +155,7 @@ class Run:
         truncate_log(folder / LOG, self.step)
         self.lines = open(folder / LOG, "a", encoding="utf-8")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=self.step)
-        self.bar = tqdm(
-            total=self.plan.last_step, initial=self.step, desc="pretrain", unit="step", dynamic_ncols=True
-        )
+        self.bar = tqdm(total=self.plan.last_step, initial=self.step, desc="pretrain", unit="step", dynamic_ncols=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -229,9 +227,7 @@ class Run:
         }
         tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
         metadata = weight_metadata(config, self.step)
-        save_checkpoint(
-            config.output_dir, self.step, tensors, metadata, state, record, config.checkpoint.keep
-        )
+        save_checkpoint(config.output_dir, self.step, tensors, metadata, state, record, config.checkpoint.keep)
 
 
 def train_steps(run: Run, batches: Any) -> None:
@@ -327,15 +323,11 @@ def make_plan(config: PretrainConfig, batches: BatchPlan, device: torch.device, 
             f"epoch of {batches.num_images} images has {batches.batches_per_epoch}; lower one of the two"
         )
     if schedule.warmup_epochs > schedule.epochs:
-        raise UserError(
-            f"schedule.warmup_epochs: {schedule.warmup_epochs} exceeds schedule.epochs {schedule.epochs}"
-        )
+        raise UserError(f"schedule.warmup_epochs: {schedule.warmup_epochs} exceeds schedule.epochs {schedule.epochs}")
     total = batches.batches_per_epoch * schedule.epochs // optim.accumulate
     images_per_step = optim.batch_size * optim.accumulate
     predict_ratio = config.model.mask_ratio if is_plain(config) else config.model.predict_ratio
-    lr = optim.lr or scaled_lr(
-        optim.base_lr, images_per_step, config.model.mask_ratio, predict_ratio, optim.lr_rule
-    )
+    lr = optim.lr or scaled_lr(optim.base_lr, images_per_step, config.model.mask_ratio, predict_ratio, optim.lr_rule)
     return Plan(
         images=batches.num_images,
         images_per_step=images_per_step,
@@ -370,9 +362,7 @@ def find_start(run: Path, resume: bool) -> Path | None:
     return latest
 
 
-def restore(
-    folder: Path, model: CrossMAE, optimizer: torch.optim.Optimizer, config: PretrainConfig, plan: Plan
-) -> int:
+def restore(folder: Path, model: CrossMAE, optimizer: torch.optim.Optimizer, config: PretrainConfig, plan: Plan) -> int:
     """Load a checkpoint into model and optimizer; returns its step.
 
     Raises:
@@ -394,11 +384,7 @@ def fingerprint(config: PretrainConfig, plan: Plan) -> dict[str, str]:
     values["data"] = {key: values["data"][key] for key in ("crop_scale", "flip", "mean", "std")}
     values["schedule"].pop("max_steps")
     values["runtime"] = {"seed": values["runtime"]["seed"]}
-    flat = {
-        f"{section}.{key}": json.dumps(value)
-        for section, keys in values.items()
-        for key, value in keys.items()
-    }
+    flat = {f"{section}.{key}": json.dumps(value) for section, keys in values.items() for key, value in keys.items()}
     return flat | {"images": str(plan.images), "precision": plan.precision}
 
 
@@ -435,9 +421,7 @@ def announce(config: PretrainConfig, plan: Plan, model: CrossMAE, step: int) -> 
         plan.device,
         plan.precision,
     )
-    log.info(
-        "%d images, %d per step, %d steps per epoch", plan.images, plan.images_per_step, plan.steps_per_epoch
-    )
+    log.info("%d images, %d per step, %d steps per epoch", plan.images, plan.images_per_step, plan.steps_per_epoch)
     log.info("steps %d to %d, peak learning rate %.3g (%s)", step + 1, plan.last_step, plan.peak_lr, rule)
 
 

@@ -88,9 +88,7 @@ class ViTEncoder(nn.Module):
         B, C, H, W = imgs.shape
         expected = (self.in_chans, self.grid[0] * self.patch_size, self.grid[1] * self.patch_size)
         if expected != (C, H, W):
-            raise ValueError(
-                f"the model was built for images of (channels, height, width) {expected}, got {(C, H, W)}"
-            )
+            raise ValueError(f"the model was built for images of (channels, height, width) {expected}, got {(C, H, W)}")
         tokens = self.patch_embed(imgs).flatten(1, 2) + self.pos_embed[:, 1:]  # (B, L, E)
         if visible_idx is not None:
             tokens = gather_tokens(tokens, visible_idx)  # (B, V, E)

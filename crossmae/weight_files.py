@@ -23,9 +23,7 @@ _STEP_FOLDER = re.compile(r"step-\d+")
 _WEB_PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
 _GIT_LFS = b"version https://git-lfs"
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
-_LEGACY_TORCH = (
-    b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the magic number that torch pickled first until version 1.6
-)
+_LEGACY_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the magic number that torch pickled first until version 1.6
 
 
 def find_file(path: Path) -> Path:
@@ -59,13 +57,9 @@ def file_kind(path: Path) -> str:
     if not head:
         raise UserError(f"{path}: the file is empty (0 bytes); copy or download it again")
     if head.lstrip().lower().startswith(_WEB_PAGE):
-        raise UserError(
-            f"{path}: a web page, not weights; the download got an error or log-in page, check its address"
-        )
+        raise UserError(f"{path}: a web page, not weights; the download got an error or log-in page, check its address")
     if head.startswith(_GIT_LFS):
-        raise UserError(
-            f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` where it comes from"
-        )
+        raise UserError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` where it comes from")
     if head.startswith(_ZIP):
         return "torch"
     if head[8:9] == b"{":
@@ -96,15 +90,11 @@ def state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     """The tensors in what a pickle held, out of `WRAPPERS`; arrays become tensors."""
     for _ in WRAPPERS:
         inner = [
-            content[key]
-            for key in WRAPPERS
-            if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
+            content[key] for key in WRAPPERS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
         ]
         content = inner[0] if inner else content
     if not isinstance(content, Mapping) or not content:
-        raise UserError(
-            f"{path}: not a state dict: holds {_describe(content)} where names and tensors are expected"
-        )
+        raise UserError(f"{path}: not a state dict: holds {_describe(content)} where names and tensors are expected")
     wrong = [key for key, value in content.items() if not isinstance(value, Tensor | np.ndarray)]
     if wrong:
         kind = type(content[wrong[0]]).__name__
@@ -117,9 +107,7 @@ def state_dict(content: Any, path: Path) -> dict[str, Tensor]:
 
 def without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Strip the prefixes that DDP, torch.compile and trainers put before every name."""
-    prefix = next(
-        (p for p in WRAPPER_PREFIXES if tensors and all(name.startswith(p) for name in tensors)), None
-    )
+    prefix = next((p for p in WRAPPER_PREFIXES if tensors and all(name.startswith(p) for name in tensors)), None)
     if prefix is None:
         return tensors
     return without_wrappers({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})

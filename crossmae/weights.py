@@ -118,18 +118,12 @@ def encoder_tensors(weights: Weights) -> dict[str, Tensor]:
     if home is None:
         seen = ", ".join(list(weights.tensors)[:MAX_NAMES])
         homes = ", ".join(repr(f"{prefix}patch_embed.proj.weight") for prefix in reversed(ENCODER_HOMES))
-        raise UserError(
-            f"{weights.path}: no ViT encoder in it: none of {homes}; its first tensors are {seen}"
-        )
-    plain = {
-        name.removeprefix(home): tensor for name, tensor in weights.tensors.items() if name.startswith(home)
-    }
+        raise UserError(f"{weights.path}: no ViT encoder in it: none of {homes}; its first tensors are {seen}")
+    plain = {name.removeprefix(home): tensor for name, tensor in weights.tensors.items() if name.startswith(home)}
     return {name: tensor for name, tensor in plain.items() if name.startswith(ENCODER_PREFIXES)}
 
 
-def encoder_arguments(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> dict[str, Any]:
+def encoder_arguments(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Constructor arguments of `ViTEncoder` as far as plain encoder keys tell them.
 
     Args:
@@ -174,9 +168,7 @@ def recorded_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
     except json.JSONDecodeError:
         arguments = None
     if not isinstance(arguments, dict):
-        raise UserError(
-            f"metadata {MODEL_ARGUMENTS!r} of a weight file: expected a JSON object, got {text[:80]!r}"
-        )
+        raise UserError(f"metadata {MODEL_ARGUMENTS!r} of a weight file: expected a JSON object, got {text[:80]!r}")
     return arguments
 
 
@@ -260,9 +252,7 @@ def check_destination(path: Path, *, force: bool = False) -> None:
     if path.is_dir():
         raise UserError(f"{path}: a folder; name the file to write")
     if path.exists() and not force:
-        raise UserError(
-            f"{path}: exists already and is left as it is; name another file, or overwrite it with --force"
-        )
+        raise UserError(f"{path}: exists already and is left as it is; name another file, or overwrite it with --force")
 
 
 def _pickled_metadata(content: Any) -> dict[str, str]:
@@ -320,9 +310,7 @@ def _compare(
         if name not in target:
             accepted = _matches(name, dropped)
             reason = "not wanted by the model" if accepted else "unexpected, the model has no such tensor"
-            report.entries.append(
-                Entry(name, "dropped", reason, file_shape=tuple(tensor.shape), accepted=accepted)
-            )
+            report.entries.append(Entry(name, "dropped", reason, file_shape=tuple(tensor.shape), accepted=accepted))
     return report
 
 

@@ -28,8 +28,8 @@ _KEY = re.compile(r"[A-Z_][A-Z0-9_]*(\.[A-Z0-9_]+)*")
 def add_crossmae_config(cfg: CfgNode) -> None:
     """Add the keys of the backbone, its recipe and its data to a detectron2 config, in place.
 
-    Two of detectron2's defaults change: `SEED` is 0, so that runs repeat, and `DATALOADER.ASPECT_RATIO_GROUPING` is off,
-    so that the order of images depends on the seed alone.
+    Two of detectron2's defaults change: `SEED` is 0, so that runs repeat, and `DATALOADER.ASPECT_RATIO_GROUPING` is
+    off, so that the order of images depends on the seed alone.
     """
     cfg.SEED = 0
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
@@ -164,9 +164,7 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
         node[last] = _coerce(value, default)
     except TypeError:
         wanted = type(default).__name__
-        raise UserError(
-            f"{source}: {key} must be of type {wanted}, like {default!r}, got {value!r}"
-        ) from None
+        raise UserError(f"{source}: {key} must be of type {wanted}, like {default!r}, got {value!r}") from None
 
 
 def _leaf_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -212,6 +210,7 @@ _CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("SOLVER.REFERENCE_WORLD_SIZE", lambda v: v == 0, "0: automatic scaling would change the batch unseen"),
     ("SOLVER.BIAS_LR_FACTOR", lambda v: v == 1, "1: biases learn at the rate of their layer"),
     ("SOLVER.WEIGHT_DECAY_BIAS", lambda v: v is None, "None: biases decay like their weights"),
+    ("DATASETS.TEST", lambda v: len(v) <= 1, "at most one data set"),
     ("SEED", lambda v: v >= 0, "at least 0: the order of the images comes from it"),
     ("DATALOADER.NUM_WORKERS", lambda v: v >= 0, "at least 0"),
     ("DATALOADER.ASPECT_RATIO_GROUPING", lambda v: not v, "False: the order of the images depends on SEED alone"),
@@ -249,10 +248,6 @@ def check_config(cfg: CfgNode) -> None:
             f"MODEL.VIT.GLOBAL_BLOCKS has {outside}, but MODEL.VIT.DEPTH {vit.DEPTH} ends at {vit.DEPTH - 1}"
         )
     if lsj.MIN_SCALE > lsj.MAX_SCALE:
-        raise UserError(
-            f"INPUT.LSJ.MIN_SCALE {lsj.MIN_SCALE} is greater than INPUT.LSJ.MAX_SCALE {lsj.MAX_SCALE}"
-        )
+        raise UserError(f"INPUT.LSJ.MIN_SCALE {lsj.MIN_SCALE} is greater than INPUT.LSJ.MAX_SCALE {lsj.MAX_SCALE}")
     if lsj.ENABLED and cfg.INPUT.CROP.ENABLED:
-        raise UserError(
-            "INPUT.LSJ.ENABLED and INPUT.CROP.ENABLED exclude each other: large-scale jitter crops already"
-        )
+        raise UserError("INPUT.LSJ.ENABLED and INPUT.CROP.ENABLED exclude each other: large-scale jitter crops already")

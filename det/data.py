@@ -15,6 +15,7 @@ from typing import Any
 
 import detectron2.data.transforms as T
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from crossmae.data import BatchPlan, PlannedBatches, Unreadable
 from crossmae.errors import UserError
-from crossmae.images import read_image
+from crossmae.images import check_images
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +32,6 @@ MAX_NAMES = 5
 IMAGE_KEYS = ("id", "file_name", "height", "width")
 ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox")
 EVALUATION_KEYS = ("area", "iscrowd")
-# The last bytes of a whole file; anything else is decoded to be sure.
-_ENDINGS = (b"\xff\xd9", b"IEND\xaeB`\x82")
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,7 @@ class CocoSummary:
     mask_kinds: frozenset[str]
 
 
-def register_coco(
-    name: str, json_path: str | Path, images: str | Path, *, for_evaluation: bool = False
-) -> CocoSummary:
+def register_coco(name: str, json_path: str | Path, images: str | Path, *, for_evaluation: bool = False) -> CocoSummary:
     """Check a data set in COCO format and register it with detectron2 under `name`, replacing an older one.
 
     Args:
@@ -87,9 +84,7 @@ def read_coco(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"{path}: not valid JSON: the file is not UTF-8 text") from None
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}: not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}"
-        ) from None
+        raise UserError(f"{path}: not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise UserError(f"{path}: no list {key!r}; a COCO file has images, annotations and categories")
@@ -123,15 +118,11 @@ def check_coco(content: dict[str, Any], path: Path, images: Path, for_evaluation
                     f"{path}: annotations[{index}] (id {annotation['id']}): unknown {key} {annotation[key]!r}"
                 )
         if not isinstance(annotation["bbox"], list) or len(annotation["bbox"]) != 4:
-            raise UserError(
-                f"{path}: annotations[{index}] (id {annotation['id']}): bbox must be [x, y, width, height]"
-            )
+            raise UserError(f"{path}: annotations[{index}] (id {annotation['id']}): bbox must be [x, y, width, height]")
     _check_images([entry["file_name"] for entry in content["images"]], path, images)
     kept = [annotation for annotation in content["annotations"] if not annotation.get("iscrowd", 0)]
     return CocoSummary(
-        categories=tuple(
-            entry["name"] for entry in sorted(content["categories"], key=lambda entry: entry["id"])
-        ),
+        categories=tuple(entry["name"] for entry in sorted(content["categories"], key=lambda entry: entry["id"])),
         num_images=len(image_ids),
         num_trainable=len({annotation["image_id"] for annotation in kept}),
         mask_kinds=frozenset(_mask_kind(annotation) for annotation in kept),
@@ -169,23 +160,12 @@ def _check_images(names: list[str], path: Path, folder: Path) -> None:
             raise UserError(f"{path}: images[{index}]: file_name must be text, got {name!r}")
         parts = PurePosixPath(name)
         if parts.is_absolute() or PureWindowsPath(name).is_absolute() or ".." in parts.parts:
-            raise UserError(
-                f"{path}: images[{index}]: file_name {name!r} leads out of the image folder {folder}"
-            )
+            raise UserError(f"{path}: images[{index}]: file_name {name!r} leads out of the image folder {folder}")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         shown = ", ".join(missing[:MAX_NAMES]) + (", ..." if len(missing) > MAX_NAMES else "")
         raise UserError(f"{path}: {len(missing)} of {len(names)} images are not in {folder}: {shown}")
-    for name in names:
-        if not _ends_like_an_image(folder / name):
-            read_image(folder / name)
-
-
-def _ends_like_an_image(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(0, 2)
-        file.seek(max(file.tell() - 16, 0))
-        return file.read().endswith(_ENDINGS)
+    check_images([folder / name for name in names])
 
 
 def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, str] | None) -> None:
@@ -214,7 +194,7 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
     if train is not None and val is not None:
         check_same_categories(summaries[0], summaries[1], train[0], val[0])
     classes = len(summaries[0].categories)
-    if cfg.MODEL.ROI_HEADS.NUM_CLASSES != classes:
+    if classes != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
         log.info("MODEL.ROI_HEADS.NUM_CLASSES is %d: so many categories has %s", classes, (train or val or ("",))[0])
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = classes
 
@@ -223,11 +203,11 @@ def check_registered(names: tuple[str, ...], key: str) -> None:
     """Raise a `UserError` unless detectron2 knows the data sets and their COCO files are where it expects them."""
     for name in names:
         if name not in DatasetCatalog:
-            raise UserError(f"{key}: no data set {name!r} is registered; for your own data use --train-json and --val-json")
+            raise UserError(f"{key}: no data set {name!r} is registered; for your own use --train-json and --val-json")
         path = MetadataCatalog.get(name).get("json_file")
         if path is not None and not Path(path).is_file():
             raise UserError(
-                f"{key}: {name} needs {path}, which does not exist; set DETECTRON2_DATASETS to the folder that holds coco/, "
+                f"{key}: {name} needs {path}, which does not exist; set DETECTRON2_DATASETS to the folder with coco/, "
                 "or name your own data with --train-json, --train-images, --val-json and --val-images"
             )
 
@@ -253,9 +233,7 @@ def choose_mask_format(cfg: CfgNode, summary: CocoSummary, path: str) -> None:
     if not cfg.MODEL.MASK_ON:
         return
     if "none" in summary.mask_kinds:
-        some = (
-            "some annotations have" if len(summary.mask_kinds) > 1 else "no annotation has a mask: all have"
-        )
+        some = "some annotations have" if len(summary.mask_kinds) > 1 else "no annotation has a mask: all have"
         raise UserError(f"{path}: {some} no 'segmentation'; add masks or set MODEL.MASK_ON False")
     if "rle" in summary.mask_kinds and cfg.INPUT.MASK_FORMAT == "polygon":
         cfg.INPUT.MASK_FORMAT = "bitmask"
@@ -349,4 +327,6 @@ def build_train_loader(
         batch_sampler=PlannedBatches(plan, first, cfg.SOLVER.MAX_ITER),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=list,
+        # Without one of its own, the loader would draw from the generator that the model's randomness comes from.
+        generator=torch.Generator(),
     )

@@ -68,9 +68,7 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[n
         rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation, dict) and {"counts", "size"} <= segmentation.keys():
         if list(segmentation["size"]) != [height, width]:
-            raise ValueError(
-                f"segmentation: RLE of size {segmentation['size']} on an image of {[height, width]}"
-            )
+            raise ValueError(f"segmentation: RLE of size {segmentation['size']} on an image of {[height, width]}")
         uncompressed = isinstance(segmentation["counts"], list)
         rle = coco_mask.frPyObjects(segmentation, height, width) if uncompressed else segmentation
     else:

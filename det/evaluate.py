@@ -38,9 +38,7 @@ class _Progress:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        bar = tqdm(
-            self.loader, desc="evaluate", unit="batch", disable=not comm.is_main_process(), dynamic_ncols=True
-        )
+        bar = tqdm(self.loader, desc="evaluate", unit="batch", disable=not comm.is_main_process(), dynamic_ncols=True)
         for batch in bar:
             for sample in batch:
                 if isinstance(sample, Unreadable):
@@ -51,25 +49,25 @@ class _Progress:
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     """Predict every image of `DATASETS.TEST` and score the predictions with COCO's own code.
 
-    Writes `OUTPUT_DIR/results.json` and `OUTPUT_DIR/inference/coco_instances_results.json`; with several test sets, each
-    in a folder of its name.
+    Writes `OUTPUT_DIR/results.json` and `OUTPUT_DIR/inference/coco_instances_results.json`.
+
+    Args:
+        cfg: `DATASETS.TEST` names one data set.
+        model: a detector with its weights.
 
     Returns:
-        {"bbox": {"AP": 51.6, "AP50": ..., "AP-<class>": ...}, "segm": ...}, in percent; of the last test set. Empty on
-        all processes but the first, and without test sets.
+        {"bbox": {"AP": 51.6, "AP50": ..., "AP-<class>": ...}, "segm": ...}, in percent; empty on all processes but the
+        first.
     """
-    results: dict[str, dict[str, float]] = {}
-    names = cfg.DATASETS.TEST
-    for name in names:
-        folder = Path(cfg.OUTPUT_DIR, *([name] if len(names) > 1 else []))
-        evaluator = COCOEvaluator(name, output_dir=str(folder / "inference"), use_fast_impl=False)
-        loader = build_detection_test_loader(cfg, name, mapper=NamingMapper(cfg, False))
-        # pycocotools prints its summary; ours is `format_results`.
-        with contextlib.redirect_stdout(io.StringIO()):
-            results = inference_on_dataset(model, _Progress(loader), evaluator)
-        if comm.is_main_process():
-            write_json(folder / RESULTS, {task: _json_numbers(values) for task, values in results.items()})
-            log.info("results in %s", folder / RESULTS)
+    (name,), folder = cfg.DATASETS.TEST, Path(cfg.OUTPUT_DIR)
+    evaluator = COCOEvaluator(name, output_dir=str(folder / "inference"), use_fast_impl=False)
+    loader = build_detection_test_loader(cfg, name, mapper=NamingMapper(cfg, False))
+    # pycocotools prints its summary; ours is `format_results`.
+    with contextlib.redirect_stdout(io.StringIO()):
+        results = inference_on_dataset(model, _Progress(loader), evaluator)
+    if comm.is_main_process():
+        write_json(folder / RESULTS, {task: _json_numbers(values) for task, values in results.items()})
+        log.info("results in %s", folder / RESULTS)
     return results
 
 
@@ -84,15 +82,11 @@ def format_results(results: Mapping[str, Mapping[str, float]]) -> str:
     classes = [key for key in results[tasks[0]] if key.startswith("AP-")] if tasks else []
     width = max([len("class"), *(len(key) - 3 for key in classes)])
     lines = [" " * width + "".join(f"{metric:>8}" for metric in metrics)]
-    lines += [
-        f"{TASKS[task]:{width}}" + "".join(_cell(results[task][metric]) for metric in metrics)
-        for task in tasks
-    ]
+    lines += [f"{TASKS[task]:{width}}" + "".join(_cell(results[task][metric]) for metric in metrics) for task in tasks]
     if classes:
         lines += ["", f"{'class':{width}}" + "".join(f"{TASKS[task] + ' AP':>8}" for task in tasks)]
         lines += [
-            f"{key[3:]:{width}}" + "".join(_cell(results[task].get(key, math.nan)) for task in tasks)
-            for key in classes
+            f"{key[3:]:{width}}" + "".join(_cell(results[task].get(key, math.nan)) for task in tasks) for key in classes
         ]
     return "\n".join(lines)
 

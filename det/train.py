@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import detectron2
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.layers.batch_norm import LayerNorm as ChannelFirstLayerNorm
 from detectron2.modeling import build_model
@@ -35,7 +37,7 @@ from det.weights import load_weights
 
 log = logging.getLogger(__name__)
 
-LOG, CONFIG, VERSIONS, FINAL = "log.txt", "config.yaml", "versions.json", "model_final.pth"
+LOG, CONFIG, RECORD = "log.txt", "config.yaml", "run.json"
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, ChannelFirstLayerNorm)
 
 
@@ -52,7 +54,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
         The results of the last evaluation, see `evaluate`.
 
     Raises:
-        UserError: bad data, weights or settings, or a loss that is not finite. Until training starts nothing is written.
+        UserError: bad data, weights or settings, before anything is written; or a loss that is not finite.
     """
     check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
@@ -96,43 +98,46 @@ class Trainer(DefaultTrainer):
         loader = self._loader(first=0)
         model = build_model(cfg)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        resume = resume and self._find_checkpoint()
+        resume = self._find_checkpoint(resume)
         if not resume:
             load_weights(model, cfg)
         optimizer = build_optimizer(cfg, model)
         self._trainer = _inner_trainer(cfg, create_ddp_model(model, broadcast_buffers=False), loader, optimizer)
         self.scheduler = build_lr_scheduler(cfg, optimizer)
-        if comm.is_main_process():
-            record_run(cfg)
         self.register_hooks(self.build_hooks())
         if resume:
-            self.checkpointer.load(self.checkpointer.get_checkpoint_file())
+            path = self.checkpointer.get_checkpoint_file()
+            self.checkpointer.load(path)
             self.start_iter = self.iter + 1  # the checkpoint holds the iteration that had just ended
             self.data_loader = self._loader(first=self.start_iter)
-            log.info("resuming after iteration %d from %s", self.start_iter, self.checkpointer.get_checkpoint_file())
+            log.info("resuming after iteration %d from %s", self.start_iter, path)
+        if comm.is_main_process():
+            record_run(cfg)
+            self.register_hooks([hooks.PeriodicWriter(self.build_writers(), period=20)])
 
     def _loader(self, first: int) -> Any:
-        return _named_failures(build_train_loader(self.cfg, self.records, first, comm.get_rank(), comm.get_world_size()))
+        rank, world_size = comm.get_rank(), comm.get_world_size()
+        return NamedFailures(build_train_loader(self.cfg, self.records, first, rank, world_size))
 
-    def _find_checkpoint(self) -> bool:
-        if not self.checkpointer.has_checkpoint():
-            log.info("--resume: no checkpoint in %s yet, starting from MODEL.WEIGHTS", self.cfg.OUTPUT_DIR)
-            return False
-        path = Path(self.checkpointer.get_checkpoint_file())
-        if not path.is_file():
-            raise UserError(f"{path.parent / 'last_checkpoint'} names {path.name}, which does not exist")
-        return True
+    def _find_checkpoint(self, resume: bool) -> bool:
+        """Whether to go on from a checkpoint; an error where a new run would overwrite an old one."""
+        folder, found = self.cfg.OUTPUT_DIR, self.checkpointer.has_checkpoint()
+        if found and not resume:
+            raise UserError(f"OUTPUT_DIR: {folder} already holds a run; pass --resume to go on, or name another folder")
+        if resume and not found:
+            log.info("--resume: no checkpoint in %s yet, starting from MODEL.WEIGHTS", folder)
+        if found and not Path(self.checkpointer.get_checkpoint_file()).is_file():
+            raise UserError(f"{folder}/last_checkpoint names a file that does not exist; name the right one in it")
+        return found
 
     def build_hooks(self) -> list[HookBase]:
         """What happens between iterations; evaluation comes after the checkpoint, so that its failure loses nothing."""
-        cfg, main = self.cfg, comm.is_main_process()
+        cfg = self.cfg
         steps: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler()]
-        if main:
+        if comm.is_main_process():
             steps += [ProgressBar(), hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)]
         if cfg.DATASETS.TEST:
             steps.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
-        if main:
-            steps.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return steps
 
     def _evaluate(self) -> dict[str, dict[str, float]]:
@@ -147,8 +152,8 @@ class Trainer(DefaultTrainer):
             super().run_step()
         except FloatingPointError as error:
             raise UserError(
-                f"{' '.join(str(error).split())} Lower SOLVER.BASE_LR (it is {self.cfg.SOLVER.BASE_LR}) or raise "
-                f"SOLVER.WARMUP_ITERS ({self.cfg.SOLVER.WARMUP_ITERS}), then go on with --resume"
+                f"training diverged at iteration {self.iter}: {' '.join(str(error).split())} Lower SOLVER.BASE_LR "
+                f"(it is {self.cfg.SOLVER.BASE_LR}) or raise SOLVER.WARMUP_ITERS ({self.cfg.SOLVER.WARMUP_ITERS})"
             ) from error
 
 
@@ -174,8 +179,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
         wrong += [name for name, *_ in incompatible.incorrect_shapes]
         if wrong:
             raise UserError(
-                f"{self.get_checkpoint_file()} is of another model than the config: {len(wrong)} tensors are missing, left "
-                f"over or of another shape, like {wrong[0]}; resume with the config it was trained with"
+                f"{self.get_checkpoint_file()} is of another model than the config: {len(wrong)} tensors are missing, "
+                f"left over or of another shape, like {wrong[0]}; resume with the config it was trained with"
             )
 
 
@@ -198,7 +203,7 @@ class ProgressBar(HookBase):
         self.bar.close()
 
 
-class _named_failures:
+class NamedFailures:
     """A training loader that raises the message of an unreadable sample in the process that shows it."""
 
     def __init__(self, loader: Any) -> None:
@@ -221,9 +226,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
     """Trainable parameters by learning rate and weight decay (method specification, section 3.1).
 
-    The learning rate of encoder layer i of n is BASE_LR * LAYER_DECAY ** (n + 1 - i): 0 is patch embedding and positions,
-    i block i - 1, n + 1 everything outside the encoder. No decay on `pos_embed`, `WEIGHT_DECAY_NORM` on norms. Those are
-    told by type here, because detectron2's own list misses its channel-first LayerNorm.
+    The learning rate of encoder layer i of n is BASE_LR * LAYER_DECAY ** (n + 1 - i): 0 is patch embedding and
+    positions, i block i - 1, n + 1 everything outside the encoder. No decay on `pos_embed`, `WEIGHT_DECAY_NORM` on
+    norms. Those are told by type here, because detectron2's own list misses its channel-first LayerNorm.
     """
     groups = []
     for module_name, module in model.named_modules():
@@ -248,11 +253,13 @@ def _inner_trainer(cfg: CfgNode, model: nn.Module, loader: Any, optimizer: torch
 
 
 def record_run(cfg: CfgNode) -> None:
-    """Create `OUTPUT_DIR` with the resolved config and the versions that will have made what comes there."""
+    """Create `OUTPUT_DIR` with the resolved config, and the versions and data that what comes there is made with."""
     folder = Path(cfg.OUTPUT_DIR)
     make_folder(folder, "OUTPUT_DIR")
     write_atomically(folder / CONFIG, lambda path: _write_text(path, cfg.dump()))
-    write_json(folder / VERSIONS, versions())
+    sets = {name: MetadataCatalog.get(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
+    data = {name: {"json": meta.get("json_file"), "images": meta.get("image_root")} for name, meta in sets.items()}
+    write_json(folder / RECORD, {"versions": versions() | {"detectron2": detectron2.__version__}, "data": data})
 
 
 @contextmanager
@@ -282,7 +289,7 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line without tearing the bar."""
-        tqdm.write(self.format(record))
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def _write_text(path: Path, text: str) -> None:

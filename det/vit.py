@@ -28,8 +28,8 @@ from crossmae.vit import patch_grid
 class SpatialAttention(Attention):
     """Self-attention on a grid of tokens, in windows or over the whole grid, with decomposed relative positions.
 
-    Windows that reach over the edge are padded with zero tokens behind the norm, as in ViTDet: what attention sees there
-    are keys and values equal to the bias of `qkv`, and they are not masked.
+    Windows that reach over the edge are padded with zero tokens behind the norm, as in ViTDet: what attention sees
+    there are keys and values equal to the bias of `qkv`, and they are not masked.
 
     Args:
         dim: width E.
@@ -95,11 +95,11 @@ def relative_positions(table: Tensor, size: int) -> Tensor:
 class ViT(Backbone):
     """The CrossMAE encoder on images of any size: no class token, no final norm.
 
-    Linear weights start as Xavier uniform, as in pretraining, positions as the sine-cosine table (trained on from there,
-    as in ViTDet), relative positions at zero.
+    Linear weights start as Xavier uniform, as in pretraining, positions as the sine-cosine table (trained on from
+    there, as in ViTDet), relative positions at zero.
 
     Args:
-        img_size: pixels of a side that the relative positions of global blocks are made for; a multiple of `patch_size`.
+        img_size: pixels of a side that relative positions of global blocks are made for; a multiple of `patch_size`.
         pretrain_img_size: pixels of a side in pretraining, which decides the size of `pos_embed`.
         patch_size: side of a square patch in pixels.
         in_chans: image channels.
@@ -146,9 +146,7 @@ class ViT(Backbone):
     def forward(self, imgs: Tensor) -> dict[str, Tensor]:
         """(B, C, h, w) images, sides multiples of the patch, to {"last_feat": (B, E, h / p, w / p)}."""
         if imgs.shape[-2] % self.patch_size or imgs.shape[-1] % self.patch_size:
-            raise ValueError(
-                f"image sides must be multiples of {self.patch_size} pixels, got {tuple(imgs.shape[-2:])}"
-            )
+            raise ValueError(f"image sides must be multiples of {self.patch_size} pixels, got {tuple(imgs.shape[-2:])}")
         x = self.patch_embed(imgs)  # (B, H, W, E)
         x = x + get_abs_pos(self.pos_embed, True, x.shape[1:3])
         for block in self.blocks:
@@ -188,9 +186,7 @@ def build_pyramid(
         ValueError: the patch size is no power of two, so that the levels have no whole strides.
     """
     if net.patch_size & (net.patch_size - 1):
-        raise ValueError(
-            f"the feature pyramid needs a patch size that is a power of two, got {net.patch_size}"
-        )
+        raise ValueError(f"the feature pyramid needs a patch size that is a power of two, got {net.patch_size}")
     top_block = None
     if max_pool_level:
         top_block = LastLevelMaxPool()
@@ -217,8 +213,6 @@ def build_crossmae_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Simp
             global_blocks=vit.GLOBAL_BLOCKS,
             rel_pos=vit.REL_POS,
         )
-        return build_pyramid(
-            net, vit.OUT_CHANNELS, vit.SCALE_FACTORS, vit.NORM, vit.MAX_POOL_LEVEL, vit.SQUARE_PAD
-        )
+        return build_pyramid(net, vit.OUT_CHANNELS, vit.SCALE_FACTORS, vit.NORM, vit.MAX_POOL_LEVEL, vit.SQUARE_PAD)
     except ValueError as error:
         raise UserError(f"MODEL.VIT: {error}") from error

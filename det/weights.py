@@ -82,7 +82,9 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False)
 
 
 def _load_encoder(model: nn.Module, weights: Weights, cfg: CfgNode) -> LoadReport:
-    net = model.backbone.net
+    net = model.get_submodule("backbone.net")
+    if not isinstance(net, ViT):
+        raise UserError("MODEL.BACKBONE.NAME must be build_crossmae_vitdet_backbone to start from an encoder")
     check_architecture(net, weights)
     check_pixels(cfg, weights)
     return load_encoder(net, weights, new=NEW, dropped=DROPPED)
@@ -124,6 +126,4 @@ def check_pixels(cfg: CfgNode, weights: Weights) -> None:
         given = list(cfg.MODEL[key])
         if len(given) != len(wanted) or max(abs(a - b) for a, b in zip(given, wanted, strict=True)) > 0.01:
             rounded = [round(value, 3) for value in wanted]
-            raise UserError(
-                f"{weights.path} was pretrained with MODEL.{key} {rounded}, the config has {given}"
-            )
+            raise UserError(f"{weights.path} was pretrained with MODEL.{key} {rounded}, the config has {given}")

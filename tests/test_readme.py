@@ -1,7 +1,7 @@
 """Proves that the README's commands work as written: each is run, word for word, on small data with small configs.
 
-The folder that a command runs in has files of the names in the README (IMAGES, TRAIN.json, ...), and configs of the same
-names as the recipes, which come before those in configs/.
+The folder that a command runs in has files of the names in the README (IMAGES, TRAIN.json, ...), and configs of the
+same names as the recipes, which come before those in configs/.
 """
 
 from __future__ import annotations
@@ -124,9 +124,7 @@ def test_from_a_folder_of_images_to_an_ap(folder: Path) -> None:
 
 def test_the_python_example_runs(folder: Path) -> None:
     script = textwrap.dedent(command("python"))
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False)
     assert "torch.Size([2, 4, 768])" in done.stdout, done.stderr
 
 

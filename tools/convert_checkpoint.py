@@ -30,12 +30,8 @@ from crossmae.weights import (
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description="Convert a weight file into the layout of another program.")
-    parser.add_argument(
-        "source", metavar="SRC", type=Path, help="weight file, or the folder of a pretraining run"
-    )
-    parser.add_argument(
-        "destination", metavar="DST", type=Path, help="file to write; its suffix says which kind"
-    )
+    parser.add_argument("source", metavar="SRC", type=Path, help="weight file, or the folder of a pretraining run")
+    parser.add_argument("destination", metavar="DST", type=Path, help="file to write; its suffix says which kind")
     parser.add_argument("--to", required=True, help=f"layout to write: {', '.join(TARGETS)}")
     parser.add_argument("--force", action="store_true", help="overwrite DST")
     return parser
@@ -44,9 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 def describe(weights: Weights) -> str:
     """What a weight file is, in a few lines."""
     values = sum(tensor.numel() for tensor in weights.tensors.values())
-    dtypes = ", ".join(
-        sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.tensors.values()})
-    )
+    dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.tensors.values()}))
     lines = [
         f"source       {weights.path} ({weights.path.stat().st_size / 1e6:,.1f} MB)",
         f"sha256       {sha256(weights.path)}",

@@ -107,8 +107,7 @@ def demo_stages(output: Path) -> list[Stage]:
             "Pretrain CrossMAE on the training images, without their labels",
             command(
                 "pretrain",
-                "--config-file pretrain/demo.yaml data.train=@/data/pretrain data.val=@/data/val "
-                "output_dir=@/pretrain",
+                "--config-file pretrain/demo.yaml data.train=@/data/pretrain data.val=@/data/val output_dir=@/pretrain",
             ),
             outputs=(output / "pretrain",),
             configs=(CONFIGS / "pretrain/demo.yaml",),
@@ -203,9 +202,7 @@ def fingerprint(stage: Stage, previous: str) -> str:
 
 def _is_done(stage: Stage, record: StageRecord, expected: str) -> bool:
     return (
-        record.status == "done"
-        and record.fingerprint == expected
-        and all(output.exists() for output in stage.outputs)
+        record.status == "done" and record.fingerprint == expected and all(output.exists() for output in stage.outputs)
     )
 
 
@@ -327,9 +324,7 @@ def _cost(record: StageRecord) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is not done, then print the COCO table and where the page is."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/demo"), help="folder to work in (default: %(default)s)"
     )

@@ -62,12 +62,8 @@ def read_results(path: Path) -> dict[str, dict[str, float]]:
     for task in TASKS:
         values = content.get(task) if isinstance(content, dict) else None
         if not isinstance(values, dict) or not set(METRICS) <= values.keys():
-            raise UserError(
-                f"{path}: expected {task!r} with {', '.join(METRICS)}, as tools/train_net.py writes it"
-            )
-        wrong = {
-            key: value for key, value in values.items() if not isinstance(value, (int, float, type(None)))
-        }
+            raise UserError(f"{path}: expected {task!r} with {', '.join(METRICS)}, as tools/train_net.py writes it")
+        wrong = {key: value for key, value in values.items() if not isinstance(value, (int, float, type(None)))}
         if wrong:
             raise UserError(f"{path}: {task}: expected numbers, received {wrong}")
         results[task] = {key: math.nan if value is None else float(value) for key, value in values.items()}
@@ -95,19 +91,13 @@ def result_section(folder: Path) -> Section:
         results = read_results(path)
         rows = [_ap_row(TASKS[task], [results[task][metric] for metric in METRICS]) for task in TASKS]
         blocks = [
-            page.Table(
-                ["", *METRICS], rows, "Average precision in percent, by the COCO evaluation (pycocotools)."
-            )
+            page.Table(["", *METRICS], rows, "Average precision in percent, by the COCO evaluation (pycocotools).")
         ]
         names = class_names(results)
         if names:
-            by_class = [
-                _ap_row(name, [results[task].get(f"AP-{name}", math.nan) for task in TASKS]) for name in names
-            ]
+            by_class = [_ap_row(name, [results[task].get(f"AP-{name}", math.nan) for task in TASKS]) for name in names]
             caption = "AP in percent by class; a full bar is 100."
-            blocks.append(
-                page.Table(["class", *(f"{name} AP" for name in TASKS.values())], by_class, caption)
-            )
+            blocks.append(page.Table(["class", *(f"{name} AP" for name in TASKS.values())], by_class, caption))
     text = (
         "AP50 counts a detection as right when its overlap with the true object (IoU) is at least 0.5; AP "
         "is the mean over ten such thresholds from 0.5 to 0.95."
@@ -129,9 +119,7 @@ def prediction_section(folder: Path) -> Section:
         "sides."
     )
     absent = [
-        Missing(path, "pictures of detections")
-        for path in (annotations, images, predictions)
-        if not path.exists()
+        Missing(path, "pictures of detections") for path in (annotations, images, predictions) if not path.exists()
     ]
     blocks: Sequence[Block] = absent or [page.Gallery(prediction_rows(annotations, images, predictions))]
     return Section("Held-out images", text, blocks)
@@ -147,9 +135,7 @@ def prediction_rows(annotations: Path, images: Path, predictions: Path) -> list[
     if not isinstance(truth, dict) or any(
         not isinstance(truth.get(k), list) for k in ("images", "annotations", "categories")
     ):
-        raise UserError(
-            f"{annotations}: expected a COCO file with lists `images`, `annotations` and `categories`"
-        )
+        raise UserError(f"{annotations}: expected a COCO file with lists `images`, `annotations` and `categories`")
     found = read_json(predictions)
     if not isinstance(found, list):
         raise UserError(f"{predictions}: expected a list of detections, as detectron2 writes it")
@@ -158,10 +144,7 @@ def prediction_rows(annotations: Path, images: Path, predictions: Path) -> list[
         true_of = _by_image(truth["annotations"])
         sure_of = _by_image([entry for entry in found if entry["score"] >= SCORE_THRESHOLD])
         chosen = sorted(truth["images"], key=lambda image: image["id"])[:PICTURES]
-        return [
-            _picture_row(image, images, true_of[image["id"]], sure_of[image["id"]], categories)
-            for image in chosen
-        ]
+        return [_picture_row(image, images, true_of[image["id"]], sure_of[image["id"]], categories) for image in chosen]
     except UserError:
         raise
     except KeyError as error:
@@ -192,9 +175,7 @@ def _picture_row(
     for label, entries in (("ground truth", true), ("prediction", found)):
         instances = instances_from_coco(entries, categories, *pixels.shape[:2])
         drawn = draw_instances(pixels, instances, longest_side=SIDE)
-        alt = f"image {image['id']}, {label}: " + (
-            ", ".join(instance.name for instance in instances) or "nothing"
-        )
+        alt = f"image {image['id']}, {label}: " + (", ".join(instance.name for instance in instances) or "nothing")
         pictures.append(page.embed_image(drawn, alt=alt, label=label, density=2))
     caption = f"Image {image['id']}: {_count(len(true), 'digit')}, {_count(len(found), 'detection')}"
     return page.PictureRow(pictures, caption)
@@ -208,9 +189,7 @@ def reconstruction_section(folder: Path) -> Section:
     """The first and the last picture of reconstructions that pretraining wrote."""
     where = folder / "pretrain/reconstructions"
     steps = {
-        int(match[1]): path
-        for path in where.glob("step-*.png")
-        if (match := re.fullmatch(r"step-(\d+)", path.stem))
+        int(match[1]): path for path in where.glob("step-*.png") if (match := re.fullmatch(r"step-(\d+)", path.stem))
     }
     text = (
         "Held-out images, the part of them that the encoder saw, and what the decoder made of it. Pixel "
@@ -222,9 +201,7 @@ def reconstruction_section(folder: Path) -> Section:
     rows = []
     for step in dict.fromkeys((min(steps), max(steps))):
         alt = f"input, masked and reconstructed images after {step} steps"
-        rows.append(
-            page.PictureRow([page.embed_image(read_image(steps[step]), alt=alt)], f"After {step} steps")
-        )
+        rows.append(page.PictureRow([page.embed_image(read_image(steps[step]), alt=alt)], f"After {step} steps"))
     return Section("Reconstructions", text, [page.Gallery(rows, min_width=900)])
 
 
@@ -268,9 +245,7 @@ def _curve(
         if points:
             series.append(Series(label, *zip(*points, strict=True)))
     if not series:
-        return Missing(
-            path, f"curve of the {y_label}", f"no line of it has {x!r} and {', '.join(map(repr, keys))}"
-        )
+        return Missing(path, f"curve of the {y_label}", f"no line of it has {x!r} and {', '.join(map(repr, keys))}")
     count = len(series[0].x)
     caption = f"{y_label.capitalize()} by {x}, {_count(count, 'logged value')}."
     if count >= page.SMOOTH_FROM:
@@ -326,9 +301,7 @@ def read_stages(path: Path) -> list[dict[str, Any]]:
     content = read_json(path)
     needed = {"name", "title", "command", "status", "seconds", "peak_memory_bytes"}
     stages = content.get("stages") if isinstance(content, dict) else None
-    if not isinstance(stages, list) or not all(
-        isinstance(stage, dict) and needed <= stage.keys() for stage in stages
-    ):
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) and needed <= stage.keys() for stage in stages):
         raise UserError(f"{path}: expected `stages`, each with {', '.join(sorted(needed))}")
     return stages
 
@@ -350,15 +323,11 @@ def facts(folder: Path, stages: Sequence[Mapping[str, Any]]) -> list[Fact]:
         for task, name in reversed(TASKS.items()):
             values = results[task]
             note = f"AP {percent(values['AP'])}, AP75 {percent(values['AP75'])}"
-            found.append(
-                Fact(f"{name} AP50".capitalize().replace("ap", "AP"), f"{percent(values['AP50'])} %", note)
-            )
+            found.append(Fact(f"{name} AP50".capitalize().replace("ap", "AP"), f"{percent(values['AP50'])} %", note))
     if stages:
         done = sum(stage["status"] == "done" for stage in stages)
         found.append(
-            Fact(
-                "Time", page.format_seconds(_seconds(stages)), f"{_count(done, 'stage')}, one after the other"
-            )
+            Fact("Time", page.format_seconds(_seconds(stages)), f"{_count(done, 'stage')}, one after the other")
         )
         found.append(Fact("Peak memory", page.format_bytes(_peak(stages)), "of the largest stage"))
     return found
@@ -419,16 +388,12 @@ def summary(results: Path) -> str:
     """The COCO table for a terminal."""
     from det.evaluate import format_results  # seconds, as it brings detectron2
 
-    return (
-        f"COCO average precision on held-out images, in percent\n\n{format_results(read_results(results))}\n"
-    )
+    return f"COCO average precision on held-out images, in percent\n\n{format_results(read_results(results))}\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write page and summary."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the demo's folder, such as outputs/demo")
     args = parser.parse_args(argv)
     if not args.folder.is_dir():

@@ -84,16 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line: `source` ("index" or "git"), `wheel` (a path or None), `force`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--from", dest="source", choices=("index", "git"), default="index", help="default: index"
-    )
-    where.add_argument(
-        "--wheel", type=Path, metavar="FILE", help=f"a downloaded {INDEX_NAME} {INDEX_VERSION} wheel"
-    )
+    where.add_argument("--from", dest="source", choices=("index", "git"), default="index", help="default: index")
+    where.add_argument("--wheel", type=Path, metavar="FILE", help=f"a downloaded {INDEX_NAME} {INDEX_VERSION} wheel")
     parser.add_argument("--force", action="store_true", help="install even if a working detectron2 is there")
     return parser.parse_args(argv)
 
@@ -108,9 +102,7 @@ def check_prerequisites() -> None:
 
 def working_installation(source: str) -> str | None:
     """What is installed and serves (`source` "git": only an upstream build does), or None."""
-    candidates = (
-        [(UPSTREAM_NAME, None)] if source == "git" else [(UPSTREAM_NAME, None), (INDEX_NAME, OUR_VERSION)]
-    )
+    candidates = [(UPSTREAM_NAME, None)] if source == "git" else [(UPSTREAM_NAME, None), (INDEX_NAME, OUR_VERSION)]
     for name, wanted in candidates:
         version = installed_version(name)
         if version is not None and wanted in (None, version) and import_failure() is None:
@@ -308,9 +300,7 @@ def check_import(modules: Sequence[str] = CHECKED_MODULES) -> None:
     """Raise InstallError unless a fresh interpreter imports every module."""
     failure = import_failure(modules)
     if failure is not None:
-        raise InstallError(
-            f"the installed detectron2 does not import: {failure}; see python -m crossmae.doctor"
-        )
+        raise InstallError(f"the installed detectron2 does not import: {failure}; see python -m crossmae.doctor")
 
 
 def import_failure(modules: Sequence[str] = CHECKED_MODULES) -> str | None:

@@ -19,15 +19,9 @@ from crossmae.errors import run_cli
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, call."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--config-file", required=True, metavar="NAME", help="a YAML file, or its name under configs/"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the last complete checkpoint in output_dir"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="NAME", help="a YAML file, or its name under configs/")
+    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in output_dir")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="values that replace those of the file"
     )

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import warnings
 
 import torch
 from detectron2.config import CfgNode
@@ -40,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     for split in ("train", "val"):
         parser.add_argument(f"--{split}-json", metavar="FILE", help=f"{split} annotations in COCO format")
         parser.add_argument(f"--{split}-images", metavar="DIR", help=f"folder of the images that --{split}-json names")
-    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE | KEY=VALUE", help="settings that replace the file's")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE | KEY=VALUE", help="replace settings of the file")
     return parser
 
 
@@ -60,9 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(message.strip()) if is_ours else error from None
 
 
-def run(
-    cfg: CfgNode, own_data: tuple[tuple[str, str] | None, ...], eval_only: bool, resume: bool
-) -> None:
+def run(cfg: CfgNode, own_data: tuple[tuple[str, str] | None, ...], eval_only: bool, resume: bool) -> None:
     """What every process does."""
     set_up_console()
     train_data, val_data = own_data
@@ -72,8 +71,15 @@ def run(
         print(format_results(results))
 
 
+# What libraries warn of that neither their caller nor the user can change.
+LIBRARY_WARNINGS = ("The given NumPy array is not writable", "torch.meshgrid: in an upcoming release")
+
+
 def set_up_console() -> None:
-    """Show log lines; again in every process."""
+    """Show log lines, less those that concern nobody; again in every process."""
+    for text in LIBRARY_WARNINGS:
+        warnings.filterwarnings("ignore", text, UserWarning)
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     if not any(isinstance(handler, ConsoleHandler) for handler in logging.getLogger().handlers):
         logging.getLogger().addHandler(ConsoleHandler())
         logging.getLogger().setLevel(logging.INFO)

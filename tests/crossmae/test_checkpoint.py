@@ -42,9 +42,7 @@ def test_round_trip_and_retention(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_latest_complete_wins_over_a_zoo_of_bad_entries(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_latest_complete_wins_over_a_zoo_of_bad_entries(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = save(tmp_path, 1, keep=9)
     (save(tmp_path, 2, keep=9) / MANIFEST).unlink()
     (save(tmp_path, 3, keep=9) / STATE).unlink()
@@ -71,9 +69,7 @@ def test_latest_complete_wins_over_a_zoo_of_bad_entries(
     assert sorted(tmp_path.rglob("*")) == before  # looking deletes nothing
 
 
-def test_a_crash_at_any_rename_leaves_the_previous_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_at_any_rename_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1, keep=1)
     replace, renames = os.replace, 4  # model, state, record, manifest
     for crash_at in range(renames):

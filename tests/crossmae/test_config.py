@@ -26,9 +26,7 @@ def config_file(tmp_path: Path) -> Path:
 
 
 def test_values_come_from_file_then_command_line(config_file: Path) -> None:
-    config = load_config(
-        str(config_file), ["optim.base_lr=1e-4", "model.fuse_blocks=[0, -1]", "data.workers=0"]
-    )
+    config = load_config(str(config_file), ["optim.base_lr=1e-4", "model.fuse_blocks=[0, -1]", "data.workers=0"])
     assert config.optim.base_lr == 1e-4  # YAML reads 1e-4 as text; it is a number here
     assert config.model.fuse_blocks == (0, -1)
     assert config.data.workers == 0

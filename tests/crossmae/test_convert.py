@@ -130,7 +130,6 @@ def test_refusals_touch_nothing(tmp_path: Path) -> None:
 
 
 # detectron2's ViT imports a module that timm has moved.
-@pytest.mark.filterwarnings("ignore:Importing from timm.models.layers:FutureWarning")
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
 def test_detectron2_loads_it(tmp_path: Path, suffix: str) -> None:
     pytest.importorskip("detectron2")

@@ -85,9 +85,7 @@ def test_more_ranks_share_out_the_same_order() -> None:
 
 
 def test_a_batch_larger_than_the_data_is_an_error_with_both_numbers() -> None:
-    with pytest.raises(
-        UserError, match=r"optim\.batch_size: a batch of 8 .* needs 8 images, the data set has 5"
-    ):
+    with pytest.raises(UserError, match=r"optim\.batch_size: a batch of 8 .* needs 8 images, the data set has 5"):
         BatchPlan(5, 8, 0)
 
 

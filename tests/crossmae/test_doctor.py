@@ -58,9 +58,7 @@ def test_runs_where_nothing_is_installed() -> None:
 
 
 def test_a_broken_pair_is_named_and_both_are_replaced() -> None:
-    row = doctor.broken_row(
-        LIBRARIES["torchvision"], RuntimeError("operator torchvision::nms does not exist")
-    )
+    row = doctor.broken_row(LIBRARIES["torchvision"], RuntimeError("operator torchvision::nms does not exist"))
     assert row.needed
     assert "operator torchvision::nms does not exist" in row.value
     assert row.fix.endswith("--force-reinstall torch==2.11.0 torchvision==0.26.0")
@@ -100,9 +98,7 @@ def test_requirements_are_those_of_the_package() -> None:
     lists = {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in ast.parse((ROOT / "setup.py").read_text("utf-8")).body
-        if isinstance(node, ast.Assign)
-        and isinstance(node.targets[0], ast.Name)
-        and isinstance(node.value, ast.List)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.List)
     }
     assert [library.requirement for library in doctor.PRETRAINING] == lists["CORE"]
     assert {library.requirement for library in doctor.DETECTION} - {""} <= set(lists["DET"])

@@ -27,21 +27,13 @@ def load_golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def build(config: dict[str, Any], tensors: dict[str, Tensor]) -> CrossMAE:
     plain = config["kind"] == "mae"
     model = CrossMAE(
-        **{
-            key: config[key]
-            for key in ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")
-        },
-        **{
-            key: config[key]
-            for key in ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss")
-        },
+        **{key: config[key] for key in ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")},
+        **{key: config[key] for key in ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss")},
         decoder="self" if plain else "cross_self" if config.get("self_attn") else "cross",
         fuse_blocks=tuple(config["use_fm"]) if "use_fm" in config else None,
         fuse_input=config.get("use_input", True),
     )
-    parameters = {
-        key.removeprefix("param."): value for key, value in tensors.items() if key.startswith("param.")
-    }
+    parameters = {key.removeprefix("param."): value for key, value in tensors.items() if key.startswith("param.")}
     model.load_state_dict(parameters, strict=True)
     return model
 

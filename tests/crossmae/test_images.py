@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from crossmae.errors import UserError
-from crossmae.images import find_images, read_image
+from crossmae.images import check_images, find_images, read_image
 
 
 def save(path: Path, value: int = 128) -> Path:
@@ -54,6 +54,21 @@ def test_a_broken_image_is_named(tmp_path: Path, content: bytes | str) -> None:
     path.write_bytes(path.read_bytes()[:50] if isinstance(content, str) else content)
     with pytest.raises(UserError, match=r"image\.png: can not be read"):
         read_image(path)
+
+
+def test_one_truncated_file_among_many_is_found(tmp_path: Path) -> None:
+    names = ("1.png", "2.jpg", "3.bmp", "4.tif", "5.webp")
+    paths = [save(tmp_path / name) for name in names]
+    check_images(paths)
+    for path in paths:
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UserError, match=path.name):
+            check_images(paths)
+        path.write_bytes(whole)
+    padded = save(tmp_path / "6.jpg")
+    padded.write_bytes(padded.read_bytes() + bytes(20))  # whole, though it does not end as it should
+    check_images([padded])
 
 
 def pixel(path: Path) -> tuple[int, ...]:

@@ -7,12 +7,9 @@ from crossmae.load_report import Entry, LoadReport, ranges, split_name
 
 def test_table() -> None:
     entries = [
-        Entry(f"backbone.net.blocks.{i}.attn.qkv.weight", "mismatched", "", (3, 1), (6, 2), False)
-        for i in (0, 1, 3)
+        Entry(f"backbone.net.blocks.{i}.attn.qkv.weight", "mismatched", "", (3, 1), (6, 2), False) for i in (0, 1, 3)
     ]
-    entries += [
-        Entry(f"blocks.{i}.attn.rel_pos_{axis}", "new", "keeps its value") for i in range(12) for axis in "hw"
-    ]
+    entries += [Entry(f"blocks.{i}.attn.rel_pos_{axis}", "new", "keeps its value") for i in range(12) for axis in "hw"]
     entries += [
         Entry("wfm.linear.weight", "dropped", "unexpected", accepted=False),
         Entry("norm.bias", "dropped"),

@@ -26,9 +26,7 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("L", "mask", "predict", "visible", "dropped", "predicted"), PUBLISHED)
-def test_published_counts(
-    L: int, mask: float, predict: float, visible: int, dropped: int, predicted: int
-) -> None:
+def test_published_counts(L: int, mask: float, predict: float, visible: int, dropped: int, predicted: int) -> None:
     assert mask_counts(L, mask, predict) == MaskCounts(visible, dropped, predicted)
 
 

@@ -109,10 +109,7 @@ def test_decoding_a_subset_equals_decoding_all_and_selecting(decoder: Any, same:
     imgs, noise = inputs(model)
     imgs = imgs.double()
     some, all_masked = model(imgs, 0.75, 0.25, noise), model(imgs, 0.75, 0.75, noise)
-    where = [
-        torch.isin(a, s).nonzero()[:, 0]
-        for a, s in zip(all_masked.predict_idx, some.predict_idx, strict=True)
-    ]
+    where = [torch.isin(a, s).nonzero()[:, 0] for a, s in zip(all_masked.predict_idx, some.predict_idx, strict=True)]
     selected = gather_tokens(all_masked.pred, torch.stack(where))
     assert torch.allclose(selected, some.pred, atol=1e-10) is same
 

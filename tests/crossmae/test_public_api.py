@@ -50,7 +50,5 @@ import torch
 model = crossmae.create_model("crossmae_vit_tiny_patch16", img_size=32)
 print(model(torch.zeros(1, 3, 32, 32)).loss.item() >= 0)
 """
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "True", done.stderr

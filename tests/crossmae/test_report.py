@@ -151,9 +151,7 @@ def test_unequal_curve_names_itself():
 def test_running_mean_equals_a_slow_reference(values: list[float], width: int):
     result = running_mean(np.array(values), width)
     for i, mean in enumerate(result):
-        window = [
-            values[j] for j in range(len(values)) if abs(i - j) <= width // 2 and values[j] == values[j]
-        ]
+        window = [values[j] for j in range(len(values)) if abs(i - j) <= width // 2 and values[j] == values[j]]
         assert mean == pytest.approx(sum(window) / len(window), abs=1e-9) if window else np.isnan(mean)
 
 

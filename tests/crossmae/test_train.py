@@ -79,9 +79,7 @@ def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("stop", "workers", "accumulate"), [(1, 0, 1), (3, 0, 1), (5, 2, 1), (4, 0, 2)])
-def test_resume_is_exact_to_the_bit(
-    images: Path, tmp_path: Path, stop: int, workers: int, accumulate: int
-) -> None:
+def test_resume_is_exact_to_the_bit(images: Path, tmp_path: Path, stop: int, workers: int, accumulate: int) -> None:
     """A run of 3 steps per epoch (1.5 with accumulation), stopped at `stop`, equals one never stopped."""
     settings: dict[str, Any] = {"optim": {"accumulate": accumulate}, "data": {"workers": workers}}
     pretrain(make_config(images, tmp_path / "whole", **settings | {"data": {"workers": 0}}))
@@ -164,6 +162,9 @@ def test_a_truncated_image_stops_the_run_by_name(images: Path, tmp_path: Path) -
     (folder / "7.png").write_bytes((images / "7.png").read_bytes()[:60])
     with pytest.raises(UserError, match=r"7\.png: can not be read"):
         pretrain(make_config(folder, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=r"7\.png: can not be read"):  # found when its turn comes
+        pretrain(make_config(folder, tmp_path / "run", data={"train": folder, "check": False}))
     assert complete_checkpoints(tmp_path / "run") == []
 
 
@@ -187,9 +188,7 @@ def test_a_used_folder_needs_resume_and_the_same_settings(images: Path, tmp_path
         pretrain(make_config(images, run, optim={"base_lr": 0.2}), resume=True)
 
 
-def test_several_processes_are_refused_for_now(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_processes_are_refused_for_now(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="one process"):
         pretrain(make_config(images, tmp_path / "run"))

@@ -112,9 +112,7 @@ def test_official_files(name: str, decoder: str, depth: int) -> None:
 def test_wrappers(tmp_path: Path, tensors: dict[str, Tensor], wrap: str) -> None:
     prefixes = {"ddp": "module.", "compiled": "_orig_mod.module."}
     content: Any = OrderedDict((prefixes.get(wrap, "") + name, tensor) for name, tensor in tensors.items())
-    for key in {"model": ["model"], "state_dict": ["state_dict"], "nested": ["module", "model"]}.get(
-        wrap, []
-    ):
+    for key in {"model": ["model"], "state_dict": ["state_dict"], "nested": ["module", "model"]}.get(wrap, []):
         content = {key: content, "epoch": 3}
     torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=wrap != "legacy")
     weights = read_weights(tmp_path / "a.pt")
@@ -219,11 +217,7 @@ def test_payloads_never_run(tmp_path: Path) -> None:
     files = payload_files(tmp_path / "files", sentinel)
     for name, path in files.items():
         # Protocols 0 and 1 have no marker at their start, and no weight file has them.
-        told = (
-            "not a weight file"
-            if name in ("0.pkl", "1.pkl")
-            else r"refused, because it refers to (posix|nt)\.mkdir"
-        )
+        told = "not a weight file" if name in ("0.pkl", "1.pkl") else r"refused, because it refers to (posix|nt)\.mkdir"
         with pytest.raises(UserError, match=told) as caught:
             read_weights(path)
         assert str(path) in str(caught.value)
@@ -314,9 +308,7 @@ def test_state_dict_that_holds_itself(tmp_path: Path) -> None:
 
 def test_missing_paths(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
-    with pytest.raises(
-        UserError, match=rf"no such file.*gone/x\.pth.*nearest folder that exists is {tmp_path}/here$"
-    ):
+    with pytest.raises(UserError, match=rf"no such file.*gone/x\.pth.*nearest folder that exists is {tmp_path}/here$"):
         read_weights(tmp_path / "here/gone/x.pth")
     with pytest.raises(UserError, match=r"here: a folder without weights: neither model\.safetensors"):
         read_weights(tmp_path / "here")
@@ -326,18 +318,14 @@ def test_missing_paths(tmp_path: Path) -> None:
 def test_non_finite_tensors_are_named(tmp_path: Path, tensors: dict[str, Tensor], value: float) -> None:
     tensors["blocks.1.mlp.fc1.bias"][3] = value
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(
-        UserError, match=rf"a\.safetensors: 1 of {len(tensors)} tensors.*: blocks\.1\.mlp\.fc1\.bias"
-    ):
+    with pytest.raises(UserError, match=rf"a\.safetensors: 1 of {len(tensors)} tensors.*: blocks\.1\.mlp\.fc1\.bias"):
         read_weights(tmp_path / "a.safetensors")
 
 
 # The encoder
 
 
-@pytest.mark.parametrize(
-    "prefix", ["", "module.", "encoder.", "backbone.", "backbone.net.", "module.backbone.net."]
-)
+@pytest.mark.parametrize("prefix", ["", "module.", "encoder.", "backbone.", "backbone.net.", "module.backbone.net."])
 def test_encoder_is_found_under_any_known_prefix(tmp_path: Path, prefix: str) -> None:
     encoder = state(ViTEncoder(**ENCODER))
     torch.save({prefix + name: tensor for name, tensor in encoder.items()}, tmp_path / "a.pth")
@@ -353,9 +341,7 @@ def test_encoder_of_a_pretraining_model(decoder: str) -> None:
     assert_same(state(encoder), encoder_tensors(weights))
     assert report.count("used") + report.count("dropped") == len(weights.tensors) == len(report.entries)
     images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(
-        encoder.features(encoder.embed(images), [2])[0], model.features(model.embed(images), [2])[0]
-    )
+    assert torch.equal(encoder.features(encoder.embed(images), [2])[0], model.features(model.embed(images), [2])[0])
 
 
 def test_no_encoder(tmp_path: Path) -> None:
@@ -401,9 +387,7 @@ def test_missing_and_unexpected_tensors() -> None:
     assert "! new" in message
     weights = weights_of(ViTEncoder(**ENCODER))
     weights.tensors["blocks.1.ls1.gamma"] = torch.ones(24)
-    message = check_refusal(
-        ViTEncoder(**ENCODER), weights, "unexpected, the model has no such tensor: ls1.gamma"
-    )
+    message = check_refusal(ViTEncoder(**ENCODER), weights, "unexpected, the model has no such tensor: ls1.gamma")
     assert "! dropped" in message
     report = load_encoder(ViTEncoder(**ENCODER), weights, dropped=(r"blocks\.\d+\.ls1\.",))
     assert report.names("dropped") == ["blocks.1.ls1.gamma"]

@@ -7,7 +7,8 @@ from PIL import Image
 from pycocotools import mask as rle
 
 TINY = """
-INPUT: {FORMAT: RGB, MASK_FORMAT: bitmask, MIN_SIZE_TRAIN: [64], MAX_SIZE_TRAIN: 64, MIN_SIZE_TEST: 64, MAX_SIZE_TEST: 64}
+INPUT:
+  {FORMAT: RGB, MASK_FORMAT: bitmask, MIN_SIZE_TRAIN: [64], MAX_SIZE_TRAIN: 64, MIN_SIZE_TEST: 64, MAX_SIZE_TEST: 64}
 DATALOADER: {NUM_WORKERS: 0}
 MODEL:
   DEVICE: cpu
@@ -19,7 +20,8 @@ MODEL:
         GLOBAL_BLOCKS: [1], OUT_CHANNELS: 8, SCALE_FACTORS: [2.0, 1.0], MAX_POOL_LEVEL: false, DROP_PATH: 0.2}
   ANCHOR_GENERATOR: {SIZES: [[16], [32]], ASPECT_RATIOS: [[1.0]]}
   RPN: {IN_FEATURES: [p2, p3], POST_NMS_TOPK_TRAIN: 20, POST_NMS_TOPK_TEST: 20, BATCH_SIZE_PER_IMAGE: 16}
-  ROI_HEADS: {NAME: StandardROIHeads, IN_FEATURES: [p2], BATCH_SIZE_PER_IMAGE: 8, SCORE_THRESH_TEST: 0.0, NUM_CLASSES: 3}
+  ROI_HEADS:
+    {NAME: StandardROIHeads, IN_FEATURES: [p2], BATCH_SIZE_PER_IMAGE: 8, SCORE_THRESH_TEST: 0.0, NUM_CLASSES: 3}
   ROI_BOX_HEAD: {NAME: FastRCNNConvFCHead, POOLER_RESOLUTION: 3, NUM_FC: 1, FC_DIM: 16}
   ROI_MASK_HEAD: {NAME: MaskRCNNConvUpsampleHead, POOLER_RESOLUTION: 4, NUM_CONV: 1, CONV_DIM: 8}
 SOLVER: {IMS_PER_BATCH: 2, BASE_LR: 0.001, MAX_ITER: 4, STEPS: [], WARMUP_ITERS: 1, CHECKPOINT_PERIOD: 2}
@@ -42,7 +44,7 @@ def annotation(index, image_id, category_id, box=(8, 8, 24, 16), kind="rle"):
 
 
 def write_coco(folder, images=5, kind="rle"):
-    """Write `images` noise images and `coco.json`; category ids have a gap. Returns (json path, image folder, content)."""
+    """Write `images` noise images and `coco.json`; category ids have a gap. Returns (json, image folder, content)."""
     root = folder / "images"
     root.mkdir(parents=True)
     rng = np.random.default_rng(0)

@@ -7,16 +7,13 @@ import pytest
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
-from tests.det.coco_files import TINY, annotation, save, write_coco
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from crossmae.data import Unreadable
 from crossmae.errors import UserError
 from det.config import load_det_config
 from det.data import NamingMapper, build_train_loader, register_coco, use_own_data
-
-# pycocotools decodes masks in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+from tests.det.coco_files import TINY, annotation, save, write_coco
 
 
 @pytest.fixture
@@ -61,7 +58,7 @@ def remove(where, index, key):
         (change("annotations", 1, bbox=[1, 2, 3]), r"annotations\[1\] \(id 3\): bbox must be"),
         (change("annotations", 1, id=2), r"annotations\[1\]: id 2 is used twice"),
         (change("images", 0, id="x"), r"images\[0\]: id must be a whole number, got 'x'"),
-        (change("images", 0, file_name="/etc/passwd"), r"images\[0\]: file_name '/etc/passwd' leads out of the image folder"),
+        (change("images", 0, file_name="/etc/passwd"), r"images\[0\]: file_name '/etc/passwd' leads out"),
         (change("images", 0, file_name="a/../../b.png"), r"images\[0\]: file_name 'a/../../b.png' leads out"),
         (change("images", 0, file_name="C:\\b.png"), r"leads out of the image folder"),
         (change("images", 0, file_name=None), r"images\[0\]: file_name must be text, got None"),
@@ -95,7 +92,7 @@ def test_files_that_are_not_json_name_line_and_column(tmp_path):
         register_coco("test_set", path, images)
     with pytest.raises(UserError, match=r"no.json: No such file or directory"):
         register_coco("test_set", tmp_path / "no.json", images)
-    with pytest.raises(UserError, match="image folder .* does not exist"):
+    with pytest.raises(UserError, match=r"image folder .* does not exist"):
         register_coco("test_set", write_coco(tmp_path / "b")[0], tmp_path / "nowhere")
 
 
@@ -167,7 +164,7 @@ def test_crowd_regions_count_neither_as_masks_nor_as_training_images(tmp_path):
 def samples(cfg, first, workers, rank=0, world_size=1):
     cfg.DATALOADER.NUM_WORKERS = workers
     loader = build_train_loader(cfg, DatasetCatalog.get("test_set"), first, rank, world_size)
-    return [[(s["image_id"], s["image"].numpy(), s["instances"].gt_boxes.tensor.numpy()) for s in batch] for batch in loader]
+    return [[(s["image_id"], s["image"].numpy(), s["instances"].gt_boxes.tensor.numpy()) for s in b] for b in loader]
 
 
 def assert_same(a, b):

@@ -9,7 +9,6 @@ from pycocotools import mask as coco_mask
 from det.draw import Instance, class_color, decode_segmentation, draw_instances, instances_from_coco
 
 # pycocotools 2.0.11 hands numpy 2 an array type of its own that knows no `copy`.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 HEIGHT, WIDTH = 60, 80
 BOX = (30.0, 25.0, 21.0, 13.0)
@@ -131,9 +130,7 @@ def test_input_is_not_changed_and_no_instances_means_no_change():
 
 def test_enlarged_mask_keeps_its_place_and_area():
     black = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-    drawn = draw_instances(
-        black, [Instance((0.0, 0.0, 1.0, 1.0), 0, "", rectangle())], longest_side=4 * WIDTH
-    )
+    drawn = draw_instances(black, [Instance((0.0, 0.0, 1.0, 1.0), 0, "", rectangle())], longest_side=4 * WIDTH)
     assert drawn.shape == (4 * HEIGHT, 4 * WIDTH, 3)
     below_tag = np.arange(4 * HEIGHT)[:, None] >= 60  # the tag of the tiny box
     painted = np.argwhere(drawn.any(-1) & below_tag)

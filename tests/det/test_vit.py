@@ -43,7 +43,6 @@ def make_pair(rel_pos=True, window=3, img_size=128, drop_path=0.0):
     return pyramids
 
 
-@pytest.mark.filterwarnings("ignore:Importing from timm.models.layers:FutureWarning")
 @pytest.mark.parametrize("rel_pos", [True, False])
 @pytest.mark.parametrize(
     ("height", "width", "window"),
@@ -65,7 +64,6 @@ def test_features_and_gradients_equal_detectron2(rel_pos, height, width, window)
         torch.testing.assert_close(parameter.grad, gradients[name].grad, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:Importing from timm.models.layers:FutureWarning")
 def test_drop_path_grows_linearly_as_in_detectron2():
     ours, reference = make_pair(drop_path=0.3)
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in ours.net.blocks]

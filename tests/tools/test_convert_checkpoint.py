@@ -39,9 +39,7 @@ def test_output(source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"source       {source} (")
     assert lines[2].startswith("format       crossmae: 79 tensors, ")
-    assert (
-        lines[3] == "encoder      embed_dim 24, depth 3, patch_size 8, in_chans 3, mlp_ratio 4.0, img_size 32"
-    )
+    assert lines[3] == "encoder      embed_dim 24, depth 3, patch_size 8, in_chans 3, mlp_ratio 4.0, img_size 32"
     assert lines[4] == "pixels       mean unknown, std unknown"
     assert "  dropped  cls_token                 1  no place in detectron2's ViT" in lines
     assert "  used     blocks.0-2               36  as backbone.net.*" in lines

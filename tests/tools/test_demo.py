@@ -198,9 +198,7 @@ def test_nothing_to_do_is_quick_and_prints_the_table_again(tmp_path: Path, monke
     done, previous = [], ""
     for stage in demo_stages(tmp_path):
         previous = fingerprint(stage, previous)
-        done.append(
-            asdict(StageRecord(stage.name, stage.title, stage.command, previous, "done", 90.0, 2**30))
-        )
+        done.append(asdict(StageRecord(stage.name, stage.title, stage.command, previous, "done", 90.0, 2**30)))
         for output in stage.outputs:
             output.write_text("mask 51.0")
     (tmp_path / RECORDS).write_text(json.dumps({"stages": done}))

@@ -30,7 +30,6 @@ from tools.demo_report import (
 )
 
 # pycocotools 2.0.11 hands numpy 2 an array type of its own that knows no `copy`.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 IMAGES = PICTURES + 2
 
@@ -195,9 +194,7 @@ def test_folder_that_does_not_exist(tmp_path: Path):
 
 
 def test_folded_command_is_the_same_command():
-    command = "python tools/train_net.py --config-file a.yaml " + " ".join(
-        f"KEY{i}='va lue'" for i in range(9)
-    )
+    command = "python tools/train_net.py --config-file a.yaml " + " ".join(f"KEY{i}='va lue'" for i in range(9))
     text = folded(command)
     assert text.count("\n") == 10
     assert shlex.split(text.replace("\\\n", "")) == shlex.split(command)

@@ -104,8 +104,7 @@ def test_keeps_every_source_byte_for_byte_and_records_it(sources: dict[str, byte
     assert set(files) == set(sources) | info
     assert {name: files[name] for name in sources} == sources
     record = {
-        path: (digest, size)
-        for path, digest, size in csv.reader(files[f"{NEW_INFO}/RECORD"].decode().splitlines())
+        path: (digest, size) for path, digest, size in csv.reader(files[f"{NEW_INFO}/RECORD"].decode().splitlines())
     }
     assert set(record) == set(files)
     for name, content in files.items():
@@ -236,9 +235,7 @@ def test_from_git_replaces_only_after_a_successful_build(
         if arguments[0] == "wheel" and not builds:
             raise installer.InstallError("pip wheel failed")
         if arguments[0] == "wheel":
-            (
-                Path(arguments[arguments.index("--wheel-dir") + 1]) / "detectron2-0.6-cp311-cp311-any.whl"
-            ).touch()
+            (Path(arguments[arguments.index("--wheel-dir") + 1]) / "detectron2-0.6-cp311-cp311-any.whl").touch()
 
     monkeypatch.setattr(installer, "pip", build)
     monkeypatch.setattr(installer.shutil, "which", lambda program: program)
@@ -269,8 +266,7 @@ def test_user_errors_are_one_line(
 ) -> None:
     assert installer.main(["--wheel", "no/such.whl"]) == 2
     assert (
-        capsys.readouterr().err
-        == "error: cannot read no/such.whl: No such file or directory; nothing was installed\n"
+        capsys.readouterr().err == "error: cannot read no/such.whl: No such file or directory; nothing was installed\n"
     )
     monkeypatch.setenv("PATH", "")
     assert installer.main(["--from", "git"]) == 2
@@ -289,7 +285,4 @@ def test_a_failing_pip_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_import_failure_gives_the_last_line() -> None:
     assert installer.import_failure(("json",)) is None
-    assert (
-        installer.import_failure(("no_such_module",))
-        == "ModuleNotFoundError: No module named 'no_such_module'"
-    )
+    assert installer.import_failure(("no_such_module",)) == "ModuleNotFoundError: No module named 'no_such_module'"

@@ -27,9 +27,6 @@ from crossmae.demo_data import DemoDataSettings, SceneStyle, compose_scene, make
 from crossmae.errors import UserError  # noqa: E402
 
 # pycocotools 2.0.11 reaches a NumPy call that newer NumPy deprecates, whatever we write.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"
-)
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_demo_data.py"
 SETTINGS = DemoDataSettings(train=24, val=12, size=96, seed=3)
@@ -73,9 +70,7 @@ def test_two_runs_are_byte_identical(data: Path, tmp_path: Path) -> None:
 def test_another_seed_gives_other_images_and_another_split_of_the_digits(data: Path, tmp_path: Path) -> None:
     make_demo_data(DemoDataSettings(train=2, val=2, size=96, seed=4), tmp_path / "other")
     assert (tmp_path / "other/train/000000.jpg").read_bytes() != (data / "train/000000.jpg").read_bytes()
-    rows = [
-        json.loads((f / "manifest.json").read_text())["mnist_rows"]["val"] for f in (data, tmp_path / "other")
-    ]
+    rows = [json.loads((f / "manifest.json").read_text())["mnist_rows"]["val"] for f in (data, tmp_path / "other")]
     assert rows[0] != rows[1]
 
 
@@ -296,19 +291,13 @@ def test_a_missing_package_is_named_with_its_remedy(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == package else find_spec(name)
-    )
-    with pytest.raises(
-        UserError, match=rf"needs {demo_data.DISTRIBUTIONS[package]}: pip install -e \.\[demo\]"
-    ):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+    with pytest.raises(UserError, match=rf"needs {demo_data.DISTRIBUTIONS[package]}: pip install -e \.\[demo\]"):
         make_demo_data(DemoDataSettings(train=1, val=1, size=64), tmp_path / "data")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("train", 0), ("val", -1), ("size", 63), ("size", 4096), ("seed", -1)]
-)
+@pytest.mark.parametrize(("name", "value"), [("train", 0), ("val", -1), ("size", 63), ("size", 4096), ("seed", -1)])
 def test_settings_out_of_range_are_named(name: str, value: int) -> None:
     with pytest.raises(UserError, match=f"{name}={value} is out of range"):
         DemoDataSettings(**{name: value})
@@ -318,9 +307,7 @@ def test_command_line_makes_reuses_and_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def call(*args: str) -> str:
-        monkeypatch.setattr(
-            sys, "argv", [str(TOOL), "--output", str(tmp_path / "data"), "--size", "64", *args]
-        )
+        monkeypatch.setattr(sys, "argv", [str(TOOL), "--output", str(tmp_path / "data"), "--size", "64", *args])
         runpy.run_path(str(TOOL), run_name="__main__")
         return capsys.readouterr().out
 
