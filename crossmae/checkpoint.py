@@ -5,8 +5,7 @@ Layout, in the run's folder:
     checkpoints/step-00001200/model.safetensors   the model's tensors with their metadata
                               state.pt            optimizer and position: tensors, numbers and strings only
                               run.json            config, versions and position, for people
-                              manifest.json       sizes and SHA-256 of the above; written last, it is the
-                              commit
+                              manifest.json       sizes and SHA-256 of the above; written last, it is the commit
 
 A folder without a manifest, or whose files do not agree with it, does not count.
 """

@@ -1,8 +1,6 @@
-"""Typed experiment configs: one YAML file, `key=value` overrides, everything checked before any data is
-touched.
+"""Typed experiment configs: one YAML file, `key=value` overrides, everything checked before any data is touched.
 
-pydantic does the checking: unknown keys, wrong types and values out of range are all reported together, by
-key.
+pydantic does the checking: unknown keys, wrong types and values out of range are all reported together, by key.
 """
 
 from __future__ import annotations
@@ -19,12 +17,14 @@ from pydantic import (
     Field,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from crossmae.errors import UserError
 from crossmae.model import DECODERS, Decoder
+from crossmae.variants import model_arguments
 
 CONFIG_ROOT = Path(__file__).resolve().parents[1] / "configs"
 
@@ -38,6 +38,14 @@ class Section(BaseModel):
     """Base of all sections: no unknown keys, no change after the check."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would read true as 1.
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("input should not be true or false")
+        return value
 
 
 class DataConfig(Section):
@@ -84,6 +92,12 @@ class ModelConfig(Section):
     norm_pix_loss: bool = Field(True, description="standardise each target patch")
     mask_ratio: Ratio = Field(0.75, description="share of all patches that the encoder does not see")
     predict_ratio: Ratio = Field(0.25, description="share of all patches that is decoded")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        model_arguments(name)
+        return name
 
     def arguments(self) -> dict[str, Any]:
         """Everything that `create_model` takes besides the name; None is the size's own value."""
@@ -185,8 +199,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> PretrainConfig:
         overrides: `section.key=value` words; values are YAML.
 
     Raises:
-        UserError: no such file, not YAML, unknown keys, wrong types, values out of range; names file and
-            keys.
+        UserError: no such file, not YAML, unknown keys, wrong types, values out of range; names file and keys.
     """
     path = resolve_config_path(name)
     values = read_yaml(path)
@@ -248,7 +261,8 @@ def describe_errors(error: ValidationError, path: Path, values: dict[str, Any]) 
         else:
             message = item["msg"].removeprefix("Value error, ")
             message = message[0].lower() + message[1:]
-            problems.append(f"{key or 'config'}: {message}, got {item['input']!r}" if key else message)
+            given = "" if isinstance(item["input"], dict | BaseModel) else f", got {item['input']!r}"
+            problems.append(f"{key}: {message}{given}" if key else message)
     return f"{path}: {'; '.join(dict.fromkeys(problems))}"
 
 

@@ -1,8 +1,8 @@
 """Training images: keyed augmentation and a plan of batches that needs no state.
 
-All randomness of a sample - crop, flip, mask noise - is drawn from a generator keyed by (seed, epoch, sample
-index). Workers, prefetching and restarts can therefore not change it, and the whole position in the data is
-one integer: the number of batches that the optimizer has consumed.
+All randomness of a sample - crop, flip, mask noise - is drawn from a generator keyed by (seed, epoch, sample index).
+Workers, prefetching and restarts can therefore not change it, and the whole position in the data is one integer: the
+number of batches that the optimizer has consumed.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Batch:
 class BatchPlan:
     """Which images make up batch number i of a run, for any i, on any rank.
 
-    Every epoch is a fresh permutation, cut into batches of equal size; the rest that does not fill a batch on
-    every rank is left out of that epoch.
+    Every epoch is a fresh permutation, cut into batches of equal size; the rest that does not fill a batch on every
+    rank is left out of that epoch.
 
     Args:
         num_images: size of the data set.

@@ -1,16 +1,19 @@
 """Errors that a user can cause, and how every command line shows them.
 
-A library function raises `UserError` with what was wrong, in which file or key, what was expected and what to
-do. A tool wraps its main function in `run_cli`, so that the user sees one line instead of a traceback.
+A library function raises `UserError` with what was wrong, in which file or key, what was expected and what to do. A
+tool wraps its main function in `run_cli`, so that the user sees one line instead of a traceback.
 """
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
+# What the disk, not the program, is to blame for: full, over quota, read-only, no permission, broken.
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 class UserError(ValueError):
@@ -24,6 +27,11 @@ def run_cli(main: Callable[[], None]) -> None:
     except UserError as error:
         message = " ".join(str(error).split()) if "\n" not in str(error) else str(error)
         print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(USER_ERROR_EXIT_CODE) from None
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
         raise SystemExit(USER_ERROR_EXIT_CODE) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -32,9 +32,8 @@ def reconstruct(
 ) -> Panels:
     """Reconstruct every masked patch and undo both normalisations.
 
-    With `norm_pix_loss` the model predicts standardised patches; they are scaled back by the true patch's
-    mean and deviation, so that their contrast is given and their structure is the model's. Visible patches
-    are pasted.
+    With `norm_pix_loss` the model predicts standardised patches; they are scaled back by the true patch's mean and
+    deviation, so that their contrast is given and their structure is the model's. Visible patches are pasted.
 
     Args:
         imgs: (B, C, H, W) pixels normalised by `mean` and `std`.

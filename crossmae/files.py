@@ -17,8 +17,8 @@ CHUNK = 1 << 20
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, force it to disk, then rename it to `path`.
 
-    Whatever happens, `path` is either as it was or complete, and the temporary file is gone unless the
-    process is killed.
+    Whatever happens, `path` is either as it was or complete, and the temporary file is gone unless the process is
+    killed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

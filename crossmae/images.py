@@ -45,7 +45,7 @@ def find_images(folder: str | Path, key: str) -> list[Path]:
     images: list[Path] = []
     others: Counter[str] = Counter()
     visited: set[str] = set()
-    for parent_name, folders, files in os.walk(root, followlinks=True):
+    for parent_name, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
         visited.add(os.path.realpath(parent_name))
         folders[:] = sorted(
             name
@@ -72,17 +72,18 @@ def find_images(folder: str | Path, key: str) -> list[Path]:
     return sorted(images)
 
 
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: can not be searched: {error.strerror}")
+
+
 def read_image(path: str | Path) -> Image.Image:
     """Read one image, whole, as 8-bit RGB with its EXIF orientation applied.
 
-    Rules: 16-bit and 32-bit integer grey is scaled from 0-65535; grey is repeated; palettes are looked up;
-        transparency
-    is laid over white; CMYK and other colour spaces are converted by Pillow; of several frames the first
-    counts.
+    Rules: 16-bit and 32-bit integer grey is scaled from 0-65535; grey is repeated; palettes are looked up; transparency
+    is laid over white; CMYK and other colour spaces are converted by Pillow; of several frames the first counts.
 
     Raises:
-        UserError: missing, empty, truncated or not an image, or over Pillow's limit of pixels; names the
-            file.
+        UserError: missing, empty, truncated or not an image, or over Pillow's limit of pixels; names the file.
     """
     try:
         with Image.open(path) as image:
@@ -108,10 +109,13 @@ def check_images(paths: Sequence[Path]) -> None:
 
 
 def _ends_like_an_image(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(file.tell() - 16, 0))
-        return file.read().endswith(LAST_BYTES)
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(file.tell() - 16, 0))
+            return file.read().endswith(LAST_BYTES)
+    except OSError:
+        return False  # reading it will say what is wrong
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -1,8 +1,7 @@
 """Building blocks of the encoder and of the three decoders.
 
-Shapes: B batch, L tokens of the sequence worked on, S tokens attended to, E its width, D width of the
-queries. Module and parameter names are those of the published checkpoints (method specification, section
-1.3).
+Shapes: B batch, L tokens of the sequence worked on, S tokens attended to, E its width, D width of the queries. Module
+and parameter names are those of the published checkpoints (method specification, section 1.3).
 """
 
 from __future__ import annotations

@@ -68,8 +68,7 @@ def split_patches(noise: Tensor, counts: MaskCounts) -> tuple[Tensor, Tensor]:
         counts: must add up to L.
 
     Returns:
-        visible_idx (B, V), in the order of the noise, as the encoder sees them, and predict_idx (B, M) in
-        raster order.
+        visible_idx (B, V), in the order of the noise, as the encoder sees them, and predict_idx (B, M) in raster order.
     """
     if noise.ndim != 2 or noise.shape[1] != sum(counts):
         raise ValueError(f"noise must have shape (batch, {sum(counts)}), got {tuple(noise.shape)}")

@@ -1,10 +1,10 @@
 """CrossMAE and plain MAE pretraining models.
 
-Shapes: B batch, L patches, V visible, M predicted, E encoder width, D decoder width, N decoder blocks, K
-fused maps, P = patch_size ** 2 * channels, the values of one patch.
+Shapes: B batch, L patches, V visible, M predicted, E encoder width, D decoder width, N decoder blocks, K fused maps, P
+= patch_size ** 2 * channels, the values of one patch.
 
-Written from the method specification (sections 1.3 to 1.8) of arXiv 2401.14391; key names and shapes are the
-published ones.
+Written from the method specification (sections 1.3 to 1.8) of arXiv 2401.14391; key names and shapes are the published
+ones.
 """
 
 from __future__ import annotations
@@ -54,8 +54,7 @@ class FeatureMixer(nn.Module):
     def forward(self, maps: list[Tensor]) -> Tensor:
         """K maps of (B, V + 1, E) to (N, B, V + 1, E), one contiguous mix per decoder block.
 
-        The maps are stacked on the first axis: as the last axis, each mix would be a strided copy of all the
-            others.
+        The maps are stacked on the first axis: as the last axis, each mix would be a strided copy of all the others.
         """
         stacked = torch.stack(maps)  # (K, B, V + 1, E)
         mixes = self.linear.weight.to(stacked.dtype) @ stacked.flatten(1)  # (N, B * (V + 1) * E)
@@ -68,14 +67,13 @@ class CrossMAE(ViTEncoder):
     Args:
         img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio: see `ViTEncoder`.
         decoder_embed_dim, decoder_depth, decoder_num_heads: width D, blocks N and heads of the decoder.
-        decoder: "cross" (CrossMAE), "cross_self" (its ablation with self-attention among them) or "self"
-            (plain MAE: `fuse_blocks` and `fuse_input` do not apply, and `predict_ratio` is ignored).
-        fuse_blocks: encoder blocks whose outputs are mixed for the decoder. None is every block; a tuple
-            holds indices, negative ones from the end; `()` is no fusion: every decoder block sees the last
-            block through a final norm `norm`. Blocks after the last fused one are never run and are frozen.
+        decoder: "cross" (CrossMAE), "cross_self" (its ablation with self-attention among them) or "self" (plain MAE:
+            `fuse_blocks` and `fuse_input` do not apply, and `predict_ratio` is ignored).
+        fuse_blocks: encoder blocks whose outputs are mixed for the decoder. None is every block; a tuple holds indices,
+            negative ones from the end; `()` is no fusion: every decoder block sees the last block through a final norm
+            `norm`. Blocks after the last fused one are never run and are frozen.
         fuse_input: mix the tokens before the first block, too. No effect where nothing is fused.
-        norm_pix_loss: standardise each target patch by its own mean and unbiased variance (1e-6 inside the
-            root).
+        norm_pix_loss: standardise each target patch by its own mean and unbiased variance (1e-6 inside the root).
     """
 
     def __init__(
@@ -139,9 +137,8 @@ class CrossMAE(ViTEncoder):
         | `cls_token`, `mask_token`                 | normal, standard deviation 0.02                     |
         | `pos_embed`, `decoder_pos_embed`          | sine-cosine, fixed                                  |
 
-        The paper states a normal with deviation 1 / sqrt(K) for the mixing weights; the published code then
-        overwrites it by Xavier uniform, which is what every released checkpoint started from, and what is
-        done here.
+        The paper states a normal with deviation 1 / sqrt(K) for the mixing weights; the published code then overwrites
+        it by Xavier uniform, which is what every released checkpoint started from, and what is done here.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -187,8 +184,8 @@ class CrossMAE(ViTEncoder):
         return mask_counts(self.num_patches, mask_ratio, mask_ratio if self.decoder == "self" else predict_ratio)
 
     def encode(self, imgs: Tensor, visible_idx: Tensor | None = None) -> list[Tensor]:
-        """What each decoder block attends to: N tensors of (B, V + 1, E), class token first, not yet
-        normalised if mixed.
+        """What each decoder block attends to: N tensors of (B, V + 1, E), class token first, not yet normalised if
+        mixed.
 
         Without fusion, and for decoder="self", all N are the last block's output through `norm`.
         """

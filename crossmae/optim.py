@@ -37,8 +37,7 @@ def lr_at(step: int, peak: float, warmup_steps: float, total_steps: int, min_lr:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: biases and norms (one-dimensional) without decay, all others with
-    it.
+    """Trainable parameters in two groups: biases and norms (one-dimensional) without decay, all others with it.
 
     As published, `cls_token`, `mask_token` and `wfm.linear.weight` are decayed.
     """

@@ -9,9 +9,9 @@ from torch import Tensor
 def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> Tensor:
     """Position table of a patch grid with a class row in front.
 
-    The first half of the width encodes the column, the second half the row; within each half come all sines,
-    then all cosines; base 10000, integer positions. Computed in float64 (the published MAE; CrossMAE's
-    float32 table differs by up to 3e-6).
+    The first half of the width encodes the column, the second half the row; within each half come all sines, then all
+    cosines; base 10000, integer positions. Computed in float64 (the published MAE; CrossMAE's float32 table differs by
+    up to 3e-6).
 
     Args:
         dim: width of a token; a multiple of 4.

@@ -1,7 +1,7 @@
 """The pretraining loop.
 
-One process, one device. Everything that a restart needs is the step number and the optimizer's state: the
-learning rate is a function of the step, and the data are a function of (seed, step), see crossmae/data.py.
+One process, one device. Everything that a restart needs is the step number and the optimizer's state: the learning rate
+is a function of the step, and the data are a function of (seed, step), see crossmae/data.py.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import dataclasses
 import json
 import logging
 import os
-import platform
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-import timm
 import torch
 import yaml
 from torch import Tensor
@@ -39,6 +36,7 @@ from crossmae.images import check_images, find_images, read_image
 from crossmae.model import CrossMAE
 from crossmae.optim import lr_at, parameter_groups, scaled_lr
 from crossmae.variants import create_model, model_arguments
+from crossmae.versions import versions
 from crossmae.weights import FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, STEP, VERSION, load_model
 
 log = logging.getLogger(__name__)
@@ -64,14 +62,13 @@ class Plan:
 def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
     """Train one model as the config says; returns the file of its final weights.
 
-    Where the weights come from: 1. with `resume`, the latest complete checkpoint in config.output_dir; 2.
-        scratch.
+    Where the weights come from: 1. with `resume`, the latest complete checkpoint in config.output_dir; 2. scratch.
 
     Reads every key of `PretrainConfig`.
 
     Raises:
-        UserError: bad data, a folder in use by another run, an impossible combination of settings, a loss
-            that is not finite.
+        UserError: bad data, a folder in use by another run, an impossible combination of settings, a loss that is not
+            finite.
     """
     # 1. Everything that can be wrong is looked at before anything is written.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -186,8 +183,9 @@ class Run:
 
     def record(self, values: dict[str, float]) -> None:
         """One line of the log, one point of every TensorBoard curve, and the live line."""
-        line = {"step": self.step, "epoch": self.step / self.plan.steps_per_epoch, **values}
-        self.lines.write(json.dumps({key: float(f"{value:.6g}") for key, value in line.items()}) + "\n")
+        rounded = {key: float(f"{value:.6g}") for key, value in values.items()}
+        line = {"step": self.step, "epoch": round(self.step / self.plan.steps_per_epoch, 4), **rounded}
+        self.lines.write(json.dumps(line) + "\n")
         self.lines.flush()
         for key, value in values.items():
             self.board.add_scalar(key, value, self.step)
@@ -234,8 +232,7 @@ def train_steps(run: Run, batches: Any) -> None:
     """Steps until the plan's last one; logs, draws and saves on the way.
 
     Raises:
-        UserError: a broken image, or a loss that is not finite; names the files or the step. The last
-            checkpoint stays.
+        UserError: a broken image, or a loss that is not finite; names the files or the step. The last checkpoint stays.
     """
     config, plan = run.config, run.plan
     window, losses, waited = time.perf_counter(), [], 0.0
@@ -265,11 +262,13 @@ def train_steps(run: Run, batches: Any) -> None:
                     "memory_gb": memory_gb(run.device),
                 }
             )
-            window, losses, waited = time.perf_counter(), [], 0.0
+            losses, waited = [], 0.0
         if draw:
             run.draw()
         if save:
             run.save()
+        if not losses:
+            window = time.perf_counter()  # pictures and checkpoints are not part of the speed
 
 
 def choose_device(config: PretrainConfig) -> tuple[torch.device, str]:
@@ -301,7 +300,6 @@ def build_model(config: PretrainConfig) -> CrossMAE:
     torch.manual_seed(config.runtime.seed)
     try:
         model = create_model(config.model.name, **config.model.arguments())
-        torch.manual_seed(config.runtime.seed)
         counts = model.patch_counts(config.model.mask_ratio, config.model.predict_ratio)
     except ValueError as error:
         raise UserError(f"model: {error}") from None
@@ -350,12 +348,16 @@ def find_start(run: Path, resume: bool) -> Path | None:
     """The checkpoint to go on from, or None for a new run.
 
     Raises:
-        UserError: the folder holds a run and `resume` was not asked for.
+        UserError: the folder holds a run and `resume` was not asked for, or weights without a checkpoint.
     """
     latest = latest_checkpoint(run)
     if latest and not resume:
         raise UserError(
             f"output_dir: {run} already holds a run ({latest.name}); pass --resume to go on, or name another"
+        )
+    if not latest and (run / WEIGHTS).exists():
+        raise UserError(
+            f"output_dir: {run} holds {WEIGHTS} but no complete checkpoint to go on from; name another folder"
         )
     if resume and not latest:
         log.info("--resume: no complete checkpoint in %s, starting from scratch", run)
@@ -421,6 +423,11 @@ def announce(config: PretrainConfig, plan: Plan, model: CrossMAE, step: int) -> 
         plan.device,
         plan.precision,
     )
+    unused = (
+        {"fuse_blocks", "fuse_input", "predict_ratio"} & config.model.model_fields_set if is_plain(config) else set()
+    )
+    if unused:
+        log.info("ignored, because decoder is 'self': %s", ", ".join(f"model.{key}" for key in sorted(unused)))
     log.info("%d images, %d per step, %d steps per epoch", plan.images, plan.images_per_step, plan.steps_per_epoch)
     log.info("steps %d to %d, peak learning rate %.3g (%s)", step + 1, plan.last_step, plan.peak_lr, rule)
 
@@ -471,19 +478,4 @@ def weight_metadata(config: PretrainConfig, step: int) -> dict[str, str]:
         PIXEL_STD: json.dumps(config.data.std),
         VERSION: crossmae.__version__,
         STEP: str(step),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a run depends on."""
-    here = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return {
-        "crossmae": crossmae.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "git": git.stdout.strip() or "unknown",
     }

@@ -18,8 +18,7 @@ ENCODER_PREFIXES = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
 
 
 def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches of an image of `img_size` pixels (an int is a square, a pair is height,
-    width).
+    """Rows and columns of patches of an image of `img_size` pixels (an int is a square, a pair is height, width).
 
     Raises:
         ValueError: a side is not a positive multiple of the patch size; names the nearest valid sizes.

@@ -87,12 +87,20 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
 
 
 def choose_device(cfg: CfgNode, asked: bool) -> None:
-    """Train on the CPU where there is no GPU, and say so; an error if the command line `asked` for the GPU."""
+    """Train on the CPU where there is no GPU, and say so; an error if the command line `asked` for the GPU.
+
+    Raises:
+        UserError: also for a GPU of a higher number than there are.
+    """
+    count = torch.cuda.device_count()
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         if asked:
             raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but torch finds no GPU; use MODEL.DEVICE cpu")
         log.info("no GPU found: MODEL.DEVICE is cpu")
         cfg.MODEL.DEVICE = "cpu"
+    _, _, index = cfg.MODEL.DEVICE.partition(":")
+    if index and int(index) >= count:
+        raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but the GPUs that torch finds end at cuda:{count - 1}")
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         log.info("SOLVER.AMP.ENABLED is False: mixed precision is for GPUs")
         cfg.SOLVER.AMP.ENABLED = False
@@ -155,7 +163,7 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
     for section in sections:
         node = node.get(section) if isinstance(node, CfgNode) else None
     if not isinstance(node, CfgNode) or last not in node:
-        near = difflib.get_close_matches(str(key), list(_leaf_keys(cfg)), n=1)
+        near = difflib.get_close_matches(str(key), list(leaf_keys(cfg)), n=1)
         raise UserError(f"{source}: unknown key {key}" + (f" (did you mean {near[0]}?)" if near else ""))
     default = node[last]
     if isinstance(default, CfgNode):
@@ -167,10 +175,19 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
         raise UserError(f"{source}: {key} must be of type {wanted}, like {default!r}, got {value!r}") from None
 
 
-def _leaf_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+def lookup(cfg: CfgNode, key: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = cfg
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def leaf_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    """Every dotted key that is no section."""
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
-            yield from _leaf_keys(value, f"{prefix}{key}.")
+            yield from leaf_keys(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
 
@@ -219,6 +236,7 @@ _CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("INPUT.MASK_FORMAT", lambda v: v in ("polygon", "bitmask"), "polygon or bitmask"),
     ("INPUT.LSJ.SIZE", lambda v: v >= 1, "at least 1"),
     ("INPUT.LSJ.MIN_SCALE", lambda v: v > 0, "greater than 0"),
+    ("MODEL.DEVICE", lambda v: bool(re.fullmatch(r"cpu|cuda(:\d+)?", v)), "cpu, cuda or cuda:N"),
     ("MODEL.ROI_HEADS.NUM_CLASSES", lambda v: v >= 1, "at least 1"),
     ("MODEL.VIT.PATCH_SIZE", lambda v: v >= 1, "at least 1"),
     ("MODEL.VIT.DEPTH", lambda v: v >= 1, "at least 1"),
@@ -226,6 +244,7 @@ _CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("MODEL.VIT.WINDOW_SIZE", lambda v: v >= 0, "at least 0"),
     ("MODEL.VIT.MLP_RATIO", lambda v: v > 0, "greater than 0"),
     ("MODEL.VIT.NUM_HEADS", lambda v: v >= 1, "at least 1"),
+    ("MODEL.VIT.SQUARE_PAD", lambda v: v >= 0, "at least 0"),
 ]  # fmt: skip
 
 
@@ -236,9 +255,7 @@ def check_config(cfg: CfgNode) -> None:
         UserError: names the key, its value and what it must be.
     """
     for key, test, expected in _CHECKS:
-        value: Any = cfg
-        for part in key.split("."):
-            value = value[part]
+        value = lookup(cfg, key)
         if not test(value):
             raise UserError(f"{key} must be {expected}, got {value!r}")
     vit, lsj = cfg.MODEL.VIT, cfg.INPUT.LSJ
@@ -251,3 +268,17 @@ def check_config(cfg: CfgNode) -> None:
         raise UserError(f"INPUT.LSJ.MIN_SCALE {lsj.MIN_SCALE} is greater than INPUT.LSJ.MAX_SCALE {lsj.MAX_SCALE}")
     if lsj.ENABLED and cfg.INPUT.CROP.ENABLED:
         raise UserError("INPUT.LSJ.ENABLED and INPUT.CROP.ENABLED exclude each other: large-scale jitter crops already")
+    _check_square_pad(cfg)
+
+
+def _check_square_pad(cfg: CfgNode) -> None:
+    """Images must fit the square: detectron2 would crop them without a word."""
+    pad, patch = cfg.MODEL.VIT.SQUARE_PAD, cfg.MODEL.VIT.PATCH_SIZE
+    if not pad:
+        return
+    if pad % patch:
+        raise UserError(f"MODEL.VIT.SQUARE_PAD {pad} is no multiple of MODEL.VIT.PATCH_SIZE {patch}")
+    for key in ("INPUT.LSJ.SIZE" if cfg.INPUT.LSJ.ENABLED else "INPUT.MAX_SIZE_TRAIN", "INPUT.MAX_SIZE_TEST"):
+        size = lookup(cfg, key)
+        if pad < size:
+            raise UserError(f"MODEL.VIT.SQUARE_PAD {pad} is smaller than {key} {size}: images would be cropped")

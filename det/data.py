@@ -112,13 +112,9 @@ def check_coco(content: dict[str, Any], path: Path, images: Path, for_evaluation
     category_ids = _unique_ids(content["categories"], path, "categories")
     _unique_ids(content["annotations"], path, "annotations")
     for index, annotation in enumerate(content["annotations"]):
-        for key, known in (("image_id", image_ids), ("category_id", category_ids)):
-            if annotation[key] not in known:
-                raise UserError(
-                    f"{path}: annotations[{index}] (id {annotation['id']}): unknown {key} {annotation[key]!r}"
-                )
-        if not isinstance(annotation["bbox"], list) or len(annotation["bbox"]) != 4:
-            raise UserError(f"{path}: annotations[{index}] (id {annotation['id']}): bbox must be [x, y, width, height]")
+        fault = _fault(annotation, image_ids, category_ids)
+        if fault:
+            raise UserError(f"{path}: annotations[{index}] (id {annotation['id']}): {fault}")
     _check_images([entry["file_name"] for entry in content["images"]], path, images)
     kept = [annotation for annotation in content["annotations"] if not annotation.get("iscrowd", 0)]
     return CocoSummary(
@@ -145,6 +141,34 @@ def _unique_ids(entries: list[dict[str, Any]], path: Path, where: str) -> set[An
             raise UserError(f"{path}: {where}[{index}]: id {entry['id']} is used twice")
         ids.add(entry["id"])
     return ids
+
+
+def _fault(annotation: dict[str, Any], image_ids: set[int], category_ids: set[int]) -> str | None:
+    """What is wrong with the values of one annotation, or None."""
+    for key, known in (("image_id", image_ids), ("category_id", category_ids)):
+        if not isinstance(annotation[key], int):
+            return f"{key} must be a whole number, got {annotation[key]!r}"
+        if annotation[key] not in known:
+            return f"unknown {key} {annotation[key]!r}"
+    if not isinstance(annotation["bbox"], list) or len(annotation["bbox"]) != 4:
+        return "bbox must be [x, y, width, height]"
+    if annotation.get("ignore", 0):
+        return "'ignore' is not supported: remove the annotation, or mark a region of many objects as iscrowd"
+    return _mask_fault(annotation.get("segmentation"))
+
+
+def _mask_fault(mask: Any) -> str | None:
+    """What is wrong with a `segmentation`, or None; detectron2 would drop such an object, or stop."""
+    if not mask:
+        return None
+    if isinstance(mask, dict):
+        return None if {"counts", "size"} <= set(mask) else "segmentation: run-length encoding needs counts and size"
+    if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
+        return "segmentation must be a list of polygons, [[x, y, x, y, x, y, ...], ...], or run-length encoding"
+    for number, polygon in enumerate(mask):
+        if len(polygon) < 6 or len(polygon) % 2:
+            return f"segmentation[{number}] must be x and y of at least 3 points, got {len(polygon)} numbers"
+    return None
 
 
 def _mask_kind(annotation: dict[str, Any]) -> str:
@@ -176,7 +200,8 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
         train, val: COCO file and image folder, or None where there is none. Both None leaves the config alone.
 
     Raises:
-        UserError: see `read_coco`, `check_coco`, `choose_mask_format`; or the two files have different categories.
+        UserError: see `read_coco`, `check_coco`, `choose_mask_format`; only crowd regions to train on; or the two files
+            have different categories.
     """
     if train is None and val is None:
         return
@@ -184,6 +209,8 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
     summaries = []
     if train is not None:
         summaries.append(register_coco(OWN_TRAIN, *train))
+        if not summaries[0].num_trainable:
+            raise UserError(f"{train[0]}: nothing to train on: every entry of 'annotations' is a crowd region (iscrowd 1)")
         choose_mask_format(cfg, summaries[0], train[0])
         cfg.DATASETS.TRAIN = (OWN_TRAIN,)
     if val is not None:

@@ -60,7 +60,9 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
         first.
     """
     (name,), folder = cfg.DATASETS.TEST, Path(cfg.OUTPUT_DIR)
-    evaluator = COCOEvaluator(name, output_dir=str(folder / "inference"), use_fast_impl=False)
+    # Named, because detectron2 reads them off the predictions, and a detector may have found nothing.
+    tasks = tuple(TASKS) if cfg.MODEL.MASK_ON else ("bbox",)
+    evaluator = COCOEvaluator(name, tasks, output_dir=str(folder / "inference"), use_fast_impl=False)
     loader = build_detection_test_loader(cfg, name, mapper=NamingMapper(cfg, False))
     # pycocotools prints its summary; ours is `format_results`.
     with contextlib.redirect_stdout(io.StringIO()):

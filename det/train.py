@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import weakref
@@ -29,8 +30,9 @@ from tqdm import tqdm
 
 from crossmae.data import Unreadable
 from crossmae.errors import UserError
-from crossmae.files import make_folder, write_atomically, write_json
-from crossmae.train import versions
+from crossmae.files import make_folder, sha256, write_atomically, write_json
+from crossmae.versions import versions
+from det.config import leaf_keys, lookup
 from det.data import build_train_loader, check_registered
 from det.evaluate import evaluate
 from det.weights import load_weights
@@ -39,6 +41,10 @@ log = logging.getLogger(__name__)
 
 LOG, CONFIG, RECORD = "log.txt", "config.yaml", "run.json"
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, ChannelFirstLayerNorm)
+# What a run and its continuation must share: it decides the order of data, the model and the schedule.
+_SHARED = ("SEED", "DATASETS.TRAIN", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "INPUT.", "MODEL.", "SOLVER.")
+# What of it may differ: where and how long to train, and what only evaluation reads.
+_FREE = ("MODEL.DEVICE", "MODEL.WEIGHTS", "SOLVER.AMP.", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.MAX_ITER")
 
 
 def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
@@ -99,7 +105,10 @@ class Trainer(DefaultTrainer):
         model = build_model(cfg)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         resume = self._find_checkpoint(resume)
-        if not resume:
+        settings = shared_settings(cfg, len(self.records))
+        if resume:
+            check_continues(Path(cfg.OUTPUT_DIR), settings)
+        else:
             load_weights(model, cfg)
         optimizer = build_optimizer(cfg, model)
         self._trainer = _inner_trainer(cfg, create_ddp_model(model, broadcast_buffers=False), loader, optimizer)
@@ -112,7 +121,7 @@ class Trainer(DefaultTrainer):
             self.data_loader = self._loader(first=self.start_iter)
             log.info("resuming after iteration %d from %s", self.start_iter, path)
         if comm.is_main_process():
-            record_run(cfg)
+            record_run(cfg, settings)
             self.register_hooks([hooks.PeriodicWriter(self.build_writers(), period=20)])
 
     def _loader(self, first: int) -> Any:
@@ -173,6 +182,15 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """Name the newest checkpoint."""
         tag = Path(self.save_dir, "last_checkpoint")
         write_atomically(tag, lambda path: _write_text(path, last_filename_basename))
+
+    def _load_file(self, filename: str) -> Any:
+        try:
+            return super()._load_file(filename)
+        except Exception as error:  # torch raises pickle errors, runtime errors and others for the same cause
+            raise UserError(
+                f"{filename}: can not be read: {' '.join(str(error).split())[:300]}; name an older checkpoint in "
+                f"{Path(self.save_dir, 'last_checkpoint')}"
+            ) from error
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         wrong = [*incompatible.missing_keys, *incompatible.unexpected_keys]
@@ -252,14 +270,54 @@ def _inner_trainer(cfg: CfgNode, model: nn.Module, loader: Any, optimizer: torch
     return AMPTrainer(model, loader, optimizer, grad_scaler=scaler, precision=precision)
 
 
-def record_run(cfg: CfgNode) -> None:
-    """Create `OUTPUT_DIR` with the resolved config, and the versions and data that what comes there is made with."""
+def shared_settings(cfg: CfgNode, num_images: int) -> dict[str, Any]:
+    """What a run and its continuation must share, by key, as JSON holds it.
+
+    Args:
+        cfg: of the run.
+        num_images: that are trained on.
+    """
+    keys = [key for key in leaf_keys(cfg) if key.startswith(_SHARED) and not key.startswith(_FREE)]
+    settings = {key: lookup(cfg, key) for key in keys if not key.endswith("_TEST")}
+    files = {name: MetadataCatalog.get(name).get("json_file") for name in cfg.DATASETS.TRAIN}
+    settings |= {f"SHA-256 of the json of {name}": sha256(Path(path)) for name, path in files.items() if path}
+    settings["number of training images"] = num_images
+    decoded: dict[str, Any] = json.loads(json.dumps(settings))
+    return decoded
+
+
+def check_continues(folder: Path, settings: dict[str, Any]) -> None:
+    """Compare the settings of a continuation with those that the run in `folder` recorded.
+
+    Raises:
+        UserError: names what differs, with both values; or the record is gone or damaged.
+    """
+    try:
+        recorded = json.loads((folder / RECORD).read_text(encoding="utf-8"))["settings"]
+        keys = recorded.keys() | settings.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"--resume: {folder / RECORD} is missing or damaged, so that nothing tells whether this is the same run; "
+            "start a new one from MODEL.WEIGHTS in another OUTPUT_DIR"
+        ) from None
+    changed = [
+        f"{key} was {recorded.get(key)!r}, now {settings.get(key)!r}"
+        for key in sorted(keys)
+        if recorded.get(key) != settings.get(key)
+    ]
+    if changed:
+        raise UserError(f"--resume: {folder} holds a run with other settings: {'; '.join(changed)}")
+
+
+def record_run(cfg: CfgNode, settings: dict[str, Any]) -> None:
+    """Create `OUTPUT_DIR` with the resolved config, and the versions, data and shared settings that it is made with."""
     folder = Path(cfg.OUTPUT_DIR)
     make_folder(folder, "OUTPUT_DIR")
     write_atomically(folder / CONFIG, lambda path: _write_text(path, cfg.dump()))
     sets = {name: MetadataCatalog.get(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
     data = {name: {"json": meta.get("json_file"), "images": meta.get("image_root")} for name, meta in sets.items()}
-    write_json(folder / RECORD, {"versions": versions() | {"detectron2": detectron2.__version__}, "data": data})
+    libraries = versions() | {"detectron2": detectron2.__version__}
+    write_json(folder / RECORD, {"versions": libraries, "data": data, "settings": settings})
 
 
 @contextmanager

@@ -25,6 +25,10 @@ from crossmae.pos_embed import sincos_pos_embed
 from crossmae.vit import patch_grid
 
 
+SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
+NORMS = ("", "LN", "GN", "BN", "SyncBN", "FrozenBN")
+
+
 class SpatialAttention(Attention):
     """Self-attention on a grid of tokens, in windows or over the whole grid, with decomposed relative positions.
 
@@ -167,7 +171,7 @@ def _init_linear(module: nn.Module) -> None:
 def build_pyramid(
     net: ViT,
     out_channels: int = 256,
-    scale_factors: Sequence[float] = (4.0, 2.0, 1.0, 0.5),
+    scale_factors: Sequence[float] = SCALE_FACTORS,
     norm: str = "LN",
     max_pool_level: bool = True,
     square_pad: int = 0,
@@ -183,8 +187,15 @@ def build_pyramid(
         square_pad: pad every batch to a square of so many pixels; 0 pads to the largest image.
 
     Raises:
-        ValueError: the patch size is no power of two, so that the levels have no whole strides.
+        ValueError: the patch size is no power of two, so that the levels have no whole strides; factors or a norm that
+            do not exist.
     """
+    factors = tuple(scale_factors)
+    first = SCALE_FACTORS.index(factors[0]) if factors and factors[0] in SCALE_FACTORS else 0
+    if not factors or factors != SCALE_FACTORS[first : first + len(factors)]:
+        raise ValueError(f"SCALE_FACTORS must be neighbours of {list(SCALE_FACTORS)}, got {list(factors)}")
+    if norm not in NORMS:
+        raise ValueError(f"NORM must be one of {', '.join(NORMS[1:])}, or empty for none, got {norm!r}")
     if net.patch_size & (net.patch_size - 1):
         raise ValueError(f"the feature pyramid needs a patch size that is a power of two, got {net.patch_size}")
     top_block = None

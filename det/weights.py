@@ -28,6 +28,8 @@ from det.vit import ViT
 
 log = logging.getLogger(__name__)
 
+UNKNOWN = "unknown"  # what a converted file says where its source did not record the value
+
 # The class token has no place in a dense backbone; relative positions exist only in detection and start at zero.
 DROPPED = (r"cls_token$",)
 NEW = (r"blocks\.\d+\.attn\.rel_pos_[hw]$",)
@@ -116,7 +118,7 @@ def check_pixels(cfg: CfgNode, weights: Weights) -> None:
         UserError: names the key and the value that fits the file.
     """
     for field, key in ((PIXEL_MEAN, "PIXEL_MEAN"), (PIXEL_STD, "PIXEL_STD")):
-        if field not in weights.metadata:
+        if weights.metadata.get(field, UNKNOWN) == UNKNOWN:
             continue
         if cfg.INPUT.FORMAT != "RGB":
             raise UserError(

@@ -64,7 +64,7 @@ DETECT = {
 
 def command(name: str) -> str:
     """The indented or fenced block after `<!-- test: name -->`."""
-    match = re.search(rf"<!-- test: {name} -->\n((?:    .*\n)+|```python\n.*?```)", README, re.DOTALL)
+    match = re.search(rf"<!-- test: {name} -->\n((?:    [^\n]*\n)+|```python\n.*?```)", README, re.DOTALL)
     assert match, f"the README has no block for {name}"
     return match[1].removeprefix("```python\n").removesuffix("```")
 

@@ -55,9 +55,9 @@ def describe(weights: Weights) -> str:
     return "\n".join([*lines, f"pixels       mean {mean}, std {std}"])
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Parse, read, convert, say what was done."""
-    args = build_parser().parse_args()
+    args = build_parser().parse_args(argv)
     check_conversion(args.source, args.destination, args.to, force=args.force)
     weights = read_weights(args.source)
     print(describe(weights), end="\n\n")

@@ -101,6 +101,7 @@ def demo_stages(output: Path) -> list[Stage]:
             "Compose handwritten digits over photographs",
             command("make_demo_data", "--output @/data"),
             outputs=(output / "data",),
+            configs=(ROOT / "crossmae/demo_data.py",),
         ),
         Stage(
             "pretrain",

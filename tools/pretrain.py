@@ -1,8 +1,8 @@
 """Pretrain a ViT with CrossMAE or MAE on a folder of images.
 
 A laptop, to see it work (2 steps):
-    python tools/pretrain.py --config-file pretrain/demo.yaml data.train=IMAGES output_dir=OUT
-    schedule.max_steps=2
+    python tools/pretrain.py --config-file pretrain/demo.yaml data.train=IMAGES output_dir=OUT \\
+        schedule.max_steps=2
 One GPU:
     python tools/pretrain.py --config-file pretrain/crossmae_vitb16.yaml data.train=IMAGES output_dir=OUT
 The same command with --resume goes on from the last complete checkpoint.

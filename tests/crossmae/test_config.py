@@ -40,6 +40,8 @@ def test_values_come_from_file_then_command_line(config_file: Path) -> None:
         ("optim.batchsize=4", r"unknown key 'optim.batchsize' \(did you mean 'batch_size'\?\)"),
         ("optimizer.lr=4", r"unknown key 'optimizer' \(did you mean 'optim'\?\)"),
         ("optim.batch_size=many", r"optim.batch_size: .*integer.*got 'many'"),
+        ("optim.batch_size=true", r"optim.batch_size: input should not be true or false, got True"),
+        ("model.name=crossmae_vit_giant", r"model.name: unknown model .*crossmae_vit_tiny_patch16"),
         ("optim.batch_size=0", r"optim.batch_size: .*greater than 0.*got 0"),
         ("model.mask_ratio=75", r"model.mask_ratio: .*less than 1.*got 75"),
         ("model.decoder=cros", r"model.decoder: .*'cross', 'cross_self' or 'self'"),

@@ -71,6 +71,11 @@ def test_overrides_mix_both_forms(write):
         (["INPUT.LSJ.ENABLED=True", "INPUT.CROP.ENABLED=True"], "exclude each other"),
         (["DATALOADER.ASPECT_RATIO_GROUPING=True"], "DATALOADER.ASPECT_RATIO_GROUPING must be False"),
         (["SEED=-1"], "SEED must be at least 0"),
+        (["MODEL.DEVICE=foo"], "MODEL.DEVICE must be cpu, cuda or cuda:N, got 'foo'"),
+        (["MODEL.VIT.SQUARE_PAD=1340"], "MODEL.VIT.SQUARE_PAD 1340 is no multiple of MODEL.VIT.PATCH_SIZE 16"),
+        (["MODEL.VIT.SQUARE_PAD=1024"], "SQUARE_PAD 1024 is smaller than INPUT.MAX_SIZE_TRAIN 1333"),
+        (["MODEL.VIT.SQUARE_PAD=1024", "INPUT.LSJ.ENABLED=True"], "1024 is smaller than INPUT.MAX_SIZE_TEST 1333"),
+        (["MODEL.VIT.SQUARE_PAD=512", "INPUT.LSJ.ENABLED=True"], "512 is smaller than INPUT.LSJ.SIZE 1024"),
     ],
 )
 def test_bad_overrides_name_the_key(write, words, message):
@@ -116,6 +121,18 @@ def test_without_a_gpu_the_default_device_falls_back_and_an_asked_one_is_an_erro
     assert "SOLVER.AMP.ENABLED is False" in caplog.text
     with pytest.raises(UserError, match=r"MODEL.DEVICE is cuda, but torch finds no GPU"):
         load_det_config(path, ["MODEL.DEVICE", "cuda"])
+
+
+def test_a_gpu_of_a_higher_number_than_there_are_is_named(write, monkeypatch):
+    path = write("SOLVER: {MAX_ITER: 1}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert load_det_config(path, ["MODEL.DEVICE=cuda:1"]).MODEL.DEVICE == "cuda:1"
+    with pytest.raises(UserError, match="MODEL.DEVICE is cuda:9, but the GPUs that torch finds end at cuda:1"):
+        load_det_config(path, ["MODEL.DEVICE=cuda:9"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="MODEL.DEVICE is cuda:9, but torch finds no GPU"):
+        load_det_config(path, ["MODEL.DEVICE=cuda:9"])
 
 
 def test_split_overrides_takes_values_that_look_like_keys():

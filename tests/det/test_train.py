@@ -13,7 +13,8 @@ from detectron2.modeling import build_model
 
 from crossmae.errors import UserError, run_cli
 from det.config import load_det_config
-from det.evaluate import format_results
+from det.data import use_own_data
+from det.evaluate import evaluate, format_results
 from det.train import AtomicCheckpointer, Trainer, parameter_groups
 from tests.det.coco_files import TINY, save, write_coco
 from tools.train_net import build_parser, main
@@ -196,10 +197,53 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(tmp_path, command,
     assert "Lower SOLVER.BASE_LR" in line
 
 
-def test_resuming_another_model_is_refused(tmp_path, command, capsys, monkeypatch):
-    main(command)
-    line = fails_with_one_line([*command, "--resume", "MODEL.VIT.DEPTH=3"], capsys, monkeypatch)
-    assert "is of another model than the config" in line
+def test_resuming_with_other_settings_or_a_torn_checkpoint_is_refused(tmp_path, command, capsys, monkeypatch):
+    """What only says where and how long to train may change."""
+    main([*command, "SOLVER.MAX_ITER=1"])
+    run = tmp_path / "out"
+    before = (run / "run.json").read_bytes()
+    for word, change in [
+        ("SEED=1", "SEED was 0, now 1"),
+        ("SOLVER.IMS_PER_BATCH=1", "SOLVER.IMS_PER_BATCH was 2, now 1"),
+        ("MODEL.VIT.DEPTH=3", "MODEL.VIT.DEPTH was 2, now 3"),
+    ]:
+        line = fails_with_one_line([*command, "--resume", word], capsys, monkeypatch)
+        assert line.endswith(f"holds a run with other settings: {change}")
+    path, images, _ = write_coco(tmp_path / "other", images=4)
+    words = [*command, "--resume", "--train-json", str(path), "--train-images", str(images)]
+    line = fails_with_one_line(words, capsys, monkeypatch)
+    assert "SHA-256 of the json of own_coco_train was '" in line
+    assert "number of training images was 5, now 4" in line
+
+    longer = [*command, "--resume", "SOLVER.MAX_ITER=2", "SOLVER.CHECKPOINT_PERIOD=1", "TEST.DETECTIONS_PER_IMAGE=4"]
+    final = run / "model_final.pth"
+    whole = final.read_bytes()
+    final.write_bytes(whole[: len(whole) // 2])
+    line = fails_with_one_line(longer, capsys, monkeypatch)
+    assert f"{final}: can not be read: " in line
+    assert (run / "run.json").read_bytes() == before
+    final.write_bytes(whole)
+    main(longer)
+    assert final_state(run)["iteration"] == 1
+
+    (run / "run.json").write_text("{")
+    assert "run.json is missing or damaged" in fails_with_one_line(longer, capsys, monkeypatch)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    AtomicCheckpointer(torch.nn.Linear(1, 1), str(tmp_path)).save("first")
+    checkpointer = AtomicCheckpointer(torch.nn.Linear(2, 1), str(tmp_path))
+    with pytest.raises(UserError, match="is of another model than the config: 1 tensors .* like weight"):
+        checkpointer.load(checkpointer.get_checkpoint_file())
+
+
+def test_a_detector_that_finds_nothing_has_results_for_boxes_and_masks(tmp_path, command):
+    cfg = load_det_config(command[1], [command[-1], "MODEL.ROI_HEADS.SCORE_THRESH_TEST=1.0"])
+    use_own_data(cfg, None, (command[3], command[5]))
+    results = evaluate(cfg, build_model(cfg))
+    assert set(results) == {"bbox", "segm"}
+    written = json.loads((tmp_path / "out/results.json").read_text())
+    assert written["bbox"]["AP"] is written["segm"]["AP"] is None
 
 
 def test_resume_without_a_checkpoint_starts_and_says_so(tmp_path, command, caplog):

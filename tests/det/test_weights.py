@@ -11,7 +11,9 @@ from detectron2.modeling import build_model
 from safetensors.torch import save_file
 
 from crossmae import CrossMAE
+from crossmae.convert import convert_to_detectron2
 from crossmae.errors import UserError
+from crossmae.weights import read_weights
 from det.config import load_det_config
 from det.weights import load_weights
 from tests.det.coco_files import TINY
@@ -87,6 +89,18 @@ def test_a_converted_encoder_loads(tmp_path, cfg):
     detector = build_model(cfg)
     load_weights(detector, cfg)
     assert_loaded(detector, encoder)
+
+
+def test_a_converted_file_of_the_published_layout_loads_though_its_pixel_statistics_are_unknown(tmp_path, cfg):
+    pretrained = random_model(decoder="self")
+    torch.save({"model": pretrained.state_dict()}, tmp_path / "published.pth")
+    converted = tmp_path / "converted.pth"
+    convert_to_detectron2(read_weights(tmp_path / "published.pth"), converted)
+    assert read_weights(converted).metadata["pixel_mean"] == "unknown"
+    cfg.MODEL.WEIGHTS = str(converted)
+    detector = build_model(cfg)
+    load_weights(detector, cfg)
+    assert_loaded(detector, encoder_of(pretrained))
 
 
 def test_a_detector_loads_whole(tmp_path, cfg):

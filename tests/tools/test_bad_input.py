@@ -107,8 +107,8 @@ CASES: list[tuple[str, Callable[[Path], Any], Callable[[], None], list[str]]] = 
     (
         "conversion of no checkpoint",
         lambda files: (files / "page.pth").write_text("<!DOCTYPE html><html></html>"),
-        lambda: convert_checkpoint.main(["page.pth", "OUT", "--to", "detectron2"]),
-        ["page.pth", "HTML"],
+        lambda: convert_checkpoint.main(["page.pth", "OUT.pth", "--to", "detectron2"]),
+        ["page.pth", "web page"],
     ),
 ]
 

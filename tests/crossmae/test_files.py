@@ -1,0 +1,48 @@
+"""Proves that a file is written whole or not at all, and that an unwritable folder is named early."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from crossmae.errors import UserError
+from crossmae.files import make_folder, sha256, write_atomically, write_json
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, lambda temporary: temporary.write_text("old"))
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_round_trip_and_no_nan(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"é": [1, None]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"é": [1, None]}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, float("nan"))
+    assert json.loads(path.read_text(encoding="utf-8")) == {"é": [1, None]}
+
+
+def test_sha256(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc" * 1000)
+    assert sha256(tmp_path / "x") == hashlib.sha256(b"abc" * 1000).hexdigest()
+
+
+def test_a_folder_that_can_not_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"output_dir: can not write in .*file/run: Not a directory"):
+        make_folder(tmp_path / "file" / "run", "output_dir")
+    make_folder(tmp_path / "a" / "b", "output_dir")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
