@@ -180,6 +180,7 @@ def resolve_config_path(name: str) -> Path:
     """
     candidates = [
         Path(name),
+        CONFIG_ROOT.parent / name,
         CONFIG_ROOT / name,
         CONFIG_ROOT / f"{name}.yaml",
         CONFIG_ROOT / "pretrain" / name,

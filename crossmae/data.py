@@ -7,6 +7,7 @@ number of batches that the optimizer has consumed.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from torchvision.transforms import InterpolationMode, v2
 
 from crossmae.errors import UserError
 from crossmae.images import read_image
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,14 @@ def collate(samples: list[tuple[Tensor, Tensor, int] | Unreadable]) -> Batch | U
     return Batch(torch.stack(images), torch.stack(noise), torch.tensor(indices))
 
 
+def usable_workers(asked: int) -> int:
+    """No more processes than this one has cores; says so where that is fewer than asked for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if asked > cores:
+        log.info("%d processes read images, not %d: there are no more cores", cores, asked)
+    return min(asked, cores)
+
+
 def build_loader(
     dataset: PretrainImages, plan: BatchPlan, first: int, last: int, workers: int, pin_memory: bool
 ) -> DataLoader[Any]:
@@ -188,7 +199,7 @@ def build_loader(
     return DataLoader(
         dataset,
         batch_sampler=PlannedBatches(plan, first, last),
-        num_workers=workers,
+        num_workers=usable_workers(workers),
         collate_fn=collate,
         pin_memory=pin_memory,
     )

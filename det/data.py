@@ -21,7 +21,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from torch.utils.data import DataLoader, Dataset
 
-from crossmae.data import BatchPlan, PlannedBatches, Unreadable
+from crossmae.data import BatchPlan, PlannedBatches, Unreadable, usable_workers
 from crossmae.errors import UserError
 from crossmae.images import check_images
 
@@ -210,7 +210,9 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
     if train is not None:
         summaries.append(register_coco(OWN_TRAIN, *train))
         if not summaries[0].num_trainable:
-            raise UserError(f"{train[0]}: nothing to train on: every entry of 'annotations' is a crowd region (iscrowd 1)")
+            raise UserError(
+                f"{train[0]}: nothing to train on: every entry of 'annotations' is a crowd region (iscrowd 1)"
+            )
         choose_mask_format(cfg, summaries[0], train[0])
         cfg.DATASETS.TRAIN = (OWN_TRAIN,)
     if val is not None:
@@ -352,7 +354,7 @@ def build_train_loader(
     return DataLoader(
         KeyedSamples(records, NamingMapper(cfg, True), cfg.SEED),
         batch_sampler=PlannedBatches(plan, first, cfg.SOLVER.MAX_ITER),
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        num_workers=usable_workers(cfg.DATALOADER.NUM_WORKERS),
         collate_fn=list,
         # Without one of its own, the loader would draw from the generator that the model's randomness comes from.
         generator=torch.Generator(),

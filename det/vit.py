@@ -24,7 +24,6 @@ from crossmae.layers import Attention, Block, PatchEmbed
 from crossmae.pos_embed import sincos_pos_embed
 from crossmae.vit import patch_grid
 
-
 SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
 NORMS = ("", "LN", "GN", "BN", "SyncBN", "FrozenBN")
 

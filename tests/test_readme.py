@@ -40,7 +40,13 @@ PRETRAIN = {
 }
 DETECT = {
     "_BASE_": "recipe.yaml",
-    "INPUT": {"LSJ": {"ENABLED": False}, "MIN_SIZE_TRAIN": [64], "MIN_SIZE_TEST": 64, "MAX_SIZE_TEST": 64},
+    "INPUT": {
+        "LSJ": {"ENABLED": False},
+        "MIN_SIZE_TRAIN": [64],
+        "MAX_SIZE_TRAIN": 64,
+        "MIN_SIZE_TEST": 64,
+        "MAX_SIZE_TEST": 64,
+    },
     "MODEL": {
         "VIT": {
             "IMG_SIZE": 64,

@@ -86,8 +86,9 @@ def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, message: s
         load_config(str(path))
 
 
-def test_bare_names_resolve_and_unknown_ones_list_what_exists() -> None:
-    for name in ("pretrain/demo.yaml", "pretrain/demo", "demo.yaml"):
+def test_bare_names_resolve_and_unknown_ones_list_what_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("configs/pretrain/demo.yaml", "pretrain/demo.yaml", "pretrain/demo", "demo.yaml"):
         assert resolve_config_path(name) == CONFIG_ROOT / "pretrain" / "demo.yaml"
     with pytest.raises(UserError, match=r"--config-file nothing.yaml.*pretrain/demo\.yaml"):
         resolve_config_path("nothing.yaml")

@@ -128,10 +128,10 @@ def test_a_gpu_of_a_higher_number_than_there_are_is_named(write, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert load_det_config(path, ["MODEL.DEVICE=cuda:1"]).MODEL.DEVICE == "cuda:1"
-    with pytest.raises(UserError, match="MODEL.DEVICE is cuda:9, but the GPUs that torch finds end at cuda:1"):
+    with pytest.raises(UserError, match=r"MODEL.DEVICE is cuda:9, but the GPUs that torch finds end at cuda:1"):
         load_det_config(path, ["MODEL.DEVICE=cuda:9"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="MODEL.DEVICE is cuda:9, but torch finds no GPU"):
+    with pytest.raises(UserError, match=r"MODEL.DEVICE is cuda:9, but torch finds no GPU"):
         load_det_config(path, ["MODEL.DEVICE=cuda:9"])
 
 

@@ -56,13 +56,28 @@ def remove(where, index, key):
         (change("annotations", 1, image_id=99), r"annotations\[1\] \(id 3\): unknown image_id 99"),
         (change("annotations", 1, category_id=2), r"annotations\[1\] \(id 3\): unknown category_id 2"),
         (change("annotations", 1, bbox=[1, 2, 3]), r"annotations\[1\] \(id 3\): bbox must be"),
-        (change("annotations", 1, image_id=[1]), r"annotations\[1\] \(id 3\): image_id must be a whole number, got \[1\]"),
+        (
+            change("annotations", 1, image_id=[1]),
+            r"annotations\[1\] \(id 3\): image_id must be a whole number, got \[1\]",
+        ),
         (change("annotations", 1, category_id="1"), r"\(id 3\): category_id must be a whole number, got '1'"),
         (change("annotations", 1, ignore=1), r"annotations\[1\] \(id 3\): 'ignore' is not supported"),
-        (change("annotations", 1, segmentation=[1, 1, 9, 1, 9, 9]), r"\(id 3\): segmentation must be a list of polygons"),
-        (change("annotations", 1, segmentation=[[1, 1, 9, 9]]), r"\(id 3\): segmentation\[0\] must be .* 3 points, got 4"),
-        (change("annotations", 1, segmentation=[[1, 1, 9, 1, 9, 9, 5]]), r"segmentation\[0\] must be .* 3 points, got 7"),
-        (change("annotations", 1, segmentation={"size": [64, 64]}), r"\(id 3\): segmentation: .* needs counts and size"),
+        (
+            change("annotations", 1, segmentation=[1, 1, 9, 1, 9, 9]),
+            r"\(id 3\): segmentation must be a list of polygons",
+        ),
+        (
+            change("annotations", 1, segmentation=[[1, 1, 9, 9]]),
+            r"\(id 3\): segmentation\[0\] must be .* 3 points, got 4",
+        ),
+        (
+            change("annotations", 1, segmentation=[[1, 1, 9, 1, 9, 9, 5]]),
+            r"segmentation\[0\] must be .* 3 points, got 7",
+        ),
+        (
+            change("annotations", 1, segmentation={"size": [64, 64]}),
+            r"\(id 3\): segmentation: .* needs counts and size",
+        ),
         (change("annotations", 1, id=2), r"annotations\[1\]: id 2 is used twice"),
         (change("images", 0, id="x"), r"images\[0\]: id must be a whole number, got 'x'"),
         (change("images", 0, file_name="/etc/passwd"), r"images\[0\]: file_name '/etc/passwd' leads out"),
@@ -173,7 +188,9 @@ def test_crowd_regions_alone_are_nothing_to_train_on_but_can_be_evaluated(tmp_pa
     for entry in content["annotations"]:
         entry["iscrowd"] = 1
     save(tmp_path, content)
-    with pytest.raises(UserError, match=r"coco.json: nothing to train on: every entry of 'annotations' is a crowd region"):
+    with pytest.raises(
+        UserError, match=r"coco.json: nothing to train on: every entry of 'annotations' is a crowd region"
+    ):
         use_own_data(cfg, (str(path), str(images)), None)
     use_own_data(cfg, None, (str(path), str(images)))
 

@@ -115,11 +115,15 @@ def test_sides_that_are_no_multiple_of_the_patch_are_refused():
     [
         ("MODEL.VIT.PATCH_SIZE=14", "MODEL.VIT: img_size 1024 is not a multiple of patch_size 14"),
         ("MODEL.VIT.NUM_HEADS=5", "MODEL.VIT: a width of 768 can not be split over 5 attention heads"),
+        ("MODEL.VIT.SCALE_FACTORS=[3.0]", r"MODEL.VIT: SCALE_FACTORS must be neighbours of .*, got \[3.0\]"),
+        ("MODEL.VIT.SCALE_FACTORS=[2.0, 0.5]", r"MODEL.VIT: SCALE_FACTORS must be neighbours of .*, got \[2.0, 0.5\]"),
+        ("MODEL.VIT.SCALE_FACTORS=[]", r"MODEL.VIT: SCALE_FACTORS must be neighbours of .*, got \[\]"),
+        ("MODEL.VIT.NORM=XN", "MODEL.VIT: NORM must be one of LN, GN, .* got 'XN'"),
     ],
 )
-def test_impossible_sizes_name_the_section(override, message):
+def test_impossible_settings_name_the_section(override, message):
     from detectron2.layers import ShapeSpec
 
-    cfg = load_det_config("coco_mask_rcnn.yaml", [override])
+    cfg = load_det_config("coco_mask_rcnn.yaml", [override, "MODEL.VIT.SQUARE_PAD=0"])
     with torch.device("meta"), pytest.raises(UserError, match=message):
         build_crossmae_vitdet_backbone(cfg, ShapeSpec(channels=3))
