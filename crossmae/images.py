@@ -20,6 +20,8 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".t
 # Of whole JPEG and PNG files. Other files may be whole, too: they have to be decoded to be sure.
 LAST_BYTES = (b"\xff\xd9", b"IEND\xaeB`\x82")
 
+MAX_NAMES = 5
+
 log = logging.getLogger(__name__)
 
 
@@ -103,9 +105,17 @@ def check_images(paths: Sequence[Path]) -> None:
     """
     with ThreadPoolExecutor(max_workers=16) as pool:
         whole = pool.map(_ends_like_an_image, paths)
-        for path, is_whole in zip(paths, tqdm(whole, "check images", len(paths), leave=False, unit="img"), strict=True):
-            if not is_whole:
-                read_image(path)
+        bar = tqdm(whole, "check images", len(paths), leave=False, unit="img")
+        doubtful = [path for path, is_whole in zip(paths, bar, strict=True) if not is_whole]
+    broken = []
+    for path in doubtful:
+        try:
+            read_image(path)
+        except UserError as error:
+            broken.append(str(error))
+    if broken:
+        more = f" (and {len(broken) - MAX_NAMES} more)" if len(broken) > MAX_NAMES else ""
+        raise UserError(f"{'; '.join(broken[:MAX_NAMES])}{more}; repair or remove what is broken")
 
 
 def _ends_like_an_image(path: Path) -> bool:

@@ -97,6 +97,8 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
     # Weights of an earlier end would hide the newer checkpoints of this run from those who read the folder.
     (config.output_dir / WEIGHTS).unlink(missing_ok=True)
     announce(config, plan, model, step)
+    if step == plan.last_step:
+        log.info("the run is complete already: %d of %d steps are done", step, plan.last_step)
 
     # 3. Train.
     run = Run(config, plan, model, optimizer, step, preview)
@@ -374,7 +376,10 @@ def restore(folder: Path, model: CrossMAE, optimizer: torch.optim.Optimizer, con
     mine, theirs = fingerprint(config, plan), state["fingerprint"]
     changed = [f"{key} was {theirs.get(key)}, is {mine[key]}" for key in mine if mine[key] != theirs.get(key)]
     if changed:
-        raise UserError(f"--resume: {folder} is of a run with other settings: {'; '.join(changed)}")
+        raise UserError(
+            f"--resume: {folder} is of a run with other settings: {'; '.join(changed)}; data paths, "
+            "output, log, checkpoint and schedule.max_steps may change, for anything else start in another folder"
+        )
     load_model(model, folder / MODEL)
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])

@@ -167,6 +167,20 @@ def _init_linear(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+class FeaturePyramid(SimpleFeaturePyramid):
+    """detectron2's pyramid, with batches padded to what encoder and pyramid can divide.
+
+    Upstream spells the key of that number otherwise than its reader does, so that images of odd sizes fail there unless
+    they are padded to a square.
+    """
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        """What `ImageList.from_tensors` pads a batch to, in pixels."""
+        divisor = max(self._size_divisibility, self.net.patch_size)
+        return {"size_divisibility": divisor, "square_size": self._square_pad}
+
+
 def build_pyramid(
     net: ViT,
     out_channels: int = 256,
@@ -201,7 +215,7 @@ def build_pyramid(
     if max_pool_level:
         top_block = LastLevelMaxPool()
         top_block.in_feature = f"p{int(math.log2(net.patch_size / scale_factors[-1]))}"
-    return SimpleFeaturePyramid(net, "last_feat", out_channels, scale_factors, top_block, norm, square_pad)
+    return FeaturePyramid(net, "last_feat", out_channels, scale_factors, top_block, norm, square_pad)
 
 
 @BACKBONE_REGISTRY.register()
@@ -223,6 +237,16 @@ def build_crossmae_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Simp
             global_blocks=vit.GLOBAL_BLOCKS,
             rel_pos=vit.REL_POS,
         )
-        return build_pyramid(net, vit.OUT_CHANNELS, vit.SCALE_FACTORS, vit.NORM, vit.MAX_POOL_LEVEL, vit.SQUARE_PAD)
+        pyramid = build_pyramid(net, vit.OUT_CHANNELS, vit.SCALE_FACTORS, vit.NORM, vit.MAX_POOL_LEVEL, vit.SQUARE_PAD)
     except ValueError as error:
         raise UserError(f"MODEL.VIT: {error}") from error
+    levels = list(pyramid.output_shape())
+    for key, names in (
+        ("MODEL.RPN.IN_FEATURES", cfg.MODEL.RPN.IN_FEATURES),
+        ("MODEL.ROI_HEADS.IN_FEATURES", cfg.MODEL.ROI_HEADS.IN_FEATURES),
+    ):
+        if not set(names) <= set(levels):
+            raise UserError(
+                f"{key} is {list(names)}, but MODEL.VIT.PATCH_SIZE {vit.PATCH_SIZE} gives the levels {levels}"
+            )
+    return pyramid

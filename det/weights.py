@@ -108,7 +108,12 @@ def check_architecture(net: ViT, weights: Weights) -> None:
         if name in found and found[name] != getattr(net, name)
     ]
     if wrong:
-        raise UserError(f"{weights.path} is of another architecture: {'; '.join(wrong)}")
+        words = " ".join(
+            f"MODEL.VIT.{key}={found[name]}"
+            for name, key in ARCHITECTURE.items()
+            if name in found and found[name] != getattr(net, name)
+        )
+        raise UserError(f"{weights.path} is of another architecture: {'; '.join(wrong)}. To fit it, add: {words}")
 
 
 def check_pixels(cfg: CfgNode, weights: Weights) -> None:

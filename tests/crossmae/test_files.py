@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from crossmae.errors import UserError
 from crossmae.files import make_folder, sha256, write_atomically, write_json
@@ -24,6 +27,16 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
         write_atomically(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    old = os.umask(0o027)
+    try:
+        write_atomically(path, lambda temporary: save_file({"x": torch.zeros(1)}, temporary))
+    finally:
+        os.umask(old)
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 def test_json_round_trip_and_no_nan(tmp_path: Path) -> None:

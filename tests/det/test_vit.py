@@ -8,9 +8,11 @@ import torch
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
+from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
 from detectron2.modeling.backbone.vit import ViT as ReferenceViT
+from detectron2.structures import ImageList
 
 from crossmae.errors import UserError
 from crossmae.layers import LayerNorm
@@ -88,7 +90,7 @@ def test_keys_and_shapes_are_those_of_the_published_adapter():
     assert {name: spec.stride for name, spec in backbone.output_shape().items()} == {
         "p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64,
     }  # fmt: skip
-    assert backbone.padding_constraints == {"size_divisiblity": 32, "square_size": 1024}
+    assert backbone.padding_constraints == {"size_divisibility": 32, "square_size": 1024}
 
 
 def test_a_new_backbone_starts_from_sine_cosine_positions_and_no_relative_ones():
@@ -126,4 +128,23 @@ def test_impossible_settings_name_the_section(override, message):
 
     cfg = load_det_config("coco_mask_rcnn.yaml", [override, "MODEL.VIT.SQUARE_PAD=0"])
     with torch.device("meta"), pytest.raises(UserError, match=message):
+        build_crossmae_vitdet_backbone(cfg, ShapeSpec(channels=3))
+
+
+@pytest.mark.parametrize("scale_factors", [(2.0, 1.0), (4.0, 2.0), (1.0, 0.5)])
+def test_images_of_any_size_are_padded_to_what_the_backbone_divides(scale_factors: tuple[float, ...]) -> None:
+    pyramid = build_pyramid(
+        ViT(32, 32, 8, 3, 16, 1, 2, window_size=0, global_blocks=(), rel_pos=False), 8, scale_factors, "LN", False
+    )
+    images = [torch.rand(3, 25, 31), torch.rand(3, 17, 9)]
+    batch = ImageList.from_tensors(images, 0, padding_constraints=pyramid.padding_constraints)
+    features = pyramid(batch.tensor)
+    strides = {name: shape.stride for name, shape in pyramid.output_shape().items()}
+    for name, feature in features.items():
+        assert tuple(side * strides[name] for side in feature.shape[-2:]) == tuple(batch.tensor.shape[-2:])
+
+
+def test_heads_that_read_a_level_that_is_not_there_are_refused() -> None:
+    cfg = load_det_config("coco_mask_rcnn.yaml", ["MODEL.VIT.PATCH_SIZE=8"])
+    with pytest.raises(UserError, match=r"MODEL.RPN.IN_FEATURES is .*'p6'.*PATCH_SIZE 8 gives the levels .*'p5'\]"):
         build_crossmae_vitdet_backbone(cfg, ShapeSpec(channels=3))
