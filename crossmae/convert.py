@@ -21,6 +21,7 @@ from crossmae.weights import (
     PICKLED_METADATA,
     PIXEL_MEAN,
     PIXEL_STD,
+    UNKNOWN,
     VERSION,
     Weights,
     check_destination,
@@ -134,7 +135,7 @@ def provenance(weights: Weights) -> dict[str, str]:
         "source_sha256": sha256(weights.path),
         "source_format": weights.format,
     }
-    metadata = {PIXEL_MEAN: "unknown", PIXEL_STD: "unknown"} | source | weights.metadata
+    metadata = {PIXEL_MEAN: UNKNOWN, PIXEL_STD: UNKNOWN} | source | weights.metadata
     metadata["converter_version"] = __version__
     notice = licence_notice(weights)
     return metadata | {LICENCE: notice} if notice else metadata

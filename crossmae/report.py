@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crossmae.errors import UserError
-from crossmae.files import write_atomically
+from crossmae.files import write_text
 
 # Colours that no figure would use by accident; in the SVG each becomes a CSS variable, so that figures follow
 # the reader's light or dark mode like the rest of the page.
@@ -308,16 +308,7 @@ def _themed_svg(svg: str, title: str) -> Markup:
     return Markup(re.sub(r'<svg[^>]*? (viewBox="[^"]*")[^>]*>', rf"{head} \1>", svg, count=1))
 
 
-# --- Words and files --------------------------------------------------------------------------------------
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
+# --- Words -----------------------------------------------------------------------------------------------
 
 
 def format_seconds(seconds: float) -> str:

@@ -31,7 +31,7 @@ from crossmae.config import PretrainConfig
 from crossmae.data import Batch, BatchPlan, PretrainImages, Unreadable, build_loader
 from crossmae.errors import UserError
 from crossmae.figures import reconstruct, reconstruction_figure
-from crossmae.files import make_folder, write_atomically
+from crossmae.files import make_folder, write_atomically, write_text
 from crossmae.images import check_images, find_images, read_image
 from crossmae.model import CrossMAE
 from crossmae.optim import lr_at, parameter_groups, scaled_lr
@@ -150,7 +150,7 @@ class Run:
     def __enter__(self) -> Run:
         folder = self.config.output_dir
         text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
-        write_atomically(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(folder / CONFIG, text)
         truncate_log(folder / LOG, self.step)
         self.lines = open(folder / LOG, "a", encoding="utf-8")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=self.step)
@@ -463,7 +463,7 @@ def truncate_log(path: Path, step: int) -> None:
     """Drop the lines after `step`, which a resumed run will write again."""
     if path.exists():
         kept = [line for line in path.read_text(encoding="utf-8").splitlines(True) if _step_of(line) <= step]
-        write_atomically(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
+        write_text(path, "".join(kept))
 
 
 def _step_of(line: str) -> float:

@@ -33,6 +33,7 @@ FORMAT = "format"  # "crossmae": a pretraining model of this toolkit; "detectron
 MODEL_ARGUMENTS = "model"  # JSON: CrossMAE(**arguments)
 PIXEL_MEAN, PIXEL_STD = "pixel_mean", "pixel_std"  # JSON lists, RGB, for pixels scaled to 0 .. 1
 VERSION, STEP = "version", "step"
+UNKNOWN = "unknown"  # what a converted file says where its source did not record a value
 # Where our .pth and .pkl files keep the same metadata, beside the tensors.
 PICKLED_METADATA = "crossmae_metadata"
 # JSON of the settings that a published file holds in a namespace.

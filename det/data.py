@@ -302,6 +302,13 @@ class NamingMapper(DatasetMapper):
             return Unreadable(f"{dataset_dict['file_name']}: can not be used: {reason}")
 
 
+def refuse_unreadable(batch: list[Any]) -> None:
+    """Raise a `UserError` with the message of the first sample that `NamingMapper` could not make."""
+    for sample in batch:
+        if isinstance(sample, Unreadable):
+            raise UserError(sample.message)
+
+
 class KeyedSamples(Dataset[Any]):
     """Training samples whose augmentation depends on seed, epoch and index alone, whichever process makes them.
 

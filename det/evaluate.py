@@ -17,10 +17,8 @@ from detectron2.utils import comm
 from torch import nn
 from tqdm import tqdm
 
-from crossmae.data import Unreadable
-from crossmae.errors import UserError
 from crossmae.files import write_json
-from det.data import NamingMapper
+from det.data import NamingMapper, refuse_unreadable
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +38,7 @@ class _Progress:
     def __iter__(self) -> Iterator[Any]:
         bar = tqdm(self.loader, desc="evaluate", unit="batch", disable=not comm.is_main_process(), dynamic_ncols=True)
         for batch in bar:
-            for sample in batch:
-                if isinstance(sample, Unreadable):
-                    raise UserError(sample.message)
+            refuse_unreadable(batch)
             yield batch
 
 

@@ -28,12 +28,11 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 from tqdm import tqdm
 
-from crossmae.data import Unreadable
 from crossmae.errors import UserError
-from crossmae.files import make_folder, sha256, write_atomically, write_json
+from crossmae.files import make_folder, sha256, write_atomically, write_json, write_text
 from crossmae.versions import versions
 from det.config import leaf_keys, lookup
-from det.data import build_train_loader, check_registered
+from det.data import build_train_loader, check_registered, refuse_unreadable
 from det.evaluate import evaluate
 from det.weights import load_weights
 
@@ -181,7 +180,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Name the newest checkpoint."""
         tag = Path(self.save_dir, "last_checkpoint")
-        write_atomically(tag, lambda path: _write_text(path, last_filename_basename))
+        write_text(tag, last_filename_basename)
 
     def _load_file(self, filename: str) -> Any:
         try:
@@ -229,9 +228,7 @@ class NamedFailures:
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.loader:
-            for sample in batch:
-                if isinstance(sample, Unreadable):
-                    raise UserError(sample.message)
+            refuse_unreadable(batch)
             yield batch
 
 
@@ -313,7 +310,7 @@ def record_run(cfg: CfgNode, settings: dict[str, Any]) -> None:
     """Create `OUTPUT_DIR` with the resolved config, and the versions, data and shared settings that it is made with."""
     folder = Path(cfg.OUTPUT_DIR)
     make_folder(folder, "OUTPUT_DIR")
-    write_atomically(folder / CONFIG, lambda path: _write_text(path, cfg.dump()))
+    write_text(folder / CONFIG, cfg.dump())
     sets = {name: MetadataCatalog.get(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
     data = {name: {"json": meta.get("json_file"), "images": meta.get("image_root")} for name, meta in sets.items()}
     libraries = versions() | {"detectron2": detectron2.__version__}
@@ -348,7 +345,3 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line without tearing the bar."""
         tqdm.write(self.format(record), file=sys.stderr)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -17,6 +17,7 @@ from crossmae.load_report import LoadReport
 from crossmae.weights import (
     PIXEL_MEAN,
     PIXEL_STD,
+    UNKNOWN,
     Weights,
     encoder_arguments,
     encoder_tensors,
@@ -27,8 +28,6 @@ from crossmae.weights import (
 from det.vit import ViT
 
 log = logging.getLogger(__name__)
-
-UNKNOWN = "unknown"  # what a converted file says where its source did not record the value
 
 # The class token has no place in a dense backbone; relative positions exist only in detection and start at zero.
 DROPPED = (r"cls_token$",)
@@ -103,17 +102,14 @@ def check_architecture(net: ViT, weights: Weights) -> None:
     if "model" not in weights.metadata:
         found.pop("num_heads", None)  # no shape shows it; without metadata it would be a guess from the width
     wrong = [
-        f"MODEL.VIT.{key} is {getattr(net, name)}, the file needs {found[name]}"
-        for name, key in ARCHITECTURE.items()
-        if name in found and found[name] != getattr(net, name)
+        (name, key) for name, key in ARCHITECTURE.items() if found.get(name, getattr(net, name)) != getattr(net, name)
     ]
     if wrong:
-        words = " ".join(
-            f"MODEL.VIT.{key}={found[name]}"
-            for name, key in ARCHITECTURE.items()
-            if name in found and found[name] != getattr(net, name)
+        what = "; ".join(
+            f"MODEL.VIT.{key} is {getattr(net, name)}, the file needs {found[name]}" for name, key in wrong
         )
-        raise UserError(f"{weights.path} is of another architecture: {'; '.join(wrong)}. To fit it, add: {words}")
+        words = " ".join(f"MODEL.VIT.{key}={found[name]}" for name, key in wrong)
+        raise UserError(f"{weights.path} is of another architecture: {what}. To fit it, add: {words}")
 
 
 def check_pixels(cfg: CfgNode, weights: Weights) -> None:

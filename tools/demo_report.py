@@ -24,6 +24,7 @@ import psutil
 
 from crossmae import report as page
 from crossmae.errors import UserError, run_cli
+from crossmae.files import write_text
 from crossmae.images import read_image
 from crossmae.report import Bar, Block, Fact, Missing, Report, Section, Series, read_json, read_json_lines
 
@@ -401,9 +402,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = build_report(args.folder)
     results = args.folder / "detect/results.json"
     target = args.folder / "report.html"
-    page.write_text(
-        args.folder / "summary.txt", summary(results) if results.exists() else f"{results}: not there yet\n"
-    )
+    write_text(args.folder / "summary.txt", summary(results) if results.exists() else f"{results}: not there yet\n")
     report.write(target)
     print(f"wrote {target}, {target.stat().st_size / 1e6:.1f} MB")
 
