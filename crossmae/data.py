@@ -9,23 +9,41 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as VF
+from tqdm import tqdm
 
 from crossmae.errors import UserError
-from crossmae.images import read_image
+from crossmae.images import MAX_NAMES, decode_image, ends_like_an_image
+from crossmae.parallel import map_in_order
+from crossmae.sources import Source
 
 log = logging.getLogger(__name__)
+
+
+# Readable images that are looked for behind a broken one before the source is given up.
+MAX_SUBSTITUTES = 100
+READERS = 16  # threads that look at files
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A sample that could not be read: its index in the source, and why, with its name."""
+
+    index: int
+    message: str
 
 
 @dataclass(frozen=True)
@@ -33,22 +51,26 @@ class Batch:
     """Images and mask noise of one micro-batch.
 
     Attributes:
-        images: (B, 3, H, W) uint8; normalised on the device, so that a quarter of the bytes travel.
+        images: (B, C, H, W), uint8 or, with a bit depth of 16, float32 in 0-1; normalised on the device, so that a
+            quarter of the bytes travel.
         noise: (B, L) float32, for `CrossMAE.forward`.
-        indices: (B,) int64 positions in the list of images.
+        indices: (B,) int64 positions in the source.
+        broken: what could not be read; other images are in its place.
     """
 
     images: Tensor
     noise: Tensor
     indices: Tensor
+    broken: tuple[Broken, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        return Batch(*(t.to(device, non_blocking=True) for t in (self.images, self.noise, self.indices)))
+        images, noise, indices = (t.to(device, non_blocking=True) for t in (self.images, self.noise, self.indices))
+        return Batch(images, noise, indices, self.broken)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; the loader calls this."""
-        return Batch(self.images.pin_memory(), self.noise.pin_memory(), self.indices)
+        return Batch(self.images.pin_memory(), self.noise.pin_memory(), self.indices, self.broken)
 
 
 @dataclass(frozen=True)
@@ -56,13 +78,17 @@ class BatchPlan:
     """Which images make up batch number i of a run, for any i, on any rank.
 
     Every epoch is a fresh permutation, cut into batches of equal size; the rest that does not fill a batch on every
-    rank is left out of that epoch.
+    rank is left out of that epoch. Ranks and, through the loader, workers share the images of each batch out among
+    them, so that every image is read once per epoch, whatever the source.
 
     Args:
         num_images: size of the data set.
         batch_size: images per rank and batch.
         seed: of the permutations.
         rank, world_size: this process among all.
+        groups: (G,) first image of each group (a tar shard) of neighbours; None: one group.
+        groups_at_once: shuffle among so many groups at a time, in random order of the groups, so that reading stays
+            within them; None: among all images.
 
     Raises:
         UserError: not even one batch per epoch.
@@ -73,6 +99,8 @@ class BatchPlan:
     seed: int
     rank: int = 0
     world_size: int = 1
+    groups: NDArray[np.int64] | None = None
+    groups_at_once: int | None = None
 
     def __post_init__(self) -> None:
         if self.batches_per_epoch == 0:
@@ -90,14 +118,21 @@ class BatchPlan:
     def batch(self, number: int) -> list[tuple[int, int]]:
         """The (epoch, image index) pairs of batch `number`, counted over the whole run."""
         epoch, within = divmod(number, self.batches_per_epoch)
-        order = _permutation(self.seed, epoch, self.num_images)
+        groups = () if self.groups is None or not self.groups_at_once else tuple(self.groups.tolist())
+        order = _permutation(self.seed, epoch, self.num_images, groups, self.groups_at_once or 1)
         start = (within * self.world_size + self.rank) * self.batch_size
         return [(epoch, int(index)) for index in order[start : start + self.batch_size]]
 
 
 @lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(length)
+def _permutation(seed: int, epoch: int, length: int, groups: tuple[int, ...], at_once: int) -> NDArray[np.int64]:
+    rng = np.random.default_rng([seed, epoch])
+    if not groups:
+        return rng.permutation(length)
+    parts = np.split(np.arange(length), groups[1:])
+    shuffled = [parts[index] for index in rng.permutation(len(parts))]
+    pools = [np.concatenate(shuffled[first : first + at_once]) for first in range(0, len(shuffled), at_once)]
+    return np.concatenate([rng.permutation(pool) for pool in pools])
 
 
 class PlannedBatches(Sampler[list[tuple[int, int]]]):
@@ -115,78 +150,158 @@ class PlannedBatches(Sampler[list[tuple[int, int]]]):
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands in for a sample whose file is broken, so that the training process can say so in one line."""
+    """Stands in for a batch that can not be made, so that the training process can say why in one line."""
 
     message: str
+
+
+Sample = tuple[Tensor, Tensor, int, tuple[Broken, ...]]
 
 
 class PretrainImages(Dataset[Any]):
     """Randomly cropped and flipped images with mask noise (method specification, section 1.9).
 
     Args:
-        paths: image files.
+        source: where images come from.
         img_size: (height, width) of the crop in pixels.
         num_patches: L, the length of the noise.
         crop_scale: smallest and largest area of the crop, as shares of the image.
         flip: probability of a horizontal flip.
         seed: of all randomness.
+        channels: C of the images.
+        bit_depth: 8 or 16, see `crossmae.images`.
+        broken: "error", or "substitute": the next readable image of the source takes the place of a broken one.
     """
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        source: Source,
         img_size: tuple[int, int],
         num_patches: int,
         crop_scale: tuple[float, float],
         flip: float,
         seed: int,
+        channels: int = 3,
+        bit_depth: int = 8,
+        broken: Literal["error", "substitute"] = "error",
     ) -> None:
-        # One array of bytes: a list of Python objects would be copied into every worker by reference
-        # counting.
-        self.paths = np.array([os.fsencode(path) for path in paths])
-        self.num_patches, self.seed = num_patches, seed
-        self.augment = v2.Compose(
-            [
-                v2.RandomResizedCrop(
-                    img_size, scale=crop_scale, interpolation=InterpolationMode.BICUBIC, antialias=True
-                ),
-                v2.RandomHorizontalFlip(flip),
-                v2.PILToTensor(),
-            ]
-        )
+        self.source, self.num_patches, self.seed = source, num_patches, seed
+        self.channels, self.bit_depth, self.broken = channels, bit_depth, broken
+        crop = v2.RandomResizedCrop(img_size, scale=crop_scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
+        self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(flip)])
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.source)
 
-    def path(self, index: int) -> Path:
-        """The file of one sample."""
-        return Path(os.fsdecode(self.paths[index]))
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int] | Unreadable:
-        """Sample `index` as seen in `epoch`; key = (epoch, index). (3, H, W) uint8, (L,) noise, index."""
+    def __getitem__(self, key: tuple[int, int]) -> Sample | Unreadable:
+        """Sample `index` as seen in `epoch`; key = (epoch, index)."""
         epoch, index = key
         try:
-            image = read_image(self.path(index))
+            pixels, position, broken = read_or_next(self.source, index, self.channels, self.bit_depth, self.broken)
         except UserError as error:
             return Unreadable(str(error))
         with keyed_randomness(self.seed, epoch, index):
-            return self.augment(image), torch.rand(self.num_patches), index
+            return to_tensor(self.augment(pixels)), torch.rand(self.num_patches), position, broken
 
 
-def collate(samples: list[tuple[Tensor, Tensor, int] | Unreadable]) -> Batch | Unreadable:
+def read_or_next(
+    source: Source, index: int, channels: int, bit_depth: int, policy: Literal["error", "substitute"]
+) -> tuple[Image.Image | Tensor, int, tuple[Broken, ...]]:
+    """A sample, or with "substitute" the first readable one after it; its pixels, its index, and what was broken.
+
+    Raises:
+        UserError: it can not be read, or MAX_SUBSTITUTES in a row can not.
+    """
+    broken: list[Broken] = []
+    for candidate in range(index, index + MAX_SUBSTITUTES):
+        position = candidate % len(source)
+        try:
+            return read_pixels(source, position, channels, bit_depth), position, tuple(broken)
+        except UserError as error:
+            if policy == "error":
+                raise
+            broken.append(Broken(position, str(error)))
+    raise UserError(f"{MAX_SUBSTITUTES} images in a row can not be read; the first: {broken[0].message}")
+
+
+def read_pixels(source: Source, index: int, channels: int = 3, bit_depth: int = 8) -> Image.Image | Tensor:
+    """One sample, decoded by the rules of `crossmae.images`: an image, or a (C, H, W) tensor.
+
+    Raises:
+        UserError: it can not be read; names it.
+    """
+    return decode_pixels(source.read(index), source.name(index), channels, bit_depth)
+
+
+def decode_pixels(data: bytes, name: str, channels: int = 3, bit_depth: int = 8) -> Image.Image | Tensor:
+    """`decode_image`, with arrays as (C, H, W) tensors, which is what transforms take."""
+    decoded = decode_image(data, name, channels, bit_depth)
+    return decoded if isinstance(decoded, Image.Image) else torch.from_numpy(decoded).permute(2, 0, 1)
+
+
+def to_tensor(pixels: Image.Image | Tensor) -> Tensor:
+    """(C, H, W), uint8 or float32 in 0-1: resampling may leave that range by a little."""
+    if isinstance(pixels, Image.Image):
+        return VF.pil_to_tensor(pixels)
+    return pixels.clamp(0, 1) if pixels.is_floating_point() else pixels
+
+
+def centre_view(pixels: Image.Image | Tensor, size: tuple[int, int]) -> Tensor:
+    """The middle of an image, scaled to cover (height, width): what evaluation sees. (C, height, width)."""
+    height, width = VF.get_size(pixels)
+    scale = max(size[0] / height, size[1] / width)
+    scaled = [max(round(height * scale), size[0]), max(round(width * scale), size[1])]
+    resized = VF.resize(pixels, scaled, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return to_tensor(VF.center_crop(resized, list(size)))
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """Pixels of a batch as float32 in 0-1, whatever they travelled as."""
+    return images if images.is_floating_point() else images.float() / 255
+
+
+def collate(samples: list[Sample | Unreadable]) -> Batch | Unreadable:
     """Samples to a batch; one unreadable sample makes the whole batch unreadable."""
-    good: list[tuple[Tensor, Tensor, int]] = []
+    good: list[Sample] = []
     for sample in samples:
         if isinstance(sample, Unreadable):
             return sample
         good.append(sample)
-    images, noise, indices = zip(*good, strict=True)
-    return Batch(torch.stack(images), torch.stack(noise), torch.tensor(indices))
+    images, noise, indices, broken = zip(*good, strict=True)
+    return Batch(
+        torch.stack(images), torch.stack(noise), torch.tensor(indices), tuple(b for each in broken for b in each)
+    )
+
+
+def check_source(source: Source, policy: Literal["error", "substitute"]) -> list[Broken]:
+    """Make sure that every sample is whole, before hours are spent: by its last bytes, in doubt by reading it.
+
+    Returns:
+        What is broken, where others may stand in for it.
+
+    Raises:
+        UserError: something is broken and `policy` is "error"; names up to five.
+    """
+    indices = range(len(source))
+    whole = map_in_order(lambda index: ends_like_an_image(source.tail(index)), indices, READERS)
+    bar = tqdm(whole, "check images", len(source), leave=False, unit="img", dynamic_ncols=True)
+    broken = []
+    for index in (index for index, is_whole in zip(indices, bar, strict=True) if not is_whole):
+        try:
+            decode_image(source.read(index), source.name(index))
+        except UserError as error:
+            broken.append(Broken(index, str(error)))
+    if broken and policy == "error":
+        more = f" (and {len(broken) - MAX_NAMES} more)" if len(broken) > MAX_NAMES else ""
+        named = "; ".join(one.message for one in broken[:MAX_NAMES])
+        raise UserError(f"{named}{more}; repair or remove what is broken, or set data.broken=substitute")
+    return broken
 
 
 def usable_workers(asked: int) -> int:
     """No more processes than this one has cores; says so where that is fewer than asked for."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     if asked > cores:
         log.info("%d processes read images, not %d: there are no more cores", cores, asked)
     return min(asked, cores)

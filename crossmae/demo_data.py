@@ -7,6 +7,8 @@ photographs from scikit-image and scikit-learn. `make_demo_data` writes
     annotations/{train,val}.json       COCO format; category ids 1..10 are the digits "0".."9"
     pretrain/                          the train images again, as a folder without labels
     classify/{train,val}/<digit>/      one digit per image, as an ImageFolder
+    scenes/{train,val}/<photograph>/   grey crops of the training photographs in changing light, as an ImageFolder:
+                                       what a crop is of can be told by its texture, not by colour or brightness
     manifest.json                      settings, which photographs and samples went where, a hash of all files
 
 A digit's mask is where its opacity is at least one half, minus what later digits cover. Masks are stored as
@@ -37,7 +39,7 @@ from tqdm import tqdm
 
 from crossmae.errors import UserError
 
-GENERATOR_VERSION = 1  # raise it whenever the same settings would give other bytes
+GENERATOR_VERSION = 2  # raise it whenever the same settings would give other bytes
 
 # (package, file in it). Split by hand: both views of the motorcycle show one scene, so they stay together.
 PHOTOGRAPHS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -204,6 +206,7 @@ def load_photograph(path: Path, longest: int) -> Image.Image:
 # ------------------------------------------------------------------------------------------- composing
 
 STREAMS = ("train", "val", "classify/train", "classify/val")
+SCENE_STREAMS = {"train": 100, "val": 101}
 
 
 def compose_scene(seed: int, stream: str, index: int, source: SourceImages, style: SceneStyle) -> Scene:
@@ -399,11 +402,14 @@ def replace_folder(new: Path, output: Path) -> None:
 
 def write_data(settings: DemoDataSettings, sources: dict[str, SourceImages], root: Path) -> None:
     """Write every file of the data set under the empty folder `root`, the manifest last."""
-    total = 2 * (settings.train + settings.val)
+    scenes = sum(scenes_per_photograph(settings).values()) * len(PHOTOGRAPHS["train"])
+    total = 2 * (settings.train + settings.val) + scenes
     with tqdm(total=total, desc="digits in photos", unit="img", dynamic_ncols=True) as progress:
         for split, count in (("train", settings.train), ("val", settings.val)):
             write_detection(settings, split, count, sources[split], root, progress)
             write_classification(settings, split, count, sources[split], root, progress)
+        for split, count in scenes_per_photograph(settings).items():
+            write_scenes(settings, split, count, sources["train"], root, progress)
     link_folder(root / "train", root / "pretrain")
     manifest = {
         "settings": settings_record(settings),
@@ -487,6 +493,32 @@ def write_classification(
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(scene.pixels).save(path)
         progress.update()
+
+
+def scenes_per_photograph(settings: DemoDataSettings) -> dict[str, int]:
+    """Crops of each photograph by split."""
+    return {"train": max(settings.train // 40, 1), "val": max(settings.val // 5, 1)}
+
+
+def write_scenes(
+    settings: DemoDataSettings, split: str, count: int, source: SourceImages, root: Path, progress: tqdm[Any]
+) -> None:
+    """Write `count` crops of each photograph, one folder per photograph; other places and light in each split."""
+    for number, (name, photograph) in enumerate(source.photographs.items()):
+        folder = root / "scenes" / split / Path(name).stem
+        folder.mkdir(parents=True)
+        for index in range(count):
+            rng = np.random.default_rng([settings.seed, SCENE_STREAMS[split], number, index])
+            _, crop = crop_photograph(rng, {name: photograph}, settings.size)
+            Image.fromarray(relight(rng, crop)).save(folder / f"{index:06d}.jpg", quality=95)
+            progress.update()
+
+
+def relight(rng: np.random.Generator, pixels: Array) -> Array:
+    """(H, W, 3) uint8 to grey (H, W) uint8 of random brightness and contrast."""
+    grey = pixels.astype(np.float32) @ LUMA_WEIGHTS / 255
+    grey = (grey - grey.mean()) / (grey.std() + 0.03)
+    return np.rint(255 * np.clip(0.5 + grey * rng.uniform(0.08, 0.2) + rng.uniform(-0.2, 0.2), 0, 1)).astype(np.uint8)
 
 
 def link_folder(source: Path, target: Path) -> None:

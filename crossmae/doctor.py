@@ -76,6 +76,7 @@ PRETRAINING = (
     Library("tensorboard", "tensorboard", ("tensorboard",), "tensorboard>=2.14"),
     Library("matplotlib", "matplotlib", ("matplotlib",), "matplotlib>=3.8"),
     Library("psutil", "psutil", ("psutil",), "psutil>=5.9"),
+    Library("fsspec", "fsspec", ("fsspec",), "fsspec>=2023.10"),
     Library("jinja2", "jinja2", ("jinja2",), "jinja2>=3.1"),
 )
 DETECTION = (

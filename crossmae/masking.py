@@ -27,6 +27,7 @@ class MaskCounts(NamedTuple):
     predicted: int
 
 
+@torch.compiler.assume_constant_result
 def mask_counts(num_patches: int, mask_ratio: float, predict_ratio: float) -> MaskCounts:
     """Turn the two ratios, both shares of *all* patches, into counts.
 

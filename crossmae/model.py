@@ -204,7 +204,7 @@ class CrossMAE(ViTEncoder):
         x = gather_tokens(positions, predict_idx) + self.mask_token  # (B, M, D)
         for index, block in enumerate(self.decoder_blocks):
             context = self.dec_norms[index](contexts[index]) if self.fused_blocks else contexts[index]
-            x = block(x, context)
+            x = self.run_block(block, x, context)
         return self.decoder_pred(self.decoder_norm(x))
 
     def decode_all(self, latent: Tensor, visible_idx: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ class CrossMAE(ViTEncoder):
         masked = self.mask_token.to(x.dtype).expand(B, self.num_patches, D)
         x = torch.cat([x[:, :1], masked.scatter(1, where, x[:, 1:])], dim=1) + self.decoder_pos_embed  # (B, L + 1, D)
         for block in self.decoder_blocks:
-            x = block(x)
+            x = self.run_block(block, x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def targets(self, imgs: Tensor, idx: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The pretraining loop.
+"""The pretraining loop, in one process or in one per GPU.
 
-One process, one device. Everything that a restart needs is the step number and the optimizer's state: the learning rate
-is a function of the step, and the data are a function of (seed, step), see crossmae/data.py.
+Everything that a restart needs is the step number and the optimizer's state: the learning rate is a function of the
+step, and the data are a function of (seed, step), see crossmae/data.py.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import time
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,203 +18,219 @@ import numpy as np
 import psutil
 import torch
 import yaml
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as VF
-from tqdm import tqdm
 
 import crossmae
-from crossmae.checkpoint import MODEL, complete_checkpoints, latest_checkpoint, read_state, save_checkpoint
+from crossmae.checkpoint import MODEL, complete_checkpoints, save_checkpoint
 from crossmae.config import PretrainConfig
-from crossmae.data import Batch, BatchPlan, PretrainImages, Unreadable, build_loader
+from crossmae.data import Batch, BatchPlan, PretrainImages, Unreadable, build_loader, check_source, to_unit_range
+from crossmae.device import open_device
+from crossmae.distributed import Ranks, find_ranks, process_group
 from crossmae.errors import UserError
-from crossmae.figures import reconstruct, reconstruction_figure
+from crossmae.figures import fused_map_names, fusion_figure, reconstruction_figure
 from crossmae.files import make_folder, write_atomically, write_text
-from crossmae.images import check_images, find_images, read_image
+from crossmae.health import Health
 from crossmae.model import CrossMAE
-from crossmae.optim import lr_at, parameter_groups, scaled_lr
-from crossmae.variants import create_model, model_arguments
+from crossmae.optim import lr_at, parameter_groups
+from crossmae.plan import Plan, announce, choose_precision, fingerprint, make_plan
+from crossmae.pretrained import BIT_DEPTH
+from crossmae.run_log import BROKEN, BrokenImages, RunLog, live_line
+from crossmae.sources import Source
+from crossmae.start import EMA_WEIGHTS, WEIGHTS, build_model, find_start, restore, start_from
+from crossmae.validation import HeldOut, Neighbours, model_size, open_named
+from crossmae.variants import model_arguments
 from crossmae.versions import versions
-from crossmae.weights import FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, STEP, VERSION, load_model
+from crossmae.weights import FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, STEP, VERSION, save_weights
 
 log = logging.getLogger(__name__)
 
-WEIGHTS, LOG, CONFIG = "model.safetensors", "log.jsonl", "config.yaml"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Numbers of a run that follow from config and data; printed at the start, saved with checkpoints."""
-
-    images: int
-    images_per_step: int
-    steps_per_epoch: int
-    total_steps: int
-    last_step: int
-    warmup_steps: float
-    peak_lr: float
-    device: str
-    precision: str
+CONFIG = "config.yaml"
+MAX_SKIPPED = 20  # steps in a row that fp16 may skip because a gradient is not finite
 
 
 def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
     """Train one model as the config says; returns the file of its final weights.
 
-    Where the weights come from: 1. with `resume`, the latest complete checkpoint in config.output_dir; 2. scratch.
-
-    Reads every key of `PretrainConfig`.
+    Reads every key of `PretrainConfig`. Where the weights come from: see `crossmae.start`. Started by torchrun, each
+    process trains on its share of every batch; the first one writes.
 
     Raises:
         UserError: bad data, a folder in use by another run, an impossible combination of settings, a loss that is not
             finite.
     """
+    ranks = find_ranks()
+    device = open_device(config.runtime.device, "runtime.device", ranks.local_rank)
+    precision = choose_precision(config, device)
+    with process_group(ranks, device):
+        return _pretrain(config, resume, ranks, device, precision)
+
+
+def _pretrain(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.device, precision: str) -> Path:
     # 1. Everything that can be wrong is looked at before anything is written.
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("WORLD_SIZE is over 1, but pretraining runs in one process so far; start it without torchrun")
-    device, precision = choose_device(config)
     model = build_model(config)
-    paths = find_images(config.data.train, "data.train")
-    val_paths = find_images(config.data.val, "data.val") if config.data.val else paths
-    batches = BatchPlan(len(paths), config.optim.batch_size, config.runtime.seed)
+    source = open_named(config, "data.train")
+    batches = BatchPlan(
+        len(source),
+        config.optim.batch_size,
+        config.runtime.seed,
+        ranks.rank,
+        ranks.world_size,
+        source.groups,
+        config.data.shuffle_shards,
+    )
     plan = make_plan(config, batches, device, precision)
     start = find_start(config.output_dir, resume)
-    if config.data.check:
-        check_images(paths)
-    preview = load_preview(config, model, val_paths[: config.log.reconstruct_images])
+    log.info("data.train: %s", source.description)
+    broken = check_source(source, config.data.broken) if config.data.check and ranks.is_main else []
+    if config.model.init and not start:
+        start_from(model, config.model.init.expanduser(), config.data.mean)
+    judges = Judges(config, model, source, ranks)
 
     # 2. Build what trains, and restore it.
     make_folder(config.output_dir, "output_dir")
     model.to(device)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optim.weight_decay),
-        lr=plan.peak_lr,
-        betas=config.optim.betas,
-        fused=True,
-    )
-    step = restore(start, model, optimizer, config, plan) if start else 0
-    # Weights of an earlier end would hide the newer checkpoints of this run from those who read the folder.
-    (config.output_dir / WEIGHTS).unlink(missing_ok=True)
-    announce(config, plan, model, step)
-    if step == plan.last_step:
-        log.info("the run is complete already: %d of %d steps are done", step, plan.last_step)
+    run = Run(config, plan, ranks, model, device, source)
+    run.broken.add(broken)
+    if start:
+        run.load(restore(start, model, config, plan))
+    ranks.wait()  # nobody writes before everybody has looked
+    announce(config, plan, model, run.step)
+    if ranks.is_main:
+        # Weights of an earlier end would hide the newer checkpoints of this run from those who read the folder.
+        for name in (WEIGHTS, EMA_WEIGHTS):
+            (config.output_dir / name).unlink(missing_ok=True)
+        write_text(config.output_dir / CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    if run.step == plan.last_step:
+        log.info("the run is complete already: %d of %d steps are done", run.step, plan.last_step)
 
     # 3. Train.
-    run = Run(config, plan, model, optimizer, step, preview)
-    dataset = PretrainImages(
-        paths,
-        pixel_size(model),
-        model.num_patches,
-        config.data.crop_scale,
-        config.data.flip,
-        config.runtime.seed,
-    )
-    accumulate = config.optim.accumulate
-    loader = build_loader(
-        dataset,
-        batches,
-        step * accumulate,
-        plan.last_step * accumulate,
-        config.data.workers,
-        device.type == "cuda",
-    )
-    with run:
-        train_steps(run, iter(loader))
+    first, last = plan.batches_done(run.step), plan.batches_done(plan.last_step)
+    on_gpu = device.type == "cuda"
+    loader = build_loader(build_dataset(config, source, model), batches, first, last, config.data.workers, on_gpu)
+    with RunLog(config, plan, run.step, ranks.is_main) as records:
+        train_steps(run, iter(loader), judges, records)
+        summary = records.summary() if ranks.is_main else []
 
     # 4. The final weights, where people look for them.
     weights = config.output_dir / WEIGHTS
-    source = complete_checkpoints(config.output_dir)[-1] / MODEL
-    write_atomically(weights, lambda path: path.write_bytes(source.read_bytes()))
-    log.info("final weights: %s", weights)
+    if ranks.is_main:
+        source_file = complete_checkpoints(config.output_dir)[-1] / MODEL
+        write_atomically(weights, lambda path: path.write_bytes(source_file.read_bytes()))
+        run.save_ema()
+        for line in summary:
+            log.info(line)
+        log.info("final weights: %s", weights)
+    ranks.wait()
     return weights
 
 
+def build_dataset(config: PretrainConfig, source: Source, model: CrossMAE) -> PretrainImages:
+    """The training images as the config wants them."""
+    data = config.data
+    return PretrainImages(
+        source,
+        model_size(model),
+        model.num_patches,
+        data.crop_scale,
+        data.flip,
+        config.runtime.seed,
+        config.model.in_chans,
+        data.bit_depth,
+        data.broken,
+    )
+
+
 class Run:
-    """The state of a run and what it writes; a context manager that closes its writers."""
+    """What is trained, and how: model, optimizer, position."""
 
     def __init__(
-        self,
-        config: PretrainConfig,
-        plan: Plan,
-        model: CrossMAE,
-        optimizer: torch.optim.Optimizer,
-        step: int,
-        preview: tuple[Tensor, Tensor] | None,
+        self, config: PretrainConfig, plan: Plan, ranks: Ranks, model: CrossMAE, device: torch.device, source: Source
     ) -> None:
-        self.config, self.plan, self.model, self.optimizer, self.step = config, plan, model, optimizer, step
-        self.preview = preview
-        self.device = torch.device(plan.device)
+        self.config, self.plan, self.ranks, self.model, self.device, self.source = (
+            config,
+            plan,
+            ranks,
+            model,
+            device,
+            source,
+        )
+        self.step = self.skipped = 0
+        optim = config.optim
+        groups = parameter_groups(model, optim.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=plan.peak_lr, betas=optim.betas, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=plan.precision == "fp16")
+        dtype = torch.float16 if plan.precision == "fp16" else torch.bfloat16
+        self.autocast = torch.autocast(device.type, dtype, enabled=plan.precision != "fp32")
         self.normalize = v2.Normalize(config.data.mean, config.data.std)
+        self.ema = ModelEmaV3(model, optim.ema, use_warmup=True) if optim.ema else None
+        if config.runtime.compile:
+            model.compile()
+        self.parallel: nn.Module = model
+        if ranks.world_size > 1:
+            ids = [device] if device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        name = BROKEN if ranks.is_main else f"broken.rank{ranks.rank}.jsonl"
+        self.broken = BrokenImages(config.output_dir / name, source, config.data.broken_budget)
 
-    def __enter__(self) -> Run:
-        folder = self.config.output_dir
-        text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
-        write_text(folder / CONFIG, text)
-        truncate_log(folder / LOG, self.step)
-        self.lines = open(folder / LOG, "a", encoding="utf-8")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=self.step)
-        self.bar = tqdm(total=self.plan.last_step, initial=self.step, desc="pretrain", unit="step", dynamic_ncols=True)
-        return self
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state."""
+        self.step = int(state["step"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.skipped = int(state["skipped"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
 
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        self.board.close()
-        self.lines.close()
-
-    def forward_backward(self, batch: Batch) -> Tensor:
-        """Loss of one micro-batch, detached; gradients are added up."""
+    def forward_backward(self, batch: Batch, micro_batches: int, last: bool) -> Tensor:
+        """Loss of one micro-batch, detached; gradients are added up, and with the last one shared among processes."""
+        self.broken.add(batch.broken)
         batch = batch.to(self.device)
-        imgs = self.normalize(batch.images.float() / 255)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bf16"):
-            out = self.model(imgs, self.config.model.mask_ratio, self.config.model.predict_ratio, batch.noise)
-        (out.loss / self.config.optim.accumulate).backward()
+        imgs = self.normalize(to_unit_range(batch.images))
+        model = self.parallel
+        local = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+        with local:
+            with self.autocast:
+                out = model(imgs, self.config.model.mask_ratio, self.config.model.predict_ratio, batch.noise)
+            self.scaler.scale(out.loss / micro_batches).backward()
         return out.loss.detach()
 
     def optimizer_step(self) -> float:
-        """Clip, update at the step's learning rate, clear the gradients; returns that learning rate."""
+        """Clip, update at the step's learning rate, clear the gradients; returns that learning rate.
+
+        Raises:
+            UserError: fp16 gradients were not finite for too many steps in a row.
+        """
         plan, clip = self.plan, self.config.optim.clip_grad
         lr = lr_at(self.step, plan.peak_lr, plan.warmup_steps, plan.total_steps, self.config.schedule.min_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if clip is not None:
+            self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        before = self.scaler.get_scale()
+        self.scaler.update()
+        self.skipped = self.skipped + 1 if self.scaler.get_scale() < before else 0
+        if self.skipped >= MAX_SKIPPED:
+            raise UserError(
+                f"fp16 skipped {self.skipped} steps in a row up to step {self.step + 1}, because gradients were not "
+                "finite; the last checkpoint stays. Use runtime.precision=bf16 or fp32, or lower optim.base_lr"
+            )
         self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.model, self.step)
         return lr
-
-    def record(self, values: dict[str, float]) -> None:
-        """One line of the log, one point of every TensorBoard curve, and the live line."""
-        rounded = {key: float(f"{value:.6g}") for key, value in values.items()}
-        line = {"step": self.step, "epoch": round(self.step / self.plan.steps_per_epoch, 4), **rounded}
-        self.lines.write(json.dumps(line) + "\n")
-        self.lines.flush()
-        for key, value in values.items():
-            self.board.add_scalar(key, value, self.step)
-        self.bar.set_postfix_str(
-            f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, {values['images_per_second']:.0f} img/s, "
-            f"waiting for data {values['data_wait_share']:.0%}, {values['memory_gb']:.1f} GB"
-        )
-
-    def draw(self) -> None:
-        """Write a picture of reconstructions of the preview images."""
-        if self.preview is None:
-            return
-        images, noise = (t.to(self.device) for t in self.preview)
-        mean, std, ratio = self.config.data.mean, self.config.data.std, self.config.model.mask_ratio
-        panels = reconstruct(self.model, self.normalize(images.float() / 255), ratio, noise, mean, std)
-        figure = reconstruction_figure(panels, f"step {self.step}, {ratio:.0%} of the patches masked")
-        folder = self.config.output_dir / "reconstructions"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"step-{self.step:08d}.png"
-        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
-        self.board.add_figure("reconstructions", figure, self.step)
 
     def save(self) -> None:
         """Write a checkpoint of the current step."""
         config, plan = self.config, self.plan
         record = {
             "step": self.step,
-            "batches_consumed": self.step * config.optim.accumulate,
+            "batches_consumed": plan.batches_done(self.step),
             "plan": dataclasses.asdict(plan),
             "config": config.model_dump(mode="json"),
             "versions": versions(),
@@ -223,227 +238,119 @@ class Run:
         state = {
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "skipped": self.skipped,
             "fingerprint": fingerprint(config, plan),
         }
+        if self.ema is not None:
+            state["ema"] = self.ema.module.state_dict()
         tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
         metadata = weight_metadata(config, self.step)
         save_checkpoint(config.output_dir, self.step, tensors, metadata, state, record, config.checkpoint.keep)
 
+    def save_ema(self) -> None:
+        """Write the averaged weights, where there are any."""
+        if self.ema is not None:
+            metadata = weight_metadata(self.config, self.step) | {"ema_decay": str(self.config.optim.ema)}
+            save_weights(self.config.output_dir / EMA_WEIGHTS, self.ema.module.state_dict(), metadata, force=True)
 
-def train_steps(run: Run, batches: Any) -> None:
-    """Steps until the plan's last one; logs, draws and saves on the way.
+
+class Judges:
+    """What a run is looked at with from outside: held-out loss, pictures, neighbours."""
+
+    def __init__(self, config: PretrainConfig, model: CrossMAE, source: Source, ranks: Ranks) -> None:
+        val = open_named(config, "data.val") if config.data.val else None
+        self.held_out = HeldOut(config, val, model, config.validation.images, ranks) if val else None
+        self.preview = None
+        if ranks.is_main and config.log.pictures:
+            policy = "error" if val else config.data.broken
+            self.preview = HeldOut(config, val or source, model, config.log.pictures, Ranks(), policy)
+        self.neighbours = Neighbours(config, model) if config.probe.train and ranks.is_main else None
+
+    def judge(self, run: Run, records: RunLog, validate: bool, probe: bool) -> None:
+        """Measure the held-out loss and the neighbours' accuracy, of the averaged weights as well, and log both."""
+        values: dict[str, float] = {}
+        models = {"": run.model} if run.ema is None else {"": run.model, "_ema": run.ema.module}
+        for suffix, model in models.items():
+            if validate and self.held_out:
+                values[f"val_loss{suffix}"] = self.held_out.loss(model, run.device, run.autocast)
+            if probe and self.neighbours:
+                values[f"knn_accuracy{suffix}"] = self.neighbours.accuracy(model, run.device)
+        if values:
+            records.record(run.step, values)
+            records.announce(run.step, values)
+
+    def draw(self, run: Run, records: RunLog) -> None:
+        """Pictures of reconstructions and of the fusion weights."""
+        if self.preview is not None:
+            panels = self.preview.panels(run.model, run.device, run.config.log.pictures)
+            title = f"step {run.step}, {run.config.model.mask_ratio:.0%} of the patches masked"
+            records.picture(run.step, "reconstructions", reconstruction_figure(panels, title))
+        if run.ranks.is_main and run.model.fused_blocks:
+            names = fused_map_names(run.model)
+            weights = run.model.wfm.linear.weight.detach().float().cpu()
+            records.picture(run.step, "fusion", fusion_figure(weights, names, f"fusion weights at step {run.step}"))
+
+
+def train_steps(run: Run, batches: Any, judges: Judges, records: RunLog) -> None:
+    """Steps until the plan's last one; logs, judges, draws and saves on the way.
 
     Raises:
         UserError: a broken image, or a loss that is not finite; names the files or the step. The last checkpoint stays.
     """
     config, plan = run.config, run.plan
+    warmup = plan.warmup_steps / plan.total_steps
+    health = Health(config.health.band, config.health.measured_on, config.model.norm_pix_loss, warmup)
+    if run.step == 0:
+        judges.judge(run, records, validate=True, probe=True)  # of random weights: what there is to be better than
     window, losses, waited = time.perf_counter(), [], 0.0
     while run.step < plan.last_step:
-        for _ in range(config.optim.accumulate):
+        micro_batches = plan.batches_done(run.step + 1) - plan.batches_done(run.step)
+        for number in range(1, micro_batches + 1):
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
             if isinstance(batch, Unreadable):
-                raise UserError(batch.message)
-            losses.append(run.forward_backward(batch))
+                raise UserError(f"{batch.message}; repair or remove it, or set data.broken=substitute")
+            losses.append(run.forward_backward(batch, micro_batches, last=number == micro_batches))
         lr = run.optimizer_step()
-        run.step += 1
-        run.bar.update()
-        last = run.step == plan.last_step
-        save = last or run.step % (config.checkpoint.every_epochs * plan.steps_per_epoch) == 0
-        draw = last or run.step % (config.log.reconstruct_every_epochs * plan.steps_per_epoch) == 0
-        if save or run.step % config.log.every_steps == 0:
-            loss, elapsed = finite_mean(losses, run.step, lr), time.perf_counter() - window
-            images = len(losses) * config.optim.batch_size
-            run.record(
-                {
-                    "loss": loss,
-                    "lr": lr,
-                    "images_per_second": images / elapsed,
-                    "data_wait_share": waited / elapsed,
-                    "memory_gb": memory_gb(run.device),
-                }
-            )
+        step = run.step
+        records.bar.update()
+        save = plan.ends_period(step, config.checkpoint.every_epochs)
+        if save or step % config.log.every_steps == 0:
+            elapsed = time.perf_counter() - window
+            values = {
+                "loss": finite_mean(losses, step, lr, run.ranks),
+                "lr": lr,
+                "images_per_second": len(losses) * config.optim.batch_size * plan.world_size / elapsed,
+                "data_wait_share": waited / elapsed,
+                "memory_gb": memory_gb(run.device),
+            }
+            records.record(step, values, live_line(**values))
+            for warning in health.warnings(step / plan.total_steps, values["loss"]):
+                log.warning(warning)
             losses, waited = [], 0.0
-        if draw:
-            run.draw()
-        if save:
+        judges.judge(
+            run,
+            records,
+            validate=plan.ends_period(step, config.validation.every_epochs),
+            probe=plan.ends_period(step, config.probe.every_epochs),
+        )
+        if step == plan.last_step or step % config.log.pictures_every_steps == 0:
+            judges.draw(run, records)
+        if save and run.ranks.is_main:
             run.save()
         if not losses:
-            window = time.perf_counter()  # pictures and checkpoints are not part of the speed
+            window = time.perf_counter()  # judging, pictures and checkpoints are not part of the speed
 
 
-def choose_device(config: PretrainConfig) -> tuple[torch.device, str]:
-    """The device and the precision that "auto" stands for here.
-
-    Raises:
-        UserError: a device that this machine does not have.
-    """
-    name = config.runtime.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"runtime.device: {name!r} can not be used: {str(error).splitlines()[0]}") from None
-    precision = config.runtime.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return device, precision
-
-
-def build_model(config: PretrainConfig) -> CrossMAE:
-    """The model in its initial state, which depends on the seed alone.
-
-    Raises:
-        UserError: names the section for every setting that the model refuses.
-    """
-    torch.manual_seed(config.runtime.seed)
-    try:
-        model = create_model(config.model.name, **config.model.arguments())
-        counts = model.patch_counts(config.model.mask_ratio, config.model.predict_ratio)
-    except ValueError as error:
-        raise UserError(f"model: {error}") from None
-    log.info("%d patches per image: %d visible, %d dropped, %d predicted", model.num_patches, *counts)
-    return model
-
-
-def make_plan(config: PretrainConfig, batches: BatchPlan, device: torch.device, precision: str) -> Plan:
-    """Work out steps and learning rate.
-
-    Raises:
-        UserError: fewer batches per epoch than micro-batches per step.
-    """
-    optim, schedule = config.optim, config.schedule
-    steps_per_epoch = batches.batches_per_epoch // optim.accumulate
-    if steps_per_epoch == 0:
-        raise UserError(
-            f"optim.accumulate: a step needs {optim.accumulate} batches of {optim.batch_size} images, one "
-            f"epoch of {batches.num_images} images has {batches.batches_per_epoch}; lower one of the two"
-        )
-    if schedule.warmup_epochs > schedule.epochs:
-        raise UserError(f"schedule.warmup_epochs: {schedule.warmup_epochs} exceeds schedule.epochs {schedule.epochs}")
-    total = batches.batches_per_epoch * schedule.epochs // optim.accumulate
-    images_per_step = optim.batch_size * optim.accumulate
-    predict_ratio = config.model.mask_ratio if is_plain(config) else config.model.predict_ratio
-    lr = optim.lr or scaled_lr(optim.base_lr, images_per_step, config.model.mask_ratio, predict_ratio, optim.lr_rule)
-    return Plan(
-        images=batches.num_images,
-        images_per_step=images_per_step,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total,
-        last_step=min(total, schedule.max_steps or total),
-        warmup_steps=schedule.warmup_epochs * batches.batches_per_epoch / optim.accumulate,
-        peak_lr=lr,
-        device=str(device),
-        precision=precision,
-    )
-
-
-def is_plain(config: PretrainConfig) -> bool:
-    """Whether the decoder is plain MAE's, to which the predict ratio does not apply."""
-    return (config.model.decoder or model_arguments(config.model.name)["decoder"]) == "self"
-
-
-def find_start(run: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from, or None for a new run.
-
-    Raises:
-        UserError: the folder holds a run and `resume` was not asked for, or weights without a checkpoint.
-    """
-    latest = latest_checkpoint(run)
-    if latest and not resume:
-        raise UserError(
-            f"output_dir: {run} already holds a run ({latest.name}); pass --resume to go on, or name another"
-        )
-    if not latest and (run / WEIGHTS).exists():
-        raise UserError(
-            f"output_dir: {run} holds {WEIGHTS} but no complete checkpoint to go on from; name another folder"
-        )
-    if resume and not latest:
-        log.info("--resume: no complete checkpoint in %s, starting from scratch", run)
-    return latest
-
-
-def restore(folder: Path, model: CrossMAE, optimizer: torch.optim.Optimizer, config: PretrainConfig, plan: Plan) -> int:
-    """Load a checkpoint into model and optimizer; returns its step.
-
-    Raises:
-        UserError: the checkpoint is of a run whose settings differ in what decides data, model or schedule.
-    """
-    state = read_state(folder)
-    mine, theirs = fingerprint(config, plan), state["fingerprint"]
-    changed = [f"{key} was {theirs.get(key)}, is {mine[key]}" for key in mine if mine[key] != theirs.get(key)]
-    if changed:
-        raise UserError(
-            f"--resume: {folder} is of a run with other settings: {'; '.join(changed)}; data paths, "
-            "output, log, checkpoint and schedule.max_steps may change, for anything else start in another folder"
-        )
-    load_model(model, folder / MODEL)
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
-
-
-def fingerprint(config: PretrainConfig, plan: Plan) -> dict[str, str]:
-    """What must not change between a run and its continuation, as text by key."""
-    values = config.model_dump(mode="json", include={"model", "optim", "schedule", "data", "runtime"})
-    values["data"] = {key: values["data"][key] for key in ("crop_scale", "flip", "mean", "std")}
-    values["schedule"].pop("max_steps")
-    values["runtime"] = {"seed": values["runtime"]["seed"]}
-    flat = {f"{section}.{key}": json.dumps(value) for section, keys in values.items() for key, value in keys.items()}
-    return flat | {"images": str(plan.images), "precision": plan.precision}
-
-
-def load_preview(config: PretrainConfig, model: CrossMAE, paths: list[Path]) -> tuple[Tensor, Tensor] | None:
-    """Images (B, 3, H, W) uint8, resized and centre-cropped, and noise (B, L), the same in every run."""
-    if not paths:
-        return None
-    size = pixel_size(model)
-    images = []
-    for path in paths:
-        image = VF.resize(read_image(path), [max(size)], antialias=True)
-        images.append(VF.pil_to_tensor(VF.center_crop(image, list(size))))
-    noise = np.random.default_rng(0).random((len(paths), model.num_patches), dtype=np.float32)
-    return torch.stack(images), torch.from_numpy(noise)
-
-
-def pixel_size(model: CrossMAE) -> tuple[int, int]:
-    """Height and width of the model's images."""
-    return model.grid[0] * model.patch_size, model.grid[1] * model.patch_size
-
-
-def announce(config: PretrainConfig, plan: Plan, model: CrossMAE, step: int) -> None:
-    """Tell what is about to happen, in numbers."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rule = (
-        "optim.lr"
-        if config.optim.lr
-        else f"base_lr {config.optim.base_lr:g} * {plan.images_per_step} / 256, {config.optim.lr_rule}"
-    )
-    log.info(
-        "%s: %.1f M trainable parameters, on %s in %s",
-        config.model.name,
-        trainable / 1e6,
-        plan.device,
-        plan.precision,
-    )
-    unused = (
-        {"fuse_blocks", "fuse_input", "predict_ratio"} & config.model.model_fields_set if is_plain(config) else set()
-    )
-    if unused:
-        log.info("ignored, because decoder is 'self': %s", ", ".join(f"model.{key}" for key in sorted(unused)))
-    log.info("%d images, %d per step, %d steps per epoch", plan.images, plan.images_per_step, plan.steps_per_epoch)
-    log.info("steps %d to %d, peak learning rate %.3g (%s)", step + 1, plan.last_step, plan.peak_lr, rule)
-
-
-def finite_mean(losses: list[Tensor], step: int, lr: float) -> float:
-    """Mean of the losses since the last line.
+def finite_mean(losses: list[Tensor], step: int, lr: float, ranks: Ranks) -> float:
+    """Mean of the losses since the last line, over all processes, so that all of them stop together.
 
     Raises:
         UserError: one of them is not finite.
     """
-    mean = torch.stack(losses).mean().item()
+    mean = ranks.mean(torch.stack(losses).mean()).item()
     if not np.isfinite(mean):
         raise UserError(
             f"the loss is {mean} at step {step} (learning rate {lr:.3g}); the last checkpoint stays. "
@@ -459,20 +366,6 @@ def memory_gb(device: torch.device) -> float:
     return float(psutil.Process().memory_info().rss) / 1e9
 
 
-def truncate_log(path: Path, step: int) -> None:
-    """Drop the lines after `step`, which a resumed run will write again."""
-    if path.exists():
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines(True) if _step_of(line) <= step]
-        write_text(path, "".join(kept))
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")  # a line torn by a kill
-
-
 def weight_metadata(config: PretrainConfig, step: int) -> dict[str, str]:
     """What travels with the weights: how to build the model, and how its pixels were normalised."""
     arguments = model_arguments(config.model.name) | config.model.arguments()
@@ -481,6 +374,7 @@ def weight_metadata(config: PretrainConfig, step: int) -> dict[str, str]:
         MODEL_ARGUMENTS: json.dumps(arguments),
         PIXEL_MEAN: json.dumps(config.data.mean),
         PIXEL_STD: json.dumps(config.data.std),
+        BIT_DEPTH: str(config.data.bit_depth),
         VERSION: crossmae.__version__,
         STEP: str(step),
     }

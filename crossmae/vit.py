@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from crossmae.layers import Block, PatchEmbed
 from crossmae.masking import gather_tokens
@@ -68,6 +69,7 @@ class ViTEncoder(nn.Module):
         # optimizer.
         self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, self.grid), requires_grad=False)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.activation_checkpointing = False
 
     @property
     def num_patches(self) -> int:
@@ -105,7 +107,13 @@ class ViTEncoder(nn.Module):
         """
         maps = []
         for index, block in enumerate(self.blocks[: blocks[-1] + 1]):
-            tokens = block(tokens)
+            tokens = self.run_block(block, tokens)
             if index in blocks:
                 maps.append(tokens)
         return maps
+
+    def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """The block's output; with `activation_checkpointing`, backward computes it again instead of keeping it."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)

@@ -95,7 +95,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("TRAIN.json", "VAL.json"):
         (folder / name).write_text(json.dumps(content))
     (folder / "pretrain").mkdir()
-    (folder / "pretrain" / "crossmae_vitb16.yaml").write_text(yaml.safe_dump(PRETRAIN))
+    (folder / "pretrain" / "crossmae_vitb.yaml").write_text(yaml.safe_dump(PRETRAIN))
     (folder / "recipe.yaml").write_text((ROOT / "configs" / "coco_mask_rcnn.yaml").read_text())
     (folder / "coco_mask_rcnn.yaml").write_text(yaml.safe_dump(DETECT))
     return folder
@@ -117,6 +117,8 @@ def test_from_a_folder_of_images_to_an_ap(folder: Path) -> None:
     # The README's SOLVER.IMS_PER_BATCH=4 fits the six images.
     run(command("pretrain"), folder)
     assert (folder / "outputs/mine/model.safetensors").is_file()
+    assert "PSNR" in run(command("reconstruct"), folder)
+    assert (folder / "outputs/reconstructions/overview-1.png").is_file()
     assert "backbone.net" in run(command("convert"), folder)
     assert (folder / "encoder.pth").is_file()
     run(command("detect"), folder)

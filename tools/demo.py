@@ -108,7 +108,8 @@ def demo_stages(output: Path) -> list[Stage]:
             "Pretrain CrossMAE on the training images, without their labels",
             command(
                 "pretrain",
-                "--config-file pretrain/demo.yaml data.train=@/data/pretrain data.val=@/data/val output_dir=@/pretrain",
+                "--config-file pretrain/demo.yaml data.train=@/data/pretrain data.val=@/data/val "
+                "probe.train=@/data/scenes/train probe.val=@/data/scenes/val output_dir=@/pretrain",
             ),
             outputs=(output / "pretrain",),
             configs=(CONFIGS / "pretrain/demo.yaml",),

@@ -1,17 +1,23 @@
-"""Pretrain a ViT with CrossMAE or MAE on a folder of images.
+"""Pretrain a ViT with CrossMAE or MAE on a folder of images, a list, a COCO json, tar shards, a Hugging Face data set.
 
-A laptop, to see it work (2 steps):
-    python tools/pretrain.py --config-file pretrain/demo.yaml data.train=IMAGES output_dir=OUT \\
-        schedule.max_steps=2
+CPU, to see it work (2 steps):
+    python tools/pretrain.py --config-file pretrain/small.yaml data.train=IMAGES output_dir=OUT schedule.max_steps=2
 One GPU:
-    python tools/pretrain.py --config-file pretrain/crossmae_vitb16.yaml data.train=IMAGES output_dir=OUT
-The same command with --resume goes on from the last complete checkpoint.
+    python tools/pretrain.py --config-file pretrain/small.yaml data.train=IMAGES output_dir=OUT
+Eight GPUs:
+    torchrun --standalone --nproc-per-node 8 tools/pretrain.py --config-file pretrain/crossmae_vitb.yaml \\
+        data.train=IMAGES output_dir=OUT
+Two nodes, the same on both:
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 tools/pretrain.py \\
+        --config-file pretrain/crossmae_vitb.yaml data.train=IMAGES output_dir=OUT optim.batch_size=256
+The same command with --resume goes on from the last complete checkpoint. All settings: crossmae/config.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 
 from crossmae.config import load_config
 from crossmae.errors import run_cli
@@ -26,7 +32,8 @@ def main(argv: list[str] | None = None) -> None:
         "overrides", nargs="*", metavar="section.key=value", help="values that replace those of the file"
     )
     arguments = parser.parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    is_main = os.environ.get("RANK", "0") == "0"  # the others speak up when something is wrong
+    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
     config = load_config(arguments.config_file, arguments.overrides)
 
     from crossmae.train import pretrain  # after the config is known to be good: this import takes seconds

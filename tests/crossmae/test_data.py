@@ -9,8 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from crossmae.data import Batch, BatchPlan, PretrainImages, Unreadable, build_loader, keyed_randomness
+from crossmae.data import (
+    Batch,
+    BatchPlan,
+    PretrainImages,
+    Unreadable,
+    build_loader,
+    centre_view,
+    keyed_randomness,
+)
 from crossmae.errors import UserError
+from crossmae.sources.source import ImageFiles, evenly_spaced
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +32,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def dataset(paths: list[Path], seed: int = 0) -> PretrainImages:
-    return PretrainImages(paths, (8, 12), 6, (0.2, 1.0), 0.5, seed)
+    return PretrainImages(ImageFiles(paths, "images"), (8, 12), 6, (0.2, 1.0), 0.5, seed)
 
 
 def read(paths: list[Path], first: int, last: int, workers: int, seed: int = 0) -> list[Batch]:
@@ -111,3 +120,48 @@ def test_keyed_randomness_leaves_the_generator_alone() -> None:
     assert torch.equal(torch.rand(3), expected)
     with keyed_randomness(1, 2, 3):
         assert torch.equal(torch.rand(3), inside)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_shuffling_among_few_shards_still_shows_every_image_once(at_once: int) -> None:
+    """At any time, images come from at most `at_once` shards; over an epoch all of them, in another order each time."""
+    starts = np.array([0, 4, 10, 12, 18])
+    plan = BatchPlan(20, 2, 3, groups=starts, groups_at_once=at_once)
+    orders = [[i for n in range(10 * e, 10 * e + 10) for _, i in plan.batch(n)] for e in range(2)]
+    assert orders[0] != orders[1]
+    for order in orders:
+        assert sorted(order) == list(range(20))
+        shards = [int(np.searchsorted(starts, index, side="right")) for index in order]
+        first, last = ({s: f(k for k, x in enumerate(shards) if x == s) for s in set(shards)} for f in (min, max))
+        for position in range(20):
+            assert sum(first[s] <= position <= last[s] for s in first) <= at_once
+
+
+def test_the_centre_view_covers_any_size_without_distortion() -> None:
+    """A circle in the middle stays one, whatever the shapes of image and model."""
+    y, x = np.mgrid[:60, :90]
+    disc = (((y - 29.5) ** 2 + (x - 44.5) ** 2 < 20**2) * 255).astype(np.uint8)
+    for size in ((32, 32), (48, 32), (24, 64)):
+        view = centre_view(Image.fromarray(disc).convert("RGB"), size)[0] > 127
+        assert view.shape == size
+        rows, columns = view.any(1).sum().item(), view.any(0).sum().item()
+        expected = 40 * max(size[0] / 60, size[1] / 90)
+        assert abs(rows - min(expected, size[0])) <= 2
+        assert abs(columns - min(expected, size[1])) <= 2
+
+
+def test_evenly_spaced_indices_reach_over_everything() -> None:
+    assert evenly_spaced(10, 4) == [0, 2, 5, 7]
+    assert evenly_spaced(3, 10) == [0, 1, 2]
+    assert evenly_spaced(0, 4) == []
+
+
+@pytest.mark.parametrize("size", [(16, 32), (17, 200), (300, 31), (5, 3), (1, 1)])
+def test_images_cover_the_size_and_keep_their_centre(size: tuple[int, int]) -> None:
+    fitted = centre_view(torch.full((2, *size), 0.25), (16, 32))
+    assert fitted.shape == (2, 16, 32)
+    torch.testing.assert_close(fitted, torch.full_like(fitted, 0.25))
+    ramp = torch.linspace(0, 1, size[1]).expand(1, *size)
+    inside = centre_view(ramp, (16, 32))
+    torch.testing.assert_close(inside.mean(), ramp.mean(), rtol=0, atol=0.02)
+    assert 0 <= inside.min() <= inside.max() <= 1

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from crossmae.errors import UserError
-from crossmae.images import check_images, find_images, read_image
+from crossmae.images import check_images, decode_image, find_images, read_image
 
 
 def save(path: Path, value: int = 128) -> Path:
@@ -42,7 +43,7 @@ def test_a_folder_without_images_is_an_error_with_key_and_path(tmp_path: Path) -
     for name, message in [
         ("missing", f"data.train: {tmp_path}/missing does not exist .*: {tmp_path}"),
         ("a file", f"data.train: {tmp_path}/a file is a file, not a folder"),
-        ("empty", f"data.train: no image in {tmp_path}/empty .*{{'.csv': 1}}"),
+        ("empty", f"data.train: no image in {tmp_path}/empty .*1 .csv"),
     ]:
         with pytest.raises(UserError, match=message):
             find_images(tmp_path / name, "data.train")
@@ -100,3 +101,89 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6  # the camera was turned
     image.save(path, exif=exif)
     assert read_image(path).size == (4, 6)
+
+
+def encoded(pixels: np.ndarray, suffix: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, suffix, **options)
+    return file.getvalue()
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 5, 4), np.uint8)
+LUMA = np.array([0.299, 0.587, 0.114])
+
+
+def test_eight_bit_files_become_the_channels_that_are_asked_for() -> None:
+    grey, colour, alpha = (encoded(PIXELS[..., :n].squeeze(), "png") for n in (1, 3, 4))
+    assert np.array_equal(np.asarray(decode_image(grey, "x", 1)), PIXELS[..., 0])
+    assert np.array_equal(np.asarray(decode_image(grey, "x", 3)), np.repeat(PIXELS[..., :1], 3, -1))
+    assert np.array_equal(np.asarray(decode_image(colour, "x", 3)), PIXELS[..., :3])
+    assert np.abs(np.asarray(decode_image(colour, "x", 1)) - PIXELS[..., :3] @ LUMA).max() <= 1
+    assert np.array_equal(decode_image(alpha, "x", 4), PIXELS)
+    opacity = PIXELS[..., 3:] / 255
+    assert (
+        np.abs(np.asarray(decode_image(alpha, "x", 3)) - (PIXELS[..., :3] * opacity + 255 * (1 - opacity))).max() <= 1
+    )
+    for data, channels, held in ((colour, 4, 3), (grey, 2, 1), (colour, 5, 3)):
+        with pytest.raises(UserError, match=f"x: has {held} channels, model.in_chans is {channels}"):
+            decode_image(data, "x", channels)
+
+
+def test_sixteen_bits_are_kept_or_scaled() -> None:
+    deep = np.random.default_rng(1).integers(0, 65536, (6, 5), np.uint16)
+    data = encoded(deep, "png")
+    kept = decode_image(data, "x", 1, 16)
+    assert kept.dtype == np.float32
+    np.testing.assert_allclose(kept[..., 0], deep / 65535, atol=1e-6)
+    assert kept.shape == (6, 5, 1)
+    np.testing.assert_allclose(decode_image(data, "x", 3, 16), np.repeat(kept, 3, -1))
+    assert np.array_equal(np.asarray(decode_image(data, "x", 1)), deep >> 8)
+    eight = decode_image(encoded(PIXELS[..., :3], "png"), "x", 3, 16)
+    np.testing.assert_allclose(eight, PIXELS[..., :3] / 255, atol=1e-6)
+
+
+def test_tiff_files_of_any_channels_depth_and_order() -> None:
+    tifffile = pytest.importorskip("tifffile")
+    rng = np.random.default_rng(2)
+
+    def tiff(pixels: np.ndarray, **options: object) -> bytes:
+        file = io.BytesIO()
+        tifffile.imwrite(file, pixels, **options)
+        return file.getvalue()
+
+    five = rng.integers(0, 65536, (7, 6, 5), np.uint16)
+    for data in (
+        tiff(five, photometric="minisblack", planarconfig="contig"),
+        tiff(np.moveaxis(five, -1, 0), photometric="minisblack"),
+    ):
+        np.testing.assert_allclose(decode_image(data, "x", 5, 16), five / 65535, atol=1e-6)
+        assert np.abs(decode_image(data, "x", 5, 8) - np.rint(five / 257)).max() == 0
+    colour = rng.integers(0, 65536, (7, 6, 3), np.uint16)
+    np.testing.assert_allclose(decode_image(tiff(colour, photometric="rgb"), "x", 3, 16), colour / 65535, atol=1e-6)
+    np.testing.assert_allclose(decode_image(tiff(colour, photometric="rgb"), "x", 3), np.rint(colour / 257), atol=1)
+    floats = rng.random((7, 6), np.float32)
+    np.testing.assert_allclose(decode_image(tiff(floats), "x", 1, 16)[..., 0], floats, atol=1e-6)
+    with pytest.raises(UserError, match=r"x: floating-point samples from .*; expected 0-1"):
+        decode_image(tiff(floats * 7), "x", 1, 16)
+    with pytest.raises(UserError, match="x: holds int32 samples"):
+        decode_image(tiff(floats.astype(np.int32), photometric="minisblack"), "x", 2, 16)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("bit_depth", [8, 16])
+def test_orientation_is_applied_to_every_kind_of_file(orientation: int, bit_depth: int) -> None:
+    """Pillow's own reading of the tag is the reference."""
+    tifffile = pytest.importorskip("tifffile")
+    jpeg = encoded(PIXELS[..., :3], "png", exif=exif_of(orientation))
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(jpeg)))) / 255
+    file = io.BytesIO()
+    tifffile.imwrite(file, PIXELS[..., :3], photometric="rgb", extratags=[(274, "H", 1, orientation, True)])
+    for data in (jpeg, file.getvalue()):
+        found = np.asarray(decode_image(data, "x", 3, bit_depth), dtype=np.float64) / (255 if bit_depth == 8 else 1)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def exif_of(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[274] = orientation
+    return exif

@@ -274,3 +274,59 @@ def test_blocks_resolve_from_both_ends() -> None:
     assert resolve_blocks(None, 3) == (0, 1, 2)
     assert resolve_blocks((-1, 0), 3) == (0, 2)
     assert resolve_blocks((), 3) == ()
+
+
+@pytest.mark.parametrize("decoder", ["cross", "cross_self", "self"])
+@pytest.mark.parametrize("overrides", [{}, {"fuse_blocks": ()}, {"fuse_blocks": (0,), "fuse_input": False}])
+def test_model_and_loss_compile_without_a_graph_break(decoder: Any, overrides: dict[str, Any]) -> None:
+    """`fullgraph=True` refuses any break; the compiled graph gives the loss and gradients of the model itself."""
+    model = tiny(decoder=decoder, **overrides)
+    imgs, noise = inputs(model)
+    expected = model(imgs, 0.75, 0.25, noise).loss
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(imgs, 0.75, 0.25, noise).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
+
+
+@pytest.mark.parametrize("img_size", [16, (8, 24)])
+@pytest.mark.parametrize("in_chans", [1, 3, 5])
+@pytest.mark.parametrize(("patch_size", "mask_ratio", "predict_ratio"), [(4, 0.75, 0.25), (8, 0.5, 0.5), (4, 0.6, 0.6)])
+@pytest.mark.parametrize("decoder", ["cross", "cross_self", "self"])
+def test_every_shape_trains(
+    img_size: Any, in_chans: int, patch_size: int, mask_ratio: float, predict_ratio: float, decoder: Any
+) -> None:
+    """Sizes, patches, channels and ratios: the right counts, an exact patchify, gradients everywhere."""
+    if (img_size, patch_size) == ((8, 24), 8) and mask_ratio == 0.5:
+        mask_ratio = predict_ratio = 0.6  # of three patches, one visible
+    model = tiny(img_size=img_size, in_chans=in_chans, patch_size=patch_size, decoder=decoder)
+    imgs, noise = inputs(model)
+    assert torch.equal(unpatchify(patchify(imgs, patch_size), model.grid, patch_size), imgs)
+    out = model(imgs, mask_ratio, predict_ratio, noise)
+    counts = model.patch_counts(mask_ratio, predict_ratio)
+    assert out.visible_idx.shape == (2, counts.visible)
+    assert out.pred.shape[-1] == patch_size**2 * in_chans
+    out.loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert torch.isfinite(parameter.grad).all(), name
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_activation_checkpointing_gives_the_same_gradients() -> None:
+    for decoder in ("cross", "self"):
+        grads = []
+        for on in (False, True):
+            model = tiny(decoder=decoder)
+            model.activation_checkpointing = on
+            model(*inputs(model)[:1], 0.75, 0.25, inputs(model)[1]).loss.backward()
+            grads.append([p.grad for p in model.parameters() if p.grad is not None])
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

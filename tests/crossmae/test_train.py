@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -19,6 +23,8 @@ from crossmae.config import PretrainConfig
 from crossmae.errors import UserError
 from crossmae.train import pretrain
 from crossmae.variants import create_model
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_config(images: Path, output: Path, **sections: Any) -> PretrainConfig:
     values: dict[str, Any] = {
         "output_dir": output,
-        "data": {"train": images, "workers": 0},
+        "data": {"train": str(images), "workers": 0},
         "model": {
             "name": "crossmae_vit_tiny_patch16",
             "img_size": 32,
@@ -50,11 +56,11 @@ def make_config(images: Path, output: Path, **sections: Any) -> PretrainConfig:
         "optim": {"batch_size": 4, "base_lr": 0.1},
         "schedule": {"epochs": 4, "warmup_epochs": 1},
         "runtime": {"device": "cpu"},
-        "log": {"every_steps": 1, "reconstruct_every_epochs": 100, "reconstruct_images": 2},
+        "log": {"every_steps": 1, "pictures": 2},
         "checkpoint": {"every_epochs": 1},
     }
     for section, changes in sections.items():
-        values[section] = values[section] | changes if isinstance(changes, dict) else changes
+        values[section] = values.get(section, {}) | changes if isinstance(changes, dict) else changes
     return PretrainConfig.model_validate(values)
 
 
@@ -66,7 +72,7 @@ def digest(run: Path) -> dict[str, Any]:
     return {
         "weights": load_file(folder / "model.safetensors"),
         "moments": state["optimizer"]["state"],
-        "curve": [(line["step"], line["loss"], line["lr"]) for line in lines],
+        "curve": [(line["step"], line["loss"], line["lr"]) for line in lines if "loss" in line],
     }
 
 
@@ -163,7 +169,7 @@ def test_a_truncated_image_stops_the_run_by_name(images: Path, tmp_path: Path) -
         pretrain(make_config(folder, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match=r"7\.png: can not be read"):  # found when its turn comes
-        pretrain(make_config(folder, tmp_path / "run", data={"train": folder, "check": False}))
+        pretrain(make_config(folder, tmp_path / "run", data={"check": False}))
     assert complete_checkpoints(tmp_path / "run") == []
 
 
@@ -172,7 +178,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(
 ) -> None:
     forward = train_module.Run.forward_backward
     nan = float("nan")
-    monkeypatch.setattr(train_module.Run, "forward_backward", lambda run, batch: forward(run, batch) * nan)
+    monkeypatch.setattr(train_module.Run, "forward_backward", lambda *given, **named: forward(*given, **named) * nan)
     with pytest.raises(UserError, match="the loss is nan at step 1"):
         pretrain(make_config(images, tmp_path / "run"))
     assert complete_checkpoints(tmp_path / "run") == []
@@ -187,7 +193,265 @@ def test_a_used_folder_needs_resume_and_the_same_settings(images: Path, tmp_path
         pretrain(make_config(images, run, optim={"base_lr": 0.2}), resume=True)
 
 
-def test_several_processes_are_refused_for_now(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stripes across or along, in folders train/ and val/ with one subfolder per class."""
+    root = tmp_path_factory.mktemp("labelled")
+    rng = np.random.default_rng(1)
+    for split, count in (("train", 12), ("val", 6)):
+        for name in ("across", "along"):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                wave = 127.5 + 100 * np.sin(np.arange(32) * rng.uniform(0.4, 0.9) + rng.uniform(0, 6))
+                pixels = np.broadcast_to(wave[:, None] if name == "across" else wave, (32, 32))
+                Image.fromarray(pixels.astype(np.uint8)).convert("RGB").save(root / split / name / f"{index}.png")
+    return root
+
+
+def log_lines(run: Path, key: str) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line[key]) for line in lines if key in line]
+
+
+def judged(labelled: Path) -> dict[str, Any]:
+    return {
+        "data": {"val": str(labelled / "val")},
+        "validation": {"every_epochs": 2},
+        "probe": {
+            "train": str(labelled / "train"),
+            "val": str(labelled / "val"),
+            "every_epochs": 2,
+            "k": 3,
+        },
+        "log": {"pictures_every_steps": 5},
+    }
+
+
+def test_validation_and_probe_start_before_training_and_are_the_same_in_every_run(
+    images: Path, labelled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fixed masks and crops: with another batch size, equal weights have an equal held-out loss."""
+    for name, optim in (("one", {"batch_size": 4}), ("other", {"batch_size": 3, "accumulate": 2})):
+        with caplog.at_level("INFO"):
+            pretrain(make_config(images, tmp_path / name, **judged(labelled), optim=optim))
+    one, other = (log_lines(tmp_path / name, "val_loss") for name in ("one", "other"))
+    assert [step for step, _ in one] == [0, 6, 12]
+    assert one[0][1] == pytest.approx(other[0][1], rel=1e-5)
+    assert one[-1][1] < one[0][1]
+    accuracies = log_lines(tmp_path / "one", "knn_accuracy")
+    assert [step for step, _ in accuracies] == [0, 6, 12]
+    assert all(0 <= value <= 1 for _, value in accuracies)
+    assert "validation loss: " in caplog.text
+    assert "kNN accuracy: " in caplog.text
+    pictures = {
+        f"{folder}/{path.stem}"
+        for folder in ("reconstructions", "fusion")
+        for path in (tmp_path / "one" / folder).iterdir()
+    }
+    assert pictures == {f"{folder}/step-{step:08d}" for folder in ("reconstructions", "fusion") for step in (5, 10, 12)}
+
+
+def test_the_held_out_loss_is_the_mean_over_all_masked_patches(images: Path, labelled: Path, tmp_path: Path) -> None:
+    """Equal to one forward pass over everything, whatever the batches and the predict ratio."""
+    config = make_config(images, tmp_path / "run", **judged(labelled), schedule={"max_steps": 1})
+    weights = pretrain(config)
+    model = train_module.build_model(config)
+    model.load_state_dict(load_file(weights))
+    paths = sorted((labelled / "val").rglob("*.png"))
+    pixels = torch.stack([torch.from_numpy(np.asarray(Image.open(path))).permute(2, 0, 1) for path in paths]) / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.data.mean, config.data.std))
+    noise = np.stack([np.random.default_rng([0, i]).random(16, dtype=np.float32) for i in range(len(paths))])
+    expected = model((pixels - mean) / std, 0.75, 0.75, torch.from_numpy(noise)).loss.item()
+    assert log_lines(tmp_path / "run", "val_loss")[-1][1] == pytest.approx(expected, rel=1e-4)
+
+
+def test_ema_is_the_average_of_the_weights_and_survives_a_restart(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    step = train_module.Run.optimizer_step
+
+    def spy(run: train_module.Run) -> float:
+        lr = step(run)
+        seen.append(run.model.cls_token.detach().clone())
+        return lr
+
+    monkeypatch.setattr(train_module.Run, "optimizer_step", spy)
+    optim = {"ema": 0.5}
+    pretrain(make_config(images, tmp_path / "whole", optim=optim))
+    expected = seen[0]
+    for count, value in enumerate(seen[1:], start=1):
+        decay = min(1 - (1 + count) ** (-2 / 3), 0.5)  # warms up, so that the random start is forgotten
+        expected = decay * expected + (1 - decay) * value
+    averaged = load_file(tmp_path / "whole" / "model_ema.safetensors")
+    torch.testing.assert_close(averaged["cls_token"], expected)
+    pretrain(make_config(images, tmp_path / "parts", optim=optim, schedule={"max_steps": 5}))
+    pretrain(make_config(images, tmp_path / "parts", optim=optim), resume=True)
+    again = load_file(tmp_path / "parts" / "model_ema.safetensors")
+    assert all(torch.equal(averaged[name], again[name]) for name in averaged)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_follows_full_precision_and_resumes_to_the_bit(
+    images: Path, tmp_path: Path, precision: str
+) -> None:
+    runtime = {"precision": precision}
+    pretrain(make_config(images, tmp_path / "full"))
+    pretrain(make_config(images, tmp_path / "whole", runtime=runtime, optim={"clip_grad": 1e3}))
+    full, half = (dict(log_lines(tmp_path / name, "loss")) for name in ("full", "whole"))
+    assert half != full
+    assert list(half.values()) == pytest.approx(list(full.values()), rel=0.02)
+    pretrain(
+        make_config(images, tmp_path / "parts", runtime=runtime, optim={"clip_grad": 1e3}, schedule={"max_steps": 4})
+    )
+    pretrain(make_config(images, tmp_path / "parts", runtime=runtime, optim={"clip_grad": 1e3}), resume=True)
+    assert_same(digest(tmp_path / "whole"), digest(tmp_path / "parts"))
+
+
+def test_fp16_stops_after_too_many_skipped_steps(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "MAX_SKIPPED", 3)
+    forward = train_module.Run.forward_backward
+
+    def explode(run: train_module.Run, *given: Any, **named: Any) -> torch.Tensor:
+        loss = forward(run, *given, **named)
+        run.model.cls_token.grad.fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(train_module.Run, "forward_backward", explode)
+    with pytest.raises(UserError, match=r"fp16 skipped 3 steps in a row up to step 3.*bf16 or fp32"):
+        pretrain(make_config(images, tmp_path / "run", runtime={"precision": "fp16"}, log={"every_steps": 1}))
+
+
+def test_activation_checkpointing_changes_nothing_but_memory(images: Path, tmp_path: Path) -> None:
+    for name, on in (("plain", False), ("again", True)):
+        pretrain(
+            make_config(images, tmp_path / name, runtime={"activation_checkpointing": on}, schedule={"max_steps": 3})
+        )
+    assert_same(digest(tmp_path / "plain"), digest(tmp_path / "again"))
+
+
+def test_no_micro_batch_is_dropped(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 batches per epoch, 3 epochs, 2 in a step: 9 batches in 5 steps, the last of one batch with its whole weight."""
+    used: list[int] = []
+    forward = train_module.Run.forward_backward
+
+    def spy(run: train_module.Run, batch: Any, micro_batches: int, last: bool) -> torch.Tensor:
+        used.append(micro_batches)
+        return forward(run, batch, micro_batches, last)
+
+    monkeypatch.setattr(train_module.Run, "forward_backward", spy)
+    pretrain(make_config(images, tmp_path / "run", optim={"accumulate": 2}, schedule={"epochs": 3}))
+    assert used == [2] * 8 + [1]
+    record = json.loads((tmp_path / "run/checkpoints/step-00000005/run.json").read_text())
+    assert record["batches_consumed"] == 9
+
+
+def test_broken_images_are_replaced_counted_and_listed_and_the_budget_holds(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in images.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    for name in ("3.png", "7.png"):
+        (folder / name).write_bytes(b"\x89PNG nothing")
+    data = {"broken": "substitute", "broken_budget": 0.2}
+    for name, more in (("checked", {}), ("unchecked", {"check": False}), ("workers", {"check": False, "workers": 1})):
+        pretrain(make_config(folder, tmp_path / name, data=data | more))
+        rows = [json.loads(line) for line in (tmp_path / name / "broken.jsonl").read_text().splitlines()]
+        assert sorted(Path(row["name"]).name for row in rows) == ["3.png", "7.png"]
+        assert all("can not be read" in row["reason"] for row in rows)
+    assert_same(digest(tmp_path / "checked"), digest(tmp_path / "unchecked"))
+    assert_same(digest(tmp_path / "checked"), digest(tmp_path / "workers"))
+    assert "2 so far" in caplog.text
+    with pytest.raises(UserError, match=r"2 of 13 images are broken, data.broken_budget allows 1; they are listed in"):
+        pretrain(make_config(folder, tmp_path / "over", data=data | {"broken_budget": 0.1}))
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
+@pytest.mark.parametrize("bit_depth", [8, 16])
+def test_any_number_of_channels_from_file_to_picture(tmp_path: Path, channels: int, mode: str, bit_depth: int) -> None:
+    (tmp_path / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(8):
+        pixels = rng.integers(0, 256, (40, 24, channels), np.uint8)
+        Image.fromarray(pixels.squeeze(), mode).save(tmp_path / "images" / f"{index}.png")
+    statistics = {"mean": [0.5] * channels, "std": [0.3] * channels, "bit_depth": bit_depth}
+    model = {"in_chans": channels, "img_size": [40, 24]}
+    config = make_config(tmp_path / "images", tmp_path / "run", data=statistics, model=model, schedule={"max_steps": 1})
+    weights = pretrain(config)
+    assert load_file(weights)["patch_embed.proj.weight"].shape[1] == channels
+    assert (tmp_path / "run/reconstructions/step-00000001.png").is_file()
+    with safe_open(weights, "pt") as file:
+        assert file.metadata()["bit_depth"] == str(bit_depth)
+
+
+def test_a_run_starts_from_given_weights(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """From the same model everything, from another decoder or grid the encoder; a foreign encoder is refused whole."""
+    first = pretrain(make_config(images, tmp_path / "first", schedule={"max_steps": 2}))
+    source = load_file(first)
+    with caplog.at_level("INFO"):
+        config = make_config(images, tmp_path / "same", model={"init": first})
+        model = train_module.build_model(config)
+        train_module.start_from(model, first, config.data.mean)
+        assert all(torch.equal(tensor, source[name]) for name, tensor in model.state_dict().items())
+        assert "the whole model comes from" in caplog.text
+
+        config = make_config(images, tmp_path / "other", model={"decoder_depth": 1, "img_size": [64, 32]})
+        model = train_module.build_model(config)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        train_module.start_from(model, first, config.data.mean)
+    state = model.state_dict()
+    blocks = [name for name in state if name.startswith(("blocks.", "patch_embed.", "cls_token"))]
+    assert all(torch.equal(state[name], source[name]) for name in blocks)
+    assert all(torch.equal(state[name], before[name]) for name in state if name not in blocks)
+    assert "the encoder comes from" in caplog.text
+    assert "from a grid of 4 x 4 to 8 x 4" in caplog.text
+    model = train_module.build_model(make_config(images, tmp_path / "wide", model={"embed_dim": 32}))
+    with pytest.raises(UserError, match=r"embed_dim 16; the model expects embed_dim 32"):
+        train_module.start_from(model, first, config.data.mean)
+    pretrain(make_config(images, tmp_path / "run", model={"init": first}, schedule={"max_steps": 1}))
+    # A step at the first step's learning rate, 0: the weights are still those it started from.
+    assert all(
+        torch.equal(tensor, source[name]) for name, tensor in load_file(tmp_path / "run/model.safetensors").items()
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_and_resume_to_the_bit(images: Path, labelled: Path, tmp_path: Path) -> None:
+    """Two processes with half the batch each see the same images as one: equal curves and weights up to rounding."""
+    single = make_config(images, tmp_path / "single", **judged(labelled))
+    pretrain(single)
+    half = make_config(images, tmp_path / "half", **judged(labelled), optim={"batch_size": 2})
+    path = tmp_path / "half.yaml"
+    path.write_text(yaml.safe_dump(half.model_dump(mode="json")))
+
+    def launch(*words: str) -> None:
+        module = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*module, str(ROOT / "tools/pretrain.py"), "--config-file", str(path), *words]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    launch()
+    for key in ("loss", "val_loss", "knn_accuracy"):
+        one, two = (log_lines(tmp_path / name, key) for name in ("single", "half"))
+        assert [step for step, _ in one] == [step for step, _ in two]
+        assert [v for _, v in two] == pytest.approx([v for _, v in one], rel=1e-4)
+    weights = {name: load_file(tmp_path / name / "model.safetensors") for name in ("single", "half")}
+    for name, tensor in weights["single"].items():
+        torch.testing.assert_close(weights["half"][name], tensor, rtol=1e-3, atol=2e-4)  # Adam enlarges rounding
+    whole = digest(tmp_path / "half")
+    launch(f"output_dir={tmp_path / 'parts'}", "schedule.max_steps=4")
+    launch(f"output_dir={tmp_path / 'parts'}", "--resume")
+    assert_same(whole, digest(tmp_path / "parts"))
+    with pytest.raises(UserError, match="processes was 2, is 1"):
+        pretrain(half, resume=True)
+
+
+def test_processes_without_an_address_are_an_error(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one process"):
+    with pytest.raises(UserError, match=r"RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set: .*torchrun"):
         pretrain(make_config(images, tmp_path / "run"))

@@ -1,0 +1,27 @@
+"""Which device to compute on."""
+
+from __future__ import annotations
+
+import torch
+
+from crossmae.errors import UserError
+
+
+def open_device(name: str, key: str, local_rank: int = 0) -> torch.device:
+    """The device of a name, tried out.
+
+    Args:
+        name: such as "cpu" or "cuda:1"; "auto" is a GPU where there is one, "cuda" the one of this process.
+        key: the config key or flag that named it, for the error.
+        local_rank: number of this process on its machine.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        device = torch.device(f"cuda:{local_rank}" if chosen == "cuda" else chosen)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"{key}: {chosen!r} can not be used: {str(error).splitlines()[0]}") from None
+    return device

@@ -1,0 +1,77 @@
+"""Several processes, one per GPU, as `torchrun` starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from crossmae.errors import UserError
+
+TIMEOUT = timedelta(minutes=30)  # the main process validates and probes alone while the others wait
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: its number over all machines, its number on this machine, and how many there are."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of `values` over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of `values` over all processes."""
+        return self.sum(values) / self.world_size
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def find_ranks() -> Ranks:
+    """What torchrun says of this process in its environment; one process without it.
+
+    Raises:
+        UserError: WORLD_SIZE says several processes, but what they need to find each other is not there.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Ranks()
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise UserError(f"WORLD_SIZE is over 1, but {', '.join(missing)} not set: start several processes by torchrun")
+    return Ranks(*(int(os.environ[name]) for name in names[:3]))
+
+
+@contextmanager
+def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """Inside, the processes can talk: over NCCL on GPUs, over Gloo on CPUs. Nothing for one process."""
+    if ranks.world_size == 1:
+        yield
+        return
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

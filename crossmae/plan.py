@@ -1,0 +1,170 @@
+"""What a pretraining run will do, in numbers that follow from its config and data."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+
+from crossmae.config import PretrainConfig
+from crossmae.data import BatchPlan
+from crossmae.errors import UserError
+from crossmae.model import CrossMAE
+from crossmae.optim import scaled_lr
+from crossmae.variants import model_arguments
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of a run; printed at the start, saved with checkpoints.
+
+    Attributes:
+        images: of the training source.
+        world_size: processes.
+        batches_per_epoch: micro-batches of each process in an epoch.
+        accumulate: micro-batches in a step; the very last step has what is left.
+        images_per_step: over all processes and micro-batches.
+        total_batches, total_steps: micro-batches of each process, and steps, of the whole schedule.
+        last_step: where this run stops; the same unless schedule.max_steps says less.
+        warmup_steps: with the learning rate rising.
+        peak_lr: learning rate after that.
+        device, precision: what "auto" stands for here.
+    """
+
+    images: int
+    world_size: int
+    batches_per_epoch: int
+    accumulate: int
+    images_per_step: int
+    total_batches: int
+    total_steps: int
+    last_step: int
+    warmup_steps: float
+    peak_lr: float
+    device: str
+    precision: str
+
+    def batches_done(self, step: int) -> int:
+        """Micro-batches that `step` steps consume: the position in the data."""
+        return min(step * self.accumulate, self.total_batches)
+
+    def epoch(self, step: int) -> float:
+        """Epochs done after `step` steps."""
+        return self.batches_done(step) / self.batches_per_epoch
+
+    def ends_period(self, step: int, epochs: int) -> bool:
+        """Whether a period of `epochs` epochs ends in step `step`, counted from 1; the last step ends all."""
+        period = self.batches_per_epoch * epochs
+        return step == self.last_step or self.batches_done(step) // period > self.batches_done(step - 1) // period
+
+
+def make_plan(config: PretrainConfig, batches: BatchPlan, device: torch.device, precision: str) -> Plan:
+    """Work out steps and learning rate.
+
+    Raises:
+        UserError: fewer batches per epoch than micro-batches per step, or a warm-up longer than the run.
+    """
+    optim, schedule = config.optim, config.schedule
+    per_epoch = batches.batches_per_epoch
+    if per_epoch < optim.accumulate:
+        raise UserError(
+            f"optim.accumulate: a step needs {optim.accumulate} batches of {optim.batch_size} images, one "
+            f"epoch of {batches.num_images} images has {per_epoch}; lower one of the two"
+        )
+    if schedule.warmup_epochs > schedule.epochs:
+        raise UserError(f"schedule.warmup_epochs: {schedule.warmup_epochs} exceeds schedule.epochs {schedule.epochs}")
+    total_batches = per_epoch * schedule.epochs
+    total = math.ceil(total_batches / optim.accumulate)
+    images_per_step = optim.batch_size * optim.accumulate * batches.world_size
+    predict_ratio = config.model.mask_ratio if is_plain(config) else config.model.predict_ratio
+    lr = optim.lr or scaled_lr(optim.base_lr, images_per_step, config.model.mask_ratio, predict_ratio, optim.lr_rule)
+    return Plan(
+        images=batches.num_images,
+        world_size=batches.world_size,
+        batches_per_epoch=per_epoch,
+        accumulate=optim.accumulate,
+        images_per_step=images_per_step,
+        total_batches=total_batches,
+        total_steps=total,
+        last_step=min(total, schedule.max_steps or total),
+        warmup_steps=schedule.warmup_epochs * per_epoch / optim.accumulate,
+        peak_lr=lr,
+        device=str(device),
+        precision=precision,
+    )
+
+
+def is_plain(config: PretrainConfig) -> bool:
+    """Whether the decoder is plain MAE's, to which the predict ratio does not apply."""
+    return (config.model.decoder or model_arguments(config.model.name)["decoder"]) == "self"
+
+
+def choose_precision(config: PretrainConfig, device: torch.device) -> str:
+    """The precision that "auto" stands for on a device: "bf16" on GPUs that have it, else "fp32".
+
+    Raises:
+        UserError: bf16 was asked for, and the device has none.
+    """
+    precision = config.runtime.precision
+    has_bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" and has_bf16 else "fp32"
+    if precision == "bf16" and not has_bf16:
+        raise UserError(f"runtime.precision: {device} has no bf16; choose fp16 or fp32")
+    return precision
+
+
+def fingerprint(config: PretrainConfig, plan: Plan) -> dict[str, str]:
+    """What must not change between a run and its continuation, as text by key."""
+    values = config.model_dump(mode="json", include={"model", "optim", "schedule", "data", "runtime"})
+    decisive = ("crop_scale", "flip", "mean", "std", "bit_depth", "broken", "shuffle_shards")
+    values["data"] = {key: values["data"][key] for key in decisive}
+    values["schedule"].pop("max_steps")
+    values["model"].pop("init")
+    values["runtime"] = {"seed": values["runtime"]["seed"]}
+    flat = {f"{section}.{key}": json.dumps(value) for section, keys in values.items() for key, value in keys.items()}
+    return flat | {"images": str(plan.images), "precision": plan.precision, "processes": str(plan.world_size)}
+
+
+def announce(config: PretrainConfig, plan: Plan, model: CrossMAE, step: int) -> None:
+    """Tell what is about to happen, in numbers."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    where = f"on {plan.device}" + (f" and {plan.world_size - 1} more processes" if plan.world_size > 1 else "")
+    log.info("%s: %.1f M trainable parameters, %s in %s", config.model.name, trainable / 1e6, where, plan.precision)
+    counts = model.patch_counts(config.model.mask_ratio, config.model.predict_ratio)
+    log.info("%d patches per image: %d visible, %d dropped, %d predicted", model.num_patches, *counts)
+    unused = (
+        {"fuse_blocks", "fuse_input", "predict_ratio"} & config.model.model_fields_set if is_plain(config) else set()
+    )
+    if unused:
+        log.info("ignored, because decoder is 'self': %s", ", ".join(f"model.{key}" for key in sorted(unused)))
+    left_out = plan.images - plan.batches_per_epoch * config.optim.batch_size * plan.world_size
+    log.info(
+        "%d images, %d per step, %.4g steps per epoch%s",
+        plan.images,
+        plan.images_per_step,
+        plan.batches_per_epoch / plan.accumulate,
+        f"; {left_out} that fill no batch are left out of an epoch, others each time" if left_out else "",
+    )
+    log.info(
+        "steps %d to %d, peak learning rate %.3g = %s", step + 1, plan.last_step, plan.peak_lr, lr_rule(config, plan)
+    )
+
+
+def lr_rule(config: PretrainConfig, plan: Plan) -> str:
+    """How the peak learning rate was worked out, as arithmetic."""
+    optim, model = config.optim, config.model
+    if optim.lr:
+        return "optim.lr"
+    predict = model.mask_ratio if is_plain(config) else model.predict_ratio
+    factors = {
+        "published": f" * {predict:g} / {model.mask_ratio:g} (lr_rule published: predict / mask ratio)",
+        "none": " (lr_rule none)",
+        "inverse": f" * {model.mask_ratio:g} / {predict:g} (lr_rule inverse: mask / predict ratio)",
+    }
+    return f"base_lr {optim.base_lr:g} * {plan.images_per_step} / 256{factors[optim.lr_rule]}"

@@ -1,0 +1,212 @@
+"""What a run writes for people while it trains: JSON lines, TensorBoard, Weights & Biases, pictures, one live line."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from crossmae.config import PretrainConfig
+from crossmae.data import Broken
+from crossmae.errors import UserError
+from crossmae.files import write_atomically, write_text
+from crossmae.plan import Plan
+from crossmae.sources import Source
+
+log = logging.getLogger(__name__)
+
+NAMES = {
+    "val_loss": "validation loss",
+    "val_loss_ema": "validation loss of the averaged weights",
+    "knn_accuracy": "kNN accuracy",
+    "knn_accuracy_ema": "kNN accuracy of the averaged weights",
+}
+LOG, BROKEN = "log.jsonl", "broken.jsonl"
+
+
+class RunLog:
+    """The writers of a run, in its folder; a context manager that closes them.
+
+    Args:
+        config, plan: of the run.
+        step: that it goes on from; lines of the log after it are dropped, because they will be written again.
+        is_main: whether this process writes at all.
+    """
+
+    def __init__(self, config: PretrainConfig, plan: Plan, step: int, is_main: bool) -> None:
+        self.config, self.plan, self.is_main, self.first_step = config, plan, is_main, step
+        self.postfix: dict[str, str] = {}
+        self.wandb = start_wandb(config, step) if is_main and config.log.wandb else None
+
+    def __enter__(self) -> RunLog:
+        plan, folder = self.plan, self.config.output_dir
+        self.bar = tqdm(
+            total=plan.last_step,
+            initial=self.first_step,
+            desc="pretrain",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self.is_main,
+        )
+        self.redirect = logging_redirect_tqdm()  # a warning goes above the live line, not into it
+        self.redirect.__enter__()
+        if self.is_main:
+            self.rows = truncate_log(folder / LOG, self.first_step)
+            self.lines = open(folder / LOG, "a", encoding="utf-8")
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=self.first_step)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        self.redirect.__exit__(None, None, None)
+        if self.is_main:
+            self.board.close()
+            self.lines.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def record(self, step: int, values: Mapping[str, float], live: str = "") -> None:
+        """One line of the log, and one point of every curve.
+
+        Args:
+            step: steps done.
+            values: by name.
+            live: words for the live line; empty leaves it as it is.
+        """
+        if not self.is_main:
+            return
+        rounded = {key: float(f"{value:.6g}") for key, value in values.items()}
+        line = {"step": step, "epoch": round(self.plan.epoch(step), 4), **rounded}
+        self.rows.append(line)
+        self.lines.write(json.dumps(line) + "\n")
+        self.lines.flush()
+        for key, value in values.items():
+            self.board.add_scalar(key, value, step)
+        if self.wandb is not None:
+            self.wandb.log(dict(values), step=step)
+        if live:
+            self.bar.set_postfix_str(live)
+
+    def picture(self, step: int, name: str, figure: Figure) -> None:
+        """Write a figure as `name`/step-<8 digits>.png, and to TensorBoard."""
+        folder = self.config.output_dir / name
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step-{step:08d}.png"
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+        self.board.add_figure(name, figure, step)
+        if self.wandb is not None:
+            self.wandb.log({name: importlib.import_module("wandb").Image(str(path))}, step=step)
+
+    def announce(self, step: int, values: Mapping[str, float]) -> None:
+        """Say what was measured at a step, above the live line."""
+        if self.is_main:
+            log.info("step %d: %s", step, ", ".join(f"{NAMES[key]} {value:.4f}" for key, value in values.items()))
+
+    def summary(self) -> list[str]:
+        """For each quantity that was measured more than once, what it was at first and what it became."""
+        lines = []
+        for key, name in NAMES.items():
+            if ends := self.first_and_last(key):
+                (first_step, first), (last_step, last) = ends
+                start = "of the weights it started from" if first_step == 0 else f"at step {first_step}"
+                lines.append(f"{name}: {first:.4f} {start}, {last:.4f} at step {last_step}")
+        return lines
+
+    def first_and_last(self, key: str) -> tuple[tuple[int, float], tuple[int, float]] | None:
+        """(step, value) of the first and of the last line that has `key`; None where fewer than two have."""
+        found = [(int(row["step"]), float(row[key])) for row in self.rows if key in row]
+        return (found[0], found[-1]) if len(found) > 1 else None
+
+
+def live_line(loss: float, lr: float, images_per_second: float, data_wait_share: float, memory_gb: float) -> str:
+    """What stands behind the progress bar and its remaining time."""
+    return (
+        f"loss {loss:.4f}, lr {lr:.2e}, {images_per_second:.0f} img/s, "
+        f"waiting for data {data_wait_share:.0%}, {memory_gb:.1f} GB"
+    )
+
+
+class BrokenImages:
+    """Keeps count of images that others stand in for, each once, also over restarts, and lists them in a file.
+
+    Args:
+        path: of the list, JSON lines with the keys index, name and reason.
+        source: that they come from.
+        budget: share of the source that may be broken.
+    """
+
+    def __init__(self, path: Path, source: Source, budget: float) -> None:
+        self.path, self.source, self.most = path, source, math.floor(budget * len(source))
+        self.known = {int(row["index"]) for row in _read_lines(path) if "index" in row}
+
+    def add(self, broken: Sequence[Broken]) -> None:
+        """Count and list those that are new.
+
+        Raises:
+            UserError: there are more than the budget allows.
+        """
+        for image in broken:
+            if image.index in self.known:
+                continue
+            self.known.add(image.index)
+            row = {"index": image.index, "name": self.source.name(image.index), "reason": image.message}
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            log.warning("another image stands in for a broken one (%d so far): %s", len(self.known), image.message)
+        if len(self.known) > self.most:
+            raise UserError(
+                f"{len(self.known)} of {len(self.source)} images are broken, data.broken_budget allows {self.most}; "
+                f"they are listed in {self.path}"
+            )
+
+
+def truncate_log(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines after `step`, which a resumed run will write again; returns those that stay."""
+    rows = [row for row in _read_lines(path) if row.get("step", math.inf) <= step]
+    if path.exists():
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file; none if there is no file, and without a last one torn by a kill."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def start_wandb(config: PretrainConfig, step: int) -> Any:
+    """A run of Weights & Biases, named after the output folder; the same one when a run goes on.
+
+    Raises:
+        UserError: wandb is not installed.
+    """
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        raise UserError('log.wandb needs the package wandb: pip install -e ".[wandb]", or set log.wandb=null') from None
+    name = config.output_dir.resolve().name
+    identity = config.output_dir / "wandb_id.txt"
+    if not (step and identity.exists()):
+        write_text(identity, wandb.util.generate_id())
+    return wandb.init(
+        project=config.log.wandb,
+        name=name,
+        id=identity.read_text(encoding="utf-8").strip(),
+        resume="allow",
+        dir=str(config.output_dir),
+        config=config.model_dump(mode="json"),
+    )

@@ -1,0 +1,153 @@
+"""Proves what the command line of the reconstruction tool prints, refuses and leaves alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crossmae.errors import USER_ERROR_EXIT_CODE, UserError, run_cli
+from crossmae.gallery import Result
+from crossmae.model import CrossMAE
+from crossmae.weights import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, save_weights
+from tools.reconstruct import build_parser, main, parse_settings, table
+
+SHARED = Path(__file__).parents[3] / "shared/golden"
+TINY = {"img_size": [16, 24], "patch_size": 8, "in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 2}
+TINY |= {"decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2, "fuse_blocks": [1]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: a run with a model of grey images, and two photographs."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = CrossMAE(**TINY | {"img_size": (16, 24), "fuse_blocks": (1,)})  # type: ignore[arg-type]
+    metadata = {MODEL_ARGUMENTS: json.dumps(TINY), PIXEL_MEAN: "[0.5]", PIXEL_STD: "[0.25]"}
+    Path("run").mkdir()
+    save_weights("run/model.safetensors", model.state_dict(), metadata)
+    for seed, name in enumerate(("one.png", "two.png")):
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(name)
+    return tmp_path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    """Exit code of the command."""
+    monkeypatch.setattr(sys, "argv", ["reconstruct.py", *map(str, arguments)])
+    try:
+        run_cli(main)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_output(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "run", "one.png", "two.png", "--mask-ratio", "0.5") == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[:3] == [
+        "weights  run/model.safetensors",
+        "model    width 24, depth 2, decoder 'cross'; image 16 x 24, channels 1, patches 6",
+        "",
+    ]
+    record = json.loads((folder / "reconstructions/psnr.json").read_text())
+    rows = {image["image"]: (image["psnr_masked"], image["psnr_pasted"]) for image in record["images"]}
+    rows["mean"] = (record["mean"]["psnr_masked"], record["mean"]["psnr_pasted"])
+    printed = {line.split()[0]: line.split()[1:] for line in out[4:7]}
+    assert printed == {name: [f"{value:.2f}" for value in values] for name, values in rows.items()}
+    assert out[-1] == "pictures in reconstructions, numbers in reconstructions/psnr.json"
+    with Image.open(folder / "reconstructions/animations/two.gif") as gif:
+        assert gif.n_frames == 2 * 8 - 2  # 0.1 to 0.8: beyond, none of 6 patches would be visible
+
+
+@pytest.mark.parametrize("name", ["crossmae", "mae"])
+def test_published_layout(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    path = SHARED / f"{name}_official_layout.pth"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not here")
+    command = [path, "*.png", "--no-gif", "--set", "num_heads=2", "decoder_num_heads=2"]
+    assert run(monkeypatch, *command) == 0
+    assert "assumed  pixels were normalised by ImageNet's mean and deviation" in capsys.readouterr().out
+    assert sorted(path.name for path in Path("reconstructions").rglob("*.*")) == [
+        "one.png",
+        "overview-1.png",
+        "psnr.json",
+        "two.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("gone", "one.png"), "no such file or folder: gone"),
+        (("run", "gone.png"), "IMAGES: gone.png: no such file or folder"),
+        (("run", "encoder.pth"), "encoder.pth: can not be read as an image"),
+        (("encoder.pth", "one.png"), "encoder.pth: holds no decoder (format: encoder)"),
+        (("whole.pth", "one.png"), "no shape tells img_size and num_heads and decoder_num_heads; add --set"),
+        (("run", "one.png", "--mask-ratio", "0.99"), "mask ratio 0.99: leaves no patch of 6 to see"),
+        (("run", "one.png", "--gif-ratios", "0.5", "2"), "mask ratio 2.0"),
+        (("run", "one.png", "--seed", "-1"), "--seed must not be negative, got -1"),
+        (("run", "one.png", "--device", "abacus"), "--device: 'abacus' can not be used"),
+        (("run", "one.png", "--set", "num_heads"), "--set num_heads: expected KEY=VALUE"),
+        (("run", "one.png", "--set", "heads=2"), "heads: no argument of the model"),
+        (("run", "one.png", "--output", "one.png"), "--output"),
+    ],
+)
+def test_errors_are_one_line_and_write_nothing(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    told: str,
+) -> None:
+    model = CrossMAE(**TINY | {"img_size": (16, 24), "fuse_blocks": (1,)}).state_dict()  # type: ignore[arg-type]
+    torch.save(model, "whole.pth")
+    torch.save(
+        {key: value for key, value in model.items() if key.startswith(("cls", "pos", "pat", "blo"))}, "encoder.pth"
+    )
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert run(monkeypatch, *arguments) == USER_ERROR_EXIT_CODE
+    error = capsys.readouterr().err.split("\r")[-1].lstrip()
+    assert error.startswith("error: ")
+    assert told in error
+    assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_existing_pictures_stay(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "run", "one.png", "--no-gif") == 0
+    before = Path("reconstructions/overview-1.png").read_bytes()
+    assert run(monkeypatch, "run", "two.png", "--no-gif") == USER_ERROR_EXIT_CODE
+    assert "exists already" in capsys.readouterr().err
+    assert Path("reconstructions/overview-1.png").read_bytes() == before
+    assert run(monkeypatch, "run", "two.png", "--no-gif", "--force") == 0
+    assert Path("reconstructions/overview-1.png").read_bytes() != before
+
+
+def test_settings_are_yaml() -> None:
+    assert parse_settings(["fuse_blocks=[0,-1]", "norm_pix_loss=false", "img_size=224"]) == {
+        "fuse_blocks": [0, -1],
+        "norm_pix_loss": False,
+        "img_size": 224,
+    }
+    with pytest.raises(UserError, match="expected KEY=VALUE"):
+        parse_settings(["fuse_blocks=[0"])
+
+
+def test_table_of_perfect_matches() -> None:
+    perfect = Result("a.png", "a", float("inf"), float("inf"))
+    assert table([perfect]).splitlines()[1:] == [f"a.png  {'inf':>8}  {'inf':>8}", f"mean   {'inf':>8}  {'inf':>8}"]
+
+
+def test_options_are_frozen() -> None:
+    options = {option for action in build_parser()._actions for option in action.option_strings}
+    wanted = {"--output", "--mask-ratio", "--gif-ratios", "--no-gif", "--seed", "--device", "--set", "--force"}
+    assert options == wanted | {"-h", "--help"}

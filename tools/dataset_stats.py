@@ -1,0 +1,85 @@
+"""Measure the mean and standard deviation of the pixels of a data set, for data.mean and data.std.
+
+    python tools/dataset_stats.py --config-file pretrain/demo.yaml data.train=IMAGES
+    python tools/dataset_stats.py --config-file pretrain/demo.yaml data.train=IMAGES --images 5000 --output stats.json
+
+Images are decoded as in training: model.in_chans channels, data.bit_depth bits. Every image counts the same, whatever
+its size. Of the config only data.train, data.root, data.bit_depth and model.in_chans are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from pathlib import Path
+
+from crossmae.config import PretrainConfig, load_config, read_yaml, resolve_config_path, set_override
+from crossmae.errors import UserError, run_cli
+from crossmae.files import make_folder, write_json
+from crossmae.pixel_stats import LOW_RANGE, PixelStats, check_usable, measure
+from crossmae.sources import evenly_spaced, open_source
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="NAME", help="a YAML file, or its name under configs/")
+    parser.add_argument("--images", type=int, metavar="N", help="measure N evenly spaced images; default: all")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers as JSON, too")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads that read (default: cores)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
+    return parser
+
+
+def load(config_file: str, overrides: list[str]) -> PretrainConfig:
+    """The config, whatever mean and std it has: they may not fit model.in_chans yet, that is why this tool runs."""
+    values = read_yaml(resolve_config_path(config_file))
+    for word in overrides:
+        set_override(values, word)
+    channels = (values.get("model") or {}).get("in_chans", 3)
+    unused = [f"data.{key}={[0.5] * channels}" for key in ("mean", "std")] if isinstance(channels, int) else []
+    return load_config(config_file, ["output_dir=.", *overrides, *unused])
+
+
+def describe(stats: PixelStats, bit_depth: int) -> str:
+    """The statistics in a few lines."""
+    lines = [
+        f"images      {stats.images:,}",
+        f"short side  {stats.short_side[0]} / {stats.short_side[1]:g} / {stats.short_side[2]} (min / median / max)",
+        f"long side   {stats.long_side[0]} / {stats.long_side[1]:g} / {stats.long_side[2]}",
+    ]
+    for channel, (mean, std) in enumerate(zip(stats.mean, stats.std, strict=True)):
+        lines.append(f"channel {channel}   mean {mean:.4f}  std {std:.4f}")
+    if bit_depth == 16 and stats.largest < LOW_RANGE:
+        lines.append(
+            f"warning: the largest value is {stats.largest * 65535:.0f} of 65535: the files use only the low part of "
+            "16 bits; this mean and std make up for it, those of other data would not"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, measure, print the words to paste."""
+    args = build_parser().parse_intermixed_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("images", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: expected a number from 1")
+    config = load(args.config_file, args.overrides)
+    if args.output is not None:
+        make_folder(args.output.parent, "--output")
+    source = open_source(config.data.train, "data.train", config.data.root)
+    print(source.description)
+    indices = evenly_spaced(len(source), args.images or len(source))
+    stats = measure(source, indices, config.model.in_chans, config.data.bit_depth, args.threads)
+    print(describe(stats, config.data.bit_depth))
+    check_usable(stats)
+    print(f"paste: {stats.overrides}")
+    if args.output is not None:
+        write_json(args.output, {"source": source.description, **stats.to_dict()})
+        print(f"written {args.output}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

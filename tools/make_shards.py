@@ -1,0 +1,82 @@
+"""Pack a data set into tar shards of smaller images, which are quick to read from any disk or bucket.
+
+    python tools/make_shards.py IMAGES SHARDS                  # then: python tools/pretrain.py ... data.train=SHARDS
+    python tools/make_shards.py --verify SHARDS                # compare the shards with their checksums
+
+SRC is whatever data.train takes: a folder, a list, a COCO json, shards, a Hugging Face data set. The same command goes
+on after an interruption, and makes damaged shards again.
+
+This changes the data: crops in training are cut from images of 256 pixels on the short side instead of the originals,
+which limits how sharp small crops are, and photographs are compressed as JPEG once more. --keep-original packs the
+files as they are. Which kind of file becomes what: see crossmae/sources/shrink.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from pathlib import Path
+
+from crossmae.errors import UserError, run_cli
+from crossmae.sources import open_source
+from crossmae.sources.shard_files import is_url
+from crossmae.sources.shard_writer import ShardSettings, make_shards, verify_shards
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; defaults are those of `ShardSettings`."""
+    default = ShardSettings()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="SRC", nargs="?", help="the images; not needed with --verify")
+    parser.add_argument("folder", metavar="DST", help="folder of the shards, new or to go on with")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="where the relative paths of a list start")
+    parser.add_argument(
+        "--short-side", type=int, default=default.short_side, metavar="N", help="pixels (default %(default)s)"
+    )
+    parser.add_argument(
+        "--quality", type=int, default=default.quality, metavar="N", help="of JPEG (default %(default)s)"
+    )
+    parser.add_argument(
+        "--images-per-shard", type=int, default=default.images_per_shard, metavar="N", help="(default %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="threads (default: cores)"
+    )
+    parser.add_argument("--keep-original", action="store_true", help="pack the files as they are, whatever their size")
+    parser.add_argument(
+        "--skip-broken", action="store_true", help="leave broken images out and list them in broken.txt"
+    )
+    parser.add_argument("--verify", action="store_true", help="only compare the shards in DST with their checksums")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, make or verify, say what there is."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if is_url(args.folder):
+        raise UserError(f"DST: {args.folder}: shards are written to a folder; copy them to a bucket afterwards")
+    folder = Path(args.folder).expanduser()
+    if args.verify:
+        print(f"{folder}: {verify_shards(folder):,} shards, all as they were written")
+        return
+    if args.source is None:
+        raise UserError("two paths are needed: SRC, the images, and DST, the folder of the shards")
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers}: expected a number from 1")
+    settings = ShardSettings(args.short_side, args.quality, args.images_per_shard, args.keep_original, args.skip_broken)
+    source = open_source(args.source, "SRC", args.root)
+    print(source.description)
+    made = make_shards(source, folder, settings, args.workers)
+    print(
+        f"{made.images:,} images in {made.shards:,} shards ({made.kept:,} were there already), "
+        f"{made.source_bytes / 1e6:,.1f} MB became {made.bytes / 1e6:,.1f} MB"
+    )
+    if made.broken:
+        print(f"{made.broken:,} broken images left out, listed in {folder / 'broken.txt'}")
+    print(f"paste: data.train={folder}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

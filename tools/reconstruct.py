@@ -1,0 +1,111 @@
+"""Look at what a pretrained model reconstructs: pictures, animations over mask ratios, PSNR.
+
+    python tools/reconstruct.py outputs/run photo.jpg                        # grid, animation, PSNR
+    python tools/reconstruct.py outputs/run photos/ --no-gif --output look   # every image of a folder
+    python tools/reconstruct.py published.pth 'photos/**/*.jpg' --mask-ratio 0.9
+
+CKPT is the folder of a pretraining run or of one of its checkpoints, a model.safetensors, or a published CrossMAE or
+MAE file of a whole model. Pictures go to --output, see `crossmae/gallery.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from crossmae.device import open_device
+from crossmae.errors import UserError, run_cli
+from crossmae.gallery import NUMBERS, Result, find_inputs, mean_psnr, possible_ratios, write_gallery
+from crossmae.pretrained import Pretrained, load_pretrained
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="weight file, or folder of a run or checkpoint")
+    parser.add_argument("images", metavar="IMAGES", nargs="+", help="image files, folders of them, or patterns")
+    parser.add_argument("--output", type=Path, default=Path("reconstructions"), help="folder to write (%(default)s)")
+    parser.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches to mask (%(default)s)")
+    parser.add_argument(
+        "--gif-ratios",
+        type=float,
+        nargs="+",
+        metavar="RATIO",
+        help="mask ratios of the animation (0.1 0.2 ... 0.9 0.95, as far as the model's patches allow)",
+    )
+    parser.add_argument("--no-gif", action="store_true", help="write no animations")
+    parser.add_argument("--seed", type=int, default=0, help="other seed, other masks (%(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="arguments of CrossMAE that a file without metadata does not tell, such as num_heads=6",
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite pictures of an earlier call")
+    return parser
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE pairs with YAML values.
+
+    Raises:
+        UserError: no `=`, or a value that is not YAML.
+    """
+    parsed = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        try:
+            parsed[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals:
+            raise UserError(f"--set {setting}: expected KEY=VALUE, for example num_heads=6 or 'fuse_blocks=[0,11]'")
+    return parsed
+
+
+def describe(pretrained: Pretrained) -> str:
+    """Which model it is, and what had to be assumed, in a few lines."""
+    model = pretrained.model
+    size = " x ".join(str(side * model.patch_size) for side in model.grid)
+    lines = [
+        f"weights  {pretrained.path}",
+        f"model    width {model.embed_dim}, depth {model.depth}, decoder {model.decoder!r}; "
+        f"image {size}, channels {model.in_chans}, patches {model.num_patches}",
+    ]
+    return "\n".join([*lines, *(f"assumed  {assumption}" for assumption in pretrained.assumed)])
+
+
+def table(results: Sequence[Result]) -> str:
+    """PSNR of every image, and the means."""
+    width = max(len("image"), *(len(result.image) for result in results))
+    lines = [f"{'image':<{width}}  {'masked':>8}  {'pasted':>8}   PSNR, dB"]
+    lines += [f"{result.image:<{width}}  {result.psnr_masked:8.2f}  {result.psnr_pasted:8.2f}" for result in results]
+    means = (mean_psnr([result.psnr_masked for result in results]), mean_psnr([r.psnr_pasted for r in results]))
+    shown = "  ".join(f"{'inf' if mean is None else f'{mean:.2f}':>8}" for mean in means)
+    return "\n".join([*lines, f"{'mean':<{width}}  {shown}"])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, load, reconstruct, say how good it is."""
+    args = build_parser().parse_args(argv)
+    if args.seed < 0:
+        raise UserError(f"--seed must not be negative, got {args.seed}")
+    device = open_device(args.device, "--device")
+    paths = find_inputs(args.images)
+    pretrained = load_pretrained(args.checkpoint, parse_settings(args.set))
+    pretrained.model.to(device)
+    print(describe(pretrained), end="\n\n")
+    ratios = [] if args.no_gif else args.gif_ratios or possible_ratios(pretrained.model)
+    results = write_gallery(pretrained, paths, args.output, args.mask_ratio, sorted(ratios), args.seed, args.force)
+    print(table(results))
+    print(f"\npictures in {args.output}, numbers in {args.output / NUMBERS}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
