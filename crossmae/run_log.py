@@ -62,7 +62,7 @@ class RunLog:
         if self.is_main:
             self.rows = truncate_log(folder / LOG, self.first_step)
             self.lines = open(folder / LOG, "a", encoding="utf-8")
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=self.first_step)
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=self.first_step + 1)
         return self
 
     def __exit__(self, *_: object) -> None:

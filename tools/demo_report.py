@@ -187,15 +187,16 @@ def _count(number: int, noun: str) -> str:
 
 
 def reconstruction_section(folder: Path) -> Section:
-    """The first and the last picture of reconstructions that pretraining wrote."""
+    """The first and the last picture of reconstructions that pretraining wrote, and its fusion weights."""
     where = folder / "pretrain/reconstructions"
     steps = {
         int(match[1]): path for path in where.glob("step-*.png") if (match := re.fullmatch(r"step-(\d+)", path.stem))
     }
     text = (
-        "Held-out images, the part of them that the encoder saw, and what the decoder made of it. Pixel "
-        "normalisation is undone: each patch is scaled back by its own mean and contrast, so its structure "
-        "is the model's, its brightness given."
+        "Held-out images, the part of them that the encoder saw, what the decoder made of the rest, and both "
+        "together. Pixel normalisation is undone: each patch is scaled back by its own mean and contrast, so its "
+        "structure is the model's, its brightness given. The weights are those by which every block of the decoder "
+        "mixes the encoder's maps."
     )
     if not steps:
         return Section("Reconstructions", text, [Missing(where / "step-*.png", "reconstructions")])
@@ -203,7 +204,12 @@ def reconstruction_section(folder: Path) -> Section:
     for step in dict.fromkeys((min(steps), max(steps))):
         alt = f"input, masked and reconstructed images after {step} steps"
         rows.append(page.PictureRow([page.embed_image(read_image(steps[step]), alt=alt)], f"After {step} steps"))
-    return Section("Reconstructions", text, [page.Gallery(rows, min_width=900)])
+    fusion = max((folder / "pretrain/fusion").glob("step-*.png"), default=None)
+    blocks: list[Block] = [page.Gallery(rows, min_width=900)]
+    if fusion is not None:
+        picture = page.embed_image(read_image(fusion), alt="learned weight of each encoder map in each decoder block")
+        blocks.append(page.Gallery([page.PictureRow([picture], "Fusion weights at the end")]))
+    return Section("Reconstructions", text, blocks)
 
 
 def pretraining_section(folder: Path) -> Section:
@@ -216,9 +222,19 @@ def pretraining_section(folder: Path) -> Section:
         _curve(rows, path, "step", {"loss": "loss"}, "Reconstruction loss", "loss"),
         _curve(rows, path, "step", {"lr": "learning rate"}, "Learning rate", "learning rate"),
     ]
+    for key, title, label in (
+        ("val_loss", "Held-out loss", "loss"),
+        ("knn_accuracy", "Nearest neighbours", "accuracy"),
+    ):
+        if any(key in row for row in rows):
+            blocks.append(_curve(rows, path, "step", {key: title.lower()}, title, label))
     rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
     speed = f" It went through {np.median(rates):.0f} images per second (median)." if rates else ""
-    text = "Mean squared error of hidden patches, each with its pixels normalised to mean 0 and variance 1."
+    text = (
+        "Mean squared error of hidden patches, each with its pixels normalised to mean 0 and variance 1. The held-out "
+        "loss is of photographs and handwriting that training does not see. Nearest neighbours: how many grey crops "
+        "of photographs are told apart by the encoder's features alone; at step 0 the encoder is random."
+    )
     return Section("Pretraining", text + speed, blocks)
 
 

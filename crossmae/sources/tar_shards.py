@@ -83,6 +83,15 @@ class TarShards(Source):
             raise UserError(f"{self.name(index)}: the shard ends in it: it was replaced or cut off after the start")
         return data
 
+    def tail(self, index: int, length: int = 16) -> bytes:
+        """See `Source.tail`; reads no more than that."""
+        size = int(self._sizes[index])
+        length = min(length, size)
+        try:
+            return self._reader.read(self._shard(index), int(self._offsets[index]) + size - length, length)
+        except Exception:  # as in `read`, which will say what is wrong
+            return b""
+
 
 def open_shards(value: str, key: str) -> TarShards:
     """Open a .tar file, a glob or brace list of them, or a folder of them, by path or URL.

@@ -91,7 +91,7 @@ def test_accuracy_does_not_depend_on_chunks() -> None:
         ({"k": 61}, "k must be between 1 and the 60 training images, got 61"),
         ({"k": 0}, "k must be between 1"),
         ({"temperature": 0.0}, "temperature must be over 0"),
-        ({"num_classes": 3}, r"train: labels must be 0 \.\. 2 for 3 classes, not 0 \.\. 4"),
+        ({"num_classes": 3}, r"train: labels must be 0 \.\. 2 for 3 classes, got 0 \.\. 4"),
         ({"val_labels": torch.zeros(39, dtype=torch.long)}, r"val: expected one label per image, got \(39,\) for 40"),
         ({"val_features": torch.zeros(0, 6), "val_labels": torch.zeros(0)}, "val: expected one label per image"),
     ],

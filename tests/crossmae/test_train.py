@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -415,6 +416,53 @@ def test_a_run_starts_from_given_weights(images: Path, tmp_path: Path, caplog: p
     assert all(
         torch.equal(tensor, source[name]) for name, tensor in load_file(tmp_path / "run/model.safetensors").items()
     )
+
+
+@pytest.mark.parametrize("shuffle_shards", [None, 2])
+def test_shards_train_like_files_and_resume_to_the_bit(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffle_shards: int | None
+) -> None:
+    """The same images in the same order give the same run; a pool of shards gives another order, resumed as exactly."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    paths = sorted(images.iterdir())
+    for number in range(4):
+        with tarfile.open(tmp_path / f"s-{number}.tar", "w") as tar:
+            for path in paths[4 * number : 4 * number + 4]:
+                tar.add(path, path.name)
+    data = {"train": str(tmp_path / "s-{0..3}.tar"), "shuffle_shards": shuffle_shards}
+    pretrain(make_config(images, tmp_path / "files"))
+    pretrain(make_config(images, tmp_path / "whole", data=data))
+    pretrain(make_config(images, tmp_path / "parts", data=data, schedule={"max_steps": 5}))
+    pretrain(make_config(images, tmp_path / "parts", data=data | {"workers": 2}), resume=True)
+    files, whole, parts = (digest(tmp_path / name) for name in ("files", "whole", "parts"))
+    assert_same(whole, parts)
+    assert (files["curve"] == whole["curve"]) is (shuffle_shards is None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"val": "nowhere"}}, r"data.val: nowhere does not exist .*; to go without: data.val=null"),
+        ({"probe": {"train": "nowhere", "val": "{val}"}}, r"probe.train: .*to go without: probe.train=null"),
+        (
+            {"probe": {"train": "{train}", "val": "{images}"}},
+            r"probe.train has the classes across, along \(2\), .*none",
+        ),
+        ({"probe": {"train": "{train}", "val": "{val}", "k": 30}}, r"probe.k: 30 neighbours of 24 images"),
+        ({"model": {"init": "nowhere"}}, r"no such file or folder: nowhere"),
+    ],
+)
+def test_what_judges_or_starts_a_run_is_looked_at_before_it(
+    images: Path, labelled: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    places = {"{train}": str(labelled / "train"), "{val}": str(labelled / "val"), "{images}": str(images)}
+    named = {
+        section: {key: places.get(str(value), value) for key, value in keys.items()}
+        for section, keys in changes.items()
+    }
+    with pytest.raises(UserError, match=message):
+        pretrain(make_config(images, tmp_path / "run", **named))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

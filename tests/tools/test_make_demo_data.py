@@ -75,7 +75,7 @@ def test_another_seed_gives_other_images_and_another_split_of_the_digits(data: P
 
 
 def test_every_image_is_drawn_on_its_own(data: Path) -> None:
-    for folder in (*SPLITS, "classify/train", "classify/val"):
+    for folder in (*SPLITS, "classify/train", "classify/val", "scenes/train", "scenes/val"):
         images = list(tree(data / folder).values())
         assert len(set(images)) == len(images)
     for split in SPLITS:
@@ -85,11 +85,27 @@ def test_every_image_is_drawn_on_its_own(data: Path) -> None:
         assert len({(*entry["bbox"], entry["mnist_row"]) for entry in entries}) == len(entries)
 
 
+def test_scenes_have_a_folder_per_training_photograph_and_no_colour(data: Path) -> None:
+    """Grey, and of a brightness and contrast that say nothing about the photograph."""
+    names = {Path(file).stem for _, file in demo_data.PHOTOGRAPHS["train"]}
+    for split in SPLITS:
+        assert {folder.name for folder in (data / "scenes" / split).iterdir()} == names
+    means = []
+    for path in sorted((data / "scenes").rglob("*.jpg")):
+        with Image.open(path) as image:
+            assert (image.mode, image.size) == ("L", (96, 96))
+            means.append(np.asarray(image).mean() / 255)
+    assert 0.25 < min(means) < 0.4
+    assert 0.6 < max(means) < 0.75
+
+
 def test_an_image_does_not_depend_on_how_many_there_are(data: Path, tmp_path: Path) -> None:
     make_demo_data(DemoDataSettings(train=7, val=3, size=96, seed=3), tmp_path / "few")
     few, many = tree(tmp_path / "few"), tree(data)
     images = [name for name in few if name.endswith((".jpg", ".png"))]
-    assert len(images) == 7 * 3 + 3 * 2
+    assert len(images) == 7 * 3 + 3 * 2 + 2 * len(
+        demo_data.PHOTOGRAPHS["train"]
+    )  # one scene of each photograph and split
     assert all(few[name] == many[name] for name in images)
     for split, count in (("train", 7), ("val", 3)):
         first = [a for a in read_annotations(data, split)["annotations"] if a["image_id"] <= count]

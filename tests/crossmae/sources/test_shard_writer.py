@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from crossmae import shard_writer
 from crossmae.errors import UserError
-from crossmae.sources import open_source
+from crossmae.sources import open_source, shard_writer
 from crossmae.sources.shard_writer import ShardSettings, make_shards, verify_shards
 from crossmae.sources.source import Source
 from tests.crossmae.sources.source_files import CLASSES, write_tree

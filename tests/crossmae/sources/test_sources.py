@@ -137,6 +137,7 @@ def test_every_kind_gives_the_same_images_and_labels(
     found = contents(source)
     assert len(source) == len(paths)
     assert set(found) == set(expected)
+    assert [source.tail(index) for index in range(9)] == [data[-16:] for data in found]
     assert source.description.startswith("9 images")
     if kind in LABELLED:
         assert source.classes == CLASSES

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from crossmae import tar_index
 from crossmae.errors import UserError
+from crossmae.sources import tar_index
 from crossmae.sources.shard_files import StoredFile, change_marks
 from crossmae.sources.tar_index import cache_folder, index_shard, read_folder_index, scan_shard
 from tests.crossmae.sources.source_files import tar_bytes

@@ -9,8 +9,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from crossmae import shard_files, tar_index
 from crossmae.errors import UserError
+from crossmae.sources import shard_files, tar_index
 from crossmae.sources.shard_files import RangeReader
 from crossmae.sources.tar_index import FolderIndex, scan_shard, shard_entry
 from crossmae.sources.tar_shards import open_shards
