@@ -12,11 +12,13 @@ Shapes: B batch, L patches, V visible, M predicted.
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# A product such as 100 * (1 - 0.9) = 9.999999999999998 means 10: ratios are read as the decimal numbers they are.
+ROUNDING = 1e-6
 
 
 class MaskCounts(NamedTuple):
@@ -27,14 +29,13 @@ class MaskCounts(NamedTuple):
     predicted: int
 
 
-@torch.compiler.assume_constant_result
 def mask_counts(num_patches: int, mask_ratio: float, predict_ratio: float) -> MaskCounts:
     """Turn the two ratios, both shares of *all* patches, into counts.
 
     visible = floor(L * (1 - mask_ratio)), dropped = floor(L * (mask_ratio - predict_ratio)), predicted = the
     rest, so that rounding favours the predicted ones, as published. The ratios are read as the decimal
     numbers that were written: the published code's binary arithmetic keeps 9 of 100 patches at a mask ratio
-        of 0.9, this keeps 10.
+    of 0.9, this keeps 10.
 
     Raises:
         ValueError: a ratio outside [0, 1], more predicted than masked, or no patch visible or predicted.
@@ -47,9 +48,8 @@ def mask_counts(num_patches: int, mask_ratio: float, predict_ratio: float) -> Ma
             f"predict_ratio {predict_ratio} exceeds mask_ratio {mask_ratio}: only masked patches can be "
             "predicted, and both are shares of all patches"
         )
-    mask, predict = Fraction(str(mask_ratio)), Fraction(str(predict_ratio))
-    visible = int(num_patches * (1 - mask))
-    dropped = int(num_patches * (mask - predict))
+    visible = int(num_patches * (1 - mask_ratio) + ROUNDING)
+    dropped = int(num_patches * (mask_ratio - predict_ratio) + ROUNDING)
     counts = MaskCounts(visible, dropped, num_patches - visible - dropped)
     # predict_ratio 0 is empty by request even where the rounding leaves a patch over.
     if counts.visible < 1 or counts.predicted < 1 or predict_ratio == 0:

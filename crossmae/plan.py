@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from crossmae.config import PretrainConfig
+from crossmae.config import PretrainConfig, ProbeConfig
 from crossmae.data import BatchPlan
 from crossmae.errors import UserError
 from crossmae.model import CrossMAE
@@ -138,11 +138,8 @@ def announce(config: PretrainConfig, plan: Plan, model: CrossMAE, step: int) -> 
     log.info("%s: %.1f M trainable parameters, %s in %s", config.model.name, trainable / 1e6, where, plan.precision)
     counts = model.patch_counts(config.model.mask_ratio, config.model.predict_ratio)
     log.info("%d patches per image: %d visible, %d dropped, %d predicted", model.num_patches, *counts)
-    unused = (
-        {"fuse_blocks", "fuse_input", "predict_ratio"} & config.model.model_fields_set if is_plain(config) else set()
-    )
-    if unused:
-        log.info("ignored, because decoder is 'self': %s", ", ".join(f"model.{key}" for key in sorted(unused)))
+    for reason, keys in ignored_settings(config).items():
+        log.info("ignored, because %s: %s", reason, ", ".join(keys))
     left_out = plan.images - plan.batches_per_epoch * config.optim.batch_size * plan.world_size
     log.info(
         "%d images, %d per step, %.4g steps per epoch%s",
@@ -154,6 +151,29 @@ def announce(config: PretrainConfig, plan: Plan, model: CrossMAE, step: int) -> 
     log.info(
         "steps %d to %d, peak learning rate %.3g = %s", step + 1, plan.last_step, plan.peak_lr, lr_rule(config, plan)
     )
+
+
+def ignored_settings(config: PretrainConfig) -> dict[str, list[str]]:
+    """Keys that were given but have no effect, by the reason why."""
+    cases = {
+        "decoder is 'self'": (is_plain(config), "model", {"fuse_blocks", "fuse_input", "predict_ratio"}),
+        "optim.lr is given": (config.optim.lr is not None, "optim", {"base_lr", "lr_rule"}),
+        "data.val is not given": (config.data.val is None, "validation", {"every_epochs", "images"}),
+        "data.val is null": (config.data.val is None, "data", {"val_root"}),
+        "probe.train is not given": (
+            config.probe.train is None,
+            "probe",
+            set(ProbeConfig.model_fields) - {"train", "val"},
+        ),
+        "data.broken is error": (config.data.broken == "error", "data", {"broken_budget"}),
+        "there is no health.band": (not config.health.band, "health", {"measured_on"}),
+    }
+    given = {
+        reason: sorted(f"{section}.{key}" for key in keys & getattr(config, section).model_fields_set)
+        for reason, (applies, section, keys) in cases.items()
+        if applies
+    }
+    return {reason: keys for reason, keys in given.items() if keys}
 
 
 def lr_rule(config: PretrainConfig, plan: Plan) -> str:

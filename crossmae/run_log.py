@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,7 @@ def start_wandb(config: PretrainConfig, step: int) -> Any:
     name = config.output_dir.resolve().name
     identity = config.output_dir / "wandb_id.txt"
     if not (step and identity.exists()):
-        write_text(identity, wandb.util.generate_id())
+        write_text(identity, secrets.token_hex(4))
     return wandb.init(
         project=config.log.wandb,
         name=name,

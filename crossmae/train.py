@@ -12,7 +12,7 @@ import logging
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -166,12 +166,13 @@ class Run:
         self.autocast = torch.autocast(device.type, dtype, enabled=plan.precision != "fp32")
         self.normalize = v2.Normalize(config.data.mean, config.data.std)
         self.ema = ModelEmaV3(model, optim.ema, use_warmup=True) if optim.ema else None
-        if config.runtime.compile:
-            model.compile()
-        self.parallel: nn.Module = model
+        # Only steps are compiled: evaluation has other shapes, which would make those of a step dynamic, too.
+        self.parallel: nn.Module = cast(nn.Module, torch.compile(model)) if config.runtime.compile else model
         if ranks.world_size > 1:
             ids = [device] if device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.parallel = DistributedDataParallel(
+                self.parallel, ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         name = BROKEN if ranks.is_main else f"broken.rank{ranks.rank}.jsonl"
         self.broken = BrokenImages(config.output_dir / name, source, config.data.broken_budget)
 

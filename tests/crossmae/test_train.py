@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +330,30 @@ def test_activation_checkpointing_changes_nothing_but_memory(images: Path, tmp_p
             make_config(images, tmp_path / name, runtime={"activation_checkpointing": on}, schedule={"max_steps": 3})
         )
     assert_same(digest(tmp_path / "plain"), digest(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_step_has_no_graph_break_and_trains_the_same(
+    images: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """`fullgraph=True` refuses a break; validation, of other shapes, does not make the step compile again."""
+    settings = judged(labelled) | {"schedule": {"epochs": 2}, "optim": {"ema": 0.9}}
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compile_ = partial(torch.compile, backend=backend, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compile_)
+    torch.compiler.reset()
+    for name, on in (("eager", False), ("compiled", True)):
+        runtime = {"precision": precision, "compile": on, "activation_checkpointing": on and precision == "fp32"}
+        pretrain(make_config(images, tmp_path / name, **settings, runtime=runtime))
+    assert len(graphs) == 1
+    for key in ("loss", "val_loss"):
+        eager, compiled = (log_lines(tmp_path / name, key) for name in ("eager", "compiled"))
+        assert [v for _, v in compiled] == pytest.approx([v for _, v in eager], rel=1e-3)
 
 
 def test_no_micro_batch_is_dropped(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
