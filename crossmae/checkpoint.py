@@ -83,6 +83,11 @@ def complete_checkpoints(run: Path) -> list[Path]:
     return found
 
 
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(folder.name.rpartition("-")[2])
+
+
 def latest_checkpoint(run: Path) -> Path | None:
     """The complete checkpoint of the highest step whose contents agree with its manifest, or None."""
     for folder in reversed(complete_checkpoints(run)):

@@ -6,7 +6,7 @@ pydantic does the checking: unknown keys, wrong types and values out of range ar
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,8 +23,7 @@ from pydantic import (
 )
 
 from crossmae.errors import UserError
-from crossmae.model import DECODERS, Decoder
-from crossmae.variants import model_arguments
+from crossmae.variants import DECODERS, Decoder, model_arguments
 
 CONFIG_ROOT = Path(__file__).resolve().parents[1] / "configs"
 
@@ -37,7 +36,9 @@ Positive = Annotated[float, Field(gt=0)]
 class Section(BaseModel):
     """Base of all sections: no unknown keys, no change after the check."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), coerce_numbers_to_str=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -131,7 +132,7 @@ class OptimConfig(Section):
     weight_decay: NonNegative = 0.05
     betas: tuple[Ratio, Ratio] = (0.9, 0.95)
     clip_grad: Positive | None = Field(None, description="largest gradient norm; null: no clipping")
-    ema: Ratio | None = Field(None, description="decay per step of an averaged copy of the weights; null: none")
+    ema: Ratio | None = Field(None, description="decay per step of the averaged weights, approached from 0; null: none")
 
 
 class ScheduleConfig(Section):
@@ -181,7 +182,7 @@ class ProbeConfig(Section):
     train: str | None = Field(None, description="labelled images to look neighbours up in; null: no probe")
     val: str | None = Field(None, description="labelled images to classify")
     every_epochs: PositiveInt = 10
-    images: PositiveInt = Field(10_000, description="at most so many images of each, evenly spaced")
+    images: PositiveInt = Field(4000, description="at most so many images of each, evenly spaced")
     k: PositiveInt = Field(20, description="neighbours")
     temperature: Positive = Field(0.07, description="of their weights, exp(similarity / temperature)")
     pool: Literal["avg", "cls"] = Field("avg", description="mean of the patch tokens, or the class token")
@@ -209,11 +210,18 @@ class HealthConfig(Section):
             raise ValueError("rows must be [share, low, high] with rising shares and low <= high")
         return band
 
+    @model_validator(mode="after")
+    def _named(self) -> HealthConfig:
+        if self.band and not self.measured_on:
+            raise ValueError("a band needs measured_on, what it was measured on")
+        return self
+
 
 class CheckpointConfig(Section):
     """When the state is saved, and how much of it is kept."""
 
     every_epochs: PositiveInt = 20
+    every_steps: PositiveInt | None = Field(None, description="and after so many steps, where epochs are long")
     keep: int = Field(2, ge=1, description="checkpoints kept; older ones are deleted after a newer one is complete")
 
 
@@ -320,6 +328,8 @@ def set_override(values: dict[str, Any], word: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UserError(f"{word}: {section!r} is not a section")
+    if not text.strip():
+        raise UserError(f"{word}: no value; for none at all write {key}=null")
     try:
         values[last] = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -334,14 +344,16 @@ def describe_errors(error: ValidationError, path: Path, words: set[str]) -> str:
         path: of the file.
         words: keys that were given on the command line, which is blamed for them instead of the file.
     """
-    problems: dict[str, list[str]] = {"command line": [], str(path): []}
+    problems: dict[str, list[str]] = {"command line": []}
     for item in error.errors(include_url=False):
         location = [
             part for part in item["loc"] if isinstance(part, str) and not part.startswith(("tuple[", "constrained"))
         ]
         key = ".".join(location)
         typed = key in words or ("." in key and any(word.startswith(f"{key}.") for word in words))
-        found = problems["command line" if typed else str(path)]
+        of_section = "." not in key and any(word.startswith(f"{key}.") for word in words)
+        place = "command line" if typed else f"command line and {path}" if of_section else str(path)
+        found = problems.setdefault(place, [])
         if item["type"] == "extra_forbidden":
             found.append(f"unknown key {key!r}{_suggestion(location)}")
         elif item["type"] == "missing":
@@ -361,6 +373,15 @@ def _suggestion(location: list[str]) -> str:
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return ""
         section = annotation
+    sections = [
+        name for name, field in PretrainConfig.model_fields.items() if location[-1] in _fields(field.annotation)
+    ]
+    if len(location) == 1 and sections:
+        return f" (did you mean {sections[0] + '.' + location[-1]!r}?)"
     known = list(section.model_fields)
     near = difflib.get_close_matches(location[-1], known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else f" (known: {', '.join(known)})"
+    return f" (did you mean {'.'.join([*location[:-1], near[0]])!r}?)" if near else f" (known: {', '.join(known)})"
+
+
+def _fields(annotation: Any) -> Iterable[str]:
+    return annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else ()

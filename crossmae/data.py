@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,9 +26,10 @@ from torchvision.transforms.v2 import functional as VF
 from tqdm import tqdm
 
 from crossmae.errors import UserError
-from crossmae.images import MAX_NAMES, decode_image, ends_like_an_image
+from crossmae.images import MAX_NAMES, decode_image, ends_like_an_image, is_deep
 from crossmae.parallel import map_in_order
-from crossmae.sources import Source
+from crossmae.sources import Source, evenly_spaced
+from crossmae.stopping import ignore_interrupts
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 # Readable images that are looked for behind a broken one before the source is given up.
 MAX_SUBSTITUTES = 100
 READERS = 16  # threads that look at files
+LOOKS = 8  # images whose depth is looked at
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ class Batch:
     broken: tuple[Broken, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device."""
-        images, noise, indices = (t.to(device, non_blocking=True) for t in (self.images, self.noise, self.indices))
-        return Batch(images, noise, indices, self.broken)
+        """The same batch with pixels and noise on a device."""
+        images, noise = (t.to(device, non_blocking=True) for t in (self.images, self.noise))
+        return Batch(images, noise, self.indices, self.broken)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; the loader calls this."""
@@ -260,6 +262,17 @@ def to_unit_range(images: Tensor) -> Tensor:
     return images if images.is_floating_point() else images.float() / 255
 
 
+class Normalize:
+    """Pixels of a batch (B, C, H, W) minus the mean, over the deviation, per channel; both live on the device."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        self.mean, self.std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8, or floats in 0-1, to float32."""
+        return (to_unit_range(images) - self.mean) / self.std
+
+
 def collate(samples: list[Sample | Unreadable]) -> Batch | Unreadable:
     """Samples to a batch; one unreadable sample makes the whole batch unreadable."""
     good: list[Sample] = []
@@ -273,29 +286,47 @@ def collate(samples: list[Sample | Unreadable]) -> Batch | Unreadable:
     )
 
 
-def check_source(source: Source, policy: Literal["error", "substitute"]) -> list[Broken]:
-    """Make sure that every sample is whole, before hours are spent: by its last bytes, in doubt by reading it.
+def find_broken(source: Source, indices: Sequence[int], channels: int = 3, bit_depth: int = 8) -> list[Broken]:
+    """Those of some samples that are not whole, before hours are spent: by their last bytes, in doubt by decoding."""
 
-    Returns:
-        What is broken, where others may stand in for it.
+    def look(index: int) -> Broken | None:
+        if ends_like_an_image(source.tail(index)):
+            return None
+        try:
+            read_pixels(source, index, channels, bit_depth)
+        except UserError as error:
+            return Broken(index, str(error))
+        return None
+
+    looks = map_in_order(look, indices, READERS)
+    bar = tqdm(looks, "check images", len(indices), leave=False, unit="img", dynamic_ncols=True)
+    return [broken for broken in bar if broken is not None]
+
+
+def warn_of_depth(source: Source, bit_depth: int) -> None:
+    """Say so where images have more bits than are kept; as far as a few of them tell."""
+    if bit_depth == 8:
+        for index in evenly_spaced(len(source), LOOKS):
+            try:
+                deep = is_deep(source.read(index))
+            except UserError:
+                continue
+            if deep:
+                name = source.name(index)
+                log.warning("%s has more than 8 bits, which are cut; data.bit_depth=16 keeps them", name)
+                return
+
+
+def refuse_broken(broken: Sequence[Broken], advice: str = "repair or remove what is broken") -> None:
+    """Nothing where nothing is broken.
 
     Raises:
-        UserError: something is broken and `policy` is "error"; names up to five.
+        UserError: names up to five of them.
     """
-    indices = range(len(source))
-    whole = map_in_order(lambda index: ends_like_an_image(source.tail(index)), indices, READERS)
-    bar = tqdm(whole, "check images", len(source), leave=False, unit="img", dynamic_ncols=True)
-    broken = []
-    for index in (index for index, is_whole in zip(indices, bar, strict=True) if not is_whole):
-        try:
-            decode_image(source.read(index), source.name(index))
-        except UserError as error:
-            broken.append(Broken(index, str(error)))
-    if broken and policy == "error":
+    if broken:
         more = f" (and {len(broken) - MAX_NAMES} more)" if len(broken) > MAX_NAMES else ""
         named = "; ".join(one.message for one in broken[:MAX_NAMES])
-        raise UserError(f"{named}{more}; repair or remove what is broken, or set data.broken=substitute")
-    return broken
+        raise UserError(f"{named}{more}; {advice}")
 
 
 def usable_workers(asked: int) -> int:
@@ -316,6 +347,7 @@ def build_loader(
         batch_sampler=PlannedBatches(plan, first, last),
         num_workers=usable_workers(workers),
         collate_fn=collate,
+        worker_init_fn=ignore_interrupts,
         pin_memory=pin_memory,
     )
 

@@ -7,18 +7,21 @@ import torch
 from crossmae.errors import UserError
 
 
-def open_device(name: str, key: str, local_rank: int = 0) -> torch.device:
+def open_device(name: str, key: str, local_rank: int = 0, processes: int = 1) -> torch.device:
     """The device of a name, tried out.
 
     Args:
         name: such as "cpu" or "cuda:1"; "auto" is a GPU where there is one, "cuda" the one of this process.
         key: the config key or flag that named it, for the error.
         local_rank: number of this process on its machine.
+        processes: how many there are in all.
 
     Raises:
-        UserError: this machine has no such device.
+        UserError: this machine has no such device, or all processes would share one GPU.
     """
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if processes > 1 and chosen.startswith("cuda:"):
+        raise UserError(f"{key}: {processes} processes can not share {chosen}; say cuda, and each takes its own GPU")
     try:
         device = torch.device(f"cuda:{local_rank}" if chosen == "cuda" else chosen)
         torch.zeros(1, device=device)

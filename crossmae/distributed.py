@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from crossmae.errors import UserError
+from crossmae.errors import USER_ERROR_EXIT_CODE, UserError
+
+T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)  # the main process validates and probes alone while the others wait
 
@@ -39,6 +42,33 @@ class Ranks:
     def mean(self, values: Tensor) -> Tensor:
         """Mean of `values` over all processes."""
         return self.sum(values) / self.world_size
+
+    def gather(self, value: T) -> list[T]:
+        """What every process has, by its number."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T] = [value] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, step: Callable[[], T]) -> T:
+        """Do something that can fail on the user's account, and go on only if it failed in no process.
+
+        Raises:
+            UserError: of this process.
+            SystemExit: another process failed, too, and says why.
+        """
+        problem: UserError | None = None
+        try:
+            result = step()
+        except UserError as error:
+            problem = error
+        failed = self.gather(problem is not None)
+        if problem is not None and failed.index(True) == self.rank:
+            raise problem
+        if any(failed):
+            raise SystemExit(USER_ERROR_EXIT_CODE)  # one process speaks for all
+        return result
 
     def wait(self) -> None:
         """Until all processes are here."""

@@ -21,6 +21,7 @@ from crossmae.model import CrossMAE
 from crossmae.reconstruction import Panels
 
 DPI = 120
+DARK = 0.25  # brightest pixel, of 1, up to which pictures are brightened
 BLANK = 0.88  # light grey of patches that are not there
 SHEET_CELL, IMAGE_CELL = 176, 288  # pixels that the longer side of a panel should have, about
 MARGIN, GAP = 18, 8  # pixels around and between panels
@@ -55,13 +56,20 @@ def panel_rows(panels: Panels) -> dict[str, Tensor]:
 
     "masked" is what the encoder saw, "reconstruction" only what the model predicted: together they are "pasted".
     """
-    given, pasted = to_display(panels.input), to_display(panels.pasted)
+    factor = brightening(panels)
+    given, pasted = (to_display((pixels * factor).clamp(0, 1)) for pixels in (panels.input, panels.pasted))
     return {
         "input": given,
         "masked": given.masked_fill(panels.hidden, BLANK),
         "reconstruction": pasted.masked_fill(~panels.hidden, BLANK),
         "pasted": pasted,
     }
+
+
+def brightening(panels: Panels) -> float:
+    """What pixels are multiplied by to be seen: 1, but for images that use little of their range, as 12-bit data do."""
+    brightest = float(panels.input.max())
+    return 1 / brightest if 0 < brightest < DARK else 1.0
 
 
 def reconstruction_figure(panels: Panels, title: str, captions: Sequence[str] = ()) -> Figure:
@@ -142,7 +150,9 @@ def whole_scale(height: int, width: int, target: int) -> float:
 def _notes(panels: Panels) -> list[str]:
     """What a reader has to know about the pictures."""
     shown = shown_channels(panels.input.shape[1])
-    return [*([f"Shown: {shown}."] if shown else []), *([NORM_PIX_NOTE] if panels.norm_pix_loss else [])]
+    factor = brightening(panels)
+    bright = [f"Shown {factor:.3g} times as bright; PSNR is of pixels as they are, peak 1."] if factor != 1 else []
+    return [*([f"Shown: {shown}."] if shown else []), *bright, *([NORM_PIX_NOTE] if panels.norm_pix_loss else [])]
 
 
 def _grid(

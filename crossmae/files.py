@@ -75,6 +75,19 @@ def make_folder(folder: Path, key: str) -> None:
         raise UserError(f"{key}: can not write in {folder}: {error.strerror}") from None
 
 
+def check_writable(folder: Path, key: str) -> None:
+    """Make sure that a folder can be written in, or made, without touching anything.
+
+    Raises:
+        UserError: not possible; names `key`, the config key or flag that asked for it.
+    """
+    there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{key}: can not write in {folder}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: can not write in {folder}: no permission in {there}")
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

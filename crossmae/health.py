@@ -1,4 +1,4 @@
-"""Does a run look as it should? A warning where its loss leaves what the recipe is known to show; never a stop."""
+"""Does a run look as it should? A warning where its loss is above what the recipe is known to show; never a stop."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ class Health:
         measured_on: what the band was measured on, for the warning.
         normalised: whether targets are standardised per patch, so that predicting nothing costs 1.
         warmup: share of the schedule in which the learning rate rises.
+        first: the run's first loss, if it goes on from a checkpoint; inf where a good start can not fall much.
     """
 
-    def __init__(self, band: Band, measured_on: str, normalised: bool, warmup: float) -> None:
-        self.band, self.measured_on, self.normalised = band, measured_on, normalised
+    def __init__(
+        self, band: Band, measured_on: str, normalised: bool, warmup: float, first: float | None = None
+    ) -> None:
+        self.band, self.measured_on, self.normalised, self.first = band, measured_on, normalised, first
         self.settled = max(SETTLED, 2 * warmup)
-        self.first: float | None = None
         self.is_above = self.is_stuck = False
 
     def warnings(self, share: float, loss: float) -> list[str]:

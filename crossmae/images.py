@@ -13,28 +13,26 @@ The rules, stated once (`bit_depth` 8 is the default; 16 keeps what a file has b
     | CMYK, YCbCr, LAB, HSV         | RGB by Pillow                                                        |
     | 16-bit                        | scaled from 0-65535, also where only 12 bits are used: measure mean and std |
     | floating point                | taken as 0-1; other values are an error                              |
-    | 2 or more than 4 channels     | TIFF only, channels first or last                                    |
-    | any other number of channels  | an error that names it                                               |
+    | signed, or 32-bit integers    | an error: rescale them                                               |
+    | other numbers of channels     | TIFF only, channels first or last, and as many as are asked for      |
+    | anything else                 | an error that names the file and what it holds                       |
 """
 
 from __future__ import annotations
 
-import importlib
 import io
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
 
 from crossmae.errors import UserError
+from crossmae.tiff import has_deep_samples, import_reader, needs_tifffile, over_white, read_tiff
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -128,81 +126,57 @@ def decode_image(data: bytes, name: str, channels: int = 3, bit_depth: int = 8) 
             rule turns into `channels`; names the file.
     """
     try:
-        if bit_depth == 8 and channels in (1, 3) and not _needs_tifffile(data):
+        if needs_tifffile(data, channels):
+            samples = read_tiff(data, channels)
+        elif _is_deep_colour_png(data) and (bit_depth == 16 or channels not in (1, 3)):
+            samples = np.asarray(import_reader("imagecodecs").png_decode(data))
+            samples = over_white(samples) if samples.shape[-1] in (2, 4) and channels != samples.shape[-1] else samples
+        else:
             with Image.open(io.BytesIO(data)) as image:
                 image.load()
-                rgb = to_rgb(ImageOps.exif_transpose(image))
+                upright = ImageOps.exif_transpose(image)
+            if bit_depth == 8 and channels in (1, 3):
+                rgb = to_rgb(upright)
                 return rgb if channels == 3 else rgb.convert("L")
-        pixels = _as_unit_range(_samples(data, channels), name)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
-        # Pillow reports broken files by any of these, PNG ones by SyntaxError.
+            samples = _samples(upright, channels)
+        pixels = _with_channels(_as_unit_range(samples, name), channels, name)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries report damage by errors of very many kinds
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-        raise UserError(f"{name}: can not be read as an image: {reason}") from error
-    pixels = _with_channels(pixels, channels, name)
+        raise UserError(f"{name}: can not be read as an image: {reason or type(error).__name__}") from error
     return pixels if bit_depth == 16 else np.rint(pixels * 255).astype(np.uint8)
 
 
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-
-
-def _needs_tifffile(data: bytes) -> bool:
-    """Whether Pillow would refuse a TIFF file: more than 8 bits of colour, floating point, or many channels."""
-    if not data.startswith(_TIFF):
-        return False
+def is_deep(data: bytes) -> bool:
+    """Whether a file says at its beginning that it has more than 8 bits a channel."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return image.mode == "F"
-    except UnidentifiedImageError:
-        return True
+            return image.mode.startswith(("I", "F")) or _is_deep_colour_png(data) or has_deep_samples(image)
+    except Exception:  # unknown to Pillow, or broken: reading it will tell
+        return False
 
 
-def _samples(data: bytes, channels: int) -> NDArray[Any]:
-    """The pixels (H, W, C) of a file in their own type."""
-    if data.startswith(_TIFF):
-        return _tiff_samples(data, channels)
-    if data.startswith(b"\x89PNG") and data[24:25] == b"\x10" and data[25:26] != b"\0":  # 16 bits, not grey
-        pixels = np.asarray(_import("imagecodecs").png_decode(data))
-        return _over_white(pixels) if pixels.shape[-1] in (2, 4) and channels != pixels.shape[-1] else pixels
-    with Image.open(io.BytesIO(data)) as image:
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):
-        return np.asarray(upright).clip(0, 65535).astype(np.uint16)[..., None]
-    if upright.mode == "F":
-        return np.asarray(upright)[..., None]
-    if upright.mode == "L":
-        return np.asarray(upright)[..., None]
-    has_alpha = upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info
-    return np.asarray(upright.convert("RGBA") if channels == 4 and has_alpha else to_rgb(upright))
+def _is_deep_colour_png(data: bytes) -> bool:
+    """A PNG file of 16 bits that is not plain grey: Pillow would cut it to 8."""
+    return data.startswith(b"\x89PNG") and data[24:25] == b"\x10" and data[25:26] != b"\0"
 
 
-def _tiff_samples(data: bytes, channels: int) -> NDArray[Any]:
-    """The first series of a TIFF file, channels last and upright."""
-    tifffile = _import("tifffile")
-    with tifffile.TiffFile(io.BytesIO(data)) as file:
-        series, page = file.series[0], file.pages[0]
-        if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
-            with Image.open(io.BytesIO(data)) as image:
-                return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
-        pixels, axes = series.asarray(), series.axes
-        orientation = int(page.tags["Orientation"].value) if "Orientation" in page.tags else 1
-    if pixels.ndim == 3 and axes[-1] != "S":
-        # Pages or planes: as many as channels are wanted are the channels, else they are frames.
-        pixels = np.moveaxis(pixels, 0, -1) if pixels.shape[0] == channels or axes[0] in "SC" else pixels[0]
-    while pixels.ndim > 3:
-        pixels = pixels[0]
-    return _upright(np.atleast_3d(pixels), orientation)
+def _samples(image: Image.Image, channels: int) -> NDArray[Any]:
+    """The pixels (H, W, C) of an image in their own type."""
+    if image.mode.startswith("I"):
+        return _deep_grey(image)[..., None]
+    if image.mode in ("F", "L") and "transparency" not in image.info:
+        return np.asarray(image)[..., None]
+    has_opacity = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    return np.asarray(image.convert("RGBA") if channels == 4 and has_opacity else to_rgb(image))
 
 
-def _upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Undo an EXIF orientation 1 .. 8 of pixels (H, W, C)."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
+def _deep_grey(image: Image.Image) -> NDArray[np.uint16]:
+    """(H, W) of the modes I;16, I;16B and I, the transparent value made white."""
+    pixels = np.asarray(image).clip(0, 65535).astype(np.uint16)
+    transparent = image.info.get("transparency")
+    return np.where(pixels == transparent, 65535, pixels).astype(np.uint16) if transparent is not None else pixels
 
 
 def _as_unit_range(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:
@@ -222,8 +196,6 @@ def _as_unit_range(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:
 def _with_channels(pixels: NDArray[np.float32], channels: int, name: str) -> NDArray[np.float32]:
     """Samples (H, W, C) to (H, W, channels) where a rule says how."""
     held = pixels.shape[-1]
-    if held == 4 and channels in (1, 3):
-        pixels, held = _over_white(pixels), 3
     if held == channels:
         return np.ascontiguousarray(pixels)
     if held == 1 and channels == 3:
@@ -231,53 +203,6 @@ def _with_channels(pixels: NDArray[np.float32], channels: int, name: str) -> NDA
     if held == 3 and channels == 1:
         return (pixels @ LUMA)[..., None]
     raise UserError(f"{name}: has {held} channels, model.in_chans is {channels}")
-
-
-def _over_white(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Lay samples whose last channel is their opacity over white; grey with opacity becomes grey."""
-    top = 1.0 if np.issubdtype(pixels.dtype, np.floating) else float(np.iinfo(pixels.dtype).max)
-    opacity = pixels[..., -1:] / top
-    return np.asarray(pixels[..., :-1] * opacity + top * (1 - opacity)).astype(pixels.dtype)
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(
-            f'more than 8 bits a channel, or other than 1 or 3 channels, need {name}: pip install -e ".[data]"'
-        ) from None
-
-
-def check_images(paths: Sequence[Path]) -> None:
-    """Make sure that every file is whole, before hours are spent: by its last bytes, in doubt by reading it.
-
-    Raises:
-        UserError: see `read_image`.
-    """
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        whole = pool.map(_is_whole, paths)
-        bar = tqdm(whole, "check images", len(paths), leave=False, unit="img")
-        doubtful = [path for path, is_whole in zip(paths, bar, strict=True) if not is_whole]
-    broken = []
-    for path in doubtful:
-        try:
-            read_image(path)
-        except UserError as error:
-            broken.append(str(error))
-    if broken:
-        more = f" (and {len(broken) - MAX_NAMES} more)" if len(broken) > MAX_NAMES else ""
-        raise UserError(f"{'; '.join(broken[:MAX_NAMES])}{more}; repair or remove what is broken")
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(file.tell() - 16, 0))
-            return ends_like_an_image(file.read())
-    except OSError:
-        return False  # reading it will say what is wrong
 
 
 def ends_like_an_image(tail: bytes) -> bool:
@@ -288,7 +213,7 @@ def ends_like_an_image(tail: bytes) -> bool:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode of Pillow's to 8-bit RGB, by the rules above."""
     if image.mode.startswith("I"):  # I;16, I;16B and I, as 16-bit PNG and TIFF files open
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((_deep_grey(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")

@@ -10,7 +10,6 @@ ones.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +17,8 @@ from torch import Tensor, nn
 from crossmae.layers import Block, CrossBlock, LayerNorm
 from crossmae.masking import MaskCounts, gather_tokens, mask_counts, split_patches
 from crossmae.pos_embed import sincos_pos_embed
+from crossmae.variants import DECODERS, Decoder
 from crossmae.vit import ViTEncoder
-
-Decoder = Literal["cross", "cross_self", "self"]
-DECODERS: tuple[Decoder, ...] = ("cross", "cross_self", "self")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from crossmae.config import PretrainConfig, ProbeConfig
 from crossmae.data import BatchPlan
 from crossmae.errors import UserError
 from crossmae.model import CrossMAE
-from crossmae.optim import scaled_lr
+from crossmae.optim import lr_at, scaled_lr
 from crossmae.variants import model_arguments
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,9 @@ def make_plan(config: PretrainConfig, batches: BatchPlan, device: torch.device, 
     total = math.ceil(total_batches / optim.accumulate)
     images_per_step = optim.batch_size * optim.accumulate * batches.world_size
     predict_ratio = config.model.mask_ratio if is_plain(config) else config.model.predict_ratio
-    lr = optim.lr or scaled_lr(optim.base_lr, images_per_step, config.model.mask_ratio, predict_ratio, optim.lr_rule)
+    peak = optim.lr or scaled_lr(optim.base_lr, images_per_step, config.model.mask_ratio, predict_ratio, optim.lr_rule)
+    if schedule.min_lr > peak:
+        raise UserError(f"schedule.min_lr: {schedule.min_lr:g} is above the peak learning rate, {peak:.3g}")
     return Plan(
         images=batches.num_images,
         world_size=batches.world_size,
@@ -93,7 +95,7 @@ def make_plan(config: PretrainConfig, batches: BatchPlan, device: torch.device, 
         total_steps=total,
         last_step=min(total, schedule.max_steps or total),
         warmup_steps=schedule.warmup_epochs * per_epoch / optim.accumulate,
-        peak_lr=lr,
+        peak_lr=peak,
         device=str(device),
         precision=precision,
     )
@@ -131,14 +133,14 @@ def fingerprint(config: PretrainConfig, plan: Plan) -> dict[str, str]:
     return flat | {"images": str(plan.images), "precision": plan.precision, "processes": str(plan.world_size)}
 
 
-def announce(config: PretrainConfig, plan: Plan, model: CrossMAE, step: int) -> None:
+def announce(config: PretrainConfig, plan: Plan, model: CrossMAE, step: int, has_shards: bool) -> None:
     """Tell what is about to happen, in numbers."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     where = f"on {plan.device}" + (f" and {plan.world_size - 1} more processes" if plan.world_size > 1 else "")
     log.info("%s: %.1f M trainable parameters, %s in %s", config.model.name, trainable / 1e6, where, plan.precision)
     counts = model.patch_counts(config.model.mask_ratio, config.model.predict_ratio)
     log.info("%d patches per image: %d visible, %d dropped, %d predicted", model.num_patches, *counts)
-    for reason, keys in ignored_settings(config).items():
+    for reason, keys in ignored_settings(config, has_shards).items():
         log.info("ignored, because %s: %s", reason, ", ".join(keys))
     left_out = plan.images - plan.batches_per_epoch * config.optim.batch_size * plan.world_size
     log.info(
@@ -148,32 +150,38 @@ def announce(config: PretrainConfig, plan: Plan, model: CrossMAE, step: int) -> 
         plan.batches_per_epoch / plan.accumulate,
         f"; {left_out} that fill no batch are left out of an epoch, others each time" if left_out else "",
     )
+    if plan.last_step < plan.total_steps:
+        reached = lr_at(plan.last_step - 1, plan.peak_lr, plan.warmup_steps, plan.total_steps, config.schedule.min_lr)
+        words = "schedule.max_steps ends the run at step %d of %d, at a learning rate of %.3g"
+        log.info(words, plan.last_step, plan.total_steps, reached)
     log.info(
         "steps %d to %d, peak learning rate %.3g = %s", step + 1, plan.last_step, plan.peak_lr, lr_rule(config, plan)
     )
 
 
-def ignored_settings(config: PretrainConfig) -> dict[str, list[str]]:
+def ignored_settings(config: PretrainConfig, has_shards: bool) -> dict[str, list[str]]:
     """Keys that were given but have no effect, by the reason why."""
-    cases = {
-        "decoder is 'self'": (is_plain(config), "model", {"fuse_blocks", "fuse_input", "predict_ratio"}),
-        "optim.lr is given": (config.optim.lr is not None, "optim", {"base_lr", "lr_rule"}),
-        "data.val is not given": (config.data.val is None, "validation", {"every_epochs", "images"}),
-        "data.val is null": (config.data.val is None, "data", {"val_root"}),
-        "probe.train is not given": (
-            config.probe.train is None,
-            "probe",
-            set(ProbeConfig.model_fields) - {"train", "val"},
-        ),
-        "data.broken is error": (config.data.broken == "error", "data", {"broken_budget"}),
-        "there is no health.band": (not config.health.band, "health", {"measured_on"}),
-    }
-    given = {
-        reason: sorted(f"{section}.{key}" for key in keys & getattr(config, section).model_fields_set)
-        for reason, (applies, section, keys) in cases.items()
-        if applies
-    }
-    return {reason: keys for reason, keys in given.items() if keys}
+    model, data = config.model, config.data
+    without_fusion = not is_plain(config) and model.fuse_blocks == ()
+    probe = set(ProbeConfig.model_fields) - {"train", "val"}
+    cases = [
+        (is_plain(config), "decoder is 'self'", "model", {"fuse_blocks", "fuse_input", "predict_ratio"}),
+        (without_fusion, "model.fuse_blocks is empty", "model", {"fuse_input"}),
+        (config.optim.lr is not None, "optim.lr is given", "optim", {"base_lr", "lr_rule"}),
+        (data.val is None, "data.val is not given", "validation", {"every_epochs", "images"}),
+        (data.val is None, "data.val is not given", "data", {"val_root"}),
+        (data.broken == "error", "data.broken is error", "data", {"broken_budget"}),
+        (not has_shards, "data.train has no shards", "data", {"shuffle_shards"}),
+        (config.probe.train is None, "probe.train is not given", "probe", probe),
+        (not config.health.band, "health.band is not given", "health", {"measured_on"}),
+    ]
+    ignored: dict[str, list[str]] = {}
+    for applies, reason, section, keys in cases:
+        values = getattr(config, section)
+        given = [key for key in sorted(keys & values.model_fields_set) if getattr(values, key) is not None]
+        if applies and given:
+            ignored.setdefault(reason, []).extend(f"{section}.{key}" for key in given)
+    return ignored
 
 
 def lr_rule(config: PretrainConfig, plan: Plan) -> str:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,21 @@ class RunLog:
         config, plan: of the run.
         step: that it goes on from; lines of the log after it are dropped, because they will be written again.
         is_main: whether this process writes at all.
+        resumed: whether there is a checkpoint; without one, nothing of an earlier try in the folder stays.
+
+    Raises:
+        UserError: Weights & Biases was asked for and can not be used.
     """
 
-    def __init__(self, config: PretrainConfig, plan: Plan, step: int, is_main: bool) -> None:
+    def __init__(self, config: PretrainConfig, plan: Plan, step: int, is_main: bool, resumed: bool) -> None:
         self.config, self.plan, self.is_main, self.first_step = config, plan, is_main, step
-        self.postfix: dict[str, str] = {}
-        self.wandb = start_wandb(config, step) if is_main and config.log.wandb else None
+        self.rows: list[dict[str, Any]] = []
+        self.wandb = start_wandb(config, resumed) if is_main and config.log.wandb else None
+        if is_main and resumed:
+            self.rows = truncate_log(config.output_dir / LOG, step)
+        elif is_main:
+            (config.output_dir / LOG).unlink(missing_ok=True)
+            shutil.rmtree(config.output_dir / "tensorboard", ignore_errors=True)
 
     def __enter__(self) -> RunLog:
         plan, folder = self.plan, self.config.output_dir
@@ -61,7 +71,6 @@ class RunLog:
         self.redirect = logging_redirect_tqdm()  # a warning goes above the live line, not into it
         self.redirect.__enter__()
         if self.is_main:
-            self.rows = truncate_log(folder / LOG, self.first_step)
             self.lines = open(folder / LOG, "a", encoding="utf-8")
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=self.first_step + 1)
         return self
@@ -139,15 +148,20 @@ def live_line(loss: float, lr: float, images_per_second: float, data_wait_share:
 class BrokenImages:
     """Keeps count of images that others stand in for, each once, also over restarts, and lists them in a file.
 
+    Each process counts those that it met.
+
     Args:
-        path: of the list, JSON lines with the keys index, name and reason.
+        path: of the list, JSON lines with the keys name and reason.
         source: that they come from.
         budget: share of the source that may be broken.
+        resumed: whether the list of an earlier part of this run goes on.
     """
 
-    def __init__(self, path: Path, source: Source, budget: float) -> None:
+    def __init__(self, path: Path, source: Source, budget: float, resumed: bool) -> None:
         self.path, self.source, self.most = path, source, math.floor(budget * len(source))
-        self.known = {int(row["index"]) for row in _read_lines(path) if "index" in row}
+        if not resumed:
+            path.unlink(missing_ok=True)
+        self.known = {str(row["name"]) for row in _read_lines(path) if "name" in row}
 
     def add(self, broken: Sequence[Broken]) -> None:
         """Count and list those that are new.
@@ -156,10 +170,11 @@ class BrokenImages:
             UserError: there are more than the budget allows.
         """
         for image in broken:
-            if image.index in self.known:
+            name = self.source.name(image.index)
+            if name in self.known:
                 continue
-            self.known.add(image.index)
-            row = {"index": image.index, "name": self.source.name(image.index), "reason": image.message}
+            self.known.add(name)
+            row = {"name": name, "reason": image.message}
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             log.warning("another image stands in for a broken one (%d so far): %s", len(self.known), image.message)
@@ -189,11 +204,11 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def start_wandb(config: PretrainConfig, step: int) -> Any:
+def start_wandb(config: PretrainConfig, resumed: bool) -> Any:
     """A run of Weights & Biases, named after the output folder; the same one when a run goes on.
 
     Raises:
-        UserError: wandb is not installed.
+        UserError: wandb is not installed, or does not let us in.
     """
     try:
         wandb = importlib.import_module("wandb")
@@ -201,13 +216,19 @@ def start_wandb(config: PretrainConfig, step: int) -> Any:
         raise UserError('log.wandb needs the package wandb: pip install -e ".[wandb]", or set log.wandb=null') from None
     name = config.output_dir.resolve().name
     identity = config.output_dir / "wandb_id.txt"
-    if not (step and identity.exists()):
+    if not (resumed and identity.exists()):
         write_text(identity, secrets.token_hex(4))
-    return wandb.init(
-        project=config.log.wandb,
-        name=name,
-        id=identity.read_text(encoding="utf-8").strip(),
-        resume="allow",
-        dir=str(config.output_dir),
-        config=config.model_dump(mode="json"),
-    )
+    try:
+        return wandb.init(
+            project=config.log.wandb,
+            name=name,
+            id=identity.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=str(config.output_dir),
+            config=config.model_dump(mode="json"),
+        )
+    except Exception as error:  # no account, no network, no such project: errors of many kinds
+        raise UserError(
+            f"log.wandb: Weights & Biases can not be used: {' '.join(str(error).split())}; run `wandb login`, set "
+            "WANDB_MODE=offline, or log.wandb=null"
+        ) from error

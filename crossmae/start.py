@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,19 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from crossmae.checkpoint import MODEL, latest_checkpoint, read_state
-from crossmae.config import PretrainConfig
+from crossmae.checkpoint import RECORD, latest_checkpoint
+from crossmae.config import DataConfig, PretrainConfig
 from crossmae.errors import UserError
 from crossmae.load_report import LoadReport
-from crossmae.model import CrossMAE
+from crossmae.model import CrossMAE, resolve_blocks
 from crossmae.plan import Plan, fingerprint
 from crossmae.pos_embed import sincos_pos_embed
+from crossmae.pretrained import BIT_DEPTH
 from crossmae.variants import create_model
 from crossmae.weights import (
     MODEL_ARGUMENTS,
     PIXEL_MEAN,
+    PIXEL_STD,
     Weights,
     encoder_arguments,
     encoder_tensors,
@@ -77,26 +81,23 @@ def find_start(run: Path, resume: bool) -> Path | None:
     return latest
 
 
-def restore(folder: Path, model: CrossMAE, config: PretrainConfig, plan: Plan) -> dict[str, Any]:
-    """Load a checkpoint's weights into the model; returns the rest of its state.
+def check_settings(folder: Path, config: PretrainConfig, plan: Plan) -> None:
+    """Make sure that a run can go on from a checkpoint.
 
     Raises:
-        UserError: the checkpoint is of a run whose settings differ in what decides data, model or schedule.
+        UserError: it is of a run whose settings differ in what decides data, model or schedule.
     """
-    state: dict[str, Any] = read_state(folder)
-    mine, theirs = fingerprint(config, plan), state["fingerprint"]
+    theirs: dict[str, str] = json.loads((folder / RECORD).read_text(encoding="utf-8")).get("fingerprint", {})
+    mine = fingerprint(config, plan)
     changed = [f"{key} was {theirs.get(key)}, is {mine[key]}" for key in mine if mine[key] != theirs.get(key)]
     if changed:
         raise UserError(
-            f"--resume: {folder} is of a run with other settings: {'; '.join(changed)}; data paths, "
-            "output, log, validation, probe, checkpoint and schedule.max_steps may change, for anything else start in "
-            "another folder"
+            f"--resume: {folder} is of a run with other settings: {'; '.join(changed)}; what decides model, batches "
+            "and schedule, and the number of processes and images, can not change: for that start in another folder"
         )
-    load_model(model, folder / MODEL)
-    return state
 
 
-def start_from(model: CrossMAE, path: Path, pixel_mean: tuple[float, ...]) -> LoadReport:
+def start_from(model: CrossMAE, path: Path, arguments: Mapping[str, Any], data: DataConfig) -> LoadReport:
     """Give a new model the weights of a file: all of them where the file holds this very model, else the encoder's.
 
     A fixed sine-cosine position table is made anew for the model's grid; a learned one is resized to it.
@@ -104,24 +105,55 @@ def start_from(model: CrossMAE, path: Path, pixel_mean: tuple[float, ...]) -> Lo
     Args:
         model: changed in place.
         path: see `read_weights`.
-        pixel_mean: of this run; another one in the file is a warning.
+        arguments: that the model was built with, see `CrossMAE`.
+        data: how this run reads pixels; another way in the file is a warning.
 
     Raises:
         UserError: the encoders do not agree in anything but the grid; nothing was loaded.
     """
     weights = read_weights(path)
-    recorded = weights.metadata.get(PIXEL_MEAN)
-    if recorded and recorded[:1] == "[" and json.loads(recorded) != list(pixel_mean):
-        log.warning("model.init: %s was trained with data.mean=%s, this run has %s", path, recorded, list(pixel_mean))
+    _compare_pixels(weights, data)
+    recorded = recorded_arguments(weights.metadata)
     weights = _for_grid(weights, model)
-    if all(weights.tensors.get(name, _NONE).shape == tensor.shape for name, tensor in model.state_dict().items()):
+    differing = [key for key in recorded if key != "img_size" and not _same(key, recorded, arguments)]
+    tensors = model.state_dict()
+    has_all = all(weights.tensors.get(name, _NONE).shape == tensor.shape for name, tensor in tensors.items())
+    if has_all and not differing:
         report = load_model(model, weights, dropped=(r"norm\.",))
         log.info("model.init: the whole model comes from %s", weights.path)
         return report
     new = tuple(rf"{name}\." for name, _ in model.named_children() if name not in ("patch_embed", "blocks"))
     report = load_encoder(model, weights, new=(*new, "mask_token", "decoder_pos_embed"))
-    log.info("model.init: the encoder comes from %s; the decoder starts from random weights", weights.path)
+    why = f" (the file's model has other {', '.join(differing)})" if differing else ""
+    log.info("model.init: the encoder comes from %s; the decoder starts from random weights%s", weights.path, why)
     return report
+
+
+def _same(key: str, recorded: Mapping[str, Any], arguments: Mapping[str, Any]) -> bool:
+    """Whether a file's model and ours agree in an argument; None of fuse_blocks is all of them."""
+    theirs, mine = recorded[key], arguments.get(key, _DEFAULTS.get(key))
+    if key == "fuse_blocks":
+        depth = int(arguments["depth"])
+        theirs, mine = (resolve_blocks(None if value is None else tuple(value), depth) for value in (theirs, mine))
+    return bool(theirs == mine)
+
+
+_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(CrossMAE).parameters.items()}
+
+
+def _compare_pixels(weights: Weights, data: DataConfig) -> None:
+    """Warn where a file was trained on pixels made in another way; a converted file may not know how."""
+    for key, name, mine in (
+        (PIXEL_MEAN, "mean", list(data.mean)),
+        (PIXEL_STD, "std", list(data.std)),
+        (BIT_DEPTH, "bit_depth", data.bit_depth),
+    ):
+        try:
+            theirs = json.loads(weights.metadata.get(key, ""))
+        except json.JSONDecodeError:
+            continue
+        if theirs != mine:
+            log.warning("model.init: %s was trained with data.%s=%s, this run has %s", weights.path, name, theirs, mine)
 
 
 _NONE = torch.empty(0)

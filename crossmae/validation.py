@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -9,11 +10,10 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 from crossmae.config import PretrainConfig
-from crossmae.data import centre_view, read_or_next, to_unit_range
+from crossmae.data import Normalize, centre_view, read_or_next
 from crossmae.distributed import Ranks
 from crossmae.errors import UserError
 from crossmae.model import CrossMAE
@@ -22,6 +22,9 @@ from crossmae.probe import knn_probe
 from crossmae.reconstruction import Panels, reconstruct
 from crossmae.sources import Source, evenly_spaced, open_source
 
+log = logging.getLogger(__name__)
+
+MOST_NAMES = 2_000_000  # that are compared; more would take minutes
 READERS = 8  # threads that read and decode
 
 
@@ -49,10 +52,10 @@ class HeldOut:
         chosen = evenly_spaced(len(source), most)
         self.count = len(chosen)
         self.indices = chosen[ranks.rank :: ranks.world_size]
-        self.images = load_views(config, source, model, self.indices, "read held-out images", broken)
+        key = "data.val" if broken == "error" else "data.train"
+        self.images = load_views(config, source, model, self.indices, key, broken)
         self.noise = torch.stack([fixed_noise(index, model.num_patches) for index in self.indices] or [torch.empty(0)])
         self.config, self.ranks = config, ranks
-        self.normalize = v2.Normalize(config.data.mean, config.data.std)
 
     @torch.no_grad()
     def loss(self, model: CrossMAE, device: torch.device, autocast: torch.autocast) -> float:
@@ -62,9 +65,10 @@ class HeldOut:
         ratio, was_training = self.config.model.mask_ratio, model.training
         model.eval()
         total = torch.zeros((), dtype=torch.float64, device=device)
+        normalize = Normalize(self.config.data.mean, self.config.data.std, device)
         for images, noise in self._batches(device):
             with autocast:
-                loss = model(self.normalize(to_unit_range(images)), ratio, ratio, noise).loss
+                loss = model(normalize(images), ratio, ratio, noise).loss
             total += loss.double() * len(images)
         model.train(was_training)
         return float(self.ranks.sum(total)) / self.count
@@ -73,7 +77,7 @@ class HeldOut:
         """Reconstructions of the first `count` images that this process keeps."""
         images, noise = self.images[:count].to(device), self.noise[:count].to(device)
         data, ratio = self.config.data, self.config.model.mask_ratio
-        return reconstruct(model, self.normalize(to_unit_range(images)), ratio, noise, data.mean, data.std)
+        return reconstruct(model, Normalize(data.mean, data.std, device)(images), ratio, noise, data.mean, data.std)
 
     def _batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         size = self.config.optim.batch_size
@@ -98,6 +102,7 @@ class Neighbours:
                 "both need the same ones: a folder for each class, or labels in the list"
             )
         self.classes = train.classes
+        warn_of_overlap(train, "probe.train", val, "probe.val")
         self.train, self.val = (self._load(source, model) for source in (train, val))
         if config.probe.k > len(self.train[1]):
             raise UserError(f"probe.k: {config.probe.k} neighbours of {len(self.train[1])} images in probe.train")
@@ -110,13 +115,13 @@ class Neighbours:
 
     def _load(self, source: Source, model: CrossMAE) -> tuple[Tensor, Tensor]:
         indices = evenly_spaced(len(source), self.config.probe.images)
-        images = load_views(self.config, source, model, indices, "read images of the probe")
+        images = load_views(self.config, source, model, indices, "probe")
         return images, torch.tensor([source.label(index) for index in indices])
 
     def _batches(self, images: Tensor, device: torch.device) -> Iterator[Tensor]:
-        normalize = v2.Normalize(self.config.data.mean, self.config.data.std)
+        normalize = Normalize(self.config.data.mean, self.config.data.std, device)
         for batch in images.split(self.config.optim.batch_size):
-            yield normalize(to_unit_range(batch.to(device)))
+            yield normalize(batch.to(device))
 
 
 def open_named(config: PretrainConfig, key: str) -> Source:
@@ -128,11 +133,23 @@ def open_named(config: PretrainConfig, key: str) -> Source:
     section, name = key.split(".")
     root: Path | None = {"data.train": config.data.root, "data.val": config.data.val_root}.get(key)
     try:
-        return open_source(getattr(getattr(config, section), name), key, root)
+        source = open_source(getattr(getattr(config, section), name), key, root)
+        log.info("%s: %s", key, source.description)
+        return source
     except UserError as error:
         without = {"data.val": "data.val=null", "probe.train": "probe.train=null probe.val=null"}
         hint = without.get(key.replace("probe.val", "probe.train"))
         raise UserError(f"{error}; to go without: {hint}" if hint else str(error)) from None
+
+
+def warn_of_overlap(train: Source, train_key: str, val: Source, val_key: str) -> None:
+    """Say so where images are evaluated on that were trained on; as far as their names tell."""
+    if len(train) > MOST_NAMES:
+        return
+    names = {train.name(index) for index in range(len(train))}
+    both = sum(val.name(index) in names for index in range(len(val)))
+    if both:
+        log.warning("%d of the %d images of %s are in %s, too: its numbers flatter", both, len(val), val_key, train_key)
 
 
 def load_views(
@@ -140,7 +157,7 @@ def load_views(
     source: Source,
     model: CrossMAE,
     indices: Sequence[int],
-    title: str,
+    key: str,
     broken: Literal["error", "substitute"] = "error",
 ) -> Tensor:
     """Central views (N, C, H, W) of some images, uint8 or float32 in 0-1.
@@ -152,8 +169,16 @@ def load_views(
     views = map_in_order(
         lambda index: centre_view(read_or_next(source, index, channels, depth, broken)[0], size), indices, READERS
     )
-    bar = tqdm(views, title, len(indices), leave=False, unit="img", dynamic_ncols=True)
-    return torch.stack(list(bar)) if indices else torch.empty(0, channels, *size)
+    all_views: Tensor | None = None
+    bar = tqdm(views, f"read {key}", len(indices), leave=False, unit="img", dynamic_ncols=True)
+    try:
+        for index, view in enumerate(bar):
+            if all_views is None:  # filled in place: to stack a list would take twice the memory
+                all_views = torch.empty(len(indices), *view.shape, dtype=view.dtype)
+            all_views[index] = view
+    except UserError as error:
+        raise UserError(f"{key}: {error}; repair or remove it: what is evaluated on is never replaced") from None
+    return torch.empty(0, channels, *size) if all_views is None else all_views
 
 
 def model_size(model: CrossMAE) -> tuple[int, int]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from crossmae.model import CrossMAE
+if TYPE_CHECKING:  # a config is checked before torch is imported, which takes seconds
+    from crossmae.model import CrossMAE
+
+Decoder = Literal["cross", "cross_self", "self"]
+DECODERS: tuple[Decoder, ...] = ("cross", "cross_self", "self")
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ def create_model(name: str, **overrides: Any) -> CrossMAE:
     Raises:
         ValueError: an unknown name; the message lists the known ones.
     """
+    from crossmae.model import CrossMAE
+
     return CrossMAE(**model_arguments(name) | overrides)
 
 

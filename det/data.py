@@ -21,9 +21,9 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from torch.utils.data import DataLoader, Dataset
 
-from crossmae.data import BatchPlan, PlannedBatches, Unreadable, usable_workers
+from crossmae.data import BatchPlan, PlannedBatches, Unreadable, find_broken, refuse_broken, usable_workers
 from crossmae.errors import UserError
-from crossmae.images import check_images
+from crossmae.sources.source import ImageFiles
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +189,8 @@ def _check_images(names: list[str], path: Path, folder: Path) -> None:
     if missing:
         shown = ", ".join(missing[:MAX_NAMES]) + (", ..." if len(missing) > MAX_NAMES else "")
         raise UserError(f"{path}: {len(missing)} of {len(names)} images are not in {folder}: {shown}")
-    check_images([folder / name for name in names])
+    source = ImageFiles([folder / name for name in names], f"the images of {path}")
+    refuse_broken(find_broken(source, range(len(source))))
 
 
 def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, str] | None) -> None:

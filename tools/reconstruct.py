@@ -94,6 +94,8 @@ def table(results: Sequence[Result]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Parse, load, reconstruct, say how good it is."""
     args = build_parser().parse_args(argv)
+    if args.no_gif and args.gif_ratios:
+        raise UserError("--no-gif and --gif-ratios contradict each other; give one of them")
     if args.seed < 0:
         raise UserError(f"--seed must not be negative, got {args.seed}")
     device = open_device(args.device, "--device")

@@ -178,6 +178,8 @@ def _complete_shards(folder: Path, wanted: dict[str, Any]) -> dict[str, dict[str
         if earlier.settings.get(key) == value:
             continue
         was = f"{key} was {earlier.settings.get(key)!r}, now {value!r}"
+        if key == "skip_broken":
+            continue  # what is packed already had nothing broken, or has left it out
         if key != "pillow":
             raise UserError(f"DST: {folder} holds shards with other settings: {was}; give a new folder")
         log.warning("%s: %s; shards made now may differ in their bytes from those made then", folder, was)
@@ -258,7 +260,7 @@ def _make_missing(
 
 
 def _pack(source: Source, index: int, settings: ShardSettings) -> _Packed:
-    data, name = source.read(index), source.name(index)
+    data, name = source.read(index), source.name(index)  # a file that can not be opened may be there tomorrow
     label = source.label(index) if source.classes else None
     try:
         image = (
@@ -266,7 +268,7 @@ def _pack(source: Source, index: int, settings: ShardSettings) -> _Packed:
         )
     except UserError as error:
         if not settings.skip_broken:
-            raise
+            raise UserError(f"{error}; --skip-broken leaves such images out and lists them") from None
         return _Packed({}, label, len(data), str(error))
     about: dict[str, Any] = {"name": name}
     if label is not None:

@@ -35,7 +35,7 @@ def test_values_come_from_file_then_command_line(config_file: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("optim.batchsize=4", r"unknown key 'optim.batchsize' \(did you mean 'batch_size'\?\)"),
+        ("optim.batchsize=4", r"unknown key 'optim.batchsize' \(did you mean 'optim.batch_size'\?\)"),
         ("optimizer.lr=4", r"unknown key 'optimizer' \(did you mean 'optim'\?\)"),
         ("optim.batch_size=many", r"optim.batch_size: .*integer.*got 'many'"),
         ("optim.batch_size=true", r"optim.batch_size: input should not be true or false, got True"),
@@ -82,7 +82,7 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         "bad.yaml",
         "missing key 'output_dir'",
         "'data.worker'",
-        "did you mean 'workers'",
+        "did you mean 'data.workers'",
         "model.name",
         "got 2",
     ):

@@ -16,6 +16,7 @@ from crossmae.data import (
     Unreadable,
     build_loader,
     centre_view,
+    find_broken,
     keyed_randomness,
 )
 from crossmae.errors import UserError
@@ -165,3 +166,24 @@ def test_images_cover_the_size_and_keep_their_centre(size: tuple[int, int]) -> N
     inside = centre_view(ramp, (16, 32))
     torch.testing.assert_close(inside.mean(), ramp.mean(), rtol=0, atol=0.02)
     assert 0 <= inside.min() <= inside.max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read:UserWarning")  # Pillow's, beside its error, of a TIFF file
+def test_one_truncated_file_among_many_is_found(tmp_path: Path) -> None:
+    names = ("1.png", "2.jpg", "3.bmp", "4.tif", "5.webp")
+    paths = [tmp_path / name for name in names]
+    for path in paths:
+        Image.new("RGB", (24, 20), (90, 30, 200)).save(path)
+
+    def broken() -> list[str]:
+        return [one.message for one in find_broken(ImageFiles(paths, "images"), range(len(paths)))]
+
+    assert broken() == []
+    for path in paths:
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        (message,) = broken()
+        assert path.name in message
+        path.write_bytes(whole)
+    paths[1].write_bytes(paths[1].read_bytes() + bytes(20))  # whole, though it does not end as it should
+    assert broken() == []

@@ -57,7 +57,7 @@ def test_the_learning_rate_counts_every_image_of_a_step(rule: str, factor: float
 
 def test_settings_without_effect_are_named() -> None:
     quiet = make_config(Path("images"), Path("out"))
-    assert ignored_settings(quiet) == {}
+    assert ignored_settings(quiet, has_shards=False) == {}
     loud = make_config(
         Path("images"),
         Path("out"),
@@ -65,10 +65,11 @@ def test_settings_without_effect_are_named() -> None:
         optim={"lr": 1e-3, "lr_rule": "none"},
         validation={"images": 5},
         probe={"k": 3},
-        data={"broken_budget": 0.5},
+        data={"broken_budget": 0.5, "shuffle_shards": 3},
     )
-    assert sorted(key for keys in ignored_settings(loud).values() for key in keys) == [
+    assert sorted(key for keys in ignored_settings(loud, has_shards=False).values() for key in keys) == [
         "data.broken_budget",
+        "data.shuffle_shards",
         "model.fuse_input",
         "optim.base_lr",
         "optim.lr_rule",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -24,7 +25,7 @@ from crossmae.checkpoint import complete_checkpoints, read_state
 from crossmae.config import PretrainConfig
 from crossmae.errors import UserError
 from crossmae.train import pretrain
-from crossmae.variants import create_model
+from crossmae.variants import create_model, model_arguments
 
 ROOT = Path(__file__).parents[2]
 
@@ -250,7 +251,8 @@ def test_validation_and_probe_start_before_training_and_are_the_same_in_every_ru
         for folder in ("reconstructions", "fusion")
         for path in (tmp_path / "one" / folder).iterdir()
     }
-    assert pictures == {f"{folder}/step-{step:08d}" for folder in ("reconstructions", "fusion") for step in (5, 10, 12)}
+    steps = (0, 5, 10, 12)
+    assert pictures == {f"{name}/step-{step:08d}" for name in ("reconstructions", "fusion") for step in steps}
 
 
 def test_the_held_out_loss_is_the_mean_over_all_masked_patches(images: Path, labelled: Path, tmp_path: Path) -> None:
@@ -412,6 +414,10 @@ def test_any_number_of_channels_from_file_to_picture(tmp_path: Path, channels: i
         assert file.metadata()["bit_depth"] == str(bit_depth)
 
 
+def arguments(config: PretrainConfig) -> dict[str, Any]:
+    return model_arguments(config.model.name) | config.model.arguments()
+
+
 def test_a_run_starts_from_given_weights(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """From the same model everything, from another decoder or grid the encoder; a foreign encoder is refused whole."""
     first = pretrain(make_config(images, tmp_path / "first", schedule={"max_steps": 2}))
@@ -419,14 +425,14 @@ def test_a_run_starts_from_given_weights(images: Path, tmp_path: Path, caplog: p
     with caplog.at_level("INFO"):
         config = make_config(images, tmp_path / "same", model={"init": first})
         model = train_module.build_model(config)
-        train_module.start_from(model, first, config.data.mean)
+        train_module.start_from(model, first, arguments(config), config.data)
         assert all(torch.equal(tensor, source[name]) for name, tensor in model.state_dict().items())
         assert "the whole model comes from" in caplog.text
 
         config = make_config(images, tmp_path / "other", model={"decoder_depth": 1, "img_size": [64, 32]})
         model = train_module.build_model(config)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        train_module.start_from(model, first, config.data.mean)
+        train_module.start_from(model, first, arguments(config), config.data)
     state = model.state_dict()
     blocks = [name for name in state if name.startswith(("blocks.", "patch_embed.", "cls_token"))]
     assert all(torch.equal(state[name], source[name]) for name in blocks)
@@ -434,8 +440,9 @@ def test_a_run_starts_from_given_weights(images: Path, tmp_path: Path, caplog: p
     assert "the encoder comes from" in caplog.text
     assert "from a grid of 4 x 4 to 8 x 4" in caplog.text
     model = train_module.build_model(make_config(images, tmp_path / "wide", model={"embed_dim": 32}))
+    config = make_config(images, tmp_path / "wide", model={"embed_dim": 32})
     with pytest.raises(UserError, match=r"embed_dim 16; the model expects embed_dim 32"):
-        train_module.start_from(model, first, config.data.mean)
+        train_module.start_from(model, first, arguments(config), config.data)
     pretrain(make_config(images, tmp_path / "run", model={"init": first}, schedule={"max_steps": 1}))
     # A step at the first step's learning rate, 0: the weights are still those it started from.
     assert all(
@@ -488,6 +495,136 @@ def test_what_judges_or_starts_a_run_is_looked_at_before_it(
     with pytest.raises(UserError, match=message):
         pretrain(make_config(images, tmp_path / "run", **named))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "outcome", "workers"), [("SIGINT", KeyboardInterrupt, 1), ("SIGTERM", SystemExit, 0)]
+)
+def test_a_signal_ends_the_run_after_the_step_and_nothing_is_lost(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str, outcome: Any, workers: int
+) -> None:
+    """Also in the middle of a step of two batches, and of the losses of a line of the log."""
+    settings: dict[str, Any] = {
+        "data": {"workers": workers},
+        "log": {"every_steps": 4},
+        "optim": {"batch_size": 2, "accumulate": 2, "ema": 0.9},
+    }
+    pretrain(make_config(images, tmp_path / "whole", **settings))
+    forward = train_module.Run.forward_backward
+
+    waiting = ["the first batch of step 5"]
+
+    def interrupted(run: train_module.Run, *given: Any, **named: Any) -> torch.Tensor:
+        if run.step == 4 and waiting:
+            waiting.clear()
+            signal.raise_signal(getattr(signal, number))
+        return forward(run, *given, **named)
+
+    config = make_config(images, tmp_path / "parts", **settings, checkpoint={"every_epochs": 4})
+    monkeypatch.setattr(train_module.Run, "forward_backward", interrupted)
+    with pytest.raises(outcome):
+        pretrain(config)
+    assert [folder.name for folder in complete_checkpoints(tmp_path / "parts")] == ["step-00000005"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    pretrain(config, resume=True)
+    whole, parts = (digest(tmp_path / name) for name in ("whole", "parts"))
+    assert len(whole.pop("curve")) > len(parts["curve"])  # the whole run wrote a line at its own checkpoints, too
+    by_step = dict(log_lines(tmp_path / "parts", "loss"))
+    assert set(by_step) == {4, 8, 12}
+    assert_same(whole | {"curve": parts["curve"]}, parts)
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finite loss before the update says nothing of the weights after it."""
+    step = train_module.Run.optimizer_step
+
+    def explode(run: train_module.Run) -> float:
+        lr = step(run)
+        if run.step == 6:
+            run.model.cls_token.data.fill_(float("nan"))
+        return lr
+
+    monkeypatch.setattr(train_module.Run, "optimizer_step", explode)
+    with pytest.raises(UserError, match="a weight is not finite after step 6; the last checkpoint stays"):
+        pretrain(make_config(images, tmp_path / "run", checkpoint={"keep": 1}))
+    assert [folder.name for folder in complete_checkpoints(tmp_path / "run")] == ["step-00000003"]
+
+
+def test_a_resumed_run_is_not_told_that_its_loss_does_not_move(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings: dict[str, Any] = {
+        "model": {"norm_pix_loss": False},
+        "optim": {"base_lr": 1.0},
+        "schedule": {"epochs": 30, "warmup_epochs": 2},
+    }
+    pretrain(make_config(images, tmp_path / "run", **settings | {"schedule": settings["schedule"] | {"max_steps": 60}}))
+    caplog.clear()
+    pretrain(make_config(images, tmp_path / "run", **settings), resume=True)
+    assert "did not move" not in caplog.text
+
+
+def test_a_complete_run_only_gets_its_weights_back(images: Path, tmp_path: Path) -> None:
+    config = make_config(images, tmp_path / "run", optim={"ema": 0.9}, schedule={"max_steps": 3})
+    weights = pretrain(config)
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("model.safetensors", "log.jsonl")}
+    averaged = load_file(tmp_path / "run" / "model_ema.safetensors")
+    for name in ("model.safetensors", "model_ema.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    assert pretrain(config, resume=True) == weights
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
+    again = load_file(tmp_path / "run" / "model_ema.safetensors")
+    assert all(torch.equal(averaged[name], again[name]) for name in averaged)
+
+
+def test_a_fresh_start_forgets_an_earlier_try(images: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "log.jsonl").write_text('{"step": 0, "val_loss": 9}\n')
+    (run / "broken.jsonl").write_text('{"name": "old.png", "reason": "gone"}\n' * 5)
+    pretrain(make_config(images, run, data={"broken": "substitute"}, schedule={"max_steps": 1}))
+    assert "val_loss" not in (run / "log.jsonl").read_text()
+    assert not (run / "broken.jsonl").exists()
+
+
+def test_many_channels_pass_the_check_of_images(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    (tmp_path / "images").mkdir()
+    for index in range(4):
+        pixels = np.random.default_rng(index).integers(0, 65536, (5, 40, 40), np.uint16)
+        tifffile.imwrite(tmp_path / "images" / f"{index}.tif", pixels, photometric="minisblack")
+    data = {"mean": [0.5] * 5, "std": [0.3] * 5, "bit_depth": 16}
+    config = make_config(
+        tmp_path / "images", tmp_path / "run", data=data, model={"in_chans": 5}, schedule={"max_steps": 1}
+    )
+    assert load_file(pretrain(config))["patch_embed.proj.weight"].shape[1] == 5
+
+
+def test_a_decoder_of_another_kind_is_not_taken_over(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Shapes do not show the number of heads, which maps were fused, or what was predicted."""
+    first = pretrain(make_config(images, tmp_path / "first", schedule={"max_steps": 1}))
+    for changes in ({"decoder_num_heads": 4}, {"norm_pix_loss": False}):
+        config = make_config(images, tmp_path / "other", model=changes)
+        model = train_module.build_model(config)
+        before = model.mask_token.clone()
+        with caplog.at_level("INFO"):
+            train_module.start_from(model, first, arguments(config), config.data)
+        assert torch.equal(model.mask_token, before)
+        assert f"the file's model has other {next(iter(changes))}" in caplog.text
+
+
+def test_what_flatters_or_loses_is_told(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    for index in range(4):
+        Image.fromarray(np.full((40, 40), 3000 + index, np.uint16)).save(deep / f"{index}.png")
+    pretrain(make_config(deep, tmp_path / "one", data={"val": str(deep)}, schedule={"max_steps": 1}))
+    assert "4 of the 4 images of data.val are in data.train, too" in caplog.text
+    assert "0.png has more than 8 bits, which are cut; data.bit_depth=16 keeps them" in caplog.text
 
 
 @pytest.mark.slow
