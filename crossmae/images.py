@@ -47,6 +47,11 @@ log = logging.getLogger(__name__)
 
 
 def find_images(folder: str | Path, key: str) -> list[Path]:
+    """`find_image_names` as paths."""
+    return [Path(name) for name in find_image_names(folder, key)]
+
+
+def find_image_names(folder: str | Path, key: str) -> list[str]:
     """All images in a folder and its subfolders, sorted by path; other files are counted in the log.
 
     Links to folders are followed, each real folder once. Hidden files and folders are left out.
@@ -65,7 +70,7 @@ def find_images(folder: str | Path, key: str) -> list[Path]:
             "is a file, not a folder" if root.is_file() else f"does not exist (the nearest folder that does: {parent})"
         )
         raise UserError(f"{key}: {root} {kind}")
-    images: list[Path] = []
+    images: list[str] = []  # of millions of files, paths would take gigabytes
     others: Counter[str] = Counter()
     visited: set[str] = set()
     for parent_name, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
@@ -76,11 +81,11 @@ def find_images(folder: str | Path, key: str) -> list[Path]:
             if not name.startswith(".") and os.path.realpath(os.path.join(parent_name, name)) not in visited
         )
         for name in files:
-            path = Path(parent_name, name)
-            if not name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES:
-                images.append(path)
+            suffix = os.path.splitext(name)[1].lower()
+            if not name.startswith(".") and suffix in IMAGE_SUFFIXES:
+                images.append(os.path.join(parent_name, name))
             else:
-                others[path.suffix.lower() or name] += 1
+                others[suffix or name] += 1
     kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
     if others:
         log.info("%s: left out %d files that are no images: %s", root, sum(others.values()), kinds)
@@ -88,7 +93,7 @@ def find_images(folder: str | Path, key: str) -> list[Path]:
         found = f"; other files there: {kinds}" if others else ""
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise UserError(f"{key}: no image in {root} or its subfolders (looked for {suffixes}){found}")
-    return sorted(images)
+    return sorted(images, key=lambda name: name.split(os.sep))
 
 
 def _refuse(error: OSError) -> None:

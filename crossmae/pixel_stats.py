@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -77,18 +78,24 @@ def measure(source: Source, indices: Sequence[int], channels: int, bit_depth: in
     def one(index: int) -> _ImageStats:
         return _measure_image(decode_image(source.read(index), source.name(index), channels, bit_depth))
 
-    results = map_in_order(one, map(int, indices), threads)
-    every = list(tqdm(results, "measure", len(indices), leave=False, unit="img"))
-    mean = np.mean([image.mean for image in every], axis=0)
-    variance = np.mean([image.mean_square for image in every], axis=0) - mean**2
-    sides = np.array([image.sides for image in every])
+    mean, mean_square = np.zeros(channels), np.zeros(channels)
+    largest, sides = 0.0, array("I")  # two numbers an image are all that is kept
+    results = map_in_order(one, indices, threads)
+    for image in tqdm(results, "measure", len(indices), leave=False, unit="img", dynamic_ncols=True):
+        mean += image.mean
+        mean_square += image.mean_square
+        largest = max(largest, image.largest)
+        sides.extend(image.sides)
+    count = len(indices)
+    mean, mean_square = mean / count, mean_square / count
+    both = np.array(sides).reshape(-1, 2)
     return PixelStats(
-        images=len(every),
+        images=count,
         mean=mean.tolist(),
-        std=np.sqrt(variance.clip(0)).tolist(),
-        largest=max(image.largest for image in every),
-        short_side=_spread(sides.min(axis=1)),
-        long_side=_spread(sides.max(axis=1)),
+        std=np.sqrt((mean_square - mean**2).clip(0)).tolist(),
+        largest=largest,
+        short_side=_spread(both.min(axis=1)),
+        long_side=_spread(both.max(axis=1)),
     )
 
 
@@ -105,7 +112,7 @@ def _measure_image(image: Image.Image | NDArray[Any]) -> _ImageStats:
     return _ImageStats(mean, mean_square, float(pixels.max()), (image.shape[1], image.shape[0]))
 
 
-def _spread(sides: NDArray[np.int64]) -> tuple[int, float, int]:
+def _spread(sides: NDArray[Any]) -> tuple[int, float, int]:
     return int(sides.min()), float(np.median(sides)), int(sides.max())
 
 

@@ -14,10 +14,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from crossmae.errors import UserError
-from crossmae.images import IMAGE_SUFFIXES, find_images
+from crossmae.images import IMAGE_SUFFIXES, find_image_names
 from crossmae.sources.hugging_face import HuggingFaceImages, is_hugging_face
 from crossmae.sources.lists import open_coco, open_csv_list, open_parquet_list, open_text_list
 from crossmae.sources.shard_files import is_url
@@ -80,7 +81,7 @@ def _open_folder(folder: Path, key: str) -> Source:
     has_shards = any(folder.glob("*.tar")) or (folder / PROGRESS_NAME).is_file()
     if has_shards and not _has_images(folder):
         return open_shards(str(folder), key)
-    paths = find_images(folder, key)
+    paths = find_image_names(folder, key)
     labels = _classes_by_folder(folder, paths)
     if labels is None:
         return ImageFiles(paths, f"{len(paths):,} images in the folder {folder}")
@@ -102,10 +103,11 @@ def _has_images(folder: Path) -> bool:
     )
 
 
-def _classes_by_folder(folder: Path, paths: list[Path]) -> list[str] | None:
+def _classes_by_folder(folder: Path, names: list[str]) -> list[str] | None:
     """The first-level subfolder of every image, if all are in one and there are at least two."""
-    parts = [path.relative_to(folder).parts for path in paths]
-    if any(len(names) < 2 for names in parts):
+    start = len(os.path.join(folder, ""))
+    parts = [name[start:].partition(os.sep) for name in names]
+    if not all(separator for _, separator, _ in parts):
         return None
-    labels = [names[0] for names in parts]
+    labels = [first for first, _, _ in parts]
     return labels if len(set(labels)) > 1 else None

@@ -121,7 +121,9 @@ class ImageFiles(Source):
         labels: one text per file, or None.
     """
 
-    def __init__(self, paths: Sequence[Path], description: str, labels: Sequence[str | None] | None = None) -> None:
+    def __init__(
+        self, paths: Sequence[Path] | Sequence[str], description: str, labels: Sequence[str | None] | None = None
+    ) -> None:
         self.description = description
         self._paths = PackedStrings(map(str, paths))
         if labels is not None:

@@ -552,18 +552,19 @@ def test_weights_that_are_not_finite_are_never_saved(
     assert [folder.name for folder in complete_checkpoints(tmp_path / "run")] == ["step-00000003"]
 
 
-def test_a_resumed_run_is_not_told_that_its_loss_does_not_move(
-    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    settings: dict[str, Any] = {
-        "model": {"norm_pix_loss": False},
-        "optim": {"base_lr": 1.0},
-        "schedule": {"epochs": 30, "warmup_epochs": 2},
-    }
-    pretrain(make_config(images, tmp_path / "run", **settings | {"schedule": settings["schedule"] | {"max_steps": 60}}))
-    caplog.clear()
-    pretrain(make_config(images, tmp_path / "run", **settings), resume=True)
-    assert "did not move" not in caplog.text
+def test_a_resumed_run_knows_its_first_loss(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the health check would take a loss that fell long ago for one that does not move."""
+    firsts: list[float | None] = []
+
+    class Spy(train_module.Health):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            firsts.append(self.first)
+
+    monkeypatch.setattr(train_module, "Health", Spy)
+    pretrain(make_config(images, tmp_path / "run", schedule={"max_steps": 6}))
+    pretrain(make_config(images, tmp_path / "run"), resume=True)
+    assert firsts == [None, log_lines(tmp_path / "run", "loss")[0][1]]
 
 
 def test_a_complete_run_only_gets_its_weights_back(images: Path, tmp_path: Path) -> None:
