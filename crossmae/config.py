@@ -165,7 +165,7 @@ class LogConfig(Section):
     pictures_every_steps: PositiveInt = Field(
         1000, description="steps between two pictures of reconstructions and of the fusion weights"
     )
-    pictures: int = Field(8, ge=0, le=64, description="images in a picture of reconstructions; 0: none")
+    pictures: int = Field(8, ge=0, le=64, description="images in a picture of reconstructions; 0: no pictures")
     wandb: str | None = Field(None, description="project of Weights & Biases to log to as well; null: none")
 
 

@@ -10,12 +10,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Inside, the first Ctrl-C or SIGTERM is only noted, as `number`; the second one ends the process as ever.
+    """Inside, Ctrl-C and SIGTERM are only noted, as `number`; a second Ctrl-C ends the process as ever.
 
     A handler that saved would meet half a step; so it notes, and the loop saves.
+
+    Args:
+        patient: no second Ctrl-C either: torchrun hands on to its processes what they got from the terminal already.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool) -> None:
+        self.patient = patient
         self.number: int | None = None
 
     def __enter__(self) -> StopRequest:
@@ -25,16 +29,14 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._restore()
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.number = number
-        self._restore()
-
-    def _restore(self) -> None:
         if self.can_listen:
             for number, handler in self.before.items():
                 signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.number = self.number or number
+        if number == signal.SIGINT and not self.patient:
+            signal.signal(number, self.before[signal.SIGINT])
 
 
 def ignore_interrupts(_: int) -> None:

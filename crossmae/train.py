@@ -91,6 +91,7 @@ def _pretrain(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
     # 1. Everything that can be wrong is looked at before anything is written.
     ready = ranks.together(lambda: prepare(config, resume, ranks, device, precision))
     model, source, plan, start = ready.model, ready.source, ready.plan, ready.start
+    same_everywhere(ranks, step_of(start) if start else 0, plan, config)
     if start and step_of(start) >= plan.last_step:
         log.info("the run is complete: %s has reached step %d of %d", start, step_of(start), plan.last_step)
         return write_final(config, start) if ranks.is_main else config.output_dir / WEIGHTS
@@ -99,7 +100,6 @@ def _pretrain(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
     make_folder(config.output_dir, "output_dir")
     model.to(device)
     run = Run(config, plan, ranks, model, device, source, start)
-    same_everywhere(ranks, run.step, plan, config)
     run.broken.add(ready.broken)
     announce(config, plan, model, run.step, source.groups is not None)
     records = RunLog(config, plan, run.step, ranks.is_main, resumed=start is not None)
@@ -114,7 +114,7 @@ def _pretrain(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
     on_gpu = device.type == "cuda"
     dataset = build_dataset(config, source, model)
     loader = build_loader(dataset, ready.batches, first, last, config.data.workers, on_gpu)
-    with records, StopRequest() as request:
+    with records, StopRequest(patient=ranks.world_size > 1) as request:
         train_steps(run, iter(loader), ready.judges, records, request)
 
     # 4. The final weights, where people look for them.
@@ -386,7 +386,7 @@ class Judges:
             panels = self.preview.panels(run.model, run.device, run.config.log.pictures)
             title = f"step {run.step}, {run.config.model.mask_ratio:.0%} of the patches masked"
             records.picture(run.step, "reconstructions", reconstruction_figure(panels, title))
-        if run.ranks.is_main and run.model.fused_blocks:
+        if run.ranks.is_main and run.model.fused_blocks and run.config.log.pictures:
             names = fused_map_names(run.model)
             weights = run.model.wfm.linear.weight.detach().float().cpu()
             records.picture(run.step, "fusion", fusion_figure(weights, names, f"fusion weights at step {run.step}"))

@@ -59,7 +59,7 @@ def make_config(images: Path, output: Path, **sections: Any) -> PretrainConfig:
         "optim": {"batch_size": 4, "base_lr": 0.1},
         "schedule": {"epochs": 4, "warmup_epochs": 1},
         "runtime": {"device": "cpu"},
-        "log": {"every_steps": 1, "pictures": 2},
+        "log": {"every_steps": 1, "pictures": 0},  # drawing takes longer than training so little
         "checkpoint": {"every_epochs": 1},
     }
     for section, changes in sections.items():
@@ -118,6 +118,7 @@ def test_the_loss_falls_and_everything_promised_is_written(images: Path, tmp_pat
         optim={"base_lr": 1.0},
         schedule={"epochs": 30, "warmup_epochs": 2},
         checkpoint={"every_epochs": 10, "keep": 2},
+        log={"pictures": 2},
     )
     weights = pretrain(config)
     losses = [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
@@ -226,7 +227,7 @@ def judged(labelled: Path) -> dict[str, Any]:
             "every_epochs": 2,
             "k": 3,
         },
-        "log": {"pictures_every_steps": 5},
+        "log": {"pictures_every_steps": 5, "pictures": 2},
     }
 
 
@@ -406,7 +407,8 @@ def test_any_number_of_channels_from_file_to_picture(tmp_path: Path, channels: i
         Image.fromarray(pixels.squeeze(), mode).save(tmp_path / "images" / f"{index}.png")
     statistics = {"mean": [0.5] * channels, "std": [0.3] * channels, "bit_depth": bit_depth}
     model = {"in_chans": channels, "img_size": [40, 24]}
-    config = make_config(tmp_path / "images", tmp_path / "run", data=statistics, model=model, schedule={"max_steps": 1})
+    once: dict[str, Any] = {"schedule": {"max_steps": 1}, "log": {"pictures": 2}}
+    config = make_config(tmp_path / "images", tmp_path / "run", data=statistics, model=model, **once)
     weights = pretrain(config)
     assert load_file(weights)["patch_embed.proj.weight"].shape[1] == channels
     assert (tmp_path / "run/reconstructions/step-00000001.png").is_file()

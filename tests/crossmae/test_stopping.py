@@ -1,0 +1,32 @@
+"""Proves what a signal does to a run: the first is noted, SIGTERM never kills, a second Ctrl-C does where it may."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from crossmae.stopping import StopRequest
+
+
+def test_the_first_signal_is_noted_and_handlers_come_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with StopRequest(patient=False) as request:
+        assert request.number is None
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert request.number == signal.SIGTERM
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_second_ctrl_c_ends_one_process() -> None:
+    with pytest.raises(KeyboardInterrupt), StopRequest(patient=False):  # noqa: PT012
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_several_processes_wait_for_each_other() -> None:
+    with StopRequest(patient=True) as request:
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert request.number == signal.SIGINT
