@@ -25,7 +25,9 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self.can_listen = threading.current_thread() is threading.main_thread()
         if self.can_listen:
-            self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            # What a shell has told to be ignored, as Ctrl-C is in the background, stays ignored.
+            heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self.before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
 import pytest
 
 from crossmae.stopping import StopRequest
+
+
+@pytest.fixture(autouse=True)
+def foreground() -> Iterator[None]:
+    """Ctrl-C as in a terminal: tests may run in the background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_the_first_signal_is_noted_and_handlers_come_back() -> None:
@@ -30,3 +39,11 @@ def test_several_processes_wait_for_each_other() -> None:
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             signal.raise_signal(number)
         assert request.number == signal.SIGINT
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopRequest(patient=False) as request:
+        signal.raise_signal(signal.SIGINT)
+        assert request.number is None
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

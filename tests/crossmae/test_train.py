@@ -524,10 +524,14 @@ def test_a_signal_ends_the_run_after_the_step_and_nothing_is_lost(
 
     config = make_config(images, tmp_path / "parts", **settings, checkpoint={"every_epochs": 4})
     monkeypatch.setattr(train_module.Run, "forward_backward", interrupted)
-    with pytest.raises(outcome):
-        pretrain(config)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+    try:
+        with pytest.raises(outcome):
+            pretrain(config)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [folder.name for folder in complete_checkpoints(tmp_path / "parts")] == ["step-00000005"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     pretrain(config, resume=True)
     whole, parts = (digest(tmp_path / name) for name in ("whole", "parts"))
     assert len(whole.pop("curve")) > len(parts["curve"])  # the whole run wrote a line at its own checkpoints, too
