@@ -122,7 +122,8 @@ def fusion_figure(weights: Tensor, map_names: Sequence[str], title: str) -> Figu
     axis.set_ylabel("decoder block", fontsize=TEXT)
     axis.set_yticks(range(N))
     axis.set_xticks(range(K), map_names, rotation=90 if K > VALUES_UP_TO else 0)
-    axis.spines[:].set_visible(False)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
     if K <= VALUES_UP_TO:
         for (row, column), value in np.ndenumerate(values):
             color = "white" if abs(value) > 0.6 * top else "black"

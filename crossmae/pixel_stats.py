@@ -78,21 +78,21 @@ def measure(source: Source, indices: Sequence[int], channels: int, bit_depth: in
     def one(index: int) -> _ImageStats:
         return _measure_image(decode_image(source.read(index), source.name(index), channels, bit_depth))
 
-    mean, mean_square = np.zeros(channels), np.zeros(channels)
+    sums, square_sums = np.zeros(channels), np.zeros(channels)
     largest, sides = 0.0, array("I")  # two numbers an image are all that is kept
     results = map_in_order(one, indices, threads)
     for image in tqdm(results, "measure", len(indices), leave=False, unit="img", dynamic_ncols=True):
-        mean += image.mean
-        mean_square += image.mean_square
+        sums += image.mean
+        square_sums += image.mean_square
         largest = max(largest, image.largest)
         sides.extend(image.sides)
     count = len(indices)
-    mean, mean_square = mean / count, mean_square / count
+    mean = sums / count
     both = np.array(sides).reshape(-1, 2)
     return PixelStats(
         images=count,
         mean=mean.tolist(),
-        std=np.sqrt((mean_square - mean**2).clip(0)).tolist(),
+        std=np.sqrt((square_sums / count - mean**2).clip(0)).tolist(),
         largest=largest,
         short_side=_spread(both.min(axis=1)),
         long_side=_spread(both.max(axis=1)),
