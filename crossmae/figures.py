@@ -122,16 +122,16 @@ def fusion_figure(weights: Tensor, map_names: Sequence[str], title: str) -> Figu
     axis.set_ylabel("decoder block", fontsize=TEXT)
     axis.set_yticks(range(N))
     axis.set_xticks(range(K), map_names, rotation=90 if K > VALUES_UP_TO else 0)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
     if K <= VALUES_UP_TO:
         for (row, column), value in np.ndenumerate(values):
             color = "white" if abs(value) > 0.6 * top else "black"
             shown = f"{round(float(value), 2) + 0.0:.2f}"  # no -0.00
             axis.text(column, row, shown, ha="center", va="center", fontsize=6.5, color=color)
     scale = figure.add_axes(((left + cell_w * K + 14) / width, bottom / height, 12 / width, cell_h * N / height))
-    figure.colorbar(image, cax=scale).outline.set_visible(False)
+    figure.colorbar(image, cax=scale)
     for part in (axis, scale):
+        for spine in part.spines.values():
+            spine.set_visible(False)
         part.tick_params(labelsize=SMALL, length=0)
     _lines(figure, _wrap(title, width, TEXT + 1), height - MARGIN + 4, TEXT + 1, 20)
     return figure
