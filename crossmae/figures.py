@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from crossmae.files import write_atomically
 from crossmae.model import CrossMAE
 from crossmae.reconstruction import Panels
 
@@ -135,6 +137,11 @@ def fusion_figure(weights: Tensor, map_names: Sequence[str], title: str) -> Figu
         part.tick_params(labelsize=SMALL, length=0)
     _lines(figure, _wrap(title, width, TEXT + 1), height - MARGIN + 4, TEXT + 1, 20)
     return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, at its own resolution and atomically."""
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
 
 
 def fused_map_names(model: CrossMAE) -> list[str]:

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as VF
@@ -30,7 +29,7 @@ from tqdm import tqdm
 from crossmae.animation import animation_frame, save_gif
 from crossmae.data import centre_view, decode_pixels, to_unit_range
 from crossmae.errors import UserError
-from crossmae.figures import DPI, image_figure, reconstruction_figure
+from crossmae.figures import image_figure, reconstruction_figure, save_figure
 from crossmae.files import make_folder, write_atomically, write_json
 from crossmae.images import find_images
 from crossmae.model import CrossMAE
@@ -178,11 +177,11 @@ class Batch:
         share = f"{100 * mask_ratio:g}% of the patches masked"
         captions = [f"PSNR {value:.1f} dB" for value in masked]
         title = f"{share}; PSNR of masked patches"
-        _save(reconstruction_figure(panels, title, captions), output / OVERVIEW.format(sheet))
+        save_figure(reconstruction_figure(panels, title, captions), output / OVERVIEW.format(sheet))
         for index, name in enumerate(self.names):
             caption = f"{share}. PSNR {masked[index]:.1f} dB on them, {pasted[index]:.1f} dB on the whole pasted image."
             figure = image_figure(panels.one(index), self.paths[index].name, caption)
-            _save(figure, output / GRIDS / f"{name}.png")
+            save_figure(figure, output / GRIDS / f"{name}.png")
         rows = zip(map(str, self.paths), self.names, masked, pasted, strict=True)
         return [Result(*row) for row in rows]
 
@@ -223,10 +222,6 @@ def _refuse_to_overwrite(output: Path, names: Sequence[str], animated: bool, for
             f"--output: {there[0]} exists already ({len(there)} of {len(planned)} files to write do); "
             "name another folder, or overwrite with --force"
         )
-
-
-def _save(figure: Figure, path: Path) -> None:
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
 
 
 def _write_numbers(path: Path, pretrained: Pretrained, results: Sequence[Result], mask_ratio: float, seed: int) -> None:

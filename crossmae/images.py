@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from crossmae.errors import UserError
-from crossmae.tiff import has_deep_samples, import_reader, needs_tifffile, over_white, read_tiff
+from crossmae.extras import import_extra
+from crossmae.tiff import DEEP, has_deep_samples, needs_tifffile, over_white, read_tiff
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -134,7 +135,7 @@ def decode_image(data: bytes, name: str, channels: int = 3, bit_depth: int = 8) 
         if needs_tifffile(data, channels):
             samples = read_tiff(data, channels)
         elif _is_deep_colour_png(data) and (bit_depth == 16 or channels not in (1, 3)):
-            samples = np.asarray(import_reader("imagecodecs").png_decode(data))
+            samples = np.asarray(import_extra("imagecodecs", DEEP).png_decode(data))
             samples = over_white(samples) if samples.shape[-1] in (2, 4) and channels != samples.shape[-1] else samples
         else:
             with Image.open(io.BytesIO(data)) as image:
@@ -150,7 +151,10 @@ def decode_image(data: bytes, name: str, channels: int = 3, bit_depth: int = 8) 
     except Exception as error:  # the libraries report damage by errors of very many kinds
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
         raise UserError(f"{name}: can not be read as an image: {reason or type(error).__name__}") from error
-    return pixels if bit_depth == 16 else np.rint(pixels * 255).astype(np.uint8)
+    if bit_depth == 16:
+        return pixels
+    cut = np.rint(pixels * 255).astype(np.uint8)
+    return Image.fromarray(cut.squeeze(-1) if channels == 1 else cut) if channels in (1, 3) else cut
 
 
 def is_deep(data: bytes) -> bool:

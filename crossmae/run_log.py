@@ -20,7 +20,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from crossmae.config import PretrainConfig
 from crossmae.data import Broken
 from crossmae.errors import UserError
-from crossmae.files import write_atomically, write_text
+from crossmae.figures import save_figure
+from crossmae.files import write_text
 from crossmae.plan import Plan
 from crossmae.sources import Source
 
@@ -111,7 +112,7 @@ class RunLog:
         folder = self.config.output_dir / name
         folder.mkdir(exist_ok=True)
         path = folder / f"step-{step:08d}.png"
-        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+        save_figure(figure, path)
         self.board.add_figure(name, figure, step)
         if self.wandb is not None:
             self.wandb.log({name: importlib.import_module("wandb").Image(str(path))}, step=step)

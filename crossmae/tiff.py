@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 from typing import Any
 
@@ -10,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 
-from crossmae.errors import UserError
+from crossmae.extras import import_extra
 
+DEEP = "an image of more than 8 bits a channel, or of other than 1 or 3 channels,"  # what needs the extra
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BITS, PHOTOMETRIC, SAMPLES, SAMPLE_FORMAT = 258, 262, 277, 339  # tags
 WHITE_IS_ZERO, UNSIGNED, OPACITY = 0, 1, (1, 2)  # values of tags
@@ -54,7 +54,7 @@ def read_tiff(data: bytes, channels: int) -> NDArray[Any]:
     Raises:
         ValueError: colours of a kind that only Pillow knows (CMYK, YCbCr, LAB, palettes), beyond 8 bits.
     """
-    tifffile = import_reader("tifffile")
+    tifffile = import_extra("tifffile", DEEP)
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         series, page = file.series[0], file.pages[0]
         kind = tifffile.PHOTOMETRIC(page.photometric).name
@@ -87,20 +87,6 @@ def over_white(pixels: NDArray[Any]) -> NDArray[Any]:
     top = _top(pixels)
     opacity = pixels[..., -1:] / top
     return np.asarray(pixels[..., :-1] * opacity + top * (1 - opacity)).astype(pixels.dtype)
-
-
-def import_reader(name: str) -> Any:
-    """A library of the extra "data".
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(
-            f'more than 8 bits a channel, or other than 1 or 3 channels, need {name}: pip install -e ".[data]"'
-        ) from None
 
 
 def _top(pixels: NDArray[Any]) -> Any:

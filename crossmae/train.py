@@ -148,7 +148,8 @@ def prepare(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.de
     check_writable(config.output_dir, "output_dir")
     model = build_model(config)
     source = open_named(config, "data.train")
-    warn_of_depth(source, config.data.bit_depth)
+    if ranks.is_main:
+        warn_of_depth(source, config.data.bit_depth)
     data, optim = config.data, config.optim
     batches = BatchPlan(
         len(source),
@@ -196,8 +197,7 @@ def write_final(config: PretrainConfig, checkpoint: Path) -> Path:
     """Put the weights of a checkpoint, and their average where there is one, where people look for them."""
     weights = config.output_dir / WEIGHTS
     write_atomically(weights, lambda path: path.write_bytes((checkpoint / MODEL).read_bytes()))
-    state = read_state(checkpoint)
-    if "ema" in state:
+    if config.optim.ema and "ema" in (state := read_state(checkpoint)):  # gigabytes, of a large model
         metadata = weight_metadata(config, int(state["step"])) | {"ema_decay": str(config.optim.ema)}
         save_weights(config.output_dir / EMA_WEIGHTS, state["ema"], metadata, force=True)
     log.info("final weights: %s", weights)
@@ -356,7 +356,7 @@ class Judges:
 
     def __init__(self, config: PretrainConfig, model: CrossMAE, source: Source, ranks: Ranks) -> None:
         val = open_named(config, "data.val") if config.data.val else None
-        if val:
+        if val and ranks.is_main:
             warn_of_overlap(source, "data.train", val, "data.val")
         self.held_out = HeldOut(config, val, model, config.validation.images, ranks) if val else None
         self.preview = None
@@ -427,7 +427,7 @@ def train_steps(run: Run, batches: Any, judges: Judges, records: RunLog, request
                 "memory_gb": memory_gb(run.device),
             }
             records.record(step, values, live_line(**values))
-            for warning in health.warnings(step / plan.total_steps, loss):
+            for warning in health.warnings(step / plan.total_steps, loss) if run.ranks.is_main else ():
                 log.warning(warning)
             window, waited = time.perf_counter(), 0.0
             losses.clear()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from crossmae.errors import UserError
-from crossmae.sources.lists import import_extra
+from crossmae.extras import import_extra
 from crossmae.sources.source import Source
 
 SPLITS_FILE = "dataset_dict.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 import json
 import logging
@@ -11,12 +10,12 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from types import ModuleType
 from typing import Any
 
 from tqdm import tqdm
 
 from crossmae.errors import UserError
+from crossmae.extras import import_extra
 from crossmae.images import IMAGE_SUFFIXES, MAX_NAMES
 from crossmae.sources.source import ImageFiles
 
@@ -99,19 +98,6 @@ def open_coco(path: Path, key: str, root: Path | None) -> ImageFiles:
     if len(unique) < len(names):
         log.info("%s: %s entries name an image again; each image counts once", path, f"{len(names) - len(unique):,}")
     return _listed(unique, None, path, key, root)
-
-
-def import_extra(module: str, what: str) -> ModuleType:
-    """Import a library of the extra "data".
-
-    Raises:
-        UserError: not installed; names `what` needs it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        library = module.partition(".")[0]
-        raise UserError(f'{what} needs {library}: pip install -e ".[data]"') from None
 
 
 def _read_text(path: Path, key: str) -> str:

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from crossmae.errors import UserError
-from crossmae.images import IMAGE_SUFFIXES, decode_image
+from crossmae.images import IMAGE_SUFFIXES, decode_image, is_deep
 
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "PPM": ".ppm"}
-PNG, TIFF = b"\x89PNG", (b"II", b"MM")
+TIFF = (b"II", b"MM")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ class _Header:
         try:
             with Image.open(io.BytesIO(data)) as image:
                 upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-                deep = data.startswith(PNG) and data[24] == 16 and data[25] != 0  # Pillow would cut it to 8 bits
+                # Pillow would cut it to 8 bits.
+                deep = not image.mode.startswith(("I", "F")) and is_deep(data)
                 return cls(image.format or "", image.mode, upright, deep)
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):
             return None

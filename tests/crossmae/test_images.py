@@ -174,6 +174,7 @@ def test_tiff_colours_are_read_alike_at_both_depths() -> None:
     deep = np.random.default_rng(3).integers(0, 65536, (6, 5, 3), np.uint16)
     tifffile.imwrite(planar, np.moveaxis(deep, -1, 0), photometric="rgb", planarconfig="separate")
     np.testing.assert_allclose(decode_image(planar.getvalue(), "x", 3, 8), np.rint(deep / 257), atol=1)
+    assert isinstance(decode_image(planar.getvalue(), "x", 3), Image.Image)
     tifffile.imwrite(infrared, PIXELS, photometric="rgb", extrasamples=["unspecified"])
     tifffile.imwrite(signed, deep[..., 0].astype(np.int16), photometric="minisblack")
     for depth in (8, 16):

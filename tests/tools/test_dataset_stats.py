@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +12,15 @@ import yaml
 from PIL import Image
 
 from crossmae.config import load_config
-from crossmae.errors import USER_ERROR_EXIT_CODE, run_cli
+from crossmae.errors import USER_ERROR_EXIT_CODE
 from tests.crossmae.sources.source_files import write_tree
+from tests.tools.command_line import exit_code
 from tools.dataset_stats import build_parser, main
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+def run(*arguments: str) -> int:
     """Exit code of the command."""
-    monkeypatch.setattr(sys, "argv", ["dataset_stats.py", "--config-file", "c.yaml", *arguments])
-    try:
-        run_cli(main)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return exit_code(main, "--config-file", "c.yaml", *arguments)
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +31,9 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("c.yaml").write_text(yaml.safe_dump(config))
 
 
-def test_the_words_fit_the_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_words_fit_the_config(capsys: pytest.CaptureFixture[str]) -> None:
     for channels in (3, 1):  # the config's own mean has three values: it does not stand in the way
-        assert run(monkeypatch, f"model.in_chans={channels}", "--output", "out/stats.json") == 0
+        assert run(f"model.in_chans={channels}", "--output", "out/stats.json") == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0] == "9 images of 3 classes in the folder tree"
         assert lines[2] == "short side  10 / 14 / 18 (min / median / max)"
@@ -50,16 +45,16 @@ def test_the_words_fit_the_config(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert written["images"] == 9
 
 
-def test_a_sample(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "--images", "4") == 0
+def test_a_sample(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--images", "4") == 0
     assert "images      4\n" in capsys.readouterr().out
 
 
-def test_the_low_part_of_16_bits_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_low_part_of_16_bits_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     Path("deep").mkdir()
     Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)).save("deep/x.png")
     words = ("data.train=deep", "model.in_chans=1", "data.bit_depth=16")
-    assert run(monkeypatch, *words) == 0
+    assert run(*words) == 0
     assert "warning: the largest value is 4095 of 65535" in capsys.readouterr().out
 
 
@@ -74,13 +69,13 @@ def test_the_low_part_of_16_bits_is_told(monkeypatch: pytest.MonkeyPatch, capsys
     ],
 )
 def test_errors_are_one_line_and_nothing_is_written(
-    words: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("black", "broken"):
         Path(name).mkdir()
     Image.new("RGB", (9, 9)).save("black/x.png")
     Path("broken/x.png").write_bytes(b"broken")
-    assert run(monkeypatch, *words, "--output", "stats.json") == USER_ERROR_EXIT_CODE
+    assert run(*words, "--output", "stats.json") == USER_ERROR_EXIT_CODE
     error = capsys.readouterr().err.rpartition("\r")[2].strip()  # after the bars
     assert error.startswith("error: ")
     assert told in error

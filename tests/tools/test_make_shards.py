@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from crossmae.errors import USER_ERROR_EXIT_CODE, run_cli
+from crossmae.errors import USER_ERROR_EXIT_CODE
 from crossmae.sources import open_source
 from tests.crossmae.sources.source_files import write_tree
+from tests.tools.command_line import exit_code
 from tools.make_shards import build_parser, main
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+def run(*arguments: str) -> int:
     """Exit code of the command."""
-    monkeypatch.setattr(sys, "argv", ["make_shards.py", *arguments])
-    try:
-        run_cli(main)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return exit_code(main, *arguments)
 
 
 @pytest.fixture(autouse=True)
@@ -29,35 +24,33 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tree(Path("tree"))
 
 
-def test_output_and_second_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_and_second_run(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("tree", "shards", "--short-side", "8", "--images-per-shard", "4", "--workers", "2")
-    assert run(monkeypatch, *words) == 0
+    assert run(*words) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "9 images of 3 classes in the folder tree"
     assert lines[1].startswith("9 images in 3 shards (0 were there already), 0.0 MB became ")
     assert lines[2] == "paste: data.train=shards"
     assert len(open_source("shards", "data.train")) == 9
-    assert run(monkeypatch, *words) == 0
+    assert run(*words) == 0
     assert "(3 were there already)" in capsys.readouterr().out
 
 
-def test_verify(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    run(monkeypatch, "tree", "shards")
+def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
+    run("tree", "shards")
     capsys.readouterr()
-    assert run(monkeypatch, "--verify", "shards") == 0
+    assert run("--verify", "shards") == 0
     assert capsys.readouterr().out == "shards: 1 shards, all as they were written\n"
     Path("shards/shard-000000.tar").write_bytes(b"other")
-    assert run(monkeypatch, "--verify", "shards") == USER_ERROR_EXIT_CODE
+    assert run("--verify", "shards") == USER_ERROR_EXIT_CODE
     assert "error: shards: 1 of 1 shards are missing or not as they were written" in capsys.readouterr().err
 
 
-def test_a_list_with_root_and_broken_images(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_list_with_root_and_broken_images(capsys: pytest.CaptureFixture[str]) -> None:
     Path("lists").mkdir()
     Path("lists/list.txt").write_text("ant/000.png\nant/001.png\n")
     Path("tree/ant/001.png").write_bytes(b"broken")
-    assert run(monkeypatch, "lists/list.txt", "shards", "--root", "tree", "--skip-broken") == 0
+    assert run("lists/list.txt", "shards", "--root", "tree", "--skip-broken") == 0
     out = capsys.readouterr().out
     assert "1 images in 1 shards" in out
     assert "1 broken images left out, listed in shards/broken.txt" in out
@@ -77,11 +70,11 @@ def test_a_list_with_root_and_broken_images(
     ],
 )
 def test_errors_are_one_line_and_write_nothing(
-    words: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("list.txt").write_text("list-a.png\nlist-b.png")
     before = sorted(Path().rglob("*"))
-    assert run(monkeypatch, *words) == USER_ERROR_EXIT_CODE
+    assert run(*words) == USER_ERROR_EXIT_CODE
     error = capsys.readouterr().err.rpartition("\r")[2].strip()  # after the bars
     assert error.startswith("error: ")
     assert told in error

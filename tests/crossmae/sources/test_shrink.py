@@ -119,3 +119,13 @@ def test_broken_images_are_named(data: bytes) -> None:
         shrink(data, "x.png", 32, 90)
     with pytest.raises(UserError, match=r"x\.png: can not be read as an image"):
         keep(data, "x.png")
+
+
+def test_deep_colour_in_planes_is_refused_like_any_other_deep_colour() -> None:
+    """Pillow opens such a TIFF file as if it were one of 8 bits."""
+    tifffile = pytest.importorskip("tifffile")
+    pixels = np.random.default_rng(0).integers(0, 65536, (3, 12, 10), np.uint16)
+    file = io.BytesIO()
+    tifffile.imwrite(file, pixels, photometric="rgb", planarconfig="separate")
+    with pytest.raises(UserError, match=r"x\.tif: 16-bit colour .* use --keep-original"):
+        shrink(file.getvalue(), "x.tif", 8, 90)
