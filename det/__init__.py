@@ -8,8 +8,8 @@ try:
 except ImportError as error:
     raise ImportError("det needs detectron2; install it with: python tools/install_detectron2.py") from error
 
+from det.coco import register_coco
 from det.config import add_crossmae_config, load_det_config
-from det.data import register_coco
 from det.evaluate import evaluate
 from det.train import train
 from det.vit import ViT, build_crossmae_vitdet_backbone

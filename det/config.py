@@ -46,19 +46,35 @@ def add_crossmae_config(cfg: CfgNode) -> None:
     vit.WINDOW_SIZE = 14  # patches; 0: every block is global
     vit.GLOBAL_BLOCKS = [2, 5, 8, 11]
     vit.REL_POS = True
+    vit.POS_EMBED = "resize"  # or tiled, absolute_win: how the position table of pretraining covers the image
+    vit.ATTENTION = "auto"  # or folded, materialized: how relative positions enter attention; equal but for rounding
+    vit.ACTIVATION_CHECKPOINTING = False  # compute blocks again in backward instead of keeping them
+    vit.FROZEN_STAGES = -1  # 0: patch embedding and positions are not trained; n: nor are the first n blocks
     # Simple feature pyramid
     vit.OUT_CHANNELS = 256
     vit.SCALE_FACTORS = [4.0, 2.0, 1.0, 0.5]  # p2, p3, p4, p5 with patches of 16 pixels
     vit.NORM = "LN"
     vit.MAX_POOL_LEVEL = True  # p6
-    vit.SQUARE_PAD = 0  # pixels; 0: pad to the largest image of the batch
+    vit.SQUARE_PAD = 0  # pixels, in training; 0: pad to the largest image of the batch
+    vit.SQUARE_PAD_TEST = 0  # the same for evaluation and prediction
 
     # Large-scale jitter: scale into a square of SIZE times a random factor, then crop to SIZE.
     cfg.INPUT.LSJ = CfgNode({"ENABLED": False, "SIZE": 1024, "MIN_SCALE": 0.1, "MAX_SCALE": 2.0})
 
+    # Simple copy-paste (arXiv 2012.07177): objects of another training image are pasted with probability PROB.
+    cfg.INPUT.COPY_PASTE = CfgNode({"ENABLED": False, "PROB": 0.5})
+    cfg.DATASETS.DROP = ()  # names of faults whose entries may be left out, as tools/check_coco.py calls them
+
     cfg.SOLVER.BETAS = (0.9, 0.999)  # of AdamW
+    cfg.SOLVER.ACCUMULATE = 1  # parts that the IMS_PER_BATCH images of a step are computed in
+    cfg.SOLVER.REFERENCE_BATCH = 0  # images a step that BASE_LR is for; 0: BASE_LR is used as it is
+    cfg.SOLVER.EPOCHS = 0.0  # passes over the training images, instead of MAX_ITER; 0: MAX_ITER counts
+    cfg.SOLVER.DECAY_AT = ()  # shares of the run after which the rate falls by GAMMA, instead of STEPS
+    cfg.SOLVER.EMA = CfgNode({"ENABLED": False, "DECAY": 0.9999})  # moving average of the weights, which is evaluated
     cfg.SOLVER.LAYER_DECAY = 1.0  # learning rate of each encoder layer over that of the next; 1: none
     cfg.SOLVER.AMP.PRECISION = "bf16"  # bf16 or fp16, where SOLVER.AMP.ENABLED
+    cfg.TEST.EVAL_EPOCHS = 0.0  # evaluate and save every so many epochs, where SOLVER.EPOCHS is used
+    cfg.TEST.EVALUATOR = "auto"  # hotcoco, pycocotools, or auto: hotcoco where it is installed
 
 
 def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
@@ -218,6 +234,11 @@ def _literal(text: str) -> Any:
 _CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("SOLVER.IMS_PER_BATCH", lambda v: v >= 1, "at least 1"),
     ("SOLVER.MAX_ITER", lambda v: v >= 1, "at least 1"),
+    ("SOLVER.ACCUMULATE", lambda v: v >= 1, "at least 1"),
+    ("SOLVER.REFERENCE_BATCH", lambda v: v >= 0, "at least 0"),
+    ("SOLVER.EPOCHS", lambda v: v >= 0, "at least 0"),
+    ("SOLVER.DECAY_AT", lambda v: all(0 < share < 1 for share in v) and list(v) == sorted(v), "rising shares of 1"),
+    ("SOLVER.EMA.DECAY", lambda v: 0 <= v < 1, "at least 0 and less than 1"),
     ("SOLVER.CHECKPOINT_PERIOD", lambda v: v >= 1, "at least 1"),
     ("SOLVER.BASE_LR", lambda v: v > 0, "greater than 0"),
     ("SOLVER.LAYER_DECAY", lambda v: 0 < v <= 1, "greater than 0 and at most 1"),
@@ -234,8 +255,11 @@ _CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("DATALOADER.SAMPLER_TRAIN", lambda v: v == "TrainingSampler", "TrainingSampler"),
     ("INPUT.FORMAT", lambda v: v in ("RGB", "BGR"), "RGB or BGR"),
     ("INPUT.MASK_FORMAT", lambda v: v in ("polygon", "bitmask"), "polygon or bitmask"),
+    ("INPUT.COPY_PASTE.PROB", lambda v: 0 <= v <= 1, "from 0 to 1"),
     ("INPUT.LSJ.SIZE", lambda v: v >= 1, "at least 1"),
     ("INPUT.LSJ.MIN_SCALE", lambda v: v > 0, "greater than 0"),
+    ("TEST.EVALUATOR", lambda v: v in ("auto", "hotcoco", "pycocotools"), "auto, hotcoco or pycocotools"),
+    ("TEST.EVAL_EPOCHS", lambda v: v >= 0, "at least 0"),
     ("MODEL.DEVICE", lambda v: bool(re.fullmatch(r"cpu|cuda(:\d+)?", v)), "cpu, cuda or cuda:N"),
     ("MODEL.ROI_HEADS.NUM_CLASSES", lambda v: v >= 1, "at least 1"),
     ("MODEL.VIT.PATCH_SIZE", lambda v: v >= 1, "at least 1"),
@@ -245,6 +269,10 @@ _CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("MODEL.VIT.MLP_RATIO", lambda v: v > 0, "greater than 0"),
     ("MODEL.VIT.NUM_HEADS", lambda v: v >= 1, "at least 1"),
     ("MODEL.VIT.SQUARE_PAD", lambda v: v >= 0, "at least 0"),
+    ("MODEL.VIT.SQUARE_PAD_TEST", lambda v: v >= 0, "at least 0"),
+    ("MODEL.VIT.POS_EMBED", lambda v: v in ("resize", "tiled", "absolute_win"), "resize, tiled or absolute_win"),
+    ("MODEL.VIT.ATTENTION", lambda v: v in ("auto", "folded", "materialized"), "auto, folded or materialized"),
+    ("MODEL.VIT.FROZEN_STAGES", lambda v: v >= -1, "at least -1"),
 ]  # fmt: skip
 
 
@@ -273,12 +301,12 @@ def check_config(cfg: CfgNode) -> None:
 
 def _check_square_pad(cfg: CfgNode) -> None:
     """Images must fit the square: detectron2 would crop them without a word."""
-    pad, patch = cfg.MODEL.VIT.SQUARE_PAD, cfg.MODEL.VIT.PATCH_SIZE
-    if not pad:
-        return
-    if pad % patch:
-        raise UserError(f"MODEL.VIT.SQUARE_PAD {pad} is no multiple of MODEL.VIT.PATCH_SIZE {patch}")
-    for key in ("INPUT.LSJ.SIZE" if cfg.INPUT.LSJ.ENABLED else "INPUT.MAX_SIZE_TRAIN", "INPUT.MAX_SIZE_TEST"):
-        size = lookup(cfg, key)
-        if pad < size:
-            raise UserError(f"MODEL.VIT.SQUARE_PAD {pad} is smaller than {key} {size}: images would be cropped")
+    vit, train = cfg.MODEL.VIT, "INPUT.LSJ.SIZE" if cfg.INPUT.LSJ.ENABLED else "INPUT.MAX_SIZE_TRAIN"
+    for name, pad, key in (
+        ("SQUARE_PAD", vit.SQUARE_PAD, train),
+        ("SQUARE_PAD_TEST", vit.SQUARE_PAD_TEST, "INPUT.MAX_SIZE_TEST"),
+    ):
+        if pad % vit.PATCH_SIZE:
+            raise UserError(f"MODEL.VIT.{name} {pad} is no multiple of MODEL.VIT.PATCH_SIZE {vit.PATCH_SIZE}")
+        if pad and pad < lookup(cfg, key):
+            raise UserError(f"MODEL.VIT.{name} {pad} is smaller than {key} {lookup(cfg, key)}: images would be cropped")

@@ -31,8 +31,9 @@ from tqdm import tqdm
 from crossmae.errors import UserError
 from crossmae.files import make_folder, sha256, write_atomically, write_json, write_text
 from crossmae.versions import versions
+from det.coco import check_registered
 from det.config import leaf_keys, lookup
-from det.data import build_train_loader, check_registered, refuse_unreadable
+from det.data import build_train_loader, refuse_unreadable
 from det.evaluate import evaluate
 from det.weights import load_weights
 

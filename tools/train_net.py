@@ -25,8 +25,8 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessRaisedException
 
 from crossmae.errors import UserError, run_cli
+from det.coco import use_own_data
 from det.config import load_det_config
-from det.data import use_own_data
 from det.evaluate import format_results
 from det.train import ConsoleHandler, evaluate_only, train
 

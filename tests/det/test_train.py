@@ -12,8 +12,8 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed: python to
 from detectron2.modeling import build_model
 
 from crossmae.errors import UserError, run_cli
+from det.coco import use_own_data
 from det.config import load_det_config
-from det.data import use_own_data
 from det.evaluate import evaluate, format_results
 from det.train import AtomicCheckpointer, Trainer, parameter_groups
 from tests.det.coco_files import TINY, save, write_coco
