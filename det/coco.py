@@ -1,4 +1,4 @@
-"""Data sets in COCO format: checked before anything is trained, registered with detectron2, and fitted to the config."""
+"""Data sets in COCO format: checked before anything is trained, registered, and fitted to the config."""
 
 from __future__ import annotations
 

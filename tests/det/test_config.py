@@ -74,7 +74,7 @@ def test_overrides_mix_both_forms(write):
         (["MODEL.DEVICE=foo"], "MODEL.DEVICE must be cpu, cuda or cuda:N, got 'foo'"),
         (["MODEL.VIT.SQUARE_PAD=1340"], "MODEL.VIT.SQUARE_PAD 1340 is no multiple of MODEL.VIT.PATCH_SIZE 16"),
         (["MODEL.VIT.SQUARE_PAD=1024"], "SQUARE_PAD 1024 is smaller than INPUT.MAX_SIZE_TRAIN 1333"),
-        (["MODEL.VIT.SQUARE_PAD=1024", "INPUT.LSJ.ENABLED=True"], "1024 is smaller than INPUT.MAX_SIZE_TEST 1333"),
+        (["MODEL.VIT.SQUARE_PAD_TEST=1024"], "SQUARE_PAD_TEST 1024 is smaller than INPUT.MAX_SIZE_TEST 1333"),
         (["MODEL.VIT.SQUARE_PAD=512", "INPUT.LSJ.ENABLED=True"], "512 is smaller than INPUT.LSJ.SIZE 1024"),
     ],
 )
