@@ -47,7 +47,7 @@ def add_crossmae_config(cfg: CfgNode) -> None:
     vit.GLOBAL_BLOCKS = [2, 5, 8, 11]
     vit.REL_POS = True
     vit.POS_EMBED = "resize"  # or tiled, absolute_win: how the position table of pretraining covers the image
-    vit.ATTENTION = "auto"  # or folded, materialized: how relative positions enter attention; equal but for rounding
+    vit.ATTENTION = "folded"  # or materialized: equal but for rounding, with an N x N matrix; see det/attention.py
     vit.ACTIVATION_CHECKPOINTING = False  # compute blocks again in backward instead of keeping them
     vit.FROZEN_STAGES = -1  # 0: patch embedding and positions are not trained; n: nor are the first n blocks
     # Simple feature pyramid
@@ -271,7 +271,7 @@ _CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("MODEL.VIT.SQUARE_PAD", lambda v: v >= 0, "at least 0"),
     ("MODEL.VIT.SQUARE_PAD_TEST", lambda v: v >= 0, "at least 0"),
     ("MODEL.VIT.POS_EMBED", lambda v: v in ("resize", "tiled", "absolute_win"), "resize, tiled or absolute_win"),
-    ("MODEL.VIT.ATTENTION", lambda v: v in ("auto", "folded", "materialized"), "auto, folded or materialized"),
+    ("MODEL.VIT.ATTENTION", lambda v: v in ("folded", "materialized"), "folded or materialized"),
     ("MODEL.VIT.FROZEN_STAGES", lambda v: v >= -1, "at least -1"),
 ]  # fmt: skip
 

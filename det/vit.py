@@ -1,98 +1,36 @@
 """The CrossMAE encoder as a detectron2 backbone: ViTDet's plain backbone and simple feature pyramid.
 
 Source: Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection" (arXiv 2203.16527) and method
-specification, section 3.1. Shapes: B batch, H and W rows and columns of patches, E width, d width of a head, n side of
-the grid that one attention sees. Key names are those of the published checkpoints, under `net.` in the pyramid.
+specification, section 3.1. Shapes: B batch, H and W rows and columns of patches, E width. Key names are those of the
+published checkpoints, under `net.` in the pyramid.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
+from detectron2.layers.batch_norm import LayerNorm as ChannelFirstLayerNorm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, SimpleFeaturePyramid
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
-from detectron2.modeling.backbone.utils import get_abs_pos, window_partition, window_unpartition
+from detectron2.modeling.backbone.utils import get_abs_pos
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from crossmae.errors import UserError
-from crossmae.layers import Attention, Block, PatchEmbed
+from crossmae.layers import Block, PatchEmbed
 from crossmae.pos_embed import sincos_pos_embed
 from crossmae.vit import patch_grid
+from det.attention import RelPosAttention, SpatialAttention
 
 SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
+PosEmbed = Literal["resize", "tiled", "absolute_win"]
 NORMS = ("", "LN", "GN", "BN", "SyncBN", "FrozenBN")
-
-
-class SpatialAttention(Attention):
-    """Self-attention on a grid of tokens, in windows or over the whole grid, with decomposed relative positions.
-
-    Windows that reach over the edge are padded with zero tokens behind the norm, as in ViTDet: what attention sees
-    there are keys and values equal to the bias of `qkv`, and they are not masked.
-
-    Args:
-        dim: width E.
-        num_heads: attention heads.
-        window_size: side of a window in tokens; 0 attends over the whole grid.
-        rel_pos_size: side of the grid that the relative position tables are made for; 0 makes none.
-    """
-
-    def __init__(self, dim: int, num_heads: int, window_size: int = 0, rel_pos_size: int = 0) -> None:
-        super().__init__(dim, num_heads)
-        self.window_size = window_size
-        self.has_rel_pos = rel_pos_size > 0
-        if self.has_rel_pos:
-            shape = (2 * rel_pos_size - 1, dim // num_heads)
-            self.rel_pos_h = nn.Parameter(torch.zeros(shape))
-            self.rel_pos_w = nn.Parameter(torch.zeros(shape))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, E) to (B, H, W, E)."""
-        if not self.window_size:
-            return self._attend(x)
-        windows, padded = window_partition(x, self.window_size)  # (B * windows, window, window, E)
-        return window_unpartition(self._attend(windows), self.window_size, padded, x.shape[1:3])
-
-    def _attend(self, x: Tensor) -> Tensor:
-        B, H, W, E = x.shape
-        qkv = self.qkv(x).view(B, H * W, 3, self.num_heads, E // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, H * W, d)
-        bias = self._rel_pos_bias(q, H, W) if self.has_rel_pos else None
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(out.transpose(1, 2).reshape(B, H, W, E))
-
-    def _rel_pos_bias(self, q: Tensor, H: int, W: int) -> Tensor:
-        """(B, heads, H * W, d) queries, not scaled, to what is added to their (B, heads, H * W, H * W) scores."""
-        B, heads, _, d = q.shape
-        q = q.view(B, heads, H, W, d)
-        Rh, Rw = relative_positions(self.rel_pos_h, H), relative_positions(self.rel_pos_w, W)
-        rows = torch.einsum("bnhwd,hkd->bnhwk", q, Rh)  # (B, heads, H, W, H)
-        columns = torch.einsum("bnhwd,wkd->bnhwk", q, Rw)  # (B, heads, H, W, W)
-        # Contiguous before they are added, or the sum, heads * (H * W)^2 numbers, would have to be copied.
-        bias = rows.contiguous()[..., :, None] + columns.contiguous()[..., None, :]
-        return bias.reshape(B, heads, H * W, H * W)
-
-
-def relative_positions(table: Tensor, size: int) -> Tensor:
-    """Rows of a relative position table for every (query, key) pair of one axis.
-
-    A table made for another size is resized linearly, as detectron2 does (`get_rel_pos`).
-
-    Args:
-        table: (2n - 1, d), from the most negative distance to the most positive.
-        size: tokens along the axis.
-
-    Returns:
-        (size, size, d); entry [i, j] belongs to the distance i - j.
-    """
-    if table.shape[0] != 2 * size - 1:
-        table = F.interpolate(table.t()[None], size=2 * size - 1, mode="linear")[0].t()
-    index = torch.arange(size, device=table.device)
-    return table[index[:, None] - index[None, :] + size - 1]
 
 
 class ViT(Backbone):
@@ -100,6 +38,14 @@ class ViT(Backbone):
 
     Linear weights start as Xavier uniform, as in pretraining, positions as the sine-cosine table (trained on from
     there, as in ViTDet), relative positions at zero.
+
+    The position table of pretraining covers an image of another size in one of three ways:
+
+    | `pos_embed_mode` | positions of the image                                                     | source          |
+    | ---------------- | -------------------------------------------------------------------------- | --------------- |
+    | `resize`         | the table, resized (bicubic)                                               | ViTDet          |
+    | `tiled`          | the table, resized to a window, once in every window                       | 2311.05613, 4.2 |
+    | `absolute_win`   | `tiled`, plus a second table, trained from zero, resized over the image    | 2311.05613, 4.1 |
 
     Args:
         img_size: pixels of a side that relative positions of global blocks are made for; a multiple of `patch_size`.
@@ -114,6 +60,9 @@ class ViT(Backbone):
         window_size: side in patches of the windows in all blocks but the global ones; 0 makes every block global.
         global_blocks: indices of the blocks that attend over the whole image.
         rel_pos: add decomposed relative positions in every block.
+        pos_embed_mode: see above; without windows, a tile is as large as the table.
+        rel_pos_attention: how relative positions are computed, see `SpatialAttention`.
+        activation_checkpointing: compute every block again in backward instead of keeping what it needs.
     """
 
     def __init__(
@@ -130,19 +79,28 @@ class ViT(Backbone):
         window_size: int = 14,
         global_blocks: Sequence[int] = (2, 5, 8, 11),
         rel_pos: bool = True,
+        pos_embed_mode: PosEmbed = "resize",
+        rel_pos_attention: RelPosAttention = "folded",
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.patch_size, self.embed_dim, self.depth, self.num_heads = patch_size, embed_dim, depth, num_heads
         self.pretrain_img_size, self.mlp_ratio = pretrain_img_size, mlp_ratio
-        grid = patch_grid(img_size, patch_size)[0]
+        self.pos_embed_mode, self.activation_checkpointing = pos_embed_mode, activation_checkpointing
+        self.frozen_stages = -1
+        grid, table = patch_grid(img_size, patch_size)[0], patch_grid(pretrain_img_size, patch_size)
+        self.tile = window_size or table[0]
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
-        self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, patch_grid(pretrain_img_size, patch_size)))
+        self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, table))
+        if pos_embed_mode == "absolute_win":
+            self.pos_embed_global = nn.Parameter(torch.zeros(1, table[0] * table[1], embed_dim))
         self.blocks = nn.ModuleList()
         for index in range(depth):
             rate = drop_path * index / max(depth - 1, 1)
             window = 0 if index in global_blocks else window_size
             block = Block(embed_dim, num_heads, mlp_ratio, rate)
-            block.attn = SpatialAttention(embed_dim, num_heads, window, (window or grid) if rel_pos else 0)
+            side = (window or grid) if rel_pos else 0
+            block.attn = SpatialAttention(embed_dim, num_heads, window, side, rel_pos_attention)
             self.blocks.append(block)
         self.apply(_init_linear)
 
@@ -151,10 +109,48 @@ class ViT(Backbone):
         if imgs.shape[-2] % self.patch_size or imgs.shape[-1] % self.patch_size:
             raise ValueError(f"image sides must be multiples of {self.patch_size} pixels, got {tuple(imgs.shape[-2:])}")
         x = self.patch_embed(imgs)  # (B, H, W, E)
-        x = x + get_abs_pos(self.pos_embed, True, x.shape[1:3])
+        x = x + self.positions(x.shape[1], x.shape[2])
         for block in self.blocks:
-            x = block(x)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return {"last_feat": x.permute(0, 3, 1, 2)}
+
+    def positions(self, H: int, W: int) -> Tensor:
+        """What is added to the patches of an image, (1, H, W, E)."""
+        if self.pos_embed_mode == "resize":
+            return get_abs_pos(self.pos_embed, True, (H, W))
+        tile = get_abs_pos(self.pos_embed, True, (self.tile, self.tile))
+        tiles = tile.repeat(1, math.ceil(H / self.tile), math.ceil(W / self.tile), 1)[:, :H, :W]
+        if self.pos_embed_mode == "tiled":
+            return tiles
+        return tiles + get_abs_pos(self.pos_embed_global, False, (H, W))
+
+    def freeze(self, stages: int) -> None:
+        """Train no longer: -1 nothing, 0 patch embedding and positions, n these and the first n blocks.
+
+        Frozen blocks drop no paths either.
+
+        Raises:
+            ValueError: there are fewer blocks.
+        """
+        if stages > self.depth:
+            raise ValueError(f"FROZEN_STAGES {stages} is more than the {self.depth} blocks of the encoder")
+        self.frozen_stages = stages
+        for name, parameter in self.named_parameters():
+            if stages >= 0 and name.startswith(("patch_embed.", "pos_embed")):
+                parameter.requires_grad_(False)
+        for block in self.blocks[: max(stages, 0)]:
+            block.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> ViT:
+        """As ever, but frozen blocks stay in evaluation mode."""
+        super().train(mode)
+        for block in self.blocks[: max(self.frozen_stages, 0)]:
+            block.eval()
+        return self
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of the one feature map."""
@@ -167,18 +163,31 @@ def _init_linear(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+class ChannelLayerNorm(ChannelFirstLayerNorm):
+    """detectron2's LayerNorm over the channels of (B, C, H, W), in one fused call instead of eight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H, W)."""
+        last = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return last.permute(0, 3, 1, 2)
+
+
 class FeaturePyramid(SimpleFeaturePyramid):
     """detectron2's pyramid, with batches padded to what encoder and pyramid can divide.
 
-    Upstream spells the key of that number otherwise than its reader does, so that images of odd sizes fail there unless
-    they are padded to a square.
+    In training, images are padded to a square of `square_pad` pixels, in evaluation to one of `square_pad_test`; 0 pads
+    to the largest image of the batch. Upstream spells the key of the divisor otherwise than its reader does, so that
+    images of odd sizes fail there unless they are padded to a square.
     """
+
+    square_pad_test = 0
 
     @property
     def padding_constraints(self) -> dict[str, int]:
         """What `ImageList.from_tensors` pads a batch to, in pixels."""
         divisor = max(self._size_divisibility, self.net.patch_size)
-        return {"size_divisibility": divisor, "square_size": self._square_pad}
+        square = self._square_pad if self.training else self.square_pad_test
+        return {"size_divisibility": divisor, "square_size": square}
 
 
 def build_pyramid(
@@ -188,7 +197,8 @@ def build_pyramid(
     norm: str = "LN",
     max_pool_level: bool = True,
     square_pad: int = 0,
-) -> SimpleFeaturePyramid:
+    square_pad_test: int = 0,
+) -> FeaturePyramid:
     """The simple feature pyramid over an encoder (arXiv 2203.16527, section 3); the encoder becomes its `net`.
 
     Args:
@@ -197,7 +207,8 @@ def build_pyramid(
         scale_factors: resolution of each level over that of the encoder, falling by halves; 4, 2, 1 and 0.5 exist.
         norm: norm behind each convolution; "" is none.
         max_pool_level: add one coarser level by subsampling the last (p6 of five levels).
-        square_pad: pad every batch to a square of so many pixels; 0 pads to the largest image.
+        square_pad: in training, pad every batch to a square of so many pixels; 0 pads to the largest image.
+        square_pad_test: the same in evaluation.
 
     Raises:
         ValueError: the patch size is no power of two, so that the levels have no whole strides; factors or a norm that
@@ -215,11 +226,14 @@ def build_pyramid(
     if max_pool_level:
         top_block = LastLevelMaxPool()
         top_block.in_feature = f"p{int(math.log2(net.patch_size / scale_factors[-1]))}"
-    return FeaturePyramid(net, "last_feat", out_channels, scale_factors, top_block, norm, square_pad)
+    norm_layer = ChannelLayerNorm if norm == "LN" else norm
+    pyramid = FeaturePyramid(net, "last_feat", out_channels, scale_factors, top_block, norm_layer, square_pad)
+    pyramid.square_pad_test = square_pad_test
+    return pyramid
 
 
 @BACKBONE_REGISTRY.register()
-def build_crossmae_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeaturePyramid:
+def build_crossmae_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FeaturePyramid:
     """`MODEL.BACKBONE.NAME: build_crossmae_vitdet_backbone`: encoder and pyramid from `MODEL.VIT.*`."""
     vit = cfg.MODEL.VIT
     try:
@@ -236,8 +250,20 @@ def build_crossmae_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Simp
             window_size=vit.WINDOW_SIZE,
             global_blocks=vit.GLOBAL_BLOCKS,
             rel_pos=vit.REL_POS,
+            pos_embed_mode=vit.POS_EMBED,
+            rel_pos_attention=vit.ATTENTION,
+            activation_checkpointing=vit.ACTIVATION_CHECKPOINTING,
         )
-        pyramid = build_pyramid(net, vit.OUT_CHANNELS, vit.SCALE_FACTORS, vit.NORM, vit.MAX_POOL_LEVEL, vit.SQUARE_PAD)
+        net.freeze(vit.FROZEN_STAGES)
+        pyramid = build_pyramid(
+            net,
+            vit.OUT_CHANNELS,
+            vit.SCALE_FACTORS,
+            vit.NORM,
+            vit.MAX_POOL_LEVEL,
+            vit.SQUARE_PAD,
+            vit.SQUARE_PAD_TEST,
+        )
     except ValueError as error:
         raise UserError(f"MODEL.VIT: {error}") from error
     levels = list(pyramid.output_shape())

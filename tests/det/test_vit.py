@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
 from detectron2.layers import ShapeSpec
+from detectron2.layers.batch_norm import LayerNorm as ChannelFirstLayerNorm
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
 from detectron2.modeling.backbone.vit import ViT as ReferenceViT
@@ -18,7 +19,7 @@ from crossmae.errors import UserError
 from crossmae.layers import LayerNorm
 from crossmae.pos_embed import sincos_pos_embed
 from det.config import load_det_config
-from det.vit import ViT, build_crossmae_vitdet_backbone, build_pyramid, relative_positions
+from det.vit import ChannelLayerNorm, ViT, build_crossmae_vitdet_backbone, build_pyramid
 
 SIZE = {"patch_size": 16, "embed_dim": 32, "depth": 4, "num_heads": 2}
 
@@ -91,6 +92,10 @@ def test_keys_and_shapes_are_those_of_the_published_adapter():
         "p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64,
     }  # fmt: skip
     assert backbone.padding_constraints == {"size_divisibility": 32, "square_size": 1024}
+    assert backbone.eval().padding_constraints == {
+        "size_divisibility": 32,
+        "square_size": cfg.MODEL.VIT.SQUARE_PAD_TEST,
+    }
 
 
 def test_a_new_backbone_starts_from_sine_cosine_positions_and_no_relative_ones():
@@ -100,11 +105,112 @@ def test_a_new_backbone_starts_from_sine_cosine_positions_and_no_relative_ones()
     assert all(not t.any() for name, t in net.state_dict().items() if "rel_pos" in name)
 
 
-def test_relative_positions_are_differences_of_coordinates():
-    table = torch.arange(7.0)[:, None]  # distances -3 .. 3 of a grid of 4
-    pairs = relative_positions(table, 4)[..., 0] - 3
-    expected = torch.tensor([[float(i - j) for j in range(4)] for i in range(4)])
-    assert torch.equal(pairs, expected)
+def positions(mode, grid, window=2):
+    """A net with random tables of 3 x 3, and its positions on a grid."""
+    torch.manual_seed(0)
+    net = ViT(64, 48, **SIZE, window_size=window, global_blocks=(3,), pos_embed_mode=mode)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.startswith("pos_embed"):
+                parameter.normal_()
+    return net, net.positions(*grid)[0]
+
+
+def resized(table, grid):
+    """A table of 9 rows as (rows, columns, width), bicubic as in PyTorch."""
+    square = table.reshape(1, 3, 3, -1).permute(0, 3, 1, 2)
+    return torch.nn.functional.interpolate(square, grid, mode="bicubic").permute(0, 2, 3, 1)[0]
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (5, 7), (1, 3)])
+@pytest.mark.parametrize("window", [2, 3, 0])
+def test_tiled_positions_are_the_same_in_every_window(grid, window):
+    net, found = positions("tiled", grid, window)
+    side = window or 3  # without windows, the table itself is the tile
+    tile = resized(net.pos_embed[0, 1:], (side, side)) if side != 3 else net.pos_embed[0, 1:].reshape(3, 3, -1)
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            assert torch.equal(found[row, column], tile[row % side, column % side])
+
+
+def test_absolute_win_adds_a_resized_global_table_to_the_tiles():
+    _, tiles = positions("tiled", (5, 7))
+    net, found = positions("absolute_win", (5, 7))
+    torch.testing.assert_close(found, tiles + resized(net.pos_embed_global[0], (5, 7)))
+    net(torch.randn(1, 3, 80, 112))["last_feat"].square().mean().backward()
+    assert net.pos_embed.grad.abs().max() > 0
+    assert net.pos_embed_global.grad.abs().max() > 0
+
+
+def test_a_new_absolute_win_starts_as_tiled():
+    net = ViT(64, 48, **SIZE, window_size=2, pos_embed_mode="absolute_win", global_blocks=(3,))
+    tiled = ViT(64, 48, **SIZE, window_size=2, pos_embed_mode="tiled", global_blocks=(3,))
+    assert torch.equal(net.positions(5, 7), tiled.positions(5, 7))
+
+
+def test_activation_checkpointing_changes_memory_but_no_number():
+    """Drop path included: what is computed again must drop the same paths."""
+    results = {}
+    for on in (False, True):
+        torch.manual_seed(0)
+        net = ViT(64, 48, **SIZE, drop_path=0.5, window_size=3, global_blocks=(3,), activation_checkpointing=on)
+        kept = []
+        imgs = torch.randn(4, 3, 64, 64)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, k=kept: k.append(t.numel()) or t, lambda t: t):
+            out = net(imgs)["last_feat"]
+        out.square().mean().backward()
+        gradients = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
+        results[on] = (out.detach(), gradients, sum(kept))
+    (out, gradients, kept), (out_again, gradients_again, kept_again) = results[False], results[True]
+    assert torch.equal(out, out_again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_again, strict=True))
+    assert kept_again < kept / 4
+
+
+@pytest.mark.parametrize("stages", [-1, 0, 2, 4])
+def test_frozen_stages_get_no_gradient_and_drop_no_paths(stages):
+    net = ViT(64, 48, **SIZE, drop_path=0.5, window_size=2, global_blocks=(3,))
+    net.freeze(stages)
+    net.train()
+    trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    expected = {name for name, _ in net.named_parameters()}
+    if stages >= 0:
+        expected = {name for name in expected if name.startswith("blocks.") and int(name.split(".")[1]) >= stages}
+    assert trained == expected
+    assert [block.training for block in net.blocks] == [index >= stages for index in range(4)]
+    with pytest.raises(ValueError, match="FROZEN_STAGES 5 is more than the 4 blocks"):
+        net.freeze(5)
+
+
+def test_the_fused_norm_is_detectron2s():
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 5, 3, requires_grad=True)
+    results = []
+    for norm in (ChannelLayerNorm(6), ChannelFirstLayerNorm(6)):
+        with torch.no_grad():
+            norm.weight.copy_(torch.linspace(0.5, 2, 6))
+            norm.bias.copy_(torch.linspace(-1, 1, 6))
+        out = norm(x)
+        gradients = torch.autograd.grad(out.pow(3).sum(), [x, *norm.parameters()])
+        results.append((out, *gradients))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    levels = build_pyramid(ViT(64, 64, **SIZE), 8)
+    assert {type(module) for module in levels.modules() if isinstance(module, ChannelFirstLayerNorm)} == {
+        ChannelLayerNorm
+    }
+
+
+def test_inference_needs_no_square():
+    """Padding to a square in training alone; whatever is in evaluation, the stride of the last level divides it."""
+    pyramid = build_pyramid(ViT(64, 64, **SIZE, window_size=3), 8, square_pad=128)
+    image = torch.rand(3, 33, 90)
+    shapes = []
+    for mode in (True, False):
+        pyramid.train(mode)
+        batch = ImageList.from_tensors([image], 0, padding_constraints=pyramid.padding_constraints)
+        shapes.append(tuple(batch.tensor.shape[-2:]))
+    assert shapes == [(128, 128), (64, 96)]
 
 
 def test_sides_that_are_no_multiple_of_the_patch_are_refused():
