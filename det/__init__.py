@@ -8,6 +8,7 @@ try:
 except ImportError as error:
     raise ImportError("det needs detectron2; install it with: python tools/install_detectron2.py") from error
 
+from det.backbone import build_backbone
 from det.coco import register_coco
 from det.config import add_crossmae_config, load_det_config
 from det.evaluate import evaluate
@@ -18,6 +19,7 @@ from det.weights import load_weights
 __all__ = [
     "ViT",
     "add_crossmae_config",
+    "build_backbone",
     "build_crossmae_vitdet_backbone",
     "evaluate",
     "load_det_config",

@@ -221,7 +221,10 @@ def build_pyramid(
     if norm not in NORMS:
         raise ValueError(f"NORM must be one of {', '.join(NORMS[1:])}, or empty for none, got {norm!r}")
     if net.patch_size & (net.patch_size - 1):
-        raise ValueError(f"the feature pyramid needs a patch size that is a power of two, got {net.patch_size}")
+        raise ValueError(
+            f"the feature pyramid needs a patch size that is a power of two, got {net.patch_size}; set it to 16: the "
+            "filters of a file with patches of 14 are resized"
+        )
     top_block = None
     if max_pool_level:
         top_block = LastLevelMaxPool()

@@ -7,31 +7,39 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from detectron2.config import CfgNode
+from timm.layers import resample_patch_embed
 from torch import nn
 
 from crossmae.errors import UserError
 from crossmae.load_report import LoadReport
 from crossmae.weights import (
+    MODEL_ARGUMENTS,
     PIXEL_MEAN,
     PIXEL_STD,
     UNKNOWN,
     Weights,
     encoder_arguments,
+    encoder_home,
     encoder_tensors,
     load_encoder,
     load_model,
     read_weights,
+    recorded_arguments,
 )
 from det.vit import ViT
 
 log = logging.getLogger(__name__)
 
-# The class token has no place in a dense backbone; relative positions exist only in detection and start at zero.
+# The class token has no place in a dense backbone; what exists only in detection starts at zero.
 DROPPED = (r"cls_token$",)
-NEW = (r"blocks\.\d+\.attn\.rel_pos_[hw]$",)
+NEW = (r"blocks\.\d+\.attn\.rel_pos_[hw]$", r"pos_embed_global$")
+# What a detector's run writes; `model` in them holds the weights that were evaluated.
+BEST, FINAL, LAST = "model_best.pth", "model_final.pth", "last_checkpoint"
+CONFIG = "config.yaml"
 # Argument of the encoder -> key that sets it, where a shape or the file's metadata shows the right value.
 ARCHITECTURE = {
     "embed_dim": "EMBED_DIM",
@@ -68,9 +76,9 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False)
     if "://" in path:
         raise UserError(f"MODEL.WEIGHTS: {path} is a URL; download the file and name its path")
     try:
-        weights = read_weights(Path(path))
+        weights = read_weights(find_detector(Path(path)))
         if weights.format == "detector":
-            report = load_model(model, weights)
+            report = _load_detector(model, weights)
         elif detector_only:
             raise UserError(f"{path} holds an encoder alone; evaluation needs a trained detector")
         else:
@@ -82,13 +90,57 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False)
     return report
 
 
+def find_detector(path: Path) -> Path:
+    """The best weights in the folder of a run, else its final, else its last ones; any other path as it is."""
+    if not path.is_dir():
+        return path
+    names = [BEST, FINAL]
+    if (path / LAST).is_file():
+        names.append((path / LAST).read_text(encoding="utf-8").strip())
+    return next((path / name for name in names if (path / name).is_file()), path)
+
+
+def _load_detector(model: nn.Module, weights: Weights) -> LoadReport:
+    try:
+        return load_model(model, weights)
+    except UserError as error:
+        config = weights.path.with_name(CONFIG)
+        hint = f"\nThe config that it was trained with is beside it: --config-file {config}" if config.is_file() else ""
+        raise UserError(f"{error}{hint}") from error
+
+
 def _load_encoder(model: nn.Module, weights: Weights, cfg: CfgNode) -> LoadReport:
     net = model.get_submodule("backbone.net")
     if not isinstance(net, ViT):
         raise UserError("MODEL.BACKBONE.NAME must be build_crossmae_vitdet_backbone to start from an encoder")
+    weights = fit_patches(weights, net.patch_size)
     check_architecture(net, weights)
     check_pixels(cfg, weights)
     return load_encoder(net, weights, new=NEW, dropped=DROPPED)
+
+
+def fit_patches(weights: Weights, patch_size: int) -> Weights:
+    """Resize the patch filters of an encoder whose patch size has no feature pyramid, such as 14 to 16; says so.
+
+    Filters are resampled so that an image enlarged along with them gives the same tokens (FlexiViT, arXiv 2212.08013,
+    section 3.4); ViTDet resized those of ViT-H/14, too. The grid of the position table stays, so that the pretraining
+    size grows with the patch: 224 pixels are 256 then. Encoders with patches of 2^n pixels come back as they are.
+    """
+    arguments = encoder_arguments(encoder_tensors(weights), weights.metadata)
+    old = arguments["patch_size"]
+    if old == patch_size or old & (old - 1) == 0:
+        return weights
+    name = f"{encoder_home(weights.tensors)}patch_embed.proj.weight"
+    filters = weights.tensors[name]
+    resized = resample_patch_embed(filters.float(), [patch_size, patch_size]).to(filters.dtype)
+    log.info("patch filters of %s resized from %d to %d pixels", weights.path, old, patch_size)
+    metadata = dict(weights.metadata)
+    if recorded := recorded_arguments(metadata):
+        recorded["patch_size"] = patch_size
+        if isinstance(recorded.get("img_size"), int):
+            recorded["img_size"] = recorded["img_size"] // old * patch_size
+        metadata[MODEL_ARGUMENTS] = json.dumps(recorded)
+    return replace(weights, tensors=weights.tensors | {name: resized}, metadata=metadata)
 
 
 def check_architecture(net: ViT, weights: Weights) -> None:

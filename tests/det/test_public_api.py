@@ -19,6 +19,7 @@ def test_public_names():
     assert det.__all__ == [
         "ViT",
         "add_crossmae_config",
+        "build_backbone",
         "build_crossmae_vitdet_backbone",
         "evaluate",
         "load_det_config",
