@@ -25,6 +25,14 @@ BASE_KEY = "_BASE_"
 _KEY = re.compile(r"[A-Z_][A-Z0-9_]*(\.[A-Z0-9_]+)*")
 
 
+# In steps, and what says the same in epochs or shares of the run: the later of file and command line counts.
+BY_EPOCHS = {
+    "SOLVER.MAX_ITER": "SOLVER.EPOCHS",
+    "SOLVER.STEPS": "SOLVER.DECAY_AT",
+    "TEST.EVAL_PERIOD": "TEST.EVAL_EPOCHS",
+}
+
+
 def add_crossmae_config(cfg: CfgNode) -> None:
     """Add the keys of the backbone, its recipe and its data to a detectron2 config, in place.
 
@@ -66,6 +74,7 @@ def add_crossmae_config(cfg: CfgNode) -> None:
     cfg.DATASETS.DROP = ()  # names of faults whose entries may be left out, as tools/check_coco.py calls them
 
     cfg.SOLVER.BETAS = (0.9, 0.999)  # of AdamW
+    cfg.SOLVER.WEIGHT_DECAY_POS = 0.0  # of absolute and relative positions
     cfg.SOLVER.ACCUMULATE = 1  # parts that the IMS_PER_BATCH images of a step are computed in
     cfg.SOLVER.REFERENCE_BATCH = 0  # images a step that BASE_LR is for; 0: BASE_LR is used as it is
     cfg.SOLVER.EPOCHS = 0.0  # passes over the training images, instead of MAX_ITER; 0: MAX_ITER counts
@@ -73,6 +82,7 @@ def add_crossmae_config(cfg: CfgNode) -> None:
     cfg.SOLVER.EMA = CfgNode({"ENABLED": False, "DECAY": 0.9999})  # moving average of the weights, which is evaluated
     cfg.SOLVER.LAYER_DECAY = 1.0  # learning rate of each encoder layer over that of the next; 1: none
     cfg.SOLVER.AMP.PRECISION = "bf16"  # bf16 or fp16, where SOLVER.AMP.ENABLED
+    cfg.SOLVER.CHECKPOINTS_KEPT = 2  # besides the best and the final one; 0: all
     cfg.TEST.EVAL_EPOCHS = 0.0  # evaluate and save every so many epochs, where SOLVER.EPOCHS is used
     cfg.TEST.EVALUATOR = "auto"  # hotcoco, pycocotools, or auto: hotcoco where it is installed
 
@@ -95,6 +105,11 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
     path = resolve_config_path(name)
     _merge_tree(cfg, _read_with_base(path), "", cfg, str(path))
     pairs = split_overrides(overrides)
+    words = {key for key, _ in pairs}
+    for by_steps, by_epochs in BY_EPOCHS.items():
+        if by_steps in words and by_epochs not in words and lookup(cfg, by_epochs):
+            log.info("%s counts, as the command line says, not %s", by_steps, by_epochs)
+            _set(cfg, by_epochs, type(lookup(cfg, by_epochs))(), "command line")
     for key, text in pairs:
         _set(cfg, key, text, "command line")
     check_config(cfg)
@@ -152,7 +167,18 @@ def _read_with_base(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return tree
     if not isinstance(base, str) or not (path.parent / base).is_file():
         raise UserError(f"{path}: {BASE_KEY} must name one existing file, got {base!r}")
-    return _overlay(_read_with_base(path.parent / base, (*seen, path.resolve())), tree)
+    below = _read_with_base(path.parent / base, (*seen, path.resolve()))
+    for by_steps, by_epochs in BY_EPOCHS.items():
+        section, key = by_steps.split(".")
+        if key in _section(tree, section) and by_epochs.split(".")[1] not in _section(tree, section):
+            _section(below, section).pop(by_epochs.split(".")[1], None)
+    return _overlay(below, tree)
+
+
+def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of a file; empty where the file has none, or something else in its place."""
+    found = tree.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -236,6 +262,7 @@ _CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("SOLVER.MAX_ITER", lambda v: v >= 1, "at least 1"),
     ("SOLVER.ACCUMULATE", lambda v: v >= 1, "at least 1"),
     ("SOLVER.REFERENCE_BATCH", lambda v: v >= 0, "at least 0"),
+    ("SOLVER.CHECKPOINTS_KEPT", lambda v: v >= 0, "at least 0"),
     ("SOLVER.EPOCHS", lambda v: v >= 0, "at least 0"),
     ("SOLVER.DECAY_AT", lambda v: all(0 < share < 1 for share in v) and list(v) == sorted(v), "rising shares of 1"),
     ("SOLVER.EMA.DECAY", lambda v: 0 <= v < 1, "at least 0 and less than 1"),

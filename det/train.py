@@ -1,9 +1,10 @@
-"""Training a detector: detectron2's trainer with AdamW and layer decay, a repeatable order, and atomic checkpoints."""
+"""Training a detector: detectron2's trainer with a repeatable order, steps in parts, and atomic checkpoints."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import weakref
 from collections.abc import Iterator
@@ -12,39 +13,45 @@ from pathlib import Path
 from typing import Any
 
 import detectron2
-import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
-from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, create_ddp_model, hooks
-from detectron2.layers.batch_norm import LayerNorm as ChannelFirstLayerNorm
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.modeling import build_model
-from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
 from detectron2.solver import build_lr_scheduler
-from detectron2.solver.build import maybe_add_gradient_clipping, reduce_param_groups
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm import tqdm
 
 from crossmae.errors import UserError
-from crossmae.files import make_folder, sha256, write_atomically, write_json, write_text
+from crossmae.files import make_folder, sha256, write_json, write_text
 from crossmae.versions import versions
+from det.checkpoint import AtomicCheckpointer
 from det.coco import check_registered
 from det.config import leaf_keys, lookup
 from det.data import build_train_loader, refuse_unreadable
 from det.evaluate import evaluate
-from det.weights import load_weights
+from det.optim import build_optimizer, resolve_schedule
+from det.steps import StepTrainer
+from det.weights import BEST, CONFIG, load_weights
 
 log = logging.getLogger(__name__)
 
-LOG, CONFIG, RECORD = "log.txt", "config.yaml", "run.json"
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, ChannelFirstLayerNorm)
+LOG, RECORD = "log.txt", "run.json"
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # What a run and its continuation must share: it decides the order of data, the model and the schedule.
 _SHARED = ("SEED", "DATASETS.TRAIN", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "INPUT.", "MODEL.", "SOLVER.")
 # What of it may differ: where and how long to train, and what only evaluation reads.
-_FREE = ("MODEL.DEVICE", "MODEL.WEIGHTS", "SOLVER.AMP.", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.MAX_ITER")
+_FREE = (
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",
+    "MODEL.VIT.ACTIVATION_CHECKPOINTING",
+    "SOLVER.AMP.",
+    "SOLVER.CHECKPOINT",
+    "SOLVER.MAX_ITER",
+)
 
 
 def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
@@ -91,18 +98,19 @@ def evaluate_only(cfg: CfgNode) -> dict[str, dict[str, float]]:
 class Trainer(DefaultTrainer):
     """detectron2's default trainer, built in an order that writes nothing before everything has been checked.
 
-    Every iteration seeds torch by `SEED`, its number and the rank, and the data come by plan, so that a resumed run
-    repeats what an uninterrupted one would have done.
+    Random numbers of a step come from `SEED` and its number, and the data by plan, so that a resumed run repeats what
+    an uninterrupted one would have done. `cfg` is the config with the schedule in steps, see `resolve_schedule`.
     """
 
     def __init__(self, cfg: CfgNode, resume: bool = False) -> None:
         TrainerBase.__init__(self)  # not DefaultTrainer's: that opens its log files first
         seed_all_rng(cfg.SEED)
-        self.cfg, self.start_iter, self.max_iter = cfg, 0, cfg.SOLVER.MAX_ITER
         self.results: dict[str, dict[str, float]] = {}
         self.records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        self.cfg = resolve_schedule(cfg, len(self.records))
+        self.start_iter, self.max_iter = 0, self.cfg.SOLVER.MAX_ITER
         loader = self._loader(first=0)
-        model = build_model(cfg)
+        model = build_model(self.cfg)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         resume = self._find_checkpoint(resume)
         settings = shared_settings(cfg, len(self.records))
@@ -110,9 +118,8 @@ class Trainer(DefaultTrainer):
             check_continues(Path(cfg.OUTPUT_DIR), settings)
         else:
             load_weights(model, cfg)
-        optimizer = build_optimizer(cfg, model)
-        self._trainer = _inner_trainer(cfg, create_ddp_model(model, broadcast_buffers=False), loader, optimizer)
-        self.scheduler = build_lr_scheduler(cfg, optimizer)
+        self._trainer = self._step_trainer(model, loader)
+        self.scheduler = build_lr_scheduler(self.cfg, self._trainer.optimizer)
         self.register_hooks(self.build_hooks())
         if resume:
             path = self.checkpointer.get_checkpoint_file()
@@ -125,8 +132,26 @@ class Trainer(DefaultTrainer):
             self.register_hooks([hooks.PeriodicWriter(self.build_writers(), period=20)])
 
     def _loader(self, first: int) -> Any:
-        rank, world_size = comm.get_rank(), comm.get_world_size()
+        rank, world_size, solver = comm.get_rank(), comm.get_world_size(), self.cfg.SOLVER
+        if solver.IMS_PER_BATCH % (world_size * solver.ACCUMULATE):
+            raise UserError(
+                f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} can not be divided over {world_size} processes and "
+                f"SOLVER.ACCUMULATE {solver.ACCUMULATE} parts"
+            )
         return NamedFailures(build_train_loader(self.cfg, self.records, first, rank, world_size))
+
+    def _step_trainer(self, model: nn.Module, loader: Any) -> StepTrainer:
+        solver = self.cfg.SOLVER
+        average = None
+        if solver.EMA.ENABLED:
+            average = ModelEmaV3(model, solver.EMA.DECAY, use_warmup=True)
+            self.checkpointer.average = average.module
+        precision = (
+            {"fp16": torch.float16, "bf16": torch.bfloat16}[solver.AMP.PRECISION] if solver.AMP.ENABLED else None
+        )
+        optimizer = build_optimizer(self.cfg, model)
+        wrapped = create_ddp_model(model, broadcast_buffers=False)
+        return StepTrainer(wrapped, loader, optimizer, self.cfg.SEED, solver.ACCUMULATE, precision, average)
 
     def _find_checkpoint(self, resume: bool) -> bool:
         """Whether to go on from a checkpoint; an error where a new run would overwrite an old one."""
@@ -144,19 +169,22 @@ class Trainer(DefaultTrainer):
         cfg = self.cfg
         steps: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler()]
         if comm.is_main_process():
-            steps += [ProgressBar(), hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)]
+            kept = cfg.SOLVER.CHECKPOINTS_KEPT or None
+            saver = hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=kept)
+            steps += [ProgressBar(), saver]
         if cfg.DATASETS.TEST:
             steps.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
         return steps
 
     def _evaluate(self) -> dict[str, dict[str, float]]:
-        self.results = evaluate(self.cfg, self.model)
+        average = self._trainer.average
+        self.results = evaluate(self.cfg, self.model if average is None else average.module)
+        if comm.is_main_process():
+            keep_best(self.checkpointer, self.results, self.iter)
         return self.results
 
     def run_step(self) -> None:
         """One iteration; a loss that is not finite ends the run with one line."""
-        key = np.random.SeedSequence([self.cfg.SEED, self.iter, comm.get_rank()])
-        torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))
         try:
             super().run_step()
         except FloatingPointError as error:
@@ -166,40 +194,21 @@ class Trainer(DefaultTrainer):
             ) from error
 
 
-class AtomicCheckpointer(DetectionCheckpointer):
-    """detectron2's checkpoints, but a reader sees a whole file or none, and resuming is strict."""
+def keep_best(checkpointer: AtomicCheckpointer, results: dict[str, dict[str, float]], iteration: int) -> None:
+    """Write `model_best.pth` where the AP of masks, or else of boxes, is the highest of the run so far.
 
-    def save(self, name: str, **kwargs: Any) -> None:
-        """Write `<name>.pth`, then name it in `last_checkpoint`."""
-        if not self.save_dir or not self.save_to_disk:
-            return
-        state = {key: value.state_dict() for key, value in self.checkpointables.items()}
-        data = {"model": self.model.state_dict(), **state, **kwargs}
-        write_atomically(Path(self.save_dir, f"{name}.pth"), lambda path: torch.save(data, path))
-        self.tag_last_checkpoint(f"{name}.pth")
-
-    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Name the newest checkpoint."""
-        tag = Path(self.save_dir, "last_checkpoint")
-        write_text(tag, last_filename_basename)
-
-    def _load_file(self, filename: str) -> Any:
-        try:
-            return super()._load_file(filename)
-        except Exception as error:  # torch raises pickle errors, runtime errors and others for the same cause
-            raise UserError(
-                f"{filename}: can not be read: {' '.join(str(error).split())[:300]}; name an older checkpoint in "
-                f"{Path(self.save_dir, 'last_checkpoint')}"
-            ) from error
-
-    def _log_incompatible_keys(self, incompatible: Any) -> None:
-        wrong = [*incompatible.missing_keys, *incompatible.unexpected_keys]
-        wrong += [name for name, *_ in incompatible.incorrect_shapes]
-        if wrong:
-            raise UserError(
-                f"{self.get_checkpoint_file()} is of another model than the config: {len(wrong)} tensors are missing, "
-                f"left over or of another shape, like {wrong[0]}; resume with the config it was trained with"
-            )
+    The record is read from `model_best.json`, so that it also stands after a run that was cut off.
+    """
+    task = "segm" if "segm" in results else "bbox"
+    metric, found = f"{task}/AP", results[task]["AP"]
+    path = Path(checkpointer.save_dir, BEST).with_suffix(".json")
+    best = json.loads(path.read_text(encoding="utf-8"))[metric] if path.is_file() else -math.inf
+    if not found > best:  # NaN is no record either
+        return
+    record = {"iteration": iteration + 1, metric: found}
+    checkpointer.write(BEST, {"model": checkpointer.weights()["model"]} | record)
+    write_json(path, record)
+    log.info("%s: %s %.2f after %d iterations", BEST, metric, found, iteration + 1)
 
 
 class ProgressBar(HookBase):
@@ -231,41 +240,6 @@ class NamedFailures:
         for batch in self.loader:
             refuse_unreadable(batch)
             yield batch
-
-
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over `parameter_groups`, with `SOLVER.CLIP_GRADIENTS` if enabled."""
-    optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-    return optimizer(parameter_groups(cfg, model), lr=cfg.SOLVER.BASE_LR, betas=cfg.SOLVER.BETAS)
-
-
-def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
-    """Trainable parameters by learning rate and weight decay (method specification, section 3.1).
-
-    The learning rate of encoder layer i of n is BASE_LR * LAYER_DECAY ** (n + 1 - i): 0 is patch embedding and
-    positions, i block i - 1, n + 1 everything outside the encoder. No decay on `pos_embed`, `WEIGHT_DECAY_NORM` on
-    norms. Those are told by type here, because detectron2's own list misses its channel-first LayerNorm.
-    """
-    groups = []
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
-                continue
-            decay = cfg.SOLVER.WEIGHT_DECAY_NORM if isinstance(module, _NORMS) else cfg.SOLVER.WEIGHT_DECAY
-            full = f"{module_name}.{name}"
-            factor = get_vit_lr_decay_rate(full, cfg.SOLVER.LAYER_DECAY, cfg.MODEL.VIT.DEPTH)
-            hyper = {"lr": cfg.SOLVER.BASE_LR * factor, "weight_decay": 0.0 if name == "pos_embed" else decay}
-            groups.append({"params": [parameter], **hyper})
-    return reduce_param_groups(groups)
-
-
-def _inner_trainer(cfg: CfgNode, model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer) -> SimpleTrainer:
-    if not cfg.SOLVER.AMP.ENABLED:
-        return SimpleTrainer(model, loader, optimizer)
-    half = cfg.SOLVER.AMP.PRECISION == "fp16"
-    scaler = torch.amp.GradScaler("cuda", enabled=half)  # bf16 has the range of fp32 and needs none
-    precision = torch.float16 if half else torch.bfloat16
-    return AMPTrainer(model, loader, optimizer, grad_scaler=scaler, precision=precision)
 
 
 def shared_settings(cfg: CfgNode, num_images: int) -> dict[str, Any]:
@@ -315,7 +289,9 @@ def record_run(cfg: CfgNode, settings: dict[str, Any]) -> None:
     sets = {name: MetadataCatalog.get(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
     data = {name: {"json": meta.get("json_file"), "images": meta.get("image_root")} for name, meta in sets.items()}
     libraries = versions() | {"detectron2": detectron2.__version__}
-    write_json(folder / RECORD, {"versions": libraries, "data": data, "settings": settings})
+    names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
+    classes = {"classes": list(names.thing_classes), "category_ids": list(names.thing_dataset_id_to_contiguous_id)}
+    write_json(folder / RECORD, classes | {"versions": libraries, "data": data, "settings": settings})
 
 
 @contextmanager

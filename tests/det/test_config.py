@@ -36,7 +36,8 @@ def test_the_recipe_is_the_published_one():
         0.1, [4, 2, 1, 0.5], 256, "LN", True,
     )  # fmt: skip
     assert (solver.BASE_LR, solver.WEIGHT_DECAY, solver.BETAS, solver.LAYER_DECAY) == (1e-4, 0.1, (0.9, 0.999), 0.7)
-    assert (solver.IMS_PER_BATCH, solver.MAX_ITER, solver.STEPS) == (64, 184375, (163889, 177546))
+    assert (solver.IMS_PER_BATCH, solver.REFERENCE_BATCH, solver.EPOCHS) == (64, 64, 100)
+    assert [round(share * 184375) for share in solver.DECAY_AT] == [163889, 177546]
     assert (solver.WARMUP_ITERS, solver.WARMUP_FACTOR, solver.GAMMA) == (250, 0.001, 0.1)
     assert (cfg.INPUT.LSJ.SIZE, cfg.INPUT.LSJ.MIN_SCALE, cfg.INPUT.LSJ.MAX_SCALE) == (1024, 0.1, 2.0)
     assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT) == (1024, 1024, "RGB")
@@ -103,6 +104,20 @@ def test_a_base_file_is_overlaid(write):
     write("SOLVER: {MAX_ITER: 5, BASE_LR: 1e-3}", "base.yaml")
     cfg = load_det_config(write("_BASE_: base.yaml\nSOLVER: {MAX_ITER: 6}"))
     assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR) == (6, 1e-3)
+
+
+def test_steps_of_a_later_layer_count_before_epochs_of_an_earlier_one(write, caplog):
+    caplog.set_level("INFO")
+    base = write("SOLVER: {EPOCHS: 5, DECAY_AT: [0.5]}\nTEST: {EVAL_EPOCHS: 1}", "base.yaml")
+    above = write("_BASE_: base.yaml\nSOLVER: {MAX_ITER: 7, STEPS: [3]}", "above.yaml")
+    cfg = load_det_config(above)
+    assert (cfg.SOLVER.EPOCHS, cfg.SOLVER.DECAY_AT, cfg.TEST.EVAL_EPOCHS) == (0, (), 1)
+    cfg = load_det_config(base, ["SOLVER.MAX_ITER=7", "TEST.EVAL_PERIOD=2"])
+    assert (cfg.SOLVER.EPOCHS, cfg.SOLVER.DECAY_AT, cfg.TEST.EVAL_EPOCHS) == (0, (0.5,), 0)
+    assert "SOLVER.MAX_ITER counts, as the command line says, not SOLVER.EPOCHS" in caplog.text
+    cfg = load_det_config(base, ["SOLVER.MAX_ITER=7", "SOLVER.EPOCHS=2"])
+    assert cfg.SOLVER.EPOCHS == 2
+    assert load_det_config(write("_BASE_: base.yaml\nSOLVER: {MAX_ITER: 7, EPOCHS: 3}")).SOLVER.EPOCHS == 3
 
 
 def test_a_missing_file_lists_what_there_is():

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import sys
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed: python to
 from detectron2.modeling import build_model
 
 from crossmae.errors import UserError, run_cli
+from det.checkpoint import AtomicCheckpointer
 from det.coco import use_own_data
 from det.config import load_det_config
 from det.evaluate import evaluate, format_results
-from det.train import AtomicCheckpointer, Trainer, parameter_groups
+from det.train import Trainer, keep_best
 from tests.det.coco_files import TINY, save, write_coco
 from tools.train_net import build_parser, main
 
@@ -42,33 +44,6 @@ def final_state(folder):
     return torch.load(folder / "model_final.pth", weights_only=True)
 
 
-def test_layer_decay_gives_each_parameter_its_rate_once():
-    cfg = load_det_config("coco_mask_rcnn.yaml", ["MODEL.DEVICE=cpu"])
-    model = build_model(cfg)
-    groups = parameter_groups(cfg, model)
-    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert sum(len(group["params"]) for group in groups) == len(found) == len(trainable)
-    expected = {
-        "backbone.net.pos_embed": (1e-4 * 0.7**13, 0.0),
-        "backbone.net.patch_embed.proj.weight": (1e-4 * 0.7**13, 0.1),
-        "backbone.net.blocks.0.attn.qkv.weight": (1e-4 * 0.7**12, 0.1),
-        "backbone.net.blocks.0.attn.rel_pos_h": (1e-4 * 0.7**12, 0.1),
-        "backbone.net.blocks.0.norm1.weight": (1e-4 * 0.7**12, 0.0),
-        "backbone.net.blocks.11.mlp.fc2.bias": (1e-4 * 0.7, 0.1),
-        "backbone.simfp_2.0.weight": (1e-4, 0.1),
-        "backbone.simfp_2.1.weight": (1e-4, 0.0),
-        "proposal_generator.rpn_head.conv.conv0.weight": (1e-4, 0.1),
-        "roi_heads.box_head.conv1.norm.bias": (1e-4, 0.0),
-        "roi_heads.box_predictor.cls_score.weight": (1e-4, 0.1),
-    }
-    for name, values in expected.items():
-        assert found[id(trainable[name])] == pytest.approx(values), name
-    for name, parameter in trainable.items():
-        if ".norm" in name or name.endswith("pos_embed"):
-            assert found[id(parameter)][1] == 0, name
-
-
 def test_a_run_repeats_and_resumes_bit_for_bit(tmp_path, command, capsys):
     """Drop path and the sampling of boxes included; whatever the workers; then evaluation alone gives the same AP."""
     main(command)
@@ -76,10 +51,10 @@ def test_a_run_repeats_and_resumes_bit_for_bit(tmp_path, command, capsys):
     whole = final_state(tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith("events")) == [
         "config.yaml", "inference", "last_checkpoint", "log.txt", "metrics.json", "model_0000001.pth",
-        "model_0000003.pth", "model_final.pth", "results.json", "run.json",
+        "model_0000003.pth", "model_best.json", "model_best.pth", "model_final.pth", "results.json", "run.json",
     ]  # fmt: skip
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert set(results) == {"bbox", "segm"}
+    assert {"bbox", "segm"} <= set(results)
     assert {"AP", "AP50", "AP75", "AP-a", "AP-b"} <= set(results["bbox"])
     assert json.loads((tmp_path / "out/inference/coco_instances_results.json").read_text())
     assert printed.splitlines()[0].split() == ["AP", "AP50", "AP75"]
@@ -101,6 +76,62 @@ def test_a_run_repeats_and_resumes_bit_for_bit(tmp_path, command, capsys):
     main([*command[:-1], "--eval-only", f"OUTPUT_DIR={tmp_path / 'third'}", f"MODEL.WEIGHTS={weights}"])
     assert json.loads((tmp_path / "third/results.json").read_text()) == results
     assert not list((tmp_path / "third").glob("*.pth"))
+
+
+def test_a_run_with_an_average_and_parts_resumes_bit_for_bit(tmp_path, command, caplog):
+    """And keeps the newest checkpoints, the best weights by mask AP, and evaluates the average."""
+    caplog.set_level("INFO")
+    words = [
+        "SOLVER.EMA.ENABLED=True",
+        "SOLVER.ACCUMULATE=2",
+        "SOLVER.CHECKPOINT_PERIOD=1",
+        "SOLVER.CHECKPOINTS_KEPT=2",
+    ]
+    words += ["SOLVER.CLIP_GRADIENTS.ENABLED=True", "TEST.EVAL_PERIOD=2"]
+    main([*command, *words])
+    run = tmp_path / "out"
+    whole = final_state(run)
+    assert sorted(path.name for path in run.glob("model_*.pth")) == [
+        "model_0000002.pth", "model_0000003.pth", "model_best.pth", "model_final.pth",
+    ]  # fmt: skip
+    assert any(not torch.equal(whole["model"][name], value) for name, value in whole["trained_model"].items())
+    assert "4 steps of 2 images in 2 parts: 1.6 epochs of 5 images; learning rate 0.001" in caplog.text
+
+    record = json.loads((run / "model_best.json").read_text())
+    results = [line for line in map(json.loads, (run / "metrics.json").read_text().splitlines()) if "segm/AP" in line]
+    assert len(results) == 2
+    best = max(results, key=lambda line: line["segm/AP"])
+    assert record["segm/AP"] == pytest.approx(best["segm/AP"])
+    kept = torch.load(run / "model_best.pth", weights_only=True)
+    assert kept["iteration"] == record["iteration"]
+    assert "optimizer" not in kept
+
+    second = [*command[:-1], f"OUTPUT_DIR={tmp_path / 'second'}", *words]
+    main(second)
+    interrupt(tmp_path / "second", "model_0000002")
+    main([*second, "--resume"])
+    resumed = final_state(tmp_path / "second")
+    for key in ("model", "trained_model"):
+        for name, tensor in whole[key].items():
+            assert torch.equal(resumed[key][name], tensor), name
+
+    final = ["--eval-only", f"OUTPUT_DIR={tmp_path / 'third'}", f"MODEL.WEIGHTS={run / 'model_final.pth'}"]
+    main([*command[:-1], *final])
+    assert json.loads((tmp_path / "third/results.json").read_text()) == json.loads((run / "results.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("values", "best"), [([3.0, 5.0, 4.0], 2), ([float("nan"), 1.0, 1.0], 2), ([2.0, 9.0, 10.0], 3)]
+)
+def test_the_best_weights_are_those_of_the_highest_mask_ap(tmp_path, values, best):
+    """The first of equals; NaN is no record; a run that goes on knows the record of the one that was cut off."""
+    model = torch.nn.Linear(1, 1)
+    for number, value in enumerate(values):
+        torch.nn.init.constant_(model.weight, number + 1)
+        checkpointer = AtomicCheckpointer(model, str(tmp_path))
+        keep_best(checkpointer, {"bbox": {"AP": 100.0 - value}, "segm": {"AP": value}}, number)
+    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["model"]["weight"].item() == best
+    assert json.loads((tmp_path / "model_best.json").read_text()) == {"iteration": best, "segm/AP": values[best - 1]}
 
 
 def interrupt(folder, checkpoint):
@@ -141,6 +172,7 @@ def fails_with_one_line(words, capsys, monkeypatch):
     ("words", "message"),
     [
         (["SOLVER.BASE_RL=1"], "unknown key SOLVER.BASE_RL (did you mean SOLVER.BASE_LR?)"),
+        (["SOLVER.ACCUMULATE=4"], "SOLVER.IMS_PER_BATCH 2 can not be divided over 1 processes and SOLVER.ACCUMULATE 4"),
         (["SOLVER.IMS_PER_BATCH=9"], "SOLVER.IMS_PER_BATCH is 9, but the training set has only 5 images"),
         (["MODEL.WEIGHTS=nowhere.pth"], "MODEL.WEIGHTS: "),
         (["--eval-only"], "MODEL.WEIGHTS is empty"),
@@ -171,9 +203,13 @@ def test_a_bad_coco_file_is_one_line_and_writes_nothing(tmp_path, command, capsy
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_breaks_during_training_is_named(tmp_path, command, capsys, monkeypatch, workers):
-    """Whole at its end, so that the check before training passes, but not what it says it is."""
-    for path in (tmp_path / "data/images").iterdir():
-        path.write_bytes(b"not an image IEND\xaeB`\x82")
+    """After the check before training, which would have found it."""
+
+    def damage(*_):
+        for path in (tmp_path / "data/images").iterdir():
+            path.write_bytes(b"no image any more")
+
+    monkeypatch.setattr(sys.modules[Trainer.__module__], "load_weights", damage)
     line = fails_with_one_line([*command, f"DATALOADER.NUM_WORKERS={workers}"], capsys, monkeypatch)
     assert ".png: can not be used: " in line
 
