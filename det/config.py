@@ -18,6 +18,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from crossmae.config import read_yaml, resolve_config_path
 from crossmae.errors import UserError
+from det.copy_paste import check_copy_paste
 
 log = logging.getLogger(__name__)
 
@@ -280,6 +281,7 @@ _CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("DATALOADER.NUM_WORKERS", lambda v: v >= 0, "at least 0"),
     ("DATALOADER.ASPECT_RATIO_GROUPING", lambda v: not v, "False: the order of the images depends on SEED alone"),
     ("DATALOADER.SAMPLER_TRAIN", lambda v: v == "TrainingSampler", "TrainingSampler"),
+    ("INPUT.RANDOM_FLIP", lambda v: v in ("none", "horizontal", "vertical"), "none, horizontal or vertical"),
     ("INPUT.FORMAT", lambda v: v in ("RGB", "BGR"), "RGB or BGR"),
     ("INPUT.MASK_FORMAT", lambda v: v in ("polygon", "bitmask"), "polygon or bitmask"),
     ("INPUT.COPY_PASTE.PROB", lambda v: 0 <= v <= 1, "from 0 to 1"),
@@ -323,6 +325,7 @@ def check_config(cfg: CfgNode) -> None:
         raise UserError(f"INPUT.LSJ.MIN_SCALE {lsj.MIN_SCALE} is greater than INPUT.LSJ.MAX_SCALE {lsj.MAX_SCALE}")
     if lsj.ENABLED and cfg.INPUT.CROP.ENABLED:
         raise UserError("INPUT.LSJ.ENABLED and INPUT.CROP.ENABLED exclude each other: large-scale jitter crops already")
+    check_copy_paste(cfg)
     _check_square_pad(cfg)
 
 

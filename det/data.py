@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,34 +12,66 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
+from detectron2.data.detection_utils import annotations_to_instances, transform_instance_annotations
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from crossmae.data import BatchPlan, PlannedBatches, Unreadable, usable_workers
 from crossmae.errors import UserError
+from det.copy_paste import CopyPaste, build_copy_paste
+from det.masks import moved_masks, tight_boxes
+
+log = logging.getLogger(__name__)
+
+MIN_SIDE = 1e-5  # pixels; objects whose boxes are smaller after augmentation are dropped, as in detectron2
+
+
+class ResizeScale(T.ResizeScale):
+    """detectron2's random scale, which would shrink a strip of an image to nothing; this one leaves it one pixel."""
+
+    def get_transform(self, image: NDArray[np.uint8]) -> T.Transform:
+        """The resize of one (H, W, C) image."""
+        transform = super().get_transform(image)
+        transform.new_h, transform.new_w = max(transform.new_h, 1), max(transform.new_w, 1)
+        return transform
 
 
 def build_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
-    """Large-scale jitter as ViTDet trains with (`INPUT.LSJ`): flip, random scale, crop of fixed size."""
+    """Large-scale jitter (`INPUT.LSJ`) as ViTDet trains with: flip, random scale, crop of fixed size.
+
+    An image of H x W becomes r H x r W with r = s * SIZE / max(H, W) and s uniform in MIN_SCALE .. MAX_SCALE
+    (arXiv 2012.07177, section 3: 0.1 .. 2.0 of 1024). What is longer than SIZE is cropped: u times the excess is left
+    out before the crop, with one u, uniform in 0 .. 1, for both axes, as in detectron2, which the published detectors
+    were trained with. What is shorter is left so, because the model pads after it has normalised.
+    """
     lsj = cfg.INPUT.LSJ
     augmentations: list[T.Augmentation] = []
     if cfg.INPUT.RANDOM_FLIP != "none":
         vertical = cfg.INPUT.RANDOM_FLIP == "vertical"
         augmentations.append(T.RandomFlip(horizontal=not vertical, vertical=vertical))
-    augmentations.append(T.ResizeScale(lsj.MIN_SCALE, lsj.MAX_SCALE, lsj.SIZE, lsj.SIZE))
+    augmentations.append(ResizeScale(lsj.MIN_SCALE, lsj.MAX_SCALE, lsj.SIZE, lsj.SIZE))
     augmentations.append(T.FixedSizeCrop(crop_size=(lsj.SIZE, lsj.SIZE), pad=False))
     return augmentations
 
 
 class NamingMapper(DatasetMapper):
-    """detectron2's mapper, whose failures become `Unreadable`, naming the image, so that they cross process borders."""
+    """detectron2's mapper, whose failures become `Unreadable`, naming the image, so that they cross process borders.
+
+    Two things differ. Masks come in any form, see `moved_masks`, and an image may have no objects. As in
+    detectron2, crowd regions (`iscrowd`) are no targets; nor are they spared as background, while evaluation ignores
+    what is found there.
+    """
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """detectron2's own reading of the config, but for large-scale jitter."""
+        """detectron2's own reading of the config, but for large-scale jitter and copy-paste, which cuts bitmasks."""
         arguments = super().from_config(cfg, is_train)
         if is_train and cfg.INPUT.LSJ.ENABLED:
             arguments["augmentations"] = build_augmentations(cfg)
             arguments["recompute_boxes"] = cfg.MODEL.MASK_ON  # the crop may cut through objects
+        if is_train and cfg.INPUT.COPY_PASTE.ENABLED and cfg.INPUT.MASK_FORMAT != "bitmask":
+            log.info("masks are bitmasks, not INPUT.MASK_FORMAT %s: copy-paste cuts them", cfg.INPUT.MASK_FORMAT)
+            arguments["instance_mask_format"] = "bitmask"
         return arguments
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | Unreadable:
@@ -48,6 +81,30 @@ class NamingMapper(DatasetMapper):
         except Exception as error:  # whatever is wrong with an image, the user has to hear which one
             reason = " ".join(str(error).split()) or type(error).__name__
             return Unreadable(f"{dataset_dict['file_name']}: can not be used: {reason}")
+
+    def _transform_annotations(
+        self, dataset_dict: dict[str, Any], transforms: T.TransformList, image_shape: tuple[int, int]
+    ) -> None:
+        """Put `instances` in the place of `annotations`; called by detectron2."""
+        kept = [entry for entry in dataset_dict.pop("annotations") if not entry.get("iscrowd", 0)]
+        masks = [entry.pop("segmentation", None) for entry in kept]
+        for entry in kept:
+            entry["bbox"] = [float(value) for value in entry["bbox"]]  # detectron2 would keep those of integers integer
+            if not self.use_keypoint:
+                entry.pop("keypoints", None)
+            transform_instance_annotations(
+                entry, transforms, image_shape, keypoint_hflip_indices=self.keypoint_hflip_indices
+            )
+        instances = annotations_to_instances(kept, image_shape)
+        has_mask: Any = True
+        if self.use_instance_mask:
+            size = (dataset_dict["height"], dataset_dict["width"])
+            instances.gt_masks = moved_masks(masks, size, transforms, image_shape, self.instance_mask_format)
+            tight = tight_boxes(instances.gt_masks)
+            has_mask = tight.nonempty()
+            if self.recompute_boxes:
+                instances.gt_boxes = tight
+        dataset_dict["instances"] = instances[instances.gt_boxes.nonempty(MIN_SIDE) & has_mask]
 
 
 def refuse_unreadable(batch: list[Any]) -> None:
@@ -64,10 +121,13 @@ class KeyedSamples(Dataset[Any]):
         records: images in detectron2's format.
         mapper: from a record to a sample.
         seed: of the augmentation.
+        copy_paste: pastes objects of other samples, see `det.copy_paste`; None: none are.
     """
 
-    def __init__(self, records: list[dict[str, Any]], mapper: NamingMapper, seed: int) -> None:
-        self.records, self.mapper, self.seed = records, mapper, seed
+    def __init__(
+        self, records: list[dict[str, Any]], mapper: NamingMapper, seed: int, copy_paste: CopyPaste | None = None
+    ) -> None:
+        self.records, self.mapper, self.seed, self.copy_paste = records, mapper, seed, copy_paste
 
     def __len__(self) -> int:
         return len(self.records)
@@ -76,7 +136,13 @@ class KeyedSamples(Dataset[Any]):
         """Sample `index` as it looks in `epoch`; key = (epoch, index)."""
         epoch, index = key
         with keyed_numpy_randomness(self.seed, epoch, index):
-            return self.mapper(self.records[index])
+            sample = self.mapper(self.records[index])
+            if self.copy_paste is None or isinstance(sample, Unreadable):
+                return sample
+            return self.copy_paste(sample, self._any_sample)
+
+    def _any_sample(self) -> dict[str, Any] | Unreadable:
+        return self.mapper(self.records[np.random.randint(len(self.records))])
 
 
 @contextmanager
@@ -88,6 +154,11 @@ def keyed_numpy_randomness(*key: int) -> Iterator[None]:
         yield
     finally:
         np.random.set_state(state)
+
+
+def build_samples(cfg: CfgNode, records: list[dict[str, Any]]) -> KeyedSamples:
+    """What the trainer sees of the records, augmented as the config says."""
+    return KeyedSamples(records, NamingMapper(cfg, True), cfg.SEED, build_copy_paste(cfg))
 
 
 def build_train_loader(
@@ -107,7 +178,7 @@ def build_train_loader(
         )
     plan = BatchPlan(len(records), batch // world_size, cfg.SEED, rank, world_size)
     return DataLoader(
-        KeyedSamples(records, NamingMapper(cfg, True), cfg.SEED),
+        build_samples(cfg, records),
         batch_sampler=PlannedBatches(plan, first, cfg.SOLVER.MAX_ITER),
         num_workers=usable_workers(cfg.DATALOADER.NUM_WORKERS),
         collate_fn=list,

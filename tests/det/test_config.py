@@ -70,6 +70,8 @@ def test_overrides_mix_both_forms(write):
         (["MODEL.VIT.GLOBAL_BLOCKS=[3,12]"], r"MODEL.VIT.GLOBAL_BLOCKS has \[12\], but MODEL.VIT.DEPTH 12 ends at 11"),
         (["INPUT.LSJ.MIN_SCALE=3.0"], "INPUT.LSJ.MIN_SCALE 3.0 is greater than INPUT.LSJ.MAX_SCALE 2.0"),
         (["INPUT.LSJ.ENABLED=True", "INPUT.CROP.ENABLED=True"], "exclude each other"),
+        (["INPUT.RANDOM_FLIP=horizontl"], "INPUT.RANDOM_FLIP must be none, horizontal or vertical, got 'horizontl'"),
+        (["INPUT.COPY_PASTE.ENABLED=True"], "INPUT.COPY_PASTE.ENABLED needs INPUT.LSJ.ENABLED True, got False"),
         (["DATALOADER.ASPECT_RATIO_GROUPING=True"], "DATALOADER.ASPECT_RATIO_GROUPING must be False"),
         (["SEED=-1"], "SEED must be at least 0"),
         (["MODEL.DEVICE=foo"], "MODEL.DEVICE must be cpu, cuda or cuda:N, got 'foo'"),

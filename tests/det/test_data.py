@@ -1,4 +1,4 @@
-"""Batches of detection depend on the seed and their number alone; what can not be used is named."""
+"""Batches of detection depend on the seed and their number alone; targets are right; what can not be used is named."""
 
 import json
 
@@ -8,13 +8,14 @@ import pytest
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
 from detectron2.data import DatasetCatalog
+from detectron2.structures import BoxMode
 
 from crossmae.data import Unreadable
 from crossmae.errors import UserError
 from det.coco import register_coco
 from det.config import load_det_config
-from det.data import NamingMapper, build_train_loader
-from tests.det.coco_files import TINY, save, write_coco
+from det.data import NamingMapper, build_train_loader, refuse_unreadable
+from tests.det.coco_files import TINY, annotation, write_coco
 
 
 @pytest.fixture
@@ -74,10 +75,72 @@ def test_batches_that_can_not_be_filled_are_refused(tmp_path, cfg, batch, world_
 
 
 def test_an_image_of_another_size_than_annotated_is_named(tmp_path, cfg):
-    _, images, content = write_coco(tmp_path)
-    content["images"][0]["width"] = 60
-    register_coco("test_set", save(tmp_path, content), images)
-    sample = NamingMapper(cfg, True)(DatasetCatalog.get("test_set")[0])
+    """The file has changed since it was checked."""
+    _, images, _ = write_coco(tmp_path)
+    record = {"file_name": str(images / "1.png"), "height": 64, "width": 60, "annotations": []}
+    sample = NamingMapper(cfg, True)(record)
     assert isinstance(sample, Unreadable)
     assert str(images / "1.png") in sample.message
     assert json.dumps(sample.message).count("\\n") == 0
+
+
+def mapped(cfg, annotations, folder):
+    """What the mapper makes of one image of 64 x 64 pixels."""
+    _, images, _ = write_coco(folder / "mapped", images=1)
+    for entry in annotations:
+        entry["bbox_mode"] = BoxMode.XYWH_ABS
+    return NamingMapper(cfg, True)({"file_name": str(images / "1.png"), "annotations": annotations})
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_crowd_regions_are_no_targets(tmp_path, cfg, masks):
+    cfg.MODEL.MASK_ON, cfg.INPUT.RANDOM_FLIP = masks, "none"
+    crowd = annotation(1, 1, 0, (0, 0, 60, 60)) | {"iscrowd": 1}
+    sample = mapped(cfg, [crowd, annotation(2, 1, 1), annotation(3, 1, 2, (30, 20, 20, 30))], tmp_path)
+    instances = sample["instances"]
+    assert instances.gt_classes.tolist() == [1, 2]
+    assert instances.gt_boxes.tensor.tolist() == [[8, 8, 32, 24], [30, 20, 50, 50]]
+    assert instances.has("gt_masks") == masks
+    if masks:
+        assert instances.gt_masks.tensor.flatten(1).sum(1).tolist() == [24 * 16, 20 * 30]
+
+
+@pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
+@pytest.mark.parametrize("jitter", [True, False])
+def test_an_image_without_objects_has_no_targets(tmp_path, cfg, mask_format, jitter):
+    """With DATALOADER.FILTER_EMPTY_ANNOTATIONS False, of which detectron2 makes no sample once boxes are recomputed."""
+    cfg.INPUT.LSJ.ENABLED, cfg.INPUT.LSJ.SIZE, cfg.INPUT.MASK_FORMAT = jitter, 64, mask_format
+    instances = mapped(cfg, [annotation(1, 1, 0) | {"iscrowd": 1}], tmp_path)["instances"]
+    assert len(instances) == 0
+    assert instances.gt_boxes.tensor.shape == (0, 4)
+    assert len(instances.gt_masks) == 0
+
+
+def test_objects_that_augmentation_leaves_without_a_pixel_are_no_targets(tmp_path, cfg):
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (8,), "none"
+    sample = mapped(cfg, [annotation(1, 1, 0), annotation(2, 1, 1, (1, 1, 2, 2))], tmp_path)
+    assert sample["instances"].gt_classes.tolist() == [0]
+
+
+def test_boxes_of_whole_numbers_are_not_rounded(tmp_path, cfg):
+    """detectron2's resize would write into an array of integers."""
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (40,), "none"
+    sample = mapped(cfg, [annotation(1, 1, 0, (5, 7, 11, 13))], tmp_path)
+    np.testing.assert_allclose(sample["instances"].gt_boxes.tensor, np.array([[5, 7, 16, 20]]) * 0.625)
+
+
+@pytest.mark.parametrize(
+    ("mask_format", "change", "message"),
+    [
+        ("polygon", {}, "object 1 is no polygon; set INPUT.MASK_FORMAT bitmask"),
+        ("bitmask", {"segmentation": []}, "object 1 has no mask; add one, or set MODEL.MASK_ON False"),
+        ("bitmask", {"segmentation": {"size": [5, 5], "counts": [25]}}, r"RLE of size \[5, 5\] on an image"),
+    ],
+)
+def test_a_mask_that_can_not_be_used_names_its_image(tmp_path, cfg, mask_format, change, message):
+    cfg.INPUT.MASK_FORMAT = mask_format
+    polygon = annotation(1, 1, 0, kind="polygon")
+    sample = mapped(cfg, [polygon, annotation(2, 1, 1) | change], tmp_path)
+    assert isinstance(sample, Unreadable)
+    with pytest.raises(UserError, match=rf"1\.png: can not be used: .*{message}"):
+        refuse_unreadable([sample])
