@@ -8,8 +8,8 @@ from typing import Any
 from crossmae.errors import UserError
 
 
-def import_extra(module: str, what: str) -> Any:
-    """Import a library of the extra "data".
+def import_extra(module: str, what: str, extra: str = "data") -> Any:
+    """Import a library of an extra in setup.py.
 
     Raises:
         UserError: not installed; names `what` needs it.
@@ -18,4 +18,4 @@ def import_extra(module: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         library = module.partition(".")[0]
-        raise UserError(f'{what} needs {library}: pip install -e ".[data]"') from None
+        raise UserError(f'{what} needs {library}: pip install -e ".[{extra}]"') from None

@@ -12,11 +12,13 @@ from det.backbone import build_backbone
 from det.coco import register_coco
 from det.config import add_crossmae_config, load_det_config
 from det.evaluate import evaluate
+from det.predict import Predictor
 from det.train import train
 from det.vit import ViT, build_crossmae_vitdet_backbone
 from det.weights import load_weights
 
 __all__ = [
+    "Predictor",
     "ViT",
     "add_crossmae_config",
     "build_backbone",

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+import shlex
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json, register_coco_instances
 
-from crossmae.data import find_broken, refuse_broken
 from crossmae.errors import UserError
-from crossmae.sources.source import ImageFiles
+from det.coco_checks import DROPPABLE, KINDS, Finding, Rank, file_name, find_faults, is_lvis, paused_garbage_collection
+from det.coco_masks import polygon_fault
 
 log = logging.getLogger(__name__)
 
 OWN_TRAIN, OWN_VAL = "own_coco_train", "own_coco_val"
 MAX_NAMES = 5
-IMAGE_KEYS = ("id", "file_name", "height", "width")
-ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox")
-EVALUATION_KEYS = ("area", "iscrowd")
 
 
 @dataclass(frozen=True)
@@ -42,165 +43,284 @@ class CocoSummary:
     mask_kinds: frozenset[str]
 
 
-def register_coco(name: str, json_path: str | Path, images: str | Path, *, for_evaluation: bool = False) -> CocoSummary:
+@dataclass(frozen=True)
+class Dropped:
+    """What `DATASETS.DROP` leaves out of a file, by position in its lists.
+
+    Attributes:
+        images: left out with all their annotations.
+        annotations: left out; those of `images` are among them.
+        polygons: annotations that keep their other polygons, but not the degenerate ones.
+    """
+
+    images: frozenset[int] = frozenset()
+    annotations: frozenset[int] = frozenset()
+    polygons: frozenset[int] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.images or self.annotations or self.polygons)
+
+
+def register_coco(
+    name: str,
+    json_path: str | Path,
+    images: str | Path,
+    *,
+    for_evaluation: bool = False,
+    masks: bool = False,
+    drop: Sequence[str] = (),
+) -> CocoSummary:
     """Check a data set in COCO format and register it with detectron2 under `name`, replacing an older one.
 
     Args:
         name: for `DATASETS.TRAIN` and `DATASETS.TEST`.
-        json_path: COCO file.
+        json_path: COCO file; it is never changed.
         images: folder that its file names are relative to.
         for_evaluation: check also what AP needs.
+        masks: masks are trained or evaluated, so that every annotation needs one.
+        drop: kinds of faults whose entries may be left out, of `det.coco_checks.DROPPABLE`; they are logged.
 
     Raises:
-        UserError: see `read_coco` and `check_coco`.
+        UserError: see `read_coco`; no image folder; faults that are not to be dropped; an unknown kind in `drop`; or
+            nothing is left.
     """
-    summary = check_coco(read_coco(json_path), Path(json_path), Path(images), for_evaluation)
+    check_drop(drop)
+    content = read_coco(json_path)
+    if not Path(images).is_dir():
+        raise UserError(f"{json_path}: the image folder {images} does not exist")
+    findings = find_faults(content, Path(images), for_evaluation=for_evaluation, masks=masks)
+    dropped = plan_drop(content, findings, drop)
+    faults = remaining_faults(findings, dropped)
+    if faults:
+        command = f"python tools/check_coco.py {shlex.quote(str(json_path))} {shlex.quote(str(images))}"
+        command += " --evaluation" * for_evaluation
+        raise UserError(f"{json_path}: {describe_faults(faults, drop)}; the whole table: {command}")
+    cleaned = clean(content, dropped)
+    for key in ("images", "annotations"):
+        if not cleaned[key]:
+            raise UserError(f"{json_path}: DATASETS.DROP {tuple(drop)} leaves no {key}")
+    _tell(findings, dropped, drop, json_path)
+    _register(name, content, dropped, json_path, images)
+    return _summary(cleaned)
+
+
+def _register(name: str, content: dict[str, Any], dropped: Dropped, json_path: str | Path, images: str | Path) -> None:
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    register_coco_instances(name, {}, str(json_path), str(images))
-    return summary
+    if not dropped and not is_lvis(content):
+        register_coco_instances(name, {}, str(json_path), str(images))
+        return
+    DatasetCatalog.register(name, lambda: _load_cleaned(name))
+    paths = {"json_file": str(json_path), "image_root": str(images)}
+    MetadataCatalog.get(name).set(evaluator_type="lvis" if is_lvis(content) else "coco", dropped=dropped, **paths)
+
+
+def _tell(findings: Sequence[Finding], dropped: Dropped, drop: Sequence[str], json_path: str | Path) -> None:
+    """Log what is left out, and what is good to know."""
+    counts = {rank: [f"{one.kind.name} {len(one.positions)}" for one in findings if one.rank is rank] for rank in Rank}
+    if dropped:
+        parts = f", polygons of {len(dropped.polygons)} more" if dropped.polygons else ""
+        numbers = f"{len(dropped.images)} images and {len(dropped.annotations)} annotations{parts}"
+        log.warning("%s: left out by DATASETS.DROP: %s: %s", json_path, numbers, ", ".join(counts[Rank.DROPPABLE]))
+    if counts[Rank.INFORMATION]:
+        log.info("%s: good to know: %s", json_path, ", ".join(counts[Rank.INFORMATION]))
+
+
+def _summary(content: dict[str, Any]) -> CocoSummary:
+    kept = [annotation for annotation in content["annotations"] if not annotation.get("iscrowd", 0)]
+    return CocoSummary(
+        categories=tuple(entry["name"] for entry in sorted(content["categories"], key=lambda entry: entry["id"])),
+        num_images=len(content["images"]),
+        num_trainable=len({annotation["image_id"] for annotation in kept}),
+        mask_kinds=frozenset(mask_kind(annotation) for annotation in kept),
+    )
+
+
+def mask_kind(annotation: dict[str, Any]) -> str:
+    """How an annotation gives its mask: "polygon", "rle" or "none"."""
+    mask = annotation.get("segmentation")
+    return ("rle" if isinstance(mask, dict) else "polygon") if mask else "none"
+
+
+def ground_truth(name: str) -> dict[str, Any]:
+    """Content of a registered data set as evaluation has to see it: that of its COCO file, less what was dropped.
+
+    An annotation of id 0 gets another id, because pycocotools takes a match with 0 for none.
+
+    Args:
+        name: of a data set that detectron2 knows, whoever registered it.
+
+    Raises:
+        UserError: it has no COCO file, or one that can not be read; see `read_coco`.
+    """
+    metadata = MetadataCatalog.get(name)
+    path = metadata.get("json_file")
+    if path is None:
+        raise UserError(f"{name}: this data set has no file in COCO format (its metadata lack 'json_file')")
+    content = clean(read_coco(path), metadata.get("dropped", Dropped()))
+    free = max((annotation["id"] for annotation in content["annotations"]), default=0) + 1
+    for annotation in content["annotations"]:
+        if annotation["id"] == 0:
+            annotation["id"] = free
+    return content
+
+
+def _load_cleaned(name: str) -> list[dict[str, Any]]:
+    """Records of a data set that detectron2 can not read as it is, by its own reader, from a temporary file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "cleaned.json")
+        path.write_text(json.dumps(ground_truth(name)), encoding="utf-8")
+        records: list[dict[str, Any]] = load_coco_json(str(path), MetadataCatalog.get(name).image_root, name)
+    return records
+
+
+def plan_drop(content: dict[str, Any], findings: Sequence[Finding], drop: Sequence[str]) -> Dropped:
+    """What is left out where the faults of some kinds are dropped.
+
+    Args:
+        content: from `read_coco`.
+        findings: from `find_faults`.
+        drop: names of kinds.
+    """
+    chosen = [one for one in findings if one.kind.name in drop and one.rank is Rank.DROPPABLE]
+    images = {at for one in chosen if one.kind.where == "images" for at in one.positions}
+    ids = {content["images"][at]["id"] for at in images}
+    annotations = {at for at, entry in enumerate(content["annotations"]) if ids and entry.get("image_id") in ids}
+    polygons = set()
+    for one in chosen:
+        if one.kind.name == "degenerate-polygon":
+            polygons |= {at for at in one.positions if _sound_polygons(content["annotations"][at])}
+            annotations |= set(one.positions) - polygons
+        elif one.kind.where == "annotations":
+            annotations |= set(one.positions)
+    return Dropped(frozenset(images), frozenset(annotations), frozenset(polygons - annotations))
+
+
+def clean(content: dict[str, Any], dropped: Dropped) -> dict[str, Any]:
+    """A file's content less what is dropped, and with a `file_name` for every image, which LVIS gives as `coco_url`."""
+    images = [entry for at, entry in enumerate(content["images"]) if at not in dropped.images]
+    annotations = []
+    for at, entry in enumerate(content["annotations"]):
+        if at in dropped.polygons:
+            entry = {**entry, "segmentation": _sound_polygons(entry)}
+        if at not in dropped.annotations:
+            annotations.append(entry)
+    images = [{**entry, "file_name": file_name(entry)} for entry in images]
+    return {**content, "images": images, "annotations": annotations}
+
+
+def _sound_polygons(annotation: dict[str, Any]) -> list[list[float]]:
+    return [polygon for polygon in annotation["segmentation"] if not polygon_fault(polygon)]
+
+
+def check_drop(drop: Sequence[str]) -> None:
+    """Raise a `UserError` unless every word names a kind of fault whose entries can be left out."""
+    expected = f"expected a tuple with some of: {', '.join(DROPPABLE)}"
+    if isinstance(drop, str):
+        raise UserError(f"DATASETS.DROP: {drop!r} is no tuple; {expected}")
+    for word in drop:
+        if word not in DROPPABLE:
+            what = "is nothing that can be left out" if word in KINDS else "is no kind of fault"
+            raise UserError(f"DATASETS.DROP: {word!r} {what}; {expected}")
+
+
+def remaining_faults(findings: Sequence[Finding], dropped: Dropped) -> list[Finding]:
+    """Errors in entries that are not dropped."""
+    faults = []
+    for one in findings:
+        gone = dropped.images if one.kind.where == "images" else dropped.annotations
+        if one.kind.name == "degenerate-polygon":
+            gone |= dropped.polygons
+        positions = [at for at in one.positions if one.kind.where == "categories" or at not in gone]
+        if positions and one.rank is not Rank.INFORMATION:
+            faults.append(replace(one, positions=positions))
+    return faults
+
+
+def describe_faults(faults: Sequence[Finding], drop: Sequence[str] = ()) -> str:
+    """One line: kinds with counts and first ids, and what to do; of a single kind more than of several.
+
+    Args:
+        faults: at least one.
+        drop: kinds that are dropped already.
+    """
+    if len(faults) == 1:
+        text = f"{_count(faults[0])}: {'; '.join(describe_first(faults[0]))}: {faults[0].kind.meaning}"
+    else:
+        text = "; ".join(f"{_count(one)} (id {first_ids(one)})" for one in faults)
+    some = [one for one in faults if one.rank is Rank.DROPPABLE and len(one.positions) < len(one.entries)]
+    droppable = [one.kind.name for one in some]
+    advice = f'; to leave them out: "DATASETS.DROP={(*drop, *droppable)}"' if droppable else ""
+    return text + advice
+
+
+def _count(fault: Finding) -> str:
+    return f"{fault.kind.name} in {len(fault.positions)} of {len(fault.entries)} {fault.kind.where}"
+
+
+def first_ids(finding: Finding) -> str:
+    """Ids of the first few entries."""
+    ids = [str(entry["id"]) for entry in finding.first(MAX_NAMES)]
+    return ", ".join([*ids, "..."] if len(finding.positions) > MAX_NAMES else ids)
+
+
+def describe_first(finding: Finding) -> list[str]:
+    """Place, id and fault of the first few entries."""
+    places = [
+        f"{finding.kind.where}[{entry['position']}] (id {entry['id']}): {entry['note']}".removesuffix(": ")
+        for entry in finding.first(MAX_NAMES)
+    ]
+    return [*places, "..."] if len(finding.positions) > MAX_NAMES else places
 
 
 def read_coco(path: str | Path) -> dict[str, Any]:
     """Read a COCO file.
 
     Raises:
-        UserError: no such file, not JSON (with line and column), or one of its three lists is missing.
+        UserError: no such file, not JSON (with line and column), or one of its three lists is missing, empty, or of
+            something else than dictionaries.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        with paused_garbage_collection():
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not valid JSON: the file is not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or lists within lists within...
+        raise UserError(f"{path}: can not be read: {error}") from None
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise UserError(f"{path}: no list {key!r}; a COCO file has images, annotations and categories")
         if not content[key]:
             raise UserError(f"{path}: {key!r} is empty")
+        for index, entry in enumerate(content[key]):
+            if not isinstance(entry, dict):
+                raise UserError(f"{path}: {key}[{index}] must be a dictionary, got {short(entry)}")
     return content
-
-
-def check_coco(content: dict[str, Any], path: Path, images: Path, for_evaluation: bool = False) -> CocoSummary:
-    """Light checks of a COCO file: keys, references, image paths, and whether the images are there and whole.
-
-    Args:
-        content: from `read_coco`.
-        path: of the file, for errors.
-        images: folder that `file_name` is relative to.
-        for_evaluation: AP needs the area of every annotation, and whether it is a crowd region.
-
-    Raises:
-        UserError: names the file, the entry and the key.
-    """
-    _require(content["images"], IMAGE_KEYS, path, "images")
-    _require(content["annotations"], ANNOTATION_KEYS + EVALUATION_KEYS * for_evaluation, path, "annotations")
-    _require(content["categories"], ("id", "name"), path, "categories")
-    image_ids = _unique_ids(content["images"], path, "images")
-    category_ids = _unique_ids(content["categories"], path, "categories")
-    _unique_ids(content["annotations"], path, "annotations")
-    for index, annotation in enumerate(content["annotations"]):
-        fault = _fault(annotation, image_ids, category_ids)
-        if fault:
-            raise UserError(f"{path}: annotations[{index}] (id {annotation['id']}): {fault}")
-    _check_images([entry["file_name"] for entry in content["images"]], path, images)
-    kept = [annotation for annotation in content["annotations"] if not annotation.get("iscrowd", 0)]
-    return CocoSummary(
-        categories=tuple(entry["name"] for entry in sorted(content["categories"], key=lambda entry: entry["id"])),
-        num_images=len(image_ids),
-        num_trainable=len({annotation["image_id"] for annotation in kept}),
-        mask_kinds=frozenset(_mask_kind(annotation) for annotation in kept),
-    )
-
-
-def _require(entries: list[Any], keys: tuple[str, ...], path: Path, where: str) -> None:
-    for index, entry in enumerate(entries):
-        missing = [key for key in keys if key not in entry] if isinstance(entry, dict) else list(keys)
-        if missing:
-            raise UserError(f"{path}: {where}[{index}] has no {missing[0]!r}")
-
-
-def _unique_ids(entries: list[dict[str, Any]], path: Path, where: str) -> set[Any]:
-    ids: set[Any] = set()
-    for index, entry in enumerate(entries):
-        if not isinstance(entry["id"], int):
-            raise UserError(f"{path}: {where}[{index}]: id must be a whole number, got {entry['id']!r}")
-        if entry["id"] in ids:
-            raise UserError(f"{path}: {where}[{index}]: id {entry['id']} is used twice")
-        ids.add(entry["id"])
-    return ids
-
-
-def _fault(annotation: dict[str, Any], image_ids: set[int], category_ids: set[int]) -> str | None:
-    """What is wrong with the values of one annotation, or None."""
-    for key, known in (("image_id", image_ids), ("category_id", category_ids)):
-        if not isinstance(annotation[key], int):
-            return f"{key} must be a whole number, got {annotation[key]!r}"
-        if annotation[key] not in known:
-            return f"unknown {key} {annotation[key]!r}"
-    if not isinstance(annotation["bbox"], list) or len(annotation["bbox"]) != 4:
-        return "bbox must be [x, y, width, height]"
-    if annotation.get("ignore", 0):
-        return "'ignore' is not supported: remove the annotation, or mark a region of many objects as iscrowd"
-    return _mask_fault(annotation.get("segmentation"))
-
-
-def _mask_fault(mask: Any) -> str | None:
-    """What is wrong with a `segmentation`, or None; detectron2 would drop such an object, or stop."""
-    if not mask:
-        return None
-    if isinstance(mask, dict):
-        return None if {"counts", "size"} <= set(mask) else "segmentation: run-length encoding needs counts and size"
-    if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
-        return "segmentation must be a list of polygons, [[x, y, x, y, x, y, ...], ...], or run-length encoding"
-    for number, polygon in enumerate(mask):
-        if len(polygon) < 6 or len(polygon) % 2:
-            return f"segmentation[{number}] must be x and y of at least 3 points, got {len(polygon)} numbers"
-    return None
-
-
-def _mask_kind(annotation: dict[str, Any]) -> str:
-    mask = annotation.get("segmentation")
-    return ("rle" if isinstance(mask, dict) else "polygon") if mask else "none"
-
-
-def _check_images(names: list[str], path: Path, folder: Path) -> None:
-    if not folder.is_dir():
-        raise UserError(f"{path}: the image folder {folder} does not exist")
-    for index, name in enumerate(names):
-        if not isinstance(name, str) or not name:
-            raise UserError(f"{path}: images[{index}]: file_name must be text, got {name!r}")
-        parts = PurePosixPath(name)
-        if parts.is_absolute() or PureWindowsPath(name).is_absolute() or ".." in parts.parts:
-            raise UserError(f"{path}: images[{index}]: file_name {name!r} leads out of the image folder {folder}")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        shown = ", ".join(missing[:MAX_NAMES]) + (", ..." if len(missing) > MAX_NAMES else "")
-        raise UserError(f"{path}: {len(missing)} of {len(names)} images are not in {folder}: {shown}")
-    source = ImageFiles([folder / name for name in names], f"the images of {path}")
-    refuse_broken(find_broken(source, range(len(source))))
 
 
 def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, str] | None) -> None:
     """Let the config train and evaluate on data sets named by two paths each, and fit it to them; says what it changes.
 
     Args:
-        cfg: changed in place: `DATASETS.*`, `MODEL.ROI_HEADS.NUM_CLASSES`, `INPUT.MASK_FORMAT`.
+        cfg: changed in place: `DATASETS.*`, `MODEL.ROI_HEADS.NUM_CLASSES`, `INPUT.MASK_FORMAT`; `DATASETS.DROP` and
+            `MODEL.MASK_ON` are read.
         train, val: COCO file and image folder, or None where there is none. Both None leaves the config alone.
 
     Raises:
-        UserError: see `read_coco`, `check_coco`, `choose_mask_format`; only crowd regions to train on; or the two files
-            have different categories.
+        UserError: see `register_coco`; only crowd regions to train on; or the two files have different categories.
     """
     if train is None and val is None:
         return
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ()
     summaries = []
+    masks, drop = cfg.MODEL.MASK_ON, cfg.DATASETS.DROP
     if train is not None:
-        summaries.append(register_coco(OWN_TRAIN, *train))
+        summaries.append(register_coco(OWN_TRAIN, *train, masks=masks, drop=drop))
         if not summaries[0].num_trainable:
             raise UserError(
                 f"{train[0]}: nothing to train on: every entry of 'annotations' is a crowd region (iscrowd 1)"
@@ -208,7 +328,7 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
         choose_mask_format(cfg, summaries[0], train[0])
         cfg.DATASETS.TRAIN = (OWN_TRAIN,)
     if val is not None:
-        summaries.append(register_coco(OWN_VAL, *val, for_evaluation=True))
+        summaries.append(register_coco(OWN_VAL, *val, for_evaluation=True, masks=masks, drop=drop))
         cfg.DATASETS.TEST = (OWN_VAL,)
     else:
         log.info("no --val-json: nothing is evaluated")
@@ -246,16 +366,7 @@ def check_same_categories(train: CocoSummary, val: CocoSummary, train_json: str,
 
 
 def choose_mask_format(cfg: CfgNode, summary: CocoSummary, path: str) -> None:
-    """Check that masks are there if they are trained, and set `INPUT.MASK_FORMAT` to one that can hold them.
-
-    Raises:
-        UserError: `MODEL.MASK_ON`, and not every annotation has a mask.
-    """
-    if not cfg.MODEL.MASK_ON:
-        return
-    if "none" in summary.mask_kinds:
-        some = "some annotations have" if len(summary.mask_kinds) > 1 else "no annotation has a mask: all have"
-        raise UserError(f"{path}: {some} no 'segmentation'; add masks or set MODEL.MASK_ON False")
-    if "rle" in summary.mask_kinds and cfg.INPUT.MASK_FORMAT == "polygon":
+    """Set `INPUT.MASK_FORMAT` to one that can hold the masks, if masks are trained."""
+    if cfg.MODEL.MASK_ON and "rle" in summary.mask_kinds and cfg.INPUT.MASK_FORMAT == "polygon":
         cfg.INPUT.MASK_FORMAT = "bitmask"
         log.info("INPUT.MASK_FORMAT is bitmask: %s has run-length encoded masks", path)

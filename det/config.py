@@ -338,5 +338,9 @@ def _check_square_pad(cfg: CfgNode) -> None:
     ):
         if pad % vit.PATCH_SIZE:
             raise UserError(f"MODEL.VIT.{name} {pad} is no multiple of MODEL.VIT.PATCH_SIZE {vit.PATCH_SIZE}")
+        if pad and name == "SQUARE_PAD_TEST" and not cfg.INPUT.MIN_SIZE_TEST:
+            raise UserError(
+                f"MODEL.VIT.{name} {pad} needs images to be resized: INPUT.MIN_SIZE_TEST is 0, which keeps sizes"
+            )
         if pad and pad < lookup(cfg, key):
             raise UserError(f"MODEL.VIT.{name} {pad} is smaller than {key} {lookup(cfg, key)}: images would be cropped")

@@ -1,71 +1,127 @@
-"""COCO evaluation of a detector: predictions, box and mask AP as a table and as JSON."""
+"""Evaluation of a detector: its predictions on a data set, their AP and AR as a table, JSON and curves."""
 
 from __future__ import annotations
 
-import contextlib
-import io
+import itertools
+import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
-from detectron2.evaluation import COCOEvaluator, inference_on_dataset
+from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.evaluation.evaluator import inference_context
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils import comm
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from crossmae.files import write_json
+from crossmae.errors import UserError
+from crossmae.figures import save_figure
+from crossmae.files import make_folder, write_json, write_text
+from det.coco import ground_truth
+from det.curves import precision_recall_figure
 from det.data import NamingMapper, refuse_unreadable
+from det.paste import coco_results
+from det.scoring import Scores, score_results
 
 log = logging.getLogger(__name__)
 
-RESULTS = "results.json"
+RESULTS, PREDICTIONS = "results.json", "coco_instances_results.json"
 TASKS = {"bbox": "box", "segm": "mask"}
-
-
-class _Progress:
-    """A test loader under a progress bar; a broken image ends it with the image's name."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        bar = tqdm(self.loader, desc="evaluate", unit="batch", disable=not comm.is_main_process(), dynamic_ncols=True)
-        for batch in bar:
-            refuse_unreadable(batch)
-            yield batch
+HEADLINE = ("AP", "AP50", "AP75")
+PRINTED_CLASSES = 100  # more fill the screen
 
 
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
-    """Predict every image of `DATASETS.TEST` and score the predictions with COCO's own code.
+    """Predict every image of `DATASETS.TEST` and score the predictions as `TEST.EVALUATOR` says.
 
-    Writes `OUTPUT_DIR/results.json` and `OUTPUT_DIR/inference/coco_instances_results.json`.
+    A data set whose `evaluator_type` is "lvis" is scored by LVIS's rules. Writes to `OUTPUT_DIR`: `results.json`, and
+    in `inference/` the predictions, `coco_instances_results.json`, and precision over recall, `pr_curves_<task>.png`.
 
     Args:
         cfg: `DATASETS.TEST` names one data set.
-        model: a detector with its weights.
+        model: a `GeneralizedRCNN` with its weights, or one in DistributedDataParallel.
 
     Returns:
-        {"bbox": {"AP": 51.6, "AP50": ..., "AP-<class>": ...}, "segm": ...}, in percent; empty on all processes but the
-        first.
+        {"bbox": {"AP": 51.6, "AP50": ..., "AP-<class>": ...}, "segm": ...}, see `Scores.numbers`, in percent, NaN where
+        not defined; empty on all processes but the first.
+
+    Raises:
+        UserError: an image can not be read, or the model or its number of classes does not fit the data set.
     """
     (name,), folder = cfg.DATASETS.TEST, Path(cfg.OUTPUT_DIR)
-    # Named, because detectron2 reads them off the predictions, and a detector may have found nothing.
-    tasks = tuple(TASKS) if cfg.MODEL.MASK_ON else ("bbox",)
-    evaluator = COCOEvaluator(name, tasks, output_dir=str(folder / "inference"), use_fast_impl=False)
+    detector = model.module if isinstance(model, DistributedDataParallel) else model
+    if not isinstance(detector, GeneralizedRCNN):
+        raise UserError(f"MODEL.META_ARCHITECTURE: only GeneralizedRCNN is evaluated, not {type(detector).__name__}")
     loader = build_detection_test_loader(cfg, name, mapper=NamingMapper(cfg, False))
-    # pycocotools prints its summary; ours is `format_results`.
-    with contextlib.redirect_stdout(io.StringIO()):
-        results = inference_on_dataset(model, _Progress(loader), evaluator)
-    if comm.is_main_process():
-        write_json(folder / RESULTS, {task: _json_numbers(values) for task, values in results.items()})
-        log.info("results in %s", folder / RESULTS)
+    truth = ground_truth(name)
+    category_ids = sorted(category["id"] for category in truth["categories"])
+    if len(category_ids) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+        raise UserError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, but {name} has {len(category_ids)} "
+            "categories"
+        )
+    parts = comm.gather(predict(detector, loader, category_ids), dst=0)
+    if not comm.is_main_process():
+        return {}
+    make_folder(folder / "inference", "OUTPUT_DIR")
+    results = list(itertools.chain(*parts))
+    write_text(folder / "inference" / PREDICTIONS, json.dumps(results))
+    lvis = MetadataCatalog.get(name).get("evaluator_type") == "lvis"
+    tasks = tuple(TASKS) if cfg.MODEL.MASK_ON else ("bbox",)
+    scores = {task: score_results(truth, results, task, cfg.TEST.EVALUATOR, lvis) for task in tasks}
+    return _write_scores(folder, name, scores)
+
+
+def predict(model: GeneralizedRCNN, loader: Any, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """COCO's results of every image that the loader gives to this process, under a progress bar.
+
+    Args:
+        model: is in eval mode inside, and afterwards as it was.
+        loader: of batches as detectron2's mapper makes them.
+        category_ids: of the model's classes.
+
+    Raises:
+        UserError: an image can not be read; names it.
+    """
+    results = []
+    with inference_context(model), torch.no_grad():
+        for batch in _progress(loader):
+            outputs = model.inference(batch, do_postprocess=False)
+            for sample, instances in zip(batch, outputs, strict=True):
+                size = sample["height"], sample["width"]
+                results += coco_results(instances, sample["image_id"], *size, category_ids)
+    return results
+
+
+def _progress(loader: Any) -> Iterator[list[dict[str, Any]]]:
+    bar = tqdm(loader, desc="evaluate", unit="batch", disable=not comm.is_main_process(), dynamic_ncols=True)
+    for batch in bar:
+        refuse_unreadable(batch)
+        yield batch
+
+
+def _write_scores(folder: Path, name: str, scores: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
+    """Write `results.json` and the curves of each task; returns what `evaluate` does."""
+    results, by_class = {}, {task: of_task.by_class() for task, of_task in scores.items()}
+    for task, of_task in scores.items():
+        each = {f"AP-{label}": row["AP"] for label, row in zip(of_task.names, by_class[task], strict=True)}
+        results[task] = of_task.numbers() | each
+        title = f"{TASKS[task].capitalize()} predictions on {name}"
+        save_figure(precision_recall_figure(of_task, title), folder / "inference" / f"pr_curves_{task}.png")
+    first = next(iter(scores.values()))
+    classes = [
+        {"name": label, "objects": count, **{task: _json_numbers(by_class[task][index]) for task in scores}}
+        for index, (label, count) in enumerate(zip(first.names, first.objects, strict=True))
+    ]
+    written = {task: _json_numbers(values) for task, values in results.items()}
+    write_json(folder / RESULTS, {**written, "classes": classes})
+    log.info("results in %s, curves and predictions in %s", folder / RESULTS, folder / "inference")
     return results
 
 
@@ -74,18 +130,32 @@ def _json_numbers(values: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def format_results(results: Mapping[str, Mapping[str, float]]) -> str:
-    """AP, AP50 and AP75 of boxes and masks, then AP per class, as a text table; a dash is "not defined"."""
+    """The numbers of boxes and masks, then AP per class, as a text table; a dash is "not defined"."""
     tasks = [task for task in TASKS if task in results]
-    metrics = ["AP", "AP50", "AP75"]
-    classes = [key for key in results[tasks[0]] if key.startswith("AP-")] if tasks else []
-    width = max([len("class"), *(len(key) - 3 for key in classes)])
-    lines = [" " * width + "".join(f"{metric:>8}" for metric in metrics)]
-    lines += [f"{TASKS[task]:{width}}" + "".join(_cell(results[task][metric]) for metric in metrics) for task in tasks]
-    if classes:
-        lines += ["", f"{'class':{width}}" + "".join(f"{TASKS[task] + ' AP':>8}" for task in tasks)]
-        lines += [
-            f"{key[3:]:{width}}" + "".join(_cell(results[task].get(key, math.nan)) for task in tasks) for key in classes
-        ]
+    keys = list(results[tasks[0]]) if tasks else []
+    classes = [key for key in keys if key.startswith("AP-")]
+    others = [key for key in keys if key not in (*HEADLINE, *classes)]
+    shown = classes if len(classes) <= PRINTED_CLASSES else []
+    width = max([len("class"), *(len(key) - 3 for key in shown)])
+    names = [TASKS[task] for task in tasks]
+    blocks = [
+        _table("", metrics, names, [[results[task][metric] for metric in metrics] for task in tasks], width)
+        for metrics in (HEADLINE, others)
+        if metrics
+    ]
+    if shown:
+        rows = [[results[task].get(key, math.nan) for task in tasks] for key in shown]
+        blocks.append(_table("class", [f"{name} AP" for name in names], [key[3:] for key in shown], rows, width))
+    elif classes:
+        blocks.append(f"AP of each of the {len(classes)} classes: see {RESULTS}")
+    return "\n\n".join(blocks)
+
+
+def _table(
+    corner: str, columns: Sequence[str], names: Sequence[str], rows: Sequence[Sequence[float]], width: int
+) -> str:
+    lines = [f"{corner:{width}}" + "".join(f"{column:>8}" for column in columns)]
+    lines += [f"{name:{width}}" + "".join(map(_cell, row)) for name, row in zip(names, rows, strict=True)]
     return "\n".join(lines)
 
 

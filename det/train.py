@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,11 +28,13 @@ from crossmae.errors import UserError
 from crossmae.files import make_folder, sha256, write_json, write_text
 from crossmae.versions import versions
 from det.checkpoint import AtomicCheckpointer
-from det.coco import check_registered
+from det.coco import check_registered, ground_truth
 from det.config import leaf_keys, lookup
 from det.data import build_train_loader, refuse_unreadable
-from det.evaluate import evaluate
+from det.evaluate import PREDICTIONS, evaluate
 from det.optim import build_optimizer, resolve_schedule
+from det.pictures import save_pictures, validation_pictures
+from det.report import write_report
 from det.steps import StepTrainer
 from det.weights import BEST, CONFIG, load_weights
 
@@ -76,6 +77,8 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
     trainer = Trainer(cfg, resume)
     with log_file(Path(cfg.OUTPUT_DIR)):
         trainer.train()
+        if comm.is_main_process():
+            log.info("report in %s", write_report(Path(cfg.OUTPUT_DIR)))
     return trainer.results
 
 
@@ -128,7 +131,7 @@ class Trainer(DefaultTrainer):
             self.data_loader = self._loader(first=self.start_iter)
             log.info("resuming after iteration %d from %s", self.start_iter, path)
         if comm.is_main_process():
-            record_run(cfg, settings)
+            record_run(cfg, settings, self.max_iter)
             self.register_hooks([hooks.PeriodicWriter(self.build_writers(), period=20)])
 
     def _loader(self, first: int) -> Any:
@@ -181,7 +184,19 @@ class Trainer(DefaultTrainer):
         self.results = evaluate(self.cfg, self.model if average is None else average.module)
         if comm.is_main_process():
             keep_best(self.checkpointer, self.results, self.iter)
+            self._draw_predictions()
+            if self.iter + 1 < self.max_iter:  # the last one is written when everything else is
+                write_report(Path(self.cfg.OUTPUT_DIR))
         return self.results
+
+    def _draw_predictions(self) -> None:
+        """Predictions on some validation images beside the truth, as files and for TensorBoard."""
+        folder, (name,) = Path(self.cfg.OUTPUT_DIR), self.cfg.DATASETS.TEST
+        results = json.loads((folder / "inference" / PREDICTIONS).read_text(encoding="utf-8"))
+        pictures = validation_pictures(ground_truth(name), Path(MetadataCatalog.get(name).image_root), results)
+        save_pictures(pictures, folder / "pictures")
+        for number, (_, picture) in enumerate(pictures, start=1):
+            self.storage.put_image(f"validation/{number}", torch.from_numpy(picture).permute(2, 0, 1))
 
     def run_step(self) -> None:
         """One iteration; a loss that is not finite ends the run with one line."""
@@ -281,8 +296,8 @@ def check_continues(folder: Path, settings: dict[str, Any]) -> None:
         raise UserError(f"--resume: {folder} holds a run with other settings: {'; '.join(changed)}")
 
 
-def record_run(cfg: CfgNode, settings: dict[str, Any]) -> None:
-    """Create `OUTPUT_DIR` with the resolved config, and the versions, data and shared settings that it is made with."""
+def record_run(cfg: CfgNode, settings: dict[str, Any], iterations: int) -> None:
+    """Create `OUTPUT_DIR` with the config, and the classes, versions, data and shared settings of the run."""
     folder = Path(cfg.OUTPUT_DIR)
     make_folder(folder, "OUTPUT_DIR")
     write_text(folder / CONFIG, cfg.dump())
@@ -291,7 +306,8 @@ def record_run(cfg: CfgNode, settings: dict[str, Any]) -> None:
     libraries = versions() | {"detectron2": detectron2.__version__}
     names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
     classes = {"classes": list(names.thing_classes), "category_ids": list(names.thing_dataset_id_to_contiguous_id)}
-    write_json(folder / RECORD, classes | {"versions": libraries, "data": data, "settings": settings})
+    run = {"iterations": iterations, "versions": libraries, "data": data, "settings": settings}
+    write_json(folder / RECORD, classes | run)
 
 
 @contextmanager
@@ -308,17 +324,3 @@ def log_file(folder: Path) -> Iterator[None]:
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
-
-
-class ConsoleHandler(logging.Handler):
-    """Shows what concerns the user, above the progress bar: our own lines, and the warnings of everybody else."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """detectron2 logs a traceback of every error that ends training; the error itself is shown by the tool."""
-        if record.name == "detectron2.engine.train_loop":
-            return False
-        return record.levelno >= logging.WARNING or record.name.split(".")[0] in ("det", "crossmae")
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one line without tearing the bar."""
-        tqdm.write(self.format(record), file=sys.stderr)

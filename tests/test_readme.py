@@ -62,7 +62,7 @@ DETECT = {
         "ROI_BOX_HEAD": {"CONV_DIM": 16, "FC_DIM": 32},
         "ROI_MASK_HEAD": {"CONV_DIM": 16},
     },
-    "SOLVER": {"MAX_ITER": 2, "IMS_PER_BATCH": 2, "STEPS": [], "WARMUP_ITERS": 1},
+    "SOLVER": {"MAX_ITER": 2, "IMS_PER_BATCH": 2, "ACCUMULATE": 2, "STEPS": [], "WARMUP_ITERS": 1},
     "DATALOADER": {"NUM_WORKERS": 0},
     "TEST": {"EVAL_PERIOD": 0},
 }
@@ -96,8 +96,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text(json.dumps(content))
     (folder / "pretrain").mkdir()
     (folder / "pretrain" / "crossmae_vitb.yaml").write_text(yaml.safe_dump(PRETRAIN))
-    (folder / "recipe.yaml").write_text((ROOT / "configs" / "coco_mask_rcnn.yaml").read_text())
-    (folder / "coco_mask_rcnn.yaml").write_text(yaml.safe_dump(DETECT))
+    for name in ("coco_mask_rcnn", "own_mask_rcnn"):
+        (folder / f"{name}.yaml").write_text((ROOT / "configs" / f"{name}.yaml").read_text())
+    (folder / "own_mask_rcnn.yaml").rename(folder / "recipe.yaml")
+    (folder / "own_mask_rcnn.yaml").write_text(yaml.safe_dump(DETECT))
     return folder
 
 
@@ -111,10 +113,14 @@ def run(script: str, folder: Path) -> str:
     return done.stdout + done.stderr
 
 
+def run_python(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", textwrap.dedent(script)]
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.slow
 def test_from_a_folder_of_images_to_an_ap(folder: Path) -> None:
     """The four commands in the order of the README, each from what the one before it left."""
-    # The README's SOLVER.IMS_PER_BATCH=4 fits the six images.
     run(command("pretrain"), folder)
     assert (folder / "outputs/mine/model.safetensors").is_file()
     assert "PSNR" in run(command("reconstruct"), folder)
@@ -124,15 +130,16 @@ def test_from_a_folder_of_images_to_an_ap(folder: Path) -> None:
     run(command("detect"), folder)
     results = json.loads((folder / "outputs/detector/results.json").read_text())
     assert {"bbox", "segm"} <= results.keys()
-    (folder / "outputs/detector/results.json").unlink()
+    assert len(list((folder / "outputs/predictions").glob("*.png"))) == 6
     assert "AP50" in run(command("evaluate"), folder)
-    again = json.loads((folder / "outputs/detector/results.json").read_text())
-    assert again == results
+    assert json.loads((folder / "outputs/evaluation/results.json").read_text()) == results
+    done = run_python(command("predictor"), folder)
+    assert "Instances(num_instances=" in done.stdout, done.stderr
+    assert "torch.Size([1, 256, 64, 48])" in done.stdout
 
 
 def test_the_python_example_runs(folder: Path) -> None:
-    script = textwrap.dedent(command("python"))
-    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False)
+    done = run_python(command("python"), folder)
     assert "torch.Size([2, 4, 768])" in done.stdout, done.stderr
 
 

@@ -9,37 +9,30 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import math
 import os
 import platform
 import re
-import shlex
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+import torch
 
 from crossmae import report as page
 from crossmae.errors import UserError, run_cli
 from crossmae.files import write_text
 from crossmae.images import read_image
-from crossmae.report import Bar, Block, Fact, Missing, Report, Section, Series, read_json, read_json_lines
+from crossmae.report import Block, Fact, Missing, Report, Section, read_json, read_json_lines
+from det.coco import read_coco
+from det.evaluate import format_results
+from det.pictures import SCORE_THRESHOLD, Comparison, compare_images
+from det.report import AP_TEXT, ap_facts, class_tables, counted, curve, folded, headline_table, loss_curves
+from det.run_files import read_metrics, read_results
 
 PICTURES = 12
-SCORE_THRESHOLD = 0.5
 SIDE = 480  # pixels of a drawn picture, shown at about half of it: crisp on dense screens
-TASKS = {"bbox": "box", "segm": "mask"}
-METRICS = ("AP", "AP50", "AP75")
-DETECTOR_LOSSES = {
-    "loss_mask": "mask",
-    "loss_box_reg": "box",
-    "loss_cls": "class",
-    "loss_rpn_cls": "proposal: object or not",
-    "loss_rpn_loc": "proposal: box",
-}
 LEAD = (
     "A masked autoencoder, CrossMAE, learned from images without labels by reconstructing patches that were "
     "hidden from it; its encoder then became the backbone of a Mask R-CNN that finds and outlines "
@@ -47,38 +40,6 @@ LEAD = (
     "either with the training images, and every number here was measured on the machine described at the "
     "end, by the commands shown."
 )
-
-
-# --- Average precision ------------------------------------------------------------------------------------
-
-
-def read_results(path: Path) -> dict[str, dict[str, float]]:
-    """COCO results: {"bbox": {"AP": 31.2, ..., "AP-<class>": ...}, "segm": {...}}, in percent; null is NaN.
-
-    Raises:
-        UserError: not such a file; names it.
-    """
-    content = read_json(path)
-    results = {}
-    for task in TASKS:
-        values = content.get(task) if isinstance(content, dict) else None
-        if not isinstance(values, dict) or not set(METRICS) <= values.keys():
-            raise UserError(f"{path}: expected {task!r} with {', '.join(METRICS)}, as tools/train_net.py writes it")
-        wrong = {key: value for key, value in values.items() if not isinstance(value, (int, float, type(None)))}
-        if wrong:
-            raise UserError(f"{path}: {task}: expected numbers, received {wrong}")
-        results[task] = {key: math.nan if value is None else float(value) for key, value in values.items()}
-    return results
-
-
-def class_names(results: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """The classes that have an AP of their own."""
-    return [name.removeprefix("AP-") for name in results["bbox"] if name.startswith("AP-")]
-
-
-def percent(value: float) -> str:
-    """An AP with one decimal; a class without objects has none."""
-    return "-" if math.isnan(value) else f"{value:.1f}"
 
 
 # --- Sections ---------------------------------------------------------------------------------------------
@@ -90,24 +51,8 @@ def result_section(folder: Path) -> Section:
     blocks: list[Block] = [Missing(path, "average precision")]
     if path.exists():
         results = read_results(path)
-        rows = [_ap_row(TASKS[task], [results[task][metric] for metric in METRICS]) for task in TASKS]
-        blocks = [
-            page.Table(["", *METRICS], rows, "Average precision in percent, by the COCO evaluation (pycocotools).")
-        ]
-        names = class_names(results)
-        if names:
-            by_class = [_ap_row(name, [results[task].get(f"AP-{name}", math.nan) for task in TASKS]) for name in names]
-            caption = "AP in percent by class; a full bar is 100."
-            blocks.append(page.Table(["class", *(f"{name} AP" for name in TASKS.values())], by_class, caption))
-    text = (
-        "AP50 counts a detection as right when its overlap with the true object (IoU) is at least 0.5; AP "
-        "is the mean over ten such thresholds from 0.5 to 0.95."
-    )
-    return Section("Average precision", text, blocks)
-
-
-def _ap_row(name: str, values: Sequence[float]) -> list[str | Bar]:
-    return [name, *(Bar(percent(v), 0.0 if math.isnan(v) else min(max(v / 100, 0.0), 1.0)) for v in values)]
+        blocks = [headline_table(results), *class_tables(results, path)]
+    return Section("Average precision", AP_TEXT, blocks)
 
 
 def prediction_section(folder: Path) -> Section:
@@ -132,20 +77,13 @@ def prediction_rows(annotations: Path, images: Path, predictions: Path) -> list[
     Raises:
         UserError: one of the JSON files is not in COCO's format, or an image can not be read; names it.
     """
-    truth = read_json(annotations)
-    if not isinstance(truth, dict) or any(
-        not isinstance(truth.get(k), list) for k in ("images", "annotations", "categories")
-    ):
-        raise UserError(f"{annotations}: expected a COCO file with lists `images`, `annotations` and `categories`")
-    found = read_json(predictions)
+    truth, found = read_coco(annotations), read_json(predictions)
     if not isinstance(found, list):
-        raise UserError(f"{predictions}: expected a list of detections, as detectron2 writes it")
+        raise UserError(f"{predictions}: expected a list of detections, as tools/train_net.py writes it")
     try:
-        categories = {category["id"]: str(category["name"]) for category in truth["categories"]}
-        true_of = _by_image(truth["annotations"])
-        sure_of = _by_image([entry for entry in found if entry["score"] >= SCORE_THRESHOLD])
         chosen = sorted(truth["images"], key=lambda image: image["id"])[:PICTURES]
-        return [_picture_row(image, images, true_of[image["id"]], sure_of[image["id"]], categories) for image in chosen]
+        drawn = compare_images(truth, images, found, chosen, SCORE_THRESHOLD, SIDE)
+        return [_picture_row(image["id"], pair) for image, pair in zip(chosen, drawn, strict=True)]
     except UserError:
         raise
     except KeyError as error:
@@ -154,36 +92,17 @@ def prediction_rows(annotations: Path, images: Path, predictions: Path) -> list[
         raise UserError(f"{annotations} or {predictions}: {error}") from None
 
 
-def _by_image(entries: Sequence[Mapping[str, Any]]) -> defaultdict[int, list[Mapping[str, Any]]]:
-    grouped = defaultdict(list)
-    for entry in entries:
-        grouped[entry["image_id"]].append(entry)
-    return grouped
-
-
-def _picture_row(
-    image: Mapping[str, Any],
-    folder: Path,
-    true: Sequence[Mapping[str, Any]],
-    found: Sequence[Mapping[str, Any]],
-    categories: Mapping[int, str],
-) -> page.PictureRow:
+def _picture_row(number: int, pair: Comparison) -> page.PictureRow:
     """One image twice: with its true instances, and with the predicted ones."""
-    from det.draw import draw_instances, instances_from_coco  # seconds, as it brings detectron2
-
-    pixels = np.asarray(read_image(folder / image["file_name"]))
     pictures = []
-    for label, entries in (("ground truth", true), ("prediction", found)):
-        instances = instances_from_coco(entries, categories, *pixels.shape[:2])
-        drawn = draw_instances(pixels, instances, longest_side=SIDE)
-        alt = f"image {image['id']}, {label}: " + (", ".join(instance.name for instance in instances) or "nothing")
+    for label, drawn, classes in (
+        ("ground truth", pair.truth, pair.true_classes),
+        ("prediction", pair.prediction, pair.found_classes),
+    ):
+        alt = f"image {number}, {label}: {', '.join(classes) or 'nothing'}"
         pictures.append(page.embed_image(drawn, alt=alt, label=label, density=2))
-    caption = f"Image {image['id']}: {_count(len(true), 'digit')}, {_count(len(found), 'detection')}"
-    return page.PictureRow(pictures, caption)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    digits, detections = counted(len(pair.true_classes), "digit"), counted(len(pair.found_classes), "detection")
+    return page.PictureRow(pictures, f"Image {number}: {digits}, {detections}")
 
 
 def reconstruction_section(folder: Path) -> Section:
@@ -219,15 +138,15 @@ def pretraining_section(folder: Path) -> Section:
         return Section("Pretraining", "", [Missing(path, "curves of the pretraining")])
     rows = read_json_lines(path)
     blocks: list[Block] = [
-        _curve(rows, path, "step", {"loss": "loss"}, "Reconstruction loss", "loss"),
-        _curve(rows, path, "step", {"lr": "learning rate"}, "Learning rate", "learning rate"),
+        curve(rows, path, "step", {"loss": "loss"}, "Reconstruction loss", "loss"),
+        curve(rows, path, "step", {"lr": "learning rate"}, "Learning rate", "learning rate"),
     ]
     for key, title, label in (
         ("val_loss", "Held-out loss", "loss"),
         ("knn_accuracy", "Nearest neighbours", "accuracy"),
     ):
         if any(key in row for row in rows):
-            blocks.append(_curve(rows, path, "step", {key: title.lower()}, title, label))
+            blocks.append(curve(rows, path, "step", {key: title.lower()}, title, label))
     rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
     speed = f" It went through {np.median(rates):.0f} images per second (median)." if rates else ""
     text = (
@@ -243,31 +162,8 @@ def detector_section(folder: Path) -> Section:
     path = folder / "detect/metrics.json"
     if not path.exists():
         return Section("Detector training", "", [Missing(path, "curves of the detector's training")])
-    rows = read_json_lines(path)
-    present = {key: label for key, label in DETECTOR_LOSSES.items() if any(key in row for row in rows)}
-    blocks = [_curve(rows, path, "iteration", {"total_loss": "total loss"}, "Total loss", "loss")]
-    if present:
-        blocks.append(_curve(rows, path, "iteration", present, "Its parts", "loss"))
     text = "Mask R-CNN: the total loss is the sum of those of proposals, classes, boxes and masks."
-    return Section("Detector training", text, blocks)
-
-
-def _curve(
-    rows: Sequence[Mapping[str, Any]], path: Path, x: str, keys: Mapping[str, str], title: str, y_label: str
-) -> Block:
-    """A plot of logged values over steps; says so when the log has none."""
-    series = []
-    for key, label in keys.items():
-        points = [(row[x], row[key]) for row in rows if x in row and key in row]
-        if points:
-            series.append(Series(label, *zip(*points, strict=True)))
-    if not series:
-        return Missing(path, f"curve of the {y_label}", f"no line of it has {x!r} and {', '.join(map(repr, keys))}")
-    count = len(series[0].x)
-    caption = f"{y_label.capitalize()} by {x}, {_count(count, 'logged value')}."
-    if count >= page.SMOOTH_FROM:
-        caption += " Faint: as logged; strong: running mean over 5 % of the values."
-    return page.line_plot(series, title=title, x_label=x, y_label=y_label, caption=caption)
+    return Section("Detector training", text, loss_curves(read_metrics(path), path))
 
 
 def stage_section(stages: Sequence[Mapping[str, Any]], path: Path) -> Section:
@@ -290,18 +186,6 @@ def stage_section(stages: Sequence[Mapping[str, Any]], path: Path) -> Section:
     table = page.Table(["stage", "time", "peak memory"], rows, caption, total)
     commands = page.Commands([(stage["title"], folded(stage["command"])) for stage in stages])
     return Section("Stages", "Each stage is a command of its own; run them in this order.", [table, commands])
-
-
-def folded(command: str) -> str:
-    """A long shell command over several lines, one option or `key=value` each; it can be pasted as it is."""
-    if len(command) <= 100:
-        return command
-    lines: list[list[str]] = [[]]
-    for word in shlex.split(command):
-        if word.startswith("--") or "=" in word:
-            lines.append([])
-        lines[-1].append(word)
-    return " \\\n  ".join(shlex.join(line) for line in lines)
 
 
 # --- The page ---------------------------------------------------------------------------------------------
@@ -333,18 +217,14 @@ def _peak(stages: Sequence[Mapping[str, Any]]) -> int:
 
 def facts(folder: Path, stages: Sequence[Mapping[str, Any]]) -> list[Fact]:
     """The headline numbers that there are."""
-    found = []
+    found: list[Fact] = []
     path = folder / "detect/results.json"
     if path.exists():
-        results = read_results(path)
-        for task, name in reversed(TASKS.items()):
-            values = results[task]
-            note = f"AP {percent(values['AP'])}, AP75 {percent(values['AP75'])}"
-            found.append(Fact(f"{name} AP50".capitalize().replace("ap", "AP"), f"{percent(values['AP50'])} %", note))
+        found += ap_facts(read_results(path), "AP50", ("AP", "AP75"))
     if stages:
         done = sum(stage["status"] == "done" for stage in stages)
         found.append(
-            Fact("Time", page.format_seconds(_seconds(stages)), f"{_count(done, 'stage')}, one after the other")
+            Fact("Time", page.format_seconds(_seconds(stages)), f"{counted(done, 'stage')}, one after the other")
         )
         found.append(Fact("Peak memory", page.format_bytes(_peak(stages)), "of the largest stage"))
     return found
@@ -377,8 +257,6 @@ def _processor() -> str:
 
 
 def _gpu() -> str:
-    import torch  # seconds; det.draw has brought it already where there are detections to draw
-
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
 
 
@@ -403,9 +281,8 @@ def build_report(folder: Path) -> Report:
 
 def summary(results: Path) -> str:
     """The COCO table for a terminal."""
-    from det.evaluate import format_results  # seconds, as it brings detectron2
-
-    return f"COCO average precision on held-out images, in percent\n\n{format_results(read_results(results))}\n"
+    numbers = read_results(results).numbers
+    return f"COCO average precision on held-out images, in percent\n\n{format_results(numbers)}\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,8 +15,6 @@ it evaluates. Settings follow as KEY VALUE or KEY=VALUE.
 from __future__ import annotations
 
 import argparse
-import logging
-import warnings
 
 import torch
 from detectron2.config import CfgNode
@@ -27,8 +25,9 @@ from torch.multiprocessing import ProcessRaisedException
 from crossmae.errors import UserError, run_cli
 from det.coco import use_own_data
 from det.config import load_det_config
+from det.console import set_up_console
 from det.evaluate import format_results
-from det.train import ConsoleHandler, evaluate_only, train
+from det.train import evaluate_only, train
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,20 +68,6 @@ def run(cfg: CfgNode, own_data: tuple[tuple[str, str] | None, ...], eval_only: b
     results = evaluate_only(cfg) if eval_only else train(cfg, resume)
     if comm.is_main_process() and results:
         print(format_results(results))
-
-
-# What libraries warn of that neither their caller nor the user can change.
-LIBRARY_WARNINGS = ("The given NumPy array is not writable", "torch.meshgrid: in an upcoming release")
-
-
-def set_up_console() -> None:
-    """Show log lines, less those that concern nobody; again in every process."""
-    for text in LIBRARY_WARNINGS:
-        warnings.filterwarnings("ignore", text, UserWarning)
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-    if not any(isinstance(handler, ConsoleHandler) for handler in logging.getLogger().handlers):
-        logging.getLogger().addHandler(ConsoleHandler())
-        logging.getLogger().setLevel(logging.INFO)
 
 
 def _pair(arguments: argparse.Namespace, split: str) -> tuple[str, str] | None:

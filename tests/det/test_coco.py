@@ -1,5 +1,7 @@
 """Whatever is wrong with a data set in COCO format is told in one line before training; the config is fitted to it."""
 
+import json
+
 import pytest
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
@@ -7,7 +9,7 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed: python to
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from crossmae.errors import UserError
-from det.coco import register_coco, use_own_data
+from det.coco import ground_truth, register_coco, use_own_data
 from det.config import load_det_config
 from tests.det.coco_files import TINY, annotation, save, write_coco
 
@@ -47,17 +49,20 @@ def remove(where, index, key):
         (drop("images"), "no list 'images'"),
         (lambda content: content.update(categories={}), "no list 'categories'"),
         (lambda content: content["annotations"].clear(), "'annotations' is empty"),
-        (remove("images", 2, "width"), r"images\[2\] has no 'width'"),
-        (remove("annotations", 1, "area"), r"annotations\[1\] has no 'area'"),
-        (change("annotations", 1, image_id=99), r"annotations\[1\] \(id 3\): unknown image_id 99"),
-        (change("annotations", 1, category_id=2), r"annotations\[1\] \(id 3\): unknown category_id 2"),
+        (remove("images", 2, "width"), r"bad-image in 1 of 5 images: images\[2\] \(id 3\): has no 'width'"),
+        (remove("annotations", 1, "area"), r"missing-area in 1 of 10 annotations: annotations\[1\] \(id 3\): .*add it"),
+        (change("annotations", 1, image_id=99), r"annotations\[1\] \(id 3\): image_id 99: image_id is not in 'images'"),
+        (
+            change("annotations", 1, category_id=2),
+            r"annotations\[1\] \(id 3\): category_id 2: category_id is not in 'categories'",
+        ),
         (change("annotations", 1, bbox=[1, 2, 3]), r"annotations\[1\] \(id 3\): bbox must be"),
         (
             change("annotations", 1, image_id=[1]),
             r"annotations\[1\] \(id 3\): image_id must be a whole number, got \[1\]",
         ),
         (change("annotations", 1, category_id="1"), r"\(id 3\): category_id must be a whole number, got '1'"),
-        (change("annotations", 1, ignore=1), r"annotations\[1\] \(id 3\): 'ignore' is not supported"),
+        (change("annotations", 1, ignore=1), r"annotations\[1\] \(id 3\): ignore 1: 'ignore' is not supported"),
         (
             change("annotations", 1, segmentation=[1, 1, 9, 1, 9, 9]),
             r"\(id 3\): segmentation must be a list of polygons",
@@ -74,13 +79,16 @@ def remove(where, index, key):
             change("annotations", 1, segmentation={"size": [64, 64]}),
             r"\(id 3\): segmentation: .* needs counts and size",
         ),
-        (change("annotations", 1, id=2), r"annotations\[1\]: id 2 is used twice"),
-        (change("images", 0, id="x"), r"images\[0\]: id must be a whole number, got 'x'"),
-        (change("images", 0, file_name="/etc/passwd"), r"images\[0\]: file_name '/etc/passwd' leads out"),
-        (change("images", 0, file_name="a/../../b.png"), r"images\[0\]: file_name 'a/../../b.png' leads out"),
+        (change("annotations", 1, id=2), r"duplicate-annotation-id in 1 .*annotations\[1\] \(id 2\): an earlier"),
+        (change("images", 0, id="x"), r"bad-image in 1 of 5 images \(id 'x'\); unknown-image in 2 of"),
+        (change("images", 0, file_name="/etc/passwd"), r"images\[0\] \(id 1\): file_name '/etc/passwd' leads out"),
+        (change("images", 0, file_name="a/../../b.png"), r"\(id 1\): file_name 'a/../../b.png' leads out"),
         (change("images", 0, file_name="C:\\b.png"), r"leads out of the image folder"),
-        (change("images", 0, file_name=None), r"images\[0\]: file_name must be text, got None"),
-        (change("images", 0, file_name="no.png"), r"1 of 5 images are not in .*images: no.png"),
+        (change("images", 0, file_name=None), r"\(id 1\): file_name must be text, got None"),
+        (
+            change("images", 0, file_name="no.png"),
+            r"missing-image in 1 of 5 images: images\[0\] \(id 1\): no.png: not in the image folder",
+        ),
     ],
 )
 def test_damage_is_named(tmp_path, damage, message):
@@ -96,7 +104,7 @@ def test_many_missing_images_are_counted_and_five_named(tmp_path):
     path, images, _ = write_coco(tmp_path, images=8)
     for number in range(1, 8):
         (images / f"{number}.png").unlink()
-    with pytest.raises(UserError, match=r"7 of 8 images are not in .*: 1.png, 2.png, 3.png, 4.png, 5.png, \.\.\."):
+    with pytest.raises(UserError, match=r"missing-image in 7 of 8 images: .*\(id 1\): 1.png; .*5.png; \.\.\.:"):
         register_coco("test_set", path, images)
 
 
@@ -107,6 +115,12 @@ def test_files_that_are_not_json_name_line_and_column(tmp_path):
         register_coco("test_set", path, images)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
+        register_coco("test_set", path, images)
+    path.write_text('{"images": [' + "9" * 5000 + "]}")
+    with pytest.raises(UserError, match=r"coco.json: can not be read: Exceeds the limit"):
+        register_coco("test_set", path, images)
+    path.write_text('{"images": ["1.png"], "annotations": [], "categories": []}')
+    with pytest.raises(UserError, match=r"coco.json: images\[0\] must be a dictionary, got '1.png'"):
         register_coco("test_set", path, images)
     with pytest.raises(UserError, match=r"no.json: No such file or directory"):
         register_coco("test_set", tmp_path / "no.json", images)
@@ -159,14 +173,17 @@ def test_train_and_val_must_agree_on_categories(tmp_path, cfg, names, message):
         use_own_data(cfg, (str(train), str(images)), (str(val), str(images)))
 
 
-@pytest.mark.parametrize(("count", "message"), [(1, "some annotations have no"), (10, "no annotation has a mask")])
-def test_mask_training_needs_masks(tmp_path, cfg, count, message):
+@pytest.mark.parametrize("count", [1, 10])
+def test_mask_training_needs_masks(tmp_path, cfg, count):
     _, images, content = write_coco(tmp_path)
     for entry in content["annotations"][:count]:
         del entry["segmentation"]
     path = save(tmp_path, content)
-    with pytest.raises(UserError, match=message + ".*set MODEL.MASK_ON False"):
+    with pytest.raises(UserError, match=f"missing-mask in {count} of 10 .*set MODEL.MASK_ON False") as error:
         use_own_data(cfg, (str(path), str(images)), None)
+    assert ("DATASETS.DROP=('missing-mask',)" in str(error.value)) == (count < 10)  # dropping all is no way out
+    with pytest.raises(UserError, match=f"missing-mask in {count}"):
+        use_own_data(cfg, None, (str(path), str(images)))
     cfg.MODEL.MASK_ON = False
     use_own_data(cfg, (str(path), str(images)), None)
 
@@ -189,3 +206,144 @@ def test_crowd_regions_alone_are_nothing_to_train_on_but_can_be_evaluated(tmp_pa
     ):
         use_own_data(cfg, (str(path), str(images)), None)
     use_own_data(cfg, None, (str(path), str(images)))
+
+
+def damage_four(content):
+    """An image that is not there, an empty box, an annotation of nothing, and half a polygon beside a whole one."""
+    content["images"][0]["file_name"] = "no.png"
+    content["annotations"][2]["bbox"] = [3, 4, 0, 5]
+    content["annotations"][4]["image_id"] = 99
+    content["annotations"][6]["segmentation"].append([1, 1, 2, 2])
+
+
+FOUR = ("missing-image", "empty-box", "unknown-image", "degenerate-polygon")
+
+
+def test_what_the_config_allows_is_left_out_of_training_and_evaluation(tmp_path, caplog):
+    _, images, content = write_coco(tmp_path, kind="polygon")
+    damage_four(content)
+    path = save(tmp_path, content)
+    before = path.read_bytes()
+    summary = register_coco("test_set", path, images, for_evaluation=True, masks=True, drop=FOUR)
+    assert (summary.num_images, summary.num_trainable) == (4, 4)
+    assert "left out by DATASETS.DROP: 1 images and 4 annotations, polygons of 1 more: missing-image 1" in caplog.text
+
+    truth = ground_truth("test_set")
+    assert [image["id"] for image in truth["images"]] == [2, 3, 4, 5]
+    # Of 2..11: 2 and 3 belong to the missing image, 4 has the empty box, 6 the unknown image.
+    assert [annotation["id"] for annotation in truth["annotations"]] == [5, 7, 8, 9, 10, 11]
+    assert len(truth["annotations"][2]["segmentation"]) == 1
+
+    records = DatasetCatalog.get("test_set")
+    assert [(record["image_id"], len(record["annotations"])) for record in records] == [(2, 1), (3, 1), (4, 2), (5, 2)]
+    assert records[0]["file_name"] == str(images / "2.png")
+    assert MetadataCatalog.get("test_set").thing_classes == ["a", "b"]
+    assert MetadataCatalog.get("test_set").json_file == str(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("left", range(4))
+def test_one_kind_that_is_not_allowed_stops_everything(tmp_path, left):
+    _, images, content = write_coco(tmp_path, kind="polygon")
+    damage_four(content)
+    drop = tuple(name for name in FOUR if name != FOUR[left])
+    with pytest.raises(UserError, match=f"coco.json: {FOUR[left]} in 1 of") as error:
+        register_coco("test_set", save(tmp_path, content), images, drop=drop)
+    assert f'"DATASETS.DROP={(*drop, FOUR[left])}"' in str(error.value)  # to paste: with what is allowed already
+
+
+def test_several_kinds_are_told_in_one_line_with_the_command_that_shows_all(tmp_path):
+    _, images, content = write_coco(tmp_path, kind="polygon")
+    damage_four(content)
+    with pytest.raises(UserError) as error:
+        register_coco("test_set", save(tmp_path, content), images)
+    assert str(error.value) == (
+        f"{tmp_path}/coco.json: missing-image in 1 of 5 images (id 1); unknown-image in 1 of 10 annotations (id 6); "
+        "empty-box in 1 of 10 annotations (id 4); degenerate-polygon in 1 of 10 annotations (id 8); to leave them out: "
+        "\"DATASETS.DROP=('missing-image', 'unknown-image', 'empty-box', 'degenerate-polygon')\"; the whole table: "
+        f"python tools/check_coco.py {tmp_path}/coco.json {images}"
+    )
+
+
+def test_the_last_polygon_takes_the_annotation_with_it(tmp_path):
+    _, images, content = write_coco(tmp_path, kind="polygon")
+    content["annotations"][0]["segmentation"] = [[1, 1, 9, 9], [2, 2, 4, 4, 8, 8]]
+    register_coco("test_set", save(tmp_path, content), images, drop=["degenerate-polygon"])
+    assert [annotation["id"] for annotation in ground_truth("test_set")["annotations"]] == list(range(3, 12))
+
+
+@pytest.mark.parametrize(
+    ("drop", "message"),
+    [
+        (("empty-bbox",), r"DATASETS.DROP: 'empty-bbox' is no kind of fault; .*: .*empty-box"),
+        (("unsafe-path",), r"'unsafe-path' is nothing that can be left out; expected a tuple"),
+        ("empty-box", r"DATASETS.DROP: 'empty-box' is no tuple; expected a tuple with some of"),
+        ((3,), r"DATASETS.DROP: 3 is no kind"),
+    ],
+)
+def test_drop_takes_names_of_droppable_kinds_alone(tmp_path, drop, message):
+    path, images, _ = write_coco(tmp_path)
+    with pytest.raises(UserError, match=message):
+        register_coco("test_set", path, images, drop=drop)
+
+
+def test_dropping_everything_is_an_error(tmp_path):
+    path, images, _ = write_coco(tmp_path, images=2)
+    for image in images.iterdir():
+        image.unlink()
+    with pytest.raises(UserError, match=r"coco.json: DATASETS.DROP \('missing-image',\) leaves no images"):
+        register_coco("test_set", path, images, drop=("missing-image",))
+
+
+def test_the_config_names_what_may_be_dropped(tmp_path, cfg):
+    _, images, content = write_coco(tmp_path)
+    content["annotations"][0]["bbox"] = [3, 4, 0, 5]
+    paths = (str(save(tmp_path, content)), str(images))
+    with pytest.raises(UserError, match="empty-box in 1 of 10"):
+        use_own_data(cfg, paths, paths)
+    cfg.DATASETS.DROP = ("empty-box",)
+    use_own_data(cfg, paths, paths)
+    for name in ("own_coco_train", "own_coco_val"):
+        assert len(ground_truth(name)["annotations"]) == 9
+
+
+def test_ground_truth_is_the_file_where_nothing_is_dropped(tmp_path):
+    path, images, content = write_coco(tmp_path)
+    register_coco("test_set", path, images)
+    assert ground_truth("test_set") == content
+    DatasetCatalog.register("foreign_set", list)
+    with pytest.raises(UserError, match="foreign_set: this data set has no file in COCO format"):
+        ground_truth("foreign_set")
+    DatasetCatalog.remove("foreign_set")
+
+
+def test_zero_ids_work(tmp_path):
+    """Category and image 0 are what they are; annotation 0 gets another id for evaluation, where 0 means no match."""
+    _, images, content = write_coco(tmp_path, images=1)
+    content["images"][0]["id"] = content["annotations"][0]["id"] = 0
+    content["categories"] = [{"id": 0, "name": "a"}, {"id": 7, "name": "b"}]
+    for number, entry in enumerate(content["annotations"]):
+        entry.update(image_id=0, category_id=7 * number)
+    path = save(tmp_path, content)
+    assert register_coco("test_set", path, images, for_evaluation=True, masks=True).categories == ("a", "b")
+    (record,) = DatasetCatalog.get("test_set")
+    assert record["image_id"] == 0
+    assert [entry["category_id"] for entry in record["annotations"]] == [0, 1]
+    assert [entry["id"] for entry in ground_truth("test_set")["annotations"]] == [4, 3]
+    assert json.loads(path.read_text()) == content
+
+
+def test_a_file_of_lvis_trains_with_names_from_its_urls(tmp_path):
+    _, images, content = write_coco(tmp_path, kind="polygon")
+    (tmp_path / "val2017").symlink_to(images)
+    for image in content["images"]:
+        url = f"http://images.cocodataset.org/val2017/{image.pop('file_name')}"
+        image.update(coco_url=url, neg_category_ids=[3], not_exhaustive_category_ids=[])
+    for entry in content["annotations"]:
+        del entry["iscrowd"]
+    register_coco("test_set", save(tmp_path, content), tmp_path, for_evaluation=True, masks=True)
+    records = DatasetCatalog.get("test_set")
+    assert records[0]["file_name"] == f"{tmp_path}/val2017/1.png"
+    assert [len(record["annotations"]) for record in records] == [2] * 5
+    assert MetadataCatalog.get("test_set").evaluator_type == "lvis"
+    assert ground_truth("test_set")["images"][0]["neg_category_ids"] == [3]

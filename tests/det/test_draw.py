@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image, ImageFilter
 from pycocotools import mask as coco_mask
 
-from det.draw import Instance, class_color, decode_segmentation, draw_instances, instances_from_coco
+pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
+
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+
+from det.draw import (
+    Instance,
+    _draw_mask,
+    class_color,
+    decode_segmentation,
+    draw_instances,
+    draw_sheet,
+    instances_from_coco,
+    instances_from_detectron2,
+)
 
 # pycocotools 2.0.11 hands numpy 2 an array type of its own that knows no `copy`.
 
@@ -145,3 +160,86 @@ def test_wrong_images_and_masks_are_refused():
         draw_instances(photo().astype(np.float32), [])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"mask of \(5, 5\) on an image of \(60, 80\)"):
         draw_instances(photo(), [Instance(BOX, 0, "x", np.ones((5, 5), bool))])
+
+
+@pytest.mark.parametrize("masks", ["polygons", "bitmasks", "tensor", "none"])
+def test_instances_of_detectron2_and_of_coco_are_the_same(masks: str):
+    polygon = [30.0, 25.0, 51.0, 25.0, 51.0, 38.0, 30.0, 38.0]
+    fields: dict[str, object] = {
+        "polygons": {"gt_masks": PolygonMasks([[polygon], [polygon]])},
+        "bitmasks": {"gt_masks": BitMasks(torch.from_numpy(np.stack([rectangle()] * 2)))},
+        "tensor": {"pred_masks": torch.from_numpy(np.stack([rectangle()] * 2)), "scores": torch.tensor([0.5, 0.25])},
+        "none": {},
+    }[masks]
+    kind = "pred" if masks == "tensor" else "gt"
+    boxes = {f"{kind}_boxes": Boxes(torch.tensor([[30.0, 25.0, 51.0, 38.0]] * 2))}
+    objects = Instances((HEIGHT, WIDTH), **boxes, **{f"{kind}_classes": torch.tensor([1, 0])}, **fields)  # type: ignore[arg-type]
+    entries = [{"category_id": category, "bbox": BOX, "segmentation": [polygon]} for category in (7, 3)]
+    expected = instances_from_coco(entries, NAMES, HEIGHT, WIDTH)
+    for given, wanted, score in zip(
+        instances_from_detectron2(objects, ["cat", "dog"]), expected, (0.5, 0.25), strict=True
+    ):
+        assert (given.box, given.class_index, given.name) == (wanted.box, wanted.class_index, wanted.name)
+        assert given.score == (score if masks == "tensor" else None)
+        if masks == "none":
+            assert given.mask is None
+        else:
+            assert np.array_equal(given.mask, wanted.mask)  # type: ignore[arg-type]
+
+
+def slow_mask(canvas: Image.Image, mask: np.ndarray, color: tuple[int, int, int], scale: float, unit: float) -> None:
+    """Independent of where the mask is: on the whole picture, with Pillow alone."""
+    soft = Image.fromarray(mask.astype(np.uint8) * 255).resize(canvas.size, Image.Resampling.BICUBIC)
+    if scale > 1:
+        soft = soft.filter(ImageFilter.GaussianBlur(0.5 * scale))
+    inside = soft.point(lambda value: 255 if value >= 128 else 0)
+    inner = inside.filter(ImageFilter.MinFilter(2 * max(1, round(1.5 * unit)) + 1))
+    opacity = np.where(np.asarray(inside) > np.asarray(inner), 1.0, 0.35) * (np.asarray(inside) > 0)
+    canvas.paste(Image.new("RGB", canvas.size, color), mask=Image.fromarray((opacity * 255).astype(np.uint8)))
+
+
+@pytest.mark.parametrize("scale", [0.5, 1, 2.3, 8])
+@pytest.mark.parametrize("place", [(25, 38, 30, 51), (0, 9, 0, 12), (48, 60, 70, 80), (0, 60, 0, 80), (9, 10, 9, 10)])
+def test_a_mask_is_drawn_in_its_neighbourhood_as_on_the_whole_picture(scale: float, place: tuple[int, ...]):
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[place[0] : place[1], place[2] : place[3]] = True
+    mask &= np.random.default_rng(0).random(mask.shape) > 0.2
+    mask[place[0], place[2]] = True
+    size = (round(WIDTH * scale), round(HEIGHT * scale))
+    fast, slow = (Image.fromarray(photo()).resize(size) for _ in range(2))
+    _draw_mask(fast, mask, (255, 0, 0), scale, max(size) / 480)
+    slow_mask(slow, mask, (255, 0, 0), scale, max(size) / 480)
+    assert (np.asarray(fast) == np.asarray(slow)).all(-1).mean() > 0.999  # a soft border may round the other way
+    _draw_mask(fast, np.zeros_like(mask), (255, 0, 0), scale, 1.0)
+
+
+def test_labels_move_out_of_each_others_way():
+    """Three objects at one place; the tag of each is seen whole, as if it were alone."""
+    objects = [Instance((100.0, 100.0, 4.0, 4.0), i, "name", score=0.9 - 0.1 * i) for i in range(3)]
+    blank = np.zeros((260, 300, 3), np.uint8)
+    together = draw_instances(blank, objects)
+    for instance in objects:
+        own = class_color(instance.class_index)
+        alone = (draw_instances(blank, [instance]) == own).all(-1).sum()
+        assert (together == own).all(-1).sum() >= alone - 25  # the boxes, 5 x 5 pixels, lie upon each other
+
+
+def test_letters_have_the_size_asked_for():
+    blank = np.zeros((400, 400, 3), np.uint8)
+    areas = [
+        int((draw_instances(blank, [Instance((100.0, 200.0, 5.0, 5.0), 0, "xx")], letters=size)[:195]).any(-1).sum())
+        for size in (0.05, 0.1)
+    ]
+    assert 3 < areas[1] / areas[0] < 5
+
+
+def test_sheet_shows_every_picture_once_and_apart():
+    pictures = [np.full((20 + 4 * i, 30 - 2 * i, 3), (200, 10 * i, 40), np.uint8) for i in range(5)]
+    sheet = draw_sheet(pictures, [f"number {i}\nsecond line" for i in range(5)])
+    for i, picture in enumerate(pictures):
+        rows, columns = np.nonzero((sheet == (200, 10 * i, 40)).all(-1))
+        shown = sheet[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        assert np.array_equal(shown, picture)
+    bare = draw_sheet(pictures, [""] * 5)
+    assert sheet.shape[1] == bare.shape[1]
+    assert sheet.shape[0] - bare.shape[0] == 2 * 20  # a second line under both rows

@@ -17,6 +17,7 @@ def test_public_names():
     import det
 
     assert det.__all__ == [
+        "Predictor",
         "ViT",
         "add_crossmae_config",
         "build_backbone",

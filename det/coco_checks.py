@@ -1,0 +1,505 @@
+"""What can be wrong with a data set in COCO format: every check that stands in front of detectron2.
+
+Each fault has a name, its kind, that reports, `tools/check_coco.py` and `DATASETS.DROP` share; `KINDS` lists them. Keys
+and types are looked at entry by entry; boxes, polygons and run lengths as arrays of all entries that passed.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from itertools import compress
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from crossmae.data import READERS, find_broken
+from crossmae.parallel import map_in_order
+from crossmae.sources.source import ImageFiles
+from det.coco_masks import LARGEST_SIDE, NUMBERS, Floats, Masks, flatten, measure_masks
+
+EDGE = 1.0  # pixels that a box may leave the image by, for rounding
+AREA_SLACK = (10.0, 0.3)  # pixels, plus a share of the larger, that the area may differ from that of the mask by
+# Boxes are taken for corners if so many agree with their masks only so, or, without masks, if so many would leave the
+# image by this share of its side but nearly all fit as corners.
+AGREE = 2.0  # pixels
+AGREEING, LEAVING, LEAVING_BY, FITTING = 0.5, 0.2, 0.05, 0.95
+_Note = Callable[[int], str]
+
+_LEAVES = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)")
+EXIF_ORIENTATION = 0x0112
+_LATE_EXIF = re.compile(rb"eXIf|Raw profile type exif|adobe:ns:meta")
+LATE_EXIF_WITHIN = 1 << 16  # bytes of the end of a file
+QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+class Rank(Enum):
+    """How bad a kind of fault is."""
+
+    ERROR = "error"  # training would be wrong, or stop
+    DROPPABLE = "droppable error"  # an error, but its entries can be left out by naming the kind in DATASETS.DROP
+    INFORMATION = "information"  # fine, but good to know
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of fault.
+
+    Attributes:
+        name: for reports and `DATASETS.DROP`.
+        rank: see `Rank`.
+        where: "images", "annotations" or "categories".
+        meaning: what it means or what to do, in half a sentence.
+    """
+
+    name: str
+    rank: Rank
+    where: str
+    meaning: str
+
+
+_TABLE: dict[tuple[str, Rank], dict[str, str]] = {
+    ("categories", Rank.ERROR): {
+        "bad-category": "a key is missing or of the wrong type: repair it",
+        "duplicate-category-id": "an earlier category has the same id: give each its own",
+        "duplicate-category-name": "an earlier category has the same name: merge or rename them",
+    },
+    ("categories", Rank.INFORMATION): {
+        "category-id-gaps": "ids are not 1, 2, 3, ... in a row, which is fine: classes are numbered by rising id",
+        "zero-category-id": "the id is 0, which is fine: it is an ordinary category, not the background",
+        "unused-category": "no annotation is of this category",
+    },
+    ("images", Rank.ERROR): {
+        "bad-image": "a key is missing or of the wrong type: repair it",
+        "duplicate-image-id": "an earlier image has the same id: give each its own",
+        "duplicate-file-name": "an earlier image has the same file: merge their annotations",
+        "unsafe-path": "name files relative to the image folder, without '..'",
+    },
+    ("images", Rank.DROPPABLE): {
+        "missing-image": "not in the image folder: add the file, or name the right folder",
+        "broken-image": "can not be read as an image: repair or remove what is broken",
+        "swapped-size": "width and height are swapped against the file: swap them back",
+        "exif-orientation": "the size is that before the turn by the EXIF orientation, which training applies: "
+        "annotate the turned image, or remove the orientation from the file",
+        "size-mismatch": "the size is not that of the file: annotations may belong to another version of the image",
+    },
+    ("images", Rank.INFORMATION): {
+        "exif-turned": "turned by its EXIF orientation when read; boxes and masks have to fit the turned image",
+        "zero-image-id": "the id is 0, which is fine",
+        "image-without-annotations": "left out in training unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is False",
+    },
+    ("annotations", Rank.ERROR): {
+        "corner-boxes": "boxes seem to be [x1, y1, x2, y2]; COCO's are [x, y, width, height]: convert all of them",
+        "missing-area": "evaluation counts objects as small, medium or large by 'area': add it, in pixels",
+        "missing-iscrowd": "evaluation needs 'iscrowd': add 0, or 1 for a region of many objects",
+    },
+    ("annotations", Rank.DROPPABLE): {
+        "bad-annotation": "a key is missing or of the wrong type: repair it",
+        "duplicate-annotation-id": "an earlier annotation has the same id: give each its own",
+        "unknown-image": "image_id is not in 'images': repair or remove it",
+        "unknown-category": "category_id is not in 'categories': repair or remove it",
+        "ignore-flag": "'ignore' is not supported: remove the annotation, or mark a region of many objects as iscrowd",
+        "not-finite": "NaN or infinite numbers in bbox, segmentation or area: repair or remove it",
+        "empty-box": "the box has no width or no height: repair or remove it",
+        "box-outside": "the whole box is outside the image: repair or remove it",
+        "missing-mask": "no 'segmentation': add masks or set MODEL.MASK_ON False",
+        "bad-mask": "segmentation is neither a list of polygons nor run lengths: repair or remove it",
+        "degenerate-polygon": "a polygon of fewer than 3 points, of an odd number of numbers or without area: remove "
+        "it; DATASETS.DROP leaves out the polygon, and the annotation if it has no other",
+        "rle-size": "the size of the run lengths is not [height, width] of the image: encode the mask again",
+        "rle-counts": "impossible run lengths: encode the mask again",
+        "empty-mask": "the run lengths cover no pixel: repair or remove it",
+    },
+    ("annotations", Rank.INFORMATION): {
+        "crowd": "a region of many objects: ignored in training, and in evaluation as COCO does",
+        "box-over-edge": "a part of the box is outside the image; training cuts it off",
+        "area-mismatch": "'area' is far from that of the mask; evaluation counts small, medium and large objects by it",
+        "zero-annotation-id": "the id is 0; evaluation gives it another, because pycocotools takes 0 for no object",
+    },
+}
+KINDS = {
+    name: Kind(name, rank, where, meaning) for (where, rank), kinds in _TABLE.items() for name, meaning in kinds.items()
+}
+DROPPABLE = tuple(name for name, kind in KINDS.items() if kind.rank is Rank.DROPPABLE)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """All entries that one kind of fault was found in.
+
+    Attributes:
+        kind: of fault.
+        rank: that of the kind, or information where this use of the file does without.
+        entries: the list of the file that is meant.
+        positions: in it, rising; at least one.
+        note: from a position to what is wrong there, or "".
+    """
+
+    kind: Kind
+    rank: Rank
+    entries: list[dict[str, Any]]
+    positions: Sequence[int]
+    note: _Note
+
+    def first(self, count: int) -> list[dict[str, Any]]:
+        """The first few entries: where they are in the file, their ids, and what is wrong there."""
+        first = []
+        for position in self.positions[:count]:
+            identity = self.entries[position].get("id")
+            shown = identity if type(identity) is int else short(identity)
+            first.append({"position": int(position), "id": shown, "note": self.note(position)})
+        return first
+
+
+class _Findings:
+    """Collects what the checks of one file find; `demoted` kinds are information only."""
+
+    def __init__(self, content: dict[str, Any], demoted: Iterable[str]) -> None:
+        self.content, self.demoted, self.all = content, frozenset(demoted), dict[str, Finding]()
+
+    def add(self, name: str, found: Iterable[int] | Mapping[int, str], note: _Note | None = None) -> None:
+        """Record a kind: positions, or a mapping from positions to notes; nothing where there are none."""
+        kind, positions = KINDS[name], sorted(found)
+        if note is None:
+            note = (lambda position: found[position]) if isinstance(found, Mapping) else (lambda position: "")
+        if positions:
+            rank = Rank.INFORMATION if name in self.demoted else kind.rank
+            self.all[name] = Finding(kind, rank, self.content[kind.where], positions, note)
+
+
+@contextmanager
+def paused_garbage_collection() -> Iterator[None]:
+    """Inside, no cycles are looked for: among millions of new lists that alone would take as long as reading them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def find_faults(
+    content: dict[str, Any], images: Path | None, *, for_evaluation: bool = False, masks: bool = False
+) -> list[Finding]:
+    """Everything that is wrong with, or worth knowing of, a file in COCO format; the file's content is not changed.
+
+    Args:
+        content: from `det.coco.read_coco`.
+        images: folder of the images; None: no image is looked at.
+        for_evaluation: AP needs area and iscrowd of every annotation; else their absence is information.
+        masks: masks are trained or evaluated; else the absence of one is information.
+
+    Returns:
+        In the order of `KINDS`.
+    """
+    evaluation_keys = {"missing-area", "missing-iscrowd"}
+    demoted = (set() if for_evaluation else evaluation_keys) | (set() if masks else {"missing-mask"})
+    found = _Findings(content, demoted | ({"missing-iscrowd"} if is_lvis(content) else set()))
+    with paused_garbage_collection():
+        categories, known = _check_categories(found), _check_images(found)
+        table = _check_annotations(found, known, categories)
+        _check_boxes(found, table, _check_masks(found, table, for_evaluation))
+    if images is not None:
+        _check_files(found, images, known)
+    return [found.all[name] for name in KINDS if name in found.all]
+
+
+def is_lvis(content: dict[str, Any]) -> bool:
+    """Whether a file has the form of LVIS: images name the categories that they lack, and nothing is a crowd region."""
+    return any("neg_category_ids" in image for image in content["images"])
+
+
+def file_name(image: dict[str, Any]) -> Any:
+    """`file_name`, or in its absence what LVIS means: folder and file of `coco_url`, as "val2017/000000397133.jpg"."""
+    url = image.get("coco_url")
+    if "file_name" in image or not isinstance(url, str):
+        return image.get("file_name")
+    return "/".join(url.split("/")[-2:])
+
+
+def _repeated(values: Iterable[tuple[int, Any]]) -> list[int]:
+    """Positions of values that an earlier position has."""
+    seen: set[Any] = set()
+    repeated = []
+    for position, value in values:
+        if value in seen:
+            repeated.append(position)
+        seen.add(value)
+    return repeated
+
+
+def _not_whole(entry: dict[str, Any], *keys: str) -> str:
+    """What is wrong with keys that must hold a whole number, or ""."""
+    for key in keys:
+        if key not in entry:
+            return f"has no {key!r}"
+        if type(entry[key]) is not int:  # not isinstance: True is no id
+            return f"{key} must be a whole number, got {short(entry[key])}"
+    return ""
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _with_fault(entries: list[dict[str, Any]], fault: Callable[[dict[str, Any]], str]) -> dict[int, str]:
+    return {position: text for position, entry in enumerate(entries) if (text := fault(entry))}
+
+
+def _positions_by_id(entries: list[dict[str, Any]]) -> dict[int, int]:
+    """The first position of every id; entries with other faults are there, too, to be referred to."""
+    positions = reversed(range(len(entries)))
+    return {entries[at]["id"]: at for at in positions if type(entries[at].get("id")) is int}
+
+
+def _category_fault(entry: dict[str, Any]) -> str:
+    fault = _not_whole(entry, "id")
+    if not fault and not _is_text(entry.get("name")):
+        return f"name must be text, got {short(entry['name'])}" if "name" in entry else "has no 'name'"
+    return fault
+
+
+def _check_categories(found: _Findings) -> dict[int, int]:
+    """Check entries of 'categories'. Returns their positions by id."""
+    entries = found.content["categories"]
+    bad = _with_fault(entries, _category_fault)
+    sound = [(position, entry) for position, entry in enumerate(entries) if position not in bad]
+    found.add("bad-category", bad)
+    found.add("duplicate-category-id", _repeated((position, entry["id"]) for position, entry in sound))
+    repeated = _repeated((position, entry["name"]) for position, entry in sound)
+    found.add("duplicate-category-name", repeated, lambda position: repr(entries[position]["name"]))
+    known = _positions_by_id(entries)
+    found.add("category-id-gaps", [known[key] for number, key in enumerate(sorted(known), 1) if key != number])
+    found.add("zero-category-id", [position for position, entry in sound if entry["id"] == 0])
+    return known
+
+
+def _image_fault(entry: dict[str, Any]) -> str:
+    fault = _not_whole(entry, "id")
+    if not fault and not _is_text(file_name(entry)):
+        has = "file_name" in entry
+        fault = f"file_name must be text, got {short(entry['file_name'])}" if has else "has no 'file_name'"
+    fault = fault or _not_whole(entry, "height", "width")
+    if not fault and not all(1 <= entry[key] <= LARGEST_SIDE for key in ("height", "width")):
+        fault = f"height and width must be from 1 to {LARGEST_SIDE}, got {entry['height']} and {entry['width']}"
+    return fault
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a path is absolute or goes up, on this or on another operating system."""
+    return _LEAVES.search(name) is not None
+
+
+def _check_images(found: _Findings) -> dict[int, int]:
+    """Check entries of 'images'. Returns their positions by id."""
+    entries = found.content["images"]
+    bad = _with_fault(entries, _image_fault)
+    sound = [(position, entry) for position, entry in enumerate(entries) if position not in bad]
+
+    def name(position: int) -> str:
+        return f"file_name {file_name(entries[position])!r}"
+
+    found.add("bad-image", bad)
+    found.add("duplicate-image-id", _repeated((position, entry["id"]) for position, entry in sound))
+    found.add("duplicate-file-name", _repeated((position, file_name(entry)) for position, entry in sound), name)
+    unsafe = [position for position, entry in sound if leaves_folder(file_name(entry))]
+    found.add("unsafe-path", unsafe, lambda position: f"{name(position)} leads out of the image folder")
+    found.add("zero-image-id", [position for position, entry in sound if entry["id"] == 0])
+    return _positions_by_id(entries)
+
+
+def _check_files(found: _Findings, folder: Path, known: dict[int, int]) -> None:
+    """Look at the image files: whether they are there and whole, and at their size before and after the EXIF turn."""
+    entries = found.content["images"]
+    sound = [at for at in sorted(known.values()) if not _image_fault(entries[at])]
+    names = {at: name for at in sound if not leaves_folder(name := file_name(entries[at]))}
+    missing = {position: name for position, name in names.items() if not (folder / name).is_file()}
+    there = [position for position in names if position not in missing]
+    source = ImageFiles([folder / names[position] for position in there], "images of a COCO file")
+    broken = {there[one.index]: one.message for one in find_broken(source, range(len(source)))}
+    bar = tqdm(there, "check sizes", leave=False, unit="img", dynamic_ncols=True)
+    kinds: dict[str, dict[int, str]] = {"missing-image": missing, "broken-image": broken}
+    looks = map_in_order(lambda position: _file_fault(folder / names[position], entries[position]), bar, READERS)
+    for position, (kind, text) in zip(there, looks, strict=True):
+        if kind and position not in broken:
+            kinds.setdefault(kind, {})[position] = text if kind == "broken-image" else f"{names[position]}: {text}"
+    for kind, noted in kinds.items():
+        found.add(kind, noted)
+
+
+def _file_fault(path: Path, entry: dict[str, Any]) -> tuple[str, str]:
+    """Kind of fault of an image file and what is wrong, or ("", ""); reads its header, for as long as that tells."""
+    wanted = entry["width"], entry["height"]
+    try:
+        with Image.open(path) as image:
+            # To find an orientation behind the pixels, Pillow would decode the whole of every PNG file.
+            late = image.format == "PNG" and _LATE_EXIF.search(ImageFiles([path], "").tail(0, LATE_EXIF_WITHIN))
+            exif = image.getexif() if late else Image.Image.getexif(image)
+            stored, orientation = image.size, exif.get(EXIF_ORIENTATION)
+    except Exception as error:  # Pillow raises many kinds for damaged headers
+        return "broken-image", f"{path}: can not be read as an image: {' '.join(str(error).split())}"
+    turned = stored[::-1] if orientation in QUARTER_TURNS else stored
+    sizes = "the json has {}x{} (width x height), the file {}x{}".format(*wanted, *stored)
+    if turned != stored:
+        sizes += " and {}x{} once turned by its EXIF orientation {}".format(*turned, orientation)
+    if turned == wanted:
+        return ("exif-turned", f"EXIF orientation {orientation}") if orientation in range(2, 9) else ("", "")
+    if turned != stored and stored == wanted:
+        return "exif-orientation", sizes
+    return ("swapped-size" if turned[::-1] == wanted else "size-mismatch"), sizes
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The N annotations whose keys are there and of the right type.
+
+    Attributes:
+        entries: N of the file.
+        position: (N,) of each in the file.
+        box: (N, 4).
+        size: (N, 2) width and height of the image; infinite where that is unknown.
+        finite: (N,) whether all four numbers of the box are.
+    """
+
+    entries: list[dict[str, Any]]
+    position: NDArray[np.int64]
+    box: Floats
+    size: Floats
+    finite: NDArray[np.bool_]
+
+    def at(self, rows: NDArray[np.bool_]) -> list[int]:
+        """Positions in the file of some rows."""
+        positions: list[int] = self.position[rows].tolist()
+        return positions
+
+
+def _annotation_fault(entry: dict[str, Any]) -> str:
+    """What is wrong with the keys and types of one annotation, its mask aside, or ""."""
+    fault = _not_whole(entry, "id", "image_id", "category_id")
+    if fault:
+        return fault
+    box = entry.get("bbox")
+    if type(box) is not list or len(box) != 4 or not NUMBERS.issuperset(map(type, box)):
+        return f"bbox must be [x, y, width, height], got {short(box)}" if "bbox" in entry else "has no 'bbox'"
+    if entry.get("iscrowd", 0) not in (0, 1):
+        return f"iscrowd must be 0 or 1, got {short(entry['iscrowd'])}"
+    if type(entry.get("area", 0)) not in NUMBERS:
+        return f"area must be a number, got {short(entry['area'])}"
+    return ""
+
+
+def _check_annotations(found: _Findings, known: dict[int, int], categories: dict[int, int]) -> _Table:
+    """Check keys, types and references; `known` has the positions of images by id, `categories` those of categories."""
+    entries, images = found.content["annotations"], found.content["images"]
+    bad = _with_fault(entries, _annotation_fault)
+    positions = [position for position in range(len(entries)) if position not in bad]
+    kept = [entries[position] for position in positions]
+    image_ids, category_ids, ids = ([entry[key] for entry in kept] for key in ("image_id", "category_id", "id"))
+    image_at = np.array([known.get(key, -1) for key in image_ids], np.int64)
+    flags = [entry.get("iscrowd") for entry in kept]
+
+    def where(tests: Iterable[Any]) -> list[int]:
+        return list(compress(positions, tests))
+
+    def value(key: str) -> _Note:
+        return lambda position: f"{key} {short(entries[position][key])}"
+
+    found.add("bad-annotation", bad)
+    found.add("duplicate-annotation-id", _repeated(zip(positions, ids, strict=True)))
+    found.add("unknown-image", where(image_at < 0), value("image_id"))
+    found.add("unknown-category", where(key not in categories for key in category_ids), value("category_id"))
+    found.add("ignore-flag", where(entry.get("ignore", 0) != 0 for entry in kept), value("ignore"))
+    found.add("missing-area", where("area" not in entry for entry in kept))
+    found.add("missing-iscrowd", where(flag is None for flag in flags))
+    found.add("crowd", where(flags))
+    found.add("zero-annotation-id", where(key == 0 for key in ids))
+    found.add("image-without-annotations", [known[key] for key in known.keys() - set(image_ids)])
+    unused = [categories[key] for key in categories.keys() - set(category_ids)]
+    found.add("unused-category", unused, lambda position: repr(found.content["categories"][position]["name"]))
+    sides = np.full((len(images) + 1, 2), np.inf)  # the last is for images that are not known
+    for at in known.values():
+        if not _image_fault(images[at]):
+            sides[at] = images[at]["width"], images[at]["height"]
+    box = flatten([entry["bbox"] for entry in kept]).reshape(-1, 4)
+    finite = np.asarray(np.isfinite(box).all(axis=1))
+    return _Table(kept, np.array(positions, np.int64), box, sides[image_at], finite)
+
+
+def _check_masks(found: _Findings, table: _Table, for_evaluation: bool) -> Masks:
+    """Check segmentation and area, and all numbers for NaN."""
+    masks = measure_masks([entry.get("segmentation") for entry in table.entries], table.size)
+    missing = masks.faults.get("missing-mask", {})
+    if not for_evaluation:  # training leaves crowd regions out, whatever they have
+        for row in [row for row in missing if table.entries[row].get("iscrowd", 0)]:
+            del missing[row]
+    area = flatten([[entry.get("area", 0) for entry in table.entries]])
+    infinite = {int(row): f"area {area[row]}" for row in np.flatnonzero(~np.isfinite(area))}
+    infinite |= masks.faults.pop("not-finite", {})
+    infinite |= {int(row): f"bbox {table.entries[row]['bbox']}" for row in np.flatnonzero(~table.finite)}
+    for kind, faults in (masks.faults | {"not-finite": infinite}).items():
+        found.add(kind, {int(table.position[row]): text for row, text in faults.items()})
+    slack = AREA_SLACK[0] + AREA_SLACK[1] * np.fmax(area, masks.area)
+    has_area = np.array(["area" in entry for entry in table.entries], bool)
+    far = table.at(has_area & (np.abs(area - masks.area) > slack))
+    measured = dict(zip(far, masks.area[np.isin(table.position, far)], strict=True))
+    entries = found.content["annotations"]
+    found.add("area-mismatch", far, lambda at: f"area {entries[at]['area']}, that of its mask is {measured[at]:.0f}")
+    return masks
+
+
+def _check_boxes(found: _Findings, table: _Table, masks: Masks) -> None:
+    """Check boxes against the image, and all of them against the corner form."""
+    entries, images = found.content["annotations"], found.content["images"]
+    finite = table.finite
+    x, y, w, h = np.where(finite[:, None], table.box, 1.0).T
+    width, height = table.size.T
+    beyond = np.maximum(np.maximum(-x, x + w - width), np.maximum(-y, y + h - height))  # pixels
+    empty = finite & ((w <= 0) | (h <= 0))
+    outside = finite & ~empty & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
+
+    def box(position: int) -> str:
+        return f"bbox {entries[position]['bbox']}"
+
+    def box_and_image(position: int) -> str:
+        wanted = entries[position]["image_id"]
+        image = next(image for image in images if image.get("id") == wanted)
+        return f"{box(position)} in an image of {image['width']}x{image['height']}"
+
+    corners = _in_corner_form(table, masks, finite & ~empty)
+    found.add("empty-box", table.at(empty), box)
+    found.add("corner-boxes", table.at(corners), box_and_image)
+    if not corners.any():  # which explains these
+        found.add("box-outside", table.at(outside), box_and_image)
+        found.add("box-over-edge", table.at(finite & ~empty & ~outside & (beyond > EDGE)), box_and_image)
+
+
+def _in_corner_form(table: _Table, masks: Masks, usable: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Boxes (N,) that give a file away as one of [x1, y1, x2, y2]; none in a file that seems to have sizes.
+
+    Masks decide where there are any: those boxes tell that agree with the mask's extent as corners or as sizes, but
+    not as both. Without masks, sizes of boxes that are really corners leave the image.
+    """
+    box, size = table.box, table.size
+    with np.errstate(invalid="ignore"):  # NaN and infinite are not usable, and compare false
+        by_size = np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], axis=1)
+        as_size, as_corners = (np.abs(masks.extent - form).max(axis=1) <= AGREE for form in (by_size, box))
+        told = usable & (as_size != as_corners)
+        if told.any():
+            corners = told & as_corners
+            return corners if corners.sum() >= AGREEING * told.sum() else np.zeros_like(corners)
+        leaving = usable & (by_size[:, 2:] > (1 + LEAVING_BY) * size).any(axis=1)
+        fitting = usable & (box[:, 2:] > box[:, :2]).all(axis=1) & (box >= -EDGE).all(axis=1)
+        fitting &= (box[:, 2:] <= size + EDGE).all(axis=1)
+    if leaving.sum() > LEAVING * usable.sum() and fitting.sum() >= FITTING * usable.sum():
+        return leaving & fitting
+    return np.zeros_like(usable)

@@ -1,0 +1,252 @@
+"""Predictions for files of images and videos, as pictures and as one COCO file in one folder.
+
+    OUTPUT/NAME.png            an image and its objects; NAME is the image's, with the folders under the common one
+    OUTPUT/NAME.mp4            a video and its objects
+    OUTPUT/predictions.json    all of them, as COCO annotations; written last, so that its presence says: complete
+
+Files are read a batch at a time, so that there may be any number. One that can not be read is left out and reported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, count, islice
+from pathlib import Path, PurePosixPath
+from typing import Any, TextIO, TypeVar
+
+import numpy as np
+from detectron2.structures import Instances
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from crossmae.errors import UserError
+from crossmae.files import make_folder, write_atomically
+from crossmae.gallery import find_inputs
+from det.draw import draw_instances, instances_from_detectron2
+from det.predict import Classes, Predictor, coco_annotations, read_rgb
+from det.video import Frame, Video, is_video, pyav, write_video
+
+PREDICTIONS = "predictions.json"
+SMALL = 512  # pixels: images whose sides are all shorter are drawn enlarged, by a whole number
+LETTERS = 0.03  # of labels, over the longest side
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file to predict.
+
+    Attributes:
+        path: of the file.
+        name: relative to the folder that all files have in common, with slashes.
+        target: what its picture or video is called, relative to the output folder.
+    """
+
+    path: Path
+    name: str
+    target: str
+
+
+def find_sources(arguments: Sequence[str]) -> tuple[Path, list[Source]]:
+    """The files that arguments mean, and the folder that they have in common.
+
+    Args:
+        arguments: files, folders (their images, those of subfolders too, but not their videos) and patterns.
+
+    Raises:
+        UserError: an argument that leads to no file; or a video, and PyAV is not installed.
+    """
+    paths = list(dict.fromkeys(Path(os.path.abspath(path)) for path in find_inputs(arguments)))
+    if any(is_video(path) for path in paths):
+        pyav()
+    alone = Path(arguments[0]).expanduser().absolute()
+    root = alone if len(arguments) == 1 and alone.is_dir() else Path(os.path.commonpath([p.parent for p in paths]))
+    names = [Path(os.path.relpath(path, root)).as_posix() for path in paths]
+    return root, [Source(*parts) for parts in zip(paths, names, output_names(names), strict=True)]
+
+
+def output_names(names: Sequence[str]) -> list[str]:
+    """What to call the drawn files: .png or .mp4 for the old suffix, where that is taken behind it, else numbered."""
+    targets: list[str] = []
+    taken: set[str] = set()
+    for name in names:
+        suffix, stem = ".mp4" if is_video(name) else ".png", PurePosixPath(name).with_suffix("")
+        numbered = (f"{stem}-{number}{suffix}" for number in count(2))
+        candidates = chain([f"{stem}{suffix}", f"{name}{suffix}"], numbered)
+        targets.append(next(target for target in candidates if target.casefold() not in taken))
+        taken.add(targets[-1].casefold())  # some file systems do not tell cases apart
+    return targets
+
+
+def check_output(output: Path, sources: Sequence[Source], arguments: Sequence[str], force: bool) -> None:
+    """Make sure that nothing is overwritten but, with `force`, what an earlier call wrote.
+
+    Raises:
+        UserError: the output folder is in a folder of images to predict, a picture would replace such an image, or
+            something is there already.
+    """
+    for folder in (Path(argument).expanduser() for argument in arguments):
+        if folder.is_dir() and output.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--output: {output} is in {folder}: the next call would take its pictures for input")
+    inputs = {source.path.resolve() for source in sources}
+    planned = [output / PREDICTIONS, *(output / source.target for source in sources)]
+    for path in planned:
+        if path.resolve() in inputs:
+            raise UserError(f"--output: {path} is an image to predict, and would be overwritten; name another folder")
+    there = [path for path in planned if path.exists()]
+    if there and not force:
+        raise UserError(f"--output: {there[0]} exists already; name another folder, or overwrite with --force")
+
+
+@dataclass
+class FilePredictions:
+    """Predicts files, and counts what it finds.
+
+    Attributes:
+        predictor: the detector.
+        classes: of the detector.
+        output: folder to write.
+        batch_size: images that are computed together.
+        draw: whether to write pictures and videos, too.
+        images, objects: how many images and frames were predicted, and objects found.
+        failures: one line for each file that could not be read, or not to its end.
+    """
+
+    predictor: Predictor
+    classes: Classes
+    output: Path
+    batch_size: int = 8
+    draw: bool = True
+    images: int = 0
+    objects: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def write(self, sources: Sequence[Source], info: dict[str, Any]) -> None:
+        """Predict all files and write everything, see the head of this module.
+
+        Args:
+            sources: from `find_sources`.
+            info: kept in predictions.json.
+
+        Raises:
+            UserError: the folder can not be written in.
+        """
+        make_folder(self.output, "--output")
+        videos = [source for source in sources if is_video(source.name)]
+        pictures = [source for source in sources if not is_video(source.name)]
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "w", encoding="utf-8") as file:
+                coco = CocoStream(file, self.classes)
+                self._predict_images(pictures, coco)
+                for video in videos:
+                    self._predict_video(video, coco)
+                coco.finish(info)
+
+        write_atomically(self.output / PREDICTIONS, write)
+
+    def _predict_images(self, sources: Sequence[Source], coco: CocoStream) -> None:
+        with tqdm(total=len(sources), desc="predict", unit="img", disable=not sources, dynamic_ncols=True) as bar:
+            for batch in batches(sources, self.batch_size):
+                read = ((source, self._read(source)) for source in batch)
+                readable = [(source, pixels) for source, pixels in read if pixels is not None]
+                found = self.predictor.predict([pixels for _, pixels in readable])
+                for (source, pixels), instances in zip(readable, found, strict=True):
+                    self._add(coco, {"file_name": source.name}, pixels, instances)
+                    if self.draw:
+                        self._save_picture(self.output / source.target, self._drawn(pixels, instances))
+                bar.update(len(batch))
+
+    def _read(self, source: Source) -> NDArray[np.uint8] | None:
+        """The image (H, W, 3), or None if it can not be read, which is noted."""
+        try:
+            return read_rgb(source.path)
+        except UserError as error:
+            self.failures.append(str(error))
+            return None
+
+    def _predict_video(self, source: Source, coco: CocoStream) -> None:
+        try:
+            video = Video(source.path)
+        except UserError as error:
+            self.failures.append(str(error))
+            return
+        with tqdm(total=video.frames, desc=source.name, unit="frame", dynamic_ncols=True) as bar:
+            frames = self._predict_frames(video, source, coco, bar)
+            if self.draw:
+                target = self.output / source.target
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_video(target, frames, video.rate)
+            else:
+                deque(frames, maxlen=0)
+
+    def _predict_frames(self, video: Video, source: Source, coco: CocoStream, bar: tqdm[Any]) -> Iterator[Frame]:
+        """The frames of a video with what is found in them, drawn."""
+        for batch in batches(enumerate(self._until_failure(video)), self.batch_size):
+            found = self.predictor.predict([frame.pixels for _, frame in batch])
+            for (number, frame), instances in zip(batch, found, strict=True):
+                entry = {"file_name": source.name, "frame": number, "time": round(float(frame.time), 6)}
+                self._add(coco, entry, frame.pixels, instances)
+                yield Frame(self._drawn(frame.pixels, instances) if self.draw else frame.pixels, frame.time)
+                bar.update()
+
+    def _until_failure(self, video: Video) -> Iterator[Frame]:
+        """The frames of a video, those before the damage if there is one, which is noted."""
+        try:
+            yield from video
+        except UserError as error:
+            self.failures.append(str(error))
+
+    def _add(self, coco: CocoStream, entry: dict[str, Any], pixels: NDArray[np.uint8], instances: Instances) -> None:
+        coco.add({**entry, "width": pixels.shape[1], "height": pixels.shape[0]}, instances)
+        self.images += 1
+        self.objects += len(instances)
+
+    def _drawn(self, pixels: NDArray[np.uint8], instances: Instances) -> NDArray[np.uint8]:
+        side = max(pixels.shape[:2])
+        drawn = instances_from_detectron2(instances, self.classes.names)
+        return draw_instances(pixels, drawn, longest_side=side * -(-SMALL // side), letters=LETTERS)
+
+    def _save_picture(self, path: Path, pixels: NDArray[np.uint8]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, format="png"))
+
+
+class CocoStream:
+    """A COCO file that is written while it is made: annotations as they come, then images and categories.
+
+    Args:
+        file: to write to.
+        classes: of the detector.
+    """
+
+    def __init__(self, file: TextIO, classes: Classes) -> None:
+        self.file, self.classes = file, classes
+        self.images: list[dict[str, Any]] = []
+        self.annotations = 0
+        file.write('{"annotations": [')
+
+    def add(self, image: dict[str, Any], instances: Instances) -> None:
+        """One image (its entry without the id) and what was found in it."""
+        self.images.append({"id": len(self.images) + 1, **image})
+        for annotation in coco_annotations(instances, len(self.images), self.classes):
+            self.annotations += 1
+            self.file.write(",\n" if self.annotations > 1 else "\n")
+            json.dump({"id": self.annotations, **annotation}, self.file, allow_nan=False)
+
+    def finish(self, info: dict[str, Any]) -> None:
+        """The rest of the file."""
+        rest = {"images": self.images, "categories": self.classes.categories(), "info": info}
+        self.file.write("\n], " + json.dumps(rest, ensure_ascii=False, allow_nan=False)[1:] + "\n")
+
+
+def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """`items` in lists of `size`; the last may be shorter."""
+    queue = iter(items)
+    while batch := list(islice(queue, size)):
+        yield batch

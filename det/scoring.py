@@ -1,0 +1,234 @@
+"""Average precision and recall of detections, by COCO's and by LVIS's rules.
+
+hotcoco matches and counts where it is installed; pycocotools, the reference, where not. The tests hold both to equal
+arrays. Nothing here needs a model: `score_results` takes the content of an annotation file and of a results file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from crossmae.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Results = Sequence[dict[str, Any]]
+GEOMETRY = {"bbox": "bbox", "segm": "segmentation"}  # task: key of a result that is compared
+ALL, SMALL, MEDIUM, LARGE = range(4)  # ranges of area
+IOU_50, IOU_75 = 0, 5  # of the ten thresholds 0.5, 0.55, ..., 0.95
+FREQUENCIES = "rcf"  # of LVIS: a rare, common or frequent category, by its training images
+COCO_LIMITS, LVIS_LIMITS = (1, 10, 100), (300,)  # detections of an image that count, best first
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What one evaluation counted; -1 is "not defined", as where a category has no objects.
+
+    Attributes:
+        precision: (10 IoU thresholds, 101 recalls, categories, 4 areas, limits), interpolated as COCO does.
+        recall: (10, categories, 4, limits), the highest reached.
+        thresholds: shape of `precision`: scores at which the precision is reached.
+        names: of the categories, by rising id.
+        objects: of each category in the ground truth, crowd regions left out.
+        frequencies: of each category, "r", "c" or "f", by LVIS's rules; else "".
+        limits: detections of an image that count, best first.
+    """
+
+    precision: np.ndarray
+    recall: np.ndarray
+    thresholds: np.ndarray
+    names: tuple[str, ...]
+    objects: tuple[int, ...]
+    frequencies: str
+    limits: tuple[int, ...]
+
+    def numbers(self) -> dict[str, float]:
+        """COCO's 12 numbers, or LVIS's 13, in percent; NaN is "not defined"."""
+        precision = self.precision[..., -1]
+        values = {
+            "AP": _mean(precision[..., ALL]),
+            "AP50": _mean(precision[IOU_50, ..., ALL]),
+            "AP75": _mean(precision[IOU_75, ..., ALL]),
+            "APs": _mean(precision[..., SMALL]),
+            "APm": _mean(precision[..., MEDIUM]),
+            "APl": _mean(precision[..., LARGE]),
+        }
+        for letter in FREQUENCIES if self.frequencies else "":
+            members = [index for index, frequency in enumerate(self.frequencies) if frequency == letter]
+            values[f"AP{letter}"] = _mean(precision[:, :, members, ALL])
+        values |= {f"AR{limit}": _mean(self.recall[..., ALL, place]) for place, limit in enumerate(self.limits)}
+        areas = {"s": SMALL, "m": MEDIUM, "l": LARGE}
+        return values | {f"AR{letter}": _mean(self.recall[..., area, -1]) for letter, area in areas.items()}
+
+    def by_class(self) -> list[dict[str, float]]:
+        """AP and AP50 of each category in percent; NaN where it has no objects."""
+        curves = np.moveaxis(self.precision[..., ALL, -1], 2, 0)
+        return [{"AP": _mean(curve), "AP50": _mean(curve[IOU_50])} for curve in curves]
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean of what is defined, in percent."""
+    defined = values[values > -1]
+    return float(np.mean(defined)) * 100 if defined.size else math.nan
+
+
+def score_results(
+    ground_truth: dict[str, Any], results: Results, task: str, evaluator: str = "auto", lvis: bool = False
+) -> Scores:
+    """Score detections.
+
+    Args:
+        ground_truth: content of a COCO file, or of an LVIS file.
+        results: content of a COCO results file: `image_id`, `category_id`, `score`, and `bbox` (x, y, width, height) or
+            `segmentation` (RLE). The areas of masks are those of their pixels, as detectron2 has it.
+        task: "bbox" or "segm".
+        evaluator: "hotcoco", "pycocotools", or "auto": hotcoco if installed.
+        lvis: by the rules of LVIS (arXiv 1908.03195, section 3): a category counts in an image only where it was
+            looked for, and the best 300 detections of an image count.
+
+    Raises:
+        UserError: hotcoco is asked for but missing, a result is not of this ground truth or lacks a key, or the
+            ground truth lacks one that LVIS needs.
+    """
+    if lvis:
+        _check_lvis(ground_truth)
+    _check_results(ground_truth, results, task)
+    keys = ("image_id", "category_id", "score", GEOMETRY[task])
+    # Only what is compared: with a box in it, COCO would take a mask's area from that.
+    slim = [{key: result[key] for key in keys} for result in results]
+    if lvis:
+        slim = _best_of_each_image(slim, LVIS_LIMITS[-1])
+    hotcoco = find_hotcoco(evaluator)
+    if hotcoco:
+        arrays = _by_hotcoco(hotcoco, ground_truth, slim, task, lvis)
+    else:
+        arrays = _by_pycocotools(ground_truth, slim, task, lvis)
+    categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
+    objects = Counter(a["category_id"] for a in ground_truth["annotations"] if not a.get("iscrowd", 0))
+    return Scores(
+        precision=np.asarray(arrays["precision"]),
+        recall=np.asarray(arrays["recall"]),
+        thresholds=np.asarray(arrays["scores"]),
+        names=tuple(category["name"] for category in categories),
+        objects=tuple(objects[category["id"]] for category in categories),
+        frequencies="".join(category["frequency"] for category in categories) if lvis else "",
+        limits=LVIS_LIMITS if lvis else COCO_LIMITS,
+    )
+
+
+@functools.cache  # says once what it found
+def find_hotcoco(evaluator: str) -> ModuleType | None:
+    """The hotcoco package, or None for pycocotools.
+
+    Raises:
+        UserError: `evaluator` is "hotcoco", and it is not installed.
+    """
+    if evaluator == "pycocotools":
+        return None
+    try:
+        import hotcoco
+    except ImportError:
+        if evaluator == "hotcoco":
+            raise UserError("TEST.EVALUATOR is hotcoco, which is not installed: pip install hotcoco") from None
+        log.info("evaluating with pycocotools; hotcoco gives the same numbers many times faster: pip install hotcoco")
+        return None
+    return hotcoco
+
+
+def _by_hotcoco(
+    hotcoco: ModuleType, ground_truth: dict[str, Any], results: Results, task: str, lvis: bool
+) -> dict[str, Any]:
+    truth = hotcoco.COCO(ground_truth)
+    evaluation = hotcoco.COCOeval(truth, truth.load_res(results), task, lvis_style=lvis)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    arrays: dict[str, Any] = evaluation.eval
+    return arrays
+
+
+def _by_pycocotools(ground_truth: dict[str, Any], results: Results, task: str, lvis: bool) -> dict[str, Any]:
+    # It writes into annotations and results: copies. LVIS has no crowd regions, and does not say so.
+    annotations = [{"iscrowd": 0, **annotation} for annotation in ground_truth["annotations"]]
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints
+        truth, found = COCO(), COCO()
+        truth.dataset = {**ground_truth, "annotations": annotations}
+        truth.createIndex()
+        if results:
+            found = truth.loadRes([dict(result) for result in results])
+        else:  # which it can not load
+            found.dataset = {**ground_truth, "annotations": []}
+            found.createIndex()
+        evaluation = (_LvisEval if lvis else COCOeval)(truth, found, task)
+        evaluation.params.maxDets = list(LVIS_LIMITS if lvis else COCO_LIMITS)
+        evaluation.evaluate()
+        evaluation.accumulate()
+    arrays: dict[str, Any] = evaluation.eval
+    return arrays
+
+
+class _LvisEval(COCOeval):
+    """COCO's evaluation by the federated protocol of LVIS."""
+
+    def _prepare(self) -> None:
+        """Drop detections of categories that nobody looked for in their image."""
+        super()._prepare()
+        for image, category in list(self._dts):
+            known_absent = category in self.cocoGt.imgs[image]["neg_category_ids"]
+            if not known_absent and not self._gts.get((image, category)):
+                del self._dts[image, category]
+
+    def evaluateImg(self, imgId: int, catId: int, aRng: list[float], maxDet: int) -> dict[str, Any] | None:
+        """Ignore detections without a match where not all objects of the category were marked."""
+        found: dict[str, Any] | None = super().evaluateImg(imgId, catId, aRng, maxDet)
+        if found is not None and catId in self.cocoGt.imgs[imgId]["not_exhaustive_category_ids"]:
+            found["dtIgnore"] = np.logical_or(found["dtIgnore"], found["dtMatches"] == 0)
+        return found
+
+
+def _best_of_each_image(results: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """At most `limit` results of each image, those of highest score, whatever their category."""
+    images = defaultdict(list)
+    for result in results:
+        images[result["image_id"]].append(result)
+    ranked = (sorted(image, key=lambda result: -result["score"])[:limit] for image in images.values())
+    return [result for image in ranked for result in image]
+
+
+def _check_results(ground_truth: dict[str, Any], results: Results, task: str) -> None:
+    known = {
+        "image_id": {image["id"] for image in ground_truth["images"]},
+        "category_id": {category["id"] for category in ground_truth["categories"]},
+    }
+    for index, result in enumerate(results):
+        missing = [key for key in (*known, "score", GEOMETRY[task]) if key not in result]
+        if missing:
+            raise UserError(f"results[{index}] has no {missing[0]!r}, which {task} needs")
+        for key, ids in known.items():
+            if result[key] not in ids:
+                raise UserError(f"results[{index}]: {key} {result[key]!r} is not in the ground truth")
+        if not math.isfinite(result["score"]):
+            raise UserError(f"results[{index}]: score {result['score']} is no number")
+
+
+def _check_lvis(ground_truth: dict[str, Any]) -> None:
+    needed = {"images": ("neg_category_ids", "not_exhaustive_category_ids"), "categories": ("frequency",)}
+    for where, keys in needed.items():
+        for index, entry in enumerate(ground_truth[where]):
+            for key in keys:
+                if key not in entry:
+                    raise UserError(
+                        f"ground truth: {where}[{index}] has no {key!r}, which evaluation by LVIS's rules needs"
+                    )

@@ -1,0 +1,98 @@
+"""Proves what the command line of prediction writes, refuses and returns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
+
+from crossmae.errors import USER_ERROR_EXIT_CODE
+from det.predict import Classes, Predictor, coco_annotations
+from tests.det.detectors import write_run
+from tests.tools.command_line import exit_code
+from tools.predict import SOME_FAILED_EXIT_CODE, main
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: a run, and two photographs in a folder."""
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("run"))
+    Path("photos").mkdir()
+    for seed, name in enumerate(("a.png", "b.jpg")):
+        pixels = np.random.default_rng(seed).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(Path("photos", name))
+    return tmp_path
+
+
+def test_the_file_says_what_the_predictor_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("names.txt").write_text("red\ngreen\nblue")
+    words = ("--weights", "run", "photos", "--score-threshold", "0.01", "--classes", "names.txt")
+    assert exit_code(main, *words, "TEST.DETECTIONS_PER_IMAGE=4") == 0
+    content = json.loads((folder / "outputs/predictions/predictions.json").read_text())
+    predictor = Predictor(None, "run")
+    classes = Classes(("red", "green", "blue"), (1, 2, 3))
+    expected = []
+    for number, name in enumerate(("a.png", "b.jpg"), start=1):
+        expected += coco_annotations(predictor(Path("photos", name))[:4], number, classes)
+    for found, wanted in zip(content["annotations"], expected, strict=True):
+        assert found["bbox"] == pytest.approx(wanted["bbox"], abs=0.01)
+        assert found["score"] == pytest.approx(wanted["score"], abs=1e-4)
+        assert (found["image_id"], found["category_id"]) == (wanted["image_id"], wanted["category_id"])
+    assert [category["name"] for category in content["categories"]] == ["red", "green", "blue"]
+    assert content["info"] == {
+        "image_folder": str(folder / "photos"),
+        "weights": "run/model_final.pth",
+        "score_threshold": 0.01,
+    }
+    assert "8 objects in 2 images: outputs/predictions/predictions.json" in capsys.readouterr().out
+    assert {path.name for path in Path("outputs/predictions").iterdir()} == {"a.png", "b.png", "predictions.json"}
+
+
+def test_options_leave_out_masks_and_pictures(folder: Path) -> None:
+    words = ("--weights", "run", "photos/*.png", "--no-masks", "--no-pictures", "--output", "out")
+    assert exit_code(main, *words, "--score-threshold", "0.01") == 0
+    content = json.loads(Path("out/predictions.json").read_text())
+    assert len(content["annotations"]) == 5
+    assert not any("segmentation" in annotation for annotation in content["annotations"])
+    assert [path.name for path in Path("out").iterdir()] == ["predictions.json"]
+    assert exit_code(main, *words, "--score-threshold", "0.99") == USER_ERROR_EXIT_CODE  # it would be overwritten
+    assert exit_code(main, *words, "--score-threshold", "0.99", "--force") == 0
+    assert json.loads(Path("out/predictions.json").read_text())["annotations"] == []
+
+
+def test_files_that_can_not_be_read_are_named_at_the_end(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("photos/broken.jpg").write_text("no image")
+    assert exit_code(main, "--weights", "run", "photos", "--output", "out") == SOME_FAILED_EXIT_CODE
+    assert len(json.loads(Path("out/predictions.json").read_text())["images"]) == 2
+    *_, heading, line = capsys.readouterr().err.splitlines()
+    assert heading == "error: 1 of 3 files could not be read:"
+    assert line.startswith(f"{folder}/photos/broken.jpg: can not be read as an image")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["photos", "--score-threshold", "1.5"], "--score-threshold 1.5: expected a number from 0 to less than 1"),
+        (["photos", "--batch-size", "0"], "--batch-size 0: expected a number from 1"),
+        (["MODEL.DEVICE=cpu"], "nothing to predict"),
+        (["nowhere.jpg"], "nowhere.jpg: no such file or folder"),
+        (["photos", "--output", "photos/out"], "--output: photos/out is in photos"),
+        (["photos", "--weights", "none"], "none: no such file or folder"),
+        (["photos", "MODEL.DEVISE=cpu"], "unknown key MODEL.DEVISE (did you mean MODEL.DEVICE?)"),
+        (["photos", "--classes", "none.txt"], "none.txt: can not be read as text"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    before = sorted(folder.rglob("*"))
+    assert exit_code(main, "--weights", "run", "--output", "out", *words) == USER_ERROR_EXIT_CODE
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert message in error
+    assert sorted(folder.rglob("*")) == before

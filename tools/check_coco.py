@@ -1,0 +1,117 @@
+"""Check a data set in COCO (or LVIS) format before it is trained or evaluated on.
+
+    python tools/check_coco.py instances.json IMAGES
+    python tools/check_coco.py instances.json IMAGES --evaluation --json report.json
+    python tools/check_coco.py instances.json --skip-images
+
+The json is read, never changed. Of each kind of fault the table shows how many entries have it, the first of them, and
+what to do. Training and evaluation refuse a file with errors; those marked droppable may be left out instead, by kind:
+DATASETS.DROP="('empty-box',)". There is no config here, because nothing of one matters.
+
+Exit code: 0 nothing but information, 1 there are faults, 2 the command line is wrong or the json can not be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from crossmae.errors import UserError, run_cli
+from crossmae.files import check_writable, make_folder, write_json
+from det.coco import MAX_NAMES, describe_first, first_ids, mask_kind, read_coco
+from det.coco_checks import Finding, Rank, find_faults
+
+FAULTY_EXIT_CODE = 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("coco", metavar="JSON", type=Path, help="annotations in COCO format")
+    parser.add_argument("images", metavar="IMAGES", type=Path, nargs="?", help="folder that file names are relative to")
+    parser.add_argument("--evaluation", action="store_true", help="check what AP needs, too: area and iscrowd")
+    parser.add_argument("--skip-images", action="store_true", help="do not look at the image files")
+    parser.add_argument("--json", metavar="REPORT.json", type=Path, help="write the findings as JSON, too")
+    return parser
+
+
+def count(content: dict[str, Any]) -> dict[str, int]:
+    """How much there is of what."""
+    masks = Counter(mask_kind(annotation) for annotation in content["annotations"])
+    return {
+        **{key: len(content[key]) for key in ("images", "annotations", "categories")},
+        "crowd regions": sum(annotation.get("iscrowd") == 1 for annotation in content["annotations"]),
+        "polygon masks": masks["polygon"],
+        "run-length masks": masks["rle"],
+        "without mask": masks["none"],
+    }
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """One block per kind: rank, count and first ids; what it means; what is wrong with the first entries."""
+    lines = []
+    for one in findings:
+        numbers = f"{len(one.positions)} of {len(one.entries)} {one.kind.where}"
+        lines.append(f"{one.kind.name:24} {one.rank.value:16} {numbers}, id {first_ids(one)}")
+        lines.append(f"    {one.kind.meaning}")
+        if one.first(1)[0]["note"]:
+            lines += [f"      {text}" for text in describe_first(one)]
+    return "\n".join(lines)
+
+
+def advice(findings: Sequence[Finding]) -> str:
+    """What the table comes to."""
+    faults = [one for one in findings if one.rank is not Rank.INFORMATION]
+    droppable = tuple(one.kind.name for one in faults if one.rank is Rank.DROPPABLE)
+    if not faults:
+        return "no faults"
+    leave_out = f'; to leave those entries out in training and evaluation: "DATASETS.DROP={droppable}"'
+    return f"{len(faults)} kinds of faults, {len(droppable)} of them droppable" + leave_out * bool(droppable)
+
+
+def report(arguments: argparse.Namespace, counts: dict[str, int], findings: Sequence[Finding]) -> dict[str, Any]:
+    """The findings as JSON holds them."""
+    listed = [
+        {
+            "kind": one.kind.name,
+            "rank": one.rank.value,
+            "where": one.kind.where,
+            "count": len(one.positions),
+            "first": one.first(MAX_NAMES),
+            "meaning": one.kind.meaning,
+        }
+        for one in findings
+    ]
+    images = None if arguments.skip_images else str(arguments.images)
+    return {"json": str(arguments.coco), "images": images, "counts": counts, "findings": listed}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, check, print; exit code 1 where there are faults."""
+    arguments = build_parser().parse_args(argv)
+    if not arguments.skip_images and not (arguments.images and arguments.images.is_dir()):
+        named = f"{arguments.images} is no folder" if arguments.images else "no image folder named"
+        raise UserError(f"IMAGES: {named}; name the folder that the file names are relative to, or pass --skip-images")
+    if arguments.json is not None:
+        if arguments.json.resolve() == arguments.coco.resolve():
+            raise UserError(f"--json: {arguments.json} is the file to be checked; name another for the report")
+        check_writable(arguments.json.parent, "--json")
+    content = read_coco(arguments.coco)
+    images = None if arguments.skip_images else arguments.images
+    counts = count(content)
+    has_masks = counts["without mask"] < counts["annotations"]  # without any it is a data set of boxes, which is fine
+    findings = find_faults(content, images, for_evaluation=arguments.evaluation, masks=has_masks)
+    print(", ".join(f"{value} {name}" for name, value in counts.items()))
+    print("\n".join(filter(None, (table(findings), advice(findings)))))
+    if arguments.json is not None:
+        make_folder(arguments.json.parent, "--json")
+        write_json(arguments.json, report(arguments, counts, findings))
+    if any(one.rank is not Rank.INFORMATION for one in findings):
+        raise SystemExit(FAULTY_EXIT_CODE)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,95 @@
+"""Write a trained detector as one file that runs without this package: ONNX, or a program of torch.export.
+
+    python tools/export_detector.py --weights outputs/run --output detector.onnx
+    python tools/export_detector.py --weights outputs/run --output detector.pt2 --img-size 768x1024 --image photo.jpg
+    python tools/export_detector.py --config-file coco_mask_rcnn.yaml --weights model_final.pth \\
+        --output detector.onnx MODEL.ROI_HEADS.SCORE_THRESH_TEST=0.3
+
+The file takes `image` (1, 3, H, W), float32 RGB from 0 to 255, and `image_size` (2,), int64 height and width of the
+picture at its top left. It gives `boxes` (N, 4) x0, y0, x1, y1, `scores` (N,), `classes` (N,) and `masks` (N, M, M),
+which are probabilities inside the boxes. Before it is kept, it is run on the CPU and compared with the detector. Words
+like TEST.DETECTIONS_PER_IMAGE=50 replace settings of the config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from crossmae.convert import LICENCE, licence_notice
+from crossmae.errors import UserError, run_cli
+from crossmae.weights import read_weights
+from det.console import set_up_console
+from det.export import export_detector
+from det.predict import Predictor, find_classes, find_detector, read_config, read_rgb
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--weights", type=Path, required=True, metavar="PATH", help="a detector's file, or the folder of its run"
+    )
+    parser.add_argument("--config-file", metavar="NAME", help="a YAML file, or its name under configs/ (the run's own)")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="file to write: .onnx, or .pt2 for torch.export.load"
+    )
+    parser.add_argument("--img-size", metavar="PIXELS | HxW", help="of the input (MODEL.VIT.IMG_SIZE of the config)")
+    parser.add_argument("--backbone-only", action="store_true", help="backbone and feature pyramid, without the heads")
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="names: a COCO file, or text with one a line (the run's own)"
+    )
+    parser.add_argument("--image", type=Path, metavar="FILE", help="picture for the comparison (coloured shapes)")
+    parser.add_argument("--no-check", action="store_true", help="keep the file without comparing")
+    parser.add_argument("--force", action="store_true", help="overwrite FILE")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE | KEY=VALUE", help="replace settings of the config")
+    return parser
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`1024` to (1024, 1024), `768x1024` to (768, 1024).
+
+    Raises:
+        UserError: neither.
+    """
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise UserError(f"--img-size {text}: expected pixels of a square, as 1024, or height and width, as 768x1024")
+    return int(sides[0]), int(sides[-1])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, export, say what was written and how exact it is."""
+    args = build_parser().parse_intermixed_args(argv)
+    set_up_console()
+    if args.image and args.no_check:
+        raise UserError("--image and --no-check contradict each other: the picture is for the check")
+    cfg = read_config(args.config_file, args.weights, args.overrides)
+    size = parse_size(args.img_size or str(cfg.MODEL.VIT.IMG_SIZE))
+    image = None if args.image is None else read_rgb(args.image)
+    predictor = Predictor(cfg, args.weights, device="cpu")
+    metadata = {"class_names": json.dumps(find_classes(predictor, args.classes).names)}
+    licence = licence_notice(read_weights(find_detector(args.weights)))
+    parity = export_detector(
+        predictor.model,
+        args.output,
+        size,
+        backbone_only=args.backbone_only,
+        check=not args.no_check,
+        image=image,
+        metadata=metadata | ({LICENCE: licence} if licence else {}),
+        force=args.force,
+    )
+    print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, input (1, 3, {size[0]}, {size[1]})")
+    if parity is None:
+        print("not compared with the detector")
+    else:
+        what = "feature maps" if args.backbone_only else "detections"
+        print(f"largest differences to the detector in {parity.compared} {what}: {parity}")
+    if licence:
+        print(f"licence: {licence}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

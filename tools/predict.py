@@ -1,0 +1,93 @@
+"""Find objects in images and videos with a trained detector: drawn pictures, drawn videos and one COCO file.
+
+    python tools/predict.py --weights outputs/run photo.jpg
+    python tools/predict.py --weights outputs/run photos/ 'more/**/*.jpg' clip.mp4 --output found --score-threshold 0.3
+    python tools/predict.py --config-file coco_mask_rcnn.yaml --weights model_final.pth photo.jpg MODEL.DEVICE=cpu
+
+INPUT are images, videos, folders (the images in them and their subfolders) and quoted patterns. Words like
+MODEL.DEVICE=cpu replace settings of the config. Written into --output, under the names of the files:
+    NAME.png, NAME.mp4     images and videos with their objects; small ones enlarged, videos without sound
+    predictions.json       COCO annotations with scores, masks as RLE; the frames of a video are images with "frame" and
+                           "time" in seconds
+Objects that score above --score-threshold are drawn and listed. Files that can not be read are left out and named at
+the end; the exit code is 1 then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from crossmae.errors import UserError, run_cli
+from det.console import set_up_console
+from det.predict import Predictor, find_classes, read_config
+from det.predict_files import PREDICTIONS, FilePredictions, check_output, find_sources
+
+SETTING = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*=.*")
+SOME_FAILED_EXIT_CODE = 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="+", metavar="INPUT | KEY=VALUE", help="what to predict; settings to replace")
+    parser.add_argument(
+        "--weights", type=Path, required=True, metavar="PATH", help="a detector's file, or the folder of its run"
+    )
+    parser.add_argument("--config-file", metavar="NAME", help="a YAML file, or its name under configs/ (the run's own)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/predictions"), metavar="DIR", help="folder to write (%(default)s)"
+    )
+    parser.add_argument("--score-threshold", type=float, default=0.5, metavar="S", help="from 0 to 1 (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at once (%(default)s)")
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="names: a COCO file, or text with one a line (the run's own)"
+    )
+    parser.add_argument("--no-masks", action="store_true", help="boxes alone")
+    parser.add_argument("--no-pictures", action="store_true", help=f"write {PREDICTIONS} alone")
+    parser.add_argument("--force", action="store_true", help="overwrite what an earlier call wrote")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, predict, say what came out."""
+    args = build_parser().parse_intermixed_args(argv)
+    set_up_console()
+    settings = [word for word in args.words if SETTING.fullmatch(word)]
+    inputs = [word for word in args.words if not SETTING.fullmatch(word)]
+    check_numbers(args, inputs)
+    root, sources = find_sources(inputs)
+    check_output(args.output, sources, inputs, args.force)
+    # In the config, because no mask is made of an object that is left out; what follows on the command line wins.
+    settings.insert(0, f"MODEL.ROI_HEADS.SCORE_THRESH_TEST={args.score_threshold}")
+    predictor = Predictor(read_config(args.config_file, args.weights, settings), args.weights, masks=not args.no_masks)
+    classes = find_classes(predictor, args.classes)
+    job = FilePredictions(predictor, classes, args.output, args.batch_size, draw=not args.no_pictures)
+    try:
+        job.write(sources, {"image_folder": str(root), "weights": predictor.cfg.MODEL.WEIGHTS,
+                            "score_threshold": predictor.cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST})  # fmt: skip
+    except torch.OutOfMemoryError:
+        raise UserError(f"--batch-size {args.batch_size}: too many images for the memory of the GPU") from None
+    print(f"{job.objects} objects in {job.images} images: {args.output / PREDICTIONS}")
+    if job.failures:
+        heading = f"error: {len(job.failures)} of {len(sources)} files could not be read:"
+        print("\n".join([heading, *job.failures]), file=sys.stderr)
+        raise SystemExit(SOME_FAILED_EXIT_CODE)
+
+
+def check_numbers(args: argparse.Namespace, inputs: list[str]) -> None:
+    """Raise a `UserError` for numbers out of range, and where there is nothing to predict."""
+    if not 0 <= args.score_threshold < 1:
+        raise UserError(f"--score-threshold {args.score_threshold}: expected a number from 0 to less than 1")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: expected a number from 1")
+    if not inputs:
+        raise UserError("nothing to predict: name images, folders, patterns or videos")
+
+
+if __name__ == "__main__":
+    run_cli(main)

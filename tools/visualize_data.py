@@ -1,0 +1,116 @@
+"""Look at what a detector is trained on: images as the model gets them, with boxes, masks and classes, on one sheet.
+
+    python tools/visualize_data.py --config-file coco_mask_rcnn.yaml --train-json TRAIN.json --train-images IMAGES
+    python tools/visualize_data.py --config-file coco_mask_rcnn.yaml --num-images 36 INPUT.COPY_PASTE.ENABLED=True
+
+They come from the loader of tools/train_net.py: with the same config, data and SEED they are the first images of the
+run, whatever the number of GPUs. The grey-brown around an image is what the batch is padded with: the mean pixel.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
+from detectron2.modeling import build_backbone
+from detectron2.structures import ImageList
+from numpy.typing import NDArray
+from PIL import Image
+
+from crossmae.errors import UserError, run_cli
+from crossmae.files import make_folder, write_atomically
+from det.coco import check_registered, use_own_data
+from det.config import load_det_config
+from det.console import set_up_console
+from det.data import build_train_loader, refuse_unreadable
+from det.draw import draw_instances, draw_sheet, instances_from_detectron2
+
+CELL = 448  # pixels that the longer side of an image has on the sheet
+LETTERS = 0.035  # of labels, over the longer side
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="NAME", help="a YAML file, or its name under configs/")
+    parser.add_argument("--train-json", metavar="FILE", help="train annotations in COCO format")
+    parser.add_argument("--train-images", metavar="DIR", help="folder of the images that --train-json names")
+    parser.add_argument("--num-images", type=int, default=16, metavar="N", help="how many (%(default)s)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("outputs/training_data.png"),
+        metavar="FILE",
+        help="picture to write, or replace (%(default)s)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE | KEY=VALUE", help="replace settings of the file")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, load, draw."""
+    args = build_parser().parse_intermixed_args(argv)
+    set_up_console()
+    if args.num_images < 1:
+        raise UserError(f"--num-images {args.num_images}: expected a number from 1")
+    if (args.train_json is None) != (args.train_images is None):
+        raise UserError("--train-json and --train-images belong together: give both or none")
+    cfg = load_det_config(args.config_file, args.overrides)
+    use_own_data(cfg, (args.train_json, args.train_images) if args.train_json else None, None)
+    check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+    if not cfg.DATASETS.TRAIN:
+        raise UserError("no training data: name it with --train-json and --train-images")
+    samples = list(islice(training_samples(cfg), args.num_images))
+    names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes
+    pictures = [draw_sample(pixels, sample, names) for pixels, sample in samples]
+    captions = [caption(sample, pixels) for pixels, sample in samples]
+    make_folder(args.output.parent, "--output")
+    sheet = Image.fromarray(draw_sheet(pictures, captions))
+    write_atomically(args.output, lambda temporary: sheet.save(temporary, format="png"))
+    print(f"the first {len(samples)} training images: {args.output}")
+
+
+def training_samples(cfg: CfgNode) -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:
+    """The images (H, W, 3), padded, with the sample that each is of, in the order of training."""
+    with torch.device("meta"):  # weights without memory
+        backbone = build_backbone(cfg)
+    records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
+    for batch in build_train_loader(cfg, records, first=0, rank=0, world_size=1):
+        refuse_unreadable(batch)
+        # As the model does it: the mean is subtracted, so that 0 is what is padded.
+        images = [sample["image"] - mean for sample in batch]
+        padded = ImageList.from_tensors(images, backbone.size_divisibility, 0.0, backbone.padding_constraints)
+        for image, sample in zip((padded.tensor + mean).round().byte(), batch, strict=True):
+            pixels = image.permute(1, 2, 0).numpy()
+            yield np.ascontiguousarray(pixels if cfg.INPUT.FORMAT == "RGB" else pixels[:, :, ::-1]), sample
+
+
+def draw_sample(pixels: NDArray[np.uint8], sample: dict[str, Any], names: Sequence[str]) -> NDArray[np.uint8]:
+    """The padded image (H, W, 3) with the objects of its sample, whose masks end with the image."""
+    padding = [(0, padded - side) for padded, side in zip(pixels.shape, sample["image"].shape[1:], strict=False)]
+    instances = [
+        instance if instance.mask is None else replace(instance, mask=np.pad(instance.mask, padding))
+        for instance in instances_from_detectron2(sample["instances"], names)
+    ]
+    return draw_instances(pixels, instances, longest_side=CELL, letters=LETTERS)
+
+
+def caption(sample: dict[str, Any], pixels: NDArray[np.uint8]) -> str:
+    """Name of the file, how many objects are left, and the three sizes."""
+    sizes = [(sample["width"], sample["height"]), sample["image"].shape[:0:-1], pixels.shape[1::-1]]
+    given, augmented, padded = (f"{width} x {height}" for width, height in sizes)
+    counted = f"{Path(sample['file_name']).name}, objects: {len(sample['instances'])}"
+    return f"{counted}\n{given}, augmented {augmented}, padded {padded}"
+
+
+if __name__ == "__main__":
+    run_cli(main)
