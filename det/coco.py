@@ -6,6 +6,7 @@ import json
 import logging
 import shlex
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,6 +102,7 @@ def register_coco(
             raise UserError(f"{json_path}: DATASETS.DROP {tuple(drop)} leaves no {key}")
     _tell(findings, dropped, drop, json_path)
     _register(name, content, dropped, json_path, images)
+    MetadataCatalog.get(name).set(class_image_count=images_of_each_class(cleaned))  # for the federated loss
     return _summary(cleaned)
 
 
@@ -135,6 +137,13 @@ def _summary(content: dict[str, Any]) -> CocoSummary:
         num_trainable=len({annotation["image_id"] for annotation in kept}),
         mask_kinds=frozenset(mask_kind(annotation) for annotation in kept),
     )
+
+
+def images_of_each_class(content: dict[str, Any]) -> list[dict[str, int]]:
+    """In how many images each class is: `id` and `image_count`, as detectron2's federated loss reads them."""
+    pairs = {(annotation["category_id"], annotation["image_id"]) for annotation in content["annotations"]}
+    counts = Counter(category for category, _ in pairs)
+    return [{"id": entry["id"], "image_count": counts[entry["id"]]} for entry in content["categories"]]
 
 
 def mask_kind(annotation: dict[str, Any]) -> str:
@@ -330,14 +339,26 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
     if val is not None:
         summaries.append(register_coco(OWN_VAL, *val, for_evaluation=True, masks=masks, drop=drop))
         cfg.DATASETS.TEST = (OWN_VAL,)
-    else:
-        log.info("no --val-json: nothing is evaluated")
     if train is not None and val is not None:
         check_same_categories(summaries[0], summaries[1], train[0], val[0])
     classes = len(summaries[0].categories)
     if classes != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
         log.info("MODEL.ROI_HEADS.NUM_CLASSES is %d: so many categories has %s", classes, (train or val or ("",))[0])
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = classes
+    box_head = cfg.MODEL.ROI_BOX_HEAD
+    if box_head.USE_FED_LOSS and classes < box_head.FED_LOSS_NUM_CLASSES:
+        log.info("MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES is %d: there are no more", classes)
+        box_head.FED_LOSS_NUM_CLASSES = classes
+
+
+def check_classes(cfg: CfgNode) -> None:
+    """Raise a `UserError` unless `MODEL.ROI_HEADS.NUM_CLASSES` is that of every data set; they have to be loaded."""
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        found = MetadataCatalog.get(name).get("thing_classes")
+        if found is not None and len(found) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+            raise UserError(
+                f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, but {name} has {len(found)} classes"
+            )
 
 
 def check_registered(names: tuple[str, ...], key: str) -> None:

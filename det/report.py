@@ -146,7 +146,7 @@ def headline_table(results: Results) -> Table:
     rows: list[list[str | Bar]] = [
         [TASKS[task], *(_bar(results.numbers[task][key]) for key in HEADLINE)] for task in results.tasks
     ]
-    return Table(["", *HEADLINE], rows, "Average precision in percent, by the COCO evaluation; a full bar is 100.")
+    return Table(["", *HEADLINE], rows, "Average precision in percent; a full bar is 100.")
 
 
 def class_tables(results: Results, source: Path) -> list[Block]:
@@ -206,7 +206,7 @@ def _result_section(run: Run) -> Section:
 
 def _metric_table(results: Results) -> Table:
     """Everything but AP, AP50, AP75 and the classes."""
-    names = [name for name in results.numbers[results.tasks[0]] if name not in HEADLINE and name[:3] != "AP-"]
+    names = [name for name in results.numbers[results.tasks[0]] if name not in HEADLINE and not name.startswith("AP-")]
     rows = []
     for name in names:
         recall = re.fullmatch(r"AR(\d+)", name)
@@ -240,8 +240,8 @@ def _class_section(run: Run) -> Section:
 
 def _recall_section(run: Run) -> Section:
     text = (
-        "From the surest prediction to the least sure, recall grows and precision falls. Each curve is of one class, "
-        "the bold one their mean."
+        "From the surest prediction to the least sure, recall grows and precision falls. The bold curve is the mean of "
+        "all classes; where they are few, each has a curve of its own."
     )
     tasks = run.results.tasks if run.results is not None else TASKS
     names = {f"inference/pr_curves_{task}.png": f"precision over recall of {TASKS[task]} predictions" for task in tasks}
@@ -308,7 +308,7 @@ def _command_section(run: Run) -> Section:
     }
     if run.is_unfinished:
         data = _own_data(run, "train") + _own_data(run, "val")
-        commands["Go on with the training, by as many processes"] = [
+        commands["Go on with the training (add --num-gpus as before)"] = [
             "train_net.py", "--config-file", config, "--resume", *data
         ]  # fmt: skip
     lines = [
@@ -320,11 +320,9 @@ def _command_section(run: Run) -> Section:
 def _own_data(run: Run, split: str) -> list[str]:
     """The flags for a data set that is named by two paths; none for those that detectron2 knows."""
     paths = run.record.data.get({"train": OWN_TRAIN, "val": OWN_VAL}[split])
-    return (
-        []
-        if paths is None
-        else [f"--{split}-json", str(paths.get("json")), f"--{split}-images", str(paths.get("images"))]
-    )
+    if paths is None:
+        return []
+    return [f"--{split}-json", str(paths.get("json")), f"--{split}-images", str(paths.get("images"))]
 
 
 def _setting_section(run: Run) -> Section:

@@ -28,7 +28,7 @@ from crossmae.errors import UserError
 from crossmae.files import make_folder, sha256, write_json, write_text
 from crossmae.versions import versions
 from det.checkpoint import AtomicCheckpointer
-from det.coco import check_registered, ground_truth
+from det.coco import check_classes, check_registered, ground_truth
 from det.config import leaf_keys, lookup
 from det.data import build_train_loader, refuse_unreadable
 from det.evaluate import PREDICTIONS, evaluate
@@ -41,6 +41,7 @@ from det.weights import BEST, CONFIG, load_weights
 log = logging.getLogger(__name__)
 
 LOG, RECORD = "log.txt", "run.json"
+LOGGED_CLASSES = 100
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # What a run and its continuation must share: it decides the order of data, the model and the schedule.
 _SHARED = ("SEED", "DATASETS.TRAIN", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "INPUT.", "MODEL.", "SOLVER.")
@@ -74,6 +75,8 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
     if not cfg.DATASETS.TRAIN:
         raise UserError("no training data: name it with --train-json and --train-images")
+    if not cfg.DATASETS.TEST:
+        log.info("no --val-json, no DATASETS.TEST: nothing is evaluated, so no weights are the best")
     trainer = Trainer(cfg, resume)
     with log_file(Path(cfg.OUTPUT_DIR)):
         trainer.train()
@@ -110,6 +113,7 @@ class Trainer(DefaultTrainer):
         seed_all_rng(cfg.SEED)
         self.results: dict[str, dict[str, float]] = {}
         self.records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        check_classes(cfg)
         self.cfg = resolve_schedule(cfg, len(self.records))
         self.start_iter, self.max_iter = 0, self.cfg.SOLVER.MAX_ITER
         loader = self._loader(first=0)
@@ -187,7 +191,7 @@ class Trainer(DefaultTrainer):
             self._draw_predictions()
             if self.iter + 1 < self.max_iter:  # the last one is written when everything else is
                 write_report(Path(self.cfg.OUTPUT_DIR))
-        return self.results
+        return {task: _without_many_classes(numbers) for task, numbers in self.results.items()}
 
     def _draw_predictions(self) -> None:
         """Predictions on some validation images beside the truth, as files and for TensorBoard."""
@@ -207,6 +211,12 @@ class Trainer(DefaultTrainer):
                 f"training diverged at iteration {self.iter}: {' '.join(str(error).split())} Lower SOLVER.BASE_LR "
                 f"(it is {self.cfg.SOLVER.BASE_LR}) or raise SOLVER.WARMUP_ITERS ({self.cfg.SOLVER.WARMUP_ITERS})"
             ) from error
+
+
+def _without_many_classes(numbers: dict[str, float]) -> dict[str, float]:
+    """What is logged at an evaluation: LVIS would fill TensorBoard with a curve for each of its 1,203 classes."""
+    classes = [key for key in numbers if key.startswith("AP-")]
+    return numbers if len(classes) <= LOGGED_CLASSES else {key: numbers[key] for key in numbers if key not in classes}
 
 
 def keep_best(checkpointer: AtomicCheckpointer, results: dict[str, dict[str, float]], iteration: int) -> None:

@@ -7,9 +7,11 @@ import pytest
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import get_fed_loss_cls_weights
+from detectron2.modeling import build_model
 
 from crossmae.errors import UserError
-from det.coco import ground_truth, register_coco, use_own_data
+from det.coco import check_classes, ground_truth, register_coco, use_own_data
 from det.config import load_det_config
 from tests.det.coco_files import TINY, annotation, save, write_coco
 
@@ -347,3 +349,26 @@ def test_a_file_of_lvis_trains_with_names_from_its_urls(tmp_path):
     assert [len(record["annotations"]) for record in records] == [2] * 5
     assert MetadataCatalog.get("test_set").evaluator_type == "lvis"
     assert ground_truth("test_set")["images"][0]["neg_category_ids"] == [3]
+
+
+def test_the_federated_loss_gets_the_images_of_each_class_and_no_more_classes_than_there_are(tmp_path, cfg):
+    path, images, content = write_coco(tmp_path)
+    content["annotations"] = [one for one in content["annotations"] if one["category_id"] == 1 or one["image_id"] < 3]
+    content["annotations"].append({**content["annotations"][0], "id": 99})  # a second object in one image
+    save(tmp_path, content)
+    cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS = cfg.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE = True
+    use_own_data(cfg, (str(path), str(images)), None)
+    assert cfg.MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES == 2
+    assert get_fed_loss_cls_weights(cfg.DATASETS.TRAIN).tolist() == [5.0, 2.0]  # of categories 1 and 3
+    build_model(cfg)
+
+
+def test_a_number_of_classes_that_is_not_that_of_the_data_is_refused(tmp_path, cfg):
+    path, images, _ = write_coco(tmp_path)
+    register_coco("test_set", path, images)
+    DatasetCatalog.get("test_set")
+    cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES = ("test_set",), 2
+    check_classes(cfg)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    with pytest.raises(UserError, match="NUM_CLASSES is 3, but test_set has 2 classes"):
+        check_classes(cfg)
