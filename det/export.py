@@ -170,6 +170,7 @@ def _write(
             input_names=INPUTS,
             output_names=sorted(position, key=position.__getitem__),
             opset_version=OPSET,
+            dynamo=True,  # not the default of torch before 2.9
             verbose=False,
         )
     except Exception as error:  # exporters fail by exceptions of all kinds

@@ -170,8 +170,9 @@ def _reduce(instance: Instance, size: tuple[int, int], scales: tuple[float, floa
     box = (x * scales[0], y * scales[1], width * scales[0], height * scales[1])
     if instance.mask is None:
         return replace(instance, box=box)
-    mask = cv2.resize(instance.mask.astype(np.float32), size, interpolation=cv2.INTER_AREA) >= 0.5
-    return replace(instance, box=box, mask=mask)
+    # Masks are decoded column by column: turned, they need not be copied, which takes most of the time.
+    turned = cv2.resize(instance.mask.T.view(np.uint8) * 255, size[::-1], interpolation=cv2.INTER_AREA)
+    return replace(instance, box=box, mask=turned.T >= 128)
 
 
 def _side_by_side(one: Comparison, score_threshold: float) -> NDArray[np.uint8]:
