@@ -11,7 +11,7 @@ from torch import nn
 
 from crossmae.errors import UserError
 from crossmae.files import write_atomically, write_text
-from det.weights import LAST
+from det.run_files import LAST
 
 # With a moving average, `model` is the average, and here are the weights that training goes on from.
 TRAINED = "trained_model"

@@ -27,13 +27,11 @@ from det.coco import ground_truth
 from det.curves import precision_recall_figure
 from det.data import NamingMapper, refuse_unreadable
 from det.paste import coco_results
+from det.run_files import HEADLINE, PREDICTIONS, RESULTS, TASKS
 from det.scoring import Scores, score_results
 
 log = logging.getLogger(__name__)
 
-RESULTS, PREDICTIONS = "results.json", "coco_instances_results.json"
-TASKS = {"bbox": "box", "segm": "mask"}
-HEADLINE = ("AP", "AP50", "AP75")
 PRINTED_CLASSES = 100  # more fill the screen
 
 
@@ -71,7 +69,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
         return {}
     make_folder(folder / "inference", "OUTPUT_DIR")
     results = list(itertools.chain(*parts))
-    write_text(folder / "inference" / PREDICTIONS, json.dumps(results))
+    write_text(folder / PREDICTIONS, json.dumps(results))
     lvis = MetadataCatalog.get(name).get("evaluator_type") == "lvis"
     tasks = tuple(TASKS) if cfg.MODEL.MASK_ON else ("bbox",)
     scores = {task: score_results(truth, results, task, cfg.TEST.EVALUATOR, lvis) for task in tasks}

@@ -25,11 +25,10 @@ from pycocotools import mask as coco_mask
 from crossmae.errors import UserError
 from det.coco import read_coco
 from det.config import check_config, choose_device, load_det_config
-from det.weights import CONFIG, find_detector, load_weights
+from det.run_files import CONFIG, RECORD
+from det.weights import find_detector, load_weights
 
 log = logging.getLogger(__name__)
-
-RECORD = "run.json"  # of a run, see det/train.py
 
 Picture = NDArray[np.uint8] | Image.Image | str | Path
 

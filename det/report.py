@@ -24,10 +24,22 @@ from crossmae.report import Bar, Block, Fact, Missing, Report, Section, Series, 
 from det.coco import OWN_TRAIN, OWN_VAL
 from det.config import add_crossmae_config, leaf_keys, lookup
 from det.pictures import find_pictures
-from det.run_files import CONFIG, HEADLINE, METRICS, RECORD, RESULTS, TASKS, ClassScore, Metrics, Results, Run, read_run
+from det.run_files import (
+    CONFIG,
+    HEADLINE,
+    METRICS,
+    RECORD,
+    REPORT,
+    RESULTS,
+    TASKS,
+    ClassScore,
+    Metrics,
+    Results,
+    Run,
+    read_run,
+)
 from det.weights import find_detector
 
-REPORT = "report.html"
 LOSSES = {
     "loss_mask": "mask",
     "loss_box_reg": "box",

@@ -13,7 +13,10 @@ from crossmae.config import read_yaml
 from crossmae.errors import UserError
 from crossmae.report import read_json
 
-RECORD, CONFIG, METRICS, RESULTS, BEST = "run.json", "config.yaml", "metrics.json", "results.json", "model_best.json"
+# What a run writes; `model` in weights is what was evaluated.
+RECORD, CONFIG, LOG, METRICS, REPORT = "run.json", "config.yaml", "log.txt", "metrics.json", "report.html"
+BEST, BEST_RECORD, FINAL, LAST = "model_best.pth", "model_best.json", "model_final.pth", "last_checkpoint"
+RESULTS, PREDICTIONS = "results.json", "inference/coco_instances_results.json"
 TASKS = {"bbox": "box", "segm": "mask"}
 HEADLINE = ("AP", "AP50", "AP75")
 T = TypeVar("T")
@@ -127,7 +130,7 @@ def read_run(folder: Path) -> Run:
         read(CONFIG, read_yaml, {}),
         read(METRICS, read_metrics, Metrics([])),
         read(RESULTS, read_results, no_results),
-        read(BEST, _read_best, no_best),
+        read(BEST_RECORD, _read_best, no_best),
         faults,
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import detectron2
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
@@ -20,6 +21,7 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from numpy.typing import NDArray
 from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm import tqdm
@@ -31,17 +33,18 @@ from det.checkpoint import AtomicCheckpointer
 from det.coco import check_classes, check_registered, ground_truth
 from det.config import leaf_keys, lookup
 from det.data import build_train_loader, refuse_unreadable
-from det.evaluate import PREDICTIONS, evaluate
+from det.evaluate import evaluate
 from det.optim import build_optimizer, resolve_schedule
 from det.pictures import save_pictures, validation_pictures
 from det.report import write_report
+from det.run_files import BEST, BEST_RECORD, CONFIG, LOG, PREDICTIONS, RECORD
 from det.steps import StepTrainer
-from det.weights import BEST, CONFIG, load_weights
+from det.weights import load_weights
 
 log = logging.getLogger(__name__)
 
-LOG, RECORD = "log.txt", "run.json"
 LOGGED_CLASSES = 100
+WRITING_PERIOD = 20
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # What a run and its continuation must share: it decides the order of data, the model and the schedule.
 _SHARED = ("SEED", "DATASETS.TRAIN", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "INPUT.", "MODEL.", "SOLVER.")
@@ -98,7 +101,11 @@ def evaluate_only(cfg: CfgNode) -> dict[str, dict[str, float]]:
     load_weights(model, cfg, detector_only=True)
     make_folder(Path(cfg.OUTPUT_DIR), "OUTPUT_DIR")
     with log_file(Path(cfg.OUTPUT_DIR)):
-        return evaluate(cfg, create_ddp_model(model, broadcast_buffers=False))
+        results = evaluate(cfg, create_ddp_model(model, broadcast_buffers=False))
+        if comm.is_main_process():
+            draw_predictions(cfg)
+            log.info("report in %s", write_report(Path(cfg.OUTPUT_DIR)))
+    return results
 
 
 class Trainer(DefaultTrainer):
@@ -136,7 +143,7 @@ class Trainer(DefaultTrainer):
             log.info("resuming after iteration %d from %s", self.start_iter, path)
         if comm.is_main_process():
             record_run(cfg, settings, self.max_iter)
-            self.register_hooks([hooks.PeriodicWriter(self.build_writers(), period=20)])
+            self.register_hooks([hooks.PeriodicWriter(self.build_writers(), period=self._writing_period())])
 
     def _loader(self, first: int) -> Any:
         rank, world_size, solver = comm.get_rank(), comm.get_world_size(), self.cfg.SOLVER
@@ -187,23 +194,23 @@ class Trainer(DefaultTrainer):
         average = self._trainer.average
         self.results = evaluate(self.cfg, self.model if average is None else average.module)
         if comm.is_main_process():
-            keep_best(self.checkpointer, self.results, self.iter)
-            self._draw_predictions()
+            # Behind the last iteration, detectron2 counts one more.
+            keep_best(self.checkpointer, self.results, min(self.iter + 1, self.max_iter))
+            for number, picture in enumerate(draw_predictions(self.cfg), start=1):
+                self.storage.put_image(f"validation/{number}", torch.from_numpy(picture).permute(2, 0, 1))
             if self.iter + 1 < self.max_iter:  # the last one is written when everything else is
                 write_report(Path(self.cfg.OUTPUT_DIR))
         return {task: _without_many_classes(numbers) for task, numbers in self.results.items()}
 
-    def _draw_predictions(self) -> None:
-        """Predictions on some validation images beside the truth, as files and for TensorBoard."""
-        folder, (name,) = Path(self.cfg.OUTPUT_DIR), self.cfg.DATASETS.TEST
-        results = json.loads((folder / "inference" / PREDICTIONS).read_text(encoding="utf-8"))
-        pictures = validation_pictures(ground_truth(name), Path(MetadataCatalog.get(name).image_root), results)
-        save_pictures(pictures, folder / "pictures")
-        for number, (_, picture) in enumerate(pictures, start=1):
-            self.storage.put_image(f"validation/{number}", torch.from_numpy(picture).permute(2, 0, 1))
+    def _writing_period(self) -> int:
+        """Iterations between writings of the log: as many as between evaluations, whose numbers replace each other."""
+        period: int = self.cfg.TEST.EVAL_PERIOD if self.cfg.DATASETS.TEST else 0
+        return min(period or WRITING_PERIOD, WRITING_PERIOD)
 
     def run_step(self) -> None:
         """One iteration; a loss that is not finite ends the run with one line."""
+        if torch.cuda.is_available():
+            self.storage.put_scalar("peak_memory_bytes", torch.cuda.max_memory_allocated(), smoothing_hint=False)
         try:
             super().run_step()
         except FloatingPointError as error:
@@ -211,6 +218,15 @@ class Trainer(DefaultTrainer):
                 f"training diverged at iteration {self.iter}: {' '.join(str(error).split())} Lower SOLVER.BASE_LR "
                 f"(it is {self.cfg.SOLVER.BASE_LR}) or raise SOLVER.WARMUP_ITERS ({self.cfg.SOLVER.WARMUP_ITERS})"
             ) from error
+
+
+def draw_predictions(cfg: CfgNode) -> list[NDArray[np.uint8]]:
+    """Draw what the last evaluation found on some images beside the truth, into `pictures/`, and return it."""
+    folder, (name,) = Path(cfg.OUTPUT_DIR), cfg.DATASETS.TEST
+    results = json.loads((folder / PREDICTIONS).read_text(encoding="utf-8"))
+    pictures = validation_pictures(ground_truth(name), Path(MetadataCatalog.get(name).image_root), results)
+    save_pictures(pictures, folder / "pictures")
+    return [pixels for _, pixels in pictures]
 
 
 def _without_many_classes(numbers: dict[str, float]) -> dict[str, float]:
@@ -226,14 +242,14 @@ def keep_best(checkpointer: AtomicCheckpointer, results: dict[str, dict[str, flo
     """
     task = "segm" if "segm" in results else "bbox"
     metric, found = f"{task}/AP", results[task]["AP"]
-    path = Path(checkpointer.save_dir, BEST).with_suffix(".json")
+    path = Path(checkpointer.save_dir, BEST_RECORD)
     best = json.loads(path.read_text(encoding="utf-8"))[metric] if path.is_file() else -math.inf
     if not found > best:  # NaN is no record either
         return
-    record = {"iteration": iteration + 1, metric: found}
+    record = {"iteration": iteration, metric: found}
     checkpointer.write(BEST, {"model": checkpointer.weights()["model"]} | record)
     write_json(path, record)
-    log.info("%s: %s %.2f after %d iterations", BEST, metric, found, iteration + 1)
+    log.info("%s: %s %.2f after %d iterations", BEST, metric, found, iteration)
 
 
 class ProgressBar(HookBase):
@@ -313,7 +329,9 @@ def record_run(cfg: CfgNode, settings: dict[str, Any], iterations: int) -> None:
     write_text(folder / CONFIG, cfg.dump())
     sets = {name: MetadataCatalog.get(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
     data = {name: {"json": meta.get("json_file"), "images": meta.get("image_root")} for name, meta in sets.items()}
-    libraries = versions() | {"detectron2": detectron2.__version__}
+    libraries = versions() | {"detectron2": detectron2.__version__, "processes": comm.get_world_size()}
+    if torch.cuda.is_available():
+        libraries["gpu"] = torch.cuda.get_device_name()
     names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
     classes = {"classes": list(names.thing_classes), "category_ids": list(names.thing_dataset_id_to_contiguous_id)}
     run = {"iterations": iterations, "versions": libraries, "data": data, "settings": settings}

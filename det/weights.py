@@ -30,6 +30,7 @@ from crossmae.weights import (
     read_weights,
     recorded_arguments,
 )
+from det.run_files import BEST, CONFIG, FINAL, LAST
 from det.vit import ViT
 
 log = logging.getLogger(__name__)
@@ -37,9 +38,6 @@ log = logging.getLogger(__name__)
 # The class token has no place in a dense backbone; what exists only in detection starts at zero.
 DROPPED = (r"cls_token$",)
 NEW = (r"blocks\.\d+\.attn\.rel_pos_[hw]$", r"pos_embed_global$")
-# What a detector's run writes; `model` in them holds the weights that were evaluated.
-BEST, FINAL, LAST = "model_best.pth", "model_final.pth", "last_checkpoint"
-CONFIG = "config.yaml"
 # Argument of the encoder -> key that sets it, where a shape or the file's metadata shows the right value.
 ARCHITECTURE = {
     "embed_dim": "EMBED_DIM",

@@ -62,6 +62,9 @@ def test_a_run_repeats_and_resumes_bit_for_bit(tmp_path, command, capsys, reques
         "model_0000003.pth", "model_best.json", "model_best.pth", "model_final.pth", "pictures", "report.html",
         "results.json", "run.json",
     ]  # fmt: skip
+    report = (tmp_path / "out/report.html").read_text()
+    assert "Detector: out" in report
+    assert 'class="card missing"' not in report
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert {"bbox", "segm"} <= set(results)
     assert {"AP", "AP50", "AP75", "AP-a", "AP-b"} <= set(results["bbox"])
@@ -114,7 +117,7 @@ def test_a_run_with_an_average_and_parts_resumes_bit_for_bit(tmp_path, command, 
     best = max(results, key=lambda line: line["segm/AP"])
     assert record["segm/AP"] == pytest.approx(best["segm/AP"])
     kept = torch.load(run / "model_best.pth", weights_only=True)
-    assert kept["iteration"] == record["iteration"]
+    assert kept["iteration"] == record["iteration"] == (4 if best["iteration"] > 2 else 2)
     assert "optimizer" not in kept
 
     second = [*command[:-1], f"OUTPUT_DIR={tmp_path / 'second'}", *words]
@@ -140,7 +143,7 @@ def test_the_best_weights_are_those_of_the_highest_mask_ap(tmp_path, values, bes
     for number, value in enumerate(values):
         torch.nn.init.constant_(model.weight, number + 1)
         checkpointer = AtomicCheckpointer(model, str(tmp_path))
-        keep_best(checkpointer, {"bbox": {"AP": 100.0 - value}, "segm": {"AP": value}}, number)
+        keep_best(checkpointer, {"bbox": {"AP": 100.0 - value}, "segm": {"AP": value}}, number + 1)
     assert torch.load(tmp_path / "model_best.pth", weights_only=True)["model"]["weight"].item() == best
     assert json.loads((tmp_path / "model_best.json").read_text()) == {"iteration": best, "segm/AP": values[best - 1]}
 
