@@ -283,6 +283,7 @@ _CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("DATALOADER.SAMPLER_TRAIN", lambda v: v == "TrainingSampler", "TrainingSampler"),
     ("INPUT.RANDOM_FLIP", lambda v: v in ("none", "horizontal", "vertical"), "none, horizontal or vertical"),
     ("INPUT.FORMAT", lambda v: v in ("RGB", "BGR"), "RGB or BGR"),
+    ("MODEL.LOAD_PROPOSALS", lambda v: not v, "False: proposals come from the detector itself"),
     ("INPUT.MASK_FORMAT", lambda v: v in ("polygon", "bitmask"), "polygon or bitmask"),
     ("INPUT.COPY_PASTE.PROB", lambda v: 0 <= v <= 1, "from 0 to 1"),
     ("INPUT.LSJ.SIZE", lambda v: v >= 1, "at least 1"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import detectron2.data.transforms as T
@@ -12,12 +14,17 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
-from detectron2.data.detection_utils import annotations_to_instances, transform_instance_annotations
+from detectron2.data.detection_utils import (
+    annotations_to_instances,
+    check_image_size,
+    transform_instance_annotations,
+)
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from crossmae.data import BatchPlan, PlannedBatches, Unreadable, usable_workers
 from crossmae.errors import UserError
+from crossmae.images import read_image
 from det.copy_paste import CopyPaste, build_copy_paste
 from det.masks import moved_masks, tight_boxes
 
@@ -34,6 +41,31 @@ class ResizeScale(T.ResizeScale):
         transform = super().get_transform(image)
         transform.new_h, transform.new_w = max(transform.new_h, 1), max(transform.new_w, 1)
         return transform
+
+
+class ResizeShortestEdge(T.ResizeShortestEdge):
+    """The same for detectron2's resize to a shorter side within a longest one."""
+
+    def get_transform(self, image: NDArray[np.uint8]) -> T.Transform:
+        """The resize of one (H, W, C) image."""
+        transform = super().get_transform(image)
+        if isinstance(transform, T.ResizeTransform):
+            transform.new_h, transform.new_w = max(transform.new_h, 1), max(transform.new_w, 1)
+        return transform
+
+
+def read_pixels(path: str | Path) -> NDArray[np.uint8]:
+    """An image file as (H, W, 3) uint8 RGB, upright, by the rules of pretraining (`crossmae.images`).
+
+    Raises:
+        UserError: it can not be read; names the file.
+    """
+    return np.asarray(read_image(path))
+
+
+def build_test_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
+    """What is done to an image in evaluation and prediction: a resize to `INPUT.MIN_SIZE_TEST`, `MAX_SIZE_TEST`."""
+    return [ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")]
 
 
 def build_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
@@ -57,16 +89,18 @@ def build_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
 class NamingMapper(DatasetMapper):
     """detectron2's mapper, whose failures become `Unreadable`, naming the image, so that they cross process borders.
 
-    Two things differ. Masks come in any form, see `moved_masks`, and an image may have no objects. As in
-    detectron2, crowd regions (`iscrowd`) are no targets; nor are they spared as background, while evaluation ignores
-    what is found there.
+    Three things differ. Files are read as in pretraining, see `read_pixels`; masks come in any form, see `moved_masks`;
+    and an image may have no objects. As in detectron2, crowd regions (`iscrowd`) are no targets; nor are they spared as
+    background, while evaluation ignores what is found there.
     """
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         """detectron2's own reading of the config, but for large-scale jitter and copy-paste, which cuts bitmasks."""
         arguments = super().from_config(cfg, is_train)
-        if is_train and cfg.INPUT.LSJ.ENABLED:
+        if not is_train:
+            arguments["augmentations"] = build_test_augmentations(cfg)
+        elif cfg.INPUT.LSJ.ENABLED:
             arguments["augmentations"] = build_augmentations(cfg)
             arguments["recompute_boxes"] = cfg.MODEL.MASK_ON  # the crop may cut through objects
         if is_train and cfg.INPUT.COPY_PASTE.ENABLED and cfg.INPUT.MASK_FORMAT != "bitmask":
@@ -77,15 +111,29 @@ class NamingMapper(DatasetMapper):
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | Unreadable:
         """One image with its annotations, as models of detectron2 take it."""
         try:
-            return super().__call__(dataset_dict)
+            return self._sample(copy.deepcopy(dataset_dict))
+        except UserError as error:
+            return Unreadable(str(error))
         except Exception as error:  # whatever is wrong with an image, the user has to hear which one
             reason = " ".join(str(error).split()) or type(error).__name__
             return Unreadable(f"{dataset_dict['file_name']}: can not be used: {reason}")
 
+    def _sample(self, sample: dict[str, Any]) -> dict[str, Any]:
+        pixels = read_pixels(sample["file_name"])
+        check_image_size(sample, pixels)
+        seen = T.AugInput(pixels if self.image_format == "RGB" else np.ascontiguousarray(pixels[:, :, ::-1]))
+        transforms = self.augmentations(seen)
+        sample["image"] = torch.from_numpy(np.ascontiguousarray(seen.image.transpose(2, 0, 1)))
+        if not self.is_train:
+            sample.pop("annotations", None)
+        elif "annotations" in sample:
+            self._transform_annotations(sample, transforms, seen.image.shape[:2])
+        return sample
+
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: T.TransformList, image_shape: tuple[int, int]
     ) -> None:
-        """Put `instances` in the place of `annotations`; called by detectron2."""
+        """Put `instances` in the place of `annotations`."""
         kept = [entry for entry in dataset_dict.pop("annotations") if not entry.get("iscrowd", 0)]
         masks = [entry.pop("segmentation", None) for entry in kept]
         for entry in kept:

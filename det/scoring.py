@@ -111,11 +111,9 @@ def score_results(
     slim = [{key: result[key] for key in keys} for result in results]
     if lvis:
         slim = _best_of_each_image(slim, LVIS_LIMITS[-1])
+    truth = _slim_truth(ground_truth, task)
     hotcoco = find_hotcoco(evaluator)
-    if hotcoco:
-        arrays = _by_hotcoco(hotcoco, ground_truth, slim, task, lvis)
-    else:
-        arrays = _by_pycocotools(ground_truth, slim, task, lvis)
+    arrays = _by_hotcoco(hotcoco, truth, slim, task, lvis) if hotcoco else _by_pycocotools(truth, slim, task, lvis)
     categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
     objects = Counter(a["category_id"] for a in ground_truth["annotations"] if not a.get("iscrowd", 0))
     return Scores(
@@ -127,6 +125,20 @@ def score_results(
         frequencies="".join(category["frequency"] for category in categories) if lvis else "",
         limits=LVIS_LIMITS if lvis else COCO_LIMITS,
     )
+
+
+def _slim_truth(ground_truth: dict[str, Any], task: str) -> dict[str, Any]:
+    """What evaluation reads of a COCO or LVIS file: hotcoco also judges what it does not need, such as licences."""
+    mask = ("segmentation",) if task == "segm" else ()
+    needed = {
+        "images": ("id", "width", "height", "neg_category_ids", "not_exhaustive_category_ids"),
+        "categories": ("id", "name", "frequency"),
+        "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd", *mask),
+    }
+    return {
+        where: [{key: entry[key] for key in keys if key in entry} for entry in ground_truth[where]]
+        for where, keys in needed.items()
+    }
 
 
 @functools.cache  # says once what it found

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
@@ -144,3 +145,30 @@ def test_a_mask_that_can_not_be_used_names_its_image(tmp_path, cfg, mask_format,
     assert isinstance(sample, Unreadable)
     with pytest.raises(UserError, match=rf"1\.png: can not be used: .*{message}"):
         refuse_unreadable([sample])
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_a_strip_keeps_a_pixel(tmp_path, cfg, is_train):
+    """detectron2's resize to a longest side would leave it no height."""
+    path = tmp_path / "strip.png"
+    Image.fromarray(np.zeros((1, 400, 3), np.uint8)).save(path)
+    sample = NamingMapper(cfg, is_train)({"file_name": str(path), "height": 1, "width": 400})
+    assert tuple(sample["image"].shape) == (3, 1, 64)
+
+
+def test_files_are_read_as_in_pretraining(tmp_path, cfg):
+    """16 bits are scaled, not cut off; transparency lies over white; the order of channels is the config's."""
+    cfg.INPUT.RANDOM_FLIP = "none"
+    deep, clear, colour = (tmp_path / f"{name}.png" for name in ("deep", "clear", "colour"))
+    Image.fromarray(np.full((64, 64), 3000, np.uint16)).save(deep)
+    Image.fromarray(np.zeros((64, 64, 4), np.uint8)).save(clear)
+    Image.fromarray(np.full((64, 64, 3), (10, 20, 30), np.uint8)).save(colour)
+    for file_format, path, expected in [
+        ("RGB", deep, [11, 11, 11]),
+        ("RGB", clear, [255, 255, 255]),
+        ("RGB", colour, [10, 20, 30]),
+        ("BGR", colour, [30, 20, 10]),
+    ]:
+        cfg.INPUT.FORMAT = file_format
+        sample = NamingMapper(cfg, False)({"file_name": str(path), "height": 64, "width": 64})
+        assert sample["image"][:, 5, 5].tolist() == expected

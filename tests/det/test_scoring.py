@@ -234,3 +234,18 @@ def test_without_hotcoco_pycocotools_scores_and_says_so(monkeypatch, caplog):
     monkeypatch.undo()
     find_hotcoco.cache_clear()
     assert numbers == score_results(truth, results, "bbox").numbers()
+
+
+@pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_what_is_not_compared_may_be_anything(task, evaluator):
+    """Licences as text, numbers for super-categories, scores and key points of objects: hotcoco would refuse them."""
+    truth, results = made_up(0)
+    dirty = {
+        "info": 3,
+        "images": [{**one, "license": "CC-BY", "date_captured": 7} for one in truth["images"]],
+        "categories": [{**one, "supercategory": 5} for one in truth["categories"]],
+        "annotations": [{**one, "score": "high", "keypoints": "none"} for one in truth["annotations"]],
+    }
+    expected, found = (score_results(content, results, task, evaluator) for content in (truth, dirty))
+    np.testing.assert_array_equal(found.precision, expected.precision)
