@@ -259,13 +259,14 @@ class PretrainConfig(Section):
 
 
 def resolve_config_path(name: str) -> Path:
-    """Find a config by path, or by its name under configs/, with or without `.yaml`.
+    """Find a config by path, by the folder of the run that wrote it, or by its name under configs/.
 
     Raises:
         UserError: nothing found; the message lists the configs that exist.
     """
     candidates = [
         Path(name),
+        Path(name) / "config.yaml",
         CONFIG_ROOT.parent / name,
         CONFIG_ROOT / name,
         CONFIG_ROOT / f"{name}.yaml",

@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -18,7 +19,17 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 
 from crossmae.errors import UserError
-from det.coco_checks import DROPPABLE, KINDS, Finding, Rank, file_name, find_faults, is_lvis, paused_garbage_collection
+from det.coco_checks import (
+    DROPPABLE,
+    KINDS,
+    Finding,
+    Rank,
+    file_name,
+    find_category_faults,
+    find_faults,
+    is_lvis,
+    paused_garbage_collection,
+)
 from det.coco_masks import polygon_fault
 
 log = logging.getLogger(__name__)
@@ -110,7 +121,7 @@ def _register(name: str, content: dict[str, Any], dropped: Dropped, json_path: s
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    if not dropped and not is_lvis(content):
+    if not dropped and not is_lvis(content) and all("file_name" in image for image in content["images"]):
         register_coco_instances(name, {}, str(json_path), str(images))
         return
     DatasetCatalog.register(name, lambda: _load_cleaned(name))
@@ -168,7 +179,8 @@ def ground_truth(name: str) -> dict[str, Any]:
     if path is None:
         raise UserError(f"{name}: this data set has no file in COCO format (its metadata lack 'json_file')")
     content = clean(read_coco(path), metadata.get("dropped", Dropped()))
-    free = max((annotation["id"] for annotation in content["annotations"]), default=0) + 1
+    taken = {annotation["id"] for annotation in content["annotations"]}
+    free = next(number for number in count(1) if number not in taken)
     for annotation in content["annotations"]:
         if annotation["id"] == 0:
             annotation["id"] = free
@@ -195,7 +207,11 @@ def plan_drop(content: dict[str, Any], findings: Sequence[Finding], drop: Sequen
     chosen = [one for one in findings if one.kind.name in drop and one.rank is Rank.DROPPABLE]
     images = {at for one in chosen if one.kind.where == "images" for at in one.positions}
     ids = {content["images"][at]["id"] for at in images}
-    annotations = {at for at, entry in enumerate(content["annotations"]) if ids and entry.get("image_id") in ids}
+    annotations = {
+        at
+        for at, entry in enumerate(content["annotations"])
+        if ids and type(entry.get("image_id")) is int and entry["image_id"] in ids
+    }
     polygons = set()
     for one in chosen:
         if one.kind.name == "degenerate-polygon":
@@ -290,6 +306,24 @@ def read_coco(path: str | Path) -> dict[str, Any]:
         UserError: no such file, not JSON (with line and column), or one of its three lists is missing, empty, or of
             something else than dictionaries.
     """
+    return _read_lists(path, "images", "annotations", "categories")
+
+
+def read_categories(path: str | Path) -> list[tuple[int, str]]:
+    """Ids and names of the categories of a COCO file, or of one with nothing but `categories`, by rising id.
+
+    Raises:
+        UserError: as of `read_coco`; an id or a name is missing, of the wrong type, or there twice.
+    """
+    categories = _read_lists(path, "categories")["categories"]
+    faults = [one for one in find_category_faults(categories) if one.rank is not Rank.INFORMATION]
+    if faults:
+        raise UserError(f"{path}: {describe_faults(faults)}")
+    return sorted((entry["id"], entry["name"]) for entry in categories)
+
+
+def _read_lists(path: str | Path, *keys: str) -> dict[str, Any]:
+    """The content of a JSON file that has, under some keys, lists of dictionaries that are not empty."""
     try:
         with paused_garbage_collection():
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -301,7 +335,7 @@ def read_coco(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or lists within lists within...
         raise UserError(f"{path}: can not be read: {error}") from None
-    for key in ("images", "annotations", "categories"):
+    for key in keys:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise UserError(f"{path}: no list {key!r}; a COCO file has images, annotations and categories")
         if not content[key]:

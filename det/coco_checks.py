@@ -26,7 +26,10 @@ from crossmae.data import READERS, find_broken
 from crossmae.parallel import map_in_order
 from crossmae.sources.source import ImageFiles
 from det.coco_masks import LARGEST_SIDE, NUMBERS, Floats, Masks, flatten, measure_masks
+from det.scoring import FREQUENCIES
 
+LARGEST_ID = 2**63 - 1  # of arrays; evaluators give up on more, and take some numbers below 0 for none
+LARGEST_AREA = 1e5**2  # square pixels; evaluators leave out objects of more
 EDGE = 1.0  # pixels that a box may leave the image by, for rounding
 AREA_SLACK = (10.0, 0.3)  # pixels, plus a share of the larger, that the area may differ from that of the mask by
 # Boxes are taken for corners if so many agree with their masks only so, or, without masks, if so many would leave the
@@ -37,6 +40,7 @@ _Note = Callable[[int], str]
 
 _LEAVES = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)")
 EXIF_ORIENTATION = 0x0112
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _LATE_EXIF = re.compile(rb"eXIf|Raw profile type exif|adobe:ns:meta")
 LATE_EXIF_WITHIN = 1 << 16  # bytes of the end of a file
 QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
@@ -72,16 +76,21 @@ _TABLE: dict[tuple[str, Rank], dict[str, str]] = {
         "bad-category": "a key is missing or of the wrong type: repair it",
         "duplicate-category-id": "an earlier category has the same id: give each its own",
         "duplicate-category-name": "an earlier category has the same name: merge or rename them",
+        "missing-frequency": "evaluation by LVIS's rules needs 'frequency': add 'r' (rare), 'c' (common) or 'f' "
+        "(frequent)",
     },
     ("categories", Rank.INFORMATION): {
         "category-id-gaps": "ids are not 1, 2, 3, ... in a row, which is fine: classes are numbered by rising id",
         "zero-category-id": "the id is 0, which is fine: it is an ordinary category, not the background",
+        "untidy-category-name": "spaces around the name, or characters that do not print, look like another name",
         "unused-category": "no annotation is of this category",
     },
     ("images", Rank.ERROR): {
         "bad-image": "a key is missing or of the wrong type: repair it",
         "duplicate-image-id": "an earlier image has the same id: give each its own",
         "duplicate-file-name": "an earlier image has the same file: merge their annotations",
+        "missing-lvis-key": "evaluation by LVIS's rules needs the lists 'neg_category_ids' and "
+        "'not_exhaustive_category_ids': add them, or remove both from all images to evaluate by COCO's rules",
         "unsafe-path": "name files relative to the image folder, without '..'",
     },
     ("images", Rank.DROPPABLE): {
@@ -129,6 +138,7 @@ _TABLE: dict[tuple[str, Rank], dict[str, str]] = {
 KINDS = {
     name: Kind(name, rank, where, meaning) for (where, rank), kinds in _TABLE.items() for name, meaning in kinds.items()
 }
+EVALUATION_KINDS = {"missing-area", "missing-iscrowd", "missing-lvis-key", "missing-frequency"}
 DROPPABLE = tuple(name for name, kind in KINDS.items() if kind.rank is Rank.DROPPABLE)
 
 
@@ -156,7 +166,7 @@ class Finding:
         for position in self.positions[:count]:
             identity = self.entries[position].get("id")
             shown = identity if type(identity) is int else short(identity)
-            first.append({"position": int(position), "id": shown, "note": self.note(position)})
+            first.append({"position": int(position), "id": shown, "note": printable(self.note(position))})
         return first
 
 
@@ -196,27 +206,55 @@ def find_faults(
     Args:
         content: from `det.coco.read_coco`.
         images: folder of the images; None: no image is looked at.
-        for_evaluation: AP needs area and iscrowd of every annotation; else their absence is information.
+        for_evaluation: AP needs area and iscrowd of every annotation, and of files of LVIS more; else their absence is
+            information.
         masks: masks are trained or evaluated; else the absence of one is information.
 
     Returns:
         In the order of `KINDS`.
     """
-    evaluation_keys = {"missing-area", "missing-iscrowd"}
-    demoted = (set() if for_evaluation else evaluation_keys) | (set() if masks else {"missing-mask"})
+    demoted = (set() if for_evaluation else EVALUATION_KINDS) | (set() if masks else {"missing-mask"})
     found = _Findings(content, demoted | ({"missing-iscrowd"} if is_lvis(content) else set()))
     with paused_garbage_collection():
         categories, known = _check_categories(found), _check_images(found)
         table = _check_annotations(found, known, categories)
         _check_boxes(found, table, _check_masks(found, table, for_evaluation))
+        if is_lvis(content):
+            _check_lvis(found)
     if images is not None:
         _check_files(found, images, known)
     return [found.all[name] for name in KINDS if name in found.all]
 
 
+def find_category_faults(categories: list[dict[str, Any]]) -> list[Finding]:
+    """The same for entries of 'categories' alone."""
+    found = _Findings({"categories": categories}, ())
+    _check_categories(found)
+    return list(found.all.values())
+
+
 def is_lvis(content: dict[str, Any]) -> bool:
     """Whether a file has the form of LVIS: images name the categories that they lack, and nothing is a crowd region."""
     return any("neg_category_ids" in image for image in content["images"])
+
+
+def _check_lvis(found: _Findings) -> None:
+    """Check the keys that evaluation by LVIS's rules reads."""
+    lists = ("neg_category_ids", "not_exhaustive_category_ids")
+    lacking = {
+        position: "no list " + " and no list ".join(missing)
+        for position, image in enumerate(found.content["images"])
+        if (missing := [repr(key) for key in lists if not isinstance(image.get(key), list)])
+    }
+    found.add("missing-lvis-key", lacking)
+    categories = found.content["categories"]
+    unknown = [at for at, entry in enumerate(categories) if entry.get("frequency") not in tuple(FREQUENCIES)]
+    found.add("missing-frequency", unknown, lambda at: f"frequency {short(categories[at].get('frequency'))}")
+
+
+def printable(text: str) -> str:
+    """Text with escapes for what does not print: line breaks, control characters, halves of surrogate pairs."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def file_name(image: dict[str, Any]) -> Any:
@@ -248,6 +286,13 @@ def _not_whole(entry: dict[str, Any], *keys: str) -> str:
     return ""
 
 
+def _id_fault(entry: dict[str, Any]) -> str:
+    fault = _not_whole(entry, "id")
+    if not fault and not 0 <= entry["id"] <= LARGEST_ID:
+        fault = f"id must be from 0 to 2**63 - 1, got {short(entry['id'])}"
+    return fault
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
@@ -263,10 +308,18 @@ def _positions_by_id(entries: list[dict[str, Any]]) -> dict[int, int]:
 
 
 def _category_fault(entry: dict[str, Any]) -> str:
-    fault = _not_whole(entry, "id")
+    fault = _id_fault(entry)
     if not fault and not _is_text(entry.get("name")):
         return f"name must be text, got {short(entry['name'])}" if "name" in entry else "has no 'name'"
+    if not fault and _SURROGATE.search(
+        entry["name"]
+    ):  # JSON allows half a character, but no file of results can hold it
+        return f"name must be valid Unicode, got {short(entry['name'])}"
     return fault
+
+
+def _is_untidy(name: str) -> bool:
+    return name != name.strip() or not name.isprintable()
 
 
 def _check_categories(found: _Findings) -> dict[int, int]:
@@ -277,7 +330,13 @@ def _check_categories(found: _Findings) -> dict[int, int]:
     found.add("bad-category", bad)
     found.add("duplicate-category-id", _repeated((position, entry["id"]) for position, entry in sound))
     repeated = _repeated((position, entry["name"]) for position, entry in sound)
-    found.add("duplicate-category-name", repeated, lambda position: repr(entries[position]["name"]))
+    untidy = [position for position, entry in sound if _is_untidy(entry["name"])]
+
+    def name(position: int) -> str:
+        return repr(entries[position]["name"])
+
+    found.add("duplicate-category-name", repeated, name)
+    found.add("untidy-category-name", untidy, name)
     known = _positions_by_id(entries)
     found.add("category-id-gaps", [known[key] for number, key in enumerate(sorted(known), 1) if key != number])
     found.add("zero-category-id", [position for position, entry in sound if entry["id"] == 0])
@@ -285,7 +344,7 @@ def _check_categories(found: _Findings) -> dict[int, int]:
 
 
 def _image_fault(entry: dict[str, Any]) -> str:
-    fault = _not_whole(entry, "id")
+    fault = _id_fault(entry)
     if not fault and not _is_text(file_name(entry)):
         has = "file_name" in entry
         fault = f"file_name must be text, got {short(entry['file_name'])}" if has else "has no 'file_name'"
@@ -323,7 +382,7 @@ def _check_files(found: _Findings, folder: Path, known: dict[int, int]) -> None:
     entries = found.content["images"]
     sound = [at for at in sorted(known.values()) if not _image_fault(entries[at])]
     names = {at: name for at in sound if not leaves_folder(name := file_name(entries[at]))}
-    missing = {position: name for position, name in names.items() if not (folder / name).is_file()}
+    missing = {position: name for position, name in names.items() if not _is_file(folder / name)}
     there = [position for position in names if position not in missing]
     source = ImageFiles([folder / names[position] for position in there], "images of a COCO file")
     broken = {there[one.index]: one.message for one in find_broken(source, range(len(source)))}
@@ -335,6 +394,13 @@ def _check_files(found: _Findings, folder: Path, known: dict[int, int]) -> None:
             kinds.setdefault(kind, {})[position] = text if kind == "broken-image" else f"{names[position]}: {text}"
     for kind, noted in kinds.items():
         found.add(kind, noted)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long a name, or a folder that may not be entered
+        return False
 
 
 def _file_fault(path: Path, entry: dict[str, Any]) -> tuple[str, str]:
@@ -369,6 +435,7 @@ class _Table:
         box: (N, 4).
         size: (N, 2) width and height of the image; infinite where that is unknown.
         finite: (N,) whether all four numbers of the box are.
+        known: (N,) whether the size is.
     """
 
     entries: list[dict[str, Any]]
@@ -376,6 +443,7 @@ class _Table:
     box: Floats
     size: Floats
     finite: NDArray[np.bool_]
+    known: NDArray[np.bool_]
 
     def at(self, rows: NDArray[np.bool_]) -> list[int]:
         """Positions in the file of some rows."""
@@ -385,7 +453,7 @@ class _Table:
 
 def _annotation_fault(entry: dict[str, Any]) -> str:
     """What is wrong with the keys and types of one annotation, its mask aside, or ""."""
-    fault = _not_whole(entry, "id", "image_id", "category_id")
+    fault = _id_fault(entry) or _not_whole(entry, "image_id", "category_id")
     if fault:
         return fault
     box = entry.get("bbox")
@@ -395,6 +463,8 @@ def _annotation_fault(entry: dict[str, Any]) -> str:
         return f"iscrowd must be 0 or 1, got {short(entry['iscrowd'])}"
     if type(entry.get("area", 0)) not in NUMBERS:
         return f"area must be a number, got {short(entry['area'])}"
+    if -np.inf < entry.get("area", 0) < 0 or LARGEST_AREA < entry.get("area", 0) < np.inf:
+        return f"area must be from 0 to {LARGEST_AREA:.0e} pixels, got {short(entry['area'])}"
     return ""
 
 
@@ -432,7 +502,8 @@ def _check_annotations(found: _Findings, known: dict[int, int], categories: dict
             sides[at] = images[at]["width"], images[at]["height"]
     box = flatten([entry["bbox"] for entry in kept]).reshape(-1, 4)
     finite = np.asarray(np.isfinite(box).all(axis=1))
-    return _Table(kept, np.array(positions, np.int64), box, sides[image_at], finite)
+    size = sides[image_at]
+    return _Table(kept, np.array(positions, np.int64), box, size, finite, np.isfinite(size[:, 0]))
 
 
 def _check_masks(found: _Findings, table: _Table, for_evaluation: bool) -> Masks:
@@ -459,28 +530,28 @@ def _check_masks(found: _Findings, table: _Table, for_evaluation: bool) -> Masks
 
 def _check_boxes(found: _Findings, table: _Table, masks: Masks) -> None:
     """Check boxes against the image, and all of them against the corner form."""
-    entries, images = found.content["annotations"], found.content["images"]
+    entries = found.content["annotations"]
     finite = table.finite
     x, y, w, h = np.where(finite[:, None], table.box, 1.0).T
     width, height = table.size.T
     beyond = np.maximum(np.maximum(-x, x + w - width), np.maximum(-y, y + h - height))  # pixels
     empty = finite & ((w <= 0) | (h <= 0))
-    outside = finite & ~empty & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
+    placed = finite & ~empty & table.known
+    outside = placed & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
 
     def box(position: int) -> str:
         return f"bbox {entries[position]['bbox']}"
 
     def box_and_image(position: int) -> str:
-        wanted = entries[position]["image_id"]
-        image = next(image for image in images if image.get("id") == wanted)
-        return f"{box(position)} in an image of {image['width']}x{image['height']}"
+        sides = table.size[np.searchsorted(table.position, position)]
+        return "{} in an image of {:.0f}x{:.0f}".format(box(position), *sides)
 
-    corners = _in_corner_form(table, masks, finite & ~empty)
+    corners = _in_corner_form(table, masks, placed)
     found.add("empty-box", table.at(empty), box)
     found.add("corner-boxes", table.at(corners), box_and_image)
     if not corners.any():  # which explains these
         found.add("box-outside", table.at(outside), box_and_image)
-        found.add("box-over-edge", table.at(finite & ~empty & ~outside & (beyond > EDGE)), box_and_image)
+        found.add("box-over-edge", table.at(placed & ~outside & (beyond > EDGE)), box_and_image)
 
 
 def _in_corner_form(table: _Table, masks: Masks, usable: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -21,7 +21,8 @@ Ints = NDArray[np.int64]
 
 NUMBERS = frozenset((int, float))
 MIN_AREA = 1e-4  # square pixels; below it a polygon's points lie on a line, but for rounding
-CHUNK = 10_000  # masks whose polygons are measured together: arrays that stay in the processor's cache
+# Coordinates or counts (or characters of these) that are measured together: their arrays stay in the processor's cache.
+CHUNK = 1 << 18
 LARGEST_SIDE = 1 << 20  # pixels of an image
 LARGEST_RUN = LARGEST_SIDE**2
 # Compressed run lengths: characters from 48, six bits each; bit 32 says that the number goes on, bit 16 of its last
@@ -65,10 +66,19 @@ def measure_masks(masks: Sequence[Any], sizes: Floats) -> Masks:
             result.blame("bad-mask", row, fault)
         else:
             (runs if isinstance(mask, dict) else polygons).append(row)
-    for start in range(0, len(polygons), CHUNK):
-        _measure_polygons(result, polygons[start : start + CHUNK], masks)
-    _measure_runs(result, _with_sound_size(result, runs, masks, sizes), masks)
+    for rows in _chunks(polygons, [sum(map(len, masks[row])) for row in polygons]):
+        _measure_polygons(result, rows, masks)
+    runs = _with_sound_size(result, runs, masks, sizes)
+    for rows in _chunks(runs, [len(masks[row]["counts"]) for row in runs]):
+        _measure_runs(result, rows, masks)
     return result
+
+
+def _chunks(rows: list[int], lengths: list[int]) -> list[list[int]]:
+    """Rows in groups of about `CHUNK` numbers, or of a single row that has more."""
+    group = np.cumsum(lengths, dtype=np.int64) // CHUNK
+    ends = [*(np.flatnonzero(np.diff(group)) + 1).tolist(), len(rows)]
+    return [rows[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def mask_fault(mask: Any) -> str:

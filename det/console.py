@@ -9,7 +9,7 @@ import warnings
 from tqdm import tqdm
 
 # What libraries warn of that neither their caller nor the user can change.
-LIBRARY_WARNINGS = ("The given NumPy array is not writable", "torch.meshgrid: in an upcoming release")
+LIBRARY_WARNINGS = ("The given NumPy array is not writable", "torch.meshgrid: in an upcoming release", "Glyph ")
 
 
 def set_up_console() -> None:

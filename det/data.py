@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import (
     annotations_to_instances,
+    build_augmentation,
     check_image_size,
     transform_instance_annotations,
 )
@@ -69,6 +70,16 @@ def build_test_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
 
 
 def build_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
+    """What is done to an image in training: large-scale jitter, or else what detectron2 makes of `INPUT.*`."""
+    if cfg.INPUT.LSJ.ENABLED:
+        return large_scale_jitter(cfg)
+    size = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+    others = [one for one in build_augmentation(cfg, True) if not isinstance(one, T.ResizeShortestEdge)]
+    crop = [T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE)] if cfg.INPUT.CROP.ENABLED else []
+    return [*crop, ResizeShortestEdge(*size), *others]
+
+
+def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
     """Large-scale jitter (`INPUT.LSJ`) as ViTDet trains with: flip, random scale, crop of fixed size.
 
     An image of H x W becomes r H x r W with r = s * SIZE / max(H, W) and s uniform in MIN_SCALE .. MAX_SCALE
@@ -98,10 +109,8 @@ class NamingMapper(DatasetMapper):
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         """detectron2's own reading of the config, but for large-scale jitter and copy-paste, which cuts bitmasks."""
         arguments = super().from_config(cfg, is_train)
-        if not is_train:
-            arguments["augmentations"] = build_test_augmentations(cfg)
-        elif cfg.INPUT.LSJ.ENABLED:
-            arguments["augmentations"] = build_augmentations(cfg)
+        arguments["augmentations"] = build_augmentations(cfg) if is_train else build_test_augmentations(cfg)
+        if is_train and cfg.INPUT.LSJ.ENABLED:
             arguments["recompute_boxes"] = cfg.MODEL.MASK_ON  # the crop may cut through objects
         if is_train and cfg.INPUT.COPY_PASTE.ENABLED and cfg.INPUT.MASK_FORMAT != "bitmask":
             log.info("masks are bitmasks, not INPUT.MASK_FORMAT %s: copy-paste cuts them", cfg.INPUT.MASK_FORMAT)

@@ -27,7 +27,8 @@ from det.coco import ground_truth
 from det.curves import precision_recall_figure
 from det.data import NamingMapper, refuse_unreadable
 from det.paste import coco_results
-from det.run_files import HEADLINE, PREDICTIONS, RESULTS, TASKS
+from det.pictures import save_pictures, validation_pictures
+from det.run_files import HEADLINE, PICTURES, PREDICTIONS, RESULTS, TASKS
 from det.scoring import Scores, score_results
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     """Predict every image of `DATASETS.TEST` and score the predictions as `TEST.EVALUATOR` says.
 
     A data set whose `evaluator_type` is "lvis" is scored by LVIS's rules. Writes to `OUTPUT_DIR`: `results.json`, and
-    in `inference/` the predictions, `coco_instances_results.json`, and precision over recall, `pr_curves_<task>.png`.
+    in `inference/` the predictions, `coco_instances_results.json`, and precision over recall, `pr_curves_<task>.png`;
+    in `pictures/` some images with true and predicted objects.
 
     Args:
         cfg: `DATASETS.TEST` names one data set.
@@ -73,6 +75,8 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     lvis = MetadataCatalog.get(name).get("evaluator_type") == "lvis"
     tasks = tuple(TASKS) if cfg.MODEL.MASK_ON else ("bbox",)
     scores = {task: score_results(truth, results, task, cfg.TEST.EVALUATOR, lvis) for task in tasks}
+    drawn = validation_pictures(truth, Path(MetadataCatalog.get(name).image_root), results)
+    save_pictures(drawn, folder / PICTURES)
     return _write_scores(folder, name, scores)
 
 
@@ -143,7 +147,8 @@ def format_results(results: Mapping[str, Mapping[str, float]]) -> str:
     ]
     if shown:
         rows = [[results[task].get(key, math.nan) for task in tasks] for key in shown]
-        blocks.append(_table("class", [f"{name} AP" for name in names], [key[3:] for key in shown], rows, width))
+        labels = [" ".join(key[3:].split()) for key in shown]  # a line break would tear the table
+        blocks.append(_table("class", [f"{name} AP" for name in names], labels, rows, width))
     elif classes:
         blocks.append(f"AP of each of the {len(classes)} classes: see {RESULTS}")
     return "\n\n".join(blocks)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import build_augmentation, read_image
 from detectron2.data.transforms import AugInput, AugmentationList
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import build_model
@@ -25,6 +24,7 @@ from pycocotools import mask as coco_mask
 from crossmae.errors import UserError
 from det.coco import read_coco
 from det.config import check_config, choose_device, load_det_config
+from det.data import build_test_augmentations, read_pixels
 from det.run_files import CONFIG, RECORD
 from det.weights import find_detector, load_weights
 
@@ -71,7 +71,7 @@ class Predictor:
         load_weights(self.model, self.cfg, detector_only=True)
         if not masks:
             self.model.roi_heads.mask_on = False
-        self._augmentations = AugmentationList(build_augmentation(self.cfg, is_train=False))
+        self._augmentations = AugmentationList(build_test_augmentations(self.cfg))
 
     def __call__(self, image: Picture) -> Instances:
         """The objects in one image, the surest first.
@@ -146,18 +146,14 @@ def read_config(config: str | Path | None, weights: str | Path, overrides: Seque
 
 
 def read_rgb(image: Picture) -> NDArray[np.uint8]:
-    """An image as (H, W, 3) uint8 RGB, upright, read as detectron2 does in training and evaluation.
+    """An image as (H, W, 3) uint8 RGB, upright, read as in training and evaluation.
 
     Raises:
         UserError: the file can not be read; names it.
         ValueError: an array of another shape or type.
     """
     if isinstance(image, (str, Path)):
-        try:
-            pixels = read_image(str(Path(image).expanduser()), "RGB")  # as a path, so that no URL is fetched
-        except Exception as error:  # Pillow reports damage by errors of very many kinds
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{image}: can not be read as an image: {reason}") from error
+        pixels = read_pixels(image)
     elif isinstance(image, Image.Image):
         pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     else:

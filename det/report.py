@@ -321,7 +321,7 @@ def _command_section(run: Run) -> Section:
     if run.is_unfinished:
         data = _own_data(run, "train") + _own_data(run, "val")
         commands["Go on with the training (add --num-gpus as before)"] = [
-            "train_net.py", "--config-file", config, "--resume", *data
+            "train_net.py", "--config-file", config, "--resume", *data, f"OUTPUT_DIR={run.folder}"
         ]  # fmt: skip
     lines = [
         (title, folded(shlex.join(["python", f"tools/{words[0]}", *words[1:]]))) for title, words in commands.items()

@@ -16,7 +16,7 @@ from crossmae.report import read_json
 # What a run writes; `model` in weights is what was evaluated.
 RECORD, CONFIG, LOG, METRICS, REPORT = "run.json", "config.yaml", "log.txt", "metrics.json", "report.html"
 BEST, BEST_RECORD, FINAL, LAST = "model_best.pth", "model_best.json", "model_final.pth", "last_checkpoint"
-RESULTS, PREDICTIONS = "results.json", "inference/coco_instances_results.json"
+RESULTS, PREDICTIONS, PICTURES = "results.json", "inference/coco_instances_results.json", "pictures"
 TASKS = {"bbox": "box", "segm": "mask"}
 HEADLINE = ("AP", "AP50", "AP75")
 T = TypeVar("T")
@@ -105,7 +105,7 @@ class Run:
     @property
     def is_unfinished(self) -> bool:
         """Training has begun and not ended: it goes on, or was cut off."""
-        return bool(self.metrics.rows) and not (self.folder / "model_final.pth").is_file()
+        return bool(self.metrics.rows) and not (self.folder / FINAL).is_file()
 
 
 def read_run(folder: Path) -> Run:
@@ -193,7 +193,7 @@ def _percentages(values: Any, where: str, needed: Sequence[str]) -> dict[str, fl
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isinf(value)
 
 
 def read_metrics(path: Path) -> Metrics:
@@ -230,6 +230,6 @@ def _numbers_of(line: str) -> dict[str, float]:
     """The numbers in a line that holds a JSON object; none for any other line."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return {key: value for key, value in row.items() if _is_number(value)} if isinstance(row, dict) else {}

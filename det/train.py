@@ -21,23 +21,24 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from numpy.typing import NDArray
+from PIL import Image
 from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm import tqdm
 
 from crossmae.errors import UserError
 from crossmae.files import make_folder, sha256, write_json, write_text
+from crossmae.report import read_json
 from crossmae.versions import versions
 from det.checkpoint import AtomicCheckpointer
-from det.coco import check_classes, check_registered, ground_truth
+from det.coco import check_classes, check_registered
 from det.config import leaf_keys, lookup
 from det.data import build_train_loader, refuse_unreadable
 from det.evaluate import evaluate
 from det.optim import build_optimizer, resolve_schedule
-from det.pictures import save_pictures, validation_pictures
+from det.pictures import find_pictures
 from det.report import write_report
-from det.run_files import BEST, BEST_RECORD, CONFIG, LOG, PREDICTIONS, RECORD
+from det.run_files import BEST, BEST_RECORD, CONFIG, LAST, LOG, PICTURES, RECORD
 from det.steps import StepTrainer
 from det.weights import load_weights
 
@@ -91,6 +92,8 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
 def evaluate_only(cfg: CfgNode) -> dict[str, dict[str, float]]:
     """Evaluate the detector in `MODEL.WEIGHTS` on `DATASETS.TEST`.
 
+    Results of a training are not written over: if `OUTPUT_DIR` holds one, these go to `OUTPUT_DIR/evaluation`.
+
     Raises:
         UserError: no test data, or no whole detector in `MODEL.WEIGHTS`. Nothing is written then.
     """
@@ -99,11 +102,14 @@ def evaluate_only(cfg: CfgNode) -> dict[str, dict[str, float]]:
         raise UserError("no data to evaluate on: name it with --val-json and --val-images")
     model = build_model(cfg)
     load_weights(model, cfg, detector_only=True)
+    if Path(cfg.OUTPUT_DIR, RECORD).is_file():
+        cfg = cfg.clone()
+        cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, "evaluation"))
+        log.info("OUTPUT_DIR holds a training, so the evaluation goes to %s", cfg.OUTPUT_DIR)
     make_folder(Path(cfg.OUTPUT_DIR), "OUTPUT_DIR")
     with log_file(Path(cfg.OUTPUT_DIR)):
         results = evaluate(cfg, create_ddp_model(model, broadcast_buffers=False))
         if comm.is_main_process():
-            draw_predictions(cfg)
             log.info("report in %s", write_report(Path(cfg.OUTPUT_DIR)))
     return results
 
@@ -160,9 +166,7 @@ class Trainer(DefaultTrainer):
         if solver.EMA.ENABLED:
             average = ModelEmaV3(model, solver.EMA.DECAY, use_warmup=True)
             self.checkpointer.average = average.module
-        precision = (
-            {"fp16": torch.float16, "bf16": torch.bfloat16}[solver.AMP.PRECISION] if solver.AMP.ENABLED else None
-        )
+        precision = PRECISIONS[solver.AMP.PRECISION] if solver.AMP.ENABLED else None
         optimizer = build_optimizer(self.cfg, model)
         wrapped = create_ddp_model(model, broadcast_buffers=False)
         return StepTrainer(wrapped, loader, optimizer, self.cfg.SEED, solver.ACCUMULATE, precision, average)
@@ -175,7 +179,7 @@ class Trainer(DefaultTrainer):
         if resume and not found:
             log.info("--resume: no checkpoint in %s yet, starting from MODEL.WEIGHTS", folder)
         if found and not Path(self.checkpointer.get_checkpoint_file()).is_file():
-            raise UserError(f"{folder}/last_checkpoint names a file that does not exist; name the right one in it")
+            raise UserError(f"{folder}/{LAST} names a file that does not exist; name the right one in it")
         return found
 
     def build_hooks(self) -> list[HookBase]:
@@ -196,8 +200,8 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             # Behind the last iteration, detectron2 counts one more.
             keep_best(self.checkpointer, self.results, min(self.iter + 1, self.max_iter))
-            for number, picture in enumerate(draw_predictions(self.cfg), start=1):
-                self.storage.put_image(f"validation/{number}", torch.from_numpy(picture).permute(2, 0, 1))
+            for number, path in enumerate(find_pictures(Path(self.cfg.OUTPUT_DIR, PICTURES)), start=1):
+                self.storage.put_image(f"validation/{number}", np.asarray(Image.open(path)).transpose(2, 0, 1))
             if self.iter + 1 < self.max_iter:  # the last one is written when everything else is
                 write_report(Path(self.cfg.OUTPUT_DIR))
         return {task: _without_many_classes(numbers) for task, numbers in self.results.items()}
@@ -220,15 +224,6 @@ class Trainer(DefaultTrainer):
             ) from error
 
 
-def draw_predictions(cfg: CfgNode) -> list[NDArray[np.uint8]]:
-    """Draw what the last evaluation found on some images beside the truth, into `pictures/`, and return it."""
-    folder, (name,) = Path(cfg.OUTPUT_DIR), cfg.DATASETS.TEST
-    results = json.loads((folder / PREDICTIONS).read_text(encoding="utf-8"))
-    pictures = validation_pictures(ground_truth(name), Path(MetadataCatalog.get(name).image_root), results)
-    save_pictures(pictures, folder / "pictures")
-    return [pixels for _, pixels in pictures]
-
-
 def _without_many_classes(numbers: dict[str, float]) -> dict[str, float]:
     """What is logged at an evaluation: LVIS would fill TensorBoard with a curve for each of its 1,203 classes."""
     classes = [key for key in numbers if key.startswith("AP-")]
@@ -243,7 +238,7 @@ def keep_best(checkpointer: AtomicCheckpointer, results: dict[str, dict[str, flo
     task = "segm" if "segm" in results else "bbox"
     metric, found = f"{task}/AP", results[task]["AP"]
     path = Path(checkpointer.save_dir, BEST_RECORD)
-    best = json.loads(path.read_text(encoding="utf-8"))[metric] if path.is_file() else -math.inf
+    best = read_json(path).get(metric, -math.inf) if path.is_file() else -math.inf
     if not found > best:  # NaN is no record either
         return
     record = {"iteration": iteration, metric: found}

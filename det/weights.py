@@ -94,7 +94,7 @@ def find_detector(path: Path) -> Path:
         return path
     names = [BEST, FINAL]
     if (path / LAST).is_file():
-        names.append((path / LAST).read_text(encoding="utf-8").strip())
+        names.append((path / LAST).read_text(encoding="utf-8", errors="replace").strip())
     return next((path / name for name in names if (path / name).is_file()), path)
 
 

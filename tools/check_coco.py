@@ -21,6 +21,7 @@ from typing import Any
 
 from crossmae.errors import UserError, run_cli
 from crossmae.files import check_writable, make_folder, write_json
+from crossmae.weights import check_destination
 from det.coco import MAX_NAMES, describe_first, first_ids, mask_kind, read_coco
 from det.coco_checks import Finding, Rank, find_faults
 
@@ -32,7 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("coco", metavar="JSON", type=Path, help="annotations in COCO format")
     parser.add_argument("images", metavar="IMAGES", type=Path, nargs="?", help="folder that file names are relative to")
-    parser.add_argument("--evaluation", action="store_true", help="check what AP needs, too: area and iscrowd")
+    parser.add_argument(
+        "--evaluation", action="store_true", help="check what AP needs, too: area, iscrowd, LVIS's keys"
+    )
     parser.add_argument("--skip-images", action="store_true", help="do not look at the image files")
     parser.add_argument("--json", metavar="REPORT.json", type=Path, help="write the findings as JSON, too")
     return parser
@@ -89,16 +92,24 @@ def report(arguments: argparse.Namespace, counts: dict[str, int], findings: Sequ
     return {"json": str(arguments.coco), "images": images, "counts": counts, "findings": listed}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, check, print; exit code 1 where there are faults."""
-    arguments = build_parser().parse_args(argv)
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise a `UserError` for words that contradict each other, and for paths that can not be read or written."""
+    if arguments.skip_images and arguments.images:
+        raise UserError(f"--skip-images: {arguments.images} would not be looked at; leave out one of the two")
     if not arguments.skip_images and not (arguments.images and arguments.images.is_dir()):
         named = f"{arguments.images} is no folder" if arguments.images else "no image folder named"
         raise UserError(f"IMAGES: {named}; name the folder that the file names are relative to, or pass --skip-images")
     if arguments.json is not None:
         if arguments.json.resolve() == arguments.coco.resolve():
             raise UserError(f"--json: {arguments.json} is the file to be checked; name another for the report")
+        check_destination(arguments.json, force=True)
         check_writable(arguments.json.parent, "--json")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, check, print; exit code 1 where there are faults."""
+    arguments = build_parser().parse_args(argv)
+    check_arguments(arguments)
     content = read_coco(arguments.coco)
     images = None if arguments.skip_images else arguments.images
     counts = count(content)

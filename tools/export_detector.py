@@ -22,7 +22,8 @@ from crossmae.errors import UserError, run_cli
 from crossmae.weights import read_weights
 from det.console import set_up_console
 from det.export import export_detector
-from det.predict import Predictor, find_classes, find_detector, read_config, read_rgb
+from det.predict import Predictor, find_classes, read_config, read_rgb
+from det.weights import find_detector
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,6 +15,7 @@ it evaluates. Settings follow as KEY VALUE or KEY=VALUE.
 from __future__ import annotations
 
 import argparse
+import logging
 
 import torch
 from detectron2.config import CfgNode
@@ -28,6 +29,8 @@ from det.config import load_det_config
 from det.console import set_up_console
 from det.evaluate import format_results
 from det.train import evaluate_only, train
+
+log = logging.getLogger("det.train_net")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,6 +52,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = build_parser().parse_intermixed_args(argv)
     set_up_console()
     own_data = tuple(_pair(arguments, split) for split in ("train", "val"))
+    if arguments.eval_only and arguments.resume:
+        raise UserError("--eval-only and --resume exclude each other: evaluate, or go on with the training")
+    if arguments.eval_only and own_data[0] is not None:
+        log.info("--eval-only: --train-json is not read")
     gpus = torch.cuda.device_count()
     if arguments.num_gpus < 1 or (arguments.num_gpus > 1 and arguments.num_gpus > gpus):
         raise UserError(f"--num-gpus {arguments.num_gpus}: this machine has {gpus}; without a GPU leave it at 1")

@@ -80,7 +80,7 @@ def test_what_is_written(cfg, model, tmp_path):
     assert [(entry["name"], entry["objects"]) for entry in written["classes"]] == [("a", 3), ("b", 3), ("c", 0)]
     assert written["classes"][0]["bbox"]["AP"] == written["bbox"]["AP-a"]
     assert written["classes"][2]["segm"] == {"AP": None, "AP50": None}
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["inference", "results.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["inference", "pictures", "results.json"]
 
 
 def test_a_detector_without_masks_has_boxes_alone(cfg, tmp_path):

@@ -35,7 +35,7 @@ def quiet_root_logger():
 def no_pictures(monkeypatch):
     """Draw neither report nor pictures nor curves, which take seconds and have tests of their own."""
     monkeypatch.setattr(sys.modules["det.train"], "write_report", lambda folder: folder / "report.html")
-    monkeypatch.setattr(sys.modules["det.train"], "validation_pictures", lambda *_: [])
+    monkeypatch.setattr(sys.modules["det.evaluate"], "validation_pictures", lambda *_: [])
     monkeypatch.setattr(sys.modules["det.evaluate"], "save_figure", lambda *_: None)
 
 
@@ -148,6 +148,20 @@ def test_the_best_weights_are_those_of_the_highest_mask_ap(tmp_path, values, bes
     assert json.loads((tmp_path / "model_best.json").read_text()) == {"iteration": best, "segm/AP": values[best - 1]}
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_evaluation_does_not_write_over_the_results_of_a_training(tmp_path, command):
+    """Named by its folder, for the config as for the weights."""
+    main([*command, "SOLVER.MAX_ITER=1"])
+    run = tmp_path / "out"
+    before = (run / "results.json").read_bytes()
+    _, images, content = write_coco(tmp_path / "other", images=2)
+    val = ["--val-json", str(save(tmp_path / "other", content)), "--val-images", str(images)]
+    main(["--config-file", str(run), "--eval-only", *val, f"MODEL.WEIGHTS={run}"])
+    assert (run / "results.json").read_bytes() == before
+    again = json.loads((run / "evaluation/results.json").read_text())
+    assert [one["objects"] for one in again["classes"]] == [2, 2]
+
+
 def interrupt(folder, checkpoint):
     """Leave a run as it was when `checkpoint` was the last."""
     for path in folder.glob("model_*.pth"):
@@ -190,6 +204,7 @@ def fails_with_one_line(words, capsys, monkeypatch):
         (["SOLVER.IMS_PER_BATCH=9"], "SOLVER.IMS_PER_BATCH is 9, but the training set has only 5 images"),
         (["MODEL.WEIGHTS=nowhere.pth"], "MODEL.WEIGHTS: "),
         (["--eval-only"], "MODEL.WEIGHTS is empty"),
+        (["--eval-only", "--resume"], "--eval-only and --resume exclude each other"),
         (["--train-json", "nowhere.json"], "nowhere.json: No such file or directory"),
         (["--num-gpus", "99"], "--num-gpus 99: this machine has"),
         (["OUTPUT_DIR=/proc/no"], "OUTPUT_DIR: can not write in /proc/no"),
@@ -225,7 +240,7 @@ def test_an_image_that_breaks_during_training_is_named(tmp_path, command, capsys
 
     monkeypatch.setattr(sys.modules[Trainer.__module__], "load_weights", damage)
     line = fails_with_one_line([*command, f"DATALOADER.NUM_WORKERS={workers}"], capsys, monkeypatch)
-    assert ".png: can not be used: " in line
+    assert ".png: can not be read as an image: not an image" in line
 
 
 def test_half_a_pair_of_paths_is_refused(command, capsys, monkeypatch):
