@@ -20,7 +20,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Whatever happens, `path` is either as it was or complete, and the temporary file is gone unless the process is
     killed.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Cut, because `path.name` may be as long as a name can be; the digest tells apart what begins alike.
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
+    temporary = path.with_name(f".{path.name[:40]}.{digest}.{os.getpid()}.tmp")
     try:
         write(temporary)
         temporary.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner may read

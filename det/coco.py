@@ -20,16 +20,14 @@ from detectron2.data.datasets import load_coco_json, register_coco_instances
 
 from crossmae.errors import UserError
 from det.coco_checks import (
-    DROPPABLE,
-    KINDS,
     Finding,
-    Rank,
     file_name,
     find_category_faults,
     find_faults,
     is_lvis,
     paused_garbage_collection,
 )
+from det.coco_kinds import DROPPABLE, KINDS, Rank
 from det.coco_masks import polygon_fault
 
 log = logging.getLogger(__name__)
@@ -90,7 +88,7 @@ def register_coco(
         images: folder that its file names are relative to.
         for_evaluation: check also what AP needs.
         masks: masks are trained or evaluated, so that every annotation needs one.
-        drop: kinds of faults whose entries may be left out, of `det.coco_checks.DROPPABLE`; they are logged.
+        drop: kinds of faults whose entries may be left out, of `det.coco_kinds.DROPPABLE`; they are logged.
 
     Raises:
         UserError: see `read_coco`; no image folder; faults that are not to be dropped; an unknown kind in `drop`; or

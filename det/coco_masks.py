@@ -37,7 +37,7 @@ class Masks:
     Attributes:
         extent: (N, 4) smallest and largest x and y as [x1, y1, x2, y2]; NaN where a mask has a fault or is absent.
         area: (N,) in pixels; NaN likewise. Polygons of one mask are added up, whether or not they overlap.
-        faults: from the name of a kind of fault (see `det.coco_checks`) to what is wrong with which mask.
+        faults: from the name of a kind of fault (see `det.coco_kinds`) to what is wrong with which mask.
     """
 
     extent: Floats

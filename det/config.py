@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
 
@@ -108,7 +109,9 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
     pairs = split_overrides(overrides)
     words = {key for key, _ in pairs}
     for by_steps, by_epochs in BY_EPOCHS.items():
-        if by_steps in words and by_epochs not in words and lookup(cfg, by_epochs):
+        if by_steps in words and by_epochs in words:
+            raise UserError(f"command line: {by_steps} and {by_epochs} exclude each other")
+        if by_steps in words and lookup(cfg, by_epochs):
             log.info("%s counts, as the command line says, not %s", by_steps, by_epochs)
             _set(cfg, by_epochs, type(lookup(cfg, by_epochs))(), "command line")
     for key, text in pairs:
@@ -130,6 +133,8 @@ def choose_device(cfg: CfgNode, asked: bool) -> None:
             raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but torch finds no GPU; use MODEL.DEVICE cpu")
         log.info("no GPU found: MODEL.DEVICE is cpu")
         cfg.MODEL.DEVICE = "cpu"
+    elif cfg.MODEL.DEVICE == "cpu" and torch.cuda.is_available() and not asked:
+        log.info("MODEL.DEVICE is cpu, as the config says, though there is a GPU: MODEL.DEVICE=cuda takes it")
     _, _, index = cfg.MODEL.DEVICE.partition(":")
     if index and int(index) >= count:
         raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but the GPUs that torch finds end at cuda:{count - 1}")
@@ -257,6 +262,10 @@ def _literal(text: str) -> Any:
         return text
 
 
+def _are_rising_shares(values: Sequence[Any]) -> bool:
+    return all(isinstance(share, float) and 0 < share < 1 for share in values) and list(values) == sorted(values)
+
+
 # What a value must be beyond its type: key, test, description.
 _CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("SOLVER.IMS_PER_BATCH", lambda v: v >= 1, "at least 1"),
@@ -265,7 +274,7 @@ _CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("SOLVER.REFERENCE_BATCH", lambda v: v >= 0, "at least 0"),
     ("SOLVER.CHECKPOINTS_KEPT", lambda v: v >= 0, "at least 0"),
     ("SOLVER.EPOCHS", lambda v: v >= 0, "at least 0"),
-    ("SOLVER.DECAY_AT", lambda v: all(0 < share < 1 for share in v) and list(v) == sorted(v), "rising shares of 1"),
+    ("SOLVER.DECAY_AT", _are_rising_shares, "rising shares of 1"),
     ("SOLVER.EMA.DECAY", lambda v: 0 <= v < 1, "at least 0 and less than 1"),
     ("SOLVER.CHECKPOINT_PERIOD", lambda v: v >= 1, "at least 1"),
     ("SOLVER.BASE_LR", lambda v: v > 0, "greater than 0"),
@@ -276,6 +285,19 @@ _CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("SOLVER.REFERENCE_WORLD_SIZE", lambda v: v == 0, "0: automatic scaling would change the batch unseen"),
     ("SOLVER.BIAS_LR_FACTOR", lambda v: v == 1, "1: biases learn at the rate of their layer"),
     ("SOLVER.WEIGHT_DECAY_BIAS", lambda v: v is None, "None: biases decay like their weights"),
+    ("OUTPUT_DIR", lambda v: bool(v), "a folder"),
+    ("SOLVER.STEPS", lambda v: list(v) == sorted(v), "rising"),
+    ("SOLVER.WARMUP_ITERS", lambda v: v >= 0, "at least 0"),
+    ("SOLVER.WEIGHT_DECAY", lambda v: v >= 0, "at least 0"),
+    ("SOLVER.BETAS", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v), "two numbers from 0 to below 1"),
+    ("TEST.EVAL_PERIOD", lambda v: v >= 0, "at least 0"),
+    ("TEST.AUG.ENABLED", lambda v: not v, "False: evaluation sees every image once"),
+    ("TEST.PRECISE_BN.ENABLED", lambda v: not v, "False: there is no such step here"),
+    ("TEST.EXPECTED_RESULTS", lambda v: not v, "empty: results are not compared with any"),
+    ("MODEL.PIXEL_MEAN", lambda v: len(v) == 3, "three numbers"),
+    ("MODEL.PIXEL_STD", lambda v: len(v) == 3 and min(v) > 0, "three numbers greater than 0"),
+    ("MODEL.VIT.EMBED_DIM", lambda v: v >= 1, "at least 1"),
+    ("MODEL.VIT.OUT_CHANNELS", lambda v: v >= 1, "at least 1"),
     ("DATASETS.TEST", lambda v: len(v) <= 1, "at most one data set"),
     ("SEED", lambda v: v >= 0, "at least 0: the order of the images comes from it"),
     ("DATALOADER.NUM_WORKERS", lambda v: v >= 0, "at least 0"),
@@ -339,9 +361,8 @@ def _check_square_pad(cfg: CfgNode) -> None:
     ):
         if pad % vit.PATCH_SIZE:
             raise UserError(f"MODEL.VIT.{name} {pad} is no multiple of MODEL.VIT.PATCH_SIZE {vit.PATCH_SIZE}")
-        if pad and name == "SQUARE_PAD_TEST" and not cfg.INPUT.MIN_SIZE_TEST:
-            raise UserError(
-                f"MODEL.VIT.{name} {pad} needs images to be resized: INPUT.MIN_SIZE_TEST is 0, which keeps sizes"
-            )
+        least = key.replace("MAX_SIZE", "MIN_SIZE")
+        if pad and least != key and 0 in np.atleast_1d(lookup(cfg, least)):
+            raise UserError(f"MODEL.VIT.{name} {pad} needs images that fit, but {least} 0 resizes none")
         if pad and pad < lookup(cfg, key):
             raise UserError(f"MODEL.VIT.{name} {pad} is smaller than {key} {lookup(cfg, key)}: images would be cropped")

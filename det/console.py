@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 
+from detectron2.utils import comm
 from tqdm import tqdm
 
 # What libraries warn of that neither their caller nor the user can change.
@@ -28,6 +29,8 @@ class ConsoleHandler(logging.Handler):
     def filter(self, record: logging.LogRecord) -> bool:
         """detectron2 logs a traceback of every error that ends training; the error itself is shown by the tool."""
         if record.name == "detectron2.engine.train_loop":
+            return False
+        if record.levelno < logging.WARNING and not comm.is_main_process():
             return False
         return record.levelno >= logging.WARNING or record.name.split(".")[0] in ("det", "crossmae")
 

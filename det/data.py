@@ -226,12 +226,17 @@ def build_train_loader(
     Raises:
         UserError: `SOLVER.IMS_PER_BATCH` is more than there are images, or can not be divided by the processes.
     """
-    batch = cfg.SOLVER.IMS_PER_BATCH
-    if batch % world_size:
-        raise UserError(f"SOLVER.IMS_PER_BATCH {batch} can not be divided over {world_size} processes")
-    if batch > len(records):
+    batch, parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE
+    if batch % (world_size * parts):
         raise UserError(
-            f"SOLVER.IMS_PER_BATCH is {batch}, but the training set has only {len(records)} images with annotations"
+            f"SOLVER.IMS_PER_BATCH {batch} can not be divided over {world_size} processes and SOLVER.ACCUMULATE "
+            f"{parts} parts"
+        )
+    if batch > len(records):
+        kind = "images with annotations" if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS else "images"
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {batch}, but the training set has only {len(records)} {kind}; lower it, and "
+            "SOLVER.ACCUMULATE with it"
         )
     plan = BatchPlan(len(records), batch // world_size, cfg.SEED, rank, world_size)
     return DataLoader(

@@ -3,23 +3,34 @@
 Drawn with Pillow rather than detectron2's `Visualizer`, for two reasons: a class has the same colour in the
 ground truth and in the predictions, so that two pictures can be compared at a glance, and lines and letters
 are drawn after a small image is enlarged, so that they are sharp.
+
+Letters that are in no font at hand, as those of Chinese, Japanese and Korean, are drawn as boxes; see `label_font`.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from detectron2.structures import BitMasks, Instances, PolygonMasks, polygons_to_bitmask
+from matplotlib import get_data_path
+from matplotlib.ft2font import FT2Font
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from pycocotools import mask as coco_mask
+
+from det.masks import decode_segmentation
+
+log = logging.getLogger(__name__)
 
 Color = tuple[int, int, int]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Corners = tuple[float, float, float, float]  # left, top, right, bottom
 
 # Bright enough for dark photographs, and told apart side by side; more classes than colours begin again.
@@ -38,6 +49,7 @@ _PALETTE: tuple[Color, ...] = (
 _FILL_OPACITY = 0.35
 LETTERS = 0.05  # over the longest side: for pictures that are shown small
 SMALLEST_LETTERS = 9.0  # pixels
+_DEJAVU = Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,8 @@ class Instance:
         name: of the class.
         mask: (H, W), true on the object; drawn if there.
         score: of a prediction; drawn if there.
+        segmentation: the mask as COCO encodes it, in the place of `mask`; it is decoded while it is drawn, so that many
+            objects in a large photograph do not fill the memory.
     """
 
     box: tuple[float, float, float, float]
@@ -57,6 +71,7 @@ class Instance:
     name: str
     mask: NDArray[np.bool_] | None = None
     score: float | None = None
+    segmentation: Any = None
 
 
 def class_color(index: int) -> Color:
@@ -64,32 +79,21 @@ def class_color(index: int) -> Color:
     return _PALETTE[index % len(_PALETTE)]
 
 
-def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
-    """The mask (height, width) of a COCO `segmentation`: polygons, compressed or uncompressed RLE.
-
-    Raises:
-        ValueError: it is none of the three, or is an RLE of another size.
-    """
-    if isinstance(segmentation, list) and segmentation:
-        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation, dict) and {"counts", "size"} <= segmentation.keys():
-        if list(segmentation["size"]) != [height, width]:
-            raise ValueError(f"segmentation: RLE of size {segmentation['size']} on an image of {[height, width]}")
-        uncompressed = isinstance(segmentation["counts"], list)
-        rle = coco_mask.frPyObjects(segmentation, height, width) if uncompressed else segmentation
-    else:
-        raise ValueError(f"segmentation: expected polygons or an RLE, received {type(segmentation).__name__}")
-    return coco_mask.decode(rle).astype(bool)
-
-
 def instances_from_coco(
-    annotations: Sequence[Mapping[str, Any]], categories: Mapping[int, str], height: int, width: int
+    annotations: Sequence[Mapping[str, Any]],
+    categories: Mapping[int, str],
+    height: int,
+    width: int,
+    *,
+    decode: bool = True,
 ) -> list[Instance]:
     """COCO annotations, or entries of a COCO results file, of one image as instances.
 
     Args:
         annotations: each with `category_id` and `bbox` (x, y, width, height); `segmentation`, `score` if any.
         categories: names by category id; their order numbers the classes.
+        height, width: of the image.
+        decode: the masks; else they stay as they are, `Instance.segmentation`.
 
     Raises:
         ValueError: an annotation lacks a key or has a category that is not in `categories`.
@@ -103,11 +107,12 @@ def instances_from_coco(
         category = annotation["category_id"]
         if category not in order:
             raise ValueError(f"annotation: category_id {category!r} is none of {sorted(order)}")
-        encoded = annotation.get("segmentation")
-        mask = decode_segmentation(encoded, height, width) if encoded else None
+        encoded = annotation.get("segmentation") or None
+        mask = decode_segmentation(encoded, height, width) if encoded and decode else None
         x, y, box_width, box_height = (float(value) for value in annotation["bbox"])
         box = (x, y, box_width, box_height)
-        instances.append(Instance(box, order[category], categories[category], mask, annotation.get("score")))
+        left = None if decode else encoded
+        instances.append(Instance(box, order[category], categories[category], mask, annotation.get("score"), left))
     return instances
 
 
@@ -168,10 +173,13 @@ def draw_instances(
     canvas = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
     unit = max(size) / 480  # lines and letters grow with the picture
     for instance in sorted(instances, key=lambda item: -item.box[2] * item.box[3]):
-        if instance.mask is not None:
-            if instance.mask.shape != image.shape[:2]:
-                raise ValueError(f"mask of {instance.mask.shape} on an image of {image.shape[:2]}")
-            _draw_mask(canvas, instance.mask, class_color(instance.class_index), scale, unit)
+        mask = instance.mask
+        if instance.segmentation is not None:
+            mask = decode_segmentation(instance.segmentation, *image.shape[:2])
+        if mask is not None:
+            if mask.shape != image.shape[:2]:
+                raise ValueError(f"mask of {mask.shape} on an image of {image.shape[:2]}")
+            _draw_mask(canvas, mask, class_color(instance.class_index), scale, unit)
         _draw_box(canvas, instance, scale, unit)
     _draw_labels(canvas, instances, scale, max(SMALLEST_LETTERS, letters * max(size)))
     return np.asarray(canvas)
@@ -189,8 +197,11 @@ def _draw_mask(canvas: Image.Image, mask: NDArray[np.bool_], color: Color, scale
     right = min(canvas.width, math.ceil((columns[-1] + 1) * scale + reach))
     bottom = min(canvas.height, math.ceil((rows[-1] + 1) * scale + reach))
     across, down = mask.shape[1] / canvas.width, mask.shape[0] / canvas.height
-    source = Image.fromarray(mask.astype(np.uint8) * 255)
-    box = (left * across, top * down, right * across, bottom * down)
+    # Bicubic sampling looks two pixels, of the coarser of both grids, beyond what it makes.
+    x, y = (max(0, math.floor(low * step - 2 * max(step, 1))) for low, step in ((left, across), (top, down)))
+    x_end, y_end = (math.ceil(high * step + 2 * max(step, 1)) for high, step in ((right, across), (bottom, down)))
+    source = Image.fromarray(mask[y:y_end, x:x_end].astype(np.uint8) * 255)
+    box = (left * across - x, top * down - y, right * across - x, bottom * down - y)
     soft = source.resize((right - left, bottom - top), Image.Resampling.BICUBIC, box)
     if scale > 1:
         soft = soft.filter(ImageFilter.GaussianBlur(0.5 * scale))  # no steps where one pixel became many
@@ -209,17 +220,17 @@ def _draw_box(canvas: Image.Image, instance: Instance, scale: float, unit: float
 
 def _draw_labels(canvas: Image.Image, instances: Sequence[Instance], scale: float, letters: float) -> None:
     """The class name and the score, if any, on a tag at each box, but always inside the picture."""
-    font, draw = ImageFont.load_default(size=letters), ImageDraw.Draw(canvas)
-    pad = round(letters / 6)
+    draw, pad = ImageDraw.Draw(canvas), round(letters / 6)
     tags: list[Corners] = []
     order = sorted(instances, key=lambda item: item.score or 0.0, reverse=True)
-    for instance in order:
+    fonts = [label_font(instance.name, letters) for instance in order]
+    for instance, font in zip(order, fonts, strict=True):
         left, top, right, bottom = draw.textbbox((0, 0), _label(instance), font=font, anchor="la")
         tag = (right - left + 2 * pad, bottom - top + 2 * pad)
         box = tuple(value * scale for value in instance.box)
         spots = [_at(x, y, tag, canvas.size) for x, y in _spots(box, tag)]
         tags.append(min(spots, key=lambda spot: sum(_overlap(spot, other) for other in tags)))
-    for instance, (x0, y0, x1, y1) in reversed(list(zip(order, tags, strict=True))):
+    for instance, font, (x0, y0, x1, y1) in reversed(list(zip(order, fonts, tags, strict=True))):
         color = class_color(instance.class_index)
         left, top, _, _ = draw.textbbox((0, 0), _label(instance), font=font, anchor="la")
         draw.rectangle((x0, y0, x1, y1), fill=color)
@@ -229,6 +240,44 @@ def _draw_labels(canvas: Image.Image, instances: Sequence[Instance], scale: floa
 
 def _label(instance: Instance) -> str:
     return instance.name if instance.score is None else f"{instance.name} {instance.score:.2f}"
+
+
+@cache
+def _ascii_font(size: float) -> Font:
+    return ImageFont.load_default(size)
+
+
+@cache
+def _dejavu(size: float) -> Font:
+    return ImageFont.truetype(str(_DEJAVU), size)
+
+
+@cache
+def _dejavu_letters() -> frozenset[int]:
+    return frozenset(FT2Font(str(_DEJAVU)).get_charmap())
+
+
+@cache
+def _warn_of_boxes() -> None:
+    """Once, however many labels there are."""
+    log.warning("letters that DejaVu Sans lacks, as those of Chinese, Japanese and Korean, are drawn as boxes")
+
+
+def label_font(text: str, size: float) -> Font:
+    """The font to draw a text in: Pillow's own where that has all letters, else DejaVu Sans, which matplotlib brings.
+
+    Pillow's has ASCII and little more. DejaVu Sans has Latin, Greek, Cyrillic and others, but neither the letters of
+    Chinese, Japanese and Korean nor most emoji: they are drawn as boxes, which is said once in the log.
+
+    Args:
+        text: what is to be drawn.
+        size: of the letters, in pixels.
+    """
+    if text.isascii():
+        return _ascii_font(size)
+    if any(letter.isprintable() and ord(letter) not in _dejavu_letters() for letter in text):
+        _warn_of_boxes()
+    return _dejavu(size)
 
 
 def _spots(box: tuple[float, ...], tag: tuple[float, float]) -> list[tuple[float, float]]:
@@ -267,7 +316,7 @@ def draw_sheet(pictures: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -
     Returns:
         (H', W', 3) uint8 RGB.
     """
-    gap, line, font = 16, 20, ImageFont.load_default(size=14)
+    gap, line = 16, 20
     columns = math.ceil(math.sqrt(len(pictures)))
     width = max(picture.shape[1] for picture in pictures)
     text = line * max(caption.count("\n") + 1 for caption in captions)
@@ -279,6 +328,7 @@ def draw_sheet(pictures: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -
             x, y = gap + column * (width + gap), gap + sum(heights[:number])
             sheet.paste(Image.fromarray(pictures[index]), (x, y))
             label = Image.new("RGB", (width, text), "white")
+            font = label_font(captions[index], 14)
             ImageDraw.Draw(label).multiline_text((0, 2), captions[index], font=font, fill=(64, 64, 64), spacing=4)
             sheet.paste(label, (x, y + pictures[index].shape[0]))
     return np.asarray(sheet)

@@ -10,8 +10,25 @@ import numpy as np
 import torch
 from detectron2.structures import BitMasks, Boxes, PolygonMasks, polygons_to_bitmask
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 
-from det.draw import decode_segmentation
+
+def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
+    """The mask (height, width) of a COCO `segmentation`: polygons, compressed or uncompressed RLE.
+
+    Raises:
+        ValueError: it is none of the three, or is an RLE of another size.
+    """
+    if isinstance(segmentation, list) and segmentation:
+        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation, dict) and {"counts", "size"} <= segmentation.keys():
+        if list(segmentation["size"]) != [height, width]:
+            raise ValueError(f"segmentation: RLE of size {segmentation['size']} on an image of {[height, width]}")
+        uncompressed = isinstance(segmentation["counts"], list)
+        rle = coco_mask.frPyObjects(segmentation, height, width) if uncompressed else segmentation
+    else:
+        raise ValueError(f"segmentation: expected polygons or an RLE, received {type(segmentation).__name__}")
+    return coco_mask.decode(rle).astype(bool)
 
 
 def moved_masks(

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, ChannelFirstLayerNorm)
 _POSITIONS = ("pos_embed", "pos_embed_global", "rel_pos_h", "rel_pos_w")
-# Warm-up takes no more of a run that is measured in epochs.
+# Warm-up takes no more of a run: detectron2 would warm up to a rate that has fallen already.
 LONGEST_WARMUP = 0.1
 
 
@@ -55,7 +55,7 @@ def resolve_schedule(cfg: CfgNode, num_images: int) -> CfgNode:
 
     - `BASE_LR` * `IMS_PER_BATCH` / `REFERENCE_BATCH`: the linear rule, where there is a reference;
     - `MAX_ITER` from `EPOCHS`, `STEPS` from `DECAY_AT`, periods from `TEST.EVAL_EPOCHS`, rounded to whole steps;
-    - `WARMUP_ITERS` at most a tenth of a run that is measured in epochs.
+    - `WARMUP_ITERS` at most a tenth of the run, and a checkpoint at every evaluation at least.
 
     Args:
         cfg: of the run; it is not changed.
@@ -66,15 +66,17 @@ def resolve_schedule(cfg: CfgNode, num_images: int) -> CfgNode:
     solver, batch = resolved.SOLVER, cfg.SOLVER.IMS_PER_BATCH
     if solver.REFERENCE_BATCH:
         solver.BASE_LR *= batch / solver.REFERENCE_BATCH
+        solver.BASE_LR_END *= batch / solver.REFERENCE_BATCH
     if solver.EPOCHS:
         solver.MAX_ITER = max(1, round(solver.EPOCHS * num_images / batch))
-        solver.WARMUP_ITERS = min(solver.WARMUP_ITERS, int(LONGEST_WARMUP * solver.MAX_ITER))
-    if solver.DECAY_AT:
-        solver.STEPS = tuple(round(share * solver.MAX_ITER) for share in solver.DECAY_AT)
-    solver.STEPS = tuple(step for step in solver.STEPS if step < solver.MAX_ITER)
+    solver.WARMUP_ITERS = min(solver.WARMUP_ITERS, max(1, int(LONGEST_WARMUP * solver.MAX_ITER)))
+    if solver.WARMUP_ITERS < cfg.SOLVER.WARMUP_ITERS:
+        log.info("SOLVER.WARMUP_ITERS is %d, a tenth of the run", solver.WARMUP_ITERS)
+    steps = [round(share * solver.MAX_ITER) for share in solver.DECAY_AT] or solver.STEPS
+    solver.STEPS = tuple(sorted({step for step in steps if step < solver.MAX_ITER}))
     if resolved.TEST.EVAL_EPOCHS:
         resolved.TEST.EVAL_PERIOD = max(1, round(resolved.TEST.EVAL_EPOCHS * num_images / batch))
-        solver.CHECKPOINT_PERIOD = resolved.TEST.EVAL_PERIOD
+        solver.CHECKPOINT_PERIOD = min(solver.CHECKPOINT_PERIOD, resolved.TEST.EVAL_PERIOD)
     solver.REFERENCE_BATCH, solver.EPOCHS, solver.DECAY_AT, resolved.TEST.EVAL_EPOCHS = 0, 0.0, (), 0.0
     log.info("%s", describe_schedule(cfg, resolved, num_images))
     return resolved
@@ -89,7 +91,7 @@ def describe_schedule(cfg: CfgNode, resolved: CfgNode, num_images: int) -> str:
     lowest = solver.BASE_LR * solver.LAYER_DECAY ** (cfg.MODEL.VIT.DEPTH + 1)
     layers = f", {lowest:.3g} in the first layer" if solver.LAYER_DECAY < 1 else ""
     if solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
-        decay = ", then along a cosine to 0"
+        decay = f", then along a cosine to {solver.BASE_LR_END:g}"
     else:
         decay = "".join(f", x {solver.GAMMA:g} after step {step:,}" for step in solver.STEPS)
     return (

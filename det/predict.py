@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,18 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import AugInput, AugmentationList
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.structures import Instances
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
 from crossmae.errors import UserError
-from det.coco import read_coco
+from crossmae.images import to_rgb
+from det.coco import read_categories
 from det.config import check_config, choose_device, load_det_config
 from det.data import build_test_augmentations, read_pixels
+from det.paste import coco_results
 from det.run_files import CONFIG, RECORD
 from det.weights import find_detector, load_weights
 
@@ -54,7 +56,8 @@ class Predictor:
         model: the detector, in eval mode.
 
     Raises:
-        UserError: no such file or device, or the weights are not those of a detector of this config.
+        UserError: no such file or device, a config of something else than a `GeneralizedRCNN`, or weights that are not
+            those of a detector of this config.
     """
 
     def __init__(
@@ -68,6 +71,9 @@ class Predictor:
             check_config(self.cfg)
         choose_device(self.cfg, asked=device is not None)
         self.model = build_model(self.cfg).eval()
+        if not isinstance(self.model, GeneralizedRCNN):
+            name = self.cfg.MODEL.META_ARCHITECTURE
+            raise UserError(f"MODEL.META_ARCHITECTURE: only a GeneralizedRCNN can predict here, not {name}")
         load_weights(self.model, self.cfg, detector_only=True)
         if not masks:
             self.model.roi_heads.mask_on = False
@@ -89,21 +95,33 @@ class Predictor:
         """
         return self.predict([image])[0]
 
-    @torch.no_grad()
     def predict(self, images: Sequence[Picture]) -> list[Instances]:
         """The objects in each of several images, which are computed together as far as they are padded to one size.
 
         Padding is seen by global attention. An image is not padded for the sake of others here, so that it does not
         matter which they are.
         """
+        return [output["instances"].to("cpu") for output in self._run(images, self.model)]
+
+    def predict_raw(self, images: Sequence[Picture]) -> list[Instances]:
+        """The same as the model gives it, for `coco_annotations`: the masks of large images take no memory so.
+
+        Returns:
+            N instances for each image, on the model's device, in pixels of what the model sees: `pred_boxes`, `scores`,
+            `pred_classes` and, of detectors with masks, `pred_masks` (N, 1, M, M), probabilities in the boxes.
+        """
+        return self._run(images, partial(self.model.inference, do_postprocess=False))
+
+    @torch.no_grad()
+    def _run(self, images: Sequence[Picture], model: Callable[[list[dict[str, Any]]], list[Any]]) -> list[Any]:
+        """What `model` gives for each image, called with those together that are padded to one size."""
         inputs = [self._input(read_rgb(image)) for image in images]
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, sample in enumerate(inputs):
             groups[self._padded_size(sample["image"])].append(index)
-        found: dict[int, Instances] = {}
+        found: dict[int, Any] = {}
         for indices in groups.values():
-            outputs = self.model([inputs[index] for index in indices])
-            found |= {index: out["instances"].to("cpu") for index, out in zip(indices, outputs, strict=True)}
+            found |= zip(indices, model([inputs[index] for index in indices]), strict=True)
         return [found[index] for index in range(len(inputs))]
 
     def _input(self, pixels: NDArray[np.uint8]) -> dict[str, Any]:
@@ -155,7 +173,7 @@ def read_rgb(image: Picture) -> NDArray[np.uint8]:
     if isinstance(image, (str, Path)):
         pixels = read_pixels(image)
     elif isinstance(image, Image.Image):
-        pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        pixels = np.asarray(to_rgb(ImageOps.exif_transpose(image)))
     else:
         pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
@@ -185,8 +203,9 @@ def find_classes(predictor: Predictor, file: Path | None = None) -> Classes:
 
     Args:
         predictor: the detector.
-        file: a COCO file (.json) with the categories it was trained on, or a text file with one name a line; None: what
-            its run recorded, and where nothing is recorded, numbers from 1, which is said in the log.
+        file: a COCO file (.json) with the categories it was trained on, other lists are not needed, or a text file with
+            one name a line; None: what its run recorded, and where nothing is recorded, numbers from 1, which is said
+            in the log.
 
     Raises:
         UserError: the file can not be read, or has another number of classes than the detector.
@@ -216,11 +235,9 @@ def _recorded_classes(record: Path) -> Classes | None:
 
 
 def _read_classes(file: Path) -> Classes:
-    if file.suffix == ".json":
-        categories = sorted(read_coco(file)["categories"], key=lambda category: category["id"])  # as detectron2 does
-        return Classes(
-            tuple(category["name"] for category in categories), tuple(category["id"] for category in categories)
-        )
+    if file.suffix.lower() == ".json":
+        categories = read_categories(file)  # by rising id, as detectron2 numbers classes
+        return Classes(tuple(name for _, name in categories), tuple(number for number, _ in categories))
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -229,25 +246,27 @@ def _read_classes(file: Path) -> Classes:
     return Classes(names, tuple(range(1, len(names) + 1)))
 
 
-def coco_annotations(instances: Instances, image_id: int, classes: Classes) -> list[dict[str, Any]]:
+def coco_annotations(
+    instances: Instances, image_id: int, height: int, width: int, classes: Classes
+) -> list[dict[str, Any]]:
     """Predictions of one image as COCO's annotations, which are its results with `area` and `iscrowd`.
 
     Args:
-        instances: from `Predictor`.
+        instances: from `Predictor.predict_raw`.
         image_id: of the image.
+        height, width: of the image as its file has it.
         classes: of the detector.
 
     Returns:
         For each `image_id`, `category_id`, `bbox` (x, y, width, height, to a thousandth of a pixel), `score`, `area`,
         `iscrowd` and, if there are masks, `segmentation`, a compressed RLE.
     """
-    annotations: list[dict[str, Any]] = instances_to_coco_json(instances, image_id)
+    annotations = coco_results(instances, image_id, height, width, classes.category_ids)
     for annotation in annotations:
-        annotation["category_id"] = classes.category_ids[annotation["category_id"]]
         annotation["bbox"] = [round(value, 3) for value in annotation["bbox"]]
         annotation["score"] = round(annotation["score"], 6)
         encoded = annotation.get("segmentation")
-        _, _, width, height = annotation["bbox"]
-        annotation["area"] = float(coco_mask.area(encoded)) if encoded else round(width * height, 3)
+        _, _, box_width, box_height = annotation["bbox"]
+        annotation["area"] = float(coco_mask.area(encoded)) if encoded else round(box_width * box_height, 3)
         annotation["iscrowd"] = 0
     return annotations

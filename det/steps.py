@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 
 class StepTrainer(SimpleTrainer):
@@ -90,8 +93,10 @@ class StepTrainer(SimpleTrainer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What `state_dict` returned."""
         super().load_state_dict(state_dict)
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and "grad_scaler" in state_dict:
             self.scaler.load_state_dict(state_dict["grad_scaler"])
+        elif self.scaler.is_enabled():
+            log.info("the checkpoint is of a run without float16: the scale of gradients starts anew")
 
 
 def split(batch: Sequence[Any], parts: int) -> Iterator[list[Any]]:

@@ -8,6 +8,7 @@ import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
-from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -38,9 +38,9 @@ from det.evaluate import evaluate
 from det.optim import build_optimizer, resolve_schedule
 from det.pictures import find_pictures
 from det.report import write_report
-from det.run_files import BEST, BEST_RECORD, CONFIG, LAST, LOG, PICTURES, RECORD
+from det.run_files import BEST, BEST_RECORD, CONFIG, LAST, LOG, METRICS, PICTURES, RECORD
 from det.steps import StepTrainer
-from det.weights import load_weights
+from det.weights import build_detector, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,9 @@ _FREE = (
     "MODEL.DEVICE",
     "MODEL.WEIGHTS",
     "MODEL.VIT.ACTIVATION_CHECKPOINTING",
+    "MODEL.VIT.ATTENTION",
+    "SOLVER.ACCUMULATE",
+    "SOLVER.EPOCHS",
     "SOLVER.AMP.",
     "SOLVER.CHECKPOINT",
     "SOLVER.MAX_ITER",
@@ -80,9 +83,14 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
     if not cfg.DATASETS.TRAIN:
         raise UserError("no training data: name it with --train-json and --train-images")
     if not cfg.DATASETS.TEST:
-        log.info("no --val-json, no DATASETS.TEST: nothing is evaluated, so no weights are the best")
-    trainer = Trainer(cfg, resume)
-    with log_file(Path(cfg.OUTPUT_DIR)):
+        log.info("no validation data (--val-json, or DATASETS.TEST without --train-json): no weights are the best")
+    early = MemoryHandler(10_000)
+    logging.getLogger().addHandler(early)
+    try:
+        trainer = Trainer(cfg, resume)
+    finally:
+        logging.getLogger().removeHandler(early)
+    with log_file(Path(cfg.OUTPUT_DIR), early):
         trainer.train()
         if comm.is_main_process():
             log.info("report in %s", write_report(Path(cfg.OUTPUT_DIR)))
@@ -100,7 +108,7 @@ def evaluate_only(cfg: CfgNode) -> dict[str, dict[str, float]]:
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
     if not cfg.DATASETS.TEST:
         raise UserError("no data to evaluate on: name it with --val-json and --val-images")
-    model = build_model(cfg)
+    model = build_detector(cfg)
     load_weights(model, cfg, detector_only=True)
     if Path(cfg.OUTPUT_DIR, RECORD).is_file():
         cfg = cfg.clone()
@@ -130,7 +138,7 @@ class Trainer(DefaultTrainer):
         self.cfg = resolve_schedule(cfg, len(self.records))
         self.start_iter, self.max_iter = 0, self.cfg.SOLVER.MAX_ITER
         loader = self._loader(first=0)
-        model = build_model(self.cfg)
+        model = build_detector(self.cfg)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         resume = self._find_checkpoint(resume)
         settings = shared_settings(cfg, len(self.records))
@@ -145,6 +153,8 @@ class Trainer(DefaultTrainer):
             path = self.checkpointer.get_checkpoint_file()
             self.checkpointer.load(path)
             self.start_iter = self.iter + 1  # the checkpoint holds the iteration that had just ended
+            if self.start_iter > self.max_iter:
+                raise UserError(f"--resume: {self.start_iter} steps are done already, this run has {self.max_iter}")
             self.data_loader = self._loader(first=self.start_iter)
             log.info("resuming after iteration %d from %s", self.start_iter, path)
         if comm.is_main_process():
@@ -152,19 +162,14 @@ class Trainer(DefaultTrainer):
             self.register_hooks([hooks.PeriodicWriter(self.build_writers(), period=self._writing_period())])
 
     def _loader(self, first: int) -> Any:
-        rank, world_size, solver = comm.get_rank(), comm.get_world_size(), self.cfg.SOLVER
-        if solver.IMS_PER_BATCH % (world_size * solver.ACCUMULATE):
-            raise UserError(
-                f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} can not be divided over {world_size} processes and "
-                f"SOLVER.ACCUMULATE {solver.ACCUMULATE} parts"
-            )
+        rank, world_size = comm.get_rank(), comm.get_world_size()
         return NamedFailures(build_train_loader(self.cfg, self.records, first, rank, world_size))
 
     def _step_trainer(self, model: nn.Module, loader: Any) -> StepTrainer:
         solver = self.cfg.SOLVER
         average = None
         if solver.EMA.ENABLED:
-            average = ModelEmaV3(model, solver.EMA.DECAY, use_warmup=True)
+            average = ModelEmaV3(model, solver.EMA.DECAY, use_warmup=True, warmup_power=1)
             self.checkpointer.average = average.module
         precision = PRECISIONS[solver.AMP.PRECISION] if solver.AMP.ENABLED else None
         optimizer = build_optimizer(self.cfg, model)
@@ -173,11 +178,14 @@ class Trainer(DefaultTrainer):
 
     def _find_checkpoint(self, resume: bool) -> bool:
         """Whether to go on from a checkpoint; an error where a new run would overwrite an old one."""
-        folder, found = self.cfg.OUTPUT_DIR, self.checkpointer.has_checkpoint()
-        if found and not resume:
+        folder, found = Path(self.cfg.OUTPUT_DIR), self.checkpointer.has_checkpoint()
+        if (found or (folder / RECORD).is_file()) and not resume:
             raise UserError(f"OUTPUT_DIR: {folder} already holds a run; pass --resume to go on, or name another folder")
         if resume and not found:
             log.info("--resume: no checkpoint in %s yet, starting from MODEL.WEIGHTS", folder)
+            for name in (BEST, BEST_RECORD, METRICS):  # of a run that was cut off before its first checkpoint
+                if comm.is_main_process():
+                    (folder / name).unlink(missing_ok=True)
         if found and not Path(self.checkpointer.get_checkpoint_file()).is_file():
             raise UserError(f"{folder}/{LAST} names a file that does not exist; name the right one in it")
         return found
@@ -189,9 +197,11 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             kept = cfg.SOLVER.CHECKPOINTS_KEPT or None
             saver = hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=kept)
+            # Those of the run before a resume, so that they are not kept for ever.
+            saver.recent_checkpoints = [str(path) for path in sorted(Path(cfg.OUTPUT_DIR).glob("model_[0-9]*.pth"))]
             steps += [ProgressBar(), saver]
         if cfg.DATASETS.TEST:
-            steps.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
+            steps.append(EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
         return steps
 
     def _evaluate(self) -> dict[str, dict[str, float]]:
@@ -220,7 +230,8 @@ class Trainer(DefaultTrainer):
         except FloatingPointError as error:
             raise UserError(
                 f"training diverged at iteration {self.iter}: {' '.join(str(error).split())} Lower SOLVER.BASE_LR "
-                f"(it is {self.cfg.SOLVER.BASE_LR}) or raise SOLVER.WARMUP_ITERS ({self.cfg.SOLVER.WARMUP_ITERS})"
+                f"(it is {self.cfg.SOLVER.BASE_LR:g}) or raise SOLVER.WARMUP_ITERS ({self.cfg.SOLVER.WARMUP_ITERS}), "
+                "and start anew in another OUTPUT_DIR"
             ) from error
 
 
@@ -245,6 +256,15 @@ def keep_best(checkpointer: AtomicCheckpointer, results: dict[str, dict[str, flo
     checkpointer.write(BEST, {"model": checkpointer.weights()["model"]} | record)
     write_json(path, record)
     log.info("%s: %s %.2f after %d iterations", BEST, metric, found, iteration)
+
+
+class EvalHook(hooks.EvalHook):
+    """detectron2's, but a training that fails in its last step is not evaluated."""
+
+    def after_train(self) -> None:
+        """Evaluate at the end, if it has been reached."""
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
 
 
 class ProgressBar(HookBase):
@@ -290,6 +310,7 @@ def shared_settings(cfg: CfgNode, num_images: int) -> dict[str, Any]:
     files = {name: MetadataCatalog.get(name).get("json_file") for name in cfg.DATASETS.TRAIN}
     settings |= {f"SHA-256 of the json of {name}": sha256(Path(path)) for name, path in files.items() if path}
     settings["number of training images"] = num_images
+    settings["processes x SOLVER.ACCUMULATE"] = comm.get_world_size() * cfg.SOLVER.ACCUMULATE
     decoded: dict[str, Any] = json.loads(json.dumps(settings))
     return decoded
 
@@ -334,14 +355,17 @@ def record_run(cfg: CfgNode, settings: dict[str, Any], iterations: int) -> None:
 
 
 @contextmanager
-def log_file(folder: Path) -> Iterator[None]:
-    """Inside, everything that is logged goes to `log.txt`, too."""
+def log_file(folder: Path, early: MemoryHandler | None = None) -> Iterator[None]:
+    """Inside, everything that is logged goes to `log.txt`, too, after what `early` has collected."""
     if not comm.is_main_process():
         yield
         return
     handler = logging.FileHandler(folder / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s"))
     logging.getLogger().addHandler(handler)
+    if early is not None:
+        early.setTarget(handler)
+        early.flush()
     try:
         yield
     finally:

@@ -110,12 +110,16 @@ def write_video(path: Path, frames: Iterable[Frame], rate: Fraction) -> None:
 
     Raises:
         UserError: PyAV is not installed.
+        OSError: the file can not be written; what is left of `frames` has not been taken then.
     """
     queue = iter(frames)
     first = next(queue, None)
     if first is not None:
         shape = first.pixels.shape
-        write_atomically(path, lambda temporary: _encode(temporary, chain([first], queue), shape[:2], rate))
+        try:
+            write_atomically(path, lambda temporary: _encode(temporary, chain([first], queue), shape[:2], rate))
+        except pyav().FFmpegError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _encode(path: Path, frames: Iterable[Frame], size: tuple[int, ...], rate: Fraction) -> None:

@@ -130,7 +130,8 @@ class ViT(Backbone):
     def freeze(self, stages: int) -> None:
         """Train no longer: -1 nothing, 0 patch embedding and positions, n these and the first n blocks.
 
-        Frozen blocks drop no paths either.
+        Frozen blocks drop no paths either, and their relative positions stay at zero: they are those of pretraining.
+        The second table of `absolute_win`, which starts at zero, is always trained.
 
         Raises:
             ValueError: there are fewer blocks.
@@ -139,7 +140,7 @@ class ViT(Backbone):
             raise ValueError(f"FROZEN_STAGES {stages} is more than the {self.depth} blocks of the encoder")
         self.frozen_stages = stages
         for name, parameter in self.named_parameters():
-            if stages >= 0 and name.startswith(("patch_embed.", "pos_embed")):
+            if stages >= 0 and name.startswith(("patch_embed.", "pos_embed")) and name != "pos_embed_global":
                 parameter.requires_grad_(False)
         for block in self.blocks[: max(stages, 0)]:
             block.requires_grad_(False)

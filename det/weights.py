@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 from timm.layers import resample_patch_embed
-from torch import nn
+from torch import Tensor, nn
 
+from crossmae.config import read_yaml
 from crossmae.errors import UserError
 from crossmae.load_report import LoadReport
 from crossmae.weights import (
@@ -30,6 +35,7 @@ from crossmae.weights import (
     read_weights,
     recorded_arguments,
 )
+from det.config import lookup
 from det.run_files import BEST, CONFIG, FINAL, LAST
 from det.vit import ViT
 
@@ -37,6 +43,11 @@ log = logging.getLogger(__name__)
 
 # The class token has no place in a dense backbone; what exists only in detection starts at zero.
 DROPPED = (r"cls_token$",)
+# Layers of a detector with one output for each class.
+PER_CLASS = r"roi_heads\.(box_predictor(\.\d+)?\.(cls_score|bbox_pred)|mask_head\.predictor)\."
+SCORES = r"roi_heads\.box_predictor(\.0)?\.cls_score\.weight"
+# Keys of the backbone that decide what weights mean, and that no shape shows.
+UNSEEN = ("POS_EMBED", "WINDOW_SIZE", "GLOBAL_BLOCKS")
 NEW = (r"blocks\.\d+\.attn\.rel_pos_[hw]$", r"pos_embed_global$")
 # Argument of the encoder -> key that sets it, where a shape or the file's metadata shows the right value.
 ARCHITECTURE = {
@@ -51,6 +62,8 @@ ARCHITECTURE = {
 
 def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False) -> LoadReport | None:
     """Fill a detector from `MODEL.WEIGHTS`: the encoder alone, or everything if the file holds a whole detector.
+
+    To train on from a detector of another number of classes, its layers with one output per class are left out.
 
     Args:
         model: from `detectron2.modeling.build_model`, its backbone `build_crossmae_vitdet_backbone`.
@@ -76,7 +89,7 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False)
     try:
         weights = read_weights(find_detector(Path(path)))
         if weights.format == "detector":
-            report = _load_detector(model, weights)
+            report = _load_detector(model, weights, cfg, detector_only)
         elif detector_only:
             raise UserError(f"{path} holds an encoder alone; evaluation needs a trained detector")
         else:
@@ -89,18 +102,41 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False)
 
 
 def find_detector(path: Path) -> Path:
-    """The best weights in the folder of a run, else its final, else its last ones; any other path as it is."""
+    """The best weights in the folder of a run, else its last ones; any other path as it is."""
     if not path.is_dir():
         return path
-    names = [BEST, FINAL]
+    names = [BEST]
     if (path / LAST).is_file():
         names.append((path / LAST).read_text(encoding="utf-8", errors="replace").strip())
-    return next((path / name for name in names if (path / name).is_file()), path)
+    return next((path / name for name in (*names, FINAL) if (path / name).is_file()), path)
 
 
-def _load_detector(model: nn.Module, weights: Weights) -> LoadReport:
+def build_detector(cfg: CfgNode) -> nn.Module:
+    """detectron2's `build_model`, whose complaints name the section that they are about.
+
+    Raises:
+        UserError: `MODEL.*` names something that does not exist, or values that do not go together.
+    """
     try:
-        return load_model(model, weights)
+        model: nn.Module = build_model(cfg)
+    except UserError:
+        raise
+    except (KeyError, ValueError, AssertionError, TypeError) as error:
+        raise UserError(f"MODEL: the detector can not be built: {' '.join(str(error).split()) or error!r}") from error
+    return model
+
+
+def _load_detector(model: nn.Module, weights: Weights, cfg: CfgNode, detector_only: bool) -> LoadReport:
+    warn_of_other_settings(cfg, weights.path.with_name(CONFIG))
+    new: tuple[str, ...] = ()
+    classes = count_classes(weights.tensors)
+    if not detector_only and classes != count_classes(model.state_dict()):
+        log.warning("%s is for %d classes: the last layers of the heads start anew", weights.path, classes)
+        new = (PER_CLASS,)
+        kept = {name: tensor for name, tensor in weights.tensors.items() if not re.match(PER_CLASS, name)}
+        weights = replace(weights, tensors=kept)
+    try:
+        return load_model(model, weights, new=new)
     except UserError as error:
         config = weights.path.with_name(CONFIG)
         hint = f"\nThe config that it was trained with is beside it: --config-file {config}" if config.is_file() else ""
@@ -115,6 +151,26 @@ def _load_encoder(model: nn.Module, weights: Weights, cfg: CfgNode) -> LoadRepor
     check_architecture(net, weights)
     check_pixels(cfg, weights)
     return load_encoder(net, weights, new=NEW, dropped=DROPPED)
+
+
+def count_classes(tensors: Mapping[str, Tensor]) -> int:
+    """Classes of a detector, or 0 where its head is none that we know; the last row is the background."""
+    scores = next((tensor for name, tensor in tensors.items() if re.fullmatch(SCORES, name)), None)
+    return 0 if scores is None else len(scores) - 1
+
+
+def warn_of_other_settings(cfg: CfgNode, path: Path) -> None:
+    """Say what of a detector's input and positions, which no tensor shows, is not as its own config `path` has it."""
+    if not path.is_file():
+        return
+    recorded = read_yaml(path)
+    for key in ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", *(f"MODEL.VIT.{name}" for name in UNSEEN)):
+        value: Any = recorded
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        given = lookup(cfg, key)
+        if value is not None and value != (list(given) if isinstance(given, (tuple, list)) else given):
+            log.warning("%s is %s, but the detector was trained with %s (%s)", key, given, value, path)
 
 
 def fit_patches(weights: Weights, patch_size: int) -> Weights:
@@ -149,7 +205,7 @@ def check_architecture(net: ViT, weights: Weights) -> None:
     """
     found = encoder_arguments(encoder_tensors(weights), weights.metadata)
     found["pretrain_img_size"] = found.pop("img_size", net.pretrain_img_size)
-    if "model" not in weights.metadata:
+    if MODEL_ARGUMENTS not in weights.metadata:
         found.pop("num_heads", None)  # no shape shows it; without metadata it would be a guess from the width
     wrong = [
         (name, key) for name, key in ARCHITECTURE.items() if found.get(name, getattr(net, name)) != getattr(net, name)

@@ -5,17 +5,19 @@
     python tools/predict.py --config-file coco_mask_rcnn.yaml --weights model_final.pth photo.jpg MODEL.DEVICE=cpu
 
 INPUT are images, videos, folders (the images in them and their subfolders) and quoted patterns. Words like
-MODEL.DEVICE=cpu replace settings of the config. Written into --output, under the names of the files:
+MODEL.DEVICE=cpu replace settings of the config, unless a file has that name. Written into --output, under the names of
+the files:
     NAME.png, NAME.mp4     images and videos with their objects; small ones enlarged, videos without sound
     predictions.json       COCO annotations with scores, masks as RLE; the frames of a video are images with "frame" and
                            "time" in seconds
-Objects that score above --score-threshold are drawn and listed. Files that can not be read are left out and named at
-the end; the exit code is 1 then.
+Objects that score above --score-threshold are drawn and listed. Files that can not be read are left out; they, and
+pictures that can not be written, are named at the end, and the exit code is 1 then.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -57,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, build, predict, say what came out."""
     args = build_parser().parse_intermixed_args(argv)
     set_up_console()
-    settings = [word for word in args.words if SETTING.fullmatch(word)]
-    inputs = [word for word in args.words if not SETTING.fullmatch(word)]
+    settings = [word for word in args.words if SETTING.fullmatch(word) and not os.path.exists(word)]
+    inputs = [word for word in args.words if word not in settings]
     check_numbers(args, inputs)
     root, sources = find_sources(inputs)
     check_output(args.output, sources, inputs, args.force)
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--batch-size {args.batch_size}: too many images for the memory of the GPU") from None
     print(f"{job.objects} objects in {job.images} images: {args.output / PREDICTIONS}")
     if job.failures:
-        heading = f"error: {len(job.failures)} of {len(sources)} files could not be read:"
+        heading = f"error: of {len(sources)} files, these could not be read or not be written:"
         print("\n".join([heading, *job.failures]), file=sys.stderr)
         raise SystemExit(SOME_FAILED_EXIT_CODE)
 

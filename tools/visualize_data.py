@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crossmae.errors import UserError, run_cli
-from crossmae.files import make_folder, write_atomically
+from crossmae.files import check_writable, make_folder, write_atomically
 from det.coco import check_registered, use_own_data
 from det.config import load_det_config
 from det.console import set_up_console
@@ -35,6 +35,8 @@ from det.draw import draw_instances, draw_sheet, instances_from_detectron2
 
 CELL = 448  # pixels that the longer side of an image has on the sheet
 LETTERS = 0.035  # of labels, over the longer side
+FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
+JPEG_QUALITY = 92
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("outputs/training_data.png"),
         metavar="FILE",
-        help="picture to write, or replace (%(default)s)",
+        help="picture to write, or replace, .png or .jpg (%(default)s)",
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE | KEY=VALUE", help="replace settings of the file")
     return parser
@@ -63,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--num-images {args.num_images}: expected a number from 1")
     if (args.train_json is None) != (args.train_images is None):
         raise UserError("--train-json and --train-images belong together: give both or none")
+    check_output(args.output)
     cfg = load_det_config(args.config_file, args.overrides)
     use_own_data(cfg, (args.train_json, args.train_images) if args.train_json else None, None)
     check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
@@ -74,8 +77,18 @@ def main(argv: list[str] | None = None) -> None:
     captions = [caption(sample, pixels) for pixels, sample in samples]
     make_folder(args.output.parent, "--output")
     sheet = Image.fromarray(draw_sheet(pictures, captions))
-    write_atomically(args.output, lambda temporary: sheet.save(temporary, format="png"))
+    form = FORMATS[args.output.suffix.lower()]
+    write_atomically(args.output, lambda temporary: sheet.save(temporary, format=form, quality=JPEG_QUALITY))
     print(f"the first {len(samples)} training images: {args.output}")
+
+
+def check_output(path: Path) -> None:
+    """Raise a `UserError` for a picture that can not be written, before anything is loaded."""
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"--output {path}: expected a name that ends in {', '.join(FORMATS)}")
+    if path.is_dir():
+        raise UserError(f"--output {path}: is a folder; name a file in it")
+    check_writable(path.parent, "--output")
 
 
 def training_samples(cfg: CfgNode) -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:

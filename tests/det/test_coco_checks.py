@@ -16,8 +16,9 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed: python to
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from det.coco import clean, plan_drop, remaining_faults
-from det.coco_checks import DROPPABLE, KINDS, Rank, find_faults, leaves_folder
+from det.coco import clean, describe_faults, plan_drop, remaining_faults
+from det.coco_checks import find_faults, leaves_folder
+from det.coco_kinds import DROPPABLE, KINDS, Rank
 from tests.det.coco_files import write_coco
 
 SAMPLE = Path(__file__).parents[3] / "shared/coco_sample/instances_val2014_100.json"
@@ -112,6 +113,29 @@ def first_image_is_zero(content, images):
         entry["image_id"] = 0
 
 
+def both(*damages):
+    """Several faults at once."""
+
+    def damage(content, images):
+        for one in damages:
+            one(content, images)
+
+    return damage
+
+
+def as_lvis(*but):
+    """The keys of LVIS for all, then other values for some."""
+
+    def damage(content, images):
+        for image in content["images"]:
+            image.update(neg_category_ids=[2], not_exhaustive_category_ids=[])
+        for category in content["categories"]:
+            category["frequency"] = "c"
+        both(*but)(content, images)
+
+    return damage
+
+
 ALL, EVEN = list(range(2, 12)), list(range(2, 12, 2))
 IMAGE = {"id": 1, "file_name": "new.png", "height": 64, "width": 64}
 CASES = [
@@ -120,6 +144,16 @@ CASES = [
     ("bad-category", set_("categories", 1, name=7), [1]),
     ("bad-category", set_("categories", 0, id="2"), ["'2'"], {"unknown-category": [3, 5, 7, 9, 11]}),
     ("bad-category", set_("categories", 1, id=True), ["True"], {"unknown-category": EVEN, "category-id-gaps": [2]}),
+    ("bad-category", set_("categories", 1, id=-1), [-1], {"unknown-category": EVEN, "category-id-gaps": [-1]}
+     | {"unused-category": [-1]}),
+    ("bad-category", set_("categories", 0, id=2**63), [2**63], {"unknown-category": [3, 5, 7, 9, 11]}
+     | {"category-id-gaps": [2**63], "unused-category": [2**63]}),
+    ("bad-category", set_("categories", 1, name="a\ud800"), [1]),
+    ("untidy-category-name", set_("categories", 1, name=" b"), [1]),
+    ("untidy-category-name", set_("categories", 1, name="a\nb"), [1]),
+    ("missing-frequency", as_lvis(remove("categories", 0, "frequency")), [2]),
+    ("missing-frequency", as_lvis(set_("categories", 0, frequency=["c"])), [2]),
+    ("missing-frequency", as_lvis(set_("categories", 0, frequency="rcf")), [2]),
     ("duplicate-category-id", add("categories", id=1, name="c"), [1]),
     ("duplicate-category-name", set_("categories", 1, name="b"), [1]),
     ("category-id-gaps", add("categories", id=9, name="c"), [9], {"unused-category": [9]}),
@@ -135,12 +169,20 @@ CASES = [
     ("bad-image", set_("images", 1, width=0), [2]),
     ("bad-image", set_("images", 1, file_name=""), [2]),
     ("bad-image", set_("images", 1, id=None), ["None"], {"unknown-image": [4, 5]}),
+    ("bad-image", set_("images", 1, id=-2), [-2], {"unknown-image": [4, 5], "image-without-annotations": [-2]}),
+    ("bad-image", set_("images", 1, id=2**63), [2**63], {"unknown-image": [4, 5]}
+     | {"image-without-annotations": [2**63]}),
+    ("bad-image", both(remove("images", 0, "width"), spoil(0, bbox=[-9, 0, 20, 20])), [1]),
+    ("missing-lvis-key", as_lvis(remove("images", 1, "neg_category_ids")), [2]),
+    ("missing-lvis-key", as_lvis(set_("images", 1, not_exhaustive_category_ids=3)), [2]),
     ("duplicate-image-id", add("images", **IMAGE | {"file_name": "2.png"}), [1], {"duplicate-file-name": [1]}),
     ("duplicate-file-name", set_("images", 1, file_name="4.png"), [4]),
     ("unsafe-path", set_("images", 1, file_name="../images/2.png"), [2]),
     ("unsafe-path", set_("images", 1, file_name="/etc/passwd"), [2]),
     ("missing-image", set_("images", 1, file_name="no.png"), [2]),
     ("missing-image", set_("images", 1, file_name="."), [2]),  # a folder
+    ("missing-image", set_("images", 1, file_name=300 * "x"), [2]),
+    ("missing-image", set_("images", 1, file_name="\ud800.png"), [2]),
     ("broken-image", write("2.png", b"\x89PNG\r\n\x1a\n"), [2]),
     ("broken-image", write("2.png", b""), [2]),
     ("broken-image", write("2.png", b"no image, but it ends like one\xff\xd9"), [2]),
@@ -160,8 +202,13 @@ CASES = [
     ("bad-annotation", spoil(1, bbox=[1, 2, 3, True]), [3]),
     ("bad-annotation", spoil(1, iscrowd=2), [3]),
     ("bad-annotation", spoil(1, area="600"), [3]),
+    ("bad-annotation", spoil(1, area=-5), [3]),
+    ("bad-annotation", spoil(1, area=2e10), [3]),
+    ("bad-annotation", spoil(1, id=-3), [-3]),
+    ("bad-annotation", spoil(1, id=2**63), [2**63]),
     ("duplicate-annotation-id", spoil(1, id=2), [2]),
     ("unknown-image", spoil(1, image_id=99), [3]),
+    ("unknown-image", spoil(1, image_id=99, bbox=[-9, 0, 20, 20]), [3]),
     ("unknown-category", spoil(1, category_id=99), [3]),
     ("ignore-flag", spoil(1, ignore=1), [3]),
     ("not-finite", spoil(1, bbox=[1, NAN, 3, 4]), [3]),
@@ -176,6 +223,7 @@ CASES = [
     ("box-over-edge", spoil(1, bbox=[30, 20, 36, 30]), [3]),
     ("box-over-edge", spoil(1, bbox=[30, -2, 20, 30]), [3]),
     ("corner-boxes", in_corners, ALL),
+    ("corner-boxes", both(in_corners, remove("images", 0, "width")), ALL[2:], {"bad-image": [1]}),
     ("corner-boxes", in_corners_without_masks, [3, 5, 7, 9, 11], {"missing-mask": ALL}),  # those that leave the image
     ("missing-mask", remove("annotations", 1, "segmentation"), [3]),
     ("missing-mask", spoil(1, segmentation=[]), [3]),
@@ -274,7 +322,8 @@ def test_crowd_regions_need_a_mask_in_evaluation_alone(data):
 def test_lvis_has_neither_iscrowd_nor_file_names(data):
     content, images = data
     for image in content["images"]:
-        image.update(coco_url=f"http://host/{images.name}/{image.pop('file_name')}", neg_category_ids=[])
+        image["coco_url"] = f"http://host/{images.name}/{image.pop('file_name')}"
+    as_lvis()(content, images)
     for entry in content["annotations"]:
         del entry["iscrowd"]
     assert find(content, images.parent) == {"missing-iscrowd": ALL}
@@ -330,6 +379,47 @@ def test_the_sample_of_coco_is_sound():
         "unused-category": (10, Rank.INFORMATION),
         "crowd": (9, Rank.INFORMATION),
     }
+
+
+ABSENT = object()
+TELLING = {
+    ("images", "id"): [1, -1, 2**63, "1", ABSENT],
+    ("images", "file_name"): ["no.png", 300 * "x", "\ud800.png", "a\nb.png", "../1.png", "1.png", ABSENT],
+    ("images", "width"): [96, 0, "64", ABSENT],
+    ("images", "neg_category_ids"): [[]],
+    ("annotations", "id"): [2, 0, -1, 2**63, [], ABSENT],
+    ("annotations", "image_id"): [99, [1], {}, True, -1, ABSENT],
+    ("annotations", "category_id"): [99, [1], -1, ABSENT],
+    ("annotations", "bbox"): [[-9, 0, 20, 20], [70, 70, 9, 9], [8, 8, 32, 24], [8, 8, 0, 16], [NAN] * 4, None],
+    ("annotations", "area"): [-5, 2e10, NAN, math.inf, 10**400, ABSENT],
+    ("annotations", "segmentation"): [
+        [], [[1, 1, 2, 2]], [[1, 1, 9, NAN, 3, 3]], {"size": [64, 32], "counts": "0"},
+        {"size": [64, 64], "counts": [9]},
+    ],
+    ("categories", "id"): [1, -1, 2**63, "1", ABSENT],
+    ("categories", "name"): ["a", " a", "a\nb", "\ud800", 7, ABSENT],
+}  # fmt: skip
+FAULTS = [(where, key, value) for (where, key), values in TELLING.items() for value in values]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(faults=st.lists(st.tuples(st.sampled_from(FAULTS), st.integers(0, 2)), min_size=2, max_size=8))
+def test_faults_of_one_entry_and_of_several_are_told_together(data, faults):
+    """Whatever comes together, each finding names its entries in one printable line, and can be dropped as it says."""
+    content, images = copy.deepcopy(data[0]), data[1]
+    for (where, key, value), index in faults:
+        entry = content[where][index % len(content[where])]
+        entry.pop(key, None)
+        if value is not ABSENT:
+            entry[key] = value
+    findings = find_faults(content, images, for_evaluation=True, masks=True)
+    for one in findings:
+        told = one.first(len(one.positions))
+        assert [entry["position"] for entry in told] == list(one.positions)
+        assert describe_faults([one]).isprintable()
+    left = remaining_faults(findings, plan_drop(content, findings, DROPPABLE))
+    errors = {one.kind.name for one in findings if one.rank is Rank.ERROR}
+    assert {one.kind.name for one in left} <= errors  # the others are gone
 
 
 JUNK = st.one_of(

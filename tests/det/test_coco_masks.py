@@ -1,5 +1,7 @@
 """Masks are measured without drawing them; the numbers are those of pycocotools and of plain loops."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed: python to
 
 from pycocotools import mask as coco_mask
 
-from det.coco_masks import CHUNK, LARGEST_SIDE, decompress, measure_masks, polygon_fault
+from det.coco_masks import LARGEST_SIDE, decompress, measure_masks, polygon_fault
 
 RECTANGLE = [2, 3, 8, 3, 8, 5, 2, 5]
 
@@ -118,14 +120,15 @@ def test_a_mask_of_a_terabyte_is_refused_without_being_made():
     assert unknown.area.tolist() == [side**2]
 
 
-def test_polygons_are_measured_as_a_plain_loop_does():
+def test_polygons_are_measured_as_a_plain_loop_does(monkeypatch):
+    monkeypatch.setattr("det.coco_masks.CHUNK", 100)  # numbers: several groups
     rng = np.random.default_rng(0)
     masks = [
         [rng.uniform(0, 90, 2 * rng.integers(3, 12)).round(2).tolist() for _ in range(rng.integers(1, 4))]
-        for _ in range(CHUNK + 50)  # more than are measured together
+        for _ in range(200)
     ]
     measured = measure_masks(masks, sizes(100, 100, len(masks)))
-    for row in (*range(40), *range(CHUNK - 20, CHUNK + 50)):
+    for row in range(len(masks)):
         area = 0.0
         for polygon in masks[row]:
             points = list(zip(polygon[::2], polygon[1::2], strict=True))
@@ -135,6 +138,51 @@ def test_polygons_are_measured_as_a_plain_loop_does():
         assert measured.area[row] == pytest.approx(area, rel=1e-9)
         assert measured.extent[row].tolist() == [min(xs), min(ys), max(xs), max(ys)]
     assert not measured.faults
+
+
+@pytest.fixture
+def mixed():
+    """60 sound masks of 30 x 40 pixels: polygons and run lengths in both forms, of very different lengths."""
+    rng = np.random.default_rng(0)
+    masks = []
+    for _ in range(20):
+        bitmap = rng.random((30, 40)) < rng.choice([0.01, 0.5])
+        bitmap[3, 4] = True
+        encoded = encode(bitmap)
+        polygon = rng.uniform(0, 30, 2 * rng.integers(3, 40)).tolist()
+        masks += [encoded, {"size": encoded["size"], "counts": plain_counts(bitmap)}, [polygon, polygon[:6]]]
+    return masks
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 1000])
+def test_masks_are_the_same_however_many_are_measured_together(monkeypatch, mixed, chunk):
+    mixed[20:24] = [{"size": [30, 40], "counts": [7]}, [[1, 1, 2, 2]], {"size": [30, 40], "counts": "?"}, None]
+    expected = measure_masks(mixed, sizes(30, 40, len(mixed)))
+    monkeypatch.setattr("det.coco_masks.CHUNK", chunk)
+    measured = measure_masks(mixed, sizes(30, 40, len(mixed)))
+    assert np.array_equal(measured.extent, expected.extent, equal_nan=True)
+    assert np.array_equal(measured.area, expected.area, equal_nan=True)
+    assert measured.faults == expected.faults
+    assert {kind: sorted(rows) for kind, rows in expected.faults.items()} == {
+        "missing-mask": [23], "degenerate-polygon": [21], "rle-counts": [20, 22]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", [0, 1, 2])
+def test_ten_times_the_masks_do_not_take_ten_times_the_memory(monkeypatch, mixed, form):
+    monkeypatch.setattr("det.coco_masks.CHUNK", 3000)
+
+    def peak(masks):
+        where = sizes(30, 40, len(masks))
+        tracemalloc.start()
+        measure_masks(masks, where)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    masks = mixed[form::3]
+    peak(masks)  # what is made once
+    assert peak(masks * 50) < 2 * peak(masks * 5)
 
 
 def test_a_polygon_that_crosses_itself_into_equal_halves_is_no_line():

@@ -74,6 +74,13 @@ def test_overrides_mix_both_forms(write):
         (["INPUT.COPY_PASTE.ENABLED=True"], "INPUT.COPY_PASTE.ENABLED needs INPUT.LSJ.ENABLED True, got False"),
         (["DATALOADER.ASPECT_RATIO_GROUPING=True"], "DATALOADER.ASPECT_RATIO_GROUPING must be False"),
         (["SEED=-1"], "SEED must be at least 0"),
+        (["OUTPUT_DIR="], "OUTPUT_DIR must be a folder, got ''"),
+        (["SOLVER.DECAY_AT=('a',)"], "SOLVER.DECAY_AT must be rising shares of 1"),
+        (["SOLVER.STEPS=(5,3)"], "SOLVER.STEPS must be rising"),
+        (["SOLVER.BETAS=(2.0,3.0)"], "SOLVER.BETAS must be two numbers from 0 to below 1"),
+        (["TEST.AUG.ENABLED=True"], "TEST.AUG.ENABLED must be False"),
+        (["MODEL.VIT.SQUARE_PAD_TEST=1344", "INPUT.MIN_SIZE_TEST=0"], "INPUT.MIN_SIZE_TEST 0 resizes none"),
+        (["MODEL.VIT.SQUARE_PAD=1344", "INPUT.MIN_SIZE_TRAIN=(0,)"], "INPUT.MIN_SIZE_TRAIN 0 resizes none"),
         (["MODEL.DEVICE=foo"], "MODEL.DEVICE must be cpu, cuda or cuda:N, got 'foo'"),
         (["MODEL.VIT.SQUARE_PAD=1340"], "MODEL.VIT.SQUARE_PAD 1340 is no multiple of MODEL.VIT.PATCH_SIZE 16"),
         (["MODEL.VIT.SQUARE_PAD=1024"], "SQUARE_PAD 1024 is smaller than INPUT.MAX_SIZE_TRAIN 1333"),
@@ -117,8 +124,8 @@ def test_steps_of_a_later_layer_count_before_epochs_of_an_earlier_one(write, cap
     cfg = load_det_config(base, ["SOLVER.MAX_ITER=7", "TEST.EVAL_PERIOD=2"])
     assert (cfg.SOLVER.EPOCHS, cfg.SOLVER.DECAY_AT, cfg.TEST.EVAL_EPOCHS) == (0, (0.5,), 0)
     assert "SOLVER.MAX_ITER counts, as the command line says, not SOLVER.EPOCHS" in caplog.text
-    cfg = load_det_config(base, ["SOLVER.MAX_ITER=7", "SOLVER.EPOCHS=2"])
-    assert cfg.SOLVER.EPOCHS == 2
+    with pytest.raises(UserError, match=r"command line: SOLVER.MAX_ITER and SOLVER.EPOCHS exclude each other"):
+        load_det_config(base, ["SOLVER.MAX_ITER=7", "SOLVER.EPOCHS=2"])
     assert load_det_config(write("_BASE_: base.yaml\nSOLVER: {MAX_ITER: 7, EPOCHS: 3}")).SOLVER.EPOCHS == 3
 
 

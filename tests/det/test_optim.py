@@ -83,13 +83,30 @@ def test_epochs_and_shares_become_steps(cfg, caplog):
     assert "x 0.1 after step 163,8" in caplog.text
     given.TEST.EVAL_EPOCHS = 5.0
     resolved = resolve_schedule(given, 118_000)
-    assert resolved.TEST.EVAL_PERIOD == resolved.SOLVER.CHECKPOINT_PERIOD == round(5 * 118_000 / 64)
+    assert round(5 * 118_000 / 64) == resolved.TEST.EVAL_PERIOD
+    assert resolved.SOLVER.CHECKPOINT_PERIOD == given.SOLVER.CHECKPOINT_PERIOD == 5000  # which is more often
+    given.TEST.EVAL_EPOCHS = 1.0
+    assert round(118_000 / 64) == resolve_schedule(given, 118_000).SOLVER.CHECKPOINT_PERIOD
+
+
+def test_warm_up_ends_before_the_rate_falls(cfg):
+    """Else detectron2 would warm up to the rate that is due then, and never reach BASE_LR."""
+    resolved = resolve_schedule(cfg(MAX_ITER=100, DECAY_AT="(0.88,0.96)", WARMUP_ITERS=250, BASE_LR=0.1), 100)
+    optimizer = build_optimizer(resolved, torch.nn.Linear(1, 1))
+    scheduler = build_lr_scheduler(resolved, optimizer)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert max(rates) == pytest.approx(0.1)
 
 
 def test_a_short_run_warms_up_for_a_tenth_of_it_and_drops_steps_beyond_its_end(cfg):
     solver = resolve_schedule(cfg(IMS_PER_BATCH=4, EPOCHS=2, WARMUP_ITERS=250, STEPS="(10,600)"), 100).SOLVER
     assert (solver.MAX_ITER, solver.WARMUP_ITERS, solver.STEPS) == (50, 5, (10,))
     assert resolve_schedule(cfg(IMS_PER_BATCH=16, EPOCHS=0.001), 100).SOLVER.MAX_ITER == 1
+    assert resolve_schedule(cfg(MAX_ITER=4, DECAY_AT="(0.5,0.55)"), 100).SOLVER.STEPS == (2,)
 
 
 def test_the_rate_of_every_step_is_the_rules(cfg):

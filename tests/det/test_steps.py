@@ -112,7 +112,7 @@ def test_two_parts_make_the_step_of_two_processes(detector, tmp_path):
 
 def test_the_average_follows_the_weights_and_warms_up():
     model = Quadratic()
-    average = ModelEmaV3(model, 0.9, use_warmup=True)
+    average = ModelEmaV3(model, 0.9, use_warmup=True, warmup_power=1)
     batch = list(torch.ones(2, 2, dtype=torch.float64))
     trainer = StepTrainer(model, [batch] * 50, torch.optim.SGD(model.parameters(), 0.01), 0, average=average)
     expected = model.weight.detach().clone()
@@ -120,7 +120,7 @@ def test_the_average_follows_the_weights_and_warms_up():
         for step in range(50):
             trainer.iter = step
             trainer.run_step()
-            decay = 0.0 if step == 0 else min(0.9, 1 - (1 + step) ** (-2 / 3))
+            decay = 0.0 if step == 0 else min(0.9, step / (1 + step))
             expected = decay * expected + (1 - decay) * model.weight.detach()
     torch.testing.assert_close(average.module.weight.detach(), expected)
     assert not torch.equal(average.module.weight, model.weight)
@@ -135,6 +135,24 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone():
     with EventStorage(), pytest.raises(FloatingPointError):
         trainer.run_step()
     assert torch.equal(model.weight, before)
+
+
+def test_a_run_that_becomes_float16_begins_with_a_new_scale(caplog):
+    """The settings of mixed precision may change on resume, and a run on the CPU has none."""
+    caplog.set_level("INFO")
+    models = Quadratic(), Quadratic()
+    trainers = [StepTrainer(model, [], torch.optim.SGD(model.parameters(), 1.0), 0) for model in models]
+    trainers[1].scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for trainer in trainers:
+        trainer.iter = 0
+    plain, scaled = (trainer.state_dict() for trainer in trainers)
+    assert "grad_scaler" not in plain
+    assert scaled["grad_scaler"]["scale"] == 8
+    trainers[1].load_state_dict(plain)
+    assert "the scale of gradients starts anew" in caplog.text
+    trainers[1].scaler = torch.amp.GradScaler("cpu")
+    trainers[1].load_state_dict(scaled)
+    assert trainers[1].scaler.get_scale() == 8
 
 
 def test_a_batch_is_split_into_runs_of_equal_length():

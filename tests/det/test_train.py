@@ -149,6 +149,41 @@ def test_the_best_weights_are_those_of_the_highest_mask_ap(tmp_path, values, bes
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_a_run_without_a_checkpoint_yet_is_a_run(tmp_path, command):
+    """Another is not laid over it, and --resume begins it anew, without the record of what is lost."""
+    run = tmp_path / "out"
+    main([*command, "SOLVER.MAX_ITER=1"])
+    for path in [*run.glob("model_*.pth"), run / "last_checkpoint"]:
+        path.unlink()
+    (run / "model_best.json").write_text('{"iteration": 1, "segm/AP": 99.0}')
+    with pytest.raises(UserError, match="already holds a run; pass --resume"):
+        main([*command, "SOLVER.MAX_ITER=1"])
+    main([*command, "SOLVER.MAX_ITER=1", "--resume"])
+    assert json.loads((run / "model_best.json").read_text())["segm/AP"] < 99
+    assert "1 steps of 2 images" in (run / "log.txt").read_text()  # logged before there is a folder
+    main([*command, "SOLVER.MAX_ITER=3", "--resume"])
+    with pytest.raises(UserError, match="3 steps are done already, this run has 2"):
+        main([*command, "SOLVER.MAX_ITER=2", "--resume"])
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_failure_in_the_last_step_is_not_evaluated(tmp_path, command):
+    with pytest.raises(UserError, match="training diverged at iteration 1"):
+        main([*command, "SOLVER.BASE_LR=1e30", "SOLVER.MAX_ITER=2"])
+    assert not (tmp_path / "out/results.json").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_checkpoints_of_before_a_resume_are_not_kept_for_ever(tmp_path, command):
+    words = [*command, "SOLVER.CHECKPOINT_PERIOD=1", "SOLVER.CHECKPOINTS_KEPT=2"]
+    main([*words, "SOLVER.MAX_ITER=3"])
+    main([*words, "SOLVER.MAX_ITER=5", "--resume"])
+    assert sorted(path.name for path in (tmp_path / "out").glob("model_0*.pth")) == [
+        "model_0000003.pth", "model_0000004.pth",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_evaluation_does_not_write_over_the_results_of_a_training(tmp_path, command):
     """Named by its folder, for the config as for the weights."""
     main([*command, "SOLVER.MAX_ITER=1"])

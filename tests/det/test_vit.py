@@ -232,7 +232,7 @@ def test_sides_that_are_no_multiple_of_the_patch_are_refused():
 def test_impossible_settings_name_the_section(override, message):
     from detectron2.layers import ShapeSpec
 
-    cfg = load_det_config("coco_mask_rcnn.yaml", [override, "MODEL.VIT.SQUARE_PAD=0"])
+    cfg = load_det_config("coco_mask_rcnn.yaml", [override, "MODEL.VIT.SQUARE_PAD=0", "MODEL.VIT.SQUARE_PAD_TEST=0"])
     with torch.device("meta"), pytest.raises(UserError, match=message):
         build_crossmae_vitdet_backbone(cfg, ShapeSpec(channels=3))
 

@@ -15,7 +15,7 @@ from crossmae.convert import convert_to_detectron2
 from crossmae.errors import UserError
 from crossmae.weights import read_weights
 from det.config import load_det_config
-from det.weights import load_weights
+from det.weights import build_detector, find_detector, load_weights
 from tests.det.coco_files import TINY
 
 ENCODER = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -60,6 +60,56 @@ def assert_loaded(detector, encoder):
         else:
             assert name.endswith(("rel_pos_h", "rel_pos_w"))
             assert not tensor.any()
+
+
+def test_a_detector_of_another_number_of_classes_starts_a_training_but_is_not_evaluated(tmp_path, cfg, caplog):
+    torch.manual_seed(0)
+    trained = build_model(cfg)
+    (tmp_path / "run").mkdir()
+    torch.save({"model": trained.state_dict()}, tmp_path / "run/model_best.pth")
+    cfg.MODEL.WEIGHTS, cfg.MODEL.ROI_HEADS.NUM_CLASSES = str(tmp_path / "run"), 7
+    torch.manual_seed(1)
+    detector = build_model(cfg)
+    with pytest.raises(UserError, match="mismatched"):
+        load_weights(detector, cfg, detector_only=True)
+    report = load_weights(detector, cfg)
+    assert "is for 3 classes: the last layers of the heads start anew" in caplog.text
+    assert {name.rpartition(".")[0] for name in report.names("new")} == {
+        "roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred", "roi_heads.mask_head.predictor",
+    }  # fmt: skip
+    for name, tensor in trained.state_dict().items():
+        if name not in report.names("new"):
+            assert torch.equal(detector.state_dict()[name], tensor), name
+
+
+def test_a_detector_with_other_settings_than_its_own_config_is_warned_of(tmp_path, cfg, caplog):
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model_final.pth")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
+    load_weights(build_model(cfg), cfg, detector_only=True)
+    assert not [one for one in caplog.records if one.levelname == "WARNING"]
+    cfg.INPUT.FORMAT, cfg.MODEL.VIT.POS_EMBED = "BGR", "tiled"
+    load_weights(build_model(cfg), cfg, detector_only=True)
+    assert "INPUT.FORMAT is BGR, but the detector was trained with RGB" in caplog.text
+    assert "MODEL.VIT.POS_EMBED is tiled, but the detector was trained with resize" in caplog.text
+
+
+def test_the_folder_of_a_run_means_its_best_then_its_last_weights(tmp_path):
+    """A final file that is not the last is of before the run was prolonged."""
+    assert find_detector(tmp_path) == tmp_path
+    (tmp_path / "model_final.pth").touch()
+    assert find_detector(tmp_path) == tmp_path / "model_final.pth"
+    (tmp_path / "model_0000003.pth").touch()
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+    assert find_detector(tmp_path) == tmp_path / "model_0000003.pth"
+    (tmp_path / "model_best.pth").touch()
+    assert find_detector(tmp_path) == tmp_path / "model_best.pth"
+
+
+def test_a_detector_that_can_not_be_built_names_the_section(cfg):
+    cfg.MODEL.ROI_HEADS.NAME = "NoHeads"
+    with pytest.raises(UserError, match=r"MODEL: the detector can not be built: .*NoHeads"):
+        build_detector(cfg)
 
 
 def test_a_pretraining_checkpoint_loads_directly(tmp_path, cfg):
@@ -153,14 +203,6 @@ def test_a_load_that_matches_less_than_it_should_is_an_error_with_a_table(tmp_pa
     with pytest.raises(UserError, match=row):
         load_weights(detector, cfg)
     assert all(torch.equal(tensor, before[name]) for name, tensor in detector.state_dict().items())
-
-
-def test_a_detector_with_other_classes_is_refused(tmp_path, cfg):
-    cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
-    torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 7
-    with pytest.raises(UserError, match="roi_heads"):
-        load_weights(build_model(cfg), cfg)
 
 
 def test_evaluation_needs_a_whole_detector(tmp_path, cfg):

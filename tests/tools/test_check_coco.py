@@ -106,6 +106,8 @@ def test_masks_are_missed_only_where_others_have_one(content: dict[str, Any]) ->
         (("absent.json", "images"), "absent.json: No such file or directory"),
         (("images/1.png", "images"), "images/1.png: not valid JSON"),
         (("coco.json", "images", "--json", "./coco.json"), "--json: coco.json is the file to be checked"),
+        (("coco.json", "images", "--json", "images"), "images: a folder; name the file to write"),
+        (("coco.json", "nowhere", "--skip-images"), "--skip-images: nowhere would not be looked at; leave out one"),
     ],
 )
 def test_wrong_words_are_one_line(
@@ -113,10 +115,28 @@ def test_wrong_words_are_one_line(
 ) -> None:
     before = sorted(Path().rglob("*"))
     assert run(*words) == USER_ERROR_EXIT_CODE
-    error = capsys.readouterr().err.strip()
+    told_nothing, error = capsys.readouterr()
+    error = error.strip()
+    assert told_nothing == ""
     assert error.startswith(f"error: {told}")
     assert "\n" not in error
     assert sorted(Path().rglob("*")) == before
+
+
+def test_names_that_do_not_print_are_shown_with_escapes(
+    content: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    content["images"][0]["file_name"] = "a\ud800\n.png"
+    Path("images", "\udcff.png").write_bytes(b"")  # a name that is no UTF-8
+    content["images"][1]["file_name"] = "\udcff.png"
+    content["categories"][0]["name"] = "b\nc"
+    save(Path(), content)
+    assert run("coco.json", "images", "--json", "report.json") == FAULTY_EXIT_CODE
+    told = capsys.readouterr().out
+    assert "images[0] (id 1): a\\ud800\\n.png" in told
+    assert "images[1] (id 2): images/\\udcff.png: can not be read as an image" in told
+    assert "categories[0] (id 3): 'b\\nc'" in told
+    assert "images/\\\\udcff.png" in Path("report.json").read_text()
 
 
 def test_options_are_frozen() -> None:

@@ -1,0 +1,106 @@
+"""The kinds of faults that a data set in COCO format can have: one table of names, ranks and advice.
+
+Reports, `tools/check_coco.py` and `DATASETS.DROP` share the names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Rank(Enum):
+    """How bad a kind of fault is."""
+
+    ERROR = "error"  # training would be wrong, or stop
+    DROPPABLE = "droppable error"  # an error, but its entries can be left out by naming the kind in DATASETS.DROP
+    INFORMATION = "information"  # fine, but good to know
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of fault.
+
+    Attributes:
+        name: for reports and `DATASETS.DROP`.
+        rank: see `Rank`.
+        where: "images", "annotations" or "categories".
+        meaning: what it means or what to do, in half a sentence.
+    """
+
+    name: str
+    rank: Rank
+    where: str
+    meaning: str
+
+
+_TABLE: dict[tuple[str, Rank], dict[str, str]] = {
+    ("categories", Rank.ERROR): {
+        "bad-category": "a key is missing, of the wrong type or out of range: repair it",
+        "duplicate-category-id": "an earlier category has the same id: give each its own",
+        "duplicate-category-name": "an earlier category has the same name: merge or rename them",
+        "missing-frequency": "evaluation by LVIS's rules needs 'frequency': add 'r' (rare), 'c' (common) or 'f' "
+        "(frequent)",
+    },
+    ("categories", Rank.INFORMATION): {
+        "category-id-gaps": "ids are not 1, 2, 3, ... in a row, which is fine: classes are numbered by rising id",
+        "zero-category-id": "the id is 0, which is fine: it is an ordinary category, not the background",
+        "untidy-category-name": "spaces around the name, or characters that do not print, look like another name",
+        "unused-category": "no annotation is of this category",
+    },
+    ("images", Rank.ERROR): {
+        "bad-image": "a key is missing, of the wrong type or out of range: repair it",
+        "duplicate-image-id": "an earlier image has the same id: give each its own",
+        "duplicate-file-name": "an earlier image has the same file: merge their annotations",
+        "missing-lvis-key": "evaluation by LVIS's rules needs the lists 'neg_category_ids' and "
+        "'not_exhaustive_category_ids': add them, or remove both from all images to evaluate by COCO's rules",
+        "unsafe-path": "name files relative to the image folder, without '..'",
+    },
+    ("images", Rank.DROPPABLE): {
+        "missing-image": "not in the image folder: add the file, or name the right folder",
+        "broken-image": "can not be read as an image: repair or remove what is broken",
+        "swapped-size": "width and height are swapped against the file: swap them back",
+        "exif-orientation": "the size is that before the turn by the EXIF orientation, which training applies: "
+        "annotate the turned image, or remove the orientation from the file",
+        "size-mismatch": "the size is not that of the file: annotations may belong to another version of the image",
+    },
+    ("images", Rank.INFORMATION): {
+        "exif-turned": "turned by its EXIF orientation when read; boxes and masks have to fit the turned image",
+        "zero-image-id": "the id is 0, which is fine",
+        "image-without-annotations": "left out in training unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is False",
+    },
+    ("annotations", Rank.ERROR): {
+        "corner-boxes": "boxes seem to be [x1, y1, x2, y2]; COCO's are [x, y, width, height]: convert all of them",
+        "missing-area": "evaluation counts objects as small, medium or large by 'area': add it, in pixels",
+        "missing-iscrowd": "evaluation needs 'iscrowd': add 0, or 1 for a region of many objects",
+    },
+    ("annotations", Rank.DROPPABLE): {
+        "bad-annotation": "a key is missing, of the wrong type or out of range: repair it",
+        "duplicate-annotation-id": "an earlier annotation has the same id: give each its own",
+        "unknown-image": "image_id is not in 'images': repair or remove it",
+        "unknown-category": "category_id is not in 'categories': repair or remove it",
+        "ignore-flag": "'ignore' is not supported: remove the annotation, or mark a region of many objects as iscrowd",
+        "not-finite": "NaN or infinite numbers in bbox, segmentation or area: repair or remove it",
+        "empty-box": "the box has no width or no height: repair or remove it",
+        "box-outside": "the whole box is outside the image: repair or remove it",
+        "missing-mask": "no 'segmentation': add masks or set MODEL.MASK_ON False",
+        "bad-mask": "segmentation is neither a list of polygons nor run lengths: repair or remove it",
+        "degenerate-polygon": "a polygon of fewer than 3 points, of an odd number of numbers or without area: remove "
+        "it; DATASETS.DROP leaves out the polygon, and the annotation if it has no other",
+        "rle-size": "the size of the run lengths is not [height, width] of the image: encode the mask again",
+        "rle-counts": "impossible run lengths: encode the mask again",
+        "empty-mask": "the run lengths cover no pixel: repair or remove it",
+    },
+    ("annotations", Rank.INFORMATION): {
+        "crowd": "a region of many objects: ignored in training, and in evaluation as COCO does",
+        "box-over-edge": "a part of the box is outside the image; training cuts it off",
+        "area-mismatch": "'area' is far from that of the mask; evaluation counts small, medium and large objects by it",
+        "zero-annotation-id": "the id is 0; evaluation gives it another, because pycocotools takes 0 for no object",
+    },
+}
+KINDS = {
+    name: Kind(name, rank, where, meaning) for (where, rank), kinds in _TABLE.items() for name, meaning in kinds.items()
+}
+DROPPABLE = tuple(name for name, kind in KINDS.items() if kind.rank is Rank.DROPPABLE)
+# Information where nothing is evaluated.
+EVALUATION_KINDS = frozenset(("missing-area", "missing-iscrowd", "missing-lvis-key", "missing-frequency"))
