@@ -40,7 +40,7 @@ _Note = Callable[[int], str]
 
 _LEAVES = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)")
 EXIF_ORIENTATION = 0x0112
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")  # half a character: JSON allows it, but no file of results can hold it
 _LATE_EXIF = re.compile(rb"eXIf|Raw profile type exif|adobe:ns:meta")
 LATE_EXIF_WITHIN = 1 << 16  # bytes of the end of a file
 QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
@@ -70,7 +70,7 @@ class Finding:
         for position in self.positions[:count]:
             identity = self.entries[position].get("id")
             shown = identity if type(identity) is int else short(identity)
-            first.append({"position": int(position), "id": shown, "note": printable(self.note(position))})
+            first.append({"position": int(position), "id": shown, "note": _printable(self.note(position))})
         return first
 
 
@@ -131,7 +131,7 @@ def find_faults(
 
 
 def find_category_faults(categories: list[dict[str, Any]]) -> list[Finding]:
-    """The same for entries of 'categories' alone."""
+    """Everything that is wrong with, or worth knowing of, the entries of 'categories' alone."""
     found = _Findings({"categories": categories}, ())
     _check_categories(found)
     return list(found.all.values())
@@ -156,7 +156,7 @@ def _check_lvis(found: _Findings) -> None:
     found.add("missing-frequency", unknown, lambda at: f"frequency {short(categories[at].get('frequency'))}")
 
 
-def printable(text: str) -> str:
+def _printable(text: str) -> str:
     """Text with escapes for what does not print: line breaks, control characters, halves of surrogate pairs."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
@@ -215,9 +215,7 @@ def _category_fault(entry: dict[str, Any]) -> str:
     fault = _id_fault(entry)
     if not fault and not _is_text(entry.get("name")):
         return f"name must be text, got {short(entry['name'])}" if "name" in entry else "has no 'name'"
-    if not fault and _SURROGATE.search(
-        entry["name"]
-    ):  # JSON allows half a character, but no file of results can hold it
+    if not fault and _SURROGATE.search(entry["name"]):
         return f"name must be valid Unicode, got {short(entry['name'])}"
     return fault
 

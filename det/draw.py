@@ -197,10 +197,9 @@ def _draw_mask(canvas: Image.Image, mask: NDArray[np.bool_], color: Color, scale
     right = min(canvas.width, math.ceil((columns[-1] + 1) * scale + reach))
     bottom = min(canvas.height, math.ceil((rows[-1] + 1) * scale + reach))
     across, down = mask.shape[1] / canvas.width, mask.shape[0] / canvas.height
-    # Bicubic sampling looks two pixels, of the coarser of both grids, beyond what it makes.
-    x, y = (max(0, math.floor(low * step - 2 * max(step, 1))) for low, step in ((left, across), (top, down)))
-    x_end, y_end = (math.ceil(high * step + 2 * max(step, 1)) for high, step in ((right, across), (bottom, down)))
-    source = Image.fromarray(mask[y:y_end, x:x_end].astype(np.uint8) * 255)
+    x, y = math.floor(left * across), math.floor(top * down)
+    part = mask[y : math.ceil(bottom * down), x : math.ceil(right * across)]
+    source = Image.fromarray(part.astype(np.uint8) * 255)
     box = (left * across - x, top * down - y, right * across - x, bottom * down - y)
     soft = source.resize((right - left, bottom - top), Image.Resampling.BICUBIC, box)
     if scale > 1:

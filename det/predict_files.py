@@ -16,10 +16,10 @@ import json
 import os
 import stat
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO, TypeVar
@@ -223,8 +223,8 @@ class FilePredictions:
         with tqdm(total=video.frames, desc=source.name, unit="frame", dynamic_ncols=True) as bar:
             frames = self._predict_frames(video, source, coco, bar)
             if self.draw:
-                with self._writing(self.output / source.target) as target:
-                    write_video(target, frames, video.rate)
+                target = self.output / source.target
+                self._write(target, lambda: write_video(target, frames, video.rate))
             deque(frames, maxlen=0)  # those that are not drawn, or not written, count all the same
 
     def _predict_frames(self, video: Video, source: Source, coco: CocoStream, bar: tqdm[Any]) -> Iterator[Frame]:
@@ -259,15 +259,13 @@ class FilePredictions:
         return draw_instances(pixels, drawn, longest_side=side * -(-SMALL // side), letters=LETTERS)
 
     def _save_picture(self, path: Path, pixels: NDArray[np.uint8]) -> None:
-        with self._writing(path):
-            write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, format="png"))
+        self._write(path, lambda: write_atomically(path, partial(Image.fromarray(pixels).save, format="png")))
 
-    @contextmanager
-    def _writing(self, path: Path) -> Iterator[Path]:
-        """Inside, a file that can not be written is noted; but where the disk is full or broken, nothing goes on."""
+    def _write(self, path: Path, write: Callable[[], object]) -> None:
+        """Note it if a file can not be written; but a full or broken disk, which no other file gets past, is raised."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            yield path
+            write()
         except OSError as error:
             if error.errno in DISK_TROUBLE and error.errno != errno.EACCES:
                 raise

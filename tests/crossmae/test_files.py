@@ -29,6 +29,15 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_name_may_be_as_long_as_a_name_can_be(tmp_path: Path) -> None:
+    """Also in letters of four bytes; two files that begin alike have temporary files of their own."""
+    temporaries = []
+    for name in ("x" * 251 + ".png", "x" * 251 + ".jpg", "\U0001f600" * 62 + ".png"):
+        write_atomically(tmp_path / name, lambda temporary: (temporaries.append(temporary.name), temporary.touch()))
+        assert (tmp_path / name).exists()
+    assert len(set(temporaries)) == len(list(tmp_path.iterdir())) == 3
+
+
 def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
     path = tmp_path / "file"
     old = os.umask(0o027)

@@ -329,6 +329,7 @@ def test_zero_ids_work(tmp_path):
     """Category and image 0 are what they are; annotation 0 gets another id for evaluation, where 0 means no match."""
     _, images, content = write_coco(tmp_path, images=1)
     content["images"][0]["id"] = content["annotations"][0]["id"] = 0
+    content["annotations"][1]["id"] = 1
     content["categories"] = [{"id": 0, "name": "a"}, {"id": 7, "name": "b"}]
     for number, entry in enumerate(content["annotations"]):
         entry.update(image_id=0, category_id=7 * number)
@@ -337,7 +338,7 @@ def test_zero_ids_work(tmp_path):
     (record,) = DatasetCatalog.get("test_set")
     assert record["image_id"] == 0
     assert [entry["category_id"] for entry in record["annotations"]] == [0, 1]
-    assert [entry["id"] for entry in ground_truth("test_set")["annotations"]] == [1, 3]
+    assert [entry["id"] for entry in ground_truth("test_set")["annotations"]] == [2, 1]
     assert json.loads(path.read_text()) == content
 
 

@@ -149,6 +149,7 @@ CASES = [
     ("bad-category", set_("categories", 0, id=2**63), [2**63], {"unknown-category": [3, 5, 7, 9, 11]}
      | {"category-id-gaps": [2**63], "unused-category": [2**63]}),
     ("bad-category", set_("categories", 1, name="a\ud800"), [1]),
+    ("bad-category", add("categories", id=3), [3], {"unused-category": [3]}),
     ("untidy-category-name", set_("categories", 1, name=" b"), [1]),
     ("untidy-category-name", set_("categories", 1, name="a\nb"), [1]),
     ("missing-frequency", as_lvis(remove("categories", 0, "frequency")), [2]),
@@ -279,6 +280,14 @@ def test_notes_say_which_size_is_whose(data):
         "turned.jpg: the json has 96x64 (width x height), the file 96x64 and 64x96 once turned by its EXIF "
         "orientation 6"
     )
+
+
+def test_notes_on_boxes_name_the_size_of_their_image(data):
+    content, _ = data
+    content["annotations"][0]["area"] = -1  # left out of the arrays
+    content["images"][2].update(width=40, height=60)
+    (found,) = (one for one in find_faults(content, None, masks=True) if one.kind.name == "box-over-edge")
+    assert found.first(9) == [{"position": 5, "id": 7, "note": "bbox [30, 20, 20, 30] in an image of 40x60"}]
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageFont
 from pycocotools import mask as coco_mask
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
@@ -15,12 +17,13 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from det.draw import (
     Instance,
     _draw_mask,
+    _warn_of_boxes,
     class_color,
-    decode_segmentation,
     draw_instances,
     draw_sheet,
     instances_from_coco,
     instances_from_detectron2,
+    label_font,
 )
 
 # pycocotools 2.0.11 hands numpy 2 an array type of its own that knows no `copy`.
@@ -41,48 +44,32 @@ def photo() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
 
 
-def encodings() -> dict[str, object]:
-    mask = rectangle()
-    flat = mask.flatten(order="F")
-    changes = np.flatnonzero(np.diff(flat.astype(int))) + 1
-    counts = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
-    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {
-        "polygon": [[30, 25, 51, 25, 51, 38, 30, 38]],
-        "RLE": rle,
-        "RLE as text": {"size": rle["size"], "counts": rle["counts"].decode()},
-        "uncompressed RLE": {"size": [HEIGHT, WIDTH], "counts": counts},
-    }
-
-
-@pytest.mark.parametrize("kind", ["polygon", "RLE", "RLE as text", "uncompressed RLE"])
-def test_every_coco_encoding_decodes_to_the_same_mask(kind: str):
-    assert np.array_equal(decode_segmentation(encodings()[kind], HEIGHT, WIDTH), rectangle())
-
-
-@pytest.mark.parametrize(
-    ("segmentation", "message"),
-    [
-        ({"size": [5, 5], "counts": [25]}, r"size \[5, 5\] on an image of \[60, 80\]"),
-        ({"counts": [25]}, "expected polygons or an RLE, received dict"),
-        ("abc", "received str"),
-    ],
-)
-def test_wrong_segmentation(segmentation: object, message: str):
-    with pytest.raises(ValueError, match=message):
-        decode_segmentation(segmentation, HEIGHT, WIDTH)
+def encoded() -> dict[str, object]:
+    rle = coco_mask.encode(np.asfortranarray(rectangle().astype(np.uint8)))
+    return {"size": rle["size"], "counts": rle["counts"].decode()}
 
 
 def test_instances_from_coco():
     entries = [
         {"category_id": 7, "bbox": BOX, "score": 0.25},
-        {"category_id": 3, "bbox": BOX, "segmentation": encodings()["RLE"]},
+        {"category_id": 3, "bbox": BOX, "segmentation": encoded()},
     ]
     dog, cat = instances_from_coco(entries, NAMES, HEIGHT, WIDTH)
     assert (dog.class_index, dog.name, dog.score, dog.mask, dog.box) == (1, "dog", 0.25, None, BOX)
     assert (cat.class_index, cat.name, cat.score) == (0, "cat", None)
     assert cat.mask is not None
     assert np.array_equal(cat.mask, rectangle())
+
+
+def test_masks_may_stay_encoded_until_they_are_drawn():
+    entries = [{"category_id": 3, "bbox": BOX, "segmentation": encoded()}, {"category_id": 7, "bbox": BOX}]
+    decoded, kept = (instances_from_coco(entries, NAMES, HEIGHT, WIDTH, decode=decode) for decode in (True, False))
+    assert [instance.mask for instance in kept] == [None, None]
+    assert [instance.segmentation for instance in kept] == [encoded(), None]
+    assert np.array_equal(draw_instances(photo(), kept), draw_instances(photo(), decoded))
+    assert not np.array_equal(
+        draw_instances(photo(), kept), draw_instances(photo(), [replace(kept[0], segmentation=None)])
+    )
 
 
 def test_wrong_annotations_are_named():
@@ -222,6 +209,26 @@ def test_labels_move_out_of_each_others_way():
         own = class_color(instance.class_index)
         alone = (draw_instances(blank, [instance]) == own).all(-1).sum()
         assert (together == own).all(-1).sum() >= alone - 25  # the boxes, 5 x 5 pixels, lie upon each other
+
+
+def label_of(name: str) -> np.ndarray:
+    """What is drawn above a box at (10, 60)."""
+    return draw_instances(np.zeros((120, 300, 3), np.uint8), [Instance((10.0, 60.0, 5.0, 5.0), 0, name)], letters=0.1)[
+        :58
+    ]
+
+
+def test_letters_beyond_ascii_are_letters_and_the_rest_is_told_once(caplog: pytest.LogCaptureFixture):
+    _warn_of_boxes.cache_clear()
+    for one, other in ("éè", "ёж", "ΩΨ"):
+        assert not np.array_equal(label_of(one), label_of(other)), "two boxes look alike"
+    assert not caplog.records
+    assert np.array_equal(label_of("猫"), label_of("犬"))
+    assert [record.message for record in caplog.records] == [
+        "letters that DejaVu Sans lacks, as those of Chinese, Japanese and Korean, are drawn as boxes"
+    ]
+    font = ImageFont.load_default(20)
+    assert label_font("plain", 20).getname() == font.getname()
 
 
 def test_letters_have_the_size_asked_for():

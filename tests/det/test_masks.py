@@ -12,7 +12,7 @@ import detectron2.data.transforms as T
 import torch
 from detectron2.structures import BitMasks, PolygonMasks
 
-from det.masks import any_along, moved_masks, rasterize, tight_boxes
+from det.masks import any_along, decode_segmentation, moved_masks, rasterize, tight_boxes
 
 HEIGHT, WIDTH, MARGIN = 30, 40, 50
 SAME = T.TransformList([T.CropTransform(0, 0, WIDTH, HEIGHT)])
@@ -82,3 +82,41 @@ def test_tight_boxes_are_detectron2s():
     assert tight_boxes(polygons).nonempty().tolist() == [True, False]
     for dim in range(3):
         np.testing.assert_array_equal(any_along(masks, dim), masks.any(dim=dim))
+
+
+def rectangle():
+    """Rows 5-17, columns 10-30."""
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[5:18, 10:31] = True
+    return mask
+
+
+def encodings():
+    flat = rectangle().flatten(order="F")
+    changes = np.flatnonzero(np.diff(flat.astype(int))) + 1
+    counts = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
+    rle = coco_mask.encode(np.asfortranarray(rectangle().astype(np.uint8)))
+    return {
+        "polygon": [[10, 5, 31, 5, 31, 18, 10, 18]],
+        "RLE": rle,
+        "RLE as text": {"size": rle["size"], "counts": rle["counts"].decode()},
+        "uncompressed RLE": {"size": [HEIGHT, WIDTH], "counts": counts},
+    }
+
+
+@pytest.mark.parametrize("kind", ["polygon", "RLE", "RLE as text", "uncompressed RLE"])
+def test_every_coco_encoding_decodes_to_the_same_mask(kind):
+    assert np.array_equal(decode_segmentation(encodings()[kind], HEIGHT, WIDTH), rectangle())
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ({"size": [5, 5], "counts": [25]}, r"size \[5, 5\] on an image of \[30, 40\]"),
+        ({"counts": [25]}, "expected polygons or an RLE, received dict"),
+        ("abc", "received str"),
+    ],
+)
+def test_wrong_segmentation(segmentation, message):
+    with pytest.raises(ValueError, match=message):
+        decode_segmentation(segmentation, HEIGHT, WIDTH)

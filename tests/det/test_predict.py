@@ -11,7 +11,7 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed: python to
 
 from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.data.detection_utils import read_image
-from pycocotools import mask as coco_mask
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
 from crossmae.errors import UserError
 from det.coco import register_coco
@@ -84,6 +84,13 @@ def test_the_form_of_an_image_does_not_matter(tmp_path, predictor):
     assert expected.pred_masks.dtype == torch.bool
     for image in (path, str(path), Image.open(path), upright):
         assert_same(predictor(image), expected)
+
+
+def test_transparency_is_white_in_a_file_and_in_an_image(tmp_path):
+    rgba = np.dstack([noise(4, 6), np.full((4, 6), 0, np.uint8)])
+    Image.fromarray(rgba).save(tmp_path / "clear.png")
+    for image in (tmp_path / "clear.png", Image.fromarray(rgba)):
+        assert (read_rgb(image) == 255).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -170,7 +177,7 @@ def test_files_that_can_not_be_read_are_named(tmp_path, predictor):
     Image.fromarray(noise(64, 64)).save(whole)
     (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:1000])
     (tmp_path / "text.jpg").write_text("no image")
-    for name, reason in (("cut.jpg", "truncated"), ("text.jpg", "identify"), ("none.jpg", "No such file")):
+    for name, reason in (("cut.jpg", "truncated"), ("text.jpg", "not an image"), ("none.jpg", "No such file")):
         with pytest.raises(UserError, match=rf"{name}: can not be read as an image: .*{reason}"):
             predictor(tmp_path / name)
 
@@ -192,6 +199,8 @@ def test_classes_come_from_a_file_or_the_run_or_are_numbers(tmp_path, run, caplo
     content["categories"].append({"id": 90, "name": "c"})
     path = save(tmp_path / "data", content)
     assert find_classes(predictor, path) == Classes(("a", "b", "c"), (1, 3, 90))
+    (tmp_path / "names.JSON").write_text(json.dumps({"categories": content["categories"]}))
+    assert find_classes(predictor, tmp_path / "names.JSON") == Classes(("a", "b", "c"), (1, 3, 90))
     record = run / "run.json"
     record.write_text(json.dumps({"classes": ["x", "y", "z"], "category_ids": [5, 7, 8]}))
     try:
@@ -208,23 +217,39 @@ def test_wrong_classes_are_named(tmp_path, predictor):
         find_classes(predictor, tmp_path / "names.txt")
     with pytest.raises(UserError, match=r"none\.txt: can not be read as text: No such file"):
         find_classes(predictor, tmp_path / "none.txt")
+    for number, wrong in enumerate(({"id": 3}, {"id": "x", "name": "c"})):
+        file = tmp_path / f"{number}.json"
+        file.write_text(json.dumps({"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}, wrong]}))
+        with pytest.raises(UserError, match=rf"{number}\.json: .*categories\[2\]"):
+            find_classes(predictor, file)
 
 
-def test_annotations_say_what_the_instances_say(predictor):
-    found = predictor(noise(50, 64))
-    classes = Classes(("a", "b", "c"), (4, 6, 9))
-    annotations = coco_annotations(found, 17, classes)
-    assert len(annotations) == len(found) > 0
-    for index, annotation in enumerate(annotations):
-        x0, y0, x1, y1 = found.pred_boxes.tensor[index].tolist()
-        mask = found.pred_masks[index].numpy()
-        assert annotation["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0], abs=6e-4)
-        assert annotation["score"] == pytest.approx(float(found.scores[index]), abs=6e-7)
-        assert annotation["category_id"] == classes.category_ids[found.pred_classes[index]]
-        assert np.array_equal(coco_mask.decode(annotation["segmentation"]).astype(bool), mask)
-        assert (annotation["area"], annotation["image_id"], annotation["iscrowd"]) == (mask.sum(), 17, 0)
+def test_other_architectures_are_refused(run):
+    cfg = read_config(None, run, ["MODEL.META_ARCHITECTURE=ProposalNetwork"])
+    with pytest.raises(UserError, match="only a GeneralizedRCNN can predict here, not ProposalNetwork"):
+        Predictor(cfg, run)
+
+
+@pytest.mark.parametrize("size", [(50, 64), (64, 64), (230, 171), (40, 500)])
+def test_annotations_say_what_the_dense_masks_say(predictor, size):
+    image, classes = noise(*size), Classes(("a", "b", "c"), (4, 6, 9))
+    (raw,), dense = predictor.predict_raw([image]), predictor(image)
+    annotations = coco_annotations(raw, 17, *size, classes)
+    assert len(annotations) == len(dense) > 0
+    assert max(mask.sum() for mask in dense.pred_masks) > 0
+    for index, expected in enumerate(instances_to_coco_json(dense, 17)):
+        area = int(dense.pred_masks[index].sum())
+        assert annotations[index] == {
+            "image_id": 17,
+            "category_id": classes.category_ids[expected["category_id"]],
+            "bbox": [round(value, 3) for value in expected["bbox"]],
+            "score": round(expected["score"], 6),
+            "segmentation": expected["segmentation"],
+            "area": area,
+            "iscrowd": 0,
+        }
     assert json.loads(json.dumps(annotations)) == annotations
-    found.remove("pred_masks")
-    (first, *_) = coco_annotations(found, 17, classes)
+    raw.remove("pred_masks")
+    (first, *_) = coco_annotations(raw, 17, *size, classes)
     assert "segmentation" not in first
     assert first["area"] == pytest.approx(first["bbox"][2] * first["bbox"][3], abs=1e-3)

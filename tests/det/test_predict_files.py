@@ -1,6 +1,8 @@
 """Every file gets its own picture and its own entry, nothing is overwritten, and what can not be read is reported."""
 
+import errno
 import json
+import shutil
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,21 +30,19 @@ BOX = (10.0, 12.0, 30.0, 26.0)
 
 
 class OneDog:
-    """Finds a dog of score 0.75 at `BOX` in every image, and remembers how many it was given at once."""
+    """Finds a dog of score 0.75 that fills `BOX` in every image, and remembers how many it was given at once."""
 
     def __init__(self):
         self.batches = []
 
-    def predict(self, images):
+    def predict_raw(self, images):
         self.batches.append(len(images))
         return [self._instances(*image.shape[:2]) for image in images]
 
     def _instances(self, height, width):
-        x0, y0, x1, y1 = map(int, BOX)
-        mask = torch.zeros(1, height, width, dtype=torch.bool)
-        mask[:, y0:y1, x0:x1] = True
         fields = {"pred_boxes": Boxes(torch.tensor([BOX])), "scores": torch.tensor([0.75])}
-        return Instances((height, width), **fields, pred_classes=torch.tensor([1]), pred_masks=mask)
+        fields |= {"pred_classes": torch.tensor([1]), "pred_masks": torch.ones(1, 1, 28, 28)}
+        return Instances((height, width), **fields)
 
 
 def save_image(path, height=40, width=60):
@@ -167,11 +167,57 @@ def test_a_video_with_damage_in_it_gives_the_frames_before(tmp_path, monkeypatch
 
 
 def test_an_interrupted_call_leaves_no_numbers(tmp_path):
+    """Nor does it leave those of an earlier call, which the pictures have begun to replace."""
     save_image(tmp_path / "in/a.jpg")
     job = FilePredictions(OneDog(), CLASSES, tmp_path / "out")
-    job.predictor.predict = lambda images: (_ for _ in ()).throw(KeyboardInterrupt)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/predictions.json").write_text("of an earlier call")
+    job.predictor.predict_raw = lambda images: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         job.write(find_sources([str(tmp_path / "in")])[1], {})
+    assert written(tmp_path / "out") == []
+
+
+@needs_av
+def test_what_can_not_be_written_is_reported_and_counted(tmp_path):
+    for name in ("a.jpg", "sub/b.jpg", "c.jpg"):
+        save_image(tmp_path / "in" / name)
+    clip = save_clip(tmp_path / "in/sub/clip.mp4")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/sub").touch()
+    (tmp_path / "out/c.png").mkdir()
+    job, content = predict(tmp_path, tmp_path / "in", clip, batch_size=2)
+    assert [failure.removeprefix(f"{tmp_path}/out/") for failure in job.failures] == [
+        "c.png: can not be written: Is a directory",
+        "sub/b.png: can not be written: File exists",
+        "sub/clip.mp4: can not be written: File exists",
+    ]
+    assert written(tmp_path / "out") == ["a.png", "predictions.json", "sub"]
+    assert (job.images, len(content["images"]), len(content["annotations"])) == (8, 8, 8)
+
+
+@needs_av
+def test_a_video_that_can_not_be_written_to_its_end_is_counted_to_its_end(tmp_path, monkeypatch):
+    def fail(path, frames, rate):
+        next(frames)
+        next(frames)
+        raise OSError(errno.EFBIG, "File too large")
+
+    clip = save_clip(save_image(tmp_path / "in/a.jpg").with_name("clip.mp4"))
+    monkeypatch.setattr("det.predict_files.write_video", fail)
+    job, content = predict(tmp_path, clip, batch_size=2)
+    assert job.failures == [f"{tmp_path}/out/clip.mp4: can not be written: File too large"]
+    assert [image["frame"] for image in content["images"]] == [0, 1, 2, 3, 4]
+
+
+def test_a_full_disk_ends_it(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save_image(tmp_path / "in/a.jpg")
+    monkeypatch.setattr("PIL.Image.Image.save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        predict(tmp_path, tmp_path / "in")
     assert written(tmp_path / "out") == []
 
 
@@ -188,10 +234,29 @@ def test_names_are_relative_to_the_common_folder_and_each_file_comes_once(tmp_pa
         find_sources(["x/a.png", "nowhere"])
 
 
+def test_a_tilde_is_the_home_folder_or_the_beginning_of_a_name(tmp_path, monkeypatch):
+    save_image(tmp_path / "home/a.png")
+    save_image(tmp_path / "~no-such-user.png")
+    save_image(tmp_path / "~/b.png")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert [source.path for source in find_sources(["~no-such-user.png"])[1]] == [tmp_path / "~no-such-user.png"]
+    shutil.rmtree(tmp_path / "~")
+    root, sources = find_sources(["~"])
+    assert (root, sources[0].name) == (tmp_path / "home", "a.png")
+    with pytest.raises(UserError, match=r"~no-such-user/\*\.png: no such file"):
+        find_sources(["~no-such-user/*.png"])
+    with pytest.raises(UserError, match=r"home/out is in .*home: the next call"):
+        check_output(tmp_path / "home/out", sources, ["~"], force=False)
+
+
 def test_no_two_inputs_are_drawn_onto_one_file():
     names = ["a.jpg", "a.png", "A.webp", "s/a.jpg", "a.b.jpg", "a.mp4", "a.mov", "a.png.png"]
     assert output_names(names) == [
         "a.png", "a.png.png", "A.webp.png", "s/a.png", "a.b.png", "a.mp4", "a.mov.mp4", "a.png.png.png",
+    ]  # fmt: skip
+    assert output_names(["a.jpg", "A.PNG/b.jpg", "x/c.mov", "x/c.mp4/d.png"]) == [
+        "a.jpg.png", "A.PNG/b.png", "x/c.mov.mp4", "x/c.mp4/d.png",
     ]  # fmt: skip
 
 
@@ -203,12 +268,25 @@ def test_no_two_inputs_are_drawn_onto_one_file():
         (["in/a.png"], "in", r"in/a.png is an image to predict, and would be overwritten"),
         (["in/b.jpg"], "in", r"in/b.png exists already; name another folder, or overwrite with --force"),
         (["in"], "done", r"done/predictions.json exists already"),
+        (["in/**/*.jpg"], "in/out", r"in/out is in in/\*\*/\*.jpg: the next call would take its pictures for input"),
+        (["{here}/**/b.*"], "in/out", r"in/out is in .*: the next call"),
+        (["i[mn]/*.jpg", "**/a.png"], "out", r"out is in \*\*/a.png: the next call"),
+        (["*/a.png"], "out", r"out is in \*/a.png: the next call"),
+        (["in/b.jpg"], "folders", r"folders/b.png can not be written: Is a directory"),
+        (["in/b.jpg"], "in/a.png", r"in/a.png/predictions.json can not be written: Not a directory"),
+        (["predictions.json", "in/b.jpg"], "o", r"o/predictions.json can not be written: is the folder of others"),
+        (["long"], "o", r"x.png.png can not be written: File name too long"),
     ],
 )
 def test_what_would_be_overwritten_is_named(tmp_path, monkeypatch, arguments, output, message):
     monkeypatch.chdir(tmp_path)
     for name in ("in/a.png", "in/b.jpg", "in/b.png"):
         save_image(tmp_path / name)
+    save_image(tmp_path / "predictions.json/a.jpg")
+    for suffix in ("png", "jpg"):
+        save_image(tmp_path / "long" / f"{'x' * 251}.{suffix}")
+    arguments = [argument.replace("{here}", str(tmp_path)) for argument in arguments]
+    (tmp_path / "folders/b.png").mkdir(parents=True)
     (tmp_path / "done").mkdir()
     (tmp_path / "done/predictions.json").touch()
     _, sources = find_sources(arguments)
@@ -219,3 +297,20 @@ def test_what_would_be_overwritten_is_named(tmp_path, monkeypatch, arguments, ou
     else:
         with pytest.raises(UserError, match=message):
             check_output(Path(output), sources, arguments, force=True)
+
+
+def test_patterns_that_do_not_reach_the_output_are_no_hindrance(tmp_path, monkeypatch):
+    (tmp_path / "da[t]a/in").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "da[t]a")
+    save_image(Path("in/b.jpg"))
+    for arguments, output in (
+        (["in/*.jpg"], "in"),
+        (["in/*.jpg"], "in/out"),
+        (["in/b*"], "in/boxes"),
+        (["in/**/*.jpg"], "out"),
+        (["**/*.jpg"], "../out"),
+        (["*/b.*"], "deep/er/out"),
+    ):
+        check_output(Path(output), find_sources(arguments)[1], arguments, force=False)
+    with pytest.raises(UserError, match="the next call"):
+        check_output(Path("in/out"), find_sources(["in/**"])[1], ["in/**"], force=False)

@@ -1,5 +1,6 @@
 """Frames come upright, in their colours and at their times; what is written keeps them, and browsers can play it."""
 
+import errno
 import sys
 from fractions import Fraction
 
@@ -149,3 +150,16 @@ def test_without_the_library_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UserError, match=r'reading and writing videos needs av: pip install -e "\.\[video\]"'):
         Video(tmp_path / "a.mp4")
+
+
+def test_a_file_that_can_not_be_written_is_an_os_error_and_the_frames_that_are_left_are_not_taken(tmp_path):
+    """Whatever goes wrong in the encoder, some of whose errors are none of the system's."""
+    given = iter(frames(4, Fraction(10), np.zeros((2, 200_000, 3), np.uint8)))  # wider than x264 goes
+    with pytest.raises(OSError, match=r"a\.mp4"):
+        write_video(tmp_path / "a.mp4", given, Fraction(10))
+    assert list(tmp_path.iterdir()) == []
+    assert 0 < len(list(given)) < 4
+    (tmp_path / "b.mp4").mkdir()
+    with pytest.raises(OSError, match=r"b\.mp4") as caught:
+        write_video(tmp_path / "b.mp4", frames(2, Fraction(10)), Fraction(10))
+    assert caught.value.errno == errno.EISDIR

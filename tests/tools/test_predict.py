@@ -39,7 +39,8 @@ def test_the_file_says_what_the_predictor_says(folder: Path, capsys: pytest.Capt
     classes = Classes(("red", "green", "blue"), (1, 2, 3))
     expected = []
     for number, name in enumerate(("a.png", "b.jpg"), start=1):
-        expected += coco_annotations(predictor(Path("photos", name))[:4], number, classes)
+        (raw,) = predictor.predict_raw([Path("photos", name)])
+        expected += coco_annotations(raw[:4], number, 48, 64, classes)
     for found, wanted in zip(content["annotations"], expected, strict=True):
         assert found["bbox"] == pytest.approx(wanted["bbox"], abs=0.01)
         assert found["score"] == pytest.approx(wanted["score"], abs=1e-4)
@@ -71,8 +72,16 @@ def test_files_that_can_not_be_read_are_named_at_the_end(folder: Path, capsys: p
     assert exit_code(main, "--weights", "run", "photos", "--output", "out") == SOME_FAILED_EXIT_CODE
     assert len(json.loads(Path("out/predictions.json").read_text())["images"]) == 2
     *_, heading, line = capsys.readouterr().err.splitlines()
-    assert heading == "error: 1 of 3 files could not be read:"
+    assert heading == "error: of 3 files, these could not be read or not be written:"
     assert line.startswith(f"{folder}/photos/broken.jpg: can not be read as an image")
+
+
+def test_a_word_that_is_a_file_is_an_input(folder: Path) -> None:
+    Path("photos/a.png").rename("IMG=1.png")
+    words = ("--weights", "run", "IMG=1.png", "--output", "out", "--no-pictures")
+    assert exit_code(main, *words, "MODEL.DEVICE=cpu") == 0
+    (image,) = json.loads(Path("out/predictions.json").read_text())["images"]
+    assert image["file_name"] == "IMG=1.png"
 
 
 @pytest.mark.parametrize(
@@ -86,6 +95,12 @@ def test_files_that_can_not_be_read_are_named_at_the_end(folder: Path, capsys: p
         (["photos", "--weights", "none"], "none: no such file or folder"),
         (["photos", "MODEL.DEVISE=cpu"], "unknown key MODEL.DEVISE (did you mean MODEL.DEVICE?)"),
         (["photos", "--classes", "none.txt"], "none.txt: can not be read as text"),
+        (["photos/**/*.jpg", "--output", "photos/out"], "--output: photos/out is in photos/**/*.jpg"),
+        (["photos", "--output", "photos/a.png"], "--output: photos/a.png is in photos"),
+        (
+            ["photos", "--output", "run/config.yaml"],
+            "run/config.yaml/predictions.json can not be written: Not a directory",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(

@@ -86,6 +86,30 @@ def test_the_sheet_is_written(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert np.array_equal(np.asarray(Image.open("new/sheet.png")), first)
 
 
+def test_the_suffix_is_the_format(folder: Path) -> None:
+    words = ["--config-file", "tiny.yaml", "--train-json", "data/coco.json", "--train-images", "data/images"]
+    for name, form in (("a.png", "PNG"), ("b.jpg", "JPEG"), ("c.JPEG", "JPEG")):
+        assert exit_code(main, *words, "--num-images", "1", "--output", name) == 0
+        with Image.open(name) as picture:
+            assert picture.format == form
+    exact, lossy = (np.asarray(Image.open(name).convert("RGB")).astype(int) for name in ("a.png", "b.jpg"))
+    assert np.abs(exact - lossy).mean() < 8
+
+
+@pytest.mark.parametrize(
+    "output", ["sheet", "sheet.txt", "folder.png", "tiny.yaml/sheet.png"], ids=["no suffix", "text", "folder", "file"]
+)
+def test_an_output_that_can_not_be_written_is_found_before_anything_is_loaded(
+    folder: Path, capsys: pytest.CaptureFixture[str], output: str
+) -> None:
+    Path("folder.png").mkdir()
+    before = sorted(folder.rglob("*"))
+    words = ["--config-file", "none.yaml", "--train-json", "none.json", "--train-images", "none"]
+    assert exit_code(main, *words, "--output", output) == USER_ERROR_EXIT_CODE
+    assert "error: --output" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
