@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import AugInput, AugmentationList
-from detectron2.modeling import GeneralizedRCNN, build_model
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Instances
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
@@ -28,7 +28,7 @@ from det.config import check_config, choose_device, load_det_config
 from det.data import build_test_augmentations, read_pixels
 from det.paste import coco_results
 from det.run_files import CONFIG, RECORD
-from det.weights import find_detector, load_weights
+from det.weights import build_detector, find_detector, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Predictor:
             self.cfg.MODEL.DEVICE = device
             check_config(self.cfg)
         choose_device(self.cfg, asked=device is not None)
-        self.model = build_model(self.cfg).eval()
+        self.model = build_detector(self.cfg).eval()
         if not isinstance(self.model, GeneralizedRCNN):
             name = self.cfg.MODEL.META_ARCHITECTURE
             raise UserError(f"MODEL.META_ARCHITECTURE: only a GeneralizedRCNN can predict here, not {name}")
