@@ -70,7 +70,7 @@ class Predictor:
             self.cfg.MODEL.DEVICE = device
             check_config(self.cfg)
         choose_device(self.cfg, asked=device is not None)
-        self.model = build_detector(self.cfg).eval()
+        self.model: Any = build_detector(self.cfg).eval()
         if not isinstance(self.model, GeneralizedRCNN):
             name = self.cfg.MODEL.META_ARCHITECTURE
             raise UserError(f"MODEL.META_ARCHITECTURE: only a GeneralizedRCNN can predict here, not {name}")
