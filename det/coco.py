@@ -396,6 +396,9 @@ def check_classes(cfg: CfgNode) -> None:
 def check_registered(names: tuple[str, ...], key: str) -> None:
     """Raise a `UserError` unless detectron2 knows the data sets and their COCO files are where it expects them."""
     for name in names:
+        if name in (OWN_TRAIN, OWN_VAL) and name not in DatasetCatalog:
+            split = "train" if name == OWN_TRAIN else "val"
+            raise UserError(f"{key} is data of your own: name it again with --{split}-json and --{split}-images")
         if name not in DatasetCatalog:
             raise UserError(f"{key}: no data set {name!r} is registered; for your own use --train-json and --val-json")
         path = MetadataCatalog.get(name).get("json_file")
@@ -415,7 +418,10 @@ def check_same_categories(train: CocoSummary, val: CocoSummary, train_json: str,
     detail = f"only in the first: {only_train}, only in the second: {only_val}"
     if not only_train and not only_val:
         detail = "the same names, but in another order of ids"
-    raise UserError(f"{train_json} and {val_json} have different categories; {detail}")
+    raise UserError(
+        f"{train_json} and {val_json} have different categories; {detail}; copy the list 'categories' of one "
+        "file into the other, if its ids mean the same"
+    )
 
 
 def choose_mask_format(cfg: CfgNode, summary: CocoSummary, path: str) -> None:

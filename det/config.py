@@ -361,6 +361,8 @@ def _check_square_pad(cfg: CfgNode) -> None:
     ):
         if pad % vit.PATCH_SIZE:
             raise UserError(f"MODEL.VIT.{name} {pad} is no multiple of MODEL.VIT.PATCH_SIZE {vit.PATCH_SIZE}")
+        if name == "SQUARE_PAD" and cfg.INPUT.LSJ.ENABLED and pad > cfg.INPUT.LSJ.SIZE:
+            log.info("MODEL.VIT.SQUARE_PAD %d is more than INPUT.LSJ.SIZE %d: a part is empty", pad, cfg.INPUT.LSJ.SIZE)
         least = key.replace("MAX_SIZE", "MIN_SIZE")
         if pad and least != key and 0 in np.atleast_1d(lookup(cfg, least)):
             raise UserError(f"MODEL.VIT.{name} {pad} needs images that fit, but {least} 0 resizes none")

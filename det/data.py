@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from crossmae.data import BatchPlan, PlannedBatches, Unreadable, usable_workers
 from crossmae.errors import UserError
 from crossmae.images import read_image
+from crossmae.stopping import ignore_interrupts
 from det.copy_paste import CopyPaste, build_copy_paste
 from det.masks import moved_masks, tight_boxes
 
@@ -244,6 +245,7 @@ def build_train_loader(
         batch_sampler=PlannedBatches(plan, first, cfg.SOLVER.MAX_ITER),
         num_workers=usable_workers(cfg.DATALOADER.NUM_WORKERS),
         collate_fn=list,
+        worker_init_fn=ignore_interrupts,
         # Without one of its own, the loader would draw from the generator that the model's randomness comes from.
         generator=torch.Generator(),
     )

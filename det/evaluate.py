@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from crossmae.data import usable_workers
 from crossmae.errors import UserError
 from crossmae.figures import save_figure
 from crossmae.files import make_folder, write_json, write_text
@@ -58,7 +59,8 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     detector = model.module if isinstance(model, DistributedDataParallel) else model
     if not isinstance(detector, GeneralizedRCNN):
         raise UserError(f"MODEL.META_ARCHITECTURE: only GeneralizedRCNN is evaluated, not {type(detector).__name__}")
-    loader = build_detection_test_loader(cfg, name, mapper=NamingMapper(cfg, False))
+    workers = usable_workers(cfg.DATALOADER.NUM_WORKERS)
+    loader = build_detection_test_loader(cfg, name, mapper=NamingMapper(cfg, False), num_workers=workers)
     truth = ground_truth(name)
     category_ids = sorted(category["id"] for category in truth["categories"])
     if len(category_ids) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import signal
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from crossmae.errors import UserError
 from crossmae.files import make_folder, sha256, write_json, write_text
 from crossmae.report import read_json
+from crossmae.stopping import StopRequest
 from crossmae.versions import versions
 from det.checkpoint import AtomicCheckpointer
 from det.coco import check_classes, check_registered
@@ -38,7 +40,7 @@ from det.evaluate import evaluate
 from det.optim import build_optimizer, resolve_schedule
 from det.pictures import find_pictures
 from det.report import write_report
-from det.run_files import BEST, BEST_RECORD, CONFIG, LAST, LOG, METRICS, PICTURES, RECORD
+from det.run_files import BEST, BEST_RECORD, CONFIG, LAST, LOG, METRICS, PICTURES, RECORD, TASKS
 from det.steps import StepTrainer
 from det.weights import build_detector, load_weights
 
@@ -90,10 +92,13 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
         trainer = Trainer(cfg, resume)
     finally:
         logging.getLogger().removeHandler(early)
-    with log_file(Path(cfg.OUTPUT_DIR), early):
+    with log_file(Path(cfg.OUTPUT_DIR), early), StopRequest(patient=comm.get_world_size() > 1) as request:
+        trainer.register_hooks([StopBetweenSteps(trainer.checkpointer, request)])
         trainer.train()
         if comm.is_main_process():
             log.info("report in %s", write_report(Path(cfg.OUTPUT_DIR)))
+            if trainer.results:
+                log.info("the numbers are those of the final weights; %s holds the best", BEST)
     return trainer.results
 
 
@@ -206,10 +211,12 @@ class Trainer(DefaultTrainer):
 
     def _evaluate(self) -> dict[str, dict[str, float]]:
         average = self._trainer.average
+        done = min(self.iter + 1, self.max_iter)  # behind the last iteration, detectron2 counts one more
         self.results = evaluate(self.cfg, self.model if average is None else average.module)
         if comm.is_main_process():
-            # Behind the last iteration, detectron2 counts one more.
-            keep_best(self.checkpointer, self.results, min(self.iter + 1, self.max_iter))
+            values = ", ".join(f"{TASKS[task]} AP {numbers['AP']:.1f}" for task, numbers in self.results.items())
+            log.info("after %d steps: %s", done, values)
+            keep_best(self.checkpointer, self.results, done)
             for number, path in enumerate(find_pictures(Path(self.cfg.OUTPUT_DIR, PICTURES)), start=1):
                 self.storage.put_image(f"validation/{number}", np.asarray(Image.open(path)).transpose(2, 0, 1))
             if self.iter + 1 < self.max_iter:  # the last one is written when everything else is
@@ -256,6 +263,37 @@ def keep_best(checkpointer: AtomicCheckpointer, results: dict[str, dict[str, flo
     checkpointer.write(BEST, {"model": checkpointer.weights()["model"]} | record)
     write_json(path, record)
     log.info("%s: %s %.2f after %d iterations", BEST, metric, found, iteration)
+
+
+class StopBetweenSteps(HookBase):
+    """After Ctrl-C or SIGTERM, save and end the run; `--resume` goes on from there.
+
+    Args:
+        checkpointer: of the run.
+        request: where the signal is noted.
+    """
+
+    def __init__(self, checkpointer: AtomicCheckpointer, request: StopRequest) -> None:
+        self.checkpointer, self.request = checkpointer, request
+
+    def after_step(self) -> None:
+        """Ask, in several processes only now and then, because all have to agree.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C.
+            SystemExit: after SIGTERM.
+        """
+        asked, done = self.request.number is not None, self.trainer.iter + 1
+        if comm.get_world_size() > 1:
+            asked = done % WRITING_PERIOD == 0 and any(comm.all_gather(asked))
+        if not asked or done >= self.trainer.max_iter:
+            return
+        if comm.is_main_process():
+            self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
+        log.info("stopped and saved after %d steps; the same command with --resume goes on from there", done)
+        if self.request.number == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
 
 
 class EvalHook(hooks.EvalHook):

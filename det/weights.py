@@ -139,8 +139,8 @@ def _load_detector(model: nn.Module, weights: Weights, cfg: CfgNode, detector_on
         return load_model(model, weights, new=new)
     except UserError as error:
         config = weights.path.with_name(CONFIG)
-        hint = f"\nThe config that it was trained with is beside it: --config-file {config}" if config.is_file() else ""
-        raise UserError(f"{error}{hint}") from error
+        hint = f"the config that it was trained with is beside it: --config-file {config}; " if config.is_file() else ""
+        raise UserError(f"{hint}{error}") from error
 
 
 def _load_encoder(model: nn.Module, weights: Weights, cfg: CfgNode) -> LoadReport:

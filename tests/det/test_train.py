@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import os
+import signal
 import sys
 
 import pytest
@@ -17,6 +19,7 @@ from det.checkpoint import AtomicCheckpointer
 from det.coco import use_own_data
 from det.config import load_det_config
 from det.evaluate import evaluate, format_results
+from det.steps import StepTrainer
 from det.train import Trainer, keep_best
 from tests.det.coco_files import TINY, save, write_coco
 from tools.train_net import build_parser, main
@@ -164,6 +167,30 @@ def test_a_run_without_a_checkpoint_yet_is_a_run(tmp_path, command):
     main([*command, "SOLVER.MAX_ITER=3", "--resume"])
     with pytest.raises(UserError, match="3 steps are done already, this run has 2"):
         main([*command, "SOLVER.MAX_ITER=2", "--resume"])
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(("number", "end"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_saves_between_two_steps_and_the_run_goes_on_bit_for_bit(tmp_path, command, monkeypatch, number, end):
+    main(command)
+    whole = final_state(tmp_path / "out")
+    step = StepTrainer.run_step
+
+    def step_and_signal(self):
+        step(self)
+        if self.iter == 2:
+            os.kill(os.getpid(), number)
+
+    second = [*command[:-1], f"OUTPUT_DIR={tmp_path / 'second'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(StepTrainer, "run_step", step_and_signal)
+        with pytest.raises(end):
+            main(second)
+    assert (tmp_path / "second/last_checkpoint").read_text() == "model_0000002.pth"
+    assert not (tmp_path / "second/results.json").exists()
+    main([*second, "--resume"])
+    for name, tensor in whole["model"].items():
+        assert torch.equal(final_state(tmp_path / "second")["model"][name], tensor), name
 
 
 @pytest.mark.usefixtures("no_pictures")
