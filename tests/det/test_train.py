@@ -171,7 +171,9 @@ def test_a_run_without_a_checkpoint_yet_is_a_run(tmp_path, command):
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(("number", "end"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_a_signal_saves_between_two_steps_and_the_run_goes_on_bit_for_bit(tmp_path, command, monkeypatch, number, end):
+def test_a_signal_saves_between_two_steps_and_the_run_goes_on_bit_for_bit(
+    tmp_path, command, monkeypatch, request, number, end
+):
     main(command)
     whole = final_state(tmp_path / "out")
     step = StepTrainer.run_step
@@ -182,6 +184,9 @@ def test_a_signal_saves_between_two_steps_and_the_run_goes_on_bit_for_bit(tmp_pa
             os.kill(os.getpid(), number)
 
     second = [*command[:-1], f"OUTPUT_DIR={tmp_path / 'second'}"]
+    # The shell may have told this process to ignore Ctrl-C, which a run respects.
+    before = signal.signal(number, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(number, before))
     with monkeypatch.context() as patch:
         patch.setattr(StepTrainer, "run_step", step_and_signal)
         with pytest.raises(end):
