@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -34,6 +35,17 @@ class StopRequest:
         if self.can_listen:
             for number, handler in self.before.items():
                 signal.signal(number, handler)
+
+    def end(self) -> NoReturn:
+        """End the run that was asked to stop.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C.
+            SystemExit: after SIGTERM.
+        """
+        if self.number is None or self.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + self.number)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.number = self.number or number

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import math
-import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -455,9 +454,7 @@ def stop_if_asked(run: Run, request: StopRequest, at_line: bool) -> None:
         run.save()
     run.ranks.wait()
     log.info("stopped after step %d, which is saved; the same command with --resume goes on from there", run.step)
-    if request.number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise SystemExit(128 + request.number)
+    request.end()
 
 
 def is_due_to_save(run: Run) -> bool:

@@ -21,6 +21,7 @@ from detectron2.data.detection_utils import (
     transform_instance_annotations,
 )
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from crossmae.data import BatchPlan, PlannedBatches, Unreadable, usable_workers
@@ -63,6 +64,24 @@ def read_pixels(path: str | Path) -> NDArray[np.uint8]:
         UserError: it can not be read; names the file.
     """
     return np.asarray(read_image(path))
+
+
+def augment(
+    pixels: NDArray[np.uint8], augmentations: T.AugmentationList, image_format: str
+) -> tuple[Tensor, T.TransformList]:
+    """What the model takes of an image, and what was done to it.
+
+    Args:
+        pixels: (H, W, 3) uint8 RGB.
+        augmentations: random numbers are drawn from numpy's global generator.
+        image_format: order of the channels that the model takes, RGB or BGR.
+
+    Returns:
+        (3, h, w) uint8, and the transforms that give it.
+    """
+    seen = T.AugInput(pixels if image_format == "RGB" else np.ascontiguousarray(pixels[:, :, ::-1]))
+    transforms = augmentations(seen)
+    return torch.from_numpy(np.ascontiguousarray(seen.image.transpose(2, 0, 1))), transforms
 
 
 def build_test_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
@@ -131,13 +150,11 @@ class NamingMapper(DatasetMapper):
     def _sample(self, sample: dict[str, Any]) -> dict[str, Any]:
         pixels = read_pixels(sample["file_name"])
         check_image_size(sample, pixels)
-        seen = T.AugInput(pixels if self.image_format == "RGB" else np.ascontiguousarray(pixels[:, :, ::-1]))
-        transforms = self.augmentations(seen)
-        sample["image"] = torch.from_numpy(np.ascontiguousarray(seen.image.transpose(2, 0, 1)))
+        sample["image"], transforms = augment(pixels, self.augmentations, self.image_format)
         if not self.is_train:
             sample.pop("annotations", None)
         elif "annotations" in sample:
-            self._transform_annotations(sample, transforms, seen.image.shape[:2])
+            self._transform_annotations(sample, transforms, tuple(sample["image"].shape[1:]))
         return sample
 
     def _transform_annotations(

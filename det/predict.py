@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.transforms import AugInput, AugmentationList
+from detectron2.data.transforms import AugmentationList
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Instances
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from crossmae.errors import UserError
 from crossmae.images import to_rgb
 from det.coco import read_categories
 from det.config import check_config, choose_device, load_det_config
-from det.data import build_test_augmentations, read_pixels
+from det.data import augment, build_test_augmentations, read_pixels
 from det.paste import coco_results
 from det.run_files import CONFIG, RECORD
 from det.weights import build_detector, find_detector, load_weights
@@ -126,10 +126,7 @@ class Predictor:
 
     def _input(self, pixels: NDArray[np.uint8]) -> dict[str, Any]:
         """What detectron2's mapper makes of an image in evaluation."""
-        ordered = pixels if self.cfg.INPUT.FORMAT == "RGB" else pixels[:, :, ::-1]
-        augmented = AugInput(np.ascontiguousarray(ordered))
-        self._augmentations(augmented)
-        image = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
+        image, _ = augment(pixels, self._augmentations, self.cfg.INPUT.FORMAT)
         return {"image": image, "height": pixels.shape[0], "width": pixels.shape[1]}
 
     def _padded_size(self, image: torch.Tensor) -> tuple[int, ...]:
@@ -158,9 +155,8 @@ def read_config(config: str | Path | None, weights: str | Path, overrides: Seque
         folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
         if not (folder / CONFIG).is_file():
             raise UserError(f"{folder} has no {CONFIG}: name the config that the detector was trained with")
-        config = folder
-    path = Path(config)
-    return load_det_config(str(path / CONFIG if path.is_dir() else path), overrides)
+        config = folder / CONFIG
+    return load_det_config(str(config), overrides)
 
 
 def read_rgb(image: Picture) -> NDArray[np.uint8]:

@@ -28,6 +28,7 @@ from det.run_files import (
     CONFIG,
     HEADLINE,
     METRICS,
+    PICTURES,
     RECORD,
     REPORT,
     RESULTS,
@@ -279,16 +280,16 @@ def _picture_section(run: Run) -> Section:
     )
     rows: list[page.PictureRow] = []
     faults: list[Block] = []
-    for path in find_pictures(run.folder / "pictures"):
+    for path in find_pictures(run.folder / PICTURES):
         name = path.stem.partition("-")[2]
         try:
             alt = f"image {name}: true objects on the left, predicted ones on the right"
             rows.append(page.PictureRow([page.embed_image(read_image(path), alt=alt, density=2)]))
         except UserError as error:
             why = str(error).removeprefix(f"{path}: ")
-            faults.append(_missing(run, f"pictures/{path.name}", "validation picture", why))
+            faults.append(_missing(run, f"{PICTURES}/{path.name}", "validation picture", why))
     if not rows and not faults:
-        faults = [_missing(run, "pictures/*.png", "validation pictures", "there are none")]
+        faults = [_missing(run, f"{PICTURES}/*.png", "validation pictures", "there are none")]
     return Section("Validation pictures", text, [*([page.Gallery(rows, min_width=460)] if rows else []), *faults])
 
 

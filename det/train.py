@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import signal
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -163,6 +162,9 @@ class Trainer(DefaultTrainer):
             self.data_loader = self._loader(first=self.start_iter)
             log.info("resuming after iteration %d from %s", self.start_iter, path)
         if comm.is_main_process():
+            if not resume:  # what a run left that was cut off before its first checkpoint
+                for name in (BEST, BEST_RECORD, METRICS):
+                    Path(cfg.OUTPUT_DIR, name).unlink(missing_ok=True)
             record_run(cfg, settings, self.max_iter)
             self.register_hooks([hooks.PeriodicWriter(self.build_writers(), period=self._writing_period())])
 
@@ -188,9 +190,6 @@ class Trainer(DefaultTrainer):
             raise UserError(f"OUTPUT_DIR: {folder} already holds a run; pass --resume to go on, or name another folder")
         if resume and not found:
             log.info("--resume: no checkpoint in %s yet, starting from MODEL.WEIGHTS", folder)
-            for name in (BEST, BEST_RECORD, METRICS):  # of a run that was cut off before its first checkpoint
-                if comm.is_main_process():
-                    (folder / name).unlink(missing_ok=True)
         if found and not Path(self.checkpointer.get_checkpoint_file()).is_file():
             raise UserError(f"{folder}/{LAST} names a file that does not exist; name the right one in it")
         return found
@@ -283,17 +282,17 @@ class StopBetweenSteps(HookBase):
             KeyboardInterrupt: after Ctrl-C.
             SystemExit: after SIGTERM.
         """
-        asked, done = self.request.number is not None, self.trainer.iter + 1
+        done = self.trainer.iter + 1
         if comm.get_world_size() > 1:
-            asked = done % WRITING_PERIOD == 0 and any(comm.all_gather(asked))
-        if not asked or done >= self.trainer.max_iter:
+            if done % WRITING_PERIOD:
+                return
+            self.request.number = max(comm.all_gather(self.request.number or 0)) or None
+        if self.request.number is None or done >= self.trainer.max_iter:
             return
         if comm.is_main_process():
             self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
         log.info("stopped and saved after %d steps; the same command with --resume goes on from there", done)
-        if self.request.number == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt
+        self.request.end()
 
 
 class EvalHook(hooks.EvalHook):

@@ -43,12 +43,12 @@ log = logging.getLogger(__name__)
 
 # The class token has no place in a dense backbone; what exists only in detection starts at zero.
 DROPPED = (r"cls_token$",)
+NEW = (r"blocks\.\d+\.attn\.rel_pos_[hw]$", r"pos_embed_global$")
 # Layers of a detector with one output for each class.
 PER_CLASS = r"roi_heads\.(box_predictor(\.\d+)?\.(cls_score|bbox_pred)|mask_head\.predictor)\."
 SCORES = r"roi_heads\.box_predictor(\.0)?\.cls_score\.weight"
 # Keys of the backbone that decide what weights mean, and that no shape shows.
 UNSEEN = ("POS_EMBED", "WINDOW_SIZE", "GLOBAL_BLOCKS")
-NEW = (r"blocks\.\d+\.attn\.rel_pos_[hw]$", r"pos_embed_global$")
 # Argument of the encoder -> key that sets it, where a shape or the file's metadata shows the right value.
 ARCHITECTURE = {
     "embed_dim": "EMBED_DIM",
@@ -127,7 +127,8 @@ def build_detector(cfg: CfgNode) -> nn.Module:
 
 
 def _load_detector(model: nn.Module, weights: Weights, cfg: CfgNode, detector_only: bool) -> LoadReport:
-    warn_of_other_settings(cfg, weights.path.with_name(CONFIG))
+    config = weights.path.with_name(CONFIG)
+    warn_of_other_settings(cfg, config)
     new: tuple[str, ...] = ()
     classes = count_classes(weights.tensors)
     if not detector_only and classes != count_classes(model.state_dict()):
@@ -138,7 +139,6 @@ def _load_detector(model: nn.Module, weights: Weights, cfg: CfgNode, detector_on
     try:
         return load_model(model, weights, new=new)
     except UserError as error:
-        config = weights.path.with_name(CONFIG)
         hint = f"the config that it was trained with is beside it: --config-file {config}; " if config.is_file() else ""
         raise UserError(f"{hint}{error}") from error
 
