@@ -9,6 +9,7 @@
 | `.csv`, `.tsv`, `.parquet`          | column path, image, file_name, filename | column label or class |
 | `.json`                             | the images of COCO annotations          | none                  |
 | folder by `Dataset.save_to_disk`    | Hugging Face data set, its Image column | its ClassLabel column |
+| folder of `*-images-idx3-ubyte.gz`  | MNIST and its like; or one such file    | `*-labels-idx1-*`     |
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pathlib import Path
 from crossmae.errors import UserError
 from crossmae.images import IMAGE_SUFFIXES, find_image_names
 from crossmae.sources.hugging_face import HuggingFaceImages, is_hugging_face
+from crossmae.sources.idx import SUFFIXES as IDX_SUFFIXES
+from crossmae.sources.idx import find_idx_files, open_idx
 from crossmae.sources.lists import open_coco, open_csv_list, open_parquet_list, open_text_list
 from crossmae.sources.shard_files import is_url
 from crossmae.sources.source import ImageFiles, Source, evenly_spaced
@@ -37,7 +40,7 @@ LISTS = {
 }
 ACCEPTED = (
     "a folder of images, .tar shards (a folder, a file, x-*.tar, x-{000..012}.tar, or a URL of them), a .txt, .csv, "
-    ".tsv or .parquet list, a COCO .json, or a folder saved by Hugging Face datasets"
+    ".tsv or .parquet list, a COCO .json, a folder saved by Hugging Face datasets, or MNIST's idx files"
 )
 
 log = logging.getLogger(__name__)
@@ -62,6 +65,8 @@ def open_source(value: str | Path, key: str, root: Path | None = None) -> Source
         log.info("%s: %s is no list of files, so the folder %s for relative paths is not used", key, value, root)
     if path.is_dir():
         return _open_folder(path, key)
+    if path.is_file() and path.name.endswith(IDX_SUFFIXES):
+        return open_idx(path, key)
     if _names_shards(value):
         return open_shards(str(value), key)
     if path.is_file():
@@ -78,6 +83,8 @@ def _names_shards(value: str | Path) -> bool:
 def _open_folder(folder: Path, key: str) -> Source:
     if is_hugging_face(folder):
         return HuggingFaceImages(folder, key)
+    if find_idx_files(folder) and not _has_images(folder):
+        return open_idx(folder, key)
     has_shards = any(folder.glob("*.tar")) or (folder / PROGRESS_NAME).is_file()
     if has_shards and not _has_images(folder):
         return open_shards(str(folder), key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from abc import ABC, abstractmethod
@@ -74,6 +75,14 @@ class Source(ABC):
         except UserError:
             return b""
 
+    def stamp(self, index: int) -> str:
+        """What changes whenever the sample does, told as cheaply as the source can; here by its contents.
+
+        Raises:
+            UserError: it can not be read.
+        """
+        return hashlib.sha256(self.read(index)).hexdigest()
+
     def label(self, index: int) -> int:
         """The sample's class as a position in `classes`.
 
@@ -144,6 +153,15 @@ class ImageFiles(Source):
                 return file.read()
         except OSError as error:
             raise UserError(f"{path}: can not be read: {error.strerror}") from error
+
+    def stamp(self, index: int) -> str:
+        """See `Source.stamp`: size and time of the file."""
+        path = self.name(index)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise UserError(f"{path}: can not be read: {error.strerror}") from error
+        return f"{status.st_size}:{status.st_mtime_ns}"
 
     def tail(self, index: int, length: int = 16) -> bytes:
         """See `Source.tail`; reads no more than that."""
