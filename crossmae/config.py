@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -119,20 +119,25 @@ class ModelConfig(Section):
         return {key: value for key, value in self if key not in others and (value is not None or key == "fuse_blocks")}
 
 
-class OptimConfig(Section):
+class StepConfig(Section):
     """AdamW, the size of a step, and the averaged copy of the weights."""
 
     batch_size: PositiveInt = Field(64, description="images per process and micro-batch")
     accumulate: PositiveInt = Field(1, description="micro-batches per optimizer step")
     base_lr: Positive = Field(1.5e-4, description="learning rate per 256 images of a step, all processes counted")
-    lr: Positive | None = Field(None, description="learning rate itself, instead of base_lr and lr_rule")
-    lr_rule: Literal["published", "none", "inverse"] = Field(
-        "published", description="factor on base_lr * images / 256: predict/mask ratio, 1, or mask/predict ratio"
-    )
+    lr: Positive | None = Field(None, description="learning rate itself, instead of base_lr * images / 256")
     weight_decay: NonNegative = 0.05
     betas: tuple[Ratio, Ratio] = (0.9, 0.95)
     clip_grad: Positive | None = Field(None, description="largest gradient norm; null: no clipping")
     ema: Ratio | None = Field(None, description="decay per step of the averaged weights, approached from 0; null: none")
+
+
+class OptimConfig(StepConfig):
+    """What `StepConfig` says, and the published rule for the learning rate."""
+
+    lr_rule: Literal["published", "none", "inverse"] = Field(
+        "published", description="factor on base_lr * images / 256: predict/mask ratio, 1, or mask/predict ratio"
+    )
 
 
 class ScheduleConfig(Section):
@@ -162,11 +167,16 @@ class LogConfig(Section):
     """What is written while training."""
 
     every_steps: PositiveInt = Field(20, description="steps between two lines of log.jsonl")
+    wandb: str | None = Field(None, description="project of Weights & Biases to log to as well; null: none")
+
+
+class PretrainLogConfig(LogConfig):
+    """What `LogConfig` says, and pictures."""
+
     pictures_every_steps: PositiveInt = Field(
         1000, description="steps between two pictures of reconstructions and of the fusion weights"
     )
     pictures: int = Field(8, ge=0, le=64, description="images in a picture of reconstructions; 0: no pictures")
-    wandb: str | None = Field(None, description="project of Weights & Biases to log to as well; null: none")
 
 
 class ValidationConfig(Section):
@@ -225,19 +235,16 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1, description="checkpoints kept; older ones are deleted after a newer one is complete")
 
 
-class PretrainConfig(Section):
-    """Everything that a pretraining run depends on."""
+class RunConfig(Section):
+    """What every kind of training run depends on."""
 
     output_dir: Path = Field(description="folder of the run: logs, pictures, checkpoints, weights")
     data: DataConfig
-    model: ModelConfig
-    optim: OptimConfig = OptimConfig()
+    model: Section
+    optim: StepConfig = StepConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     log: LogConfig = LogConfig()
-    validation: ValidationConfig = ValidationConfig()
-    probe: ProbeConfig = ProbeConfig()
-    health: HealthConfig = HealthConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @field_validator("output_dir")
@@ -245,9 +252,12 @@ class PretrainConfig(Section):
     def _expand(cls, path: Path) -> Path:
         return path.expanduser()
 
-    @model_validator(mode="after")
-    def _channels(self) -> PretrainConfig:
-        channels = self.model.in_chans
+    def check_channels(self, channels: int) -> None:
+        """Make sure that there is one mean and one deviation per image channel.
+
+        Raises:
+            ValueError: there is not.
+        """
         for key in ("mean", "std"):
             values = getattr(self.data, key)
             if len(values) != channels:
@@ -255,7 +265,25 @@ class PretrainConfig(Section):
                     f"data.{key} has {len(values)} values for model.in_chans {channels}; tools/dataset_stats.py "
                     "measures them"
                 )
+
+
+class PretrainConfig(RunConfig):
+    """Everything that a pretraining run depends on."""
+
+    model: ModelConfig
+    optim: OptimConfig = OptimConfig()
+    log: PretrainLogConfig = PretrainLogConfig()
+    validation: ValidationConfig = ValidationConfig()
+    probe: ProbeConfig = ProbeConfig()
+    health: HealthConfig = HealthConfig()
+
+    @model_validator(mode="after")
+    def _channels(self) -> PretrainConfig:
+        self.check_channels(self.model.in_chans)
         return self
+
+
+Schema = TypeVar("Schema", bound=Section)
 
 
 def resolve_config_path(name: str) -> Path:
@@ -270,7 +298,7 @@ def resolve_config_path(name: str) -> Path:
         CONFIG_ROOT.parent / name,
         CONFIG_ROOT / name,
         CONFIG_ROOT / f"{name}.yaml",
-        CONFIG_ROOT / "pretrain" / name,
+        *(CONFIG_ROOT / folder / name for folder in ("pretrain", "finetune")),
     ]
     for path in candidates:
         if path.is_file():
@@ -280,9 +308,15 @@ def resolve_config_path(name: str) -> Path:
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """Read a pretraining config.
+    """Read a pretraining config; see `load_typed_config`."""
+    return load_typed_config(PretrainConfig, name, overrides)
+
+
+def load_typed_config(schema: type[Schema], name: str, overrides: Sequence[str] = ()) -> Schema:
+    """Read a config of any kind.
 
     Args:
+        schema: what it must be.
         name: a path, or a name under configs/.
         overrides: `section.key=value` words; values are YAML.
 
@@ -294,10 +328,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> PretrainConfig:
     for word in overrides:
         set_override(values, word)
     try:
-        return PretrainConfig.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
         words = {word.partition("=")[0] for word in overrides}
-        raise UserError(describe_errors(error, path, words)) from None
+        raise UserError(describe_errors(error, path, words, schema)) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -337,13 +371,14 @@ def set_override(values: dict[str, Any], word: str) -> None:
         raise UserError(f"{word}: the value is not valid YAML") from None
 
 
-def describe_errors(error: ValidationError, path: Path, words: set[str]) -> str:
+def describe_errors(error: ValidationError, path: Path, words: set[str], schema: type[Section]) -> str:
     """All problems of a config in one line, each with its key, what was given and what is expected.
 
     Args:
         error: what the check found.
         path: of the file.
         words: keys that were given on the command line, which is blamed for them instead of the file.
+        schema: what it was checked against, whose keys are suggested for unknown ones.
     """
     problems: dict[str, list[str]] = {"command line": []}
     for item in error.errors(include_url=False):
@@ -356,7 +391,7 @@ def describe_errors(error: ValidationError, path: Path, words: set[str]) -> str:
         place = "command line" if typed else f"command line and {path}" if of_section else str(path)
         found = problems.setdefault(place, [])
         if item["type"] == "extra_forbidden":
-            found.append(f"unknown key {key!r}{_suggestion(location)}")
+            found.append(f"unknown key {key!r}{_suggestion(location, schema)}")
         elif item["type"] == "missing":
             found.append(f"missing key {key!r}: add it to the file or pass {key}=...")
         else:
@@ -367,16 +402,14 @@ def describe_errors(error: ValidationError, path: Path, words: set[str]) -> str:
     return "; ".join(f"{place}: {'; '.join(dict.fromkeys(found))}" for place, found in problems.items() if found)
 
 
-def _suggestion(location: list[str]) -> str:
-    section: type[BaseModel] = PretrainConfig
+def _suggestion(location: list[str], schema: type[Section]) -> str:
+    section: type[BaseModel] = schema
     for part in location[:-1]:
         annotation = section.model_fields[part].annotation if part in section.model_fields else None
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return ""
         section = annotation
-    sections = [
-        name for name, field in PretrainConfig.model_fields.items() if location[-1] in _fields(field.annotation)
-    ]
+    sections = [name for name, field in schema.model_fields.items() if location[-1] in _fields(field.annotation)]
     if len(location) == 1 and sections:
         return f" (did you mean {sections[0] + '.' + location[-1]!r}?)"
     known = list(section.model_fields)

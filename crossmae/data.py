@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -248,11 +248,22 @@ def to_tensor(pixels: Image.Image | Tensor) -> Tensor:
     return pixels.clamp(0, 1) if pixels.is_floating_point() else pixels
 
 
-def centre_view(pixels: Image.Image | Tensor, size: tuple[int, int]) -> Tensor:
-    """The middle of an image, scaled to cover (height, width): what evaluation sees. (C, height, width)."""
+def centre_view(pixels: Image.Image | Tensor, size: tuple[int, int], crop_pct: float = 1.0) -> Tensor:
+    """The middle of an image, scaled to cover (height, width): what evaluation sees. (C, height, width).
+
+    Args:
+        pixels: of any size.
+        size: height and width of the view.
+        crop_pct: share of the covering image that the view shows, along a side. Of a square, the shorter side becomes
+            int(size / crop_pct), as in timm and torchvision.
+    """
     height, width = VF.get_size(pixels)
-    scale = max(size[0] / height, size[1] / width)
-    scaled = [max(round(height * scale), size[0]), max(round(width * scale), size[1])]
+    cover = [int(side / crop_pct) for side in size]
+    # The side that decides is met exactly, the other one cut to whole pixels.
+    if cover[0] * width >= cover[1] * height:
+        scaled = [cover[0], cover[0] * width // height]
+    else:
+        scaled = [cover[1] * height // width, cover[1]]
     resized = VF.resize(pixels, scaled, interpolation=InterpolationMode.BICUBIC, antialias=True)
     return to_tensor(VF.center_crop(resized, list(size)))
 
@@ -339,9 +350,15 @@ def usable_workers(asked: int) -> int:
 
 
 def build_loader(
-    dataset: PretrainImages, plan: BatchPlan, first: int, last: int, workers: int, pin_memory: bool
+    dataset: Dataset[Any],
+    plan: BatchPlan,
+    first: int,
+    last: int,
+    workers: int,
+    pin_memory: bool,
+    collate: Callable[[list[Any]], Any] = collate,
 ) -> DataLoader[Any]:
-    """A loader of batches `first` .. `last` - 1 of the plan; each is a `Batch` or `Unreadable`."""
+    """A loader of batches `first` .. `last` - 1 of the plan; each is what `collate` makes, or `Unreadable`."""
     return DataLoader(
         dataset,
         batch_sampler=PlannedBatches(plan, first, last),

@@ -6,15 +6,20 @@ import json
 import logging
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from crossmae.config import PretrainConfig, ProbeConfig
+from crossmae.config import PretrainConfig, ProbeConfig, RunConfig, RuntimeConfig
 from crossmae.data import BatchPlan
 from crossmae.errors import UserError
 from crossmae.model import CrossMAE
 from crossmae.optim import lr_at, scaled_lr
 from crossmae.variants import model_arguments
+
+# Sections, and keys of data, that may change between a run and its continuation.
+NOT_DECISIVE = {"output_dir", "log", "validation", "probe", "health", "checkpoint"}
+NOT_DECISIVE_DATA = {"train", "root", "val", "val_root", "check", "broken_budget", "workers"}
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +69,16 @@ class Plan:
 
 
 def make_plan(config: PretrainConfig, batches: BatchPlan, device: torch.device, precision: str) -> Plan:
-    """Work out steps and learning rate.
+    """Work out steps and learning rate of pretraining; errors as `plan_steps`."""
+    optim, model = config.optim, config.model
+    predict_ratio = model.mask_ratio if is_plain(config) else model.predict_ratio
+    images_per_step = optim.batch_size * optim.accumulate * batches.world_size
+    peak = optim.lr or scaled_lr(optim.base_lr, images_per_step, model.mask_ratio, predict_ratio, optim.lr_rule)
+    return plan_steps(config, batches, device, precision, peak)
+
+
+def plan_steps(config: RunConfig, batches: BatchPlan, device: torch.device, precision: str, peak: float) -> Plan:
+    """Work out the steps of any training whose learning rate reaches `peak`.
 
     Raises:
         UserError: fewer batches per epoch than micro-batches per step, or a warm-up longer than the run.
@@ -81,8 +95,6 @@ def make_plan(config: PretrainConfig, batches: BatchPlan, device: torch.device, 
     total_batches = per_epoch * schedule.epochs
     total = math.ceil(total_batches / optim.accumulate)
     images_per_step = optim.batch_size * optim.accumulate * batches.world_size
-    predict_ratio = config.model.mask_ratio if is_plain(config) else config.model.predict_ratio
-    peak = optim.lr or scaled_lr(optim.base_lr, images_per_step, config.model.mask_ratio, predict_ratio, optim.lr_rule)
     if schedule.min_lr > peak:
         raise UserError(f"schedule.min_lr: {schedule.min_lr:g} is above the peak learning rate, {peak:.3g}")
     return Plan(
@@ -106,13 +118,13 @@ def is_plain(config: PretrainConfig) -> bool:
     return (config.model.decoder or model_arguments(config.model.name)["decoder"]) == "self"
 
 
-def choose_precision(config: PretrainConfig, device: torch.device) -> str:
+def choose_precision(runtime: RuntimeConfig, device: torch.device) -> str:
     """The precision that "auto" stands for on a device: "bf16" on GPUs that have it, else "fp32".
 
     Raises:
         UserError: bf16 was asked for, and the device has none.
     """
-    precision = config.runtime.precision
+    precision = runtime.precision
     has_bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
     if precision == "auto":
         return "bf16" if device.type == "cuda" and has_bf16 else "fp32"
@@ -121,11 +133,11 @@ def choose_precision(config: PretrainConfig, device: torch.device) -> str:
     return precision
 
 
-def fingerprint(config: PretrainConfig, plan: Plan) -> dict[str, str]:
+def fingerprint(config: RunConfig, plan: Plan) -> dict[str, str]:
     """What must not change between a run and its continuation, as text by key."""
-    values = config.model_dump(mode="json", include={"model", "optim", "schedule", "data", "runtime"})
-    decisive = ("crop_scale", "flip", "mean", "std", "bit_depth", "broken", "shuffle_shards")
-    values["data"] = {key: values["data"][key] for key in decisive}
+    sections = set(type(config).model_fields) - NOT_DECISIVE
+    values: dict[str, dict[str, Any]] = config.model_dump(mode="json", include=sections)
+    values["data"] = {key: value for key, value in values["data"].items() if key not in NOT_DECISIVE_DATA}
     values["schedule"].pop("max_steps")
     values["model"].pop("init")
     values["runtime"] = {"seed": values["runtime"]["seed"]}
@@ -142,6 +154,11 @@ def announce(config: PretrainConfig, plan: Plan, model: CrossMAE, step: int, has
     log.info("%d patches per image: %d visible, %d dropped, %d predicted", model.num_patches, *counts)
     for reason, keys in ignored_settings(config, has_shards).items():
         log.info("ignored, because %s: %s", reason, ", ".join(keys))
+    announce_steps(config, plan, step, lr_rule(config, plan))
+
+
+def announce_steps(config: RunConfig, plan: Plan, step: int, rule: str) -> None:
+    """Tell how many steps are about to be done, and their learning rate, which comes from `rule`."""
     left_out = plan.images - plan.batches_per_epoch * config.optim.batch_size * plan.world_size
     log.info(
         "%d images, %d per step, %.4g steps per epoch%s",
@@ -154,9 +171,7 @@ def announce(config: PretrainConfig, plan: Plan, model: CrossMAE, step: int, has
         reached = lr_at(plan.last_step - 1, plan.peak_lr, plan.warmup_steps, plan.total_steps, config.schedule.min_lr)
         words = "schedule.max_steps ends the run at step %d of %d, at a learning rate of %.3g"
         log.info(words, plan.last_step, plan.total_steps, reached)
-    log.info(
-        "steps %d to %d, peak learning rate %.3g = %s", step + 1, plan.last_step, plan.peak_lr, lr_rule(config, plan)
-    )
+    log.info("steps %d to %d, peak learning rate %.3g = %s", step + 1, plan.last_step, plan.peak_lr, rule)
 
 
 def ignored_settings(config: PretrainConfig, has_shards: bool) -> dict[str, list[str]]:

@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from crossmae.config import PretrainConfig
+from crossmae.config import RunConfig
 from crossmae.data import Broken
 from crossmae.errors import UserError
 from crossmae.figures import save_figure
@@ -32,6 +32,12 @@ NAMES = {
     "val_loss_ema": "validation loss of the averaged weights",
     "knn_accuracy": "kNN accuracy",
     "knn_accuracy_ema": "kNN accuracy of the averaged weights",
+    "top1": "top-1 accuracy",
+    "top1_ema": "top-1 accuracy of the averaged weights",
+    "top5": "top-5 accuracy",
+    "top5_ema": "top-5 accuracy of the averaged weights",
+    "mean_ap": "mean average precision",
+    "mean_ap_ema": "mean average precision of the averaged weights",
 }
 LOG, BROKEN = "log.jsonl", "broken.jsonl"
 
@@ -44,13 +50,16 @@ class RunLog:
         step: that it goes on from; lines of the log after it are dropped, because they will be written again.
         is_main: whether this process writes at all.
         resumed: whether there is a checkpoint; without one, nothing of an earlier try in the folder stays.
+        word: what is being done, for the progress bar.
 
     Raises:
         UserError: Weights & Biases was asked for and can not be used.
     """
 
-    def __init__(self, config: PretrainConfig, plan: Plan, step: int, is_main: bool, resumed: bool) -> None:
-        self.config, self.plan, self.is_main, self.first_step = config, plan, is_main, step
+    def __init__(
+        self, config: RunConfig, plan: Plan, step: int, is_main: bool, resumed: bool, word: str = "pretrain"
+    ) -> None:
+        self.config, self.plan, self.is_main, self.first_step, self.word = config, plan, is_main, step, word
         self.rows: list[dict[str, Any]] = []
         self.wandb = start_wandb(config, resumed) if is_main and config.log.wandb else None
         if is_main and resumed:
@@ -64,7 +73,7 @@ class RunLog:
         self.bar = tqdm(
             total=plan.last_step,
             initial=self.first_step,
-            desc="pretrain",
+            desc=self.word,
             unit="step",
             dynamic_ncols=True,
             disable=not self.is_main,
@@ -120,7 +129,7 @@ class RunLog:
     def announce(self, step: int, values: Mapping[str, float]) -> None:
         """Say what was measured at a step, above the live line."""
         if self.is_main:
-            log.info("step %d: %s", step, ", ".join(f"{NAMES[key]} {value:.4f}" for key, value in values.items()))
+            log.info("step %d: %s", step, describe(values))
 
     def summary(self) -> list[str]:
         """For each quantity that was measured more than once, what it was at first and what it became."""
@@ -144,6 +153,11 @@ def live_line(loss: float, lr: float, images_per_second: float, data_wait_share:
         f"loss {loss:.4f}, lr {lr:.2e}, {images_per_second:.0f} img/s, "
         f"waiting for data {data_wait_share:.0%}, {memory_gb:.1f} GB"
     )
+
+
+def describe(values: Mapping[str, float]) -> str:
+    """Numbers by name, in words."""
+    return ", ".join(f"{NAMES.get(key, key.replace('_', ' '))} {value:.4f}" for key, value in values.items())
 
 
 class BrokenImages:
@@ -205,7 +219,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def start_wandb(config: PretrainConfig, resumed: bool) -> Any:
+def start_wandb(config: RunConfig, resumed: bool) -> Any:
     """A run of Weights & Biases, named after the output folder; the same one when a run goes on.
 
     Raises:

@@ -19,7 +19,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from crossmae.checkpoint import RECORD, latest_checkpoint
-from crossmae.config import DataConfig, PretrainConfig
+from crossmae.config import DataConfig, PretrainConfig, RunConfig
 from crossmae.errors import UserError
 from crossmae.load_report import LoadReport
 from crossmae.model import CrossMAE, resolve_blocks
@@ -81,14 +81,17 @@ def find_start(run: Path, resume: bool) -> Path | None:
     return latest
 
 
-def check_settings(folder: Path, config: PretrainConfig, plan: Plan) -> None:
+def check_settings(folder: Path, config: RunConfig, plan: Plan, extra: Mapping[str, str] | None = None) -> None:
     """Make sure that a run can go on from a checkpoint.
+
+    Args:
+        extra: what the kind of training adds to the fingerprint.
 
     Raises:
         UserError: it is of a run whose settings differ in what decides data, model or schedule.
     """
     theirs: dict[str, str] = json.loads((folder / RECORD).read_text(encoding="utf-8")).get("fingerprint", {})
-    mine = fingerprint(config, plan)
+    mine = fingerprint(config, plan) | dict(extra or {})
     changed = [f"{key} was {theirs.get(key)}, is {mine[key]}" for key in mine if mine[key] != theirs.get(key)]
     if changed:
         raise UserError(
@@ -112,7 +115,7 @@ def start_from(model: CrossMAE, path: Path, arguments: Mapping[str, Any], data: 
         UserError: the encoders do not agree in anything but the grid; nothing was loaded.
     """
     weights = read_weights(path)
-    _compare_pixels(weights, data)
+    compare_pixels(weights, data)
     recorded = recorded_arguments(weights.metadata)
     weights = _for_grid(weights, model)
     differing = [key for key in recorded if key != "img_size" and not _same(key, recorded, arguments)]
@@ -141,7 +144,7 @@ def _same(key: str, recorded: Mapping[str, Any], arguments: Mapping[str, Any]) -
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(CrossMAE).parameters.items()}
 
 
-def _compare_pixels(weights: Weights, data: DataConfig) -> None:
+def compare_pixels(weights: Weights, data: DataConfig) -> None:
     """Warn where a file was trained on pixels made in another way; a converted file may not know how."""
     for key, name, mine in (
         (PIXEL_MEAN, "mean", list(data.mean)),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from crossmae.config import PretrainConfig
+from crossmae.config import PretrainConfig, RunConfig
 from crossmae.data import Normalize, centre_view, read_or_next
 from crossmae.distributed import Ranks
 from crossmae.errors import UserError
@@ -124,7 +124,7 @@ class Neighbours:
             yield normalize(batch.to(device))
 
 
-def open_named(config: PretrainConfig, key: str) -> Source:
+def open_named(config: RunConfig, key: str) -> Source:
     """The source that a key such as "data.val" names.
 
     Raises:

@@ -97,6 +97,12 @@ class Source(ABC):
             )
         return int(self._labels[index])
 
+    def labels(self) -> NDArray[np.int64]:
+        """(N,) classes of all samples; errors as `label`."""
+        self.label(0)
+        assert self._labels is not None
+        return self._labels
+
     def use_labels(self, texts: Sequence[str | None], order: Sequence[str] = ()) -> None:
         """Take one label per sample, or none at all where any is missing, which the log then says.
 

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from crossmae import run as run_module
 from crossmae import train as train_module
 from crossmae.checkpoint import complete_checkpoints, read_state
 from crossmae.config import PretrainConfig
@@ -180,9 +181,9 @@ def test_a_truncated_image_stops_the_run_by_name(images: Path, tmp_path: Path) -
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = train_module.Run.forward_backward
+    forward = run_module.Run.forward_backward
     nan = float("nan")
-    monkeypatch.setattr(train_module.Run, "forward_backward", lambda *given, **named: forward(*given, **named) * nan)
+    monkeypatch.setattr(run_module.Run, "forward_backward", lambda *given, **named: forward(*given, **named) * nan)
     with pytest.raises(UserError, match="the loss is nan at step 1"):
         pretrain(make_config(images, tmp_path / "run"))
     assert complete_checkpoints(tmp_path / "run") == []
@@ -274,14 +275,14 @@ def test_ema_is_the_average_of_the_weights_and_survives_a_restart(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.Tensor] = []
-    step = train_module.Run.optimizer_step
+    step = run_module.Run.optimizer_step
 
-    def spy(run: train_module.Run) -> float:
+    def spy(run: run_module.Run) -> float:
         lr = step(run)
         seen.append(run.model.cls_token.detach().clone())
         return lr
 
-    monkeypatch.setattr(train_module.Run, "optimizer_step", spy)
+    monkeypatch.setattr(run_module.Run, "optimizer_step", spy)
     optim = {"ema": 0.5}
     pretrain(make_config(images, tmp_path / "whole", optim=optim))
     expected = seen[0]
@@ -314,15 +315,15 @@ def test_half_precision_follows_full_precision_and_resumes_to_the_bit(
 
 
 def test_fp16_stops_after_too_many_skipped_steps(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "MAX_SKIPPED", 3)
-    forward = train_module.Run.forward_backward
+    monkeypatch.setattr(run_module, "MAX_SKIPPED", 3)
+    forward = run_module.Run.forward_backward
 
-    def explode(run: train_module.Run, *given: Any, **named: Any) -> torch.Tensor:
+    def explode(run: run_module.Run, *given: Any, **named: Any) -> torch.Tensor:
         loss = forward(run, *given, **named)
         run.model.cls_token.grad.fill_(float("inf"))
         return loss
 
-    monkeypatch.setattr(train_module.Run, "forward_backward", explode)
+    monkeypatch.setattr(run_module.Run, "forward_backward", explode)
     with pytest.raises(UserError, match=r"fp16 skipped 3 steps in a row up to step 3.*bf16 or fp32"):
         pretrain(make_config(images, tmp_path / "run", runtime={"precision": "fp16"}, log={"every_steps": 1}))
 
@@ -362,13 +363,13 @@ def test_a_compiled_step_has_no_graph_break_and_trains_the_same(
 def test_no_micro_batch_is_dropped(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """3 batches per epoch, 3 epochs, 2 in a step: 9 batches in 5 steps, the last of one batch with its whole weight."""
     used: list[int] = []
-    forward = train_module.Run.forward_backward
+    forward = run_module.Run.forward_backward
 
-    def spy(run: train_module.Run, batch: Any, micro_batches: int, last: bool) -> torch.Tensor:
+    def spy(run: run_module.Run, batch: Any, micro_batches: int, last: bool) -> torch.Tensor:
         used.append(micro_batches)
         return forward(run, batch, micro_batches, last)
 
-    monkeypatch.setattr(train_module.Run, "forward_backward", spy)
+    monkeypatch.setattr(run_module.Run, "forward_backward", spy)
     pretrain(make_config(images, tmp_path / "run", optim={"accumulate": 2}, schedule={"epochs": 3}))
     assert used == [2] * 8 + [1]
     record = json.loads((tmp_path / "run/checkpoints/step-00000005/run.json").read_text())
@@ -512,18 +513,18 @@ def test_a_signal_ends_the_run_after_the_step_and_nothing_is_lost(
         "optim": {"batch_size": 2, "accumulate": 2, "ema": 0.9},
     }
     pretrain(make_config(images, tmp_path / "whole", **settings))
-    forward = train_module.Run.forward_backward
+    forward = run_module.Run.forward_backward
 
     waiting = ["the first batch of step 5"]
 
-    def interrupted(run: train_module.Run, *given: Any, **named: Any) -> torch.Tensor:
+    def interrupted(run: run_module.Run, *given: Any, **named: Any) -> torch.Tensor:
         if run.step == 4 and waiting:
             waiting.clear()
             signal.raise_signal(getattr(signal, number))
         return forward(run, *given, **named)
 
     config = make_config(images, tmp_path / "parts", **settings, checkpoint={"every_epochs": 4})
-    monkeypatch.setattr(train_module.Run, "forward_backward", interrupted)
+    monkeypatch.setattr(run_module.Run, "forward_backward", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
     try:
         with pytest.raises(outcome):
@@ -544,15 +545,15 @@ def test_weights_that_are_not_finite_are_never_saved(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A finite loss before the update says nothing of the weights after it."""
-    step = train_module.Run.optimizer_step
+    step = run_module.Run.optimizer_step
 
-    def explode(run: train_module.Run) -> float:
+    def explode(run: run_module.Run) -> float:
         lr = step(run)
         if run.step == 6:
             run.model.cls_token.data.fill_(float("nan"))
         return lr
 
-    monkeypatch.setattr(train_module.Run, "optimizer_step", explode)
+    monkeypatch.setattr(run_module.Run, "optimizer_step", explode)
     with pytest.raises(UserError, match="a weight is not finite after step 6; the last checkpoint stays"):
         pretrain(make_config(images, tmp_path / "run", checkpoint={"keep": 1}))
     assert [folder.name for folder in complete_checkpoints(tmp_path / "run")] == ["step-00000003"]

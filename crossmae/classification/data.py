@@ -1,0 +1,230 @@
+"""Labelled images: classes by name, batches to train on, views to evaluate on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from crossmae.classification.augment import keyed_everywhere
+from crossmae.data import Broken, Unreadable, centre_view, read_or_next, read_pixels, usable_workers
+from crossmae.errors import UserError
+from crossmae.images import MAX_NAMES
+from crossmae.sources import Source
+from crossmae.stopping import ignore_interrupts
+
+log = logging.getLogger(__name__)
+
+PUBLISHED_CROP_PCT = 224 / 256
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """Images and targets of one micro-batch.
+
+    Attributes:
+        images: (B, C, H, W), uint8 or float32 in 0-1.
+        targets: (B,) int64 classes, or (B, N) float32 of zeros and ones where an image can have several.
+        indices: (B,) int64 positions in the source.
+        broken: what could not be read; other images, with their own labels, are in its place.
+    """
+
+    images: Tensor
+    targets: Tensor
+    indices: Tensor
+    broken: tuple[Broken, ...] = ()
+
+    def to(self, device: torch.device) -> LabelledBatch:
+        """The same batch with pixels and targets on a device."""
+        images, targets = (t.to(device, non_blocking=True) for t in (self.images, self.targets))
+        return LabelledBatch(images, targets, self.indices, self.broken)
+
+    def pin_memory(self) -> LabelledBatch:
+        """The same batch in page-locked memory; the loader calls this."""
+        return LabelledBatch(self.images.pin_memory(), self.targets.pin_memory(), self.indices, self.broken)
+
+
+def find_classes(source: Source, key: str, separator: str | None = None) -> tuple[str, ...]:
+    """The classes of a source: its labels or, with several per image, the words in them, sorted.
+
+    Raises:
+        UserError: the source has no labels, or fewer than two classes.
+    """
+    source.label(0)
+    classes = source.classes
+    if separator is not None:
+        classes = tuple(sorted({word for text in source.classes for word in split_labels(text, separator)}))
+    if len(classes) < (2 if separator is None else 1):
+        raise UserError(
+            f"{key}: {source.description}: {len(classes)} classes; there must be at least two to tell apart"
+        )
+    return classes
+
+
+def split_labels(text: str, separator: str) -> list[str]:
+    """The labels of one image; none where its text is the separator alone."""
+    return [word for part in text.split(separator) if (word := part.strip())]
+
+
+def label_targets(source: Source, key: str, classes: Sequence[str], separator: str | None = None) -> Tensor:
+    """The labels of a source as positions in `classes`, which may be those of another source: names decide.
+
+    Returns:
+        (N,) int64, or with a separator (N, C) float32 of zeros and ones.
+
+    Raises:
+        UserError: the source has no labels, or some that are not in `classes`; names them.
+    """
+    labels = torch.from_numpy(np.array(source.labels()))
+    positions = {name: position for position, name in enumerate(classes)}
+    words = [[text] if separator is None else split_labels(text, separator) for text in source.classes]
+    unknown = sorted({word for of_one in words for word in of_one} - positions.keys())
+    if unknown:
+        more = f" and {len(unknown) - MAX_NAMES} more" if len(unknown) > MAX_NAMES else ""
+        known = ", ".join(classes[:MAX_NAMES]) + (", ..." if len(classes) > MAX_NAMES else "")
+        raise UserError(
+            f"{key}: {source.description}: {', '.join(unknown[:MAX_NAMES])}{more}: no class of the model, whose "
+            f"{len(classes)} are {known}; classes are compared by name"
+        )
+    absent = len(positions.keys() - {word for of_one in words for word in of_one})
+    if absent:
+        log.warning("%s: no image of %d of the %d classes", key, absent, len(classes))
+    if separator is None:
+        return torch.tensor([positions[word] for (word,) in words])[labels]
+    table = torch.zeros(len(words), len(classes))
+    for row, of_one in enumerate(words):
+        table[row, [positions[word] for word in of_one]] = 1.0
+    return table[labels]
+
+
+def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str]) -> tuple[str, ...]:
+    """Names to show for the classes, in their order.
+
+    Args:
+        names: given, or a text file with one a line; None: the classes themselves.
+
+    Raises:
+        UserError: not one per class, or the file can not be read.
+    """
+    if names is None:
+        return tuple(classes)
+    where = "data.class_names"
+    if isinstance(names, Path):
+        where = f"data.class_names: {names}"
+        try:
+            names = names.expanduser().read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{where}: can not be read: {error}") from None
+    if len(names) != len(classes):
+        raise UserError(f"{where}: {len(names)} names for {len(classes)} classes, the first of which are {classes[:3]}")
+    return tuple(names)
+
+
+def published_crop_pct(size: tuple[int, int]) -> float:
+    """Side of the central crop over the scaled image's: 224/256 up to 224 pixels, all of it above (1.10)."""
+    return PUBLISHED_CROP_PCT if max(size) <= 224 else 1.0
+
+
+Sample = tuple[Tensor, Tensor, int, tuple[Broken, ...]]
+
+
+class TrainImages(Dataset[Any]):
+    """Augmented images with their targets; all randomness is keyed by (seed, epoch, index).
+
+    Args:
+        source: where images come from.
+        targets: (N, ...) of all its samples.
+        view: an image of any size to (C, H, W).
+        seed: of all randomness.
+        channels, bit_depth: see `crossmae.images`.
+        broken: "error", or "substitute": the next readable image takes the place of a broken one.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        targets: Tensor,
+        view: Callable[[Image.Image | Tensor], Tensor],
+        seed: int,
+        channels: int,
+        bit_depth: int,
+        broken: Literal["error", "substitute"],
+    ) -> None:
+        self.source, self.targets, self.view, self.seed = source, targets, view, seed
+        self.channels, self.bit_depth, self.broken = channels, bit_depth, broken
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | Unreadable:
+        """Sample `index` as seen in `epoch`; key = (epoch, index)."""
+        epoch, index = key
+        try:
+            pixels, position, broken = read_or_next(self.source, index, self.channels, self.bit_depth, self.broken)
+        except UserError as error:
+            return Unreadable(str(error))
+        with keyed_everywhere(self.seed, epoch, index):
+            return self.view(pixels), self.targets[position], position, broken
+
+
+class CentreViews(Dataset[Any]):
+    """What evaluation sees of every image, with its target.
+
+    Args:
+        source, targets, channels, bit_depth: see `TrainImages`.
+        size: height and width of the view.
+        crop_pct: see `crossmae.data.centre_view`.
+    """
+
+    def __init__(
+        self, source: Source, targets: Tensor, size: tuple[int, int], crop_pct: float, channels: int, bit_depth: int
+    ) -> None:
+        self.source, self.targets, self.size, self.crop_pct = source, targets, size, crop_pct
+        self.channels, self.bit_depth = channels, bit_depth
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample | Unreadable:
+        """Sample `index`."""
+        try:
+            pixels = read_pixels(self.source, index, self.channels, self.bit_depth)
+        except UserError as error:
+            return Unreadable(str(error))
+        return centre_view(pixels, self.size, self.crop_pct), self.targets[index], index, ()
+
+
+def collate(samples: list[Sample | Unreadable]) -> LabelledBatch | Unreadable:
+    """Samples to a batch; one unreadable sample makes the whole batch unreadable."""
+    good: list[Sample] = []
+    for sample in samples:
+        if isinstance(sample, Unreadable):
+            return sample
+        good.append(sample)
+    images, targets, indices, broken = zip(*good, strict=True)
+    return LabelledBatch(
+        torch.stack(images), torch.stack(targets), torch.tensor(indices), tuple(b for each in broken for b in each)
+    )
+
+
+def evaluation_loader(
+    dataset: CentreViews, indices: Sequence[int], batch_size: int, workers: int, pin_memory: bool
+) -> DataLoader[Any]:
+    """A loader of some samples, in order; each batch is a `LabelledBatch` or `Unreadable`."""
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=indices,
+        num_workers=usable_workers(workers) if len(indices) > batch_size else 0,
+        collate_fn=collate,
+        worker_init_fn=ignore_interrupts,
+        pin_memory=pin_memory,
+    )

@@ -1,0 +1,441 @@
+"""Fine-tuning and linear probing: what `crossmae.loop` does not know about it.
+
+Where the weights come from: with --resume, the latest complete checkpoint of the run, which also knows the best score
+so far; else `model.init`, a file of any format that `crossmae.weights` reads; else random ones.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from crossmae.checkpoint import MODEL, step_of
+from crossmae.classification.augment import TrainView, keyed_everywhere
+from crossmae.classification.classifier import BEST, classifier_metadata
+from crossmae.classification.config import FinetuneConfig
+from crossmae.classification.data import (
+    CentreViews,
+    TrainImages,
+    collate,
+    find_classes,
+    label_targets,
+    published_crop_pct,
+    read_class_names,
+)
+from crossmae.classification.evaluate import EvaluationSet, evaluate
+from crossmae.classification.linear import lars
+from crossmae.classification.metrics import Predictions, Scores, score
+from crossmae.classification.report import write_report
+from crossmae.classification.results import EVALUATION_FOLDER, write_results
+from crossmae.classification.vit import Architecture, architecture_of, build_vit, load_encoder_weights, parameter_groups
+from crossmae.data import BatchPlan, Normalize, build_loader, warn_of_depth
+from crossmae.distributed import Ranks
+from crossmae.errors import UserError
+from crossmae.files import check_writable
+from crossmae.loop import Ready, Task, check_images, train
+from crossmae.plan import Plan, announce_steps, plan_steps
+from crossmae.run import Run
+from crossmae.run_log import RunLog
+from crossmae.sources import Source
+from crossmae.sources.subset import choose_per_class
+from crossmae.start import check_settings, compare_pixels, find_start
+from crossmae.validation import open_named, warn_of_overlap
+from crossmae.variants import SIZES
+from crossmae.weights import Weights, read_weights, recorded_arguments, save_weights
+
+log = logging.getLogger(__name__)
+
+
+def finetune(config: FinetuneConfig, resume: bool = False) -> Path:
+    """Train a classifier as the config says; returns the file of its last weights, beside which are the best ones.
+
+    Reads every key of `FinetuneConfig`. In several processes: see `crossmae.loop.train`.
+
+    Raises:
+        UserError: bad data or weights, classes that differ between data.train and data.val, a folder in use by another
+            run, an impossible combination of settings, a loss that is not finite.
+    """
+    if not config.data.train:
+        raise UserError("missing key 'data.train': the labelled images to train on; pass data.train=...")
+    return train(lambda *where: Finetuning(config, *where), config, resume)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images to train and to evaluate on, under the same classes."""
+
+    train: Source
+    targets: Tensor
+    classes: tuple[str, ...]
+    class_names: tuple[str, ...]
+    val: Source | None
+    val_targets: Tensor | None
+
+
+class Finetuning(Task[FinetuneConfig]):
+    """Classes of labelled images."""
+
+    word = "finetune"
+
+    def prepare(self, resume: bool) -> Ready:
+        """See `Task.prepare`."""
+        config, ranks, data, optim = self.config, self.ranks, self.config.data, self.config.optim
+        check_writable(config.output_dir, "output_dir")
+        self.labelled = open_labelled(config, ranks)
+        source = self.labelled.train
+        batches = BatchPlan(
+            len(source),
+            optim.batch_size,
+            config.runtime.seed,
+            ranks.rank,
+            ranks.world_size,
+            source.groups,
+            data.shuffle_shards,
+        )
+        images_per_step = optim.batch_size * optim.accumulate * ranks.world_size
+        peak = optim.lr or optim.base_lr * images_per_step / 256
+        plan = plan_steps(config, batches, self.device, self.precision, peak)
+        start = find_start(config.output_dir, resume)
+        is_complete = start is not None and step_of(start) >= plan.last_step
+        if start and not is_complete:
+            check_settings(start, config, plan, self.decisive())
+        self.architecture, model = build_model(config, len(self.labelled.classes), start)
+        self.crop_pct = config.evaluation.crop_pct or published_crop_pct(self.architecture.img_size)
+        self.view = TrainView(
+            self.architecture.img_size, data.crop_scale, data.flip, data.auto_augment, data.color_jitter, data.mean
+        )
+        self.normalize = Normalize(data.mean, data.std, self.device)
+        self.objective = Objective(config, self.labelled, self.device)
+        broken = check_images(config, source, config.model.in_chans, ranks) if data.check and not is_complete else []
+        return Ready(model, source, batches, plan, start, broken)
+
+    def announce(self, ready: Ready, step: int) -> None:
+        """See `Task.announce`."""
+        config, plan, size = self.config, ready.plan, self.architecture
+        trainable = sum(p.numel() for p in ready.model.parameters() if p.requires_grad)
+        words = (
+            "ViT of width %d, depth %d, patch %d for %d x %d pixels, pool %s: %.2f M trainable parameters, on %s in %s"
+        )
+        sizes = (size.embed_dim, size.depth, size.patch_size, *size.img_size, config.model.pool)
+        log.info(words, *sizes, trainable / 1e6, plan.device, plan.precision)
+        several = ", several per image" if config.data.separator is not None else ""
+        log.info(
+            "%d classes%s; ignored: %s", len(self.labelled.classes), several, ignored_settings(config) or "nothing"
+        )
+        rule = "optim.lr" if config.optim.lr else f"base_lr {config.optim.base_lr:g} * {plan.images_per_step} / 256"
+        announce_steps(config, plan, step, rule)
+
+    def optimizer(self, model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
+        """AdamW by layers, or LARS for a head alone."""
+        optim = self.config.optim
+        if optim.name == "lars":
+            return lars(model, plan.peak_lr)
+        groups = parameter_groups(cast(VisionTransformer, model), optim.weight_decay, optim.layer_decay)
+        return torch.optim.AdamW(groups, lr=plan.peak_lr, betas=optim.betas, fused=True)
+
+    def loader(self, ready: Ready, first: int, last: int) -> Iterator[Any]:
+        """See `Task.loader`."""
+        config, data = self.config, self.config.data
+        dataset = TrainImages(
+            ready.source,
+            self.labelled.targets,
+            self.view,
+            config.runtime.seed,
+            config.model.in_chans,
+            data.bit_depth,
+            data.broken,
+        )
+        self.number = first
+        return iter(
+            build_loader(dataset, ready.batches, first, last, data.workers, self.device.type == "cuda", collate)
+        )
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Of one micro-batch; its randomness is keyed by its number in the run."""
+        batch = batch.to(self.device)
+        key = (self.config.runtime.seed, 1, self.number, self.ranks.rank)
+        self.number += 1
+        with keyed_everywhere(*key, device=self.device):
+            images, targets = self.objective.augment(self.normalize(batch.images), batch.targets)
+            logits = model(images)
+        return self.objective.loss(logits.float(), targets)
+
+    def metadata(self, step: int) -> dict[str, str]:
+        """See `Task.metadata`."""
+        config, data = self.config, self.config.data
+        return classifier_metadata(
+            self.architecture,
+            config.model.pool,
+            config.model.head,
+            self.labelled.classes,
+            self.labelled.class_names,
+            data.separator is not None,
+            data.mean,
+            data.std,
+            data.bit_depth,
+            self.crop_pct,
+            step,
+        )
+
+    def decisive(self) -> dict[str, str]:
+        """The classes."""
+        return {"classes": json.dumps(self.labelled.classes, ensure_ascii=False)}
+
+    def begin(self, run: Run, records: RunLog) -> None:
+        """Set what is frozen to evaluation mode."""
+        if self.config.model.freeze:
+            run.model.eval()
+            run.model.get_submodule("head").train()
+
+    def look(self, run: Run, records: RunLog) -> None:
+        """Evaluate where an epoch ends, and keep the weights if they are the best so far."""
+        data = self.evaluation_set()
+        if data is None or not run.plan.ends_period(run.step, self.config.evaluation.every_epochs):
+            return
+        self.share_statistics(run.model)
+        values: dict[str, float] = {}
+        for suffix, model in run.models.items():
+            predictions = evaluate(model, data, run.device, run.autocast, run.ranks)
+            scores = score(predictions, len(self.labelled.classes))
+            values |= {f"{name}{suffix}": value for name, value in headline(scores).items()}
+            if is_best(run, scores, suffix) and run.ranks.is_main:
+                self.keep_best(run, model, predictions, scores)
+        records.record(run.step, values)
+        records.announce(run.step, values)
+
+    def finish(self, records: RunLog) -> None:
+        """The page of the run."""
+        log.info("report: %s", write_report(self.config.output_dir))
+
+    def evaluation_set(self) -> EvaluationSet | None:
+        """What is evaluated on, if anything."""
+        config, val, targets = self.config, self.labelled.val, self.labelled.val_targets
+        if val is None or targets is None:
+            return None
+        channels, depth = config.model.in_chans, config.data.bit_depth
+        return EvaluationSet(
+            val,
+            "data.val",
+            CentreViews(val, targets, self.architecture.img_size, self.crop_pct, channels, depth),
+            config.data.mean,
+            config.data.std,
+            config.evaluation.batch_size or config.optim.batch_size,
+            config.data.workers,
+            config.evaluation.features,
+        )
+
+    def share_statistics(self, model: nn.Module) -> None:
+        """Give all processes the mean of their running statistics, so that they evaluate the same model."""
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(self.ranks.mean(buffer.clone()))
+
+    def keep_best(self, run: Run, model: nn.Module, predictions: Predictions, scores: Scores) -> None:
+        """Write the weights, and what they answered."""
+        config, best = self.config, run.kept["best"]
+        record = {f"best_{key}": str(value) for key, value in best.items()}
+        tensors = model.state_dict()
+        save_weights(config.output_dir / BEST, tensors, self.metadata(run.step) | record, force=True)
+        assert self.labelled.val is not None
+        about = {
+            "weights": BEST,
+            "weights_are": "averaged" if best["averaged"] else "as trained",
+            "step": run.step,
+            "epoch": run.plan.epoch(run.step),
+            "data": config.data.val,
+            "data_root": str(config.data.val_root) if config.data.val_root else None,
+            "in_chans": config.model.in_chans,
+            "bit_depth": config.data.bit_depth,
+            "img_size": list(self.architecture.img_size),
+            "crop_pct": self.crop_pct,
+        }
+        write_results(
+            config.output_dir / EVALUATION_FOLDER,
+            predictions,
+            scores,
+            self.labelled.val,
+            self.labelled.class_names,
+            about,
+            config.evaluation.hardest,
+        )
+
+
+def open_labelled(config: FinetuneConfig, ranks: Ranks) -> Labelled:
+    """Open both sources; their labels as positions among the classes of data.train.
+
+    Raises:
+        UserError: no labels, or data.val has classes that data.train has not.
+    """
+    data = config.data
+    source = open_named(config, "data.train")
+    if ranks.is_main:
+        warn_of_depth(source, data.bit_depth)
+    classes = find_classes(source, "data.train", data.separator)
+    if data.per_class is not None:
+        source = choose_per_class(source, data.per_class, config.runtime.seed, "data.per_class")
+    targets = label_targets(source, "data.train", classes, data.separator)
+    names = read_class_names(data.class_names, classes)
+    if data.val is None:
+        return Labelled(source, targets, classes, names, None, None)
+    val = open_named(config, "data.val")
+    if ranks.is_main:
+        warn_of_overlap(source, "data.train", val, "data.val")
+    return Labelled(source, targets, classes, names, val, label_targets(val, "data.val", classes, data.separator))
+
+
+def build_model(config: FinetuneConfig, num_classes: int, start: Path | None) -> tuple[Architecture, VisionTransformer]:
+    """The model, with the weights of `model.init` unless a checkpoint is to be loaded.
+
+    Raises:
+        UserError: the file holds no such encoder, or the sizes do not go together.
+    """
+    settings, given = config.model, config.model.given()
+    torch.manual_seed(config.runtime.seed)
+    file = start / MODEL if start else settings.init
+    weights = read_weights(file) if file else None
+    if weights is not None:
+        architecture = architecture_of(weights, **given)
+    else:
+        architecture = architecture_from(given, config)
+    model = build_vit(architecture, num_classes, settings.pool, settings.drop_path, settings.head)
+    if weights is not None and not start:
+        compare_pixels(weights, config.data)
+        warn_of_untrained_blocks(weights, architecture.depth)
+        report = load_encoder_weights(model, weights)
+        log.info("model.init: the encoder of %s: %s", weights.path, report.summary())
+    if settings.freeze:
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+    model.set_grad_checkpointing(config.runtime.activation_checkpointing)
+    return architecture, model
+
+
+def warn_of_untrained_blocks(weights: Weights, depth: int) -> None:
+    """Say so where pretraining mixed no map of the last blocks: those were never trained."""
+    fused = recorded_arguments(weights.metadata).get("fuse_blocks")
+    if fused and (last := max(block % depth for block in fused)) < depth - 1:
+        words = "model.init: %s was pretrained up to block %d of %d (fuse_blocks); those after it are random"
+        log.warning(words, weights.path, last, depth - 1)
+
+
+def architecture_from(given: dict[str, Any], config: FinetuneConfig) -> Architecture:
+    """Of random weights: the named size, for 224 pixels unless something else is given."""
+    size = SIZES[str(config.model.name).removeprefix("vit_")]
+    img_size = given.get("img_size", 224)
+    values = {"patch_size": size.patch_size, "mlp_ratio": 4.0} | given
+    values["img_size"] = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    try:
+        return Architecture(**values)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
+
+
+class Objective:
+    """The loss, and what is done to a batch on the device before the model sees it.
+
+    Raises:
+        UserError: not one class weight per class.
+    """
+
+    def __init__(self, config: FinetuneConfig, labelled: Labelled, device: torch.device) -> None:
+        data, loss, num_classes = config.data, config.loss, len(labelled.classes)
+        self.smoothing, self.several, self.mixes = loss.smoothing, data.separator is not None, loss.mixes
+        self.weights = class_weights(config, labelled.targets, num_classes)
+        if self.weights is not None:
+            self.weights = self.weights.to(device)
+        self.erase = RandomErasing(data.erase, mode=data.erase_mode, max_count=data.erase_count, device=str(device))
+        several = {"multi_label": True} if self.several else {}
+        self.mix = Mixup(
+            loss.mixup,
+            loss.cutmix,
+            loss.cutmix_minmax,
+            loss.mixup_prob,
+            loss.mixup_switch_prob,
+            loss.mixup_mode,
+            label_smoothing=loss.smoothing,
+            num_classes=num_classes,
+            **several,
+        )
+
+    def augment(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Erase, then mix; the targets become (B, N) probabilities if images are mixed."""
+        images = self.erase(images)
+        if self.mixes:
+            images, targets = self.mix(images, targets)
+        return images, targets
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy, or the binary one where an image can have several labels; mixed targets are smooth already."""
+        if self.several:
+            if not self.mixes:
+                targets = targets * (1 - self.smoothing) + 0.5 * self.smoothing
+            return F.binary_cross_entropy_with_logits(logits, targets, self.weights)
+        smoothing = 0.0 if self.mixes else self.smoothing
+        return F.cross_entropy(logits, targets, self.weights, label_smoothing=smoothing)
+
+
+def class_weights(config: FinetuneConfig, targets: Tensor, num_classes: int) -> Tensor | None:
+    """(N,) weights of the classes in the loss; "balanced" is images / (classes * images of the class).
+
+    Raises:
+        UserError: not one per class.
+    """
+    given = config.loss.class_weights
+    if given is None:
+        return None
+    if given == "balanced":
+        return len(targets) / (num_classes * torch.bincount(targets, minlength=num_classes).float())
+    if len(given) != num_classes:
+        raise UserError(f"loss.class_weights: {len(given)} weights for {num_classes} classes")
+    return torch.tensor(given, dtype=torch.float32)
+
+
+def headline(scores: Scores) -> dict[str, float]:
+    """What a line of the log says of an evaluation, the metric that decides last."""
+    numbers = scores.numbers()
+    return {"val_loss": scores.loss} | {key: numbers[key] for key in ("mean_ap", "top5", "top1") if key in numbers}
+
+
+def is_best(run: Run, scores: Scores, suffix: str) -> bool:
+    """Whether these weights are the best so far, which is then remembered, over restarts, too."""
+    metric, value = list(headline(scores).items())[-1]
+    best = run.kept.get("best")
+    if best is not None and value <= best["score"]:
+        return False
+    run.kept["best"] = {"score": value, "metric": metric, "step": run.step, "averaged": bool(suffix)}
+    return True
+
+
+def ignored_settings(config: FinetuneConfig) -> str:
+    """Keys that were given but have no effect, each with the reason."""
+    data, loss, model = config.data, config.loss, config.model
+    cases = [
+        (model.freeze, "model.freeze trains the head alone", "model", {"drop_path"}),
+        (model.freeze, "model.freeze trains the head alone", "optim", {"layer_decay"}),
+        (config.optim.name == "lars", "optim.name is lars", "optim", {"betas"}),
+        (config.optim.lr is not None, "optim.lr is given", "optim", {"base_lr"}),
+        (loss.cutmix_minmax is not None, "loss.cutmix_minmax is given", "loss", {"cutmix"}),
+        (not loss.mixes, "nothing is mixed", "loss", {"mixup_prob", "mixup_switch_prob", "mixup_mode"}),
+        (not data.erase, "data.erase is 0", "data", {"erase_mode", "erase_count"}),
+        (data.val is None, "data.val is not given", "data", {"val_root"}),
+        (data.val is None, "data.val is not given", "evaluation", set(type(config.evaluation).model_fields)),
+        (data.broken == "error", "data.broken is error", "data", {"broken_budget"}),
+    ]
+    said = []
+    for applies, reason, section, keys in cases:
+        values = getattr(config, section)
+        given = sorted(f"{section}.{key}" for key in keys & values.model_fields_set if getattr(values, key) is not None)
+        if applies and given:
+            said.append(f"{', '.join(given)} ({reason})")
+    return "; ".join(said)

@@ -1,0 +1,305 @@
+"""timm's VisionTransformer around a pretrained encoder: describe it, build it, fill it, group its parameters.
+
+Shapes: L patches, E width, N classes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from crossmae.errors import UserError
+from crossmae.layers import LayerNorm
+from crossmae.load_report import Entry, LoadReport
+from crossmae.probe import Pool
+from crossmae.vit import patch_grid
+from crossmae.weights import (
+    MODEL_ARGUMENTS,
+    Weights,
+    encoder_arguments,
+    encoder_home,
+    encoder_tensors,
+    load_model,
+    recorded_arguments,
+)
+
+log = logging.getLogger(__name__)
+
+Head = Literal["linear", "batchnorm"]
+
+# What of a file is not the encoder of a plain ViT, and why it stays behind. Everything else must have its place.
+_LEFT_OUT = {
+    r"mask_token$|decoder_|wfm\.|dec_norms\.": "of pretraining alone",
+    r"head\.": "another task's head; the model starts with a new one",
+    r"fc_norm\.": "belongs to another task's head",
+}
+_NO_FINAL_NORM = {r"norm\.": "average pooling has no norm before it"}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A plain ViT. `dataclasses.asdict` of it is JSON; its names are those of `ViTEncoder`'s arguments.
+
+    Attributes:
+        img_size: height and width in pixels, multiples of `patch_size`.
+        mlp_ratio: hidden width of the MLP over E.
+
+    Raises:
+        ValueError: sizes that do not go together.
+    """
+
+    img_size: tuple[int, int]
+    patch_size: int
+    in_chans: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+
+    def __post_init__(self) -> None:
+        patch_grid(self.img_size, self.patch_size)
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"a width of {self.embed_dim} can not be split over {self.num_heads} attention heads")
+
+
+def architecture_of(weights: Weights, **given: Any) -> Architecture:
+    """The architecture of a file's encoder, with what is given in its place.
+
+    Args:
+        weights: any file with a ViT encoder.
+        given: fields of `Architecture`; None counts as not given. `img_size` (one number or height and width),
+            `patch_size` and `in_chans` may differ from the file's: `load_encoder_weights` resamples. `num_heads`, and
+            the sides of a grid that is not square, settle what no shape tells.
+
+    Raises:
+        UserError: no encoder; a value that contradicts the file; something that the file does not tell; sizes that do
+            not go together.
+    """
+    tensors = encoder_tensors(weights)
+    found = encoder_arguments(tensors, weights.metadata)
+    given = {key: value for key, value in given.items() if value is not None}
+    fixed = ["embed_dim", "depth", "mlp_ratio"]
+    fixed += ["num_heads"] if "num_heads" in recorded_arguments(weights.metadata) else []
+    wrong = [key for key in fixed if key in found and given.get(key, found[key]) != found[key]]
+    if wrong:
+        said = " and ".join(f"{key} {found[key]}, not {given[key]}" for key in wrong)
+        raise UserError(f"{weights.path}: the encoder in it has {said}; leave that out, or name another file")
+    arguments = found | given
+    missing = [field.name for field in fields(Architecture) if field.name not in arguments]
+    if missing:
+        raise UserError(f"{weights.path}: does not tell {' and '.join(missing)} of its encoder; set that")
+    size = arguments["img_size"]
+    arguments["img_size"] = (size, size) if isinstance(size, int) else tuple(size)
+    try:
+        return Architecture(**arguments)
+    except ValueError as error:
+        raise UserError(f"{weights.path}: {error}") from None
+
+
+def build_vit(
+    architecture: Architecture, num_classes: int, pool: Pool = "avg", drop_path: float = 0.0, head: Head = "linear"
+) -> VisionTransformer:
+    """A classifier with random weights, with timm's names (method specification, sections 1.10 and 1.11).
+
+    | pool  | before the head                                                                   |
+    | ----- | --------------------------------------------------------------------------------- |
+    | `avg` | mean of the patch tokens, then `fc_norm`; with the head `batchnorm` the mean as is |
+    | `cls` | `norm`, then the class token                                                      |
+
+    | head        | keys                           | weights                                                  |
+    | ----------- | ------------------------------ | -------------------------------------------------------- |
+    | `linear`    | `head.weight`, `.bias`         | truncated normal 2e-5                                    |
+    | `batchnorm` | `head.0.running_*`, `head.1.*` | BatchNorm without scale and shift, truncated normal 0.01 |
+
+    Args:
+        num_classes: N; 0 for no head.
+        drop_path: rate of the last block; it grows linearly from 0 in the first.
+
+    Raises:
+        ValueError: an unknown pool or head.
+    """
+    if pool not in get_args(Pool) or head not in get_args(Head):
+        raise ValueError(f"pool is one of {get_args(Pool)}, head of {get_args(Head)}; got {pool!r} and {head!r}")
+    E = architecture.embed_dim
+    model = VisionTransformer(
+        **vars(architecture),
+        num_classes=num_classes,
+        global_pool="token" if pool == "cls" else "avg",
+        drop_path_rate=drop_path,
+        norm_layer=LayerNorm,
+    )
+    if head == "batchnorm":
+        model.fc_norm = nn.Identity()
+    if num_classes:
+        linear = _new_linear(E, num_classes, std=2e-5 if head == "linear" else 0.01)
+        norm = nn.BatchNorm1d(E, affine=False, eps=1e-6)
+        model.add_module("head", linear if head == "linear" else nn.Sequential(norm, linear))
+    return model
+
+
+def load_encoder_weights(model: VisionTransformer, weights: Weights) -> LoadReport:
+    """Load the encoder of any file; heads, decoder and, with average pooling, the final norm are left out.
+
+    Position table and patch filters are resampled to the model's grid, patch size and channels, in float32; the table
+    of the report says so. A file without a final norm (no CrossMAE file has one: method specification, section 1.3)
+    leaves that of the class-token mode new. A file without class token (converted for detection) leaves that of the
+    average mode new.
+
+    Args:
+        model: from `build_vit`.
+        weights: any file with a ViT encoder.
+
+    Raises:
+        UserError: no encoder; another architecture; a tensor that is missing, or that a plain ViT does not have; no
+            class token where it is what is pooled. Nothing was loaded.
+    """
+    encoder_tensors(weights)  # raises where there are none
+    kept, left = _split(weights, _LEFT_OUT if model.global_pool == "token" else _LEFT_OUT | _NO_FINAL_NORM)
+    new = [r"head\.", r"fc_norm\."]
+    if "cls_token" not in kept:
+        if model.global_pool == "token":
+            raise UserError(f"{weights.path}: holds no class token, which is to be pooled; use average pooling")
+        new.append("cls_token$")
+    if not any(name.startswith("norm.") for name in kept):
+        new.append(r"norm\.")
+    fitted, notes = fit_input(model, weights, kept)
+    report = load_model(model, fitted, new=tuple(new))
+    report.entries = [replace(entry, reason=notes.get(entry.name, entry.reason)) for entry in report.entries] + left
+    fresh = report.names("new")
+    if "norm.weight" in fresh:
+        log.info("%s has no final norm: that of class-token pooling starts anew, with scale 1, shift 0", weights.path)
+    if "cls_token" in fresh:
+        log.info("%s has no class token: it starts anew", weights.path)
+    return report
+
+
+def fit_input(model: VisionTransformer, weights: Weights, tensors: dict[str, Tensor]) -> tuple[Weights, dict[str, str]]:
+    """Patch filters and position table for the model's patch size, channels and grid, computed in float32.
+
+    Args:
+        weights: whose `path` and record of the architecture count.
+        tensors: of it, under plain keys. What fits already stays as it is.
+
+    Returns:
+        The file with those tensors, ready for `load_model`, and what was done, by key.
+
+    Raises:
+        UserError: no patch embedding, or the file's grid is not known.
+    """
+    found = encoder_arguments(tensors, weights.metadata)
+    fitted, notes = dict(tensors), {}
+    filters, wanted = tensors["patch_embed.proj.weight"], model.patch_embed.proj.weight
+    done = []
+    if filters.shape[2:] != wanted.shape[2:]:
+        done.append(f"resampled {_sides(filters.shape[2:])} to {_sides(wanted.shape[2:])} pixels")
+        filters = resample_patch_embed(filters.float(), list(wanted.shape[2:]))
+    if filters.shape[1] != wanted.shape[1]:
+        done.append(f"{filters.shape[1]} channels to {wanted.shape[1]}")
+        filters = adapt_channels(filters.float(), wanted.shape[1])
+    if done:
+        fitted["patch_embed.proj.weight"], notes["patch_embed.proj.weight"] = filters, ", ".join(done)
+    table, grid = tensors.get("pos_embed"), model.patch_embed.grid_size
+    if table is not None and table.ndim == 3 and (old := _table_grid(weights, table, found, grid)) != grid:
+        fitted["pos_embed"] = resample_abs_pos_embed(table.float(), list(grid), list(old))
+        notes["pos_embed"] = f"resampled {_sides(old)} to {_sides(grid)}"
+    for name, note in notes.items():
+        log.info("%s of %s: %s", name, weights.path, note)
+    # The number of heads is all that the record knows better than the shapes do now.
+    heads = {key: value for key, value in recorded_arguments(weights.metadata).items() if key == "num_heads"}
+    return replace(weights, tensors=fitted, metadata={MODEL_ARGUMENTS: json.dumps(heads)}), notes
+
+
+def adapt_channels(filters: Tensor, channels: int) -> Tensor:
+    """Patch filters (E, C, p, p) for another number of channels.
+
+    For one channel they are summed, so that a grey image gives the tokens that its copy in every channel gave; for
+    others repeated in order and scaled by C / channels, to keep the sum's size. timm's `adapt_input_conv` does the
+    same from three channels; from others, only its recent versions.
+    """
+    C = filters.shape[1]
+    if channels == 1:
+        return filters.sum(dim=1, keepdim=True)
+    return filters.repeat(1, math.ceil(channels / C), 1, 1)[:, :channels] * (C / channels)
+
+
+def parameter_groups(model: VisionTransformer, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters by layer and weight decay, for AdamW (method specification, section 1.10).
+
+    Of n blocks, layer 0 is class token, positions and patch embedding, layer i + 1 block i, layer n + 1 the rest. A
+    group's `lr_scale` is layer_decay ** (n + 1 - layer); the schedule multiplies the learning rate by it. Tensors of
+    one dimension, class token and positions have no weight decay.
+
+    Returns:
+        Groups with `params`, `weight_decay`, `lr_scale` and `name`; 28 for ViT-B.
+    """
+    last = len(model.blocks) + 1
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = _layer(name, last)
+        decays = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
+        key = f"layer_{layer}_{'decay' if decays else 'no_decay'}"
+        group = {
+            "params": [],
+            "weight_decay": weight_decay if decays else 0.0,
+            "lr_scale": layer_decay ** (last - layer),
+        }
+        groups.setdefault(key, group | {"name": key})["params"].append(parameter)
+    return list(groups.values())
+
+
+def _layer(name: str, last: int) -> int:
+    if name.startswith(("cls_token", "pos_embed", "patch_embed.")):
+        return 0
+    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else last
+
+
+def _new_linear(width: int, num_classes: int, std: float) -> nn.Linear:
+    linear = nn.Linear(width, num_classes)
+    # With the usual bounds of -2 and 2, far out for these deviations, rounding makes one weight in 2 ** 24 exactly -2:
+    # in the head of a ViT-B for 1000 classes, in one run of twenty.
+    nn.init.trunc_normal_(linear.weight, std=std, a=-4 * std, b=4 * std)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _split(weights: Weights, left_out: dict[str, str]) -> tuple[dict[str, Tensor], list[Entry]]:
+    """What must find its place, under plain keys, and what is left out."""
+    home = encoder_home(weights.tensors) or ""
+    kept: dict[str, Tensor] = {}
+    left: list[Entry] = []
+    for name, tensor in weights.tensors.items():
+        plain = name.removeprefix(home)
+        reason = next((reason for pattern, reason in left_out.items() if re.match(pattern, plain)), None)
+        if not name.startswith(home):
+            reason = "outside the encoder"
+        if reason:
+            left.append(Entry(name, "dropped", reason, file_shape=tuple(tensor.shape)))
+        else:
+            kept[plain] = tensor
+    return kept, left
+
+
+def _table_grid(weights: Weights, table: Tensor, found: dict[str, Any], wanted: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns that a file's position table is for: recorded, else square, else as wanted."""
+    grids = [patch_grid(found["img_size"], found["patch_size"])] if "img_size" in found else []
+    for grid in (*grids, wanted):
+        if grid[0] * grid[1] + 1 == table.shape[1]:
+            return grid
+    raise UserError(
+        f"{weights.path}: the {table.shape[1]} rows of pos_embed are not one for the class token and a square of "
+        "others; if its grid is not square, set img_size to the height and width that the file was trained with"
+    )
+
+
+def _sides(size: tuple[int, ...]) -> str:
+    return " x ".join(str(side) for side in size)

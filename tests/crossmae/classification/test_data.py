@@ -1,0 +1,135 @@
+"""Proves that classes meet by name, that what training and evaluation see is timm's and published, and that augmented
+images depend on (seed, epoch, index) alone.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from crossmae.classification.augment import TrainView, keyed_everywhere
+from crossmae.classification.data import (
+    CentreViews,
+    TrainImages,
+    find_classes,
+    label_targets,
+    published_crop_pct,
+    read_class_names,
+)
+from crossmae.data import centre_view
+from crossmae.errors import UserError
+from crossmae.sources import open_source
+from tests.crossmae.classification.labelled import CLASSES, write_classes
+
+MEAN = (0.485, 0.456, 0.406)
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("size", [96, 224, 384])
+def test_the_evaluation_view_is_the_published_one(size: int) -> None:
+    """Method specification, 1.10: up to 224 the shorter side becomes size * 256 / 224, above it the size itself."""
+    crop_pct = published_crop_pct((size, size))
+    reference = create_transform(size, interpolation="bicubic", crop_pct=crop_pct, normalize=False)
+    for number, (height, width) in enumerate([(60, 91), (401, 300), (256, 256), (33, 500)]):
+        image = picture(height, width, number)
+        assert torch.equal(centre_view(image, (size, size), crop_pct), torch.as_tensor(reference(image)))
+    assert int(size / crop_pct) == (size * 256 // 224 if size <= 224 else size)
+
+
+def test_labels_meet_by_name_and_not_by_position(tmp_path: Path) -> None:
+    train = open_source(write_classes(tmp_path / "train"), "data.train")
+    val_folder = write_classes(tmp_path / "val", per_class=2)
+    (val_folder / "blue").rename(tmp_path / "blue")
+    val = open_source(val_folder, "data.val")
+    assert val.classes == CLASSES[1:]  # there, green has position 0
+    targets = label_targets(val, "data.val", find_classes(train, "data.train"))
+    assert targets.tolist() == [1, 1, 2, 2]
+    (val_folder / "green").rename(val_folder / "verdant")
+    with pytest.raises(UserError, match=r"data\.val: .* verdant: no class of the model, whose 3 are blue, green, red"):
+        label_targets(open_source(val_folder, "data.val"), "data.val", CLASSES)
+
+
+def test_several_labels_per_image(tmp_path: Path) -> None:
+    picture(8, 8).save(tmp_path / "a.png")
+    rows = ["path,label", "a.png,cat; dog", "a.png,dog", "a.png,;", "a.png,bird;cat"]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    source = open_source(tmp_path / "list.csv", "data.train")
+    classes = find_classes(source, "data.train", ";")
+    assert classes == ("bird", "cat", "dog")
+    targets = label_targets(source, "data.train", classes, ";")
+    assert targets.tolist() == [[0, 1, 1], [0, 0, 1], [0, 0, 0], [1, 1, 0]]
+
+
+def test_names_to_show(tmp_path: Path) -> None:
+    assert read_class_names(None, CLASSES) == CLASSES
+    (tmp_path / "names.txt").write_text("bleu\nvert\nrouge\n")
+    assert read_class_names(tmp_path / "names.txt", CLASSES) == ("bleu", "vert", "rouge")
+    with pytest.raises(UserError, match=r"data\.class_names: 1 names for 3 classes"):
+        read_class_names(("bleu",), CLASSES)
+
+
+def test_a_sample_depends_on_its_key_alone(tmp_path: Path) -> None:
+    source = open_source(write_classes(tmp_path), "data.train")
+    view = TrainView((32, 32), (0.2, 1.0), 0.5, "rand-m9-mstd0.5-inc1", 0.0, MEAN)
+    targets = label_targets(source, "data.train", CLASSES)
+
+    def sample(seed: int, epoch: int, index: int) -> torch.Tensor:
+        made = TrainImages(source, targets, view, seed, 3, 8, "error")[epoch, index]
+        assert isinstance(made, tuple)
+        assert made[1] == targets[index]
+        return made[0]
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    first = sample(0, 2, 5)
+    after = random.random(), np.random.rand(), torch.rand(()).item()
+    random.seed(2), np.random.seed(2), torch.manual_seed(2)
+    assert torch.equal(first, sample(0, 2, 5))
+    assert not torch.equal(first, sample(0, 3, 5))
+    assert not torch.equal(first, sample(1, 2, 5))
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    assert after == (random.random(), np.random.rand(), torch.rand(()).item())  # the generators were left alone
+
+
+def test_the_policy_is_timms_with_its_own_settings() -> None:
+    """The same operations on the same image, where timm's own transform is given no crop and no flip."""
+    image = picture(48, 48)
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0}
+    for policy in ("rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original-mstd0.5", "v0"):
+        reference = create_transform(
+            48, is_training=True, interpolation="bicubic", auto_augment=policy, normalize=False, mean=MEAN, **whole
+        )
+        ours = TrainView((48, 48), (1.0, 1.0), 0.0, policy, 0.0, MEAN)
+        ours.steps, reference.transforms = ours.steps[2:], reference.transforms[1:]  # no crop, no flip
+        with keyed_everywhere(3):
+            mine = ours(image)
+        with keyed_everywhere(3):
+            assert torch.equal(mine, torch.as_tensor(reference(image))), policy
+
+
+def test_a_grey_image_stays_grey_under_a_policy() -> None:
+    view = TrainView((16, 16), (0.5, 1.0), 0.5, "rand-m9-mstd0.5-inc1", 0.0, (0.5,))
+    with keyed_everywhere(0):
+        assert view(picture(20, 20).convert("L")).shape == (1, 16, 16)
+
+
+@pytest.mark.parametrize("name", ["rand-m9-foo1", "nothing", "v0-bar2"])
+def test_an_unknown_policy_is_named(name: str) -> None:
+    with pytest.raises(UserError, match=f"data.auto_augment: '{name}' is no policy"):
+        TrainView((16, 16), (0.5, 1.0), 0.5, name, 0.0, MEAN)
+
+
+def test_views_to_evaluate_on(tmp_path: Path) -> None:
+    source = open_source(write_classes(tmp_path), "data.val")
+    views = CentreViews(source, label_targets(source, "data.val", CLASSES), (24, 32), 0.875, 3, 8)
+    pixels, target, index, _ = views[9]  # type: ignore[misc]
+    assert pixels.shape == (3, 24, 32)
+    assert (int(target), index) == (1, 9)

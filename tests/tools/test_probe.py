@@ -1,0 +1,199 @@
+"""Proves the probe's command line: what it writes and prints, the cache, the same bits again, errors in one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from crossmae.classification import probe as module
+from crossmae.errors import USER_ERROR_EXIT_CODE
+from crossmae.model import CrossMAE
+from crossmae.weights import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, save_weights
+from tests.crossmae.classification.labelled import CLASSES, write_classes
+from tests.tools.command_line import exit_code
+from tools.probe import main
+
+TINY: dict[str, Any] = {"img_size": [16, 24], "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+TINY |= {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+RANDOM = ["weights=null", "model.name=crossmae_vit_tiny_patch16", "model.img_size=16", "model.patch_size=8"]
+RANDOM += ["model.embed_dim=24", "model.depth=2", "model.num_heads=2"]
+QUICK = ["data.workers=0", "runtime.device=cpu", "linear.epochs=2", "linear.warmup_epochs=1", "few_shot.seeds=[0,1]"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: labelled images in TRAIN and VAL, and a pretraining file."""
+    monkeypatch.chdir(tmp_path)
+    write_classes(Path("TRAIN"), per_class=12, seed=0)
+    write_classes(Path("VAL"), per_class=5, seed=1)
+    torch.manual_seed(0)
+    model = CrossMAE(**TINY | {"img_size": (16, 24)})
+    metadata = {MODEL_ARGUMENTS: json.dumps(TINY), PIXEL_MEAN: "[0.4, 0.5, 0.6]", PIXEL_STD: "[0.2, 0.3, 0.4]"}
+    save_weights("model.safetensors", model.state_dict(), metadata)
+    return tmp_path
+
+
+def command(*words: str) -> list[str]:
+    data = ["weights=model.safetensors", "data.train=TRAIN", "data.val=VAL", "output_dir=OUT"]
+    return ["--config-file", "probe.yaml", *data, *QUICK, *words]
+
+
+def results() -> dict[str, Any]:
+    return json.loads(Path("OUT/results.json").read_text())
+
+
+def test_what_is_written_and_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(command())
+    out = capsys.readouterr().out.splitlines()
+    found = results()
+    chosen = found["methods"]["knn"]["chosen"]
+    words = f"k {chosen['k']}, temperature {chosen['temperature']:g}, chosen on training images"
+    assert any(words in line and f"{100 * chosen['val']['accuracy']:.2f}" in line for line in out)
+    assert out[-1] == "numbers in OUT/results.json, page in OUT/report.html"
+    assert list(found["methods"]) == ["knn", "linear", "logistic", "few_shot"]
+    assert [one["per_class"] for one in found["methods"]["few_shot"]["shots"]] == [1, 5, 10]
+    assert found["methods"]["logistic"]["val"]["accuracy"] == 1  # colours tell the classes apart
+    assert found["features"]["views"]["mean"] == [0.4, 0.5, 0.6]
+    assert found["features"]["views"]["crop_pct"] == 0.875
+    assert found["features"]["notes"][1] == "final norm not applied: the file has none"
+    assert found["data"]["classes"] == list(CLASSES)
+    assert found["weights"]["random"] is False
+    assert set(found["seconds"]) == {"start", "features", *found["methods"]}
+    page = Path("OUT/report.html").read_text()
+    assert words in page
+    assert "Not to be trusted: with so few steps" in page  # two epochs of the linear probe
+    shapes = {path.name[:3]: load_file(path)["features"].shape for path in Path("OUT/features").iterdir()}
+    assert shapes == {"tra": (36, 24), "val": (15, 24)}
+
+
+def test_again_from_the_cache_with_the_same_bits(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(command())
+    first = results()
+    assert exit_code(main, *command()) == USER_ERROR_EXIT_CODE
+    assert "output_dir: OUT holds the results.json of an earlier call" in capsys.readouterr().err
+    monkeypatch.setattr(module, "extract", None)  # would fail
+    main([*command(), "--force"])
+    assert results()["methods"] == first["methods"]
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    shutil.rmtree("OUT")
+    main(command())
+    assert results()["methods"] == first["methods"]
+
+
+def test_changed_weights_or_images_are_extracted_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    real = module.extract
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        names.append(arguments[-1])
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "extract", counted)
+    words = [*command("methods=[knn]"), "--force"]
+    main(words)
+    write_classes(Path("VAL"), per_class=5, seed=2)
+    main(words)
+    assert names == ["data.train", "data.val", "data.val"]
+    weights = load_file("model.safetensors")
+    weights["blocks.0.mlp.fc1.bias"] += 1
+    save_weights("model.safetensors", weights, {MODEL_ARGUMENTS: json.dumps(TINY)}, force=True)
+    main(words)
+    main([*words, "features.pool=cls"])
+    assert names[3:] == ["data.train", "data.val"] * 2
+
+
+def test_random_encoder(folder: Path) -> None:
+    main(command(*RANDOM, "methods=[knn]"))
+    found = results()
+    assert found["weights"]["random"] is True
+    assert found["weights"]["path"] is None
+    assert "assumed: data.mean is that of ImageNet, as the weights record none" in found["features"]["notes"]
+    main([*command(*RANDOM, "methods=[knn]", "runtime.seed=1"), "--force"])
+    assert results()["weights"]["sha256"] != found["weights"]["sha256"]
+
+
+def test_classes_are_compared_by_name(folder: Path) -> None:
+    """In a list the order of the classes may be another one."""
+    for name in ("TRAIN", "VAL"):
+        with open(f"{name}.csv", "w", newline="") as file:
+            rows = [(str(path), path.parent.name) for path in sorted(Path(name).rglob("*.png"))]
+            csv.writer(file).writerows([("path", "label"), *rows])
+    main(command("methods=[logistic]"))
+    expected = results()["methods"]
+    main([*command("methods=[logistic]", "data.train=TRAIN.csv", "data.val=VAL.csv"), "--force"])
+    assert results()["methods"] == expected
+
+
+def rename(folder: Path) -> None:
+    (folder / "VAL/red").rename(folder / "VAL/rot")
+
+
+def several_labels(folder: Path) -> None:
+    (folder / "TRAIN/blue").rename(folder / "TRAIN/red;green")
+
+
+def flatten(folder: Path) -> None:
+    for path in (folder / "VAL").rglob("*.png"):
+        path.rename(folder / "VAL" / f"{path.parent.name}-{path.name}")
+    for name in CLASSES:
+        (folder / "VAL" / name).rmdir()
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "VAL/green/2.png"
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words", "told"),
+    [
+        (rename, [], "data.train and data.val differ in their classes: red only in data.train; rot only in data.val"),
+        (several_labels, [], "data.train: the label 'red;green' names several classes"),
+        (nothing, ["data.separator=;"], "several labels per image can not be probed"),
+        (flatten, [], "have no labels; labels come from a folder with one subfolder per class"),
+        (truncate, [], "VAL/green/2.png"),
+        (nothing, ["few_shot.shots=[1,13]"], "few_shot.shots: 13 images per class were asked for"),
+        (nothing, ["knn.k=[36]"], "knn.k: [36] need more than the 36 images of data.train"),
+        (nothing, ["weights=absent.pth"], "no such file or folder: absent.pth"),
+        (nothing, ["weights=null"], "weights=null is a random encoder, and needs model.name"),
+        (nothing, ["model.embed_dim=32"], "embed_dim 24, not 32"),
+        (nothing, ["model.in_chans=1"], "data.mean needs one value for each of the 1 channels"),
+        (nothing, ["features.block=2"], "features.block: model.safetensors has 2 blocks, -2 .. 1; got 2"),
+        (nothing, ["linear.warmup_epochs=3"], "linear.warmup_epochs 3 exceeds epochs 2"),
+        (nothing, ["few_shot.seeds=[0,0]"], "few_shot.seeds must be different numbers from 0"),
+        (nothing, ["knn.ks=[1]"], "unknown key 'knn.ks' (did you mean 'knn.k'?)"),
+        (nothing, ["methods=[svm]"], "methods"),
+        (nothing, ["data.val=nowhere"], "data.val: nowhere does not exist"),
+        (nothing, ["output_dir=model.safetensors"], "output_dir: can not write in model.safetensors"),
+        (nothing, ["runtime.device=abacus"], "runtime.device: 'abacus' can not be used"),
+    ],
+)
+def test_errors_are_one_line_and_write_nothing(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    prepare: Callable[[Path], None],
+    words: list[str],
+    told: str,
+) -> None:
+    prepare(folder)
+    before = sorted(folder.rglob("*"))
+    assert exit_code(main, *command(*words)) == USER_ERROR_EXIT_CODE
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert told in lines[0]
+    assert sorted(folder.rglob("*")) == before

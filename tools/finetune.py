@@ -1,0 +1,61 @@
+"""Fine-tune a pretrained encoder to tell classes apart, or evaluate a classifier.
+
+CPU, to see it work (2 steps):
+    python tools/finetune.py --config-file finetune/small.yaml model.init=WEIGHTS data.train=IMAGES data.val=HELD_OUT \\
+        output_dir=OUT schedule.max_steps=2
+One GPU:
+    python tools/finetune.py --config-file finetune/small.yaml model.init=WEIGHTS data.train=IMAGES data.val=HELD_OUT \\
+        output_dir=OUT
+Eight GPUs:
+    torchrun --standalone --nproc-per-node 8 tools/finetune.py --config-file finetune/vitb.yaml model.init=WEIGHTS \\
+        data.train=IMAGES data.val=HELD_OUT output_dir=OUT
+Evaluation alone, of the best weights of a run or of a file:
+    python tools/finetune.py --config-file finetune/small.yaml --eval-only RUN data.val=HELD_OUT output_dir=OUT
+
+IMAGES and HELD_OUT have labels: a folder per class, a list with a column label, tar shards (docs/classification.md).
+WEIGHTS is the folder of a pretraining run, or a file of any kind that the toolkit reads. The same command with --resume
+goes on from the last complete checkpoint. All settings: crossmae/classification/config.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+
+from crossmae.classification.config import FinetuneConfig
+from crossmae.config import load_typed_config
+from crossmae.errors import UserError, run_cli
+from crossmae.run_log import describe
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, call."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="NAME", help="a YAML file, or its name under configs/")
+    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in output_dir")
+    parser.add_argument("--eval-only", metavar="WEIGHTS", help="evaluate a classifier's file, or a run, on data.val")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="values that replace those of the file"
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.resume and arguments.eval_only:
+        raise UserError("--resume is for training, --eval-only evaluates; give one of them")
+    is_main = os.environ.get("RANK", "0") == "0"  # the others speak up when something is wrong
+    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
+    config = load_typed_config(FinetuneConfig, arguments.config_file, arguments.overrides)
+
+    if arguments.eval_only:
+        from crossmae.classification.results import evaluate_only  # imports take seconds
+
+        scores = evaluate_only(config, arguments.eval_only)
+        if is_main:
+            print(describe(scores.numbers()))
+    else:
+        from crossmae.classification.train import finetune
+
+        finetune(config, resume=arguments.resume)
+
+
+if __name__ == "__main__":
+    run_cli(main)

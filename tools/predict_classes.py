@@ -1,0 +1,123 @@
+"""Tell the classes of images with a fine-tuned classifier: the best of them with their probabilities, as JSON or CSV.
+
+    python tools/predict_classes.py --weights outputs/run photo.jpg
+    python tools/predict_classes.py --weights outputs/run photos/ 'more/**/*.jpg' --output found.csv --top-k 3
+    python tools/predict_classes.py --weights model.safetensors shards/x-{000..012}.tar --output found.json
+
+INPUT are images, folders (the images in them and their subfolders), quoted patterns, and any other source that training
+reads: lists, tar shards, idx files. Without --output, or with -, JSON goes to the terminal. Images that can not be read
+are left out; they are named at the end, and the exit code is 1 then. See crossmae/classification/predict.py for what
+is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from crossmae.classification.classifier import Classifier, load_classifier
+from crossmae.classification.metrics import THRESHOLD
+from crossmae.classification.predict import (
+    BATCH_SIZE,
+    STDOUT,
+    TOP_K,
+    FileAnswers,
+    Selection,
+    check_output,
+    expand_inputs,
+    open_inputs,
+)
+from crossmae.device import open_device
+from crossmae.errors import UserError, run_cli
+
+SOME_FAILED_EXIT_CODE = 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="what to predict")
+    parser.add_argument(
+        "--weights", type=Path, required=True, metavar="PATH", help="a classifier's file, or the folder of its run"
+    )
+    parser.add_argument(
+        "--output", default=STDOUT, metavar="FILE", help="file to write, .json or .csv; - is the terminal (%(default)s)"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help=f"classes per image, at most ({TOP_K})")
+    parser.add_argument(
+        "--threshold", type=float, metavar="P", help=f"multi-label: smallest probability of a class ({THRESHOLD})"
+    )
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help="images at once (%(default)s)")
+    parser.add_argument("--img-size", metavar="N|HxW", help="pixels, such as 224 or 192x256 (the classifier's own)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one")
+    parser.add_argument("--force", action="store_true", help="overwrite what an earlier call wrote")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, load, predict, say what came out."""
+    args = build_parser().parse_intermixed_args(argv)
+    check_numbers(args)
+    device = open_device(args.device, "--device")
+    inputs = expand_inputs(args.inputs)
+    check_output(args.output, inputs, args.force)
+    sources = open_inputs(inputs)
+    classifier = load_classifier(args.weights, parse_size(args.img_size))
+    job = FileAnswers(classifier, select(args, classifier), args.batch_size)
+    for assumption in classifier.assumed:
+        print(f"assumed: {assumption}", file=sys.stderr)
+    classifier.model.to(device)
+    try:
+        job.write(sources, args.output)
+    except torch.OutOfMemoryError:
+        raise UserError(f"--batch-size {args.batch_size}: too many images for the memory of the GPU") from None
+    if args.output != STDOUT:
+        print(f"classes of {job.images} images: {args.output}")
+    if job.failures:
+        heading = f"error: of {sum(map(len, sources))} images, these could not be read:"
+        print("\n".join([heading, *job.failures]), file=sys.stderr)
+        raise SystemExit(SOME_FAILED_EXIT_CODE)
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for numbers out of range."""
+    for name, value in (("--top-k", args.top_k), ("--batch-size", args.batch_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} {value}: expected a number from 1")
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold {args.threshold}: expected a number from 0 to 1")
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """(height, width) of "224" or "192x256".
+
+    Raises:
+        UserError: anything else.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if match is None:
+        raise UserError(f"--img-size {text}: expected pixels, such as 224, or 192x256 for height and width")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def select(args: argparse.Namespace, classifier: Classifier) -> Selection:
+    """Which classes to write.
+
+    Raises:
+        UserError: an option that this kind of classifier has no use for.
+    """
+    if classifier.multi_label and args.top_k is not None:
+        raise UserError("--top-k: this classifier can find several classes in an image; choose them by --threshold")
+    if not classifier.multi_label and args.threshold is not None:
+        raise UserError("--threshold: this classifier finds one class per image; choose how many to list by --top-k")
+    return Selection(args.top_k or TOP_K, THRESHOLD if args.threshold is None else args.threshold)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,48 @@
+"""Evaluate frozen features: nearest neighbours, linear probe, logistic regression, few labelled images per class.
+
+    python tools/probe.py --config-file probe.yaml weights=FILE data.train=TRAIN data.val=VAL output_dir=OUT
+    python tools/probe.py --config-file probe.yaml weights=FILE data.train=TRAIN data.val=VAL output_dir=OUT \\
+        'methods=[knn]' features.pool=cls features.block=-2
+    python tools/probe.py --config-file probe.yaml weights=null model.name=crossmae_vit_base_patch16 \\
+        data.train=TRAIN data.val=VAL output_dir=BASELINE
+
+TRAIN and VAL are labelled images: a folder with one subfolder per class, or another source with labels. FILE is the
+folder of a run, or a weight file that holds a ViT encoder. Features are extracted once and kept in OUT/features.
+Written: results.json with all numbers and settings, and report.html. All settings are described in
+crossmae/classification/probe_config.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from crossmae.errors import run_cli
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, call, say what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="NAME", help="a YAML file, or its name under configs/")
+    parser.add_argument("--force", action="store_true", help="replace the results of an earlier call")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="values that replace those of the file"
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    from crossmae.classification.probe_config import ProbeRunConfig  # after --help: these imports take seconds
+    from crossmae.config import load_typed_config
+
+    config = load_typed_config(ProbeRunConfig, arguments.config_file, arguments.overrides)
+
+    from crossmae.classification.probe import PAGE, RESULTS, probe
+    from crossmae.classification.probe_report import table
+
+    results = probe(config, force=arguments.force)
+    print(table(results))
+    print(f"\nnumbers in {config.output_dir / RESULTS}, page in {config.output_dir / PAGE}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
