@@ -8,7 +8,7 @@ STAMP := $(VENV)/.complete
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types doctor clean-demo clean
+.PHONY: help venv demo test lint types study doctor clean-demo clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -29,6 +29,9 @@ lint: $(STAMP)  ## ruff: rules and format
 
 types: $(STAMP)  ## mypy
 	@$(BIN)/mypy
+
+study: $(STAMP)  ## what pretraining adds on Fashion-MNIST, over three seeds: about an hour (docs/results.md)
+	@$(BIN)/python -m pytest --slow tests/test_fashion_mnist.py
 
 doctor:  ## what this machine has, what is missing, and the command that mends it
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m crossmae.doctor; else $(PYTHON) -m crossmae.doctor; fi

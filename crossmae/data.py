@@ -268,6 +268,11 @@ def centre_view(pixels: Image.Image | Tensor, size: tuple[int, int], crop_pct: f
     return to_tensor(VF.center_crop(resized, list(size)))
 
 
+def published_crop_pct(size: tuple[int, int]) -> float:
+    """`crop_pct` of published evaluations: 224/256 up to 224 pixels, 1 above (method specification, 1.10)."""
+    return 224 / 256 if max(size) <= 224 else 1.0
+
+
 def to_unit_range(images: Tensor) -> Tensor:
     """Pixels of a batch as float32 in 0-1, whatever they travelled as."""
     return images if images.is_floating_point() else images.float() / 255

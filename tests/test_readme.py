@@ -19,6 +19,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.crossmae.classification.labelled import write_classes
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -75,6 +77,22 @@ def command(name: str) -> str:
     return match[1].removeprefix("```python\n").removesuffix("```")
 
 
+FINETUNE = {
+    "model": {"pool": "avg"},
+    "data": {"workers": 0},
+    "optim": {"batch_size": 4},
+    "schedule": {"epochs": 1, "warmup_epochs": 0},
+    "output_dir": "outputs",
+}
+PROBE = {
+    "data": {"workers": 0},
+    "methods": ["knn", "linear", "few_shot"],
+    "knn": {"k": [1, 3], "temperature": [0.07]},
+    "linear": {"epochs": 2, "warmup_epochs": 1, "seeds": [0]},
+    "few_shot": {"shots": [1], "seeds": [0]},
+}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("user")
@@ -96,6 +114,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text(json.dumps(content))
     (folder / "pretrain").mkdir()
     (folder / "pretrain" / "crossmae_vitb.yaml").write_text(yaml.safe_dump(PRETRAIN))
+    for name in ("LABELLED", "HELD_OUT_LABELLED"):
+        write_classes(folder / name, per_class=4, side=64, seed=len(name))
+    (folder / "finetune").mkdir()
+    (folder / "finetune" / "small.yaml").write_text(yaml.safe_dump(FINETUNE))
+    (folder / "probe.yaml").write_text(yaml.safe_dump(PROBE))
     for name in ("coco_mask_rcnn", "own_mask_rcnn"):
         (folder / f"{name}.yaml").write_text((ROOT / "configs" / f"{name}.yaml").read_text())
     (folder / "own_mask_rcnn.yaml").rename(folder / "recipe.yaml")
@@ -118,7 +141,6 @@ def run_python(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.slow
 def test_from_a_folder_of_images_to_an_ap(folder: Path) -> None:
     """The four commands in the order of the README, each from what the one before it left."""
     run(command("pretrain"), folder)
@@ -127,6 +149,10 @@ def test_from_a_folder_of_images_to_an_ap(folder: Path) -> None:
     assert (folder / "outputs/reconstructions/overview-1.png").is_file()
     assert "backbone.net" in run(command("convert"), folder)
     assert (folder / "encoder.pth").is_file()
+    run(command("classify"), folder)
+    assert (folder / "outputs/classifier/report.html").is_file()
+    assert len(json.loads((folder / "outputs/classes.json").read_text())["images"]) == 6
+    assert (folder / "outputs/probe/report.html").is_file()
     run(command("detect"), folder)
     results = json.loads((folder / "outputs/detector/results.json").read_text())
     assert {"bbox", "segm"} <= results.keys()

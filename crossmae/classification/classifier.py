@@ -12,8 +12,8 @@ from torch import nn
 
 import crossmae
 from crossmae.classification.vit import Architecture, Head, architecture_of, build_vit, fit_input
+from crossmae.data import published_crop_pct
 from crossmae.errors import UserError
-from crossmae.layers import LayerNorm
 from crossmae.pretrained import BIT_DEPTH, IMAGENET_MEAN, IMAGENET_STD
 from crossmae.probe import Pool
 from crossmae.weights import (
@@ -31,9 +31,6 @@ from crossmae.weights import (
 
 CLASSIFIER = "classifier"  # the format in the metadata
 BEST = "model_best.safetensors"  # in the folder of a run, beside model.safetensors, its last weights
-# Published evaluation: up to this size the shorter side becomes size / CROP_PCT, above it size (method specification,
-# section 1.10).
-CROPPED_UP_TO, CROP_PCT = 224, 224 / 256
 
 
 @dataclass(frozen=True)
@@ -143,9 +140,6 @@ def load_classifier(path: str | Path, img_size: int | Sequence[int] | None = Non
     values, sentences = ({}, {}) if ours else _assume(weights, architecture)
     record = _read_record(weights, values, architecture)
     model = build_vit(architecture, len(record.classes), record.pool, head=record.head)
-    if "fc_norm.weight" in weights.tensors and record.head == "batchnorm":
-        # As the published linear probe has it with average pooling.
-        model.fc_norm = LayerNorm(architecture.embed_dim)
     load_model(model, fit_input(model, weights, weights.tensors)[0])
     return Classifier(
         path=weights.path,
@@ -182,7 +176,7 @@ def _assume(weights: Weights, architecture: Architecture) -> tuple[dict[str, str
     """The record of a published file, by its keys (method specification, section 1.3), and what of it is a guess."""
     probe = weights.format == "linear_probe"
     number = len(weights.tensors["head.1.weight" if probe else "head.weight"])
-    crop_pct = CROP_PCT if max(architecture.img_size) <= CROPPED_UP_TO else 1.0
+    crop_pct = published_crop_pct(architecture.img_size)
     classes = json.dumps([str(index) for index in range(number)])
     pool, settled = _pool_by_norm(weights)
     values = {

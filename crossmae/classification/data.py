@@ -23,8 +23,6 @@ from crossmae.stopping import ignore_interrupts
 
 log = logging.getLogger(__name__)
 
-PUBLISHED_CROP_PCT = 224 / 256
-
 
 @dataclass(frozen=True)
 class LabelledBatch:
@@ -126,11 +124,6 @@ def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str])
     if len(names) != len(classes):
         raise UserError(f"{where}: {len(names)} names for {len(classes)} classes, the first of which are {classes[:3]}")
     return tuple(names)
-
-
-def published_crop_pct(size: tuple[int, int]) -> float:
-    """Side of the central crop over the scaled image's: 224/256 up to 224 pixels, all of it above (1.10)."""
-    return PUBLISHED_CROP_PCT if max(size) <= 224 else 1.0
 
 
 Sample = tuple[Tensor, Tensor, int, tuple[Broken, ...]]

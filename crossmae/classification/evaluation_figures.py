@@ -78,7 +78,7 @@ def calibration_figure(bins: Sequence[Bin]) -> Figure:
     upper.plot((0, 1), (0, 1), color=GREY, linewidth=1, linestyle="--", label="perfect calibration")
     confidences = [one.confidence for one in filled]
     upper.hlines(confidences, middles - width / 2, middles + width / 2, RED, linewidth=2, label="mean probability")
-    upper.set(xlim=(0, 1), ylim=(0, 1.02))
+    upper.set(xlim=(0, 1), ylim=(0, 1.02), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
     upper.set_ylabel("accuracy", fontsize=TEXT)
 
     counts = [one.samples for one in filled]
@@ -116,7 +116,7 @@ def _number(index: int) -> str:
 
 def _cut(name: str) -> str:
     """The beginning and the end of a long name, because names of one family often begin alike."""
-    kept, label = min(len(name), LONGEST_NAME // 2), name
+    kept, label = min(len(name), LONGEST_NAME // 3), name  # no letter is narrower than 3 pixels
     while _text_width(label, SMALL) > LONGEST_NAME:
         kept -= 1
         label = f"{name[: kept - kept // 3]}…{name[len(name) - kept // 3 :]}"

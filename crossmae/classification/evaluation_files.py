@@ -176,8 +176,9 @@ def _write_features(folder: Path, predictions: Predictions) -> None:
     features, indices = predictions.features, predictions.feature_indices
     if features is None or indices is None:
         return
+    indices = indices.contiguous()
     labels = predictions.labels[torch.searchsorted(predictions.indices, indices)]
-    tensors = {"features": features.contiguous(), "labels": labels, "indices": indices.contiguous()}
+    tensors = {"features": features.contiguous(), "labels": labels, "indices": indices}
     write_atomically(folder / FEATURES, lambda temporary: save_file(tensors, temporary))
 
 

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from crossmae.classification import few_shot as few_shots
 from crossmae.classification import knn, linear, logistic
-from crossmae.classification.data import find_classes, label_targets, published_crop_pct
+from crossmae.classification.data import find_classes, label_targets
 from crossmae.classification.feature_cache import Labelled, cached, data_digest, is_cached, tensors_digest
 from crossmae.classification.features import Opened, Views, extract, open_encoder, random_weights
 from crossmae.classification.intervals import accuracy_of, mean_of
 from crossmae.classification.probe_config import LabelledConfig, ProbeRunConfig
 from crossmae.classification.probe_report import REACH, build_page
 from crossmae.config import RuntimeConfig
-from crossmae.data import find_broken, refuse_broken
+from crossmae.data import find_broken, published_crop_pct, refuse_broken
 from crossmae.device import open_device
 from crossmae.errors import UserError
 from crossmae.files import check_writable, make_folder, sha256, write_json

@@ -34,10 +34,12 @@ from crossmae.errors import UserError
 from crossmae.images import read_image
 from crossmae.report import Bar, Block, Fact, Missing, Report, Section, Series, Table
 from crossmae.run_log import LOG
+from crossmae.start import WEIGHTS
 
 MOST_CLASSES = 50  # in a table
 MOST_PAIRS = 15  # of confused classes
 LONGEST_VALUE = 60  # characters of a setting
+DATA_KEYS = {"data.train", "data.root", "data.val", "data.val_root"}  # have a section of their own
 WIDE = 900  # pixels from which a figure takes the whole width
 NAMES = {  # of the headline numbers: label and meaning
     "top1": ("Top-1 accuracy", "share of images whose most probable class is the true one"),
@@ -49,7 +51,6 @@ NAMES = {  # of the headline numbers: label and meaning
     "ece": ("Calibration error", "mean gap between probability and accuracy, in 15 bins of equal width"),
     "loss": ("Loss", "cross entropy per image, without label smoothing or class weights"),
 }
-MORE_IS_BETTER = ("top1", "top5", "balanced_accuracy", "mean_ap", "micro_f1", "macro_f1")
 
 
 # --- Words ------------------------------------------------------------------------------------------------
@@ -106,11 +107,16 @@ def _result_section(run: Run) -> list[Section]:
     rows: list[list[str | Bar]] = []
     for key, (label, meaning) in NAMES.items():
         if key in found.numbers:
-            value = found.numbers[key]
-            shown = _bar(value) if key in MORE_IS_BETTER else percent(value, 2) if key == "ece" else f"{value:.4f}"
-            rows.append([f"{label}: {meaning}", shown])
+            rows.append([f"{label}: {meaning}", _shown(key, found.numbers[key])])
     text = f"Of {_weights(found)}, on {_images(found)}; each counts exactly once."
     return [Section("Results", text, [Table(["", "value"], rows, "A full bar is 100 %.")])]
+
+
+def _shown(key: str, value: float | None) -> str | Bar:
+    """A headline number as a cell of a table."""
+    if key == "loss":
+        return "-" if value is None else f"{value:.4f}"
+    return percent(value, 2) if key == "ece" else _bar(value)
 
 
 def _images(found: Evaluation) -> str:
@@ -224,10 +230,8 @@ def _hardest_section(run: Run) -> list[Section]:
     if not run.hardest.images:
         why = "no image is classified wrongly" if run.hardest.wrong == 0 else "none were asked for (evaluation.hardest)"
         faults = [_missing(run, record, "hardest images", why)]
-    else:
-        text += (
-            f" {counted(run.hardest.wrong, 'image is', 'images are')} wrong; here the worst {len(run.hardest.images)}."
-        )
+    elif run.hardest.wrong > len(run.hardest.images):
+        text += f" Of {run.hardest.wrong:,} wrong images, the worst {len(run.hardest.images)}."
     caption = f"{record} has names and losses. Probabilities are the classifier's."
     return [Section("Hardest images", text, [*([page.Gallery(rows, 190, caption)] if rows else []), *faults])]
 
@@ -261,10 +265,11 @@ def _verdict(one: HardImage) -> str:
 
 
 def _feature_section(run: Run) -> list[Section]:
-    text = (
-        "What the classifier's last layer is given, in two dimensions: images that lie together are alike to it. The "
-        "colour is that of the true class; crosses are images that it gets wrong."
-    )
+    text = "What the classifier's last layer is given, in two dimensions: images that lie together are alike to it. "
+    if run.evaluation is not None and run.evaluation.multi_label:
+        text += "Crosses are images whose most probable class is not one of theirs."
+    else:
+        text += "The colour is that of the true class; crosses are images that it gets wrong."
     return [Section("Features", text, _pictures(run, {f"{FOLDER}/{EMBEDDING}": "picture of features"}))]
 
 
@@ -307,7 +312,9 @@ def _training_sections(run: Run) -> list[Section]:
     several = any("mean_ap" in row for row in run.log.rows)
     blocks = [
         curve(run, losses, "Loss", "loss"),
-        curve(run, *((precisions, "Average precision") if several else (accuracies, "Accuracy")), "share of 1"),
+        curve(run, precisions, "Average precision", "mean average precision")
+        if several
+        else curve(run, accuracies, "Accuracy", "accuracy"),
         curve(run, {"lr": "learning rate"}, "Learning rate", "learning rate"),
         curve(run, {"images_per_second": "images"}, "Speed", "images per second"),
     ]
@@ -323,25 +330,28 @@ def _training_sections(run: Run) -> list[Section]:
 def _command_sections(run: Run) -> list[Section]:
     """How to use the classifier, evaluate it again, go on with its training."""
     about = run.evaluation.about if run.evaluation is not None else {}
-    weights = run.folder if run.has_weights else None if run.config else about.get("weights")
+    weights = run.folder if run.has_weights else about.get("weights") if run.is_evaluation else None
+    config = str(run.folder / CONFIG)
+    blocks: list[Block] = []
+    commands: dict[str, list[str]] = {}
     if weights is None:
-        absent = Missing(Path("model.safetensors"), "commands to use the classifier", "there are no weights")
-        return [Section("Using the classifier", "", [absent])]
-    commands = {"Tell the classes of images": ["predict_classes.py", "--weights", str(weights), "IMAGES"]}
-    config, again = str(run.folder / CONFIG), f"output_dir={run.folder / 'again'}"
-    if run.config.get("data", {}).get("val"):
-        commands["Evaluate"] = ["finetune.py", "--config-file", config, "--eval-only", str(weights), again]
-    if run.is_unfinished:
-        where = f"output_dir={run.folder}"
-        commands["Go on with the training"] = ["finetune.py", "--config-file", config, "--resume", where]
+        blocks.append(Missing(Path(WEIGHTS), "commands to use the classifier", "there are no weights"))
+    else:
+        commands["Tell the classes of images"] = ["predict_classes.py", "--weights", str(weights), "IMAGES"]
+        if run.config.get("data", {}).get("val"):
+            words = ["finetune.py", "--config-file", config, "--eval-only", str(weights)]
+            commands["Evaluate"] = [*words, f"output_dir={run.folder / 'again'}"]
+    if run.is_unfinished and run.config:
+        words = ["finetune.py", "--config-file", config, "--resume", f"output_dir={run.folder}"]
+        commands["Go on with the training"] = words
     lines = [
         (title, folded(shlex.join(["python", f"tools/{words[0]}", *words[1:]]))) for title, words in commands.items()
     ]
-    return [Section("Using the classifier", "", [page.Commands(lines)])]
+    return [Section("Using the classifier", "", [*blocks, *([page.Commands(lines)] if lines else [])])]
 
 
 def _setting_sections(run: Run) -> list[Section]:
-    if run.is_evaluation and not run.config:
+    if run.is_evaluation:
         return []
     text = f"What differs from the defaults of this toolkit; {CONFIG} has all settings."
     blocks: list[Block] = [_missing(run, CONFIG, "settings", "the file is empty")]
@@ -352,12 +362,12 @@ def _setting_sections(run: Run) -> list[Section]:
 
 
 def changed_settings(config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Key, value and default of what a config, as YAML holds it, has other than by default; None: no default."""
+    """Key, value and default of what a config, as YAML holds it, has other than by default, but for the data."""
     defaults = _leaves(_defaults(FinetuneConfig))
     return [
         (key, value, defaults.get(key))
         for key, value in _leaves(config).items()
-        if key not in defaults or defaults[key] != value
+        if (key not in defaults or defaults[key] != value) and key not in DATA_KEYS
     ]
 
 
@@ -400,8 +410,13 @@ def _data_sections(run: Run) -> list[Section]:
     rows = []
     for name, path in paths.items():
         if path:
-            end = str(path) if "://" in str(path) else "/".join(Path(str(path)).parts[-2:])
-            rows.append([name, end, f"{counts[name]:,}" if isinstance(counts[name], int) else "-"])
+            rows.append(
+                [
+                    name,
+                    "/".join(Path(str(path)).parts[-2:]),
+                    f"{counts[name]:,}" if isinstance(counts[name], int) else "-",
+                ]
+            )
     if not rows:
         return [Section("Data", "", [_missing(run, CONFIG, "record of the data", "it names none")])]
     caption = f"The ends of the paths; {CONFIG} has them whole." if run.config else "The ends of the paths."
@@ -484,8 +499,9 @@ def _facts(run: Run) -> list[Fact]:
     if isinstance(images, int):
         found.append(Fact("Training images", f"{images:,}", _progress(run) if run.log.rows else ""))
     speeds, memory = run.log.values("images_per_second"), run.log.values("memory_gb")
-    if speeds:
-        found.append(Fact("Speed", f"{np.median(speeds):,.0f} / s", "images in training, median"))
+    if speeds and isinstance(run.plan.get("images_per_step"), int):
+        note = f"{np.median(speeds):,.0f} images per second (median), without evaluations"
+        found.append(Fact("Training time", page.format_seconds(run.log.seconds(run.plan["images_per_step"])), note))
     if memory:
         found.append(Fact("Peak memory", f"{max(memory):.1f} GB", "of one process"))
     return found

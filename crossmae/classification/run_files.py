@@ -102,6 +102,15 @@ class Log:
         """All values of one name, in order."""
         return [row[key] for row in self.rows if key in row]
 
+    def seconds(self, images_per_step: int) -> float:
+        """What the steps took, about: each logged speed is that of the steps since the one before."""
+        total, previous = 0.0, 0.0
+        for row in self.rows:
+            if row.get("images_per_second", 0) > 0 and "step" in row:
+                total += (row["step"] - previous) * images_per_step / row["images_per_second"]
+                previous = row["step"]
+        return total
+
 
 @dataclass(frozen=True)
 class Run:
@@ -124,7 +133,7 @@ class Run:
     @property
     def is_evaluation(self) -> bool:
         """Nothing was trained here."""
-        return self.evaluation is not None and not self.log.rows
+        return self.evaluation is not None and not self.log.rows and not (self.folder / CONFIG).exists()
 
     @property
     def is_unfinished(self) -> bool:

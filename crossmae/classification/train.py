@@ -30,7 +30,6 @@ from crossmae.classification.data import (
     collate,
     find_classes,
     label_targets,
-    published_crop_pct,
     read_class_names,
 )
 from crossmae.classification.evaluate import EvaluationSet, evaluate
@@ -39,7 +38,7 @@ from crossmae.classification.metrics import Predictions, Scores, score
 from crossmae.classification.report import write_report
 from crossmae.classification.results import EVALUATION_FOLDER, write_results
 from crossmae.classification.vit import Architecture, architecture_of, build_vit, load_encoder_weights, parameter_groups
-from crossmae.data import BatchPlan, Normalize, build_loader, warn_of_depth
+from crossmae.data import BatchPlan, Normalize, build_loader, published_crop_pct, warn_of_depth
 from crossmae.distributed import Ranks
 from crossmae.errors import UserError
 from crossmae.files import check_writable

@@ -109,10 +109,10 @@ def build_vit(
 ) -> VisionTransformer:
     """A classifier with random weights, with timm's names (method specification, sections 1.10 and 1.11).
 
-    | pool  | before the head                                                                   |
-    | ----- | --------------------------------------------------------------------------------- |
-    | `avg` | mean of the patch tokens, then `fc_norm`; with the head `batchnorm` the mean as is |
-    | `cls` | `norm`, then the class token                                                      |
+    | pool  | before the head                           |
+    | ----- | ----------------------------------------- |
+    | `avg` | mean of the patch tokens, then `fc_norm`  |
+    | `cls` | `norm`, then the class token              |
 
     | head        | keys                           | weights                                                  |
     | ----------- | ------------------------------ | -------------------------------------------------------- |
@@ -136,8 +136,6 @@ def build_vit(
         drop_path_rate=drop_path,
         norm_layer=LayerNorm,
     )
-    if head == "batchnorm":
-        model.fc_norm = nn.Identity()
     if num_classes:
         linear = _new_linear(E, num_classes, std=2e-5 if head == "linear" else 0.01)
         norm = nn.BatchNorm1d(E, affine=False, eps=1e-6)

@@ -97,7 +97,6 @@ def assert_finds_the_same(run, model):
     assert [value.shape for value in nothing.values()] == [(0, 4), (0,), (0,), (0, 8, 8)]
 
 
-@pytest.mark.slow
 def test_onnxruntime_finds_what_detectron2_finds(tmp_path, runtime, monkeypatch):
     """Also with the weights in a file of their own, as those of large detectors are."""
     monkeypatch.setattr(export, "ONE_FILE_BYTES", 0)
@@ -124,7 +123,6 @@ def test_onnxruntime_finds_what_detectron2_finds(tmp_path, runtime, monkeypatch)
     assert (tmp_path / "detector.onnx.data").stat().st_size > 0.8 * weights
 
 
-@pytest.mark.slow
 def test_a_loaded_program_finds_what_detectron2_finds(tmp_path):
     model = build(tmp_path, *CASCADE)
     assert export_detector(model, tmp_path / "detector.pt2", SIZE).compared == 5

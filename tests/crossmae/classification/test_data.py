@@ -19,10 +19,9 @@ from crossmae.classification.data import (
     TrainImages,
     find_classes,
     label_targets,
-    published_crop_pct,
     read_class_names,
 )
-from crossmae.data import centre_view
+from crossmae.data import centre_view, published_crop_pct
 from crossmae.errors import UserError
 from crossmae.sources import open_source
 from tests.crossmae.classification.labelled import CLASSES, write_classes

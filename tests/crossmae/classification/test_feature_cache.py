@@ -67,7 +67,9 @@ def flip_feature(data: bytes) -> bytes:
     return data[:-40] + bytes([data[-40] ^ 1]) + data[-39:]
 
 
-@pytest.mark.parametrize("damage", [flip_last, flip_feature, lambda data: data[:-8], lambda data: b"", lambda data: b"x" * 99])
+@pytest.mark.parametrize(
+    "damage", [flip_last, flip_feature, lambda data: data[:-8], lambda data: b"", lambda data: b"x" * 99]
+)
 def test_damaged_files_are_not_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[bytes], bytes]
 ) -> None:

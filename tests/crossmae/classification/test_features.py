@@ -68,9 +68,7 @@ def blocks_of(vit: nn.Module, imgs: Tensor, blocks: int) -> Tensor:
         ({"decoder": "self"}, 2, True),
     ],
 )
-def test_features_are_those_of_the_online_probe(
-    arguments: dict[str, Any], block: int, normed: bool, pool: Any
-) -> None:
+def test_features_are_those_of_the_online_probe(arguments: dict[str, Any], block: int, normed: bool, pool: Any) -> None:
     torch.manual_seed(0)
     given = TINY | DECODER | arguments
     model = CrossMAE(**given)
@@ -148,7 +146,7 @@ def test_random_weights_are_where_pretraining_starts() -> None:
     opened = open_encoder(weights, "avg", None, img_size=32, depth=2)
     imgs = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(opened.encoder(imgs), encode_images(model, [imgs]), rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match="model: .*num_heads|model: .*heads"):
+    with pytest.raises(UserError, match=r"model: .*heads"):
         random_weights("crossmae_vit_small_patch16", 0, num_heads=7)
 
 

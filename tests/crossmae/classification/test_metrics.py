@@ -1,4 +1,4 @@
-"""Proves that every number equals a slow count, sample by sample, and the same to the bit on any number of processes."""
+"""Proves that every number equals a slow count, sample by sample, on any number of processes the same to the bit."""
 
 from __future__ import annotations
 

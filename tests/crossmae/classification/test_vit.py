@@ -115,7 +115,7 @@ def test_pooling_and_head(pool: Any, head: Any) -> None:
         pooled = tokens[:, 1:].mean(1) if pool == "avg" else tokens[:, 0]
         norms = {name: module for name, module in model.named_modules() if name in ("norm", "fc_norm")}
         present = [name for name, module in norms.items() if isinstance(module, nn.LayerNorm)]
-        assert present == {"avg": ["fc_norm"] if head == "linear" else [], "cls": ["norm"]}[pool]
+        assert present == {"avg": ["fc_norm"], "cls": ["norm"]}[pool]
         if present:
             assert norms[present[0]].eps == 1e-6
             pooled = norms[present[0]](pooled)

@@ -1,4 +1,4 @@
-"""Proves that a part of a source keeps names, contents and classes, and that so many per class are drawn by the seed."""
+"""Proves that a part of a source keeps names, contents and classes, and that the seed draws so many of each class."""
 
 from __future__ import annotations
 

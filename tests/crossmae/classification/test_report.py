@@ -1,0 +1,312 @@
+"""The page of a run shows the numbers of its files, names what is missing or damaged, and loads nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from markupsafe import Markup
+from PIL import Image
+
+from crossmae import report as page
+from crossmae.classification.config import FinetuneConfig
+from crossmae.classification.evaluation_files import write_evaluation
+from crossmae.classification.hardest import write_hardest
+from crossmae.classification.metrics import Predictions, score
+from crossmae.classification.report import (
+    MOST_CLASSES,
+    build_report,
+    changed_settings,
+    class_tables,
+    folded,
+    write_report,
+)
+from crossmae.classification.run_files import ClassRow, read_log
+from crossmae.config import load_typed_config
+from crossmae.report import Commands, Gallery, Missing, Plot, Table
+from tools import predict_classes
+
+NAMES = ("cat", "dog", "<b>rat")
+SHARES = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.2, 0.1, 0.7], [0.5, 0.3, 0.2]])
+LABELS = torch.tensor([0, 1, 2, 2])  # the last one is wrong
+REAL_LINE_PLOT = page.line_plot
+
+
+@pytest.fixture(autouse=True)
+def quick_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real figure takes a second; what it is given is what matters here."""
+
+    def plot(series: Any, *, title: str, caption: str, **_: Any) -> Plot:
+        curves = {one.label: (list(one.x), list(one.y)) for one in series}
+        return Plot(Markup(json.dumps(curves)), title, caption)
+
+    monkeypatch.setattr(page, "line_plot", plot)
+
+
+def predictions(several: bool = False) -> Predictions:
+    """Of 40 images; a quarter of them are wrong, the last ones the most."""
+    shares, labels = SHARES.repeat(10, 1), LABELS.repeat(10)
+    best = shares.topk(3)
+    losses = torch.arange(40) / 10
+    features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    targets = torch.nn.functional.one_hot(labels).bool() if several else labels
+    scores = shares if several else None
+    everything = torch.arange(40)
+    return Predictions(everything, targets, losses, best.indices, best.values, scores, features, everything)
+
+
+def write_evaluated(folder: Path, several: bool = False, **about: Any) -> None:
+    """The files of an evaluation, by those who write them."""
+    found = predictions(several)
+    facts = {"weights": "model_best.safetensors", "data": "/far/away/val", "versions": {"torch": "9.8.7"}, **about}
+    write_evaluation(folder / "evaluation", found, score(found, 3), NAMES, "{}.png".format, facts)
+    write_hardest(folder / "evaluation", found, lambda _: Image.new("L", (8, 8), 200), NAMES, "{}.png".format, most=2)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run, as training writes it."""
+    run = tmp_path_factory.mktemp("runs") / "my run"
+    write_evaluated(run, weights_are="averaged", epoch=1.0, step=10)
+    config = {
+        "output_dir": str(run),
+        "data": {"train": "/far/away/train", "val": "/far/away/val", "crop_scale": [0.3, 1.0]},
+        "model": {"name": "vit_tiny_patch16"},
+        "schedule": {"epochs": 2},
+    }
+    content = FinetuneConfig.model_validate(config).model_dump(mode="json")
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    steps = {"images_per_second": 50.0, "memory_gb": 1.25, "lr": 0.1}
+    rows = [
+        {"step": 10, "epoch": 1.0, "loss": 3.0, **steps},
+        {"step": 10, "epoch": 1.0, "val_loss": 2.0, "top1": 0.5, "top5": 1.0, "top1_ema": 0.6},
+        {"step": 20, "epoch": 2.0, "loss": 2.5, **steps},
+    ]
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step, images in ((10, 1), (20, 4321)):
+        checkpoint = run / f"checkpoints/step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        record = {"plan": {"images": images, "images_per_step": 64}, "versions": {"timm": "1.2.3"}}
+        (checkpoint / "run.json").write_text(json.dumps(record))
+    for name in ("model.safetensors", "model_best.safetensors"):
+        (run / name).touch()
+    write_report(run)  # which draws the features
+    return run
+
+
+@pytest.fixture
+def folder(whole_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole_run, tmp_path / "my run"))
+
+
+def blocks_of(folder: Path, kind: type) -> list[Any]:
+    return [block for section in build_report(folder).sections for block in section.blocks if isinstance(block, kind)]
+
+
+def cells(table: Table) -> list[list[str]]:
+    texts = [[getattr(cell, "text", cell) for cell in row] for row in table.rows]
+    return [[text.replace("\N{NO-BREAK SPACE}", " ") for text in row] for row in texts]
+
+
+def titles(folder: Path) -> list[str]:
+    return [section.title for section in build_report(folder).sections]
+
+
+def test_the_page_has_the_numbers_of_the_files(folder: Path) -> None:
+    assert write_report(folder) == folder / "report.html"
+    html = (folder / "report.html").read_text()
+    assert 'class="card missing"' not in html
+    report = build_report(folder)
+    facts = {fact.label: (fact.value.replace("\N{NO-BREAK SPACE}", " "), fact.note) for fact in report.facts}
+    assert facts.pop("Calibration error")[0].endswith(" %")
+    assert facts == {
+        "Top-1 accuracy": ("75.0 %", "95% interval 59.8 to 85.8 %"),  # Wilson, of 30 in 40
+        "Top-5 accuracy": ("100.0 %", ""),
+        "Balanced accuracy": ("83.3 %", ""),
+        "Training images": ("4,321", "2 of 2 epochs"),
+        "Training time": ("26 s", "50 images per second (median), without evaluations"),  # 20 steps of 64 images
+        "Peak memory": ("1.2 GB", "of one process"),
+    }
+    assert report.lead.replace("\N{NO-BREAK SPACE}", " ").startswith(
+        "Top-1 accuracy 75.0 % (95% interval 59.8 to 85.8 %) on 40 images of 3 classes. Everything"
+    )
+    _, classes, confused, settings, data = map(cells, blocks_of(folder, Table))
+    assert classes[0] == ["<b>rat", "20", "50.0 %", "100.0 %"]
+    assert sorted(classes[1:]) == [["cat", "10", "100.0 %", "50.0 %"], ["dog", "10", "100.0 %", "100.0 %"]]
+    assert confused == [["<b>rat taken for cat", "10", "50.0 %"]]
+    assert ["data.crop_scale", "[0.3, 1.0]", "[0.08, 1.0]"] in settings
+    assert data == [["training", "away/train", "4,321"], ["validation", "away/val", "40"]]
+    curves = {plot.title: json.loads(plot.svg) for plot in blocks_of(folder, Plot)}
+    assert curves["Loss"] == {"training": [[1.0, 2.0], [3.0, 2.5]], "validation": [[1.0], [2.0]]}
+    assert curves["Accuracy"] == {
+        "top-1": [[1.0], [0.5]],
+        "top-1, averaged weights": [[1.0], [0.6]],
+        "top-5": [[1.0], [1.0]],
+    }
+    assert "Of model_best.safetensors, averaged over the training, after 1 epochs" in html
+    assert all(text in html for text in ("Classifier: my run", "1.2.3", "Of 10 wrong images, the worst 2."))
+
+
+def test_the_hardest_images_are_shown_with_their_classes(folder: Path) -> None:
+    *_, hardest, _ = blocks_of(folder, Gallery)
+    captions = [row.caption.replace("\N{NO-BREAK SPACE}", " ") for row in hardest.rows]
+    # Losses of 3.9 and 3.5: the true class had the probabilities exp(-3.9) and exp(-3.5).
+    assert captions == [f"<b>rat ({share} %), taken for cat (50.0 %)" for share in ("2.0", "3.0")]
+    assert [row.pictures[0].alt.partition(":")[0] for row in hardest.rows] == ["39.png", "35.png"]
+
+
+def test_the_page_loads_nothing_and_shows_names_letter_by_letter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "line_plot", REAL_LINE_PLOT)
+    html = write_report(folder).read_text()
+    links = re.findall(r'(?:src|href)="([^"]*)"', html)
+    assert links
+    assert all(link.startswith(("data:image/", "#")) for link in links)
+    assert "&lt;b&gt;rat" in html
+    assert "<b>rat" not in html
+    assert "/far/" not in re.sub(r"<pre>.*?</pre>", "", html, flags=re.DOTALL)  # paths are in commands alone
+
+
+NEEDED = {
+    "config.yaml": "config.yaml",
+    "log.jsonl": "log.jsonl",
+    "evaluation/evaluation.json": "evaluation/evaluation.json",
+    "evaluation/confusion.png": "evaluation/confusion.png",
+    "evaluation/calibration.png": "evaluation/calibration.png",
+    "evaluation/embedding.png": "evaluation/embedding.png",
+    "evaluation/hardest/hardest.json": "evaluation/hardest/hardest.json",
+    "evaluation/hardest/01.png": "evaluation/hardest/01.png",
+}
+
+
+@pytest.mark.parametrize("name", NEEDED)
+@pytest.mark.parametrize("content", [None, b"\xff\x00 {", b'{"a": "b"}', b"[1, 2]"])
+def test_whatever_is_missing_or_damaged_is_named_in_its_place(folder: Path, name: str, content: bytes | None) -> None:
+    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    missing = blocks_of(folder, Missing)
+    assert {str(block.path) for block in missing} == {name}
+    assert str(folder) not in " ".join(block.why for block in missing)
+
+
+def test_a_folder_with_nothing_names_everything(tmp_path: Path) -> None:
+    html = write_report(tmp_path).read_text()
+    for name in set(NEEDED) - {"evaluation/hardest/01.png"}:
+        assert f"<code>{name}</code>" in html
+    assert build_report(tmp_path).facts == []
+    assert titles(tmp_path) == ["Evaluation", "Training", "Using the classifier", "Settings", "Data"]
+
+
+def test_features_are_drawn_when_they_are_newer_than_their_picture(folder: Path) -> None:
+    picture, features = folder / "evaluation/embedding.png", folder / "evaluation/features.safetensors"
+    before = picture.stat().st_mtime_ns
+    write_report(folder)
+    assert picture.stat().st_mtime_ns == before
+    features.touch()
+    write_report(folder)
+    assert picture.stat().st_mtime_ns > before
+    features.write_bytes(b"damaged")
+    (block,) = (block for block in _missing_of(folder) if "embedding" in block)
+    assert "features.safetensors can not be drawn: " in block
+    features.unlink()
+    (block,) = (block for block in _missing_of(folder) if "embedding" in block)
+    assert "features.safetensors does not exist" in block
+    assert not picture.exists()
+
+
+def _missing_of(folder: Path) -> list[str]:
+    return re.findall(r'class="card missing">(.*?)</div>', write_report(folder).read_text(), re.DOTALL)
+
+
+def test_an_evaluation_alone_has_no_training_to_miss(tmp_path: Path) -> None:
+    write_evaluated(tmp_path, weights="/models/x.safetensors")
+    html = write_report(tmp_path).read_text()
+    assert 'class="card missing"' not in html
+    assert not {"Training", "Settings"} & set(titles(tmp_path))
+    (block,) = blocks_of(tmp_path, Commands)
+    (command,) = (command for _, command in block.commands)
+    given = predict_classes.build_parser().parse_intermixed_args(shlex.split(command)[2:])
+    assert given.weights == Path("/models/x.safetensors")
+    assert "9.8.7" in html
+
+
+def test_several_classes_per_image_have_no_confusions(tmp_path: Path) -> None:
+    write_evaluated(tmp_path, several=True)
+    html = write_report(tmp_path).read_text()
+    assert 'class="card missing"' not in html
+    assert "Confusions and calibration" not in titles(tmp_path)
+    assert build_report(tmp_path).facts[0].label == "Mean average precision"
+    _, classes, _ = blocks_of(tmp_path, Table)
+    assert classes.columns == ["class", "images", "average precision", "recall", "precision"]
+    hardest = blocks_of(tmp_path, Gallery)[0]
+    assert hardest.rows[0].caption.replace("\N{NO-BREAK SPACE}", " ") == "<b>rat (20.0 %), taken for cat (50.0 %)"
+
+
+def test_a_run_that_was_cut_off_tells_how_far_it_came_and_how_to_go_on(folder: Path) -> None:
+    for name in ("model.safetensors", "model_best.safetensors"):
+        (folder / name).unlink()
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    (folder / "log.jsonl").write_text(f"{lines[0]}\n{lines[1]}\n{lines[2][:20]}")
+    report = build_report(folder)
+    assert "was cut off, after 1 of 2 epochs" in report.lead
+    training = next(section for section in report.sections if section.title == "Training")
+    assert "Left out: 1 damaged line of log.jsonl." in training.text
+    (block,) = blocks_of(folder, Commands)
+    ((_, command),) = block.commands
+    words = shlex.split(command.replace("\\\n", ""))
+    assert words[:2] == ["python", "tools/finetune.py"]
+    assert words[4:] == ["--resume", f"output_dir={folder}"]
+    load_typed_config(FinetuneConfig, words[3], words[5:])
+
+
+def test_the_commands_are_ones_that_the_tools_take(folder: Path) -> None:
+    (block,) = blocks_of(folder, Commands)
+    classes, evaluate = (shlex.split(command.replace("\\\n", "")) for _, command in block.commands)
+    assert predict_classes.build_parser().parse_intermixed_args(classes[2:]).weights == folder
+    assert evaluate[4:6] == ["--eval-only", str(folder)]
+    config = load_typed_config(FinetuneConfig, evaluate[3], evaluate[6:])
+    assert config.data.val == "/far/away/val"
+    assert config.output_dir == folder / "again"  # the results of the run stay
+
+
+def test_of_many_classes_the_worst_and_the_best_are_shown() -> None:
+    shares = torch.randperm(90, generator=torch.Generator().manual_seed(0)).tolist()
+    classes = [ClassRow(name=str(share), samples=9, recall=share / 100, precision=None) for share in shares]
+    classes += [ClassRow(name="none", samples=0, recall=None, precision=None)] * 10
+    worst, best = (block for block in class_tables(classes, multi_label=False) if isinstance(block, Table))
+    assert [row[0] for row in worst.rows] == [str(share) for share in range(25)]
+    assert [row[0] for row in best.rows] == [str(share) for share in range(89, 64, -1)]
+    assert "the other 50 of 100 classes" in best.caption
+    (alone,) = class_tables(classes[-MOST_CLASSES:], multi_label=False)
+    assert isinstance(alone, Table)
+    assert cells(alone)[-1] == ["none", "0", "-", "-"]
+
+
+def test_settings_are_those_that_differ_from_the_defaults(tmp_path: Path) -> None:
+    words = ["loss.mixup=0.8", "optim.betas=[0.9, 0.95]", "model.name=vit_tiny_patch16", "data.train=x", "output_dir=y"]
+    (tmp_path / "plain.yaml").write_text("{}")
+    config = load_typed_config(FinetuneConfig, str(tmp_path / "plain.yaml"), words)
+    content = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
+    del content["output_dir"]
+    assert sorted(changed_settings(content)) == [
+        ("loss.mixup", 0.8, 0.0),
+        ("model.name", "vit_tiny_patch16", None),
+        ("optim.betas", [0.9, 0.95], [0.9, 0.999]),
+    ]
+
+
+def test_speeds_add_up_to_a_time(tmp_path: Path) -> None:
+    rows = [{"step": 10, "epoch": 1, "images_per_second": 5.0}, {"step": 30, "epoch": 3, "images_per_second": 40.0}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_log(tmp_path / "log.jsonl").seconds(images_per_step=8) == 10 * 8 / 5 + 20 * 8 / 40
+
+
+def test_folded_command_is_the_same_command() -> None:
+    command = "python tools/finetune.py --config-file a.yaml " + " ".join(f"key{i}='va lue'" for i in range(9))
+    assert shlex.split(folded(command).replace("\\\n", "")) == shlex.split(command)
+    assert folded(command).count("\n") == 10
