@@ -169,8 +169,6 @@ class FinetuneConfig(RunConfig):
             raise ValueError("data.auto_augment is for grey and RGB images; set data.auto_augment=null")
         if self.optim.name == "lars" and not self.model.freeze:
             raise ValueError("optim.name=lars is for linear probes: set model.freeze=true, or optim.name=adamw")
-        if self.optim.name == "lars" and self.optim.weight_decay:
-            raise ValueError("optim.name=lars is without weight decay, as published: set optim.weight_decay=0")
         if self.model.head == "batchnorm" and not self.model.freeze:
             raise ValueError("model.head=batchnorm is for linear probes: set model.freeze=true, or model.head=linear")
         if self.data.separator is not None and self.data.per_class is not None:

@@ -139,7 +139,7 @@ class Finetuning(Task[FinetuneConfig]):
         """AdamW by layers, or LARS for a head alone."""
         optim = self.config.optim
         if optim.name == "lars":
-            return lars(model, plan.peak_lr)
+            return lars(model, plan.peak_lr, optim.weight_decay)
         groups = parameter_groups(cast(VisionTransformer, model), optim.weight_decay, optim.layer_decay)
         return torch.optim.AdamW(groups, lr=plan.peak_lr, betas=optim.betas, fused=True)
 

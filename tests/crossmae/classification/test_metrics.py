@@ -42,6 +42,8 @@ def test_processes_without_samples_may_know_no_shapes() -> None:
     assert_equal(merge([empty, whole, empty], 6), whole)
     without = replace(whole, features=None, feature_indices=None)
     assert_equal(merge([without], 6), without)
+    none = torch.empty(0, dtype=torch.int64)
+    assert_equal(merge([replace(whole, features=torch.empty(0, 7), feature_indices=none)], 6), without)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +148,14 @@ def test_the_most_confused_pairs() -> None:
     pairs = [(one.true, one.predicted, one.count, one.share) for one in score(data, 4).most_confused(3)]
     assert pairs == [(0, 1, 3, 0.3), (1, 0, 3, 0.75), (2, 0, 1, 0.2)]
     assert len(score(data, 4).most_confused(2)) == 2
+
+
+def test_equally_frequent_confusions_are_in_order_of_the_classes() -> None:
+    found = score(random_predictions(2000, 20), 20)
+    assert found.confusion is not None
+    counts = {place: count for place, count in np.ndenumerate(found.confusion) if count and place[0] != place[1]}
+    slow = sorted(counts, key=lambda place: (-counts[place], place))
+    assert [(one.true, one.predicted) for one in found.most_confused(400)] == slow
 
 
 def slow_average_precision(labels: Tensor, scores: Tensor) -> float:
