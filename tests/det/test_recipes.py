@@ -28,7 +28,7 @@ from det.config import BASE_KEY, load_det_config, lookup
 from det.optim import resolve_schedule
 from tools.train_net import build_parser
 
-RECIPES = sorted(path for path in CONFIG_ROOT.glob("*.yaml") if path.stem != "demo_mask_rcnn" and "probe" not in path.stem)
+RECIPES = sorted(p for p in CONFIG_ROOT.glob("*.yaml") if p.stem != "demo_mask_rcnn" and "probe" not in p.stem)
 BASE = CONFIG_ROOT / "coco_mask_rcnn.yaml"
 TABLE = CONFIG_ROOT.parent / "docs" / "detection_recipes.md"
 ROOT = CONFIG_ROOT.parent

@@ -40,6 +40,7 @@ def test_img_size_and_top_k_are_used(folder: Path) -> None:
     words = ("--weights", "run", "photos", "--output", "out/found.csv")
     assert exit_code(main, *words, "--top-k", "1") == 0
     before = Path("out/found.csv").read_text()
+    assert before.startswith("name,top1,score1\n")
     assert exit_code(main, *words, "--top-k", "1") == USER_ERROR_EXIT_CODE  # it would be overwritten
     assert Path("out/found.csv").read_text() == before
     assert exit_code(main, *words, "--img-size", "32", "--force") == 0

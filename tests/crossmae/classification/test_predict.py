@@ -164,4 +164,4 @@ def test_an_input_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     Path("list.csv").write_text("path\na.png\n")
     with pytest.raises(UserError, match=r"list\.csv is an input"):
-        check_output(str(tmp_path / "list.csv"), expand_inputs(["*.csv"]), force=True)
+        check_output("list.csv", expand_inputs([str(tmp_path / "*.csv")]), force=True)
