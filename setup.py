@@ -22,6 +22,7 @@ CORE = [
     "pyyaml>=6",
     "safetensors>=0.4.3",
     "tqdm>=4.65",
+    "typing_extensions>=4",
     "tensorboard>=2.14",
     "matplotlib>=3.8",
     "psutil>=5.9",

@@ -5,6 +5,7 @@ pydantic does the checking: unknown keys, wrong types and values out of range ar
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -305,6 +306,12 @@ def resolve_config_path(name: str) -> Path:
             return path
     known = sorted(str(path.relative_to(CONFIG_ROOT)) for path in CONFIG_ROOT.rglob("*.yaml"))
     raise UserError(f"--config-file {name}: no such file here or in configs/; configs/ has {', '.join(known)}")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--config-file NAME [section.key=value ...]`, the convention of every tool that takes such a config."""
+    parser.add_argument("--config-file", required=True, metavar="NAME", help="a YAML file, or its name under configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> PretrainConfig:

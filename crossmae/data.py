@@ -11,9 +11,9 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as VF
 from tqdm import tqdm
+from typing_extensions import Self
 
 from crossmae.errors import UserError
 from crossmae.images import MAX_NAMES, decode_image, ends_like_an_image, is_deep
@@ -48,8 +49,25 @@ class Broken:
     message: str
 
 
+class MovableBatch:
+    """A batch whose tensors `moved` travel to the device."""
+
+    moved: ClassVar[tuple[str, ...]]
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch with those on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """The same batch with those in page-locked memory; the loader calls this."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, **{name: change(getattr(self, name)) for name in self.moved})  # type: ignore[type-var]
+
+
 @dataclass(frozen=True)
-class Batch:
+class Batch(MovableBatch):
     """Images and mask noise of one micro-batch.
 
     Attributes:
@@ -64,15 +82,7 @@ class Batch:
     noise: Tensor
     indices: Tensor
     broken: tuple[Broken, ...] = ()
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch with pixels and noise on a device."""
-        images, noise = (t.to(device, non_blocking=True) for t in (self.images, self.noise))
-        return Batch(images, noise, self.indices, self.broken)
-
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory; the loader calls this."""
-        return Batch(self.images.pin_memory(), self.noise.pin_memory(), self.indices, self.broken)
+    moved = ("images", "noise")
 
 
 @dataclass(frozen=True)
@@ -158,6 +168,7 @@ class Unreadable:
 
 
 Sample = tuple[Tensor, Tensor, int, tuple[Broken, ...]]
+B = TypeVar("B")
 
 
 class PretrainImages(Dataset[Any]):
@@ -289,17 +300,18 @@ class Normalize:
         return (to_unit_range(images) - self.mean) / self.std
 
 
-def collate(samples: list[Sample | Unreadable]) -> Batch | Unreadable:
-    """Samples to a batch; one unreadable sample makes the whole batch unreadable."""
-    good: list[Sample] = []
-    for sample in samples:
-        if isinstance(sample, Unreadable):
-            return sample
-        good.append(sample)
-    images, noise, indices, broken = zip(*good, strict=True)
-    return Batch(
-        torch.stack(images), torch.stack(noise), torch.tensor(indices), tuple(b for each in broken for b in each)
+def collate_as(batch: Callable[[Tensor, Tensor, Tensor, tuple[Broken, ...]], B], samples: list[Any]) -> B | Unreadable:
+    """Samples to a batch of the given kind; one unreadable sample makes the whole batch unreadable."""
+    unreadable = next((sample for sample in samples if isinstance(sample, Unreadable)), None)
+    if unreadable is not None:
+        return unreadable
+    images, others, indices, broken = zip(*samples, strict=True)
+    return batch(
+        torch.stack(images), torch.stack(others), torch.tensor(indices), tuple(b for each in broken for b in each)
     )
+
+
+collate = partial(collate_as, Batch)
 
 
 def find_broken(source: Source, indices: Sequence[int], channels: int = 3, bit_depth: int = 8) -> list[Broken]:

@@ -170,6 +170,16 @@ def _train(task: Task[Any], resume: bool) -> Path:
     return config.output_dir / WEIGHTS
 
 
+def plan_batches(config: RunConfig, source: Source, ranks: Ranks) -> BatchPlan:
+    """Which images make up which batch of this process.
+
+    Raises:
+        UserError: not even one batch per epoch.
+    """
+    seed, at_once = config.runtime.seed, config.data.shuffle_shards
+    return BatchPlan(len(source), config.optim.batch_size, seed, ranks.rank, ranks.world_size, source.groups, at_once)
+
+
 def check_images(config: RunConfig, source: Source, channels: int, ranks: Ranks) -> list[Broken]:
     """Look at every training image, shared out among the processes; what is broken, where others may stand in for it.
 

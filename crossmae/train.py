@@ -15,13 +15,13 @@ from torch import Tensor, nn
 import crossmae
 from crossmae.checkpoint import step_of
 from crossmae.config import PretrainConfig
-from crossmae.data import BatchPlan, Normalize, PretrainImages, build_loader, warn_of_depth
+from crossmae.data import Normalize, PretrainImages, build_loader, warn_of_depth
 from crossmae.distributed import Ranks
 from crossmae.errors import UserError
 from crossmae.figures import fused_map_names, fusion_figure, reconstruction_figure
 from crossmae.files import check_writable
 from crossmae.health import Health
-from crossmae.loop import Ready, Task, check_images, train
+from crossmae.loop import Ready, Task, check_images, plan_batches, train
 from crossmae.model import CrossMAE
 from crossmae.optim import parameter_groups
 from crossmae.plan import Plan, announce, make_plan
@@ -63,16 +63,8 @@ class Pretraining(Task[PretrainConfig]):
         source = open_named(config, "data.train")
         if ranks.is_main:
             warn_of_depth(source, config.data.bit_depth)
-        data, optim = config.data, config.optim
-        batches = BatchPlan(
-            len(source),
-            optim.batch_size,
-            config.runtime.seed,
-            ranks.rank,
-            ranks.world_size,
-            source.groups,
-            data.shuffle_shards,
-        )
+        data = config.data
+        batches = plan_batches(config, source, ranks)
         plan = make_plan(config, batches, self.device, self.precision)
         start = find_start(config.output_dir, resume)
         is_complete = start is not None and step_of(start) >= plan.last_step

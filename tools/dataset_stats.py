@@ -14,7 +14,14 @@ import logging
 import os
 from pathlib import Path
 
-from crossmae.config import PretrainConfig, load_config, read_yaml, resolve_config_path, set_override
+from crossmae.config import (
+    PretrainConfig,
+    add_config_arguments,
+    load_config,
+    read_yaml,
+    resolve_config_path,
+    set_override,
+)
 from crossmae.errors import UserError, run_cli
 from crossmae.files import make_folder, write_json
 from crossmae.pixel_stats import LOW_RANGE, PixelStats, check_usable, measure
@@ -24,11 +31,10 @@ from crossmae.sources import evenly_spaced, open_source
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="NAME", help="a YAML file, or its name under configs/")
+    add_config_arguments(parser)
     parser.add_argument("--images", type=int, metavar="N", help="measure N evenly spaced images; default: all")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers as JSON, too")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads that read (default: cores)")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
     return parser
 
 

@@ -24,7 +24,7 @@ import logging
 import os
 
 from crossmae.classification.config import FinetuneConfig
-from crossmae.config import load_typed_config
+from crossmae.config import add_config_arguments, load_typed_config
 from crossmae.errors import UserError, run_cli
 from crossmae.run_log import describe
 
@@ -32,12 +32,9 @@ from crossmae.run_log import describe
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, call."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="NAME", help="a YAML file, or its name under configs/")
+    add_config_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in output_dir")
     parser.add_argument("--eval-only", metavar="WEIGHTS", help="evaluate a classifier's file, or a run, on data.val")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="values that replace those of the file"
-    )
     arguments = parser.parse_intermixed_args(argv)
     if arguments.resume and arguments.eval_only:
         raise UserError("--resume is for training, --eval-only evaluates; give one of them")

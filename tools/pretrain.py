@@ -19,18 +19,15 @@ import argparse
 import logging
 import os
 
-from crossmae.config import load_config
+from crossmae.config import add_config_arguments, load_config
 from crossmae.errors import run_cli
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, call."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="NAME", help="a YAML file, or its name under configs/")
+    add_config_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in output_dir")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="values that replace those of the file"
-    )
     arguments = parser.parse_intermixed_args(argv)
     is_main = os.environ.get("RANK", "0") == "0"  # the others speak up when something is wrong
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")

@@ -17,17 +17,15 @@ from __future__ import annotations
 import argparse
 import logging
 
+from crossmae.config import add_config_arguments
 from crossmae.errors import run_cli
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, call, say what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="NAME", help="a YAML file, or its name under configs/")
+    add_config_arguments(parser)
     parser.add_argument("--force", action="store_true", help="replace the results of an earlier call")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="values that replace those of the file"
-    )
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 

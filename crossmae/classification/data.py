@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from crossmae.classification.augment import keyed_everywhere
-from crossmae.data import Broken, Unreadable, centre_view, read_or_next, read_pixels, usable_workers
+from crossmae.data import (
+    Broken,
+    MovableBatch,
+    Sample,
+    Unreadable,
+    centre_view,
+    collate_as,
+    read_or_next,
+    read_pixels,
+    usable_workers,
+)
 from crossmae.errors import UserError
 from crossmae.images import MAX_NAMES
 from crossmae.sources import Source
@@ -25,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LabelledBatch:
+class LabelledBatch(MovableBatch):
     """Images and targets of one micro-batch.
 
     Attributes:
@@ -39,15 +50,7 @@ class LabelledBatch:
     targets: Tensor
     indices: Tensor
     broken: tuple[Broken, ...] = ()
-
-    def to(self, device: torch.device) -> LabelledBatch:
-        """The same batch with pixels and targets on a device."""
-        images, targets = (t.to(device, non_blocking=True) for t in (self.images, self.targets))
-        return LabelledBatch(images, targets, self.indices, self.broken)
-
-    def pin_memory(self) -> LabelledBatch:
-        """The same batch in page-locked memory; the loader calls this."""
-        return LabelledBatch(self.images.pin_memory(), self.targets.pin_memory(), self.indices, self.broken)
+    moved = ("images", "targets")
 
 
 def find_classes(source: Source, key: str, separator: str | None = None) -> tuple[str, ...]:
@@ -126,9 +129,6 @@ def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str])
     return tuple(names)
 
 
-Sample = tuple[Tensor, Tensor, int, tuple[Broken, ...]]
-
-
 class TrainImages(Dataset[Any]):
     """Augmented images with their targets; all randomness is keyed by (seed, epoch, index).
 
@@ -195,17 +195,7 @@ class CentreViews(Dataset[Any]):
         return centre_view(pixels, self.size, self.crop_pct), self.targets[index], index, ()
 
 
-def collate(samples: list[Sample | Unreadable]) -> LabelledBatch | Unreadable:
-    """Samples to a batch; one unreadable sample makes the whole batch unreadable."""
-    good: list[Sample] = []
-    for sample in samples:
-        if isinstance(sample, Unreadable):
-            return sample
-        good.append(sample)
-    images, targets, indices, broken = zip(*good, strict=True)
-    return LabelledBatch(
-        torch.stack(images), torch.stack(targets), torch.tensor(indices), tuple(b for each in broken for b in each)
-    )
+collate = partial(collate_as, LabelledBatch)
 
 
 def evaluation_loader(

@@ -38,11 +38,11 @@ from crossmae.classification.metrics import Predictions, Scores, score
 from crossmae.classification.report import write_report
 from crossmae.classification.results import EVALUATION_FOLDER, write_results
 from crossmae.classification.vit import Architecture, architecture_of, build_vit, load_encoder_weights, parameter_groups
-from crossmae.data import BatchPlan, Normalize, build_loader, published_crop_pct, warn_of_depth
+from crossmae.data import Normalize, build_loader, published_crop_pct, warn_of_depth
 from crossmae.distributed import Ranks
 from crossmae.errors import UserError
 from crossmae.files import check_writable
-from crossmae.loop import Ready, Task, check_images, train
+from crossmae.loop import Ready, Task, check_images, plan_batches, train
 from crossmae.plan import Plan, announce_steps, plan_steps
 from crossmae.run import Run
 from crossmae.run_log import RunLog
@@ -93,15 +93,7 @@ class Finetuning(Task[FinetuneConfig]):
         check_writable(config.output_dir, "output_dir")
         self.labelled = open_labelled(config, ranks)
         source = self.labelled.train
-        batches = BatchPlan(
-            len(source),
-            optim.batch_size,
-            config.runtime.seed,
-            ranks.rank,
-            ranks.world_size,
-            source.groups,
-            data.shuffle_shards,
-        )
+        batches = plan_batches(config, source, ranks)
         images_per_step = optim.batch_size * optim.accumulate * ranks.world_size
         peak = optim.lr or optim.base_lr * images_per_step / 256
         plan = plan_steps(config, batches, self.device, self.precision, peak)

@@ -83,7 +83,6 @@ def test_an_empty_folder_of_that_name_is_not_umap(monkeypatch: pytest.MonkeyPatc
     assert embed(two_groups()).method == "PCA"
 
 
-@pytest.mark.slow  # it is compiled first
 def test_umap_itself_keeps_groups_together() -> None:
     pytest.importorskip("umap", reason='umap-learn is not installed: pip install -e ".[umap]"')
     embedding = embed(two_groups(count=120), seed=3)
