@@ -22,12 +22,12 @@ CORE = [
     "pyyaml>=6",
     "safetensors>=0.4.3",
     "tqdm>=4.65",
-    "typing_extensions>=4",
     "tensorboard>=2.14",
     "matplotlib>=3.8",
     "psutil>=5.9",
     "fsspec>=2023.10",  # tar shards at any address
     "jinja2>=3.1",
+    "scipy>=1.9",
     "scikit-learn>=1.3",  # logistic regression, average precision, principal components
 ]
 

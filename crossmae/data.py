@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as VF
 from tqdm import tqdm
-from typing_extensions import Self
 
 from crossmae.errors import UserError
 from crossmae.images import MAX_NAMES, decode_image, ends_like_an_image, is_deep
@@ -49,20 +48,23 @@ class Broken:
     message: str
 
 
+M = TypeVar("M", bound="MovableBatch")
+
+
 class MovableBatch:
     """A batch whose tensors `moved` travel to the device."""
 
     moved: ClassVar[tuple[str, ...]]
 
-    def to(self, device: torch.device) -> Self:
+    def to(self: M, device: torch.device) -> M:
         """The same batch with those on a device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> Self:
+    def pin_memory(self: M) -> M:
         """The same batch with those in page-locked memory; the loader calls this."""
         return self._each(lambda tensor: tensor.pin_memory())
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+    def _each(self: M, change: Callable[[Tensor], Tensor]) -> M:
         return replace(self, **{name: change(getattr(self, name)) for name in self.moved})  # type: ignore[type-var]
 
 

@@ -78,6 +78,8 @@ PRETRAINING = (
     Library("psutil", "psutil", ("psutil",), "psutil>=5.9"),
     Library("fsspec", "fsspec", ("fsspec",), "fsspec>=2023.10"),
     Library("jinja2", "jinja2", ("jinja2",), "jinja2>=3.1"),
+    Library("scipy", "scipy", ("scipy",), "scipy>=1.9"),
+    Library("scikit-learn", "sklearn", ("sklearn",), "scikit-learn>=1.3"),
 )
 DETECTION = (
     # The engine, because the bare package imports even where its requirements are missing.

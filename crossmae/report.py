@@ -12,7 +12,8 @@ import base64
 import io
 import json
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -257,6 +258,33 @@ def line_plot(
     return Plot(_themed_svg(buffer.getvalue(), title), title, caption)
 
 
+def curve(
+    rows: Sequence[Mapping[str, Any]], source: Path, x: str, keys: Mapping[str, str], title: str, y_label: str
+) -> Plot | Missing:
+    """A plot of logged values over steps; says so when the log has none.
+
+    Args:
+        rows: of the log.
+        source: the log's file, to name.
+        x: key of the steps or epochs.
+        keys: labels by key of the values.
+        title: of the plot; one of its own on the page.
+        y_label: what the values are.
+    """
+    series = []
+    for key, label in keys.items():
+        points = [(row[x], row[key]) for row in rows if x in row and key in row]
+        if points:
+            series.append(Series(label, *zip(*points, strict=True)))
+    if not series:
+        return Missing(source, f"curve of the {y_label}", f"no line of it has {x!r} and {', '.join(map(repr, keys))}")
+    count = max(len(one.x) for one in series)
+    caption = f"{y_label[0].upper()}{y_label[1:]} by {x}, {counted(count, 'logged value')}."
+    if count >= SMOOTH_FROM:
+        caption += " Faint: as logged; strong: running mean over 5 % of the values."
+    return line_plot(series, title=title, x_label=x, y_label=y_label, caption=caption)
+
+
 def _check_series(series: Sequence[Series]) -> None:
     if not 1 <= len(series) <= len(_SERIES):
         raise ValueError(f"series: expected 1 to {len(_SERIES)} curves, received {len(series)}")
@@ -309,6 +337,23 @@ def _themed_svg(svg: str, title: str) -> Markup:
 
 
 # --- Words -----------------------------------------------------------------------------------------------
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """ "1 image", "1,600 images"."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def folded(command: str) -> str:
+    """A long shell command over several lines, one option or `key=value` each; it can be pasted as it is."""
+    if len(command) <= 100:
+        return command
+    lines: list[list[str]] = [[]]
+    for word in shlex.split(command):
+        if word.startswith("--") or "=" in word:
+            lines.append([])
+        lines[-1].append(word)
+    return " \\\n  ".join(shlex.join(line) for line in lines)
 
 
 def format_seconds(seconds: float) -> str:

@@ -20,7 +20,7 @@ from detectron2.config import get_cfg
 from crossmae import report as page
 from crossmae.errors import UserError
 from crossmae.images import read_image
-from crossmae.report import Bar, Block, Fact, Missing, Report, Section, Series, Table
+from crossmae.report import Bar, Block, Fact, Missing, Report, Section, Table, counted, curve, folded
 from det.coco import OWN_TRAIN, OWN_VAL
 from det.config import add_crossmae_config, leaf_keys, lookup
 from det.pictures import find_pictures
@@ -76,51 +76,7 @@ def percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.1f}"
 
 
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """ "1 image", "1,600 images"."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
-
-
-def folded(command: str) -> str:
-    """A long shell command over several lines, one option or `key=value` each; it can be pasted as it is."""
-    if len(command) <= 100:
-        return command
-    lines: list[list[str]] = [[]]
-    for word in shlex.split(command):
-        if word.startswith("--") or "=" in word:
-            lines.append([])
-        lines[-1].append(word)
-    return " \\\n  ".join(shlex.join(line) for line in lines)
-
-
 # --- Blocks that the demo's page shows, too ---------------------------------------------------------------
-
-
-def curve(
-    rows: Sequence[Mapping[str, Any]], source: Path, x: str, keys: Mapping[str, str], title: str, y_label: str
-) -> Block:
-    """A plot of logged values over steps; says so when the log has none.
-
-    Args:
-        rows: of the log.
-        source: the log's file, to name.
-        x: key of the steps.
-        keys: labels by key of the values.
-        title: of the plot; one of its own on the page.
-        y_label: what the values are.
-    """
-    series = []
-    for key, label in keys.items():
-        points = [(row[x], row[key]) for row in rows if x in row and key in row]
-        if points:
-            series.append(Series(label, *zip(*points, strict=True)))
-    if not series:
-        return Missing(source, f"curve of the {y_label}", f"no line of it has {x!r} and {', '.join(map(repr, keys))}")
-    count = max(len(one.x) for one in series)
-    caption = f"{y_label[0].upper()}{y_label[1:]} by {x}, {counted(count, 'logged value')}."
-    if count >= page.SMOOTH_FROM:
-        caption += " Faint: as logged; strong: running mean over 5 % of the values."
-    return page.line_plot(series, title=title, x_label=x, y_label=y_label, caption=caption)
 
 
 def loss_curves(metrics: Metrics, source: Path) -> list[Block]:
@@ -129,7 +85,7 @@ def loss_curves(metrics: Metrics, source: Path) -> list[Block]:
     names = {key for row in rows for key in row if key.startswith("loss_")}
     known = [(key, label) for key, label in LOSSES.items() if key in names]
     parts = known + [(key, key.removeprefix("loss_")) for key in sorted(names - LOSSES.keys())]
-    blocks = [curve(rows, source, "iteration", {"total_loss": "total loss"}, "Total loss", "loss")]
+    blocks: list[Block] = [curve(rows, source, "iteration", {"total_loss": "total loss"}, "Total loss", "loss")]
     for first in range(0, len(parts), MOST_CURVES):
         title = "Its parts" if first == 0 else f"Its parts from {first + 1}"
         blocks.append(curve(rows, source, "iteration", dict(parts[first : first + MOST_CURVES]), title, "loss"))

@@ -24,11 +24,11 @@ from crossmae import report as page
 from crossmae.errors import UserError, run_cli
 from crossmae.files import write_text
 from crossmae.images import read_image
-from crossmae.report import Block, Fact, Missing, Report, Section, read_json, read_json_lines
+from crossmae.report import Block, Fact, Missing, Report, Section, counted, curve, folded, read_json, read_json_lines
 from det.coco import read_coco
 from det.evaluate import format_results
 from det.pictures import SCORE_THRESHOLD, Comparison, compare_images
-from det.report import AP_TEXT, ap_facts, class_tables, counted, curve, folded, headline_table, loss_curves
+from det.report import AP_TEXT, ap_facts, class_tables, headline_table, loss_curves
 from det.run_files import read_metrics, read_results
 
 PICTURES = 12

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -116,11 +117,15 @@ def _number(index: int) -> str:
 
 def _cut(name: str) -> str:
     """The beginning and the end of a long name, because names of one family often begin alike."""
-    kept, label = min(len(name), LONGEST_NAME // 3), name  # no letter is narrower than 3 pixels
-    while _text_width(label, SMALL) > LONGEST_NAME:
-        kept -= 1
-        label = f"{name[: kept - kept // 3]}…{name[len(name) - kept // 3 :]}"
-    return label
+    if _text_width(name, SMALL) <= LONGEST_NAME:
+        return name
+
+    def around_gap(kept: int) -> str:
+        return f"{name[: kept - kept // 3]}…{name[len(name) - kept // 3 :]}"
+
+    lengths = range(min(len(name), LONGEST_NAME // 3))  # no letter is narrower than 3 pixels
+    too_long = bisect_left(lengths, True, key=lambda kept: _text_width(around_gap(kept), SMALL) > LONGEST_NAME)
+    return around_gap(too_long - 1)
 
 
 def _text_width(text: str, points: float) -> int:

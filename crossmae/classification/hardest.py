@@ -55,19 +55,12 @@ def write_hardest(
         index = int(predictions.indices[row])
         entry = {"name": sample_names(index), "index": index, **_verdict(predictions, row, class_names)}
         entries.append(entry | _write_picture(target, f"{number:02d}", index, read))
-    write_json(target / RECORD, {"wrong": int(is_wrong(predictions).sum()), "images": entries})
-
-
-def is_wrong(predictions: Predictions) -> Tensor:
-    """(N,) bool: the best class is not the true one; of several labels, one is missed or one too many predicted."""
-    if predictions.scores is None:
-        return ~predictions.correct
-    return ((predictions.scores >= THRESHOLD) != predictions.labels).any(dim=1)
+    write_json(target / RECORD, {"wrong": int((~predictions.correct).sum()), "images": entries})
 
 
 def hardest_rows(predictions: Predictions, most: int) -> list[int]:
     """Rows of the wrong ones, highest loss first, of equal ones the lower row first; at most `most`."""
-    rows = is_wrong(predictions).nonzero()[:, 0]
+    rows = (~predictions.correct).nonzero()[:, 0]
     order = predictions.losses[rows].argsort(descending=True, stable=True)[:most]
     return [int(row) for row in rows[order]]
 

@@ -38,11 +38,16 @@ class Mean:
     runs: int
 
 
+def wilson(right: int, images: int) -> tuple[float, float]:
+    """95% interval of a share, for images drawn independently."""
+    interval = stats.binomtest(right, images).proportion_ci(CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 def accuracy_of(predicted: Tensor, labels: Tensor) -> Accuracy:
     """Accuracy of classes (M,) against the true ones (M,)."""
     right, images = int((predicted.cpu() == labels.cpu()).sum()), len(labels)
-    interval = stats.binomtest(right, images).proportion_ci(CONFIDENCE, method="wilson")
-    return Accuracy(right / images, float(interval.low), float(interval.high), right, images)
+    return Accuracy(right / images, *wilson(right, images), right, images)
 
 
 def mean_of(values: Sequence[float]) -> Mean:

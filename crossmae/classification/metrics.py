@@ -14,14 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, confusion_matrix
 from torch import Tensor
 
+from crossmae.classification.intervals import wilson
 from crossmae.errors import UserError
 
 BINS = 15  # of the calibration error, as in arXiv 1706.04599
-CONFIDENCE_LEVEL = 0.95
 THRESHOLD = 0.5  # score from which a class counts as predicted where an image can have several
 MOST_NAMED = 5  # samples that an error message lists
 
@@ -248,14 +247,13 @@ def _score_one_label(predictions: Predictions, num_classes: int, loss: float) ->
     correct = predictions.correct.numpy()
     confusion = confusion_matrix(labels, top[:, 0], labels=np.arange(num_classes)).astype(np.int64)
     classes = _class_scores(np.diagonal(confusion), confusion.sum(axis=1), confusion.sum(axis=0))
-    interval = binomtest(int(correct.sum()), len(labels)).proportion_ci(CONFIDENCE_LEVEL, method="wilson")
     bins = calibration_bins(predictions.top_scores[:, 0].double().numpy(), correct)
     return Scores(
         samples=len(labels),
         loss=loss,
         classes=classes,
         top1=float(correct.mean()),
-        top1_interval=(float(interval.low), float(interval.high)),
+        top1_interval=wilson(int(correct.sum()), len(labels)),
         top5=float((top == labels[:, None]).any(axis=1).mean()),
         balanced_accuracy=_mean([one.recall for one in classes]),
         ece=calibration_error(bins),

@@ -32,7 +32,7 @@ from crossmae.classification.run_files import (
 from crossmae.config import Section as ConfigSection
 from crossmae.errors import UserError
 from crossmae.images import read_image
-from crossmae.report import Bar, Block, Fact, Missing, Report, Section, Series, Table
+from crossmae.report import Bar, Block, Fact, Missing, Report, Section, Table, counted, curve, folded
 from crossmae.run_log import LOG
 from crossmae.start import WEIGHTS
 
@@ -59,23 +59,6 @@ NAMES = {  # of the headline numbers: label and meaning
 def percent(share: float | None, digits: int = 1) -> str:
     """A share in percent; what is not defined is a dash."""
     return "-" if share is None else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
-
-
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """ "1 image", "1,600 images"."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
-
-
-def folded(command: str) -> str:
-    """A long shell command over several lines, one option or `key=value` each; it can be pasted as it is."""
-    if len(command) <= 100:
-        return command
-    lines: list[list[str]] = [[]]
-    for word in shlex.split(command):
-        if word.startswith("--") or "=" in word:
-            lines.append([])
-        lines[-1].append(word)
-    return " \\\n  ".join(shlex.join(line) for line in lines)
 
 
 def _missing(run: Run, name: str, what: str, why: str = "the file does not exist") -> Missing:
@@ -276,27 +259,8 @@ def _feature_section(run: Run) -> list[Section]:
 # --- What the training left -------------------------------------------------------------------------------
 
 
-def curve(run: Run, keys: Mapping[str, str], title: str, y_label: str) -> Block:
-    """A plot of logged values over epochs, those that there are; says so where there are none.
-
-    Args:
-        run: whose log it is.
-        keys: labels by key of the values.
-        title: of the plot; one of its own on the page.
-        y_label: what the values are.
-    """
-    series = []
-    for key, label in keys.items():
-        points = [(row["epoch"], row[key]) for row in run.log.rows if "epoch" in row and key in row]
-        if points:
-            series.append(Series(label, *zip(*points, strict=True)))
-    if not series:
-        return _missing(run, LOG, f"curve of the {y_label}", f"no line of it has {' or '.join(keys)}")
-    count = max(len(one.x) for one in series)
-    caption = f"{y_label[0].upper()}{y_label[1:]} by epoch, {counted(count, 'logged value')}."
-    if count >= page.SMOOTH_FROM:
-        caption += " Faint: as logged; strong: running mean over 5 % of the values."
-    return page.line_plot(series, title=title, x_label="epoch", y_label=y_label, caption=caption)
+def _curve(run: Run, keys: Mapping[str, str], title: str, y_label: str) -> Block:
+    return curve(run.log.rows, Path(LOG), "epoch", keys, title, y_label)
 
 
 def _training_sections(run: Run) -> list[Section]:
@@ -311,12 +275,12 @@ def _training_sections(run: Run) -> list[Section]:
     precisions = {f"mean_ap{end}": f"mean AP{words}" for end, words in both.items()}
     several = any("mean_ap" in row for row in run.log.rows)
     blocks = [
-        curve(run, losses, "Loss", "loss"),
-        curve(run, precisions, "Average precision", "mean average precision")
+        _curve(run, losses, "Loss", "loss"),
+        _curve(run, precisions, "Average precision", "mean average precision")
         if several
-        else curve(run, accuracies, "Accuracy", "accuracy"),
-        curve(run, {"lr": "learning rate"}, "Learning rate", "learning rate"),
-        curve(run, {"images_per_second": "images"}, "Speed", "images per second"),
+        else _curve(run, accuracies, "Accuracy", "accuracy"),
+        _curve(run, {"lr": "learning rate"}, "Learning rate", "learning rate"),
+        _curve(run, {"images_per_second": "images"}, "Speed", "images per second"),
     ]
     text = (
         "The training loss is of augmented, perhaps mixed images and smoothed labels; the validation loss is of images "

@@ -17,6 +17,7 @@ from crossmae.classification.evaluation_files import write_evaluation
 from crossmae.classification.hardest import write_hardest
 from crossmae.classification.metrics import Predictions, Scores, score
 from crossmae.classification.report import write_report
+from crossmae.classification.run_files import FOLDER
 from crossmae.data import read_pixels
 from crossmae.device import open_device
 from crossmae.distributed import Ranks, find_ranks, process_group
@@ -28,8 +29,6 @@ from crossmae.validation import open_named
 from crossmae.versions import versions
 
 log = logging.getLogger(__name__)
-
-EVALUATION_FOLDER = "evaluation"
 
 
 def write_results(
@@ -108,7 +107,7 @@ def _evaluate_only(
             "crop_pct": data.views.crop_pct,
             "precision": precision,
         }
-        folder = config.output_dir / EVALUATION_FOLDER
+        folder = config.output_dir / FOLDER
         write_results(folder, predictions, scores, source, classifier.class_names, about, config.evaluation.hardest)
         log.info("report: %s", write_report(config.output_dir))
     ranks.wait()

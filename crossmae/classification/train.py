@@ -36,9 +36,17 @@ from crossmae.classification.evaluate import EvaluationSet, evaluate
 from crossmae.classification.linear import lars
 from crossmae.classification.metrics import Predictions, Scores, score
 from crossmae.classification.report import write_report
-from crossmae.classification.results import EVALUATION_FOLDER, write_results
+from crossmae.classification.results import write_results
+from crossmae.classification.run_files import FOLDER
 from crossmae.classification.vit import Architecture, architecture_of, build_vit, load_encoder_weights, parameter_groups
-from crossmae.data import Normalize, build_loader, published_crop_pct, warn_of_depth
+from crossmae.data import (
+    Normalize,
+    build_loader,
+    find_broken,
+    published_crop_pct,
+    refuse_broken,
+    warn_of_depth,
+)
 from crossmae.distributed import Ranks
 from crossmae.errors import UserError
 from crossmae.files import check_writable
@@ -108,7 +116,11 @@ class Finetuning(Task[FinetuneConfig]):
         )
         self.normalize = Normalize(data.mean, data.std, self.device)
         self.objective = Objective(config, self.labelled, self.device)
-        broken = check_images(config, source, config.model.in_chans, ranks) if data.check and not is_complete else []
+        broken = []
+        if data.check and not is_complete:
+            broken = check_images(config, source, config.model.in_chans, ranks)
+            if self.labelled.val is not None:
+                refuse_broken_val(config, self.labelled.val, ranks)
         return Ready(model, source, batches, plan, start, broken)
 
     def announce(self, ready: Ready, step: int) -> None:
@@ -252,7 +264,7 @@ class Finetuning(Task[FinetuneConfig]):
             "crop_pct": self.crop_pct,
         }
         write_results(
-            config.output_dir / EVALUATION_FOLDER,
+            config.output_dir / FOLDER,
             predictions,
             scores,
             self.labelled.val,
@@ -283,6 +295,17 @@ def open_labelled(config: FinetuneConfig, ranks: Ranks) -> Labelled:
     if ranks.is_main:
         warn_of_overlap(source, "data.train", val, "data.val")
     return Labelled(source, targets, classes, names, val, label_targets(val, "data.val", classes, data.separator))
+
+
+def refuse_broken_val(config: FinetuneConfig, val: Source, ranks: Ranks) -> None:
+    """Look at every image of data.val before anything is trained.
+
+    Raises:
+        UserError: one is broken.
+    """
+    share = range(ranks.rank, len(val), ranks.world_size)
+    broken = find_broken(val, share, config.model.in_chans, config.data.bit_depth)
+    refuse_broken(broken, "data.val: repair or remove what is broken: what is evaluated on is never replaced")
 
 
 def build_model(config: FinetuneConfig, num_classes: int, start: Path | None) -> tuple[Architecture, VisionTransformer]:

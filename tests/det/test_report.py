@@ -14,9 +14,9 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed: python to
 
 from crossmae import report as page
 from crossmae.errors import UserError
-from crossmae.report import Commands, Missing, Plot, Table
+from crossmae.report import Commands, Missing, Plot, Table, folded
 from det.config import load_det_config
-from det.report import build_report, changed_settings, class_tables, folded, loss_curves, write_report
+from det.report import build_report, changed_settings, class_tables, loss_curves, write_report
 from det.run_files import ClassScore, Metrics, Results, read_metrics, read_results, read_run
 from tests.det.coco_files import TINY
 from tools import predict, train_net
