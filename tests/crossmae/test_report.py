@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from crossmae.report import (
     Series,
     Table,
     embed_image,
+    folded,
     format_bytes,
     format_seconds,
     line_plot,
@@ -226,3 +228,11 @@ def test_format_seconds(seconds: float, text: str):
 
 def test_format_bytes():
     assert [format_bytes(n) for n in (12 * 2**20, 2**30, 1.84 * 2**30)] == ["12 MiB", "1.00 GiB", "1.84 GiB"]
+
+
+def test_folded_command_is_the_same_command() -> None:
+    command = "python tools/train_net.py --config-file a.yaml " + " ".join(f"KEY{i}='va lue'" for i in range(9))
+    text = folded(command)
+    assert text.count("\n") == 10
+    assert shlex.split(text.replace("\\\n", "")) == shlex.split(command)
+    assert folded("python a.py --short") == "python a.py --short"

@@ -14,7 +14,7 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed: python to
 
 from crossmae import report as page
 from crossmae.errors import UserError
-from crossmae.report import Commands, Missing, Plot, Table, folded
+from crossmae.report import Commands, Missing, Plot, Table
 from det.config import load_det_config
 from det.report import build_report, changed_settings, class_tables, loss_curves, write_report
 from det.run_files import ClassScore, Metrics, Results, read_metrics, read_results, read_run
@@ -210,14 +210,6 @@ def test_text_instead_of_a_number_is_named(folder):
     (folder / "results.json").write_text(json.dumps(results))
     with pytest.raises(UserError, match=r"results.json: bbox: expected numbers, received \{'AP': 'high'\}"):
         read_results(folder / "results.json")
-
-
-def test_folded_command_is_the_same_command():
-    command = "python tools/train_net.py --config-file a.yaml " + " ".join(f"KEY{i}='va lue'" for i in range(9))
-    text = folded(command)
-    assert text.count("\n") == 10
-    assert shlex.split(text.replace("\\\n", "")) == shlex.split(command)
-    assert folded("python a.py --short") == "python a.py --short"
 
 
 def test_the_stages_of_a_cascade_are_one_curve(tmp_path):

@@ -25,7 +25,6 @@ from crossmae.classification.report import (
     build_report,
     changed_settings,
     class_tables,
-    folded,
     write_report,
 )
 from crossmae.classification.run_files import ClassRow, read_log
@@ -304,9 +303,3 @@ def test_speeds_add_up_to_a_time(tmp_path: Path) -> None:
     rows = [{"step": 10, "epoch": 1, "images_per_second": 5.0}, {"step": 30, "epoch": 3, "images_per_second": 40.0}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read_log(tmp_path / "log.jsonl").seconds(images_per_step=8) == 10 * 8 / 5 + 20 * 8 / 40
-
-
-def test_folded_command_is_the_same_command() -> None:
-    command = "python tools/finetune.py --config-file a.yaml " + " ".join(f"key{i}='va lue'" for i in range(9))
-    assert shlex.split(folded(command).replace("\\\n", "")) == shlex.split(command)
-    assert folded(command).count("\n") == 10
