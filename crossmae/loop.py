@@ -102,7 +102,7 @@ class Task(ABC, Generic[Config]):
     def logged(self, run: Run, records: RunLog, loss: float) -> None:  # nothing, unless a task has more to say
         """After a line of the log with the mean loss."""
 
-    def finish(self, records: RunLog) -> None:
+    def finish(self) -> None:
         """After the last step, when the final weights are written; in the process that writes."""
 
     def decisive(self) -> dict[str, str]:
@@ -140,7 +140,11 @@ def _train(task: Task[Any], resume: bool) -> Path:
     same_everywhere(task, step_of(start) if start else 0, plan)
     if start and step_of(start) >= plan.last_step:
         log.info("the run is complete: %s has reached step %d of %d", start, step_of(start), plan.last_step)
-        return write_final(task, start) if ranks.is_main else config.output_dir / WEIGHTS
+        if ranks.is_main:
+            write_final(task, start)
+            task.finish()
+        ranks.wait()
+        return config.output_dir / WEIGHTS
 
     # 2. Build what trains, and restore it.
     make_folder(config.output_dir, "output_dir")
@@ -165,7 +169,7 @@ def _train(task: Task[Any], resume: bool) -> Path:
         for line in records.summary():
             log.info(line)
         write_final(task, complete_checkpoints(config.output_dir)[-1])
-        task.finish(records)
+        task.finish()
     ranks.wait()
     return config.output_dir / WEIGHTS
 

@@ -18,8 +18,8 @@ from crossmae.optim import lr_at, scaled_lr
 from crossmae.variants import model_arguments
 
 # Sections, and keys of data, that may change between a run and its continuation.
-NOT_DECISIVE = {"output_dir", "log", "validation", "probe", "health", "checkpoint"}
-NOT_DECISIVE_DATA = {"train", "root", "val", "val_root", "check", "broken_budget", "workers"}
+NOT_DECISIVE = {"output_dir", "log", "validation", "probe", "health", "evaluation", "checkpoint"}
+NOT_DECISIVE_DATA = {"train", "root", "val", "val_root", "check", "broken_budget", "workers", "class_names"}
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,12 @@ class Plan:
     peak_lr: float
     device: str
     precision: str
+
+    @property
+    def place(self) -> str:
+        """Device, processes and precision, in words."""
+        more = f" and {self.world_size - 1} more processes" if self.world_size > 1 else ""
+        return f"{self.device}{more} in {self.precision}"
 
     def batches_done(self, step: int) -> int:
         """Micro-batches that `step` steps consume: the position in the data."""
@@ -148,8 +154,7 @@ def fingerprint(config: RunConfig, plan: Plan) -> dict[str, str]:
 def announce(config: PretrainConfig, plan: Plan, model: CrossMAE, step: int, has_shards: bool) -> None:
     """Tell what is about to happen, in numbers."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    where = f"on {plan.device}" + (f" and {plan.world_size - 1} more processes" if plan.world_size > 1 else "")
-    log.info("%s: %.1f M trainable parameters, %s in %s", config.model.name, trainable / 1e6, where, plan.precision)
+    log.info("%s: %.1f M trainable parameters, on %s", config.model.name, trainable / 1e6, plan.place)
     counts = model.patch_counts(config.model.mask_ratio, config.model.predict_ratio)
     log.info("%d patches per image: %d visible, %d dropped, %d predicted", model.num_patches, *counts)
     for reason, keys in ignored_settings(config, has_shards).items():

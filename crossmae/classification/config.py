@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -21,7 +21,8 @@ from crossmae.config import (
 )
 from crossmae.variants import SIZES
 
-DropRate = Ratio | Literal[0]
+DropRate = Annotated[float, Field(ge=0, lt=1)]
+CropShare = Annotated[float, Field(gt=0, le=1)]
 
 
 class LabelledDataConfig(DataConfig):
@@ -33,7 +34,9 @@ class LabelledDataConfig(DataConfig):
         None, description="train on so many images of every class, drawn by runtime.seed; null: on all"
     )
     separator: str | None = Field(
-        None, description="several labels per image: what stands between them in the label column; null: one label"
+        None,
+        min_length=1,
+        description="several labels per image: what stands between them in the label column; null: one label",
     )
     class_names: tuple[str, ...] | Path | None = Field(
         None, description="names to show for the classes, in their order, or a text file with one a line"
@@ -84,12 +87,6 @@ class ClassifierConfig(Section):
             raise ValueError(f"unknown size; known: {', '.join(known)}")
         return name
 
-    @model_validator(mode="after")
-    def _somewhere_from(self) -> ClassifierConfig:
-        if self.init is None and self.name is None:
-            raise ValueError("name or init is needed: a size to train from random weights, or weights to start from")
-        return self
-
     def given(self) -> dict[str, Any]:
         """What is known of the architecture without the file: the named size, and what differs from it."""
         keys = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
@@ -111,6 +108,13 @@ class LossConfig(Section):
     class_weights: Literal["balanced"] | tuple[Positive, ...] | None = Field(
         None, description="weights of the classes in the loss: balanced is inverse to their number; null: equal"
     )
+
+    @field_validator("cutmix_minmax")
+    @classmethod
+    def _rising(cls, sides: tuple[float, float] | None) -> tuple[float, float] | None:
+        if sides is not None and not sides[0] < sides[1]:
+            raise ValueError(f"must be two shares, low < high, got {sides}")
+        return sides
 
     @property
     def mixes(self) -> bool:
@@ -144,7 +148,7 @@ class EvaluationConfig(Section):
         None, description="of --eval-only: another size than the model was trained with; positions are resampled"
     )
     batch_size: PositiveInt | None = Field(None, description="images per process; null: as in training")
-    crop_pct: Ratio | Literal[1] | None = Field(
+    crop_pct: CropShare | None = Field(
         None, description="side of the central crop over the scaled image's; null: 224/256 up to 224 pixels, else 1"
     )
     hardest: int = Field(24, ge=0, description="images with the highest loss that are kept as pictures")
@@ -165,8 +169,11 @@ class FinetuneConfig(RunConfig):
     @model_validator(mode="after")
     def _agree(self) -> FinetuneConfig:
         self.check_channels(self.model.in_chans)
-        if self.data.auto_augment and self.model.in_chans not in (1, 3):
-            raise ValueError("data.auto_augment is for grey and RGB images; set data.auto_augment=null")
+        for key in ("auto_augment", "color_jitter"):
+            if getattr(self.data, key) and self.model.in_chans not in (1, 3):
+                raise ValueError(
+                    f"data.{key} is for grey and RGB images; set data.auto_augment=null data.color_jitter=0"
+                )
         if self.optim.name == "lars" and not self.model.freeze:
             raise ValueError("optim.name=lars is for linear probes: set model.freeze=true, or optim.name=adamw")
         if self.model.head == "batchnorm" and not self.model.freeze:
@@ -175,6 +182,8 @@ class FinetuneConfig(RunConfig):
             raise ValueError("data.per_class needs one label per image")
         if self.data.separator is not None and self.loss.class_weights == "balanced":
             raise ValueError("loss.class_weights=balanced needs one label per image; give the weights as a list")
+        if self.model.head == "batchnorm" and self.optim.batch_size < 2:
+            raise ValueError("optim.batch_size must be at least 2 for model.head=batchnorm")
         if self.loss.mixes and self.optim.batch_size % 2:
             raise ValueError(f"optim.batch_size must be even for mixup and cutmix, got {self.optim.batch_size}")
         return self

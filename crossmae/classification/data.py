@@ -95,15 +95,21 @@ def label_targets(source: Source, key: str, classes: Sequence[str], separator: s
             f"{key}: {source.description}: {', '.join(unknown[:MAX_NAMES])}{more}: no class of the model, whose "
             f"{len(classes)} are {known}; classes are compared by name"
         )
-    absent = len(positions.keys() - {word for of_one in words for word in of_one})
-    if absent:
-        log.warning("%s: no image of %d of the %d classes", key, absent, len(classes))
     if separator is None:
         return torch.tensor([positions[word] for (word,) in words])[labels]
     table = torch.zeros(len(words), len(classes))
     for row, of_one in enumerate(words):
         table[row, [positions[word] for word in of_one]] = 1.0
     return table[labels]
+
+
+def warn_of_absent(targets: Tensor, key: str, classes: Sequence[str]) -> None:
+    """Name the classes that no image has."""
+    counts = targets.sum(dim=0) if targets.ndim == 2 else torch.bincount(targets, minlength=len(classes))
+    absent = [classes[index] for index in (counts == 0).nonzero()[:, 0].tolist()]
+    if absent:
+        more = f" and {len(absent) - MAX_NAMES} more" if len(absent) > MAX_NAMES else ""
+        log.warning("%s: no image of the class %s%s", key, ", ".join(absent[:MAX_NAMES]), more)
 
 
 def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str]) -> tuple[str, ...]:

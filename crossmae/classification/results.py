@@ -11,13 +11,13 @@ import torch
 
 from crossmae.classification.classifier import Classifier, load_classifier
 from crossmae.classification.config import FinetuneConfig
-from crossmae.classification.data import CentreViews, label_targets
+from crossmae.classification.data import CentreViews, label_targets, warn_of_absent
 from crossmae.classification.evaluate import EvaluationSet, evaluate
 from crossmae.classification.evaluation_files import write_evaluation
 from crossmae.classification.hardest import write_hardest
 from crossmae.classification.metrics import Predictions, Scores, score
 from crossmae.classification.report import write_report
-from crossmae.classification.run_files import FOLDER
+from crossmae.classification.run_files import CONFIG, FOLDER
 from crossmae.data import read_pixels
 from crossmae.device import open_device
 from crossmae.distributed import Ranks, find_ranks, process_group
@@ -76,7 +76,12 @@ def evaluate_only(config: FinetuneConfig, weights: str | Path) -> Scores:
     device = open_device(config.runtime.device, "runtime.device", ranks.local_rank, ranks.world_size)
     precision = choose_precision(config.runtime, device)
     with process_group(ranks, device):
-        return _evaluate_only(config, weights, device, precision, ranks)
+        try:
+            return _evaluate_only(config, weights, device, precision, ranks)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the GPU's memory is full ({str(error).splitlines()[0]}); lower evaluation.batch_size"
+            ) from error
 
 
 def _evaluate_only(
@@ -85,11 +90,17 @@ def _evaluate_only(
     if config.data.val is None:
         raise UserError("missing key 'data.val': the labelled images to evaluate on; pass data.val=...")
     check_writable(config.output_dir, "output_dir")
+    if (config.output_dir / CONFIG).exists():
+        raise UserError(
+            f"output_dir: {config.output_dir} holds a run, whose own evaluation would be replaced; name another folder"
+        )
     classifier = ranks.together(lambda: load_classifier(weights, config.evaluation.img_size))
     for sentence in classifier.assumed:
         log.info("assumed: %s", sentence)
     source = ranks.together(lambda: open_named(config, "data.val"))
     data = ranks.together(lambda: evaluation_set(config, classifier, source))
+    if ranks.is_main:
+        warn_of_absent(data.views.targets, "data.val", classifier.classes)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, dtype, enabled=precision != "fp32")
     predictions = evaluate(classifier.model.to(device), data, device, autocast, ranks)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ from crossmae.classification.data import (
     find_classes,
     label_targets,
     read_class_names,
+    warn_of_absent,
 )
 from crossmae.classification.evaluate import EvaluationSet, evaluate
 from crossmae.classification.linear import lars
@@ -50,10 +53,11 @@ from crossmae.data import (
 from crossmae.distributed import Ranks
 from crossmae.errors import UserError
 from crossmae.files import check_writable
+from crossmae.images import MAX_NAMES
 from crossmae.loop import Ready, Task, check_images, plan_batches, train
 from crossmae.plan import Plan, announce_steps, plan_steps
 from crossmae.run import Run
-from crossmae.run_log import RunLog
+from crossmae.run_log import RunLog, describe
 from crossmae.sources import Source
 from crossmae.sources.subset import choose_per_class
 from crossmae.start import check_settings, compare_pixels, find_start
@@ -75,6 +79,11 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> Path:
     """
     if not config.data.train:
         raise UserError("missing key 'data.train': the labelled images to train on; pass data.train=...")
+    if config.model.init is None and config.model.name is None:
+        raise UserError(
+            "model: name or init is needed: a size to train from random weights, or weights to start from; pass "
+            "model.init=..."
+        )
     return train(lambda *where: Finetuning(config, *where), config, resume)
 
 
@@ -127,14 +136,15 @@ class Finetuning(Task[FinetuneConfig]):
         """See `Task.announce`."""
         config, plan, size = self.config, ready.plan, self.architecture
         trainable = sum(p.numel() for p in ready.model.parameters() if p.requires_grad)
-        words = (
-            "ViT of width %d, depth %d, patch %d for %d x %d pixels, pool %s: %.2f M trainable parameters, on %s in %s"
-        )
+        words = "ViT of width %d, depth %d, patch %d for %d x %d pixels, pool %s: %.2f M trainable parameters, on %s"
         sizes = (size.embed_dim, size.depth, size.patch_size, *size.img_size, config.model.pool)
-        log.info(words, *sizes, trainable / 1e6, plan.device, plan.precision)
+        log.info(words, *sizes, trainable / 1e6, plan.place)
         several = ", several per image" if config.data.separator is not None else ""
         log.info(
-            "%d classes%s; ignored: %s", len(self.labelled.classes), several, ignored_settings(config) or "nothing"
+            "%d classes%s; ignored: %s",
+            len(self.labelled.classes),
+            several,
+            ignored_settings(config, ready.source.groups is not None) or "nothing",
         )
         rule = "optim.lr" if config.optim.lr else f"base_lr {config.optim.base_lr:g} * {plan.images_per_step} / 256"
         announce_steps(config, plan, step, rule)
@@ -167,7 +177,7 @@ class Finetuning(Task[FinetuneConfig]):
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Of one micro-batch; its randomness is keyed by its number in the run."""
         batch = batch.to(self.device)
-        key = (self.config.runtime.seed, 1, self.number, self.ranks.rank)
+        key = (self.config.runtime.seed, 1, self.number, self.ranks.rank + 1)  # never that of a sample
         self.number += 1
         with keyed_everywhere(*key, device=self.device):
             images, targets = self.objective.augment(self.normalize(batch.images), batch.targets)
@@ -192,11 +202,15 @@ class Finetuning(Task[FinetuneConfig]):
         )
 
     def decisive(self) -> dict[str, str]:
-        """The classes."""
-        return {"classes": json.dumps(self.labelled.classes, ensure_ascii=False)}
+        """The classes, and the view in which the best weights are looked for."""
+        classes = json.dumps(self.labelled.classes, ensure_ascii=False)
+        return {"classes": classes, "evaluation.crop_pct": str(self.config.evaluation.crop_pct)}
 
     def begin(self, run: Run, records: RunLog) -> None:
-        """Set what is frozen to evaluation mode."""
+        """Remove what an earlier try without a checkpoint left; set what is frozen to evaluation mode."""
+        if run.step == 0 and run.ranks.is_main:
+            (self.config.output_dir / BEST).unlink(missing_ok=True)
+            shutil.rmtree(self.config.output_dir / FOLDER, ignore_errors=True)
         if self.config.model.freeze:
             run.model.eval()
             run.model.get_submodule("head").train()
@@ -206,18 +220,22 @@ class Finetuning(Task[FinetuneConfig]):
         data = self.evaluation_set()
         if data is None or not run.plan.ends_period(run.step, self.config.evaluation.every_epochs):
             return
-        self.share_statistics(run.model)
         values: dict[str, float] = {}
         for suffix, model in run.models.items():
+            self.share_statistics(model)
             predictions = evaluate(model, data, run.device, run.autocast, run.ranks)
             scores = score(predictions, len(self.labelled.classes))
             values |= {f"{name}{suffix}": value for name, value in headline(scores).items()}
+            if not all(map(math.isfinite, values.values())):
+                raise UserError(
+                    f"at step {run.step} an evaluation is not finite: {describe(values)}; the last checkpoint stays"
+                )
             if is_best(run, scores, suffix) and run.ranks.is_main:
                 self.keep_best(run, model, predictions, scores)
         records.record(run.step, values)
         records.announce(run.step, values)
 
-    def finish(self, records: RunLog) -> None:
+    def finish(self) -> None:
         """The page of the run."""
         log.info("report: %s", write_report(self.config.output_dir))
 
@@ -292,9 +310,14 @@ def open_labelled(config: FinetuneConfig, ranks: Ranks) -> Labelled:
     if data.val is None:
         return Labelled(source, targets, classes, names, None, None)
     val = open_named(config, "data.val")
+    val_targets = label_targets(val, "data.val", classes, data.separator)
+    if data.separator is not None and not bool(val_targets.any()):
+        raise UserError("data.val: no image has any label, so nothing can be evaluated")
     if ranks.is_main:
         warn_of_overlap(source, "data.train", val, "data.val")
-    return Labelled(source, targets, classes, names, val, label_targets(val, "data.val", classes, data.separator))
+        for key, these in (("data.train", targets), ("data.val", val_targets)):
+            warn_of_absent(these, key, classes)
+    return Labelled(source, targets, classes, names, val, val_targets)
 
 
 def refuse_broken_val(config: FinetuneConfig, val: Source, ranks: Ranks) -> None:
@@ -365,11 +388,11 @@ class Objective:
     def __init__(self, config: FinetuneConfig, labelled: Labelled, device: torch.device) -> None:
         data, loss, num_classes = config.data, config.loss, len(labelled.classes)
         self.smoothing, self.several, self.mixes = loss.smoothing, data.separator is not None, loss.mixes
-        self.weights = class_weights(config, labelled.targets, num_classes)
+        self.weights = class_weights(config, labelled)
         if self.weights is not None:
             self.weights = self.weights.to(device)
         self.erase = RandomErasing(data.erase, mode=data.erase_mode, max_count=data.erase_count, device=str(device))
-        several = {"multi_label": True} if self.several else {}
+        # Of several labels per image, the images themselves are the classes: what is mixed with what, as a matrix.
         self.mix = Mixup(
             loss.mixup,
             loss.cutmix,
@@ -377,39 +400,47 @@ class Objective:
             loss.mixup_prob,
             loss.mixup_switch_prob,
             loss.mixup_mode,
-            label_smoothing=loss.smoothing,
-            num_classes=num_classes,
-            **several,
+            label_smoothing=0.0 if self.several else loss.smoothing,
+            num_classes=config.optim.batch_size if self.several else num_classes,
         )
 
     def augment(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Erase, then mix; the targets become (B, N) probabilities if images are mixed."""
         images = self.erase(images)
-        if self.mixes:
+        if self.mixes and self.several:
+            images, shares = self.mix(images, torch.arange(len(images), device=images.device))  # (B, B)
+            targets = shares @ targets
+        elif self.mixes:
             images, targets = self.mix(images, targets)
         return images, targets
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy, or the binary one where an image can have several labels; mixed targets are smooth already."""
+        """Cross entropy, whose mixed targets are smooth already, or the binary one for several labels per image."""
         if self.several:
-            if not self.mixes:
-                targets = targets * (1 - self.smoothing) + 0.5 * self.smoothing
+            targets = targets * (1 - self.smoothing) + 0.5 * self.smoothing
             return F.binary_cross_entropy_with_logits(logits, targets, self.weights)
         smoothing = 0.0 if self.mixes else self.smoothing
         return F.cross_entropy(logits, targets, self.weights, label_smoothing=smoothing)
 
 
-def class_weights(config: FinetuneConfig, targets: Tensor, num_classes: int) -> Tensor | None:
+def class_weights(config: FinetuneConfig, labelled: Labelled) -> Tensor | None:
     """(N,) weights of the classes in the loss; "balanced" is images / (classes * images of the class).
 
     Raises:
-        UserError: not one per class.
+        UserError: not one per class, or "balanced" for a class without images.
     """
-    given = config.loss.class_weights
+    given, targets, num_classes = config.loss.class_weights, labelled.targets, len(labelled.classes)
     if given is None:
         return None
     if given == "balanced":
-        return len(targets) / (num_classes * torch.bincount(targets, minlength=num_classes).float())
+        counts = torch.bincount(targets, minlength=num_classes)
+        if not bool(counts.all()):
+            absent = [labelled.classes[index] for index in (counts == 0).nonzero()[:, 0].tolist()]
+            raise UserError(
+                f"loss.class_weights: balanced needs an image of every class, there is none of "
+                f"{', '.join(absent[:MAX_NAMES])}; leave them out, or give the weights as a list"
+            )
+        return len(targets) / (num_classes * counts.float())
     if len(given) != num_classes:
         raise UserError(f"loss.class_weights: {len(given)} weights for {num_classes} classes")
     return torch.tensor(given, dtype=torch.float32)
@@ -431,7 +462,7 @@ def is_best(run: Run, scores: Scores, suffix: str) -> bool:
     return True
 
 
-def ignored_settings(config: FinetuneConfig) -> str:
+def ignored_settings(config: FinetuneConfig, has_shards: bool) -> str:
     """Keys that were given but have no effect, each with the reason."""
     data, loss, model = config.data, config.loss, config.model
     cases = [
@@ -445,6 +476,8 @@ def ignored_settings(config: FinetuneConfig) -> str:
         (data.val is None, "data.val is not given", "data", {"val_root"}),
         (data.val is None, "data.val is not given", "evaluation", set(type(config.evaluation).model_fields)),
         (data.broken == "error", "data.broken is error", "data", {"broken_budget"}),
+        (not has_shards, "data.train has no shards", "data", {"shuffle_shards"}),
+        (True, "it is for --eval-only", "evaluation", {"img_size"}),
     ]
     said = []
     for applies, reason, section, keys in cases:

@@ -27,8 +27,9 @@ GZIP = b"\x1f\x8b"
 
 
 def find_idx_files(folder: Path) -> list[Path]:
-    """The files of images in a folder, sorted."""
-    return sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
+    """The files of images in a folder, sorted; of one that is there twice, the one that is not compressed."""
+    names = {path.name for path in folder.iterdir() if path.name.endswith(SUFFIXES)}
+    return sorted(folder / name for name in names if name.removesuffix(".gz") == name or name[:-3] not in names)
 
 
 def open_idx(path: Path, key: str) -> IdxImages:

@@ -79,6 +79,13 @@ def test_the_recipes_are_all_there() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 class TestEveryRecipe:
+    def test_its_commands_for_afterwards_are_accepted(self, path: Path) -> None:
+        """Evaluation alone needs neither weights to start from nor images to train on."""
+        for words in re.findall(r"^    python tools/finetune\.py (.* --eval-only .*)$", header(path), re.MULTILINE):
+            flag, name, *rest = shlex.split(words)
+            config = load_typed_config(FinetuneConfig, name, [word for word in rest if "=" in word])
+            assert (flag, config.data.val, config.model.init) == ("--config-file", "HELD_OUT", None)
+
     def test_its_header_says_what_it_is_and_how_to_start_it(self, path: Path) -> None:
         for word in ("Reproduces:", "Cost:", "Launch"):
             assert re.search(rf"^{word}", header(path), re.MULTILINE), word
@@ -91,8 +98,8 @@ class TestEveryRecipe:
     def test_every_setting_that_its_comments_name_exists(self, path: Path) -> None:
         for line in path.read_text(encoding="utf-8").splitlines():
             words = re.findall(rf"\b(?:{'|'.join(ORDER)})\.\w+=[^\s,;:)]+", line.partition("#")[2])
-            for word in words:
-                load_typed_config(FinetuneConfig, str(path), [*NEEDED, *shlex.split(word.rstrip("."))])
+            for word in words:  # as a shell would hand them over
+                load_typed_config(FinetuneConfig, str(path), [*NEEDED, word.rstrip(".'")])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -5,6 +5,7 @@ image is evaluated exactly once on any number of processes, and that bad input i
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from crossmae.classification.results import evaluate_only
 from crossmae.classification.train import Objective, finetune
 from crossmae.distributed import Ranks
 from crossmae.errors import UserError
+from crossmae.files import sha256
 from crossmae.model import CrossMAE
 from crossmae.run import Run
 from crossmae.sources import open_source
@@ -112,8 +114,6 @@ def test_best_and_last_weights_are_kept_and_the_best_score_survives_a_restart(im
     folder = complete_checkpoints(run)[-1]
     torch.save(state, folder / "state.pt")
     manifest = json.loads((folder / "manifest.json").read_text())
-    from crossmae.files import sha256
-
     manifest["files"]["state.pt"] = {
         "bytes": (folder / "state.pt").stat().st_size,
         "sha256": sha256(folder / "state.pt"),
@@ -189,12 +189,15 @@ def test_the_losses_are_timms(images: Path, tmp_path: Path) -> None:
 def test_balanced_weights_are_inverse_to_the_number_of_images(images: Path, tmp_path: Path) -> None:
     config = make_config(images, tmp_path, loss={"class_weights": "balanced"})
     targets = torch.tensor([0] * 6 + [1] * 3 + [2])
-    weights = train_module.class_weights(config, targets, 3)
+    labelled = dataclasses.replace(train_module.open_labelled(config, Ranks()), targets=targets)
+    weights = train_module.class_weights(config, labelled)
     torch.testing.assert_close(weights, torch.tensor([10 / 18, 10 / 9, 10 / 3]))
     assert weights is not None
     assert (weights[targets]).sum() == pytest.approx(10)  # on average, an image weighs 1
     with pytest.raises(UserError, match=r"loss\.class_weights: 2 weights for 3 classes"):
-        train_module.class_weights(make_config(images, tmp_path, loss={"class_weights": [1.0, 2.0]}), targets, 3)
+        train_module.class_weights(make_config(images, tmp_path, loss={"class_weights": [1.0, 2.0]}), labelled)
+    with pytest.raises(UserError, match="there is none of green; leave them out"):
+        train_module.class_weights(config, dataclasses.replace(labelled, targets=torch.tensor([0, 2])))
 
 
 class Waiting(Exception):
@@ -322,6 +325,7 @@ def test_several_labels_per_image(images: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"data": {"train": ""}}, "missing key 'data.train'"),
+        ({"model": {"name": None}}, "name or init is needed"),
         ({"data": {"train": "nowhere"}}, "data.train: nowhere does not exist"),
         ({"data": {"per_class": 7}}, r"data\.per_class: fewer than 7 images of blue \(6\)"),
         ({"data": {"auto_augment": "rand-m9-what1"}}, "data.auto_augment"),
@@ -345,7 +349,10 @@ def test_bad_input_is_named_and_nothing_is_written(
     ("changes", "message"),
     [
         ({"model": {"name": "vit_giant"}}, "known: vit_tiny_patch16"),
-        ({"model": {"name": None}}, "name or init is needed"),
+        ({"loss": {"cutmix_minmax": [0.5, 0.5]}}, "low < high"),
+        ({"model": {"in_chans": 5}, "data": {"mean": [0.5] * 5, "std": [0.5] * 5}}, "data.auto_augment is for grey"),
+        ({"model": {"drop_path": 1.0}}, "less than 1"),
+        ({"data": {"separator": ""}}, "at least 1 character"),
         ({"optim": {"name": "lars"}}, "model.freeze=true"),
         ({"loss": {"mixup": 0.8}, "optim": {"batch_size": 5}}, "must be even"),
         ({"data": {"color_jitter": 0.3}}, "auto_augment=null"),
@@ -373,3 +380,52 @@ def test_a_broken_image_of_val_is_found_before_anything_is_trained(images: Path,
     with pytest.raises(UserError, match=r"green/1\.png: can not be read .*; data\.val: repair or remove"):
         finetune(make_config(images, tmp_path / "run", data={"val": str(folder)}))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_does_not_decide_may_change_on_resume_and_what_does_may_not(images: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finetune(make_config(images, run, schedule={"max_steps": 3}))
+    with pytest.raises(UserError, match=r"other settings: evaluation\.crop_pct was None, is 0\.5"):
+        finetune(make_config(images, run, evaluation={"crop_pct": 0.5}), resume=True)
+    changed = make_config(images, run, evaluation={"batch_size": 2}, data={"class_names": ["b", "g", "r"]})
+    finetune(changed, resume=True)
+
+
+def test_an_evaluation_does_not_replace_that_of_a_run(images: Path, tmp_path: Path) -> None:
+    finetune(make_config(images, tmp_path / "run", schedule={"max_steps": 1}))
+    with pytest.raises(UserError, match="holds a run, whose own evaluation would be replaced"):
+        evaluate_only(make_config(images, tmp_path / "run"), tmp_path / "run")
+
+
+def test_nothing_of_an_earlier_try_stays(images: Path, tmp_path: Path) -> None:
+    """A run that ended before its first checkpoint may have left best weights, of which a new one knows nothing."""
+    run = tmp_path / "run"
+    (run / "evaluation").mkdir(parents=True)
+    (run / "model_best.safetensors").write_bytes(b"old")
+    (run / "evaluation" / "evaluation.json").write_text("{}")
+    finetune(make_config(images, run, schedule={"max_steps": 1}, data={"val": None}))
+    assert not (run / "model_best.safetensors").exists()
+    assert not (run / "evaluation").exists()
+
+
+def test_a_finished_run_that_is_resumed_writes_its_page(images: Path, tmp_path: Path) -> None:
+    config = make_config(images, tmp_path / "run", schedule={"max_steps": 1})
+    finetune(config)
+    (tmp_path / "run" / "report.html").unlink()
+    finetune(config, resume=True)
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_several_labels_are_mixed_as_their_images_are(images: Path, tmp_path: Path) -> None:
+    """Of constant images, the brightness of a mixed one tells the share of each: its targets must have the same."""
+    rows = ["path,label"] + [f"{path},{path.parent.name}" for path in sorted((images / "train").rglob("*.png"))]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    data = {"train": str(tmp_path / "list.csv"), "val": None, "separator": "|", "erase": 0.0}
+    config = make_config(images, tmp_path, data=data, loss={"mixup": 0.8, "mixup_mode": "elem"})
+    objective = Objective(config, train_module.open_labelled(config, Ranks()), CPU)
+    targets = torch.tensor([[1.0, 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 1], [0, 0, 1], [1, 0, 0]])
+    values = torch.tensor([0.0, 1, 2, 3, 4, 5])
+    images_of, mixed = objective.augment(values[:, None, None, None].expand(6, 3, 32, 32).clone(), targets)
+    share = (images_of[:, 0, 0, 0] - values.flip(0)) / (values - values.flip(0))
+    assert bool(((share > 0) & (share < 1)).any())
+    torch.testing.assert_close(mixed, share[:, None] * targets + (1 - share[:, None]) * targets.flip(0))
