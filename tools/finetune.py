@@ -35,9 +35,12 @@ def main(argv: list[str] | None = None) -> None:
     add_config_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in output_dir")
     parser.add_argument("--eval-only", metavar="WEIGHTS", help="evaluate a classifier's file, or a run, on data.val")
+    parser.add_argument("--force", action="store_true", help="replace the results of an earlier --eval-only")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.resume and arguments.eval_only:
         raise UserError("--resume is for training, --eval-only evaluates; give one of them")
+    if arguments.force and not arguments.eval_only:
+        raise UserError("--force is for --eval-only; a run is never replaced: go on with --resume")
     is_main = os.environ.get("RANK", "0") == "0"  # the others speak up when something is wrong
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
     config = load_typed_config(FinetuneConfig, arguments.config_file, arguments.overrides)
@@ -45,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.eval_only:
         from crossmae.classification.results import evaluate_only  # imports take seconds
 
-        scores = evaluate_only(config, arguments.eval_only)
+        scores = evaluate_only(config, arguments.eval_only, arguments.force)
         if is_main:
             print(describe(scores.numbers()))
     else:

@@ -105,9 +105,17 @@ class LossConfig(Section):
     mixup_prob: Share = Field(1.0, description="probability that a batch is mixed at all")
     mixup_switch_prob: Share = Field(0.5, description="of cutmix, where both are on")
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
-    class_weights: Literal["balanced"] | tuple[Positive, ...] | None = Field(
-        None, description="weights of the classes in the loss: balanced is inverse to their number; null: equal"
+    class_weights: Literal["balanced"] | dict[str, Positive] | None = Field(
+        None,
+        description="weights in the loss by class, 1 for others; balanced: inverse to a class's images; null: equal",
     )
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _balanced_or_by_class(cls, weights: Any) -> Any:
+        if not (weights is None or weights == "balanced" or isinstance(weights, dict)):
+            raise ValueError("must be balanced, or weights by class such as {cat: 2.0, dog: 0.5}")
+        return weights
 
     @field_validator("cutmix_minmax")
     @classmethod
@@ -181,7 +189,7 @@ class FinetuneConfig(RunConfig):
         if self.data.separator is not None and self.data.per_class is not None:
             raise ValueError("data.per_class needs one label per image")
         if self.data.separator is not None and self.loss.class_weights == "balanced":
-            raise ValueError("loss.class_weights=balanced needs one label per image; give the weights as a list")
+            raise ValueError("loss.class_weights=balanced needs one label per image; give weights by class")
         if self.model.head == "batchnorm" and self.optim.batch_size < 2:
             raise ValueError("optim.batch_size must be at least 2 for model.head=batchnorm")
         if self.loss.mixes and self.optim.batch_size % 2:

@@ -32,6 +32,8 @@ from crossmae.images import MAX_NAMES
 from crossmae.sources import Source
 from crossmae.stopping import ignore_interrupts
 
+SEPARATORS = "|;,"
+
 log = logging.getLogger(__name__)
 
 
@@ -61,6 +63,8 @@ def find_classes(source: Source, key: str, separator: str | None = None) -> tupl
     """
     source.label(0)
     classes = source.classes
+    if separator is None and (several := find_several(classes)):
+        log.warning("%s: the class %r reads like several labels; if it is, set 'data.separator=\"%s\"'", key, *several)
     if separator is not None:
         classes = tuple(sorted({word for text in source.classes for word in split_labels(text, separator)}))
     if len(classes) < (2 if separator is None else 1):
@@ -68,6 +72,16 @@ def find_classes(source: Source, key: str, separator: str | None = None) -> tupl
             f"{key}: {source.description}: {len(classes)} classes; there must be at least two to tell apart"
         )
     return classes
+
+
+def find_several(classes: Sequence[str]) -> tuple[str, str] | None:
+    """A class that reads like several labels, because its parts are classes, too, and what stands between them."""
+    known = set(classes)
+    for name in classes:
+        for separator in SEPARATORS:
+            if separator in name and set(split_labels(name, separator)) <= known:
+                return name, separator
+    return None
 
 
 def split_labels(text: str, separator: str) -> list[str]:
@@ -91,9 +105,11 @@ def label_targets(source: Source, key: str, classes: Sequence[str], separator: s
     if unknown:
         more = f" and {len(unknown) - MAX_NAMES} more" if len(unknown) > MAX_NAMES else ""
         known = ", ".join(classes[:MAX_NAMES]) + (", ..." if len(classes) > MAX_NAMES else "")
+        several = find_several([*unknown, *classes]) if separator is None else None
+        hint = f"; several labels per image need 'data.separator=\"{several[1]}\"'" if several else ""
         raise UserError(
             f"{key}: {source.description}: {', '.join(unknown[:MAX_NAMES])}{more}: no class of the model, whose "
-            f"{len(classes)} are {known}; classes are compared by name"
+            f"{len(classes)} are {known}; classes are compared by name{hint}"
         )
     if separator is None:
         return torch.tensor([positions[word] for (word,) in words])[labels]

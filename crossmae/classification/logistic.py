@@ -6,6 +6,7 @@ Shapes: N training images, M others, E width.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from crossmae.classification.intervals import Accuracy, accuracy_of
 from crossmae.probe import feature_statistics, scale
 
 HELD_OUT = 0.1  # share of the training images of every class
+ENOUGH, MOST_SPLITS = 200, 10  # images held out, over several tenths if need be
 
 log = logging.getLogger(__name__)
 
@@ -71,19 +73,27 @@ def fit(features: Tensor, labels: Tensor, strength: float, max_iterations: int, 
 def choose_strength(
     features: Tensor, labels: Tensor, strengths: Sequence[float], max_iterations: int, seed: int
 ) -> Choice:
-    """Find the best of some strengths on a tenth of the training images, held out of the fits; of equals the least.
+    """Find the best of some strengths on tenths of the training images, held out of the fits.
+
+    Few images make a small tenth, which tells little: then several tenths are drawn. Of equals, the strength nearest
+    to 1 is taken, scikit-learn's own.
 
     Raises:
         ValueError: no class has two images, so that none can be held out.
     """
-    kept, held_out = split(labels, seed)
-    if not len(held_out):
+    count = len(split(labels, seed)[1])
+    if not count:
         raise ValueError("no image can be held out: no class has two")
+    splits = [split(labels, seed + number) for number in range(min(math.ceil(ENOUGH / count), MOST_SPLITS))]
     table = []
     for strength in sorted(set(strengths)):
-        fitted = fit(features[kept], labels[kept], strength, max_iterations, "logistic, held-out tenth")
-        table.append((strength, accuracy_of(fitted.classify(features[held_out]), labels[held_out])))
-    return Choice(tuple(table), max(table, key=lambda row: row[1].right)[0])
+        found = []
+        for kept, held_out in splits:
+            fitted = fit(features[kept], labels[kept], strength, max_iterations, "logistic, held-out tenth")
+            found.append((fitted.classify(features[held_out]), labels[held_out]))
+        predicted, true = (torch.cat(parts) for parts in zip(*found, strict=True))
+        table.append((strength, accuracy_of(predicted, true)))
+    return Choice(tuple(table), max(table, key=lambda row: (row[1].right, -abs(math.log(row[0]))))[0])
 
 
 def split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:

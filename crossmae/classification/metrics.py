@@ -185,7 +185,7 @@ class Scores:
         classes: one for each class.
         top1: share of samples whose best class is the label.
         top1_interval: 95% interval of `top1` (Wilson), for samples drawn independently.
-        top5: share of samples whose label is among the K best classes; 1 where there are no more than five.
+        top5: share of samples whose label is among the K best classes; None where there are no others.
         balanced_accuracy: mean of the classes' accuracies, without the classes that have no samples.
         ece: expected calibration error, from `bins`.
         bins: 15 of equal width.
@@ -254,7 +254,7 @@ def _score_one_label(predictions: Predictions, num_classes: int, loss: float) ->
         classes=classes,
         top1=float(correct.mean()),
         top1_interval=wilson(int(correct.sum()), len(labels)),
-        top5=float((top == labels[:, None]).any(axis=1).mean()),
+        top5=float((top == labels[:, None]).any(axis=1).mean()) if num_classes > top.shape[1] else None,
         balanced_accuracy=_mean([one.recall for one in classes]),
         ece=calibration_error(bins),
         bins=bins,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from crossmae.classification import few_shot as few_shots
 from crossmae.classification import knn, linear, logistic
-from crossmae.classification.data import find_classes, label_targets
+from crossmae.classification.data import find_classes, find_several, label_targets
 from crossmae.classification.feature_cache import Labelled, cached, data_digest, is_cached, tensors_digest
 from crossmae.classification.features import Opened, Views, extract, open_encoder, random_weights
 from crossmae.classification.intervals import accuracy_of, mean_of
@@ -40,7 +40,6 @@ from crossmae.weights import PIXEL_MEAN, PIXEL_STD, Weights, read_weights
 RESULTS, PAGE = "results.json", "report.html"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MAX_NAMES = 10
-SEPARATORS = "|;,"
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +157,11 @@ def open_labelled(data: LabelledConfig) -> dict[str, Source]:
     }
     for name, source in sources.items():
         log.info("data.%s: %s", name, source.description)
-        _refuse_several_labels(find_classes(source, f"data.{name}"), f"data.{name}")
+        if several := find_several(find_classes(source, f"data.{name}")):
+            raise UserError(
+                f"data.{name}: the label {several[0]!r} names several classes; several labels per image can not be "
+                "probed, tools/finetune.py takes them"
+            )
     train, val = sources.values()
     differing = [
         f"{_listed(set(mine.classes) - set(others.classes))} only in data.{name}"
@@ -169,17 +172,6 @@ def open_labelled(data: LabelledConfig) -> dict[str, Source]:
         raise UserError(f"data.train and data.val differ in their classes: {'; '.join(differing)}")
     warn_of_overlap(train, "data.train", val, "data.val")
     return sources
-
-
-def _refuse_several_labels(classes: Sequence[str], key: str) -> None:
-    known = set(classes)
-    for name in classes:
-        for separator in SEPARATORS:
-            if separator in name and {part.strip() for part in name.split(separator)} <= known:
-                raise UserError(
-                    f"{key}: the label {name!r} names several classes; several labels per image can not be probed, "
-                    "tools/finetune.py takes them"
-                )
 
 
 def _listed(names: set[str]) -> str:

@@ -48,10 +48,11 @@ def lines(methods: Mapping[str, Any]) -> list[Line]:
     if "linear" in methods:
         runs, mean = methods["linear"]["runs"], methods["linear"]["mean"]
         alone = f"BatchNorm and LARS, seed {runs[0]['seed']}"
+        trust = "" if methods["linear"]["reach"] >= 1 else "; too few steps, not to be trusted"
         found.append(
-            _line("linear", alone, runs[0]["val"])
+            _line("linear", alone + trust, runs[0]["val"])
             if len(runs) == 1
-            else _line("linear", f"BatchNorm and LARS, mean of {len(runs)} seeds", mean)
+            else _line("linear", f"BatchNorm and LARS, mean of {len(runs)} seeds{trust}", mean)
         )
     if "logistic" in methods:
         found.append(_line("logistic", f"L-BFGS, C {methods['logistic']['strength']:g}", methods["logistic"]["val"]))

@@ -78,7 +78,9 @@ def _evaluation_sections(run: Run) -> list[Section]:
     parts = [_result_section, _class_section, _confusion_section, _hardest_section]
     sections = [section for part in [*parts, _feature_section] for section in part(run)]
     if run.evaluation is None and all(isinstance(block, Missing) for one in sections for block in one.blocks):
-        text = "Nothing is evaluated yet, or there is no validation data (data.val)."
+        if run.config and not (run.config.get("data") or {}).get("val"):
+            return [Section("Evaluation", "There were no images to evaluate on (data.val).", [])]
+        text = "Nothing is evaluated yet."
         return [Section("Evaluation", text, [block for one in sections for block in one.blocks])]
     return sections
 
@@ -109,11 +111,11 @@ def _images(found: Evaluation) -> str:
 def _weights(found: Evaluation) -> str:
     """Which weights were evaluated, in words."""
     about = found.about
-    words = Path(str(about.get("weights", "the weights"))).name
+    words = str(about.get("weights", "the weights"))
     if about.get("weights_are") == "averaged":
         words += ", averaged over the training"
     epoch = about.get("epoch")
-    return f"{words}, after {epoch:.4g} epochs" if isinstance(epoch, (int, float)) else words
+    return f"{words}, at epoch {epoch:.4g}" if isinstance(epoch, (int, float)) else words
 
 
 def _class_section(run: Run) -> list[Section]:
@@ -250,7 +252,7 @@ def _verdict(one: HardImage) -> str:
 def _feature_section(run: Run) -> list[Section]:
     text = "What the classifier's last layer is given, in two dimensions: images that lie together are alike to it. "
     if run.evaluation is not None and run.evaluation.multi_label:
-        text += "Crosses are images whose most probable class is not one of theirs."
+        text += "Crosses are images with a label that is missed, or with one too many, at probability 0.5."
     else:
         text += "The colour is that of the true class; crosses are images that it gets wrong."
     return [Section("Features", text, _pictures(run, {f"{FOLDER}/{EMBEDDING}": "picture of features"}))]

@@ -63,20 +63,25 @@ def write_results(
     )
 
 
-def evaluate_only(config: FinetuneConfig, weights: str | Path) -> Scores:
+def evaluate_only(config: FinetuneConfig, weights: str | Path, force: bool = False) -> Scores:
     """Evaluate a classifier on data.val, and write the results and their page; no data to train on is needed.
 
     Model, classes and pixels are those of the file. Of the config count data.val and data.val_root, output_dir,
     evaluation, runtime, data.workers and optim.batch_size.
 
+    Args:
+        weights: a classifier's file, or the folder of a run, whose best weights are taken.
+        force: replace the results of an earlier call.
+
     Raises:
-        UserError: no classifier, no data.val, labels that the classifier does not know, or a broken image.
+        UserError: no classifier, results in output_dir already, no data.val, labels that the classifier does not know, or a broken image.
     """
     ranks = find_ranks()
     device = open_device(config.runtime.device, "runtime.device", ranks.local_rank, ranks.world_size)
     precision = choose_precision(config.runtime, device)
     with process_group(ranks, device):
         try:
+            ranks.together(lambda: check_folder(config, force))
             return _evaluate_only(config, weights, device, precision, ranks)
         except torch.OutOfMemoryError as error:
             raise UserError(
@@ -87,13 +92,6 @@ def evaluate_only(config: FinetuneConfig, weights: str | Path) -> Scores:
 def _evaluate_only(
     config: FinetuneConfig, weights: str | Path, device: torch.device, precision: str, ranks: Ranks
 ) -> Scores:
-    if config.data.val is None:
-        raise UserError("missing key 'data.val': the labelled images to evaluate on; pass data.val=...")
-    check_writable(config.output_dir, "output_dir")
-    if (config.output_dir / CONFIG).exists():
-        raise UserError(
-            f"output_dir: {config.output_dir} holds a run, whose own evaluation would be replaced; name another folder"
-        )
     classifier = ranks.together(lambda: load_classifier(weights, config.evaluation.img_size))
     for sentence in classifier.assumed:
         log.info("assumed: %s", sentence)
@@ -123,6 +121,24 @@ def _evaluate_only(
         log.info("report: %s", write_report(config.output_dir))
     ranks.wait()
     return scores
+
+
+def check_folder(config: FinetuneConfig, force: bool) -> None:
+    """Make sure that there is something to evaluate on, and that nothing is replaced by it.
+
+    Raises:
+        UserError: there is not, or something would be.
+    """
+    folder = config.output_dir
+    if config.data.val is None:
+        raise UserError("missing key 'data.val': the labelled images to evaluate on; pass data.val=...")
+    check_writable(folder, "output_dir")
+    if (folder / CONFIG).exists():
+        raise UserError(
+            f"output_dir: {folder} holds a run, whose own evaluation would be replaced; name another folder"
+        )
+    if (folder / FOLDER).exists() and not force:
+        raise UserError(f"output_dir: {folder} holds an evaluation; name another folder, or replace it with --force")
 
 
 def evaluation_set(config: FinetuneConfig, classifier: Classifier, source: Source) -> EvaluationSet:

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.models.vision_transformer import VisionTransformer
@@ -57,13 +58,16 @@ from crossmae.images import MAX_NAMES
 from crossmae.loop import Ready, Task, check_images, plan_batches, train
 from crossmae.plan import Plan, announce_steps, plan_steps
 from crossmae.run import Run
-from crossmae.run_log import RunLog, describe
+from crossmae.run_log import NAMES, RunLog, describe
 from crossmae.sources import Source
 from crossmae.sources.subset import choose_per_class
 from crossmae.start import check_settings, compare_pixels, find_start
 from crossmae.validation import open_named, warn_of_overlap
 from crossmae.variants import SIZES
+from crossmae.weight_files import find_file
 from crossmae.weights import Weights, read_weights, recorded_arguments, save_weights
+
+MOST_LISTED = 20  # classes that the log names
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +112,8 @@ class Finetuning(Task[FinetuneConfig]):
         """See `Task.prepare`."""
         config, ranks, data, optim = self.config, self.ranks, self.config.data, self.config.optim
         check_writable(config.output_dir, "output_dir")
+        if config.model.init is not None:
+            find_file(config.model.init)  # before minutes are spent on the data
         self.labelled = open_labelled(config, ranks)
         source = self.labelled.train
         batches = plan_batches(config, source, ranks)
@@ -136,16 +142,18 @@ class Finetuning(Task[FinetuneConfig]):
         """See `Task.announce`."""
         config, plan, size = self.config, ready.plan, self.architecture
         trainable = sum(p.numel() for p in ready.model.parameters() if p.requires_grad)
-        words = "ViT of width %d, depth %d, patch %d for %d x %d pixels, pool %s: %.2f M trainable parameters, on %s"
+        words = "ViT of width %d, depth %d, patch %d for %d x %d pixels, pool %s: %s trainable parameters, on %s"
         sizes = (size.embed_dim, size.depth, size.patch_size, *size.img_size, config.model.pool)
-        log.info(words, *sizes, trainable / 1e6, plan.place)
+        log.info(words, *sizes, f"{trainable:,}", plan.place)
         several = ", several per image" if config.data.separator is not None else ""
-        log.info(
-            "%d classes%s; ignored: %s",
-            len(self.labelled.classes),
-            several,
-            ignored_settings(config, ready.source.groups is not None) or "nothing",
-        )
+        names = [
+            name if name == shown else f"{name} ({shown})"
+            for name, shown in zip(self.labelled.classes, self.labelled.class_names, strict=True)
+        ]
+        listed = ", ".join(names[:MOST_LISTED]) + (", ..." if len(names) > MOST_LISTED else "")
+        log.info("%d classes%s: %s", len(names), several, listed)
+        if ignored := ignored_settings(config, ready.source.groups is not None):
+            log.info("ignored: %s", ignored)
         rule = "optim.lr" if config.optim.lr else f"base_lr {config.optim.base_lr:g} * {plan.images_per_step} / 256"
         announce_steps(config, plan, step, rule)
 
@@ -236,8 +244,16 @@ class Finetuning(Task[FinetuneConfig]):
         records.announce(run.step, values)
 
     def finish(self) -> None:
-        """The page of the run."""
-        log.info("report: %s", write_report(self.config.output_dir))
+        """Say which weights are the best, and write the page of the run."""
+        folder = self.config.output_dir
+        if (folder / BEST).is_file():
+            with safe_open(folder / BEST, "pt") as file:
+                found = file.metadata()
+            name = NAMES[found["best_metric"]]
+            log.info(
+                "best: %s %.4f at step %s: %s", name, float(found["best_score"]), found["best_step"], folder / BEST
+            )
+        log.info("report: %s", write_report(folder))
 
     def evaluation_set(self) -> EvaluationSet | None:
         """What is evaluated on, if anything."""
@@ -382,7 +398,7 @@ class Objective:
     """The loss, and what is done to a batch on the device before the model sees it.
 
     Raises:
-        UserError: not one class weight per class.
+        UserError: see `class_weights`.
     """
 
     def __init__(self, config: FinetuneConfig, labelled: Labelled, device: torch.device) -> None:
@@ -427,7 +443,7 @@ def class_weights(config: FinetuneConfig, labelled: Labelled) -> Tensor | None:
     """(N,) weights of the classes in the loss; "balanced" is images / (classes * images of the class).
 
     Raises:
-        UserError: not one per class, or "balanced" for a class without images.
+        UserError: a weight of an unknown class, or "balanced" for a class without images.
     """
     given, targets, num_classes = config.loss.class_weights, labelled.targets, len(labelled.classes)
     if given is None:
@@ -438,12 +454,16 @@ def class_weights(config: FinetuneConfig, labelled: Labelled) -> Tensor | None:
             absent = [labelled.classes[index] for index in (counts == 0).nonzero()[:, 0].tolist()]
             raise UserError(
                 f"loss.class_weights: balanced needs an image of every class, there is none of "
-                f"{', '.join(absent[:MAX_NAMES])}; leave them out, or give the weights as a list"
+                f"{', '.join(absent[:MAX_NAMES])}; leave them out, or give weights by class"
             )
         return len(targets) / (num_classes * counts.float())
-    if len(given) != num_classes:
-        raise UserError(f"loss.class_weights: {len(given)} weights for {num_classes} classes")
-    return torch.tensor(given, dtype=torch.float32)
+    unknown = sorted(given.keys() - set(labelled.classes))
+    if unknown:
+        raise UserError(
+            f"loss.class_weights: {', '.join(unknown[:MAX_NAMES])}: no class of data.train, whose first are "
+            f"{', '.join(labelled.classes[:MAX_NAMES])}"
+        )
+    return torch.tensor([given.get(name, 1.0) for name in labelled.classes], dtype=torch.float32)
 
 
 def headline(scores: Scores) -> dict[str, float]:
@@ -453,12 +473,16 @@ def headline(scores: Scores) -> dict[str, float]:
 
 
 def is_best(run: Run, scores: Scores, suffix: str) -> bool:
-    """Whether these weights are the best so far, which is then remembered, over restarts, too."""
+    """Whether these weights are the best so far, which is then remembered, over restarts, too.
+
+    Of equal scores, which few images give often, the lower loss decides, then the later step.
+    """
     metric, value = list(headline(scores).items())[-1]
     best = run.kept.get("best")
-    if best is not None and value <= best["score"]:
+    if best is not None and (value, -scores.loss) < (best["score"], -best["loss"]):
         return False
-    run.kept["best"] = {"score": value, "metric": metric, "step": run.step, "averaged": bool(suffix)}
+    best = {"score": value, "metric": metric, "loss": scores.loss, "step": run.step, "averaged": bool(suffix)}
+    run.kept["best"] = best
     return True
 
 

@@ -55,7 +55,7 @@ def open_csv_list(path: Path, key: str, root: Path | None) -> ImageFiles:
         cells = dict(zip(header, row, strict=True))
         names.append(cells[path_column])
         labels.append(cells[label_column] if label_column else None)
-    return _listed(names, labels if label_column else None, path, key, root)
+    return _listed(names, labels if label_column else None, path, key, root, header)
 
 
 def open_parquet_list(path: Path, key: str, root: Path | None) -> ImageFiles:
@@ -81,7 +81,7 @@ def open_parquet_list(path: Path, key: str, root: Path | None) -> ImageFiles:
     labels = None
     if label_column:
         labels = [None if label is None else str(label) for label in table[label_column].to_pylist()]
-    return _listed(names, labels, path, key, root)
+    return _listed(names, labels, path, key, root, schema.names)
 
 
 def open_coco(path: Path, key: str, root: Path | None) -> ImageFiles:
@@ -135,7 +135,12 @@ def _coco_name(entry: Any, index: int, path: Path, key: str) -> str:
 
 
 def _listed(
-    names: Sequence[str | None], labels: Sequence[str | None] | None, path: Path, key: str, root: Path | None
+    names: Sequence[str | None],
+    labels: Sequence[str | None] | None,
+    path: Path,
+    key: str,
+    root: Path | None,
+    columns: Sequence[str] = (),
 ) -> ImageFiles:
     """The files of a list, made sure that they are there."""
     folder = root or path.parent
@@ -156,7 +161,8 @@ def _listed(
             f"{key}: {path}: {len(missing):,} of {len(paths):,} images are not there: {shown}; relative paths start at "
             f"{folder}: if that is the wrong folder, {advice}"
         )
-    return ImageFiles(paths, f"{len(paths):,} images in the list {path}", labels)
+    shown = f" (columns {', '.join(columns)})" if columns else ""
+    return ImageFiles(paths, f"{len(paths):,} images in the list {path}{shown}", labels)
 
 
 def _missing(paths: Sequence[Path]) -> list[Path]:

@@ -52,6 +52,7 @@ class Source(ABC):
     classes: tuple[str, ...] = ()
     groups: NDArray[np.int64] | None = None
     _labels: NDArray[np.int64] | None = None
+    _unlabelled: Sequence[int] = ()  # samples without a label, where others have one
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -90,10 +91,15 @@ class Source(ABC):
             UserError: the source has no labels.
         """
         if self._labels is None:
+            if self._unlabelled:
+                raise UserError(
+                    f"{self.description}: {len(self._unlabelled):,} of them have no label, the first is "
+                    f"{self.name(self._unlabelled[0])}; label or remove them"
+                )
             raise UserError(
                 f"{self.description} have no labels; labels come from a folder with one subfolder per class, a list "
-                "with a column `label`, tar shards with a .cls or .json beside every image, or a Hugging Face data "
-                "set with a ClassLabel column"
+                "with a column `label` or `class`, tar shards with a .cls or .json beside every image, or a Hugging "
+                "Face data set with a ClassLabel column"
             )
         return int(self._labels[index])
 
@@ -113,7 +119,8 @@ class Source(ABC):
         labelled = [text for text in texts if text]
         if len(labelled) < len(texts):
             if labelled:
-                lacking = len(texts) - len(labelled)
+                self._unlabelled = [index for index, text in enumerate(texts) if not text]
+                lacking = len(self._unlabelled)
                 log.warning("%s: labels are not used, %s samples have none", self.description, f"{lacking:,}")
             return
         self.classes = tuple(order) or _sorted_classes(set(labelled))

@@ -46,15 +46,23 @@ def test_the_best_on_held_out_images_is_chosen() -> None:
     features, labels = noisy_classes()
     strengths = (1e-6, 1e-2, 1.0)
     choice = choose_strength(features, labels, strengths, 500, seed=0)
-    kept, held_out = split(labels, 0)
+    splits = [split(labels, number) for number in range(10)]  # 12 images each, so that there are many
     for strength, accuracy in choice.table:
-        predicted = fit(features[kept], labels[kept], strength, 500, "test").classify(features[held_out])
-        assert accuracy.right == int((predicted == labels[held_out]).sum())
+        right = 0
+        for kept, held_out in splits:
+            predicted = fit(features[kept], labels[kept], strength, 500, "test").classify(features[held_out])
+            right += int((predicted == labels[held_out]).sum())
+        assert (accuracy.right, accuracy.images) == (right, 120)
     best = max(accuracy.right for _, accuracy in choice.table)
-    assert choice.strength == next(strength for strength, accuracy in choice.table if accuracy.right == best)
+    assert best == dict(choice.table)[choice.strength].right
     assert [strength for strength, _ in choice.table] == sorted(strengths)
     with pytest.raises(ValueError, match="no class has two"):
         choose_strength(features[:3], labels[:3], strengths, 500, seed=0)
+
+
+def test_of_equally_good_strengths_the_one_nearest_to_1_is_chosen() -> None:
+    features, labels = torch.tensor([[-1.0, 0], [1, 0]]).repeat(20, 1), torch.tensor([0, 1]).repeat(20)
+    assert choose_strength(features, labels, (1e-3, 1e-2, 0.5, 100.0), 500, seed=0).strength == 0.5
 
 
 def test_lack_of_convergence_is_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:

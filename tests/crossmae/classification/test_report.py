@@ -129,7 +129,6 @@ def test_the_page_has_the_numbers_of_the_files(folder: Path) -> None:
     assert facts.pop("Calibration error")[0].endswith(" %")
     assert facts == {
         "Top-1 accuracy": ("75.0 %", "95% interval 59.8 to 85.8 %"),  # Wilson, of 30 in 40
-        "Top-5 accuracy": ("100.0 %", ""),
         "Balanced accuracy": ("83.3 %", ""),
         "Training images": ("4,321", "2 of 2 epochs"),
         "Training time": ("26 s", "50 images per second (median), without evaluations"),  # 20 steps of 64 images

@@ -22,7 +22,7 @@ from crossmae.classification.classifier import load_classifier
 from crossmae.classification.config import FinetuneConfig
 from crossmae.classification.data import CentreViews, label_targets
 from crossmae.classification.evaluate import EvaluationSet, evaluate
-from crossmae.classification.metrics import Predictions
+from crossmae.classification.metrics import Predictions, Scores
 from crossmae.classification.results import evaluate_only
 from crossmae.classification.train import Objective, finetune
 from crossmae.distributed import Ranks
@@ -181,7 +181,7 @@ def test_the_losses_are_timms(images: Path, tmp_path: Path) -> None:
     assert not torch.equal(changed, pixels)
     torch.testing.assert_close(soft.sum(1), torch.ones(6))
     torch.testing.assert_close(mixed.loss(logits, soft), SoftTargetCrossEntropy()(logits, soft))
-    weighted = make_config(images, tmp_path, loss={"class_weights": [1.0, 2.0, 3.0], "smoothing": 0.0})
+    weighted = make_config(images, tmp_path, loss={"class_weights": {"green": 2.0, "red": 3.0}, "smoothing": 0.0})
     losses = F.cross_entropy(logits, targets, reduction="none") * (targets + 1)
     torch.testing.assert_close(Objective(weighted, labelled, CPU).loss(logits, targets), losses.sum() / 12)
 
@@ -194,8 +194,6 @@ def test_balanced_weights_are_inverse_to_the_number_of_images(images: Path, tmp_
     torch.testing.assert_close(weights, torch.tensor([10 / 18, 10 / 9, 10 / 3]))
     assert weights is not None
     assert (weights[targets]).sum() == pytest.approx(10)  # on average, an image weighs 1
-    with pytest.raises(UserError, match=r"loss\.class_weights: 2 weights for 3 classes"):
-        train_module.class_weights(make_config(images, tmp_path, loss={"class_weights": [1.0, 2.0]}), labelled)
     with pytest.raises(UserError, match="there is none of green; leave them out"):
         train_module.class_weights(config, dataclasses.replace(labelled, targets=torch.tensor([0, 2])))
 
@@ -333,7 +331,7 @@ def test_several_labels_per_image(images: Path, tmp_path: Path) -> None:
         ({"model": {"init": "nowhere.pth"}}, "no such file or folder: nowhere.pth"),
         ({"model": {"img_size": 30}}, "model: img_size .* multiple of patch_size 8"),
         ({"optim": {"batch_size": 20}}, "needs 20 images, the data set has 18"),
-        ({"loss": {"class_weights": [1.0]}}, "loss.class_weights: 1 weights for 3 classes"),
+        ({"loss": {"class_weights": {"cat": 1.0}}}, "loss.class_weights: cat: no class of data.train"),
         ({"schedule": {"warmup_epochs": 9}}, "schedule.warmup_epochs: 9"),
     ],
 )
@@ -350,6 +348,7 @@ def test_bad_input_is_named_and_nothing_is_written(
     [
         ({"model": {"name": "vit_giant"}}, "known: vit_tiny_patch16"),
         ({"loss": {"cutmix_minmax": [0.5, 0.5]}}, "low < high"),
+        ({"loss": {"class_weights": "ballanced"}}, "balanced, or weights by class"),
         ({"model": {"in_chans": 5}, "data": {"mean": [0.5] * 5, "std": [0.5] * 5}}, "data.auto_augment is for grey"),
         ({"model": {"drop_path": 1.0}}, "less than 1"),
         ({"data": {"separator": ""}}, "at least 1 character"),
@@ -395,6 +394,11 @@ def test_an_evaluation_does_not_replace_that_of_a_run(images: Path, tmp_path: Pa
     finetune(make_config(images, tmp_path / "run", schedule={"max_steps": 1}))
     with pytest.raises(UserError, match="holds a run, whose own evaluation would be replaced"):
         evaluate_only(make_config(images, tmp_path / "run"), tmp_path / "run")
+    elsewhere = make_config(images, tmp_path / "alone")
+    evaluate_only(elsewhere, tmp_path / "run")
+    with pytest.raises(UserError, match="holds an evaluation; name another folder, or replace it with --force"):
+        evaluate_only(elsewhere, tmp_path / "run")
+    evaluate_only(elsewhere, tmp_path / "run", force=True)
 
 
 def test_nothing_of_an_earlier_try_stays(images: Path, tmp_path: Path) -> None:
@@ -429,3 +433,14 @@ def test_several_labels_are_mixed_as_their_images_are(images: Path, tmp_path: Pa
     share = (images_of[:, 0, 0, 0] - values.flip(0)) / (values - values.flip(0))
     assert bool(((share > 0) & (share < 1)).any())
     torch.testing.assert_close(mixed, share[:, None] * targets + (1 - share[:, None]) * targets.flip(0))
+
+
+def test_of_equal_scores_the_lower_loss_is_the_best() -> None:
+    """Few images give equal scores often, and the first of them may come from an untrained network."""
+
+    run: Any = argparse.Namespace(kept={}, step=0)
+    found = []
+    for run.step, (top1, loss) in enumerate([(0.5, 1.0), (0.5, 0.9), (0.5, 0.95), (0.5, 0.9), (0.6, 2.0), (0.5, 0.1)]):
+        found.append(train_module.is_best(run, Scores(samples=2, loss=loss, classes=(), top1=top1), ""))
+    assert found == [True, True, False, True, True, False]
+    assert run.kept["best"]["step"] == 4
