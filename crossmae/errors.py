@@ -7,11 +7,13 @@ tool wraps its main function in `run_cli`, so that the user sees one line instea
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
+BROKEN_PIPE_EXIT_CODE = 141
 # What the disk, not the program, is to blame for: full, over quota, read-only, no permission, broken.
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
@@ -28,6 +30,9 @@ def run_cli(main: Callable[[], None]) -> None:
         message = " ".join(str(error).split()) if "\n" not in str(error) else str(error)
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(USER_ERROR_EXIT_CODE) from None
+    except BrokenPipeError:  # the reader of a pipe has had enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(BROKEN_PIPE_EXIT_CODE) from None
     except OSError as error:
         if error.errno not in DISK_TROUBLE:
             raise

@@ -35,8 +35,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Write UTF-8 text, atomically; of file names that are not UTF-8, the odd bytes become escapes such as \\udcff."""
+    data = text.encode("utf-8", errors="backslashreplace")
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
 def write_json(path: Path, value: Any) -> None:

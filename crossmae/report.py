@@ -35,6 +35,7 @@ _CSS_COLORS = {color: f"var(--series-{i})" for i, color in enumerate(_SERIES, st
 _CSS_COLORS |= {"#01fe11": "var(--muted)", "#01fe12": "var(--line)"}
 _TEXT, _GRID = "#01fe11", "#01fe12"
 _SIZE_INCHES = (4.6, 2.9)  # small on purpose: the labels stay readable when a phone scales the figure down
+LONGEST_VALUE = 60  # characters of a setting in a table
 SMOOTH_FROM = 40  # points; shorter curves are shown as they are
 
 
@@ -354,6 +355,23 @@ def folded(command: str) -> str:
             lines.append([])
         lines[-1].append(word)
     return " \\\n  ".join(shlex.join(line) for line in lines)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key; tuples as lists."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= leaves(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def short_value(value: Any) -> str:
+    """A setting as text that fits into a table."""
+    text = "-" if value is None else str(value) or repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…"
 
 
 def format_seconds(seconds: float) -> str:

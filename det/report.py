@@ -20,7 +20,20 @@ from detectron2.config import get_cfg
 from crossmae import report as page
 from crossmae.errors import UserError
 from crossmae.images import read_image
-from crossmae.report import Bar, Block, Fact, Missing, Report, Section, Table, counted, curve, folded
+from crossmae.report import (
+    Bar,
+    Block,
+    Fact,
+    Missing,
+    Report,
+    Section,
+    Table,
+    counted,
+    curve,
+    folded,
+    leaves,
+    short_value,
+)
 from det.coco import OWN_TRAIN, OWN_VAL
 from det.config import add_crossmae_config, leaf_keys, lookup
 from det.pictures import find_pictures
@@ -65,7 +78,6 @@ AP_TEXT = (
 )
 MOST_CURVES = 6  # in one plot
 MOST_CLASSES = 50  # in a table
-LONGEST_VALUE = 60  # characters of a setting
 
 
 # --- Words ------------------------------------------------------------------------------------------------
@@ -298,7 +310,7 @@ def _setting_section(run: Run) -> Section:
     text = f"What differs from the defaults of detectron2 and of this toolkit; {CONFIG} has all settings."
     blocks: list[Block] = [_missing(run, CONFIG, "settings", "the file is empty")]
     if run.config:
-        rows = [[key, _short(value), _short(default)] for key, value, default in changed_settings(run.config)]
+        rows = [[key, short_value(value), short_value(default)] for key, value, default in changed_settings(run.config)]
         blocks = [Table(["setting", "value", "default"], rows)]
     return Section("Settings", text, blocks)
 
@@ -308,20 +320,11 @@ def changed_settings(config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     cfg = get_cfg()
     add_crossmae_config(cfg)
     defaults = {key: json.loads(json.dumps(lookup(cfg, key))) for key in leaf_keys(cfg)}  # tuples become lists
-    leaves = _leaves(config)
-    return [(key, value, defaults.get(key)) for key, value in leaves if key not in defaults or defaults[key] != value]
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return found
-
-
-def _short(value: Any) -> str:
-    text = str(value) or repr(value)
-    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…"
+    return [
+        (key, value, defaults.get(key))
+        for key, value in leaves(config).items()
+        if key not in defaults or defaults[key] != value
+    ]
 
 
 def _data_section(run: Run) -> Section:

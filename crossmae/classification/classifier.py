@@ -152,7 +152,7 @@ def load_classifier(path: str | Path, img_size: int | Sequence[int] | None = Non
         mean=record.pixel_mean,
         std=record.pixel_std,
         bit_depth=record.bit_depth,
-        crop_pct=record.crop_pct,
+        crop_pct=_crop_pct(record.crop_pct, weights, architecture),
         assumed=tuple(sentence for key, sentence in sentences.items() if key not in weights.metadata),
     )
 
@@ -170,6 +170,12 @@ def _read_record(weights: Weights, assumed: Mapping[str, str], architecture: Arc
         if len(values) != architecture.in_chans:
             raise UserError(f"{weights.path}: {key} holds {len(values)} values for {architecture.in_chans} channels")
     return record
+
+
+def _crop_pct(recorded: float, weights: Weights, architecture: Architecture) -> float:
+    """What was recorded; where that is the published rule for the size trained with, the rule for this size."""
+    trained = architecture_of(weights).img_size
+    return published_crop_pct(architecture.img_size) if recorded == published_crop_pct(trained) else recorded
 
 
 def _assume(weights: Weights, architecture: Architecture) -> tuple[dict[str, str], dict[str, str]]:

@@ -67,6 +67,9 @@ def find_classes(source: Source, key: str, separator: str | None = None) -> tupl
         log.warning("%s: the class %r reads like several labels; if it is, set 'data.separator=\"%s\"'", key, *several)
     if separator is not None:
         classes = tuple(sorted({word for text in source.classes for word in split_labels(text, separator)}))
+    for name in classes:
+        if not name.isprintable() or name.encode("utf-8", "replace").decode() != name:
+            raise UserError(f"{key}: the class {name!r} is not valid text; rename it")
     if len(classes) < (2 if separator is None else 1):
         raise UserError(
             f"{key}: {source.description}: {len(classes)} classes; there must be at least two to tell apart"
@@ -146,6 +149,9 @@ def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str])
             names = names.expanduser().read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{where}: can not be read: {error}") from None
+    doubled = sorted({name for name in names if list(names).count(name) > 1}) if len(set(names)) < len(names) else []
+    if doubled:
+        raise UserError(f"{where}: {', '.join(doubled[:MAX_NAMES])} twice; tables could not tell these classes apart")
     if len(names) != len(classes):
         raise UserError(f"{where}: {len(names)} names for {len(classes)} classes, the first of which are {classes[:3]}")
     return tuple(names)

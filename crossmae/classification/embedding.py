@@ -116,7 +116,7 @@ def update_embedding(folder: Path) -> str | None:
         return None
     try:
         save_figure(_figure_of(folder), picture)
-    except (UserError, ValueError, KeyError, OSError, SafetensorError) as error:
+    except (UserError, ValueError, LookupError, OSError, SafetensorError) as error:
         picture.unlink(missing_ok=True)
         return f"{FEATURES} can not be drawn: {error}"
     return None

@@ -17,14 +17,14 @@ from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
 from crossmae.classification.metrics import Bin, calibration_error
-from crossmae.figures import DPI
+from crossmae.figures import DPI, SMALL, TEXT
 
 VALUES_UP_TO, NAMES_UP_TO = 20, 60  # classes whose cells have room for numbers, and whose rows have for names
 CELL, NAMED_CELL = 46, 18  # pixels of a cell with a number in it, and of one in a row with a name
 SIDES = (260, 900)  # pixels of a matrix: at least, and about where its rows have no names
 LONGEST_NAME = 180  # pixels
 MARGIN, LINE, SCALE = 18, 22, 84  # pixels: around everything, a line of text, the scale of colours
-TEXT, SMALL, TINY = 9.0, 7.5, 6.5  # points
+TINY = 6.5  # points
 SHARES = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1)  # marked on the scale of colours
 GREY, LIGHT, EMPTY = "0.35", "0.9", "0.93"
 BLUE, RED = "#9ecae1", "#c0392b"

@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from crossmae.data import READERS
 from crossmae.files import write_atomically
 from crossmae.parallel import map_in_order
 from crossmae.sources import Source
 
 LAYOUT = 1  # of the files; features of another one are extracted anew
-READERS = 16  # threads that look at images
 KEY, CHECKSUM = "key", "sha256"
 
 log = logging.getLogger(__name__)

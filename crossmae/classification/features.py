@@ -143,6 +143,8 @@ def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: i
     why = why or ("the file's own" if is_last else "it belongs after the last block alone")
     notes = [f"features of block {chosen} of 0 .. {architecture.depth - 1}, pooled by {pool!r}"]
     notes += [f"final norm {'applied' if has_norm and is_last else 'not applied'}: {why}"]
+    if f"{home}cls_token" not in weights.tensors:
+        notes.append("the file has no class token, a new one stands in: features differ a little from the original's")
     heads = [name for name in ("fc_norm", "head") if any(key.startswith(f"{home}{name}.") for key in weights.tensors)]
     notes += [f"not used: {' and '.join(heads)} of the fine-tuned model"] if heads else []
     return Opened(FrozenEncoder(vit, chosen, has_norm and is_last, pool), architecture, tuple(notes))

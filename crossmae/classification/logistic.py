@@ -34,6 +34,7 @@ class Logistic:
 
     regression: Any
     statistics: tuple[Tensor, Tensor]
+    converged: bool
 
     def classify(self, features: Tensor) -> Tensor:
         """Classes (M,) of features (M, E)."""
@@ -60,14 +61,15 @@ def fit(features: Tensor, labels: Tensor, strength: float, max_iterations: int, 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         regression.fit(_standard(features, statistics), labels.numpy())
+    converged = True
     for warning in caught:
         if not issubclass(warning.category, ConvergenceWarning):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
             continue
-        done = int(regression.n_iter_.max())
+        converged, done = False, int(regression.n_iter_.max())
         why = f"the limit is {max_iterations}" if done >= max_iterations else "its line search found no better point"
         log.warning("%s, C=%g: not converged after %d iterations: %s", name, strength, done, why)
-    return Logistic(regression, statistics)
+    return Logistic(regression, statistics, converged)
 
 
 def choose_strength(

@@ -1,8 +1,9 @@
 """How good a classifier's answers are, from the answers alone.
 
-`Predictions` holds what every number needs of every sample, so that the numbers do not depend on batches nor on how
-many processes shared the work: `merge` puts their parts together, `score` counts. N samples, C classes, K = min(5, C)
-best classes of a sample. All shares are of 1, not percent; NaN is "not defined" for lack of samples.
+`Predictions` holds what every number needs of every sample, each of which counts once: `merge` puts the parts of
+several processes together, `score` counts. What the model itself answers may differ between batches in the last digit.
+N samples, C classes, K = min(5, C) best classes of a sample. All shares are of 1, not percent; NaN is "not defined" for
+lack of samples.
 """
 
 from __future__ import annotations

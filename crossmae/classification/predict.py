@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -328,6 +329,8 @@ class FileAnswers:
             OSError: the disk is full or broken.
         """
         if output == STDOUT:
+            if isinstance(sys.stdout, TextIOWrapper):
+                sys.stdout.reconfigure(errors="backslashreplace")
             self._write(sources, sys.stdout, JsonWriter)
             return
         path = Path(output)
@@ -344,7 +347,8 @@ class FileAnswers:
         writer = writer_type(file, self.classifier, self.selection)
         total = sum(map(len, sources))
         found = predict(self.classifier, sources, self.selection, self.batch_size)
-        for answer in tqdm(found, "predict", total, unit="img", dynamic_ncols=True):
+        mixed = file is sys.stdout and file.isatty()  # a bar would stand between the answers
+        for answer in tqdm(found, "predict", total, unit="img", dynamic_ncols=True, disable=mixed):
             if isinstance(answer, UserError):
                 self.failures.append(str(answer))
             else:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from crossmae.classification import few_shot as few_shots
 from crossmae.classification import knn, linear, logistic
-from crossmae.classification.data import find_classes, find_several, label_targets
+from crossmae.classification.data import find_classes, find_several, label_targets, warn_of_absent
 from crossmae.classification.feature_cache import Labelled, cached, data_digest, is_cached, tensors_digest
 from crossmae.classification.features import Opened, Views, extract, open_encoder, random_weights
 from crossmae.classification.intervals import accuracy_of, mean_of
@@ -27,6 +27,7 @@ from crossmae.classification.probe_report import REACH, build_page
 from crossmae.config import RuntimeConfig
 from crossmae.data import find_broken, published_crop_pct, refuse_broken
 from crossmae.device import open_device
+from crossmae.distributed import find_ranks
 from crossmae.errors import UserError
 from crossmae.files import check_writable, make_folder, sha256, write_json
 from crossmae.plan import choose_precision
@@ -57,6 +58,8 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
     Raises:
         UserError: whatever is wrong with config, weights or data, before results are written.
     """
+    if find_ranks().world_size > 1:
+        raise UserError("a probe runs in one process; start it without torchrun")
     clock = Clock()
     cache = config.features.cache_dir or config.output_dir / "features"
     _check_folders(config, cache, force)
@@ -64,6 +67,8 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
     sources = open_labelled(config.data)
     classes = sources["train"].classes
     labels = {name: label_targets(source, f"data.{name}", classes) for name, source in sources.items()}
+    for name, of_one in labels.items():
+        warn_of_absent(of_one, f"data.{name}", classes)
     methods = plan_methods(config, labels["train"], classes)
     weights, digest = _open_weights(config)
     opened = open_encoder(
@@ -149,7 +154,7 @@ def open_labelled(data: LabelledConfig) -> dict[str, Source]:
     """Both data sets, "train" and "val".
 
     Raises:
-        UserError: one can not be opened, has no labels or several per image, or they differ in their classes.
+        UserError: one can not be opened, or has no labels or several per image.
     """
     sources = {
         "train": open_source(data.train, "data.train", data.root),
@@ -163,20 +168,8 @@ def open_labelled(data: LabelledConfig) -> dict[str, Source]:
                 "probed, tools/finetune.py takes them"
             )
     train, val = sources.values()
-    differing = [
-        f"{_listed(set(mine.classes) - set(others.classes))} only in data.{name}"
-        for name, mine, others in (("train", train, val), ("val", val, train))
-        if set(mine.classes) - set(others.classes)
-    ]
-    if differing:
-        raise UserError(f"data.train and data.val differ in their classes: {'; '.join(differing)}")
     warn_of_overlap(train, "data.train", val, "data.val")
     return sources
-
-
-def _listed(names: set[str]) -> str:
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return ", ".join(sorted(names)[:MAX_NAMES]) + more
 
 
 # --- Encoder and features ---------------------------------------------------------------------------------
@@ -233,7 +226,7 @@ def views_of(data: LabelledConfig, weights: Weights, opened: Opened) -> tuple[Vi
         statistics.append(values)
         if given is None and recorded is None:
             notes.append(f"assumed: data.{key} is that of ImageNet, as the weights record none")
-    crop_pct = data.crop_pct or published_crop_pct(size)
+    crop_pct = data.crop_pct or _recorded(weights, "crop_pct") or published_crop_pct(size)
     bit_depth = data.bit_depth or int(_recorded(weights, BIT_DEPTH) or 8)
     return Views(size, crop_pct, statistics[0], statistics[1], bit_depth), notes
 
@@ -324,7 +317,8 @@ class Methods:
         fitted = logistic.fit(train.features, train.labels, choice.strength, section.max_iterations, "logistic")
         table = [{"strength": strength, "held_out": asdict(accuracy)} for strength, accuracy in choice.table]
         accuracy = accuracy_of(fitted.classify(val.features), val.labels)
-        return {"strength": choice.strength, "table": table, "val": asdict(accuracy)}
+        found = {"strength": choice.strength, "converged": fitted.converged, "table": table, "val": asdict(accuracy)}
+        return found | {"is_largest": choice.strength == max(section.strengths)}
 
     def few_shot(self, train: Labelled, val: Labelled, num_classes: int, device: torch.device) -> dict[str, Any]:
         """See `crossmae.classification.few_shot`."""

@@ -88,7 +88,7 @@ class LinearConfig(Section):
 
     epochs: PositiveInt = 90
     warmup_epochs: NonNegative = 10
-    batch_size: PositiveInt = Field(512, description="images per step; of fewer training images all")
+    batch_size: int = Field(512, ge=2, description="images per step; of fewer training images all")
     base_lr: Positive = Field(0.1, description="learning rate per 256 images of a step")
     seeds: Seeds = Field((0, 1, 2), min_length=1)
 
@@ -97,7 +97,7 @@ class LogisticConfig(Section):
     """scikit-learn's LogisticRegression; the best of some strengths."""
 
     strengths: tuple[Positive, ...] = Field(
-        (1e-4, 1e-3, 1e-2, 0.1, 1.0), min_length=1, description="values of C to choose from: less is more regular"
+        (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0), min_length=1, description="values of C to choose from: less is more regular"
     )
     max_iterations: PositiveInt = 1000
 

@@ -55,7 +55,9 @@ def lines(methods: Mapping[str, Any]) -> list[Line]:
             else _line("linear", f"BatchNorm and LARS, mean of {len(runs)} seeds{trust}", mean)
         )
     if "logistic" in methods:
-        found.append(_line("logistic", f"L-BFGS, C {methods['logistic']['strength']:g}", methods["logistic"]["val"]))
+        one = methods["logistic"]
+        state = "" if one["converged"] else ", not converged"
+        found.append(_line("logistic", f"L-BFGS, C {one['strength']:g}{state}", one["val"]))
     for shots in methods.get("few_shot", {}).get("shots", []):
         one = len(shots["accuracies"]) == 1
         setting = f"{shots['per_class']} per class, " + (
@@ -76,9 +78,11 @@ def table(results: Mapping[str, Any]) -> str:
     rows = [("method", "setting", "top-1 %", "95 % interval")]
     rows += [(TITLES[x.method], x.setting, f"{100 * x.accuracy:.2f}", x.interval) for x in lines(results["methods"])]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return "\n".join(
+    footer = "intervals of means over seeds are of the seeds alone, others of the choice of validation images"
+    shown = [
         f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}" for row in rows
-    )
+    ]
+    return "\n".join([*shown, footer])
 
 
 def build_page(results: Mapping[str, Any]) -> Report:
@@ -160,6 +164,8 @@ def _logistic(found: Mapping[str, Any]) -> Section:
         f"L-BFGS on standardised features. C was chosen on a tenth of the training images, held out; then "
         f"C {found['strength']:g} was fitted again on all of them."
     )
+    text += "" if found["converged"] else " That fit did not converge: raise logistic.max_iterations."
+    text += " It is the largest C that was tried." if found["is_largest"] else ""
     return Section(TITLES["logistic"], text, [Table(["C", "top-1 held out", "95 % interval"], rows)])
 
 

@@ -32,13 +32,25 @@ from crossmae.classification.run_files import (
 from crossmae.config import Section as ConfigSection
 from crossmae.errors import UserError
 from crossmae.images import read_image
-from crossmae.report import Bar, Block, Fact, Missing, Report, Section, Table, counted, curve, folded
+from crossmae.report import (
+    Bar,
+    Block,
+    Fact,
+    Missing,
+    Report,
+    Section,
+    Table,
+    counted,
+    curve,
+    folded,
+    leaves,
+    short_value,
+)
 from crossmae.run_log import LOG
 from crossmae.start import WEIGHTS
 
 MOST_CLASSES = 50  # in a table
 MOST_PAIRS = 15  # of confused classes
-LONGEST_VALUE = 60  # characters of a setting
 DATA_KEYS = {"data.train", "data.root", "data.val", "data.val_root"}  # have a section of their own
 WIDE = 900  # pixels from which a figure takes the whole width
 NAMES = {  # of the headline numbers: label and meaning
@@ -323,16 +335,16 @@ def _setting_sections(run: Run) -> list[Section]:
     blocks: list[Block] = [_missing(run, CONFIG, "settings", "the file is empty")]
     if run.config:
         changed = changed_settings(run.config)
-        blocks = [Table(["setting", "value", "default"], [[key, *map(_short, pair)] for key, *pair in changed])]
+        blocks = [Table(["setting", "value", "default"], [[key, *map(short_value, pair)] for key, *pair in changed])]
     return [Section("Settings", text, blocks)]
 
 
 def changed_settings(config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Key, value and default of what a config, as YAML holds it, has other than by default, but for the data."""
-    defaults = _leaves(_defaults(FinetuneConfig))
+    defaults = leaves(_defaults(FinetuneConfig))
     return [
         (key, value, defaults.get(key))
-        for key, value in _leaves(config).items()
+        for key, value in leaves(config).items()
         if (key not in defaults or defaults[key] != value) and key not in DATA_KEYS
     ]
 
@@ -349,22 +361,6 @@ def _defaults(schema: type[ConfigSection]) -> dict[str, Any]:
         name: value.model_dump(mode="json") if isinstance(value, ConfigSection) else value
         for name, value in found.items()
     }
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key; tuples as lists."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= _leaves(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return found
-
-
-def _short(value: Any) -> str:
-    text = "-" if value is None else str(value) or repr(value)
-    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…"
 
 
 def _data_sections(run: Run) -> list[Section]:

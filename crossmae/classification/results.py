@@ -74,7 +74,8 @@ def evaluate_only(config: FinetuneConfig, weights: str | Path, force: bool = Fal
         force: replace the results of an earlier call.
 
     Raises:
-        UserError: no classifier, results in output_dir already, no data.val, labels that the classifier does not know, or a broken image.
+        UserError: no classifier, results in output_dir already, no data.val, labels that the classifier does not know,
+            or a broken image.
     """
     ranks = find_ranks()
     device = open_device(config.runtime.device, "runtime.device", ranks.local_rank, ranks.world_size)

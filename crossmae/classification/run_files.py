@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from crossmae.checkpoint import FOLDER as CHECKPOINTS
 from crossmae.checkpoint import RECORD as RUN_RECORD
@@ -62,6 +62,12 @@ class Evaluation(FileContent):
     classes: list[ClassRow]
     most_confused: list[ConfusedPair] = []
     about: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _has_what_counts(self) -> Evaluation:
+        if self.metric not in self.numbers:
+            raise ValueError("numbers have neither top1 nor mean_ap")
+        return self
 
     @property
     def multi_label(self) -> bool:

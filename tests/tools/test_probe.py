@@ -169,7 +169,7 @@ def nothing(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("prepare", "words", "told"),
     [
-        (rename, [], "data.train and data.val differ in their classes: red only in data.train; rot only in data.val"),
+        (rename, [], "rot: no class of the model, whose 3 are blue, green, red; classes are compared by name"),
         (several_labels, [], "data.train: the label 'red;green' names several classes"),
         (nothing, ["data.separator=;"], "several labels per image can not be probed"),
         (flatten, [], "have no labels; labels come from a folder with one subfolder per class"),

@@ -132,3 +132,26 @@ def test_views_to_evaluate_on(tmp_path: Path) -> None:
     pixels, target, index, _ = views[9]  # type: ignore[misc]
     assert pixels.shape == (3, 24, 32)
     assert (int(target), index) == (1, 9)
+
+
+def test_a_class_that_reads_like_several_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    picture(8, 8).save(tmp_path / "a.png")
+    rows = ["path,label", "a.png,cat", "a.png,cat|dog", "a.png,dog", 'a.png,"tench, Tinca"']
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    source = open_source(tmp_path / "list.csv", "data.train")
+    find_classes(source, "data.train")
+    assert "the class 'cat|dog' reads like several labels" in caplog.text
+    assert "tench" not in caplog.text
+    with pytest.raises(UserError, match=r"cat\|dog.*need 'data\.separator=\"\|\"'"):
+        label_targets(source, "data.val", ("cat", "dog"))
+
+
+def test_a_missing_label_is_named(tmp_path: Path) -> None:
+    picture(8, 8).save(tmp_path / "a.png")
+    picture(8, 8).save(tmp_path / "b.png")
+    (tmp_path / "list.csv").write_text("path,label\na.png,cat\nb.png,\na.png,dog\n")
+    with pytest.raises(UserError, match=r"1 of them have no label, the first is .*b\.png; label or remove"):
+        find_classes(open_source(tmp_path / "list.csv", "data.train"), "data.train")
+    (tmp_path / "list.csv").write_text("path,species\na.png,cat\n")
+    with pytest.raises(UserError, match=r"\(columns path, species\) have no labels; .* `label` or `class`"):
+        find_classes(open_source(tmp_path / "list.csv", "data.train"), "data.train")

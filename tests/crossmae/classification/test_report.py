@@ -150,7 +150,7 @@ def test_the_page_has_the_numbers_of_the_files(folder: Path) -> None:
         "top-1, averaged weights": [[1.0], [0.6]],
         "top-5": [[1.0], [1.0]],
     }
-    assert "Of model_best.safetensors, averaged over the training, after 1 epochs" in html
+    assert "Of model_best.safetensors, averaged over the training, at epoch 1" in html
     assert all(text in html for text in ("Classifier: my run", "1.2.3", "Of 10 wrong images, the worst 2."))
 
 
