@@ -55,6 +55,18 @@ class LabelledBatch(MovableBatch):
     moved = ("images", "targets")
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """Images to train and to evaluate on, under the same classes."""
+
+    train: Source
+    targets: Tensor
+    classes: tuple[str, ...]
+    class_names: tuple[str, ...]
+    val: Source | None
+    val_targets: Tensor | None
+
+
 def find_classes(source: Source, key: str, separator: str | None = None) -> tuple[str, ...]:
     """The classes of a source: its labels or, with several per image, the words in them, sorted.
 

@@ -23,8 +23,9 @@ from crossmae.classification.config import FinetuneConfig
 from crossmae.classification.data import CentreViews, label_targets
 from crossmae.classification.evaluate import EvaluationSet, evaluate
 from crossmae.classification.metrics import Predictions, Scores
+from crossmae.classification.objective import Objective, class_weights
 from crossmae.classification.results import evaluate_only
-from crossmae.classification.train import Objective, finetune
+from crossmae.classification.train import finetune
 from crossmae.distributed import Ranks
 from crossmae.errors import UserError
 from crossmae.files import sha256
@@ -190,12 +191,12 @@ def test_balanced_weights_are_inverse_to_the_number_of_images(images: Path, tmp_
     config = make_config(images, tmp_path, loss={"class_weights": "balanced"})
     targets = torch.tensor([0] * 6 + [1] * 3 + [2])
     labelled = dataclasses.replace(train_module.open_labelled(config, Ranks()), targets=targets)
-    weights = train_module.class_weights(config, labelled)
+    weights = class_weights(config, labelled)
     torch.testing.assert_close(weights, torch.tensor([10 / 18, 10 / 9, 10 / 3]))
     assert weights is not None
     assert (weights[targets]).sum() == pytest.approx(10)  # on average, an image weighs 1
     with pytest.raises(UserError, match="there is none of green; leave them out"):
-        train_module.class_weights(config, dataclasses.replace(labelled, targets=torch.tensor([0, 2])))
+        class_weights(config, dataclasses.replace(labelled, targets=torch.tensor([0, 2])))
 
 
 class Waiting(Exception):
