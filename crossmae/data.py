@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -173,7 +174,39 @@ Sample = tuple[Tensor, Tensor, int, tuple[Broken, ...]]
 B = TypeVar("B")
 
 
-class PretrainImages(Dataset[Any]):
+class KeyedImages(Dataset[Any], ABC):
+    """Training images; what is random about a sample is keyed by (seed, epoch, index), in `sample`.
+
+    Args:
+        source: where images come from.
+        seed: of all randomness.
+        channels, bit_depth: see `crossmae.images`.
+        broken: "error", or "substitute": the next readable image of the source takes the place of a broken one.
+    """
+
+    def __init__(
+        self, source: Source, seed: int, channels: int, bit_depth: int, broken: Literal["error", "substitute"]
+    ) -> None:
+        self.source, self.seed, self.channels, self.bit_depth, self.broken = source, seed, channels, bit_depth, broken
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | Unreadable:
+        """Sample `index` as seen in `epoch`; key = (epoch, index)."""
+        epoch, index = key
+        try:
+            pixels, position, broken = read_or_next(self.source, index, self.channels, self.bit_depth, self.broken)
+        except UserError as error:
+            return Unreadable(str(error))
+        return (*self.sample(pixels, position, (self.seed, epoch, index)), position, broken)
+
+    @abstractmethod
+    def sample(self, pixels: Image.Image | Tensor, position: int, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """What becomes of the image at a position of the source: (C, H, W), and what goes with it."""
+
+
+class PretrainImages(KeyedImages):
     """Randomly cropped and flipped images with mask noise (method specification, section 1.9).
 
     Args:
@@ -200,23 +233,15 @@ class PretrainImages(Dataset[Any]):
         bit_depth: int = 8,
         broken: Literal["error", "substitute"] = "error",
     ) -> None:
-        self.source, self.num_patches, self.seed = source, num_patches, seed
-        self.channels, self.bit_depth, self.broken = channels, bit_depth, broken
+        super().__init__(source, seed, channels, bit_depth, broken)
+        self.num_patches = num_patches
         crop = v2.RandomResizedCrop(img_size, scale=crop_scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
         self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(flip)])
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, key: tuple[int, int]) -> Sample | Unreadable:
-        """Sample `index` as seen in `epoch`; key = (epoch, index)."""
-        epoch, index = key
-        try:
-            pixels, position, broken = read_or_next(self.source, index, self.channels, self.bit_depth, self.broken)
-        except UserError as error:
-            return Unreadable(str(error))
-        with keyed_randomness(self.seed, epoch, index):
-            return to_tensor(self.augment(pixels)), torch.rand(self.num_patches), position, broken
+    def sample(self, pixels: Image.Image | Tensor, position: int, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """The crop, and mask noise (L,)."""
+        with keyed_randomness(*key):
+            return to_tensor(self.augment(pixels)), torch.rand(self.num_patches)
 
 
 def read_or_next(

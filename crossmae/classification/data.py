@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 from crossmae.classification.augment import keyed_everywhere
 from crossmae.data import (
     Broken,
+    KeyedImages,
     MovableBatch,
     Sample,
     Unreadable,
     centre_view,
     collate_as,
-    read_or_next,
     read_pixels,
     usable_workers,
 )
@@ -169,16 +169,13 @@ def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str])
     return tuple(names)
 
 
-class TrainImages(Dataset[Any]):
-    """Augmented images with their targets; all randomness is keyed by (seed, epoch, index).
+class TrainImages(KeyedImages):
+    """Augmented images with their targets.
 
     Args:
-        source: where images come from.
-        targets: (N, ...) of all its samples.
+        source, seed, channels, bit_depth, broken: see `KeyedImages`.
+        targets: (N, ...) of all samples of the source.
         view: an image of any size to (C, H, W).
-        seed: of all randomness.
-        channels, bit_depth: see `crossmae.images`.
-        broken: "error", or "substitute": the next readable image takes the place of a broken one.
     """
 
     def __init__(
@@ -191,21 +188,13 @@ class TrainImages(Dataset[Any]):
         bit_depth: int,
         broken: Literal["error", "substitute"],
     ) -> None:
-        self.source, self.targets, self.view, self.seed = source, targets, view, seed
-        self.channels, self.bit_depth, self.broken = channels, bit_depth, broken
+        super().__init__(source, seed, channels, bit_depth, broken)
+        self.targets, self.view = targets, view
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, key: tuple[int, int]) -> Sample | Unreadable:
-        """Sample `index` as seen in `epoch`; key = (epoch, index)."""
-        epoch, index = key
-        try:
-            pixels, position, broken = read_or_next(self.source, index, self.channels, self.bit_depth, self.broken)
-        except UserError as error:
-            return Unreadable(str(error))
-        with keyed_everywhere(self.seed, epoch, index):
-            return self.view(pixels), self.targets[position], position, broken
+    def sample(self, pixels: Image.Image | Tensor, position: int, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """The view, and the target of the image that is in it."""
+        with keyed_everywhere(*key):
+            return self.view(pixels), self.targets[position]
 
 
 class CentreViews(Dataset[Any]):
