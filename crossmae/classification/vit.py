@@ -95,7 +95,10 @@ def architecture_of(weights: Weights, **given: Any) -> Architecture:
     arguments = found | given
     missing = [field.name for field in fields(Architecture) if field.name not in arguments]
     if missing:
-        raise UserError(f"{weights.path}: does not tell {' and '.join(missing)} of its encoder; set that")
+        raise UserError(
+            f"{weights.path}: does not tell {' and '.join(missing)} of its encoder; "
+            f"in a config, add {' '.join(f'model.{name}=...' for name in missing)}"
+        )
     size = arguments["img_size"]
     arguments["img_size"] = (size, size) if isinstance(size, int) else tuple(size)
     try:
