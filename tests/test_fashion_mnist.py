@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scipy import stats
@@ -66,10 +67,14 @@ def test_pretraining_is_worth_something() -> None:
     top1 = {start: [float(one["top1"]) for one in of_start] for start, of_start in runs.items()}  # type: ignore[arg-type]
     gains = [a - b for a, b in zip(top1["pretrained"], top1["scratch"], strict=True)]
     interval = stats.ttest_1samp(gains, 0).confidence_interval(0.95)
-    summary = {
+    summary: dict[str, Any] = {
         "finetuning": {start: {"top1": values, "mean": asdict(mean_of(values))} for start, values in top1.items()},
         "gain": {"of_each_seed": gains, "mean": sum(gains) / len(gains), "interval": list(map(float, interval))},
         "probes": {start: one["methods"] for start, one in probes.items()},
     }
     (OUT / "summary.json").write_text(json.dumps(summary, indent=2))
     assert min(gains) > 0
+    pretrained_knn, random_knn = (summary["probes"][start]["knn"]["default"]["val"] for start in probes)
+    assert pretrained_knn["low"] > random_knn["high"]
+    pretrained_linear, random_linear = (summary["probes"][start]["linear"]["mean"] for start in probes)
+    assert pretrained_linear["low"] > random_linear["high"]
