@@ -300,6 +300,13 @@ def test_a_linear_probe_trains_the_head_alone(images: Path, tmp_path: Path) -> N
     assert state["head.0.num_batches_tracked"] > 0
     assert not torch.allclose(state["head.1.weight"], head, rtol=0, atol=1e-3)
     assert set(read_state(complete_checkpoints(tmp_path / "run")[-1])["optimizer"]["state"]) == {0, 1}
+    model["drop_path"] = 0
+    without = make_config(images, tmp_path / "same", model=model, optim=optim, data={"auto_augment": None})
+    finetune(without)  # a frozen encoder drops nothing
+    same = load_file(tmp_path / "same" / "model.safetensors")
+    assert all(
+        torch.equal(same[name], tensor) for name, tensor in load_file(tmp_path / "run/model.safetensors").items()
+    )
 
 
 def test_several_labels_per_image(images: Path, tmp_path: Path) -> None:
