@@ -26,7 +26,6 @@ import os
 from crossmae.classification.config import FinetuneConfig
 from crossmae.config import add_config_arguments, load_typed_config
 from crossmae.errors import UserError, run_cli
-from crossmae.run_log import describe
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if arguments.eval_only:
         from crossmae.classification.results import evaluate_only  # imports take seconds
+        from crossmae.run_log import describe
 
         scores = evaluate_only(config, arguments.eval_only, arguments.force)
         if is_main:
