@@ -131,7 +131,8 @@ def test_it_learns_and_the_best_weights_give_the_best_score_again(images: Path, 
     """Evaluated from the file alone, without any data to train on."""
     run = tmp_path / "run"
     data = {"auto_augment": None, "erase": 0.0, "class_names": ["bleu", "vert", "rouge"]}
-    finetune(make_config(images, run, data=data, schedule={"epochs": 30}, optim={"lr": 3e-3, "layer_decay": 1.0}))
+    evaluation, optim = {"every_epochs": 10, "hardest": 3}, {"lr": 3e-3, "layer_decay": 1.0}
+    finetune(make_config(images, run, data=data, schedule={"epochs": 30}, optim=optim, evaluation=evaluation))
     scores = [row["top1"] for row in lines(run) if "top1" in row]
     assert max(scores) == 1.0
     config = make_config(images, tmp_path / "alone", data={"train": "", "class_names": None})
