@@ -1,10 +1,16 @@
-"""Which device to compute on."""
+"""Which device to compute on, and in which precision."""
 
 from __future__ import annotations
 
 import torch
 
 from crossmae.errors import UserError
+
+
+def open_autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Mixed precision on a device: none for "fp32", else "bf16" or "fp16"."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def open_device(name: str, key: str, local_rank: int = 0, processes: int = 1) -> torch.device:

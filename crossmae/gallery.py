@@ -10,7 +10,6 @@ The mask of an image depends on the seed and on the bytes of its file, not on it
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import math
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from crossmae.data import centre_view, decode_pixels, to_unit_range
 from crossmae.errors import UserError
 from crossmae.figures import image_figure, reconstruction_figure, save_figure
 from crossmae.files import make_folder, write_atomically, write_json
-from crossmae.images import find_images
+from crossmae.images import find_images, match_pattern
 from crossmae.model import CrossMAE
 from crossmae.pretrained import Pretrained
 from crossmae.reconstruction import Panels, psnr, reconstruct
@@ -65,10 +64,7 @@ def find_inputs(arguments: Sequence[str]) -> list[Path]:
         elif path.is_file():
             paths.append(path)
         else:
-            found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-            if not found:
-                raise UserError(f"IMAGES: {argument}: no such file or folder, and no file matches it as a pattern")
-            paths += found
+            paths += sorted(map(Path, match_pattern(argument, "IMAGES")))
     return list(dict.fromkeys(paths))
 
 

@@ -20,6 +20,7 @@ The rules, stated once (`bit_depth` 8 is the default; 16 keeps what a file has b
 
 from __future__ import annotations
 
+import glob
 import io
 import logging
 import os
@@ -50,6 +51,19 @@ log = logging.getLogger(__name__)
 def find_images(folder: str | Path, key: str) -> list[Path]:
     """`find_image_names` as paths."""
     return [Path(name) for name in find_image_names(folder, key)]
+
+
+def match_pattern(argument: str, key: str) -> list[str]:
+    """The files that match a pattern (`**` too), sorted; `~` is expanded.
+
+    Raises:
+        UserError: none does.
+    """
+    pattern = str(Path(argument).expanduser())
+    found = sorted(name for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
+    if not found:
+        raise UserError(f"{key}: {argument}: no such file or folder, and no file matches it as a pattern")
+    return found
 
 
 def find_image_names(folder: str | Path, key: str) -> list[str]:

@@ -121,7 +121,7 @@ def train(make_task: Callable[[Ranks, torch.device, str], Task[Any]], config: Ru
     """
     ranks = find_ranks()
     device = open_device(config.runtime.device, "runtime.device", ranks.local_rank, ranks.world_size)
-    precision = choose_precision(config.runtime, device)
+    precision = choose_precision(config.runtime.precision, device)
     with process_group(ranks, device):
         try:
             return _train(make_task(ranks, device, precision), resume)

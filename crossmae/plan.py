@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from crossmae.config import PretrainConfig, ProbeConfig, RunConfig, RuntimeConfig
+from crossmae.config import PretrainConfig, ProbeConfig, RunConfig
 from crossmae.data import BatchPlan
 from crossmae.errors import UserError
 from crossmae.model import CrossMAE
@@ -124,13 +125,12 @@ def is_plain(config: PretrainConfig) -> bool:
     return (config.model.decoder or model_arguments(config.model.name)["decoder"]) == "self"
 
 
-def choose_precision(runtime: RuntimeConfig, device: torch.device) -> str:
+def choose_precision(precision: str, device: torch.device) -> str:
     """The precision that "auto" stands for on a device: "bf16" on GPUs that have it, else "fp32".
 
     Raises:
         UserError: bf16 was asked for, and the device has none.
     """
-    precision = runtime.precision
     has_bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
     if precision == "auto":
         return "bf16" if device.type == "cuda" and has_bf16 else "fp32"
@@ -195,6 +195,11 @@ def ignored_settings(config: PretrainConfig, has_shards: bool) -> dict[str, list
         (config.probe.train is None, "probe.train is not given", "probe", probe),
         (not config.health.band, "health.band is not given", "health", {"measured_on"}),
     ]
+    return given_in_vain(config, cases)
+
+
+def given_in_vain(config: RunConfig, cases: Sequence[tuple[bool, str, str, set[str]]]) -> dict[str, list[str]]:
+    """Of each case that applies, its reason and those of its keys, in a section, that were given."""
     ignored: dict[str, list[str]] = {}
     for applies, reason, section, keys in cases:
         values = getattr(config, section)

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from crossmae.checkpoint import MODEL, read_state, save_checkpoint
 from crossmae.config import RunConfig
 from crossmae.data import Broken
+from crossmae.device import open_autocast
 from crossmae.distributed import Ranks
 from crossmae.errors import UserError
 from crossmae.optim import lr_at
@@ -74,8 +75,7 @@ class Run:
         self.losses: list[Tensor] = []  # of the micro-batches since the last line of the log
         self.kept: dict[str, Any] = {}  # what observers want to find again after a restart
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=plan.precision == "fp16")
-        dtype = torch.float16 if plan.precision == "fp16" else torch.bfloat16
-        self.autocast = torch.autocast(self.device.type, dtype, enabled=plan.precision != "fp32")
+        self.autocast = open_autocast(plan.precision, self.device)
         state = None
         if start:
             log.info("going on from %s", start)

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 MOST_NAMES = 2_000_000  # that are compared; more would take minutes
 READERS = 8  # threads that read and decode
+NEVER_REPLACED = "what is evaluated on is never replaced"
 
 
 class HeldOut:
@@ -177,7 +178,7 @@ def load_views(
                 all_views = torch.empty(len(indices), *view.shape, dtype=view.dtype)
             all_views[index] = view
     except UserError as error:
-        raise UserError(f"{key}: {error}; repair or remove it: what is evaluated on is never replaced") from None
+        raise UserError(f"{key}: {error}; repair or remove it: {NEVER_REPLACED}") from None
     return torch.empty(0, channels, *size) if all_views is None else all_views
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from crossmae.errors import UserError
 from crossmae.images import MAX_NAMES
 from crossmae.sources import Source
 from crossmae.stopping import ignore_interrupts
+from crossmae.validation import NEVER_REPLACED
 
 SEPARATORS = "|;,"
 
@@ -227,10 +228,22 @@ class CentreViews(Dataset[Any]):
 collate = partial(collate_as, LabelledBatch)
 
 
+def readable_batches(loader: Iterable[LabelledBatch | Unreadable], key: str) -> Iterator[LabelledBatch]:
+    """The batches of `evaluation_loader`.
+
+    Raises:
+        UserError: an image can not be read; names it and `key`, what named the source.
+    """
+    for batch in loader:
+        if isinstance(batch, Unreadable):
+            raise UserError(f"{key}: {batch.message}; repair or remove it: {NEVER_REPLACED}")
+        yield batch
+
+
 def evaluation_loader(
     dataset: CentreViews, indices: Sequence[int], batch_size: int, workers: int, pin_memory: bool
 ) -> DataLoader[Any]:
-    """A loader of some samples, in order; each batch is a `LabelledBatch` or `Unreadable`."""
+    """A loader of some samples, in order; each batch is a `LabelledBatch` or `Unreadable`, see `readable_batches`."""
     return DataLoader(
         dataset,
         batch_size,

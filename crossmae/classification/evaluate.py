@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from crossmae.classification.data import CentreViews, LabelledBatch, evaluation_loader
+from crossmae.classification.data import CentreViews, LabelledBatch, evaluation_loader, readable_batches
 from crossmae.classification.metrics import Predictions, merge
-from crossmae.data import Normalize, Unreadable
+from crossmae.data import Normalize
 from crossmae.distributed import Ranks
-from crossmae.errors import UserError
 from crossmae.sources import Source, evenly_spaced
 
 TOP = 5  # classes of a sample that are kept
@@ -79,11 +78,7 @@ def _answers(
     loader = evaluation_loader(data.views, indices, data.batch_size, data.workers, device.type == "cuda")
     bar = tqdm(loader, "evaluate", leave=False, unit="batch", dynamic_ncols=True, disable=not show)
     with evaluation_mode(model), torch.no_grad():
-        for batch in bar:
-            if isinstance(batch, Unreadable):
-                raise UserError(
-                    f"{data.key}: {batch.message}; repair or remove it: what is evaluated on is never replaced"
-                )
+        for batch in readable_batches(bar, data.key):
             with autocast:
                 pooled, logits = pooled_and_logits(model, normalize(batch.to(device).images))
             yield _predictions(batch, logits.float().cpu(), pooled.cpu(), with_features)

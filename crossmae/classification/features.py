@@ -24,9 +24,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from crossmae.classification.data import CentreViews, evaluation_loader
+from crossmae.classification.data import CentreViews, evaluation_loader, readable_batches
 from crossmae.classification.vit import Architecture, architecture_of, build_vit, load_encoder_weights
-from crossmae.data import Normalize, Unreadable, keyed_randomness
+from crossmae.data import Normalize, keyed_randomness
+from crossmae.device import open_autocast
 from crossmae.errors import UserError
 from crossmae.model import resolve_blocks
 from crossmae.probe import FeaturePool, pool_tokens
@@ -40,8 +41,6 @@ from crossmae.weights import (
     encoder_home,
     recorded_arguments,
 )
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 log = logging.getLogger(__name__)
 
@@ -221,13 +220,11 @@ def extract(
     dataset = CentreViews(source, labels, views.size, views.crop_pct, len(views.mean), views.bit_depth)
     loader = evaluation_loader(dataset, range(len(source)), batch_size, workers, device.type == "cuda")
     normalize = Normalize(views.mean, views.std, device)
-    autocast = torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
+    autocast = open_autocast(precision, device)
     features = torch.empty(len(source), encoder.to(device).width, dtype=dtype)
     done = 0
     with torch.inference_mode(), tqdm(total=len(source), desc=f"features of {name}", unit="img", leave=False) as bar:
-        for batch in loader:
-            if isinstance(batch, Unreadable):
-                raise UserError(f"{name}: {batch.message}; repair or remove it: what is evaluated on is never replaced")
+        for batch in readable_batches(loader, name):
             with autocast:
                 found = encoder(normalize(batch.to(device).images))
             rows = features[done : done + len(found)]

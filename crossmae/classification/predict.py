@@ -11,7 +11,6 @@ Images are read in threads while the model computes, and written as they come, s
 from __future__ import annotations
 
 import csv
-import glob
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from crossmae.classification.metrics import THRESHOLD
 from crossmae.data import READERS, Normalize, centre_view, read_pixels
 from crossmae.errors import UserError
 from crossmae.files import make_folder, sha256, write_atomically
+from crossmae.images import match_pattern
 from crossmae.parallel import map_in_order
 from crossmae.sources import LISTS, Source, open_source
 from crossmae.sources.idx import SUFFIXES as IDX_SUFFIXES
@@ -160,10 +160,7 @@ def expand_inputs(arguments: Sequence[str]) -> list[str]:
         ):
             expanded.append(argument if is_url(argument) else str(path))
             continue
-        found = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-        if not found:
-            raise UserError(f"INPUT: {argument}: no such file or folder, and no file matches it as a pattern")
-        expanded += found
+        expanded += match_pattern(argument, "INPUT")
     return expanded
 
 

@@ -24,7 +24,6 @@ from crossmae.classification.features import Opened, Views, extract, open_encode
 from crossmae.classification.intervals import accuracy_of, mean_of
 from crossmae.classification.probe_config import LabelledConfig, ProbeRunConfig
 from crossmae.classification.probe_report import REACH, build_page
-from crossmae.config import RuntimeConfig
 from crossmae.data import find_broken, published_crop_pct, refuse_broken
 from crossmae.device import open_device
 from crossmae.distributed import find_ranks
@@ -86,7 +85,7 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
         "pool": opened.encoder.pool,
         "views": asdict(views),
         "dtype": config.features.dtype,
-        "precision": choose_precision(RuntimeConfig(precision=config.runtime.precision), device),
+        "precision": choose_precision(config.runtime.precision, device),
         "classes": list(classes),
     }
     clock.lap("start")

@@ -19,7 +19,7 @@ from crossmae.classification.metrics import Predictions, Scores, score
 from crossmae.classification.report import write_report
 from crossmae.classification.run_files import CONFIG, FOLDER
 from crossmae.data import read_pixels
-from crossmae.device import open_device
+from crossmae.device import open_autocast, open_device
 from crossmae.distributed import Ranks, find_ranks, process_group
 from crossmae.errors import UserError
 from crossmae.files import check_writable, make_folder, sha256
@@ -79,7 +79,7 @@ def evaluate_only(config: FinetuneConfig, weights: str | Path, force: bool = Fal
     """
     ranks = find_ranks()
     device = open_device(config.runtime.device, "runtime.device", ranks.local_rank, ranks.world_size)
-    precision = choose_precision(config.runtime, device)
+    precision = choose_precision(config.runtime.precision, device)
     with process_group(ranks, device):
         try:
             ranks.together(lambda: check_folder(config, force))
@@ -100,8 +100,7 @@ def _evaluate_only(
     data = ranks.together(lambda: evaluation_set(config, classifier, source))
     if ranks.is_main:
         warn_of_absent(data.views.targets, "data.val", classifier.classes)
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    autocast = torch.autocast(device.type, dtype, enabled=precision != "fp32")
+    autocast = open_autocast(precision, device)
     predictions = evaluate(classifier.model.to(device), data, device, autocast, ranks)
     scores = score(predictions, len(classifier.classes))
     if ranks.is_main:

@@ -53,13 +53,13 @@ from crossmae.distributed import Ranks
 from crossmae.errors import UserError
 from crossmae.files import check_writable
 from crossmae.loop import Ready, Task, check_images, plan_batches, train
-from crossmae.plan import Plan, announce_steps, plan_steps
+from crossmae.plan import Plan, announce_steps, given_in_vain, plan_steps
 from crossmae.run import Run
 from crossmae.run_log import NAMES, RunLog, describe
 from crossmae.sources import Source
 from crossmae.sources.subset import choose_per_class
 from crossmae.start import check_settings, compare_pixels, find_start
-from crossmae.validation import open_named, warn_of_overlap
+from crossmae.validation import NEVER_REPLACED, open_named, warn_of_overlap
 from crossmae.variants import SIZES
 from crossmae.weight_files import find_file
 from crossmae.weights import Weights, read_weights, recorded_arguments, save_weights
@@ -97,7 +97,8 @@ class Finetuning(Task[FinetuneConfig]):
         """See `Task.prepare`."""
         config, ranks, data, optim = self.config, self.ranks, self.config.data, self.config.optim
         check_writable(config.output_dir, "output_dir")
-        if config.model.init is not None:
+        start = find_start(config.output_dir, resume)
+        if config.model.init is not None and not start:
             find_file(config.model.init)  # before minutes are spent on the data
         self.labelled = open_labelled(config, ranks)
         source = self.labelled.train
@@ -105,7 +106,6 @@ class Finetuning(Task[FinetuneConfig]):
         images_per_step = optim.batch_size * optim.accumulate * ranks.world_size
         peak = optim.lr or optim.base_lr * images_per_step / 256
         plan = plan_steps(config, batches, self.device, self.precision, peak)
-        start = find_start(config.output_dir, resume)
         is_complete = start is not None and step_of(start) >= plan.last_step
         if start and not is_complete:
             check_settings(start, config, plan, self.decisive())
@@ -329,7 +329,7 @@ def refuse_broken_val(config: FinetuneConfig, val: Source, ranks: Ranks) -> None
     """
     share = range(ranks.rank, len(val), ranks.world_size)
     broken = find_broken(val, share, config.model.in_chans, config.data.bit_depth)
-    refuse_broken(broken, "data.val: repair or remove what is broken: what is evaluated on is never replaced")
+    refuse_broken(broken, f"data.val: repair or remove what is broken: {NEVER_REPLACED}")
 
 
 def build_model(config: FinetuneConfig, num_classes: int, start: Path | None) -> tuple[Architecture, VisionTransformer]:
@@ -416,10 +416,5 @@ def ignored_settings(config: FinetuneConfig, has_shards: bool) -> str:
         (not has_shards, "data.train has no shards", "data", {"shuffle_shards"}),
         (True, "it is for --eval-only", "evaluation", {"img_size"}),
     ]
-    said = []
-    for applies, reason, section, keys in cases:
-        values = getattr(config, section)
-        given = sorted(f"{section}.{key}" for key in keys & values.model_fields_set if getattr(values, key) is not None)
-        if applies and given:
-            said.append(f"{', '.join(given)} ({reason})")
-    return "; ".join(said)
+    ignored = given_in_vain(config, cases)
+    return "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in ignored.items())

@@ -453,3 +453,12 @@ def test_of_equal_scores_the_lower_loss_is_the_best() -> None:
         found.append(train_module.is_best(run, Scores(samples=2, loss=loss, classes=(), top1=top1), ""))
     assert found == [True, True, False, True, True, False]
     assert run.kept["best"]["step"] == 4
+
+
+def test_a_run_goes_on_without_the_file_that_it_started_from(images: Path, tmp_path: Path) -> None:
+    published_file(tmp_path / "pretrain.pth")
+    model = {"init": tmp_path / "pretrain.pth"}
+    finetune(make_config(images, tmp_path / "run", model=model, schedule={"max_steps": 3}))
+    (tmp_path / "pretrain.pth").unlink()
+    finetune(make_config(images, tmp_path / "run", model=model, schedule={"max_steps": 4}), resume=True)
+    assert complete_checkpoints(tmp_path / "run")[-1].name == "step-00000004"
