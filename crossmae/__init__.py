@@ -20,9 +20,9 @@ _HOME = {
     "PretrainConfig": "crossmae.config",
     "load_config": "crossmae.config",
     "pretrain": "crossmae.train",
-    "read_weights": "crossmae.weights",
-    "load_encoder": "crossmae.weights",
-    "load_model": "crossmae.weights",
+    "read_weights": "crossmae.checkpoints.weights",
+    "load_encoder": "crossmae.checkpoints.weights",
+    "load_model": "crossmae.checkpoints.weights",
     "UserError": "crossmae.errors",
 }
 

@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from crossmae.checkpoint import MODEL, complete_checkpoints, read_state, step_of
+from crossmae.checkpoints.weights import save_weights
 from crossmae.config import RunConfig
 from crossmae.data import BatchPlan, Broken, Unreadable, find_broken, refuse_broken
 from crossmae.device import open_device
@@ -27,11 +27,11 @@ from crossmae.errors import UserError
 from crossmae.files import make_folder, write_atomically, write_text
 from crossmae.plan import Plan, choose_precision, fingerprint
 from crossmae.run import Run, finite_mean, memory_gb
+from crossmae.run_checkpoint import MODEL, complete_checkpoints, read_state, step_of
 from crossmae.run_log import RunLog, live_line
 from crossmae.sources import Source
 from crossmae.start import EMA_WEIGHTS, WEIGHTS
 from crossmae.stopping import StopRequest
-from crossmae.weights import save_weights
 
 log = logging.getLogger(__name__)
 

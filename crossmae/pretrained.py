@@ -9,10 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from crossmae.errors import UserError
-from crossmae.model import CrossMAE
-from crossmae.variants import SIZES
-from crossmae.weights import (
+from crossmae.checkpoints.weights import (
     MODEL_ARGUMENTS,
     PIXEL_MEAN,
     PIXEL_STD,
@@ -24,6 +21,9 @@ from crossmae.weights import (
     read_weights,
     recorded_arguments,
 )
+from crossmae.errors import UserError
+from crossmae.model import CrossMAE
+from crossmae.variants import SIZES
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BIT_DEPTH = "bit_depth"  # key of the metadata: 8, or 16 where images were read with more
@@ -52,7 +52,7 @@ def load_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) ->
     """Build the model of a file and load every tensor of it.
 
     Args:
-        path: see `crossmae.weights.read_weights`.
+        path: see `crossmae.checkpoints.weights.read_weights`.
         given: arguments of `CrossMAE` that replace what the file records or its shapes show.
 
     Raises:
@@ -158,7 +158,7 @@ def _pixel_statistics(weights: Weights, channels: int) -> tuple[tuple[float, ...
             return IMAGENET_MEAN, IMAGENET_STD, ["pixels were normalised by ImageNet's mean and deviation"]
     raise UserError(
         f"{weights.path}: the metadata {PIXEL_MEAN!r} and {PIXEL_STD!r} must hold one number for each of the "
-        f"{channels} channels; write them with crossmae.weights.save_weights"
+        f"{channels} channels; write them with crossmae.checkpoints.weights.save_weights"
     )
 
 

@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from crossmae.checkpoint import MODEL, read_state, save_checkpoint
+from crossmae.checkpoints.weights import load_model
 from crossmae.config import RunConfig
 from crossmae.data import Broken
 from crossmae.device import open_autocast
@@ -24,10 +24,10 @@ from crossmae.distributed import Ranks
 from crossmae.errors import UserError
 from crossmae.optim import lr_at
 from crossmae.plan import Plan, fingerprint
+from crossmae.run_checkpoint import MODEL, read_state, save_checkpoint
 from crossmae.run_log import BROKEN, BrokenImages
 from crossmae.sources import Source
 from crossmae.versions import versions
-from crossmae.weights import load_model
 
 log = logging.getLogger(__name__)
 

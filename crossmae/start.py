@@ -1,7 +1,7 @@
 """Where the weights of a run come from.
 
 1. With --resume: the latest complete checkpoint in the run's own folder, with the optimizer and the position.
-2. `model.init`: a whole model, or an encoder, of any format that `crossmae.weights` reads.
+2. `model.init`: a whole model, or an encoder, of any format that `crossmae.checkpoints.weights` reads.
 3. Random ones, which depend on the seed alone.
 """
 
@@ -18,16 +18,8 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from crossmae.checkpoint import RECORD, latest_checkpoint
-from crossmae.config import DataConfig, PretrainConfig, RunConfig
-from crossmae.errors import UserError
-from crossmae.load_report import LoadReport
-from crossmae.model import CrossMAE, resolve_blocks
-from crossmae.plan import Plan, fingerprint
-from crossmae.pos_embed import sincos_pos_embed
-from crossmae.pretrained import BIT_DEPTH
-from crossmae.variants import create_model
-from crossmae.weights import (
+from crossmae.checkpoints.report import LoadReport
+from crossmae.checkpoints.weights import (
     MODEL_ARGUMENTS,
     PIXEL_MEAN,
     PIXEL_STD,
@@ -39,6 +31,14 @@ from crossmae.weights import (
     read_weights,
     recorded_arguments,
 )
+from crossmae.config import DataConfig, PretrainConfig, RunConfig
+from crossmae.errors import UserError
+from crossmae.model import CrossMAE, resolve_blocks
+from crossmae.plan import Plan, fingerprint
+from crossmae.pos_embed import sincos_pos_embed
+from crossmae.pretrained import BIT_DEPTH
+from crossmae.run_checkpoint import RECORD, latest_checkpoint
+from crossmae.variants import create_model
 
 log = logging.getLogger(__name__)
 

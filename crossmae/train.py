@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import crossmae
-from crossmae.checkpoint import step_of
+from crossmae.checkpoints.weights import FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, STEP, VERSION
 from crossmae.config import PretrainConfig
 from crossmae.data import Normalize, PretrainImages, build_loader, warn_of_depth
 from crossmae.distributed import Ranks
@@ -27,12 +27,12 @@ from crossmae.optim import parameter_groups
 from crossmae.plan import Plan, announce, make_plan
 from crossmae.pretrained import BIT_DEPTH
 from crossmae.run import Run
+from crossmae.run_checkpoint import step_of
 from crossmae.run_log import RunLog
 from crossmae.sources import Source
 from crossmae.start import build_model, check_settings, find_start, start_from
 from crossmae.validation import HeldOut, Neighbours, model_size, open_named, warn_of_overlap
 from crossmae.variants import model_arguments
-from crossmae.weights import FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, STEP, VERSION
 
 log = logging.getLogger(__name__)
 

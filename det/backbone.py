@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from crossmae.checkpoints.weights import encoder_arguments, encoder_tensors, load_encoder, read_weights
 from crossmae.errors import UserError
 from crossmae.variants import model_arguments
-from crossmae.weights import encoder_arguments, encoder_tensors, load_encoder, read_weights
 from det.vit import FeaturePyramid, ViT, build_pyramid
 from det.weights import DROPPED, NEW, fit_patches
 
@@ -29,7 +29,7 @@ def build_backbone(
 
     Args:
         name: a named size, for example `crossmae_vit_base_patch16`; patches of 14 pixels become 16.
-        weights: an encoder of any known format, see `crossmae.weights.read_weights`; None starts from random weights.
+        weights: an encoder of any known format, see `crossmae.checkpoints.weights.read_weights`; None: random weights.
         img_size: pixels of a side that relative positions of global blocks are made for; others are resized to.
         out_channels: of every level.
         overrides: arguments of `det.ViT` that replace those of the name: `window_size`, `global_blocks`, `drop_path`,

@@ -27,10 +27,10 @@ from PIL import Image
 from torch import Tensor
 
 import crossmae
+from crossmae.checkpoints.weights import check_destination
 from crossmae.errors import UserError
 from crossmae.extras import import_extra
 from crossmae.files import write_atomically
-from crossmae.weights import check_destination
 from det.export_graph import ExportableBackbone, ExportableDetector, obstacle
 
 log = logging.getLogger(__name__)

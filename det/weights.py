@@ -18,10 +18,8 @@ from detectron2.modeling import build_model
 from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
-from crossmae.config import read_yaml
-from crossmae.errors import UserError
-from crossmae.load_report import LoadReport
-from crossmae.weights import (
+from crossmae.checkpoints.report import LoadReport
+from crossmae.checkpoints.weights import (
     MODEL_ARGUMENTS,
     PIXEL_MEAN,
     PIXEL_STD,
@@ -35,6 +33,8 @@ from crossmae.weights import (
     read_weights,
     recorded_arguments,
 )
+from crossmae.config import read_yaml
+from crossmae.errors import UserError
 from det.config import lookup
 from det.run_files import BEST, CONFIG, FINAL, LAST
 from det.vit import ViT

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from crossmae.checkpoints.weights import check_destination
 from crossmae.errors import UserError, run_cli
 from crossmae.files import check_writable, make_folder, write_json
-from crossmae.weights import check_destination
 from det.coco import MAX_NAMES, describe_first, first_ids, mask_kind, read_coco
 from det.coco_checks import Finding, find_faults
 from det.coco_kinds import Rank

@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from crossmae.convert import TARGETS, check_conversion, licence_notice
-from crossmae.errors import run_cli
-from crossmae.files import sha256
-from crossmae.weights import (
+from crossmae.checkpoints.conversion import TARGETS, check_conversion, licence_notice
+from crossmae.checkpoints.weights import (
     PIXEL_MEAN,
     PIXEL_STD,
     Weights,
@@ -25,6 +23,8 @@ from crossmae.weights import (
     read_weights,
     recorded_arguments,
 )
+from crossmae.errors import run_cli
+from crossmae.files import sha256
 
 
 def build_parser() -> argparse.ArgumentParser:

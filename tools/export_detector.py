@@ -17,9 +17,9 @@ import argparse
 import json
 from pathlib import Path
 
-from crossmae.convert import LICENCE, licence_notice
+from crossmae.checkpoints.conversion import LICENCE, licence_notice
+from crossmae.checkpoints.weights import read_weights
 from crossmae.errors import UserError, run_cli
-from crossmae.weights import read_weights
 from det.console import set_up_console
 from det.export import export_detector
 from det.predict import Predictor, find_classes, read_config, read_rgb

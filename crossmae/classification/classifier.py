@@ -11,12 +11,7 @@ from pydantic import BaseModel, Json, ValidationError
 from torch import nn
 
 import crossmae
-from crossmae.classification.vit import Architecture, Head, architecture_of, build_vit, fit_input
-from crossmae.data import published_crop_pct
-from crossmae.errors import UserError
-from crossmae.pretrained import BIT_DEPTH, IMAGENET_MEAN, IMAGENET_STD
-from crossmae.probe import Pool
-from crossmae.weights import (
+from crossmae.checkpoints.weights import (
     FORMAT,
     MODEL_ARGUMENTS,
     PIXEL_MEAN,
@@ -28,6 +23,11 @@ from crossmae.weights import (
     load_model,
     read_weights,
 )
+from crossmae.classification.vit import Architecture, Head, architecture_of, build_vit, fit_input
+from crossmae.data import published_crop_pct
+from crossmae.errors import UserError
+from crossmae.pretrained import BIT_DEPTH, IMAGENET_MEAN, IMAGENET_STD
+from crossmae.probe import Pool
 
 CLASSIFIER = "classifier"  # the format in the metadata
 BEST = "model_best.safetensors"  # in the folder of a run, beside model.safetensors, its last weights

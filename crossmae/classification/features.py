@@ -24,6 +24,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from crossmae.checkpoints.weights import (
+    MODEL_ARGUMENTS,
+    PUBLISHED_ARGUMENTS,
+    Weights,
+    detect_format,
+    encoder_home,
+    recorded_arguments,
+)
 from crossmae.classification.data import CentreViews, evaluation_loader, readable_batches
 from crossmae.classification.vit import Architecture, architecture_of, build_vit, load_encoder_weights
 from crossmae.data import Normalize, keyed_randomness
@@ -33,14 +41,6 @@ from crossmae.model import resolve_blocks
 from crossmae.probe import FeaturePool, pool_tokens
 from crossmae.sources import Source
 from crossmae.variants import create_model, model_arguments
-from crossmae.weights import (
-    MODEL_ARGUMENTS,
-    PUBLISHED_ARGUMENTS,
-    Weights,
-    detect_format,
-    encoder_home,
-    recorded_arguments,
-)
 
 log = logging.getLogger(__name__)
 

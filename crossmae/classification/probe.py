@@ -16,6 +16,7 @@ import sklearn
 import torch
 from torch import Tensor
 
+from crossmae.checkpoints.weights import PIXEL_MEAN, PIXEL_STD, Weights, read_weights
 from crossmae.classification import few_shot as few_shots
 from crossmae.classification import knn, linear, logistic
 from crossmae.classification.data import find_classes, find_several, label_targets, warn_of_absent
@@ -35,7 +36,6 @@ from crossmae.probe import standardize
 from crossmae.sources import Source, open_source
 from crossmae.validation import warn_of_overlap
 from crossmae.versions import versions
-from crossmae.weights import PIXEL_MEAN, PIXEL_STD, Weights, read_weights
 
 RESULTS, PAGE = "results.json", "report.html"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from crossmae.checkpoint import FOLDER as CHECKPOINTS
-from crossmae.checkpoint import RECORD as RUN_RECORD
 from crossmae.classification.classifier import BEST
 from crossmae.classification.evaluation_files import EVALUATION
 from crossmae.classification.hardest import HARDEST
@@ -20,6 +18,8 @@ from crossmae.classification.hardest import RECORD as HARDEST_RECORD
 from crossmae.config import read_yaml
 from crossmae.errors import UserError
 from crossmae.report import read_json
+from crossmae.run_checkpoint import FOLDER as CHECKPOINTS
+from crossmae.run_checkpoint import RECORD as RUN_RECORD
 from crossmae.run_log import LOG
 from crossmae.start import WEIGHTS
 

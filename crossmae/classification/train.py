@@ -1,7 +1,7 @@
 """Fine-tuning and linear probing: what `crossmae.loop` does not know about it.
 
 Where the weights come from: with --resume, the latest complete checkpoint of the run, which also knows the best score
-so far; else `model.init`, a file of any format that `crossmae.weights` reads; else random ones.
+so far; else `model.init`, a file of any format that `crossmae.checkpoints.weights` reads; else random ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from crossmae.checkpoint import MODEL, step_of
+from crossmae.checkpoints.files import find_file
+from crossmae.checkpoints.weights import Weights, read_weights, recorded_arguments, save_weights
 from crossmae.classification.augment import TrainView, keyed_everywhere
 from crossmae.classification.classifier import BEST, classifier_metadata
 from crossmae.classification.config import FinetuneConfig
@@ -55,14 +56,13 @@ from crossmae.files import check_writable
 from crossmae.loop import Ready, Task, check_images, plan_batches, train
 from crossmae.plan import Plan, announce_steps, given_in_vain, plan_steps
 from crossmae.run import Run
+from crossmae.run_checkpoint import MODEL, step_of
 from crossmae.run_log import NAMES, RunLog, describe
 from crossmae.sources import Source
 from crossmae.sources.subset import choose_per_class
 from crossmae.start import check_settings, compare_pixels, find_start
 from crossmae.validation import NEVER_REPLACED, open_named, warn_of_overlap
 from crossmae.variants import SIZES
-from crossmae.weight_files import find_file
-from crossmae.weights import Weights, read_weights, recorded_arguments, save_weights
 
 MOST_LISTED = 20  # classes that the log names
 

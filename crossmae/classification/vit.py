@@ -16,12 +16,8 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from crossmae.errors import UserError
-from crossmae.layers import LayerNorm
-from crossmae.load_report import Entry, LoadReport
-from crossmae.probe import Pool
-from crossmae.vit import patch_grid
-from crossmae.weights import (
+from crossmae.checkpoints.report import Entry, LoadReport
+from crossmae.checkpoints.weights import (
     MODEL_ARGUMENTS,
     Weights,
     encoder_arguments,
@@ -30,6 +26,10 @@ from crossmae.weights import (
     load_model,
     recorded_arguments,
 )
+from crossmae.errors import UserError
+from crossmae.layers import LayerNorm
+from crossmae.probe import Pool
+from crossmae.vit import patch_grid
 
 log = logging.getLogger(__name__)
 

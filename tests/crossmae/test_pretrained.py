@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from crossmae.checkpoints.weights import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, save_weights
 from crossmae.errors import UserError
 from crossmae.model import CrossMAE
 from crossmae.pretrained import IMAGENET_MEAN, IMAGENET_STD, load_pretrained
-from crossmae.weights import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, save_weights
 
 SHARED = Path(__file__).parents[3] / "shared/golden"
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 
 from crossmae import run as run_module
 from crossmae import train as train_module
-from crossmae.checkpoint import complete_checkpoints, read_state
 from crossmae.config import PretrainConfig
 from crossmae.errors import UserError
+from crossmae.run_checkpoint import complete_checkpoints, read_state
 from crossmae.train import pretrain
 from crossmae.variants import create_model, model_arguments
 

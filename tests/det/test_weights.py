@@ -11,9 +11,9 @@ from detectron2.modeling import build_model
 from safetensors.torch import save_file
 
 from crossmae import CrossMAE
-from crossmae.convert import convert_to_detectron2
+from crossmae.checkpoints.conversion import convert_to_detectron2
+from crossmae.checkpoints.weights import read_weights
 from crossmae.errors import UserError
-from crossmae.weights import read_weights
 from det.config import load_det_config
 from det.weights import build_detector, find_detector, load_weights
 from tests.det.coco_files import TINY

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from crossmae.checkpoints.weights import VERSION, read_weights, save_weights
 from crossmae.errors import USER_ERROR_EXIT_CODE, run_cli
 from crossmae.model import CrossMAE
-from crossmae.weights import VERSION, read_weights, save_weights
 from tools.convert_checkpoint import build_parser, main
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}

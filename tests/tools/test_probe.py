@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from crossmae.checkpoints.weights import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, save_weights
 from crossmae.classification import probe as module
 from crossmae.classification.probe_config import ProbeRunConfig
 from crossmae.config import load_typed_config
 from crossmae.errors import USER_ERROR_EXIT_CODE
 from crossmae.model import CrossMAE
 from crossmae.sources import Source, open_source
-from crossmae.weights import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, save_weights
 from tests.crossmae.classification.labelled import CLASSES, write_classes
 from tests.tools.command_line import exit_code
 from tools.probe import main

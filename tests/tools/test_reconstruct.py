@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from crossmae.checkpoints.weights import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, save_weights
 from crossmae.errors import USER_ERROR_EXIT_CODE, UserError, run_cli
 from crossmae.gallery import Result
 from crossmae.model import CrossMAE
-from crossmae.weights import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, save_weights
 from tools.reconstruct import build_parser, main, parse_settings, table
 
 SHARED = Path(__file__).parents[3] / "shared/golden"

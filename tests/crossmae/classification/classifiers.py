@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from crossmae.checkpoints.weights import save_weights
 from crossmae.classification.classifier import BEST, classifier_metadata
 from crossmae.classification.vit import Architecture, build_vit
-from crossmae.weights import save_weights
 
 NAMES = ("blau", "grün", "rot")  # for people
 

@@ -16,12 +16,12 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from crossmae.checkpoint import save_checkpoint
+from crossmae.checkpoints.conversion import convert_to_detectron2
+from crossmae.checkpoints.weights import FORMAT, read_weights, save_weights
 from crossmae.classification.classifier import classifier_metadata, load_classifier
 from crossmae.classification.vit import Architecture, architecture_of, build_vit, load_encoder_weights
-from crossmae.convert import convert_to_detectron2
 from crossmae.errors import UserError
-from crossmae.weights import FORMAT, read_weights, save_weights
+from crossmae.run_checkpoint import save_checkpoint
 
 # As wide as ViT-Ti, so that a published file tells the number of heads.
 TINY = Architecture(img_size=(32, 32), patch_size=8, in_chans=3, embed_dim=192, depth=2, num_heads=3, mlp_ratio=2.0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from crossmae.checkpoints.weights import MODEL_ARGUMENTS, PUBLISHED_ARGUMENTS, Weights, detect_format
 from crossmae.classification.features import (
     Views,
     extract,
@@ -25,7 +26,6 @@ from crossmae.model import CrossMAE
 from crossmae.probe import encode_images, pool_tokens
 from crossmae.sources import open_source
 from crossmae.start import build_model
-from crossmae.weights import MODEL_ARGUMENTS, PUBLISHED_ARGUMENTS, Weights, detect_format
 from tests.crossmae.classification.labelled import write_classes
 
 TINY: dict[str, Any] = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
-from crossmae.checkpoint import complete_checkpoints, read_state
 from crossmae.classification import train as train_module
 from crossmae.classification.classifier import load_classifier
 from crossmae.classification.config import FinetuneConfig
@@ -31,6 +30,7 @@ from crossmae.errors import UserError
 from crossmae.files import sha256
 from crossmae.model import CrossMAE
 from crossmae.run import Run
+from crossmae.run_checkpoint import complete_checkpoints, read_state
 from crossmae.sources import open_source
 from tests.crossmae.classification.labelled import CLASSES, write_classes
 

@@ -22,6 +22,9 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
+from crossmae.checkpoints.conversion import convert_to_detectron2
+from crossmae.checkpoints.report import split_name
+from crossmae.checkpoints.weights import FORMAT, MODEL_ARGUMENTS, Weights, load_encoder, read_weights, save_weights
 from crossmae.classification.vit import (
     Architecture,
     adapt_channels,
@@ -30,13 +33,10 @@ from crossmae.classification.vit import (
     load_encoder_weights,
     parameter_groups,
 )
-from crossmae.convert import convert_to_detectron2
 from crossmae.errors import UserError
-from crossmae.load_report import split_name
 from crossmae.model import CrossMAE
 from crossmae.variants import SIZES
 from crossmae.vit import ViTEncoder
-from crossmae.weights import FORMAT, MODEL_ARGUMENTS, Weights, load_encoder, read_weights, save_weights
 
 OFFICIAL = Path(__file__).parents[4] / "shared/golden"
 SMALL = Architecture(img_size=(32, 32), patch_size=8, in_chans=3, embed_dim=24, depth=3, num_heads=3, mlp_ratio=4.0)

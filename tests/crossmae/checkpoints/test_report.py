@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crossmae.load_report import Entry, LoadReport, ranges, split_name
+from crossmae.checkpoints.report import Entry, LoadReport, ranges, split_name
 
 
 def test_table() -> None:

@@ -12,10 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crossmae.convert import LICENCE, NON_COMMERCIAL, TARGETS, convert_to_crossmae, convert_to_detectron2
-from crossmae.errors import UserError
-from crossmae.model import CrossMAE
-from crossmae.weights import (
+from crossmae.checkpoints.conversion import LICENCE, NON_COMMERCIAL, TARGETS, convert_to_crossmae, convert_to_detectron2
+from crossmae.checkpoints.weights import (
     FORMAT,
     PIXEL_MEAN,
     PIXEL_STD,
@@ -26,6 +24,8 @@ from crossmae.weights import (
     read_weights,
     save_weights,
 )
+from crossmae.errors import UserError
+from crossmae.model import CrossMAE
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 TINY |= {"decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2}

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from crossmae import __version__
-from crossmae.errors import UserError
-from crossmae.files import sha256
-from crossmae.load_report import Entry, LoadReport
-from crossmae.weights import (
+from crossmae.checkpoints.report import Entry, LoadReport
+from crossmae.checkpoints.weights import (
     FORMAT,
     PICKLED_METADATA,
     PIXEL_MEAN,
@@ -30,6 +28,8 @@ from crossmae.weights import (
     save_weights,
     write_file,
 )
+from crossmae.errors import UserError
+from crossmae.files import sha256
 
 DETECTRON2_PREFIX = "backbone.net."
 LICENCE = "licence"

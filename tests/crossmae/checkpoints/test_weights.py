@@ -17,11 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crossmae.checkpoint import save_checkpoint
-from crossmae.errors import UserError
-from crossmae.model import CrossMAE
-from crossmae.vit import ViTEncoder
-from crossmae.weights import (
+from crossmae.checkpoints.weights import (
     FORMAT,
     MODEL_ARGUMENTS,
     PUBLISHED_ARGUMENTS,
@@ -34,8 +30,12 @@ from crossmae.weights import (
     read_weights,
     save_weights,
 )
+from crossmae.errors import UserError
+from crossmae.model import CrossMAE
+from crossmae.run_checkpoint import save_checkpoint
+from crossmae.vit import ViTEncoder
 
-OFFICIAL = Path(__file__).parents[3] / "shared/golden"
+OFFICIAL = Path(__file__).parents[4] / "shared/golden"
 ENCODER = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 DECODER = {"decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2}
 
@@ -482,7 +482,7 @@ def test_failed_save_leaves_the_old_file_and_no_other(
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("crossmae.weights.save_file", full_disk)
+    monkeypatch.setattr("crossmae.checkpoints.weights.save_file", full_disk)
     with pytest.raises(UserError, match=r"a\.safetensors: can not be written: No space left"):
         save_weights(path, {"a": torch.zeros(1)}, {}, force=True)
     assert path.read_bytes() == before

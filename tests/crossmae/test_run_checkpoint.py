@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from crossmae import files
-from crossmae.checkpoint import (
+from crossmae.errors import UserError
+from crossmae.run_checkpoint import (
     MANIFEST,
     MODEL,
     STATE,
@@ -20,7 +21,6 @@ from crossmae.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from crossmae.errors import UserError
 
 
 def save(run: Path, step: int, keep: int = 2) -> Path:

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from crossmae.checkpoint import FOLDER, MANIFEST, MODEL, defect, latest_checkpoint
+from crossmae.checkpoints.unpickle import damaged
 from crossmae.errors import UserError
-from crossmae.unpickle import damaged
+from crossmae.run_checkpoint import FOLDER, MANIFEST, MODEL, defect, latest_checkpoint
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")

@@ -20,13 +20,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from crossmae.checkpoints.files import file_kind, find_file, read_safetensors, state_dict, without_wrappers
+from crossmae.checkpoints.report import ENCODER_HOMES, Entry, LoadReport
+from crossmae.checkpoints.unpickle import read_numpy_pickle, read_torch_file
 from crossmae.errors import UserError
 from crossmae.files import write_atomically
-from crossmae.load_report import ENCODER_HOMES, Entry, LoadReport
-from crossmae.unpickle import read_numpy_pickle, read_torch_file
 from crossmae.variants import SIZES
 from crossmae.vit import ENCODER_PREFIXES
-from crossmae.weight_files import file_kind, find_file, read_safetensors, state_dict, without_wrappers
 
 # Keys of the metadata in our safetensors files; all values are strings.
 FORMAT = "format"  # "crossmae": a pretraining model of this toolkit; "detectron2": a converted encoder
