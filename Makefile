@@ -53,7 +53,7 @@ $(BIN)/python:
 # One call of pip: one resolution, and torch is fetched while nothing else waits for it.
 $(STAMP): setup.py pyproject.toml requirements-tested.txt tools/install_detectron2.py | $(BIN)/python
 	@echo "[2/3] install torch and the other requirements: 2 to 3 minutes, 6 GB"
-	@$(PIP) install $$([ -t 1 ] || echo -qq) --constraint requirements-tested.txt --editable ".[det,data,video,export,demo,dev]"
+	@$(PIP) install $$([ -t 1 ] || echo -qq) --constraint requirements-tested.txt --editable ".[det,data,video,export,hf,demo,dev]"
 	@echo "[3/3] install detectron2: half a minute"
 	@$(BIN)/python tools/install_detectron2.py
 	@touch $@

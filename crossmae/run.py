@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from crossmae.checkpoints.weights import load_model
+from crossmae.checkpoints.loading import load
 from crossmae.config import RunConfig
 from crossmae.data import Broken
 from crossmae.device import open_autocast
@@ -79,7 +79,7 @@ class Run:
         state = None
         if start:
             log.info("going on from %s", start)
-            load_model(model, start / MODEL)
+            load(model, start / MODEL)
             state = read_state(start)
         self.ema = ModelEmaV3(model, config.optim.ema, use_warmup=True) if config.optim.ema else None
         # Only steps are compiled: evaluation has other shapes, which would make those of a step dynamic, too.

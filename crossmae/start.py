@@ -15,27 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed
-from torch import Tensor
 
+from crossmae.checkpoints.loading import load
+from crossmae.checkpoints.metadata import PIXEL_MEAN, PIXEL_STD, recorded_arguments
 from crossmae.checkpoints.report import LoadReport
-from crossmae.checkpoints.weights import (
-    MODEL_ARGUMENTS,
-    PIXEL_MEAN,
-    PIXEL_STD,
-    Weights,
-    encoder_arguments,
-    encoder_tensors,
-    load_encoder,
-    load_model,
-    read_weights,
-    recorded_arguments,
-)
+from crossmae.checkpoints.weights import Weights, read_weights
 from crossmae.config import DataConfig, PretrainConfig, RunConfig
 from crossmae.errors import UserError
 from crossmae.model import CrossMAE, resolve_blocks
 from crossmae.plan import Plan, fingerprint
-from crossmae.pos_embed import sincos_pos_embed
 from crossmae.pretrained import BIT_DEPTH
 from crossmae.run_checkpoint import RECORD, latest_checkpoint
 from crossmae.variants import create_model
@@ -103,7 +91,7 @@ def check_settings(folder: Path, config: RunConfig, plan: Plan, extra: Mapping[s
 def start_from(model: CrossMAE, path: Path, arguments: Mapping[str, Any], data: DataConfig) -> LoadReport:
     """Give a new model the weights of a file: all of them where the file holds this very model, else the encoder's.
 
-    A fixed sine-cosine position table is made anew for the model's grid; a learned one is resized to it.
+    Position table, patch filters and channels are brought to the model's; see `crossmae.checkpoints.load`.
 
     Args:
         model: changed in place.
@@ -112,24 +100,44 @@ def start_from(model: CrossMAE, path: Path, arguments: Mapping[str, Any], data: 
         data: how this run reads pixels; another way in the file is a warning.
 
     Raises:
-        UserError: the encoders do not agree in anything but the grid; nothing was loaded.
+        UserError: the encoders differ in more than their input; nothing was loaded.
     """
     weights = read_weights(path)
     compare_pixels(weights, data)
     recorded = recorded_arguments(weights.metadata)
-    weights = _for_grid(weights, model)
     differing = [key for key in recorded if key != "img_size" and not _same(key, recorded, arguments)]
-    tensors = model.state_dict()
-    has_all = all(weights.tensors.get(name, _NONE).shape == tensor.shape for name, tensor in tensors.items())
-    if has_all and not differing:
-        report = load_model(model, weights, dropped=(r"norm\.",))
-        log.info("model.init: the whole model comes from %s", weights.path)
+    if not differing and _is_of(model, weights):
+        report = load(model, weights, dropped=(r"norm\.",), resample=True)
+        log.info("model.init: the whole model comes from %s%s", weights.path, _changes(report))
         return report
-    new = tuple(rf"{name}\." for name, _ in model.named_children() if name not in ("patch_embed", "blocks"))
-    report = load_encoder(model, weights, new=(*new, "mask_token", "decoder_pos_embed"))
+    fresh = tuple(rf"{name}\." for name, _ in model.named_children() if name not in ("patch_embed", "blocks"))
+    report = load(model, weights, part="encoder", new=(*fresh, "mask_token", "decoder_pos_embed"), resample=True)
     why = f" (the file's model has other {', '.join(differing)})" if differing else ""
-    log.info("model.init: the encoder comes from %s; the decoder starts from random weights%s", weights.path, why)
+    log.info(
+        "model.init: the encoder comes from %s%s; the decoder starts from random weights%s",
+        weights.path,
+        _changes(report),
+        why,
+    )
     return report
+
+
+def _is_of(model: CrossMAE, weights: Weights) -> bool:
+    """Whether a file has every tensor of a model; position tables may be for another grid."""
+    for name, tensor in model.state_dict().items():
+        found = weights.tensors.get(name, _NONE).shape
+        if found != tensor.shape and not (name.endswith("pos_embed") and found[-1:] == tensor.shape[-1:]):
+            return False
+    return True
+
+
+_NONE = torch.empty(())
+
+
+def _changes(report: LoadReport) -> str:
+    """What was done to tensors on their way, or ""."""
+    done = [f"{entry.name}: {entry.reason}" for entry in report.entries if entry.status == "resampled"]
+    return f", {'; '.join(done)}" if done else ""
 
 
 def _same(key: str, recorded: Mapping[str, Any], arguments: Mapping[str, Any]) -> bool:
@@ -157,40 +165,3 @@ def compare_pixels(weights: Weights, data: DataConfig) -> None:
             continue
         if theirs != mine:
             log.warning("model.init: %s was trained with data.%s=%s, this run has %s", weights.path, name, theirs, mine)
-
-
-_NONE = torch.empty(0)
-
-
-def _for_grid(weights: Weights, model: CrossMAE) -> Weights:
-    """The same weights with position tables for the model's grid of patches."""
-    encoder = encoder_tensors(weights)
-    table = encoder.get("pos_embed")
-    arguments = encoder_arguments(encoder, weights.metadata)
-    if table is None:
-        return weights
-    if "img_size" not in arguments:
-        raise UserError(f"{weights.path}: the grid of its {table.shape[1] - 1} positions is not square; unknown sides")
-    size, p = arguments["img_size"], arguments["patch_size"]
-    grid = (size // p, size // p) if isinstance(size, int) else (size[0] // p, size[1] // p)
-    if grid == model.grid:
-        return weights
-    prefix = next(name for name in weights.tensors if name.endswith("pos_embed") and "decoder" not in name)
-    tensors = dict(weights.tensors)
-    tensors[prefix] = _table_for(table, grid, model.pos_embed, model.grid)
-    decoder_table = prefix.replace("pos_embed", "decoder_pos_embed")
-    if decoder_table in tensors and tensors[decoder_table].shape[-1] == model.decoder_pos_embed.shape[-1]:
-        tensors[decoder_table] = model.decoder_pos_embed.detach()
-    log.info("model.init: positions go from a grid of %d x %d to %d x %d", *grid, *model.grid)
-    p = model.patch_size
-    recorded = recorded_arguments(weights.metadata) | {"img_size": [model.grid[0] * p, model.grid[1] * p]}
-    return Weights(weights.path, weights.format, tensors, weights.metadata | {MODEL_ARGUMENTS: json.dumps(recorded)})
-
-
-def _table_for(table: Tensor, grid: tuple[int, int], wanted: Tensor, new_grid: tuple[int, int]) -> Tensor:
-    """The table of a file for another grid: the fixed one of that grid, or resized where it was learned."""
-    if table.shape[-1] != wanted.shape[-1]:
-        return table  # another width: the comparison of shapes will say so
-    if torch.allclose(table.float(), sincos_pos_embed(table.shape[-1], grid), atol=1e-4):
-        return wanted.detach()
-    return resample_abs_pos_embed(table, new_grid, grid)

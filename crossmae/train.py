@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import crossmae
-from crossmae.checkpoints.weights import FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, STEP, VERSION
+from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, STEP, VERSION
 from crossmae.config import PretrainConfig
 from crossmae.data import Normalize, PretrainImages, build_loader, warn_of_depth
 from crossmae.distributed import Ranks

@@ -84,16 +84,17 @@ class ViTEncoder(nn.Module):
             visible_idx: (B, V) patches to keep, in the order given; None keeps all in raster order.
 
         Returns:
-            (B, V + 1, E), the class token first. It gets no position: its row of the table is zero.
+            (B, V + 1, E), the class token first.
         """
         B, C, H, W = imgs.shape
         expected = (self.in_chans, self.grid[0] * self.patch_size, self.grid[1] * self.patch_size)
         if expected != (C, H, W):
             raise ValueError(f"the model was built for images of (channels, height, width) {expected}, got {(C, H, W)}")
         tokens = self.patch_embed(imgs).flatten(1, 2) + self.pos_embed[:, 1:]  # (B, L, E)
+        cls_token = self.cls_token + self.pos_embed[:, :1]  # zeros, unless the table is a learned one
         if visible_idx is not None:
             tokens = gather_tokens(tokens, visible_idx)  # (B, V, E)
-        return torch.cat([self.cls_token.expand(B, -1, -1).to(tokens.dtype), tokens], dim=1)
+        return torch.cat([cls_token.expand(B, -1, -1).to(tokens.dtype), tokens], dim=1)
 
     def features(self, tokens: Tensor, blocks: Sequence[int]) -> list[Tensor]:
         """Outputs of the chosen blocks, ascending indices, without any norm; later blocks are not run.

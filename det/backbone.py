@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from crossmae.checkpoints.weights import encoder_arguments, encoder_tensors, load_encoder, read_weights
+from crossmae.checkpoints.loading import load
+from crossmae.checkpoints.weights import encoder_arguments, encoder_tensors, read_weights
 from crossmae.errors import UserError
 from crossmae.variants import model_arguments
 from det.vit import FeaturePyramid, ViT, build_pyramid
@@ -56,7 +57,7 @@ def build_backbone(
         arguments["pretrain_img_size"] = pretrained
     net = ViT(img_size, **arguments | overrides)
     if source is not None:
-        report = load_encoder(net, source, new=NEW, dropped=DROPPED)
+        report = load(net, source, part="encoder", new=NEW, dropped=DROPPED)
         log.info("weights from %s (%s): %s", source.path, source.format, report.summary())
     return build_pyramid(net, out_channels)
 

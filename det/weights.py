@@ -15,23 +15,18 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
+from crossmae.checkpoints.loading import load, resampled
+from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, UNKNOWN
 from crossmae.checkpoints.report import LoadReport
+from crossmae.checkpoints.resample import fit
 from crossmae.checkpoints.weights import (
-    MODEL_ARGUMENTS,
-    PIXEL_MEAN,
-    PIXEL_STD,
-    UNKNOWN,
     Weights,
     encoder_arguments,
     encoder_home,
     encoder_tensors,
-    load_encoder,
-    load_model,
     read_weights,
-    recorded_arguments,
 )
 from crossmae.config import read_yaml
 from crossmae.errors import UserError
@@ -137,7 +132,7 @@ def _load_detector(model: nn.Module, weights: Weights, cfg: CfgNode, detector_on
         kept = {name: tensor for name, tensor in weights.tensors.items() if not re.match(PER_CLASS, name)}
         weights = replace(weights, tensors=kept)
     try:
-        return load_model(model, weights, new=new)
+        return load(model, weights, new=new)
     except UserError as error:
         hint = f"the config that it was trained with is beside it: --config-file {config}; " if config.is_file() else ""
         raise UserError(f"{hint}{error}") from error
@@ -150,7 +145,7 @@ def _load_encoder(model: nn.Module, weights: Weights, cfg: CfgNode) -> LoadRepor
     weights = fit_patches(weights, net.patch_size)
     check_architecture(net, weights)
     check_pixels(cfg, weights)
-    return load_encoder(net, weights, new=NEW, dropped=DROPPED)
+    return load(net, weights, part="encoder", new=NEW, dropped=DROPPED)
 
 
 def count_classes(tensors: Mapping[str, Tensor]) -> int:
@@ -184,17 +179,11 @@ def fit_patches(weights: Weights, patch_size: int) -> Weights:
     old = arguments["patch_size"]
     if old == patch_size or old & (old - 1) == 0:
         return weights
-    name = f"{encoder_home(weights.tensors)}patch_embed.proj.weight"
-    filters = weights.tensors[name]
-    resized = resample_patch_embed(filters.float(), [patch_size, patch_size]).to(filters.dtype)
+    encoder = encoder_tensors(weights)
+    tensors, notes, arguments = fit(encoder, arguments, {"patch_size": patch_size})
     log.info("patch filters of %s resized from %d to %d pixels", weights.path, old, patch_size)
-    metadata = dict(weights.metadata)
-    if recorded := recorded_arguments(metadata):
-        recorded["patch_size"] = patch_size
-        if isinstance(recorded.get("img_size"), int):
-            recorded["img_size"] = recorded["img_size"] // old * patch_size
-        metadata[MODEL_ARGUMENTS] = json.dumps(recorded)
-    return replace(weights, tensors=weights.tensors | {name: resized}, metadata=metadata)
+    home = encoder_home(weights.tensors)
+    return resampled(weights, {f"{home}{name}": tensors[name] for name in notes}, notes, arguments)
 
 
 def check_architecture(net: ViT, weights: Weights) -> None:

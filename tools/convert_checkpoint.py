@@ -1,10 +1,12 @@
-"""Convert a weight file into the layout of another program.
+"""Convert a weight file into the layout of another program, and prove that it computes the same.
 
-    python tools/convert_checkpoint.py outputs/run backbone.pth --to detectron2    # for MODEL.WEIGHTS
-    python tools/convert_checkpoint.py published.pth backbone.pkl --to detectron2  # or .safetensors
+    python tools/convert_checkpoint.py outputs/run backbone.pth --to detectron2       # for MODEL.WEIGHTS
     python tools/convert_checkpoint.py published.pth model.safetensors --to crossmae
+    python tools/convert_checkpoint.py outputs/run vit --to hf-vit                    # a folder for from_pretrained
+    python tools/convert_checkpoint.py vit-huge.pth huge.pth --to detectron2 --patch-size 16
 
-SRC is any weight file, or the folder of a pretraining run. Nothing in it is run, and it is never changed.
+SRC is any weight file, the folder of a pretraining run, or a folder of transformers or timm. Nothing in it is run, and
+it is never changed. docs/checkpoints.md has a command for every format.
 """
 
 from __future__ import annotations
@@ -12,61 +14,108 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from crossmae.checkpoints.conversion import TARGETS, check_conversion, licence_notice
-from crossmae.checkpoints.weights import (
-    PIXEL_MEAN,
-    PIXEL_STD,
-    Weights,
-    encoder_arguments,
-    encoder_home,
-    encoder_tensors,
-    read_weights,
-    recorded_arguments,
-)
-from crossmae.errors import run_cli
-from crossmae.files import sha256
+from crossmae.checkpoints.conversion import Conversion, Sizes, convert
+from crossmae.checkpoints.proof import TOLERANCE
+from crossmae.checkpoints.provenance import LICENCE
+from crossmae.checkpoints.resample import Channels
+from crossmae.checkpoints.targets import TARGETS
+from crossmae.errors import UserError, run_cli
+from crossmae.pretrained import parse_settings
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Convert a weight file into the layout of another program.")
-    parser.add_argument("source", metavar="SRC", type=Path, help="weight file, or the folder of a pretraining run")
-    parser.add_argument("destination", metavar="DST", type=Path, help="file to write; its suffix says which kind")
-    parser.add_argument("--to", required=True, help=f"layout to write: {', '.join(TARGETS)}")
+    formats = "\n".join(f"  {name:11} {target.what}" for name, target in TARGETS.items())
+    parser = argparse.ArgumentParser(
+        description="Convert a weight file into the layout of another program, and prove that it computes the same.",
+        epilog=f"formats:\n{formats}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SRC", type=Path, help="weight file, or a folder that holds weights")
+    parser.add_argument(
+        "destination", metavar="DST", type=Path, help="file or folder to write; the suffix says which kind"
+    )
+    parser.add_argument("--to", required=True, metavar="FORMAT", help=f"layout to write: {', '.join(TARGETS)}")
+    size = parser.add_argument_group("other sizes, resampled in float32")
+    size.add_argument("--img-size", nargs="+", type=int, metavar="PIXELS", help="H W, or one number, for positions")
+    size.add_argument("--patch-size", type=int, metavar="P", help="pixels; the grid stays unless --img-size is given")
+    size.add_argument("--in-chans", type=int, metavar="C", help="channels of the input")
+    size.add_argument("--channels", choices=("repeat", "mean", "pad"), default="repeat", help="how --in-chans is done")
+    size.add_argument("--window", type=int, metavar="N", help="side of the windows of relative positions, in patches")
+    parser.add_argument("--encoder-only", action="store_true", help="leave decoder and heads behind")
+    parser.add_argument("--ema", action="store_true", help="take the moving average in the file, not the weights")
+    parser.add_argument(
+        "--drop",
+        nargs="+",
+        default=[],
+        metavar="REGEX",
+        help="leave these tensors behind, needed as they are",
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the source's model that no shape tells"
+    )
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="of the proof, over the largest value")
+    parser.add_argument("--report", type=Path, metavar="R.json", help="default: DST.conversion.json, beside DST")
     parser.add_argument("--force", action="store_true", help="overwrite DST")
+    parser.add_argument(
+        "--trust", action="store_true", help="unpickle whatever SRC refers to: that can run any code; use a sandbox"
+    )
     return parser
 
 
-def describe(weights: Weights) -> str:
-    """What a weight file is, in a few lines."""
-    values = sum(tensor.numel() for tensor in weights.tensors.values())
-    dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.tensors.values()}))
+def describe(done: Conversion) -> str:
+    """What was done, for people."""
     lines = [
-        f"source       {weights.path} ({weights.path.stat().st_size / 1e6:,.1f} MB)",
-        f"sha256       {sha256(weights.path)}",
-        f"format       {weights.format}: {len(weights.tensors)} tensors, {values:,} values, {dtypes}",
+        f"source       {done.source} ({done.source.stat().st_size / 1e6:,.1f} MB)",
+        f"sha256       {done.metadata['source_sha256']}",
+        f"format       {done.metadata['source_format']}",
+        *([f"beside       {', '.join(done.beside)}"] if done.beside else []),
+        "",
+        done.report.table(),
+        "",
+        *(f"assumed      {sentence}" for sentence in done.assumed),
+        done.proof.sentence(),
+        f"destination  {done.destination} ({_megabytes(done.destination):,.1f} MB)",
+        f"report       {done.report_path}",
     ]
-    if encoder_home(weights.tensors) is not None:
-        arguments = encoder_arguments(encoder_tensors(weights), weights.metadata)
-        sure = "num_heads" in recorded_arguments(weights.metadata)
-        shown = [f"{key} {value}" for key, value in arguments.items() if key != "num_heads" or sure]
-        lines.append(f"encoder      {', '.join(shown)}")
-    mean, std = (weights.metadata.get(key, "unknown") for key in (PIXEL_MEAN, PIXEL_STD))
-    return "\n".join([*lines, f"pixels       mean {mean}, std {std}"])
+    if LICENCE in done.metadata:
+        lines.append(f"licence      {done.metadata[LICENCE]}")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, read, convert, say what was done."""
+    """Parse, convert, say what was done."""
     args = build_parser().parse_args(argv)
-    check_conversion(args.source, args.destination, args.to, force=args.force)
-    weights = read_weights(args.source)
-    print(describe(weights), end="\n\n")
-    report = TARGETS[args.to].convert(weights, args.destination, force=args.force)
-    print(report.table(), end="\n\n")
-    print(f"destination  {args.destination} ({args.destination.stat().st_size / 1e6:,.1f} MB)")
-    notice = licence_notice(weights)
-    if notice:
-        print(f"licence      {notice}")
+    channels: Channels = args.channels
+    sizes = Sizes(_image_size(args.img_size), args.patch_size, args.in_chans, channels, args.window)
+    done = convert(
+        args.source,
+        args.destination,
+        args.to,
+        sizes=sizes,
+        given=parse_settings(args.set),
+        encoder_only=args.encoder_only,
+        drop=tuple(args.drop),
+        tolerance=args.tolerance,
+        report=args.report,
+        ema=args.ema,
+        trust=args.trust,
+        force=args.force,
+    )
+    print(describe(done))
+
+
+def _image_size(numbers: list[int] | None) -> int | tuple[int, int] | None:
+    if numbers is None or len(numbers) == 1:
+        return numbers[0] if numbers else None
+    if len(numbers) > 2:
+        raise UserError(f"--img-size takes one number or height and width, got {len(numbers)} numbers")
+    return numbers[0], numbers[1]
+
+
+def _megabytes(path: Path) -> float:
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files) / 1e6
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import argparse
 import json
 from pathlib import Path
 
-from crossmae.checkpoints.conversion import LICENCE, licence_notice
+from crossmae.checkpoints.provenance import LICENCE, licence_notice
 from crossmae.checkpoints.weights import read_weights
 from crossmae.errors import UserError, run_cli
 from det.console import set_up_console

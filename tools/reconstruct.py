@@ -13,14 +13,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from crossmae.device import open_device
 from crossmae.errors import UserError, run_cli
 from crossmae.gallery import NUMBERS, Result, find_inputs, mean_psnr, possible_ratios, write_gallery
-from crossmae.pretrained import Pretrained, load_pretrained
+from crossmae.pretrained import Pretrained, load_pretrained, parse_settings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,24 +46,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--force", action="store_true", help="overwrite pictures of an earlier call")
     return parser
-
-
-def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE pairs with YAML values.
-
-    Raises:
-        UserError: no `=`, or a value that is not YAML.
-    """
-    parsed = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        try:
-            parsed[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            equals = ""
-        if not equals:
-            raise UserError(f"--set {setting}: expected KEY=VALUE, for example num_heads=6 or 'fuse_blocks=[0,11]'")
-    return parsed
 
 
 def describe(pretrained: Pretrained) -> str:

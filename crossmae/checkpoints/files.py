@@ -1,33 +1,96 @@
-"""From a path to named tensors: find the file, tell its kind, take the tensors out of their wrappers."""
+"""From a path to named tensors: find the file, tell its kind, read it."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from crossmae.checkpoints.unpickle import damaged
+from crossmae.checkpoints.digest import check_digest
+from crossmae.checkpoints.torch_file import ZIP, read_torch_file
+from crossmae.checkpoints.trusted import read_trusted
+from crossmae.checkpoints.unpickle import damaged, read_numpy_pickle
+from crossmae.checkpoints.wrappers import one_model, pickled_metadata, published_settings, state_dict
 from crossmae.errors import UserError
 from crossmae.run_checkpoint import FOLDER, MANIFEST, MODEL, defect, latest_checkpoint
 
-WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
-WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
+# What transformers and timm call the weights in a folder; an index names the shards of a large model.
+HUB_FILES = (MODEL, f"{MODEL}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+HUB_CONFIG = "config.json"
 MAX_NAMES = 5
 _STEP_FOLDER = re.compile(r"step-\d+")
+_WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".pkl", ".bin", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
 _WEB_PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
 _GIT_LFS = b"version https://git-lfs"
-_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_PICKLE = b"\x80"
 _LEGACY_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the magic number that torch pickled first until version 1.6
+_UNPACK = "unpack it and give the weight file that is in it"
+_PYTORCH = "take the PyTorch or safetensors file of the same model"
+# What is not read, by its first bytes.
+_OTHERS = (
+    (re.compile(rb"\x1f\x8b|BZh|\xfd7zXZ\0|\x28\xb5\x2f\xfd|7z\xbc\xaf"), f"a compressed file; {_UNPACK}"),
+    (re.compile(rb".{257}ustar", re.DOTALL), f"a tar archive; {_UNPACK}"),
+    (re.compile(rb"\x89HDF\r\n"), f"an HDF5 file, as TensorFlow and Keras write; {_PYTORCH}"),
+    (re.compile(rb"[\x81-\x8f\xde\xdf].{0,4}[\xa1-\xbf\xd9]", re.DOTALL), f"msgpack, as Flax (JAX) writes; {_PYTORCH}"),
+    (re.compile(rb"\x08.\x12.{0,40}", re.DOTALL), f"an ONNX model, whose weights have lost their names; {_PYTORCH}"),
+    (re.compile(rb"GGUF"), f"a GGUF file of quantized weights; {_PYTORCH}"),
+    (re.compile(rb"\x93NUMPY"), "one NumPy array (.npy) without a name; a state dict of named tensors is expected"),
+)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What one weight file, or the shards of one model, hold.
+
+    Attributes:
+        tensors: on the CPU, out of all wrappers.
+        metadata: strings.
+        beside: what else is in the file: "optimizer", "epoch", "model_ema", "momentum_encoder (152 tensors)".
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    beside: tuple[str, ...] = ()
+
+
+def read_tensors(path: Path, *, ema: bool = False, trust: bool = False) -> Contents:
+    """Read a weight file, or the shards that an index names.
+
+    Args:
+        path: the file; contents decide, not the suffix.
+        ema: take averaged weights, where plain ones are taken otherwise; see `crossmae.checkpoints.wrappers`.
+        trust: run whatever code is in a pickle.
+
+    Raises:
+        UserError: see `crossmae.checkpoints.weights.read_weights`.
+    """
+    kind = file_kind(path)
+    beside: tuple[str, ...] = ()
+    settings: dict[str, str] = {}
+    averaged = False
+    if kind == "index":
+        tensors, metadata = _read_shards(path)
+    elif kind == "safetensors":
+        tensors, metadata = read_safetensors(path)
+    else:
+        content = read_trusted(path, kind) if trust else _READERS[kind](path)
+        metadata, settings = pickled_metadata(content, path), published_settings(content)
+        tensors, beside, averaged = state_dict(content, path, ema=ema)
+    metadata = check_digest(tensors, metadata, path)
+    tensors, left_out = one_model(tensors, path, ema=ema and not averaged)
+    return Contents(tensors, metadata | settings, beside + left_out)
 
 
 def find_file(path: Path) -> Path:
-    """The weight file that a path means: itself, or the weights of a run's or a checkpoint's folder.
+    """The weight file that a path means: itself, or the weights in a folder of a run, a checkpoint or a hub.
+
+    Returns:
+        The file; of sharded weights the index.
 
     Raises:
         UserError: no such path, or a folder without weights.
@@ -44,7 +107,7 @@ def find_file(path: Path) -> Path:
 
 
 def file_kind(path: Path) -> str:
-    """ "safetensors", "torch" or "pickle", by the first bytes: suffixes of weight files are often wrong.
+    """ "safetensors", "torch", "pickle" or "index", by the first bytes: suffixes of weight files are often wrong.
 
     Raises:
         UserError: empty, a web page, a git-lfs pointer, or nothing that holds weights.
@@ -60,12 +123,17 @@ def file_kind(path: Path) -> str:
         raise UserError(f"{path}: a web page, not weights; the download got an error or log-in page, check its address")
     if head.startswith(_GIT_LFS):
         raise UserError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` where it comes from")
-    if head.startswith(_ZIP):
+    if head.startswith(ZIP):
         return "torch"
+    if head.lstrip().startswith(b"{"):
+        return "index"
     if head[8:9] == b"{":
         return "safetensors"
     if head.startswith(_PICKLE):
         return "torch" if _LEGACY_TORCH in head[:32] else "pickle"
+    for pattern, what in _OTHERS:
+        if pattern.match(head):
+            raise UserError(f"{path}: {what}")
     raise UserError(
         f"{path}: not a weight file ({path.stat().st_size:,} bytes, starting with {head[:12]!r}); expected "
         "what torch.save writes (.pth, .pt), safetensors, or a .pkl of numpy arrays"
@@ -82,35 +150,63 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             names = list(file.keys())  # the handle itself can not be iterated
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of the library's own type, or of torch's and Python's
         raise damaged(path, error) from None
 
 
-def state_dict(content: Any, path: Path) -> dict[str, Tensor]:
-    """The tensors in what a pickle held, out of `WRAPPERS`; arrays become tensors."""
-    for _ in WRAPPERS:
-        inner = [
-            content[key] for key in WRAPPERS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
-        ]
-        content = inner[0] if inner else content
-    if not isinstance(content, Mapping) or not content:
-        raise UserError(f"{path}: not a state dict: holds {_describe(content)} where names and tensors are expected")
-    wrong = [key for key, value in content.items() if not isinstance(value, Tensor | np.ndarray)]
-    if wrong:
-        kind = type(content[wrong[0]]).__name__
-        raise UserError(
-            f"{path}: not a state dict: {wrong[0]!r} is of type {kind}, not a tensor; "
-            f"the file holds {_describe(content)}"
-        )
-    return {str(name): _dense(value, name, path) for name, value in content.items()}
-
-
 def without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Strip the prefixes that DDP, torch.compile and trainers put before every name."""
-    prefix = next((p for p in WRAPPER_PREFIXES if tensors and all(name.startswith(p) for name in tensors)), None)
-    if prefix is None:
-        return tensors
-    return without_wrappers({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+    """The tensors of `one_model`."""
+    return one_model(tensors, Path())[0]
+
+
+_READERS = {"torch": read_torch_file, "pickle": read_numpy_pickle}
+
+
+def _read_shards(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All shards of an index, each with exactly the tensors that the index says."""
+    shards = _weight_map(path)
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for shard, names in shards.items():
+        file = path.parent / shard
+        contents = Contents(*read_safetensors(file)) if file_kind(file) == "safetensors" else read_tensors(file)
+        differing = sorted(names ^ contents.tensors.keys())
+        if differing:
+            listed = ", ".join(name[:60] for name in differing[:MAX_NAMES])
+            raise UserError(f"{file}: does not hold the tensors that {path.name} says; they differ in {listed}")
+        tensors |= contents.tensors
+        metadata |= contents.metadata
+    return tensors, metadata
+
+
+def _weight_map(path: Path) -> dict[str, set[str]]:
+    """The names of the tensors in each shard.
+
+    Raises:
+        UserError: not an index, or a shard is missing or outside the folder.
+    """
+    try:
+        index: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from None
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
+        raise UserError(
+            f"{path}: JSON, but not an index of weights (no weight_map); name the weight file or its folder"
+        )
+    shards: dict[str, set[str]] = {}
+    for name, shard in names.items():
+        shards.setdefault(shard, set()).add(name)
+    outside = [shard for shard in shards if Path(shard).name != shard]
+    if outside:
+        raise UserError(f"{path}: refused: names the file {outside[0][:200]!r}, which is not in its own folder")
+    missing = sorted(shard for shard in shards if not (path.parent / shard).is_file())
+    if missing:
+        listed = ", ".join(missing[:MAX_NAMES])
+        raise UserError(f"{path}: {len(missing)} of {len(shards)} shards are missing: {listed}; download them, too")
+    return shards
 
 
 def _find_in_folder(folder: Path) -> Path:
@@ -119,34 +215,25 @@ def _find_in_folder(folder: Path) -> Path:
         if reason:
             raise UserError(f"{folder}: not a complete checkpoint: {reason}; take another step of the run")
         return folder / MODEL
-    if (folder / MODEL).is_file():
-        return folder / MODEL
+    found = next((folder / name for name in HUB_FILES if (folder / name).is_file()), None)
+    if found:
+        return found
     checkpoint = latest_checkpoint(folder)
-    if checkpoint is None:
-        raise UserError(
-            f"{folder}: a folder without weights: neither {MODEL}, which a pretraining run writes at its "
-            f"end, nor a complete checkpoint {FOLDER}/step-*/; name a weight file or the folder of a run"
+    if checkpoint:
+        return checkpoint / MODEL
+    if (folder / HUB_CONFIG).is_file():
+        missing = f"beside {HUB_CONFIG} none of {', '.join(HUB_FILES)}"
+    else:
+        missing = (
+            f"neither {MODEL}, which a pretraining run writes at its end, nor a complete checkpoint {FOLDER}/step-*/"
         )
-    return checkpoint / MODEL
+    raise UserError(f"{folder}: a folder without weights: {missing}; {_what_to_name(folder)}")
 
 
-def _describe(content: Any) -> str:
-    if not isinstance(content, Mapping):
-        return f"a {type(content).__name__}"
-    keys = [repr(key) for key in content]
-    return (
-        f"a dict with the keys {', '.join(keys[:MAX_NAMES])}{', ...' if len(keys) > MAX_NAMES else ''}"
-        if keys
-        else "an empty dict"
-    )
-
-
-def _dense(value: Tensor | np.ndarray, name: str, path: Path) -> Tensor:
-    """A copy of its own: tensors in a file may be views of one storage, which safetensors can not hold."""
-    try:
-        if isinstance(value, np.ndarray):
-            return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
-        return value.detach().clone(memory_format=torch.contiguous_format)
-    except (TypeError, RuntimeError) as error:
-        kind = value.dtype if isinstance(value, np.ndarray) else value.layout
-        raise UserError(f"{path}: {name} is not a plain array of numbers ({kind}): {error}") from None
+def _what_to_name(folder: Path) -> str:
+    """The weight files in a folder or one below, whose names do not say which is meant."""
+    files = [*folder.glob("*"), *folder.glob("*/*")]
+    weights = sorted(str(file.relative_to(folder)) for file in files if file.suffix in _WEIGHT_SUFFIXES)
+    if not weights:
+        return "name a weight file or the folder of a run"
+    return f"name one of its files: {', '.join(weights[:MAX_NAMES])}{', ...' if len(weights) > MAX_NAMES else ''}"

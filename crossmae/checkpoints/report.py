@@ -7,9 +7,9 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Literal
 
-Status = Literal["used", "new", "dropped", "mismatched"]
+Status = Literal["used", "resampled", "new", "dropped", "mismatched"]
 Shape = tuple[int, ...]
-ORDER: tuple[Status, ...] = ("mismatched", "new", "dropped", "used")
+ORDER: tuple[Status, ...] = ("mismatched", "new", "dropped", "resampled", "used")
 MAX_NAMES = 3
 
 # Prefixes under which files hold an encoder: none, ours and detectron2's ViTDet, other frameworks'.
@@ -19,7 +19,10 @@ _INDEXED = re.compile(r"([^.]+)\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor. `accepted` is false where the status makes loading fail."""
+    """One tensor. `accepted` is false where the status makes loading fail.
+
+    A conversion also says its plain name, and its names in the file that was read and in the one that was written.
+    """
 
     name: str
     status: Status
@@ -27,6 +30,9 @@ class Entry:
     file_shape: Shape | None = None
     model_shape: Shape | None = None
     accepted: bool = True
+    plain: str = ""
+    sources: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
 
 
 @dataclass
@@ -36,6 +42,7 @@ class LoadReport:
     | status       | meaning                                                        |
     | ------------ | -------------------------------------------------------------- |
     | `used`       | from the file into the model                                   |
+    | `resampled`  | the same, brought to the model's size                          |
     | `new`        | in the model only: keeps the value it was initialised with     |
     | `dropped`    | in the file only                                               |
     | `mismatched` | in both, with different shapes; never accepted                 |
@@ -48,7 +55,7 @@ class LoadReport:
     @property
     def ok(self) -> bool:
         """Something is used, and nothing is unaccounted for."""
-        return self.count("used") > 0 and all(entry.accepted for entry in self.entries)
+        return bool(self.loaded) and all(entry.accepted for entry in self.entries)
 
     def count(self, status: Status) -> int:
         """Tensors of a status."""
@@ -57,6 +64,11 @@ class LoadReport:
     def names(self, status: Status) -> list[str]:
         """Names of the tensors of a status, in the order of file and model."""
         return [entry.name for entry in self.entries if entry.status == status]
+
+    @property
+    def loaded(self) -> list[str]:
+        """Names of the tensors that go from the file into the model."""
+        return self.names("used") + self.names("resampled")
 
     def summary(self) -> str:
         """One line: how many tensors of each status."""

@@ -1,122 +1,285 @@
-"""Reading pickled weight files without running anything that is in them.
+"""Reading pickled data without running anything that is in it, in bounded time and memory.
 
-Two kinds of file: torch's (`.pth`, `.pt`), read by torch's weights-only unpickler plus `argparse.Namespace`,
-which the published training scripts save; and detectron2's `.pkl` of numpy arrays, read by the unpickler
-below. There is no way round either: a file that refers to anything else is refused, and the error names what
-it refers to.
+A pickle is a program. Its interpreters in Python and in torch, the weights-only one too, reserve the memory that
+it asks for and take the time that it takes: 30 bytes can demand gigabytes, and 209 bytes can keep one hash busy for
+hours. So the opcodes that training programs write are interpreted here, on top of the parser in the standard
+library. Nothing is imported: every global that a file may refer to stands for a function of this package that
+builds plain data (`GLOBALS`), and a file that refers to anything else is refused.
+
+What the file can cause is bounded: `MAX_OPCODES` steps; data of at most `MAX_GROWTH` times the file's size; keys
+of dicts and sets whose hash takes no time.
 """
 
 from __future__ import annotations
 
 import argparse
-import pickle
-import re
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
+import math
+import mmap
+import pickletools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from crossmae.errors import UserError
 
-_REFUSED = re.compile(r"GLOBAL ([\w.]+)")
-_ADVICE = (
-    "Nothing in the file was run. If you trust whoever made it, save its tensors alone, as safetensors, "
-    "from the program that wrote it, and give that file instead"
-)
-
-
-def read_torch_file(path: Path) -> Any:
-    """What `torch.save` wrote: containers, numbers, strings, tensors (on the CPU) and argparse namespaces.
-
-    Raises:
-        UserError: damaged, or refers to anything else.
-    """
-    if zipfile.is_zipfile(path):
-        _check_sums(path)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are not what they should be surface as almost any exception
-        refused = _REFUSED.search(str(error))
-        if refused:
-            raise refusal(path, refused[1]) from None
-        raise damaged(path, error) from None
+MAX_OPCODES = 1_000_000  # 3 s and 250 MB at worst; a ViT-H with the state of its optimizer has 50,000
+MAX_GROWTH, GROWTH_BASE = 4, 1 << 26
+MAX_DIMENSIONS = 16
+_MAX_DTYPE = 12  # characters; "<f4", "U1000000"
+_ENTRY_BYTES = 100  # of a container, roughly
+_KEYS = (str, bytes, float, bool, type(None))
 
 
 def read_numpy_pickle(path: Path) -> Any:
     """What detectron2's converters and model zoo write: nested containers of numpy arrays, strings and
-    numbers.
+    numbers, in pickle protocol 2 or later.
 
     Raises:
         UserError: damaged, or refers to anything else.
     """
+    return read_mapped(path, lambda file: Unpickler(path, GLOBALS).load(file))
+
+
+def read_mapped(path: Path, read: Callable[[mmap.mmap], Any]) -> Any:
+    """What `read` makes of the file, which is mapped so that no read can be longer than what is there.
+
+    Raises:
+        UserError: `read` failed, or did not reach the end of the file.
+    """
     try:
-        with open(path, "rb") as file:
-            return _NumpyUnpickler(file, path).load()
-    except UserError:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            content = read(mapped)
+            if mapped.tell() != len(mapped):
+                raise ValueError(f"there are {len(mapped) - mapped.tell():,} bytes after its end")
+            return content
+    except (UserError, MemoryError):
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # bytes that are not what they should be surface as almost any exception
         raise damaged(path, error) from None
 
 
 def refusal(path: Path, name: str) -> UserError:
     """The error for a file that refers to a global outside the allow-list."""
     return UserError(
-        f"{path}: refused, because it refers to {name}; only tensors, arrays, plain containers and "
-        f"argparse.Namespace are read from a pickle. {_ADVICE}"
+        f"{path}: refused, because it refers to {name}; only tensors, arrays, numbers, plain containers and "
+        "argparse.Namespace are read from a pickle. Nothing in the file was run. Only if you trust whoever made it, "
+        f"and in a sandbox: python tools/convert_checkpoint.py {path} DST --to crossmae --trust"
     )
 
 
 def damaged(path: Path, error: Exception) -> UserError:
     """The error for a file that starts like a weight file and can not be read to its end."""
+    what = "" if type(error) is ValueError else f"{type(error).__name__}: "
     return UserError(
-        f"{path}: truncated or damaged ({path.stat().st_size:,} bytes): {type(error).__name__}: "
+        f"{path}: truncated or damaged ({path.stat().st_size:,} bytes): {what}"
         f"{' '.join(str(error).split())[:200]}. Copy or download it again"
     )
 
 
-def _check_sums(path: Path) -> None:
-    """torch itself does not compare the checksums in its archive, and would load flipped bits as weights."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except Exception as error:  # a damaged directory of the archive
-        raise damaged(path, error) from None
-    if broken is not None:
-        raise damaged(path, ValueError(f"the checksum of its part {broken} is wrong"))
+@dataclass(frozen=True)
+class Global:
+    """A name in a pickle, and what builds the data that it stands for; None where it is only referred to."""
+
+    name: str
+    build: Callable[..., Any] | None
 
 
-class _NumpyUnpickler(pickle.Unpickler):
-    """Finds numpy's way to rebuild arrays and OrderedDict; every other global is an error."""
+class Unpickler:
+    """Interprets one pickle after the other.
 
-    def __init__(self, file: Any, path: Path) -> None:
-        # latin1: arrays in pickles of Python 2, as in detectron2's older files.
-        super().__init__(file, encoding="latin1")
-        self._path = path
+    Args:
+        path: of the file, for errors and as the measure of what it may ask for.
+        known: what each global stands for, by canonical name: a function, or any other value as it is.
+        persistent: what a persistent id stands for; without it, a file with one is damaged.
+    """
 
-    def find_class(self, module: str, name: str) -> Any:
-        # numpy 2 renamed numpy.core; either name is in files.
-        known = _ALLOWED.get((module.replace("numpy._core", "numpy.core"), name))
-        if known is None:
+    def __init__(self, path: Path, known: Mapping[str, Any], persistent: Callable[[Any], Any] | None = None) -> None:
+        self._path, self._known, self._persistent = path, known, persistent
+        self._budget = allowance(path)
+        self._stack: list[Any] = []
+        self._marked: list[list[Any]] = []
+        self._memo: dict[int, Any] = {}
+
+    def load(self, file: Any) -> Any:
+        """The content of the pickle that starts where `file` stands; afterwards it stands behind that pickle.
+
+        Raises:
+            UserError: refers to a global that is not known.
+            Exception: of almost any kind: damaged.
+        """
+        self._stack, self._marked, self._memo = [], [], {}
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+            if count == MAX_OPCODES:
+                raise ValueError(f"more than {MAX_OPCODES:,} pickle opcodes")
+            self._step(opcode.name, argument)
+        (content,) = self._stack
+        return content
+
+    def _step(self, name: str, argument: Any) -> None:
+        if name in _LITERALS:
+            self._stack.append(argument)
+        elif name in _CONSTANTS:
+            self._stack.append(_CONSTANTS[name])
+        elif name in _EMPTY:
+            self._stack.append(_EMPTY[name]())
+        elif name in _ACTIONS:
+            _ACTIONS[name](self, argument)
+        else:
+            raise ValueError(f"pickle opcode {name}, which no weight file has")
+
+    def _push(self, value: Any) -> None:
+        self._stack.append(value)
+
+    def _mark(self, _: Any) -> None:
+        self._marked.append(self._stack)
+        self._stack = []
+
+    def _since_mark(self) -> list[Any]:
+        items, self._stack = self._stack, self._marked.pop()
+        return items
+
+    def _tuple(self, count: int) -> None:
+        items = [self._stack.pop() for _ in range(count)]
+        self._stack.append(tuple(reversed(items)))
+
+    def _extend(self, items: list[Any]) -> None:
+        _expect(self._stack[-1], list).extend(items)
+
+    def _set_items(self, items: list[Any]) -> None:
+        target = _expect(self._stack[-1], dict)
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[_key(key)] = value
+
+    def _add_items(self, items: list[Any]) -> None:
+        _expect(self._stack[-1], set).update(map(_key, items))
+
+    def _put(self, index: int) -> None:
+        self._memo[index] = self._stack[-1]
+
+    def _global(self, module: str, name: str) -> None:
+        canonical = _canonical(f"{module}.{name}")
+        if canonical not in self._known:
             raise refusal(self._path, f"{module}.{name}")
-        return known
+        value = self._known[canonical]
+        self._stack.append(Global(canonical, value) if value is None or callable(value) else value)
+
+    def _stack_global(self, _: Any) -> None:
+        name, module = _expect(self._stack.pop(), str), _expect(self._stack.pop(), str)
+        self._global(module, name)
+
+    def _call(self, _: Any) -> None:
+        arguments, target = _expect(self._stack.pop(), tuple), _expect(self._stack.pop(), Global)
+        if target.build is None:
+            raise ValueError(f"{target.name} is called")
+        self._spend(*arguments)
+        self._stack.append(target.build(*arguments))
+
+    def _set_state(self, _: Any) -> None:
+        state, target = self._stack.pop(), self._stack[-1]
+        if isinstance(target, np.ndarray):
+            self._spend(*_expect(state, tuple))
+            _fill_array(target, state)
+        elif isinstance(target, _DType):
+            _set_byte_order(target, state)
+        elif isinstance(target, argparse.Namespace):
+            vars(target).update({_expect(key, str): value for key, value in _expect(state, dict).items()})
+        elif not isinstance(
+            target, dict
+        ):  # whose attributes, as the versions of modules in a state dict, are of no use
+            raise ValueError(f"a state for an object of type {type(target).__name__}")
+
+    def _load_persistent(self, _: Any) -> None:
+        if self._persistent is None:
+            raise ValueError("a reference to data outside the pickle")
+        self._stack.append(self._persistent(self._stack.pop()))
+
+    def _spend(self, *values: Any) -> None:
+        """Count what is about to be copied: the same bytes may be named a million times."""
+        for value in values:
+            if isinstance(value, str | bytes | bytearray):
+                self._budget -= len(value)
+            elif isinstance(value, list | tuple | dict | set):
+                self._budget -= len(value) * _ENTRY_BYTES
+        if self._budget < 0:
+            raise ValueError("it would unpack to many times its own size")
 
 
-def _empty_array(subtype: type, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """What numpy pickles as the start of an array; its state follows. Ignored arguments bound the memory."""
-    return np.empty(0, np.int8)
+def allowance(path: Path) -> int:
+    """How many bytes of data a file may unpack to."""
+    return MAX_GROWTH * path.stat().st_size + GROWTH_BASE
 
 
-def _array_from_buffer(buffer: Any, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
-    """How pickle protocol 5 holds an array."""
-    if order not in ("C", "F"):
-        raise ValueError(f"array order {order!r}")
-    flat: np.ndarray = np.frombuffer(buffer, dtype)
-    return flat.reshape(shape, order="C" if order == "C" else "F")
+_LITERALS = {
+    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
+    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
+_ACTIONS: dict[str, Callable[[Unpickler, Any], None]] = {
+    "PROTO": lambda self, _: None,
+    "FRAME": lambda self, _: None,
+    "STOP": lambda self, _: None,
+    "MARK": Unpickler._mark,
+    "TUPLE": lambda self, _: self._push(tuple(self._since_mark())),
+    "TUPLE1": lambda self, _: self._tuple(1),
+    "TUPLE2": lambda self, _: self._tuple(2),
+    "TUPLE3": lambda self, _: self._tuple(3),
+    "APPEND": lambda self, _: self._extend([self._stack.pop()]),
+    "APPENDS": lambda self, _: self._extend(self._since_mark()),
+    "SETITEM": lambda self, _: self._set_items([self._stack.pop(-2), self._stack.pop()]),
+    "SETITEMS": lambda self, _: self._set_items(self._since_mark()),
+    "ADDITEMS": lambda self, _: self._add_items(self._since_mark()),
+    "FROZENSET": lambda self, _: self._push(_set(self._since_mark())),
+    "BINPUT": Unpickler._put,
+    "LONG_BINPUT": Unpickler._put,
+    "MEMOIZE": lambda self, _: self._put(len(self._memo)),
+    "BINGET": lambda self, index: self._push(self._memo[index]),
+    "LONG_BINGET": lambda self, index: self._push(self._memo[index]),
+    "GLOBAL": lambda self, names: self._global(*names.split(" ", 1)),
+    "STACK_GLOBAL": Unpickler._stack_global,
+    "REDUCE": Unpickler._call,
+    "NEWOBJ": Unpickler._call,
+    "BUILD": Unpickler._set_state,
+    "BINPERSID": Unpickler._load_persistent,
+}
+
+
+def _expect(value: Any, kind: Any) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"a {type(value).__name__} where a {getattr(kind, '__name__', kind)} belongs")
+    return value
+
+
+def _key(value: Any) -> Any:
+    """A key whose hash is quick: that of a tuple of tuples of tuples would take exponential time."""
+    if isinstance(value, _KEYS) or (isinstance(value, int) and value.bit_length() <= 64):
+        return value
+    raise ValueError(f"a key of type {type(value).__name__}")
+
+
+def _canonical(name: str) -> str:
+    """One name for a global, whichever versions of Python and numpy wrote it."""
+    return name.replace("numpy._core.", "numpy.core.").replace("__builtin__.", "builtins.")
+
+
+# What globals stand for
+
+
+def _mapping(entries: Any = ()) -> dict[Any, Any]:
+    pairs = entries.items() if isinstance(entries, dict) else entries
+    return {_key(key): value for key, value in pairs}
+
+
+def _set(items: Iterable[Any] = ()) -> set[Any]:
+    return {_key(item) for item in items}
+
+
+def _bytes(data: bytes = b"") -> bytes:
+    return bytes(_expect(data, bytes))
 
 
 def _latin1_bytes(text: str, encoding: str = "latin1") -> bytes:
@@ -126,11 +289,81 @@ def _latin1_bytes(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-_ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy.core.multiarray", "_reconstruct"): _empty_array,
-    ("numpy.core.numeric", "_frombuffer"): _array_from_buffer,
-    ("_codecs", "encode"): _latin1_bytes,
+@dataclass
+class _DType:
+    """A data type; its state, the byte order, follows."""
+
+    value: np.dtype
+
+
+def _dtype(text: str, align: Any = False, copy: Any = True) -> _DType:
+    """Of one number or text of fixed length: no records, arrays within arrays, or objects."""
+    dtype = np.dtype(text) if isinstance(text, str) and len(text) <= _MAX_DTYPE else None
+    if dtype is None or not dtype.itemsize or dtype.hasobject or dtype.names or dtype.subdtype:
+        raise ValueError(f"the data type {str(text)[:40]!r} is not that of an array of numbers")
+    return _DType(dtype)
+
+
+def _set_byte_order(dtype: _DType, state: Any) -> None:
+    dtype.value = dtype.value.newbyteorder(_expect(_expect(state, tuple)[1], str))
+
+
+def _empty_array(*_: Any) -> np.ndarray:
+    """What numpy pickles as the start of an array; its state follows."""
+    return np.empty(0, np.int8)
+
+
+def _fill_array(array: np.ndarray, state: tuple[Any, ...]) -> None:
+    _, shape, dtype, fortran, data = state
+    data = _raw(data)
+    if array.size or array.base is not None:  # other arrays may look into it by now
+        raise ValueError("an array is filled twice")
+    sides = _checked_shape(shape, dtype, data)
+    array.__setstate__((1, sides, dtype.value, bool(fortran), data))  # type: ignore[arg-type]  # a plain bool will do
+
+
+def _array_from_buffer(
+    data: Any, dtype: _DType, shape: tuple[int, ...], order: str, axes: tuple[int, ...] | None = None
+) -> np.ndarray:
+    """How pickle protocol 5 holds an array."""
+    shape = _checked_shape(shape, dtype, _raw(data))
+    flat: np.ndarray = np.frombuffer(data, dtype.value)
+    if order == "K" and axes is not None:
+        return flat.reshape(shape).transpose(axes)
+    return flat.reshape(shape, order="F" if order == "F" else "C")
+
+
+def _scalar(dtype: _DType, data: Any) -> Any:
+    _checked_shape((), dtype, _raw(data))
+    return np.frombuffer(_raw(data), dtype.value)[0]
+
+
+def _raw(data: Any) -> bytes:
+    """The bytes of an array: text in pickles of Python 2. Never another array, whose memory may go away."""
+    return data.encode("latin1") if isinstance(data, str) else _expect(data, bytes | bytearray)
+
+
+def _checked_shape(shape: Any, dtype: Any, data: bytes) -> tuple[int, ...]:
+    sides = tuple(_expect(side, int) for side in _expect(shape, tuple))
+    if len(sides) > MAX_DIMENSIONS or any(side < 0 for side in sides):
+        raise ValueError(f"an array of {len(sides)} dimensions")
+    if math.prod(sides) * _expect(dtype, _DType).value.itemsize != len(data):
+        raise ValueError(f"{len(data):,} bytes for an array of shape {sides} and type {dtype.value}")
+    return sides
+
+
+GLOBALS: dict[str, Callable[..., Any] | None] = {
+    "collections.OrderedDict": _mapping,
+    "collections.Counter": _mapping,
+    "argparse.Namespace": argparse.Namespace,
+    "builtins.set": _set,
+    "builtins.frozenset": _set,
+    "builtins.bytes": _bytes,
+    "builtins.bytearray": _bytes,
+    "_codecs.encode": _latin1_bytes,
+    "numpy.ndarray": None,
+    "numpy.dtype": _dtype,
+    "numpy.core.multiarray._reconstruct": _empty_array,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy.core.numeric._frombuffer": _array_from_buffer,
 }

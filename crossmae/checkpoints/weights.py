@@ -1,43 +1,30 @@
-"""Weight files: read any of them safely, load them strictly, write them atomically.
-
-Every tensor of file and model is accounted for before anything is loaded; what may be missing or left over is
-named at the call site. Silent partial loading is the costliest failure of transfer learning, so there is no
-lenient mode.
-"""
+"""Weight files: read any of them safely, say what is in them, write them atomically."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from crossmae.checkpoints.files import file_kind, find_file, read_safetensors, state_dict, without_wrappers
-from crossmae.checkpoints.report import ENCODER_HOMES, Entry, LoadReport
-from crossmae.checkpoints.unpickle import read_numpy_pickle, read_torch_file
+from crossmae.checkpoints.digest import signed
+from crossmae.checkpoints.files import find_file, read_tensors
+from crossmae.checkpoints.huggingface import CONFIG, mlp_ratio, read_config
+from crossmae.checkpoints.keys import encoder_home, to_plain
+from crossmae.checkpoints.metadata import recorded_arguments
+from crossmae.checkpoints.report import ENCODER_HOMES
+from crossmae.checkpoints.resample import table_grid
+from crossmae.checkpoints.timm_folder import timm_metadata
 from crossmae.errors import UserError
 from crossmae.files import write_atomically
 from crossmae.variants import SIZES
-from crossmae.vit import ENCODER_PREFIXES
-
-# Keys of the metadata in our safetensors files; all values are strings.
-FORMAT = "format"  # "crossmae": a pretraining model of this toolkit; "detectron2": a converted encoder
-MODEL_ARGUMENTS = "model"  # JSON: CrossMAE(**arguments)
-PIXEL_MEAN, PIXEL_STD = "pixel_mean", "pixel_std"  # JSON lists, RGB, for pixels scaled to 0 .. 1
-VERSION, STEP = "version", "step"
-UNKNOWN = "unknown"  # what a converted file says where its source did not record a value
-# Where our .pth and .pkl files keep the same metadata, beside the tensors.
-PICKLED_METADATA = "crossmae_metadata"
-# JSON of the settings that a published file holds in a namespace.
-PUBLISHED_ARGUMENTS = "published_args"
+from crossmae.vit import ENCODER_PREFIXES, patch_grid
 
 MAX_NAMES = 5
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
@@ -51,41 +38,68 @@ class Weights:
         path: the file itself, also where a folder was given.
         format: "crossmae" or "mae" (whole pretraining models), "encoder", "finetuned", "linear_probe",
             "detectron2" (an encoder under `backbone.net.`), "detector" (that and more), or "unknown".
-        tensors: on the CPU, without the wrappers `module.`, `_orig_mod.` and `model.`.
+        tensors: on the CPU, under plain names (those of timm and of the published files) where they have one, without
+            the wrappers `module.`, `_orig_mod.` and `model.`.
         metadata: strings; of our own files the keys above, else what the file says about itself.
+        layout: whose names the file has: "plain", "hf-vit", "hf-vitmae" or "mmpretrain".
+        sources: plain name -> names in the file, where they differ.
+        notes: plain name -> what was done to give the tensor its plain form.
+        beside: what else the file holds: "optimizer", "epoch", "args", ...
+        resampled: plain names of the tensors that were brought to another size.
     """
 
     path: Path
     format: str
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+    layout: str = "plain"
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    beside: tuple[str, ...] = ()
+    resampled: frozenset[str] = frozenset()
 
 
-def read_weights(path: str | Path) -> Weights:
+def read_weights(path: str | Path, *, finite: bool = True, ema: bool = False, trust: bool = False) -> Weights:
     """Read a weight file, whatever wrote it, without running anything in it.
 
     Args:
         path: a `.safetensors` file; a `.pth` or `.pt` file: a state dict or the layout of the published
             CrossMAE and MAE files; a `.pkl` of numpy arrays as detectron2 writes; or a folder: a pretraining
-            run (its final model, else its latest complete checkpoint) or one checkpoint of a run. Contents
-            decide, not the suffix.
+            run (its final model, else its latest complete checkpoint), one checkpoint of a run, or a transformers or
+            timm folder, sharded or not. Contents decide, not the suffix.
+        finite: NaN and infinity are errors.
+        ema: take averaged weights, and an error where the file has none; see `crossmae.checkpoints.wrappers`.
+        trust: run whatever code is in a pickle, after a warning with the file's SHA-256. For the converter alone.
 
     Raises:
         UserError: no such file; a folder without weights; empty, damaged, a web page or a git-lfs pointer;
-            refers to code; not a state dict; holds NaN or infinity.
+            refers to code; not a state dict; not what was written, by its digest; holds NaN or infinity.
     """
     file = find_file(Path(path))
-    kind = file_kind(file)
-    metadata: dict[str, str] = {}
-    if kind == "safetensors":
-        tensors, metadata = read_safetensors(file)
+    contents = read_tensors(file, ema=ema, trust=trust)
+    if finite:
+        _check_finite(contents.tensors, file)
+    return replace(translated(file, contents.tensors, contents.metadata), beside=contents.beside)
+
+
+def translated(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Weights:
+    """The tensors of a file under plain names, with what a config.json beside it says; on any device, meta too.
+
+    Raises:
+        UserError: names that are of a layout but incomplete; a config.json of transformers or timm that is wrong.
+    """
+    try:
+        found = to_plain(tensors, _recorded_grid(metadata))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    if found.layout in ("hf-vit", "hf-vitmae"):
+        beside = read_config(file.parent, found.tensors) if (file.parent / CONFIG).is_file() else {}
     else:
-        content = read_torch_file(file) if kind == "torch" else read_numpy_pickle(file)
-        metadata = _pickled_metadata(content)
-        tensors = state_dict(content, file)
-    tensors = without_wrappers(tensors)
-    _check_finite(tensors, file)
-    return Weights(file, detect_format(tensors), tensors, metadata)
+        beside = timm_metadata(file.parent) if found.layout == "plain" else {}
+    metadata = beside | metadata  # ours, in the file itself, is as old as the tensors
+    return Weights(
+        file, detect_format(found.tensors), found.tensors, metadata, found.layout, found.sources, found.notes
+    )
 
 
 def detect_format(tensors: Mapping[str, Any]) -> str:
@@ -146,76 +160,17 @@ def encoder_arguments(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     depth = 1 + max((int(found[1]) for name in tensors if (found := _BLOCK.match(name))), default=-1)
     arguments: dict[str, Any] = {"embed_dim": E, "depth": depth, "patch_size": p, "in_chans": C}
     if "blocks.0.mlp.fc1.weight" in tensors:
-        arguments["mlp_ratio"] = tensors["blocks.0.mlp.fc1.weight"].shape[0] / E
-    if side := _square_side(tensors.get("pos_embed")):
-        arguments["img_size"] = side * p
+        arguments["mlp_ratio"] = mlp_ratio(E, tensors["blocks.0.mlp.fc1.weight"].shape[0])
+    if (table := tensors.get("pos_embed")) is not None and table.ndim == 3:
+        with suppress(UserError):  # a grid that is not square: no shape tells it
+            (rows, _), _ = table_grid(table.shape[1], None, p)
+            arguments["img_size"] = rows * p
     if heads := {size.embed_dim: size.num_heads for size in SIZES.values()}.get(E):
         arguments["num_heads"] = heads
     recorded = recorded_arguments(metadata or {})
     if "img_size" in recorded:
         arguments["img_size"] = _int_if_square(recorded["img_size"])
     return arguments | {key: recorded[key] for key in ("num_heads",) if key in recorded}
-
-
-def recorded_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The constructor arguments of `CrossMAE` that a file of ours records; {} where it records none.
-
-    Raises:
-        UserError: the record is not a JSON object.
-    """
-    text = metadata.get(MODEL_ARGUMENTS, "{}")
-    try:
-        arguments = json.loads(text)
-    except json.JSONDecodeError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise UserError(f"metadata {MODEL_ARGUMENTS!r} of a weight file: expected a JSON object, got {text[:80]!r}")
-    return arguments
-
-
-def load_encoder(
-    model: nn.Module,
-    weights: Weights | str | Path,
-    *,
-    new: tuple[str, ...] = (),
-    dropped: tuple[str, ...] = (),
-) -> LoadReport:
-    """Load the encoder of any file into a model whose encoder has the plain keys.
-
-    Args:
-        model: a `ViTEncoder`, or another module with its key names.
-        weights: read already, or where to read.
-        new: regular expressions, matched from the start of a key, for tensors of the model that the file may
-            lack.
-        dropped: the same for encoder tensors of the file that the model may lack. Norm, decoder and heads of
-            the file are never wanted, and reported as dropped.
-
-    Raises:
-        UserError: a tensor is missing, left over or of another shape; the message holds the table. Nothing
-            was loaded.
-    """
-    weights = weights if isinstance(weights, Weights) else read_weights(weights)
-    source = encoder_tensors(weights)
-    report = _compare(model, weights, source, new, dropped)
-    home = encoder_home(weights.tensors) or ""
-    others = [name for name in weights.tensors if name.removeprefix(home) not in source]
-    report.entries += [Entry(name, "dropped", "not part of the encoder") for name in others]
-    _load(model, weights, source, report)
-    return report
-
-
-def load_model(
-    model: nn.Module,
-    weights: Weights | str | Path,
-    *,
-    new: tuple[str, ...] = (),
-    dropped: tuple[str, ...] = (),
-) -> LoadReport:
-    """Load a whole model, key by key; arguments and errors as `load_encoder`."""
-    weights = weights if isinstance(weights, Weights) else read_weights(weights)
-    report = _compare(model, weights, weights.tensors, new, dropped)
-    _load(model, weights, weights.tensors, report)
-    return report
 
 
 def save_weights(
@@ -227,7 +182,8 @@ def save_weights(
         UserError: the file exists and `force` is not set, or the disk refuses.
     """
     packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_file(Path(path), lambda file: save_file(packed, file, dict(metadata)), force=force)
+    noted = signed(packed, metadata)
+    write_file(Path(path), lambda file: save_file(packed, file, noted), force=force)
 
 
 def write_file(path: Path, write: Callable[[Path], Any], *, force: bool = False) -> None:
@@ -256,19 +212,8 @@ def check_destination(path: Path, *, force: bool = False) -> None:
         raise UserError(f"{path}: exists already and is left as it is; name another file, or overwrite it with --force")
 
 
-def _pickled_metadata(content: Any) -> dict[str, str]:
-    """Metadata of our own pickled files, and the settings in published ones."""
-    if not isinstance(content, Mapping):
-        return {}
-    ours = content.get(PICKLED_METADATA)
-    metadata = {str(key): str(value) for key, value in ours.items()} if isinstance(ours, Mapping) else {}
-    if isinstance(content.get("args"), argparse.Namespace):
-        metadata[PUBLISHED_ARGUMENTS] = json.dumps(vars(content["args"]), default=str, sort_keys=True)
-    return metadata
-
-
 def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    bad = [name for name, tensor in tensors.items() if not _finite(tensor)]
     if bad:
         more = f" and {len(bad) - MAX_NAMES} more" if len(bad) > MAX_NAMES else ""
         raise UserError(
@@ -277,91 +222,22 @@ def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
         )
 
 
-def encoder_home(tensors: Mapping[str, Any]) -> str | None:
-    """The prefix under which the keys of an encoder are, or None: no encoder that we know."""
-    return next((home for home in ENCODER_HOMES if f"{home}patch_embed.proj.weight" in tensors), None)
+def _finite(tensor: Tensor) -> bool:
+    if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
+        tensor = tensor.float()  # torch can not tell of 8-bit floats
+    return bool(torch.isfinite(tensor).all())
+
+
+def _recorded_grid(metadata: Mapping[str, str]) -> tuple[int, int] | None:
+    """Rows and columns of patches, where the file records them."""
+    recorded = recorded_arguments(metadata)
+    if not {"img_size", "patch_size"} <= recorded.keys():
+        return None
+    size = recorded["img_size"]
+    return patch_grid(size if isinstance(size, int) else tuple(size), recorded["patch_size"])
 
 
 def _int_if_square(img_size: Any) -> int | tuple[int, int]:
     """Equal sides as one number, so that sizes can be compared."""
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     return int(height) if height == width else (int(height), int(width))
-
-
-def _square_side(pos_embed: Tensor | None) -> int | None:
-    """Patches along a side, of a square table with or without a class row."""
-    rows = 0 if pos_embed is None or pos_embed.ndim != 3 else pos_embed.shape[1]
-    sides = [math.isqrt(count) for count in (rows - 1, rows) if count > 0 and math.isqrt(count) ** 2 == count]
-    return sides[0] if sides else None
-
-
-def _compare(
-    model: nn.Module,
-    weights: Weights,
-    source: Mapping[str, Tensor],
-    new: tuple[str, ...],
-    dropped: tuple[str, ...],
-) -> LoadReport:
-    """Account for every tensor of `source` and of the model."""
-    report = LoadReport(str(weights.path), type(model).__name__)
-    target = model.state_dict()
-    for name, tensor in target.items():
-        report.entries.append(_compare_one(name, source.get(name), tensor, new))
-    for name, tensor in source.items():
-        if name not in target:
-            accepted = _matches(name, dropped)
-            reason = "not wanted by the model" if accepted else "unexpected, the model has no such tensor"
-            report.entries.append(Entry(name, "dropped", reason, file_shape=tuple(tensor.shape), accepted=accepted))
-    return report
-
-
-def _compare_one(name: str, found: Tensor | None, wanted: Tensor, new: tuple[str, ...]) -> Entry:
-    shape = tuple(wanted.shape)
-    if found is None:
-        accepted = _matches(name, new)
-        reason = "keeps its initial value" if accepted else "missing from the file"
-        return Entry(name, "new", reason, model_shape=shape, accepted=accepted)
-    if found.shape != wanted.shape:
-        return Entry(name, "mismatched", "", tuple(found.shape), shape, accepted=False)
-    reason = "" if found.dtype == wanted.dtype else f"{_dtype(found)} to {_dtype(wanted)}"
-    return Entry(name, "used", reason, shape, shape)
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(re.match(pattern, name) for pattern in patterns)
-
-
-def _load(model: nn.Module, weights: Weights, source: Mapping[str, Tensor], report: LoadReport) -> None:
-    """Copy what the report calls used, or raise before anything is copied."""
-    problem = _different_architecture(model, weights)
-    if not problem and not report.ok:
-        problem = "see the tensors marked !" if report.count("used") else "no tensor is in both"
-    if problem:
-        headline = f"{weights.path} ({weights.format}) does not fit {report.target}: {problem}"
-        raise UserError(f"{headline}. Nothing was loaded.\n{report.table()}")
-    model.load_state_dict({name: source[name] for name in report.names("used")}, strict=False)
-
-
-def _different_architecture(model: nn.Module, weights: Weights) -> str:
-    """How the encoders of file and model differ in constructor arguments, or ""."""
-    target = model.state_dict()
-    if encoder_home(weights.tensors) is None or "patch_embed.proj.weight" not in target:
-        return ""
-    held = encoder_arguments(encoder_tensors(weights), weights.metadata)
-    expected = encoder_arguments(target)
-    if isinstance(grid := getattr(model, "grid", None), tuple):
-        expected["img_size"] = _int_if_square([side * expected["patch_size"] for side in grid])
-    # No shape shows the number of heads: only what the file records is compared with what the model has.
-    heads = getattr(dict(model.named_modules()).get("blocks.0.attn"), "num_heads", None)
-    if heads is None or "num_heads" not in recorded_arguments(weights.metadata):
-        held.pop("num_heads", None)
-    expected["num_heads"] = heads
-    differing = [key for key in held if held[key] != expected.get(key, held[key])]
-    if not differing:
-        return ""
-    values = [", ".join(f"{key} {arguments[key]}" for key in differing) for arguments in (held, expected)]
-    return f"the file holds a ViT with {values[0]}; the model expects {values[1]}"

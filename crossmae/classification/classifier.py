@@ -11,7 +11,8 @@ from pydantic import BaseModel, Json, ValidationError
 from torch import nn
 
 import crossmae
-from crossmae.checkpoints.weights import (
+from crossmae.checkpoints.loading import load
+from crossmae.checkpoints.metadata import (
     FORMAT,
     MODEL_ARGUMENTS,
     PIXEL_MEAN,
@@ -19,11 +20,9 @@ from crossmae.checkpoints.weights import (
     PUBLISHED_ARGUMENTS,
     STEP,
     VERSION,
-    Weights,
-    load_model,
-    read_weights,
 )
-from crossmae.classification.vit import Architecture, Head, architecture_of, build_vit, fit_input
+from crossmae.checkpoints.weights import Weights, read_weights
+from crossmae.classification.vit import Architecture, Head, architecture_of, build_vit
 from crossmae.data import published_crop_pct
 from crossmae.errors import UserError
 from crossmae.pretrained import BIT_DEPTH, IMAGENET_MEAN, IMAGENET_STD
@@ -140,7 +139,7 @@ def load_classifier(path: str | Path, img_size: int | Sequence[int] | None = Non
     values, sentences = ({}, {}) if ours else _assume(weights, architecture)
     record = _read_record(weights, values, architecture)
     model = build_vit(architecture, len(record.classes), record.pool, head=record.head)
-    load_model(model, fit_input(model, weights, weights.tensors)[0])
+    load(model, weights, resample=True)
     return Classifier(
         path=weights.path,
         model=model.eval(),

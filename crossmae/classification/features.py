@@ -24,14 +24,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from crossmae.checkpoints.weights import (
-    MODEL_ARGUMENTS,
-    PUBLISHED_ARGUMENTS,
-    Weights,
-    detect_format,
-    encoder_home,
-    recorded_arguments,
-)
+from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, PUBLISHED_ARGUMENTS, recorded_arguments
+from crossmae.checkpoints.weights import Weights, detect_format, encoder_home
 from crossmae.classification.data import CentreViews, evaluation_loader, readable_batches
 from crossmae.classification.vit import Architecture, architecture_of, build_vit, load_encoder_weights
 from crossmae.data import Normalize, keyed_randomness

@@ -16,7 +16,8 @@ import sklearn
 import torch
 from torch import Tensor
 
-from crossmae.checkpoints.weights import PIXEL_MEAN, PIXEL_STD, Weights, read_weights
+from crossmae.checkpoints.metadata import PIXEL_MEAN, PIXEL_STD
+from crossmae.checkpoints.weights import Weights, read_weights
 from crossmae.classification import few_shot as few_shots
 from crossmae.classification import knn, linear, logistic
 from crossmae.classification.data import find_classes, find_several, label_targets, warn_of_absent

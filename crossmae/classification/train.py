@@ -20,7 +20,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from crossmae.checkpoints.files import find_file
-from crossmae.checkpoints.weights import Weights, read_weights, recorded_arguments, save_weights
+from crossmae.checkpoints.metadata import recorded_arguments
+from crossmae.checkpoints.weights import Weights, read_weights, save_weights
 from crossmae.classification.augment import TrainView, keyed_everywhere
 from crossmae.classification.classifier import BEST, classifier_metadata
 from crossmae.classification.config import FinetuneConfig

@@ -5,27 +5,17 @@ Shapes: L patches, E width, N classes.
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
-from crossmae.checkpoints.report import Entry, LoadReport
-from crossmae.checkpoints.weights import (
-    MODEL_ARGUMENTS,
-    Weights,
-    encoder_arguments,
-    encoder_home,
-    encoder_tensors,
-    load_model,
-    recorded_arguments,
-)
+from crossmae.checkpoints.loading import load
+from crossmae.checkpoints.metadata import recorded_arguments
+from crossmae.checkpoints.report import LoadReport
+from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_home, encoder_tensors
 from crossmae.errors import UserError
 from crossmae.layers import LayerNorm
 from crossmae.probe import Pool
@@ -34,14 +24,6 @@ from crossmae.vit import patch_grid
 log = logging.getLogger(__name__)
 
 Head = Literal["linear", "batchnorm"]
-
-# What of a file is not the encoder of a plain ViT, and why it stays behind. Everything else must have its place.
-_LEFT_OUT = {
-    r"mask_token$|decoder_|wfm\.|dec_norms\.": "of pretraining alone",
-    r"head\.": "another task's head; the model starts with a new one",
-    r"fc_norm\.": "belongs to another task's head",
-}
-_NO_FINAL_NORM = {r"norm\.": "average pooling has no norm before it"}
 
 
 @dataclass(frozen=True)
@@ -162,73 +144,26 @@ def load_encoder_weights(model: VisionTransformer, weights: Weights) -> LoadRepo
         UserError: no encoder; another architecture; a tensor that is missing, or that a plain ViT does not have; no
             class token where it is what is pooled. Nothing was loaded.
     """
-    encoder_tensors(weights)  # raises where there are none
-    kept, left = _split(weights, _LEFT_OUT if model.global_pool == "token" else _LEFT_OUT | _NO_FINAL_NORM)
+    cls = model.global_pool == "token"
     new = [r"head\.", r"fc_norm\."]
-    if "cls_token" not in kept:
-        if model.global_pool == "token":
+    home = encoder_home(weights.tensors) or ""
+    if f"{home}cls_token" not in weights.tensors:
+        encoder_tensors(weights)  # raises where there is no encoder at all
+        if cls:
             raise UserError(f"{weights.path}: holds no class token, which is to be pooled; use average pooling")
         new.append("cls_token$")
-    if not any(name.startswith("norm.") for name in kept):
+    if f"{home}norm.weight" not in weights.tensors:
         new.append(r"norm\.")
-    fitted, notes = fit_input(model, weights, kept)
-    report = load_model(model, fitted, new=tuple(new))
-    report.entries = [replace(entry, reason=notes.get(entry.name, entry.reason)) for entry in report.entries] + left
+    report = load(model, weights, part="encoder", also=("norm.",) if cls else (), new=tuple(new), resample=True)
+    for entry in report.entries:
+        if entry.status == "resampled":
+            log.info("%s of %s: %s", entry.name, weights.path, entry.reason)
     fresh = report.names("new")
     if "norm.weight" in fresh:
         log.info("%s has no final norm: that of class-token pooling starts anew, with scale 1, shift 0", weights.path)
     if "cls_token" in fresh:
         log.info("%s has no class token: it starts anew", weights.path)
     return report
-
-
-def fit_input(model: VisionTransformer, weights: Weights, tensors: dict[str, Tensor]) -> tuple[Weights, dict[str, str]]:
-    """Patch filters and position table for the model's patch size, channels and grid, computed in float32.
-
-    Args:
-        weights: whose `path` and record of the architecture count.
-        tensors: of it, under plain keys. What fits already stays as it is.
-
-    Returns:
-        The file with those tensors, ready for `load_model`, and what was done, by key.
-
-    Raises:
-        UserError: no patch embedding, or the file's grid is not known.
-    """
-    found = encoder_arguments(tensors, weights.metadata)
-    fitted, notes = dict(tensors), {}
-    filters, wanted = tensors["patch_embed.proj.weight"], model.patch_embed.proj.weight
-    done = []
-    if filters.shape[2:] != wanted.shape[2:]:
-        done.append(f"resampled {_sides(filters.shape[2:])} to {_sides(wanted.shape[2:])} pixels")
-        filters = resample_patch_embed(filters.float(), list(wanted.shape[2:]))
-    if filters.shape[1] != wanted.shape[1]:
-        done.append(f"{filters.shape[1]} channels to {wanted.shape[1]}")
-        filters = adapt_channels(filters.float(), wanted.shape[1])
-    if done:
-        fitted["patch_embed.proj.weight"], notes["patch_embed.proj.weight"] = filters, ", ".join(done)
-    table, grid = tensors.get("pos_embed"), model.patch_embed.grid_size
-    if table is not None and table.ndim == 3 and (old := _table_grid(weights, table, found, grid)) != grid:
-        fitted["pos_embed"] = resample_abs_pos_embed(table.float(), list(grid), list(old))
-        notes["pos_embed"] = f"resampled {_sides(old)} to {_sides(grid)}"
-    for name, note in notes.items():
-        log.info("%s of %s: %s", name, weights.path, note)
-    # The number of heads is all that the record knows better than the shapes do now.
-    heads = {key: value for key, value in recorded_arguments(weights.metadata).items() if key == "num_heads"}
-    return replace(weights, tensors=fitted, metadata={MODEL_ARGUMENTS: json.dumps(heads)}), notes
-
-
-def adapt_channels(filters: Tensor, channels: int) -> Tensor:
-    """Patch filters (E, C, p, p) for another number of channels.
-
-    For one channel they are summed, so that a grey image gives the tokens that its copy in every channel gave; for
-    others repeated in order and scaled by C / channels, to keep the sum's size. timm's `adapt_input_conv` does the
-    same from three channels; from others, only its recent versions.
-    """
-    C = filters.shape[1]
-    if channels == 1:
-        return filters.sum(dim=1, keepdim=True)
-    return filters.repeat(1, math.ceil(channels / C), 1, 1)[:, :channels] * (C / channels)
 
 
 def parameter_groups(model: VisionTransformer, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
@@ -271,36 +206,3 @@ def _new_linear(width: int, num_classes: int, std: float) -> nn.Linear:
     nn.init.trunc_normal_(linear.weight, std=std, a=-4 * std, b=4 * std)
     nn.init.zeros_(linear.bias)
     return linear
-
-
-def _split(weights: Weights, left_out: dict[str, str]) -> tuple[dict[str, Tensor], list[Entry]]:
-    """What must find its place, under plain keys, and what is left out."""
-    home = encoder_home(weights.tensors) or ""
-    kept: dict[str, Tensor] = {}
-    left: list[Entry] = []
-    for name, tensor in weights.tensors.items():
-        plain = name.removeprefix(home)
-        reason = next((reason for pattern, reason in left_out.items() if re.match(pattern, plain)), None)
-        if not name.startswith(home):
-            reason = "outside the encoder"
-        if reason:
-            left.append(Entry(name, "dropped", reason, file_shape=tuple(tensor.shape)))
-        else:
-            kept[plain] = tensor
-    return kept, left
-
-
-def _table_grid(weights: Weights, table: Tensor, found: dict[str, Any], wanted: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns that a file's position table is for: recorded, else square, else as wanted."""
-    grids = [patch_grid(found["img_size"], found["patch_size"])] if "img_size" in found else []
-    for grid in (*grids, wanted):
-        if grid[0] * grid[1] + 1 == table.shape[1]:
-            return grid
-    raise UserError(
-        f"{weights.path}: the {table.shape[1]} rows of pos_embed are not one for the class token and a square of "
-        "others; if its grid is not square, set img_size to the height and width that the file was trained with"
-    )
-
-
-def _sides(size: tuple[int, ...]) -> str:
-    return " x ".join(str(side) for side in size)

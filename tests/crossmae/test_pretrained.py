@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from crossmae.checkpoints.weights import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, save_weights
+from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD
+from crossmae.checkpoints.weights import save_weights
 from crossmae.errors import UserError
 from crossmae.model import CrossMAE
 from crossmae.pretrained import IMAGENET_MEAN, IMAGENET_STD, load_pretrained

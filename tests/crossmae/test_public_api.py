@@ -19,8 +19,6 @@ PUBLIC = {
     "create_model",
     "list_models",
     "load_config",
-    "load_encoder",
-    "load_model",
     "pretrain",
     "read_weights",
 }

@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 from safetensors.torch import save_file
 
 from crossmae import CrossMAE
-from crossmae.checkpoints.conversion import convert_to_detectron2
+from crossmae.checkpoints import convert
 from crossmae.checkpoints.weights import read_weights
 from crossmae.errors import UserError
 from det.config import load_det_config
@@ -145,7 +145,8 @@ def test_a_converted_file_of_the_published_layout_loads_though_its_pixel_statist
     pretrained = random_model(decoder="self")
     torch.save({"model": pretrained.state_dict()}, tmp_path / "published.pth")
     converted = tmp_path / "converted.pth"
-    convert_to_detectron2(read_weights(tmp_path / "published.pth"), converted)
+    given = {"num_heads": pretrained.blocks[0].attn.num_heads, "decoder_num_heads": 2}
+    convert(tmp_path / "published.pth", converted, "detectron2", given=given)
     assert read_weights(converted).metadata["pixel_mean"] == "unknown"
     cfg.MODEL.WEIGHTS = str(converted)
     detector = build_model(cfg)
@@ -189,7 +190,7 @@ def test_another_architecture_names_the_key_and_its_value(tmp_path, cfg, argumen
     ("change", "row"),
     [
         (lambda tensors: tensors.pop("blocks.1.mlp.fc2.weight"), r"! new +blocks\.1"),
-        (lambda tensors: tensors.update({"blocks.0.ls1.gamma": torch.ones(24)}), r"! dropped +blocks\.0"),
+        (lambda tensors: tensors.update({"blocks.0.q_norm.weight": torch.ones(24)}), r"! dropped +blocks\.0"),
         (lambda tensors: tensors.update({"blocks.0.norm1.bias": torch.ones(23)}), r"! mismatched +blocks\.0"),
     ],
     ids=["missing", "left over", "another shape"],

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crossmae.checkpoints.weights import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, save_weights
+from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD
+from crossmae.checkpoints.weights import save_weights
 from crossmae.classification import probe as module
 from crossmae.classification.probe_config import ProbeRunConfig
 from crossmae.config import load_typed_config

@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from crossmae.checkpoints.weights import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, save_weights
+from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD
+from crossmae.checkpoints.weights import save_weights
 from crossmae.errors import USER_ERROR_EXIT_CODE, UserError, run_cli
 from crossmae.gallery import Result
 from crossmae.model import CrossMAE
-from tools.reconstruct import build_parser, main, parse_settings, table
+from crossmae.pretrained import parse_settings
+from tools.reconstruct import build_parser, main, table
 
 SHARED = Path(__file__).parents[3] / "shared/golden"
 TINY = {"img_size": [16, 24], "patch_size": 8, "in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 2}

@@ -1,4 +1,5 @@
-"""Proves that conversion is bit-exact, carries its provenance, and is loaded by detectron2 itself."""
+"""Proves that a conversion accounts for every tensor, resamples what was asked for, carries its provenance, keeps
+nothing that its proof refutes, and leaves everything else on disk alone."""
 
 from __future__ import annotations
 
@@ -12,34 +13,46 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crossmae.checkpoints.conversion import LICENCE, NON_COMMERCIAL, TARGETS, convert_to_crossmae, convert_to_detectron2
-from crossmae.checkpoints.weights import (
-    FORMAT,
-    PIXEL_MEAN,
-    PIXEL_STD,
-    VERSION,
-    Weights,
-    encoder_tensors,
-    load_model,
-    read_weights,
-    save_weights,
-)
+from crossmae.checkpoints import Sizes, convert, load
+from crossmae.checkpoints import conversion as conversion_module
+from crossmae.checkpoints.conversion import MODEL_DEFAULTS, plan, report_beside
+from crossmae.checkpoints.loading import load as load_weights
+from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, PUBLISHED_ARGUMENTS, VERSION
+from crossmae.checkpoints.provenance import LICENCE, NON_COMMERCIAL, UNSTATED
+from crossmae.checkpoints.targets import TARGETS
+from crossmae.checkpoints.weights import Weights, detect_format, encoder_tensors, read_weights, save_weights
 from crossmae.errors import UserError
 from crossmae.model import CrossMAE
+from crossmae.vit import ViTEncoder
 
-TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
-TINY |= {"decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2}
+SHARED = Path(__file__).parents[4] / "shared/golden"
+ENCODER: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
+DECODER: dict[str, Any] = {"decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2}
+GIVEN = {"num_heads": 3, "decoder_num_heads": 2}
 MEAN, STD = json.dumps([0.5, 0.4, 0.3]), json.dumps([0.2, 0.2, 0.2])
 
 
-def source(path: Path, metadata: dict[str, str] | None = None, **overrides: Any) -> Weights:
-    """A pretraining model's file: ours with metadata, else in the published layout."""
-    tensors = CrossMAE(**TINY | overrides).state_dict()
-    if metadata is None:
-        torch.save({"model": tensors}, path)
-    else:
-        save_weights(path, tensors, metadata)
-    return read_weights(path)
+def randomised(model: nn.Module) -> nn.Module:
+    """Values with which every tensor counts."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if not name.endswith("pos_embed"):
+                tensor.copy_(0.2 * torch.randn_like(tensor) + ("norm" in name and name.endswith("weight")))
+    return model
+
+
+def own(path: Path, metadata: dict[str, str] | None = None, **overrides: Any) -> Path:
+    """A file of ours."""
+    arguments = ENCODER | DECODER | overrides
+    record = {FORMAT: "crossmae", MODEL_ARGUMENTS: json.dumps(arguments), VERSION: "0.1.0"} | (metadata or {})
+    save_weights(path, randomised(CrossMAE(**arguments)).state_dict(), record)
+    return path
+
+
+def published(path: Path, **overrides: Any) -> Path:
+    """A file as the published scripts write it, as far as it matters here."""
+    torch.save({"model": randomised(CrossMAE(**ENCODER | DECODER | overrides)).state_dict()}, path)
+    return path
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -49,57 +62,273 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
+# What is written
+
+
 @pytest.mark.parametrize("suffix", TARGETS["detectron2"].suffixes)
 @pytest.mark.parametrize("decoder", ["cross", "self"])
 def test_detectron2_is_the_bit_equal_encoder(tmp_path: Path, suffix: str, decoder: str) -> None:
-    weights = source(tmp_path / "a.pth", decoder=decoder)
-    destination = tmp_path / f"b{suffix}"
-    report = convert_to_detectron2(weights, destination)
-    converted = read_weights(destination)
+    source = read_weights(own(tmp_path / "a.safetensors", decoder=decoder))
+    done = convert(source.path, tmp_path / f"b{suffix}", "detectron2")
+    converted = read_weights(done.destination)
     assert converted.format == converted.metadata[FORMAT] == "detectron2"
-    expected = encoder_tensors(weights)
     assert all(name.startswith("backbone.net.") for name in converted.tensors)
-    assert "cls_token" not in encoder_tensors(converted)
     assert converted.tensors["backbone.net.pos_embed"].shape == (1, 17, 24)
+    expected = encoder_tensors(source)
     expected.pop("cls_token")
     assert_same(encoder_tensors(converted), expected)
-    assert set(report.names("used")) == set(expected)
-    assert len(report.entries) == len(weights.tensors)
+    assert set(done.report.names("used")) == set(expected)
+    assert done.proof.equal
 
 
-def test_a_converted_file_converts_again(tmp_path: Path) -> None:
-    weights = source(tmp_path / "a.pth")
-    convert_to_detectron2(weights, tmp_path / "b.pkl")
-    convert_to_detectron2(read_weights(tmp_path / "b.pkl"), tmp_path / "c.safetensors")
-    first, second = read_weights(tmp_path / "b.pkl"), read_weights(tmp_path / "c.safetensors")
-    assert_same(second.tensors, first.tensors)
-    assert second.metadata == first.metadata  # the first source and its licence stay on record
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("decoder", ["cross", "cross_self", "self"])
+def test_whole_models_stay_whole(tmp_path: Path, suffix: str, decoder: str) -> None:
+    to = "mae" if decoder == "self" else "crossmae"
+    source = read_weights(own(tmp_path / "a.safetensors", decoder=decoder, fuse_blocks=[0, -1]))
+    done = convert(source.path, tmp_path / f"b{suffix}", to)
+    converted = read_weights(done.destination)
+    assert_same(converted.tensors, source.tensors)
+    arguments = json.loads(converted.metadata[MODEL_ARGUMENTS])
+    assert arguments == MODEL_DEFAULTS | ENCODER | DECODER | {"decoder": decoder, "fuse_blocks": [0, -1]}
+    model = CrossMAE(**arguments)
+    load(model, converted)
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    first = CrossMAE(**arguments)
+    load_weights(first, source)
+    assert torch.equal(model(images, noise=noise).pred, first(images, noise=noise).pred)
+
+
+def test_encoder_only(tmp_path: Path) -> None:
+    own(tmp_path / "a.safetensors", decoder="self")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "mae", encoder_only=True)
+    converted = read_weights(tmp_path / "b.safetensors")
+    assert converted.format == "encoder"
+    assert {name for name in converted.tensors if not name.startswith(("blocks.", "patch_embed."))} == {
+        "cls_token", "pos_embed", "norm.weight", "norm.bias"
+    }  # fmt: skip
+    assert json.loads(converted.metadata[MODEL_ARGUMENTS]).keys() == ENCODER.keys() | {"in_chans", "mlp_ratio"}
 
 
 def test_bfloat16_becomes_float32_where_numpy_has_none(tmp_path: Path) -> None:
-    weights = source(tmp_path / "a.pth")
-    half = Weights(weights.path, weights.format, {k: v.bfloat16() for k, v in weights.tensors.items()}, {})
-    convert_to_detectron2(half, tmp_path / "b.pkl")
-    converted = read_weights(tmp_path / "b.pkl").tensors["backbone.net.patch_embed.proj.weight"]
-    assert torch.equal(converted, half.tensors["patch_embed.proj.weight"].float())
+    tensors = {name: tensor.bfloat16() for name, tensor in ViTEncoder(**ENCODER).state_dict().items()}
+    save_weights(tmp_path / "a.safetensors", tensors, {MODEL_ARGUMENTS: json.dumps(ENCODER)})
+    convert(tmp_path / "a.safetensors", tmp_path / "b.pkl", "detectron2")
+    convert(tmp_path / "a.safetensors", tmp_path / "c", "timm")
+    filters = tensors["patch_embed.proj.weight"]
+    found = read_weights(tmp_path / "b.pkl").tensors["backbone.net.patch_embed.proj.weight"]
+    assert torch.equal(found, filters.float())
+    assert torch.equal(read_weights(tmp_path / "c").tensors["patch_embed.proj.weight"], filters)
 
 
-def test_crossmae_is_the_whole_model(tmp_path: Path) -> None:
-    weights = source(tmp_path / "a.pth")
-    convert_to_crossmae(weights, tmp_path / "b.safetensors")
-    assert_same(read_weights(tmp_path / "b.safetensors").tensors, weights.tensors)
-    load_model(CrossMAE(**TINY), tmp_path / "b.safetensors")
-    convert_to_detectron2(weights, tmp_path / "c.pth")
-    with pytest.raises(UserError, match="format detectron2; only whole pretraining models"):
-        convert_to_crossmae(read_weights(tmp_path / "c.pth"), tmp_path / "d.safetensors")
+@pytest.mark.parametrize("name", ["crossmae", "mae"])
+def test_official_files_become_everything(tmp_path: Path, name: str) -> None:
+    path = SHARED / f"{name}_official_layout.pth"
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not here")
+    weights = read_weights(path)
+    assert {"optimizer", "epoch", "args"} <= set(weights.beside)
+    with pytest.raises(UserError, match=r"no shape tells .*num_heads=16"):
+        convert(path, tmp_path / "a.safetensors", name)
+    for to, target in TARGETS.items():
+        if to.startswith("hf-"):
+            pytest.importorskip("transformers")
+        done = convert(path, tmp_path / f"{to}{target.suffixes[0]}", to, given=GIVEN)
+        assert done.proof.equal, done.proof.sentence()
+        assert len(done.report.entries) >= len(weights.tensors)
+        assert done.metadata[LICENCE] == NON_COMMERCIAL
+        kept = read_weights(done.destination)
+        for key, tensor in encoder_tensors(kept).items():
+            assert torch.equal(tensor, weights.tensors[key]), key
+        if to == name:
+            assert_same(kept.tensors, weights.tensors)
+            assert PUBLISHED_ARGUMENTS in kept.metadata
+
+
+MANIFESTS = json.loads((SHARED / "state_dict_manifests.json").read_text()) if SHARED.is_dir() else {"absent": {}}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_manifests_of_the_released_sizes_convert(tmp_path: Path, name: str) -> None:
+    if name == "absent":
+        pytest.skip("state_dict_manifests.json is not here")
+    shapes = MANIFESTS[name]
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    weights = Weights(tmp_path / "a.pth", detect_format(tensors), tensors, {})
+    for to in TARGETS:
+        planned = plan(weights, to)
+        assert planned.refused == ()
+        assert len([entry for entry in planned.report.entries if entry.status != "new"]) == len(shapes)
+        encoder = {key for key in shapes if key.startswith(("pos_embed", "patch_embed.", "blocks."))}
+        assert encoder <= planned.tensors.keys()
+        assert planned.whole == (to in (weights.format, "hf-vitmae" if weights.format == "mae" else ""))
+    if name != "crossmae_small":
+        return
+    torch.save({"model": {key: torch.randn(shape) for key, shape in shapes.items()}}, tmp_path / "a.pth")
+    done = convert(tmp_path / "a.pth", tmp_path / "b.safetensors", "crossmae")
+    assert done.report.summary() == "347 used"
+    assert done.proof.equal
+    assert done.assumed  # how many heads, and whether patches are standardised
+
+
+# Other sizes
+
+
+def test_sizes_are_resampled_and_recorded(tmp_path: Path) -> None:
+    own(tmp_path / "a.safetensors")
+    sizes = Sizes(img_size=(32, 64), patch_size=16, in_chans=1)
+    done = convert(tmp_path / "a.safetensors", tmp_path / "b", "timm", sizes=sizes)
+    converted = read_weights(tmp_path / "b")
+    assert converted.tensors["pos_embed"].shape == (1, 1 + 2 * 4, 24)
+    assert converted.tensors["patch_embed.proj.weight"].shape == (24, 1, 16, 16)
+    recorded = json.loads(converted.metadata[MODEL_ARGUMENTS])
+    assert (recorded["img_size"], recorded["patch_size"], recorded["in_chans"]) == ([32, 64], 16, 1)
+    assert set(done.report.names("resampled")) == {"pos_embed", "patch_embed.proj.weight"}
+    reasons = {entry.name: entry.reason for entry in done.report.entries}
+    assert "8 x 8 to 16 x 16" in reasons["patch_embed.proj.weight"]
+    assert "4 x 4 to 2 x 4" in reasons["pos_embed"]
+    assert "after resampling" in done.proof.sentence()
+    assert done.proof.equal
+
+
+def test_the_same_sizes_change_nothing(tmp_path: Path) -> None:
+    source = read_weights(own(tmp_path / "a.safetensors"))
+    done = convert(source.path, tmp_path / "b.pth", "crossmae", sizes=Sizes(img_size=32, patch_size=8, in_chans=3))
+    assert done.report.names("resampled") == []
+    assert_same(read_weights(tmp_path / "b.pth").tensors, source.tensors)
+
+
+def test_fixed_positions_are_made_anew_where_they_stay_fixed(tmp_path: Path) -> None:
+    own(tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "crossmae", sizes=Sizes(img_size=48))
+    model = CrossMAE(**ENCODER | DECODER | {"img_size": 48})
+    fixed = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith("pos_embed")}
+    load(model, tmp_path / "b.safetensors")
+    for name, tensor in fixed.items():
+        torch.testing.assert_close(model.state_dict()[name], tensor)
+
+
+def test_a_decoder_predicts_pixels(tmp_path: Path) -> None:
+    own(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"a\.safetensors: .*decoder"):
+        convert(tmp_path / "a.safetensors", tmp_path / "b.pth", "crossmae", sizes=Sizes(in_chans=1))
+    done = convert(
+        tmp_path / "a.safetensors", tmp_path / "b.pth", "crossmae", sizes=Sizes(in_chans=1), encoder_only=True
+    )
+    assert "3 channels to 1" in done.report.table()
+
+
+# Detectors
+
+
+def detector(path: Path, window: int = 2) -> dict[str, Tensor]:
+    """A detector's file: detectron2's own ViT with relative positions, and something around it."""
+    vit = pytest.importorskip("detectron2.modeling.backbone.vit")
+    model = vit.ViT(
+        img_size=64, patch_size=8, embed_dim=24, depth=3, num_heads=3, window_size=window, window_block_indexes=[0, 2],
+        norm_layer=partial(nn.LayerNorm, eps=1e-6), pretrain_img_size=32, use_rel_pos=True,
+    )  # fmt: skip
+    tensors = {f"backbone.net.{name}": tensor for name, tensor in randomised(model).state_dict().items()}
+    torch.save({"model": tensors | {"roi_heads.box_head.fc1.weight": torch.randn(4, 4)}}, path)
+    return tensors
+
+
+def test_the_encoder_of_a_detector(tmp_path: Path) -> None:
+    tensors = detector(tmp_path / "a.pth")
+    done = convert(tmp_path / "a.pth", tmp_path / "b.pkl", "detectron2", given={"num_heads": 3})
+    assert_same(read_weights(tmp_path / "b.pkl").tensors, tensors)
+    assert next(entry for entry in done.report.entries if entry.status == "dropped").reason == "outside the encoder"
+    assert done.proof.equal
+    assert "detectron2's ViT (source)" in done.proof.sentence()
+
+
+def test_windows_are_resampled(tmp_path: Path) -> None:
+    tensors = detector(tmp_path / "a.pth")
+    sizes = Sizes(window=4)
+    done = convert(tmp_path / "a.pth", tmp_path / "b.pth", "detectron2", sizes=sizes, given={"num_heads": 3})
+    kept = read_weights(tmp_path / "b.pth").tensors
+    assert kept["backbone.net.blocks.0.attn.rel_pos_h"].shape == (7, 8)
+    whole = "backbone.net.blocks.1.attn.rel_pos_w"  # of the global block
+    assert torch.equal(kept[whole], tensors[whole])
+    assert done.proof.equal
+
+
+def test_relative_positions_are_not_lost_by_accident(tmp_path: Path) -> None:
+    detector(tmp_path / "a.pth")
+    before = set(tmp_path.iterdir())
+    with pytest.raises(UserError) as error:
+        convert(tmp_path / "a.pth", tmp_path / "b", "timm", given={"num_heads": 3})
+    assert "the encoder computes something else" in str(error.value)
+    words = str(error.value).split("--drop ")[1:]
+    patterns = tuple(word.split("'")[1] for word in words)
+    assert set(tmp_path.iterdir()) == before
+    done = convert(tmp_path / "a.pth", tmp_path / "b", "timm", given={"num_heads": 3}, drop=patterns)
+    assert "without blocks.0.attn.rel_pos_h, blocks.0.attn.rel_pos_w..." in done.proof.sentence()
+    assert done.proof.equal
+
+
+def test_transformers_needs_a_class_token(tmp_path: Path) -> None:
+    own(tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.pth", "detectron2")
+    with pytest.raises(UserError, match="holds no class token"):
+        convert(tmp_path / "b.pth", tmp_path / "c", "hf-vit")
+
+
+# The table, the proof and the report
+
+
+def test_every_tensor_is_in_the_report_with_its_names(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    source = read_weights(own(tmp_path / "a.safetensors"))
+    convert(source.path, tmp_path / "b", "hf-vit")
+    record = json.loads((tmp_path / "b.conversion.json").read_text())
+    entries = {entry["name"]: entry for entry in record["tensors"]}
+    assert entries.keys() == source.tensors.keys() | {"norm.weight", "norm.bias"}
+    assert entries["norm.weight"]["status"] == "new"
+    assert entries["wfm.linear.weight"]["status"] == "dropped"
+    assert [name.split(".")[-2] for name in entries["blocks.0.attn.qkv.weight"]["targets"]] == ["query", "key", "value"]
+    back = convert(tmp_path / "b", tmp_path / "c.safetensors", "crossmae")
+    joined = next(entry for entry in back.report.entries if entry.name == "blocks.0.attn.qkv.weight")
+    assert joined.sources == tuple(entries["blocks.0.attn.qkv.weight"]["targets"])
+    assert record["proof"]["equal"] is True
+    assert record["metadata"]["source_sha256"] == hashlib.sha256(source.path.read_bytes()).hexdigest()
+
+
+def test_what_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own(tmp_path / "a.safetensors")
+    before = set(tmp_path.iterdir())
+    write = TARGETS["timm"].write
+
+    def swapped(path: Path, content: Any) -> Any:
+        first, second = "blocks.0.norm1.weight", "blocks.0.norm2.weight"
+        content.tensors[first], content.tensors[second] = content.tensors[second], content.tensors[first]
+        return write(path, content)
+
+    target = conversion_module.replace(TARGETS["timm"], write=swapped)
+    monkeypatch.setitem(TARGETS, "timm", target)
+    with pytest.raises(UserError, match="computes something else, and is gone"):
+        convert(tmp_path / "a.safetensors", tmp_path / "b", "timm")
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_missing_library_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own(tmp_path / "a.safetensors")
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    done = convert(tmp_path / "a.safetensors", tmp_path / "b", "hf-vit")
+    assert not done.proof.ran
+    assert "transformers is not installed" in done.proof.sentence()
+    assert (tmp_path / "b/model.safetensors").is_file()
+
+
+# Provenance
 
 
 def test_provenance_of_the_published_layout(tmp_path: Path) -> None:
-    weights = source(tmp_path / "a.pth")
-    convert_to_detectron2(weights, tmp_path / "b.pth")
-    metadata = read_weights(tmp_path / "b.pth").metadata
+    path = published(tmp_path / "a.pth")
+    metadata = convert(path, tmp_path / "b.pth", "detectron2", given=GIVEN).metadata
+    assert metadata == read_weights(tmp_path / "b.pth").metadata | {}
     assert metadata["source_file"] == "a.pth"
-    assert metadata["source_sha256"] == hashlib.sha256((tmp_path / "a.pth").read_bytes()).hexdigest()
+    assert metadata["source_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert metadata["source_format"] == "crossmae"
     assert metadata[PIXEL_MEAN] == metadata[PIXEL_STD] == "unknown"
     assert metadata[LICENCE] == NON_COMMERCIAL
@@ -107,59 +336,96 @@ def test_provenance_of_the_published_layout(tmp_path: Path) -> None:
 
 
 def test_provenance_of_our_own_file(tmp_path: Path) -> None:
-    recorded = {FORMAT: "crossmae", PIXEL_MEAN: MEAN, PIXEL_STD: STD, VERSION: "0.1.0"}
-    convert_to_detectron2(source(tmp_path / "a.safetensors", recorded), tmp_path / "b.pkl")
-    metadata = read_weights(tmp_path / "b.pkl").metadata
+    own(tmp_path / "a.safetensors", {PIXEL_MEAN: MEAN, PIXEL_STD: STD})
+    metadata = convert(tmp_path / "a.safetensors", tmp_path / "b.pkl", "detectron2").metadata
     assert (metadata[PIXEL_MEAN], metadata[PIXEL_STD]) == (MEAN, STD)
     assert LICENCE not in metadata
 
 
-def test_refusals_touch_nothing(tmp_path: Path) -> None:
-    weights = source(tmp_path / "a.pth")
-    before = weights.path.read_bytes()
-    with pytest.raises(UserError, match=r"b\.bin: the suffix.*one of \.pth, \.pkl, \.safetensors"):
-        convert_to_detectron2(weights, tmp_path / "b.bin")
-    with pytest.raises(UserError, match="same file; the source is never touched"):
-        convert_to_detectron2(weights, tmp_path / "a.pth", force=True)
+def test_the_first_source_stays_on_record(tmp_path: Path) -> None:
+    first = convert(published(tmp_path / "a.pth"), tmp_path / "b.pkl", "detectron2", given=GIVEN)
+    second = convert(tmp_path / "b.pkl", tmp_path / "c.safetensors", "detectron2")
+    for key in ("source_file", "source_sha256", "source_format", LICENCE):
+        assert second.metadata[key] == first.metadata[key]
+
+
+def test_licence_of_a_model_card(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    own(tmp_path / "a.safetensors", decoder="self")
+    convert(tmp_path / "a.safetensors", tmp_path / "b", "hf-vit")
+    weights = read_weights(tmp_path / "b")
+    save_weights(tmp_path / "b/model.safetensors", *_names_of(tmp_path / "b/model.safetensors"), force=True)
+    assert convert(tmp_path / "b", tmp_path / "c.pth", "mae").metadata[LICENCE] == UNSTATED
+    (tmp_path / "b/README.md").write_text("---\nlicense: apache-2.0\ntags: []\n---\nWords.")
+    assert "The source says: apache-2.0" in convert(tmp_path / "b", tmp_path / "d.pth", "mae").metadata[LICENCE]
+    assert weights.layout == "hf-vit"
+
+
+def _names_of(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A file's tensors as somebody else would have written them: without our record."""
+    from safetensors.torch import load_file
+
+    return load_file(path), {"format": "pt"}
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("destination", "to", "told"),
+    [
+        ("b.bin", "detectron2", r"b\.bin: the suffix.*one of \.pth, \.pkl, \.safetensors"),
+        ("b.pth", "hf-vit", r"b\.pth: the suffix.*one of none \(a folder\)"),
+        ("a.pth", "detectron2", "the same; the source is never touched"),
+        ("old.pth", "detectron2", "exists already"),
+        ("folder", "hf-vit", "exists already"),
+        ("b.pth", "onnx", "unknown format; known: crossmae, mae, timm"),
+    ],
+)
+def test_refusals_touch_nothing(tmp_path: Path, destination: str, to: str, told: str) -> None:
+    published(tmp_path / "a.pth")
     (tmp_path / "old.pth").write_bytes(b"old")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=told):
+        convert(tmp_path / "a.pth", tmp_path / destination, to, given=GIVEN)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_force(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    path = published(tmp_path / "a.pth")
+    with pytest.raises(UserError, match="the same; the source is never touched"):
+        convert(path, path, "crossmae", given=GIVEN, force=True)
+    for _ in range(2):
+        convert(path, tmp_path / "b", "hf-vit", given=GIVEN, force=True)
+    assert sorted(file.name for file in (tmp_path / "b").iterdir()) == ["config.json", "model.safetensors"]
+    (tmp_path / "b/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds notes\.txt, which --force would delete"):
+        convert(path, tmp_path / "b", "hf-vit", given=GIVEN, force=True)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a.pth", "b", "b.conversion.json"}
+
+
+def test_an_existing_report_is_not_overwritten(tmp_path: Path) -> None:
+    path = published(tmp_path / "a.pth")
+    report_beside(tmp_path / "b.pth").write_text("old")
     with pytest.raises(UserError, match="exists already"):
-        convert_to_detectron2(weights, tmp_path / "old.pth")
-    assert (tmp_path / "old.pth").read_bytes() == b"old"
-    assert weights.path.read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"a.pth", "old.pth"}
+        convert(path, tmp_path / "b.pth", "crossmae", given=GIVEN)
+    assert not (tmp_path / "b.pth").exists()
+    convert(path, tmp_path / "b.pth", "crossmae", given=GIVEN, report=tmp_path / "r.json")
+    assert (tmp_path / "r.json").is_file()
 
 
-# detectron2's ViT imports a module that timm has moved.
-@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
-def test_detectron2_loads_it(tmp_path: Path, suffix: str) -> None:
-    pytest.importorskip("detectron2")
-    from detectron2.checkpoint import DetectionCheckpointer
-    from detectron2.modeling.backbone.vit import ViT
+def test_arguments_that_contradict_the_file(tmp_path: Path) -> None:
+    own(tmp_path / "a.safetensors")
+    for given in ({"num_heads": 6}, {"depth": 2}, {"colour": 1}):
+        with pytest.raises(UserError, match=r"--set (num_heads|depth|colour)"):
+            convert(tmp_path / "a.safetensors", tmp_path / "b", "timm", given=given)
 
-    class Detector(nn.Module):
-        """The nesting of detectron2's detectors over its ViTDet."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.backbone = nn.Module()
-            self.backbone.net = ViT(
-                img_size=64, patch_size=8, embed_dim=24, depth=3, num_heads=3, window_size=4,
-                norm_layer=partial(nn.LayerNorm, eps=1e-6), pretrain_img_size=32, use_rel_pos=True,
-            )  # fmt: skip
-
-    weights = source(tmp_path / "a.pth")
-    convert_to_detectron2(weights, tmp_path / f"b{suffix}")
-    detector = Detector()
-    checkpointer = DetectionCheckpointer(detector)
-    incompatible = []
-    original = checkpointer._load_model
-    checkpointer._load_model = lambda checkpoint: incompatible.append(original(checkpoint)) or incompatible[0]
-    rest = checkpointer.load(str(tmp_path / f"b{suffix}"))
-    assert incompatible[0].unexpected_keys == []
-    assert incompatible[0].incorrect_shapes == []
-    assert all(".attn.rel_pos_" in name for name in incompatible[0].missing_keys)
-    assert rest["matching_heuristics"] is False
-    expected = encoder_tensors(weights)
-    expected.pop("cls_token")
-    loaded = detector.backbone.net.state_dict()
-    assert_same({name: loaded[name] for name in expected}, expected)
+def test_registers_are_refused_by_name(tmp_path: Path) -> None:
+    tensors = ViTEncoder(**ENCODER).state_dict() | {"reg_token": torch.zeros(1, 4, 24)}
+    save_weights(tmp_path / "a.safetensors", tensors, {MODEL_ARGUMENTS: json.dumps(ENCODER)})
+    with pytest.raises(UserError, match=r"reg_token: register tokens.*--drop 'reg_token'"):
+        convert(tmp_path / "a.safetensors", tmp_path / "b", "timm")

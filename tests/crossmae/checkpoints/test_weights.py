@@ -17,16 +17,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from crossmae.checkpoints.loading import load
+from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, PUBLISHED_ARGUMENTS
 from crossmae.checkpoints.weights import (
-    FORMAT,
-    MODEL_ARGUMENTS,
-    PUBLISHED_ARGUMENTS,
     Weights,
     detect_format,
     encoder_arguments,
     encoder_tensors,
-    load_encoder,
-    load_model,
     read_weights,
     save_weights,
 )
@@ -88,7 +85,7 @@ def test_published_layout(tmp_path: Path) -> None:
     assert json.loads(weights.metadata[PUBLISHED_ARGUMENTS])["model"] == "mae_vit_base_patch16"
     assert_same(weights.tensors, state(model))
     other = build()
-    report = load_model(other, weights)
+    report = load(other, weights)
     assert_same(state(other), state(model))
     assert report.ok
     assert report.count("used") == len(model.state_dict()) == len(report.entries)
@@ -104,7 +101,7 @@ def test_official_files(name: str, decoder: str, depth: int) -> None:
     weights = read_weights(path)
     assert weights.format == name
     model = build(decoder=decoder, decoder_depth=depth)
-    load_model(model, weights)
+    load(model, weights)
     assert_same(state(model), weights.tensors)
 
 
@@ -337,7 +334,7 @@ def test_encoder_of_a_pretraining_model(decoder: str) -> None:
     model = build(decoder=decoder)
     weights = Weights(Path("x"), "crossmae", state(model), {})
     encoder = ViTEncoder(**ENCODER)
-    report = load_encoder(encoder, weights)
+    report = load(encoder, weights, part="encoder")
     assert_same(state(encoder), encoder_tensors(weights))
     assert report.count("used") + report.count("dropped") == len(weights.tensors) == len(report.entries)
     images = torch.randn(2, 3, 32, 32)
@@ -373,7 +370,7 @@ def weights_of(model: torch.nn.Module, metadata: dict[str, str] | None = None) -
 def check_refusal(model: torch.nn.Module, weights: Weights, *told: str, **allowed: tuple[str, ...]) -> str:
     before = state(model)
     with pytest.raises(UserError) as caught:
-        load_encoder(model, weights, **allowed)
+        load(model, weights, **allowed, part="encoder")
     assert_same(state(model), before)
     for text in ("source.pth", "Nothing was loaded", *told):
         assert text in str(caught.value)
@@ -389,7 +386,7 @@ def test_missing_and_unexpected_tensors() -> None:
     weights.tensors["blocks.1.ls1.gamma"] = torch.ones(24)
     message = check_refusal(ViTEncoder(**ENCODER), weights, "unexpected, the model has no such tensor: ls1.gamma")
     assert "! dropped" in message
-    report = load_encoder(ViTEncoder(**ENCODER), weights, dropped=(r"blocks\.\d+\.ls1\.",))
+    report = load(ViTEncoder(**ENCODER), weights, dropped=(r"blocks\.\d+\.ls1\.",), part="encoder")
     assert report.names("dropped") == ["blocks.1.ls1.gamma"]
     # A pattern is matched from the start of the key, not anywhere in it.
     check_refusal(ViTEncoder(**ENCODER), weights, "ls1.gamma", dropped=("ls1",))
@@ -399,7 +396,7 @@ def test_allowed_new_tensors_keep_their_values() -> None:
     model, weights = build(), weights_of(ViTEncoder(**ENCODER))
     check_refusal(model, weights, "decoder_blocks.0-1")
     before = state(model)
-    report = load_encoder(model, weights, new=("decoder_", "dec_norms", "wfm", "mask_token"))
+    report = load(model, weights, new=("decoder_", "dec_norms", "wfm", "mask_token"), part="encoder")
     assert_same(
         {name: tensor for name, tensor in state(model).items() if name not in weights.tensors},
         {name: before[name] for name in report.names("new")},
@@ -438,20 +435,20 @@ def test_mismatches_are_never_allowed() -> None:
 
 def test_nothing_in_common_is_an_error() -> None:
     with pytest.raises(UserError, match="no tensor is in both"):
-        load_model(build(), weights_of(torch.nn.Linear(2, 2)), new=(".",), dropped=(".",))
+        load(build(), weights_of(torch.nn.Linear(2, 2)), new=(".",), dropped=(".",))
 
 
 def test_load_model_is_strict_both_ways() -> None:
     with pytest.raises(UserError, match=r"! new +decoder_blocks\.0-1"):
-        load_model(build(), weights_of(ViTEncoder(**ENCODER)))
+        load(build(), weights_of(ViTEncoder(**ENCODER)))
     with pytest.raises(UserError, match=r"! dropped +decoder_blocks\.0-1"):
-        load_model(ViTEncoder(**ENCODER), weights_of(build()))
+        load(ViTEncoder(**ENCODER), weights_of(build()))
 
 
 def test_half_precision_is_reported() -> None:
     weights = weights_of(ViTEncoder(**ENCODER).half())
     model = ViTEncoder(**ENCODER)
-    assert "float16 to float32" in load_encoder(model, weights).table()
+    assert "float16 to float32" in load(model, weights, part="encoder").table()
     assert torch.equal(model.cls_token, weights.tensors["cls_token"].float())
 
 

@@ -12,12 +12,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from crossmae.checkpoints.conversion import convert_to_detectron2
-from crossmae.checkpoints.weights import FORMAT, read_weights, save_weights
+from crossmae.checkpoints import convert
+from crossmae.checkpoints.metadata import FORMAT
+from crossmae.checkpoints.resample import resample_positions
+from crossmae.checkpoints.weights import read_weights, save_weights
 from crossmae.classification.classifier import classifier_metadata, load_classifier
 from crossmae.classification.vit import Architecture, architecture_of, build_vit, load_encoder_weights
 from crossmae.errors import UserError
@@ -127,7 +128,7 @@ def test_another_size_is_resampled(tmp_path: Path, img_size: Any) -> None:
     loaded = load_classifier(write(tmp_path / "a.safetensors", model), img_size)
     height, width = (48, 48) if img_size == 48 else img_size
     assert loaded.architecture == dataclasses.replace(TINY, img_size=(height, width))
-    wanted = resample_abs_pos_embed(model.pos_embed, [height // 8, width // 8], [4, 4])
+    wanted = resample_positions(model.pos_embed, (4, 4), (height // 8, width // 8))
     assert torch.equal(loaded.model.pos_embed, wanted)  # type: ignore[arg-type]
     assert loaded.model(torch.randn(1, 3, height, width)).shape == (1, 4)
     with pytest.raises(UserError, match=r"a\.safetensors: img_size \(36, 36\) is not a multiple of patch_size 8"):
@@ -237,7 +238,7 @@ def test_heads_and_sides_are_known_to_whatever_starts_from_it(tmp_path: Path) ->
     load_encoder_weights(build_vit(architecture, 9), read_weights(path))
     with pytest.raises(UserError, match="num_heads 6; the model expects num_heads 3"):
         load_encoder_weights(build_vit(dataclasses.replace(architecture, num_heads=3), 9), read_weights(path))
-    convert_to_detectron2(read_weights(path), tmp_path / "b.pth")
+    convert(path, tmp_path / "b.pth", "crossmae", encoder_only=True)
     assert architecture_of(read_weights(tmp_path / "b.pth")) == architecture
-    with pytest.raises(UserError, match=r"no classifier \(format: detectron2\)"):
+    with pytest.raises(UserError, match=r"no classifier \(format: encoder\)"):
         load_classifier(tmp_path / "b.pth")

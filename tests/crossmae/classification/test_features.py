@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crossmae.checkpoints.weights import MODEL_ARGUMENTS, PUBLISHED_ARGUMENTS, Weights, detect_format
+from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, PUBLISHED_ARGUMENTS
+from crossmae.checkpoints.weights import Weights, detect_format
 from crossmae.classification.features import (
     Views,
     extract,

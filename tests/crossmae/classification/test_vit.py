@@ -16,18 +16,20 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.layers import resample_patch_embed
 from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from crossmae.checkpoints.conversion import convert_to_detectron2
+from crossmae.checkpoints import convert
+from crossmae.checkpoints.loading import load
+from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS
 from crossmae.checkpoints.report import split_name
-from crossmae.checkpoints.weights import FORMAT, MODEL_ARGUMENTS, Weights, load_encoder, read_weights, save_weights
+from crossmae.checkpoints.resample import resample_positions
+from crossmae.checkpoints.weights import Weights, read_weights, save_weights
 from crossmae.classification.vit import (
     Architecture,
-    adapt_channels,
     architecture_of,
     build_vit,
     load_encoder_weights,
@@ -73,11 +75,10 @@ def assert_same_features(model: VisionTransformer, path: Path, norm: bool = Fals
     """The tokens of timm's model are those of our encoder with the file's weights, in double precision to 1e-10."""
     size, channels = model.patch_embed.img_size, model.patch_embed.proj.in_channels
     own = ViTEncoder(**vars(SMALL) | {"img_size": size, "in_chans": channels})
-    load_encoder(own, path)
+    load(own, path, part="encoder")
     own.double()
     imgs = torch.randn(2, channels, *size, dtype=torch.float64)
     with torch.no_grad():
-        own.cls_token += own.pos_embed[:, :1]  # not used by our encoder: zero in pretraining, but not after fine-tuning
         tokens = own.features(own.embed(imgs), [own.depth - 1])[0]
         if norm:
             scale, shift = (read_weights(path).tensors[f"norm.{name}"].double() for name in ("weight", "bias"))
@@ -285,8 +286,8 @@ def test_half_a_final_norm_is_an_error() -> None:
 def test_encoder_converted_for_detection(tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     encoder = pretrained()
-    save_weights(tmp_path / "a.safetensors", encoder.state_dict(), {})
-    convert_to_detectron2(read_weights(tmp_path / "a.safetensors"), tmp_path / f"b{suffix}")
+    save_weights(tmp_path / "a.safetensors", encoder.state_dict(), {MODEL_ARGUMENTS: json.dumps({"num_heads": 3})})
+    convert(tmp_path / "a.safetensors", tmp_path / f"b{suffix}", "detectron2")
     weights = read_weights(tmp_path / f"b{suffix}")
     with pytest.raises(UserError, match="no class token, which is to be pooled; use average pooling"):
         load_encoder_weights(build(pool="cls"), weights)
@@ -313,7 +314,7 @@ def test_timm_and_fine_tuned_files(tmp_path: Path, pool: str) -> None:
         "head.bias",
         *(f"{'fc_' * (pool == 'avg')}norm.{x}" for x in ("weight", "bias")),
     }
-    assert "new one" in reasons["head.weight"]
+    assert "another task's head" in reasons["head.weight"]
     assert torch.equal(model.head.weight, before)
     assert_same_features(model, tmp_path / "a.pth")
 
@@ -380,7 +381,7 @@ def test_positions_are_resampled_by_timm(img_size: tuple[int, int], caplog: pyte
     model = build(change(img_size=img_size))
     report = load_encoder_weights(model, held(tensors, img_size=32))
     grid = (img_size[0] // 8, img_size[1] // 8)
-    assert torch.equal(model.pos_embed, resample_abs_pos_embed(tensors["pos_embed"], list(grid), [4, 4]))
+    assert torch.equal(model.pos_embed, resample_positions(tensors["pos_embed"], (4, 4), grid))
     assert f"resampled 4 x 4 to {grid[0]} x {grid[1]}" in report.table()
     assert f"pos_embed of a.pth: resampled 4 x 4 to {grid[0]} x {grid[1]}" in caplog.text
 
@@ -390,20 +391,20 @@ def test_positions_of_as_many_patches_in_another_shape() -> None:
     tensors = pretrained().state_dict()
     model = build(change(img_size=(16, 64)))
     load_encoder_weights(model, held(tensors))
-    assert torch.equal(model.pos_embed, resample_abs_pos_embed(tensors["pos_embed"], [2, 8], [4, 4]))
+    assert torch.equal(model.pos_embed, resample_positions(tensors["pos_embed"], (4, 4), (2, 8)))
     tensors = pretrained(change(img_size=(16, 64))).state_dict()
     model = build()
     load_encoder_weights(model, held(tensors, img_size=[16, 64]))
-    assert torch.equal(model.pos_embed, resample_abs_pos_embed(tensors["pos_embed"], [4, 4], [2, 8]))
+    assert torch.equal(model.pos_embed, resample_positions(tensors["pos_embed"], (2, 8), (4, 4)))
 
 
 def test_grid_that_nobody_knows() -> None:
     oblong = pretrained(change(img_size=(16, 48))).state_dict()
     load_encoder_weights(build(change(img_size=(16, 48))), held(oblong))  # as the model says
-    with pytest.raises(UserError, match=r"a\.pth: the 13 rows of pos_embed .* set img_size"):
+    with pytest.raises(UserError, match=r"a\.pth: the grid of a position table of 13 rows .* give img_size"):
         load_encoder_weights(build(), held(oblong))
     without_class_row = pretrained().state_dict() | {"pos_embed": torch.randn(1, 16, 24)}
-    with pytest.raises(UserError, match="the 16 rows of pos_embed"):
+    with pytest.raises(UserError, match=r"mismatched +pos_embed"):
         load_encoder_weights(build(), held(without_class_row))
 
 
@@ -414,7 +415,7 @@ def test_patch_filters_are_resampled_by_timm(dtype: torch.dtype) -> None:
     weights = held(tensors)
     model = build(architecture_of(weights, patch_size=16, img_size=48, num_heads=3))
     report = load_encoder_weights(model, weights)
-    filters = resample_patch_embed(tensors["patch_embed.proj.weight"].float(), [16, 16])
+    filters = resample_patch_embed(tensors["patch_embed.proj.weight"].float(), [16, 16]).to(dtype).float()
     assert torch.equal(model.patch_embed.proj.weight, filters)
     assert "resampled 14 x 14 to 16 x 16 pixels" in report.table()
     assert "resampled 2 x 2 to 3 x 3" in report.table()
@@ -433,15 +434,6 @@ def test_channels_are_adapted_as_by_timm(old: int, new: int) -> None:
     assert model(torch.randn(2, new, 32, 32)).shape == (2, 5)
 
 
-def test_grey_pixels_give_the_same_tokens_in_any_number_of_channels() -> None:
-    grey, filters = torch.randn(2, 1, 8, 8), torch.randn(24, 3, 8, 8)
-    tokens = nn.functional.conv2d(grey.expand(-1, 3, -1, -1), filters)
-    one = adapt_channels(filters, 1)
-    torch.testing.assert_close(nn.functional.conv2d(grey, one), tokens, rtol=1e-4, atol=1e-4)
-    back = nn.functional.conv2d(grey.expand(-1, 6, -1, -1), adapt_channels(filters, 6))
-    torch.testing.assert_close(back, tokens, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("side", [32, 48])
 def test_other_precisions_become_float32(dtype: torch.dtype, side: int) -> None:
@@ -451,10 +443,10 @@ def test_other_precisions_become_float32(dtype: torch.dtype, side: int) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.equal(model.cls_token, tensors["cls_token"].float())
     summed = tensors["patch_embed.proj.weight"].float().sum(dim=1, keepdim=True)
-    assert torch.equal(model.patch_embed.proj.weight, summed)
-    table = tensors["pos_embed"].float()
-    wanted = table if side == 32 else resample_abs_pos_embed(table, [6, 6], [4, 4])
-    assert torch.equal(model.pos_embed, wanted)
+    assert torch.equal(model.patch_embed.proj.weight, summed.to(dtype).float())
+    table = tensors["pos_embed"]
+    wanted = table if side == 32 else resample_positions(table, (4, 4), (6, 6))
+    assert torch.equal(model.pos_embed, wanted.float())
 
 
 # Parameter groups

@@ -1,0 +1,66 @@
+"""A checksum inside weight files: safetensors, plain pickles and old torch files have none of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from crossmae.errors import UserError
+
+DIGEST = "digest"  # its key in the metadata
+_KIND = "sha256:"  # what its value starts with, as no other value of ours does
+_SHOWN = 23
+
+
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over the names, types, shapes and values of all tensors and over the metadata.
+
+    Args:
+        tensors: under the names that they have in the file, in any order.
+        metadata: without regard to a digest in it.
+
+    Returns:
+        "sha256:" and 64 hexadecimal digits.
+    """
+    names = sorted(tensors)
+    described = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
+    rest = sorted((key, value) for key, value in metadata.items() if key != DIGEST)
+    found = hashlib.sha256(json.dumps([described, rest]).encode())
+    for name in names:
+        values = tensors[name].detach().cpu().contiguous().reshape(-1)  # a copy only of what is not contiguous
+        found.update(values.view(torch.uint8).numpy().data)
+    return _KIND + found.hexdigest()
+
+
+def signed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata to write beside these tensors: with their digest."""
+    return {**metadata, DIGEST: digest(tensors, metadata)}
+
+
+def check_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> dict[str, str]:
+    """Compare with the digest in the metadata, where there is one.
+
+    The metadata counts as well: a damaged `pixel_mean` costs as much accuracy as damaged weights.
+
+    Returns:
+        The metadata without the digest.
+
+    Raises:
+        UserError: something is not as it was written.
+    """
+    recorded = {key: value for key, value in metadata.items() if key == DIGEST or value.startswith(_KIND)}
+    rest = {key: value for key, value in metadata.items() if key not in recorded}
+    if recorded:
+        found = digest(tensors, rest)
+        if recorded != {DIGEST: found}:  # another key: this one's name was damaged
+            raise UserError(
+                f"{path}: the values are not those that were written (recorded digest "
+                f"{next(iter(recorded.values()))[:_SHOWN]}..., found {found[:_SHOWN]}...): changed or damaged after "
+                f"writing. Copy or download it again; after a change on purpose, remove {DIGEST!r} from its metadata"
+            )
+    return rest

@@ -1,0 +1,415 @@
+"""Names and shapes of other libraries' ViTs, translated to plain names and back.
+
+Plain names are those of timm's VisionTransformer and of the published files (method specification, section 1.3).
+
+| layout       | whose files                                                                                       |
+| ------------ | ------------------------------------------------------------------------------------------------- |
+| `plain`      | timm, the published files, ours, detectron2's ViTDet; layer scale and chunks of blocks are undone |
+| `hf-vit`     | transformers' ViTModel, ViTForImageClassification, ViTForMaskedImageModeling, ViTMAEModel         |
+| `hf-vitmae`  | transformers' ViTMAEForPreTraining                                                                |
+| `mmpretrain` | OpenMMLab's mmpretrain, mmcls, mmselfsup: VisionTransformer and MAE; read, not written            |
+
+Everything works on meta tensors as well, and nothing is left out: a tensor that has no plain name keeps its own.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from crossmae.checkpoints.report import ENCODER_HOMES, shorten
+from crossmae.errors import UserError
+
+ENCODER_MASK_TOKEN = "encoder_mask_token"  # of a masked encoder (DINOv2, SimMIM), unlike `mask_token` of MAE's decoder
+
+# Names inside and outside of blocks, as the hub's files have them and as transformers 4 and 5 both load them.
+_HF_BLOCK = {
+    "norm1": "layernorm_before",
+    "attn.q": "attention.attention.query",
+    "attn.k": "attention.attention.key",
+    "attn.v": "attention.attention.value",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+_HF_ENCODER = {
+    "cls_token": "embeddings.cls_token",
+    ENCODER_MASK_TOKEN: "embeddings.mask_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+    "pooler.dense": "pooler.dense",  # transformers' own, without a plain name
+}
+_HF_BESIDE = {
+    "hf-vit": {"head": "classifier", "decoder.0": "decoder.0"},  # the latter is ViTForMaskedImageModeling's
+    "hf-vitmae": {
+        "mask_token": "decoder.mask_token",
+        "decoder_pos_embed": "decoder.decoder_pos_embed",
+        "decoder_embed": "decoder.decoder_embed",
+        "decoder_norm": "decoder.decoder_norm",
+        "decoder_pred": "decoder.decoder_pred",
+    },
+}
+# Names that transformers 5 has in memory, and the decoder's blocks as its save_pretrained writes them.
+_HF5_BLOCK = {
+    "attention.q_proj": "attn.q",
+    "attention.k_proj": "attn.k",
+    "attention.v_proj": "attn.v",
+    "attention.o_proj": "attn.proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_HF_DECODER_BLOCKS = ("decoder.decoder_layers", "decoder.decoder_encoder.layer")
+
+_MM_BLOCK = {
+    **dict.fromkeys(("ln1", "norm1"), "norm1"),
+    **dict.fromkeys(("ln2", "norm2"), "norm2"),
+    "attn.qkv": "attn.qkv",
+    "attn.proj": "attn.proj",
+    "attn.attn.in_proj_weight": "attn.qkv.weight",  # of versions built on torch's MultiheadAttention
+    "attn.attn.in_proj_bias": "attn.qkv.bias",
+    "attn.attn.out_proj": "attn.proj",
+    "ffn.layers.0.0": "mlp.fc1",
+    "ffn.layers.1": "mlp.fc2",
+    "attn.gamma1.weight": "ls1.gamma",
+    "ffn.gamma2.weight": "ls2.gamma",
+}
+_MM_ENCODER = {
+    "cls_token": "cls_token",
+    "pos_embed": "pos_embed",
+    "patch_embed.projection": "patch_embed.proj",
+    **dict.fromkeys(("ln1", "norm1"), "norm"),
+    **dict.fromkeys(("ln2", "norm2"), "fc_norm"),  # of average pooling
+}
+_MM_NECK = {
+    "neck.mask_token": "mask_token",
+    "neck.decoder_pos_embed": "decoder_pos_embed",
+    "neck.decoder_embed": "decoder_embed",
+    **dict.fromkeys(("neck.ln1", "neck.norm1", "neck.decoder_norm"), "decoder_norm"),
+    "neck.decoder_pred": "decoder_pred",
+}
+_MM_HEAD = {"head.layers.head": "head", "head.fc": "head"}
+
+_IN_BLOCK = re.compile(r"(.+?)\.(\d+)\.(.+)")
+_CHUNKED = re.compile(r"blocks\.\d+\.(\d+\..+)")  # DINOv2's: blocks.<chunk>.<block>, the block counted over all chunks
+_QKV_PART = re.compile(r"(.+\.attn)\.([qkv])\.(weight|bias)")
+_QKV = re.compile(r"(.+\.attn)\.qkv\.(weight|bias)")
+_LAYER_SCALE = re.compile(r"(.*blocks\.\d+)\.(?:ls([12])\.gamma|gamma_([12]))")  # timm's, DINOv2's; DeiT III's
+_SCALED = {"1": "attn.proj", "2": "mlp.fc2"}
+
+_PLAIN_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+# What a plain ViT has no place for, by its name within the encoder's home; the first that matches is said.
+_NOT_PLAIN = {
+    r"reg_token|register_tokens": "register tokens",
+    r"dist_token": "DeiT's distillation token",
+    r"(norm_pre|pre_norm)\..+": "a norm before the first block",
+    r"attn_pool\..+": "attention pooling",
+    r"patch_embed\.(?!proj\.(weight|bias)$).+": "a patch embedding of more than one convolution",
+    r".*(relative_position|rel_pos_bias).*|blocks\.\d+\.attn\.[qkv]_bias": "BEiT's attention: relative position bias, "
+    "or queries, keys and values with biases of their own",
+    r"blocks\.\d+\.attn\.[qk]_norm\..+": "norms of queries and keys",
+    r"blocks\.\d+\.mlp\.(w1|w2|w3|w12|fc1_g|fc1_x)\..+": "a gated MLP (SwiGLU)",
+    r"blocks\.\d+\.(attns|ffns|in_proj|in_norm|out_proj|attn_out_proj|mlp_out_proj)\..+": "parallel blocks",
+    r"blocks\.\d+\.(post_norm|norm\d?_post|post_norm\d)\..+": "norms after attention or MLP",
+    r"blocks\.\d+\.(?!(" + "|".join(_PLAIN_BLOCK) + r")\.(weight|bias)$|attn\.rel_pos_[hw]$).+": "more in a block than "
+    "two norms, attention and an MLP",
+    r"(vit\.)?(embeddings\.|encoder\.layer\.|layers\.\d).*|backbone\.layers\.\d.*": "something without a plain name",
+}
+
+
+@dataclass(frozen=True)
+class Translated:
+    """The tensors of a file under plain names.
+
+    Attributes:
+        layout: "plain", "hf-vit", "hf-vitmae" or "mmpretrain". The names of a plain encoder keep the home that they
+            have in the file, `backbone.net.` for example.
+        tensors: under plain names where there is one, else under the file's own. Nothing is left out.
+        sources: plain name -> the names in the file, only where they differ: one for a new name, three where q, k, v
+            were joined, weight and gamma where layer scale was folded in.
+        notes: plain name -> what was done to the tensor beyond giving it another name.
+    """
+
+    layout: str
+    tensors: dict[str, Tensor]
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def encoder_home(tensors: Iterable[str]) -> str | None:
+    """The prefix under which the plain names of an encoder are, or None: no encoder under plain names."""
+    names = set(tensors)
+    return next((home for home in ENCODER_HOMES if f"{home}patch_embed.proj.weight" in names), None)
+
+
+def to_plain(tensors: Mapping[str, Tensor], grid: tuple[int, int] | None = None) -> Translated:
+    """Translate the names of any layout; the same tensors, but for what `notes` says.
+
+    | what                                        | becomes                                                    |
+    | ------------------------------------------- | ---------------------------------------------------------- |
+    | q, k, v of transformers                     | `attn.qkv`, bit for bit                                    |
+    | layer scale                                 | a factor of `attn.proj`, `mlp.fc2`; rounded to their dtype |
+    | DINOv2's `blocks.<chunk>.<block>.*`         | `blocks.<block>.*`                                         |
+    | a mask token of the encoder                 | `encoder_mask_token`                                       |
+    | positions without a row for the class token | a row of zeros is put first                                |
+
+    `mask_token` is MAE's where there is a decoder, `decoder_*`, and the token has three dimensions; else it is the
+    encoder's.
+
+    Args:
+        tensors: of one file, without wrappers.
+        grid: rows and columns of patches, where known. It tells whether the position table of a grid that is not
+            square has a row for the class token; without it, a number of rows that is a square says that it has none.
+
+    Raises:
+        UserError: names that are of a layout but incomplete (a query without its key), or two for one plain name.
+    """
+    layout, names = _plain_names(tensors)
+    found = Translated(layout, {})
+    for name, tensor in tensors.items():
+        if names[name] in found.tensors:
+            earlier = next(iter(found.sources.get(names[name], (names[name],))))
+            raise UserError(f"{earlier} and {name} are both {names[name]} in the layout {layout}; which one counts?")
+        found.tensors[names[name]] = tensor
+        if names[name] != name:
+            found.sources[names[name]] = (name,)
+    if layout.startswith("hf-"):
+        found = _join_qkv(found)
+    _fold_layer_scale(found)
+    home = encoder_home(found.tensors) or ""
+    _name_mask_token(found, home)
+    if layout == "plain":  # transformers and mmpretrain have the row wherever they have a class token
+        _add_class_row(found, home, grid)
+    return found
+
+
+def from_plain(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """The names that transformers' files on its hub have, versions 4 and 5 load them; the inverse of `to_plain`.
+
+    q, k, v are split, bit for bit, into tensors of their own memory. As in transformers' own files, names begin with
+    `vit.` where there is more than an encoder. ViTModel wants a pooler, which only its own files hold: load others with
+    `add_pooling_layer=False`.
+
+    Args:
+        tensors: under plain names, without a home.
+        layout: "hf-vit" or "hf-vitmae".
+
+    Raises:
+        UserError: another layout, a name without a place in it, or a qkv that is not three matrices.
+    """
+    if layout not in _HF_BESIDE:
+        raise UserError(f"{layout}: not a layout to write; one of {', '.join(_HF_BESIDE)}")
+    beside = _HF_BESIDE[layout]
+    prefix = "vit." if any(_look_up(beside, name) for name in tensors) else ""
+    stacks = {"blocks": f"{prefix}encoder.layer"}
+    if layout == "hf-vitmae":
+        stacks["decoder_blocks"] = _HF_DECODER_BLOCKS[0]
+    outside = {plain: f"{prefix}{name}" for plain, name in _HF_ENCODER.items()} | beside
+    parts = dict(part for item in tensors.items() for part in _split_qkv(*item))
+    written = {name: _rename(name, stacks, _HF_BLOCK, outside) for name in parts}
+    homeless = [name for name, new in written.items() if new is None]
+    if homeless:
+        raise UserError(f"no place in the layout {layout}, {_count(homeless)}: {shorten(homeless)}")
+    return {str(written[name]): tensor for name, tensor in parts.items()}
+
+
+def not_plain(tensors: Mapping[str, Tensor]) -> list[str]:
+    """What of an encoder a plain ViT has no place for: a sentence for each kind, or [].
+
+    An encoder of which something stays behind computes something else, so loading it must fail; inspecting need not.
+    That a block normalises after attention and MLP instead of before, under the same names, can not be seen.
+
+    Args:
+        tensors: of `to_plain`.
+    """
+    home = encoder_home(tensors) or ""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name in tensors:
+        inside = name.removeprefix(home)
+        if name.startswith(home) and not inside.startswith("decoder_"):
+            kind = next((kind for pattern, kind in _NOT_PLAIN.items() if re.fullmatch(pattern, inside)), None)
+            kinds[kind or _by_shape(tensors, home, inside)].append(name)
+    kinds.pop("", None)
+    return [f"{shorten(names)}: {kind}, which a plain ViT does not have" for kind, names in kinds.items()]
+
+
+def _plain_names(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, str]]:
+    """The layout, and the plain name, or the same, of every name."""
+    for prefix in ("vit.", ""):
+        if f"{prefix}embeddings.patch_embeddings.projection.weight" in tensors:
+            decoder = any(_look_up(_inverse(_HF_BESIDE["hf-vitmae"]), name) for name in tensors)
+            return "hf-vitmae" if decoder else "hf-vit", _hf_names(tensors, prefix)
+    for prefix in ("backbone.", ""):
+        blocks = (f"{prefix}layers.0.ln1.weight", f"{prefix}layers.0.norm1.weight")
+        if f"{prefix}patch_embed.projection.weight" in tensors and any(name in tensors for name in blocks):
+            return "mmpretrain", _mm_names(tensors, prefix)
+    home = encoder_home(tensors) or ""
+    return "plain", {name: _unchunked(name, home) for name in tensors}
+
+
+def _hf_names(tensors: Iterable[str], prefix: str) -> dict[str, str]:
+    stacks = dict.fromkeys((f"{prefix}encoder.layer", f"{prefix}layers"), "blocks")
+    stacks |= dict.fromkeys(_HF_DECODER_BLOCKS, "decoder_blocks")
+    encoder = {f"{prefix}{name}": plain for name, plain in _inverse(_HF_ENCODER).items()}
+    outside = encoder | _inverse(_HF_BESIDE["hf-vit"] | _HF_BESIDE["hf-vitmae"])
+    block = _inverse(_HF_BLOCK) | _HF5_BLOCK
+    return {name: _rename(name, stacks, block, outside) or name for name in tensors}
+
+
+def _mm_names(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, str]:
+    stacks = {f"{prefix}layers": "blocks", "neck.decoder_blocks": "decoder_blocks"}
+    outside = {f"{prefix}{name}": plain for name, plain in _MM_ENCODER.items()} | _MM_NECK
+    if "head.layers.pre_logits.weight" not in tensors:  # else the head sees that layer, not the encoder
+        outside |= _MM_HEAD
+    return {name: _rename(name, stacks, _MM_BLOCK, outside) or name for name in tensors}
+
+
+def _unchunked(name: str, home: str) -> str:
+    chunked = _CHUNKED.fullmatch(name.removeprefix(home)) if name.startswith(home) else None
+    return f"{home}blocks.{chunked[1]}" if chunked else name
+
+
+def _rename(name: str, stacks: Mapping[str, str], block: Mapping[str, str], outside: Mapping[str, str]) -> str | None:
+    """`name` by tables of stacks of blocks, modules within a block and modules outside; None where none has it."""
+    found = _IN_BLOCK.fullmatch(name)
+    if found and found[1] in stacks:
+        inside = _look_up(block, found[3])
+        return inside and f"{stacks[found[1]]}.{found[2]}.{inside}"
+    return _look_up(outside, name)
+
+
+def _look_up(table: Mapping[str, str], name: str) -> str | None:
+    """Another name for a tensor: by its whole name, or by its module's."""
+    if name in table:
+        return table[name]
+    module, _, leaf = name.rpartition(".")
+    return f"{table[module]}.{leaf}" if module in table and leaf in ("weight", "bias") else None
+
+
+def _inverse(table: Mapping[str, str]) -> dict[str, str]:
+    return {value: key for key, value in table.items()}
+
+
+def _join_qkv(found: Translated) -> Translated:
+    """Query, key and value, under the names attn.q, attn.k and attn.v, as one tensor at the place of the first."""
+    joined = Translated(found.layout, {})
+    for name, tensor in found.tensors.items():
+        part = _QKV_PART.fullmatch(name)
+        whole = f"{part[1]}.qkv.{part[3]}" if part else name
+        if part is None:
+            joined.tensors[name] = tensor
+            joined.sources.update({name: found.sources[name]} if name in found.sources else {})
+        elif whole not in joined.tensors:
+            three = [f"{part[1]}.{letter}.{part[3]}" for letter in "qkv"]
+            joined.tensors[whole] = _concatenate(found, three, found.sources[name][0])
+            joined.sources[whole] = tuple(source for name in three for source in found.sources[name])
+            joined.notes[whole] = "q, k, v joined"
+    return joined
+
+
+def _concatenate(found: Translated, three: list[str], origin: str) -> Tensor:
+    """Query, key and value, one below the other; `origin` is the name of one of them in the file."""
+    parts = dict(zip(("query", "key", "value"), three, strict=True))
+    missing = [part for part, name in parts.items() if name not in found.tensors]
+    if missing:
+        raise UserError(f"{origin}: without its {' and '.join(missing)}; the attention in this file is incomplete")
+    tensors = [found.tensors[name] for name in three]
+    if tensors[0].ndim == 0 or len({(tensor.shape, tensor.dtype) for tensor in tensors}) > 1:
+        described = ", ".join(_describe(tensor) for tensor in tensors)
+        raise UserError(f"{origin}: query, key and value do not go together: {described}")
+    return torch.cat(tensors)
+
+
+def _split_qkv(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """A qkv as three, each with its own memory (safetensors wants that); any other tensor as it is."""
+    found = _QKV.fullmatch(name)
+    if found is None:
+        return [(name, tensor)]
+    if tensor.ndim == 0 or tensor.shape[0] % 3:
+        raise UserError(f"{name}: {_describe(tensor)} is not query, key and value, three of one size")
+    return [
+        (f"{found[1]}.{letter}.{found[2]}", part.clone()) for letter, part in zip("qkv", tensor.chunk(3), strict=True)
+    ]
+
+
+def _fold_layer_scale(found: Translated) -> None:
+    """x + gamma * (W y + b) is x + (gamma * W) y + gamma * b, so that gamma needs no place of its own."""
+    for name in list(found.tensors):
+        scale = _LAYER_SCALE.fullmatch(name)
+        if scale is None:
+            continue
+        gamma, origin = found.tensors.pop(name), found.sources.pop(name, (name,))
+        layer = f"{scale[1]}.{_SCALED[scale[2] or scale[3]]}"
+        if f"{layer}.weight" not in found.tensors:
+            raise UserError(f"{origin[0]}: layer scale without the layer that it belongs to, {layer}.weight")
+        for target in (f"{layer}.weight", f"{layer}.bias"):
+            if target in found.tensors:
+                found.tensors[target] = _scaled(found.tensors[target], gamma, f"{origin[0]}: layer scale of {target}")
+                found.sources[target] = (*found.sources.get(target, (target,)), *origin)
+                found.notes[target] = "layer scale folded in"
+
+
+def _scaled(tensor: Tensor, gamma: Tensor, what: str) -> Tensor:
+    """A factor for each row, multiplied in float32, or finer where the tensor is finer."""
+    if gamma.ndim != 1 or gamma.shape != tensor.shape[:1]:
+        raise UserError(f"{what}: {_describe(gamma)} does not go with {_describe(tensor)}")
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    factors = gamma.to(dtype).view(-1, *(1,) * (tensor.ndim - 1))
+    return (tensor.to(dtype) * factors).to(tensor.dtype)
+
+
+def _name_mask_token(found: Translated, home: str) -> None:
+    """Under `mask_token` only MAE's: a token of the decoder, (1, 1, D), beside the rest of the decoder."""
+    token = found.tensors.get(f"{home}mask_token")
+    decoder = any(name.startswith(f"{home}decoder_") for name in found.tensors)
+    if token is None or (decoder and token.ndim == 3):
+        return
+    name = f"{home}{ENCODER_MASK_TOKEN}"
+    if name in found.tensors:
+        raise UserError(f"{home}mask_token: a mask token of the encoder, and {name} is another one; which one counts?")
+    found.tensors[name] = found.tensors.pop(f"{home}mask_token")
+    found.sources[name] = found.sources.pop(f"{home}mask_token", (f"{home}mask_token",))
+    found.notes[name] = "of the encoder, not of a decoder"
+
+
+def _add_class_row(found: Translated, home: str, grid: tuple[int, int] | None) -> None:
+    """Zeros for the class token where the table is of patches alone: timm's `no_embed_class`, `class_token=False`."""
+    table, name = found.tensors.get(f"{home}pos_embed"), f"{home}pos_embed"
+    if table is None or table.ndim != 3:
+        return
+    rows = table.shape[1]
+    decoder = found.tensors.get(f"{home}decoder_pos_embed")
+    if decoder is not None and decoder.ndim == 3 and decoder.shape[1] == rows:
+        return  # MAE's tables both have the row
+    patches_alone = rows == grid[0] * grid[1] if grid else rows > 0 and math.isqrt(rows) ** 2 == rows
+    if patches_alone:
+        found.tensors[name] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
+        found.notes[name] = "a row of zeros for the class token put first"
+
+
+def _by_shape(tensors: Mapping[str, Tensor], home: str, name: str) -> str:
+    """What the names do not show: an MLP whose halves are multiplied, layers without bias; else ""."""
+    module, _, leaf = name.rpartition(".")
+    if leaf != "weight" or not (module == "patch_embed.proj" or re.match(r"blocks\.\d+\.", module)):
+        return ""
+    if f"{home}{module}.bias" not in tensors:
+        return "a layer without bias"
+    fc2 = tensors.get(f"{home}{module.removesuffix('fc1')}fc2.weight")
+    shape = tensors[f"{home}{name}"].shape
+    gated = module.endswith(".mlp.fc1") and fc2 is not None and shape[:1] != fc2.shape[1:]
+    return "a gated MLP (fc1 and fc2 differ in hidden width)" if gated else ""
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} tensor" + ("s" if len(names) != 1 else "")

@@ -1,0 +1,241 @@
+"""The one way in which weights get into a model: strictly, with every tensor of file and model accounted for.
+
+What may be missing or left over is named at the call site; there is no lenient mode. Silent partial loading is the
+costliest failure of transfer learning.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, recorded_arguments
+from crossmae.checkpoints.report import Entry, LoadReport
+from crossmae.checkpoints.resample import fit
+from crossmae.checkpoints.weights import (
+    Weights,
+    encoder_arguments,
+    encoder_home,
+    encoder_tensors,
+    read_weights,
+)
+from crossmae.errors import UserError
+
+Part = Literal["all", "encoder"]
+
+# What beside an encoder a file may hold, and why it stays behind where the encoder alone is wanted.
+LEFT_OUT = {
+    r"mask_token$|encoder_mask_token$|decoder_|wfm\.|dec_norms\.|neck\.": "of pretraining alone",
+    r"fc_norm\.|head\.|classifier\.": "another task's head",
+    r"norm\.": "the final norm has no place in this model",
+    r"pooler\.": "the pooler of transformers is no part of the encoder",
+    r"data_preprocessor\.": "not a weight of the encoder",
+}
+OUTSIDE = "outside the encoder"
+
+
+def load(
+    model: nn.Module,
+    source: Weights | str | Path,
+    *,
+    part: Part = "all",
+    also: tuple[str, ...] = (),
+    new: tuple[str, ...] = (),
+    dropped: tuple[str, ...] = (),
+    resample: bool = False,
+) -> LoadReport:
+    """Load a file into a model, or nothing of it.
+
+    Args:
+        model: with plain names (those of timm and of the published files), or those of the file.
+        source: read already, or where to read.
+        part: "all": every tensor of the file has its place in the model. "encoder": the file's encoder alone, whatever
+            it is under; final norm, decoder and heads are reported as dropped.
+        also: prefixes of plain names that part="encoder" includes, such as "norm.".
+        new: regular expressions, matched from the start of a key, for tensors of the model that the file may lack.
+        dropped: the same for tensors of the file that the model may lack.
+        resample: bring position table, patch filters and input channels to the model's sizes, see `fitted`.
+
+    Returns:
+        What became of every tensor.
+
+    Raises:
+        UserError: a tensor is missing, left over or does not fit; the message holds the table. Nothing was loaded.
+    """
+    weights = source if isinstance(source, Weights) else read_weights(source)
+    left: list[Entry] = []
+    if part == "encoder":
+        weights, left = _encoder(weights, also)
+    if resample:
+        weights = fitted(weights, model)
+    report = _compare(model, weights, new, dropped)
+    report.entries += left
+    _fill(model, weights, report)
+    return report
+
+
+def fitted(weights: Weights, model: nn.Module) -> Weights:
+    """The same weights with position tables, patch filters and channels as a model has them; see `resample.fit`.
+
+    A table that the model does not train (pretraining) is made anew where it is the sine-cosine one.
+
+    Args:
+        model: with `patch_embed.proj` and, for positions to be resampled, `grid` or `patch_embed.grid_size`.
+
+    Raises:
+        UserError: the file's grid is not known.
+    """
+    state = dict(model.named_parameters())
+    filters, home = state.get("patch_embed.proj.weight"), encoder_home(weights.tensors)
+    if filters is None or home is None or filters.ndim != 4:
+        return weights
+    wanted: dict[str, Any] = {"patch_size": filters.shape[-1], "in_chans": filters.shape[1]}
+    plain = {name.removeprefix(home): tensor for name, tensor in weights.tensors.items() if name.startswith(home)}
+    arguments = encoder_arguments(encoder_tensors(weights), weights.metadata)
+    if (grid := _grid(model)) is not None and plain.get("pos_embed") is not None:
+        wanted["img_size"] = tuple(side * wanted["patch_size"] for side in grid)
+    positions = state.get("pos_embed")
+    fixed = positions is not None and not positions.requires_grad
+    try:
+        changed, notes, arguments = fit(plain, arguments, wanted, fixed=fixed)
+    except UserError as error:
+        raise UserError(f"{weights.path}: {error}") from None
+    if not notes:
+        return weights
+    return resampled(weights, {home + name: tensor for name, tensor in changed.items()}, notes, arguments)
+
+
+def resampled(
+    weights: Weights, tensors: Mapping[str, Tensor], notes: Mapping[str, str], arguments: Mapping[str, Any]
+) -> Weights:
+    """Weights with some tensors replaced; the record of the architecture follows, and the notes say what was done."""
+    sizes = {key: arguments[key] for key in ("img_size", "patch_size", "in_chans") if key in arguments}
+    record = json.dumps(recorded_arguments(weights.metadata) | sizes)
+    joined = {name: "; ".join(filter(None, (weights.notes.get(name), note))) for name, note in notes.items()}
+    return replace(
+        weights,
+        tensors=weights.tensors | dict(tensors),
+        metadata=weights.metadata | {MODEL_ARGUMENTS: record},
+        notes=weights.notes | joined,
+        resampled=weights.resampled | notes.keys(),
+    )
+
+
+def left_out(name: str) -> str | None:
+    """Why a plain name is not part of an encoder, or None where it is, or is not known."""
+    return next((reason for pattern, reason in LEFT_OUT.items() if re.match(pattern, name)), None)
+
+
+def _encoder(weights: Weights, also: tuple[str, ...]) -> tuple[Weights, list[Entry]]:
+    """The encoder under its plain names, and what stays behind."""
+    encoder_tensors(weights)  # raises where there is none
+    home = encoder_home(weights.tensors) or ""
+    kept: dict[str, Tensor] = {}
+    left: list[Entry] = []
+    for name, tensor in weights.tensors.items():
+        plain = name.removeprefix(home)
+        reason = OUTSIDE if not name.startswith(home) else left_out(plain)
+        if reason and plain.startswith(also) and name.startswith(home):
+            reason = None
+        if reason:
+            left.append(Entry(name, "dropped", reason, file_shape=tuple(tensor.shape)))
+        else:
+            kept[plain] = tensor
+    return replace(weights, tensors=kept), left
+
+
+def _compare(
+    model: nn.Module,
+    weights: Weights,
+    new: tuple[str, ...],
+    dropped: tuple[str, ...],
+) -> LoadReport:
+    """Account for every tensor of the file and of the model."""
+    report = LoadReport(str(weights.path), type(model).__name__)
+    home = encoder_home(weights.tensors) or ""
+    target = model.state_dict()
+    for name, tensor in target.items():
+        entry = _compare_one(name, weights.tensors.get(name), tensor, new)
+        note = weights.notes.get(plain := name.removeprefix(home))
+        if entry.status == "used" and note:
+            status: Any = "resampled" if plain in weights.resampled else "used"
+            entry = replace(entry, status=status, reason="; ".join(filter(None, (note, entry.reason))))
+        report.entries.append(entry)
+    for name, tensor in weights.tensors.items():
+        if name not in target:
+            accepted = _matches(name, dropped)
+            reason = "not wanted by the model" if accepted else "unexpected, the model has no such tensor"
+            report.entries.append(Entry(name, "dropped", reason, file_shape=tuple(tensor.shape), accepted=accepted))
+    return report
+
+
+def _compare_one(name: str, found: Tensor | None, wanted: Tensor, new: tuple[str, ...]) -> Entry:
+    shape = tuple(wanted.shape)
+    if found is None:
+        accepted = _matches(name, new)
+        reason = "keeps its initial value" if accepted else "missing from the file"
+        return Entry(name, "new", reason, model_shape=shape, accepted=accepted)
+    if found.shape != wanted.shape:
+        return Entry(name, "mismatched", "", tuple(found.shape), shape, accepted=False)
+    reason = "" if found.dtype == wanted.dtype else f"{_dtype(found)} to {_dtype(wanted)}"
+    return Entry(name, "used", reason, shape, shape)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(re.match(pattern, name) for pattern in patterns)
+
+
+def _fill(model: nn.Module, weights: Weights, report: LoadReport) -> None:
+    """Copy what the report calls used or resampled, or raise before anything is copied."""
+    problem = _different_architecture(model, weights)
+    if not problem and not report.ok:
+        problem = "see the tensors marked !" if report.loaded else "no tensor is in both"
+    if problem:
+        headline = f"{weights.path} ({weights.format}) does not fit {report.target}: {problem}"
+        raise UserError(f"{headline}. Nothing was loaded.\n{report.table()}")
+    model.load_state_dict({name: weights.tensors[name] for name in report.loaded}, strict=False)
+
+
+def _different_architecture(model: nn.Module, weights: Weights) -> str:
+    """How the encoders of file and model differ in constructor arguments, or ""."""
+    target = model.state_dict()
+    if encoder_home(weights.tensors) is None or "patch_embed.proj.weight" not in target:
+        return ""
+    held = encoder_arguments(encoder_tensors(weights), weights.metadata)
+    expected = encoder_arguments(target)
+    if grid := _grid(model):
+        expected["img_size"] = [side * expected["patch_size"] for side in grid]
+    # No shape shows the number of heads: only what the file records is compared with what the model has.
+    heads = getattr(dict(model.named_modules()).get("blocks.0.attn"), "num_heads", None)
+    if heads is None or "num_heads" not in recorded_arguments(weights.metadata):
+        held.pop("num_heads", None)
+    expected["num_heads"] = heads
+    held, expected = ({key: _plain_size(value) for key, value in side.items()} for side in (held, expected))
+    differing = [key for key in held if held[key] != expected.get(key, held[key])]
+    if not differing:
+        return ""
+    values = [", ".join(f"{key} {arguments[key]}" for key in differing) for arguments in (held, expected)]
+    return f"the file holds a ViT with {values[0]}; the model expects {values[1]}"
+
+
+def _grid(model: nn.Module) -> tuple[int, int] | None:
+    """Rows and columns that a model's position table is for: our encoders' or timm's."""
+    grid = getattr(model, "grid", None) or getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    return grid if isinstance(grid, tuple) else None
+
+
+def _plain_size(value: Any) -> Any:
+    """One number for a square."""
+    if isinstance(value, (tuple, list)):
+        return value[0] if value[0] == value[1] else tuple(value)
+    return value

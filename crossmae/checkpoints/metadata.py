@@ -1,0 +1,38 @@
+"""The metadata of weight files: what their keys are called, and the record of the architecture in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from crossmae.errors import UserError
+
+# Keys of the metadata in our safetensors files; all values are strings.
+FORMAT = "format"  # "crossmae": a pretraining model of this toolkit; "detectron2": a converted encoder
+MODEL_ARGUMENTS = "model"  # JSON: CrossMAE(**arguments)
+PIXEL_MEAN, PIXEL_STD = "pixel_mean", "pixel_std"  # JSON lists, RGB, for pixels scaled to 0 .. 1
+NORM_EPS = "norm_eps"  # epsilon of the layer norms, where it is not 1e-6
+CLASSES = "classes"  # JSON list of names, in the order of the head's outputs
+VERSION, STEP = "version", "step"
+UNKNOWN = "unknown"  # what a converted file says where its source did not record a value
+# Where our .pth and .pkl files keep the same metadata, beside the tensors.
+PICKLED_METADATA = "crossmae_metadata"
+# JSON of the settings that a published file holds in a namespace.
+PUBLISHED_ARGUMENTS = "published_args"
+
+
+def recorded_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The constructor arguments of `CrossMAE` that a file of ours records; {} where it records none.
+
+    Raises:
+        UserError: the record is not a JSON object.
+    """
+    text = metadata.get(MODEL_ARGUMENTS, "{}")
+    try:
+        arguments = json.loads(text)
+    except json.JSONDecodeError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise UserError(f"metadata {MODEL_ARGUMENTS!r} of a weight file: expected a JSON object, got {text[:80]!r}")
+    return arguments

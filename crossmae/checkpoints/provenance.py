@@ -1,0 +1,68 @@
+"""Where converted weights come from, and under which licence they stay."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from crossmae import __version__
+from crossmae.checkpoints.metadata import PIXEL_MEAN, PIXEL_STD, UNKNOWN, VERSION
+from crossmae.checkpoints.weights import Weights
+from crossmae.files import sha256
+
+LICENCE = "licence"
+NON_COMMERCIAL = (
+    "The source has the layout of the published CrossMAE and MAE files. If it is one of them, or "
+    "was trained from one: those weights are licensed CC BY-NC 4.0 (non-commercial), "
+    "and converted weights keep that licence."
+)
+STATED = "The source says: {licence}. Converted weights keep the licence of their source."
+UNSTATED = "The source does not say under which licence it is; converted weights keep that licence, whichever it is."
+_MODEL_CARD = "README.md"
+_CARD_LICENCE = re.compile(r"^license(?:_name)?:\s*['\"]?([\w.+-]+)", re.MULTILINE)
+
+
+def licence_notice(weights: Weights) -> str | None:
+    """What to know about the licence of these weights, or None where they are a model's of one's own training.
+
+    The transformers copies of MAE's weights are tagged otherwise than MAE's own repository, so a tag is quoted, not
+    believed (method specification, section 5).
+    """
+    if LICENCE in weights.metadata:
+        return weights.metadata[LICENCE]
+    if VERSION in weights.metadata:
+        return None
+    tag = _licence_of_card(weights.path.parent)
+    if tag:
+        said = STATED.format(licence=tag)
+        masked = weights.format in ("crossmae", "mae") or weights.layout == "hf-vitmae"
+        return f"{said} {NON_COMMERCIAL}" if masked else said
+    return NON_COMMERCIAL if weights.layout in ("plain", "hf-vitmae") and weights.format != "detector" else UNSTATED
+
+
+def provenance(weights: Weights) -> dict[str, str]:
+    """Metadata for a converted file: what the source says of itself, and where the weights come from.
+
+    Nothing is assumed: the pixel statistics are "unknown" where the source does not record them. Of a file
+    that was converted before, the first source stays on record.
+    """
+    source = {
+        "source_file": weights.path.name,
+        "source_sha256": sha256(weights.path),
+        "source_format": weights.format if weights.layout == "plain" else f"{weights.layout}: {weights.format}",
+    }
+    metadata = {PIXEL_MEAN: UNKNOWN, PIXEL_STD: UNKNOWN} | source | weights.metadata
+    metadata["converter_version"] = __version__
+    notice = licence_notice(weights)
+    return metadata | {LICENCE: notice} if notice else metadata
+
+
+def _licence_of_card(folder: Path) -> str | None:
+    """The licence in the head of a model card beside the weights, as hubs have it."""
+    try:
+        text = (folder / _MODEL_CARD).read_text(encoding="utf-8", errors="replace")[:4096]
+    except OSError:
+        return None
+    head = text.split("---")[1] if text.startswith("---") else ""
+    found = _CARD_LICENCE.search(head)
+    return found[1] if found else None

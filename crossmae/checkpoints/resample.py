@@ -1,0 +1,403 @@
+"""An encoder for another image size, patch size, number of channels or attention window: functions on tensors.
+
+Everything is computed in float32 and returned in the dtype that it came in; what fits already comes back as the very
+same tensor. Shapes: E width, C channels, p side of a patch in pixels, h and w rows and columns of the grid of patches,
+d width of an attention head.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_patch_embed
+from torch import Tensor
+
+from crossmae.errors import UserError
+from crossmae.pos_embed import sincos_pos_embed
+from crossmae.vit import patch_grid
+
+Grid = tuple[int, int]
+Channels = Literal["repeat", "mean", "pad"]
+
+WANTED = ("img_size", "patch_size", "in_chans", "window")
+_FILTERS = "patch_embed.proj.weight"
+_RELATIVE = re.compile(r"blocks\.\d+\.attn\.rel_pos_[hw]")
+
+
+class Fitted(NamedTuple):
+    """An encoder for other sizes: its tensors, what was done to each that changed, and its new arguments."""
+
+    tensors: dict[str, Tensor]
+    notes: dict[str, str]
+    arguments: dict[str, Any]
+
+
+def fit(
+    tensors: Mapping[str, Tensor],
+    arguments: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    *,
+    channels: Channels = "repeat",
+    fixed: bool = False,
+) -> Fitted:
+    """Resample whatever of an encoder depends on the sizes that are wanted.
+
+    With `patch_size` alone the grid stays and the image grows along: 224 pixels in patches of 14 become 256 in patches
+    of 16, as in ViTDet. A decoder's table is taken as fixed. `window` is for the relative positions of attention in
+    windows: the smallest tables of the file; larger ones belong to global attention and stay.
+
+    Args:
+        tensors: under plain names (method specification, section 1.3), of an encoder or of a whole pretraining model.
+        arguments: of that encoder, as `encoder_arguments` finds them: `patch_size`, `in_chans`, where known `img_size`.
+        wanted: any of `WANTED`; `img_size` is one number or (height, width), None counts as not given.
+        channels: see `adapt_channels`.
+        fixed: the model keeps its positions fixed; see `fit_positions`.
+
+    Returns:
+        All tensors, in the same order; notes by name; `arguments` with the new sizes.
+
+    Raises:
+        UserError: sizes that do not go together or are not known; another patch size or number of channels for a model
+            that has a decoder, which predicts pixels; a window for a file without relative positions.
+    """
+    wanted = {key: value for key, value in wanted.items() if value is not None}
+    _check_wanted(tensors, arguments, wanted)
+    sizes = _new_arguments(arguments, wanted)
+    changed = _fit_filters(tensors, sizes["patch_size"], sizes["in_chans"], channels)
+    if "img_size" in wanted:
+        changed |= _fit_tables(tensors, arguments, _grid(sizes["img_size"], sizes["patch_size"]), fixed)
+    if "window" in wanted:
+        changed |= _fit_window(tensors, wanted["window"])
+    fitted = dict(tensors) | {name: tensor for name, (tensor, _) in changed.items()}
+    return Fitted(fitted, {name: note for name, (_, note) in changed.items()}, sizes)
+
+
+def resample_positions(table: Tensor, grid: Grid, new_grid: Grid, *, class_rows: int = 1) -> Tensor:
+    """A position table for another grid of patches: bicubic, corners not aligned, rows of the class token kept.
+
+    As published (method specification, section 1.10) and as ViTDet does, without antialiasing. timm's
+    `resample_abs_pos_embed` antialiases, with another cubic (coefficient -0.5, here -0.75) and another treatment of the
+    border, so that its values differ to larger grids, too.
+
+    Args:
+        table: (1, class_rows + h * w, E).
+        grid: its rows and columns (h, w).
+        new_grid: those wanted.
+        class_rows: rows in front of those of the patches.
+
+    Returns:
+        (1, class_rows + new h * new w, E); `table` itself where the grids are equal.
+
+    Raises:
+        UserError: the table is not of that grid.
+    """
+    h, w = grid
+    if table.ndim != 3 or table.shape[:2] != (1, class_rows + h * w) or not table.shape[2]:
+        raise UserError(
+            f"a position table of shape {tuple(table.shape)} is not for a grid of {_sides(grid)}: that has the shape "
+            f"(1, {class_rows + h * w}, width)"
+        )
+    if grid == new_grid:
+        return table
+    patches = table[:, class_rows:].float().reshape(1, h, w, -1).permute(0, 3, 1, 2)  # (1, E, h, w)
+    resized = F.interpolate(patches, new_grid, mode="bicubic", align_corners=False)
+    rows = resized.flatten(2).transpose(1, 2)  # (1, new h * new w, E)
+    return torch.cat([table[:, :class_rows], rows.to(table.dtype)], dim=1)
+
+
+def is_sincos(table: Tensor, grid: Grid) -> bool:
+    """Whether a table is the fixed one of `sincos_pos_embed`.
+
+    Args:
+        table: (1, h * w, E) or, with a class row, (1, 1 + h * w, E).
+        grid: its rows and columns (h, w).
+
+    Returns:
+        True where no value is off by more than 1e-4, or half the precision of a narrower dtype. False for tables that
+        are not of that grid, or without values (meta tensors).
+    """
+    count = grid[0] * grid[1]
+    if table.ndim != 3 or table.shape[1] not in (count, count + 1) or table.shape[2] % 4:
+        return False
+    if table.is_meta or not table.is_floating_point():
+        return False
+    expected = sincos_pos_embed(table.shape[2], grid)[:, -table.shape[1] :].to(table.device)
+    return torch.allclose(table.float(), expected, rtol=0, atol=max(1e-4, torch.finfo(table.dtype).eps / 2))
+
+
+def fit_positions(table: Tensor, grid: Grid, new_grid: Grid, *, fixed: bool) -> tuple[Tensor, str]:
+    """A position table for another grid, and what was done.
+
+    Args:
+        table: (1, h * w, E) or, with a class row, (1, 1 + h * w, E).
+        grid: its rows and columns (h, w).
+        new_grid: those wanted.
+        fixed: make a sine-cosine table anew instead of resampling it, for a model that never trains it.
+
+    Returns:
+        The table, with a class row where it had one, and a note; `table` itself and "" where the grids are equal.
+
+    Raises:
+        UserError: the table is not of that grid.
+    """
+    if grid == new_grid:
+        return table, ""
+    class_rows = int(table.ndim == 3 and table.shape[1] == 1 + grid[0] * grid[1])
+    if fixed and is_sincos(table, grid):
+        new = sincos_pos_embed(table.shape[-1], new_grid)[:, 1 - class_rows :].to(table)
+        return new, f"sine-cosine positions made anew, {_sides(grid)} to {_sides(new_grid)}"
+    new = resample_positions(table, grid, new_grid, class_rows=class_rows)
+    return new, f"resampled {_sides(grid)} to {_sides(new_grid)}"
+
+
+def table_grid(rows: int, img_size: int | Grid | None, patch_size: int, wanted: Grid | None = None) -> tuple[Grid, int]:
+    """Which grid of patches a position table is for.
+
+    | first that fits      | `rows`                                                     |
+    | -------------------- | ---------------------------------------------------------- |
+    | the recorded grid    | h * w + 1 or h * w; where one is recorded, no other counts |
+    | a square and a class | n * n + 1                                                  |
+    | a square             | n * n                                                      |
+    | the wanted grid      | h * w + 1 or h * w                                         |
+
+    The two squares never compete: no square follows another by one, but 1 follows 0, and no grid is empty. A grid that
+    is not square can have as many patches as one that is, so that only the record tells 2 x 8 from 4 x 4.
+
+    Args:
+        rows: of the table.
+        img_size: that the file records, one number or (height, width), else None.
+        patch_size: p of the file.
+        wanted: the grid of the model to be filled, where it may have been the file's.
+
+    Returns:
+        (h, w), and the number of class rows in front, 0 or 1.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    if img_size is not None:
+        grid = _grid(img_size, patch_size)
+        if rows - grid[0] * grid[1] not in (0, 1):
+            raise UserError(
+                f"a position table of {rows} rows contradicts img_size {img_size} and patch_size {patch_size}, a grid "
+                f"of {_sides(grid)}: expected {grid[0] * grid[1]} rows, or one more for a class token; give the "
+                "img_size of pretraining"
+            )
+        return grid, rows - grid[0] * grid[1]
+    for class_rows in (1, 0):
+        side = math.isqrt(max(rows - class_rows, 0))
+        if side and side**2 + class_rows == rows:
+            return (side, side), class_rows
+    if wanted and rows - wanted[0] * wanted[1] in (0, 1):
+        return wanted, rows - wanted[0] * wanted[1]
+    raise UserError(
+        f"the grid of a position table of {rows} rows is unknown: the patches are no square, with or without a class "
+        "token; give img_size, the height and width of the images that it was trained on"
+    )
+
+
+def resample_patches(filters: Tensor, patch_size: int) -> Tensor:
+    """Patch filters for another patch size (FlexiViT, arXiv 2212.08013, section 3.4; by timm).
+
+    To larger patches, an image enlarged along with them (bicubic, antialiased) gives the tokens that it gave before; to
+    smaller ones, tokens as near as can be, in the sense of least squares.
+
+    Args:
+        filters: (E, C, p, p).
+        patch_size: side wanted, in pixels.
+
+    Returns:
+        (E, C, patch_size, patch_size); `filters` itself where p is that already.
+
+    Raises:
+        UserError: no such filters, or a size below 1.
+    """
+    _check_filters(filters)
+    _check_positive("patch_size", patch_size)
+    if filters.shape[-1] == patch_size:
+        return filters
+    return resample_patch_embed(filters.float(), [patch_size, patch_size]).to(filters.dtype)
+
+
+def adapt_channels(filters: Tensor, channels: int, how: Channels = "repeat") -> Tensor:
+    """Patch filters for another number of channels.
+
+    | `how`    | channels     | filters                                        | keeps the token of an image if       |
+    | -------- | ------------ | ---------------------------------------------- | ------------------------------------ |
+    | `repeat` | 1            | sum of all                                     | it is grey, and was in every channel |
+    | `repeat` | other        | repeated in order, times C / channels          | grey, and C divides channels         |
+    | `mean`   | any          | the mean in every channel, times C / channels  | it is grey                           |
+    | `pad`    | more than C  | as they are, then zeros                        | the first C channels are as before   |
+
+    `repeat` is what timm's `adapt_input_conv` does from three channels.
+
+    Args:
+        filters: (E, C, p, p).
+        channels: wanted.
+
+    Returns:
+        (E, channels, p, p); `filters` itself where C is that already.
+
+    Raises:
+        UserError: no such filters, no channels, an unknown way, or `pad` to fewer channels.
+    """
+    _check_filters(filters)
+    _check_positive("in_chans", channels)
+    if how not in get_args(Channels):
+        raise UserError(f"channels are adapted by one of {', '.join(get_args(Channels))}, got {how!r}")
+    C = filters.shape[1]
+    if channels == C:
+        return filters
+    if how == "pad":
+        if channels < C:
+            raise UserError(f"pad makes more channels of {C}, not {channels}; use repeat or mean")
+        return F.pad(filters, (0, 0, 0, 0, 0, channels - C))
+    wide = filters.float()
+    if how == "mean":
+        new = wide.sum(dim=1, keepdim=True).expand(-1, channels, -1, -1) / channels
+    elif channels == 1:
+        new = wide.sum(dim=1, keepdim=True)
+    else:
+        new = wide.repeat(1, math.ceil(channels / C), 1, 1)[:, :channels] * (C / channels)
+    return new.to(filters.dtype)
+
+
+def channel_note(old: int, new: int, how: Channels) -> str:
+    """What `adapt_channels` did, for a report; "" for as many channels as before."""
+    if old == new:
+        return ""
+    done = {
+        "repeat": "summed" if new == 1 else f"{'repeated' if new > old else 'the first ones'}, times {old}/{new}",
+        "mean": f"the mean of all, times {old}/{new}",
+        "pad": "the further ones zero",
+    }
+    return f"{old} channels to {new}: {done[how]}"
+
+
+def window_of(table: Tensor) -> int:
+    """Side of the window, or of the whole grid, that a relative position table (2 * side - 1, d) is for.
+
+    Raises:
+        UserError: not such a table.
+    """
+    if table.ndim != 2 or table.shape[0] % 2 == 0 or not table.shape[1]:
+        raise UserError(
+            f"a relative position table has the shape (2 * window - 1, width of a head), got {tuple(table.shape)}"
+        )
+    return (table.shape[0] + 1) // 2
+
+
+def resample_relative(table: Tensor, size: int) -> Tensor:
+    """A relative position table for another window: linear, as detectron2's `get_rel_pos` does when it runs.
+
+    Args:
+        table: (2 * old - 1, d), from the most negative distance to the most positive.
+        size: side wanted, in tokens.
+
+    Returns:
+        (2 * size - 1, d); `table` itself where it is for that size already.
+
+    Raises:
+        UserError: not such a table, or a size below 1.
+    """
+    _check_positive("window", size)
+    if window_of(table) == size:
+        return table
+    resized = F.interpolate(table.float().t()[None], size=2 * size - 1, mode="linear")[0]  # (d, 2 * size - 1)
+    return resized.t().contiguous().to(table.dtype)
+
+
+def _check_wanted(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    unknown = [key for key in wanted if key not in WANTED]
+    if unknown:
+        raise UserError(f"resampling to another {', '.join(unknown)} does not exist; known: {', '.join(WANTED)}")
+    for key in ("patch_size", "in_chans", "window"):
+        _check_positive(key, wanted.get(key, 1))
+    pixels = [key for key in ("patch_size", "in_chans") if wanted.get(key, arguments[key]) != arguments[key]]
+    if pixels and any(name.startswith("decoder_") for name in tensors):
+        raise UserError(
+            f"only an encoder can be resampled to another {' and '.join(pixels)}, but the file holds a whole "
+            "pretraining model, whose decoder predicts the pixels of the patches; leave the decoder out first"
+        )
+
+
+def _new_arguments(arguments: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """`arguments` after resampling; the image size follows the patch size where only that is wanted."""
+    new = dict(arguments) | {key: wanted[key] for key in ("patch_size", "in_chans") if key in wanted}
+    if "img_size" in wanted:
+        size, p = wanted["img_size"], new["patch_size"]
+    elif "img_size" in arguments:
+        size, p = arguments["img_size"], arguments["patch_size"]
+    else:
+        return new
+    h, w = (side * new["patch_size"] for side in _grid(size, p))
+    return new | {"img_size": h if h == w else (h, w)}
+
+
+def _fit_filters(
+    tensors: Mapping[str, Tensor], patch_size: int, in_chans: int, how: Channels
+) -> dict[str, tuple[Tensor, str]]:
+    """The patch filters, where they change, with a note."""
+    old = tensors[_FILTERS]
+    if (in_chans, patch_size) == (old.shape[1], old.shape[-1]):
+        return {}
+    new = adapt_channels(resample_patches(old.float(), patch_size), in_chans, how).to(old.dtype)
+    p = old.shape[-1]
+    notes = [f"resampled {p} x {p} to {patch_size} x {patch_size} pixels"] if p != patch_size else []
+    notes += [channel_note(old.shape[1], in_chans, how)] if old.shape[1] != in_chans else []
+    return {_FILTERS: (new, ", ".join(notes))}
+
+
+def _fit_tables(
+    tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], new_grid: Grid, fixed: bool
+) -> dict[str, tuple[Tensor, str]]:
+    """The position tables that change, with notes."""
+    kinds = {"pos_embed": fixed, "pos_embed_global": False, "decoder_pos_embed": True}
+    tables = {name: tensors[name] for name in kinds if name in tensors}
+    if not tables:
+        return {}
+    first = next(iter(tables.values()))
+    rows = first.shape[1] if first.ndim == 3 else 0
+    grid, _ = table_grid(rows, arguments.get("img_size"), arguments["patch_size"], new_grid)
+    if grid == new_grid:
+        return {}
+    return {name: fit_positions(table, grid, new_grid, fixed=kinds[name]) for name, table in tables.items()}
+
+
+def _fit_window(tensors: Mapping[str, Tensor], window: int) -> dict[str, tuple[Tensor, str]]:
+    """The relative position tables of windows that change, with notes."""
+    tables = {name: tensor for name, tensor in tensors.items() if _RELATIVE.fullmatch(name)}
+    if not tables:
+        raise UserError("no relative positions (blocks.*.attn.rel_pos_h) to resample to another window; leave it out")
+    old = min(window_of(table) for table in tables.values())
+    if old == window:
+        return {}
+    note = f"resampled, window {old} to {window}"
+    return {name: (resample_relative(table, window), note) for name, table in tables.items() if window_of(table) == old}
+
+
+def _grid(img_size: int | Grid, patch_size: int) -> Grid:
+    """`patch_grid`, whose complaint is the user's to solve."""
+    try:
+        return patch_grid(img_size, patch_size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _check_filters(filters: Tensor) -> None:
+    if filters.ndim != 4 or filters.shape[2] != filters.shape[3] or not filters.numel():
+        raise UserError(f"patch filters have the shape (width, channels, p, p), got {tuple(filters.shape)}")
+
+
+def _check_positive(key: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{key} must be at least 1, got {value}")
+
+
+def _sides(grid: Grid) -> str:
+    return f"{grid[0]} x {grid[1]}"

@@ -1,0 +1,43 @@
+"""Say what a weight file is, and what it can be converted to.
+
+    python tools/inspect_checkpoint.py outputs/run
+    python tools/inspect_checkpoint.py weights.pth --json weights.json
+    python tools/inspect_checkpoint.py huge.safetensors --no-values     # its header alone
+
+Nothing in the file is run, and it is never changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from crossmae.checkpoints.inspection import inspect
+from crossmae.checkpoints.weights import check_destination
+from crossmae.errors import run_cli
+from crossmae.files import write_json
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Say what a weight file is, and what it can be converted to.")
+    parser.add_argument("file", metavar="FILE", type=Path, help="weight file, or a folder that holds weights")
+    parser.add_argument("--no-values", action="store_true", help="do not look for NaN and infinity: quicker")
+    parser.add_argument("--json", type=Path, metavar="OUT.json", help="write the same there, for programs")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT.json")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, inspect, print."""
+    args = build_parser().parse_args(argv)
+    if args.json:
+        check_destination(args.json, force=args.force)
+    found = inspect(args.file, values=not args.no_values)
+    print("\n".join(found.lines()))
+    if args.json:
+        write_json(args.json, found.record())
+
+
+if __name__ == "__main__":
+    run_cli(main)
