@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from crossmae.checkpoints.conversion import plan
+from crossmae.checkpoints.digest import check_digest
 from crossmae.checkpoints.files import file_kind, find_file, without_wrappers
 from crossmae.checkpoints.keys import not_plain
 from crossmae.checkpoints.metadata import (
@@ -36,6 +37,7 @@ from crossmae.checkpoints.weights import (
     encoder_arguments,
     encoder_home,
     encoder_tensors,
+    is_finite,
     read_weights,
     translated,
 )
@@ -157,13 +159,32 @@ def inspect(path: str | Path, *, values: bool = True) -> Inspection:
         shapes, metadata = _header(file)
         weights = translated(file, without_wrappers(shapes), metadata)
         with safe_open(file, "pt") as opened:
-            bad = _non_finite(list(shapes), opened.get_tensor) if values else None
-            positions = _positions(weights, opened.get_tensor, shapes)
+            stored = _Tensors(shapes, opened.get_tensor)
+            if values:
+                check_digest(stored, metadata, file)
+            bad = _non_finite(stored) if values else None
+            positions = _positions(weights, stored)
     else:
         weights = read_weights(path, finite=False)
-        bad = _non_finite(list(weights.tensors), weights.tensors.__getitem__) if values else None
-        positions = _positions(weights, weights.tensors.__getitem__, weights.tensors)
+        bad = _non_finite(weights.tensors) if values else None
+        positions = _positions(weights, weights.tensors)
     return _inspection(weights, bad, positions)
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """The tensors of an open file, each read when it is asked for."""
+
+    def __init__(self, names: Iterable[str], get: Callable[[str], Tensor]) -> None:
+        self.names, self.get_tensor = list(names), get
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def _header(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -274,7 +295,7 @@ def _outcome(weights: Weights, to: str) -> Outcome:
     return Outcome(True, "; ".join(filter(None, parts)))
 
 
-def _positions(weights: Weights, get: Callable[[str], Tensor], names: Mapping[str, Any]) -> str:
+def _positions(weights: Weights, stored: Mapping[str, Tensor]) -> str:
     """Whether the position table is the fixed one, and of which grid."""
     home = encoder_home(weights.tensors)
     table = weights.tensors.get(f"{home}pos_embed")
@@ -285,16 +306,16 @@ def _positions(weights: Weights, get: Callable[[str], Tensor], names: Mapping[st
         grid, rows = table_grid(table.shape[1], arguments.get("img_size"), arguments["patch_size"])
     except UserError as error:
         return str(error)
-    stored = weights.sources.get(f"{home}pos_embed", (f"{home}pos_embed",))[0]
-    found = next((name for name in names if name.endswith(stored)), None)
+    source = weights.sources.get(f"{home}pos_embed", (f"{home}pos_embed",))[0]
+    found = next((name for name in stored if name.endswith(source)), None)
     kind = "learned"
-    if found is not None and is_sincos(get(found), grid):
+    if found is not None and is_sincos(stored[found], grid):
         kind = "sine-cosine"
     return f"{kind}, {grid[0]} x {grid[1]} patches{'' if rows else ', no row for a class token'}"
 
 
-def _non_finite(names: list[str], get: Callable[[str], Tensor]) -> tuple[str, ...]:
-    return tuple(name for name in names if not bool(torch.isfinite(get(name)).all()))
+def _non_finite(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    return tuple(name for name, tensor in tensors.items() if not is_finite(tensor))
 
 
 def _short(value: Any) -> str:

@@ -34,7 +34,8 @@ def in_time() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        assert not any(word in str(error).lower() for word in ("memory", "alloc")), error
+        if any(word in str(error).lower() for word in ("memory", "alloc")):
+            raise AssertionError(error) from None
         raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
