@@ -51,11 +51,13 @@ class Contents:
         tensors: on the CPU, out of all wrappers.
         metadata: strings.
         beside: what else is in the file: "optimizer", "epoch", "model_ema", "momentum_encoder (152 tensors)".
+        averaged: these are averaged weights (EMA).
     """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     beside: tuple[str, ...] = ()
+    averaged: bool = False
 
 
 def read_tensors(path: Path, *, ema: bool = False, trust: bool = False) -> Contents:
@@ -70,20 +72,9 @@ def read_tensors(path: Path, *, ema: bool = False, trust: bool = False) -> Conte
         UserError: see `crossmae.checkpoints.weights.read_weights`.
     """
     kind = file_kind(path)
-    beside: tuple[str, ...] = ()
-    settings: dict[str, str] = {}
-    averaged = False
-    if kind == "index":
-        tensors, metadata = _read_shards(path)
-    elif kind == "safetensors":
-        tensors, metadata = read_safetensors(path)
-    else:
-        content = read_trusted(path, kind) if trust else _READERS[kind](path)
-        metadata, settings = pickled_metadata(content, path), published_settings(content)
-        tensors, beside, averaged = state_dict(content, path, ema=ema)
-    metadata = check_digest(tensors, metadata, path)
-    tensors, left_out = one_model(tensors, path, ema=ema and not averaged)
-    return Contents(tensors, metadata | settings, beside + left_out)
+    held = _read_shards(path, trust) if kind == "index" else _read_one(path, kind, ema=ema, trust=trust)
+    tensors, left_out = one_model(held.tensors, path, ema=ema and not held.averaged)
+    return Contents(tensors, held.metadata, held.beside + left_out, ema or held.averaged)
 
 
 def find_file(path: Path) -> Path:
@@ -161,24 +152,37 @@ def without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return one_model(tensors, Path())[0]
 
 
-_READERS = {"torch": read_torch_file, "pickle": read_numpy_pickle}
+def _read_one(path: Path, kind: str, *, ema: bool = False, trust: bool = False) -> Contents:
+    """One file, its tensors under the names that they have in it."""
+    if kind == "safetensors":
+        tensors, metadata = read_safetensors(path)
+        return Contents(tensors, check_digest(tensors, metadata, path))
+    if trust:
+        content = read_trusted(path, kind)
+    else:
+        content = read_torch_file(path) if kind == "torch" else read_numpy_pickle(path)
+    tensors, beside, averaged = state_dict(content, path, ema=ema)
+    metadata = check_digest(tensors, pickled_metadata(content, path), path)
+    return Contents(tensors, metadata | published_settings(content), beside, averaged)
 
 
-def _read_shards(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_shards(path: Path, trust: bool) -> Contents:
     """All shards of an index, each with exactly the tensors that the index says."""
-    shards = _weight_map(path)
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
-    for shard, names in shards.items():
+    for shard, names in _weight_map(path).items():
         file = path.parent / shard
-        contents = Contents(*read_safetensors(file)) if file_kind(file) == "safetensors" else read_tensors(file)
-        differing = sorted(names ^ contents.tensors.keys())
+        kind = file_kind(file)
+        if kind == "index":
+            raise UserError(f"{path}: names an index as a shard, {shard}")
+        held = _read_one(file, kind, trust=trust)
+        differing = sorted(names ^ held.tensors.keys())
         if differing:
             listed = ", ".join(name[:60] for name in differing[:MAX_NAMES])
             raise UserError(f"{file}: does not hold the tensors that {path.name} says; they differ in {listed}")
-        tensors |= contents.tensors
-        metadata |= contents.metadata
-    return tensors, metadata
+        tensors |= held.tensors
+        metadata |= held.metadata
+    return Contents(tensors, metadata)
 
 
 def _weight_map(path: Path) -> dict[str, set[str]]:

@@ -307,7 +307,7 @@ def _positions(weights: Weights, stored: Mapping[str, Tensor]) -> str:
     except UserError as error:
         return str(error)
     source = weights.sources.get(f"{home}pos_embed", (f"{home}pos_embed",))[0]
-    found = next((name for name in stored if name.endswith(source)), None)
+    found = next((name for name in stored if name == source or name.endswith(f".{source}")), None)
     kind = "learned"
     if found is not None and is_sincos(stored[found], grid):
         kind = "sine-cosine"

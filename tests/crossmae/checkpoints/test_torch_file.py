@@ -64,7 +64,10 @@ def assert_same(actual: Any, expected: Any) -> None:
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("archive", [True, False])
 def test_it_is_what_torch_loads(tmp_path: Path, archive: bool, protocol: int) -> None:
-    content = {"model": zoo(), "epoch": 3, "lr": np.float64(0.1), "rng": torch.get_rng_state()}
+    tensors = zoo()
+    if not archive:
+        del tensors["torch.uint16"], tensors["torch.float8_e4m3fn"]  # torch writes them and can not read them
+    content = {"model": tensors, "epoch": 3, "lr": np.float64(0.1), "rng": torch.get_rng_state()}
     path = tmp_path / "a.pth"
     torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=archive)
     assert_same(read_torch_file(path), torch.load(path, weights_only=False))
