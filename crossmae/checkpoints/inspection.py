@@ -250,9 +250,9 @@ def _decoder(weights: Weights) -> str:
     except UserError as error:
         return str(error).removeprefix(f"{weights.path}: ")
     keys = ("decoder", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss")
-    return ", ".join(
-        [f"{key} {arguments[key]}" for key in keys if key in arguments] + [f"assumed: {a}" for a in assumed]
-    )
+    arguments = MODEL_DEFAULTS | arguments
+    known = [f"{key} {arguments[key]}" for key in keys]
+    return ", ".join([*known, *(f"assumed: {sentence}" for sentence in assumed)])
 
 
 def _fusion(plain: Mapping[str, Tensor]) -> str:
