@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from crossmae.checkpoints.conversion import plan
+from crossmae.checkpoints.conversion import MODEL_DEFAULTS, plan
 from crossmae.checkpoints.digest import check_digest
 from crossmae.checkpoints.files import file_kind, find_file, without_wrappers
 from crossmae.checkpoints.keys import not_plain

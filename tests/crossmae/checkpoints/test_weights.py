@@ -1,5 +1,4 @@
-"""Proves that every kind of weight file is read bit-exactly and safely, that loading is strict both ways, and
-that each way a file can be wrong has its own error."""
+"""Proves that weight files of every layout are read bit-exactly, and that loading is strict both ways."""
 
 from __future__ import annotations
 
