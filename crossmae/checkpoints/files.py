@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from crossmae.run_checkpoint import FOLDER, MANIFEST, MODEL, defect, latest_chec
 # What transformers and timm call the weights in a folder; an index names the shards of a large model.
 HUB_FILES = (MODEL, f"{MODEL}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 HUB_CONFIG = "config.json"
-MAX_NAMES = 5
+MAX_NAMES, MAX_LISTED = 5, 10_000
 _STEP_FOLDER = re.compile(r"step-\d+")
 _WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".pkl", ".bin", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
 _WEB_PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
@@ -236,7 +237,7 @@ def _find_in_folder(folder: Path) -> Path:
 
 def _what_to_name(folder: Path) -> str:
     """The weight files in a folder or one below, whose names do not say which is meant."""
-    files = [*folder.glob("*"), *folder.glob("*/*")]
+    files = islice(chain(folder.glob("*"), folder.glob("*/*")), MAX_LISTED)  # it may be a folder of a million images
     weights = sorted(str(file.relative_to(folder)) for file in files if file.suffix in _WEIGHT_SUFFIXES)
     if not weights:
         return "name a weight file or the folder of a run"

@@ -30,14 +30,14 @@ def licence_notice(weights: Weights) -> str | None:
     """
     if LICENCE in weights.metadata:
         return weights.metadata[LICENCE]
-    if VERSION in weights.metadata:
+    if VERSION in weights.metadata or weights.format == "detector":  # detectors of our own runs say nothing, either
         return None
     tag = _licence_of_card(weights.path.parent)
     if tag:
         said = STATED.format(licence=tag)
         masked = weights.format in ("crossmae", "mae") or weights.layout == "hf-vitmae"
         return f"{said} {NON_COMMERCIAL}" if masked else said
-    return NON_COMMERCIAL if weights.layout in ("plain", "hf-vitmae") and weights.format != "detector" else UNSTATED
+    return NON_COMMERCIAL if weights.layout in ("plain", "hf-vitmae") else UNSTATED
 
 
 def provenance(weights: Weights) -> dict[str, str]:

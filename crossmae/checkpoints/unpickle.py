@@ -185,10 +185,9 @@ class Unpickler:
         elif isinstance(target, _DType):
             _set_byte_order(target, state)
         elif isinstance(target, argparse.Namespace):
-            vars(target).update({_expect(key, str): value for key, value in _expect(state, dict).items()})
-        elif not isinstance(
-            target, dict
-        ):  # whose attributes, as the versions of modules in a state dict, are of no use
+            self._spend(_expect(state, dict))
+            vars(target).update({_expect(key, str): value for key, value in state.items()})
+        elif not isinstance(target, dict):  # whose attributes, the versions of modules in a state dict, are of no use
             raise ValueError(f"a state for an object of type {type(target).__name__}")
 
     def _load_persistent(self, _: Any) -> None:
@@ -197,7 +196,7 @@ class Unpickler:
         self._stack.append(self._persistent(self._stack.pop()))
 
     def _spend(self, *values: Any) -> None:
-        """Count what is about to be copied: the same bytes may be named a million times."""
+        """Count what is about to be copied or walked: the same object may be named a million times."""
         for value in values:
             if isinstance(value, str | bytes | bytearray):
                 self._budget -= len(value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,9 @@ def one_model(
     prefix = next((p for p in WRAPPER_PREFIXES if _all_start(tensors, p, counters)), None)
     if branch:
         kept = {name.removeprefix(branch): value for name, value in tensors.items() if name.startswith(branch)}
-        left = [name.partition(".")[0] for name in tensors if not name.startswith(branch)]
+        left = Counter(name.partition(".")[0] for name in tensors if not name.startswith(branch))
         inner, more = one_model(kept, path)
-        return inner, (*(f"{name} ({left.count(name)} tensors)" for name in dict.fromkeys(left)), *more)
+        return inner, (*(f"{name} ({count} tensors)" for name, count in left.items()), *more)
     if prefix:
         kept = {name.removeprefix(prefix): value for name, value in tensors.items() if name not in counters}
         inner, more = one_model(kept, path, ema=ema)

@@ -131,6 +131,16 @@ def test_bytes_after_the_end_of_a_legacy_file(tmp_path: Path) -> None:
         read_weights(tmp_path / "a.pth")
 
 
+def test_a_wrong_count_in_a_legacy_file(tmp_path: Path) -> None:
+    """Nothing but this count would tell that values before it are missing."""
+    path = tmp_path / "a.pth"
+    torch.save({"a": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
+    count = (3).to_bytes(8, "little")
+    path.write_bytes(path.read_bytes().replace(count, (4).to_bytes(8, "little")))
+    with pytest.raises(UserError, match=r"storage \d+ has 4 values where 3 belong"):
+        read_weights(path)
+
+
 def zipped(path: Path, *names: str, data: bytes = b"x") -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for name in names:

@@ -251,8 +251,10 @@ def settings(value: bytes) -> bytes:
 
 
 GIB = 1 << 30
+DEPTH = 27  # some seconds where it is walked: more would hang the test, as a hash can not be interrupted
 ONE_MB = b"X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20) + b"q\x01"
 SIDES = b"(C\0" + dtype("f4") + b"(" + b"K\0" * 99 + b"t" + text("C") + b"t"
+MANY = b"".join(text(str(number)) + b"N" for number in range(10_000))
 BOMBS = {
     "bytes4": (b"\x80\x02B" + struct.pack("<I", 0xFFFFFFF0) + b"abc.", "bytes4"),
     "bytes8": (b"\x80\x04\x8e" + struct.pack("<Q", 4 * GIB) + b"abc.", "bytes8"),
@@ -260,11 +262,15 @@ BOMBS = {
     "frame": (b"\x80\x04\x95" + struct.pack("<Q", 4 * GIB) + b"N.", "not a state dict: holds a NoneType"),
     "bytearray": (model(call("builtins", "bytearray", integer(4 * GIB) + b"\x85")), "int where a bytes"),
     "array": (model(call("numpy", "ndarray", b"(" + integer(GIB) + b"t\x85")), "numpy.ndarray is called"),
-    "hash": (b"\x80\x02}" + nested(60) + b"Ns.", "a key of type tuple"),
-    "hash in a set": (b"\x80\x04\x8f(" + nested(60) + b"\x90.", "a key of type tuple"),
+    "hash": (b"\x80\x02}" + nested(DEPTH) + b"Ns.", "a key of type tuple"),
+    "hash in a set": (b"\x80\x04\x8f(" + nested(DEPTH) + b"\x90.", "a key of type tuple"),
     "long integer": (b"\x80\x02}\x8b" + struct.pack("<I", 1 << 20) + b"\1" * (1 << 20) + b"Ns.", "opcode LONG4"),
     "copies": (
         b"\x80\x02" + ONE_MB + (name("_codecs", "encode") + b"h\x01" + text("latin1") + b"\x86R") * 4000 + b".",
+        "unpack to many times its own size",
+    ),
+    "one object again and again": (
+        b"\x80\x02cargparse\nNamespace\n)\x81}q\x01(" + MANY + b"ub" + b"h\x01b" * 5000 + b".",
         "unpack to many times its own size",
     ),
     "dimensions": (model(call("numpy.core.numeric", "_frombuffer", SIDES)), "99 dimensions"),
@@ -310,7 +316,7 @@ def test_no_array_looks_into_memory_that_is_given_back(tmp_path: Path) -> None:
         read_weights(tmp_path / "b.pkl")
 
 
-@pytest.mark.parametrize("value", [nested(60), b"]q\x00h\x00a"], ids=["exponential", "circular"])
+@pytest.mark.parametrize("value", [nested(DEPTH), b"]q\x00h\x00a"], ids=["exponential", "circular"])
 def test_settings_without_end(tmp_path: Path, bounded: Any, value: bytes) -> None:
     torch_archive(tmp_path / "a.pth", model(stored(1, (1,), (1,)), before=settings(value)))
     with bounded():
