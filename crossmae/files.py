@@ -25,13 +25,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name[:40]}.{digest}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        temporary.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner may read
+        allow_reading(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def allow_reading(path: Path) -> None:
+    """The rights that a new file has: safetensors writes files that only their owner may read."""
+    path.chmod(0o666 & ~_umask())
 
 
 def write_text(path: Path, text: str) -> None:

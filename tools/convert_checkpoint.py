@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     size.add_argument("--img-size", nargs="+", type=int, metavar="PIXELS", help="H W, or one number, for positions")
     size.add_argument("--patch-size", type=int, metavar="P", help="pixels; the grid stays unless --img-size is given")
     size.add_argument("--in-chans", type=int, metavar="C", help="channels of the input")
-    size.add_argument("--channels", choices=("repeat", "mean", "pad"), default="repeat", help="how --in-chans is done")
+    size.add_argument("--channels", choices=("repeat", "mean", "pad"), help="how --in-chans is done: repeat")
     size.add_argument("--window", type=int, metavar="N", help="side of the windows of relative positions, in patches")
     parser.add_argument("--encoder-only", action="store_true", help="leave decoder and heads behind")
     parser.add_argument("--ema", action="store_true", help="take the moving average in the file, not the weights")
@@ -49,13 +49,13 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="REGEX",
-        help="leave these tensors behind, needed as they are",
+        help="leave tensors without a place behind",
     )
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the source's model that no shape tells"
     )
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="of the proof, over the largest value")
-    parser.add_argument("--report", type=Path, metavar="R.json", help="default: DST.conversion.json, beside DST")
+    parser.add_argument("--report", type=Path, metavar="R.json", help="default: DST.conversion.json")
     parser.add_argument("--force", action="store_true", help="overwrite DST")
     parser.add_argument(
         "--trust", action="store_true", help="unpickle whatever SRC refers to: that can run any code; use a sandbox"
@@ -86,7 +86,7 @@ def describe(done: Conversion) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Parse, convert, say what was done."""
     args = build_parser().parse_args(argv)
-    channels: Channels = args.channels
+    channels: Channels | None = args.channels
     sizes = Sizes(_image_size(args.img_size), args.patch_size, args.in_chans, channels, args.window)
     done = convert(
         args.source,

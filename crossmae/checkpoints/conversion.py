@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from crossmae import __version__
-from crossmae.checkpoints.keys import not_plain
-from crossmae.checkpoints.loading import OUTSIDE
-from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, NORM_EPS, recorded_arguments
+from crossmae.checkpoints.files import find_file, shards
+from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, NORM_EPS, NORM_EPS_OF_PLAIN
+from crossmae.checkpoints.planning import Plan, check_square, encoder_part, plan, refusal_of, source_arguments
 from crossmae.checkpoints.proof import (
     TOLERANCE,
     Encoder,
@@ -31,7 +30,7 @@ from crossmae.checkpoints.proof import (
     source_encoder,
 )
 from crossmae.checkpoints.provenance import provenance
-from crossmae.checkpoints.report import Entry, LoadReport
+from crossmae.checkpoints.report import LoadReport
 from crossmae.checkpoints.resample import Channels, fit
 from crossmae.checkpoints.targets import (
     CONFIG,
@@ -41,31 +40,22 @@ from crossmae.checkpoints.targets import (
     TARGETS,
     TENSORS,
     Content,
-    Head,
-    missing_norm,
-    refusal,
 )
 from crossmae.checkpoints.weights import (
     Weights,
     check_destination,
-    encoder_arguments,
     encoder_home,
     encoder_tensors,
     read_weights,
 )
 from crossmae.errors import UserError
-from crossmae.files import sync_folder, write_json
-from crossmae.model import CrossMAE
-from crossmae.pretrained import arguments_of
-from crossmae.vit import ENCODER_PREFIXES, ViTEncoder
+from crossmae.files import allow_reading, check_writable, sync_folder, write_json
 
 OF_A_HEAD = ("classes", "class_names", "multi_label", "pool", "head", "crop_pct")  # keys of the metadata
 FIXED_POSITIONS = ("crossmae", "mae", "hf-vitmae")  # layouts whose models do not train their position table
-NORM_EPS_OF_PLAIN = 1e-6  # what timm, detectron2's ViTDet and this toolkit have in their layer norms
+MAX_NAME = 200  # bytes of a destination's name: a temporary one beside it is longer
 REPORT_SUFFIX = ".conversion.json"
 FILE_SUFFIXES = (".safetensors", ".pth", ".pkl", ".pt", ".bin", ".npz")  # that no folder has
-ENCODER_ARGUMENTS = set(inspect.signature(ViTEncoder).parameters)
-MODEL_DEFAULTS = {key: parameter.default for key, parameter in inspect.signature(CrossMAE).parameters.items()}
 
 
 @dataclass(frozen=True)
@@ -106,14 +96,14 @@ class Sizes:
         img_size: pixels, one number or (height, width), that positions are for.
         patch_size: pixels. Without `img_size` the grid of patches stays, and the image grows along.
         in_chans: channels of the input.
-        channels: how filters for other channels are made, see `adapt_channels`.
+        channels: how filters for other channels are made, see `adapt_channels`; None is "repeat".
         window: side in patches of the windows of relative positions.
     """
 
     img_size: int | tuple[int, int] | None = None
     patch_size: int | None = None
     in_chans: int | None = None
-    channels: Channels = "repeat"
+    channels: Channels | None = None
     window: int | None = None
 
     def wanted(self) -> dict[str, Any]:
@@ -160,25 +150,24 @@ def convert(
     Raises:
         UserError: whatever keeps it from being done; nothing was written.
     """
-    source, destination = Path(source).expanduser(), Path(destination).expanduser()
+    source, destination, given = Path(source).expanduser(), Path(destination).expanduser(), dict(given or {})
     report_path = Path(report).expanduser() if report else report_beside(destination)
-    check_conversion(source, destination, to, force=force)
-    check_destination(report_path, force=force)
-    weights = read_weights(source, ema=ema, trust=trust)
+    sizes = sizes or Sizes()
+    check_conversion(source, destination, to, report_path, force=force)
+    weights = read_weights(source, ema=ema, trust=trust, img_size=given.get("img_size"))
     planned = plan(weights, to, encoder_only=encoder_only, drop=drop)
     if planned.refused:
-        raise UserError(_refusal(weights, to, planned))
-    content, planned, assumed = _content(weights, to, planned, sizes or Sizes(), dict(given or {}))
-    with _new_files(destination) as temporary:
-        names = TARGETS[to].write(temporary, content)
+        raise UserError(refusal_of(weights, to, planned))
+    content, planned, assumed = _content(weights, to, planned, sizes, given)
+    with _new_files(destination, report_path) as (temporary, temporary_report):
+        names = _write(to, temporary, content)
         entries = [replace(entry, targets=names.get(entry.plain, ())) for entry in planned.report.entries]
         table = LoadReport(str(weights.path), to, entries)
         _check_complete(table, weights, names)
         proof = _prove(weights, content, planned, to, temporary, tolerance)
         if proof.ran and not proof.equal:
-            raise UserError(
-                f"{weights.path}: what was written computes something else, and is gone.\n{proof.sentence()}"
-            )
+            what = "could not be proven to compute the same" if proof.reason else "computes something else"
+            raise UserError(f"{weights.path}: what was written {what}, and is gone.\n{proof.sentence()}")
         done = Conversion(
             source=weights.path,
             destination=destination,
@@ -190,160 +179,91 @@ def convert(
             assumed=assumed,
             beside=weights.beside,
         )
+        write_json(temporary_report, done.record())
         _commit(temporary, destination)
-    write_json(report_path, done.record())
+        _commit(temporary_report, report_path)
     return done
 
 
-def check_conversion(source: Path, destination: Path, to: str, *, force: bool = False) -> None:
+def check_conversion(source: Path, destination: Path, to: str, report: Path, *, force: bool = False) -> None:
     """Whatever can be known before a large file is read.
 
     Raises:
-        UserError: unknown target, a suffix it does not write, or a destination that must not be written.
+        UserError: unknown target, a suffix it does not write, or something that must not, or can not, be written.
     """
     if to not in TARGETS:
         raise UserError(f"--to {to}: unknown format; known: {', '.join(TARGETS)}")
     suffixes = TARGETS[to].suffixes
-    if destination.suffix not in suffixes and not (FOLDER in suffixes and destination.suffix not in FILE_SUFFIXES):
+    folder = FOLDER in suffixes and destination.suffix not in FILE_SUFFIXES
+    if destination.suffix not in suffixes and not folder:
         known = ", ".join(suffix or "none (a folder)" for suffix in suffixes)
         raise UserError(f"{destination}: the suffix says the kind of file to write; for --to {to} one of {known}")
-    if destination.exists() and source.exists() and destination.samefile(source):
-        raise UserError(f"{destination}: source and destination are the same; the source is never touched")
-    if destination.absolute() in source.absolute().parents:
-        raise UserError(f"{destination}: holds the source, which is never touched")
-    if not (destination.is_dir() and FOLDER in suffixes):
-        return check_destination(destination, force=force)
+    file = find_file(source)
+    for path, what in ((destination, "the destination"), (report, "the report")):
+        if len(os.fsencode(path.name)) > MAX_NAME or not path.name:
+            raise UserError(f"{path}: not a name for {what}; at most {MAX_NAME} bytes, and not only dots")
+        theirs = {found.resolve() for found in (file, *shards(file))}
+        if path.resolve() in theirs | {parent for found in theirs for parent in found.parents}:
+            raise UserError(f"{path}: is, or holds, the source, which is never touched; name another file as {what}")
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path}: a link to nowhere; name another file as {what}")
+        check_writable(path.parent, str(path))
+    if report.resolve() == destination.resolve() or destination.resolve() in report.resolve().parents:
+        raise UserError(f"--report {report}: is, or is in, the destination; name another file")
+    check_destination(report, force=force)
+    if folder and destination.is_dir():
+        _check_folder(destination, force)
+    else:
+        check_destination(destination, force=force)
+
+
+def _check_folder(destination: Path, force: bool) -> None:
+    """A folder may be replaced by --force, but for files in it that are not ours to replace."""
     if any(destination.iterdir()) and not force:
         raise UserError(f"{destination}: exists already and is left as it is; name another folder, or use --force")
-    foreign = sorted(entry.name for entry in destination.iterdir() if entry.name not in (CONFIG, TENSORS, PREPROCESSOR))
+    ours = (CONFIG, TENSORS, PREPROCESSOR)
+    foreign = sorted(entry.name for entry in destination.iterdir() if entry.name not in ours)
     if foreign:
         raise UserError(
             f"{destination}: holds {', '.join(foreign[:3])}, which --force would delete; name another folder"
         )
-    return None
 
 
 def report_beside(destination: Path) -> Path:
-    """`backbone.pth` has its report in `backbone.conversion.json`, a folder in the one beside it."""
-    return destination.with_name(f"{destination.stem if destination.suffix else destination.name}{REPORT_SUFFIX}")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where every tensor of a source goes.
-
-    Attributes:
-        tensors: what the target holds, under plain names.
-        report: every tensor of the source, and what the target gets beside them.
-        refused: plain names of tensors without a place, without which the encoder would compute something else.
-        whole: a whole pretraining model goes over, its decoder included.
-    """
-
-    tensors: dict[str, Tensor]
-    report: LoadReport
-    refused: tuple[str, ...]
-    whole: bool
-
-
-def plan(weights: Weights, to: str, *, encoder_only: bool = False, drop: tuple[str, ...] = ()) -> Plan:
-    """Decide what becomes of every tensor; works on meta tensors, that is from the header of a file.
-
-    Raises:
-        UserError: no encoder in the file, or one without what the target needs.
-    """
-    encoder_tensors(weights)  # raises where there is none
-    target, home = TARGETS[to], encoder_home(weights.tensors) or ""
-    plain = {name.removeprefix(home): tensor for name, tensor in weights.tensors.items() if name.startswith(home)}
-    if target.class_token == "required" and "cls_token" not in plain:
-        raise UserError(f"{weights.path}: holds no class token, and {to} has none of its own to put there")
-    content, head = "encoder" if encoder_only else weights.format, _head(plain)
-    kept: dict[str, Tensor] = {}
-    report, refused = LoadReport(str(weights.path), to), []
-    for name, tensor in weights.tensors.items():
-        inside = name.removeprefix(home)
-        reason, harmless = (OUTSIDE, True) if not name.startswith(home) else refusal(target, inside, content, head)
-        if name.startswith(home) and any(re.match(pattern, inside) for pattern in drop):
-            reason, harmless = "left behind as asked with --drop", True
-        if not reason and encoder_only and inside.startswith(("fc_norm.", "head.")):
-            reason = "a head, where the encoder alone was asked for"
-        if reason:
-            refused += [] if harmless else [inside]
-        else:
-            kept[inside] = tensor
-        report.entries.append(_entry(weights, name, inside, tensor, reason, harmless))
-    if to == "timm":
-        _as_timm(kept, report)
-    new = missing_norm(target, kept)
-    for name, tensor in new.items():
-        shape = tuple(tensor.shape)
-        entry = Entry(name, "new", "the source has no final norm: scale 1, shift 0", model_shape=shape, plain=name)
-        report.entries.append(entry)
-    return Plan(kept | new, report, tuple(refused), any(name.startswith("decoder_") for name in kept))
-
-
-def _entry(weights: Weights, name: str, plain: str, tensor: Tensor, reason: str, harmless: bool) -> Entry:
-    shape, sources = tuple(tensor.shape), weights.sources.get(name, (name,))
-    if reason:
-        return Entry(name, "dropped", reason, shape, None, harmless, plain, sources)
-    return Entry(name, "used", weights.notes.get(name, ""), shape, shape, True, plain, sources)
-
-
-def _as_timm(kept: dict[str, Tensor], report: LoadReport) -> None:
-    """timm's model with `fc_norm` has no `norm`; the one without class token has no row for it."""
-    for index, entry in enumerate(report.entries):
-        if entry.status != "used":
-            continue
-        if entry.plain in ("norm.weight", "norm.bias") and "fc_norm.weight" in kept:
-            del kept[entry.plain]
-            report.entries[index] = replace(entry, status="dropped", reason="average pooling has no norm before it")
-        if entry.plain == "pos_embed" and "cls_token" not in kept:
-            report.entries[index] = replace(entry, reason="without the row of the class token, which is not there")
-
-
-def _head(plain: Mapping[str, Tensor]) -> Head | None:
-    """Which classification head there is, by the norm before it (method specification, section 1.3)."""
-    if "head.1.weight" in plain:
-        return "batchnorm"
-    if "head.weight" not in plain:
-        return None
-    return "avg" if "fc_norm.weight" in plain else "cls"
-
-
-def _refusal(weights: Weights, to: str, planned: Plan) -> str:
-    """Why nothing is converted, with the words that would convert it nevertheless."""
-    kinds = [kind for kind in not_plain(weights.tensors) if any(name in kind for name in planned.refused)]
-    patterns = sorted({re.sub(r"\d+", r"\\d+", name.replace(".", r"\.")) for name in planned.refused})
-    words = " ".join(f"--drop '{pattern}'" for pattern in patterns)
-    what = "; ".join(kinds) or f"{', '.join(planned.refused[:3])}: no place in {to}"
-    return (
-        f"{weights.path}: can not become {to}: {what}. Without that the encoder computes something else; to leave it "
-        f"behind nevertheless, add {words}\n{planned.report.table()}"
-    )
+    """`backbone.pth` has its report in `backbone.pth.conversion.json`, a folder in the one beside it."""
+    return destination.with_name(f"{destination.name}{REPORT_SUFFIX}")
 
 
 def _content(
     weights: Weights, to: str, planned: Plan, sizes: Sizes, given: dict[str, Any]
 ) -> tuple[Content, Plan, tuple[str, ...]]:
     """Everything that is written, resampled; the plan that says so; and what was assumed."""
-    arguments, assumed = _arguments(weights, planned, given)
+    arguments, assumed = source_arguments(weights, planned, given)
     fitted = planned.tensors
+    if sizes.channels and sizes.in_chans in (None, arguments["in_chans"]):
+        raise UserError(f"--channels {sizes.channels}: in vain, the number of channels stays; leave that out")
     if wanted := sizes.wanted():
         try:
             fixed = to in FIXED_POSITIONS
-            fitted, notes, arguments = fit(planned.tensors, arguments, wanted, channels=sizes.channels, fixed=fixed)
+            how: Channels = sizes.channels or "repeat"
+            fitted, notes, arguments = fit(planned.tensors, arguments, wanted, channels=how, fixed=fixed)
         except UserError as error:
             raise UserError(f"{weights.path}: {error}") from None
         planned = replace(planned, report=_with_notes(planned.report, notes, fitted))
+    try:
+        check_square(to, arguments)
+    except UserError as error:
+        raise UserError(f"{weights.path}: {error}; --img-size resamples them") from None
     metadata = provenance(weights)
     if not any(name.startswith("head.") for name in fitted):
         metadata = {key: value for key, value in metadata.items() if key not in OF_A_HEAD}
     # transformers and timm look for "pt" where ours say the layout.
     metadata |= {FORMAT: "pt" if to in ("timm", "hf-vit", "hf-vitmae") else to, MODEL_ARGUMENTS: json.dumps(arguments)}
-    content = Content(fitted, arguments, metadata, float(metadata.get(NORM_EPS, "1e-6")))
+    content = Content(fitted, arguments, metadata, float(metadata.get(NORM_EPS, NORM_EPS_OF_PLAIN)))
     if content.norm_eps != NORM_EPS_OF_PLAIN and not to.startswith("hf-"):
         assumed += (
             f"the layer norms of the source have an epsilon of {content.norm_eps:g}, those of {to} one of "
-            f"{NORM_EPS_OF_PLAIN:g} unless told otherwise; the proof is with the source's",
+            f"{NORM_EPS_OF_PLAIN:g}; the proof is with the source's",
         )
     return content, planned, assumed
 
@@ -359,42 +279,6 @@ def _with_notes(report: LoadReport, notes: Mapping[str, str], tensors: Mapping[s
     return LoadReport(report.source, report.target, entries)
 
 
-def _arguments(weights: Weights, planned: Plan, given: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The constructor arguments that the source has, of the whole model or of its encoder, and what was assumed."""
-    encoder = _encoder(planned.tensors)
-    try:
-        found = encoder_arguments(encoder, weights.metadata)
-        if planned.whole:
-            arguments, assumed = arguments_of(weights, given)
-            return MODEL_DEFAULTS | found | arguments, tuple(assumed)
-    except UserError as error:
-        raise UserError(f"{weights.path}: {error}") from None
-    recorded = recorded_arguments(weights.metadata)
-    wrong = [
-        key for key in given if key in found and found[key] != given[key] and (key != "num_heads" or key in recorded)
-    ]
-    if unknown := sorted(given.keys() - set(MODEL_DEFAULTS)):
-        raise UserError(f"--set {', '.join(unknown)}: no argument of the model; known: {', '.join(MODEL_DEFAULTS)}")
-    if wrong:
-        names = ", ".join(wrong)
-        raise UserError(f"{weights.path}: --set {names}: the file says otherwise")
-    missing = [key for key in ("img_size", "num_heads") if key not in found | given]
-    if missing:
-        words = {"img_size": "'img_size=[HEIGHT,WIDTH]'", "num_heads": "num_heads=N"}
-        raise UserError(
-            f"{weights.path}: neither its shapes nor its record tell {' and '.join(missing)} of the encoder; "
-            f"add --set {' '.join(words[key] for key in missing)}"
-        )
-    guessed = "num_heads" not in recorded | given
-    sentence = f"{found.get('num_heads')} attention heads, as in the published models of this width"
-    known = found | {key: value for key, value in given.items() if key in ENCODER_ARGUMENTS}
-    return known, (sentence,) if guessed else ()
-
-
-def _encoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(ENCODER_PREFIXES)}
-
-
 def _check_complete(table: LoadReport, weights: Weights, names: Mapping[str, tuple[str, ...]]) -> None:
     """Every tensor of the source and of the target is in the table, once."""
     listed = [entry.name for entry in table.entries if entry.status != "new"]
@@ -406,11 +290,11 @@ def _check_complete(table: LoadReport, weights: Weights, names: Mapping[str, tup
 
 def _prove(weights: Weights, content: Content, planned: Plan, to: str, written: Path, tolerance: float) -> Proof:
     """The same image through the source's encoder and that of the written file."""
-    encoder, arguments = _encoder(content.tensors), content.arguments
+    encoder, arguments = encoder_part(content.tensors), content.arguments
     class_token = "cls_token" in encoder
     home = encoder_home(weights.tensors) or ""
     whole = {name.removeprefix(home): tensor for name, tensor in weights.tensors.items() if name.startswith(home)}
-    lost = sorted(set(_encoder(whole)) - set(encoder) - {"cls_token"})
+    lost = sorted(set(encoder_part(whole)) - set(encoder) - {"cls_token"})
     changed = [entry.plain for entry in planned.report.entries if entry.status == "resampled"]
     what = "all tokens" if class_token else "patch tokens, without a class token,"
     what += ", after resampling," if changed else ""
@@ -419,7 +303,8 @@ def _prove(weights: Weights, content: Content, planned: Plan, to: str, written: 
 
     def source() -> Encoder:
         if not (changed or lost):
-            tensors = {name: tensor for name, tensor in _encoder(whole).items() if class_token or name != "cls_token"}
+            left = () if class_token else ("cls_token",)
+            tensors = {name: tensor for name, tensor in encoder_part(whole).items() if name not in left}
             path, eps = weights.path, content.norm_eps
             return source_encoder(path, weights.layout, tensors, arguments, norm_eps=eps, class_token=class_token)
         make = detectron2_encoder if relative else plain_encoder
@@ -444,28 +329,53 @@ def _prove(weights: Weights, content: Content, planned: Plan, to: str, written: 
 
 
 @contextmanager
-def _new_files(destination: Path) -> Iterator[Path]:
-    """A path of the destination's name in a hidden folder beside it, which is gone in the end."""
-    folder = destination.absolute().parent / f".{destination.name[:40]}.{os.getpid()}.tmp"
-    temporary = folder / destination.name
+def _new_files(destination: Path, report: Path) -> Iterator[tuple[Path, Path]]:
+    """Paths of the same names in hidden folders beside them, which are gone in the end."""
+    made = [folder for path in (destination, report) for folder in path.absolute().parents if not folder.exists()]
+    hidden = f".{os.getpid()}.tmp"
+    temporary = [path.absolute().parent / f".{path.name}{hidden}" / path.name for path in (destination, report)]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for path in temporary:
+            path.parent.mkdir(parents=True)
         if destination.suffix not in FILE_SUFFIXES:
-            temporary.mkdir()
-        yield temporary
+            temporary[0].mkdir()
+        yield temporary[0], temporary[1]
     except OSError as error:
         raise UserError(f"{destination}: can not be written: {error.strerror or error}") from None
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in temporary:
+            shutil.rmtree(path.parent, ignore_errors=True)
+        for folder in made:  # the innermost first; those that hold something by now stay
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _write(to: str, path: Path, content: Content) -> dict[str, tuple[str, ...]]:
+    """Write, and give the files the rights that new ones have."""
+    try:
+        names = TARGETS[to].write(path, content)
+    except (SafetensorError, RuntimeError) as error:  # what safetensors and torch make of a full disk
+        raise UserError(f"{path.name}: can not be written: {' '.join(str(error).split())[:200]}") from None
+    for file in [path, *path.glob("*")]:
+        if file.is_file():
+            allow_reading(file)
+    return names
 
 
 def _commit(temporary: Path, destination: Path) -> None:
-    """Put what was written and proven in its place, in one step."""
+    """Put what was written and proven in its place: a file in one step, a folder in two, the old one aside."""
     for path in [temporary, *temporary.glob("*")]:
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-    if destination.is_dir():  # a folder can not be renamed over one that holds something
-        destination.rename(temporary.with_name("old"))
-    os.replace(temporary, destination)
+    if not destination.is_dir():
+        os.replace(temporary, destination)
+    else:
+        old = temporary.with_name("old")
+        destination.rename(old)
+        try:
+            os.replace(temporary, destination)
+        except BaseException:
+            old.rename(destination)
+            raise
     sync_folder(destination.absolute().parent)

@@ -148,11 +148,6 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise damaged(path, error) from None
 
 
-def without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `one_model`."""
-    return one_model(tensors, Path())[0]
-
-
 def _read_one(path: Path, kind: str, *, ema: bool = False, trust: bool = False) -> Contents:
     """One file, its tensors under the names that they have in it."""
     if kind == "safetensors":
@@ -242,3 +237,8 @@ def _what_to_name(folder: Path) -> str:
     if not weights:
         return "name a weight file or the folder of a run"
     return f"name one of its files: {', '.join(weights[:MAX_NAMES])}{', ...' if len(weights) > MAX_NAMES else ''}"
+
+
+def shards(path: Path) -> list[Path]:
+    """The files that an index names, [] for a weight file itself."""
+    return [path.parent / name for name in sorted(_weight_map(path))] if path.suffix == ".json" else []

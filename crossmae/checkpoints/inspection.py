@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from crossmae.checkpoints.conversion import MODEL_DEFAULTS, plan
 from crossmae.checkpoints.digest import check_digest
-from crossmae.checkpoints.files import file_kind, find_file, without_wrappers
+from crossmae.checkpoints.files import file_kind, find_file
 from crossmae.checkpoints.keys import not_plain
 from crossmae.checkpoints.metadata import (
     CLASSES,
@@ -27,6 +26,7 @@ from crossmae.checkpoints.metadata import (
     VERSION,
     recorded_arguments,
 )
+from crossmae.checkpoints.planning import MODEL_DEFAULTS, check_square, plan
 from crossmae.checkpoints.provenance import licence_notice
 from crossmae.checkpoints.report import split_name
 from crossmae.checkpoints.resample import is_sincos, table_grid
@@ -41,6 +41,7 @@ from crossmae.checkpoints.weights import (
     read_weights,
     translated,
 )
+from crossmae.checkpoints.wrappers import one_model
 from crossmae.errors import UserError
 from crossmae.pretrained import arguments_of
 
@@ -157,7 +158,8 @@ def inspect(path: str | Path, *, values: bool = True) -> Inspection:
     file = find_file(Path(path))
     if file_kind(file) == "safetensors":
         shapes, metadata = _header(file)
-        weights = translated(file, without_wrappers(shapes), metadata)
+        model, beside = one_model(shapes, file)
+        weights = replace(translated(file, model, metadata), beside=beside)
         with safe_open(file, "pt") as opened:
             stored = _Tensors(shapes, opened.get_tensor)
             if values:
@@ -281,6 +283,7 @@ def _recorded(weights: Weights) -> dict[str, str]:
 def _outcome(weights: Weights, to: str) -> Outcome:
     try:
         planned = plan(weights, to)
+        check_square(to, encoder_arguments(encoder_tensors(weights), weights.metadata))
     except UserError as error:
         return Outcome(False, str(error).removeprefix(f"{weights.path}: "))
     lost: dict[str, list[str]] = {}

@@ -97,6 +97,7 @@ _MM_NECK = {
 }
 _MM_HEAD = {"head.layers.head": "head", "head.fc": "head"}
 
+CLASS_ROW_ADDED = "a row of zeros for the class token put first"  # a note
 _IN_BLOCK = re.compile(r"(.+?)\.(\d+)\.(.+)")
 _CHUNKED = re.compile(r"blocks\.\d+\.(\d+\..+)")  # DINOv2's: blocks.<chunk>.<block>, the block counted over all chunks
 _QKV_PART = re.compile(r"(.+\.attn)\.([qkv])\.(weight|bias)")
@@ -221,7 +222,12 @@ def from_plain(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
 
 
 def not_plain(tensors: Mapping[str, Tensor]) -> list[str]:
-    """What of an encoder a plain ViT has no place for: a sentence for each kind, or [].
+    """What of an encoder a plain ViT has no place for: a sentence for each kind, or []; see `oddities`."""
+    return [f"{shorten(names)}: {kind}, which a plain ViT does not have" for kind, names in oddities(tensors).items()]
+
+
+def oddities(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Names of an encoder's tensors that a plain ViT has no place for, by kind.
 
     An encoder of which something stays behind computes something else, so loading it must fail; inspecting need not.
     That a block normalises after attention and MLP instead of before, under the same names, can not be seen.
@@ -237,7 +243,7 @@ def not_plain(tensors: Mapping[str, Tensor]) -> list[str]:
             kind = next((kind for pattern, kind in _NOT_PLAIN.items() if re.fullmatch(pattern, inside)), None)
             kinds[kind or _by_shape(tensors, home, inside)].append(name)
     kinds.pop("", None)
-    return [f"{shorten(names)}: {kind}, which a plain ViT does not have" for kind, names in kinds.items()]
+    return dict(kinds)
 
 
 def _plain_names(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, str]]:
@@ -391,7 +397,7 @@ def _add_class_row(found: Translated, home: str, grid: tuple[int, int] | None) -
     patches_alone = rows == grid[0] * grid[1] if grid else rows > 0 and math.isqrt(rows) ** 2 == rows
     if patches_alone:
         found.tensors[name] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
-        found.notes[name] = "a row of zeros for the class token put first"
+        found.notes[name] = CLASS_ROW_ADDED
 
 
 def _by_shape(tensors: Mapping[str, Tensor], home: str, name: str) -> str:

@@ -7,6 +7,7 @@ costliest failure of transfer learning.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +16,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, recorded_arguments
+from crossmae.checkpoints.keys import CLASS_ROW_ADDED
+from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, NORM_EPS, NORM_EPS_OF_PLAIN, recorded_arguments
 from crossmae.checkpoints.report import Entry, LoadReport
 from crossmae.checkpoints.resample import fit
 from crossmae.checkpoints.weights import (
@@ -27,11 +29,13 @@ from crossmae.checkpoints.weights import (
 )
 from crossmae.errors import UserError
 
+log = logging.getLogger(__name__)
+
 Part = Literal["all", "encoder"]
 
 # What beside an encoder a file may hold, and why it stays behind where the encoder alone is wanted.
 LEFT_OUT = {
-    r"mask_token$|encoder_mask_token$|decoder_|wfm\.|dec_norms\.|neck\.": "of pretraining alone",
+    r"mask_token$|encoder_mask_token$|decoder[._]|wfm\.|dec_norms\.|neck\.": "of pretraining alone",
     r"fc_norm\.|head\.|classifier\.": "another task's head",
     r"norm\.": "the final norm has no place in this model",
     r"pooler\.": "the pooler of transformers is no part of the encoder",
@@ -204,6 +208,20 @@ def _fill(model: nn.Module, weights: Weights, report: LoadReport) -> None:
         headline = f"{weights.path} ({weights.format}) does not fit {report.target}: {problem}"
         raise UserError(f"{headline}. Nothing was loaded.\n{report.table()}")
     model.load_state_dict({name: weights.tensors[name] for name in report.loaded}, strict=False)
+    _warn(model, weights, report)
+
+
+def _warn(model: nn.Module, weights: Weights, report: LoadReport) -> None:
+    """Say what no error is, and yet may not be meant."""
+    for name in report.loaded:
+        if CLASS_ROW_ADDED in weights.notes.get(name, ""):
+            rows = weights.tensors[name].shape[1] - 1
+            log.warning("%s: its %d positions are taken for a square without a class token's", weights.path, rows)
+    theirs = float(weights.metadata.get(NORM_EPS, NORM_EPS_OF_PLAIN))
+    mine = next((module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)), theirs)
+    if mine != theirs:
+        what = "its layer norms have an epsilon of %g, this model's one of %g: outputs differ a little"
+        log.warning(f"%s: {what}", weights.path, theirs, mine)
 
 
 def _different_architecture(model: nn.Module, weights: Weights) -> str:
@@ -220,7 +238,7 @@ def _different_architecture(model: nn.Module, weights: Weights) -> str:
     if heads is None or "num_heads" not in recorded_arguments(weights.metadata):
         held.pop("num_heads", None)
     expected["num_heads"] = heads
-    held, expected = ({key: _plain_size(value) for key, value in side.items()} for side in (held, expected))
+    held, expected = ({key: plain_size(value) for key, value in side.items()} for side in (held, expected))
     differing = [key for key in held if held[key] != expected.get(key, held[key])]
     if not differing:
         return ""
@@ -234,8 +252,8 @@ def _grid(model: nn.Module) -> tuple[int, int] | None:
     return grid if isinstance(grid, tuple) else None
 
 
-def _plain_size(value: Any) -> Any:
-    """One number for a square."""
-    if isinstance(value, (tuple, list)):
+def plain_size(value: Any) -> Any:
+    """An argument with one number for a square, so that sizes can be compared; other values as they are."""
+    if isinstance(value, (tuple, list)) and len(value) == 2:
         return value[0] if value[0] == value[1] else tuple(value)
     return value

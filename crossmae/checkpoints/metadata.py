@@ -12,7 +12,8 @@ from crossmae.errors import UserError
 FORMAT = "format"  # "crossmae": a pretraining model of this toolkit; "detectron2": a converted encoder
 MODEL_ARGUMENTS = "model"  # JSON: CrossMAE(**arguments)
 PIXEL_MEAN, PIXEL_STD = "pixel_mean", "pixel_std"  # JSON lists, RGB, for pixels scaled to 0 .. 1
-NORM_EPS = "norm_eps"  # epsilon of the layer norms, where it is not 1e-6
+NORM_EPS = "norm_eps"  # epsilon of the layer norms, where it is not
+NORM_EPS_OF_PLAIN = 1e-6  # that of timm, the published files, detectron2's ViTDet and this toolkit
 CLASSES = "classes"  # JSON list of names, in the order of the head's outputs
 VERSION, STEP = "version", "step"
 UNKNOWN = "unknown"  # what a converted file says where its source did not record a value

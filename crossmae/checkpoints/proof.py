@@ -24,7 +24,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from crossmae.checkpoints.files import read_safetensors
 from crossmae.checkpoints.resample import window_of
+from crossmae.checkpoints.timm_folder import is_timm_folder, timm_model
 from crossmae.checkpoints.weights import encoder_tensors, read_weights
 from crossmae.errors import UserError
 from crossmae.vit import ViTEncoder, patch_grid
@@ -290,7 +292,7 @@ def source_encoder(
 ) -> Encoder:
     """The source through its own library where that is installed and says more than the tensors, else through timm.
 
-    That is transformers for its folders, and detectron2 for relative positions, which timm does not have.
+    That is transformers and timm for their folders, and detectron2 for relative positions, which timm does not have.
 
     Args:
         path: the source itself, a folder or its weight file.
@@ -311,7 +313,18 @@ def source_encoder(
             return _transformers_encoder(folder, layout)
         except Missing:
             pass
+    if layout == "plain" and class_token and path.suffix == ".safetensors" and is_timm_folder(path.parent):
+        return _timm_source(path)
     return plain_encoder(tensors, arguments, norm_eps=norm_eps, class_token=class_token)
+
+
+def _timm_source(path: Path) -> Encoder:
+    """The model that a timm folder describes, around the tensors as they are in the file."""
+    model = timm_model(path.parent)
+    model.reset_classifier(0)
+    model.norm = model.fc_norm = nn.Identity()
+    tensors = {name: tensor for name, tensor in read_safetensors(path)[0].items() if not name.startswith(_NOT_ENCODER)}
+    return _filled(model, tensors, f"timm's {type(model).__name__}", None, _timm_tokens)
 
 
 @dataclass(frozen=True)
@@ -344,7 +357,7 @@ def _filled(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     name: str,
-    norm_eps: float,
+    norm_eps: float | None,
     run: Callable[[Any, Tensor], Tensor],
 ) -> Encoder:
     try:
@@ -354,9 +367,9 @@ def _filled(
     return _Named(name, _with_eps(model, norm_eps), run)
 
 
-def _with_eps(model: nn.Module, norm_eps: float) -> nn.Module:
+def _with_eps(model: nn.Module, norm_eps: float | None) -> nn.Module:
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm) and norm_eps is not None:
             module.eps = norm_eps
     return model
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
 from crossmae import __version__
+from crossmae.checkpoints.files import shards
 from crossmae.checkpoints.metadata import PIXEL_MEAN, PIXEL_STD, UNKNOWN, VERSION
 from crossmae.checkpoints.weights import Weights
 from crossmae.files import sha256
@@ -35,26 +37,35 @@ def licence_notice(weights: Weights) -> str | None:
     tag = _licence_of_card(weights.path.parent)
     if tag:
         said = STATED.format(licence=tag)
-        masked = weights.format in ("crossmae", "mae") or weights.layout == "hf-vitmae"
+        masked = weights.format in ("crossmae", "mae") or _is_vitmae(weights.path.parent)
         return f"{said} {NON_COMMERCIAL}" if masked else said
-    return NON_COMMERCIAL if weights.layout in ("plain", "hf-vitmae") else UNSTATED
+    return NON_COMMERCIAL if weights.layout == "plain" or _is_vitmae(weights.path.parent) else UNSTATED
 
 
 def provenance(weights: Weights) -> dict[str, str]:
     """Metadata for a converted file: what the source says of itself, and where the weights come from.
 
     Nothing is assumed: the pixel statistics are "unknown" where the source does not record them. Of a file
-    that was converted before, the first source stays on record.
+    that was converted before, the first source stays on record as `origin_*`.
     """
+    earlier = {key: value for key, value in weights.metadata.items() if key.startswith("source_")}
+    origin = {f"origin_{key.removeprefix('source_')}": value for key, value in earlier.items()}
     source = {
         "source_file": weights.path.name,
-        "source_sha256": sha256(weights.path),
+        "source_sha256": hash_of(weights.path),
         "source_format": weights.format if weights.layout == "plain" else f"{weights.layout}: {weights.format}",
     }
-    metadata = {PIXEL_MEAN: UNKNOWN, PIXEL_STD: UNKNOWN} | source | weights.metadata
+    metadata = {PIXEL_MEAN: UNKNOWN, PIXEL_STD: UNKNOWN} | origin | weights.metadata | source
     metadata["converter_version"] = __version__
     notice = licence_notice(weights)
     return metadata | {LICENCE: notice} if notice else metadata
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 of a weight file; of shards, of the list of theirs after that of the index."""
+    files = [path, *shards(path)]
+    sums = [sha256(file) for file in files]
+    return sums[0] if len(sums) == 1 else hashlib.sha256("\n".join(sums).encode()).hexdigest()
 
 
 def _licence_of_card(folder: Path) -> str | None:
@@ -66,3 +77,11 @@ def _licence_of_card(folder: Path) -> str | None:
     head = text.split("---")[1] if text.startswith("---") else ""
     found = _CARD_LICENCE.search(head)
     return found[1] if found else None
+
+
+def _is_vitmae(folder: Path) -> bool:
+    """Whether a config.json says so; the names of an encoder alone are those of any ViT of transformers."""
+    try:
+        return '"vit_mae"' in (folder / "config.json").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False

@@ -23,7 +23,7 @@ from crossmae.checkpoints.metadata import CLASSES, PICKLED_METADATA, PIXEL_MEAN,
 from crossmae.checkpoints.timm_folder import timm_config
 from crossmae.vit import ENCODER_PREFIXES
 
-Head = Literal["avg", "cls", "batchnorm"]
+Head = Literal["avg", "cls", "batchnorm", "other"]
 
 DETECTRON2_PREFIX = "backbone.net."
 RELATIVE = re.compile(r"blocks\.\d+\.attn\.rel_pos_[hw]$")
@@ -59,6 +59,7 @@ class Target:
         class_token: whether its encoder must have, may have or can not have one.
         norm: whether a final norm must be there, may be there or has no place.
         relative: whether it holds relative positions.
+        square: whether its models take square images alone.
         write: writes a file, or into an empty folder; returns plain name -> names in the file.
     """
 
@@ -70,6 +71,7 @@ class Target:
     class_token: Literal["required", "optional", "none"] = "optional"
     norm: Literal["required", "optional", "none"] = "optional"
     relative: bool = False
+    square: bool = False
 
 
 def refusal(target: Target, name: str, content: str, head: Head | None) -> tuple[str, bool]:
@@ -189,10 +191,12 @@ TARGETS = {
     "hf-vitmae": Target(
         "transformers' ViTMAEModel or ViTMAEForPreTraining: a folder for from_pretrained",
         (FOLDER,), _write_transformers("hf-vitmae"), decoder="mae", class_token="required", norm="required",
+        square=True,
     ),
     "detectron2": Target(
         "the backbone of detectron2's ViTDet, for MODEL.WEIGHTS",
         (".pth", ".pkl", ".safetensors"), _write_detectron2, class_token="none", norm="none", relative=True,
+        square=True,
     ),
 }  # fmt: skip
 

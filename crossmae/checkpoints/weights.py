@@ -27,6 +27,7 @@ from crossmae.variants import SIZES
 from crossmae.vit import ENCODER_PREFIXES, patch_grid
 
 MAX_NAMES = 5
+_FILTERS = ("patch_embed.proj.weight", "patch_embed.projection.weight", "patch_embeddings.projection.weight")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
@@ -59,7 +60,9 @@ class Weights:
     resampled: frozenset[str] = frozenset()
 
 
-def read_weights(path: str | Path, *, finite: bool = True, ema: bool = False, trust: bool = False) -> Weights:
+def read_weights(
+    path: str | Path, *, finite: bool = True, ema: bool = False, trust: bool = False, img_size: Any = None
+) -> Weights:
     """Read a weight file, whatever wrote it, without running anything in it.
 
     Args:
@@ -70,6 +73,8 @@ def read_weights(path: str | Path, *, finite: bool = True, ema: bool = False, tr
         finite: NaN and infinity are errors.
         ema: take averaged weights, and an error where the file has none; see `crossmae.checkpoints.wrappers`.
         trust: run whatever code is in a pickle, after a warning with the file's SHA-256. For the converter alone.
+        img_size: what it was trained on, one number or (height, width), where a grid that is not square has as many
+            patches, or patches and a class token, as one that is, and no record tells.
 
     Raises:
         UserError: no such file; a folder without weights; empty, damaged, a web page or a git-lfs pointer;
@@ -79,17 +84,17 @@ def read_weights(path: str | Path, *, finite: bool = True, ema: bool = False, tr
     contents = read_tensors(file, ema=ema, trust=trust)
     if finite:
         _check_finite(contents.tensors, file)
-    return replace(translated(file, contents.tensors, contents.metadata), beside=contents.beside)
+    return replace(translated(file, contents.tensors, contents.metadata, img_size), beside=contents.beside)
 
 
-def translated(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Weights:
+def translated(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], img_size: Any = None) -> Weights:
     """The tensors of a file under plain names, with what a config.json beside it says; on any device, meta too.
 
     Raises:
         UserError: names that are of a layout but incomplete; a config.json of transformers or timm that is wrong.
     """
     try:
-        found = to_plain(tensors, _recorded_grid(metadata))
+        found = to_plain(tensors, _known_grid(tensors, metadata, img_size))
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     if found.layout in ("hf-vit", "hf-vitmae"):
@@ -229,13 +234,16 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def _recorded_grid(metadata: Mapping[str, str]) -> tuple[int, int] | None:
-    """Rows and columns of patches, where the file records them."""
-    recorded = recorded_arguments(metadata)
-    if not {"img_size", "patch_size"} <= recorded.keys():
+def _known_grid(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], img_size: Any) -> tuple[int, int] | None:
+    """Rows and columns of patches, where they are recorded or given."""
+    size = img_size or recorded_arguments(metadata).get("img_size")
+    filters = next((tensor for name, tensor in tensors.items() if name.endswith(_FILTERS) and tensor.ndim == 4), None)
+    if size is None or filters is None:
         return None
-    size = recorded["img_size"]
-    return patch_grid(size if isinstance(size, int) else tuple(size), recorded["patch_size"])
+    try:
+        return patch_grid(size if isinstance(size, int) else tuple(size), filters.shape[-1])
+    except (ValueError, TypeError) as error:
+        raise UserError(f"img_size {size}: {error}") from None
 
 
 def _int_if_square(img_size: Any) -> int | tuple[int, int]:

@@ -19,6 +19,7 @@ from crossmae.checkpoints.metadata import (
     PIXEL_STD,
     PUBLISHED_ARGUMENTS,
     STEP,
+    UNKNOWN,
     VERSION,
 )
 from crossmae.checkpoints.weights import Weights, read_weights
@@ -152,14 +153,15 @@ def load_classifier(path: str | Path, img_size: int | Sequence[int] | None = Non
         std=record.pixel_std,
         bit_depth=record.bit_depth,
         crop_pct=_crop_pct(record.crop_pct, weights, architecture),
-        assumed=tuple(sentence for key, sentence in sentences.items() if key not in weights.metadata),
+        assumed=tuple(sentence for key, sentence in sentences.items() if weights.metadata.get(key, UNKNOWN) == UNKNOWN),
     )
 
 
 def _read_record(weights: Weights, assumed: Mapping[str, str], architecture: Architecture) -> _Record:
     """The metadata, and what is assumed where it says nothing."""
+    known = {key: value for key, value in weights.metadata.items() if value != UNKNOWN}
     try:
-        record = _Record.model_validate({**assumed, **weights.metadata})
+        record = _Record.model_validate({**assumed, **known})
     except ValidationError as error:
         wrong = "; ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors())
         raise UserError(f"{weights.path}: the metadata of the classifier is not as it should be: {wrong}") from None

@@ -145,7 +145,7 @@ def test_a_converted_file_of_the_published_layout_loads_though_its_pixel_statist
     pretrained = random_model(decoder="self")
     torch.save({"model": pretrained.state_dict()}, tmp_path / "published.pth")
     converted = tmp_path / "converted.pth"
-    given = {"num_heads": pretrained.blocks[0].attn.num_heads, "decoder_num_heads": 2}
+    given = {"num_heads": pretrained.blocks[0].attn.num_heads}
     convert(tmp_path / "published.pth", converted, "detectron2", given=given)
     assert read_weights(converted).metadata["pixel_mean"] == "unknown"
     cfg.MODEL.WEIGHTS = str(converted)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from crossmae.checkpoints import Sizes, convert, load
 from crossmae.checkpoints import conversion as conversion_module
-from crossmae.checkpoints.conversion import MODEL_DEFAULTS, plan, report_beside
+from crossmae.checkpoints.conversion import report_beside
 from crossmae.checkpoints.loading import load as load_weights
 from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, PUBLISHED_ARGUMENTS, VERSION
+from crossmae.checkpoints.planning import MODEL_DEFAULTS, plan
 from crossmae.checkpoints.provenance import LICENCE, NON_COMMERCIAL, UNSTATED
 from crossmae.checkpoints.targets import TARGETS
 from crossmae.checkpoints.weights import Weights, detect_format, encoder_tensors, read_weights, save_weights
@@ -29,6 +30,7 @@ SHARED = Path(__file__).parents[4] / "shared/golden"
 ENCODER: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 DECODER: dict[str, Any] = {"decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2}
 GIVEN = {"num_heads": 3, "decoder_num_heads": 2}
+HEADS = {"num_heads": 3}  # all that an encoder needs
 MEAN, STD = json.dumps([0.5, 0.4, 0.3]), json.dumps([0.2, 0.2, 0.2])
 
 
@@ -133,7 +135,9 @@ def test_official_files_become_everything(tmp_path: Path, name: str) -> None:
     for to, target in TARGETS.items():
         if to.startswith("hf-"):
             pytest.importorskip("transformers")
-        done = convert(path, tmp_path / f"{to}{target.suffixes[0]}", to, given=GIVEN)
+        whole = to == name or (name, to) == ("mae", "hf-vitmae")
+        given = GIVEN if whole else {"num_heads": 3}
+        done = convert(path, tmp_path / f"{to}{target.suffixes[0]}", to, given=given)
         assert done.proof.equal, done.proof.sentence()
         assert len(done.report.entries) >= len(weights.tensors)
         assert done.metadata[LICENCE] == NON_COMMERCIAL
@@ -325,7 +329,7 @@ def test_a_missing_library_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_provenance_of_the_published_layout(tmp_path: Path) -> None:
     path = published(tmp_path / "a.pth")
-    metadata = convert(path, tmp_path / "b.pth", "detectron2", given=GIVEN).metadata
+    metadata = convert(path, tmp_path / "b.pth", "detectron2", given=HEADS).metadata
     assert metadata == read_weights(tmp_path / "b.pth").metadata | {}
     assert metadata["source_file"] == "a.pth"
     assert metadata["source_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -343,10 +347,14 @@ def test_provenance_of_our_own_file(tmp_path: Path) -> None:
 
 
 def test_the_first_source_stays_on_record(tmp_path: Path) -> None:
-    first = convert(published(tmp_path / "a.pth"), tmp_path / "b.pkl", "detectron2", given=GIVEN)
+    first = convert(published(tmp_path / "a.pth"), tmp_path / "b.pkl", "detectron2", given=HEADS)
     second = convert(tmp_path / "b.pkl", tmp_path / "c.safetensors", "detectron2")
-    for key in ("source_file", "source_sha256", "source_format", LICENCE):
-        assert second.metadata[key] == first.metadata[key]
+    for key in ("file", "sha256", "format"):
+        assert second.metadata[f"origin_{key}"] == first.metadata[f"source_{key}"]
+    assert second.metadata["source_sha256"] == hashlib.sha256((tmp_path / "b.pkl").read_bytes()).hexdigest()
+    assert second.metadata[LICENCE] == first.metadata[LICENCE]
+    third = convert(tmp_path / "c.safetensors", tmp_path / "d.pth", "detectron2")
+    assert third.metadata["origin_file"] == "a.pth"
 
 
 def test_licence_of_a_model_card(tmp_path: Path) -> None:
@@ -376,7 +384,7 @@ def _names_of(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     [
         ("b.bin", "detectron2", r"b\.bin: the suffix.*one of \.pth, \.pkl, \.safetensors"),
         ("b.pth", "hf-vit", r"b\.pth: the suffix.*one of none \(a folder\)"),
-        ("a.pth", "detectron2", "the same; the source is never touched"),
+        ("a.pth", "detectron2", "is, or holds, the source, which is never touched"),
         ("old.pth", "detectron2", "exists already"),
         ("folder", "hf-vit", "exists already"),
         ("b.pth", "onnx", "unknown format; known: crossmae, mae, timm"),
@@ -396,14 +404,14 @@ def test_refusals_touch_nothing(tmp_path: Path, destination: str, to: str, told:
 def test_force(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     path = published(tmp_path / "a.pth")
-    with pytest.raises(UserError, match="the same; the source is never touched"):
+    with pytest.raises(UserError, match="is, or holds, the source, which is never touched"):
         convert(path, path, "crossmae", given=GIVEN, force=True)
     for _ in range(2):
-        convert(path, tmp_path / "b", "hf-vit", given=GIVEN, force=True)
+        convert(path, tmp_path / "b", "hf-vit", given=HEADS, force=True)
     assert sorted(file.name for file in (tmp_path / "b").iterdir()) == ["config.json", "model.safetensors"]
     (tmp_path / "b/notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds notes\.txt, which --force would delete"):
-        convert(path, tmp_path / "b", "hf-vit", given=GIVEN, force=True)
+        convert(path, tmp_path / "b", "hf-vit", given=HEADS, force=True)
     assert {entry.name for entry in tmp_path.iterdir()} == {"a.pth", "b", "b.conversion.json"}
 
 
@@ -420,12 +428,12 @@ def test_an_existing_report_is_not_overwritten(tmp_path: Path) -> None:
 def test_arguments_that_contradict_the_file(tmp_path: Path) -> None:
     own(tmp_path / "a.safetensors")
     for given in ({"num_heads": 6}, {"depth": 2}, {"colour": 1}):
-        with pytest.raises(UserError, match=r"--set (num_heads|depth|colour)"):
+        with pytest.raises(UserError, match=r"--set|its model has (num_heads 3|depth 3)"):
             convert(tmp_path / "a.safetensors", tmp_path / "b", "timm", given=given)
 
 
 def test_registers_are_refused_by_name(tmp_path: Path) -> None:
     tensors = ViTEncoder(**ENCODER).state_dict() | {"reg_token": torch.zeros(1, 4, 24)}
     save_weights(tmp_path / "a.safetensors", tensors, {MODEL_ARGUMENTS: json.dumps(ENCODER)})
-    with pytest.raises(UserError, match=r"reg_token: register tokens.*--drop 'reg_token'"):
+    with pytest.raises(UserError, match=r"reg_token: register tokens: no plain ViT has that.*--drop 'reg_token'"):
         convert(tmp_path / "a.safetensors", tmp_path / "b", "timm")

@@ -211,6 +211,15 @@ def test_wrong_indices(tmp_path: Path, tensors: dict[str, Tensor], shard: Any, t
         read_weights(tmp_path)
 
 
+def test_a_tensor_that_the_index_does_not_name(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    index = sharded(tmp_path, tensors)
+    content = json.loads(index.read_text())
+    del content["weight_map"]["pos_embed"]
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"does not hold the tensors that .* says; they differ in pos_embed"):
+        read_weights(tmp_path)
+
+
 def test_a_shard_that_is_no_weight_file(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     sharded(tmp_path, tensors)
     (tmp_path / "model-00003-of-00003.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
