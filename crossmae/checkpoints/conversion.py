@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from crossmae.checkpoints.proof import (
     source_encoder,
 )
 from crossmae.checkpoints.provenance import provenance
-from crossmae.checkpoints.report import LoadReport
+from crossmae.checkpoints.report import LoadReport, Status
 from crossmae.checkpoints.resample import Channels, fit
 from crossmae.checkpoints.targets import (
     CONFIG,
@@ -41,6 +42,7 @@ from crossmae.checkpoints.targets import (
     TENSORS,
     Content,
 )
+from crossmae.checkpoints.timm_folder import is_timm_folder
 from crossmae.checkpoints.weights import (
     Weights,
     check_destination,
@@ -158,7 +160,7 @@ def convert(
     planned = plan(weights, to, encoder_only=encoder_only, drop=drop)
     if planned.refused:
         raise UserError(refusal_of(weights, to, planned))
-    content, planned, assumed = _content(weights, to, planned, sizes, given)
+    content, planned, assumed = _content(weights, to, planned, sizes, given, destination.suffix)
     with _new_files(destination, report_path) as (temporary, temporary_report):
         names = _write(to, temporary, content)
         entries = [replace(entry, targets=names.get(entry.plain, ())) for entry in planned.report.entries]
@@ -235,7 +237,7 @@ def report_beside(destination: Path) -> Path:
 
 
 def _content(
-    weights: Weights, to: str, planned: Plan, sizes: Sizes, given: dict[str, Any]
+    weights: Weights, to: str, planned: Plan, sizes: Sizes, given: dict[str, Any], suffix: str
 ) -> tuple[Content, Plan, tuple[str, ...]]:
     """Everything that is written, resampled; the plan that says so; and what was assumed."""
     arguments, assumed = source_arguments(weights, planned, given)
@@ -254,6 +256,9 @@ def _content(
         check_square(to, arguments)
     except UserError as error:
         raise UserError(f"{weights.path}: {error}; --img-size resamples them") from None
+    if suffix == ".pkl":
+        halves = {name: "bfloat16 to float32" for name, tensor in fitted.items() if tensor.dtype == torch.bfloat16}
+        planned = replace(planned, report=_with_notes(planned.report, halves, fitted, "used"))
     metadata = provenance(weights)
     if not any(name.startswith("head.") for name in fitted):
         metadata = {key: value for key, value in metadata.items() if key not in OF_A_HEAD}
@@ -268,13 +273,15 @@ def _content(
     return content, planned, assumed
 
 
-def _with_notes(report: LoadReport, notes: Mapping[str, str], tensors: Mapping[str, Tensor]) -> LoadReport:
+def _with_notes(
+    report: LoadReport, notes: Mapping[str, str], tensors: Mapping[str, Tensor], status: Status = "resampled"
+) -> LoadReport:
     entries = []
     for entry in report.entries:
         if entry.status == "used" and entry.plain in notes:
             reason = "; ".join(filter(None, (entry.reason, notes[entry.plain])))
             shape = tuple(tensors[entry.plain].shape)
-            entry = replace(entry, status="resampled", reason=reason, model_shape=shape)
+            entry = replace(entry, status=status, reason=reason, model_shape=shape)
         entries.append(entry)
     return LoadReport(report.source, report.target, entries)
 
@@ -298,6 +305,8 @@ def _prove(weights: Weights, content: Content, planned: Plan, to: str, written: 
     changed = [entry.plain for entry in planned.report.entries if entry.status == "resampled"]
     what = "all tokens" if class_token else "patch tokens, without a class token,"
     what += ", after resampling," if changed else ""
+    folded = any("layer scale" in note for note in weights.notes.values())
+    what += ", layer scale folded in on both sides," if folded and not is_timm_folder(weights.path.parent) else ""
     what += f", without {', '.join(lost[:2])}{'...' if lost[2:] else ''}," if lost else ""
     relative = any(RELATIVE.match(name) for name in encoder)
 

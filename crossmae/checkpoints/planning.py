@@ -140,8 +140,9 @@ def refusal_of(weights: Weights, to: str, planned: Plan) -> str:
         kinds.setdefault(reasons[name], []).append(name)
     what = "; ".join(f"{shorten(names)}: {reason}" for reason, names in kinds.items())
     patterns = sorted({re.sub(r"\d+", r"\\d+", name.replace(".", r"\.")) for name in planned.refused})
+    quoted = [f"'{pattern}'" for pattern in patterns]
     needed = any(refusal(TARGETS[to], name, "encoder", None) == ("", True) for name in planned.refused)
-    words = "" if needed else f"; to leave it behind nevertheless, add --drop {' '.join(map(repr, patterns))}"
+    words = "" if needed else f"; to leave it behind nevertheless, add --drop {' '.join(quoted)}"
     headline = f"{weights.path}: can not become {to}: {what}. Without that the encoder computes something else{words}"
     return f"{headline}\n{planned.report.table()}"
 
@@ -169,7 +170,7 @@ def source_arguments(
             _check_model(found, planned.tensors)
     except UserError as error:
         raise UserError(f"{weights.path}: {str(error).removeprefix(f'{weights.path}: ')}") from None
-    found = found | given
+    found = found | dict(given)
     missing = [key for key in ("img_size", "num_heads") if key not in found]
     if missing:
         words = {"img_size": "'img_size=[HEIGHT,WIDTH]'", "num_heads": "num_heads=N"}
@@ -177,7 +178,7 @@ def source_arguments(
             f"{weights.path}: neither its shapes nor its record tell {' and '.join(missing)} of the encoder; "
             f"add --set {' '.join(words[key] for key in missing)}"
         )
-    if "num_heads" not in recorded | given:
+    if "num_heads" not in recorded.keys() | given.keys():
         assumed += (f"{found['num_heads']} attention heads, as in the published models of this width",)
     _check_sizes(weights, found, encoder["pos_embed"])
     return found, assumed

@@ -82,7 +82,9 @@ def timm_model(folder: Path, depth: int | None = None) -> Any:
     arguments |= {"depth": wanted} if wanted else {}
     try:
         with torch.random.fork_rng(devices=[]):
-            model = timm.create_model(name, pretrained=False, num_classes=config.get("num_classes", 0), **arguments)
+            model: Any = timm.create_model(
+                name, pretrained=False, num_classes=config.get("num_classes", 0), **arguments
+            )
     except Exception as error:  # whatever its constructors raise for arguments that are wrong
         raise UserError(f"{path}: {name} can not be built as a plain ViT: {str(error)[:200]}") from None
     plain = isinstance(model, VisionTransformer) and all(type(block) is Block for block in model.blocks)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from crossmae.checkpoints import Sizes, convert, load
@@ -22,6 +24,7 @@ from crossmae.checkpoints.planning import MODEL_DEFAULTS, plan
 from crossmae.checkpoints.provenance import LICENCE, NON_COMMERCIAL, UNSTATED
 from crossmae.checkpoints.targets import TARGETS
 from crossmae.checkpoints.weights import Weights, detect_format, encoder_tensors, read_weights, save_weights
+from crossmae.classification.classifier import load_classifier
 from crossmae.errors import UserError
 from crossmae.model import CrossMAE
 from crossmae.vit import ViTEncoder
@@ -30,6 +33,7 @@ SHARED = Path(__file__).parents[4] / "shared/golden"
 ENCODER: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 DECODER: dict[str, Any] = {"decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2}
 GIVEN = {"num_heads": 3, "decoder_num_heads": 2}
+RECORD = {"decoder": "cross", "norm_pix_loss": True}
 HEADS = {"num_heads": 3}  # all that an encoder needs
 MEAN, STD = json.dumps([0.5, 0.4, 0.3]), json.dumps([0.2, 0.2, 0.2])
 
@@ -263,8 +267,7 @@ def test_relative_positions_are_not_lost_by_accident(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         convert(tmp_path / "a.pth", tmp_path / "b", "timm", given={"num_heads": 3})
     assert "the encoder computes something else" in str(error.value)
-    words = str(error.value).split("--drop ")[1:]
-    patterns = tuple(word.split("'")[1] for word in words)
+    patterns = tuple(re.findall("'(.+?)'", str(error.value).splitlines()[0].partition("--drop ")[2]))
     assert set(tmp_path.iterdir()) == before
     done = convert(tmp_path / "a.pth", tmp_path / "b", "timm", given={"num_heads": 3}, drop=patterns)
     assert "without blocks.0.attn.rel_pos_h, blocks.0.attn.rel_pos_w..." in done.proof.sentence()
@@ -425,11 +428,153 @@ def test_an_existing_report_is_not_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "r.json").is_file()
 
 
-def test_arguments_that_contradict_the_file(tmp_path: Path) -> None:
-    own(tmp_path / "a.safetensors")
-    for given in ({"num_heads": 6}, {"depth": 2}, {"colour": 1}):
-        with pytest.raises(UserError, match=r"--set|its model has (num_heads 3|depth 3)"):
-            convert(tmp_path / "a.safetensors", tmp_path / "b", "timm", given=given)
+def test_every_way_to_the_source_is_seen(tmp_path: Path) -> None:
+    """Through a link, as a folder that holds it, as a file of the folder that was named, as the report."""
+    (tmp_path / "run").mkdir()
+    source = own(tmp_path / "run/model.safetensors")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    (tmp_path / "nowhere.pth").symlink_to(tmp_path / "gone")
+    before = source.read_bytes()
+    for named, destination, to, report in (
+        (tmp_path / "run", source, "crossmae", None),
+        (tmp_path / "link/model.safetensors", tmp_path / "run", "timm", None),
+        (source, tmp_path / "link", "timm", None),
+        (source, tmp_path / "b", "timm", source),
+        (source, tmp_path / "b", "timm", tmp_path / "b"),
+        (source, tmp_path / "b", "timm", tmp_path / "b/config.json"),
+        (source, tmp_path / "nowhere.pth", "crossmae", None),
+        (source, tmp_path / ("x" * 230), "timm", None),
+    ):
+        with pytest.raises(UserError, match=r"never touched|--report|a link to nowhere|not a name"):
+            convert(named, destination, to, report=report, force=True)
+    assert source.read_bytes() == before
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run", "link", "nowhere.pth"}
+
+
+def test_a_failure_between_the_renames_brings_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = own(tmp_path / "a.safetensors")
+    convert(source, tmp_path / "b", "timm")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    replaces = conversion_module.os.replace
+
+    def interrupted(first: Path, second: Path) -> None:
+        if Path(second).name == "b":
+            raise KeyboardInterrupt
+        replaces(first, second)
+
+    monkeypatch.setattr(conversion_module.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "b", "timm", force=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("destination", ["b.safetensors", "b.pth", "new/folder/b.pth"])
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, destination: str) -> None:
+    source = own(tmp_path / "a.safetensors")
+
+    def full(*_: Any, **__: Any) -> None:
+        if "safe" in destination:
+            raise SafetensorError("I/O error: No space left on device")
+        raise RuntimeError("no space")
+
+    monkeypatch.setattr("crossmae.checkpoints.targets.save_file", full)
+    monkeypatch.setattr("crossmae.checkpoints.targets.torch.save", full)
+    with pytest.raises(UserError, match=r"can not be written: .*(No|no) space"):
+        convert(source, tmp_path / destination, "crossmae")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_new_folders_are_made_and_files_can_be_read_by_others(tmp_path: Path) -> None:
+    source = own(tmp_path / "a.safetensors")
+    done = convert(source, tmp_path / "new/folder/b", "timm", report=tmp_path / "other/r.json")
+    assert (tmp_path / "other/r.json").is_file()
+    mask = conversion_module.os.umask(0)
+    conversion_module.os.umask(mask)
+    for file in done.destination.iterdir():
+        assert file.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"drop": ("nonsense",)}, "--drop nonsense: .* there is no tensor of such a name"),
+        ({"drop": (r"blocks\.2\.",)}, r"--drop blocks.*it has its place"),
+        ({"drop": ("(",)}, "no regular expression"),
+        ({"sizes": Sizes(channels="mean")}, "--channels mean: in vain"),
+        ({"sizes": Sizes(channels="mean", in_chans=3)}, "--channels mean: in vain"),
+        ({"sizes": Sizes(window=4)}, "relative"),
+        ({"given": {"norm_pix_loss": False}}, "--set norm_pix_loss: in vain"),
+        ({"given": {"colour": 1}}, "--set colour: no argument of the model"),
+    ],
+)
+def test_nothing_is_given_in_vain(tmp_path: Path, options: dict[str, Any], told: str) -> None:
+    source = own(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=told):
+        convert(source, tmp_path / "b", "timm", **options)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"num_heads": 6}, {"decoder_num_heads": 4}, {"decoder_depth": 5}, {"decoder": "self"}, {"norm_pix_loss": False}],
+)
+def test_a_record_is_believed_and_not_what_contradicts_it(tmp_path: Path, given: dict[str, Any]) -> None:
+    source = own(tmp_path / "a.safetensors", {MODEL_ARGUMENTS: json.dumps(ENCODER | DECODER | RECORD)})
+    with pytest.raises(UserError, match=r"its model has .*--set is for what a file does not tell"):
+        convert(source, tmp_path / "b.pth", "crossmae", given=given)
+
+
+def test_arguments_that_are_not_those_of_the_tensors(tmp_path: Path) -> None:
+    source = own(tmp_path / "a.safetensors", {MODEL_ARGUMENTS: json.dumps(ENCODER | DECODER | {"decoder_depth": 5})})
+    with pytest.raises(UserError, match=r"not those of a model of its arguments: .*--encoder-only"):
+        convert(source, tmp_path / "b.pth", "crossmae")
+    convert(source, tmp_path / "b.pth", "crossmae", encoder_only=True)
+
+
+def test_a_grid_that_looks_square_and_is_not(tmp_path: Path) -> None:
+    """4 x 6 patches and a class token have as many rows as 5 x 5 patches without."""
+    size = ENCODER | {"img_size": (32, 48)}
+    torch.save(ViTEncoder(**size).state_dict(), tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"num_heads"):
+        convert(tmp_path / "a.pth", tmp_path / "b", "timm")
+    given = {"num_heads": 3, "img_size": [32, 48]}
+    convert(tmp_path / "a.pth", tmp_path / "b", "timm", given=given)
+    assert read_weights(tmp_path / "b").tensors["pos_embed"].shape == (1, 25, 24)
+    with pytest.raises(UserError, match=r"takes square images alone.*--img-size resamples"):
+        convert(tmp_path / "a.pth", tmp_path / "c.pth", "detectron2", given=given)
+    done = convert(tmp_path / "a.pth", tmp_path / "c.pth", "detectron2", given=given, sizes=Sizes(img_size=32))
+    assert done.proof.equal
+    assert convert(tmp_path / "a.pth", tmp_path / "d", "timm", given=HEADS).report.table().count("row of zeros") == 1
+
+
+def test_an_odd_attention_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("beit_base_patch16_224", depth=1, embed_dim=24, num_heads=3, num_classes=0)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    for to in ("timm", "hf-vit", "detectron2"):
+        with pytest.raises(UserError, match=r"BEiT's attention.*no plain ViT has that"):
+            convert(tmp_path / "a.pth", tmp_path / f"b{TARGETS[to].suffixes[0]}", to, given=HEADS)
+
+
+def test_a_converted_classifier_opens(tmp_path: Path) -> None:
+    """Also where the source records no pixel statistics."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_small_patch16_224", num_classes=5, **ENCODER).eval()
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "b.safetensors", "crossmae", given=HEADS)
+    opened = load_classifier(tmp_path / "b.safetensors")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(opened.model(images), model(images))
+
+
+def test_bfloat16_in_a_pickle_is_said(tmp_path: Path) -> None:
+    tensors = {name: tensor.bfloat16() for name, tensor in ViTEncoder(**ENCODER).state_dict().items()}
+    save_weights(tmp_path / "a.safetensors", tensors, {MODEL_ARGUMENTS: json.dumps(ENCODER)})
+    done = convert(tmp_path / "a.safetensors", tmp_path / "b.pkl", "detectron2")
+    assert {entry.reason for entry in done.report.entries if entry.status == "used"} == {"bfloat16 to float32"}
 
 
 def test_registers_are_refused_by_name(tmp_path: Path) -> None:

@@ -52,11 +52,67 @@ def test_heads_are_those_of_the_named_architecture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{"architecture": "resnet50"}, {"architecture": "no_such_model"}, {"model_args": {"colour": 1}}]
+    ("config", "told"),
+    [
+        ({"architecture": "resnet50"}, "can not be built as a plain ViT"),
+        ({"architecture": "no_such_model"}, "'no_such_model' is no model of timm's"),
+        ({"architecture": "hf-hub:some/where"}, "is no model of timm's"),
+        ({"architecture": "local-dir:/tmp"}, "is no model of timm's"),
+        ({"model_args": {"act_layer": "quick_gelu"}}, "model_args has act_layer"),
+        ({"model_args": {"checkpoint_path": "payload.pth"}}, "model_args has checkpoint_path"),
+        ({"model_args": {"pretrained": True}}, "model_args has pretrained"),
+        ({"model_args": {"depth": 3000}}, None),
+        ({"model_args": {"embed_dim": "wide"}}, "can not be built"),
+        ({"architecture": "vit_base_patch16_clip_quickgelu_224", "model_args": {}}, "another activation than GELU"),
+    ],
 )
-def test_another_architecture_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"config\.json: .* is no plain ViT of timm's"):
-        read_weights(folder(tmp_path / "a", **config))
+def test_what_a_config_can_not_ask_for(tmp_path: Path, config: dict[str, Any], told: str | None) -> None:
+    path = folder(tmp_path / "a", **config)
+    if told is None:  # one block is built, whatever it says
+        assert read_weights(path).format == "finetuned"
+        return
+    with pytest.raises(UserError, match=rf"config\.json: .*{told}"):
+        read_weights(path)
+
+
+def test_nothing_that_a_config_names_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Payload:
+        def __reduce__(self) -> Any:
+            return Path.mkdir, (tmp_path / "sentinel",)
+
+    torch.save({"model": Payload()}, tmp_path / "payload.pth")
+    path = folder(tmp_path / "a", model_args=SMALL | {"checkpoint_path": str(tmp_path / "payload.pth")})
+    with pytest.raises(UserError, match="model_args has checkpoint_path"):
+        convert(path, tmp_path / "b", "timm")
+    assert not (tmp_path / "sentinel").exists()
+
+
+def test_the_source_of_a_proof_is_timms_own_model_of_the_folder(tmp_path: Path) -> None:
+    """With layer scale, which is folded in; the proof has it on its own on one side."""
+    path = tmp_path / "a"
+    path.mkdir()
+    model = timm.create_model("vit_small_patch16_224", num_classes=0, init_values=0.3, **SMALL)
+    save_file(model.state_dict(), path / "model.safetensors", {"format": "pt"})
+    config = {"architecture": "vit_small_patch16_224", "num_classes": 0, "model_args": SMALL | {"init_values": 0.3}}
+    (path / "config.json").write_text(json.dumps(config))
+    done = convert(path, tmp_path / "b.safetensors", "crossmae")
+    assert done.proof.equal
+    assert (done.proof.max_difference or 0) > 0
+    assert "folded in on both sides" not in done.proof.sentence()
+    torch.save(model.state_dict(), tmp_path / "c.pth")
+    done = convert(tmp_path / "c.pth", tmp_path / "d.safetensors", "crossmae", given={"num_heads": 3})
+    assert "layer scale folded in on both sides" in done.proof.sentence()
+
+
+def test_a_head_over_other_pooling_is_left_behind(tmp_path: Path) -> None:
+    model = timm.create_model("vit_small_patch16_224", num_classes=5, global_pool="avg", fc_norm=False, **SMALL)
+    (tmp_path / "a").mkdir()
+    save_file(model.state_dict(), tmp_path / "a/model.safetensors", {"format": "pt"})
+    given = SMALL | {"global_pool": "avg", "fc_norm": False}
+    config = {"architecture": "vit_small_patch16_224", "num_classes": 5, "model_args": given}
+    (tmp_path / "a/config.json").write_text(json.dumps(config))
+    done = convert(tmp_path / "a", tmp_path / "b", "hf-vit")
+    assert {"head.weight", "head.bias"} == set(done.report.names("dropped"))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"model_type": "bert"}', '{"architecture": 3}', "[" * 100000])
