@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import crossmae
 from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, STEP, VERSION
+from crossmae.checkpoints.provenance import inherited, recorded_licence
 from crossmae.config import PretrainConfig
 from crossmae.data import Normalize, PretrainImages, build_loader, warn_of_depth
 from crossmae.distributed import Ranks
@@ -27,7 +28,7 @@ from crossmae.optim import parameter_groups
 from crossmae.plan import Plan, announce, make_plan
 from crossmae.pretrained import BIT_DEPTH
 from crossmae.run import Run
-from crossmae.run_checkpoint import step_of
+from crossmae.run_checkpoint import MODEL, step_of
 from crossmae.run_log import RunLog
 from crossmae.sources import Source
 from crossmae.start import build_model, check_settings, find_start, start_from
@@ -70,9 +71,10 @@ class Pretraining(Task[PretrainConfig]):
         is_complete = start is not None and step_of(start) >= plan.last_step
         if start and not is_complete:
             check_settings(start, config, plan)
+        self.licence = recorded_licence(start / MODEL) if start else None
         if config.model.init and not start:
             arguments = model_arguments(config.model.name) | config.model.arguments()
-            start_from(model, config.model.init.expanduser(), arguments, data)
+            self.licence = start_from(model, config.model.init.expanduser(), arguments, data).licence
         self.judges = Judges(config, model, source, ranks)
         self.normalize = Normalize(data.mean, data.std, self.device)
         broken = check_images(config, source, model.in_chans, ranks) if data.check and not is_complete else []
@@ -103,7 +105,7 @@ class Pretraining(Task[PretrainConfig]):
 
     def metadata(self, step: int) -> dict[str, str]:
         """See `Task.metadata`."""
-        return weight_metadata(self.config, step)
+        return weight_metadata(self.config, step) | inherited(self.licence)
 
     def begin(self, run: Run, records: RunLog) -> None:
         """Measure and draw what there is to be better than."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from crossmae.checkpoints.keys import CLASS_ROW_ADDED
 from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, NORM_EPS, NORM_EPS_OF_PLAIN, recorded_arguments
+from crossmae.checkpoints.provenance import licence_notice
 from crossmae.checkpoints.report import Entry, LoadReport
 from crossmae.checkpoints.resample import fit
 from crossmae.checkpoints.weights import (
@@ -161,7 +162,7 @@ def _compare(
     dropped: tuple[str, ...],
 ) -> LoadReport:
     """Account for every tensor of the file and of the model."""
-    report = LoadReport(str(weights.path), type(model).__name__)
+    report = LoadReport(str(weights.path), type(model).__name__, licence=licence_notice(weights))
     home = encoder_home(weights.tensors) or ""
     target = model.state_dict()
     for name, tensor in target.items():

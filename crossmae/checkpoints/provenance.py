@@ -6,6 +6,8 @@ import hashlib
 import re
 from pathlib import Path
 
+from safetensors import safe_open
+
 from crossmae import __version__
 from crossmae.checkpoints.files import shards
 from crossmae.checkpoints.metadata import PIXEL_MEAN, PIXEL_STD, UNKNOWN, VERSION
@@ -59,6 +61,17 @@ def provenance(weights: Weights) -> dict[str, str]:
     metadata["converter_version"] = __version__
     notice = licence_notice(weights)
     return metadata | {LICENCE: notice} if notice else metadata
+
+
+def inherited(licence: str | None) -> dict[str, str]:
+    """Metadata of weights that were trained from others: adapted material (method specification, section 5)."""
+    return {LICENCE: licence} if licence else {}
+
+
+def recorded_licence(path: Path) -> str | None:
+    """That in the header of a safetensors file of ours."""
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get(LICENCE)
 
 
 def hash_of(path: Path) -> str:

@@ -51,6 +51,7 @@ class LoadReport:
     source: str
     target: str
     entries: list[Entry] = field(default_factory=list)
+    licence: str | None = None  # what to know about that of the weights, see `provenance.licence_notice`
 
     @property
     def ok(self) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from crossmae.checkpoints.files import find_file
 from crossmae.checkpoints.metadata import recorded_arguments
+from crossmae.checkpoints.provenance import inherited, licence_notice
 from crossmae.checkpoints.weights import Weights, read_weights, save_weights
 from crossmae.classification.augment import TrainView, keyed_everywhere
 from crossmae.classification.classifier import BEST, classifier_metadata
@@ -110,7 +111,7 @@ class Finetuning(Task[FinetuneConfig]):
         is_complete = start is not None and step_of(start) >= plan.last_step
         if start and not is_complete:
             check_settings(start, config, plan, self.decisive())
-        self.architecture, model = build_model(config, len(self.labelled.classes), start)
+        self.architecture, model, self.licence = build_model(config, len(self.labelled.classes), start)
         self.crop_pct = config.evaluation.crop_pct or published_crop_pct(self.architecture.img_size)
         self.view = TrainView(
             self.architecture.img_size, data.crop_scale, data.flip, data.auto_augment, data.color_jitter, data.mean
@@ -193,7 +194,7 @@ class Finetuning(Task[FinetuneConfig]):
             data.bit_depth,
             self.crop_pct,
             step,
-        )
+        ) | inherited(self.licence)
 
     def decisive(self) -> dict[str, str]:
         """The classes, and the view in which the best weights are looked for."""
@@ -333,8 +334,10 @@ def refuse_broken_val(config: FinetuneConfig, val: Source, ranks: Ranks) -> None
     refuse_broken(broken, f"data.val: repair or remove what is broken: {NEVER_REPLACED}")
 
 
-def build_model(config: FinetuneConfig, num_classes: int, start: Path | None) -> tuple[Architecture, VisionTransformer]:
-    """The model, with the weights of `model.init` unless a checkpoint is to be loaded.
+def build_model(
+    config: FinetuneConfig, num_classes: int, start: Path | None
+) -> tuple[Architecture, VisionTransformer, str | None]:
+    """The model, with the weights of `model.init` unless a checkpoint is to be loaded; what is known of their licence.
 
     Raises:
         UserError: the file holds no such encoder, or the sizes do not go together.
@@ -357,7 +360,7 @@ def build_model(config: FinetuneConfig, num_classes: int, start: Path | None) ->
         model.requires_grad_(False)
         model.head.requires_grad_(True)
     model.set_grad_checkpointing(config.runtime.activation_checkpointing)
-    return architecture, model
+    return architecture, model, licence_notice(weights) if weights else None
 
 
 def warn_of_untrained_blocks(weights: Weights, depth: int) -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from crossmae import run as run_module
 from crossmae import train as train_module
+from crossmae.checkpoints.provenance import NON_COMMERCIAL, recorded_licence
 from crossmae.config import PretrainConfig
 from crossmae.errors import UserError
 from crossmae.run_checkpoint import complete_checkpoints, read_state
@@ -451,6 +452,18 @@ def test_a_run_starts_from_given_weights(images: Path, tmp_path: Path, caplog: p
     assert all(
         torch.equal(tensor, source[name]) for name, tensor in load_file(tmp_path / "run/model.safetensors").items()
     )
+    assert recorded_licence(tmp_path / "run/model.safetensors") is None
+
+
+def test_the_licence_of_weights_goes_with_what_is_trained_from_them(images: Path, tmp_path: Path) -> None:
+    first = pretrain(make_config(images, tmp_path / "first", schedule={"max_steps": 1}))
+    torch.save({"model": load_file(first)}, tmp_path / "published.pth")  # without the record of our own training
+    settings: dict[str, Any] = {"model": {"init": tmp_path / "published.pth"}}
+    pretrain(make_config(images, tmp_path / "run", **settings, schedule={"max_steps": 1}))
+    assert recorded_licence(tmp_path / "run/model.safetensors") == NON_COMMERCIAL
+    (tmp_path / "published.pth").unlink()
+    pretrain(make_config(images, tmp_path / "run", **settings, schedule={"max_steps": 2}), resume=True)
+    assert recorded_licence(tmp_path / "run/model.safetensors") == NON_COMMERCIAL
 
 
 @pytest.mark.parametrize("shuffle_shards", [None, 2])

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
+from crossmae.checkpoints.provenance import NON_COMMERCIAL, recorded_licence
 from crossmae.classification import train as train_module
 from crossmae.classification.classifier import load_classifier
 from crossmae.classification.config import FinetuneConfig
@@ -225,7 +226,7 @@ def test_every_image_is_evaluated_once_on_any_number_of_processes(images: Path, 
     views = CentreViews(source, label_targets(source, "data.val", CLASSES), (32, 32), 0.875, 3, 8)
     torch.manual_seed(0)
     settings = make_config(images, images, evaluation={"features": 5})
-    _, model = train_module.build_model(settings, 3, None)
+    _, model, _ = train_module.build_model(settings, 3, None)
     torch.nn.init.normal_(model.head.weight)
     model.double()
 
@@ -281,6 +282,8 @@ def test_a_published_file_goes_straight_in(
     for name in ("cls_token", "patch_embed.proj.weight", "blocks.1.attn.qkv.weight"):
         torch.testing.assert_close(after[name], tensors[name], rtol=0, atol=1e-10)
     assert ("no final norm" in caplog.text) == (pool == "cls")
+    assert recorded_licence(tmp_path / "run/model.safetensors") == NON_COMMERCIAL
+    assert recorded_licence(tmp_path / "run/model_best.safetensors") == NON_COMMERCIAL
     other = {"init": tmp_path / "pretrain.pth", "depth": 3}
     with pytest.raises(UserError, match="depth 2, not 3"):
         finetune(make_config(images, tmp_path / "other", model=other))
