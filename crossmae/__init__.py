@@ -24,10 +24,12 @@ _HOME = {
     "UserError": "crossmae.errors",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", "checkpoints", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "checkpoints":
+        return importlib.import_module("crossmae.checkpoints")
     if name not in _HOME:
         raise AttributeError(f"module 'crossmae' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -18,7 +18,7 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from crossmae.checkpoints.loading import load, resampled
-from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, UNKNOWN
+from crossmae.checkpoints.metadata import PIXEL_MEAN, PIXEL_STD, UNKNOWN, recorded_arguments
 from crossmae.checkpoints.report import LoadReport
 from crossmae.checkpoints.resample import fit
 from crossmae.checkpoints.weights import (
@@ -194,11 +194,14 @@ def check_architecture(net: ViT, weights: Weights) -> None:
     """
     found = encoder_arguments(encoder_tensors(weights), weights.metadata)
     found["pretrain_img_size"] = found.pop("img_size", net.pretrain_img_size)
-    if MODEL_ARGUMENTS not in weights.metadata:
-        found.pop("num_heads", None)  # no shape shows it; without metadata it would be a guess from the width
     wrong = [
         (name, key) for name, key in ARCHITECTURE.items() if found.get(name, getattr(net, name)) != getattr(net, name)
     ]
+    if wrong == [("num_heads", "NUM_HEADS")] and "num_heads" not in recorded_arguments(weights.metadata):
+        # No shape shows it, and the file does not say: what is known of the width is worth a warning, not an error.
+        words = "%s does not say how many attention heads it has; MODEL.VIT.NUM_HEADS is %d, published models have %d"
+        log.warning(words, weights.path, net.num_heads, found["num_heads"])
+        return
     if wrong:
         what = "; ".join(
             f"MODEL.VIT.{key} is {getattr(net, name)}, the file needs {found[name]}" for name, key in wrong

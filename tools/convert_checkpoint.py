@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 
 from crossmae.checkpoints.conversion import Conversion, Sizes, convert
+from crossmae.checkpoints.inspection import CONTENTS
 from crossmae.checkpoints.proof import TOLERANCE
 from crossmae.checkpoints.provenance import LICENCE
 from crossmae.checkpoints.resample import Channels
@@ -47,12 +48,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--drop",
         nargs="+",
+        action="extend",
         default=[],
         metavar="REGEX",
         help="leave tensors without a place behind",
     )
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the source's model that no shape tells"
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="arguments of the source's model that no shape tells",
     )
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="of the proof, over the largest value")
     parser.add_argument("--report", type=Path, metavar="R.json", help="default: DST.conversion.json")
@@ -65,10 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def describe(done: Conversion) -> str:
     """What was done, for people."""
+    layout, _, content = done.metadata["source_format"].rpartition(": ")
     lines = [
         f"source       {done.source} ({done.source.stat().st_size / 1e6:,.1f} MB)",
         f"sha256       {done.metadata['source_sha256']}",
-        f"format       {done.metadata['source_format']}",
+        f"content      {CONTENTS.get(content, content)}{f', as {layout}' if layout else ''}",
         *([f"beside       {', '.join(done.beside)}"] if done.beside else []),
         "",
         done.report.table(),

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from crossmae import __version__
 from crossmae.checkpoints.files import find_file, shards
+from crossmae.checkpoints.keys import CLASS_ROW_ADDED
+from crossmae.checkpoints.loading import plain_size
 from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, NORM_EPS, NORM_EPS_OF_PLAIN
 from crossmae.checkpoints.planning import Plan, check_square, encoder_part, plan, refusal_of, source_arguments
 from crossmae.checkpoints.proof import (
@@ -31,7 +33,7 @@ from crossmae.checkpoints.proof import (
     source_encoder,
 )
 from crossmae.checkpoints.provenance import provenance
-from crossmae.checkpoints.report import LoadReport, Status
+from crossmae.checkpoints.report import LoadReport, Status, shorten
 from crossmae.checkpoints.resample import Channels, fit
 from crossmae.checkpoints.targets import (
     CONFIG,
@@ -198,8 +200,9 @@ def check_conversion(source: Path, destination: Path, to: str, report: Path, *, 
     suffixes = TARGETS[to].suffixes
     folder = FOLDER in suffixes and destination.suffix not in FILE_SUFFIXES
     if destination.suffix not in suffixes and not folder:
-        known = ", ".join(suffix or "none (a folder)" for suffix in suffixes)
-        raise UserError(f"{destination}: the suffix says the kind of file to write; for --to {to} one of {known}")
+        files = [suffix for suffix in suffixes if suffix != FOLDER]
+        known = " or ".join(filter(None, ("a folder, without a suffix" * (FOLDER in suffixes), ", ".join(files))))
+        raise UserError(f"{destination}: the suffix says the kind of file to write; for --to {to}: {known}")
     file = find_file(source)
     for path, what in ((destination, "the destination"), (report, "the report")):
         if len(os.fsencode(path.name)) > MAX_NAME or not path.name:
@@ -265,6 +268,11 @@ def _content(
     # transformers and timm look for "pt" where ours say the layout.
     metadata |= {FORMAT: "pt" if to in ("timm", "hf-vit", "hf-vitmae") else to, MODEL_ARGUMENTS: json.dumps(arguments)}
     content = Content(fitted, arguments, metadata, float(metadata.get(NORM_EPS, NORM_EPS_OF_PLAIN)))
+    if any(CLASS_ROW_ADDED in note for note in weights.notes.values()):
+        assumed += (
+            f"positions of {plain_size(arguments['img_size'])} pixels, without one of the class token; a grid that is "
+            "not square may have as many rows: --set 'img_size=[HEIGHT,WIDTH]' says so",
+        )
     if content.norm_eps != NORM_EPS_OF_PLAIN and not to.startswith("hf-"):
         assumed += (
             f"the layer norms of the source have an epsilon of {content.norm_eps:g}, those of {to} one of "
@@ -303,11 +311,13 @@ def _prove(weights: Weights, content: Content, planned: Plan, to: str, written: 
     whole = {name.removeprefix(home): tensor for name, tensor in weights.tensors.items() if name.startswith(home)}
     lost = sorted(set(encoder_part(whole)) - set(encoder) - {"cls_token"})
     changed = [entry.plain for entry in planned.report.entries if entry.status == "resampled"]
-    what = "all tokens" if class_token else "patch tokens, without a class token,"
-    what += ", after resampling," if changed else ""
-    folded = any("layer scale" in note for note in weights.notes.values())
-    what += ", layer scale folded in on both sides," if folded and not is_timm_folder(weights.path.parent) else ""
-    what += f", without {', '.join(lost[:2])}{'...' if lost[2:] else ''}," if lost else ""
+    folded = any("layer scale" in note for note in weights.notes.values()) and not is_timm_folder(weights.path.parent)
+    words = [
+        "all tokens" if class_token else "patch tokens, without a class token",
+        "after resampling" * bool(changed),
+        "layer scale folded in on both sides" * folded,
+        f"without {shorten(lost)}" * bool(lost),
+    ]
     relative = any(RELATIVE.match(name) for name in encoder)
 
     def source() -> Encoder:
@@ -332,7 +342,7 @@ def _prove(weights: Weights, content: Content, planned: Plan, to: str, written: 
         target,
         size=image_size(encoder, arguments),
         in_chans=arguments["in_chans"],
-        what=what,
+        what=", ".join(filter(None, words)),
         tolerance=tolerance,
     )
 

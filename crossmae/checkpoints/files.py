@@ -225,7 +225,8 @@ def _find_in_folder(folder: Path) -> Path:
         missing = f"beside {HUB_CONFIG} none of {', '.join(HUB_FILES)}"
     else:
         missing = (
-            f"neither {MODEL}, which a pretraining run writes at its end, nor a complete checkpoint {FOLDER}/step-*/"
+            f"neither {MODEL}, which a run writes at its end, nor a complete checkpoint {FOLDER}/step-*/, nor "
+            f"{HUB_CONFIG} as of transformers and timm"
         )
     raise UserError(f"{folder}: a folder without weights: {missing}; {_what_to_name(folder)}")
 

@@ -28,7 +28,7 @@ from crossmae.checkpoints.metadata import (
 )
 from crossmae.checkpoints.planning import MODEL_DEFAULTS, check_square, plan
 from crossmae.checkpoints.provenance import licence_notice
-from crossmae.checkpoints.report import split_name
+from crossmae.checkpoints.report import shorten, split_name
 from crossmae.checkpoints.resample import is_sincos, table_grid
 from crossmae.checkpoints.targets import RELATIVE, TARGETS
 from crossmae.checkpoints.unpickle import damaged
@@ -45,6 +45,12 @@ from crossmae.checkpoints.wrappers import one_model
 from crossmae.errors import UserError
 from crossmae.pretrained import arguments_of
 
+LAYOUTS = {
+    "plain": "plain: those of timm, of the published files, ours and detectron2's",
+    "hf-vit": "hf-vit: transformers' ViT",
+    "hf-vitmae": "hf-vitmae: transformers' ViTMAE",
+    "mmpretrain": "mmpretrain: OpenMMLab's",
+}
 MAX_NAMES = 5
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -59,7 +65,7 @@ CONTENTS = {
     "linear_probe": "a linear probe",
     "detectron2": "the encoder of a detection backbone, without class token",
     "detector": "a detector",
-    "unknown": "no kind of model that is known",
+    "unknown": "no kind of model that is known, or more than one",
 }
 
 
@@ -113,7 +119,7 @@ class Inspection:
         types = ", ".join(f"{name} {count:,}" if len(self.dtypes) > 1 else name for name, count in self.dtypes.items())
         rows = {
             "file": f"{self.path} ({self.file_bytes / 1e6:,.1f} MB)",
-            "layout": self.layout,
+            "names": LAYOUTS.get(self.layout, self.layout),
             "content": CONTENTS.get(self.content, self.content),
             "tensors": f"{self.tensors:,} with {self.values:,} values, {types}",
         }
@@ -127,10 +133,11 @@ class Inspection:
         text = [f"{name:{width}}{value}" for name, value in rows.items()]
         text += [f"{'NOT PLAIN':{width}}{sentence}" for sentence in self.not_plain]
         text += ["", "can become"]
+        said = {outcome.text for outcome in self.becomes.values()}
+        if len(said) == 1 and not any(outcome.possible for outcome in self.becomes.values()):
+            return [*text, f"{'nothing':{width}}{said.pop()}"]
         for name, outcome in self.becomes.items():
-            text.append(
-                f"{name:{width}}{'yes' if outcome.possible else 'no '}{'  ' if outcome.text else ''}{outcome.text}"
-            )
+            text.append(f"{name:{width}}{'yes' if outcome.possible else 'no '}  {outcome.text}".rstrip())
         return text
 
     def _finite(self) -> str:
@@ -236,7 +243,8 @@ def _facts(weights: Weights, plain: Mapping[str, Tensor]) -> dict[str, str]:
     head = plain.get("head.weight", plain.get("head.1.weight"))
     tables = [tensor for name, tensor in plain.items() if RELATIVE.match(name)]
     return {
-        "heads": "num_heads is a guess from the width, no shape tells it" if guessed else "",
+        "heads": _heads(weights) if guessed else "",
+        "read as": weights.notes.get(f"{encoder_home(weights.tensors)}pos_embed", ""),
         "class token": "" if "cls_token" in plain else "none",
         "final norm": "norm" if "norm.weight" in plain else "fc_norm" if "fc_norm.weight" in plain else "none",
         "decoder": _decoder(weights) if weights.format in ("crossmae", "mae") else "",
@@ -244,6 +252,12 @@ def _facts(weights: Weights, plain: Mapping[str, Tensor]) -> dict[str, str]:
         "head": "" if head is None else f"{len(head)} classes",
         "relative": f"tables for sides of {sorted({(len(table) + 1) // 2 for table in tables})}" if tables else "",
     }
+
+
+def _heads(weights: Weights) -> str:
+    if "num_heads" in encoder_arguments(encoder_tensors(weights), weights.metadata):
+        return "num_heads is that of published models of this width; neither shapes nor the file tell it"
+    return "not known: no shape tells them, nor does the file; conversions need --set num_heads=N"
 
 
 def _decoder(weights: Weights) -> str:
@@ -276,7 +290,7 @@ def _recorded(weights: Weights) -> dict[str, str]:
             filter(None, (f"crossmae {version}" if version else "", f"step {step}" if step else ""))
         ),
         "converted": metadata.get("source_file", "") and f"from {metadata['source_file']}",
-        "licence": licence_notice(weights) or "",
+        "licence": (encoder_home(weights.tensors) is not None and licence_notice(weights)) or "",
     }
 
 
@@ -290,11 +304,11 @@ def _outcome(weights: Weights, to: str) -> Outcome:
     for entry in planned.report.entries:
         if entry.status == "dropped":
             lost.setdefault(entry.reason, []).append(split_name(entry.name)[0])
-    text = "; ".join(f"{', '.join(list(dict.fromkeys(names))[:3])}: {reason}" for reason, names in lost.items())
+    text = "; ".join(f"{shorten(list(dict.fromkeys(names)))}: {reason}" for reason, names in lost.items())
     new = ", ".join(planned.report.names("new"))
     parts = [f"without {text}" if text else "", f"with a new {new}" if new else ""]
     if planned.refused:
-        return Outcome(False, f"unless --drop leaves them behind: {', '.join(planned.refused[:3])}")
+        return Outcome(False, f"unless --drop leaves them behind: {shorten(list(planned.refused))}")
     return Outcome(True, "; ".join(filter(None, parts)))
 
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from crossmae import __version__
 from crossmae.checkpoints.files import shards
-from crossmae.checkpoints.metadata import PIXEL_MEAN, PIXEL_STD, UNKNOWN, VERSION
+from crossmae.checkpoints.metadata import PIXEL_MEAN, PIXEL_STD, PUBLISHED_ARGUMENTS, UNKNOWN, VERSION
 from crossmae.checkpoints.weights import Weights
 from crossmae.files import sha256
 
@@ -21,7 +21,10 @@ NON_COMMERCIAL = (
     "and converted weights keep that licence."
 )
 STATED = "The source says: {licence}. Converted weights keep the licence of their source."
-UNSTATED = "The source does not say under which licence it is; converted weights keep that licence, whichever it is."
+UNSTATED = (
+    "The source does not say under which licence it is; converted weights keep that licence, whichever it is. "
+    "The published CrossMAE and MAE weights are CC BY-NC 4.0 (non-commercial)."
+)
 _MODEL_CARD = "README.md"
 _CARD_LICENCE = re.compile(r"^license(?:_name)?:\s*['\"]?([\w.+-]+)", re.MULTILINE)
 
@@ -37,11 +40,12 @@ def licence_notice(weights: Weights) -> str | None:
     if VERSION in weights.metadata or weights.format == "detector":  # detectors of our own runs say nothing, either
         return None
     tag = _licence_of_card(weights.path.parent)
+    masked = weights.format in ("crossmae", "mae", "linear_probe") or PUBLISHED_ARGUMENTS in weights.metadata
+    masked = masked or _is_vitmae(weights.path.parent)
     if tag:
         said = STATED.format(licence=tag)
-        masked = weights.format in ("crossmae", "mae") or _is_vitmae(weights.path.parent)
         return f"{said} {NON_COMMERCIAL}" if masked else said
-    return NON_COMMERCIAL if weights.layout == "plain" or _is_vitmae(weights.path.parent) else UNSTATED
+    return NON_COMMERCIAL if masked else UNSTATED
 
 
 def provenance(weights: Weights) -> dict[str, str]:

@@ -322,7 +322,8 @@ def _check_wanted(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], w
     if pixels and any(name.startswith("decoder_") for name in tensors):
         raise UserError(
             f"only an encoder can be resampled to another {' and '.join(pixels)}, but the file holds a whole "
-            "pretraining model, whose decoder predicts the pixels of the patches; leave the decoder out first"
+            "pretraining model, whose decoder predicts the pixels of the patches; leave the decoder behind first "
+            "(--encoder-only)"
         )
 
 

@@ -33,6 +33,9 @@ def read_trusted(path: Path, kind: str) -> Any:
         with open(path, "rb") as file:
             return pickle.load(file, encoding="latin1")
     except (ImportError, AttributeError) as error:
-        raise UserError(f"{path}: refers to what is not installed here: {error}") from None
+        raise UserError(
+            f"{path}: refers to what is not here: {error}; in the program that wrote it, save the state dict alone: "
+            "torch.save(model.state_dict(), ...)"
+        ) from None
     except Exception as error:  # bytes that are not what they should be surface as almost any exception
         raise damaged(path, error) from None

@@ -123,7 +123,8 @@ def detect_format(tensors: Mapping[str, Any]) -> str:
         return "linear_probe"
     if "head.weight" in names:
         return "finetuned"
-    return "encoder" if all(name.startswith((*ENCODER_PREFIXES, "norm.")) for name in names) else "unknown"
+    known = (*ENCODER_PREFIXES, "norm.", "fc_norm.", "pooler.", "encoder_mask_token")
+    return "encoder" if all(name.startswith(known) for name in names) else "unknown"
 
 
 def encoder_tensors(weights: Weights) -> dict[str, Tensor]:

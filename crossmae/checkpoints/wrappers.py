@@ -50,6 +50,7 @@ def state_dict(content: Any, path: Path, *, ema: bool = False) -> tuple[dict[str
     """
     beside: list[str] = []
     averaged = False
+    content = _opened(content)
     for _ in range(MAX_DEPTH):
         found = _wrapper(content, EMA_WRAPPERS) if ema and not averaged else None
         averaged = averaged or found is not None

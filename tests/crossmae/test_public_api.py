@@ -16,6 +16,7 @@ PUBLIC = {
     "UserError",
     "ViTEncoder",
     "__version__",
+    "checkpoints",
     "create_model",
     "list_models",
     "load_config",
