@@ -311,7 +311,7 @@ def _prove(weights: Weights, content: Content, planned: Plan, to: str, written: 
     whole = {name.removeprefix(home): tensor for name, tensor in weights.tensors.items() if name.startswith(home)}
     lost = sorted(set(encoder_part(whole)) - set(encoder) - {"cls_token"})
     changed = [entry.plain for entry in planned.report.entries if entry.status == "resampled"]
-    folded = any("layer scale" in note for note in weights.notes.values()) and not is_timm_folder(weights.path.parent)
+    folded = any("layer scale" in note for note in weights.notes.values()) and not is_timm_folder(weights.path)
     words = [
         "all tokens" if class_token else "patch tokens, without a class token",
         "after resampling" * bool(changed),

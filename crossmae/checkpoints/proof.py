@@ -24,7 +24,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from crossmae.checkpoints.files import read_safetensors
+from crossmae.checkpoints.files import read_tensors
 from crossmae.checkpoints.resample import window_of
 from crossmae.checkpoints.timm_folder import is_timm_folder, timm_model
 from crossmae.checkpoints.weights import encoder_tensors, read_weights
@@ -313,7 +313,7 @@ def source_encoder(
             return _transformers_encoder(folder, layout)
         except Missing:
             pass
-    if layout == "plain" and class_token and path.suffix == ".safetensors" and is_timm_folder(path.parent):
+    if layout == "plain" and class_token and is_timm_folder(path):
         return _timm_source(path)
     return plain_encoder(tensors, arguments, norm_eps=norm_eps, class_token=class_token)
 
@@ -323,7 +323,7 @@ def _timm_source(path: Path) -> Encoder:
     model = timm_model(path.parent)
     model.reset_classifier(0)
     model.norm = model.fc_norm = nn.Identity()
-    tensors = {name: tensor for name, tensor in read_safetensors(path)[0].items() if not name.startswith(_NOT_ENCODER)}
+    tensors = {name: tensor for name, tensor in read_tensors(path).tensors.items() if not name.startswith(_NOT_ENCODER)}
     return _filled(model, tensors, f"timm's {type(model).__name__}", None, _timm_tokens)
 
 

@@ -16,6 +16,7 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from crossmae.checkpoints.files import HUB_FILES
 from crossmae.checkpoints.metadata import CLASSES, MODEL_ARGUMENTS, NORM_EPS, PIXEL_MEAN, PIXEL_STD
 from crossmae.errors import UserError
 
@@ -125,9 +126,9 @@ def timm_config(
     }
 
 
-def is_timm_folder(folder: Path) -> bool:
-    """Whether there is a config.json of timm's."""
-    return _read(folder) is not None
+def is_timm_folder(file: Path) -> bool:
+    """Whether a weight file is that of a folder with a config.json of timm's."""
+    return file.name in HUB_FILES and _read(file.parent) is not None
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crossmae.checkpoints.digest import signed
-from crossmae.checkpoints.files import find_file, read_tensors
+from crossmae.checkpoints.files import HUB_FILES, find_file, read_tensors
 from crossmae.checkpoints.huggingface import CONFIG, mlp_ratio, read_config
 from crossmae.checkpoints.keys import encoder_home, to_plain
 from crossmae.checkpoints.metadata import recorded_arguments
@@ -93,14 +93,14 @@ def translated(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, st
     Raises:
         UserError: names that are of a layout but incomplete; a config.json of transformers or timm that is wrong.
     """
+    in_folder = file.name in HUB_FILES  # whose config.json is about this file
+    beside = timm_metadata(file.parent) if in_folder else {}
     try:
-        found = to_plain(tensors, _known_grid(tensors, metadata, img_size))
+        found = to_plain(tensors, _known_grid(tensors, beside | metadata, img_size))
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    if found.layout in ("hf-vit", "hf-vitmae"):
-        beside = read_config(file.parent, found.tensors) if (file.parent / CONFIG).is_file() else {}
-    else:
-        beside = timm_metadata(file.parent) if found.layout == "plain" else {}
+    if in_folder and found.layout in ("hf-vit", "hf-vitmae") and (file.parent / CONFIG).is_file():
+        beside = read_config(file.parent, found.tensors)
     metadata = beside | metadata  # ours, in the file itself, is as old as the tensors
     return Weights(
         file, detect_format(found.tensors), found.tensors, metadata, found.layout, found.sources, found.notes

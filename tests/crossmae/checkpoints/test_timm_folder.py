@@ -132,3 +132,21 @@ def test_timm_builds_the_classifier_again(tmp_path: Path) -> None:
         assert torch.equal(first.eval()(images), second.eval()(images))
     assert second.pretrained_cfg["mean"] == [0.5, 0.4, 0.3]
     assert second.pretrained_cfg["label_names"] == list("abcde")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("vit_small_patch16_224", {"img_size": (32, 48)}),  # 4 x 6 patches and a class token: as many rows as 5 x 5
+        ("vit_small_patch14_dinov2", {"img_size": 28, "patch_size": 7}),
+    ],
+)
+def test_folders_that_timm_itself_writes(tmp_path: Path, name: str, arguments: dict[str, Any]) -> None:
+    """Pickled, for want of timm's name of a hub; what they say of sizes counts before the table is looked at."""
+    model = timm.create_model(name, num_classes=0, **SMALL | arguments)
+    timm.models.save_for_hf(model, str(tmp_path / "a"), model_args=SMALL | arguments)
+    weights = read_weights(tmp_path / "a")
+    assert weights.tensors["pos_embed"].shape == model.pos_embed.shape
+    done = convert(tmp_path / "a", tmp_path / "b.safetensors", "crossmae")
+    assert done.proof.equal
+    assert done.assumed == ()
