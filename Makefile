@@ -20,8 +20,8 @@ venv: $(STAMP)  ## set up .venv: about 3 minutes and 6 GB, once
 demo: $(STAMP)  ## real images -> pretrain -> convert -> detect -> outputs/demo/report.html
 	@$(BIN)/python tools/demo.py
 
-test: lint types  ## lint, types and every test
-	@$(BIN)/python -m pytest
+test: lint types  ## lint, types and every test, in as many processes as there are cores, 4 at most
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(STAMP)  ## ruff: rules and format
 	@$(BIN)/ruff check .

@@ -69,6 +69,7 @@ DEV = [
     "ruff==0.17.6",
     "mypy==2.4.1",
     "pytest==9.2.0",
+    "pytest-xdist==3.8.0",  # two processes on two cores: 6 minutes instead of 10
     "hypothesis==6.168.5",
     "lvis==0.5.3",  # the reference for LVIS numbers
     "types-PyYAML==6.0.12.20261113",

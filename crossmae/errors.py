@@ -38,6 +38,9 @@ def run_cli(main: Callable[[], None]) -> None:
             raise
         print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
         raise SystemExit(USER_ERROR_EXIT_CODE) from None
+    except MemoryError:
+        print("error: there is not enough memory for this", file=sys.stderr)
+        raise SystemExit(USER_ERROR_EXIT_CODE) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None

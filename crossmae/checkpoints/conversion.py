@@ -20,7 +20,15 @@ from crossmae.checkpoints.files import find_file, shards
 from crossmae.checkpoints.keys import CLASS_ROW_ADDED
 from crossmae.checkpoints.loading import plain_size
 from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, NORM_EPS, NORM_EPS_OF_PLAIN
-from crossmae.checkpoints.planning import Plan, check_square, encoder_part, plan, refusal_of, source_arguments
+from crossmae.checkpoints.planning import (
+    ASKED_TO_DROP,
+    Plan,
+    check_square,
+    encoder_part,
+    plan,
+    refusal_of,
+    source_arguments,
+)
 from crossmae.checkpoints.proof import (
     TOLERANCE,
     Encoder,
@@ -309,7 +317,8 @@ def _prove(weights: Weights, content: Content, planned: Plan, to: str, written: 
     class_token = "cls_token" in encoder
     home = encoder_home(weights.tensors) or ""
     whole = {name.removeprefix(home): tensor for name, tensor in weights.tensors.items() if name.startswith(home)}
-    lost = sorted(set(encoder_part(whole)) - set(encoder) - {"cls_token"})
+    dropped = {entry.plain for entry in planned.report.entries if ASKED_TO_DROP in entry.reason}
+    lost = sorted(dropped | set(encoder_part(whole)) - set(encoder) - {"cls_token"})
     changed = [entry.plain for entry in planned.report.entries if entry.status == "resampled"]
     folded = any("layer scale" in note for note in weights.notes.values()) and not is_timm_folder(weights.path)
     words = [

@@ -108,7 +108,9 @@ _SCALED = {"1": "attn.proj", "2": "mlp.fc2"}
 _PLAIN_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 # What a plain ViT has no place for, by its name within the encoder's home; the first that matches is said.
 _NOT_PLAIN = {
-    r"reg_token|register_tokens": "register tokens",
+    r"layers\.\d+\.blocks\..+": "a hierarchical transformer (Swin)",
+    r"reg_token|register_tokens|storage_tokens": "register tokens",
+    r"rope(_embed)?\..+": "rotary positions",
     r"dist_token": "DeiT's distillation token",
     r"(norm_pre|pre_norm)\..+": "a norm before the first block",
     r"attn_pool\..+": "attention pooling",
@@ -249,7 +251,10 @@ def oddities(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
 def _plain_names(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, str]]:
     """The layout, and the plain name, or the same, of every name."""
     for prefix in ("vit.", ""):
-        if f"{prefix}embeddings.patch_embeddings.projection.weight" in tensors:
+        vit = any(
+            ".layernorm_before." in name for name in tensors
+        )  # other models of transformers have the rest as well
+        if vit and f"{prefix}embeddings.patch_embeddings.projection.weight" in tensors:
             decoder = any(_look_up(_inverse(_HF_BESIDE["hf-vitmae"]), name) for name in tensors)
             return "hf-vitmae" if decoder else "hf-vit", _hf_names(tensors, prefix)
     for prefix in ("backbone.", ""):

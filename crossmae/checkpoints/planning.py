@@ -26,6 +26,7 @@ from crossmae.vit import ENCODER_PREFIXES, ViTEncoder, patch_grid
 
 ENCODER_ARGUMENTS = set(inspect.signature(ViTEncoder).parameters)
 MODEL_DEFAULTS = {key: parameter.default for key, parameter in inspect.signature(CrossMAE).parameters.items()}
+ASKED_TO_DROP = "left behind as asked with --drop"  # a reason
 _ANY_MODEL = ("norm.", "fc_norm.", "head.")  # what a file of ours may hold beside the tensors of its model
 
 
@@ -69,7 +70,7 @@ def plan(weights: Weights, to: str, *, encoder_only: bool = False, drop: tuple[s
         if not reason and encoder_only and inside.startswith(("fc_norm.", "head.")):
             reason = "a head, where the encoder alone was asked for"
         if not harmless and any(re.match(pattern, inside) for pattern in drop):
-            reason, harmless = "left behind as asked with --drop", True
+            reason, harmless = ASKED_TO_DROP, True
         if reason:
             refused += [] if harmless else [inside]
         else:
@@ -93,7 +94,7 @@ def _check_drop(weights: Weights, report: LoadReport, drop: tuple[str, ...]) -> 
             found = [entry.name for entry in report.entries if re.match(pattern, entry.plain)]
         except re.error as error:
             raise UserError(f"--drop {pattern}: no regular expression: {error}") from None
-        left = [entry for entry in report.entries if entry.name in found and "--drop" in entry.reason]
+        left = [entry for entry in report.entries if entry.name in found and entry.reason == ASKED_TO_DROP]
         if not left:
             why = "it has its place" if found else "there is no tensor of such a name"
             raise UserError(f"--drop {pattern}: nothing of {weights.path} needs it: {why}")

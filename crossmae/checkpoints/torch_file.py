@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crossmae.checkpoints.unpickle import GLOBALS, MAX_DIMENSIONS, Global, Unpickler, damaged, read_mapped
+from crossmae.checkpoints.unpickle import GLOBALS, MAX_DIMENSIONS, Global, Unpickler, damaged, expect, read_mapped
 from crossmae.errors import UserError
 
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
@@ -126,7 +126,7 @@ def _read_legacy(path: Path, file: mmap.mmap) -> Any:
         raise UserError(f"{path}: written on a big-endian machine; save it anew on a little-endian one")
     content = Unpickler(path, TORCH_GLOBALS, storage).load(file)
     keys = plain.load(file)
-    if sorted(keys) != sorted(storages):
+    if not all(isinstance(key, str) for key in expect(keys, list)) or sorted(keys) != sorted(storages):
         raise ValueError("the list of its storages does not agree with its content")
     for key in keys:
         values, size = storages[key], int.from_bytes(file.read(8), "little")
@@ -139,8 +139,9 @@ def _read_legacy(path: Path, file: mmap.mmap) -> Any:
 
 
 def _storage_id(saved: Any) -> tuple[torch.dtype, str, int]:
-    kind, dtype, key, _, numel, *view = saved
-    if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str) or view not in ([], [None]):
+    kind, dtype, key, _, numel, *view = expect(saved, tuple)
+    known = isinstance(numel, int) and isinstance(dtype, torch.dtype) and isinstance(key, str)
+    if not known or not isinstance(kind, str) or kind != "storage" or view not in ([], [None]):
         raise ValueError("a reference to something that is no storage")
     return dtype, key, numel
 
@@ -158,11 +159,17 @@ def _typed(storage: Tensor, dtype: torch.dtype, numel: int) -> Tensor:
 # What globals stand for
 
 
+def _size(sides: Any = ()) -> tuple[int, ...]:
+    """`torch.Size`, and what else is a tuple of whole numbers."""
+    return tuple(expect(side, int) for side in expect(sides, list | tuple))
+
+
 def _tensor(
     storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], grad: Any = None, hooks: Any = None,
     metadata: Any = None,
 ) -> Tensor:  # fmt: skip
     """`torch._utils._rebuild_tensor` and `_rebuild_tensor_v2`: a view of a storage."""
+    size, stride, (offset,) = _size(size), _size(stride), _size((offset,))
     if metadata or len(size) != len(stride) or len(size) > MAX_DIMENSIONS or min((offset, *size, *stride)) < 0:
         raise ValueError("not a plain tensor")
     last = offset + sum((side - 1) * step for side, step in zip(size, stride, strict=True))
@@ -188,7 +195,7 @@ def _with_attributes(build: Global, subclass: Any, arguments: tuple[Any, ...], s
     """`torch._tensor._rebuild_from_type_v2`: a tensor that somebody has given Python attributes."""
     if build.build not in (_tensor, _tensor_of_type):
         raise ValueError(f"a tensor built by {build.name}")
-    return build.build(*arguments)
+    return build.build(*expect(arguments, tuple))
 
 
 _STORAGES = {
@@ -202,9 +209,11 @@ _STORAGES = {
     "Char": torch.int8,
     "Byte": torch.uint8,
     "Bool": torch.bool,
+    "ComplexFloat": torch.complex64,
+    "ComplexDouble": torch.complex128,
 }
 _TENSORS = {
-    "torch.Size": tuple,
+    "torch.Size": _size,
     "torch.device": lambda *_: "device",
     "torch.Tensor": None,
     "torch._utils._rebuild_tensor": _tensor,

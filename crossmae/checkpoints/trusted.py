@@ -37,5 +37,7 @@ def read_trusted(path: Path, kind: str) -> Any:
             f"{path}: refers to what is not here: {error}; in the program that wrote it, save the state dict alone: "
             "torch.save(model.state_dict(), ...)"
         ) from None
+    except MemoryError:
+        raise
     except Exception as error:  # bytes that are not what they should be surface as almost any exception
         raise damaged(path, error) from None

@@ -16,7 +16,8 @@ import argparse
 import math
 import mmap
 import pickletools
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ MAX_GROWTH, GROWTH_BASE = 4, 1 << 26
 MAX_DIMENSIONS = 16
 _MAX_DTYPE = 12  # characters; "<f4", "U1000000"
 _ENTRY_BYTES = 100  # of a container, roughly
-_KEYS = (str, bytes, float, bool, type(None))
+_SPECIAL = re.compile(r"torch\._utils\._rebuild_(sparse|qtensor|nested|meta|wrapper)|torch\.Q\w+")
+_KEYS = (str, bytes, bool, type(None))
+MAX_NUMBER_KEYS = 30_000  # of one file: numbers can be chosen so that each costs as many steps as there are already
 
 
 def read_numpy_pickle(path: Path) -> Any:
@@ -63,6 +66,12 @@ def read_mapped(path: Path, read: Callable[[mmap.mmap], Any]) -> Any:
 
 def refusal(path: Path, name: str) -> UserError:
     """The error for a file that refers to a global outside the allow-list."""
+    name = name if name.isprintable() and len(name) <= 200 else ascii(name[:200])
+    if _SPECIAL.match(name):
+        return UserError(
+            f"{path}: holds a tensor that is sparse, quantized or otherwise special ({name}); save it dense, from the "
+            "program that wrote it. Nothing in the file was run"
+        )
     return UserError(
         f"{path}: refused, because it refers to {name}; only tensors, arrays, numbers, plain containers and "
         "argparse.Namespace are read from a pickle. Nothing in the file was run. Only if you trust whoever made it, "
@@ -75,7 +84,8 @@ def damaged(path: Path, error: Exception) -> UserError:
     what = "" if type(error) is ValueError else f"{type(error).__name__}: "
     return UserError(
         f"{path}: truncated or damaged ({path.stat().st_size:,} bytes): {what}"
-        f"{' '.join(str(error).split())[:200]}. Copy or download it again"
+        f"{' '.join(str(error).split())[:200]}. Copy or download it again; if it is whole, save its state dict alone "
+        "with torch.save, which is what this reader takes"
     )
 
 
@@ -102,6 +112,7 @@ class Unpickler:
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
+        self._number_keys = 0
 
     def load(self, file: Any) -> Any:
         """The content of the pickle that starts where `file` stands; afterwards it stands behind that pickle.
@@ -146,15 +157,21 @@ class Unpickler:
         self._stack.append(tuple(reversed(items)))
 
     def _extend(self, items: list[Any]) -> None:
-        _expect(self._stack[-1], list).extend(items)
+        expect(self._stack[-1], list).extend(items)
 
     def _set_items(self, items: list[Any]) -> None:
-        target = _expect(self._stack[-1], dict)
+        target = expect(self._stack[-1], dict)
         for key, value in zip(items[::2], items[1::2], strict=True):
+            self._number_keys += isinstance(key, int | float)
             target[_key(key)] = value
+        if self._number_keys > MAX_NUMBER_KEYS:
+            raise ValueError(f"more than {MAX_NUMBER_KEYS:,} numbers as keys")
 
     def _add_items(self, items: list[Any]) -> None:
-        _expect(self._stack[-1], set).update(map(_key, items))
+        self._number_keys += len(items)
+        if self._number_keys > MAX_NUMBER_KEYS:
+            raise ValueError(f"more than {MAX_NUMBER_KEYS:,} things in sets")
+        expect(self._stack[-1], set).update(map(_key, items))
 
     def _put(self, index: int) -> None:
         self._memo[index] = self._stack[-1]
@@ -167,11 +184,11 @@ class Unpickler:
         self._stack.append(Global(canonical, value) if value is None or callable(value) else value)
 
     def _stack_global(self, _: Any) -> None:
-        name, module = _expect(self._stack.pop(), str), _expect(self._stack.pop(), str)
+        name, module = expect(self._stack.pop(), str), expect(self._stack.pop(), str)
         self._global(module, name)
 
     def _call(self, _: Any) -> None:
-        arguments, target = _expect(self._stack.pop(), tuple), _expect(self._stack.pop(), Global)
+        arguments, target = expect(self._stack.pop(), tuple), expect(self._stack.pop(), Global)
         if target.build is None:
             raise ValueError(f"{target.name} is called")
         self._spend(*arguments)
@@ -180,13 +197,13 @@ class Unpickler:
     def _set_state(self, _: Any) -> None:
         state, target = self._stack.pop(), self._stack[-1]
         if isinstance(target, np.ndarray):
-            self._spend(*_expect(state, tuple))
+            self._spend(*expect(state, tuple))
             _fill_array(target, state)
         elif isinstance(target, _DType):
             _set_byte_order(target, state)
         elif isinstance(target, argparse.Namespace):
-            self._spend(_expect(state, dict))
-            vars(target).update({_expect(key, str): value for key, value in state.items()})
+            self._spend(expect(state, dict))
+            vars(target).update({expect(key, str): value for key, value in state.items()})
         elif not isinstance(target, dict):  # whose attributes, the versions of modules in a state dict, are of no use
             raise ValueError(f"a state for an object of type {type(target).__name__}")
 
@@ -247,7 +264,12 @@ _ACTIONS: dict[str, Callable[[Unpickler, Any], None]] = {
 }
 
 
-def _expect(value: Any, kind: Any) -> Any:
+def expect(value: Any, kind: Any) -> Any:
+    """The value, if it is of that kind.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not isinstance(value, kind):
         raise ValueError(f"a {type(value).__name__} where a {getattr(kind, '__name__', kind)} belongs")
     return value
@@ -255,7 +277,7 @@ def _expect(value: Any, kind: Any) -> Any:
 
 def _key(value: Any) -> Any:
     """A key whose hash is quick: that of a tuple of tuples of tuples would take exponential time."""
-    if isinstance(value, _KEYS) or (isinstance(value, int) and value.bit_length() <= 64):
+    if isinstance(value, _KEYS) or (isinstance(value, int) and value.bit_length() <= 64) or isinstance(value, float):
         return value
     raise ValueError(f"a key of type {type(value).__name__}")
 
@@ -269,23 +291,27 @@ def _canonical(name: str) -> str:
 
 
 def _mapping(entries: Any = ()) -> dict[Any, Any]:
-    pairs = entries.items() if isinstance(entries, dict) else entries
-    return {_key(key): value for key, value in pairs}
+    pairs = entries.items() if isinstance(entries, dict) else expect(entries, list | tuple)
+    if len(pairs) > MAX_NUMBER_KEYS:
+        raise ValueError(f"more than {MAX_NUMBER_KEYS:,} entries at once")
+    return {_key(key): value for key, value in (expect(pair, list | tuple) for pair in pairs)}
 
 
-def _set(items: Iterable[Any] = ()) -> set[Any]:
+def _set(items: Any = ()) -> set[Any]:
+    if len(expect(items, list | tuple | set)) > MAX_NUMBER_KEYS:
+        raise ValueError(f"more than {MAX_NUMBER_KEYS:,} things in a set")
     return {_key(item) for item in items}
 
 
 def _bytes(data: bytes = b"") -> bytes:
-    return bytes(_expect(data, bytes))
+    return bytes(expect(data, bytes))
 
 
 def _latin1_bytes(text: str, encoding: str = "latin1") -> bytes:
     """How pickle protocols below 3 hold bytes."""
     if encoding != "latin1":
-        raise ValueError(f"bytes in encoding {encoding!r}")
-    return text.encode("latin1")
+        raise ValueError("bytes in another encoding than latin1")
+    return expect(text, str).encode("latin1")
 
 
 @dataclass
@@ -297,14 +323,15 @@ class _DType:
 
 def _dtype(text: str, align: Any = False, copy: Any = True) -> _DType:
     """Of one number or text of fixed length: no records, arrays within arrays, or objects."""
-    dtype = np.dtype(text) if isinstance(text, str) and len(text) <= _MAX_DTYPE else None
+    text = expect(text, str)[: _MAX_DTYPE + 1]
+    dtype = np.dtype(text) if len(text) <= _MAX_DTYPE else None
     if dtype is None or not dtype.itemsize or dtype.hasobject or dtype.names or dtype.subdtype:
-        raise ValueError(f"the data type {str(text)[:40]!r} is not that of an array of numbers")
+        raise ValueError(f"the data type {text!r} is not that of an array of numbers")
     return _DType(dtype)
 
 
 def _set_byte_order(dtype: _DType, state: Any) -> None:
-    dtype.value = dtype.value.newbyteorder(_expect(_expect(state, tuple)[1], str))
+    dtype.value = dtype.value.newbyteorder(expect(expect(state, tuple)[1], str))
 
 
 def _empty_array(*_: Any) -> np.ndarray:
@@ -339,14 +366,14 @@ def _scalar(dtype: _DType, data: Any) -> Any:
 
 def _raw(data: Any) -> bytes:
     """The bytes of an array: text in pickles of Python 2. Never another array, whose memory may go away."""
-    return data.encode("latin1") if isinstance(data, str) else _expect(data, bytes | bytearray)
+    return data.encode("latin1") if isinstance(data, str) else expect(data, bytes | bytearray)
 
 
 def _checked_shape(shape: Any, dtype: Any, data: bytes) -> tuple[int, ...]:
-    sides = tuple(_expect(side, int) for side in _expect(shape, tuple))
+    sides = tuple(expect(side, int) for side in expect(shape, tuple))
     if len(sides) > MAX_DIMENSIONS or any(side < 0 for side in sides):
         raise ValueError(f"an array of {len(sides)} dimensions")
-    if math.prod(sides) * _expect(dtype, _DType).value.itemsize != len(data):
+    if math.prod(sides) * expect(dtype, _DType).value.itemsize != len(data):
         raise ValueError(f"{len(data):,} bytes for an array of shape {sides} and type {dtype.value}")
     return sides
 

@@ -137,6 +137,13 @@ def encoder_tensors(weights: Weights) -> dict[str, Tensor]:
     """
     home = encoder_home(weights.tensors)
     if home is None:
+        others = [name for name in weights.tensors if name.endswith("patch_embed.proj.weight")]
+        if len(others) == 1:
+            home = others[0].removesuffix("patch_embed.proj.weight")
+            raise UserError(
+                f"{weights.path}: its encoder is under {home!r}, where none is looked for; save those tensors alone, "
+                "without that beginning of their names"
+            )
         seen = ", ".join(list(weights.tensors)[:MAX_NAMES])
         homes = ", ".join(repr(f"{prefix}patch_embed.proj.weight") for prefix in reversed(ENCODER_HOMES))
         raise UserError(f"{weights.path}: no ViT encoder in it: none of {homes}; its first tensors are {seen}")

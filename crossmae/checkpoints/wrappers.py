@@ -25,8 +25,8 @@ from crossmae.checkpoints.unpickle import allowance
 from crossmae.errors import UserError
 
 # Keys of dicts around a state dict, the first that a file has is taken.
-EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "ema", "teacher")
-WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "teacher", "student", *EMA_WRAPPERS[:-1])
+EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "ema", "teacher", "target_encoder")
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "teacher", "student", "encoder", *EMA_WRAPPERS)
 # Before names in a flat state dict that holds several models: MoCo v3, DINOv2.
 EMA_BRANCHES = ("momentum_encoder.", "teacher.")
 BRANCHES = ("base_encoder.", "teacher.", "student.")
@@ -62,7 +62,8 @@ def state_dict(content: Any, path: Path, *, ema: bool = False) -> tuple[dict[str
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"{path}: not a state dict: holds {_describe(content)} where names and tensors are expected")
     _check_values(content, path)
-    return {name: _dense(value, name, path) for name, value in content.items()}, tuple(beside), averaged
+    seen: set[int] = set()
+    return {name: _dense(value, name, path, seen) for name, value in content.items()}, tuple(beside), averaged
 
 
 def one_model(
@@ -123,7 +124,14 @@ def published_settings(content: Any) -> dict[str, str]:
 def _wrapper(content: Any, keys: Iterable[str]) -> str | None:
     if not isinstance(content, Mapping):
         return None
-    return next((key for key in keys if isinstance(content.get(key), Mapping | nn.Module)), None)
+    found = [key for key in keys if isinstance(content.get(key), Mapping | nn.Module)]
+    # A dict of settings can have the name, too: those with tensors come first.
+    return next((key for key in found if _holds_tensors(content[key])), next(iter(found), None))
+
+
+def _holds_tensors(content: Any) -> bool:
+    values = list(content.values())[:MAX_NAMES] if isinstance(content, Mapping) else [content]
+    return any(isinstance(value, Tensor | np.ndarray | Mapping | nn.Module) for value in values)
 
 
 def _opened(content: Any) -> Any:
@@ -133,14 +141,16 @@ def _opened(content: Any) -> Any:
 
 def _check_values(content: Mapping[Any, Any], path: Path) -> None:
     """Names that can be shown, arrays as values, and no more of them than the file can hold."""
-    for name, value in content.items():
+    for name in content:
         if not isinstance(name, str) or len(name) > MAX_NAME or not name.isprintable():
             raise UserError(f"{path}: not a state dict: {_short(name)} is not the name of a tensor; damaged?")
-        if not isinstance(value, Tensor | np.ndarray):
-            raise UserError(
-                f"{path}: not a state dict: {name!r} is of type {type(value).__name__}, not a tensor; "
-                f"the file holds {_describe(content)}"
-            )
+    others = {name: value for name, value in content.items() if not isinstance(value, Tensor | np.ndarray)}
+    if others:
+        name, value = next(iter(others.items()))
+        raise UserError(
+            f"{path}: not a state dict: {name!r} is of type {type(value).__name__}, not a tensor "
+            f"({len(others)} of {len(content)} entries are not); the file holds {_describe(content)}"
+        )
     # A tensor may be a view that repeats one value, or many tensors views of the same values.
     size = sum(math.prod(value.shape) * value.itemsize for value in content.values())
     if size > allowance(path):
@@ -187,12 +197,17 @@ def _describe(content: Any) -> str:
     )
 
 
-def _dense(value: Tensor | np.ndarray, name: str, path: Path) -> Tensor:
-    """A copy of its own: tensors in a file may be views of one storage, which safetensors can not hold."""
+def _dense(value: Tensor | np.ndarray, name: str, path: Path, seen: set[int]) -> Tensor:
+    """Memory of its own: tensors in a file may be views of one storage, which safetensors can not hold."""
     try:
         if isinstance(value, np.ndarray):
             return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
-        return value.detach().clone(memory_format=torch.contiguous_format)
+        value, storage = value.detach(), value.untyped_storage()
+        alone = storage.nbytes() == value.numel() * value.itemsize and storage.data_ptr() not in seen
+        seen.add(storage.data_ptr())
+        if alone and value.is_contiguous():
+            return value
+        return value.clone(memory_format=torch.contiguous_format)
     except (TypeError, RuntimeError) as error:
         kind = value.dtype if isinstance(value, np.ndarray) else value.layout
         raise UserError(f"{path}: {name} is not a plain array of numbers ({kind}): {error}") from None

@@ -23,6 +23,7 @@ def raising(error: BaseException) -> Callable[[], None]:
         (UserError("data.train:  no\tsuch folder"), USER_ERROR_EXIT_CODE, "error: data.train: no such folder\n"),
         (UserError("no\n| table |"), USER_ERROR_EXIT_CODE, "error: no\n| table |\n"),
         (OSError(errno.ENOSPC, "No space left", "a.pth"), USER_ERROR_EXIT_CODE, "error: a.pth: No space left\n"),
+        (MemoryError(), USER_ERROR_EXIT_CODE, "error: there is not enough memory for this\n"),
         (KeyboardInterrupt(), INTERRUPTED_EXIT_CODE, "interrupted\n"),
     ],
 )

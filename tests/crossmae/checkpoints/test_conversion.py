@@ -582,3 +582,5 @@ def test_registers_are_refused_by_name(tmp_path: Path) -> None:
     save_weights(tmp_path / "a.safetensors", tensors, {MODEL_ARGUMENTS: json.dumps(ENCODER)})
     with pytest.raises(UserError, match=r"reg_token: register tokens: no plain ViT has that.*--drop 'reg_token'"):
         convert(tmp_path / "a.safetensors", tmp_path / "b", "timm")
+    done = convert(tmp_path / "a.safetensors", tmp_path / "b", "timm", drop=("reg_token",))
+    assert "without reg_token" in done.proof.sentence()

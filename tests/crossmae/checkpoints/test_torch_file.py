@@ -187,6 +187,16 @@ def test_big_endian_files_are_an_error(tmp_path: Path, archive: bool) -> None:
 def test_other_tensors_are_refused_by_name(tmp_path: Path, value: Tensor) -> None:
     torch.save({"a": value}, tmp_path / "a.pth")
     with pytest.raises(
-        UserError, match=r"refers to torch\.(_utils\._rebuild_sparse_tensor|_utils\._rebuild_qtensor|QInt8)"
+        UserError,
+        match=r"special \(torch\.(_utils\._rebuild_sparse_tensor|_utils\._rebuild_qtensor|QInt8).*save it dense",
     ):
         read_weights(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("archive", [True, False])
+def test_complex_numbers(tmp_path: Path, dtype: torch.dtype, archive: bool) -> None:
+    """Rotary tables have them; such a buffer must not keep a checkpoint from being read."""
+    value = torch.randn(3, 2, dtype=dtype)
+    torch.save({"a": value}, tmp_path / "a.pth", _use_new_zipfile_serialization=archive)
+    assert torch.equal(read_weights(tmp_path / "a.pth").tensors["a"], value)

@@ -278,6 +278,16 @@ BOMBS = {
     "subarray": (model(dtype("999999f4")), "data type '999999f4'"),
     "objects": (model(dtype("O8")), "data type 'O8'"),
     "no bytes": (model(dtype("V0")), "data type 'V0'"),
+    "a name of nested tuples": (model(call("numpy", "dtype", nested(DEPTH) + b"\x89\x88\x87")), "a tuple where a str"),
+    "an encoding of nested tuples": (
+        model(call("_codecs", "encode", text("a") + nested(DEPTH) + b"\x86")),
+        "bytes in another encoding",
+    ),
+    "numbers as keys": (
+        b"\x80\x02}(" + b"".join(b"J" + struct.pack("<i", number) + b"N" for number in range(40_000)) + b"u.",
+        "more than 30,000 numbers as keys",
+    ),
+    "a name without end": (b"\x80\x02c" + b"\x1b[2J" * 100_000 + b"\nx\n.", r"refers to '\\x1b"),
 }
 
 
@@ -335,6 +345,9 @@ def test_settings_without_end(tmp_path: Path, bounded: Any, value: bytes) -> Non
         (stored(1, (1,), (-1,)), {}, "not a plain tensor"),
         (stored(1, (1,) * 99, (1,) * 99), {}, "not a plain tensor"),
         (stored(2, (1,), (1,)), {}, "a storage of 4 bytes where 2 values"),
+        (call("torch", "Size", stored(1, (1 << 24,), (0,)) + b"\x85"), {}, "a Tensor where a"),
+        (call("builtins", "set", stored(1, (1 << 24,), (0,)) + b"\x85"), {}, "a Tensor where a"),
+        (stored(1, (1 << 24,), (0,)) + b"Q", {}, "a Tensor where a tuple"),
         (stored(1 << 24, (1,), (1,)), {"data": bytes(1 << 26), "kind": zipfile.ZIP_DEFLATED}, "is compressed"),
     ],
 )

@@ -309,3 +309,10 @@ def test_failed_save_leaves_the_old_file_and_no_other(
         save_weights(path, {"a": torch.zeros(1)}, {}, force=True)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_encoder_under_another_beginning_is_named(tmp_path: Path) -> None:
+    tensors = {f"visual.trunk.{name}": tensor for name, tensor in ViTEncoder(**ENCODER).state_dict().items()}
+    torch.save(tensors | {"text.weight": torch.ones(2)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"its encoder is under 'visual\.trunk\.', where none is looked for"):
+        encoder_tensors(read_weights(tmp_path / "a.pth"))

@@ -134,3 +134,35 @@ def test_a_state_dict_that_holds_itself(tmp_path: Path) -> None:
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
     with pytest.raises(UserError, match="not a state dict"):
         read_weights(tmp_path / "a.pkl")
+
+
+def test_of_two_dicts_the_one_with_tensors_is_taken(tmp_path: Path) -> None:
+    torch.save({"model": {"name": "vit"}, "state_dict": {"a": torch.ones(2)}}, tmp_path / "a.pth")
+    assert torch.equal(read_weights(tmp_path / "a.pth").tensors["a"], torch.ones(2))
+
+
+def test_encoders_of_their_own(tmp_path: Path) -> None:
+    """I-JEPA's files: two encoders, one of them an average."""
+    torch.save({"encoder": {"a": torch.ones(2)}, "target_encoder": {"a": torch.zeros(2)}}, tmp_path / "a.pth")
+    found = read_weights(tmp_path / "a.pth")
+    assert (found.tensors["a"].tolist(), found.beside) == ([1, 1], ("target_encoder",))
+    assert read_weights(tmp_path / "a.pth", ema=True).tensors["a"].tolist() == [0, 0]
+
+
+def test_only_what_shares_memory_is_copied(tmp_path: Path) -> None:
+    """Views of one storage come back as tensors of their own; nothing else is held twice in memory."""
+    whole = torch.arange(6.0)
+    torch.save({"a": whole, "b": whole[2:4], "c": whole.view(2, 3).T, "d": whole}, tmp_path / "a.pth")
+    tensors = read_weights(tmp_path / "a.pth").tensors
+    pointers = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+    assert len(pointers) == 4
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    assert torch.equal(tensors["c"], whole.view(2, 3).T)
+    tensors["a"] += 1
+    assert torch.equal(tensors["d"], whole)
+
+
+def test_how_many_entries_are_no_tensors_is_said(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.ones(2), "extra": 3, "more": "x"}}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"'extra' is of type int, not a tensor \(2 of 3 entries are not\)"):
+        read_weights(tmp_path / "a.pth")
