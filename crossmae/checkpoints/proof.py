@@ -461,7 +461,9 @@ def _relative_sides(tensors: Mapping[str, Tensor]) -> dict[int, int]:
 def _library(library: str, module: str = "") -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # detectron2 imports a module that timm has moved
+            warnings.simplefilter("ignore")
+            if library == "detectron2":  # imports a module that timm has moved, and turns warnings on again before
+                importlib.import_module("timm.models.layers")
             return importlib.import_module(library + module)
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.partition(".")[0] == library:
