@@ -584,3 +584,18 @@ def test_registers_are_refused_by_name(tmp_path: Path) -> None:
         convert(tmp_path / "a.safetensors", tmp_path / "b", "timm")
     done = convert(tmp_path / "a.safetensors", tmp_path / "b", "timm", drop=("reg_token",))
     assert "without reg_token" in done.proof.sentence()
+
+
+@pytest.mark.parametrize(
+    ("name", "to"), [("b.safetensors", "crossmae"), ("b", "timm"), ("b.pth", "detectron2"), ("b.pkl", "detectron2")]
+)
+def test_a_flipped_bit_in_what_was_written_is_found(tmp_path: Path, name: str, to: str) -> None:
+    source = own(tmp_path / "a.safetensors")
+    done = convert(source, tmp_path / name, to)
+    file = done.destination / "model.safetensors" if done.destination.is_dir() else done.destination
+    value = read_weights(file).tensors[f"{'backbone.net.' if to == 'detectron2' else ''}blocks.1.attn.qkv.weight"]
+    content = bytearray(file.read_bytes())
+    content[content.index(value.numpy().tobytes()) + 5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="not those that were written|CRC-32"):
+        read_weights(file)
