@@ -597,5 +597,5 @@ def test_a_flipped_bit_in_what_was_written_is_found(tmp_path: Path, name: str, t
     content = bytearray(file.read_bytes())
     content[content.index(value.numpy().tobytes()) + 5] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match="not those that were written|CRC-32"):
+    with pytest.raises(UserError, match=r"not those that were written|CRC-32"):
         read_weights(file)
