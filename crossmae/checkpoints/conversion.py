@@ -18,17 +18,8 @@ from torch import Tensor
 from crossmae import __version__
 from crossmae.checkpoints.files import find_file, shards
 from crossmae.checkpoints.keys import CLASS_ROW_ADDED
-from crossmae.checkpoints.loading import plain_size
 from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, NORM_EPS, NORM_EPS_OF_PLAIN
-from crossmae.checkpoints.planning import (
-    ASKED_TO_DROP,
-    Plan,
-    check_square,
-    encoder_part,
-    plan,
-    refusal_of,
-    source_arguments,
-)
+from crossmae.checkpoints.planning import ASKED_TO_DROP, Plan, check_square, plan, refusal_of, source_arguments
 from crossmae.checkpoints.proof import (
     TOLERANCE,
     Encoder,
@@ -42,12 +33,11 @@ from crossmae.checkpoints.proof import (
 )
 from crossmae.checkpoints.provenance import provenance
 from crossmae.checkpoints.report import LoadReport, Status, shorten
-from crossmae.checkpoints.resample import Channels, fit
+from crossmae.checkpoints.resample import RELATIVE, Channels, fit
 from crossmae.checkpoints.targets import (
     CONFIG,
     FOLDER,
     PREPROCESSOR,
-    RELATIVE,
     TARGETS,
     TENSORS,
     Content,
@@ -56,8 +46,10 @@ from crossmae.checkpoints.timm_folder import is_timm_folder
 from crossmae.checkpoints.weights import (
     Weights,
     check_destination,
-    encoder_home,
+    encoder_part,
     encoder_tensors,
+    plain_size,
+    plain_tensors,
     read_weights,
 )
 from crossmae.errors import UserError
@@ -315,10 +307,9 @@ def _prove(weights: Weights, content: Content, planned: Plan, to: str, written: 
     """The same image through the source's encoder and that of the written file."""
     encoder, arguments = encoder_part(content.tensors), content.arguments
     class_token = "cls_token" in encoder
-    home = encoder_home(weights.tensors) or ""
-    whole = {name.removeprefix(home): tensor for name, tensor in weights.tensors.items() if name.startswith(home)}
+    whole = encoder_part(plain_tensors(weights))
     dropped = {entry.plain for entry in planned.report.entries if ASKED_TO_DROP in entry.reason}
-    lost = sorted(dropped | set(encoder_part(whole)) - set(encoder) - {"cls_token"})
+    lost = sorted(dropped | set(whole) - set(encoder) - {"cls_token"})
     changed = [entry.plain for entry in planned.report.entries if entry.status == "resampled"]
     folded = any("layer scale" in note for note in weights.notes.values()) and not is_timm_folder(weights.path)
     words = [
@@ -327,12 +318,12 @@ def _prove(weights: Weights, content: Content, planned: Plan, to: str, written: 
         "layer scale folded in on both sides" * folded,
         f"without {shorten(lost)}" * bool(lost),
     ]
-    relative = any(RELATIVE.match(name) for name in encoder)
+    relative = any(RELATIVE.fullmatch(name) for name in encoder)
 
     def source() -> Encoder:
         if not (changed or lost):
             left = () if class_token else ("cls_token",)
-            tensors = {name: tensor for name, tensor in encoder_part(whole).items() if name not in left}
+            tensors = {name: tensor for name, tensor in whole.items() if name not in left}
             path, eps = weights.path, content.norm_eps
             return source_encoder(path, weights.layout, tensors, arguments, norm_eps=eps, class_token=class_token)
         make = detectron2_encoder if relative else plain_encoder

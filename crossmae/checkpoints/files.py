@@ -242,4 +242,4 @@ def _what_to_name(folder: Path) -> str:
 
 def shards(path: Path) -> list[Path]:
     """The files that an index names, [] for a weight file itself."""
-    return [path.parent / name for name in sorted(_weight_map(path))] if path.suffix == ".json" else []
+    return [path.parent / name for name in sorted(_weight_map(path))] if file_kind(path) == "index" else []

@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
+from crossmae.checkpoints.files import HUB_CONFIG as CONFIG
 from crossmae.checkpoints.metadata import CLASSES, MODEL_ARGUMENTS, NORM_EPS, PIXEL_MEAN, PIXEL_STD
 from crossmae.errors import UserError
 from crossmae.vit import patch_grid
 
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+PREPROCESSOR = "preprocessor_config.json"
 MODEL_TYPES = {"hf-vit": "vit", "hf-vitmae": "vit_mae"}
 MAX_BYTES = 1 << 24  # a config of 21,000 classes has a megabyte
 

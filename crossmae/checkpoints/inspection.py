@@ -29,8 +29,8 @@ from crossmae.checkpoints.metadata import (
 from crossmae.checkpoints.planning import MODEL_DEFAULTS, check_square, plan
 from crossmae.checkpoints.provenance import licence_notice
 from crossmae.checkpoints.report import shorten, split_name
-from crossmae.checkpoints.resample import is_sincos, table_grid
-from crossmae.checkpoints.targets import RELATIVE, TARGETS
+from crossmae.checkpoints.resample import RELATIVE, is_sincos, table_grid, window_of
+from crossmae.checkpoints.targets import TARGETS
 from crossmae.checkpoints.unpickle import damaged
 from crossmae.checkpoints.weights import (
     Weights,
@@ -241,7 +241,7 @@ def _facts(weights: Weights, plain: Mapping[str, Tensor]) -> dict[str, str]:
     """What the names and shapes of tensors tell beside the encoder's arguments."""
     guessed = "num_heads" not in recorded_arguments(weights.metadata)
     head = plain.get("head.weight", plain.get("head.1.weight"))
-    tables = [tensor for name, tensor in plain.items() if RELATIVE.match(name)]
+    tables = [tensor for name, tensor in plain.items() if RELATIVE.fullmatch(name)]
     return {
         "heads": _heads(weights) if guessed else "",
         "read as": weights.notes.get(f"{encoder_home(weights.tensors)}pos_embed", ""),
@@ -250,7 +250,7 @@ def _facts(weights: Weights, plain: Mapping[str, Tensor]) -> dict[str, str]:
         "decoder": _decoder(weights) if weights.format in ("crossmae", "mae") else "",
         "fusion": _fusion(plain),
         "head": "" if head is None else f"{len(head)} classes",
-        "relative": f"tables for sides of {sorted({(len(table) + 1) // 2 for table in tables})}" if tables else "",
+        "relative": f"tables for sides of {sorted({window_of(table) for table in tables})}" if tables else "",
     }
 
 

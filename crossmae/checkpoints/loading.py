@@ -26,6 +26,8 @@ from crossmae.checkpoints.weights import (
     encoder_arguments,
     encoder_home,
     encoder_tensors,
+    plain_size,
+    plain_tensors,
     read_weights,
 )
 from crossmae.errors import UserError
@@ -101,7 +103,7 @@ def fitted(weights: Weights, model: nn.Module) -> Weights:
     if filters is None or home is None or filters.ndim != 4:
         return weights
     wanted: dict[str, Any] = {"patch_size": filters.shape[-1], "in_chans": filters.shape[1]}
-    plain = {name.removeprefix(home): tensor for name, tensor in weights.tensors.items() if name.startswith(home)}
+    plain = plain_tensors(weights)
     arguments = encoder_arguments(encoder_tensors(weights), weights.metadata)
     if (grid := _grid(model)) is not None and plain.get("pos_embed") is not None:
         wanted["img_size"] = tuple(side * wanted["patch_size"] for side in grid)
@@ -251,10 +253,3 @@ def _grid(model: nn.Module) -> tuple[int, int] | None:
     """Rows and columns that a model's position table is for: our encoders' or timm's."""
     grid = getattr(model, "grid", None) or getattr(getattr(model, "patch_embed", None), "grid_size", None)
     return grid if isinstance(grid, tuple) else None
-
-
-def plain_size(value: Any) -> Any:
-    """An argument with one number for a square, so that sizes can be compared; other values as they are."""
-    if isinstance(value, (tuple, list)) and len(value) == 2:
-        return value[0] if value[0] == value[1] else tuple(value)
-    return value

@@ -13,16 +13,24 @@ import torch
 from torch import Tensor
 
 from crossmae.checkpoints.keys import oddities
-from crossmae.checkpoints.loading import OUTSIDE, plain_size
+from crossmae.checkpoints.loading import OUTSIDE
 from crossmae.checkpoints.metadata import recorded_arguments
 from crossmae.checkpoints.report import Entry, LoadReport, shorten
 from crossmae.checkpoints.targets import TARGETS, Head, missing_norm, refusal
 from crossmae.checkpoints.timm_folder import POOL
-from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_home, encoder_tensors
+from crossmae.checkpoints.weights import (
+    Weights,
+    encoder_arguments,
+    encoder_home,
+    encoder_part,
+    encoder_tensors,
+    plain_size,
+    plain_tensors,
+)
 from crossmae.errors import UserError
 from crossmae.model import CrossMAE
 from crossmae.pretrained import arguments_of
-from crossmae.vit import ENCODER_PREFIXES, ViTEncoder, patch_grid
+from crossmae.vit import ViTEncoder, patch_grid
 
 ENCODER_ARGUMENTS = set(inspect.signature(ViTEncoder).parameters)
 MODEL_DEFAULTS = {key: parameter.default for key, parameter in inspect.signature(CrossMAE).parameters.items()}
@@ -55,7 +63,7 @@ def plan(weights: Weights, to: str, *, encoder_only: bool = False, drop: tuple[s
     """
     encoder_tensors(weights)  # raises where there is none
     target, home = TARGETS[to], encoder_home(weights.tensors) or ""
-    plain = {name.removeprefix(home): tensor for name, tensor in weights.tensors.items() if name.startswith(home)}
+    plain = plain_tensors(weights)
     if target.class_token == "required" and "cls_token" not in plain:
         raise UserError(f"{weights.path}: holds no class token, and {to} has none of its own to put there")
     content, head = "encoder" if encoder_only else weights.format, _head(plain, weights.metadata)
@@ -183,11 +191,6 @@ def source_arguments(
         assumed += (f"{found['num_heads']} attention heads, as in the published models of this width",)
     _check_sizes(weights, found, encoder["pos_embed"])
     return found, assumed
-
-
-def encoder_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder among tensors under plain names."""
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(ENCODER_PREFIXES)}
 
 
 def check_square(to: str, arguments: Mapping[str, Any]) -> None:

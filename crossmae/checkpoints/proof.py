@@ -24,7 +24,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from crossmae.checkpoints.files import read_tensors
+from crossmae.checkpoints.files import HUB_CONFIG, read_tensors
 from crossmae.checkpoints.resample import window_of
 from crossmae.checkpoints.timm_folder import is_timm_folder, timm_model
 from crossmae.checkpoints.weights import encoder_tensors, read_weights
@@ -307,7 +307,7 @@ def source_encoder(
         tensors = {name: tensor for name, tensor in tensors.items() if name != "cls_token"}
         return detectron2_encoder(tensors, arguments, norm_eps=norm_eps)
     folder = path if path.is_dir() else path.parent
-    whole = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    whole = (folder / HUB_CONFIG).is_file() and any(folder.glob("*.safetensors"))
     if layout in HF_MODELS and class_token and whole:
         try:
             return _transformers_encoder(folder, layout)

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from crossmae import __version__
-from crossmae.checkpoints.files import shards
+from crossmae.checkpoints.files import HUB_CONFIG, shards
 from crossmae.checkpoints.metadata import PIXEL_MEAN, PIXEL_STD, PUBLISHED_ARGUMENTS, UNKNOWN, VERSION
 from crossmae.checkpoints.weights import Weights
 from crossmae.files import sha256
@@ -99,6 +99,6 @@ def _licence_of_card(folder: Path) -> str | None:
 def _is_vitmae(folder: Path) -> bool:
     """Whether a config.json says so; the names of an encoder alone are those of any ViT of transformers."""
     try:
-        return '"vit_mae"' in (folder / "config.json").read_text(encoding="utf-8", errors="replace")
+        return '"vit_mae"' in (folder / HUB_CONFIG).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False

@@ -26,7 +26,7 @@ Channels = Literal["repeat", "mean", "pad"]
 
 WANTED = ("img_size", "patch_size", "in_chans", "window")
 _FILTERS = "patch_embed.proj.weight"
-_RELATIVE = re.compile(r"blocks\.\d+\.attn\.rel_pos_[hw]")
+RELATIVE = re.compile(r"blocks\.\d+\.attn\.rel_pos_[hw]")
 
 
 class Fitted(NamedTuple):
@@ -372,7 +372,7 @@ def _fit_tables(
 
 def _fit_window(tensors: Mapping[str, Tensor], window: int) -> dict[str, tuple[Tensor, str]]:
     """The relative position tables of windows that change, with notes."""
-    tables = {name: tensor for name, tensor in tensors.items() if _RELATIVE.fullmatch(name)}
+    tables = {name: tensor for name, tensor in tensors.items() if RELATIVE.fullmatch(name)}
     if not tables:
         raise UserError("no relative positions (blocks.*.attn.rel_pos_h) to resample to another window; leave it out")
     old = min(window_of(table) for table in tables.values())

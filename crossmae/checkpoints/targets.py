@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from crossmae import __version__
 from crossmae.checkpoints.digest import signed
-from crossmae.checkpoints.huggingface import hf_config, hf_preprocessor_config
+from crossmae.checkpoints.files import HUB_CONFIG as CONFIG
+from crossmae.checkpoints.huggingface import PREPROCESSOR, hf_config, hf_preprocessor_config
 from crossmae.checkpoints.keys import from_plain
 from crossmae.checkpoints.loading import left_out
 from crossmae.checkpoints.metadata import CLASSES, PICKLED_METADATA, PIXEL_MEAN, PIXEL_STD, UNKNOWN
+from crossmae.checkpoints.resample import RELATIVE
 from crossmae.checkpoints.timm_folder import timm_config
+from crossmae.checkpoints.weights import write_safetensors
+from crossmae.run_checkpoint import MODEL as TENSORS
 from crossmae.vit import ENCODER_PREFIXES
 
 Head = Literal["avg", "cls", "batchnorm", "other"]
 
 DETECTRON2_PREFIX = "backbone.net."
-RELATIVE = re.compile(r"blocks\.\d+\.attn\.rel_pos_[hw]$")
-CONFIG, TENSORS, PREPROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
 FOLDER = ""  # the suffix of a destination that is a folder
 
 
@@ -84,7 +84,7 @@ def refusal(target: Target, name: str, content: str, head: Head | None) -> tuple
     """
     if name == "cls_token":
         return ("a dense backbone has no class token" if target.class_token == "none" else ""), True
-    if RELATIVE.match(name):
+    if RELATIVE.fullmatch(name):
         return ("", True) if target.relative else ("relative positions have no place in a plain ViT", False)
     if name.startswith(ENCODER_PREFIXES):
         return "", True
@@ -96,7 +96,7 @@ def refusal(target: Target, name: str, content: str, head: Head | None) -> tuple
     if name.startswith(("fc_norm.", "head.")):
         held = head in target.heads or (head is None and "avg" in target.heads)
         return ("" if held else "a head of this kind has no place in it"), True
-    if content == target.decoder and content in ("crossmae", "mae"):
+    if content == target.decoder:
         return "", True
     return reason, True
 
@@ -112,7 +112,7 @@ def missing_norm(target: Target, tensors: Mapping[str, Tensor]) -> dict[str, Ten
 def _write_own(path: Path, content: Content) -> dict[str, tuple[str, ...]]:
     """Ours as safetensors, or the layout of the published .pth files, which our readers take as well."""
     if path.suffix == ".safetensors":
-        _save(path, content.tensors, content.metadata)
+        write_safetensors(path, content.tensors, content.metadata)
     else:
         _torch_save(path, "model", content.tensors, content.metadata)
     return {name: (name,) for name in content.tensors}
@@ -126,9 +126,9 @@ def _write_timm(path: Path, content: Content) -> dict[str, tuple[str, ...]]:
     if path.suffix == ".pth":
         _torch_save(path, "state_dict", tensors, content.metadata)
     elif path.suffix == ".safetensors":
-        _save(path, tensors, content.metadata)
+        write_safetensors(path, tensors, content.metadata)
     else:
-        _save(path / TENSORS, tensors, content.metadata)
+        write_safetensors(path / TENSORS, tensors, content.metadata)
         _write_json(path / CONFIG, timm_config(content.tensors, content.arguments, content.metadata))
     return {name: (name,) for name in tensors}
 
@@ -137,7 +137,7 @@ def _write_transformers(layout: str) -> Callable[[Path, Content], dict[str, tupl
     def write(path: Path, content: Content) -> dict[str, tuple[str, ...]]:
         """What `from_pretrained` loads."""
         tensors = from_plain(content.tensors, layout)
-        _save(path / TENSORS, tensors, content.metadata)
+        write_safetensors(path / TENSORS, tensors, content.metadata)
         classes = _class_names(content)
         _write_json(path / CONFIG, hf_config(layout, content.arguments, norm_eps=content.norm_eps, classes=classes))
         mean, std = (content.metadata.get(key, UNKNOWN) for key in (PIXEL_MEAN, PIXEL_STD))
@@ -158,7 +158,7 @@ def _write_detectron2(path: Path, content: Content) -> dict[str, tuple[str, ...]
     kept = {f"{DETECTRON2_PREFIX}{name}": tensor for name, tensor in content.tensors.items()}
     extras = {"__author__": f"crossmae {__version__}", "matching_heuristics": False}
     if path.suffix == ".safetensors":
-        _save(path, kept, content.metadata)
+        write_safetensors(path, kept, content.metadata)
     elif path.suffix == ".pth":
         _torch_save(path, "model", kept, content.metadata, extras)
     else:
@@ -208,11 +208,6 @@ def _class_names(content: Content) -> list[str]:
     number = len(content.tensors["head.weight"])
     names = json.loads(content.metadata.get("class_names", content.metadata.get(CLASSES, "[]")))
     return names if len(set(names)) == number else [f"LABEL_{index}" for index in range(number)]
-
-
-def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    packed = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(packed, path, signed(packed, metadata))
 
 
 def _torch_save(

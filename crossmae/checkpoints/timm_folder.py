@@ -16,11 +16,11 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from crossmae.checkpoints.files import HUB_CONFIG as CONFIG
 from crossmae.checkpoints.files import HUB_FILES
 from crossmae.checkpoints.metadata import CLASSES, MODEL_ARGUMENTS, NORM_EPS, PIXEL_MEAN, PIXEL_STD
 from crossmae.errors import UserError
 
-CONFIG = "config.json"
 POOL = "pool"  # key of the metadata: what the head is over, in timm's words
 ARCHITECTURE = "vit_base_patch16_224"  # of which timm is given every argument, so that any size can be said
 MAX_DEPTH = 100

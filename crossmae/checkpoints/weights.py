@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crossmae.checkpoints.digest import signed
-from crossmae.checkpoints.files import HUB_FILES, find_file, read_tensors
-from crossmae.checkpoints.huggingface import CONFIG, mlp_ratio, read_config
+from crossmae.checkpoints.files import HUB_CONFIG, HUB_FILES, find_file, read_tensors
+from crossmae.checkpoints.huggingface import mlp_ratio, read_config
 from crossmae.checkpoints.keys import encoder_home, to_plain
 from crossmae.checkpoints.metadata import recorded_arguments
 from crossmae.checkpoints.report import ENCODER_HOMES
@@ -99,7 +99,7 @@ def translated(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, st
         found = to_plain(tensors, _known_grid(tensors, beside | metadata, img_size))
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    if in_folder and found.layout in ("hf-vit", "hf-vitmae") and (file.parent / CONFIG).is_file():
+    if in_folder and found.layout in ("hf-vit", "hf-vitmae") and (file.parent / HUB_CONFIG).is_file():
         beside = read_config(file.parent, found.tensors)
     metadata = beside | metadata  # ours, in the file itself, is as old as the tensors
     return Weights(
@@ -147,8 +147,19 @@ def encoder_tensors(weights: Weights) -> dict[str, Tensor]:
         seen = ", ".join(list(weights.tensors)[:MAX_NAMES])
         homes = ", ".join(repr(f"{prefix}patch_embed.proj.weight") for prefix in reversed(ENCODER_HOMES))
         raise UserError(f"{weights.path}: no ViT encoder in it: none of {homes}; its first tensors are {seen}")
-    plain = {name.removeprefix(home): tensor for name, tensor in weights.tensors.items() if name.startswith(home)}
-    return {name: tensor for name, tensor in plain.items() if name.startswith(ENCODER_PREFIXES)}
+    return encoder_part(plain_tensors(weights))
+
+
+def plain_tensors(weights: Weights) -> dict[str, Tensor]:
+    """What is under the encoder's home, without that beginning of the names; {} where there is no encoder."""
+    home = encoder_home(weights.tensors)
+    held = weights.tensors.items() if home is not None else ()
+    return {name.removeprefix(home or ""): tensor for name, tensor in held if name.startswith(home or "")}
+
+
+def encoder_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder among tensors under plain names."""
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(ENCODER_PREFIXES)}
 
 
 def encoder_arguments(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -182,7 +193,7 @@ def encoder_arguments(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         arguments["num_heads"] = heads
     recorded = recorded_arguments(metadata or {})
     if "img_size" in recorded:
-        arguments["img_size"] = _int_if_square(recorded["img_size"])
+        arguments["img_size"] = plain_size(recorded["img_size"])
     return arguments | {key: recorded[key] for key in ("num_heads",) if key in recorded}
 
 
@@ -194,9 +205,13 @@ def save_weights(
     Raises:
         UserError: the file exists and `force` is not set, or the disk refuses.
     """
+    write_file(Path(path), lambda file: write_safetensors(file, tensors, metadata), force=force)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write safetensors with their digest, right where it is said."""
     packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    noted = signed(packed, metadata)
-    write_file(Path(path), lambda file: save_file(packed, file, noted), force=force)
+    save_file(packed, path, signed(packed, metadata))
 
 
 def write_file(path: Path, write: Callable[[Path], Any], *, force: bool = False) -> None:
@@ -254,7 +269,8 @@ def _known_grid(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], img_
         raise UserError(f"img_size {size}: {error}") from None
 
 
-def _int_if_square(img_size: Any) -> int | tuple[int, int]:
-    """Equal sides as one number, so that sizes can be compared."""
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    return int(height) if height == width else (int(height), int(width))
+def plain_size(value: Any) -> Any:
+    """An argument with one number for a square, so that sizes can be compared; other values as they are."""
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        return value[0] if value[0] == value[1] else tuple(value)
+    return value

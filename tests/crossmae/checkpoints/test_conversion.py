@@ -479,7 +479,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, destinatio
             raise SafetensorError("I/O error: No space left on device")
         raise RuntimeError("no space")
 
-    monkeypatch.setattr("crossmae.checkpoints.targets.save_file", full)
+    monkeypatch.setattr("crossmae.checkpoints.weights.save_file", full)
     monkeypatch.setattr("crossmae.checkpoints.targets.torch.save", full)
     with pytest.raises(UserError, match=r"can not be written: .*(No|no) space"):
         convert(source, tmp_path / destination, "crossmae")
@@ -599,3 +599,9 @@ def test_a_flipped_bit_in_what_was_written_is_found(tmp_path: Path, name: str, t
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"not those that were written|CRC-32"):
         read_weights(file)
+
+
+def test_contents_tell_an_index_of_shards_and_not_the_suffix(tmp_path: Path) -> None:
+    source = published(tmp_path / "weights.json")
+    done = convert(source, tmp_path / "b.safetensors", "crossmae", given=GIVEN)
+    assert done.metadata["source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
