@@ -5,12 +5,21 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.data.auto_augment import (
+    AugMixAugment,
+    AutoAugment,
+    RandAugment,
+    augment_and_mix_transform,
+    auto_augment_transform,
+    posterize,
+    rand_augment_transform,
+)
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
@@ -72,7 +81,7 @@ class OnColours:
 
 
 def build_policy(name: str, size: tuple[int, int], mean: Sequence[float]) -> Policy:
-    """timm's policy of a name, with the settings of timm's own `create_transform`.
+    """Build timm's policy of a name, with the settings of timm's own `create_transform`.
 
     Raises:
         UserError: no such policy.
@@ -82,17 +91,36 @@ def build_policy(name: str, size: tuple[int, int], mean: Sequence[float]) -> Pol
     settings["interpolation"] = Image.Resampling.BICUBIC
     try:
         if name.startswith("rand"):
-            policy: Policy = rand_augment_transform(name, settings)
+            policy = rand_augment_transform(name, settings)
         elif name.startswith("augmix"):
             policy = augment_and_mix_transform(name, settings | {"translate_pct": 0.3})
         else:
             policy = auto_augment_transform(name, settings)
-        return policy
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(
             f"data.auto_augment: {name!r} is no policy of timm's ({error or 'unknown'}); such as rand-m9-mstd0.5-inc1, "
             "augmix-m3-w3, original or v0; null for none"
         ) from None
+    _keep_one_bit(policy)
+    applied: Policy = policy
+    return applied
+
+
+def _keep_one_bit(policy: RandAugment | AugMixAugment | AutoAugment) -> None:
+    """Replace every posterization of a policy by one that Pillow can compute."""
+    operations = chain.from_iterable(policy.policy) if isinstance(policy, AutoAugment) else policy.ops
+    for operation in operations:
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **settings: Any) -> Image.Image:
+    """Keep the highest bits of each channel, at least one.
+
+    timm asks for 0 at its strongest, and for fewer with mmax; other operations stay in Pillow's range at any magnitude.
+    """
+    posterized: Image.Image = posterize(image, max(bits, 1), **settings)
+    return posterized
 
 
 @contextmanager

@@ -120,6 +120,20 @@ def test_a_grey_image_stays_grey_under_a_policy() -> None:
         assert view(picture(20, 20).convert("L")).shape == (1, 16, 16)
 
 
+WRITTEN = ["rand-m10-n9-inc1-p1", "rand-m0-n9-p1", "rand-m60-n9-mmax99-inc1-p1", "rand-m60-n9-mmax99-p1"]
+WRITTEN += ["rand-m9-n9-mstd101-inc1-t3aw-p1", "rand-m9-n9-mstd3-inc1-tweights", "augmix-m10-w3", "augmix-m99-mstd5-b1"]
+WRITTEN += ["v0-mstd9", "v0r-mstd9", "original-mstd9", "originalr-mstd9", "3a-mstd9"]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_no_policy_leaves_the_range_of_pillow(name: str) -> None:
+    """Strongest and weakest magnitudes of every operation that a config can name."""
+    view, image = TrainView((8, 8), (0.5, 1.0), 0.5, name, 0.0, MEAN), picture(8, 8)
+    for seed in range(300):
+        with keyed_everywhere(seed):
+            assert view(image).shape == (3, 8, 8)
+
+
 @pytest.mark.parametrize("name", ["rand-m9-foo1", "nothing", "v0-bar2"])
 def test_an_unknown_policy_is_named(name: str) -> None:
     with pytest.raises(UserError, match=f"data.auto_augment: '{name}' is no policy"):

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from crossmae.classification.augment import build_policy, keyed_everywhere
 from crossmae.classification.config import FinetuneConfig
 from crossmae.classification.train import architecture_from
 from crossmae.classification.vit import build_vit, parameter_groups
@@ -145,3 +147,16 @@ def test_the_linear_probe_is_the_published_one() -> None:
         assert (config.model.head, config.model.freeze, config.optim.name) == ("batchnorm", True, "lars")
         assert config.optim.weight_decay == config.loss.smoothing == config.data.erase == 0
         assert config.data.auto_augment is None
+
+
+def test_no_seed_ends_an_epoch() -> None:
+    """The policy of every recipe runs on images of 5,000 seeds."""
+    configs = [load_typed_config(FinetuneConfig, str(path), NEEDED) for path in RECIPES]
+    names = sorted({config.data.auto_augment for config in configs if config.data.auto_augment})
+    assert names
+    image = Image.radial_gradient("L").convert("RGB").resize((8, 8))
+    for name in names:
+        policy = build_policy(name, (8, 8), (0.5, 0.5, 0.5))
+        for seed in range(5000):
+            with keyed_everywhere(seed):
+                assert policy(image).size == (8, 8), (name, seed)
