@@ -27,6 +27,7 @@ from torchvision.transforms.v2 import functional as VF
 from tqdm import tqdm
 
 from crossmae.errors import UserError
+from crossmae.files import printable
 from crossmae.images import MAX_NAMES, decode_image, ends_like_an_image, is_deep
 from crossmae.parallel import map_in_order
 from crossmae.sources import Source, evenly_spaced
@@ -367,7 +368,7 @@ def warn_of_depth(source: Source, bit_depth: int) -> None:
             except UserError:
                 continue
             if deep:
-                name = source.name(index)
+                name = printable(source.name(index))
                 log.warning("%s has more than 8 bits, which are cut; data.bit_depth=16 keeps them", name)
                 return
 

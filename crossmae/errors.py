@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
@@ -24,6 +25,8 @@ class UserError(ValueError):
 
 def run_cli(main: Callable[[], None]) -> None:
     """Run `main`; a `UserError` becomes an `error: ...` line on stderr and exit code 2, Ctrl-C code 130."""
+    if isinstance(sys.stdout, TextIOWrapper):  # as Python's stderr: a name that is not UTF-8 ends no tool
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

@@ -12,6 +12,8 @@ from typing import Any
 from crossmae.errors import UserError
 
 CHUNK = 1 << 20
+# Error handler of files that hold names: bytes that are not UTF-8 become escapes, which readers of JSON turn back.
+ODD_BYTES = "backslashreplace"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -39,9 +41,17 @@ def allow_reading(path: Path) -> None:
     path.chmod(0o666 & ~_umask())
 
 
+def printable(name: str | Path) -> str:
+    """Escape line breaks, control characters and bytes that are not UTF-8.
+
+    Lines of text and pictures show names by this function. JSON files keep the names: see `ODD_BYTES`.
+    """
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(name))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, atomically; of file names that are not UTF-8, the odd bytes become escapes such as \\udcff."""
-    data = text.encode("utf-8", errors="backslashreplace")
+    data = text.encode("utf-8", errors=ODD_BYTES)
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 

@@ -29,7 +29,7 @@ from crossmae.animation import animation_frame, save_gif
 from crossmae.data import centre_view, decode_pixels, to_unit_range
 from crossmae.errors import UserError
 from crossmae.figures import image_figure, reconstruction_figure, save_figure
-from crossmae.files import make_folder, write_atomically, write_json
+from crossmae.files import make_folder, printable, write_atomically, write_json
 from crossmae.images import find_images, match_pattern
 from crossmae.model import CrossMAE
 from crossmae.pretrained import Pretrained
@@ -98,7 +98,7 @@ def load_images(paths: Sequence[Path], pretrained: Pretrained, seed: int) -> tup
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise UserError(f"{path}: can not be read: {error.strerror}") from None
+            raise UserError(f"{printable(path)}: can not be read: {error.strerror}") from None
         image = decode_pixels(data, str(path), model.in_chans, pretrained.bit_depth)
         pixels.append(to_unit_range(centre_view(image, size)))
         key = int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
@@ -176,7 +176,7 @@ class Batch:
         save_figure(reconstruction_figure(panels, title, captions), output / OVERVIEW.format(sheet))
         for index, name in enumerate(self.names):
             caption = f"{share}. PSNR {masked[index]:.1f} dB on them, {pasted[index]:.1f} dB on the whole pasted image."
-            figure = image_figure(panels.one(index), self.paths[index].name, caption)
+            figure = image_figure(panels.one(index), printable(self.paths[index].name), caption)
             save_figure(figure, output / GRIDS / f"{name}.png")
         rows = zip(map(str, self.paths), self.names, masked, pasted, strict=True)
         return [Result(*row) for row in rows]

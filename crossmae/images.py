@@ -34,6 +34,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from crossmae.errors import UserError
 from crossmae.extras import import_extra
+from crossmae.files import printable
 from crossmae.tiff import DEEP, has_deep_samples, needs_tifffile, over_white, read_tiff
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -112,7 +113,7 @@ def find_image_names(folder: str | Path, key: str) -> list[str]:
 
 
 def _refuse(error: OSError) -> None:
-    raise UserError(f"{error.filename}: can not be searched: {error.strerror}")
+    raise UserError(f"{printable(error.filename)}: can not be searched: {error.strerror}")
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -124,7 +125,7 @@ def read_image(path: str | Path) -> Image.Image:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: can not be read as an image: {error.strerror}") from error
+        raise UserError(f"{printable(path)}: can not be read as an image: {error.strerror}") from error
     return decode_image(data, str(path))  # type: ignore[return-value]  # three channels of 8 bits are an Image
 
 
@@ -145,6 +146,7 @@ def decode_image(data: bytes, name: str, channels: int = 3, bit_depth: int = 8) 
         UserError: empty, truncated or not an image, over Pillow's limit of pixels, or of a number of channels that no
             rule turns into `channels`; names the file.
     """
+    name = printable(name)
     try:
         if needs_tifffile(data, channels):
             samples = read_tiff(data, channels)

@@ -22,6 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from crossmae.data import READERS, find_broken
+from crossmae.files import printable
 from crossmae.parallel import map_in_order
 from crossmae.sources.source import ImageFiles
 from det.coco_kinds import EVALUATION_KINDS, KINDS, Kind, Rank
@@ -70,7 +71,7 @@ class Finding:
         for position in self.positions[:count]:
             identity = self.entries[position].get("id")
             shown = identity if type(identity) is int else short(identity)
-            first.append({"position": int(position), "id": shown, "note": _printable(self.note(position))})
+            first.append({"position": int(position), "id": shown, "note": printable(self.note(position))})
         return first
 
 
@@ -154,11 +155,6 @@ def _check_lvis(found: _Findings) -> None:
     categories = found.content["categories"]
     unknown = [at for at, entry in enumerate(categories) if entry.get("frequency") not in tuple(FREQUENCIES)]
     found.add("missing-frequency", unknown, lambda at: f"frequency {short(categories[at].get('frequency'))}")
-
-
-def _printable(text: str) -> str:
-    """Text with escapes for what does not print: line breaks, control characters, halves of surrogate pairs."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def file_name(image: dict[str, Any]) -> Any:

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from crossmae.data import BatchPlan, PlannedBatches, Unreadable, usable_workers
 from crossmae.errors import UserError
+from crossmae.files import printable
 from crossmae.images import read_image
 from crossmae.stopping import ignore_interrupts
 from det.copy_paste import CopyPaste, build_copy_paste
@@ -145,7 +146,7 @@ class NamingMapper(DatasetMapper):
             return Unreadable(str(error))
         except Exception as error:  # whatever is wrong with an image, the user has to hear which one
             reason = " ".join(str(error).split()) or type(error).__name__
-            return Unreadable(f"{dataset_dict['file_name']}: can not be used: {reason}")
+            return Unreadable(f"{printable(dataset_dict['file_name'])}: can not be used: {reason}")
 
     def _sample(self, sample: dict[str, Any]) -> dict[str, Any]:
         pixels = read_pixels(sample["file_name"])

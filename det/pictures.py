@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from crossmae.files import write_atomically
+from crossmae.files import printable, write_atomically
 from det.coco_checks import file_name
 from det.draw import Instance, draw_instances, instances_from_coco, label_font
 from det.predict import read_rgb
@@ -179,11 +179,12 @@ def _side_by_side(one: Comparison, score_threshold: float) -> NDArray[np.uint8]:
     """Both drawings under a strip with their names."""
     height, width = one.truth.shape[:2]
     canvas = Image.new("RGB", (2 * width + _GAP, height + _STRIP), _DARK)
+    name = printable(one.name)
     texts = (
-        f"{one.name}, true objects: {len(one.true_classes)}",
+        f"{name}, true objects: {len(one.true_classes)}",
         f"predicted, with scores >= {score_threshold:g}: {len(one.found_classes)}",
     )
-    font = label_font(one.name, 22)
+    font = label_font(name, 22)
     for left, drawing, text in zip((0, width + _GAP), (one.truth, one.prediction), texts, strict=True):
         strip = Image.new("RGB", (width, _STRIP), _DARK)  # cuts off what is too long
         ImageDraw.Draw(strip).text((10, _STRIP // 2), text, font=font, fill=_LIGHT, anchor="lm")

@@ -31,7 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from crossmae.errors import DISK_TROUBLE, UserError
-from crossmae.files import make_folder, write_atomically
+from crossmae.files import ODD_BYTES, make_folder, printable, write_atomically
 from crossmae.gallery import find_inputs
 from det.draw import draw_instances, instances_from_coco
 from det.predict import Classes, Predictor, coco_annotations, read_rgb
@@ -185,7 +185,7 @@ class FilePredictions:
         pictures = [source for source in sources if not is_video(source.name)]
 
         def write(temporary: Path) -> None:
-            with open(temporary, "w", encoding="utf-8") as file:
+            with open(temporary, "w", encoding="utf-8", errors=ODD_BYTES) as file:
                 coco = CocoStream(file, self.classes)
                 self._predict_images(pictures, coco)
                 for video in videos:
@@ -220,7 +220,7 @@ class FilePredictions:
         except UserError as error:
             self.failures.append(str(error))
             return
-        with tqdm(total=video.frames, desc=source.name, unit="frame", dynamic_ncols=True) as bar:
+        with tqdm(total=video.frames, desc=printable(source.name), unit="frame", dynamic_ncols=True) as bar:
             frames = self._predict_frames(video, source, coco, bar)
             if self.draw:
                 target = self.output / source.target
@@ -269,7 +269,7 @@ class FilePredictions:
         except OSError as error:
             if error.errno in DISK_TROUBLE and error.errno != errno.EACCES:
                 raise
-            self.failures.append(f"{path}: can not be written: {error.strerror or error}")
+            self.failures.append(f"{printable(path)}: can not be written: {error.strerror or error}")
 
 
 class CocoStream:

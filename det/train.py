@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from crossmae.errors import UserError
-from crossmae.files import make_folder, sha256, write_json, write_text
+from crossmae.files import ODD_BYTES, make_folder, sha256, write_json, write_text
 from crossmae.report import read_json
 from crossmae.stopping import StopRequest
 from crossmae.versions import versions
@@ -397,7 +397,7 @@ def log_file(folder: Path, early: MemoryHandler | None = None) -> Iterator[None]
     if not comm.is_main_process():
         yield
         return
-    handler = logging.FileHandler(folder / LOG, encoding="utf-8")
+    handler = logging.FileHandler(folder / LOG, encoding="utf-8", errors=ODD_BYTES)
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     if early is not None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from crossmae.errors import UserError
 from crossmae.extras import import_extra
-from crossmae.files import write_atomically
+from crossmae.files import printable, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -78,20 +78,22 @@ class Video:
                     yield Frame(_upright(picture), time - start)
                     number += 1
             except pyav().FFmpegError as error:
-                raise UserError(f"{self.path}: can not be read after frame {number}: {error.strerror}") from error
+                raise UserError(
+                    f"{printable(self.path)}: can not be read after frame {number}: {error.strerror}"
+                ) from error
         if not number:
-            raise UserError(f"{self.path}: has no picture that could be read")
+            raise UserError(f"{printable(self.path)}: has no picture that could be read")
         if number < self._listed:  # cut off, or trimmed without writing its pictures again
-            log.warning("%s: %d frames could be read, the file lists %d", self.path, number, self._listed)
+            log.warning("%s: %d frames could be read, the file lists %d", printable(self.path), number, self._listed)
 
     def _open(self) -> Any:
         try:
             container = pyav().open(str(self.path))
         except (pyav().FFmpegError, OSError) as error:
-            raise UserError(f"{self.path}: can not be read as a video: {error.strerror}") from error
+            raise UserError(f"{printable(self.path)}: can not be read as a video: {error.strerror}") from error
         if not container.streams.video:
             container.close()
-            raise UserError(f"{self.path}: has no pictures, only {len(container.streams)} other streams")
+            raise UserError(f"{printable(self.path)}: has no pictures, only {len(container.streams)} other streams")
         return container
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from crossmae.device import open_device
 from crossmae.errors import UserError, run_cli
+from crossmae.files import printable
 from crossmae.gallery import NUMBERS, Result, find_inputs, mean_psnr, possible_ratios, write_gallery
 from crossmae.pretrained import Pretrained, load_pretrained, parse_settings
 
@@ -62,9 +63,11 @@ def describe(pretrained: Pretrained) -> str:
 
 def table(results: Sequence[Result]) -> str:
     """PSNR of every image, and the means."""
-    width = max(len("image"), *(len(result.image) for result in results))
+    names = [printable(result.image) for result in results]
+    width = max(len("image"), *map(len, names))
     lines = [f"{'image':<{width}}  {'masked':>8}  {'pasted':>8}   PSNR, dB"]
-    lines += [f"{result.image:<{width}}  {result.psnr_masked:8.2f}  {result.psnr_pasted:8.2f}" for result in results]
+    rows = zip(names, results, strict=True)
+    lines += [f"{name:<{width}}  {row.psnr_masked:8.2f}  {row.psnr_pasted:8.2f}" for name, row in rows]
     means = (mean_psnr([result.psnr_masked for result in results]), mean_psnr([r.psnr_pasted for r in results]))
     shown = "  ".join(f"{'inf' if mean is None else f'{mean:.2f}':>8}" for mean in means)
     return "\n".join([*lines, f"{'mean':<{width}}  {shown}"])

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crossmae.errors import UserError, run_cli
-from crossmae.files import check_writable, make_folder, write_atomically
+from crossmae.files import check_writable, make_folder, printable, write_atomically
 from det.coco import check_registered, use_own_data
 from det.config import load_det_config
 from det.console import set_up_console
@@ -121,7 +121,7 @@ def caption(sample: dict[str, Any], pixels: NDArray[np.uint8]) -> str:
     """Name of the file, how many objects are left, and the three sizes."""
     sizes = [(sample["width"], sample["height"]), sample["image"].shape[:0:-1], pixels.shape[1::-1]]
     given, augmented, padded = (f"{width} x {height}" for width, height in sizes)
-    counted = f"{Path(sample['file_name']).name}, objects: {len(sample['instances'])}"
+    counted = f"{printable(Path(sample['file_name']).name)}, objects: {len(sample['instances'])}"
     return f"{counted}\n{given}, augmented {augmented}, padded {padded}"
 
 

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from crossmae.classification.evaluation_figures import calibration_figure, confusion_figure
 from crossmae.classification.metrics import Predictions, Scores
 from crossmae.figures import save_figure
-from crossmae.files import make_folder, sync_folder, write_atomically, write_json
+from crossmae.files import ODD_BYTES, make_folder, sync_folder, write_atomically, write_json
 
 EVALUATION = "evaluation.json"
 CONFUSION_CSV, CONFUSION_PNG = "confusion.csv", "confusion.png"
@@ -159,8 +159,7 @@ def _fixed(value: float) -> str:
 
 def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
     def write(temporary: Path) -> None:
-        # Names of files need not be UTF-8.
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        with open(temporary, "w", encoding="utf-8", errors=ODD_BYTES, newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
 
     write_atomically(path, write)

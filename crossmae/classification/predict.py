@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -29,7 +28,7 @@ from crossmae.classification.classifier import Classifier
 from crossmae.classification.metrics import THRESHOLD
 from crossmae.data import READERS, Normalize, centre_view, read_pixels
 from crossmae.errors import UserError
-from crossmae.files import make_folder, sha256, write_atomically
+from crossmae.files import ODD_BYTES, make_folder, sha256, write_atomically
 from crossmae.images import match_pattern
 from crossmae.parallel import map_in_order
 from crossmae.sources import LISTS, Source, open_source
@@ -326,16 +325,13 @@ class FileAnswers:
             OSError: the disk is full or broken.
         """
         if output == STDOUT:
-            if isinstance(sys.stdout, TextIOWrapper):
-                sys.stdout.reconfigure(errors="backslashreplace")
             self._write(sources, sys.stdout, JsonWriter)
             return
         path = Path(output)
         make_folder(path.parent, "--output")
 
         def write(temporary: Path) -> None:
-            # Names that are no UTF-8 become the escapes by which JSON spells them.
-            with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            with open(temporary, "w", encoding="utf-8", errors=ODD_BYTES, newline="") as file:
                 self._write(sources, file, WRITERS[path.suffix.lower()])
 
         write_atomically(path, write)

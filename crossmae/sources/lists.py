@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from crossmae.errors import UserError
 from crossmae.extras import import_extra
+from crossmae.files import printable
 from crossmae.images import IMAGE_SUFFIXES, MAX_NAMES
 from crossmae.sources.source import ImageFiles
 
@@ -155,7 +156,7 @@ def _listed(
         paths.append(folder / name)
     missing = _missing(paths)
     if missing:
-        shown = ", ".join(map(str, missing[:MAX_NAMES])) + (", ..." if len(missing) > MAX_NAMES else "")
+        shown = ", ".join(map(printable, missing[:MAX_NAMES])) + (", ..." if len(missing) > MAX_NAMES else "")
         advice = f"set {ROOT_KEYS[key]}=FOLDER" if key in ROOT_KEYS else "write absolute paths"
         raise UserError(
             f"{key}: {path}: {len(missing):,} of {len(paths):,} images are not there: {shown}; relative paths start at "

@@ -310,8 +310,7 @@ def _finish(folder: Path, index: FolderIndex) -> None:
     if not any(entry["names"] for entry in index.shards.values()):
         raise UserError(f"none of the images can be read; the first: {broken[0]}")
     if broken:
-        text = "\n".join(broken) + "\n"
-        write_text(folder / BROKEN_NAME, text.encode(errors="backslashreplace").decode())  # names may be no UTF-8
+        write_text(folder / BROKEN_NAME, "\n".join(broken) + "\n")
     write_text(folder / INDEX_NAME, index.to_json() + "\n")
     (folder / PROGRESS_NAME).unlink(missing_ok=True)
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossmae.errors import UserError
+from crossmae.files import printable
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class Source(ABC):
             if self._unlabelled:
                 raise UserError(
                     f"{self.description}: {len(self._unlabelled):,} of them have no label, the first is "
-                    f"{self.name(self._unlabelled[0])}; label or remove them"
+                    f"{printable(self.name(self._unlabelled[0]))}; label or remove them"
                 )
             raise UserError(
                 f"{self.description} have no labels; labels come from a folder with one subfolder per class, a list "
@@ -165,7 +166,7 @@ class ImageFiles(Source):
             with open(path, "rb") as file:
                 return file.read()
         except OSError as error:
-            raise UserError(f"{path}: can not be read: {error.strerror}") from error
+            raise UserError(f"{printable(path)}: can not be read: {error.strerror}") from error
 
     def stamp(self, index: int) -> str:
         """See `Source.stamp`: size and time of the file."""
@@ -173,7 +174,7 @@ class ImageFiles(Source):
         try:
             status = os.stat(path)
         except OSError as error:
-            raise UserError(f"{path}: can not be read: {error.strerror}") from error
+            raise UserError(f"{printable(path)}: can not be read: {error.strerror}") from error
         return f"{status.st_size}:{status.st_mtime_ns}"
 
     def tail(self, index: int, length: int = 16) -> bytes:

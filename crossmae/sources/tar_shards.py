@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from crossmae.errors import UserError
+from crossmae.files import printable
 from crossmae.images import MAX_NAMES
 from crossmae.sources.shard_files import RangeReader, StoredFile, change_marks, find_files, is_url, locate, read_small
 from crossmae.sources.source import PackedStrings, Source
@@ -76,11 +77,15 @@ class TarShards(Source):
             data = self._reader.read(shard, int(self._offsets[index]), size)
         except Exception as error:  # file systems raise errors of their own libraries
             reason = (error.strerror if isinstance(error, OSError) else None) or error or type(error).__name__
-            raise UserError(f"{self.name(index)}: can not be read: {reason}") from error
+            raise UserError(f"{printable(self.name(index))}: can not be read: {reason}") from error
         if len(data) > size:
-            raise UserError(f"{self.name(index)}: the server sends whole files only; use simplecache::{shard.name}")
+            raise UserError(
+                f"{printable(self.name(index))}: the server sends whole files only; use simplecache::{shard.name}"
+            )
         if len(data) < size:
-            raise UserError(f"{self.name(index)}: the shard ends in it: it was replaced or cut off after the start")
+            raise UserError(
+                f"{printable(self.name(index))}: the shard ends in it: it was replaced or cut off after the start"
+            )
         return data
 
     def tail(self, index: int, length: int = 16) -> bytes:
