@@ -39,7 +39,7 @@ from det.evaluate import evaluate
 from det.optim import build_optimizer, resolve_schedule
 from det.pictures import find_pictures
 from det.report import write_report
-from det.run_files import BEST, BEST_RECORD, CONFIG, LAST, LOG, METRICS, PICTURES, RECORD, TASKS
+from det.run_files import BEST, BEST_RECORD, CONFIG, LOG, METRICS, PICTURES, RECORD, TASKS
 from det.steps import StepTrainer
 from det.weights import build_detector, load_weights
 
@@ -190,9 +190,7 @@ class Trainer(DefaultTrainer):
             raise UserError(f"OUTPUT_DIR: {folder} already holds a run; pass --resume to go on, or name another folder")
         if resume and not found:
             log.info("--resume: no checkpoint in %s yet, starting from MODEL.WEIGHTS", folder)
-        if found and not Path(self.checkpointer.get_checkpoint_file()).is_file():
-            raise UserError(f"{folder}/{LAST} names a file that does not exist; name the right one in it")
-        return found
+        return found and bool(self.checkpointer.get_checkpoint_file())
 
     def build_hooks(self) -> list[HookBase]:
         """What happens between iterations; evaluation comes after the checkpoint, so that its failure loses nothing."""

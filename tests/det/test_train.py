@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import signal
 import sys
 
@@ -239,7 +240,7 @@ def interrupt(folder, checkpoint):
 
 def test_a_kill_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     checkpointer = AtomicCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
-    checkpointer.save("first")
+    checkpointer.save("model_0000000")
 
     def die(data, path):
         path.write_bytes(b"half a file")
@@ -247,9 +248,9 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", die)
     with pytest.raises(KeyboardInterrupt):
-        checkpointer.save("second")
-    assert checkpointer.get_checkpoint_file() == str(tmp_path / "first.pth")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["first.pth", "last_checkpoint"]
+        checkpointer.save("model_0000001")
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000000.pth")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last_checkpoint", "model_0000000.pth"]
 
 
 def fails_with_one_line(words, capsys, monkeypatch):
@@ -353,7 +354,8 @@ def test_resuming_with_other_settings_or_a_torn_checkpoint_is_refused(tmp_path, 
     whole = final.read_bytes()
     final.write_bytes(whole[: len(whole) // 2])
     line = fails_with_one_line(longer, capsys, monkeypatch)
-    assert f"{final}: can not be read: " in line
+    assert f"{final}: truncated or damaged" in line
+    assert line.endswith(f"Name an older checkpoint in {run / 'last_checkpoint'}.")
     assert (run / "run.json").read_bytes() == before
     final.write_bytes(whole)
     main(longer)
@@ -363,8 +365,86 @@ def test_resuming_with_other_settings_or_a_torn_checkpoint_is_refused(tmp_path, 
     assert "run.json is missing or damaged" in fails_with_one_line(longer, capsys, monkeypatch)
 
 
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, sentinel):
+        self.sentinel = sentinel
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.sentinel),)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_resuming_runs_nothing_that_is_in_a_checkpoint(tmp_path, command, capsys, monkeypatch):
+    """Neither in a pickle that `last_checkpoint` names nor in a file with the name of a checkpoint."""
+    run, sentinel = tmp_path / "out", tmp_path / "sentinel"
+    main([*command, "SOLVER.MAX_ITER=1"])
+    content = torch.load(run / "model_final.pth", weights_only=True)
+    for name in ("payload.pkl", "model_final.pkl", "model_0000007.pkl"):
+        (run / name).write_bytes(pickle.dumps({"model": Payload(sentinel), "__author__": "x"}))
+        (run / "last_checkpoint").write_text(name)
+        line = fails_with_one_line([*command, "--resume"], capsys, monkeypatch)
+        assert f"{run / 'last_checkpoint'}: holds '{name}', which is not the name of a checkpoint. " in line
+    path = run / "model_0000007.pth"
+    (run / "last_checkpoint").write_text(path.name)
+    for write in (
+        lambda: torch.save(content | {"extra": Payload(sentinel)}, path),
+        lambda: path.write_bytes(pickle.dumps({"model": Payload(sentinel)}, protocol=2)),
+    ):
+        write()
+        line = fails_with_one_line([*command, "--resume"], capsys, monkeypatch)
+        assert line.startswith(f"error: {path}: ")
+    assert not sentinel.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds '', which is not the name of a checkpoint. Write the name"),
+        ("\0\xff" * 500, "which is not the name of a checkpoint"),
+        ("model_0000001.pth\nmodel_0000002.pth", "which is not the name of a checkpoint"),
+        ("../model_0000001.pth", "which is not the name of a checkpoint"),
+        ("/etc/model_0000001.pth", "which is not the name of a checkpoint"),
+        ("model_best.pth", "which is not the name of a checkpoint"),
+        ("model_000000\u0661.pth", "which is not the name of a checkpoint"),
+        ("model_0000001.pth", "names model_0000001.pth, a file that does not exist. Write the name"),
+        ("model_0000002.pth", "names model_0000002.pth, a link to a file outside"),
+    ],
+)
+def test_last_checkpoint_names_one_checkpoint_of_its_folder(tmp_path, text, message):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    torch.save({}, tmp_path / "model_0000001.pth")
+    (folder / "model_0000002.pth").symlink_to("../model_0000001.pth")
+    torch.save({}, folder / "model_best.pth")
+    (folder / "last_checkpoint").write_text(text)
+    with pytest.raises(UserError) as raised:
+        AtomicCheckpointer(torch.nn.Linear(1, 1), str(folder)).get_checkpoint_file()
+    assert str(raised.value).startswith(f"{folder / 'last_checkpoint'}: ")
+    assert message in str(raised.value)
+
+
+def test_last_checkpoint_may_be_written_by_hand(tmp_path):
+    checkpointer = AtomicCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
+    assert checkpointer.get_checkpoint_file() == ""
+    torch.save({}, tmp_path / "model_0000001.pth")
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth\n")
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000001.pth")
+
+
+@pytest.mark.parametrize("content", [[], {}, {"model": []}, {"trainer": {}, "model": None}])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
+    path = tmp_path / "model_0000001.pth"
+    torch.save(content, path)
+    with pytest.raises(
+        UserError, match=rf"^{path}: not a checkpoint of a training run, it lacks model.*\. Name an older"
+    ):
+        AtomicCheckpointer(torch.nn.Linear(1, 1), str(tmp_path)).load(str(path))
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    AtomicCheckpointer(torch.nn.Linear(1, 1), str(tmp_path)).save("first")
+    AtomicCheckpointer(torch.nn.Linear(1, 1), str(tmp_path)).save("model_0000000")
     checkpointer = AtomicCheckpointer(torch.nn.Linear(2, 1), str(tmp_path))
     with pytest.raises(UserError, match=r"is of another model than the config: 2 tensors .* like weight"):
         checkpointer.load(checkpointer.get_checkpoint_file())
