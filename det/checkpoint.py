@@ -10,6 +10,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from crossmae.checkpoints.torch_file import read_torch_file
+from crossmae.checkpoints.weights import check_finite, describe_non_finite
 from crossmae.errors import UserError
 from crossmae.files import write_atomically, write_text
 from det.run_files import CHECKPOINT, LAST
@@ -50,8 +51,30 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return {"model": self.average.state_dict(), TRAINED: trained}
 
     def write(self, file_name: str, content: dict[str, Any]) -> None:
-        """One file in the folder, atomically."""
+        """Write one file in the folder, atomically.
+
+        Raises:
+            UserError: weights are not finite; nothing is written.
+        """
+        for key in ("model", TRAINED):
+            if found := describe_non_finite(content.get(key, {})):
+                raise UserError(
+                    f"{Path(self.save_dir, file_name)}: not written, because {found} (in `{key}`). The last checkpoint "
+                    "stays: lower SOLVER.BASE_LR and start a new run in another OUTPUT_DIR."
+                )
         write_atomically(Path(self.save_dir, file_name), lambda path: torch.save(content, path))
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Load a checkpoint of ours.
+
+        Raises:
+            UserError: not a checkpoint, of another model, or its weights are not finite.
+        """
+        rest: dict[str, Any] = super().load(path, checkpointables)
+        for model in (self.model, self.average):
+            if model is not None:
+                check_finite(model.state_dict(), Path(path))
+        return rest
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Name the newest checkpoint."""

@@ -77,7 +77,8 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
         The results of the last evaluation, see `evaluate`.
 
     Raises:
-        UserError: bad data, weights or settings, before anything is written; or a loss that is not finite.
+        UserError: bad data, weights or settings, before anything is written; or a loss, a gradient or a weight that is
+            not finite.
     """
     check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
@@ -226,7 +227,7 @@ class Trainer(DefaultTrainer):
         return min(period or WRITING_PERIOD, WRITING_PERIOD)
 
     def run_step(self) -> None:
-        """One iteration; a loss that is not finite ends the run with one line."""
+        """Take one step; a loss or gradient that is not finite ends the run with one line."""
         if torch.cuda.is_available():
             self.storage.put_scalar("peak_memory_bytes", torch.cuda.max_memory_allocated(), smoothing_hint=False)
         try:

@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -441,6 +442,92 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
         UserError, match=rf"^{path}: not a checkpoint of a training run, it lacks model.*\. Name an older"
     ):
         AtomicCheckpointer(torch.nn.Linear(1, 1), str(tmp_path)).load(str(path))
+
+
+WEIGHT = "roi_heads.mask_head.predictor.weight"
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_weights_that_are_not_finite_are_not_loaded(tmp_path, command, capsys, monkeypatch):
+    """Neither to train on from, nor to evaluate, nor on --resume, where the average is checked, too."""
+    run, average = tmp_path / "out", "SOLVER.EMA.ENABLED=True"
+    main([*command, average, "SOLVER.MAX_ITER=1"])
+    path = run / "model_final.pth"
+    content = torch.load(path, weights_only=True)
+    message = f"{path}: 1 of {len(content['model'])} tensors hold NaN or infinity: {WEIGHT}"
+    for part in ("model", "trained_model"):
+        damaged = content | {part: content[part] | {WEIGHT: content[part][WEIGHT].clone()}}
+        damaged[part][WEIGHT][0, 0] = math.nan
+        torch.save(damaged, path)
+        assert message in fails_with_one_line([*command, average, "--resume"], capsys, monkeypatch)
+        if part == "model":
+            words = [*command[:-1], f"OUTPUT_DIR={tmp_path / 'new'}", f"MODEL.WEIGHTS={path}"]
+            assert message in fails_with_one_line(words, capsys, monkeypatch)
+            assert message in fails_with_one_line([*words, "--eval-only"], capsys, monkeypatch)
+    assert not (tmp_path / "new").exists()
+
+
+def spoil_step(monkeypatch, method, iteration, spoil):
+    """Call `spoil` with the detector after `method` of a step, once."""
+    original = getattr(StepTrainer, method)
+
+    def spoiled(self, *args):
+        result = original(self, *args)
+        if self.iter == iteration:
+            spoil(self.model)
+        return result
+
+    monkeypatch.setattr(StepTrainer, method, spoiled)
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_update(tmp_path, command, capsys, monkeypatch, parts):
+    """In one part of a step already; the checkpoint of before stays the last, and nothing is evaluated."""
+
+    def spoil(model):
+        model.get_parameter(WEIGHT).grad[0, 0] = math.nan
+
+    spoil_step(monkeypatch, "_backward", 3, spoil)
+    line = fails_with_one_line([*command, f"SOLVER.ACCUMULATE={parts}"], capsys, monkeypatch)
+    assert "training diverged at iteration 3: the norm of the gradient is nan: 1 of " in line
+    assert f"tensors hold NaN or infinity: {WEIGHT}. Lower SOLVER.BASE_LR" in line
+    run = tmp_path / "out"
+    assert [path.name for path in run.glob("model_*")] == ["model_0000001.pth"]
+    assert (run / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert not (run / "results.json").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_weights_that_are_not_finite_are_never_the_final_ones(tmp_path, command, capsys, monkeypatch):
+    """A finite gradient says nothing of the weights after the update."""
+
+    def spoil(model):
+        model.get_parameter(WEIGHT).data[0, 0] = math.nan
+
+    spoil_step(monkeypatch, "run_step", 2, spoil)
+    line = fails_with_one_line([*command, "SOLVER.MAX_ITER=3"], capsys, monkeypatch)
+    assert f"{tmp_path / 'out/model_final.pth'}: not written, because 1 of " in line
+    assert f"hold NaN or infinity: {WEIGHT}" in line
+    assert [path.name for path in (tmp_path / "out").glob("model_*")] == ["model_0000001.pth"]
+
+
+@pytest.mark.parametrize("spoiled", ["model", "average"])
+@pytest.mark.parametrize("tensor", ["weight", "running_var"])
+def test_no_file_gets_weights_that_are_not_finite(tmp_path, spoiled, tensor):
+    """Parameters and buffers, of the model and of its average; the checkpoint of before stays the last."""
+    models = {name: torch.nn.BatchNorm1d(2) for name in ("model", "average")}
+    checkpointer = AtomicCheckpointer(models["model"], str(tmp_path), models["average"])
+    checkpointer.save("model_0000000")
+    models[spoiled].state_dict()[tensor][1] = math.inf
+    with pytest.raises(UserError, match=rf"model_0000001.pth: not written, because 1 of 5 .*: {tensor} "):
+        checkpointer.save("model_0000001")
+    with pytest.raises(UserError, match=r"model_best.pth: not written") if spoiled == "average" else nullcontext():
+        keep_best(checkpointer, {"bbox": {"AP": 1.0}}, 1)
+    names = {"last_checkpoint", "model_0000000.pth"}
+    names |= set() if spoiled == "average" else {"model_best.json", "model_best.pth"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000000.pth"
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
