@@ -1,12 +1,14 @@
-"""Learning rate rule, schedule and parameter groups of pretraining (method specification, section 1.9)."""
+"""Learning rate rule, schedule and parameter groups of pretraining (method specification, section 1.9); updates."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import torch
 from torch import nn
 
+MAX_SKIPPED = 20  # steps in a row that fp16 may skip because a gradient is not finite
 # predict_ratio / mask_ratio scales the published lr; "inverse" and "none" are the published code's two
 # alternatives.
 LR_RULES = {
@@ -46,3 +48,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
     ]
+
+
+def scaled_step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+    """Update the weights and the scale of gradients.
+
+    Returns:
+        Whether fp16 skipped the update, because a gradient was not finite.
+    """
+    scale = scaler.get_scale()  # 1 without fp16
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.get_scale() < scale

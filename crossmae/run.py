@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from crossmae.checkpoints.loading import load
+from crossmae.checkpoints.weights import describe_non_finite
 from crossmae.config import RunConfig
 from crossmae.data import Broken
 from crossmae.device import open_autocast
 from crossmae.distributed import Ranks
 from crossmae.errors import UserError
-from crossmae.optim import lr_at
+from crossmae.optim import MAX_SKIPPED, lr_at, scaled_step
 from crossmae.plan import Plan, fingerprint
 from crossmae.run_checkpoint import MODEL, read_state, save_checkpoint
 from crossmae.run_log import BROKEN, BrokenImages
@@ -30,8 +31,6 @@ from crossmae.sources import Source
 from crossmae.versions import versions
 
 log = logging.getLogger(__name__)
-
-MAX_SKIPPED = 20  # steps in a row that fp16 may skip because a gradient is not finite
 
 
 class AnyBatch(Protocol):
@@ -134,10 +133,7 @@ class Run:
         if clip is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        scale = self.scaler.get_scale()  # 1 without fp16
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        was_skipped = self.scaler.get_scale() < scale
+        was_skipped = scaled_step(self.scaler, self.optimizer)
         self.skipped = self.skipped + 1 if was_skipped else 0
         if self.skipped >= MAX_SKIPPED:
             raise UserError(
@@ -151,17 +147,17 @@ class Run:
         return lr
 
     def check_weights(self) -> None:
-        """Make sure that what is about to be saved can be used.
+        """Refuse to save a model, or its average, that is not finite.
 
         Raises:
-            UserError: some weight is not finite.
+            UserError: a parameter or a buffer is not finite.
         """
-        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.model.parameters()]))
-        if not bool(norms.isfinite().all()):
-            raise UserError(
-                f"a weight is not finite after step {self.step}; the last checkpoint stays. Lower optim.base_lr, set "
-                "optim.clip_grad, or use runtime.precision=fp32"
-            )
+        for suffix, model in self.models.items():
+            if found := describe_non_finite(model.state_dict()):
+                raise UserError(
+                    f"a weight is not finite after step {self.step}; the last checkpoint stays. "
+                    f"model{suffix}: {found}. Lower optim.base_lr, set optim.clip_grad, or use runtime.precision=fp32"
+                )
 
     def save(self, metadata: Mapping[str, str], extra: Mapping[str, str]) -> None:
         """Write a checkpoint of the current step.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from crossmae.report import read_json
 # What a run writes; `model` in weights is what was evaluated.
 RECORD, CONFIG, LOG, METRICS, REPORT = "run.json", "config.yaml", "log.txt", "metrics.json", "report.html"
 BEST, BEST_RECORD, FINAL, LAST = "model_best.pth", "model_best.json", "model_final.pth", "last_checkpoint"
+# The names of the checkpoints that training continues from; `model_best.pth` holds weights alone.
+CHECKPOINT = re.compile(r"model_([0-9]{7,}|final)\.pth")
 RESULTS, PREDICTIONS, PICTURES = "results.json", "inference/coco_instances_results.json", "pictures"
 TASKS = {"bbox": "box", "segm": "mask"}
 HEADLINE = ("AP", "AP50", "AP75")

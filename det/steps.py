@@ -15,6 +15,9 @@ from detectron2.utils import comm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from crossmae.checkpoints.weights import describe_non_finite
+from crossmae.optim import MAX_SKIPPED, scaled_step
+
 log = logging.getLogger(__name__)
 
 
@@ -49,9 +52,14 @@ class StepTrainer(SimpleTrainer):
         self.seed, self.parts, self.precision, self.average = seed, parts, precision, average
         # bfloat16 has the range of float32 and needs no scaling
         self.scaler = torch.amp.GradScaler("cuda", enabled=precision == torch.float16)
+        self.skipped = 0  # steps in a row
 
     def run_step(self) -> None:
-        """One step; writes losses, and raises FloatingPointError where one is not finite, before the weights change."""
+        """Take one step and write its losses.
+
+        Raises:
+            FloatingPointError: a loss or a gradient is not finite; the weights are those before the step.
+        """
         start = time.perf_counter()
         batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
@@ -63,8 +71,7 @@ class StepTrainer(SimpleTrainer):
                 for name, value in self._backward(part).items():
                     losses[name] = losses.get(name, 0) + value
         self._write_metrics(losses, data_time)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self._update()
         if self.average is not None:
             self.average.update(getattr(self.model, "module", self.model), step=self.iter + 1)
 
@@ -75,6 +82,21 @@ class StepTrainer(SimpleTrainer):
             total = torch.stack([value.float() for value in losses.values()]).sum()
         self.scaler.scale(total).backward()
         return {name: value.detach() for name, value in losses.items()}
+
+    def _update(self) -> None:
+        """Update the weights, unless a gradient is not finite; float16 may skip a few steps to find its scale."""
+        if not self.scaler.is_enabled():
+            gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+            norm = nn.utils.get_total_norm(gradients.values())
+            if not norm.isfinite():
+                found = describe_non_finite(gradients) or "no gradient alone is infinite"
+                raise FloatingPointError(f"the norm of the gradient is {norm.item()}: {found}.")
+        self.skipped = self.skipped + 1 if scaled_step(self.scaler, self.optimizer) else 0
+        if self.skipped >= MAX_SKIPPED:
+            raise FloatingPointError(
+                f"float16 skipped {self.skipped} steps in a row, because gradients were not finite. "
+                "Use SOLVER.AMP.PRECISION bf16."
+            )
 
     def _seed(self, part: int) -> None:
         key = np.random.SeedSequence([self.seed, self.iter, comm.get_rank() * self.parts + part])

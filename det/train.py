@@ -39,7 +39,7 @@ from det.evaluate import evaluate
 from det.optim import build_optimizer, resolve_schedule
 from det.pictures import find_pictures
 from det.report import write_report
-from det.run_files import BEST, BEST_RECORD, CONFIG, LAST, LOG, METRICS, PICTURES, RECORD, TASKS
+from det.run_files import BEST, BEST_RECORD, CONFIG, LOG, METRICS, PICTURES, RECORD, TASKS
 from det.steps import StepTrainer
 from det.weights import build_detector, load_weights
 
@@ -77,7 +77,8 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
         The results of the last evaluation, see `evaluate`.
 
     Raises:
-        UserError: bad data, weights or settings, before anything is written; or a loss that is not finite.
+        UserError: bad data, weights or settings, before anything is written; or a loss, a gradient or a weight that is
+            not finite.
     """
     check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
@@ -190,9 +191,7 @@ class Trainer(DefaultTrainer):
             raise UserError(f"OUTPUT_DIR: {folder} already holds a run; pass --resume to go on, or name another folder")
         if resume and not found:
             log.info("--resume: no checkpoint in %s yet, starting from MODEL.WEIGHTS", folder)
-        if found and not Path(self.checkpointer.get_checkpoint_file()).is_file():
-            raise UserError(f"{folder}/{LAST} names a file that does not exist; name the right one in it")
-        return found
+        return found and bool(self.checkpointer.get_checkpoint_file())
 
     def build_hooks(self) -> list[HookBase]:
         """What happens between iterations; evaluation comes after the checkpoint, so that its failure loses nothing."""
@@ -228,7 +227,7 @@ class Trainer(DefaultTrainer):
         return min(period or WRITING_PERIOD, WRITING_PERIOD)
 
     def run_step(self) -> None:
-        """One iteration; a loss that is not finite ends the run with one line."""
+        """Take one step; a loss or gradient that is not finite ends the run with one line."""
         if torch.cuda.is_available():
             self.storage.put_scalar("peak_memory_bytes", torch.cuda.max_memory_allocated(), smoothing_hint=False)
         try:

@@ -37,7 +37,7 @@ from crossmae.checkpoints.weights import (
     encoder_arguments,
     encoder_home,
     encoder_tensors,
-    is_finite,
+    non_finite,
     read_weights,
     translated,
 )
@@ -171,11 +171,11 @@ def inspect(path: str | Path, *, values: bool = True) -> Inspection:
             stored = _Tensors(shapes, opened.get_tensor)
             if values:
                 check_digest(stored, metadata, file)
-            bad = _non_finite(stored) if values else None
+            bad = non_finite(stored) if values else None
             positions = _positions(weights, stored)
     else:
         weights = read_weights(path, finite=False)
-        bad = _non_finite(weights.tensors) if values else None
+        bad = non_finite(weights.tensors) if values else None
         positions = _positions(weights, weights.tensors)
     return _inspection(weights, bad, positions)
 
@@ -329,10 +329,6 @@ def _positions(weights: Weights, stored: Mapping[str, Tensor]) -> str:
     if found is not None and is_sincos(stored[found], grid):
         kind = "sine-cosine"
     return f"{kind}, {grid[0]} x {grid[1]} patches{'' if rows else ', no row for a class token'}"
-
-
-def _non_finite(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    return tuple(name for name, tensor in tensors.items() if not is_finite(tensor))
 
 
 def _short(value: Any) -> str:

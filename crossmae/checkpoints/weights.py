@@ -83,7 +83,7 @@ def read_weights(
     file = find_file(Path(path))
     contents = read_tensors(file, ema=ema, trust=trust)
     if finite:
-        _check_finite(contents.tensors, file)
+        check_finite(contents.tensors, file)
     return replace(translated(file, contents.tensors, contents.metadata, img_size), beside=contents.beside)
 
 
@@ -240,14 +240,27 @@ def check_destination(path: Path, *, force: bool = False) -> None:
         raise UserError(f"{path}: exists already and is left as it is; name another file, or overwrite it with --force")
 
 
-def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
-    if bad:
-        more = f" and {len(bad) - MAX_NAMES} more" if len(bad) > MAX_NAMES else ""
-        raise UserError(
-            f"{path}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity: "
-            f"{', '.join(bad[:MAX_NAMES])}{more}; the run that wrote it diverged, take an earlier checkpoint"
-        )
+def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse the tensors of a file if one holds NaN or infinity.
+
+    Raises:
+        UserError: names the file and the tensors.
+    """
+    if found := describe_non_finite(tensors):
+        raise UserError(f"{path}: {found}; the run that wrote it diverged, take an earlier checkpoint")
+
+
+def describe_non_finite(tensors: Mapping[str, Tensor]) -> str:
+    """Name the tensors that hold NaN or infinity; "" where all are finite."""
+    bad = non_finite(tensors)
+    more = f" and {len(bad) - MAX_NAMES} more" if len(bad) > MAX_NAMES else ""
+    words = f"{len(bad)} of {len(tensors)} tensors hold NaN or infinity: {', '.join(bad[:MAX_NAMES])}{more}"
+    return words if bad else ""
+
+
+def non_finite(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """List the tensors that hold NaN or infinity."""
+    return tuple(name for name, tensor in tensors.items() if not is_finite(tensor))
 
 
 def is_finite(tensor: Tensor) -> bool:

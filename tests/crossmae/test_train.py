@@ -554,8 +554,9 @@ def test_a_signal_ends_the_run_after_the_step_and_nothing_is_lost(
     assert_same(whole | {"curve": parts["curve"]}, parts)
 
 
+@pytest.mark.parametrize("suffix", ["", "_ema"])
 def test_weights_that_are_not_finite_are_never_saved(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
     """A finite loss before the update says nothing of the weights after it."""
     step = run_module.Run.optimizer_step
@@ -563,12 +564,15 @@ def test_weights_that_are_not_finite_are_never_saved(
     def explode(run: run_module.Run) -> float:
         lr = step(run)
         if run.step == 6:
-            run.model.cls_token.data.fill_(float("nan"))
+            run.models[suffix].cls_token.data.fill_(float("nan"))
         return lr
 
     monkeypatch.setattr(run_module.Run, "optimizer_step", explode)
-    with pytest.raises(UserError, match="a weight is not finite after step 6; the last checkpoint stays"):
-        pretrain(make_config(images, tmp_path / "run", checkpoint={"keep": 1}))
+    with pytest.raises(
+        UserError,
+        match=rf"a weight is not finite after step 6; the last checkpoint stays\. model{suffix}: 1 of .*: cls_token\.",
+    ):
+        pretrain(make_config(images, tmp_path / "run", checkpoint={"keep": 1}, optim={"ema": 0.9}))
     assert [folder.name for folder in complete_checkpoints(tmp_path / "run")] == ["step-00000003"]
 
 

@@ -1,5 +1,6 @@
 """A step in parts has the mean gradient of its parts, and is the step of as many processes; the moving average."""
 
+import contextlib
 import copy
 import functools
 
@@ -15,6 +16,7 @@ from detectron2.utils.events import EventStorage
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
+from crossmae.optim import MAX_SKIPPED
 from det.config import load_det_config
 from det.steps import StepTrainer, split
 from tests.det.coco_files import TINY
@@ -135,6 +137,44 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone():
     with EventStorage(), pytest.raises(FloatingPointError):
         trainer.run_step()
     assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(parts, value):
+    """The losses are finite; of two parts the last one spoils the sum."""
+    model = Quadratic()
+    before = model.weight.detach().clone()
+    trainer = StepTrainer(
+        model, [list(torch.ones(2, 2, dtype=torch.float64))], torch.optim.SGD([model.weight]), 0, parts
+    )
+    seen = []
+    model.weight.register_hook(
+        lambda grad: torch.full_like(grad, value) if seen.append(1) or len(seen) == parts else grad
+    )
+    trainer.iter = 0
+    with EventStorage(), pytest.raises(FloatingPointError, match=r"norm of the gradient .* infinity: weight"):
+        trainer.run_step()
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("skipped", [MAX_SKIPPED - 1, MAX_SKIPPED])
+def test_float16_may_skip_a_few_steps_in_a_row(skipped):
+    """The scale falls until gradients are finite; then counting begins again."""
+    model = Quadratic().float()
+    batches = [list(torch.ones(2, 2))] * (skipped + 1)
+    trainer = StepTrainer(model, batches, torch.optim.SGD([model.weight], 1e-3), 0)
+    trainer.scaler = torch.amp.GradScaler("cpu")
+    before = model.weight.detach().clone()
+    model.weight.register_hook(lambda grad: torch.full_like(grad, torch.inf) if trainer.iter < skipped else grad)
+    fails = pytest.raises(FloatingPointError, match=f"float16 skipped {MAX_SKIPPED} steps in a row")
+    with EventStorage(), fails if skipped == MAX_SKIPPED else contextlib.nullcontext():
+        for step in range(skipped + 1):
+            trainer.iter = step
+            trainer.run_step()
+    assert model.weight.isfinite().all()
+    assert torch.equal(model.weight, before) == (skipped == MAX_SKIPPED)
+    assert trainer.skipped == (MAX_SKIPPED if skipped == MAX_SKIPPED else 0)
 
 
 def test_a_run_that_becomes_float16_begins_with_a_new_scale(caplog):

@@ -4,8 +4,10 @@ import json
 import logging
 import math
 import os
+import pickle
 import signal
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -239,7 +241,7 @@ def interrupt(folder, checkpoint):
 
 def test_a_kill_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     checkpointer = AtomicCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
-    checkpointer.save("first")
+    checkpointer.save("model_0000000")
 
     def die(data, path):
         path.write_bytes(b"half a file")
@@ -247,9 +249,9 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", die)
     with pytest.raises(KeyboardInterrupt):
-        checkpointer.save("second")
-    assert checkpointer.get_checkpoint_file() == str(tmp_path / "first.pth")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["first.pth", "last_checkpoint"]
+        checkpointer.save("model_0000001")
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000000.pth")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last_checkpoint", "model_0000000.pth"]
 
 
 def fails_with_one_line(words, capsys, monkeypatch):
@@ -353,7 +355,8 @@ def test_resuming_with_other_settings_or_a_torn_checkpoint_is_refused(tmp_path, 
     whole = final.read_bytes()
     final.write_bytes(whole[: len(whole) // 2])
     line = fails_with_one_line(longer, capsys, monkeypatch)
-    assert f"{final}: can not be read: " in line
+    assert f"{final}: truncated or damaged" in line
+    assert line.endswith(f"Name an older checkpoint in {run / 'last_checkpoint'}.")
     assert (run / "run.json").read_bytes() == before
     final.write_bytes(whole)
     main(longer)
@@ -363,8 +366,172 @@ def test_resuming_with_other_settings_or_a_torn_checkpoint_is_refused(tmp_path, 
     assert "run.json is missing or damaged" in fails_with_one_line(longer, capsys, monkeypatch)
 
 
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, sentinel):
+        self.sentinel = sentinel
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.sentinel),)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_resuming_runs_nothing_that_is_in_a_checkpoint(tmp_path, command, capsys, monkeypatch):
+    """Neither in a pickle that `last_checkpoint` names nor in a file with the name of a checkpoint."""
+    run, sentinel = tmp_path / "out", tmp_path / "sentinel"
+    main([*command, "SOLVER.MAX_ITER=1"])
+    content = torch.load(run / "model_final.pth", weights_only=True)
+    for name in ("payload.pkl", "model_final.pkl", "model_0000007.pkl"):
+        (run / name).write_bytes(pickle.dumps({"model": Payload(sentinel), "__author__": "x"}))
+        (run / "last_checkpoint").write_text(name)
+        line = fails_with_one_line([*command, "--resume"], capsys, monkeypatch)
+        assert f"{run / 'last_checkpoint'}: holds '{name}', which is not the name of a checkpoint. " in line
+    path = run / "model_0000007.pth"
+    (run / "last_checkpoint").write_text(path.name)
+    for write in (
+        lambda: torch.save(content | {"extra": Payload(sentinel)}, path),
+        lambda: path.write_bytes(pickle.dumps({"model": Payload(sentinel)}, protocol=2)),
+    ):
+        write()
+        line = fails_with_one_line([*command, "--resume"], capsys, monkeypatch)
+        assert line.startswith(f"error: {path}: ")
+    assert not sentinel.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds '', which is not the name of a checkpoint. Write the name"),
+        ("\0\xff" * 500, "which is not the name of a checkpoint"),
+        ("model_0000001.pth\nmodel_0000002.pth", "which is not the name of a checkpoint"),
+        ("../model_0000001.pth", "which is not the name of a checkpoint"),
+        ("/etc/model_0000001.pth", "which is not the name of a checkpoint"),
+        ("model_best.pth", "which is not the name of a checkpoint"),
+        ("model_000000\u0661.pth", "which is not the name of a checkpoint"),
+        ("model_0000001.pth", "names model_0000001.pth, a file that does not exist. Write the name"),
+        ("model_0000002.pth", "names model_0000002.pth, a link to a file outside"),
+    ],
+)
+def test_last_checkpoint_names_one_checkpoint_of_its_folder(tmp_path, text, message):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    torch.save({}, tmp_path / "model_0000001.pth")
+    (folder / "model_0000002.pth").symlink_to("../model_0000001.pth")
+    torch.save({}, folder / "model_best.pth")
+    (folder / "last_checkpoint").write_text(text)
+    with pytest.raises(UserError) as raised:
+        AtomicCheckpointer(torch.nn.Linear(1, 1), str(folder)).get_checkpoint_file()
+    assert str(raised.value).startswith(f"{folder / 'last_checkpoint'}: ")
+    assert message in str(raised.value)
+
+
+def test_last_checkpoint_may_be_written_by_hand(tmp_path):
+    checkpointer = AtomicCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
+    assert checkpointer.get_checkpoint_file() == ""
+    torch.save({}, tmp_path / "model_0000001.pth")
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth\n")
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000001.pth")
+
+
+@pytest.mark.parametrize("content", [[], {}, {"model": []}, {"trainer": {}, "model": None}])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
+    path = tmp_path / "model_0000001.pth"
+    torch.save(content, path)
+    with pytest.raises(
+        UserError, match=rf"^{path}: not a checkpoint of a training run, it lacks model.*\. Name an older"
+    ):
+        AtomicCheckpointer(torch.nn.Linear(1, 1), str(tmp_path)).load(str(path))
+
+
+WEIGHT = "roi_heads.mask_head.predictor.weight"
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_weights_that_are_not_finite_are_not_loaded(tmp_path, command, capsys, monkeypatch):
+    """Neither to train on from, nor to evaluate, nor on --resume, where the average is checked, too."""
+    run, average = tmp_path / "out", "SOLVER.EMA.ENABLED=True"
+    main([*command, average, "SOLVER.MAX_ITER=1"])
+    path = run / "model_final.pth"
+    content = torch.load(path, weights_only=True)
+    message = f"{path}: 1 of {len(content['model'])} tensors hold NaN or infinity: {WEIGHT}"
+    for part in ("model", "trained_model"):
+        damaged = content | {part: content[part] | {WEIGHT: content[part][WEIGHT].clone()}}
+        damaged[part][WEIGHT][0, 0] = math.nan
+        torch.save(damaged, path)
+        assert message in fails_with_one_line([*command, average, "--resume"], capsys, monkeypatch)
+        if part == "model":
+            words = [*command[:-1], f"OUTPUT_DIR={tmp_path / 'new'}", f"MODEL.WEIGHTS={path}"]
+            assert message in fails_with_one_line(words, capsys, monkeypatch)
+            assert message in fails_with_one_line([*words, "--eval-only"], capsys, monkeypatch)
+    assert not (tmp_path / "new").exists()
+
+
+def spoil_step(monkeypatch, method, iteration, spoil):
+    """Call `spoil` with the detector after `method` of a step, once."""
+    original = getattr(StepTrainer, method)
+
+    def spoiled(self, *args):
+        result = original(self, *args)
+        if self.iter == iteration:
+            spoil(self.model)
+        return result
+
+    monkeypatch.setattr(StepTrainer, method, spoiled)
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_update(tmp_path, command, capsys, monkeypatch, parts):
+    """In one part of a step already; the checkpoint of before stays the last, and nothing is evaluated."""
+
+    def spoil(model):
+        model.get_parameter(WEIGHT).grad[0, 0] = math.nan
+
+    spoil_step(monkeypatch, "_backward", 3, spoil)
+    line = fails_with_one_line([*command, f"SOLVER.ACCUMULATE={parts}"], capsys, monkeypatch)
+    assert "training diverged at iteration 3: the norm of the gradient is nan: 1 of " in line
+    assert f"tensors hold NaN or infinity: {WEIGHT}. Lower SOLVER.BASE_LR" in line
+    run = tmp_path / "out"
+    assert [path.name for path in run.glob("model_*")] == ["model_0000001.pth"]
+    assert (run / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert not (run / "results.json").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_weights_that_are_not_finite_are_never_the_final_ones(tmp_path, command, capsys, monkeypatch):
+    """A finite gradient says nothing of the weights after the update."""
+
+    def spoil(model):
+        model.get_parameter(WEIGHT).data[0, 0] = math.nan
+
+    spoil_step(monkeypatch, "run_step", 2, spoil)
+    line = fails_with_one_line([*command, "SOLVER.MAX_ITER=3"], capsys, monkeypatch)
+    assert f"{tmp_path / 'out/model_final.pth'}: not written, because 1 of " in line
+    assert f"hold NaN or infinity: {WEIGHT}" in line
+    assert [path.name for path in (tmp_path / "out").glob("model_*")] == ["model_0000001.pth"]
+
+
+@pytest.mark.parametrize("spoiled", ["model", "average"])
+@pytest.mark.parametrize("tensor", ["weight", "running_var"])
+def test_no_file_gets_weights_that_are_not_finite(tmp_path, spoiled, tensor):
+    """Parameters and buffers, of the model and of its average; the checkpoint of before stays the last."""
+    models = {name: torch.nn.BatchNorm1d(2) for name in ("model", "average")}
+    checkpointer = AtomicCheckpointer(models["model"], str(tmp_path), models["average"])
+    checkpointer.save("model_0000000")
+    models[spoiled].state_dict()[tensor][1] = math.inf
+    with pytest.raises(UserError, match=rf"model_0000001.pth: not written, because 1 of 5 .*: {tensor} "):
+        checkpointer.save("model_0000001")
+    with pytest.raises(UserError, match=r"model_best.pth: not written") if spoiled == "average" else nullcontext():
+        keep_best(checkpointer, {"bbox": {"AP": 1.0}}, 1)
+    names = {"last_checkpoint", "model_0000000.pth"}
+    names |= set() if spoiled == "average" else {"model_best.json", "model_best.pth"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000000.pth"
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    AtomicCheckpointer(torch.nn.Linear(1, 1), str(tmp_path)).save("first")
+    AtomicCheckpointer(torch.nn.Linear(1, 1), str(tmp_path)).save("model_0000000")
     checkpointer = AtomicCheckpointer(torch.nn.Linear(2, 1), str(tmp_path))
     with pytest.raises(UserError, match=r"is of another model than the config: 2 tensors .* like weight"):
         checkpointer.load(checkpointer.get_checkpoint_file())
