@@ -31,7 +31,7 @@ from crossmae.files import printable
 from crossmae.images import MAX_NAMES, decode_image, ends_like_an_image, is_deep
 from crossmae.parallel import map_in_order
 from crossmae.sources import Source, evenly_spaced
-from crossmae.stopping import ignore_interrupts
+from crossmae.stopping import blocked_signals, ignore_signals
 
 log = logging.getLogger(__name__)
 
@@ -394,6 +394,22 @@ def usable_workers(asked: int) -> int:
     return min(asked, cores)
 
 
+class Loader(DataLoader[Any]):
+    """A DataLoader whose workers leave Ctrl-C and SIGTERM to the main process; every loader is one of these.
+
+    Args:
+        named: arguments of DataLoader.
+    """
+
+    def __init__(self, dataset: Dataset[Any], workers: int, **named: Any) -> None:
+        super().__init__(dataset, num_workers=workers, worker_init_fn=ignore_signals, **named)
+
+    def __iter__(self) -> Any:
+        """Start the workers."""
+        with blocked_signals():
+            return super().__iter__()
+
+
 def build_loader(
     dataset: Dataset[Any],
     plan: BatchPlan,
@@ -402,14 +418,13 @@ def build_loader(
     workers: int,
     pin_memory: bool,
     collate: Callable[[list[Any]], Any] = collate,
-) -> DataLoader[Any]:
+) -> Loader:
     """A loader of batches `first` .. `last` - 1 of the plan; each is what `collate` makes, or `Unreadable`."""
-    return DataLoader(
+    return Loader(
         dataset,
+        usable_workers(workers),
         batch_sampler=PlannedBatches(plan, first, last),
-        num_workers=usable_workers(workers),
         collate_fn=collate,
-        worker_init_fn=ignore_interrupts,
         pin_memory=pin_memory,
     )
 

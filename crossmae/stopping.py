@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import NoReturn
 
@@ -53,6 +57,44 @@ class StopRequest:
             signal.signal(number, self.before[signal.SIGINT])
 
 
-def ignore_interrupts(_: int) -> None:
-    """For workers: Ctrl-C reaches the whole group of processes, and the main one decides."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def blocked_signals() -> Iterator[None]:
+    """Hold back the run's signals; processes started meanwhile never receive them before they are ready."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore_signals(_: int) -> None:
+    """Ignore the run's signals in a loader's worker, except SIGTERM from the parent.
+
+    Ctrl-C, SLURM, systemd and `timeout` signal every process of a run, and the main process decides. Its own SIGTERM
+    has to end the worker, because Python waits for its workers when it exits. A thread can tell who sent a signal.
+    """
+    for number in set(SIGNALS) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    else:  # on macOS torch ends a worker at any SIGTERM
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)  # torch reports a worker that ends with another code
+
+
+def pass_on_sigterm() -> None:
+    """Make this process, which only waits for its children, pass SIGTERM to them and end when they have ended."""
+    signal.signal(signal.SIGTERM, _end_children)
+
+
+def _end_children(number: int, _: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)
+    for child in multiprocessing.active_children():
+        child.terminate()
+    raise SystemExit(128 + number)  # Python waits for the children then

@@ -13,7 +13,7 @@ import detectron2.data.transforms as T
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.data.detection_utils import (
     annotations_to_instances,
     build_augmentation,
@@ -22,13 +22,12 @@ from detectron2.data.detection_utils import (
 )
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from crossmae.data import BatchPlan, PlannedBatches, Unreadable, usable_workers
+from crossmae.data import BatchPlan, Loader, PlannedBatches, Unreadable, usable_workers
 from crossmae.errors import UserError
 from crossmae.files import printable
 from crossmae.images import read_image
-from crossmae.stopping import ignore_interrupts
 from det.copy_paste import CopyPaste, build_copy_paste
 from det.masks import moved_masks, tight_boxes
 
@@ -237,9 +236,14 @@ def build_samples(cfg: CfgNode, records: list[dict[str, Any]]) -> KeyedSamples:
     return KeyedSamples(records, NamingMapper(cfg, True), cfg.SEED, build_copy_paste(cfg))
 
 
-def build_train_loader(
-    cfg: CfgNode, records: list[dict[str, Any]], first: int, rank: int, world_size: int
-) -> DataLoader[Any]:
+def build_test_loader(cfg: CfgNode, name: str) -> Loader:
+    """Build detectron2's loader of this process's share of a data set, one image per batch."""
+    built = build_detection_test_loader(cfg, name, mapper=NamingMapper(cfg, False), num_workers=0)
+    workers = usable_workers(cfg.DATALOADER.NUM_WORKERS)
+    return Loader(built.dataset, workers, sampler=built.sampler, collate_fn=built.collate_fn)
+
+
+def build_train_loader(cfg: CfgNode, records: list[dict[str, Any]], first: int, rank: int, world_size: int) -> Loader:
     """Batches `first` .. `SOLVER.MAX_ITER` - 1 of the run, so that a resumed run goes on where it stopped.
 
     Raises:
@@ -258,12 +262,11 @@ def build_train_loader(
             "SOLVER.ACCUMULATE with it"
         )
     plan = BatchPlan(len(records), batch // world_size, cfg.SEED, rank, world_size)
-    return DataLoader(
+    return Loader(
         build_samples(cfg, records),
+        usable_workers(cfg.DATALOADER.NUM_WORKERS),
         batch_sampler=PlannedBatches(plan, first, cfg.SOLVER.MAX_ITER),
-        num_workers=usable_workers(cfg.DATALOADER.NUM_WORKERS),
         collate_fn=list,
-        worker_init_fn=ignore_interrupts,
         # Without one of its own, the loader would draw from the generator that the model's randomness comes from.
         generator=torch.Generator(),
     )

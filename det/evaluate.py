@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation.evaluator import inference_context
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils import comm
@@ -20,13 +20,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from crossmae.data import usable_workers
 from crossmae.errors import UserError
 from crossmae.figures import save_figure
 from crossmae.files import make_folder, write_json, write_text
 from det.coco import ground_truth
 from det.curves import precision_recall_figure
-from det.data import NamingMapper, refuse_unreadable
+from det.data import build_test_loader, refuse_unreadable
 from det.paste import coco_results
 from det.pictures import save_pictures, validation_pictures
 from det.run_files import HEADLINE, PICTURES, PREDICTIONS, RESULTS, TASKS
@@ -59,8 +58,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     detector = model.module if isinstance(model, DistributedDataParallel) else model
     if not isinstance(detector, GeneralizedRCNN):
         raise UserError(f"MODEL.META_ARCHITECTURE: only GeneralizedRCNN is evaluated, not {type(detector).__name__}")
-    workers = usable_workers(cfg.DATALOADER.NUM_WORKERS)
-    loader = build_detection_test_loader(cfg, name, mapper=NamingMapper(cfg, False), num_workers=workers)
+    loader = build_test_loader(cfg, name)
     truth = ground_truth(name)
     category_ids = sorted(category["id"] for category in truth["categories"])
     if len(category_ids) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:

@@ -24,6 +24,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessRaisedException
 
 from crossmae.errors import UserError, run_cli
+from crossmae.stopping import pass_on_sigterm
 from det.coco import use_own_data
 from det.config import load_det_config
 from det.console import set_up_console
@@ -60,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.num_gpus < 1 or (arguments.num_gpus > 1 and arguments.num_gpus > gpus):
         raise UserError(f"--num-gpus {arguments.num_gpus}: this machine has {gpus}; without a GPU leave it at 1")
     cfg = load_det_config(arguments.config_file, arguments.overrides)
+    if arguments.num_gpus > 1:
+        pass_on_sigterm()
     try:
         launch(run, arguments.num_gpus, dist_url="auto", args=(cfg, own_data, arguments.eval_only, arguments.resume))
     except ProcessRaisedException as error:

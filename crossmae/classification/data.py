@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from crossmae.classification.augment import keyed_everywhere
 from crossmae.data import (
     Broken,
     KeyedImages,
+    Loader,
     MovableBatch,
     Sample,
     Unreadable,
@@ -30,7 +31,6 @@ from crossmae.data import (
 from crossmae.errors import UserError
 from crossmae.images import MAX_NAMES
 from crossmae.sources import Source
-from crossmae.stopping import ignore_interrupts
 from crossmae.validation import NEVER_REPLACED
 
 SEPARATORS = "|;,"
@@ -242,14 +242,13 @@ def readable_batches(loader: Iterable[LabelledBatch | Unreadable], key: str) -> 
 
 def evaluation_loader(
     dataset: CentreViews, indices: Sequence[int], batch_size: int, workers: int, pin_memory: bool
-) -> DataLoader[Any]:
+) -> Loader:
     """A loader of some samples, in order; each batch is a `LabelledBatch` or `Unreadable`, see `readable_batches`."""
-    return DataLoader(
+    return Loader(
         dataset,
-        batch_size,
+        usable_workers(workers) if len(indices) > batch_size else 0,
+        batch_size=batch_size,
         sampler=indices,
-        num_workers=usable_workers(workers) if len(indices) > batch_size else 0,
         collate_fn=collate,
-        worker_init_fn=ignore_interrupts,
         pin_memory=pin_memory,
     )

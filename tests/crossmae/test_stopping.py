@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
+from crossmae.data import Loader
 from crossmae.stopping import StopRequest
 
 
@@ -47,3 +50,21 @@ def test_what_is_ignored_stays_ignored() -> None:
         signal.raise_signal(signal.SIGINT)
         assert request.number is None
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells who sent a signal")
+def test_a_worker_ends_at_its_parents_sigterm_alone() -> None:
+    """Python waits for its workers when it exits: a worker that ignored its parent would keep a failed run forever."""
+    batches = iter(Loader(range(100), 1, batch_size=1))  # type: ignore[arg-type]
+    worker = batches._workers[0]
+    next(batches)
+    for name in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    worker.join(timeout=0.5)
+    assert worker.is_alive()
+    assert len(list(batches)) == 99
+    batches = iter(Loader(range(100), 1, batch_size=1))  # type: ignore[arg-type]
+    worker = batches._workers[0]
+    worker.terminate()
+    worker.join(timeout=10)
+    assert worker.exitcode == 0
