@@ -94,7 +94,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["crossmae", "crossmae.*", "det", "det.*"]),
-    package_data={"crossmae": ["templates/*"]},
+    package_data={"crossmae.reports": ["templates/*"]},
     install_requires=CORE,
     extras_require={
         "det": DET,

@@ -12,14 +12,14 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "CrossMAE": "crossmae.model",
-    "CrossMAEOutput": "crossmae.model",
-    "ViTEncoder": "crossmae.vit",
-    "create_model": "crossmae.variants",
-    "list_models": "crossmae.variants",
-    "PretrainConfig": "crossmae.config",
-    "load_config": "crossmae.config",
-    "pretrain": "crossmae.train",
+    "CrossMAE": "crossmae.models.crossmae",
+    "CrossMAEOutput": "crossmae.models.crossmae",
+    "ViTEncoder": "crossmae.models.encoder",
+    "create_model": "crossmae.models.sizes",
+    "list_models": "crossmae.models.sizes",
+    "PretrainConfig": "crossmae.training.config",
+    "load_config": "crossmae.training.config",
+    "pretrain": "crossmae.pretraining.train",
     "read_weights": "crossmae.checkpoints.weights",
     "UserError": "crossmae.errors",
 }

@@ -7,10 +7,12 @@ tool wraps its main function in `run_cli`, so that the user sees one line instea
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import sys
 from collections.abc import Callable
 from io import TextIOWrapper
+from typing import Any
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
@@ -47,3 +49,16 @@ def run_cli(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
+
+
+def import_extra(module: str, what: str, extra: str = "data") -> Any:
+    """Import a library of an extra in setup.py.
+
+    Raises:
+        UserError: not installed; names `what` needs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        library = module.partition(".")[0]
+        raise UserError(f'{what} needs {library}: pip install -e ".[{extra}]"') from None

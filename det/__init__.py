@@ -8,14 +8,14 @@ try:
 except ImportError as error:
     raise ImportError("det needs detectron2; install it with: python tools/install_detectron2.py") from error
 
-from det.backbone import build_backbone
-from det.coco import register_coco
+from det.backbone.build import build_backbone
+from det.backbone.vit import ViT, build_crossmae_vitdet_backbone
+from det.backbone.weights import load_weights
 from det.config import add_crossmae_config, load_det_config
-from det.evaluate import evaluate
-from det.predict import Predictor
-from det.train import train
-from det.vit import ViT, build_crossmae_vitdet_backbone
-from det.weights import load_weights
+from det.data.coco import register_coco
+from det.evaluation.evaluate import evaluate
+from det.inference.predict import Predictor
+from det.training.train import train
 
 __all__ = [
     "Predictor",

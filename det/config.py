@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
 
-from crossmae.config import read_yaml, resolve_config_path
 from crossmae.errors import UserError
-from det.copy_paste import check_copy_paste
+from crossmae.training.config import read_yaml, resolve_config_path
+from det.data.copy_paste import check_copy_paste
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,9 @@ def add_crossmae_config(cfg: CfgNode) -> None:
     vit.GLOBAL_BLOCKS = [2, 5, 8, 11]
     vit.REL_POS = True
     vit.POS_EMBED = "resize"  # or tiled, absolute_win: how the position table of pretraining covers the image
-    vit.ATTENTION = "folded"  # or materialized: equal but for rounding, with an N x N matrix; see det/attention.py
+    vit.ATTENTION = (
+        "folded"  # or materialized: equal but for rounding, with an N x N matrix; see det/backbone/attention.py
+    )
     vit.ACTIVATION_CHECKPOINTING = False  # compute blocks again in backward instead of keeping them
     vit.FROZEN_STAGES = -1  # 0: patch embedding and positions are not trained; n: nor are the first n blocks
     # Simple feature pyramid

@@ -14,8 +14,8 @@ import torch
 
 from crossmae.checkpoints.metadata import MODEL_ARGUMENTS
 from crossmae.checkpoints.weights import save_weights
-from crossmae.model import CrossMAE
-from crossmae.vit import ViTEncoder
+from crossmae.models.crossmae import CrossMAE
+from crossmae.models.encoder import ViTEncoder
 from tools import convert_checkpoint, inspect_checkpoint
 
 DOCS = (Path(__file__).parents[1] / "docs/checkpoints.md").read_text(encoding="utf-8")

@@ -14,14 +14,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from crossmae.checkpoints.conversion import Conversion, Sizes, convert
-from crossmae.checkpoints.inspection import CONTENTS
-from crossmae.checkpoints.proof import TOLERANCE
+from crossmae.checkpoints.conversion.convert import Conversion, Sizes, convert
+from crossmae.checkpoints.conversion.inspection import CONTENTS
+from crossmae.checkpoints.conversion.proof import TOLERANCE
+from crossmae.checkpoints.conversion.targets import TARGETS
+from crossmae.checkpoints.pretrained import parse_settings
 from crossmae.checkpoints.provenance import LICENCE
 from crossmae.checkpoints.resample import Channels
-from crossmae.checkpoints.targets import TARGETS
 from crossmae.errors import UserError, run_cli
-from crossmae.pretrained import parse_settings
 
 
 def build_parser() -> argparse.ArgumentParser:

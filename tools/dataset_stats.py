@@ -14,7 +14,11 @@ import logging
 import os
 from pathlib import Path
 
-from crossmae.config import (
+from crossmae.data.pixel_stats import LOW_RANGE, PixelStats, check_usable, measure
+from crossmae.data.sources import evenly_spaced, open_source
+from crossmae.errors import UserError, run_cli
+from crossmae.files import make_folder, write_json
+from crossmae.training.config import (
     PretrainConfig,
     add_config_arguments,
     load_config,
@@ -22,10 +26,6 @@ from crossmae.config import (
     resolve_config_path,
     set_override,
 )
-from crossmae.errors import UserError, run_cli
-from crossmae.files import make_folder, write_json
-from crossmae.pixel_stats import LOW_RANGE, PixelStats, check_usable, measure
-from crossmae.sources import evenly_spaced, open_source
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,16 +20,27 @@ import numpy as np
 import psutil
 import torch
 
-from crossmae import report as page
+from crossmae.data.images import read_image
 from crossmae.errors import UserError, run_cli
 from crossmae.files import write_text
-from crossmae.images import read_image
-from crossmae.report import Block, Fact, Missing, Report, Section, counted, curve, folded, read_json, read_json_lines
-from det.coco import read_coco
-from det.evaluate import format_results
-from det.pictures import SCORE_THRESHOLD, Comparison, compare_images
-from det.report import AP_TEXT, ap_facts, class_tables, headline_table, loss_curves
-from det.run_files import read_metrics, read_results
+from crossmae.reports import page as page
+from crossmae.reports.page import (
+    Block,
+    Fact,
+    Missing,
+    Report,
+    Section,
+    counted,
+    curve,
+    folded,
+    read_json,
+    read_json_lines,
+)
+from det.data.coco import read_coco
+from det.evaluation.evaluate import format_results
+from det.evaluation.pictures import SCORE_THRESHOLD, Comparison, compare_images
+from det.evaluation.report import AP_TEXT, ap_facts, class_tables, headline_table, loss_curves
+from det.evaluation.run_files import read_metrics, read_results
 
 PICTURES = 12
 SIDE = 480  # pixels of a drawn picture, shown at about half of it: crisp on dense screens

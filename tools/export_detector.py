@@ -20,10 +20,10 @@ from pathlib import Path
 from crossmae.checkpoints.provenance import LICENCE, licence_notice
 from crossmae.checkpoints.weights import read_weights
 from crossmae.errors import UserError, run_cli
-from det.console import set_up_console
-from det.export import export_detector
-from det.predict import Predictor, find_classes, read_config, read_rgb
-from det.weights import find_detector
+from det.backbone.weights import find_detector
+from det.inference.export import export_detector
+from det.inference.predict import Predictor, find_classes, read_config, read_rgb
+from det.training.console import set_up_console
 
 
 def build_parser() -> argparse.ArgumentParser:

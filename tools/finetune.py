@@ -14,7 +14,7 @@ Evaluation alone, of the best weights of a run or of a file:
 
 IMAGES and HELD_OUT have labels: a folder per class, a list with a column label, tar shards (docs/classification.md).
 WEIGHTS is the folder of a pretraining run, or a file of any kind that the toolkit reads. The same command with --resume
-goes on from the last complete checkpoint. All settings: crossmae/classification/config.py.
+goes on from the last complete checkpoint. All settings: crossmae/classification/train/config.py.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import argparse
 import logging
 import os
 
-from crossmae.classification.config import FinetuneConfig
-from crossmae.config import add_config_arguments, load_typed_config
+from crossmae.classification.train.config import FinetuneConfig
 from crossmae.errors import UserError, run_cli
+from crossmae.training.config import add_config_arguments, load_typed_config
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,14 +45,14 @@ def main(argv: list[str] | None = None) -> None:
     config = load_typed_config(FinetuneConfig, arguments.config_file, arguments.overrides)
 
     if arguments.eval_only:
-        from crossmae.classification.results import evaluate_only  # imports take seconds
-        from crossmae.run_log import describe
+        from crossmae.classification.evaluation.results import evaluate_only  # imports take seconds
+        from crossmae.training.log import describe
 
         scores = evaluate_only(config, arguments.eval_only, arguments.force)
         if is_main:
             print(describe(scores.numbers()))
     else:
-        from crossmae.classification.train import finetune
+        from crossmae.classification.train.train import finetune
 
         finetune(config, resume=arguments.resume)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from crossmae.checkpoints.inspection import inspect
+from crossmae.checkpoints.conversion.inspection import inspect
 from crossmae.checkpoints.weights import check_destination
 from crossmae.errors import run_cli
 from crossmae.files import write_json

@@ -8,7 +8,7 @@ on after an interruption, and makes damaged shards again.
 
 This changes the data: crops in training are cut from images of 256 pixels on the short side instead of the originals,
 which limits how sharp small crops are, and photographs are compressed as JPEG once more. --keep-original packs the
-files as they are. Which kind of file becomes what: see crossmae/sources/shrink.py.
+files as they are. Which kind of file becomes what: see crossmae/data/sources/shrink.py.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import logging
 import os
 from pathlib import Path
 
+from crossmae.data.sources import open_source
+from crossmae.data.sources.shard_files import is_url
+from crossmae.data.sources.shard_writer import ShardSettings, make_shards, verify_shards
 from crossmae.errors import UserError, run_cli
-from crossmae.sources import open_source
-from crossmae.sources.shard_files import is_url
-from crossmae.sources.shard_writer import ShardSettings, make_shards, verify_shards
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 
 from crossmae.errors import UserError, run_cli
-from det.console import set_up_console
-from det.predict import Predictor, find_classes, read_config
-from det.predict_files import PREDICTIONS, FilePredictions, check_output, find_sources
+from det.inference.predict import Predictor, find_classes, read_config
+from det.inference.predict_files import PREDICTIONS, FilePredictions, check_output, find_sources
+from det.training.console import set_up_console
 
 SETTING = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*=.*")
 SOME_FAILED_EXIT_CODE = 1

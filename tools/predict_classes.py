@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from crossmae.classification.classifier import Classifier, load_classifier
-from crossmae.classification.metrics import THRESHOLD
+from crossmae.classification.evaluation.metrics import THRESHOLD
 from crossmae.classification.predict import (
     BATCH_SIZE,
     STDOUT,
@@ -31,8 +31,8 @@ from crossmae.classification.predict import (
     expand_inputs,
     open_inputs,
 )
-from crossmae.device import open_device
 from crossmae.errors import UserError, run_cli
+from crossmae.training.devices import open_device
 
 SOME_FAILED_EXIT_CODE = 1
 

@@ -10,7 +10,7 @@ Eight GPUs:
 Two nodes, the same on both:
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 tools/pretrain.py \\
         --config-file pretrain/crossmae_vitb.yaml data.train=IMAGES output_dir=OUT optim.batch_size=256
-The same command with --resume goes on from the last complete checkpoint. All settings: crossmae/config.py.
+The same command with --resume goes on from the last complete checkpoint. All settings: crossmae/training/config.py.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import argparse
 import logging
 import os
 
-from crossmae.config import add_config_arguments, load_config
 from crossmae.errors import run_cli
+from crossmae.training.config import add_config_arguments, load_config
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
     config = load_config(arguments.config_file, arguments.overrides)
 
-    from crossmae.train import pretrain  # after the config is known to be good: this import takes seconds
+    from crossmae.pretraining.train import pretrain  # after the config is known to be good: this import takes seconds
 
     pretrain(config, resume=arguments.resume)
 

@@ -9,7 +9,7 @@
 TRAIN and VAL are labelled images: a folder with one subfolder per class, or another source with labels. FILE is the
 folder of a run, or a weight file that holds a ViT encoder. Features are extracted once and kept in OUT/features.
 Written: results.json with all numbers and settings, and report.html. All settings are described in
-crossmae/classification/probe_config.py.
+crossmae/classification/probe/config.py.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from __future__ import annotations
 import argparse
 import logging
 
-from crossmae.config import add_config_arguments
 from crossmae.errors import run_cli
+from crossmae.training.config import add_config_arguments
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,13 +29,13 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    from crossmae.classification.probe_config import ProbeRunConfig  # after --help: these imports take seconds
-    from crossmae.config import load_typed_config
+    from crossmae.classification.probe.config import ProbeRunConfig  # after --help: these imports take seconds
+    from crossmae.training.config import load_typed_config
 
     config = load_typed_config(ProbeRunConfig, arguments.config_file, arguments.overrides)
 
-    from crossmae.classification.probe import PAGE, RESULTS, probe
-    from crossmae.classification.probe_report import table
+    from crossmae.classification.probe.probe import PAGE, RESULTS, probe
+    from crossmae.classification.probe.report import table
 
     results = probe(config, force=arguments.force)
     print(table(results))

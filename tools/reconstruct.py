@@ -5,7 +5,7 @@
     python tools/reconstruct.py published.pth 'photos/**/*.jpg' --mask-ratio 0.9
 
 CKPT is the folder of a pretraining run or of one of its checkpoints, a model.safetensors, or a published CrossMAE or
-MAE file of a whole model. Pictures go to --output, see `crossmae/gallery.py`.
+MAE file of a whole model. Pictures go to --output, see `crossmae/pretraining/gallery.py`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from crossmae.device import open_device
+from crossmae.checkpoints.pretrained import Pretrained, load_pretrained, parse_settings
 from crossmae.errors import UserError, run_cli
 from crossmae.files import printable
-from crossmae.gallery import NUMBERS, Result, find_inputs, mean_psnr, possible_ratios, write_gallery
-from crossmae.pretrained import Pretrained, load_pretrained, parse_settings
+from crossmae.pretraining.gallery import NUMBERS, Result, find_inputs, mean_psnr, possible_ratios, write_gallery
+from crossmae.training.devices import open_device
 
 
 def build_parser() -> argparse.ArgumentParser:

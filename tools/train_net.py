@@ -24,12 +24,12 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessRaisedException
 
 from crossmae.errors import UserError, run_cli
-from crossmae.stopping import pass_on_sigterm
-from det.coco import use_own_data
+from crossmae.training.signals import pass_on_sigterm
 from det.config import load_det_config
-from det.console import set_up_console
-from det.evaluate import format_results
-from det.train import evaluate_only, train
+from det.data.coco import use_own_data
+from det.evaluation.evaluate import format_results
+from det.training.console import set_up_console
+from det.training.train import evaluate_only, train
 
 log = logging.getLogger("det.train_net")
 

@@ -27,11 +27,11 @@ from PIL import Image
 
 from crossmae.errors import UserError, run_cli
 from crossmae.files import check_writable, make_folder, printable, write_atomically
-from det.coco import check_registered, use_own_data
 from det.config import load_det_config
-from det.console import set_up_console
-from det.data import build_train_loader, refuse_unreadable
-from det.draw import draw_instances, draw_sheet, instances_from_detectron2
+from det.data.coco import check_registered, use_own_data
+from det.data.loader import build_train_loader, refuse_unreadable
+from det.inference.draw import draw_instances, draw_sheet, instances_from_detectron2
+from det.training.console import set_up_console
 
 CELL = 448  # pixels that the longer side of an image has on the sheet
 LETTERS = 0.035  # of labels, over the longer side

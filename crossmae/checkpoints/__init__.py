@@ -14,12 +14,12 @@ import importlib
 from typing import Any
 
 _HOME = {
-    "inspect": ("crossmae.checkpoints.inspection", "inspect"),
+    "inspect": ("crossmae.checkpoints.conversion.inspection", "inspect"),
     "load": ("crossmae.checkpoints.loading", "load"),
-    "convert": ("crossmae.checkpoints.conversion", "convert"),
+    "convert": ("crossmae.checkpoints.conversion.convert", "convert"),
     "read": ("crossmae.checkpoints.weights", "read_weights"),
-    "Sizes": ("crossmae.checkpoints.conversion", "Sizes"),
-    "TARGETS": ("crossmae.checkpoints.targets", "TARGETS"),
+    "Sizes": ("crossmae.checkpoints.conversion.convert", "Sizes"),
+    "TARGETS": ("crossmae.checkpoints.conversion.targets", "TARGETS"),
 }
 
 __all__ = list(_HOME)

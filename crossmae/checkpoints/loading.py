@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from crossmae.checkpoints.keys import CLASS_ROW_ADDED
+from crossmae.checkpoints.formats.keys import CLASS_ROW_ADDED
 from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, NORM_EPS, NORM_EPS_OF_PLAIN, recorded_arguments
 from crossmae.checkpoints.provenance import licence_notice
 from crossmae.checkpoints.report import Entry, LoadReport

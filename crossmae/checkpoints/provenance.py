@@ -9,8 +9,8 @@ from pathlib import Path
 from safetensors import safe_open
 
 from crossmae import __version__
-from crossmae.checkpoints.files import HUB_CONFIG, shards
 from crossmae.checkpoints.metadata import PIXEL_MEAN, PIXEL_STD, PUBLISHED_ARGUMENTS, UNKNOWN, VERSION
+from crossmae.checkpoints.reading.files import HUB_CONFIG, shards
 from crossmae.checkpoints.weights import Weights
 from crossmae.files import sha256
 

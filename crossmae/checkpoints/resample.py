@@ -18,8 +18,8 @@ from timm.layers import resample_patch_embed
 from torch import Tensor
 
 from crossmae.errors import UserError
-from crossmae.pos_embed import sincos_pos_embed
-from crossmae.vit import patch_grid
+from crossmae.models.encoder import patch_grid
+from crossmae.models.positions import sincos_pos_embed
 
 Grid = tuple[int, int]
 Channels = Literal["repeat", "mean", "pad"]

@@ -13,18 +13,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crossmae.checkpoints.digest import signed
-from crossmae.checkpoints.files import HUB_CONFIG, HUB_FILES, find_file, read_tensors
-from crossmae.checkpoints.huggingface import mlp_ratio, read_config
-from crossmae.checkpoints.keys import encoder_home, to_plain
+from crossmae.checkpoints.formats.huggingface import mlp_ratio, read_config
+from crossmae.checkpoints.formats.keys import encoder_home, to_plain
+from crossmae.checkpoints.formats.timm_folder import timm_metadata
 from crossmae.checkpoints.metadata import recorded_arguments
+from crossmae.checkpoints.reading.digest import signed
+from crossmae.checkpoints.reading.files import HUB_CONFIG, HUB_FILES, find_file, read_tensors
 from crossmae.checkpoints.report import ENCODER_HOMES
 from crossmae.checkpoints.resample import table_grid
-from crossmae.checkpoints.timm_folder import timm_metadata
 from crossmae.errors import UserError
 from crossmae.files import write_atomically
-from crossmae.variants import SIZES
-from crossmae.vit import ENCODER_PREFIXES, patch_grid
+from crossmae.models.encoder import ENCODER_PREFIXES, patch_grid
+from crossmae.models.sizes import SIZES
 
 MAX_NAMES = 5
 _FILTERS = ("patch_embed.proj.weight", "patch_embed.projection.weight", "patch_embeddings.projection.weight")
@@ -71,7 +71,7 @@ def read_weights(
             run (its final model, else its latest complete checkpoint), one checkpoint of a run, or a transformers or
             timm folder, sharded or not. Contents decide, not the suffix.
         finite: NaN and infinity are errors.
-        ema: take averaged weights, and an error where the file has none; see `crossmae.checkpoints.wrappers`.
+        ema: take averaged weights, and an error where the file has none; see `crossmae.checkpoints.reading.wrappers`.
         trust: run whatever code is in a pickle, after a warning with the file's SHA-256. For the converter alone.
         img_size: what it was trained on, one number or (height, width), where a grid that is not square has as many
             patches, or patches and a class token, as one that is, and no record tells.

@@ -22,12 +22,12 @@ from crossmae.checkpoints.metadata import (
     UNKNOWN,
     VERSION,
 )
+from crossmae.checkpoints.pretrained import BIT_DEPTH, IMAGENET_MEAN, IMAGENET_STD
 from crossmae.checkpoints.weights import Weights, read_weights
 from crossmae.classification.vit import Architecture, Head, architecture_of, build_vit
-from crossmae.data import published_crop_pct
+from crossmae.data.training_images import published_crop_pct
 from crossmae.errors import UserError
-from crossmae.pretrained import BIT_DEPTH, IMAGENET_MEAN, IMAGENET_STD
-from crossmae.probe import Pool
+from crossmae.pretraining.neighbours import Pool
 
 CLASSIFIER = "classifier"  # the format in the metadata
 BEST = "model_best.safetensors"  # in the folder of a run, beside model.safetensors, its last weights
@@ -44,7 +44,7 @@ class Classifier:
         class_names: the same for people; `classes` where nothing else was given.
         multi_label: an image may be of several classes: sigmoid, not softmax.
         mean, std: per channel, of pixels in 0-1.
-        bit_depth: 8 or 16, see `crossmae.images`.
+        bit_depth: 8 or 16, see `crossmae.data.images`.
         crop_pct: share of the resized shorter side that the centre crop of an evaluation keeps.
         assumed: sentences; what neither file nor shapes tell, and was taken for granted.
     """

@@ -15,23 +15,22 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from crossmae.classification.augment import keyed_everywhere
-from crossmae.data import (
+from crossmae.classification.train.augment import keyed_everywhere
+from crossmae.data.images import MAX_NAMES
+from crossmae.data.sources import Source
+from crossmae.data.training_images import (
     Broken,
     KeyedImages,
-    Loader,
     MovableBatch,
     Sample,
     Unreadable,
     centre_view,
     collate_as,
     read_pixels,
-    usable_workers,
 )
+from crossmae.data.workers import Loader, usable_workers
 from crossmae.errors import UserError
-from crossmae.images import MAX_NAMES
-from crossmae.sources import Source
-from crossmae.validation import NEVER_REPLACED
+from crossmae.pretraining.validation import NEVER_REPLACED
 
 SEPARATORS = "|;,"
 
@@ -204,7 +203,7 @@ class CentreViews(Dataset[Any]):
     Args:
         source, targets, channels, bit_depth: see `TrainImages`.
         size: height and width of the view.
-        crop_pct: see `crossmae.data.centre_view`.
+        crop_pct: see `crossmae.data.training_images.centre_view`.
     """
 
     def __init__(

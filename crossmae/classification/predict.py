@@ -25,17 +25,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from crossmae.classification.classifier import Classifier
-from crossmae.classification.metrics import THRESHOLD
-from crossmae.data import READERS, Normalize, centre_view, read_pixels
+from crossmae.classification.evaluation.metrics import THRESHOLD
+from crossmae.data.images import match_pattern
+from crossmae.data.parallel import map_in_order
+from crossmae.data.sources import LISTS, Source, open_source
+from crossmae.data.sources.idx import SUFFIXES as IDX_SUFFIXES
+from crossmae.data.sources.shard_files import is_url
+from crossmae.data.sources.source import ImageFiles
+from crossmae.data.sources.tar_shards import SHARD_SUFFIXES
+from crossmae.data.training_images import READERS, Normalize, centre_view, read_pixels
 from crossmae.errors import UserError
 from crossmae.files import ODD_BYTES, make_folder, sha256, write_atomically
-from crossmae.images import match_pattern
-from crossmae.parallel import map_in_order
-from crossmae.sources import LISTS, Source, open_source
-from crossmae.sources.idx import SUFFIXES as IDX_SUFFIXES
-from crossmae.sources.shard_files import is_url
-from crossmae.sources.source import ImageFiles
-from crossmae.sources.tar_shards import SHARD_SUFFIXES
 
 STDOUT = "-"
 TOP_K, BATCH_SIZE = 5, 32

@@ -13,12 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from crossmae import report as page
-from crossmae.classification.config import FinetuneConfig
-from crossmae.classification.embedding import EMBEDDING, update_embedding
-from crossmae.classification.evaluation_files import CALIBRATION, CONFUSION_PNG, EVALUATION, PER_CLASS
-from crossmae.classification.hardest import HARDEST
-from crossmae.classification.hardest import RECORD as HARDEST_RECORD
+from crossmae.classification.evaluation.embedding import EMBEDDING, update_embedding
+from crossmae.classification.evaluation.files import CALIBRATION, CONFUSION_PNG, EVALUATION, PER_CLASS
+from crossmae.classification.evaluation.hardest import HARDEST
+from crossmae.classification.evaluation.hardest import RECORD as HARDEST_RECORD
 from crossmae.classification.run_files import (
     CONFIG,
     FOLDER,
@@ -29,10 +27,11 @@ from crossmae.classification.run_files import (
     Run,
     read_run,
 )
-from crossmae.config import Section as ConfigSection
+from crossmae.classification.train.config import FinetuneConfig
+from crossmae.data.images import read_image
 from crossmae.errors import UserError
-from crossmae.images import read_image
-from crossmae.report import (
+from crossmae.reports import page as page
+from crossmae.reports.page import (
     Bar,
     Block,
     Fact,
@@ -46,8 +45,9 @@ from crossmae.report import (
     leaves,
     short_value,
 )
-from crossmae.run_log import LOG
-from crossmae.start import WEIGHTS
+from crossmae.training.config import Section as ConfigSection
+from crossmae.training.log import LOG
+from crossmae.training.start import WEIGHTS
 
 MOST_CLASSES = 50  # in a table
 MOST_PAIRS = 15  # of confused classes

@@ -11,17 +11,17 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from crossmae.checkpoints.run_checkpoint import FOLDER as CHECKPOINTS
+from crossmae.checkpoints.run_checkpoint import RECORD as RUN_RECORD
 from crossmae.classification.classifier import BEST
-from crossmae.classification.evaluation_files import EVALUATION
-from crossmae.classification.hardest import HARDEST
-from crossmae.classification.hardest import RECORD as HARDEST_RECORD
-from crossmae.config import read_yaml
+from crossmae.classification.evaluation.files import EVALUATION
+from crossmae.classification.evaluation.hardest import HARDEST
+from crossmae.classification.evaluation.hardest import RECORD as HARDEST_RECORD
 from crossmae.errors import UserError
-from crossmae.report import read_json
-from crossmae.run_checkpoint import FOLDER as CHECKPOINTS
-from crossmae.run_checkpoint import RECORD as RUN_RECORD
-from crossmae.run_log import LOG
-from crossmae.start import WEIGHTS
+from crossmae.reports.page import read_json
+from crossmae.training.config import read_yaml
+from crossmae.training.log import LOG
+from crossmae.training.start import WEIGHTS
 
 CONFIG, REPORT, FOLDER = "config.yaml", "report.html", "evaluation"
 T = TypeVar("T")
@@ -124,7 +124,7 @@ class Run:
 
     Attributes:
         config: as in the file, sections by name.
-        plan: of the last checkpoint, see `crossmae.plan.Plan`.
+        plan: of the last checkpoint, see `crossmae.training.schedule.Plan`.
     """
 
     folder: Path
@@ -215,7 +215,7 @@ def _read(schema: type[Content], path: Path) -> Content:
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Read an `evaluation.json`, see `crossmae.classification.evaluation_files`.
+    """Read an `evaluation.json`, see `crossmae.classification.evaluation.files`.
 
     Raises:
         UserError: not such a file; names it.

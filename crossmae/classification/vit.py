@@ -17,9 +17,9 @@ from crossmae.checkpoints.metadata import recorded_arguments
 from crossmae.checkpoints.report import LoadReport
 from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_home, encoder_tensors
 from crossmae.errors import UserError
-from crossmae.layers import LayerNorm
-from crossmae.probe import Pool
-from crossmae.vit import patch_grid
+from crossmae.models.encoder import patch_grid
+from crossmae.models.layers import LayerNorm
+from crossmae.pretraining.neighbours import Pool
 
 log = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from crossmae.config import CONFIG_ROOT, read_yaml, resolve_config_path
-from crossmae.variants import SIZES
+from crossmae.models.sizes import SIZES
+from crossmae.training.config import CONFIG_ROOT, read_yaml, resolve_config_path
 from det.config import BASE_KEY, load_det_config, lookup
-from det.optim import resolve_schedule
+from det.training.optimizer import resolve_schedule
 from tools.train_net import build_parser
 
 RECIPES = sorted(p for p in CONFIG_ROOT.glob("*.yaml") if p.stem != "demo_mask_rcnn" and "probe" not in p.stem)

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
 from crossmae.errors import USER_ERROR_EXIT_CODE
-from det.coco import register_coco
+from det.data.coco import register_coco
 from tests.det.coco_files import save, write_coco
 from tests.tools.command_line import exit_code
 from tools.check_coco import FAULTY_EXIT_CODE, build_parser, main

@@ -13,7 +13,7 @@ import torch
 from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, VERSION
 from crossmae.checkpoints.weights import read_weights, save_weights
 from crossmae.errors import USER_ERROR_EXIT_CODE, run_cli
-from crossmae.model import CrossMAE
+from crossmae.models.crossmae import CrossMAE
 from tools import convert_checkpoint, inspect_checkpoint
 
 TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}

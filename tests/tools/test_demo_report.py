@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
 from crossmae.errors import UserError
-from crossmae.report import Gallery, Missing, Plot, Table
+from crossmae.reports.page import Gallery, Missing, Plot, Table
 from tools import demo_report
 from tools.demo_report import (
     PICTURES,

@@ -14,7 +14,7 @@ from detectron2.modeling import build_model
 
 from crossmae.errors import USER_ERROR_EXIT_CODE
 from det.config import load_det_config
-from det.predict import Predictor
+from det.inference.predict import Predictor
 from tests.det.coco_files import TINY
 from tests.tools.command_line import exit_code
 from tools.export_detector import main

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from crossmae.data.sources import open_source
 from crossmae.errors import USER_ERROR_EXIT_CODE
-from crossmae.sources import open_source
-from tests.crossmae.sources.source_files import write_tree
+from tests.crossmae.data.sources.source_files import write_tree
 from tests.tools.command_line import exit_code
 from tools.make_shards import build_parser, main
 

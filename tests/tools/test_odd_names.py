@@ -18,7 +18,7 @@ from PIL import Image
 from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD
 from crossmae.checkpoints.weights import save_weights
 from crossmae.errors import USER_ERROR_EXIT_CODE
-from crossmae.model import CrossMAE
+from crossmae.models.crossmae import CrossMAE
 from tests.crossmae.classification.classifiers import write_classifier
 from tests.crossmae.classification.labelled import CLASSES
 from tests.tools.command_line import exit_code
@@ -54,9 +54,9 @@ def run(tool: str, *words: str) -> tuple[int, str, list[str]]:
 
 def test_detection(folder: Path) -> None:
     pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
-    from det.video import write_video
+    from det.inference.video import write_video
     from tests.det.detectors import write_run
-    from tests.det.test_video import frames
+    from tests.det.inference.test_video import frames
 
     write_run(Path("run"))
     video = os.fsdecode(b"clip\n\xe9.mp4")
@@ -113,7 +113,7 @@ def test_shards(folder: Path) -> None:
 
 def test_captions_and_logs_of_detection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
-    from det.train import LOG, log_file
+    from det.training.train import LOG, log_file
     from tools.visualize_data import caption
 
     pixels = np.zeros((8, 8, 3), np.uint8)

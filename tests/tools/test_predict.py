@@ -12,7 +12,7 @@ from PIL import Image
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
 from crossmae.errors import USER_ERROR_EXIT_CODE
-from det.predict import Classes, Predictor, coco_annotations
+from det.inference.predict import Classes, Predictor, coco_annotations
 from tests.det.detectors import write_run
 from tests.tools.command_line import exit_code
 from tools.predict import SOME_FAILED_EXIT_CODE, main

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD
 from crossmae.checkpoints.weights import save_weights
-from crossmae.classification import probe as module
-from crossmae.classification.probe_config import ProbeRunConfig
-from crossmae.config import load_typed_config
+from crossmae.classification.probe import probe as module
+from crossmae.classification.probe.config import ProbeRunConfig
+from crossmae.data.sources import Source, open_source
 from crossmae.errors import USER_ERROR_EXIT_CODE
-from crossmae.model import CrossMAE
-from crossmae.sources import Source, open_source
+from crossmae.models.crossmae import CrossMAE
+from crossmae.training.config import load_typed_config
 from tests.crossmae.classification.labelled import CLASSES, write_classes
 from tests.tools.command_line import exit_code
 from tools.probe import main

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD
+from crossmae.checkpoints.pretrained import parse_settings
 from crossmae.checkpoints.weights import save_weights
 from crossmae.errors import USER_ERROR_EXIT_CODE, UserError, run_cli
-from crossmae.gallery import Result
-from crossmae.model import CrossMAE
-from crossmae.pretrained import parse_settings
+from crossmae.models.crossmae import CrossMAE
+from crossmae.pretraining.gallery import Result
 from tools.reconstruct import build_parser, main, table
 
 SHARED = Path(__file__).parents[3] / "shared/golden"

@@ -16,10 +16,10 @@ from detectron2.data import get_detection_dataset_dicts
 from detectron2.modeling import build_model
 
 from crossmae.errors import USER_ERROR_EXIT_CODE
-from det.coco import use_own_data
 from det.config import load_det_config
-from det.data import build_train_loader
-from det.draw import class_color
+from det.data.coco import use_own_data
+from det.data.loader import build_train_loader
+from det.inference.draw import class_color
 from tests.det.coco_files import TINY, write_coco
 from tests.tools.command_line import exit_code
 from tools.visualize_data import CELL, draw_sample, main, training_samples

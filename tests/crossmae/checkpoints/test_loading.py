@@ -18,9 +18,9 @@ from crossmae.checkpoints.metadata import MODEL_ARGUMENTS
 from crossmae.checkpoints.resample import adapt_channels, resample_patches, resample_positions
 from crossmae.checkpoints.weights import encoder_tensors, read_weights
 from crossmae.errors import UserError
-from crossmae.model import CrossMAE
-from crossmae.pos_embed import sincos_pos_embed
-from crossmae.vit import ViTEncoder
+from crossmae.models.crossmae import CrossMAE
+from crossmae.models.encoder import ViTEncoder
+from crossmae.models.positions import sincos_pos_embed
 
 ROOT = Path(__file__).parents[3]
 ENCODER: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -142,11 +142,14 @@ def test_transformers_and_mmpretrain_start_any_model(tmp_path: Path) -> None:
 
 def test_there_is_no_second_loader() -> None:
     """Weights enter a model through `load` alone; the exceptions are states of training, and the proof."""
-    own = {"crossmae/checkpoints/loading.py", "crossmae/checkpoints/proof.py"}  # the loader; other libraries' models
+    own = {
+        "crossmae/checkpoints/loading.py",
+        "crossmae/checkpoints/conversion/proof.py",
+    }  # the loader; other libraries' models
     states = {
-        "crossmae/run.py",
-        "det/steps.py",
-        "det/checkpoint.py",
+        "crossmae/training/state.py",
+        "det/training/steps.py",
+        "det/training/checkpoint.py",
     }  # optimizer, scaler, average of a run that goes on
     found = {
         str(path.relative_to(ROOT))

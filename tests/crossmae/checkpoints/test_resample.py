@@ -28,8 +28,8 @@ from crossmae.checkpoints.resample import (
 )
 from crossmae.checkpoints.weights import encoder_arguments
 from crossmae.errors import UserError
-from crossmae.model import CrossMAE
-from crossmae.pos_embed import sincos_pos_embed
+from crossmae.models.crossmae import CrossMAE
+from crossmae.models.positions import sincos_pos_embed
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}

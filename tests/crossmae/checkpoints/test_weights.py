@@ -23,8 +23,8 @@ from crossmae.checkpoints.weights import (
     save_weights,
 )
 from crossmae.errors import UserError
-from crossmae.model import CrossMAE
-from crossmae.vit import ViTEncoder
+from crossmae.models.crossmae import CrossMAE
+from crossmae.models.encoder import ViTEncoder
 
 OFFICIAL = Path(__file__).parents[4] / "shared/golden"
 ENCODER = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}

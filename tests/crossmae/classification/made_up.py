@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crossmae.classification.metrics import Predictions
+from crossmae.classification.evaluation.metrics import Predictions
 
 
 def predictions_of(logits: Tensor, labels: Tensor, features: Tensor | None = None) -> Predictions:

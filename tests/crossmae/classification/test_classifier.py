@@ -18,11 +18,11 @@ from torch import nn
 from crossmae.checkpoints import convert
 from crossmae.checkpoints.metadata import FORMAT
 from crossmae.checkpoints.resample import resample_positions
+from crossmae.checkpoints.run_checkpoint import save_checkpoint
 from crossmae.checkpoints.weights import read_weights, save_weights
 from crossmae.classification.classifier import classifier_metadata, load_classifier
 from crossmae.classification.vit import Architecture, architecture_of, build_vit, load_encoder_weights
 from crossmae.errors import UserError
-from crossmae.run_checkpoint import save_checkpoint
 
 # As wide as ViT-Ti, so that a published file tells the number of heads.
 TINY = Architecture(img_size=(32, 32), patch_size=8, in_chans=3, embed_dim=192, depth=2, num_heads=3, mlp_ratio=2.0)

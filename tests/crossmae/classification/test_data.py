@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from crossmae.classification.augment import TrainView, keyed_everywhere
 from crossmae.classification.data import (
     CentreViews,
     TrainImages,
@@ -21,9 +20,10 @@ from crossmae.classification.data import (
     label_targets,
     read_class_names,
 )
-from crossmae.data import centre_view, published_crop_pct
+from crossmae.classification.train.augment import TrainView, keyed_everywhere
+from crossmae.data.sources import open_source
+from crossmae.data.training_images import centre_view, published_crop_pct
 from crossmae.errors import UserError
-from crossmae.sources import open_source
 from tests.crossmae.classification.labelled import CLASSES, write_classes
 
 MEAN = (0.485, 0.456, 0.406)

@@ -15,11 +15,9 @@ import yaml
 from markupsafe import Markup
 from PIL import Image
 
-from crossmae import report as page
-from crossmae.classification.config import FinetuneConfig
-from crossmae.classification.evaluation_files import write_evaluation
-from crossmae.classification.hardest import write_hardest
-from crossmae.classification.metrics import Predictions, score
+from crossmae.classification.evaluation.files import write_evaluation
+from crossmae.classification.evaluation.hardest import write_hardest
+from crossmae.classification.evaluation.metrics import Predictions, score
 from crossmae.classification.report import (
     MOST_CLASSES,
     build_report,
@@ -28,8 +26,10 @@ from crossmae.classification.report import (
     write_report,
 )
 from crossmae.classification.run_files import ClassRow, read_log
-from crossmae.config import load_typed_config
-from crossmae.report import Commands, Gallery, Missing, Plot, Table
+from crossmae.classification.train.config import FinetuneConfig
+from crossmae.reports import page as page
+from crossmae.reports.page import Commands, Gallery, Missing, Plot, Table
+from crossmae.training.config import load_typed_config
 from tools import predict_classes
 
 NAMES = ("cat", "dog", "<b>rat")

@@ -36,9 +36,9 @@ from crossmae.classification.vit import (
     parameter_groups,
 )
 from crossmae.errors import UserError
-from crossmae.model import CrossMAE
-from crossmae.variants import SIZES
-from crossmae.vit import ViTEncoder
+from crossmae.models.crossmae import CrossMAE
+from crossmae.models.encoder import ViTEncoder
+from crossmae.models.sizes import SIZES
 
 OFFICIAL = Path(__file__).parents[4] / "shared/golden"
 SMALL = Architecture(img_size=(32, 32), patch_size=8, in_chans=3, embed_dim=24, depth=3, num_heads=3, mlp_ratio=4.0)

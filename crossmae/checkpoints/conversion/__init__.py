@@ -1,0 +1,1 @@
+"""Conversion: write the layout of another library and prove that it computes the same."""

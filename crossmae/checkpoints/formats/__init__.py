@@ -1,0 +1,1 @@
+"""Formats: names and configs of other libraries' weight files."""

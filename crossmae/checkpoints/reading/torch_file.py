@@ -1,0 +1,242 @@
+"""Reading what `torch.save` writes, now (a zip archive) and before version 1.6 (pickles, then bytes).
+
+The values are read here, too, and not by `torch.load`: it does not compare the checksums of the archive, unpacks
+compressed entries of any size, and reserves what the pickle in it asks for (see
+`crossmae.checkpoints.reading.unpickle`).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import mmap
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crossmae.checkpoints.reading.unpickle import (
+    GLOBALS,
+    MAX_DIMENSIONS,
+    Global,
+    Unpickler,
+    damaged,
+    expect,
+    read_mapped,
+)
+from crossmae.errors import UserError
+
+LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+ZIP = b"PK\x03\x04"
+_MAX_NAMES = 5
+_MAX_VALUES = 1 << 40  # of one tensor: less than what overflows torch's count of them
+
+
+def read_torch_file(path: Path) -> Any:
+    """What `torch.save` wrote: containers, numbers, strings, tensors (on the CPU) and argparse namespaces.
+
+    Every byte is read once, and where the file has checksums, compared with them.
+
+    Raises:
+        UserError: damaged, refers to anything else, or is another kind of zip archive.
+    """
+    if not starts_with(path, ZIP):
+        return read_mapped(path, lambda file: _read_legacy(path, file))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read_archive(path, archive)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # bytes that are not what they should be surface as almost any exception
+        raise damaged(path, error) from None
+
+
+def starts_with(path: Path, magic: bytes) -> bool:
+    """Whether these are the first bytes of the file."""
+    with open(path, "rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _read_archive(path: Path, archive: zipfile.ZipFile) -> Any:
+    entries = _entries(path, archive)
+    storages: dict[str, Tensor] = {}
+
+    def storage(saved: Any) -> Tensor:
+        dtype, key, numel = _storage_id(saved)
+        if key not in storages:
+            storages[key] = _bytes_tensor(archive.read(entries.pop(f"data/{key}")))
+        return _typed(storages[key], dtype, numel)
+
+    if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
+        raise UserError(f"{path}: written on a big-endian machine; save it anew on a little-endian one")
+    content = Unpickler(path, TORCH_GLOBALS, storage).load(io.BytesIO(archive.read(entries.pop("data.pkl"))))
+    for entry in entries.values():  # what nothing refers to: only its checksum is of interest
+        archive.read(entry)
+    return content
+
+
+def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The entries of the archive without the folder that they all are in."""
+    infos = archive.infolist()
+    entries = {info.filename.partition("/")[2]: info for info in infos}
+    if "data.pkl" not in entries:
+        raise _another_archive(path, [info.filename for info in infos])
+    if "constants.pkl" in entries:
+        raise UserError(
+            f"{path}: refused: a TorchScript archive, which holds a program. Nothing in the file was run. "
+            "Save `model.state_dict()` with torch.save, from the program that made it, and give that file"
+        )
+    if len(entries) != len(infos):
+        raise ValueError("two entries of its archive have one name")
+    # Torch never compresses; what is compressed may unpack to any size, and entries may lie over each other.
+    if any(info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size for info in infos):
+        raise ValueError("an entry of its archive is compressed, which torch.save never does")
+    if sum(info.file_size for info in infos) > path.stat().st_size:
+        raise ValueError("the entries of its archive are larger than the file")
+    if not any(info.CRC for info in infos):  # torch.serialization.set_crc32_options(False)
+        for info in infos:
+            info.CRC = None  # type: ignore[assignment]  # zipfile then compares nothing
+    return entries
+
+
+def _another_archive(path: Path, names: list[str]) -> UserError:
+    if names and all(name.endswith(".npy") for name in names):
+        what = "a NumPy .npz archive, as JAX models are published; save its arrays as safetensors under timm's names"
+    else:
+        more = ", ..." if len(names) > _MAX_NAMES else ""
+        listed = ", ".join(name[:60] for name in names[:_MAX_NAMES])
+        what = f"a zip archive, but not one of torch.save (it holds {listed}{more}); unpack it and name the weight file"
+    return UserError(f"{path}: {what}")
+
+
+def _read_legacy(path: Path, file: mmap.mmap) -> Any:
+    """Magic number, protocol, system, content, keys of the storages; then the storages: 8 bytes of size and values."""
+    storages: dict[str, Tensor] = {}
+    reserved = 0
+
+    def storage(saved: Any) -> Tensor:
+        nonlocal reserved
+        dtype, key, numel = _storage_id(saved)
+        if key not in storages:
+            reserved += numel * dtype.itemsize
+            if not 0 <= reserved <= len(file):
+                raise ValueError("its tensors are larger than the file")
+            storages[key] = torch.empty(numel * dtype.itemsize, dtype=torch.uint8)
+            types[key] = dtype
+        return _typed(storages[key], dtype, numel)
+
+    types: dict[str, torch.dtype] = {}
+    plain = Unpickler(path, {})
+    if (plain.load(file), plain.load(file)) != (LEGACY_MAGIC, LEGACY_PROTOCOL):
+        raise ValueError("another protocol than torch.save's")
+    if not plain.load(file)["little_endian"]:
+        raise UserError(f"{path}: written on a big-endian machine; save it anew on a little-endian one")
+    content = Unpickler(path, TORCH_GLOBALS, storage).load(file)
+    keys = plain.load(file)
+    if not all(isinstance(key, str) for key in expect(keys, list)) or sorted(keys) != sorted(storages):
+        raise ValueError("the list of its storages does not agree with its content")
+    for key in keys:
+        values, size = storages[key], int.from_bytes(file.read(8), "little")
+        if size * types[key].itemsize != values.numel():
+            raise ValueError(
+                f"storage {key} has {size:,} values where {values.numel() // types[key].itemsize:,} belong"
+            )
+        values.copy_(_bytes_tensor(file.read(values.numel())))
+    return content
+
+
+def _storage_id(saved: Any) -> tuple[torch.dtype, str, int]:
+    kind, dtype, key, _, numel, *view = expect(saved, tuple)
+    known = isinstance(numel, int) and isinstance(dtype, torch.dtype) and isinstance(key, str)
+    if not known or not isinstance(kind, str) or kind != "storage" or view not in ([], [None]):
+        raise ValueError("a reference to something that is no storage")
+    return dtype, key, numel
+
+
+def _bytes_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _typed(storage: Tensor, dtype: torch.dtype, numel: int) -> Tensor:
+    if numel * dtype.itemsize != storage.numel():
+        raise ValueError(f"a storage of {storage.numel():,} bytes where {numel:,} values of {dtype} belong")
+    return storage.view(dtype)
+
+
+# What globals stand for
+
+
+def _size(sides: Any = ()) -> tuple[int, ...]:
+    """`torch.Size`, and what else is a tuple of whole numbers."""
+    return tuple(expect(side, int) for side in expect(sides, list | tuple))
+
+
+def _tensor(
+    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], grad: Any = None, hooks: Any = None,
+    metadata: Any = None,
+) -> Tensor:  # fmt: skip
+    """`torch._utils._rebuild_tensor` and `_rebuild_tensor_v2`: a view of a storage."""
+    size, stride, (offset,) = _size(size), _size(stride), _size((offset,))
+    if metadata or len(size) != len(stride) or len(size) > MAX_DIMENSIONS or min((offset, *size, *stride)) < 0:
+        raise ValueError("not a plain tensor")
+    last = offset + sum((side - 1) * step for side, step in zip(size, stride, strict=True))
+    if 0 not in size and (last >= storage.numel() or math.prod(size) > _MAX_VALUES):
+        raise ValueError(f"a tensor of shape {tuple(size)} does not fit its storage of {storage.numel():,} values")
+    return torch.as_strided(storage, size, stride, 0 if 0 in size else offset)
+
+
+def _tensor_of_type(
+    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], grad: Any, hooks: Any,
+    dtype: torch.dtype, metadata: Any = None,
+) -> Tensor:  # fmt: skip
+    """`torch._utils._rebuild_tensor_v3`: of a storage without a type."""
+    return _tensor(storage.view(dtype), offset, size, stride, grad, hooks, metadata)
+
+
+def _parameter(data: Tensor, *_: Any) -> Tensor:
+    """`torch._utils._rebuild_parameter` and `_rebuild_parameter_with_state`."""
+    return data
+
+
+def _with_attributes(build: Global, subclass: Any, arguments: tuple[Any, ...], state: Any) -> Any:
+    """`torch._tensor._rebuild_from_type_v2`: a tensor that somebody has given Python attributes."""
+    if build.build not in (_tensor, _tensor_of_type):
+        raise ValueError(f"a tensor built by {build.name}")
+    return build.build(*expect(arguments, tuple))
+
+
+_STORAGES = {
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Bool": torch.bool,
+    "ComplexFloat": torch.complex64,
+    "ComplexDouble": torch.complex128,
+}
+_TENSORS = {
+    "torch.Size": _size,
+    "torch.device": lambda *_: "device",
+    "torch.Tensor": None,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_of_type,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _with_attributes,
+    "torch.storage.UntypedStorage": torch.uint8,
+}
+TORCH_GLOBALS: dict[str, Any] = {
+    **GLOBALS,
+    **_TENSORS,
+    **{f"torch.{name}Storage": dtype for name, dtype in _STORAGES.items()},
+    **{f"torch.cuda.{name}Storage": dtype for name, dtype in _STORAGES.items()},
+    **{str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)},
+}

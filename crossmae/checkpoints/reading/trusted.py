@@ -1,0 +1,43 @@
+"""The only place that unpickles without restriction: `tools/convert_checkpoint.py --trust`."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crossmae.checkpoints.reading.unpickle import damaged
+from crossmae.errors import UserError
+from crossmae.files import sha256
+
+log = logging.getLogger(__name__)
+
+
+def read_trusted(path: Path, kind: str) -> Any:
+    """Whatever the file holds; any code in it runs.
+
+    Args:
+        path: a pickle, or what `torch.save` wrote.
+        kind: "pickle" or "torch", see `crossmae.checkpoints.reading.files.file_kind`.
+
+    Raises:
+        UserError: damaged, or refers to what is not installed.
+    """
+    log.warning("%s: sha256 %s: --trust: read without restriction, any code in it runs now", path, sha256(path))
+    try:
+        if kind == "torch":
+            return torch.load(path, map_location="cpu", weights_only=False)
+        with open(path, "rb") as file:
+            return pickle.load(file, encoding="latin1")
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"{path}: refers to what is not here: {error}; in the program that wrote it, save the state dict alone: "
+            "torch.save(model.state_dict(), ...)"
+        ) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # bytes that are not what they should be surface as almost any exception
+        raise damaged(path, error) from None

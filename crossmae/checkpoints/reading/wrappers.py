@@ -1,0 +1,213 @@
+"""From what a file holds to named tensors: out of the dicts and prefixes that trainers put around them.
+
+Where a file holds several sets of weights, the plain ones are taken, the averaged ones (EMA) on request. Of
+student and teacher (DINO) the teacher is taken: it is what people want, and an average as well. Whatever is not
+taken is listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from crossmae.checkpoints.metadata import PICKLED_METADATA, PUBLISHED_ARGUMENTS
+from crossmae.checkpoints.reading.digest import DIGEST
+from crossmae.checkpoints.reading.unpickle import allowance
+from crossmae.errors import UserError
+
+# Keys of dicts around a state dict, the first that a file has is taken.
+EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "ema", "teacher", "target_encoder")
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "teacher", "student", "encoder", *EMA_WRAPPERS)
+# Before names in a flat state dict that holds several models: MoCo v3, DINOv2.
+EMA_BRANCHES = ("momentum_encoder.", "teacher.")
+BRANCHES = ("base_encoder.", "teacher.", "student.")
+# Before every name: DDP, torch.compile, trainers.
+WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
+COUNTERS = ("n_averaged", "steps")  # beside the prefix `module.` in the averaged models of torch and mmengine
+MAX_DEPTH = 4
+MAX_NAMES, MAX_NAME = 5, 1000
+_MAX_SETTINGS, _MAX_LISTED, _MAX_TEXT = 1000, 100, 250
+
+
+def state_dict(content: Any, path: Path, *, ema: bool = False) -> tuple[dict[str, Tensor], tuple[str, ...], bool]:
+    """The tensors in what a pickle held, out of `WRAPPERS`; arrays become tensors.
+
+    Returns:
+        Tensors under the names in the file; the keys of what else is in it; whether these are EMA weights, which
+        `one_model` may still find where `ema` asks for them.
+
+    Raises:
+        UserError: not a state dict, or its tensors are many times larger than the file.
+    """
+    beside: list[str] = []
+    averaged = False
+    content = _opened(content)
+    for _ in range(MAX_DEPTH):
+        found = _wrapper(content, EMA_WRAPPERS) if ema and not averaged else None
+        averaged = averaged or found is not None
+        found = found or _wrapper(content, WRAPPERS)
+        if found is None:
+            break
+        beside += [_short(key) for key in content if key not in (found, PICKLED_METADATA)]
+        content = _opened(content[found])
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{path}: not a state dict: holds {_describe(content)} where names and tensors are expected")
+    _check_values(content, path)
+    seen: set[int] = set()
+    return {name: _dense(value, name, path, seen) for name, value in content.items()}, tuple(beside), averaged
+
+
+def one_model(
+    tensors: dict[str, Tensor], path: Path, *, ema: bool = False
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Strip the prefixes of trainers, and take one model of those in `BRANCHES`.
+
+    Returns:
+        Tensors, and what was left out: counters and other branches, in words.
+
+    Raises:
+        UserError: `ema`, and there is no EMA branch.
+    """
+    branch = next((prefix for prefix in (EMA_BRANCHES if ema else BRANCHES) if _any_starts(tensors, prefix)), None)
+    counters = tuple(name for name in COUNTERS if name in tensors)
+    prefix = next((p for p in WRAPPER_PREFIXES if _all_start(tensors, p, counters)), None)
+    if branch:
+        kept = {name.removeprefix(branch): value for name, value in tensors.items() if name.startswith(branch)}
+        left = Counter(name.partition(".")[0] for name in tensors if not name.startswith(branch))
+        inner, more = one_model(kept, path)
+        return inner, (*(f"{name} ({count} tensors)" for name, count in left.items()), *more)
+    if prefix:
+        kept = {name.removeprefix(prefix): value for name, value in tensors.items() if name not in counters}
+        inner, more = one_model(kept, path, ema=ema)
+        return inner, (*counters, *more)
+    if ema:
+        raise UserError(
+            f"{path}: EMA weights are asked for, and there are none: no dict {', '.join(EMA_WRAPPERS)}, and no names "
+            f"that start with {' or '.join(EMA_BRANCHES)}; take the plain weights"
+        )
+    return tensors, ()
+
+
+def pickled_metadata(content: Any, path: Path) -> dict[str, str]:
+    """Metadata of our own pickled files.
+
+    Raises:
+        UserError: not strings, or under another key than ours.
+    """
+    if not isinstance(content, Mapping):
+        return {}
+    ours = content.get(PICKLED_METADATA, {})
+    strings = isinstance(ours, Mapping) and all(isinstance(text, str) for text in (*ours, *ours.values()))
+    if not strings or (not ours and any(DIGEST in value for value in content.values() if isinstance(value, Mapping))):
+        raise UserError(f"{path}: its {PICKLED_METADATA} is damaged; copy or download it again")
+    return dict(ours)
+
+
+def published_settings(content: Any) -> dict[str, str]:
+    """The settings that published files hold in a namespace, as metadata."""
+    args = content.get("args") if isinstance(content, Mapping) else None
+    if not isinstance(args, argparse.Namespace) or len(vars(args)) > _MAX_SETTINGS:
+        return {}
+    settings = {key[:_MAX_TEXT]: _setting(value) for key, value in vars(args).items()}
+    return {PUBLISHED_ARGUMENTS: json.dumps(settings, sort_keys=True)}
+
+
+def _wrapper(content: Any, keys: Iterable[str]) -> str | None:
+    if not isinstance(content, Mapping):
+        return None
+    found = [key for key in keys if isinstance(content.get(key), Mapping | nn.Module)]
+    # A dict of settings can have the name, too: those with tensors come first.
+    return next((key for key in found if _holds_tensors(content[key])), next(iter(found), None))
+
+
+def _holds_tensors(content: Any) -> bool:
+    values = list(content.values())[:MAX_NAMES] if isinstance(content, Mapping) else [content]
+    return any(isinstance(value, Tensor | np.ndarray | Mapping | nn.Module) for value in values)
+
+
+def _opened(content: Any) -> Any:
+    """A whole module, which only --trust reads, as its state dict."""
+    return content.state_dict() if isinstance(content, nn.Module) else content
+
+
+def _check_values(content: Mapping[Any, Any], path: Path) -> None:
+    """Names that can be shown, arrays as values, and no more of them than the file can hold."""
+    for name in content:
+        if not isinstance(name, str) or len(name) > MAX_NAME or not name.isprintable():
+            raise UserError(f"{path}: not a state dict: {_short(name)} is not the name of a tensor; damaged?")
+    others = {name: value for name, value in content.items() if not isinstance(value, Tensor | np.ndarray)}
+    if others:
+        name, value = next(iter(others.items()))
+        raise UserError(
+            f"{path}: not a state dict: {name!r} is of type {type(value).__name__}, not a tensor "
+            f"({len(others)} of {len(content)} entries are not); the file holds {_describe(content)}"
+        )
+    # A tensor may be a view that repeats one value, or many tensors views of the same values.
+    size = sum(math.prod(value.shape) * value.itemsize for value in content.values())
+    if size > allowance(path):
+        raise UserError(
+            f"{path}: its tensors would take {size:,} bytes, the file has {path.stat().st_size:,}: they are views "
+            "that repeat few values; save contiguous copies of them"
+        )
+
+
+def _any_starts(names: Iterable[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
+
+
+def _all_start(names: Iterable[str], prefix: str, but: tuple[str, ...]) -> bool:
+    rest = [name for name in names if name not in but]
+    return bool(rest) and all(name.startswith(prefix) for name in rest)
+
+
+def _setting(value: Any) -> Any:
+    """Plain values as they are, whatever else by its type: a structure in a pickle may be endless."""
+    if isinstance(value, list | tuple) and len(value) <= _MAX_LISTED:
+        return [_scalar(item) for item in value]
+    return _scalar(value)
+
+
+def _scalar(value: Any) -> Any:
+    value = value.item() if isinstance(value, np.generic) else value
+    plain = isinstance(value, bool | int | float | None) or (isinstance(value, str) and len(value) <= _MAX_TEXT)
+    return value if plain else f"<{type(value).__name__}>"
+
+
+def _short(key: Any) -> str:
+    return f"{key if isinstance(key, str) and key.isprintable() else ascii(key)}"[:60]
+
+
+def _describe(content: Any) -> str:
+    if not isinstance(content, Mapping):
+        return f"a {type(content).__name__}"
+    keys = [repr(_short(key)) for key in content]
+    return (
+        f"a dict with the keys {', '.join(keys[:MAX_NAMES])}{', ...' if len(keys) > MAX_NAMES else ''}"
+        if keys
+        else "an empty dict"
+    )
+
+
+def _dense(value: Tensor | np.ndarray, name: str, path: Path, seen: set[int]) -> Tensor:
+    """Memory of its own: tensors in a file may be views of one storage, which safetensors can not hold."""
+    try:
+        if isinstance(value, np.ndarray):
+            return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
+        value, storage = value.detach(), value.untyped_storage()
+        alone = storage.nbytes() == value.numel() * value.itemsize and storage.data_ptr() not in seen
+        seen.add(storage.data_ptr())
+        if alone and value.is_contiguous():
+            return value
+        return value.clone(memory_format=torch.contiguous_format)
+    except (TypeError, RuntimeError) as error:
+        kind = value.dtype if isinstance(value, np.ndarray) else value.layout
+        raise UserError(f"{path}: {name} is not a plain array of numbers ({kind}): {error}") from None

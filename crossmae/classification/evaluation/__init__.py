@@ -1,0 +1,1 @@
+"""Classification evaluation: metrics, tables and pictures of a classifier's predictions."""

@@ -1,0 +1,1 @@
+"""Probes: evaluate frozen features by nearest neighbours, linear layers and logistic regression."""

@@ -1,0 +1,115 @@
+"""Features on disk, one safetensors file per data set, used again only for the very same weights, settings and images.
+
+A file holds `features` (N, E) and `labels` (N,). Its name has the digest of all that decides features; its metadata
+has what was digested, for people, and a checksum of the tensors, so that a damaged file is never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from crossmae.data.parallel import map_in_order
+from crossmae.data.sources import Source
+from crossmae.data.training_images import READERS
+from crossmae.files import write_atomically
+
+LAYOUT = 1  # of the files; features of another one are extracted anew
+KEY, CHECKSUM = "key", "sha256"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Features (N, E) and labels (N,) of a data set, on the CPU."""
+
+    features: Tensor
+    labels: Tensor
+
+
+def data_digest(source: Source, name: str = "images") -> str:
+    """Digest of a source: its classes, and of every image name, `Source.stamp` and label.
+
+    Raises:
+        UserError: an image can not be read, or there are no labels.
+    """
+    digest = hashlib.sha256(json.dumps(source.classes).encode())
+    indices = range(len(source))
+    stamps = map_in_order(source.stamp, indices, READERS)
+    bar = tqdm(stamps, f"look for changes of {name}", len(source), leave=False, unit="img", dynamic_ncols=True)
+    for index, stamp in zip(indices, bar, strict=True):
+        digest.update(json.dumps([source.name(index), stamp, source.label(index)]).encode())
+    return digest.hexdigest()
+
+
+def tensors_digest(tensors: dict[str, Tensor]) -> str:
+    """Digest of names, types, shapes and bytes of tensors on the CPU."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def cached(folder: Path, name: str, key: dict[str, Any], extract: Callable[[], Labelled]) -> Labelled:
+    """Features from the cache, or extracted and put there.
+
+    Args:
+        folder: made if need be.
+        name: of the data set, with which the file's name begins.
+        key: JSON; everything that decides features and labels.
+        extract: makes them.
+    """
+    text = _text(key)
+    path = _path(folder, name, text)
+    found = _read(path, text) if path.exists() else None
+    if found is not None:
+        log.info("features of %s: from %s", name, path)
+        return found
+    found = extract()
+    tensors = {"features": found.features, "labels": found.labels}
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {KEY: text, CHECKSUM: tensors_digest(tensors)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    return found
+
+
+def is_cached(folder: Path, name: str, key: dict[str, Any]) -> bool:
+    """Whether there is a file for that key, whole or not."""
+    return _path(folder, name, _text(key)).is_file()
+
+
+def _text(key: dict[str, Any]) -> str:
+    return json.dumps({"layout": LAYOUT} | key, sort_keys=True)
+
+
+def _path(folder: Path, name: str, text: str) -> Path:
+    return folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
+
+
+def _read(path: Path, text: str) -> Labelled | None:
+    """What a file holds; None, with a warning, where it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in ("features", "labels")}
+        whole = metadata.get(KEY) == text and metadata.get(CHECKSUM) == tensors_digest(tensors)
+    except (SafetensorError, OSError, ValueError):
+        whole = False
+    if not whole:
+        log.warning("%s: damaged, so it is not used; features are extracted anew", path)
+        return None
+    return Labelled(**tensors)

@@ -1,0 +1,230 @@
+"""Features of a frozen encoder: from which block, through which norm, pooled how, and computed for all of a source.
+
+| file                                              | block, unless another is asked for | final norm               |
+| ------------------------------------------------- | ---------------------------------- | ------------------------ |
+| CrossMAE                                          | the last one whose map is mixed    | has none                 |
+| MAE, DINO, timm, fine-tuned with the class token  | the last                           | the file's own           |
+| fine-tuned with average pooling                   | the last                           | none: fc_norm is left out |
+
+A final norm belongs to the last block alone: an earlier one's output is taken as it is.
+
+Shapes: B batch, N images, E width of the features.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, PUBLISHED_ARGUMENTS, recorded_arguments
+from crossmae.checkpoints.weights import Weights, detect_format, encoder_home
+from crossmae.classification.data import CentreViews, evaluation_loader, readable_batches
+from crossmae.classification.vit import Architecture, architecture_of, build_vit, load_encoder_weights
+from crossmae.data.sources import Source
+from crossmae.data.training_images import Normalize, keyed_randomness
+from crossmae.errors import UserError
+from crossmae.models.crossmae import resolve_blocks
+from crossmae.models.sizes import create_model, model_arguments
+from crossmae.pretraining.neighbours import FeaturePool, pool_tokens
+from crossmae.training.devices import open_autocast
+
+log = logging.getLogger(__name__)
+
+
+class FrozenEncoder(nn.Module):
+    """Normalised pixels (B, C, H, W) to features (B, E), float32.
+
+    Args:
+        vit: with weights.
+        block: whose output is pooled, from 0.
+        norm: whether it goes through the final norm first.
+        pool: see `crossmae.pretraining.neighbours.pool_tokens`.
+    """
+
+    def __init__(self, vit: VisionTransformer, block: int, norm: bool, pool: FeaturePool) -> None:
+        super().__init__()
+        self.vit, self.block, self.norm, self.pool = vit.eval().requires_grad_(False), block, norm, pool
+
+    @property
+    def width(self) -> int:
+        """E; twice the encoder's for the class token and the mean side by side."""
+        return int(self.vit.embed_dim) * (2 if self.pool == "cls_avg" else 1)
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        found: Any = self.vit.forward_intermediates(
+            imgs,
+            indices=[self.block],
+            return_prefix_tokens=True,
+            norm=self.norm,
+            stop_early=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        patches, prefix = found[0]
+        return pool_tokens(torch.cat([prefix, patches], dim=1).float(), self.pool)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An encoder to take features from, and what has been decided for it; `notes` are sentences."""
+
+    encoder: FrozenEncoder
+    architecture: Architecture
+    notes: tuple[str, ...]
+
+
+def random_weights(name: str, seed: int, **given: Any) -> Weights:
+    """What pretraining of that name and seed starts from: the baseline that shows what pretraining adds.
+
+    Args:
+        name: of `crossmae.list_models()`.
+        given: arguments of the model in place of the size's own; None counts as not given.
+
+    Raises:
+        UserError: the model refuses them.
+    """
+    given = {key: value for key, value in given.items() if value is not None}
+    with keyed_randomness(seed):
+        torch.manual_seed(seed)  # as pretraining does
+        try:
+            model = create_model(name, **given)
+        except ValueError as error:
+            raise UserError(f"model: {error}") from None
+    heads = given.get("num_heads", model_arguments(name)["num_heads"])
+    recorded = {"img_size": [side * model.patch_size for side in model.grid], "num_heads": heads}
+    tensors = dict(model.state_dict())
+    return Weights(Path("random weights"), detect_format(tensors), tensors, {MODEL_ARGUMENTS: json.dumps(recorded)})
+
+
+def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: int = 0, **given: Any) -> Opened:
+    """Build the encoder of a file and load it.
+
+    Args:
+        weights: any file with a ViT encoder.
+        block: from 0, or negative from the end; None: see the table of this module.
+        seed: of what the file lacks.
+        given: see `architecture_of`.
+
+    Raises:
+        UserError: no encoder; no class token to pool; no such block, or the file does not tell which was the last one
+            trained; errors of `architecture_of` and `load_encoder_weights`.
+    """
+    architecture = architecture_of(weights, **given)
+    home = encoder_home(weights.tensors) or ""
+    if pool != "avg" and f"{home}cls_token" not in weights.tensors:
+        raise UserError(f"features.pool: {weights.path} holds no class token; use features.pool=avg")
+    chosen = last_trained_block(weights, architecture.depth) if block is None else block
+    if not -architecture.depth <= chosen < architecture.depth:
+        depth = architecture.depth
+        raise UserError(f"features.block: {weights.path} has {depth} blocks, -{depth} .. {depth - 1}; got {chosen}")
+    chosen %= architecture.depth
+    is_last, has_norm = chosen == architecture.depth - 1, f"{home}norm.weight" in weights.tensors
+    with keyed_randomness(seed):
+        # In the class-token mode the model has a final norm; without one in the file there must be none.
+        vit = build_vit(architecture, 0, pool="cls" if has_norm else "avg")
+        report = load_encoder_weights(vit, weights)
+    log.info("%s: %d tensors used, %d left out", weights.path, report.count("used"), report.count("dropped"))
+    why = "" if has_norm else "the file has none" if is_last else "the file has none, and it is not the last block"
+    why = why or ("the file's own" if is_last else "it belongs after the last block alone")
+    notes = [f"features of block {chosen} of 0 .. {architecture.depth - 1}, pooled by {pool!r}"]
+    notes += [f"final norm {'applied' if has_norm and is_last else 'not applied'}: {why}"]
+    if f"{home}cls_token" not in weights.tensors:
+        notes.append("the file has no class token, a new one stands in: features differ a little from the original's")
+    heads = [name for name in ("fc_norm", "head") if any(key.startswith(f"{home}{name}.") for key in weights.tensors)]
+    notes += [f"not used: {' and '.join(heads)} of the fine-tuned model"] if heads else []
+    return Opened(FrozenEncoder(vit, chosen, has_norm and is_last, pool), architecture, tuple(notes))
+
+
+def last_trained_block(weights: Weights, depth: int) -> int:
+    """Index of the last block that had a part in the training: in CrossMAE, the last whose map is mixed.
+
+    Raises:
+        UserError: some maps are mixed, and the file does not tell which.
+    """
+    mixing = weights.tensors.get("wfm.linear.weight")
+    recorded = recorded_arguments(weights.metadata)
+    if "fuse_blocks" in recorded or mixing is None:
+        # None is all of them, [] no mixing at all; under a plain MAE decoder the setting means nothing.
+        blocks = recorded.get("fuse_blocks") if recorded.get("decoder") != "self" else None
+        return resolve_blocks(tuple(blocks), depth)[-1] if blocks else depth - 1
+    published = json.loads(weights.metadata.get(PUBLISHED_ARGUMENTS, "{}")).get("use_fm")
+    if published not in (None, [-1]):
+        return resolve_blocks(tuple(published), depth)[-1]
+    if published is None and mixing.shape[1] < depth:
+        raise UserError(
+            f"{weights.path}: {mixing.shape[1]} of {depth + 1} maps are mixed and nothing tells which, so neither "
+            "which block was the last to be trained; set features.block"
+        )
+    return depth - 1
+
+
+# --- Extraction -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Views:
+    """How an image becomes what the encoder takes: the evaluation view, then minus the mean, over the deviation.
+
+    Attributes:
+        size: height and width in pixels.
+        crop_pct: see `crossmae.data.training_images.centre_view`.
+        mean, std: per channel, of pixels in 0-1; there are as many channels.
+        bit_depth: 8 or 16, see `crossmae.data.images`.
+    """
+
+    size: tuple[int, int]
+    crop_pct: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    bit_depth: int
+
+
+def extract(
+    encoder: FrozenEncoder,
+    source: Source,
+    labels: Tensor,
+    views: Views,
+    device: torch.device,
+    precision: str = "fp32",
+    dtype: torch.dtype = torch.bfloat16,
+    batch_size: int = 256,
+    workers: int = 0,
+    name: str = "images",
+) -> Tensor:
+    """Features (N, E) of all images of a source, in its order, on the CPU.
+
+    Args:
+        encoder: moved to the device.
+        labels: (N,) of them, which travel along.
+        precision: "fp32", or "bf16" or "fp16" for autocast.
+        dtype: of the result, beside which no more than a few batches are held.
+        name: for the progress bar and errors.
+
+    Raises:
+        UserError: an image can not be read.
+    """
+    dataset = CentreViews(source, labels, views.size, views.crop_pct, len(views.mean), views.bit_depth)
+    loader = evaluation_loader(dataset, range(len(source)), batch_size, workers, device.type == "cuda")
+    normalize = Normalize(views.mean, views.std, device)
+    autocast = open_autocast(precision, device)
+    features = torch.empty(len(source), encoder.to(device).width, dtype=dtype)
+    done = 0
+    with torch.inference_mode(), tqdm(total=len(source), desc=f"features of {name}", unit="img", leave=False) as bar:
+        for batch in readable_batches(loader, name):
+            with autocast:
+                found = encoder(normalize(batch.to(device).images))
+            rows = features[done : done + len(found)]
+            rows.copy_(found)
+            if not bool(torch.isfinite(rows).all()):
+                raise UserError(f"{name}: features hold NaN or infinity; try runtime.precision=fp32")
+            done += len(found)
+            bar.update(len(found))
+    return features

@@ -1,0 +1,87 @@
+"""k nearest neighbours on frozen features: all pairs of k and temperature at once, the pair chosen on training images.
+
+Shapes: N training images, M validation images, E width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crossmae.classification.evaluation.intervals import Accuracy, accuracy_of
+from crossmae.data.sources import evenly_spaced
+from crossmae.pretraining.neighbours import check_labels, nearest, vote
+
+DEFAULT_K, DEFAULT_TEMPERATURE = 20, 0.07  # of the probe while pretraining, and of DINO (arXiv 2104.14294)
+LEFT_OUT = 10_000  # training images at most that are classified by the others
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pair, on validation images and, each left out of its own neighbours, on training images."""
+
+    k: int
+    temperature: float
+    val: Accuracy
+    train: Accuracy
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All pairs; `chosen` is the best on training images, `default` that of the constants if it was asked for."""
+
+    cells: tuple[Cell, ...]
+    chosen: Cell
+    default: Cell | None
+
+
+@torch.no_grad()
+def sweep(
+    train: Tensor,
+    train_labels: Tensor,
+    val: Tensor,
+    val_labels: Tensor,
+    num_classes: int,
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+) -> Sweep:
+    """Classify by every pair of k and temperature, with one search for the largest k.
+
+    The pair is chosen without a look at validation images: by up to LEFT_OUT evenly spaced training images, each
+    classified by all others. Of equal pairs the smaller k, then the lower temperature is taken.
+
+    Args:
+        train, val: standardised features (N, E) and (M, E); on a GPU if that shall compute.
+        train_labels, val_labels: (N,) and (M,) on the same device.
+        ks: numbers of neighbours; at most N - 1.
+        temperatures: see `crossmae.pretraining.neighbours.vote`.
+
+    Raises:
+        ValueError: a k outside 1 .. N - 1, or labels that do not fit.
+    """
+    check_labels("train", train, train_labels, num_classes)
+    check_labels("val", val, val_labels, num_classes)
+    if not 1 <= min(ks) <= max(ks) < len(train):
+        raise ValueError(f"k must be between 1 and one less than the {len(train)} training images, got {list(ks)}")
+    own = torch.tensor(evenly_spaced(len(train), LEFT_OUT), device=train.device)
+    found = {
+        "val": (nearest(train, val, max(ks)), val_labels),
+        "train": (nearest(train, train[own], max(ks), own=own), train_labels[own]),
+    }
+
+    def accuracy(name: str, k: int, temperature: float) -> Accuracy:
+        (similarity, positions), labels = found[name]
+        predicted = vote(similarity[:, :k], train_labels[positions[:, :k]], num_classes, temperature)
+        return accuracy_of(predicted, labels)
+
+    cells = tuple(
+        Cell(k, temperature, accuracy("val", k, temperature), accuracy("train", k, temperature))
+        for k in sorted(set(ks))
+        for temperature in sorted(set(temperatures))
+    )
+    chosen = max(cells, key=lambda cell: cell.train.right)  # the first of equals
+    defaults = (cell for cell in cells if (cell.k, cell.temperature) == (DEFAULT_K, DEFAULT_TEMPERATURE))
+    return Sweep(cells, chosen, next(defaults, None))

@@ -1,0 +1,1 @@
+"""Classification training: fine-tuning and linear probing of an encoder."""

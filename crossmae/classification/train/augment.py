@@ -1,0 +1,143 @@
+"""What fine-tuning sees of an image: timm policies on PIL images, torchvision crops (method specification, 1.10)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.auto_augment import (
+    AugMixAugment,
+    AutoAugment,
+    RandAugment,
+    augment_and_mix_transform,
+    auto_augment_transform,
+    posterize,
+    rand_augment_transform,
+)
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from crossmae.data.training_images import keyed_randomness, to_tensor
+from crossmae.errors import UserError
+
+Policy = Callable[[Image.Image], Image.Image]
+
+
+class TrainView:
+    """Random crop, flip and policy; its randomness is that of Python, numpy and torch, see `keyed_everywhere`.
+
+    Args:
+        size: height and width in pixels.
+        crop_scale: smallest and largest area of the crop, as shares of the image.
+        flip: probability of a horizontal flip.
+        auto_augment: timm's policy, such as rand-m9-mstd0.5-inc1, augmix-m3-w3, original; None: none.
+        color_jitter: strength of changes in brightness, contrast and saturation; 0: none.
+        mean: per channel, of pixels in 0-1; what geometric operations fill with.
+
+    Raises:
+        UserError: no such policy.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        crop_scale: tuple[float, float],
+        flip: float,
+        auto_augment: str | None,
+        color_jitter: float,
+        mean: Sequence[float],
+    ) -> None:
+        crop = v2.RandomResizedCrop(size, scale=crop_scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
+        steps: list[Callable[[Any], Any]] = [crop, v2.RandomHorizontalFlip(flip)]
+        if auto_augment:
+            steps.append(OnColours(build_policy(auto_augment, size, mean)))
+        elif color_jitter:
+            steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+        self.steps = steps
+
+    def __call__(self, pixels: Image.Image | Tensor) -> Tensor:
+        """An image of any size to (C, H, W), uint8 or float32 in 0-1."""
+        view: Any = pixels
+        for step in self.steps:
+            view = step(view)
+        return to_tensor(view)
+
+
+class OnColours:
+    """A policy on images of any mode: it works on RGB alone, so a grey image becomes one and is made grey again."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """The same mode and size."""
+        return self.policy(image.convert("RGB")).convert(image.mode)
+
+
+def build_policy(name: str, size: tuple[int, int], mean: Sequence[float]) -> Policy:
+    """Build timm's policy of a name, with the settings of timm's own `create_transform`.
+
+    Raises:
+        UserError: no such policy.
+    """
+    filling = tuple(min(255, round(255 * value)) for value in mean) * (3 // len(mean))
+    settings: dict[str, Any] = {"translate_const": int(min(size) * 0.45), "img_mean": filling}
+    settings["interpolation"] = Image.Resampling.BICUBIC
+    try:
+        if name.startswith("rand"):
+            policy = rand_augment_transform(name, settings)
+        elif name.startswith("augmix"):
+            policy = augment_and_mix_transform(name, settings | {"translate_pct": 0.3})
+        else:
+            policy = auto_augment_transform(name, settings)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UserError(
+            f"data.auto_augment: {name!r} is no policy of timm's ({error or 'unknown'}); such as rand-m9-mstd0.5-inc1, "
+            "augmix-m3-w3, original or v0; null for none"
+        ) from None
+    _keep_one_bit(policy)
+    applied: Policy = policy
+    return applied
+
+
+def _keep_one_bit(policy: RandAugment | AugMixAugment | AutoAugment) -> None:
+    """Replace every posterization of a policy by one that Pillow can compute."""
+    operations = chain.from_iterable(policy.policy) if isinstance(policy, AutoAugment) else policy.ops
+    for operation in operations:
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **settings: Any) -> Image.Image:
+    """Keep the highest bits of each channel, at least one.
+
+    timm asks for 0 at its strongest, and for fewer with mmax; other operations stay in Pillow's range at any magnitude.
+    """
+    posterized: Image.Image = posterize(image, max(bits, 1), **settings)
+    return posterized
+
+
+@contextmanager
+def keyed_everywhere(*key: int, device: torch.device | None = None) -> Iterator[None]:
+    """Inside, the generators of Python, numpy and torch's CPU are seeded by the key; after it, they are as they were.
+
+    A GPU's, where one is given, is seeded, too, and left so.
+    """
+    python, numbers = random.getstate(), np.random.get_state()
+    words = np.random.SeedSequence(key).generate_state(4)
+    random.seed(int(words[0]) << 32 | int(words[1]))
+    np.random.seed(words[2:])
+    if device is not None and device.type == "cuda":
+        torch.cuda.manual_seed(int(words[0]))
+    try:
+        with keyed_randomness(*key):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)

@@ -1,0 +1,197 @@
+"""Everything that a fine-tuning run depends on, with the published values as defaults (method specification, 1.10)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from crossmae.models.sizes import SIZES
+from crossmae.training.config import (
+    CheckpointConfig,
+    DataConfig,
+    NonNegative,
+    Positive,
+    Ratio,
+    RunConfig,
+    ScheduleConfig,
+    Section,
+    Share,
+    StepConfig,
+)
+
+DropRate = Annotated[float, Field(ge=0, lt=1)]
+CropShare = Annotated[float, Field(gt=0, le=1)]
+
+
+class LabelledDataConfig(DataConfig):
+    """Labelled images, how they are read, and how they are augmented (timm's names)."""
+
+    train: str = Field("", description="labelled images: any source with labels, see crossmae/data/sources")
+    val: str | None = Field(None, description="labelled images to evaluate on; null: none, so no best weights either")
+    per_class: PositiveInt | None = Field(
+        None, description="train on so many images of every class, drawn by runtime.seed; null: on all"
+    )
+    separator: str | None = Field(
+        None,
+        min_length=1,
+        description="several labels per image: what stands between them in the label column; null: one label",
+    )
+    class_names: tuple[str, ...] | Path | None = Field(
+        None, description="names to show for the classes, in their order, or a text file with one a line"
+    )
+    crop_scale: tuple[Share, Share] = Field((0.08, 1.0), description="area of the random crop, as shares of the image")
+    auto_augment: str | None = Field("rand-m9-mstd0.5-inc1", description="timm's policy; null: none")
+    color_jitter: NonNegative = Field(0.0, description="strength, where there is no auto_augment")
+    erase: Share = Field(0.25, description="probability that a random rectangle is erased")
+    erase_mode: Literal["pixel", "rand", "const"] = "pixel"
+    erase_count: PositiveInt = Field(1, description="rectangles at most")
+
+    @model_validator(mode="after")
+    def _one_augmentation(self) -> LabelledDataConfig:
+        if self.auto_augment and self.color_jitter:
+            raise ValueError("color_jitter needs auto_augment=null, which already changes colours")
+        if self.auto_augment and self.bit_depth != 8:
+            raise ValueError("auto_augment works on 8 bits; set auto_augment=null with bit_depth=16")
+        return self
+
+
+class ClassifierConfig(Section):
+    """A plain ViT, the weights of its encoder, and what is put on top."""
+
+    init: Path | None = Field(None, description="weights of the encoder, of any format; null: random ones")
+    name: str | None = Field(None, description=f"{', '.join(f'vit_{size}' for size in SIZES)}; null: as model.init is")
+    img_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
+        None,
+        description="pixels, one side or (height, width); null: as model.init was trained; positions are resampled",
+    )
+    patch_size: PositiveInt | None = Field(None, description="null: as model.init; filters are resampled")
+    in_chans: PositiveInt = Field(3, description="image channels; the filters of others are summed or repeated")
+    embed_dim: PositiveInt | None = None
+    depth: PositiveInt | None = None
+    num_heads: PositiveInt | None = None
+    mlp_ratio: Positive | None = None
+    pool: Literal["avg", "cls"] = Field("avg", description="mean of the patch tokens, or the class token")
+    head: Literal["linear", "batchnorm"] = Field(
+        "linear", description="batchnorm: as in published linear probes, BatchNorm without affine before the layer"
+    )
+    freeze: bool = Field(False, description="train the head alone: a linear probe")
+    drop_path: DropRate = Field(0.1, description="of the last block; grows from 0 with depth")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        known = [f"vit_{size}" for size in SIZES]
+        if name is not None and name not in known:
+            raise ValueError(f"unknown size; known: {', '.join(known)}")
+        return name
+
+    def given(self) -> dict[str, Any]:
+        """What is known of the architecture without the file: the named size, and what differs from it."""
+        keys = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
+        size = SIZES[self.name.removeprefix("vit_")] if self.name else None
+        named = {key: getattr(size, key) for key in ("embed_dim", "depth", "num_heads")} if size else {}
+        return named | {key: value for key in keys if (value := getattr(self, key)) is not None}
+
+
+class LossConfig(Section):
+    """What the loss is made of."""
+
+    smoothing: Share = Field(0.1, description="label smoothing")
+    mixup: NonNegative = Field(0.0, description="alpha of mixup; 0: none")
+    cutmix: NonNegative = Field(0.0, description="alpha of cutmix; 0: none")
+    cutmix_minmax: tuple[Share, Share] | None = Field(None, description="sides of the cut, instead of cutmix")
+    mixup_prob: Share = Field(1.0, description="probability that a batch is mixed at all")
+    mixup_switch_prob: Share = Field(0.5, description="of cutmix, where both are on")
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    class_weights: Literal["balanced"] | dict[str, Positive] | None = Field(
+        None,
+        description="weights in the loss by class, 1 for others; balanced: inverse to a class's images; null: equal",
+    )
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _balanced_or_by_class(cls, weights: Any) -> Any:
+        if not (weights is None or weights == "balanced" or isinstance(weights, dict)):
+            raise ValueError("must be balanced, or weights by class such as {cat: 2.0, dog: 0.5}")
+        return weights
+
+    @field_validator("cutmix_minmax")
+    @classmethod
+    def _rising(cls, sides: tuple[float, float] | None) -> tuple[float, float] | None:
+        if sides is not None and not sides[0] < sides[1]:
+            raise ValueError(f"must be two shares, low < high, got {sides}")
+        return sides
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed."""
+        return self.mixup_prob > 0 and bool(self.mixup or self.cutmix or self.cutmix_minmax)
+
+
+class FinetuneOptimConfig(StepConfig):
+    """Learning rates by layer, the size of a step, and the averaged copy of the weights."""
+
+    name: Literal["adamw", "lars"] = Field("adamw", description="lars: with momentum 0.9, for linear probes")
+    batch_size: PositiveInt = Field(64, description="images per process and micro-batch")
+    base_lr: Positive = Field(5e-4, description="learning rate per 256 images of a step, all processes counted")
+    betas: tuple[Ratio, Ratio] = (0.9, 0.999)
+    layer_decay: Share = Field(0.65, description="factor on the learning rate from one block to the one below it")
+
+
+class FinetuneScheduleConfig(ScheduleConfig):
+    """How long, and the learning rate over time."""
+
+    epochs: PositiveInt = 100
+    warmup_epochs: NonNegative = 5
+    min_lr: NonNegative = 1e-6
+
+
+class EvaluationConfig(Section):
+    """How and how often data.val is evaluated."""
+
+    every_epochs: PositiveInt = 1
+    img_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="of --eval-only: another size than the model was trained with; positions are resampled"
+    )
+    batch_size: PositiveInt | None = Field(None, description="images per process; null: as in training")
+    crop_pct: CropShare | None = Field(
+        None, description="side of the central crop over the scaled image's; null: 224/256 up to 224 pixels, else 1"
+    )
+    hardest: int = Field(24, ge=0, description="images with the highest loss that are kept as pictures")
+    features: int = Field(2000, ge=0, description="images whose features are kept for the map of the report")
+
+
+class FinetuneConfig(RunConfig):
+    """Everything that a fine-tuning run depends on."""
+
+    data: LabelledDataConfig
+    model: ClassifierConfig
+    loss: LossConfig = LossConfig()
+    optim: FinetuneOptimConfig = FinetuneOptimConfig()
+    schedule: FinetuneScheduleConfig = FinetuneScheduleConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig(every_epochs=1, keep=1)
+
+    @model_validator(mode="after")
+    def _agree(self) -> FinetuneConfig:
+        self.check_channels(self.model.in_chans)
+        for key in ("auto_augment", "color_jitter"):
+            if getattr(self.data, key) and self.model.in_chans not in (1, 3):
+                raise ValueError(
+                    f"data.{key} is for grey and RGB images; set data.auto_augment=null data.color_jitter=0"
+                )
+        if self.optim.name == "lars" and not self.model.freeze:
+            raise ValueError("optim.name=lars is for linear probes: set model.freeze=true, or optim.name=adamw")
+        if self.model.head == "batchnorm" and not self.model.freeze:
+            raise ValueError("model.head=batchnorm is for linear probes: set model.freeze=true, or model.head=linear")
+        if self.data.separator is not None and self.data.per_class is not None:
+            raise ValueError("data.per_class needs one label per image")
+        if self.data.separator is not None and self.loss.class_weights == "balanced":
+            raise ValueError("loss.class_weights=balanced needs one label per image; give weights by class")
+        if self.model.head == "batchnorm" and self.optim.batch_size < 2:
+            raise ValueError("optim.batch_size must be at least 2 for model.head=batchnorm")
+        if self.loss.mixes and self.optim.batch_size % 2:
+            raise ValueError(f"optim.batch_size must be even for mixup and cutmix, got {self.optim.batch_size}")
+        return self

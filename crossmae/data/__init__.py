@@ -1,0 +1,1 @@
+"""Data: find, decode and order images, for every kind of training."""

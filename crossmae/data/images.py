@@ -1,0 +1,245 @@
+"""Finding image files, and decoding any of them to a given number of channels.
+
+The rules, stated once (`bit_depth` 8 is the default; 16 keeps what a file has beyond 8 bits, as float32):
+
+    | file                          | becomes                                                              |
+    | ----------------------------- | -------------------------------------------------------------------- |
+    | EXIF or TIFF orientation      | applied                                                              |
+    | several frames or pages       | the first                                                            |
+    | palette                       | looked up                                                            |
+    | transparency                  | laid over white; kept as the 4th channel where 4 are asked for       |
+    | grey, 3 channels asked for    | repeated                                                             |
+    | colour, 1 channel asked for   | luma, 0.299 R + 0.587 G + 0.114 B                                    |
+    | CMYK, YCbCr, LAB, HSV         | RGB by Pillow                                                        |
+    | 16-bit                        | scaled from 0-65535, also where only 12 bits are used: measure mean and std |
+    | floating point                | taken as 0-1; other values are an error                              |
+    | signed, or 32-bit integers    | an error: rescale them                                               |
+    | other numbers of channels     | TIFF only, channels first or last, and as many as are asked for      |
+    | anything else                 | an error that names the file and what it holds                       |
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import logging
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from crossmae.data.tiff import DEEP, has_deep_samples, needs_tifffile, over_white, read_tiff
+from crossmae.errors import UserError, import_extra
+from crossmae.files import printable
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+
+# Of whole JPEG and PNG files. Other files may be whole, too: they have to be decoded to be sure.
+LAST_BYTES = (b"\xff\xd9", b"IEND\xaeB`\x82")
+
+MAX_NAMES = 5
+
+log = logging.getLogger(__name__)
+
+
+def find_images(folder: str | Path, key: str) -> list[Path]:
+    """`find_image_names` as paths."""
+    return [Path(name) for name in find_image_names(folder, key)]
+
+
+def match_pattern(argument: str, key: str) -> list[str]:
+    """The files that match a pattern (`**` too), sorted; `~` is expanded.
+
+    Raises:
+        UserError: none does.
+    """
+    pattern = str(Path(argument).expanduser())
+    found = sorted(name for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
+    if not found:
+        raise UserError(f"{key}: {argument}: no such file or folder, and no file matches it as a pattern")
+    return found
+
+
+def find_image_names(folder: str | Path, key: str) -> list[str]:
+    """All images in a folder and its subfolders, sorted by path; other files are counted in the log.
+
+    Links to folders are followed, each real folder once. Hidden files and folders are left out.
+
+    Args:
+        folder: root of the search; `~` is expanded.
+        key: the config key or flag that named it, for the error.
+
+    Raises:
+        UserError: not a folder, or no image in it.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        parent = next(p for p in [root, *root.resolve().parents] if p.exists())
+        kind = (
+            "is a file, not a folder" if root.is_file() else f"does not exist (the nearest folder that does: {parent})"
+        )
+        raise UserError(f"{key}: {root} {kind}")
+    images: list[str] = []  # of millions of files, paths would take gigabytes
+    others: Counter[str] = Counter()
+    visited: set[str] = set()
+    for parent_name, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
+        visited.add(os.path.realpath(parent_name))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(os.path.join(parent_name, name)) not in visited
+        )
+        for name in files:
+            suffix = os.path.splitext(name)[1].lower()
+            if not name.startswith(".") and suffix in IMAGE_SUFFIXES:
+                images.append(os.path.join(parent_name, name))
+            else:
+                others[suffix or name] += 1
+    kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
+    if others:
+        log.info("%s: left out %d files that are no images: %s", root, sum(others.values()), kinds)
+    if not images:
+        found = f"; other files there: {kinds}" if others else ""
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise UserError(f"{key}: no image in {root} or its subfolders (looked for {suffixes}){found}")
+    return sorted(images, key=lambda name: name.split(os.sep))
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{printable(error.filename)}: can not be searched: {error.strerror}")
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """One file as 8-bit RGB, by the rules above.
+
+    Raises:
+        UserError: missing, empty, truncated or not an image, or over Pillow's limit of pixels; names the file.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{printable(path)}: can not be read as an image: {error.strerror}") from error
+    return decode_image(data, str(path))  # type: ignore[return-value]  # three channels of 8 bits are an Image
+
+
+def decode_image(data: bytes, name: str, channels: int = 3, bit_depth: int = 8) -> Image.Image | NDArray[Any]:
+    """Decode a whole file to `channels` channels, by the rules above.
+
+    Args:
+        data: the file's bytes.
+        name: for errors: the file's path.
+        channels: how many channels the model takes.
+        bit_depth: 8 or 16.
+
+    Returns:
+        An "L" or "RGB" image for one or three channels of 8 bits, else an array (H, W, channels): uint8 for a bit depth
+        of 8, float32 in 0-1 for 16.
+
+    Raises:
+        UserError: empty, truncated or not an image, over Pillow's limit of pixels, or of a number of channels that no
+            rule turns into `channels`; names the file.
+    """
+    name = printable(name)
+    try:
+        if needs_tifffile(data, channels):
+            samples = read_tiff(data, channels)
+        elif _is_deep_colour_png(data) and (bit_depth == 16 or channels not in (1, 3)):
+            samples = np.asarray(import_extra("imagecodecs", DEEP).png_decode(data))
+            samples = over_white(samples) if samples.shape[-1] in (2, 4) and channels != samples.shape[-1] else samples
+        else:
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+                upright = ImageOps.exif_transpose(image)
+            if bit_depth == 8 and channels in (1, 3):
+                rgb = to_rgb(upright)
+                return rgb if channels == 3 else rgb.convert("L")
+            samples = _samples(upright, channels)
+        pixels = _with_channels(_as_unit_range(samples, name), channels, name)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries report damage by errors of very many kinds
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+        raise UserError(f"{name}: can not be read as an image: {reason or type(error).__name__}") from error
+    if bit_depth == 16:
+        return pixels
+    cut = np.rint(pixels * 255).astype(np.uint8)
+    return Image.fromarray(cut.squeeze(-1) if channels == 1 else cut) if channels in (1, 3) else cut
+
+
+def is_deep(data: bytes) -> bool:
+    """Whether a file says at its beginning that it has more than 8 bits a channel."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.mode.startswith(("I", "F")) or _is_deep_colour_png(data) or has_deep_samples(image)
+    except Exception:  # unknown to Pillow, or broken: reading it will tell
+        return False
+
+
+def _is_deep_colour_png(data: bytes) -> bool:
+    """A PNG file of 16 bits that is not plain grey: Pillow would cut it to 8."""
+    return data.startswith(b"\x89PNG") and data[24:25] == b"\x10" and data[25:26] != b"\0"
+
+
+def _samples(image: Image.Image, channels: int) -> NDArray[Any]:
+    """The pixels (H, W, C) of an image in their own type."""
+    if image.mode.startswith("I"):
+        return _deep_grey(image)[..., None]
+    if image.mode in ("F", "L") and "transparency" not in image.info:
+        return np.asarray(image)[..., None]
+    has_opacity = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    return np.asarray(image.convert("RGBA") if channels == 4 and has_opacity else to_rgb(image))
+
+
+def _deep_grey(image: Image.Image) -> NDArray[np.uint16]:
+    """(H, W) of the modes I;16, I;16B and I, the transparent value made white."""
+    pixels = np.asarray(image).clip(0, 65535).astype(np.uint16)
+    transparent = image.info.get("transparency")
+    return np.where(pixels == transparent, 65535, pixels).astype(np.uint16) if transparent is not None else pixels
+
+
+def _as_unit_range(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:
+    """uint8, uint16, bool or floating-point samples as float32 in 0-1."""
+    if pixels.dtype == bool or pixels.dtype in (np.uint8, np.uint16):
+        top = 1 if pixels.dtype == bool else np.iinfo(pixels.dtype).max
+        return pixels.astype(np.float32) / np.float32(top)
+    if not np.issubdtype(pixels.dtype, np.floating):
+        raise UserError(f"{name}: holds {pixels.dtype} samples; expected 8 or 16 bits without sign, or floats in 0-1")
+    if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
+        raise UserError(
+            f"{name}: floating-point samples from {pixels.min():g} to {pixels.max():g}; expected 0-1: rescale the files"
+        )
+    return pixels.astype(np.float32)
+
+
+def _with_channels(pixels: NDArray[np.float32], channels: int, name: str) -> NDArray[np.float32]:
+    """Samples (H, W, C) to (H, W, channels) where a rule says how."""
+    held = pixels.shape[-1]
+    if held == channels:
+        return np.ascontiguousarray(pixels)
+    if held == 1 and channels == 3:
+        return np.repeat(pixels, 3, axis=-1)
+    if held == 3 and channels == 1:
+        return (pixels @ LUMA)[..., None]
+    raise UserError(f"{name}: has {held} channels, model.in_chans is {channels}")
+
+
+def ends_like_an_image(tail: bytes) -> bool:
+    """Whether the last bytes of a file are those of a whole JPEG or PNG file."""
+    return tail.endswith(LAST_BYTES)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode of Pillow's to 8-bit RGB, by the rules above."""
+    if image.mode.startswith("I"):  # I;16, I;16B and I, as 16-bit PNG and TIFF files open
+        return Image.fromarray((_deep_grey(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,130 @@
+"""Mean and standard deviation of the pixels of a data set, streamed."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from crossmae.data.images import decode_image
+from crossmae.data.parallel import map_in_order
+from crossmae.data.sources.source import Source
+from crossmae.errors import UserError
+
+LOW_RANGE = 1 / 8  # of the range of 16 bits; data of 12 bits use 1/16
+
+
+@dataclass(frozen=True)
+class PixelStats:
+    """Statistics over images; every image counts the same, whatever its size, as its crops do in training.
+
+    Attributes:
+        images: how many were read.
+        mean, std: per channel, of pixels scaled to 0-1.
+        largest: the largest pixel value of all, scaled likewise.
+        short_side, long_side: smallest, median and largest of all images, in pixels.
+    """
+
+    images: int
+    mean: list[float]
+    std: list[float]
+    largest: float
+    short_side: tuple[int, float, int]
+    long_side: tuple[int, float, int]
+
+    @property
+    def overrides(self) -> str:
+        """The words for the command line of `tools/pretrain.py`."""
+        mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (self.mean, self.std))
+        return f"'data.mean=[{mean}]' 'data.std=[{std}]'"
+
+    def constant_channels(self) -> list[int]:
+        """Channels, counted from 0, by whose std nothing can be divided."""
+        return [channel for channel, value in enumerate(self.std) if value < 5e-5]  # 0.0000 as it is printed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _ImageStats:
+    mean: NDArray[np.float64]
+    mean_square: NDArray[np.float64]
+    largest: float
+    sides: tuple[int, int]
+
+
+def measure(source: Source, indices: Sequence[int], channels: int, bit_depth: int, threads: int) -> PixelStats:
+    """Read images and measure them.
+
+    Args:
+        source: where they are.
+        indices: which ones, at least one.
+        channels: how many channels each is decoded to.
+        bit_depth: 8 or 16.
+        threads: that read and decode.
+
+    Raises:
+        UserError: an image can not be read; names it.
+    """
+
+    def one(index: int) -> _ImageStats:
+        return _measure_image(decode_image(source.read(index), source.name(index), channels, bit_depth))
+
+    sums, square_sums = np.zeros(channels), np.zeros(channels)
+    largest, sides = 0.0, array("I")  # two numbers an image are all that is kept
+    results = map_in_order(one, indices, threads)
+    for image in tqdm(results, "measure", len(indices), leave=False, unit="img", dynamic_ncols=True):
+        sums += image.mean
+        square_sums += image.mean_square
+        largest = max(largest, image.largest)
+        sides.extend(image.sides)
+    count = len(indices)
+    mean = sums / count
+    both = np.array(sides).reshape(-1, 2)
+    return PixelStats(
+        images=count,
+        mean=mean.tolist(),
+        std=np.sqrt((square_sums / count - mean**2).clip(0)).tolist(),
+        largest=largest,
+        short_side=_spread(both.min(axis=1)),
+        long_side=_spread(both.max(axis=1)),
+    )
+
+
+def _measure_image(image: Image.Image | NDArray[Any]) -> _ImageStats:
+    if isinstance(image, Image.Image):
+        # A histogram is exact, and several times faster than arithmetic on every pixel.
+        counts = np.array(image.histogram(), dtype=np.float64).reshape(-1, 256)
+        values, shares = np.arange(256) / 255, counts / (image.width * image.height)
+        largest = float(values[np.flatnonzero(counts.any(axis=0))[-1]])
+        return _ImageStats(shares @ values, shares @ values**2, largest, image.size)
+    pixels = image.reshape(-1, image.shape[-1]) / (255 if image.dtype == np.uint8 else 1.0)  # (H * W, C)
+    pixels = pixels.astype(np.float64)
+    mean, mean_square = pixels.mean(axis=0), (pixels**2).mean(axis=0)
+    return _ImageStats(mean, mean_square, float(pixels.max()), (image.shape[1], image.shape[0]))
+
+
+def _spread(sides: NDArray[Any]) -> tuple[int, float, int]:
+    return int(sides.min()), float(np.median(sides)), int(sides.max())
+
+
+def check_usable(stats: PixelStats) -> None:
+    """Make sure that pixels can be normalised by these statistics.
+
+    Raises:
+        UserError: a channel is constant.
+    """
+    constant = stats.constant_channels()
+    if constant:
+        raise UserError(
+            f"channel {', '.join(map(str, constant))} has the same value everywhere (std 0), so pixels can not be "
+            "divided by it; look at the images, and at model.in_chans"
+        )

@@ -1,0 +1,171 @@
+"""Lists of image files: text, CSV, Parquet, and the annotations of COCO."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from tqdm import tqdm
+
+from crossmae.data.images import IMAGE_SUFFIXES, MAX_NAMES
+from crossmae.data.sources.source import ImageFiles
+from crossmae.errors import UserError, import_extra
+from crossmae.files import printable
+
+PATH_COLUMNS = ("path", "image", "file_name", "filename")
+LABEL_COLUMNS = ("label", "class")
+
+# What sets the folder where relative paths start.
+ROOT_KEYS = {"data.train": "data.root", "data.val": "data.val_root", "SRC": "--root"}
+
+log = logging.getLogger(__name__)
+
+
+def open_text_list(path: Path, key: str, root: Path | None) -> ImageFiles:
+    """A text file with one image a line; blank lines and lines that begin with # do not count."""
+    lines = [line.strip() for line in _read_text(path, key).split("\n")]
+    names = [line for line in lines if line and not line.startswith("#")]
+    return _listed(names, None, path, key, root)
+
+
+def open_csv_list(path: Path, key: str, root: Path | None) -> ImageFiles:
+    """A .csv or .tsv file whose first line names the columns; see `_columns` for which ones are used."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    try:
+        rows = list(csv.reader(io.StringIO(_read_text(path, key), newline=""), delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{key}: {path}: not valid {path.suffix[1:].upper()}: {error}") from None
+    header = [name.strip() for name in rows[0]] if rows else []
+    if any(PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES for name in header):
+        raise UserError(f"{key}: {path}: the first line must name the columns, such as path,label; got {header}")
+    path_column, label_column = _columns(header, path, key)
+    names, labels = [], []
+    for number, row in enumerate(rows[1:], start=2):
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise UserError(f"{key}: {path}, line {number}: has {len(row)} values, the header {len(header)}: {row}")
+        cells = dict(zip(header, row, strict=True))
+        names.append(cells[path_column])
+        labels.append(cells[label_column] if label_column else None)
+    return _listed(names, labels if label_column else None, path, key, root, header)
+
+
+def open_parquet_list(path: Path, key: str, root: Path | None) -> ImageFiles:
+    """A .parquet file with the same columns as a CSV list."""
+    parquet = import_extra("pyarrow.parquet", f"{key}: {path}")
+    try:
+        schema = parquet.read_schema(path)
+        path_column, label_column = _columns(schema.names, path, key)
+        table = parquet.read_table(path, columns=[path_column] + ([label_column] if label_column else []))
+    except OSError as error:  # ArrowInvalid is one of ValueError
+        raise UserError(f"{key}: {path}: can not be read: {error}") from error
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{key}: {path}: not a whole Parquet file: {error}") from error
+    names = table[path_column].to_pylist()
+    if any(name is not None and not isinstance(name, str) for name in names):
+        kind = str(schema.field(path_column).type)
+        raise UserError(
+            f"{key}: {path}: column {path_column!r} holds {kind}, expected paths; images inside Parquet files "
+            "are read once the library datasets saved them: load_dataset('parquet', data_files=...).save_to_disk(...)"
+        )
+    labels = None
+    if label_column:
+        labels = [None if label is None else str(label) for label in table[label_column].to_pylist()]
+    return _listed(names, labels, path, key, root, schema.names)
+
+
+def open_coco(path: Path, key: str, root: Path | None) -> ImageFiles:
+    """The images of a JSON file in COCO format, without labels, so that one data set serves both stages."""
+    try:
+        content = json.loads(_read_text(path, key))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{key}: {path}: not valid JSON: {error}") from None
+    entries = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise UserError(f'{key}: {path}: expected COCO annotations, a mapping with a list "images"')
+    names = [_coco_name(entry, index, path, key) for index, entry in enumerate(entries)]
+    unique = list(dict.fromkeys(names))
+    if len(unique) < len(names):
+        log.info("%s: %s entries name an image again; each image counts once", path, f"{len(names) - len(unique):,}")
+    return _listed(unique, None, path, key, root)
+
+
+def _read_text(path: Path, key: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{key}: {path}: can not be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{key}: {path}: not a text file in UTF-8: {error}") from error
+
+
+def _columns(names: Sequence[str], path: Path, key: str) -> tuple[str, str | None]:
+    """The column of paths - the first of PATH_COLUMNS, else the only one - and that of labels, if any."""
+    label = next((name for name in LABEL_COLUMNS if name in names), None)
+    chosen = next((name for name in PATH_COLUMNS if name in names), None)
+    if chosen is None:
+        others = [name for name in names if name != label]
+        if len(others) != 1:
+            raise UserError(
+                f"{key}: {path}: no column {', '.join(PATH_COLUMNS[:-1])} or {PATH_COLUMNS[-1]}; its columns: "
+                f"{', '.join(names) or 'none'}"
+            )
+        chosen = others[0]
+    return chosen, label
+
+
+def _coco_name(entry: Any, index: int, path: Path, key: str) -> str:
+    name = entry.get("file_name") if isinstance(entry, dict) else None
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{key}: {path}: images[{index}]: file_name must be text, got {name!r}")
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or PureWindowsPath(name).is_absolute() or ".." in parts.parts:
+        raise UserError(f"{key}: {path}: images[{index}]: file_name {name!r} leads out of the image folder")
+    return name
+
+
+def _listed(
+    names: Sequence[str | None],
+    labels: Sequence[str | None] | None,
+    path: Path,
+    key: str,
+    root: Path | None,
+    columns: Sequence[str] = (),
+) -> ImageFiles:
+    """The files of a list, made sure that they are there."""
+    folder = root or path.parent
+    if root is not None and not root.is_dir():
+        raise UserError(f"{ROOT_KEYS.get(key, key)}: {root} is not a folder")
+    if not names:
+        raise UserError(f"{key}: {path} names no image")
+    paths = []
+    for number, name in enumerate(names, start=1):
+        if not name:
+            raise UserError(f"{key}: {path}: image {number} of {len(names)} has an empty path")
+        paths.append(folder / name)
+    missing = _missing(paths)
+    if missing:
+        shown = ", ".join(map(printable, missing[:MAX_NAMES])) + (", ..." if len(missing) > MAX_NAMES else "")
+        advice = f"set {ROOT_KEYS[key]}=FOLDER" if key in ROOT_KEYS else "write absolute paths"
+        raise UserError(
+            f"{key}: {path}: {len(missing):,} of {len(paths):,} images are not there: {shown}; relative paths start at "
+            f"{folder}: if that is the wrong folder, {advice}"
+        )
+    shown = f" (columns {', '.join(columns)})" if columns else ""
+    return ImageFiles(paths, f"{len(paths):,} images in the list {path}{shown}", labels)
+
+
+def _missing(paths: Sequence[Path]) -> list[Path]:
+    with ThreadPoolExecutor(max_workers=16) as pool:  # network disks answer slowly, but many at once
+        found = tqdm(pool.map(os.path.isfile, paths), "find images", len(paths), leave=False, unit="img")
+        return [path for path, is_there in zip(paths, found, strict=True) if not is_there]

@@ -1,0 +1,319 @@
+"""Packing any source into tar shards in WebDataset layout, so that a kill loses at most one shard.
+
+A folder of shards holds
+
+    shard-000000.tar ...   members KEY.jpg (or .png, ...), KEY.cls with the class index, and KEY.json with the name,
+                           class, width and height of the original; KEY is the index of the image in its source
+    index.json             settings, classes, and per shard size, SHA-256 and where its images are; written last
+    progress.jsonl         the same, line by line, as long as shards are missing
+    broken.txt             images that were left out, one a line with the reason, if there are any
+
+The same source, settings and versions of Pillow give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import PIL
+from tqdm import tqdm
+
+from crossmae.data.images import MAX_NAMES
+from crossmae.data.parallel import map_in_order
+from crossmae.data.sources.shard_files import StoredFile
+from crossmae.data.sources.shrink import keep, shrink
+from crossmae.data.sources.source import Source
+from crossmae.data.sources.tar_index import (
+    INDEX_NAME,
+    PROGRESS_NAME,
+    FolderIndex,
+    read_folder_index,
+    scan_shard,
+    shard_entry,
+)
+from crossmae.errors import UserError
+from crossmae.files import make_folder, sha256, write_atomically, write_text
+
+BROKEN_NAME = "broken.txt"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """What decides the bytes of shards; `short_side` in pixels, `quality` of JPEG. Out of range: UserError."""
+
+    short_side: int = 256
+    quality: int = 90
+    images_per_shard: int = 1000
+    keep_original: bool = False
+    skip_broken: bool = False
+
+    def __post_init__(self) -> None:
+        limits = {"short_side": (1, 65_000), "quality": (1, 100), "images_per_shard": (1, 1_000_000)}
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UserError(f"--{name.replace('_', '-')} {value}: give a number from {low} to {high:,}")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What there is after a run.
+
+    Attributes:
+        images: in the shards.
+        broken: left out.
+        shards: in all.
+        kept: of these, made by an earlier run.
+        source_bytes, bytes: of the originals, and of the shards.
+    """
+
+    images: int
+    broken: int
+    shards: int
+    kept: int
+    source_bytes: int
+    bytes: int
+
+
+def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: int) -> Made:
+    """Write the shards of a source, or those of them that are missing or damaged.
+
+    Args:
+        source: the images.
+        folder: empty, new, or holding shards of the same source and settings.
+        settings: see there.
+        threads: that read, resize and encode.
+
+    Raises:
+        UserError: an image is broken (unless settings.skip_broken), the folder holds something else or shards with
+            other settings, or it can not be written.
+    """
+    make_folder(folder, "DST")
+    wanted = _describe(source, settings)
+    done = _complete_shards(folder, wanted)
+    starts = range(0, len(source), settings.images_per_shard)
+    missing = [number for number in range(len(starts)) if shard_name(number) not in done]
+    kept = len(done)
+    if missing or not (folder / INDEX_NAME).is_file():
+        header = {"settings": wanted, "classes": source.classes}
+        lines = [json.dumps(header), *(json.dumps(done[name]) for name in sorted(done))]
+        write_text(folder / PROGRESS_NAME, "\n".join(lines) + "\n")
+        (folder / INDEX_NAME).unlink(missing_ok=True)
+        _make_missing(source, folder, settings, threads, missing, done)
+        _finish(folder, FolderIndex(wanted, source.classes, {name: done[name] for name in sorted(done)}))
+    entries = list(done.values())
+    return Made(
+        images=sum(len(entry["names"]) for entry in entries),
+        broken=sum(len(entry["broken"]) for entry in entries),
+        shards=len(entries),
+        kept=kept,
+        source_bytes=sum(entry["source_bytes"] for entry in entries),
+        bytes=sum(entry["bytes"] for entry in entries),
+    )
+
+
+def verify_shards(folder: Path) -> int:
+    """Compare every shard with the SHA-256 in `index.json`; returns how many there are.
+
+    Raises:
+        UserError: no index, or shards that are missing or not as they were written; names them.
+    """
+    index = read_folder_index(_stored(folder / INDEX_NAME))
+    if index is None:
+        unfinished = " (make_shards.py has not finished there)" if (folder / PROGRESS_NAME).exists() else ""
+        raise UserError(f"{folder}: no {INDEX_NAME} by make_shards.py{unfinished}")
+    good = _unchanged(folder, list(index.shards.values()))
+    bad = [name for name in index.shards if name not in good]
+    if bad:
+        shown = ", ".join(bad[:MAX_NAMES]) + (", ..." if len(bad) > MAX_NAMES else "")
+        raise UserError(
+            f"{folder}: {len(bad):,} of {len(index.shards):,} shards are missing or not as they were written: {shown}; "
+            "make them again with the same command as before"
+        )
+    return len(index.shards)
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard-{number:06d}.tar"
+
+
+# ---------------------------------------------------------------------------------------------- what is there already
+
+
+def _describe(source: Source, settings: ShardSettings) -> dict[str, Any]:
+    """Everything that two runs must have in common, and versions, which they should."""
+    names = hashlib.sha256("\n".join(map(source.name, range(len(source)))).encode(errors="surrogateescape"))
+    chosen = asdict(settings)
+    if settings.keep_original:
+        chosen |= {"short_side": None, "quality": None}
+    about = {"source": source.description, "images": len(source), "names_sha256": names.hexdigest()}
+    return {**about, **chosen, "pillow": PIL.__version__}
+
+
+def _complete_shards(folder: Path, wanted: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Entries of the shards of an earlier run, by file name, less those that are damaged."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink()  # of a run that was killed while it wrote
+    earlier = read_folder_index(_stored(folder / INDEX_NAME)) or _read_progress(folder / PROGRESS_NAME)
+    if earlier is None:
+        others = sorted(entry.name for entry in folder.iterdir())
+        if others:
+            raise UserError(f"DST: {folder} holds something else ({', '.join(others[:MAX_NAMES])}); give a new folder")
+        return {}
+    for key, value in wanted.items():
+        if earlier.settings.get(key) == value:
+            continue
+        was = f"{key} was {earlier.settings.get(key)!r}, now {value!r}"
+        if key == "skip_broken":
+            continue  # what is packed already had nothing broken, or has left it out
+        if key != "pillow":
+            raise UserError(f"DST: {folder} holds shards with other settings: {was}; give a new folder")
+        log.warning("%s: %s; shards made now may differ in their bytes from those made then", folder, was)
+    good = _unchanged(folder, list(earlier.shards.values()))
+    for name in earlier.shards:
+        if name not in good:
+            log.warning("%s: missing or not as it was written; made again", folder / name)
+    return good
+
+
+def _read_progress(path: Path) -> FolderIndex | None:
+    """What `progress.jsonl` says, up to a line that a kill has torn."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    content = []
+    for line in lines:
+        try:
+            content.append(json.loads(line))
+        except ValueError:
+            break
+    if not content:
+        return None
+    header, *entries = content
+    return FolderIndex(header["settings"], tuple(header["classes"]), {entry["file"]: entry for entry in entries})
+
+
+def _unchanged(folder: Path, entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The entries whose shard has the size and SHA-256 that it was written with."""
+
+    def is_unchanged(entry: dict[str, Any]) -> bool:
+        path = folder / entry["file"]
+        return path.is_file() and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        checks = tqdm(pool.map(is_unchanged, entries), "check shards", len(entries), leave=False, unit="shard")
+        return {entry["file"]: entry for entry, good in zip(entries, checks, strict=True) if good}
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """One image on its way into a shard, or, without files, the reason why it is left out."""
+
+    files: dict[str, bytes]
+    label: int | None
+    source_bytes: int
+    broken: str = ""
+
+
+def _make_missing(
+    source: Source,
+    folder: Path,
+    settings: ShardSettings,
+    threads: int,
+    missing: Sequence[int],
+    done: dict[str, dict[str, Any]],
+) -> None:
+    """Write the shards with these numbers, in order; each goes to `done` and the progress file when it is safe."""
+    size = settings.images_per_shard
+    spans = [range(number * size, min((number + 1) * size, len(source))) for number in missing]
+    total = sum(map(len, spans))
+    packed = map_in_order(
+        lambda index: _pack(source, index, settings), (index for span in spans for index in span), threads
+    )
+    with tqdm(packed, "make shards", total, unit="img") as bar, open(folder / PROGRESS_NAME, "a") as progress:
+        images = iter(bar)
+        for number, span in zip(missing, spans, strict=True):
+            entry = _write_shard(folder / shard_name(number), islice(images, len(span)))
+            done[entry["file"]] = entry
+            progress.write(json.dumps(entry) + "\n")
+            progress.flush()
+            os.fsync(progress.fileno())
+        next(images, None)  # lets the bar see the end
+
+
+def _pack(source: Source, index: int, settings: ShardSettings) -> _Packed:
+    data, name = source.read(index), source.name(index)  # a file that can not be opened may be there tomorrow
+    label = source.label(index) if source.classes else None
+    try:
+        image = (
+            keep(data, name) if settings.keep_original else shrink(data, name, settings.short_side, settings.quality)
+        )
+    except UserError as error:
+        if not settings.skip_broken:
+            raise UserError(f"{error}; --skip-broken leaves such images out and lists them") from None
+        return _Packed({}, label, len(data), str(error))
+    about: dict[str, Any] = {"name": name}
+    if label is not None:
+        about["label"] = source.classes[label]
+    if image.size is not None:
+        about["width"], about["height"] = image.size
+    key = f"{index:09d}"
+    files = {f"{key}{image.suffix}": image.data}
+    if label is not None:
+        files[f"{key}.cls"] = str(label).encode()
+    files[f"{key}.json"] = json.dumps(about).encode()
+    return _Packed(files, label, len(data))
+
+
+def _write_shard(path: Path, images: Iterator[_Packed]) -> dict[str, Any]:
+    """Write one shard and return its entry in the index."""
+    seen: list[_Packed] = []
+
+    def write(temporary: Path) -> None:
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for image in images:
+                for name, data in image.files.items():
+                    member = tarfile.TarInfo(name)  # of nobody, from 1970: the same bytes on every machine
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+                seen.append(_Packed({}, image.label, image.source_bytes, image.broken))
+
+    write_atomically(path, write)
+    index = scan_shard(_stored(path))
+    labels = [image.label for image in seen if not image.broken]
+    entry = shard_entry(path.name, path.stat().st_size, sha256(path), index, labels)
+    entry["source_bytes"] = sum(image.source_bytes for image in seen)
+    entry["broken"] = [image.broken for image in seen if image.broken]
+    return entry
+
+
+def _finish(folder: Path, index: FolderIndex) -> None:
+    broken = [message for entry in index.shards.values() for message in entry["broken"]]
+    if not any(entry["names"] for entry in index.shards.values()):
+        raise UserError(f"none of the images can be read; the first: {broken[0]}")
+    if broken:
+        write_text(folder / BROKEN_NAME, "\n".join(broken) + "\n")
+    write_text(folder / INDEX_NAME, index.to_json() + "\n")
+    (folder / PROGRESS_NAME).unlink(missing_ok=True)
+
+
+def _stored(path: Path) -> StoredFile:
+    return StoredFile(str(path), str(path))

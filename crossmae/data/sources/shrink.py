@@ -1,0 +1,124 @@
+"""Smaller copies of encoded images, for shards that are quick to read.
+
+| file                                                  | becomes                                                    |
+| ----------------------------------------------------- | ---------------------------------------------------------- |
+| short side at most as asked, and upright              | stays as it is, byte for byte                              |
+| 8 bits                                                | JPEG, grey or RGB; palette, transparency and CMYK: see     |
+|                                                       | crossmae/data/images.py                                    |
+| grey of 16 bits or floating point                     | PNG of 16 bits                                             |
+| colour of 16 bits, other numbers of channels          | an error: pack the files as they are                       |
+
+Nothing is enlarged. Orientation is applied; EXIF data and colour profiles, which training does not use, are dropped.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from crossmae.data.images import IMAGE_SUFFIXES, decode_image, is_deep
+from crossmae.errors import UserError
+
+SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "PPM": ".ppm"}
+TIFF = (b"II", b"MM")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An encoded image.
+
+    Attributes:
+        data: the file.
+        suffix: such as `.jpg`.
+        size: (width, height) of the original, upright; None where only its reader in training can tell.
+    """
+
+    data: bytes
+    suffix: str
+    size: tuple[int, int] | None
+
+
+def shrink(data: bytes, name: str, short_side: int, quality: int) -> Encoded:
+    """Bring an image to a short side of at most `short_side` pixels, its aspect kept.
+
+    Args:
+        data: the encoded original.
+        name: for errors.
+        short_side: pixels.
+        quality: of the JPEG, 1-100.
+
+    Raises:
+        UserError: not a readable image, or of a kind that has no rule; names it.
+    """
+    header = _Header.read(data)
+    if header is None and data[:2] not in TIFF:
+        decode_image(data, name)  # says what is wrong
+    if header is None or header.is_deep_colour:
+        raise UserError(f"{name}: 16-bit colour and many channels can not be resized; use --keep-original")
+    is_deep = header.mode.startswith(("I", "F"))
+    pixels = decode_image(data, name, 1 if is_deep or header.mode in ("1", "L") else 3, 16 if is_deep else 8)
+    width, height = _size(pixels)
+    if min(width, height) <= short_side and header.is_upright and header.format in SUFFIXES:
+        return Encoded(data, SUFFIXES[header.format], (width, height))
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels[..., 0])
+    scale = short_side / min(width, height)
+    if scale < 1:
+        image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BICUBIC)
+    encoded = io.BytesIO()
+    if is_deep:
+        deep = np.rint(np.asarray(image).clip(0, 1) * 65535).astype(np.uint16)  # cubic curves overshoot
+        Image.fromarray(deep).save(encoded, "PNG")
+        return Encoded(encoded.getvalue(), ".png", (width, height))
+    image.save(encoded, "JPEG", quality=quality)
+    return Encoded(encoded.getvalue(), ".jpg", (width, height))
+
+
+def keep(data: bytes, name: str) -> Encoded:
+    """The image as it is, once it is certain to be whole.
+
+    Raises:
+        UserError: not a readable image, or of no kind that training reads; names it.
+    """
+    header, size = _Header.read(data), None
+    if header is None and data[:2] not in TIFF:
+        decode_image(data, name)  # says what is wrong
+    if header is not None and not header.is_deep_colour:
+        size = _size(decode_image(data, name))
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix not in IMAGE_SUFFIXES:
+        suffix = SUFFIXES.get(header.format, "") if header is not None else ".tif"
+    if not suffix:
+        raise UserError(f"{name}: files of this kind are not packed as they are; expected {', '.join(SUFFIXES)}")
+    return Encoded(data, suffix, size)
+
+
+def _size(pixels: Image.Image | NDArray[Any]) -> tuple[int, int]:
+    return pixels.size if isinstance(pixels, Image.Image) else (pixels.shape[1], pixels.shape[0])
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What the first bytes of a file say."""
+
+    format: str
+    mode: str
+    is_upright: bool
+    is_deep_colour: bool
+
+    @classmethod
+    def read(cls, data: bytes) -> _Header | None:
+        """None where Pillow can not open it."""
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+                # Pillow would cut it to 8 bits.
+                deep = not image.mode.startswith(("I", "F")) and is_deep(data)
+                return cls(image.format or "", image.mode, upright, deep)
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):
+            return None

@@ -1,0 +1,232 @@
+"""Where the images in a tar file in WebDataset layout begin and end, so that any of them can be read alone.
+
+Members `folder/key.ext` with the same key, up to the first dot of the base name, make one sample: an image, and its
+label as `key.cls` (a number or a name) or as "label" in `key.json`. An index is built once, from the headers, and kept
+under ~/.cache/crossmae (or $XDG_CACHE_HOME/crossmae); `tools/make_shards.py` writes one beside its shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from crossmae.data.images import IMAGE_SUFFIXES
+from crossmae.data.sources.shard_files import StoredFile, open_file, read_small
+from crossmae.errors import UserError
+from crossmae.files import write_text
+
+BLOCK = 512  # bytes; everything in a tar file begins at a multiple of it
+CACHE_VERSION = 1  # raise it whenever the same shard would get another index
+
+INDEX_NAME = "index.json"
+PROGRESS_NAME = "progress.jsonl"  # beside shards that make_shards.py has not finished
+INDEX_FORMAT = "crossmae-shards-1"
+
+COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class ShardIndex:
+    """The samples of one shard, in the order of its image members.
+
+    Attributes:
+        names: of the image members, such as `000017.jpg`.
+        offsets, sizes: of the images in the shard, in bytes.
+        labels: as they are written there; None where there is none.
+        left_out: how many members of each further kind belong to no image, or are not used.
+    """
+
+    names: list[str] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    labels: list[str | None] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class FolderIndex:
+    """What `index.json` says about the shards beside it.
+
+    Attributes:
+        settings: what the shards were made with.
+        classes: names of the classes, or ().
+        shards: per file name what `shard_entry` returned.
+    """
+
+    settings: dict[str, Any]
+    classes: tuple[str, ...]
+    shards: dict[str, dict[str, Any]]
+
+    def shard(self, name: str) -> ShardIndex:
+        """The index of one of the shards."""
+        entry = self.shards[name]
+        labels = [None if label is None else self.classes[label] for label in entry["labels"]]
+        return ShardIndex(entry["names"], entry["offsets"], entry["sizes"], labels)
+
+    def to_json(self) -> str:
+        """The content of `index.json`."""
+        content = {"format": INDEX_FORMAT, "settings": self.settings, "classes": self.classes}
+        return json.dumps({**content, "shards": list(self.shards.values())})
+
+
+def shard_entry(file: str, size: int, sha256: str, index: ShardIndex, labels: Sequence[int | None]) -> dict[str, Any]:
+    """One shard in `index.json`; labels are positions in the classes."""
+    samples = {"names": index.names, "offsets": index.offsets, "sizes": index.sizes, "labels": labels}
+    return {"file": file, "bytes": size, "sha256": sha256, **samples}
+
+
+def read_folder_index(file: StoredFile) -> FolderIndex | None:
+    """Read an `index.json`; None if there is none, or it is some other file of that name."""
+    data = read_small(file)
+    if data is None:
+        return None
+    try:
+        content = json.loads(data)
+        if content["format"] == INDEX_FORMAT:
+            shards = {entry["file"]: entry for entry in content["shards"]}
+            return FolderIndex(content["settings"], tuple(content["classes"]), shards)
+    except (ValueError, KeyError, TypeError):
+        pass
+    log.info("%s is no index by make_shards.py; not used", file.name)
+    return None
+
+
+def cache_folder() -> Path:
+    """Where indexes are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "crossmae" / "tar_index"
+
+
+def index_shard(shard: StoredFile, marks: dict[str, str]) -> ShardIndex:
+    """The index of a shard: the kept one if the shard is as it was then, else built and kept.
+
+    Args:
+        shard: the tar file.
+        marks: of the file, from `change_marks`.
+
+    Raises:
+        UserError: see `scan_shard`.
+    """
+    path = cache_folder() / f"{hashlib.sha256(shard.identity.encode()).hexdigest()[:32]}.json"
+    about = {"version": CACHE_VERSION, "shard": shard.identity, **marks}
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["about"] == about:
+            return ShardIndex(**kept["index"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none yet, or damaged: build it
+    index = scan_shard(shard)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({"about": about, "index": asdict(index)}, separators=(",", ":")))
+    except OSError as error:
+        log.warning("%s: the index is not kept for the next run, can not write %s: %s", shard.name, path, error)
+    return index
+
+
+def scan_shard(shard: StoredFile) -> ShardIndex:
+    """Build the index of a shard from its headers; images are skipped, not read.
+
+    Raises:
+        UserError: not a tar file, compressed, cut off, or a sample can not be used; names the shard.
+    """
+    samples: dict[str, _Sample] = {}
+    end = 0
+    try:
+        with open_file(shard) as file:
+            _refuse_compressed(shard, file)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isreg() else 0)
+                    if not member.isdir():
+                        _add_member(samples, member, tar, shard)
+            # tarfile takes a broken header, or a file that ends between two members, for the end of the archive.
+            file.seek(end)
+            if file.read(BLOCK) != bytes(BLOCK):
+                raise UserError(f"{shard.name}: damaged or cut off at byte {end:,}: no end mark; copy it again")
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"{shard.name}: not a tar file, or cut off: {error}") from None
+    except OSError as error:
+        raise UserError(f"{shard.name}: can not be read: {error.strerror or error}") from error
+    return _collect(samples)
+
+
+@dataclass
+class _Sample:
+    """What one key of a shard has: members by their extension, and contents of those that may hold its label."""
+
+    members: dict[str, tarfile.TarInfo] = field(default_factory=dict)
+    texts: dict[str, bytes] = field(default_factory=dict)
+
+    def image(self) -> str | None:
+        """The extension of the image: one that is nothing but an image suffix, else the first that ends in one."""
+        images = [ext for ext in self.members if PurePosixPath(f"x.{ext}").suffix.lower() in IMAGE_SUFFIXES]
+        return min(images, key=lambda ext: "." in ext, default=None)
+
+    def label(self) -> str | None:
+        """From .cls, else from .json."""
+        if "cls" in self.texts:
+            return self.texts["cls"].decode(errors="replace").strip() or None
+        try:
+            value: Any = json.loads(self.texts.get("json", b"{}"))
+        except ValueError:
+            return None
+        label = value.get("label") if isinstance(value, dict) else None
+        return str(label) if isinstance(label, int | str) and label != "" else None
+
+
+def _add_member(samples: dict[str, _Sample], member: tarfile.TarInfo, tar: tarfile.TarFile, shard: StoredFile) -> None:
+    folder, slash, base = member.name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    key = f"{folder}{slash}{stem}"
+    sample = samples.setdefault(key, _Sample())
+    if extension in sample.members:
+        raise UserError(f"{shard.name}: holds {member.name} twice; every sample needs a key of its own")
+    if (not member.isreg() or member.issparse()) and PurePosixPath(base).suffix.lower() in IMAGE_SUFFIXES:
+        kind = "in pieces (sparse)" if member.issparse() else "a link"
+        raise UserError(
+            f"{shard.name}: {member.name} is {kind}; pack whole files (tar --dereference --hard-dereference)"
+        )
+    sample.members[extension] = member
+    if extension in ("cls", "json") and member.isreg():
+        content = tar.extractfile(member)
+        sample.texts[extension] = content.read() if content else b""
+
+
+def _collect(samples: dict[str, _Sample]) -> ShardIndex:
+    """The index, in the order of the image members; keys that begin with a dot are a file system's own notes."""
+    index, left_out = ShardIndex(), Counter[str]()
+    found = []
+    for key, sample in samples.items():
+        extension = None if not key or key.endswith("/") else sample.image()
+        used = {extension, *sample.texts} if extension else set()
+        left_out.update(f".{other}" for other in sample.members if other not in used)
+        if extension is not None:
+            found.append((sample.members[extension], sample.label()))
+    for member, label in sorted(found, key=lambda pair: pair[0].offset_data):
+        index.names.append(member.name)
+        index.offsets.append(member.offset_data)
+        index.sizes.append(member.size)
+        index.labels.append(label)
+    index.left_out = dict(left_out)
+    return index
+
+
+def _refuse_compressed(shard: StoredFile, file: BinaryIO) -> None:
+    start = file.read(8)
+    file.seek(0)
+    for magic, name in COMPRESSIONS.items():
+        if start.startswith(magic):
+            raise UserError(
+                f"{shard.name}: is compressed ({name}), so no image can be read without all before it; unpack it to a "
+                "plain .tar (images are compressed already)"
+            )

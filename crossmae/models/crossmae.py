@@ -1,0 +1,264 @@
+"""CrossMAE and plain MAE pretraining models.
+
+Shapes: B batch, L patches, V visible, M predicted, E encoder width, D decoder width, N decoder blocks, K fused maps, P
+= patch_size ** 2 * channels, the values of one patch.
+
+Written from the method specification (sections 1.3 to 1.8) of arXiv 2401.14391; key names and shapes are the published
+ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from crossmae.models.encoder import ViTEncoder
+from crossmae.models.layers import Block, CrossBlock, LayerNorm
+from crossmae.models.masking import MaskCounts, gather_tokens, mask_counts, split_patches
+from crossmae.models.positions import sincos_pos_embed
+from crossmae.models.sizes import DECODERS, Decoder
+
+
+@dataclass(frozen=True)
+class CrossMAEOutput:
+    """What one forward pass gives; pred[b, i] is the reconstruction of patch predict_idx[b, i].
+
+    Attributes:
+        loss: scalar, float32; mean squared error over the masked patches that were predicted.
+        pred: (B, M, P); a patch's values in the order row, column, channel. M = L for decoder="self".
+        visible_idx: (B, V) patches that the encoder saw, in the order of the noise.
+        predict_idx: (B, M) decoded patches in raster order; all L of them for decoder="self".
+    """
+
+    loss: Tensor
+    pred: Tensor
+    visible_idx: Tensor
+    predict_idx: Tensor
+
+
+class FeatureMixer(nn.Module):
+    """Weighted feature maps: every decoder block gets its own linear mix of encoder maps (paper, 3.4).
+
+    One learned scalar per (decoder block, map), shared over tokens and channels; no softmax, no bias.
+    """
+
+    def __init__(self, num_maps: int, num_mixes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(num_maps, num_mixes, bias=False)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """K maps of (B, V + 1, E) to (N, B, V + 1, E), one contiguous mix per decoder block.
+
+        The maps are stacked on the first axis: as the last axis, each mix would be a strided copy of all the others.
+        """
+        stacked = torch.stack(maps)  # (K, B, V + 1, E)
+        mixes = self.linear.weight.to(stacked.dtype) @ stacked.flatten(1)  # (N, B * (V + 1) * E)
+        return mixes.view(-1, *stacked.shape[1:])
+
+
+class CrossMAE(ViTEncoder):
+    """Masked autoencoder whose decoder cross-attends from masked to visible tokens, or a plain MAE.
+
+    Args:
+        img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio: see `ViTEncoder`.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: width D, blocks N and heads of the decoder.
+        decoder: "cross" (CrossMAE), "cross_self" (its ablation with self-attention among them) or "self" (plain MAE:
+            `fuse_blocks` and `fuse_input` do not apply, and `predict_ratio` is ignored).
+        fuse_blocks: encoder blocks whose outputs are mixed for the decoder. None is every block; a tuple holds indices,
+            negative ones from the end; `()` is no fusion: every decoder block sees the last block through a final norm
+            `norm`. Blocks after the last fused one are never run and are frozen.
+        fuse_input: mix the tokens before the first block, too. No effect where nothing is fused.
+        norm_pix_loss: standardise each target patch by its own mean and unbiased variance (1e-6 inside the root).
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 12,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        decoder: Decoder = "cross",
+        fuse_blocks: tuple[int, ...] | None = None,
+        fuse_input: bool = True,
+        norm_pix_loss: bool = True,
+    ) -> None:
+        super().__init__(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio)
+        if decoder not in DECODERS:
+            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
+        self.decoder, self.norm_pix_loss = decoder, norm_pix_loss
+        self.fused_blocks = () if decoder == "self" else resolve_blocks(fuse_blocks, depth)
+        self.fuse_input = fuse_input and bool(self.fused_blocks)
+
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(decoder_embed_dim, self.grid), requires_grad=False)
+        if self.fused_blocks:
+            self.wfm = FeatureMixer(len(self.fused_blocks) + self.fuse_input, decoder_depth)
+            self.dec_norms = nn.ModuleList(LayerNorm(embed_dim) for _ in range(decoder_depth))
+            for block in self.blocks[self.fused_blocks[-1] + 1 :]:
+                block.requires_grad_(False)
+        else:
+            self.norm = LayerNorm(embed_dim)
+        blocks: list[nn.Module]
+        if decoder == "self":
+            self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+            blocks = [Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)]
+        else:
+            blocks = [
+                CrossBlock(decoder_embed_dim, embed_dim, decoder_num_heads, mlp_ratio, decoder == "cross_self")
+                for _ in range(decoder_depth)
+            ]
+        self.decoder_blocks = nn.ModuleList(blocks)
+        self.decoder_norm = LayerNorm(decoder_embed_dim)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialise as published (method specification, sections 1.6 and 1.7).
+
+        | tensor                                    | distribution                                        |
+        | ----------------------------------------- | --------------------------------------------------- |
+        | every Linear weight, `wfm.linear` as well | Xavier uniform (qkv and kv as one matrix)           |
+        | every Linear bias                         | 0                                                   |
+        | LayerNorm weight, bias                    | 1, 0                                                |
+        | `patch_embed.proj.weight`                 | Xavier uniform on its (E, C * p * p) view           |
+        | `patch_embed.proj.bias`                   | torch's default for Conv2d, kept                    |
+        | `cls_token`, `mask_token`                 | normal, standard deviation 0.02                     |
+        | `pos_embed`, `decoder_pos_embed`          | sine-cosine, fixed                                  |
+
+        The paper states a normal with deviation 1 / sqrt(K) for the mixing weights; the published code then overwrites
+        it by Xavier uniform, which is what every released checkpoint started from, and what is done here.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self, imgs: Tensor, mask_ratio: float = 0.75, predict_ratio: float = 0.25, noise: Tensor | None = None
+    ) -> CrossMAEOutput:
+        """Mask, encode, decode and compare.
+
+        Args:
+            imgs: (B, C, H, W) normalised pixels.
+            mask_ratio: share of all patches that the encoder does not see.
+            predict_ratio: share of all patches that is decoded; at most `mask_ratio`; ignored by "self".
+            noise: (B, L) values that decide the masking; drawn uniformly where None.
+
+        Raises:
+            ValueError: wrong image or noise shape, or ratios that leave nothing visible or predicted.
+        """
+        plain = self.decoder == "self"
+        counts = self.patch_counts(mask_ratio, predict_ratio)
+        if noise is None:
+            noise = torch.rand(imgs.shape[0], self.num_patches, device=imgs.device)
+        visible_idx, masked_idx = split_patches(noise, counts)
+        contexts = self.encode(imgs, visible_idx)
+        if plain:
+            predict_idx = torch.arange(self.num_patches, device=imgs.device).expand(imgs.shape[0], -1)
+            pred = self.decode_all(contexts[0], visible_idx)
+            scored = gather_tokens(pred, masked_idx)
+        else:
+            predict_idx = masked_idx
+            pred = scored = self.decode(contexts, predict_idx)
+        loss = (scored.float() - self.targets(imgs, masked_idx)).square().mean()
+        return CrossMAEOutput(loss, pred, visible_idx, predict_idx)
+
+    def patch_counts(self, mask_ratio: float, predict_ratio: float) -> MaskCounts:
+        """Patches per image that are visible, dropped and predicted; see `mask_counts`."""
+        return mask_counts(self.num_patches, mask_ratio, mask_ratio if self.decoder == "self" else predict_ratio)
+
+    def encode(self, imgs: Tensor, visible_idx: Tensor | None = None) -> list[Tensor]:
+        """What each decoder block attends to: N tensors of (B, V + 1, E), class token first, not yet normalised if
+        mixed.
+
+        Without fusion, and for decoder="self", all N are the last block's output through `norm`.
+        """
+        tokens = self.embed(imgs, visible_idx)
+        if not self.fused_blocks:
+            return [self.norm(self.features(tokens, [self.depth - 1])[0])] * len(self.decoder_blocks)
+        maps = self.features(tokens, self.fused_blocks)
+        return list(self.wfm([tokens, *maps] if self.fuse_input else maps))
+
+    def decode(self, contexts: list[Tensor], predict_idx: Tensor) -> Tensor:
+        """Reconstruct the patches predict_idx (B, M) by cross-attention only: (B, M, P).
+
+        With decoder="cross" a patch's reconstruction does not depend on which others are decoded (1.4).
+        """
+        positions = self.decoder_pos_embed[:, 1:].expand(predict_idx.shape[0], -1, -1)
+        x = gather_tokens(positions, predict_idx) + self.mask_token  # (B, M, D)
+        for index, block in enumerate(self.decoder_blocks):
+            context = self.dec_norms[index](contexts[index]) if self.fused_blocks else contexts[index]
+            x = self.run_block(block, x, context)
+        return self.decoder_pred(self.decoder_norm(x))
+
+    def decode_all(self, latent: Tensor, visible_idx: Tensor) -> Tensor:
+        """Plain MAE: all patches (B, L, P) from latent (B, V + 1, E), by self-attention over L + 1 tokens."""
+        x = self.decoder_embed(latent)  # (B, V + 1, D)
+        B, _, D = x.shape
+        where = visible_idx.unsqueeze(-1).expand(-1, -1, D)
+        masked = self.mask_token.to(x.dtype).expand(B, self.num_patches, D)
+        x = torch.cat([x[:, :1], masked.scatter(1, where, x[:, 1:])], dim=1) + self.decoder_pos_embed  # (B, L + 1, D)
+        for block in self.decoder_blocks:
+            x = self.run_block(block, x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+    def targets(self, imgs: Tensor, idx: Tensor) -> Tensor:
+        """Pixels of the patches idx (B, M): (B, M, P) float32, standardised with `norm_pix_loss`."""
+        patches = gather_tokens(patchify(imgs, self.patch_size), idx).float()
+        if not self.norm_pix_loss:
+            return patches
+        mean, std = patch_statistics(patches)
+        return (patches - mean) / std
+
+
+def resolve_blocks(blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
+    """Ascending non-negative indices of the blocks to fuse; None is all of them.
+
+    Raises:
+        ValueError: an index outside -depth .. depth - 1, or one named twice.
+    """
+    if blocks is None:
+        return tuple(range(depth))
+    wrong = [index for index in blocks if not -depth <= index < depth]
+    if wrong:
+        raise ValueError(
+            f"fuse_blocks {tuple(blocks)}: {wrong} not in -{depth} .. {depth - 1}; there are {depth} blocks"
+        )
+    resolved = sorted(index % depth for index in blocks)
+    if len(set(resolved)) < len(resolved):
+        raise ValueError(f"fuse_blocks {tuple(blocks)} names a block twice; counted from the start: {tuple(resolved)}")
+    return tuple(resolved)
+
+
+def patchify(imgs: Tensor, patch_size: int) -> Tensor:
+    """(B, C, H, W) to (B, L, P): patches in raster order, inside a patch row, column, channel."""
+    B, C, H, W = imgs.shape
+    p = patch_size
+    x = imgs.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)  # (B, rows, columns, p, p, C)
+    return x.reshape(B, (H // p) * (W // p), p * p * C)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """(B, L, P) back to (B, C, H, W); the inverse of `patchify`."""
+    B, _, P = patches.shape
+    p = patch_size
+    x = patches.view(B, *grid, p, p, P // p**2).permute(0, 5, 1, 3, 2, 4)  # (B, C, rows, p, columns, p)
+    return x.reshape(B, P // p**2, grid[0] * p, grid[1] * p)
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (..., 1) of each patch (..., P) for the normalised loss (specification, 1.8)."""
+    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()

@@ -1,0 +1,120 @@
+"""The plain ViT encoder that every part of the toolkit shares.
+
+Shapes: B batch, L patches, V visible patches, E width. Key names are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from crossmae.models.layers import Block, PatchEmbed
+from crossmae.models.masking import gather_tokens
+from crossmae.models.positions import sincos_pos_embed
+
+ENCODER_PREFIXES = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
+
+
+def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches of an image of `img_size` pixels (an int is a square, a pair is height, width).
+
+    Raises:
+        ValueError: a side is not a positive multiple of the patch size; names the nearest valid sizes.
+    """
+    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(sides) != 2:
+        raise ValueError(f"img_size must be one number or (height, width), got {img_size!r}")
+    for side in sides:
+        if side < patch_size or side % patch_size:
+            lower = max(side // patch_size, 1) * patch_size
+            raise ValueError(
+                f"img_size {img_size} is not a multiple of patch_size {patch_size}; "
+                f"the nearest valid sizes are {lower} and {lower + patch_size}"
+            )
+    return sides[0] // patch_size, sides[1] // patch_size
+
+
+class ViTEncoder(nn.Module):
+    """Patch embedding, class token, fixed sine-cosine positions and pre-norm blocks; no final norm.
+
+    Args:
+        img_size: pixels; one number for a square or (height, width). Both must be multiples of `patch_size`.
+        patch_size: side of a square patch in pixels.
+        in_chans: image channels.
+        embed_dim: width E.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP over E.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        self.grid = patch_grid(img_size, patch_size)
+        self.patch_size, self.in_chans, self.embed_dim, self.depth = patch_size, in_chans, embed_dim, depth
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        # A parameter without gradient, so that it is in the state dict, as published, but not in the
+        # optimizer.
+        self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, self.grid), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.activation_checkpointing = False
+
+    @property
+    def num_patches(self) -> int:
+        """L, the patches of one image."""
+        return self.grid[0] * self.grid[1]
+
+    def embed(self, imgs: Tensor, visible_idx: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W) to the tokens before the first block.
+
+        Args:
+            imgs: normalised pixels of the size that the model was built for.
+            visible_idx: (B, V) patches to keep, in the order given; None keeps all in raster order.
+
+        Returns:
+            (B, V + 1, E), the class token first.
+        """
+        B, C, H, W = imgs.shape
+        expected = (self.in_chans, self.grid[0] * self.patch_size, self.grid[1] * self.patch_size)
+        if expected != (C, H, W):
+            raise ValueError(f"the model was built for images of (channels, height, width) {expected}, got {(C, H, W)}")
+        tokens = self.patch_embed(imgs).flatten(1, 2) + self.pos_embed[:, 1:]  # (B, L, E)
+        cls_token = self.cls_token + self.pos_embed[:, :1]  # zeros, unless the table is a learned one
+        if visible_idx is not None:
+            tokens = gather_tokens(tokens, visible_idx)  # (B, V, E)
+        return torch.cat([cls_token.expand(B, -1, -1).to(tokens.dtype), tokens], dim=1)
+
+    def features(self, tokens: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Outputs of the chosen blocks, ascending indices, without any norm; later blocks are not run.
+
+        Args:
+            tokens: (B, V + 1, E) from `embed`.
+            blocks: ascending indices of blocks.
+
+        Returns:
+            One (B, V + 1, E) tensor per chosen block.
+        """
+        maps = []
+        for index, block in enumerate(self.blocks[: blocks[-1] + 1]):
+            tokens = self.run_block(block, tokens)
+            if index in blocks:
+                maps.append(tokens)
+        return maps
+
+    def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """The block's output; with `activation_checkpointing`, backward computes it again instead of keeping it."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)

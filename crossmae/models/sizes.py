@@ -1,0 +1,67 @@
+"""The named sizes (method specification, section 1.1)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # a config is checked before torch is imported, which takes seconds
+    from crossmae.models.crossmae import CrossMAE
+
+Decoder = Literal["cross", "cross_self", "self"]
+DECODERS: tuple[Decoder, ...] = ("cross", "cross_self", "self")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Constructor arguments that make a size; heads of the decoder are 32 wide."""
+
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    decoder_embed_dim: int
+    decoder_num_heads: int
+
+
+SIZES = {
+    "tiny_patch16": Size(16, 192, 12, 3, 128, 4),
+    "small_patch16": Size(16, 384, 12, 6, 256, 8),
+    "base_patch16": Size(16, 768, 12, 12, 512, 16),
+    "large_patch16": Size(16, 1024, 24, 16, 512, 16),
+    "huge_patch14": Size(14, 1280, 32, 16, 512, 16),
+}
+# Published defaults: all released CrossMAE models have 12 decoder blocks, all released MAE models 8.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "crossmae_vit": {"decoder": "cross", "decoder_depth": 12},
+    "mae_vit": {"decoder": "self", "decoder_depth": 8},
+}
+
+
+def list_models() -> list[str]:
+    """All names that `create_model` knows."""
+    return [f"{family}_{size}" for family in FAMILIES for size in SIZES]
+
+
+def create_model(name: str, **overrides: Any) -> CrossMAE:
+    """Build a model by name, for example `create_model("crossmae_vit_base_patch16", img_size=448)`.
+
+    Args:
+        name: one of `list_models()`.
+        overrides: arguments of `CrossMAE` that replace those of the named size.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+    """
+    from crossmae.models.crossmae import CrossMAE
+
+    return CrossMAE(**model_arguments(name) | overrides)
+
+
+def model_arguments(name: str) -> dict[str, Any]:
+    """The constructor arguments behind a name."""
+    for family, arguments in FAMILIES.items():
+        size = SIZES.get(name.removeprefix(f"{family}_"))
+        if name.startswith(f"{family}_") and size is not None:
+            return asdict(size) | arguments
+    raise ValueError(f"unknown model {name!r}; known: {', '.join(list_models())}")

@@ -1,0 +1,1 @@
+"""Pretraining: reconstruct masked patches, and judge the encoder while it learns."""

@@ -1,0 +1,218 @@
+"""How good frozen features are: k nearest neighbours on what the encoder gives for labelled images.
+
+Shapes: B batch, L patches, E width, N training images, M other images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crossmae.models.crossmae import CrossMAE
+from crossmae.models.encoder import ViTEncoder
+
+Pool = Literal["avg", "cls"]
+FeaturePool = Literal["avg", "cls", "cls_avg"]
+
+VALUES = 1 << 24  # of a matrix that is worked through in parts, held at a time: 64 MB
+CONSTANT = 1e-6  # a deviation below this share of the mean is rounding, not signal
+
+
+def pool_tokens(tokens: Tensor, pool: FeaturePool) -> Tensor:
+    """Tokens (B, L + 1, E), class token first, to features of each image.
+
+    Args:
+        pool: "avg", the patches' mean (B, E); "cls", the class token (B, E); "cls_avg", both side by side (B, 2 E).
+
+    Raises:
+        ValueError: an unknown `pool`.
+    """
+    if pool not in get_args(FeaturePool):
+        raise ValueError(f"pool must be one of {', '.join(get_args(FeaturePool))}, got {pool!r}")
+    if pool == "cls":
+        return tokens[:, 0]
+    mean = tokens[:, 1:].mean(dim=1)
+    return mean if pool == "avg" else torch.cat([tokens[:, 0], mean], dim=1)
+
+
+def encode_tokens(encoder: ViTEncoder, imgs: Tensor) -> Tensor:
+    """Tokens (B, L + 1, E) of the last block that pretraining trains, every patch visible.
+
+    With fused maps that is the last fused block: those after it were never run and hold random numbers; nothing
+    normalises its output before it is mixed, so nothing does here. A model without fusion (and decoder="self") ends in
+    `norm`, which its decoder reads through, so it is applied. A bare encoder gives its last block as it is.
+
+    Args:
+        imgs: (B, C, H, W) normalised pixels.
+    """
+    tokens = encoder.embed(imgs)
+    if not isinstance(encoder, CrossMAE):
+        return encoder.features(tokens, [encoder.depth - 1])[0]
+    if encoder.fused_blocks:
+        return encoder.features(tokens, encoder.fused_blocks[-1:])[0]
+    return encoder.norm(encoder.features(tokens, [encoder.depth - 1])[0])
+
+
+@torch.no_grad()
+def encode_images(encoder: ViTEncoder, batches: Iterable[Tensor], pool: Pool = "avg") -> Tensor:
+    """Features (N, E) of all images, float32 on the CPU; see `encode_tokens`.
+
+    The encoder is left in the mode, training or not, in which it was.
+
+    Args:
+        batches: normalised pixels (B, C, H, W) on any device, in order.
+
+    Raises:
+        ValueError: an unknown `pool`, or no batch at all.
+    """
+    device, was_training = encoder.cls_token.device, encoder.training
+    encoder.eval()
+    try:
+        features = [pool_tokens(encode_tokens(encoder, imgs.to(device)), pool).float().cpu() for imgs in batches]
+    finally:
+        encoder.train(was_training)
+    if not features:
+        raise ValueError("no images to encode")
+    return torch.cat(features)
+
+
+def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (E,) of features (N, E), float64; the deviation of what does not vary is infinite."""
+    parts = features.split(max(VALUES // features.shape[1], 1))
+    mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(features)
+    squares = torch.stack([(part.double() - mean).square().sum(dim=0) for part in parts])
+    std = (squares.sum(dim=0) / len(features)).sqrt()
+    return mean, torch.where(std > CONSTANT * mean.abs(), std, torch.inf)
+
+
+def scale(features: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
+    """Features (N, E) minus the mean, over the deviation, of `feature_statistics`; float32."""
+    mean, std = statistics
+    scaled = torch.empty(features.shape, dtype=torch.float32, device=features.device)
+    rows = max(VALUES // features.shape[1], 1)
+    for part, target in zip(features.split(rows), scaled.split(rows), strict=True):
+        target.copy_((part.double() - mean) / std)
+    return scaled
+
+
+def standardize(train: Tensor, val: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (N, E) and (M, E) with the mean of `train` taken off and its deviation divided out, per dimension.
+
+    A few dimensions of MAE features are far larger than the rest and would decide every similarity; the batch norm in
+    front of the linear probe of the MAE paper (arXiv 2111.06377, A.1) does the same. Dimensions that do not vary in
+    `train` become 0.
+    """
+    statistics = feature_statistics(train)
+    return scale(train, statistics), scale(val, statistics)
+
+
+@torch.no_grad()
+def nearest(
+    train: Tensor, queries: Tensor, k: int, chunk: int | None = None, own: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k nearest training images of every query, the nearest first.
+
+    Args:
+        train, queries: features (N, E) and (M, E); similarity is the cosine.
+        k: neighbours; at most N, or N - 1 with `own`.
+        chunk: queries compared at a time; None keeps the similarities under 64 MB. Does not change the result.
+        own: (M,) one training image for each query that does not count: itself, to leave one out.
+
+    Returns:
+        Similarities (M, k) and positions in `train` (M, k).
+    """
+    train = F.normalize(train.float(), dim=1)
+    chunk = chunk or max(VALUES // len(train), 1)
+    parts = []
+    for first in range(0, len(queries), chunk):
+        similarity = F.normalize(queries[first : first + chunk].float(), dim=1) @ train.T  # (chunk, N)
+        if own is not None:
+            similarity.scatter_(1, own[first : first + chunk, None], -torch.inf)
+        parts.append(similarity.topk(k, dim=1))
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+
+
+def vote(similarity: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
+    """Classes (M,) by a weighted vote of neighbours; equal votes go to the lowest class.
+
+    A neighbour's vote weighs exp(similarity / temperature), as in arXiv 1805.01978, section 3.4.
+
+    Args:
+        similarity, labels: (M, k) of the neighbours, the nearest first.
+    """
+    chunk = max(VALUES // num_classes, 1)
+    winners = []
+    for near, classes in zip(similarity.split(chunk), labels.split(chunk), strict=True):
+        # Only ratios of votes count: with the best neighbour's set to 1, a low temperature can not overflow.
+        votes = ((near - near[:, :1]) / temperature).exp().double()
+        winners.append(votes.new_zeros(len(near), num_classes).scatter_add_(1, classes, votes).argmax(dim=1))
+    return torch.cat(winners)
+
+
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    val_features: Tensor,
+    val_labels: Tensor,
+    num_classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+    chunk: int | None = None,
+) -> float:
+    """Share of the validation images that the `vote` of their k `nearest` training images classifies rightly.
+
+    Args:
+        train_features, val_features: (N, E) and (M, E).
+        train_labels, val_labels: (N,) and (M,) classes from 0.
+        k: neighbours; at most N.
+        chunk: see `nearest`.
+
+    Raises:
+        ValueError: k outside 1 .. N, a temperature that is not positive, labels outside 0 .. num_classes - 1 or not
+            one per image, or nothing to validate on.
+    """
+    check_labels("train", train_features, train_labels, num_classes)
+    check_labels("val", val_features, val_labels, num_classes)
+    if not 1 <= k <= len(train_features):
+        raise ValueError(f"k must be between 1 and the {len(train_features)} training images, got {k}")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be over 0, got {temperature}")
+    similarity, positions = nearest(train_features, val_features, k, chunk)
+    predicted = vote(similarity, train_labels[positions], num_classes, temperature)
+    return int((predicted == val_labels).sum()) / len(val_labels)
+
+
+def knn_probe(
+    encoder: ViTEncoder,
+    train: tuple[Iterable[Tensor], Tensor],
+    val: tuple[Iterable[Tensor], Tensor],
+    num_classes: int,
+    pool: Pool = "avg",
+    standardized: bool = True,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """`knn_accuracy` of an encoder; `train` and `val` are batches of normalised pixels and all their labels."""
+    features = encode_images(encoder, train[0], pool), encode_images(encoder, val[0], pool)
+    if standardized:
+        features = standardize(*features)
+    return knn_accuracy(features[0], train[1], features[1], val[1], num_classes, k, temperature)
+
+
+def check_labels(name: str, features: Tensor, labels: Tensor, num_classes: int) -> None:
+    """Make sure that features (N, E) have labels (N,) from 0 to num_classes - 1.
+
+    Raises:
+        ValueError: they have not, or there are none; names `name`.
+    """
+    if len(features) == 0 or labels.shape != (len(features),):
+        raise ValueError(f"{name}: expected one label per image, got {tuple(labels.shape)} for {len(features)} images")
+    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+        low, high = int(labels.min()), int(labels.max())
+        raise ValueError(
+            f"{name}: labels must be 0 .. {num_classes - 1} for {num_classes} classes, got {low} .. {high}"
+        )

@@ -1,0 +1,124 @@
+"""Where the weights of a run come from.
+
+1. With --resume: the latest complete checkpoint in the run's own folder, with the optimizer and the position.
+2. `model.init`: a whole model, or an encoder, of any format that `crossmae.checkpoints.weights` reads.
+3. Random ones, which depend on the seed alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crossmae.checkpoints.loading import load
+from crossmae.checkpoints.metadata import PIXEL_MEAN, PIXEL_STD, recorded_arguments
+from crossmae.checkpoints.pretrained import BIT_DEPTH
+from crossmae.checkpoints.report import LoadReport
+from crossmae.checkpoints.weights import Weights, read_weights
+from crossmae.errors import UserError
+from crossmae.models.crossmae import CrossMAE, resolve_blocks
+from crossmae.models.sizes import create_model
+from crossmae.training.config import DataConfig, PretrainConfig
+
+log = logging.getLogger(__name__)
+
+
+def build_model(config: PretrainConfig) -> CrossMAE:
+    """The model with random weights, which depend on the seed alone.
+
+    Raises:
+        UserError: names the section for every setting that the model refuses.
+    """
+    torch.manual_seed(config.runtime.seed)
+    try:
+        model = create_model(config.model.name, **config.model.arguments())
+        model.patch_counts(config.model.mask_ratio, config.model.predict_ratio)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
+    model.activation_checkpointing = config.runtime.activation_checkpointing
+    return model
+
+
+def start_from(model: CrossMAE, path: Path, arguments: Mapping[str, Any], data: DataConfig) -> LoadReport:
+    """Give a new model the weights of a file: all of them where the file holds this very model, else the encoder's.
+
+    Position table, patch filters and channels are brought to the model's; see `crossmae.checkpoints.load`.
+
+    Args:
+        model: changed in place.
+        path: see `read_weights`.
+        arguments: that the model was built with, see `CrossMAE`.
+        data: how this run reads pixels; another way in the file is a warning.
+
+    Raises:
+        UserError: the encoders differ in more than their input; nothing was loaded.
+    """
+    weights = read_weights(path)
+    compare_pixels(weights, data)
+    recorded = recorded_arguments(weights.metadata)
+    differing = [key for key in recorded if key != "img_size" and not _same(key, recorded, arguments)]
+    if not differing and _is_of(model, weights):
+        report = load(model, weights, dropped=(r"norm\.",), resample=True)
+        log.info("model.init: the whole model comes from %s%s", weights.path, _changes(report))
+        return report
+    fresh = tuple(rf"{name}\." for name, _ in model.named_children() if name not in ("patch_embed", "blocks"))
+    report = load(model, weights, part="encoder", new=(*fresh, "mask_token", "decoder_pos_embed"), resample=True)
+    why = f" (the file's model has other {', '.join(differing)})" if differing else ""
+    log.info(
+        "model.init: the encoder comes from %s%s; the decoder starts from random weights%s",
+        weights.path,
+        _changes(report),
+        why,
+    )
+    return report
+
+
+def _is_of(model: CrossMAE, weights: Weights) -> bool:
+    """Whether a file has every tensor of a model; position tables may be for another grid."""
+    for name, tensor in model.state_dict().items():
+        found = weights.tensors.get(name, _NONE).shape
+        if found != tensor.shape and not (name.endswith("pos_embed") and found[-1:] == tensor.shape[-1:]):
+            return False
+    return True
+
+
+_NONE = torch.empty(())
+
+
+def _changes(report: LoadReport) -> str:
+    """What was done to tensors on their way, or ""."""
+    done = [f"{entry.name}: {entry.reason}" for entry in report.entries if entry.status == "resampled"]
+    return f", {'; '.join(done)}" if done else ""
+
+
+def _same(key: str, recorded: Mapping[str, Any], arguments: Mapping[str, Any]) -> bool:
+    """Whether a file's model and ours agree in an argument; None of fuse_blocks is all of them."""
+    theirs, mine = recorded[key], arguments.get(key, _DEFAULTS.get(key))
+    if key == "fuse_blocks":
+        depth = int(arguments["depth"])
+        theirs, mine = (resolve_blocks(None if value is None else tuple(value), depth) for value in (theirs, mine))
+    return bool(theirs == mine)
+
+
+_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(CrossMAE).parameters.items()}
+
+
+def compare_pixels(weights: Weights, data: DataConfig) -> None:
+    """Warn where a file was trained on pixels made in another way; a converted file may not know how."""
+    for key, name, mine in (
+        (PIXEL_MEAN, "mean", list(data.mean)),
+        (PIXEL_STD, "std", list(data.std)),
+        (BIT_DEPTH, "bit_depth", data.bit_depth),
+    ):
+        try:
+            theirs = json.loads(weights.metadata.get(key, ""))
+        except json.JSONDecodeError:
+            continue
+        if theirs != mine:
+            log.warning("model.init: %s was trained with data.%s=%s, this run has %s", weights.path, name, theirs, mine)

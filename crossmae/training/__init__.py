@@ -1,0 +1,1 @@
+"""Training: one loop for every trainer, with its schedule, log, optimizer, devices, processes and signals."""

@@ -1,0 +1,1 @@
+"""The backbone: CrossMAE's encoder as ViTDet's, its feature pyramid and its weights."""

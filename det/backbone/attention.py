@@ -1,0 +1,161 @@
+"""Self-attention on a grid of tokens: over the whole grid or in windows, with decomposed relative positions.
+
+Source: Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection" (arXiv 2203.16527); relative
+positions are those of MViTv2 (arXiv 2112.01526, section 4.1). Shapes: B batch, h and w rows and columns of the grid, H
+and W those that one attention sees, N = H * W, E width, d width of a head, n heads.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from detectron2.modeling.backbone.utils import window_partition, window_unpartition
+from torch import Tensor, nn
+
+from crossmae.models.layers import Attention
+
+RelPosAttention = Literal["folded", "materialized"]
+# Kernels without an N x N matrix take no wider heads; in half precision they want q, k and v equally wide.
+WIDEST_HEAD = 256
+
+
+class SpatialAttention(Attention):
+    """Self-attention on a grid of tokens, in windows or over the whole grid, with decomposed relative positions.
+
+    Windows that reach over the edge are padded as in ViTDet: what attention sees there are queries, keys and values
+    equal to the bias of `qkv`, and they are not masked.
+
+    Args:
+        dim: width E.
+        num_heads: attention heads.
+        window_size: side of a window in tokens; 0 attends over the whole grid.
+        rel_pos_size: side of the grid that the relative position tables are made for; 0 makes none.
+        rel_pos_attention: `folded` puts relative positions into extra channels of queries and keys and needs no N x N
+            matrix; `materialized` adds a matrix of them to the scores, and is the reference. Equal but for rounding.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int = 0,
+        rel_pos_size: int = 0,
+        rel_pos_attention: RelPosAttention = "folded",
+    ) -> None:
+        super().__init__(dim, num_heads)
+        self.window_size, self.rel_pos_attention = window_size, rel_pos_attention
+        self.has_rel_pos = rel_pos_size > 0
+        if self.has_rel_pos:
+            shape = (2 * rel_pos_size - 1, dim // num_heads)
+            self.rel_pos_h = nn.Parameter(torch.zeros(shape))
+            self.rel_pos_w = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, h, w, E) to (B, h, w, E)."""
+        qkv = self.qkv(x)  # (B, h, w, 3E); padding needs no projection: it is the bias
+        if not self.window_size:
+            return self.proj(self._attend(qkv))
+        h, w = x.shape[1:3]
+        whole = pad_grid(qkv, self.qkv.bias.to(qkv.dtype), -h % self.window_size, -w % self.window_size)
+        windows, padded = window_partition(whole, self.window_size)  # (B * windows, window, window, 3E)
+        return self.proj(window_unpartition(self._attend(windows), self.window_size, padded, (h, w)))
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        """(B, H, W, 3E) to (B, H, W, E), every token attending to all."""
+        B, H, W, E3 = qkv.shape
+        split = qkv.reshape(B, H * W, 3, self.num_heads, E3 // 3 // self.num_heads)
+        q, k, v = split.permute(2, 0, 3, 1, 4)  # each (B, n, N, d)
+        if not self.has_rel_pos:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            rows, columns = relative_scores(q, (H, W), self.rel_pos_h, self.rel_pos_w)
+            attend = folded_attention if self.rel_pos_attention == "folded" else materialized_attention
+            out = attend(q, k, v, rows, columns)
+        return out.transpose(1, 2).reshape(B, H, W, E3 // 3)
+
+
+def pad_grid(x: Tensor, fill: Tensor, bottom: int, right: int) -> Tensor:
+    """(B, h, w, C) grid to (B, h + bottom, w + right, C), the new cells `fill` (C,)."""
+    if right:
+        x = torch.cat([x, fill.expand(x.shape[0], x.shape[1], right, -1)], dim=2)
+    if bottom:
+        x = torch.cat([x, fill.expand(x.shape[0], bottom, x.shape[2], -1)], dim=1)
+    return x
+
+
+def relative_scores(q: Tensor, grid: tuple[int, int], rel_pos_h: Tensor, rel_pos_w: Tensor) -> tuple[Tensor, Tensor]:
+    """What relative positions add to the scores of every query, by row and by column of the key.
+
+    Args:
+        q: (B, n, N, d) queries, not scaled.
+        grid: H, W.
+        rel_pos_h, rel_pos_w: tables, see `relative_positions`.
+
+    Returns:
+        (B, n, N, H) and (B, n, N, W).
+    """
+    B, n, N, d = q.shape
+    H, W = grid
+    q = q.reshape(B, n, H, W, d)
+    rows = torch.einsum("bnhwd,hkd->bnhwk", q, relative_positions(rel_pos_h, H))
+    columns = torch.einsum("bnhwd,wkd->bnhwk", q, relative_positions(rel_pos_w, W))
+    return rows.reshape(B, n, N, H), columns.reshape(B, n, N, W)
+
+
+def relative_positions(table: Tensor, size: int) -> Tensor:
+    """Rows of a relative position table for every (query, key) pair of one axis.
+
+    A table made for another size is resized linearly, as detectron2 does (`get_rel_pos`).
+
+    Args:
+        table: (2n - 1, d), from the most negative distance to the most positive.
+        size: tokens along the axis.
+
+    Returns:
+        (size, size, d); entry [i, j] belongs to the distance i - j.
+    """
+    if table.shape[0] != 2 * size - 1:
+        table = F.interpolate(table.t()[None], size=2 * size - 1, mode="linear")[0].t()
+    index = torch.arange(size, device=table.device)
+    return table[index[:, None] - index[None, :] + size - 1]
+
+
+def folded_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Attention with relative scores, without an N x N matrix (FlashBias, arXiv 2505.12044).
+
+    q' = [q / sqrt(d), rows, columns] and k' = [k, one-hot(row), one-hot(column)] have the product that is wanted, so
+    that any kernel for plain attention does; all gradients are exact, too.
+
+    Args:
+        q, k, v: (B, n, N, d).
+        rows, columns: (B, n, N, H) and (B, n, N, W), from `relative_scores`.
+
+    Returns:
+        (B, n, N, d).
+    """
+    B, n, N, d = q.shape
+    H, W = rows.shape[-1], columns.shape[-1]
+    width = d + H + W + -(d + H + W) % 8  # kernels want multiples of 8
+    cells = torch.cat(
+        [
+            torch.eye(H, dtype=k.dtype, device=k.device).repeat_interleave(W, dim=0),
+            torch.eye(W, dtype=k.dtype, device=k.device).repeat(H, 1),
+        ],
+        dim=1,
+    )  # (N, H + W)
+    q = torch.cat([q * d**-0.5, rows, columns, q.new_zeros(1).expand(B, n, N, width - d - H - W)], dim=-1)
+    k = F.pad(torch.cat([k, cells.expand(B, n, -1, -1)], dim=-1), (0, width - d - H - W))
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if width <= WIDEST_HEAD and (half or q.device.type == "cpu"):
+        v = F.pad(v, (0, width - d))
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
+
+
+def materialized_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The same with an N x N matrix of biases for every head: simpler, slower, and the reference."""
+    B, n, N, _ = q.shape
+    # Contiguous before they are added, or the sum, n * N^2 numbers, would have to be copied.
+    bias = rows.contiguous()[..., :, None] + columns.contiguous()[..., None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.reshape(B, n, N, N))

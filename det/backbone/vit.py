@@ -1,0 +1,282 @@
+"""The CrossMAE encoder as a detectron2 backbone: ViTDet's plain backbone and simple feature pyramid.
+
+Source: Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection" (arXiv 2203.16527) and method
+specification, section 3.1. Shapes: B batch, H and W rows and columns of patches, E width. Key names are those of the
+published checkpoints, under `net.` in the pyramid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.layers.batch_norm import LayerNorm as ChannelFirstLayerNorm
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, SimpleFeaturePyramid
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.utils import get_abs_pos
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from crossmae.errors import UserError
+from crossmae.models.encoder import patch_grid
+from crossmae.models.layers import Block, PatchEmbed
+from crossmae.models.positions import sincos_pos_embed
+from det.backbone.attention import RelPosAttention, SpatialAttention
+
+SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
+PosEmbed = Literal["resize", "tiled", "absolute_win"]
+NORMS = ("", "LN", "GN", "BN", "SyncBN", "FrozenBN")
+
+
+class ViT(Backbone):
+    """The CrossMAE encoder on images of any size: no class token, no final norm.
+
+    Linear weights start as Xavier uniform, as in pretraining, positions as the sine-cosine table (trained on from
+    there, as in ViTDet), relative positions at zero.
+
+    The position table of pretraining covers an image of another size in one of three ways:
+
+    | `pos_embed_mode` | positions of the image                                                     | source          |
+    | ---------------- | -------------------------------------------------------------------------- | --------------- |
+    | `resize`         | the table, resized (bicubic)                                               | ViTDet          |
+    | `tiled`          | the table, resized to a window, once in every window                       | 2311.05613, 4.2 |
+    | `absolute_win`   | `tiled`, plus a second table, trained from zero, resized over the image    | 2311.05613, 4.1 |
+
+    Args:
+        img_size: pixels of a side that relative positions of global blocks are made for; a multiple of `patch_size`.
+        pretrain_img_size: pixels of a side in pretraining, which decides the size of `pos_embed`.
+        patch_size: side of a square patch in pixels.
+        in_chans: image channels.
+        embed_dim: width E.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP over E.
+        drop_path: rate of stochastic depth in the last block; it grows linearly from 0 in the first.
+        window_size: side in patches of the windows in all blocks but the global ones; 0 makes every block global.
+        global_blocks: indices of the blocks that attend over the whole image.
+        rel_pos: add decomposed relative positions in every block.
+        pos_embed_mode: see above; without windows, a tile is as large as the table.
+        rel_pos_attention: how relative positions are computed, see `SpatialAttention`.
+        activation_checkpointing: compute every block again in backward instead of keeping what it needs.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 1024,
+        pretrain_img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        window_size: int = 14,
+        global_blocks: Sequence[int] = (2, 5, 8, 11),
+        rel_pos: bool = True,
+        pos_embed_mode: PosEmbed = "resize",
+        rel_pos_attention: RelPosAttention = "folded",
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.patch_size, self.embed_dim, self.depth, self.num_heads = patch_size, embed_dim, depth, num_heads
+        self.pretrain_img_size, self.mlp_ratio = pretrain_img_size, mlp_ratio
+        self.pos_embed_mode, self.activation_checkpointing = pos_embed_mode, activation_checkpointing
+        self.frozen_stages = -1
+        grid, table = patch_grid(img_size, patch_size)[0], patch_grid(pretrain_img_size, patch_size)
+        self.tile = window_size or table[0]
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, table))
+        if pos_embed_mode == "absolute_win":
+            self.pos_embed_global = nn.Parameter(torch.zeros(1, table[0] * table[1], embed_dim))
+        self.blocks = nn.ModuleList()
+        for index in range(depth):
+            rate = drop_path * index / max(depth - 1, 1)
+            window = 0 if index in global_blocks else window_size
+            block = Block(embed_dim, num_heads, mlp_ratio, rate)
+            side = (window or grid) if rel_pos else 0
+            block.attn = SpatialAttention(embed_dim, num_heads, window, side, rel_pos_attention)
+            self.blocks.append(block)
+        self.apply(_init_linear)
+
+    def forward(self, imgs: Tensor) -> dict[str, Tensor]:
+        """(B, C, h, w) images, sides multiples of the patch, to {"last_feat": (B, E, h / p, w / p)}."""
+        if imgs.shape[-2] % self.patch_size or imgs.shape[-1] % self.patch_size:
+            raise ValueError(f"image sides must be multiples of {self.patch_size} pixels, got {tuple(imgs.shape[-2:])}")
+        x = self.patch_embed(imgs)  # (B, H, W, E)
+        x = x + self.positions(x.shape[1], x.shape[2])
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return {"last_feat": x.permute(0, 3, 1, 2)}
+
+    def positions(self, H: int, W: int) -> Tensor:
+        """What is added to the patches of an image, (1, H, W, E)."""
+        if self.pos_embed_mode == "resize":
+            return get_abs_pos(self.pos_embed, True, (H, W))
+        tile = get_abs_pos(self.pos_embed, True, (self.tile, self.tile))
+        tiles = tile.repeat(1, math.ceil(H / self.tile), math.ceil(W / self.tile), 1)[:, :H, :W]
+        if self.pos_embed_mode == "tiled":
+            return tiles
+        return tiles + get_abs_pos(self.pos_embed_global, False, (H, W))
+
+    def freeze(self, stages: int) -> None:
+        """Train no longer: -1 nothing, 0 patch embedding and positions, n these and the first n blocks.
+
+        Frozen blocks drop no paths either, and their relative positions stay at zero: they are those of pretraining.
+        The second table of `absolute_win`, which starts at zero, is always trained.
+
+        Raises:
+            ValueError: there are fewer blocks.
+        """
+        if stages > self.depth:
+            raise ValueError(f"FROZEN_STAGES {stages} is more than the {self.depth} blocks of the encoder")
+        self.frozen_stages = stages
+        for name, parameter in self.named_parameters():
+            if stages >= 0 and name.startswith(("patch_embed.", "pos_embed")) and name != "pos_embed_global":
+                parameter.requires_grad_(False)
+        for block in self.blocks[: max(stages, 0)]:
+            block.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> ViT:
+        """As ever, but frozen blocks stay in evaluation mode."""
+        super().train(mode)
+        for block in self.blocks[: max(self.frozen_stages, 0)]:
+            block.eval()
+        return self
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of the one feature map."""
+        return {"last_feat": ShapeSpec(channels=self.embed_dim, stride=self.patch_size)}
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class ChannelLayerNorm(ChannelFirstLayerNorm):
+    """detectron2's LayerNorm over the channels of (B, C, H, W), in one fused call instead of eight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H, W)."""
+        last = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return last.permute(0, 3, 1, 2)
+
+
+class FeaturePyramid(SimpleFeaturePyramid):
+    """detectron2's pyramid, with batches padded to what encoder and pyramid can divide.
+
+    In training, images are padded to a square of `square_pad` pixels, in evaluation to one of `square_pad_test`; 0 pads
+    to the largest image of the batch. Upstream spells the key of the divisor otherwise than its reader does, so that
+    images of odd sizes fail there unless they are padded to a square.
+    """
+
+    square_pad_test = 0
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        """What `ImageList.from_tensors` pads a batch to, in pixels."""
+        divisor = max(self._size_divisibility, self.net.patch_size)
+        square = self._square_pad if self.training else self.square_pad_test
+        return {"size_divisibility": divisor, "square_size": square}
+
+
+def build_pyramid(
+    net: ViT,
+    out_channels: int = 256,
+    scale_factors: Sequence[float] = SCALE_FACTORS,
+    norm: str = "LN",
+    max_pool_level: bool = True,
+    square_pad: int = 0,
+    square_pad_test: int = 0,
+) -> FeaturePyramid:
+    """The simple feature pyramid over an encoder (arXiv 2203.16527, section 3); the encoder becomes its `net`.
+
+    Args:
+        net: the encoder.
+        out_channels: channels of every level.
+        scale_factors: resolution of each level over that of the encoder, falling by halves; 4, 2, 1 and 0.5 exist.
+        norm: norm behind each convolution; "" is none.
+        max_pool_level: add one coarser level by subsampling the last (p6 of five levels).
+        square_pad: in training, pad every batch to a square of so many pixels; 0 pads to the largest image.
+        square_pad_test: the same in evaluation.
+
+    Raises:
+        ValueError: the patch size is no power of two, so that the levels have no whole strides; factors or a norm that
+            do not exist.
+    """
+    factors = tuple(scale_factors)
+    first = SCALE_FACTORS.index(factors[0]) if factors and factors[0] in SCALE_FACTORS else 0
+    if not factors or factors != SCALE_FACTORS[first : first + len(factors)]:
+        raise ValueError(f"SCALE_FACTORS must be neighbours of {list(SCALE_FACTORS)}, got {list(factors)}")
+    if norm not in NORMS:
+        raise ValueError(f"NORM must be one of {', '.join(NORMS[1:])}, or empty for none, got {norm!r}")
+    if net.patch_size & (net.patch_size - 1):
+        raise ValueError(
+            f"the feature pyramid needs a patch size that is a power of two, got {net.patch_size}; set it to 16: the "
+            "filters of a file with patches of 14 are resized"
+        )
+    top_block = None
+    if max_pool_level:
+        top_block = LastLevelMaxPool()
+        top_block.in_feature = f"p{int(math.log2(net.patch_size / scale_factors[-1]))}"
+    norm_layer = ChannelLayerNorm if norm == "LN" else norm
+    pyramid = FeaturePyramid(net, "last_feat", out_channels, scale_factors, top_block, norm_layer, square_pad)
+    pyramid.square_pad_test = square_pad_test
+    return pyramid
+
+
+@BACKBONE_REGISTRY.register()
+def build_crossmae_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FeaturePyramid:
+    """`MODEL.BACKBONE.NAME: build_crossmae_vitdet_backbone`: encoder and pyramid from `MODEL.VIT.*`."""
+    vit = cfg.MODEL.VIT
+    try:
+        net = ViT(
+            img_size=vit.IMG_SIZE,
+            pretrain_img_size=vit.PRETRAIN_IMG_SIZE,
+            patch_size=vit.PATCH_SIZE,
+            in_chans=input_shape.channels,
+            embed_dim=vit.EMBED_DIM,
+            depth=vit.DEPTH,
+            num_heads=vit.NUM_HEADS,
+            mlp_ratio=vit.MLP_RATIO,
+            drop_path=vit.DROP_PATH,
+            window_size=vit.WINDOW_SIZE,
+            global_blocks=vit.GLOBAL_BLOCKS,
+            rel_pos=vit.REL_POS,
+            pos_embed_mode=vit.POS_EMBED,
+            rel_pos_attention=vit.ATTENTION,
+            activation_checkpointing=vit.ACTIVATION_CHECKPOINTING,
+        )
+        net.freeze(vit.FROZEN_STAGES)
+        pyramid = build_pyramid(
+            net,
+            vit.OUT_CHANNELS,
+            vit.SCALE_FACTORS,
+            vit.NORM,
+            vit.MAX_POOL_LEVEL,
+            vit.SQUARE_PAD,
+            vit.SQUARE_PAD_TEST,
+        )
+    except ValueError as error:
+        raise UserError(f"MODEL.VIT: {error}") from error
+    levels = list(pyramid.output_shape())
+    for key, names in (
+        ("MODEL.RPN.IN_FEATURES", cfg.MODEL.RPN.IN_FEATURES),
+        ("MODEL.ROI_HEADS.IN_FEATURES", cfg.MODEL.ROI_HEADS.IN_FEATURES),
+    ):
+        if not set(names) <= set(levels):
+            raise UserError(
+                f"{key} is {list(names)}, but MODEL.VIT.PATCH_SIZE {vit.PATCH_SIZE} gives the levels {levels}"
+            )
+    return pyramid

@@ -1,0 +1,1 @@
+"""Detection data: COCO files, their checks, augmentation and batches."""

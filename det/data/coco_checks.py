@@ -1,0 +1,474 @@
+"""What can be wrong with a data set in COCO format: every check that stands in front of detectron2.
+
+The kinds of faults are listed in `det.data.coco_kinds`. Keys and types are looked at entry by entry; boxes, polygons
+and run lengths as arrays of all entries that passed.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import compress
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from crossmae.data.parallel import map_in_order
+from crossmae.data.sources.source import ImageFiles
+from crossmae.data.training_images import READERS, find_broken
+from crossmae.files import printable
+from det.data.coco_kinds import EVALUATION_KINDS, KINDS, Kind, Rank
+from det.data.coco_masks import LARGEST_SIDE, NUMBERS, Floats, Masks, flatten, measure_masks
+from det.evaluation.scoring import FREQUENCIES
+
+LARGEST_ID = 2**63 - 1  # of arrays; evaluators give up on more, and take some numbers below 0 for none
+LARGEST_AREA = 1e5**2  # square pixels; evaluators leave out objects of more
+EDGE = 1.0  # pixels that a box may leave the image by, for rounding
+AREA_SLACK = (10.0, 0.3)  # pixels, plus a share of the larger, that the area may differ from that of the mask by
+# Boxes are taken for corners if so many agree with their masks only so, or, without masks, if so many would leave the
+# image by this share of its side but nearly all fit as corners.
+AGREE = 2.0  # pixels
+AGREEING, LEAVING, LEAVING_BY, FITTING = 0.5, 0.2, 0.05, 0.95
+_Note = Callable[[int], str]
+
+_LEAVES = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)")
+EXIF_ORIENTATION = 0x0112
+_SURROGATE = re.compile(r"[\ud800-\udfff]")  # half a character: JSON allows it, but no file of results can hold it
+_LATE_EXIF = re.compile(rb"eXIf|Raw profile type exif|adobe:ns:meta")
+LATE_EXIF_WITHIN = 1 << 16  # bytes of the end of a file
+QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+@dataclass(frozen=True)
+class Finding:
+    """All entries that one kind of fault was found in.
+
+    Attributes:
+        kind: of fault.
+        rank: that of the kind, or information where this use of the file does without.
+        entries: the list of the file that is meant.
+        positions: in it, rising; at least one.
+        note: from a position to what is wrong there, or "".
+    """
+
+    kind: Kind
+    rank: Rank
+    entries: list[dict[str, Any]]
+    positions: Sequence[int]
+    note: _Note
+
+    def first(self, count: int) -> list[dict[str, Any]]:
+        """The first few entries: where they are in the file, their ids, and what is wrong there."""
+        first = []
+        for position in self.positions[:count]:
+            identity = self.entries[position].get("id")
+            shown = identity if type(identity) is int else short(identity)
+            first.append({"position": int(position), "id": shown, "note": printable(self.note(position))})
+        return first
+
+
+class _Findings:
+    """Collects what the checks of one file find; `demoted` kinds are information only."""
+
+    def __init__(self, content: dict[str, Any], demoted: Iterable[str]) -> None:
+        self.content, self.demoted, self.all = content, frozenset(demoted), dict[str, Finding]()
+
+    def add(self, name: str, found: Iterable[int] | Mapping[int, str], note: _Note | None = None) -> None:
+        """Record a kind: positions, or a mapping from positions to notes; nothing where there are none."""
+        kind, positions = KINDS[name], sorted(found)
+        if note is None:
+            note = (lambda position: found[position]) if isinstance(found, Mapping) else (lambda position: "")
+        if positions:
+            rank = Rank.INFORMATION if name in self.demoted else kind.rank
+            self.all[name] = Finding(kind, rank, self.content[kind.where], positions, note)
+
+
+@contextmanager
+def paused_garbage_collection() -> Iterator[None]:
+    """Inside, no cycles are looked for: among millions of new lists that alone would take as long as reading them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def find_faults(
+    content: dict[str, Any], images: Path | None, *, for_evaluation: bool = False, masks: bool = False
+) -> list[Finding]:
+    """Everything that is wrong with, or worth knowing of, a file in COCO format; the file's content is not changed.
+
+    Args:
+        content: from `det.data.coco.read_coco`.
+        images: folder of the images; None: no image is looked at.
+        for_evaluation: AP needs area and iscrowd of every annotation, and of files of LVIS more; else their absence is
+            information.
+        masks: masks are trained or evaluated; else the absence of one is information.
+
+    Returns:
+        In the order of `KINDS`.
+    """
+    demoted = (frozenset() if for_evaluation else EVALUATION_KINDS) | (set() if masks else {"missing-mask"})
+    found = _Findings(content, demoted | ({"missing-iscrowd"} if is_lvis(content) else set()))
+    with paused_garbage_collection():
+        categories, known = _check_categories(found), _check_images(found)
+        table = _check_annotations(found, known, categories)
+        _check_boxes(found, table, _check_masks(found, table, for_evaluation))
+        if is_lvis(content):
+            _check_lvis(found)
+    if images is not None:
+        _check_files(found, images, known)
+    return [found.all[name] for name in KINDS if name in found.all]
+
+
+def find_category_faults(categories: list[dict[str, Any]]) -> list[Finding]:
+    """Everything that is wrong with, or worth knowing of, the entries of 'categories' alone."""
+    found = _Findings({"categories": categories}, ())
+    _check_categories(found)
+    return list(found.all.values())
+
+
+def is_lvis(content: dict[str, Any]) -> bool:
+    """Whether a file has the form of LVIS: images name the categories that they lack, and nothing is a crowd region."""
+    return any("neg_category_ids" in image for image in content["images"])
+
+
+def _check_lvis(found: _Findings) -> None:
+    """Check the keys that evaluation by LVIS's rules reads."""
+    lists = ("neg_category_ids", "not_exhaustive_category_ids")
+    lacking = {
+        position: "no list " + " and no list ".join(missing)
+        for position, image in enumerate(found.content["images"])
+        if (missing := [repr(key) for key in lists if not isinstance(image.get(key), list)])
+    }
+    found.add("missing-lvis-key", lacking)
+    categories = found.content["categories"]
+    unknown = [at for at, entry in enumerate(categories) if entry.get("frequency") not in tuple(FREQUENCIES)]
+    found.add("missing-frequency", unknown, lambda at: f"frequency {short(categories[at].get('frequency'))}")
+
+
+def file_name(image: dict[str, Any]) -> Any:
+    """`file_name`, or in its absence what LVIS means: folder and file of `coco_url`, as "val2017/000000397133.jpg"."""
+    url = image.get("coco_url")
+    if "file_name" in image or not isinstance(url, str):
+        return image.get("file_name")
+    return "/".join(url.split("/")[-2:])
+
+
+def _repeated(values: Iterable[tuple[int, Any]]) -> list[int]:
+    """Positions of values that an earlier position has."""
+    seen: set[Any] = set()
+    repeated = []
+    for position, value in values:
+        if value in seen:
+            repeated.append(position)
+        seen.add(value)
+    return repeated
+
+
+def _not_whole(entry: dict[str, Any], *keys: str) -> str:
+    """What is wrong with keys that must hold a whole number, or ""."""
+    for key in keys:
+        if key not in entry:
+            return f"has no {key!r}"
+        if type(entry[key]) is not int:  # not isinstance: True is no id
+            return f"{key} must be a whole number, got {short(entry[key])}"
+    return ""
+
+
+def _id_fault(entry: dict[str, Any]) -> str:
+    fault = _not_whole(entry, "id")
+    if not fault and not 0 <= entry["id"] <= LARGEST_ID:
+        fault = f"id must be from 0 to 2**63 - 1, got {short(entry['id'])}"
+    return fault
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _with_fault(entries: list[dict[str, Any]], fault: Callable[[dict[str, Any]], str]) -> dict[int, str]:
+    return {position: text for position, entry in enumerate(entries) if (text := fault(entry))}
+
+
+def _positions_by_id(entries: list[dict[str, Any]]) -> dict[int, int]:
+    """The first position of every id; entries with other faults are there, too, to be referred to."""
+    positions = reversed(range(len(entries)))
+    return {entries[at]["id"]: at for at in positions if type(entries[at].get("id")) is int}
+
+
+def _category_fault(entry: dict[str, Any]) -> str:
+    fault = _id_fault(entry)
+    if not fault and not _is_text(entry.get("name")):
+        return f"name must be text, got {short(entry['name'])}" if "name" in entry else "has no 'name'"
+    if not fault and _SURROGATE.search(entry["name"]):
+        return f"name must be valid Unicode, got {short(entry['name'])}"
+    return fault
+
+
+def _is_untidy(name: str) -> bool:
+    return name != name.strip() or not name.isprintable()
+
+
+def _check_categories(found: _Findings) -> dict[int, int]:
+    """Check entries of 'categories'. Returns their positions by id."""
+    entries = found.content["categories"]
+    bad = _with_fault(entries, _category_fault)
+    sound = [(position, entry) for position, entry in enumerate(entries) if position not in bad]
+    found.add("bad-category", bad)
+    found.add("duplicate-category-id", _repeated((position, entry["id"]) for position, entry in sound))
+    repeated = _repeated((position, entry["name"]) for position, entry in sound)
+    untidy = [position for position, entry in sound if _is_untidy(entry["name"])]
+
+    def name(position: int) -> str:
+        return repr(entries[position]["name"])
+
+    found.add("duplicate-category-name", repeated, name)
+    found.add("untidy-category-name", untidy, name)
+    known = _positions_by_id(entries)
+    found.add("category-id-gaps", [known[key] for number, key in enumerate(sorted(known), 1) if key != number])
+    found.add("zero-category-id", [position for position, entry in sound if entry["id"] == 0])
+    return known
+
+
+def _image_fault(entry: dict[str, Any]) -> str:
+    fault = _id_fault(entry)
+    if not fault and not _is_text(file_name(entry)):
+        has = "file_name" in entry
+        fault = f"file_name must be text, got {short(entry['file_name'])}" if has else "has no 'file_name'"
+    fault = fault or _not_whole(entry, "height", "width")
+    if not fault and not all(1 <= entry[key] <= LARGEST_SIDE for key in ("height", "width")):
+        fault = f"height and width must be from 1 to {LARGEST_SIDE}, got {entry['height']} and {entry['width']}"
+    return fault
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a path is absolute or goes up, on this or on another operating system."""
+    return _LEAVES.search(name) is not None
+
+
+def _check_images(found: _Findings) -> dict[int, int]:
+    """Check entries of 'images'. Returns their positions by id."""
+    entries = found.content["images"]
+    bad = _with_fault(entries, _image_fault)
+    sound = [(position, entry) for position, entry in enumerate(entries) if position not in bad]
+
+    def name(position: int) -> str:
+        return f"file_name {file_name(entries[position])!r}"
+
+    found.add("bad-image", bad)
+    found.add("duplicate-image-id", _repeated((position, entry["id"]) for position, entry in sound))
+    found.add("duplicate-file-name", _repeated((position, file_name(entry)) for position, entry in sound), name)
+    unsafe = [position for position, entry in sound if leaves_folder(file_name(entry))]
+    found.add("unsafe-path", unsafe, lambda position: f"{name(position)} leads out of the image folder")
+    found.add("zero-image-id", [position for position, entry in sound if entry["id"] == 0])
+    return _positions_by_id(entries)
+
+
+def _check_files(found: _Findings, folder: Path, known: dict[int, int]) -> None:
+    """Look at the image files: whether they are there and whole, and at their size before and after the EXIF turn."""
+    entries = found.content["images"]
+    sound = [at for at in sorted(known.values()) if not _image_fault(entries[at])]
+    names = {at: name for at in sound if not leaves_folder(name := file_name(entries[at]))}
+    missing = {position: name for position, name in names.items() if not _is_file(folder / name)}
+    there = [position for position in names if position not in missing]
+    source = ImageFiles([folder / names[position] for position in there], "images of a COCO file")
+    broken = {there[one.index]: one.message for one in find_broken(source, range(len(source)))}
+    bar = tqdm(there, "check sizes", leave=False, unit="img", dynamic_ncols=True)
+    kinds: dict[str, dict[int, str]] = {"missing-image": missing, "broken-image": broken}
+    looks = map_in_order(lambda position: _file_fault(folder / names[position], entries[position]), bar, READERS)
+    for position, (kind, text) in zip(there, looks, strict=True):
+        if kind and position not in broken:
+            kinds.setdefault(kind, {})[position] = text if kind == "broken-image" else f"{names[position]}: {text}"
+    for kind, noted in kinds.items():
+        found.add(kind, noted)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long a name, or a folder that may not be entered
+        return False
+
+
+def _file_fault(path: Path, entry: dict[str, Any]) -> tuple[str, str]:
+    """Kind of fault of an image file and what is wrong, or ("", ""); reads its header, for as long as that tells."""
+    wanted = entry["width"], entry["height"]
+    try:
+        with Image.open(path) as image:
+            # To find an orientation behind the pixels, Pillow would decode the whole of every PNG file.
+            late = image.format == "PNG" and _LATE_EXIF.search(ImageFiles([path], "").tail(0, LATE_EXIF_WITHIN))
+            exif = image.getexif() if late else Image.Image.getexif(image)
+            stored, orientation = image.size, exif.get(EXIF_ORIENTATION)
+    except Exception as error:  # Pillow raises many kinds for damaged headers
+        return "broken-image", f"{path}: can not be read as an image: {' '.join(str(error).split())}"
+    turned = stored[::-1] if orientation in QUARTER_TURNS else stored
+    sizes = "the json has {}x{} (width x height), the file {}x{}".format(*wanted, *stored)
+    if turned != stored:
+        sizes += " and {}x{} once turned by its EXIF orientation {}".format(*turned, orientation)
+    if turned == wanted:
+        return ("exif-turned", f"EXIF orientation {orientation}") if orientation in range(2, 9) else ("", "")
+    if turned != stored and stored == wanted:
+        return "exif-orientation", sizes
+    return ("swapped-size" if turned[::-1] == wanted else "size-mismatch"), sizes
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The N annotations whose keys are there and of the right type.
+
+    Attributes:
+        entries: N of the file.
+        position: (N,) of each in the file.
+        box: (N, 4).
+        size: (N, 2) width and height of the image; infinite where that is unknown.
+        finite: (N,) whether all four numbers of the box are.
+        known: (N,) whether the size is.
+    """
+
+    entries: list[dict[str, Any]]
+    position: NDArray[np.int64]
+    box: Floats
+    size: Floats
+    finite: NDArray[np.bool_]
+    known: NDArray[np.bool_]
+
+    def at(self, rows: NDArray[np.bool_]) -> list[int]:
+        """Positions in the file of some rows."""
+        positions: list[int] = self.position[rows].tolist()
+        return positions
+
+
+def _annotation_fault(entry: dict[str, Any]) -> str:
+    """What is wrong with the keys and types of one annotation, its mask aside, or ""."""
+    fault = _id_fault(entry) or _not_whole(entry, "image_id", "category_id")
+    if fault:
+        return fault
+    box = entry.get("bbox")
+    if type(box) is not list or len(box) != 4 or not NUMBERS.issuperset(map(type, box)):
+        return f"bbox must be [x, y, width, height], got {short(box)}" if "bbox" in entry else "has no 'bbox'"
+    if entry.get("iscrowd", 0) not in (0, 1):
+        return f"iscrowd must be 0 or 1, got {short(entry['iscrowd'])}"
+    if type(entry.get("area", 0)) not in NUMBERS:
+        return f"area must be a number, got {short(entry['area'])}"
+    if -np.inf < entry.get("area", 0) < 0 or LARGEST_AREA < entry.get("area", 0) < np.inf:
+        return f"area must be from 0 to {LARGEST_AREA:.0e} pixels, got {short(entry['area'])}"
+    return ""
+
+
+def _check_annotations(found: _Findings, known: dict[int, int], categories: dict[int, int]) -> _Table:
+    """Check keys, types and references; `known` has the positions of images by id, `categories` those of categories."""
+    entries, images = found.content["annotations"], found.content["images"]
+    bad = _with_fault(entries, _annotation_fault)
+    positions = [position for position in range(len(entries)) if position not in bad]
+    kept = [entries[position] for position in positions]
+    image_ids, category_ids, ids = ([entry[key] for entry in kept] for key in ("image_id", "category_id", "id"))
+    image_at = np.array([known.get(key, -1) for key in image_ids], np.int64)
+    flags = [entry.get("iscrowd") for entry in kept]
+
+    def where(tests: Iterable[Any]) -> list[int]:
+        return list(compress(positions, tests))
+
+    def value(key: str) -> _Note:
+        return lambda position: f"{key} {short(entries[position][key])}"
+
+    found.add("bad-annotation", bad)
+    found.add("duplicate-annotation-id", _repeated(zip(positions, ids, strict=True)))
+    found.add("unknown-image", where(image_at < 0), value("image_id"))
+    found.add("unknown-category", where(key not in categories for key in category_ids), value("category_id"))
+    found.add("ignore-flag", where(entry.get("ignore", 0) != 0 for entry in kept), value("ignore"))
+    found.add("missing-area", where("area" not in entry for entry in kept))
+    found.add("missing-iscrowd", where(flag is None for flag in flags))
+    found.add("crowd", where(flags))
+    found.add("zero-annotation-id", where(key == 0 for key in ids))
+    found.add("image-without-annotations", [known[key] for key in known.keys() - set(image_ids)])
+    unused = [categories[key] for key in categories.keys() - set(category_ids)]
+    found.add("unused-category", unused, lambda position: repr(found.content["categories"][position].get("name")))
+    sides = np.full((len(images) + 1, 2), np.inf)  # the last is for images that are not known
+    for at in known.values():
+        if not _image_fault(images[at]):
+            sides[at] = images[at]["width"], images[at]["height"]
+    box = flatten([entry["bbox"] for entry in kept]).reshape(-1, 4)
+    finite = np.asarray(np.isfinite(box).all(axis=1))
+    size = sides[image_at]
+    return _Table(kept, np.array(positions, np.int64), box, size, finite, np.isfinite(size[:, 0]))
+
+
+def _check_masks(found: _Findings, table: _Table, for_evaluation: bool) -> Masks:
+    """Check segmentation and area, and all numbers for NaN."""
+    masks = measure_masks([entry.get("segmentation") for entry in table.entries], table.size)
+    missing = masks.faults.get("missing-mask", {})
+    if not for_evaluation:  # training leaves crowd regions out, whatever they have
+        for row in [row for row in missing if table.entries[row].get("iscrowd", 0)]:
+            del missing[row]
+    area = flatten([[entry.get("area", 0) for entry in table.entries]])
+    infinite = {int(row): f"area {area[row]}" for row in np.flatnonzero(~np.isfinite(area))}
+    infinite |= masks.faults.pop("not-finite", {})
+    infinite |= {int(row): f"bbox {table.entries[row]['bbox']}" for row in np.flatnonzero(~table.finite)}
+    for kind, faults in (masks.faults | {"not-finite": infinite}).items():
+        found.add(kind, {int(table.position[row]): text for row, text in faults.items()})
+    slack = AREA_SLACK[0] + AREA_SLACK[1] * np.fmax(area, masks.area)
+    has_area = np.array(["area" in entry for entry in table.entries], bool)
+    far = table.at(has_area & (np.abs(area - masks.area) > slack))
+    measured = dict(zip(far, masks.area[np.isin(table.position, far)], strict=True))
+    entries = found.content["annotations"]
+    found.add("area-mismatch", far, lambda at: f"area {entries[at]['area']}, that of its mask is {measured[at]:.0f}")
+    return masks
+
+
+def _check_boxes(found: _Findings, table: _Table, masks: Masks) -> None:
+    """Check boxes against the image, and all of them against the corner form."""
+    entries = found.content["annotations"]
+    finite = table.finite
+    x, y, w, h = np.where(finite[:, None], table.box, 1.0).T
+    width, height = table.size.T
+    beyond = np.maximum(np.maximum(-x, x + w - width), np.maximum(-y, y + h - height))  # pixels
+    empty = finite & ((w <= 0) | (h <= 0))
+    placed = finite & ~empty & table.known
+    outside = placed & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
+
+    def box(position: int) -> str:
+        return f"bbox {entries[position]['bbox']}"
+
+    def box_and_image(position: int) -> str:
+        sides = table.size[np.searchsorted(table.position, position)]
+        return "{} in an image of {:.0f}x{:.0f}".format(box(position), *sides)
+
+    corners = _in_corner_form(table, masks, placed)
+    found.add("empty-box", table.at(empty), box)
+    found.add("corner-boxes", table.at(corners), box_and_image)
+    if not corners.any():  # which explains these
+        found.add("box-outside", table.at(outside), box_and_image)
+        found.add("box-over-edge", table.at(placed & ~outside & (beyond > EDGE)), box_and_image)
+
+
+def _in_corner_form(table: _Table, masks: Masks, usable: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Boxes (N,) that give a file away as one of [x1, y1, x2, y2]; none in a file that seems to have sizes.
+
+    Masks decide where there are any: those boxes tell that agree with the mask's extent as corners or as sizes, but
+    not as both. Without masks, sizes of boxes that are really corners leave the image.
+    """
+    box, size = table.box, table.size
+    with np.errstate(invalid="ignore"):  # NaN and infinite are not usable, and compare false
+        by_size = np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], axis=1)
+        as_size, as_corners = (np.abs(masks.extent - form).max(axis=1) <= AGREE for form in (by_size, box))
+        told = usable & (as_size != as_corners)
+        if told.any():
+            corners = told & as_corners
+            return corners if corners.sum() >= AGREEING * told.sum() else np.zeros_like(corners)
+        leaving = usable & (by_size[:, 2:] > (1 + LEAVING_BY) * size).any(axis=1)
+        fitting = usable & (box[:, 2:] > box[:, :2]).all(axis=1) & (box >= -EDGE).all(axis=1)
+        fitting &= (box[:, 2:] <= size + EDGE).all(axis=1)
+    if leaving.sum() > LEAVING * usable.sum() and fitting.sum() >= FITTING * usable.sum():
+        return leaving & fitting
+    return np.zeros_like(usable)

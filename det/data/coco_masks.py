@@ -1,0 +1,283 @@
+"""Masks of a COCO file measured without drawing them: extent and area of polygons and run lengths, and their faults.
+
+All masks are measured as a few long arrays, and no pixel is ever allocated, so that neither 860,000 annotations nor a
+mask that claims to be a terabyte are a burden. Legend: N masks, P polygons, V vertices, R run lengths, C characters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from reprlib import repr as short
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+NUMBERS = frozenset((int, float))
+MIN_AREA = 1e-4  # square pixels; below it a polygon's points lie on a line, but for rounding
+# Coordinates or counts (or characters of these) that are measured together: their arrays stay in the processor's cache.
+CHUNK = 1 << 18
+LARGEST_SIDE = 1 << 20  # pixels of an image
+LARGEST_RUN = LARGEST_SIDE**2
+# Compressed run lengths: characters from 48, six bits each; bit 32 says that the number goes on, bit 16 of its last
+# character that it is negative (the COCO API's format).
+COMPRESSED = re.compile(r"(?:[P-o]{0,7}[0-O])+")
+
+
+@dataclass
+class Masks:
+    """N masks, measured.
+
+    Attributes:
+        extent: (N, 4) smallest and largest x and y as [x1, y1, x2, y2]; NaN where a mask has a fault or is absent.
+        area: (N,) in pixels; NaN likewise. Polygons of one mask are added up, whether or not they overlap.
+        faults: from the name of a kind of fault (see `det.data.coco_kinds`) to what is wrong with which mask.
+    """
+
+    extent: Floats
+    area: Floats
+    faults: dict[str, dict[int, str]] = field(default_factory=dict)
+
+    def blame(self, kind: str, row: int, text: str = "") -> None:
+        """Record a fault."""
+        self.faults.setdefault(kind, {}).setdefault(row, text)
+
+
+def measure_masks(masks: Sequence[Any], sizes: Floats) -> Masks:
+    """Measure the `segmentation` of annotations.
+
+    Args:
+        masks: N values as they are in the file; nothing, polygons or run lengths.
+        sizes: (N, 2) width and height of their images; infinite where that is unknown.
+    """
+    result = Masks(np.full((len(masks), 4), np.nan), np.full(len(masks), np.nan))
+    polygons: list[int] = []
+    runs: list[int] = []
+    for row, mask in enumerate(masks):
+        if not mask:
+            result.blame("missing-mask", row)
+        elif fault := mask_fault(mask):
+            result.blame("bad-mask", row, fault)
+        else:
+            (runs if isinstance(mask, dict) else polygons).append(row)
+    for rows in _chunks(polygons, [sum(map(len, masks[row])) for row in polygons]):
+        _measure_polygons(result, rows, masks)
+    runs = _with_sound_size(result, runs, masks, sizes)
+    for rows in _chunks(runs, [len(masks[row]["counts"]) for row in runs]):
+        _measure_runs(result, rows, masks)
+    return result
+
+
+def _chunks(rows: list[int], lengths: list[int]) -> list[list[int]]:
+    """Rows in groups of about `CHUNK` numbers, or of a single row that has more."""
+    group = np.cumsum(lengths, dtype=np.int64) // CHUNK
+    ends = [*(np.flatnonzero(np.diff(group)) + 1).tolist(), len(rows)]
+    return [rows[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def mask_fault(mask: Any) -> str:
+    """What is wrong with the types of a mask, or ""."""
+    if isinstance(mask, dict):
+        return _run_fault(mask)
+    if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
+        return "segmentation must be a list of polygons, [[x, y, x, y, x, y, ...], ...], or run-length encoding"
+    for number, polygon in enumerate(mask):
+        if not NUMBERS.issuperset(map(type, polygon)):
+            return f"segmentation[{number}] must be numbers, got {short(polygon)}"
+    return ""
+
+
+def _run_fault(mask: dict[str, Any]) -> str:
+    if not {"counts", "size"} <= set(mask):
+        return "segmentation: run-length encoding needs counts and size"
+    size, counts = mask["size"], mask["counts"]
+    if not isinstance(size, list) or len(size) != 2 or any(type(side) is not int for side in size):
+        return f"segmentation: size must be [height, width], got {short(size)}"
+    if not isinstance(counts, str) and not (isinstance(counts, list) and {int}.issuperset(map(type, counts))):
+        return f"segmentation: counts must be text or whole numbers, got {short(counts)}"
+    return ""
+
+
+def polygon_fault(polygon: list[float]) -> str:
+    """What is wrong with a polygon of numbers, or ""; the same judgement as `measure_masks` has."""
+    if len(polygon) < 6 or len(polygon) % 2:
+        return f"must be x and y of at least 3 points, got {len(polygon)} numbers"
+    return "has no area" if _Polygons([polygon]).covered[0] < MIN_AREA else ""
+
+
+class _Polygons:
+    """P polygons of at least three points each, measured.
+
+    Attributes:
+        extent: (P, 4); not finite where a coordinate is not.
+        area: (P,) by the shoelace formula.
+        covered: (P,) sum of the areas of the triangles with the first vertex: zero only if all points lie on a line,
+            while `area` is also zero where a polygon crosses itself into equal halves.
+    """
+
+    def __init__(self, polygons: Sequence[list[float]]) -> None:
+        lengths = np.fromiter(map(len, polygons), np.int64, len(polygons)) // 2
+        flat = flatten(polygons)
+        x, y = flat[::2], flat[1::2]  # (V,) each
+        start = np.concatenate([[0], lengths.cumsum()[:-1]])
+        with np.errstate(invalid="ignore", over="ignore"):
+            reduced = [reduce.reduceat(values, start) for reduce in (np.minimum, np.maximum) for values in (x, y)]
+            self.extent = np.stack(reduced, axis=1)
+            dx, dy = x - np.repeat(x[start], lengths), y - np.repeat(y[start], lengths)
+            cross = np.zeros_like(dx)  # from one polygon to the next it is 0: first vertices are at the origin
+            cross[:-1] = dx[:-1] * dy[1:] - dx[1:] * dy[:-1]
+            self.area = np.abs(np.add.reduceat(cross, start)) / 2
+            self.covered = np.add.reduceat(np.abs(cross), start) / 2
+
+
+def _measure_polygons(result: Masks, rows: list[int], masks: Sequence[Any]) -> None:
+    polygons, owners, numbers = [], [], []
+    for row in rows:
+        for number, polygon in enumerate(masks[row]):
+            if len(polygon) < 6 or len(polygon) % 2:
+                result.blame("degenerate-polygon", row, f"segmentation[{number}] {polygon_fault(polygon)}")
+            else:
+                polygons.append(polygon)
+                owners.append(row)
+                numbers.append(number)
+    if not polygons:
+        return
+    measured = _Polygons(polygons)
+    finite = np.isfinite(measured.extent).all(axis=1)
+    for index in np.flatnonzero(~finite):
+        result.blame("not-finite", owners[index], f"segmentation[{numbers[index]}]")
+    for index in np.flatnonzero(finite & (measured.covered < MIN_AREA)):
+        result.blame("degenerate-polygon", owners[index], f"segmentation[{numbers[index]}] has no area")
+    measurable, first = np.unique(owners, return_index=True)
+    result.area[measurable] = np.add.reduceat(measured.area, first)
+    result.extent[measurable, :2] = np.minimum.reduceat(measured.extent[:, :2], first)
+    result.extent[measurable, 2:] = np.maximum.reduceat(measured.extent[:, 2:], first)
+
+
+def _with_sound_size(result: Masks, rows: list[int], masks: Sequence[Any], sizes: Floats) -> list[int]:
+    """Those of some rows whose run lengths are of the size of the image."""
+    sound = []
+    for row in rows:
+        height, width = masks[row]["size"]
+        wanted = sizes[row, ::-1].tolist()
+        known = wanted[0] != np.inf
+        if (known and wanted != [height, width]) or min(height, width) < 1 or max(height, width) > LARGEST_SIDE:
+            image = "{:.0f}x{:.0f}".format(*wanted) if known else "unknown"
+            result.blame("rle-size", row, f"size {height}x{width}, the image {image} (height x width)")
+        else:
+            sound.append(row)
+    return sound
+
+
+def _measure_runs(result: Masks, rows: list[int], masks: Sequence[Any]) -> None:
+    texts = [row for row in rows if isinstance(masks[row]["counts"], str)]
+    for row in texts:
+        if not COMPRESSED.fullmatch(masks[row]["counts"]):
+            result.blame("rle-counts", row, f"counts {short(masks[row]['counts'])} are no compressed run lengths")
+    texts = [row for row in texts if row not in result.faults.get("rle-counts", {})]
+    lists = [row for row in rows if not isinstance(masks[row]["counts"], str)]
+    plain = np.clip(flatten([masks[row]["counts"] for row in lists]), -1, LARGEST_RUN + 1).astype(np.int64)
+    for some, (runs, lengths) in (
+        (texts, decompress([masks[row]["counts"] for row in texts])),
+        (lists, (plain, np.array([len(masks[row]["counts"]) for row in lists], np.int64))),
+    ):
+        _measure_decoded(result, np.array(some, np.int64), runs, lengths, masks)
+
+
+def decompress(texts: Sequence[str]) -> tuple[Ints, Ints]:
+    """Run lengths of compressed masks; what pycocotools' `rleFrString` does, for many masks at once.
+
+    Args:
+        texts: M that match `COMPRESSED`.
+
+    Returns:
+        (R,) run lengths, one mask after the other, and (M,) how many each has.
+    """
+    if not texts:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    data = np.frombuffer("".join(texts).encode("ascii"), np.uint8).astype(np.int64) - 48  # (C,)
+    is_last = data < 32
+    last = np.flatnonzero(is_last)  # (R,)
+    first = np.concatenate([[0], last[:-1] + 1])
+    place = np.arange(len(data)) - np.repeat(first, last - first + 1)
+    values = np.add.reduceat((data & 31) << (5 * place), first)
+    values -= np.where(data[last] & 16, np.int64(1) << (5 * (place[last] + 1)), 0)
+    text_start = np.concatenate([[0], np.cumsum([len(text) for text in texts])[:-1]])
+    lengths = np.add.reduceat(is_last.astype(np.int64), text_start)
+    return _undo_differences(values, lengths), lengths
+
+
+def _undo_differences(values: Ints, lengths: Ints) -> Ints:
+    """From the fourth on, a number is stored as its difference to the last but one: (R,) to (R,)."""
+    mask = np.repeat(np.arange(len(lengths)), lengths)
+    index = _index_within(lengths)
+    # Three series per mask: the first number alone; the second, fourth, ...; the third, fifth, ...
+    series = 3 * mask + np.where(index == 0, 0, 1 + (index + 1) % 2)
+    order = np.argsort(series, kind="stable")
+    sums = np.cumsum(values[order])
+    start = np.flatnonzero(np.diff(series[order], prepend=-1))
+    before = np.concatenate([[0], sums[start[1:] - 1]])
+    result = np.empty_like(values)
+    result[order] = sums - np.repeat(before, np.diff(start, append=len(values)))
+    return result
+
+
+def _index_within(lengths: Ints) -> Ints:
+    """0, 1, 2, ... for each group."""
+    return np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+
+
+def _measure_decoded(result: Masks, rows: Ints, runs: Ints, lengths: Ints, masks: Sequence[Any]) -> None:
+    """Run lengths that do not fill the image are faults; the others are measured."""
+    height, width = np.array([masks[row]["size"] for row in rows], np.int64).reshape(-1, 2).T
+    owner = np.repeat(np.arange(len(rows)), lengths)
+    total = np.zeros(len(rows), np.int64)
+    np.add.at(total, owner, runs)
+    total[owner[(runs < 0) | (runs > LARGEST_RUN)]] = -1
+    for index in np.flatnonzero(total != height * width):
+        what = f"sum up to {total[index]}" if total[index] >= 0 else "have a negative or huge number"
+        text = f"counts {what}, the size has {height[index] * width[index]} pixels"
+        result.blame("rle-counts", int(rows[index]), text)
+    covers = (_index_within(lengths) % 2 == 1) & (total == height * width)[owner] & (runs > 0)
+    area = np.bincount(owner[covers], runs[covers], len(rows))
+    for index in np.flatnonzero((area == 0) & (total == height * width)):
+        result.blame("empty-mask", int(rows[index]))
+    some = area > 0
+    result.area[rows[some]] = area[some]
+    starts = np.cumsum(runs) - runs - np.repeat(np.cumsum(total) - total, lengths)
+    _set_extents(result, rows, owner[covers], starts[covers], runs[covers], height)
+
+
+def _set_extents(result: Masks, rows: Ints, owner: Ints, start: Ints, run: Ints, height: Ints) -> None:
+    """From where runs of pixels start, column after column, and how long they are."""
+    if not len(owner):
+        return
+    end, tall = start + run - 1, height[owner]
+    whole_column = start // tall != end // tall  # the run reaches the lower edge and goes on at the upper
+    low, high = np.where(whole_column, 0, start % tall), np.where(whole_column, tall - 1, end % tall)
+    which, first = np.unique(owner, return_index=True)
+    for side, (reduce, values) in enumerate(
+        ((np.minimum, start // tall), (np.minimum, low), (np.maximum, end // tall + 1), (np.maximum, high + 1))
+    ):
+        result.extent[rows[which], side] = reduce.reduceat(values, first)
+
+
+def flatten(lists: Sequence[list[float]]) -> Floats:
+    """The numbers of many lists as one array; whole numbers too large for a float become infinite."""
+    try:
+        return np.fromiter(chain.from_iterable(lists), np.float64, sum(map(len, lists)))
+    except OverflowError:
+        return np.array([_to_float(value) for value in chain.from_iterable(lists)])
+
+
+def _to_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return float(np.inf)

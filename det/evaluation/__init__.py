@@ -1,0 +1,1 @@
+"""Detector evaluation: average precision, pictures and the page of a run."""

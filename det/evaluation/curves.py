@@ -1,0 +1,80 @@
+"""Figures of precision over recall."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from crossmae.reports.figures import DPI
+from det.evaluation.scoring import ALL, IOU_50, IOU_75, Scores
+
+CLASSES_UP_TO = 20  # that are drawn one by one
+LONGEST_NAME = 24  # characters
+_GREY, _LIGHT = "0.35", "0.9"
+
+
+def precision_recall_figure(scores: Scores, title: str) -> Figure:
+    """Precision over recall at IoU 0.5 and 0.75, and its mean over the ten thresholds.
+
+    The mean over the classes is bold; up to 20 classes are drawn thinly, too. A class without objects has no curve.
+    """
+    curves = scores.precision[..., ALL, -1]  # (10, 101, categories)
+    drawn = [index for index, count in enumerate(scores.objects) if count]
+    few = len(drawn) <= CLASSES_UP_TO
+    figure = Figure(figsize=(11.5 if few else 9.5, 3.9), dpi=DPI, layout="constrained")
+    heading = title if few else f"{title}, {len(drawn)} classes"
+    figure.suptitle(heading, fontsize=12, x=0.01, ha="left", fontweight="bold", parse_math=False)
+    panels = figure.subplots(1, 3, sharex=True, sharey=True)
+    numbers = scores.numbers()
+    contents = (
+        (f"IoU 0.5: AP50 {_percent(numbers['AP50'])}", curves[IOU_50]),
+        (f"IoU 0.75: AP75 {_percent(numbers['AP75'])}", curves[IOU_75]),
+        (f"mean of IoU 0.5 to 0.95: AP {_percent(numbers['AP'])}", curves.mean(axis=0)),
+    )
+    for axes, (name, values) in zip(panels, contents, strict=True):
+        _frame(axes, name)
+        _draw(axes, values[:, drawn], few)
+    panels[0].set_ylabel("precision", color=_GREY)
+    if few and drawn:
+        by_class = scores.by_class()
+        labels = [f"{_percent(by_class[index]['AP']):>4}  {_shorten(scores.names[index])}" for index in drawn]
+        legend = figure.legend(
+            panels[0].get_lines(), [*labels, f"{_percent(numbers['AP']):>4}  mean"], loc="outside right center",
+            title="AP", title_fontsize=8, fontsize=8, frameon=False, alignment="left",
+        )  # fmt: skip
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    return figure
+
+
+def _draw(axes: Axes, values: np.ndarray, one_by_one: bool) -> None:
+    """Curves (101, classes), and last their mean."""
+    recall = np.linspace(0, 1, len(values))
+    colors = colormaps["tab10" if values.shape[1] <= 10 else "tab20"]
+    for place, curve in enumerate(values.T if one_by_one else ()):
+        axes.plot(recall, curve, color=colors(place), linewidth=1.0, alpha=0.9)
+    if values.size:
+        axes.plot(recall, values.mean(axis=1), color="black", linewidth=2.4)
+
+
+def _frame(axes: Axes, name: str) -> None:
+    axes.set_title(name, fontsize=9.5, loc="left", color="0.15")
+    axes.set_xlabel("recall", color=_GREY)
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
+    axes.tick_params(length=0, labelsize=8, labelcolor=_GREY)
+    axes.grid(color=_LIGHT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.1f}"

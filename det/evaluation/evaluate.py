@@ -1,0 +1,166 @@
+"""Evaluation of a detector: its predictions on a data set, their AP and AR as a table, JSON and curves."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation.evaluator import inference_context
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from crossmae.errors import UserError
+from crossmae.files import make_folder, write_json, write_text
+from crossmae.reports.figures import save_figure
+from det.data.coco import ground_truth
+from det.data.loader import build_test_loader, refuse_unreadable
+from det.evaluation.curves import precision_recall_figure
+from det.evaluation.pictures import save_pictures, validation_pictures
+from det.evaluation.run_files import HEADLINE, PICTURES, PREDICTIONS, RESULTS, TASKS
+from det.evaluation.scoring import Scores, score_results
+from det.inference.paste import coco_results
+
+log = logging.getLogger(__name__)
+
+PRINTED_CLASSES = 100  # more fill the screen
+
+
+def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
+    """Predict every image of `DATASETS.TEST` and score the predictions as `TEST.EVALUATOR` says.
+
+    A data set whose `evaluator_type` is "lvis" is scored by LVIS's rules. Writes to `OUTPUT_DIR`: `results.json`, and
+    in `inference/` the predictions, `coco_instances_results.json`, and precision over recall, `pr_curves_<task>.png`;
+    in `pictures/` some images with true and predicted objects.
+
+    Args:
+        cfg: `DATASETS.TEST` names one data set.
+        model: a `GeneralizedRCNN` with its weights, or one in DistributedDataParallel.
+
+    Returns:
+        {"bbox": {"AP": 51.6, "AP50": ..., "AP-<class>": ...}, "segm": ...}, see `Scores.numbers`, in percent, NaN where
+        not defined; empty on all processes but the first.
+
+    Raises:
+        UserError: an image can not be read, or the model or its number of classes does not fit the data set.
+    """
+    (name,), folder = cfg.DATASETS.TEST, Path(cfg.OUTPUT_DIR)
+    detector = model.module if isinstance(model, DistributedDataParallel) else model
+    if not isinstance(detector, GeneralizedRCNN):
+        raise UserError(f"MODEL.META_ARCHITECTURE: only GeneralizedRCNN is evaluated, not {type(detector).__name__}")
+    loader = build_test_loader(cfg, name)
+    truth = ground_truth(name)
+    category_ids = sorted(category["id"] for category in truth["categories"])
+    if len(category_ids) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+        raise UserError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, but {name} has {len(category_ids)} "
+            "categories"
+        )
+    parts = comm.gather(predict(detector, loader, category_ids), dst=0)
+    if not comm.is_main_process():
+        return {}
+    make_folder(folder / "inference", "OUTPUT_DIR")
+    results = list(itertools.chain(*parts))
+    write_text(folder / PREDICTIONS, json.dumps(results))
+    lvis = MetadataCatalog.get(name).get("evaluator_type") == "lvis"
+    tasks = tuple(TASKS) if cfg.MODEL.MASK_ON else ("bbox",)
+    scores = {task: score_results(truth, results, task, cfg.TEST.EVALUATOR, lvis) for task in tasks}
+    drawn = validation_pictures(truth, Path(MetadataCatalog.get(name).image_root), results)
+    save_pictures(drawn, folder / PICTURES)
+    return _write_scores(folder, name, scores)
+
+
+def predict(model: GeneralizedRCNN, loader: Any, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """COCO's results of every image that the loader gives to this process, under a progress bar.
+
+    Args:
+        model: is in eval mode inside, and afterwards as it was.
+        loader: of batches as detectron2's mapper makes them.
+        category_ids: of the model's classes.
+
+    Raises:
+        UserError: an image can not be read; names it.
+    """
+    results = []
+    with inference_context(model), torch.no_grad():
+        for batch in _progress(loader):
+            outputs = model.inference(batch, do_postprocess=False)
+            for sample, instances in zip(batch, outputs, strict=True):
+                size = sample["height"], sample["width"]
+                results += coco_results(instances, sample["image_id"], *size, category_ids)
+    return results
+
+
+def _progress(loader: Any) -> Iterator[list[dict[str, Any]]]:
+    bar = tqdm(loader, desc="evaluate", unit="batch", disable=not comm.is_main_process(), dynamic_ncols=True)
+    for batch in bar:
+        refuse_unreadable(batch)
+        yield batch
+
+
+def _write_scores(folder: Path, name: str, scores: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
+    """Write `results.json` and the curves of each task; returns what `evaluate` does."""
+    results, by_class = {}, {task: of_task.by_class() for task, of_task in scores.items()}
+    for task, of_task in scores.items():
+        each = {f"AP-{label}": row["AP"] for label, row in zip(of_task.names, by_class[task], strict=True)}
+        results[task] = of_task.numbers() | each
+        title = f"{TASKS[task].capitalize()} predictions on {name}"
+        save_figure(precision_recall_figure(of_task, title), folder / "inference" / f"pr_curves_{task}.png")
+    first = next(iter(scores.values()))
+    classes = [
+        {"name": label, "objects": count, **{task: _json_numbers(by_class[task][index]) for task in scores}}
+        for index, (label, count) in enumerate(zip(first.names, first.objects, strict=True))
+    ]
+    written = {task: _json_numbers(values) for task, values in results.items()}
+    write_json(folder / RESULTS, {**written, "classes": classes})
+    log.info("results in %s, curves and predictions in %s", folder / RESULTS, folder / "inference")
+    return results
+
+
+def _json_numbers(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {key: None if math.isnan(value) else round(float(value), 4) for key, value in values.items()}
+
+
+def format_results(results: Mapping[str, Mapping[str, float]]) -> str:
+    """The numbers of boxes and masks, then AP per class, as a text table; a dash is "not defined"."""
+    tasks = [task for task in TASKS if task in results]
+    keys = list(results[tasks[0]]) if tasks else []
+    classes = [key for key in keys if key.startswith("AP-")]
+    others = [key for key in keys if key not in (*HEADLINE, *classes)]
+    shown = classes if len(classes) <= PRINTED_CLASSES else []
+    width = max([len("class"), *(len(key) - 3 for key in shown)])
+    names = [TASKS[task] for task in tasks]
+    blocks = [
+        _table("", metrics, names, [[results[task][metric] for metric in metrics] for task in tasks], width)
+        for metrics in (HEADLINE, others)
+        if metrics
+    ]
+    if shown:
+        rows = [[results[task].get(key, math.nan) for task in tasks] for key in shown]
+        labels = [" ".join(key[3:].split()) for key in shown]  # a line break would tear the table
+        blocks.append(_table("class", [f"{name} AP" for name in names], labels, rows, width))
+    elif classes:
+        blocks.append(f"AP of each of the {len(classes)} classes: see {RESULTS}")
+    return "\n\n".join(blocks)
+
+
+def _table(
+    corner: str, columns: Sequence[str], names: Sequence[str], rows: Sequence[Sequence[float]], width: int
+) -> str:
+    lines = [f"{corner:{width}}" + "".join(f"{column:>8}" for column in columns)]
+    lines += [f"{name:{width}}" + "".join(map(_cell, row)) for name, row in zip(names, rows, strict=True)]
+    return "\n".join(lines)
+
+
+def _cell(value: float) -> str:
+    return f"{'-' if math.isnan(value) else format(value, '.1f'):>8}"

@@ -1,0 +1,1 @@
+"""Detector inference: predictions for images and videos, drawing and export."""

@@ -1,0 +1,329 @@
+"""A trained detector as one file that runs without this package: ONNX, or a program of `torch.export`.
+
+The graph takes pixels and gives detections: normalisation, backbone, pyramid, proposals, box heads, non-maximum
+suppression and mask head are in it (`det/inference/export_graph.py`). Every file is compared with detectron2's
+inference before it gets its name. Shapes: H, W of the input, N detections, M side of a mask.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.structures import ImageList
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+import crossmae
+from crossmae.checkpoints.weights import check_destination
+from crossmae.errors import UserError, import_extra
+from crossmae.files import write_atomically
+from det.inference.export_graph import ExportableBackbone, ExportableDetector, obstacle
+
+log = logging.getLogger(__name__)
+
+Arrays = dict[str, NDArray[Any]]
+
+ONNX, TORCH = ".onnx", ".pt2"
+OPSET = 18
+INPUTS = ("image", "image_size")
+INPUT_NOTE = (
+    "image: float32 (1, 3, H, W), RGB, 0 to 255, the picture at the top left, anything beside it; "
+    "image_size: int64 (2,), height and width of the picture"
+)
+ONE_FILE_BYTES = 1_900_000_000  # an ONNX file ends at 2 GiB; beyond, the weights go to a file beside it
+# How far an exported detector may be from the detector: pixels, scores, probabilities of mask pixels, and features over
+# the largest of their level. "unpaired" counts detections of one that the other has not.
+LIMITS = {"unpaired": 0.0, "boxes": 0.01, "scores": 1e-4, "masks": 1e-3, "features": 1e-4}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far an exported detector is from the detector that it was made of, on one image.
+
+    Attributes:
+        compared: number of detections; of a backbone, of feature maps.
+        differences: largest absolute difference by kind, see `LIMITS`.
+    """
+
+    compared: int
+    differences: dict[str, float]
+
+    def exceeded(self) -> list[str]:
+        """Kinds whose difference is beyond its limit, or not a number."""
+        return [kind for kind, value in self.differences.items() if not value <= LIMITS[kind]]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{kind} {value:.2g} (limit {LIMITS[kind]:g})" for kind, value in self.differences.items())
+
+
+def export_detector(
+    model: GeneralizedRCNN,
+    path: Path,
+    img_size: int | tuple[int, int],
+    *,
+    backbone_only: bool = False,
+    check: bool = True,
+    image: NDArray[np.uint8] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    force: bool = False,
+) -> Parity | None:
+    """Write a detector as a file that takes an image of fixed size.
+
+    Inputs of the graph are `image` (1, 3, H, W) float32, RGB from 0 to 255 whatever the detector was trained on, and
+    `image_size` (2,) int64, height and width of the picture in it, which lies at the top left. What is beside it is
+    ignored, as padding is in detectron2, so that one file takes pictures of all proportions; see `fit_image`. Outputs,
+    the surest first, N as many as are found:
+
+        boxes    (N, 4)     float32, x0, y0, x1, y1 in pixels of the input
+        scores   (N,)       float32
+        classes  (N,)       int64, from 0
+        masks    (N, M, M)  float32, probabilities inside the box; not of detectors without masks
+
+    With `backbone_only` the outputs are the feature maps, `p2` (1, C, H / 4, W / 4) and so on.
+
+    Thresholds and numbers of proposals and detections are those of the detector's config. To suppress overlaps in one
+    go, detectron2 moves the classes apart, but takes them one by one if there are more than 1000 candidates; the graph
+    always moves them apart. Then a pair whose overlap is within rounding of the threshold may end otherwise.
+
+    Args:
+        model: on the CPU, in evaluation mode.
+        path: file to write; `.onnx`, or `.pt2` for `torch.export.load`. ONNX of more than 1.9 GB keeps its weights in
+            `<name>.onnx.data` beside it.
+        img_size: H and W in pixels, or one number for both; multiples of what the backbone divides by.
+        backbone_only: leave the heads out, which any model with this backbone can.
+        check: run the file on the CPU before it gets its name, and compare it with the model.
+        image: picture for the check, (h, w, 3) uint8 RGB; None makes one of coloured shapes.
+        metadata: goes into the file, with what the input is and the versions that wrote it.
+        force: overwrite `path`.
+
+    Returns:
+        How far the two are apart, or None without `check`.
+
+    Raises:
+        UserError: the suffix, the size or a part of the model is none that can be exported; the file exists; a library
+            is missing; or the two differ by more than `LIMITS`. Nothing is written then.
+        ValueError: the model is on a GPU or in training mode.
+    """
+    height, width = size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    _check_request(model, path, size, backbone_only, force)
+    for library in ["onnxscript", *(["onnxruntime"] if check else [])] if path.suffix == ONNX else []:
+        import_extra(library, f"export to {path.suffix}", "export")
+    about = {"input": INPUT_NOTE, "img_size": json.dumps([height, width]), "torch": torch.__version__}
+    about |= {"crossmae": crossmae.__version__, **(metadata or {})}
+    inputs = fit_image(_shapes(size) if image is None else image, size)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder, _without_chatter(), torch.no_grad():
+        draft = Path(folder, path.name)
+        _write(model, draft, size, backbone_only, about)
+        parity = _check(model, draft, inputs, backbone_only) if check else None
+        for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights, if apart, before what refers to them
+            write_atomically(path.with_name(file.name), file.replace)
+    return parity
+
+
+def _check_request(model: GeneralizedRCNN, path: Path, size: tuple[int, int], backbone_only: bool, force: bool) -> None:
+    if model.training or model.pixel_mean.device.type != "cpu":
+        raise ValueError("model: expected on the CPU and in evaluation mode; call model.cpu().eval()")
+    if path.suffix not in (ONNX, TORCH):
+        raise UserError(f"{path}: the suffix says the kind of file to write: {ONNX}, or {TORCH} for torch.export.load")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: no such folder: {path.parent}")
+    for file in (path, path.with_name(f"{path.name}.data")):
+        check_destination(file, force=force)
+    divisor = model.backbone.padding_constraints["size_divisibility"]
+    if any(side <= 0 or side % divisor for side in size):
+        raise UserError(f"image size: expected multiples of {divisor} pixels, received {size[0]} x {size[1]}")
+    reason = None if backbone_only else obstacle(model)
+    if reason:
+        raise UserError(f"the detector can not be exported whole: {reason}; its backbone alone can (--backbone-only)")
+
+
+def _write(
+    model: GeneralizedRCNN, path: Path, size: tuple[int, int], backbone_only: bool, metadata: dict[str, str]
+) -> None:
+    """Export and write, to one file or two."""
+    exportable = (ExportableBackbone if backbone_only else ExportableDetector)(model, size).eval()
+    example = (torch.zeros(1, 3, *size), torch.tensor(size))
+    try:
+        program = torch.export.export(exportable, example)
+        if path.suffix == TORCH:
+            torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata, indent=2)})
+            return
+        spec = program.call_spec.out_spec
+        assert spec is not None
+        position: dict[str, int] = spec.unflatten(range(spec.num_leaves))
+        onnx = torch.onnx.export(
+            program,
+            input_names=INPUTS,
+            output_names=sorted(position, key=position.__getitem__),
+            opset_version=OPSET,
+            dynamo=True,  # not the default of torch before 2.9
+            verbose=False,
+        )
+    except Exception as error:  # exporters fail by exceptions of all kinds
+        hint = "" if backbone_only else "; its backbone alone may be possible (--backbone-only)"
+        first = str(error).strip().split("\n")[0]
+        raise UserError(f"the detector can not be exported: {type(error).__name__}: {first}{hint}") from error
+    assert onnx is not None
+    onnx.model.metadata_props.update(metadata)
+    weights = sum(tensor.nbytes for tensor in program.state_dict.values())
+    onnx.save(path, external_data=weights > ONE_FILE_BYTES)
+
+
+def load_exported(path: Path) -> Callable[[Mapping[str, NDArray[Any]]], Arrays]:
+    """An exported file as a function of its inputs, which runs on the CPU; for a check, or a first try.
+
+    Args:
+        path: written by `export_detector`.
+
+    Returns:
+        From {"image", "image_size"}, see `fit_image`, to the outputs by name.
+    """
+    if path.suffix == ONNX:
+        runtime = import_extra("onnxruntime", f"running {path.suffix}", "export")
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3  # errors
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+        return lambda inputs: dict(zip(names, session.run(None, dict(inputs)), strict=True))
+    module = torch.export.load(path).module()
+
+    def run(inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        with torch.no_grad():
+            outputs = module(*(torch.from_numpy(inputs[name]) for name in INPUTS))
+        return {name: tensor.numpy() for name, tensor in outputs.items()}
+
+    return run
+
+
+def fit_image(image: NDArray[np.uint8], size: tuple[int, int]) -> Arrays:
+    """The inputs of an exported detector for a picture of any size.
+
+    Args:
+        image: (h, w, 3) uint8 RGB.
+        size: H, W of the export.
+
+    Returns:
+        `image` (1, 3, H, W) float32, the picture resized to fit, its proportions kept, and zeros right of it or below;
+        `image_size` (2,) int64, what it was resized to: boxes in pixels of the picture are those of the detector times
+        w / image_size[1] and h / image_size[0].
+    """
+    h, w = image.shape[:2]
+    scale = min(size[0] / h, size[1] / w)
+    height, width = (max(1, round(side * scale)) for side in (h, w))
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    canvas = np.zeros((1, 3, *size), np.float32)
+    canvas[0, :, :height, :width] = np.asarray(resized).transpose(2, 0, 1)
+    return {"image": canvas, "image_size": np.array([height, width], np.int64)}
+
+
+def _shapes(size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Coloured squares and circles on noise, which detectors take for one thing or another; not of the full width."""
+    random = np.random.default_rng(0)
+    height, width = size[0], max(1, size[1] * 3 // 4)
+    picture = random.integers(90, 150, (height, width, 3)).astype(np.uint8)
+    rows, columns = np.ogrid[:height, :width]
+    for number in range(24):
+        y, x, radius = random.uniform(0, height), random.uniform(0, width), random.uniform(0.03, 0.2) * height
+        far = np.maximum(abs(rows - y), abs(columns - x)) if number % 2 else np.hypot(rows - y, columns - x)
+        picture[far < radius] = random.integers(0, 256, 3)
+    return picture
+
+
+def _check(model: GeneralizedRCNN, path: Path, inputs: Arrays, backbone_only: bool) -> Parity:
+    """Compare a file with the model that it was made of.
+
+    Raises:
+        UserError: they differ by more than `LIMITS`.
+    """
+    exported = load_exported(path)(inputs)
+    if backbone_only:
+        eager = _eager_features(model, inputs)[1]
+        apart = [np.abs(eager[name].numpy() - exported[name]).max() / eager[name].abs().max() for name in eager]
+        parity = Parity(len(eager), {"features": float(max(apart))})
+    else:
+        parity = compare_detections(eager_detections(model, inputs), exported)
+    if parity.exceeded():
+        raise UserError(
+            f"{path.name} differs from the detector that it was made of, and is not kept: {parity}. Try another "
+            "picture, in case this one has scores or overlaps right at a threshold (--image), or skip this (--no-check)"
+        )
+    if not parity.compared:
+        log.warning("the detector finds nothing in the picture of the check, which so proves little: name another one")
+    return parity
+
+
+@torch.no_grad()
+def _eager_features(model: GeneralizedRCNN, inputs: Arrays) -> tuple[ImageList, dict[str, Tensor]]:
+    """The padded image and feature maps of detectron2's own inference."""
+    height, width = (int(side) for side in inputs["image_size"])
+    image = torch.from_numpy(inputs["image"])[:, :, :height, :width]
+    image = image.flip(1) if model.input_format == "BGR" else image
+    below, right = inputs["image"].shape[2] - height, inputs["image"].shape[3] - width
+    padded = F.pad((image - model.pixel_mean) / model.pixel_std, (0, right, 0, below))
+    return ImageList(padded, [(height, width)]), model.backbone(padded)
+
+
+@torch.no_grad()
+def eager_detections(model: GeneralizedRCNN, inputs: Arrays) -> Arrays:
+    """The outputs that an exported detector should have, from detectron2's own inference.
+
+    Args:
+        model: in evaluation mode.
+        inputs: see `fit_image`.
+    """
+    images, features = _eager_features(model, inputs)
+    proposals, _ = model.proposal_generator(images, features)
+    (found,), _ = model.roi_heads(images, features, proposals)
+    outputs = {"boxes": found.pred_boxes.tensor, "scores": found.scores, "classes": found.pred_classes}
+    if found.has("pred_masks"):
+        outputs["masks"] = found.pred_masks[:, 0]
+    return {name: tensor.numpy() for name, tensor in outputs.items()}
+
+
+def compare_detections(expected: Arrays, received: Arrays) -> Parity:
+    """Pair detections by class and place, whatever their order, and measure how far they are apart.
+
+    Args:
+        expected, received: `boxes`, `scores`, `classes` and perhaps `masks`; N need not be the same.
+    """
+    count, others = len(expected["scores"]), len(received["scores"])
+    if not count or not others:
+        return Parity(count, {"unpaired": float(max(count, others))})
+    apart = np.abs(expected["boxes"][:, None] - received["boxes"]).max(axis=2)
+    apart += np.abs(expected["scores"][:, None] - received["scores"])
+    apart[expected["classes"][:, None] != received["classes"]] = np.inf
+    partner = apart.argmin(axis=1)
+    paired = np.isfinite(apart.min(axis=1))
+    differences = {"unpaired": float(max(count, others) - len(set(partner[paired].tolist())))}
+    for name in ("boxes", "scores", "masks"):
+        if name in expected:
+            far = np.abs(expected[name][paired] - received[name][partner[paired]])
+            differences[name] = float(far.max(initial=0.0))
+    return Parity(count, differences)
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Exporters warn of what libraries do inside them; the check of the result tells more."""
+    logger = logging.getLogger("torch.fx._symbolic_trace")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

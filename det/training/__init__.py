@@ -1,0 +1,1 @@
+"""Detector training: the loop, its optimizer and its checkpoints."""

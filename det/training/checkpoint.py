@@ -1,0 +1,139 @@
+"""Checkpoints of a detector's run: whole or not there, strict on reading; `model` is always what is evaluated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from crossmae.checkpoints.reading.torch_file import read_torch_file
+from crossmae.checkpoints.weights import check_finite, describe_non_finite
+from crossmae.errors import UserError
+from crossmae.files import write_atomically, write_text
+from det.evaluation.run_files import CHECKPOINT, LAST
+
+# With a moving average, `model` is the average, and here are the weights that training goes on from.
+TRAINED = "trained_model"
+MAX_NAME = 256  # characters that are read of `last_checkpoint`
+_REPAIR = "Write the name of a checkpoint in this folder into it, such as model_0004999.pth or model_final.pth."
+
+
+class AtomicCheckpointer(DetectionCheckpointer):
+    """detectron2's checkpoints, but a reader sees a whole file or none, and resuming is strict.
+
+    Args:
+        model: that is trained.
+        save_dir: folder.
+        average: the moving average of its weights, if one is kept.
+        checkpointables: what else has a state.
+    """
+
+    def __init__(self, model: nn.Module, save_dir: str, average: nn.Module | None = None, **checkpointables: Any):
+        super().__init__(model, save_dir, **checkpointables)
+        self.average = average
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write `<name>.pth`, then name it in `last_checkpoint`."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        state = {key: value.state_dict() for key, value in self.checkpointables.items()}
+        self.write(f"{name}.pth", self.weights() | state | kwargs)
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def weights(self) -> dict[str, Any]:
+        """The weights that are evaluated and, where they differ, those that are trained."""
+        trained = self.model.state_dict()
+        if self.average is None:
+            return {"model": trained}
+        return {"model": self.average.state_dict(), TRAINED: trained}
+
+    def write(self, file_name: str, content: dict[str, Any]) -> None:
+        """Write one file in the folder, atomically.
+
+        Raises:
+            UserError: weights are not finite; nothing is written.
+        """
+        for key in ("model", TRAINED):
+            if found := describe_non_finite(content.get(key, {})):
+                raise UserError(
+                    f"{Path(self.save_dir, file_name)}: not written, because {found} (in `{key}`). The last checkpoint "
+                    "stays: lower SOLVER.BASE_LR and start a new run in another OUTPUT_DIR."
+                )
+        write_atomically(Path(self.save_dir, file_name), lambda path: torch.save(content, path))
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Load a checkpoint of ours.
+
+        Raises:
+            UserError: not a checkpoint, of another model, or its weights are not finite.
+        """
+        rest: dict[str, Any] = super().load(path, checkpointables)
+        for model in (self.model, self.average):
+            if model is not None:
+                check_finite(model.state_dict(), Path(path))
+        return rest
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Name the newest checkpoint."""
+        write_text(Path(self.save_dir, LAST), last_filename_basename)
+
+    def get_checkpoint_file(self) -> str:
+        """Return the checkpoint that `last_checkpoint` names, or "" where there is no such file.
+
+        Raises:
+            UserError: the name is not that of a checkpoint of ours, or not of a file in the same folder.
+        """
+        return str(last_checkpoint(Path(self.save_dir)) or "")
+
+    def _load_file(self, filename: str) -> Any:
+        """Read a checkpoint without running anything in it."""
+        advice = f"Name an older checkpoint in {Path(self.save_dir, LAST)}."
+        try:
+            content = read_torch_file(Path(filename))
+        except UserError as error:
+            raise UserError(f"{str(error).rstrip('.')}. {advice}") from error
+        wanted = ("model", *self.checkpointables)
+        missing = [key for key in wanted if not isinstance(content, dict) or not isinstance(content.get(key), dict)]
+        if missing:
+            raise UserError(f"{filename}: not a checkpoint of a training run, it lacks {', '.join(missing)}. {advice}")
+        if self.average is not None and TRAINED in content:
+            self.average.load_state_dict(content["model"])
+            content["model"] = content.pop(TRAINED)
+        return {key: content[key] for key in wanted}  # detectron2 takes orders from other keys, `matching_heuristics`
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        wrong = [*incompatible.missing_keys, *incompatible.unexpected_keys]
+        wrong += [name for name, *_ in incompatible.incorrect_shapes]
+        if wrong:
+            raise UserError(
+                f"{self.get_checkpoint_file()} is of another model than the config: {len(wrong)} tensors are missing, "
+                f"left over or of another shape, like {wrong[0]}; resume with the config it was trained with"
+            )
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Find the checkpoint that training continues from; None without `last_checkpoint`.
+
+    Raises:
+        UserError: `last_checkpoint` holds anything but the name of a checkpoint in the same folder.
+    """
+    record = folder / LAST
+    try:
+        with open(record, encoding="utf-8", errors="replace") as file:
+            text = file.read(MAX_NAME)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{record}: cannot be read: {error.strerror}. {_REPAIR}") from None
+    name = text.removesuffix("\n")
+    if not CHECKPOINT.fullmatch(name):
+        raise UserError(f"{record}: holds {name[:60]!r}, which is not the name of a checkpoint. {_REPAIR}")
+    path = folder / name
+    if not path.is_file():
+        raise UserError(f"{record}: names {name}, a file that does not exist. {_REPAIR}")
+    if path.resolve().parent != folder.resolve():
+        raise UserError(f"{record}: names {name}, a link to a file outside {folder}. Copy the file into the folder.")
+    return path

@@ -1,0 +1,130 @@
+"""One step of the optimizer: the batch in parts, mixed precision, the moving average of the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from crossmae.checkpoints.weights import describe_non_finite
+from crossmae.training.optimizer import MAX_SKIPPED, scaled_step
+
+log = logging.getLogger(__name__)
+
+
+class StepTrainer(SimpleTrainer):
+    """detectron2's inner trainer, whose steps may be computed in parts.
+
+    The gradient of a step is the mean over its parts, as it is over the processes of a run on several GPUs, and a part
+    draws the random numbers that such a process would: `parts` on one GPU do what as many GPUs do. Losses that are
+    means over boxes or masks are means over those of a part, in both cases.
+
+    Args:
+        model: the detector, or its wrapper for several processes.
+        data_loader: batches, lists of samples.
+        optimizer: over the parameters of `model`.
+        seed: random numbers of a step come from it, the number of the step and the rank alone.
+        parts: that a batch is computed in.
+        precision: of autocast; None computes in float32.
+        average: moving average of the weights, updated after every step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Any,
+        optimizer: torch.optim.Optimizer,
+        seed: int,
+        parts: int = 1,
+        precision: torch.dtype | None = None,
+        average: ModelEmaV3 | None = None,
+    ) -> None:
+        super().__init__(model, data_loader, optimizer)
+        self.seed, self.parts, self.precision, self.average = seed, parts, precision, average
+        # bfloat16 has the range of float32 and needs no scaling
+        self.scaler = torch.amp.GradScaler("cuda", enabled=precision == torch.float16)
+        self.skipped = 0  # steps in a row
+
+    def run_step(self) -> None:
+        """Take one step and write its losses.
+
+        Raises:
+            FloatingPointError: a loss or a gradient is not finite; the weights are those before the step.
+        """
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        self.optimizer.zero_grad()
+        losses: dict[str, Tensor] = {}
+        for number, part in enumerate(split(batch, self.parts)):
+            self._seed(number)
+            with self._only_the_last_part_is_averaged_over_processes(number):
+                for name, value in self._backward(part).items():
+                    losses[name] = losses.get(name, 0) + value
+        self._write_metrics(losses, data_time)
+        self._update()
+        if self.average is not None:
+            self.average.update(getattr(self.model, "module", self.model), step=self.iter + 1)
+
+    def _backward(self, part: list[Any]) -> dict[str, Tensor]:
+        """Losses of a part, each divided by the number of parts; their gradients are added to what is there."""
+        with torch.autocast("cuda", self.precision) if self.precision else contextlib.nullcontext():
+            losses = {name: value / self.parts for name, value in self.model(part).items()}
+            total = torch.stack([value.float() for value in losses.values()]).sum()
+        self.scaler.scale(total).backward()
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _update(self) -> None:
+        """Update the weights, unless a gradient is not finite; float16 may skip a few steps to find its scale."""
+        if not self.scaler.is_enabled():
+            gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+            norm = nn.utils.get_total_norm(gradients.values())
+            if not norm.isfinite():
+                found = describe_non_finite(gradients) or "no gradient alone is infinite"
+                raise FloatingPointError(f"the norm of the gradient is {norm.item()}: {found}.")
+        self.skipped = self.skipped + 1 if scaled_step(self.scaler, self.optimizer) else 0
+        if self.skipped >= MAX_SKIPPED:
+            raise FloatingPointError(
+                f"float16 skipped {self.skipped} steps in a row, because gradients were not finite. "
+                "Use SOLVER.AMP.PRECISION bf16."
+            )
+
+    def _seed(self, part: int) -> None:
+        key = np.random.SeedSequence([self.seed, self.iter, comm.get_rank() * self.parts + part])
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+    def _only_the_last_part_is_averaged_over_processes(self, part: int) -> contextlib.AbstractContextManager[None]:
+        if part < self.parts - 1 and isinstance(self.model, nn.parallel.DistributedDataParallel):
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer and, in float16, the scale of its gradients."""
+        state: dict[str, Any] = super().state_dict()
+        return state | ({"grad_scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What `state_dict` returned."""
+        super().load_state_dict(state_dict)
+        if self.scaler.is_enabled() and "grad_scaler" in state_dict:
+            self.scaler.load_state_dict(state_dict["grad_scaler"])
+        elif self.scaler.is_enabled():
+            log.info("the checkpoint is of a run without float16: the scale of gradients starts anew")
+
+
+def split(batch: Sequence[Any], parts: int) -> Iterator[list[Any]]:
+    """`parts` runs of a batch, of equal length."""
+    if len(batch) % parts:
+        raise ValueError(f"{len(batch)} images can not be divided into {parts} parts")
+    size = len(batch) // parts
+    for start in range(0, len(batch), size):
+        yield list(batch[start : start + size])

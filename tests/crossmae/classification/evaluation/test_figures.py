@@ -1,0 +1,118 @@
+"""Proves that the pictures of an evaluation show what was counted, and that names of any length and script stay on the
+page and apart from each other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from crossmae.classification.evaluation.figures import LONGEST_NAME, calibration_figure, class_labels, confusion_figure
+from crossmae.classification.evaluation.metrics import BINS, calibration_bins, calibration_error
+
+AWKWARD = (
+    "$x_1$ and _y_",
+    "W" * 60,
+    "犬",
+    "Weißstörche, die über den Fluß ziehen, und Gänse",
+    "two\nlines",
+    "",
+)
+
+
+def check_layout(figure: Figure) -> None:
+    """No text leaves the page or lies over another."""
+    FigureCanvasAgg(figure).draw()
+    found = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]  # type: ignore[attr-defined]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in found]  # type: ignore[attr-defined]
+    page = figure.bbox
+    for index, (text, box) in enumerate(boxes):
+        assert min(box.x0, box.y0) >= 0, text
+        assert box.x1 <= page.x1, text
+        assert box.y1 <= page.y1, text
+        for other, its_box in boxes[index + 1 :]:
+            assert not box.overlaps(its_box), (text, other)
+
+
+def random_confusion(classes: int) -> np.ndarray:
+    confusion = np.random.default_rng(0).integers(0, 9, (classes, classes)) ** 2
+    confusion[1] = 0  # a class without samples
+    np.fill_diagonal(confusion, 12345)
+    confusion[1, 1] = 0
+    return confusion
+
+
+def shown(axis: Axes) -> dict[tuple[int, int], int]:
+    places = [(text.get_position(), text.get_text()) for text in axis.texts]
+    return {(int(y), int(x)): int(text) for (x, y), text in places}
+
+
+@pytest.mark.parametrize(
+    ("classes", "awkward"),
+    [(2, False), (3, True), (10, False), (20, True), (21, False), (60, True), (61, True), (300, False)],
+)
+def test_the_matrix(classes: int, awkward: bool) -> None:
+    names = [AWKWARD[index % len(AWKWARD)] if awkward else f"c{index}" for index in range(classes)]
+    confusion = random_confusion(classes)
+    figure = confusion_figure(confusion, names)
+    check_layout(figure)
+    axis = figure.axes[0]
+    shares = np.ma.asarray(axis.images[0].get_array())
+    rows = confusion.sum(axis=1) > 0
+    np.testing.assert_allclose(shares[rows], confusion[rows] / confusion[rows].sum(axis=1, keepdims=True))
+    assert shares.mask[~rows].all()
+    assert not shares.mask[rows].any()
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("predicted class", "true class")
+    assert f"{confusion.sum():,} samples" in figure.texts[0].get_text()
+    expected = {place: count for place, count in np.ndenumerate(confusion) if count} if classes <= 20 else {}
+    assert shown(axis) == expected
+    labels = class_labels(names) if classes <= 60 else []
+    assert [label.get_text() for label in axis.get_xticklabels()] == labels
+    assert [label.get_text() for label in axis.get_yticklabels()] == labels
+    assert not any(label.get_parse_math() for label in (*axis.get_xticklabels(), *axis.get_yticklabels()))
+    side = axis.bbox.width / classes
+    assert side == pytest.approx(round(side)), "cells of whole pixels are of one size"
+
+
+def test_one_class_and_more_samples_than_there_are() -> None:
+    check_layout(confusion_figure(np.array([[7]]), ["only"]))
+    check_layout(confusion_figure(np.full((2, 2), 10**14), ["a", "b"]))
+
+
+def test_labels() -> None:
+    labels = class_labels(["cat", "жук", "犬", "犬 in part", "a  b\tc\n", "", "x" * 40 + "1", "x" * 40 + "2", "\udce9"])
+    assert labels[:6] == ["cat", "жук", "class 2", "class 3", "a b c", "class 5"]
+    assert labels[6] != labels[7], "what differs at the end still does"
+    assert all(label.startswith("xxx") and "…" in label for label in labels[6:8])
+    assert labels[8] == "class 8"
+
+
+def test_long_labels_use_the_room_that_they_have() -> None:
+    figure = confusion_figure(random_confusion(3), ["i" * 200, "W" * 200, "a"])
+    FigureCanvasAgg(figure).draw()
+    widths = [label.get_window_extent().width for label in figure.axes[0].get_yticklabels()]
+    assert all(LONGEST_NAME - 20 < width <= LONGEST_NAME + 2 for width in widths[:2])
+
+
+@pytest.mark.parametrize("samples", [1, 30, 200_000])
+def test_calibration(samples: int) -> None:
+    rng = np.random.default_rng(0)
+    confidence = rng.beta(3, 1.2, samples)
+    bins = calibration_bins(confidence, rng.random(samples) < confidence**2)
+    figure = calibration_figure(bins)
+    check_layout(figure)
+    upper, lower = figure.axes
+    filled = [one for one in bins if one.samples]
+    assert [bar.get_height() for bar in upper.patches] == [one.accuracy for one in filled]
+    assert [bar.get_height() for bar in lower.patches] == [one.samples for one in filled]
+    middles = [bar.get_x() + bar.get_width() / 2 for bar in upper.patches]
+    assert middles == pytest.approx([(one.low + one.high) / 2 for one in filled])
+    lines = [segment[0][1] for segment in upper.collections[0].get_segments()]  # type: ignore[attr-defined]
+    assert lines == pytest.approx([one.confidence for one in filled])
+    counts = [text.get_text() for text in lower.texts]
+    assert counts == [str(c) if (c := one.samples) < 10_000 else f"{c / 1000:.0f}k" for one in filled]
+    assert len(bins) == BINS
+    assert f"error {calibration_error(bins):.2%}" in figure.get_suptitle()

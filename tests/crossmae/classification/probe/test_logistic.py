@@ -1,0 +1,86 @@
+"""Proves the logistic regression: scikit-learn's own pipeline, a fair split, nothing chosen on what is reported."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from crossmae.classification.probe import logistic
+from crossmae.classification.probe.logistic import choose_strength, fit, split
+
+
+def noisy_classes(count: int = 120) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 3
+    features = torch.randn(3, 8, generator=generator)[labels] + 1.5 * torch.randn(count, 8, generator=generator)
+    return features * torch.logspace(-2, 2, 8), labels
+
+
+def test_fit_equals_the_pipeline_of_scikit_learn() -> None:
+    features, labels = noisy_classes()
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
+    pipeline.fit(features.double().numpy(), labels.numpy())
+    others = noisy_classes(300)[0]
+    expected = torch.from_numpy(pipeline.predict(others.double().numpy()))
+    assert torch.equal(fit(features, labels, 0.1, 500, "test").classify(others), expected)
+
+
+def test_split_takes_a_tenth_of_every_class() -> None:
+    labels = torch.tensor([0] * 40 + [1] * 20 + [2] * 3 + [3])
+    kept, held_out = split(labels, seed=0)
+    assert torch.bincount(labels[held_out], minlength=4).tolist() == [4, 2, 1, 0]
+    assert sorted([*kept.tolist(), *held_out.tolist()]) == list(range(64))
+    assert torch.equal(split(labels, 0)[1], held_out)
+    assert not torch.equal(split(labels, 1)[1], held_out)
+
+
+def test_the_best_on_held_out_images_is_chosen() -> None:
+    features, labels = noisy_classes()
+    strengths = (1e-6, 1e-2, 1.0)
+    choice = choose_strength(features, labels, strengths, 500, seed=0)
+    splits = [split(labels, number) for number in range(10)]  # 12 images each, so that there are many
+    for strength, accuracy in choice.table:
+        right = 0
+        for kept, held_out in splits:
+            predicted = fit(features[kept], labels[kept], strength, 500, "test").classify(features[held_out])
+            right += int((predicted == labels[held_out]).sum())
+        assert (accuracy.right, accuracy.images) == (right, 120)
+    best = max(accuracy.right for _, accuracy in choice.table)
+    assert best == dict(choice.table)[choice.strength].right
+    assert [strength for strength, _ in choice.table] == sorted(strengths)
+    with pytest.raises(ValueError, match="no class has two"):
+        choose_strength(features[:3], labels[:3], strengths, 500, seed=0)
+
+
+def test_of_equally_good_strengths_the_one_nearest_to_1_is_chosen() -> None:
+    features, labels = torch.tensor([[-1.0, 0], [1, 0]]).repeat(20, 1), torch.tensor([0, 1]).repeat(20)
+    assert choose_strength(features, labels, (1e-3, 1e-2, 0.5, 100.0), 500, seed=0).strength == 0.5
+
+
+def test_lack_of_convergence_is_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    features, labels = noisy_classes()
+    with caplog.at_level(logging.WARNING):
+        fit(features, labels, 100.0, 2, "logistic")
+    assert caplog.messages == ["logistic, C=100: not converged after 2 iterations: the limit is 2"]
+    caplog.clear()
+    fit(features, labels, 0.1, 500, "logistic")
+    assert not caplog.messages
+
+
+def test_other_warnings_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Warning_(LogisticRegression):  # type: ignore[misc]
+        def fit(self, *arguments: np.ndarray) -> None:
+            warnings.warn("look here", UserWarning, stacklevel=1)
+            super().fit(*arguments)
+
+    monkeypatch.setattr(logistic, "LogisticRegression", Warning_)
+    with pytest.warns(UserWarning, match="look here"):
+        fit(*noisy_classes(), 0.1, 500, "logistic")

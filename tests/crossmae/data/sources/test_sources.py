@@ -1,0 +1,307 @@
+"""Proves that every kind of source gives the same images and labels, in any process, and that a bad value is named."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import pickle
+import pickletools
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from crossmae.data.sources import Source, open_source
+from crossmae.errors import UserError
+from tests.crossmae.data.sources.source_files import CLASSES, tar_bytes, write_shards, write_tree
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    return write_tree(tmp_path / "tree")
+
+
+def as_tree(folder: Path, paths: list[Path]) -> str:
+    return str(folder / "tree")
+
+
+def as_text(folder: Path, paths: list[Path]) -> str:
+    lines = ["# a comment", "", *(str(path.relative_to(folder)) for path in paths[:5]), *map(str, paths[5:])]
+    (folder / "list.txt").write_text("\n".join(lines))
+    return str(folder / "list.txt")
+
+
+def as_csv(folder: Path, paths: list[Path], name: str = "list.csv") -> str:
+    with open(folder / name, "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file, delimiter="\t" if name.endswith("tsv") else ",")
+        writer.writerow(["note", "file_name", "class"])
+        writer.writerows(['of "two"\nlines', path.relative_to(folder), path.parent.name] for path in paths)
+    return str(folder / name)
+
+
+def as_tsv(folder: Path, paths: list[Path]) -> str:
+    return as_csv(folder, paths, "list.tsv")
+
+
+def as_parquet(folder: Path, paths: list[Path]) -> str:
+    pa = pytest.importorskip("pyarrow")
+    table = {"path": [str(path.relative_to(folder)) for path in paths], "label": [path.parent.name for path in paths]}
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.table(table), folder / "list.parquet")
+    return str(folder / "list.parquet")
+
+
+def as_coco(folder: Path, paths: list[Path]) -> str:
+    names = [str(path.relative_to(folder)) for path in [*paths, paths[0]]]
+    content = {"images": [{"id": index, "file_name": name} for index, name in enumerate(names)]}
+    (folder / "coco.json").write_text(json.dumps(content))
+    return str(folder / "coco.json")
+
+
+def as_shards(folder: Path, paths: list[Path]) -> str:
+    write_shards(folder / "shards", paths)
+    return str(folder / "shards")
+
+
+def as_glob(folder: Path, paths: list[Path]) -> str:
+    return as_shards(folder, paths) + "/s-*.tar"
+
+
+def as_braces(folder: Path, paths: list[Path]) -> str:
+    return as_shards(folder, paths) + "/s-{000..002}.tar"
+
+
+def as_file_url(folder: Path, paths: list[Path]) -> str:
+    return "file://" + as_glob(folder, paths)
+
+
+def as_url(folder: Path, paths: list[Path]) -> str:
+    memory = fsspec.filesystem("memory")
+    for shard in write_shards(folder / "shards", paths):
+        memory.pipe_file(f"/bucket/{shard.name}", shard.read_bytes())
+    return "memory://bucket/s-{000..002}.tar"
+
+
+def as_url_glob(folder: Path, paths: list[Path]) -> str:
+    as_url(folder, paths)
+    return "memory://bucket/*.tar"
+
+
+def as_url_folder(folder: Path, paths: list[Path]) -> str:
+    as_url(folder, paths)
+    return "memory://bucket"
+
+
+def as_chained_url(folder: Path, paths: list[Path]) -> str:
+    return "simplecache::" + as_url(folder, paths)
+
+
+def as_hugging_face(folder: Path, paths: list[Path]) -> str:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    features = datasets.Features({"picture": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
+    rows = {
+        "picture": [{"bytes": path.read_bytes(), "path": None} for path in paths],
+        "label": [CLASSES.index(path.parent.name) for path in paths],
+    }
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(folder / "hf"))
+    return str(folder / "hf")
+
+
+LABELLED = [as_tree, as_csv, as_tsv, as_parquet, as_shards, as_glob, as_braces, as_file_url, as_hugging_face]
+LABELLED += [as_url, as_url_glob, as_url_folder, as_chained_url]
+KINDS = [*LABELLED, as_text, as_coco]
+
+
+def contents(source: Source) -> list[bytes]:
+    return [source.read(index) for index in range(len(source))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_the_same_images_and_labels(
+    kind: Callable[[Path, list[Path]], str], tmp_path: Path, paths: list[Path]
+) -> None:
+    source = open_source(kind(tmp_path, paths), "data.train")
+    # Shards hold their images in an order of their own.
+    expected = {path.read_bytes(): path for path in paths}
+    found = contents(source)
+    assert len(source) == len(paths)
+    assert set(found) == set(expected)
+    assert [source.tail(index) for index in range(9)] == [data[-16:] for data in found]
+    assert source.description.startswith("9 images")
+    if kind in LABELLED:
+        assert source.classes == CLASSES
+        for index, data in enumerate(found):
+            assert source.classes[source.label(index)] == expected[data].parent.name
+    else:
+        assert source.classes == ()
+        with pytest.raises(UserError, match=r"9 images .* have no labels; .*one subfolder per class"):
+            source.label(0)
+
+
+@pytest.mark.parametrize("kind", [as_tree, as_csv, as_shards, as_chained_url, as_hugging_face])
+def test_a_copy_reads_the_same_after_the_original_was_used(
+    kind: Callable[[Path, list[Path]], str], tmp_path: Path, paths: list[Path]
+) -> None:
+    source = open_source(kind(tmp_path, paths), "data.train")
+    found = contents(source)
+    copy = pickle.loads(pickle.dumps(source))
+    assert contents(copy) == found
+    assert [copy.name(index) for index in range(9)] == [source.name(index) for index in range(9)]
+    assert [copy.label(index) for index in range(9)] == [source.label(index) for index in range(9)]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("kind", [as_tree, as_shards, as_url])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_another_process_reads_the_same(
+    kind: Callable[[Path, list[Path]], str], method: str, tmp_path: Path, paths: list[Path]
+) -> None:
+    if method == "spawn" and kind is as_url:
+        pytest.skip("what is in memory is there in forked processes only")
+    source = open_source(kind(tmp_path, paths), "data.train")
+    found = contents(source)  # leaves files open, which a forked process inherits
+    with ProcessPoolExecutor(1, mp_context=get_context(method)) as pool:
+        assert pool.submit(contents, source).result() == found
+
+
+def test_many_images_are_few_objects(tmp_path: Path, paths: list[Path]) -> None:
+    # Objects would be copied page by page into every worker, as their reference counts change.
+    (tmp_path / "long.csv").write_text("path,label\n" + f"{paths[0]},a\n" * 1000)
+    (tmp_path / "long.tar").write_bytes(tar_bytes({f"{number}.png": b"x" for number in range(1000)}))
+    for name in ("long.csv", "long.tar"):
+        source = open_source(str(tmp_path / name), "data.train")
+        assert len(source) == 1000
+        assert len(list(pickletools.genops(pickle.dumps(source)))) < 300
+
+
+def test_only_a_tree_with_every_image_in_a_class_has_classes(
+    tmp_path: Path, paths: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "tree"
+    (root / "empty class").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert open_source(root, "data.train").classes == CLASSES
+    assert "no image in the class folder empty class" in caplog.text
+    paths[0].rename(root / "000.png")  # beside the class folders
+    assert open_source(root, "data.train").classes == ()
+    assert open_source(root / "bee", "data.train").classes == ()
+
+
+def test_numbers_as_classes_are_sorted_by_value(tmp_path: Path, paths: list[Path]) -> None:
+    labels = [10, 9, 2]
+    rows = [f"{path},{labels[index % 3]}" for index, path in enumerate(paths)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
+    source = open_source(tmp_path / "list.csv", "data.train")
+    assert source.classes == ("2", "9", "10")
+    assert [source.label(index) for index in range(3)] == [2, 1, 0]
+
+
+def test_a_missing_label_turns_labels_off_and_is_counted(
+    tmp_path: Path, paths: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "list.csv").write_text(f"path,label\n{paths[0]},a\n{paths[1]},\n")
+    assert open_source(tmp_path / "list.csv", "data.train").classes == ()
+    assert "labels are not used, 1 samples have none" in caplog.text
+
+
+def test_root_is_where_relative_paths_start(tmp_path: Path, paths: list[Path]) -> None:
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/list.txt").write_text("ant/000.png")
+    source = open_source(str(tmp_path / "lists/list.txt"), "data.train", tmp_path / "tree")
+    assert contents(source) == [paths[0].read_bytes()]
+
+
+def test_a_file_that_went_missing_is_named(tmp_path: Path, paths: list[Path]) -> None:
+    source = open_source(tmp_path / "tree", "data.train")
+    paths[1].unlink()
+    with pytest.raises(UserError, match=r"ant/001\.png: can not be read: No such file"):
+        source.read(1)
+
+
+BAD: list[tuple[str, str, str]] = [
+    (
+        "nowhere/deeper",
+        "",
+        r"data.train: .*nowhere/deeper does not exist \(.*: .*\); expected a folder of images, .tar",
+    ),
+    ("empty.txt", "# only this\n", r"empty\.txt names no image"),
+    (
+        "gone.txt",
+        "\n".join(f"{n}.png" for n in range(7)),
+        r"7 of 7 images are not there: .*/4\.png, \.\.\.; .*data.root=",
+    ),
+    ("columns.csv", "a,b\n1,2\n", r"columns\.csv: no column path, image, file_name or filename; its columns: a, b"),
+    ("header.csv", "ant/000.png\nant/001.png\n", r"header\.csv: the first line must name the columns"),
+    ("row.csv", "path,label\nx.png\n", r"row\.csv, line 2: has 1 values, the header 2"),
+    ("blank.csv", "path,label\n,a\n", r"blank\.csv: image 1 of 1 has an empty path"),
+    ("quote.csv", 'path\n"x.png', r"quote\.csv: not valid CSV"),
+    ("broken.json", "{", r"broken\.json: not valid JSON"),
+    ("list.json", "[]", r'list\.json: expected COCO annotations, a mapping with a list "images"'),
+    ("name.json", '{"images": [{"id": 1}]}', r"name\.json: images\[0\]: file_name must be text, got None"),
+    ("out.json", '{"images": [{"file_name": "../x.png"}]}', r"'\.\./x\.png' leads out of the image folder"),
+    ("absolute.json", '{"images": [{"file_name": "/x.png"}]}', r"'/x\.png' leads out of the image folder"),
+    ("gone.json", '{"images": [{"file_name": "x.png"}]}', r"1 of 1 images are not there: .*set data.root=FOLDER"),
+    ("data.xyz", "?", r"data\.xyz: no such kind of data is known; expected a folder"),
+    ("bad.parquet", "?", r"bad\.parquet: not a whole Parquet file"),
+    ("x-*.tar", "", r"no file matches .*x-\*\.tar"),
+    ("x-{00..11}.tar", "", r"12 of 12 shards are not there: .*x-00\.tar, .*x-04\.tar, \.\.\."),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD, ids=[name for name, _, _ in BAD])
+def test_a_bad_value_is_one_error_with_key_and_file(name: str, content: str, message: str, tmp_path: Path) -> None:
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    if content:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message) as raised:
+        open_source(str(tmp_path / name), "data.train")
+    assert "data.train" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("nono://bucket/x.tar", "data.train: nono://bucket/x.tar: Protocol not known"),
+        ("memory://empty/x.tar", "data.train: 1 of 1 shards are not there: memory:///empty/x.tar"),
+        ("memory://empty", r"data.train: no file matches memory://empty/\*\.tar"),
+    ],
+)
+def test_a_bad_url_is_named_at_once(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("tried again"))
+    with pytest.raises(UserError, match=message):
+        open_source(url, "data.train")
+
+
+def test_text_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"list\.txt: not a text file in UTF-8"):
+        open_source(tmp_path / "list.txt", "data.train")
+
+
+def test_parquet_with_images_inside_says_what_to_do(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.table({"image": [{"bytes": b"x", "path": "x"}]}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"column 'image' holds struct<.*save_to_disk"):
+        open_source(tmp_path / "x.parquet", "data.train")
+
+
+def test_a_folder_that_make_shards_has_not_finished_is_refused(tmp_path: Path, paths: list[Path]) -> None:
+    folder = Path(as_shards(tmp_path, paths))
+    (folder / "progress.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"make_shards\.py has not finished"):
+        open_source(folder, "data.train")

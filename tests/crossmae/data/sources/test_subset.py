@@ -1,0 +1,30 @@
+"""Proves that a part of a source keeps names, contents and classes, and that the seed draws so many of each class."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from crossmae.data.sources import open_source
+from crossmae.data.sources.subset import choose_per_class
+from crossmae.errors import UserError
+from tests.crossmae.classification.labelled import CLASSES, write_classes
+
+
+def test_so_many_per_class_drawn_by_the_seed(tmp_path: Path) -> None:
+    whole = open_source(write_classes(tmp_path, per_class=6), "SRC")
+    part = choose_per_class(whole, 4, 0, "key")
+    assert Counter(part.classes[part.label(index)] for index in range(len(part))) == dict.fromkeys(CLASSES, 4)
+    positions = {whole.name(index): index for index in range(len(whole))}
+    for index in range(len(part)):
+        origin = positions[part.name(index)]
+        assert part.read(index) == whole.read(origin)
+        assert part.tail(index) == whole.tail(origin)
+        assert part.stamp(index) == whole.stamp(origin)
+        assert part.label(index) == whole.label(origin)
+    names = [[choose_per_class(whole, 4, seed, "key").name(i) for i in range(12)] for seed in (0, 0, 1)]
+    assert names[0] == names[1] != names[2]
+    with pytest.raises(UserError, match=r"key: fewer than 7 images of blue \(6\), green \(6\)"):
+        choose_per_class(whole, 7, 0, "key")

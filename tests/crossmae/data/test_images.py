@@ -1,0 +1,243 @@
+"""Proves how images are found, how every kind is read, and that a bad one is named."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from crossmae.data.images import decode_image, find_images, read_image
+from crossmae.errors import UserError
+
+
+def save(path: Path, value: int = 128) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (6, 4), (value, 0, 0)).save(path)
+    return path
+
+
+def test_finds_images_in_all_subfolders_sorted_and_ignores_the_rest(tmp_path: Path) -> None:
+    expected = [save(tmp_path / name) for name in ("a/1.PNG", "a/b/2.jpg", "é ü/3.Jpeg")]
+    save(tmp_path / ".hidden" / "4.png")
+    save(tmp_path / "a" / ".5.png")
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    assert find_images(tmp_path, "data.train") == sorted(expected)
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    save(tmp_path / "real" / "1.png")
+    root = tmp_path / "root"
+    save(root / "2.png")
+    (root / "link").symlink_to(tmp_path / "real")
+    (root / "loop").symlink_to(root)
+    assert [path.name for path in find_images(root, "data.train")] == ["2.png", "1.png"]
+
+
+def test_a_folder_without_images_is_an_error_with_key_and_path(tmp_path: Path) -> None:
+    (tmp_path / "a file").write_text("")
+    (tmp_path / "empty" / "sub").mkdir(parents=True)
+    (tmp_path / "empty" / "sub" / "labels.csv").write_text("")
+    for name, message in [
+        ("missing", f"data.train: {tmp_path}/missing does not exist .*: {tmp_path}"),
+        ("a file", f"data.train: {tmp_path}/a file is a file, not a folder"),
+        ("empty", f"data.train: no image in {tmp_path}/empty .*1 .csv"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            find_images(tmp_path / name, "data.train")
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", "truncated"])
+def test_a_broken_image_is_named(tmp_path: Path, content: bytes | str) -> None:
+    path = save(tmp_path / "image.png")
+    path.write_bytes(path.read_bytes()[:50] if isinstance(content, str) else content)
+    with pytest.raises(UserError, match=r"image\.png: can not be read"):
+        read_image(path)
+
+
+def pixel(path: Path) -> tuple[int, ...]:
+    image = read_image(path)
+    assert image.mode == "RGB"
+    return tuple(np.asarray(image)[0, 0])
+
+
+def test_modes_become_rgb_by_the_stated_rules(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    Image.new("L", (2, 2), 77).save(path)
+    assert pixel(path) == (77, 77, 77)
+    Image.fromarray(np.full((2, 2), 0xABCD, np.uint16)).save(path)
+    assert pixel(path) == (0xAB, 0xAB, 0xAB)  # 16 bits scaled, not cut off
+    Image.new("RGBA", (2, 2), (10, 20, 30, 0)).save(path)
+    assert pixel(path) == (255, 255, 255)  # transparent shows white
+    Image.new("RGB", (2, 2), (10, 20, 30)).quantize(4).save(path)
+    assert pixel(path) == (10, 20, 30)
+    tiff = tmp_path / "x.tiff"
+    Image.new("CMYK", (2, 2), (0, 255, 255, 0)).save(tiff)
+    assert pixel(tiff) == (255, 0, 0)
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    image = Image.new("RGB", (6, 4))
+    exif = image.getexif()
+    exif[0x0112] = 6  # the camera was turned
+    image.save(path, exif=exif)
+    assert read_image(path).size == (4, 6)
+
+
+def encoded(pixels: np.ndarray, suffix: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, suffix, **options)
+    return file.getvalue()
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 5, 4), np.uint8)
+LUMA = np.array([0.299, 0.587, 0.114])
+
+
+def test_eight_bit_files_become_the_channels_that_are_asked_for() -> None:
+    grey, colour, alpha = (encoded(PIXELS[..., :n].squeeze(), "png") for n in (1, 3, 4))
+    assert np.array_equal(np.asarray(decode_image(grey, "x", 1)), PIXELS[..., 0])
+    assert np.array_equal(np.asarray(decode_image(grey, "x", 3)), np.repeat(PIXELS[..., :1], 3, -1))
+    assert np.array_equal(np.asarray(decode_image(colour, "x", 3)), PIXELS[..., :3])
+    assert np.abs(np.asarray(decode_image(colour, "x", 1)) - PIXELS[..., :3] @ LUMA).max() <= 1
+    assert np.array_equal(decode_image(alpha, "x", 4), PIXELS)
+    opacity = PIXELS[..., 3:] / 255
+    assert (
+        np.abs(np.asarray(decode_image(alpha, "x", 3)) - (PIXELS[..., :3] * opacity + 255 * (1 - opacity))).max() <= 1
+    )
+    for data, channels, held in ((colour, 4, 3), (grey, 2, 1), (colour, 5, 3)):
+        with pytest.raises(UserError, match=f"x: has {held} channels, model.in_chans is {channels}"):
+            decode_image(data, "x", channels)
+
+
+def test_sixteen_bits_are_kept_or_scaled() -> None:
+    deep = np.random.default_rng(1).integers(0, 65536, (6, 5), np.uint16)
+    data = encoded(deep, "png")
+    kept = decode_image(data, "x", 1, 16)
+    assert kept.dtype == np.float32
+    np.testing.assert_allclose(kept[..., 0], deep / 65535, atol=1e-6)
+    assert kept.shape == (6, 5, 1)
+    np.testing.assert_allclose(decode_image(data, "x", 3, 16), np.repeat(kept, 3, -1))
+    assert np.array_equal(np.asarray(decode_image(data, "x", 1)), deep >> 8)
+    eight = decode_image(encoded(PIXELS[..., :3], "png"), "x", 3, 16)
+    np.testing.assert_allclose(eight, PIXELS[..., :3] / 255, atol=1e-6)
+
+
+def test_tiff_files_of_any_channels_depth_and_order() -> None:
+    tifffile = pytest.importorskip("tifffile")
+    rng = np.random.default_rng(2)
+
+    def tiff(pixels: np.ndarray, **options: object) -> bytes:
+        file = io.BytesIO()
+        tifffile.imwrite(file, pixels, **options)
+        return file.getvalue()
+
+    five = rng.integers(0, 65536, (7, 6, 5), np.uint16)
+    for data in (
+        tiff(five, photometric="minisblack", planarconfig="contig"),
+        tiff(np.moveaxis(five, -1, 0), photometric="minisblack"),
+    ):
+        np.testing.assert_allclose(decode_image(data, "x", 5, 16), five / 65535, atol=1e-6)
+        assert np.abs(decode_image(data, "x", 5, 8) - np.rint(five / 257)).max() == 0
+    colour = rng.integers(0, 65536, (7, 6, 3), np.uint16)
+    np.testing.assert_allclose(decode_image(tiff(colour, photometric="rgb"), "x", 3, 16), colour / 65535, atol=1e-6)
+    np.testing.assert_allclose(decode_image(tiff(colour, photometric="rgb"), "x", 3), np.rint(colour / 257), atol=1)
+    floats = rng.random((7, 6), np.float32)
+    np.testing.assert_allclose(decode_image(tiff(floats), "x", 1, 16)[..., 0], floats, atol=1e-6)
+    with pytest.raises(UserError, match=r"x: floating-point samples from .*; expected 0-1"):
+        decode_image(tiff(floats * 7), "x", 1, 16)
+    with pytest.raises(UserError, match="x: holds int32 samples"):
+        decode_image(tiff(floats.astype(np.int32), photometric="minisblack"), "x", 2, 16)
+
+
+def test_tiff_colours_are_read_alike_at_both_depths() -> None:
+    """Pillow's reading is the reference where it is right; what has no rule is refused, never guessed."""
+    tifffile = pytest.importorskip("tifffile")
+    colour = Image.fromarray(PIXELS[..., :3])
+    for mode in ("CMYK", "YCbCr", "LAB", "P", "1", "RGBA", "LA"):
+        data = encoded_image(colour.convert(mode), "tiff")
+        try:
+            Image.open(io.BytesIO(data)).load()
+        except OSError:
+            continue  # Pillow 12 can not read the YCbCr file that it writes
+        eight, deep = (np.asarray(decode_image(data, "x", 3, depth), np.float64) for depth in (8, 16))
+        assert np.abs(eight / 255 - deep).max() < 1 / 250, mode
+    inverted = io.BytesIO()
+    tifffile.imwrite(inverted, PIXELS[..., 0], photometric="miniswhite")
+    for depth, top in ((8, 255), (16, 1)):
+        found = np.asarray(decode_image(inverted.getvalue(), "x", 1, depth), np.float64).squeeze()
+        np.testing.assert_allclose(found / top, 1 - PIXELS[..., 0] / 255, atol=1e-6)
+    planar, infrared, signed = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    deep = np.random.default_rng(3).integers(0, 65536, (6, 5, 3), np.uint16)
+    tifffile.imwrite(planar, np.moveaxis(deep, -1, 0), photometric="rgb", planarconfig="separate")
+    np.testing.assert_allclose(decode_image(planar.getvalue(), "x", 3, 8), np.rint(deep / 257), atol=1)
+    assert isinstance(decode_image(planar.getvalue(), "x", 3), Image.Image)
+    tifffile.imwrite(infrared, PIXELS, photometric="rgb", extrasamples=["unspecified"])
+    tifffile.imwrite(signed, deep[..., 0].astype(np.int16), photometric="minisblack")
+    for depth in (8, 16):
+        with pytest.raises(UserError, match=r"x: has 4 channels, model\.in_chans is 3"):
+            decode_image(infrared.getvalue(), "x", 3, depth)
+        with pytest.raises(UserError, match="x: holds int16 samples"):
+            decode_image(signed.getvalue(), "x", 1, depth)
+
+
+def test_a_transparent_grey_is_white_at_both_depths() -> None:
+    for pixels, key in ((PIXELS[..., 0], 7), (PIXELS[..., 0].astype(np.uint16) * 200, 1400)):
+        pixels = np.where(pixels == pixels.max(), key, pixels).astype(pixels.dtype)
+        data = encoded(pixels, "png", transparency=key)
+        for depth, top in ((8, 255), (16, 1)):
+            found = np.asarray(decode_image(data, "x", 1, depth), np.float64).squeeze() / top
+            assert (found[pixels == key] == 1).all()
+            assert found[pixels != key].max() < 1
+
+
+def test_damage_of_any_kind_is_one_error_that_names_the_file() -> None:
+    """Bytes of files of every kind, cut off and changed at random: decoded, or refused by name."""
+    pytest.importorskip("tifffile")
+    rng = np.random.default_rng(0)
+    deep = np.random.default_rng(4).integers(0, 65536, (16, 16), np.uint16)
+    files = [encoded(PIXELS[..., :3], kind) for kind in ("png", "jpeg", "webp", "bmp", "tiff", "gif")]
+    files += [encoded(deep, kind) for kind in ("png", "tiff")] + [
+        encoded(PIXELS[..., :3], "tiff", compression="tiff_lzw")
+    ]
+    refused = []
+    for trial in range(400):
+        data = bytearray(files[trial % len(files)])
+        for _ in range(int(rng.integers(1, 6))):
+            data[int(rng.integers(len(data)))] = int(rng.integers(256))
+        data = data[: int(rng.integers(len(data)))] if trial % 3 == 0 else data
+        try:
+            decode_image(bytes(data), "the file", 3, (8, 16)[trial % 2])
+        except UserError as error:
+            refused.append(str(error))
+    assert len(refused) > 100
+    assert all(message.startswith("the file: ") for message in refused)
+
+
+def encoded_image(image: Image.Image, kind: str) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("bit_depth", [8, 16])
+def test_orientation_is_applied_to_every_kind_of_file(orientation: int, bit_depth: int) -> None:
+    """Pillow's own reading of the tag is the reference."""
+    tifffile = pytest.importorskip("tifffile")
+    jpeg = encoded(PIXELS[..., :3], "png", exif=exif_of(orientation))
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(jpeg)))) / 255
+    file = io.BytesIO()
+    tifffile.imwrite(file, PIXELS[..., :3], photometric="rgb", extratags=[(274, "H", 1, orientation, True)])
+    for data in (jpeg, file.getvalue()):
+        found = np.asarray(decode_image(data, "x", 3, bit_depth), dtype=np.float64) / (255 if bit_depth == 8 else 1)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def exif_of(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[274] = orientation
+    return exif

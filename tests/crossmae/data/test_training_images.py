@@ -1,0 +1,189 @@
+"""Proves that a batch is a function of (seed, number): workers, prefetching and restarts do not change it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crossmae.data.sources.source import ImageFiles, evenly_spaced
+from crossmae.data.training_images import (
+    Batch,
+    BatchPlan,
+    PretrainImages,
+    Unreadable,
+    build_loader,
+    centre_view,
+    find_broken,
+    keyed_randomness,
+)
+from crossmae.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("images")
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 24, 20, 3), np.uint8)
+    for index, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{index} é.png")
+    return sorted(folder.iterdir())
+
+
+def dataset(paths: list[Path], seed: int = 0) -> PretrainImages:
+    return PretrainImages(ImageFiles(paths, "images"), (8, 12), 6, (0.2, 1.0), 0.5, seed)
+
+
+def read(paths: list[Path], first: int, last: int, workers: int, seed: int = 0) -> list[Batch]:
+    plan = BatchPlan(len(paths), 4, seed)
+    batches = list(build_loader(dataset(paths, seed), plan, first, last, workers, pin_memory=False))
+    assert all(isinstance(batch, Batch) for batch in batches)
+    return batches  # type: ignore[return-value]
+
+
+def same(first: Batch, second: Batch) -> bool:
+    pairs = ((first.images, second.images), (first.noise, second.noise), (first.indices, second.indices))
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_batches_do_not_depend_on_workers_or_on_where_the_run_started(images: list[Path]) -> None:
+    whole = read(images, 0, 6, workers=0)
+    torch.manual_seed(99)  # global randomness plays no part
+    for first, workers in ((0, 2), (3, 0), (5, 1)):
+        for expected, actual in zip(whole[first:], read(images, first, 6, workers), strict=True):
+            assert same(expected, actual)
+
+
+def test_batches_hold_what_they_say(images: list[Path]) -> None:
+    batch = read(images, 0, 1, workers=0)[0]
+    assert batch.images.shape == (4, 3, 8, 12)
+    assert batch.images.dtype == torch.uint8
+    assert batch.noise.shape == (4, 6)
+    assert 0 <= batch.noise.min() < batch.noise.max() < 1
+
+
+def test_seed_epoch_and_index_each_change_the_sample(images: list[Path]) -> None:
+    data = dataset(images)
+    samples = [data[0, 1], data[1, 1], data[0, 2], dataset(images, seed=1)[0, 1]]
+    noises = [sample[1] for sample in samples]  # type: ignore[index]
+    assert len({tuple(noise.tolist()) for noise in noises}) == 4
+    again = data[0, 1]
+    assert torch.equal(again[0], samples[0][0])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_an_epoch_shows_every_image_at_most_once_over_all_ranks(world_size: int) -> None:
+    plans = [BatchPlan(25, 4, 7, rank, world_size) for rank in range(world_size)]
+    per_epoch = plans[0].batches_per_epoch
+    assert per_epoch == 25 // (4 * world_size)
+    for epoch in range(2):
+        numbers = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        pairs = [pair for plan in plans for number in numbers for pair in plan.batch(number)]
+        assert {pair[0] for pair in pairs} == {epoch}
+        indices = [pair[1] for pair in pairs]
+        assert len(set(indices)) == len(indices) == per_epoch * 4 * world_size
+    assert plans[0].batch(0) != plans[0].batch(per_epoch)
+
+
+def test_more_ranks_share_out_the_same_order() -> None:
+    single = BatchPlan(16, 4, 0)
+    double = [BatchPlan(16, 2, 0, rank, 2) for rank in range(2)]
+    for number in range(4):
+        assert single.batch(number) == double[0].batch(number) + double[1].batch(number)
+
+
+def test_a_batch_larger_than_the_data_is_an_error_with_both_numbers() -> None:
+    with pytest.raises(UserError, match=r"optim\.batch_size: a batch of 8 .* needs 8 images, the data set has 5"):
+        BatchPlan(5, 8, 0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_reaches_the_training_process_with_its_name(
+    images: list[Path], tmp_path: Path, workers: int
+) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(images[0].read_bytes()[:40])
+    paths = [*images[:3], broken]
+    loader = build_loader(dataset(paths), BatchPlan(4, 4, 0), 0, 1, workers, pin_memory=False)
+    (batch,) = list(loader)
+    assert isinstance(batch, Unreadable)
+    assert "broken.png" in batch.message
+
+
+def test_keyed_randomness_leaves_the_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with keyed_randomness(1, 2, 3):
+        inside = torch.rand(3)
+    assert torch.equal(torch.rand(3), expected)
+    with keyed_randomness(1, 2, 3):
+        assert torch.equal(torch.rand(3), inside)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_shuffling_among_few_shards_still_shows_every_image_once(at_once: int) -> None:
+    """At any time, images come from at most `at_once` shards; over an epoch all of them, in another order each time."""
+    starts = np.array([0, 4, 10, 12, 18])
+    plan = BatchPlan(20, 2, 3, groups=starts, groups_at_once=at_once)
+    orders = [[i for n in range(10 * e, 10 * e + 10) for _, i in plan.batch(n)] for e in range(2)]
+    assert orders[0] != orders[1]
+    for order in orders:
+        assert sorted(order) == list(range(20))
+        shards = [int(np.searchsorted(starts, index, side="right")) for index in order]
+        first, last = ({s: f(k for k, x in enumerate(shards) if x == s) for s in set(shards)} for f in (min, max))
+        for position in range(20):
+            assert sum(first[s] <= position <= last[s] for s in first) <= at_once
+
+
+def test_the_centre_view_covers_any_size_without_distortion() -> None:
+    """A circle in the middle stays one, whatever the shapes of image and model."""
+    y, x = np.mgrid[:60, :90]
+    disc = (((y - 29.5) ** 2 + (x - 44.5) ** 2 < 20**2) * 255).astype(np.uint8)
+    for size in ((32, 32), (48, 32), (24, 64)):
+        view = centre_view(Image.fromarray(disc).convert("RGB"), size)[0] > 127
+        assert view.shape == size
+        rows, columns = view.any(1).sum().item(), view.any(0).sum().item()
+        expected = 40 * max(size[0] / 60, size[1] / 90)
+        assert abs(rows - min(expected, size[0])) <= 2
+        assert abs(columns - min(expected, size[1])) <= 2
+
+
+def test_evenly_spaced_indices_reach_over_everything() -> None:
+    assert evenly_spaced(10, 4) == [0, 2, 5, 7]
+    assert evenly_spaced(3, 10) == [0, 1, 2]
+    assert evenly_spaced(0, 4) == []
+
+
+@pytest.mark.parametrize("size", [(16, 32), (17, 200), (300, 31), (5, 3), (1, 1)])
+def test_images_cover_the_size_and_keep_their_centre(size: tuple[int, int]) -> None:
+    fitted = centre_view(torch.full((2, *size), 0.25), (16, 32))
+    assert fitted.shape == (2, 16, 32)
+    torch.testing.assert_close(fitted, torch.full_like(fitted, 0.25))
+    ramp = torch.linspace(0, 1, size[1]).expand(1, *size)
+    inside = centre_view(ramp, (16, 32))
+    torch.testing.assert_close(inside.mean(), ramp.mean(), rtol=0, atol=0.02)
+    assert 0 <= inside.min() <= inside.max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read:UserWarning")  # Pillow's, beside its error, of a TIFF file
+def test_one_truncated_file_among_many_is_found(tmp_path: Path) -> None:
+    names = ("1.png", "2.jpg", "3.bmp", "4.tif", "5.webp")
+    paths = [tmp_path / name for name in names]
+    for path in paths:
+        Image.new("RGB", (24, 20), (90, 30, 200)).save(path)
+
+    def broken() -> list[str]:
+        return [one.message for one in find_broken(ImageFiles(paths, "images"), range(len(paths)))]
+
+    assert broken() == []
+    for path in paths:
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        (message,) = broken()
+        assert path.name in message
+        path.write_bytes(whole)
+    paths[1].write_bytes(paths[1].read_bytes() + bytes(20))  # whole, though it does not end as it should
+    assert broken() == []

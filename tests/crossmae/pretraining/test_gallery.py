@@ -1,0 +1,170 @@
+"""Proves what is written for image files: the same bytes each time, masks by content, any number of channels."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crossmae.checkpoints.pretrained import Pretrained
+from crossmae.errors import UserError
+from crossmae.models.crossmae import CrossMAE
+from crossmae.pretraining.gallery import (
+    find_inputs,
+    load_images,
+    mean_psnr,
+    output_names,
+    possible_ratios,
+    write_gallery,
+)
+
+
+def pretrained(channels: int = 3, decoder: str = "cross", img_size: Any = (16, 32), patch_size: int = 4) -> Pretrained:
+    torch.manual_seed(0)
+    model = CrossMAE(img_size, patch_size, channels, 16, 2, 2, 16, 2, 2, decoder=decoder)  # type: ignore[arg-type]
+    return Pretrained(Path("model"), model.eval(), (0.5,) * channels, (0.2,) * channels, 8, ())
+
+
+def write_image(path: Path, seed: int, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bands = len(mode) if mode != "L" else 1
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, bands), dtype=np.uint8)
+    Image.fromarray(pixels.squeeze(), mode=None).save(path)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    return [write_image(tmp_path / f"images/{name}.png", seed) for seed, name in enumerate("abc")]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_same_bytes_twice_and_all_files_told(tmp_path: Path, images: list[Path]) -> None:
+    for run in ("one", "two"):
+        results = write_gallery(pretrained(), images, tmp_path / run, 0.75, [0.25, 0.5, 0.75])
+    one = contents(tmp_path / "one")
+    assert one == contents(tmp_path / "two")
+    files = {"overview-1.png", "psnr.json"} | {f"grids/{n}.png" for n in "abc"} | {f"animations/{n}.gif" for n in "abc"}
+    assert one.keys() == files
+    record = json.loads(one["psnr.json"])
+    assert [image["psnr_masked"] for image in record["images"]] == [result.psnr_masked for result in results]
+    assert record["mean"]["psnr_pasted"] == pytest.approx(np.mean([result.psnr_pasted for result in results]))
+    assert (record["mask_ratio"], record["seed"], record["img_size"]) == (0.75, 0, [16, 32])
+    for path in (tmp_path / "one/animations").iterdir():
+        with Image.open(path) as gif:
+            assert gif.n_frames == 4  # forth and back
+
+
+def test_a_full_sheet_starts_another(tmp_path: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crossmae.pretraining.gallery.SHEET", 2)
+    results = write_gallery(pretrained(), images, tmp_path / "out")
+    assert [result.image for result in results] == list(map(str, images))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "grids",
+        "overview-1.png",
+        "overview-2.png",
+        "psnr.json",
+    ]
+
+
+def test_masks_depend_on_content_and_seed_alone(tmp_path: Path, images: list[Path]) -> None:
+    copy = tmp_path / "elsewhere.png"
+    shutil.copy(images[1], copy)
+    noise = load_images(images, pretrained(), seed=0)[1]
+    assert torch.equal(load_images([images[2], copy], pretrained(), seed=0)[1], noise[[2, 1]])
+    assert not torch.equal(noise[0], noise[1])
+    assert not torch.equal(load_images(images, pretrained(), seed=1)[1], noise)
+
+
+@pytest.mark.parametrize("decoder", ["cross", "cross_self", "self"])
+def test_grey_and_alpha(tmp_path: Path, decoder: str) -> None:
+    for channels, mode in ((1, "L"), (4, "RGBA")):
+        path = write_image(tmp_path / f"{mode}.png", 0, (16, 32), mode)
+        pixels, _ = load_images([path], pretrained(channels), 0)
+        with Image.open(path) as image:
+            expected = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1) / np.float32(255)
+        np.testing.assert_allclose(pixels[0], expected, atol=1e-6)  # the model's size: nothing is resampled
+        results = write_gallery(pretrained(channels, decoder), [path], tmp_path / f"out-{mode}", 0.5, [0.5])
+        assert math.isfinite(results[0].psnr_masked)
+
+
+def test_two_channels(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="needs the extra [data]")
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 32, 2), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="minisblack", planarconfig="contig")
+    loaded, _ = load_images([tmp_path / "a.tif"], pretrained(2), 0)
+    np.testing.assert_allclose(loaded[0], pixels.transpose(2, 0, 1) / np.float32(255), atol=1e-6)
+    write_gallery(pretrained(2), [tmp_path / "a.tif"], tmp_path / "out")
+    assert (tmp_path / "out/grids/a.png").is_file()
+
+
+def test_names_are_unique() -> None:
+    paths = [Path(name) for name in ("a/1.jpg", "b/1.jpg", "b/1.png", "c/2.jpg", "c/b-1.jpg", "d/B-1.JPG")]
+    names = output_names(paths)
+    assert names == ["1", "b-1", "1-2", "2", "c-b-1", "d-B-1"]
+    assert len({name.casefold() for name in names}) == len(paths)
+
+
+def test_inputs(tmp_path: Path, images: list[Path]) -> None:
+    folder = tmp_path / "images"
+    deep = write_image(folder / "deep/d.png", 3)
+    assert find_inputs([str(images[2]), str(folder)]) == [images[2], *images[:2], deep]
+    assert find_inputs([str(folder / "[ab].png")]) == images[:2]
+    assert find_inputs([str(tmp_path / "**/d*.png")]) == [deep]
+    with pytest.raises(UserError, match="IMAGES: none: no such file or folder, and no file matches"):
+        find_inputs(["none"])
+
+
+def test_ratios_that_a_small_grid_allows() -> None:
+    assert possible_ratios(pretrained(img_size=32).model) == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
+    assert possible_ratios(pretrained(img_size=8).model) == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+
+
+def test_mean_leaves_perfect_matches_out() -> None:
+    assert mean_psnr([10.0, math.inf, 20.0]) == 15
+    assert mean_psnr([math.inf]) is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"mask_ratio": 1.0}, "mask ratio 1.0: leaves no patch of 32 to see or none to predict"),
+        ({"gif_ratios": [0.5, 0.0]}, "mask ratio 0.0"),
+        ({"gif_ratios": [1.5]}, "mask ratio 1.5"),
+        ({"paths": "broken"}, "broken.png: can not be read as an image"),
+        ({"output": "images/a.png"}, "--output"),
+    ],
+)
+def test_errors_leave_nothing(tmp_path: Path, images: list[Path], changed: dict[str, Any], told: str) -> None:
+    broken = tmp_path / "images/broken.png"
+    broken.write_bytes(images[0].read_bytes()[:200])
+    arguments: dict[str, Any] = {"paths": images, "output": tmp_path / "out"} | changed
+    if "paths" in changed:
+        arguments["paths"] = [*images, broken]
+    arguments["output"] = tmp_path / arguments["output"]
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=told):
+        write_gallery(pretrained(), **arguments)
+    assert contents(tmp_path) == before
+
+
+def test_nothing_is_overwritten_unless_forced(tmp_path: Path, images: list[Path]) -> None:
+    output = tmp_path / "out"
+    write_gallery(pretrained(), images[:1], output)
+    before = contents(output)
+    with pytest.raises(UserError, match=r"overview-1.png exists already \(2 of 4 files to write do\)"):
+        write_gallery(pretrained(), images[1:], output, seed=1)
+    assert contents(output) == before
+    write_gallery(pretrained(), images[:1], output, seed=1, force=True)
+    assert contents(output).keys() == before.keys()
+    assert contents(output)["grids/a.png"] != before["grids/a.png"]

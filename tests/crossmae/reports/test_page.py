@@ -1,0 +1,238 @@
+"""A report page is one file that loads nothing, shows what it was given, and lets no string become markup."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import shlex
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jinja2 import UndefinedError
+from PIL import Image
+
+from crossmae.errors import UserError
+from crossmae.reports.page import (
+    Bar,
+    Commands,
+    Fact,
+    Gallery,
+    Missing,
+    PictureRow,
+    Report,
+    Section,
+    Series,
+    Table,
+    embed_image,
+    folded,
+    format_bytes,
+    format_seconds,
+    line_plot,
+    read_json,
+    read_json_lines,
+    running_mean,
+)
+
+EVIL = """--> <script>alert("1")</script> & 'quoted' </style>"""
+
+
+class Page(HTMLParser):
+    """All elements, their attributes and the text of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def values(self, name: str) -> list[str]:
+        return [attrs[name] or "" for _, attrs in self.elements if name in attrs]
+
+
+def curve(title: str = "Loss") -> Series:
+    return Series(title, [1, 2, 3], [3.0, 2.0, 1.5])
+
+
+def plot(title: str = "Loss", points: int = 3):
+    series = [Series(title, range(points), np.linspace(3, 1, points)), Series(EVIL, [0, 1], [2, 1])]
+    return line_plot(series, title=title, x_label=EVIL, y_label="loss", caption=EVIL)
+
+
+def full_page(text: str = EVIL) -> str:
+    picture = embed_image(np.zeros((4, 6, 3), np.uint8), alt=text, label=text)
+    blocks = [
+        plot(text),
+        plot("Second"),
+        Gallery([PictureRow([picture, picture], text)], caption=text),
+        Table([text, "AP"], [[text, Bar(text, 0.5)], [text, text]], text, [text, text]),
+        Commands([(text, text)]),
+        Missing(Path(text), text),
+    ]
+    sections = [Section("One", text, blocks)]
+    return Report(text, text, [Fact(text, text, text)], sections, [(text, text)]).to_html()
+
+
+def test_no_string_becomes_markup():
+    page = Page(full_page())
+    assert "script" not in {tag for tag, _ in page.elements}
+    # Every place that takes a string shows it letter by letter: 7 in the head of page and section, 8 in and
+    # under the plots, 4 in the gallery, 8 in the table, 2 each in commands, missing file and environment.
+    assert page.text.count(EVIL) == 33
+    assert page.values("alt") == [EVIL, EVIL]
+
+
+def test_page_loads_nothing():
+    page = Page(full_page())
+    links = page.values("src") + page.values("href") + page.values("xlink:href")
+    assert links
+    assert all(link.startswith(("data:image/", "#")) for link in links)
+    policies = [attrs["content"] for tag, attrs in page.elements if tag == "meta" and "http-equiv" in attrs]
+    assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+    assert not re.findall(r"url\((?!#)|@import", full_page("plain"))
+
+
+def test_ids_are_unique_and_references_resolve():
+    html = full_page("plain")
+    ids = Page(html).values("id")
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:url\(|href=")#([^)"]+)', html)) <= set(ids)
+
+
+def test_figures_follow_the_theme_and_scale():
+    svg = str(plot())
+    assert "#01fe" not in svg
+    assert "var(--series-1)" in svg
+    assert "var(--series-2)" in svg
+    assert "<text" in svg  # letters stay letters
+    head = svg[svg.index("<svg") : svg.index(">", svg.index("<svg"))]
+    assert "viewBox" in head
+    assert "width" not in head
+
+
+def test_figure_is_reproducible():
+    assert plot().svg == plot().svg
+
+
+def test_long_curves_get_a_running_mean_and_short_ones_do_not():
+    assert str(plot(points=200).svg).count("stroke-opacity: 0.3") == 1
+    assert "stroke-opacity: 0.3" not in str(plot(points=20).svg)
+
+
+def test_plots_side_by_side_other_blocks_alone():
+    missing = Missing(Path("x"), "y")
+    html = Report("t", "l", sections=[Section("s", "", [plot("A"), plot("B"), missing, plot("C")])]).to_html()
+    assert [name for name in Page(html).values("class") if name.startswith("plots")] == [
+        "plots",
+        "plots single",
+    ]
+
+
+@pytest.mark.parametrize("count", [0, 7])
+def test_wrong_number_of_curves(count: int):
+    with pytest.raises(ValueError, match=f"1 to 6 curves, received {count}"):
+        line_plot([curve()] * count, title="t", x_label="x", y_label="y", caption="c")
+
+
+def test_unequal_curve_names_itself():
+    with pytest.raises(ValueError, match="'broken': 2 values of x but 1 of y"):
+        line_plot([Series("broken", [1, 2], [1])], title="t", x_label="x", y_label="y", caption="c")
+
+
+@given(st.lists(st.floats(-1e3, 1e3) | st.just(float("nan")), min_size=1, max_size=30), st.integers(1, 12))
+def test_running_mean_equals_a_slow_reference(values: list[float], width: int):
+    result = running_mean(np.array(values), width)
+    for i, mean in enumerate(result):
+        window = [values[j] for j in range(len(values)) if abs(i - j) <= width // 2 and values[j] == values[j]]
+        assert mean == pytest.approx(sum(window) / len(window), abs=1e-9) if window else np.isnan(mean)
+
+
+def test_lossless_picture_keeps_every_pixel():
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 20, 3), dtype=np.uint8)
+    picture = embed_image(pixels, alt="noise", density=2, lossless=True)
+    data = base64.b64decode(picture.source.removeprefix("data:image/png;base64,"))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels)
+    assert (picture.width, picture.height) == (10, 5)
+
+
+def test_missing_artifact_is_named():
+    html = Report("t", "l", sections=[Section("s", "", [Missing(Path("a/b.json"), "curve")])]).to_html()
+    assert "No curve: a/b.json: the file does not exist." in Page(html).text
+
+
+def test_write_replaces_the_page_and_leaves_nothing_else(tmp_path: Path):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    Report("title", "lead").write(path)
+    assert path.read_text().startswith("<!doctype html>")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failed_page_leaves_the_old_one(tmp_path: Path):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    with pytest.raises(UndefinedError):
+        Report("title", "lead", sections=[Section("s", "", ["no block"])]).write(path)  # type: ignore[list-item]
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), (b'{"a": ', "not valid JSON.*line 1"), (b"\xff\xfe", "not valid JSON")],
+)
+def test_wrong_json_names_the_file(tmp_path: Path, content: bytes | None, message: str):
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_bytes(content)
+    for read in (read_json, read_json_lines):
+        with pytest.raises(UserError, match=f"{re.escape(str(path))}.*{message.split('.*')[0]}"):
+            read(path)
+
+
+def test_wrong_json_line_is_named(tmp_path: Path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n\n{"step": 2}\n')
+    assert read_json_lines(path) == [{"step": 1}, {"step": 2}]
+    path.write_text('{"step": 1}\n[2]\n')
+    with pytest.raises(UserError, match=r"log.jsonl, line 2: expected a JSON object, received list"):
+        read_json_lines(path)
+    path.write_text('{"step": 1}\n{"step"')
+    with pytest.raises(UserError, match=r"log.jsonl, line 2: not valid JSON"):
+        read_json_lines(path)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.44, "0.4 s"),
+        (12.4, "12 s"),
+        (59.7, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (3599.6, "1 h 00 min"),
+        (7800, "2 h 10 min"),
+    ],
+)
+def test_format_seconds(seconds: float, text: str):
+    assert format_seconds(seconds) == text
+
+
+def test_format_bytes():
+    assert [format_bytes(n) for n in (12 * 2**20, 2**30, 1.84 * 2**30)] == ["12 MiB", "1.00 GiB", "1.84 GiB"]
+
+
+def test_folded_command_is_the_same_command() -> None:
+    command = "python tools/train_net.py --config-file a.yaml " + " ".join(f"KEY{i}='va lue'" for i in range(9))
+    text = folded(command)
+    assert text.count("\n") == 10
+    assert shlex.split(text.replace("\\\n", "")) == shlex.split(command)
+    assert folded("python a.py --short") == "python a.py --short"

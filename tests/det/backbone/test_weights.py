@@ -1,0 +1,241 @@
+"""Weights load strictly: every tensor of file and model is used, or on a short list, or the load fails with a table."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
+
+from detectron2.modeling import build_model
+from safetensors.torch import save_file
+
+from crossmae import CrossMAE
+from crossmae.checkpoints import convert
+from crossmae.checkpoints.weights import read_weights
+from crossmae.errors import UserError
+from det.backbone.weights import build_detector, find_detector, load_weights
+from det.config import load_det_config
+from tests.det.coco_files import TINY
+
+ENCODER = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+METADATA = {
+    "pixel_mean": json.dumps([0.485, 0.456, 0.406]),
+    "pixel_std": json.dumps([0.229, 0.224, 0.225]),
+    "model": json.dumps(ENCODER),
+}
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return load_det_config(str(tmp_path / "tiny.yaml"))
+
+
+def random_model(**arguments):
+    torch.manual_seed(3)
+    model = CrossMAE(**ENCODER | DECODER | arguments)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+def write(path, tensors, metadata=METADATA):
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
+    return str(path)
+
+
+def encoder_of(model):
+    keep = ("pos_embed", "patch_embed.", "blocks.")
+    return {key: tensor for key, tensor in model.state_dict().items() if key.startswith(keep)}
+
+
+def assert_loaded(detector, encoder):
+    state = detector.backbone.net.state_dict()
+    for name, tensor in state.items():
+        if name in encoder:
+            assert torch.equal(tensor, encoder[name]), name
+        else:
+            assert name.endswith(("rel_pos_h", "rel_pos_w"))
+            assert not tensor.any()
+
+
+def test_a_detector_of_another_number_of_classes_starts_a_training_but_is_not_evaluated(tmp_path, cfg, caplog):
+    torch.manual_seed(0)
+    trained = build_model(cfg)
+    (tmp_path / "run").mkdir()
+    torch.save({"model": trained.state_dict()}, tmp_path / "run/model_best.pth")
+    cfg.MODEL.WEIGHTS, cfg.MODEL.ROI_HEADS.NUM_CLASSES = str(tmp_path / "run"), 7
+    torch.manual_seed(1)
+    detector = build_model(cfg)
+    with pytest.raises(UserError, match="mismatched"):
+        load_weights(detector, cfg, detector_only=True)
+    report = load_weights(detector, cfg)
+    assert "is for 3 classes: the last layers of the heads start anew" in caplog.text
+    assert {name.rpartition(".")[0] for name in report.names("new")} == {
+        "roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred", "roi_heads.mask_head.predictor",
+    }  # fmt: skip
+    for name, tensor in trained.state_dict().items():
+        if name not in report.names("new"):
+            assert torch.equal(detector.state_dict()[name], tensor), name
+
+
+def test_a_detector_with_other_settings_than_its_own_config_is_warned_of(tmp_path, cfg, caplog):
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model_final.pth")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
+    load_weights(build_model(cfg), cfg, detector_only=True)
+    assert not [one for one in caplog.records if one.levelname == "WARNING"]
+    cfg.INPUT.FORMAT, cfg.MODEL.VIT.POS_EMBED = "BGR", "tiled"
+    load_weights(build_model(cfg), cfg, detector_only=True)
+    assert "INPUT.FORMAT is BGR, but the detector was trained with RGB" in caplog.text
+    assert "MODEL.VIT.POS_EMBED is tiled, but the detector was trained with resize" in caplog.text
+
+
+def test_the_folder_of_a_run_means_its_best_then_its_last_weights(tmp_path):
+    """A final file that is not the last is of before the run was prolonged."""
+    assert find_detector(tmp_path) == tmp_path
+    (tmp_path / "model_final.pth").touch()
+    assert find_detector(tmp_path) == tmp_path / "model_final.pth"
+    (tmp_path / "model_0000003.pth").touch()
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+    assert find_detector(tmp_path) == tmp_path / "model_0000003.pth"
+    (tmp_path / "model_best.pth").touch()
+    assert find_detector(tmp_path) == tmp_path / "model_best.pth"
+
+
+def test_a_detector_that_can_not_be_built_names_the_section(cfg):
+    cfg.MODEL.ROI_HEADS.NAME = "NoHeads"
+    with pytest.raises(UserError, match=r"MODEL: the detector can not be built: .*NoHeads"):
+        build_detector(cfg)
+
+
+def test_a_pretraining_checkpoint_loads_directly(tmp_path, cfg):
+    pretrained = random_model()
+    cfg.MODEL.WEIGHTS = write(tmp_path / "model.safetensors", pretrained.state_dict())
+    detector = build_model(cfg)
+    report = load_weights(detector, cfg)
+    assert_loaded(detector, encoder_of(pretrained))
+    assert report.count("used") == len(encoder_of(pretrained)) == 3 + 2 * 12
+    assert sorted(report.names("new")) == sorted(f"blocks.{i}.attn.rel_pos_{axis}" for i in (0, 1) for axis in "hw")
+    assert "cls_token" in report.names("dropped")
+
+
+def test_a_file_of_the_published_layout_loads_directly(tmp_path, cfg):
+    pretrained = random_model(decoder="self")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "published.pth")
+    torch.save({"model": pretrained.state_dict(), "epoch": 799}, cfg.MODEL.WEIGHTS)
+    detector = build_model(cfg)
+    load_weights(detector, cfg)
+    assert_loaded(detector, encoder_of(pretrained))
+
+
+def test_a_converted_encoder_loads(tmp_path, cfg):
+    encoder = encoder_of(random_model())
+    converted = {f"backbone.net.{key}": tensor for key, tensor in encoder.items()}
+    cfg.MODEL.WEIGHTS = write(tmp_path / "converted.safetensors", converted)
+    detector = build_model(cfg)
+    load_weights(detector, cfg)
+    assert_loaded(detector, encoder)
+
+
+def test_a_converted_file_of_the_published_layout_loads_though_its_pixel_statistics_are_unknown(tmp_path, cfg):
+    pretrained = random_model(decoder="self")
+    torch.save({"model": pretrained.state_dict()}, tmp_path / "published.pth")
+    converted = tmp_path / "converted.pth"
+    given = {"num_heads": pretrained.blocks[0].attn.num_heads}
+    convert(tmp_path / "published.pth", converted, "detectron2", given=given)
+    assert read_weights(converted).metadata["pixel_mean"] == "unknown"
+    cfg.MODEL.WEIGHTS = str(converted)
+    detector = build_model(cfg)
+    load_weights(detector, cfg)
+    assert_loaded(detector, encoder_of(pretrained))
+
+
+def test_a_detector_loads_whole(tmp_path, cfg):
+    torch.manual_seed(5)
+    trained = build_model(cfg)
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
+    torch.save({"model": trained.state_dict(), "iteration": 3}, cfg.MODEL.WEIGHTS)
+    torch.manual_seed(6)
+    detector = build_model(cfg)
+    load_weights(detector, cfg, detector_only=True)
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(detector.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"embed_dim": 32}, "MODEL.VIT.EMBED_DIM is 24, the file needs 32"),
+        ({"depth": 3}, "MODEL.VIT.DEPTH is 2, the file needs 3"),
+        ({"patch_size": 4}, "MODEL.VIT.PATCH_SIZE is 8, the file needs 4"),
+        ({"img_size": 64}, "MODEL.VIT.PRETRAIN_IMG_SIZE is 32, the file needs 64"),
+        ({"mlp_ratio": 2.0}, "MODEL.VIT.MLP_RATIO is 4.0, the file needs 2.0"),
+        ({"num_heads": 4}, "MODEL.VIT.NUM_HEADS is 2, the file needs 4"),
+    ],
+)
+def test_another_architecture_names_the_key_and_its_value(tmp_path, cfg, arguments, message):
+    metadata = METADATA | {"model": json.dumps(ENCODER | arguments)}
+    cfg.MODEL.WEIGHTS = write(tmp_path / "model.safetensors", random_model(**arguments).state_dict(), metadata)
+    with pytest.raises(UserError, match=message) as error:
+        load_weights(build_model(cfg), cfg)
+    assert "MODEL.WEIGHTS" in str(error.value)
+    assert cfg.MODEL.WEIGHTS in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "row"),
+    [
+        (lambda tensors: tensors.pop("blocks.1.mlp.fc2.weight"), r"! new +blocks\.1"),
+        (lambda tensors: tensors.update({"blocks.0.q_norm.weight": torch.ones(24)}), r"! dropped +blocks\.0"),
+        (lambda tensors: tensors.update({"blocks.0.norm1.bias": torch.ones(23)}), r"! mismatched +blocks\.0"),
+    ],
+    ids=["missing", "left over", "another shape"],
+)
+def test_a_load_that_matches_less_than_it_should_is_an_error_with_a_table(tmp_path, cfg, change, row):
+    tensors = random_model().state_dict()
+    change(tensors)
+    cfg.MODEL.WEIGHTS = write(tmp_path / "model.safetensors", tensors)
+    detector = build_model(cfg)
+    before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    with pytest.raises(UserError, match=row):
+        load_weights(detector, cfg)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in detector.state_dict().items())
+
+
+def test_evaluation_needs_a_whole_detector(tmp_path, cfg):
+    detector = build_model(cfg)
+    with pytest.raises(UserError, match=r"MODEL.WEIGHTS is empty: evaluation needs a trained detector"):
+        load_weights(detector, cfg, detector_only=True)
+    cfg.MODEL.WEIGHTS = write(tmp_path / "model.safetensors", random_model().state_dict())
+    with pytest.raises(UserError, match="holds an encoder alone; evaluation needs a trained detector"):
+        load_weights(detector, cfg, detector_only=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (("MODEL", "PIXEL_MEAN", [103.53, 116.28, 123.675]), r"MODEL.PIXEL_MEAN \[123.675, 116.28, 103.53\]"),
+        (("MODEL", "PIXEL_STD", [1.0, 1.0, 1.0]), r"MODEL.PIXEL_STD \[58.395, 57.12, 57.375\]"),
+        (("INPUT", "FORMAT", "BGR"), "set INPUT.FORMAT RGB, not BGR"),
+    ],
+)
+def test_other_pixels_than_in_pretraining_are_refused(tmp_path, cfg, override, message):
+    section, key, value = override
+    cfg[section][key] = value
+    cfg.MODEL.WEIGHTS = write(tmp_path / "model.safetensors", random_model().state_dict())
+    with pytest.raises(UserError, match=message):
+        load_weights(build_model(cfg), cfg)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("nowhere.pth", "MODEL.WEIGHTS: .*nowhere.pth"), ("https://example.org/x.pth", "is a URL; download the file")],
+)
+def test_files_that_are_not_there_are_named(cfg, path, message):
+    cfg.MODEL.WEIGHTS = path
+    with pytest.raises(UserError, match=message):
+        load_weights(build_model(cfg), cfg)

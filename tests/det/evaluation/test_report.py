@@ -1,0 +1,267 @@
+"""The page of a run shows the numbers of its files, names what is missing or damaged, and loads nothing."""
+
+import json
+import math
+import re
+import shlex
+
+import numpy as np
+import pytest
+from markupsafe import Markup
+from PIL import Image
+
+pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
+
+from crossmae.errors import UserError
+from crossmae.reports import page as page
+from crossmae.reports.page import Commands, Missing, Plot, Table
+from det.config import load_det_config
+from det.evaluation.report import build_report, changed_settings, class_tables, loss_curves, write_report
+from det.evaluation.run_files import ClassScore, Metrics, Results, read_metrics, read_results, read_run
+from tests.det.coco_files import TINY
+from tools import predict, train_net
+
+REAL_LINE_PLOT = page.line_plot
+NAMES = ("cat", "dog", "<b>rat")
+AP = {"cat": 12.34, "dog": 56.78, "<b>rat": None}
+
+
+@pytest.fixture(autouse=True)
+def quick_plots(monkeypatch):
+    """A real figure takes a second; what it is given is what matters here."""
+
+    def plot(series, *, title, caption, **_):
+        curves = {one.label: (list(one.x), list(one.y)) for one in series}
+        return Plot(Markup(json.dumps(curves)), title, caption)
+
+    monkeypatch.setattr(page, "line_plot", plot)
+
+
+def numbers(ap):
+    return {"AP": ap, "AP50": ap + 20, "AP75": None, "APs": 1.5, "AR100": 77.7} | {f"AP-{n}": AP[n] for n in NAMES}
+
+
+def logged(iteration, loss, **others):
+    row = {"iteration": iteration, "total_loss": loss, "loss_mask": loss / 2, "loss_cls": loss / 2}
+    return row | {"lr": 0.01, "time": 2.0, "data_time": 0.5} | others
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The folder of a whole run, as training writes it."""
+    run = tmp_path / "my run"
+    (run / "inference").mkdir(parents=True)
+    (run / "pictures").mkdir()
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    cfg = load_det_config(str(tmp_path / "tiny.yaml"), ["DATASETS.TRAIN=('own_coco_train',)"])
+    (run / "config.yaml").write_text(cfg.dump())
+    data = {f"own_coco_{split}": {"json": f"/far/away/{split}.json", "images": f"/far/pics/{split}"}
+            for split in ("train", "val")}  # fmt: skip
+    settings = {"number of training images": 4321, "SHA-256 of the json of own_coco_train": "0123456789abcdef" * 4}
+    record = {"classes": NAMES, "category_ids": [1, 2, 3], "versions": {"torch": "9.8.7"}, "data": data}
+    (run / "run.json").write_text(json.dumps(record | {"settings": settings, "iterations": 40}))
+    classes = [{"name": name, "objects": 10 + at, "bbox": {"AP": AP[name]}, "segm": {"AP": AP[name]}}
+               for at, name in enumerate(NAMES)]  # fmt: skip
+    results = {"bbox": numbers(41.23), "segm": numbers(34.56), "classes": classes}
+    (run / "results.json").write_text(json.dumps(results))
+    evaluation = {"bbox/AP": 41.23, "segm/AP": 34.56, "bbox/AP50": 61.23, "segm/AP50": 54.56}
+    write_lines(run / "metrics.json", [logged(19, 4.0), logged(39, 3.0), {"iteration": 40, **evaluation}])
+    (run / "model_best.json").write_text(json.dumps({"iteration": 20, "segm/AP": 35.67}))
+    for name in ("model_best.pth", "model_final.pth"):
+        (run / name).touch()
+    for name in ("inference/pr_curves_bbox.png", "inference/pr_curves_segm.png", "pictures/1-photo.png"):
+        Image.new("RGB", (8, 8)).save(run / name)
+    return run
+
+
+def blocks_of(folder, kind):
+    return [block for section in build_report(folder).sections for block in section.blocks if isinstance(block, kind)]
+
+
+def cells(table):
+    return [[getattr(cell, "text", cell) for cell in row] for row in table.rows]
+
+
+def test_the_page_has_the_numbers_of_the_files(folder):
+    assert write_report(folder) == folder / "report.html"
+    html = (folder / "report.html").read_text()
+    assert 'class="card missing"' not in html
+    facts = {fact.label: (fact.value, fact.note) for fact in build_report(folder).facts}
+    assert facts == {
+        "Mask AP": ("34.6 %", "AP50 54.6, AP75 -"),
+        "Box AP": ("41.2 %", "AP50 61.2, AP75 -"),
+        "Best mask AP": ("35.7 %", "after 20 iterations: model_best.pth"),
+        "Training images": ("4,321", "3 classes"),
+        "Training time": ("1.3 min", "40 iterations of 2 s, without evaluations"),
+    }
+    headline, others, classes, settings, data = blocks_of(folder, Table)
+    assert cells(headline) == [["box", "41.2", "61.2", "-"], ["mask", "34.6", "54.6", "-"]]
+    assert ["AR100: recall of the best 100 in an image", "77.7", "77.7"] in cells(others)
+    assert cells(classes) == [["dog", "11", "56.8", "56.8"], ["cat", "10", "12.3", "12.3"], ["<b>rat", "12", "-", "-"]]
+    assert ["MODEL.VIT.EMBED_DIM", "24", "768"] in cells(settings)
+    assert cells(data)[0] == ["own_coco_train", "away/train.json", "pics/train", "0123456789abcdef"]
+    assert all(text in html for text in ("Detector: my run", "9.8.7", "2 blocks, width 24, patches of 8 pixels"))
+    curves = {plot.title: json.loads(plot.svg) for plot in blocks_of(folder, Plot)}
+    assert curves["Total loss"] == {"total loss": [[20, 40], [4.0, 3.0]]}
+    assert curves["AP over the training"] == {"box AP": [[40], [41.23]], "mask AP": [[40], [34.56]]}
+    assert curves["Speed"]["of it, waiting for data"] == [[20, 40], [0.5, 0.5]]
+    assert set(curves) >= {"AP50 over the training", "Its parts", "Learning rate"}
+
+
+def test_the_page_loads_nothing_and_shows_names_letter_by_letter(folder, monkeypatch):
+    monkeypatch.setattr(page, "line_plot", REAL_LINE_PLOT)
+    html = write_report(folder).read_text()
+    links = re.findall(r'(?:src|href)="([^"]*)"', html)
+    assert links
+    assert all(link.startswith(("data:image/", "#")) for link in links)
+    assert "&lt;b&gt;rat" in html
+    assert "<b>rat" not in html
+    assert "/far/" not in re.sub(r"<pre>.*?</pre>", "", html, flags=re.DOTALL)  # paths are in commands alone
+
+
+REQUIRED = {
+    "run.json": ("run.json",),
+    "config.yaml": ("config.yaml",),
+    "metrics.json": ("metrics.json",),
+    "results.json": ("results.json",),
+    "inference/pr_curves_bbox.png": ("inference/pr_curves_bbox.png",),
+    "inference/pr_curves_segm.png": ("inference/pr_curves_segm.png",),
+    "pictures/1-photo.png": ("pictures/*.png", "pictures/1-photo.png"),
+}
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+@pytest.mark.parametrize("content", [None, b"\xff\x00 {", b'{"a": "b"}', b"[1, 2]"])
+def test_whatever_is_missing_or_damaged_is_named_in_its_place(folder, name, content):
+    whole = len(build_report(folder).sections)
+    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    report = build_report(folder)
+    missing = [block for section in report.sections for block in section.blocks if isinstance(block, Missing)]
+    described = {"config.yaml", "run.json"} if content == b'{"a": "b"}' else set()  # a config, and a record, of nothing
+    assert {str(block.path) for block in missing} <= set(REQUIRED[name])
+    assert missing or name in described
+    assert len(report.sections) == whole
+    assert str(folder) not in " ".join(block.why for block in missing)
+
+
+def test_a_folder_with_nothing_names_everything(tmp_path):
+    html = write_report(tmp_path).read_text()
+    for names in REQUIRED.values():
+        assert f"<code>{names[0]}</code>" in html
+    assert build_report(tmp_path).facts == []
+
+
+def test_a_run_without_evaluation_says_so_once(folder):
+    for name in ("results.json", "model_best.json", *(name for name in REQUIRED if "/" in name)):
+        (folder / name).unlink()
+    write_lines(folder / "metrics.json", [logged(19, 4.0)])
+    titles = [section.title for section in build_report(folder).sections]
+    assert titles == ["Evaluation", "Training", "Using the detector", "Settings", "Data"]
+
+
+def test_a_run_that_was_cut_off_tells_how_far_it_came_and_how_to_go_on(folder):
+    (folder / "model_final.pth").unlink()
+    write_lines(folder / "metrics.json", [logged(19, 4.0)])
+    report = build_report(folder)
+    assert "was cut off, after 20 of 40 iterations" in report.lead
+    (block,) = blocks_of(folder, Commands)
+    resume = shlex.split(block.commands[-1][1].replace("\\\n", ""))
+    given = train_net.build_parser().parse_intermixed_args(resume[2:])
+    assert given.resume
+    assert (given.train_json, given.val_images) == ("/far/away/train.json", "/far/pics/val")
+
+
+def test_the_commands_are_ones_that_the_tools_take(folder):
+    (block,) = blocks_of(folder, Commands)
+    find, evaluate = (shlex.split(command.replace("\\\n", "")) for _, command in block.commands)
+    assert predict.build_parser().parse_intermixed_args(find[2:]).weights == folder / "model_best.pth"
+    given = train_net.build_parser().parse_intermixed_args(evaluate[2:])
+    cfg = load_det_config(given.config_file, given.overrides)
+    assert given.eval_only
+    assert given.val_json == "/far/away/val.json"
+    assert str(folder / "model_best.pth") == cfg.MODEL.WEIGHTS
+    assert str(folder / "evaluation") == cfg.OUTPUT_DIR  # the results of the run stay
+
+
+def test_later_lines_replace_those_of_the_same_iteration(tmp_path):
+    """As after a run that was cut off; half a line is left out and counted."""
+    path = tmp_path / "metrics.json"
+    write_lines(path, [logged(19, 4.0, once=1.0), logged(39, 3.0), {"iteration": 29, "segm/AP": 10.0}])
+    with open(path, "a") as file:
+        file.write('{"iteration": 59, "total_lo\n\n[]\n')
+    with open(path, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in (logged(39, 2.5), {"iteration": 40, "segm/AP": math.nan}))
+    metrics = read_metrics(path)
+    assert metrics.damaged == 2
+    assert [(row["iteration"], row.get("total_loss")) for row in metrics.rows] == [(20, 4.0), (30, None), (40, 2.5)]
+    assert metrics.rows[0]["once"] == 1.0
+    assert metrics.rows[1]["segm/AP"] == 10.0
+    assert math.isnan(metrics.rows[2]["segm/AP"])  # of the evaluation after the last of 40 iterations
+    assert metrics.seconds() == 40 * 2.0
+
+
+def test_text_instead_of_a_number_is_named(folder):
+    results = json.loads((folder / "results.json").read_text())
+    results["bbox"]["AP"] = "high"
+    (folder / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match=r"results.json: bbox: expected numbers, received \{'AP': 'high'\}"):
+        read_results(folder / "results.json")
+
+
+def test_the_stages_of_a_cascade_are_one_curve(tmp_path):
+    staged = {f"loss_{kind}_stage{stage}": float(stage + 1) for kind in ("cls", "box_reg") for stage in range(3)}
+    rows = [{"iteration": done, "total_loss": 9.0, "loss_mask": 1.0, "loss_new": 2.0, **staged} for done in (1, 2)]
+    _, parts = loss_curves(Metrics(rows), tmp_path)
+    y = {label: y for label, (_, y) in json.loads(parts.svg).items()}
+    assert y == {"mask": [1.0, 1.0], "box": [6.0, 6.0], "class": [6.0, 6.0], "new": [2.0, 2.0]}
+
+
+def test_more_parts_than_a_plot_takes_are_in_two(tmp_path):
+    rows = [{"iteration": 1, "total_loss": 9.0} | {f"loss_{number}": 1.0 for number in range(7)}]
+    assert [block.title for block in loss_curves(Metrics(rows), tmp_path)] == [
+        "Total loss",
+        "Its parts",
+        "Its parts from 7",
+    ]
+
+
+def test_of_many_classes_the_best_and_the_worst_are_shown(tmp_path):
+    ap = np.random.default_rng(0).permutation(90).tolist() + [math.nan] * 10
+    classes = [ClassScore(str(value), 1, {"bbox": value}) for value in ap]
+    top, low = class_tables(Results({"bbox": {}}, classes), tmp_path / "results.json")
+    assert [row[0] for row in top.rows] == [str(value) for value in range(89, 64, -1)]
+    assert [row[0] for row in low.rows] == [str(value) for value in range(24, -1, -1)]
+    assert "the other 50 of 100 classes" in low.caption
+
+
+def test_a_detector_without_masks_has_no_empty_columns(folder):
+    results = json.loads((folder / "results.json").read_text())
+    del results["segm"]
+    for one in results["classes"]:
+        del one["segm"]
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "inference/pr_curves_segm.png").unlink()
+    assert blocks_of(folder, Missing) == []
+    assert cells(blocks_of(folder, Table)[2])[0] == ["dog", "11", "56.8"]
+
+
+def test_settings_are_those_that_differ_from_the_defaults(tmp_path):
+    (tmp_path / "plain.yaml").write_text("{}")
+    words = ["MODEL.DEVICE=cpu", "SOLVER.BETAS=(0.9, 0.95)", "SOLVER.STEPS=(30000,)", "MODEL.VIT.GLOBAL_BLOCKS=[1]"]
+    cfg = load_det_config(str(tmp_path / "plain.yaml"), words)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    changed = changed_settings(read_run(tmp_path).config)
+    assert changed == [
+        ("MODEL.DEVICE", "cpu", "cuda"),
+        ("MODEL.VIT.GLOBAL_BLOCKS", [1], [2, 5, 8, 11]),
+        ("SOLVER.BETAS", [0.9, 0.95], [0.9, 0.999]),
+    ]
+
+
+def test_peak_memory_is_shown_where_it_is_logged(folder):
+    write_lines(folder / "metrics.json", [logged(19, 4.0, peak_memory_bytes=3 * 2.0**30), logged(39, 3.0)])
+    assert build_report(folder).facts[-1].value == "3.00 GiB"
