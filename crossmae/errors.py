@@ -10,7 +10,7 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from typing import Any
 
@@ -62,3 +62,9 @@ def import_extra(module: str, what: str, extra: str = "data") -> Any:
     except ImportError:
         library = module.partition(".")[0]
         raise UserError(f'{what} needs {library}: pip install -e ".[{extra}]"') from None
+
+
+def shorten(names: Sequence[str], most: int = 5) -> str:
+    """List the first `most` names, and count the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -110,3 +110,55 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: no such file, or not JSON; names the file and the line.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one JSON object per line; empty lines are allowed.
+
+    Raises:
+        UserError: no such file, or a line that is no JSON object; names the file and the line.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not valid JSON: {error.msg}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: expected a JSON object, received {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+def check_destination(path: Path, *, force: bool = False) -> None:
+    """Refuse to write over something.
+
+    Raises:
+        UserError: the path is a folder, or a file and `force` is not set.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; name the file to write")
+    if path.exists() and not force:
+        raise UserError(f"{path}: exists already and is left as it is; name another file, or overwrite it with --force")

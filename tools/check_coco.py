@@ -19,9 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crossmae.checkpoints.weights import check_destination
 from crossmae.errors import UserError, run_cli
-from crossmae.files import check_writable, make_folder, write_json
+from crossmae.files import check_destination, check_writable, make_folder, write_json
 from det.data.coco import MAX_NAMES, describe_first, first_ids, mask_kind, read_coco
 from det.data.coco_checks import Finding, find_faults
 from det.data.coco_kinds import Rank

@@ -30,8 +30,8 @@ import psutil
 
 from crossmae import __version__
 from crossmae.errors import UserError, run_cli
-from crossmae.files import make_folder, sha256, write_json
-from crossmae.reports.page import format_bytes, format_seconds, read_json
+from crossmae.files import make_folder, read_json, sha256, write_json
+from crossmae.reports.page import format_bytes, format_seconds
 
 # What this file imports decides how long a `make demo` with nothing to do takes: no torch, no matplotlib.
 

@@ -22,20 +22,9 @@ import torch
 
 from crossmae.data.images import read_image
 from crossmae.errors import UserError, run_cli
-from crossmae.files import write_text
+from crossmae.files import read_json, read_json_lines, write_text
 from crossmae.reports import page as page
-from crossmae.reports.page import (
-    Block,
-    Fact,
-    Missing,
-    Report,
-    Section,
-    counted,
-    curve,
-    folded,
-    read_json,
-    read_json_lines,
-)
+from crossmae.reports.page import Block, Fact, Missing, Report, Section, counted, curve, folded
 from det.data.coco import read_coco
 from det.evaluation.evaluate import format_results
 from det.evaluation.pictures import SCORE_THRESHOLD, Comparison, compare_images

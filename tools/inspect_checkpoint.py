@@ -13,9 +13,8 @@ import argparse
 from pathlib import Path
 
 from crossmae.checkpoints.conversion.inspection import inspect
-from crossmae.checkpoints.weights import check_destination
 from crossmae.errors import run_cli
-from crossmae.files import write_json
+from crossmae.files import check_destination, write_json
 
 
 def build_parser() -> argparse.ArgumentParser:

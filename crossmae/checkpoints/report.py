@@ -7,10 +7,12 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Literal
 
+from crossmae.errors import shorten
+
 Status = Literal["used", "resampled", "new", "dropped", "mismatched"]
 Shape = tuple[int, ...]
 ORDER: tuple[Status, ...] = ("mismatched", "new", "dropped", "resampled", "used")
-MAX_NAMES = 3
+
 
 # Prefixes under which files hold an encoder: none, ours and detectron2's ViTDet, other frameworks'.
 ENCODER_HOMES = ("backbone.net.", "backbone.", "encoder.", "")
@@ -132,8 +134,3 @@ def ranges(indices: list[int]) -> str:
         else:
             runs.append([index, index])
     return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
-
-
-def shorten(names: list[str]) -> str:
-    """The first few names."""
-    return ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")

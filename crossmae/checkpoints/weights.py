@@ -22,7 +22,7 @@ from crossmae.checkpoints.reading.files import HUB_CONFIG, HUB_FILES, find_file,
 from crossmae.checkpoints.report import ENCODER_HOMES
 from crossmae.checkpoints.resample import table_grid
 from crossmae.errors import UserError
-from crossmae.files import write_atomically
+from crossmae.files import check_destination, write_atomically
 from crossmae.models.encoder import ENCODER_PREFIXES, patch_grid
 from crossmae.models.sizes import SIZES
 
@@ -226,18 +226,6 @@ def write_file(path: Path, write: Callable[[Path], Any], *, force: bool = False)
         write_atomically(path, write)
     except OSError as error:
         raise UserError(f"{path}: can not be written: {error.strerror or error}") from None
-
-
-def check_destination(path: Path, *, force: bool = False) -> None:
-    """Refuse to write over something.
-
-    Raises:
-        UserError: the path is a folder, or a file and `force` is not set.
-    """
-    if path.is_dir():
-        raise UserError(f"{path}: a folder; name the file to write")
-    if path.exists() and not force:
-        raise UserError(f"{path}: exists already and is left as it is; name another file, or overwrite it with --force")
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -18,7 +18,7 @@ from crossmae.classification.evaluation.files import EVALUATION
 from crossmae.classification.evaluation.hardest import HARDEST
 from crossmae.classification.evaluation.hardest import RECORD as HARDEST_RECORD
 from crossmae.errors import UserError
-from crossmae.reports.page import read_json
+from crossmae.files import read_json
 from crossmae.training.config import read_yaml
 from crossmae.training.log import LOG
 from crossmae.training.start import WEIGHTS

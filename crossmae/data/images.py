@@ -25,6 +25,7 @@ import io
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +244,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def find_inputs(arguments: Sequence[str]) -> list[Path]:
+    """Files that were named, or are in folders or match patterns (`**` too) that were named; each once, in order.
+
+    Raises:
+        UserError: an argument that leads to no file.
+    """
+    paths: list[Path] = []
+    for argument in arguments:
+        path = Path(argument).expanduser()
+        if path.is_dir():
+            paths += find_images(path, "IMAGES")
+        elif path.is_file():
+            paths.append(path)
+        else:
+            paths += sorted(map(Path, match_pattern(argument, "IMAGES")))
+    return list(dict.fromkeys(paths))

@@ -26,7 +26,6 @@ from torchvision.transforms.v2 import functional as VF
 from tqdm import tqdm
 
 from crossmae.checkpoints.pretrained import Pretrained
-from crossmae.data.images import find_images, match_pattern
 from crossmae.data.training_images import centre_view, decode_pixels, to_unit_range
 from crossmae.errors import UserError
 from crossmae.files import make_folder, printable, write_atomically, write_json
@@ -49,24 +48,6 @@ class Result:
     name: str
     psnr_masked: float
     psnr_pasted: float
-
-
-def find_inputs(arguments: Sequence[str]) -> list[Path]:
-    """Files that were named, or are in folders or match patterns (`**` too) that were named; each once, in order.
-
-    Raises:
-        UserError: an argument that leads to no file.
-    """
-    paths: list[Path] = []
-    for argument in arguments:
-        path = Path(argument).expanduser()
-        if path.is_dir():
-            paths += find_images(path, "IMAGES")
-        elif path.is_file():
-            paths.append(path)
-        else:
-            paths += sorted(map(Path, match_pattern(argument, "IMAGES")))
-    return list(dict.fromkeys(paths))
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:

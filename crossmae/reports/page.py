@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,6 @@ from markupsafe import Markup, escape
 from numpy.typing import NDArray
 from PIL import Image
 
-from crossmae.errors import UserError
 from crossmae.files import write_text
 
 # Colours that no figure would use by accident; in the SVG each becomes a CSS variable, so that figures follow
@@ -389,43 +387,3 @@ def format_seconds(seconds: float) -> str:
 def format_bytes(count: float) -> str:
     """A size in memory for people: "12 MiB", "1.84 GiB"."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: no such file, or not JSON; names the file and the line.
-    """
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object per line; empty lines are allowed.
-
-    Raises:
-        UserError: no such file, or a line that is no JSON object; names the file and the line.
-    """
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON: {error.msg}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: expected a JSON object, received {type(row).__name__}")
-        rows.append(row)
-    return rows

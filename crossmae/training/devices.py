@@ -34,3 +34,17 @@ def open_device(name: str, key: str, local_rank: int = 0, processes: int = 1) ->
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"{key}: {chosen!r} can not be used: {str(error).splitlines()[0]}") from None
     return device
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """The precision that "auto" stands for on a device: "bf16" on GPUs that have it, else "fp32".
+
+    Raises:
+        UserError: bf16 was asked for, and the device has none.
+    """
+    has_bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" and has_bf16 else "fp32"
+    if precision == "bf16" and not has_bf16:
+        raise UserError(f"runtime.precision: {device} has no bf16; choose fp16 or fp32")
+    return precision

@@ -25,10 +25,10 @@ from crossmae.data.training_images import BatchPlan, Broken, Unreadable, find_br
 from crossmae.errors import UserError
 from crossmae.files import make_folder, write_atomically, write_text
 from crossmae.training.config import RunConfig
-from crossmae.training.devices import open_device
+from crossmae.training.devices import choose_precision, open_device
 from crossmae.training.log import RunLog, live_line
 from crossmae.training.processes import Ranks, find_ranks, process_group
-from crossmae.training.schedule import Plan, choose_precision, fingerprint
+from crossmae.training.schedule import Plan, fingerprint
 from crossmae.training.signals import StopRequest
 from crossmae.training.start import EMA_WEIGHTS, WEIGHTS
 from crossmae.training.state import Run, finite_mean, memory_gb

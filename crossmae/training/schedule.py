@@ -125,20 +125,6 @@ def is_plain(config: PretrainConfig) -> bool:
     return (config.model.decoder or model_arguments(config.model.name)["decoder"]) == "self"
 
 
-def choose_precision(precision: str, device: torch.device) -> str:
-    """The precision that "auto" stands for on a device: "bf16" on GPUs that have it, else "fp32".
-
-    Raises:
-        UserError: bf16 was asked for, and the device has none.
-    """
-    has_bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
-    if precision == "auto":
-        return "bf16" if device.type == "cuda" and has_bf16 else "fp32"
-    if precision == "bf16" and not has_bf16:
-        raise UserError(f"runtime.precision: {device} has no bf16; choose fp16 or fp32")
-    return precision
-
-
 def fingerprint(config: RunConfig, plan: Plan) -> dict[str, str]:
     """What must not change between a run and its continuation, as text by key."""
     sections = set(type(config).model_fields) - NOT_DECISIVE

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from crossmae.errors import UserError
-from crossmae.reports.page import read_json
+from crossmae.files import read_json
 from crossmae.training.config import read_yaml
 
 # What a run writes; `model` in weights is what was evaluated.

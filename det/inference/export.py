@@ -27,9 +27,8 @@ from PIL import Image
 from torch import Tensor
 
 import crossmae
-from crossmae.checkpoints.weights import check_destination
 from crossmae.errors import UserError, import_extra
-from crossmae.files import write_atomically
+from crossmae.files import check_destination, write_atomically
 from det.inference.export_graph import ExportableBackbone, ExportableDetector, obstacle
 
 log = logging.getLogger(__name__)

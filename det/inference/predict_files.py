@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from crossmae.data.images import find_inputs
 from crossmae.errors import DISK_TROUBLE, UserError
 from crossmae.files import ODD_BYTES, make_folder, printable, write_atomically
-from crossmae.pretraining.gallery import find_inputs
 from det.inference.draw import draw_instances, instances_from_coco
 from det.inference.predict import Classes, Predictor, coco_annotations, read_rgb
 from det.inference.video import Frame, Video, is_video, pyav, write_video

@@ -27,8 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from crossmae.errors import UserError
-from crossmae.files import ODD_BYTES, make_folder, sha256, write_json, write_text
-from crossmae.reports.page import read_json
+from crossmae.files import ODD_BYTES, make_folder, read_json, sha256, write_json, write_text
 from crossmae.training.signals import StopRequest
 from crossmae.training.versions import versions
 from det.backbone.weights import build_detector, load_weights

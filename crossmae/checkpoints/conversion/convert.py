@@ -48,19 +48,11 @@ from crossmae.checkpoints.formats.timm_folder import is_timm_folder
 from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, NORM_EPS, NORM_EPS_OF_PLAIN
 from crossmae.checkpoints.provenance import provenance
 from crossmae.checkpoints.reading.files import find_file, shards
-from crossmae.checkpoints.report import LoadReport, Status, shorten
+from crossmae.checkpoints.report import LoadReport, Status
 from crossmae.checkpoints.resample import RELATIVE, Channels, fit
-from crossmae.checkpoints.weights import (
-    Weights,
-    check_destination,
-    encoder_part,
-    encoder_tensors,
-    plain_size,
-    plain_tensors,
-    read_weights,
-)
-from crossmae.errors import UserError
-from crossmae.files import allow_reading, check_writable, sync_folder, write_json
+from crossmae.checkpoints.weights import Weights, encoder_part, encoder_tensors, plain_size, plain_tensors, read_weights
+from crossmae.errors import UserError, shorten
+from crossmae.files import allow_reading, check_destination, check_writable, sync_folder, write_json
 
 OF_A_HEAD = ("classes", "class_names", "multi_label", "pool", "head", "crop_pct")  # keys of the metadata
 FIXED_POSITIONS = ("crossmae", "mae", "hf-vitmae")  # layouts whose models do not train their position table

@@ -32,7 +32,7 @@ from crossmae.checkpoints.reading.digest import check_digest
 from crossmae.checkpoints.reading.files import file_kind, find_file
 from crossmae.checkpoints.reading.unpickle import damaged
 from crossmae.checkpoints.reading.wrappers import one_model
-from crossmae.checkpoints.report import shorten, split_name
+from crossmae.checkpoints.report import split_name
 from crossmae.checkpoints.resample import RELATIVE, is_sincos, table_grid, window_of
 from crossmae.checkpoints.weights import (
     Weights,
@@ -43,7 +43,7 @@ from crossmae.checkpoints.weights import (
     read_weights,
     translated,
 )
-from crossmae.errors import UserError
+from crossmae.errors import UserError, shorten
 
 LAYOUTS = {
     "plain": "plain: those of timm, of the published files, ours and detectron2's",

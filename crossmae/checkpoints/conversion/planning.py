@@ -18,7 +18,7 @@ from crossmae.checkpoints.formats.timm_folder import POOL
 from crossmae.checkpoints.loading import OUTSIDE
 from crossmae.checkpoints.metadata import recorded_arguments
 from crossmae.checkpoints.pretrained import arguments_of
-from crossmae.checkpoints.report import Entry, LoadReport, shorten
+from crossmae.checkpoints.report import Entry, LoadReport
 from crossmae.checkpoints.weights import (
     Weights,
     encoder_arguments,
@@ -28,7 +28,7 @@ from crossmae.checkpoints.weights import (
     plain_size,
     plain_tensors,
 )
-from crossmae.errors import UserError
+from crossmae.errors import UserError, shorten
 from crossmae.models.crossmae import CrossMAE
 from crossmae.models.encoder import ViTEncoder, patch_grid
 

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from crossmae.checkpoints.report import ENCODER_HOMES, shorten
-from crossmae.errors import UserError
+from crossmae.checkpoints.report import ENCODER_HOMES
+from crossmae.errors import UserError, shorten
 
 ENCODER_MASK_TOKEN = "encoder_mask_token"  # of a masked encoder (DINOv2, SimMIM), unlike `mask_token` of MAE's decoder
 

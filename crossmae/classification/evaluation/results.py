@@ -23,9 +23,8 @@ from crossmae.data.training_images import read_pixels
 from crossmae.errors import UserError
 from crossmae.files import check_writable, make_folder, sha256
 from crossmae.pretraining.validation import open_named
-from crossmae.training.devices import open_autocast, open_device
+from crossmae.training.devices import choose_precision, open_autocast, open_device
 from crossmae.training.processes import Ranks, find_ranks, process_group
-from crossmae.training.schedule import choose_precision
 from crossmae.training.versions import versions
 
 log = logging.getLogger(__name__)

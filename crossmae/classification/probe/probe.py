@@ -33,9 +33,8 @@ from crossmae.errors import UserError
 from crossmae.files import check_writable, make_folder, sha256, write_json
 from crossmae.pretraining.neighbours import standardize
 from crossmae.pretraining.validation import warn_of_overlap
-from crossmae.training.devices import open_device
+from crossmae.training.devices import choose_precision, open_device
 from crossmae.training.processes import find_ranks
-from crossmae.training.schedule import choose_precision
 from crossmae.training.versions import versions
 
 RESULTS, PAGE = "results.json", "report.html"

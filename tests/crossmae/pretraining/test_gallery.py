@@ -14,16 +14,10 @@ import torch
 from PIL import Image
 
 from crossmae.checkpoints.pretrained import Pretrained
+from crossmae.data.images import find_inputs
 from crossmae.errors import UserError
 from crossmae.models.crossmae import CrossMAE
-from crossmae.pretraining.gallery import (
-    find_inputs,
-    load_images,
-    mean_psnr,
-    output_names,
-    possible_ratios,
-    write_gallery,
-)
+from crossmae.pretraining.gallery import load_images, mean_psnr, output_names, possible_ratios, write_gallery
 
 
 def pretrained(channels: int = 3, decoder: str = "cross", img_size: Any = (16, 32), patch_size: int = 4) -> Pretrained:

@@ -17,6 +17,7 @@ from jinja2 import UndefinedError
 from PIL import Image
 
 from crossmae.errors import UserError
+from crossmae.files import read_json, read_json_lines
 from crossmae.reports.page import (
     Bar,
     Commands,
@@ -33,8 +34,6 @@ from crossmae.reports.page import (
     format_bytes,
     format_seconds,
     line_plot,
-    read_json,
-    read_json_lines,
     running_mean,
 )
 

@@ -373,7 +373,7 @@ def test_meta_tensors() -> None:
     [
         ({"reg_tokens": 4}, "reg_token: register tokens, which a plain ViT does not have$"),
         ({"pre_norm": True}, "norm_pre.weight, norm_pre.bias: a norm before the first block"),
-        ({"qk_norm": True}, "blocks.0.attn.q_norm.weight, .*, ...: norms of queries and keys"),
+        ({"qk_norm": True}, "blocks.0.attn.q_norm.weight, .* and 3 more: norms of queries and keys"),
         ({"qkv_bias": False}, "blocks.0.attn.qkv.weight, blocks.1.attn.qkv.weight: a layer without bias"),
         ({"global_pool": "map"}, "attn_pool.latent, .*: attention pooling"),
         ({"block_fn": ParallelScalingBlock}, "blocks.0.in_norm.weight.*: parallel blocks"),
