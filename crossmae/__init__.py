@@ -15,7 +15,7 @@ _HOME = {
     "CrossMAE": "crossmae.models.crossmae",
     "CrossMAEOutput": "crossmae.models.crossmae",
     "ViTEncoder": "crossmae.models.encoder",
-    "create_model": "crossmae.models.sizes",
+    "create_model": "crossmae.models.crossmae",
     "list_models": "crossmae.models.sizes",
     "PretrainConfig": "crossmae.training.config",
     "load_config": "crossmae.training.config",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +20,11 @@ from crossmae.checkpoints.metadata import (
 )
 from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_tensors, read_weights
 from crossmae.errors import UserError
-from crossmae.models.crossmae import CrossMAE
+from crossmae.models.crossmae import MODEL_DEFAULTS, CrossMAE
 from crossmae.models.sizes import SIZES
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BIT_DEPTH = "bit_depth"  # key of the metadata: 8, or 16 where images were read with more
-ARGUMENTS = tuple(inspect.signature(CrossMAE).parameters)
 
 
 @dataclass(frozen=True)
@@ -87,9 +85,9 @@ def arguments_of(weights: Weights, given: Mapping[str, Any]) -> tuple[dict[str, 
         UserError: an unknown argument, or one that can not be deduced.
     """
     given = dict(given)
-    unknown = sorted(given.keys() - set(ARGUMENTS))
+    unknown = sorted(given.keys() - set(MODEL_DEFAULTS))
     if unknown:
-        raise UserError(f"{', '.join(unknown)}: no argument of the model; known: {', '.join(ARGUMENTS)}")
+        raise UserError(f"{', '.join(unknown)}: no argument of the model; known: {', '.join(MODEL_DEFAULTS)}")
     assumed: list[str] = []
     recorded = recorded_arguments(weights.metadata)
     arguments = recorded | given if recorded else _deduce(weights, given, assumed)

@@ -9,7 +9,9 @@ ones.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +20,12 @@ from crossmae.models.encoder import ViTEncoder
 from crossmae.models.layers import Block, CrossBlock, LayerNorm
 from crossmae.models.masking import MaskCounts, gather_tokens, mask_counts, split_patches
 from crossmae.models.positions import sincos_pos_embed
-from crossmae.models.sizes import DECODERS, Decoder
+from crossmae.models.sizes import DECODERS, Decoder, model_arguments
 
 
 @dataclass(frozen=True)
 class CrossMAEOutput:
-    """What one forward pass gives; pred[b, i] is the reconstruction of patch predict_idx[b, i].
+    """Result of a forward pass: pred[b, i] is the reconstruction of patch predict_idx[b, i].
 
     Attributes:
         loss: scalar, float32; mean squared error over the masked patches that were predicted.
@@ -59,19 +61,25 @@ class FeatureMixer(nn.Module):
 
 
 class CrossMAE(ViTEncoder):
-    """Masked autoencoder whose decoder cross-attends from masked to visible tokens, or a plain MAE.
+    """Masked autoencoder whose decoder cross-attends from masked to visible tokens.
+
+    `CrossMAE(decoder="self")` makes a plain `MAE`, as `pathlib.Path()` makes the path class of the machine.
 
     Args:
         img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio: see `ViTEncoder`.
         decoder_embed_dim, decoder_depth, decoder_num_heads: width D, blocks N and heads of the decoder.
-        decoder: "cross" (CrossMAE), "cross_self" (its ablation with self-attention among them) or "self" (plain MAE:
-            `fuse_blocks` and `fuse_input` do not apply, and `predict_ratio` is ignored).
-        fuse_blocks: encoder blocks whose outputs are mixed for the decoder. None is every block; a tuple holds indices,
-            negative ones from the end; `()` is no fusion: every decoder block sees the last block through a final norm
+        decoder: "cross" (CrossMAE), "cross_self" (its ablation with self-attention among predicted tokens) or "self"
+            (plain MAE; see `MAE` for the arguments that it ignores).
+        fuse_blocks: encoder blocks whose outputs are mixed for the decoder. None is every block. A tuple holds indices,
+            negative ones from the end. `()` is no fusion: every decoder block sees the last block through a final norm
             `norm`. Blocks after the last fused one are never run and are frozen.
-        fuse_input: mix the tokens before the first block, too. No effect where nothing is fused.
+        fuse_input: mix the tokens before the first block, too. Has no effect where nothing is fused.
         norm_pix_loss: standardise each target patch by its own mean and unbiased variance (1e-6 inside the root).
     """
+
+    def __new__(cls, *_: Any, decoder: Decoder = "cross", **__: Any) -> CrossMAE:
+        """Choose the class of the decoder."""
+        return super().__new__(MAE if decoder == "self" else cls)
 
     def __init__(
         self,
@@ -85,6 +93,7 @@ class CrossMAE(ViTEncoder):
         decoder_depth: int = 12,
         decoder_num_heads: int = 16,
         mlp_ratio: float = 4.0,
+        *,
         decoder: Decoder = "cross",
         fuse_blocks: tuple[int, ...] | None = None,
         fuse_input: bool = True,
@@ -94,7 +103,7 @@ class CrossMAE(ViTEncoder):
         if decoder not in DECODERS:
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
         self.decoder, self.norm_pix_loss = decoder, norm_pix_loss
-        self.fused_blocks = () if decoder == "self" else resolve_blocks(fuse_blocks, depth)
+        self.fused_blocks = resolve_blocks(fuse_blocks, depth)
         self.fuse_input = fuse_input and bool(self.fused_blocks)
 
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
@@ -106,19 +115,17 @@ class CrossMAE(ViTEncoder):
                 block.requires_grad_(False)
         else:
             self.norm = LayerNorm(embed_dim)
-        blocks: list[nn.Module]
-        if decoder == "self":
-            self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
-            blocks = [Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)]
-        else:
-            blocks = [
-                CrossBlock(decoder_embed_dim, embed_dim, decoder_num_heads, mlp_ratio, decoder == "cross_self")
-                for _ in range(decoder_depth)
-            ]
-        self.decoder_blocks = nn.ModuleList(blocks)
+        self.build_decoder_blocks(decoder_embed_dim, decoder_depth, decoder_num_heads, mlp_ratio)
         self.decoder_norm = LayerNorm(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
         self.init_weights()
+
+    def build_decoder_blocks(self, dim: int, depth: int, num_heads: int, mlp_ratio: float) -> None:
+        """Build `decoder_blocks`: `depth` blocks of width `dim`."""
+        among = self.decoder == "cross_self"
+        self.decoder_blocks = nn.ModuleList(
+            CrossBlock(dim, self.embed_dim, num_heads, mlp_ratio, among) for _ in range(depth)
+        )
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -160,31 +167,22 @@ class CrossMAE(ViTEncoder):
         Raises:
             ValueError: wrong image or noise shape, or ratios that leave nothing visible or predicted.
         """
-        plain = self.decoder == "self"
-        counts = self.patch_counts(mask_ratio, predict_ratio)
         if noise is None:
             noise = torch.rand(imgs.shape[0], self.num_patches, device=imgs.device)
-        visible_idx, masked_idx = split_patches(noise, counts)
+        visible_idx, masked_idx = split_patches(noise, self.patch_counts(mask_ratio, predict_ratio))
         contexts = self.encode(imgs, visible_idx)
-        if plain:
-            predict_idx = torch.arange(self.num_patches, device=imgs.device).expand(imgs.shape[0], -1)
-            pred = self.decode_all(contexts[0], visible_idx)
-            scored = gather_tokens(pred, masked_idx)
-        else:
-            predict_idx = masked_idx
-            pred = scored = self.decode(contexts, predict_idx)
+        pred, predict_idx, scored = self.decode(contexts, visible_idx, masked_idx)
         loss = (scored.float() - self.targets(imgs, masked_idx)).square().mean()
         return CrossMAEOutput(loss, pred, visible_idx, predict_idx)
 
     def patch_counts(self, mask_ratio: float, predict_ratio: float) -> MaskCounts:
-        """Patches per image that are visible, dropped and predicted; see `mask_counts`."""
-        return mask_counts(self.num_patches, mask_ratio, mask_ratio if self.decoder == "self" else predict_ratio)
+        """Count visible, dropped and predicted patches per image; see `mask_counts`."""
+        return mask_counts(self.num_patches, mask_ratio, predict_ratio)
 
     def encode(self, imgs: Tensor, visible_idx: Tensor | None = None) -> list[Tensor]:
-        """What each decoder block attends to: N tensors of (B, V + 1, E), class token first, not yet normalised if
-        mixed.
+        """Encode the context of each decoder block: N tensors (B, V + 1, E), class token first.
 
-        Without fusion, and for decoder="self", all N are the last block's output through `norm`.
+        Mixed contexts are not yet normalised. Without fusion, all N are the last block's output through `norm`.
         """
         tokens = self.embed(imgs, visible_idx)
         if not self.fused_blocks:
@@ -192,28 +190,21 @@ class CrossMAE(ViTEncoder):
         maps = self.features(tokens, self.fused_blocks)
         return list(self.wfm([tokens, *maps] if self.fuse_input else maps))
 
-    def decode(self, contexts: list[Tensor], predict_idx: Tensor) -> Tensor:
-        """Reconstruct the patches predict_idx (B, M) by cross-attention only: (B, M, P).
+    def decode(self, contexts: list[Tensor], visible_idx: Tensor, masked_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruct the masked patches (B, M) by cross-attention only.
 
-        With decoder="cross" a patch's reconstruction does not depend on which others are decoded (1.4).
+        With decoder="cross" the reconstruction of a patch does not depend on which others are decoded (1.4).
+
+        Returns:
+            pred (B, M, P), predict_idx (B, M), and the part of pred that the loss compares (B, M, P).
         """
-        positions = self.decoder_pos_embed[:, 1:].expand(predict_idx.shape[0], -1, -1)
-        x = gather_tokens(positions, predict_idx) + self.mask_token  # (B, M, D)
+        positions = self.decoder_pos_embed[:, 1:].expand(masked_idx.shape[0], -1, -1)
+        x = gather_tokens(positions, masked_idx) + self.mask_token  # (B, M, D)
         for index, block in enumerate(self.decoder_blocks):
             context = self.dec_norms[index](contexts[index]) if self.fused_blocks else contexts[index]
             x = self.run_block(block, x, context)
-        return self.decoder_pred(self.decoder_norm(x))
-
-    def decode_all(self, latent: Tensor, visible_idx: Tensor) -> Tensor:
-        """Plain MAE: all patches (B, L, P) from latent (B, V + 1, E), by self-attention over L + 1 tokens."""
-        x = self.decoder_embed(latent)  # (B, V + 1, D)
-        B, _, D = x.shape
-        where = visible_idx.unsqueeze(-1).expand(-1, -1, D)
-        masked = self.mask_token.to(x.dtype).expand(B, self.num_patches, D)
-        x = torch.cat([x[:, :1], masked.scatter(1, where, x[:, 1:])], dim=1) + self.decoder_pos_embed  # (B, L + 1, D)
-        for block in self.decoder_blocks:
-            x = self.run_block(block, x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        pred = self.decoder_pred(self.decoder_norm(x))
+        return pred, masked_idx, pred
 
     def targets(self, imgs: Tensor, idx: Tensor) -> Tensor:
         """Pixels of the patches idx (B, M): (B, M, P) float32, standardised with `norm_pix_loss`."""
@@ -222,6 +213,61 @@ class CrossMAE(ViTEncoder):
             return patches
         mean, std = patch_statistics(patches)
         return (patches - mean) / std
+
+
+class MAE(CrossMAE):
+    """Plain masked autoencoder: its decoder reconstructs all patches by self-attention over all tokens.
+
+    Args:
+        args, arguments: see `CrossMAE`; `fuse_blocks` and `fuse_input` are ignored, and so is `predict_ratio`: all
+            masked patches are scored.
+    """
+
+    def __init__(self, *args: Any, **arguments: Any) -> None:
+        super().__init__(*args, **arguments | {"decoder": "self", "fuse_blocks": ()})
+
+    def build_decoder_blocks(self, dim: int, depth: int, num_heads: int, mlp_ratio: float) -> None:
+        """Build `decoder_embed` and `decoder_blocks`: `depth` blocks of width `dim`."""
+        self.decoder_embed = nn.Linear(self.embed_dim, dim)
+        self.decoder_blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
+
+    def patch_counts(self, mask_ratio: float, predict_ratio: float) -> MaskCounts:
+        """Count visible and predicted patches per image: all masked ones are predicted."""
+        return mask_counts(self.num_patches, mask_ratio, mask_ratio)
+
+    def decode(self, contexts: list[Tensor], visible_idx: Tensor, masked_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruct all patches (B, L, P); the loss compares the masked ones. See `CrossMAE.decode`."""
+        x = self.decoder_embed(contexts[-1])  # (B, V + 1, D)
+        B, _, D = x.shape
+        where = visible_idx.unsqueeze(-1).expand(-1, -1, D)
+        masked = self.mask_token.to(x.dtype).expand(B, self.num_patches, D)
+        x = torch.cat([x[:, :1], masked.scatter(1, where, x[:, 1:])], dim=1) + self.decoder_pos_embed  # (B, L + 1, D)
+        for block in self.decoder_blocks:
+            x = self.run_block(block, x)
+        pred = self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        predict_idx = torch.arange(self.num_patches, device=x.device).expand(B, -1)
+        return pred, predict_idx, gather_tokens(pred, masked_idx)
+
+
+# Arguments of `CrossMAE` with their defaults, in order.
+MODEL_DEFAULTS: dict[str, Any] = {
+    name: argument.default
+    for name, argument in inspect.signature(CrossMAE.__init__).parameters.items()
+    if name != "self"
+}
+
+
+def create_model(name: str, **overrides: Any) -> CrossMAE:
+    """Build a model by name, for example `create_model("crossmae_vit_base_patch16", img_size=448)`.
+
+    Args:
+        name: a name of `list_models()`.
+        overrides: arguments of `CrossMAE` that replace the arguments of the named size.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+    """
+    return CrossMAE(**model_arguments(name) | overrides)
 
 
 def resolve_blocks(blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:

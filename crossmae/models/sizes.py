@@ -1,12 +1,12 @@
-"""The named sizes (method specification, section 1.1)."""
+"""The named sizes (method specification, section 1.1).
+
+Torch is not imported here: a config is checked before torch is loaded, which takes seconds.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:  # a config is checked before torch is imported, which takes seconds
-    from crossmae.models.crossmae import CrossMAE
+from typing import Any, Literal
 
 Decoder = Literal["cross", "cross_self", "self"]
 DECODERS: tuple[Decoder, ...] = ("cross", "cross_self", "self")
@@ -41,21 +41,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def list_models() -> list[str]:
     """All names that `create_model` knows."""
     return [f"{family}_{size}" for family in FAMILIES for size in SIZES]
-
-
-def create_model(name: str, **overrides: Any) -> CrossMAE:
-    """Build a model by name, for example `create_model("crossmae_vit_base_patch16", img_size=448)`.
-
-    Args:
-        name: one of `list_models()`.
-        overrides: arguments of `CrossMAE` that replace those of the named size.
-
-    Raises:
-        ValueError: an unknown name; the message lists the known ones.
-    """
-    from crossmae.models.crossmae import CrossMAE
-
-    return CrossMAE(**model_arguments(name) | overrides)
 
 
 def model_arguments(name: str) -> dict[str, Any]:

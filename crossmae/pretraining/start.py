@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 from collections.abc import Mapping
@@ -22,8 +21,7 @@ from crossmae.checkpoints.pretrained import BIT_DEPTH
 from crossmae.checkpoints.report import LoadReport
 from crossmae.checkpoints.weights import Weights, read_weights
 from crossmae.errors import UserError
-from crossmae.models.crossmae import CrossMAE, resolve_blocks
-from crossmae.models.sizes import create_model
+from crossmae.models.crossmae import MODEL_DEFAULTS, CrossMAE, create_model, resolve_blocks
 from crossmae.training.config import DataConfig, PretrainConfig
 
 log = logging.getLogger(__name__)
@@ -99,14 +97,11 @@ def _changes(report: LoadReport) -> str:
 
 def _same(key: str, recorded: Mapping[str, Any], arguments: Mapping[str, Any]) -> bool:
     """Whether a file's model and ours agree in an argument; None of fuse_blocks is all of them."""
-    theirs, mine = recorded[key], arguments.get(key, _DEFAULTS.get(key))
+    theirs, mine = recorded[key], arguments.get(key, MODEL_DEFAULTS.get(key))
     if key == "fuse_blocks":
         depth = int(arguments["depth"])
         theirs, mine = (resolve_blocks(None if value is None else tuple(value), depth) for value in (theirs, mine))
     return bool(theirs == mine)
-
-
-_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(CrossMAE).parameters.items()}
 
 
 def compare_pixels(weights: Weights, data: DataConfig) -> None:

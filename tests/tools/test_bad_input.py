@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import save_file
 
 from crossmae.errors import USER_ERROR_EXIT_CODE, run_cli
-from crossmae.models.sizes import create_model
+from crossmae.models.crossmae import create_model
 from tests.det.coco_files import TINY, write_coco
 from tools import convert_checkpoint, pretrain, train_net
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from crossmae.checkpoints.conversion.planning import MODEL_DEFAULTS, check_square, plan
+from crossmae.checkpoints.conversion.planning import check_square, plan
 from crossmae.checkpoints.conversion.targets import TARGETS
 from crossmae.checkpoints.formats.keys import not_plain
 from crossmae.checkpoints.metadata import (
@@ -44,6 +44,7 @@ from crossmae.checkpoints.weights import (
     translated,
 )
 from crossmae.errors import UserError, shorten
+from crossmae.models.crossmae import MODEL_DEFAULTS
 
 LAYOUTS = {
     "plain": "plain: those of timm, of the published files, ours and detectron2's",

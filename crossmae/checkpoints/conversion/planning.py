@@ -29,11 +29,10 @@ from crossmae.checkpoints.weights import (
     plain_tensors,
 )
 from crossmae.errors import UserError, shorten
-from crossmae.models.crossmae import CrossMAE
+from crossmae.models.crossmae import MODEL_DEFAULTS, CrossMAE
 from crossmae.models.encoder import ViTEncoder, patch_grid
 
 ENCODER_ARGUMENTS = set(inspect.signature(ViTEncoder).parameters)
-MODEL_DEFAULTS = {key: parameter.default for key, parameter in inspect.signature(CrossMAE).parameters.items()}
 ASKED_TO_DROP = "left behind as asked with --drop"  # a reason
 _ANY_MODEL = ("norm.", "fc_norm.", "head.")  # what a file of ours may hold beside the tensors of its model
 

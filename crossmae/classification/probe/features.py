@@ -31,8 +31,8 @@ from crossmae.classification.vit import Architecture, architecture_of, build_vit
 from crossmae.data.sources import Source
 from crossmae.data.training_images import Normalize, keyed_randomness
 from crossmae.errors import UserError
-from crossmae.models.crossmae import resolve_blocks
-from crossmae.models.sizes import create_model, model_arguments
+from crossmae.models.crossmae import create_model, resolve_blocks
+from crossmae.models.sizes import model_arguments
 from crossmae.pretraining.neighbours import FeaturePool, pool_tokens
 from crossmae.training.devices import open_autocast
 

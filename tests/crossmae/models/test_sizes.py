@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from crossmae.models.crossmae import CrossMAE
-from crossmae.models.sizes import create_model, list_models
+from crossmae.models.crossmae import CrossMAE, create_model
+from crossmae.models.sizes import list_models
 
 MANIFESTS = Path(__file__).parents[4] / "shared/golden/state_dict_manifests.json"
 # Method specification, table 1.2: all parameters, trainable, encoder without a final norm, plain MAE of 8

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from crossmae.checkpoints.provenance import NON_COMMERCIAL, recorded_licence
 from crossmae.checkpoints.run_checkpoint import complete_checkpoints, read_state
 from crossmae.errors import UserError
-from crossmae.models.sizes import create_model, model_arguments
+from crossmae.models.crossmae import create_model
+from crossmae.models.sizes import model_arguments
 from crossmae.pretraining import train as train_module
 from crossmae.pretraining.train import pretrain
 from crossmae.training import state as run_module

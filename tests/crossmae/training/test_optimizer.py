@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from crossmae.models.sizes import create_model
+from crossmae.models.crossmae import create_model
 from crossmae.training.optimizer import lr_at, parameter_groups, scaled_lr
 
 
