@@ -18,14 +18,8 @@ from crossmae.data.pixel_stats import LOW_RANGE, PixelStats, check_usable, measu
 from crossmae.data.sources import evenly_spaced, open_source
 from crossmae.errors import UserError, run_cli
 from crossmae.files import make_folder, write_json
-from crossmae.training.config import (
-    PretrainConfig,
-    add_config_arguments,
-    load_config,
-    read_yaml,
-    resolve_config_path,
-    set_override,
-)
+from crossmae.pretraining.config import PretrainConfig, load_config
+from crossmae.training.config import add_config_arguments, read_yaml, resolve_config_path, set_override
 
 
 def build_parser() -> argparse.ArgumentParser:

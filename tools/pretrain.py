@@ -10,7 +10,8 @@ Eight GPUs:
 Two nodes, the same on both:
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 tools/pretrain.py \\
         --config-file pretrain/crossmae_vitb.yaml data.train=IMAGES output_dir=OUT optim.batch_size=256
-The same command with --resume goes on from the last complete checkpoint. All settings: crossmae/training/config.py.
+The same command with --resume continues from the last complete checkpoint.
+All settings: crossmae/pretraining/config.py and crossmae/training/config.py.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import logging
 import os
 
 from crossmae.errors import run_cli
-from crossmae.training.config import add_config_arguments, load_config
+from crossmae.pretraining.config import load_config
+from crossmae.training.config import add_config_arguments
 
 
 def main(argv: list[str] | None = None) -> None:

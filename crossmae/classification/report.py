@@ -45,7 +45,7 @@ from crossmae.reports.page import (
     leaves,
     short_value,
 )
-from crossmae.training.config import Section as ConfigSection
+from crossmae.training.config import ConfigSection
 from crossmae.training.log import LOG
 from crossmae.training.start import WEIGHTS
 

@@ -177,7 +177,11 @@ class CrossMAE(ViTEncoder):
 
     def patch_counts(self, mask_ratio: float, predict_ratio: float) -> MaskCounts:
         """Count visible, dropped and predicted patches per image; see `mask_counts`."""
-        return mask_counts(self.num_patches, mask_ratio, predict_ratio)
+        return mask_counts(self.num_patches, mask_ratio, self.scored_ratio(mask_ratio, predict_ratio))
+
+    def scored_ratio(self, mask_ratio: float, predict_ratio: float) -> float:
+        """Return the share of all patches that the loss compares."""
+        return predict_ratio
 
     def encode(self, imgs: Tensor, visible_idx: Tensor | None = None) -> list[Tensor]:
         """Encode the context of each decoder block: N tensors (B, V + 1, E), class token first.
@@ -231,9 +235,9 @@ class MAE(CrossMAE):
         self.decoder_embed = nn.Linear(self.embed_dim, dim)
         self.decoder_blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
 
-    def patch_counts(self, mask_ratio: float, predict_ratio: float) -> MaskCounts:
-        """Count visible and predicted patches per image: all masked ones are predicted."""
-        return mask_counts(self.num_patches, mask_ratio, mask_ratio)
+    def scored_ratio(self, mask_ratio: float, predict_ratio: float) -> float:
+        """Return the share of all patches that the loss compares: all masked ones."""
+        return mask_ratio
 
     def decode(self, contexts: list[Tensor], visible_idx: Tensor, masked_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruct all patches (B, L, P); the loss compares the masked ones. See `CrossMAE.decode`."""

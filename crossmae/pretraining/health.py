@@ -1,4 +1,4 @@
-"""Does a run look as it should? A warning where its loss is above what the recipe is known to show; never a stop."""
+"""Health of a run: a warning where its loss is above what the recipe is known to show, never a stop."""
 
 from __future__ import annotations
 
@@ -13,32 +13,29 @@ MOVED = 0.97  # of the first loss, or of 1, the loss of predicting each patch's 
 
 
 class Health:
-    """Watches the training loss of one run.
+    """Watch over the training loss of one run.
 
     Args:
-        band: rows of (share of the schedule, lowest, highest expected loss), shares rising; between rows the limits are
-            interpolated, before the first row nothing is expected.
-        measured_on: what the band was measured on, for the warning.
-        normalised: whether targets are standardised per patch, so that predicting nothing costs 1.
+        band: rows of (share of the schedule, lowest, highest expected loss), shares rising. Limits are interpolated
+            between rows; before the first row nothing is expected.
+        measured_on: data and machine of the band, for the warning.
+        normalised: targets are standardised per patch, so that predicting nothing costs 1.
         warmup: share of the schedule in which the learning rate rises.
-        first: the run's first loss, if it goes on from a checkpoint; inf where a good start can not fall much.
     """
 
-    def __init__(
-        self, band: Band, measured_on: str, normalised: bool, warmup: float, first: float | None = None
-    ) -> None:
-        self.band, self.measured_on, self.normalised, self.first = band, measured_on, normalised, first
+    def __init__(self, band: Band, measured_on: str, normalised: bool, warmup: float) -> None:
+        self.band, self.measured_on, self.normalised = band, measured_on, normalised
         self.settled = max(SETTLED, 2 * warmup)
         self.is_above = self.is_stuck = False
 
-    def warnings(self, share: float, loss: float) -> list[str]:
-        """What to say of a loss at a share of the schedule; each trouble is told once, until it is over.
+    def warnings(self, share: float, loss: float, first: float) -> list[str]:
+        """Warn about a loss, once for each trouble until it is over.
 
         Args:
             share: steps done over all steps, 0 to 1.
             loss: mean since the last call.
+            first: first loss of the run; inf where a good start cannot fall much.
         """
-        self.first = loss if self.first is None else self.first
         found = []
         limits = self.limits(share)
         was_above, self.is_above = self.is_above, limits is not None and loss > limits[1]
@@ -47,18 +44,18 @@ class Health:
                 f"health: the loss, {loss:.3f} at {share:.0%} of the schedule, is above the band "
                 f"{limits[0]:.3f} to {limits[1]:.3f} that this recipe showed on {self.measured_on}"
             )
-        ceiling = MOVED * min(self.first, 1.0 if self.normalised else self.first)
+        ceiling = MOVED * min(first, 1.0 if self.normalised else first)
         was_stuck, self.is_stuck = self.is_stuck, share >= self.settled and loss > ceiling
         if self.is_stuck and not was_stuck:
             found.append(
-                f"health: the loss did not move: {self.first:.3f} at first, {loss:.3f} at {share:.0%} of the schedule"
+                f"health: the loss did not move: {first:.3f} at first, {loss:.3f} at {share:.0%} of the schedule"
                 + (" (1 is what predicting each patch's mean costs)" if self.normalised else "")
-                + "; is the learning rate right, and do the reconstructions show anything?"
+                + ". Check the learning rate, and whether the reconstructions show anything"
             )
         return found
 
     def limits(self, share: float) -> tuple[float, float] | None:
-        """Lowest and highest expected loss at a share of the schedule; None before the first row."""
+        """Interpolate lowest and highest expected loss at a share of the schedule; None before the first row."""
         if not self.band or share < self.band[0][0]:
             return None
         shares, lows, highs = zip(*self.band, strict=True)

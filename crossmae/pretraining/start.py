@@ -21,25 +21,29 @@ from crossmae.checkpoints.pretrained import BIT_DEPTH
 from crossmae.checkpoints.report import LoadReport
 from crossmae.checkpoints.weights import Weights, read_weights
 from crossmae.errors import UserError
-from crossmae.models.crossmae import MODEL_DEFAULTS, CrossMAE, create_model, resolve_blocks
-from crossmae.training.config import DataConfig, PretrainConfig
+from crossmae.models.crossmae import MODEL_DEFAULTS, CrossMAE, resolve_blocks
+from crossmae.training.config import DataConfig
 
 log = logging.getLogger(__name__)
 
 
-def build_model(config: PretrainConfig) -> CrossMAE:
-    """The model with random weights, which depend on the seed alone.
+def build_model(arguments: Mapping[str, Any], seed: int, mask_ratio: float, predict_ratio: float) -> CrossMAE:
+    """Build the model with random weights, which depend on the seed only.
+
+    Args:
+        arguments: see `CrossMAE`.
+        seed: seed of the weights.
+        mask_ratio, predict_ratio: shares of all patches, tried out.
 
     Raises:
-        UserError: names the section for every setting that the model refuses.
+        UserError: the model refuses a setting.
     """
-    torch.manual_seed(config.runtime.seed)
+    torch.manual_seed(seed)
     try:
-        model = create_model(config.model.name, **config.model.arguments())
-        model.patch_counts(config.model.mask_ratio, config.model.predict_ratio)
+        model = CrossMAE(**arguments)
+        model.patch_counts(mask_ratio, predict_ratio)
     except ValueError as error:
         raise UserError(f"model: {error}") from None
-    model.activation_checkpointing = config.runtime.activation_checkpointing
     return model
 
 

@@ -1,11 +1,16 @@
-"""Pretraining: what `crossmae.training.loop` does not know about it."""
+"""Pretraining: reconstruct masked patches of unlabelled images.
+
+`crossmae.training.loop.train_steps` does the steps; here are the job that it does, and the loss.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,31 +21,41 @@ import crossmae
 from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, STEP, VERSION
 from crossmae.checkpoints.pretrained import BIT_DEPTH
 from crossmae.checkpoints.provenance import inherited, recorded_licence
-from crossmae.checkpoints.run_checkpoint import MODEL, step_of
+from crossmae.checkpoints.run_checkpoint import MODEL
 from crossmae.data.sources import Source
-from crossmae.data.training_images import Normalize, PretrainImages, build_loader, warn_of_depth
+from crossmae.data.training_images import BatchPlan, Normalize, PretrainImages, build_loader, warn_of_depth
 from crossmae.errors import UserError
 from crossmae.files import check_writable
-from crossmae.models.crossmae import CrossMAE
+from crossmae.models.crossmae import MAE, CrossMAE
+from crossmae.models.masking import MaskCounts
 from crossmae.models.sizes import model_arguments
+from crossmae.pretraining.config import OptimConfig, PretrainConfig
 from crossmae.pretraining.figures import fused_map_names, fusion_figure, reconstruction_figure
 from crossmae.pretraining.health import Health
 from crossmae.pretraining.start import build_model, start_from
 from crossmae.pretraining.validation import HeldOut, Neighbours, model_size, open_named, warn_of_overlap
-from crossmae.training.config import PretrainConfig
-from crossmae.training.log import RunLog
-from crossmae.training.loop import Ready, Task, check_images, plan_batches, train
+from crossmae.training.devices import describe_place
+from crossmae.training.log import RunLog, announce_steps
+from crossmae.training.loop import Callbacks, Job, check_images, train
 from crossmae.training.optimizer import parameter_groups
 from crossmae.training.processes import Ranks
-from crossmae.training.schedule import Plan, announce, make_plan
-from crossmae.training.start import check_settings, find_start
-from crossmae.training.state import Run
+from crossmae.training.schedule import Schedule, make_schedule
+from crossmae.training.start import find_start, is_complete
+from crossmae.training.state import TrainingState
 
 log = logging.getLogger(__name__)
 
+# Factor of the published learning rate (method specification, 1.9); "none" and "inverse" are the published code's
+# alternatives.
+LR_RULES = {
+    "published": lambda mask, predict: predict / mask,
+    "none": lambda mask, predict: 1.0,
+    "inverse": lambda mask, predict: mask / predict,
+}
+
 
 def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
-    """Train one model as the config says; returns the file of its final weights.
+    """Train a model as the config says; return the file of its final weights.
 
     Reads every key of `PretrainConfig`. Where the weights come from: see `crossmae.pretraining.start`.
     In several processes: see `crossmae.training.loop.train`.
@@ -49,167 +64,222 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
         UserError: bad data, a folder in use by another run, an impossible combination of settings, a loss that is not
             finite.
     """
-    return train(lambda *where: Pretraining(config, *where), config, resume)
+    return train(config, partial(build_job, config, resume))
 
 
-class Pretraining(Task[PretrainConfig]):
-    """Reconstruction of masked patches."""
+def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.device, precision: str) -> Job:
+    """Build model, data and schedule, and check them, without writing anything.
 
-    word = "pretrain"
+    Raises:
+        UserError: see `pretrain`.
+    """
+    # The model, with random weights.
+    data, optim, seed, mask_ratio = config.data, config.optim, config.runtime.seed, config.model.mask_ratio
+    check_writable(config.output_dir, "output_dir")
+    arguments = model_arguments(config.model.name) | config.model.arguments()
+    model = build_model(arguments, seed, mask_ratio, config.model.predict_ratio)
+    model.activation_checkpointing = config.runtime.activation_checkpointing
+    # The training images, and the schedule that follows from their number.
+    source = open_named(config, "data.train")
+    if ranks.is_main:
+        warn_of_depth(source, data.bit_depth)
+    crop = (model_size(model), model.num_patches, data.crop_scale, data.flip)
+    images = PretrainImages(source, *crop, seed, model.in_chans, data.bit_depth, data.broken)
+    order = (ranks.rank, ranks.world_size, source.groups, data.shuffle_shards)
+    batches = BatchPlan(len(source), optim.batch_size, seed, *order)
+    predict_ratio = model.scored_ratio(mask_ratio, config.model.predict_ratio)
+    schedule = make_schedule(batches, optim, config.schedule, LR_RULES[optim.lr_rule](mask_ratio, predict_ratio))
+    # The start: a checkpoint of this run, given weights, or the random ones.
+    fingerprint = config.fingerprint(schedule.images, precision, ranks.world_size)
+    start = find_start(config.output_dir, resume)
+    complete = is_complete(start, schedule.last_step, fingerprint)
+    licence = recorded_licence(start / MODEL) if start else None
+    if config.model.init and not start:
+        licence = start_from(model, config.model.init.expanduser(), arguments, data).licence
+    # Measurements, and a look at every image.
+    judges = build_judges(config, model, source, schedule, ranks)
+    check = data.check and not complete
+    broken = check_images(source, model.in_chans, data.bit_depth, data.broken, ranks) if check else []
+    # The optimizer.
+    model = model.to(device)
+    groups = parameter_groups(model, optim.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=schedule.peak_lr, betas=optim.betas, fused=True)
 
-    def prepare(self, resume: bool) -> Ready:
-        """See `Task.prepare`."""
-        config, ranks = self.config, self.ranks
-        check_writable(config.output_dir, "output_dir")
-        model = build_model(config)
-        source = open_named(config, "data.train")
-        if ranks.is_main:
-            warn_of_depth(source, config.data.bit_depth)
-        data = config.data
-        batches = plan_batches(config, source, ranks)
-        plan = make_plan(config, batches, self.device, self.precision)
-        start = find_start(config.output_dir, resume)
-        is_complete = start is not None and step_of(start) >= plan.last_step
-        if start and not is_complete:
-            check_settings(start, config, plan)
-        self.licence = recorded_licence(start / MODEL) if start else None
-        if config.model.init and not start:
-            arguments = model_arguments(config.model.name) | config.model.arguments()
-            self.licence = start_from(model, config.model.init.expanduser(), arguments, data).licence
-        self.judges = Judges(config, model, source, ranks)
-        self.normalize = Normalize(data.mean, data.std, self.device)
-        broken = check_images(config, source, model.in_chans, ranks) if data.check and not is_complete else []
-        return Ready(model, source, batches, plan, start, broken)
+    def metadata(step: int) -> dict[str, str]:
+        return weight_metadata(arguments, data.mean, data.std, data.bit_depth, step) | inherited(licence)
 
-    def announce(self, ready: Ready, step: int) -> None:
-        """See `Task.announce`."""
-        announce(self.config, ready.plan, cast(CrossMAE, ready.model), step, ready.source.groups is not None)
+    def announce(step: int) -> None:
+        place = describe_place(device, precision, ranks.world_size)
+        announce_model(config.model.name, model, model.patch_counts(mask_ratio, predict_ratio), place)
+        for reason, keys in config.ignored(isinstance(model, MAE), source.groups is not None).items():
+            log.info("ignored, because %s: %s", reason, ", ".join(keys))
+        announce_steps(schedule, step, lr_rule(optim, schedule.images_per_step, mask_ratio, predict_ratio))
 
-    def optimizer(self, model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
-        """AdamW; biases and norms without decay."""
-        optim = self.config.optim
-        groups = parameter_groups(model, optim.weight_decay)
-        return torch.optim.AdamW(groups, lr=plan.peak_lr, betas=optim.betas, fused=True)
-
-    def loader(self, ready: Ready, first: int, last: int) -> Iterator[Any]:
-        """See `Task.loader`."""
-        dataset = build_dataset(self.config, ready.source, cast(CrossMAE, ready.model))
-        on_gpu = self.device.type == "cuda"
-        return iter(build_loader(dataset, ready.batches, first, last, self.config.data.workers, on_gpu))
-
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Of the predicted patches."""
-        batch = batch.to(self.device)
-        imgs, settings = self.normalize(batch.images), self.config.model
-        loss: Tensor = model(imgs, settings.mask_ratio, settings.predict_ratio, batch.noise).loss
-        return loss
-
-    def metadata(self, step: int) -> dict[str, str]:
-        """See `Task.metadata`."""
-        return weight_metadata(self.config, step) | inherited(self.licence)
-
-    def begin(self, run: Run, records: RunLog) -> None:
-        """Measure and draw what there is to be better than."""
-        self.health = build_health(run, self.config, records)
-        if run.step == 0:
-            self.judges.judge(run, records, validate=True, probe=True)
-            self.judges.draw(run, records)
-
-    def logged(self, run: Run, records: RunLog, loss: float) -> None:
-        """Warn where the loss is not as it should be."""
-        for warning in self.health.warnings(run.step / run.plan.total_steps, loss) if run.ranks.is_main else ():
-            log.warning(warning)
-
-    def look(self, run: Run, records: RunLog) -> None:
-        """See `Task.look`."""
-        config, plan, step = self.config, run.plan, run.step
-        self.judges.judge(
-            run,
-            records,
-            validate=plan.ends_period(step, config.validation.every_epochs),
-            probe=plan.ends_period(step, config.probe.every_epochs),
-        )
-        if step == plan.last_step or step % config.log.pictures_every_steps == 0:
-            self.judges.draw(run, records)
-
-
-def build_dataset(config: PretrainConfig, source: Source, model: CrossMAE) -> PretrainImages:
-    """The training images as the config wants them."""
-    data = config.data
-    return PretrainImages(
-        source,
-        model_size(model),
-        model.num_patches,
-        data.crop_scale,
-        data.flip,
-        config.runtime.seed,
-        config.model.in_chans,
-        data.bit_depth,
-        data.broken,
+    return Job(
+        word="pretrain",
+        model=model,
+        optimizer=optimizer,
+        source=source,
+        broken=broken,
+        loader=partial(build_loader, images, batches, workers=data.workers, pin_memory=device.type == "cuda"),
+        loss=partial(reconstruction_loss, Normalize(data.mean, data.std, device), mask_ratio, predict_ratio),
+        schedule=schedule,
+        fingerprint=fingerprint,
+        start=start,
+        metadata=metadata,
+        announce=announce,
+        callbacks=judges,
     )
 
 
-class Judges:
-    """What a run is looked at with from outside: held-out loss, pictures, neighbours."""
+def reconstruction_loss(
+    normalize: Normalize, mask_ratio: float, predict_ratio: float, model: nn.Module, batch: Any, number: int
+) -> Tensor:
+    """Compute the loss of the predicted patches of a micro-batch; its noise comes with the images."""
+    batch = batch.to(normalize.mean.device)
+    loss: Tensor = model(normalize(batch.images), mask_ratio, predict_ratio, batch.noise).loss
+    return loss
 
-    def __init__(self, config: PretrainConfig, model: CrossMAE, source: Source, ranks: Ranks) -> None:
-        self.config = config
-        val = open_named(config, "data.val") if config.data.val else None
-        if val and ranks.is_main:
-            warn_of_overlap(source, "data.train", val, "data.val")
-        self.held_out = HeldOut(config, val, model, config.validation.images, ranks) if val else None
-        self.preview = None
-        if ranks.is_main and config.log.pictures:
-            policy = "error" if val else config.data.broken
-            self.preview = HeldOut(config, val or source, model, config.log.pictures, Ranks(), policy)
-        self.neighbours = Neighbours(config, model) if config.probe.train and ranks.is_main else None
 
-    def judge(self, run: Run, records: RunLog, validate: bool, probe: bool) -> None:
-        """Measure the held-out loss and the neighbours' accuracy, of the averaged weights as well, and log both."""
+@dataclass(frozen=True)
+class Judges(Callbacks):
+    """Measurements of a run: held-out loss, nearest neighbours, pictures, health of the training loss.
+
+    Attributes:
+        schedule: steps of the run.
+        mask_ratio: share of all patches that the encoder does not see.
+        held_out: images of the held-out loss; None: none.
+        neighbours: probe; None: none.
+        preview: images of the pictures; None: no pictures.
+        pictures: images in a picture; 0: no pictures.
+        validate_every, probe_every: epochs between two measurements.
+        draw_every: steps between two pictures.
+        health: expected training loss.
+        is_given: the run started from given weights, whose loss has not far to fall.
+    """
+
+    schedule: Schedule
+    mask_ratio: float
+    held_out: HeldOut | None
+    neighbours: Neighbours | None
+    preview: HeldOut | None
+    pictures: int
+    validate_every: int
+    probe_every: int
+    draw_every: int
+    health: Health
+    is_given: bool
+
+    def begin(self, state: TrainingState, records: RunLog) -> None:
+        """Measure and draw what a new run starts from."""
+        if state.step == 0:
+            self.judge(state, records, validate=True, probe=True)
+            self.draw(state, records)
+
+    def after_log(self, state: TrainingState, records: RunLog, loss: float) -> None:
+        """Warn where the loss is not as expected."""
+        if state.ranks.is_main:
+            first = math.inf if self.is_given else next(float(row["loss"]) for row in records.rows if "loss" in row)
+            for warning in self.health.warnings(state.step / self.schedule.total_steps, loss, first):
+                log.warning(warning)
+
+    def measure(self, state: TrainingState, records: RunLog) -> None:
+        """See `Callbacks.measure`."""
+        step, ends_period = state.step, self.schedule.ends_period
+        self.judge(state, records, ends_period(step, self.validate_every), ends_period(step, self.probe_every))
+        if step == self.schedule.last_step or step % self.draw_every == 0:
+            self.draw(state, records)
+
+    def judge(self, state: TrainingState, records: RunLog, validate: bool, probe: bool) -> None:
+        """Measure held-out loss and accuracy, of the averaged weights as well, and log both."""
         values: dict[str, float] = {}
-        for suffix, model in cast(dict[str, CrossMAE], run.models).items():
+        for suffix, model in cast(dict[str, CrossMAE], state.models).items():
             if validate and self.held_out:
-                values[f"val_loss{suffix}"] = self.held_out.loss(model, run.device, run.autocast)
+                values[f"val_loss{suffix}"] = self.held_out.loss(model, state.device, state.autocast)
             if probe and self.neighbours:
-                values[f"knn_accuracy{suffix}"] = self.neighbours.accuracy(model, run.device)
+                values[f"knn_accuracy{suffix}"] = self.neighbours.accuracy(model, state.device)
         if not all(map(math.isfinite, values.values())):
-            raise UserError(f"at step {run.step} the held-out loss is not finite; the last checkpoint stays")
+            raise UserError(f"at step {state.step} the held-out loss is not finite; the last checkpoint stays")
         if values:
-            records.record(run.step, values)
-            records.announce(run.step, values)
+            records.record(state.step, values)
+            records.announce(state.step, values)
 
-    def draw(self, run: Run, records: RunLog) -> None:
-        """Pictures of reconstructions and of the fusion weights."""
-        model, config = cast(CrossMAE, run.model), self.config
+    def draw(self, state: TrainingState, records: RunLog) -> None:
+        """Draw reconstructions and fusion weights."""
+        model, step = cast(CrossMAE, state.model), state.step
         if self.preview is not None:
-            panels = self.preview.panels(model, run.device, config.log.pictures)
-            title = f"step {run.step}, {config.model.mask_ratio:.0%} of the patches masked"
-            records.picture(run.step, "reconstructions", reconstruction_figure(panels, title))
-        if run.ranks.is_main and model.fused_blocks and config.log.pictures:
-            names = fused_map_names(model)
+            panels = self.preview.panels(model, state.device, self.pictures)
+            title = f"step {step}, {self.mask_ratio:.0%} of the patches masked"
+            records.picture(step, "reconstructions", reconstruction_figure(panels, title))
+        if state.ranks.is_main and model.fused_blocks and self.pictures:
             weights = model.wfm.linear.weight.detach().float().cpu()
-            records.picture(run.step, "fusion", fusion_figure(weights, names, f"fusion weights at step {run.step}"))
+            figure = fusion_figure(weights, fused_map_names(model), f"fusion weights at step {step}")
+            records.picture(step, "fusion", figure)
 
 
-def build_health(run: Run, config: PretrainConfig, records: RunLog) -> Health:
-    """The watch over the loss; a resumed run knows its first loss, one from given weights has not far to fall."""
-    plan = run.plan
-    first = next((float(row["loss"]) for row in records.rows if "loss" in row), None)
-    if config.model.init:
-        first = math.inf
-    warmup = plan.warmup_steps / plan.total_steps
-    return Health(config.health.band, config.health.measured_on, config.model.norm_pix_loss, warmup, first)
+def build_judges(config: PretrainConfig, model: CrossMAE, source: Source, schedule: Schedule, ranks: Ranks) -> Judges:
+    """Read the held-out and the labelled images.
+
+    Raises:
+        UserError: an image cannot be read, or the probe lacks labels.
+    """
+    count, health = config.log.pictures, config.health
+    val = open_named(config, "data.val") if config.data.val else None
+    if val and ranks.is_main:
+        warn_of_overlap(source, "data.train", val, "data.val")
+    held_out = HeldOut(config, val, model, config.validation.images, ranks) if val else None
+    preview = None
+    if ranks.is_main and count:
+        preview = HeldOut(config, val or source, model, count, Ranks(), "error" if val else config.data.broken)
+    return Judges(
+        schedule=schedule,
+        mask_ratio=config.model.mask_ratio,
+        held_out=held_out,
+        neighbours=Neighbours(config, model) if config.probe.train and ranks.is_main else None,
+        preview=preview,
+        pictures=count,
+        validate_every=config.validation.every_epochs,
+        probe_every=config.probe.every_epochs,
+        draw_every=config.log.pictures_every_steps,
+        health=Health(
+            health.band,
+            health.measured_on,
+            config.model.norm_pix_loss,
+            warmup=schedule.warmup_steps / schedule.total_steps,
+        ),
+        is_given=config.model.init is not None,
+    )
 
 
-def weight_metadata(config: PretrainConfig, step: int) -> dict[str, str]:
-    """What travels with the weights: how to build the model, and how its pixels were normalised."""
-    arguments = model_arguments(config.model.name) | config.model.arguments()
+def announce_model(name: str, model: CrossMAE, counts: MaskCounts, place: str) -> None:
+    """Log the size of the model and what happens to its patches."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.info("%s: %.1f M trainable parameters, on %s", name, trainable / 1e6, place)
+    log.info("%d patches per image: %d visible, %d dropped, %d predicted", model.num_patches, *counts)
+
+
+def lr_rule(optim: OptimConfig, images_per_step: int, mask_ratio: float, predict_ratio: float) -> str:
+    """Format the arithmetic behind the peak learning rate."""
+    if optim.lr:
+        return "optim.lr"
+    factors = {
+        "published": f" * {predict_ratio:g} / {mask_ratio:g} (lr_rule published: predict / mask ratio)",
+        "none": " (lr_rule none)",
+        "inverse": f" * {mask_ratio:g} / {predict_ratio:g} (lr_rule inverse: mask / predict ratio)",
+    }
+    return f"base_lr {optim.base_lr:g} * {images_per_step} / 256{factors[optim.lr_rule]}"
+
+
+def weight_metadata(
+    arguments: Mapping[str, Any], mean: Sequence[float], std: Sequence[float], bit_depth: int, step: int
+) -> dict[str, str]:
+    """Describe weights for whoever loads them: how to build the model, and how its pixels were normalised."""
     return {
         FORMAT: "crossmae",
         MODEL_ARGUMENTS: json.dumps(arguments),
-        PIXEL_MEAN: json.dumps(config.data.mean),
-        PIXEL_STD: json.dumps(config.data.std),
-        BIT_DEPTH: str(config.data.bit_depth),
+        PIXEL_MEAN: json.dumps(mean),
+        PIXEL_STD: json.dumps(std),
+        BIT_DEPTH: str(bit_depth),
         VERSION: crossmae.__version__,
         STEP: str(step),
     }

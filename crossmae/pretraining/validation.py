@@ -17,9 +17,10 @@ from crossmae.data.sources import Source, evenly_spaced, open_source
 from crossmae.data.training_images import Normalize, centre_view, read_or_next
 from crossmae.errors import UserError
 from crossmae.models.crossmae import CrossMAE
+from crossmae.pretraining.config import PretrainConfig
 from crossmae.pretraining.neighbours import knn_probe
 from crossmae.pretraining.reconstruction import Panels, reconstruct
-from crossmae.training.config import PretrainConfig, RunConfig
+from crossmae.training.config import RunConfig
 from crossmae.training.processes import Ranks
 
 log = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -24,9 +25,12 @@ from pydantic import (
 )
 
 from crossmae.errors import UserError
-from crossmae.models.sizes import DECODERS, Decoder, model_arguments
 
 CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
+
+# Sections, and keys of data, that may change between a run and its continuation.
+NOT_DECISIVE = {"output_dir", "log", "validation", "probe", "health", "evaluation", "checkpoint"}
+NOT_DECISIVE_DATA = {"train", "root", "val", "val_root", "check", "broken_budget", "workers", "class_names"}
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -34,7 +38,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
 
-class Section(BaseModel):
+class ConfigSection(BaseModel):
     """Base of all sections: no unknown keys, no change after the check."""
 
     model_config = ConfigDict(
@@ -50,7 +54,7 @@ class Section(BaseModel):
         return value
 
 
-class DataConfig(Section):
+class DataConfig(ConfigSection):
     """Where images come from, how they are read, and how they are cropped."""
 
     train: str = Field(
@@ -84,43 +88,7 @@ class DataConfig(Section):
         return self
 
 
-class ModelConfig(Section):
-    """A named size, what differs from it, the masking, and the weights to start from."""
-
-    name: str = Field(description="a name of crossmae.list_models()")
-    img_size: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
-        224, description="pixels; one side or (height, width)"
-    )
-    patch_size: PositiveInt | None = None
-    in_chans: PositiveInt = Field(3, description="image channels: 1 grey, 3 RGB, others from multi-channel TIFF files")
-    embed_dim: PositiveInt | None = None
-    depth: PositiveInt | None = None
-    num_heads: PositiveInt | None = None
-    decoder_embed_dim: PositiveInt | None = None
-    decoder_depth: PositiveInt | None = None
-    decoder_num_heads: PositiveInt | None = None
-    mlp_ratio: Positive | None = None
-    decoder: Decoder | None = Field(None, description=f"one of {', '.join(DECODERS)}; default: the size's own")
-    fuse_blocks: tuple[int, ...] | None = Field(None, description="encoder blocks to mix; null: all, []: no fusion")
-    fuse_input: bool = Field(True, description="mix the encoder's input, too")
-    norm_pix_loss: bool = Field(True, description="standardise each target patch")
-    mask_ratio: Ratio = Field(0.75, description="share of all patches that the encoder does not see")
-    predict_ratio: Ratio = Field(0.25, description="share of all patches that is decoded")
-    init: Path | None = Field(None, description="weights to start from: a whole model or an encoder; null: random ones")
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        model_arguments(name)
-        return name
-
-    def arguments(self) -> dict[str, Any]:
-        """Everything that `create_model` takes besides the name; None is the size's own value."""
-        others = {"name", "mask_ratio", "predict_ratio", "init"}
-        return {key: value for key, value in self if key not in others and (value is not None or key == "fuse_blocks")}
-
-
-class StepConfig(Section):
+class StepConfig(ConfigSection):
     """AdamW, the size of a step, and the averaged copy of the weights."""
 
     batch_size: PositiveInt = Field(64, description="images per process and micro-batch")
@@ -133,15 +101,7 @@ class StepConfig(Section):
     ema: Ratio | None = Field(None, description="decay per step of the averaged weights, approached from 0; null: none")
 
 
-class OptimConfig(StepConfig):
-    """What `StepConfig` says, and the published rule for the learning rate."""
-
-    lr_rule: Literal["published", "none", "inverse"] = Field(
-        "published", description="factor on base_lr * images / 256: predict/mask ratio, 1, or mask/predict ratio"
-    )
-
-
-class ScheduleConfig(Section):
+class ScheduleConfig(ConfigSection):
     """How long, and the learning rate over time: linear warm-up, then half a cosine."""
 
     epochs: PositiveInt = 800
@@ -152,7 +112,7 @@ class ScheduleConfig(Section):
     )
 
 
-class RuntimeConfig(Section):
+class RuntimeConfig(ConfigSection):
     """Device, precision, speed against memory, randomness."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
@@ -164,71 +124,14 @@ class RuntimeConfig(Section):
     seed: int = Field(0, ge=0)
 
 
-class LogConfig(Section):
+class LogConfig(ConfigSection):
     """What is written while training."""
 
     every_steps: PositiveInt = Field(20, description="steps between two lines of log.jsonl")
     wandb: str | None = Field(None, description="project of Weights & Biases to log to as well; null: none")
 
 
-class PretrainLogConfig(LogConfig):
-    """What `LogConfig` says, and pictures."""
-
-    pictures_every_steps: PositiveInt = Field(
-        1000, description="steps between two pictures of reconstructions and of the fusion weights"
-    )
-    pictures: int = Field(8, ge=0, le=64, description="images in a picture of reconstructions; 0: no pictures")
-
-
-class ValidationConfig(Section):
-    """Reconstruction loss of data.val: all masked patches of fixed crops, with fixed masks."""
-
-    every_epochs: PositiveInt = 10
-    images: PositiveInt = Field(2048, description="at most so many images, evenly spaced")
-
-
-class ProbeConfig(Section):
-    """Accuracy of k nearest neighbours on the encoder's pooled features while it trains."""
-
-    train: str | None = Field(None, description="labelled images to look neighbours up in; null: no probe")
-    val: str | None = Field(None, description="labelled images to classify")
-    every_epochs: PositiveInt = 10
-    images: PositiveInt = Field(4000, description="at most so many images of each, evenly spaced")
-    k: PositiveInt = Field(20, description="neighbours")
-    temperature: Positive = Field(0.07, description="of their weights, exp(similarity / temperature)")
-    pool: Literal["avg", "cls"] = Field("avg", description="mean of the patch tokens, or the class token")
-
-    @model_validator(mode="after")
-    def _both(self) -> ProbeConfig:
-        if (self.train is None) != (self.val is None):
-            raise ValueError("the probe needs both, probe.train and probe.val")
-        return self
-
-
-class HealthConfig(Section):
-    """The losses that this recipe is expected to show; leaving them is a warning, never a stop."""
-
-    measured_on: str = Field("", description="data and machine that the band was measured on")
-    band: tuple[tuple[Share, NonNegative, NonNegative], ...] = Field(
-        (), description="rows of [share of the schedule, lowest, highest expected loss]"
-    )
-
-    @field_validator("band")
-    @classmethod
-    def _rising(cls, band: tuple[tuple[float, float, float], ...]) -> tuple[tuple[float, float, float], ...]:
-        shares = [share for share, _, _ in band]
-        if shares != sorted(set(shares)) or any(low > high for _, low, high in band):
-            raise ValueError("rows must be [share, low, high] with rising shares and low <= high")
-        return band
-
-    @model_validator(mode="after")
-    def _named(self) -> HealthConfig:
-        if self.band and not self.measured_on:
-            raise ValueError("a band needs measured_on, what it was measured on")
-        return self
-
-
-class CheckpointConfig(Section):
+class CheckpointConfig(ConfigSection):
     """When the state is saved, and how much of it is kept."""
 
     every_epochs: PositiveInt = 20
@@ -236,12 +139,12 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1, description="checkpoints kept; older ones are deleted after a newer one is complete")
 
 
-class RunConfig(Section):
+class RunConfig(ConfigSection):
     """What every kind of training run depends on."""
 
     output_dir: Path = Field(description="folder of the run: logs, pictures, checkpoints, weights")
     data: DataConfig
-    model: Section
+    model: ConfigSection
     optim: StepConfig = StepConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     runtime: RuntimeConfig = RuntimeConfig()
@@ -267,24 +170,39 @@ class RunConfig(Section):
                     "measures them"
                 )
 
+    def fingerprint(self, images: int, precision: str, processes: int) -> dict[str, str]:
+        """Collect what must not change between a run and its continuation, as text by key.
 
-class PretrainConfig(RunConfig):
-    """Everything that a pretraining run depends on."""
+        Args:
+            images: images of the training source.
+            precision: precision that "auto" stands for.
+            processes: processes that train.
+        """
+        sections = set(type(self).model_fields) - NOT_DECISIVE
+        values: dict[str, dict[str, Any]] = self.model_dump(mode="json", include=sections)
+        values["data"] = {key: value for key, value in values["data"].items() if key not in NOT_DECISIVE_DATA}
+        values["schedule"].pop("max_steps")
+        values["model"].pop("init")
+        values["runtime"] = {"seed": values["runtime"]["seed"]}
+        flat = {f"{name}.{key}": json.dumps(value) for name, keys in values.items() for key, value in keys.items()}
+        return flat | {"images": str(images), "precision": precision, "processes": str(processes)}
 
-    model: ModelConfig
-    optim: OptimConfig = OptimConfig()
-    log: PretrainLogConfig = PretrainLogConfig()
-    validation: ValidationConfig = ValidationConfig()
-    probe: ProbeConfig = ProbeConfig()
-    health: HealthConfig = HealthConfig()
+    def unused_keys(self, cases: Sequence[tuple[bool, str, str, set[str]]]) -> dict[str, list[str]]:
+        """Find keys that were given but have no effect, by reason.
 
-    @model_validator(mode="after")
-    def _channels(self) -> PretrainConfig:
-        self.check_channels(self.model.in_chans)
-        return self
+        Args:
+            cases: rows of (the case applies, reason, section, keys of the section that it makes unused).
+        """
+        unused: dict[str, list[str]] = {}
+        for applies, reason, section, keys in cases:
+            values = getattr(self, section)
+            given = [key for key in sorted(keys & values.model_fields_set) if getattr(values, key) is not None]
+            if applies and given:
+                unused.setdefault(reason, []).extend(f"{section}.{key}" for key in given)
+        return unused
 
 
-Schema = TypeVar("Schema", bound=Section)
+Schema = TypeVar("Schema", bound=ConfigSection)
 
 
 def resolve_config_path(name: str) -> Path:
@@ -312,11 +230,6 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """`--config-file NAME [section.key=value ...]`, the convention of every tool that takes such a config."""
     parser.add_argument("--config-file", required=True, metavar="NAME", help="a YAML file, or its name under configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
-
-
-def load_config(name: str, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """Read a pretraining config; see `load_typed_config`."""
-    return load_typed_config(PretrainConfig, name, overrides)
 
 
 def load_typed_config(schema: type[Schema], name: str, overrides: Sequence[str] = ()) -> Schema:
@@ -378,7 +291,7 @@ def set_override(values: dict[str, Any], word: str) -> None:
         raise UserError(f"{word}: the value is not valid YAML") from None
 
 
-def describe_errors(error: ValidationError, path: Path, words: set[str], schema: type[Section]) -> str:
+def describe_errors(error: ValidationError, path: Path, words: set[str], schema: type[ConfigSection]) -> str:
     """All problems of a config in one line, each with its key, what was given and what is expected.
 
     Args:
@@ -409,7 +322,7 @@ def describe_errors(error: ValidationError, path: Path, words: set[str], schema:
     return "; ".join(f"{place}: {'; '.join(dict.fromkeys(found))}" for place, found in problems.items() if found)
 
 
-def _suggestion(location: list[str], schema: type[Section]) -> str:
+def _suggestion(location: list[str], schema: type[ConfigSection]) -> str:
     section: type[BaseModel] = schema
     for part in location[:-1]:
         annotation = section.model_fields[part].annotation if part in section.model_fields else None

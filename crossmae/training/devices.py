@@ -1,4 +1,4 @@
-"""Which device to compute on, and in which precision."""
+"""Device and precision to compute in."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from crossmae.errors import UserError
 
 
 def open_autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Mixed precision on a device: none for "fp32", else "bf16" or "fp16"."""
+    """Open mixed precision on a device: none for "fp32", else "bf16" or "fp16"."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def open_device(name: str, key: str, local_rank: int = 0, processes: int = 1) -> torch.device:
-    """The device of a name, tried out.
+    """Find a device by name, and try it.
 
     Args:
-        name: such as "cpu" or "cuda:1"; "auto" is a GPU where there is one, "cuda" the one of this process.
+        name: such as "cpu" or "cuda:1"; "auto" is a GPU where there is one, "cuda" the GPU of this process.
         key: the config key or flag that named it, for the error.
         local_rank: number of this process on its machine.
-        processes: how many there are in all.
+        processes: number of processes.
 
     Raises:
         UserError: this machine has no such device, or all processes would share one GPU.
     """
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     if processes > 1 and chosen.startswith("cuda:"):
-        raise UserError(f"{key}: {processes} processes can not share {chosen}; say cuda, and each takes its own GPU")
+        raise UserError(f"{key}: {processes} processes cannot share {chosen}. Use cuda, and each takes its own GPU")
     try:
         device = torch.device(f"cuda:{local_rank}" if chosen == "cuda" else chosen)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"{key}: {chosen!r} can not be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{key}: {chosen!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """The precision that "auto" stands for on a device: "bf16" on GPUs that have it, else "fp32".
+    """Choose the precision of "auto" on a device: "bf16" on GPUs that have it, else "fp32".
 
     Raises:
         UserError: bf16 was asked for, and the device has none.
@@ -46,5 +46,11 @@ def choose_precision(precision: str, device: torch.device) -> str:
     if precision == "auto":
         return "bf16" if device.type == "cuda" and has_bf16 else "fp32"
     if precision == "bf16" and not has_bf16:
-        raise UserError(f"runtime.precision: {device} has no bf16; choose fp16 or fp32")
+        raise UserError(f"runtime.precision: {device} has no bf16. Choose fp16 or fp32")
     return precision
+
+
+def describe_place(device: torch.device, precision: str, processes: int) -> str:
+    """Format device, processes and precision for the log."""
+    more = f" and {processes - 1} more processes" if processes > 1 else ""
+    return f"{device}{more} in {precision}"

@@ -1,4 +1,4 @@
-"""What a run writes for people while it trains: JSON lines, TensorBoard, Weights & Biases, pictures, one live line."""
+"""Records of a run while it trains: JSON lines, TensorBoard, Weights & Biases, pictures, a progress bar."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from crossmae.data.training_images import Broken
 from crossmae.errors import UserError
 from crossmae.files import write_text
 from crossmae.reports.figures import save_figure
-from crossmae.training.config import RunConfig
-from crossmae.training.schedule import Plan
+from crossmae.training.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
@@ -43,35 +42,33 @@ LOG, BROKEN = "log.jsonl", "broken.jsonl"
 
 
 class RunLog:
-    """The writers of a run, in its folder; a context manager that closes them.
+    """Writers of a run, in its folder; a context manager that closes them.
 
     Args:
-        config, plan: of the run.
-        step: that it goes on from; lines of the log after it are dropped, because they will be written again.
-        is_main: whether this process writes at all.
-        resumed: whether there is a checkpoint; without one, nothing of an earlier try in the folder stays.
-        word: what is being done, for the progress bar.
-
-    Raises:
-        UserError: Weights & Biases was asked for and can not be used.
+        folder: folder of the run.
+        schedule: steps of the run, for epochs and the progress bar.
+        step: step that the run continues from; later lines of the log are dropped, because they are written again.
+        resumed: there is a checkpoint; without one, nothing of an earlier try in the folder stays.
+        is_main: this process writes.
+        word: name of the task, for the progress bar.
+        wandb: run of Weights & Biases; None: none.
     """
 
     def __init__(
-        self, config: RunConfig, plan: Plan, step: int, is_main: bool, resumed: bool, word: str = "pretrain"
+        self, folder: Path, schedule: Schedule, step: int, resumed: bool, is_main: bool, word: str, wandb: Any
     ) -> None:
-        self.config, self.plan, self.is_main, self.first_step, self.word = config, plan, is_main, step, word
+        self.folder, self.schedule, self.first_step = folder, schedule, step
+        self.is_main, self.word, self.wandb = is_main, word, wandb
         self.rows: list[dict[str, Any]] = []
-        self.wandb = start_wandb(config, resumed) if is_main and config.log.wandb else None
         if is_main and resumed:
-            self.rows = truncate_log(config.output_dir / LOG, step)
+            self.rows = truncate_log(folder / LOG, step)
         elif is_main:
-            (config.output_dir / LOG).unlink(missing_ok=True)
-            shutil.rmtree(config.output_dir / "tensorboard", ignore_errors=True)
+            (folder / LOG).unlink(missing_ok=True)
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
     def __enter__(self) -> RunLog:
-        plan, folder = self.plan, self.config.output_dir
         self.bar = tqdm(
-            total=plan.last_step,
+            total=self.schedule.last_step,
             initial=self.first_step,
             desc=self.word,
             unit="step",
@@ -81,8 +78,8 @@ class RunLog:
         self.redirect = logging_redirect_tqdm()  # a warning goes above the live line, not into it
         self.redirect.__enter__()
         if self.is_main:
-            self.lines = open(folder / LOG, "a", encoding="utf-8")
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=self.first_step + 1)
+            self.lines = open(self.folder / LOG, "a", encoding="utf-8")
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.first_step + 1)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -95,17 +92,17 @@ class RunLog:
             self.wandb.finish()
 
     def record(self, step: int, values: Mapping[str, float], live: str = "") -> None:
-        """One line of the log, and one point of every curve.
+        """Write a line of the log, and a point of every curve.
 
         Args:
             step: steps done.
-            values: by name.
-            live: words for the live line; empty leaves it as it is.
+            values: numbers by name.
+            live: words for the progress bar; empty leaves them as they are.
         """
         if not self.is_main:
             return
         rounded = {key: float(f"{value:.6g}") for key, value in values.items()}
-        line = {"step": step, "epoch": round(self.plan.epoch(step), 4), **rounded}
+        line = {"step": step, "epoch": round(self.schedule.epoch(step), 4), **rounded}
         self.rows.append(line)
         self.lines.write(json.dumps(line) + "\n")
         self.lines.flush()
@@ -118,7 +115,7 @@ class RunLog:
 
     def picture(self, step: int, name: str, figure: Figure) -> None:
         """Write a figure as `name`/step-<8 digits>.png, and to TensorBoard."""
-        folder = self.config.output_dir / name
+        folder = self.folder / name
         folder.mkdir(exist_ok=True)
         path = folder / f"step-{step:08d}.png"
         save_figure(figure, path)
@@ -127,12 +124,12 @@ class RunLog:
             self.wandb.log({name: importlib.import_module("wandb").Image(str(path))}, step=step)
 
     def announce(self, step: int, values: Mapping[str, float]) -> None:
-        """Say what was measured at a step, above the live line."""
+        """Log what was measured at a step, above the progress bar."""
         if self.is_main:
             log.info("step %d: %s", step, describe(values))
 
     def summary(self) -> list[str]:
-        """For each quantity that was measured more than once, what it was at first and what it became."""
+        """Summarise the first and last value of each metric that was measured more than once."""
         lines = []
         for key, name in NAMES.items():
             if ends := self.first_and_last(key):
@@ -142,34 +139,50 @@ class RunLog:
         return lines
 
     def first_and_last(self, key: str) -> tuple[tuple[int, float], tuple[int, float]] | None:
-        """(step, value) of the first and of the last line that has `key`; None where fewer than two have."""
+        """Find (step, value) of the first and last line with `key`; None where fewer than two have it."""
         found = [(int(row["step"]), float(row[key])) for row in self.rows if key in row]
         return (found[0], found[-1]) if len(found) > 1 else None
 
 
 def live_line(loss: float, lr: float, images_per_second: float, data_wait_share: float, memory_gb: float) -> str:
-    """What stands behind the progress bar and its remaining time."""
+    """Format the words behind the progress bar."""
     return (
         f"loss {loss:.4f}, lr {lr:.2e}, {images_per_second:.0f} img/s, "
         f"waiting for data {data_wait_share:.0%}, {memory_gb:.1f} GB"
     )
 
 
+def announce_steps(schedule: Schedule, step: int, rule: str) -> None:
+    """Log the steps that follow `step`, and the peak learning rate with the `rule` that gave it."""
+    left_out = schedule.images - schedule.batches_per_epoch * schedule.images_per_batch
+    log.info(
+        "%d images, %d per step, %.4g steps per epoch%s",
+        schedule.images,
+        schedule.images_per_step,
+        schedule.batches_per_epoch / schedule.accumulate,
+        f"; {left_out} that fill no batch are left out of an epoch, others each time" if left_out else "",
+    )
+    if schedule.last_step < schedule.total_steps:
+        words = "schedule.max_steps ends the run at step %d of %d, at a learning rate of %.3g"
+        log.info(words, schedule.last_step, schedule.total_steps, schedule.lr_at(schedule.last_step - 1))
+    log.info("steps %d to %d, peak learning rate %.3g = %s", step + 1, schedule.last_step, schedule.peak_lr, rule)
+
+
 def describe(values: Mapping[str, float]) -> str:
-    """Numbers by name, in words."""
+    """Format numbers with the names of their metrics."""
     return ", ".join(f"{NAMES.get(key, key.replace('_', ' '))} {value:.4f}" for key, value in values.items())
 
 
 class BrokenImages:
-    """Keeps count of images that others stand in for, each once, also over restarts, and lists them in a file.
+    """List of broken images that others replace, each once, also over restarts.
 
-    Each process counts those that it met.
+    Each process counts the images that it met.
 
     Args:
-        path: of the list, JSON lines with the keys name and reason.
-        source: that they come from.
+        path: file of the list, JSON lines with the keys name and reason.
+        source: source of the images.
         budget: share of the source that may be broken.
-        resumed: whether the list of an earlier part of this run goes on.
+        resumed: continue the list of an earlier part of this run.
     """
 
     def __init__(self, path: Path, source: Source, budget: float, resumed: bool) -> None:
@@ -179,10 +192,10 @@ class BrokenImages:
         self.known = {str(row["name"]) for row in _read_lines(path) if "name" in row}
 
     def add(self, broken: Sequence[Broken]) -> None:
-        """Count and list those that are new.
+        """Count and list new broken images.
 
         Raises:
-            UserError: there are more than the budget allows.
+            UserError: there are more of them than the budget allows.
         """
         for image in broken:
             name = self.source.name(image.index)
@@ -201,7 +214,7 @@ class BrokenImages:
 
 
 def truncate_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the lines after `step`, which a resumed run will write again; returns those that stay."""
+    """Drop the lines after `step`, which a resumed run writes again, and return the others."""
     rows = [row for row in _read_lines(path) if row.get("step", math.inf) <= step]
     if path.exists():
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -209,7 +222,7 @@ def truncate_log(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; none if there is no file, and without a last one torn by a kill."""
+    """Read the JSON lines of a file, without a last line torn by a kill; none where there is no file."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -219,31 +232,36 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def start_wandb(config: RunConfig, resumed: bool) -> Any:
-    """A run of Weights & Biases, named after the output folder; the same one when a run goes on.
+def start_wandb(project: str, folder: Path, settings: Mapping[str, Any], resumed: bool) -> Any:
+    """Start a run of Weights & Biases, or continue the run of `folder`.
+
+    Args:
+        project: name of the project.
+        folder: folder of the run, which names it.
+        settings: config of the run.
+        resumed: continue the earlier run.
 
     Raises:
-        UserError: wandb is not installed, or does not let us in.
+        UserError: wandb is not installed, or refuses.
     """
     try:
         wandb = importlib.import_module("wandb")
     except ImportError:
         raise UserError('log.wandb needs the package wandb: pip install -e ".[wandb]", or set log.wandb=null') from None
-    name = config.output_dir.resolve().name
-    identity = config.output_dir / "wandb_id.txt"
+    identity = folder / "wandb_id.txt"
     if not (resumed and identity.exists()):
         write_text(identity, secrets.token_hex(4))
     try:
         return wandb.init(
-            project=config.log.wandb,
-            name=name,
+            project=project,
+            name=folder.resolve().name,
             id=identity.read_text(encoding="utf-8").strip(),
             resume="allow",
-            dir=str(config.output_dir),
-            config=config.model_dump(mode="json"),
+            dir=str(folder),
+            config=dict(settings),
         )
     except Exception as error:  # no account, no network, no such project: errors of many kinds
         raise UserError(
-            f"log.wandb: Weights & Biases can not be used: {' '.join(str(error).split())}; run `wandb login`, set "
+            f"log.wandb: Weights & Biases cannot be used: {' '.join(str(error).split())}. Run `wandb login`, set "
             "WANDB_MODE=offline, or log.wandb=null"
         ) from error

@@ -1,119 +1,102 @@
-"""The training loop, of pretraining and of fine-tuning, in one process or in one per GPU.
+"""One training loop for every task of ours, in one process or in one per GPU.
 
-Everything that a restart needs is the step number and the optimizer's state: the learning rate is a function of the
-step, and the data are a function of (seed, step), see crossmae/data/training_images.py.
+A restart needs the step number and the optimizer's state only: the learning rate is a function of the step, and the
+data are a function of (seed, step), see `crossmae.data.training_images`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from crossmae.checkpoints.run_checkpoint import MODEL, complete_checkpoints, read_state, step_of
 from crossmae.checkpoints.weights import save_weights
 from crossmae.data.sources import Source
-from crossmae.data.training_images import BatchPlan, Broken, Unreadable, find_broken, refuse_broken
+from crossmae.data.training_images import Broken, Unreadable, find_broken, refuse_broken
 from crossmae.errors import UserError
 from crossmae.files import make_folder, write_atomically, write_text
 from crossmae.training.config import RunConfig
 from crossmae.training.devices import choose_precision, open_device
-from crossmae.training.log import RunLog, live_line
+from crossmae.training.log import BROKEN, BrokenImages, RunLog, live_line, start_wandb
 from crossmae.training.processes import Ranks, find_ranks, process_group
-from crossmae.training.schedule import Plan, fingerprint
+from crossmae.training.schedule import Schedule
 from crossmae.training.signals import StopRequest
-from crossmae.training.start import EMA_WEIGHTS, WEIGHTS
-from crossmae.training.state import Run, finite_mean, memory_gb
+from crossmae.training.start import EMA_WEIGHTS, WEIGHTS, check_agreement
+from crossmae.training.state import Loss, TrainingState, memory_gb
 
 log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
-Config = TypeVar("Config", bound=RunConfig)
+
+
+class Callbacks:
+    """Work of a task between steps; nothing, unless a task overrides a method."""
+
+    def begin(self, state: TrainingState, records: RunLog) -> None:
+        """Prepare for the first step of a run or of its continuation."""
+
+    def after_log(self, state: TrainingState, records: RunLog, loss: float) -> None:
+        """Judge the mean loss of a line of the log."""
+
+    def measure(self, state: TrainingState, records: RunLog) -> None:
+        """Measure and draw what is due after a step; a checkpoint of the step follows."""
+
+    def finish(self) -> None:
+        """Report the final weights, in the main process."""
 
 
 @dataclass(frozen=True)
-class Ready:
-    """What a run needs, all of it looked at; `start` is the checkpoint to go on from."""
-
-    model: nn.Module
-    source: Source
-    batches: BatchPlan
-    plan: Plan
-    start: Path | None
-    broken: list[Broken]
-
-
-class Task(ABC, Generic[Config]):
-    """What one kind of training brings to the loop.
+class Job:
+    """Everything that one task brings to the loop, built and checked before anything is written.
 
     Attributes:
-        word: what the progress bar calls it.
+        word: name of the task, for the progress bar.
+        model, optimizer: model on its device, and its optimizer.
+        source: training images.
+        broken: training images that were found broken.
+        loader: opens the micro-batches `first` .. `last` - 1; each has `broken`, or is `Unreadable`.
+        loss: computes the loss of (model, micro-batch, number of the micro-batch in the run).
+        schedule: steps and learning rates.
+        fingerprint: settings that must not change between a run and its continuation.
+        start: checkpoint to continue from; None: a new run.
+        metadata: describes the weights of a step, for whoever loads them.
+        announce: logs what is about to happen after a step.
+        callbacks: work between steps.
     """
 
     word: str
-
-    def __init__(self, config: Config, ranks: Ranks, device: torch.device, precision: str) -> None:
-        self.config, self.ranks, self.device, self.precision = config, ranks, device, precision
-
-    @abstractmethod
-    def prepare(self, resume: bool) -> Ready:
-        """Build the model, open the data and work out the plan, without writing anything.
-
-        Raises:
-            UserError: see the function that runs the task.
-        """
-
-    @abstractmethod
-    def announce(self, ready: Ready, step: int) -> None:
-        """Tell what is about to happen, in numbers."""
-
-    @abstractmethod
-    def optimizer(self, model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
-        """Of the model on its device."""
-
-    @abstractmethod
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Of a micro-batch that comes from the loader."""
-
-    @abstractmethod
-    def loader(self, ready: Ready, first: int, last: int) -> Iterator[Any]:
-        """Micro-batches `first` .. `last` - 1 of the plan; each has `broken`, or is `Unreadable`."""
-
-    @abstractmethod
-    def metadata(self, step: int) -> dict[str, str]:
-        """What travels with the weights: how to build the model, and how its pixels were normalised."""
-
-    @abstractmethod
-    def begin(self, run: Run, records: RunLog) -> None:
-        """Before the first step of a new run or of its continuation."""
-
-    @abstractmethod
-    def look(self, run: Run, records: RunLog) -> None:
-        """What is due after a step: measurements, pictures. Before a checkpoint, so that it holds what was found."""
-
-    def logged(self, run: Run, records: RunLog, loss: float) -> None:  # nothing, unless a task has more to say
-        """After a line of the log with the mean loss."""
-
-    def finish(self) -> None:
-        """After the last step, when the final weights are written; in the process that writes."""
-
-    def decisive(self) -> dict[str, str]:
-        """What, beside the settings, must not change between a run and its continuation."""
-        return {}
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    source: Source
+    broken: list[Broken]
+    loader: Callable[[int, int], Iterable[Any]]
+    loss: Loss
+    schedule: Schedule
+    fingerprint: dict[str, str]
+    start: Path | None
+    metadata: Callable[[int], dict[str, str]]
+    announce: Callable[[int], None]
+    callbacks: Callbacks
 
 
-def train(make_task: Callable[[Ranks, torch.device, str], Task[Any]], config: RunConfig, resume: bool) -> Path:
-    """Do all of a task's steps; returns the file of its final weights.
+def train(config: RunConfig, build_job: Callable[[Ranks, torch.device, str], Job]) -> Path:
+    """Do all steps of a job; return the file of its final weights.
 
     Started by torchrun, each process trains on its share of every batch; the first one writes.
+
+    Args:
+        config: config of the run.
+        build_job: builds the job from process, device and precision, without writing anything.
 
     Raises:
         UserError: bad data, a folder in use by another run, an impossible combination of settings, a loss that is not
@@ -124,182 +107,176 @@ def train(make_task: Callable[[Ranks, torch.device, str], Task[Any]], config: Ru
     precision = choose_precision(config.runtime.precision, device)
     with process_group(ranks, device):
         try:
-            return _train(make_task(ranks, device, precision), resume)
+            job = ranks.together(lambda: build_job(ranks, device, precision))
+            check_agreement(ranks, step_of(job.start) if job.start else 0, job.fingerprint)
+            start, last_step = job.start, job.schedule.last_step
+            final = start if start and step_of(start) >= last_step else None
+            if final:
+                log.info("the run is complete: %s has reached step %d of %d", start, step_of(final), last_step)
+            else:
+                run_job(config, job, ranks, precision)
+            if ranks.is_main:
+                final = final or complete_checkpoints(config.output_dir)[-1]
+                write_final(final, config.output_dir, config.optim.ema, job.metadata)
+                job.callbacks.finish()
+            ranks.wait()
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the GPU's memory is full ({str(error).splitlines()[0]}); halve optim.batch_size and double "
                 "optim.accumulate, or set runtime.activation_checkpointing=true; the last checkpoint stays"
             ) from error
-
-
-def _train(task: Task[Any], resume: bool) -> Path:
-    # 1. Everything that can be wrong is looked at before anything is written.
-    config, ranks = task.config, task.ranks
-    ready = ranks.together(lambda: task.prepare(resume))
-    plan, start = ready.plan, ready.start
-    same_everywhere(task, step_of(start) if start else 0, plan)
-    if start and step_of(start) >= plan.last_step:
-        log.info("the run is complete: %s has reached step %d of %d", start, step_of(start), plan.last_step)
-        if ranks.is_main:
-            write_final(task, start)
-            task.finish()
-        ranks.wait()
-        return config.output_dir / WEIGHTS
-
-    # 2. Build what trains, and restore it.
-    make_folder(config.output_dir, "output_dir")
-    model = ready.model.to(task.device)
-    run = Run(config, plan, ranks, model, ready.source, task.optimizer(model, plan), task.loss, start)
-    run.broken.add(ready.broken)
-    task.announce(ready, run.step)
-    records = RunLog(config, plan, run.step, ranks.is_main, resumed=start is not None, word=task.word)
-    if ranks.is_main:
-        # Weights of an earlier end would hide the newer checkpoints of this run from those who read the folder.
-        for name in (WEIGHTS, EMA_WEIGHTS):
-            (config.output_dir / name).unlink(missing_ok=True)
-        write_text(config.output_dir / CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-
-    # 3. Train.
-    batches = task.loader(ready, plan.batches_done(run.step), plan.batches_done(plan.last_step))
-    with records, StopRequest(patient=ranks.world_size > 1) as request:
-        train_steps(task, run, batches, records, request)
-
-    # 4. The final weights, where people look for them.
-    if ranks.is_main:
-        for line in records.summary():
-            log.info(line)
-        write_final(task, complete_checkpoints(config.output_dir)[-1])
-        task.finish()
-    ranks.wait()
     return config.output_dir / WEIGHTS
 
 
-def plan_batches(config: RunConfig, source: Source, ranks: Ranks) -> BatchPlan:
-    """Which images make up which batch of this process.
-
-    Raises:
-        UserError: not even one batch per epoch.
-    """
-    seed, at_once = config.runtime.seed, config.data.shuffle_shards
-    return BatchPlan(len(source), config.optim.batch_size, seed, ranks.rank, ranks.world_size, source.groups, at_once)
-
-
-def check_images(config: RunConfig, source: Source, channels: int, ranks: Ranks) -> list[Broken]:
-    """Look at every training image, shared out among the processes; what is broken, where others may stand in for it.
-
-    Raises:
-        UserError: something is broken, and nothing may.
-    """
-    share = range(ranks.rank, len(source), ranks.world_size)
-    broken = find_broken(source, share, channels, config.data.bit_depth)
-    if config.data.broken == "error":
-        refuse_broken(broken, "repair or remove what is broken, or set data.broken=substitute")
-    return broken
-
-
-def same_everywhere(task: Task[Any], step: int, plan: Plan) -> None:
-    """Make sure that all processes are about to do the same.
-
-    Raises:
-        UserError: they are not, in all of them.
-    """
-    told = task.ranks.gather({"step": str(step)} | fingerprint(task.config, plan) | task.decisive())
-    differing = sorted(key for key in told[0] if len({str(one[key]) for one in told}) > 1)
-    if differing:
-        values = "; ".join(f"{key} is {', '.join(one[key] for one in told)}" for key in differing)
-        raise UserError(
-            f"the processes do not agree: {values}; every machine needs the same images, and output_dir on storage "
-            "that all of them share"
-        )
+def run_job(config: RunConfig, job: Job, ranks: Ranks, precision: str) -> None:
+    """Restore what trains, open the records, and do the steps."""
+    folder, optim, schedule, resumed = config.output_dir, config.optim, job.schedule, job.start is not None
+    settings = config.model_dump(mode="json")
+    make_folder(folder, "output_dir")
+    state = TrainingState(job.model, job.optimizer, ranks, precision, optim.ema, config.runtime.compile, job.start)
+    name = BROKEN if ranks.is_main else f"broken.rank{ranks.rank}.jsonl"
+    broken = BrokenImages(folder / name, job.source, config.data.broken_budget, resumed)
+    broken.add(job.broken)
+    job.announce(state.step)
+    wandb = start_wandb(config.log.wandb, folder, settings, resumed) if ranks.is_main and config.log.wandb else None
+    records = RunLog(folder, schedule, state.step, resumed, ranks.is_main, job.word, wandb)
+    if ranks.is_main:
+        # Weights of an earlier end would hide the newer checkpoints of this run from readers of the folder.
+        for name in (WEIGHTS, EMA_WEIGHTS):
+            (folder / name).unlink(missing_ok=True)
+        write_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False))
+    about = {"plan": plan_record(schedule, state.device, precision), "config": settings, "fingerprint": job.fingerprint}
+    save = partial(save_state, state, job, folder, config.checkpoint.keep, about)
+    batches = iter(job.loader(schedule.batches_done(state.step), schedule.batches_done(schedule.last_step)))
+    with records, StopRequest(patient=ranks.world_size > 1) as request:
+        periods = (config.log.every_steps, config.checkpoint.every_epochs, config.checkpoint.every_steps)
+        train_steps(job, state, batches, broken, records, request, save, optim.clip_grad, *periods)
+    for line in records.summary():
+        log.info(line)
 
 
-def write_final(task: Task[Any], checkpoint: Path) -> Path:
-    """Put the weights of a checkpoint, and their average where there is one, where people look for them."""
-    folder, decay = task.config.output_dir, task.config.optim.ema
-    weights = folder / WEIGHTS
-    write_atomically(weights, lambda path: path.write_bytes((checkpoint / MODEL).read_bytes()))
-    if decay and "ema" in (state := read_state(checkpoint)):  # gigabytes, of a large model
-        metadata = task.metadata(int(state["step"])) | {"ema_decay": str(decay)}
-        save_weights(folder / EMA_WEIGHTS, state["ema"], metadata, force=True)
-    log.info("final weights: %s", weights)
-    return weights
-
-
-def train_steps(task: Task[Any], run: Run, batches: Iterator[Any], records: RunLog, request: StopRequest) -> None:
-    """Steps until the plan's last one; logs, looks and saves on the way.
+def train_steps(
+    job: Job,
+    state: TrainingState,
+    batches: Iterator[Any],
+    broken: BrokenImages,
+    records: RunLog,
+    request: StopRequest,
+    save: Callable[[], None],
+    clip_grad: float | None,
+    log_every: int,
+    save_every_epochs: int,
+    save_every_steps: int | None,
+) -> None:
+    """Do the steps up to the last one; log, measure and save on the way.
 
     Raises:
         UserError: a broken image, or a loss that is not finite; names the files or the step. The last checkpoint stays.
     """
-    config, plan = run.config, run.plan
-    task.begin(run, records)
-    window, losses, waited = time.perf_counter(), run.losses, 0.0
-    while run.step < plan.last_step:
-        micro_batches = plan.batches_done(run.step + 1) - plan.batches_done(run.step)
-        for number in range(1, micro_batches + 1):
+    schedule, losses = job.schedule, state.losses
+    job.callbacks.begin(state, records)
+    window, waited = time.perf_counter(), 0.0
+    while state.step < schedule.last_step:
+        numbers = schedule.micro_batches(state.step)
+        for number in numbers:
+            # Fetch a micro-batch.
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
             if isinstance(batch, Unreadable):
                 raise UserError(f"{batch.message}; repair or remove it, or set data.broken=substitute")
-            losses.append(run.forward_backward(batch, micro_batches, last=number == micro_batches))
-        lr = run.optimizer_step()
-        step = run.step
+            broken.add(batch.broken)
+            # Forward and backward: gradients of the micro-batches add up.
+            is_last = number == numbers[-1]
+            losses.append(state.forward_backward(job.loss, batch, number, len(numbers), is_last))
+        # Clip, and update.
+        state.clip_gradients(clip_grad)
+        lr = schedule.lr_at(state.step)
+        state.update(lr)
         records.bar.update()
-        if is_due_to_save(run) or step % config.log.every_steps == 0:
-            loss = finite_mean(losses, step, lr, run.ranks)  # waits for the device, so the time after it is true
+        # Log.
+        step = state.step
+        is_due = schedule.ends_period(step, save_every_epochs)
+        is_due |= save_every_steps is not None and step % save_every_steps == 0
+        if is_due or step % log_every == 0:
+            loss = state.mean_loss(lr)  # waits for the device, so the time after it is true
             elapsed = time.perf_counter() - window
             values = {
                 "loss": loss,
                 "lr": lr,
-                "images_per_second": len(losses) * config.optim.batch_size * plan.world_size / elapsed,
+                "images_per_second": len(losses) * schedule.images_per_batch / elapsed,
                 "data_wait_share": waited / elapsed,
-                "memory_gb": memory_gb(run.device),
+                "memory_gb": memory_gb(state.device),
             }
             records.record(step, values, live_line(**values))
-            task.logged(run, records, loss)
+            job.callbacks.after_log(state, records, loss)
             window, waited = time.perf_counter(), 0.0
             losses.clear()
+        # Measure, and save what was found.
         paused = time.perf_counter()
-        look_and_save(task, run, records)
-        window += time.perf_counter() - paused  # looking and checkpoints are not part of the speed
-        stop_if_asked(task, run, request, at_line=not losses)
+        if is_due:
+            state.check_weights()
+        job.callbacks.measure(state, records)
+        if is_due:
+            save()
+        window += time.perf_counter() - paused  # measuring and saving are not part of the speed
+        # Stop, if a signal asked for it.
+        stop_if_asked(state, request, save, is_last=step == schedule.last_step)
 
 
-def look_and_save(task: Task[Any], run: Run, records: RunLog) -> None:
-    """What is due after a step: what the task looks at, a checkpoint."""
-    save = is_due_to_save(run)
-    if save:
-        run.check_weights()
-    task.look(run, records)
-    if save and run.ranks.is_main:
-        run.save(task.metadata(run.step), task.decisive())
+def save_state(state: TrainingState, job: Job, folder: Path, keep: int, about: dict[str, Any]) -> None:
+    """Write a checkpoint, in the main process."""
+    if state.ranks.is_main:
+        record = {"batches_consumed": job.schedule.batches_done(state.step), **about}
+        state.save(folder, keep, job.metadata(state.step), record)
 
 
-def stop_if_asked(task: Task[Any], run: Run, request: StopRequest, at_line: bool) -> None:
+def stop_if_asked(state: TrainingState, request: StopRequest, save: Callable[[], None], is_last: bool) -> None:
     """Save and end, if a signal asked for it; several processes agree on it at the lines of the log.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C.
         SystemExit: after SIGTERM.
     """
-    if run.ranks.world_size > 1:
-        if not at_line:
+    if state.ranks.world_size > 1:
+        if state.losses:
             return
-        request.number = max(run.ranks.gather(request.number or 0)) or None
+        request.number = max(state.ranks.gather(request.number or 0)) or None
     if request.number is None:
         return
-    if run.ranks.is_main and run.step < run.plan.last_step:
-        run.check_weights()
-        run.save(task.metadata(run.step), task.decisive())
-    run.ranks.wait()
-    log.info("stopped after step %d, which is saved; the same command with --resume goes on from there", run.step)
+    if not is_last:
+        state.check_weights()
+        save()
+    state.ranks.wait()
+    log.info("stopped after step %d, which is saved; the same command with --resume continues from there", state.step)
     request.end()
 
 
-def is_due_to_save(run: Run) -> bool:
-    """Whether a checkpoint follows the step that was just done."""
-    every = run.config.checkpoint
-    return run.plan.ends_period(run.step, every.every_epochs) or bool(
-        every.every_steps and run.step % every.every_steps == 0
-    )
+def plan_record(schedule: Schedule, device: torch.device, precision: str) -> dict[str, Any]:
+    """Collect the numbers of a run for the record of a checkpoint."""
+    numbers = dataclasses.asdict(schedule)
+    del numbers["min_lr"]
+    return numbers | {"device": str(device), "precision": precision}
+
+
+def check_images(source: Source, channels: int, bit_depth: int, policy: str, ranks: Ranks) -> list[Broken]:
+    """Find broken training images, shared out among the processes, where others may replace them.
+
+    Raises:
+        UserError: an image is broken, and `policy` is "error".
+    """
+    share = range(ranks.rank, len(source), ranks.world_size)
+    broken = find_broken(source, share, channels, bit_depth)
+    if policy == "error":
+        refuse_broken(broken, "repair or remove what is broken, or set data.broken=substitute")
+    return broken
+
+
+def write_final(checkpoint: Path, folder: Path, decay: float | None, metadata: Callable[[int], dict[str, str]]) -> None:
+    """Copy the weights of a checkpoint, and their average where there is one, to the run's folder."""
+    weights = folder / WEIGHTS
+    write_atomically(weights, lambda path: path.write_bytes((checkpoint / MODEL).read_bytes()))
+    if decay and "ema" in (state := read_state(checkpoint)):  # gigabytes, of a large model
+        about = metadata(int(state["step"])) | {"ema_decay": str(decay)}
+        save_weights(folder / EMA_WEIGHTS, state["ema"], about, force=True)
+    log.info("final weights: %s", weights)

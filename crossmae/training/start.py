@@ -1,4 +1,4 @@
-"""Where a run starts from: its own latest checkpoint, or nothing."""
+"""Starting points of a run: its own latest checkpoint, or nothing."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from crossmae.checkpoints.run_checkpoint import RECORD, latest_checkpoint
+from crossmae.checkpoints.run_checkpoint import RECORD, latest_checkpoint, step_of
 from crossmae.errors import UserError
-from crossmae.training.config import RunConfig
-from crossmae.training.schedule import Plan, fingerprint
+from crossmae.training.processes import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -18,39 +17,62 @@ WEIGHTS, EMA_WEIGHTS = "model.safetensors", "model_ema.safetensors"
 
 
 def find_start(run: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from, or None for a new run.
+    """Find the checkpoint to continue from; None for a new run.
 
     Raises:
-        UserError: the folder holds a run and `resume` was not asked for, or weights without a checkpoint.
+        UserError: the folder holds a run without `resume`, or weights without a checkpoint.
     """
     latest = latest_checkpoint(run)
     if latest and not resume:
         raise UserError(
-            f"output_dir: {run} already holds a run ({latest.name}); pass --resume to go on, or name another"
+            f"output_dir: {run} already holds a run ({latest.name}). Pass --resume to continue it, or name another "
+            "folder"
         )
     if not latest and (run / WEIGHTS).exists():
         raise UserError(
-            f"output_dir: {run} holds {WEIGHTS} but no complete checkpoint to go on from; name another folder"
+            f"output_dir: {run} holds {WEIGHTS} but no complete checkpoint to continue from. Name another folder"
         )
     if resume and not latest:
         log.info("--resume: no complete checkpoint in %s, starting from scratch", run)
     return latest
 
 
-def check_settings(folder: Path, config: RunConfig, plan: Plan, extra: Mapping[str, str] | None = None) -> None:
-    """Make sure that a run can go on from a checkpoint.
+def is_complete(start: Path | None, last_step: int, fingerprint: Mapping[str, str]) -> bool:
+    """Check that a run has nothing left to do, or can continue from `start`.
 
     Args:
-        extra: what the kind of training adds to the fingerprint.
+        start: checkpoint to continue from; None for a new run.
+        last_step: step at which the run stops.
+        fingerprint: settings that must not change between a run and its continuation.
 
     Raises:
-        UserError: it is of a run whose settings differ in what decides data, model or schedule.
+        UserError: the checkpoint is of a run with other settings.
     """
-    theirs: dict[str, str] = json.loads((folder / RECORD).read_text(encoding="utf-8")).get("fingerprint", {})
-    mine = fingerprint(config, plan) | dict(extra or {})
-    changed = [f"{key} was {theirs.get(key)}, is {mine[key]}" for key in mine if mine[key] != theirs.get(key)]
+    if start is None or step_of(start) >= last_step:
+        return start is not None
+    theirs: dict[str, str] = json.loads((start / RECORD).read_text(encoding="utf-8")).get("fingerprint", {})
+    changed = [
+        f"{key} was {theirs.get(key)}, is {mine}" for key, mine in fingerprint.items() if mine != theirs.get(key)
+    ]
     if changed:
         raise UserError(
-            f"--resume: {folder} is of a run with other settings: {'; '.join(changed)}; what decides model, batches "
-            "and schedule, and the number of processes and images, can not change: for that start in another folder"
+            f"--resume: {start} is of a run with other settings: {'; '.join(changed)}. What decides model, batches "
+            "and schedule, and the number of processes and images, cannot change: for that start in another folder"
+        )
+    return False
+
+
+def check_agreement(ranks: Ranks, step: int, fingerprint: Mapping[str, str]) -> None:
+    """Make sure that all processes start at the same step with the same settings.
+
+    Raises:
+        UserError: they do not, in all of them.
+    """
+    told = ranks.gather({"step": str(step)} | dict(fingerprint))
+    differing = sorted(key for key in told[0] if len({str(one[key]) for one in told}) > 1)
+    if differing:
+        values = "; ".join(f"{key} is {', '.join(one[key] for one in told)}" for key in differing)
+        raise UserError(
+            f"the processes do not agree: {values}. Every machine needs the same images, and output_dir on storage "
+            "that all of them share"
         )

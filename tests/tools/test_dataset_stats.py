@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from crossmae.errors import USER_ERROR_EXIT_CODE
-from crossmae.training.config import load_config
+from crossmae.pretraining.config import load_config
 from tests.crossmae.data.sources.source_files import write_tree
 from tests.tools.command_line import exit_code
 from tools.dataset_stats import build_parser, main

@@ -9,13 +9,13 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from crossmae.models.sizes import model_arguments
 from crossmae.pretraining.neighbours import FeaturePool
-from crossmae.training.config import NonNegative, Positive, Ratio, Section
+from crossmae.training.config import ConfigSection, NonNegative, Positive, Ratio
 
 Method = Literal["knn", "linear", "logistic", "few_shot"]
 Seeds = tuple[int, ...]
 
 
-class LabelledConfig(Section):
+class LabelledConfig(ConfigSection):
     """Labelled images, and how an image becomes what the encoder takes."""
 
     train: str = Field(description="labelled images to learn from, of any kind that data.train of pretraining takes")
@@ -42,7 +42,7 @@ class LabelledConfig(Section):
             raise ValueError("several labels per image can not be probed, each needs one; tools/finetune.py takes them")
 
 
-class EncoderConfig(Section):
+class EncoderConfig(ConfigSection):
     """What to build; null is what the weights tell, or for random ones the size's own value."""
 
     name: str | None = Field(None, description="a name of crossmae.list_models(), for weights=null alone")
@@ -64,7 +64,7 @@ class EncoderConfig(Section):
         return name
 
 
-class FeaturesConfig(Section):
+class FeaturesConfig(ConfigSection):
     """Which features, and where they are kept."""
 
     pool: FeaturePool = Field("avg", description="mean of the patch tokens, class token, or both side by side")
@@ -76,14 +76,14 @@ class FeaturesConfig(Section):
     cache_dir: Path | None = Field(None, description="folder of features for later calls; null: output_dir/features")
 
 
-class KnnConfig(Section):
+class KnnConfig(ConfigSection):
     """All pairs of these are tried."""
 
     k: tuple[PositiveInt, ...] = Field((1, 5, 10, 20, 50, 100, 200), min_length=1, description="neighbours")
     temperature: tuple[Positive, ...] = Field((0.02, 0.07, 0.2), min_length=1, description="of their votes")
 
 
-class LinearConfig(Section):
+class LinearConfig(ConfigSection):
     """The published linear probe, see `crossmae.classification.probe.linear`."""
 
     epochs: PositiveInt = 90
@@ -93,7 +93,7 @@ class LinearConfig(Section):
     seeds: Seeds = Field((0, 1, 2), min_length=1)
 
 
-class LogisticConfig(Section):
+class LogisticConfig(ConfigSection):
     """scikit-learn's LogisticRegression; the best of some strengths."""
 
     strengths: tuple[Positive, ...] = Field(
@@ -102,7 +102,7 @@ class LogisticConfig(Section):
     max_iterations: PositiveInt = 1000
 
 
-class FewShotConfig(Section):
+class FewShotConfig(ConfigSection):
     """The same with few images per class."""
 
     shots: tuple[PositiveInt, ...] = Field((1, 5, 10), min_length=1, description="images per class")
@@ -111,7 +111,7 @@ class FewShotConfig(Section):
     max_iterations: PositiveInt = 1000
 
 
-class ComputeConfig(Section):
+class ComputeConfig(ConfigSection):
     """Where and how the encoder is run."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
@@ -119,7 +119,7 @@ class ComputeConfig(Section):
     seed: int = Field(0, ge=0, description="of random weights, and of what the logistic regression holds out")
 
 
-class ProbeRunConfig(Section):
+class ProbeRunConfig(ConfigSection):
     """Everything that an evaluation of frozen features depends on."""
 
     output_dir: Path = Field(description="folder of the results")

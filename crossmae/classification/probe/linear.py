@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from crossmae.data.training_images import keyed_randomness
-from crossmae.training.optimizer import lr_at
+from crossmae.training.schedule import lr_at
 
 MOMENTUM, TRUST = 0.9, 0.001
 STD = 0.01  # of the first weights

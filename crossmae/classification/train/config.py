@@ -10,13 +10,13 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from crossmae.models.sizes import SIZES
 from crossmae.training.config import (
     CheckpointConfig,
+    ConfigSection,
     DataConfig,
     NonNegative,
     Positive,
     Ratio,
     RunConfig,
     ScheduleConfig,
-    Section,
     Share,
     StepConfig,
 )
@@ -57,7 +57,7 @@ class LabelledDataConfig(DataConfig):
         return self
 
 
-class ClassifierConfig(Section):
+class ClassifierConfig(ConfigSection):
     """A plain ViT, the weights of its encoder, and what is put on top."""
 
     init: Path | None = Field(None, description="weights of the encoder, of any format; null: random ones")
@@ -95,7 +95,7 @@ class ClassifierConfig(Section):
         return named | {key: value for key in keys if (value := getattr(self, key)) is not None}
 
 
-class LossConfig(Section):
+class LossConfig(ConfigSection):
     """What the loss is made of."""
 
     smoothing: Share = Field(0.1, description="label smoothing")
@@ -148,7 +148,7 @@ class FinetuneScheduleConfig(ScheduleConfig):
     min_lr: NonNegative = 1e-6
 
 
-class EvaluationConfig(Section):
+class EvaluationConfig(ConfigSection):
     """How and how often data.val is evaluated."""
 
     every_epochs: PositiveInt = 1
@@ -195,3 +195,22 @@ class FinetuneConfig(RunConfig):
         if self.loss.mixes and self.optim.batch_size % 2:
             raise ValueError(f"optim.batch_size must be even for mixup and cutmix, got {self.optim.batch_size}")
         return self
+
+    def ignored(self, has_shards: bool) -> dict[str, list[str]]:
+        """Find keys that were given but have no effect, by reason."""
+        data, loss, head_only = self.data, self.loss, "model.freeze trains the head only"
+        cases = [
+            (self.model.freeze, head_only, "model", {"drop_path"}),
+            (self.model.freeze, head_only, "optim", {"layer_decay"}),
+            (self.optim.name == "lars", "optim.name is lars", "optim", {"betas"}),
+            (self.optim.lr is not None, "optim.lr is given", "optim", {"base_lr"}),
+            (loss.cutmix_minmax is not None, "loss.cutmix_minmax is given", "loss", {"cutmix"}),
+            (not loss.mixes, "nothing is mixed", "loss", {"mixup_prob", "mixup_switch_prob", "mixup_mode"}),
+            (not data.erase, "data.erase is 0", "data", {"erase_mode", "erase_count"}),
+            (data.val is None, "data.val is not given", "data", {"val_root"}),
+            (data.val is None, "data.val is not given", "evaluation", set(EvaluationConfig.model_fields)),
+            (data.broken == "error", "data.broken is error", "data", {"broken_budget"}),
+            (not has_shards, "data.train has no shards", "data", {"shuffle_shards"}),
+            (True, "it is for --eval-only", "evaluation", {"img_size"}),
+        ]
+        return self.unused_keys(cases)

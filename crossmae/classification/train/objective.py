@@ -1,6 +1,9 @@
-"""The loss of a classifier, and what is done to a batch on the device before the model sees it."""
+"""Loss of a classifier, and the changes to a batch on the device before the model sees it."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -8,27 +11,34 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from crossmae.classification.data import Labelled
-from crossmae.classification.train.config import FinetuneConfig
-from crossmae.data.images import MAX_NAMES
-from crossmae.errors import UserError
+from crossmae.classification.train.config import LossConfig
+from crossmae.errors import UserError, shorten
 
 
 class Objective:
-    """The loss, and what is done to a batch on the device before the model sees it.
+    """Loss of a classifier, and the changes to a batch on the device before the model sees it.
 
-    Raises:
-        UserError: see `class_weights`.
+    Args:
+        loss: smoothing, mixup and cutmix.
+        weights: (N,) weights of the classes, see `class_weights`; None: equal ones.
+        erase: erases rectangles.
+        num_classes: N.
+        batch_size: images per batch.
+        several: an image can have several labels.
     """
 
-    def __init__(self, config: FinetuneConfig, labelled: Labelled, device: torch.device) -> None:
-        data, loss, num_classes = config.data, config.loss, len(labelled.classes)
-        self.smoothing, self.several, self.mixes = loss.smoothing, data.separator is not None, loss.mixes
-        self.weights = class_weights(config, labelled)
-        if self.weights is not None:
-            self.weights = self.weights.to(device)
-        self.erase = RandomErasing(data.erase, mode=data.erase_mode, max_count=data.erase_count, device=str(device))
-        # Of several labels per image, the images themselves are the classes: what is mixed with what, as a matrix.
+    def __init__(
+        self,
+        loss: LossConfig,
+        weights: Tensor | None,
+        erase: RandomErasing,
+        num_classes: int,
+        batch_size: int,
+        several: bool,
+    ) -> None:
+        self.smoothing, self.mixes = loss.smoothing, loss.mixes
+        self.weights, self.erase, self.several = weights, erase, several
+        # With several labels per image, the images themselves are the classes: the matrix says what is mixed with what.
         self.mix = Mixup(
             loss.mixup,
             loss.cutmix,
@@ -36,8 +46,8 @@ class Objective:
             loss.mixup_prob,
             loss.mixup_switch_prob,
             loss.mixup_mode,
-            label_smoothing=0.0 if self.several else loss.smoothing,
-            num_classes=config.optim.batch_size if self.several else num_classes,
+            label_smoothing=0.0 if several else loss.smoothing,
+            num_classes=batch_size if several else num_classes,
         )
 
     def augment(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,7 +61,7 @@ class Objective:
         return images, targets
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy, whose mixed targets are smooth already, or the binary one for several labels per image."""
+        """Compute the cross entropy, or the binary one for several labels; mixed targets are smooth already."""
         if self.several:
             targets = targets * (1 - self.smoothing) + 0.5 * self.smoothing
             return F.binary_cross_entropy_with_logits(logits, targets, self.weights)
@@ -59,28 +69,32 @@ class Objective:
         return F.cross_entropy(logits, targets, self.weights, label_smoothing=smoothing)
 
 
-def class_weights(config: FinetuneConfig, labelled: Labelled) -> Tensor | None:
-    """(N,) weights of the classes in the loss; "balanced" is images / (classes * images of the class).
+def class_weights(
+    given: Literal["balanced"] | Mapping[str, float] | None, targets: Tensor, classes: Sequence[str]
+) -> Tensor | None:
+    """Compute the weights (N,) of the classes in the loss.
+
+    Args:
+        given: weights by class, 1 for others; "balanced": images / (classes * images of the class); None: equal ones.
+        targets: classes of the training images.
+        classes: names of the classes.
 
     Raises:
         UserError: a weight of an unknown class, or "balanced" for a class without images.
     """
-    given, targets, num_classes = config.loss.class_weights, labelled.targets, len(labelled.classes)
     if given is None:
         return None
     if given == "balanced":
-        counts = torch.bincount(targets, minlength=num_classes)
+        counts = torch.bincount(targets, minlength=len(classes))
         if not bool(counts.all()):
-            absent = [labelled.classes[index] for index in (counts == 0).nonzero()[:, 0].tolist()]
+            absent = [classes[index] for index in (counts == 0).nonzero()[:, 0].tolist()]
             raise UserError(
-                f"loss.class_weights: balanced needs an image of every class, there is none of "
-                f"{', '.join(absent[:MAX_NAMES])}; leave them out, or give weights by class"
+                f"loss.class_weights: balanced needs an image of every class, there is none of {shorten(absent)}. "
+                "Leave them out, or give weights by class"
             )
-        return len(targets) / (num_classes * counts.float())
-    unknown = sorted(given.keys() - set(labelled.classes))
-    if unknown:
+        return len(targets) / (len(classes) * counts.float())
+    if unknown := sorted(given.keys() - set(classes)):
         raise UserError(
-            f"loss.class_weights: {', '.join(unknown[:MAX_NAMES])}: no class of data.train, whose first are "
-            f"{', '.join(labelled.classes[:MAX_NAMES])}"
+            f"loss.class_weights: {shorten(unknown)}: no class of data.train, whose first are {shorten(classes)}"
         )
-    return torch.tensor([given.get(name, 1.0) for name in labelled.classes], dtype=torch.float32)
+    return torch.tensor([given.get(name, 1.0) for name in classes], dtype=torch.float32)

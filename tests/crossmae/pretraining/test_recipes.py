@@ -17,8 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crossmae.data.training_images import BatchPlan
 from crossmae.models.crossmae import CrossMAE, create_model
-from crossmae.training.config import CONFIG_ROOT, PretrainConfig, load_config, resolve_config_path
-from crossmae.training.schedule import Plan, make_plan
+from crossmae.pretraining.config import PretrainConfig, load_config
+from crossmae.pretraining.train import LR_RULES
+from crossmae.training.config import CONFIG_ROOT, resolve_config_path
+from crossmae.training.schedule import Schedule, make_schedule
 
 RECIPES = sorted((CONFIG_ROOT / "pretrain").glob("*.yaml"))
 TABLE = (CONFIG_ROOT.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
@@ -95,9 +97,13 @@ def parse_launch(label: str, command: str) -> Launch:
     return Launch(label, counts.get("--nnodes", 1) * counts.get("--nproc-per-node", 1), name, words)
 
 
-def plan_of(launch: Launch) -> Plan:
-    batches = BatchPlan(IMAGENET, launch.config.optim.batch_size, seed=0, world_size=launch.processes)
-    return make_plan(launch.config, batches, torch.device("cpu"), "fp32")
+def schedule_of(config: PretrainConfig, images: int = IMAGENET, processes: int = 1) -> Schedule:
+    with torch.device("meta"):
+        model = create_model(config.model.name, **config.model.arguments())
+    ratio = config.model.mask_ratio
+    factor = LR_RULES[config.optim.lr_rule](ratio, model.scored_ratio(ratio, config.model.predict_ratio))
+    batches = BatchPlan(images, config.optim.batch_size, seed=0, world_size=processes)
+    return make_schedule(batches, config.optim, config.schedule, factor)
 
 
 @cache
@@ -192,10 +198,10 @@ class TestPublishedRecipe:
         assert tuple(launch.label for launch in (smoke, *full)) == LAUNCHES
         assert [launch.processes for launch in (smoke, *full)] == [1, 1, 8, 16]
         assert smoke.config.runtime.device == "cpu"
-        assert plan_of(smoke).last_step == 2
-        assert plan_of(smoke).images_per_step == 4
+        assert schedule_of(smoke.config).last_step == 2
+        assert schedule_of(smoke.config).images_per_step == 4
         for launch in full:
-            config, plan = launch.config, plan_of(launch)
+            config, plan = launch.config, schedule_of(launch.config, processes=launch.processes)
             assert plan.images_per_step == 4096, launch.label
             assert plan.peak_lr == pytest.approx(expected.lr), launch.label
             assert plan.last_step == plan.total_steps
@@ -238,9 +244,7 @@ def test_small_learns_whatever_the_batch_and_fits_a_few_images() -> None:
     path = CONFIG_ROOT / "pretrain" / "small.yaml"
     assert [launch.label for launch in launches(path)] == ["CPU smoke", "1 GPU", "Laptop"]
     config = load_config(str(path), [*NEEDED, "optim.batch_size=8"])
-    batches = BatchPlan(1000, config.optim.batch_size, seed=0)
-    plan = make_plan(config, batches, torch.device("cpu"), "fp32")
-    assert plan.peak_lr == pytest.approx(5e-4)
+    assert schedule_of(config, images=1000).peak_lr == pytest.approx(5e-4)
     assert config.data.val is config.probe.train is None
     assert config.data.broken == "error"
     assert f"{step_gflop(path):.1f} GFLOP per image" in header(path)

@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 from crossmae.checkpoints.provenance import NON_COMMERCIAL, recorded_licence
 from crossmae.checkpoints.run_checkpoint import complete_checkpoints, read_state
 from crossmae.errors import UserError
-from crossmae.models.crossmae import create_model
+from crossmae.models.crossmae import CrossMAE, create_model
 from crossmae.models.sizes import model_arguments
 from crossmae.pretraining import train as train_module
+from crossmae.pretraining.config import PretrainConfig
 from crossmae.pretraining.train import pretrain
 from crossmae.training import state as run_module
-from crossmae.training.config import PretrainConfig
 
 ROOT = Path(__file__).parents[3]
 
@@ -68,6 +68,15 @@ def make_config(images: Path, output: Path, **sections: Any) -> PretrainConfig:
     for section, changes in sections.items():
         values[section] = values.get(section, {}) | changes if isinstance(changes, dict) else changes
     return PretrainConfig.model_validate(values)
+
+
+def arguments(config: PretrainConfig) -> dict[str, Any]:
+    return model_arguments(config.model.name) | config.model.arguments()
+
+
+def build(config: PretrainConfig) -> CrossMAE:
+    """The untrained model of a run."""
+    return train_module.build_model(arguments(config), config.runtime.seed, 0.75, 0.25)
 
 
 def digest(run: Path) -> dict[str, Any]:
@@ -183,9 +192,9 @@ def test_a_truncated_image_stops_the_run_by_name(images: Path, tmp_path: Path) -
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = run_module.Run.forward_backward
-    nan = float("nan")
-    monkeypatch.setattr(run_module.Run, "forward_backward", lambda *given, **named: forward(*given, **named) * nan)
+    state = run_module.TrainingState
+    forward, nan = state.forward_backward, float("nan")
+    monkeypatch.setattr(state, "forward_backward", lambda *given, **named: forward(*given, **named) * nan)
     with pytest.raises(UserError, match="the loss is nan at step 1"):
         pretrain(make_config(images, tmp_path / "run"))
     assert complete_checkpoints(tmp_path / "run") == []
@@ -263,7 +272,7 @@ def test_the_held_out_loss_is_the_mean_over_all_masked_patches(images: Path, lab
     """Equal to one forward pass over everything, whatever the batches and the predict ratio."""
     config = make_config(images, tmp_path / "run", **judged(labelled), schedule={"max_steps": 1})
     weights = pretrain(config)
-    model = train_module.build_model(config)
+    model = build(config)
     model.load_state_dict(load_file(weights))
     paths = sorted((labelled / "val").rglob("*.png"))
     pixels = torch.stack([torch.from_numpy(np.asarray(Image.open(path))).permute(2, 0, 1) for path in paths]) / 255
@@ -277,14 +286,13 @@ def test_ema_is_the_average_of_the_weights_and_survives_a_restart(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.Tensor] = []
-    step = run_module.Run.optimizer_step
+    step = run_module.TrainingState.update
 
-    def spy(run: run_module.Run) -> float:
-        lr = step(run)
+    def spy(run: run_module.TrainingState, lr: float) -> None:
+        step(run, lr)
         seen.append(run.model.cls_token.detach().clone())
-        return lr
 
-    monkeypatch.setattr(run_module.Run, "optimizer_step", spy)
+    monkeypatch.setattr(run_module.TrainingState, "update", spy)
     optim = {"ema": 0.5}
     pretrain(make_config(images, tmp_path / "whole", optim=optim))
     expected = seen[0]
@@ -318,14 +326,14 @@ def test_half_precision_follows_full_precision_and_resumes_to_the_bit(
 
 def test_fp16_stops_after_too_many_skipped_steps(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "MAX_SKIPPED", 3)
-    forward = run_module.Run.forward_backward
+    forward = run_module.TrainingState.forward_backward
 
-    def explode(run: run_module.Run, *given: Any, **named: Any) -> torch.Tensor:
+    def explode(run: run_module.TrainingState, *given: Any, **named: Any) -> torch.Tensor:
         loss = forward(run, *given, **named)
         run.model.cls_token.grad.fill_(float("inf"))
         return loss
 
-    monkeypatch.setattr(run_module.Run, "forward_backward", explode)
+    monkeypatch.setattr(run_module.TrainingState, "forward_backward", explode)
     with pytest.raises(UserError, match=r"fp16 skipped 3 steps in a row up to step 3.*bf16 or fp32"):
         pretrain(make_config(images, tmp_path / "run", runtime={"precision": "fp16"}, log={"every_steps": 1}))
 
@@ -365,13 +373,14 @@ def test_a_compiled_step_has_no_graph_break_and_trains_the_same(
 def test_no_micro_batch_is_dropped(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """3 batches per epoch, 3 epochs, 2 in a step: 9 batches in 5 steps, the last of one batch with its whole weight."""
     used: list[int] = []
-    forward = run_module.Run.forward_backward
+    forward = run_module.TrainingState.forward_backward
 
-    def spy(run: run_module.Run, batch: Any, micro_batches: int, last: bool) -> torch.Tensor:
-        used.append(micro_batches)
-        return forward(run, batch, micro_batches, last)
+    def spy(run: run_module.TrainingState, loss: Any, batch: Any, number: int, *given: Any) -> torch.Tensor:
+        assert number == len(used)
+        used.append(given[0])
+        return forward(run, loss, batch, number, *given)
 
-    monkeypatch.setattr(run_module.Run, "forward_backward", spy)
+    monkeypatch.setattr(run_module.TrainingState, "forward_backward", spy)
     pretrain(make_config(images, tmp_path / "run", optim={"accumulate": 2}, schedule={"epochs": 3}))
     assert used == [2] * 8 + [1]
     record = json.loads((tmp_path / "run/checkpoints/step-00000005/run.json").read_text())
@@ -419,23 +428,19 @@ def test_any_number_of_channels_from_file_to_picture(tmp_path: Path, channels: i
         assert file.metadata()["bit_depth"] == str(bit_depth)
 
 
-def arguments(config: PretrainConfig) -> dict[str, Any]:
-    return model_arguments(config.model.name) | config.model.arguments()
-
-
 def test_a_run_starts_from_given_weights(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """From the same model everything, from another decoder or grid the encoder; a foreign encoder is refused whole."""
     first = pretrain(make_config(images, tmp_path / "first", schedule={"max_steps": 2}))
     source = load_file(first)
     with caplog.at_level("INFO"):
         config = make_config(images, tmp_path / "same", model={"init": first})
-        model = train_module.build_model(config)
+        model = build(config)
         train_module.start_from(model, first, arguments(config), config.data)
         assert all(torch.equal(tensor, source[name]) for name, tensor in model.state_dict().items())
         assert "the whole model comes from" in caplog.text
 
         config = make_config(images, tmp_path / "other", model={"decoder_depth": 1, "img_size": [64, 32]})
-        model = train_module.build_model(config)
+        model = build(config)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         train_module.start_from(model, first, arguments(config), config.data)
     state = model.state_dict()
@@ -444,8 +449,8 @@ def test_a_run_starts_from_given_weights(images: Path, tmp_path: Path, caplog: p
     assert all(torch.equal(state[name], before[name]) for name in state if name not in blocks)
     assert "the encoder comes from" in caplog.text
     assert "sine-cosine positions made anew, 4 x 4 to 8 x 4" in caplog.text
-    model = train_module.build_model(make_config(images, tmp_path / "wide", model={"embed_dim": 32}))
     config = make_config(images, tmp_path / "wide", model={"embed_dim": 32})
+    model = build(config)
     with pytest.raises(UserError, match=r"embed_dim 16; the model expects embed_dim 32"):
         train_module.start_from(model, first, arguments(config), config.data)
     pretrain(make_config(images, tmp_path / "run", model={"init": first}, schedule={"max_steps": 1}))
@@ -527,18 +532,18 @@ def test_a_signal_ends_the_run_after_the_step_and_nothing_is_lost(
         "optim": {"batch_size": 2, "accumulate": 2, "ema": 0.9},
     }
     pretrain(make_config(images, tmp_path / "whole", **settings))
-    forward = run_module.Run.forward_backward
+    forward = run_module.TrainingState.forward_backward
 
     waiting = ["the first batch of step 5"]
 
-    def interrupted(run: run_module.Run, *given: Any, **named: Any) -> torch.Tensor:
+    def interrupted(run: run_module.TrainingState, *given: Any, **named: Any) -> torch.Tensor:
         if run.step == 4 and waiting:
             waiting.clear()
             signal.raise_signal(getattr(signal, number))
         return forward(run, *given, **named)
 
     config = make_config(images, tmp_path / "parts", **settings, checkpoint={"every_epochs": 4})
-    monkeypatch.setattr(run_module.Run, "forward_backward", interrupted)
+    monkeypatch.setattr(run_module.TrainingState, "forward_backward", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
     try:
         with pytest.raises(outcome):
@@ -560,15 +565,14 @@ def test_weights_that_are_not_finite_are_never_saved(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
     """A finite loss before the update says nothing of the weights after it."""
-    step = run_module.Run.optimizer_step
+    step = run_module.TrainingState.update
 
-    def explode(run: run_module.Run) -> float:
-        lr = step(run)
+    def explode(run: run_module.TrainingState, lr: float) -> None:
+        step(run, lr)
         if run.step == 6:
             run.models[suffix].cls_token.data.fill_(float("nan"))
-        return lr
 
-    monkeypatch.setattr(run_module.Run, "optimizer_step", explode)
+    monkeypatch.setattr(run_module.TrainingState, "update", explode)
     with pytest.raises(
         UserError,
         match=rf"a weight is not finite after step 6; the last checkpoint stays\. model{suffix}: 1 of .*: cls_token\.",
@@ -579,17 +583,55 @@ def test_weights_that_are_not_finite_are_never_saved(
 
 def test_a_resumed_run_knows_its_first_loss(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the health check would take a loss that fell long ago for one that does not move."""
-    firsts: list[float | None] = []
+    firsts: set[float] = set()
 
     class Spy(train_module.Health):
-        def __init__(self, *given: Any) -> None:
-            super().__init__(*given)
-            firsts.append(self.first)
+        def warnings(self, share: float, loss: float, first: float) -> list[str]:
+            firsts.add(first)
+            return super().warnings(share, loss, first)
 
     monkeypatch.setattr(train_module, "Health", Spy)
     pretrain(make_config(images, tmp_path / "run", schedule={"max_steps": 6}))
     pretrain(make_config(images, tmp_path / "run"), resume=True)
-    assert firsts == [None, log_lines(tmp_path / "run", "loss")[0][1]]
+    assert firsts == {log_lines(tmp_path / "run", "loss")[0][1]}
+
+
+@pytest.mark.parametrize(
+    ("rule", "factor", "words"),
+    [
+        ("published", 1 / 3, "base_lr 0.001 * 64 / 256 * 0.25 / 0.75 (lr_rule published: predict / mask ratio)"),
+        ("none", 1.0, "base_lr 0.001 * 64 / 256 (lr_rule none)"),
+        ("inverse", 3.0, "base_lr 0.001 * 64 / 256 * 0.75 / 0.25 (lr_rule inverse: mask / predict ratio)"),
+    ],
+)
+def test_the_learning_rate_rule_is_logged_as_arithmetic(rule: str, factor: float, words: str) -> None:
+    optim = make_config(Path("images"), Path("out"), optim={"base_lr": 1e-3, "lr_rule": rule}).optim
+    assert train_module.LR_RULES[rule](0.75, 0.25) == pytest.approx(factor)  # method specification, 1.9
+    assert train_module.lr_rule(optim, 64, 0.75, 0.25) == words
+
+
+def test_settings_without_effect_are_named() -> None:
+    quiet = make_config(Path("images"), Path("out"))
+    assert quiet.ignored(is_plain=False, has_shards=False) == {}
+    loud = make_config(
+        Path("images"),
+        Path("out"),
+        model={"decoder": "self", "fuse_input": False},
+        optim={"lr": 1e-3, "lr_rule": "none"},
+        validation={"images": 5},
+        probe={"k": 3},
+        data={"broken_budget": 0.5, "shuffle_shards": 3},
+    )
+    found = loud.ignored(is_plain=True, has_shards=False)
+    assert sorted(key for keys in found.values() for key in keys) == [
+        "data.broken_budget",
+        "data.shuffle_shards",
+        "model.fuse_input",
+        "optim.base_lr",
+        "optim.lr_rule",
+        "probe.k",
+        "validation.images",
+    ]
 
 
 def test_a_complete_run_only_gets_its_weights_back(images: Path, tmp_path: Path) -> None:
@@ -635,7 +677,7 @@ def test_a_decoder_of_another_kind_is_not_taken_over(
     first = pretrain(make_config(images, tmp_path / "first", schedule={"max_steps": 1}))
     for changes in ({"decoder_num_heads": 4}, {"norm_pix_loss": False}):
         config = make_config(images, tmp_path / "other", model=changes)
-        model = train_module.build_model(config)
+        model = build(config)
         before = model.mask_token.clone()
         with caplog.at_level("INFO"):
             train_module.start_from(model, first, arguments(config), config.data)

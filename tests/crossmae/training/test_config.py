@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from crossmae.errors import UserError
-from crossmae.training.config import CONFIG_ROOT, load_config, resolve_config_path
+from crossmae.pretraining.config import load_config
+from crossmae.training.config import CONFIG_ROOT, resolve_config_path
 
 MINIMAL = """
 output_dir: out

@@ -12,7 +12,6 @@ import pytest
 
 from crossmae.errors import UserError
 from crossmae.training.log import start_wandb, truncate_log
-from tests.crossmae.pretraining.test_train import make_config
 
 
 def test_a_log_is_cut_after_the_step_that_a_run_goes_on_from(tmp_path: Path) -> None:
@@ -26,7 +25,7 @@ def test_a_log_is_cut_after_the_step_that_a_run_goes_on_from(tmp_path: Path) -> 
 def test_without_wandb_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r'pip install -e "\.\[wandb\]", or set log\.wandb=null'):
-        start_wandb(make_config(tmp_path, tmp_path, log={"wandb": "mine"}), False)
+        start_wandb("mine", tmp_path, {}, resumed=False)
 
 
 def test_wandb_gets_every_value_and_a_resumed_run_keeps_its_identity(
@@ -36,9 +35,8 @@ def test_wandb_gets_every_value_and_a_resumed_run_keeps_its_identity(
     fake: Any = types.ModuleType("wandb")
     fake.init = lambda **given: started.append(given)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    config = make_config(tmp_path, tmp_path, log={"wandb": "mine"})
     for resumed in (False, True, False):
-        start_wandb(config, resumed)
+        start_wandb("mine", tmp_path, {"optim": {"batch_size": 4}}, resumed)
     first, resumed, fresh = (given["id"] for given in started)
     assert first == resumed != fresh
     assert started[0]["project"] == "mine"

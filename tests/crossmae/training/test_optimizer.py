@@ -9,20 +9,8 @@ import pytest
 import torch
 
 from crossmae.models.crossmae import create_model
-from crossmae.training.optimizer import lr_at, parameter_groups, scaled_lr
-
-
-@pytest.mark.parametrize(
-    ("predict", "rule", "expected"),
-    [
-        (0.75, "published", 2.4e-3),
-        (0.25, "published", 8.0e-4),
-        (0.25, "inverse", 7.2e-3),
-        (0.25, "none", 2.4e-3),
-    ],
-)
-def test_published_learning_rates(predict: float, rule: str, expected: float) -> None:
-    assert scaled_lr(1.5e-4, 4096, 0.75, predict, rule) == pytest.approx(expected)
+from crossmae.training.optimizer import parameter_groups
+from crossmae.training.schedule import lr_at
 
 
 def test_schedule_is_warm_up_then_half_a_cosine() -> None:

@@ -1,4 +1,4 @@
-"""Proves that a plan counts micro-batches and periods right, and that a setting without effect is announced."""
+"""Proves that a plan counts micro-batches and periods right, and the images of a step."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from crossmae.data.training_images import BatchPlan
-from crossmae.training.schedule import Plan, ignored_settings, lr_rule, make_plan
+from crossmae.training.schedule import Schedule, make_schedule
 from tests.crossmae.pretraining.test_train import make_config
 
 
-def plan(batch_size: int = 4, images: int = 13, world_size: int = 1, **sections: Any) -> Plan:
+def plan(batch_size: int = 4, images: int = 13, world_size: int = 1, **sections: Any) -> Schedule:
     sections["optim"] = sections.get("optim", {}) | {"batch_size": batch_size}
     config = make_config(Path("images"), Path("out"), **sections)
-    batches = BatchPlan(images, batch_size, 0, 0, world_size)
-    return make_plan(config, batches, torch.device("cpu"), "fp32")
+    return make_schedule(BatchPlan(images, batch_size, 0, 0, world_size), config.optim, config.schedule)
 
 
 def test_every_micro_batch_belongs_to_one_step() -> None:
@@ -38,41 +36,8 @@ def test_a_period_ends_in_the_step_that_reaches_it() -> None:
     assert [step for step in range(1, 9) if made.ends_period(step, 2)] == [3, 6, 8]
 
 
-@pytest.mark.parametrize(
-    ("rule", "factor", "words"),
-    [
-        ("published", 1 / 3, "base_lr 0.001 * 64 / 256 * 0.25 / 0.75 (lr_rule published: predict / mask ratio)"),
-        ("none", 1.0, "base_lr 0.001 * 64 / 256 (lr_rule none)"),
-        ("inverse", 3.0, "base_lr 0.001 * 64 / 256 * 0.75 / 0.25 (lr_rule inverse: mask / predict ratio)"),
-    ],
-)
-def test_the_learning_rate_counts_every_image_of_a_step(rule: str, factor: float, words: str) -> None:
-    optim = {"base_lr": 1e-3, "lr_rule": rule, "accumulate": 2, "batch_size": 8}
-    config = make_config(Path("images"), Path("out"), optim=optim)
-    made = make_plan(config, BatchPlan(1000, 8, 0, 0, 4), torch.device("cpu"), "fp32")
-    assert made.images_per_step == 64
-    assert made.peak_lr == pytest.approx(1e-3 * 64 / 256 * factor)
-    assert lr_rule(config, made) == words
-
-
-def test_settings_without_effect_are_named() -> None:
-    quiet = make_config(Path("images"), Path("out"))
-    assert ignored_settings(quiet, has_shards=False) == {}
-    loud = make_config(
-        Path("images"),
-        Path("out"),
-        model={"decoder": "self", "fuse_input": False},
-        optim={"lr": 1e-3, "lr_rule": "none"},
-        validation={"images": 5},
-        probe={"k": 3},
-        data={"broken_budget": 0.5, "shuffle_shards": 3},
-    )
-    assert sorted(key for keys in ignored_settings(loud, has_shards=False).values() for key in keys) == [
-        "data.broken_budget",
-        "data.shuffle_shards",
-        "model.fuse_input",
-        "optim.base_lr",
-        "optim.lr_rule",
-        "probe.k",
-        "validation.images",
-    ]
+def test_a_step_counts_every_image_and_the_factor_scales_its_learning_rate() -> None:
+    config = make_config(Path("images"), Path("out"), optim={"base_lr": 1e-3, "accumulate": 2, "batch_size": 8})
+    made = make_schedule(BatchPlan(1000, 8, 0, 0, 4), config.optim, config.schedule, lr_factor=3.0)
+    assert (made.images_per_step, made.images_per_batch) == (64, 32)
+    assert made.peak_lr == pytest.approx(1e-3 * 64 / 256 * 3)

@@ -24,9 +24,10 @@ from crossmae.data.sources import open_source
 from crossmae.data.training_images import Normalize, centre_view, read_pixels
 from crossmae.errors import UserError
 from crossmae.models.crossmae import CrossMAE
+from crossmae.models.sizes import model_arguments
+from crossmae.pretraining.config import load_config
 from crossmae.pretraining.neighbours import encode_images, pool_tokens
 from crossmae.pretraining.start import build_model
-from crossmae.training.config import load_config
 from tests.crossmae.classification.labelled import write_classes
 
 TINY: dict[str, Any] = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
@@ -139,7 +140,8 @@ def test_last_trained_block_of_published_files() -> None:
 
 def test_random_weights_are_where_pretraining_starts() -> None:
     words = ["data.train=X", "output_dir=X", "runtime.seed=3", "model.depth=2", "model.img_size=32"]
-    model = build_model(load_config("pretrain/small", words))
+    config = load_config("pretrain/small", words)
+    model = build_model(model_arguments(config.model.name) | config.model.arguments(), 3, 0.75, 0.25)
     given = {"img_size": 32, "depth": 2, "patch_size": None, "decoder_depth": 4}
     weights = random_weights("crossmae_vit_small_patch16", seed=3, **given)
     for name, tensor in model.state_dict().items():

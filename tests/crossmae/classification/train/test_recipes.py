@@ -20,7 +20,7 @@ from crossmae.classification.train.train import architecture_from
 from crossmae.classification.vit import build_vit, parameter_groups
 from crossmae.data.training_images import BatchPlan
 from crossmae.training.config import CONFIG_ROOT, load_typed_config, resolve_config_path
-from crossmae.training.schedule import Plan, plan_steps
+from crossmae.training.schedule import Schedule, make_schedule
 
 RECIPES = sorted((CONFIG_ROOT / "finetune").glob("*.yaml"))
 NEEDED = ["data.train=IMAGES", "output_dir=OUT", "model.init=WEIGHTS"]
@@ -68,11 +68,9 @@ def launches(path: Path) -> dict[str, tuple[int, FinetuneConfig]]:
     return parsed
 
 
-def plan_of(processes: int, config: FinetuneConfig) -> Plan:
+def schedule_of(processes: int, config: FinetuneConfig) -> Schedule:
     batches = BatchPlan(IMAGENET, config.optim.batch_size, 0, world_size=processes)
-    images = config.optim.batch_size * config.optim.accumulate * processes
-    peak = config.optim.lr or config.optim.base_lr * images / 256
-    return plan_steps(config, batches, torch.device("cpu"), "fp32", peak)
+    return make_schedule(batches, config.optim, config.schedule)
 
 
 def test_the_recipes_are_all_there() -> None:
@@ -109,7 +107,7 @@ class TestPublishedRecipe:
     def test_it_is_the_published_model(self, name: str) -> None:
         config = load_typed_config(FinetuneConfig, f"finetune/{name}.yaml", NEEDED)
         with torch.device("meta"):
-            architecture = architecture_from(config.model.given(), config)
+            architecture = architecture_from(config.model.given(), str(config.model.name))
             model = build_vit(architecture, 1000, config.model.pool, config.model.drop_path, config.model.head)
         assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name].parameters
         assert len(parameter_groups(model, 0.05, config.optim.layer_decay)) == PUBLISHED[name].groups
@@ -118,9 +116,9 @@ class TestPublishedRecipe:
         expected = PUBLISHED[name]
         found = launches(CONFIG_ROOT / "finetune" / f"{name}.yaml")
         assert list(found) == ["CPU smoke", "1 GPU", "8 GPUs"]
-        assert plan_of(*found.pop("CPU smoke")).last_step == 2
+        assert schedule_of(*found.pop("CPU smoke")).last_step == 2
         for label, (processes, config) in found.items():
-            plan = plan_of(processes, config)
+            plan = schedule_of(processes, config)
             assert plan.images_per_step == 1024, label
             assert plan.peak_lr == pytest.approx(expected.lr)
             assert (config.schedule.epochs, config.schedule.warmup_epochs) == (expected.epochs, 5)
@@ -141,7 +139,7 @@ def test_the_linear_probe_is_the_published_one() -> None:
     found = launches(CONFIG_ROOT / "finetune" / "linear_probe_vitb.yaml")
     for label in ("1 GPU", "8 GPUs"):
         processes, config = found[label]
-        plan = plan_of(processes, config)
+        plan = schedule_of(processes, config)
         assert (plan.images_per_step, plan.peak_lr) == (16384, pytest.approx(6.4))
         assert (config.schedule.epochs, config.schedule.warmup_epochs, config.schedule.min_lr) == (90, 10, 0)
         assert (config.model.head, config.model.freeze, config.optim.name) == ("batchnorm", True, "lars")

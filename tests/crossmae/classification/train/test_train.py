@@ -5,7 +5,6 @@ image is evaluated exactly once on any number of processes, and that bad input i
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from crossmae.checkpoints.provenance import NON_COMMERCIAL, recorded_licence
 from crossmae.checkpoints.run_checkpoint import complete_checkpoints, read_state
 from crossmae.classification.classifier import load_classifier
-from crossmae.classification.data import CentreViews, label_targets
+from crossmae.classification.data import CentreViews, Labelled, label_targets
 from crossmae.classification.evaluation.evaluate import EvaluationSet, evaluate
 from crossmae.classification.evaluation.metrics import Predictions, Scores
 from crossmae.classification.evaluation.results import evaluate_only
@@ -32,7 +31,7 @@ from crossmae.errors import UserError
 from crossmae.files import sha256
 from crossmae.models.crossmae import CrossMAE
 from crossmae.training.processes import Ranks
-from crossmae.training.state import Run
+from crossmae.training.state import TrainingState
 from tests.crossmae.classification.labelled import CLASSES, write_classes
 
 CPU = torch.device("cpu")
@@ -152,14 +151,13 @@ def test_learning_rates_follow_schedule_and_layers(
 ) -> None:
     """Linear warm-up from 0 in the first epoch, half a cosine to min_lr after it, times decay ** (n + 1 - layer)."""
     seen: list[dict[str, float]] = []
-    step = Run.optimizer_step
+    step = TrainingState.update
 
-    def spy(run: Run) -> float:
-        lr = step(run)
-        seen.append({group["name"]: group["lr"] for group in run.optimizer.param_groups})
-        return lr
+    def spy(state: TrainingState, lr: float) -> None:
+        step(state, lr)
+        seen.append({group["name"]: group["lr"] for group in state.optimizer.param_groups})
 
-    monkeypatch.setattr(Run, "optimizer_step", spy)
+    monkeypatch.setattr(TrainingState, "update", spy)
     config = make_config(images, tmp_path / "run", optim={"layer_decay": 0.5}, schedule={"min_lr": 1e-3})
     finetune(config)
     assert len(seen) == 12
@@ -170,35 +168,37 @@ def test_learning_rates_follow_schedule_and_layers(
     assert seen[8]["layer_0_no_decay"] == pytest.approx(middle * 0.125)
 
 
+def objective_of(config: FinetuneConfig, labelled: Labelled) -> Objective:
+    return train_module.build_objective(config.loss, config.data, labelled, config.optim.batch_size, CPU)
+
+
 def test_the_losses_are_timms(images: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     logits, targets, pixels = torch.randn(6, 3), torch.tensor([0, 1, 2, 2, 1, 0]), torch.rand(6, 3, 32, 32)
     labelled = train_module.open_labelled(make_config(images, tmp_path), Ranks())
-    plain = Objective(make_config(images, tmp_path, data={"erase": 0.0}), labelled, CPU)
+    plain = objective_of(make_config(images, tmp_path, data={"erase": 0.0}), labelled)
     same, unchanged = plain.augment(pixels.clone(), targets)
     assert torch.equal(same, pixels)
     assert torch.equal(unchanged, targets)
     torch.testing.assert_close(plain.loss(logits, targets), LabelSmoothingCrossEntropy(0.1)(logits, targets))
-    mixed = Objective(make_config(images, tmp_path, loss={"mixup": 0.8}), labelled, CPU)
+    mixed = objective_of(make_config(images, tmp_path, loss={"mixup": 0.8}), labelled)
     changed, soft = mixed.augment(pixels.clone(), targets)
     assert not torch.equal(changed, pixels)
     torch.testing.assert_close(soft.sum(1), torch.ones(6))
     torch.testing.assert_close(mixed.loss(logits, soft), SoftTargetCrossEntropy()(logits, soft))
     weighted = make_config(images, tmp_path, loss={"class_weights": {"green": 2.0, "red": 3.0}, "smoothing": 0.0})
     losses = F.cross_entropy(logits, targets, reduction="none") * (targets + 1)
-    torch.testing.assert_close(Objective(weighted, labelled, CPU).loss(logits, targets), losses.sum() / 12)
+    torch.testing.assert_close(objective_of(weighted, labelled).loss(logits, targets), losses.sum() / 12)
 
 
-def test_balanced_weights_are_inverse_to_the_number_of_images(images: Path, tmp_path: Path) -> None:
-    config = make_config(images, tmp_path, loss={"class_weights": "balanced"})
+def test_balanced_weights_are_inverse_to_the_number_of_images() -> None:
     targets = torch.tensor([0] * 6 + [1] * 3 + [2])
-    labelled = dataclasses.replace(train_module.open_labelled(config, Ranks()), targets=targets)
-    weights = class_weights(config, labelled)
+    weights = class_weights("balanced", targets, CLASSES)
     torch.testing.assert_close(weights, torch.tensor([10 / 18, 10 / 9, 10 / 3]))
     assert weights is not None
     assert (weights[targets]).sum() == pytest.approx(10)  # on average, an image weighs 1
-    with pytest.raises(UserError, match="there is none of green; leave them out"):
-        class_weights(config, dataclasses.replace(labelled, targets=torch.tensor([0, 2])))
+    with pytest.raises(UserError, match=r"there is none of green\. Leave them out"):
+        class_weights("balanced", torch.tensor([0, 2]), CLASSES)
 
 
 class Waiting(Exception):
@@ -226,7 +226,7 @@ def test_every_image_is_evaluated_once_on_any_number_of_processes(images: Path, 
     views = CentreViews(source, label_targets(source, "data.val", CLASSES), (32, 32), 0.875, 3, 8)
     torch.manual_seed(0)
     settings = make_config(images, images, evaluation={"features": 5})
-    _, model, _ = train_module.build_model(settings, 3, None)
+    _, model, _ = train_module.build_model(settings.model, settings.data, 0, 3, None)
     torch.nn.init.normal_(model.head.weight)
     model.double()
 
@@ -295,7 +295,12 @@ def test_a_linear_probe_trains_the_head_alone(images: Path, tmp_path: Path) -> N
     model = {"init": tmp_path / "pretrain.pth", "freeze": True, "head": "batchnorm", "drop_path": 0.9}
     optim = {"name": "lars", "weight_decay": 0.0, "lr": 100.0}
     config = make_config(images, tmp_path / "run", model=model, optim=optim, data={"auto_augment": None})
-    head = train_module.build_model(config, 3, None)[1].head[1].weight.detach().clone()
+    head = (
+        train_module.build_model(config.model, config.data, config.runtime.seed, 3, None)[1]
+        .head[1]
+        .weight.detach()
+        .clone()
+    )
     finetune(config)
     classifier = load_classifier(tmp_path / "run")
     encoder = torch.load(tmp_path / "pretrain.pth", weights_only=False)["model"]
@@ -438,7 +443,7 @@ def test_several_labels_are_mixed_as_their_images_are(images: Path, tmp_path: Pa
     (tmp_path / "list.csv").write_text("\n".join(rows))
     data = {"train": str(tmp_path / "list.csv"), "val": None, "separator": "|", "erase": 0.0}
     config = make_config(images, tmp_path, data=data, loss={"mixup": 0.8, "mixup_mode": "elem"})
-    objective = Objective(config, train_module.open_labelled(config, Ranks()), CPU)
+    objective = objective_of(config, train_module.open_labelled(config, Ranks()))
     targets = torch.tensor([[1.0, 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 1], [0, 0, 1], [1, 0, 0]])
     values = torch.tensor([0.0, 1, 2, 3, 4, 5])
     images_of, mixed = objective.augment(values[:, None, None, None].expand(6, 3, 32, 32).clone(), targets)
@@ -450,12 +455,12 @@ def test_several_labels_are_mixed_as_their_images_are(images: Path, tmp_path: Pa
 def test_of_equal_scores_the_lower_loss_is_the_best() -> None:
     """Few images give equal scores often, and the first of them may come from an untrained network."""
 
-    run: Any = argparse.Namespace(kept={}, step=0)
+    kept: dict[str, Any] = {}
     found = []
-    for run.step, (top1, loss) in enumerate([(0.5, 1.0), (0.5, 0.9), (0.5, 0.95), (0.5, 0.9), (0.6, 2.0), (0.5, 0.1)]):
-        found.append(train_module.is_best(run, Scores(samples=2, loss=loss, classes=(), top1=top1), ""))
+    for step, (top1, loss) in enumerate([(0.5, 1.0), (0.5, 0.9), (0.5, 0.95), (0.5, 0.9), (0.6, 2.0), (0.5, 0.1)]):
+        found.append(train_module.is_best(kept, step, Scores(samples=2, loss=loss, classes=(), top1=top1), ""))
     assert found == [True, True, False, True, True, False]
-    assert run.kept["best"]["step"] == 4
+    assert kept["best"]["step"] == 4
 
 
 def test_a_run_goes_on_without_the_file_that_it_started_from(images: Path, tmp_path: Path) -> None:
