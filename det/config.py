@@ -9,17 +9,17 @@ import ast
 import difflib
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from crossmae.errors import UserError
 from crossmae.training.config import read_yaml, resolve_config_path
-from det.data.copy_paste import check_copy_paste
 
 log = logging.getLogger(__name__)
 
@@ -35,60 +35,204 @@ BY_EPOCHS = {
 }
 
 
-def add_crossmae_config(cfg: CfgNode) -> None:
-    """Add the keys of the backbone, its recipe and its data to a detectron2 config, in place.
+def _rising(values: tuple[float, ...]) -> tuple[float, ...]:
+    if list(values) != sorted(values):
+        raise ValueError
+    return values
+
+
+AtLeast0 = Annotated[int, Field(ge=0, description="at least 0")]
+AtLeast1 = Annotated[int, Field(ge=1, description="at least 1")]
+NotNegative = Annotated[float, Field(ge=0, description="at least 0")]
+Positive = Annotated[float, Field(gt=0, description="greater than 0")]
+Rate = Annotated[float, Field(ge=0, lt=1, description="at least 0 and less than 1")]
+Steps = Annotated[tuple[int, ...], AfterValidator(_rising), Field(description="rising")]
+Share = Annotated[float, Field(gt=0, lt=1, strict=True)]
+Shares = Annotated[tuple[Share, ...], AfterValidator(_rising), Field(description="rising shares of 1")]
+Three = Annotated[list[float], Field(min_length=3, max_length=3, description="three numbers")]
+
+
+class ConfigKeys(BaseModel):
+    """Base of the sections: keys with a default are added to detectron2's, the others are detectron2's own."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+
+class VitKeys(ConfigKeys):
+    """`MODEL.VIT`: the encoder and its simple feature pyramid."""
+
+    IMG_SIZE: int = 1024  # pixels; sizes the relative positions of global blocks
+    PRETRAIN_IMG_SIZE: int = 224  # pixels; sizes the position table, so it must be that of pretraining
+    PATCH_SIZE: AtLeast1 = 16
+    EMBED_DIM: AtLeast1 = 768
+    DEPTH: AtLeast1 = 12
+    NUM_HEADS: AtLeast1 = 12
+    MLP_RATIO: Positive = 4.0
+    DROP_PATH: Rate = 0.1  # of the last block; grows linearly from 0 in the first
+    WINDOW_SIZE: AtLeast0 = 14  # patches; 0: every block is global
+    GLOBAL_BLOCKS: list[int] = [2, 5, 8, 11]
+    REL_POS: bool = True
+    POS_EMBED: Literal["resize", "tiled", "absolute_win"] = "resize"  # how the position table covers the image
+    ATTENTION: Literal["folded", "materialized"] = "folded"  # equal but for rounding, see det/backbone/attention.py
+    ACTIVATION_CHECKPOINTING: bool = False  # compute blocks again in backward instead of keeping them
+    # 0: patch embedding and positions are not trained; n: nor are the first n blocks
+    FROZEN_STAGES: int = Field(-1, ge=-1, description="at least -1")
+    OUT_CHANNELS: AtLeast1 = 256
+    SCALE_FACTORS: list[float] = [4.0, 2.0, 1.0, 0.5]  # p2, p3, p4, p5 with patches of 16 pixels
+    NORM: str = "LN"
+    MAX_POOL_LEVEL: bool = True  # p6
+    SQUARE_PAD: AtLeast0 = 0  # pixels, in training; 0: pad to the largest image of the batch
+    SQUARE_PAD_TEST: AtLeast0 = 0  # the same for evaluation and prediction
+
+
+class _RoiHeads(ConfigKeys):
+    NUM_CLASSES: AtLeast1
+
+
+class _Model(ConfigKeys):
+    DEVICE: str = Field(pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
+    MASK_ON: bool
+    KEYPOINT_ON: bool
+    LOAD_PROPOSALS: Literal[False] = Field(description="False: proposals come from the detector itself")
+    PIXEL_MEAN: Three
+    PIXEL_STD: list[Positive] = Field(min_length=3, max_length=3, description="three numbers greater than 0")
+    ROI_HEADS: _RoiHeads
+    VIT: VitKeys
+
+
+class _Jitter(ConfigKeys):  # scale into a square of SIZE times a random factor, then crop to SIZE
+    ENABLED: bool = False
+    SIZE: AtLeast1 = 1024
+    MIN_SCALE: Positive = 0.1
+    MAX_SCALE: float = 2.0
+
+
+class _CopyPaste(ConfigKeys):  # paste objects of another image (arXiv 2012.07177) with probability PROB
+    ENABLED: bool = False
+    PROB: float = Field(0.5, ge=0, le=1, description="from 0 to 1")
+
+
+class _Crop(ConfigKeys):
+    ENABLED: bool
+    TYPE: str
+    SIZE: list[float]
+
+
+class InputKeys(ConfigKeys):
+    """`INPUT`: how images are read and augmented."""
+
+    FORMAT: Literal["RGB", "BGR"]
+    MASK_FORMAT: Literal["polygon", "bitmask"]
+    MIN_SIZE_TRAIN: int | tuple[int, ...]
+    MIN_SIZE_TRAIN_SAMPLING: str
+    MAX_SIZE_TRAIN: int
+    MIN_SIZE_TEST: int
+    MAX_SIZE_TEST: int
+    RANDOM_FLIP: Literal["none", "horizontal", "vertical"]
+    CROP: _Crop
+    LSJ: _Jitter
+    COPY_PASTE: _CopyPaste
+
+
+class _Datasets(ConfigKeys):
+    TEST: tuple[str, ...] = Field(max_length=1, description="at most one data set")
+    DROP: tuple[str, ...] = ()  # names of faults whose entries may be left out, as tools/check_coco.py calls them
+
+
+class _DataLoader(ConfigKeys):
+    NUM_WORKERS: AtLeast0
+    ASPECT_RATIO_GROUPING: Literal[False] = Field(
+        False, description="False: the order of the images depends on SEED alone"
+    )
+    SAMPLER_TRAIN: Literal["TrainingSampler"]
+
+
+class _MovingAverage(ConfigKeys):  # of the weights; the average is evaluated
+    ENABLED: bool = False
+    DECAY: Rate = 0.9999
+
+
+class _MixedPrecision(ConfigKeys):
+    ENABLED: bool
+    PRECISION: Literal["bf16", "fp16"] = "bf16"
+
+
+class SolverKeys(ConfigKeys):
+    """`SOLVER`: AdamW, the schedule, and checkpoints."""
+
+    BASE_LR: Positive
+    BASE_LR_END: float
+    BETAS: tuple[Rate, Rate] = Field((0.9, 0.999), description="two numbers from 0 to below 1")
+    WEIGHT_DECAY: NotNegative
+    WEIGHT_DECAY_NORM: float
+    WEIGHT_DECAY_POS: float = 0.0  # of absolute and relative positions
+    LAYER_DECAY: float = Field(1.0, gt=0, le=1, description="greater than 0 and at most 1")  # 1: none
+    IMS_PER_BATCH: AtLeast1
+    ACCUMULATE: AtLeast1 = 1  # parts that the IMS_PER_BATCH images of a step are computed in
+    REFERENCE_BATCH: AtLeast0 = 0  # images a step that BASE_LR is for; 0: BASE_LR is used as it is
+    REFERENCE_WORLD_SIZE: int = Field(ge=0, le=0, description="0: automatic scaling would change the batch unseen")
+    MAX_ITER: AtLeast1
+    EPOCHS: NotNegative = 0.0  # passes over the training images, instead of MAX_ITER; 0: MAX_ITER counts
+    LR_SCHEDULER_NAME: Literal["WarmupMultiStepLR", "WarmupCosineLR"]
+    STEPS: Steps
+    DECAY_AT: Shares = ()  # shares of the run after which the rate falls by GAMMA, instead of STEPS
+    GAMMA: float
+    WARMUP_ITERS: AtLeast0
+    BIAS_LR_FACTOR: float = Field(ge=1, le=1, description="1: biases learn at the rate of their layer")
+    WEIGHT_DECAY_BIAS: None = Field(description="None: biases decay like their weights")
+    EMA: _MovingAverage
+    AMP: _MixedPrecision
+    CHECKPOINT_PERIOD: AtLeast1
+    CHECKPOINTS_KEPT: AtLeast0 = 2  # besides the best and the final one; 0: all
+
+
+class _Off(ConfigKeys):
+    ENABLED: Literal[False] = Field(description="False: evaluation has no such step")
+
+
+class TestKeys(ConfigKeys):
+    """`TEST`: evaluation."""
+
+    EVAL_PERIOD: AtLeast0
+    EVAL_EPOCHS: NotNegative = 0.0  # evaluate and save every so many epochs, where SOLVER.EPOCHS is used
+    EVALUATOR: Literal["auto", "hotcoco", "pycocotools"] = "auto"  # auto: hotcoco where it is installed
+    AUG: _Off
+    PRECISE_BN: _Off
+    EXPECTED_RESULTS: list[Any] = Field(max_length=0, description="empty: results are not compared with any")
+
+
+class DetectorKeys(ConfigKeys):
+    """The keys that this package adds to a detectron2 config, reads or narrows.
 
     Two of detectron2's defaults change: `SEED` is 0, so that runs repeat, and `DATALOADER.ASPECT_RATIO_GROUPING` is
     off, so that the order of images depends on the seed alone.
     """
-    cfg.SEED = 0
-    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
 
-    vit = cfg.MODEL.VIT = CfgNode()
-    vit.IMG_SIZE = 1024  # pixels; sizes the relative positions of global blocks
-    vit.PRETRAIN_IMG_SIZE = 224  # pixels; sizes the position table, so it must be that of pretraining
-    vit.PATCH_SIZE = 16
-    vit.EMBED_DIM = 768
-    vit.DEPTH = 12
-    vit.NUM_HEADS = 12
-    vit.MLP_RATIO = 4.0
-    vit.DROP_PATH = 0.1  # of the last block; grows linearly from 0 in the first
-    vit.WINDOW_SIZE = 14  # patches; 0: every block is global
-    vit.GLOBAL_BLOCKS = [2, 5, 8, 11]
-    vit.REL_POS = True
-    vit.POS_EMBED = "resize"  # or tiled, absolute_win: how the position table of pretraining covers the image
-    vit.ATTENTION = (
-        "folded"  # or materialized: equal but for rounding, with an N x N matrix; see det/backbone/attention.py
-    )
-    vit.ACTIVATION_CHECKPOINTING = False  # compute blocks again in backward instead of keeping them
-    vit.FROZEN_STAGES = -1  # 0: patch embedding and positions are not trained; n: nor are the first n blocks
-    # Simple feature pyramid
-    vit.OUT_CHANNELS = 256
-    vit.SCALE_FACTORS = [4.0, 2.0, 1.0, 0.5]  # p2, p3, p4, p5 with patches of 16 pixels
-    vit.NORM = "LN"
-    vit.MAX_POOL_LEVEL = True  # p6
-    vit.SQUARE_PAD = 0  # pixels, in training; 0: pad to the largest image of the batch
-    vit.SQUARE_PAD_TEST = 0  # the same for evaluation and prediction
+    SEED: int = Field(0, ge=0, description="at least 0: the order of the images comes from it")
+    OUTPUT_DIR: str = Field(min_length=1, description="a folder")
+    MODEL: _Model
+    INPUT: InputKeys
+    DATASETS: _Datasets
+    DATALOADER: _DataLoader
+    SOLVER: SolverKeys
+    TEST: TestKeys
 
-    # Large-scale jitter: scale into a square of SIZE times a random factor, then crop to SIZE.
-    cfg.INPUT.LSJ = CfgNode({"ENABLED": False, "SIZE": 1024, "MIN_SCALE": 0.1, "MAX_SCALE": 2.0})
 
-    # Simple copy-paste (arXiv 2012.07177): objects of another training image are pasted with probability PROB.
-    cfg.INPUT.COPY_PASTE = CfgNode({"ENABLED": False, "PROB": 0.5})
-    cfg.DATASETS.DROP = ()  # names of faults whose entries may be left out, as tools/check_coco.py calls them
+def add_crossmae_config(cfg: CfgNode) -> None:
+    """Add the keys of `DetectorKeys` to a detectron2 config, in place."""
+    _add_defaults(cfg, DetectorKeys)
 
-    cfg.SOLVER.BETAS = (0.9, 0.999)  # of AdamW
-    cfg.SOLVER.WEIGHT_DECAY_POS = 0.0  # of absolute and relative positions
-    cfg.SOLVER.ACCUMULATE = 1  # parts that the IMS_PER_BATCH images of a step are computed in
-    cfg.SOLVER.REFERENCE_BATCH = 0  # images a step that BASE_LR is for; 0: BASE_LR is used as it is
-    cfg.SOLVER.EPOCHS = 0.0  # passes over the training images, instead of MAX_ITER; 0: MAX_ITER counts
-    cfg.SOLVER.DECAY_AT = ()  # shares of the run after which the rate falls by GAMMA, instead of STEPS
-    cfg.SOLVER.EMA = CfgNode({"ENABLED": False, "DECAY": 0.9999})  # moving average of the weights, which is evaluated
-    cfg.SOLVER.LAYER_DECAY = 1.0  # learning rate of each encoder layer over that of the next; 1: none
-    cfg.SOLVER.AMP.PRECISION = "bf16"  # bf16 or fp16, where SOLVER.AMP.ENABLED
-    cfg.SOLVER.CHECKPOINTS_KEPT = 2  # besides the best and the final one; 0: all
-    cfg.TEST.EVAL_EPOCHS = 0.0  # evaluate and save every so many epochs, where SOLVER.EPOCHS is used
-    cfg.TEST.EVALUATOR = "auto"  # hotcoco, pycocotools, or auto: hotcoco where it is installed
+
+def _add_defaults(node: CfgNode, keys: type[ConfigKeys]) -> None:
+    for name, field in keys.model_fields.items():
+        if _is_section(field):
+            _add_defaults(node.setdefault(name, CfgNode()), field.annotation)  # type: ignore[arg-type]
+        elif not field.is_required():
+            node[name] = field.get_default()
+
+
+def _is_section(field: FieldInfo) -> bool:
+    return hasattr(field.annotation, "model_fields")
 
 
 def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
@@ -264,109 +408,68 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _are_rising_shares(values: Sequence[Any]) -> bool:
-    return all(isinstance(share, float) and 0 < share < 1 for share in values) and list(values) == sorted(values)
-
-
-# What a value must be beyond its type: key, test, description.
-_CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
-    ("SOLVER.IMS_PER_BATCH", lambda v: v >= 1, "at least 1"),
-    ("SOLVER.MAX_ITER", lambda v: v >= 1, "at least 1"),
-    ("SOLVER.ACCUMULATE", lambda v: v >= 1, "at least 1"),
-    ("SOLVER.REFERENCE_BATCH", lambda v: v >= 0, "at least 0"),
-    ("SOLVER.CHECKPOINTS_KEPT", lambda v: v >= 0, "at least 0"),
-    ("SOLVER.EPOCHS", lambda v: v >= 0, "at least 0"),
-    ("SOLVER.DECAY_AT", _are_rising_shares, "rising shares of 1"),
-    ("SOLVER.EMA.DECAY", lambda v: 0 <= v < 1, "at least 0 and less than 1"),
-    ("SOLVER.CHECKPOINT_PERIOD", lambda v: v >= 1, "at least 1"),
-    ("SOLVER.BASE_LR", lambda v: v > 0, "greater than 0"),
-    ("SOLVER.LAYER_DECAY", lambda v: 0 < v <= 1, "greater than 0 and at most 1"),
-    ("SOLVER.AMP.PRECISION", lambda v: v in ("bf16", "fp16"), "bf16 or fp16"),
-    ("SOLVER.LR_SCHEDULER_NAME", lambda v: v in ("WarmupMultiStepLR", "WarmupCosineLR"),
-     "WarmupMultiStepLR or WarmupCosineLR"),
-    ("SOLVER.REFERENCE_WORLD_SIZE", lambda v: v == 0, "0: automatic scaling would change the batch unseen"),
-    ("SOLVER.BIAS_LR_FACTOR", lambda v: v == 1, "1: biases learn at the rate of their layer"),
-    ("SOLVER.WEIGHT_DECAY_BIAS", lambda v: v is None, "None: biases decay like their weights"),
-    ("OUTPUT_DIR", lambda v: bool(v), "a folder"),
-    ("SOLVER.STEPS", lambda v: list(v) == sorted(v), "rising"),
-    ("SOLVER.WARMUP_ITERS", lambda v: v >= 0, "at least 0"),
-    ("SOLVER.WEIGHT_DECAY", lambda v: v >= 0, "at least 0"),
-    ("SOLVER.BETAS", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v), "two numbers from 0 to below 1"),
-    ("TEST.EVAL_PERIOD", lambda v: v >= 0, "at least 0"),
-    ("TEST.AUG.ENABLED", lambda v: not v, "False: evaluation sees every image once"),
-    ("TEST.PRECISE_BN.ENABLED", lambda v: not v, "False: there is no such step here"),
-    ("TEST.EXPECTED_RESULTS", lambda v: not v, "empty: results are not compared with any"),
-    ("MODEL.PIXEL_MEAN", lambda v: len(v) == 3, "three numbers"),
-    ("MODEL.PIXEL_STD", lambda v: len(v) == 3 and min(v) > 0, "three numbers greater than 0"),
-    ("MODEL.VIT.EMBED_DIM", lambda v: v >= 1, "at least 1"),
-    ("MODEL.VIT.OUT_CHANNELS", lambda v: v >= 1, "at least 1"),
-    ("DATASETS.TEST", lambda v: len(v) <= 1, "at most one data set"),
-    ("SEED", lambda v: v >= 0, "at least 0: the order of the images comes from it"),
-    ("DATALOADER.NUM_WORKERS", lambda v: v >= 0, "at least 0"),
-    ("DATALOADER.ASPECT_RATIO_GROUPING", lambda v: not v, "False: the order of the images depends on SEED alone"),
-    ("DATALOADER.SAMPLER_TRAIN", lambda v: v == "TrainingSampler", "TrainingSampler"),
-    ("INPUT.RANDOM_FLIP", lambda v: v in ("none", "horizontal", "vertical"), "none, horizontal or vertical"),
-    ("INPUT.FORMAT", lambda v: v in ("RGB", "BGR"), "RGB or BGR"),
-    ("MODEL.LOAD_PROPOSALS", lambda v: not v, "False: proposals come from the detector itself"),
-    ("INPUT.MASK_FORMAT", lambda v: v in ("polygon", "bitmask"), "polygon or bitmask"),
-    ("INPUT.COPY_PASTE.PROB", lambda v: 0 <= v <= 1, "from 0 to 1"),
-    ("INPUT.LSJ.SIZE", lambda v: v >= 1, "at least 1"),
-    ("INPUT.LSJ.MIN_SCALE", lambda v: v > 0, "greater than 0"),
-    ("TEST.EVALUATOR", lambda v: v in ("auto", "hotcoco", "pycocotools"), "auto, hotcoco or pycocotools"),
-    ("TEST.EVAL_EPOCHS", lambda v: v >= 0, "at least 0"),
-    ("MODEL.DEVICE", lambda v: bool(re.fullmatch(r"cpu|cuda(:\d+)?", v)), "cpu, cuda or cuda:N"),
-    ("MODEL.ROI_HEADS.NUM_CLASSES", lambda v: v >= 1, "at least 1"),
-    ("MODEL.VIT.PATCH_SIZE", lambda v: v >= 1, "at least 1"),
-    ("MODEL.VIT.DEPTH", lambda v: v >= 1, "at least 1"),
-    ("MODEL.VIT.DROP_PATH", lambda v: 0 <= v < 1, "at least 0 and less than 1"),
-    ("MODEL.VIT.WINDOW_SIZE", lambda v: v >= 0, "at least 0"),
-    ("MODEL.VIT.MLP_RATIO", lambda v: v > 0, "greater than 0"),
-    ("MODEL.VIT.NUM_HEADS", lambda v: v >= 1, "at least 1"),
-    ("MODEL.VIT.SQUARE_PAD", lambda v: v >= 0, "at least 0"),
-    ("MODEL.VIT.SQUARE_PAD_TEST", lambda v: v >= 0, "at least 0"),
-    ("MODEL.VIT.POS_EMBED", lambda v: v in ("resize", "tiled", "absolute_win"), "resize, tiled or absolute_win"),
-    ("MODEL.VIT.ATTENTION", lambda v: v in ("folded", "materialized"), "folded or materialized"),
-    ("MODEL.VIT.FROZEN_STAGES", lambda v: v >= -1, "at least -1"),
-]  # fmt: skip
-
-
-def check_config(cfg: CfgNode) -> None:
+def check_config(cfg: CfgNode) -> DetectorKeys:
     """Check values beyond their type, and pairs that contradict each other.
 
     Raises:
         UserError: names the key, its value and what it must be.
     """
-    for key, test, expected in _CHECKS:
-        value = lookup(cfg, key)
-        if not test(value):
-            raise UserError(f"{key} must be {expected}, got {value!r}")
-    vit, lsj = cfg.MODEL.VIT, cfg.INPUT.LSJ
+    keys = read_keys(cfg)
+    vit, images = keys.MODEL.VIT, keys.INPUT
     outside = [index for index in vit.GLOBAL_BLOCKS if index not in range(vit.DEPTH)]
     if outside:
         raise UserError(
             f"MODEL.VIT.GLOBAL_BLOCKS has {outside}, but MODEL.VIT.DEPTH {vit.DEPTH} ends at {vit.DEPTH - 1}"
         )
+    lsj = images.LSJ
     if lsj.MIN_SCALE > lsj.MAX_SCALE:
         raise UserError(f"INPUT.LSJ.MIN_SCALE {lsj.MIN_SCALE} is greater than INPUT.LSJ.MAX_SCALE {lsj.MAX_SCALE}")
-    if lsj.ENABLED and cfg.INPUT.CROP.ENABLED:
+    if lsj.ENABLED and images.CROP.ENABLED:
         raise UserError("INPUT.LSJ.ENABLED and INPUT.CROP.ENABLED exclude each other: large-scale jitter crops already")
-    check_copy_paste(cfg)
-    _check_square_pad(cfg)
+    if images.COPY_PASTE.ENABLED:
+        for key, needed in (("INPUT.LSJ.ENABLED", True), ("MODEL.MASK_ON", True), ("MODEL.KEYPOINT_ON", False)):
+            if lookup(cfg, key) != needed:
+                raise UserError(f"INPUT.COPY_PASTE.ENABLED needs {key} {needed}, got {lookup(cfg, key)}")
+    if lsj.ENABLED:
+        if vit.SQUARE_PAD > lsj.SIZE:
+            words = "MODEL.VIT.SQUARE_PAD %d is more than INPUT.LSJ.SIZE %d: a part is empty"
+            log.info(words, vit.SQUARE_PAD, lsj.SIZE)
+        _check_square_pad("SQUARE_PAD", vit.SQUARE_PAD, vit.PATCH_SIZE, "INPUT.LSJ.SIZE", lsj.SIZE)
+    else:
+        train = "INPUT.MAX_SIZE_TRAIN", images.MAX_SIZE_TRAIN, images.MIN_SIZE_TRAIN
+        _check_square_pad("SQUARE_PAD", vit.SQUARE_PAD, vit.PATCH_SIZE, *train)
+    test = "INPUT.MAX_SIZE_TEST", images.MAX_SIZE_TEST, images.MIN_SIZE_TEST
+    _check_square_pad("SQUARE_PAD_TEST", vit.SQUARE_PAD_TEST, vit.PATCH_SIZE, *test)
+    return keys
 
 
-def _check_square_pad(cfg: CfgNode) -> None:
+def read_keys(cfg: CfgNode) -> DetectorKeys:
+    """Read the keys of `DetectorKeys` from a detectron2 config.
+
+    Raises:
+        UserError: names the first key that is not right, its value and what it must be.
+    """
+    try:
+        return DetectorKeys.model_validate(cfg)
+    except ValidationError as error:
+        path, keys, field = "", DetectorKeys, None
+        for part in error.errors()[0]["loc"]:
+            if field is not None and not _is_section(field):
+                break
+            path, field = f"{path}.{part}".lstrip("."), keys.model_fields[str(part)]
+            keys = field.annotation  # type: ignore[assignment]
+        assert field is not None
+        expected = field.description or " or ".join(", ".join(get_args(field.annotation)).rsplit(", ", 1))
+        expected = expected or f"of type {field.annotation}"
+        raise UserError(f"{path} must be {expected}, got {lookup(cfg, path)!r}") from None
+
+
+def _check_square_pad(name: str, pad: int, patch: int, key: str, largest: int, least: int | Sequence[int] = ()) -> None:
     """Images must fit the square: detectron2 would crop them without a word."""
-    vit, train = cfg.MODEL.VIT, "INPUT.LSJ.SIZE" if cfg.INPUT.LSJ.ENABLED else "INPUT.MAX_SIZE_TRAIN"
-    for name, pad, key in (
-        ("SQUARE_PAD", vit.SQUARE_PAD, train),
-        ("SQUARE_PAD_TEST", vit.SQUARE_PAD_TEST, "INPUT.MAX_SIZE_TEST"),
-    ):
-        if pad % vit.PATCH_SIZE:
-            raise UserError(f"MODEL.VIT.{name} {pad} is no multiple of MODEL.VIT.PATCH_SIZE {vit.PATCH_SIZE}")
-        if name == "SQUARE_PAD" and cfg.INPUT.LSJ.ENABLED and pad > cfg.INPUT.LSJ.SIZE:
-            log.info("MODEL.VIT.SQUARE_PAD %d is more than INPUT.LSJ.SIZE %d: a part is empty", pad, cfg.INPUT.LSJ.SIZE)
-        least = key.replace("MAX_SIZE", "MIN_SIZE")
-        if pad and least != key and 0 in np.atleast_1d(lookup(cfg, least)):
-            raise UserError(f"MODEL.VIT.{name} {pad} needs images that fit, but {least} 0 resizes none")
-        if pad and pad < lookup(cfg, key):
-            raise UserError(f"MODEL.VIT.{name} {pad} is smaller than {key} {lookup(cfg, key)}: images would be cropped")
+    if pad % patch:
+        raise UserError(f"MODEL.VIT.{name} {pad} is no multiple of MODEL.VIT.PATCH_SIZE {patch}")
+    if pad and 0 in ((least,) if isinstance(least, int) else least):
+        key = key.replace("MAX_SIZE", "MIN_SIZE")
+        raise UserError(f"MODEL.VIT.{name} {pad} needs images that fit, but {key} 0 resizes none")
+    if pad and pad < largest:
+        raise UserError(f"MODEL.VIT.{name} {pad} is smaller than {key} {largest}: images would be cropped")
