@@ -178,6 +178,9 @@ class SolverKeys(ConfigKeys):
     DECAY_AT: Shares = ()  # shares of the run after which the rate falls by GAMMA, instead of STEPS
     GAMMA: float
     WARMUP_ITERS: AtLeast0
+    WARMUP_FACTOR: float
+    WARMUP_METHOD: str
+    RESCALE_INTERVAL: bool
     BIAS_LR_FACTOR: float = Field(ge=1, le=1, description="1: biases learn at the rate of their layer")
     WEIGHT_DECAY_BIAS: None = Field(description="None: biases decay like their weights")
     EMA: _MovingAverage

@@ -29,7 +29,8 @@ from crossmae.errors import UserError, run_cli
 from crossmae.files import check_writable, make_folder, printable, write_atomically
 from det.config import load_det_config
 from det.data.coco import check_registered, use_own_data
-from det.data.loader import build_train_loader, refuse_unreadable
+from det.data.copy_paste import build_copy_paste
+from det.data.loader import KeyedSamples, NamingMapper, build_train_loader, refuse_unreadable
 from det.inference.draw import draw_instances, draw_sheet, instances_from_detectron2
 from det.training.console import set_up_console
 
@@ -92,15 +93,20 @@ def check_output(path: Path) -> None:
 
 
 def training_samples(cfg: CfgNode) -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:
-    """The images (H, W, 3), padded, with the sample that each is of, in the order of training."""
+    """Yield the padded images (H, W, 3) with their samples, in the order of training."""
     with torch.device("meta"):  # weights without memory
         backbone = build_backbone(cfg)
     records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    paste = cfg.INPUT.COPY_PASTE
+    copy_paste = build_copy_paste(paste.ENABLED, paste.PROB, cfg.MODEL.PIXEL_MEAN)
+    samples = KeyedSamples(records, NamingMapper(cfg, True), cfg.SEED, copy_paste)
+    steps, workers = range(cfg.SOLVER.MAX_ITER), cfg.DATALOADER.NUM_WORKERS
     mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
-    for batch in build_train_loader(cfg, records, first=0, rank=0, world_size=1):
-        refuse_unreadable(batch)
-        # As the model does it: the mean is subtracted, so that 0 is what is padded.
-        images = [sample["image"] - mean for sample in batch]
+    for batch in build_train_loader(
+        samples, cfg.SOLVER.IMS_PER_BATCH, steps, parts=cfg.SOLVER.ACCUMULATE, workers=workers
+    ):
+        # As the model does it: the mean is subtracted, so that padding with 0 is padding with the mean.
+        images = [sample["image"] - mean for sample in refuse_unreadable(batch)]
         padded = ImageList.from_tensors(images, backbone.size_divisibility, 0.0, backbone.padding_constraints)
         for image, sample in zip((padded.tensor + mean).round().byte(), batch, strict=True):
             pixels = image.permute(1, 2, 0).numpy()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.structures import BitMasks, Instances
 from torch import Tensor
 from torch.nn import functional as F
 
 from crossmae.data.training_images import Unreadable
-from crossmae.errors import UserError
 from det.data.masks import any_along, tight_boxes
 
 Sample = dict[str, Any]
@@ -48,30 +46,10 @@ class CopyPaste:
         return paste_objects(sample, other, torch.from_numpy(chosen), self.fill)
 
 
-def build_copy_paste(cfg: CfgNode) -> CopyPaste | None:
-    """What `INPUT.COPY_PASTE` asks for; None where it is off."""
-    if not cfg.INPUT.COPY_PASTE.ENABLED:
-        return None
-    # Images grow by what the model pads with: zero, once the mean is subtracted.
-    return CopyPaste(cfg.INPUT.COPY_PASTE.PROB, tuple(round(mean) for mean in cfg.MODEL.PIXEL_MEAN))
-
-
-def check_copy_paste(cfg: CfgNode) -> None:
-    """Check what `INPUT.COPY_PASTE.ENABLED` needs.
-
-    Raises:
-        UserError: large-scale jitter or masks are off; keypoints or given proposals are on, which it does not change.
-    """
-    if not cfg.INPUT.COPY_PASTE.ENABLED:
-        return
-    for key, value, needed in (
-        ("INPUT.LSJ.ENABLED", cfg.INPUT.LSJ.ENABLED, True),
-        ("MODEL.MASK_ON", cfg.MODEL.MASK_ON, True),
-        ("MODEL.KEYPOINT_ON", cfg.MODEL.KEYPOINT_ON, False),
-        ("MODEL.LOAD_PROPOSALS", cfg.MODEL.LOAD_PROPOSALS, False),
-    ):
-        if value != needed:
-            raise UserError(f"INPUT.COPY_PASTE.ENABLED needs {key} {needed}, got {value}")
+def build_copy_paste(enabled: bool, prob: float, pixel_mean: Sequence[float]) -> CopyPaste | None:
+    """Build copy-paste, whose images grow by the mean pixel; None if it is off."""
+    # The model pads with zeros once the mean is subtracted.
+    return CopyPaste(prob, tuple(round(mean) for mean in pixel_mean)) if enabled else None
 
 
 def paste_objects(sample: Sample, other: Sample, chosen: Tensor, fill: tuple[int, ...]) -> Sample:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from crossmae.checkpoints.reading.torch_file import read_torch_file
 from crossmae.checkpoints.weights import check_finite, describe_non_finite
 from crossmae.errors import UserError
 from crossmae.files import write_atomically, write_text
-from det.evaluation.run_files import CHECKPOINT, LAST
+from det.evaluation.run_files import CHECKPOINT, LAST, RECORD
+
+log = logging.getLogger(__name__)
 
 # With a moving average, `model` is the average, and here are the weights that training goes on from.
 TRAINED = "trained_model"
@@ -64,6 +67,19 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 )
         write_atomically(Path(self.save_dir, file_name), lambda path: torch.save(content, path))
 
+    def resume(self, path: Path, max_iter: int) -> int:
+        """Load a checkpoint and return the first step that is left of `max_iter`.
+
+        Raises:
+            UserError: see `load`; or no step is left.
+        """
+        self.load(str(path))
+        first: int = self.checkpointables["trainer"].iter + 1  # the checkpoint holds the step that had just ended
+        if first > max_iter:
+            raise UserError(f"--resume: {first} steps are done already, this run has {max_iter}")
+        log.info("resuming after iteration %d from %s", first, path)
+        return first
+
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load a checkpoint of ours.
 
@@ -112,6 +128,24 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 f"{self.get_checkpoint_file()} is of another model than the config: {len(wrong)} tensors are missing, "
                 f"left over or of another shape, like {wrong[0]}; resume with the config it was trained with"
             )
+
+
+def find_checkpoint(folder: Path, resume: bool) -> Path | None:
+    """Find the checkpoint to resume; None for a run that starts.
+
+    Raises:
+        UserError: the run would be laid over another; or see `last_checkpoint`.
+    """
+    if not resume:
+        if (folder / LAST).exists() or (folder / RECORD).is_file():
+            raise UserError(
+                f"OUTPUT_DIR: {folder} already holds a run; pass --resume to continue, or name another folder"
+            )
+        return None
+    found = last_checkpoint(folder)
+    if found is None:
+        log.info("--resume: no checkpoint in %s yet, starting from MODEL.WEIGHTS", folder)
+    return found
 
 
 def last_checkpoint(folder: Path) -> Path | None:

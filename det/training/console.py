@@ -1,13 +1,20 @@
-"""What the command lines of detection show while they work."""
+"""Messages of detection: on the console, in `log.txt`, and before there is a folder for it."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
+from pathlib import Path
 
 from detectron2.utils import comm
 from tqdm import tqdm
+
+from crossmae.files import ODD_BYTES
+from det.evaluation.run_files import LOG
 
 # What libraries warn of that neither their caller nor the user can change.
 LIBRARY_WARNINGS = ("The given NumPy array is not writable", "torch.meshgrid: in an upcoming release", "Glyph ")
@@ -37,3 +44,33 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line without tearing the bar."""
         tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def early_log() -> Iterator[MemoryHandler]:
+    """Collect what is logged before a run has a folder."""
+    handler = MemoryHandler(10_000)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield handler
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+@contextmanager
+def log_file(folder: Path, early: MemoryHandler | None = None) -> Iterator[None]:
+    """Write everything that is logged to `log.txt`, after what `early` has collected."""
+    if not comm.is_main_process():
+        yield
+        return
+    handler = logging.FileHandler(folder / LOG, encoding="utf-8", errors=ODD_BYTES)
+    handler.setFormatter(logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    if early is not None:
+        early.setTarget(handler)
+        early.flush()
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from crossmae.checkpoints.weights import describe_non_finite
 from crossmae.training.optimizer import MAX_SKIPPED, scaled_step
+from det.data.loader import refuse_unreadable
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +61,13 @@ class StepTrainer(SimpleTrainer):
 
         Raises:
             FloatingPointError: a loss or a gradient is not finite; the weights are those before the step.
+            UserError: an image cannot be used; names it.
         """
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+            get_event_storage().put_scalar("peak_memory_bytes", peak, smoothing_hint=False)
         start = time.perf_counter()
-        batch = next(self._data_loader_iter)
+        batch = refuse_unreadable(next(self._data_loader_iter))
         data_time = time.perf_counter() - start
         self.optimizer.zero_grad()
         losses: dict[str, Tensor] = {}
@@ -108,17 +114,20 @@ class StepTrainer(SimpleTrainer):
         return contextlib.nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer and, in float16, the scale of its gradients."""
+        """Return the step, the hooks and, as `_trainer`, the optimizer and the scale of float16's gradients."""
         state: dict[str, Any] = super().state_dict()
-        return state | ({"grad_scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {})
+        inner = {"iteration": state["iteration"], "optimizer": state.pop("optimizer")}
+        scale = {"grad_scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
+        return state | {"_trainer": inner | scale}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What `state_dict` returned."""
-        super().load_state_dict(state_dict)
-        if self.scaler.is_enabled() and "grad_scaler" in state_dict:
-            self.scaler.load_state_dict(state_dict["grad_scaler"])
+        """Load the result of `state_dict`."""
+        inner = state_dict["_trainer"]
+        super().load_state_dict(state_dict | {"optimizer": inner["optimizer"]})
+        if self.scaler.is_enabled() and "grad_scaler" in inner:
+            self.scaler.load_state_dict(inner["grad_scaler"])
         elif self.scaler.is_enabled():
-            log.info("the checkpoint is of a run without float16: the scale of gradients starts anew")
+            log.info("the checkpoint is of a run without float16: the scale of gradients starts again")
 
 
 def split(batch: Sequence[Any], parts: int) -> Iterator[list[Any]]:
