@@ -1,6 +1,6 @@
-"""The keys that this package adds to a detectron2 config, and how a config is read: safe YAML, then overrides.
+"""The keys that this package adds to a detectron2 config, and the reader of configs: safe YAML, then overrides.
 
-detectron2's own reader evaluates Python tags and opens URLs; this one does neither, and its errors name file and key.
+detectron2's own reader evaluates Python tags and opens URLs. This one does neither, and its errors name file and key.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -27,7 +28,7 @@ BASE_KEY = "_BASE_"
 _KEY = re.compile(r"[A-Z_][A-Z0-9_]*(\.[A-Z0-9_]+)*")
 
 
-# In steps, and what says the same in epochs or shares of the run: the later of file and command line counts.
+# Keys in steps, and the same in epochs or shares of the run: the later of file and command line counts.
 BY_EPOCHS = {
     "SOLVER.MAX_ITER": "SOLVER.EPOCHS",
     "SOLVER.STEPS": "SOLVER.DECAY_AT",
@@ -44,11 +45,11 @@ def _rising(values: tuple[float, ...]) -> tuple[float, ...]:
 AtLeast0 = Annotated[int, Field(ge=0, description="at least 0")]
 AtLeast1 = Annotated[int, Field(ge=1, description="at least 1")]
 NotNegative = Annotated[float, Field(ge=0, description="at least 0")]
-Positive = Annotated[float, Field(gt=0, description="greater than 0")]
+MoreThan0 = Annotated[float, Field(gt=0, description="greater than 0")]
 Rate = Annotated[float, Field(ge=0, lt=1, description="at least 0 and less than 1")]
 Steps = Annotated[tuple[int, ...], AfterValidator(_rising), Field(description="rising")]
-Share = Annotated[float, Field(gt=0, lt=1, strict=True)]
-Shares = Annotated[tuple[Share, ...], AfterValidator(_rising), Field(description="rising shares of 1")]
+_Share = Annotated[float, Field(gt=0, lt=1, strict=True)]
+Shares = Annotated[tuple[_Share, ...], AfterValidator(_rising), Field(description="rising shares of 1")]
 Three = Annotated[list[float], Field(min_length=3, max_length=3, description="three numbers")]
 
 
@@ -58,16 +59,14 @@ class ConfigKeys(BaseModel):
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
 
-class VitKeys(ConfigKeys):
-    """`MODEL.VIT`: the encoder and its simple feature pyramid."""
-
+class _Vit(ConfigKeys):  # the encoder and its simple feature pyramid
     IMG_SIZE: int = 1024  # pixels; sizes the relative positions of global blocks
     PRETRAIN_IMG_SIZE: int = 224  # pixels; sizes the position table, so it must be that of pretraining
     PATCH_SIZE: AtLeast1 = 16
     EMBED_DIM: AtLeast1 = 768
     DEPTH: AtLeast1 = 12
     NUM_HEADS: AtLeast1 = 12
-    MLP_RATIO: Positive = 4.0
+    MLP_RATIO: MoreThan0 = 4.0
     DROP_PATH: Rate = 0.1  # of the last block; grows linearly from 0 in the first
     WINDOW_SIZE: AtLeast0 = 14  # patches; 0: every block is global
     GLOBAL_BLOCKS: list[int] = [2, 5, 8, 11]
@@ -95,15 +94,15 @@ class _Model(ConfigKeys):
     KEYPOINT_ON: bool
     LOAD_PROPOSALS: Literal[False] = Field(description="False: proposals come from the detector itself")
     PIXEL_MEAN: Three
-    PIXEL_STD: list[Positive] = Field(min_length=3, max_length=3, description="three numbers greater than 0")
+    PIXEL_STD: list[MoreThan0] = Field(min_length=3, max_length=3, description="three numbers greater than 0")
     ROI_HEADS: _RoiHeads
-    VIT: VitKeys
+    VIT: _Vit
 
 
 class _Jitter(ConfigKeys):  # scale into a square of SIZE times a random factor, then crop to SIZE
     ENABLED: bool = False
     SIZE: AtLeast1 = 1024
-    MIN_SCALE: Positive = 0.1
+    MIN_SCALE: MoreThan0 = 0.1
     MAX_SCALE: float = 2.0
 
 
@@ -160,7 +159,7 @@ class _MixedPrecision(ConfigKeys):
 class SolverKeys(ConfigKeys):
     """`SOLVER`: AdamW, the schedule, and checkpoints."""
 
-    BASE_LR: Positive
+    BASE_LR: MoreThan0
     BASE_LR_END: float
     BETAS: tuple[Rate, Rate] = Field((0.9, 0.999), description="two numbers from 0 to below 1")
     WEIGHT_DECAY: NotNegative
@@ -271,32 +270,36 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
 
 
 def choose_device(cfg: CfgNode, asked: bool) -> None:
-    """Train on the CPU where there is no GPU, and say so; an error if the command line `asked` for the GPU.
+    """Train on the CPU where there is no GPU.
+
+    Args:
+        cfg: `MODEL.DEVICE` and `SOLVER.AMP.ENABLED` are changed in place.
+        asked: the user asked for this device, so that no other will do.
 
     Raises:
-        UserError: also for a GPU of a higher number than there are.
+        UserError: a GPU was asked for that does not exist.
     """
-    count = torch.cuda.device_count()
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+    device, count = cfg.MODEL.DEVICE, torch.cuda.device_count()
+    if device.startswith("cuda") and not torch.cuda.is_available():
         if asked:
-            raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but torch finds no GPU; use MODEL.DEVICE cpu")
+            raise UserError(f"MODEL.DEVICE is {device}, but torch finds no GPU; use MODEL.DEVICE cpu")
         log.info("no GPU found: MODEL.DEVICE is cpu")
-        cfg.MODEL.DEVICE = "cpu"
-    elif cfg.MODEL.DEVICE == "cpu" and torch.cuda.is_available() and not asked:
+        device = cfg.MODEL.DEVICE = "cpu"
+    elif device == "cpu" and torch.cuda.is_available() and not asked:
         log.info("MODEL.DEVICE is cpu, as the config says, though there is a GPU: MODEL.DEVICE=cuda takes it")
-    _, _, index = cfg.MODEL.DEVICE.partition(":")
+    _, _, index = device.partition(":")
     if index and int(index) >= count:
-        raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but the GPUs that torch finds end at cuda:{count - 1}")
-    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
+        raise UserError(f"MODEL.DEVICE is {device}, but the GPUs that torch finds end at cuda:{count - 1}")
+    if device == "cpu" and cfg.SOLVER.AMP.ENABLED:
         log.info("SOLVER.AMP.ENABLED is False: mixed precision is for GPUs")
         cfg.SOLVER.AMP.ENABLED = False
 
 
 def split_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
-    """`["A.B", "1", "C=2"]` to `[("A.B", "1"), ("C", "2")]`.
+    """Split `["A.B", "1", "C=2"]` into `[("A.B", "1"), ("C", "2")]`.
 
     Raises:
-        UserError: a word where a key is expected is none, or the last key has no value.
+        UserError: a word is no key where a key is expected, or the last key has no value.
     """
     pairs, queue = [], iter(words)
     for word in queue:
@@ -304,16 +307,16 @@ def split_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
         if not _KEY.fullmatch(key):
             raise UserError(f"command line: expected KEY VALUE or KEY=VALUE, got {word!r}")
         if not separator:
-            found = next(queue, None)
-            if found is None:
+            following = next(queue, None)
+            if following is None:
                 raise UserError(f"command line: {key} has no value")
-            value = found
+            value = following
         pairs.append((key, value))
     return pairs
 
 
 def _read_with_base(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML file laid over the file that its `_BASE_` names, relative to its own folder."""
+    """Read a YAML file, laid over the file next to it that its `_BASE_` names."""
     if path.resolve() in seen:
         raise UserError(f"{path}: {BASE_KEY} leads back to the file itself")
     tree = read_yaml(path)
@@ -324,16 +327,11 @@ def _read_with_base(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: {BASE_KEY} must name one existing file, got {base!r}")
     below = _read_with_base(path.parent / base, (*seen, path.resolve()))
     for by_steps, by_epochs in BY_EPOCHS.items():
-        section, key = by_steps.split(".")
-        if key in _section(tree, section) and by_epochs.split(".")[1] not in _section(tree, section):
-            _section(below, section).pop(by_epochs.split(".")[1], None)
+        (section, steps), (_, epochs) = by_steps.split("."), by_epochs.split(".")
+        above, under = tree.get(section), below.get(section)
+        if isinstance(above, dict) and isinstance(under, dict) and steps in above and epochs not in above:
+            under.pop(epochs, None)
     return _overlay(below, tree)
-
-
-def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
-    """A section of a file; empty where the file has none, or something else in its place."""
-    found = tree.get(name)
-    return found if isinstance(found, dict) else {}
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -354,7 +352,7 @@ def _merge_tree(cfg: CfgNode, tree: dict[str, Any], prefix: str, root: CfgNode, 
 
 
 def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
-    """Set one dotted key to a value of the type that it has now."""
+    """Set one dotted key, keeping its type."""
     *sections, last = str(key).split(".")
     node: Any = cfg
     for section in sections:
@@ -373,7 +371,7 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
 
 
 def lookup(cfg: CfgNode, key: str) -> Any:
-    """The value of a dotted key."""
+    """Look up a dotted key."""
     value: Any = cfg
     for part in key.split("."):
         value = value[part]
@@ -381,7 +379,7 @@ def lookup(cfg: CfgNode, key: str) -> Any:
 
 
 def leaf_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
-    """Every dotted key that is no section."""
+    """List the dotted keys that are no sections."""
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
             yield from leaf_keys(value, f"{prefix}{key}.")
@@ -390,7 +388,7 @@ def leaf_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
 
 
 def _coerce(value: Any, default: Any) -> Any:
-    """`value`, decoded if it is text, as the type of `default`; TypeError where it is of another kind."""
+    """Convert a value to the type of `default`; TypeError where it is of another kind."""
     if isinstance(value, str) and not isinstance(default, str):
         value = _literal(value)
     if default is None or type(value) is type(default):
@@ -411,39 +409,41 @@ def _literal(text: str) -> Any:
         return text
 
 
-def check_config(cfg: CfgNode) -> DetectorKeys:
+def check_config(cfg: CfgNode) -> None:
     """Check values beyond their type, and pairs that contradict each other.
 
     Raises:
         UserError: names the key, its value and what it must be.
     """
     keys = read_keys(cfg)
-    vit, images = keys.MODEL.VIT, keys.INPUT
+    vit, images, lsj = keys.MODEL.VIT, keys.INPUT, keys.INPUT.LSJ
     outside = [index for index in vit.GLOBAL_BLOCKS if index not in range(vit.DEPTH)]
     if outside:
         raise UserError(
             f"MODEL.VIT.GLOBAL_BLOCKS has {outside}, but MODEL.VIT.DEPTH {vit.DEPTH} ends at {vit.DEPTH - 1}"
         )
-    lsj = images.LSJ
     if lsj.MIN_SCALE > lsj.MAX_SCALE:
         raise UserError(f"INPUT.LSJ.MIN_SCALE {lsj.MIN_SCALE} is greater than INPUT.LSJ.MAX_SCALE {lsj.MAX_SCALE}")
     if lsj.ENABLED and images.CROP.ENABLED:
         raise UserError("INPUT.LSJ.ENABLED and INPUT.CROP.ENABLED exclude each other: large-scale jitter crops already")
-    if images.COPY_PASTE.ENABLED:
-        for key, needed in (("INPUT.LSJ.ENABLED", True), ("MODEL.MASK_ON", True), ("MODEL.KEYPOINT_ON", False)):
-            if lookup(cfg, key) != needed:
-                raise UserError(f"INPUT.COPY_PASTE.ENABLED needs {key} {needed}, got {lookup(cfg, key)}")
-    if lsj.ENABLED:
-        if vit.SQUARE_PAD > lsj.SIZE:
-            words = "MODEL.VIT.SQUARE_PAD %d is more than INPUT.LSJ.SIZE %d: a part is empty"
-            log.info(words, vit.SQUARE_PAD, lsj.SIZE)
-        _check_square_pad("SQUARE_PAD", vit.SQUARE_PAD, vit.PATCH_SIZE, "INPUT.LSJ.SIZE", lsj.SIZE)
-    else:
-        train = "INPUT.MAX_SIZE_TRAIN", images.MAX_SIZE_TRAIN, images.MIN_SIZE_TRAIN
-        _check_square_pad("SQUARE_PAD", vit.SQUARE_PAD, vit.PATCH_SIZE, *train)
-    test = "INPUT.MAX_SIZE_TEST", images.MAX_SIZE_TEST, images.MIN_SIZE_TEST
-    _check_square_pad("SQUARE_PAD_TEST", vit.SQUARE_PAD_TEST, vit.PATCH_SIZE, *test)
-    return keys
+    for key, needed in (("INPUT.LSJ.ENABLED", True), ("MODEL.MASK_ON", True), ("MODEL.KEYPOINT_ON", False)):
+        if images.COPY_PASTE.ENABLED and lookup(cfg, key) != needed:
+            raise UserError(f"INPUT.COPY_PASTE.ENABLED needs {key} {needed}, got {lookup(cfg, key)}")
+    if lsj.ENABLED and vit.SQUARE_PAD > lsj.SIZE:
+        words = "MODEL.VIT.SQUARE_PAD %d is more than INPUT.LSJ.SIZE %d: a part is empty"
+        log.info(words, vit.SQUARE_PAD, lsj.SIZE)
+    for name, key in (
+        ("SQUARE_PAD", "INPUT.LSJ.SIZE" if lsj.ENABLED else "INPUT.MAX_SIZE_TRAIN"),
+        ("SQUARE_PAD_TEST", "INPUT.MAX_SIZE_TEST"),
+    ):
+        pad, least = getattr(vit, name), key.replace("MAX_SIZE", "MIN_SIZE")
+        if pad % vit.PATCH_SIZE:
+            raise UserError(f"MODEL.VIT.{name} {pad} is no multiple of MODEL.VIT.PATCH_SIZE {vit.PATCH_SIZE}")
+        # Images must fit the square: detectron2 would crop them without a word.
+        if pad and 0 in np.atleast_1d(lookup(cfg, least)):
+            raise UserError(f"MODEL.VIT.{name} {pad} needs images that fit, but {least} 0 resizes none")
+        if pad and pad < lookup(cfg, key):
+            raise UserError(f"MODEL.VIT.{name} {pad} is smaller than {key} {lookup(cfg, key)}: images would be cropped")
 
 
 def read_keys(cfg: CfgNode) -> DetectorKeys:
@@ -465,14 +465,3 @@ def read_keys(cfg: CfgNode) -> DetectorKeys:
         expected = field.description or " or ".join(", ".join(get_args(field.annotation)).rsplit(", ", 1))
         expected = expected or f"of type {field.annotation}"
         raise UserError(f"{path} must be {expected}, got {lookup(cfg, path)!r}") from None
-
-
-def _check_square_pad(name: str, pad: int, patch: int, key: str, largest: int, least: int | Sequence[int] = ()) -> None:
-    """Images must fit the square: detectron2 would crop them without a word."""
-    if pad % patch:
-        raise UserError(f"MODEL.VIT.{name} {pad} is no multiple of MODEL.VIT.PATCH_SIZE {patch}")
-    if pad and 0 in ((least,) if isinstance(least, int) else least):
-        key = key.replace("MAX_SIZE", "MIN_SIZE")
-        raise UserError(f"MODEL.VIT.{name} {pad} needs images that fit, but {key} 0 resizes none")
-    if pad and pad < largest:
-        raise UserError(f"MODEL.VIT.{name} {pad} is smaller than {key} {largest}: images would be cropped")

@@ -1,4 +1,4 @@
-"""Look at what a detector is trained on: images as the model gets them, with boxes, masks and classes, on one sheet.
+"""Draw the training images of a detector as the model gets them, with boxes, masks and classes, on one sheet.
 
     python tools/visualize_data.py --config-file coco_mask_rcnn.yaml --train-json TRAIN.json --train-images IMAGES
     python tools/visualize_data.py --config-file coco_mask_rcnn.yaml --num-images 36 INPUT.COPY_PASTE.ENABLED=True
@@ -41,12 +41,12 @@ JPEG_QUALITY = 92
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="NAME", help="a YAML file, or its name under configs/")
     parser.add_argument("--train-json", metavar="FILE", help="train annotations in COCO format")
     parser.add_argument("--train-images", metavar="DIR", help="folder of the images that --train-json names")
-    parser.add_argument("--num-images", type=int, default=16, metavar="N", help="how many (%(default)s)")
+    parser.add_argument("--num-images", type=int, default=16, metavar="N", help="number of images (%(default)s)")
     parser.add_argument(
         "--output",
         type=Path,
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Raise a `UserError` for a picture that can not be written, before anything is loaded."""
+    """Raise a `UserError` for a picture that cannot be written."""
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"--output {path}: expected a name that ends in {', '.join(FORMATS)}")
     if path.is_dir():
@@ -102,9 +102,8 @@ def training_samples(cfg: CfgNode) -> Iterator[tuple[NDArray[np.uint8], dict[str
     samples = KeyedSamples(records, NamingMapper(cfg, True), cfg.SEED, copy_paste)
     steps, workers = range(cfg.SOLVER.MAX_ITER), cfg.DATALOADER.NUM_WORKERS
     mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
-    for batch in build_train_loader(
-        samples, cfg.SOLVER.IMS_PER_BATCH, steps, parts=cfg.SOLVER.ACCUMULATE, workers=workers
-    ):
+    loader = build_train_loader(samples, cfg.SOLVER.IMS_PER_BATCH, steps, parts=cfg.SOLVER.ACCUMULATE, workers=workers)
+    for batch in loader:
         # As the model does it: the mean is subtracted, so that padding with 0 is padding with the mean.
         images = [sample["image"] - mean for sample in refuse_unreadable(batch)]
         padded = ImageList.from_tensors(images, backbone.size_divisibility, 0.0, backbone.padding_constraints)
@@ -114,7 +113,7 @@ def training_samples(cfg: CfgNode) -> Iterator[tuple[NDArray[np.uint8], dict[str
 
 
 def draw_sample(pixels: NDArray[np.uint8], sample: dict[str, Any], names: Sequence[str]) -> NDArray[np.uint8]:
-    """The padded image (H, W, 3) with the objects of its sample, whose masks end with the image."""
+    """Draw the objects of a sample on its padded image (H, W, 3)."""
     padding = [(0, padded - side) for padded, side in zip(pixels.shape, sample["image"].shape[1:], strict=False)]
     instances = [
         instance if instance.mask is None else replace(instance, mask=np.pad(instance.mask, padding))
@@ -124,7 +123,7 @@ def draw_sample(pixels: NDArray[np.uint8], sample: dict[str, Any], names: Sequen
 
 
 def caption(sample: dict[str, Any], pixels: NDArray[np.uint8]) -> str:
-    """Name of the file, how many objects are left, and the three sizes."""
+    """Write the file's name, the number of objects, and the three sizes."""
     sizes = [(sample["width"], sample["height"]), sample["image"].shape[:0:-1], pixels.shape[1::-1]]
     given, augmented, padded = (f"{width} x {height}" for width, height in sizes)
     counted = f"{printable(Path(sample['file_name']).name)}, objects: {len(sample['instances'])}"

@@ -15,27 +15,29 @@ from torch.nn import functional as F
 from crossmae.data.training_images import Unreadable
 from det.data.masks import any_along, tight_boxes
 
-Sample = dict[str, Any]
+DetectionSample = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class CopyPaste:
-    """Pastes a random subset of the objects of another sample, all subsets being equally likely.
+    """Pasting of a random subset of the objects of another sample, all subsets being equally likely.
 
     Attributes:
-        prob: how often anything is pasted; the paper always does, so 1.
+        prob: probability of pasting at all; the paper's is 1.
         fill: value of each channel where the image has to grow, see `paste_objects`.
     """
 
     prob: float
     fill: tuple[int, ...]
 
-    def __call__(self, sample: Sample, draw_other: Callable[[], Sample | Unreadable]) -> Sample | Unreadable:
-        """`sample` with or without pasted objects; draws from numpy's global generator.
+    def __call__(
+        self, sample: DetectionSample, draw_other: Callable[[], DetectionSample | Unreadable]
+    ) -> DetectionSample | Unreadable:
+        """Return `sample` with or without pasted objects.
 
         Args:
-            sample: as `det.data.loader.NamingMapper` makes it, with bitmasks.
-            draw_other: another sample, augmented independently; what is `Unreadable` is handed on.
+            sample: from `det.data.loader.NamingMapper`, with bitmasks. Random numbers are numpy's global ones.
+            draw_other: makes another sample, augmented independently; an `Unreadable` is returned as it is.
         """
         if np.random.uniform() >= self.prob:
             return sample
@@ -52,21 +54,23 @@ def build_copy_paste(enabled: bool, prob: float, pixel_mean: Sequence[float]) ->
     return CopyPaste(prob, tuple(round(mean) for mean in pixel_mean)) if enabled else None
 
 
-def paste_objects(sample: Sample, other: Sample, chosen: Tensor, fill: tuple[int, ...]) -> Sample:
-    """Compose two images, aligned at their top left corners (arXiv 2012.07177, section 3, without blending).
+def paste_objects(
+    sample: DetectionSample, other: DetectionSample, chosen: Tensor, fill: tuple[int, ...]
+) -> DetectionSample:
+    """Compose two images, aligned at their top left corners, without blending.
 
-    The paper pads both images to one square first. Here `sample` keeps its size unless a pasted object reaches over its
-    right or lower edge; then it grows, filled with `fill`, just as far as that object reaches.
+    The paper (arXiv 2012.07177, section 3) pads both images to one square first. Here `sample` grows only as far as a
+    pasted object reaches over its right or lower edge, and the new pixels are `fill`.
 
     Args:
         sample: pasted onto; `image` (C, H, W) and `instances` with `gt_masks` as bitmasks. Not changed.
-        other: where objects come from, of any size.
-        chosen: (N,) bool, which of the instances of `other` are pasted.
+        other: source of the objects, of any size.
+        chosen: (N,) bool, the instances of `other` to paste.
         fill: C values.
 
     Returns:
-        `sample` with the new `image` and `instances`: first those of `sample`, whose masks lose the pixels that are
-        covered now, without those that lose all; then the pasted ones. Boxes are those of the masks.
+        `sample` with a new `image` and new `instances`: first those of `sample`, less the pixels that are covered now
+        and the objects that are covered whole, then the pasted ones. Boxes are those of the masks.
     """
     objects = other["instances"][chosen]
     if not len(objects):
@@ -86,6 +90,6 @@ def paste_objects(sample: Sample, other: Sample, chosen: Tensor, fill: tuple[int
 
 
 def _fit(layer: Tensor, size: tuple[int, ...], fill: int = 0) -> Tensor:
-    """(..., h, w) cut or filled at its right and lower edge to (..., H, W)."""
+    """Cut or fill (..., h, w) at its right and lower edge to (..., H, W)."""
     height, width = size
     return F.pad(layer, (0, width - layer.shape[-1], 0, height - layer.shape[-2]), value=fill)

@@ -1,4 +1,4 @@
-"""Batches for a detector: augmentation, mapping, and a repeatable order."""
+"""Batches of a detector: augmentation, mapping, and a repeatable order."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ class ResizeShortestEdge(_AtLeastOnePixel, T.ResizeShortestEdge):
 
 
 def read_pixels(path: str | Path) -> NDArray[np.uint8]:
-    """An image file as (H, W, 3) uint8 RGB, upright, by the rules of pretraining (`crossmae.data.images`).
+    """Read an image file as (H, W, 3) uint8 RGB, upright, as pretraining does.
 
     Raises:
-        UserError: it can not be read; names the file.
+        UserError: it cannot be read; names the file.
     """
     return np.asarray(read_image(path))
 
@@ -65,15 +65,15 @@ def read_pixels(path: str | Path) -> NDArray[np.uint8]:
 def augment(
     pixels: NDArray[np.uint8], augmentations: T.AugmentationList, image_format: str
 ) -> tuple[Tensor, T.TransformList]:
-    """What the model takes of an image, and what was done to it.
+    """Augment an image and arrange its channels for the model.
 
     Args:
         pixels: (H, W, 3) uint8 RGB.
         augmentations: random numbers are drawn from numpy's global generator.
-        image_format: order of the channels that the model takes, RGB or BGR.
+        image_format: order of the model's channels, RGB or BGR.
 
     Returns:
-        (3, h, w) uint8, and the transforms that give it.
+        (3, h, w) uint8, and the transforms that were applied.
     """
     seen = T.AugInput(pixels if image_format == "RGB" else np.ascontiguousarray(pixels[:, :, ::-1]))
     transforms = augmentations(seen)
@@ -111,16 +111,16 @@ def large_scale_jitter(size: int, min_scale: float, max_scale: float) -> list[T.
 
 
 class NamingMapper(DatasetMapper):
-    """detectron2's mapper, whose failures become `Unreadable`, naming the image, so that they cross process borders.
+    """detectron2's mapper, whose failures become an `Unreadable` with the image's name, which crosses processes.
 
-    Three things differ. Files are read as in pretraining, see `read_pixels`; masks come in any form, see `moved_masks`;
-    and an image may have no objects. As in detectron2, crowd regions (`iscrowd`) are no targets; nor are they spared as
-    background, while evaluation ignores what is found there.
+    Three things differ: files are read as in pretraining (`read_pixels`), masks come in any form (`moved_masks`), and
+    an image may have no objects. As in detectron2, crowd regions (`iscrowd`) are background in training, while
+    evaluation ignores detections there.
     """
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """detectron2's own reading of the config, but for large-scale jitter and copy-paste, which cuts bitmasks."""
+        """Read the config as detectron2 does, then add large-scale jitter and copy-paste."""
         arguments, keys = super().from_config(cfg, is_train), InputKeys.model_validate(cfg.INPUT)
         test = build_test_augmentations(keys.MIN_SIZE_TEST, keys.MAX_SIZE_TEST)
         arguments["augmentations"] = build_augmentations(keys) if is_train else test
@@ -132,14 +132,14 @@ class NamingMapper(DatasetMapper):
         return arguments
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | Unreadable:
-        """One image with its annotations, as models of detectron2 take it."""
+        """Return one image with its annotations, as models of detectron2 take them."""
         try:
             return self._sample(copy.deepcopy(dataset_dict))
         except UserError as error:
             return Unreadable(str(error))
-        except Exception as error:  # whatever is wrong with an image, the user has to hear which one
+        except Exception as error:  # whatever is wrong, the user must learn which image it is
             reason = " ".join(str(error).split()) or type(error).__name__
-            return Unreadable(f"{printable(dataset_dict['file_name'])}: can not be used: {reason}")
+            return Unreadable(f"{printable(dataset_dict['file_name'])}: cannot be used: {reason}")
 
     def _sample(self, sample: dict[str, Any]) -> dict[str, Any]:
         pixels = read_pixels(sample["file_name"])
@@ -154,7 +154,7 @@ class NamingMapper(DatasetMapper):
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: T.TransformList, image_shape: tuple[int, int]
     ) -> None:
-        """Put `instances` in the place of `annotations`."""
+        """Replace `annotations` by `instances`."""
         kept = [entry for entry in dataset_dict.pop("annotations") if not entry.get("iscrowd", 0)]
         masks = [entry.pop("segmentation", None) for entry in kept]
         for entry in kept:
@@ -177,7 +177,7 @@ class NamingMapper(DatasetMapper):
 
 
 def refuse_unreadable(batch: list[Any]) -> list[Any]:
-    """Return a batch; a `UserError` names the first sample that `NamingMapper` could not make."""
+    """Return a batch, or raise a `UserError` with its first `Unreadable`'s message."""
     for sample in batch:
         if isinstance(sample, Unreadable):
             raise UserError(sample.message)
@@ -185,13 +185,13 @@ def refuse_unreadable(batch: list[Any]) -> list[Any]:
 
 
 class KeyedSamples(Dataset[Any]):
-    """Training samples whose augmentation depends on seed, epoch and index alone, whichever process makes them.
+    """Training samples whose augmentation depends on seed, epoch and index only.
 
     Args:
         records: images in detectron2's format.
         mapper: from a record to a sample.
         seed: of the augmentation.
-        copy_paste: pastes objects of other samples, see `det.data.copy_paste`; None: none are.
+        copy_paste: pastes objects of other samples; None: off.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class KeyedSamples(Dataset[Any]):
         return len(self.records)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | Unreadable:
-        """Sample `index` as it looks in `epoch`; key = (epoch, index)."""
+        """Return a sample by (epoch, index)."""
         epoch, index = key
         with keyed_numpy_randomness(self.seed, epoch, index):
             sample = self.mapper(self.records[index])
@@ -217,7 +217,7 @@ class KeyedSamples(Dataset[Any]):
 
 @contextmanager
 def keyed_numpy_randomness(*key: int) -> Iterator[None]:
-    """Inside, numpy's global generator, which detectron2's augmentations draw from, is seeded by the key."""
+    """Seed numpy's global generator, which detectron2 draws from, by a key."""
     state = np.random.get_state()
     np.random.seed(np.random.SeedSequence(key).generate_state(4))
     try:
@@ -227,7 +227,7 @@ def keyed_numpy_randomness(*key: int) -> Iterator[None]:
 
 
 def build_test_loader(name: str, mapper: NamingMapper, workers: int) -> Loader:
-    """Build detectron2's loader of this process's share of a data set, one image per batch."""
+    """Build the loader of this process's share, one image per batch."""
     records = get_detection_dataset_dicts([name], filter_empty=False)
     built = build_detection_test_loader(records, mapper=mapper, num_workers=0)
     return Loader(built.dataset, usable_workers(workers), sampler=built.sampler, collate_fn=built.collate_fn)

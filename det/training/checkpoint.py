@@ -1,4 +1,4 @@
-"""Checkpoints of a detector's run: whole or not there, strict on reading; `model` is always what is evaluated."""
+"""Checkpoints of a detector's run: atomic writing, strict reading, and `model` holds the evaluated weights."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from det.evaluation.run_files import CHECKPOINT, LAST, RECORD
 
 log = logging.getLogger(__name__)
 
-# With a moving average, `model` is the average, and here are the weights that training goes on from.
+# With a moving average, `model` holds the average, and this key the weights that training continues from.
 TRAINED = "trained_model"
-MAX_NAME = 256  # characters that are read of `last_checkpoint`
+NAME_LIMIT = 256  # characters that are read of `last_checkpoint`
 _REPAIR = "Write the name of a checkpoint in this folder into it, such as model_0004999.pth or model_final.pth."
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
-    """detectron2's checkpoints, but a reader sees a whole file or none, and resuming is strict.
+    """detectron2's checkpoints, written atomically and read strictly.
 
     Args:
-        model: that is trained.
-        save_dir: folder.
-        average: the moving average of its weights, if one is kept.
-        checkpointables: what else has a state.
+        model: the trained detector.
+        save_dir: folder of the run.
+        average: moving average of the weights, if there is one.
+        checkpointables: other objects with a state.
     """
 
     def __init__(self, model: nn.Module, save_dir: str, average: nn.Module | None = None, **checkpointables: Any):
@@ -47,7 +47,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(f"{name}.pth")
 
     def weights(self) -> dict[str, Any]:
-        """The weights that are evaluated and, where they differ, those that are trained."""
+        """Return the evaluated weights and, where they differ, the trained weights."""
         trained = self.model.state_dict()
         if self.average is None:
             return {"model": trained}
@@ -81,7 +81,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return first
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Load a checkpoint of ours.
+        """Load a checkpoint of this package.
 
         Raises:
             UserError: not a checkpoint, of another model, or its weights are not finite.
@@ -97,11 +97,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         write_text(Path(self.save_dir, LAST), last_filename_basename)
 
     def get_checkpoint_file(self) -> str:
-        """Return the checkpoint that `last_checkpoint` names, or "" where there is no such file.
-
-        Raises:
-            UserError: the name is not that of a checkpoint of ours, or not of a file in the same folder.
-        """
+        """Return the path of `last_checkpoint`, or "" without that file."""
         return str(last_checkpoint(Path(self.save_dir)) or "")
 
     def _load_file(self, filename: str) -> Any:
@@ -126,7 +122,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         if wrong:
             raise UserError(
                 f"{self.get_checkpoint_file()} is of another model than the config: {len(wrong)} tensors are missing, "
-                f"left over or of another shape, like {wrong[0]}; resume with the config it was trained with"
+                f"left over or of another shape, like {wrong[0]}. Resume with the config it was trained with."
             )
 
 
@@ -149,7 +145,7 @@ def find_checkpoint(folder: Path, resume: bool) -> Path | None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Find the checkpoint that training continues from; None without `last_checkpoint`.
+    """Find the checkpoint that `last_checkpoint` names; None without that file.
 
     Raises:
         UserError: `last_checkpoint` holds anything but the name of a checkpoint in the same folder.
@@ -157,7 +153,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     record = folder / LAST
     try:
         with open(record, encoding="utf-8", errors="replace") as file:
-            text = file.read(MAX_NAME)
+            text = file.read(NAME_LIMIT)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -16,12 +16,12 @@ from tqdm import tqdm
 from crossmae.files import ODD_BYTES
 from det.evaluation.run_files import LOG
 
-# What libraries warn of that neither their caller nor the user can change.
+# Warnings of libraries that neither their caller nor the user can act on.
 LIBRARY_WARNINGS = ("The given NumPy array is not writable", "torch.meshgrid: in an upcoming release", "Glyph ")
 
 
 def set_up_console() -> None:
-    """Show log lines, less those that concern nobody; again in every process."""
+    """Show the log lines that concern the user; call in every process."""
     for text in LIBRARY_WARNINGS:
         warnings.filterwarnings("ignore", text, UserWarning)
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
@@ -31,11 +31,11 @@ def set_up_console() -> None:
 
 
 class ConsoleHandler(logging.Handler):
-    """Shows what concerns the user, above the progress bar: our own lines, and the warnings of everybody else."""
+    """Console output above the progress bar: lines of this project, and warnings of all libraries."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """detectron2 logs a traceback of every error that ends training; the error itself is shown by the tool."""
-        if record.name == "detectron2.engine.train_loop":
+        """Select the records to show."""
+        if record.name == "detectron2.engine.train_loop":  # a traceback of the error that the tool shows in one line
             return False
         if record.levelno < logging.WARNING and not comm.is_main_process():
             return False

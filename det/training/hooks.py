@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 LOGGED_CLASSES = 100  # LVIS would fill TensorBoard with a curve for each of its 1,203 classes
 STOP_PERIOD = 20  # steps between agreements of several processes on a stop
 
-Results = dict[str, dict[str, float]]
+_Results = dict[str, dict[str, float]]
 
 
-class Evaluation(hooks.EvalHook):
+class EvaluationHook(hooks.EvalHook):
     """detectron2's evaluation, which keeps the best weights and leaves out a run that failed in its last step.
 
     Args:
@@ -37,17 +37,17 @@ class Evaluation(hooks.EvalHook):
         checkpointer: of the run.
     """
 
-    def __init__(self, period: int, evaluate: Callable[[], Results], checkpointer: AtomicCheckpointer) -> None:
+    def __init__(self, period: int, evaluate: Callable[[], _Results], checkpointer: AtomicCheckpointer) -> None:
         super().__init__(period, self._run)
         self.evaluate, self.checkpointer = evaluate, checkpointer
-        self.results: Results = {}
+        self.results: _Results = {}
 
     def after_train(self) -> None:
         """Evaluate at the end, if the run has reached it."""
         if self.trainer.iter >= self.trainer.max_iter:
             super().after_train()
 
-    def _run(self) -> Results:
+    def _run(self) -> _Results:
         done = min(self.trainer.iter + 1, self.trainer.max_iter)  # after the last step, detectron2 counts one more
         self.results = self.evaluate()
         if comm.is_main_process():
@@ -67,7 +67,7 @@ def _without_many_classes(numbers: dict[str, float]) -> dict[str, float]:
     return numbers if len(classes) <= LOGGED_CLASSES else {key: numbers[key] for key in numbers if key not in classes}
 
 
-def keep_best(checkpointer: AtomicCheckpointer, results: Results, iteration: int) -> None:
+def keep_best(checkpointer: AtomicCheckpointer, results: _Results, iteration: int) -> None:
     """Write `model_best.pth` if the AP is the highest of the run so far.
 
     The AP is that of masks, or else of boxes. The record is read from `model_best.json`, so that it also counts after a

@@ -1,4 +1,4 @@
-"""The optimizer of a detector and the numbers of its schedule: layer decay, a learning rate rule, epochs."""
+"""The parameter groups of a detector and its schedule in steps: layer decay, learning rate rule, epochs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, ChannelFirstLayerNorm)
 _POSITIONS = ("pos_embed", "pos_embed_global", "rel_pos_h", "rel_pos_w")
-# Warm-up takes no more of a run: detectron2 would warm up to a rate that has fallen already.
+# Share of a run; detectron2 would warm up to a rate that has fallen already.
 LONGEST_WARMUP = 0.1
 
 

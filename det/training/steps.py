@@ -24,17 +24,17 @@ log = logging.getLogger(__name__)
 
 
 class StepTrainer(SimpleTrainer):
-    """detectron2's inner trainer, whose steps may be computed in parts.
+    """detectron2's trainer, with steps in parts, mixed precision and a moving average.
 
     The gradient of a step is the mean over its parts, as it is over the processes of a run on several GPUs, and a part
-    draws the random numbers that such a process would: `parts` on one GPU do what as many GPUs do. Losses that are
-    means over boxes or masks are means over those of a part, in both cases.
+    draws the random numbers of such a process: `parts` on one GPU equal as many GPUs. Losses that are means over boxes
+    or masks are means over the boxes or masks of a part, in both cases.
 
     Args:
         model: the detector, or its wrapper for several processes.
         data_loader: batches, lists of samples.
         optimizer: over the parameters of `model`.
-        seed: random numbers of a step come from it, the number of the step and the rank alone.
+        seed: with the number of the step and the rank, the source of all random numbers of a step.
         parts: that a batch is computed in.
         precision: of autocast; None computes in float32.
         average: moving average of the weights, updated after every step.
@@ -82,7 +82,7 @@ class StepTrainer(SimpleTrainer):
             self.average.update(getattr(self.model, "module", self.model), step=self.iter + 1)
 
     def _backward(self, part: list[Any]) -> dict[str, Tensor]:
-        """Losses of a part, each divided by the number of parts; their gradients are added to what is there."""
+        """Add the gradients of a part; return its losses over the number of parts."""
         with torch.autocast("cuda", self.precision) if self.precision else contextlib.nullcontext():
             losses = {name: value / self.parts for name, value in self.model(part).items()}
             total = torch.stack([value.float() for value in losses.values()]).sum()
@@ -90,12 +90,12 @@ class StepTrainer(SimpleTrainer):
         return {name: value.detach() for name, value in losses.items()}
 
     def _update(self) -> None:
-        """Update the weights, unless a gradient is not finite; float16 may skip a few steps to find its scale."""
+        """Update the weights if every gradient is finite; float16 may skip steps."""
         if not self.scaler.is_enabled():
             gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
             norm = nn.utils.get_total_norm(gradients.values())
             if not norm.isfinite():
-                found = describe_non_finite(gradients) or "no gradient alone is infinite"
+                found = describe_non_finite(gradients) or "no single gradient is infinite"
                 raise FloatingPointError(f"the norm of the gradient is {norm.item()}: {found}.")
         self.skipped = self.skipped + 1 if scaled_step(self.scaler, self.optimizer) else 0
         if self.skipped >= MAX_SKIPPED:
@@ -131,9 +131,9 @@ class StepTrainer(SimpleTrainer):
 
 
 def split(batch: Sequence[Any], parts: int) -> Iterator[list[Any]]:
-    """`parts` runs of a batch, of equal length."""
+    """Split a batch into parts of equal length."""
     if len(batch) % parts:
-        raise ValueError(f"{len(batch)} images can not be divided into {parts} parts")
+        raise ValueError(f"{len(batch)} images cannot be divided into {parts} parts")
     size = len(batch) // parts
     for start in range(0, len(batch), size):
         yield list(batch[start : start + size])

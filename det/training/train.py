@@ -31,7 +31,7 @@ from det.evaluation.report import write_report
 from det.evaluation.run_files import BEST, BEST_RECORD, CONFIG, METRICS, RECORD
 from det.training.checkpoint import AtomicCheckpointer, find_checkpoint
 from det.training.console import early_log, log_file
-from det.training.hooks import Evaluation, ProgressBar, StopBetweenSteps
+from det.training.hooks import EvaluationHook, ProgressBar, StopBetweenSteps
 from det.training.optimizer import StepSchedule, build_scheduler, describe_schedule, parameter_groups, resolve_schedule
 from det.training.record import check_continues, record_run, shared_settings
 from det.training.steps import StepTrainer
@@ -45,9 +45,9 @@ PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
     """Train and evaluate one detector.
 
-    Where the weights come from: 1. with `resume`, the last checkpoint in `OUTPUT_DIR`; 2. `MODEL.WEIGHTS`; 3. random.
-    Random numbers of a step come from `SEED` and its number, and the data by plan, so that a resumed run repeats what
-    an uninterrupted one would have done.
+    Weights come from 1. the last checkpoint in `OUTPUT_DIR`, with `resume`; 2. `MODEL.WEIGHTS`; 3. random numbers.
+    The random numbers of a step come from `SEED` and its number, and its images from a plan, so that a resumed run
+    equals an uninterrupted one.
 
     Args:
         cfg: from `load_det_config`.
@@ -95,7 +95,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
         evaluation = None
         if cfg.DATASETS.TEST:
             weights = trainer.model if average is None else average
-            evaluation = Evaluation(schedule.eval_period, partial(evaluate, cfg, weights), checkpointer)
+            evaluation = EvaluationHook(schedule.eval_period, partial(evaluate, cfg, weights), checkpointer)
         trainer.register_hooks([
             hooks.IterationTimer(),
             hooks.LRScheduler(adamw, build_scheduler(adamw, solver, schedule)),
@@ -153,12 +153,12 @@ def build_savers(checkpointer: AtomicCheckpointer, period: int, kept: int) -> li
     return [ProgressBar(), saver]
 
 
-def start_folder(folder: Path, config: str, *, fresh: bool) -> None:
+def start_folder(folder: Path, config_text: str, *, fresh: bool) -> None:
     """Create the folder of a run with its config; a fresh run removes the records of a run without checkpoint."""
     for name in (BEST, BEST_RECORD, METRICS) if fresh else ():
         (folder / name).unlink(missing_ok=True)
     make_folder(folder, "OUTPUT_DIR")
-    write_text(folder / CONFIG, config)
+    write_text(folder / CONFIG, config_text)
 
 
 def run_steps(trainer: StepTrainer, first: int, schedule: StepSchedule) -> None:

@@ -143,7 +143,7 @@ def test_a_mask_that_can_not_be_used_names_its_image(tmp_path, cfg, mask_format,
     polygon = annotation(1, 1, 0, kind="polygon")
     sample = mapped(cfg, [polygon, annotation(2, 1, 1) | change], tmp_path)
     assert isinstance(sample, Unreadable)
-    with pytest.raises(UserError, match=rf"1\.png: can not be used: .*{message}"):
+    with pytest.raises(UserError, match=rf"1\.png: cannot be used: .*{message}"):
         refuse_unreadable([sample])
 
 

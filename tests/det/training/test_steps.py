@@ -197,5 +197,5 @@ def test_a_run_that_becomes_float16_begins_with_a_new_scale(caplog):
 
 def test_a_batch_is_split_into_runs_of_equal_length():
     assert list(split([1, 2, 3, 4], 2)) == [[1, 2], [3, 4]]
-    with pytest.raises(ValueError, match="3 images can not be divided into 2 parts"):
+    with pytest.raises(ValueError, match="3 images cannot be divided into 2 parts"):
         list(split([1, 2, 3], 2))
