@@ -28,7 +28,7 @@ BASE_KEY = "_BASE_"
 _KEY = re.compile(r"[A-Z_][A-Z0-9_]*(\.[A-Z0-9_]+)*")
 
 
-# Keys in steps, and the same in epochs or shares of the run: the later of file and command line counts.
+# Keys in steps, and the same in epochs or shares of the run: what a later file or the command line sets counts.
 BY_EPOCHS = {
     "SOLVER.MAX_ITER": "SOLVER.EPOCHS",
     "SOLVER.STEPS": "SOLVER.DECAY_AT",
@@ -192,7 +192,7 @@ class _Off(ConfigKeys):
     ENABLED: Literal[False] = Field(description="False: evaluation has no such step")
 
 
-class TestKeys(ConfigKeys):
+class EvaluationKeys(ConfigKeys):
     """`TEST`: evaluation."""
 
     EVAL_PERIOD: AtLeast0
@@ -217,7 +217,7 @@ class DetectorKeys(ConfigKeys):
     DATASETS: _Datasets
     DATALOADER: _DataLoader
     SOLVER: SolverKeys
-    TEST: TestKeys
+    TEST: EvaluationKeys
 
 
 def add_crossmae_config(cfg: CfgNode) -> None:
@@ -252,20 +252,17 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
     """
     cfg = get_cfg()
     add_crossmae_config(cfg)
-    path = resolve_config_path(name)
-    _merge_tree(cfg, _read_with_base(path), "", cfg, str(path))
-    pairs = split_overrides(overrides)
-    words = {key for key, _ in pairs}
+    for path, tree in _read_with_base(resolve_config_path(name)):
+        _merge(cfg, dict(_flatten(tree, cfg)), str(path))
+    given = dict(split_overrides(overrides))
     for by_steps, by_epochs in BY_EPOCHS.items():
-        if by_steps in words and by_epochs in words:
+        if by_steps in given and by_epochs in given:
             raise UserError(f"command line: {by_steps} and {by_epochs} exclude each other")
-        if by_steps in words and lookup(cfg, by_epochs):
+        if by_steps in given and lookup(cfg, by_epochs):
             log.info("%s counts, as the command line says, not %s", by_steps, by_epochs)
-            _set(cfg, by_epochs, type(lookup(cfg, by_epochs))(), "command line")
-    for key, text in pairs:
-        _set(cfg, key, text, "command line")
+    _merge(cfg, given, "command line")
     check_config(cfg)
-    choose_device(cfg, asked="MODEL.DEVICE" in dict(pairs))
+    choose_device(cfg, asked="MODEL.DEVICE" in given)
     return cfg
 
 
@@ -315,40 +312,33 @@ def split_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _read_with_base(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a YAML file, laid over the file next to it that its `_BASE_` names."""
+def _read_with_base(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Read a YAML file, after the file that its `_BASE_` names."""
     if path.resolve() in seen:
         raise UserError(f"{path}: {BASE_KEY} leads back to the file itself")
     tree = read_yaml(path)
     base = tree.pop(BASE_KEY, None)
-    if base is None:
-        return tree
-    if not isinstance(base, str) or not (path.parent / base).is_file():
-        raise UserError(f"{path}: {BASE_KEY} must name one existing file, got {base!r}")
-    below = _read_with_base(path.parent / base, (*seen, path.resolve()))
-    for by_steps, by_epochs in BY_EPOCHS.items():
-        (section, steps), (_, epochs) = by_steps.split("."), by_epochs.split(".")
-        above, under = tree.get(section), below.get(section)
-        if isinstance(above, dict) and isinstance(under, dict) and steps in above and epochs not in above:
-            under.pop(epochs, None)
-    return _overlay(below, tree)
+    if base is not None:
+        if not isinstance(base, str) or not (path.parent / base).is_file():
+            raise UserError(f"{path}: {BASE_KEY} must name one existing file, got {base!r}")
+        yield from _read_with_base(path.parent / base, (*seen, path.resolve()))
+    yield path, tree
 
 
-def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        merged[key] = _overlay(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _merge_tree(cfg: CfgNode, tree: dict[str, Any], prefix: str, root: CfgNode, source: str) -> None:
+def _flatten(tree: dict[str, Any], node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
-        full = f"{prefix}{key}"
-        if isinstance(value, dict) and isinstance(cfg.get(key), CfgNode):
-            _merge_tree(cfg[key], value, f"{full}.", root, source)
+        if isinstance(value, dict) and isinstance(node.get(key), CfgNode):
+            yield from _flatten(value, node[key], f"{prefix}{key}.")
         else:
-            _set(root, full, value, source)
+            yield f"{prefix}{key}", value
+
+
+def _merge(cfg: CfgNode, values: dict[str, Any], source: str) -> None:
+    for by_steps, by_epochs in BY_EPOCHS.items():
+        if by_steps in values and by_epochs not in values:
+            _set(cfg, by_epochs, type(lookup(cfg, by_epochs))(), source)
+    for key, value in values.items():
+        _set(cfg, key, value, source)
 
 
 def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
@@ -388,7 +378,7 @@ def leaf_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
 
 
 def _coerce(value: Any, default: Any) -> Any:
-    """Convert a value to the type of `default`; TypeError where it is of another kind."""
+    """Convert a value to the type of `default`, or raise a TypeError."""
     if isinstance(value, str) and not isinstance(default, str):
         value = _literal(value)
     if default is None or type(value) is type(default):

@@ -93,7 +93,7 @@ def check_output(path: Path) -> None:
 
 
 def training_samples(cfg: CfgNode) -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:
-    """Yield the padded images (H, W, 3) with their samples, in the order of training."""
+    """Yield padded images (H, W, 3) and their samples in training order."""
     with torch.device("meta"):  # weights without memory
         backbone = build_backbone(cfg)
     records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
@@ -113,7 +113,7 @@ def training_samples(cfg: CfgNode) -> Iterator[tuple[NDArray[np.uint8], dict[str
 
 
 def draw_sample(pixels: NDArray[np.uint8], sample: dict[str, Any], names: Sequence[str]) -> NDArray[np.uint8]:
-    """Draw the objects of a sample on its padded image (H, W, 3)."""
+    """Draw a sample's objects on its padded image (H, W, 3)."""
     padding = [(0, padded - side) for padded, side in zip(pixels.shape, sample["image"].shape[1:], strict=False)]
     instances = [
         instance if instance.mask is None else replace(instance, mask=np.pad(instance.mask, padding))

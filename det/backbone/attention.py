@@ -63,7 +63,7 @@ class SpatialAttention(Attention):
         return self.proj(window_unpartition(self._attend(windows), self.window_size, padded, (h, w)))
 
     def _attend(self, qkv: Tensor) -> Tensor:
-        """Let every token attend to all: (B, H, W, 3E) to (B, H, W, E)."""
+        """Let all tokens attend: (B, H, W, 3E) to (B, H, W, E)."""
         B, H, W, E3 = qkv.shape
         split = qkv.reshape(B, H * W, 3, self.num_heads, E3 // 3 // self.num_heads)
         q, k, v = split.permute(2, 0, 3, 1, 4)  # each (B, n, N, d)
@@ -77,7 +77,7 @@ class SpatialAttention(Attention):
 
 
 def pad_grid(x: Tensor, fill: Tensor, bottom: int, right: int) -> Tensor:
-    """Pad a grid (B, h, w, C) at the bottom and right with `fill` (C,)."""
+    """Pad a grid (B, h, w, C) with `fill` (C,)."""
     if right:
         x = torch.cat([x, fill.expand(x.shape[0], x.shape[1], right, -1)], dim=2)
     if bottom:
@@ -86,7 +86,7 @@ def pad_grid(x: Tensor, fill: Tensor, bottom: int, right: int) -> Tensor:
 
 
 def relative_scores(q: Tensor, grid: tuple[int, int], rel_pos_h: Tensor, rel_pos_w: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the scores of relative positions, by row and column of the key.
+    """Compute relative scores by row and column of the key.
 
     Args:
         q: (B, n, N, d) queries, not scaled.
@@ -123,10 +123,10 @@ def relative_positions(table: Tensor, size: int) -> Tensor:
 
 
 def folded_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Attend with relative scores, without an N x N matrix (FlashBias, arXiv 2505.12044).
+    """Attend with relative scores, without an N x N matrix.
 
-    q' = [q / sqrt(d), rows, columns] and k' = [k, one-hot(row), one-hot(column)] have the same product, so that any
-    kernel for plain attention works. All gradients are exact.
+    Source: FlashBias, arXiv 2505.12044. q' = [q / sqrt(d), rows, columns] and k' = [k, one-hot(row), one-hot(column)]
+    have the same product, so that any kernel for plain attention works. All gradients are exact.
 
     Args:
         q, k, v: (B, n, N, d).
@@ -154,7 +154,7 @@ def folded_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Ten
 
 
 def materialized_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Attend with an N x N matrix of biases for every head: the slow reference."""
+    """Attend with an N x N matrix of biases: the slow reference."""
     B, n, N, _ = q.shape
     # Contiguous before they are added, or the sum, n * N^2 numbers, would have to be copied.
     bias = rows.contiguous()[..., :, None] + columns.contiguous()[..., None, :]

@@ -111,7 +111,14 @@ class ViT(Backbone):
         self.apply(_init_linear)
 
     def forward(self, imgs: Tensor) -> dict[str, Tensor]:
-        """Encode images (B, C, h, w), sides multiples of the patch, to {"last_feat": (B, E, h / p, w / p)}."""
+        """Encode images (B, C, h, w).
+
+        Returns:
+            {"last_feat": (B, E, h / patch_size, w / patch_size)}.
+
+        Raises:
+            ValueError: a side is no multiple of the patch.
+        """
         if imgs.shape[-2] % self.patch_size or imgs.shape[-1] % self.patch_size:
             raise ValueError(f"image sides must be multiples of {self.patch_size} pixels, got {tuple(imgs.shape[-2:])}")
         x = self.patch_embed(imgs)  # (B, H, W, E)
@@ -124,7 +131,7 @@ class ViT(Backbone):
         return {"last_feat": x.permute(0, 3, 1, 2)}
 
     def positions(self, H: int, W: int) -> Tensor:
-        """Compute the positions of an image of H x W patches, (1, H, W, E)."""
+        """Compute positions for H x W patches, (1, H, W, E)."""
         if self.pos_embed_mode == "resize":
             return get_abs_pos(self.pos_embed, True, (H, W))
         tile = get_abs_pos(self.pos_embed, True, (self.tile, self.tile))
@@ -153,7 +160,7 @@ class ViT(Backbone):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> ViT:
-        """Set the mode; frozen blocks stay in evaluation mode."""
+        """Set the mode, but keep frozen blocks in evaluation mode."""
         super().train(mode)
         for block in self.blocks[: max(self.frozen_stages, 0)]:
             block.eval()
@@ -260,7 +267,6 @@ def build_crossmae_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Feat
     for key in ("RPN", "ROI_HEADS"):
         names = list(cfg.MODEL[key].IN_FEATURES)
         if not set(names) <= set(levels):
-            raise UserError(
-                f"MODEL.{key}.IN_FEATURES is {names}, but MODEL.VIT.PATCH_SIZE {vit.PATCH_SIZE} gives levels {levels}"
-            )
+            patch = f"MODEL.VIT.PATCH_SIZE {vit.PATCH_SIZE}"
+            raise UserError(f"MODEL.{key}.IN_FEATURES is {names}, but {patch} gives the levels {levels}")
     return pyramid

@@ -88,9 +88,9 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False)
 
 
 def find_detector(path: Path) -> Path:
-    """Find the best or else the last weights in the folder of a run.
+    """Find the best or last weights of a run.
 
-    A path that is no such folder comes back as it is.
+    A path that is no folder of a run comes back as it is.
     """
     if not path.is_dir():
         return path
@@ -142,13 +142,13 @@ def _load_encoder(model: nn.Module, weights: Weights) -> LoadReport:
 
 
 def count_classes(tensors: Mapping[str, Tensor]) -> int:
-    """Count the classes of a detector; 0 where its head is unknown."""
+    """Count the classes of a detector, 0 for an unknown head."""
     scores = next((tensor for name, tensor in tensors.items() if re.fullmatch(SCORES, name)), None)
     return 0 if scores is None else len(scores) - 1  # the last row is the background
 
 
 def warn_of_other_settings(settings: Mapping[str, Any], path: Path) -> None:
-    """Warn about settings that differ from the config a detector was trained with.
+    """Warn about settings that differ from a detector's own config.
 
     Args:
         settings: by dotted key.
@@ -164,7 +164,7 @@ def warn_of_other_settings(settings: Mapping[str, Any], path: Path) -> None:
 
 
 def fit_patches(weights: Weights, patch_size: int) -> Weights:
-    """Resize patch filters whose size has no feature pyramid, such as 14 to 16.
+    """Resize patch filters without feature pyramid, such as 14 to 16.
 
     Filters are resampled so that an image enlarged along with them gives the same tokens (FlexiViT, arXiv 2212.08013,
     section 3.4); ViTDet resized those of ViT-H/14, too. The grid of the position table stays, so that the pretraining

@@ -49,7 +49,7 @@ class CopyPaste:
 
 
 def build_copy_paste(enabled: bool, prob: float, pixel_mean: Sequence[float]) -> CopyPaste | None:
-    """Build copy-paste, whose images grow by the mean pixel; None if it is off."""
+    """Build copy-paste that fills with the mean pixel, or None."""
     # The model pads with zeros once the mean is subtracted.
     return CopyPaste(prob, tuple(round(mean) for mean in pixel_mean)) if enabled else None
 
@@ -90,6 +90,6 @@ def paste_objects(
 
 
 def _fit(layer: Tensor, size: tuple[int, ...], fill: int = 0) -> Tensor:
-    """Cut or fill (..., h, w) at its right and lower edge to (..., H, W)."""
+    """Cut or fill (..., h, w) at right and bottom to (..., H, W)."""
     height, width = size
     return F.pad(layer, (0, width - layer.shape[-1], 0, height - layer.shape[-2]), value=fill)

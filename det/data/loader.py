@@ -54,7 +54,7 @@ class ResizeShortestEdge(_AtLeastOnePixel, T.ResizeShortestEdge):
 
 
 def read_pixels(path: str | Path) -> NDArray[np.uint8]:
-    """Read an image file as (H, W, 3) uint8 RGB, upright, as pretraining does.
+    """Read an image file as upright (H, W, 3) uint8 RGB.
 
     Raises:
         UserError: it cannot be read; names the file.

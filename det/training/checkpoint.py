@@ -44,7 +44,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
             return
         state = {key: value.state_dict() for key, value in self.checkpointables.items()}
         self.write(f"{name}.pth", self.weights() | state | kwargs)
-        self.tag_last_checkpoint(f"{name}.pth")
+        write_text(Path(self.save_dir, LAST), f"{name}.pth")
 
     def weights(self) -> dict[str, Any]:
         """Return the evaluated weights and, where they differ, the trained weights."""
@@ -68,7 +68,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         write_atomically(Path(self.save_dir, file_name), lambda path: torch.save(content, path))
 
     def resume(self, path: Path, max_iter: int) -> int:
-        """Load a checkpoint and return the first step that is left of `max_iter`.
+        """Load a checkpoint and return the next step.
 
         Raises:
             UserError: see `load`; or no step is left.
@@ -92,14 +92,6 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 check_finite(model.state_dict(), Path(path))
         return rest
 
-    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Name the newest checkpoint."""
-        write_text(Path(self.save_dir, LAST), last_filename_basename)
-
-    def get_checkpoint_file(self) -> str:
-        """Return the path of `last_checkpoint`, or "" without that file."""
-        return str(last_checkpoint(Path(self.save_dir)) or "")
-
     def _load_file(self, filename: str) -> Any:
         """Read a checkpoint without running anything in it."""
         advice = f"Name an older checkpoint in {Path(self.save_dir, LAST)}."
@@ -120,14 +112,15 @@ class AtomicCheckpointer(DetectionCheckpointer):
         wrong = [*incompatible.missing_keys, *incompatible.unexpected_keys]
         wrong += [name for name, *_ in incompatible.incorrect_shapes]
         if wrong:
+            path = last_checkpoint(Path(self.save_dir))
             raise UserError(
-                f"{self.get_checkpoint_file()} is of another model than the config: {len(wrong)} tensors are missing, "
-                f"left over or of another shape, like {wrong[0]}. Resume with the config it was trained with."
+                f"{path} is of another model than the config: {len(wrong)} tensors are missing, left over "
+                f"or of another shape, like {wrong[0]}. Resume with the config it was trained with."
             )
 
 
 def find_checkpoint(folder: Path, resume: bool) -> Path | None:
-    """Find the checkpoint to resume; None for a run that starts.
+    """Find the checkpoint to resume, None for a new run.
 
     Raises:
         UserError: the run would be laid over another; or see `last_checkpoint`.
@@ -145,7 +138,7 @@ def find_checkpoint(folder: Path, resume: bool) -> Path | None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Find the checkpoint that `last_checkpoint` names; None without that file.
+    """Find the checkpoint that `last_checkpoint` names, None without that file.
 
     Raises:
         UserError: `last_checkpoint` holds anything but the name of a checkpoint in the same folder.

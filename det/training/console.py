@@ -21,7 +21,7 @@ LIBRARY_WARNINGS = ("The given NumPy array is not writable", "torch.meshgrid: in
 
 
 def set_up_console() -> None:
-    """Show the log lines that concern the user; call in every process."""
+    """Show the log lines that concern the user, in every process."""
     for text in LIBRARY_WARNINGS:
         warnings.filterwarnings("ignore", text, UserWarning)
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)

@@ -68,7 +68,7 @@ def _without_many_classes(numbers: dict[str, float]) -> dict[str, float]:
 
 
 def keep_best(checkpointer: AtomicCheckpointer, results: _Results, iteration: int) -> None:
-    """Write `model_best.pth` if the AP is the highest of the run so far.
+    """Write `model_best.pth` if the AP is the run's highest.
 
     The AP is that of masks, or else of boxes. The record is read from `model_best.json`, so that it also counts after a
     run that was cut off.
@@ -97,7 +97,9 @@ class StopBetweenSteps(HookBase):
         self.checkpointer, self.request = checkpointer, request
 
     def after_step(self) -> None:
-        """End the run if a process was asked to stop; several processes agree every `STOP_PERIOD` steps.
+        """End the run if a process was asked to stop.
+
+        Several processes agree on it every `STOP_PERIOD` steps.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C.

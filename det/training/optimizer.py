@@ -14,7 +14,7 @@ from detectron2.solver.build import reduce_param_groups
 from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
 from torch import nn
 
-from det.config import SolverKeys, TestKeys
+from det.config import EvaluationKeys, SolverKeys
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +25,12 @@ LONGEST_WARMUP = 0.1
 
 
 def parameter_groups(model: nn.Module, solver: SolverKeys, base_lr: float, depth: int) -> list[dict[str, Any]]:
-    """Group trainable parameters by learning rate and weight decay (method specification, section 3.1).
+    """Group trainable parameters by learning rate and weight decay.
 
-    The learning rate of encoder layer i of n is base_lr * LAYER_DECAY ** (n + 1 - i): 0 is patch embedding and
-    positions, i block i - 1, n + 1 everything outside the encoder. `WEIGHT_DECAY_NORM` is for norms,
-    `WEIGHT_DECAY_POS` for absolute and relative positions. Norms are told by type, because detectron2's own list misses
-    its channel-first LayerNorm.
+    Source: method specification, section 3.1. The learning rate of encoder layer i of n is base_lr * LAYER_DECAY **
+    (n + 1 - i): 0 is patch embedding and positions, i block i - 1, n + 1 everything outside the encoder.
+    `WEIGHT_DECAY_NORM` is for norms, `WEIGHT_DECAY_POS` for absolute and relative positions. Norms are told by type,
+    because detectron2's own list misses its channel-first LayerNorm.
 
     Args:
         model: the detector.
@@ -55,32 +55,22 @@ def parameter_groups(model: nn.Module, solver: SolverKeys, base_lr: float, depth
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """A detector's schedule in optimizer steps.
-
-    Attributes:
-        max_iter: steps of the run.
-        base_lr, base_lr_end: learning rates after warm-up and at the end of a cosine.
-        warmup_iters: steps of warm-up, at most a tenth of the run.
-        steps: after which the learning rate falls.
-        eval_period: steps between evaluations, 0: only at the end.
-        checkpoint_period: steps between checkpoints.
-    """
+    """A detector's schedule in optimizer steps."""
 
     max_iter: int
-    base_lr: float
-    base_lr_end: float
-    warmup_iters: int
-    steps: tuple[int, ...]
-    eval_period: int
+    base_lr: float  # after warm-up, outside the encoder
+    base_lr_end: float  # at the end of a cosine
+    warmup_iters: int  # at most a tenth of the run
+    steps: tuple[int, ...]  # after which the learning rate falls
+    eval_period: int  # 0: only at the end
     checkpoint_period: int
 
 
-def resolve_schedule(solver: SolverKeys, test: TestKeys, num_images: int) -> StepSchedule:
-    """Turn rules, epochs and shares of a run into steps.
+def resolve_schedule(solver: SolverKeys, test: EvaluationKeys, num_images: int) -> StepSchedule:
+    """Turn rules, epochs and shares of a run into whole steps.
 
-    - `BASE_LR` * `IMS_PER_BATCH` / `REFERENCE_BATCH`: the linear rule, where there is a reference;
-    - `MAX_ITER` from `EPOCHS`, `STEPS` from `DECAY_AT`, periods from `EVAL_EPOCHS`, rounded to whole steps;
-    - a checkpoint at every evaluation at least, where `EVAL_EPOCHS` is used.
+    The learning rate follows the batch linearly where there is a `REFERENCE_BATCH`. With `EVAL_EPOCHS`, there is a
+    checkpoint at every evaluation at least.
 
     Args:
         solver, test: settings of the run.
@@ -127,7 +117,7 @@ def describe_schedule(schedule: StepSchedule, solver: SolverKeys, num_images: in
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, solver: SolverKeys, schedule: StepSchedule) -> LRMultiplier:
-    """Build detectron2's learning rate over the steps: warm-up, then a cosine or drops by `GAMMA`."""
+    """Build detectron2's warm-up, followed by a cosine or drops by `GAMMA`."""
     if solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
         after = CosineParamScheduler(1, schedule.base_lr_end / schedule.base_lr)
     else:

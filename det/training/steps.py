@@ -82,7 +82,7 @@ class StepTrainer(SimpleTrainer):
             self.average.update(getattr(self.model, "module", self.model), step=self.iter + 1)
 
     def _backward(self, part: list[Any]) -> dict[str, Tensor]:
-        """Add the gradients of a part; return its losses over the number of parts."""
+        """Add the gradients of a part, and return its losses."""
         with torch.autocast("cuda", self.precision) if self.precision else contextlib.nullcontext():
             losses = {name: value / self.parts for name, value in self.model(part).items()}
             total = torch.stack([value.float() for value in losses.values()]).sum()
@@ -90,7 +90,7 @@ class StepTrainer(SimpleTrainer):
         return {name: value.detach() for name, value in losses.items()}
 
     def _update(self) -> None:
-        """Update the weights if every gradient is finite; float16 may skip steps."""
+        """Update the weights if every gradient is finite."""
         if not self.scaler.is_enabled():
             gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
             norm = nn.utils.get_total_norm(gradients.values())
@@ -114,7 +114,7 @@ class StepTrainer(SimpleTrainer):
         return contextlib.nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step, the hooks and, as `_trainer`, the optimizer and the scale of float16's gradients."""
+        """Return the states of hooks, optimizer and float16 scale."""
         state: dict[str, Any] = super().state_dict()
         inner = {"iteration": state["iteration"], "optimizer": state.pop("optimizer")}
         scale = {"grad_scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}

@@ -136,7 +136,7 @@ def check_data_sets(train: tuple[str, ...], test: tuple[str, ...]) -> None:
 def build_trainer(
     model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer, solver: SolverKeys, seed: int
 ) -> StepTrainer:
-    """Build the steps of a run: parts, mixed precision and moving average as `SOLVER` says."""
+    """Build the trainer of single steps, as `SOLVER` says."""
     average = ModelEmaV3(model, solver.EMA.DECAY, use_warmup=True, warmup_power=1) if solver.EMA.ENABLED else None
     precision = PRECISIONS[solver.AMP.PRECISION] if solver.AMP.ENABLED else None
     wrapped = create_ddp_model(model, broadcast_buffers=False)
@@ -154,7 +154,8 @@ def build_savers(checkpointer: AtomicCheckpointer, period: int, kept: int) -> li
 
 
 def start_folder(folder: Path, config_text: str, *, fresh: bool) -> None:
-    """Create the folder of a run with its config; a fresh run removes the records of a run without checkpoint."""
+    """Create the folder of a run with its config."""
+    # A run that was cut off before its first checkpoint may have left records.
     for name in (BEST, BEST_RECORD, METRICS) if fresh else ():
         (folder / name).unlink(missing_ok=True)
     make_folder(folder, "OUTPUT_DIR")

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crossmae.models.sizes import SIZES
 from crossmae.training.config import CONFIG_ROOT, read_yaml, resolve_config_path
-from det.config import BASE_KEY, SolverKeys, TestKeys, load_det_config, lookup
+from det.config import BASE_KEY, EvaluationKeys, SolverKeys, load_det_config, lookup
 from det.training.optimizer import StepSchedule, resolve_schedule
 from tools.train_net import build_parser
 
@@ -133,7 +133,7 @@ def build(path: Path) -> tuple[CfgNode, nn.Module]:
 
 
 def schedule(cfg: CfgNode) -> StepSchedule:
-    return resolve_schedule(SolverKeys.model_validate(cfg.SOLVER), TestKeys.model_validate(cfg.TEST), COCO)
+    return resolve_schedule(SolverKeys.model_validate(cfg.SOLVER), EvaluationKeys.model_validate(cfg.TEST), COCO)
 
 
 def count(module: nn.Module) -> int:

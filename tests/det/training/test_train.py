@@ -20,7 +20,7 @@ from crossmae.errors import UserError, run_cli
 from det.config import load_det_config
 from det.data.coco import use_own_data
 from det.evaluation.evaluate import evaluate, format_results
-from det.training.checkpoint import AtomicCheckpointer, find_checkpoint
+from det.training.checkpoint import AtomicCheckpointer, find_checkpoint, last_checkpoint
 from det.training.hooks import keep_best
 from det.training.steps import StepTrainer
 from tests.det.coco_files import TINY, save, write_coco
@@ -251,7 +251,7 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", die)
     with pytest.raises(KeyboardInterrupt):
         checkpointer.save("model_0000001")
-    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000000.pth")
+    assert last_checkpoint(tmp_path) == tmp_path / "model_0000000.pth"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last_checkpoint", "model_0000000.pth"]
 
 
@@ -422,17 +422,16 @@ def test_last_checkpoint_names_one_checkpoint_of_its_folder(tmp_path, text, mess
     torch.save({}, folder / "model_best.pth")
     (folder / "last_checkpoint").write_text(text)
     with pytest.raises(UserError) as raised:
-        AtomicCheckpointer(torch.nn.Linear(1, 1), str(folder)).get_checkpoint_file()
+        last_checkpoint(folder)
     assert str(raised.value).startswith(f"{folder / 'last_checkpoint'}: ")
     assert message in str(raised.value)
 
 
 def test_last_checkpoint_may_be_written_by_hand(tmp_path):
-    checkpointer = AtomicCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
-    assert checkpointer.get_checkpoint_file() == ""
+    assert last_checkpoint(tmp_path) is None
     torch.save({}, tmp_path / "model_0000001.pth")
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth\n")
-    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000001.pth")
+    assert last_checkpoint(tmp_path) == tmp_path / "model_0000001.pth"
 
 
 @pytest.mark.parametrize("content", [[], {}, {"model": []}, {"trainer": {}, "model": None}])
@@ -535,7 +534,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     AtomicCheckpointer(torch.nn.Linear(1, 1), str(tmp_path)).save("model_0000000")
     checkpointer = AtomicCheckpointer(torch.nn.Linear(2, 1), str(tmp_path))
     with pytest.raises(UserError, match=r"is of another model than the config: 2 tensors .* like weight"):
-        checkpointer.load(checkpointer.get_checkpoint_file())
+        checkpointer.load(str(last_checkpoint(tmp_path)))
 
 
 @pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated")  # detectron2 calls it to say so
