@@ -1,6 +1,6 @@
-"""The keys that this package adds to a detectron2 config, and how a config is read: safe YAML, then overrides.
+"""The keys that this package adds to a detectron2 config, and the reader of configs: safe YAML, then overrides.
 
-detectron2's own reader evaluates Python tags and opens URLs; this one does neither, and its errors name file and key.
+detectron2's own reader evaluates Python tags and opens URLs. This one does neither, and its errors name file and key.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ import ast
 import difflib
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from crossmae.errors import UserError
 from crossmae.training.config import read_yaml, resolve_config_path
-from det.data.copy_paste import check_copy_paste
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ BASE_KEY = "_BASE_"
 _KEY = re.compile(r"[A-Z_][A-Z0-9_]*(\.[A-Z0-9_]+)*")
 
 
-# In steps, and what says the same in epochs or shares of the run: the later of file and command line counts.
+# Keys in steps, and the same in epochs or shares of the run: what a later file or the command line sets counts.
 BY_EPOCHS = {
     "SOLVER.MAX_ITER": "SOLVER.EPOCHS",
     "SOLVER.STEPS": "SOLVER.DECAY_AT",
@@ -35,60 +36,205 @@ BY_EPOCHS = {
 }
 
 
-def add_crossmae_config(cfg: CfgNode) -> None:
-    """Add the keys of the backbone, its recipe and its data to a detectron2 config, in place.
+def _rising(values: tuple[float, ...]) -> tuple[float, ...]:
+    if list(values) != sorted(values):
+        raise ValueError
+    return values
+
+
+AtLeast0 = Annotated[int, Field(ge=0, description="at least 0")]
+AtLeast1 = Annotated[int, Field(ge=1, description="at least 1")]
+NotNegative = Annotated[float, Field(ge=0, description="at least 0")]
+MoreThan0 = Annotated[float, Field(gt=0, description="greater than 0")]
+Rate = Annotated[float, Field(ge=0, lt=1, description="at least 0 and less than 1")]
+Steps = Annotated[tuple[int, ...], AfterValidator(_rising), Field(description="rising")]
+_Share = Annotated[float, Field(gt=0, lt=1, strict=True)]
+Shares = Annotated[tuple[_Share, ...], AfterValidator(_rising), Field(description="rising shares of 1")]
+Three = Annotated[list[float], Field(min_length=3, max_length=3, description="three numbers")]
+
+
+class ConfigKeys(BaseModel):
+    """Base of the sections: keys with a default are added to detectron2's, the others are detectron2's own."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+
+class _Vit(ConfigKeys):  # the encoder and its simple feature pyramid
+    IMG_SIZE: int = 1024  # pixels; sizes the relative positions of global blocks
+    PRETRAIN_IMG_SIZE: int = 224  # pixels; sizes the position table, so it must be that of pretraining
+    PATCH_SIZE: AtLeast1 = 16
+    EMBED_DIM: AtLeast1 = 768
+    DEPTH: AtLeast1 = 12
+    NUM_HEADS: AtLeast1 = 12
+    MLP_RATIO: MoreThan0 = 4.0
+    DROP_PATH: Rate = 0.1  # of the last block; grows linearly from 0 in the first
+    WINDOW_SIZE: AtLeast0 = 14  # patches; 0: every block is global
+    GLOBAL_BLOCKS: list[int] = [2, 5, 8, 11]
+    REL_POS: bool = True
+    POS_EMBED: Literal["resize", "tiled", "absolute_win"] = "resize"  # how the position table covers the image
+    ATTENTION: Literal["folded", "materialized"] = "folded"  # equal but for rounding, see det/backbone/attention.py
+    ACTIVATION_CHECKPOINTING: bool = False  # compute blocks again in backward instead of keeping them
+    # 0: patch embedding and positions are not trained; n: nor are the first n blocks
+    FROZEN_STAGES: int = Field(-1, ge=-1, description="at least -1")
+    OUT_CHANNELS: AtLeast1 = 256
+    SCALE_FACTORS: list[float] = [4.0, 2.0, 1.0, 0.5]  # p2, p3, p4, p5 with patches of 16 pixels
+    NORM: str = "LN"
+    MAX_POOL_LEVEL: bool = True  # p6
+    SQUARE_PAD: AtLeast0 = 0  # pixels, in training; 0: pad to the largest image of the batch
+    SQUARE_PAD_TEST: AtLeast0 = 0  # the same for evaluation and prediction
+
+
+class _RoiHeads(ConfigKeys):
+    NUM_CLASSES: AtLeast1
+
+
+class _Model(ConfigKeys):
+    DEVICE: str = Field(pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
+    MASK_ON: bool
+    KEYPOINT_ON: bool
+    LOAD_PROPOSALS: Literal[False] = Field(description="False: proposals come from the detector itself")
+    PIXEL_MEAN: Three
+    PIXEL_STD: list[MoreThan0] = Field(min_length=3, max_length=3, description="three numbers greater than 0")
+    ROI_HEADS: _RoiHeads
+    VIT: _Vit
+
+
+class _Jitter(ConfigKeys):  # scale into a square of SIZE times a random factor, then crop to SIZE
+    ENABLED: bool = False
+    SIZE: AtLeast1 = 1024
+    MIN_SCALE: MoreThan0 = 0.1
+    MAX_SCALE: float = 2.0
+
+
+class _CopyPaste(ConfigKeys):  # paste objects of another image (arXiv 2012.07177) with probability PROB
+    ENABLED: bool = False
+    PROB: float = Field(0.5, ge=0, le=1, description="from 0 to 1")
+
+
+class _Crop(ConfigKeys):
+    ENABLED: bool
+    TYPE: str
+    SIZE: list[float]
+
+
+class InputKeys(ConfigKeys):
+    """`INPUT`: how images are read and augmented."""
+
+    FORMAT: Literal["RGB", "BGR"]
+    MASK_FORMAT: Literal["polygon", "bitmask"]
+    MIN_SIZE_TRAIN: int | tuple[int, ...]
+    MIN_SIZE_TRAIN_SAMPLING: str
+    MAX_SIZE_TRAIN: int
+    MIN_SIZE_TEST: int
+    MAX_SIZE_TEST: int
+    RANDOM_FLIP: Literal["none", "horizontal", "vertical"]
+    CROP: _Crop
+    LSJ: _Jitter
+    COPY_PASTE: _CopyPaste
+
+
+class _Datasets(ConfigKeys):
+    TEST: tuple[str, ...] = Field(max_length=1, description="at most one data set")
+    DROP: tuple[str, ...] = ()  # names of faults whose entries may be left out, as tools/check_coco.py calls them
+
+
+class _DataLoader(ConfigKeys):
+    NUM_WORKERS: AtLeast0
+    ASPECT_RATIO_GROUPING: Literal[False] = Field(
+        False, description="False: the order of the images depends on SEED alone"
+    )
+    SAMPLER_TRAIN: Literal["TrainingSampler"]
+
+
+class _MovingAverage(ConfigKeys):  # of the weights; the average is evaluated
+    ENABLED: bool = False
+    DECAY: Rate = 0.9999
+
+
+class _MixedPrecision(ConfigKeys):
+    ENABLED: bool
+    PRECISION: Literal["bf16", "fp16"] = "bf16"
+
+
+class SolverKeys(ConfigKeys):
+    """`SOLVER`: AdamW, the schedule, and checkpoints."""
+
+    BASE_LR: MoreThan0
+    BASE_LR_END: float
+    BETAS: tuple[Rate, Rate] = Field((0.9, 0.999), description="two numbers from 0 to below 1")
+    WEIGHT_DECAY: NotNegative
+    WEIGHT_DECAY_NORM: float
+    WEIGHT_DECAY_POS: float = 0.0  # of absolute and relative positions
+    LAYER_DECAY: float = Field(1.0, gt=0, le=1, description="greater than 0 and at most 1")  # 1: none
+    IMS_PER_BATCH: AtLeast1
+    ACCUMULATE: AtLeast1 = 1  # parts that the IMS_PER_BATCH images of a step are computed in
+    REFERENCE_BATCH: AtLeast0 = 0  # images a step that BASE_LR is for; 0: BASE_LR is used as it is
+    REFERENCE_WORLD_SIZE: int = Field(ge=0, le=0, description="0: automatic scaling would change the batch unseen")
+    MAX_ITER: AtLeast1
+    EPOCHS: NotNegative = 0.0  # passes over the training images, instead of MAX_ITER; 0: MAX_ITER counts
+    LR_SCHEDULER_NAME: Literal["WarmupMultiStepLR", "WarmupCosineLR"]
+    STEPS: Steps
+    DECAY_AT: Shares = ()  # shares of the run after which the rate falls by GAMMA, instead of STEPS
+    GAMMA: float
+    WARMUP_ITERS: AtLeast0
+    WARMUP_FACTOR: float
+    WARMUP_METHOD: str
+    RESCALE_INTERVAL: bool
+    BIAS_LR_FACTOR: float = Field(ge=1, le=1, description="1: biases learn at the rate of their layer")
+    WEIGHT_DECAY_BIAS: None = Field(description="None: biases decay like their weights")
+    EMA: _MovingAverage
+    AMP: _MixedPrecision
+    CHECKPOINT_PERIOD: AtLeast1
+    CHECKPOINTS_KEPT: AtLeast0 = 2  # besides the best and the final one; 0: all
+
+
+class _Off(ConfigKeys):
+    ENABLED: Literal[False] = Field(description="False: evaluation has no such step")
+
+
+class EvaluationKeys(ConfigKeys):
+    """`TEST`: evaluation."""
+
+    EVAL_PERIOD: AtLeast0
+    EVAL_EPOCHS: NotNegative = 0.0  # evaluate and save every so many epochs, where SOLVER.EPOCHS is used
+    EVALUATOR: Literal["auto", "hotcoco", "pycocotools"] = "auto"  # auto: hotcoco where it is installed
+    AUG: _Off
+    PRECISE_BN: _Off
+    EXPECTED_RESULTS: list[Any] = Field(max_length=0, description="empty: results are not compared with any")
+
+
+class DetectorKeys(ConfigKeys):
+    """The keys that this package adds to a detectron2 config, reads or narrows.
 
     Two of detectron2's defaults change: `SEED` is 0, so that runs repeat, and `DATALOADER.ASPECT_RATIO_GROUPING` is
     off, so that the order of images depends on the seed alone.
     """
-    cfg.SEED = 0
-    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
 
-    vit = cfg.MODEL.VIT = CfgNode()
-    vit.IMG_SIZE = 1024  # pixels; sizes the relative positions of global blocks
-    vit.PRETRAIN_IMG_SIZE = 224  # pixels; sizes the position table, so it must be that of pretraining
-    vit.PATCH_SIZE = 16
-    vit.EMBED_DIM = 768
-    vit.DEPTH = 12
-    vit.NUM_HEADS = 12
-    vit.MLP_RATIO = 4.0
-    vit.DROP_PATH = 0.1  # of the last block; grows linearly from 0 in the first
-    vit.WINDOW_SIZE = 14  # patches; 0: every block is global
-    vit.GLOBAL_BLOCKS = [2, 5, 8, 11]
-    vit.REL_POS = True
-    vit.POS_EMBED = "resize"  # or tiled, absolute_win: how the position table of pretraining covers the image
-    vit.ATTENTION = (
-        "folded"  # or materialized: equal but for rounding, with an N x N matrix; see det/backbone/attention.py
-    )
-    vit.ACTIVATION_CHECKPOINTING = False  # compute blocks again in backward instead of keeping them
-    vit.FROZEN_STAGES = -1  # 0: patch embedding and positions are not trained; n: nor are the first n blocks
-    # Simple feature pyramid
-    vit.OUT_CHANNELS = 256
-    vit.SCALE_FACTORS = [4.0, 2.0, 1.0, 0.5]  # p2, p3, p4, p5 with patches of 16 pixels
-    vit.NORM = "LN"
-    vit.MAX_POOL_LEVEL = True  # p6
-    vit.SQUARE_PAD = 0  # pixels, in training; 0: pad to the largest image of the batch
-    vit.SQUARE_PAD_TEST = 0  # the same for evaluation and prediction
+    SEED: int = Field(0, ge=0, description="at least 0: the order of the images comes from it")
+    OUTPUT_DIR: str = Field(min_length=1, description="a folder")
+    MODEL: _Model
+    INPUT: InputKeys
+    DATASETS: _Datasets
+    DATALOADER: _DataLoader
+    SOLVER: SolverKeys
+    TEST: EvaluationKeys
 
-    # Large-scale jitter: scale into a square of SIZE times a random factor, then crop to SIZE.
-    cfg.INPUT.LSJ = CfgNode({"ENABLED": False, "SIZE": 1024, "MIN_SCALE": 0.1, "MAX_SCALE": 2.0})
 
-    # Simple copy-paste (arXiv 2012.07177): objects of another training image are pasted with probability PROB.
-    cfg.INPUT.COPY_PASTE = CfgNode({"ENABLED": False, "PROB": 0.5})
-    cfg.DATASETS.DROP = ()  # names of faults whose entries may be left out, as tools/check_coco.py calls them
+def add_crossmae_config(cfg: CfgNode) -> None:
+    """Add the keys of `DetectorKeys` to a detectron2 config, in place."""
+    _add_defaults(cfg, DetectorKeys)
 
-    cfg.SOLVER.BETAS = (0.9, 0.999)  # of AdamW
-    cfg.SOLVER.WEIGHT_DECAY_POS = 0.0  # of absolute and relative positions
-    cfg.SOLVER.ACCUMULATE = 1  # parts that the IMS_PER_BATCH images of a step are computed in
-    cfg.SOLVER.REFERENCE_BATCH = 0  # images a step that BASE_LR is for; 0: BASE_LR is used as it is
-    cfg.SOLVER.EPOCHS = 0.0  # passes over the training images, instead of MAX_ITER; 0: MAX_ITER counts
-    cfg.SOLVER.DECAY_AT = ()  # shares of the run after which the rate falls by GAMMA, instead of STEPS
-    cfg.SOLVER.EMA = CfgNode({"ENABLED": False, "DECAY": 0.9999})  # moving average of the weights, which is evaluated
-    cfg.SOLVER.LAYER_DECAY = 1.0  # learning rate of each encoder layer over that of the next; 1: none
-    cfg.SOLVER.AMP.PRECISION = "bf16"  # bf16 or fp16, where SOLVER.AMP.ENABLED
-    cfg.SOLVER.CHECKPOINTS_KEPT = 2  # besides the best and the final one; 0: all
-    cfg.TEST.EVAL_EPOCHS = 0.0  # evaluate and save every so many epochs, where SOLVER.EPOCHS is used
-    cfg.TEST.EVALUATOR = "auto"  # hotcoco, pycocotools, or auto: hotcoco where it is installed
+
+def _add_defaults(node: CfgNode, keys: type[ConfigKeys]) -> None:
+    for name, field in keys.model_fields.items():
+        if _is_section(field):
+            _add_defaults(node.setdefault(name, CfgNode()), field.annotation)  # type: ignore[arg-type]
+        elif not field.is_required():
+            node[name] = field.get_default()
+
+
+def _is_section(field: FieldInfo) -> bool:
+    return hasattr(field.annotation, "model_fields")
 
 
 def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
@@ -106,50 +252,51 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
     """
     cfg = get_cfg()
     add_crossmae_config(cfg)
-    path = resolve_config_path(name)
-    _merge_tree(cfg, _read_with_base(path), "", cfg, str(path))
-    pairs = split_overrides(overrides)
-    words = {key for key, _ in pairs}
+    for path, tree in _read_with_base(resolve_config_path(name)):
+        _merge(cfg, dict(_flatten(tree, cfg)), str(path))
+    given = dict(split_overrides(overrides))
     for by_steps, by_epochs in BY_EPOCHS.items():
-        if by_steps in words and by_epochs in words:
+        if by_steps in given and by_epochs in given:
             raise UserError(f"command line: {by_steps} and {by_epochs} exclude each other")
-        if by_steps in words and lookup(cfg, by_epochs):
+        if by_steps in given and lookup(cfg, by_epochs):
             log.info("%s counts, as the command line says, not %s", by_steps, by_epochs)
-            _set(cfg, by_epochs, type(lookup(cfg, by_epochs))(), "command line")
-    for key, text in pairs:
-        _set(cfg, key, text, "command line")
+    _merge(cfg, given, "command line")
     check_config(cfg)
-    choose_device(cfg, asked="MODEL.DEVICE" in dict(pairs))
+    choose_device(cfg, asked="MODEL.DEVICE" in given)
     return cfg
 
 
 def choose_device(cfg: CfgNode, asked: bool) -> None:
-    """Train on the CPU where there is no GPU, and say so; an error if the command line `asked` for the GPU.
+    """Train on the CPU where there is no GPU.
+
+    Args:
+        cfg: `MODEL.DEVICE` and `SOLVER.AMP.ENABLED` are changed in place.
+        asked: the user asked for this device, so that no other will do.
 
     Raises:
-        UserError: also for a GPU of a higher number than there are.
+        UserError: a GPU was asked for that does not exist.
     """
-    count = torch.cuda.device_count()
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+    device, count = cfg.MODEL.DEVICE, torch.cuda.device_count()
+    if device.startswith("cuda") and not torch.cuda.is_available():
         if asked:
-            raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but torch finds no GPU; use MODEL.DEVICE cpu")
+            raise UserError(f"MODEL.DEVICE is {device}, but torch finds no GPU; use MODEL.DEVICE cpu")
         log.info("no GPU found: MODEL.DEVICE is cpu")
-        cfg.MODEL.DEVICE = "cpu"
-    elif cfg.MODEL.DEVICE == "cpu" and torch.cuda.is_available() and not asked:
+        device = cfg.MODEL.DEVICE = "cpu"
+    elif device == "cpu" and torch.cuda.is_available() and not asked:
         log.info("MODEL.DEVICE is cpu, as the config says, though there is a GPU: MODEL.DEVICE=cuda takes it")
-    _, _, index = cfg.MODEL.DEVICE.partition(":")
+    _, _, index = device.partition(":")
     if index and int(index) >= count:
-        raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but the GPUs that torch finds end at cuda:{count - 1}")
-    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
+        raise UserError(f"MODEL.DEVICE is {device}, but the GPUs that torch finds end at cuda:{count - 1}")
+    if device == "cpu" and cfg.SOLVER.AMP.ENABLED:
         log.info("SOLVER.AMP.ENABLED is False: mixed precision is for GPUs")
         cfg.SOLVER.AMP.ENABLED = False
 
 
 def split_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
-    """`["A.B", "1", "C=2"]` to `[("A.B", "1"), ("C", "2")]`.
+    """Split `["A.B", "1", "C=2"]` into `[("A.B", "1"), ("C", "2")]`.
 
     Raises:
-        UserError: a word where a key is expected is none, or the last key has no value.
+        UserError: a word is no key where a key is expected, or the last key has no value.
     """
     pairs, queue = [], iter(words)
     for word in queue:
@@ -157,57 +304,45 @@ def split_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
         if not _KEY.fullmatch(key):
             raise UserError(f"command line: expected KEY VALUE or KEY=VALUE, got {word!r}")
         if not separator:
-            found = next(queue, None)
-            if found is None:
+            following = next(queue, None)
+            if following is None:
                 raise UserError(f"command line: {key} has no value")
-            value = found
+            value = following
         pairs.append((key, value))
     return pairs
 
 
-def _read_with_base(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML file laid over the file that its `_BASE_` names, relative to its own folder."""
+def _read_with_base(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Read a YAML file, after the file that its `_BASE_` names."""
     if path.resolve() in seen:
         raise UserError(f"{path}: {BASE_KEY} leads back to the file itself")
     tree = read_yaml(path)
     base = tree.pop(BASE_KEY, None)
-    if base is None:
-        return tree
-    if not isinstance(base, str) or not (path.parent / base).is_file():
-        raise UserError(f"{path}: {BASE_KEY} must name one existing file, got {base!r}")
-    below = _read_with_base(path.parent / base, (*seen, path.resolve()))
-    for by_steps, by_epochs in BY_EPOCHS.items():
-        section, key = by_steps.split(".")
-        if key in _section(tree, section) and by_epochs.split(".")[1] not in _section(tree, section):
-            _section(below, section).pop(by_epochs.split(".")[1], None)
-    return _overlay(below, tree)
+    if base is not None:
+        if not isinstance(base, str) or not (path.parent / base).is_file():
+            raise UserError(f"{path}: {BASE_KEY} must name one existing file, got {base!r}")
+        yield from _read_with_base(path.parent / base, (*seen, path.resolve()))
+    yield path, tree
 
 
-def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
-    """A section of a file; empty where the file has none, or something else in its place."""
-    found = tree.get(name)
-    return found if isinstance(found, dict) else {}
-
-
-def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        merged[key] = _overlay(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _merge_tree(cfg: CfgNode, tree: dict[str, Any], prefix: str, root: CfgNode, source: str) -> None:
+def _flatten(tree: dict[str, Any], node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
-        full = f"{prefix}{key}"
-        if isinstance(value, dict) and isinstance(cfg.get(key), CfgNode):
-            _merge_tree(cfg[key], value, f"{full}.", root, source)
+        if isinstance(value, dict) and isinstance(node.get(key), CfgNode):
+            yield from _flatten(value, node[key], f"{prefix}{key}.")
         else:
-            _set(root, full, value, source)
+            yield f"{prefix}{key}", value
+
+
+def _merge(cfg: CfgNode, values: dict[str, Any], source: str) -> None:
+    for by_steps, by_epochs in BY_EPOCHS.items():
+        if by_steps in values and by_epochs not in values:
+            _set(cfg, by_epochs, type(lookup(cfg, by_epochs))(), source)
+    for key, value in values.items():
+        _set(cfg, key, value, source)
 
 
 def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
-    """Set one dotted key to a value of the type that it has now."""
+    """Set one dotted key, keeping its type."""
     *sections, last = str(key).split(".")
     node: Any = cfg
     for section in sections:
@@ -226,7 +361,7 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
 
 
 def lookup(cfg: CfgNode, key: str) -> Any:
-    """The value of a dotted key."""
+    """Look up a dotted key."""
     value: Any = cfg
     for part in key.split("."):
         value = value[part]
@@ -234,7 +369,7 @@ def lookup(cfg: CfgNode, key: str) -> Any:
 
 
 def leaf_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
-    """Every dotted key that is no section."""
+    """List the dotted keys that are no sections."""
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
             yield from leaf_keys(value, f"{prefix}{key}.")
@@ -243,7 +378,7 @@ def leaf_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
 
 
 def _coerce(value: Any, default: Any) -> Any:
-    """`value`, decoded if it is text, as the type of `default`; TypeError where it is of another kind."""
+    """Convert a value to the type of `default`, or raise a TypeError."""
     if isinstance(value, str) and not isinstance(default, str):
         value = _literal(value)
     if default is None or type(value) is type(default):
@@ -264,83 +399,14 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _are_rising_shares(values: Sequence[Any]) -> bool:
-    return all(isinstance(share, float) and 0 < share < 1 for share in values) and list(values) == sorted(values)
-
-
-# What a value must be beyond its type: key, test, description.
-_CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
-    ("SOLVER.IMS_PER_BATCH", lambda v: v >= 1, "at least 1"),
-    ("SOLVER.MAX_ITER", lambda v: v >= 1, "at least 1"),
-    ("SOLVER.ACCUMULATE", lambda v: v >= 1, "at least 1"),
-    ("SOLVER.REFERENCE_BATCH", lambda v: v >= 0, "at least 0"),
-    ("SOLVER.CHECKPOINTS_KEPT", lambda v: v >= 0, "at least 0"),
-    ("SOLVER.EPOCHS", lambda v: v >= 0, "at least 0"),
-    ("SOLVER.DECAY_AT", _are_rising_shares, "rising shares of 1"),
-    ("SOLVER.EMA.DECAY", lambda v: 0 <= v < 1, "at least 0 and less than 1"),
-    ("SOLVER.CHECKPOINT_PERIOD", lambda v: v >= 1, "at least 1"),
-    ("SOLVER.BASE_LR", lambda v: v > 0, "greater than 0"),
-    ("SOLVER.LAYER_DECAY", lambda v: 0 < v <= 1, "greater than 0 and at most 1"),
-    ("SOLVER.AMP.PRECISION", lambda v: v in ("bf16", "fp16"), "bf16 or fp16"),
-    ("SOLVER.LR_SCHEDULER_NAME", lambda v: v in ("WarmupMultiStepLR", "WarmupCosineLR"),
-     "WarmupMultiStepLR or WarmupCosineLR"),
-    ("SOLVER.REFERENCE_WORLD_SIZE", lambda v: v == 0, "0: automatic scaling would change the batch unseen"),
-    ("SOLVER.BIAS_LR_FACTOR", lambda v: v == 1, "1: biases learn at the rate of their layer"),
-    ("SOLVER.WEIGHT_DECAY_BIAS", lambda v: v is None, "None: biases decay like their weights"),
-    ("OUTPUT_DIR", lambda v: bool(v), "a folder"),
-    ("SOLVER.STEPS", lambda v: list(v) == sorted(v), "rising"),
-    ("SOLVER.WARMUP_ITERS", lambda v: v >= 0, "at least 0"),
-    ("SOLVER.WEIGHT_DECAY", lambda v: v >= 0, "at least 0"),
-    ("SOLVER.BETAS", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v), "two numbers from 0 to below 1"),
-    ("TEST.EVAL_PERIOD", lambda v: v >= 0, "at least 0"),
-    ("TEST.AUG.ENABLED", lambda v: not v, "False: evaluation sees every image once"),
-    ("TEST.PRECISE_BN.ENABLED", lambda v: not v, "False: there is no such step here"),
-    ("TEST.EXPECTED_RESULTS", lambda v: not v, "empty: results are not compared with any"),
-    ("MODEL.PIXEL_MEAN", lambda v: len(v) == 3, "three numbers"),
-    ("MODEL.PIXEL_STD", lambda v: len(v) == 3 and min(v) > 0, "three numbers greater than 0"),
-    ("MODEL.VIT.EMBED_DIM", lambda v: v >= 1, "at least 1"),
-    ("MODEL.VIT.OUT_CHANNELS", lambda v: v >= 1, "at least 1"),
-    ("DATASETS.TEST", lambda v: len(v) <= 1, "at most one data set"),
-    ("SEED", lambda v: v >= 0, "at least 0: the order of the images comes from it"),
-    ("DATALOADER.NUM_WORKERS", lambda v: v >= 0, "at least 0"),
-    ("DATALOADER.ASPECT_RATIO_GROUPING", lambda v: not v, "False: the order of the images depends on SEED alone"),
-    ("DATALOADER.SAMPLER_TRAIN", lambda v: v == "TrainingSampler", "TrainingSampler"),
-    ("INPUT.RANDOM_FLIP", lambda v: v in ("none", "horizontal", "vertical"), "none, horizontal or vertical"),
-    ("INPUT.FORMAT", lambda v: v in ("RGB", "BGR"), "RGB or BGR"),
-    ("MODEL.LOAD_PROPOSALS", lambda v: not v, "False: proposals come from the detector itself"),
-    ("INPUT.MASK_FORMAT", lambda v: v in ("polygon", "bitmask"), "polygon or bitmask"),
-    ("INPUT.COPY_PASTE.PROB", lambda v: 0 <= v <= 1, "from 0 to 1"),
-    ("INPUT.LSJ.SIZE", lambda v: v >= 1, "at least 1"),
-    ("INPUT.LSJ.MIN_SCALE", lambda v: v > 0, "greater than 0"),
-    ("TEST.EVALUATOR", lambda v: v in ("auto", "hotcoco", "pycocotools"), "auto, hotcoco or pycocotools"),
-    ("TEST.EVAL_EPOCHS", lambda v: v >= 0, "at least 0"),
-    ("MODEL.DEVICE", lambda v: bool(re.fullmatch(r"cpu|cuda(:\d+)?", v)), "cpu, cuda or cuda:N"),
-    ("MODEL.ROI_HEADS.NUM_CLASSES", lambda v: v >= 1, "at least 1"),
-    ("MODEL.VIT.PATCH_SIZE", lambda v: v >= 1, "at least 1"),
-    ("MODEL.VIT.DEPTH", lambda v: v >= 1, "at least 1"),
-    ("MODEL.VIT.DROP_PATH", lambda v: 0 <= v < 1, "at least 0 and less than 1"),
-    ("MODEL.VIT.WINDOW_SIZE", lambda v: v >= 0, "at least 0"),
-    ("MODEL.VIT.MLP_RATIO", lambda v: v > 0, "greater than 0"),
-    ("MODEL.VIT.NUM_HEADS", lambda v: v >= 1, "at least 1"),
-    ("MODEL.VIT.SQUARE_PAD", lambda v: v >= 0, "at least 0"),
-    ("MODEL.VIT.SQUARE_PAD_TEST", lambda v: v >= 0, "at least 0"),
-    ("MODEL.VIT.POS_EMBED", lambda v: v in ("resize", "tiled", "absolute_win"), "resize, tiled or absolute_win"),
-    ("MODEL.VIT.ATTENTION", lambda v: v in ("folded", "materialized"), "folded or materialized"),
-    ("MODEL.VIT.FROZEN_STAGES", lambda v: v >= -1, "at least -1"),
-]  # fmt: skip
-
-
 def check_config(cfg: CfgNode) -> None:
     """Check values beyond their type, and pairs that contradict each other.
 
     Raises:
         UserError: names the key, its value and what it must be.
     """
-    for key, test, expected in _CHECKS:
-        value = lookup(cfg, key)
-        if not test(value):
-            raise UserError(f"{key} must be {expected}, got {value!r}")
-    vit, lsj = cfg.MODEL.VIT, cfg.INPUT.LSJ
+    keys = read_keys(cfg)
+    vit, images, lsj = keys.MODEL.VIT, keys.INPUT, keys.INPUT.LSJ
     outside = [index for index in vit.GLOBAL_BLOCKS if index not in range(vit.DEPTH)]
     if outside:
         raise UserError(
@@ -348,25 +414,44 @@ def check_config(cfg: CfgNode) -> None:
         )
     if lsj.MIN_SCALE > lsj.MAX_SCALE:
         raise UserError(f"INPUT.LSJ.MIN_SCALE {lsj.MIN_SCALE} is greater than INPUT.LSJ.MAX_SCALE {lsj.MAX_SCALE}")
-    if lsj.ENABLED and cfg.INPUT.CROP.ENABLED:
+    if lsj.ENABLED and images.CROP.ENABLED:
         raise UserError("INPUT.LSJ.ENABLED and INPUT.CROP.ENABLED exclude each other: large-scale jitter crops already")
-    check_copy_paste(cfg)
-    _check_square_pad(cfg)
-
-
-def _check_square_pad(cfg: CfgNode) -> None:
-    """Images must fit the square: detectron2 would crop them without a word."""
-    vit, train = cfg.MODEL.VIT, "INPUT.LSJ.SIZE" if cfg.INPUT.LSJ.ENABLED else "INPUT.MAX_SIZE_TRAIN"
-    for name, pad, key in (
-        ("SQUARE_PAD", vit.SQUARE_PAD, train),
-        ("SQUARE_PAD_TEST", vit.SQUARE_PAD_TEST, "INPUT.MAX_SIZE_TEST"),
+    for key, needed in (("INPUT.LSJ.ENABLED", True), ("MODEL.MASK_ON", True), ("MODEL.KEYPOINT_ON", False)):
+        if images.COPY_PASTE.ENABLED and lookup(cfg, key) != needed:
+            raise UserError(f"INPUT.COPY_PASTE.ENABLED needs {key} {needed}, got {lookup(cfg, key)}")
+    if lsj.ENABLED and vit.SQUARE_PAD > lsj.SIZE:
+        words = "MODEL.VIT.SQUARE_PAD %d is more than INPUT.LSJ.SIZE %d: a part is empty"
+        log.info(words, vit.SQUARE_PAD, lsj.SIZE)
+    for name, key in (
+        ("SQUARE_PAD", "INPUT.LSJ.SIZE" if lsj.ENABLED else "INPUT.MAX_SIZE_TRAIN"),
+        ("SQUARE_PAD_TEST", "INPUT.MAX_SIZE_TEST"),
     ):
+        pad, least = getattr(vit, name), key.replace("MAX_SIZE", "MIN_SIZE")
         if pad % vit.PATCH_SIZE:
             raise UserError(f"MODEL.VIT.{name} {pad} is no multiple of MODEL.VIT.PATCH_SIZE {vit.PATCH_SIZE}")
-        if name == "SQUARE_PAD" and cfg.INPUT.LSJ.ENABLED and pad > cfg.INPUT.LSJ.SIZE:
-            log.info("MODEL.VIT.SQUARE_PAD %d is more than INPUT.LSJ.SIZE %d: a part is empty", pad, cfg.INPUT.LSJ.SIZE)
-        least = key.replace("MAX_SIZE", "MIN_SIZE")
-        if pad and least != key and 0 in np.atleast_1d(lookup(cfg, least)):
+        # Images must fit the square: detectron2 would crop them without a word.
+        if pad and 0 in np.atleast_1d(lookup(cfg, least)):
             raise UserError(f"MODEL.VIT.{name} {pad} needs images that fit, but {least} 0 resizes none")
         if pad and pad < lookup(cfg, key):
             raise UserError(f"MODEL.VIT.{name} {pad} is smaller than {key} {lookup(cfg, key)}: images would be cropped")
+
+
+def read_keys(cfg: CfgNode) -> DetectorKeys:
+    """Read the keys of `DetectorKeys` from a detectron2 config.
+
+    Raises:
+        UserError: names the first key that is not right, its value and what it must be.
+    """
+    try:
+        return DetectorKeys.model_validate(cfg)
+    except ValidationError as error:
+        path, keys, field = "", DetectorKeys, None
+        for part in error.errors()[0]["loc"]:
+            if field is not None and not _is_section(field):
+                break
+            path, field = f"{path}.{part}".lstrip("."), keys.model_fields[str(part)]
+            keys = field.annotation  # type: ignore[assignment]
+        assert field is not None
+        expected = field.description or " or ".join(", ".join(get_args(field.annotation)).rsplit(", ", 1))
+        expected = expected or f"of type {field.annotation}"
+        raise UserError(f"{path} must be {expected}, got {lookup(cfg, path)!r}") from None

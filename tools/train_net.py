@@ -8,7 +8,7 @@ One GPU, data of your own in COCO format:
         --val-json VAL.json --val-images IMAGES MODEL.WEIGHTS=WEIGHTS OUTPUT_DIR=OUT SOLVER.IMS_PER_BATCH=4
 Eight GPUs, COCO 2017 in $DETECTRON2_DATASETS/coco:
     python tools/train_net.py --config-file coco_mask_rcnn.yaml --num-gpus 8 MODEL.WEIGHTS=WEIGHTS OUTPUT_DIR=OUT
-The same command with --resume goes on from the last checkpoint; with --eval-only MODEL.WEIGHTS=OUT/model_final.pth
+The same command with --resume continues from the last checkpoint; with --eval-only MODEL.WEIGHTS=OUT/model_final.pth
 it evaluates. Settings follow as KEY VALUE or KEY=VALUE.
 """
 
@@ -35,12 +35,12 @@ log = logging.getLogger("det.train_net")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="NAME", help="a YAML file, or its name under configs/")
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes, one per GPU (default 1)")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, do not train")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
     for split in ("train", "val"):
         parser.add_argument(f"--{split}-json", metavar="FILE", help=f"{split} annotations in COCO format")
         parser.add_argument(f"--{split}-images", metavar="DIR", help=f"folder of the images that --{split}-json names")
@@ -49,12 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build, call; one process per GPU."""
+    """Parse the command line and start one process per GPU."""
     arguments = build_parser().parse_intermixed_args(argv)
     set_up_console()
     own_data = tuple(_pair(arguments, split) for split in ("train", "val"))
     if arguments.eval_only and arguments.resume:
-        raise UserError("--eval-only and --resume exclude each other: evaluate, or go on with the training")
+        raise UserError("--eval-only and --resume exclude each other: evaluate, or continue the training")
     if arguments.eval_only and own_data[0] is not None:
         log.info("--eval-only: --train-json is not read")
     gpus = torch.cuda.device_count()
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(cfg: CfgNode, own_data: tuple[tuple[str, str] | None, ...], eval_only: bool, resume: bool) -> None:
-    """What every process does."""
+    """Train or evaluate in one process."""
     set_up_console()
     train_data, val_data = own_data
     use_own_data(cfg, None if eval_only else train_data, val_data)

@@ -1,4 +1,4 @@
-"""Look at what a detector is trained on: images as the model gets them, with boxes, masks and classes, on one sheet.
+"""Draw the training images of a detector as the model gets them, with boxes, masks and classes, on one sheet.
 
     python tools/visualize_data.py --config-file coco_mask_rcnn.yaml --train-json TRAIN.json --train-images IMAGES
     python tools/visualize_data.py --config-file coco_mask_rcnn.yaml --num-images 36 INPUT.COPY_PASTE.ENABLED=True
@@ -29,7 +29,8 @@ from crossmae.errors import UserError, run_cli
 from crossmae.files import check_writable, make_folder, printable, write_atomically
 from det.config import load_det_config
 from det.data.coco import check_registered, use_own_data
-from det.data.loader import build_train_loader, refuse_unreadable
+from det.data.copy_paste import build_copy_paste
+from det.data.loader import KeyedSamples, NamingMapper, build_train_loader, refuse_unreadable
 from det.inference.draw import draw_instances, draw_sheet, instances_from_detectron2
 from det.training.console import set_up_console
 
@@ -40,12 +41,12 @@ JPEG_QUALITY = 92
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="NAME", help="a YAML file, or its name under configs/")
     parser.add_argument("--train-json", metavar="FILE", help="train annotations in COCO format")
     parser.add_argument("--train-images", metavar="DIR", help="folder of the images that --train-json names")
-    parser.add_argument("--num-images", type=int, default=16, metavar="N", help="how many (%(default)s)")
+    parser.add_argument("--num-images", type=int, default=16, metavar="N", help="number of images (%(default)s)")
     parser.add_argument(
         "--output",
         type=Path,
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Raise a `UserError` for a picture that can not be written, before anything is loaded."""
+    """Raise a `UserError` for a picture that cannot be written."""
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"--output {path}: expected a name that ends in {', '.join(FORMATS)}")
     if path.is_dir():
@@ -92,15 +93,19 @@ def check_output(path: Path) -> None:
 
 
 def training_samples(cfg: CfgNode) -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:
-    """The images (H, W, 3), padded, with the sample that each is of, in the order of training."""
+    """Yield padded images (H, W, 3) and their samples in training order."""
     with torch.device("meta"):  # weights without memory
         backbone = build_backbone(cfg)
     records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    paste = cfg.INPUT.COPY_PASTE
+    copy_paste = build_copy_paste(paste.ENABLED, paste.PROB, cfg.MODEL.PIXEL_MEAN)
+    samples = KeyedSamples(records, NamingMapper(cfg, True), cfg.SEED, copy_paste)
+    steps, workers = range(cfg.SOLVER.MAX_ITER), cfg.DATALOADER.NUM_WORKERS
     mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
-    for batch in build_train_loader(cfg, records, first=0, rank=0, world_size=1):
-        refuse_unreadable(batch)
-        # As the model does it: the mean is subtracted, so that 0 is what is padded.
-        images = [sample["image"] - mean for sample in batch]
+    loader = build_train_loader(samples, cfg.SOLVER.IMS_PER_BATCH, steps, parts=cfg.SOLVER.ACCUMULATE, workers=workers)
+    for batch in loader:
+        # As the model does it: the mean is subtracted, so that padding with 0 is padding with the mean.
+        images = [sample["image"] - mean for sample in refuse_unreadable(batch)]
         padded = ImageList.from_tensors(images, backbone.size_divisibility, 0.0, backbone.padding_constraints)
         for image, sample in zip((padded.tensor + mean).round().byte(), batch, strict=True):
             pixels = image.permute(1, 2, 0).numpy()
@@ -108,7 +113,7 @@ def training_samples(cfg: CfgNode) -> Iterator[tuple[NDArray[np.uint8], dict[str
 
 
 def draw_sample(pixels: NDArray[np.uint8], sample: dict[str, Any], names: Sequence[str]) -> NDArray[np.uint8]:
-    """The padded image (H, W, 3) with the objects of its sample, whose masks end with the image."""
+    """Draw a sample's objects on its padded image (H, W, 3)."""
     padding = [(0, padded - side) for padded, side in zip(pixels.shape, sample["image"].shape[1:], strict=False)]
     instances = [
         instance if instance.mask is None else replace(instance, mask=np.pad(instance.mask, padding))
@@ -118,7 +123,7 @@ def draw_sample(pixels: NDArray[np.uint8], sample: dict[str, Any], names: Sequen
 
 
 def caption(sample: dict[str, Any], pixels: NDArray[np.uint8]) -> str:
-    """Name of the file, how many objects are left, and the three sizes."""
+    """Write the file's name, the number of objects, and the three sizes."""
     sizes = [(sample["width"], sample["height"]), sample["image"].shape[:0:-1], pixels.shape[1::-1]]
     given, augmented, padded = (f"{width} x {height}" for width, height in sizes)
     counted = f"{printable(Path(sample['file_name']).name)}, objects: {len(sample['instances'])}"

@@ -53,7 +53,7 @@ class SpatialAttention(Attention):
             self.rel_pos_w = nn.Parameter(torch.zeros(shape))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, h, w, E) to (B, h, w, E)."""
+        """Attend over a grid of tokens (B, h, w, E)."""
         qkv = self.qkv(x)  # (B, h, w, 3E); padding needs no projection: it is the bias
         if not self.window_size:
             return self.proj(self._attend(qkv))
@@ -63,7 +63,7 @@ class SpatialAttention(Attention):
         return self.proj(window_unpartition(self._attend(windows), self.window_size, padded, (h, w)))
 
     def _attend(self, qkv: Tensor) -> Tensor:
-        """(B, H, W, 3E) to (B, H, W, E), every token attending to all."""
+        """Let all tokens attend: (B, H, W, 3E) to (B, H, W, E)."""
         B, H, W, E3 = qkv.shape
         split = qkv.reshape(B, H * W, 3, self.num_heads, E3 // 3 // self.num_heads)
         q, k, v = split.permute(2, 0, 3, 1, 4)  # each (B, n, N, d)
@@ -77,7 +77,7 @@ class SpatialAttention(Attention):
 
 
 def pad_grid(x: Tensor, fill: Tensor, bottom: int, right: int) -> Tensor:
-    """(B, h, w, C) grid to (B, h + bottom, w + right, C), the new cells `fill` (C,)."""
+    """Pad a grid (B, h, w, C) with `fill` (C,)."""
     if right:
         x = torch.cat([x, fill.expand(x.shape[0], x.shape[1], right, -1)], dim=2)
     if bottom:
@@ -86,7 +86,7 @@ def pad_grid(x: Tensor, fill: Tensor, bottom: int, right: int) -> Tensor:
 
 
 def relative_scores(q: Tensor, grid: tuple[int, int], rel_pos_h: Tensor, rel_pos_w: Tensor) -> tuple[Tensor, Tensor]:
-    """What relative positions add to the scores of every query, by row and by column of the key.
+    """Compute relative scores by row and column of the key.
 
     Args:
         q: (B, n, N, d) queries, not scaled.
@@ -105,7 +105,7 @@ def relative_scores(q: Tensor, grid: tuple[int, int], rel_pos_h: Tensor, rel_pos
 
 
 def relative_positions(table: Tensor, size: int) -> Tensor:
-    """Rows of a relative position table for every (query, key) pair of one axis.
+    """Look up relative positions for every (query, key) pair of one axis.
 
     A table made for another size is resized linearly, as detectron2 does (`get_rel_pos`).
 
@@ -123,10 +123,10 @@ def relative_positions(table: Tensor, size: int) -> Tensor:
 
 
 def folded_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Attention with relative scores, without an N x N matrix (FlashBias, arXiv 2505.12044).
+    """Attend with relative scores, without an N x N matrix.
 
-    q' = [q / sqrt(d), rows, columns] and k' = [k, one-hot(row), one-hot(column)] have the product that is wanted, so
-    that any kernel for plain attention does; all gradients are exact, too.
+    Source: FlashBias, arXiv 2505.12044. q' = [q / sqrt(d), rows, columns] and k' = [k, one-hot(row), one-hot(column)]
+    have the same product, so that any kernel for plain attention works. All gradients are exact.
 
     Args:
         q, k, v: (B, n, N, d).
@@ -154,7 +154,7 @@ def folded_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Ten
 
 
 def materialized_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The same with an N x N matrix of biases for every head: simpler, slower, and the reference."""
+    """Attend with an N x N matrix of biases: the slow reference."""
     B, n, N, _ = q.shape
     # Contiguous before they are added, or the sum, n * N^2 numbers, would have to be copied.
     bias = rows.contiguous()[..., :, None] + columns.contiguous()[..., None, :]

@@ -1,4 +1,4 @@
-"""The backbone alone, for heads and frameworks of one's own: `build_backbone`."""
+"""The backbone without detector, for other heads and frameworks: `build_backbone`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build_backbone(
     out_channels: int = 256,
     **overrides: Any,
 ) -> FeaturePyramid:
-    """A plain ViT with the simple feature pyramid, without detector, config or registry.
+    """Build a ViT with the simple feature pyramid, without config or registry.
 
     Args:
         name: a named size, for example `crossmae_vit_base_patch16`; patches of 14 pixels become 16.
@@ -42,7 +42,7 @@ def build_backbone(
 
     Raises:
         ValueError: an unknown name or argument.
-        UserError: a file that can not be read, or does not fit; nothing was loaded.
+        UserError: a file that cannot be read, or does not fit; nothing was loaded.
     """
     size = model_arguments(name)
     arguments: dict[str, Any] = {key: size[key] for key in ENCODER_SIZE}
@@ -63,5 +63,5 @@ def build_backbone(
 
 
 def evenly_spaced_blocks(depth: int) -> tuple[int, ...]:
-    """The last block of each quarter: 2, 5, 8, 11 of 12 (ViTDet, arXiv 2203.16527, section 3)."""
+    """Choose the last block of each quarter, as ViTDet does (section 3)."""
     return tuple(depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))

@@ -31,13 +31,19 @@ from det.backbone.attention import RelPosAttention, SpatialAttention
 SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
 PosEmbed = Literal["resize", "tiled", "absolute_win"]
 NORMS = ("", "LN", "GN", "BN", "SyncBN", "FrozenBN")
+# Keys of MODEL.VIT that are arguments in lower case.
+ENCODER_KEYS = (
+    *("IMG_SIZE", "PRETRAIN_IMG_SIZE", "PATCH_SIZE", "EMBED_DIM", "DEPTH", "NUM_HEADS", "MLP_RATIO", "DROP_PATH"),
+    *("WINDOW_SIZE", "GLOBAL_BLOCKS", "REL_POS", "ACTIVATION_CHECKPOINTING"),
+)
+PYRAMID_KEYS = ("OUT_CHANNELS", "SCALE_FACTORS", "NORM", "MAX_POOL_LEVEL", "SQUARE_PAD", "SQUARE_PAD_TEST")
 
 
 class ViT(Backbone):
-    """The CrossMAE encoder on images of any size: no class token, no final norm.
+    """The CrossMAE encoder on images of any size, without class token and final norm.
 
-    Linear weights start as Xavier uniform, as in pretraining, positions as the sine-cosine table (trained on from
-    there, as in ViTDet), relative positions at zero.
+    Linear weights start as Xavier uniform, positions as the sine-cosine table, which is trained, and relative positions
+    at zero.
 
     The position table of pretraining covers an image of another size in one of three ways:
 
@@ -105,7 +111,14 @@ class ViT(Backbone):
         self.apply(_init_linear)
 
     def forward(self, imgs: Tensor) -> dict[str, Tensor]:
-        """(B, C, h, w) images, sides multiples of the patch, to {"last_feat": (B, E, h / p, w / p)}."""
+        """Encode images (B, C, h, w).
+
+        Returns:
+            {"last_feat": (B, E, h / patch_size, w / patch_size)}.
+
+        Raises:
+            ValueError: a side is no multiple of the patch.
+        """
         if imgs.shape[-2] % self.patch_size or imgs.shape[-1] % self.patch_size:
             raise ValueError(f"image sides must be multiples of {self.patch_size} pixels, got {tuple(imgs.shape[-2:])}")
         x = self.patch_embed(imgs)  # (B, H, W, E)
@@ -118,7 +131,7 @@ class ViT(Backbone):
         return {"last_feat": x.permute(0, 3, 1, 2)}
 
     def positions(self, H: int, W: int) -> Tensor:
-        """What is added to the patches of an image, (1, H, W, E)."""
+        """Compute positions for H x W patches, (1, H, W, E)."""
         if self.pos_embed_mode == "resize":
             return get_abs_pos(self.pos_embed, True, (H, W))
         tile = get_abs_pos(self.pos_embed, True, (self.tile, self.tile))
@@ -128,10 +141,10 @@ class ViT(Backbone):
         return tiles + get_abs_pos(self.pos_embed_global, False, (H, W))
 
     def freeze(self, stages: int) -> None:
-        """Train no longer: -1 nothing, 0 patch embedding and positions, n these and the first n blocks.
+        """Stop the training of the first stages.
 
-        Frozen blocks drop no paths either, and their relative positions stay at zero: they are those of pretraining.
-        The second table of `absolute_win`, which starts at zero, is always trained.
+        -1 freezes nothing, 0 patch embedding and positions, n these and the first n blocks. Frozen blocks drop no paths
+        either, and their relative positions stay at zero. The second table of `absolute_win` is always trained.
 
         Raises:
             ValueError: there are fewer blocks.
@@ -147,14 +160,14 @@ class ViT(Backbone):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> ViT:
-        """As ever, but frozen blocks stay in evaluation mode."""
+        """Set the mode, but keep frozen blocks in evaluation mode."""
         super().train(mode)
         for block in self.blocks[: max(self.frozen_stages, 0)]:
             block.eval()
         return self
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of the one feature map."""
+        """Return channels and stride of the feature map."""
         return {"last_feat": ShapeSpec(channels=self.embed_dim, stride=self.patch_size)}
 
 
@@ -168,24 +181,23 @@ class ChannelLayerNorm(ChannelFirstLayerNorm):
     """detectron2's LayerNorm over the channels of (B, C, H, W), in one fused call instead of eight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, H, W)."""
+        """Normalise the channels of (B, C, H, W)."""
         last = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         return last.permute(0, 3, 1, 2)
 
 
 class FeaturePyramid(SimpleFeaturePyramid):
-    """detectron2's pyramid, with batches padded to what encoder and pyramid can divide.
+    """detectron2's pyramid, with batches padded to sides that encoder and pyramid can divide.
 
-    In training, images are padded to a square of `square_pad` pixels, in evaluation to one of `square_pad_test`; 0 pads
-    to the largest image of the batch. Upstream spells the key of the divisor otherwise than its reader does, so that
-    images of odd sizes fail there unless they are padded to a square.
+    Images are padded to a square, see `build_pyramid`. Upstream spells the key of the divisor otherwise than its reader
+    does, so that images of odd sizes fail there unless they are padded to a square.
     """
 
     square_pad_test = 0
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """What `ImageList.from_tensors` pads a batch to, in pixels."""
+        """Padding of `ImageList.from_tensors`, in pixels."""
         divisor = max(self._size_divisibility, self.net.patch_size)
         square = self._square_pad if self.training else self.square_pad_test
         return {"size_divisibility": divisor, "square_size": square}
@@ -200,10 +212,10 @@ def build_pyramid(
     square_pad: int = 0,
     square_pad_test: int = 0,
 ) -> FeaturePyramid:
-    """The simple feature pyramid over an encoder (arXiv 2203.16527, section 3); the encoder becomes its `net`.
+    """Build the simple feature pyramid over an encoder (arXiv 2203.16527, section 3).
 
     Args:
-        net: the encoder.
+        net: the encoder; becomes the pyramid's `net`.
         out_channels: channels of every level.
         scale_factors: resolution of each level over that of the encoder, falling by halves; 4, 2, 1 and 0.5 exist.
         norm: norm behind each convolution; "" is none.
@@ -238,45 +250,23 @@ def build_pyramid(
 
 @BACKBONE_REGISTRY.register()
 def build_crossmae_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FeaturePyramid:
-    """`MODEL.BACKBONE.NAME: build_crossmae_vitdet_backbone`: encoder and pyramid from `MODEL.VIT.*`."""
+    """Build encoder and pyramid from `MODEL.VIT.*`, for `MODEL.BACKBONE.NAME`."""
     vit = cfg.MODEL.VIT
     try:
         net = ViT(
-            img_size=vit.IMG_SIZE,
-            pretrain_img_size=vit.PRETRAIN_IMG_SIZE,
-            patch_size=vit.PATCH_SIZE,
             in_chans=input_shape.channels,
-            embed_dim=vit.EMBED_DIM,
-            depth=vit.DEPTH,
-            num_heads=vit.NUM_HEADS,
-            mlp_ratio=vit.MLP_RATIO,
-            drop_path=vit.DROP_PATH,
-            window_size=vit.WINDOW_SIZE,
-            global_blocks=vit.GLOBAL_BLOCKS,
-            rel_pos=vit.REL_POS,
             pos_embed_mode=vit.POS_EMBED,
             rel_pos_attention=vit.ATTENTION,
-            activation_checkpointing=vit.ACTIVATION_CHECKPOINTING,
+            **{name.lower(): vit[name] for name in ENCODER_KEYS},
         )
         net.freeze(vit.FROZEN_STAGES)
-        pyramid = build_pyramid(
-            net,
-            vit.OUT_CHANNELS,
-            vit.SCALE_FACTORS,
-            vit.NORM,
-            vit.MAX_POOL_LEVEL,
-            vit.SQUARE_PAD,
-            vit.SQUARE_PAD_TEST,
-        )
+        pyramid = build_pyramid(net, **{name.lower(): vit[name] for name in PYRAMID_KEYS})
     except ValueError as error:
         raise UserError(f"MODEL.VIT: {error}") from error
     levels = list(pyramid.output_shape())
-    for key, names in (
-        ("MODEL.RPN.IN_FEATURES", cfg.MODEL.RPN.IN_FEATURES),
-        ("MODEL.ROI_HEADS.IN_FEATURES", cfg.MODEL.ROI_HEADS.IN_FEATURES),
-    ):
+    for key in ("RPN", "ROI_HEADS"):
+        names = list(cfg.MODEL[key].IN_FEATURES)
         if not set(names) <= set(levels):
-            raise UserError(
-                f"{key} is {list(names)}, but MODEL.VIT.PATCH_SIZE {vit.PATCH_SIZE} gives the levels {levels}"
-            )
+            patch = f"MODEL.VIT.PATCH_SIZE {vit.PATCH_SIZE}"
+            raise UserError(f"MODEL.{key}.IN_FEATURES is {names}, but {patch} gives the levels {levels}")
     return pyramid

@@ -1,6 +1,6 @@
-"""`MODEL.WEIGHTS`: a pretraining checkpoint, a converted encoder or a whole detector, strictly.
+"""`MODEL.WEIGHTS`: a pretraining checkpoint, a converted encoder or a whole detector, loaded strictly.
 
-What a file must fill, and what of it may be left over, is listed here; everything else is an error with a table.
+Tensors that may be new or left over are listed here. Any other difference is an error with a table.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,7 @@ from crossmae.checkpoints.loading import load, resampled
 from crossmae.checkpoints.metadata import PIXEL_MEAN, PIXEL_STD, UNKNOWN, recorded_arguments
 from crossmae.checkpoints.report import LoadReport
 from crossmae.checkpoints.resample import fit
-from crossmae.checkpoints.weights import (
-    Weights,
-    encoder_arguments,
-    encoder_home,
-    encoder_tensors,
-    read_weights,
-)
+from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_home, encoder_tensors, read_weights
 from crossmae.errors import UserError
 from crossmae.training.config import read_yaml
 from det.backbone.vit import ViT
@@ -36,37 +30,31 @@ from det.evaluation.run_files import BEST, CONFIG, FINAL, LAST
 
 log = logging.getLogger(__name__)
 
-# The class token has no place in a dense backbone; what exists only in detection starts at zero.
+# The class token has no place in a dense backbone. Tensors that exist only in detection start at zero.
 DROPPED = (r"cls_token$",)
 NEW = (r"blocks\.\d+\.attn\.rel_pos_[hw]$", r"pos_embed_global$")
 # Layers of a detector with one output for each class.
-PER_CLASS = r"roi_heads\.(box_predictor(\.\d+)?\.(cls_score|bbox_pred)|mask_head\.predictor)\."
+CLASS_LAYERS = r"roi_heads\.(box_predictor(\.\d+)?\.(cls_score|bbox_pred)|mask_head\.predictor)\."
 SCORES = r"roi_heads\.box_predictor(\.0)?\.cls_score\.weight"
-# Keys of the backbone that decide what weights mean, and that no shape shows.
-UNSEEN = ("POS_EMBED", "WINDOW_SIZE", "GLOBAL_BLOCKS")
-# Argument of the encoder -> key that sets it, where a shape or the file's metadata shows the right value.
-ARCHITECTURE = {
-    "embed_dim": "EMBED_DIM",
-    "depth": "DEPTH",
-    "num_heads": "NUM_HEADS",
-    "patch_size": "PATCH_SIZE",
-    "mlp_ratio": "MLP_RATIO",
-    "pretrain_img_size": "PRETRAIN_IMG_SIZE",
-}
+# Settings that decide what weights mean, and that no shape shows.
+VIT_MEANING = ("MODEL.VIT.POS_EMBED", "MODEL.VIT.WINDOW_SIZE", "MODEL.VIT.GLOBAL_BLOCKS")
+MEANING = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", *VIT_MEANING)
+# Arguments of the encoder that a shape or the file's metadata shows; in upper case, keys of MODEL.VIT.
+SHOWN = ("embed_dim", "depth", "num_heads", "patch_size", "mlp_ratio", "pretrain_img_size")
 
 
 def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False) -> LoadReport | None:
-    """Fill a detector from `MODEL.WEIGHTS`: the encoder alone, or everything if the file holds a whole detector.
+    """Fill a detector from `MODEL.WEIGHTS`, an encoder or a whole detector.
 
     To train on from a detector of another number of classes, its layers with one output per class are left out.
 
     Args:
         model: from `detectron2.modeling.build_model`, its backbone `build_crossmae_vitdet_backbone`.
         cfg: names the file and says how pixels are normalised.
-        detector_only: refuse a file with an encoder alone; for evaluation, which needs trained heads.
+        detector_only: refuse a file with an encoder only; for evaluation, which needs trained heads.
 
     Returns:
-        What became of every tensor, or None where `MODEL.WEIGHTS` is empty and the weights stay random.
+        The result for every tensor, or None where `MODEL.WEIGHTS` is empty and the weights stay random.
 
     Raises:
         UserError: unreadable file, another architecture, a tensor missing or left over, other pixel statistics.
@@ -84,11 +72,14 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False)
     try:
         weights = read_weights(find_detector(Path(path)))
         if weights.format == "detector":
-            report = _load_detector(model, weights, cfg, detector_only)
+            config = weights.path.with_name(CONFIG)
+            warn_of_other_settings({key: lookup(cfg, key) for key in MEANING}, config)
+            report = _load_detector(model, weights, config, detector_only)
         elif detector_only:
-            raise UserError(f"{path} holds an encoder alone; evaluation needs a trained detector")
+            raise UserError(f"{path} holds an encoder only; evaluation needs a trained detector")
         else:
-            report = _load_encoder(model, weights, cfg)
+            check_pixels(weights, cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+            report = _load_encoder(model, weights)
     except UserError as error:
         raise UserError(f"MODEL.WEIGHTS: {error}") from error
     log.info("weights from %s (%s): %s", weights.path, weights.format, report.summary())
@@ -97,7 +88,10 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False)
 
 
 def find_detector(path: Path) -> Path:
-    """The best weights in the folder of a run, else its last ones; any other path as it is."""
+    """Find the best or last weights of a run.
+
+    A path that is no folder of a run comes back as it is.
+    """
     if not path.is_dir():
         return path
     names = [BEST]
@@ -107,7 +101,7 @@ def find_detector(path: Path) -> Path:
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
-    """detectron2's `build_model`, whose complaints name the section that they are about.
+    """Build detectron2's model, with errors that name the section.
 
     Raises:
         UserError: `MODEL.*` names something that does not exist, or values that do not go together.
@@ -117,69 +111,70 @@ def build_detector(cfg: CfgNode) -> nn.Module:
     except UserError:
         raise
     except (KeyError, ValueError, AssertionError, TypeError) as error:
-        raise UserError(f"MODEL: the detector can not be built: {' '.join(str(error).split()) or error!r}") from error
+        raise UserError(f"MODEL: the detector cannot be built: {' '.join(str(error).split()) or error!r}") from error
     return model
 
 
-def _load_detector(model: nn.Module, weights: Weights, cfg: CfgNode, detector_only: bool) -> LoadReport:
-    config = weights.path.with_name(CONFIG)
-    warn_of_other_settings(cfg, config)
+def _load_detector(model: nn.Module, weights: Weights, config: Path, detector_only: bool) -> LoadReport:
     new: tuple[str, ...] = ()
     classes = count_classes(weights.tensors)
     if not detector_only and classes != count_classes(model.state_dict()):
-        log.warning("%s is for %d classes: the last layers of the heads start anew", weights.path, classes)
-        new = (PER_CLASS,)
-        kept = {name: tensor for name, tensor in weights.tensors.items() if not re.match(PER_CLASS, name)}
+        log.warning(
+            "%s is for %d classes: the last layers of the heads start from random weights", weights.path, classes
+        )
+        new = (CLASS_LAYERS,)
+        kept = {name: tensor for name, tensor in weights.tensors.items() if not re.match(CLASS_LAYERS, name)}
         weights = replace(weights, tensors=kept)
     try:
         return load(model, weights, new=new)
     except UserError as error:
-        hint = f"the config that it was trained with is beside it: --config-file {config}; " if config.is_file() else ""
+        hint = f"the config that it was trained with is next to it: --config-file {config}; " * config.is_file()
         raise UserError(f"{hint}{error}") from error
 
 
-def _load_encoder(model: nn.Module, weights: Weights, cfg: CfgNode) -> LoadReport:
+def _load_encoder(model: nn.Module, weights: Weights) -> LoadReport:
     net = model.get_submodule("backbone.net")
     if not isinstance(net, ViT):
         raise UserError("MODEL.BACKBONE.NAME must be build_crossmae_vitdet_backbone to start from an encoder")
     weights = fit_patches(weights, net.patch_size)
     check_architecture(net, weights)
-    check_pixels(cfg, weights)
     return load(net, weights, part="encoder", new=NEW, dropped=DROPPED)
 
 
 def count_classes(tensors: Mapping[str, Tensor]) -> int:
-    """Classes of a detector, or 0 where its head is none that we know; the last row is the background."""
+    """Count the classes of a detector, 0 for an unknown head."""
     scores = next((tensor for name, tensor in tensors.items() if re.fullmatch(SCORES, name)), None)
-    return 0 if scores is None else len(scores) - 1
+    return 0 if scores is None else len(scores) - 1  # the last row is the background
 
 
-def warn_of_other_settings(cfg: CfgNode, path: Path) -> None:
-    """Say what of a detector's input and positions, which no tensor shows, is not as its own config `path` has it."""
-    if not path.is_file():
-        return
-    recorded = read_yaml(path)
-    for key in ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", *(f"MODEL.VIT.{name}" for name in UNSEEN)):
+def warn_of_other_settings(settings: Mapping[str, Any], path: Path) -> None:
+    """Warn about settings that differ from a detector's own config.
+
+    Args:
+        settings: by dotted key.
+        path: config next to the weights; may not exist.
+    """
+    recorded = read_yaml(path) if path.is_file() else {}
+    for key, given in settings.items():
         value: Any = recorded
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        given = lookup(cfg, key)
         if value is not None and value != (list(given) if isinstance(given, (tuple, list)) else given):
             log.warning("%s is %s, but the detector was trained with %s (%s)", key, given, value, path)
 
 
 def fit_patches(weights: Weights, patch_size: int) -> Weights:
-    """Resize the patch filters of an encoder whose patch size has no feature pyramid, such as 14 to 16; says so.
+    """Resize patch filters without feature pyramid, such as 14 to 16.
 
     Filters are resampled so that an image enlarged along with them gives the same tokens (FlexiViT, arXiv 2212.08013,
     section 3.4); ViTDet resized those of ViT-H/14, too. The grid of the position table stays, so that the pretraining
-    size grows with the patch: 224 pixels are 256 then. Encoders with patches of 2^n pixels come back as they are.
+    size grows with the patch: 224 pixels become 256. Encoders with patches of 2^n pixels come back as they are.
     """
-    arguments = encoder_arguments(encoder_tensors(weights), weights.metadata)
+    encoder = encoder_tensors(weights)
+    arguments = encoder_arguments(encoder, weights.metadata)
     old = arguments["patch_size"]
     if old == patch_size or old & (old - 1) == 0:
         return weights
-    encoder = encoder_tensors(weights)
     tensors, notes, arguments = fit(encoder, arguments, {"patch_size": patch_size})
     log.info("patch filters of %s resized from %d to %d pixels", weights.path, old, patch_size)
     home = encoder_home(weights.tensors)
@@ -194,37 +189,36 @@ def check_architecture(net: ViT, weights: Weights) -> None:
     """
     found = encoder_arguments(encoder_tensors(weights), weights.metadata)
     found["pretrain_img_size"] = found.pop("img_size", net.pretrain_img_size)
-    wrong = [
-        (name, key) for name, key in ARCHITECTURE.items() if found.get(name, getattr(net, name)) != getattr(net, name)
-    ]
-    if wrong == [("num_heads", "NUM_HEADS")] and "num_heads" not in recorded_arguments(weights.metadata):
-        # No shape shows it, and the file does not say: what is known of the width is worth a warning, not an error.
+    wrong = [name for name in SHOWN if found.get(name, getattr(net, name)) != getattr(net, name)]
+    if wrong == ["num_heads"] and "num_heads" not in recorded_arguments(weights.metadata):
+        # No shape and no metadata show the heads: the usual number for the width is worth a warning, not an error.
         words = "%s does not say how many attention heads it has; MODEL.VIT.NUM_HEADS is %d, published models have %d"
         log.warning(words, weights.path, net.num_heads, found["num_heads"])
-        return
-    if wrong:
+    elif wrong:
         what = "; ".join(
-            f"MODEL.VIT.{key} is {getattr(net, name)}, the file needs {found[name]}" for name, key in wrong
+            f"MODEL.VIT.{name.upper()} is {getattr(net, name)}, the file needs {found[name]}" for name in wrong
         )
-        words = " ".join(f"MODEL.VIT.{key}={found[name]}" for name, key in wrong)
+        words = " ".join(f"MODEL.VIT.{name.upper()}={found[name]}" for name in wrong)
         raise UserError(f"{weights.path} is of another architecture: {what}. To fit it, add: {words}")
 
 
-def check_pixels(cfg: CfgNode, weights: Weights) -> None:
-    """Compare the pixel statistics that a file was pretrained with, where it records them, with those of the config.
+def check_pixels(weights: Weights, image_format: str, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Compare the pixel statistics that a file records with the config's.
+
+    Args:
+        weights: of an encoder.
+        image_format: order of the channels, RGB or BGR.
+        mean, std: per channel, of pixels from 0 to 255.
 
     Raises:
         UserError: names the key and the value that fits the file.
     """
-    for field, key in ((PIXEL_MEAN, "PIXEL_MEAN"), (PIXEL_STD, "PIXEL_STD")):
+    for field, key, given in ((PIXEL_MEAN, "PIXEL_MEAN", list(mean)), (PIXEL_STD, "PIXEL_STD", list(std))):
         if weights.metadata.get(field, UNKNOWN) == UNKNOWN:
             continue
-        if cfg.INPUT.FORMAT != "RGB":
-            raise UserError(
-                f"{weights.path} was pretrained on RGB images: set INPUT.FORMAT RGB, not {cfg.INPUT.FORMAT}"
-            )
+        if image_format != "RGB":
+            raise UserError(f"{weights.path} was pretrained on RGB images: set INPUT.FORMAT RGB, not {image_format}")
         wanted = [255 * value for value in json.loads(weights.metadata[field])]
-        given = list(cfg.MODEL[key])
         if len(given) != len(wanted) or max(abs(a - b) for a, b in zip(given, wanted, strict=True)) > 0.01:
             rounded = [round(value, 3) for value in wanted]
             raise UserError(f"{weights.path} was pretrained with MODEL.{key} {rounded}, the config has {given}")

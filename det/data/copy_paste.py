@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.structures import BitMasks, Instances
 from torch import Tensor
 from torch.nn import functional as F
 
 from crossmae.data.training_images import Unreadable
-from crossmae.errors import UserError
 from det.data.masks import any_along, tight_boxes
 
-Sample = dict[str, Any]
+DetectionSample = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class CopyPaste:
-    """Pastes a random subset of the objects of another sample, all subsets being equally likely.
+    """Pasting of a random subset of the objects of another sample, all subsets being equally likely.
 
     Attributes:
-        prob: how often anything is pasted; the paper always does, so 1.
+        prob: probability of pasting at all; the paper's is 1.
         fill: value of each channel where the image has to grow, see `paste_objects`.
     """
 
     prob: float
     fill: tuple[int, ...]
 
-    def __call__(self, sample: Sample, draw_other: Callable[[], Sample | Unreadable]) -> Sample | Unreadable:
-        """`sample` with or without pasted objects; draws from numpy's global generator.
+    def __call__(
+        self, sample: DetectionSample, draw_other: Callable[[], DetectionSample | Unreadable]
+    ) -> DetectionSample | Unreadable:
+        """Return `sample` with or without pasted objects.
 
         Args:
-            sample: as `det.data.loader.NamingMapper` makes it, with bitmasks.
-            draw_other: another sample, augmented independently; what is `Unreadable` is handed on.
+            sample: from `det.data.loader.NamingMapper`, with bitmasks. Random numbers are numpy's global ones.
+            draw_other: makes another sample, augmented independently; an `Unreadable` is returned as it is.
         """
         if np.random.uniform() >= self.prob:
             return sample
@@ -48,47 +48,29 @@ class CopyPaste:
         return paste_objects(sample, other, torch.from_numpy(chosen), self.fill)
 
 
-def build_copy_paste(cfg: CfgNode) -> CopyPaste | None:
-    """What `INPUT.COPY_PASTE` asks for; None where it is off."""
-    if not cfg.INPUT.COPY_PASTE.ENABLED:
-        return None
-    # Images grow by what the model pads with: zero, once the mean is subtracted.
-    return CopyPaste(cfg.INPUT.COPY_PASTE.PROB, tuple(round(mean) for mean in cfg.MODEL.PIXEL_MEAN))
+def build_copy_paste(enabled: bool, prob: float, pixel_mean: Sequence[float]) -> CopyPaste | None:
+    """Build copy-paste that fills with the mean pixel, or None."""
+    # The model pads with zeros once the mean is subtracted.
+    return CopyPaste(prob, tuple(round(mean) for mean in pixel_mean)) if enabled else None
 
 
-def check_copy_paste(cfg: CfgNode) -> None:
-    """Check what `INPUT.COPY_PASTE.ENABLED` needs.
+def paste_objects(
+    sample: DetectionSample, other: DetectionSample, chosen: Tensor, fill: tuple[int, ...]
+) -> DetectionSample:
+    """Compose two images, aligned at their top left corners, without blending.
 
-    Raises:
-        UserError: large-scale jitter or masks are off; keypoints or given proposals are on, which it does not change.
-    """
-    if not cfg.INPUT.COPY_PASTE.ENABLED:
-        return
-    for key, value, needed in (
-        ("INPUT.LSJ.ENABLED", cfg.INPUT.LSJ.ENABLED, True),
-        ("MODEL.MASK_ON", cfg.MODEL.MASK_ON, True),
-        ("MODEL.KEYPOINT_ON", cfg.MODEL.KEYPOINT_ON, False),
-        ("MODEL.LOAD_PROPOSALS", cfg.MODEL.LOAD_PROPOSALS, False),
-    ):
-        if value != needed:
-            raise UserError(f"INPUT.COPY_PASTE.ENABLED needs {key} {needed}, got {value}")
-
-
-def paste_objects(sample: Sample, other: Sample, chosen: Tensor, fill: tuple[int, ...]) -> Sample:
-    """Compose two images, aligned at their top left corners (arXiv 2012.07177, section 3, without blending).
-
-    The paper pads both images to one square first. Here `sample` keeps its size unless a pasted object reaches over its
-    right or lower edge; then it grows, filled with `fill`, just as far as that object reaches.
+    The paper (arXiv 2012.07177, section 3) pads both images to one square first. Here `sample` grows only as far as a
+    pasted object reaches over its right or lower edge, and the new pixels are `fill`.
 
     Args:
         sample: pasted onto; `image` (C, H, W) and `instances` with `gt_masks` as bitmasks. Not changed.
-        other: where objects come from, of any size.
-        chosen: (N,) bool, which of the instances of `other` are pasted.
+        other: source of the objects, of any size.
+        chosen: (N,) bool, the instances of `other` to paste.
         fill: C values.
 
     Returns:
-        `sample` with the new `image` and `instances`: first those of `sample`, whose masks lose the pixels that are
-        covered now, without those that lose all; then the pasted ones. Boxes are those of the masks.
+        `sample` with a new `image` and new `instances`: first those of `sample`, less the pixels that are covered now
+        and the objects that are covered whole, then the pasted ones. Boxes are those of the masks.
     """
     objects = other["instances"][chosen]
     if not len(objects):
@@ -108,6 +90,6 @@ def paste_objects(sample: Sample, other: Sample, chosen: Tensor, fill: tuple[int
 
 
 def _fit(layer: Tensor, size: tuple[int, ...], fill: int = 0) -> Tensor:
-    """(..., h, w) cut or filled at its right and lower edge to (..., H, W)."""
+    """Cut or fill (..., h, w) at right and bottom to (..., H, W)."""
     height, width = size
     return F.pad(layer, (0, width - layer.shape[-1], 0, height - layer.shape[-2]), value=fill)

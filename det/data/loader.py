@@ -1,4 +1,4 @@
-"""Batches for a detector: augmentation, mapping, and a repeatable order."""
+"""Batches of a detector: augmentation, mapping, and a repeatable order."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ import detectron2.data.transforms as T
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.data import DatasetMapper, build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.data.detection_utils import (
     annotations_to_instances,
-    build_augmentation,
     check_image_size,
     transform_instance_annotations,
 )
@@ -29,7 +28,8 @@ from crossmae.data.training_images import BatchPlan, PlannedBatches, Unreadable
 from crossmae.data.workers import Loader, usable_workers
 from crossmae.errors import UserError
 from crossmae.files import printable
-from det.data.copy_paste import CopyPaste, build_copy_paste
+from det.config import InputKeys
+from det.data.copy_paste import CopyPaste
 from det.data.masks import moved_masks, tight_boxes
 
 log = logging.getLogger(__name__)
@@ -37,32 +37,27 @@ log = logging.getLogger(__name__)
 MIN_SIDE = 1e-5  # pixels; objects whose boxes are smaller after augmentation are dropped, as in detectron2
 
 
-class ResizeScale(T.ResizeScale):
-    """detectron2's random scale, which would shrink a strip of an image to nothing; this one leaves it one pixel."""
-
+class _AtLeastOnePixel:
     def get_transform(self, image: NDArray[np.uint8]) -> T.Transform:
-        """The resize of one (H, W, C) image."""
-        transform = super().get_transform(image)
-        transform.new_h, transform.new_w = max(transform.new_h, 1), max(transform.new_w, 1)
-        return transform
-
-
-class ResizeShortestEdge(T.ResizeShortestEdge):
-    """The same for detectron2's resize to a shorter side within a longest one."""
-
-    def get_transform(self, image: NDArray[np.uint8]) -> T.Transform:
-        """The resize of one (H, W, C) image."""
-        transform = super().get_transform(image)
+        transform = super().get_transform(image)  # type: ignore[misc]
         if isinstance(transform, T.ResizeTransform):
             transform.new_h, transform.new_w = max(transform.new_h, 1), max(transform.new_w, 1)
         return transform
 
 
+class ResizeScale(_AtLeastOnePixel, T.ResizeScale):
+    """detectron2's resize by a random scale, but a strip keeps one pixel of height or width."""
+
+
+class ResizeShortestEdge(_AtLeastOnePixel, T.ResizeShortestEdge):
+    """detectron2's resize to a shorter side within a longest one, but a strip keeps one pixel."""
+
+
 def read_pixels(path: str | Path) -> NDArray[np.uint8]:
-    """An image file as (H, W, 3) uint8 RGB, upright, by the rules of pretraining (`crossmae.data.images`).
+    """Read an image file as upright (H, W, 3) uint8 RGB.
 
     Raises:
-        UserError: it can not be read; names the file.
+        UserError: it cannot be read; names the file.
     """
     return np.asarray(read_image(path))
 
@@ -70,83 +65,81 @@ def read_pixels(path: str | Path) -> NDArray[np.uint8]:
 def augment(
     pixels: NDArray[np.uint8], augmentations: T.AugmentationList, image_format: str
 ) -> tuple[Tensor, T.TransformList]:
-    """What the model takes of an image, and what was done to it.
+    """Augment an image and arrange its channels for the model.
 
     Args:
         pixels: (H, W, 3) uint8 RGB.
         augmentations: random numbers are drawn from numpy's global generator.
-        image_format: order of the channels that the model takes, RGB or BGR.
+        image_format: order of the model's channels, RGB or BGR.
 
     Returns:
-        (3, h, w) uint8, and the transforms that give it.
+        (3, h, w) uint8, and the transforms that were applied.
     """
     seen = T.AugInput(pixels if image_format == "RGB" else np.ascontiguousarray(pixels[:, :, ::-1]))
     transforms = augmentations(seen)
     return torch.from_numpy(np.ascontiguousarray(seen.image.transpose(2, 0, 1))), transforms
 
 
-def build_test_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
-    """What is done to an image in evaluation and prediction: a resize to `INPUT.MIN_SIZE_TEST`, `MAX_SIZE_TEST`."""
-    return [ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")]
+def build_test_augmentations(shortest: int, longest: int) -> list[T.Augmentation]:
+    """Build the resize of evaluation and prediction, to sides in pixels."""
+    return [ResizeShortestEdge(shortest, longest, "choice")]
 
 
-def build_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
-    """What is done to an image in training: large-scale jitter, or else what detectron2 makes of `INPUT.*`."""
-    if cfg.INPUT.LSJ.ENABLED:
-        return large_scale_jitter(cfg)
-    size = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
-    others = [one for one in build_augmentation(cfg, True) if not isinstance(one, T.ResizeShortestEdge)]
-    crop = [T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE)] if cfg.INPUT.CROP.ENABLED else []
-    return [*crop, ResizeShortestEdge(*size), *others]
+def build_augmentations(keys: InputKeys) -> list[T.Augmentation]:
+    """Build the augmentations of training: large-scale jitter or detectron2's, as `INPUT` says."""
+    flip: list[T.Augmentation] = []
+    if keys.RANDOM_FLIP != "none":
+        vertical = keys.RANDOM_FLIP == "vertical"
+        flip.append(T.RandomFlip(horizontal=not vertical, vertical=vertical))
+    if keys.LSJ.ENABLED:
+        return flip + large_scale_jitter(keys.LSJ.SIZE, keys.LSJ.MIN_SCALE, keys.LSJ.MAX_SCALE)
+    crop = [T.RandomCrop(keys.CROP.TYPE, keys.CROP.SIZE)] if keys.CROP.ENABLED else []
+    resize = ResizeShortestEdge(keys.MIN_SIZE_TRAIN, keys.MAX_SIZE_TRAIN, keys.MIN_SIZE_TRAIN_SAMPLING)
+    return [*crop, resize, *flip]
 
 
-def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
-    """Large-scale jitter (`INPUT.LSJ`) as ViTDet trains with: flip, random scale, crop of fixed size.
+def large_scale_jitter(size: int, min_scale: float, max_scale: float) -> list[T.Augmentation]:
+    """Build large-scale jitter as ViTDet trains with: random scale, crop.
 
-    An image of H x W becomes r H x r W with r = s * SIZE / max(H, W) and s uniform in MIN_SCALE .. MAX_SCALE
-    (arXiv 2012.07177, section 3: 0.1 .. 2.0 of 1024). What is longer than SIZE is cropped: u times the excess is left
-    out before the crop, with one u, uniform in 0 .. 1, for both axes, as in detectron2, which the published detectors
-    were trained with. What is shorter is left so, because the model pads after it has normalised.
+    An image of H x W becomes r H x r W with r = s * size / max(H, W) and s uniform in min_scale .. max_scale
+    (arXiv 2012.07177, section 3: 0.1 .. 2.0 of 1024). A side longer than `size` is cropped: u times the excess is left
+    out before the crop, with one u, uniform in 0 .. 1, for both axes, as in detectron2, with which the published
+    detectors were trained. A shorter side stays, because the model pads after it has normalised.
     """
-    lsj = cfg.INPUT.LSJ
-    augmentations: list[T.Augmentation] = []
-    if cfg.INPUT.RANDOM_FLIP != "none":
-        vertical = cfg.INPUT.RANDOM_FLIP == "vertical"
-        augmentations.append(T.RandomFlip(horizontal=not vertical, vertical=vertical))
-    augmentations.append(ResizeScale(lsj.MIN_SCALE, lsj.MAX_SCALE, lsj.SIZE, lsj.SIZE))
-    augmentations.append(T.FixedSizeCrop(crop_size=(lsj.SIZE, lsj.SIZE), pad=False))
-    return augmentations
+    crop = T.FixedSizeCrop(crop_size=(size, size), pad=False)
+    return [ResizeScale(min_scale, max_scale, size, size), crop]
 
 
 class NamingMapper(DatasetMapper):
-    """detectron2's mapper, whose failures become `Unreadable`, naming the image, so that they cross process borders.
+    """detectron2's mapper, whose failures become an `Unreadable` with the image's name, which crosses processes.
 
-    Three things differ. Files are read as in pretraining, see `read_pixels`; masks come in any form, see `moved_masks`;
-    and an image may have no objects. As in detectron2, crowd regions (`iscrowd`) are no targets; nor are they spared as
-    background, while evaluation ignores what is found there.
+    Three things differ: files are read as in pretraining (`read_pixels`), masks come in any form (`moved_masks`), and
+    an image may have no objects. As in detectron2, crowd regions (`iscrowd`) are background in training, while
+    evaluation ignores detections there.
     """
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """detectron2's own reading of the config, but for large-scale jitter and copy-paste, which cuts bitmasks."""
-        arguments = super().from_config(cfg, is_train)
-        arguments["augmentations"] = build_augmentations(cfg) if is_train else build_test_augmentations(cfg)
-        if is_train and cfg.INPUT.LSJ.ENABLED:
+        """Read the config as detectron2 does, then add large-scale jitter and copy-paste."""
+        arguments, keys = super().from_config(cfg, is_train), InputKeys.model_validate(cfg.INPUT)
+        test = build_test_augmentations(keys.MIN_SIZE_TEST, keys.MAX_SIZE_TEST)
+        arguments["augmentations"] = build_augmentations(keys) if is_train else test
+        if is_train and keys.LSJ.ENABLED:
             arguments["recompute_boxes"] = cfg.MODEL.MASK_ON  # the crop may cut through objects
-        if is_train and cfg.INPUT.COPY_PASTE.ENABLED and cfg.INPUT.MASK_FORMAT != "bitmask":
-            log.info("masks are bitmasks, not INPUT.MASK_FORMAT %s: copy-paste cuts them", cfg.INPUT.MASK_FORMAT)
+        if is_train and keys.COPY_PASTE.ENABLED and keys.MASK_FORMAT != "bitmask":
+            log.info("masks are bitmasks, not INPUT.MASK_FORMAT %s: copy-paste cuts them", keys.MASK_FORMAT)
             arguments["instance_mask_format"] = "bitmask"
         return arguments
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | Unreadable:
-        """One image with its annotations, as models of detectron2 take it."""
+        """Return one image with its annotations, as models of detectron2 take them."""
         try:
             return self._sample(copy.deepcopy(dataset_dict))
         except UserError as error:
             return Unreadable(str(error))
-        except Exception as error:  # whatever is wrong with an image, the user has to hear which one
+        except Exception as error:  # whatever is wrong, the user must learn which image it is
             reason = " ".join(str(error).split()) or type(error).__name__
-            return Unreadable(f"{printable(dataset_dict['file_name'])}: can not be used: {reason}")
+            return Unreadable(f"{printable(dataset_dict['file_name'])}: cannot be used: {reason}")
 
     def _sample(self, sample: dict[str, Any]) -> dict[str, Any]:
         pixels = read_pixels(sample["file_name"])
@@ -161,7 +154,7 @@ class NamingMapper(DatasetMapper):
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: T.TransformList, image_shape: tuple[int, int]
     ) -> None:
-        """Put `instances` in the place of `annotations`."""
+        """Replace `annotations` by `instances`."""
         kept = [entry for entry in dataset_dict.pop("annotations") if not entry.get("iscrowd", 0)]
         masks = [entry.pop("segmentation", None) for entry in kept]
         for entry in kept:
@@ -183,21 +176,22 @@ class NamingMapper(DatasetMapper):
         dataset_dict["instances"] = instances[instances.gt_boxes.nonempty(MIN_SIDE) & has_mask]
 
 
-def refuse_unreadable(batch: list[Any]) -> None:
-    """Raise a `UserError` with the message of the first sample that `NamingMapper` could not make."""
+def refuse_unreadable(batch: list[Any]) -> list[Any]:
+    """Return a batch, or raise a `UserError` with its first `Unreadable`'s message."""
     for sample in batch:
         if isinstance(sample, Unreadable):
             raise UserError(sample.message)
+    return batch
 
 
 class KeyedSamples(Dataset[Any]):
-    """Training samples whose augmentation depends on seed, epoch and index alone, whichever process makes them.
+    """Training samples whose augmentation depends on seed, epoch and index only.
 
     Args:
         records: images in detectron2's format.
         mapper: from a record to a sample.
         seed: of the augmentation.
-        copy_paste: pastes objects of other samples, see `det.data.copy_paste`; None: none are.
+        copy_paste: pastes objects of other samples; None: off.
     """
 
     def __init__(
@@ -209,7 +203,7 @@ class KeyedSamples(Dataset[Any]):
         return len(self.records)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | Unreadable:
-        """Sample `index` as it looks in `epoch`; key = (epoch, index)."""
+        """Return a sample by (epoch, index)."""
         epoch, index = key
         with keyed_numpy_randomness(self.seed, epoch, index):
             sample = self.mapper(self.records[index])
@@ -223,7 +217,7 @@ class KeyedSamples(Dataset[Any]):
 
 @contextmanager
 def keyed_numpy_randomness(*key: int) -> Iterator[None]:
-    """Inside, numpy's global generator, which detectron2's augmentations draw from, is seeded by the key."""
+    """Seed numpy's global generator, which detectron2 draws from, by a key."""
     state = np.random.get_state()
     np.random.seed(np.random.SeedSequence(key).generate_state(4))
     try:
@@ -232,42 +226,52 @@ def keyed_numpy_randomness(*key: int) -> Iterator[None]:
         np.random.set_state(state)
 
 
-def build_samples(cfg: CfgNode, records: list[dict[str, Any]]) -> KeyedSamples:
-    """What the trainer sees of the records, augmented as the config says."""
-    return KeyedSamples(records, NamingMapper(cfg, True), cfg.SEED, build_copy_paste(cfg))
+def build_test_loader(name: str, mapper: NamingMapper, workers: int) -> Loader:
+    """Build the loader of this process's share, one image per batch."""
+    records = get_detection_dataset_dicts([name], filter_empty=False)
+    built = build_detection_test_loader(records, mapper=mapper, num_workers=0)
+    return Loader(built.dataset, usable_workers(workers), sampler=built.sampler, collate_fn=built.collate_fn)
 
 
-def build_test_loader(cfg: CfgNode, name: str) -> Loader:
-    """Build detectron2's loader of this process's share of a data set, one image per batch."""
-    built = build_detection_test_loader(cfg, name, mapper=NamingMapper(cfg, False), num_workers=0)
-    workers = usable_workers(cfg.DATALOADER.NUM_WORKERS)
-    return Loader(built.dataset, workers, sampler=built.sampler, collate_fn=built.collate_fn)
+def build_train_loader(
+    samples: KeyedSamples,
+    batch: int,
+    steps: range,
+    *,
+    parts: int = 1,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Loader:
+    """Build the batches of some steps of a run.
 
-
-def build_train_loader(cfg: CfgNode, records: list[dict[str, Any]], first: int, rank: int, world_size: int) -> Loader:
-    """Batches `first` .. `SOLVER.MAX_ITER` - 1 of the run, so that a resumed run goes on where it stopped.
+    Args:
+        samples: the training set.
+        batch: images per step, over all processes.
+        steps: numbers of the steps; a resumed run starts at the step where the run stopped.
+        parts: that a process computes its share in.
+        workers: processes that read images; 0 reads in the training process.
+        rank, world_size: number of this process, and of all.
 
     Raises:
-        UserError: `SOLVER.IMS_PER_BATCH` is more than there are images, or can not be divided by the processes.
+        UserError: `batch` is larger than the training set, or not divisible over processes and parts.
     """
-    batch, parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE
     if batch % (world_size * parts):
         raise UserError(
-            f"SOLVER.IMS_PER_BATCH {batch} can not be divided over {world_size} processes and SOLVER.ACCUMULATE "
+            f"SOLVER.IMS_PER_BATCH {batch} cannot be divided over {world_size} processes and SOLVER.ACCUMULATE "
             f"{parts} parts"
         )
-    if batch > len(records):
-        kind = "images with annotations" if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS else "images"
+    if batch > len(samples):
         raise UserError(
-            f"SOLVER.IMS_PER_BATCH is {batch}, but the training set has only {len(records)} {kind}; lower it, and "
-            "SOLVER.ACCUMULATE with it"
+            f"SOLVER.IMS_PER_BATCH is {batch}, but the training set has only {len(samples)} images (without "
+            "annotations too, if DATALOADER.FILTER_EMPTY_ANNOTATIONS is False). Lower it, and SOLVER.ACCUMULATE with it"
         )
-    plan = BatchPlan(len(records), batch // world_size, cfg.SEED, rank, world_size)
+    plan = BatchPlan(len(samples), batch // world_size, samples.seed, rank, world_size)
     return Loader(
-        build_samples(cfg, records),
-        usable_workers(cfg.DATALOADER.NUM_WORKERS),
-        batch_sampler=PlannedBatches(plan, first, cfg.SOLVER.MAX_ITER),
+        samples,
+        usable_workers(workers),
+        batch_sampler=PlannedBatches(plan, steps.start, steps.stop),
         collate_fn=list,
-        # Without one of its own, the loader would draw from the generator that the model's randomness comes from.
+        # Without a generator of its own, the loader would draw from the one that the model's randomness comes from.
         generator=torch.Generator(),
     )

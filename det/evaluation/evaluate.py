@@ -24,7 +24,7 @@ from crossmae.errors import UserError
 from crossmae.files import make_folder, write_json, write_text
 from crossmae.reports.figures import save_figure
 from det.data.coco import ground_truth
-from det.data.loader import build_test_loader, refuse_unreadable
+from det.data.loader import NamingMapper, build_test_loader, refuse_unreadable
 from det.evaluation.curves import precision_recall_figure
 from det.evaluation.pictures import save_pictures, validation_pictures
 from det.evaluation.run_files import HEADLINE, PICTURES, PREDICTIONS, RESULTS, TASKS
@@ -58,7 +58,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     detector = model.module if isinstance(model, DistributedDataParallel) else model
     if not isinstance(detector, GeneralizedRCNN):
         raise UserError(f"MODEL.META_ARCHITECTURE: only GeneralizedRCNN is evaluated, not {type(detector).__name__}")
-    loader = build_test_loader(cfg, name)
+    loader = build_test_loader(name, NamingMapper(cfg, False), cfg.DATALOADER.NUM_WORKERS)
     truth = ground_truth(name)
     category_ids = sorted(category["id"] for category in truth["categories"])
     if len(category_ids) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:

@@ -77,7 +77,9 @@ class Predictor:
         load_weights(self.model, self.cfg, detector_only=True)
         if not masks:
             self.model.roi_heads.mask_on = False
-        self._augmentations = AugmentationList(build_test_augmentations(self.cfg))
+        self._augmentations = AugmentationList(
+            build_test_augmentations(self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST)
+        )
 
     def __call__(self, image: Picture) -> Instances:
         """The objects in one image, the surest first.

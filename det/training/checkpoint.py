@@ -1,7 +1,8 @@
-"""Checkpoints of a detector's run: whole or not there, strict on reading; `model` is always what is evaluated."""
+"""Checkpoints of a detector's run: atomic writing, strict reading, and `model` holds the evaluated weights."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,24 @@ from crossmae.checkpoints.reading.torch_file import read_torch_file
 from crossmae.checkpoints.weights import check_finite, describe_non_finite
 from crossmae.errors import UserError
 from crossmae.files import write_atomically, write_text
-from det.evaluation.run_files import CHECKPOINT, LAST
+from det.evaluation.run_files import CHECKPOINT, LAST, RECORD
 
-# With a moving average, `model` is the average, and here are the weights that training goes on from.
+log = logging.getLogger(__name__)
+
+# With a moving average, `model` holds the average, and this key the weights that training continues from.
 TRAINED = "trained_model"
-MAX_NAME = 256  # characters that are read of `last_checkpoint`
+NAME_LIMIT = 256  # characters that are read of `last_checkpoint`
 _REPAIR = "Write the name of a checkpoint in this folder into it, such as model_0004999.pth or model_final.pth."
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
-    """detectron2's checkpoints, but a reader sees a whole file or none, and resuming is strict.
+    """detectron2's checkpoints, written atomically and read strictly.
 
     Args:
-        model: that is trained.
-        save_dir: folder.
-        average: the moving average of its weights, if one is kept.
-        checkpointables: what else has a state.
+        model: the trained detector.
+        save_dir: folder of the run.
+        average: moving average of the weights, if there is one.
+        checkpointables: other objects with a state.
     """
 
     def __init__(self, model: nn.Module, save_dir: str, average: nn.Module | None = None, **checkpointables: Any):
@@ -41,10 +44,10 @@ class AtomicCheckpointer(DetectionCheckpointer):
             return
         state = {key: value.state_dict() for key, value in self.checkpointables.items()}
         self.write(f"{name}.pth", self.weights() | state | kwargs)
-        self.tag_last_checkpoint(f"{name}.pth")
+        write_text(Path(self.save_dir, LAST), f"{name}.pth")
 
     def weights(self) -> dict[str, Any]:
-        """The weights that are evaluated and, where they differ, those that are trained."""
+        """Return the evaluated weights and, where they differ, the trained weights."""
         trained = self.model.state_dict()
         if self.average is None:
             return {"model": trained}
@@ -64,8 +67,21 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 )
         write_atomically(Path(self.save_dir, file_name), lambda path: torch.save(content, path))
 
+    def resume(self, path: Path, max_iter: int) -> int:
+        """Load a checkpoint and return the next step.
+
+        Raises:
+            UserError: see `load`; or no step is left.
+        """
+        self.load(str(path))
+        first: int = self.checkpointables["trainer"].iter + 1  # the checkpoint holds the step that had just ended
+        if first > max_iter:
+            raise UserError(f"--resume: {first} steps are done already, this run has {max_iter}")
+        log.info("resuming after iteration %d from %s", first, path)
+        return first
+
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Load a checkpoint of ours.
+        """Load a checkpoint of this package.
 
         Raises:
             UserError: not a checkpoint, of another model, or its weights are not finite.
@@ -75,18 +91,6 @@ class AtomicCheckpointer(DetectionCheckpointer):
             if model is not None:
                 check_finite(model.state_dict(), Path(path))
         return rest
-
-    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Name the newest checkpoint."""
-        write_text(Path(self.save_dir, LAST), last_filename_basename)
-
-    def get_checkpoint_file(self) -> str:
-        """Return the checkpoint that `last_checkpoint` names, or "" where there is no such file.
-
-        Raises:
-            UserError: the name is not that of a checkpoint of ours, or not of a file in the same folder.
-        """
-        return str(last_checkpoint(Path(self.save_dir)) or "")
 
     def _load_file(self, filename: str) -> Any:
         """Read a checkpoint without running anything in it."""
@@ -108,14 +112,33 @@ class AtomicCheckpointer(DetectionCheckpointer):
         wrong = [*incompatible.missing_keys, *incompatible.unexpected_keys]
         wrong += [name for name, *_ in incompatible.incorrect_shapes]
         if wrong:
+            path = last_checkpoint(Path(self.save_dir))
             raise UserError(
-                f"{self.get_checkpoint_file()} is of another model than the config: {len(wrong)} tensors are missing, "
-                f"left over or of another shape, like {wrong[0]}; resume with the config it was trained with"
+                f"{path} is of another model than the config: {len(wrong)} tensors are missing, left over "
+                f"or of another shape, like {wrong[0]}. Resume with the config it was trained with."
             )
 
 
+def find_checkpoint(folder: Path, resume: bool) -> Path | None:
+    """Find the checkpoint to resume, None for a new run.
+
+    Raises:
+        UserError: the run would be laid over another; or see `last_checkpoint`.
+    """
+    if not resume:
+        if (folder / LAST).exists() or (folder / RECORD).is_file():
+            raise UserError(
+                f"OUTPUT_DIR: {folder} already holds a run; pass --resume to continue, or name another folder"
+            )
+        return None
+    found = last_checkpoint(folder)
+    if found is None:
+        log.info("--resume: no checkpoint in %s yet, starting from MODEL.WEIGHTS", folder)
+    return found
+
+
 def last_checkpoint(folder: Path) -> Path | None:
-    """Find the checkpoint that training continues from; None without `last_checkpoint`.
+    """Find the checkpoint that `last_checkpoint` names, None without that file.
 
     Raises:
         UserError: `last_checkpoint` holds anything but the name of a checkpoint in the same folder.
@@ -123,7 +146,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     record = folder / LAST
     try:
         with open(record, encoding="utf-8", errors="replace") as file:
-            text = file.read(MAX_NAME)
+            text = file.read(NAME_LIMIT)
     except FileNotFoundError:
         return None
     except OSError as error:

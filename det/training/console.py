@@ -1,20 +1,27 @@
-"""What the command lines of detection show while they work."""
+"""Messages of detection: on the console, in `log.txt`, and before there is a folder for it."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
+from pathlib import Path
 
 from detectron2.utils import comm
 from tqdm import tqdm
 
-# What libraries warn of that neither their caller nor the user can change.
+from crossmae.files import ODD_BYTES
+from det.evaluation.run_files import LOG
+
+# Warnings of libraries that neither their caller nor the user can act on.
 LIBRARY_WARNINGS = ("The given NumPy array is not writable", "torch.meshgrid: in an upcoming release", "Glyph ")
 
 
 def set_up_console() -> None:
-    """Show log lines, less those that concern nobody; again in every process."""
+    """Show the log lines that concern the user, in every process."""
     for text in LIBRARY_WARNINGS:
         warnings.filterwarnings("ignore", text, UserWarning)
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
@@ -24,11 +31,11 @@ def set_up_console() -> None:
 
 
 class ConsoleHandler(logging.Handler):
-    """Shows what concerns the user, above the progress bar: our own lines, and the warnings of everybody else."""
+    """Console output above the progress bar: lines of this project, and warnings of all libraries."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """detectron2 logs a traceback of every error that ends training; the error itself is shown by the tool."""
-        if record.name == "detectron2.engine.train_loop":
+        """Select the records to show."""
+        if record.name == "detectron2.engine.train_loop":  # a traceback of the error that the tool shows in one line
             return False
         if record.levelno < logging.WARNING and not comm.is_main_process():
             return False
@@ -37,3 +44,33 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line without tearing the bar."""
         tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def early_log() -> Iterator[MemoryHandler]:
+    """Collect what is logged before a run has a folder."""
+    handler = MemoryHandler(10_000)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield handler
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+@contextmanager
+def log_file(folder: Path, early: MemoryHandler | None = None) -> Iterator[None]:
+    """Write everything that is logged to `log.txt`, after what `early` has collected."""
+    if not comm.is_main_process():
+        yield
+        return
+    handler = logging.FileHandler(folder / LOG, encoding="utf-8", errors=ODD_BYTES)
+    handler.setFormatter(logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    if early is not None:
+        early.setTarget(handler)
+        early.flush()
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()

@@ -12,27 +12,29 @@ import numpy as np
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from crossmae.checkpoints.weights import describe_non_finite
 from crossmae.training.optimizer import MAX_SKIPPED, scaled_step
+from det.data.loader import refuse_unreadable
 
 log = logging.getLogger(__name__)
 
 
 class StepTrainer(SimpleTrainer):
-    """detectron2's inner trainer, whose steps may be computed in parts.
+    """detectron2's trainer, with steps in parts, mixed precision and a moving average.
 
     The gradient of a step is the mean over its parts, as it is over the processes of a run on several GPUs, and a part
-    draws the random numbers that such a process would: `parts` on one GPU do what as many GPUs do. Losses that are
-    means over boxes or masks are means over those of a part, in both cases.
+    draws the random numbers of such a process: `parts` on one GPU equal as many GPUs. Losses that are means over boxes
+    or masks are means over the boxes or masks of a part, in both cases.
 
     Args:
         model: the detector, or its wrapper for several processes.
         data_loader: batches, lists of samples.
         optimizer: over the parameters of `model`.
-        seed: random numbers of a step come from it, the number of the step and the rank alone.
+        seed: with the number of the step and the rank, the source of all random numbers of a step.
         parts: that a batch is computed in.
         precision: of autocast; None computes in float32.
         average: moving average of the weights, updated after every step.
@@ -59,9 +61,13 @@ class StepTrainer(SimpleTrainer):
 
         Raises:
             FloatingPointError: a loss or a gradient is not finite; the weights are those before the step.
+            UserError: an image cannot be used; names it.
         """
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+            get_event_storage().put_scalar("peak_memory_bytes", peak, smoothing_hint=False)
         start = time.perf_counter()
-        batch = next(self._data_loader_iter)
+        batch = refuse_unreadable(next(self._data_loader_iter))
         data_time = time.perf_counter() - start
         self.optimizer.zero_grad()
         losses: dict[str, Tensor] = {}
@@ -76,7 +82,7 @@ class StepTrainer(SimpleTrainer):
             self.average.update(getattr(self.model, "module", self.model), step=self.iter + 1)
 
     def _backward(self, part: list[Any]) -> dict[str, Tensor]:
-        """Losses of a part, each divided by the number of parts; their gradients are added to what is there."""
+        """Add the gradients of a part, and return its losses."""
         with torch.autocast("cuda", self.precision) if self.precision else contextlib.nullcontext():
             losses = {name: value / self.parts for name, value in self.model(part).items()}
             total = torch.stack([value.float() for value in losses.values()]).sum()
@@ -84,12 +90,12 @@ class StepTrainer(SimpleTrainer):
         return {name: value.detach() for name, value in losses.items()}
 
     def _update(self) -> None:
-        """Update the weights, unless a gradient is not finite; float16 may skip a few steps to find its scale."""
+        """Update the weights if every gradient is finite."""
         if not self.scaler.is_enabled():
             gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
             norm = nn.utils.get_total_norm(gradients.values())
             if not norm.isfinite():
-                found = describe_non_finite(gradients) or "no gradient alone is infinite"
+                found = describe_non_finite(gradients) or "no single gradient is infinite"
                 raise FloatingPointError(f"the norm of the gradient is {norm.item()}: {found}.")
         self.skipped = self.skipped + 1 if scaled_step(self.scaler, self.optimizer) else 0
         if self.skipped >= MAX_SKIPPED:
@@ -108,23 +114,26 @@ class StepTrainer(SimpleTrainer):
         return contextlib.nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer and, in float16, the scale of its gradients."""
+        """Return the states of hooks, optimizer and float16 scale."""
         state: dict[str, Any] = super().state_dict()
-        return state | ({"grad_scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {})
+        inner = {"iteration": state["iteration"], "optimizer": state.pop("optimizer")}
+        scale = {"grad_scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
+        return state | {"_trainer": inner | scale}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What `state_dict` returned."""
-        super().load_state_dict(state_dict)
-        if self.scaler.is_enabled() and "grad_scaler" in state_dict:
-            self.scaler.load_state_dict(state_dict["grad_scaler"])
+        """Load the result of `state_dict`."""
+        inner = state_dict["_trainer"]
+        super().load_state_dict(state_dict | {"optimizer": inner["optimizer"]})
+        if self.scaler.is_enabled() and "grad_scaler" in inner:
+            self.scaler.load_state_dict(inner["grad_scaler"])
         elif self.scaler.is_enabled():
-            log.info("the checkpoint is of a run without float16: the scale of gradients starts anew")
+            log.info("the checkpoint is of a run without float16: the scale of gradients starts again")
 
 
 def split(batch: Sequence[Any], parts: int) -> Iterator[list[Any]]:
-    """`parts` runs of a batch, of equal length."""
+    """Split a batch into parts of equal length."""
     if len(batch) % parts:
-        raise ValueError(f"{len(batch)} images can not be divided into {parts} parts")
+        raise ValueError(f"{len(batch)} images cannot be divided into {parts} parts")
     size = len(batch) // parts
     for start in range(0, len(batch), size):
         yield list(batch[start : start + size])

@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crossmae.models.sizes import SIZES
 from crossmae.training.config import CONFIG_ROOT, read_yaml, resolve_config_path
-from det.config import BASE_KEY, load_det_config, lookup
-from det.training.optimizer import resolve_schedule
+from det.config import BASE_KEY, EvaluationKeys, SolverKeys, load_det_config, lookup
+from det.training.optimizer import StepSchedule, resolve_schedule
 from tools.train_net import build_parser
 
 RECIPES = sorted(p for p in CONFIG_ROOT.glob("*.yaml") if p.stem != "demo_mask_rcnn" and "probe" not in p.stem)
@@ -132,6 +132,10 @@ def build(path: Path) -> tuple[CfgNode, nn.Module]:
         return cfg, build_model(cfg)
 
 
+def schedule(cfg: CfgNode) -> StepSchedule:
+    return resolve_schedule(SolverKeys.model_validate(cfg.SOLVER), EvaluationKeys.model_validate(cfg.TEST), COCO)
+
+
 def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -231,9 +235,9 @@ def test_shares_of_the_run_are_the_published_steps() -> None:
 def test_an_epoch_is_the_images_with_objects_in_published_steps() -> None:
     solver = build(BASE)[0].SOLVER
     assert (solver.BASE_LR, solver.REFERENCE_BATCH, solver.IMS_PER_BATCH) == (1e-4, 64, 64)
-    resolved = resolve_schedule(build(BASE)[0], COCO)
-    assert f"{resolved.SOLVER.MAX_ITER:,} steps" in BASE.read_text()
-    assert f"{resolved.TEST.EVAL_PERIOD:,} steps; saves, too" in BASE.read_text()
+    resolved = schedule(build(BASE)[0])
+    assert f"{resolved.max_iter:,} steps" in BASE.read_text()
+    assert f"{resolved.eval_period:,} steps; saves, too" in BASE.read_text()
     assert f"{100 * 118_000 // 64:,}" == f"{PUBLISHED_STEPS:,}"
 
 
@@ -347,13 +351,13 @@ class TestEveryRecipe:
     def test_its_comments_count_right(self, path: Path) -> None:
         """Learning rates, and steps of a run."""
         text, cfg = path.read_text(encoding="utf-8"), build(path)[0]
-        resolved = resolve_schedule(cfg, COCO).SOLVER
+        resolved = schedule(cfg)
         for base, batch, reference, rate in re.findall(r"([\d.e-]+) \* (\d+) / (\d+) = ([\d.]+e-\d)", text):
             assert float(rate) == pytest.approx(float(base) * int(batch) / int(reference))
-            assert path.stem in OWN or float(rate) == pytest.approx(resolved.BASE_LR)
+            assert path.stem in OWN or float(rate) == pytest.approx(resolved.base_lr)
         for epochs, batch, steps in re.findall(r"(?<![\d.])(\d+) \* 117,266 / (\d+) = ([\d,]+) steps", text):
             assert (int(epochs), int(batch)) == (cfg.SOLVER.EPOCHS, cfg.SOLVER.IMS_PER_BATCH)
-            assert int(steps.replace(",", "")) == resolved.MAX_ITER
+            assert int(steps.replace(",", "")) == resolved.max_iter
         if path.stem not in OWN and "lvis" not in path.stem:
             assert f" / {cfg.SOLVER.IMS_PER_BATCH} = " in text
 

@@ -113,7 +113,7 @@ def test_shards(folder: Path) -> None:
 
 def test_captions_and_logs_of_detection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
-    from det.training.train import LOG, log_file
+    from det.training.console import LOG, log_file
     from tools.visualize_data import caption
 
     pixels = np.zeros((8, 8, 3), np.uint8)

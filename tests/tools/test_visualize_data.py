@@ -18,8 +18,8 @@ from detectron2.modeling import build_model
 from crossmae.errors import USER_ERROR_EXIT_CODE
 from det.config import load_det_config
 from det.data.coco import use_own_data
-from det.data.loader import build_train_loader
 from det.inference.draw import class_color
+from tests.det.batches import train_batches
 from tests.det.coco_files import TINY, write_coco
 from tests.tools.command_line import exit_code
 from tools.visualize_data import CELL, draw_sample, main, training_samples
@@ -45,7 +45,7 @@ def test_pictures_are_what_the_model_gets(folder: Path, pad: str, channels: str)
     model = build_model(cfg).train()
     pictures = iter(islice(training_samples(cfg), 8))
     shapes = set()
-    for batch in build_train_loader(cfg, records, 0, 0, 1):
+    for batch in train_batches(cfg, records):
         given = model.preprocess_image(batch).tensor * model.pixel_std + model.pixel_mean
         for image, sample in zip(given, batch, strict=True):
             pixels, shown = next(pictures)

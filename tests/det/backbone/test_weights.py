@@ -73,7 +73,7 @@ def test_a_detector_of_another_number_of_classes_starts_a_training_but_is_not_ev
     with pytest.raises(UserError, match="mismatched"):
         load_weights(detector, cfg, detector_only=True)
     report = load_weights(detector, cfg)
-    assert "is for 3 classes: the last layers of the heads start anew" in caplog.text
+    assert "is for 3 classes: the last layers of the heads start from random weights" in caplog.text
     assert {name.rpartition(".")[0] for name in report.names("new")} == {
         "roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred", "roi_heads.mask_head.predictor",
     }  # fmt: skip
@@ -108,7 +108,7 @@ def test_the_folder_of_a_run_means_its_best_then_its_last_weights(tmp_path):
 
 def test_a_detector_that_can_not_be_built_names_the_section(cfg):
     cfg.MODEL.ROI_HEADS.NAME = "NoHeads"
-    with pytest.raises(UserError, match=r"MODEL: the detector can not be built: .*NoHeads"):
+    with pytest.raises(UserError, match=r"MODEL: the detector cannot be built: .*NoHeads"):
         build_detector(cfg)
 
 
@@ -211,7 +211,7 @@ def test_evaluation_needs_a_whole_detector(tmp_path, cfg):
     with pytest.raises(UserError, match=r"MODEL.WEIGHTS is empty: evaluation needs a trained detector"):
         load_weights(detector, cfg, detector_only=True)
     cfg.MODEL.WEIGHTS = write(tmp_path / "model.safetensors", random_model().state_dict())
-    with pytest.raises(UserError, match="holds an encoder alone; evaluation needs a trained detector"):
+    with pytest.raises(UserError, match="holds an encoder only; evaluation needs a trained detector"):
         load_weights(detector, cfg, detector_only=True)
 
 

@@ -15,7 +15,7 @@ import detectron2.data.transforms as T
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BitMasks
 
-from det.config import load_det_config
+from det.config import InputKeys, load_det_config
 from det.data.loader import NamingMapper, build_augmentations, keyed_numpy_randomness
 from tests.det.coco_files import TINY, save
 
@@ -174,7 +174,10 @@ def test_masks_as_polygons_cover_the_same_pixels(tmp_path, cfg, photo):
 
 def jitters(cfg, count=1500):
     """Flip, scale, and the two shares of the excess that are left out, seen from where three corners go."""
-    augmentations, image = T.AugmentationList(build_augmentations(cfg)), np.zeros((30, 40, 3), np.uint8)
+    augmentations, image = (
+        T.AugmentationList(build_augmentations(InputKeys.model_validate(cfg.INPUT))),
+        np.zeros((30, 40, 3), np.uint8),
+    )
     for key in range(count):
         with keyed_numpy_randomness(key):
             augmented = T.AugInput(image)

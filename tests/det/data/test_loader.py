@@ -15,7 +15,8 @@ from crossmae.data.training_images import Unreadable
 from crossmae.errors import UserError
 from det.config import load_det_config
 from det.data.coco import register_coco
-from det.data.loader import NamingMapper, build_train_loader, refuse_unreadable
+from det.data.loader import NamingMapper, refuse_unreadable
+from tests.det.batches import train_batches
 from tests.det.coco_files import TINY, annotation, write_coco
 
 
@@ -26,8 +27,7 @@ def cfg(tmp_path):
 
 
 def samples(cfg, first, workers, rank=0, world_size=1):
-    cfg.DATALOADER.NUM_WORKERS = workers
-    loader = build_train_loader(cfg, DatasetCatalog.get("test_set"), first, rank, world_size)
+    loader = train_batches(cfg, DatasetCatalog.get("test_set"), first, workers, rank, world_size)
     return [[(s["image_id"], s["image"].numpy(), s["instances"].gt_boxes.tensor.numpy()) for s in b] for b in loader]
 
 
@@ -65,14 +65,14 @@ def test_ranks_share_a_batch(tmp_path, cfg):
 
 @pytest.mark.parametrize(
     ("batch", "world_size", "message"),
-    [(6, 1, "SOLVER.IMS_PER_BATCH is 6, but the training set has only 5 images"), (3, 2, "can not be divided over 2")],
+    [(6, 1, "SOLVER.IMS_PER_BATCH is 6, but the training set has only 5 images"), (3, 2, "cannot be divided over 2")],
 )
 def test_batches_that_can_not_be_filled_are_refused(tmp_path, cfg, batch, world_size, message):
     path, images, _ = write_coco(tmp_path / "a")
     register_coco("test_set", path, images)
     cfg.SOLVER.IMS_PER_BATCH = batch
     with pytest.raises(UserError, match=message):
-        build_train_loader(cfg, DatasetCatalog.get("test_set"), 0, 0, world_size)
+        train_batches(cfg, DatasetCatalog.get("test_set"), world_size=world_size)
 
 
 def test_an_image_of_another_size_than_annotated_is_named(tmp_path, cfg):
@@ -143,7 +143,7 @@ def test_a_mask_that_can_not_be_used_names_its_image(tmp_path, cfg, mask_format,
     polygon = annotation(1, 1, 0, kind="polygon")
     sample = mapped(cfg, [polygon, annotation(2, 1, 1) | change], tmp_path)
     assert isinstance(sample, Unreadable)
-    with pytest.raises(UserError, match=rf"1\.png: can not be used: .*{message}"):
+    with pytest.raises(UserError, match=rf"1\.png: cannot be used: .*{message}"):
         refuse_unreadable([sample])
 
 

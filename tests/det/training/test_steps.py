@@ -186,10 +186,10 @@ def test_a_run_that_becomes_float16_begins_with_a_new_scale(caplog):
     for trainer in trainers:
         trainer.iter = 0
     plain, scaled = (trainer.state_dict() for trainer in trainers)
-    assert "grad_scaler" not in plain
-    assert scaled["grad_scaler"]["scale"] == 8
+    assert "grad_scaler" not in plain["_trainer"]
+    assert scaled["_trainer"]["grad_scaler"]["scale"] == 8
     trainers[1].load_state_dict(plain)
-    assert "the scale of gradients starts anew" in caplog.text
+    assert "the scale of gradients starts again" in caplog.text
     trainers[1].scaler = torch.amp.GradScaler("cpu")
     trainers[1].load_state_dict(scaled)
     assert trainers[1].scaler.get_scale() == 8
@@ -197,5 +197,5 @@ def test_a_run_that_becomes_float16_begins_with_a_new_scale(caplog):
 
 def test_a_batch_is_split_into_runs_of_equal_length():
     assert list(split([1, 2, 3, 4], 2)) == [[1, 2], [3, 4]]
-    with pytest.raises(ValueError, match="3 images can not be divided into 2 parts"):
+    with pytest.raises(ValueError, match="3 images cannot be divided into 2 parts"):
         list(split([1, 2, 3], 2))

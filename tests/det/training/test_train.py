@@ -20,9 +20,9 @@ from crossmae.errors import UserError, run_cli
 from det.config import load_det_config
 from det.data.coco import use_own_data
 from det.evaluation.evaluate import evaluate, format_results
-from det.training.checkpoint import AtomicCheckpointer
+from det.training.checkpoint import AtomicCheckpointer, find_checkpoint, last_checkpoint
+from det.training.hooks import keep_best
 from det.training.steps import StepTrainer
-from det.training.train import Trainer, keep_best
 from tests.det.coco_files import TINY, save, write_coco
 from tools.train_net import build_parser, main
 
@@ -39,7 +39,8 @@ def quiet_root_logger():
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Draw neither report nor pictures nor curves, which take seconds and have tests of their own."""
-    monkeypatch.setattr(sys.modules["det.training.train"], "write_report", lambda folder: folder / "report.html")
+    for name in ("det.training.train", "det.training.hooks"):
+        monkeypatch.setattr(sys.modules[name], "write_report", lambda folder: folder / "report.html")
     monkeypatch.setattr(sys.modules["det.evaluation.evaluate"], "validation_pictures", lambda *_: [])
     monkeypatch.setattr(sys.modules["det.evaluation.evaluate"], "save_figure", lambda *_: None)
 
@@ -250,7 +251,7 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", die)
     with pytest.raises(KeyboardInterrupt):
         checkpointer.save("model_0000001")
-    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000000.pth")
+    assert last_checkpoint(tmp_path) == tmp_path / "model_0000000.pth"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last_checkpoint", "model_0000000.pth"]
 
 
@@ -269,7 +270,7 @@ def fails_with_one_line(words, capsys, monkeypatch):
     ("words", "message"),
     [
         (["SOLVER.BASE_RL=1"], "unknown key SOLVER.BASE_RL (did you mean SOLVER.BASE_LR?)"),
-        (["SOLVER.ACCUMULATE=4"], "SOLVER.IMS_PER_BATCH 2 can not be divided over 1 processes and SOLVER.ACCUMULATE 4"),
+        (["SOLVER.ACCUMULATE=4"], "SOLVER.IMS_PER_BATCH 2 cannot be divided over 1 processes and SOLVER.ACCUMULATE 4"),
         (["SOLVER.IMS_PER_BATCH=9"], "SOLVER.IMS_PER_BATCH is 9, but the training set has only 5 images"),
         (["MODEL.WEIGHTS=nowhere.pth"], "MODEL.WEIGHTS: "),
         (["--eval-only"], "MODEL.WEIGHTS is empty"),
@@ -307,7 +308,7 @@ def test_an_image_that_breaks_during_training_is_named(tmp_path, command, capsys
         for path in (tmp_path / "data/images").iterdir():
             path.write_bytes(b"no image any more")
 
-    monkeypatch.setattr(sys.modules[Trainer.__module__], "load_weights", damage)
+    monkeypatch.setattr(sys.modules["det.training.train"], "load_weights", damage)
     line = fails_with_one_line([*command, f"DATALOADER.NUM_WORKERS={workers}"], capsys, monkeypatch)
     assert ".png: can not be read as an image: not an image" in line
 
@@ -421,17 +422,16 @@ def test_last_checkpoint_names_one_checkpoint_of_its_folder(tmp_path, text, mess
     torch.save({}, folder / "model_best.pth")
     (folder / "last_checkpoint").write_text(text)
     with pytest.raises(UserError) as raised:
-        AtomicCheckpointer(torch.nn.Linear(1, 1), str(folder)).get_checkpoint_file()
+        last_checkpoint(folder)
     assert str(raised.value).startswith(f"{folder / 'last_checkpoint'}: ")
     assert message in str(raised.value)
 
 
 def test_last_checkpoint_may_be_written_by_hand(tmp_path):
-    checkpointer = AtomicCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
-    assert checkpointer.get_checkpoint_file() == ""
+    assert last_checkpoint(tmp_path) is None
     torch.save({}, tmp_path / "model_0000001.pth")
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth\n")
-    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000001.pth")
+    assert last_checkpoint(tmp_path) == tmp_path / "model_0000001.pth"
 
 
 @pytest.mark.parametrize("content", [[], {}, {"model": []}, {"trainer": {}, "model": None}])
@@ -534,7 +534,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     AtomicCheckpointer(torch.nn.Linear(1, 1), str(tmp_path)).save("model_0000000")
     checkpointer = AtomicCheckpointer(torch.nn.Linear(2, 1), str(tmp_path))
     with pytest.raises(UserError, match=r"is of another model than the config: 2 tensors .* like weight"):
-        checkpointer.load(checkpointer.get_checkpoint_file())
+        checkpointer.load(str(last_checkpoint(tmp_path)))
 
 
 @pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated")  # detectron2 calls it to say so
@@ -548,17 +548,10 @@ def test_a_detector_that_finds_nothing_has_results_for_boxes_and_masks(tmp_path,
     assert written["bbox"]["AP"] == written["segm"]["AP"] == 0
 
 
-def test_resume_without_a_checkpoint_starts_and_says_so(tmp_path, command, caplog):
+def test_resume_without_a_checkpoint_starts_and_says_so(tmp_path, caplog):
     caplog.set_level("INFO")
-    cfg = load_det_config(command[1], command[-1:])
-    assert Trainer._find_checkpoint(FakeTrainer(cfg), resume=True) is False
+    assert find_checkpoint(tmp_path, resume=True) is None
     assert "--resume: no checkpoint in" in caplog.text
-
-
-class FakeTrainer:
-    def __init__(self, cfg):
-        self.cfg = cfg
-        self.checkpointer = AtomicCheckpointer(torch.nn.Linear(1, 1), cfg.OUTPUT_DIR)
 
 
 def test_the_table_shows_what_is_not_defined_as_a_dash():

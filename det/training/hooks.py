@@ -1,0 +1,137 @@
+"""Hooks of a detector's training: evaluation with the best weights, the stop between two steps, the progress bar."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+from PIL import Image
+from tqdm import tqdm
+
+from crossmae.files import read_json, write_json
+from crossmae.training.signals import StopRequest
+from det.evaluation.pictures import find_pictures
+from det.evaluation.report import write_report
+from det.evaluation.run_files import BEST, BEST_RECORD, PICTURES, TASKS
+from det.training.checkpoint import AtomicCheckpointer
+
+log = logging.getLogger(__name__)
+
+LOGGED_CLASSES = 100  # LVIS would fill TensorBoard with a curve for each of its 1,203 classes
+STOP_PERIOD = 20  # steps between agreements of several processes on a stop
+
+_Results = dict[str, dict[str, float]]
+
+
+class EvaluationHook(hooks.EvalHook):
+    """detectron2's evaluation, which keeps the best weights and leaves out a run that failed in its last step.
+
+    Args:
+        period: steps between evaluations; 0 evaluates at the end only.
+        evaluate: returns the results of the weights, see `det.evaluate`.
+        checkpointer: of the run.
+    """
+
+    def __init__(self, period: int, evaluate: Callable[[], _Results], checkpointer: AtomicCheckpointer) -> None:
+        super().__init__(period, self._run)
+        self.evaluate, self.checkpointer = evaluate, checkpointer
+        self.results: _Results = {}
+
+    def after_train(self) -> None:
+        """Evaluate at the end, if the run has reached it."""
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
+
+    def _run(self) -> _Results:
+        done = min(self.trainer.iter + 1, self.trainer.max_iter)  # after the last step, detectron2 counts one more
+        self.results = self.evaluate()
+        if comm.is_main_process():
+            folder = Path(self.checkpointer.save_dir)
+            values = ", ".join(f"{TASKS[task]} AP {numbers['AP']:.1f}" for task, numbers in self.results.items())
+            log.info("after %d steps: %s", done, values)
+            keep_best(self.checkpointer, self.results, done)
+            for number, path in enumerate(find_pictures(folder / PICTURES), start=1):
+                self.trainer.storage.put_image(f"validation/{number}", np.asarray(Image.open(path)).transpose(2, 0, 1))
+            if self.trainer.iter + 1 < self.trainer.max_iter:  # the last report is written when everything else is
+                write_report(folder)
+        return {task: _without_many_classes(numbers) for task, numbers in self.results.items()}
+
+
+def _without_many_classes(numbers: dict[str, float]) -> dict[str, float]:
+    classes = [key for key in numbers if key.startswith("AP-")]
+    return numbers if len(classes) <= LOGGED_CLASSES else {key: numbers[key] for key in numbers if key not in classes}
+
+
+def keep_best(checkpointer: AtomicCheckpointer, results: _Results, iteration: int) -> None:
+    """Write `model_best.pth` if the AP is the run's highest.
+
+    The AP is that of masks, or else of boxes. The record is read from `model_best.json`, so that it also counts after a
+    run that was cut off.
+    """
+    task = "segm" if "segm" in results else "bbox"
+    metric, found = f"{task}/AP", results[task]["AP"]
+    path = Path(checkpointer.save_dir, BEST_RECORD)
+    best = read_json(path).get(metric, -math.inf) if path.is_file() else -math.inf
+    if not found > best:  # NaN is no record either
+        return
+    record = {"iteration": iteration, metric: found}
+    checkpointer.write(BEST, {"model": checkpointer.weights()["model"]} | record)
+    write_json(path, record)
+    log.info("%s: %s %.2f after %d iterations", BEST, metric, found, iteration)
+
+
+class StopBetweenSteps(HookBase):
+    """Save and end the run after Ctrl-C or SIGTERM.
+
+    Args:
+        checkpointer: of the run.
+        request: where the signal is noted.
+    """
+
+    def __init__(self, checkpointer: AtomicCheckpointer, request: StopRequest) -> None:
+        self.checkpointer, self.request = checkpointer, request
+
+    def after_step(self) -> None:
+        """End the run if a process was asked to stop.
+
+        Several processes agree on it every `STOP_PERIOD` steps.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C.
+            SystemExit: after SIGTERM.
+        """
+        done = self.trainer.iter + 1
+        if comm.get_world_size() > 1:
+            if done % STOP_PERIOD:
+                return
+            self.request.number = max(comm.all_gather(self.request.number or 0)) or None
+        if self.request.number is None or done >= self.trainer.max_iter:
+            return
+        if comm.is_main_process():
+            self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
+        log.info("stopped and saved after %d steps; the same command with --resume continues from there", done)
+        self.request.end()
+
+
+class ProgressBar(HookBase):
+    """Steps done, time left, loss and learning rate on one line."""
+
+    def before_train(self) -> None:
+        """Start the line."""
+        start, total = self.trainer.start_iter, self.trainer.max_iter
+        self.bar = tqdm(initial=start, total=total, desc="train", unit="it", dynamic_ncols=True)
+
+    def after_step(self) -> None:
+        """Advance the line."""
+        loss, lr = (self.trainer.storage.history(name).latest() for name in ("total_loss", "lr"))
+        self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+        self.bar.update()
+
+    def after_train(self) -> None:
+        """End the line, also after a failure."""
+        self.bar.close()
