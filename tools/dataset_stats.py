@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from crossmae.data.pixel_stats import LOW_RANGE, PixelStats, check_usable, measure
-from crossmae.data.sources import evenly_spaced, open_source
+from crossmae.data.sources import open_source
+from crossmae.data.sources.subset import evenly_spaced
 from crossmae.errors import UserError, run_cli
 from crossmae.files import make_folder, write_json
 from crossmae.training.config import (
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     check_usable(stats)
     print(f"paste: {stats.overrides}")
     if args.output is not None:
-        write_json(args.output, {"source": source.description, **stats.to_dict()})
+        write_json(args.output, {"source": source.description, **asdict(stats)})
         print(f"written {args.output}")
 
 

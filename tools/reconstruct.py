@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crossmae.checkpoints.pretrained import Pretrained, load_pretrained, parse_settings
-from crossmae.data.images import find_inputs
+from crossmae.data.paths import find_inputs
 from crossmae.errors import UserError, run_cli
 from crossmae.files import printable
 from crossmae.pretraining.gallery import NUMBERS, Result, mean_psnr, possible_ratios, write_gallery

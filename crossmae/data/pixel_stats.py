@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from crossmae.data.images import decode_image
 from crossmae.data.parallel import map_in_order
@@ -22,10 +21,10 @@ LOW_RANGE = 1 / 8  # of the range of 16 bits; data of 12 bits use 1/16
 
 @dataclass(frozen=True)
 class PixelStats:
-    """Statistics over images; every image counts the same, whatever its size, as its crops do in training.
+    """Statistics over images; every image has the same weight, whatever its size, as its crops have in training.
 
     Attributes:
-        images: how many were read.
+        images: number of images read.
         mean, std: per channel, of pixels scaled to 0-1.
         largest: the largest pixel value of all, scaled likewise.
         short_side, long_side: smallest, median and largest of all images, in pixels.
@@ -40,17 +39,13 @@ class PixelStats:
 
     @property
     def overrides(self) -> str:
-        """The words for the command line of `tools/pretrain.py`."""
+        """The arguments for the command line of `tools/pretrain.py`."""
         mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (self.mean, self.std))
         return f"'data.mean=[{mean}]' 'data.std=[{std}]'"
 
     def constant_channels(self) -> list[int]:
-        """Channels, counted from 0, by whose std nothing can be divided."""
+        """List channels, from 0, whose std is 0 to the printed digits."""
         return [channel for channel, value in enumerate(self.std) if value < 5e-5]  # 0.0000 as it is printed
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -62,26 +57,23 @@ class _ImageStats:
 
 
 def measure(source: Source, indices: Sequence[int], channels: int, bit_depth: int, threads: int) -> PixelStats:
-    """Read images and measure them.
+    """Measure the pixels of some images, at least one.
 
     Args:
-        source: where they are.
-        indices: which ones, at least one.
-        channels: how many channels each is decoded to.
+        channels: channels that each image is decoded to.
         bit_depth: 8 or 16.
         threads: that read and decode.
 
     Raises:
-        UserError: an image can not be read; names it.
+        UserError: an image cannot be read; names it.
     """
 
     def one(index: int) -> _ImageStats:
         return _measure_image(decode_image(source.read(index), source.name(index), channels, bit_depth))
 
     sums, square_sums = np.zeros(channels), np.zeros(channels)
-    largest, sides = 0.0, array("I")  # two numbers an image are all that is kept
-    results = map_in_order(one, indices, threads)
-    for image in tqdm(results, "measure", len(indices), leave=False, unit="img", dynamic_ncols=True):
+    largest, sides = 0.0, array("I")  # two numbers per image
+    for image in map_in_order(one, indices, threads, bar="measure"):
         sums += image.mean
         square_sums += image.mean_square
         largest = max(largest, image.largest)
@@ -117,14 +109,10 @@ def _spread(sides: NDArray[Any]) -> tuple[int, float, int]:
 
 
 def check_usable(stats: PixelStats) -> None:
-    """Make sure that pixels can be normalised by these statistics.
-
-    Raises:
-        UserError: a channel is constant.
-    """
+    """Raise a UserError if a channel is constant, because pixels are divided by its std."""
     constant = stats.constant_channels()
     if constant:
         raise UserError(
-            f"channel {', '.join(map(str, constant))} has the same value everywhere (std 0), so pixels can not be "
-            "divided by it; look at the images, and at model.in_chans"
+            f"channel {', '.join(map(str, constant))} has the same value everywhere (std 0), so pixels cannot be "
+            "divided by it. Look at the images, and at model.in_chans."
         )

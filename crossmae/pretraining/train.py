@@ -17,16 +17,19 @@ from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, P
 from crossmae.checkpoints.pretrained import BIT_DEPTH
 from crossmae.checkpoints.provenance import inherited, recorded_licence
 from crossmae.checkpoints.run_checkpoint import MODEL, step_of
-from crossmae.data.sources import Source
-from crossmae.data.training_images import Normalize, PretrainImages, build_loader, warn_of_depth
+from crossmae.data.batches import build_loader
+from crossmae.data.broken import warn_of_depth
+from crossmae.data.pixels import Normalize
+from crossmae.data.sources import Source, open_named, warn_of_overlap
 from crossmae.errors import UserError
 from crossmae.files import check_writable
 from crossmae.models.crossmae import CrossMAE
 from crossmae.models.sizes import model_arguments
 from crossmae.pretraining.figures import fused_map_names, fusion_figure, reconstruction_figure
 from crossmae.pretraining.health import Health
+from crossmae.pretraining.images import PretrainImages, collate
 from crossmae.pretraining.start import build_model, start_from
-from crossmae.pretraining.validation import HeldOut, Neighbours, model_size, open_named, warn_of_overlap
+from crossmae.pretraining.validation import HeldOut, Neighbours, model_size
 from crossmae.training.config import PretrainConfig
 from crossmae.training.log import RunLog
 from crossmae.training.loop import Ready, Task, check_images, plan_batches, train
@@ -62,7 +65,7 @@ class Pretraining(Task[PretrainConfig]):
         config, ranks = self.config, self.ranks
         check_writable(config.output_dir, "output_dir")
         model = build_model(config)
-        source = open_named(config, "data.train")
+        source = open_named(config.data.train, "data.train", config.data.root)
         if ranks.is_main:
             warn_of_depth(source, config.data.bit_depth)
         data = config.data
@@ -76,8 +79,8 @@ class Pretraining(Task[PretrainConfig]):
         if config.model.init and not start:
             arguments = model_arguments(config.model.name) | config.model.arguments()
             self.licence = start_from(model, config.model.init.expanduser(), arguments, data).licence
-        self.judges = Judges(config, model, source, ranks)
         self.normalize = Normalize(data.mean, data.std, self.device)
+        self.judges = Judges(config, model, source, ranks, self.normalize)
         broken = check_images(config, source, model.in_chans, ranks) if data.check and not is_complete else []
         return Ready(model, source, batches, plan, start, broken)
 
@@ -95,7 +98,7 @@ class Pretraining(Task[PretrainConfig]):
         """See `Task.loader`."""
         dataset = build_dataset(self.config, ready.source, cast(CrossMAE, ready.model))
         on_gpu = self.device.type == "cuda"
-        return iter(build_loader(dataset, ready.batches, first, last, self.config.data.workers, on_gpu))
+        return iter(build_loader(dataset, ready.batches, first, last, self.config.data.workers, on_gpu, collate))
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Of the predicted patches."""
@@ -152,26 +155,34 @@ def build_dataset(config: PretrainConfig, source: Source, model: CrossMAE) -> Pr
 class Judges:
     """What a run is looked at with from outside: held-out loss, pictures, neighbours."""
 
-    def __init__(self, config: PretrainConfig, model: CrossMAE, source: Source, ranks: Ranks) -> None:
-        self.config = config
-        val = open_named(config, "data.val") if config.data.val else None
+    def __init__(
+        self, config: PretrainConfig, model: CrossMAE, source: Source, ranks: Ranks, normalize: Normalize
+    ) -> None:
+        self.config, data, size = config, config.data, config.optim.batch_size
+        val = open_named(data.val, "data.val", data.val_root) if data.val else None
         if val and ranks.is_main:
             warn_of_overlap(source, "data.train", val, "data.val")
-        self.held_out = HeldOut(config, val, model, config.validation.images, ranks) if val else None
+        views = (config.model.mask_ratio, normalize, data.bit_depth, size)
+        self.held_out = HeldOut(val, model, config.validation.images, ranks, *views) if val else None
         self.preview = None
         if ranks.is_main and config.log.pictures:
             policy = "error" if val else config.data.broken
-            self.preview = HeldOut(config, val or source, model, config.log.pictures, Ranks(), policy)
-        self.neighbours = Neighbours(config, model) if config.probe.train and ranks.is_main else None
+            self.preview = HeldOut(val or source, model, config.log.pictures, Ranks(), *views, policy)
+        self.neighbours, probe = None, config.probe
+        if probe.train and probe.val and ranks.is_main:
+            train, test = open_named(probe.train, "probe.train"), open_named(probe.val, "probe.val")
+            warn_of_overlap(train, "probe.train", test, "probe.val")
+            settings = (probe.images, probe.k, probe.temperature, probe.pool)
+            self.neighbours = Neighbours(train, test, model, normalize, data.bit_depth, size, *settings)
 
     def judge(self, run: Run, records: RunLog, validate: bool, probe: bool) -> None:
         """Measure the held-out loss and the neighbours' accuracy, of the averaged weights as well, and log both."""
         values: dict[str, float] = {}
         for suffix, model in cast(dict[str, CrossMAE], run.models).items():
             if validate and self.held_out:
-                values[f"val_loss{suffix}"] = self.held_out.loss(model, run.device, run.autocast)
+                values[f"val_loss{suffix}"] = self.held_out.loss(model, run.autocast)
             if probe and self.neighbours:
-                values[f"knn_accuracy{suffix}"] = self.neighbours.accuracy(model, run.device)
+                values[f"knn_accuracy{suffix}"] = self.neighbours.accuracy(model)
         if not all(map(math.isfinite, values.values())):
             raise UserError(f"at step {run.step} the held-out loss is not finite; the last checkpoint stays")
         if values:
@@ -182,7 +193,7 @@ class Judges:
         """Pictures of reconstructions and of the fusion weights."""
         model, config = cast(CrossMAE, run.model), self.config
         if self.preview is not None:
-            panels = self.preview.panels(model, run.device, config.log.pictures)
+            panels = self.preview.panels(model)
             title = f"step {run.step}, {config.model.mask_ratio:.0%} of the patches masked"
             records.picture(run.step, "reconstructions", reconstruction_figure(panels, title))
         if run.ranks.is_main and model.fused_blocks and config.log.pictures:

@@ -1,7 +1,7 @@
 """The training loop, of pretraining and of fine-tuning, in one process or in one per GPU.
 
 Everything that a restart needs is the step number and the optimizer's state: the learning rate is a function of the
-step, and the data are a function of (seed, step), see crossmae/data/training_images.py.
+step, and the data are a function of (seed, step), see crossmae/data/batches.py.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from crossmae.checkpoints.run_checkpoint import MODEL, complete_checkpoints, read_state, step_of
 from crossmae.checkpoints.weights import save_weights
+from crossmae.data.batches import BatchPlan
+from crossmae.data.broken import Broken, Unreadable, find_broken, refuse_broken
 from crossmae.data.sources import Source
-from crossmae.data.training_images import BatchPlan, Broken, Unreadable, find_broken, refuse_broken
 from crossmae.errors import UserError
 from crossmae.files import make_folder, write_atomically, write_text
 from crossmae.training.config import RunConfig
@@ -193,7 +194,7 @@ def check_images(config: RunConfig, source: Source, channels: int, ranks: Ranks)
     share = range(ranks.rank, len(source), ranks.world_size)
     broken = find_broken(source, share, channels, config.data.bit_depth)
     if config.data.broken == "error":
-        refuse_broken(broken, "repair or remove what is broken, or set data.broken=substitute")
+        refuse_broken(broken, "data.train", "Repair or remove what is broken, or set data.broken=substitute.")
     return broken
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from crossmae.data.training_images import BatchPlan
+from crossmae.data.batches import BatchPlan
 from crossmae.errors import UserError
 from crossmae.models.crossmae import CrossMAE
 from crossmae.models.sizes import model_arguments

@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from crossmae.checkpoints.loading import load
 from crossmae.checkpoints.run_checkpoint import MODEL, read_state, save_checkpoint
 from crossmae.checkpoints.weights import describe_non_finite
+from crossmae.data.broken import Broken
 from crossmae.data.sources import Source
-from crossmae.data.training_images import Broken
 from crossmae.errors import UserError
 from crossmae.training.config import RunConfig
 from crossmae.training.devices import open_autocast

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crossmae.classification.evaluation.intervals import Accuracy, accuracy_of
-from crossmae.data.sources import evenly_spaced
+from crossmae.data.sources.subset import evenly_spaced
 from crossmae.pretraining.neighbours import check_labels, nearest, vote
 
 DEFAULT_K, DEFAULT_TEMPERATURE = 20, 0.07  # of the probe while pretraining, and of DINO (arXiv 2104.14294)

@@ -9,18 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from crossmae.data.sources.source import ImageFiles, evenly_spaced
-from crossmae.data.training_images import (
-    Batch,
-    BatchPlan,
-    PretrainImages,
-    Unreadable,
-    build_loader,
-    centre_view,
-    find_broken,
-    keyed_randomness,
-)
+from crossmae.data.batches import BatchPlan, build_loader, keyed_randomness
+from crossmae.data.broken import Unreadable, find_broken
+from crossmae.data.pixels import centre_view
+from crossmae.data.sources.source import ImageFiles
+from crossmae.data.sources.subset import evenly_spaced
 from crossmae.errors import UserError
+from crossmae.pretraining.images import Batch, PretrainImages, collate
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +33,7 @@ def dataset(paths: list[Path], seed: int = 0) -> PretrainImages:
 
 def read(paths: list[Path], first: int, last: int, workers: int, seed: int = 0) -> list[Batch]:
     plan = BatchPlan(len(paths), 4, seed)
-    batches = list(build_loader(dataset(paths, seed), plan, first, last, workers, pin_memory=False))
+    batches = list(build_loader(dataset(paths, seed), plan, first, last, workers, False, collate))
     assert all(isinstance(batch, Batch) for batch in batches)
     return batches  # type: ignore[return-value]
 
@@ -106,7 +101,7 @@ def test_a_broken_image_reaches_the_training_process_with_its_name(
     broken = tmp_path / "broken.png"
     broken.write_bytes(images[0].read_bytes()[:40])
     paths = [*images[:3], broken]
-    loader = build_loader(dataset(paths), BatchPlan(4, 4, 0), 0, 1, workers, pin_memory=False)
+    loader = build_loader(dataset(paths), BatchPlan(4, 4, 0), 0, 1, workers, False, collate)
     (batch,) = list(loader)
     assert isinstance(batch, Unreadable)
     assert "broken.png" in batch.message

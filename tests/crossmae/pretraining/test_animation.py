@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from crossmae.pretraining.animation import END_MS, FRAME_MS, animation_frame, save_gif
+from crossmae.pretraining.gallery import END_MS, FRAME_MS, animation_frame, save_gif
 from crossmae.pretraining.reconstruction import Panels
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from crossmae.checkpoints.pretrained import Pretrained
-from crossmae.data.images import find_inputs
+from crossmae.data.paths import find_inputs
 from crossmae.errors import UserError
 from crossmae.models.crossmae import CrossMAE
 from crossmae.pretraining.gallery import load_images, mean_psnr, output_names, possible_ratios, write_gallery
@@ -135,7 +135,7 @@ def test_mean_leaves_perfect_matches_out() -> None:
         ({"mask_ratio": 1.0}, "mask ratio 1.0: leaves no patch of 32 to see or none to predict"),
         ({"gif_ratios": [0.5, 0.0]}, "mask ratio 0.0"),
         ({"gif_ratios": [1.5]}, "mask ratio 1.5"),
-        ({"paths": "broken"}, "broken.png: can not be read as an image"),
+        ({"paths": "broken"}, "broken.png: cannot be read as an image"),
         ({"output": "images/a.png"}, "--output"),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from crossmae.data.training_images import BatchPlan
+from crossmae.data.batches import BatchPlan
 from crossmae.models.crossmae import CrossMAE
 from crossmae.models.sizes import create_model
 from crossmae.training.config import CONFIG_ROOT, PretrainConfig, load_config, resolve_config_path

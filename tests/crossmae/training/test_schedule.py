@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from crossmae.data.training_images import BatchPlan
+from crossmae.data.batches import BatchPlan
 from crossmae.training.schedule import Plan, ignored_settings, lr_rule, make_plan
 from tests.crossmae.pretraining.test_train import make_config
 

@@ -12,7 +12,7 @@ import torch
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BitMasks, Boxes, Instances
 
-from crossmae.data.training_images import Unreadable
+from crossmae.data.broken import Unreadable
 from crossmae.errors import UserError
 from det.config import load_det_config
 from det.data.copy_paste import CopyPaste, build_copy_paste, check_copy_paste, paste_objects
@@ -143,7 +143,7 @@ def test_a_second_image_that_can_not_be_read_is_handed_on(cfg, records):
     with open(records[3]["file_name"], "wb") as file:
         file.write(b"no image")
     samples = build_samples(cfg, records)
-    with pytest.raises(UserError, match=r"4\.png: can not be read as an image"):
+    with pytest.raises(UserError, match=r"4\.png: cannot be read as an image"):
         refuse_unreadable([samples[epoch, 0] for epoch in range(30)])
 
 
