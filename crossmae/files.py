@@ -1,4 +1,4 @@
-"""Read files with errors that name them; write files so that no reader ever sees half of one."""
+"""Read files with errors that name them, and write files that are complete or absent."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def allow_reading(path: Path) -> None:
-    """Give a file the usual rights: safetensors writes files for their owner only."""
+    """Give a file the usual rights, unlike safetensors."""
     path.chmod(0o666 & ~_umask())
 
 
@@ -49,7 +49,7 @@ def printable(name: str | Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, atomically; other bytes in file names become escapes such as \\udcff."""
+    """Write UTF-8 text atomically, other bytes as escapes such as \\udcff."""
     data = text.encode("utf-8", errors=ODD_BYTES)
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
@@ -78,7 +78,7 @@ def sha256(path: Path) -> str:
 
 
 def make_folder(folder: Path, key: str) -> None:
-    """Create a folder and its parents, and write a file in it as a test.
+    """Create a folder, and write a file in it as a test.
 
     Raises:
         UserError: not possible; names `key`, the folder's config key or flag.
@@ -93,7 +93,7 @@ def make_folder(folder: Path, key: str) -> None:
 
 
 def check_writable(folder: Path, key: str) -> None:
-    """Check that a folder can be written in, or created, without touching anything.
+    """Check that a folder can be written, without touching it.
 
     Raises:
         UserError: not possible; names `key`, the folder's config key or flag.
@@ -142,7 +142,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file with one JSON object per line; empty lines are allowed.
+    """Read the JSON objects of a file, one per line.
 
     Raises:
         UserError: no such file, or a line that is no JSON object; names the file and the line.

@@ -41,7 +41,7 @@ class MovableBatch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self: M) -> M:
-        """Copy the batch to page-locked memory; the loader calls this."""
+        """Copy the batch to page-locked memory for the loader."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self: M, change: Callable[[Tensor], Tensor]) -> M:
@@ -91,7 +91,7 @@ class BatchPlan:
         return self.num_images // (self.batch_size * self.world_size)
 
     def batch(self, number: int) -> list[tuple[int, int]]:
-        """List the (epoch, image index) pairs of batch `number`, counted over the whole run."""
+        """List the (epoch, image index) pairs of the run's batch `number`."""
         epoch, within = divmod(number, self.batches_per_epoch)
         groups = () if self.groups is None or not self.groups_at_once else tuple(self.groups.tolist())
         order = _permutation(self.seed, epoch, self.num_images, groups, self.groups_at_once or 1)
@@ -124,7 +124,7 @@ class PlannedBatches(Sampler[list[tuple[int, int]]]):
 
 
 class KeyedImages(Dataset[Any], ABC):
-    """Training images; the randomness of a sample is keyed by (seed, epoch, index), in `sample`.
+    """Training images whose randomness is keyed by (seed, epoch, index).
 
     Args:
         source: the images.
@@ -151,11 +151,11 @@ class KeyedImages(Dataset[Any], ABC):
 
     @abstractmethod
     def sample(self, pixels: Image.Image | Tensor, position: int, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """Augment the image at a position of the source: (C, H, W), and its noise or target."""
+        """Return the augmented image (C, H, W), and its noise or target."""
 
 
 def collate_as(batch: Callable[[Tensor, Tensor, Tensor, tuple[Broken, ...]], B], samples: list[Any]) -> B | Unreadable:
-    """Stack samples to a `batch`; one unreadable sample makes the whole batch unreadable."""
+    """Stack samples to a `batch`, or return the first `Unreadable`."""
     unreadable = next((sample for sample in samples if isinstance(sample, Unreadable)), None)
     if unreadable is not None:
         return unreadable
@@ -174,7 +174,7 @@ def build_loader(
     pin_memory: bool,
     collate: Callable[[list[Any]], Any],
 ) -> Loader:
-    """Build a loader of batches `first` .. `last` - 1; each comes from `collate`, or is `Unreadable`."""
+    """Build a loader of a plan's batches from `first` until `last`."""
     return Loader(
         dataset,
         usable_workers(workers),

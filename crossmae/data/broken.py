@@ -79,7 +79,7 @@ def find_broken(source: Source, indices: Sequence[int], channels: int = 3, bit_d
 
 
 def refuse_broken(broken: Sequence[Broken], key: str, advice: str = "Repair or remove what is broken.") -> None:
-    """Raise a UserError that names the first broken images of `key`, if there are any."""
+    """Raise a UserError that names the first broken images, if any."""
     if broken:
         raise UserError(f"{key}: {shorten([one.message for one in broken], separator='; ')}. {advice}")
 

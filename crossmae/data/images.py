@@ -103,12 +103,11 @@ def is_deep(data: bytes) -> bool:
 
 
 def _is_deep_colour_png(data: bytes) -> bool:
-    """Tell whether it is a 16-bit PNG file other than plain grey, which Pillow would cut to 8 bits."""
+    # Pillow would cut 16-bit PNG files to 8 bits, except plain grey.
     return data.startswith(b"\x89PNG") and data[24:25] == b"\x10" and data[25:26] != b"\0"
 
 
 def _samples(image: Image.Image, channels: int) -> NDArray[Any]:
-    """Return the pixels (H, W, C) of an image in their own type."""
     if image.mode.startswith("I"):
         return _deep_grey(image)[..., None]
     if image.mode in ("F", "L") and "transparency" not in image.info:
@@ -118,7 +117,7 @@ def _samples(image: Image.Image, channels: int) -> NDArray[Any]:
 
 
 def _deep_grey(image: Image.Image) -> NDArray[np.uint16]:
-    """Return (H, W) of the modes I;16, I;16B and I, the transparent value made white."""
+    """Read grey pixels (H, W), the transparent value made white."""
     pixels = np.asarray(image).clip(0, 65535).astype(np.uint16)
     transparent = image.info.get("transparency")
     return np.where(pixels == transparent, 65535, pixels).astype(np.uint16) if transparent is not None else pixels
@@ -141,7 +140,6 @@ def _as_unit_range(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:
 
 
 def _with_channels(pixels: NDArray[np.float32], channels: int, name: str) -> NDArray[np.float32]:
-    """Convert samples (H, W, C) to (H, W, channels) where a rule covers it."""
     held = pixels.shape[-1]
     if held == channels:
         return np.ascontiguousarray(pixels)
@@ -153,7 +151,7 @@ def _with_channels(pixels: NDArray[np.float32], channels: int, name: str) -> NDA
 
 
 def is_whole(tail: bytes) -> bool:
-    """Tell whether the last bytes of a file end a whole JPEG or PNG file."""
+    """Tell whether the last bytes end a whole JPEG or PNG."""
     return tail.endswith(LAST_BYTES)
 
 

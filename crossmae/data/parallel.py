@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 
 def map_in_order(function: Callable[[T], R], items: Iterable[T], threads: int = READERS, bar: str = "") -> Iterator[R]:
-    """Map `items` in threads, at most AHEAD items per thread ahead of the caller.
+    """Map `items` in threads, at most AHEAD items per thread ahead.
 
     For functions that release the interpreter's lock, such as reading files and decoding images. The first exception
     ends the iteration.

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def match_pattern(argument: str, key: str) -> list[str]:
-    """Find the files that match a pattern (`**` too), sorted; `~` is expanded.
+    """Find files by a pattern with `~` and `**`, sorted.
 
     Raises:
         UserError: no file matches.
@@ -72,7 +72,7 @@ def _refuse(error: OSError) -> None:
 
 
 def find_inputs(arguments: Sequence[str]) -> list[Path]:
-    """Find the files of a command line: files, folders or patterns, each file once, in order.
+    """Find the files that files, folders and patterns name, each once.
 
     Raises:
         UserError: an argument that leads to no file.

@@ -21,7 +21,7 @@ LOW_RANGE = 1 / 8  # of the range of 16 bits; data of 12 bits use 1/16
 
 @dataclass(frozen=True)
 class PixelStats:
-    """Statistics over images; every image has the same weight, whatever its size, as its crops have in training.
+    """Statistics over images, each of the same weight, as its crops have in training.
 
     Attributes:
         images: number of images read.
@@ -109,7 +109,7 @@ def _spread(sides: NDArray[Any]) -> tuple[int, float, int]:
 
 
 def check_usable(stats: PixelStats) -> None:
-    """Raise a UserError if a channel is constant, because pixels are divided by its std."""
+    """Raise a UserError if a channel is constant."""
     constant = stats.constant_channels()
     if constant:
         raise UserError(

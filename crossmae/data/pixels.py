@@ -15,7 +15,7 @@ from crossmae.data.sources import Source
 
 
 def read_pixels(source: Source, index: int, channels: int = 3, bit_depth: int = 8) -> Image.Image | Tensor:
-    """Read and decode one sample: an image, or a (C, H, W) tensor.
+    """Read one sample as an image or a (C, H, W) tensor.
 
     Raises:
         UserError: the sample cannot be read; names it.
@@ -30,14 +30,14 @@ def decode_pixels(data: bytes, name: str, channels: int = 3, bit_depth: int = 8)
 
 
 def to_tensor(pixels: Image.Image | Tensor) -> Tensor:
-    """Convert pixels to (C, H, W), uint8 or float32, clipped to 0-1 after resampling."""
+    """Convert to (C, H, W), uint8, or float32 clipped to 0-1."""
     if isinstance(pixels, Image.Image):
         return VF.pil_to_tensor(pixels)
     return pixels.clamp(0, 1) if pixels.is_floating_point() else pixels
 
 
 def centre_view(pixels: Image.Image | Tensor, size: tuple[int, int], crop_pct: float = 1.0) -> Tensor:
-    """Scale an image to cover `size`, and crop its centre: (C, height, width).
+    """Scale an image to cover `size` and crop its centre.
 
     Args:
         pixels: of any size.
@@ -62,12 +62,12 @@ def published_crop_pct(size: tuple[int, int]) -> float:
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """Convert uint8 pixels to float32 in 0-1; floats stay."""
+    """Convert uint8 pixels to float32 in 0-1, and keep floats."""
     return images if images.is_floating_point() else images.float() / 255
 
 
 class Normalize:
-    """Pixels (B, C, H, W) minus the mean, over the deviation, per channel, as float32; both live on the device."""
+    """Standardisation of pixels (B, C, H, W) per channel, with statistics on a device."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
         self.mean, self.std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))

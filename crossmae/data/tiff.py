@@ -40,12 +40,12 @@ def needs_tifffile(data: bytes, channels: int) -> bool:
 
 
 def has_deep_samples(image: Image.Image) -> bool:
-    """Tell whether an open image is a TIFF of more than 8 bits a channel."""
+    """Recognise a TIFF of more than 8 bits a channel."""
     return isinstance(image, TiffImagePlugin.TiffImageFile) and max(_values(image.tag_v2.get(BITS, 1))) > 8
 
 
 def read_tiff(data: bytes, channels: int) -> NDArray[Any]:
-    """Read the first image, channels last and upright (H, W, C), opacity laid over white.
+    """Read the first image, upright (H, W, C), over white.
 
     Args:
         channels: the wanted number: as many pages of one size are channels, others frames.
@@ -82,7 +82,7 @@ def upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
 
 
 def over_white(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Lay samples over white by their last channel, the opacity, and drop it."""
+    """Lay samples over white by their last channel, the opacity."""
     top = _top(pixels)
     opacity = pixels[..., -1:] / top
     return np.asarray(pixels[..., :-1] * opacity + top * (1 - opacity)).astype(pixels.dtype)

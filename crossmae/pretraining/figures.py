@@ -32,7 +32,7 @@ NORM_PIX_NOTE = "Each predicted patch is given the true patch's mean and deviati
 
 
 def to_display(pixels: Tensor) -> Tensor:
-    """Convert pixels (B, C, H, W) of any number of channels to RGB (B, 3, H, W).
+    """Convert pixels (B, C, H, W) to RGB (B, 3, H, W).
 
     One channel is repeated as grey; two are red and green, without blue; of more, the first three are shown.
     """
@@ -52,7 +52,7 @@ def shown_channels(channels: int) -> str:
 
 
 def panel_rows(panels: Panels) -> dict[str, Tensor]:
-    """Compose the four pictures (B, 3, H, W) of each image, by name, in reading order.
+    """Compose the four pictures (B, 3, H, W) of each image.
 
     "masked" shows the visible patches, "reconstruction" the predicted ones: together they are "pasted".
     """
@@ -67,13 +67,13 @@ def panel_rows(panels: Panels) -> dict[str, Tensor]:
 
 
 def brightening(panels: Panels) -> float:
-    """Return the factor that makes dark images (such as 12-bit data) visible; else 1."""
+    """Return a factor over 1 for dark images, such as 12-bit data."""
     brightest = float(panels.input.max())
     return 1 / brightest if 0 < brightest < DARK else 1.0
 
 
 def reconstruction_figure(panels: Panels, title: str, captions: Sequence[str] = ()) -> Figure:
-    """Draw one column per image; rows: input, masked, reconstruction, pasted.
+    """Draw one column per image: input, masked, reconstruction, pasted.
 
     Args:
         captions: one line below each column, or none.
@@ -102,7 +102,7 @@ def image_figure(panels: Panels, title: str, caption: str) -> Figure:
 
 
 def fusion_figure(weights: Tensor, map_names: Sequence[str], title: str) -> Figure:
-    """Draw a heat map of the learned mixing weights, blue below 0 and red above.
+    """Draw the learned mixing weights, blue below 0 and red above.
 
     Args:
         weights: (N, K), one row per decoder block: `model.wfm.linear.weight`.
@@ -138,12 +138,12 @@ def fusion_figure(weights: Tensor, map_names: Sequence[str], title: str) -> Figu
 
 
 def fused_map_names(model: CrossMAE) -> list[str]:
-    """Name the maps that a model mixes for its decoder: "input" and block indices."""
+    """Name the maps that a model mixes: "input" and block indices."""
     return [*(["input"] if model.fuse_input else []), *map(str, model.fused_blocks)]
 
 
 def whole_scale(height: int, width: int, target: int) -> float:
-    """Compute the scale towards `target` pixels: a whole number, or less than 1."""
+    """Compute a whole scale (or below 1) towards `target` pixels."""
     side = max(height, width)
     return target / side if side > 1.5 * target else max(round(target / side), 1)
 
@@ -165,7 +165,7 @@ def _grid(
     column_labels: bool = False,
     captions: bool = False,
 ) -> tuple[Figure, list[list[Axes]]]:
-    """Lay out rows of pictures (columns, 3, H, W) in whole pixels, with room for labels."""
+    """Lay out rows of pictures (columns, 3, H, W) in whole pixels."""
     columns, _, H, W = pictures[0].shape
     scale = whole_scale(H, W, target)
     cell_w, cell_h = round(W * scale), round(H * scale)
@@ -202,12 +202,12 @@ def _show(axis: Axes, picture: Tensor, enlarged: bool) -> None:
 
 
 def _wrap(text: str, width: int, points: float) -> list[str]:
-    """Wrap `text` to `width` pixels; a character is 0.56 of its size wide."""
+    # A character is 0.56 of its size wide.
     return textwrap.wrap(text, int((width - 2 * MARGIN) / (points * DPI / 72 * 0.56)))
 
 
 def _lines(figure: Figure, lines: Sequence[str], top: int, points: float, step: int, color: str = "black") -> None:
-    """Draw centred lines, the first one's upper edge `top` pixels above the bottom."""
+    """Draw centred lines that start `top` pixels above the bottom."""
     height = figure.get_figheight() * DPI
     for index, line in enumerate(lines):
         y = (top - index * step) / height

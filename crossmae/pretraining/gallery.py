@@ -45,7 +45,7 @@ FRAME_MS, END_MS = 240, 1000  # duration of a frame, and of the first and the la
 
 @dataclass(frozen=True)
 class Result:
-    """PSNR in dB of one image, over its masked patches and over the pasted whole; infinite for a perfect match."""
+    """PSNR in dB of one image, over its masked patches and over the pasted whole."""
 
     image: str
     name: str
@@ -54,7 +54,7 @@ class Result:
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:
-    """Name each image by its stem; if taken, with its folder's name; else numbered."""
+    """Name each image uniquely: by stem, with its folder, or numbered."""
     names: list[str] = []
     taken: set[str] = set()
     for path in paths:
@@ -66,12 +66,12 @@ def output_names(paths: Sequence[Path]) -> list[str]:
 
 
 def possible_ratios(model: CrossMAE) -> list[float]:
-    """Filter `GIF_RATIOS` that leave a visible and a masked patch of the grid."""
+    """List the `GIF_RATIOS` that leave visible and masked patches."""
     return [ratio for ratio in GIF_RATIOS if _is_possible(model, ratio)]
 
 
 def load_images(paths: Sequence[Path], pretrained: Pretrained, seed: int) -> tuple[Tensor, Tensor]:
-    """Load pixels (B, C, H, W) in 0-1 of the model's size, and mask noise (B, L).
+    """Load pixels (B, C, H, W) and mask noise (B, L).
 
     Raises:
         UserError: a file that cannot be read, see `decode_image`.
@@ -98,7 +98,7 @@ def write_gallery(
     seed: int = 0,
     force: bool = False,
 ) -> list[Result]:
-    """Reconstruct every image and write all pictures; see the head of this module.
+    """Reconstruct every image and write all pictures and numbers.
 
     Args:
         pretrained: its model stays on its device.
@@ -159,7 +159,7 @@ def _write_sheet(
 
 
 def animation_frame(panels: Panels, mask_ratio: float, decibels: float) -> Image.Image:
-    """Draw the masked image next to its reconstruction, with the ratio and the PSNR.
+    """Draw the masked image, its reconstruction, the ratio and the PSNR.
 
     Args:
         panels: of one image.
@@ -185,7 +185,7 @@ def animation_frame(panels: Panels, mask_ratio: float, decibels: float) -> Image
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path) -> None:
-    """Write a GIF that loops back and forth, and rests at both ends.
+    """Write a GIF that plays forth and back.
 
     All frames share one palette, made of all of them, and are not dithered, so that still parts stay still.
     """
@@ -201,7 +201,7 @@ def save_gif(frames: Sequence[Image.Image], path: Path) -> None:
 
 
 def _picture(pixels: Tensor) -> Image.Image:
-    """Convert pixels (3, H, W) in 0-1 to an image of about `PANEL` pixels."""
+    """Convert pixels (3, H, W) to an image of about `PANEL` pixels."""
     array = (pixels * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     height, width, _ = array.shape
     scale = whole_scale(height, width, PANEL)
@@ -216,7 +216,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def mean_psnr(values: Sequence[float]) -> float | None:
-    """Average the finite values in dB; None without any: a perfect match would hide the others."""
+    """Average the finite values in dB, or return None without any."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else None
 

@@ -23,7 +23,7 @@ CONSTANT = 1e-6  # a deviation below this share of the mean is rounding, not sig
 
 
 def pool_tokens(tokens: Tensor, pool: FeaturePool) -> Tensor:
-    """Pool tokens (B, L + 1, E), class token first, to features of each image.
+    """Pool tokens (B, L + 1, E), class token first, to features.
 
     Args:
         pool: "avg", the patches' mean (B, E); "cls", the class token (B, E); "cls_avg", both concatenated (B, 2 E).
@@ -40,7 +40,7 @@ def pool_tokens(tokens: Tensor, pool: FeaturePool) -> Tensor:
 
 
 def encode_tokens(encoder: ViTEncoder, imgs: Tensor) -> Tensor:
-    """Compute tokens (B, L + 1, E) of the last block that pretraining trains.
+    """Encode images by the last trained block: (B, L + 1, E).
 
     With fused maps this is the last fused block: later blocks never run and hold random numbers. The decoder reads the
     block's output without a norm, so none is applied. A model without fusion (and decoder="self") ends in `norm`, which
@@ -59,7 +59,7 @@ def encode_tokens(encoder: ViTEncoder, imgs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_images(encoder: ViTEncoder, batches: Iterable[Tensor], pool: Pool = "avg") -> Tensor:
-    """Compute features (N, E) of all images, float32 on the CPU; see `encode_tokens`.
+    """Encode all images to features (N, E), float32 on the CPU.
 
     The encoder keeps its mode, training or not.
 
@@ -76,7 +76,7 @@ def encode_images(encoder: ViTEncoder, batches: Iterable[Tensor], pool: Pool = "
 
 
 def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute mean and deviation (E,) in float64; constant dimensions get an infinite deviation."""
+    """Compute the mean and deviation (E,), infinite for constant dimensions."""
     parts = features.split(max(VALUES // features.shape[1], 1))
     mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(features)
     squares = torch.stack([(part.double() - mean).square().sum(dim=0) for part in parts])
@@ -85,7 +85,7 @@ def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scale(features: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
-    """Standardise features (N, E) by `feature_statistics`; float32."""
+    """Standardise features (N, E) by `feature_statistics` to float32."""
     mean, std = statistics
     scaled = torch.empty(features.shape, dtype=torch.float32, device=features.device)
     rows = max(VALUES // features.shape[1], 1)
@@ -95,7 +95,7 @@ def scale(features: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def standardize(train: Tensor, val: Tensor) -> tuple[Tensor, Tensor]:
-    """Standardise features (N, E) and (M, E) by the statistics of `train`, per dimension.
+    """Standardise features (N, E) and (M, E) by those of `train`.
 
     A few dimensions of MAE features are far larger than the rest and would decide every similarity; the batch norm in
     front of the linear probe of the MAE paper (arXiv 2111.06377, A.1) does the same. Dimensions that do not vary in
@@ -129,7 +129,7 @@ def nearest(train: Tensor, queries: Tensor, k: int, own: Tensor | None = None) -
 
 
 def vote(similarity: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
-    """Predict classes (M,) by a weighted vote of neighbours; ties go to the lowest class.
+    """Predict classes (M,) by a vote, ties to the lowest class.
 
     A neighbour's vote weighs exp(similarity / temperature), as in arXiv 1805.01978, section 3.4.
 
@@ -168,7 +168,7 @@ def knn_accuracy(
 
 
 def check_labels(name: str, features: Tensor, labels: Tensor, num_classes: int) -> None:
-    """Check that features (N, E), at least one, have labels (N,) from 0 to num_classes - 1.
+    """Check that features (N, E) have labels (N,) below `num_classes`.
 
     Raises:
         ValueError: they have not; names `name`.

@@ -93,7 +93,7 @@ def psnr(panels: Panels) -> tuple[Tensor, Tensor]:
 
 
 def _put(patches: Tensor, idx: Tensor, values: Tensor) -> Tensor:
-    """Copy patches (B, L, P) with `values` (B, K, P) at idx (B, K)."""
+    """Copy patches (B, L, P), with new values at some indices."""
     return patches.scatter(1, idx.unsqueeze(-1).expand_as(values), values)
 
 

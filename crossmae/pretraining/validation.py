@@ -142,7 +142,7 @@ def load_views(
     key: str,
     broken: Literal["error", "substitute"] = "error",
 ) -> Tensor:
-    """Read centre views (N, C, H, W) of some images, uint8 or float32 in 0-1.
+    """Read centre views (N, C, H, W), uint8 or float32 in 0-1.
 
     Raises:
         UserError: an image cannot be read.
@@ -168,7 +168,7 @@ def model_size(model: CrossMAE) -> tuple[int, int]:
 
 
 def fixed_noise(index: int, num_patches: int) -> Tensor:
-    """Draw the noise (L,) of held-out image `index`, the same in every run."""
+    """Draw the same noise (L,) of an image in every run."""
     return torch.from_numpy(np.random.default_rng([0, index]).random(num_patches, dtype=np.float32))
 
 

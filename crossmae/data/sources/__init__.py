@@ -87,7 +87,7 @@ def open_named(value: str | Path | None, key: str, root: Path | None = None) -> 
 
 
 def warn_of_overlap(train: Source, train_key: str, val: Source, val_key: str) -> None:
-    """Warn where images of `val` are also in `train`, judged by their names."""
+    """Warn about images of `val` whose names are in `train`."""
     if len(train) > MOST_NAMES:
         return
     names = {train.name(index) for index in range(len(train))}
@@ -129,7 +129,7 @@ def _has_images(folder: Path) -> bool:
 
 
 def _classes_by_folder(folder: Path, names: list[str]) -> list[str] | None:
-    """Return the first-level subfolder of every image, or None without two such classes."""
+    """Return each image's first-level subfolder, or None without two classes."""
     start = len(os.path.join(folder, ""))
     parts = [name[start:].partition(os.sep) for name in names]
     labels = [first for first, separator, _ in parts if separator]

@@ -27,7 +27,7 @@ GZIP = b"\x1f\x8b"
 
 
 def find_idx_files(folder: Path) -> list[Path]:
-    """Find the image files of a folder, sorted; an uncompressed copy hides the compressed one."""
+    """Find image files, sorted, preferring an uncompressed copy."""
     names = {path.name for path in folder.iterdir() if path.name.endswith(SUFFIXES)}
     return sorted(folder / name for name in names if name.removesuffix(".gz") == name or name[:-3] not in names)
 
@@ -92,7 +92,7 @@ class IdxImages(Source):
 
 
 def _read_array(path: Path, key: str, axes: int) -> NDArray[np.uint8]:
-    """Read an idx file: two zeros, type, number of axes, sizes in big-endian, values."""
+    # The format: two zeros, type, number of axes, sizes in big-endian, values.
     data = read_file(path, f"{key}: {path}")
     try:
         data = gzip.decompress(data) if data.startswith(GZIP) else data

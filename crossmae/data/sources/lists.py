@@ -25,13 +25,13 @@ log = logging.getLogger(__name__)
 
 
 def open_text_list(path: Path, key: str, root: Path | None) -> ImageFiles:
-    """Open a text file with one image a line; blank lines and # comments are ignored."""
+    """Open a text file of paths, without blank lines and # comments."""
     lines = [line.strip() for line in _read_text(path, key).split("\n")]
     return _listed([line for line in lines if line and not line.startswith("#")], None, path, key, root)
 
 
 def open_csv_list(path: Path, key: str, root: Path | None) -> ImageFiles:
-    """Open a .csv or .tsv file whose first line names the columns; see `_columns`."""
+    """Open a .csv or .tsv file whose first line names the columns."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         rows = list(csv.reader(io.StringIO(_read_text(path, key), newline=""), delimiter=delimiter, strict=True))
@@ -77,7 +77,7 @@ def open_parquet_list(path: Path, key: str, root: Path | None) -> ImageFiles:
 
 
 def open_coco(path: Path, key: str, root: Path | None) -> ImageFiles:
-    """Open the images of a COCO file, unlabelled, so that it serves both stages."""
+    """Open the images of a COCO file, without labels."""
     try:
         content = json.loads(_read_text(path, key))
     except json.JSONDecodeError as error:
@@ -109,7 +109,7 @@ def _read_text(path: Path, key: str) -> str:
 
 
 def _columns(names: Sequence[str], path: Path, key: str) -> tuple[str, str | None]:
-    """Find the columns of paths (the first of PATH_COLUMNS, else the only one) and labels."""
+    """Find the column of paths and, if any, of labels."""
     label = next((name for name in LABEL_COLUMNS if name in names), None)
     others = [name for name in names if name != label]
     chosen = next((name for name in PATH_COLUMNS if name in names), others[0] if len(others) == 1 else None)

@@ -61,12 +61,12 @@ class StoredFile:
 
 
 def is_url(value: str) -> bool:
-    """Tell whether fsspec has to open it: `protocol://...`, or several chained with `::`."""
+    """Recognise `protocol://...`, or several chained with `::`."""
     return "://" in value or "::" in value
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand `a{0..2}`, `{08..11}` with its zeros, and `{x,y}`; other text stays."""
+    """Expand `a{0..2}`, `{08..11}` with its zeros, and `{x,y}`."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
         return [pattern]
@@ -81,7 +81,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def find_files(pattern: str, key: str) -> list[StoredFile]:
-    """List the files of a path, URL, glob or brace list; globs are sorted.
+    """List the files of a path, URL, sorted glob or brace list.
 
     Raises:
         UserError: a glob without a match, or a file system that fsspec does not know.
@@ -94,7 +94,7 @@ def find_files(pattern: str, key: str) -> list[StoredFile]:
 
 
 def locate(value: str, key: str) -> StoredFile:
-    """Return the one file or folder of a path or URL, also if it is missing.
+    """Locate the file or folder of a path or URL.
 
     Raises:
         UserError: a file system that fsspec does not know.
@@ -122,7 +122,7 @@ def _glob(pattern: str, key: str) -> list[StoredFile]:
 
 
 def open_filesystem(url: str, key: str) -> tuple[Any, str]:
-    """Open fsspec's file system of a URL, which fsspec caches; return it and the path.
+    """Open the file system of a URL, cached by fsspec.
 
     Raises:
         UserError: unknown protocol, or its package is not installed.
@@ -135,7 +135,7 @@ def open_filesystem(url: str, key: str) -> tuple[Any, str]:
 
 
 def change_marks(file: StoredFile) -> dict[str, str]:
-    """Return the file's size, as "bytes", and other marks that change with the file.
+    """Return the size, as "bytes", and other marks of changes.
 
     Raises:
         FileNotFoundError: no such file.
@@ -156,7 +156,7 @@ def open_file(file: StoredFile) -> BinaryIO:
 
 
 def read_small(file: StoredFile) -> bytes | None:
-    """Read the whole file; None if there is none or it may not be read."""
+    """Read a whole file, or None if missing or forbidden."""
     try:
         if not file.url:
             with open(file.path, "rb") as opened:
@@ -180,7 +180,7 @@ class RangeReader:
         return RangeReader, ()
 
     def read(self, file: StoredFile, start: int, size: int) -> bytes:
-        """Read bytes `start` .. `start + size` - 1, fewer where the file ends.
+        """Read at most `size` bytes from `start`.
 
         Raises:
             OSError: or any error of the file system's library.

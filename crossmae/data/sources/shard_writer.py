@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """The settings that decide the bytes of shards; `short_side` in pixels, `quality` of JPEG."""
+    """The settings that decide the bytes of shards: `short_side` in pixels, `quality` of JPEG."""
 
     short_side: int = 256
     quality: int = 90
@@ -69,7 +69,7 @@ class ShardSettings:
 
 @dataclass(frozen=True)
 class Made:
-    """The result of a run: counts of images packed and left out, of shards and of earlier ones; sizes in bytes."""
+    """The result of a run: images packed and left out, all shards and kept ones, sizes in bytes."""
 
     images: int
     broken: int
@@ -140,7 +140,7 @@ def shard_name(number: int) -> str:
 
 
 def _describe(source: Source, settings: ShardSettings) -> dict[str, Any]:
-    """Describe everything that two runs must have in common, and versions, which they should."""
+    """Describe the settings and versions that two runs must share."""
     names = hashlib.sha256("\n".join(map(source.name, range(len(source)))).encode(errors="surrogateescape"))
     chosen = asdict(settings)
     if settings.keep_original:
@@ -222,7 +222,7 @@ def _make_missing(
     missing: Sequence[int],
     done: dict[str, dict[str, Any]],
 ) -> None:
-    """Write shards by number; each is recorded in `done` and the progress file afterwards."""
+    """Write shards, and record each in `done` and the progress file."""
     size = settings.images_per_shard
     spans = [range(number * size, min((number + 1) * size, len(source))) for number in missing]
     indices = [index for span in spans for index in span]

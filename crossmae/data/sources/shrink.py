@@ -109,7 +109,7 @@ class _Header:
 
     @classmethod
     def read(cls, data: bytes, name: str) -> _Header | None:
-        """Read the header; None for a TIFF file that Pillow cannot open."""
+        """Read the header, or None of a TIFF unknown to Pillow."""
         try:
             with Image.open(io.BytesIO(data)) as image:
                 upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1

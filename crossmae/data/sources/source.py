@@ -19,10 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class PackedStrings:
-    """A long list of strings, also file names that are not UTF-8, in two arrays.
-
-    Reference counting would copy a list of objects into every worker.
-    """
+    """A long list of strings in two arrays: reference counting would copy a list of objects into every worker."""
 
     def __init__(self, strings: Iterable[str]) -> None:
         encoded = [os.fsencode(string) for string in strings]
@@ -70,14 +67,14 @@ class Source(ABC):
         """
 
     def tail(self, index: int, length: int = 16) -> bytes:
-        """Read the last bytes of the file, which tell whether it is whole; b"" if unreadable."""
+        """Read the last bytes of the file, or b"" if unreadable."""
         try:
             return self.read(index)[-length:]
         except UserError:
             return b""
 
     def stamp(self, index: int) -> str:
-        """Return a text that changes whenever the sample does: here, a digest of its contents.
+        """Return a text that changes whenever the sample does.
 
         Raises:
             UserError: the sample cannot be read.
@@ -104,13 +101,13 @@ class Source(ABC):
         return int(self._labels[index])
 
     def labels(self) -> NDArray[np.int64]:
-        """Return the classes (N,) of all samples; errors as in `label`."""
+        """Return the classes (N,) of all samples, or raise like `label`."""
         self.label(0)
         assert self._labels is not None
         return self._labels
 
     def use_labels(self, texts: Sequence[str | None], order: Sequence[str] = ()) -> None:
-        """Take one label per sample, or, with a warning, none where any is missing.
+        """Take one label per sample, or warn and take none.
 
         Args:
             texts: a label per sample.

@@ -38,7 +38,7 @@ class Subset(Source):
 
 
 def choose_per_class(source: Source, count: int, seed: int, key: str) -> Subset:
-    """Draw `count` samples of every class by a seed, in the order of the source.
+    """Draw `count` samples of every class, in the source's order.
 
     Raises:
         UserError: no labels, or a class with fewer samples; names them.
@@ -53,6 +53,6 @@ def choose_per_class(source: Source, count: int, seed: int, key: str) -> Subset:
 
 
 def evenly_spaced(length: int, most: int) -> list[int]:
-    """Choose at most `most` of the indices 0 .. length - 1, at equal distances."""
+    """Choose at most `most` indices below `length`, at equal distances."""
     count = min(length, most)
     return [index * length // count for index in range(count)]

@@ -82,13 +82,13 @@ class FolderIndex:
 
 
 def shard_entry(file: str, size: int, sha256: str, index: ShardIndex, labels: Sequence[int | None]) -> dict[str, Any]:
-    """Describe one shard for `index.json`; labels are positions in the classes."""
+    """Describe one shard for `index.json`, labels as class positions."""
     samples = {"names": index.names, "offsets": index.offsets, "sizes": index.sizes, "labels": labels}
     return {"file": file, "bytes": size, "sha256": sha256, **samples}
 
 
 def read_folder_index(file: StoredFile) -> FolderIndex | None:
-    """Read an `index.json`; None if there is none, or the file is another kind."""
+    """Read an `index.json`, or None if missing or of another kind."""
     data = read_small(file)
     if data is None:
         return None
@@ -109,7 +109,7 @@ def cache_folder() -> Path:
 
 
 def index_shard(shard: StoredFile, marks: dict[str, str]) -> ShardIndex:
-    """Return the kept index of an unchanged shard, else build and keep one.
+    """Return the kept index of a shard, or build it.
 
     Args:
         marks: from `change_marks` of the shard.
@@ -135,7 +135,7 @@ def index_shard(shard: StoredFile, marks: dict[str, str]) -> ShardIndex:
 
 
 def scan_shard(shard: StoredFile) -> ShardIndex:
-    """Build the index of a shard from its headers; images are skipped, not read.
+    """Build the index of a shard from its headers.
 
     Raises:
         UserError: not a tar file, compressed, cut off, or a sample cannot be used; names the shard.
@@ -169,7 +169,7 @@ class _Sample:
     texts: dict[str, bytes] = field(default_factory=dict)
 
     def image(self) -> str | None:
-        """Find the image's extension: a plain image suffix, else the first that ends in one."""
+        """Find a plain image suffix, else an extension that ends in one."""
         images = [ext for ext in self.members if PurePosixPath(f"x.{ext}").suffix.lower() in IMAGE_SUFFIXES]
         return min(images, key=lambda ext: "." in ext, default=None)
 
@@ -204,7 +204,7 @@ def _add_member(samples: dict[str, _Sample], member: tarfile.TarInfo, tar: tarfi
 
 
 def _collect(samples: dict[str, _Sample]) -> ShardIndex:
-    """Build the index, in the order of the image members; keys that begin with a dot are left out."""
+    # Keys that begin with a dot are notes of a file system.
     index, left_out = ShardIndex(), Counter[str]()
     found = []
     for key, sample in samples.items():

@@ -99,7 +99,7 @@ class TarShards(Source):
 
 
 def open_shards(value: str, key: str) -> TarShards:
-    """Open a .tar file, a glob or brace list of them, or a folder of them, by path or URL.
+    """Open tar shards by file, folder, glob or brace list.
 
     An index next to the shards is used if it is there, else each shard is searched once.
 
