@@ -133,12 +133,7 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: no such file, or not JSON; names the file and the line.
     """
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    return _parse(_read_text(path), str(path))
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -147,24 +142,28 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: no such file, or a line that is no JSON object; names the file and the line.
     """
+    lines = [(f"{path}, line {number}", line) for number, line in enumerate(_read_text(path).splitlines(), start=1)]
+    rows = [(where, _parse(line, where)) for where, line in lines if line.strip()]
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected a JSON object, received {type(row).__name__}")
+    return [row for _, row in rows]
+
+
+def _read_text(path: Path) -> str:
     try:
-        lines = path.read_text("utf-8").splitlines()
+        return path.read_text("utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON: {error.msg}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: expected a JSON object, received {type(row).__name__}")
-        rows.append(row)
-    return rows
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON: {error}") from None
 
 
 def check_destination(path: Path, *, force: bool = False) -> None:

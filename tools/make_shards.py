@@ -68,13 +68,13 @@ def main(argv: list[str] | None = None) -> None:
     settings = ShardSettings(args.short_side, args.quality, args.images_per_shard, args.keep_original, args.skip_broken)
     source = open_source(args.source, "SRC", args.root)
     print(source.description)
-    made = make_shards(source, folder, settings, args.workers)
+    index, kept = make_shards(source, folder, settings, args.workers)
     print(
-        f"{made.images:,} images in {made.shards:,} shards ({made.kept:,} were there already), "
-        f"{made.source_bytes / 1e6:,.1f} MB became {made.bytes / 1e6:,.1f} MB"
+        f"{index.total('names'):,} images in {len(index.shards):,} shards ({kept:,} were there already), "
+        f"{index.total('source_bytes') / 1e6:,.1f} MB became {index.total('bytes') / 1e6:,.1f} MB"
     )
-    if made.broken:
-        print(f"{made.broken:,} broken images left out, listed in {folder / 'broken.txt'}")
+    if broken := index.total("broken"):
+        print(f"{broken:,} broken images left out, listed in {folder / 'broken.txt'}")
     print(f"paste: data.train={folder}")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from crossmae.classification.train.augment import keyed_everywhere
-from crossmae.data.batches import KeyedImages, MovableBatch, Sample, collate_as
+from crossmae.data.batches import KeyedImages, KeyedSample, MovableBatch, collate_as
 from crossmae.data.broken import NEVER_REPLACED, Broken, Unreadable
 from crossmae.data.images import MAX_NAMES
 from crossmae.data.pixels import centre_view, read_pixels
@@ -207,7 +207,7 @@ class CentreViews(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Sample | Unreadable:
+    def __getitem__(self, index: int) -> KeyedSample | Unreadable:
         """Sample `index`."""
         try:
             pixels = read_pixels(self.source, index, self.channels, self.bit_depth)

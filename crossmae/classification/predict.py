@@ -30,7 +30,7 @@ from crossmae.data.parallel import READERS, map_in_order
 from crossmae.data.paths import match_pattern
 from crossmae.data.pixels import Normalize, centre_view, read_pixels
 from crossmae.data.sources import LISTS, Source, open_source
-from crossmae.data.sources.idx import SUFFIXES as IDX_SUFFIXES
+from crossmae.data.sources.idx import IDX_SUFFIXES
 from crossmae.data.sources.shard_files import is_url
 from crossmae.data.sources.source import ImageFiles
 from crossmae.data.sources.tar_shards import SHARD_SUFFIXES

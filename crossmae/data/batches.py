@@ -26,7 +26,7 @@ from crossmae.data.sources import Source
 from crossmae.data.workers import Loader, usable_workers
 from crossmae.errors import UserError
 
-Sample = tuple[Tensor, Tensor, int, tuple[Broken, ...]]
+KeyedSample = tuple[Tensor, Tensor, int, tuple[Broken, ...]]
 B = TypeVar("B")
 M = TypeVar("M", bound="MovableBatch")
 
@@ -141,7 +141,7 @@ class KeyedImages(Dataset[Any], ABC):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample | Unreadable:
+    def __getitem__(self, key: tuple[int, int]) -> KeyedSample | Unreadable:
         epoch, index = key
         try:
             pixels, position, broken = read_or_next(self.source, index, self.channels, self.bit_depth, self.broken)

@@ -43,18 +43,6 @@ class PixelStats:
         mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (self.mean, self.std))
         return f"'data.mean=[{mean}]' 'data.std=[{std}]'"
 
-    def constant_channels(self) -> list[int]:
-        """List channels, from 0, whose std is 0 to the printed digits."""
-        return [channel for channel, value in enumerate(self.std) if value < 5e-5]  # 0.0000 as it is printed
-
-
-@dataclass(frozen=True)
-class _ImageStats:
-    mean: NDArray[np.float64]
-    mean_square: NDArray[np.float64]
-    largest: float
-    sides: tuple[int, int]
-
 
 def measure(source: Source, indices: Sequence[int], channels: int, bit_depth: int, threads: int) -> PixelStats:
     """Measure the pixels of some images, at least one.
@@ -68,16 +56,17 @@ def measure(source: Source, indices: Sequence[int], channels: int, bit_depth: in
         UserError: an image cannot be read; names it.
     """
 
-    def one(index: int) -> _ImageStats:
-        return _measure_image(decode_image(source.read(index), source.name(index), channels, bit_depth))
+    def read(index: int) -> Image.Image | NDArray[Any]:
+        return decode_image(source.read(index), source.name(index), channels, bit_depth)
 
     sums, square_sums = np.zeros(channels), np.zeros(channels)
     largest, sides = 0.0, array("I")  # two numbers per image
-    for image in map_in_order(one, indices, threads, bar="measure"):
-        sums += image.mean
-        square_sums += image.mean_square
-        largest = max(largest, image.largest)
-        sides.extend(image.sides)
+    measures = map_in_order(lambda index: _measure_image(read(index)), indices, threads, bar="measure")
+    for image_mean, image_square, image_largest, image_sides in measures:
+        sums += image_mean
+        square_sums += image_square
+        largest = max(largest, image_largest)
+        sides.extend(image_sides)
     count = len(indices)
     mean = sums / count
     both = np.array(sides).reshape(-1, 2)
@@ -91,17 +80,19 @@ def measure(source: Source, indices: Sequence[int], channels: int, bit_depth: in
     )
 
 
-def _measure_image(image: Image.Image | NDArray[Any]) -> _ImageStats:
+def _measure_image(
+    image: Image.Image | NDArray[Any],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], float, tuple[int, int]]:
+    """Return the mean, the mean square, the largest value and the sides of an image."""
     if isinstance(image, Image.Image):
         # A histogram is exact, and several times faster than arithmetic on every pixel.
         counts = np.array(image.histogram(), dtype=np.float64).reshape(-1, 256)
         values, shares = np.arange(256) / 255, counts / (image.width * image.height)
         largest = float(values[np.flatnonzero(counts.any(axis=0))[-1]])
-        return _ImageStats(shares @ values, shares @ values**2, largest, image.size)
+        return shares @ values, shares @ values**2, largest, image.size
     pixels = image.reshape(-1, image.shape[-1]) / (255 if image.dtype == np.uint8 else 1.0)  # (H * W, C)
     pixels = pixels.astype(np.float64)
-    mean, mean_square = pixels.mean(axis=0), (pixels**2).mean(axis=0)
-    return _ImageStats(mean, mean_square, float(pixels.max()), (image.shape[1], image.shape[0]))
+    return pixels.mean(axis=0), (pixels**2).mean(axis=0), float(pixels.max()), (image.shape[1], image.shape[0])
 
 
 def _spread(sides: NDArray[Any]) -> tuple[int, float, int]:
@@ -110,7 +101,7 @@ def _spread(sides: NDArray[Any]) -> tuple[int, float, int]:
 
 def check_usable(stats: PixelStats) -> None:
     """Raise a UserError if a channel is constant."""
-    constant = stats.constant_channels()
+    constant = [channel for channel, value in enumerate(stats.std) if value < 5e-5]  # 0.0000 as it is printed
     if constant:
         raise UserError(
             f"channel {', '.join(map(str, constant))} has the same value everywhere (std 0), so pixels cannot be "

@@ -70,4 +70,4 @@ class PretrainImages(KeyedImages):
             return to_tensor(self.augment(pixels)), torch.rand(self.num_patches)
 
 
-collate = partial(collate_as, Batch)
+collate_pretraining = partial(collate_as, Batch)

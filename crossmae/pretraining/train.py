@@ -27,7 +27,7 @@ from crossmae.models.crossmae import CrossMAE
 from crossmae.models.sizes import model_arguments
 from crossmae.pretraining.figures import fused_map_names, fusion_figure, reconstruction_figure
 from crossmae.pretraining.health import Health
-from crossmae.pretraining.images import PretrainImages, collate
+from crossmae.pretraining.images import PretrainImages, collate_pretraining
 from crossmae.pretraining.start import build_model, start_from
 from crossmae.pretraining.validation import HeldOut, Neighbours, model_size
 from crossmae.training.config import PretrainConfig
@@ -98,7 +98,9 @@ class Pretraining(Task[PretrainConfig]):
         """See `Task.loader`."""
         dataset = build_dataset(self.config, ready.source, cast(CrossMAE, ready.model))
         on_gpu = self.device.type == "cuda"
-        return iter(build_loader(dataset, ready.batches, first, last, self.config.data.workers, on_gpu, collate))
+        return iter(
+            build_loader(dataset, ready.batches, first, last, self.config.data.workers, on_gpu, collate_pretraining)
+        )
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Of the predicted patches."""

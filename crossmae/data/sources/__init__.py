@@ -20,8 +20,7 @@ from pathlib import Path
 
 from crossmae.data.paths import IMAGE_SUFFIXES, find_images
 from crossmae.data.sources.hugging_face import HuggingFaceImages, is_hugging_face
-from crossmae.data.sources.idx import SUFFIXES as IDX_SUFFIXES
-from crossmae.data.sources.idx import find_idx_files, open_idx
+from crossmae.data.sources.idx import IDX_SUFFIXES, find_idx_files, open_idx
 from crossmae.data.sources.lists import LISTS
 from crossmae.data.sources.shard_files import is_url
 from crossmae.data.sources.source import ImageFiles, Source

@@ -20,7 +20,7 @@ from crossmae.errors import UserError
 from crossmae.files import read_file
 
 IMAGES, LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
-SUFFIXES = (IMAGES, f"{IMAGES}.gz")
+IDX_SUFFIXES = (IMAGES, f"{IMAGES}.gz")
 SPLITS = {"train": "train", "val": "t10k"}  # prefix of MNIST's file by the last part of the config key
 UBYTE = 8  # the only type of these files: unsigned bytes
 GZIP = b"\x1f\x8b"
@@ -28,7 +28,7 @@ GZIP = b"\x1f\x8b"
 
 def find_idx_files(folder: Path) -> list[Path]:
     """Find image files, sorted, preferring an uncompressed copy."""
-    names = {path.name for path in folder.iterdir() if path.name.endswith(SUFFIXES)}
+    names = {path.name for path in folder.iterdir() if path.name.endswith(IDX_SUFFIXES)}
     return sorted(folder / name for name in names if name.removesuffix(".gz") == name or name[:-3] not in names)
 
 

@@ -67,24 +67,15 @@ class ShardSettings:
                 )
 
 
-@dataclass(frozen=True)
-class Made:
-    """The result of a run: images packed and left out, all shards and kept ones, sizes in bytes."""
-
-    images: int
-    broken: int
-    shards: int
-    kept: int
-    source_bytes: int
-    bytes: int
-
-
-def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: int) -> Made:
+def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: int) -> tuple[FolderIndex, int]:
     """Write the shards of a source that are missing or damaged.
 
     Args:
         folder: empty, new, or with shards of the same source and settings.
         threads: that read, resize and encode.
+
+    Returns:
+        The index of all shards, and the number of shards that an earlier run had made.
 
     Raises:
         UserError: an image is broken (unless settings.skip_broken), the folder holds something else or shards with
@@ -102,16 +93,10 @@ def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: 
         write_text(folder / PROGRESS_NAME, "\n".join(lines) + "\n")
         (folder / INDEX_NAME).unlink(missing_ok=True)
         _make_missing(source, folder, settings, threads, missing, done)
-        _finish(folder, FolderIndex(wanted, source.classes, {name: done[name] for name in sorted(done)}))
-    entries = list(done.values())
-    return Made(
-        images=sum(len(entry["names"]) for entry in entries),
-        broken=sum(len(entry["broken"]) for entry in entries),
-        shards=len(entries),
-        kept=kept,
-        source_bytes=sum(entry["source_bytes"] for entry in entries),
-        bytes=sum(entry["bytes"] for entry in entries),
-    )
+    index = FolderIndex(wanted, source.classes, dict(sorted(done.items())))
+    if not (folder / INDEX_NAME).is_file():
+        _finish(folder, index)
+    return index, kept
 
 
 def verify_shards(folder: Path) -> int:
@@ -247,7 +232,8 @@ def _pack(source: Source, index: int, settings: ShardSettings) -> _Packed:
         if not settings.skip_broken:
             raise UserError(f"{error}. --skip-broken leaves such images out and lists them.") from None
         return _Packed({}, label, len(data), str(error))
-    key, about = f"{index:09d}", {"name": name}
+    key = f"{index:09d}"
+    about: dict[str, Any] = {"name": name}
     files = {f"{key}{image.suffix}": image.data}
     if label is not None:
         about["label"] = source.classes[label]

@@ -26,7 +26,15 @@ from crossmae.data.images import decode_image, is_deep
 from crossmae.data.paths import IMAGE_SUFFIXES
 from crossmae.errors import UserError
 
-SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "PPM": ".ppm"}
+SUFFIX_OF = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "BMP": ".bmp",
+    "TIFF": ".tif",
+    "PPM": ".ppm",
+}
 TIFF = (b"II", b"MM")
 
 
@@ -62,8 +70,8 @@ def shrink(data: bytes, name: str, short_side: int, quality: int) -> Encoded:
     is_deep = header.mode.startswith(("I", "F"))
     pixels = decode_image(data, name, 1 if is_deep or header.mode in ("1", "L") else 3, 16 if is_deep else 8)
     width, height = _size(pixels)
-    if min(width, height) <= short_side and header.is_upright and header.format in SUFFIXES:
-        return Encoded(data, SUFFIXES[header.format], (width, height))
+    if min(width, height) <= short_side and header.is_upright and header.format in SUFFIX_OF:
+        return Encoded(data, SUFFIX_OF[header.format], (width, height))
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels[..., 0])
     scale = short_side / min(width, height)
     if scale < 1:
@@ -88,9 +96,9 @@ def keep(data: bytes, name: str) -> Encoded:
         size = _size(decode_image(data, name))
     suffix = PurePosixPath(name).suffix.lower()
     if suffix not in IMAGE_SUFFIXES:
-        suffix = SUFFIXES.get(header.format, "") if header is not None else ".tif"
+        suffix = SUFFIX_OF.get(header.format, "") if header is not None else ".tif"
     if not suffix:
-        raise UserError(f"{name}: files of this kind are not packed unchanged. Expected {', '.join(SUFFIXES)}.")
+        raise UserError(f"{name}: files of this kind are not packed unchanged. Expected {', '.join(SUFFIX_OF)}.")
     return Encoded(data, suffix, size)
 
 

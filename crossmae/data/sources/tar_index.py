@@ -75,6 +75,11 @@ class FolderIndex:
         labels = [None if label is None else self.classes[label] for label in entry["labels"]]
         return ShardIndex(entry["names"], entry["offsets"], entry["sizes"], labels)
 
+    def total(self, key: str) -> int:
+        """Sum an entry over all shards: its number, or the length of its list."""
+        values = [entry[key] for entry in self.shards.values()]
+        return sum(len(value) if isinstance(value, list) else value for value in values)
+
     def to_json(self) -> str:
         """Return the content of `index.json`."""
         content = {"format": INDEX_FORMAT, "settings": self.settings, "classes": self.classes}

@@ -15,7 +15,7 @@ from crossmae.data.pixels import centre_view
 from crossmae.data.sources.source import ImageFiles
 from crossmae.data.sources.subset import evenly_spaced
 from crossmae.errors import UserError
-from crossmae.pretraining.images import Batch, PretrainImages, collate
+from crossmae.pretraining.images import Batch, PretrainImages, collate_pretraining
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def dataset(paths: list[Path], seed: int = 0) -> PretrainImages:
 
 def read(paths: list[Path], first: int, last: int, workers: int, seed: int = 0) -> list[Batch]:
     plan = BatchPlan(len(paths), 4, seed)
-    batches = list(build_loader(dataset(paths, seed), plan, first, last, workers, False, collate))
+    batches = list(build_loader(dataset(paths, seed), plan, first, last, workers, False, collate_pretraining))
     assert all(isinstance(batch, Batch) for batch in batches)
     return batches  # type: ignore[return-value]
 
@@ -101,7 +101,7 @@ def test_a_broken_image_reaches_the_training_process_with_its_name(
     broken = tmp_path / "broken.png"
     broken.write_bytes(images[0].read_bytes()[:40])
     paths = [*images[:3], broken]
-    loader = build_loader(dataset(paths), BatchPlan(4, 4, 0), 0, 1, workers, False, collate)
+    loader = build_loader(dataset(paths), BatchPlan(4, 4, 0), 0, 1, workers, False, collate_pretraining)
     (batch,) = list(loader)
     assert isinstance(batch, Unreadable)
     assert "broken.png" in batch.message

@@ -648,7 +648,7 @@ def test_what_flatters_or_loses_is_told(images: Path, tmp_path: Path, caplog: py
     for index in range(4):
         Image.fromarray(np.full((40, 40), 3000 + index, np.uint16)).save(deep / f"{index}.png")
     pretrain(make_config(deep, tmp_path / "one", data={"val": str(deep)}, schedule={"max_steps": 1}))
-    assert "4 of the 4 images of data.val are in data.train, too" in caplog.text
+    assert "4 of 4 images of data.val are also in data.train" in caplog.text
     assert "0.png has more than 8 bits, which are cut; data.bit_depth=16 keeps them" in caplog.text
 
 
