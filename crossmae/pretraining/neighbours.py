@@ -165,18 +165,3 @@ def knn_accuracy(
     similarity, positions = nearest(train_features, val_features, k)
     predicted = vote(similarity, train_labels[positions], num_classes, temperature)
     return int((predicted == val_labels).sum()) / len(val_labels)
-
-
-def check_labels(name: str, features: Tensor, labels: Tensor, num_classes: int) -> None:
-    """Check that features (N, E) have labels (N,) below `num_classes`.
-
-    Raises:
-        ValueError: they have not; names `name`.
-    """
-    if len(features) == 0 or labels.shape != (len(features),):
-        raise ValueError(f"{name}: expected one label per image, got {tuple(labels.shape)} for {len(features)} images")
-    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-        low, high = int(labels.min()), int(labels.max())
-        raise ValueError(
-            f"{name}: labels must be 0 .. {num_classes - 1} for {num_classes} classes, got {low} .. {high}"
-        )

@@ -77,8 +77,10 @@ def open_named(value: str | Path | None, key: str, root: Path | None = None) -> 
     Raises:
         UserError: see `open_source`; for optional keys with the words that do without.
     """
+    if value is None:
+        raise UserError(f"{key}: missing. Name a data set.")
     try:
-        source = open_source(value or "", key, root)
+        source = open_source(value, key, root)
     except UserError as error:
         raise UserError(f"{error} To do without: {WITHOUT[key]}." if key in WITHOUT else str(error)) from None
     log.info("%s: %s", key, source.description)

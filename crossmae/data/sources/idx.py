@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import math
 import zlib
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +80,6 @@ class IdxImages(Source):
         buffer = io.BytesIO()
         Image.fromarray(self._images[index]).save(buffer, format="PNG", compress_level=1)
         return buffer.getvalue()
-
-    def stamp(self, index: int) -> str:
-        return f"{self._digest}:{index}"
-
-    @cached_property
-    def _digest(self) -> str:
-        return hashlib.sha256(self._images.tobytes()).hexdigest()
 
 
 def _read_array(path: Path, key: str, axes: int) -> NDArray[np.uint8]:

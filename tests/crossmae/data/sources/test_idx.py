@@ -61,12 +61,6 @@ def test_one_split_needs_no_key_and_labels_may_be_missing(tmp_path: Path) -> Non
         source.label(0)
 
 
-def test_a_stamp_changes_with_the_file(tmp_path: Path) -> None:
-    first = open_source(write(tmp_path, "train"), "SRC").stamp(0)
-    assert first == open_source(write(tmp_path, "train"), "SRC").stamp(0)
-    assert first != open_source(write(tmp_path, "train", count=4), "SRC").stamp(0)
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
