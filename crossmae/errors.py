@@ -1,7 +1,7 @@
-"""Errors that a user can cause, and how every command line shows them.
+"""Errors that a user can cause, and their display by every command line.
 
-A library function raises `UserError` with what was wrong, in which file or key, what was expected and what to do. A
-tool wraps its main function in `run_cli`, so that the user sees one line instead of a traceback.
+A library function raises `UserError` with the text `<file or key>: <what is wrong>. <What to do.>` A tool wraps its
+main function in `run_cli`, so that the user sees one line instead of a traceback.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from typing import Any
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
 BROKEN_PIPE_EXIT_CODE = 141
-# What the disk, not the program, is to blame for: full, over quota, read-only, no permission, broken.
+# Faults of the disk: full, over quota, read-only, no permission, broken.
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 class UserError(ValueError):
-    """Something outside the program is wrong: a path, a key, a file, a combination of settings."""
+    """A fault outside the program: a path, a key, a file, a combination of settings."""
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run `main`; a `UserError` becomes an `error: ...` line on stderr and exit code 2, Ctrl-C code 130."""
+    """Run `main` and turn errors of the user into one line.
+
+    A `UserError` becomes an `error: ...` line on stderr and exit code 2, Ctrl-C exit code 130.
+    """
     if isinstance(sys.stdout, TextIOWrapper):  # as Python's stderr: a name that is not UTF-8 ends no tool
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -35,7 +38,7 @@ def run_cli(main: Callable[[], None]) -> None:
         message = " ".join(str(error).split()) if "\n" not in str(error) else str(error)
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(USER_ERROR_EXIT_CODE) from None
-    except BrokenPipeError:  # the reader of a pipe has had enough, as `head` has
+    except BrokenPipeError:  # the reader of the pipe has ended, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(BROKEN_PIPE_EXIT_CODE) from None
     except OSError as error:
@@ -55,7 +58,7 @@ def import_extra(module: str, what: str, extra: str = "data") -> Any:
     """Import a library of an extra in setup.py.
 
     Raises:
-        UserError: not installed; names `what` needs it.
+        UserError: the library is not installed; the message names `what`, which needs it.
     """
     try:
         return importlib.import_module(module)
@@ -64,7 +67,7 @@ def import_extra(module: str, what: str, extra: str = "data") -> Any:
         raise UserError(f'{what} needs {library}: pip install -e ".[{extra}]"') from None
 
 
-def shorten(names: Sequence[str], most: int = 5) -> str:
+def shorten(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
     """List the first `most` names, and count the others."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more

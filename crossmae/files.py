@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a restart after a kill, never sees half of one."""
+"""Read files with errors that name them, and write files that are complete or absent."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from typing import Any
 
 from crossmae.errors import UserError
 
-CHUNK = 1 << 20
-# Error handler of files that hold names: bytes that are not UTF-8 become escapes, which readers of JSON turn back.
+# Error handler of files that hold names: bytes that are not UTF-8 become escapes, which readers of JSON decode.
 ODD_BYTES = "backslashreplace"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, force it to disk, then rename it to `path`.
+    """Let `write` fill a temporary file next to `path`, then rename it.
 
-    Whatever happens, `path` is either as it was or complete, and the temporary file is gone unless the process is
-    killed.
+    The file is forced to disk before. In any case `path` is either as it was or complete, and the temporary file is
+    gone unless the process is killed.
     """
-    # Cut, because `path.name` may be as long as a name can be; the digest tells apart what begins alike.
+    # Cut, because `path.name` may have the longest possible length; the digest tells names with one beginning apart.
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
     temporary = path.with_name(f".{path.name[:40]}.{digest}.{os.getpid()}.tmp")
     try:
@@ -37,20 +36,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def allow_reading(path: Path) -> None:
-    """The rights that a new file has: safetensors writes files that only their owner may read."""
+    """Give a file the usual rights, unlike safetensors."""
     path.chmod(0o666 & ~_umask())
 
 
 def printable(name: str | Path) -> str:
     """Escape line breaks, control characters and bytes that are not UTF-8.
 
-    Lines of text and pictures show names by this function. JSON files keep the names: see `ODD_BYTES`.
+    Lines of text and pictures show names through this function. JSON files keep the names: see `ODD_BYTES`.
     """
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(name))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, atomically; of file names that are not UTF-8, the odd bytes become escapes such as \\udcff."""
+    """Write UTF-8 text atomically, other bytes as escapes such as \\udcff."""
     data = text.encode("utf-8", errors=ODD_BYTES)
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
@@ -61,7 +60,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Force a folder's entries, that is renames in it, to disk."""
+    """Force renames in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -70,19 +69,19 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Compute the hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
 def make_folder(folder: Path, key: str) -> None:
-    """Create a folder and its parents, and prove that a file can be written in it.
+    """Create a folder, and write a file in it as a test.
 
     Raises:
-        UserError: not possible; names `key`, the config key or flag that asked for it.
+        UserError: not possible; names `key`, the folder's config key or flag.
     """
     probe = folder / f".write-test.{os.getpid()}"
     try:
@@ -90,20 +89,20 @@ def make_folder(folder: Path, key: str) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"{key}: can not write in {folder}: {error.strerror}") from None
+        raise UserError(f"{key}: cannot write in {folder}: {error.strerror}") from None
 
 
 def check_writable(folder: Path, key: str) -> None:
-    """Make sure that a folder can be written in, or made, without touching anything.
+    """Check that a folder can be written, without touching it.
 
     Raises:
-        UserError: not possible; names `key`, the config key or flag that asked for it.
+        UserError: not possible; names `key`, the folder's config key or flag.
     """
     there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
     if not there.is_dir():
-        raise UserError(f"{key}: can not write in {folder}: {there} is a file")
+        raise UserError(f"{key}: cannot write in {folder}: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{key}: can not write in {folder}: no permission in {there}")
+        raise UserError(f"{key}: cannot write in {folder}: no permission in {there}")
 
 
 def _umask() -> int:
@@ -112,53 +111,68 @@ def _umask() -> int:
     return mask
 
 
+def read_file(path: str | Path, shown: str = "") -> bytes:
+    """Read a whole file.
+
+    Args:
+        shown: the file's name in the error, if it is not the path.
+
+    Raises:
+        UserError: the file cannot be read; names it.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"{printable(shown or path)}: cannot be read: {error.strerror}") from error
+
+
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Read a JSON file.
 
     Raises:
         UserError: no such file, or not JSON; names the file and the line.
     """
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    return _parse(_read_text(path), str(path))
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object per line; empty lines are allowed.
+    """Read the JSON objects of a file, one per line.
 
     Raises:
         UserError: no such file, or a line that is no JSON object; names the file and the line.
     """
+    lines = [(f"{path}, line {number}", line) for number, line in enumerate(_read_text(path).splitlines(), start=1)]
+    rows = [(where, _parse(line, where)) for where, line in lines if line.strip()]
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected a JSON object, received {type(row).__name__}")
+    return [row for _, row in rows]
+
+
+def _read_text(path: Path) -> str:
     try:
-        lines = path.read_text("utf-8").splitlines()
+        return path.read_text("utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON: {error.msg}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: expected a JSON object, received {type(row).__name__}")
-        rows.append(row)
-    return rows
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON: {error}") from None
 
 
 def check_destination(path: Path, *, force: bool = False) -> None:
-    """Refuse to write over something.
+    """Refuse to overwrite a file.
 
     Raises:
         UserError: the path is a folder, or a file and `force` is not set.
     """
     if path.is_dir():
-        raise UserError(f"{path}: a folder; name the file to write")
+        raise UserError(f"{path}: is a folder. Name the file to write.")
     if path.exists() and not force:
-        raise UserError(f"{path}: exists already and is left as it is; name another file, or overwrite it with --force")
+        raise UserError(f"{path}: exists already. Name another file, or overwrite it with --force.")

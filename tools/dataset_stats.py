@@ -3,8 +3,8 @@
     python tools/dataset_stats.py --config-file pretrain/demo.yaml data.train=IMAGES
     python tools/dataset_stats.py --config-file pretrain/demo.yaml data.train=IMAGES --images 5000 --output stats.json
 
-Images are decoded as in training: model.in_chans channels, data.bit_depth bits. Every image counts the same, whatever
-its size. Of the config only data.train, data.root, data.bit_depth and model.in_chans are used.
+Images are decoded as in training: model.in_chans channels, data.bit_depth bits. Every image has the same weight,
+whatever its size. Of the config only data.train, data.root, data.bit_depth and model.in_chans are used.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from crossmae.data.pixel_stats import LOW_RANGE, PixelStats, check_usable, measure
-from crossmae.data.sources import evenly_spaced, open_source
+from crossmae.data.sources import open_source
+from crossmae.data.sources.subset import evenly_spaced
 from crossmae.errors import UserError, run_cli
 from crossmae.files import make_folder, write_json
 from crossmae.pretraining.config import PretrainConfig, load_config
@@ -23,17 +25,17 @@ from crossmae.training.config import add_config_arguments, read_yaml, resolve_co
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
     parser.add_argument("--images", type=int, metavar="N", help="measure N evenly spaced images; default: all")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers as JSON, too")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the numbers as JSON")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads that read (default: cores)")
     return parser
 
 
 def load(config_file: str, overrides: list[str]) -> PretrainConfig:
-    """The config, whatever mean and std it has: they may not fit model.in_chans yet, that is why this tool runs."""
+    """Load the config with any mean and std."""
     values = read_yaml(resolve_config_path(config_file))
     for word in overrides:
         set_override(values, word)
@@ -43,7 +45,7 @@ def load(config_file: str, overrides: list[str]) -> PretrainConfig:
 
 
 def describe(stats: PixelStats, bit_depth: int) -> str:
-    """The statistics in a few lines."""
+    """Describe the statistics in a few lines."""
     lines = [
         f"images      {stats.images:,}",
         f"short side  {stats.short_side[0]} / {stats.short_side[1]:g} / {stats.short_side[2]} (min / median / max)",
@@ -54,13 +56,13 @@ def describe(stats: PixelStats, bit_depth: int) -> str:
     if bit_depth == 16 and stats.largest < LOW_RANGE:
         lines.append(
             f"warning: the largest value is {stats.largest * 65535:.0f} of 65535: the files use only the low part of "
-            "16 bits; this mean and std make up for it, those of other data would not"
+            "16 bits; this mean and std compensate for it, statistics of other data would not"
         )
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, measure, print the words to paste."""
+    """Measure a data set and print the arguments to paste."""
     args = build_parser().parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("images", "threads"):
@@ -77,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     check_usable(stats)
     print(f"paste: {stats.overrides}")
     if args.output is not None:
-        write_json(args.output, {"source": source.description, **stats.to_dict()})
+        write_json(args.output, {"source": source.description, **asdict(stats)})
         print(f"written {args.output}")
 
 

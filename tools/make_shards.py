@@ -3,12 +3,12 @@
     python tools/make_shards.py IMAGES SHARDS                  # then: python tools/pretrain.py ... data.train=SHARDS
     python tools/make_shards.py --verify SHARDS                # compare the shards with their checksums
 
-SRC is whatever data.train takes: a folder, a list, a COCO json, shards, a Hugging Face data set. The same command goes
-on after an interruption, and makes damaged shards again.
+SRC is a data set like data.train: a folder, a list, a COCO json, shards, a Hugging Face data set. The same command
+continues after an interruption, and makes damaged shards again.
 
 This changes the data: crops in training are cut from images of 256 pixels on the short side instead of the originals,
 which limits how sharp small crops are, and photographs are compressed as JPEG once more. --keep-original packs the
-files as they are. Which kind of file becomes what: see crossmae/data/sources/shrink.py.
+files unchanged. The rules for each kind of file: see crossmae/data/sources/shrink.py.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from crossmae.errors import UserError, run_cli
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; defaults are those of `ShardSettings`."""
+    """Build the command line, with the defaults of `ShardSettings`."""
     default = ShardSettings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SRC", nargs="?", help="the images; not needed with --verify")
-    parser.add_argument("folder", metavar="DST", help="folder of the shards, new or to go on with")
+    parser.add_argument("folder", metavar="DST", help="folder of the shards, new or to continue")
     parser.add_argument("--root", type=Path, metavar="DIR", help="where the relative paths of a list start")
     parser.add_argument(
         "--short-side", type=int, default=default.short_side, metavar="N", help="pixels (default %(default)s)"
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="threads (default: cores)"
     )
-    parser.add_argument("--keep-original", action="store_true", help="pack the files as they are, whatever their size")
+    parser.add_argument("--keep-original", action="store_true", help="pack the files unchanged, whatever their size")
     parser.add_argument(
         "--skip-broken", action="store_true", help="leave broken images out and list them in broken.txt"
     )
@@ -52,29 +52,29 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, make or verify, say what there is."""
+    """Make or verify shards and print their counts."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if is_url(args.folder):
-        raise UserError(f"DST: {args.folder}: shards are written to a folder; copy them to a bucket afterwards")
+        raise UserError(f"DST: {args.folder}: shards are written to a folder. Copy them to a bucket afterwards.")
     folder = Path(args.folder).expanduser()
     if args.verify:
-        print(f"{folder}: {verify_shards(folder):,} shards, all as they were written")
+        print(f"{folder}: {verify_shards(folder):,} shards, all unchanged")
         return
     if args.source is None:
-        raise UserError("two paths are needed: SRC, the images, and DST, the folder of the shards")
+        raise UserError("SRC: missing. Give two paths: SRC, the images, and DST, the folder of the shards.")
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: expected a number from 1")
     settings = ShardSettings(args.short_side, args.quality, args.images_per_shard, args.keep_original, args.skip_broken)
     source = open_source(args.source, "SRC", args.root)
     print(source.description)
-    made = make_shards(source, folder, settings, args.workers)
+    index, kept = make_shards(source, folder, settings, args.workers)
     print(
-        f"{made.images:,} images in {made.shards:,} shards ({made.kept:,} were there already), "
-        f"{made.source_bytes / 1e6:,.1f} MB became {made.bytes / 1e6:,.1f} MB"
+        f"{index.total('names'):,} images in {len(index.shards):,} shards ({kept:,} were there already), "
+        f"{index.total('source_bytes') / 1e6:,.1f} MB became {index.total('bytes') / 1e6:,.1f} MB"
     )
-    if made.broken:
-        print(f"{made.broken:,} broken images left out, listed in {folder / 'broken.txt'}")
+    if broken := index.total("broken"):
+        print(f"{broken:,} broken images left out, listed in {folder / 'broken.txt'}")
     print(f"paste: data.train={folder}")
 
 

@@ -1,4 +1,4 @@
-"""Look at what a pretrained model reconstructs: pictures, animations over mask ratios, PSNR.
+"""Show the reconstructions of a pretrained model: pictures, animations over mask ratios, PSNR.
 
     python tools/reconstruct.py outputs/run photo.jpg                        # grid, animation, PSNR
     python tools/reconstruct.py outputs/run photos/ --no-gif --output look   # every image of a folder
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crossmae.checkpoints.pretrained import Pretrained, load_pretrained, parse_settings
-from crossmae.data.images import find_inputs
+from crossmae.data.paths import find_inputs
 from crossmae.errors import UserError, run_cli
 from crossmae.files import printable
 from crossmae.pretraining.gallery import NUMBERS, Result, mean_psnr, possible_ratios, write_gallery
@@ -23,7 +23,7 @@ from crossmae.training.devices import open_device
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="weight file, or folder of a run or checkpoint")
     parser.add_argument("images", metavar="IMAGES", nargs="+", help="image files, folders of them, or patterns")
@@ -37,21 +37,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="mask ratios of the animation (0.1 0.2 ... 0.9 0.95, as far as the model's patches allow)",
     )
     parser.add_argument("--no-gif", action="store_true", help="write no animations")
-    parser.add_argument("--seed", type=int, default=0, help="other seed, other masks (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other masks (%(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one")
     parser.add_argument(
         "--set",
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="arguments of CrossMAE that a file without metadata does not tell, such as num_heads=6",
+        help="arguments of CrossMAE that a file without metadata lacks, such as num_heads=6",
     )
     parser.add_argument("--force", action="store_true", help="overwrite pictures of an earlier call")
     return parser
 
 
 def describe(pretrained: Pretrained) -> str:
-    """Which model it is, and what had to be assumed, in a few lines."""
+    """Describe the model and the assumptions about it."""
     model = pretrained.model
     size = " x ".join(str(side * model.patch_size) for side in model.grid)
     lines = [
@@ -63,7 +63,7 @@ def describe(pretrained: Pretrained) -> str:
 
 
 def table(results: Sequence[Result]) -> str:
-    """PSNR of every image, and the means."""
+    """Format the PSNR of every image, and the means."""
     names = [printable(result.image) for result in results]
     width = max(len("image"), *map(len, names))
     lines = [f"{'image':<{width}}  {'masked':>8}  {'pasted':>8}   PSNR, dB"]
@@ -75,12 +75,12 @@ def table(results: Sequence[Result]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, load, reconstruct, say how good it is."""
+    """Reconstruct images and print their PSNR."""
     args = build_parser().parse_args(argv)
     if args.no_gif and args.gif_ratios:
-        raise UserError("--no-gif and --gif-ratios contradict each other; give one of them")
+        raise UserError("--no-gif and --gif-ratios contradict each other. Give one of them.")
     if args.seed < 0:
-        raise UserError(f"--seed must not be negative, got {args.seed}")
+        raise UserError(f"--seed {args.seed}: must not be negative")
     device = open_device(args.device, "--device")
     paths = find_inputs(args.images)
     pretrained = load_pretrained(args.checkpoint, parse_settings(args.set))

@@ -25,7 +25,7 @@ from crossmae.checkpoints.metadata import (
 from crossmae.checkpoints.pretrained import BIT_DEPTH, IMAGENET_MEAN, IMAGENET_STD
 from crossmae.checkpoints.weights import Weights, read_weights
 from crossmae.classification.vit import Architecture, Head, architecture_of, build_vit
-from crossmae.data.training_images import published_crop_pct
+from crossmae.data.pixels import published_crop_pct
 from crossmae.errors import UserError
 from crossmae.pretraining.neighbours import Pool
 

@@ -16,21 +16,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from crossmae.classification.train.augment import keyed_everywhere
+from crossmae.data.batches import KeyedImages, KeyedSample, MovableBatch, collate_as
+from crossmae.data.broken import NEVER_REPLACED, Broken, Unreadable
 from crossmae.data.images import MAX_NAMES
+from crossmae.data.pixels import centre_view, read_pixels
 from crossmae.data.sources import Source
-from crossmae.data.training_images import (
-    Broken,
-    KeyedImages,
-    MovableBatch,
-    Sample,
-    Unreadable,
-    centre_view,
-    collate_as,
-    read_pixels,
-)
 from crossmae.data.workers import Loader, usable_workers
 from crossmae.errors import UserError
-from crossmae.pretraining.validation import NEVER_REPLACED
 
 SEPARATORS = "|;,"
 
@@ -203,7 +195,7 @@ class CentreViews(Dataset[Any]):
     Args:
         source, targets, channels, bit_depth: see `TrainImages`.
         size: height and width of the view.
-        crop_pct: see `crossmae.data.training_images.centre_view`.
+        crop_pct: see `crossmae.data.pixels.centre_view`.
     """
 
     def __init__(
@@ -215,7 +207,7 @@ class CentreViews(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Sample | Unreadable:
+    def __getitem__(self, index: int) -> KeyedSample | Unreadable:
         """Sample `index`."""
         try:
             pixels = read_pixels(self.source, index, self.channels, self.bit_depth)
@@ -235,7 +227,7 @@ def readable_batches(loader: Iterable[LabelledBatch | Unreadable], key: str) -> 
     """
     for batch in loader:
         if isinstance(batch, Unreadable):
-            raise UserError(f"{key}: {batch.message}; repair or remove it: {NEVER_REPLACED}")
+            raise UserError(f"{key}: {batch.message}. {NEVER_REPLACED}")
         yield batch
 
 

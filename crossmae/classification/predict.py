@@ -26,14 +26,14 @@ from tqdm import tqdm
 
 from crossmae.classification.classifier import Classifier
 from crossmae.classification.evaluation.metrics import THRESHOLD
-from crossmae.data.images import match_pattern
-from crossmae.data.parallel import map_in_order
+from crossmae.data.parallel import READERS, map_in_order
+from crossmae.data.paths import match_pattern
+from crossmae.data.pixels import Normalize, centre_view, read_pixels
 from crossmae.data.sources import LISTS, Source, open_source
-from crossmae.data.sources.idx import SUFFIXES as IDX_SUFFIXES
+from crossmae.data.sources.idx import IDX_SUFFIXES
 from crossmae.data.sources.shard_files import is_url
 from crossmae.data.sources.source import ImageFiles
 from crossmae.data.sources.tar_shards import SHARD_SUFFIXES
-from crossmae.data.training_images import READERS, Normalize, centre_view, read_pixels
 from crossmae.errors import UserError
 from crossmae.files import ODD_BYTES, make_folder, sha256, write_atomically
 

@@ -1,4 +1,4 @@
-"""Finding image files, and decoding any of them to a given number of channels.
+"""Decode image files of any kind to a given number of channels.
 
 The rules, stated once (`bit_depth` 8 is the default; 16 keeps what a file has beyond 8 bits, as float32):
 
@@ -20,12 +20,7 @@ The rules, stated once (`bit_depth` 8 is the default; 16 keeps what a file has b
 
 from __future__ import annotations
 
-import glob
 import io
-import logging
-import os
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,98 +30,23 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from crossmae.data.tiff import DEEP, has_deep_samples, needs_tifffile, over_white, read_tiff
 from crossmae.errors import UserError, import_extra
-from crossmae.files import printable
-
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+from crossmae.files import printable, read_file
 
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
-# Of whole JPEG and PNG files. Other files may be whole, too: they have to be decoded to be sure.
+# Of whole JPEG and PNG files. Files of other kinds may be whole, too: they have to be decoded to be sure.
 LAST_BYTES = (b"\xff\xd9", b"IEND\xaeB`\x82")
 
 MAX_NAMES = 5
 
-log = logging.getLogger(__name__)
-
-
-def find_images(folder: str | Path, key: str) -> list[Path]:
-    """`find_image_names` as paths."""
-    return [Path(name) for name in find_image_names(folder, key)]
-
-
-def match_pattern(argument: str, key: str) -> list[str]:
-    """The files that match a pattern (`**` too), sorted; `~` is expanded.
-
-    Raises:
-        UserError: none does.
-    """
-    pattern = str(Path(argument).expanduser())
-    found = sorted(name for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
-    if not found:
-        raise UserError(f"{key}: {argument}: no such file or folder, and no file matches it as a pattern")
-    return found
-
-
-def find_image_names(folder: str | Path, key: str) -> list[str]:
-    """All images in a folder and its subfolders, sorted by path; other files are counted in the log.
-
-    Links to folders are followed, each real folder once. Hidden files and folders are left out.
-
-    Args:
-        folder: root of the search; `~` is expanded.
-        key: the config key or flag that named it, for the error.
-
-    Raises:
-        UserError: not a folder, or no image in it.
-    """
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        parent = next(p for p in [root, *root.resolve().parents] if p.exists())
-        kind = (
-            "is a file, not a folder" if root.is_file() else f"does not exist (the nearest folder that does: {parent})"
-        )
-        raise UserError(f"{key}: {root} {kind}")
-    images: list[str] = []  # of millions of files, paths would take gigabytes
-    others: Counter[str] = Counter()
-    visited: set[str] = set()
-    for parent_name, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
-        visited.add(os.path.realpath(parent_name))
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and os.path.realpath(os.path.join(parent_name, name)) not in visited
-        )
-        for name in files:
-            suffix = os.path.splitext(name)[1].lower()
-            if not name.startswith(".") and suffix in IMAGE_SUFFIXES:
-                images.append(os.path.join(parent_name, name))
-            else:
-                others[suffix or name] += 1
-    kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
-    if others:
-        log.info("%s: left out %d files that are no images: %s", root, sum(others.values()), kinds)
-    if not images:
-        found = f"; other files there: {kinds}" if others else ""
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise UserError(f"{key}: no image in {root} or its subfolders (looked for {suffixes}){found}")
-    return sorted(images, key=lambda name: name.split(os.sep))
-
-
-def _refuse(error: OSError) -> None:
-    raise UserError(f"{printable(error.filename)}: can not be searched: {error.strerror}")
-
 
 def read_image(path: str | Path) -> Image.Image:
-    """One file as 8-bit RGB, by the rules above.
+    """Read one file as 8-bit RGB, by the rules above.
 
     Raises:
-        UserError: missing, empty, truncated or not an image, or over Pillow's limit of pixels; names the file.
+        UserError: missing, or see `decode_image`; names the file.
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{printable(path)}: can not be read as an image: {error.strerror}") from error
-    return decode_image(data, str(path))  # type: ignore[return-value]  # three channels of 8 bits are an Image
+    return decode_image(read_file(path), str(path))  # type: ignore[return-value]  # three channels of 8 bits are an Image
 
 
 def decode_image(data: bytes, name: str, channels: int = 3, bit_depth: int = 8) -> Image.Image | NDArray[Any]:
@@ -166,7 +86,7 @@ def decode_image(data: bytes, name: str, channels: int = 3, bit_depth: int = 8) 
         raise
     except Exception as error:  # the libraries report damage by errors of very many kinds
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-        raise UserError(f"{name}: can not be read as an image: {reason or type(error).__name__}") from error
+        raise UserError(f"{name}: cannot be read as an image: {reason or type(error).__name__}") from error
     if bit_depth == 16:
         return pixels
     cut = np.rint(pixels * 255).astype(np.uint8)
@@ -174,7 +94,7 @@ def decode_image(data: bytes, name: str, channels: int = 3, bit_depth: int = 8) 
 
 
 def is_deep(data: bytes) -> bool:
-    """Whether a file says at its beginning that it has more than 8 bits a channel."""
+    """Tell whether a file's header announces more than 8 bits a channel."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.mode.startswith(("I", "F")) or _is_deep_colour_png(data) or has_deep_samples(image)
@@ -183,12 +103,11 @@ def is_deep(data: bytes) -> bool:
 
 
 def _is_deep_colour_png(data: bytes) -> bool:
-    """A PNG file of 16 bits that is not plain grey: Pillow would cut it to 8."""
+    # Pillow would cut 16-bit PNG files to 8 bits, except plain grey.
     return data.startswith(b"\x89PNG") and data[24:25] == b"\x10" and data[25:26] != b"\0"
 
 
 def _samples(image: Image.Image, channels: int) -> NDArray[Any]:
-    """The pixels (H, W, C) of an image in their own type."""
     if image.mode.startswith("I"):
         return _deep_grey(image)[..., None]
     if image.mode in ("F", "L") and "transparency" not in image.info:
@@ -198,28 +117,29 @@ def _samples(image: Image.Image, channels: int) -> NDArray[Any]:
 
 
 def _deep_grey(image: Image.Image) -> NDArray[np.uint16]:
-    """(H, W) of the modes I;16, I;16B and I, the transparent value made white."""
+    """Read grey pixels (H, W), the transparent value made white."""
     pixels = np.asarray(image).clip(0, 65535).astype(np.uint16)
     transparent = image.info.get("transparency")
     return np.where(pixels == transparent, 65535, pixels).astype(np.uint16) if transparent is not None else pixels
 
 
 def _as_unit_range(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:
-    """uint8, uint16, bool or floating-point samples as float32 in 0-1."""
+    """Convert uint8, uint16, bool or floating-point samples to float32 in 0-1."""
     if pixels.dtype == bool or pixels.dtype in (np.uint8, np.uint16):
         top = 1 if pixels.dtype == bool else np.iinfo(pixels.dtype).max
         return pixels.astype(np.float32) / np.float32(top)
     if not np.issubdtype(pixels.dtype, np.floating):
-        raise UserError(f"{name}: holds {pixels.dtype} samples; expected 8 or 16 bits without sign, or floats in 0-1")
+        raise UserError(
+            f"{name}: holds {pixels.dtype} samples; expected 8 or 16 bits without sign, or floats in 0-1. Convert it."
+        )
     if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
         raise UserError(
-            f"{name}: floating-point samples from {pixels.min():g} to {pixels.max():g}; expected 0-1: rescale the files"
+            f"{name}: floating-point samples from {pixels.min():g} to {pixels.max():g}; expected 0-1. Rescale it."
         )
     return pixels.astype(np.float32)
 
 
 def _with_channels(pixels: NDArray[np.float32], channels: int, name: str) -> NDArray[np.float32]:
-    """Samples (H, W, C) to (H, W, channels) where a rule says how."""
     held = pixels.shape[-1]
     if held == channels:
         return np.ascontiguousarray(pixels)
@@ -230,13 +150,13 @@ def _with_channels(pixels: NDArray[np.float32], channels: int, name: str) -> NDA
     raise UserError(f"{name}: has {held} channels, model.in_chans is {channels}")
 
 
-def ends_like_an_image(tail: bytes) -> bool:
-    """Whether the last bytes of a file are those of a whole JPEG or PNG file."""
+def is_whole(tail: bytes) -> bool:
+    """Tell whether the last bytes end a whole JPEG or PNG."""
     return tail.endswith(LAST_BYTES)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of Pillow's to 8-bit RGB, by the rules above."""
+    """Convert any mode of Pillow's to 8-bit RGB, by the rules above."""
     if image.mode.startswith("I"):  # I;16, I;16B and I, as 16-bit PNG and TIFF files open
         return Image.fromarray((_deep_grey(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -244,21 +164,3 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
-
-
-def find_inputs(arguments: Sequence[str]) -> list[Path]:
-    """Files that were named, or are in folders or match patterns (`**` too) that were named; each once, in order.
-
-    Raises:
-        UserError: an argument that leads to no file.
-    """
-    paths: list[Path] = []
-    for argument in arguments:
-        path = Path(argument).expanduser()
-        if path.is_dir():
-            paths += find_images(path, "IMAGES")
-        elif path.is_file():
-            paths.append(path)
-        else:
-            paths += sorted(map(Path, match_pattern(argument, "IMAGES")))
-    return list(dict.fromkeys(paths))

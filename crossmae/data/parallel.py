@@ -5,29 +5,41 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from operator import length_hint
 from typing import TypeVar
+
+from tqdm import tqdm
+
+READERS = 16  # threads that read files: network disks answer slowly, but many requests at once
+AHEAD = 4  # results per thread that may wait to be taken
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-AHEAD = 4  # results per thread that may wait to be taken
 
+def map_in_order(function: Callable[[T], R], items: Iterable[T], threads: int = READERS, bar: str = "") -> Iterator[R]:
+    """Map `items` in threads, at most AHEAD items per thread ahead.
 
-def map_in_order(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
-    """Like `map`, in threads, at most AHEAD items per thread before what the caller has taken.
+    For functions that release the interpreter's lock, such as reading files and decoding images. The first exception
+    ends the iteration.
 
-    For functions that release the interpreter's lock, as reading files and decoding or encoding images do. The first
-    exception ends the iteration.
+    Args:
+        bar: title of a progress bar; "" shows none.
     """
     waiting: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(total=length_hint(items), desc=bar, leave=False, dynamic_ncols=True, disable=not bar) as progress,
+    ):
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
                 if len(waiting) >= AHEAD * threads:
                     yield waiting.popleft().result()
+                    progress.update()
             while waiting:
                 yield waiting.popleft().result()
+                progress.update()
         finally:
             for future in waiting:
                 future.cancel()

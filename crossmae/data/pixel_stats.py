@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from crossmae.data.images import decode_image
 from crossmae.data.parallel import map_in_order
@@ -22,10 +21,10 @@ LOW_RANGE = 1 / 8  # of the range of 16 bits; data of 12 bits use 1/16
 
 @dataclass(frozen=True)
 class PixelStats:
-    """Statistics over images; every image counts the same, whatever its size, as its crops do in training.
+    """Statistics over images, each of the same weight, as its crops have in training.
 
     Attributes:
-        images: how many were read.
+        images: number of images read.
         mean, std: per channel, of pixels scaled to 0-1.
         largest: the largest pixel value of all, scaled likewise.
         short_side, long_side: smallest, median and largest of all images, in pixels.
@@ -40,52 +39,34 @@ class PixelStats:
 
     @property
     def overrides(self) -> str:
-        """The words for the command line of `tools/pretrain.py`."""
+        """The arguments for the command line of `tools/pretrain.py`."""
         mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (self.mean, self.std))
         return f"'data.mean=[{mean}]' 'data.std=[{std}]'"
 
-    def constant_channels(self) -> list[int]:
-        """Channels, counted from 0, by whose std nothing can be divided."""
-        return [channel for channel, value in enumerate(self.std) if value < 5e-5]  # 0.0000 as it is printed
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class _ImageStats:
-    mean: NDArray[np.float64]
-    mean_square: NDArray[np.float64]
-    largest: float
-    sides: tuple[int, int]
-
 
 def measure(source: Source, indices: Sequence[int], channels: int, bit_depth: int, threads: int) -> PixelStats:
-    """Read images and measure them.
+    """Measure the pixels of some images, at least one.
 
     Args:
-        source: where they are.
-        indices: which ones, at least one.
-        channels: how many channels each is decoded to.
+        channels: channels that each image is decoded to.
         bit_depth: 8 or 16.
         threads: that read and decode.
 
     Raises:
-        UserError: an image can not be read; names it.
+        UserError: an image cannot be read; names it.
     """
 
-    def one(index: int) -> _ImageStats:
-        return _measure_image(decode_image(source.read(index), source.name(index), channels, bit_depth))
+    def read(index: int) -> Image.Image | NDArray[Any]:
+        return decode_image(source.read(index), source.name(index), channels, bit_depth)
 
     sums, square_sums = np.zeros(channels), np.zeros(channels)
-    largest, sides = 0.0, array("I")  # two numbers an image are all that is kept
-    results = map_in_order(one, indices, threads)
-    for image in tqdm(results, "measure", len(indices), leave=False, unit="img", dynamic_ncols=True):
-        sums += image.mean
-        square_sums += image.mean_square
-        largest = max(largest, image.largest)
-        sides.extend(image.sides)
+    largest, sides = 0.0, array("I")  # two numbers per image
+    measures = map_in_order(lambda index: _measure_image(read(index)), indices, threads, bar="measure")
+    for image_mean, image_square, image_largest, image_sides in measures:
+        sums += image_mean
+        square_sums += image_square
+        largest = max(largest, image_largest)
+        sides.extend(image_sides)
     count = len(indices)
     mean = sums / count
     both = np.array(sides).reshape(-1, 2)
@@ -99,17 +80,19 @@ def measure(source: Source, indices: Sequence[int], channels: int, bit_depth: in
     )
 
 
-def _measure_image(image: Image.Image | NDArray[Any]) -> _ImageStats:
+def _measure_image(
+    image: Image.Image | NDArray[Any],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], float, tuple[int, int]]:
+    """Return the mean, the mean square, the largest value and the sides of an image."""
     if isinstance(image, Image.Image):
         # A histogram is exact, and several times faster than arithmetic on every pixel.
         counts = np.array(image.histogram(), dtype=np.float64).reshape(-1, 256)
         values, shares = np.arange(256) / 255, counts / (image.width * image.height)
         largest = float(values[np.flatnonzero(counts.any(axis=0))[-1]])
-        return _ImageStats(shares @ values, shares @ values**2, largest, image.size)
+        return shares @ values, shares @ values**2, largest, image.size
     pixels = image.reshape(-1, image.shape[-1]) / (255 if image.dtype == np.uint8 else 1.0)  # (H * W, C)
     pixels = pixels.astype(np.float64)
-    mean, mean_square = pixels.mean(axis=0), (pixels**2).mean(axis=0)
-    return _ImageStats(mean, mean_square, float(pixels.max()), (image.shape[1], image.shape[0]))
+    return pixels.mean(axis=0), (pixels**2).mean(axis=0), float(pixels.max()), (image.shape[1], image.shape[0])
 
 
 def _spread(sides: NDArray[Any]) -> tuple[int, float, int]:
@@ -117,14 +100,10 @@ def _spread(sides: NDArray[Any]) -> tuple[int, float, int]:
 
 
 def check_usable(stats: PixelStats) -> None:
-    """Make sure that pixels can be normalised by these statistics.
-
-    Raises:
-        UserError: a channel is constant.
-    """
-    constant = stats.constant_channels()
+    """Raise a UserError if a channel is constant."""
+    constant = [channel for channel, value in enumerate(stats.std) if value < 5e-5]  # 0.0000 as it is printed
     if constant:
         raise UserError(
-            f"channel {', '.join(map(str, constant))} has the same value everywhere (std 0), so pixels can not be "
-            "divided by it; look at the images, and at model.in_chans"
+            f"channel {', '.join(map(str, constant))} has the same value everywhere (std 0), so pixels cannot be "
+            "divided by it. Look at the images, and at model.in_chans."
         )

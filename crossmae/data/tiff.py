@@ -1,4 +1,4 @@
-"""TIFF files that Pillow does not read, or reads wrongly: deep colour, many channels, signed, floating point."""
+"""TIFF files that Pillow cannot read, or reads wrongly: deep colour, many channels, signed, floating point."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, TiffImagePlugin
 
 from crossmae.errors import import_extra
 
-DEEP = "an image of more than 8 bits a channel, or of other than 1 or 3 channels,"  # what needs the extra
+DEEP = "an image of more than 8 bits a channel, or of other than 1 or 3 channels,"  # they need the extra
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BITS, PHOTOMETRIC, SAMPLES, SAMPLE_FORMAT = 258, 262, 277, 339  # tags
 WHITE_IS_ZERO, UNSIGNED, OPACITY = 0, 1, (1, 2)  # values of tags
@@ -19,7 +19,7 @@ SAMPLES_OF_MODE = {"1": 1, "L": 1, "P": 1, "LA": 2, "PA": 2, "RGB": 3, "YCbCr": 
 
 
 def needs_tifffile(data: bytes, channels: int) -> bool:
-    """Whether a file is a TIFF that has to be left to `read_tiff`."""
+    """Tell whether a file is a TIFF for `read_tiff`, not for Pillow."""
     if not data.startswith(MAGIC):
         return False
     if channels not in (1, 3):
@@ -30,7 +30,7 @@ def needs_tifffile(data: bytes, channels: int) -> bool:
             mode, tags = image.mode, image.tag_v2
             bits, formats, samples = (_values(tags.get(tag, 1)) for tag in (BITS, SAMPLE_FORMAT, SAMPLES))
             inverted = tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
-    except Exception:  # Pillow gives up in many ways; tifffile will say what is wrong
+    except Exception:  # Pillow fails in many ways; tifffile reports the fault
         return True
     if set(formats) != {UNSIGNED}:
         return True
@@ -40,19 +40,18 @@ def needs_tifffile(data: bytes, channels: int) -> bool:
 
 
 def has_deep_samples(image: Image.Image) -> bool:
-    """Whether an open image is a TIFF of more than 8 bits a channel."""
+    """Recognise a TIFF of more than 8 bits a channel."""
     return isinstance(image, TiffImagePlugin.TiffImageFile) and max(_values(image.tag_v2.get(BITS, 1))) > 8
 
 
 def read_tiff(data: bytes, channels: int) -> NDArray[Any]:
-    """The first image of a file, channels last and upright (H, W, C), in its own type, opacity laid over white.
+    """Read the first image, upright (H, W, C), over white.
 
     Args:
-        data: the file.
-        channels: how many are wanted: so many pages of one size are taken for channels, others for frames.
+        channels: the wanted number: as many pages of one size are channels, others frames.
 
     Raises:
-        ValueError: colours of a kind that only Pillow knows (CMYK, YCbCr, LAB, palettes), beyond 8 bits.
+        ValueError: CMYK, YCbCr, LAB or palette colours of more than 8 bits.
     """
     tifffile = import_extra("tifffile", DEEP)
     with tifffile.TiffFile(io.BytesIO(data)) as file:
@@ -62,7 +61,7 @@ def read_tiff(data: bytes, channels: int) -> NDArray[Any]:
         orientation = int(page.tags["Orientation"].value) if "Orientation" in page.tags else 1
         has_opacity = bool(page.extrasamples) and int(page.extrasamples[-1]) in OPACITY
     if kind not in ("MINISBLACK", "MINISWHITE", "RGB"):
-        raise ValueError(f"a TIFF file of {kind} colours with {pixels.dtype} samples has no rule; convert it to RGB")
+        raise ValueError(f"a TIFF file of {kind} colours with {pixels.dtype} samples has no rule. Convert it to RGB.")
     if pixels.ndim == 3 and axes[-1] != "S":
         pixels = np.moveaxis(pixels, 0, -1) if pixels.shape[0] == channels or axes[0] in "SC" else pixels[0]
     while pixels.ndim > 3:
@@ -83,7 +82,7 @@ def upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
 
 
 def over_white(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Lay samples whose last channel is their opacity over white; grey with opacity becomes grey."""
+    """Lay samples over white by their last channel, the opacity."""
     top = _top(pixels)
     opacity = pixels[..., -1:] / top
     return np.asarray(pixels[..., :-1] * opacity + top * (1 - opacity)).astype(pixels.dtype)

@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def blocked_signals() -> Iterator[None]:
-    """Hold back the run's signals; processes started meanwhile never receive them before they are ready."""
+    """Hold back the run's signals until processes started meanwhile are ready."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -29,7 +29,7 @@ def blocked_signals() -> Iterator[None]:
 
 
 def ignore_signals(_: int) -> None:
-    """Ignore the run's signals in a loader's worker, except SIGTERM from the parent.
+    """Ignore the run's signals except SIGTERM from the parent.
 
     Ctrl-C, SLURM, systemd and `timeout` signal every process of a run, and the main process decides. Its own SIGTERM
     has to end the worker, because Python waits for its workers when it exits. A thread can tell who sent a signal.
@@ -50,7 +50,7 @@ def _end_with_parent() -> None:
 
 
 def usable_workers(asked: int) -> int:
-    """No more processes than this one has cores; says so where that is fewer than asked for."""
+    """Limit a number of workers to this process's cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     if asked > cores:
@@ -59,16 +59,11 @@ def usable_workers(asked: int) -> int:
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader whose workers leave Ctrl-C and SIGTERM to the main process; every loader is one of these.
-
-    Args:
-        named: arguments of DataLoader.
-    """
+    """A DataLoader whose workers leave Ctrl-C and SIGTERM to the main process."""
 
     def __init__(self, dataset: Dataset[Any], workers: int, **named: Any) -> None:
         super().__init__(dataset, num_workers=workers, worker_init_fn=ignore_signals, **named)
 
     def __iter__(self) -> Any:
-        """Start the workers."""
         with blocked_signals():
             return super().__iter__()

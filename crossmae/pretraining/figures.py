@@ -1,7 +1,7 @@
-"""Pictures of what a pretraining model sees, makes and has learned.
+"""Pictures of a pretraining model's input, reconstructions and fusion weights.
 
-Images are drawn at whole multiples of their size, so that patch borders stay sharp; figures have to be saved with
-their own resolution, `DPI`.
+Images are drawn at whole multiples of their size, so that patch borders stay sharp. Save figures at their own
+resolution, `DPI`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from crossmae.models.crossmae import CrossMAE
 from crossmae.pretraining.reconstruction import Panels
 from crossmae.reports.figures import DPI
 
-DARK = 0.25  # brightest pixel, of 1, up to which pictures are brightened
-BLANK = 0.88  # light grey of patches that are not there
-SHEET_CELL, IMAGE_CELL = 176, 288  # pixels that the longer side of a panel should have, about
+DARK = 0.25  # pictures are brightened if their brightest pixel is below this
+BLANK = 0.88  # light grey of absent patches
+SHEET_CELL, IMAGE_CELL = 176, 288  # pixels: size of the longer side of a panel, about
 MARGIN, GAP = 18, 8  # pixels around and between panels
 LINE, LABEL = 22, 118  # pixels: height of a line of text, length of the longest label
 TEXT, SMALL = 9.0, 7.5  # points
@@ -32,7 +32,7 @@ NORM_PIX_NOTE = "Each predicted patch is given the true patch's mean and deviati
 
 
 def to_display(pixels: Tensor) -> Tensor:
-    """Pixels (B, C, H, W) in 0-1 of any number of channels as red, green and blue (B, 3, H, W).
+    """Convert pixels (B, C, H, W) to RGB (B, 3, H, W).
 
     One channel is repeated as grey; two are red and green, without blue; of more, the first three are shown.
     """
@@ -45,16 +45,16 @@ def to_display(pixels: Tensor) -> Tensor:
 
 
 def shown_channels(channels: int) -> str:
-    """What `to_display` shows of so many channels, where a reader would not guess it; else ""."""
+    """Describe the channels that `to_display` shows, unless they are obvious."""
     if channels == 2:
         return "channels 1 and 2 as red and green"
     return f"channels 1-3 of {channels}" if channels > 3 else ""
 
 
 def panel_rows(panels: Panels) -> dict[str, Tensor]:
-    """The four pictures (B, 3, H, W) of each image, by name, in reading order.
+    """Compose the four pictures (B, 3, H, W) of each image.
 
-    "masked" is what the encoder saw, "reconstruction" only what the model predicted: together they are "pasted".
+    "masked" shows the visible patches, "reconstruction" the predicted ones: together they are "pasted".
     """
     factor = brightening(panels)
     given, pasted = (to_display((pixels * factor).clamp(0, 1)) for pixels in (panels.input, panels.pasted))
@@ -67,16 +67,16 @@ def panel_rows(panels: Panels) -> dict[str, Tensor]:
 
 
 def brightening(panels: Panels) -> float:
-    """What pixels are multiplied by to be seen: 1, but for images that use little of their range, as 12-bit data do."""
+    """Return a factor over 1 for dark images, such as 12-bit data."""
     brightest = float(panels.input.max())
     return 1 / brightest if 0 < brightest < DARK else 1.0
 
 
 def reconstruction_figure(panels: Panels, title: str, captions: Sequence[str] = ()) -> Figure:
-    """One column per image; rows: input, masked, reconstruction, pasted.
+    """Draw one column per image: input, masked, reconstruction, pasted.
 
     Args:
-        captions: one line for under each column, or none.
+        captions: one line below each column, or none.
     """
     rows = panel_rows(panels)
     pictures = list(rows.values())
@@ -91,7 +91,7 @@ def reconstruction_figure(panels: Panels, title: str, captions: Sequence[str] = 
 
 
 def image_figure(panels: Panels, title: str, caption: str) -> Figure:
-    """The one image of `panels`, as one row: input, masked, reconstruction, pasted."""
+    """Draw a single image as one row: input, masked, reconstruction, pasted."""
     rows = panel_rows(panels)
     pictures = [torch.cat(list(rows.values()))]
     notes = [caption, *_notes(panels)]
@@ -102,11 +102,11 @@ def image_figure(panels: Panels, title: str, caption: str) -> Figure:
 
 
 def fusion_figure(weights: Tensor, map_names: Sequence[str], title: str) -> Figure:
-    """Heat map of the learned mixing weights, blue below 0 and red above.
+    """Draw the learned mixing weights, blue below 0 and red above.
 
     Args:
         weights: (N, K), one row per decoder block: `model.wfm.linear.weight`.
-        map_names: K names of the encoder maps, see `fused_map_names`.
+        map_names: K names from `fused_map_names`.
     """
     values = weights.detach().float().cpu().numpy()
     N, K = values.shape
@@ -138,18 +138,18 @@ def fusion_figure(weights: Tensor, map_names: Sequence[str], title: str) -> Figu
 
 
 def fused_map_names(model: CrossMAE) -> list[str]:
-    """Names of the maps that a model mixes for its decoder: "input" where it is one, and the blocks' indices."""
+    """Name the maps that a model mixes: "input" and block indices."""
     return [*(["input"] if model.fuse_input else []), *map(str, model.fused_blocks)]
 
 
 def whole_scale(height: int, width: int, target: int) -> float:
-    """Factor that brings the longer side near `target` pixels: a whole number, or less than 1 for large images."""
+    """Compute a whole scale (or below 1) towards `target` pixels."""
     side = max(height, width)
     return target / side if side > 1.5 * target else max(round(target / side), 1)
 
 
 def _notes(panels: Panels) -> list[str]:
-    """What a reader has to know about the pictures."""
+    """List the remarks that a reader of the pictures needs."""
     shown = shown_channels(panels.input.shape[1])
     factor = brightening(panels)
     bright = [f"Shown {factor:.3g} times as bright; PSNR is of pixels as they are, peak 1."] if factor != 1 else []
@@ -165,7 +165,7 @@ def _grid(
     column_labels: bool = False,
     captions: bool = False,
 ) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of rows of pictures (columns, 3, H, W), laid out in whole pixels, with room for the labels asked for."""
+    """Lay out rows of pictures (columns, 3, H, W) in whole pixels."""
     columns, _, H, W = pictures[0].shape
     scale = whole_scale(H, W, target)
     cell_w, cell_h = round(W * scale), round(H * scale)
@@ -202,12 +202,12 @@ def _show(axis: Axes, picture: Tensor, enlarged: bool) -> None:
 
 
 def _wrap(text: str, width: int, points: float) -> list[str]:
-    """Lines of `text` that fit into `width` pixels; a character is a bit over half as wide as its size."""
+    # A character is 0.56 of its size wide.
     return textwrap.wrap(text, int((width - 2 * MARGIN) / (points * DPI / 72 * 0.56)))
 
 
 def _lines(figure: Figure, lines: Sequence[str], top: int, points: float, step: int, color: str = "black") -> None:
-    """Centred lines of text, the first one's upper edge `top` pixels above the bottom."""
+    """Draw centred lines that start `top` pixels above the bottom."""
     height = figure.get_figheight() * DPI
     for index, line in enumerate(lines):
         y = (top - index * step) / height

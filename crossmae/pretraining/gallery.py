@@ -3,9 +3,9 @@
     OUTPUT/overview-1.png ...       eight images a sheet
     OUTPUT/grids/NAME.png           input, masked, reconstruction, pasted
     OUTPUT/animations/NAME.gif      masked and pasted over growing mask ratios
-    OUTPUT/psnr.json                written last, so that its presence says that the rest is complete
+    OUTPUT/psnr.json                written last, so that its presence proves that the rest is complete
 
-The mask of an image depends on the seed and on the bytes of its file, not on its name nor on the other images.
+The mask of an image depends on the seed and on the bytes of its file, not on its name or on the other images.
 """
 
 from __future__ import annotations
@@ -14,24 +14,23 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import chain, count
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.transforms.v2 import functional as VF
 from tqdm import tqdm
 
 from crossmae.checkpoints.pretrained import Pretrained
-from crossmae.data.training_images import centre_view, decode_pixels, to_unit_range
+from crossmae.data.pixels import Normalize, centre_view, decode_pixels, to_unit_range
 from crossmae.errors import UserError
-from crossmae.files import make_folder, printable, write_atomically, write_json
+from crossmae.files import make_folder, printable, read_file, write_atomically, write_json
 from crossmae.models.crossmae import CrossMAE
-from crossmae.pretraining.animation import animation_frame, save_gif
-from crossmae.pretraining.figures import image_figure, reconstruction_figure
+from crossmae.pretraining.figures import image_figure, panel_rows, reconstruction_figure, whole_scale
 from crossmae.pretraining.reconstruction import Panels, psnr, reconstruct
 from crossmae.reports.figures import save_figure
 
@@ -39,10 +38,14 @@ SHEET = 8  # images on one overview, and in one batch
 GIF_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 OVERVIEW, GRIDS, ANIMATIONS, NUMBERS = "overview-{}.png", "grids", "animations", "psnr.json"
 
+PANEL = 244  # pixels: size of the longer side of an animated panel, about; two and their margins make 512
+MARGIN, TEXT = 12, 15  # pixels
+FRAME_MS, END_MS = 240, 1000  # duration of a frame, and of the first and the last one
+
 
 @dataclass(frozen=True)
 class Result:
-    """PSNR in dB of one image, over its masked patches and over the pasted whole; infinite for a perfect match."""
+    """PSNR in dB of one image, over its masked patches and over the pasted whole."""
 
     image: str
     name: str
@@ -51,38 +54,36 @@ class Result:
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each image: its stem, where that is taken with its folder's name before it, else numbered."""
+    """Name each image uniquely: by stem, with its folder, or numbered."""
     names: list[str] = []
     taken: set[str] = set()
     for path in paths:
         numbered = (f"{path.stem}-{number}" for number in count(2))
         candidates = chain([path.stem, f"{path.absolute().parent.name}-{path.stem}"], numbered)
         names.append(next(name for name in candidates if name.casefold() not in taken))
-        taken.add(names[-1].casefold())  # some file systems do not tell cases apart
+        taken.add(names[-1].casefold())  # some file systems ignore case
     return names
 
 
 def possible_ratios(model: CrossMAE) -> list[float]:
-    """Those of `GIF_RATIOS` that leave at least one patch of the model's grid visible and one masked."""
-    return [ratio for ratio in GIF_RATIOS if min(_masked_counts(model, ratio)) > 0]
+    """List the `GIF_RATIOS` that leave visible and masked patches."""
+    return [ratio for ratio in GIF_RATIOS if _is_possible(model, ratio)]
 
 
 def load_images(paths: Sequence[Path], pretrained: Pretrained, seed: int) -> tuple[Tensor, Tensor]:
-    """Pixels (B, C, H, W) in 0-1, resized and cropped to the model's size, and noise (B, L) for their masks.
+    """Load pixels (B, C, H, W) and mask noise (B, L).
 
     Raises:
-        UserError: a file that can not be read, see `decode_image`.
+        UserError: a file that cannot be read, see `decode_image`.
     """
     model = pretrained.model
     size = (model.grid[0] * model.patch_size, model.grid[1] * model.patch_size)
     pixels, noise = [], []
     for path in paths:
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{printable(path)}: can not be read: {error.strerror}") from None
-        image = decode_pixels(data, str(path), model.in_chans, pretrained.bit_depth)
-        pixels.append(to_unit_range(centre_view(image, size)))
+        data = read_file(path)
+        pixels.append(
+            to_unit_range(centre_view(decode_pixels(data, str(path), model.in_chans, pretrained.bit_depth), size))
+        )
         key = int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
         noise.append(np.random.default_rng([seed, key]).random(model.num_patches, dtype=np.float32))
     return torch.stack(pixels), torch.from_numpy(np.stack(noise))
@@ -97,22 +98,23 @@ def write_gallery(
     seed: int = 0,
     force: bool = False,
 ) -> list[Result]:
-    """Reconstruct every image and write all pictures; see the head of this module.
+    """Reconstruct every image and write all pictures and numbers.
 
     Args:
-        pretrained: its model stays on the device where it is.
+        pretrained: its model stays on its device.
         gif_ratios: mask ratios of the animation, ascending; none, no animations.
-        force: overwrite what an earlier call wrote.
+        force: overwrite the files of an earlier call.
 
     Raises:
-        UserError: an impossible ratio, an unreadable image, something to overwrite without `force`; nothing is written
-            then.
+        UserError: an impossible ratio, an unreadable image, or files to overwrite without `force`, before anything is
+            written.
     """
+    model = pretrained.model
     for ratio in (mask_ratio, *gif_ratios):
-        if min(_masked_counts(pretrained.model, ratio)) < 1:
+        if not _is_possible(model, ratio):
             raise UserError(
-                f"mask ratio {ratio}: leaves no patch of {pretrained.model.num_patches} to see or none to predict; "
-                "it must be between 0 and 1"
+                f"mask ratio {ratio}: leaves no patch of {model.num_patches} to see or none to predict. "
+                "Give a number between 0 and 1."
             )
     names = output_names(paths)
     _refuse_to_overwrite(output, names, bool(gif_ratios), force)
@@ -120,73 +122,111 @@ def write_gallery(
         load_images([path], pretrained, seed)
     for folder in (output, output / GRIDS, *([output / ANIMATIONS] if gif_ratios else [])):
         make_folder(folder, "--output")
+    device = model.cls_token.device
+    normalize = Normalize(pretrained.mean, pretrained.std, device)
     results: list[Result] = []
-    with tqdm(total=len(paths), desc="reconstruct", unit="img") as bar:
-        for start in range(0, len(paths), SHEET):
-            batch = Batch(pretrained, paths[start : start + SHEET], names[start : start + SHEET], seed)
-            results += batch.write(output, start // SHEET + 1, mask_ratio)
-            if gif_ratios:
-                batch.animate(output / ANIMATIONS, gif_ratios)
-            bar.update(len(batch.names))
+    for start in tqdm(range(0, len(paths), SHEET), "reconstruct", unit="sheet"):
+        own = slice(start, start + SHEET)
+        pixels, noise = (tensor.to(device) for tensor in load_images(paths[own], pretrained, seed))
+        panels = reconstruct(model, pixels, mask_ratio, noise, normalize).cpu()
+        results += _write_sheet(output, start // SHEET + 1, panels, paths[own], names[own], mask_ratio)
+        frames: list[list[Image.Image]] = [[] for _ in paths[own]]
+        for ratio in gif_ratios:  # with the same noise at every ratio, the visible part only shrinks
+            panels = reconstruct(model, pixels, ratio, noise, normalize).cpu()
+            for index, (its_frames, value) in enumerate(zip(frames, psnr(panels)[0].tolist(), strict=True)):
+                its_frames.append(animation_frame(panels.one(index), ratio, value))
+        for name, its_frames in zip(names[own], frames, strict=True):
+            if its_frames:
+                write_atomically(output / ANIMATIONS / f"{name}.gif", partial(save_gif, its_frames))
     _write_numbers(output / NUMBERS, pretrained, results, mask_ratio, seed)
     return results
 
 
-class Batch:
-    """The images of one overview, reconstructed together."""
+def _write_sheet(
+    output: Path, sheet: int, panels: Panels, paths: Sequence[Path], names: Sequence[str], mask_ratio: float
+) -> list[Result]:
+    """Write one overview, and one grid per image."""
+    masked, pasted = (values.tolist() for values in psnr(panels))
+    share = f"{100 * mask_ratio:g}% of the patches masked"
+    captions = [f"PSNR {value:.1f} dB" for value in masked]
+    figure = reconstruction_figure(panels, f"{share}; PSNR of masked patches", captions)
+    save_figure(figure, output / OVERVIEW.format(sheet))
+    for index, name in enumerate(names):
+        caption = f"{share}. PSNR {masked[index]:.1f} dB on them, {pasted[index]:.1f} dB on the whole pasted image."
+        figure = image_figure(panels.one(index), printable(paths[index].name), caption)
+        save_figure(figure, output / GRIDS / f"{name}.png")
+    return [Result(*row) for row in zip(map(str, paths), names, masked, pasted, strict=True)]
 
-    def __init__(self, pretrained: Pretrained, paths: Sequence[Path], names: Sequence[str], seed: int) -> None:
-        self.pretrained, self.paths, self.names = pretrained, paths, names
-        pixels, noise = load_images(paths, pretrained, seed)
-        device = pretrained.model.cls_token.device
-        self.imgs = VF.normalize(pixels, list(pretrained.mean), list(pretrained.std)).to(device)
-        self.noise = noise.to(device)
 
-    def reconstruct(self, mask_ratio: float) -> tuple[Panels, list[float], list[float]]:
-        """Panels on the CPU, and PSNR of masked patches and of the whole, per image."""
-        model, mean, std = self.pretrained.model, self.pretrained.mean, self.pretrained.std
-        panels = reconstruct(model, self.imgs, mask_ratio, self.noise, mean, std).cpu()
-        quality = psnr(panels)
-        return panels, quality.masked.tolist(), quality.pasted.tolist()
+def animation_frame(panels: Panels, mask_ratio: float, decibels: float) -> Image.Image:
+    """Draw the masked image, its reconstruction, the ratio and the PSNR.
 
-    def write(self, output: Path, sheet: int, mask_ratio: float) -> list[Result]:
-        """Write the overview and one grid per image."""
-        panels, masked, pasted = self.reconstruct(mask_ratio)
-        share = f"{100 * mask_ratio:g}% of the patches masked"
-        captions = [f"PSNR {value:.1f} dB" for value in masked]
-        title = f"{share}; PSNR of masked patches"
-        save_figure(reconstruction_figure(panels, title, captions), output / OVERVIEW.format(sheet))
-        for index, name in enumerate(self.names):
-            caption = f"{share}. PSNR {masked[index]:.1f} dB on them, {pasted[index]:.1f} dB on the whole pasted image."
-            figure = image_figure(panels.one(index), printable(self.paths[index].name), caption)
-            save_figure(figure, output / GRIDS / f"{name}.png")
-        rows = zip(map(str, self.paths), self.names, masked, pasted, strict=True)
-        return [Result(*row) for row in rows]
+    Args:
+        panels: of one image.
+        decibels: PSNR of the masked patches.
+    """
+    rows = panel_rows(panels)
+    left, right = (_picture(rows[name][0]) for name in ("masked", "pasted"))
+    width = max(2 * left.width + 3 * MARGIN, 2 * PANEL + 2 * MARGIN)
+    header, footer = MARGIN + TEXT + 6, TEXT + 26
+    frame = Image.new("RGB", (width, header + left.height + footer), "white")
+    draw, font = ImageDraw.Draw(frame), _font(TEXT)
+    start = (width - 2 * left.width - MARGIN) // 2
+    for x, picture, label in ((start, left, "masked"), (start + left.width + MARGIN, right, "pasted")):
+        frame.paste(picture, (x, header))
+        draw.text((x + picture.width / 2, header - 6), label, "black", font, anchor="ms")
+    base = header + left.height + TEXT + 6
+    draw.text((MARGIN, base), f"{100 * mask_ratio:g}% of patches masked", "black", font, anchor="ls")
+    draw.text((width - MARGIN, base), f"PSNR {decibels:.1f} dB", "black", font, anchor="rs")
+    bar = frame.height - 12
+    draw.rectangle((MARGIN, bar, width - MARGIN, bar + 3), "#e3e3e3")
+    draw.rectangle((MARGIN, bar, MARGIN + round((width - 2 * MARGIN) * mask_ratio), bar + 3), "#3b6fb6")
+    return frame
 
-    def animate(self, folder: Path, ratios: Sequence[float]) -> None:
-        """Write one animation per image; with the same noise at every ratio, what is visible only ever shrinks."""
-        frames: list[list[Image.Image]] = [[] for _ in self.names]
-        for ratio in ratios:
-            panels, masked, _ = self.reconstruct(ratio)
-            for index, own in enumerate(frames):
-                own.append(animation_frame(panels.one(index), ratio, masked[index]))
-        for name, own in zip(self.names, frames, strict=True):
-            write_atomically(folder / f"{name}.gif", partial(save_gif, own))
+
+def save_gif(frames: Sequence[Image.Image], path: Path) -> None:
+    """Write a GIF that plays forth and back.
+
+    All frames share one palette, made of all of them, and are not dithered, so that still parts stay still.
+    """
+    montage = Image.new("RGB", (frames[0].width, frames[0].height * len(frames)))
+    for index, frame in enumerate(frames):
+        montage.paste(frame, (0, index * frame.height))
+    palette = montage.quantize(256, Image.Quantize.MEDIANCUT)
+    still = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    loop = [*still, *still[-2:0:-1]]
+    durations = [FRAME_MS] * len(loop)
+    durations[0] = durations[len(still) - 1] = END_MS
+    loop[0].save(path, "GIF", save_all=True, append_images=loop[1:], duration=durations, loop=0, optimize=False)
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    """Convert pixels (3, H, W) to an image of about `PANEL` pixels."""
+    array = (pixels * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    height, width, _ = array.shape
+    scale = whole_scale(height, width, PANEL)
+    size = round(width * scale), round(height * scale)
+    return Image.fromarray(array).resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """Load the font of matplotlib's figures."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
 
 
 def mean_psnr(values: Sequence[float]) -> float | None:
-    """Mean in dB of the finite ones, None where there is none: one perfect match would hide all others."""
+    """Average the finite values in dB, or return None without any."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else None
 
 
-def _masked_counts(model: CrossMAE, ratio: float) -> tuple[int, int]:
-    """Patches that are visible and masked; (0, 0) where there is no such split."""
+def _is_possible(model: CrossMAE, ratio: float) -> bool:
     try:
         counts = model.patch_counts(ratio, ratio)
     except ValueError:
-        return 0, 0
-    return counts.visible, counts.predicted
+        return False
+    return min(counts.visible, counts.predicted) > 0
 
 
 def _refuse_to_overwrite(output: Path, names: Sequence[str], animated: bool, force: bool) -> None:
@@ -197,14 +237,17 @@ def _refuse_to_overwrite(output: Path, names: Sequence[str], animated: bool, for
     there = [path for path in planned if path.exists()]
     if there and not force:
         raise UserError(
-            f"--output: {there[0]} exists already ({len(there)} of {len(planned)} files to write do); "
-            "name another folder, or overwrite with --force"
+            f"--output: {there[0]} exists already ({len(there)} of {len(planned)} files to write do). "
+            "Name another folder, or overwrite with --force."
         )
 
 
 def _write_numbers(path: Path, pretrained: Pretrained, results: Sequence[Result], mask_ratio: float, seed: int) -> None:
     model = pretrained.model
-    mean = {key: mean_psnr([getattr(result, key) for result in results]) for key in ("psnr_masked", "psnr_pasted")}
+    rows = [
+        {key: None if value in (math.inf, -math.inf) else value for key, value in asdict(result).items()}
+        for result in results
+    ]
     record = {
         "weights": str(pretrained.path),
         "img_size": [side * model.patch_size for side in model.grid],
@@ -212,10 +255,7 @@ def _write_numbers(path: Path, pretrained: Pretrained, results: Sequence[Result]
         "assumed": list(pretrained.assumed),
         "mask_ratio": mask_ratio,
         "seed": seed,
-        "mean": mean,
-        "images": [
-            {key: None if value in (math.inf, -math.inf) else value for key, value in asdict(result).items()}
-            for result in results
-        ],
+        "mean": {key: mean_psnr([getattr(one, key) for one in results]) for key in ("psnr_masked", "psnr_pasted")},
+        "images": rows,
     }
     write_json(path, record)

@@ -1,4 +1,4 @@
-"""How good frozen features are: k nearest neighbours on what the encoder gives for labelled images.
+"""Quality of frozen features: k nearest neighbours on the encoder's features of labelled images.
 
 Shapes: B batch, L patches, E width, N training images, M other images.
 """
@@ -18,15 +18,15 @@ from crossmae.models.encoder import ViTEncoder
 Pool = Literal["avg", "cls"]
 FeaturePool = Literal["avg", "cls", "cls_avg"]
 
-VALUES = 1 << 24  # of a matrix that is worked through in parts, held at a time: 64 MB
+VALUES = 1 << 24  # of a matrix that is computed in parts, held at a time: 64 MB
 CONSTANT = 1e-6  # a deviation below this share of the mean is rounding, not signal
 
 
 def pool_tokens(tokens: Tensor, pool: FeaturePool) -> Tensor:
-    """Tokens (B, L + 1, E), class token first, to features of each image.
+    """Pool tokens (B, L + 1, E), class token first, to features.
 
     Args:
-        pool: "avg", the patches' mean (B, E); "cls", the class token (B, E); "cls_avg", both side by side (B, 2 E).
+        pool: "avg", the patches' mean (B, E); "cls", the class token (B, E); "cls_avg", both concatenated (B, 2 E).
 
     Raises:
         ValueError: an unknown `pool`.
@@ -40,14 +40,14 @@ def pool_tokens(tokens: Tensor, pool: FeaturePool) -> Tensor:
 
 
 def encode_tokens(encoder: ViTEncoder, imgs: Tensor) -> Tensor:
-    """Tokens (B, L + 1, E) of the last block that pretraining trains, every patch visible.
+    """Encode images by the last trained block: (B, L + 1, E).
 
-    With fused maps that is the last fused block: those after it were never run and hold random numbers; nothing
-    normalises its output before it is mixed, so nothing does here. A model without fusion (and decoder="self") ends in
-    `norm`, which its decoder reads through, so it is applied. A bare encoder gives its last block as it is.
+    With fused maps this is the last fused block: later blocks never run and hold random numbers. The decoder reads the
+    block's output without a norm, so none is applied. A model without fusion (and decoder="self") ends in `norm`, which
+    is applied. A bare encoder returns its last block.
 
     Args:
-        imgs: (B, C, H, W) normalised pixels.
+        imgs: (B, C, H, W) normalised pixels, every patch visible.
     """
     tokens = encoder.embed(imgs)
     if not isinstance(encoder, CrossMAE):
@@ -59,15 +59,12 @@ def encode_tokens(encoder: ViTEncoder, imgs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_images(encoder: ViTEncoder, batches: Iterable[Tensor], pool: Pool = "avg") -> Tensor:
-    """Features (N, E) of all images, float32 on the CPU; see `encode_tokens`.
+    """Encode all images to features (N, E), float32 on the CPU.
 
-    The encoder is left in the mode, training or not, in which it was.
+    The encoder keeps its mode, training or not.
 
     Args:
-        batches: normalised pixels (B, C, H, W) on any device, in order.
-
-    Raises:
-        ValueError: an unknown `pool`, or no batch at all.
+        batches: normalised pixels (B, C, H, W) on any device, in order; at least one batch.
     """
     device, was_training = encoder.cls_token.device, encoder.training
     encoder.eval()
@@ -75,13 +72,11 @@ def encode_images(encoder: ViTEncoder, batches: Iterable[Tensor], pool: Pool = "
         features = [pool_tokens(encode_tokens(encoder, imgs.to(device)), pool).float().cpu() for imgs in batches]
     finally:
         encoder.train(was_training)
-    if not features:
-        raise ValueError("no images to encode")
     return torch.cat(features)
 
 
 def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (E,) of features (N, E), float64; the deviation of what does not vary is infinite."""
+    """Compute the mean and deviation (E,), infinite for constant dimensions."""
     parts = features.split(max(VALUES // features.shape[1], 1))
     mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(features)
     squares = torch.stack([(part.double() - mean).square().sum(dim=0) for part in parts])
@@ -90,7 +85,7 @@ def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scale(features: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
-    """Features (N, E) minus the mean, over the deviation, of `feature_statistics`; float32."""
+    """Standardise features (N, E) by `feature_statistics` to float32."""
     mean, std = statistics
     scaled = torch.empty(features.shape, dtype=torch.float32, device=features.device)
     rows = max(VALUES // features.shape[1], 1)
@@ -100,7 +95,7 @@ def scale(features: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def standardize(train: Tensor, val: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (N, E) and (M, E) with the mean of `train` taken off and its deviation divided out, per dimension.
+    """Standardise features (N, E) and (M, E) by those of `train`.
 
     A few dimensions of MAE features are far larger than the rest and would decide every similarity; the batch norm in
     front of the linear probe of the MAE paper (arXiv 2111.06377, A.1) does the same. Dimensions that do not vary in
@@ -111,22 +106,19 @@ def standardize(train: Tensor, val: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def nearest(
-    train: Tensor, queries: Tensor, k: int, chunk: int | None = None, own: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The k nearest training images of every query, the nearest first.
+def nearest(train: Tensor, queries: Tensor, k: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Find the k nearest training images of every query, the nearest first.
 
     Args:
         train, queries: features (N, E) and (M, E); similarity is the cosine.
         k: neighbours; at most N, or N - 1 with `own`.
-        chunk: queries compared at a time; None keeps the similarities under 64 MB. Does not change the result.
-        own: (M,) one training image for each query that does not count: itself, to leave one out.
+        own: (M,) a training image for each query that is ignored: itself, to leave one out.
 
     Returns:
         Similarities (M, k) and positions in `train` (M, k).
     """
     train = F.normalize(train.float(), dim=1)
-    chunk = chunk or max(VALUES // len(train), 1)
+    chunk = max(VALUES // len(train), 1)  # queries at a time
     parts = []
     for first in range(0, len(queries), chunk):
         similarity = F.normalize(queries[first : first + chunk].float(), dim=1) @ train.T  # (chunk, N)
@@ -137,7 +129,7 @@ def nearest(
 
 
 def vote(similarity: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
-    """Classes (M,) by a weighted vote of neighbours; equal votes go to the lowest class.
+    """Predict classes (M,) by a vote, ties to the lowest class.
 
     A neighbour's vote weighs exp(similarity / temperature), as in arXiv 1805.01978, section 3.4.
 
@@ -147,7 +139,7 @@ def vote(similarity: Tensor, labels: Tensor, num_classes: int, temperature: floa
     chunk = max(VALUES // num_classes, 1)
     winners = []
     for near, classes in zip(similarity.split(chunk), labels.split(chunk), strict=True):
-        # Only ratios of votes count: with the best neighbour's set to 1, a low temperature can not overflow.
+        # Only ratios of votes count: with the best neighbour's set to 1, a low temperature cannot overflow.
         votes = ((near - near[:, :1]) / temperature).exp().double()
         winners.append(votes.new_zeros(len(near), num_classes).scatter_add_(1, classes, votes).argmax(dim=1))
     return torch.cat(winners)
@@ -161,58 +153,15 @@ def knn_accuracy(
     num_classes: int,
     k: int = 20,
     temperature: float = 0.07,
-    chunk: int | None = None,
 ) -> float:
-    """Share of the validation images that the `vote` of their k `nearest` training images classifies rightly.
+    """Compute the share of validation images that their neighbours' `vote` classifies correctly.
 
     Args:
         train_features, val_features: (N, E) and (M, E).
-        train_labels, val_labels: (N,) and (M,) classes from 0.
+        train_labels, val_labels: (N,) and (M,) classes 0 .. num_classes - 1.
         k: neighbours; at most N.
-        chunk: see `nearest`.
-
-    Raises:
-        ValueError: k outside 1 .. N, a temperature that is not positive, labels outside 0 .. num_classes - 1 or not
-            one per image, or nothing to validate on.
+        temperature: see `vote`.
     """
-    check_labels("train", train_features, train_labels, num_classes)
-    check_labels("val", val_features, val_labels, num_classes)
-    if not 1 <= k <= len(train_features):
-        raise ValueError(f"k must be between 1 and the {len(train_features)} training images, got {k}")
-    if temperature <= 0:
-        raise ValueError(f"temperature must be over 0, got {temperature}")
-    similarity, positions = nearest(train_features, val_features, k, chunk)
+    similarity, positions = nearest(train_features, val_features, k)
     predicted = vote(similarity, train_labels[positions], num_classes, temperature)
     return int((predicted == val_labels).sum()) / len(val_labels)
-
-
-def knn_probe(
-    encoder: ViTEncoder,
-    train: tuple[Iterable[Tensor], Tensor],
-    val: tuple[Iterable[Tensor], Tensor],
-    num_classes: int,
-    pool: Pool = "avg",
-    standardized: bool = True,
-    k: int = 20,
-    temperature: float = 0.07,
-) -> float:
-    """`knn_accuracy` of an encoder; `train` and `val` are batches of normalised pixels and all their labels."""
-    features = encode_images(encoder, train[0], pool), encode_images(encoder, val[0], pool)
-    if standardized:
-        features = standardize(*features)
-    return knn_accuracy(features[0], train[1], features[1], val[1], num_classes, k, temperature)
-
-
-def check_labels(name: str, features: Tensor, labels: Tensor, num_classes: int) -> None:
-    """Make sure that features (N, E) have labels (N,) from 0 to num_classes - 1.
-
-    Raises:
-        ValueError: they have not, or there are none; names `name`.
-    """
-    if len(features) == 0 or labels.shape != (len(features),):
-        raise ValueError(f"{name}: expected one label per image, got {tuple(labels.shape)} for {len(features)} images")
-    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-        low, high = int(labels.min()), int(labels.max())
-        raise ValueError(
-            f"{name}: labels must be 0 .. {num_classes - 1} for {num_classes} classes, got {low} .. {high}"
-        )

@@ -22,8 +22,10 @@ from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, P
 from crossmae.checkpoints.pretrained import BIT_DEPTH
 from crossmae.checkpoints.provenance import inherited, recorded_licence
 from crossmae.checkpoints.run_checkpoint import MODEL
-from crossmae.data.sources import Source
-from crossmae.data.training_images import BatchPlan, Normalize, PretrainImages, build_loader, warn_of_depth
+from crossmae.data.batches import BatchPlan, build_loader
+from crossmae.data.broken import warn_of_depth
+from crossmae.data.pixels import Normalize
+from crossmae.data.sources import Source, open_named, warn_of_overlap
 from crossmae.errors import UserError
 from crossmae.files import check_writable
 from crossmae.models.crossmae import MAE, CrossMAE
@@ -32,8 +34,9 @@ from crossmae.models.sizes import model_arguments
 from crossmae.pretraining.config import OptimConfig, PretrainConfig
 from crossmae.pretraining.figures import fused_map_names, fusion_figure, reconstruction_figure
 from crossmae.pretraining.health import Health
+from crossmae.pretraining.images import PretrainImages, collate_pretraining
 from crossmae.pretraining.start import build_model, start_from
-from crossmae.pretraining.validation import HeldOut, Neighbours, model_size, open_named, warn_of_overlap
+from crossmae.pretraining.validation import HeldOut, Neighbours, model_size
 from crossmae.training.devices import describe_place
 from crossmae.training.log import RunLog, announce_steps
 from crossmae.training.loop import Callbacks, Job, check_images, train
@@ -80,7 +83,7 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
     model = build_model(arguments, seed, mask_ratio, config.model.predict_ratio)
     model.activation_checkpointing = config.runtime.activation_checkpointing
     # The training images, and the schedule that follows from their number.
-    source = open_named(config, "data.train")
+    source = open_named(data.train, "data.train", data.root)
     if ranks.is_main:
         warn_of_depth(source, data.bit_depth)
     crop = (model_size(model), model.num_patches, data.crop_scale, data.flip)
@@ -97,7 +100,8 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
     if config.model.init and not start:
         licence = start_from(model, config.model.init.expanduser(), arguments, data).licence
     # Measurements, and a look at every image.
-    judges = build_judges(config, model, source, schedule, ranks)
+    normalize = Normalize(data.mean, data.std, device)
+    judges = build_judges(config, model, source, schedule, ranks, normalize)
     check = data.check and not complete
     broken = check_images(source, model.in_chans, data.bit_depth, data.broken, ranks) if check else []
     # The optimizer.
@@ -121,8 +125,15 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
         optimizer=optimizer,
         source=source,
         broken=broken,
-        loader=partial(build_loader, images, batches, workers=data.workers, pin_memory=device.type == "cuda"),
-        loss=partial(reconstruction_loss, Normalize(data.mean, data.std, device), mask_ratio, predict_ratio),
+        loader=partial(
+            build_loader,
+            images,
+            batches,
+            workers=data.workers,
+            pin_memory=device.type == "cuda",
+            collate=collate_pretraining,
+        ),
+        loss=partial(reconstruction_loss, normalize, mask_ratio, predict_ratio),
         schedule=schedule,
         fingerprint=fingerprint,
         start=start,
@@ -195,9 +206,9 @@ class Judges(Callbacks):
         values: dict[str, float] = {}
         for suffix, model in cast(dict[str, CrossMAE], state.models).items():
             if validate and self.held_out:
-                values[f"val_loss{suffix}"] = self.held_out.loss(model, state.device, state.autocast)
+                values[f"val_loss{suffix}"] = self.held_out.loss(model, state.autocast)
             if probe and self.neighbours:
-                values[f"knn_accuracy{suffix}"] = self.neighbours.accuracy(model, state.device)
+                values[f"knn_accuracy{suffix}"] = self.neighbours.accuracy(model)
         if not all(map(math.isfinite, values.values())):
             raise UserError(f"at step {state.step} the held-out loss is not finite; the last checkpoint stays")
         if values:
@@ -208,7 +219,7 @@ class Judges(Callbacks):
         """Draw reconstructions and fusion weights."""
         model, step = cast(CrossMAE, state.model), state.step
         if self.preview is not None:
-            panels = self.preview.panels(model, state.device, self.pictures)
+            panels = self.preview.panels(model)
             title = f"step {step}, {self.mask_ratio:.0%} of the patches masked"
             records.picture(step, "reconstructions", reconstruction_figure(panels, title))
         if state.ranks.is_main and model.fused_blocks and self.pictures:
@@ -217,25 +228,35 @@ class Judges(Callbacks):
             records.picture(step, "fusion", figure)
 
 
-def build_judges(config: PretrainConfig, model: CrossMAE, source: Source, schedule: Schedule, ranks: Ranks) -> Judges:
+def build_judges(
+    config: PretrainConfig, model: CrossMAE, source: Source, schedule: Schedule, ranks: Ranks, normalize: Normalize
+) -> Judges:
     """Read the held-out and the labelled images.
 
     Raises:
         UserError: an image cannot be read, or the probe lacks labels.
     """
     count, health = config.log.pictures, config.health
-    val = open_named(config, "data.val") if config.data.val else None
+    data, probe, size = config.data, config.probe, config.optim.batch_size
+    val = open_named(data.val, "data.val", data.val_root) if data.val else None
     if val and ranks.is_main:
         warn_of_overlap(source, "data.train", val, "data.val")
-    held_out = HeldOut(config, val, model, config.validation.images, ranks) if val else None
-    preview = None
+    views = (config.model.mask_ratio, normalize, data.bit_depth, size)
+    held_out = HeldOut(val, model, config.validation.images, ranks, *views) if val else None
+    preview = neighbours = None
     if ranks.is_main and count:
-        preview = HeldOut(config, val or source, model, count, Ranks(), "error" if val else config.data.broken)
+        policy = "error" if val else data.broken
+        preview = HeldOut(val or source, model, count, Ranks(), *views, policy)
+    if ranks.is_main and probe.train and probe.val:
+        train, test = open_named(probe.train, "probe.train"), open_named(probe.val, "probe.val")
+        warn_of_overlap(train, "probe.train", test, "probe.val")
+        settings = (probe.images, probe.k, probe.temperature, probe.pool)
+        neighbours = Neighbours(train, test, model, normalize, data.bit_depth, size, *settings)
     return Judges(
         schedule=schedule,
         mask_ratio=config.model.mask_ratio,
         held_out=held_out,
-        neighbours=Neighbours(config, model) if config.probe.train and ranks.is_main else None,
+        neighbours=neighbours,
         preview=preview,
         pictures=count,
         validate_every=config.validation.every_epochs,

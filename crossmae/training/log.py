@@ -17,8 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from crossmae.data.broken import Broken
 from crossmae.data.sources import Source
-from crossmae.data.training_images import Broken
 from crossmae.errors import UserError
 from crossmae.files import write_text
 from crossmae.reports.figures import save_figure

@@ -1,7 +1,7 @@
 """One training loop for every task of ours, in one process or in one per GPU.
 
 A restart needs the step number and the optimizer's state only: the learning rate is a function of the step, and the
-data are a function of (seed, step), see `crossmae.data.training_images`.
+data are a function of (seed, step), see `crossmae.data.batches`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import nn
 
 from crossmae.checkpoints.run_checkpoint import MODEL, complete_checkpoints, read_state, step_of
 from crossmae.checkpoints.weights import save_weights
+from crossmae.data.broken import Broken, Unreadable, find_broken, refuse_broken
 from crossmae.data.sources import Source
-from crossmae.data.training_images import Broken, Unreadable, find_broken, refuse_broken
 from crossmae.errors import UserError
 from crossmae.files import make_folder, write_atomically, write_text
 from crossmae.training.config import RunConfig
@@ -268,7 +268,7 @@ def check_images(source: Source, channels: int, bit_depth: int, policy: str, ran
     share = range(ranks.rank, len(source), ranks.world_size)
     broken = find_broken(source, share, channels, bit_depth)
     if policy == "error":
-        refuse_broken(broken, "repair or remove what is broken, or set data.broken=substitute")
+        refuse_broken(broken, "data.train", "Repair or remove what is broken, or set data.broken=substitute.")
     return broken
 
 

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from crossmae.data.parallel import map_in_order
+from crossmae.data.broken import find_broken
+from crossmae.data.parallel import READERS, map_in_order
 from crossmae.data.sources.source import ImageFiles
-from crossmae.data.training_images import READERS, find_broken
 from crossmae.files import printable
 from det.data.coco_kinds import EVALUATION_KINDS, KINDS, Kind, Rank
 from det.data.coco_masks import LARGEST_SIDE, NUMBERS, Floats, Masks, flatten, measure_masks

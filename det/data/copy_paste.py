@@ -12,7 +12,7 @@ from detectron2.structures import BitMasks, Instances
 from torch import Tensor
 from torch.nn import functional as F
 
-from crossmae.data.training_images import Unreadable
+from crossmae.data.broken import Unreadable
 from det.data.masks import any_along, tight_boxes
 
 DetectionSample = dict[str, Any]

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from crossmae.data.batches import BatchPlan, PlannedBatches
+from crossmae.data.broken import Unreadable
 from crossmae.data.images import read_image
-from crossmae.data.training_images import BatchPlan, PlannedBatches, Unreadable
 from crossmae.data.workers import Loader, usable_workers
 from crossmae.errors import UserError
 from crossmae.files import printable

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from crossmae.data.images import find_inputs
+from crossmae.data.paths import find_inputs
 from crossmae.errors import DISK_TROUBLE, UserError
 from crossmae.files import ODD_BYTES, make_folder, printable, write_atomically
 from det.inference.draw import draw_instances, instances_from_coco

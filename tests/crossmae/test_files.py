@@ -64,7 +64,7 @@ def test_sha256(tmp_path: Path) -> None:
 
 def test_a_folder_that_can_not_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"output_dir: can not write in .*file/run: Not a directory"):
+    with pytest.raises(UserError, match=r"output_dir: cannot write in .*file/run: Not a directory"):
         make_folder(tmp_path / "file" / "run", "output_dir")
     make_folder(tmp_path / "a" / "b", "output_dir")
     assert list((tmp_path / "a" / "b").iterdir()) == []

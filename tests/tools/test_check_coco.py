@@ -106,7 +106,7 @@ def test_masks_are_missed_only_where_others_have_one(content: dict[str, Any]) ->
         (("absent.json", "images"), "absent.json: No such file or directory"),
         (("images/1.png", "images"), "images/1.png: not valid JSON"),
         (("coco.json", "images", "--json", "./coco.json"), "--json: coco.json is the file to be checked"),
-        (("coco.json", "images", "--json", "images"), "images: a folder; name the file to write"),
+        (("coco.json", "images", "--json", "images"), "images: is a folder. Name the file to write"),
         (("coco.json", "nowhere", "--skip-images"), "--skip-images: nowhere would not be looked at; leave out one"),
     ],
 )

@@ -65,7 +65,7 @@ def test_the_low_part_of_16_bits_is_told(capsys: pytest.CaptureFixture[str]) -> 
         (("--images", "0"), "--images 0: expected a number from 1"),
         (("data.trian=x",), "unknown key 'data.trian' (did you mean 'data.train'?)"),
         (("data.train=black",), "channel 0, 1, 2 has the same value everywhere"),
-        (("data.train=broken",), "broken/x.png: can not be read as an image"),
+        (("data.train=broken",), "broken/x.png: cannot be read as an image"),
     ],
 )
 def test_errors_are_one_line_and_nothing_is_written(

@@ -40,10 +40,10 @@ def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
     run("tree", "shards")
     capsys.readouterr()
     assert run("--verify", "shards") == 0
-    assert capsys.readouterr().out == "shards: 1 shards, all as they were written\n"
+    assert capsys.readouterr().out == "shards: 1 shards, all unchanged\n"
     Path("shards/shard-000000.tar").write_bytes(b"other")
     assert run("--verify", "shards") == USER_ERROR_EXIT_CODE
-    assert "error: shards: 1 of 1 shards are missing or not as they were written" in capsys.readouterr().err
+    assert "error: shards: 1 of 1 shards are missing or changed" in capsys.readouterr().err
 
 
 def test_a_list_with_root_and_broken_images(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,13 +59,13 @@ def test_a_list_with_root_and_broken_images(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("shards",), "two paths are needed"),
+        (("shards",), "SRC: missing. Give two paths"),
         (("nowhere", "shards"), "SRC: nowhere does not exist"),
         (("tree", "tree"), "DST: tree holds something else"),
         (("tree", "s3://bucket/x"), "shards are written to a folder"),
-        (("tree", "shards", "--quality", "0"), "--quality 0: give a number from 1 to 100"),
+        (("tree", "shards", "--quality", "0"), "--quality 0: out of range. Give a number from 1 to 100."),
         (("tree", "shards", "--workers", "0"), "--workers 0: expected a number from 1"),
-        (("list.txt", "shards"), "2 of 2 images are not there: list-a.png, list-b.png; "),
+        (("list.txt", "shards"), "2 of 2 images are not there: list-a.png, list-b.png. "),
         (("--verify", "tree"), "tree: no index.json by make_shards.py"),
     ],
 )

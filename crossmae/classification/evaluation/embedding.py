@@ -23,7 +23,7 @@ from torch import Tensor
 from crossmae.classification.evaluation.figures import class_labels
 from crossmae.classification.evaluation.files import EVALUATION, FEATURES, PREDICTIONS
 from crossmae.classification.run_files import read_evaluation
-from crossmae.data.sources import evenly_spaced
+from crossmae.data.sources.subset import evenly_spaced
 from crossmae.errors import UserError, import_extra
 from crossmae.pretraining.figures import SMALL, TEXT
 from crossmae.reports.figures import DPI, save_figure

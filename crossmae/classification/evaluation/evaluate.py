@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from crossmae.classification.data import CentreViews, LabelledBatch, evaluation_loader, readable_batches
 from crossmae.classification.evaluation.metrics import Predictions, merge
-from crossmae.data.sources import Source, evenly_spaced
-from crossmae.data.training_images import Normalize
+from crossmae.data.pixels import Normalize
+from crossmae.data.sources import Source
+from crossmae.data.sources.subset import evenly_spaced
 from crossmae.training.processes import Ranks
 
 TOP = 5  # classes of a sample that are kept

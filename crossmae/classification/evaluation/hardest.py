@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from crossmae.classification.evaluation.metrics import THRESHOLD, Predictions
-from crossmae.data.training_images import to_tensor, to_unit_range
+from crossmae.data.pixels import to_tensor, to_unit_range
 from crossmae.errors import UserError
 from crossmae.files import make_folder, write_atomically, write_json
 from crossmae.pretraining.figures import DARK, to_display, whole_scale
@@ -38,7 +38,7 @@ def write_hardest(
     Args:
         folder: of the evaluation.
         predictions: of the whole data set.
-        read: an image by its index, as `crossmae.data.training_images.read_pixels` returns it.
+        read: an image by its index, as `crossmae.data.pixels.read_pixels` returns it.
         class_names: C names.
         sample_names: the name of a sample by its index.
         most: pictures.

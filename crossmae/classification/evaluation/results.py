@@ -18,11 +18,10 @@ from crossmae.classification.evaluation.metrics import Predictions, Scores, scor
 from crossmae.classification.report import write_report
 from crossmae.classification.run_files import CONFIG, FOLDER
 from crossmae.classification.train.config import FinetuneConfig
-from crossmae.data.sources import Source
-from crossmae.data.training_images import read_pixels
+from crossmae.data.pixels import read_pixels
+from crossmae.data.sources import Source, open_named
 from crossmae.errors import UserError
 from crossmae.files import check_writable, make_folder, sha256
-from crossmae.pretraining.validation import open_named
 from crossmae.training.devices import choose_precision, open_autocast, open_device
 from crossmae.training.processes import Ranks, find_ranks, process_group
 from crossmae.training.versions import versions
@@ -95,7 +94,7 @@ def _evaluate_only(
     classifier = ranks.together(lambda: load_classifier(weights, config.evaluation.img_size))
     for sentence in classifier.assumed:
         log.info("assumed: %s", sentence)
-    source = ranks.together(lambda: open_named(config, "data.val"))
+    source = ranks.together(lambda: open_named(config.data.val, "data.val", config.data.val_root))
     data = ranks.together(lambda: evaluation_set(config, classifier, source))
     if ranks.is_main:
         warn_of_absent(data.views.targets, "data.val", classifier.classes)

@@ -20,9 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from crossmae.data.parallel import map_in_order
+from crossmae.data.parallel import READERS, map_in_order
 from crossmae.data.sources import Source
-from crossmae.data.training_images import READERS
 from crossmae.files import write_atomically
 
 LAYOUT = 1  # of the files; features of another one are extracted anew

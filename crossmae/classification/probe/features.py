@@ -28,8 +28,9 @@ from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, PUBLISHED_ARGUMENTS, 
 from crossmae.checkpoints.weights import Weights, detect_format, encoder_home
 from crossmae.classification.data import CentreViews, evaluation_loader, readable_batches
 from crossmae.classification.vit import Architecture, architecture_of, build_vit, load_encoder_weights
+from crossmae.data.batches import keyed_randomness
+from crossmae.data.pixels import Normalize
 from crossmae.data.sources import Source
-from crossmae.data.training_images import Normalize, keyed_randomness
 from crossmae.errors import UserError
 from crossmae.models.crossmae import create_model, resolve_blocks
 from crossmae.models.sizes import model_arguments
@@ -175,7 +176,7 @@ class Views:
 
     Attributes:
         size: height and width in pixels.
-        crop_pct: see `crossmae.data.training_images.centre_view`.
+        crop_pct: see `crossmae.data.pixels.centre_view`.
         mean, std: per channel, of pixels in 0-1; there are as many channels.
         bit_depth: 8 or 16, see `crossmae.data.images`.
     """

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from crossmae.classification.evaluation.intervals import Accuracy, accuracy_of
-from crossmae.data.sources import evenly_spaced
-from crossmae.pretraining.neighbours import check_labels, nearest, vote
+from crossmae.data.sources.subset import evenly_spaced
+from crossmae.pretraining.neighbours import nearest, vote
 
 DEFAULT_K, DEFAULT_TEMPERATURE = 20, 0.07  # of the probe while pretraining, and of DINO (arXiv 2104.14294)
 LEFT_OUT = 10_000  # training images at most that are classified by the others
@@ -60,10 +60,8 @@ def sweep(
         temperatures: see `crossmae.pretraining.neighbours.vote`.
 
     Raises:
-        ValueError: a k outside 1 .. N - 1, or labels that do not fit.
+        ValueError: a k outside 1 .. N - 1.
     """
-    check_labels("train", train, train_labels, num_classes)
-    check_labels("val", val, val_labels, num_classes)
     if not 1 <= min(ks) <= max(ks) < len(train):
         raise ValueError(f"k must be between 1 and one less than the {len(train)} training images, got {list(ks)}")
     own = torch.tensor(evenly_spaced(len(train), LEFT_OUT), device=train.device)

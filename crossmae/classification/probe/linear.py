@@ -16,7 +16,7 @@ from timm.optim import Lars
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from crossmae.data.training_images import keyed_randomness
+from crossmae.data.batches import keyed_randomness
 from crossmae.training.schedule import lr_at
 
 MOMENTUM, TRUST = 0.9, 0.001

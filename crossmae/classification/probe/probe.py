@@ -27,12 +27,12 @@ from crossmae.classification.probe.cache import Labelled, cached, data_digest, i
 from crossmae.classification.probe.config import LabelledConfig, ProbeRunConfig
 from crossmae.classification.probe.features import Opened, Views, extract, open_encoder, random_weights
 from crossmae.classification.probe.report import REACH, build_page
-from crossmae.data.sources import Source, open_source
-from crossmae.data.training_images import find_broken, published_crop_pct, refuse_broken
+from crossmae.data.broken import find_broken, refuse_broken
+from crossmae.data.pixels import published_crop_pct
+from crossmae.data.sources import Source, open_source, warn_of_overlap
 from crossmae.errors import UserError
 from crossmae.files import check_writable, make_folder, sha256, write_json
 from crossmae.pretraining.neighbours import standardize
-from crossmae.pretraining.validation import warn_of_overlap
 from crossmae.training.devices import choose_precision, open_device
 from crossmae.training.processes import find_ranks
 from crossmae.training.versions import versions
@@ -252,8 +252,8 @@ def _features(
     keys = {name: decisive | {"data": data_digest(source, name)} for name, source in sources.items()}
     missing = {name: source for name, source in sources.items() if not is_cached(cache, name, keys[name])}
     if config.data.check:
-        for source in missing.values():
-            refuse_broken(find_broken(source, range(len(source)), len(views.mean), views.bit_depth))
+        for name, source in missing.items():
+            refuse_broken(find_broken(source, range(len(source)), len(views.mean), views.bit_depth), f"data.{name}")
 
     def extracted(name: str) -> Labelled:
         where, precision, dtype = f"data.{name}", decisive["precision"], DTYPES[decisive["dtype"]]

@@ -23,7 +23,8 @@ from timm.data.auto_augment import (
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from crossmae.data.training_images import keyed_randomness, to_tensor
+from crossmae.data.batches import keyed_randomness
+from crossmae.data.pixels import to_tensor
 from crossmae.errors import UserError
 
 Policy = Callable[[Image.Image], Image.Image]

@@ -54,22 +54,15 @@ from crossmae.classification.train.config import (
 )
 from crossmae.classification.train.objective import Objective, class_weights
 from crossmae.classification.vit import Architecture, architecture_of, build_vit, load_encoder_weights, parameter_groups
-from crossmae.data.sources import Source
+from crossmae.data.batches import BatchPlan, build_loader
+from crossmae.data.broken import NEVER_REPLACED, find_broken, refuse_broken, warn_of_depth
+from crossmae.data.pixels import Normalize, published_crop_pct
+from crossmae.data.sources import Source, open_named, warn_of_overlap
 from crossmae.data.sources.subset import choose_per_class
-from crossmae.data.training_images import (
-    BatchPlan,
-    Normalize,
-    build_loader,
-    find_broken,
-    published_crop_pct,
-    refuse_broken,
-    warn_of_depth,
-)
 from crossmae.errors import UserError
 from crossmae.files import check_writable
 from crossmae.models.sizes import SIZES
 from crossmae.pretraining.start import compare_pixels
-from crossmae.pretraining.validation import NEVER_REPLACED, open_named, warn_of_overlap
 from crossmae.training.devices import describe_place
 from crossmae.training.log import NAMES, RunLog, announce_steps, describe
 from crossmae.training.loop import Callbacks, Job, check_images, train
@@ -366,7 +359,7 @@ def open_labelled(config: FinetuneConfig, ranks: Ranks) -> Labelled:
         UserError: no labels, or data.val has classes that data.train has not.
     """
     data = config.data
-    source = open_named(config, "data.train")
+    source = open_named(data.train, "data.train", data.root)
     if ranks.is_main:
         warn_of_depth(source, data.bit_depth)
     classes = find_classes(source, "data.train", data.separator)
@@ -376,7 +369,7 @@ def open_labelled(config: FinetuneConfig, ranks: Ranks) -> Labelled:
     names = read_class_names(data.class_names, classes)
     if data.val is None:
         return Labelled(source, targets, classes, names, None, None)
-    val = open_named(config, "data.val")
+    val = open_named(data.val, "data.val", data.val_root)
     val_targets = label_targets(val, "data.val", classes, data.separator)
     if data.separator is not None and not bool(val_targets.any()):
         raise UserError("data.val: no image has any label, so nothing can be evaluated")
@@ -394,7 +387,7 @@ def refuse_broken_val(val: Source, channels: int, bit_depth: int, ranks: Ranks) 
         UserError: an image is broken.
     """
     broken = find_broken(val, range(ranks.rank, len(val), ranks.world_size), channels, bit_depth)
-    refuse_broken(broken, f"data.val: repair or remove what is broken: {NEVER_REPLACED}")
+    refuse_broken(broken, "data.val", NEVER_REPLACED)
 
 
 def build_model(

@@ -1,4 +1,4 @@
-"""One config value, many kinds of data: what is there decides how it is read.
+"""One config value, many kinds of data: the files found there decide how the data set is read.
 
 | value                               | kind                                    | labels                |
 | ----------------------------------- | --------------------------------------- | --------------------- |
@@ -18,30 +18,26 @@ import logging
 import os
 from pathlib import Path
 
-from crossmae.data.images import IMAGE_SUFFIXES, find_image_names
+from crossmae.data.paths import IMAGE_SUFFIXES, find_images
 from crossmae.data.sources.hugging_face import HuggingFaceImages, is_hugging_face
-from crossmae.data.sources.idx import SUFFIXES as IDX_SUFFIXES
-from crossmae.data.sources.idx import find_idx_files, open_idx
-from crossmae.data.sources.lists import open_coco, open_csv_list, open_parquet_list, open_text_list
+from crossmae.data.sources.idx import IDX_SUFFIXES, find_idx_files, open_idx
+from crossmae.data.sources.lists import LISTS
 from crossmae.data.sources.shard_files import is_url
-from crossmae.data.sources.source import ImageFiles, Source, evenly_spaced
+from crossmae.data.sources.source import ImageFiles, Source
 from crossmae.data.sources.tar_index import PROGRESS_NAME
 from crossmae.data.sources.tar_shards import SHARD_SUFFIXES, open_shards
-from crossmae.errors import UserError
+from crossmae.errors import UserError, shorten
 
-__all__ = ["Source", "evenly_spaced", "open_source"]
+__all__ = ["LISTS", "Source", "open_named", "open_source", "warn_of_overlap"]
 
-LISTS = {
-    ".txt": open_text_list,
-    ".csv": open_csv_list,
-    ".tsv": open_csv_list,
-    ".parquet": open_parquet_list,
-    ".json": open_coco,
-}
 ACCEPTED = (
     "a folder of images, .tar shards (a folder, a file, x-*.tar, x-{000..012}.tar, or a URL of them), a .txt, .csv, "
     ".tsv or .parquet list, a COCO .json, a folder saved by Hugging Face datasets, or MNIST's idx files"
 )
+WITHOUT = {"data.val": "data.val=null"} | dict.fromkeys(
+    ("probe.train", "probe.val"), "probe.train=null probe.val=null"
+)  # the words that do without an optional data set
+MOST_NAMES = 2_000_000  # that are compared; more would take minutes
 
 log = logging.getLogger(__name__)
 
@@ -51,18 +47,18 @@ def open_source(value: str | Path, key: str, root: Path | None = None) -> Source
 
     Args:
         value: path or URL; a `Path` is always on this machine. `~` is expanded.
-        key: the config key or flag that named it, for errors.
+        key: the config key or flag of the data set, for errors.
         root: where the relative paths of a list or COCO file start; default: the list's own folder.
 
     Raises:
-        UserError: nothing there, no such kind, or the data set can not be used; names key, file and what is expected.
+        UserError: nothing there, an unknown kind, or a damaged data set; names key, file and the expected kinds.
     """
     path = Path(value).expanduser()
     opener = LISTS.get(path.suffix.lower()) if path.is_file() else None
     if opener is not None:
         return opener(path, key, root.expanduser() if root is not None else None)
     if root is not None:
-        log.info("%s: %s is no list of files, so the folder %s for relative paths is not used", key, value, root)
+        log.info("%s: %s is no list of files, so the folder %s for relative paths is unused", key, value, root)
     if path.is_dir():
         return _open_folder(path, key)
     if path.is_file() and path.name.endswith(IDX_SUFFIXES):
@@ -70,9 +66,36 @@ def open_source(value: str | Path, key: str, root: Path | None = None) -> Source
     if _names_shards(value):
         return open_shards(str(value), key)
     if path.is_file():
-        raise UserError(f"{key}: {path}: no such kind of data is known; expected {ACCEPTED}")
+        raise UserError(f"{key}: {path}: no such kind of data is known. Expected {ACCEPTED}.")
     parent = next(parent for parent in path.absolute().parents if parent.exists())
-    raise UserError(f"{key}: {path} does not exist (the nearest folder that does: {parent}); expected {ACCEPTED}")
+    raise UserError(f"{key}: {path} does not exist (the nearest folder that does: {parent}). Expected {ACCEPTED}.")
+
+
+def open_named(value: str | Path | None, key: str, root: Path | None = None) -> Source:
+    """Open the data set of a config key and log its description.
+
+    Raises:
+        UserError: see `open_source`; for optional keys with the words that do without.
+    """
+    if value is None:
+        raise UserError(f"{key}: missing. Name a data set.")
+    try:
+        source = open_source(value, key, root)
+    except UserError as error:
+        raise UserError(f"{error} To do without: {WITHOUT[key]}." if key in WITHOUT else str(error)) from None
+    log.info("%s: %s", key, source.description)
+    return source
+
+
+def warn_of_overlap(train: Source, train_key: str, val: Source, val_key: str) -> None:
+    """Warn about images of `val` whose names are in `train`."""
+    if len(train) > MOST_NAMES:
+        return
+    names = {train.name(index) for index in range(len(train))}
+    both = sum(val.name(index) in names for index in range(len(val)))
+    if both:
+        message = "%d of %d images of %s are also in %s: scores will be optimistic"
+        log.warning(message, both, len(val), val_key, train_key)
 
 
 def _names_shards(value: str | Path) -> bool:
@@ -88,18 +111,14 @@ def _open_folder(folder: Path, key: str) -> Source:
     has_shards = any(folder.glob("*.tar")) or (folder / PROGRESS_NAME).is_file()
     if has_shards and not _has_images(folder):
         return open_shards(str(folder), key)
-    paths = find_image_names(folder, key)
+    paths = find_images(folder, key)
     labels = _classes_by_folder(folder, paths)
     if labels is None:
         return ImageFiles(paths, f"{len(paths):,} images in the folder {folder}")
-    classes = sorted(set(labels))
-    empty = sorted(
-        entry.name
-        for entry in folder.iterdir()
-        if entry.is_dir() and entry.name not in classes and entry.name[0] != "."
-    )
-    if empty:
-        log.warning("%s: no image in the class folder %s: not counted as a class", folder, ", ".join(empty))
+    classes = set(labels)
+    folders = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
+    if empty := [name for name in folders if name not in classes]:
+        log.warning("%s: no image in the class folder %s: not counted as a class", folder, shorten(empty))
     return ImageFiles(paths, f"{len(paths):,} images of {len(classes):,} classes in the folder {folder}", labels)
 
 
@@ -111,10 +130,8 @@ def _has_images(folder: Path) -> bool:
 
 
 def _classes_by_folder(folder: Path, names: list[str]) -> list[str] | None:
-    """The first-level subfolder of every image, if all are in one and there are at least two."""
+    """Return each image's first-level subfolder, or None without two classes."""
     start = len(os.path.join(folder, ""))
     parts = [name[start:].partition(os.sep) for name in names]
-    if not all(separator for _, separator, _ in parts):
-        return None
-    labels = [first for first, _, _ in parts]
-    return labels if len(set(labels)) > 1 else None
+    labels = [first for first, separator, _ in parts if separator]
+    return labels if len(labels) == len(names) and len(set(labels)) > 1 else None

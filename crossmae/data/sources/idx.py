@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import math
 import zlib
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +15,18 @@ from PIL import Image
 
 from crossmae.data.sources.source import Source
 from crossmae.errors import UserError
+from crossmae.files import read_file
 
 IMAGES, LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
-SUFFIXES = (IMAGES, f"{IMAGES}.gz")
-# The names of MNIST's two splits; the last part of a config key tells which one is meant.
-SPLITS = {"train": "train", "val": "t10k"}
+IDX_SUFFIXES = (IMAGES, f"{IMAGES}.gz")
+SPLITS = {"train": "train", "val": "t10k"}  # prefix of MNIST's file by the last part of the config key
 UBYTE = 8  # the only type of these files: unsigned bytes
 GZIP = b"\x1f\x8b"
 
 
 def find_idx_files(folder: Path) -> list[Path]:
-    """The files of images in a folder, sorted; of one that is there twice, the one that is not compressed."""
-    names = {path.name for path in folder.iterdir() if path.name.endswith(SUFFIXES)}
+    """Find image files, sorted, preferring an uncompressed copy."""
+    names = {path.name for path in folder.iterdir() if path.name.endswith(IDX_SUFFIXES)}
     return sorted(folder / name for name in names if name.removesuffix(".gz") == name or name[:-3] not in names)
 
 
@@ -36,12 +34,12 @@ def open_idx(path: Path, key: str) -> IdxImages:
     """Open one split.
 
     Args:
-        path: a file of images (`train-images-idx3-ubyte.gz`), whose labels are beside it, or a folder of such files;
-            of MNIST's two, data.train takes `train-*` and data.val `t10k-*`.
-        key: the config key or flag that named it.
+        path: a file of images (`train-images-idx3-ubyte.gz`), or a folder of such files: of MNIST's two, data.train
+            takes `train-*` and data.val `t10k-*`.
+        key: the config key or flag of the data set.
 
     Raises:
-        UserError: the folder holds several and the key does not tell which one, or a file is damaged.
+        UserError: the folder holds several splits and the key does not choose one, or a file is damaged.
     """
     if path.is_file():
         return IdxImages(path, key)
@@ -50,16 +48,12 @@ def open_idx(path: Path, key: str) -> IdxImages:
     chosen = files if len(files) == 1 else [file for file in files if split and file.name.startswith(split)]
     if len(chosen) != 1:
         names = ", ".join(file.name for file in files)
-        raise UserError(f"{key}: {path} holds the images of several splits; name the file of one: {names}")
+        raise UserError(f"{key}: {path} holds the images of several splits. Name the file of one: {names}.")
     return IdxImages(chosen[0], key)
 
 
 class IdxImages(Source):
-    """The grey images of one idx file; read as PNG files, like those of every other source.
-
-    Args:
-        path: of the images.
-        key: see `open_idx`.
+    """The grey images of one idx file, whose labels are next to it, encoded as PNG files on reading.
 
     Raises:
         UserError: damaged, not of 8 bits, or not one label per image.
@@ -80,39 +74,25 @@ class IdxImages(Source):
         return len(self._images)
 
     def name(self, index: int) -> str:
-        """The file, and the image's number in it."""
         return f"{self._path}[{index}]"
 
     def read(self, index: int) -> bytes:
-        """See `Source.read`."""
         buffer = io.BytesIO()
         Image.fromarray(self._images[index]).save(buffer, format="PNG", compress_level=1)
         return buffer.getvalue()
 
-    def tail(self, index: int, length: int = 16) -> bytes:
-        """See `Source.tail`; all of the file was looked at when it was opened."""
-        return b"IEND\xaeB`\x82"[-length:]
-
-    def stamp(self, index: int) -> str:
-        """See `Source.stamp`."""
-        return f"{self._digest}:{index}"
-
-    @cached_property
-    def _digest(self) -> str:
-        return hashlib.sha256(self._images.tobytes()).hexdigest()
-
 
 def _read_array(path: Path, key: str, axes: int) -> NDArray[np.uint8]:
-    """The array of an idx file, compressed or not: two zeros, type, number of axes, sizes in big-endian, values."""
+    # The format: two zeros, type, number of axes, sizes in big-endian, values.
+    data = read_file(path, f"{key}: {path}")
     try:
-        data = path.read_bytes()
         data = gzip.decompress(data) if data.startswith(GZIP) else data
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{key}: {path}: can not be read: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"{key}: {path}: cannot be read: {error}") from error
     begin = 4 + 4 * axes
     if len(data) < begin or data[:4] != bytes([0, 0, UBYTE, axes]):
         raise UserError(f"{key}: {path}: not an idx file of unsigned bytes with {axes} axes; begins with {data[:4]!r}")
     shape: tuple[Any, ...] = tuple(np.frombuffer(data[4:begin], dtype=">u4").tolist())
     if len(data) - begin != math.prod(shape) or not len(data) - begin:
-        raise UserError(f"{key}: {path}: {len(data) - begin:,} bytes of values, its header says {shape}; get it again")
+        raise UserError(f"{key}: {path}: {len(data) - begin:,} bytes of values, its header says {shape}. Get it again.")
     return np.frombuffer(data, dtype=np.uint8, offset=begin).reshape(shape)

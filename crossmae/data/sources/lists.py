@@ -7,36 +7,31 @@ import io
 import json
 import logging
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from tqdm import tqdm
-
-from crossmae.data.images import IMAGE_SUFFIXES, MAX_NAMES
+from crossmae.data.parallel import map_in_order
+from crossmae.data.paths import IMAGE_SUFFIXES
 from crossmae.data.sources.source import ImageFiles
-from crossmae.errors import UserError, import_extra
-from crossmae.files import printable
+from crossmae.errors import UserError, import_extra, shorten
+from crossmae.files import printable, read_file
 
 PATH_COLUMNS = ("path", "image", "file_name", "filename")
 LABEL_COLUMNS = ("label", "class")
-
-# What sets the folder where relative paths start.
-ROOT_KEYS = {"data.train": "data.root", "data.val": "data.val_root", "SRC": "--root"}
+ROOT_KEYS = {"data.train": "data.root", "data.val": "data.val_root", "SRC": "--root"}  # they set the folder of a list
 
 log = logging.getLogger(__name__)
 
 
 def open_text_list(path: Path, key: str, root: Path | None) -> ImageFiles:
-    """A text file with one image a line; blank lines and lines that begin with # do not count."""
+    """Open a text file of paths, without blank lines and # comments."""
     lines = [line.strip() for line in _read_text(path, key).split("\n")]
-    names = [line for line in lines if line and not line.startswith("#")]
-    return _listed(names, None, path, key, root)
+    return _listed([line for line in lines if line and not line.startswith("#")], None, path, key, root)
 
 
 def open_csv_list(path: Path, key: str, root: Path | None) -> ImageFiles:
-    """A .csv or .tsv file whose first line names the columns; see `_columns` for which ones are used."""
+    """Open a .csv or .tsv file whose first line names the columns."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         rows = list(csv.reader(io.StringIO(_read_text(path, key), newline=""), delimiter=delimiter, strict=True))
@@ -48,44 +43,41 @@ def open_csv_list(path: Path, key: str, root: Path | None) -> ImageFiles:
     path_column, label_column = _columns(header, path, key)
     names, labels = [], []
     for number, row in enumerate(rows[1:], start=2):
-        if not row:
-            continue
-        if len(row) != len(header):
+        if row and len(row) != len(header):
             raise UserError(f"{key}: {path}, line {number}: has {len(row)} values, the header {len(header)}: {row}")
-        cells = dict(zip(header, row, strict=True))
-        names.append(cells[path_column])
-        labels.append(cells[label_column] if label_column else None)
+        if row:
+            cells = dict(zip(header, row, strict=True))
+            names.append(cells[path_column])
+            labels.append(cells[label_column] if label_column else None)
     return _listed(names, labels if label_column else None, path, key, root, header)
 
 
 def open_parquet_list(path: Path, key: str, root: Path | None) -> ImageFiles:
-    """A .parquet file with the same columns as a CSV list."""
+    """Open a .parquet file with the same columns as a CSV list."""
     parquet = import_extra("pyarrow.parquet", f"{key}: {path}")
     try:
         schema = parquet.read_schema(path)
         path_column, label_column = _columns(schema.names, path, key)
         table = parquet.read_table(path, columns=[path_column] + ([label_column] if label_column else []))
-    except OSError as error:  # ArrowInvalid is one of ValueError
-        raise UserError(f"{key}: {path}: can not be read: {error}") from error
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{key}: {path}: not a whole Parquet file: {error}") from error
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise UserError(f"{key}: {path}: not a whole Parquet file, or it cannot be read: {error}") from error
     names = table[path_column].to_pylist()
     if any(name is not None and not isinstance(name, str) for name in names):
         kind = str(schema.field(path_column).type)
         raise UserError(
-            f"{key}: {path}: column {path_column!r} holds {kind}, expected paths; images inside Parquet files "
-            "are read once the library datasets saved them: load_dataset('parquet', data_files=...).save_to_disk(...)"
+            f"{key}: {path}: column {path_column!r} holds {kind}, expected paths. Images inside Parquet files are read "
+            "once the library datasets has saved them: load_dataset('parquet', data_files=...).save_to_disk(...)."
         )
-    labels = None
-    if label_column:
-        labels = [None if label is None else str(label) for label in table[label_column].to_pylist()]
+    labels = (
+        [None if label is None else str(label) for label in table[label_column].to_pylist()] if label_column else None
+    )
     return _listed(names, labels, path, key, root, schema.names)
 
 
 def open_coco(path: Path, key: str, root: Path | None) -> ImageFiles:
-    """The images of a JSON file in COCO format, without labels, so that one data set serves both stages."""
+    """Open the images of a COCO file, without labels."""
     try:
         content = json.loads(_read_text(path, key))
     except json.JSONDecodeError as error:
@@ -93,44 +85,49 @@ def open_coco(path: Path, key: str, root: Path | None) -> ImageFiles:
     entries = content.get("images") if isinstance(content, dict) else None
     if not isinstance(entries, list):
         raise UserError(f'{key}: {path}: expected COCO annotations, a mapping with a list "images"')
-    names = [_coco_name(entry, index, path, key) for index, entry in enumerate(entries)]
+    names = [_coco_name(entry, f"{key}: {path}: images[{index}]") for index, entry in enumerate(entries)]
     unique = list(dict.fromkeys(names))
     if len(unique) < len(names):
         log.info("%s: %s entries name an image again; each image counts once", path, f"{len(names) - len(unique):,}")
     return _listed(unique, None, path, key, root)
 
 
+LISTS: dict[str, Callable[[Path, str, Path | None], ImageFiles]] = {
+    ".txt": open_text_list,
+    ".csv": open_csv_list,
+    ".tsv": open_csv_list,
+    ".parquet": open_parquet_list,
+    ".json": open_coco,
+}
+
+
 def _read_text(path: Path, key: str) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{key}: {path}: can not be read: {error.strerror}") from error
+        return read_file(path, f"{key}: {path}").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{key}: {path}: not a text file in UTF-8: {error}") from error
 
 
 def _columns(names: Sequence[str], path: Path, key: str) -> tuple[str, str | None]:
-    """The column of paths - the first of PATH_COLUMNS, else the only one - and that of labels, if any."""
+    """Find the column of paths and, if any, of labels."""
     label = next((name for name in LABEL_COLUMNS if name in names), None)
-    chosen = next((name for name in PATH_COLUMNS if name in names), None)
+    others = [name for name in names if name != label]
+    chosen = next((name for name in PATH_COLUMNS if name in names), others[0] if len(others) == 1 else None)
     if chosen is None:
-        others = [name for name in names if name != label]
-        if len(others) != 1:
-            raise UserError(
-                f"{key}: {path}: no column {', '.join(PATH_COLUMNS[:-1])} or {PATH_COLUMNS[-1]}; its columns: "
-                f"{', '.join(names) or 'none'}"
-            )
-        chosen = others[0]
+        raise UserError(
+            f"{key}: {path}: no column {', '.join(PATH_COLUMNS[:-1])} or {PATH_COLUMNS[-1]}; its columns: "
+            f"{', '.join(names) or 'none'}"
+        )
     return chosen, label
 
 
-def _coco_name(entry: Any, index: int, path: Path, key: str) -> str:
+def _coco_name(entry: Any, where: str) -> str:
     name = entry.get("file_name") if isinstance(entry, dict) else None
     if not isinstance(name, str) or not name:
-        raise UserError(f"{key}: {path}: images[{index}]: file_name must be text, got {name!r}")
+        raise UserError(f"{where}: file_name must be text, got {name!r}")
     parts = PurePosixPath(name)
     if parts.is_absolute() or PureWindowsPath(name).is_absolute() or ".." in parts.parts:
-        raise UserError(f"{key}: {path}: images[{index}]: file_name {name!r} leads out of the image folder")
+        raise UserError(f"{where}: file_name {name!r} leads out of the image folder")
     return name
 
 
@@ -142,30 +139,22 @@ def _listed(
     root: Path | None,
     columns: Sequence[str] = (),
 ) -> ImageFiles:
-    """The files of a list, made sure that they are there."""
+    """Build the source of a list once all its files are found."""
     folder = root or path.parent
     if root is not None and not root.is_dir():
         raise UserError(f"{ROOT_KEYS.get(key, key)}: {root} is not a folder")
     if not names:
         raise UserError(f"{key}: {path} names no image")
-    paths = []
-    for number, name in enumerate(names, start=1):
-        if not name:
-            raise UserError(f"{key}: {path}: image {number} of {len(names)} has an empty path")
-        paths.append(folder / name)
-    missing = _missing(paths)
-    if missing:
-        shown = ", ".join(map(printable, missing[:MAX_NAMES])) + (", ..." if len(missing) > MAX_NAMES else "")
+    paths = [folder / name for name in names if name]
+    if len(paths) < len(names):
+        number = next(number for number, name in enumerate(names, start=1) if not name)
+        raise UserError(f"{key}: {path}: image {number} of {len(names)} has an empty path")
+    found = map_in_order(os.path.isfile, paths, bar="find images")
+    if missing := [printable(path) for path, is_there in zip(paths, found, strict=True) if not is_there]:
         advice = f"set {ROOT_KEYS[key]}=FOLDER" if key in ROOT_KEYS else "write absolute paths"
         raise UserError(
-            f"{key}: {path}: {len(missing):,} of {len(paths):,} images are not there: {shown}; relative paths start at "
-            f"{folder}: if that is the wrong folder, {advice}"
+            f"{key}: {path}: {len(missing):,} of {len(paths):,} images are not there: {shorten(missing)}. Relative "
+            f"paths start at {folder}: if that is the wrong folder, {advice}."
         )
     shown = f" (columns {', '.join(columns)})" if columns else ""
     return ImageFiles(paths, f"{len(paths):,} images in the list {path}{shown}", labels)
-
-
-def _missing(paths: Sequence[Path]) -> list[Path]:
-    with ThreadPoolExecutor(max_workers=16) as pool:  # network disks answer slowly, but many at once
-        found = tqdm(pool.map(os.path.isfile, paths), "find images", len(paths), leave=False, unit="img")
-        return [path for path, is_there in zip(paths, found, strict=True) if not is_there]

@@ -1,9 +1,8 @@
-"""Where shards are: paths, globs and brace lists, on this machine or behind any URL that fsspec knows."""
+"""Shard files by paths, globs and brace lists, on this machine or behind any URL that fsspec knows."""
 
 from __future__ import annotations
 
 import glob
-import itertools
 import logging
 import os
 import re
@@ -15,23 +14,14 @@ from typing import Any, BinaryIO, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from crossmae.data.paths import match_pattern
 from crossmae.errors import UserError
 
 MAX_OPEN = 128  # files per process; the usual limit of the system is 1,024
 PAUSES = (1.0, 2.0, 4.0)  # seconds between the tries of a remote read: a run must outlast a hiccup of the network
 
 # Entries of fsspec's file information that change when a file does; every file system has some of them.
-CHANGE_MARKS = (
-    "ETag",
-    "etag",
-    "md5Hash",
-    "Content-MD5",
-    "generation",
-    "LastModified",
-    "Last-Modified",
-    "mtime",
-    "created",
-)
+MARKS = ("ETag", "etag", "md5Hash", "Content-MD5", "generation", "LastModified", "Last-Modified", "mtime", "created")
 
 T = TypeVar("T")
 
@@ -54,29 +44,29 @@ class StoredFile:
 
     @property
     def identity(self) -> str:
-        """The same for the same file however it was named, so far as that can be told."""
+        """One text per file, however it was named, as far as possible."""
         if not self.url:
             return os.path.realpath(self.path)
         return f"{self.url} {self.path}" if "::" in self.url else self.name
 
     def inside(self, name: str) -> StoredFile:
-        """The file `name` in this folder."""
+        """Return the file `name` in this folder."""
         return StoredFile(f"{self.name.rstrip('/')}/{name}", f"{self.path.rstrip('/')}/{name}", self.url)
 
     def sibling(self, name: str) -> StoredFile:
-        """The file `name` in the same folder."""
+        """Return the file `name` in the same folder."""
         folder, slash, own = self.path.rpartition("/")
         shown = self.name.removesuffix(own)
         return StoredFile(f"{shown}{name}", f"{folder}{slash}{name}", self.url)
 
 
 def is_url(value: str) -> bool:
-    """Whether fsspec has to open it: `protocol://...`, or several such chained with `::`."""
+    """Recognise `protocol://...`, or several chained with `::`."""
     return "://" in value or "::" in value
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a{0..2}` to a0, a1, a2; `{08..11}` keeps the zeros; `{x,y}` to x, y. Without braces: the pattern alone."""
+    """Expand `a{0..2}`, `{08..11}` with its zeros, and `{x,y}`."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
         return [pattern]
@@ -87,28 +77,24 @@ def expand_braces(pattern: str) -> list[str]:
     else:
         choices = match[1].split(",")
     before, after = pattern[: match.start()], pattern[match.end() :]
-    return list(itertools.chain.from_iterable(expand_braces(f"{before}{choice}{after}") for choice in choices))
+    return [name for choice in choices for name in expand_braces(f"{before}{choice}{after}")]
 
 
 def find_files(pattern: str, key: str) -> list[StoredFile]:
-    """The files that a path, URL, glob or brace list names; globs sorted, braces in their order.
+    """List the files of a path, URL, sorted glob or brace list.
 
     Raises:
-        UserError: a glob that nothing matches, or a file system that fsspec does not know.
+        UserError: a glob without a match, or a file system that fsspec does not know.
     """
-    files: list[StoredFile] = []
-    for one in [pattern] if os.path.exists(pattern) else expand_braces(pattern):
-        found = _glob(one, key)
-        if not found:
-            raise UserError(f"{key}: no file matches {one}")
-        files += found
+    patterns = [pattern] if os.path.exists(pattern) else expand_braces(pattern)
+    files = [file for one in patterns for file in _glob(one, key)]
     if not files:
         raise UserError(f"{key}: {pattern} names no file: its range is empty")
     return files
 
 
 def locate(value: str, key: str) -> StoredFile:
-    """The one file or folder of a path or URL, whether it is there or not.
+    """Locate the file or folder of a path or URL.
 
     Raises:
         UserError: a file system that fsspec does not know.
@@ -127,13 +113,16 @@ def _glob(pattern: str, key: str) -> list[StoredFile]:
     if not glob.has_magic(place.path) or (not place.url and os.path.exists(place.path)):
         return [place]
     if not place.url:
-        return [StoredFile(path, path) for path in sorted(glob.glob(place.path, recursive=True))]
+        return [StoredFile(path, path) for path in match_pattern(place.path, key)]
     filesystem, path = open_filesystem(pattern, key)
-    return [StoredFile(str(filesystem.unstrip_protocol(one)), one, pattern) for one in sorted(filesystem.glob(path))]
+    found = [StoredFile(str(filesystem.unstrip_protocol(one)), one, pattern) for one in sorted(filesystem.glob(path))]
+    if not found:
+        raise UserError(f"{key}: no file matches {pattern}")
+    return found
 
 
 def open_filesystem(url: str, key: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path in it. fsspec keeps one per process and URL.
+    """Open the file system of a URL, cached by fsspec.
 
     Raises:
         UserError: unknown protocol, or its package is not installed.
@@ -146,20 +135,20 @@ def open_filesystem(url: str, key: str) -> tuple[Any, str]:
 
 
 def change_marks(file: StoredFile) -> dict[str, str]:
-    """The file's size, under "bytes", and what else changes when it does.
+    """Return the size, as "bytes", and other marks of changes.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: no such file.
     """
     if not file.url:
         status = os.stat(file.path)
         return {"bytes": str(status.st_size), "mtime": str(status.st_mtime_ns)}
     info = _patiently(lambda: open_filesystem(file.url, file.name)[0].info(file.path), file.name)
-    return {"bytes": str(info["size"]), **{mark: str(info[mark]) for mark in CHANGE_MARKS if mark in info}}
+    return {"bytes": str(info["size"]), **{mark: str(info[mark]) for mark in MARKS if mark in info}}
 
 
 def open_file(file: StoredFile) -> BinaryIO:
-    """The file, open for reading."""
+    """Open a file for reading."""
     if not file.url:
         return open(file.path, "rb")
     opened: BinaryIO = open_filesystem(file.url, file.name)[0].open(file.path, "rb")
@@ -167,7 +156,7 @@ def open_file(file: StoredFile) -> BinaryIO:
 
 
 def read_small(file: StoredFile) -> bytes | None:
-    """The whole file, or None if there is none or it may not be read."""
+    """Read a whole file, or None if missing or forbidden."""
     try:
         if not file.url:
             with open(file.path, "rb") as opened:
@@ -179,9 +168,9 @@ def read_small(file: StoredFile) -> bytes | None:
 
 
 class RangeReader:
-    """Reads pieces of files, from many threads; keeps the latest files of this machine open.
+    """A reader of pieces of files, for many threads, that keeps the latest files of this machine open.
 
-    A pickled copy opens them anew. There is no lock that a fork could leave locked: each step on the dict is atomic.
+    A pickled copy opens them again. There is no lock that a fork could leave locked: each step on the dict is atomic.
     """
 
     def __init__(self) -> None:
@@ -191,13 +180,13 @@ class RangeReader:
         return RangeReader, ()
 
     def read(self, file: StoredFile, start: int, size: int) -> bytes:
-        """Bytes `start` .. `start + size` - 1, fewer where the file ends.
+        """Read at most `size` bytes from `start`.
 
         Raises:
-            OSError: and whatever else the file system raises.
+            OSError: or any error of the file system's library.
         """
         if not file.url:
-            descriptor = self._descriptor(file.path)  # held until it is read, though another thread may let go of it
+            descriptor = self._descriptor(file.path)  # kept alive, because another thread may clear the dict
             return os.pread(descriptor.number, size, start)
         filesystem = open_filesystem(file.url, file.name)[0]
         data: bytes = _patiently(lambda: filesystem.cat_file(file.path, start=start, end=start + size), file.name)

@@ -1,10 +1,10 @@
-"""Packing any source into tar shards in WebDataset layout, so that a kill loses at most one shard.
+"""Pack any source into tar shards in WebDataset layout, so that a kill loses at most one shard.
 
 A folder of shards holds
 
     shard-000000.tar ...   members KEY.jpg (or .png, ...), KEY.cls with the class index, and KEY.json with the name,
                            class, width and height of the original; KEY is the index of the image in its source
-    index.json             settings, classes, and per shard size, SHA-256 and where its images are; written last
+    index.json             settings, classes, and per shard size, SHA-256 and places of its images; written last
     progress.jsonl         the same, line by line, as long as shards are missing
     broken.txt             images that were left out, one a line with the reason, if there are any
 
@@ -20,16 +20,13 @@ import logging
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import PIL
-from tqdm import tqdm
 
-from crossmae.data.images import MAX_NAMES
 from crossmae.data.parallel import map_in_order
 from crossmae.data.sources.shard_files import StoredFile
 from crossmae.data.sources.shrink import keep, shrink
@@ -42,7 +39,7 @@ from crossmae.data.sources.tar_index import (
     scan_shard,
     shard_entry,
 )
-from crossmae.errors import UserError
+from crossmae.errors import UserError, shorten
 from crossmae.files import make_folder, sha256, write_atomically, write_text
 
 BROKEN_NAME = "broken.txt"
@@ -52,7 +49,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """What decides the bytes of shards; `short_side` in pixels, `quality` of JPEG. Out of range: UserError."""
+    """The settings that decide the bytes of shards: `short_side` in pixels, `quality` of JPEG."""
 
     short_side: int = 256
     quality: int = 90
@@ -65,41 +62,24 @@ class ShardSettings:
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if not low <= value <= high:
-                raise UserError(f"--{name.replace('_', '-')} {value}: give a number from {low} to {high:,}")
+                raise UserError(
+                    f"--{name.replace('_', '-')} {value}: out of range. Give a number from {low} to {high:,}."
+                )
 
 
-@dataclass(frozen=True)
-class Made:
-    """What there is after a run.
-
-    Attributes:
-        images: in the shards.
-        broken: left out.
-        shards: in all.
-        kept: of these, made by an earlier run.
-        source_bytes, bytes: of the originals, and of the shards.
-    """
-
-    images: int
-    broken: int
-    shards: int
-    kept: int
-    source_bytes: int
-    bytes: int
-
-
-def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: int) -> Made:
-    """Write the shards of a source, or those of them that are missing or damaged.
+def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: int) -> tuple[FolderIndex, int]:
+    """Write the shards of a source that are missing or damaged.
 
     Args:
-        source: the images.
-        folder: empty, new, or holding shards of the same source and settings.
-        settings: see there.
+        folder: empty, new, or with shards of the same source and settings.
         threads: that read, resize and encode.
+
+    Returns:
+        The index of all shards, and the number of shards that an earlier run had made.
 
     Raises:
         UserError: an image is broken (unless settings.skip_broken), the folder holds something else or shards with
-            other settings, or it can not be written.
+            other settings, or it cannot be written.
     """
     make_folder(folder, "DST")
     wanted = _describe(source, settings)
@@ -113,23 +93,17 @@ def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: 
         write_text(folder / PROGRESS_NAME, "\n".join(lines) + "\n")
         (folder / INDEX_NAME).unlink(missing_ok=True)
         _make_missing(source, folder, settings, threads, missing, done)
-        _finish(folder, FolderIndex(wanted, source.classes, {name: done[name] for name in sorted(done)}))
-    entries = list(done.values())
-    return Made(
-        images=sum(len(entry["names"]) for entry in entries),
-        broken=sum(len(entry["broken"]) for entry in entries),
-        shards=len(entries),
-        kept=kept,
-        source_bytes=sum(entry["source_bytes"] for entry in entries),
-        bytes=sum(entry["bytes"] for entry in entries),
-    )
+    index = FolderIndex(wanted, source.classes, dict(sorted(done.items())))
+    if not (folder / INDEX_NAME).is_file():
+        _finish(folder, index)
+    return index, kept
 
 
 def verify_shards(folder: Path) -> int:
-    """Compare every shard with the SHA-256 in `index.json`; returns how many there are.
+    """Compare every shard with the SHA-256 in `index.json`, and count the shards.
 
     Raises:
-        UserError: no index, or shards that are missing or not as they were written; names them.
+        UserError: no index, or shards that are missing or changed; names them.
     """
     index = read_folder_index(_stored(folder / INDEX_NAME))
     if index is None:
@@ -138,24 +112,20 @@ def verify_shards(folder: Path) -> int:
     good = _unchanged(folder, list(index.shards.values()))
     bad = [name for name in index.shards if name not in good]
     if bad:
-        shown = ", ".join(bad[:MAX_NAMES]) + (", ..." if len(bad) > MAX_NAMES else "")
         raise UserError(
-            f"{folder}: {len(bad):,} of {len(index.shards):,} shards are missing or not as they were written: {shown}; "
-            "make them again with the same command as before"
+            f"{folder}: {len(bad):,} of {len(index.shards):,} shards are missing or changed: {shorten(bad)}. "
+            "Make them again with the same command as before."
         )
     return len(index.shards)
 
 
 def shard_name(number: int) -> str:
-    """File name of a shard."""
+    """Return the file name of a shard."""
     return f"shard-{number:06d}.tar"
 
 
-# ---------------------------------------------------------------------------------------------- what is there already
-
-
 def _describe(source: Source, settings: ShardSettings) -> dict[str, Any]:
-    """Everything that two runs must have in common, and versions, which they should."""
+    """Describe the settings and versions that two runs must share."""
     names = hashlib.sha256("\n".join(map(source.name, range(len(source)))).encode(errors="surrogateescape"))
     chosen = asdict(settings)
     if settings.keep_original:
@@ -165,33 +135,33 @@ def _describe(source: Source, settings: ShardSettings) -> dict[str, Any]:
 
 
 def _complete_shards(folder: Path, wanted: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Entries of the shards of an earlier run, by file name, less those that are damaged."""
+    """Read the entries of an earlier run's whole shards, by file name."""
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink()  # of a run that was killed while it wrote
     earlier = read_folder_index(_stored(folder / INDEX_NAME)) or _read_progress(folder / PROGRESS_NAME)
     if earlier is None:
         others = sorted(entry.name for entry in folder.iterdir())
         if others:
-            raise UserError(f"DST: {folder} holds something else ({', '.join(others[:MAX_NAMES])}); give a new folder")
+            raise UserError(f"DST: {folder} holds something else ({shorten(others)}). Give a new folder.")
         return {}
     for key, value in wanted.items():
         if earlier.settings.get(key) == value:
             continue
         was = f"{key} was {earlier.settings.get(key)!r}, now {value!r}"
         if key == "skip_broken":
-            continue  # what is packed already had nothing broken, or has left it out
+            continue  # shards that are packed had nothing broken, or have left it out
         if key != "pillow":
-            raise UserError(f"DST: {folder} holds shards with other settings: {was}; give a new folder")
-        log.warning("%s: %s; shards made now may differ in their bytes from those made then", folder, was)
+            raise UserError(f"DST: {folder} holds shards with other settings: {was}. Give a new folder.")
+        log.warning("%s: %s; new shards may differ in their bytes from earlier ones", folder, was)
     good = _unchanged(folder, list(earlier.shards.values()))
     for name in earlier.shards:
         if name not in good:
-            log.warning("%s: missing or not as it was written; made again", folder / name)
+            log.warning("%s: missing or changed: made again", folder / name)
     return good
 
 
 def _read_progress(path: Path) -> FolderIndex | None:
-    """What `progress.jsonl` says, up to a line that a kill has torn."""
+    """Read `progress.jsonl`, up to a line that a kill has torn."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -209,23 +179,19 @@ def _read_progress(path: Path) -> FolderIndex | None:
 
 
 def _unchanged(folder: Path, entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The entries whose shard has the size and SHA-256 that it was written with."""
+    """Filter the entries whose shard still has its size and SHA-256."""
 
     def is_unchanged(entry: dict[str, Any]) -> bool:
         path = folder / entry["file"]
         return path.is_file() and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        checks = tqdm(pool.map(is_unchanged, entries), "check shards", len(entries), leave=False, unit="shard")
-        return {entry["file"]: entry for entry, good in zip(entries, checks, strict=True) if good}
-
-
-# ------------------------------------------------------------------------------------------------------------ writing
+    checks = map_in_order(is_unchanged, entries, min(8, os.cpu_count() or 1), bar="check shards")
+    return {entry["file"]: entry for entry, good in zip(entries, checks, strict=True) if good}
 
 
 @dataclass(frozen=True)
 class _Packed:
-    """One image on its way into a shard, or, without files, the reason why it is left out."""
+    """One image on its way into a shard, or, without files, the reason to leave it out."""
 
     files: dict[str, bytes]
     label: int | None
@@ -241,26 +207,22 @@ def _make_missing(
     missing: Sequence[int],
     done: dict[str, dict[str, Any]],
 ) -> None:
-    """Write the shards with these numbers, in order; each goes to `done` and the progress file when it is safe."""
+    """Write shards, and record each in `done` and the progress file."""
     size = settings.images_per_shard
     spans = [range(number * size, min((number + 1) * size, len(source))) for number in missing]
-    total = sum(map(len, spans))
-    packed = map_in_order(
-        lambda index: _pack(source, index, settings), (index for span in spans for index in span), threads
-    )
-    with tqdm(packed, "make shards", total, unit="img") as bar, open(folder / PROGRESS_NAME, "a") as progress:
-        images = iter(bar)
+    indices = [index for span in spans for index in span]
+    images = map_in_order(lambda index: _pack(source, index, settings), indices, threads, bar="make shards")
+    with open(folder / PROGRESS_NAME, "a") as progress:
         for number, span in zip(missing, spans, strict=True):
             entry = _write_shard(folder / shard_name(number), islice(images, len(span)))
             done[entry["file"]] = entry
             progress.write(json.dumps(entry) + "\n")
             progress.flush()
             os.fsync(progress.fileno())
-        next(images, None)  # lets the bar see the end
 
 
 def _pack(source: Source, index: int, settings: ShardSettings) -> _Packed:
-    data, name = source.read(index), source.name(index)  # a file that can not be opened may be there tomorrow
+    data, name = source.read(index), source.name(index)  # a file that cannot be opened may be there tomorrow
     label = source.label(index) if source.classes else None
     try:
         image = (
@@ -268,17 +230,16 @@ def _pack(source: Source, index: int, settings: ShardSettings) -> _Packed:
         )
     except UserError as error:
         if not settings.skip_broken:
-            raise UserError(f"{error}; --skip-broken leaves such images out and lists them") from None
+            raise UserError(f"{error}. --skip-broken leaves such images out and lists them.") from None
         return _Packed({}, label, len(data), str(error))
-    about: dict[str, Any] = {"name": name}
-    if label is not None:
-        about["label"] = source.classes[label]
-    if image.size is not None:
-        about["width"], about["height"] = image.size
     key = f"{index:09d}"
+    about: dict[str, Any] = {"name": name}
     files = {f"{key}{image.suffix}": image.data}
     if label is not None:
+        about["label"] = source.classes[label]
         files[f"{key}.cls"] = str(label).encode()
+    if image.size is not None:
+        about |= dict(zip(("width", "height"), image.size, strict=True))
     files[f"{key}.json"] = json.dumps(about).encode()
     return _Packed(files, label, len(data))
 
@@ -291,7 +252,7 @@ def _write_shard(path: Path, images: Iterator[_Packed]) -> dict[str, Any]:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
             for image in images:
                 for name, data in image.files.items():
-                    member = tarfile.TarInfo(name)  # of nobody, from 1970: the same bytes on every machine
+                    member = tarfile.TarInfo(name)  # no owner, from 1970: the same bytes on every machine
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
                 seen.append(_Packed({}, image.label, image.source_bytes, image.broken))
@@ -308,7 +269,7 @@ def _write_shard(path: Path, images: Iterator[_Packed]) -> dict[str, Any]:
 def _finish(folder: Path, index: FolderIndex) -> None:
     broken = [message for entry in index.shards.values() for message in entry["broken"]]
     if not any(entry["names"] for entry in index.shards.values()):
-        raise UserError(f"none of the images can be read; the first: {broken[0]}")
+        raise UserError(f"SRC: no image can be read; the first: {broken[0]}")
     if broken:
         write_text(folder / BROKEN_NAME, "\n".join(broken) + "\n")
     write_text(folder / INDEX_NAME, index.to_json() + "\n")

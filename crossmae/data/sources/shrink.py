@@ -2,11 +2,11 @@
 
 | file                                                  | becomes                                                    |
 | ----------------------------------------------------- | ---------------------------------------------------------- |
-| short side at most as asked, and upright              | stays as it is, byte for byte                              |
+| short side within the limit, and upright              | stays, byte for byte                                       |
 | 8 bits                                                | JPEG, grey or RGB; palette, transparency and CMYK: see     |
 |                                                       | crossmae/data/images.py                                    |
 | grey of 16 bits or floating point                     | PNG of 16 bits                                             |
-| colour of 16 bits, other numbers of channels          | an error: pack the files as they are                       |
+| colour of 16 bits, other numbers of channels          | an error: pack the originals                               |
 
 Nothing is enlarged. Orientation is applied; EXIF data and colour profiles, which training does not use, are dropped.
 """
@@ -22,10 +22,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from crossmae.data.images import IMAGE_SUFFIXES, decode_image, is_deep
+from crossmae.data.images import decode_image, is_deep
+from crossmae.data.paths import IMAGE_SUFFIXES
 from crossmae.errors import UserError
 
-SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "PPM": ".ppm"}
+SUFFIX_OF = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "BMP": ".bmp",
+    "TIFF": ".tif",
+    "PPM": ".ppm",
+}
 TIFF = (b"II", b"MM")
 
 
@@ -45,27 +54,24 @@ class Encoded:
 
 
 def shrink(data: bytes, name: str, short_side: int, quality: int) -> Encoded:
-    """Bring an image to a short side of at most `short_side` pixels, its aspect kept.
+    """Shrink an image to a short side of at most `short_side` pixels.
 
     Args:
         data: the encoded original.
         name: for errors.
-        short_side: pixels.
         quality: of the JPEG, 1-100.
 
     Raises:
-        UserError: not a readable image, or of a kind that has no rule; names it.
+        UserError: not a readable image, or of a kind without a rule; names it.
     """
-    header = _Header.read(data)
-    if header is None and data[:2] not in TIFF:
-        decode_image(data, name)  # says what is wrong
+    header = _Header.read(data, name)
     if header is None or header.is_deep_colour:
-        raise UserError(f"{name}: 16-bit colour and many channels can not be resized; use --keep-original")
+        raise UserError(f"{name}: 16-bit colour and many channels cannot be resized. Use --keep-original.")
     is_deep = header.mode.startswith(("I", "F"))
     pixels = decode_image(data, name, 1 if is_deep or header.mode in ("1", "L") else 3, 16 if is_deep else 8)
     width, height = _size(pixels)
-    if min(width, height) <= short_side and header.is_upright and header.format in SUFFIXES:
-        return Encoded(data, SUFFIXES[header.format], (width, height))
+    if min(width, height) <= short_side and header.is_upright and header.format in SUFFIX_OF:
+        return Encoded(data, SUFFIX_OF[header.format], (width, height))
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels[..., 0])
     scale = short_side / min(width, height)
     if scale < 1:
@@ -80,21 +86,19 @@ def shrink(data: bytes, name: str, short_side: int, quality: int) -> Encoded:
 
 
 def keep(data: bytes, name: str) -> Encoded:
-    """The image as it is, once it is certain to be whole.
+    """Check that an image is whole, and keep its bytes.
 
     Raises:
         UserError: not a readable image, or of no kind that training reads; names it.
     """
-    header, size = _Header.read(data), None
-    if header is None and data[:2] not in TIFF:
-        decode_image(data, name)  # says what is wrong
+    header, size = _Header.read(data, name), None
     if header is not None and not header.is_deep_colour:
         size = _size(decode_image(data, name))
     suffix = PurePosixPath(name).suffix.lower()
     if suffix not in IMAGE_SUFFIXES:
-        suffix = SUFFIXES.get(header.format, "") if header is not None else ".tif"
+        suffix = SUFFIX_OF.get(header.format, "") if header is not None else ".tif"
     if not suffix:
-        raise UserError(f"{name}: files of this kind are not packed as they are; expected {', '.join(SUFFIXES)}")
+        raise UserError(f"{name}: files of this kind are not packed unchanged. Expected {', '.join(SUFFIX_OF)}.")
     return Encoded(data, suffix, size)
 
 
@@ -104,7 +108,7 @@ def _size(pixels: Image.Image | NDArray[Any]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Header:
-    """What the first bytes of a file say."""
+    """The header of an image file."""
 
     format: str
     mode: str
@@ -112,8 +116,8 @@ class _Header:
     is_deep_colour: bool
 
     @classmethod
-    def read(cls, data: bytes) -> _Header | None:
-        """None where Pillow can not open it."""
+    def read(cls, data: bytes, name: str) -> _Header | None:
+        """Read the header, or None of a TIFF unknown to Pillow."""
         try:
             with Image.open(io.BytesIO(data)) as image:
                 upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
@@ -121,4 +125,6 @@ class _Header:
                 deep = not image.mode.startswith(("I", "F")) and is_deep(data)
                 return cls(image.format or "", image.mode, upright, deep)
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):
+            if data[:2] not in TIFF:
+                decode_image(data, name)  # reports the fault
             return None

@@ -1,4 +1,4 @@
-"""What every kind of data looks like from outside: encoded images by their index, with labels where there are any."""
+"""The face of every kind of data: encoded images by their index, with labels where there are any."""
 
 from __future__ import annotations
 
@@ -13,17 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossmae.errors import UserError
-from crossmae.files import printable
+from crossmae.files import printable, read_file
 
 log = logging.getLogger(__name__)
 
 
 class PackedStrings:
-    """A long list of strings in two arrays: a list of objects would be copied into every worker by reference counting.
-
-    Args:
-        strings: any, also file names that are not valid UTF-8.
-    """
+    """A long list of strings in two arrays: reference counting would copy a list of objects into every worker."""
 
     def __init__(self, strings: Iterable[str]) -> None:
         encoded = [os.fsencode(string) for string in strings]
@@ -39,9 +35,9 @@ class PackedStrings:
 
 
 class Source(ABC):
-    """Images of one data set, any of them by its index 0 .. len - 1, in any process.
+    """Images of one data set by their index 0 .. len - 1, in any process.
 
-    Copies of it go to the workers of a loader, so it holds no open file when it is pickled.
+    Copies of a source go to the workers of a loader, so it holds no open file when it is pickled.
 
     Attributes:
         description: for the log, such as "1,600 images in the folder X".
@@ -60,33 +56,33 @@ class Source(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What a message calls the sample: a path, or `shard.tar/key.jpg`."""
+        """Name the sample for messages: a path, or `shard.tar/key.jpg`."""
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """The encoded file.
+        """Read the encoded file.
 
         Raises:
-            UserError: it can not be read; names the sample.
+            UserError: the file cannot be read; names the sample.
         """
 
     def tail(self, index: int, length: int = 16) -> bytes:
-        """The last bytes of the encoded file, which tell whether it is whole; b"" where it can not be read."""
+        """Read the last bytes of the file, or b"" if unreadable."""
         try:
             return self.read(index)[-length:]
         except UserError:
             return b""
 
     def stamp(self, index: int) -> str:
-        """What changes whenever the sample does, told as cheaply as the source can; here by its contents.
+        """Return a text that changes whenever the sample does.
 
         Raises:
-            UserError: it can not be read.
+            UserError: the sample cannot be read.
         """
         return hashlib.sha256(self.read(index)).hexdigest()
 
     def label(self, index: int) -> int:
-        """The sample's class as a position in `classes`.
+        """Return the sample's class as a position in `classes`.
 
         Raises:
             UserError: the source has no labels.
@@ -95,27 +91,27 @@ class Source(ABC):
             if self._unlabelled:
                 raise UserError(
                     f"{self.description}: {len(self._unlabelled):,} of them have no label, the first is "
-                    f"{printable(self.name(self._unlabelled[0]))}; label or remove them"
+                    f"{printable(self.name(self._unlabelled[0]))}. Label or remove them."
                 )
             raise UserError(
-                f"{self.description} have no labels; labels come from a folder with one subfolder per class, a list "
-                "with a column `label` or `class`, tar shards with a .cls or .json beside every image, or a Hugging "
-                "Face data set with a ClassLabel column"
+                f"{self.description} have no labels. Labels come from a folder with one subfolder per class, a list "
+                "with a column `label` or `class`, tar shards with a .cls or .json next to every image, or a Hugging "
+                "Face data set with a ClassLabel column."
             )
         return int(self._labels[index])
 
     def labels(self) -> NDArray[np.int64]:
-        """(N,) classes of all samples; errors as `label`."""
+        """Return the classes (N,) of all samples, or raise like `label`."""
         self.label(0)
         assert self._labels is not None
         return self._labels
 
     def use_labels(self, texts: Sequence[str | None], order: Sequence[str] = ()) -> None:
-        """Take one label per sample, or none at all where any is missing, which the log then says.
+        """Take one label per sample, or warn and take none.
 
         Args:
             texts: a label per sample.
-            order: all classes, if it is known; else those that occur, sorted, whole numbers by their value.
+            order: all classes, if their order is known; else the labels are sorted, whole numbers by their value.
         """
         labelled = [text for text in texts if text]
         if len(labelled) < len(texts):
@@ -156,29 +152,20 @@ class ImageFiles(Source):
         return len(self._paths)
 
     def name(self, index: int) -> str:
-        """The path."""
         return self._paths[index]
 
     def read(self, index: int) -> bytes:
-        """See `Source.read`."""
-        path = self.name(index)
-        try:
-            with open(path, "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise UserError(f"{printable(path)}: can not be read: {error.strerror}") from error
+        return read_file(self.name(index))
 
     def stamp(self, index: int) -> str:
-        """See `Source.stamp`: size and time of the file."""
         path = self.name(index)
         try:
             status = os.stat(path)
         except OSError as error:
-            raise UserError(f"{printable(path)}: can not be read: {error.strerror}") from error
+            raise UserError(f"{printable(path)}: cannot be read: {error.strerror}") from error
         return f"{status.st_size}:{status.st_mtime_ns}"
 
     def tail(self, index: int, length: int = 16) -> bytes:
-        """See `Source.tail`; reads no more than that."""
         try:
             with open(self.name(index), "rb") as file:
                 file.seek(0, os.SEEK_END)
@@ -186,9 +173,3 @@ class ImageFiles(Source):
                 return file.read()
         except OSError:
             return b""
-
-
-def evenly_spaced(length: int, most: int) -> list[int]:
-    """At most `most` of the indices 0 .. length - 1, at equal distances."""
-    count = min(length, most)
-    return [index * length // count for index in range(count)]

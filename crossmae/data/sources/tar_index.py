@@ -1,8 +1,10 @@
-"""Where the images in a tar file in WebDataset layout begin and end, so that any of them can be read alone.
+"""An index of the images in a tar file in WebDataset layout, so that any of them can be read alone.
+
+Own code, because no maintained library gives random access over plain tar files, local or remote.
 
 Members `folder/key.ext` with the same key, up to the first dot of the base name, make one sample: an image, and its
 label as `key.cls` (a number or a name) or as "label" in `key.json`. An index is built once, from the headers, and kept
-under ~/.cache/crossmae (or $XDG_CACHE_HOME/crossmae); `tools/make_shards.py` writes one beside its shards.
+under ~/.cache/crossmae (or $XDG_CACHE_HOME/crossmae); `tools/make_shards.py` writes one next to its shards.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from crossmae.data.images import IMAGE_SUFFIXES
+from crossmae.data.paths import IMAGE_SUFFIXES
 from crossmae.data.sources.shard_files import StoredFile, open_file, read_small
 from crossmae.errors import UserError
 from crossmae.files import write_text
@@ -27,7 +29,7 @@ BLOCK = 512  # bytes; everything in a tar file begins at a multiple of it
 CACHE_VERSION = 1  # raise it whenever the same shard would get another index
 
 INDEX_NAME = "index.json"
-PROGRESS_NAME = "progress.jsonl"  # beside shards that make_shards.py has not finished
+PROGRESS_NAME = "progress.jsonl"  # next to shards that make_shards.py has not finished
 INDEX_FORMAT = "crossmae-shards-1"
 
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -42,8 +44,8 @@ class ShardIndex:
     Attributes:
         names: of the image members, such as `000017.jpg`.
         offsets, sizes: of the images in the shard, in bytes.
-        labels: as they are written there; None where there is none.
-        left_out: how many members of each further kind belong to no image, or are not used.
+        labels: as written there; None where there is none.
+        left_out: count of members of each further kind that belong to no image, or are unused.
     """
 
     names: list[str] = field(default_factory=list)
@@ -55,12 +57,12 @@ class ShardIndex:
 
 @dataclass
 class FolderIndex:
-    """What `index.json` says about the shards beside it.
+    """The content of `index.json`.
 
     Attributes:
-        settings: what the shards were made with.
+        settings: of `make_shards`.
         classes: names of the classes, or ().
-        shards: per file name what `shard_entry` returned.
+        shards: an entry of `shard_entry` per file name.
     """
 
     settings: dict[str, Any]
@@ -68,25 +70,30 @@ class FolderIndex:
     shards: dict[str, dict[str, Any]]
 
     def shard(self, name: str) -> ShardIndex:
-        """The index of one of the shards."""
+        """Return the index of one of the shards."""
         entry = self.shards[name]
         labels = [None if label is None else self.classes[label] for label in entry["labels"]]
         return ShardIndex(entry["names"], entry["offsets"], entry["sizes"], labels)
 
+    def total(self, key: str) -> int:
+        """Sum an entry over all shards: its number, or the length of its list."""
+        values = [entry[key] for entry in self.shards.values()]
+        return sum(len(value) if isinstance(value, list) else value for value in values)
+
     def to_json(self) -> str:
-        """The content of `index.json`."""
+        """Return the content of `index.json`."""
         content = {"format": INDEX_FORMAT, "settings": self.settings, "classes": self.classes}
         return json.dumps({**content, "shards": list(self.shards.values())})
 
 
 def shard_entry(file: str, size: int, sha256: str, index: ShardIndex, labels: Sequence[int | None]) -> dict[str, Any]:
-    """One shard in `index.json`; labels are positions in the classes."""
+    """Describe one shard for `index.json`, labels as class positions."""
     samples = {"names": index.names, "offsets": index.offsets, "sizes": index.sizes, "labels": labels}
     return {"file": file, "bytes": size, "sha256": sha256, **samples}
 
 
 def read_folder_index(file: StoredFile) -> FolderIndex | None:
-    """Read an `index.json`; None if there is none, or it is some other file of that name."""
+    """Read an `index.json`, or None if missing or of another kind."""
     data = read_small(file)
     if data is None:
         return None
@@ -97,21 +104,20 @@ def read_folder_index(file: StoredFile) -> FolderIndex | None:
             return FolderIndex(content["settings"], tuple(content["classes"]), shards)
     except (ValueError, KeyError, TypeError):
         pass
-    log.info("%s is no index by make_shards.py; not used", file.name)
+    log.info("%s is no index by make_shards.py: ignored", file.name)
     return None
 
 
 def cache_folder() -> Path:
-    """Where indexes are kept."""
+    """Return the folder of kept indexes."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "crossmae" / "tar_index"
 
 
 def index_shard(shard: StoredFile, marks: dict[str, str]) -> ShardIndex:
-    """The index of a shard: the kept one if the shard is as it was then, else built and kept.
+    """Return the kept index of a shard, or build it.
 
     Args:
-        shard: the tar file.
-        marks: of the file, from `change_marks`.
+        marks: from `change_marks` of the shard.
 
     Raises:
         UserError: see `scan_shard`.
@@ -129,15 +135,15 @@ def index_shard(shard: StoredFile, marks: dict[str, str]) -> ShardIndex:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"about": about, "index": asdict(index)}, separators=(",", ":")))
     except OSError as error:
-        log.warning("%s: the index is not kept for the next run, can not write %s: %s", shard.name, path, error)
+        log.warning("%s: the index is not kept for the next run, cannot write %s: %s", shard.name, path, error)
     return index
 
 
 def scan_shard(shard: StoredFile) -> ShardIndex:
-    """Build the index of a shard from its headers; images are skipped, not read.
+    """Build the index of a shard from its headers.
 
     Raises:
-        UserError: not a tar file, compressed, cut off, or a sample can not be used; names the shard.
+        UserError: not a tar file, compressed, cut off, or a sample cannot be used; names the shard.
     """
     samples: dict[str, _Sample] = {}
     end = 0
@@ -152,28 +158,28 @@ def scan_shard(shard: StoredFile) -> ShardIndex:
             # tarfile takes a broken header, or a file that ends between two members, for the end of the archive.
             file.seek(end)
             if file.read(BLOCK) != bytes(BLOCK):
-                raise UserError(f"{shard.name}: damaged or cut off at byte {end:,}: no end mark; copy it again")
+                raise UserError(f"{shard.name}: damaged or cut off at byte {end:,}: no end mark. Copy it again.")
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{shard.name}: not a tar file, or cut off: {error}") from None
     except OSError as error:
-        raise UserError(f"{shard.name}: can not be read: {error.strerror or error}") from error
+        raise UserError(f"{shard.name}: cannot be read: {error.strerror or error}") from error
     return _collect(samples)
 
 
 @dataclass
 class _Sample:
-    """What one key of a shard has: members by their extension, and contents of those that may hold its label."""
+    """The members of one key by their extension, and the contents of those that may hold its label."""
 
     members: dict[str, tarfile.TarInfo] = field(default_factory=dict)
     texts: dict[str, bytes] = field(default_factory=dict)
 
     def image(self) -> str | None:
-        """The extension of the image: one that is nothing but an image suffix, else the first that ends in one."""
+        """Find a plain image suffix, else an extension that ends in one."""
         images = [ext for ext in self.members if PurePosixPath(f"x.{ext}").suffix.lower() in IMAGE_SUFFIXES]
         return min(images, key=lambda ext: "." in ext, default=None)
 
     def label(self) -> str | None:
-        """From .cls, else from .json."""
+        """Read the label from .cls, else from .json."""
         if "cls" in self.texts:
             return self.texts["cls"].decode(errors="replace").strip() or None
         try:
@@ -190,11 +196,11 @@ def _add_member(samples: dict[str, _Sample], member: tarfile.TarInfo, tar: tarfi
     key = f"{folder}{slash}{stem}"
     sample = samples.setdefault(key, _Sample())
     if extension in sample.members:
-        raise UserError(f"{shard.name}: holds {member.name} twice; every sample needs a key of its own")
+        raise UserError(f"{shard.name}: holds {member.name} twice. Give every sample a key of its own.")
     if (not member.isreg() or member.issparse()) and PurePosixPath(base).suffix.lower() in IMAGE_SUFFIXES:
         kind = "in pieces (sparse)" if member.issparse() else "a link"
         raise UserError(
-            f"{shard.name}: {member.name} is {kind}; pack whole files (tar --dereference --hard-dereference)"
+            f"{shard.name}: {member.name} is {kind}. Pack whole files (tar --dereference --hard-dereference)."
         )
     sample.members[extension] = member
     if extension in ("cls", "json") and member.isreg():
@@ -203,7 +209,7 @@ def _add_member(samples: dict[str, _Sample], member: tarfile.TarInfo, tar: tarfi
 
 
 def _collect(samples: dict[str, _Sample]) -> ShardIndex:
-    """The index, in the order of the image members; keys that begin with a dot are a file system's own notes."""
+    # Keys that begin with a dot are notes of a file system.
     index, left_out = ShardIndex(), Counter[str]()
     found = []
     for key, sample in samples.items():
@@ -227,6 +233,6 @@ def _refuse_compressed(shard: StoredFile, file: BinaryIO) -> None:
     for magic, name in COMPRESSIONS.items():
         if start.startswith(magic):
             raise UserError(
-                f"{shard.name}: is compressed ({name}), so no image can be read without all before it; unpack it to a "
-                "plain .tar (images are compressed already)"
+                f"{shard.name}: is compressed ({name}), so no image can be read without all before it. Unpack it to a "
+                "plain .tar (images are compressed already)."
             )

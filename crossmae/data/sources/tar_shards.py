@@ -1,4 +1,4 @@
-"""Images in tar shards, each read alone: any sample by its index, though thousands share a file."""
+"""Images in tar shards: any sample by its index, though thousands share a file."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from tqdm import tqdm
 
-from crossmae.data.images import MAX_NAMES
+from crossmae.data.parallel import map_in_order
 from crossmae.data.sources.shard_files import (
     RangeReader,
     StoredFile,
@@ -31,11 +29,10 @@ from crossmae.data.sources.tar_index import (
     index_shard,
     read_folder_index,
 )
-from crossmae.errors import UserError
+from crossmae.errors import UserError, shorten
 from crossmae.files import printable
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-THREADS = 16  # of the search: files on other machines answer slowly, but many at once
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +41,7 @@ class TarShards(Source):
     """The images of tar shards, shard by shard.
 
     Args:
-        shards: the tar files.
         indexes: one per shard.
-        description: see `Source`.
         classes: names of all classes in their order, or () for the labels that occur.
     """
 
@@ -75,81 +70,71 @@ class TarShards(Source):
         return self._shards[int(np.searchsorted(self.groups, index, side="right")) - 1]
 
     def name(self, index: int) -> str:
-        """The shard and the member."""
         return f"{self._shard(index).name}/{self._names[index]}"
 
     def read(self, index: int) -> bytes:
-        """See `Source.read`; reads the bytes of this image alone."""
         shard, size = self._shard(index), int(self._sizes[index])
         try:
             data = self._reader.read(shard, int(self._offsets[index]), size)
         except Exception as error:  # file systems raise errors of their own libraries
             reason = (error.strerror if isinstance(error, OSError) else None) or error or type(error).__name__
-            raise UserError(f"{printable(self.name(index))}: can not be read: {reason}") from error
+            raise UserError(f"{printable(self.name(index))}: cannot be read: {reason}") from error
         if len(data) > size:
             raise UserError(
-                f"{printable(self.name(index))}: the server sends whole files only; use simplecache::{shard.name}"
+                f"{printable(self.name(index))}: the server sends whole files only. Use simplecache::{shard.name}."
             )
         if len(data) < size:
             raise UserError(
-                f"{printable(self.name(index))}: the shard ends in it: it was replaced or cut off after the start"
+                f"{printable(self.name(index))}: the shard ends in it, so it was replaced or cut off after the start"
             )
         return data
 
     def tail(self, index: int, length: int = 16) -> bytes:
-        """See `Source.tail`; reads no more than that."""
         size = int(self._sizes[index])
         length = min(length, size)
         try:
             return self._reader.read(self._shard(index), int(self._offsets[index]) + size - length, length)
-        except Exception:  # as in `read`, which will say what is wrong
+        except Exception:  # as in `read`, which will report the fault
             return b""
 
 
 def open_shards(value: str, key: str) -> TarShards:
-    """Open a .tar file, a glob or brace list of them, or a folder of them, by path or URL.
+    """Open tar shards by file, folder, glob or brace list.
 
-    An index beside the shards is used if it is there, else each shard is searched once.
+    An index next to the shards is used if it is there, else each shard is searched once.
 
     Raises:
-        UserError: nothing there, shards missing or changed, or one that can not be used; names it.
+        UserError: nothing there, shards missing or changed, or one that cannot be used; names it.
     """
     shards = _shards_in_folder(value, key) if _names_a_folder(value, key) else find_files(value, key)
     for shard in shards:
         if not shard.path.endswith(".tar"):
             raise UserError(
-                f"{key}: {shard.name}: expected a plain .tar file; of a compressed one no image can be read without "
-                "all before it"
+                f"{key}: {shard.name}: expected a plain .tar file. In a compressed one no image can be read without "
+                "all before it."
             )
-    with ThreadPoolExecutor(THREADS) as pool:
-        marks = _present(shards, list(pool.map(_marks_or_none, shards)), key)
-        index_files = list({shard.sibling(INDEX_NAME): None for shard in shards})
-        folders = dict(zip(index_files, pool.map(read_folder_index, index_files), strict=True))
-        ready = [folders[shard.sibling(INDEX_NAME)] for shard in shards]
-        indexes = list(
-            tqdm(pool.map(_index, shards, marks, ready), "index shards", len(shards), leave=False, unit="shard")
-        )
-    classes = {folder.classes if folder else () for folder in ready}
-    return _opened(value, key, shards, indexes, classes.pop() if len(classes) == 1 else ())
+    marks = _present(shards, list(map_in_order(_marks_or_none, shards)), key)
+    index_files = list({shard.sibling(INDEX_NAME): None for shard in shards})
+    folders = dict(zip(index_files, map_in_order(read_folder_index, index_files), strict=True))
+    ready = [folders[shard.sibling(INDEX_NAME)] for shard in shards]
+    jobs = list(zip(shards, marks, ready, strict=True))
+    indexes = list(map_in_order(lambda job: _index(*job), jobs, bar="index shards"))
 
-
-def _opened(
-    value: str, key: str, shards: list[StoredFile], indexes: list[ShardIndex], classes: tuple[str, ...]
-) -> TarShards:
     images = sum(len(index.names) for index in indexes)
     left_out = sum((Counter(index.left_out) for index in indexes), Counter[str]())
     if left_out:
-        kinds = dict(left_out.most_common(MAX_NAMES))
-        log.info("%s: %s members are not used: %s", value, f"{left_out.total():,}", kinds)
+        log.info("%s: %s members are unused: %s", value, f"{left_out.total():,}", dict(left_out.most_common(5)))
     if not images:
         raise UserError(f"{key}: no image in the {len(shards):,} shards of {value}")
     full = [(shard, index) for shard, index in zip(shards, indexes, strict=True) if index.names]
     description = f"{images:,} images in {len(shards):,} tar shards ({value})"
-    return TarShards([shard for shard, _ in full], [index for _, index in full], description, classes)
+    classes = {folder.classes if folder else () for folder in ready}
+    order = classes.pop() if len(classes) == 1 else ()
+    return TarShards([shard for shard, _ in full], [index for _, index in full], description, order)
 
 
 def _names_a_folder(value: str, key: str) -> bool:
-    """A folder on this machine, or a URL that names neither a file nor a pattern."""
+    """Tell folders, here or as a URL, from files and patterns."""
     if not is_url(value):
         return os.path.isdir(os.path.expanduser(value))
     place = locate(value, key)
@@ -159,13 +144,15 @@ def _names_a_folder(value: str, key: str) -> bool:
 
 
 def _shards_in_folder(value: str, key: str) -> list[StoredFile]:
-    """The shards that a folder's index names, else its .tar files."""
+    """List the shards in a folder's index, else its .tar files."""
     folder = locate(value, key)
     content = read_folder_index(folder.inside(INDEX_NAME))
     if content is not None:
         return [folder.inside(name) for name in content.shards]
     if read_small(folder.inside(PROGRESS_NAME)) is not None:
-        raise UserError(f"{key}: {value}: make_shards.py has not finished there; run the same command again to go on")
+        raise UserError(
+            f"{key}: {value}: make_shards.py has not finished there. Run the same command again to continue."
+        )
     return find_files(f"{value.rstrip('/')}/*.tar", key)
 
 
@@ -175,26 +162,25 @@ def _marks_or_none(shard: StoredFile) -> dict[str, str] | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # file systems raise errors of their own libraries
-        raise UserError(f"{shard.name}: can not be found: {error or type(error).__name__}") from error
+        raise UserError(f"{shard.name}: cannot be found: {error or type(error).__name__}") from error
 
 
 def _present(shards: list[StoredFile], marks: list[dict[str, str] | None], key: str) -> list[dict[str, str]]:
     missing = [shard.name for shard, mark in zip(shards, marks, strict=True) if mark is None]
     if missing:
-        shown = ", ".join(missing[:MAX_NAMES]) + (", ..." if len(missing) > MAX_NAMES else "")
-        raise UserError(f"{key}: {len(missing):,} of {len(shards):,} shards are not there: {shown}")
+        raise UserError(f"{key}: {len(missing):,} of {len(shards):,} shards are not there: {shorten(missing)}")
     return [mark for mark in marks if mark is not None]
 
 
 def _index(shard: StoredFile, marks: dict[str, str], folder: FolderIndex | None) -> ShardIndex:
-    """From the index beside the shard, or one of our own."""
+    """Take the index of the folder, else of the shard."""
     file = shard.path.rpartition("/")[2]
     if folder is None or file not in folder.shards:
         return index_shard(shard, marks)
     expected = folder.shards[file]["bytes"]
     if marks["bytes"] != str(expected):
         raise UserError(
-            f"{shard.name}: has {marks['bytes']} bytes, the {INDEX_NAME} beside it says {expected}: the shard was "
-            "changed or cut off; copy both again, or run the same make_shards.py command again"
+            f"{shard.name}: has {marks['bytes']} bytes, the {INDEX_NAME} next to it says {expected}: the shard was "
+            "changed or cut off. Copy both again, or run the same make_shards.py command again."
         )
     return folder.shard(file)

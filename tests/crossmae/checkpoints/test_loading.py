@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from crossmae.checkpoints import load
+from crossmae.checkpoints.loading import load
 from crossmae.checkpoints.metadata import MODEL_ARGUMENTS
 from crossmae.checkpoints.resample import adapt_channels, resample_patches, resample_positions
 from crossmae.checkpoints.weights import encoder_tensors, read_weights

@@ -21,8 +21,8 @@ from crossmae.classification.data import (
     read_class_names,
 )
 from crossmae.classification.train.augment import TrainView, keyed_everywhere
+from crossmae.data.pixels import centre_view, published_crop_pct
 from crossmae.data.sources import open_source
-from crossmae.data.training_images import centre_view, published_crop_pct
 from crossmae.errors import UserError
 from tests.crossmae.classification.labelled import CLASSES, write_classes
 

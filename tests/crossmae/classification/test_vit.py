@@ -22,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from crossmae.checkpoints import convert
+from crossmae.checkpoints.conversion.convert import convert
 from crossmae.checkpoints.loading import load
 from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS
 from crossmae.checkpoints.report import split_name

@@ -74,7 +74,7 @@ def test_a_constant_channel_is_unusable(tmp_path: Path) -> None:
 def test_a_broken_image_is_named(tmp_path: Path) -> None:
     paths = write_tree(tmp_path)
     paths[4].write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"bee/004\.png: can not be read as an image"):
+    with pytest.raises(UserError, match=r"bee/004\.png: cannot be read as an image"):
         measure(open_source(tmp_path, "k"), range(9), 3, 8, threads=2)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from crossmae.data.training_images import BatchPlan
+from crossmae.data.batches import BatchPlan
 from crossmae.models.crossmae import CrossMAE, create_model
 from crossmae.pretraining.config import PretrainConfig, load_config
 from crossmae.pretraining.train import LR_RULES

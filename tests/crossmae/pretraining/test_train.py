@@ -181,10 +181,10 @@ def test_a_truncated_image_stops_the_run_by_name(images: Path, tmp_path: Path) -
     for path in images.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "7.png").write_bytes((images / "7.png").read_bytes()[:60])
-    with pytest.raises(UserError, match=r"7\.png: can not be read"):
+    with pytest.raises(UserError, match=r"7\.png: cannot be read"):
         pretrain(make_config(folder, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match=r"7\.png: can not be read"):  # found when its turn comes
+    with pytest.raises(UserError, match=r"7\.png: cannot be read"):  # found when its turn comes
         pretrain(make_config(folder, tmp_path / "run", data={"check": False}))
     assert complete_checkpoints(tmp_path / "run") == []
 
@@ -401,7 +401,7 @@ def test_broken_images_are_replaced_counted_and_listed_and_the_budget_holds(
         pretrain(make_config(folder, tmp_path / name, data=data | more))
         rows = [json.loads(line) for line in (tmp_path / name / "broken.jsonl").read_text().splitlines()]
         assert sorted(Path(row["name"]).name for row in rows) == ["3.png", "7.png"]
-        assert all("can not be read" in row["reason"] for row in rows)
+        assert all("cannot be read" in row["reason"] for row in rows)
     assert_same(digest(tmp_path / "checked"), digest(tmp_path / "unchecked"))
     assert_same(digest(tmp_path / "checked"), digest(tmp_path / "workers"))
     assert "2 so far" in caplog.text
@@ -496,8 +496,8 @@ def test_shards_train_like_files_and_resume_to_the_bit(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": {"val": "nowhere"}}, r"data.val: nowhere does not exist .*; to go without: data.val=null"),
-        ({"probe": {"train": "nowhere", "val": "{val}"}}, r"probe.train: .*to go without: probe.train=null"),
+        ({"data": {"val": "nowhere"}}, r"data.val: nowhere does not exist .*. To do without: data.val=null"),
+        ({"probe": {"train": "nowhere", "val": "{val}"}}, r"probe.train: .*To do without: probe.train=null"),
         (
             {"probe": {"train": "{train}", "val": "{images}"}},
             r"probe.train has the classes across, along \(2\), .*none",
@@ -691,7 +691,7 @@ def test_what_flatters_or_loses_is_told(images: Path, tmp_path: Path, caplog: py
     for index in range(4):
         Image.fromarray(np.full((40, 40), 3000 + index, np.uint16)).save(deep / f"{index}.png")
     pretrain(make_config(deep, tmp_path / "one", data={"val": str(deep)}, schedule={"max_steps": 1}))
-    assert "4 of the 4 images of data.val are in data.train, too" in caplog.text
+    assert "4 of 4 images of data.val are also in data.train" in caplog.text
     assert "0.png has more than 8 bits, which are cut; data.bit_depth=16 keeps them" in caplog.text
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from crossmae.data.training_images import BatchPlan
+from crossmae.data.batches import BatchPlan
 from crossmae.training.schedule import Schedule, make_schedule
 from tests.crossmae.pretraining.test_train import make_config
 

@@ -12,7 +12,7 @@ import torch
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BitMasks, Boxes, Instances
 
-from crossmae.data.training_images import Unreadable
+from crossmae.data.broken import Unreadable
 from crossmae.errors import UserError
 from det.config import check_config, load_det_config
 from det.data.copy_paste import CopyPaste, build_copy_paste, paste_objects

@@ -11,7 +11,7 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed: python to
 from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
 
-from crossmae.data.training_images import Unreadable
+from crossmae.data.broken import Unreadable
 from crossmae.errors import UserError
 from det.config import load_det_config
 from det.data.coco import register_coco

@@ -277,7 +277,7 @@ def fails_with_one_line(words, capsys, monkeypatch):
         (["--eval-only", "--resume"], "--eval-only and --resume exclude each other"),
         (["--train-json", "nowhere.json"], "nowhere.json: No such file or directory"),
         (["--num-gpus", "99"], "--num-gpus 99: this machine has"),
-        (["OUTPUT_DIR=/proc/no"], "OUTPUT_DIR: can not write in /proc/no"),
+        (["OUTPUT_DIR=/proc/no"], "OUTPUT_DIR: cannot write in /proc/no"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, command, capsys, monkeypatch, words, message):
@@ -310,7 +310,7 @@ def test_an_image_that_breaks_during_training_is_named(tmp_path, command, capsys
 
     monkeypatch.setattr(sys.modules["det.training.train"], "load_weights", damage)
     line = fails_with_one_line([*command, f"DATALOADER.NUM_WORKERS={workers}"], capsys, monkeypatch)
-    assert ".png: can not be read as an image: not an image" in line
+    assert ".png: cannot be read as an image: not an image" in line
 
 
 def test_half_a_pair_of_paths_is_refused(command, capsys, monkeypatch):

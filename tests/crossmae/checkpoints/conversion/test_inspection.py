@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
-from crossmae.checkpoints import convert, inspect
 from crossmae.checkpoints.conversion import inspection as inspection_module
+from crossmae.checkpoints.conversion.convert import convert
+from crossmae.checkpoints.conversion.inspection import inspect
 from crossmae.checkpoints.conversion.targets import TARGETS
 from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, STEP, VERSION
 from crossmae.checkpoints.weights import save_weights

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from crossmae.checkpoints import convert, load
+from crossmae.checkpoints.conversion.convert import convert
+from crossmae.checkpoints.loading import load
 from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, VERSION
 from crossmae.checkpoints.weights import encoder_tensors, read_weights, save_weights
 from crossmae.classification.classifier import load_classifier

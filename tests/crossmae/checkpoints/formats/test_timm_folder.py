@@ -11,7 +11,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from crossmae.checkpoints import convert
+from crossmae.checkpoints.conversion.convert import convert
 from crossmae.checkpoints.formats.timm_folder import timm_metadata
 from crossmae.checkpoints.metadata import CLASSES, MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD
 from crossmae.checkpoints.weights import read_weights

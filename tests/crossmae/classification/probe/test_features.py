@@ -20,8 +20,8 @@ from crossmae.classification.probe.features import (
     random_weights,
 )
 from crossmae.classification.vit import Architecture, build_vit
+from crossmae.data.pixels import Normalize, centre_view, read_pixels
 from crossmae.data.sources import open_source
-from crossmae.data.training_images import Normalize, centre_view, read_pixels
 from crossmae.errors import UserError
 from crossmae.models.crossmae import CrossMAE
 from crossmae.models.sizes import model_arguments

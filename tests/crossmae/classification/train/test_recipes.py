@@ -18,7 +18,7 @@ from crossmae.classification.train.augment import build_policy, keyed_everywhere
 from crossmae.classification.train.config import FinetuneConfig
 from crossmae.classification.train.train import architecture_from
 from crossmae.classification.vit import build_vit, parameter_groups
-from crossmae.data.training_images import BatchPlan
+from crossmae.data.batches import BatchPlan
 from crossmae.training.config import CONFIG_ROOT, load_typed_config, resolve_config_path
 from crossmae.training.schedule import Schedule, make_schedule
 

@@ -393,7 +393,7 @@ def test_another_set_of_classes_is_not_the_same_run(images: Path, tmp_path: Path
 def test_a_broken_image_of_val_is_found_before_anything_is_trained(images: Path, tmp_path: Path) -> None:
     folder = write_classes(tmp_path / "val", per_class=2)
     (folder / "green" / "1.png").write_bytes((folder / "green" / "1.png").read_bytes()[:100])
-    with pytest.raises(UserError, match=r"green/1\.png: can not be read .*; data\.val: repair or remove"):
+    with pytest.raises(UserError, match=r"data\.val: .*green/1\.png: cannot be read .*\. Repair or remove"):
         finetune(make_config(images, tmp_path / "run", data={"val": str(folder)}))
     assert not (tmp_path / "run").exists()
 

@@ -27,7 +27,7 @@ def picture(index: int = 0) -> dict[str, Any]:
 def test_splits_are_named(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"x": [1]})
     datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "d"))
-    with pytest.raises(UserError, match=r"data.val: .*/d holds several data sets: train, test; .*data.val=.*/d/train"):
+    with pytest.raises(UserError, match=r"data.val: .*/d holds several data sets: train, test. .*data.val=.*/d/train"):
         open_source(tmp_path / "d", "data.val")
 
 

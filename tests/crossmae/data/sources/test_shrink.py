@@ -27,7 +27,7 @@ def gradient(width: int, height: int) -> Image.Image:
 
 
 def png16(pixels: np.ndarray) -> bytes:
-    """A PNG file of (H, W, 3) uint16, which Pillow can not write."""
+    """A PNG file of (H, W, 3) uint16, which Pillow cannot write."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -115,9 +115,9 @@ def test_keeping_checks_the_image_and_finds_its_suffix() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"no image", encode(gradient(90, 90), "JPEG")[:900]])
 def test_broken_images_are_named(data: bytes) -> None:
-    with pytest.raises(UserError, match=r"x\.png: can not be read as an image"):
+    with pytest.raises(UserError, match=r"x\.png: cannot be read as an image"):
         shrink(data, "x.png", 32, 90)
-    with pytest.raises(UserError, match=r"x\.png: can not be read as an image"):
+    with pytest.raises(UserError, match=r"x\.png: cannot be read as an image"):
         keep(data, "x.png")
 
 
@@ -127,5 +127,5 @@ def test_deep_colour_in_planes_is_refused_like_any_other_deep_colour() -> None:
     pixels = np.random.default_rng(0).integers(0, 65536, (3, 12, 10), np.uint16)
     file = io.BytesIO()
     tifffile.imwrite(file, pixels, photometric="rgb", planarconfig="separate")
-    with pytest.raises(UserError, match=r"x\.tif: 16-bit colour .* use --keep-original"):
+    with pytest.raises(UserError, match=r"x\.tif: 16-bit colour .* Use --keep-original"):
         shrink(file.getvalue(), "x.tif", 8, 90)

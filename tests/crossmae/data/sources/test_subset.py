@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from crossmae.data.sources import open_source
-from crossmae.data.sources.subset import choose_per_class
+from crossmae.data.sources.subset import choose_per_class, evenly_spaced
 from crossmae.errors import UserError
 from tests.crossmae.classification.labelled import CLASSES, write_classes
 
@@ -28,3 +28,9 @@ def test_so_many_per_class_drawn_by_the_seed(tmp_path: Path) -> None:
     assert names[0] == names[1] != names[2]
     with pytest.raises(UserError, match=r"key: fewer than 7 images of blue \(6\), green \(6\)"):
         choose_per_class(whole, 7, 0, "key")
+
+
+def test_evenly_spaced_indices_reach_over_everything() -> None:
+    assert evenly_spaced(10, 4) == [0, 2, 5, 7]
+    assert evenly_spaced(3, 10) == [0, 1, 2]
+    assert evenly_spaced(0, 4) == []

@@ -95,7 +95,7 @@ def test_a_shard_that_shrinks_later_is_named(shards: list[Path]) -> None:
     with pytest.raises(UserError, match=r"s-000\.tar/set/.*\.png: the shard ends in it"):
         source.read(3)
     shards[2].unlink()
-    with pytest.raises(UserError, match=r"s-002\.tar/set/.*\.png: can not be read: No such file"):
+    with pytest.raises(UserError, match=r"s-002\.tar/set/.*\.png: cannot be read: No such file"):
         source.read(8)
 
 
@@ -128,7 +128,7 @@ def test_a_hiccup_of_the_network_is_outlasted(
     assert source.read(1) == expected
     assert caplog.text.count("trying again") == 2
     failures += [OSError("down")] * 9
-    with pytest.raises(UserError, match=r"s\.tar/set/.*: can not be read: down"):
+    with pytest.raises(UserError, match=r"s\.tar/set/.*: cannot be read: down"):
         source.read(1)
 
 

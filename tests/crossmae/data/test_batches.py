@@ -9,18 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from crossmae.data.sources.source import ImageFiles, evenly_spaced
-from crossmae.data.training_images import (
-    Batch,
-    BatchPlan,
-    PretrainImages,
-    Unreadable,
-    build_loader,
-    centre_view,
-    find_broken,
-    keyed_randomness,
-)
+from crossmae.data.batches import BatchPlan, build_loader, keyed_randomness
+from crossmae.data.broken import Unreadable
+from crossmae.data.sources.source import ImageFiles
 from crossmae.errors import UserError
+from crossmae.pretraining.images import Batch, PretrainImages, collate_pretraining
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +31,7 @@ def dataset(paths: list[Path], seed: int = 0) -> PretrainImages:
 
 def read(paths: list[Path], first: int, last: int, workers: int, seed: int = 0) -> list[Batch]:
     plan = BatchPlan(len(paths), 4, seed)
-    batches = list(build_loader(dataset(paths, seed), plan, first, last, workers, pin_memory=False))
+    batches = list(build_loader(dataset(paths, seed), plan, first, last, workers, False, collate_pretraining))
     assert all(isinstance(batch, Batch) for batch in batches)
     return batches  # type: ignore[return-value]
 
@@ -106,7 +99,7 @@ def test_a_broken_image_reaches_the_training_process_with_its_name(
     broken = tmp_path / "broken.png"
     broken.write_bytes(images[0].read_bytes()[:40])
     paths = [*images[:3], broken]
-    loader = build_loader(dataset(paths), BatchPlan(4, 4, 0), 0, 1, workers, pin_memory=False)
+    loader = build_loader(dataset(paths), BatchPlan(4, 4, 0), 0, 1, workers, False, collate_pretraining)
     (batch,) = list(loader)
     assert isinstance(batch, Unreadable)
     assert "broken.png" in batch.message
@@ -136,54 +129,3 @@ def test_shuffling_among_few_shards_still_shows_every_image_once(at_once: int) -
         first, last = ({s: f(k for k, x in enumerate(shards) if x == s) for s in set(shards)} for f in (min, max))
         for position in range(20):
             assert sum(first[s] <= position <= last[s] for s in first) <= at_once
-
-
-def test_the_centre_view_covers_any_size_without_distortion() -> None:
-    """A circle in the middle stays one, whatever the shapes of image and model."""
-    y, x = np.mgrid[:60, :90]
-    disc = (((y - 29.5) ** 2 + (x - 44.5) ** 2 < 20**2) * 255).astype(np.uint8)
-    for size in ((32, 32), (48, 32), (24, 64)):
-        view = centre_view(Image.fromarray(disc).convert("RGB"), size)[0] > 127
-        assert view.shape == size
-        rows, columns = view.any(1).sum().item(), view.any(0).sum().item()
-        expected = 40 * max(size[0] / 60, size[1] / 90)
-        assert abs(rows - min(expected, size[0])) <= 2
-        assert abs(columns - min(expected, size[1])) <= 2
-
-
-def test_evenly_spaced_indices_reach_over_everything() -> None:
-    assert evenly_spaced(10, 4) == [0, 2, 5, 7]
-    assert evenly_spaced(3, 10) == [0, 1, 2]
-    assert evenly_spaced(0, 4) == []
-
-
-@pytest.mark.parametrize("size", [(16, 32), (17, 200), (300, 31), (5, 3), (1, 1)])
-def test_images_cover_the_size_and_keep_their_centre(size: tuple[int, int]) -> None:
-    fitted = centre_view(torch.full((2, *size), 0.25), (16, 32))
-    assert fitted.shape == (2, 16, 32)
-    torch.testing.assert_close(fitted, torch.full_like(fitted, 0.25))
-    ramp = torch.linspace(0, 1, size[1]).expand(1, *size)
-    inside = centre_view(ramp, (16, 32))
-    torch.testing.assert_close(inside.mean(), ramp.mean(), rtol=0, atol=0.02)
-    assert 0 <= inside.min() <= inside.max() <= 1
-
-
-@pytest.mark.filterwarnings("ignore:Truncated File Read:UserWarning")  # Pillow's, beside its error, of a TIFF file
-def test_one_truncated_file_among_many_is_found(tmp_path: Path) -> None:
-    names = ("1.png", "2.jpg", "3.bmp", "4.tif", "5.webp")
-    paths = [tmp_path / name for name in names]
-    for path in paths:
-        Image.new("RGB", (24, 20), (90, 30, 200)).save(path)
-
-    def broken() -> list[str]:
-        return [one.message for one in find_broken(ImageFiles(paths, "images"), range(len(paths)))]
-
-    assert broken() == []
-    for path in paths:
-        whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
-        (message,) = broken()
-        assert path.name in message
-        path.write_bytes(whole)
-    paths[1].write_bytes(paths[1].read_bytes() + bytes(20))  # whole, though it does not end as it should
-    assert broken() == []

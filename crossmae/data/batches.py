@@ -1,0 +1,196 @@
+"""Training batches: keyed augmentation and a plan of batches that needs no state.
+
+All randomness of a sample - crop, flip, mask noise - is drawn from a generator keyed by (seed, epoch, sample index).
+Workers, prefetching and restarts can therefore not change it, and the whole position in the data is one integer: the
+number of batches that the optimizer has consumed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from crossmae.data.broken import Broken, Unreadable, read_or_next
+from crossmae.data.sources import Source
+from crossmae.data.workers import Loader, usable_workers
+from crossmae.errors import UserError
+
+KeyedSample = tuple[Tensor, Tensor, int, tuple[Broken, ...]]
+B = TypeVar("B")
+M = TypeVar("M", bound="MovableBatch")
+
+
+class MovableBatch:
+    """A batch whose tensors `moved` travel to the device."""
+
+    moved: ClassVar[tuple[str, ...]]
+
+    def to(self: M, device: torch.device) -> M:
+        """Copy the batch to a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self: M) -> M:
+        """Copy the batch to page-locked memory for the loader."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self: M, change: Callable[[Tensor], Tensor]) -> M:
+        return replace(self, **{name: change(getattr(self, name)) for name in self.moved})  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The images of batch number i of a run, for any i, on any rank.
+
+    Every epoch is a new permutation, cut into batches of equal size; the rest that does not fill a batch on every
+    rank is left out of that epoch. Ranks and, through the loader, workers share out the images of each batch, so that
+    every image is read once per epoch, whatever the source.
+
+    Args:
+        num_images: size of the data set.
+        batch_size: images per rank and batch.
+        seed: of the permutations.
+        rank, world_size: this process among all.
+        groups: (G,) first image of each group (a tar shard) of neighbours; None: one group.
+        groups_at_once: shuffle among so many groups at a time, in random order of the groups, so that reading stays
+            within them; None: among all images.
+
+    Raises:
+        UserError: not even one batch per epoch.
+    """
+
+    num_images: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    groups: NDArray[np.int64] | None = None
+    groups_at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batches_per_epoch == 0:
+            raise UserError(
+                f"optim.batch_size: a batch of {self.batch_size} on {self.world_size} process(es) needs "
+                f"{self.batch_size * self.world_size} images, the data set has {self.num_images}. "
+                "Lower optim.batch_size."
+            )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches per rank and epoch."""
+        return self.num_images // (self.batch_size * self.world_size)
+
+    def batch(self, number: int) -> list[tuple[int, int]]:
+        """List the (epoch, image index) pairs of the run's batch `number`."""
+        epoch, within = divmod(number, self.batches_per_epoch)
+        groups = () if self.groups is None or not self.groups_at_once else tuple(self.groups.tolist())
+        order = _permutation(self.seed, epoch, self.num_images, groups, self.groups_at_once or 1)
+        start = (within * self.world_size + self.rank) * self.batch_size
+        return [(epoch, int(index)) for index in order[start : start + self.batch_size]]
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, length: int, groups: tuple[int, ...], at_once: int) -> NDArray[np.int64]:
+    rng = np.random.default_rng([seed, epoch])
+    if not groups:
+        return rng.permutation(length)
+    parts = np.split(np.arange(length), groups[1:])
+    shuffled = [parts[index] for index in rng.permutation(len(parts))]
+    pools = [np.concatenate(shuffled[first : first + at_once]) for first in range(0, len(shuffled), at_once)]
+    return np.concatenate([rng.permutation(pool) for pool in pools])
+
+
+class PlannedBatches(Sampler[list[tuple[int, int]]]):
+    """Batches first .. last - 1 of a plan, without a gap between epochs, so that workers never drain."""
+
+    def __init__(self, plan: BatchPlan, first: int, last: int) -> None:
+        self.plan, self.first, self.last = plan, first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return (self.plan.batch(number) for number in range(self.first, self.last))
+
+
+class KeyedImages(Dataset[Any], ABC):
+    """Training images whose randomness is keyed by (seed, epoch, index).
+
+    Args:
+        source: the images.
+        seed: of all randomness.
+        channels, bit_depth: see `crossmae.data.images`.
+        broken: "error", or "substitute": the next readable image of the source takes the place of a broken one.
+    """
+
+    def __init__(
+        self, source: Source, seed: int, channels: int, bit_depth: int, broken: Literal["error", "substitute"]
+    ) -> None:
+        self.source, self.seed, self.channels, self.bit_depth, self.broken = source, seed, channels, bit_depth, broken
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> KeyedSample | Unreadable:
+        epoch, index = key
+        try:
+            pixels, position, broken = read_or_next(self.source, index, self.channels, self.bit_depth, self.broken)
+        except UserError as error:
+            return Unreadable(str(error))
+        return (*self.sample(pixels, position, (self.seed, epoch, index)), position, broken)
+
+    @abstractmethod
+    def sample(self, pixels: Image.Image | Tensor, position: int, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """Return the augmented image (C, H, W), and its noise or target."""
+
+
+def collate_as(batch: Callable[[Tensor, Tensor, Tensor, tuple[Broken, ...]], B], samples: list[Any]) -> B | Unreadable:
+    """Stack samples to a `batch`, or return the first `Unreadable`."""
+    unreadable = next((sample for sample in samples if isinstance(sample, Unreadable)), None)
+    if unreadable is not None:
+        return unreadable
+    images, others, indices, broken = zip(*samples, strict=True)
+    return batch(
+        torch.stack(images), torch.stack(others), torch.tensor(indices), tuple(b for one in broken for b in one)
+    )
+
+
+def build_loader(
+    dataset: Dataset[Any],
+    plan: BatchPlan,
+    first: int,
+    last: int,
+    workers: int,
+    pin_memory: bool,
+    collate: Callable[[list[Any]], Any],
+) -> Loader:
+    """Build a loader of a plan's batches from `first` until `last`."""
+    return Loader(
+        dataset,
+        usable_workers(workers),
+        batch_sampler=PlannedBatches(plan, first, last),
+        collate_fn=collate,
+        pin_memory=pin_memory,
+    )
+
+
+@contextmanager
+def keyed_randomness(*key: int) -> Iterator[None]:
+    """Seed torch's CPU generator by a key, and restore the generator afterwards."""
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    try:
+        yield
+    finally:
+        generator.set_state(state)

@@ -1,0 +1,98 @@
+"""Broken images: find, refuse or replace them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from PIL import Image
+from torch import Tensor
+
+from crossmae.data.images import is_deep, is_whole
+from crossmae.data.parallel import map_in_order
+from crossmae.data.pixels import read_pixels
+from crossmae.data.sources import Source
+from crossmae.data.sources.subset import evenly_spaced
+from crossmae.errors import UserError, shorten
+from crossmae.files import printable
+
+MAX_SUBSTITUTES = 100  # images in a row that may be broken before the source is given up
+LOOKS = 8  # images whose depth is looked at
+NEVER_REPLACED = "Repair or remove it: what is evaluated on is never replaced."
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A sample that could not be read: its index in the source, and the reason, with its name."""
+
+    index: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """The error in place of a batch, so that the training process can report it in one line."""
+
+    message: str
+
+
+def read_or_next(
+    source: Source, index: int, channels: int, bit_depth: int, policy: Literal["error", "substitute"]
+) -> tuple[Image.Image | Tensor, int, tuple[Broken, ...]]:
+    """Read a sample, or with "substitute" the first readable one after it.
+
+    Returns:
+        Its pixels, its index, and the broken samples before it.
+
+    Raises:
+        UserError: the sample cannot be read, or MAX_SUBSTITUTES samples in a row cannot.
+    """
+    broken: list[Broken] = []
+    for candidate in range(index, index + MAX_SUBSTITUTES):
+        position = candidate % len(source)
+        try:
+            return read_pixels(source, position, channels, bit_depth), position, tuple(broken)
+        except UserError as error:
+            if policy == "error":
+                raise
+            broken.append(Broken(position, str(error)))
+    raise UserError(f"{MAX_SUBSTITUTES} images in a row cannot be read; the first: {broken[0].message}")
+
+
+def find_broken(source: Source, indices: Sequence[int], channels: int = 3, bit_depth: int = 8) -> list[Broken]:
+    """Find truncated images: check the last bytes, decode when unsure."""
+
+    def look(index: int) -> Broken | None:
+        if is_whole(source.tail(index)):
+            return None
+        try:
+            read_pixels(source, index, channels, bit_depth)
+        except UserError as error:
+            return Broken(index, str(error))
+        return None
+
+    return [broken for broken in map_in_order(look, indices, bar="check images") if broken is not None]
+
+
+def refuse_broken(broken: Sequence[Broken], key: str, advice: str = "Repair or remove what is broken.") -> None:
+    """Raise a UserError that names the first broken images, if any."""
+    if broken:
+        raise UserError(f"{key}: {shorten([one.message for one in broken], separator='; ')}. {advice}")
+
+
+def warn_of_depth(source: Source, bit_depth: int) -> None:
+    """Warn where a few sampled images have more bits than are kept."""
+    if bit_depth == 8:
+        for index in evenly_spaced(len(source), LOOKS):
+            try:
+                deep = is_deep(source.read(index))
+            except UserError:
+                continue
+            if deep:
+                name = printable(source.name(index))
+                log.warning("%s has more than 8 bits, which are cut; data.bit_depth=16 keeps them", name)
+                return

@@ -1,0 +1,73 @@
+"""Training images of pretraining: random crops with mask noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from crossmae.data.batches import KeyedImages, MovableBatch, collate_as, keyed_randomness
+from crossmae.data.broken import Broken
+from crossmae.data.pixels import to_tensor
+from crossmae.data.sources import Source
+
+
+@dataclass(frozen=True)
+class Batch(MovableBatch):
+    """Images and mask noise of one micro-batch.
+
+    Attributes:
+        images: (B, C, H, W), uint8 or, with a bit depth of 16, float32 in 0-1; normalised on the device, so that a
+            quarter of the bytes travel.
+        noise: (B, L) float32, for `CrossMAE.forward`.
+        indices: (B,) int64 positions in the source.
+        broken: samples that could not be read; other images are in their place.
+    """
+
+    images: Tensor
+    noise: Tensor
+    indices: Tensor
+    broken: tuple[Broken, ...] = ()
+    moved = ("images", "noise")
+
+
+class PretrainImages(KeyedImages):
+    """Randomly cropped and flipped images with mask noise (method specification, section 1.9).
+
+    Args:
+        img_size: (height, width) of the crop in pixels.
+        num_patches: L, the length of the noise.
+        crop_scale: smallest and largest area of the crop, as shares of the image.
+        flip: probability of a horizontal flip.
+        source, seed, channels, bit_depth, broken: see `KeyedImages`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        img_size: tuple[int, int],
+        num_patches: int,
+        crop_scale: tuple[float, float],
+        flip: float,
+        seed: int,
+        channels: int = 3,
+        bit_depth: int = 8,
+        broken: Literal["error", "substitute"] = "error",
+    ) -> None:
+        super().__init__(source, seed, channels, bit_depth, broken)
+        self.num_patches = num_patches
+        crop = v2.RandomResizedCrop(img_size, scale=crop_scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
+        self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(flip)])
+
+    def sample(self, pixels: Image.Image | Tensor, position: int, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """Crop an image, and draw mask noise (L,)."""
+        with keyed_randomness(*key):
+            return to_tensor(self.augment(pixels)), torch.rand(self.num_patches)
+
+
+collate_pretraining = partial(collate_as, Batch)

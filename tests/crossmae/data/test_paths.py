@@ -1,0 +1,35 @@
+"""Proves that images are found in folders, in one order, each once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from crossmae.data.paths import find_images
+from crossmae.errors import UserError
+from tests.crossmae.data.test_images import save
+
+
+def test_finds_images_in_all_subfolders_sorted_and_ignores_the_rest(tmp_path: Path) -> None:
+    expected = [save(tmp_path / name) for name in ("a/1.PNG", "a/b/2.jpg", "é ü/3.Jpeg")]
+    save(tmp_path / ".hidden" / "4.png")
+    save(tmp_path / "a" / ".5.png")
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    assert find_images(tmp_path, "data.train") == [str(path) for path in sorted(expected)]
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    save(tmp_path / "real" / "1.png")
+    root = tmp_path / "root"
+    save(root / "2.png")
+    (root / "link").symlink_to(tmp_path / "real")
+    (root / "loop").symlink_to(root)
+    assert find_images(root, "data.train") == [str(root / name) for name in ("2.png", "link/1.png")]
+
+
+def test_a_folder_without_images_is_an_error_with_key_and_path(tmp_path: Path) -> None:
+    (tmp_path / "empty" / "sub").mkdir(parents=True)
+    (tmp_path / "empty" / "sub" / "labels.csv").write_text("")
+    with pytest.raises(UserError, match=f"data.train: no image in {tmp_path}/empty .*1 .csv"):
+        find_images(tmp_path / "empty", "data.train")
