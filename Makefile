@@ -18,7 +18,7 @@ venv: $(STAMP)  ## set up .venv: about 3 minutes and 6 GB, once
 	@echo "$(VENV) is ready"
 
 demo: $(STAMP)  ## real images -> pretrain -> convert -> detect -> outputs/demo/report.html
-	@$(BIN)/python tools/demo.py
+	@$(BIN)/python tools/demo/run.py
 
 test: lint types  ## lint, types and every test, in as many processes as there are cores, 4 at most
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal

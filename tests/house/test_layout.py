@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
     {"crossmae.training"},
     {"crossmae.pretraining"},
     {"crossmae.classification", "det"},
-    {"crossmae.doctor", "crossmae.demo_data"},
+    {"crossmae.doctor"},
     {"tools"},
 ]
 MOST_ENTRIES = 12
