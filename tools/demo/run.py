@@ -87,7 +87,7 @@ class StageRecord:
 
 
 def demo_stages(output: Path) -> list[Stage]:
-    """List the demo's stages; every file that they write is under `output`."""
+    """List the demo's stages. They write only under `output`."""
 
     def command(tool: str, arguments: str) -> tuple[str, ...]:
         path = ROOT / "tools" / f"{tool}.py"
@@ -142,7 +142,7 @@ def _from_here(path: Path, otherwise: str) -> str:
 
 
 def run_stages(stages: Sequence[Stage], folder: Path, *, fresh: bool = False) -> list[StageRecord]:
-    """Run in order the stages that are not done, and record each in `folder`/stages.json.
+    """Run the stages that are not done, and record each in stages.json.
 
     Once a stage has run, the stages after it run too, because their inputs are new. `fresh` runs all of them.
 
@@ -193,7 +193,7 @@ def _run_stage(stage: Stage, records: Sequence[StageRecord], folder: Path) -> No
 
 
 def run_command(command: Sequence[str]) -> tuple[int, int]:
-    """Run a command in this terminal; return its exit code and its peak memory in bytes.
+    """Run a command. Return its exit code and its peak memory (bytes).
 
     The exit code is negative for a signal. The memory is the highest sum of the resident memory of the command and its
     descendants, sampled four times a second; shared pages count once per process.
@@ -249,7 +249,7 @@ def _read_records(path: Path) -> dict[str, StageRecord]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is not done, then print the COCO table and the path of the page."""
+    """Run what is not done, then print table and page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/demo"), help="folder to work in (default: %(default)s)"
