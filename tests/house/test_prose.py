@@ -27,7 +27,7 @@ INSTEAD = {  # pattern of what is not written, and what is
     r"is\s+(told|said)": "is logged, printed or reported",
 }
 TEXT_TOKENS = {"COMMENT", "STRING", "FSTRING_MIDDLE"}
-# Where the rules hold already; every file of the product once its text has been gone through.
+# Files that were gone through. Once all were: ("",), and D205, D400, D401 selected in pyproject.toml.
 SWEPT = (
     "crossmae/doctor.py",
     "tools/demo/data.py",

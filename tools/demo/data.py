@@ -276,7 +276,7 @@ def render_glyph(sample: Array, height: int, angle: float) -> Array:
 
 
 def tight_box(mask: Array) -> tuple[int, int, int, int]:
-    """Find the tight box (x, y, width, height) of a mask (h, w)."""
+    """Find the box (x, y, width, height) of a mask (h, w)."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     left, top = int(columns[0]), int(rows[0])
     return left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1
