@@ -48,7 +48,7 @@ DET = [
     "yacs>=0.1.8",
 ]
 
-# In addition to folders and lists of 8-bit images: Parquet, Hugging Face data sets, 16-bit and multi-channel files, https.
+# More than folders and lists of 8-bit images: Parquet, Hugging Face data sets, 16-bit and multi-channel files, https.
 DATA = ["pyarrow>=14", "datasets>=2.18", "tifffile>=2023.8", "imagecodecs>=2023.9", "fsspec[http]>=2023.10"]
 
 # Predictions on video, with a codec that browsers play; ONNX files, and the runtime that they are checked with.

@@ -54,8 +54,8 @@ def upward_imports(modules: Modules) -> list[str]:
         mine, theirs = room_of(importer), room_of(imported)
         if mine and theirs and mine != theirs and floor_of(theirs) >= floor_of(mine):
             found.append(
-                f"{modules[importer].file}:{line} imports {imported}: {mine} is below {theirs} or next to it. Move what "
-                f"both need to a floor below {mine}, or pass it in as an argument."
+                f"{modules[importer].file}:{line} imports {imported}: {mine} is below {theirs} or next to it. Move "
+                f"what both need to a floor below {mine}, or pass it in as an argument."
             )
     return found
 
