@@ -103,6 +103,8 @@ def print_report(sections: dict[str, list[Row]]) -> None:
 
 def read_requirements() -> tuple[list[str], list[str]]:
     """Read the requirements of pretraining and of detection from setup.py."""
+    if not (ROOT / "setup.py").is_file():
+        raise SystemExit(f"{ROOT}: holds no setup.py. Run the doctor in a clone of the repository.")
     lists = {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in ast.parse((ROOT / "setup.py").read_text("utf-8")).body
