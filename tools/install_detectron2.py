@@ -28,6 +28,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 INDEX_NAME = "sal-detectron2"
@@ -53,6 +54,9 @@ METADATA_EDITS: dict[str, str] = {
 PURE_WHEEL_FILE = (
     "Wheel-Version: 1.0\nGenerator: crossmae-install-detectron2\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 )
+
+
+log = partial(print, flush=True)  # at once: pip's own messages must appear in between
 
 
 class InstallError(Exception):
@@ -114,7 +118,12 @@ def install_pure_python(folder: Path, wheel: Path | None, *, force: bool) -> Non
     log(f"detectron2 has no release on the package index: its Python sources of commit {UPSTREAM_COMMIT[:8]}")
     log(f"come from {INDEX_NAME} {INDEX_VERSION}; no compiler is needed.")
     log(f"[1/5] {f'take {wheel}' if wheel else f'fetch {INDEX_NAME}=={INDEX_VERSION} with pip'}")
-    wheel = wheel or download_wheel(folder)
+    if wheel is None:
+        # The wheel is tagged for Python 3.10 only: without these options pip would refuse it on any other.
+        tags = ("--python-version", "3.10", "--implementation", "cp", "--abi", "cp310")
+        options = ("--no-deps", "--only-binary=:all:", "--dest", str(folder))
+        pip("download", *options, *tags, f"{INDEX_NAME}=={INDEX_VERSION}")
+        (wheel,) = folder.glob("*.whl")
     log(f"[2/5] verify sha256 {WHEEL_SHA256}")
     verify_sha256(wheel, WHEEL_SHA256)
     log("[3/5] strip the extension for Python 3.10 and the stray package `tools`, re-tag py3-none-any")
@@ -124,16 +133,6 @@ def install_pure_python(folder: Path, wheel: Path | None, *, force: bool) -> Non
     log(f"[5/5] import {', '.join(CHECKED_MODULES)}")
     check_import(CHECKED_MODULES)
     log(f"detectron2 is ready ({OUR_VERSION}), without rotated boxes and deformable convolution.")
-
-
-def download_wheel(folder: Path) -> Path:
-    """Download the wheel from the package index into `folder`."""
-    # The wheel is tagged for Python 3.10 only: without these options pip would refuse it on any other.
-    tags = ("--python-version", "3.10", "--implementation", "cp", "--abi", "cp310")
-    requirement = f"{INDEX_NAME}=={INDEX_VERSION}"
-    pip("download", "--no-deps", "--only-binary=:all:", *tags, "--dest", str(folder), requirement)
-    (wheel,) = folder.glob("*.whl")
-    return wheel
 
 
 def verify_sha256(wheel: Path, expected: str) -> None:
@@ -222,11 +221,6 @@ def install_from_git(folder: Path, *, force: bool) -> None:
     log(f"[4/4] import {', '.join(modules)}")
     check_import(modules)
     log("detectron2 is ready, with its compiled operators")
-
-
-def log(text: str) -> None:
-    """Print at once: pip's own messages must appear in between."""
-    print(text, flush=True)
 
 
 def install_wheel(wheel: Path, *, replaces: str, force: bool) -> None:
