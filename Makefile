@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Written last: as long as it is newer than what it depends on, nothing is installed again.
+# Written last: while it is newer than its prerequisites, nothing is installed again.
 STAMP := $(VENV)/.complete
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -18,7 +18,7 @@ venv: $(STAMP)  ## set up .venv: about 3 minutes and 6 GB, once
 	@echo "$(VENV) is ready"
 
 demo: $(STAMP)  ## real images -> pretrain -> convert -> detect -> outputs/demo/report.html
-	@$(BIN)/python tools/demo.py
+	@$(BIN)/python tools/demo/run.py
 
 test: lint types  ## lint, types and every test, in as many processes as there are cores, 4 at most
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
@@ -30,13 +30,13 @@ lint: $(STAMP)  ## ruff: rules and format
 types: $(STAMP)  ## mypy
 	@$(BIN)/mypy
 
-study: $(STAMP)  ## what pretraining adds on Fashion-MNIST, over three seeds: about an hour (docs/results.md)
+study: $(STAMP)  ## the gain of pretraining on Fashion-MNIST, over three seeds: about an hour (docs/results.md)
 	@$(BIN)/python -m pytest --slow tests/test_fashion_mnist.py
 
-doctor:  ## what this machine has, what is missing, and the command that mends it
+doctor:  ## versions, devices, missing libraries, and the command that mends each
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m crossmae.doctor; else $(PYTHON) -m crossmae.doctor; fi
 
-clean-demo:  ## remove what the demo made, its data included
+clean-demo:  ## remove the demo's output, its data included
 	rm -rf outputs/demo
 
 clean:  ## remove .venv and the caches; outputs/ stays

@@ -1,6 +1,6 @@
 """Package metadata. The supported way is `pip install -e ".[det]"` in a clone: configs/ is read from there.
 
-Tested on Python 3.10, 3.11 and 3.12 with the versions in requirements-tested.txt; the ranges below say what
+Tested on Python 3.10, 3.11 and 3.12 with the versions in requirements-tested.txt; the ranges below are what
 the code relies on. detectron2 has no release of its own on the package index:
 tools/install_detectron2.py installs it.
 """
@@ -31,10 +31,10 @@ CORE = [
     "scikit-learn>=1.3",  # logistic regression, average precision, principal components
 ]
 
-# What det/ imports beside detectron2, then what detectron2 itself requires: one resolution serves both.
+# Imports of det/ next to detectron2, then the requirements of detectron2 itself: one resolution serves both.
 DET = [
     "pycocotools>=2.0.7",
-    "hotcoco>=1.3,<2",  # the same numbers as pycocotools, twenty times faster; LVIS, too
+    "hotcoco>=1.3,<2",  # the same numbers as pycocotools, twenty times faster; also LVIS
     "opencv-python-headless>=4.8",  # headless: the other build needs libGL, which servers and containers lack
     "shapely>=2",  # large-scale jitter crops polygon masks with it
     "fvcore>=0.1.5,<0.1.6",
@@ -48,12 +48,12 @@ DET = [
     "yacs>=0.1.8",
 ]
 
-# Beside folders and lists of 8-bit images: Parquet, Hugging Face data sets, 16-bit and multi-channel files, https.
+# More than folders and lists of 8-bit images: Parquet, Hugging Face data sets, 16-bit and multi-channel files, https.
 DATA = ["pyarrow>=14", "datasets>=2.18", "tifffile>=2023.8", "imagecodecs>=2023.9", "fsspec[http]>=2023.10"]
 
 # Predictions on video, with a codec that browsers play; ONNX files, and the runtime that they are checked with.
 VIDEO = ["av>=14"]
-EXPORT = ["onnx>=1.19", "onnxscript>=0.7", "onnxruntime>=1.23"]  # tried with torch 2.11 alone
+EXPORT = ["onnx>=1.19", "onnxscript>=0.7", "onnxruntime>=1.23"]  # tried only with torch 2.11
 
 # The other side of hf-vit and hf-vitmae: only the proof of a conversion and the tests run its models.
 HF = ["transformers>=4.40,<6"]

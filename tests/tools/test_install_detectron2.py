@@ -1,4 +1,4 @@
-"""What tools/install_detectron2.py promises, without a network and without touching this environment.
+"""The promises of tools/install_detectron2.py, without a network and without touching this environment.
 
 - The wheel it makes is the index's wheel less the extension and the stray `tools` package, every other file
   byte for byte; its RECORD, tag, name, version and requirements are right, and pip accepts it.
@@ -266,7 +266,7 @@ def test_user_errors_are_one_line(
 ) -> None:
     assert installer.main(["--wheel", "no/such.whl"]) == 2
     assert (
-        capsys.readouterr().err == "error: cannot read no/such.whl: No such file or directory; nothing was installed\n"
+        capsys.readouterr().err == "error: cannot read no/such.whl: No such file or directory. Nothing was installed.\n"
     )
     monkeypatch.setenv("PATH", "")
     assert installer.main(["--from", "git"]) == 2

@@ -14,8 +14,8 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed: python to
 
 from crossmae.errors import UserError
 from crossmae.reports.page import Gallery, Missing, Plot, Table
-from tools import demo_report
-from tools.demo_report import (
+from tools.demo import report as demo_report
+from tools.demo.report import (
     PICTURES,
     build_report,
     detector_section,

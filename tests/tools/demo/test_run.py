@@ -13,22 +13,22 @@ from pathlib import Path
 import pytest
 
 from crossmae.errors import UserError
-from tools.demo import RECORDS, ROOT, Stage, StageRecord, demo_stages, fingerprint, run_command, run_stages
+from tools.demo.run import RECORDS, ROOT, Stage, StageRecord, demo_stages, run_command, run_stages
 
 WRITE = "import sys; open(sys.argv[1], 'w').write('x'); open(sys.argv[2], 'a').write(sys.argv[3])"
 
 
 @pytest.fixture
 def three(tmp_path: Path) -> list[Stage]:
-    """Three quick stages; each appends its letter to a journal beside the demo's folder."""
+    """Three quick stages; each appends its letter to a journal next to the demo's folder."""
     (tmp_path / "b.yaml").write_text("first")
-    return [quick(tmp_path, "a"), quick(tmp_path, "b", (tmp_path / "b.yaml",)), quick(tmp_path, "c")]
+    return [quick(tmp_path, "a"), quick(tmp_path, "b", tmp_path / "b.yaml"), quick(tmp_path, "c")]
 
 
-def quick(tmp_path: Path, name: str, configs: tuple[Path, ...] = ()) -> Stage:
+def quick(tmp_path: Path, name: str, config: Path | None = None) -> Stage:
     output, journal = tmp_path / "demo" / f"{name}.txt", tmp_path / "journal"
     arguments = ("-S", "-c", WRITE, str(output), str(journal), name)
-    return Stage(name, f"title of {name}", arguments, (output,), configs)
+    return Stage(name, f"title of {name}", arguments, (output.name,), config)
 
 
 def journal(tmp_path: Path) -> str:
@@ -75,7 +75,7 @@ def test_changed_command_reruns_its_stage_and_those_after_it(three: list[Stage],
 def test_removed_output_reruns_its_stage_and_those_after_it(three: list[Stage], tmp_path: Path):
     run_stages(three, tmp_path / "demo")
     journal(tmp_path)
-    three[1].outputs[0].unlink()
+    (tmp_path / "demo" / three[1].outputs[0]).unlink()
     run_stages(three, tmp_path / "demo")
     assert journal(tmp_path) == "bc"
 
@@ -132,18 +132,8 @@ def test_old_outputs_are_gone_before_a_stage_runs(tmp_path: Path):
     folder.mkdir(parents=True)
     (folder / "leftover").touch()
     code = "import sys, pathlib; pathlib.Path(sys.argv[1]).mkdir()"  # fails where the folder exists
-    run_stages([Stage("a", "t", ("-S", "-c", code, str(folder)), (folder,))], tmp_path / "demo")
+    run_stages([Stage("a", "t", ("-S", "-c", code, str(folder)), ("out",))], tmp_path / "demo")
     assert list(folder.iterdir()) == []
-
-
-@pytest.mark.parametrize("where", ["outside", "demo/../outside", "demo"])
-def test_nothing_outside_the_folder_is_removed(tmp_path: Path, where: str):
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "demo").mkdir()
-    with pytest.raises(ValueError, match="must be inside"):
-        run_stages([Stage("a", "t", ("-S", "-c", "pass"), (tmp_path / where,))], tmp_path / "demo")
-    assert (tmp_path / "outside").is_dir()
-    assert (tmp_path / "demo").is_dir()
 
 
 def test_a_link_is_removed_but_not_what_it_points_to(tmp_path: Path):
@@ -167,12 +157,6 @@ def test_broken_records_are_an_error(three: list[Stage], tmp_path: Path, content
     assert journal(tmp_path) == ""
 
 
-def test_missing_config_is_an_error(three: list[Stage], tmp_path: Path):
-    (tmp_path / "b.yaml").unlink()
-    with pytest.raises(UserError, match=r"stage b: its config .*b.yaml does not exist"):
-        run_stages(three, tmp_path / "demo")
-
-
 def test_peak_memory_counts_descendants():
     hold = "x = bytearray(96 << 20); import time; time.sleep(0.8)"
     child = f"subprocess.run([sys.executable, '-S', '-c', {hold!r}])"
@@ -189,21 +173,21 @@ def test_demo_commands_are_what_is_shown_and_write_inside_the_output(monkeypatch
         assert tuple(shlex.split(stage.command)[1:]) == stage.arguments  # can be pasted, spaces or not
         assert str(ROOT) not in stage.command.partition(" ")[2]  # nothing of this machine in it
         assert (ROOT / stage.arguments[0]).is_file()
-        assert all(path.is_relative_to(output) for path in stage.outputs)
-        assert all(path.is_file() for path in stage.configs)
+        assert all(len(Path(name).parts) == 1 and name != ".." for name in stage.outputs)
+        assert stage.config is None or stage.config.is_file()
 
 
 def test_nothing_to_do_is_quick_and_prints_the_table_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
-    done, previous = [], ""
+    done = []
     for stage in demo_stages(tmp_path):
-        previous = fingerprint(stage, previous)
-        done.append(asdict(StageRecord(stage.name, stage.title, stage.command, previous, "done", 90.0, 2**30)))
+        record = StageRecord(stage.name, stage.title, stage.command, stage.fingerprint, "done", 90.0, 2**30)
+        done.append(asdict(record))
         for output in stage.outputs:
-            output.write_text("mask 51.0")
+            (tmp_path / output).write_text("mask 51.0")
     (tmp_path / RECORDS).write_text(json.dumps({"stages": done}))
     probe = (
-        "import sys; from tools.demo import main; main(['--output', sys.argv[1]]); "
+        "import sys; from tools.demo.run import main; main(['--output', sys.argv[1]]); "
         "print(sorted({'torch', 'matplotlib', 'detectron2'} & set(sys.modules)))"
     )
     out = subprocess.run(

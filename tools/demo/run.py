@@ -1,0 +1,266 @@
+"""The whole way on real images: data, pretraining, conversion, detection, report. `make demo` runs this.
+
+    python tools/demo/run.py                       # everything that is not done yet, in outputs/demo
+    python tools/demo/run.py --output outputs/big  # elsewhere
+    python tools/demo/run.py --fresh               # all of it again
+
+Each stage is a command of its own, shown before it runs, to be copied and changed at will. A finished stage is reused
+as long as its command and its config are the same and no earlier stage ran again; after a failure, the next run
+continues with the failed stage. stages.json in the output folder records time and memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import psutil
+
+from crossmae import __version__
+from crossmae.errors import UserError, run_cli
+from crossmae.files import make_folder, read_json, sha256, write_json
+from crossmae.reports.page import format_bytes, format_seconds
+
+# What this file imports decides how long a `make demo` with nothing to do takes: no torch, no matplotlib.
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS = "stages.json"
+SAMPLE_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the demo.
+
+    Attributes:
+        arguments: of the Python interpreter that runs this program.
+        outputs: names in the demo's folder; removed before the stage runs, and expected afterwards.
+        config: the file next to the command that decides what the stage does.
+    """
+
+    name: str
+    title: str
+    arguments: tuple[str, ...]
+    outputs: tuple[str, ...]
+    config: Path | None = None
+
+    @property
+    def command(self) -> str:
+        """Command line for a shell in the current folder."""
+        return shlex.join([_from_here(Path(sys.executable), "python"), *self.arguments])
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what decides the outcome: version, command, config."""
+        decisive = [__version__, self.arguments, sha256(self.config) if self.config else ""]
+        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+
+
+@dataclass
+class StageRecord:
+    """Entry of stages.json: a stage that was started, and its cost."""
+
+    name: str
+    title: str
+    command: str
+    fingerprint: str
+    status: str = "started"  # "started", "failed" or "done"
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    ended: str = ""
+
+    @property
+    def cost(self) -> str:
+        """Time and memory in words."""
+        return f"{format_seconds(self.seconds)}, peak memory {format_bytes(self.peak_memory_bytes)}"
+
+
+def demo_stages(output: Path) -> list[Stage]:
+    """List the demo's stages. They write only under `output`."""
+
+    def command(tool: str, arguments: str) -> tuple[str, ...]:
+        path = ROOT / "tools" / f"{tool}.py"
+        # @ is the folder; filled in after the split, so that its name may hold spaces.
+        return (_from_here(path, str(path)), *(word.replace("@", str(output)) for word in arguments.split()))
+
+    return [
+        Stage(
+            "data",
+            "Compose handwritten digits over photographs",
+            command("make_demo_data", "--output @/data"),
+            ("data",),
+            ROOT / "tools/demo/data.py",
+        ),
+        Stage(
+            "pretrain",
+            "Pretrain CrossMAE on the training images, without their labels",
+            command(
+                "pretrain",
+                "--config-file pretrain/demo.yaml data.train=@/data/pretrain data.val=@/data/val "
+                "probe.train=@/data/scenes/train probe.val=@/data/scenes/val output_dir=@/pretrain",
+            ),
+            ("pretrain",),
+            ROOT / "configs/pretrain/demo.yaml",
+        ),
+        Stage(
+            "convert",
+            "Make the encoder a detection backbone",
+            command("convert_checkpoint", "@/pretrain/model.safetensors @/encoder_detectron2.pth --to detectron2"),
+            ("encoder_detectron2.pth",),
+        ),
+        Stage(
+            "detect",
+            "Train Mask R-CNN on that backbone, and evaluate it on held-out images",
+            command(
+                "train_net",
+                "--config-file demo_mask_rcnn.yaml "
+                "--train-json @/data/annotations/train.json --train-images @/data/train "
+                "--val-json @/data/annotations/val.json --val-images @/data/val "
+                "MODEL.WEIGHTS=@/encoder_detectron2.pth OUTPUT_DIR=@/detect",
+            ),
+            ("detect",),
+            ROOT / "configs/demo_mask_rcnn.yaml",
+        ),
+        Stage("report", "Put it all on one page", command("demo/report", "@"), ("report.html", "summary.txt")),
+    ]
+
+
+def _from_here(path: Path, otherwise: str) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else otherwise
+
+
+def run_stages(stages: Sequence[Stage], folder: Path, *, fresh: bool = False) -> list[StageRecord]:
+    """Run the stages that are not done, and record each in stages.json.
+
+    Once a stage has run, the stages after it run too, because their inputs are new. `fresh` runs all of them.
+
+    Raises:
+        UserError: a stage failed, or stages.json is not what this program writes.
+    """
+    make_folder(folder, "--output")
+    known = {} if fresh else _read_records(folder / RECORDS)
+    records: list[StageRecord] = []
+    for number, stage in enumerate(stages, start=1):
+        head = f"[{number}/{len(stages)}] {stage.name}"
+        record = known.get(stage.name)
+        written = all((folder / name).exists() for name in stage.outputs)
+        if record and record.status == "done" and record.fingerprint == stage.fingerprint and written:
+            print(f"{head}: reused, took {record.cost}")
+            records.append(record)
+            continue
+        known = {}
+        records.append(StageRecord(stage.name, stage.title, stage.command, stage.fingerprint))
+        print(f"\n{head}: {stage.title}\n$ {stage.command}", flush=True)
+        _run_stage(stage, records, folder)
+        print(f"{head}: done in {records[-1].cost}", flush=True)
+    return records
+
+
+def _run_stage(stage: Stage, records: Sequence[StageRecord], folder: Path) -> None:
+    """Run a stage and keep its record, `records[-1]`, true in every outcome."""
+    record = records[-1]
+    for name in stage.outputs:
+        _remove(folder / name)
+    _write_records(folder / RECORDS, records)
+    started = time.perf_counter()
+    failure: str | None = "interrupted"
+    try:
+        code, record.peak_memory_bytes = run_command([sys.executable, *stage.arguments])
+        absent = [str(folder / name) for name in stage.outputs if not (folder / name).exists()]
+        failure = _exit_reason(code) if code else f"wrote no {', '.join(absent)}" if absent else None
+    finally:
+        record.status = "failed" if failure else "done"
+        record.seconds = round(time.perf_counter() - started, 3)
+        record.ended = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        _write_records(folder / RECORDS, records)
+    if failure:
+        raise UserError(
+            f"stage {stage.name} failed after {format_seconds(record.seconds)}: {failure}; its command was: "
+            f"{record.command}. Mend the cause and run the demo again: it continues with this stage."
+        )
+
+
+def run_command(command: Sequence[str]) -> tuple[int, int]:
+    """Run a command. Return its exit code and its peak memory (bytes).
+
+    The exit code is negative for a signal. The memory is the highest sum of the resident memory of the command and its
+    descendants, sampled four times a second; shared pages count once per process.
+    """
+    process = subprocess.Popen(command)
+    peak = _resident_bytes(process.pid)
+    while True:
+        try:
+            return process.wait(timeout=SAMPLE_SECONDS), peak
+        except subprocess.TimeoutExpired:
+            peak = max(peak, _resident_bytes(process.pid))
+        except KeyboardInterrupt:  # the terminal interrupts the command, too: it saves and ends
+            process.wait()
+            raise
+
+
+def _resident_bytes(pid: int) -> int:
+    total = 0
+    try:
+        root = psutil.Process(pid)
+        for process in (root, *root.children(recursive=True)):
+            total += process.memory_info().rss
+    except psutil.NoSuchProcess:  # ended meanwhile
+        pass
+    return total
+
+
+def _exit_reason(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    hint = ", which is what happens when memory runs out" if code == -signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-code).name}{hint}"
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():  # a link is removed, never its target
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def _write_records(path: Path, records: Sequence[StageRecord]) -> None:
+    write_json(path, {"stages": [asdict(record) for record in records]})
+
+
+def _read_records(path: Path) -> dict[str, StageRecord]:
+    if not path.exists():
+        return {}
+    try:
+        return {stage["name"]: StageRecord(**stage) for stage in read_json(path)["stages"]}
+    except (TypeError, KeyError):
+        raise UserError(f"{path}: not written by this program. Start all over with --fresh.") from None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is not done, then print table and page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/demo"), help="folder to work in (default: %(default)s)"
+    )
+    parser.add_argument("--fresh", action="store_true", help="run every stage again")
+    args = parser.parse_args(argv)
+    records = run_stages(demo_stages(args.output), args.output, fresh=args.fresh)
+    print(f"\n{(args.output / 'summary.txt').read_text('utf-8')}")
+    print(f"All stages took {format_seconds(sum(record.seconds for record in records))}.")
+    print(f"The page to look at: {args.output / 'report.html'}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
