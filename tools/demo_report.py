@@ -8,15 +8,14 @@ It may be run at any time: what is not there yet is named on the page.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import math
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import detectron2
 import numpy as np
 import psutil
 import torch
@@ -26,6 +25,8 @@ from crossmae.errors import UserError, run_cli
 from crossmae.files import read_json, read_json_lines, write_text
 from crossmae.reports import page
 from crossmae.reports.figures import curve_plots
+from crossmae.reports.run_folder import FileContent
+from crossmae.training.versions import versions
 from det.data.coco import read_coco
 from det.evaluation.evaluate import format_results
 from det.evaluation.pictures import SCORE_THRESHOLD, Comparison, compare_images
@@ -75,7 +76,7 @@ def prediction_rows(annotations: Path, images: Path, predictions: Path) -> list[
     """Draw ground truth and prediction of the first images by id.
 
     Raises:
-        UserError: one of the JSON files is not in COCO's format, or an image can not be read; names it.
+        UserError: one of the JSON files is not in COCO's format, or an image cannot be read; names it.
     """
     truth, found = read_coco(annotations), read_json(predictions)
     if not isinstance(found, list):
@@ -93,7 +94,7 @@ def prediction_rows(annotations: Path, images: Path, predictions: Path) -> list[
 
 
 def _picture_row(number: int, pair: Comparison) -> page.PictureRow:
-    """Show one image twice: with its true instances, and with the predicted ones."""
+    """Show an image with its true and with the predicted instances."""
     pictures = []
     for label, drawn, classes in (
         ("ground truth", pair.truth, pair.true_classes),
@@ -101,15 +102,12 @@ def _picture_row(number: int, pair: Comparison) -> page.PictureRow:
     ):
         alt = f"image {number}, {label}: {', '.join(classes) or 'nothing'}"
         pictures.append(page.embed_image(drawn, alt=alt, label=label, density=2))
-    digits, detections = (
-        page.counted(len(pair.true_classes), "digit"),
-        page.counted(len(pair.found_classes), "detection"),
-    )
-    return page.PictureRow(pictures, f"Image {number}: {digits}, {detections}")
+    digits = page.counted(len(pair.true_classes), "digit")
+    return page.PictureRow(pictures, f"Image {number}: {digits}, {page.counted(len(pair.found_classes), 'detection')}")
 
 
 def reconstruction_section(folder: Path) -> page.Section:
-    """Show the first and the last picture of reconstructions, and the fusion weights."""
+    """Show first and last reconstructions, and the fusion weights."""
     where = folder / "reconstructions"
     steps = {
         int(match[1]): path for path in where.glob("step-*.png") if (match := re.fullmatch(r"step-(\d+)", path.stem))
@@ -122,16 +120,19 @@ def reconstruction_section(folder: Path) -> page.Section:
     )
     if not steps:
         return page.Section("Reconstructions", text, [page.Missing(where / "step-*.png", "reconstructions")])
-    rows = []
-    for step in dict.fromkeys((min(steps), max(steps))):
-        alt = f"input, masked and reconstructed images after {step} steps"
-        rows.append(page.PictureRow([page.embed_image(read_image(steps[step]), alt=alt)], f"After {step} steps"))
-    fusion = max((folder / "fusion").glob("step-*.png"), default=None)
-    blocks: list[page.PageBlock] = [page.Gallery(rows, min_width=900)]
-    if fusion is not None:
-        picture = page.embed_image(read_image(fusion), alt="learned weight of each encoder map in each decoder block")
-        blocks.append(page.Gallery([page.PictureRow([picture], "Fusion weights at the end")]))
+    figures = {
+        steps[step]: (f"input, masked and reconstructed images after {step} steps", f"After {step} steps")
+        for step in dict.fromkeys((min(steps), max(steps)))
+    }
+    blocks = [page.Gallery([_figure(path, *words) for path, words in figures.items()], min_width=900)]
+    if fusion := max((folder / "fusion").glob("step-*.png"), default=None):
+        alt = "learned weight of each encoder map in each decoder block"
+        blocks.append(page.Gallery([_figure(fusion, alt, "Fusion weights at the end")]))
     return page.Section("Reconstructions", text, blocks)
+
+
+def _figure(path: Path, alt: str, caption: str) -> page.PictureRow:
+    return page.PictureRow([page.embed_image(read_image(path), alt=alt)], caption)
 
 
 def pretraining_section(path: Path) -> page.Section:
@@ -155,7 +156,7 @@ def pretraining_section(path: Path) -> page.Section:
     text = (
         "Mean squared error of hidden patches, each with its pixels normalised to mean 0 and variance 1. The held-out "
         "loss is of photographs and handwriting that training does not see. Nearest neighbours: how many grey crops "
-        "of photographs are told apart by the encoder's features alone; at step 0 the encoder is random."
+        "of photographs are told apart by only the encoder's features; at step 0 the encoder is random."
     )
     return page.Section("Pretraining", text + speed, curve_plots(rows, path, "step", shown))
 
@@ -169,15 +170,42 @@ def detector_section(path: Path) -> page.Section:
     return page.Section("Detector training", text, curve_plots(log.rows, path, "iteration", loss_plots(log)))
 
 
-def stage_section(stages: Sequence[Mapping[str, Any]], path: Path) -> page.Section:
+# --- The page ---------------------------------------------------------------------------------------------
+
+
+class StageRecord(FileContent):
+    """A stage of the demo as stages.json has it."""
+
+    name: str
+    title: str
+    command: str
+    status: str
+    seconds: float
+    peak_memory_bytes: int
+
+
+class Stages(FileContent):
+    """Content of stages.json."""
+
+    stages: list[StageRecord]
+
+
+def _totals(stages: Sequence[StageRecord]) -> tuple[str, str]:
+    """Write time and peak memory of all finished stages."""
+    done = [stage for stage in stages if stage.status == "done"]
+    peak = max((stage.peak_memory_bytes for stage in done), default=0)
+    return page.format_seconds(sum(stage.seconds for stage in done)), page.format_bytes(peak)
+
+
+def stage_section(stages: Sequence[StageRecord], path: Path) -> page.Section:
     """Show time, peak memory and command of every stage."""
     if not stages:
         return page.Section("Stages", "", [page.Missing(path, "record of the stages")])
     rows = []
     for stage in stages:
-        row = [stage["name"], "this page" if stage["name"] == "report" else stage["status"], "-"]
-        if stage["status"] == "done":
-            row[1:] = [page.format_seconds(stage["seconds"]), page.format_bytes(stage["peak_memory_bytes"])]
+        row = [stage.name, "this page" if stage.name == "report" else stage.status, "-"]
+        if stage.status == "done":
+            row[1:] = [page.format_seconds(stage.seconds), page.format_bytes(stage.peak_memory_bytes)]
         rows.append(row)
     caption = (
         "Time on the clock, start of the program included. Peak memory: the highest sum of resident memory "
@@ -185,41 +213,15 @@ def stage_section(stages: Sequence[Mapping[str, Any]], path: Path) -> page.Secti
         "each of them."
     )
     table = page.Table(["stage", "time", "peak memory"], rows, caption, ["all", *_totals(stages)])
-    commands = page.Commands([(stage["title"], page.folded(stage["command"])) for stage in stages])
+    commands = page.Commands([(stage.title, page.folded(stage.command)) for stage in stages])
     return page.Section("Stages", "Each stage is a command of its own; run them in this order.", [table, commands])
 
 
-# --- The page ---------------------------------------------------------------------------------------------
-
-
-def read_stages(path: Path) -> list[dict[str, Any]]:
-    """Read the stages that the demo recorded; none if it was not used.
-
-    Raises:
-        UserError: the file is not what the demo writes.
-    """
-    if not path.exists():
-        return []
-    content = read_json(path)
-    needed = {"name", "title", "command", "status", "seconds", "peak_memory_bytes"}
-    stages = content.get("stages") if isinstance(content, dict) else None
-    if not isinstance(stages, list) or not all(isinstance(stage, dict) and needed <= stage.keys() for stage in stages):
-        raise UserError(f"{path}: expected `stages`, each with {', '.join(sorted(needed))}")
-    return stages
-
-
-def _totals(stages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """Write time and peak memory of all finished stages."""
-    done = [stage for stage in stages if stage["status"] == "done"]
-    peak = max((stage["peak_memory_bytes"] for stage in done), default=0)
-    return page.format_seconds(sum(stage["seconds"] for stage in done)), page.format_bytes(peak)
-
-
-def facts(results: Path, stages: Sequence[Mapping[str, Any]]) -> list[page.Fact]:
+def facts(results: Path, stages: Sequence[StageRecord]) -> list[page.Fact]:
     """List the headline numbers that there are."""
     found = ap_facts(DetectionResults.read(results), "AP50", ("AP", "AP75")) if results.exists() else []
     if stages:
-        done = sum(stage["status"] == "done" for stage in stages)
+        done = sum(stage.status == "done" for stage in stages)
         time, peak = _totals(stages)
         found.append(page.Fact("Time", time, f"{page.counted(done, 'stage')}, one after the other"))
         found.append(page.Fact("Peak memory", peak, "of the largest stage"))
@@ -228,32 +230,19 @@ def facts(results: Path, stages: Sequence[Mapping[str, Any]]) -> list[page.Fact]
 
 def environment() -> list[tuple[str, str]]:
     """Describe machine and versions, as (name, value)."""
-    distributions = importlib.metadata.packages_distributions()
-    versions = []
-    for package in ("crossmae", "torch", "torchvision", "timm", "detectron2", "numpy"):
-        if package in distributions:
-            versions.append(f"{package} {importlib.metadata.version(distributions[package][0])}")
-    memory = page.format_bytes(psutil.virtual_memory().total)
-    return [
-        ("Processor", _processor()),
-        ("Cores", f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}"),
-        ("Memory", memory),
-        ("GPU", _gpu()),
-        ("System", f"{platform.system()} {platform.release()}, Python {platform.python_version()}"),
-        ("Packages", ", ".join(versions)),
-    ]
-
-
-def _processor() -> str:
+    libraries = versions() | {"detectron2": detectron2.__version__}
     try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        processor = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
-        match = None
-    return match[1] if match else platform.processor() or platform.machine()
-
-
-def _gpu() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+        processor = None
+    return [
+        ("Processor", processor[1] if processor else platform.processor() or platform.machine()),
+        ("Cores", f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}"),
+        ("Memory", page.format_bytes(psutil.virtual_memory().total)),
+        ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
+        ("System", f"{platform.system()} {platform.release()}, Python {libraries.pop('python')}"),
+        ("Packages", ", ".join(f"{name} {version}" for name, version in libraries.items())),
+    ]
 
 
 def build_report(folder: Path) -> page.Report:
@@ -263,7 +252,7 @@ def build_report(folder: Path) -> page.Report:
         UserError: a file is not what its stage writes; names it.
     """
     results, record = folder / "detect/results.json", folder / "stages.json"
-    stages = read_stages(record)
+    stages = Stages.read(record).stages if record.exists() else []
     sections = [
         prediction_section(folder),
         result_section(results),

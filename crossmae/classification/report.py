@@ -68,7 +68,7 @@ def _evaluation_sections(run: RunFolder, found: Evaluation | None, hardest: Hard
 def _result_section(run: RunFolder, found: Evaluation | None) -> page.Section:
     if found is None:
         return page.Section("Results", "", [run.missing(EVALUATED, "results")])
-    rows: list[list[str | page.Bar]] = [
+    rows: list[page.Row] = [
         [f"{label}: {meaning}", _headline(key, found.numbers[key])]
         for key, (label, meaning) in HEADLINES.items()
         if key in found.numbers
@@ -106,8 +106,8 @@ def _class_section(run: RunFolder, found: Evaluation | None) -> page.Section:
 
 
 def class_blocks(classes: Sequence[ClassRow], multi_label: bool) -> list[page.PageBlock]:
-    """Show every class, the worst first; of many, the worst and the best."""
-    rows = []
+    """Rank all classes, or the worst and the best of many."""
+    rows: list[tuple[float | None, page.Row]] = []
     for one in classes:
         shares = [*([one.ap] if multi_label else []), one.recall, one.precision]
         rows.append((shares[0], [one.name, f"{one.samples:,}", *map(page.bar, shares)]))
@@ -137,7 +137,7 @@ def _confusion_section(run: RunFolder, found: Evaluation | None) -> page.Section
 
 
 def _figures(run: RunFolder, names: Mapping[str, str]) -> list[page.PageBlock]:
-    """Show figures of the evaluation by file name: wide ones alone, small ones side by side."""
+    """Show figures of the evaluation, small ones side by side."""
     rows = [run.picture(f"{FOLDER}/{name}", read_image, what, lossless=True) for name, what in names.items()]
     wide = [row for row in rows if isinstance(row, page.PictureRow) and row.pictures[0].width > WIDE]
     small = [row for row in rows if row not in wide]
@@ -169,7 +169,7 @@ def _hard_image(run: RunFolder, one: HardImage) -> page.PictureRow | page.Missin
 
 
 def _verdict(one: HardImage) -> str:
-    """Write "cat (2.9 %), taken for dog (97.1 %)"; of several classes, list the missed and the wrong ones."""
+    """Write "cat (2.9 %), taken for dog (97.1 %)"."""
     true, predicted = (
         [f"{name} ({page.percent(share)})" for name, share in classes] for classes in (one.true, one.predicted)
     )
@@ -215,7 +215,6 @@ def _training_section(run: RunFolder, log: RunLog) -> page.Section:
 
 
 def _command_section(folder: Path, weights: object, validated: bool, unfinished: bool) -> page.Section:
-    """Show how to use the classifier, evaluate it again, and continue its training."""
     words: dict[str, list[str]] = {}
     blocks: list[page.PageBlock] = []
     finetune = ["finetune.py", "--config-file", str(folder / CONFIG)]
@@ -231,13 +230,13 @@ def _command_section(folder: Path, weights: object, validated: bool, unfinished:
 
 
 def changed_from_defaults(content: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """List key, value and default of a config file's settings that differ, except the data."""
+    """List key, value and default of changed settings, except the data."""
     changed = sections.changed_settings(content, sections.leaves(to_jsonable_python(_defaults(FinetuneConfig))))
     return [row for row in changed if row[0] not in DATA_KEYS]
 
 
 def _defaults(schema: type[BaseModel]) -> dict[str, Any]:
-    """Collect the default values of a schema; required values have none."""
+    """Collect the default values of a schema."""
     found: dict[str, Any] = {}
     for name, field in schema.model_fields.items():
         if not field.is_required():
@@ -265,9 +264,9 @@ def _data_section(run: RunFolder, data: Mapping[str, tuple[Any, Any]], has_confi
 
 
 def write_report(folder: Path) -> Path:
-    """Write and return `folder`/report.html, the page of a fine-tuning or evaluation in whatever state.
+    """Write and return `folder`/report.html.
 
-    A picture of features that is missing or older than the features is drawn first.
+    The run may be in whatever state. A picture of features that is missing or older than the features is drawn first.
 
     Raises:
         OSError: the folder is not writable.
@@ -278,7 +277,7 @@ def write_report(folder: Path) -> Path:
 
 
 def build_report(folder: Path, faults: Mapping[str, str] | None = None) -> page.Report:
-    """Build the page of a run; `faults` are known reasons why a file is missing."""
+    """Build the page of a run, with known reasons for missing files."""
     run = RunFolder(folder, faults)
     found = run.read(EVALUATED, Evaluation.read, None)
     hardest = run.read(HARDEST_IMAGES, Hardest.read, None)
@@ -322,7 +321,7 @@ def _mapping(value: object) -> dict[str, Any]:
 
 
 def _checkpoint_record(run: RunFolder) -> dict[str, Any]:
-    """Read the record of the last checkpoint; empty if there is none."""
+    """Read the record of the last checkpoint, if there is one."""
     records = [str(path.relative_to(run.path)) for path in (run.path / CHECKPOINTS).glob(f"step-*/{RUN_RECORD}")]
     return _mapping(run.read(max(records, default=f"{CHECKPOINTS}/{RUN_RECORD}"), read_json, {}))
 
@@ -330,8 +329,8 @@ def _checkpoint_record(run: RunFolder) -> dict[str, Any]:
 def _result(found: Evaluation | None) -> str:
     if found is None:
         return ""
-    interval = f" ({_interval(found)})" if found.top1_interval else ""
-    return f"{HEADLINES[found.metric][0]} {page.percent(found.numbers[found.metric])}{interval} on {_images(found)}. "
+    value, interval = page.percent(found.numbers[found.metric]), _interval(found)
+    return f"{HEADLINES[found.metric][0]} {value}{interval and f' ({interval})'} on {_images(found)}. "
 
 
 def _interval(found: Evaluation) -> str:

@@ -12,7 +12,7 @@ CONFIG, FOLDER = "config.yaml", "evaluation"
 
 
 class ClassRow(FileContent):
-    """A class of an evaluation; shares of 1, None where undefined for lack of images."""
+    """A class of an evaluation, with shares of 1, None where undefined for lack of images."""
 
     name: str
     samples: int
@@ -22,7 +22,7 @@ class ClassRow(FileContent):
 
 
 class ConfusedClasses(FileContent):
-    """Images of one class that were taken for another; `share` of the true class."""
+    """The number of images of one class that were taken for another, and their share of the true class."""
 
     true: str
     predicted: str
@@ -58,7 +58,7 @@ class Evaluation(FileContent):
 
 
 class HardImage(FileContent):
-    """A wrongly classified image: its picture, or the fault that prevents one; classes with probabilities."""
+    """A wrongly classified image: its picture or the fault that prevents one, and classes with probabilities."""
 
     name: str
     picture: str | None

@@ -28,7 +28,7 @@ _TEXT, _GRID = "#01fe11", "#01fe12"
 _CSS_COLORS = {color: f"var(--series-{i})" for i, color in enumerate(_SERIES, start=1)}
 _CSS_COLORS |= {_TEXT: "var(--muted)", _GRID: "var(--line)"}
 _SIZE_INCHES = (4.6, 2.9)  # small: labels stay readable when a phone scales the figure down
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: selectable, and in the page's own font
     "font.size": 9,
     "axes.spines.top": False,
@@ -37,7 +37,7 @@ _STYLE: dict[str, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), _TEXT),
 }
 
-Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+Curves = Mapping[str, Sequence[Sequence[float]]]  # x and y by label
 # By title of a plot: the name of the values, and labels by key of a value.
 PlotKeys = Mapping[str, tuple[str, Mapping[str, str]]]
 
@@ -53,7 +53,7 @@ def line_plot(curves: Curves, *, title: str, x_label: str, y_label: str, caption
     A long curve is drawn faintly, under its running mean over 5 % of its points.
 
     Args:
-        curves: equally long x and y by label, at most `MOST_CURVES`; NaN in y leaves a gap.
+        curves: equally long x and y by label; at most `MOST_CURVES`; NaN in y leaves a gap.
         title: unique on the page.
     """
     buffer = io.StringIO()
@@ -66,24 +66,23 @@ def line_plot(curves: Curves, *, title: str, x_label: str, y_label: str, caption
     return Plot(_themed_svg(buffer.getvalue(), title), title, caption)
 
 
-def curve(
-    rows: Sequence[Mapping[str, Any]], source: Path, x: str, keys: Mapping[str, str], title: str, y_label: str
-) -> Plot | Missing:
-    """Plot logged values over steps, or name the log that has none.
+def curve_plots(rows: Sequence[Mapping[str, Any]], source: Path, x: str, plots: PlotKeys) -> list[Plot | Missing]:
+    """Plot logged values over steps, or name the log without values.
 
     Args:
         rows: of the log.
         source: the log's file.
         x: key of the steps or epochs.
-        keys: labels by key of the values.
-        title: unique on the page.
-        y_label: name of the values.
+        plots: values by title; titles are unique on the page.
     """
-    curves = {}
-    for key, label in keys.items():
-        if points := [(row[x], row[key]) for row in rows if x in row and key in row]:
-            steps, values = zip(*points, strict=True)
-            curves[label] = steps, values
+    return [_curve_plot(rows, source, x, keys, title, y_label) for title, (y_label, keys) in plots.items()]
+
+
+def _curve_plot(
+    rows: Sequence[Mapping[str, Any]], source: Path, x: str, keys: Mapping[str, str], title: str, y_label: str
+) -> Plot | Missing:
+    points = {label: [(row[x], row[key]) for row in rows if x in row and key in row] for key, label in keys.items()}
+    curves: Curves = {label: tuple(zip(*found, strict=True)) for label, found in points.items() if found}
     if not curves:
         return Missing(source, f"curve of the {y_label}", f"no line of it has {x!r} and {', '.join(map(repr, keys))}")
     count = max(len(steps) for steps, _ in curves.values())
@@ -91,11 +90,6 @@ def curve(
     if count >= SMOOTH_FROM:
         caption += " Faint: as logged; strong: running mean over 5 % of the values."
     return line_plot(curves, title=title, x_label=x, y_label=y_label, caption=caption)
-
-
-def curve_plots(rows: Sequence[Mapping[str, Any]], source: Path, x: str, plots: PlotKeys) -> list[Plot | Missing]:
-    """Draw plots of one log, see `curve`."""
-    return [curve(rows, source, x, keys, title, y_label) for title, (y_label, keys) in plots.items()]
 
 
 def _draw_curves(axes: Axes, curves: Curves) -> None:
@@ -113,7 +107,15 @@ def _draw_curves(axes: Axes, curves: Curves) -> None:
 
 
 def running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """Average over a centred window, (n,) -> (n,); NaN is ignored, windows are shorter at both ends."""
+    """Average over a centred window that is shorter at both ends.
+
+    Args:
+        values: (n,); NaN is ignored.
+        width: of the window.
+
+    Returns:
+        Means, (n,).
+    """
     half = width // 2
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     finite = (window[np.isfinite(window)] for window in windows)
@@ -121,7 +123,7 @@ def running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]
 
 
 def _themed_svg(svg: str, title: str) -> Markup:
-    """Fit matplotlib's SVG into a page: theme colours, unique ids, fluid size, accessible name."""
+    """Give matplotlib's SVG theme colours, unique ids, fluid size and a name."""
     svg = svg[svg.index("<svg") :]
     for color, variable in _CSS_COLORS.items():
         svg = svg.replace(color, variable)

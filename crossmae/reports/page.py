@@ -65,10 +65,13 @@ class PictureRow:
 
 @dataclass(frozen=True)
 class Bar:
-    """A table cell with a bar behind its text; `share` between 0 and 1."""
+    """A table cell with a bar of a share between 0 and 1 behind its text."""
 
     text: str
     share: float
+
+
+Row = Sequence[str | Bar]  # of a table
 
 
 class PageBlock:
@@ -91,7 +94,7 @@ class Gallery(PageBlock):
 
 @dataclass(frozen=True)
 class Plot(PageBlock):
-    """A figure as inline SVG with a caption; neighbouring plots stand side by side on a wide page."""
+    """A figure as inline SVG with a caption."""
 
     svg: Markup
     title: str
@@ -103,7 +106,7 @@ class Table(PageBlock):
     """A table whose first column is text and whose other columns are formatted numbers."""
 
     columns: Sequence[str]
-    rows: Sequence[Sequence[str | Bar]]
+    rows: Sequence[Row]
     caption: str = ""
     footer: Sequence[str] = ()
 
@@ -140,7 +143,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """A page; `environment` lists (name, value) shown at its end."""
+    """A page, whose `environment` lists (name, value) at its end."""
 
     title: str
     lead: str
@@ -161,12 +164,12 @@ class Report:
         return environment.get_template("report.html.j2").render(report=self, groups=_side_by_side)
 
     def write(self, path: Path) -> None:
-        """Write the page to `path`, atomically; its folder must exist."""
+        """Write the page atomically into an existing folder."""
         write_text(path, self.to_html())
 
 
 def _side_by_side(blocks: Sequence[PageBlock]) -> list[list[PageBlock]]:
-    """Group neighbouring plots; every other block is a group of its own."""
+    """Group neighbouring plots, which stand side by side on a wide page."""
     groups: list[list[PageBlock]] = []
     for are_plots, found in itertools.groupby(blocks, lambda block: isinstance(block, Plot)):
         neighbours = list(found)
@@ -204,7 +207,7 @@ def counted(number: int, noun: str, plural: str = "") -> str:
 
 
 def percent(share: float | None, digits: int = 1, unit: str = PERCENT) -> str:
-    """Write a share of 1 in percent; None and NaN become a dash."""
+    """Write a share of 1 in percent, or a dash if undefined."""
     return "-" if share is None or math.isnan(share) else f"{100 * share:.{digits}f}{unit}"
 
 
@@ -215,7 +218,7 @@ def bar(share: float | None, digits: int = 1, unit: str = PERCENT) -> Bar:
 
 
 def folded(command: str) -> str:
-    """Break a long shell command into lines with one option or `key=value` each; it stays pasteable."""
+    """Break a long shell command into pasteable lines of one option each."""
     if len(command) <= LONGEST_COMMAND:
         return command
     lines: list[list[str]] = [[]]
@@ -233,7 +236,7 @@ def short_value(value: Any) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Write a duration for people: "0.4 s", "12 s", "3 min 05 s", "2 h 10 min"."""
+    """Write a duration such as "0.4 s", "3 min 05 s", "2 h 10 min"."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -23,7 +23,7 @@ Default = TypeVar("Default")
 
 
 class FileContent(BaseModel):
-    """Base of what a page reads from a JSON file; other keys are ignored."""
+    """Base of what a page reads from a JSON file, whose other keys are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -59,7 +59,7 @@ class RunLog:
         return [row[key] for row in self.rows if key in row]
 
     def spans(self, step: str, key: str) -> Iterator[tuple[float, float]]:
-        """Yield each positive value of `key` with the steps since the one before."""
+        """Yield positive values with the steps since the value before."""
         previous = 0.0
         for row in self.rows:
             if step in row and row.get(key, 0.0) > 0:
@@ -68,7 +68,9 @@ class RunLog:
 
 
 def read_log(path: Path, needed: str) -> RunLog:
-    """Read a log of one JSON object per line; a line without the number `needed` counts as damaged.
+    """Read a log of one JSON object per line.
+
+    A line without the number `needed` counts as damaged.
 
     Raises:
         UserError: no such file.
@@ -83,7 +85,7 @@ def read_log(path: Path, needed: str) -> RunLog:
 
 
 def _numbers_of(line: str) -> dict[str, float]:
-    """Read the numbers in a line, NaN included; a line that is no JSON object has none."""
+    """Read the numbers in a JSON object, NaN included."""
     try:
         row = json.loads(line)
         items = row.items() if isinstance(row, dict) else ()
@@ -105,7 +107,7 @@ class RunFolder:
         self.faults = dict(faults or {})
 
     def read(self, name: str, reader: Callable[[Path], T], default: Default) -> T | Default:
-        """Read a file; a missing or damaged one is noted, and gives `default`."""
+        """Read a file, or note why it is missing and return `default`."""
         path = self.path / name
         try:
             if path.is_file():
@@ -120,7 +122,7 @@ class RunFolder:
         return any((self.path / name).is_file() for name in names)
 
     def missing(self, name: str, what: str, why: str = "the file does not exist") -> Missing:
-        """Name a file, or something in it, that `what` cannot be shown without."""
+        """Name the file without which `what` cannot be shown."""
         return Missing(Path(name), what, self.faults.get(name, why))
 
     def picture(
@@ -134,7 +136,7 @@ class RunFolder:
         density: float = 1.0,
         lossless: bool = False,
     ) -> PictureRow | Missing:
-        """Embed an image of the folder, see `embed_image`; `what` also describes it if there is no `alt`."""
+        """Embed an image, see `embed_image`, described by `alt` or `what`."""
         image = self.read(name, reader, None)
         if image is None:
             return self.missing(name, what)

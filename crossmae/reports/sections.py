@@ -7,29 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from crossmae.reports import page
 from crossmae.reports.figures import PlotKeys, curve_plots
-from crossmae.reports.page import (
-    Bar,
-    Commands,
-    Gallery,
-    Missing,
-    PageBlock,
-    PictureRow,
-    Section,
-    Table,
-    counted,
-    folded,
-    short_value,
-)
+from crossmae.reports.page import Commands, Gallery, Missing, PageBlock, PictureRow, Row, Section, Table
 from crossmae.reports.run_folder import RunFolder, RunLog
 
 MOST_CLASSES = 50  # in a table
 
-Row = Sequence[str | Bar]
-
 
 def lead(found: str, unfinished: str) -> str:
-    """Open a page: what was found, and how far an unfinished training came ("" for a finished one)."""
+    """Open a page with the result and the progress so far."""
     state = f"The training continues, or was cut off, after {unfinished}. " if unfinished else ""
     return f"{found}{state}Everything here is from files in the run's folder, named as they are there."
 
@@ -57,7 +44,7 @@ def class_tables(
     *,
     worst_first: bool,
 ) -> list[PageBlock]:
-    """Rank classes in a table; of many classes, show the best and the worst in two.
+    """Rank all classes, or the best and the worst of many.
 
     Args:
         classes: the score that ranks a class, None where undefined, and its row of the table.
@@ -73,28 +60,28 @@ def class_tables(
     half = MOST_CLASSES // 2
     first, last = ranked[:half], ranked[half:][-half:]
     count = len(classes)
-    others = f"{source} has the other {count - len(first) - len(last)} of {count} classes, too."
+    others = f"{source} has the other {count - len(first) - len(last)} of {count} classes."
     second = Table(columns, last[::-1] if worst_first else last, f"{captions[2]} {others}")
     return [Table(columns, first, captions[1]), second]
 
 
 def training_section(run: RunFolder, log: RunLog, name: str, x: str, plots: PlotKeys, text: str) -> Section:
-    """Plot what a training logged in the file `name`, or say that it is missing; `x` is the key of steps or epochs."""
+    """Plot the log of a training, the file `name`, over `x`."""
     if not log.rows:
         return Section("Training", "", [run.missing(name, "curves of the training", "no line of it can be read")])
     if log.damaged:
-        text += f" Left out: {counted(log.damaged, 'damaged line')} of {name}."
+        text += f" Left out: {page.counted(log.damaged, 'damaged line')} of {name}."
     return Section("Training", text, curve_plots(log.rows, Path(name), x, plots))
 
 
 def commands(words: Mapping[str, Sequence[str]]) -> Commands:
     """Show commands by heading, each a script of tools/ and its arguments."""
     lines = {title: shlex.join(["python", f"tools/{script}", *rest]) for title, (script, *rest) in words.items()}
-    return Commands([(title, folded(line)) for title, line in lines.items()])
+    return Commands([(title, page.folded(line)) for title, line in lines.items()])
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten settings to values by dotted key; tuples become lists."""
+    """Flatten settings to values by dotted key, tuples to lists."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -105,7 +92,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changed_settings(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """List key, value and default of settings that differ from the defaults, given by dotted key."""
+    """List key, value and default of settings that differ."""
     return [
         (key, value, defaults.get(key))
         for key, value in leaves(config).items()
@@ -114,8 +101,8 @@ def changed_settings(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
 
 
 def settings_section(changed: Sequence[tuple[str, Any, Any]], missing: Missing | None, whose: str) -> Section:
-    """Show settings that differ from the defaults of `whose`, or the file that is missing."""
-    rows = [[key, short_value(value), short_value(default)] for key, value, default in changed]
+    """Show changed settings, or the missing file."""
+    rows = [[key, page.short_value(value), page.short_value(default)] for key, value, default in changed]
     block = missing or Table(["setting", "value", "default"], rows)
     return Section("Settings", f"What differs from the defaults of {whose}; config.yaml has all settings.", [block])
 

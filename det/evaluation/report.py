@@ -23,21 +23,18 @@ from crossmae.training.config import read_yaml
 from det.backbone.weights import find_detector
 from det.config import add_crossmae_config, leaf_keys, lookup
 from det.data.coco import OWN_TRAIN, OWN_VAL
+from det.evaluation import run_files
 from det.evaluation.pictures import find_pictures
 from det.evaluation.run_files import (
-    BEST_RECORD,
     CONFIG,
-    FINAL,
     HEADLINE,
     METRICS,
     PICTURES,
     RECORD,
     RESULTS,
     TASKS,
-    BestEvaluation,
     DetectionResults,
     RunRecord,
-    read_metrics,
 )
 
 LOSSES = {
@@ -68,7 +65,7 @@ AP_TEXT = (
 
 
 def loss_plots(log: RunLog) -> PlotKeys:
-    """Plan plots of the total loss of a detector and of its parts."""
+    """Choose the plots of a detector's total loss and its parts."""
     names = {key for row in log.rows for key in row if key.startswith("loss_")}
     known = {key: label for key, label in LOSSES.items() if key in names}
     parts = list((known | {key: key.removeprefix("loss_") for key in sorted(names - LOSSES.keys())}).items())
@@ -88,7 +85,7 @@ def _bar(value: float | None) -> page.Bar:
 
 
 def ap_facts(results: DetectionResults, key: str, others: Sequence[str]) -> list[page.Fact]:
-    """Show one metric of masks and of boxes as headline numbers, with others as remarks."""
+    """Show one metric as headline numbers, with others as remarks."""
     found = []
     for task, numbers in reversed(results.numbers.items()):
         note = ", ".join(f"{other} {_shown(numbers[other])}" for other in others)
@@ -98,16 +95,18 @@ def ap_facts(results: DetectionResults, key: str, others: Sequence[str]) -> list
 
 def headline_table(results: DetectionResults) -> page.Table:
     """Show AP, AP50 and AP75 of boxes and masks."""
-    rows = [[TASKS[task], *(_bar(found[key]) for key in HEADLINE)] for task, found in results.numbers.items()]
+    rows: list[page.Row] = [
+        [TASKS[task], *(_bar(found[key]) for key in HEADLINE)] for task, found in results.numbers.items()
+    ]
     return page.Table(["", *HEADLINE], rows, "Average precision in percent; a full bar is 100.")
 
 
 def class_blocks(results: DetectionResults, source: Path) -> list[page.PageBlock]:
-    """Show every class with its objects and AP, the highest first; of many, the highest and the lowest."""
+    """Rank all classes, or the best and the worst of many."""
     if not results.classes:
         return [page.Missing(source, "AP by class", "the file has none")]
     tasks = list(results.numbers)
-    rows = [
+    rows: list[tuple[float | None, page.Row]] = [
         (one.ap(tasks[-1]), [one.name, f"{one.objects:,}", *(_bar(one.ap(task)) for task in tasks)])
         for one in results.classes
     ]
@@ -209,14 +208,14 @@ def _command_section(folder: Path, data: Mapping[str, Mapping[str, Any]], unfini
 
 
 def _own_data(data: Mapping[str, Mapping[str, Any]], split: str, name: str) -> list[str]:
-    """Make the flags for a data set named by two paths; data sets that detectron2 knows need none."""
+    """Make the flags for a data set named by two paths."""
     if name not in data:
         return []
     return [f"--{split}-json", str(data[name].get("json")), f"--{split}-images", str(data[name].get("images"))]
 
 
 def changed_from_defaults(content: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """List key, value and default of a config file's settings that differ."""
+    """List key, value and default of changed settings."""
     cfg = get_cfg()
     add_crossmae_config(cfg)
     defaults = {key: json.loads(json.dumps(lookup(cfg, key))) for key in leaf_keys(cfg)}  # tuples become lists
@@ -238,7 +237,7 @@ def _data_section(run: RunFolder, record: RunRecord) -> page.Section:
 
 
 def write_report(folder: Path) -> Path:
-    """Write and return `folder`/report.html, the page of a training or evaluation in whatever state.
+    """Write and return `folder`/report.html, whatever state the run is in.
 
     Raises:
         OSError: the folder is not writable.
@@ -252,10 +251,10 @@ def build_report(folder: Path) -> page.Report:
     run = RunFolder(folder)
     record = run.read(RECORD, RunRecord.read, RunRecord())
     settings: dict[str, Any] = run.read(CONFIG, read_yaml, {})
-    log = run.read(METRICS, read_metrics, RunLog())
+    log = run.read(METRICS, run_files.read_metrics, RunLog())
     results = run.read(RESULTS, DetectionResults.read, None)
-    best = run.read(BEST_RECORD, BestEvaluation.read, None)
-    unfinished = bool(log.rows) and not run.has(FINAL)
+    best = run.read(run_files.BEST_RECORD, run_files.BestEvaluation.read, None)
+    unfinished = bool(log.rows) and not run.has(run_files.FINAL)
     progress = _progress(log, record.iterations) if log.rows else ""
     no_settings = None if settings else run.missing(CONFIG, "settings", "the file is empty")
     plots = {
@@ -294,7 +293,7 @@ def _progress(log: RunLog, total: int) -> str:
     return f"{done:,} of {total:,} iterations" if total > done else page.counted(done, "iteration")
 
 
-def _accuracy_facts(results: DetectionResults | None, best: BestEvaluation | None) -> list[page.Fact]:
+def _accuracy_facts(results: DetectionResults | None, best: run_files.BestEvaluation | None) -> list[page.Fact]:
     found = [] if results is None else ap_facts(results, "AP", ("AP50", "AP75"))
     if best is not None:
         note = f"after {page.counted(best.iteration, 'iteration')}: model_best.pth"

@@ -14,7 +14,7 @@ from crossmae.reports.run_folder import FileContent, RunLog, read_log
 # What a run writes; `model` in weights is what was evaluated.
 RECORD, CONFIG, LOG, METRICS = "run.json", "config.yaml", "log.txt", "metrics.json"
 BEST, BEST_RECORD, FINAL, LAST = "model_best.pth", "model_best.json", "model_final.pth", "last_checkpoint"
-# The names of the checkpoints that training continues from; `model_best.pth` holds weights alone.
+# The names of the checkpoints that training continues from; `model_best.pth` holds only weights.
 CHECKPOINT = re.compile(r"model_([0-9]{7,}|final)\.pth")
 RESULTS, PREDICTIONS, PICTURES = "results.json", "inference/coco_instances_results.json", "pictures"
 TASKS = {"bbox": "box", "segm": "mask"}
@@ -58,12 +58,12 @@ class DetectionResults(FileContent):
 
     @property
     def numbers(self) -> dict[str, Percentages]:
-        """The numbers of the evaluated tasks: boxes, and masks if the detector has them."""
+        """The numbers of boxes, and of masks if the detector has them."""
         return {task: found for task in TASKS if (found := getattr(self, task)) is not None}
 
 
 class RunRecord(FileContent):
-    """Content of `run.json`, see `det.training.train.record_run`; what an older one lacks is empty."""
+    """Content of `run.json`, see `det.training.train.record_run`. What an older file lacks is empty."""
 
     classes: list[str] = Field([])
     versions: dict[str, Any] = Field({})
@@ -81,7 +81,7 @@ class BestEvaluation(FileContent):
 
 
 def read_metrics(path: Path) -> RunLog:
-    """Read the `metrics.json` of detectron2: one JSON object per line, each with the number of its iteration.
+    """Read the `metrics.json` of detectron2, one row per iteration.
 
     A run that was cut off and resumed logs iterations again: the later values count. Numbers become counts of
     iterations, so that the evaluation after training, logged behind the last iteration, comes with that iteration.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from crossmae.reports.figures import line_plot
-from crossmae.reports.page import Bar, Fact, PageBlock, Report, Section, Table, bar, format_seconds
+from crossmae.reports.page import Bar, Fact, PageBlock, Report, Row, Section, Table, bar, format_seconds
 
 TITLES = {"knn": "Nearest neighbours", "linear": "Linear probe", "logistic": "Logistic regression",
           "few_shot": "Few images per class"}  # fmt: skip
@@ -22,7 +22,7 @@ REACH = (
 
 
 class Score(NamedTuple):
-    """An accuracy with its 95% interval as text; `method` is a key of TITLES."""
+    """An accuracy with its 95% interval as text, of one of the methods of TITLES."""
 
     method: str
     setting: str
@@ -67,7 +67,7 @@ def _pair(cell: Mapping[str, Any]) -> str:
 
 
 def _interval(numbers: Mapping[str, Any]) -> str:
-    """Write "97.10 - 98.00", in percent; "-" where there is none."""
+    """Write an interval in percent: "97.10 - 98.00"."""
     low, high = numbers["low"], numbers["high"]
     return "-" if low is None or high is None else f"{100 * low:.2f} - {100 * high:.2f}"
 
@@ -81,7 +81,7 @@ def table(results: Mapping[str, Any]) -> str:
     rows = [("method", "setting", "top-1 %", "95 % interval")]
     rows += [(TITLES[x.method], x.setting, f"{100 * x.accuracy:.2f}", x.interval) for x in scores(results["methods"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    footer = "intervals of means over seeds are of the seeds alone, others of the choice of validation images"
+    footer = "intervals of means over seeds cover only the seeds, others the choice of validation images"
     shown = [
         f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}" for row in rows
     ]
@@ -108,10 +108,10 @@ def build_page(results: Mapping[str, Any]) -> Report:
 
 
 def _overview(found: Sequence[Score]) -> Section:
-    rows = [[one.title, _bar(one.accuracy), one.interval] for one in found]
+    rows: list[Row] = [[one.title, _bar(one.accuracy), one.interval] for one in found]
     text = (
-        "Top-1 accuracy on validation images, in percent. The interval of a single number is Wilson's, which knows of "
-        "the choice of validation images alone; that of a mean of several seeds is Student's."
+        "Top-1 accuracy on validation images, in percent. The interval of a single number is Wilson's, which covers "
+        "only the choice of validation images; the interval of a mean of several seeds is Student's."
     )
     return Section("Results", text, [Table(["method", "top-1", "95 % interval"], rows, "A full bar is 100.")])
 
@@ -127,7 +127,7 @@ def _knn(found: Mapping[str, Any]) -> Section:
     blocks: list[PageBlock] = []
     for name, what in (("val", "validation images"), ("train", "left-out training images")):
         accuracies = {(cell["k"], cell["temperature"]): cell[name]["accuracy"] for cell in cells}
-        rows = [
+        rows: list[Row] = [
             [f"k {k}", *(_bar(accuracies[k, temperature]) for temperature in temperatures)]
             for k in sorted({cell["k"] for cell in cells})
         ]
@@ -137,7 +137,7 @@ def _knn(found: Mapping[str, Any]) -> Section:
 
 
 def _linear(found: Mapping[str, Any]) -> Section:
-    rows = [
+    rows: list[Row] = [
         [str(run["seed"]), _bar(run["val"]["accuracy"]), _interval(run["val"]), _bar(run["train_accuracy"])]
         for run in found["runs"]
     ]
@@ -152,7 +152,7 @@ def _linear(found: Mapping[str, Any]) -> Section:
 
 
 def _logistic(found: Mapping[str, Any]) -> Section:
-    rows = [
+    rows: list[Row] = [
         [f"{row['strength']:g}", _bar(row["held_out"]["accuracy"]), _interval(row["held_out"])]
         for row in found["table"]
     ]
@@ -167,13 +167,13 @@ def _logistic(found: Mapping[str, Any]) -> Section:
 
 def _few_shot(found: Mapping[str, Any]) -> Section:
     shots, means = found["shots"], [one["mean"] for one in found["shots"]]
-    rows: list[list[str | Bar]] = []
+    rows: list[Row] = []
     for one in shots:
         each = ", ".join(f"{100 * accuracy['accuracy']:.1f}" for accuracy in one["accuracies"])
         rows.append([f"{one['per_class']} per class", _bar(one["mean"]["mean"]), _interval(one["mean"]), each])
     text = (
         f"Logistic regression with C {found['strength']:g} on a few training images of every class, other ones for "
-        "every seed; features are standardised by those images alone."
+        "every seed; features are standardised by only those images."
     )
     blocks: list[PageBlock] = [Table(["images", "mean top-1", "95 % interval", "of every seed"], rows)]
     if len(shots) > 1:

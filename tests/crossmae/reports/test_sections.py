@@ -25,7 +25,7 @@ def test_of_many_classes_the_best_and_the_worst_are_shown(worst_first: bool) -> 
     low, high = list(range(25)), list(range(89, 64, -1))
     shown = [[int(str(row[0])) for row in table.rows] for table in (first, second)]
     assert shown == ([low, high] if worst_first else [high, low[::-1]])
-    assert second.caption == "Second. all.csv has the other 50 of 100 classes, too."
+    assert second.caption == "Second. all.csv has the other 50 of 100 classes."
 
 
 def test_few_classes_are_in_one_table_the_undefined_last() -> None:
