@@ -34,7 +34,7 @@ from crossmae.classification.train.config import FinetuneConfig
 from crossmae.data.images import read_image
 from crossmae.files import read_json
 from crossmae.reports import page, sections
-from crossmae.reports.run_folder import REPORT, RunFolder, RunLog, read_log
+from crossmae.reports.run_folder import REPORT, LoggedNumbers, RunFolder, read_log
 from crossmae.training.config import read_yaml
 from crossmae.training.log import LOG
 from crossmae.training.start import WEIGHTS
@@ -68,7 +68,7 @@ def _evaluation_sections(run: RunFolder, found: Evaluation | None, hardest: Hard
 def _result_section(run: RunFolder, found: Evaluation | None) -> page.Section:
     if found is None:
         return page.Section("Results", "", [run.missing(EVALUATED, "results")])
-    rows: list[page.Row] = [
+    rows: list[page.TableRow] = [
         [f"{label}: {meaning}", _headline(key, found.numbers[key])]
         for key, (label, meaning) in HEADLINES.items()
         if key in found.numbers
@@ -107,7 +107,7 @@ def _class_section(run: RunFolder, found: Evaluation | None) -> page.Section:
 
 def class_blocks(classes: Sequence[ClassRow], multi_label: bool) -> list[page.PageBlock]:
     """Rank all classes, or the worst and the best of many."""
-    rows: list[tuple[float | None, page.Row]] = []
+    rows: list[tuple[float | None, page.TableRow]] = []
     for one in classes:
         shares = [*([one.ap] if multi_label else []), one.recall, one.precision]
         rows.append((shares[0], [one.name, f"{one.samples:,}", *map(page.bar, shares)]))
@@ -194,7 +194,7 @@ def _feature_section(run: RunFolder, multi_label: bool) -> page.Section:
 # --- Training ---------------------------------------------------------------------------------------------
 
 
-def _training_section(run: RunFolder, log: RunLog) -> page.Section:
+def _training_section(run: RunFolder, log: LoggedNumbers) -> page.Section:
     both = {"": "", "_ema": ", averaged weights"}
     losses = {"loss": "training"} | {f"val_loss{end}": f"validation{words}" for end, words in both.items()}
     scores = {f"{key}{end}": f"top-{key[3:]}{words}" for key in ("top1", "top5") for end, words in both.items()}
@@ -281,7 +281,7 @@ def build_report(folder: Path, faults: Mapping[str, str] | None = None) -> page.
     run = RunFolder(folder, faults)
     found = run.read(EVALUATED, Evaluation.read, None)
     hardest = run.read(HARDEST_IMAGES, Hardest.read, None)
-    log = run.read(LOG, partial(read_log, needed="epoch"), RunLog())
+    log = run.read(LOG, partial(read_log, needed="epoch"), LoggedNumbers())
     content: dict[str, Any] = run.read(CONFIG, read_yaml, {})
     settings = {name: section for name, section in content.items() if isinstance(section, dict)}
     data, about = settings.get("data", {}), found.about if found is not None else {}
@@ -341,7 +341,7 @@ def _interval(found: Evaluation) -> str:
     return f"95% interval {100 * low:.1f} to {100 * high:.1f} %"
 
 
-def _progress(log: RunLog, total: object) -> str:
+def _progress(log: LoggedNumbers, total: object) -> str:
     done = log.rows[-1]["epoch"]
     return f"{done:.4g} of {total:,} epochs" if isinstance(total, int) else f"{done:.4g} epochs"
 
@@ -357,7 +357,7 @@ def _evaluation_facts(found: Evaluation | None) -> list[page.Fact]:
     ]
 
 
-def _training_facts(log: RunLog, plan: Mapping[str, Any], progress: str) -> list[page.Fact]:
+def _training_facts(log: LoggedNumbers, plan: Mapping[str, Any], progress: str) -> list[page.Fact]:
     found: list[page.Fact] = []
     images, per_step = plan.get("images"), plan.get("images_per_step")
     speeds, memory = log.values("images_per_second"), log.values("memory_gb")

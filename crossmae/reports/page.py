@@ -71,7 +71,7 @@ class Bar:
     share: float
 
 
-Row = Sequence[str | Bar]  # of a table
+TableRow = Sequence[str | Bar]  # of a table
 
 
 class PageBlock:
@@ -106,7 +106,7 @@ class Table(PageBlock):
     """A table whose first column is text and whose other columns are formatted numbers."""
 
     columns: Sequence[str]
-    rows: Sequence[Row]
+    rows: Sequence[TableRow]
     caption: str = ""
     footer: Sequence[str] = ()
 

@@ -18,7 +18,7 @@ from crossmae.reports.page import Missing, PictureRow, embed_image
 
 REPORT = "report.html"
 T = TypeVar("T")
-Content = TypeVar("Content", bound="FileContent")
+C = TypeVar("C", bound="FileContent")
 Default = TypeVar("Default")
 
 
@@ -28,7 +28,7 @@ class FileContent(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     @classmethod
-    def read(cls: type[Content], path: Path) -> Content:
+    def read(cls: type[C], path: Path) -> C:
         """Read a JSON file.
 
         Raises:
@@ -48,7 +48,7 @@ class FileContent(BaseModel):
 
 
 @dataclass(frozen=True)
-class RunLog:
+class LoggedNumbers:
     """Logged numbers by name, one row per line, and the count of damaged lines."""
 
     rows: list[dict[str, float]] = field(default_factory=list)
@@ -67,7 +67,7 @@ class RunLog:
                 previous = row[step]
 
 
-def read_log(path: Path, needed: str) -> RunLog:
+def read_log(path: Path, needed: str) -> LoggedNumbers:
     """Read a log of one JSON object per line.
 
     A line without the number `needed` counts as damaged.
@@ -81,7 +81,7 @@ def read_log(path: Path, needed: str) -> RunLog:
         raise UserError(f"{path}: no such file") from None
     rows = [_numbers_of(line) for line in lines if line.strip()]
     whole = [row for row in rows if math.isfinite(row.get(needed, math.nan))]
-    return RunLog(whole, len(rows) - len(whole))
+    return LoggedNumbers(whole, len(rows) - len(whole))
 
 
 def _numbers_of(line: str) -> dict[str, float]:

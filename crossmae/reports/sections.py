@@ -9,8 +9,8 @@ from typing import Any
 
 from crossmae.reports import page
 from crossmae.reports.figures import PlotKeys, curve_plots
-from crossmae.reports.page import Commands, Gallery, Missing, PageBlock, PictureRow, Row, Section, Table
-from crossmae.reports.run_folder import RunFolder, RunLog
+from crossmae.reports.page import Commands, Gallery, Missing, PageBlock, PictureRow, Section, Table, TableRow
+from crossmae.reports.run_folder import LoggedNumbers, RunFolder
 
 MOST_CLASSES = 50  # in a table
 
@@ -37,7 +37,7 @@ def gallery(rows: Sequence[PictureRow | Missing], min_width: int, caption: str =
 
 
 def class_tables(
-    classes: Sequence[tuple[float | None, Row]],
+    classes: Sequence[tuple[float | None, TableRow]],
     columns: Sequence[str],
     captions: Sequence[str],
     source: str,
@@ -65,7 +65,7 @@ def class_tables(
     return [Table(columns, first, captions[1]), second]
 
 
-def training_section(run: RunFolder, log: RunLog, name: str, x: str, plots: PlotKeys, text: str) -> Section:
+def training_section(run: RunFolder, log: LoggedNumbers, name: str, x: str, plots: PlotKeys, text: str) -> Section:
     """Plot the log of a training, the file `name`, over `x`."""
     if not log.rows:
         return Section("Training", "", [run.missing(name, "curves of the training", "no line of it can be read")])
@@ -91,11 +91,11 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def changed_settings(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def changed_settings(content: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """List key, value and default of settings that differ."""
     return [
         (key, value, defaults.get(key))
-        for key, value in leaves(config).items()
+        for key, value in leaves(content).items()
         if key not in defaults or defaults[key] != value
     ]
 

@@ -18,7 +18,7 @@ from detectron2.config import get_cfg
 from crossmae.data.images import read_image
 from crossmae.reports import page, sections
 from crossmae.reports.figures import MOST_CURVES, PlotKeys, curve_plots
-from crossmae.reports.run_folder import REPORT, RunFolder, RunLog
+from crossmae.reports.run_folder import REPORT, LoggedNumbers, RunFolder
 from crossmae.training.config import read_yaml
 from det.backbone.weights import find_detector
 from det.config import add_crossmae_config, leaf_keys, lookup
@@ -64,7 +64,7 @@ AP_TEXT = (
 # --- Parts that the demo's page also shows ----------------------------------------------------------------
 
 
-def loss_plots(log: RunLog) -> PlotKeys:
+def loss_plots(log: LoggedNumbers) -> PlotKeys:
     """Choose the plots of a detector's total loss and its parts."""
     names = {key for row in log.rows for key in row if key.startswith("loss_")}
     known = {key: label for key, label in LOSSES.items() if key in names}
@@ -95,7 +95,7 @@ def ap_facts(results: DetectionResults, key: str, others: Sequence[str]) -> list
 
 def headline_table(results: DetectionResults) -> page.Table:
     """Show AP, AP50 and AP75 of boxes and masks."""
-    rows: list[page.Row] = [
+    rows: list[page.TableRow] = [
         [TASKS[task], *(_bar(found[key]) for key in HEADLINE)] for task, found in results.numbers.items()
     ]
     return page.Table(["", *HEADLINE], rows, "Average precision in percent; a full bar is 100.")
@@ -106,7 +106,7 @@ def class_blocks(results: DetectionResults, source: Path) -> list[page.PageBlock
     if not results.classes:
         return [page.Missing(source, "AP by class", "the file has none")]
     tasks = list(results.numbers)
-    rows: list[tuple[float | None, page.Row]] = [
+    rows: list[tuple[float | None, page.TableRow]] = [
         (one.ap(tasks[-1]), [one.name, f"{one.objects:,}", *(_bar(one.ap(task)) for task in tasks)])
         for one in results.classes
     ]
@@ -119,7 +119,7 @@ def class_blocks(results: DetectionResults, source: Path) -> list[page.PageBlock
 # --- Sections ---------------------------------------------------------------------------------------------
 
 
-def _evaluation_sections(run: RunFolder, results: DetectionResults | None, log: RunLog) -> list[page.Section]:
+def _evaluation_sections(run: RunFolder, results: DetectionResults | None, log: LoggedNumbers) -> list[page.Section]:
     headlines: list[page.PageBlock] = [run.missing(RESULTS, "average precision")]
     classes: list[page.PageBlock] = [run.missing(RESULTS, "AP by class")]
     if results is not None:
@@ -152,7 +152,7 @@ def _metric_table(results: DetectionResults) -> page.Table:
     return page.Table(["", *(TASKS[task] for task in results.numbers)], rows, caption)
 
 
-def _progress_section(run: RunFolder, log: RunLog) -> page.Section:
+def _progress_section(run: RunFolder, log: LoggedNumbers) -> page.Section:
     found = [task for task in TASKS if log.values(f"{task}/AP")]
     plots = {
         f"{key} over the training": (f"{key} in %", {f"{task}/{key}": f"{TASKS[task]} {key}" for task in found})
@@ -251,7 +251,7 @@ def build_report(folder: Path) -> page.Report:
     run = RunFolder(folder)
     record = run.read(RECORD, RunRecord.read, RunRecord())
     settings: dict[str, Any] = run.read(CONFIG, read_yaml, {})
-    log = run.read(METRICS, run_files.read_metrics, RunLog())
+    log = run.read(METRICS, run_files.read_metrics, LoggedNumbers())
     results = run.read(RESULTS, DetectionResults.read, None)
     best = run.read(run_files.BEST_RECORD, run_files.BestEvaluation.read, None)
     unfinished = bool(log.rows) and not run.has(run_files.FINAL)
@@ -288,7 +288,7 @@ def _detector(settings: Mapping[str, Any]) -> str:
         return "A detector"
 
 
-def _progress(log: RunLog, total: int) -> str:
+def _progress(log: LoggedNumbers, total: int) -> str:
     done = int(log.rows[-1]["iteration"])
     return f"{done:,} of {total:,} iterations" if total > done else page.counted(done, "iteration")
 
@@ -302,7 +302,7 @@ def _accuracy_facts(results: DetectionResults | None, best: run_files.BestEvalua
     return found
 
 
-def _training_facts(record: RunRecord, log: RunLog, progress: str) -> list[page.Fact]:
+def _training_facts(record: RunRecord, log: LoggedNumbers, progress: str) -> list[page.Fact]:
     found = []
     images = record.settings.get("number of training images")
     if isinstance(images, int):

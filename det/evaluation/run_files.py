@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from crossmae.reports.run_folder import FileContent, RunLog, read_log
+from crossmae.reports.run_folder import FileContent, LoggedNumbers, read_log
 
 # What a run writes; `model` in weights is what was evaluated.
 RECORD, CONFIG, LOG, METRICS = "run.json", "config.yaml", "log.txt", "metrics.json"
@@ -80,7 +80,7 @@ class BestEvaluation(FileContent):
     segm: float | None = Field(None, alias="segm/AP")
 
 
-def read_metrics(path: Path) -> RunLog:
+def read_metrics(path: Path) -> LoggedNumbers:
     """Read the `metrics.json` of detectron2, one row per iteration.
 
     A run that was cut off and resumed logs iterations again: the later values count. Numbers become counts of
@@ -99,7 +99,7 @@ def read_metrics(path: Path) -> RunLog:
     for iteration in sorted(rows):
         done = min(iteration, last) + 1
         merged.setdefault(done, {}).update({**rows[iteration], "iteration": done})
-    return RunLog(list(merged.values()), log.damaged)
+    return LoggedNumbers(list(merged.values()), log.damaged)
 
 
 def _without_stages(row: Mapping[str, float]) -> dict[str, float]:

@@ -17,12 +17,12 @@ from crossmae.reports.page import Gallery, Missing, Plot, Table
 from tools import demo_report
 from tools.demo_report import (
     PICTURES,
+    Stages,
     build_report,
     detector_section,
     main,
     prediction_section,
     pretraining_section,
-    read_stages,
     reconstruction_section,
     result_section,
     stage_section,
@@ -126,7 +126,7 @@ def test_curves_and_tables(folder: Path):
 
 def test_report_in_the_making_has_no_time_of_its_own(folder: Path):
     path = folder / "stages.json"
-    table = stage_section(read_stages(path), path).blocks[0]
+    table = stage_section(Stages.read(path).stages, path).blocks[0]
     assert isinstance(table, Table)
     assert [row[1] for row in table.rows] == ["1 min 01 s", "this page"]
     assert list(table.footer) == ["all", "1 min 01 s", "3.00 GiB"]
@@ -175,7 +175,7 @@ def test_log_without_the_values_is_named(folder: Path):
             [{}],
             "coco_instances_results.json: an entry has no 'score'",
         ),
-        ("stages.json", {"stages": [{}]}, "stages.json: expected `stages`"),
+        ("stages.json", {"stages": [{}]}, "stages.json: unexpected content: stages: 0: name: Field required"),
     ],
 )
 def test_wrong_files_are_named(folder: Path, name: str, content: object, message: str):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from crossmae.reports.figures import line_plot
-from crossmae.reports.page import Bar, Fact, PageBlock, Report, Row, Section, Table, bar, format_seconds
+from crossmae.reports.page import Bar, Fact, PageBlock, Report, Section, Table, TableRow, bar, format_seconds
 
 TITLES = {"knn": "Nearest neighbours", "linear": "Linear probe", "logistic": "Logistic regression",
           "few_shot": "Few images per class"}  # fmt: skip
@@ -108,7 +108,7 @@ def build_page(results: Mapping[str, Any]) -> Report:
 
 
 def _overview(found: Sequence[Score]) -> Section:
-    rows: list[Row] = [[one.title, _bar(one.accuracy), one.interval] for one in found]
+    rows: list[TableRow] = [[one.title, _bar(one.accuracy), one.interval] for one in found]
     text = (
         "Top-1 accuracy on validation images, in percent. The interval of a single number is Wilson's, which covers "
         "only the choice of validation images; the interval of a mean of several seeds is Student's."
@@ -127,7 +127,7 @@ def _knn(found: Mapping[str, Any]) -> Section:
     blocks: list[PageBlock] = []
     for name, what in (("val", "validation images"), ("train", "left-out training images")):
         accuracies = {(cell["k"], cell["temperature"]): cell[name]["accuracy"] for cell in cells}
-        rows: list[Row] = [
+        rows: list[TableRow] = [
             [f"k {k}", *(_bar(accuracies[k, temperature]) for temperature in temperatures)]
             for k in sorted({cell["k"] for cell in cells})
         ]
@@ -137,7 +137,7 @@ def _knn(found: Mapping[str, Any]) -> Section:
 
 
 def _linear(found: Mapping[str, Any]) -> Section:
-    rows: list[Row] = [
+    rows: list[TableRow] = [
         [str(run["seed"]), _bar(run["val"]["accuracy"]), _interval(run["val"]), _bar(run["train_accuracy"])]
         for run in found["runs"]
     ]
@@ -152,7 +152,7 @@ def _linear(found: Mapping[str, Any]) -> Section:
 
 
 def _logistic(found: Mapping[str, Any]) -> Section:
-    rows: list[Row] = [
+    rows: list[TableRow] = [
         [f"{row['strength']:g}", _bar(row["held_out"]["accuracy"]), _interval(row["held_out"])]
         for row in found["table"]
     ]
@@ -167,7 +167,7 @@ def _logistic(found: Mapping[str, Any]) -> Section:
 
 def _few_shot(found: Mapping[str, Any]) -> Section:
     shots, means = found["shots"], [one["mean"] for one in found["shots"]]
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for one in shots:
         each = ", ".join(f"{100 * accuracy['accuracy']:.1f}" for accuracy in one["accuracies"])
         rows.append([f"{one['per_class']} per class", _bar(one["mean"]["mean"]), _interval(one["mean"]), each])

@@ -12,7 +12,7 @@ from PIL import Image
 from crossmae.errors import UserError
 from crossmae.files import read_json
 from crossmae.reports.page import Missing, PictureRow
-from crossmae.reports.run_folder import FileContent, RunFolder, RunLog, read_log
+from crossmae.reports.run_folder import FileContent, LoggedNumbers, RunFolder, read_log
 
 
 class Numbers(FileContent):
@@ -81,5 +81,7 @@ def test_damaged_lines_of_a_log_are_counted(tmp_path: Path) -> None:
 
 
 def test_spans_cover_the_steps_since_the_value_before() -> None:
-    log = RunLog([{"step": 10, "speed": 5.0}, {"step": 15}, {"step": 20, "speed": 0.0}, {"step": 30, "speed": 40.0}])
-    assert list(log.spans("step", "speed")) == [(10, 5.0), (20, 40.0)]
+    log = LoggedNumbers(
+        [{"step": 10, "speed": 5.0}, {"step": 15}, {"step": 20, "speed": 0.0}, {"step": 30, "speed": 40.0}]
+    )
+    assert list(LoggedNumbers(rows).spans("step", "speed")) == [(10, 5.0), (20, 40.0)]

@@ -11,7 +11,7 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed: python to
 
 from crossmae.errors import UserError
 from crossmae.reports.page import Commands, Missing, Plot, Table
-from crossmae.reports.run_folder import RunLog
+from crossmae.reports.run_folder import LoggedNumbers
 from crossmae.training.config import read_yaml
 from det.config import load_det_config
 from det.evaluation.report import build_report, changed_from_defaults, loss_plots, write_report
@@ -198,7 +198,7 @@ def test_the_stages_of_a_cascade_are_one_curve(tmp_path):
 
 
 def test_more_parts_than_a_plot_takes_are_in_two():
-    plots = loss_plots(RunLog([{"loss_mask": 1.0} | {f"loss_{number}": 1.0 for number in range(6)}]))
+    plots = loss_plots(LoggedNumbers([{"loss_mask": 1.0} | {f"loss_{number}": 1.0 for number in range(6)}]))
     assert list(plots) == ["Total loss", "Its parts", "Its parts from 7"]
     assert plots["Its parts"][1] == {"loss_mask": "mask"} | {f"loss_{number}": str(number) for number in range(5)}
 
