@@ -81,7 +81,5 @@ def test_damaged_lines_of_a_log_are_counted(tmp_path: Path) -> None:
 
 
 def test_spans_cover_the_steps_since_the_value_before() -> None:
-    log = LoggedNumbers(
-        [{"step": 10, "speed": 5.0}, {"step": 15}, {"step": 20, "speed": 0.0}, {"step": 30, "speed": 40.0}]
-    )
+    rows = [{"step": 10, "speed": 5.0}, {"step": 15}, {"step": 20, "speed": 0.0}, {"step": 30, "speed": 40.0}]
     assert list(LoggedNumbers(rows).spans("step", "speed")) == [(10, 5.0), (20, 40.0)]
