@@ -1,16 +1,136 @@
-"""Figures: how a matplotlib figure is saved."""
+"""Figures: matplotlib figures as files, and curves as SVG inside a page."""
 
 from __future__ import annotations
 
+import io
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import matplotlib as mpl
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from crossmae.files import write_atomically
+from crossmae.reports.page import Missing, Plot, counted
 
 DPI = 120
+SMOOTH_FROM = 40  # points; shorter curves are drawn as they are
+MOST_CURVES = 6  # in one plot
+# Colours that no figure uses by accident. In the SVG each becomes a CSS variable, so that figures follow the reader's
+# light or dark mode.
+_SERIES = [f"#01fe0{number}" for number in range(1, MOST_CURVES + 1)]
+_TEXT, _GRID = "#01fe11", "#01fe12"
+_CSS_COLORS = {color: f"var(--series-{i})" for i, color in enumerate(_SERIES, start=1)}
+_CSS_COLORS |= {_TEXT: "var(--muted)", _GRID: "var(--line)"}
+_SIZE_INCHES = (4.6, 2.9)  # small: labels stay readable when a phone scales the figure down
+_STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text: selectable, and in the page's own font
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), _TEXT),
+}
+
+Curves = Mapping[str, Sequence[Sequence[float]]]  # x and y by label
+# By title of a plot: the name of the values, and labels by key of a value.
+PlotKeys = Mapping[str, tuple[str, Mapping[str, str]]]
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, at its own resolution and atomically."""
+    """Write a figure as PNG, atomically."""
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
+
+
+def line_plot(curves: Curves, *, title: str, x_label: str, y_label: str, caption: str) -> Plot:
+    """Draw curves over one pair of axes.
+
+    A long curve is drawn faintly, under its running mean over 5 % of its points.
+
+    Args:
+        curves: equally long x and y by label; at most `MOST_CURVES`; NaN in y leaves a gap.
+        title: unique on the page.
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": title}):  # the same figure gives the same bytes
+        figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
+        axes = figure.add_subplot()
+        axes.set(xlabel=x_label, ylabel=y_label)
+        _draw_curves(axes, curves)
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return Plot(_themed_svg(buffer.getvalue(), title), title, caption)
+
+
+def curve_plots(rows: Sequence[Mapping[str, Any]], source: Path, x: str, plots: PlotKeys) -> list[Plot | Missing]:
+    """Plot logged values over steps, or name the log without values.
+
+    Args:
+        rows: of the log.
+        source: the log's file.
+        x: key of the steps or epochs.
+        plots: values by title; titles are unique on the page.
+    """
+    return [_curve_plot(rows, source, x, keys, title, y_label) for title, (y_label, keys) in plots.items()]
+
+
+def _curve_plot(
+    rows: Sequence[Mapping[str, Any]], source: Path, x: str, keys: Mapping[str, str], title: str, y_label: str
+) -> Plot | Missing:
+    points = {label: [(row[x], row[key]) for row in rows if x in row and key in row] for key, label in keys.items()}
+    curves: Curves = {label: tuple(zip(*found, strict=True)) for label, found in points.items() if found}
+    if not curves:
+        return Missing(source, f"curve of the {y_label}", f"no line of it has {x!r} and {', '.join(map(repr, keys))}")
+    count = max(len(steps) for steps, _ in curves.values())
+    caption = f"{y_label[0].upper()}{y_label[1:]} by {x}, {counted(count, 'logged value')}."
+    if count >= SMOOTH_FROM:
+        caption += " Faint: as logged; strong: running mean over 5 % of the values."
+    return line_plot(curves, title=title, x_label=x, y_label=y_label, caption=caption)
+
+
+def _draw_curves(axes: Axes, curves: Curves) -> None:
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    for (label, (x, values)), color in zip(curves.items(), _SERIES, strict=False):
+        y = np.asarray(values, dtype=np.float64)
+        if len(y) >= SMOOTH_FROM:
+            axes.plot(x, y, color=color, linewidth=0.8, alpha=0.3)
+            y = running_mean(y, width=max(3, len(y) // 20))
+        axes.plot(x, y, color=color, linewidth=1.8, label=label, marker="o" if len(y) == 1 else None)
+    if len(curves) > 1:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """Average over a centred window that is shorter at both ends.
+
+    Args:
+        values: (n,); NaN is ignored.
+        width: of the window.
+
+    Returns:
+        Means, (n,).
+    """
+    half = width // 2
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    finite = (window[np.isfinite(window)] for window in windows)
+    return np.array([window.mean() if window.size else np.nan for window in finite])
+
+
+def _themed_svg(svg: str, title: str) -> Markup:
+    """Give matplotlib's SVG theme colours, unique ids, fluid size and a name."""
+    svg = svg[svg.index("<svg") :]
+    for color, variable in _CSS_COLORS.items():
+        svg = svg.replace(color, variable)
+    prefix = re.sub(r"\W+", "-", title.lower())
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r'(url\(|href=")#', rf"\g<1>#{prefix}-", svg)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    head = f'<svg role="img" aria-label="{escape(title)}"'
+    return Markup(re.sub(r'<svg[^>]*? (viewBox="[^"]*")[^>]*>', rf"{head} \1>", svg, count=1))

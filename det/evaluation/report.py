@@ -1,15 +1,13 @@
-"""The page of a run, `report.html`: what the files in its folder tell, whether the run is complete or not.
+"""The page of a detector's run, `report.html`, from the files in its folder.
 
-What can not be shown for lack of a file is named in its place, so that the page can be written after every evaluation,
-and for a run that was cut off.
+A missing or damaged file is named in place of what it would show. The page can be written after every evaluation, and
+for a run that was cut off.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,25 +16,14 @@ import numpy as np
 from detectron2.config import get_cfg
 
 from crossmae.data.images import read_image
-from crossmae.errors import UserError
-from crossmae.reports import page as page
-from crossmae.reports.page import (
-    Bar,
-    Block,
-    Fact,
-    Missing,
-    Report,
-    Section,
-    Table,
-    counted,
-    curve,
-    folded,
-    leaves,
-    short_value,
-)
+from crossmae.reports import page, sections
+from crossmae.reports.figures import MOST_CURVES, PlotKeys, curve_plots
+from crossmae.reports.run_folder import REPORT, LoggedNumbers, RunFolder
+from crossmae.training.config import read_yaml
 from det.backbone.weights import find_detector
 from det.config import add_crossmae_config, leaf_keys, lookup
 from det.data.coco import OWN_TRAIN, OWN_VAL
+from det.evaluation import run_files
 from det.evaluation.pictures import find_pictures
 from det.evaluation.run_files import (
     CONFIG,
@@ -44,14 +31,10 @@ from det.evaluation.run_files import (
     METRICS,
     PICTURES,
     RECORD,
-    REPORT,
     RESULTS,
     TASKS,
-    ClassScore,
-    Metrics,
-    Results,
-    Run,
-    read_run,
+    DetectionResults,
+    RunRecord,
 )
 
 LOSSES = {
@@ -76,308 +59,228 @@ AP_TEXT = (
     "AP50 counts a detection as right when its overlap with the true object (IoU) is at least 0.5; AP "
     "is the mean over ten such thresholds from 0.5 to 0.95."
 )
-MOST_CURVES = 6  # in one plot
-MOST_CLASSES = 50  # in a table
 
 
-# --- Words ------------------------------------------------------------------------------------------------
+# --- Parts that the demo's page also shows ----------------------------------------------------------------
 
 
-def percent(value: float) -> str:
-    """An AP with one decimal; a class without objects has none."""
-    return "-" if math.isnan(value) else f"{value:.1f}"
-
-
-# --- Blocks that the demo's page shows, too ---------------------------------------------------------------
-
-
-def loss_curves(metrics: Metrics, source: Path) -> list[Block]:
-    """The total loss of a detector, and its parts; those of the stages of a cascade are added up."""
-    rows = [_without_stages(row) for row in metrics.rows]
-    names = {key for row in rows for key in row if key.startswith("loss_")}
-    known = [(key, label) for key, label in LOSSES.items() if key in names]
-    parts = known + [(key, key.removeprefix("loss_")) for key in sorted(names - LOSSES.keys())]
-    blocks: list[Block] = [curve(rows, source, "iteration", {"total_loss": "total loss"}, "Total loss", "loss")]
+def loss_plots(log: LoggedNumbers) -> PlotKeys:
+    """Choose the plots of a detector's total loss and its parts."""
+    names = {key for row in log.rows for key in row if key.startswith("loss_")}
+    known = {key: label for key, label in LOSSES.items() if key in names}
+    parts = list((known | {key: key.removeprefix("loss_") for key in sorted(names - LOSSES.keys())}).items())
+    plots: dict[str, tuple[str, dict[str, str]]] = {"Total loss": ("loss", {"total_loss": "total loss"})}
     for first in range(0, len(parts), MOST_CURVES):
         title = "Its parts" if first == 0 else f"Its parts from {first + 1}"
-        blocks.append(curve(rows, source, "iteration", dict(parts[first : first + MOST_CURVES]), title, "loss"))
-    return blocks
+        plots[title] = "loss", dict(parts[first : first + MOST_CURVES])
+    return plots
 
 
-def _without_stages(row: Mapping[str, float]) -> dict[str, float]:
-    merged: dict[str, float] = {}
-    for key, value in row.items():
-        name = re.sub(r"_stage\d+$", "", key) if key.startswith("loss_") else key
-        merged[name] = merged.get(name, 0.0) + value
-    return merged
+def _shown(value: float | None, unit: str = "") -> str:
+    return page.percent(None if value is None else value / 100, unit=unit)
 
 
-def ap_facts(results: Results, key: str, others: Sequence[str]) -> list[Fact]:
-    """One metric of masks and of boxes as headline numbers, with others as remarks."""
+def _bar(value: float | None) -> page.Bar:
+    return page.bar(None if value is None else value / 100, unit="")
+
+
+def ap_facts(results: DetectionResults, key: str, others: Sequence[str]) -> list[page.Fact]:
+    """Show one metric as headline numbers, with others as remarks."""
     found = []
-    for task in reversed(results.tasks):
-        numbers = results.numbers[task]
-        note = ", ".join(f"{other} {percent(numbers[other])}" for other in others)
-        found.append(Fact(f"{TASKS[task].capitalize()} {key}", f"{percent(numbers[key])} %", note))
+    for task, numbers in reversed(results.numbers.items()):
+        note = ", ".join(f"{other} {_shown(numbers[other])}" for other in others)
+        found.append(page.Fact(f"{TASKS[task].capitalize()} {key}", _shown(numbers[key], " %"), note))
     return found
 
 
-def headline_table(results: Results) -> Table:
-    """AP, AP50 and AP75 of boxes and masks."""
-    rows: list[list[str | Bar]] = [
-        [TASKS[task], *(_bar(results.numbers[task][key]) for key in HEADLINE)] for task in results.tasks
+def headline_table(results: DetectionResults) -> page.Table:
+    """Show AP, AP50 and AP75 of boxes and masks."""
+    rows: list[page.TableRow] = [
+        [TASKS[task], *(_bar(found[key]) for key in HEADLINE)] for task, found in results.numbers.items()
     ]
-    return Table(["", *HEADLINE], rows, "Average precision in percent; a full bar is 100.")
+    return page.Table(["", *HEADLINE], rows, "Average precision in percent; a full bar is 100.")
 
 
-def class_tables(results: Results, source: Path) -> list[Block]:
-    """Every class with its objects and its AP, the highest first; of many classes, the highest and the lowest."""
+def class_blocks(results: DetectionResults, source: Path) -> list[page.PageBlock]:
+    """Rank all classes, or the best and the worst of many."""
     if not results.classes:
-        return [Missing(source, "AP by class", "the file has none")]
-    task, count = results.tasks[-1], len(results.classes)
-    scored = [one for one in results.classes if not math.isnan(one.ap[task])]
-    scored.sort(key=lambda one: -one.ap[task])
-    if count <= MOST_CLASSES:
-        ranked = scored + [one for one in results.classes if math.isnan(one.ap[task])]
-        return [_class_table(ranked, results.tasks, "AP in percent by class; a full bar is 100.")]
-    half = MOST_CLASSES // 2
-    top, low = scored[:half], scored[half:][-half:]
-    rest = f"{source.name} has the other {count - len(top) - len(low)} of {count} classes, too."
-    return [
-        _class_table(top, results.tasks, f"Highest {TASKS[task]} AP, in percent; a full bar is 100."),
-        _class_table(low, results.tasks, f"Lowest {TASKS[task]} AP, in percent; a full bar is 100. {rest}"),
+        return [page.Missing(source, "AP by class", "the file has none")]
+    tasks = list(results.numbers)
+    rows: list[tuple[float | None, page.TableRow]] = [
+        (one.ap(tasks[-1]), [one.name, f"{one.objects:,}", *(_bar(one.ap(task)) for task in tasks)])
+        for one in results.classes
     ]
-
-
-def _class_table(classes: Sequence[ClassScore], tasks: Sequence[str], caption: str) -> Table:
-    rows: list[list[str | Bar]] = [
-        [one.name, f"{one.objects:,}", *(_bar(one.ap[task]) for task in tasks)] for one in classes
-    ]
-    return Table(["class", "objects", *(f"{TASKS[task]} AP" for task in tasks)], rows, caption)
-
-
-def _bar(value: float) -> Bar:
-    return Bar(percent(value), 0.0 if math.isnan(value) else min(max(value / 100, 0.0), 1.0))
+    two = [f"{word} {TASKS[tasks[-1]]} AP, in percent; a full bar is 100." for word in ("Highest", "Lowest")]
+    captions = ["AP in percent by class; a full bar is 100.", *two]
+    columns = ["class", "objects", *(f"{TASKS[task]} AP" for task in tasks)]
+    return sections.class_tables(rows, columns, captions, source.name, worst_first=False)
 
 
 # --- Sections ---------------------------------------------------------------------------------------------
 
 
-def _missing(run: Run, name: str, what: str, why: str = "the file does not exist") -> Missing:
-    """Says that `what` can not be shown, for lack of a file or of something in it."""
-    return Missing(Path(name), what, run.faults.get(name, why))
+def _evaluation_sections(run: RunFolder, results: DetectionResults | None, log: LoggedNumbers) -> list[page.Section]:
+    headlines: list[page.PageBlock] = [run.missing(RESULTS, "average precision")]
+    classes: list[page.PageBlock] = [run.missing(RESULTS, "AP by class")]
+    if results is not None:
+        headlines = [headline_table(results), _metric_table(results)]
+        classes = class_blocks(results, Path(RESULTS))
+    objects = "Objects: how many the validation images have of a class, crowd regions not counted."
+    found = [
+        page.Section("Average precision", f"On the validation images, by the last evaluation. {AP_TEXT}", headlines),
+        _progress_section(run, log),
+        _picture_section(run),
+        page.Section("Classes", objects, classes),
+        _recall_section(run, TASKS if results is None else results.numbers),
+    ]
+    return sections.collapse(
+        found, "Evaluation", "Nothing is evaluated yet, or there is no validation data (--val-json)."
+    )
 
 
-def _evaluation_sections(run: Run) -> list[Section]:
-    """What evaluations found; a single section where there is nothing of it."""
-    parts = [_result_section, _progress_section, _picture_section, _class_section, _recall_section]
-    sections = [part(run) for part in parts]
-    blocks = [block for section in sections for block in section.blocks]
-    if not all(isinstance(block, Missing) for block in blocks):
-        return sections
-    return [Section("Evaluation", "Nothing is evaluated yet, or there is no validation data (--val-json).", blocks)]
-
-
-def _result_section(run: Run) -> Section:
-    blocks: list[Block] = [_missing(run, RESULTS, "average precision")]
-    if run.results is not None:
-        blocks = [headline_table(run.results), _metric_table(run.results)]
-    return Section("Average precision", f"On the validation images, by the last evaluation. {AP_TEXT}", blocks)
-
-
-def _metric_table(results: Results) -> Table:
-    """Everything but AP, AP50, AP75 and the classes."""
-    names = [name for name in results.numbers[results.tasks[0]] if name not in HEADLINE and not name.startswith("AP-")]
+def _metric_table(results: DetectionResults) -> page.Table:
+    """Show every metric except AP, AP50, AP75 and the classes."""
+    found = list(results.numbers.values())
     rows = []
-    for name in names:
-        recall = re.fullmatch(r"AR(\d+)", name)
-        meaning = f"recall of the best {recall[1]} in an image" if recall else MEANING.get(name, "")
-        values = (results.numbers[task].get(name, math.nan) for task in results.tasks)
-        rows.append([f"{name}: {meaning}".removesuffix(": "), *map(percent, values)])
+    for name in found[0]:
+        if name not in HEADLINE and not name.startswith("AP-"):
+            recall = re.fullmatch(r"AR(\d+)", name)
+            meaning = f"recall of the best {recall[1]} in an image" if recall else MEANING.get(name, "")
+            values = [_shown(numbers.get(name)) for numbers in found]
+            rows.append([f"{name}: {meaning}".removesuffix(": "), *values])
     caption = "In percent; a dash where the validation images have no such objects."
-    return Table(["", *(TASKS[task] for task in results.tasks)], rows, caption)
+    return page.Table(["", *(TASKS[task] for task in results.numbers)], rows, caption)
 
 
-def _progress_section(run: Run) -> Section:
-    found = [task for task in TASKS if run.metrics.values(f"{task}/AP")]
-    blocks: list[Block] = [
-        curve(
-            run.metrics.rows, Path(METRICS), "iteration",
-            {f"{task}/{key}": f"{TASKS[task]} {key}" for task in found}, f"{key} over the training", f"{key} in %",
-        )
-        for key in ("AP", "AP50") if found
-    ]  # fmt: skip
-    absent = _missing(run, METRICS, "average precision over the training", "no evaluation is logged in it")
-    return Section("Over the training", "What each evaluation during the training found.", blocks or [absent])
+def _progress_section(run: RunFolder, log: LoggedNumbers) -> page.Section:
+    found = [task for task in TASKS if log.values(f"{task}/AP")]
+    plots = {
+        f"{key} over the training": (f"{key} in %", {f"{task}/{key}": f"{TASKS[task]} {key}" for task in found})
+        for key in ("AP", "AP50")
+    }
+    blocks: Sequence[page.PageBlock] = curve_plots(log.rows, Path(METRICS), "iteration", plots)
+    if not found:
+        why = "no evaluation is logged in it"
+        blocks = [run.missing(METRICS, "average precision over the training", why)]
+    return page.Section("Over the training", "What each evaluation during the training found.", blocks)
 
 
-def _class_section(run: Run) -> Section:
-    blocks: list[Block] = [_missing(run, RESULTS, "AP by class")]
-    if run.results is not None:
-        blocks = class_tables(run.results, Path(RESULTS))
-    text = "Objects: how many the validation images have of a class, crowd regions not counted."
-    return Section("Classes", text, blocks)
-
-
-def _recall_section(run: Run) -> Section:
+def _recall_section(run: RunFolder, tasks: Mapping[str, Any]) -> page.Section:
     text = (
         "From the surest prediction to the least sure, recall grows and precision falls. The bold curve is the mean of "
         "all classes; where they are few, each has a curve of its own."
     )
-    tasks = run.results.tasks if run.results is not None else TASKS
-    names = {f"inference/pr_curves_{task}.png": f"precision over recall of {TASKS[task]} predictions" for task in tasks}
-    return Section("Precision and recall", text, [_image(run, name, what) for name, what in names.items()])
+    blocks: list[page.PageBlock] = []
+    for task in tasks:
+        name, what = f"inference/pr_curves_{task}.png", f"precision over recall of {TASKS[task]} predictions"
+        blocks += sections.gallery([run.picture(name, read_image, what, density=1.3, lossless=True)], 900)
+    return page.Section("Precision and recall", text, blocks)
 
 
-def _image(run: Run, name: str, what: str) -> Block:
-    """A figure of the run, or which file it would have been."""
-    path = run.folder / name
-    if not path.is_file():
-        return _missing(run, name, what)
-    try:
-        picture = page.embed_image(read_image(path), alt=what, density=1.3, lossless=True)
-    except UserError as error:
-        return _missing(run, name, what, str(error).removeprefix(f"{path}: "))
-    return page.Gallery([page.PictureRow([picture])], min_width=900)
-
-
-def _picture_section(run: Run) -> Section:
+def _picture_section(run: RunFolder) -> page.Section:
     text = (
         "True objects on the left, predicted ones with their scores on the right; a class has the same colour on both "
         "sides. The images are spread evenly over the validation set, not selected."
     )
-    rows: list[page.PictureRow] = []
-    faults: list[Block] = []
-    for path in find_pictures(run.folder / PICTURES):
-        name = path.stem.partition("-")[2]
-        try:
-            alt = f"image {name}: true objects on the left, predicted ones on the right"
-            rows.append(page.PictureRow([page.embed_image(read_image(path), alt=alt, density=2)]))
-        except UserError as error:
-            why = str(error).removeprefix(f"{path}: ")
-            faults.append(_missing(run, f"{PICTURES}/{path.name}", "validation picture", why))
-    if not rows and not faults:
-        faults = [_missing(run, f"{PICTURES}/*.png", "validation pictures", "there are none")]
-    return Section("Validation pictures", text, [*([page.Gallery(rows, min_width=460)] if rows else []), *faults])
+    rows = []
+    for path in find_pictures(run.path / PICTURES):
+        alt = f"image {path.stem.partition('-')[2]}: true objects on the left, predicted ones on the right"
+        rows.append(run.picture(f"{PICTURES}/{path.name}", read_image, "validation picture", alt=alt, density=2))
+    none = run.missing(f"{PICTURES}/*.png", "validation pictures", "there are none")
+    return page.Section("Validation pictures", text, sections.gallery(rows or [none], 460))
 
 
-def _training_section(run: Run) -> Section:
-    rows, source = run.metrics.rows, Path(METRICS)
-    if not rows:
-        return Section("Training", "", [_missing(run, METRICS, "curves of the training", "no line of it can be read")])
-    seconds = {"time": "whole iteration", "data_time": "of it, waiting for data"}
-    blocks = [
-        *loss_curves(run.metrics, source),
-        curve(rows, source, "iteration", {"lr": "learning rate"}, "Learning rate", "learning rate"),
-        curve(rows, source, "iteration", seconds, "Speed", "seconds"),
-    ]
-    text = "The total loss is the sum of those of proposals, classes, boxes and masks; medians of 20 iterations."
-    if run.metrics.damaged:
-        text += f" Left out: {counted(run.metrics.damaged, 'damaged line')} of {source}."
-    return Section("Training", text, blocks)
-
-
-def _command_section(run: Run) -> Section:
-    weights, config = find_detector(run.folder), str(run.folder / CONFIG)
-    if weights == run.folder:
-        absent = Missing(Path("model_*.pth"), "commands to use the detector", "there are no weights")
-        return Section("Using the detector", "", [absent])
-    evaluation = [*_own_data(run, "val"), f"MODEL.WEIGHTS={weights}", f"OUTPUT_DIR={run.folder / 'evaluation'}"]
-    commands = {
+def _command_section(folder: Path, data: Mapping[str, Mapping[str, Any]], unfinished: bool) -> page.Section:
+    weights, train_net = find_detector(folder), ["train_net.py", "--config-file", str(folder / CONFIG)]
+    if weights == folder:
+        absent = page.Missing(Path("model_*.pth"), "commands to use the detector", "there are no weights")
+        return page.Section("Using the detector", "", [absent])
+    train, val = _own_data(data, "train", OWN_TRAIN), _own_data(data, "val", OWN_VAL)
+    evaluated = [f"MODEL.WEIGHTS={weights}", f"OUTPUT_DIR={folder / 'evaluation'}"]
+    words = {
         "Find objects in images, folders and videos": ["predict.py", "--weights", str(weights), "IMAGES"],
-        "Evaluate": ["train_net.py", "--config-file", config, "--eval-only", *evaluation],
+        "Evaluate": [*train_net, "--eval-only", *val, *evaluated],
     }
-    if run.is_unfinished:
-        data = _own_data(run, "train") + _own_data(run, "val")
-        commands["Go on with the training (add --num-gpus as before)"] = [
-            "train_net.py", "--config-file", config, "--resume", *data, f"OUTPUT_DIR={run.folder}"
-        ]  # fmt: skip
-    lines = [
-        (title, folded(shlex.join(["python", f"tools/{words[0]}", *words[1:]]))) for title, words in commands.items()
-    ]
-    return Section("Using the detector", f"{weights.name} has the weights.", [page.Commands(lines)])
+    if unfinished:
+        resumed = [*train_net, "--resume", *train, *val, f"OUTPUT_DIR={folder}"]
+        words["Continue the training (add --num-gpus as before)"] = resumed
+    return page.Section("Using the detector", f"{weights.name} has the weights.", [sections.commands(words)])
 
 
-def _own_data(run: Run, split: str) -> list[str]:
-    """The flags for a data set that is named by two paths; none for those that detectron2 knows."""
-    paths = run.record.data.get({"train": OWN_TRAIN, "val": OWN_VAL}[split])
-    if paths is None:
+def _own_data(data: Mapping[str, Mapping[str, Any]], split: str, name: str) -> list[str]:
+    """Make the flags for a data set named by two paths."""
+    if name not in data:
         return []
-    return [f"--{split}-json", str(paths.get("json")), f"--{split}-images", str(paths.get("images"))]
+    return [f"--{split}-json", str(data[name].get("json")), f"--{split}-images", str(data[name].get("images"))]
 
 
-def _setting_section(run: Run) -> Section:
-    text = f"What differs from the defaults of detectron2 and of this toolkit; {CONFIG} has all settings."
-    blocks: list[Block] = [_missing(run, CONFIG, "settings", "the file is empty")]
-    if run.config:
-        rows = [[key, short_value(value), short_value(default)] for key, value, default in changed_settings(run.config)]
-        blocks = [Table(["setting", "value", "default"], rows)]
-    return Section("Settings", text, blocks)
-
-
-def changed_settings(config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Key, value and default of what a config, as YAML holds it, has other than by default."""
+def changed_from_defaults(content: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """List key, value and default of changed settings."""
     cfg = get_cfg()
     add_crossmae_config(cfg)
     defaults = {key: json.loads(json.dumps(lookup(cfg, key))) for key in leaf_keys(cfg)}  # tuples become lists
-    return [
-        (key, value, defaults.get(key))
-        for key, value in leaves(config).items()
-        if key not in defaults or defaults[key] != value
-    ]
+    return sections.changed_settings(content, defaults)
 
 
-def _data_section(run: Run) -> Section:
+def _data_section(run: RunFolder, record: RunRecord) -> page.Section:
     rows = []
-    for name, paths in run.record.data.items():
-        ends = ["/".join(Path(str(paths.get(key, "-"))).parts[-2:]) for key in ("json", "images")]
-        rows.append([name, *ends, str(run.record.settings.get(f"SHA-256 of the json of {name}", "-"))[:16]])
+    for name, paths in record.data.items():
+        ends = [sections.path_end(paths.get(key, "-")) for key in ("json", "images")]
+        rows.append([name, *ends, str(record.settings.get(f"SHA-256 of the json of {name}", "-"))[:16]])
     if not rows:
-        return Section("Data", "", [_missing(run, RECORD, "record of the data", "the file has none")])
+        return page.Section("Data", "", [run.missing(RECORD, "record of the data", "the file has none")])
     caption = f"The ends of the paths, and the beginning of the annotations' SHA-256; {RECORD} has them whole."
-    return Section("Data", "", [Table(["data set", "annotations", "images", "SHA-256"], rows, caption)])
+    return page.Section("Data", "", [page.Table(["data set", "annotations", "images", "SHA-256"], rows, caption)])
 
 
 # --- The page ---------------------------------------------------------------------------------------------
 
 
 def write_report(folder: Path) -> Path:
-    """Write the page of a run, `folder`/report.html, from what is in its folder.
-
-    Args:
-        folder: `OUTPUT_DIR` of a training or an evaluation, in whatever state.
-
-    Returns:
-        Path of the page.
+    """Write and return `folder`/report.html, whatever state the run is in.
 
     Raises:
-        OSError: the folder can not be written in.
+        OSError: the folder is not writable.
     """
-    path = folder / REPORT
-    build_report(folder).write(path)
-    return path
+    build_report(folder).write(folder / REPORT)
+    return folder / REPORT
 
 
-def build_report(folder: Path) -> Report:
-    """The page of a run; what is missing is named on it."""
-    run = read_run(folder)
-    parts = [_training_section, _command_section, _setting_section, _data_section]
-    sections = [*_evaluation_sections(run), *(part(run) for part in parts)]
-    versions = [(name, str(version)) for name, version in run.record.versions.items()]
-    return Report(f"Detector: {folder.resolve().name}", _lead(run), _facts(run), sections, versions)
-
-
-def _lead(run: Run) -> str:
-    """What was trained, and whether to the end."""
-    state = f"The training goes on, or was cut off, after {_progress(run)}. " if run.is_unfinished else ""
-    return (
-        f"{_detector(run.config)}. {state}Everything here is from files in the run's folder, named as they are there."
+def build_report(folder: Path) -> page.Report:
+    """Build the page of a run."""
+    run = RunFolder(folder)
+    record = run.read(RECORD, RunRecord.read, RunRecord())
+    settings: dict[str, Any] = run.read(CONFIG, read_yaml, {})
+    log = run.read(METRICS, run_files.read_metrics, LoggedNumbers())
+    results = run.read(RESULTS, DetectionResults.read, None)
+    best = run.read(run_files.BEST_RECORD, run_files.BestEvaluation.read, None)
+    unfinished = bool(log.rows) and not run.has(run_files.FINAL)
+    progress = _progress(log, record.iterations) if log.rows else ""
+    no_settings = None if settings else run.missing(CONFIG, "settings", "the file is empty")
+    plots = {
+        **loss_plots(log),
+        "Learning rate": ("learning rate", {"lr": "learning rate"}),
+        "Speed": ("seconds", {"time": "whole iteration", "data_time": "of it, waiting for data"}),
+    }
+    text = "The total loss is the sum of those of proposals, classes, boxes and masks; medians of 20 iterations."
+    return page.Report(
+        f"Detector: {folder.resolve().name}",
+        sections.lead(f"{_detector(settings)}. ", progress if unfinished else ""),
+        _accuracy_facts(results, best) + _training_facts(record, log, progress),
+        [
+            *_evaluation_sections(run, results, log),
+            sections.training_section(run, log, METRICS, "iteration", plots, text),
+            _command_section(folder, record.data, unfinished),
+            sections.settings_section(changed_from_defaults(settings), no_settings, "detectron2 and of this toolkit"),
+            _data_section(run, record),
+        ],
+        [(name, str(version)) for name, version in record.versions.items()],
     )
 
 
-def _detector(config: Mapping[str, Any]) -> str:
+def _detector(settings: Mapping[str, Any]) -> str:
     try:
-        model, vit = config["MODEL"], config["MODEL"]["VIT"]
+        model, vit = settings["MODEL"], settings["MODEL"]["VIT"]
         stages = "Cascade " if model["ROI_HEADS"]["NAME"] == "CascadeROIHeads" else ""
         size = f"{vit['DEPTH']} blocks, width {vit['EMBED_DIM']}, patches of {vit['PATCH_SIZE']} pixels"
         return f"{stages}{'Mask' if model['MASK_ON'] else 'Faster'} R-CNN with a plain ViT as its backbone: {size}"
@@ -385,32 +288,31 @@ def _detector(config: Mapping[str, Any]) -> str:
         return "A detector"
 
 
-def _facts(run: Run) -> list[Fact]:
-    """The headline numbers that there are."""
-    found = [] if run.results is None else ap_facts(run.results, "AP", ("AP50", "AP75"))
-    if run.best is not None:
-        note = f"after {counted(run.best.iteration, 'iteration')}: model_best.pth"
-        found.append(Fact(f"Best {TASKS[run.best.task]} AP", f"{percent(run.best.ap)} %", note))
-    images = run.record.settings.get("number of training images")
-    if isinstance(images, int):
-        note = counted(len(run.record.classes), "class", "classes") if run.record.classes else ""
-        found.append(Fact("Training images", f"{images:,}", note))
-    times, memory = run.metrics.values("time"), run.metrics.values("peak_memory_bytes")
-    if times:
-        note = f"{_progress(run)} of {np.median(times):.3g} s, without evaluations"
-        found.append(Fact("Training time", _about(run.metrics.seconds()), note))
-    if memory:
-        found.append(Fact("Peak memory", page.format_bytes(max(memory)), "of one GPU"))
+def _progress(log: LoggedNumbers, total: int) -> str:
+    done = int(log.rows[-1]["iteration"])
+    return f"{done:,} of {total:,} iterations" if total > done else page.counted(done, "iteration")
+
+
+def _accuracy_facts(results: DetectionResults | None, best: run_files.BestEvaluation | None) -> list[page.Fact]:
+    found = [] if results is None else ap_facts(results, "AP", ("AP50", "AP75"))
+    if best is not None:
+        note = f"after {page.counted(best.iteration, 'iteration')}: model_best.pth"
+        scores = {"box": best.bbox, "mask": best.segm}
+        found += [page.Fact(f"Best {task} AP", _shown(ap, " %"), note) for task, ap in scores.items() if ap is not None]
     return found
 
 
-def _progress(run: Run) -> str:
-    """How many iterations are done, and of how many if that is known and more."""
-    done, total = int(run.metrics.rows[-1]["iteration"]), run.record.iterations
-    return f"{done:,} of {total:,} iterations" if total > done else counted(done, "iteration")
-
-
-def _about(seconds: float) -> str:
-    """A duration to one decimal, of the largest fitting unit."""
-    unit, length = next((u, n) for u, n in (("h", 3600), ("min", 60), ("s", 1)) if seconds >= n or n == 1)
-    return f"{seconds / length:.1f} {unit}"
+def _training_facts(record: RunRecord, log: LoggedNumbers, progress: str) -> list[page.Fact]:
+    found = []
+    images = record.settings.get("number of training images")
+    if isinstance(images, int):
+        note = page.counted(len(record.classes), "class", "classes") if record.classes else ""
+        found.append(page.Fact("Training images", f"{images:,}", note))
+    times, memory = log.values("time"), log.values("peak_memory_bytes")
+    if times:
+        seconds = sum(steps * time for steps, time in log.spans("iteration", "time"))
+        note = f"{progress} of {np.median(times):.3g} s, without evaluations"
+        found.append(page.Fact("Training time", page.format_seconds(seconds), note))
+    if memory:
+        found.append(page.Fact("Peak memory", page.format_bytes(max(memory)), "of one GPU"))
+    return found

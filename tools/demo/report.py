@@ -8,14 +8,14 @@ It may be run at any time: what is not there yet is named on the page.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import math
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import detectron2
 import numpy as np
 import psutil
 import torch
@@ -23,13 +23,15 @@ import torch
 from crossmae.data.images import read_image
 from crossmae.errors import UserError, run_cli
 from crossmae.files import read_json, read_json_lines, write_text
-from crossmae.reports import page as page
-from crossmae.reports.page import Block, Fact, Missing, Report, Section, counted, curve, folded
+from crossmae.reports import page
+from crossmae.reports.figures import curve_plots
+from crossmae.reports.run_folder import FileContent
+from crossmae.training.versions import versions
 from det.data.coco import read_coco
 from det.evaluation.evaluate import format_results
 from det.evaluation.pictures import SCORE_THRESHOLD, Comparison, compare_images
-from det.evaluation.report import AP_TEXT, ap_facts, class_tables, headline_table, loss_curves
-from det.evaluation.run_files import read_metrics, read_results
+from det.evaluation.report import AP_TEXT, ap_facts, class_blocks, headline_table, loss_plots
+from det.evaluation.run_files import DetectionResults, read_metrics
 
 PICTURES = 12
 SIDE = 480  # pixels of a drawn picture, shown at about half of it: crisp on dense screens
@@ -45,37 +47,36 @@ LEAD = (
 # --- Sections ---------------------------------------------------------------------------------------------
 
 
-def result_section(folder: Path) -> Section:
-    """Average precision, all together and by class."""
-    path = folder / "detect/results.json"
-    blocks: list[Block] = [Missing(path, "average precision")]
+def result_section(path: Path) -> page.Section:
+    """Show average precision, of all classes and by class."""
+    blocks: list[page.PageBlock] = [page.Missing(path, "average precision")]
     if path.exists():
-        results = read_results(path)
-        blocks = [headline_table(results), *class_tables(results, path)]
-    return Section("Average precision", AP_TEXT, blocks)
+        results = DetectionResults.read(path)
+        blocks = [headline_table(results), *class_blocks(results, path)]
+    return page.Section("Average precision", AP_TEXT, blocks)
 
 
-def prediction_section(folder: Path) -> Section:
-    """The detector's instances drawn over held-out images, beside the true ones."""
-    annotations, images = folder / "data/annotations/val.json", folder / "data/val"
-    predictions = folder / "detect/inference/coco_instances_results.json"
+def prediction_section(folder: Path) -> page.Section:
+    """Show the detector's instances on held-out images, next to the true ones."""
+    paths = [
+        folder / name
+        for name in ("data/annotations/val.json", "data/val", "detect/inference/coco_instances_results.json")
+    ]
     text = (
         f"The first {PICTURES} held-out images by id, not a selection. Detections with a score of at least "
         f"{SCORE_THRESHOLD} are drawn, each with its class and score; a class has the same colour on both "
         "sides."
     )
-    absent = [
-        Missing(path, "pictures of detections") for path in (annotations, images, predictions) if not path.exists()
-    ]
-    blocks: Sequence[Block] = absent or [page.Gallery(prediction_rows(annotations, images, predictions))]
-    return Section("Held-out images", text, blocks)
+    absent = [page.Missing(path, "pictures of detections") for path in paths if not path.exists()]
+    blocks: Sequence[page.PageBlock] = absent or [page.Gallery(prediction_rows(*paths))]
+    return page.Section("Held-out images", text, blocks)
 
 
 def prediction_rows(annotations: Path, images: Path, predictions: Path) -> list[page.PictureRow]:
-    """Ground truth and prediction of the first images by id.
+    """Draw ground truth and prediction of the first images by id.
 
     Raises:
-        UserError: one of the JSON files is not in COCO's format, or an image can not be read; names it.
+        UserError: one of the JSON files is not in COCO's format, or an image cannot be read; names it.
     """
     truth, found = read_coco(annotations), read_json(predictions)
     if not isinstance(found, list):
@@ -93,7 +94,7 @@ def prediction_rows(annotations: Path, images: Path, predictions: Path) -> list[
 
 
 def _picture_row(number: int, pair: Comparison) -> page.PictureRow:
-    """One image twice: with its true instances, and with the predicted ones."""
+    """Show an image with its true and with the predicted instances."""
     pictures = []
     for label, drawn, classes in (
         ("ground truth", pair.truth, pair.true_classes),
@@ -101,13 +102,13 @@ def _picture_row(number: int, pair: Comparison) -> page.PictureRow:
     ):
         alt = f"image {number}, {label}: {', '.join(classes) or 'nothing'}"
         pictures.append(page.embed_image(drawn, alt=alt, label=label, density=2))
-    digits, detections = counted(len(pair.true_classes), "digit"), counted(len(pair.found_classes), "detection")
-    return page.PictureRow(pictures, f"Image {number}: {digits}, {detections}")
+    digits = page.counted(len(pair.true_classes), "digit")
+    return page.PictureRow(pictures, f"Image {number}: {digits}, {page.counted(len(pair.found_classes), 'detection')}")
 
 
-def reconstruction_section(folder: Path) -> Section:
-    """The first and the last picture of reconstructions that pretraining wrote, and its fusion weights."""
-    where = folder / "pretrain/reconstructions"
+def reconstruction_section(folder: Path) -> page.Section:
+    """Show first and last reconstructions, and the fusion weights."""
+    where = folder / "reconstructions"
     steps = {
         int(match[1]): path for path in where.glob("step-*.png") if (match := re.fullmatch(r"step-(\d+)", path.stem))
     }
@@ -118,170 +119,157 @@ def reconstruction_section(folder: Path) -> Section:
         "mixes the encoder's maps."
     )
     if not steps:
-        return Section("Reconstructions", text, [Missing(where / "step-*.png", "reconstructions")])
-    rows = []
-    for step in dict.fromkeys((min(steps), max(steps))):
-        alt = f"input, masked and reconstructed images after {step} steps"
-        rows.append(page.PictureRow([page.embed_image(read_image(steps[step]), alt=alt)], f"After {step} steps"))
-    fusion = max((folder / "pretrain/fusion").glob("step-*.png"), default=None)
-    blocks: list[Block] = [page.Gallery(rows, min_width=900)]
-    if fusion is not None:
-        picture = page.embed_image(read_image(fusion), alt="learned weight of each encoder map in each decoder block")
-        blocks.append(page.Gallery([page.PictureRow([picture], "Fusion weights at the end")]))
-    return Section("Reconstructions", text, blocks)
+        return page.Section("Reconstructions", text, [page.Missing(where / "step-*.png", "reconstructions")])
+    figures = {
+        steps[step]: (f"input, masked and reconstructed images after {step} steps", f"After {step} steps")
+        for step in dict.fromkeys((min(steps), max(steps)))
+    }
+    blocks = [page.Gallery([_figure(path, *words) for path, words in figures.items()], min_width=900)]
+    if fusion := max((folder / "fusion").glob("step-*.png"), default=None):
+        alt = "learned weight of each encoder map in each decoder block"
+        blocks.append(page.Gallery([_figure(fusion, alt, "Fusion weights at the end")]))
+    return page.Section("Reconstructions", text, blocks)
 
 
-def pretraining_section(folder: Path) -> Section:
-    """Loss and learning rate of the pretraining."""
-    path = folder / "pretrain/log.jsonl"
+def _figure(path: Path, alt: str, caption: str) -> page.PictureRow:
+    return page.PictureRow([page.embed_image(read_image(path), alt=alt)], caption)
+
+
+def pretraining_section(path: Path) -> page.Section:
+    """Show loss and learning rate of the pretraining."""
     if not path.exists():
-        return Section("Pretraining", "", [Missing(path, "curves of the pretraining")])
+        return page.Section("Pretraining", "", [page.Missing(path, "curves of the pretraining")])
     rows = read_json_lines(path)
-    blocks: list[Block] = [
-        curve(rows, path, "step", {"loss": "loss"}, "Reconstruction loss", "loss"),
-        curve(rows, path, "step", {"lr": "learning rate"}, "Learning rate", "learning rate"),
-    ]
-    for key, title, label in (
-        ("val_loss", "Held-out loss", "loss"),
-        ("knn_accuracy", "Nearest neighbours", "accuracy"),
-    ):
-        if any(key in row for row in rows):
-            blocks.append(curve(rows, path, "step", {key: title.lower()}, title, label))
+    plots = {
+        "loss": ("Reconstruction loss", "loss", "loss"),
+        "lr": ("Learning rate", "learning rate", "learning rate"),
+        "val_loss": ("Held-out loss", "held-out loss", "loss"),
+        "knn_accuracy": ("Nearest neighbours", "nearest neighbours", "accuracy"),
+    }
+    shown = {
+        title: (y_label, {key: label})
+        for key, (title, label, y_label) in plots.items()
+        if key in ("loss", "lr") or any(key in row for row in rows)
+    }
     rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
     speed = f" It went through {np.median(rates):.0f} images per second (median)." if rates else ""
     text = (
         "Mean squared error of hidden patches, each with its pixels normalised to mean 0 and variance 1. The held-out "
         "loss is of photographs and handwriting that training does not see. Nearest neighbours: how many grey crops "
-        "of photographs are told apart by the encoder's features alone; at step 0 the encoder is random."
+        "of photographs are told apart by only the encoder's features; at step 0 the encoder is random."
     )
-    return Section("Pretraining", text + speed, blocks)
+    return page.Section("Pretraining", text + speed, curve_plots(rows, path, "step", shown))
 
 
-def detector_section(folder: Path) -> Section:
-    """Losses of the detector's training."""
-    path = folder / "detect/metrics.json"
+def detector_section(path: Path) -> page.Section:
+    """Show the losses of the detector's training."""
     if not path.exists():
-        return Section("Detector training", "", [Missing(path, "curves of the detector's training")])
+        return page.Section("Detector training", "", [page.Missing(path, "curves of the detector's training")])
+    log = read_metrics(path)
     text = "Mask R-CNN: the total loss is the sum of those of proposals, classes, boxes and masks."
-    return Section("Detector training", text, loss_curves(read_metrics(path), path))
-
-
-def stage_section(stages: Sequence[Mapping[str, Any]], path: Path) -> Section:
-    """Time, peak memory and command of every stage."""
-    if not stages:
-        return Section("Stages", "", [Missing(path, "record of the stages")])
-    rows = []
-    for stage in stages:
-        done = stage["status"] == "done"
-        unfinished = "this page" if stage["name"] == "report" else stage["status"]
-        time = page.format_seconds(stage["seconds"]) if done else unfinished
-        memory = page.format_bytes(stage["peak_memory_bytes"]) if done else "-"
-        rows.append([stage["name"], time, memory])
-    total = ["all", page.format_seconds(_seconds(stages)), page.format_bytes(_peak(stages))]
-    caption = (
-        "Time on the clock, start of the program included. Peak memory: the highest sum of resident memory "
-        "of a stage's processes, sampled four times a second; memory that processes share counts once for "
-        "each of them."
-    )
-    table = page.Table(["stage", "time", "peak memory"], rows, caption, total)
-    commands = page.Commands([(stage["title"], folded(stage["command"])) for stage in stages])
-    return Section("Stages", "Each stage is a command of its own; run them in this order.", [table, commands])
+    return page.Section("Detector training", text, curve_plots(log.rows, path, "iteration", loss_plots(log)))
 
 
 # --- The page ---------------------------------------------------------------------------------------------
 
 
-def read_stages(path: Path) -> list[dict[str, Any]]:
-    """The stages that tools/demo.py recorded; none if it was not used.
+class StageRecord(FileContent):
+    """A stage of the demo as stages.json has it."""
 
-    Raises:
-        UserError: the file is not what tools/demo.py writes.
-    """
-    if not path.exists():
-        return []
-    content = read_json(path)
-    needed = {"name", "title", "command", "status", "seconds", "peak_memory_bytes"}
-    stages = content.get("stages") if isinstance(content, dict) else None
-    if not isinstance(stages, list) or not all(isinstance(stage, dict) and needed <= stage.keys() for stage in stages):
-        raise UserError(f"{path}: expected `stages`, each with {', '.join(sorted(needed))}")
-    return stages
+    name: str
+    title: str
+    command: str
+    status: str
+    seconds: float
+    peak_memory_bytes: int
 
 
-def _seconds(stages: Sequence[Mapping[str, Any]]) -> float:
-    return sum(stage["seconds"] for stage in stages if stage["status"] == "done")
+class Stages(FileContent):
+    """Content of stages.json."""
+
+    stages: list[StageRecord]
 
 
-def _peak(stages: Sequence[Mapping[str, Any]]) -> int:
-    return max((stage["peak_memory_bytes"] for stage in stages if stage["status"] == "done"), default=0)
+def _totals(stages: Sequence[StageRecord]) -> tuple[str, str]:
+    """Write time and peak memory of all finished stages."""
+    done = [stage for stage in stages if stage.status == "done"]
+    peak = max((stage.peak_memory_bytes for stage in done), default=0)
+    return page.format_seconds(sum(stage.seconds for stage in done)), page.format_bytes(peak)
 
 
-def facts(folder: Path, stages: Sequence[Mapping[str, Any]]) -> list[Fact]:
-    """The headline numbers that there are."""
-    found: list[Fact] = []
-    path = folder / "detect/results.json"
-    if path.exists():
-        found += ap_facts(read_results(path), "AP50", ("AP", "AP75"))
+def stage_section(stages: Sequence[StageRecord], path: Path) -> page.Section:
+    """Show time, peak memory and command of every stage."""
+    if not stages:
+        return page.Section("Stages", "", [page.Missing(path, "record of the stages")])
+    rows = []
+    for stage in stages:
+        row = [stage.name, "this page" if stage.name == "report" else stage.status, "-"]
+        if stage.status == "done":
+            row[1:] = [page.format_seconds(stage.seconds), page.format_bytes(stage.peak_memory_bytes)]
+        rows.append(row)
+    caption = (
+        "Time on the clock, start of the program included. Peak memory: the highest sum of resident memory "
+        "of a stage's processes, sampled four times a second; memory that processes share counts once for "
+        "each of them."
+    )
+    table = page.Table(["stage", "time", "peak memory"], rows, caption, ["all", *_totals(stages)])
+    commands = page.Commands([(stage.title, page.folded(stage.command)) for stage in stages])
+    return page.Section("Stages", "Each stage is a command of its own; run them in this order.", [table, commands])
+
+
+def facts(results: Path, stages: Sequence[StageRecord]) -> list[page.Fact]:
+    """List the headline numbers that there are."""
+    found = ap_facts(DetectionResults.read(results), "AP50", ("AP", "AP75")) if results.exists() else []
     if stages:
-        done = sum(stage["status"] == "done" for stage in stages)
-        found.append(
-            Fact("Time", page.format_seconds(_seconds(stages)), f"{counted(done, 'stage')}, one after the other")
-        )
-        found.append(Fact("Peak memory", page.format_bytes(_peak(stages)), "of the largest stage"))
+        done = sum(stage.status == "done" for stage in stages)
+        time, peak = _totals(stages)
+        found.append(page.Fact("Time", time, f"{page.counted(done, 'stage')}, one after the other"))
+        found.append(page.Fact("Peak memory", peak, "of the largest stage"))
     return found
 
 
 def environment() -> list[tuple[str, str]]:
-    """Machine and versions, as (name, value)."""
-    distributions = importlib.metadata.packages_distributions()
-    versions = []
-    for package in ("crossmae", "torch", "torchvision", "timm", "detectron2", "numpy"):
-        if package in distributions:
-            versions.append(f"{package} {importlib.metadata.version(distributions[package][0])}")
-    memory = page.format_bytes(psutil.virtual_memory().total)
+    """Describe machine and versions, as (name, value)."""
+    libraries = versions() | {"detectron2": detectron2.__version__}
+    try:
+        processor = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        processor = None
     return [
-        ("Processor", _processor()),
+        ("Processor", processor[1] if processor else platform.processor() or platform.machine()),
         ("Cores", f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}"),
-        ("Memory", memory),
-        ("GPU", _gpu()),
-        ("System", f"{platform.system()} {platform.release()}, Python {platform.python_version()}"),
-        ("Packages", ", ".join(versions)),
+        ("Memory", page.format_bytes(psutil.virtual_memory().total)),
+        ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
+        ("System", f"{platform.system()} {platform.release()}, Python {libraries.pop('python')}"),
+        ("Packages", ", ".join(f"{name} {version}" for name, version in libraries.items())),
     ]
 
 
-def _processor() -> str:
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        match = None
-    return match[1] if match else platform.processor() or platform.machine()
-
-
-def _gpu() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-
-
-def build_report(folder: Path) -> Report:
-    """The demo's page from what is in its folder.
+def build_report(folder: Path) -> page.Report:
+    """Build the demo's page from the files in its folder.
 
     Raises:
-        UserError: a file is there, but is not what its stage writes; names it.
+        UserError: a file is not what its stage writes; names it.
     """
-    stages = read_stages(folder / "stages.json")
-    parts: list[Callable[[Path], Section]] = [
-        prediction_section,
-        result_section,
-        reconstruction_section,
-        pretraining_section,
-        detector_section,
+    results, record = folder / "detect/results.json", folder / "stages.json"
+    stages = Stages.read(record).stages if record.exists() else []
+    sections = [
+        prediction_section(folder),
+        result_section(results),
+        reconstruction_section(folder / "pretrain"),
+        pretraining_section(folder / "pretrain/log.jsonl"),
+        detector_section(folder / "detect/metrics.json"),
+        stage_section(stages, record),
     ]
-    sections = [part(folder) for part in parts]
-    sections.append(stage_section(stages, folder / "stages.json"))
-    return Report("CrossMAE demo: digits in photos", LEAD, facts(folder, stages), sections, environment())
+    return page.Report("CrossMAE demo: digits in photos", LEAD, facts(results, stages), sections, environment())
 
 
 def summary(results: Path) -> str:
-    """The COCO table for a terminal."""
-    numbers = read_results(results).numbers
+    """Lay out the COCO table for a terminal."""
+    numbers = {
+        task: {key: math.nan if value is None else value for key, value in found.items()}
+        for task, found in DetectionResults.read(results).numbers.items()
+    }
     return f"COCO average precision on held-out images, in percent\n\n{format_results(numbers)}\n"
 
 

@@ -12,41 +12,26 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from markupsafe import Markup
 from PIL import Image
 
 from crossmae.classification.evaluation.files import write_evaluation
 from crossmae.classification.evaluation.hardest import write_hardest
 from crossmae.classification.evaluation.metrics import Predictions, score
-from crossmae.classification.report import (
-    MOST_CLASSES,
-    build_report,
-    changed_settings,
-    class_tables,
-    write_report,
-)
-from crossmae.classification.run_files import ClassRow, read_log
+from crossmae.classification.report import build_report, changed_from_defaults, write_report
 from crossmae.classification.train.config import FinetuneConfig
-from crossmae.reports import page as page
 from crossmae.reports.page import Commands, Gallery, Missing, Plot, Table
 from crossmae.training.config import load_typed_config
+from tests.crossmae.reports.pages import blocks_in, cells, draw_no_plots
 from tools import predict_classes
 
 NAMES = ("cat", "dog", "<b>rat")
 SHARES = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.2, 0.1, 0.7], [0.5, 0.3, 0.2]])
 LABELS = torch.tensor([0, 1, 2, 2])  # the last one is wrong
-REAL_LINE_PLOT = page.line_plot
 
 
 @pytest.fixture(autouse=True)
 def quick_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A real figure takes a second; what it is given is what matters here."""
-
-    def plot(series: Any, *, title: str, caption: str, **_: Any) -> Plot:
-        curves = {one.label: (list(one.x), list(one.y)) for one in series}
-        return Plot(Markup(json.dumps(curves)), title, caption)
-
-    monkeypatch.setattr(page, "line_plot", plot)
+    draw_no_plots(monkeypatch)
 
 
 def predictions(several: bool = False) -> Predictions:
@@ -108,12 +93,7 @@ def folder(whole_run: Path, tmp_path: Path) -> Path:
 
 
 def blocks_of(folder: Path, kind: type) -> list[Any]:
-    return [block for section in build_report(folder).sections for block in section.blocks if isinstance(block, kind)]
-
-
-def cells(table: Table) -> list[list[str]]:
-    texts = [[getattr(cell, "text", cell) for cell in row] for row in table.rows]
-    return [[text.replace("\N{NO-BREAK SPACE}", " ") for text in row] for row in texts]
+    return blocks_in(build_report(folder), kind)
 
 
 def titles(folder: Path) -> list[str]:
@@ -151,6 +131,7 @@ def test_the_page_has_the_numbers_of_the_files(folder: Path) -> None:
         "top-5": [[1.0], [1.0]],
     }
     assert "Of model_best.safetensors, averaged over the training, at epoch 1" in html
+    assert "/far/" not in re.sub(r"<pre>.*?</pre>", "", html, flags=re.DOTALL)  # whole paths are in commands only
     assert all(text in html for text in ("Classifier: my run", "1.2.3", "Of 10 wrong images, the worst 2."))
 
 
@@ -162,27 +143,16 @@ def test_the_hardest_images_are_shown_with_their_classes(folder: Path) -> None:
     assert [row.pictures[0].alt.partition(":")[0] for row in hardest.rows] == ["39.png", "35.png"]
 
 
-def test_the_page_loads_nothing_and_shows_names_letter_by_letter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "line_plot", REAL_LINE_PLOT)
-    html = write_report(folder).read_text()
-    links = re.findall(r'(?:src|href)="([^"]*)"', html)
-    assert links
-    assert all(link.startswith(("data:image/", "#")) for link in links)
-    assert "&lt;b&gt;rat" in html
-    assert "<b>rat" not in html
-    assert "/far/" not in re.sub(r"<pre>.*?</pre>", "", html, flags=re.DOTALL)  # paths are in commands alone
-
-
-NEEDED = {
-    "config.yaml": "config.yaml",
-    "log.jsonl": "log.jsonl",
-    "evaluation/evaluation.json": "evaluation/evaluation.json",
-    "evaluation/confusion.png": "evaluation/confusion.png",
-    "evaluation/calibration.png": "evaluation/calibration.png",
-    "evaluation/embedding.png": "evaluation/embedding.png",
-    "evaluation/hardest/hardest.json": "evaluation/hardest/hardest.json",
-    "evaluation/hardest/01.png": "evaluation/hardest/01.png",
-}
+NEEDED = [
+    "config.yaml",
+    "log.jsonl",
+    "evaluation/evaluation.json",
+    "evaluation/confusion.png",
+    "evaluation/calibration.png",
+    "evaluation/embedding.png",
+    "evaluation/hardest/hardest.json",
+    "evaluation/hardest/01.png",
+]
 
 
 @pytest.mark.parametrize("name", NEEDED)
@@ -272,33 +242,14 @@ def test_the_commands_are_ones_that_the_tools_take(folder: Path) -> None:
     assert config.output_dir == folder / "again"  # the results of the run stay
 
 
-def test_of_many_classes_the_worst_and_the_best_are_shown() -> None:
-    shares = torch.randperm(90, generator=torch.Generator().manual_seed(0)).tolist()
-    classes = [ClassRow(name=str(share), samples=9, recall=share / 100, precision=None) for share in shares]
-    classes += [ClassRow(name="none", samples=0, recall=None, precision=None)] * 10
-    worst, best = (block for block in class_tables(classes, multi_label=False) if isinstance(block, Table))
-    assert [row[0] for row in worst.rows] == [str(share) for share in range(25)]
-    assert [row[0] for row in best.rows] == [str(share) for share in range(89, 64, -1)]
-    assert "the other 50 of 100 classes" in best.caption
-    (alone,) = class_tables(classes[-MOST_CLASSES:], multi_label=False)
-    assert isinstance(alone, Table)
-    assert cells(alone)[-1] == ["none", "0", "-", "-"]
-
-
 def test_settings_are_those_that_differ_from_the_defaults(tmp_path: Path) -> None:
     words = ["loss.mixup=0.8", "optim.betas=[0.9, 0.95]", "model.name=vit_tiny_patch16", "data.train=x", "output_dir=y"]
     (tmp_path / "plain.yaml").write_text("{}")
     config = load_typed_config(FinetuneConfig, str(tmp_path / "plain.yaml"), words)
     content = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
     del content["output_dir"]
-    assert sorted(changed_settings(content)) == [
+    assert sorted(changed_from_defaults(content)) == [
         ("loss.mixup", 0.8, 0.0),
         ("model.name", "vit_tiny_patch16", None),
         ("optim.betas", [0.9, 0.95], [0.9, 0.999]),
     ]
-
-
-def test_speeds_add_up_to_a_time(tmp_path: Path) -> None:
-    rows = [{"step": 10, "epoch": 1, "images_per_second": 5.0}, {"step": 30, "epoch": 3, "images_per_second": 40.0}]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_log(tmp_path / "log.jsonl").seconds(images_per_step=8) == 10 * 8 / 5 + 20 * 8 / 40

@@ -18,6 +18,7 @@ from PIL import Image
 
 from crossmae.errors import UserError
 from crossmae.files import read_json, read_json_lines
+from crossmae.reports.figures import line_plot, running_mean
 from crossmae.reports.page import (
     Bar,
     Commands,
@@ -27,14 +28,12 @@ from crossmae.reports.page import (
     PictureRow,
     Report,
     Section,
-    Series,
     Table,
     embed_image,
     folded,
     format_bytes,
     format_seconds,
-    line_plot,
-    running_mean,
+    percent,
 )
 
 EVIL = """--> <script>alert("1")</script> & 'quoted' </style>"""
@@ -59,13 +58,9 @@ class Page(HTMLParser):
         return [attrs[name] or "" for _, attrs in self.elements if name in attrs]
 
 
-def curve(title: str = "Loss") -> Series:
-    return Series(title, [1, 2, 3], [3.0, 2.0, 1.5])
-
-
 def plot(title: str = "Loss", points: int = 3):
-    series = [Series(title, range(points), np.linspace(3, 1, points)), Series(EVIL, [0, 1], [2, 1])]
-    return line_plot(series, title=title, x_label=EVIL, y_label="loss", caption=EVIL)
+    curves = {f"{title} again": (range(points), np.linspace(3, 1, points)), EVIL: ([0, 1], [2, 1])}
+    return line_plot(curves, title=title, x_label=EVIL, y_label="loss", caption=EVIL)
 
 
 def full_page(text: str = EVIL) -> str:
@@ -135,17 +130,6 @@ def test_plots_side_by_side_other_blocks_alone():
         "plots",
         "plots single",
     ]
-
-
-@pytest.mark.parametrize("count", [0, 7])
-def test_wrong_number_of_curves(count: int):
-    with pytest.raises(ValueError, match=f"1 to 6 curves, received {count}"):
-        line_plot([curve()] * count, title="t", x_label="x", y_label="y", caption="c")
-
-
-def test_unequal_curve_names_itself():
-    with pytest.raises(ValueError, match="'broken': 2 values of x but 1 of y"):
-        line_plot([Series("broken", [1, 2], [1])], title="t", x_label="x", y_label="y", caption="c")
 
 
 @given(st.lists(st.floats(-1e3, 1e3) | st.just(float("nan")), min_size=1, max_size=30), st.integers(1, 12))
@@ -223,6 +207,10 @@ def test_wrong_json_line_is_named(tmp_path: Path):
 )
 def test_format_seconds(seconds: float, text: str):
     assert format_seconds(seconds) == text
+
+
+def test_undefined_shares_are_dashes():
+    assert [percent(share) for share in (0.123, None, float("nan"))] == ["12.3\N{NO-BREAK SPACE}%", "-", "-"]
 
 
 def test_format_bytes():

@@ -1,0 +1,143 @@
+"""Run folders: the content of their files, also where some are missing or damaged because the run was cut off."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from crossmae.errors import UserError
+from crossmae.files import read_json
+from crossmae.reports.page import Missing, PictureRow, embed_image
+
+REPORT = "report.html"
+T = TypeVar("T")
+C = TypeVar("C", bound="FileContent")
+Default = TypeVar("Default")
+
+
+class FileContent(BaseModel):
+    """Base of what a page reads from a JSON file, whose other keys are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    @classmethod
+    def read(cls: type[C], path: Path) -> C:
+        """Read a JSON file.
+
+        Raises:
+            UserError: the file does not fit; names it and the first wrong key.
+        """
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: expected a JSON object, received {type(content).__name__}")
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = "".join(f"{key}: " for key in first["loc"])
+            raise UserError(
+                f"{path}: unexpected content: {where}{first['msg'].removeprefix('Value error, ')}"
+            ) from None
+
+
+@dataclass(frozen=True)
+class LoggedNumbers:
+    """Logged numbers by name, one row per line, and the count of damaged lines."""
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+    damaged: int = 0
+
+    def values(self, key: str) -> list[float]:
+        """List all values of a name, in order."""
+        return [row[key] for row in self.rows if key in row]
+
+    def spans(self, step: str, key: str) -> Iterator[tuple[float, float]]:
+        """Yield positive values with the steps since the value before."""
+        previous = 0.0
+        for row in self.rows:
+            if step in row and row.get(key, 0.0) > 0:
+                yield row[step] - previous, row[key]
+                previous = row[step]
+
+
+def read_log(path: Path, needed: str) -> LoggedNumbers:
+    """Read a log of one JSON object per line.
+
+    A line without the number `needed` counts as damaged.
+
+    Raises:
+        UserError: no such file.
+    """
+    try:
+        lines = path.read_text("utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    rows = [_numbers_of(line) for line in lines if line.strip()]
+    whole = [row for row in rows if math.isfinite(row.get(needed, math.nan))]
+    return LoggedNumbers(whole, len(rows) - len(whole))
+
+
+def _numbers_of(line: str) -> dict[str, float]:
+    """Read the numbers in a JSON object, NaN included."""
+    try:
+        row = json.loads(line)
+        items = row.items() if isinstance(row, dict) else ()
+        return {key: value for key, value in items if type(value) in (int, float) and not math.isinf(value)}
+    except (ValueError, RecursionError, OverflowError):
+        return {}
+
+
+class RunFolder:
+    """A run folder whose files may be missing or damaged.
+
+    Attributes:
+        path: of the folder.
+        faults: why a file could not be read, by its name.
+    """
+
+    def __init__(self, path: Path, faults: Mapping[str, str] | None = None) -> None:
+        self.path = path
+        self.faults = dict(faults or {})
+
+    def read(self, name: str, reader: Callable[[Path], T], default: Default) -> T | Default:
+        """Read a file, or note why it is missing and return `default`."""
+        path = self.path / name
+        try:
+            if path.is_file():
+                return reader(path)
+            self.faults.setdefault(name, "the file does not exist")
+        except (UserError, OSError) as error:
+            self.faults[name] = str(error).removeprefix(str(path)).lstrip(":, ")
+        return default
+
+    def has(self, *names: str) -> bool:
+        """Tell if one of the files exists."""
+        return any((self.path / name).is_file() for name in names)
+
+    def missing(self, name: str, what: str, why: str = "the file does not exist") -> Missing:
+        """Name the file without which `what` cannot be shown."""
+        return Missing(Path(name), what, self.faults.get(name, why))
+
+    def picture(
+        self,
+        name: str,
+        reader: Callable[[Path], Image.Image],
+        what: str,
+        *,
+        alt: str = "",
+        caption: str = "",
+        density: float = 1.0,
+        lossless: bool = False,
+    ) -> PictureRow | Missing:
+        """Embed an image, see `embed_image`, described by `alt` or `what`."""
+        image = self.read(name, reader, None)
+        if image is None:
+            return self.missing(name, what)
+        return PictureRow([embed_image(image, alt=alt or what, density=density, lossless=lossless)], caption)

@@ -1,0 +1,112 @@
+"""Parts of a page that pages of several kinds of runs share."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from crossmae.reports import page
+from crossmae.reports.figures import PlotKeys, curve_plots
+from crossmae.reports.page import Commands, Gallery, Missing, PageBlock, PictureRow, Section, Table, TableRow
+from crossmae.reports.run_folder import LoggedNumbers, RunFolder
+
+MOST_CLASSES = 50  # in a table
+
+
+def lead(found: str, unfinished: str) -> str:
+    """Open a page with the result and the progress so far."""
+    state = f"The training continues, or was cut off, after {unfinished}. " if unfinished else ""
+    return f"{found}{state}Everything here is from files in the run's folder, named as they are there."
+
+
+def collapse(sections: Sequence[Section], title: str, text: str) -> list[Section]:
+    """Merge sections in which everything is missing into one."""
+    blocks = [block for section in sections for block in section.blocks]
+    if all(isinstance(block, Missing) for block in blocks):
+        return [Section(title, text, blocks)]
+    return list(sections)
+
+
+def gallery(rows: Sequence[PictureRow | Missing], min_width: int, caption: str = "") -> list[PageBlock]:
+    """Put picture rows into one gallery, and missing pictures behind it."""
+    found = [row for row in rows if isinstance(row, PictureRow)]
+    missing = [row for row in rows if isinstance(row, Missing)]
+    return [*([Gallery(found, min_width, caption)] if found else []), *missing]
+
+
+def class_tables(
+    classes: Sequence[tuple[float | None, TableRow]],
+    columns: Sequence[str],
+    captions: Sequence[str],
+    source: str,
+    *,
+    worst_first: bool,
+) -> list[PageBlock]:
+    """Rank all classes, or the best and the worst of many.
+
+    Args:
+        classes: the score that ranks a class, None where undefined, and its row of the table.
+        columns: of the table.
+        captions: of the table of all classes; of the first of two tables; of the second.
+        source: the file that has all classes.
+        worst_first: start with the lowest score; the second table then starts with the highest.
+    """
+    scored = [(score, row) for score, row in classes if score is not None]
+    ranked = [row for _, row in sorted(scored, key=lambda one: one[0], reverse=not worst_first)]
+    if len(classes) <= MOST_CLASSES:
+        return [Table(columns, [*ranked, *(row for score, row in classes if score is None)], captions[0])]
+    half = MOST_CLASSES // 2
+    first, last = ranked[:half], ranked[half:][-half:]
+    count = len(classes)
+    others = f"{source} has the other {count - len(first) - len(last)} of {count} classes."
+    second = Table(columns, last[::-1] if worst_first else last, f"{captions[2]} {others}")
+    return [Table(columns, first, captions[1]), second]
+
+
+def training_section(run: RunFolder, log: LoggedNumbers, name: str, x: str, plots: PlotKeys, text: str) -> Section:
+    """Plot the log of a training, the file `name`, over `x`."""
+    if not log.rows:
+        return Section("Training", "", [run.missing(name, "curves of the training", "no line of it can be read")])
+    if log.damaged:
+        text += f" Left out: {page.counted(log.damaged, 'damaged line')} of {name}."
+    return Section("Training", text, curve_plots(log.rows, Path(name), x, plots))
+
+
+def commands(words: Mapping[str, Sequence[str]]) -> Commands:
+    """Show commands by heading, each a script of tools/ and its arguments."""
+    lines = {title: shlex.join(["python", f"tools/{script}", *rest]) for title, (script, *rest) in words.items()}
+    return Commands([(title, page.folded(line)) for title, line in lines.items()])
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten settings to values by dotted key, tuples to lists."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= leaves(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def changed_settings(content: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """List key, value and default of settings that differ."""
+    return [
+        (key, value, defaults.get(key))
+        for key, value in leaves(content).items()
+        if key not in defaults or defaults[key] != value
+    ]
+
+
+def settings_section(changed: Sequence[tuple[str, Any, Any]], missing: Missing | None, whose: str) -> Section:
+    """Show changed settings, or the missing file."""
+    rows = [[key, page.short_value(value), page.short_value(default)] for key, value, default in changed]
+    block = missing or Table(["setting", "value", "default"], rows)
+    return Section("Settings", f"What differs from the defaults of {whose}; config.yaml has all settings.", [block])
+
+
+def path_end(path: object) -> str:
+    """Shorten a path to its last two parts."""
+    return "/".join(Path(str(path)).parts[-2:])
