@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from crossmae.classification.evaluation.embedding import EMBEDDING, update_embedding
-from crossmae.classification.evaluation.files import CALIBRATION, CONFUSION_PNG, EVALUATION, PER_CLASS
+from crossmae.classification.evaluation.files import CALIBRATION, CONFUSION_PNG, EMBEDDING, EVALUATION, PER_CLASS_CSV
 from crossmae.classification.evaluation.hardest import HARDEST
 from crossmae.classification.evaluation.hardest import RECORD as HARDEST_RECORD
 from crossmae.classification.run_files import (
@@ -150,7 +149,8 @@ def class_tables(classes: Sequence[ClassRow], multi_label: bool) -> list[Block]:
         return [_class_table([*defined, *undefined], multi_label, "The worst first; a full bar is 100 %.")]
     half = MOST_CLASSES // 2
     worst, best = defined[:half], defined[half:][-half:][::-1]
-    rest = f"{FOLDER}/{PER_CLASS} has the other {len(classes) - len(worst) - len(best)} of {len(classes)} classes, too."
+    others = f"{len(classes) - len(worst) - len(best)} of {len(classes)}"
+    rest = f"{FOLDER}/{PER_CLASS_CSV} has the other {others} classes, too."
     return [
         _class_table(worst, multi_label, "The worst classes, the worst first; a full bar is 100 %."),
         _class_table(best, multi_label, f"The best classes, the best first; a full bar is 100 %. {rest}"),
@@ -392,9 +392,6 @@ def _data_sections(run: Run) -> list[Section]:
 def write_report(folder: Path) -> Path:
     """Write the page of a run, `folder`/report.html, from what is in its folder.
 
-    A picture of features that is missing or older than the features is drawn first: with umap-learn, that takes a
-    while.
-
     Args:
         folder: `output_dir` of a fine-tuning or of an evaluation, in whatever state.
 
@@ -404,9 +401,8 @@ def write_report(folder: Path) -> Path:
     Raises:
         OSError: the folder can not be written in.
     """
-    faults = {f"{FOLDER}/{EMBEDDING}": fault} if (fault := update_embedding(folder / FOLDER)) else {}
     path = folder / REPORT
-    build_report(folder, faults).write(path)
+    build_report(folder).write(path)
     return path
 
 

@@ -1,32 +1,46 @@
-"""Logistic regression on a few images per class, many times over: how good features are where labels are rare.
+"""Logistic regression on a few training images per class, over several seeds.
 
-Everything is taken from the few images, the statistics that features are standardised by, too.
+Everything is taken from the few images, including the statistics that standardise the features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from crossmae.classification.evaluation.intervals import Accuracy, Mean, accuracy_of, mean_of
+from crossmae.classification.evaluation.metrics import Accuracy, Mean, accuracy_of, mean_of
+from crossmae.classification.probe.cache import CachedFeatures
 from crossmae.classification.probe.logistic import fit
-from crossmae.errors import UserError
-
-MAX_NAMES = 5
+from crossmae.errors import UserError, shorten
 
 
 @dataclass(frozen=True)
 class Shots:
-    """Accuracy with so many images per class: of every seed, and the mean with Student's 95% interval."""
+    """Accuracies of every seed with `per_class` images per class, and their mean."""
 
     per_class: int
     accuracies: tuple[Accuracy, ...]
     mean: Mean
+
+
+def run_few_shot(
+    train: CachedFeatures,
+    val: CachedFeatures,
+    shots: Sequence[int],
+    seeds: Sequence[int],
+    strength: float,
+    max_iterations: int,
+) -> dict[str, Any]:
+    """Run `few_shot` on cached features; returns JSON."""
+    sets = (train.features, train.labels, val.features, val.labels)
+    found = few_shot(*sets, shots, seeds, strength, max_iterations)
+    return {"strength": strength, "shots": [asdict(one) for one in found]}
 
 
 def few_shot(
@@ -39,12 +53,12 @@ def few_shot(
     strength: float,
     max_iterations: int,
 ) -> list[Shots]:
-    """Fit on `shots` images per class, once for every seed, and classify all validation images.
+    """Fit on `shots` images per class and seed, and classify all validation images.
 
     Args:
         train, val: features (N, E) and (M, E).
         train_labels, val_labels: (N,) and (M,).
-        shots: images per class; with one seed, the fewer are among the more.
+        shots: images per class; with one seed, fewer images are a part of more images.
         strength, max_iterations: of the logistic regression.
     """
     results = []
@@ -60,7 +74,7 @@ def few_shot(
 
 
 def sample(labels: Tensor, per_class: int, seed: int) -> Tensor:
-    """Positions of the first `per_class` images of every class, in a random order that the seed decides."""
+    """Draw the positions of `per_class` images of every class by the seed."""
     rng = np.random.default_rng(seed)
     classes = np.unique(labels.numpy())
     chosen = [rng.permutation(np.flatnonzero(labels.numpy() == label))[:per_class] for label in classes]
@@ -68,16 +82,15 @@ def sample(labels: Tensor, per_class: int, seed: int) -> Tensor:
 
 
 def check_shots(labels: Tensor, classes: Sequence[str], shots: Sequence[int], key: str) -> None:
-    """Make sure that every class has enough images.
+    """Check that every class has enough images.
 
     Raises:
-        UserError: names the classes that have not, and `key`, the config key that asked for so many.
+        UserError: a class has too few; names it and `key`, the config key of `shots`.
     """
     counts = torch.bincount(labels, minlength=len(classes)).tolist()
     lacking = [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < max(shots)]
     if lacking:
-        more = f" and {len(lacking) - MAX_NAMES} more" if len(lacking) > MAX_NAMES else ""
         raise UserError(
             f"{key}: {max(shots)} images per class were asked for, these classes of data.train have fewer: "
-            f"{', '.join(lacking[:MAX_NAMES])}{more}; lower {key}, or leave few_shot out of methods"
+            f"{shorten(lacking)}. Lower {key}, or leave few_shot out of methods."
         )

@@ -1,4 +1,4 @@
-"""k nearest neighbours on frozen features: all pairs of k and temperature at once, the pair chosen on training images.
+"""k nearest neighbours on frozen features, with k and temperature chosen on training images.
 
 Shapes: N training images, M validation images, E width.
 """
@@ -6,22 +6,24 @@ Shapes: N training images, M validation images, E width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from crossmae.classification.evaluation.intervals import Accuracy, accuracy_of
+from crossmae.classification.evaluation.metrics import Accuracy, accuracy_of
+from crossmae.classification.probe.cache import CachedFeatures
 from crossmae.data.sources import evenly_spaced
-from crossmae.pretraining.neighbours import check_labels, nearest, vote
+from crossmae.pretraining.neighbours import nearest, standardize, vote
 
 DEFAULT_K, DEFAULT_TEMPERATURE = 20, 0.07  # of the probe while pretraining, and of DINO (arXiv 2104.14294)
-LEFT_OUT = 10_000  # training images at most that are classified by the others
+LEAVE_ONE_OUT = 10_000  # training images at most that are classified by the others
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One pair, on validation images and, each left out of its own neighbours, on training images."""
+    """Accuracy of one pair on validation images, and on training images that are not their own neighbours."""
 
     k: int
     temperature: float
@@ -31,11 +33,25 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All pairs; `chosen` is the best on training images, `default` that of the constants if it was asked for."""
+    """All pairs; `chosen` is the best on training images, `default` the pair of the constants if it was tried."""
 
     cells: tuple[Cell, ...]
     chosen: Cell
     default: Cell | None
+
+
+def run_knn(
+    train: CachedFeatures,
+    val: CachedFeatures,
+    num_classes: int,
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+    device: torch.device,
+) -> dict[str, Any]:
+    """Run `sweep` on standardised features, as JSON."""
+    features = standardize(train.features.to(device), val.features.to(device))
+    labels = train.labels.to(device), val.labels.to(device)
+    return asdict(sweep(features[0], labels[0], features[1], labels[1], num_classes, ks, temperatures))
 
 
 @torch.no_grad()
@@ -50,23 +66,16 @@ def sweep(
 ) -> Sweep:
     """Classify by every pair of k and temperature, with one search for the largest k.
 
-    The pair is chosen without a look at validation images: by up to LEFT_OUT evenly spaced training images, each
-    classified by all others. Of equal pairs the smaller k, then the lower temperature is taken.
+    The pair is chosen without validation images: by up to LEAVE_ONE_OUT evenly spaced training images, each classified
+    by all others. Of equal pairs the smaller k, then the lower temperature is taken.
 
     Args:
-        train, val: standardised features (N, E) and (M, E); on a GPU if that shall compute.
+        train, val: standardised features (N, E) and (M, E), on the device that computes.
         train_labels, val_labels: (N,) and (M,) on the same device.
         ks: numbers of neighbours; at most N - 1.
         temperatures: see `crossmae.pretraining.neighbours.vote`.
-
-    Raises:
-        ValueError: a k outside 1 .. N - 1, or labels that do not fit.
     """
-    check_labels("train", train, train_labels, num_classes)
-    check_labels("val", val, val_labels, num_classes)
-    if not 1 <= min(ks) <= max(ks) < len(train):
-        raise ValueError(f"k must be between 1 and one less than the {len(train)} training images, got {list(ks)}")
-    own = torch.tensor(evenly_spaced(len(train), LEFT_OUT), device=train.device)
+    own = torch.tensor(evenly_spaced(len(train), LEAVE_ONE_OUT), device=train.device)
     found = {
         "val": (nearest(train, val, max(ks)), val_labels),
         "train": (nearest(train, train[own], max(ks), own=own), train_labels[own]),

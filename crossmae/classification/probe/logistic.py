@@ -1,4 +1,4 @@
-"""Logistic regression by L-BFGS (scikit-learn) on features, its strength of regularisation found on held-out images.
+"""Logistic regression (scikit-learn) on features, its regularisation chosen on held-out images.
 
 Shapes: N training images, M others, E width.
 """
@@ -9,7 +9,7 @@ import logging
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from crossmae.classification.evaluation.intervals import Accuracy, accuracy_of
+from crossmae.classification.evaluation.metrics import Accuracy, accuracy_of
+from crossmae.classification.probe.cache import CachedFeatures
 from crossmae.pretraining.neighbours import feature_statistics, scale
 
 HELD_OUT = 0.1  # share of the training images of every class
@@ -37,16 +38,31 @@ class Logistic:
     converged: bool
 
     def classify(self, features: Tensor) -> Tensor:
-        """Classes (M,) of features (M, E)."""
+        """Predict the classes (M,) of features (M, E)."""
         return torch.from_numpy(self.regression.predict(_standard(features, self.statistics))).long()
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Accuracy on held-out training images of every strength, and the strength that is the best there."""
+    """Accuracy on held-out training images of every strength, and the best strength."""
 
     table: tuple[tuple[float, Accuracy], ...]
     strength: float
+
+
+def run_logistic(
+    train: CachedFeatures, val: CachedFeatures, strengths: Sequence[float], max_iterations: int, seed: int
+) -> dict[str, Any]:
+    """Choose the strength, fit it again on all training images, and test it; returns JSON."""
+    choice = choose_strength(train.features, train.labels, strengths, max_iterations, seed)
+    fitted = fit(train.features, train.labels, choice.strength, max_iterations, "logistic")
+    return {
+        "strength": choice.strength,
+        "converged": fitted.converged,
+        "table": [{"strength": strength, "held_out": asdict(accuracy)} for strength, accuracy in choice.table],
+        "val": asdict(accuracy_of(fitted.classify(val.features), val.labels)),
+        "is_largest": choice.strength == max(strengths),
+    }
 
 
 def fit(features: Tensor, labels: Tensor, strength: float, max_iterations: int, name: str) -> Logistic:
@@ -54,7 +70,7 @@ def fit(features: Tensor, labels: Tensor, strength: float, max_iterations: int, 
 
     Args:
         strength: scikit-learn's C; less is more regularisation.
-        name: what the log calls the fit, should it not converge.
+        name: of the fit in the log, should it not converge.
     """
     statistics = feature_statistics(features)
     regression = LogisticRegression(C=strength, solver="lbfgs", max_iter=max_iterations)
@@ -75,17 +91,12 @@ def fit(features: Tensor, labels: Tensor, strength: float, max_iterations: int, 
 def choose_strength(
     features: Tensor, labels: Tensor, strengths: Sequence[float], max_iterations: int, seed: int
 ) -> Choice:
-    """Find the best of some strengths on tenths of the training images, held out of the fits.
+    """Find the best strength on tenths of the training images, held out of the fits.
 
-    Few images make a small tenth, which tells little: then several tenths are drawn. Of equals, the strength nearest
-    to 1 is taken, scikit-learn's own.
-
-    Raises:
-        ValueError: no class has two images, so that none can be held out.
+    Some class has at least two images. Small tenths tell little: then several tenths are drawn. Of equal strengths the
+    nearest to 1 is taken, scikit-learn's own default.
     """
     count = len(split(labels, seed)[1])
-    if not count:
-        raise ValueError("no image can be held out: no class has two")
     splits = [split(labels, seed + number) for number in range(min(math.ceil(ENOUGH / count), MOST_SPLITS))]
     table = []
     for strength in sorted(set(strengths)):
@@ -99,7 +110,10 @@ def choose_strength(
 
 
 def split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Positions of images to keep and to hold out: of every class a tenth, at least one image, none of a single one."""
+    """Split positions into images to keep and a tenth of every class to hold out.
+
+    At least one image is held out of every class that has two.
+    """
     rng = np.random.default_rng(seed)
     held_out = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels.numpy()):

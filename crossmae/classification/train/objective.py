@@ -8,7 +8,7 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from crossmae.classification.data import Labelled
+from crossmae.classification.data import LabelledImages
 from crossmae.classification.train.config import FinetuneConfig
 from crossmae.data.images import MAX_NAMES
 from crossmae.errors import UserError
@@ -21,7 +21,7 @@ class Objective:
         UserError: see `class_weights`.
     """
 
-    def __init__(self, config: FinetuneConfig, labelled: Labelled, device: torch.device) -> None:
+    def __init__(self, config: FinetuneConfig, labelled: LabelledImages, device: torch.device) -> None:
         data, loss, num_classes = config.data, config.loss, len(labelled.classes)
         self.smoothing, self.several, self.mixes = loss.smoothing, data.separator is not None, loss.mixes
         self.weights = class_weights(config, labelled)
@@ -59,7 +59,7 @@ class Objective:
         return F.cross_entropy(logits, targets, self.weights, label_smoothing=smoothing)
 
 
-def class_weights(config: FinetuneConfig, labelled: Labelled) -> Tensor | None:
+def class_weights(config: FinetuneConfig, labelled: LabelledImages) -> Tensor | None:
     """(N,) weights of the classes in the loss; "balanced" is images / (classes * images of the class).
 
     Raises:

@@ -24,19 +24,19 @@ from crossmae.checkpoints.provenance import inherited, licence_notice
 from crossmae.checkpoints.reading.files import find_file
 from crossmae.checkpoints.run_checkpoint import MODEL, step_of
 from crossmae.checkpoints.weights import Weights, read_weights, save_weights
-from crossmae.classification.classifier import BEST, classifier_metadata
+from crossmae.classification.classifier import BEST, ClassifierRecord, classifier_metadata
 from crossmae.classification.data import (
     CentreViews,
-    Labelled,
+    LabelledImages,
     TrainImages,
-    collate,
+    collate_labelled,
     find_classes,
     label_targets,
     read_class_names,
     warn_of_absent,
 )
 from crossmae.classification.evaluation.evaluate import EvaluationSet, evaluate
-from crossmae.classification.evaluation.metrics import Predictions, Scores, score
+from crossmae.classification.evaluation.metrics import ClassificationScores, Predictions, score
 from crossmae.classification.evaluation.results import write_results
 from crossmae.classification.probe.linear import lars
 from crossmae.classification.report import write_report
@@ -167,7 +167,9 @@ class Finetuning(Task[FinetuneConfig]):
         )
         self.number = first
         return iter(
-            build_loader(dataset, ready.batches, first, last, data.workers, self.device.type == "cuda", collate)
+            build_loader(
+                dataset, ready.batches, first, last, data.workers, self.device.type == "cuda", collate_labelled
+            )
         )
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -183,19 +185,18 @@ class Finetuning(Task[FinetuneConfig]):
     def metadata(self, step: int) -> dict[str, str]:
         """See `Task.metadata`."""
         config, data = self.config, self.config.data
-        return classifier_metadata(
-            self.architecture,
-            config.model.pool,
-            config.model.head,
-            self.labelled.classes,
-            self.labelled.class_names,
-            data.separator is not None,
-            data.mean,
-            data.std,
-            data.bit_depth,
-            self.crop_pct,
-            step,
-        ) | inherited(self.licence)
+        record = ClassifierRecord(
+            pool=config.model.pool,
+            head=config.model.head,
+            classes=self.labelled.classes,
+            class_names=self.labelled.class_names,
+            multi_label=data.separator is not None,
+            mean=data.mean,
+            std=data.std,
+            bit_depth=data.bit_depth,
+            crop_pct=self.crop_pct,
+        )
+        return classifier_metadata(self.architecture, record, step) | inherited(self.licence)
 
     def decisive(self) -> dict[str, str]:
         """The classes, and the view in which the best weights are looked for."""
@@ -266,7 +267,7 @@ class Finetuning(Task[FinetuneConfig]):
             if buffer.is_floating_point():
                 buffer.copy_(self.ranks.mean(buffer.clone()))
 
-    def keep_best(self, run: Run, model: nn.Module, predictions: Predictions, scores: Scores) -> None:
+    def keep_best(self, run: Run, model: nn.Module, predictions: Predictions, scores: ClassificationScores) -> None:
         """Write the weights, and what they answered."""
         config, best = self.config, run.kept["best"]
         record = {f"best_{key}": str(value) for key, value in best.items()}
@@ -296,7 +297,7 @@ class Finetuning(Task[FinetuneConfig]):
         )
 
 
-def open_labelled(config: FinetuneConfig, ranks: Ranks) -> Labelled:
+def open_labelled(config: FinetuneConfig, ranks: Ranks) -> LabelledImages:
     """Open both sources; their labels as positions among the classes of data.train.
 
     Raises:
@@ -312,7 +313,7 @@ def open_labelled(config: FinetuneConfig, ranks: Ranks) -> Labelled:
     targets = label_targets(source, "data.train", classes, data.separator)
     names = read_class_names(data.class_names, classes)
     if data.val is None:
-        return Labelled(source, targets, classes, names, None, None)
+        return LabelledImages(source, targets, classes, names, None, None)
     val = open_named(config, "data.val")
     val_targets = label_targets(val, "data.val", classes, data.separator)
     if data.separator is not None and not bool(val_targets.any()):
@@ -321,7 +322,7 @@ def open_labelled(config: FinetuneConfig, ranks: Ranks) -> Labelled:
         warn_of_overlap(source, "data.train", val, "data.val")
         for key, these in (("data.train", targets), ("data.val", val_targets)):
             warn_of_absent(these, key, classes)
-    return Labelled(source, targets, classes, names, val, val_targets)
+    return LabelledImages(source, targets, classes, names, val, val_targets)
 
 
 def refuse_broken_val(config: FinetuneConfig, val: Source, ranks: Ranks) -> None:
@@ -384,13 +385,13 @@ def architecture_from(given: dict[str, Any], config: FinetuneConfig) -> Architec
         raise UserError(f"model: {error}") from None
 
 
-def headline(scores: Scores) -> dict[str, float]:
+def headline(scores: ClassificationScores) -> dict[str, float]:
     """What a line of the log says of an evaluation, the metric that decides last."""
     numbers = scores.numbers()
     return {"val_loss": scores.loss} | {key: numbers[key] for key in ("mean_ap", "top5", "top1") if key in numbers}
 
 
-def is_best(run: Run, scores: Scores, suffix: str) -> bool:
+def is_best(run: Run, scores: ClassificationScores, suffix: str) -> bool:
     """Whether these weights are the best so far, which is then remembered, over restarts, too.
 
     Of equal scores, which few images give often, the lower loss decides, then the later step.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crossmae.classification.evaluation.intervals import mean_of
+from crossmae.classification.evaluation.metrics import mean_of
 from crossmae.classification.probe.few_shot import check_shots, few_shot, sample
 from crossmae.errors import UserError
 
@@ -54,7 +54,7 @@ def test_results_by_seed_and_their_mean() -> None:
 def test_classes_with_too_few_images_are_named() -> None:
     labels = torch.tensor([0, 0, 0, 1, 2, 2])
     check_shots(labels, ["cat", "dog", "emu"], [1], "few_shot.shots")
-    with pytest.raises(UserError, match=r"few_shot.shots: 3 images per class .*: dog \(1\), emu \(2\); lower"):
+    with pytest.raises(UserError, match=r"few_shot.shots: 3 images per class .*: dog \(1\), emu \(2\)\. Lower"):
         check_shots(labels, ["cat", "dog", "emu"], [1, 3], "few_shot.shots")
     with pytest.raises(UserError, match=r"fowl \(0\)"):
         check_shots(labels, ["cat", "dog", "emu", "fowl"], [1], "few_shot.shots")
