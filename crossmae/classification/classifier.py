@@ -36,7 +36,7 @@ BEST = "model_best.safetensors"  # in the folder of a run, next to model.safeten
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierRecord:
-    """Everything besides weights and architecture that makes a classifier; its file records it by these names.
+    """Facts besides weights and architecture that make a classifier, recorded in its file.
 
     Attributes:
         pool: "avg" or "cls".
@@ -61,11 +61,9 @@ class ClassifierRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier(ClassifierRecord):
-    """A model in evaluation mode with the record of its file.
+    """A model in evaluation mode, normalised pixels (B, C, H, W) to logits (B, N), with the record of its file.
 
-    Attributes:
-        model: (B, C, H, W) normalised pixels to (B, N) logits; H and W are `architecture.img_size`.
-        assumed: sentences on what neither file nor shapes tell.
+    `assumed` holds sentences on what neither file nor shapes tell.
     """
 
     path: Path
@@ -156,7 +154,7 @@ def _read_record(weights: Weights, assumed: Mapping[str, str], architecture: Arc
 
 
 def _decode(key: str, value: str) -> Any:
-    """Decode JSON values; text that is not JSON stays, to be named by the check."""
+    """Decode a JSON value or keep other text for the check."""
     try:
         return value if key in ("pool", "head") else json.loads(value)
     except (ValueError, RecursionError):
@@ -164,7 +162,7 @@ def _decode(key: str, value: str) -> Any:
 
 
 def _crop_pct(recorded: float, weights: Weights, architecture: Architecture) -> float:
-    """Choose the recorded crop, or this size's published rule where the record follows that rule."""
+    """Keep the recorded crop, or follow the published rule to another size."""
     trained = architecture_of(weights).img_size
     return published_crop_pct(architecture.img_size) if recorded == published_crop_pct(trained) else recorded
 
@@ -204,7 +202,10 @@ def _assume(weights: Weights, architecture: Architecture) -> tuple[dict[str, str
 
 
 def _pool_by_norm(weights: Weights) -> tuple[Pool, bool]:
-    """Infer the pooling from a file's final norm; the second value is True where its settings agree.
+    """Infer the pooling from a file's final norm.
+
+    Returns:
+        The pooling, and True where the file's settings confirm it.
 
     Raises:
         UserError: the settings disagree.

@@ -68,7 +68,7 @@ class LabelledImages:
 
 
 def find_classes(source: Source, key: str, separator: str | None = None) -> tuple[str, ...]:
-    """List the classes of a source: its labels, or the sorted words in them.
+    """List the classes of a source: its labels or their words.
 
     Raises:
         UserError: the source has no labels, or fewer than two classes.
@@ -88,11 +88,7 @@ def find_classes(source: Source, key: str, separator: str | None = None) -> tupl
 
 
 def find_several(classes: Sequence[str]) -> tuple[str, str] | None:
-    """Find a class that reads like several labels, because its parts are classes too.
-
-    Returns:
-        The class and the separator in it.
-    """
+    """Find a class made of other classes, and the separator in it."""
     known = set(classes)
     for name in classes:
         for separator in SEPARATORS:
@@ -102,12 +98,12 @@ def find_several(classes: Sequence[str]) -> tuple[str, str] | None:
 
 
 def split_labels(text: str, separator: str) -> list[str]:
-    """Split the labels of one image; a text of only the separator has none."""
+    """Split the labels of one image, of which there may be none."""
     return [word for part in text.split(separator) if (word := part.strip())]
 
 
 def label_targets(source: Source, key: str, classes: Sequence[str], separator: str | None = None) -> Tensor:
-    """Convert the labels of a source to positions in `classes`, compared by name.
+    """Convert labels to positions in `classes`, compared by name.
 
     Returns:
         (N,) int64, or with a separator (N, C) float32 of zeros and ones.

@@ -53,7 +53,7 @@ class Architecture:
 
 
 def architecture_of(weights: Weights, **given: Any) -> Architecture:
-    """Infer the architecture of a file's encoder, with given values in place of the file's.
+    """Infer the architecture of a file's encoder, completed by given values.
 
     Args:
         weights: any file with a ViT encoder.
@@ -127,7 +127,7 @@ def build_vit(
 
 
 def build_head(width: int, num_classes: int, head: HeadKind) -> nn.Module:
-    """Build a head with random weights, (B, E) to (B, N); see the table of `build_vit`."""
+    """Build a random head of `build_vit`, (B, E) to (B, N)."""
     linear = nn.Linear(width, num_classes)
     std = 2e-5 if head == "linear" else 0.01
     # With the usual bounds of -2 and 2, far out for these deviations, rounding makes one weight in 2 ** 24 exactly -2:
@@ -140,7 +140,9 @@ def build_head(width: int, num_classes: int, head: HeadKind) -> nn.Module:
 
 
 def load_encoder_weights(model: VisionTransformer, weights: Weights) -> LoadReport:
-    """Load the encoder of any file, without heads, decoder and unused final norm.
+    """Load the encoder of any file.
+
+    Heads, the decoder and, with average pooling, the final norm are left out.
 
     Position table and patch filters are resampled to the model's grid, patch size and channels, in float32; the report
     lists them. With class-token pooling the final norm keeps its initial weights if the file has none, as no CrossMAE

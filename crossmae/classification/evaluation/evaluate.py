@@ -101,7 +101,7 @@ def _predictions(batch: LabelledBatch, logits: Tensor, pooled: Tensor, with_feat
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, and afterwards back into its own, so that frozen parts stay frozen."""
+    """Put every module into evaluation mode, and afterwards back into its own."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

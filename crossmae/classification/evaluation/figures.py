@@ -42,10 +42,10 @@ GOLDEN = (math.sqrt(5) - 1) / 2  # steps of the hue, so that neighbours differ m
 
 
 def confusion_figure(confusion: NDArray[np.int64], class_names: Sequence[str]) -> Figure:
-    """Draw a confusion matrix: darker cells hold a larger share of their true class.
+    """Draw a confusion matrix.
 
-    Up to 20 classes have numbers of samples in their cells, up to 60 have names. Colours follow the square root of the
-    share, because most confusions would otherwise be too pale to be seen.
+    Darker cells hold a larger share of their true class. Up to 20 classes have numbers of samples in their cells, up to
+    60 have names. Colours follow the square root of the share, because most confusions would otherwise be too pale.
 
     Args:
         confusion: (C, C) samples, true class by predicted class.
@@ -78,7 +78,7 @@ def confusion_figure(confusion: NDArray[np.int64], class_names: Sequence[str]) -
 
 
 def _cell(classes: int) -> int:
-    """Choose the pixels of a cell: a whole number, so that all cells are of one size."""
+    """Choose the size of a cell in whole pixels."""
     least, most = SIDES
     if classes > NAMES_UP_TO:
         return max(most // classes, 1)
@@ -93,7 +93,7 @@ def _note(class_names: Sequence[str], labels: Sequence[str]) -> str:
 
 
 def _draw_matrix(figure: Figure, axis: Axes, scale: Axes, confusion: NDArray[np.int64]) -> None:
-    """Draw rows as shares, rows without samples in grey, and the numbers where cells have room."""
+    """Draw shares of rows, and numbers where cells have room."""
     totals = confusion.sum(axis=1, keepdims=True)
     shares = np.ma.masked_array(confusion / np.maximum(totals, 1), np.broadcast_to(totals == 0, confusion.shape))
     image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="auto", interpolation="nearest")
@@ -114,7 +114,7 @@ def _draw_matrix(figure: Figure, axis: Axes, scale: Axes, confusion: NDArray[np.
 
 
 def class_labels(class_names: Sequence[str]) -> list[str]:
-    """Shorten names to one line each; a name with letters that the font lacks becomes a number."""
+    """Shorten names to one line, or number those that cannot be drawn."""
     glyphs = get_font(findfont(FontProperties())).get_charmap()
     lines = [" ".join(name.split()) for name in class_names]
     drawable = [bool(line) and all(ord(letter) in glyphs for letter in line) for line in lines]
@@ -122,7 +122,7 @@ def class_labels(class_names: Sequence[str]) -> list[str]:
 
 
 def _cut(name: str) -> str:
-    """Keep the beginning and the end of a long name, because names of one family often begin alike."""
+    """Cut a long name in the middle: related names often begin alike."""
     cut, kept = name, min(len(name), LONGEST_LABEL // 3)  # no letter is narrower than 3 pixels
     while _text_width(cut, SMALL) > LONGEST_LABEL:
         kept -= 1
@@ -224,7 +224,7 @@ def map_figure(
 
 
 def project(features: NDArray[np.float32]) -> tuple[NDArray[np.float64], str]:
-    """Project features (M, E) on two principal components (M, 2), and describe them in a sentence."""
+    """Project features (M, E) on two principal components, described in words."""
     if np.ptp(features, axis=0).max() == 0:
         return np.zeros((len(features), 2)), "All features are equal."
     pca = PCA(n_components=2, svd_solver="full")

@@ -52,7 +52,9 @@ def write_evaluation(
     sample_names: Callable[[int], str],
     about: Mapping[str, Any],
 ) -> None:
-    """Write the files of an evaluation; an earlier evaluation stays until all new files are complete.
+    """Write the files of an evaluation.
+
+    An earlier evaluation stays until all new files are complete.
 
     Args:
         folder: made if need be.
@@ -99,7 +101,7 @@ def _record(scores: ClassificationScores, class_names: Sequence[str], about: Map
 
 
 def _class_rows(scores: ClassificationScores, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Build a row per class, with its average precision only where an image can have several labels."""
+    """Build a row per class, without an undefined average precision."""
     rows = []
     for name, one in zip(class_names, scores.classes, strict=True):
         values = {key: _number(value) for key, value in asdict(one).items() if key != "ap"}
@@ -185,7 +187,7 @@ def _write_features(folder: Path, predictions: Predictions) -> None:
 
 
 def _replace(folder: Path, new: Path) -> None:
-    """Put new files in place of old files; evaluation.json is absent until all are in place."""
+    """Replace old files by new files, evaluation.json last."""
     (folder / EVALUATION).unlink(missing_ok=True)
     for name in reversed(FILES):
         if (new / name).exists():

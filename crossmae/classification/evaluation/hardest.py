@@ -33,18 +33,12 @@ def write_hardest(
     sample_names: Callable[[int], str],
     most: int = 24,
 ) -> None:
-    """Write pictures of the hardest images, and remove those of an earlier call.
+    """Write pictures of the hardest images, in place of earlier pictures.
 
     Args:
-        folder: of the evaluation.
-        predictions: of the whole data set.
+        folder, predictions, class_names, sample_names: see `write_evaluation`.
         read: an image by its index, as `crossmae.data.training_images.read_pixels` returns it.
-        class_names: C names.
-        sample_names: the name of a sample by its index.
         most: pictures.
-
-    Raises:
-        UserError: the folder cannot be written in.
     """
     target = folder / HARDEST
     make_folder(target, "hardest images")
@@ -61,7 +55,7 @@ def write_hardest(
 
 
 def _verdict(predictions: Predictions, row: int, class_names: Sequence[str]) -> dict[str, Any]:
-    """Describe a row: loss, true and predicted classes as [name, probability], best first."""
+    """Describe a row by its loss and its classes, best first."""
     loss = float(predictions.losses[row])
     if predictions.scores is None:
         best = int(predictions.top_classes[row, 0])
@@ -78,7 +72,7 @@ def _verdict(predictions: Predictions, row: int, class_names: Sequence[str]) -> 
 def _write_picture(
     folder: Path, stem: str, index: int, read: Callable[[int], Image.Image | Tensor]
 ) -> dict[str, str | None]:
-    """Write one picture; an image that has become unreadable is a fault in the record, not an error."""
+    """Write one picture, or record why the image cannot be read."""
     try:
         picture, enlarged = display_picture(read(index))
     except UserError as error:
@@ -91,7 +85,7 @@ def _write_picture(
 
 
 def display_picture(pixels: Image.Image | Tensor) -> tuple[Image.Image, bool]:
-    """Convert an image of any channels and depth to RGB near PICTURE_SIDE pixels.
+    """Convert any image to RGB near PICTURE_SIDE pixels.
 
     Images of 16 bits that use little of their range, as 12-bit data do, are brightened.
 

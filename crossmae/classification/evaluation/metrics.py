@@ -1,4 +1,4 @@
-"""Classification metrics, computed from the predictions alone, each sample counted exactly once.
+"""Classification metrics, computed from predictions only, each sample counted exactly once.
 
 N samples, C classes, K = min(5, C) best classes of a sample. All shares are of 1, not percent; NaN means "not defined"
 for lack of samples.
@@ -26,7 +26,7 @@ CONFIDENCE = 0.95  # of every interval
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """Predictions for a data set, one row per sample, rows by rising index; all tensors on the CPU.
+    """Predictions for a data set on the CPU, one row per sample, by rising index.
 
     Attributes:
         indices: (N,) int64 positions in the source, each exactly once.
@@ -55,14 +55,14 @@ class Predictions:
 
     @property
     def correct(self) -> Tensor:
-        """Rows (N,) bool whose best class is the label, or whose predicted classes are exactly the labels."""
+        """Rows (N,) bool whose predicted class or classes are exactly the labels."""
         if self.scores is None:
             return self.top_classes[:, 0] == self.labels
         return ((self.scores >= LABEL_THRESHOLD) == self.labels).all(dim=1)
 
 
 def merge(parts: Sequence[Predictions], count: int) -> Predictions:
-    """Merge the predictions of all processes, equal to the bit to those of one process.
+    """Merge predictions of all processes, bit-identical to those of one process.
 
     Args:
         parts: of each process, rows in any order; a process may have had no samples.
@@ -106,7 +106,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean accuracy of several runs with Student's 95% interval, cut at 0 and 1; a single run has no interval."""
+    """Mean accuracy of runs with Student's 95% interval, cut at 0 and 1, None for one run."""
 
     mean: float
     low: float | None
@@ -127,7 +127,7 @@ def accuracy_of(predicted: Tensor, labels: Tensor) -> Accuracy:
 
 
 def mean_of(values: Sequence[float]) -> Mean:
-    """Average at least one accuracy; equal values give an interval without width."""
+    """Average at least one accuracy."""
     numbers = torch.tensor(values, dtype=torch.float64)
     mean, runs = float(numbers.mean()), len(values)
     if runs == 1:
@@ -141,14 +141,7 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """Metrics of one class.
-
-    Attributes:
-        samples: that have it.
-        predictions: samples for which it was predicted.
-        recall, precision, f1: NaN where nothing is in the denominator.
-        ap: average precision, for several labels only.
-    """
+    """Counts of a class in labels and predictions, its metrics, and average precision for several labels."""
 
     samples: int
     predictions: int
@@ -171,7 +164,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class ClassificationScores:
-    """Metrics of a data set; None marks a metric that does not apply to this kind of labels.
+    """Metrics of a data set, None where they do not apply to this kind of labels.
 
     Attributes:
         loss: mean over all samples.
@@ -273,7 +266,7 @@ def _score_several_labels(predictions: Predictions, num_classes: int, loss: floa
 
 
 def calibration_bins(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> tuple[Bin, ...]:
-    """Sort samples (N,) into bins (0, 1/15], (1/15, 2/15], ... of their top-1 probability.
+    """Sort samples (N,) into bins (0, 1/15], (1/15, 2/15], ... by probability.
 
     Own code (arXiv 1706.04599, section 2), because scikit-learn's calibration_curve drops empty bins and counts.
     """

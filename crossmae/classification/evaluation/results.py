@@ -1,4 +1,4 @@
-"""Results of an evaluation in one folder, and the evaluation of a weight file alone (`--eval-only`)."""
+"""Results of an evaluation in one folder, and the evaluation of a finished weight file (`--eval-only`)."""
 
 from __future__ import annotations
 
@@ -38,13 +38,11 @@ def write_results(
     about: Mapping[str, Any],
     hardest: int,
 ) -> None:
-    """Write numbers, tables and pictures of an evaluation, in place of those of an earlier evaluation.
+    """Write all files of an evaluation, in place of an earlier evaluation.
 
     Args:
-        folder: made if need be.
-        predictions, scores: of `source`.
-        class_names: to show.
-        about: facts for evaluation.json; `in_chans` and `bit_depth` are how images are read.
+        folder, predictions, scores, class_names, about: see `write_evaluation`; `in_chans` and `bit_depth` of `about`
+            are how images of `source` are read.
         hardest: pictures of the worst mistakes.
     """
     facts = {**about, "samples": source.description, "versions": versions()}
@@ -123,7 +121,7 @@ def _check_output(folder: Path, force: bool) -> None:
 def _open_images(
     classifier: Classifier, data: LabelledDataConfig, settings: EvaluationConfig, batch_size: int
 ) -> EvaluationSet:
-    """Open the images of data.val as the classifier sees them, under its classes."""
+    """Open data.val as the classifier sees it, under its classes."""
     if data.val is None:
         raise UserError("data.val: missing key, the labelled images to evaluate on. Pass data.val=...")
     if classifier.multi_label and data.separator is None:

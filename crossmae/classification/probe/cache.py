@@ -40,7 +40,7 @@ class CachedFeatures:
 
 
 def data_digest(source: Source, name: str = "images") -> str:
-    """Digest the classes of a source, and name, `Source.stamp` and label of every image.
+    """Digest classes, and every image's name, stamp and label.
 
     Raises:
         UserError: an image cannot be read, or there are no labels.
@@ -100,7 +100,7 @@ def _path(folder: Path, name: str, text: str) -> Path:
 
 
 def _read(path: Path, text: str) -> CachedFeatures | None:
-    """Read a file; a damaged file gives a warning and None."""
+    """Read a file, or warn that it is damaged and return None."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

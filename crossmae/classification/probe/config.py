@@ -43,9 +43,9 @@ class LabelledConfig(Section):
 
 
 class EncoderConfig(Section):
-    """Sizes of the encoder; null: as the weights tell, or as the named size has them."""
+    """Sizes of the encoder, by default those of the weights or of the named size."""
 
-    name: str | None = Field(None, description="a name of crossmae.list_models(), for weights=null alone")
+    name: str | None = Field(None, description="a name of crossmae.list_models(), only for weights=null")
     img_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
         None, description="pixels; one side or (height, width); other than the weights': positions are resampled"
     )

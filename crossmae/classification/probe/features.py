@@ -63,7 +63,7 @@ class FrozenEncoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """Width E, twice the encoder's for class token and mean side by side."""
+        """Width E of the features."""
         return int(self.vit.embed_dim) * (2 if self.pool == "cls_avg" else 1)
 
     def forward(self, imgs: Tensor) -> Tensor:
@@ -152,7 +152,9 @@ def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: i
 
 
 def last_trained_block(weights: Weights, depth: int) -> int:
-    """Find the last block that was trained: in CrossMAE, the last whose map is mixed.
+    """Find the last block that was trained.
+
+    CrossMAE trains up to the last block whose map is mixed.
 
     Raises:
         UserError: some maps are mixed, and the file does not tell which.
@@ -179,14 +181,7 @@ def last_trained_block(weights: Weights, depth: int) -> int:
 
 @dataclass(frozen=True)
 class Views:
-    """Settings of the evaluation view and of the normalisation of pixels.
-
-    Attributes:
-        size: height and width in pixels.
-        crop_pct: see `crossmae.data.training_images.centre_view`.
-        mean, std: per channel, of pixels in 0-1.
-        bit_depth: 8 or 16, see `crossmae.data.images`.
-    """
+    """Settings of `CentreViews` and `Normalize`: size is height and width, mean and std are per channel."""
 
     size: tuple[int, int]
     crop_pct: float
@@ -203,7 +198,7 @@ def choose_views(
     crop_pct: float | None,
     bit_depth: int | None,
 ) -> tuple[Views, list[str]]:
-    """Complete the given settings from the file's record, and list what is assumed.
+    """Complete the given settings from the file's record, and list assumptions.
 
     Raises:
         UserError: mean or deviation do not have one value for each channel.
@@ -230,7 +225,7 @@ def choose_views(
 
 
 def _recorded(weights: Weights, key: str) -> Any:
-    """Read a value of the metadata; None where a converted file does not know it."""
+    """Read a value of the metadata, or None where it is unknown."""
     try:
         return json.loads(weights.metadata.get(key, "null"))
     except json.JSONDecodeError:
@@ -249,7 +244,7 @@ def extract(
     workers: int = 0,
     name: str = "images",
 ) -> Tensor:
-    """Extract features (N, E) of all images of a source, in its order, on the CPU.
+    """Extract the features (N, E) of a source, on the CPU.
 
     Args:
         encoder: moved to the device.

@@ -6,7 +6,7 @@ Everything is taken from the few images, including the statistics that standardi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -14,19 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from crossmae.classification.evaluation.metrics import Accuracy, Mean, accuracy_of, mean_of
+from crossmae.classification.evaluation.metrics import accuracy_of, mean_of
 from crossmae.classification.probe.cache import CachedFeatures
 from crossmae.classification.probe.logistic import fit
 from crossmae.errors import UserError, shorten
-
-
-@dataclass(frozen=True)
-class Shots:
-    """Accuracies of every seed with `per_class` images per class, and their mean."""
-
-    per_class: int
-    accuracies: tuple[Accuracy, ...]
-    mean: Mean
 
 
 def run_few_shot(
@@ -37,40 +28,26 @@ def run_few_shot(
     strength: float,
     max_iterations: int,
 ) -> dict[str, Any]:
-    """Run `few_shot` on cached features; returns JSON."""
-    sets = (train.features, train.labels, val.features, val.labels)
-    found = few_shot(*sets, shots, seeds, strength, max_iterations)
-    return {"strength": strength, "shots": [asdict(one) for one in found]}
-
-
-def few_shot(
-    train: Tensor,
-    train_labels: Tensor,
-    val: Tensor,
-    val_labels: Tensor,
-    shots: Sequence[int],
-    seeds: Sequence[int],
-    strength: float,
-    max_iterations: int,
-) -> list[Shots]:
-    """Fit on `shots` images per class and seed, and classify all validation images.
+    """Fit on few images per class and seed, and test.
 
     Args:
-        train, val: features (N, E) and (M, E).
-        train_labels, val_labels: (N,) and (M,).
         shots: images per class; with one seed, fewer images are a part of more images.
         strength, max_iterations: of the logistic regression.
+
+    Returns:
+        JSON: accuracies of all seeds and their mean, for each number of images per class.
     """
-    results = []
+    rows = []
     for per_class in sorted(set(shots)):
         accuracies = []
         for seed in tqdm(seeds, f"few shots, {per_class}", leave=False, unit="seed", dynamic_ncols=True):
-            chosen = sample(train_labels, per_class, seed)
+            chosen = sample(train.labels, per_class, seed)
             name = f"few shots, {per_class} per class, seed {seed}"
-            fitted = fit(train[chosen], train_labels[chosen], strength, max_iterations, name)
-            accuracies.append(accuracy_of(fitted.classify(val), val_labels))
-        results.append(Shots(per_class, tuple(accuracies), mean_of([one.accuracy for one in accuracies])))
-    return results
+            fitted = fit(train.features[chosen], train.labels[chosen], strength, max_iterations, name)
+            accuracies.append(accuracy_of(fitted.classify(val.features), val.labels))
+        mean = mean_of([one.accuracy for one in accuracies])
+        rows.append({"per_class": per_class, "accuracies": [asdict(one) for one in accuracies], "mean": asdict(mean)})
+    return {"strength": strength, "shots": rows}
 
 
 def sample(labels: Tensor, per_class: int, seed: int) -> Tensor:

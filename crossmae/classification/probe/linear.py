@@ -64,7 +64,7 @@ def run_linear(
     seeds: Sequence[int],
     device: torch.device,
 ) -> dict[str, Any]:
-    """Train and test a head for every seed; returns JSON."""
+    """Train and test a head for every seed."""
     features, labels, others = (tensor.to(device) for tensor in (train.features, train.labels, val.features))
     runs: list[dict[str, Any]] = []
     for seed in seeds:
@@ -95,12 +95,14 @@ def lars(module: nn.Module, lr: float, weight_decay: float = 0.0) -> Lars:
 
 
 def train_linear(features: Tensor, labels: Tensor, num_classes: int, settings: LinearSettings, seed: int) -> nn.Module:
-    """Train a head with all randomness from the seed; returns it in evaluation mode.
+    """Train a head, with all randomness from the seed.
 
     Args:
-        features: (N, E) of at least one batch, standardised by the batch norm only. The head is trained on their
-            device.
-        labels: (N,) on that device.
+        features: (N, E) of at least one batch, standardised by the batch norm only.
+        labels: (N,) on the same device.
+
+    Returns:
+        The head in evaluation mode, on that device.
     """
     count, per_epoch = len(features), len(features) // settings.batch_size
     with keyed_randomness(seed):

@@ -42,31 +42,25 @@ class Logistic:
         return torch.from_numpy(self.regression.predict(_standard(features, self.statistics))).long()
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Accuracy on held-out training images of every strength, and the best strength."""
-
-    table: tuple[tuple[float, Accuracy], ...]
-    strength: float
-
-
 def run_logistic(
     train: CachedFeatures, val: CachedFeatures, strengths: Sequence[float], max_iterations: int, seed: int
 ) -> dict[str, Any]:
-    """Choose the strength, fit it again on all training images, and test it; returns JSON."""
-    choice = choose_strength(train.features, train.labels, strengths, max_iterations, seed)
-    fitted = fit(train.features, train.labels, choice.strength, max_iterations, "logistic")
+    """Choose the strength, fit again on all training images, and test."""
+    table = try_strengths(train.features, train.labels, strengths, max_iterations, seed)
+    # Of equal strengths the nearest to 1, scikit-learn's own default.
+    strength = max(table, key=lambda row: (table[row].right, -abs(math.log(row))))
+    fitted = fit(train.features, train.labels, strength, max_iterations, "logistic")
     return {
-        "strength": choice.strength,
+        "strength": strength,
         "converged": fitted.converged,
-        "table": [{"strength": strength, "held_out": asdict(accuracy)} for strength, accuracy in choice.table],
+        "table": [{"strength": row, "held_out": asdict(accuracy)} for row, accuracy in table.items()],
         "val": asdict(accuracy_of(fitted.classify(val.features), val.labels)),
-        "is_largest": choice.strength == max(strengths),
+        "is_largest": strength == max(strengths),
     }
 
 
 def fit(features: Tensor, labels: Tensor, strength: float, max_iterations: int, name: str) -> Logistic:
-    """Fit on features (N, E), standardised by their own statistics, and labels (N,) of at least two classes.
+    """Fit on features (N, E) and labels (N,), standardised.
 
     Args:
         strength: scikit-learn's C; less is more regularisation.
@@ -88,31 +82,33 @@ def fit(features: Tensor, labels: Tensor, strength: float, max_iterations: int, 
     return Logistic(regression, statistics, converged)
 
 
-def choose_strength(
+def try_strengths(
     features: Tensor, labels: Tensor, strengths: Sequence[float], max_iterations: int, seed: int
-) -> Choice:
-    """Find the best strength on tenths of the training images, held out of the fits.
+) -> dict[float, Accuracy]:
+    """Measure every strength on a held-out tenth of the images.
 
-    Some class has at least two images. Small tenths tell little: then several tenths are drawn. Of equal strengths the
-    nearest to 1 is taken, scikit-learn's own default.
+    Some class has at least two images. Small tenths tell little: then several tenths are drawn.
     """
     count = len(split(labels, seed)[1])
     splits = [split(labels, seed + number) for number in range(min(math.ceil(ENOUGH / count), MOST_SPLITS))]
-    table = []
+    table = {}
     for strength in sorted(set(strengths)):
         found = []
         for kept, held_out in splits:
             fitted = fit(features[kept], labels[kept], strength, max_iterations, "logistic, held-out tenth")
             found.append((fitted.classify(features[held_out]), labels[held_out]))
         predicted, true = (torch.cat(parts) for parts in zip(*found, strict=True))
-        table.append((strength, accuracy_of(predicted, true)))
-    return Choice(tuple(table), max(table, key=lambda row: (row[1].right, -abs(math.log(row[0]))))[0])
+        table[strength] = accuracy_of(predicted, true)
+    return table
 
 
 def split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Split positions into images to keep and a tenth of every class to hold out.
+    """Hold out a tenth of every class.
 
     At least one image is held out of every class that has two.
+
+    Returns:
+        Positions of the images that are kept, and of those that are held out.
     """
     rng = np.random.default_rng(seed)
     held_out = np.zeros(len(labels), dtype=bool)

@@ -96,7 +96,7 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
     clock.append(("features", time.perf_counter()))
     strengths, most, few = config.logistic.strengths, config.logistic.max_iterations, config.few_shot
     runs: dict[str, Callable[[], dict[str, Any]]] = {
-        "knn": lambda: knn.run_knn(train, val, len(classes), ks, config.knn.temperature, device),
+        "knn": lambda: knn.sweep(train, val, len(classes), ks, config.knn.temperature, device),
         "linear": lambda: linear.run_linear(train, val, len(classes), head, config.linear.seeds, device),
         "logistic": lambda: logistic.run_logistic(train, val, strengths, most, seed),
         "few_shot": lambda: few_shot.run_few_shot(train, val, few.shots, few.seeds, few.strength, few.max_iterations),
@@ -149,7 +149,7 @@ def check_methods(
     labels: Tensor,
     classes: Sequence[str],
 ) -> tuple[int, ...]:
-    """Check that there are enough training images for the chosen methods, before features are extracted.
+    """Check that there are enough training images for the chosen methods.
 
     Args:
         ks, head, shots: settings of the methods.
@@ -188,7 +188,7 @@ def _check_folders(output: Path, cache: Path, force: bool) -> None:
 
 
 def _open_weights(path: Path | None, name: str | None, seed: int, sizes: Mapping[str, Any]) -> tuple[Weights, str]:
-    """Read or draw the weights; the second value is the SHA-256 of the file or of the random tensors."""
+    """Read or draw the weights, and digest their file or random tensors."""
     if path is None:
         assert name is not None  # the config has been checked
         weights = random_weights(name, seed, **sizes)
@@ -211,7 +211,10 @@ def _load_features(
     check: Views | None,
     extract_one: Callable[[str], CachedFeatures],
 ) -> tuple[CachedFeatures, CachedFeatures]:
-    """Load or extract the features of "train" and "val"; with `check`, all missing images are looked at first."""
+    """Load or extract the features of "train" and "val".
+
+    With `check`, all images whose features are missing are looked at before any is encoded.
+    """
     keys = {name: key | {"data": data_digest(source, name)} for name, source in sources.items()}
     for name, source in sources.items():
         if check is not None and not is_cached(cache, name, keys[name]):
