@@ -77,9 +77,10 @@ def _write_picture(
         picture, enlarged = display_picture(read(index))
     except UserError as error:
         return {"picture": None, "fault": str(error)}
-    name, options = f"{stem}.jpg", {"format": "JPEG", "quality": 88, "subsampling": 0}
+    name = f"{stem}.png" if enlarged else f"{stem}.jpg"
+    options: dict[str, Any] = {"format": "JPEG", "quality": 88, "subsampling": 0}
     if enlarged:
-        name, options = f"{stem}.png", {"format": "PNG", "optimize": True}
+        options = {"format": "PNG", "optimize": True}
     write_atomically(folder / name, lambda temporary: picture.save(temporary, **options))
     return {"picture": name}
 

@@ -85,9 +85,9 @@ def merge(parts: Sequence[Predictions], count: int) -> Predictions:
     if kept:
         feature_indices, places = torch.cat([part.feature_indices for part in kept]).sort()  # type: ignore[misc]
         features = torch.cat([part.features for part in kept])[places]  # type: ignore[misc]
-    names = ("labels", "losses", "top_classes", "top_scores")
+    labels, losses, top_classes, top_scores = map(rows, ("labels", "losses", "top_classes", "top_scores"))
     scores = None if filled[0].scores is None else rows("scores")
-    return Predictions(indices[order], *map(rows, names), scores, features, feature_indices)
+    return Predictions(indices[order], labels, losses, top_classes, top_scores, scores, features, feature_indices)
 
 
 # --- Intervals --------------------------------------------------------------------------------------------

@@ -261,9 +261,10 @@ def extract(
     normalize = Normalize(views.mean, views.std, device)
     autocast = open_autocast(precision, device)
     features = torch.empty(len(source), encoder.to(device).width, dtype=dtype)
+    bar = tqdm(loader, f"features of {name}", unit="batch", leave=False, dynamic_ncols=True)
     done = 0
-    with torch.inference_mode(), tqdm(total=len(source), desc=f"features of {name}", unit="img", leave=False) as bar:
-        for batch in readable_batches(loader, name):
+    with torch.inference_mode():
+        for batch in readable_batches(bar, name):
             try:
                 with autocast:
                     found = encoder(normalize(batch.to(device).images))
@@ -275,5 +276,4 @@ def extract(
             if not bool(torch.isfinite(rows).all()):
                 raise UserError(f"{name}: features hold NaN or infinity. Try runtime.precision=fp32.")
             done += len(found)
-            bar.update(len(found))
     return features

@@ -75,6 +75,7 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
     notes = [*opened.notes, *assumed]
     for note in notes:
         log.info("%s", note)
+    precision = choose_precision(config.runtime.precision, device)
     decisive = {
         "architecture": asdict(opened.architecture),
         "block": opened.encoder.block,
@@ -82,12 +83,12 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
         "pool": opened.encoder.pool,
         "views": asdict(views),
         "dtype": wanted.dtype,
-        "precision": choose_precision(config.runtime.precision, device),
+        "precision": precision,
     }
     clock.append(("start", time.perf_counter()))
 
     def features_of(name: str) -> CachedFeatures:
-        how = (views, device, decisive["precision"], DTYPES[wanted.dtype], wanted.batch_size, data.workers)
+        how = (views, device, precision, DTYPES[wanted.dtype], wanted.batch_size, data.workers)
         features = extract(opened.encoder, sources[name], labels[name], *how, f"data.{name}")
         return CachedFeatures(features, labels[name])
 
