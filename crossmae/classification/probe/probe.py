@@ -59,11 +59,8 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
     cache = wanted.cache_dir or output / "features"
     _check_folders(output, cache, force)
     device = open_device(config.runtime.device, "runtime.device")
-    sources = open_sources(data.train, data.root, data.val, data.val_root)
+    sources, labels = open_labelled(data.train, data.root, data.val, data.val_root)
     classes = sources["train"].classes
-    labels = {name: label_targets(source, f"data.{name}", classes) for name, source in sources.items()}
-    for name, of_one in labels.items():
-        warn_of_absent(of_one, f"data.{name}", classes)
     batch_size = min(config.linear.batch_size, len(labels["train"]))
     head = linear.LinearSettings(config.linear.epochs, config.linear.warmup_epochs, batch_size, config.linear.base_lr)
     ks = check_methods(config.methods, config.knn.k, head, config.few_shot.shots, labels["train"], classes)
@@ -124,11 +121,13 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
     return results
 
 
-def open_sources(train: str, root: Path | None, val: str, val_root: Path | None) -> dict[str, Source]:
-    """Open both labelled data sets, "train" and "val".
+def open_labelled(
+    train: str, root: Path | None, val: str, val_root: Path | None
+) -> tuple[dict[str, Source], dict[str, Tensor]]:
+    """Open "train" and "val" with labels under the classes of "train".
 
     Raises:
-        UserError: a data set cannot be opened, or has no labels or several per image.
+        UserError: a data set cannot be opened, has no labels or several per image, or classes that "train" has not.
     """
     sources = {"train": open_source(train, "data.train", root), "val": open_source(val, "data.val", val_root)}
     for name, source in sources.items():
@@ -139,7 +138,11 @@ def open_sources(train: str, root: Path | None, val: str, val_root: Path | None)
                 "probed, only fine-tuned (tools/finetune.py)."
             )
     warn_of_overlap(sources["train"], "data.train", sources["val"], "data.val")
-    return sources
+    classes = sources["train"].classes
+    labels = {name: label_targets(source, f"data.{name}", classes) for name, source in sources.items()}
+    for name, of_one in labels.items():
+        warn_of_absent(of_one, f"data.{name}", classes)
+    return sources, labels
 
 
 def check_methods(
