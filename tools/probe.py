@@ -1,4 +1,4 @@
-"""Evaluate frozen features: nearest neighbours, linear probe, logistic regression, few labelled images per class.
+"""Probe frozen features: nearest neighbours, linear probe, logistic regression, few labelled images per class.
 
     python tools/probe.py --config-file probe.yaml weights=FILE data.train=TRAIN data.val=VAL output_dir=OUT
     python tools/probe.py --config-file probe.yaml weights=FILE data.train=TRAIN data.val=VAL output_dir=OUT \\
@@ -22,7 +22,7 @@ from crossmae.training.config import add_config_arguments
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build, call, say what came out."""
+    """Read the command line, probe, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
     parser.add_argument("--force", action="store_true", help="replace the results of an earlier call")

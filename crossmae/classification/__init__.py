@@ -1,1 +1,1 @@
-"""What a pretrained encoder is worth for telling classes apart: fine-tuning, linear probes, nearest neighbours."""
+"""Classification with a pretrained encoder: fine-tuning, linear probes, nearest neighbours."""

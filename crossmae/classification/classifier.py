@@ -1,4 +1,4 @@
-"""A classifier in a file: what travels with its weights, and how to get it back."""
+"""Classifiers in files: the record next to the weights, written and read."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Json, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 
 import crossmae
@@ -24,73 +25,55 @@ from crossmae.checkpoints.metadata import (
 )
 from crossmae.checkpoints.pretrained import BIT_DEPTH, IMAGENET_MEAN, IMAGENET_STD
 from crossmae.checkpoints.weights import Weights, read_weights
-from crossmae.classification.vit import Architecture, Head, architecture_of, build_vit
+from crossmae.classification.vit import Architecture, HeadKind, architecture_of, build_vit
 from crossmae.data.pixels import published_crop_pct
 from crossmae.errors import UserError
 from crossmae.pretraining.neighbours import Pool
 
 CLASSIFIER = "classifier"  # the format in the metadata
-BEST = "model_best.safetensors"  # in the folder of a run, beside model.safetensors, its last weights
+BEST = "model_best.safetensors"  # in the folder of a run, next to model.safetensors, its last weights
 
 
-@dataclass(frozen=True)
-class Classifier:
-    """A model in evaluation mode, the names of its outputs, and how the pixels that it was trained on were made.
+@dataclass(frozen=True, kw_only=True)
+class ClassifierRecord:
+    """Facts besides weights and architecture that make a classifier, recorded in its file.
 
     Attributes:
-        model: (B, C, H, W) normalised pixels to (B, N) logits; H and W are `architecture.img_size`.
         pool: "avg" or "cls".
         classes: N names, in the order of the outputs.
         class_names: the same for people; `classes` where nothing else was given.
         multi_label: an image may be of several classes: sigmoid, not softmax.
-        mean, std: per channel, of pixels in 0-1.
+        mean, std: per channel, of pixels in 0-1; recorded as pixel_mean and pixel_std.
         bit_depth: 8 or 16, see `crossmae.data.images`.
         crop_pct: share of the resized shorter side that the centre crop of an evaluation keeps.
-        assumed: sentences; what neither file nor shapes tell, and was taken for granted.
+    """
+
+    pool: Pool
+    head: HeadKind
+    classes: tuple[str, ...]
+    class_names: tuple[str, ...]
+    multi_label: bool
+    mean: Annotated[tuple[float, ...], Field(alias=PIXEL_MEAN)]
+    std: Annotated[tuple[float, ...], Field(alias=PIXEL_STD)]
+    bit_depth: int
+    crop_pct: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier(ClassifierRecord):
+    """A model in evaluation mode, normalised pixels (B, C, H, W) to logits (B, N), with the record of its file.
+
+    `assumed` holds sentences on what neither file nor shapes tell.
     """
 
     path: Path
     model: nn.Module
     architecture: Architecture
-    pool: Pool
-    classes: tuple[str, ...]
-    class_names: tuple[str, ...]
-    multi_label: bool
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    bit_depth: int
-    crop_pct: float
     assumed: tuple[str, ...]
 
 
-class _Record(BaseModel):
-    """What the metadata of a file of ours says; of a published one, what is assumed."""
-
-    pool: Pool
-    head: Head
-    classes: Json[tuple[str, ...]]
-    class_names: Json[tuple[str, ...]]
-    multi_label: Json[bool]
-    pixel_mean: Json[tuple[float, ...]]
-    pixel_std: Json[tuple[float, ...]]
-    bit_depth: Json[int]
-    crop_pct: Json[float]
-
-
-def classifier_metadata(
-    architecture: Architecture,
-    pool: Pool,
-    head: Head,
-    classes: Sequence[str],
-    class_names: Sequence[str],
-    multi_label: bool,
-    mean: Sequence[float],
-    std: Sequence[float],
-    bit_depth: int,
-    crop_pct: float,
-    step: int,
-) -> dict[str, str]:
-    """What travels with the state dict of a classifier in a safetensors file; read by `load_classifier`.
+def classifier_metadata(architecture: Architecture, record: ClassifierRecord, step: int) -> dict[str, str]:
+    """Build the safetensors metadata of a classifier, read by `load_classifier`.
 
     The tensors' names are timm's. The architecture has the key that a pretraining file has for its model, so that
     whatever starts from an encoder (fine-tuning, detection) knows the number of heads and the sides of the grid.
@@ -103,27 +86,28 @@ def classifier_metadata(
     return {
         FORMAT: CLASSIFIER,
         MODEL_ARGUMENTS: json.dumps(asdict(architecture) | {"img_size": size}),
-        "pool": pool,
-        "head": head,
-        "classes": json.dumps(list(classes), ensure_ascii=False),
-        "class_names": json.dumps(list(class_names), ensure_ascii=False),
-        "multi_label": json.dumps(multi_label),
-        PIXEL_MEAN: json.dumps(list(mean)),
-        PIXEL_STD: json.dumps(list(std)),
-        BIT_DEPTH: str(bit_depth),
-        "crop_pct": json.dumps(crop_pct),
+        "pool": record.pool,
+        "head": record.head,
+        "classes": json.dumps(record.classes, ensure_ascii=False),
+        "class_names": json.dumps(record.class_names, ensure_ascii=False),
+        "multi_label": json.dumps(record.multi_label),
+        PIXEL_MEAN: json.dumps(record.mean),
+        PIXEL_STD: json.dumps(record.std),
+        BIT_DEPTH: str(record.bit_depth),
+        "crop_pct": json.dumps(record.crop_pct),
         VERSION: crossmae.__version__,
         STEP: str(step),
     }
 
 
 def load_classifier(path: str | Path, img_size: int | Sequence[int] | None = None) -> Classifier:
-    """Build the classifier of a file and load every tensor of it.
+    """Build the classifier of a file and load all its tensors.
 
     Args:
-        path: a file of ours, the folder of a run (its best weights, else its last ones) or a published fine-tuned or
-            linear-probe file; of the latter the classes have numbers for names, and what else is assumed is listed.
-        img_size: another than trained with, one number or height and width; positions are resampled to it.
+        path: a file of ours, the folder of a run (its best weights, else its last weights) or a published fine-tuned
+            or linear-probe file; the classes of a published file have numbers for names, and all other assumptions
+            are listed.
+        img_size: another size than trained with, one number or height and width; positions are resampled to it.
 
     Raises:
         UserError: unreadable; an encoder without a head; a record that is incomplete or does not fit the tensors.
@@ -133,54 +117,62 @@ def load_classifier(path: str | Path, img_size: int | Sequence[int] | None = Non
     ours = weights.metadata.get(FORMAT) == CLASSIFIER
     if not ours and weights.format not in ("finetuned", "linear_probe"):
         raise UserError(
-            f"{weights.path}: no classifier (format: {weights.format}); fine-tune its encoder first: tools/finetune.py "
-            "writes model_best.safetensors"
+            f"{weights.path}: no classifier (format: {weights.format}). Fine-tune its encoder by tools/finetune.py, "
+            "which writes model_best.safetensors."
         )
     architecture = architecture_of(weights, img_size=img_size)
-    values, sentences = ({}, {}) if ours else _assume(weights, architecture)
-    record = _read_record(weights, values, architecture)
+    assumed, sentences = ({}, {}) if ours else _assume(weights, architecture)
+    record = _read_record(weights, assumed, architecture)
     model = build_vit(architecture, len(record.classes), record.pool, head=record.head)
     load(model, weights, resample=True)
+    unknown = (sentence for key, sentence in sentences.items() if weights.metadata.get(key, UNKNOWN) == UNKNOWN)
     return Classifier(
+        **vars(record) | {"crop_pct": _crop_pct(record.crop_pct, weights, architecture)},
         path=weights.path,
         model=model.eval(),
         architecture=architecture,
-        pool=record.pool,
-        classes=record.classes,
-        class_names=record.class_names,
-        multi_label=record.multi_label,
-        mean=record.pixel_mean,
-        std=record.pixel_std,
-        bit_depth=record.bit_depth,
-        crop_pct=_crop_pct(record.crop_pct, weights, architecture),
-        assumed=tuple(sentence for key, sentence in sentences.items() if weights.metadata.get(key, UNKNOWN) == UNKNOWN),
+        assumed=tuple(unknown),
     )
 
 
-def _read_record(weights: Weights, assumed: Mapping[str, str], architecture: Architecture) -> _Record:
-    """The metadata, and what is assumed where it says nothing."""
+def _read_record(weights: Weights, assumed: Mapping[str, str], architecture: Architecture) -> ClassifierRecord:
+    """Read the record in the metadata, completed by what is assumed."""
     known = {key: value for key, value in weights.metadata.items() if value != UNKNOWN}
     try:
-        record = _Record.model_validate({**assumed, **known})
+        record = TypeAdapter(ClassifierRecord).validate_python(
+            {key: _decode(key, value) for key, value in {**assumed, **known}.items()}
+        )
     except ValidationError as error:
         wrong = "; ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors())
-        raise UserError(f"{weights.path}: the metadata of the classifier is not as it should be: {wrong}") from None
+        raise UserError(f"{weights.path}: damaged classifier metadata: {wrong}") from None
     if len(record.class_names) != len(record.classes):
         raise UserError(f"{weights.path}: {len(record.classes)} classes have {len(record.class_names)} names")
-    for key, values in ((PIXEL_MEAN, record.pixel_mean), (PIXEL_STD, record.pixel_std)):
+    for key, values in ((PIXEL_MEAN, record.mean), (PIXEL_STD, record.std)):
         if len(values) != architecture.in_chans:
             raise UserError(f"{weights.path}: {key} holds {len(values)} values for {architecture.in_chans} channels")
     return record
 
 
+def _decode(key: str, value: str) -> Any:
+    """Decode a JSON value or keep other text for the check."""
+    try:
+        return value if key in ("pool", "head") else json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
 def _crop_pct(recorded: float, weights: Weights, architecture: Architecture) -> float:
-    """What was recorded; where that is the published rule for the size trained with, the rule for this size."""
+    """Keep the recorded crop, or follow the published rule to another size."""
     trained = architecture_of(weights).img_size
     return published_crop_pct(architecture.img_size) if recorded == published_crop_pct(trained) else recorded
 
 
 def _assume(weights: Weights, architecture: Architecture) -> tuple[dict[str, str], dict[str, str]]:
-    """The record of a published file, by its keys (method specification, section 1.3), and what of it is a guess."""
+    """Assume the record of a published file (method specification, section 1.3).
+
+    Returns:
+        Metadata by key, and sentences on the guesses among them.
+    """
     probe = weights.format == "linear_probe"
     number = len(weights.tensors["head.1.weight" if probe else "head.weight"])
     crop_pct = published_crop_pct(architecture.img_size)
@@ -210,16 +202,19 @@ def _assume(weights: Weights, architecture: Architecture) -> tuple[dict[str, str
 
 
 def _pool_by_norm(weights: Weights) -> tuple[Pool, bool]:
-    """The pooling that goes with a file's final norm, and whether its settings agree or are silent.
+    """Infer the pooling from a file's final norm.
+
+    Returns:
+        The pooling, and True where the file's settings confirm it.
 
     Raises:
-        UserError: they disagree.
+        UserError: the settings disagree.
     """
     pool: Pool = "cls" if "norm.weight" in weights.tensors else "avg"
     average = json.loads(weights.metadata.get(PUBLISHED_ARGUMENTS, "{}")).get("global_pool")
     if isinstance(average, bool) and average != (pool == "avg"):
         raise UserError(
-            f"{weights.path}: its settings say global_pool={average}, but its final norm is that of pooling {pool!r}, "
-            "which no published model has"
+            f"{weights.path}: its settings say global_pool={average}, but its final norm belongs to pooling {pool!r}. "
+            "No published model has both."
         )
     return pool, isinstance(average, bool)

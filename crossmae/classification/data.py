@@ -1,8 +1,9 @@
-"""Labelled images: classes by name, batches to train on, views to evaluate on."""
+"""LabelledImages images: classes by name, batches to train on, views to evaluate on."""
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +18,12 @@ from torch.utils.data import Dataset
 
 from crossmae.classification.train.augment import keyed_everywhere
 from crossmae.data.batches import KeyedImages, KeyedSample, MovableBatch, collate_as
-from crossmae.data.broken import NEVER_REPLACED, Broken, Unreadable
-from crossmae.data.images import MAX_NAMES
+from crossmae.data.broken import Broken, Unreadable
 from crossmae.data.pixels import centre_view, read_pixels
 from crossmae.data.sources import Source
 from crossmae.data.workers import Loader, usable_workers
-from crossmae.errors import UserError
+from crossmae.errors import UserError, shorten
+from crossmae.pretraining.validation import NEVER_REPLACED
 
 SEPARATORS = "|;,"
 
@@ -37,7 +38,7 @@ class LabelledBatch(MovableBatch):
         images: (B, C, H, W), uint8 or float32 in 0-1.
         targets: (B,) int64 classes, or (B, N) float32 of zeros and ones where an image can have several.
         indices: (B,) int64 positions in the source.
-        broken: what could not be read; other images, with their own labels, are in its place.
+        broken: unreadable images, which other images with their own labels replace.
     """
 
     images: Tensor
@@ -48,7 +49,7 @@ class LabelledBatch(MovableBatch):
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledImages:
     """Images to train and to evaluate on, under the same classes."""
 
     train: Source
@@ -60,7 +61,7 @@ class Labelled:
 
 
 def find_classes(source: Source, key: str, separator: str | None = None) -> tuple[str, ...]:
-    """The classes of a source: its labels or, with several per image, the words in them, sorted.
+    """List the classes of a source: its labels or their words.
 
     Raises:
         UserError: the source has no labels, or fewer than two classes.
@@ -73,16 +74,14 @@ def find_classes(source: Source, key: str, separator: str | None = None) -> tupl
         classes = tuple(sorted({word for text in source.classes for word in split_labels(text, separator)}))
     for name in classes:
         if not name.isprintable() or name.encode("utf-8", "replace").decode() != name:
-            raise UserError(f"{key}: the class {name!r} is not valid text; rename it")
+            raise UserError(f"{key}: the class {name!r} is not valid text. Rename it.")
     if len(classes) < (2 if separator is None else 1):
-        raise UserError(
-            f"{key}: {source.description}: {len(classes)} classes; there must be at least two to tell apart"
-        )
+        raise UserError(f"{key}: {source.description}: {len(classes)} classes. At least two are needed.")
     return classes
 
 
 def find_several(classes: Sequence[str]) -> tuple[str, str] | None:
-    """A class that reads like several labels, because its parts are classes, too, and what stands between them."""
+    """Find a class made of other classes, and the separator in it."""
     known = set(classes)
     for name in classes:
         for separator in SEPARATORS:
@@ -92,31 +91,29 @@ def find_several(classes: Sequence[str]) -> tuple[str, str] | None:
 
 
 def split_labels(text: str, separator: str) -> list[str]:
-    """The labels of one image; none where its text is the separator alone."""
+    """Split the labels of one image, of which there may be none."""
     return [word for part in text.split(separator) if (word := part.strip())]
 
 
 def label_targets(source: Source, key: str, classes: Sequence[str], separator: str | None = None) -> Tensor:
-    """The labels of a source as positions in `classes`, which may be those of another source: names decide.
+    """Convert labels to positions in `classes`, compared by name.
 
     Returns:
         (N,) int64, or with a separator (N, C) float32 of zeros and ones.
 
     Raises:
-        UserError: the source has no labels, or some that are not in `classes`; names them.
+        UserError: the source has no labels, or labels that are not in `classes`; names them.
     """
     labels = torch.from_numpy(np.array(source.labels()))
     positions = {name: position for position, name in enumerate(classes)}
     words = [[text] if separator is None else split_labels(text, separator) for text in source.classes]
     unknown = sorted({word for of_one in words for word in of_one} - positions.keys())
     if unknown:
-        more = f" and {len(unknown) - MAX_NAMES} more" if len(unknown) > MAX_NAMES else ""
-        known = ", ".join(classes[:MAX_NAMES]) + (", ..." if len(classes) > MAX_NAMES else "")
         several = find_several([*unknown, *classes]) if separator is None else None
-        hint = f"; several labels per image need 'data.separator=\"{several[1]}\"'" if several else ""
+        hint = f" Several labels per image need 'data.separator=\"{several[1]}\"'." if several else ""
         raise UserError(
-            f"{key}: {source.description}: {', '.join(unknown[:MAX_NAMES])}{more}: no class of the model, whose "
-            f"{len(classes)} are {known}; classes are compared by name{hint}"
+            f"{key}: {source.description}: no classes of the model: {shorten(unknown)}. Its {len(classes)} classes are "
+            f"{shorten(classes)}, compared by name.{hint}"
         )
     if separator is None:
         return torch.tensor([positions[word] for (word,) in words])[labels]
@@ -127,22 +124,20 @@ def label_targets(source: Source, key: str, classes: Sequence[str], separator: s
 
 
 def warn_of_absent(targets: Tensor, key: str, classes: Sequence[str]) -> None:
-    """Name the classes that no image has."""
+    """Warn about classes without images."""
     counts = targets.sum(dim=0) if targets.ndim == 2 else torch.bincount(targets, minlength=len(classes))
-    absent = [classes[index] for index in (counts == 0).nonzero()[:, 0].tolist()]
-    if absent:
-        more = f" and {len(absent) - MAX_NAMES} more" if len(absent) > MAX_NAMES else ""
-        log.warning("%s: no image of the class %s%s", key, ", ".join(absent[:MAX_NAMES]), more)
+    if absent := [classes[index] for index in (counts == 0).nonzero()[:, 0].tolist()]:
+        log.warning("%s: no image of the class %s", key, shorten(absent))
 
 
 def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str]) -> tuple[str, ...]:
-    """Names to show for the classes, in their order.
+    """Read the names to show for the classes, in their order.
 
     Args:
         names: given, or a text file with one a line; None: the classes themselves.
 
     Raises:
-        UserError: not one per class, or the file can not be read.
+        UserError: not one per class, or the file cannot be read.
     """
     if names is None:
         return tuple(classes)
@@ -152,10 +147,9 @@ def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str])
         try:
             names = names.expanduser().read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{where}: can not be read: {error}") from None
-    doubled = sorted({name for name in names if list(names).count(name) > 1}) if len(set(names)) < len(names) else []
-    if doubled:
-        raise UserError(f"{where}: {', '.join(doubled[:MAX_NAMES])} twice; tables could not tell these classes apart")
+            raise UserError(f"{where}: cannot be read: {error}") from None
+    if doubled := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise UserError(f"{where}: {shorten(doubled)} twice. Give every class its own name.")
     if len(names) != len(classes):
         raise UserError(f"{where}: {len(names)} names for {len(classes)} classes, the first of which are {classes[:3]}")
     return tuple(names)
@@ -184,13 +178,13 @@ class TrainImages(KeyedImages):
         self.targets, self.view = targets, view
 
     def sample(self, pixels: Image.Image | Tensor, position: int, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """The view, and the target of the image that is in it."""
+        """Return the view of an image and its target."""
         with keyed_everywhere(*key):
             return self.view(pixels), self.targets[position]
 
 
 class CentreViews(Dataset[Any]):
-    """What evaluation sees of every image, with its target.
+    """Centre crops of images with their targets, as evaluation sees them.
 
     Args:
         source, targets, channels, bit_depth: see `TrainImages`.
@@ -208,7 +202,7 @@ class CentreViews(Dataset[Any]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> KeyedSample | Unreadable:
-        """Sample `index`."""
+        """Read one image."""
         try:
             pixels = read_pixels(self.source, index, self.channels, self.bit_depth)
         except UserError as error:
@@ -216,14 +210,14 @@ class CentreViews(Dataset[Any]):
         return centre_view(pixels, self.size, self.crop_pct), self.targets[index], index, ()
 
 
-collate = partial(collate_as, LabelledBatch)
+collate_labelled = partial(collate_as, LabelledBatch)
 
 
 def readable_batches(loader: Iterable[LabelledBatch | Unreadable], key: str) -> Iterator[LabelledBatch]:
-    """The batches of `evaluation_loader`.
+    """Yield the batches of `evaluation_loader`.
 
     Raises:
-        UserError: an image can not be read; names it and `key`, what named the source.
+        UserError: an image cannot be read; names it and `key`, the config key of the source.
     """
     for batch in loader:
         if isinstance(batch, Unreadable):
@@ -234,12 +228,12 @@ def readable_batches(loader: Iterable[LabelledBatch | Unreadable], key: str) -> 
 def evaluation_loader(
     dataset: CentreViews, indices: Sequence[int], batch_size: int, workers: int, pin_memory: bool
 ) -> Loader:
-    """A loader of some samples, in order; each batch is a `LabelledBatch` or `Unreadable`, see `readable_batches`."""
+    """Build a loader of some samples, in order, for `readable_batches`."""
     return Loader(
         dataset,
         usable_workers(workers) if len(indices) > batch_size else 0,
         batch_size=batch_size,
         sampler=indices,
-        collate_fn=collate,
+        collate_fn=collate_labelled,
         pin_memory=pin_memory,
     )

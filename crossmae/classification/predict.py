@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from crossmae.classification.classifier import Classifier
-from crossmae.classification.evaluation.metrics import THRESHOLD
+from crossmae.classification.evaluation.metrics import LABEL_THRESHOLD
 from crossmae.data.parallel import READERS, map_in_order
 from crossmae.data.paths import match_pattern
 from crossmae.data.pixels import Normalize, centre_view, read_pixels
@@ -61,14 +61,14 @@ class Selection:
     """Which classes an answer has: the best `top_k`; of a multi-label classifier, those from `threshold`."""
 
     top_k: int = TOP_K
-    threshold: float = THRESHOLD
+    threshold: float = LABEL_THRESHOLD
 
 
 def predict_images(
     classifier: Classifier,
     paths: Sequence[str | Path],
     top_k: int = TOP_K,
-    threshold: float = THRESHOLD,
+    threshold: float = LABEL_THRESHOLD,
     batch_size: int = BATCH_SIZE,
 ) -> list[Answer]:
     """The classes of image files, in their order.

@@ -18,8 +18,7 @@ from pydantic_core import to_jsonable_python
 from crossmae.checkpoints.run_checkpoint import FOLDER as CHECKPOINTS
 from crossmae.checkpoints.run_checkpoint import RECORD as RUN_RECORD
 from crossmae.classification.classifier import BEST
-from crossmae.classification.evaluation.embedding import EMBEDDING, update_embedding
-from crossmae.classification.evaluation.files import CALIBRATION, CONFUSION_PNG, EVALUATION, PER_CLASS
+from crossmae.classification.evaluation.files import CALIBRATION, CONFUSION_PNG, EMBEDDING, EVALUATION, PER_CLASS_CSV
 from crossmae.classification.evaluation.hardest import HARDEST
 from crossmae.classification.evaluation.hardest import RECORD as HARDEST_RECORD
 from crossmae.classification.run_files import (
@@ -117,7 +116,7 @@ def class_blocks(classes: Sequence[ClassRow], multi_label: bool) -> list[page.Pa
         for words in ("worst", "worst classes, the worst", "best classes, the best")
     ]
     columns = ["class", "images", *columns, "precision"]
-    return sections.class_tables(rows, columns, captions, f"{FOLDER}/{PER_CLASS}", worst_first=True)
+    return sections.class_tables(rows, columns, captions, f"{FOLDER}/{PER_CLASS_CSV}", worst_first=True)
 
 
 def _confusion_section(run: RunFolder, found: Evaluation | None) -> page.Section:
@@ -271,14 +270,13 @@ def write_report(folder: Path) -> Path:
     Raises:
         OSError: the folder is not writable.
     """
-    faults = {f"{FOLDER}/{EMBEDDING}": fault} if (fault := update_embedding(folder / FOLDER)) else {}
-    build_report(folder, faults).write(folder / REPORT)
+    build_report(folder).write(folder / REPORT)
     return folder / REPORT
 
 
-def build_report(folder: Path, faults: Mapping[str, str] | None = None) -> page.Report:
-    """Build the page of a run, with known reasons for missing files."""
-    run = RunFolder(folder, faults)
+def build_report(folder: Path) -> page.Report:
+    """Build the page of a run."""
+    run = RunFolder(folder)
     found = run.read(EVALUATED, Evaluation.read, None)
     hardest = run.read(HARDEST_IMAGES, Hardest.read, None)
     log = run.read(LOG, partial(read_log, needed="epoch"), LoggedNumbers())

@@ -1,4 +1,4 @@
-"""timm's VisionTransformer around a pretrained encoder: describe it, build it, fill it, group its parameters.
+"""timm's VisionTransformer around a pretrained encoder: architecture, weights, parameter groups.
 
 Shapes: L patches, E width, N classes.
 """
@@ -23,12 +23,12 @@ from crossmae.pretraining.neighbours import Pool
 
 log = logging.getLogger(__name__)
 
-Head = Literal["linear", "batchnorm"]
+HeadKind = Literal["linear", "batchnorm"]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A plain ViT. `dataclasses.asdict` of it is JSON; its names are those of `ViTEncoder`'s arguments.
+    """Sizes of a plain ViT, named like the arguments of `ViTEncoder`.
 
     Attributes:
         img_size: height and width in pixels, multiples of `patch_size`.
@@ -49,11 +49,11 @@ class Architecture:
     def __post_init__(self) -> None:
         patch_grid(self.img_size, self.patch_size)
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"a width of {self.embed_dim} can not be split over {self.num_heads} attention heads")
+            raise ValueError(f"a width of {self.embed_dim} cannot be split over {self.num_heads} attention heads")
 
 
 def architecture_of(weights: Weights, **given: Any) -> Architecture:
-    """The architecture of a file's encoder, with what is given in its place.
+    """Infer the architecture of a file's encoder, completed by given values.
 
     Args:
         weights: any file with a ViT encoder.
@@ -73,13 +73,13 @@ def architecture_of(weights: Weights, **given: Any) -> Architecture:
     wrong = [key for key in fixed if key in found and given.get(key, found[key]) != found[key]]
     if wrong:
         said = " and ".join(f"{key} {found[key]}, not {given[key]}" for key in wrong)
-        raise UserError(f"{weights.path}: the encoder in it has {said}; leave that out, or name another file")
+        raise UserError(f"{weights.path}: its encoder has {said}. Leave that out, or name another file.")
     arguments = found | given
     missing = [field.name for field in fields(Architecture) if field.name not in arguments]
     if missing:
         raise UserError(
-            f"{weights.path}: does not tell {' and '.join(missing)} of its encoder; "
-            f"in a config, add {' '.join(f'model.{name}=...' for name in missing)}"
+            f"{weights.path}: does not tell {' and '.join(missing)} of its encoder. "
+            f"In a config, add {' '.join(f'model.{name}=...' for name in missing)}."
         )
     size = arguments["img_size"]
     arguments["img_size"] = (size, size) if isinstance(size, int) else tuple(size)
@@ -90,9 +90,9 @@ def architecture_of(weights: Weights, **given: Any) -> Architecture:
 
 
 def build_vit(
-    architecture: Architecture, num_classes: int, pool: Pool = "avg", drop_path: float = 0.0, head: Head = "linear"
+    architecture: Architecture, num_classes: int, pool: Pool = "avg", drop_path: float = 0.0, head: HeadKind = "linear"
 ) -> VisionTransformer:
-    """A classifier with random weights, with timm's names (method specification, sections 1.10 and 1.11).
+    """Build a classifier with random weights and timm's names (method specification, 1.10-1.11).
 
     | pool  | before the head                           |
     | ----- | ----------------------------------------- |
@@ -111,8 +111,8 @@ def build_vit(
     Raises:
         ValueError: an unknown pool or head.
     """
-    if pool not in get_args(Pool) or head not in get_args(Head):
-        raise ValueError(f"pool is one of {get_args(Pool)}, head of {get_args(Head)}; got {pool!r} and {head!r}")
+    if pool not in get_args(Pool) or head not in get_args(HeadKind):
+        raise ValueError(f"pool is one of {get_args(Pool)}, head of {get_args(HeadKind)}; got {pool!r} and {head!r}")
     E = architecture.embed_dim
     model = VisionTransformer(
         **vars(architecture),
@@ -122,19 +122,32 @@ def build_vit(
         norm_layer=LayerNorm,
     )
     if num_classes:
-        linear = _new_linear(E, num_classes, std=2e-5 if head == "linear" else 0.01)
-        norm = nn.BatchNorm1d(E, affine=False, eps=1e-6)
-        model.add_module("head", linear if head == "linear" else nn.Sequential(norm, linear))
+        model.add_module("head", build_head(E, num_classes, head))
     return model
 
 
-def load_encoder_weights(model: VisionTransformer, weights: Weights) -> LoadReport:
-    """Load the encoder of any file; heads, decoder and, with average pooling, the final norm are left out.
+def build_head(width: int, num_classes: int, head: HeadKind) -> nn.Module:
+    """Build a random head of `build_vit`, (B, E) to (B, N)."""
+    linear = nn.Linear(width, num_classes)
+    std = 2e-5 if head == "linear" else 0.01
+    # With the usual bounds of -2 and 2, far out for these deviations, rounding makes one weight in 2 ** 24 exactly -2:
+    # in the head of a ViT-B for 1000 classes, in one run of twenty.
+    nn.init.trunc_normal_(linear.weight, std=std, a=-4 * std, b=4 * std)
+    nn.init.zeros_(linear.bias)
+    if head == "linear":
+        return linear
+    return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), linear)
 
-    Position table and patch filters are resampled to the model's grid, patch size and channels, in float32; the table
-    of the report says so. A file without a final norm (no CrossMAE file has one: method specification, section 1.3)
-    leaves that of the class-token mode new. A file without class token (converted for detection) leaves that of the
-    average mode new.
+
+def load_encoder_weights(model: VisionTransformer, weights: Weights) -> LoadReport:
+    """Load the encoder of any file.
+
+    Heads, the decoder and, with average pooling, the final norm are left out.
+
+    Position table and patch filters are resampled to the model's grid, patch size and channels, in float32; the report
+    lists them. With class-token pooling the final norm keeps its initial weights if the file has none, as no CrossMAE
+    file has (method specification, section 1.3). With average pooling the class token keeps its initial weights if the
+    file has none, as files converted for detection.
 
     Args:
         model: from `build_vit`.
@@ -142,7 +155,7 @@ def load_encoder_weights(model: VisionTransformer, weights: Weights) -> LoadRepo
 
     Raises:
         UserError: no encoder; another architecture; a tensor that is missing, or that a plain ViT does not have; no
-            class token where it is what is pooled. Nothing was loaded.
+            class token to pool. Nothing was loaded.
     """
     cls = model.global_pool == "token"
     new = [r"head\.", r"fc_norm\."]
@@ -150,7 +163,7 @@ def load_encoder_weights(model: VisionTransformer, weights: Weights) -> LoadRepo
     if f"{home}cls_token" not in weights.tensors:
         encoder_tensors(weights)  # raises where there is no encoder at all
         if cls:
-            raise UserError(f"{weights.path}: holds no class token, which is to be pooled; use average pooling")
+            raise UserError(f"{weights.path}: holds no class token to pool. Use average pooling.")
         new.append("cls_token$")
     if f"{home}norm.weight" not in weights.tensors:
         new.append(r"norm\.")
@@ -160,14 +173,14 @@ def load_encoder_weights(model: VisionTransformer, weights: Weights) -> LoadRepo
             log.info("%s of %s: %s", entry.name, weights.path, entry.reason)
     fresh = report.names("new")
     if "norm.weight" in fresh:
-        log.info("%s has no final norm: that of class-token pooling starts anew, with scale 1, shift 0", weights.path)
+        log.info("%s has no final norm: the norm of class-token pooling starts with scale 1, shift 0", weights.path)
     if "cls_token" in fresh:
-        log.info("%s has no class token: it starts anew", weights.path)
+        log.info("%s has no class token: it starts from random numbers", weights.path)
     return report
 
 
 def parameter_groups(model: VisionTransformer, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters by layer and weight decay, for AdamW (method specification, section 1.10).
+    """Group trainable parameters by layer and weight decay (method specification, section 1.10).
 
     Of n blocks, layer 0 is class token, positions and patch embedding, layer i + 1 block i, layer n + 1 the rest. A
     group's `lr_scale` is layer_decay ** (n + 1 - layer); the schedule multiplies the learning rate by it. Tensors of
@@ -197,12 +210,3 @@ def _layer(name: str, last: int) -> int:
     if name.startswith(("cls_token", "pos_embed", "patch_embed.")):
         return 0
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else last
-
-
-def _new_linear(width: int, num_classes: int, std: float) -> nn.Linear:
-    linear = nn.Linear(width, num_classes)
-    # With the usual bounds of -2 and 2, far out for these deviations, rounding makes one weight in 2 ** 24 exactly -2:
-    # in the head of a ViT-B for 1000 classes, in one run of twenty.
-    nn.init.trunc_normal_(linear.weight, std=std, a=-4 * std, b=4 * std)
-    nn.init.zeros_(linear.bias)
-    return linear

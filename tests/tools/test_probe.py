@@ -170,9 +170,9 @@ def nothing(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("prepare", "words", "told"),
     [
-        (rename, [], "rot: no class of the model, whose 3 are blue, green, red; classes are compared by name"),
+        (rename, [], "no classes of the model: rot. Its 3 classes are blue, green, red, compared by name"),
         (several_labels, [], "data.train: the label 'red;green' names several classes"),
-        (nothing, ["data.separator=;"], "several labels per image can not be probed"),
+        (nothing, ["data.separator=;"], "several labels per image cannot be probed"),
         (flatten, [], "have no labels; labels come from a folder with one subfolder per class"),
         (truncate, [], "VAL/green/2.png"),
         (nothing, ["few_shot.shots=[1,13]"], "few_shot.shots: 13 images per class were asked for"),

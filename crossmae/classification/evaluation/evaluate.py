@@ -1,4 +1,4 @@
-"""Evaluation: what a classifier answers for every image of a source, each exactly once on any number of processes."""
+"""Evaluation of a classifier on every image of a source, each exactly once on any number of processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOP = 5  # classes of a sample that are kept
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Images to evaluate on, and how.
+    """Images to evaluate on, and how they are read.
 
     Attributes:
         source: of the images.
@@ -49,31 +49,23 @@ class EvaluationSet:
 def evaluate(
     model: nn.Module, data: EvaluationSet, device: torch.device, autocast: torch.autocast, ranks: Ranks
 ) -> Predictions:
-    """What the model answers for every image, in every process.
+    """Predict all images, each process its share, and gather the predictions everywhere.
 
     Args:
         model: from `build_vit`, on the device; left in the mode in which it was.
         autocast: precision of the encoder; probabilities and losses are float32.
-        ranks: each process answers for its share.
 
     Raises:
-        UserError: an image can not be read, in all processes.
+        UserError: an image cannot be read, in all processes.
     """
     indices = range(ranks.rank, len(data.source), ranks.world_size)
-    mine = ranks.together(lambda: list(_answers(model, data, indices, device, autocast, ranks.is_main)))
-    every = [part for of_rank in ranks.gather(mine) for part in of_rank]
-    return merge(every, len(data.source))
+    mine = ranks.together(lambda: list(_predict(model, data, indices, device, autocast, ranks.is_main)))
+    return merge([part for of_rank in ranks.gather(mine) for part in of_rank], len(data.source))
 
 
-def _answers(
-    model: nn.Module,
-    data: EvaluationSet,
-    indices: range,
-    device: torch.device,
-    autocast: torch.autocast,
-    show: bool,
+def _predict(
+    model: Any, data: EvaluationSet, indices: range, device: torch.device, autocast: torch.autocast, show: bool
 ) -> Iterator[Predictions]:
-    """Batch by batch."""
     with_features = torch.tensor(evenly_spaced(len(data.source), data.features), dtype=torch.int64)
     normalize = Normalize(data.mean, data.std, device)
     loader = evaluation_loader(data.views, indices, data.batch_size, data.workers, device.type == "cuda")
@@ -81,18 +73,13 @@ def _answers(
     with evaluation_mode(model), torch.no_grad():
         for batch in readable_batches(bar, data.key):
             with autocast:
-                pooled, logits = pooled_and_logits(model, normalize(batch.to(device).images))
+                tokens = model.forward_features(normalize(batch.to(device).images))
+                pooled = model.forward_head(tokens, pre_logits=True)
+                logits = model.head(pooled)
             yield _predictions(batch, logits.float().cpu(), pooled.cpu(), with_features)
 
 
-def pooled_and_logits(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (B, E) that the head is given, and its answers (B, C)."""
-    pooled = model.forward_head(model.forward_features(images), pre_logits=True)
-    return pooled, model.head(pooled)
-
-
 def _predictions(batch: LabelledBatch, logits: Tensor, pooled: Tensor, with_features: Tensor) -> Predictions:
-    """Answers of one batch."""
     several = batch.targets.ndim == 2
     scores = logits.sigmoid() if several else logits.softmax(dim=1)
     if several:
@@ -115,7 +102,7 @@ def _predictions(batch: LabelledBatch, logits: Tensor, pooled: Tensor, with_feat
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, every module is in evaluation mode; after it, each as it was: frozen parts do not start to train."""
+    """Put every module into evaluation mode, and afterwards back into its own."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

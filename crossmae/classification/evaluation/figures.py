@@ -1,52 +1,61 @@
-"""Pictures of an evaluation: which classes are taken for which, and whether probabilities mean what they say."""
+"""Figures of an evaluation: confusion matrix, calibration diagram and map of the features.
+
+Own code in place of scikit-learn's displays: those draw every cell's number however many classes there are, let long
+names overlap, colour by counts instead of shares, and show no number of samples.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import RendererAgg
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import PowerNorm, hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
+from sklearn.decomposition import PCA
 
 from crossmae.classification.evaluation.metrics import Bin, calibration_error
 from crossmae.pretraining.figures import SMALL, TEXT
 from crossmae.reports.figures import DPI
 
-VALUES_UP_TO, NAMES_UP_TO = 20, 60  # classes whose cells have room for numbers, and whose rows have for names
-CELL, NAMED_CELL = 46, 18  # pixels of a cell with a number in it, and of one in a row with a name
+VALUES_UP_TO, NAMES_UP_TO = 20, 60  # classes whose cells have room for numbers, and whose rows have room for names
+CELL, NAMED_CELL = 46, 18  # pixels of a cell with a number in it, and of a cell in a row with a name
 SIDES = (260, 900)  # pixels of a matrix: at least, and about where its rows have no names
-LONGEST_NAME = 180  # pixels
+LONGEST_LABEL = 180  # pixels
 MARGIN, LINE, SCALE = 18, 22, 84  # pixels: around everything, a line of text, the scale of colours
 TINY = 6.5  # points
 SHARES = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1)  # marked on the scale of colours
 GREY, LIGHT, EMPTY = "0.35", "0.9", "0.93"
 BLUE, RED = "#9ecae1", "#c0392b"
+MOST_NAMED = 20  # classes that the legend of a map names
+MAP_SIZE = (9.0, 6.0)  # inches
+GOLDEN = (math.sqrt(5) - 1) / 2  # steps of the hue, so that neighbours differ most for any number of classes
+
+# --- Confusion matrix -------------------------------------------------------------------------------------
 
 
 def confusion_figure(confusion: NDArray[np.int64], class_names: Sequence[str]) -> Figure:
-    """Heat map of a confusion matrix: the darker, the larger the share of the true class; in the cells, samples.
+    """Draw a confusion matrix.
 
-    Up to 20 classes have numbers in their cells, up to 60 have names. Colours follow the square root of the share, for
-    else most confusions would be too pale to be seen.
+    Darker cells hold a larger share of their true class. Up to 20 classes have numbers of samples in their cells, up to
+    60 have names. Colours follow the square root of the share, because most confusions would otherwise be too pale.
 
     Args:
         confusion: (C, C) samples, true class by predicted class.
         class_names: C names; see `class_labels`.
     """
     C, samples = len(class_names), int(confusion.sum())
-    cell = _cell(C)
-    side = cell * C
+    side = _cell(C) * C
     labels = class_labels(class_names) if C <= NAMES_UP_TO else []
     longest = max((_text_width(label, SMALL) for label in labels), default=0)
-    upright = longest > cell - 4
+    upright = longest > _cell(C) - 4
     title = f"{C:,} classes, {samples:,} samples, top-1 {np.trace(confusion) / samples:.2%}"
     note = _note(class_names, labels)
     left, right = MARGIN + LINE + longest + 12, SCALE + MARGIN
@@ -61,8 +70,6 @@ def confusion_figure(confusion: NDArray[np.int64], class_names: Sequence[str]) -
     _draw_matrix(figure, axis, scale, confusion)
     axis.set_xticks(range(len(labels)), labels, parse_math=False, rotation=90 if upright else 0)
     axis.set_yticks(range(len(labels)), labels, parse_math=False)
-    if C <= VALUES_UP_TO:
-        _write_counts(axis, confusion)
     for part in (axis, scale):
         _plain(part)
     figure.text(0.5, 1 - MARGIN / height, title, ha="center", va="top", fontsize=TEXT + 1)
@@ -70,8 +77,82 @@ def confusion_figure(confusion: NDArray[np.int64], class_names: Sequence[str]) -
     return figure
 
 
+def _cell(classes: int) -> int:
+    """Choose the size of a cell in whole pixels."""
+    least, most = SIDES
+    if classes > NAMES_UP_TO:
+        return max(most // classes, 1)
+    return max(CELL if classes <= VALUES_UP_TO else NAMED_CELL, least // classes)
+
+
+def _note(class_names: Sequence[str], labels: Sequence[str]) -> str:
+    if not labels:
+        return "Too many classes for names and numbers; confusion.csv has them all."
+    numbered = any(label == f"class {at}" != class_names[at] for at, label in enumerate(labels))
+    return "Numbers are of classes whose names the font cannot write." if numbered else ""
+
+
+def _draw_matrix(figure: Figure, axis: Axes, scale: Axes, confusion: NDArray[np.int64]) -> None:
+    """Draw shares of rows, and numbers where cells have room."""
+    totals = confusion.sum(axis=1, keepdims=True)
+    shares = np.ma.masked_array(confusion / np.maximum(totals, 1), np.broadcast_to(totals == 0, confusion.shape))
+    image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="auto", interpolation="nearest")
+    axis.set_facecolor(EMPTY)
+    axis.set_xlabel("predicted class", fontsize=TEXT)
+    axis.set_ylabel("true class", fontsize=TEXT)
+    bar = figure.colorbar(image, cax=scale, format=PercentFormatter(1, decimals=0), ticks=SHARES)
+    bar.set_label("share of the true class", fontsize=SMALL)
+    if len(confusion) > VALUES_UP_TO:
+        return
+    for row, column in np.argwhere(confusion):
+        color = "white" if shares[row, column] > 0.4 else "black"
+        count = f"{confusion[row, column]}"
+        axis.text(column, row, count, ha="center", va="center", fontsize=TINY, color=color)
+
+
+# --- Names of classes -------------------------------------------------------------------------------------
+
+
+def class_labels(class_names: Sequence[str]) -> list[str]:
+    """Shorten names to one line, or number those that cannot be drawn."""
+    glyphs = get_font(findfont(FontProperties())).get_charmap()
+    lines = [" ".join(name.split()) for name in class_names]
+    drawable = [bool(line) and all(ord(letter) in glyphs for letter in line) for line in lines]
+    return [_cut(line) if drawable[index] else f"class {index}" for index, line in enumerate(lines)]
+
+
+def _cut(name: str) -> str:
+    """Cut a long name in the middle: related names often begin alike."""
+    cut, kept = name, min(len(name), LONGEST_LABEL // 3)  # no letter is narrower than 3 pixels
+    while _text_width(cut, SMALL) > LONGEST_LABEL:
+        kept -= 1
+        cut = f"{name[: kept - kept // 3]}…{name[len(name) - kept // 3 :]}"
+    return cut
+
+
+def _text_width(text: str, points: float) -> int:
+    """Measure a line of text in pixels."""
+    measured = _renderer().get_text_width_height_descent(text, FontProperties(size=points), ismath=False)
+    return math.ceil(measured[0])
+
+
+@functools.cache
+def _renderer() -> RendererAgg:
+    return RendererAgg(1, 1, DPI)
+
+
+def _plain(axis: Axes) -> None:
+    """Set small numbers and no frame."""
+    axis.tick_params(labelsize=SMALL, length=0)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+# --- Calibration ------------------------------------------------------------------------------------------
+
+
 def calibration_figure(bins: Sequence[Bin]) -> Figure:
-    """Reliability diagram: accuracy by top-1 probability, and below how many samples have such a probability."""
+    """Draw accuracy and number of samples by top-1 probability."""
     figure = Figure(figsize=(5.2, 5.6), dpi=DPI, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     filled = [one for one in bins if one.samples]
@@ -86,7 +167,8 @@ def calibration_figure(bins: Sequence[Bin]) -> Figure:
     counts = [one.samples for one in filled]
     lower.bar(middles, counts, width, color="0.7")
     for middle, count in zip(middles, counts, strict=True):
-        lower.text(middle, count + 0.04 * max(counts), _short_count(count), ha="center", fontsize=TINY)
+        shown = f"{count}" if count < 10_000 else f"{count / 1000:.0f}k"
+        lower.text(middle, count + 0.04 * max(counts), shown, ha="center", fontsize=TINY)
     lower.set(ylim=(0, 1.25 * max(counts)), yticks=())
     lower.set_ylabel("samples", fontsize=TEXT)
     lower.set_xlabel("probability of the best class", fontsize=TEXT)
@@ -101,87 +183,74 @@ def calibration_figure(bins: Sequence[Bin]) -> Figure:
     return figure
 
 
-def class_labels(class_names: Sequence[str]) -> list[str]:
-    """Names as they fit beside a row: on one line, cut in the middle; the class's number if the font lacks letters."""
-    glyphs = get_font(findfont(FontProperties())).get_charmap()
-    labels = []
-    for index, name in enumerate(class_names):
-        line = " ".join(name.split())
-        drawable = line and all(ord(letter) in glyphs for letter in line)
-        labels.append(_cut(line) if drawable else _number(index))
-    return labels
+# --- Map of the features ----------------------------------------------------------------------------------
 
 
-def _number(index: int) -> str:
-    return f"class {index}"
+def map_figure(
+    features: NDArray[np.float32],
+    labels: NDArray[np.int64] | None,
+    wrong: NDArray[np.bool_],
+    class_names: Sequence[str],
+    title: str,
+) -> Figure:
+    """Draw features by their first two principal components, coloured by true class.
+
+    Wrongly classified images are crosses. A legend names the classes where they are few.
+
+    Args:
+        features: (M, E), finite, M from 3 and E from 2.
+        labels: (M,) classes, or None for a single colour where an image can have several.
+        wrong: (M,).
+        class_names: C names.
+    """
+    points, note = project(features)
+    present = [] if labels is None else np.unique(labels).tolist()
+    if len(present) > MOST_NAMED:
+        note += f" {len(present):,} classes, too many to name."
+    own = class_colors(len(class_names))[labels] if labels is not None else class_colors(1).repeat(len(wrong), axis=0)
+    figure = Figure(figsize=MAP_SIZE, dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    size = 9 if len(wrong) > 500 else 20
+    x, y = points.T
+    axes.scatter(x[~wrong], y[~wrong], s=size, c=own[~wrong], linewidths=0, alpha=0.75)
+    axes.scatter(x[wrong], y[wrong], s=2.5 * size, c=own[wrong], marker="X", linewidths=0.6, edgecolors="black")
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(linewidth=0.5, color="0.6")
+    axes.set_title(title, fontsize=TEXT + 1, parse_math=False)
+    axes.set_xlabel(note, fontsize=SMALL, color=GREY, parse_math=False, wrap=True)
+    _draw_legend(axes, class_names, present if len(present) <= MOST_NAMED else [], bool(wrong.any()))
+    return figure
 
 
-def _cut(name: str) -> str:
-    """The beginning and the end of a long name, because names of one family often begin alike."""
-    if _text_width(name, SMALL) <= LONGEST_NAME:
-        return name
-
-    def around_gap(kept: int) -> str:
-        return f"{name[: kept - kept // 3]}…{name[len(name) - kept // 3 :]}"
-
-    lengths = range(min(len(name), LONGEST_NAME // 3))  # no letter is narrower than 3 pixels
-    too_long = bisect_left(lengths, True, key=lambda kept: _text_width(around_gap(kept), SMALL) > LONGEST_NAME)
-    return around_gap(too_long - 1)
+def project(features: NDArray[np.float32]) -> tuple[NDArray[np.float64], str]:
+    """Project features (M, E) on two principal components, described in words."""
+    if np.ptp(features, axis=0).max() == 0:
+        return np.zeros((len(features), 2)), "All features are equal."
+    pca = PCA(n_components=2, svd_solver="full")
+    points = pca.fit_transform(features.astype(np.float64))
+    return points, f"First two principal components: {pca.explained_variance_ratio_.sum():.0%} of the variance."
 
 
-def _text_width(text: str, points: float) -> int:
-    """Pixels of a line of text."""
-    measured = _renderer().get_text_width_height_descent(text, FontProperties(size=points), ismath=False)
-    return math.ceil(measured[0])
+def class_colors(count: int) -> NDArray[np.float64]:
+    """Choose (count, 3) different colours, RGB in 0-1, in three shades."""
+    hues = (0.6 + GOLDEN * np.arange(count)) % 1
+    values = np.array([0.85, 0.6, 0.98])[np.arange(count) % 3]
+    return hsv_to_rgb(np.stack([hues, np.full(count, 0.75), values], axis=1))
 
 
-@functools.cache
-def _renderer() -> RendererAgg:
-    return RendererAgg(1, 1, DPI)
-
-
-def _cell(classes: int) -> int:
-    """Pixels of a cell of the matrix; whole, so that all are of one size."""
-    least, most = SIDES
-    if classes > NAMES_UP_TO:
-        return max(most // classes, 1)
-    return max(CELL if classes <= VALUES_UP_TO else NAMED_CELL, least // classes)
-
-
-def _note(class_names: Sequence[str], labels: Sequence[str]) -> str:
-    """What a reader has to know about the names."""
-    if not labels:
-        return "Too many classes for names and numbers; confusion.csv has them all."
-    numbered = any(label == _number(at) != class_names[at] for at, label in enumerate(labels))
-    return "Numbers are of classes whose names the font can not write." if numbered else ""
-
-
-def _draw_matrix(figure: Figure, axis: Axes, scale: Axes, confusion: NDArray[np.int64]) -> None:
-    """Rows as shares; those without samples are grey."""
-    totals = confusion.sum(axis=1, keepdims=True)
-    shares = np.ma.masked_array(confusion / np.maximum(totals, 1), np.broadcast_to(totals == 0, confusion.shape))
-    image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="auto", interpolation="nearest")
-    axis.set_facecolor(EMPTY)
-    axis.set_xlabel("predicted class", fontsize=TEXT)
-    axis.set_ylabel("true class", fontsize=TEXT)
-    bar = figure.colorbar(image, cax=scale, format=PercentFormatter(1, decimals=0), ticks=SHARES)
-    bar.set_label("share of the true class", fontsize=SMALL)
-
-
-def _write_counts(axis: Axes, confusion: NDArray[np.int64]) -> None:
-    totals = confusion.sum(axis=1)
-    for (row, column), count in np.ndenumerate(confusion):
-        if count:
-            color = "white" if count > 0.4 * totals[row] else "black"
-            axis.text(column, row, f"{count}", ha="center", va="center", fontsize=TINY, color=color)
-
-
-def _plain(axis: Axes) -> None:
-    """Small numbers, no lines around."""
-    axis.tick_params(labelsize=SMALL, length=0)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
-
-
-def _short_count(count: int) -> str:
-    return f"{count}" if count < 10_000 else f"{count / 1000:.0f}k"
+def _draw_legend(axes: Axes, class_names: Sequence[str], shown: Sequence[int], crosses: bool) -> None:
+    """Name the shown classes, and the crosses where there are any."""
+    colors, labels = class_colors(len(class_names)), class_labels(class_names) if shown else []
+    handles = [Line2D([], [], linestyle="none", marker="o", markeredgewidth=0, color=colors[at]) for at in shown]
+    names = [labels[at] for at in shown]
+    if crosses:
+        handles.append(Line2D([], [], linestyle="none", marker="X", color="white", markeredgecolor="black"))
+        names.append("wrong")
+    if handles:
+        # Names are set afterwards: matplotlib drops names that begin with an underscore, and reads $...$ as formulas.
+        legend = axes.legend(
+            handles, [" "] * len(handles), loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False
+        )
+        for text, name in zip(legend.get_texts(), names, strict=True):
+            text.set(text=name, parse_math=False, fontsize=SMALL)

@@ -1,14 +1,15 @@
-"""What an evaluation leaves in its folder.
+"""Files of an evaluation.
 
     FOLDER/evaluation.json        numbers, classes, most frequent confusions; written last: the rest is complete then
     FOLDER/per_class.csv          the classes of evaluation.json as a table
     FOLDER/predictions.csv        a row per sample: label, loss, best classes with their probabilities
     FOLDER/confusion.csv, .png    samples, true class (row) by predicted class (column)
-    FOLDER/calibration.png        whether probabilities mean what they say
+    FOLDER/calibration.png        accuracy by probability
     FOLDER/features.safetensors   `features` (M, E) of some samples, their `labels` and `indices`
+    FOLDER/embedding.png          a map of these features
 
-Where an image can have several labels there is no confusion and no calibration; without features, no file of them.
-Shares are of 1, not percent. What is not defined for lack of samples is null in JSON and empty in tables.
+Where an image can have several labels there is no confusion and no calibration; without features, neither of their
+files. Shares are of 1, not percent. What is not defined for lack of samples is null in JSON and empty in tables.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from crossmae.classification.evaluation.figures import calibration_figure, confusion_figure
-from crossmae.classification.evaluation.metrics import Predictions, Scores
+from crossmae.classification.evaluation.figures import calibration_figure, confusion_figure, map_figure
+from crossmae.classification.evaluation.metrics import ClassificationScores, Predictions
 from crossmae.files import ODD_BYTES, make_folder, sync_folder, write_atomically, write_json
 from crossmae.reports.figures import save_figure
 
 EVALUATION = "evaluation.json"
 CONFUSION_CSV, CONFUSION_PNG = "confusion.csv", "confusion.png"
-PER_CLASS = "per_class.csv"
-PREDICTIONS = "predictions.csv"
+PER_CLASS_CSV = "per_class.csv"
+PREDICTIONS_CSV = "predictions.csv"
 CALIBRATION = "calibration.png"
-FEATURES = "features.safetensors"
-FILES = (EVALUATION, CONFUSION_CSV, CONFUSION_PNG, PER_CLASS, PREDICTIONS, CALIBRATION, FEATURES)
+FEATURES, EMBEDDING = "features.safetensors", "embedding.png"
+FILES = (EVALUATION, CONFUSION_CSV, CONFUSION_PNG, PER_CLASS_CSV, PREDICTIONS_CSV, CALIBRATION, FEATURES, EMBEDDING)
 
-MOST_PAIRS = 20  # confusions in evaluation.json
+RECORDED_PAIRS = 20  # confusions in evaluation.json
 DIGITS = 6  # after the decimal point
 BETWEEN_LABELS = "; "
 
@@ -46,12 +47,14 @@ BETWEEN_LABELS = "; "
 def write_evaluation(
     folder: Path,
     predictions: Predictions,
-    scores: Scores,
+    scores: ClassificationScores,
     class_names: Sequence[str],
     sample_names: Callable[[int], str],
     about: Mapping[str, Any],
 ) -> None:
-    """Write the files of an evaluation; those of an earlier one go, but only once all new ones are complete.
+    """Write the files of an evaluation.
+
+    An earlier evaluation stays until all new files are complete.
 
     Args:
         folder: made if need be.
@@ -59,26 +62,24 @@ def write_evaluation(
         scores: of these, by `score`.
         class_names: C names to show.
         sample_names: the name of a sample by its index in the source.
-        about: what was evaluated on what, kept in evaluation.json as it is; has to be JSON.
+        about: JSON facts about weights and data, kept in evaluation.json as they are.
 
     Raises:
-        ValueError: not as many names as classes, or NaN in `about`.
-        UserError: the folder can not be written in.
+        ValueError: NaN in `about`.
+        UserError: the folder cannot be written in.
     """
-    if len(class_names) != len(scores.classes):
-        raise ValueError(f"class_names: expected {len(scores.classes)} names, got {len(class_names)}")
     make_folder(folder, "output_dir")
     with TemporaryDirectory(prefix=".evaluation-", dir=folder) as name:
         new = Path(name)
         _write_tables(new, predictions, scores, class_names, sample_names)
-        _write_pictures(new, scores, class_names)
+        _write_pictures(new, predictions, scores, class_names)
         _write_features(new, predictions)
-        write_json(new / EVALUATION, evaluation_record(scores, class_names, about))
+        write_json(new / EVALUATION, _record(scores, class_names, about))
         _replace(folder, new)
 
 
-def evaluation_record(scores: Scores, class_names: Sequence[str], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Content of evaluation.json, what matters most first."""
+def _record(scores: ClassificationScores, class_names: Sequence[str], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the content of evaluation.json, most important first."""
     interval = scores.top1_interval
     record: dict[str, Any] = {
         "samples": scores.samples,
@@ -87,20 +88,20 @@ def evaluation_record(scores: Scores, class_names: Sequence[str], about: Mapping
         "classes": _class_rows(scores, class_names),
         "most_confused": [
             {
-                "true": class_names[pair.true],
-                "predicted": class_names[pair.predicted],
-                "count": pair.count,
-                "share": _number(pair.share),
+                "true": class_names[true],
+                "predicted": class_names[predicted],
+                "count": count,
+                "share": _number(count / scores.classes[true].samples),
             }
-            for pair in scores.most_confused(MOST_PAIRS)
+            for true, predicted, count in scores.most_confused(RECORDED_PAIRS)
         ],
         "calibration": [{key: _number(value) for key, value in asdict(one).items()} for one in scores.bins],
     }
     return {key: value for key, value in record.items() if value not in (None, [])} | {"about": dict(about)}
 
 
-def _class_rows(scores: Scores, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Average precision stands only where it is defined for this kind of labels."""
+def _class_rows(scores: ClassificationScores, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Build a row per class, without an undefined average precision."""
     rows = []
     for name, one in zip(class_names, scores.classes, strict=True):
         values = {key: _number(value) for key, value in asdict(one).items() if key != "ap"}
@@ -109,7 +110,7 @@ def _class_rows(scores: Scores, class_names: Sequence[str]) -> list[dict[str, An
 
 
 def _number(value: float) -> float | None:
-    """For people and JSON: few digits, None for NaN; counts stay as they are."""
+    """Round a number to few digits, and turn NaN into None."""
     if isinstance(value, int):
         return value
     return None if math.isnan(value) else round(value, DIGITS)
@@ -118,13 +119,13 @@ def _number(value: float) -> float | None:
 def _write_tables(
     folder: Path,
     predictions: Predictions,
-    scores: Scores,
+    scores: ClassificationScores,
     class_names: Sequence[str],
     sample_names: Callable[[int], str],
 ) -> None:
     classes = _class_rows(scores, class_names)
-    _write_csv(folder / PER_CLASS, [list(classes[0]), *(list(row.values()) for row in classes)])
-    _write_csv(folder / PREDICTIONS, _prediction_rows(predictions, class_names, sample_names))
+    _write_csv(folder / PER_CLASS_CSV, [list(classes[0]), *(list(row.values()) for row in classes)])
+    _write_csv(folder / PREDICTIONS_CSV, _prediction_rows(predictions, class_names, sample_names))
     if scores.confusion is not None:
         rows = zip(class_names, scores.confusion.tolist(), strict=True)
         _write_csv(folder / CONFUSION_CSV, [["true \\ predicted", *class_names], *([name, *row] for name, row in rows)])
@@ -137,20 +138,11 @@ def _prediction_rows(
     yield ["name", "label", "loss", "correct", *(column for k in best for column in (f"top{k}", f"score{k}"))]
     columns = (predictions.indices, predictions.losses, predictions.correct.int())
     top = (predictions.top_classes, predictions.top_scores)
-    labels = _label_names(predictions, class_names)
-    rows = zip(*(column.tolist() for column in (*columns, *top)), labels, strict=True)
+    rows = zip(*(column.tolist() for column in (*columns, *top)), predictions.labels, strict=True)
     for index, loss, correct, classes, shares, label in rows:
+        true = label.nonzero()[:, 0].tolist() if predictions.multi_label else [int(label)]
         ranked = [cell for at, share in zip(classes, shares, strict=True) for cell in (class_names[at], _fixed(share))]
-        yield [sample_names(index), label, _fixed(loss), correct, *ranked]
-
-
-def _label_names(predictions: Predictions, class_names: Sequence[str]) -> Iterator[str]:
-    """Of each sample; several are joined."""
-    if not predictions.multi_label:
-        yield from (class_names[label] for label in predictions.labels.tolist())
-        return
-    for row in predictions.labels:
-        yield BETWEEN_LABELS.join(class_names[label] for label in row.nonzero()[:, 0].tolist())
+        yield [sample_names(index), BETWEEN_LABELS.join(class_names[at] for at in true), _fixed(loss), correct, *ranked]
 
 
 def _fixed(value: float) -> str:
@@ -165,24 +157,37 @@ def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
     write_atomically(path, write)
 
 
-def _write_pictures(folder: Path, scores: Scores, class_names: Sequence[str]) -> None:
+def _write_pictures(
+    folder: Path, predictions: Predictions, scores: ClassificationScores, class_names: Sequence[str]
+) -> None:
     if scores.confusion is not None:
         save_figure(confusion_figure(scores.confusion, class_names), folder / CONFUSION_PNG)
         save_figure(calibration_figure(scores.bins), folder / CALIBRATION)
+    features = predictions.features
+    if features is not None and len(features) > 2:
+        rows = _rows_with_features(predictions)
+        labels = None if predictions.multi_label else predictions.labels[rows].numpy()
+        title = f"Features of {len(features):,} of {scores.samples:,} images"
+        wrong = ~predictions.correct[rows].numpy()
+        save_figure(map_figure(features.numpy(), labels, wrong, class_names, title), folder / EMBEDDING)
+
+
+def _rows_with_features(predictions: Predictions) -> torch.Tensor:
+    assert predictions.feature_indices is not None
+    return torch.searchsorted(predictions.indices, predictions.feature_indices.contiguous())
 
 
 def _write_features(folder: Path, predictions: Predictions) -> None:
-    features, indices = predictions.features, predictions.feature_indices
-    if features is None or indices is None:
+    if predictions.features is None or predictions.feature_indices is None:
         return
-    indices = indices.contiguous()
-    labels = predictions.labels[torch.searchsorted(predictions.indices, indices)]
-    tensors = {"features": features.contiguous(), "labels": labels, "indices": indices}
+    labels = predictions.labels[_rows_with_features(predictions)]
+    indices = predictions.feature_indices.contiguous()
+    tensors = {"features": predictions.features.contiguous(), "labels": labels, "indices": indices}
     write_atomically(folder / FEATURES, lambda temporary: save_file(tensors, temporary))
 
 
 def _replace(folder: Path, new: Path) -> None:
-    """Put new files in place of old ones; while that is not done, there is no evaluation.json."""
+    """Replace old files by new files, evaluation.json last."""
     (folder / EVALUATION).unlink(missing_ok=True)
     for name in reversed(FILES):
         if (new / name).exists():

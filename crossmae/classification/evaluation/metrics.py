@@ -1,9 +1,7 @@
-"""How good a classifier's answers are, from the answers alone.
+"""Classification metrics, computed from predictions only, each sample counted exactly once.
 
-`Predictions` holds what every number needs of every sample, each of which counts once: `merge` puts the parts of
-several processes together, `score` counts. What the model itself answers may differ between batches in the last digit.
-N samples, C classes, K = min(5, C) best classes of a sample. All shares are of 1, not percent; NaN is "not defined" for
-lack of samples.
+N samples, C classes, K = min(5, C) best classes of a sample. All shares are of 1, not percent; NaN means "not defined"
+for lack of samples.
 """
 
 from __future__ import annotations
@@ -15,20 +13,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import stats
 from sklearn.metrics import average_precision_score, confusion_matrix
 from torch import Tensor
 
-from crossmae.classification.evaluation.intervals import wilson
-from crossmae.errors import UserError
+from crossmae.errors import UserError, shorten
 
 BINS = 15  # of the calibration error, as in arXiv 1706.04599
-THRESHOLD = 0.5  # score from which a class counts as predicted where an image can have several
-MOST_NAMED = 5  # samples that an error message lists
+LABEL_THRESHOLD = 0.5  # score from which a class counts as predicted where an image can have several labels
+CONFIDENCE = 0.95  # of every interval
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a classifier answered for a data set, one row per sample, rows by rising index; all tensors on the CPU.
+    """Predictions for a data set on the CPU, one row per sample, by rising index.
 
     Attributes:
         indices: (N,) int64 positions in the source, each exactly once.
@@ -52,100 +50,98 @@ class Predictions:
 
     @property
     def multi_label(self) -> bool:
-        """Whether an image can have several labels, or none."""
+        """True where an image can have several labels, or none."""
         return self.labels.ndim == 2
 
     @property
     def correct(self) -> Tensor:
-        """(N,) bool: the best class is the label; of several, all labels are predicted and no other class is."""
+        """Rows (N,) bool whose predicted class or classes are exactly the labels."""
         if self.scores is None:
             return self.top_classes[:, 0] == self.labels
-        return ((self.scores >= THRESHOLD) == self.labels).all(dim=1)
+        return ((self.scores >= LABEL_THRESHOLD) == self.labels).all(dim=1)
 
 
 def merge(parts: Sequence[Predictions], count: int) -> Predictions:
-    """The predictions of all processes as one: the same, to the bit, as of a single process.
+    """Merge predictions of all processes, bit-identical to those of one process.
 
     Args:
         parts: of each process, rows in any order; a process may have had no samples.
         count: samples of the data set; their indices are 0 .. count - 1.
 
     Raises:
-        ValueError: a sample is missing, there twice, or not of the data set; names it. The same for features, except
-            that they may be missing.
+        ValueError: the data set is empty, or a sample does not have exactly one row.
     """
     filled = [part for part in parts if len(part.indices)]
-    indices = _cat([part.indices for part in filled])
-    _check_indices(indices, count, "predictions")
-    missing = torch.bincount(indices, minlength=count) == 0
-    if missing.any():
-        raise ValueError(f"predictions: no row for {_samples(missing.nonzero()[:, 0])} of {count}")
-    if not filled:
-        raise ValueError("predictions: a data set without samples")
+    indices = torch.cat([torch.empty(0, dtype=torch.int64), *(part.indices for part in filled)])
     order = indices.argsort()
+    if not count or not torch.equal(indices[order], torch.arange(count)):
+        raise ValueError(f"predictions: {len(indices)} rows for {count} samples. Give exactly one row per sample.")
 
     def rows(name: str) -> Tensor:
         return torch.cat([getattr(part, name) for part in filled])[order]
 
-    features, feature_indices = _merge_features(filled, count)
-    return Predictions(
-        indices=indices[order],
-        labels=rows("labels"),
-        losses=rows("losses"),
-        top_classes=rows("top_classes"),
-        top_scores=rows("top_scores"),
-        scores=None if filled[0].scores is None else rows("scores"),
-        features=features,
-        feature_indices=feature_indices,
-    )
+    kept = [part for part in filled if part.features is not None and len(part.features)]
+    features, feature_indices = None, None
+    if kept:
+        feature_indices, places = torch.cat([part.feature_indices for part in kept]).sort()  # type: ignore[misc]
+        features = torch.cat([part.features for part in kept])[places]  # type: ignore[misc]
+    labels, losses, top_classes, top_scores = map(rows, ("labels", "losses", "top_classes", "top_scores"))
+    scores = None if filled[0].scores is None else rows("scores")
+    return Predictions(indices[order], labels, losses, top_classes, top_scores, scores, features, feature_indices)
 
 
-def _merge_features(parts: Sequence[Predictions], count: int) -> tuple[Tensor | None, Tensor | None]:
-    kept = [
-        (part.features, part.feature_indices)
-        for part in parts
-        if part.features is not None and part.feature_indices is not None and len(part.features)
-    ]
-    if not kept:
-        return None, None
-    indices = _cat([its_indices for _, its_indices in kept])
-    _check_indices(indices, count, "features")
-    order = indices.argsort()
-    return torch.cat([features for features, _ in kept])[order], indices[order]
-
-
-def _cat(indices: Sequence[Tensor]) -> Tensor:
-    return torch.cat([torch.empty(0, dtype=torch.int64), *indices])
-
-
-def _check_indices(indices: Tensor, count: int, what: str) -> None:
-    outside = indices[(indices < 0) | (indices >= count)]
-    if len(outside):
-        raise ValueError(f"{what}: a row for {_samples(outside.unique())}, but the data set has {count}")
-    doubled = torch.bincount(indices, minlength=count) > 1
-    if doubled.any():
-        raise ValueError(f"{what}: more than one row for {_samples(doubled.nonzero()[:, 0])}; each counts once")
-
-
-def _samples(indices: Tensor) -> str:
-    """ "sample 3", "samples 3, 4, 8, 9, 12 and 40 more"."""
-    named, more = ", ".join(map(str, indices[:MOST_NAMED].tolist())), len(indices) - MOST_NAMED
-    return f"sample{'s' if len(indices) > 1 else ''} {named}" + (f" and {more} more" if more > 0 else "")
+# --- Intervals --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class ClassScore:
-    """How one class fared.
+class Accuracy:
+    """Share of correctly classified images with Wilson's 95% interval, which covers the choice of images only."""
 
-    Attributes:
-        samples: that have it as label.
-        predictions: samples for which it was predicted: as the best class; for several labels, with a score of at
-            least 0.5.
-        recall: share of its samples for which it was predicted; with one label per image this is its accuracy.
-        precision: share of its predictions that are right.
-        f1: their harmonic mean, 0 where it was only missed or only predicted wrongly.
-        ap: average precision; None with one label per image.
-    """
+    accuracy: float
+    low: float
+    high: float
+    right: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean accuracy of runs with Student's 95% interval, cut at 0 and 1, None for one run."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    runs: int
+
+
+def wilson(right: int, images: int) -> tuple[float, float]:
+    """Compute Wilson's 95% interval of a share, for images drawn independently."""
+    interval = stats.binomtest(right, images).proportion_ci(CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def accuracy_of(predicted: Tensor, labels: Tensor) -> Accuracy:
+    """Compare predicted classes (M,) with the true classes (M,)."""
+    right, images = int((predicted.cpu() == labels.cpu()).sum()), len(labels)
+    return Accuracy(right / images, *wilson(right, images), right, images)
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """Average at least one accuracy."""
+    numbers = torch.tensor(values, dtype=torch.float64)
+    mean, runs = float(numbers.mean()), len(values)
+    if runs == 1:
+        return Mean(mean, None, None, 1)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, runs - 1)) * float(numbers.std()) / math.sqrt(runs)
+    return Mean(mean, max(mean - half, 0.0), min(mean + half, 1.0), runs)
+
+
+# --- Metrics ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClassMetrics:
+    """Counts of a class in labels and predictions, its metrics, and average precision for several labels."""
 
     samples: int
     predictions: int
@@ -157,7 +153,7 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class Bin:
-    """The samples whose top-1 probability is over `low` and at most `high`, with its mean and their accuracy."""
+    """Samples with a top-1 probability over `low` and up to `high`: mean probability, share of correct ones."""
 
     low: float
     high: float
@@ -167,29 +163,16 @@ class Bin:
 
 
 @dataclass(frozen=True)
-class ConfusedPair:
-    """So many samples of one class that were taken for another, and which share they are of the true class."""
-
-    true: int
-    predicted: int
-    count: int
-    share: float
-
-
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """What `score` counted; None where it does not apply to this kind of labels.
+class ClassificationScores:
+    """Metrics of a data set, None where they do not apply to this kind of labels.
 
     Attributes:
-        samples: all, N.
-        loss: mean over the samples.
-        classes: one for each class.
-        top1: share of samples whose best class is the label.
-        top1_interval: 95% interval of `top1` (Wilson), for samples drawn independently.
-        top5: share of samples whose label is among the K best classes; None where there are no others.
-        balanced_accuracy: mean of the classes' accuracies, without the classes that have no samples.
-        ece: expected calibration error, from `bins`.
-        bins: 15 of equal width.
+        loss: mean over all samples.
+        classes: C metrics of single classes.
+        top1_interval: Wilson's 95% interval of `top1`.
+        top5: only where there are more than 5 classes.
+        balanced_accuracy: mean recall, without the classes that have no samples.
+        ece: expected calibration error over `bins`.
         confusion: (C, C) samples, true class by predicted class.
         mean_ap: mean average precision, without the classes that have no samples.
         micro_f1: F1 of all pairs of sample and class, at a score of 0.5.
@@ -198,7 +181,7 @@ class Scores:
 
     samples: int
     loss: float
-    classes: tuple[ClassScore, ...]
+    classes: tuple[ClassMetrics, ...]
     top1: float | None = None
     top1_interval: tuple[float, float] | None = None
     top5: float | None = None
@@ -211,45 +194,44 @@ class Scores:
     macro_f1: float | None = None
 
     def numbers(self) -> dict[str, float]:
-        """The numbers of the whole data set by their names above, those that apply."""
+        """Name the metrics of the whole data set that apply."""
         names = ("loss", "top1", "top5", "balanced_accuracy", "ece", "mean_ap", "micro_f1", "macro_f1")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def most_confused(self, limit: int) -> list[ConfusedPair]:
-        """The most frequent confusions, at most `limit`; equal counts in order of the classes."""
+    def most_confused(self, limit: int) -> list[tuple[int, int, int]]:
+        """List the most frequent confusions as (true class, predicted class, samples).
+
+        Equal counts come in order of the classes.
+        """
         if self.confusion is None:
             return []
         wrong = self.confusion.copy()
         np.fill_diagonal(wrong, 0)
         places = np.argwhere(wrong)
         order = np.argsort(-wrong[tuple(places.T)], kind="stable")[:limit]
-        return [
-            ConfusedPair(true, predicted, count := int(wrong[true, predicted]), count / self.classes[true].samples)
-            for true, predicted in places[order].tolist()
-        ]
+        return [(true, predicted, int(wrong[true, predicted])) for true, predicted in places[order].tolist()]
 
 
-def score(predictions: Predictions, num_classes: int) -> Scores:
-    """All numbers that these predictions give.
+def score(predictions: Predictions, num_classes: int) -> ClassificationScores:
+    """Compute all metrics of a data set of at least one sample.
 
     Raises:
-        ValueError: no samples, a label or a predicted class outside 0 .. num_classes - 1, or shapes that do not fit.
-        UserError: a loss or a probability is not finite; names the sample.
+        UserError: a loss or a probability is not finite; names the samples.
     """
-    _check(predictions, num_classes)
+    _check_finite(predictions)
     # By numpy, because torch's sums depend on the number of threads.
     loss = float(predictions.losses.double().numpy().mean())
-    score_labels = _score_several_labels if predictions.multi_label else _score_one_label
-    return score_labels(predictions, num_classes, loss)
+    compute = _score_several_labels if predictions.multi_label else _score_one_label
+    return compute(predictions, num_classes, loss)
 
 
-def _score_one_label(predictions: Predictions, num_classes: int, loss: float) -> Scores:
+def _score_one_label(predictions: Predictions, num_classes: int, loss: float) -> ClassificationScores:
     labels, top = predictions.labels.numpy(), predictions.top_classes.numpy()  # (N,), (N, K)
     correct = predictions.correct.numpy()
     confusion = confusion_matrix(labels, top[:, 0], labels=np.arange(num_classes)).astype(np.int64)
-    classes = _class_scores(np.diagonal(confusion), confusion.sum(axis=1), confusion.sum(axis=0))
+    classes = _class_metrics(np.diagonal(confusion), confusion.sum(axis=1), confusion.sum(axis=0))
     bins = calibration_bins(predictions.top_scores[:, 0].double().numpy(), correct)
-    return Scores(
+    return ClassificationScores(
         samples=len(labels),
         loss=loss,
         classes=classes,
@@ -263,17 +245,17 @@ def _score_one_label(predictions: Predictions, num_classes: int, loss: float) ->
     )
 
 
-def _score_several_labels(predictions: Predictions, num_classes: int, loss: float) -> Scores:
-    assert predictions.scores is not None  # checked
+def _score_several_labels(predictions: Predictions, num_classes: int, loss: float) -> ClassificationScores:
+    assert predictions.scores is not None
     labels, scores = predictions.labels.numpy(), predictions.scores.numpy()  # (N, C)
-    predicted = scores >= THRESHOLD
-    hits, samples, guesses = ((labels & predicted).sum(axis=0), labels.sum(axis=0), predicted.sum(axis=0))
+    predicted = scores >= LABEL_THRESHOLD
+    hits, samples, guesses = (labels & predicted).sum(axis=0), labels.sum(axis=0), predicted.sum(axis=0)
     ap = [
         float(average_precision_score(labels[:, index], scores[:, index])) if samples[index] else math.nan
         for index in range(num_classes)
     ]
-    classes = _class_scores(hits, samples, guesses, ap)
-    return Scores(
+    classes = _class_metrics(hits, samples, guesses, ap)
+    return ClassificationScores(
         samples=len(labels),
         loss=loss,
         classes=classes,
@@ -284,7 +266,10 @@ def _score_several_labels(predictions: Predictions, num_classes: int, loss: floa
 
 
 def calibration_bins(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> tuple[Bin, ...]:
-    """Samples by their top-1 probability (N,), in bins (0, 1/15], (1/15, 2/15], ...: arXiv 1706.04599, section 2."""
+    """Sort samples (N,) into bins (0, 1/15], (1/15, 2/15], ... by probability.
+
+    Own code (arXiv 1706.04599, section 2), because scikit-learn's calibration_curve drops empty bins and counts.
+    """
     edges = np.arange(BINS + 1) / BINS
     places = np.digitize(confidence, edges[1:-1], right=True)
     bins = []
@@ -297,23 +282,20 @@ def calibration_bins(confidence: NDArray[np.float64], correct: NDArray[np.bool_]
 
 
 def calibration_error(bins: Sequence[Bin]) -> float:
-    """Expected calibration error: mean gap between accuracy and confidence, bins weighted by their samples.
-
-    arXiv 1706.04599, equation 3.
-    """
+    """Compute the expected calibration error (arXiv 1706.04599, equation 3)."""
     gaps = sum(one.samples * abs(one.accuracy - one.confidence) for one in bins if one.samples)
     return _ratio(gaps, sum(one.samples for one in bins))
 
 
-def _class_scores(
+def _class_metrics(
     hits: NDArray[np.int64], samples: NDArray[np.int64], predictions: NDArray[np.int64], ap: Sequence[float] = ()
-) -> tuple[ClassScore, ...]:
-    """Of each class: samples for which it was predicted rightly, that have it, and for which it was predicted."""
+) -> tuple[ClassMetrics, ...]:
+    counts = zip(hits.tolist(), samples.tolist(), predictions.tolist(), strict=True)
     return tuple(
-        ClassScore(has, said, _ratio(hit, has), _ratio(hit, said), _ratio(2 * hit, has + said), *ap[index : index + 1])
-        for index, (hit, has, said) in enumerate(
-            zip(hits.tolist(), samples.tolist(), predictions.tolist(), strict=True)
+        ClassMetrics(
+            has, said, _ratio(hit, has), _ratio(hit, said), _ratio(2 * hit, has + said), *ap[index : index + 1]
         )
+        for index, (hit, has, said) in enumerate(counts)
     )
 
 
@@ -322,29 +304,9 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Mean of what is defined."""
+    """Average the values that are not NaN, exactly rounded."""
     defined = [value for value in values if not math.isnan(value)]
     return _ratio(math.fsum(defined), len(defined))
-
-
-def _check(predictions: Predictions, num_classes: int) -> None:
-    count, best = len(predictions.indices), min(5, num_classes)
-    if count == 0:
-        raise ValueError("predictions: no samples to score")
-    shapes = {"losses": (count,), "top_classes": (count, best), "top_scores": (count, best)}
-    shapes |= {"labels": (count, num_classes) if predictions.multi_label else (count,)}
-    shapes |= {"scores": (count, num_classes)} if predictions.multi_label else {}
-    for name, shape in shapes.items():
-        value: Tensor | None = getattr(predictions, name)
-        if value is None or value.shape != shape:
-            got = None if value is None else tuple(value.shape)
-            raise ValueError(f"predictions: {name} must be {shape} for {num_classes} classes, got {got}")
-    for name in ("top_classes",) if predictions.multi_label else ("labels", "top_classes"):
-        value = getattr(predictions, name)
-        low, high = int(value.min()), int(value.max())
-        if low < 0 or high >= num_classes:
-            raise ValueError(f"predictions: {name} must be 0 .. {num_classes - 1}, got {low} .. {high}")
-    _check_finite(predictions)
 
 
 def _check_finite(predictions: Predictions) -> None:
@@ -352,8 +314,8 @@ def _check_finite(predictions: Predictions) -> None:
     if predictions.scores is not None:
         finite &= predictions.scores.isfinite().all(dim=1)
     if not finite.all():
-        where = _samples(predictions.indices[~finite])
+        samples = shorten([str(index) for index in predictions.indices[~finite].tolist()])
         raise UserError(
-            f"the model's output for {where} is not finite (NaN or infinite): its weights are damaged, its training "
-            "diverged, or its numbers overflow in fp16 (then evaluate in bf16 or fp32)"
+            f"samples {samples}: the model's output is not finite. Its weights are damaged, its training diverged, "
+            "or its numbers overflow in fp16: then evaluate in bf16 or fp32."
         )

@@ -1,4 +1,4 @@
-"""What stays of an evaluation: numbers, tables and pictures in one folder; and evaluating a file of weights alone."""
+"""Results of an evaluation in one folder, and the evaluation of a finished weight file (`--eval-only`)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from crossmae.classification.data import CentreViews, label_targets, warn_of_abs
 from crossmae.classification.evaluation.evaluate import EvaluationSet, evaluate
 from crossmae.classification.evaluation.files import write_evaluation
 from crossmae.classification.evaluation.hardest import write_hardest
-from crossmae.classification.evaluation.metrics import Predictions, Scores, score
+from crossmae.classification.evaluation.metrics import ClassificationScores, Predictions, score
 from crossmae.classification.report import write_report
 from crossmae.classification.run_files import CONFIG, FOLDER
-from crossmae.classification.train.config import FinetuneConfig
+from crossmae.classification.train.config import EvaluationConfig, LabelledDataConfig
 from crossmae.data.pixels import read_pixels
-from crossmae.data.sources import Source, open_named
+from crossmae.data.sources import Source, open_source
 from crossmae.errors import UserError
-from crossmae.files import check_writable, make_folder, sha256
+from crossmae.files import check_writable, sha256
 from crossmae.training.devices import choose_precision, open_autocast, open_device
-from crossmae.training.processes import Ranks, find_ranks, process_group
+from crossmae.training.processes import find_ranks, process_group
 from crossmae.training.versions import versions
 
 log = logging.getLogger(__name__)
@@ -32,22 +32,19 @@ log = logging.getLogger(__name__)
 def write_results(
     folder: Path,
     predictions: Predictions,
-    scores: Scores,
+    scores: ClassificationScores,
     source: Source,
     class_names: Sequence[str],
     about: Mapping[str, Any],
     hardest: int,
 ) -> None:
-    """Write everything that people look at after an evaluation.
+    """Write all files of an evaluation, in place of an earlier evaluation.
 
     Args:
-        folder: made if need be; files of an earlier evaluation are replaced.
-        predictions, scores: of `source`.
-        class_names: to show.
-        about: facts for evaluation.json; `in_chans` and `bit_depth` are how images are read.
-        hardest: pictures of what is most wrong.
+        folder, predictions, scores, class_names, about: see `write_evaluation`; `in_chans` and `bit_depth` of `about`
+            are how images of `source` are read.
+        hardest: pictures of the worst mistakes.
     """
-    make_folder(folder, "output_dir")
     facts = {**about, "samples": source.description, "versions": versions()}
     write_evaluation(folder, predictions, scores, class_names, source.name, facts)
     channels, bit_depth = int(about["in_chans"]), int(about["bit_depth"])
@@ -61,14 +58,24 @@ def write_results(
     )
 
 
-def evaluate_only(config: FinetuneConfig, weights: str | Path, force: bool = False) -> Scores:
-    """Evaluate a classifier on data.val, and write the results and their page; no data to train on is needed.
+def evaluate_only(
+    weights: str | Path,
+    output_dir: Path,
+    data: LabelledDataConfig,
+    settings: EvaluationConfig,
+    batch_size: int,
+    device: str = "auto",
+    precision: str = "auto",
+    force: bool = False,
+) -> ClassificationScores:
+    """Evaluate a classifier on `data.val`, and write the results and their page.
 
-    Model, classes and pixels are those of the file. Of the config count data.val and data.val_root, output_dir,
-    evaluation, runtime, data.workers and optim.batch_size.
+    Model, classes and pixels are those of the file; no training images are needed.
 
     Args:
         weights: a classifier's file, or the folder of a run, whose best weights are taken.
+        data: of which val, val_root, separator and workers are read.
+        batch_size: images per process, where `settings` name none.
         force: replace the results of an earlier call.
 
     Raises:
@@ -76,86 +83,76 @@ def evaluate_only(config: FinetuneConfig, weights: str | Path, force: bool = Fal
             or a broken image.
     """
     ranks = find_ranks()
-    device = open_device(config.runtime.device, "runtime.device", ranks.local_rank, ranks.world_size)
-    precision = choose_precision(config.runtime.precision, device)
-    with process_group(ranks, device):
+    opened = open_device(device, "runtime.device", ranks.local_rank, ranks.world_size)
+    precision = choose_precision(precision, opened)
+    with process_group(ranks, opened):
         try:
-            ranks.together(lambda: check_folder(config, force))
-            return _evaluate_only(config, weights, device, precision, ranks)
+            ranks.together(lambda: _check_output(output_dir, force))
+            classifier = ranks.together(lambda: load_classifier(weights, settings.img_size))
+            found = ranks.together(lambda: _open_images(classifier, data, settings, batch_size))
+            if ranks.is_main:
+                log.info("data.val: %s", found.source.description)
+                warn_of_absent(found.views.targets, "data.val", classifier.classes)
+                for sentence in classifier.assumed:
+                    log.info("assumed: %s", sentence)
+            autocast = open_autocast(precision, opened)
+            predictions = evaluate(classifier.model.to(opened), found, opened, autocast, ranks)
         except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"the GPU's memory is full ({str(error).splitlines()[0]}); lower evaluation.batch_size"
-            ) from error
-
-
-def _evaluate_only(
-    config: FinetuneConfig, weights: str | Path, device: torch.device, precision: str, ranks: Ranks
-) -> Scores:
-    classifier = ranks.together(lambda: load_classifier(weights, config.evaluation.img_size))
-    for sentence in classifier.assumed:
-        log.info("assumed: %s", sentence)
-    source = ranks.together(lambda: open_named(config.data.val, "data.val", config.data.val_root))
-    data = ranks.together(lambda: evaluation_set(config, classifier, source))
-    if ranks.is_main:
-        warn_of_absent(data.views.targets, "data.val", classifier.classes)
-    autocast = open_autocast(precision, device)
-    predictions = evaluate(classifier.model.to(device), data, device, autocast, ranks)
-    scores = score(predictions, len(classifier.classes))
-    if ranks.is_main:
-        about = {
-            "weights": str(classifier.path),
-            "weights_sha256": sha256(classifier.path),
-            "assumed": list(classifier.assumed),
-            "data": config.data.val,
-            "data_root": str(config.data.val_root) if config.data.val_root else None,
-            "in_chans": classifier.architecture.in_chans,
-            "bit_depth": classifier.bit_depth,
-            "img_size": list(classifier.architecture.img_size),
-            "crop_pct": data.views.crop_pct,
-            "precision": precision,
-        }
-        folder = config.output_dir / FOLDER
-        write_results(folder, predictions, scores, source, classifier.class_names, about, config.evaluation.hardest)
-        log.info("report: %s", write_report(config.output_dir))
-    ranks.wait()
+            words = str(error).splitlines()[0]
+            raise UserError(f"evaluation.batch_size: the GPU's memory is full ({words}). Lower it.") from error
+        scores = score(predictions, len(classifier.classes))
+        if ranks.is_main:
+            about = _describe(classifier, data, found.views.crop_pct, precision)
+            folder, names = output_dir / FOLDER, classifier.class_names
+            write_results(folder, predictions, scores, found.source, names, about, settings.hardest)
+            log.info("report: %s", write_report(output_dir))
+        ranks.wait()
     return scores
 
 
-def check_folder(config: FinetuneConfig, force: bool) -> None:
-    """Make sure that there is something to evaluate on, and that nothing is replaced by it.
-
-    Raises:
-        UserError: there is not, or something would be.
-    """
-    folder = config.output_dir
-    if config.data.val is None:
-        raise UserError("missing key 'data.val': the labelled images to evaluate on; pass data.val=...")
+def _check_output(folder: Path, force: bool) -> None:
     check_writable(folder, "output_dir")
     if (folder / CONFIG).exists():
-        raise UserError(
-            f"output_dir: {folder} holds a run, whose own evaluation would be replaced; name another folder"
-        )
+        raise UserError(f"output_dir: {folder} holds a run with an evaluation of its own. Name another folder.")
     if (folder / FOLDER).exists() and not force:
-        raise UserError(f"output_dir: {folder} holds an evaluation; name another folder, or replace it with --force")
+        raise UserError(f"output_dir: {folder} holds an evaluation. Name another folder, or replace it with --force.")
 
 
-def evaluation_set(config: FinetuneConfig, classifier: Classifier, source: Source) -> EvaluationSet:
-    """The images of data.val as a classifier sees them, under its classes."""
-    separator = config.data.separator
-    if classifier.multi_label and separator is None:
-        raise UserError("data.separator: the classifier gives several labels per image; say what stands between them")
-    if not classifier.multi_label and separator is not None:
-        raise UserError("data.separator: the classifier gives one label per image; leave it out")
-    targets = label_targets(source, "data.val", classifier.classes, separator)
-    shape = classifier.architecture
-    crop_pct = config.evaluation.crop_pct or classifier.crop_pct
+def _open_images(
+    classifier: Classifier, data: LabelledDataConfig, settings: EvaluationConfig, batch_size: int
+) -> EvaluationSet:
+    """Open data.val as the classifier sees it, under its classes."""
+    if data.val is None:
+        raise UserError("data.val: missing key, the labelled images to evaluate on. Pass data.val=...")
+    if classifier.multi_label and data.separator is None:
+        raise UserError("data.separator: the classifier predicts several labels per image. Name their separator.")
+    if not classifier.multi_label and data.separator is not None:
+        raise UserError("data.separator: the classifier predicts one label per image. Leave it out.")
+    source = open_source(data.val, "data.val", data.val_root)
+    targets = label_targets(source, "data.val", classifier.classes, data.separator)
+    shape, crop_pct = classifier.architecture, settings.crop_pct or classifier.crop_pct
     return EvaluationSet(
         source,
         "data.val",
         CentreViews(source, targets, shape.img_size, crop_pct, shape.in_chans, classifier.bit_depth),
         classifier.mean,
         classifier.std,
-        config.evaluation.batch_size or config.optim.batch_size,
-        config.data.workers,
-        config.evaluation.features,
+        settings.batch_size or batch_size,
+        data.workers,
+        settings.features,
     )
+
+
+def _describe(classifier: Classifier, data: LabelledDataConfig, crop_pct: float, precision: str) -> dict[str, Any]:
+    return {
+        "weights": str(classifier.path),
+        "weights_sha256": sha256(classifier.path),
+        "assumed": list(classifier.assumed),
+        "data": data.val,
+        "data_root": str(data.val_root) if data.val_root else None,
+        "in_chans": classifier.architecture.in_chans,
+        "bit_depth": classifier.bit_depth,
+        "img_size": list(classifier.architecture.img_size),
+        "crop_pct": crop_pct,
+        "precision": precision,
+    }

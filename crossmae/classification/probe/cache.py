@@ -1,7 +1,7 @@
-"""Features on disk, one safetensors file per data set, used again only for the very same weights, settings and images.
+"""Cached features, one safetensors file per data set, reused only for equal weights, settings and images.
 
-A file holds `features` (N, E) and `labels` (N,). Its name has the digest of all that decides features; its metadata
-has what was digested, for people, and a checksum of the tensors, so that a damaged file is never used.
+A file holds `features` (N, E) and `labels` (N,). Its name has the digest of everything that decides features; its
+metadata has the digested values in words, and a checksum of the tensors, so that a damaged file is never used.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from crossmae.data.parallel import READERS, map_in_order
 from crossmae.data.sources import Source
 from crossmae.files import write_atomically
 
-LAYOUT = 1  # of the files; features of another one are extracted anew
+LAYOUT = 1  # of the files; features of another layout are extracted again
 KEY, CHECKSUM = "key", "sha256"
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Labelled:
+class CachedFeatures:
     """Features (N, E) and labels (N,) of a data set, on the CPU."""
 
     features: Tensor
@@ -39,10 +39,10 @@ class Labelled:
 
 
 def data_digest(source: Source, name: str = "images") -> str:
-    """Digest of a source: its classes, and of every image name, `Source.stamp` and label.
+    """Digest classes, and every image's name, stamp and label.
 
     Raises:
-        UserError: an image can not be read, or there are no labels.
+        UserError: an image cannot be read, or there are no labels.
     """
     digest = hashlib.sha256(json.dumps(source.classes).encode())
     indices = range(len(source))
@@ -54,7 +54,7 @@ def data_digest(source: Source, name: str = "images") -> str:
 
 
 def tensors_digest(tensors: dict[str, Tensor]) -> str:
-    """Digest of names, types, shapes and bytes of tensors on the CPU."""
+    """Digest names, types, shapes and bytes of tensors on the CPU."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -63,14 +63,13 @@ def tensors_digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def cached(folder: Path, name: str, key: dict[str, Any], extract: Callable[[], Labelled]) -> Labelled:
-    """Features from the cache, or extracted and put there.
+def cached(folder: Path, name: str, key: dict[str, Any], extract: Callable[[], CachedFeatures]) -> CachedFeatures:
+    """Read features from the cache, or extract and store them.
 
     Args:
         folder: made if need be.
-        name: of the data set, with which the file's name begins.
+        name: of the data set; the file's name begins with it.
         key: JSON; everything that decides features and labels.
-        extract: makes them.
     """
     text = _text(key)
     path = _path(folder, name, text)
@@ -87,7 +86,7 @@ def cached(folder: Path, name: str, key: dict[str, Any], extract: Callable[[], L
 
 
 def is_cached(folder: Path, name: str, key: dict[str, Any]) -> bool:
-    """Whether there is a file for that key, whole or not."""
+    """Check for a file of that key, intact or damaged."""
     return _path(folder, name, _text(key)).is_file()
 
 
@@ -99,8 +98,8 @@ def _path(folder: Path, name: str, text: str) -> Path:
     return folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
 
 
-def _read(path: Path, text: str) -> Labelled | None:
-    """What a file holds; None, with a warning, where it is damaged."""
+def _read(path: Path, text: str) -> CachedFeatures | None:
+    """Read a file, or warn that it is damaged and return None."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -109,6 +108,6 @@ def _read(path: Path, text: str) -> Labelled | None:
     except (SafetensorError, OSError, ValueError):
         whole = False
     if not whole:
-        log.warning("%s: damaged, so it is not used; features are extracted anew", path)
+        log.warning("%s: damaged and ignored; features are extracted again", path)
         return None
-    return Labelled(**tensors)
+    return CachedFeatures(**tensors)

@@ -1,4 +1,4 @@
-"""The config of an evaluation of frozen features, `tools/probe.py`."""
+"""The config of `tools/probe.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Seeds = tuple[int, ...]
 
 
 class LabelledConfig(ConfigSection):
-    """Labelled images, and how an image becomes what the encoder takes."""
+    """LabelledImages images and their view."""
 
     train: str = Field(description="labelled images to learn from, of any kind that data.train of pretraining takes")
     root: Path | None = Field(None, description="where the relative paths of a list start; default: its own folder")
@@ -39,13 +39,13 @@ class LabelledConfig(ConfigSection):
     @classmethod
     def _one_label(cls, separator: str | None) -> None:
         if separator is not None:
-            raise ValueError("several labels per image can not be probed, each needs one; tools/finetune.py takes them")
+            raise ValueError("several labels per image cannot be probed, only fine-tuned (tools/finetune.py)")
 
 
 class EncoderConfig(ConfigSection):
-    """What to build; null is what the weights tell, or for random ones the size's own value."""
+    """Sizes of the encoder, by default those of the weights or of the named size."""
 
-    name: str | None = Field(None, description="a name of crossmae.list_models(), for weights=null alone")
+    name: str | None = Field(None, description="a name of crossmae.list_models(), only for weights=null")
     img_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
         None, description="pixels; one side or (height, width); other than the weights': positions are resampled"
     )
@@ -65,7 +65,7 @@ class EncoderConfig(ConfigSection):
 
 
 class FeaturesConfig(ConfigSection):
-    """Which features, and where they are kept."""
+    """Choice and cache of the features."""
 
     pool: FeaturePool = Field("avg", description="mean of the patch tokens, class token, or both side by side")
     block: int | None = Field(
@@ -77,14 +77,14 @@ class FeaturesConfig(ConfigSection):
 
 
 class KnnConfig(ConfigSection):
-    """All pairs of these are tried."""
+    """Pairs of k and temperature, all of which are tried."""
 
     k: tuple[PositiveInt, ...] = Field((1, 5, 10, 20, 50, 100, 200), min_length=1, description="neighbours")
     temperature: tuple[Positive, ...] = Field((0.02, 0.07, 0.2), min_length=1, description="of their votes")
 
 
 class LinearConfig(ConfigSection):
-    """The published linear probe, see `crossmae.classification.probe.linear`."""
+    """Settings of the linear probe."""
 
     epochs: PositiveInt = 90
     warmup_epochs: NonNegative = 10
@@ -94,7 +94,7 @@ class LinearConfig(ConfigSection):
 
 
 class LogisticConfig(ConfigSection):
-    """scikit-learn's LogisticRegression; the best of some strengths."""
+    """Settings of the logistic regression."""
 
     strengths: tuple[Positive, ...] = Field(
         (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0), min_length=1, description="values of C to choose from: less is more regular"
@@ -103,7 +103,7 @@ class LogisticConfig(ConfigSection):
 
 
 class FewShotConfig(ConfigSection):
-    """The same with few images per class."""
+    """Settings of the logistic regression on few images per class."""
 
     shots: tuple[PositiveInt, ...] = Field((1, 5, 10), min_length=1, description="images per class")
     seeds: Seeds = Field((0, 1, 2, 3, 4), min_length=1, description="other seed, other images")
@@ -112,7 +112,7 @@ class FewShotConfig(ConfigSection):
 
 
 class ComputeConfig(ConfigSection):
-    """Where and how the encoder is run."""
+    """Device, precision and randomness."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 on GPUs that have it")
@@ -120,7 +120,7 @@ class ComputeConfig(ConfigSection):
 
 
 class ProbeRunConfig(ConfigSection):
-    """Everything that an evaluation of frozen features depends on."""
+    """Settings of a probe of frozen features."""
 
     output_dir: Path = Field(description="folder of the results")
     weights: Path | None = Field(description="weight file, or folder of a run; null: random ones, as a baseline")

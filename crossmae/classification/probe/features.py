@@ -1,4 +1,4 @@
-"""Features of a frozen encoder: from which block, through which norm, pooled how, and computed for all of a source.
+"""Features of a frozen encoder: choice of block, norm and pooling, and extraction for all images of a source.
 
 | file                                              | block, unless another is asked for | final norm               |
 | ------------------------------------------------- | ---------------------------------- | ------------------------ |
@@ -6,7 +6,7 @@
 | MAE, DINO, timm, fine-tuned with the class token  | the last                           | the file's own           |
 | fine-tuned with average pooling                   | the last                           | none: fc_norm is left out |
 
-A final norm belongs to the last block alone: an earlier one's output is taken as it is.
+A final norm belongs to the last block only: the output of an earlier block is taken as it is.
 
 Shapes: B batch, N images, E width of the features.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,19 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, PUBLISHED_ARGUMENTS, recorded_arguments
+from crossmae.checkpoints.metadata import (
+    MODEL_ARGUMENTS,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    PUBLISHED_ARGUMENTS,
+    recorded_arguments,
+)
+from crossmae.checkpoints.pretrained import BIT_DEPTH, IMAGENET_MEAN, IMAGENET_STD
 from crossmae.checkpoints.weights import Weights, detect_format, encoder_home
 from crossmae.classification.data import CentreViews, evaluation_loader, readable_batches
 from crossmae.classification.vit import Architecture, architecture_of, build_vit, load_encoder_weights
 from crossmae.data.batches import keyed_randomness
-from crossmae.data.pixels import Normalize
+from crossmae.data.pixels import Normalize, published_crop_pct
 from crossmae.data.sources import Source
 from crossmae.errors import UserError
 from crossmae.models.crossmae import create_model, resolve_blocks
@@ -41,12 +49,12 @@ log = logging.getLogger(__name__)
 
 
 class FrozenEncoder(nn.Module):
-    """Normalised pixels (B, C, H, W) to features (B, E), float32.
+    """Encoder of normalised pixels (B, C, H, W) to features (B, E), float32.
 
     Args:
         vit: with weights.
-        block: whose output is pooled, from 0.
-        norm: whether it goes through the final norm first.
+        block: from 0; its output is pooled.
+        norm: apply the final norm before pooling.
         pool: see `crossmae.pretraining.neighbours.pool_tokens`.
     """
 
@@ -56,7 +64,7 @@ class FrozenEncoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """E; twice the encoder's for the class token and the mean side by side."""
+        """Width E of the features."""
         return int(self.vit.embed_dim) * (2 if self.pool == "cls_avg" else 1)
 
     def forward(self, imgs: Tensor) -> Tensor:
@@ -75,7 +83,7 @@ class FrozenEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class Opened:
-    """An encoder to take features from, and what has been decided for it; `notes` are sentences."""
+    """An encoder to take features from, with sentences on the choices made for it."""
 
     encoder: FrozenEncoder
     architecture: Architecture
@@ -83,7 +91,7 @@ class Opened:
 
 
 def random_weights(name: str, seed: int, **given: Any) -> Weights:
-    """What pretraining of that name and seed starts from: the baseline that shows what pretraining adds.
+    """Draw the weights that pretraining of that name and seed starts from.
 
     Args:
         name: of `crossmae.list_models()`.
@@ -115,13 +123,13 @@ def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: i
         given: see `architecture_of`.
 
     Raises:
-        UserError: no encoder; no class token to pool; no such block, or the file does not tell which was the last one
-            trained; errors of `architecture_of` and `load_encoder_weights`.
+        UserError: no encoder; no class token to pool; no such block, or the file does not tell which block was the
+            last to be trained; errors of `architecture_of` and `load_encoder_weights`.
     """
     architecture = architecture_of(weights, **given)
     home = encoder_home(weights.tensors) or ""
     if pool != "avg" and f"{home}cls_token" not in weights.tensors:
-        raise UserError(f"features.pool: {weights.path} holds no class token; use features.pool=avg")
+        raise UserError(f"features.pool: {weights.path} holds no class token. Use features.pool=avg.")
     chosen = last_trained_block(weights, architecture.depth) if block is None else block
     if not -architecture.depth <= chosen < architecture.depth:
         depth = architecture.depth
@@ -134,18 +142,20 @@ def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: i
         report = load_encoder_weights(vit, weights)
     log.info("%s: %d tensors used, %d left out", weights.path, report.count("used"), report.count("dropped"))
     why = "" if has_norm else "the file has none" if is_last else "the file has none, and it is not the last block"
-    why = why or ("the file's own" if is_last else "it belongs after the last block alone")
+    why = why or ("the file's own" if is_last else "it belongs after the last block only")
     notes = [f"features of block {chosen} of 0 .. {architecture.depth - 1}, pooled by {pool!r}"]
     notes += [f"final norm {'applied' if has_norm and is_last else 'not applied'}: {why}"]
     if f"{home}cls_token" not in weights.tensors:
-        notes.append("the file has no class token, a new one stands in: features differ a little from the original's")
+        notes.append("the file has no class token, a random one is used: features differ a little from the original")
     heads = [name for name in ("fc_norm", "head") if any(key.startswith(f"{home}{name}.") for key in weights.tensors)]
     notes += [f"not used: {' and '.join(heads)} of the fine-tuned model"] if heads else []
     return Opened(FrozenEncoder(vit, chosen, has_norm and is_last, pool), architecture, tuple(notes))
 
 
 def last_trained_block(weights: Weights, depth: int) -> int:
-    """Index of the last block that had a part in the training: in CrossMAE, the last whose map is mixed.
+    """Find the last block that was trained.
+
+    CrossMAE trains up to the last block whose map is mixed.
 
     Raises:
         UserError: some maps are mixed, and the file does not tell which.
@@ -161,8 +171,8 @@ def last_trained_block(weights: Weights, depth: int) -> int:
         return resolve_blocks(tuple(published), depth)[-1]
     if published is None and mixing.shape[1] < depth:
         raise UserError(
-            f"{weights.path}: {mixing.shape[1]} of {depth + 1} maps are mixed and nothing tells which, so neither "
-            "which block was the last to be trained; set features.block"
+            f"{weights.path}: {mixing.shape[1]} of {depth + 1} maps are mixed and nothing tells which, so the last "
+            "trained block is unknown. Set features.block."
         )
     return depth - 1
 
@@ -172,20 +182,55 @@ def last_trained_block(weights: Weights, depth: int) -> int:
 
 @dataclass(frozen=True)
 class Views:
-    """How an image becomes what the encoder takes: the evaluation view, then minus the mean, over the deviation.
-
-    Attributes:
-        size: height and width in pixels.
-        crop_pct: see `crossmae.data.pixels.centre_view`.
-        mean, std: per channel, of pixels in 0-1; there are as many channels.
-        bit_depth: 8 or 16, see `crossmae.data.images`.
-    """
+    """Settings of `CentreViews` and `Normalize`: size is height and width, mean and std are per channel."""
 
     size: tuple[int, int]
     crop_pct: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
     bit_depth: int
+
+
+def choose_views(
+    weights: Weights,
+    architecture: Architecture,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    crop_pct: float | None,
+    bit_depth: int | None,
+) -> tuple[Views, list[str]]:
+    """Complete the given settings from the file's record, and list assumptions.
+
+    Raises:
+        UserError: mean or deviation do not have one value for each channel.
+    """
+    channels, size = architecture.in_chans, architecture.img_size
+    notes: list[str] = []
+    statistics: list[tuple[float, ...]] = []
+    for key, given, record, usual in (("mean", mean, PIXEL_MEAN, IMAGENET_MEAN), ("std", std, PIXEL_STD, IMAGENET_STD)):
+        recorded = _recorded(weights, record)
+        if given is not None and recorded is not None and list(given) != recorded:
+            log.warning("%s was trained with data.%s=%s, not %s", weights.path, key, recorded, list(given))
+        values = tuple(given or recorded or usual)
+        if len(values) != channels:
+            raise UserError(
+                f"data.{key} needs one value for each of the {channels} channels, got {list(values)}. "
+                "tools/dataset_stats.py measures them."
+            )
+        statistics.append(values)
+        if given is None and recorded is None:
+            notes.append(f"assumed: data.{key} is that of ImageNet, as the weights record none")
+    crop_pct = crop_pct or _recorded(weights, "crop_pct") or published_crop_pct(size)
+    bit_depth = bit_depth or int(_recorded(weights, BIT_DEPTH) or 8)
+    return Views(size, crop_pct, statistics[0], statistics[1], bit_depth), notes
+
+
+def _recorded(weights: Weights, key: str) -> Any:
+    """Read a value of the metadata, or None where it is unknown."""
+    try:
+        return json.loads(weights.metadata.get(key, "null"))
+    except json.JSONDecodeError:
+        return None
 
 
 def extract(
@@ -200,32 +245,36 @@ def extract(
     workers: int = 0,
     name: str = "images",
 ) -> Tensor:
-    """Features (N, E) of all images of a source, in its order, on the CPU.
+    """Extract the features (N, E) of a source, on the CPU.
 
     Args:
         encoder: moved to the device.
         labels: (N,) of them, which travel along.
         precision: "fp32", or "bf16" or "fp16" for autocast.
-        dtype: of the result, beside which no more than a few batches are held.
+        dtype: of the result; only a few batches are held next to it.
         name: for the progress bar and errors.
 
     Raises:
-        UserError: an image can not be read.
+        UserError: an image cannot be read, a feature is not finite, or a batch is too large for the GPU.
     """
     dataset = CentreViews(source, labels, views.size, views.crop_pct, len(views.mean), views.bit_depth)
     loader = evaluation_loader(dataset, range(len(source)), batch_size, workers, device.type == "cuda")
     normalize = Normalize(views.mean, views.std, device)
     autocast = open_autocast(precision, device)
     features = torch.empty(len(source), encoder.to(device).width, dtype=dtype)
+    bar = tqdm(loader, f"features of {name}", unit="batch", leave=False, dynamic_ncols=True)
     done = 0
-    with torch.inference_mode(), tqdm(total=len(source), desc=f"features of {name}", unit="img", leave=False) as bar:
-        for batch in readable_batches(loader, name):
-            with autocast:
-                found = encoder(normalize(batch.to(device).images))
+    with torch.inference_mode():
+        for batch in readable_batches(bar, name):
+            try:
+                with autocast:
+                    found = encoder(normalize(batch.to(device).images))
+            except torch.OutOfMemoryError:
+                why = f"{batch_size} images are too many for the memory of the GPU. Lower it."
+                raise UserError(f"features.batch_size: {why}") from None
             rows = features[done : done + len(found)]
             rows.copy_(found)
             if not bool(torch.isfinite(rows).all()):
-                raise UserError(f"{name}: features hold NaN or infinity; try runtime.precision=fp32")
+                raise UserError(f"{name}: features hold NaN or infinity. Try runtime.precision=fp32.")
             done += len(found)
-            bar.update(len(found))
     return features

@@ -1,85 +1,59 @@
-"""k nearest neighbours on frozen features: all pairs of k and temperature at once, the pair chosen on training images.
-
-Shapes: N training images, M validation images, E width.
-"""
+"""k nearest neighbours on frozen features, with k and temperature chosen on training images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from crossmae.classification.evaluation.intervals import Accuracy, accuracy_of
+from crossmae.classification.evaluation.metrics import accuracy_of
+from crossmae.classification.probe.cache import CachedFeatures
 from crossmae.data.sources.subset import evenly_spaced
-from crossmae.pretraining.neighbours import nearest, vote
+from crossmae.pretraining.neighbours import nearest, standardize, vote
 
-DEFAULT_K, DEFAULT_TEMPERATURE = 20, 0.07  # of the probe while pretraining, and of DINO (arXiv 2104.14294)
-LEFT_OUT = 10_000  # training images at most that are classified by the others
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One pair, on validation images and, each left out of its own neighbours, on training images."""
-
-    k: int
-    temperature: float
-    val: Accuracy
-    train: Accuracy
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """All pairs; `chosen` is the best on training images, `default` that of the constants if it was asked for."""
-
-    cells: tuple[Cell, ...]
-    chosen: Cell
-    default: Cell | None
+DEFAULT_PAIR = (20, 0.07)  # k and temperature of the probe while pretraining, and of DINO (arXiv 2104.14294)
+LEAVE_ONE_OUT = 10_000  # training images at most that are classified by the others
 
 
 @torch.no_grad()
 def sweep(
-    train: Tensor,
-    train_labels: Tensor,
-    val: Tensor,
-    val_labels: Tensor,
+    train: CachedFeatures,
+    val: CachedFeatures,
     num_classes: int,
     ks: Sequence[int],
     temperatures: Sequence[float],
-) -> Sweep:
-    """Classify by every pair of k and temperature, with one search for the largest k.
+    device: torch.device,
+) -> dict[str, Any]:
+    """Classify by every pair of k and temperature, with one search.
 
-    The pair is chosen without a look at validation images: by up to LEFT_OUT evenly spaced training images, each
-    classified by all others. Of equal pairs the smaller k, then the lower temperature is taken.
+    The pair is chosen without validation images: by up to LEAVE_ONE_OUT evenly spaced training images, each classified
+    by all others. Of equal pairs the smaller k, then the lower temperature is taken.
 
     Args:
-        train, val: standardised features (N, E) and (M, E); on a GPU if that shall compute.
-        train_labels, val_labels: (N,) and (M,) on the same device.
-        ks: numbers of neighbours; at most N - 1.
+        train, val: features, which are standardised first.
+        ks: numbers of neighbours, less than there are training images.
         temperatures: see `crossmae.pretraining.neighbours.vote`.
 
-    Raises:
-        ValueError: a k outside 1 .. N - 1.
+    Returns:
+        JSON: `cells` of all pairs, the `chosen` cell, and the `default` cell, None if its pair was not tried.
     """
-    if not 1 <= min(ks) <= max(ks) < len(train):
-        raise ValueError(f"k must be between 1 and one less than the {len(train)} training images, got {list(ks)}")
-    own = torch.tensor(evenly_spaced(len(train), LEFT_OUT), device=train.device)
+    features, queries = standardize(train.features.to(device), val.features.to(device))
+    labels = train.labels.to(device)
+    own = torch.tensor(evenly_spaced(len(features), LEAVE_ONE_OUT), device=device)
     found = {
-        "val": (nearest(train, val, max(ks)), val_labels),
-        "train": (nearest(train, train[own], max(ks), own=own), train_labels[own]),
+        "val": (nearest(features, queries, max(ks)), val.labels),
+        "train": (nearest(features, features[own], max(ks), own=own), labels[own]),
     }
-
-    def accuracy(name: str, k: int, temperature: float) -> Accuracy:
-        (similarity, positions), labels = found[name]
-        predicted = vote(similarity[:, :k], train_labels[positions[:, :k]], num_classes, temperature)
-        return accuracy_of(predicted, labels)
-
-    cells = tuple(
-        Cell(k, temperature, accuracy("val", k, temperature), accuracy("train", k, temperature))
-        for k in sorted(set(ks))
-        for temperature in sorted(set(temperatures))
-    )
-    chosen = max(cells, key=lambda cell: cell.train.right)  # the first of equals
-    defaults = (cell for cell in cells if (cell.k, cell.temperature) == (DEFAULT_K, DEFAULT_TEMPERATURE))
-    return Sweep(cells, chosen, next(defaults, None))
+    cells: list[dict[str, Any]] = []
+    for k in sorted(set(ks)):
+        for temperature in sorted(set(temperatures)):
+            cell: dict[str, Any] = {"k": k, "temperature": temperature}
+            for name, ((similarity, positions), true) in found.items():
+                predicted = vote(similarity[:, :k], labels[positions[:, :k]], num_classes, temperature)
+                cell[name] = asdict(accuracy_of(predicted, true))
+            cells.append(cell)
+    chosen = max(cells, key=lambda cell: cell["train"]["right"])  # the first of equals
+    default = next((cell for cell in cells if (cell["k"], cell["temperature"]) == DEFAULT_PAIR), None)
+    return {"cells": cells, "chosen": chosen, "default": default}

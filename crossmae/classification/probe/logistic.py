@@ -1,4 +1,4 @@
-"""Logistic regression by L-BFGS (scikit-learn) on features, its strength of regularisation found on held-out images.
+"""Logistic regression (scikit-learn) on features, its regularisation chosen on held-out images.
 
 Shapes: N training images, M others, E width.
 """
@@ -9,7 +9,7 @@ import logging
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from crossmae.classification.evaluation.intervals import Accuracy, accuracy_of
+from crossmae.classification.evaluation.metrics import Accuracy, accuracy_of
+from crossmae.classification.probe.cache import CachedFeatures
 from crossmae.pretraining.neighbours import feature_statistics, scale
 
 HELD_OUT = 0.1  # share of the training images of every class
@@ -37,24 +38,33 @@ class Logistic:
     converged: bool
 
     def classify(self, features: Tensor) -> Tensor:
-        """Classes (M,) of features (M, E)."""
+        """Predict the classes (M,) of features (M, E)."""
         return torch.from_numpy(self.regression.predict(_standard(features, self.statistics))).long()
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Accuracy on held-out training images of every strength, and the strength that is the best there."""
-
-    table: tuple[tuple[float, Accuracy], ...]
-    strength: float
+def run_logistic(
+    train: CachedFeatures, val: CachedFeatures, strengths: Sequence[float], max_iterations: int, seed: int
+) -> dict[str, Any]:
+    """Choose the strength, fit again on all training images, and test."""
+    table = try_strengths(train.features, train.labels, strengths, max_iterations, seed)
+    # Of equal strengths the nearest to 1, scikit-learn's own default.
+    strength = max(table, key=lambda row: (table[row].right, -abs(math.log(row))))
+    fitted = fit(train.features, train.labels, strength, max_iterations, "logistic")
+    return {
+        "strength": strength,
+        "converged": fitted.converged,
+        "table": [{"strength": row, "held_out": asdict(accuracy)} for row, accuracy in table.items()],
+        "val": asdict(accuracy_of(fitted.classify(val.features), val.labels)),
+        "is_largest": strength == max(strengths),
+    }
 
 
 def fit(features: Tensor, labels: Tensor, strength: float, max_iterations: int, name: str) -> Logistic:
-    """Fit on features (N, E), standardised by their own statistics, and labels (N,) of at least two classes.
+    """Fit on features (N, E) and labels (N,), standardised.
 
     Args:
         strength: scikit-learn's C; less is more regularisation.
-        name: what the log calls the fit, should it not converge.
+        name: of the fit in the log, should it not converge.
     """
     statistics = feature_statistics(features)
     regression = LogisticRegression(C=strength, solver="lbfgs", max_iter=max_iterations)
@@ -72,34 +82,34 @@ def fit(features: Tensor, labels: Tensor, strength: float, max_iterations: int, 
     return Logistic(regression, statistics, converged)
 
 
-def choose_strength(
+def try_strengths(
     features: Tensor, labels: Tensor, strengths: Sequence[float], max_iterations: int, seed: int
-) -> Choice:
-    """Find the best of some strengths on tenths of the training images, held out of the fits.
+) -> dict[float, Accuracy]:
+    """Measure every strength on a held-out tenth of the images.
 
-    Few images make a small tenth, which tells little: then several tenths are drawn. Of equals, the strength nearest
-    to 1 is taken, scikit-learn's own.
-
-    Raises:
-        ValueError: no class has two images, so that none can be held out.
+    Some class has at least two images. Small tenths tell little: then several tenths are drawn.
     """
     count = len(split(labels, seed)[1])
-    if not count:
-        raise ValueError("no image can be held out: no class has two")
     splits = [split(labels, seed + number) for number in range(min(math.ceil(ENOUGH / count), MOST_SPLITS))]
-    table = []
+    table = {}
     for strength in sorted(set(strengths)):
         found = []
         for kept, held_out in splits:
             fitted = fit(features[kept], labels[kept], strength, max_iterations, "logistic, held-out tenth")
             found.append((fitted.classify(features[held_out]), labels[held_out]))
         predicted, true = (torch.cat(parts) for parts in zip(*found, strict=True))
-        table.append((strength, accuracy_of(predicted, true)))
-    return Choice(tuple(table), max(table, key=lambda row: (row[1].right, -abs(math.log(row[0]))))[0])
+        table[strength] = accuracy_of(predicted, true)
+    return table
 
 
 def split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Positions of images to keep and to hold out: of every class a tenth, at least one image, none of a single one."""
+    """Hold out a tenth of every class.
+
+    At least one image is held out of every class that has two.
+
+    Returns:
+        Positions of the images that are kept, and of those that are held out.
+    """
     rng = np.random.default_rng(seed)
     held_out = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels.numpy()):

@@ -26,7 +26,7 @@ CropShare = Annotated[float, Field(gt=0, le=1)]
 
 
 class LabelledDataConfig(DataConfig):
-    """Labelled images, how they are read, and how they are augmented (timm's names)."""
+    """LabelledImages images, how they are read, and how they are augmented (timm's names)."""
 
     train: str = Field("", description="labelled images: any source with labels, see crossmae/data/sources")
     val: str | None = Field(None, description="labelled images to evaluate on; null: none, so no best weights either")

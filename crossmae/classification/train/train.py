@@ -27,19 +27,19 @@ from crossmae.checkpoints.provenance import inherited, licence_notice
 from crossmae.checkpoints.reading.files import find_file
 from crossmae.checkpoints.run_checkpoint import MODEL
 from crossmae.checkpoints.weights import Weights, read_weights, save_weights
-from crossmae.classification.classifier import BEST, classifier_metadata
+from crossmae.classification.classifier import BEST, ClassifierRecord, classifier_metadata
 from crossmae.classification.data import (
     CentreViews,
-    Labelled,
+    LabelledImages,
     TrainImages,
-    collate,
+    collate_labelled,
     find_classes,
     label_targets,
     read_class_names,
     warn_of_absent,
 )
 from crossmae.classification.evaluation.evaluate import EvaluationSet, evaluate
-from crossmae.classification.evaluation.metrics import Predictions, Scores, score
+from crossmae.classification.evaluation.metrics import ClassificationScores, Predictions, score
 from crossmae.classification.evaluation.results import write_results
 from crossmae.classification.probe.linear import lars
 from crossmae.classification.report import write_report
@@ -133,21 +133,20 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
         if labelled.val is not None:
             refuse_broken_val(labelled.val, channels, data.bit_depth, ranks)
     model = model.to(device)
+    record = ClassifierRecord(
+        pool=config.model.pool,
+        head=config.model.head,
+        classes=classes,
+        class_names=labelled.class_names,
+        multi_label=data.separator is not None,
+        mean=data.mean,
+        std=data.std,
+        bit_depth=data.bit_depth,
+        crop_pct=crop_pct,
+    )
 
     def metadata(step: int) -> dict[str, str]:
-        return classifier_metadata(
-            size,
-            config.model.pool,
-            config.model.head,
-            classes,
-            labelled.class_names,
-            data.separator is not None,
-            data.mean,
-            data.std,
-            data.bit_depth,
-            crop_pct,
-            step,
-        ) | inherited(licence)
+        return classifier_metadata(size, record, step) | inherited(licence)
 
     def announce(step: int) -> None:
         announce_model(model, size, config.model.pool, describe_place(device, precision, ranks.world_size))
@@ -164,7 +163,12 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
         source=source,
         broken=broken,
         loader=partial(
-            build_loader, images, batches, workers=data.workers, pin_memory=device.type == "cuda", collate=collate
+            build_loader,
+            images,
+            batches,
+            workers=data.workers,
+            pin_memory=device.type == "cuda",
+            collate=collate_labelled,
         ),
         loss=partial(classification_loss, objective, Normalize(data.mean, data.std, device), seed, ranks.rank),
         schedule=schedule,
@@ -245,7 +249,12 @@ class Judge(Callbacks):
         records.announce(state.step, values)
 
     def keep_best(
-        self, state: TrainingState, model: nn.Module, predictions: Predictions, scores: Scores, source: Source
+        self,
+        state: TrainingState,
+        model: nn.Module,
+        predictions: Predictions,
+        scores: ClassificationScores,
+        source: Source,
     ) -> None:
         """Write the weights, and their predictions."""
         step, best = state.step, state.kept["best"]
@@ -268,7 +277,7 @@ class Judge(Callbacks):
 
 def build_judge(
     config: FinetuneConfig,
-    labelled: Labelled,
+    labelled: LabelledImages,
     size: Architecture,
     crop_pct: float,
     schedule: Schedule,
@@ -304,7 +313,7 @@ def build_judge(
 
 
 def build_objective(
-    loss: LossConfig, data: LabelledDataConfig, labelled: Labelled, batch_size: int, device: torch.device
+    loss: LossConfig, data: LabelledDataConfig, labelled: LabelledImages, batch_size: int, device: torch.device
 ) -> Objective:
     """Build the loss on a device.
 
@@ -352,7 +361,7 @@ def announce_classes(classes: Sequence[str], class_names: Sequence[str], several
     log.info("%d classes%s: %s", len(names), ", several per image" if several else "", listed)
 
 
-def open_labelled(config: FinetuneConfig, ranks: Ranks) -> Labelled:
+def open_labelled(config: FinetuneConfig, ranks: Ranks) -> LabelledImages:
     """Open both sources, with labels as positions among the classes of data.train.
 
     Raises:
@@ -368,7 +377,7 @@ def open_labelled(config: FinetuneConfig, ranks: Ranks) -> Labelled:
     targets = label_targets(source, "data.train", classes, data.separator)
     names = read_class_names(data.class_names, classes)
     if data.val is None:
-        return Labelled(source, targets, classes, names, None, None)
+        return LabelledImages(source, targets, classes, names, None, None)
     val = open_named(data.val, "data.val", data.val_root)
     val_targets = label_targets(val, "data.val", classes, data.separator)
     if data.separator is not None and not bool(val_targets.any()):
@@ -377,7 +386,7 @@ def open_labelled(config: FinetuneConfig, ranks: Ranks) -> Labelled:
         warn_of_overlap(source, "data.train", val, "data.val")
         for key, these in (("data.train", targets), ("data.val", val_targets)):
             warn_of_absent(these, key, classes)
-    return Labelled(source, targets, classes, names, val, val_targets)
+    return LabelledImages(source, targets, classes, names, val, val_targets)
 
 
 def refuse_broken_val(val: Source, channels: int, bit_depth: int, ranks: Ranks) -> None:
@@ -448,13 +457,13 @@ def architecture_from(given: dict[str, Any], name: str) -> Architecture:
         raise UserError(f"model: {error}") from None
 
 
-def headline(scores: Scores) -> dict[str, float]:
+def headline(scores: ClassificationScores) -> dict[str, float]:
     """Select the numbers of an evaluation for a line of the log; the metric that decides is last."""
     numbers = scores.numbers()
     return {"val_loss": scores.loss} | {key: numbers[key] for key in ("mean_ap", "top5", "top1") if key in numbers}
 
 
-def is_best(kept: dict[str, Any], step: int, scores: Scores, suffix: str) -> bool:
+def is_best(kept: dict[str, Any], step: int, scores: ClassificationScores, suffix: str) -> bool:
     """Check that these weights are the best so far; if so, remember that in `kept`, also over restarts.
 
     Of equal scores, which few images give often, the lower loss decides, then the later step.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from crossmae.checkpoints.weights import save_weights
-from crossmae.classification.classifier import BEST, classifier_metadata
+from crossmae.classification.classifier import BEST, ClassifierRecord, classifier_metadata
 from crossmae.classification.vit import Architecture, build_vit
 
 NAMES = ("blau", "grün", "rot")  # for people
@@ -22,19 +22,18 @@ def write_classifier(
     architecture = Architecture((16, 24), 8, 3, 24, 2, 2, 2.0)
     model = build_vit(architecture, len(classes))
     torch.nn.init.normal_(model.head.weight)
-    metadata = classifier_metadata(
-        architecture,
-        "avg",
-        "linear",
-        classes,
-        names or classes,
-        multi_label,
-        (0.4, 0.5, 0.6),
-        (0.2, 0.2, 0.3),
-        8,
-        0.8,
-        7,
+    record = ClassifierRecord(
+        pool="avg",
+        head="linear",
+        classes=tuple(classes),
+        class_names=tuple(names or classes),
+        multi_label=multi_label,
+        mean=(0.4, 0.5, 0.6),
+        std=(0.2, 0.2, 0.3),
+        bit_depth=8,
+        crop_pct=0.8,
     )
+    metadata = classifier_metadata(architecture, record, step=7)
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / BEST, model.state_dict(), metadata)
     return folder

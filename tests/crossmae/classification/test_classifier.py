@@ -20,7 +20,7 @@ from crossmae.checkpoints.metadata import FORMAT
 from crossmae.checkpoints.resample import resample_positions
 from crossmae.checkpoints.run_checkpoint import save_checkpoint
 from crossmae.checkpoints.weights import read_weights, save_weights
-from crossmae.classification.classifier import classifier_metadata, load_classifier
+from crossmae.classification.classifier import ClassifierRecord, classifier_metadata, load_classifier
 from crossmae.classification.vit import Architecture, architecture_of, build_vit, load_encoder_weights
 from crossmae.errors import UserError
 
@@ -35,7 +35,6 @@ RECORD: dict[str, Any] = {
     "std": (0.2, 0.25, 0.3),
     "bit_depth": 16,
     "crop_pct": 0.9,
-    "step": 7,
 }
 
 
@@ -52,7 +51,7 @@ def trained(architecture: Architecture = TINY, pool: Any = "avg", head: Any = "l
 def metadata(
     architecture: Architecture = TINY, pool: Any = "avg", head: Any = "linear", **changes: Any
 ) -> dict[str, str]:
-    return classifier_metadata(architecture, pool, head, **RECORD | changes)
+    return classifier_metadata(architecture, ClassifierRecord(pool=pool, head=head, **RECORD | changes), step=7)
 
 
 def write(path: Path, model: VisionTransformer, **changes: Any) -> Path:
@@ -167,7 +166,7 @@ def test_published_file_without_settings(tmp_path: Path) -> None:
 
 
 def test_settings_that_contradict_the_tensors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="settings say global_pool=True, but its final norm is that of pooling 'cls'"):
+    with pytest.raises(UserError, match="settings say global_pool=True, but its final norm belongs to pooling 'cls'"):
         load_classifier(published(tmp_path / "a.pth", trained(pool="cls"), global_pool=True))
 
 
@@ -190,7 +189,7 @@ def test_metadata_settles_what_would_be_assumed(tmp_path: Path) -> None:
 
 def test_an_encoder_is_no_classifier(tmp_path: Path) -> None:
     save_weights(tmp_path / "a.safetensors", build_vit(TINY, 0, "cls").state_dict(), {})
-    with pytest.raises(UserError, match=r"a\.safetensors: no classifier \(format: encoder\); fine-tune"):
+    with pytest.raises(UserError, match=r"a\.safetensors: no classifier \(format: encoder\)\. Fine-tune"):
         load_classifier(tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="no such file"):
         load_classifier(tmp_path / "b.safetensors")
@@ -199,7 +198,7 @@ def test_an_encoder_is_no_classifier(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"classes": "[1"}, "classes: Invalid JSON"),
+        ({"classes": "[1"}, "classes: Input should be a valid tuple"),
         ({"pool": "max"}, "pool: Input should be 'avg' or 'cls'"),
         ({"class_names": '["a"]'}, "4 classes have 1 names"),
         ({"pixel_std": "[1]"}, "pixel_std holds 1 values for 3 channels"),

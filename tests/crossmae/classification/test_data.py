@@ -53,7 +53,9 @@ def test_labels_meet_by_name_and_not_by_position(tmp_path: Path) -> None:
     targets = label_targets(val, "data.val", find_classes(train, "data.train"))
     assert targets.tolist() == [1, 1, 2, 2]
     (val_folder / "green").rename(val_folder / "verdant")
-    with pytest.raises(UserError, match=r"data\.val: .* verdant: no class of the model, whose 3 are blue, green, red"):
+    with pytest.raises(
+        UserError, match=r"data\.val: .* no classes of the model: verdant. Its 3 classes are blue, green, red"
+    ):
         label_targets(open_source(val_folder, "data.val"), "data.val", CLASSES)
 
 

@@ -155,7 +155,7 @@ def test_no_head_gives_features_and_drop_path_grows() -> None:
 def test_unknown_pool_and_sizes_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"pool is one of.*got 'max'"):
         build_vit(SMALL, 5, "max")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="24 can not be split over 5"):
+    with pytest.raises(ValueError, match="24 cannot be split over 5"):
         change(num_heads=5)
     with pytest.raises(ValueError, match="nearest valid sizes are 24 and 32"):
         change(img_size=(32, 30))
@@ -289,12 +289,12 @@ def test_encoder_converted_for_detection(tmp_path: Path, suffix: str, caplog: py
     save_weights(tmp_path / "a.safetensors", encoder.state_dict(), {MODEL_ARGUMENTS: json.dumps({"num_heads": 3})})
     convert(tmp_path / "a.safetensors", tmp_path / f"b{suffix}", "detectron2")
     weights = read_weights(tmp_path / f"b{suffix}")
-    with pytest.raises(UserError, match="no class token, which is to be pooled; use average pooling"):
+    with pytest.raises(UserError, match=r"holds no class token to pool\. Use average pooling"):
         load_encoder_weights(build(pool="cls"), weights)
     model = build()
     report = load_encoder_weights(model, weights)
     assert "cls_token" in report.names("new")
-    assert "has no class token: it starts anew" in caplog.text
+    assert "has no class token: it starts from random numbers" in caplog.text
     with torch.no_grad():
         model.cls_token.copy_(encoder.cls_token)
     assert_same_features(model, tmp_path / "a.safetensors")

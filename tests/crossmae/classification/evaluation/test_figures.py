@@ -10,7 +10,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from crossmae.classification.evaluation.figures import LONGEST_NAME, calibration_figure, class_labels, confusion_figure
+from crossmae.classification.evaluation.figures import (
+    LONGEST_LABEL,
+    MOST_NAMED,
+    calibration_figure,
+    class_colors,
+    class_labels,
+    confusion_figure,
+    map_figure,
+    project,
+)
 from crossmae.classification.evaluation.metrics import BINS, calibration_bins, calibration_error
 
 AWKWARD = (
@@ -94,7 +103,7 @@ def test_long_labels_use_the_room_that_they_have() -> None:
     figure = confusion_figure(random_confusion(3), ["i" * 200, "W" * 200, "a"])
     FigureCanvasAgg(figure).draw()
     widths = [label.get_window_extent().width for label in figure.axes[0].get_yticklabels()]
-    assert all(LONGEST_NAME - 20 < width <= LONGEST_NAME + 2 for width in widths[:2])
+    assert all(LONGEST_LABEL - 20 < width <= LONGEST_LABEL + 2 for width in widths[:2])
 
 
 @pytest.mark.parametrize("samples", [1, 30, 200_000])
@@ -116,3 +125,52 @@ def test_calibration(samples: int) -> None:
     assert counts == [str(c) if (c := one.samples) < 10_000 else f"{c / 1000:.0f}k" for one in filled]
     assert len(bins) == BINS
     assert f"error {calibration_error(bins):.2%}" in figure.get_suptitle()
+
+
+def test_a_map_shows_the_directions_of_largest_variance() -> None:
+    features = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32) * np.arange(1, 9, dtype=np.float32)
+    points, note = project(features)
+    centred = features.astype(np.float64) - features.astype(np.float64).mean(axis=0)
+    variances, axes = np.linalg.eigh(centred.T @ centred)
+    assert np.abs(points) == pytest.approx(np.abs(centred @ axes[:, [-1, -2]]), abs=1e-4)
+    assert f"{variances[-2:].sum() / variances.sum():.0%} of the variance" in note
+    assert (project(features)[0] == points).all()
+    assert not project(np.ones((5, 4), np.float32))[0].any()
+
+
+def map_of(classes: int, wrong: list[int], names: list[str] | None = None) -> tuple[np.ndarray, np.ndarray, Figure]:
+    labels = np.arange(4 * classes) % classes
+    features = np.random.default_rng(0).normal(size=(len(labels), 2)).astype(np.float32)
+    mask = np.isin(np.arange(len(labels)), wrong)
+    figure = map_figure(features, labels, mask, names or [f"n{i}" for i in range(classes)], "Title")
+    return project(features)[0], mask, figure
+
+
+def test_points_have_the_colour_of_their_class_and_wrong_ones_are_crosses() -> None:
+    points, mask, figure = map_of(3, wrong=[1, 5])
+    right, crosses = figure.axes[0].collections
+    np.testing.assert_array_equal(right.get_offsets(), points[~mask])
+    np.testing.assert_array_equal(crosses.get_offsets(), points[mask])
+    colors = class_colors(3)
+    assert crosses.get_facecolor()[:, :3] == pytest.approx(colors[[1, 2]])  # type: ignore[call-overload, index]
+    assert right.get_facecolor()[:, :3] == pytest.approx(colors[np.arange(12)[~mask] % 3])  # type: ignore[call-overload, index]
+
+
+def test_the_legend_shows_names_letter_by_letter() -> None:
+    names = ["_private", "$x$", "x" * 200]
+    *_, figure = map_of(3, wrong=[0], names=names)
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    texts = legend.get_texts()
+    assert [text.get_text() for text in texts[:2]] == names[:2]
+    assert len(texts[2].get_text()) < 60
+    assert texts[3].get_text() == "wrong"
+    assert not any(text.get_parse_math() for text in texts)
+    check_layout(figure)
+
+
+def test_many_classes_have_no_legend() -> None:
+    *_, figure = map_of(MOST_NAMED + 1, wrong=[])
+    assert figure.axes[0].get_legend() is None
+    assert "21 classes, too many to name" in figure.axes[0].get_xlabel()
+    assert len(np.unique(class_colors(300).round(3), axis=0)) == 300

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from crossmae.classification.probe import cache as feature_cache
-from crossmae.classification.probe.cache import Labelled, cached, data_digest, is_cached, tensors_digest
+from crossmae.classification.probe.cache import CachedFeatures, cached, data_digest, is_cached, tensors_digest
 from crossmae.data.sources import open_source
 from crossmae.data.sources.source import ImageFiles
 from tests.crossmae.classification.labelled import write_classes
@@ -26,12 +26,12 @@ class Extraction:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self) -> Labelled:
+    def __call__(self) -> CachedFeatures:
         self.calls += 1
-        return Labelled(torch.full((4, 3), self.calls, dtype=torch.bfloat16), torch.arange(4))
+        return CachedFeatures(torch.full((4, 3), self.calls, dtype=torch.bfloat16), torch.arange(4))
 
 
-def same(one: Labelled, two: Labelled) -> bool:
+def same(one: CachedFeatures, two: CachedFeatures) -> bool:
     return torch.equal(one.features, two.features) and torch.equal(one.labels, two.labels)
 
 
@@ -79,7 +79,7 @@ def test_damaged_files_are_not_used(
     path.write_bytes(damage(path.read_bytes()))
     second = cached(tmp_path, "train", KEY, extract)
     assert extract.calls == 2
-    assert caplog.messages == [f"{path}: damaged, so it is not used; features are extracted anew"]
+    assert caplog.messages == [f"{path}: damaged and ignored; features are extracted again"]
     assert same(cached(tmp_path, "train", KEY, extract), second)
     assert extract.calls == 2
 
@@ -89,7 +89,7 @@ def test_a_file_of_another_key_is_not_used(tmp_path: Path) -> None:
     extract = Extraction()
     cached(tmp_path, "train", KEY, extract)
     (path,) = tmp_path.iterdir()
-    other = Labelled(torch.zeros(4, 3), torch.arange(4))
+    other = CachedFeatures(torch.zeros(4, 3), torch.arange(4))
     cached(tmp_path, "train", KEY | {"block": 1}, lambda: other)
     (second,) = set(tmp_path.iterdir()) - {path}
     os.replace(second, path)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
-from torch import Tensor
 
-from crossmae.classification.evaluation.intervals import mean_of
-from crossmae.classification.probe.few_shot import check_shots, few_shot, sample
+from crossmae.classification.evaluation.metrics import mean_of
+from crossmae.classification.probe.cache import CachedFeatures
+from crossmae.classification.probe.few_shot import check_shots, run_few_shot, sample
 from crossmae.errors import UserError
 
 LABELS = torch.tensor([0, 1, 2] * 20 + [2] * 5)
 
 
-def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def data() -> tuple[CachedFeatures, CachedFeatures]:
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(3, 8, generator=generator)
     val_labels = torch.arange(90) % 3
     train = centers[LABELS] + torch.randn(len(LABELS), 8, generator=generator)
-    return train, LABELS, centers[val_labels] + torch.randn(90, 8, generator=generator), val_labels
+    val = centers[val_labels] + torch.randn(90, 8, generator=generator)
+    return CachedFeatures(train, LABELS), CachedFeatures(val, val_labels)
 
 
 def test_samples() -> None:
@@ -33,28 +36,28 @@ def test_samples() -> None:
 
 def test_only_the_few_images_count() -> None:
     """All others are replaced by nonsense, which must not change a thing."""
-    train, labels, val, val_labels = data()
-    spoilt = torch.full_like(train, 1e4)
-    kept = torch.cat([sample(labels, 5, seed) for seed in (0, 1)])
-    spoilt[kept] = train[kept]
-    arguments = (val, val_labels, (1, 5), (0, 1), 1.0, 500)
-    assert few_shot(spoilt, labels, *arguments) == few_shot(train, labels, *arguments)
+    train, val = data()
+    spoilt = torch.full_like(train.features, 1e4)
+    kept = torch.cat([sample(LABELS, 5, seed) for seed in (0, 1)])
+    spoilt[kept] = train.features[kept]
+    arguments = (val, (1, 5), (0, 1), 1.0, 500)
+    assert run_few_shot(CachedFeatures(spoilt, LABELS), *arguments) == run_few_shot(train, *arguments)
 
 
 def test_results_by_seed_and_their_mean() -> None:
-    found = few_shot(*data(), (5, 1), (0, 1, 2), 1.0, 500)
-    assert [one.per_class for one in found] == [1, 5]
+    found = run_few_shot(*data(), (5, 1), (0, 1, 2), 1.0, 500)["shots"]
+    assert [one["per_class"] for one in found] == [1, 5]
     for one in found:
-        values = [accuracy.accuracy for accuracy in one.accuracies]
+        values = [accuracy["accuracy"] for accuracy in one["accuracies"]]
         assert len(set(values)) > 1
-        assert one.mean == mean_of(values)
-    assert found[1].mean.mean > found[0].mean.mean > 1 / 3
+        assert one["mean"] == asdict(mean_of(values))
+    assert found[1]["mean"]["mean"] > found[0]["mean"]["mean"] > 1 / 3
 
 
 def test_classes_with_too_few_images_are_named() -> None:
     labels = torch.tensor([0, 0, 0, 1, 2, 2])
     check_shots(labels, ["cat", "dog", "emu"], [1], "few_shot.shots")
-    with pytest.raises(UserError, match=r"few_shot.shots: 3 images per class .*: dog \(1\), emu \(2\); lower"):
+    with pytest.raises(UserError, match=r"few_shot.shots: 3 images per class .*: dog \(1\), emu \(2\)\. Lower"):
         check_shots(labels, ["cat", "dog", "emu"], [1, 3], "few_shot.shots")
     with pytest.raises(UserError, match=r"fowl \(0\)"):
         check_shots(labels, ["cat", "dog", "emu", "fowl"], [1], "few_shot.shots")

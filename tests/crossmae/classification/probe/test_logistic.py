@@ -14,7 +14,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from crossmae.classification.probe import logistic
-from crossmae.classification.probe.logistic import choose_strength, fit, split
+from crossmae.classification.probe.cache import CachedFeatures
+from crossmae.classification.probe.logistic import fit, run_logistic, split, try_strengths
 
 
 def noisy_classes(count: int = 120) -> tuple[Tensor, Tensor]:
@@ -45,24 +46,24 @@ def test_split_takes_a_tenth_of_every_class() -> None:
 def test_the_best_on_held_out_images_is_chosen() -> None:
     features, labels = noisy_classes()
     strengths = (1e-6, 1e-2, 1.0)
-    choice = choose_strength(features, labels, strengths, 500, seed=0)
+    table = try_strengths(features, labels, strengths, 500, seed=0)
     splits = [split(labels, number) for number in range(10)]  # 12 images each, so that there are many
-    for strength, accuracy in choice.table:
+    for strength, accuracy in table.items():
         right = 0
         for kept, held_out in splits:
             predicted = fit(features[kept], labels[kept], strength, 500, "test").classify(features[held_out])
             right += int((predicted == labels[held_out]).sum())
         assert (accuracy.right, accuracy.images) == (right, 120)
-    best = max(accuracy.right for _, accuracy in choice.table)
-    assert best == dict(choice.table)[choice.strength].right
-    assert [strength for strength, _ in choice.table] == sorted(strengths)
-    with pytest.raises(ValueError, match="no class has two"):
-        choose_strength(features[:3], labels[:3], strengths, 500, seed=0)
+    data = CachedFeatures(features, labels)
+    chosen = run_logistic(data, data, strengths, 500, seed=0)["strength"]
+    assert table[chosen].right == max(accuracy.right for accuracy in table.values())
+    assert list(table) == sorted(strengths)
 
 
 def test_of_equally_good_strengths_the_one_nearest_to_1_is_chosen() -> None:
     features, labels = torch.tensor([[-1.0, 0], [1, 0]]).repeat(20, 1), torch.tensor([0, 1]).repeat(20)
-    assert choose_strength(features, labels, (1e-3, 1e-2, 0.5, 100.0), 500, seed=0).strength == 0.5
+    data = CachedFeatures(features, labels)
+    assert run_logistic(data, data, (1e-3, 1e-2, 0.5, 100.0), 500, seed=0)["strength"] == 0.5
 
 
 def test_lack_of_convergence_is_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -18,10 +18,10 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from crossmae.checkpoints.provenance import NON_COMMERCIAL, recorded_licence
 from crossmae.checkpoints.run_checkpoint import complete_checkpoints, read_state
 from crossmae.classification.classifier import load_classifier
-from crossmae.classification.data import CentreViews, Labelled, label_targets
+from crossmae.classification.data import CentreViews, LabelledImages, label_targets
+from crossmae.classification.evaluation import results
 from crossmae.classification.evaluation.evaluate import EvaluationSet, evaluate
-from crossmae.classification.evaluation.metrics import Predictions, Scores
-from crossmae.classification.evaluation.results import evaluate_only
+from crossmae.classification.evaluation.metrics import ClassificationScores, Predictions
 from crossmae.classification.train import train as train_module
 from crossmae.classification.train.config import FinetuneConfig
 from crossmae.classification.train.objective import Objective, class_weights
@@ -44,6 +44,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_classes(folder / "train", per_class=6)
     write_classes(folder / "val", per_class=3, seed=1)
     return folder
+
+
+def evaluate_only(config: FinetuneConfig, weights: Path, force: bool = False) -> ClassificationScores:
+    """As tools/finetune.py --eval-only."""
+    runtime = config.runtime
+    where, how = (config.output_dir, config.data, config.evaluation), (runtime.device, runtime.precision)
+    return results.evaluate_only(weights, *where, config.optim.batch_size, *how, force)
 
 
 def make_config(images: Path, output: Path, **sections: Any) -> FinetuneConfig:
@@ -168,7 +175,7 @@ def test_learning_rates_follow_schedule_and_layers(
     assert seen[8]["layer_0_no_decay"] == pytest.approx(middle * 0.125)
 
 
-def objective_of(config: FinetuneConfig, labelled: Labelled) -> Objective:
+def objective_of(config: FinetuneConfig, labelled: LabelledImages) -> Objective:
     return train_module.build_objective(config.loss, config.data, labelled, config.optim.batch_size, CPU)
 
 
@@ -332,7 +339,7 @@ def test_several_labels_per_image(images: Path, tmp_path: Path) -> None:
     again = evaluate_only(make_config(images, tmp_path / "alone", data=data | {"train": ""}), tmp_path / "run")
     best = read_state(complete_checkpoints(tmp_path / "run")[-1])["kept"]["best"]
     assert again.mean_ap == pytest.approx(best["score"])
-    with pytest.raises(UserError, match=r"data\.separator: the classifier gives several labels"):
+    with pytest.raises(UserError, match=r"data\.separator: the classifier predicts several labels"):
         evaluate_only(make_config(images, tmp_path / "other", data=data | {"separator": None}), tmp_path / "run")
 
 
@@ -409,11 +416,11 @@ def test_what_does_not_decide_may_change_on_resume_and_what_does_may_not(images:
 
 def test_an_evaluation_does_not_replace_that_of_a_run(images: Path, tmp_path: Path) -> None:
     finetune(make_config(images, tmp_path / "run", schedule={"max_steps": 1}))
-    with pytest.raises(UserError, match="holds a run, whose own evaluation would be replaced"):
+    with pytest.raises(UserError, match="holds a run with an evaluation of its own"):
         evaluate_only(make_config(images, tmp_path / "run"), tmp_path / "run")
     elsewhere = make_config(images, tmp_path / "alone")
     evaluate_only(elsewhere, tmp_path / "run")
-    with pytest.raises(UserError, match="holds an evaluation; name another folder, or replace it with --force"):
+    with pytest.raises(UserError, match=r"holds an evaluation\. Name another folder, or replace it with --force"):
         evaluate_only(elsewhere, tmp_path / "run")
     evaluate_only(elsewhere, tmp_path / "run", force=True)
 
@@ -458,7 +465,9 @@ def test_of_equal_scores_the_lower_loss_is_the_best() -> None:
     kept: dict[str, Any] = {}
     found = []
     for step, (top1, loss) in enumerate([(0.5, 1.0), (0.5, 0.9), (0.5, 0.95), (0.5, 0.9), (0.6, 2.0), (0.5, 0.1)]):
-        found.append(train_module.is_best(kept, step, Scores(samples=2, loss=loss, classes=(), top1=top1), ""))
+        found.append(
+            train_module.is_best(kept, step, ClassificationScores(samples=2, loss=loss, classes=(), top1=top1), "")
+        )
     assert found == [True, True, False, True, True, False]
     assert kept["best"]["step"] == 4
 
