@@ -24,6 +24,7 @@ import glob
 import io
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -262,3 +263,15 @@ def find_inputs(arguments: Sequence[str]) -> list[Path]:
         else:
             paths += sorted(map(Path, match_pattern(argument, "IMAGES")))
     return list(dict.fromkeys(paths))
+
+
+def parse_size(text: str, key: str) -> tuple[int, int]:
+    """Parse pixels such as "224" or "192x256" into (height, width).
+
+    Raises:
+        UserError: anything else; names `key`, the flag.
+    """
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if match is None:
+        raise UserError(f"{key} {text}: expected pixels, such as 224, or 192x256 for height and width")
+    return int(match[1]), int(match[2] or match[1])

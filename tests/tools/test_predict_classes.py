@@ -10,11 +10,11 @@ import pytest
 
 from crossmae.classification.classifier import load_classifier
 from crossmae.classification.predict import predict_images
-from crossmae.errors import USER_ERROR_EXIT_CODE
+from crossmae.errors import SOME_FAILED_EXIT_CODE, USER_ERROR_EXIT_CODE
 from tests.crossmae.classification.classifiers import write_classifier
 from tests.crossmae.classification.labelled import CLASSES, write_classes
 from tests.tools.command_line import exit_code
-from tools.predict_classes import SOME_FAILED_EXIT_CODE, main
+from tools.predict_classes import main
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_images_that_can_not_be_read_are_named_at_the_end(folder: Path, capsys: 
         (["photos", "--weights", "none"], "none"),
         (["nowhere.jpg"], "INPUT: nowhere.jpg: no such file or folder"),
         (["photos", "--output", "found.txt"], "--output found.txt: expected a name that ends with .json or .csv"),
-        (["photos", "--output", "folder.csv"], "--output: folder.csv is a folder"),
+        (["photos", "--output", "folder.csv"], "folder.csv: a folder"),
         (["photos", "--output", "photos/red/0.png/found.csv"], "--output: can not write in photos/red/0.png"),
     ],
 )
