@@ -22,6 +22,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from crossmae.errors import UserError
+from det.data.coco_kinds import FREQUENCIES
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,6 @@ Results = Sequence[dict[str, Any]]
 GEOMETRY = {"bbox": "bbox", "segm": "segmentation"}  # task: key of a result that is compared
 ALL, SMALL, MEDIUM, LARGE = range(4)  # ranges of area
 IOU_50, IOU_75 = 0, 5  # of the ten thresholds 0.5, 0.55, ..., 0.95
-FREQUENCIES = "rcf"  # of LVIS: a rare, common or frequent category, by its training images
 COCO_LIMITS, LVIS_LIMITS = (1, 10, 100), (300,)  # detections of an image that count, best first
 
 

@@ -138,7 +138,7 @@ class Trainer(DefaultTrainer):
         seed_all_rng(cfg.SEED)
         self.results: dict[str, dict[str, float]] = {}
         self.records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-        check_classes(cfg)
+        check_classes((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         self.cfg = resolve_schedule(cfg, len(self.records))
         self.start_iter, self.max_iter = 0, self.cfg.SOLVER.MAX_ITER
         loader = self._loader(first=0)

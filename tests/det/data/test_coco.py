@@ -125,7 +125,7 @@ def test_files_that_are_not_json_name_line_and_column(tmp_path):
     with pytest.raises(UserError, match="not UTF-8"):
         register_coco("test_set", path, images)
     path.write_text('{"images": [' + "9" * 5000 + "]}")
-    with pytest.raises(UserError, match=r"coco.json: can not be read: Exceeds the limit"):
+    with pytest.raises(UserError, match=r"coco.json: cannot be read: Exceeds the limit"):
         register_coco("test_set", path, images)
     path.write_text('{"images": ["1.png"], "annotations": [], "categories": []}')
     with pytest.raises(UserError, match=r"coco.json: images\[0\] must be a dictionary, got '1.png'"):
@@ -140,7 +140,7 @@ def test_a_truncated_image_is_found_before_training(tmp_path):
     path, images, _ = write_coco(tmp_path)
     whole = (images / "3.png").read_bytes()
     (images / "3.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"3.png: can not be read as an image"):
+    with pytest.raises(UserError, match=r"3.png: can ?not be read as an image"):
         register_coco("test_set", path, images)
     (images / "3.png").write_bytes(whole + b"trailing bytes that some cameras append")
     register_coco("test_set", path, images)
@@ -284,7 +284,7 @@ def test_the_last_polygon_takes_the_annotation_with_it(tmp_path):
     ("drop", "message"),
     [
         (("empty-bbox",), r"DATASETS.DROP: 'empty-bbox' is no kind of fault; .*: .*empty-box"),
-        (("unsafe-path",), r"'unsafe-path' is nothing that can be left out; expected a tuple"),
+        (("unsafe-path",), r"'unsafe-path' cannot be left out; expected a tuple"),
         ("empty-box", r"DATASETS.DROP: 'empty-box' is no tuple; expected a tuple with some of"),
         ((3,), r"DATASETS.DROP: 3 is no kind"),
     ],
@@ -423,12 +423,10 @@ def test_the_federated_loss_gets_the_images_of_each_class_and_no_more_classes_th
     build_model(cfg)
 
 
-def test_a_number_of_classes_that_is_not_that_of_the_data_is_refused(tmp_path, cfg):
+def test_a_number_of_classes_that_is_not_that_of_the_data_is_refused(tmp_path):
     path, images, _ = write_coco(tmp_path)
     register_coco("test_set", path, images)
     DatasetCatalog.get("test_set")
-    cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES = ("test_set",), 2
-    check_classes(cfg)
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    check_classes(["test_set"], 2)
     with pytest.raises(UserError, match="NUM_CLASSES is 3, but test_set has 2 classes"):
-        check_classes(cfg)
+        check_classes(["test_set"], 3)
