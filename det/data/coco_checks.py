@@ -203,14 +203,9 @@ def _not_whole(entry: dict[str, Any], *keys: str) -> str:
 
 
 def _id_fault(entry: dict[str, Any]) -> str:
-    fault = _not_whole(entry, "id")
-    if not fault and not 0 <= entry["id"] <= LARGEST_ID:
-        fault = f"id must be from 0 to 2**63 - 1, got {short(entry['id'])}"
-    return fault
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
+    if fault := _not_whole(entry, "id"):
+        return fault
+    return "" if 0 <= entry["id"] <= LARGEST_ID else f"id must be from 0 to 2**63 - 1, got {short(entry['id'])}"
 
 
 def _with_fault(entries: list[dict[str, Any]], fault: Callable[[dict[str, Any]], str]) -> dict[int, str]:
@@ -225,43 +220,36 @@ def _positions_by_id(entries: list[dict[str, Any]]) -> dict[int, int]:
 
 def _category_fault(entry: dict[str, Any]) -> str:
     fault = _id_fault(entry)
-    if not fault and not _is_text(entry.get("name")):
-        return f"name must be text, got {short(entry['name'])}" if "name" in entry else "has no 'name'"
-    if not fault and _SURROGATE.search(entry["name"]):
-        return f"name must be valid Unicode, got {short(entry['name'])}"
-    return fault
-
-
-def _is_untidy(name: str) -> bool:
-    return name != name.strip() or not name.isprintable()
+    if fault or "name" not in entry:
+        return fault or "has no 'name'"
+    name = entry["name"]
+    if not isinstance(name, str) or not name:
+        return f"name must be text, got {short(name)}"
+    return f"name must be valid Unicode, got {short(name)}" if _SURROGATE.search(name) else ""
 
 
 def _check_categories(found: _Findings) -> dict[int, int]:
     """Check entries of 'categories' and return their positions by id."""
     entries = found.content["categories"]
     bad = _with_fault(entries, _category_fault)
-    sound = [(position, entry) for position, entry in enumerate(entries) if position not in bad]
+    names = {at: entry["name"] for at, entry in enumerate(entries) if at not in bad}
+    untidy = {at: repr(name) for at, name in names.items() if name != name.strip() or not name.isprintable()}
     found.add("bad-category", bad)
-    found.add("duplicate-category-id", _repeated((position, entry["id"]) for position, entry in sound))
-    repeated = _repeated((position, entry["name"]) for position, entry in sound)
-    untidy = [position for position, entry in sound if _is_untidy(entry["name"])]
-
-    def name(position: int) -> str:
-        return repr(entries[position]["name"])
-
-    found.add("duplicate-category-name", repeated, name)
-    found.add("untidy-category-name", untidy, name)
+    found.add("duplicate-category-id", _repeated((at, entries[at]["id"]) for at in names))
+    found.add("duplicate-category-name", {at: repr(names[at]) for at in _repeated(names.items())})
+    found.add("untidy-category-name", untidy)
     known = _positions_by_id(entries)
     found.add("category-id-gaps", [known[key] for number, key in enumerate(sorted(known), 1) if key != number])
-    found.add("zero-category-id", [position for position, entry in sound if entry["id"] == 0])
+    found.add("zero-category-id", [at for at in names if entries[at]["id"] == 0])
     return known
 
 
 def _image_fault(entry: dict[str, Any]) -> str:
     fault = _id_fault(entry)
-    if not fault and not _is_text(file_name(entry)):
+    name = file_name(entry)
+    if not fault and not (isinstance(name, str) and name):
         has = "file_name" in entry
-        fault = f"file_name must be text, got {short(entry['file_name'])}" if has else "has no 'file_name'"
+        fault = f"file_name must be text, got {short(name)}" if has else "has no 'file_name'"
     fault = fault or _not_whole(entry, "height", "width")
     if not fault and not all(1 <= entry[key] <= LARGEST_SIDE for key in ("height", "width")):
         fault = f"height and width must be from 1 to {LARGEST_SIDE}, got {entry['height']} and {entry['width']}"
@@ -277,17 +265,13 @@ def _check_images(found: _Findings) -> dict[int, int]:
     """Check entries of 'images' and return their positions by id."""
     entries = found.content["images"]
     bad = _with_fault(entries, _image_fault)
-    sound = [(position, entry) for position, entry in enumerate(entries) if position not in bad]
-
-    def name(position: int) -> str:
-        return f"file_name {file_name(entries[position])!r}"
-
+    names = {at: file_name(entry) for at, entry in enumerate(entries) if at not in bad}
+    unsafe = [at for at, name in names.items() if leaves_folder(name)]
     found.add("bad-image", bad)
-    found.add("duplicate-image-id", _repeated((position, entry["id"]) for position, entry in sound))
-    found.add("duplicate-file-name", _repeated((position, file_name(entry)) for position, entry in sound), name)
-    unsafe = [position for position, entry in sound if leaves_folder(file_name(entry))]
-    found.add("unsafe-path", unsafe, lambda position: f"{name(position)} leads out of the image folder")
-    found.add("zero-image-id", [position for position, entry in sound if entry["id"] == 0])
+    found.add("duplicate-image-id", _repeated((at, entries[at]["id"]) for at in names))
+    found.add("duplicate-file-name", {at: f"file_name {names[at]!r}" for at in _repeated(names.items())})
+    found.add("unsafe-path", {at: f"file_name {names[at]!r} leads out of the image folder" for at in unsafe})
+    found.add("zero-image-id", [at for at in names if entries[at]["id"] == 0])
     return _positions_by_id(entries)
 
 
@@ -349,7 +333,6 @@ class _Table:
         box: (N, 4).
         size: (N, 2) width and height of the image; infinite where unknown.
         finite: (N,) true where all four numbers of the box are finite.
-        known: (N,) true where the size is known.
     """
 
     entries: list[dict[str, Any]]
@@ -357,7 +340,6 @@ class _Table:
     box: Floats
     size: Floats
     finite: NDArray[np.bool_]
-    known: NDArray[np.bool_]
 
     def at(self, rows: NDArray[np.bool_]) -> list[int]:
         """Return the positions in the file of some rows."""
@@ -367,18 +349,18 @@ class _Table:
 
 def _annotation_fault(entry: dict[str, Any]) -> str:
     """Describe a fault in the keys of an annotation, mask aside, or return ""."""
-    fault = _id_fault(entry) or _not_whole(entry, "image_id", "category_id")
-    if fault:
+    if fault := _id_fault(entry) or _not_whole(entry, "image_id", "category_id"):
         return fault
     box = entry.get("bbox")
     if type(box) is not list or len(box) != 4 or not NUMBERS.issuperset(map(type, box)):
         return f"bbox must be [x, y, width, height], got {short(box)}" if "bbox" in entry else "has no 'bbox'"
     if entry.get("iscrowd", 0) not in (0, 1):
         return f"iscrowd must be 0 or 1, got {short(entry['iscrowd'])}"
-    if type(entry.get("area", 0)) not in NUMBERS:
-        return f"area must be a number, got {short(entry['area'])}"
-    if -np.inf < entry.get("area", 0) < 0 or LARGEST_AREA < entry.get("area", 0) < np.inf:
-        return f"area must be from 0 to {LARGEST_AREA:.0e} pixels, got {short(entry['area'])}"
+    area = entry.get("area", 0)
+    if type(area) not in NUMBERS:
+        return f"area must be a number, got {short(area)}"
+    if -np.inf < area < 0 or LARGEST_AREA < area < np.inf:
+        return f"area must be from 0 to {LARGEST_AREA:.0e} pixels, got {short(area)}"
     return ""
 
 
@@ -416,8 +398,7 @@ def _check_annotations(found: _Findings, known: dict[int, int], categories: dict
             sides[at] = images[at]["width"], images[at]["height"]
     box = flatten([entry["bbox"] for entry in kept]).reshape(-1, 4)
     finite = np.asarray(np.isfinite(box).all(axis=1))
-    size = sides[image_at]
-    return _Table(kept, np.array(positions, np.int64), box, size, finite, np.isfinite(size[:, 0]))
+    return _Table(kept, np.array(positions, np.int64), box, sides[image_at], finite)
 
 
 def _check_masks(found: _Findings, table: _Table, for_evaluation: bool) -> Masks:
@@ -450,7 +431,7 @@ def _check_boxes(found: _Findings, table: _Table, masks: Masks) -> None:
     width, height = table.size.T
     beyond = np.maximum(np.maximum(-x, x + w - width), np.maximum(-y, y + h - height))  # pixels
     empty = finite & ((w <= 0) | (h <= 0))
-    placed = finite & ~empty & table.known
+    placed = finite & ~empty & np.isfinite(width)
     outside = placed & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
 
     def box(position: int) -> str:
