@@ -106,7 +106,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Check and print; exit with code 1 if there are faults."""
+    """Check, print, and exit with code 1 for faults."""
     arguments = build_parser().parse_args(argv)
     check_arguments(arguments)
     content = read_coco(arguments.coco)

@@ -1,4 +1,4 @@
-"""Export a trained detector to ONNX or torch.export; the file runs without this package.
+"""Export a trained detector to a file that runs without this package: ONNX or torch.export.
 
     python tools/export_detector.py --weights outputs/run --output detector.onnx
     python tools/export_detector.py --weights outputs/run --output detector.pt2 --img-size 768x1024 --image photo.jpg

@@ -1,4 +1,4 @@
-"""Find objects in images and videos; write drawn pictures and videos, and one COCO file.
+"""Find objects in images and videos, draw them, and write one COCO file.
 
     python tools/predict.py --weights outputs/run photo.jpg
     python tools/predict.py --weights outputs/run photos/ 'more/**/*.jpg' clip.mp4 --output found --score-threshold 0.3

@@ -1,4 +1,4 @@
-"""Predict the classes of images with a fine-tuned classifier; write JSON or CSV.
+"""Predict the classes of images with a fine-tuned classifier, as JSON or CSV.
 
     python tools/predict_classes.py --weights outputs/run photo.jpg
     python tools/predict_classes.py --weights outputs/run photos/ 'more/**/*.jpg' --output found.csv --top-k 3

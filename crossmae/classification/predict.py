@@ -110,7 +110,7 @@ def predict(
 
 
 def _read_view(classifier: Classifier, sample: tuple[Source, int]) -> tuple[str, Tensor] | UserError:
-    """Read a sample: its name and the pixels (C, H, W) that evaluation sees."""
+    """Read name and pixels (C, H, W) of a sample as in evaluation."""
     source, index = sample
     try:
         pixels = read_pixels(source, index, classifier.architecture.in_chans, classifier.bit_depth)
@@ -144,7 +144,7 @@ def _answer_batch(
 
 
 def expand_inputs(arguments: Sequence[str]) -> list[str]:
-    """Replace patterns by the files that match; shard patterns stay.
+    """Replace patterns by the files that match, except shard patterns.
 
     Raises:
         UserError: an argument matches no file.
@@ -186,7 +186,7 @@ def open_inputs(inputs: Sequence[str]) -> list[Source]:
 
 
 def _is_image_file(path: Path) -> bool:
-    """Tell whether a path is a file other than a list or package of images."""
+    """Tell whether a path is a file but no list or package."""
     is_many = path.suffix.lower() in LISTS or path.name.endswith((*SHARD_SUFFIXES, *IDX_SUFFIXES))
     return path.is_file() and not is_many
 
@@ -267,7 +267,7 @@ def _write_json(
 def _write_csv(
     file: TextIO, answers: Iterable[Answer], failures: Sequence[str], classifier: Classifier, selection: Selection
 ) -> None:
-    """Write a row per answer; a table has no place for failures."""
+    """Write a row per answer and no failures."""
     names, rows = classifier.class_names, csv.writer(file, lineterminator="\n")
     places = range(1, min(selection.top_k, len(names)) + 1)
     best = [column for place in places for column in (f"top{place}", f"score{place}")]

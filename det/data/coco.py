@@ -141,7 +141,7 @@ def _log_findings(findings: Sequence[Finding], dropped: Dropped, json_path: str 
 
 
 def images_of_each_class(content: dict[str, Any]) -> list[dict[str, int]]:
-    """Count the images of each class, in the form of detectron2's federated loss."""
+    """Count the images of each class for detectron2's federated loss."""
     pairs = {(annotation["category_id"], annotation["image_id"]) for annotation in content["annotations"]}
     counts = Counter(category for category, _ in pairs)
     return [{"id": entry["id"], "image_count": counts[entry["id"]]} for entry in content["categories"]]
@@ -154,7 +154,7 @@ def mask_kind(annotation: dict[str, Any]) -> str:
 
 
 def ground_truth(name: str) -> dict[str, Any]:
-    """Read a registered data set for evaluation: its COCO file without dropped entries.
+    """Read the COCO file of a registered data set without dropped entries.
 
     An annotation of id 0 gets another id, because pycocotools takes a match with 0 for none.
 
@@ -187,7 +187,7 @@ def _load_cleaned(name: str) -> list[dict[str, Any]]:
 
 
 def plan_drop(content: dict[str, Any], findings: Sequence[Finding], drop: Sequence[str]) -> Dropped:
-    """Choose the entries that are left out when some kinds of faults are dropped.
+    """Choose the entries that `DATASETS.DROP` leaves out.
 
     Args:
         content: from `read_coco`.
@@ -214,7 +214,7 @@ def plan_drop(content: dict[str, Any], findings: Sequence[Finding], drop: Sequen
 
 
 def clean(content: dict[str, Any], dropped: Dropped) -> dict[str, Any]:
-    """Copy a file's content without dropped entries; LVIS images get a `file_name`."""
+    """Copy content without dropped entries, and with a `file_name` for LVIS images."""
     annotations = []
     for at, entry in enumerate(content["annotations"]):
         if at in dropped.polygons:
@@ -285,7 +285,7 @@ def read_coco(path: str | Path) -> dict[str, Any]:
 
 
 def read_categories(path: str | Path) -> list[tuple[int, str]]:
-    """Read ids and names of the categories of a JSON file, by rising id.
+    """Read ids and names of categories from JSON, by rising id.
 
     Raises:
         UserError: see `read_coco`; or an id or a name is missing, of the wrong type, or repeated.
@@ -298,7 +298,7 @@ def read_categories(path: str | Path) -> list[tuple[int, str]]:
 
 
 def _read_lists(path: str | Path, *keys: str) -> dict[str, Any]:
-    """Read a JSON file that has non-empty lists of dictionaries under some keys."""
+    """Read a JSON file with non-empty lists of dictionaries."""
     try:
         with paused_garbage_collection():
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -369,7 +369,7 @@ def check_classes(names: Sequence[str], num_classes: int) -> None:
 
 
 def check_registered(names: tuple[str, ...], key: str) -> None:
-    """Reject data sets that detectron2 does not know, or whose COCO files are missing."""
+    """Reject data sets that are unknown or whose files are missing."""
     for name in names:
         if name in (OWN_TRAIN, OWN_VAL) and name not in DatasetCatalog:
             split = "train" if name == OWN_TRAIN else "val"
@@ -387,7 +387,7 @@ def check_registered(names: tuple[str, ...], key: str) -> None:
 
 
 def check_same_categories(train: Sequence[str], val: Sequence[str], train_json: str, val_json: str) -> None:
-    """Reject two files unless they name the same categories in the same order."""
+    """Reject two files with different categories or orders."""
     if train == val:
         return
     only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))

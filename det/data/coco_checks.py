@@ -93,7 +93,7 @@ class Finding:
 
 
 class _Findings:
-    """Findings of one file; `demoted` kinds are information only."""
+    """Findings of one file, with `demoted` kinds as information."""
 
     def __init__(self, content: dict[str, Any], demoted: Iterable[str]) -> None:
         self.content, self.demoted, self.all = content, frozenset(demoted), dict[str, Finding]()
@@ -155,7 +155,7 @@ def find_category_faults(categories: list[dict[str, Any]]) -> list[Finding]:
 
 
 def is_lvis(content: dict[str, Any]) -> bool:
-    """Tell whether a file is in LVIS format: images list the categories they lack."""
+    """Tell whether images list categories they lack, as in LVIS."""
     return any("neg_category_ids" in image for image in content["images"])
 
 
@@ -257,7 +257,7 @@ def _image_fault(entry: dict[str, Any]) -> str:
 
 
 def leaves_folder(name: str) -> bool:
-    """Tell whether a path is absolute or goes up, on any operating system."""
+    """Tell whether a path leaves its folder on any operating system."""
     return _LEAVES.search(name) is not None
 
 
@@ -302,7 +302,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _file_fault(path: Path, entry: dict[str, Any]) -> tuple[str, str]:
-    """Find a fault in an image's header: its kind and a description, or ""."""
+    """Find a fault in an image's header: kind and description."""
     wanted = entry["width"], entry["height"]
     try:
         with Image.open(path) as image:
@@ -348,7 +348,7 @@ class _Table:
 
 
 def _annotation_fault(entry: dict[str, Any]) -> str:
-    """Describe a fault in the keys of an annotation, mask aside, or return ""."""
+    """Describe a fault in an annotation's keys except the mask."""
     if fault := _id_fault(entry) or _not_whole(entry, "image_id", "category_id"):
         return fault
     box = entry.get("bbox")
@@ -450,7 +450,7 @@ def _check_boxes(found: _Findings, table: _Table, masks: Masks) -> None:
 
 
 def _in_corner_form(table: _Table, masks: Masks, usable: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Find boxes (N,) that prove [x1, y1, x2, y2] format; none if the file has sizes.
+    """Find boxes (N,) that prove [x1, y1, x2, y2] format.
 
     With masks, the boxes decide that agree with the extent of their mask either as corners or as sizes. Without masks,
     boxes that are really corners leave the image when read as sizes.

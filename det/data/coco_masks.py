@@ -213,7 +213,7 @@ def decompress(texts: Sequence[str]) -> tuple[Ints, Ints]:
 
 
 def _undo_differences(values: Ints, lengths: Ints) -> Ints:
-    """Add to each number from the fourth the number two before: (R,) to (R,)."""
+    """Add the number two before to each number from the fourth."""
     mask = np.repeat(np.arange(len(lengths)), lengths)
     index = _index_within(lengths)
     # Three series per mask: the first number alone; the second, fourth, ...; the third, fifth, ...
@@ -233,7 +233,7 @@ def _index_within(lengths: Ints) -> Ints:
 
 
 def _measure_decoded(result: Masks, rows: Ints, runs: Ints, lengths: Ints, masks: Sequence[Any]) -> None:
-    """Measure run lengths; those that do not fill the image are faults."""
+    """Measure run lengths that fill the image, and blame the others."""
     height, width = np.array([masks[row]["size"] for row in rows], np.int64).reshape(-1, 2).T
     owner = np.repeat(np.arange(len(rows)), lengths)
     total = np.zeros(len(rows), np.int64)
@@ -268,7 +268,7 @@ def _set_extents(result: Masks, rows: Ints, owner: Ints, start: Ints, run: Ints,
 
 
 def flatten(lists: Sequence[list[float]]) -> Floats:
-    """Join lists of numbers to one array; integers beyond floats become infinite."""
+    """Join lists of numbers, with infinity for integers beyond floats."""
     try:
         return np.fromiter(chain.from_iterable(lists), np.float64, sum(map(len, lists)))
     except OverflowError:

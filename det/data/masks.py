@@ -78,7 +78,7 @@ def _pixels(mask: Any, size: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def rasterize(polygons: Sequence[NDArray[np.float64]], mask: NDArray[np.bool_]) -> None:
-    """Set the pixels of one object like pycocotools, only in the polygons' box.
+    """Set the pixels of one object exactly like pycocotools.
 
     Args:
         polygons: (P, 2) x, y of the corners; may leave the image.
@@ -97,12 +97,12 @@ def rasterize(polygons: Sequence[NDArray[np.float64]], mask: NDArray[np.bool_]) 
 
 
 def any_along(masks: torch.Tensor, dim: int) -> NDArray[np.bool_]:
-    """Reduce by `any`; on the CPU, numpy is ten times faster than torch."""
+    """Reduce by `any` through numpy, ten times faster than torch."""
     return np.asarray(masks.numpy().any(axis=dim))
 
 
 def tight_boxes(masks: BitMasks | PolygonMasks) -> Boxes:
-    """Find the smallest box x0, y0, x1, y1 around each mask; empty without pixels."""
+    """Find the smallest box x0, y0, x1, y1 around each mask."""
     if isinstance(masks, PolygonMasks):
         return masks.get_bounding_boxes()
     boxes = torch.zeros(len(masks), 4)

@@ -125,7 +125,7 @@ def _json_numbers(values: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def format_results(results: Mapping[str, Mapping[str, float]]) -> str:
-    """Format results as a text table; a dash means "not defined"."""
+    """Format results as a text table with dashes for undefined values."""
     tasks = [task for task in TASKS if task in results]
     keys = list(results[tasks[0]]) if tasks else []
     classes = [key for key in keys if key.startswith("AP-")]

@@ -50,11 +50,7 @@ class Comparison:
 
 
 def validation_pictures(
-    ground_truth: dict[str, Any],
-    images: Path,
-    results: list[dict[str, Any]],
-    count: int = COUNT,
-    score_threshold: float = SCORE_THRESHOLD,
+    ground_truth: dict[str, Any], images: Path, results: list[dict[str, Any]], count: int = COUNT
 ) -> list[tuple[str, NDArray[np.uint8]]]:
     """Draw images with true objects on the left, predicted objects right.
 
@@ -65,7 +61,6 @@ def validation_pictures(
         images: folder that its file names are relative to.
         results: content of a COCO results file.
         count: most images to draw.
-        score_threshold: smallest score of a drawn prediction.
 
     Returns:
         File names and pictures (H, W, 3) uint8 RGB; an image is drawn at 640 pixels on its longer side.
@@ -74,13 +69,12 @@ def validation_pictures(
         UserError: an image cannot be read; names the image.
         ValueError: an annotation or a result is not in COCO format, see `instances_from_coco`.
     """
-    chosen = spread_images(ground_truth, count)
-    drawn = compare_images(ground_truth, images, results, chosen, score_threshold)
-    return [(one.name, _side_by_side(one, score_threshold)) for one in drawn]
+    drawn = compare_images(ground_truth, images, results, spread_images(ground_truth, count))
+    return [(one.name, _side_by_side(one)) for one in drawn]
 
 
 def save_pictures(pictures: Sequence[tuple[str, NDArray[np.uint8]]], folder: Path) -> None:
-    """Write validation pictures as `folder`/1-NAME.png and so on; remove older pictures."""
+    """Replace the pictures of a folder by 1-NAME.png and so on."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, (name, pixels) in enumerate(pictures, start=1):
@@ -119,8 +113,9 @@ def compare_images(
     The colour of a class depends on the place of its id among all ids.
 
     Args:
-        ground_truth, images, results, score_threshold: see `validation_pictures`; crowd regions are not drawn.
+        ground_truth, images, results: see `validation_pictures`; crowd regions are not drawn.
         chosen: entries of `ground_truth["images"]`.
+        score_threshold: smallest score of a drawn prediction.
         side: pixels of the longer side of a drawing; smaller images are enlarged.
 
     Raises:
@@ -166,7 +161,7 @@ def _draw(
 
 
 def _reduce(instance: DrawnInstance, size: tuple[int, int], given: tuple[int, int]) -> DrawnInstance:
-    """Scale an instance to a smaller image; sizes are (width, height)."""
+    """Scale an instance from `given` to `size`, both (width, height)."""
     across, down = size[0] / given[0], size[1] / given[1]
     x, y, width, height = instance.box
     box = (x * across, y * down, width * across, height * down)
@@ -178,14 +173,14 @@ def _reduce(instance: DrawnInstance, size: tuple[int, int], given: tuple[int, in
     return replace(instance, box=box, mask=turned.T >= 128)
 
 
-def _side_by_side(one: Comparison, score_threshold: float) -> NDArray[np.uint8]:
+def _side_by_side(one: Comparison) -> NDArray[np.uint8]:
     """Join both drawings under a strip with their names."""
     height, width = one.truth.shape[:2]
     canvas = Image.new("RGB", (2 * width + _GAP, height + _STRIP), _DARK)
     name = printable(one.name)
     texts = (
         f"{name}, true objects: {len(one.true_classes)}",
-        f"predicted, with scores >= {score_threshold:g}: {len(one.found_classes)}",
+        f"predicted, with scores >= {SCORE_THRESHOLD:g}: {len(one.found_classes)}",
     )
     font = label_font(name, 22)
     for left, drawing, text in zip((0, width + _GAP), (one.truth, one.prediction), texts, strict=True):

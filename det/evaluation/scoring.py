@@ -33,7 +33,7 @@ COCO_LIMITS, LVIS_LIMITS = (1, 10, 100), (300,)  # counted detections per image,
 
 @dataclass(frozen=True, eq=False)
 class DetectionScores:
-    """Arrays of one evaluation; -1 means "not defined", as for a category without objects.
+    """Arrays of one evaluation, with -1 for undefined values.
 
     Attributes:
         precision: (10 IoU thresholds, 101 recalls, categories, 4 areas, limits), interpolated as COCO does.
@@ -128,7 +128,7 @@ def score_results(
 
 
 def _slim_truth(ground_truth: dict[str, Any], task: str) -> dict[str, Any]:
-    """Select the keys that evaluation needs: hotcoco also checks others, such as licences."""
+    """Select the keys that evaluation needs, because hotcoco checks all keys."""
     mask = ("segmentation",) if task == "segm" else ()
     needed = {
         "images": ("id", "width", "height", "neg_category_ids", "not_exhaustive_category_ids"),
@@ -143,7 +143,7 @@ def _slim_truth(ground_truth: dict[str, Any], task: str) -> dict[str, Any]:
 
 @functools.cache  # logs once
 def find_hotcoco(evaluator: str) -> ModuleType | None:
-    """Import hotcoco, or return None for pycocotools; fail if required but missing."""
+    """Import hotcoco, or return None for pycocotools."""
     if evaluator == "pycocotools":
         return None
     try:

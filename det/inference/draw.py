@@ -20,7 +20,7 @@ from detectron2.structures import BitMasks, Instances, PolygonMasks, polygons_to
 from matplotlib import get_data_path
 from matplotlib.ft2font import FT2Font
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont
 
 from det.data.masks import decode_segmentation
 
@@ -31,17 +31,17 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Corners = tuple[float, float, float, float]  # left, top, right, bottom
 
 # Bright enough for dark photographs and easy to tell apart; more classes than colours repeat them.
-_PALETTE: tuple[Color, ...] = (
-    (255, 84, 84),
-    (64, 200, 255),
-    (255, 225, 64),
-    (178, 128, 255),
-    (112, 224, 80),
-    (255, 150, 40),
-    (255, 112, 214),
-    (32, 214, 176),
-    (122, 150, 255),
-    (246, 232, 208),
+_PALETTE = (
+    "#ff5454",
+    "#40c8ff",
+    "#ffe140",
+    "#b280ff",
+    "#70e050",
+    "#ff9628",
+    "#ff70d6",
+    "#20d6b0",
+    "#7a96ff",
+    "#f6e8d0",
 )
 _FILL_OPACITY = 0.35
 LETTER_SIZE = 0.05  # over the longest side: for pictures that are shown small
@@ -76,7 +76,8 @@ class DrawnInstance:
 
 def class_color(index: int) -> Color:
     """Return the RGB colour of a class."""
-    return _PALETTE[index % len(_PALETTE)]
+    red, green, blue = ImageColor.getrgb(_PALETTE[index % len(_PALETTE)])[:3]
+    return red, green, blue
 
 
 def instances_from_coco(annotations: Sequence[Mapping[str, Any]], categories: Mapping[int, str]) -> list[DrawnInstance]:
@@ -122,7 +123,6 @@ def instances_from_detectron2(objects: Instances, names: Sequence[str]) -> list[
 
 
 def _mask(masks: Any, index: int, size: tuple[int, int]) -> NDArray[np.bool_] | None:
-    """Select a mask (H, W) of polygons, bitmasks or a tensor (N, H, W)."""
     if masks is None:
         return None
     if isinstance(masks, PolygonMasks):
@@ -203,7 +203,7 @@ def _draw_box(canvas: Image.Image, instance: DrawnInstance, scale: float, unit: 
 
 
 def _draw_labels(canvas: Image.Image, instances: Sequence[DrawnInstance], scale: float, letters: float) -> None:
-    """Draw class name and score on a tag at each box, inside the picture."""
+    """Draw class names and scores on tags inside the picture."""
     draw, pad = ImageDraw.Draw(canvas), round(letters / 6)
     tags: list[Corners] = []
     order = sorted(instances, key=lambda item: item.score or 0.0, reverse=True)
@@ -257,7 +257,7 @@ def label_font(text: str, size: float) -> Font:
 
 
 def _spots(box: tuple[float, ...], tag: tuple[float, float]) -> list[tuple[float, float]]:
-    """List upper left corners for a tag, best first: above, below, in, next to its box."""
+    """List upper left corners for a tag, best first."""
     (x, y, width, height), (tag_width, tag_height) = box, tag
     rows = (y - tag_height, y + height, y, y + height - tag_height)
     inner = [(column, row) for row in rows for column in (x, x + width - tag_width)]
@@ -271,7 +271,6 @@ def _at(x: float, y: float, tag: tuple[float, float], size: tuple[int, int]) -> 
 
 
 def _overlap(one: Corners, other: Corners) -> float:
-    """Measure the area that two rectangles share."""
     width, height = (min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in (0, 1))
     return max(width, 0.0) * max(height, 0.0)
 

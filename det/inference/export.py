@@ -73,7 +73,7 @@ def export_detector(
     metadata: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> Parity | None:
-    """Write a detector as a file that takes an image of fixed size.
+    """Export a detector for images of fixed size.
 
     Inputs are `image` (1, 3, H, W) float32, RGB from 0 to 255 whatever the detector was trained on, and `image_size`
     (2,) int64, height and width of the picture at its top left; the rest of the image is ignored. See `fit_image`.
@@ -174,7 +174,7 @@ def _write(
 
 
 def load_exported(path: Path) -> Callable[[Mapping[str, NDArray[Any]]], Arrays]:
-    """Load an exported file as a function from inputs to named outputs, on the CPU."""
+    """Load an exported file as a function from inputs to outputs."""
     if path.suffix == ONNX:
         runtime = import_extra("onnxruntime", f"running {path.suffix}", "export")
         options = runtime.SessionOptions()
@@ -193,7 +193,7 @@ def load_exported(path: Path) -> Callable[[Mapping[str, NDArray[Any]]], Arrays]:
 
 
 def fit_image(image: NDArray[np.uint8], size: tuple[int, int]) -> Arrays:
-    """Resize a picture of any size to the inputs of an exported detector.
+    """Resize a picture to the inputs of an exported detector.
 
     Args:
         image: (h, w, 3) uint8 RGB.
@@ -213,7 +213,7 @@ def fit_image(image: NDArray[np.uint8], size: tuple[int, int]) -> Arrays:
 
 
 def _shapes(size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Draw coloured squares and circles on noise, at three quarters of the width."""
+    """Draw coloured squares and circles on noise."""
     random = np.random.default_rng(0)
     height, width = size[0], max(1, size[1] * 3 // 4)
     picture = random.integers(90, 150, (height, width, 3)).astype(np.uint8)
@@ -226,7 +226,7 @@ def _shapes(size: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def _check(model: GeneralizedRCNN, path: Path, inputs: Arrays, backbone_only: bool) -> Parity:
-    """Compare a file with its model; reject differences over `LIMITS`."""
+    """Compare a file with its model and reject differences over `LIMITS`."""
     exported = load_exported(path)(inputs)
     if backbone_only:
         eager = _eager_features(model, inputs)[1]
@@ -257,7 +257,7 @@ def _eager_features(model: GeneralizedRCNN, inputs: Arrays) -> tuple[ImageList, 
 
 @torch.no_grad()
 def eager_detections(model: GeneralizedRCNN, inputs: Arrays) -> Arrays:
-    """Compute the expected outputs with detectron2's inference; inputs from `fit_image`."""
+    """Compute the expected outputs for inputs from `fit_image`."""
     images, features = _eager_features(model, inputs)
     proposals, _ = model.proposal_generator(images, features)
     (found,), _ = model.roi_heads(images, features, proposals)
@@ -268,7 +268,7 @@ def eager_detections(model: GeneralizedRCNN, inputs: Arrays) -> Arrays:
 
 
 def compare_detections(expected: Arrays, received: Arrays) -> Parity:
-    """Pair detections by class and place in any order, and measure their differences."""
+    """Pair detections by class and place, and measure their differences."""
     count, others = len(expected["scores"]), len(received["scores"])
     if not count or not others:
         return Parity(count, {"unpaired": float(max(count, others))})

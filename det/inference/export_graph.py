@@ -22,7 +22,7 @@ from torchvision.ops import nms
 
 
 def obstacle(model: nn.Module) -> str | None:
-    """Name the first part of a model that cannot be exported, or None."""
+    """Name a part of a model that cannot be exported."""
     heads = getattr(model, "roi_heads", None)
     poolers = [module for module in model.modules() if isinstance(module, ROIPooler)]
     parts: list[tuple[str, Any, tuple[type, ...]]] = [
@@ -50,7 +50,7 @@ def _predictors(heads: Any) -> list[Any]:
 
 
 class ExportableBackbone(nn.Module):
-    """Backbone and feature pyramid for one image of fixed `size` (H, W); see `export_detector`."""
+    """Backbone and feature pyramid for one image of fixed `size` (H, W)."""
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -62,7 +62,7 @@ class ExportableBackbone(nn.Module):
         self.register_buffer("pixel_std", model.pixel_std)
 
     def forward(self, image: Tensor, image_size: Tensor) -> dict[str, Tensor]:
-        """Map (1, 3, H, W) pixels and (2,) size to named feature maps."""
+        """Map (1, 3, H, W) pixels and their size to feature maps."""
         if self.input_format == "BGR":
             image = image.flip(1)
         rows = torch.arange(self.size[0])[:, None] < image_size[0]
@@ -73,7 +73,7 @@ class ExportableBackbone(nn.Module):
 
 
 class ExportableDetector(ExportableBackbone):
-    """A complete detector without `obstacle`, for one image of fixed `size` (H, W); see `export_detector`."""
+    """Complete detector without `obstacle`, for one image of fixed `size` (H, W)."""
 
     def __init__(self, model: GeneralizedRCNN, size: tuple[int, int]) -> None:
         super().__init__(model, size)
@@ -81,7 +81,7 @@ class ExportableDetector(ExportableBackbone):
         self.heads: Any = model.roi_heads
 
     def forward(self, image: Tensor, image_size: Tensor) -> dict[str, Tensor]:
-        """Map (1, 3, H, W) pixels and (2,) size to named detections."""
+        """Map (1, 3, H, W) pixels and their size to detections."""
         features = super().forward(image, image_size)
         height, width = image_size.float().unbind()
         limit = torch.stack([width, height, width, height])
@@ -117,7 +117,7 @@ class ExportableDetector(ExportableBackbone):
         return boxes[kept], scores[kept]
 
     def _classify(self, features: dict[str, Tensor], boxes: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute (R, K or 1, 4) boxes and (R, K) scores, averaged over stages."""
+        """Compute boxes (R, K or 1, 4) and scores (R, K)."""
         levels = [features[name] for name in self.heads.box_in_features]
         predictors = _predictors(self.heads)
         stages = self.heads.box_head if isinstance(self.heads, CascadeROIHeads) else [self.heads.box_head]
@@ -169,7 +169,7 @@ def suppress(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
 
 
 def pool(pooler: ROIPooler, levels: list[Tensor], boxes: Tensor) -> Tensor:
-    """Pool boxes (R, 4) of one image to (R, C, side, side) like `ROIPooler`."""
+    """Pool (R, 4) boxes to (R, C, side, side) like `ROIPooler`."""
     rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)  # with the image index
     if len(levels) == 1:
         pooled: Tensor = pooler.level_poolers[0](levels[0], rois)

@@ -81,7 +81,7 @@ def encode_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int) 
 
 
 def _window(mask: np.ndarray, box: np.ndarray, height: int, width: int) -> tuple[np.ndarray, int, int]:
-    """Paste one mask (M, M) into the window where it can be on.
+    """Paste one mask (M, M) into its window of the image.
 
     Returns:
         inside: (w, h + 1) bool, column by column, each with one more pixel that is off; w is 0 outside the image.
@@ -112,7 +112,7 @@ def _grid(first: int, last: int, low: np.float32, high: np.float32) -> np.ndarra
 
 
 def _weights(grid: np.ndarray, size: int) -> np.ndarray:
-    """Compute bilinear weights (points + 1, size); the last row is zero."""
+    """Compute bilinear weights (points + 1, size) with a last row of zeros."""
     places = (grid + 1) * np.float32(size / 2) - np.float32(0.5)
     weights = np.zeros((len(grid) + 1, size), np.float32)
     distance = np.abs(places[:, None] - np.arange(size, dtype=np.float32))

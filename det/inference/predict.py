@@ -109,7 +109,7 @@ class Predictor:
         return [output["instances"].to("cpu") for output in self._run(images, self.model)]
 
     def predict_raw(self, images: Sequence[ImageLike]) -> list[Instances]:
-        """Find objects with masks as in the model, small even for large images.
+        """Find objects with small masks that cover only their boxes.
 
         Returns:
             N instances for each image, on the model's device, in pixels of the model's input: `pred_boxes`, `scores`,
@@ -119,7 +119,7 @@ class Predictor:
 
     @torch.no_grad()
     def _run(self, images: Sequence[ImageLike], model: Callable[[list[dict[str, Any]]], list[Any]]) -> list[Any]:
-        """Call `model` once per padded size; return the outputs in order."""
+        """Call `model` once per padded size."""
         inputs = [self._input(read_rgb(image)) for image in images]
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, sample in enumerate(inputs):
@@ -135,7 +135,7 @@ class Predictor:
         return {"image": image, "height": pixels.shape[0], "width": pixels.shape[1]}
 
     def _padded_size(self, image: torch.Tensor) -> tuple[int, ...]:
-        """Return the size that the model pads an image (C, h, w) to."""
+        """Return the padded size of an image (C, h, w)."""
         constraints = self.model.backbone.padding_constraints
         if constraints.get("square_size"):
             return (constraints["square_size"],)
@@ -165,7 +165,7 @@ def read_config(config_file: str | Path | None, weights: str | Path, overrides: 
 
 
 def read_rgb(image: ImageLike) -> NDArray[np.uint8]:
-    """Read an image as upright (H, W, 3) uint8 RGB, as training does.
+    """Read an image as training does: upright (H, W, 3) uint8 RGB.
 
     Raises:
         UserError: the file cannot be read; names the file.

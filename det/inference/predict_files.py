@@ -60,7 +60,7 @@ class MediaInput:
 
 
 def find_media(arguments: Sequence[str]) -> tuple[Path, list[MediaInput]]:
-    """Find the files that arguments name, and the folder that the files share.
+    """Find the files that arguments name, and their common folder.
 
     Args:
         arguments: files, patterns, and folders, which stand for their images (subfolders included) but not videos.
@@ -79,7 +79,7 @@ def find_media(arguments: Sequence[str]) -> tuple[Path, list[MediaInput]]:
 
 
 def _expand_home(argument: str) -> str:
-    """Replace `~` by the home folder, unless a file has that very name."""
+    """Replace `~` by the home folder unless it names a file."""
     expanded = argument if os.path.lexists(argument) else os.path.expanduser(argument)
     return os.path.abspath(expanded) if expanded.startswith("~") else expanded
 
@@ -122,7 +122,7 @@ def check_output(output: Path, inputs: Sequence[MediaInput], arguments: Sequence
 
 
 def _searches(argument: str, output: Path, planned: Sequence[Path]) -> bool:
-    """Tell whether a folder contains `output`, or a pattern matches planned files, up to its `**`."""
+    """Tell whether the next call would find the output by an argument."""
     if os.path.exists(argument):
         return Path(argument).is_dir() and output.resolve().is_relative_to(Path(argument).resolve())
     wanted = Path(os.path.normpath(os.path.join(glob.escape(os.getcwd()), argument))).parts
@@ -170,7 +170,7 @@ class FilePredictions:
     failures: list[str] = field(default_factory=list)
 
     def write(self, inputs: Sequence[MediaInput], info: dict[str, Any]) -> None:
-        """Predict all files and write the results; first remove an older predictions.json.
+        """Remove an older predictions.json, predict all files and write the results.
 
         Args:
             inputs: from `find_media`.
@@ -206,7 +206,7 @@ class FilePredictions:
                 bar.update(len(batch))
 
     def _read(self, path: Path) -> NDArray[np.uint8] | None:
-        """Read an image (H, W, 3); note a failure and return None."""
+        """Read an image (H, W, 3), or note the failure."""
         try:
             return read_rgb(path)
         except UserError as error:
@@ -237,7 +237,7 @@ class FilePredictions:
                 bar.update()
 
     def _until_failure(self, video: Video) -> Iterator[Frame]:
-        """Yield the frames of a video before any damage; note the damage."""
+        """Yield frames until damage, which is noted."""
         try:
             yield from video
         except UserError as error:
@@ -258,7 +258,7 @@ class FilePredictions:
         return draw_instances(pixels, instances, longest_side=side * -(-ENLARGED_BELOW // side), letters=LABEL_SIZE)
 
     def _save(self, path: Path, write: Callable[[], object]) -> None:
-        """Write a file, and note a failure; raise if the disk is full or broken."""
+        """Write a file and note a failure, unless the disk is full."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write()
@@ -297,7 +297,7 @@ class CocoStream:
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Yield items in lists of `size`; the last may be shorter."""
+    """Yield items in lists of at most `size`."""
     queue = iter(items)
     while batch := list(islice(queue, size)):
         yield batch

@@ -35,7 +35,7 @@ class Frame:
 
 
 class Video:
-    """First video stream of a file; each iteration reads it from the beginning.
+    """First video stream of a file, read from the beginning by each iteration.
 
     Attributes:
         rate: frames per second, on average.
@@ -54,7 +54,7 @@ class Video:
             self.frames = self._listed or round(seconds * self.rate) or None
 
     def __iter__(self) -> Iterator[Frame]:
-        """Yield all frames upright; warn if there are fewer than the file lists.
+        """Yield all frames upright, and warn about missing frames.
 
         Raises:
             UserError: the file is damaged; the frames before the damage have been yielded.
@@ -93,7 +93,7 @@ def is_video(path: str | Path) -> bool:
 
 
 def write_video(path: Path, frames: Iterable[Frame], rate: Fraction) -> None:
-    """Write H.264 in MP4 (yuv420p, index first), atomically; without frames, nothing.
+    """Write at least one frame as H.264 in MP4, atomically.
 
     Args:
         path: ends in .mp4.
@@ -145,5 +145,5 @@ def _upright(picture: Any) -> NDArray[np.uint8]:
 
 
 def pyav() -> Any:
-    """Import PyAV; fail with a `UserError` if it is missing."""
+    """Import PyAV, or raise a `UserError`."""
     return import_extra("av", "reading and writing videos", extra="video")
