@@ -150,7 +150,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # not JSON or UTF-8, thousands of digits, or deeply nested lists
         raise UserError(f"{path}: not valid JSON: {error}") from None
 
 

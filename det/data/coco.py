@@ -19,6 +19,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 
 from crossmae.errors import UserError
+from crossmae.files import read_json
 from det.data.coco_checks import (
     Finding,
     file_name,
@@ -299,17 +300,8 @@ def read_categories(path: str | Path) -> list[tuple[int, str]]:
 
 def _read_lists(path: str | Path, *keys: str) -> dict[str, Any]:
     """Read a JSON file with non-empty lists of dictionaries."""
-    try:
-        with paused_garbage_collection():
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not valid JSON: the file is not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or deeply nested lists
-        raise UserError(f"{path}: cannot be read: {error}") from None
+    with paused_garbage_collection():
+        content: dict[str, Any] = read_json(Path(path))
     for key in keys:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise UserError(f"{path}: no list {key!r}; a COCO file has images, annotations and categories")

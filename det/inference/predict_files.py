@@ -193,17 +193,13 @@ class FilePredictions:
         stream_text(self.output / COCO_FILE, write)
 
     def _predict_images(self, inputs: Sequence[MediaInput], coco: CocoStream) -> None:
-        with tqdm(total=len(inputs), desc="predict", unit="img", disable=not inputs, dynamic_ncols=True) as bar:
-            for batch in batches(inputs, self.batch_size):
-                readable = [(one, pixels) for one in batch if (pixels := self._read(one.path)) is not None]
-                found = self.predictor.predict_raw([pixels for _, pixels in readable])
-                for (one, pixels), instances in zip(readable, found, strict=True):
-                    annotations = self._add(coco, {"file_name": one.name}, pixels, instances)
-                    if self.draw:
-                        save = partial(Image.fromarray(self._drawn(pixels, annotations)).save, format="png")
-                        path = self.output / one.target
-                        self._save(path, partial(write_atomically, path, save))
-                bar.update(len(batch))
+        bar = tqdm(inputs, "predict", unit="img", disable=not inputs, dynamic_ncols=True)
+        read = ((self.output / one.target, {"file_name": one.name}, self._read(one.path)) for one in bar)
+        readable = ((path, entry, pixels) for path, entry, pixels in read if pixels is not None)
+        for path, drawn in self._predict(readable, coco):
+            if self.draw:
+                save = partial(Image.fromarray(drawn).save, format="png")
+                self._save(path, partial(write_atomically, path, save))
 
     def _read(self, path: Path) -> NDArray[np.uint8] | None:
         """Read an image (H, W, 3), or note the failure."""
@@ -219,22 +215,22 @@ class FilePredictions:
         except UserError as error:
             self.failures.append(str(error))
             return
-        with tqdm(total=video.frames, desc=printable(one.name), unit="frame", dynamic_ncols=True) as bar:
-            frames = self._predict_frames(video, one.name, coco, bar)
+        with tqdm(
+            self._until_failure(video), printable(one.name), video.frames, unit="frame", dynamic_ncols=True
+        ) as bar:
+            read = (
+                (
+                    frame.time,
+                    {"file_name": one.name, "frame": number, "time": round(float(frame.time), 6)},
+                    frame.pixels,
+                )
+                for number, frame in enumerate(bar)
+            )
+            frames = (Frame(drawn, time) for time, drawn in self._predict(read, coco))
             if self.draw:
                 path = self.output / one.target
                 self._save(path, lambda: write_video(path, frames, video.rate))
             deque(frames, maxlen=0)  # frames that are not drawn or written still count
-
-    def _predict_frames(self, video: Video, name: str, coco: CocoStream, bar: tqdm[Any]) -> Iterator[Frame]:
-        """Yield the frames of a video with the found objects drawn."""
-        for batch in batches(enumerate(self._until_failure(video)), self.batch_size):
-            found = self.predictor.predict_raw([frame.pixels for _, frame in batch])
-            for (number, frame), instances in zip(batch, found, strict=True):
-                entry = {"file_name": name, "frame": number, "time": round(float(frame.time), 6)}
-                annotations = self._add(coco, entry, frame.pixels, instances)
-                yield Frame(self._drawn(frame.pixels, annotations) if self.draw else frame.pixels, frame.time)
-                bar.update()
 
     def _until_failure(self, video: Video) -> Iterator[Frame]:
         """Yield frames until damage, which is noted."""
@@ -243,13 +239,18 @@ class FilePredictions:
         except UserError as error:
             self.failures.append(str(error))
 
-    def _add(
-        self, coco: CocoStream, entry: dict[str, Any], pixels: NDArray[np.uint8], instances: Instances
-    ) -> list[dict[str, Any]]:
-        annotations = coco.add({**entry, "width": pixels.shape[1], "height": pixels.shape[0]}, instances)
-        self.images += 1
-        self.objects += len(annotations)
-        return annotations
+    def _predict(
+        self, images: Iterable[tuple[Item, dict[str, Any], NDArray[np.uint8]]], coco: CocoStream
+    ) -> Iterator[tuple[Item, NDArray[np.uint8]]]:
+        """Predict batches of (item, entry, pixels), and yield items with drawn pixels."""
+        queue = iter(images)
+        while batch := list(islice(queue, self.batch_size)):
+            found = self.predictor.predict_raw([pixels for _, _, pixels in batch])
+            for (item, entry, pixels), instances in zip(batch, found, strict=True):
+                annotations = coco.add({**entry, "width": pixels.shape[1], "height": pixels.shape[0]}, instances)
+                self.images += 1
+                self.objects += len(annotations)
+                yield item, self._drawn(pixels, annotations) if self.draw else pixels
 
     def _drawn(self, pixels: NDArray[np.uint8], annotations: Sequence[dict[str, Any]]) -> NDArray[np.uint8]:
         side = max(pixels.shape[:2])
@@ -294,10 +295,3 @@ class CocoStream:
         self.annotations.close()
         rest = {"images": self.images, "categories": self.classes.categories(), "info": info}
         self.file.write(", " + json.dumps(rest, ensure_ascii=False, allow_nan=False)[1:] + "\n")
-
-
-def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Yield items in lists of at most `size`."""
-    queue = iter(items)
-    while batch := list(islice(queue, size)):
-        yield batch

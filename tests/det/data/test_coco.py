@@ -119,18 +119,18 @@ def test_many_missing_images_are_counted_and_five_named(tmp_path):
 def test_files_that_are_not_json_name_line_and_column(tmp_path):
     path, images, _ = write_coco(tmp_path)
     path.write_text('{"images": [],\n "annotations": [}')
-    with pytest.raises(UserError, match=r"coco.json: not valid JSON: .* in line 2, column 18"):
+    with pytest.raises(UserError, match=r"coco.json: not valid JSON: .*: line 2 column 18"):
         register_coco("test_set", path, images)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not UTF-8"):
+    with pytest.raises(UserError, match="not valid JSON: 'utf-8' codec"):
         register_coco("test_set", path, images)
     path.write_text('{"images": [' + "9" * 5000 + "]}")
-    with pytest.raises(UserError, match=r"coco.json: cannot be read: Exceeds the limit"):
+    with pytest.raises(UserError, match=r"coco.json: not valid JSON: Exceeds the limit"):
         register_coco("test_set", path, images)
     path.write_text('{"images": ["1.png"], "annotations": [], "categories": []}')
     with pytest.raises(UserError, match=r"coco.json: images\[0\] must be a dictionary, got '1.png'"):
         register_coco("test_set", path, images)
-    with pytest.raises(UserError, match=r"no.json: No such file or directory"):
+    with pytest.raises(UserError, match=r"no.json: no such file"):
         register_coco("test_set", tmp_path / "no.json", images)
     with pytest.raises(UserError, match=r"image folder .* does not exist"):
         register_coco("test_set", write_coco(tmp_path / "b")[0], tmp_path / "nowhere")
