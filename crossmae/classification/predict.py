@@ -43,13 +43,7 @@ TOP_K, BATCH_SIZE = 5, 32
 
 @dataclass(frozen=True)
 class Answer:
-    """Predicted classes of one image.
-
-    Attributes:
-        name: the image's name in its source: for a file, its path.
-        classes: positions in `Classifier.classes`, most probable first.
-        probabilities: one for each: softmax, or sigmoid where an image can have several classes.
-    """
+    """Predicted classes of a named image, most probable first, by position in `Classifier.classes`."""
 
     name: str
     classes: tuple[int, ...]
@@ -73,15 +67,8 @@ def predict_images(
 ) -> list[Answer]:
     """Predict the classes of image files, in order.
 
-    Args:
-        classifier: from `load_classifier`; computes on the device where its model is.
-        paths: of image files.
-        top_k: most classes per image; ignored by multi-label classifiers.
-        threshold: smallest probability of a class, for multi-label classifiers only.
-        batch_size: images that are computed together.
-
-    Raises:
-        UserError: an image cannot be read, or its probabilities are not finite; names the image.
+    The classifier computes on the device of its model. `top_k` limits the classes per image; of multi-label
+    classifiers, `threshold` does. An unreadable image is a UserError.
     """
     found = []
     for answer in predict(classifier, [ImageFiles(list(map(str, paths)), "")], Selection(top_k, threshold), batch_size):
@@ -110,7 +97,7 @@ def predict(
 
 
 def _read_view(classifier: Classifier, sample: tuple[Source, int]) -> tuple[str, Tensor] | UserError:
-    """Read name and pixels (C, H, W) of a sample as in evaluation."""
+    """Read name and pixels (C, H, W) of a sample for evaluation."""
     source, index = sample
     try:
         pixels = read_pixels(source, index, classifier.architecture.in_chans, classifier.bit_depth)
@@ -144,11 +131,7 @@ def _answer_batch(
 
 
 def expand_inputs(arguments: Sequence[str]) -> list[str]:
-    """Replace patterns by the files that match, except shard patterns.
-
-    Raises:
-        UserError: an argument matches no file.
-    """
+    """Replace patterns by the files that match, except shard patterns."""
     expanded = []
     for argument in arguments:
         path = Path(argument).expanduser()
@@ -165,11 +148,7 @@ def expand_inputs(arguments: Sequence[str]) -> list[str]:
 def open_inputs(inputs: Sequence[str]) -> list[Source]:
     """Open all image files as one source, then every packed source.
 
-    Args:
-        inputs: from `expand_inputs`: image files, or what `open_source` knows.
-
-    Raises:
-        UserError: a source cannot be used.
+    Takes inputs of `expand_inputs`: image files, or other sources of `open_source`.
     """
     files: dict[str, None] = {}
     packed: list[Source] = []
@@ -195,11 +174,7 @@ def _is_image_file(path: Path) -> bool:
 
 
 def check_output(output: str, inputs: Sequence[str], force: bool) -> None:
-    """Refuse an OUTPUT of unknown kind, an input, or an existing file.
-
-    Raises:
-        UserError: the suffix is unknown, OUTPUT is an input or a folder, or it exists and `force` is not set.
-    """
+    """Refuse an OUTPUT of unknown kind, an input, or an existing file."""
     if output == STDOUT:
         return
     path = Path(output)
@@ -215,10 +190,7 @@ def write_answers(
 ) -> list[str]:
     """Predict all images and write OUTPUT completely or not at all.
 
-    Standard output gets the answers as they come.
-
-    Returns:
-        One line for each image that could not be read.
+    Standard output gets the answers as they come. Returns one line for each image that could not be read.
 
     Raises:
         UserError: the folder of OUTPUT is not writable; see `predict`.

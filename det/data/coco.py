@@ -38,13 +38,13 @@ OWN_TRAIN, OWN_VAL = "own_coco_train", "own_coco_val"
 
 @dataclass(frozen=True)
 class CocoSummary:
-    """Facts about a checked file that training needs.
+    """Facts about a checked file that training needs, without crowd regions.
 
     Attributes:
         categories: names by rising category id, which is the order of the classes.
-        num_images: number of images.
-        num_trainable: number of images with at least one annotation that is no crowd region.
-        mask_kinds: "polygon", "rle", "none": mask types of the annotations that are no crowd regions.
+        num_images: number of images, crowd regions or not.
+        num_trainable: number of images with annotations.
+        mask_kinds: "polygon", "rle", "none".
     """
 
     categories: tuple[str, ...]
@@ -91,8 +91,7 @@ def register_coco(
         drop: kinds of faults whose entries are left out, from `det.data.coco_kinds.DROPPABLE`; they are logged.
 
     Raises:
-        UserError: see `read_coco`; no image folder; faults outside `drop`; an unknown kind in `drop`; or nothing is
-            left.
+        UserError: the file or the folder is missing, there are faults outside `drop`, or nothing is left.
     """
     check_drop(drop)
     content = read_coco(json_path)
@@ -157,13 +156,8 @@ def mask_kind(annotation: dict[str, Any]) -> str:
 def ground_truth(name: str) -> dict[str, Any]:
     """Read the COCO file of a registered data set without dropped entries.
 
-    An annotation of id 0 gets another id, because pycocotools takes a match with 0 for none.
-
-    Args:
-        name: of any data set that detectron2 knows.
-
-    Raises:
-        UserError: it has no COCO file, or the file cannot be read; see `read_coco`.
+    An annotation of id 0 gets another id, because pycocotools takes a match with 0 for none. A data set without a
+    readable COCO file is a UserError.
     """
     metadata = MetadataCatalog.get(name)
     path = metadata.get("json_file")
@@ -188,13 +182,7 @@ def _load_cleaned(name: str) -> list[dict[str, Any]]:
 
 
 def plan_drop(content: dict[str, Any], findings: Sequence[Finding], drop: Sequence[str]) -> Dropped:
-    """Choose the entries that `DATASETS.DROP` leaves out.
-
-    Args:
-        content: from `read_coco`.
-        findings: from `find_faults`.
-        drop: names of kinds.
-    """
+    """Choose the entries that `DATASETS.DROP` leaves out."""
     images: set[int] = set()
     annotations: set[int] = set()
     polygons: set[int] = set()
@@ -261,9 +249,7 @@ def remaining_faults(findings: Sequence[Finding], dropped: Dropped) -> list[Find
 def describe_faults(faults: Sequence[Finding], drop: Sequence[str] = ()) -> str:
     """Describe faults in one line: kinds, counts, first ids, and advice.
 
-    Args:
-        faults: at least one; a single kind is described in more detail.
-        drop: kinds that are dropped already.
+    A single kind is described in more detail. The advice repeats the kinds in `drop`, which are dropped already.
     """
     counts = [f"{one.kind.name} in {one.counted()}" for one in faults]
     if len(faults) == 1:
@@ -279,18 +265,14 @@ def read_coco(path: str | Path) -> dict[str, Any]:
     """Read a COCO file.
 
     Raises:
-        UserError: no such file, not JSON (with line and column), or one of its three lists is missing, empty, or holds
-            other things than dictionaries.
+        UserError: no such file, not JSON, or one of its three lists is missing, empty, or has other entries than
+            dictionaries.
     """
     return _read_lists(path, "images", "annotations", "categories")
 
 
 def read_categories(path: str | Path) -> list[tuple[int, str]]:
-    """Read ids and names of categories from JSON, by rising id.
-
-    Raises:
-        UserError: see `read_coco`; or an id or a name is missing, of the wrong type, or repeated.
-    """
+    """Read ids and names of categories from JSON, by rising id."""
     categories = _read_lists(path, "categories")["categories"]
     faults = [one for one in find_category_faults(categories) if one.rank is not Rank.INFORMATION]
     if faults:
@@ -316,10 +298,8 @@ def _read_lists(path: str | Path, *keys: str) -> dict[str, Any]:
 def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, str] | None) -> None:
     """Register own data sets and fit the config to them, in place.
 
-    Args:
-        cfg: `DATASETS.*`, `MODEL.ROI_HEADS.NUM_CLASSES`, `INPUT.MASK_FORMAT` and the classes of the federated loss are
-            set, with a line in the log; `DATASETS.DROP` and `MODEL.MASK_ON` are read.
-        train, val: COCO file and image folder, or None. If both are None, the config stays as it is.
+    `DATASETS.DROP` and `MODEL.MASK_ON` are read; the data sets, the number of classes and the mask format are set and
+    logged. Each of `train` and `val` is a COCO file and an image folder, or None; two None change nothing.
 
     Raises:
         UserError: see `register_coco`; the training file has only crowd regions; or the categories differ.

@@ -123,16 +123,13 @@ def paused_garbage_collection() -> Iterator[None]:
 def find_faults(
     content: dict[str, Any], images: Path | None, *, for_evaluation: bool = False, masks: bool = False
 ) -> list[Finding]:
-    """Find faults and remarkable facts in the content of a COCO file.
+    """Find faults and remarkable facts, in the order of `KINDS`.
 
     Args:
         content: from `det.data.coco.read_coco`; it is not changed.
         images: folder of the images; None: skip image files.
         for_evaluation: treat the absence of keys that AP needs as a fault, not as information.
         masks: treat the absence of a mask as a fault, not as information.
-
-    Returns:
-        Findings in the order of `KINDS`.
     """
     demoted = (frozenset() if for_evaluation else EVALUATION_KINDS) | (set() if masks else {"missing-mask"})
     found = _Findings(content, demoted | ({"missing-iscrowd"} if is_lvis(content) else set()))

@@ -50,12 +50,7 @@ class Masks:
 
 
 def measure_masks(masks: Sequence[Any], sizes: Floats) -> Masks:
-    """Measure the `segmentation` of annotations.
-
-    Args:
-        masks: N values of the file: nothing, polygons or run lengths.
-        sizes: (N, 2) width and height of their images; infinite where unknown.
-    """
+    """Measure N masks on images of sizes (N, 2): width, height."""
     result = Masks(np.full((len(masks), 4), np.nan), np.full(len(masks), np.nan))
     polygons: list[int] = []
     runs: list[int] = []
@@ -190,13 +185,9 @@ def _measure_runs(result: Masks, rows: list[int], masks: Sequence[Any]) -> None:
 
 
 def decompress(texts: Sequence[str]) -> tuple[Ints, Ints]:
-    """Decompress run lengths of many masks, like pycocotools' `rleFrString`.
+    """Decompress run lengths of texts that match `COMPRESSED`, like pycocotools' `rleFrString`.
 
-    Args:
-        texts: M texts that match `COMPRESSED`.
-
-    Returns:
-        (R,) run lengths, mask after mask, and (M,) their number per mask.
+    Returns (R,) run lengths, mask after mask, and (M,) their number per mask.
     """
     if not texts:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)

@@ -14,11 +14,7 @@ from pycocotools import mask as coco_mask
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
-    """Decode a COCO `segmentation`, polygons or RLE, to a mask (height, width).
-
-    Raises:
-        ValueError: another format, or an RLE of another size.
-    """
+    """Decode a COCO `segmentation` to (height, width), or raise a ValueError."""
     if isinstance(segmentation, list) and segmentation:
         rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation, dict) and {"counts", "size"} <= segmentation.keys():
@@ -38,9 +34,7 @@ def moved_masks(
 
     Args:
         masks: each either COCO polygons, an RLE, or an array (H, W), nonzero on the object.
-        size: (H, W) of the image.
-        transforms: augmentation of the image.
-        new_size: (height, width) of the augmented image.
+        size: (H, W) of the image before, `new_size` after the augmentation.
         form: "bitmask", or "polygon" for polygons only. Polygons that cross or touch themselves need bitmasks:
             detectron2 crops polygons with shapely, which drops parts of them or fills holes.
 
@@ -78,12 +72,7 @@ def _pixels(mask: Any, size: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def rasterize(polygons: Sequence[NDArray[np.float64]], mask: NDArray[np.bool_]) -> None:
-    """Set the pixels of one object exactly like pycocotools.
-
-    Args:
-        polygons: (P, 2) x, y of the corners; may leave the image.
-        mask: (H, W), false; changed in place.
-    """
+    """Set the pixels of polygons (P, 2) exactly like pycocotools."""
     corners = np.concatenate(polygons)
     left, top = np.floor(corners.min(axis=0)).astype(int)
     right, bottom = np.ceil(corners.max(axis=0)).astype(int)

@@ -33,13 +33,9 @@ Annotation = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One image drawn twice.
+    """One image drawn with its true and with its predicted objects, (H, W, 3) uint8 RGB each.
 
-    Attributes:
-        name: the image's file name.
-        truth: with the true objects, (H, W, 3) uint8 RGB.
-        prediction: of the same shape, with the predicted objects.
-        true_classes, found_classes: class names of the drawn objects, one per object.
+    The class names have one entry per drawn object.
     """
 
     name: str
@@ -67,7 +63,6 @@ def validation_pictures(
 
     Raises:
         UserError: an image cannot be read; names the image.
-        ValueError: an annotation or a result is not in COCO format, see `instances_from_coco`.
     """
     drawn = compare_images(ground_truth, images, results, spread_images(ground_truth, count))
     return [(one.name, _side_by_side(one)) for one in drawn]
@@ -110,16 +105,8 @@ def compare_images(
 ) -> Iterator[Comparison]:
     """Draw images of a COCO file twice, one image at a time.
 
-    The colour of a class depends on the place of its id among all ids.
-
-    Args:
-        ground_truth, images, results: see `validation_pictures`; crowd regions are not drawn.
-        chosen: entries of `ground_truth["images"]`.
-        score_threshold: smallest score of a drawn prediction.
-        side: pixels of the longer side of a drawing; smaller images are enlarged.
-
-    Raises:
-        UserError, ValueError: see `validation_pictures`.
+    The colour of a class depends on the place of its id among all ids. Crowd regions are not drawn. `chosen` holds
+    entries of `ground_truth["images"]`; images are drawn at `side` pixels on their longer side.
     """
     categories = {one["id"]: str(one["name"]) for one in sorted(ground_truth["categories"], key=lambda one: one["id"])}
     ids = {entry["id"] for entry in chosen}
@@ -147,8 +134,7 @@ def _draw(
 ) -> NDArray[np.uint8]:
     """Draw objects over their image at `side` pixels.
 
-    A larger image is reduced first, and each mask as soon as it is decoded: the masks of many objects in a large
-    photograph would fill the memory.
+    A larger image is reduced first, and each mask as soon as it is decoded, to save memory.
     """
     instances = instances_from_coco(entries, categories)
     height, width = pixels.shape[:2]

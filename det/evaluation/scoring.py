@@ -102,8 +102,7 @@ def score_results(
             for it, and the best 300 detections of an image count.
 
     Raises:
-        UserError: hotcoco is requested but missing, a result does not belong to the ground truth or lacks a key, or the
-            ground truth lacks a key that LVIS needs.
+        UserError: hotcoco is requested but missing, a result is of another image or category, or a key is missing.
     """
     _check_keys(ground_truth, results, task, lvis)
     keys = ("image_id", "category_id", "score", GEOMETRY[task])

@@ -56,10 +56,8 @@ class DrawnInstance:
     Attributes:
         box: x, y, width, height, in pixels.
         class_index: chooses the colour.
-        name: of the class.
         mask: (H, W), true on the object; or a COCO `segmentation`, which is decoded only while it is drawn, so that
             many objects in a large photograph do not fill the memory; or None.
-        score: of a prediction; drawn unless None.
     """
 
     box: tuple[float, float, float, float]
@@ -84,11 +82,8 @@ def instances_from_coco(annotations: Sequence[Mapping[str, Any]], categories: Ma
     """Convert COCO annotations or results of one image.
 
     Args:
-        annotations: each with `category_id`, `bbox` (x, y, width, height) and, optionally, `segmentation` and `score`.
+        annotations: each with `category_id`, `bbox` and, optionally, `segmentation` and `score`; else a ValueError.
         categories: names by category id; their order numbers the classes.
-
-    Raises:
-        ValueError: an annotation lacks a key or has a category that is not in `categories`.
     """
     order = {category: index for index, category in enumerate(categories)}
     instances = []
@@ -105,12 +100,7 @@ def instances_from_coco(annotations: Sequence[Mapping[str, Any]], categories: Ma
 
 
 def instances_from_detectron2(objects: Instances, names: Sequence[str]) -> list[DrawnInstance]:
-    """Convert predictions or training targets of detectron2 for one image.
-
-    Args:
-        objects: on the CPU, with `pred_boxes` or `gt_boxes` and so on; masks in any form, or none.
-        names: of the classes, from 0.
-    """
+    """Convert predictions or training targets of one image, on the CPU."""
     kind = "pred" if objects.has("pred_boxes") else "gt"
     corners = objects.get(f"{kind}_boxes").tensor.tolist()
     classes = objects.get(f"{kind}_classes").tolist()
@@ -140,18 +130,12 @@ def draw_instances(
     """Draw instances over a copy of an image.
 
     Large objects are drawn first, so that small objects stay visible. Labels avoid each other where their boxes leave
-    room; otherwise the highest score comes on top.
+    room; otherwise the highest score comes on top. A wrong image or mask shape is a ValueError.
 
     Args:
-        image: (H, W, 3) uint8 RGB; it is not changed.
+        image: (H, W, 3) uint8 RGB.
         longest_side: enlarge or shrink to this many pixels before drawing.
         letters: height of the labels' letters over the longest side of the result.
-
-    Returns:
-        (H', W', 3) uint8 RGB.
-
-    Raises:
-        ValueError: the image is not (H, W, 3) uint8, or a mask has another size.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"image: expected (H, W, 3) uint8, received {image.shape} {image.dtype}")
@@ -245,11 +229,7 @@ def label_font(text: str, size: float) -> Font:
     """Choose Pillow's font for ASCII, else DejaVu Sans of matplotlib.
 
     DejaVu Sans has Latin, Greek, Cyrillic and others. Chinese, Japanese and Korean letters and most emoji are drawn as
-    boxes, which is logged once.
-
-    Args:
-        text: the label.
-        size: of the letters, in pixels.
+    boxes, which is logged once. The size of the letters is in pixels.
     """
     if not text.isascii() and any(letter.isprintable() and ord(letter) not in _dejavu_letters() for letter in text):
         _warn_of_boxes()
@@ -284,12 +264,7 @@ def _readable_on(color: Color) -> Color:
 def draw_sheet(pictures: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -> NDArray[np.uint8]:
     """Arrange pictures in a near-square grid, each over its caption.
 
-    Args:
-        pictures: (H, W, 3) uint8 RGB; their sizes may differ.
-        captions: one each, of any number of lines; cut off at the width of the column.
-
-    Returns:
-        (H', W', 3) uint8 RGB.
+    Pictures are (H, W, 3) uint8 RGB of any sizes; captions may have several lines, and are cut off at the column.
     """
     gap, line = 16, 20
     columns = math.ceil(math.sqrt(len(pictures)))

@@ -29,9 +29,8 @@ def coco_results(
     """Convert raw predictions of one image to COCO results, like `COCOEvaluator`.
 
     Args:
-        instances: raw output of `GeneralizedRCNN.inference(..., do_postprocess=False)`, in pixels of the model's input:
-            `pred_boxes`, `scores`, `pred_classes` and, if there is a mask head, `pred_masks` (N, 1, M, M); they are
-            not changed.
+        instances: raw output of `GeneralizedRCNN.inference(..., do_postprocess=False)`, in pixels of the model's input;
+            masks, if any, are (N, 1, M, M). They are not changed.
         image_id: of the image.
         height, width: of the image as its file has it.
         category_ids: of the classes.
@@ -62,15 +61,8 @@ def encode_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int) 
     """Paste and encode the masks of one image.
 
     Equal to detectron2's `paste_masks_in_image` on the CPU, threshold 0.5, and pycocotools' `encode`. On a GPU
-    detectron2 rounds differently.
-
-    Args:
-        probabilities: (N, M, M) in 0-1, on any device; computed on the CPU in float32.
-        boxes: (N, 4) x0, y0, x1, y1 in pixels of the image; a box outside the image gives an empty mask.
-        height, width: of the image.
-
-    Returns:
-        N dicts {"size": [height, width], "counts": compressed text}, as in COCO results.
+    detectron2 rounds differently. Takes probabilities (N, M, M) and boxes (N, 4) x0, y0, x1, y1 in pixels of the image;
+    returns N dicts {"size": [height, width], "counts": compressed text}.
     """
     masks, corners = (tensor.detach().float().cpu().numpy() for tensor in (probabilities, boxes))
     with np.errstate(over="ignore"):  # far away from a nearly empty box
@@ -112,7 +104,7 @@ def _grid(first: int, last: int, low: np.float32, high: np.float32) -> np.ndarra
 
 
 def _weights(grid: np.ndarray, size: int) -> np.ndarray:
-    """Compute bilinear weights (points + 1, size) with a last row of zeros."""
+    """Compute bilinear weights (points + 1, size), the last row zero."""
     places = (grid + 1) * np.float32(size / 2) - np.float32(0.5)
     weights = np.zeros((len(grid) + 1, size), np.float32)
     distance = np.abs(places[:, None] - np.arange(size, dtype=np.float32))

@@ -42,8 +42,7 @@ class Predictor:
         instances = predictor("photo.jpg")
         instances.pred_boxes, instances.scores, instances.pred_classes, instances.pred_masks
 
-    Images are read, resized and padded as in evaluation. Objects that do not score above
-    `MODEL.ROI_HEADS.SCORE_THRESH_TEST` are left out.
+    Images are read, resized and padded as in evaluation. Objects score above `MODEL.ROI_HEADS.SCORE_THRESH_TEST`.
 
     Args:
         config: see `read_config`, or a config; it is not changed.
@@ -54,9 +53,6 @@ class Predictor:
     Attributes:
         cfg: the config, with `MODEL.WEIGHTS` the file that was read.
         model: the detector, in eval mode.
-        weights: the file that was read.
-        num_classes: number of classes.
-        score_threshold: objects score above it.
 
     Raises:
         UserError: no such file or device, the config is not of a `GeneralizedRCNN`, or the weights do not fit it.
@@ -87,33 +83,25 @@ class Predictor:
     def __call__(self, image: ImageLike) -> Instances:
         """Find the objects in one image, highest score first.
 
-        Args:
-            image: (H, W, 3) uint8 RGB, a Pillow image, or a path.
-
-        Returns:
-            N instances on the CPU, in pixels of the image: `pred_boxes` (N, 4) x0, y0, x1, y1, `scores` (N,),
-            `pred_classes` (N,) from 0 and, of detectors with masks, `pred_masks` (N, H, W) bool.
-
-        Raises:
-            UserError: the file cannot be read.
-            ValueError: an array of another shape or type.
+        The image is (H, W, 3) uint8 RGB, a Pillow image, or a path. Returns N instances on the CPU, in pixels of the
+        image: `pred_boxes` (N, 4) x0, y0, x1, y1, `scores` (N,), `pred_classes` (N,) from 0 and, of detectors with
+        masks, `pred_masks` (N, H, W) bool. A file that cannot be read is a UserError, a wrong array a ValueError.
         """
         return self.predict([image])[0]
 
     def predict(self, images: Sequence[ImageLike]) -> list[Instances]:
         """Find the objects in several images.
 
-        Images that are padded to the same size are computed together. Global attention sees padding, so no image is
-        padded to the size of another image: the result does not depend on the other images.
+        Images with the same padded size are computed together. Global attention sees padding, so no image is padded to
+        the size of another image: the result does not depend on the other images.
         """
         return [output["instances"].to("cpu") for output in self._run(images, self.model)]
 
     def predict_raw(self, images: Sequence[ImageLike]) -> list[Instances]:
         """Find objects with small masks that cover only their boxes.
 
-        Returns:
-            N instances for each image, on the model's device, in pixels of the model's input: `pred_boxes`, `scores`,
-            `pred_classes` and, of detectors with masks, `pred_masks` (N, 1, M, M), probabilities in the boxes.
+        Returns N instances for each image, on the model's device, in pixels of the model's input: `pred_boxes`,
+        `scores`, `pred_classes` and, of detectors with masks, `pred_masks` (N, 1, M, M), probabilities in the boxes.
         """
         return self._run(images, partial(self.model.inference, do_postprocess=False))
 
@@ -150,9 +138,6 @@ def read_config(config_file: str | Path | None, weights: str | Path, overrides: 
         config_file: a YAML file, its name under configs/, a run's folder, or None: `config.yaml` next to the weights.
         weights: a run's folder, or a file in it.
         overrides: `KEY=VALUE` words.
-
-    Raises:
-        UserError: no such file, or the config is invalid, see `load_det_config`.
     """
     if not Path(weights).exists():
         raise UserError(f"{weights}: no such file or folder. Name a detector's weights, or the folder of its run.")
@@ -200,10 +185,7 @@ def find_classes(predictor: Predictor, file: Path | None = None) -> Classes:
     Args:
         predictor: the detector.
         file: a JSON file with COCO's `categories`, or a text file with one name per line. None: the record of the run;
-            without a record, numbers from 1 with a warning.
-
-    Raises:
-        UserError: the file cannot be read, or has another number of classes than the detector.
+            without a record, numbers from 1 with a warning. Another number of classes is a UserError.
     """
     wanted, record = predictor.num_classes, predictor.weights.with_name(RECORD)
     classes = _recorded_classes(record) if file is None else _read_classes(file)
@@ -248,8 +230,7 @@ def coco_annotations(
         classes: of the detector.
 
     Returns:
-        Dicts with `image_id`, `category_id`, `bbox` (x, y, width, height, to a thousandth of a pixel), `score`, `area`,
-        `iscrowd` and, if there are masks, `segmentation`, a compressed RLE.
+        Results of `coco_results` with `area` and `iscrowd`; boxes to a thousandth of a pixel.
     """
     annotations = coco_results(instances, image_id, height, width, classes.category_ids)
     for annotation in annotations:

@@ -46,13 +46,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class MediaInput:
-    """One file to predict.
-
-    Attributes:
-        path: of the file.
-        name: relative to the folder that all files share, with slashes.
-        target: file name of its picture or video, relative to the output folder.
-    """
+    """One file to predict: its path, its name under the common folder, and its target under the output."""
 
     path: Path
     name: str
@@ -62,8 +56,7 @@ class MediaInput:
 def find_media(arguments: Sequence[str]) -> tuple[Path, list[MediaInput]]:
     """Find the files that arguments name, and their common folder.
 
-    Args:
-        arguments: files, patterns, and folders, which stand for their images (subfolders included) but not videos.
+    Folders stand for their images, subfolders included, but not for their videos.
 
     Raises:
         UserError: an argument matches no file; or one is a video, and PyAV is not installed.
@@ -100,9 +93,8 @@ def output_names(names: Sequence[str]) -> list[str]:
 def check_output(output: Path, inputs: Sequence[MediaInput], arguments: Sequence[str], force: bool) -> None:
     """Refuse an output folder that cannot be written, or would overwrite files.
 
-    Raises:
-        UserError: the output folder is searched for inputs, a picture would replace an input, a name cannot be
-            written, or a file exists and `force` is not set.
+    An input is never overwritten, and other existing files only with `force`. The folder must not be searched for
+    inputs.
     """
     planned = [output / COCO_FILE, *(output / one.target for one in inputs)]
     for argument in map(_expand_home, arguments):
@@ -147,17 +139,11 @@ def _fault(path: Path) -> str | None:
 
 @dataclass
 class FilePredictions:
-    """Prediction of files, with counts of what is found.
+    """Prediction of files, with counts of images (frames included) and objects, and a line per failure.
 
     Attributes:
-        predictor: the detector.
-        classes: of the detector.
-        output: folder to write.
         batch_size: images that are computed together.
         draw: write pictures and videos.
-        images: number of images and frames that were predicted.
-        objects: number of objects that were found.
-        failures: one line for each file that could not be read completely, or not be written.
     """
 
     predictor: Predictor
@@ -171,10 +157,6 @@ class FilePredictions:
 
     def write(self, inputs: Sequence[MediaInput], info: dict[str, Any]) -> None:
         """Remove an older predictions.json, predict all files and write the results.
-
-        Args:
-            inputs: from `find_media`.
-            info: facts to keep in predictions.json.
 
         Raises:
             UserError: the folder is not writable.
@@ -278,12 +260,7 @@ class CocoStream:
         self.images: list[dict[str, Any]] = []
 
     def add(self, image: dict[str, Any], instances: Instances) -> list[dict[str, Any]]:
-        """Write and return the annotations of one image.
-
-        Args:
-            image: its entry, without the id.
-            instances: from `Predictor.predict_raw`.
-        """
+        """Write and return the annotations of one image entry without id."""
         self.images.append({"id": len(self.images) + 1, **image})
         annotations = coco_annotations(instances, len(self.images), image["height"], image["width"], self.classes)
         for annotation in annotations:

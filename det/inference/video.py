@@ -95,10 +95,7 @@ def is_video(path: str | Path) -> bool:
 def write_video(path: Path, frames: Iterable[Frame], rate: Fraction) -> None:
     """Write at least one frame as H.264 in MP4, atomically.
 
-    Args:
-        path: ends in .mp4.
-        frames: all of one size; an odd last row or column is doubled, because the format needs even sides.
-        rate: frames per second, on average.
+    Frames have one size; an odd last row or column is doubled, because the format needs even sides.
 
     Raises:
         UserError: PyAV is not installed.
