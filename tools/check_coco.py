@@ -112,9 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     content = read_coco(arguments.coco)
     images = None if arguments.skip_images else arguments.images
     counts = count(content)
-    has_masks = (
-        counts["without mask"] < counts["annotations"]
-    )  # a file without any mask is a data set of boxes, which is fine
+    has_masks = counts["without mask"] < counts["annotations"]  # a data set of boxes needs no masks
     findings = find_faults(content, images, for_evaluation=arguments.evaluation, masks=has_masks)
     print(", ".join(f"{value} {name}" for name, value in counts.items()))
     print("\n".join(filter(None, (table(findings), advice(findings)))))

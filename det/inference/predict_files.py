@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path, PurePosixPath
@@ -197,27 +198,19 @@ class FilePredictions:
         except UserError as error:
             self.failures.append(str(error))
             return
-        with tqdm(
-            self._until_failure(video), printable(one.name), video.frames, unit="frame", dynamic_ncols=True
-        ) as bar:
-            read = (
-                (
-                    frame.time,
-                    {"file_name": one.name, "frame": number, "time": round(float(frame.time), 6)},
-                    frame.pixels,
-                )
-                for number, frame in enumerate(bar)
-            )
-            frames = (Frame(drawn, time) for time, drawn in self._predict(read, coco))
-            if self.draw:
-                path = self.output / one.target
-                self._save(path, lambda: write_video(path, frames, video.rate))
-            deque(frames, maxlen=0)  # frames that are not drawn or written still count
+        frames = (Frame(drawn, time) for time, drawn in self._predict(self._read_video(video, one.name), coco))
+        if self.draw:
+            path = self.output / one.target
+            self._save(path, lambda: write_video(path, frames, video.rate))
+        deque(frames, maxlen=0)  # frames that are not drawn or written still count
 
-    def _until_failure(self, video: Video) -> Iterator[Frame]:
-        """Yield frames until damage, which is noted."""
+    def _read_video(self, video: Video, name: str) -> Iterator[tuple[Fraction, dict[str, Any], NDArray[np.uint8]]]:
+        """Yield time, entry and pixels of frames until damage, which is noted."""
+        bar = tqdm(video, printable(name), video.frames, unit="frame", dynamic_ncols=True)
         try:
-            yield from video
+            for number, frame in enumerate(bar):
+                entry = {"file_name": name, "frame": number, "time": round(float(frame.time), 6)}
+                yield frame.time, entry, frame.pixels
         except UserError as error:
             self.failures.append(str(error))
 

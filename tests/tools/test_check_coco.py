@@ -15,7 +15,7 @@ from crossmae.errors import USER_ERROR_EXIT_CODE
 from det.data.coco import register_coco
 from tests.det.coco_files import save, write_coco
 from tests.tools.command_line import exit_code
-from tools.check_coco import FAULTY_EXIT_CODE, build_parser, main
+from tools.check_coco import FAULTY_EXIT_CODE, main
 
 
 @pytest.fixture
@@ -137,8 +137,3 @@ def test_names_that_do_not_print_are_shown_with_escapes(
     assert "images[1] (id 2): images/\\udcff.png: can" in told
     assert "categories[0] (id 3): 'b\\nc'" in told
     assert "images/\\\\udcff.png" in Path("report.json").read_text()
-
-
-def test_options_are_frozen() -> None:
-    options = {option for action in build_parser()._actions for option in action.option_strings}
-    assert options == {"-h", "--help", "--evaluation", "--skip-images", "--json"}

@@ -58,35 +58,9 @@ def remove(where, index, key):
             change("annotations", 1, category_id=2),
             r"annotations\[1\] \(id 3\): category_id 2: category_id is not in 'categories'",
         ),
-        (change("annotations", 1, bbox=[1, 2, 3]), r"annotations\[1\] \(id 3\): bbox must be"),
-        (
-            change("annotations", 1, image_id=[1]),
-            r"annotations\[1\] \(id 3\): image_id must be a whole number, got \[1\]",
-        ),
-        (change("annotations", 1, category_id="1"), r"\(id 3\): category_id must be a whole number, got '1'"),
         (change("annotations", 1, ignore=1), r"annotations\[1\] \(id 3\): ignore 1: 'ignore' is not supported"),
-        (
-            change("annotations", 1, segmentation=[1, 1, 9, 1, 9, 9]),
-            r"\(id 3\): segmentation must be a list of polygons",
-        ),
-        (
-            change("annotations", 1, segmentation=[[1, 1, 9, 9]]),
-            r"\(id 3\): segmentation\[0\] must be .* 3 points, got 4",
-        ),
-        (
-            change("annotations", 1, segmentation=[[1, 1, 9, 1, 9, 9, 5]]),
-            r"segmentation\[0\] must be .* 3 points, got 7",
-        ),
-        (
-            change("annotations", 1, segmentation={"size": [64, 64]}),
-            r"\(id 3\): segmentation: .* needs counts and size",
-        ),
-        (change("annotations", 1, id=2), r"duplicate-annotation-id in 1 .*annotations\[1\] \(id 2\): an earlier"),
         (change("images", 0, id="x"), r"bad-image in 1 of 5 images \(id 'x'\); unknown-image in 2 of"),
         (change("images", 0, file_name="/etc/passwd"), r"images\[0\] \(id 1\): file_name '/etc/passwd' leads out"),
-        (change("images", 0, file_name="a/../../b.png"), r"\(id 1\): file_name 'a/../../b.png' leads out"),
-        (change("images", 0, file_name="C:\\b.png"), r"leads out of the image folder"),
-        (change("images", 0, file_name=None), r"\(id 1\): file_name must be text, got None"),
         (
             change("images", 0, file_name="no.png"),
             r"missing-image in 1 of 5 images: images\[0\] \(id 1\): no.png: not in the image folder",
