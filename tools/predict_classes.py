@@ -88,11 +88,7 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 
 def select(args: argparse.Namespace, classifier: Classifier) -> Selection:
-    """Choose the classes to write.
-
-    Raises:
-        UserError: the option has no effect on this kind of classifier.
-    """
+    """Choose the classes to write, and reject options without effect."""
     if classifier.multi_label and args.top_k is not None:
         raise UserError("--top-k: this classifier can find several classes in an image; choose them by --threshold")
     if not classifier.multi_label and args.threshold is not None:

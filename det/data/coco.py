@@ -38,13 +38,9 @@ OWN_TRAIN, OWN_VAL = "own_coco_train", "own_coco_val"
 
 @dataclass(frozen=True)
 class CocoSummary:
-    """Facts about a checked file that training needs, without crowd regions.
+    """Categories by rising id, which is the order of the classes, and other facts about a checked file.
 
-    Attributes:
-        categories: names by rising category id, which is the order of the classes.
-        num_images: number of images, crowd regions or not.
-        num_trainable: number of images with annotations.
-        mask_kinds: "polygon", "rle", "none".
+    Crowd regions count neither for `num_trainable` images nor for `mask_kinds` ("polygon", "rle", "none").
     """
 
     categories: tuple[str, ...]
@@ -57,10 +53,7 @@ class CocoSummary:
 class Dropped:
     """Entries that `DATASETS.DROP` leaves out of a file, by position in the file's lists.
 
-    Attributes:
-        images: left out with all their annotations.
-        annotations: left out, including the annotations of `images`.
-        polygons: annotations that lose only their degenerate polygons.
+    `annotations` includes the annotations of `images`; those in `polygons` lose only their degenerate polygons.
     """
 
     images: frozenset[int] = frozenset()

@@ -51,12 +51,8 @@ QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 class Finding:
     """All entries that have one kind of fault.
 
-    Attributes:
-        kind: of fault.
-        rank: the kind's rank, or information if this use of the file does not mind.
-        entries: the list of the file, good entries included.
-        positions: of the faulty entries, rising; at least one.
-        note: describes the fault at a position; may be "".
+    `positions` in `entries` rise and are never empty; `note` describes the fault at a position. The rank is the kind's,
+    or information if this use of the file does not mind.
     """
 
     kind: Kind
@@ -322,14 +318,9 @@ def _file_fault(path: Path, entry: dict[str, Any]) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class _Table:
-    """The N annotations that have all keys with the right types.
+    """The N annotations that have all keys with the right types, by position in the file.
 
-    Attributes:
-        entries: N entries of the file.
-        position: (N,) in the file.
-        box: (N, 4).
-        size: (N, 2) width and height of the image; infinite where unknown.
-        finite: (N,) true where all four numbers of the box are finite.
+    Boxes are (N, 4), all finite where `finite`; `size` (N, 2) is width and height of the image, infinite where unknown.
     """
 
     entries: list[dict[str, Any]]

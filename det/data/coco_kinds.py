@@ -19,14 +19,7 @@ class Rank(Enum):
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of fault.
-
-    Attributes:
-        name: for reports and `DATASETS.DROP`.
-        rank: see `Rank`.
-        where: "images", "annotations" or "categories".
-        meaning: explanation or advice in half a sentence.
-    """
+    """Kind of fault in the list `where`, with an explanation or advice of half a sentence."""
 
     name: str
     rank: Rank

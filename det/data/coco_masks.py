@@ -32,12 +32,9 @@ COMPRESSED = re.compile(r"(?:[P-o]{0,7}[0-O])+")
 
 @dataclass
 class Masks:
-    """Measurements of N masks.
+    """Measurements of N masks, NaN where a mask has a fault or is absent, and faults by kind and mask.
 
-    Attributes:
-        extent: (N, 4) as x1, y1, x2, y2; NaN where a mask has a fault or is absent.
-        area: (N,) in pixels, NaN likewise; overlaps of polygons count twice.
-        faults: by kind (see `det.data.coco_kinds`), then by mask: a description.
+    The extent (N, 4) is x1, y1, x2, y2; the area (N,) is in pixels, where overlaps of polygons count twice.
     """
 
     extent: Floats

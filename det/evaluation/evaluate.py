@@ -81,13 +81,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
 def predict(model: GeneralizedRCNN, loader: Any, category_ids: Sequence[int]) -> list[dict[str, Any]]:
     """Predict this process's images and return COCO results.
 
-    Args:
-        model: is evaluated in eval mode; its mode is restored afterwards.
-        loader: of batches from detectron2's mapper.
-        category_ids: of the model's classes.
-
-    Raises:
-        UserError: an image cannot be read; names the image.
+    The model is evaluated in eval mode, and its mode is restored. An unreadable image is a UserError with its name.
     """
     results = []
     bar = tqdm(loader, desc="evaluate", unit="batch", disable=not comm.is_main_process(), dynamic_ncols=True)

@@ -100,24 +100,18 @@ def instances_from_coco(annotations: Sequence[Mapping[str, Any]], categories: Ma
 
 
 def instances_from_detectron2(objects: Instances, names: Sequence[str]) -> list[DrawnInstance]:
-    """Convert predictions or training targets of one image, on the CPU."""
-    kind = "pred" if objects.has("pred_boxes") else "gt"
-    corners = objects.get(f"{kind}_boxes").tensor.tolist()
-    classes = objects.get(f"{kind}_classes").tolist()
-    scores = objects.scores.tolist() if objects.has("scores") else [None] * len(objects)
-    masks = objects.get(f"{kind}_masks") if objects.has(f"{kind}_masks") else None
-    return [
-        DrawnInstance((x0, y0, x1 - x0, y1 - y0), number, names[number], _mask(masks, index, objects.image_size), score)
-        for index, ((x0, y0, x1, y1), number, score) in enumerate(zip(corners, classes, scores, strict=True))
-    ]
-
-
-def _mask(masks: Any, index: int, size: tuple[int, int]) -> NDArray[np.bool_] | None:
-    if masks is None:
-        return None
+    """Convert training targets of one image."""
+    masks: Any = objects.gt_masks if objects.has("gt_masks") else None
     if isinstance(masks, PolygonMasks):
-        return np.asarray(polygons_to_bitmask(masks.polygons[index], *size), dtype=bool)
-    return np.asarray((masks.tensor if isinstance(masks, BitMasks) else masks)[index], dtype=bool)
+        masks = [polygons_to_bitmask(polygons, *objects.image_size) for polygons in masks.polygons]
+    elif isinstance(masks, BitMasks):
+        masks = masks.tensor.numpy()
+    return [
+        DrawnInstance((x0, y0, x1 - x0, y1 - y0), number, names[number], None if masks is None else masks[index])
+        for index, ((x0, y0, x1, y1), number) in enumerate(
+            zip(objects.gt_boxes.tensor.tolist(), objects.gt_classes.tolist(), strict=True)
+        )
+    ]
 
 
 def draw_instances(

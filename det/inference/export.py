@@ -84,17 +84,14 @@ def export_detector(
         classes  (N,)       int64, from 0
         masks    (N, M, M)  float32, probabilities inside the box; only of detectors with masks
 
-    With `backbone_only` the outputs are the feature maps, `p2` (1, C, H / 4, W / 4) and so on.
-
-    Thresholds and limits come from the detector's config. detectron2 suppresses overlaps class by class above 1000
-    candidates; the graph always moves the classes apart instead, so pairs within rounding of the threshold may differ.
+    With `backbone_only` the outputs are the feature maps, `p2` (1, C, H / 4, W / 4) and so on. Thresholds and limits
+    come from the config. detectron2 suppresses overlaps class by class above 1000 candidates; the graph always moves
+    the classes apart instead, so pairs within rounding of the threshold may differ.
 
     Args:
-        model: on the CPU, in evaluation mode.
-        path: file to write; `.onnx`, or `.pt2` for `torch.export.load`. ONNX of more than 1.9 GB keeps its weights in
-            `<name>.onnx.data` next to it.
+        model: on the CPU, in evaluation mode; else a ValueError.
+        path: `.onnx`, or `.pt2` for `torch.export.load`. Large ONNX weights go to `<name>.onnx.data` next to it.
         img_size: H and W in pixels, or one number for both; multiples of the backbone's divisor.
-        backbone_only: leave out the heads; possible for any model with this backbone.
         check: run the file on the CPU and compare it with the model before it gets its name.
         image: picture for the check, (h, w, 3) uint8 RGB; None uses coloured shapes.
         metadata: is added to the file.
@@ -104,9 +101,9 @@ def export_detector(
         The differences, or None without `check`.
 
     Raises:
-        UserError: suffix, size or a part of the model cannot be exported; the file exists; a library is missing; or the
-            differences exceed `LIMITS`. Nothing is written then.
-        ValueError: the model is on a GPU or in training mode.
+        UserError: the request or the model cannot be exported, a library is missing, or the differences exceed
+            `LIMITS`.
+            Nothing is written then.
     """
     height, width = size = (img_size, img_size) if isinstance(img_size, int) else img_size
     _check_request(model, path, size, backbone_only, force)

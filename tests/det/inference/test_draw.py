@@ -146,25 +146,20 @@ def test_wrong_images_and_masks_are_refused():
         draw_instances(photo(), [DrawnInstance(BOX, 0, "x", np.ones((5, 5), bool))])
 
 
-@pytest.mark.parametrize("masks", ["polygons", "bitmasks", "tensor", "none"])
+@pytest.mark.parametrize("masks", ["polygons", "bitmasks", "none"])
 def test_instances_of_detectron2_and_of_coco_are_the_same(masks: str):
     polygon = [30.0, 25.0, 51.0, 25.0, 51.0, 38.0, 30.0, 38.0]
     fields: dict[str, object] = {
         "polygons": {"gt_masks": PolygonMasks([[polygon], [polygon]])},
         "bitmasks": {"gt_masks": BitMasks(torch.from_numpy(np.stack([rectangle()] * 2)))},
-        "tensor": {"pred_masks": torch.from_numpy(np.stack([rectangle()] * 2)), "scores": torch.tensor([0.5, 0.25])},
         "none": {},
     }[masks]
-    kind = "pred" if masks == "tensor" else "gt"
-    boxes = {f"{kind}_boxes": Boxes(torch.tensor([[30.0, 25.0, 51.0, 38.0]] * 2))}
-    objects = Instances((HEIGHT, WIDTH), **boxes, **{f"{kind}_classes": torch.tensor([1, 0])}, **fields)  # type: ignore[arg-type]
+    fields |= {"gt_boxes": Boxes(torch.tensor([[30.0, 25.0, 51.0, 38.0]] * 2)), "gt_classes": torch.tensor([1, 0])}
+    objects = Instances((HEIGHT, WIDTH), **fields)  # type: ignore[arg-type]
     entries = [{"category_id": category, "bbox": BOX, "segmentation": [polygon]} for category in (7, 3)]
     expected = instances_from_coco(entries, NAMES)
-    for given, wanted, score in zip(
-        instances_from_detectron2(objects, ["cat", "dog"]), expected, (0.5, 0.25), strict=True
-    ):
+    for given, wanted in zip(instances_from_detectron2(objects, ["cat", "dog"]), expected, strict=True):
         assert (given.box, given.class_index, given.name) == (wanted.box, wanted.class_index, wanted.name)
-        assert given.score == (score if masks == "tensor" else None)
         if masks == "none":
             assert given.mask is None
         else:
