@@ -1,4 +1,4 @@
-"""Every file gets its own picture and its own entry, nothing is overwritten, and what can not be read is reported."""
+"""Every file gets its own picture and its own entry, nothing is overwritten, and what cannot be read is reported."""
 
 import errno
 import json
@@ -155,13 +155,13 @@ def test_what_can_not_be_read_is_reported_and_the_rest_is_predicted(tmp_path):
 def test_a_video_with_damage_in_it_gives_the_frames_before(tmp_path, monkeypatch):
     def damaged(video):
         yield from [Frame(np.zeros((40, 60, 3), np.uint8), Fraction(i, 10)) for i in range(3)]
-        raise UserError(f"{video.path}: can not be read after frame 3")
+        raise UserError(f"{video.path}: cannot be read after frame 3")
 
     clip = save_clip(tmp_path / "clip.mp4")
     monkeypatch.setattr(Video, "__iter__", damaged)
     job, content = predict(tmp_path, clip, batch_size=2)
     monkeypatch.undo()
-    assert job.failures == [f"{clip}: can not be read after frame 3"]
+    assert job.failures == [f"{clip}: cannot be read after frame 3"]
     assert len(content["images"]) == len(content["annotations"]) == 3
     assert len(list(Video(tmp_path / "out/clip.mp4"))) == 3
 
