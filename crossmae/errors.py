@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from typing import Any
 
+SOME_FAILED_EXIT_CODE = 1
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
 BROKEN_PIPE_EXIT_CODE = 141
@@ -52,6 +53,13 @@ def run_cli(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
+
+
+def exit_if_any(failures: Sequence[str], heading: str) -> None:
+    """Print failures under a heading, if any, and exit with code 1."""
+    if failures:
+        print("\n".join([f"error: {heading}", *failures]), file=sys.stderr)
+        raise SystemExit(SOME_FAILED_EXIT_CODE)
 
 
 def import_extra(module: str, what: str, extra: str = "data") -> Any:

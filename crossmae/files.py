@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from crossmae.errors import UserError
 
@@ -57,6 +57,34 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def stream_text(path: Path, write: Callable[[TextIO], object]) -> None:
+    """Let `write` fill a UTF-8 file, atomically; see `write_text` for names."""
+
+    def fill(temporary: Path) -> None:
+        with open(temporary, "w", encoding="utf-8", errors=ODD_BYTES, newline="") as file:
+            write(file)
+
+    write_atomically(path, fill)
+
+
+class JsonArray:
+    """A JSON array that is written while its entries come, one per line."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file, self.count = file, 0
+        file.write("[")
+
+    def add(self, entry: Any) -> None:
+        """Write one entry."""
+        text = json.dumps(entry, ensure_ascii=False, allow_nan=False)
+        self.file.write(f",\n{text}" if self.count else f"\n{text}")
+        self.count += 1
+
+    def close(self) -> None:
+        """Write the end of the array; the file stays open."""
+        self.file.write("\n]")
 
 
 def sync_folder(folder: Path) -> None:
@@ -155,6 +183,8 @@ def _read_text(path: Path) -> str:
         return path.read_text("utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
 
@@ -162,7 +192,7 @@ def _read_text(path: Path) -> str:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, thousands of digits, or deeply nested lists
         raise UserError(f"{where}: not valid JSON: {error}") from None
 
 

@@ -4,11 +4,11 @@
     python tools/check_coco.py instances.json IMAGES --evaluation --json report.json
     python tools/check_coco.py instances.json --skip-images
 
-The json is read, never changed. Of each kind of fault the table shows how many entries have it, the first of them, and
-what to do. Training and evaluation refuse a file with errors; those marked droppable may be left out instead, by kind:
-DATASETS.DROP="('empty-box',)". There is no config here, because nothing of one matters.
+The json is never changed. For each kind of fault the table shows the number of entries, the first entries, and what to
+do. Training and evaluation refuse a file with errors; entries with droppable errors can be left out by kind:
+DATASETS.DROP="('empty-box',)".
 
-Exit code: 0 nothing but information, 1 there are faults, 2 the command line is wrong or the json can not be read.
+Exit code: 0 nothing but information, 1 there are faults, 2 the command line is wrong or the json cannot be read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from crossmae.errors import UserError, run_cli
 from crossmae.files import check_destination, check_writable, make_folder, write_json
-from det.data.coco import MAX_NAMES, describe_first, first_ids, mask_kind, read_coco
+from det.data.coco import mask_kind, read_coco
 from det.data.coco_checks import Finding, find_faults
 from det.data.coco_kinds import Rank
 
@@ -29,7 +29,7 @@ FAULTY_EXIT_CODE = 1
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("coco", metavar="JSON", type=Path, help="annotations in COCO format")
     parser.add_argument("images", metavar="IMAGES", type=Path, nargs="?", help="folder that file names are relative to")
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def count(content: dict[str, Any]) -> dict[str, int]:
-    """How much there is of what."""
+    """Count images, annotations, categories and mask types."""
     masks = Counter(mask_kind(annotation) for annotation in content["annotations"])
     return {
         **{key: len(content[key]) for key in ("images", "annotations", "categories")},
@@ -54,19 +54,18 @@ def count(content: dict[str, Any]) -> dict[str, int]:
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """One block per kind: rank, count and first ids; what it means; what is wrong with the first entries."""
+    """Format one block per kind: counts, meaning, first entries."""
     lines = []
     for one in findings:
-        numbers = f"{len(one.positions)} of {len(one.entries)} {one.kind.where}"
-        lines.append(f"{one.kind.name:24} {one.rank.value:16} {numbers}, id {first_ids(one)}")
+        lines.append(f"{one.kind.name:24} {one.rank.value:16} {one.counted()}, id {one.ids()}")
         lines.append(f"    {one.kind.meaning}")
         if one.first(1)[0]["note"]:
-            lines += [f"      {text}" for text in describe_first(one)]
+            lines += [f"      {text}" for text in one.places()]
     return "\n".join(lines)
 
 
 def advice(findings: Sequence[Finding]) -> str:
-    """What the table comes to."""
+    """Summarise the table in one line."""
     faults = [one for one in findings if one.rank is not Rank.INFORMATION]
     droppable = tuple(one.kind.name for one in faults if one.rank is Rank.DROPPABLE)
     if not faults:
@@ -76,14 +75,14 @@ def advice(findings: Sequence[Finding]) -> str:
 
 
 def report(arguments: argparse.Namespace, counts: dict[str, int], findings: Sequence[Finding]) -> dict[str, Any]:
-    """The findings as JSON holds them."""
+    """Convert the findings to JSON values."""
     listed = [
         {
             "kind": one.kind.name,
             "rank": one.rank.value,
             "where": one.kind.where,
             "count": len(one.positions),
-            "first": one.first(MAX_NAMES),
+            "first": one.first(),
             "meaning": one.kind.meaning,
         }
         for one in findings
@@ -93,27 +92,27 @@ def report(arguments: argparse.Namespace, counts: dict[str, int], findings: Sequ
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raise a `UserError` for words that contradict each other, and for paths that can not be read or written."""
+    """Reject contradictory arguments and paths that cannot be read or written."""
     if arguments.skip_images and arguments.images:
-        raise UserError(f"--skip-images: {arguments.images} would not be looked at; leave out one of the two")
+        raise UserError(f"--skip-images: {arguments.images} would be ignored. Leave out one of the two.")
     if not arguments.skip_images and not (arguments.images and arguments.images.is_dir()):
         named = f"{arguments.images} is no folder" if arguments.images else "no image folder named"
-        raise UserError(f"IMAGES: {named}; name the folder that the file names are relative to, or pass --skip-images")
+        raise UserError(f"IMAGES: {named}. Name the folder that the file names are relative to, or pass --skip-images.")
     if arguments.json is not None:
         if arguments.json.resolve() == arguments.coco.resolve():
-            raise UserError(f"--json: {arguments.json} is the file to be checked; name another for the report")
+            raise UserError(f"--json: {arguments.json} is the file to be checked. Name another file for the report.")
         check_destination(arguments.json, force=True)
         check_writable(arguments.json.parent, "--json")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, check, print; exit code 1 where there are faults."""
+    """Check, print, and exit with code 1 for faults."""
     arguments = build_parser().parse_args(argv)
     check_arguments(arguments)
     content = read_coco(arguments.coco)
     images = None if arguments.skip_images else arguments.images
     counts = count(content)
-    has_masks = counts["without mask"] < counts["annotations"]  # without any it is a data set of boxes, which is fine
+    has_masks = counts["without mask"] < counts["annotations"]  # a data set of boxes needs no masks
     findings = find_faults(content, images, for_evaluation=arguments.evaluation, masks=has_masks)
     print(", ".join(f"{value} {name}" for name, value in counts.items()))
     print("\n".join(filter(None, (table(findings), advice(findings)))))

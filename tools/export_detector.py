@@ -1,4 +1,4 @@
-"""Write a trained detector as one file that runs without this package: ONNX, or a program of torch.export.
+"""Export a trained detector to a file that runs without this package: ONNX or torch.export.
 
     python tools/export_detector.py --weights outputs/run --output detector.onnx
     python tools/export_detector.py --weights outputs/run --output detector.pt2 --img-size 768x1024 --image photo.jpg
@@ -7,8 +7,8 @@
 
 The file takes `image` (1, 3, H, W), float32 RGB from 0 to 255, and `image_size` (2,), int64 height and width of the
 picture at its top left. It gives `boxes` (N, 4) x0, y0, x1, y1, `scores` (N,), `classes` (N,) and `masks` (N, M, M),
-which are probabilities inside the boxes. Before it is kept, it is run on the CPU and compared with the detector. Words
-like TEST.DETECTIONS_PER_IMAGE=50 replace settings of the config.
+which are probabilities inside the boxes. The file is run on the CPU and compared with the detector before it is kept.
+Words like TEST.DETECTIONS_PER_IMAGE=50 replace settings of the config.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from crossmae.checkpoints.provenance import LICENCE, licence_notice
 from crossmae.checkpoints.weights import read_weights
+from crossmae.data.images import parse_size
 from crossmae.errors import UserError, run_cli
 from det.backbone.weights import find_detector
 from det.inference.export import export_detector
@@ -27,7 +28,7 @@ from det.training.console import set_up_console
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--weights", type=Path, required=True, metavar="PATH", help="a detector's file, or the folder of its run"
@@ -48,26 +49,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """`1024` to (1024, 1024), `768x1024` to (768, 1024).
-
-    Raises:
-        UserError: neither.
-    """
-    sides = text.split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise UserError(f"--img-size {text}: expected pixels of a square, as 1024, or height and width, as 768x1024")
-    return int(sides[0]), int(sides[-1])
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build, export, say what was written and how exact it is."""
+    """Parse the command line, export, print size and accuracy."""
     args = build_parser().parse_intermixed_args(argv)
     set_up_console()
     if args.image and args.no_check:
-        raise UserError("--image and --no-check contradict each other: the picture is for the check")
+        raise UserError("--image has no effect with --no-check. Leave out one of the two.")
     cfg = read_config(args.config_file, args.weights, args.overrides)
-    size = parse_size(args.img_size or str(cfg.MODEL.VIT.IMG_SIZE))
+    size = parse_size(args.img_size or str(cfg.MODEL.VIT.IMG_SIZE), "--img-size")
     image = None if args.image is None else read_rgb(args.image)
     predictor = Predictor(cfg, args.weights, device="cpu")
     metadata = {"class_names": json.dumps(find_classes(predictor, args.classes).names)}

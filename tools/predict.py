@@ -1,17 +1,16 @@
-"""Find objects in images and videos with a trained detector: drawn pictures, drawn videos and one COCO file.
+"""Find objects in images and videos, draw them, and write one COCO file.
 
     python tools/predict.py --weights outputs/run photo.jpg
     python tools/predict.py --weights outputs/run photos/ 'more/**/*.jpg' clip.mp4 --output found --score-threshold 0.3
     python tools/predict.py --config-file coco_mask_rcnn.yaml --weights model_final.pth photo.jpg MODEL.DEVICE=cpu
 
 INPUT are images, videos, folders (the images in them and their subfolders) and quoted patterns. Words like
-MODEL.DEVICE=cpu replace settings of the config, unless a file has that name. Written into --output, under the names of
-the files:
-    NAME.png, NAME.mp4     images and videos with their objects; small ones enlarged, videos without sound
+MODEL.DEVICE=cpu replace settings of the config, unless a file has that name. Written into --output:
+    NAME.png, NAME.mp4     images and videos with their objects; small images enlarged, videos without sound
     predictions.json       COCO annotations with scores, masks as RLE; the frames of a video are images with "frame" and
                            "time" in seconds
-Objects that score above --score-threshold are drawn and listed. Files that can not be read are left out; they, and
-pictures that can not be written, are named at the end, and the exit code is 1 then.
+Objects that score above --score-threshold are drawn and listed. Files that cannot be read are skipped; they, and
+pictures that cannot be written, are listed at the end, and the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -19,22 +18,20 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from pathlib import Path
 
 import torch
 
-from crossmae.errors import UserError, run_cli
+from crossmae.errors import UserError, exit_if_any, run_cli
 from det.inference.predict import Predictor, find_classes, read_config
-from det.inference.predict_files import PREDICTIONS, FilePredictions, check_output, find_sources
+from det.inference.predict_files import COCO_FILE, FilePredictions, check_output, find_media
 from det.training.console import set_up_console
 
 SETTING = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*=.*")
-SOME_FAILED_EXIT_CODE = 1
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="+", metavar="INPUT | KEY=VALUE", help="what to predict; settings to replace")
     parser.add_argument(
@@ -49,40 +46,37 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--classes", type=Path, metavar="FILE", help="names: a COCO file, or text with one a line (the run's own)"
     )
-    parser.add_argument("--no-masks", action="store_true", help="boxes alone")
-    parser.add_argument("--no-pictures", action="store_true", help=f"write {PREDICTIONS} alone")
+    parser.add_argument("--no-masks", action="store_true", help="boxes only")
+    parser.add_argument("--no-pictures", action="store_true", help=f"write {COCO_FILE} only")
     parser.add_argument("--force", action="store_true", help="overwrite what an earlier call wrote")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build, predict, say what came out."""
+    """Parse the command line, predict, write and summarise."""
     args = build_parser().parse_intermixed_args(argv)
     set_up_console()
     settings = [word for word in args.words if SETTING.fullmatch(word) and not os.path.exists(word)]
     inputs = [word for word in args.words if word not in settings]
     check_numbers(args, inputs)
-    root, sources = find_sources(inputs)
-    check_output(args.output, sources, inputs, args.force)
-    # In the config, because no mask is made of an object that is left out; what follows on the command line wins.
+    root, media = find_media(inputs)
+    check_output(args.output, media, inputs, args.force)
+    # In the config, because masks are made only of objects that are kept; later settings on the command line win.
     settings.insert(0, f"MODEL.ROI_HEADS.SCORE_THRESH_TEST={args.score_threshold}")
     predictor = Predictor(read_config(args.config_file, args.weights, settings), args.weights, masks=not args.no_masks)
     classes = find_classes(predictor, args.classes)
     job = FilePredictions(predictor, classes, args.output, args.batch_size, draw=not args.no_pictures)
     try:
-        job.write(sources, {"image_folder": str(root), "weights": predictor.cfg.MODEL.WEIGHTS,
-                            "score_threshold": predictor.cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST})  # fmt: skip
+        job.write(media, {"image_folder": str(root), "weights": str(predictor.weights),
+                          "score_threshold": predictor.score_threshold})  # fmt: skip
     except torch.OutOfMemoryError:
         raise UserError(f"--batch-size {args.batch_size}: too many images for the memory of the GPU") from None
-    print(f"{job.objects} objects in {job.images} images: {args.output / PREDICTIONS}")
-    if job.failures:
-        heading = f"error: of {len(sources)} files, these could not be read or not be written:"
-        print("\n".join([heading, *job.failures]), file=sys.stderr)
-        raise SystemExit(SOME_FAILED_EXIT_CODE)
+    print(f"{job.objects} objects in {job.images} images: {args.output / COCO_FILE}")
+    exit_if_any(job.failures, f"of {len(media)} files, these could not be read or not be written:")
 
 
 def check_numbers(args: argparse.Namespace, inputs: list[str]) -> None:
-    """Raise a `UserError` for numbers out of range, and where there is nothing to predict."""
+    """Reject numbers out of range and an empty list of inputs."""
     if not 0 <= args.score_threshold < 1:
         raise UserError(f"--score-threshold {args.score_threshold}: expected a number from 0 to less than 1")
     if args.batch_size < 1:

@@ -1,19 +1,17 @@
-"""Tell the classes of images with a fine-tuned classifier: the best of them with their probabilities, as JSON or CSV.
+"""Predict the classes of images with a fine-tuned classifier, as JSON or CSV.
 
     python tools/predict_classes.py --weights outputs/run photo.jpg
     python tools/predict_classes.py --weights outputs/run photos/ 'more/**/*.jpg' --output found.csv --top-k 3
     python tools/predict_classes.py --weights model.safetensors shards/x-{000..012}.tar --output found.json
 
 INPUT are images, folders (the images in them and their subfolders), quoted patterns, and any other source that training
-reads: lists, tar shards, idx files. Without --output, or with -, JSON goes to the terminal. Images that can not be read
-are left out; they are named at the end, and the exit code is 1 then. See crossmae/classification/predict.py for what
-is written.
+reads: lists, tar shards, idx files. Without --output, or with -, JSON goes to the terminal. Images that cannot be read
+are skipped and listed at the end, and the exit code is then 1. See crossmae/classification/predict.py for the formats.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -25,20 +23,19 @@ from crossmae.classification.predict import (
     BATCH_SIZE,
     STDOUT,
     TOP_K,
-    FileAnswers,
     Selection,
     check_output,
     expand_inputs,
     open_inputs,
+    write_answers,
 )
-from crossmae.errors import UserError, run_cli
+from crossmae.data.images import parse_size
+from crossmae.errors import UserError, exit_if_any, run_cli
 from crossmae.training.devices import open_device
-
-SOME_FAILED_EXIT_CODE = 1
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="what to predict")
     parser.add_argument(
@@ -59,32 +56,30 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, load, predict, say what came out."""
+    """Parse the command line, predict, write and summarise."""
     args = build_parser().parse_intermixed_args(argv)
     check_numbers(args)
     device = open_device(args.device, "--device")
     inputs = expand_inputs(args.inputs)
     check_output(args.output, inputs, args.force)
     sources = open_inputs(inputs)
-    classifier = load_classifier(args.weights, parse_size(args.img_size))
-    job = FileAnswers(classifier, select(args, classifier), args.batch_size)
+    classifier = load_classifier(args.weights, args.img_size and parse_size(args.img_size, "--img-size"))
+    selection = select(args, classifier)
     for assumption in classifier.assumed:
         print(f"assumed: {assumption}", file=sys.stderr)
     classifier.model.to(device)
     try:
-        job.write(sources, args.output)
+        failures = write_answers(classifier, sources, selection, args.output, args.batch_size)
     except torch.OutOfMemoryError:
         raise UserError(f"--batch-size {args.batch_size}: too many images for the memory of the GPU") from None
+    total = sum(map(len, sources))
     if args.output != STDOUT:
-        print(f"classes of {job.images} images: {args.output}")
-    if job.failures:
-        heading = f"error: of {sum(map(len, sources))} images, these could not be read:"
-        print("\n".join([heading, *job.failures]), file=sys.stderr)
-        raise SystemExit(SOME_FAILED_EXIT_CODE)
+        print(f"classes of {total - len(failures)} images: {args.output}")
+    exit_if_any(failures, f"of {total} images, these could not be read:")
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Raise a `UserError` for numbers out of range."""
+    """Reject numbers out of range."""
     for name, value in (("--top-k", args.top_k), ("--batch-size", args.batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{name} {value}: expected a number from 1")
@@ -92,26 +87,8 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise UserError(f"--threshold {args.threshold}: expected a number from 0 to 1")
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """(height, width) of "224" or "192x256".
-
-    Raises:
-        UserError: anything else.
-    """
-    if text is None:
-        return None
-    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
-    if match is None:
-        raise UserError(f"--img-size {text}: expected pixels, such as 224, or 192x256 for height and width")
-    return int(match[1]), int(match[2] or match[1])
-
-
 def select(args: argparse.Namespace, classifier: Classifier) -> Selection:
-    """Which classes to write.
-
-    Raises:
-        UserError: an option that this kind of classifier has no use for.
-    """
+    """Choose the classes to write, and reject options without effect."""
     if classifier.multi_label and args.top_k is not None:
         raise UserError("--top-k: this classifier can find several classes in an image; choose them by --threshold")
     if not classifier.multi_label and args.threshold is not None:

@@ -1,11 +1,11 @@
-"""Classes of any images, for programs as objects and for files as JSON or CSV.
+"""Predict the classes of images, as objects or as JSON and CSV files.
 
     OUTPUT.json    {"about": {...}, "images": [{"name": ..., "classes": [{"class", "name", "probability"}, ...]}, ...],
                    "unreadable": [...]}
     OUTPUT.csv     a row per image. One class per image: name,top1,score1,top2,score2,...; several: name and a column
                    per class, with its probability where that reaches the threshold
 
-Images are read in threads while the model computes, and written as they come, so that there may be any number.
+Images are read in threads while the model computes, and answers are written as they come: memory stays bounded.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from crossmae.data.sources.shard_files import is_url
 from crossmae.data.sources.source import ImageFiles
 from crossmae.data.sources.tar_shards import SHARD_SUFFIXES
 from crossmae.errors import UserError
-from crossmae.files import ODD_BYTES, make_folder, sha256, write_atomically
+from crossmae.files import JsonArray, check_destination, make_folder, sha256, stream_text
 
 STDOUT = "-"
 TOP_K, BATCH_SIZE = 5, 32
@@ -43,13 +43,7 @@ TOP_K, BATCH_SIZE = 5, 32
 
 @dataclass(frozen=True)
 class Answer:
-    """What a classifier takes an image for.
-
-    Attributes:
-        name: of the image, as its source calls it: the path, for a file.
-        classes: positions in `Classifier.classes`, most probable first.
-        probabilities: one for each: softmax, or sigmoid where an image can have several classes.
-    """
+    """Predicted classes of a named image, most probable first, by position in `Classifier.classes`."""
 
     name: str
     classes: tuple[int, ...]
@@ -58,7 +52,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which classes an answer has: the best `top_k`; of a multi-label classifier, those from `threshold`."""
+    """Limits on the classes of an answer: the best `top_k`, or for multi-label classifiers all from `threshold`."""
 
     top_k: int = TOP_K
     threshold: float = LABEL_THRESHOLD
@@ -71,17 +65,10 @@ def predict_images(
     threshold: float = LABEL_THRESHOLD,
     batch_size: int = BATCH_SIZE,
 ) -> list[Answer]:
-    """The classes of image files, in their order.
+    """Predict the classes of image files, in order.
 
-    Args:
-        classifier: from `load_classifier`; computes on the device where its model is.
-        paths: of image files.
-        top_k: classes per image, at most; not for multi-label classifiers.
-        threshold: smallest probability of a class, for multi-label classifiers alone.
-        batch_size: images that are computed together.
-
-    Raises:
-        UserError: an image that can not be read, or probabilities that are not finite; names it.
+    The classifier computes on the device of its model. `top_k` limits the classes per image; of multi-label
+    classifiers, `threshold` does. An unreadable image is a UserError.
     """
     found = []
     for answer in predict(classifier, [ImageFiles(list(map(str, paths)), "")], Selection(top_k, threshold), batch_size):
@@ -94,10 +81,10 @@ def predict_images(
 def predict(
     classifier: Classifier, sources: Sequence[Source], selection: Selection, batch_size: int = BATCH_SIZE
 ) -> Iterator[Answer | UserError]:
-    """An answer for every image in turn, or, of one that can not be read, the reason.
+    """Yield an answer for each image, or the error that prevented reading.
 
     Raises:
-        UserError: probabilities that are not finite; names the image.
+        UserError: probabilities are not finite; names the image.
     """
     normalize = Normalize(classifier.mean, classifier.std, next(classifier.model.parameters()).device)
     samples = ((source, index) for source in sources for index in range(len(source)))
@@ -110,7 +97,7 @@ def predict(
 
 
 def _read_view(classifier: Classifier, sample: tuple[Source, int]) -> tuple[str, Tensor] | UserError:
-    """Name and pixels (C, H, W) of a sample as evaluation sees it."""
+    """Read name and pixels (C, H, W) of a sample for evaluation."""
     source, index = sample
     try:
         pixels = read_pixels(source, index, classifier.architecture.in_chans, classifier.bit_depth)
@@ -144,33 +131,24 @@ def _answer_batch(
 
 
 def expand_inputs(arguments: Sequence[str]) -> list[str]:
-    """Arguments with patterns replaced by the files that match them (`**` too); shards keep theirs.
-
-    Raises:
-        UserError: an argument that leads to no file.
-    """
+    """Replace patterns by the files that match, except shard patterns."""
     expanded = []
     for argument in arguments:
         path = Path(argument).expanduser()
-        if (
-            is_url(argument)
-            or path.exists()
-            or (argument.endswith(SHARD_SUFFIXES) and any(c in argument for c in "*{"))
-        ):
-            expanded.append(argument if is_url(argument) else str(path))
-            continue
-        expanded += match_pattern(argument, "INPUT")
+        are_shards = argument.endswith(SHARD_SUFFIXES) and any(letter in argument for letter in "*{")
+        if is_url(argument):
+            expanded.append(argument)
+        elif path.exists() or are_shards:
+            expanded.append(str(path))
+        else:
+            expanded += match_pattern(argument, "INPUT")
     return expanded
 
 
 def open_inputs(inputs: Sequence[str]) -> list[Source]:
-    """The sources of images that are meant: first all image files, each once, then what is packed in other ways.
+    """Open all image files as one source, then every packed source.
 
-    Args:
-        inputs: from `expand_inputs`: image files, or what `open_source` knows.
-
-    Raises:
-        UserError: a source that can not be used.
+    Takes inputs of `expand_inputs`: image files, or other sources of `open_source`.
     """
     files: dict[str, None] = {}
     packed: list[Source] = []
@@ -187,7 +165,7 @@ def open_inputs(inputs: Sequence[str]) -> list[Source]:
 
 
 def _is_image_file(path: Path) -> bool:
-    """Whether a path is a single file, and no list or package of images; reading it will tell whether it is one."""
+    """Tell whether a path is a file but no list or package."""
     is_many = path.suffix.lower() in LISTS or path.name.endswith((*SHARD_SUFFIXES, *IDX_SUFFIXES))
     return path.is_file() and not is_many
 
@@ -196,88 +174,89 @@ def _is_image_file(path: Path) -> bool:
 
 
 def check_output(output: str, inputs: Sequence[str], force: bool) -> None:
-    """Make sure that OUTPUT can be written, is none of the inputs, and is overwritten only with `force`.
-
-    Raises:
-        UserError: it can not be, is, or would be.
-    """
+    """Refuse an OUTPUT of unknown kind, an input, or an existing file."""
     if output == STDOUT:
         return
     path = Path(output)
     if path.suffix.lower() not in WRITERS:
         raise UserError(f"--output {output}: expected a name that ends with {' or '.join(WRITERS)}, or - for JSON here")
     if path.resolve() in {Path(name).resolve() for name in inputs}:
-        raise UserError(f"--output: {path} is an input, and would be overwritten; name another file")
-    if path.is_dir():
-        raise UserError(f"--output: {path} is a folder; name a file")
-    if path.exists() and not force:
-        raise UserError(f"--output: {path} exists already; name another file, or overwrite with --force")
+        raise UserError(f"--output: {path} is an input and would be overwritten. Name another file.")
+    check_destination(path, force=force)
 
 
-class Writer(Protocol):
-    """Writes answers to a file as they come."""
+def write_answers(
+    classifier: Classifier, sources: Sequence[Source], selection: Selection, output: str, batch_size: int = BATCH_SIZE
+) -> list[str]:
+    """Predict all images and write OUTPUT completely or not at all.
 
-    def __init__(self, file: TextIO, classifier: Classifier, selection: Selection) -> None: ...
+    Standard output gets the answers as they come. Returns one line for each image that could not be read.
 
-    def add(self, answer: Answer) -> None:
-        """One image."""
+    Raises:
+        UserError: the folder of OUTPUT is not writable; see `predict`.
+        OSError: the disk is full or broken.
+    """
+    failures: list[str] = []
+    mixed = output == STDOUT and sys.stdout.isatty()  # a bar would stand between the answers
 
-    def finish(self, unreadable: Sequence[str]) -> None:
-        """What comes after the last image."""
+    def answers() -> Iterator[Answer]:
+        found = predict(classifier, sources, selection, batch_size)
+        total = sum(map(len, sources))
+        for answer in tqdm(found, "predict", total, unit="img", dynamic_ncols=True, disable=mixed):
+            if isinstance(answer, UserError):
+                failures.append(str(answer))
+            else:
+                yield answer
+
+    if output == STDOUT:
+        _write_json(sys.stdout, answers(), failures, classifier, selection)
+    else:
+        path = Path(output)
+        make_folder(path.parent, "--output")
+        write = WRITERS[path.suffix.lower()]
+        stream_text(path, lambda file: write(file, answers(), failures, classifier, selection))
+    return failures
 
 
-class JsonWriter:
-    """See the head of this module."""
-
-    def __init__(self, file: TextIO, classifier: Classifier, selection: Selection) -> None:
-        self.file, self.classifier, self.count = file, classifier, 0
-        facts = json.dumps(about(classifier, selection), ensure_ascii=False, allow_nan=False)
-        file.write(f'{{"about": {facts},\n"images": [')
-
-    def add(self, answer: Answer) -> None:
-        """A line of the list."""
-        classes, names = self.classifier.classes, self.classifier.class_names
+def _write_json(
+    file: TextIO, answers: Iterable[Answer], failures: Sequence[str], classifier: Classifier, selection: Selection
+) -> None:
+    """Write answers, then the failures that have been collected meanwhile."""
+    file.write(
+        f'{{"about": {json.dumps(about(classifier, selection), ensure_ascii=False, allow_nan=False)},\n"images": '
+    )
+    images = JsonArray(file)
+    for answer in answers:
         found = [
-            {"class": classes[at], "name": names[at], "probability": _rounded(score)}
+            {"class": classifier.classes[at], "name": classifier.class_names[at], "probability": _rounded(score)}
             for at, score in zip(answer.classes, answer.probabilities, strict=True)
         ]
-        entry = json.dumps({"name": answer.name, "classes": found}, ensure_ascii=False, allow_nan=False)
-        self.file.write(f",\n{entry}" if self.count else f"\n{entry}")
-        self.count += 1
-
-    def finish(self, unreadable: Sequence[str]) -> None:
-        """Close the list, and say what is not in it."""
-        self.file.write(f'\n],\n"unreadable": {json.dumps(list(unreadable), ensure_ascii=False)}}}\n')
+        images.add({"name": answer.name, "classes": found})
+    images.close()
+    file.write(f',\n"unreadable": {json.dumps(failures, ensure_ascii=False)}}}\n')
 
 
-class CsvWriter:
-    """See the head of this module."""
-
-    def __init__(self, file: TextIO, classifier: Classifier, selection: Selection) -> None:
-        self.rows, self.classifier = csv.writer(file, lineterminator="\n"), classifier
-        count = min(selection.top_k, len(classifier.classes))
-        best = [column for place in range(1, count + 1) for column in (f"top{place}", f"score{place}")]
-        self.rows.writerow(["name", *(classifier.class_names if classifier.multi_label else best)])
-
-    def add(self, answer: Answer) -> None:
-        """A row."""
-        cells = zip(answer.classes, map(_rounded, answer.probabilities), strict=True)
-        if self.classifier.multi_label:
-            scores = dict(cells)
-            self.rows.writerow([answer.name, *(scores.get(at, "") for at in range(len(self.classifier.classes)))])
+def _write_csv(
+    file: TextIO, answers: Iterable[Answer], failures: Sequence[str], classifier: Classifier, selection: Selection
+) -> None:
+    """Write a row per answer and no failures."""
+    names, rows = classifier.class_names, csv.writer(file, lineterminator="\n")
+    places = range(1, min(selection.top_k, len(names)) + 1)
+    best = [column for place in places for column in (f"top{place}", f"score{place}")]
+    rows.writerow(["name", *(names if classifier.multi_label else best)])
+    for answer in answers:
+        scores = dict(zip(answer.classes, map(_rounded, answer.probabilities), strict=True))
+        if classifier.multi_label:
+            rows.writerow([answer.name, *(scores.get(at, "") for at in range(len(names)))])
         else:
-            names = self.classifier.class_names
-            self.rows.writerow([answer.name, *(cell for at, score in cells for cell in (names[at], score))])
-
-    def finish(self, unreadable: Sequence[str]) -> None:
-        """Nothing: a table has no place for it."""
+            rows.writerow([answer.name, *(cell for at, score in scores.items() for cell in (names[at], score))])
 
 
-WRITERS: dict[str, type[Writer]] = {".json": JsonWriter, ".csv": CsvWriter}
+WRITERS = {".json": _write_json, ".csv": _write_csv}
 
 
 def about(classifier: Classifier, selection: Selection) -> dict[str, Any]:
-    """What an answer depends on beside the image."""
+    """Describe the classifier and the selection that answers depend on."""
     chosen = {"threshold": selection.threshold} if classifier.multi_label else {"top_k": selection.top_k}
     return {
         "weights": str(classifier.path),
@@ -297,54 +276,3 @@ def about(classifier: Classifier, selection: Selection) -> dict[str, Any]:
 
 def _rounded(probability: float) -> float:
     return float(f"{probability:.6g}")
-
-
-@dataclass
-class FileAnswers:
-    """Predicts and writes, and counts what it did.
-
-    Attributes:
-        classifier: computes on the device where its model is.
-        selection: of classes.
-        batch_size: images that are computed together.
-        images: how many are answered.
-        failures: one line for each image that could not be read.
-    """
-
-    classifier: Classifier
-    selection: Selection
-    batch_size: int = BATCH_SIZE
-    images: int = 0
-    failures: list[str] = field(default_factory=list)
-
-    def write(self, sources: Sequence[Source], output: str) -> None:
-        """Predict all images and write OUTPUT, whole or not at all; or to standard output as they come.
-
-        Raises:
-            UserError: OUTPUT's folder can not be written in; see `predict`.
-            OSError: the disk is full or broken.
-        """
-        if output == STDOUT:
-            self._write(sources, sys.stdout, JsonWriter)
-            return
-        path = Path(output)
-        make_folder(path.parent, "--output")
-
-        def write(temporary: Path) -> None:
-            with open(temporary, "w", encoding="utf-8", errors=ODD_BYTES, newline="") as file:
-                self._write(sources, file, WRITERS[path.suffix.lower()])
-
-        write_atomically(path, write)
-
-    def _write(self, sources: Sequence[Source], file: TextIO, writer_type: type[Writer]) -> None:
-        writer = writer_type(file, self.classifier, self.selection)
-        total = sum(map(len, sources))
-        found = predict(self.classifier, sources, self.selection, self.batch_size)
-        mixed = file is sys.stdout and file.isatty()  # a bar would stand between the answers
-        for answer in tqdm(found, "predict", total, unit="img", dynamic_ncols=True, disable=mixed):
-            if isinstance(answer, UserError):
-                self.failures.append(str(answer))
-            else:
-                writer.add(answer)
-                self.images += 1
-        writer.finish(self.failures)

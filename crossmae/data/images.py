@@ -21,6 +21,7 @@ The rules, stated once (`bit_depth` 8 is the default; 16 keeps what a file has b
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def parse_size(text: str, key: str) -> tuple[int, int]:
+    """Parse pixels such as "224" or "192x256" into (height, width).
+
+    Raises:
+        UserError: anything else; names `key`, the flag.
+    """
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if match is None:
+        raise UserError(f"{key} {text}: expected pixels, such as 224, or 192x256 for height and width")
+    return int(match[1]), int(match[2] or match[1])

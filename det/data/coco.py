@@ -1,4 +1,4 @@
-"""Data sets in COCO format: checked before anything is trained, registered, and fitted to the config."""
+"""Data sets in COCO format: check them before training, register them, and fit the config to them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 
 from crossmae.errors import UserError
+from crossmae.files import read_json
 from det.data.coco_checks import (
     Finding,
     file_name,
@@ -33,18 +34,13 @@ from det.data.coco_masks import polygon_fault
 log = logging.getLogger(__name__)
 
 OWN_TRAIN, OWN_VAL = "own_coco_train", "own_coco_val"
-MAX_NAMES = 5
 
 
 @dataclass(frozen=True)
 class CocoSummary:
-    """What training needs to know about a checked file.
+    """Categories by rising id, which is the order of the classes, and other facts about a checked file.
 
-    Attributes:
-        categories: names by rising category id, which is the order of the classes.
-        num_images: images in all.
-        num_trainable: images with at least one annotation that is no crowd region.
-        mask_kinds: "polygon", "rle", "none": how the annotations that are no crowd regions give their masks.
+    Crowd regions count neither for `num_trainable` images nor for `mask_kinds` ("polygon", "rle", "none").
     """
 
     categories: tuple[str, ...]
@@ -55,20 +51,17 @@ class CocoSummary:
 
 @dataclass(frozen=True)
 class Dropped:
-    """What `DATASETS.DROP` leaves out of a file, by position in its lists.
+    """Entries that `DATASETS.DROP` leaves out of a file, by position in the file's lists.
 
-    Attributes:
-        images: left out with all their annotations.
-        annotations: left out; those of `images` are among them.
-        polygons: annotations that keep their other polygons, but not the degenerate ones.
+    `annotations` includes the annotations of `images`; those in `polygons` lose only their degenerate polygons.
     """
 
     images: frozenset[int] = frozenset()
     annotations: frozenset[int] = frozenset()
     polygons: frozenset[int] = frozenset()
 
-    def __bool__(self) -> bool:
-        return bool(self.images or self.annotations or self.polygons)
+
+NOTHING_DROPPED = Dropped()
 
 
 def register_coco(
@@ -80,19 +73,18 @@ def register_coco(
     masks: bool = False,
     drop: Sequence[str] = (),
 ) -> CocoSummary:
-    """Check a data set in COCO format and register it with detectron2 under `name`, replacing an older one.
+    """Check a data set in COCO format and register it with detectron2.
 
     Args:
-        name: for `DATASETS.TRAIN` and `DATASETS.TEST`.
+        name: for `DATASETS.TRAIN` and `DATASETS.TEST`; replaces an older data set of this name.
         json_path: COCO file; it is never changed.
         images: folder that its file names are relative to.
         for_evaluation: check also what AP needs.
-        masks: masks are trained or evaluated, so that every annotation needs one.
-        drop: kinds of faults whose entries may be left out, of `det.data.coco_kinds.DROPPABLE`; they are logged.
+        masks: masks are trained or evaluated: every annotation needs one.
+        drop: kinds of faults whose entries are left out, from `det.data.coco_kinds.DROPPABLE`; they are logged.
 
     Raises:
-        UserError: see `read_coco`; no image folder; faults that are not to be dropped; an unknown kind in `drop`; or
-            nothing is left.
+        UserError: the file or the folder is missing, there are faults outside `drop`, or nothing is left.
     """
     check_drop(drop)
     content = read_coco(json_path)
@@ -100,8 +92,7 @@ def register_coco(
         raise UserError(f"{json_path}: the image folder {images} does not exist")
     findings = find_faults(content, Path(images), for_evaluation=for_evaluation, masks=masks)
     dropped = plan_drop(content, findings, drop)
-    faults = remaining_faults(findings, dropped)
-    if faults:
+    if faults := remaining_faults(findings, dropped):
         command = f"python tools/check_coco.py {shlex.quote(str(json_path))} {shlex.quote(str(images))}"
         command += " --evaluation" * for_evaluation
         raise UserError(f"{json_path}: {describe_faults(faults, drop)}; the whole table: {command}")
@@ -109,74 +100,63 @@ def register_coco(
     for key in ("images", "annotations"):
         if not cleaned[key]:
             raise UserError(f"{json_path}: DATASETS.DROP {tuple(drop)} leaves no {key}")
-    _tell(findings, dropped, drop, json_path)
-    _register(name, content, dropped, json_path, images)
-    MetadataCatalog.get(name).set(class_image_count=images_of_each_class(cleaned))  # for the federated loss
-    return _summary(cleaned)
-
-
-def _register(name: str, content: dict[str, Any], dropped: Dropped, json_path: str | Path, images: str | Path) -> None:
+    _log_findings(findings, dropped, json_path)
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    if not dropped and not is_lvis(content) and all("file_name" in image for image in content["images"]):
+    lvis = is_lvis(content)
+    if dropped == NOTHING_DROPPED and not lvis and all("file_name" in image for image in content["images"]):
         register_coco_instances(name, {}, str(json_path), str(images))
-        return
-    DatasetCatalog.register(name, lambda: _load_cleaned(name))
-    paths = {"json_file": str(json_path), "image_root": str(images)}
-    MetadataCatalog.get(name).set(evaluator_type="lvis" if is_lvis(content) else "coco", dropped=dropped, **paths)
-
-
-def _tell(findings: Sequence[Finding], dropped: Dropped, drop: Sequence[str], json_path: str | Path) -> None:
-    """Log what is left out, and what is good to know."""
-    counts = {rank: [f"{one.kind.name} {len(one.positions)}" for one in findings if one.rank is rank] for rank in Rank}
-    if dropped:
-        parts = f", polygons of {len(dropped.polygons)} more" if dropped.polygons else ""
-        numbers = f"{len(dropped.images)} images and {len(dropped.annotations)} annotations{parts}"
-        log.warning("%s: left out by DATASETS.DROP: %s: %s", json_path, numbers, ", ".join(counts[Rank.DROPPABLE]))
-    if counts[Rank.INFORMATION]:
-        log.info("%s: good to know: %s", json_path, ", ".join(counts[Rank.INFORMATION]))
-
-
-def _summary(content: dict[str, Any]) -> CocoSummary:
-    kept = [annotation for annotation in content["annotations"] if not annotation.get("iscrowd", 0)]
+    else:
+        DatasetCatalog.register(name, lambda: _load_cleaned(name))
+        paths = {"json_file": str(json_path), "image_root": str(images)}
+        MetadataCatalog.get(name).set(evaluator_type="lvis" if lvis else "coco", dropped=dropped, **paths)
+    MetadataCatalog.get(name).set(class_image_count=images_of_each_class(cleaned))  # for the federated loss
+    kept = [annotation for annotation in cleaned["annotations"] if not annotation.get("iscrowd", 0)]
     return CocoSummary(
-        categories=tuple(entry["name"] for entry in sorted(content["categories"], key=lambda entry: entry["id"])),
-        num_images=len(content["images"]),
+        categories=tuple(entry["name"] for entry in sorted(cleaned["categories"], key=lambda entry: entry["id"])),
+        num_images=len(cleaned["images"]),
         num_trainable=len({annotation["image_id"] for annotation in kept}),
         mask_kinds=frozenset(mask_kind(annotation) for annotation in kept),
     )
 
 
+def _log_findings(findings: Sequence[Finding], dropped: Dropped, json_path: str | Path) -> None:
+    """Log what is left out, and what is good to know."""
+    counts = {rank: ", ".join(f"{one.kind.name} {len(one.positions)}" for one in findings if one.rank is rank)
+              for rank in Rank}  # fmt: skip
+    if dropped != NOTHING_DROPPED:
+        parts = f", polygons of {len(dropped.polygons)} more" if dropped.polygons else ""
+        numbers = f"{len(dropped.images)} images and {len(dropped.annotations)} annotations{parts}"
+        log.warning("%s: left out by DATASETS.DROP: %s: %s", json_path, numbers, counts[Rank.DROPPABLE])
+    if counts[Rank.INFORMATION]:
+        log.info("%s: good to know: %s", json_path, counts[Rank.INFORMATION])
+
+
 def images_of_each_class(content: dict[str, Any]) -> list[dict[str, int]]:
-    """In how many images each class is: `id` and `image_count`, as detectron2's federated loss reads them."""
+    """Count the images of each class for detectron2's federated loss."""
     pairs = {(annotation["category_id"], annotation["image_id"]) for annotation in content["annotations"]}
     counts = Counter(category for category, _ in pairs)
     return [{"id": entry["id"], "image_count": counts[entry["id"]]} for entry in content["categories"]]
 
 
 def mask_kind(annotation: dict[str, Any]) -> str:
-    """How an annotation gives its mask: "polygon", "rle" or "none"."""
+    """Name the mask type of an annotation: "polygon", "rle" or "none"."""
     mask = annotation.get("segmentation")
     return ("rle" if isinstance(mask, dict) else "polygon") if mask else "none"
 
 
 def ground_truth(name: str) -> dict[str, Any]:
-    """Content of a registered data set as evaluation has to see it: that of its COCO file, less what was dropped.
+    """Read the COCO file of a registered data set without dropped entries.
 
-    An annotation of id 0 gets another id, because pycocotools takes a match with 0 for none.
-
-    Args:
-        name: of a data set that detectron2 knows, whoever registered it.
-
-    Raises:
-        UserError: it has no COCO file, or one that can not be read; see `read_coco`.
+    An annotation of id 0 gets another id, because pycocotools takes a match with 0 for none. A data set without a
+    readable COCO file is a UserError.
     """
     metadata = MetadataCatalog.get(name)
     path = metadata.get("json_file")
     if path is None:
         raise UserError(f"{name}: this data set has no file in COCO format (its metadata lack 'json_file')")
-    content = clean(read_coco(path), metadata.get("dropped", Dropped()))
+    content = clean(read_coco(path), metadata.get("dropped", NOTHING_DROPPED))
     taken = {annotation["id"] for annotation in content["annotations"]}
     free = next(number for number in count(1) if number not in taken)
     for annotation in content["annotations"]:
@@ -186,7 +166,7 @@ def ground_truth(name: str) -> dict[str, Any]:
 
 
 def _load_cleaned(name: str) -> list[dict[str, Any]]:
-    """Records of a data set that detectron2 can not read as it is, by its own reader, from a temporary file."""
+    """Load records through detectron2's reader from a cleaned temporary file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "cleaned.json")
         path.write_text(json.dumps(ground_truth(name)), encoding="utf-8")
@@ -195,42 +175,40 @@ def _load_cleaned(name: str) -> list[dict[str, Any]]:
 
 
 def plan_drop(content: dict[str, Any], findings: Sequence[Finding], drop: Sequence[str]) -> Dropped:
-    """What is left out where the faults of some kinds are dropped.
-
-    Args:
-        content: from `read_coco`.
-        findings: from `find_faults`.
-        drop: names of kinds.
-    """
-    chosen = [one for one in findings if one.kind.name in drop and one.rank is Rank.DROPPABLE]
-    images = {at for one in chosen if one.kind.where == "images" for at in one.positions}
-    ids = {content["images"][at]["id"] for at in images}
-    annotations = {
-        at
-        for at, entry in enumerate(content["annotations"])
-        if ids and type(entry.get("image_id")) is int and entry["image_id"] in ids
-    }
-    polygons = set()
-    for one in chosen:
-        if one.kind.name == "degenerate-polygon":
-            polygons |= {at for at in one.positions if _sound_polygons(content["annotations"][at])}
+    """Choose the entries that `DATASETS.DROP` leaves out."""
+    images: set[int] = set()
+    annotations: set[int] = set()
+    polygons: set[int] = set()
+    for one in findings:
+        if one.kind.name not in drop or one.rank is not Rank.DROPPABLE:
+            continue
+        if one.kind.where == "images":
+            images |= set(one.positions)
+        elif one.kind.name == "degenerate-polygon":
+            polygons = {at for at in one.positions if _sound_polygons(content["annotations"][at])}
             annotations |= set(one.positions) - polygons
-        elif one.kind.where == "annotations":
+        else:
             annotations |= set(one.positions)
+    if ids := {content["images"][at]["id"] for at in images}:
+        entries = enumerate(content["annotations"])
+        annotations |= {at for at, one in entries if type(one.get("image_id")) is int and one["image_id"] in ids}
     return Dropped(frozenset(images), frozenset(annotations), frozenset(polygons - annotations))
 
 
 def clean(content: dict[str, Any], dropped: Dropped) -> dict[str, Any]:
-    """A file's content less what is dropped, and with a `file_name` for every image, which LVIS gives as `coco_url`."""
-    images = [entry for at, entry in enumerate(content["images"]) if at not in dropped.images]
+    """Copy content without dropped entries, and with a `file_name` for LVIS images."""
     annotations = []
     for at, entry in enumerate(content["annotations"]):
         if at in dropped.polygons:
             entry = {**entry, "segmentation": _sound_polygons(entry)}
         if at not in dropped.annotations:
             annotations.append(entry)
-    images = [{**entry, "file_name": file_name(entry)} for entry in images]
-    return {**content, "images": images, "annotations": annotations}
+    kept = (entry for at, entry in enumerate(content["images"]) if at not in dropped.images)
+    return {
+        **content,
+        "images": [{**entry, "file_name": file_name(entry)} for entry in kept],
+        "annotations": annotations,
+    }
 
 
 def _sound_polygons(annotation: dict[str, Any]) -> list[list[float]]:
@@ -238,81 +216,56 @@ def _sound_polygons(annotation: dict[str, Any]) -> list[list[float]]:
 
 
 def check_drop(drop: Sequence[str]) -> None:
-    """Raise a `UserError` unless every word names a kind of fault whose entries can be left out."""
+    """Reject `DATASETS.DROP` unless it is a tuple of droppable kinds."""
     expected = f"expected a tuple with some of: {', '.join(DROPPABLE)}"
     if isinstance(drop, str):
         raise UserError(f"DATASETS.DROP: {drop!r} is no tuple; {expected}")
     for word in drop:
         if word not in DROPPABLE:
-            what = "is nothing that can be left out" if word in KINDS else "is no kind of fault"
-            raise UserError(f"DATASETS.DROP: {word!r} {what}; {expected}")
+            reason = "cannot be left out" if word in KINDS else "is no kind of fault"
+            raise UserError(f"DATASETS.DROP: {word!r} {reason}; {expected}")
 
 
 def remaining_faults(findings: Sequence[Finding], dropped: Dropped) -> list[Finding]:
-    """Errors in entries that are not dropped."""
+    """Select the errors of entries that are not dropped."""
     faults = []
     for one in findings:
-        gone = dropped.images if one.kind.where == "images" else dropped.annotations
+        gone = {"images": dropped.images, "annotations": dropped.annotations}.get(one.kind.where, frozenset[int]())
         if one.kind.name == "degenerate-polygon":
             gone |= dropped.polygons
-        positions = [at for at in one.positions if one.kind.where == "categories" or at not in gone]
+        positions = [at for at in one.positions if at not in gone]
         if positions and one.rank is not Rank.INFORMATION:
             faults.append(replace(one, positions=positions))
     return faults
 
 
 def describe_faults(faults: Sequence[Finding], drop: Sequence[str] = ()) -> str:
-    """One line: kinds with counts and first ids, and what to do; of a single kind more than of several.
+    """Describe faults in one line: kinds, counts, first ids, and advice.
 
-    Args:
-        faults: at least one.
-        drop: kinds that are dropped already.
+    A single kind is described in more detail. The advice repeats the kinds in `drop`, which are dropped already.
     """
+    counts = [f"{one.kind.name} in {one.counted()}" for one in faults]
     if len(faults) == 1:
-        text = f"{_count(faults[0])}: {'; '.join(describe_first(faults[0]))}: {faults[0].kind.meaning}"
+        text = f"{counts[0]}: {'; '.join(faults[0].places())}: {faults[0].kind.meaning}"
     else:
-        text = "; ".join(f"{_count(one)} (id {first_ids(one)})" for one in faults)
+        text = "; ".join(f"{counted} (id {one.ids()})" for counted, one in zip(counts, faults, strict=True))
     some = [one for one in faults if one.rank is Rank.DROPPABLE and len(one.positions) < len(one.entries)]
     droppable = [one.kind.name for one in some]
-    advice = f'; to leave them out: "DATASETS.DROP={(*drop, *droppable)}"' if droppable else ""
-    return text + advice
-
-
-def _count(fault: Finding) -> str:
-    return f"{fault.kind.name} in {len(fault.positions)} of {len(fault.entries)} {fault.kind.where}"
-
-
-def first_ids(finding: Finding) -> str:
-    """Ids of the first few entries."""
-    ids = [str(entry["id"]) for entry in finding.first(MAX_NAMES)]
-    return ", ".join([*ids, "..."] if len(finding.positions) > MAX_NAMES else ids)
-
-
-def describe_first(finding: Finding) -> list[str]:
-    """Place, id and fault of the first few entries."""
-    places = [
-        f"{finding.kind.where}[{entry['position']}] (id {entry['id']}): {entry['note']}".removesuffix(": ")
-        for entry in finding.first(MAX_NAMES)
-    ]
-    return [*places, "..."] if len(finding.positions) > MAX_NAMES else places
+    return text + (f'; to leave them out: "DATASETS.DROP={(*drop, *droppable)}"' if droppable else "")
 
 
 def read_coco(path: str | Path) -> dict[str, Any]:
     """Read a COCO file.
 
     Raises:
-        UserError: no such file, not JSON (with line and column), or one of its three lists is missing, empty, or of
-            something else than dictionaries.
+        UserError: no such file, not JSON, or one of its three lists is missing, empty, or has other entries than
+            dictionaries.
     """
     return _read_lists(path, "images", "annotations", "categories")
 
 
 def read_categories(path: str | Path) -> list[tuple[int, str]]:
-    """Ids and names of the categories of a COCO file, or of one with nothing but `categories`, by rising id.
-
-    Raises:
-        UserError: as of `read_coco`; an id or a name is missing, of the wrong type, or there twice.
-    """
+    """Read ids and names of categories from JSON, by rising id."""
     categories = _read_lists(path, "categories")["categories"]
     faults = [one for one in find_category_faults(categories) if one.rank is not Rank.INFORMATION]
     if faults:
@@ -321,18 +274,9 @@ def read_categories(path: str | Path) -> list[tuple[int, str]]:
 
 
 def _read_lists(path: str | Path, *keys: str) -> dict[str, Any]:
-    """The content of a JSON file that has, under some keys, lists of dictionaries that are not empty."""
-    try:
-        with paused_garbage_collection():
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not valid JSON: the file is not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or lists within lists within...
-        raise UserError(f"{path}: can not be read: {error}") from None
+    """Read a JSON file with non-empty lists of dictionaries."""
+    with paused_garbage_collection():
+        content: dict[str, Any] = read_json(Path(path))
     for key in keys:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise UserError(f"{path}: no list {key!r}; a COCO file has images, annotations and categories")
@@ -345,19 +289,14 @@ def _read_lists(path: str | Path, *keys: str) -> dict[str, Any]:
 
 
 def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, str] | None) -> None:
-    """Let the config train and evaluate on data sets named by two paths each, and fit it to them; says what it changes.
+    """Register own data sets and fit the config to them, in place.
 
-    Args:
-        cfg: changed in place: `DATASETS.*`, `MODEL.ROI_HEADS.NUM_CLASSES`, `INPUT.MASK_FORMAT`; `DATASETS.DROP` and
-            `MODEL.MASK_ON` are read.
-        train, val: COCO file and image folder, or None where there is none. Both None leaves the config alone.
+    `DATASETS.DROP` and `MODEL.MASK_ON` are read; the data sets, the number of classes and the mask format are set and
+    logged. Each of `train` and `val` is a COCO file and an image folder, or None; two None change nothing.
 
     Raises:
-        UserError: see `register_coco`; only crowd regions to train on; or the two files have different categories.
+        UserError: see `register_coco`; the training file has only crowd regions; or the categories differ.
     """
-    if train is None and val is None:
-        return
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ()
     summaries = []
     masks, drop = cfg.MODEL.MASK_ON, cfg.DATASETS.DROP
     if train is not None:
@@ -366,16 +305,19 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
             raise UserError(
                 f"{train[0]}: nothing to train on: every entry of 'annotations' is a crowd region (iscrowd 1)"
             )
-        choose_mask_format(cfg, summaries[0], train[0])
-        cfg.DATASETS.TRAIN = (OWN_TRAIN,)
+        if masks and "rle" in summaries[0].mask_kinds and cfg.INPUT.MASK_FORMAT == "polygon":
+            cfg.INPUT.MASK_FORMAT = "bitmask"
+            log.info("INPUT.MASK_FORMAT is bitmask: %s has run-length encoded masks", train[0])
     if val is not None:
         summaries.append(register_coco(OWN_VAL, *val, for_evaluation=True, masks=masks, drop=drop))
-        cfg.DATASETS.TEST = (OWN_VAL,)
     if train is not None and val is not None:
-        check_same_categories(summaries[0], summaries[1], train[0], val[0])
+        check_same_categories(summaries[0].categories, summaries[1].categories, train[0], val[0])
+    if not summaries:
+        return
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (OWN_TRAIN,) if train else (), (OWN_VAL,) if val else ()
     classes = len(summaries[0].categories)
     if classes != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-        log.info("MODEL.ROI_HEADS.NUM_CLASSES is %d: so many categories has %s", classes, (train or val or ("",))[0])
+        log.info("MODEL.ROI_HEADS.NUM_CLASSES is %d, the number of categories of the data", classes)
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = classes
     box_head = cfg.MODEL.ROI_BOX_HEAD
     if box_head.USE_FED_LOSS and classes < box_head.FED_LOSS_NUM_CLASSES:
@@ -383,49 +325,41 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
         box_head.FED_LOSS_NUM_CLASSES = classes
 
 
-def check_classes(cfg: CfgNode) -> None:
-    """Raise a `UserError` unless `MODEL.ROI_HEADS.NUM_CLASSES` is that of every data set; they have to be loaded."""
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+def check_classes(names: Sequence[str], num_classes: int) -> None:
+    """Reject loaded data sets with another number of classes than the model."""
+    for name in names:
         found = MetadataCatalog.get(name).get("thing_classes")
-        if found is not None and len(found) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-            raise UserError(
-                f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, but {name} has {len(found)} classes"
-            )
+        if found is not None and len(found) != num_classes:
+            raise UserError(f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}, but {name} has {len(found)} classes")
 
 
 def check_registered(names: tuple[str, ...], key: str) -> None:
-    """Raise a `UserError` unless detectron2 knows the data sets and their COCO files are where it expects them."""
+    """Reject data sets that are unknown or whose files are missing."""
     for name in names:
         if name in (OWN_TRAIN, OWN_VAL) and name not in DatasetCatalog:
             split = "train" if name == OWN_TRAIN else "val"
-            raise UserError(f"{key} is data of your own: name it again with --{split}-json and --{split}-images")
+            raise UserError(f"{key} is your own data. Name it again with --{split}-json and --{split}-images.")
         if name not in DatasetCatalog:
-            raise UserError(f"{key}: no data set {name!r} is registered; for your own use --train-json and --val-json")
+            raise UserError(
+                f"{key}: no data set {name!r} is registered. For your own data use --train-json and --val-json."
+            )
         path = MetadataCatalog.get(name).get("json_file")
         if path is not None and not Path(path).is_file():
             raise UserError(
-                f"{key}: {name} needs {path}, which does not exist; set DETECTRON2_DATASETS to the folder with coco/, "
-                "or name your own data with --train-json, --train-images, --val-json and --val-images"
+                f"{key}: {name} needs {path}, which does not exist. Set DETECTRON2_DATASETS to the folder with coco/, "
+                "or name your own data with --train-json, --train-images, --val-json and --val-images."
             )
 
 
-def check_same_categories(train: CocoSummary, val: CocoSummary, train_json: str, val_json: str) -> None:
-    """Raise a `UserError` unless both files name the same categories in the same order of ids."""
-    if train.categories == val.categories:
+def check_same_categories(train: Sequence[str], val: Sequence[str], train_json: str, val_json: str) -> None:
+    """Reject two files with different categories or orders."""
+    if train == val:
         return
-    only_train = sorted(set(train.categories) - set(val.categories))
-    only_val = sorted(set(val.categories) - set(train.categories))
+    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
     detail = f"only in the first: {only_train}, only in the second: {only_val}"
     if not only_train and not only_val:
         detail = "the same names, but in another order of ids"
     raise UserError(
-        f"{train_json} and {val_json} have different categories; {detail}; copy the list 'categories' of one "
-        "file into the other, if its ids mean the same"
+        f"{train_json} and {val_json} have different categories; {detail}. Copy the list 'categories' of one file into "
+        "the other if the ids mean the same."
     )
-
-
-def choose_mask_format(cfg: CfgNode, summary: CocoSummary, path: str) -> None:
-    """Set `INPUT.MASK_FORMAT` to one that can hold the masks, if masks are trained."""
-    if cfg.MODEL.MASK_ON and "rle" in summary.mask_kinds and cfg.INPUT.MASK_FORMAT == "polygon":
-        cfg.INPUT.MASK_FORMAT = "bitmask"
-        log.info("INPUT.MASK_FORMAT is bitmask: %s has run-length encoded masks", path)

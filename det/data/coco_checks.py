@@ -1,7 +1,7 @@
-"""What can be wrong with a data set in COCO format: every check that stands in front of detectron2.
+"""Checks of a data set in COCO format, before detectron2 reads it.
 
-The kinds of faults are listed in `det.data.coco_kinds`. Keys and types are looked at entry by entry; boxes, polygons
-and run lengths as arrays of all entries that passed.
+`det.data.coco_kinds` lists the kinds of faults. Keys and types are checked entry by entry; boxes, polygons and run
+lengths as arrays of all entries that passed.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from crossmae.data.broken import find_broken
 from crossmae.data.parallel import READERS, map_in_order
 from crossmae.data.sources.source import ImageFiles
 from crossmae.files import printable
-from det.data.coco_kinds import EVALUATION_KINDS, KINDS, Kind, Rank
+from det.data.coco_kinds import EVALUATION_KINDS, FREQUENCIES, KINDS, Kind, Rank
 from det.data.coco_masks import LARGEST_SIDE, NUMBERS, Floats, Masks, flatten, measure_masks
-from det.evaluation.scoring import FREQUENCIES
 
-LARGEST_ID = 2**63 - 1  # of arrays; evaluators give up on more, and take some numbers below 0 for none
+LARGEST_ID = 2**63 - 1  # of arrays; evaluators fail above it, and take some numbers below 0 for none
 LARGEST_AREA = 1e5**2  # square pixels; evaluators leave out objects of more
 EDGE = 1.0  # pixels that a box may leave the image by, for rounding
-AREA_SLACK = (10.0, 0.3)  # pixels, plus a share of the larger, that the area may differ from that of the mask by
-# Boxes are taken for corners if so many agree with their masks only so, or, without masks, if so many would leave the
-# image by this share of its side but nearly all fit as corners.
+AREA_SLACK = (10.0, 0.3)  # pixels, plus a share of the larger area: largest difference between area and mask
+# Boxes are taken for corners if at least this share agrees with their masks only as corners; or, without masks, if more
+# than this share would leave the image by this share of its side, but nearly all fit as corners.
 AGREE = 2.0  # pixels
 AGREEING, LEAVING, LEAVING_BY, FITTING = 0.5, 0.2, 0.05, 0.95
+FIRST = 5  # entries that a message describes
 _Note = Callable[[int], str]
 
 _LEAVES = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)")
@@ -49,14 +49,10 @@ QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 @dataclass(frozen=True)
 class Finding:
-    """All entries that one kind of fault was found in.
+    """All entries that have one kind of fault.
 
-    Attributes:
-        kind: of fault.
-        rank: that of the kind, or information where this use of the file does without.
-        entries: the list of the file that is meant.
-        positions: in it, rising; at least one.
-        note: from a position to what is wrong there, or "".
+    `positions` in `entries` rise and are never empty; `note` describes the fault at a position. The rank is the kind's,
+    or information if this use of the file does not mind.
     """
 
     kind: Kind
@@ -65,8 +61,8 @@ class Finding:
     positions: Sequence[int]
     note: _Note
 
-    def first(self, count: int) -> list[dict[str, Any]]:
-        """The first few entries: where they are in the file, their ids, and what is wrong there."""
+    def first(self, count: int = FIRST) -> list[dict[str, Any]]:
+        """Describe the first entries: position, id, and note."""
         first = []
         for position in self.positions[:count]:
             identity = self.entries[position].get("id")
@@ -74,15 +70,32 @@ class Finding:
             first.append({"position": int(position), "id": shown, "note": printable(self.note(position))})
         return first
 
+    def counted(self) -> str:
+        """Count the entries, such as "2 of 9 images"."""
+        return f"{len(self.positions)} of {len(self.entries)} {self.kind.where}"
+
+    def ids(self) -> str:
+        """List the ids of the first entries."""
+        return ", ".join(self._with_dots(str(entry["id"]) for entry in self.first()))
+
+    def places(self) -> list[str]:
+        """Describe place, id and fault of the first entries."""
+        where = self.kind.where
+        texts = (f"{where}[{entry['position']}] (id {entry['id']}): {entry['note']}" for entry in self.first())
+        return self._with_dots(text.removesuffix(": ") for text in texts)
+
+    def _with_dots(self, texts: Iterable[str]) -> list[str]:
+        return [*texts, "..."] if len(self.positions) > FIRST else list(texts)
+
 
 class _Findings:
-    """Collects what the checks of one file find; `demoted` kinds are information only."""
+    """Findings of one file, with `demoted` kinds as information."""
 
     def __init__(self, content: dict[str, Any], demoted: Iterable[str]) -> None:
         self.content, self.demoted, self.all = content, frozenset(demoted), dict[str, Finding]()
 
     def add(self, name: str, found: Iterable[int] | Mapping[int, str], note: _Note | None = None) -> None:
-        """Record a kind: positions, or a mapping from positions to notes; nothing where there are none."""
+        """Record positions, or a mapping from positions to notes, unless empty."""
         kind, positions = KINDS[name], sorted(found)
         if note is None:
             note = (lambda position: found[position]) if isinstance(found, Mapping) else (lambda position: "")
@@ -93,7 +106,7 @@ class _Findings:
 
 @contextmanager
 def paused_garbage_collection() -> Iterator[None]:
-    """Inside, no cycles are looked for: among millions of new lists that alone would take as long as reading them."""
+    """Pause the search for cycles, which would double the time of reading."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -106,17 +119,13 @@ def paused_garbage_collection() -> Iterator[None]:
 def find_faults(
     content: dict[str, Any], images: Path | None, *, for_evaluation: bool = False, masks: bool = False
 ) -> list[Finding]:
-    """Everything that is wrong with, or worth knowing of, a file in COCO format; the file's content is not changed.
+    """Find faults and remarkable facts, in the order of `KINDS`.
 
     Args:
-        content: from `det.data.coco.read_coco`.
-        images: folder of the images; None: no image is looked at.
-        for_evaluation: AP needs area and iscrowd of every annotation, and of files of LVIS more; else their absence is
-            information.
-        masks: masks are trained or evaluated; else the absence of one is information.
-
-    Returns:
-        In the order of `KINDS`.
+        content: from `det.data.coco.read_coco`; it is not changed.
+        images: folder of the images; None: skip image files.
+        for_evaluation: treat the absence of keys that AP needs as a fault, not as information.
+        masks: treat the absence of a mask as a fault, not as information.
     """
     demoted = (frozenset() if for_evaluation else EVALUATION_KINDS) | (set() if masks else {"missing-mask"})
     found = _Findings(content, demoted | ({"missing-iscrowd"} if is_lvis(content) else set()))
@@ -132,19 +141,19 @@ def find_faults(
 
 
 def find_category_faults(categories: list[dict[str, Any]]) -> list[Finding]:
-    """Everything that is wrong with, or worth knowing of, the entries of 'categories' alone."""
+    """Find faults and remarkable facts in the entries of 'categories'."""
     found = _Findings({"categories": categories}, ())
     _check_categories(found)
     return list(found.all.values())
 
 
 def is_lvis(content: dict[str, Any]) -> bool:
-    """Whether a file has the form of LVIS: images name the categories that they lack, and nothing is a crowd region."""
+    """Tell whether images list categories they lack, as in LVIS."""
     return any("neg_category_ids" in image for image in content["images"])
 
 
 def _check_lvis(found: _Findings) -> None:
-    """Check the keys that evaluation by LVIS's rules reads."""
+    """Check the keys that LVIS evaluation reads."""
     lists = ("neg_category_ids", "not_exhaustive_category_ids")
     lacking = {
         position: "no list " + " and no list ".join(missing)
@@ -158,7 +167,7 @@ def _check_lvis(found: _Findings) -> None:
 
 
 def file_name(image: dict[str, Any]) -> Any:
-    """`file_name`, or in its absence what LVIS means: folder and file of `coco_url`, as "val2017/000000397133.jpg"."""
+    """Return `file_name`, or for LVIS folder and file of `coco_url`."""
     url = image.get("coco_url")
     if "file_name" in image or not isinstance(url, str):
         return image.get("file_name")
@@ -166,7 +175,7 @@ def file_name(image: dict[str, Any]) -> Any:
 
 
 def _repeated(values: Iterable[tuple[int, Any]]) -> list[int]:
-    """Positions of values that an earlier position has."""
+    """Find positions of values that occur earlier."""
     seen: set[Any] = set()
     repeated = []
     for position, value in values:
@@ -177,7 +186,7 @@ def _repeated(values: Iterable[tuple[int, Any]]) -> list[int]:
 
 
 def _not_whole(entry: dict[str, Any], *keys: str) -> str:
-    """What is wrong with keys that must hold a whole number, or ""."""
+    """Describe a fault in keys that must hold integers, or return ""."""
     for key in keys:
         if key not in entry:
             return f"has no {key!r}"
@@ -187,14 +196,9 @@ def _not_whole(entry: dict[str, Any], *keys: str) -> str:
 
 
 def _id_fault(entry: dict[str, Any]) -> str:
-    fault = _not_whole(entry, "id")
-    if not fault and not 0 <= entry["id"] <= LARGEST_ID:
-        fault = f"id must be from 0 to 2**63 - 1, got {short(entry['id'])}"
-    return fault
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
+    if fault := _not_whole(entry, "id"):
+        return fault
+    return "" if 0 <= entry["id"] <= LARGEST_ID else f"id must be from 0 to 2**63 - 1, got {short(entry['id'])}"
 
 
 def _with_fault(entries: list[dict[str, Any]], fault: Callable[[dict[str, Any]], str]) -> dict[int, str]:
@@ -202,50 +206,43 @@ def _with_fault(entries: list[dict[str, Any]], fault: Callable[[dict[str, Any]],
 
 
 def _positions_by_id(entries: list[dict[str, Any]]) -> dict[int, int]:
-    """The first position of every id; entries with other faults are there, too, to be referred to."""
+    """Map each id to its first position, entries with other faults included."""
     positions = reversed(range(len(entries)))
     return {entries[at]["id"]: at for at in positions if type(entries[at].get("id")) is int}
 
 
 def _category_fault(entry: dict[str, Any]) -> str:
     fault = _id_fault(entry)
-    if not fault and not _is_text(entry.get("name")):
-        return f"name must be text, got {short(entry['name'])}" if "name" in entry else "has no 'name'"
-    if not fault and _SURROGATE.search(entry["name"]):
-        return f"name must be valid Unicode, got {short(entry['name'])}"
-    return fault
-
-
-def _is_untidy(name: str) -> bool:
-    return name != name.strip() or not name.isprintable()
+    if fault or "name" not in entry:
+        return fault or "has no 'name'"
+    name = entry["name"]
+    if not isinstance(name, str) or not name:
+        return f"name must be text, got {short(name)}"
+    return f"name must be valid Unicode, got {short(name)}" if _SURROGATE.search(name) else ""
 
 
 def _check_categories(found: _Findings) -> dict[int, int]:
-    """Check entries of 'categories'. Returns their positions by id."""
+    """Check entries of 'categories' and return their positions by id."""
     entries = found.content["categories"]
     bad = _with_fault(entries, _category_fault)
-    sound = [(position, entry) for position, entry in enumerate(entries) if position not in bad]
+    names = {at: entry["name"] for at, entry in enumerate(entries) if at not in bad}
+    untidy = {at: repr(name) for at, name in names.items() if name != name.strip() or not name.isprintable()}
     found.add("bad-category", bad)
-    found.add("duplicate-category-id", _repeated((position, entry["id"]) for position, entry in sound))
-    repeated = _repeated((position, entry["name"]) for position, entry in sound)
-    untidy = [position for position, entry in sound if _is_untidy(entry["name"])]
-
-    def name(position: int) -> str:
-        return repr(entries[position]["name"])
-
-    found.add("duplicate-category-name", repeated, name)
-    found.add("untidy-category-name", untidy, name)
+    found.add("duplicate-category-id", _repeated((at, entries[at]["id"]) for at in names))
+    found.add("duplicate-category-name", {at: repr(names[at]) for at in _repeated(names.items())})
+    found.add("untidy-category-name", untidy)
     known = _positions_by_id(entries)
     found.add("category-id-gaps", [known[key] for number, key in enumerate(sorted(known), 1) if key != number])
-    found.add("zero-category-id", [position for position, entry in sound if entry["id"] == 0])
+    found.add("zero-category-id", [at for at in names if entries[at]["id"] == 0])
     return known
 
 
 def _image_fault(entry: dict[str, Any]) -> str:
     fault = _id_fault(entry)
-    if not fault and not _is_text(file_name(entry)):
+    name = file_name(entry)
+    if not fault and not (isinstance(name, str) and name):
         has = "file_name" in entry
-        fault = f"file_name must be text, got {short(entry['file_name'])}" if has else "has no 'file_name'"
+        fault = f"file_name must be text, got {short(name)}" if has else "has no 'file_name'"
     fault = fault or _not_whole(entry, "height", "width")
     if not fault and not all(1 <= entry[key] <= LARGEST_SIDE for key in ("height", "width")):
         fault = f"height and width must be from 1 to {LARGEST_SIDE}, got {entry['height']} and {entry['width']}"
@@ -253,30 +250,26 @@ def _image_fault(entry: dict[str, Any]) -> str:
 
 
 def leaves_folder(name: str) -> bool:
-    """Whether a path is absolute or goes up, on this or on another operating system."""
+    """Tell whether a path leaves its folder on any operating system."""
     return _LEAVES.search(name) is not None
 
 
 def _check_images(found: _Findings) -> dict[int, int]:
-    """Check entries of 'images'. Returns their positions by id."""
+    """Check entries of 'images' and return their positions by id."""
     entries = found.content["images"]
     bad = _with_fault(entries, _image_fault)
-    sound = [(position, entry) for position, entry in enumerate(entries) if position not in bad]
-
-    def name(position: int) -> str:
-        return f"file_name {file_name(entries[position])!r}"
-
+    names = {at: file_name(entry) for at, entry in enumerate(entries) if at not in bad}
+    unsafe = [at for at, name in names.items() if leaves_folder(name)]
     found.add("bad-image", bad)
-    found.add("duplicate-image-id", _repeated((position, entry["id"]) for position, entry in sound))
-    found.add("duplicate-file-name", _repeated((position, file_name(entry)) for position, entry in sound), name)
-    unsafe = [position for position, entry in sound if leaves_folder(file_name(entry))]
-    found.add("unsafe-path", unsafe, lambda position: f"{name(position)} leads out of the image folder")
-    found.add("zero-image-id", [position for position, entry in sound if entry["id"] == 0])
+    found.add("duplicate-image-id", _repeated((at, entries[at]["id"]) for at in names))
+    found.add("duplicate-file-name", {at: f"file_name {names[at]!r}" for at in _repeated(names.items())})
+    found.add("unsafe-path", {at: f"file_name {names[at]!r} leads out of the image folder" for at in unsafe})
+    found.add("zero-image-id", [at for at in names if entries[at]["id"] == 0])
     return _positions_by_id(entries)
 
 
 def _check_files(found: _Findings, folder: Path, known: dict[int, int]) -> None:
-    """Look at the image files: whether they are there and whole, and at their size before and after the EXIF turn."""
+    """Check that image files are present, complete, and of the right size."""
     entries = found.content["images"]
     sound = [at for at in sorted(known.values()) if not _image_fault(entries[at])]
     names = {at: name for at in sound if not leaves_folder(name := file_name(entries[at]))}
@@ -302,16 +295,16 @@ def _is_file(path: Path) -> bool:
 
 
 def _file_fault(path: Path, entry: dict[str, Any]) -> tuple[str, str]:
-    """Kind of fault of an image file and what is wrong, or ("", ""); reads its header, for as long as that tells."""
+    """Find a fault in an image's header: kind and description."""
     wanted = entry["width"], entry["height"]
     try:
         with Image.open(path) as image:
-            # To find an orientation behind the pixels, Pillow would decode the whole of every PNG file.
+            # Pillow would decode every PNG file completely to find an orientation behind the pixels.
             late = image.format == "PNG" and _LATE_EXIF.search(ImageFiles([path], "").tail(0, LATE_EXIF_WITHIN))
             exif = image.getexif() if late else Image.Image.getexif(image)
             stored, orientation = image.size, exif.get(EXIF_ORIENTATION)
     except Exception as error:  # Pillow raises many kinds for damaged headers
-        return "broken-image", f"{path}: can not be read as an image: {' '.join(str(error).split())}"
+        return "broken-image", f"{path}: cannot be read as an image: {' '.join(str(error).split())}"
     turned = stored[::-1] if orientation in QUARTER_TURNS else stored
     sizes = "the json has {}x{} (width x height), the file {}x{}".format(*wanted, *stored)
     if turned != stored:
@@ -325,15 +318,9 @@ def _file_fault(path: Path, entry: dict[str, Any]) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class _Table:
-    """The N annotations whose keys are there and of the right type.
+    """The N annotations that have all keys with the right types, by position in the file.
 
-    Attributes:
-        entries: N of the file.
-        position: (N,) of each in the file.
-        box: (N, 4).
-        size: (N, 2) width and height of the image; infinite where that is unknown.
-        finite: (N,) whether all four numbers of the box are.
-        known: (N,) whether the size is.
+    Boxes are (N, 4), all finite where `finite`; `size` (N, 2) is width and height of the image, infinite where unknown.
     """
 
     entries: list[dict[str, Any]]
@@ -341,33 +328,32 @@ class _Table:
     box: Floats
     size: Floats
     finite: NDArray[np.bool_]
-    known: NDArray[np.bool_]
 
     def at(self, rows: NDArray[np.bool_]) -> list[int]:
-        """Positions in the file of some rows."""
+        """Return the positions in the file of some rows."""
         positions: list[int] = self.position[rows].tolist()
         return positions
 
 
 def _annotation_fault(entry: dict[str, Any]) -> str:
-    """What is wrong with the keys and types of one annotation, its mask aside, or ""."""
-    fault = _id_fault(entry) or _not_whole(entry, "image_id", "category_id")
-    if fault:
+    """Describe a fault in an annotation's keys except the mask."""
+    if fault := _id_fault(entry) or _not_whole(entry, "image_id", "category_id"):
         return fault
     box = entry.get("bbox")
     if type(box) is not list or len(box) != 4 or not NUMBERS.issuperset(map(type, box)):
         return f"bbox must be [x, y, width, height], got {short(box)}" if "bbox" in entry else "has no 'bbox'"
     if entry.get("iscrowd", 0) not in (0, 1):
         return f"iscrowd must be 0 or 1, got {short(entry['iscrowd'])}"
-    if type(entry.get("area", 0)) not in NUMBERS:
-        return f"area must be a number, got {short(entry['area'])}"
-    if -np.inf < entry.get("area", 0) < 0 or LARGEST_AREA < entry.get("area", 0) < np.inf:
-        return f"area must be from 0 to {LARGEST_AREA:.0e} pixels, got {short(entry['area'])}"
+    area = entry.get("area", 0)
+    if type(area) not in NUMBERS:
+        return f"area must be a number, got {short(area)}"
+    if -np.inf < area < 0 or LARGEST_AREA < area < np.inf:
+        return f"area must be from 0 to {LARGEST_AREA:.0e} pixels, got {short(area)}"
     return ""
 
 
 def _check_annotations(found: _Findings, known: dict[int, int], categories: dict[int, int]) -> _Table:
-    """Check keys, types and references; `known` has the positions of images by id, `categories` those of categories."""
+    """Check keys, types and references to `known` images and `categories`."""
     entries, images = found.content["annotations"], found.content["images"]
     bad = _with_fault(entries, _annotation_fault)
     positions = [position for position in range(len(entries)) if position not in bad]
@@ -394,21 +380,20 @@ def _check_annotations(found: _Findings, known: dict[int, int], categories: dict
     found.add("image-without-annotations", [known[key] for key in known.keys() - set(image_ids)])
     unused = [categories[key] for key in categories.keys() - set(category_ids)]
     found.add("unused-category", unused, lambda position: repr(found.content["categories"][position].get("name")))
-    sides = np.full((len(images) + 1, 2), np.inf)  # the last is for images that are not known
+    sides = np.full((len(images) + 1, 2), np.inf)  # the last row is for unknown images
     for at in known.values():
         if not _image_fault(images[at]):
             sides[at] = images[at]["width"], images[at]["height"]
     box = flatten([entry["bbox"] for entry in kept]).reshape(-1, 4)
     finite = np.asarray(np.isfinite(box).all(axis=1))
-    size = sides[image_at]
-    return _Table(kept, np.array(positions, np.int64), box, size, finite, np.isfinite(size[:, 0]))
+    return _Table(kept, np.array(positions, np.int64), box, sides[image_at], finite)
 
 
 def _check_masks(found: _Findings, table: _Table, for_evaluation: bool) -> Masks:
-    """Check segmentation and area, and all numbers for NaN."""
+    """Check segmentations and areas, and all numbers for NaN."""
     masks = measure_masks([entry.get("segmentation") for entry in table.entries], table.size)
     missing = masks.faults.get("missing-mask", {})
-    if not for_evaluation:  # training leaves crowd regions out, whatever they have
+    if not for_evaluation:  # training leaves out crowd regions
         for row in [row for row in missing if table.entries[row].get("iscrowd", 0)]:
             del missing[row]
     area = flatten([[entry.get("area", 0) for entry in table.entries]])
@@ -427,14 +412,14 @@ def _check_masks(found: _Findings, table: _Table, for_evaluation: bool) -> Masks
 
 
 def _check_boxes(found: _Findings, table: _Table, masks: Masks) -> None:
-    """Check boxes against the image, and all of them against the corner form."""
+    """Check boxes against their images and against the corner format."""
     entries = found.content["annotations"]
     finite = table.finite
     x, y, w, h = np.where(finite[:, None], table.box, 1.0).T
     width, height = table.size.T
     beyond = np.maximum(np.maximum(-x, x + w - width), np.maximum(-y, y + h - height))  # pixels
     empty = finite & ((w <= 0) | (h <= 0))
-    placed = finite & ~empty & table.known
+    placed = finite & ~empty & np.isfinite(width)
     outside = placed & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
 
     def box(position: int) -> str:
@@ -447,19 +432,19 @@ def _check_boxes(found: _Findings, table: _Table, masks: Masks) -> None:
     corners = _in_corner_form(table, masks, placed)
     found.add("empty-box", table.at(empty), box)
     found.add("corner-boxes", table.at(corners), box_and_image)
-    if not corners.any():  # which explains these
+    if not corners.any():  # corners explain boxes that leave the image
         found.add("box-outside", table.at(outside), box_and_image)
         found.add("box-over-edge", table.at(placed & ~outside & (beyond > EDGE)), box_and_image)
 
 
 def _in_corner_form(table: _Table, masks: Masks, usable: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Boxes (N,) that give a file away as one of [x1, y1, x2, y2]; none in a file that seems to have sizes.
+    """Find boxes (N,) that prove [x1, y1, x2, y2] format.
 
-    Masks decide where there are any: those boxes tell that agree with the mask's extent as corners or as sizes, but
-    not as both. Without masks, sizes of boxes that are really corners leave the image.
+    With masks, the boxes decide that agree with the extent of their mask either as corners or as sizes. Without masks,
+    boxes that are really corners leave the image when read as sizes.
     """
     box, size = table.box, table.size
-    with np.errstate(invalid="ignore"):  # NaN and infinite are not usable, and compare false
+    with np.errstate(invalid="ignore"):  # NaN and infinity compare false
         by_size = np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], axis=1)
         as_size, as_corners = (np.abs(masks.extent - form).max(axis=1) <= AGREE for form in (by_size, box))
         told = usable & (as_size != as_corners)

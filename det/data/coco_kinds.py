@@ -1,4 +1,4 @@
-"""The kinds of faults that a data set in COCO format can have: one table of names, ranks and advice.
+"""Kinds of faults of data sets in COCO format: names, ranks and advice.
 
 Reports, `tools/check_coco.py` and `DATASETS.DROP` share the names.
 """
@@ -10,23 +10,16 @@ from enum import Enum
 
 
 class Rank(Enum):
-    """How bad a kind of fault is."""
+    """Severity of a kind of fault."""
 
     ERROR = "error"  # training would be wrong, or stop
-    DROPPABLE = "droppable error"  # an error, but its entries can be left out by naming the kind in DATASETS.DROP
+    DROPPABLE = "droppable error"  # an error whose entries can be left out with DATASETS.DROP
     INFORMATION = "information"  # fine, but good to know
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of fault.
-
-    Attributes:
-        name: for reports and `DATASETS.DROP`.
-        rank: see `Rank`.
-        where: "images", "annotations" or "categories".
-        meaning: what it means or what to do, in half a sentence.
-    """
+    """Kind of fault in the list `where`, with an explanation or advice of half a sentence."""
 
     name: str
     rank: Rank
@@ -58,7 +51,7 @@ _TABLE: dict[tuple[str, Rank], dict[str, str]] = {
     },
     ("images", Rank.DROPPABLE): {
         "missing-image": "not in the image folder: add the file, or name the right folder",
-        "broken-image": "can not be read as an image: repair or remove what is broken",
+        "broken-image": "cannot be read as an image: repair or remove what is broken",
         "swapped-size": "width and height are swapped against the file: swap them back",
         "exif-orientation": "the size is that before the turn by the EXIF orientation, which training applies: "
         "annotate the turned image, or remove the orientation from the file",
@@ -102,5 +95,6 @@ KINDS = {
     name: Kind(name, rank, where, meaning) for (where, rank), kinds in _TABLE.items() for name, meaning in kinds.items()
 }
 DROPPABLE = tuple(name for name, kind in KINDS.items() if kind.rank is Rank.DROPPABLE)
-# Information where nothing is evaluated.
+FREQUENCIES = "rcf"  # of LVIS: a rare, common or frequent category, by its training images
+# Information if nothing is evaluated.
 EVALUATION_KINDS = frozenset(("missing-area", "missing-iscrowd", "missing-lvis-key", "missing-frequency"))

@@ -1,7 +1,7 @@
-"""Masks of a COCO file measured without drawing them: extent and area of polygons and run lengths, and their faults.
+"""Extent, area and faults of the masks of a COCO file, measured without decoding.
 
-All masks are measured as a few long arrays, and no pixel is ever allocated, so that neither 860,000 annotations nor a
-mask that claims to be a terabyte are a burden. Legend: N masks, P polygons, V vertices, R run lengths, C characters.
+All masks are measured as a few long arrays, and no pixel is ever allocated: 860,000 annotations, or a mask that claims
+to be a terabyte, are no burden. Legend: N masks, P polygons, V vertices, R run lengths, C characters.
 """
 
 from __future__ import annotations
@@ -20,24 +20,21 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 NUMBERS = frozenset((int, float))
-MIN_AREA = 1e-4  # square pixels; below it a polygon's points lie on a line, but for rounding
-# Coordinates or counts (or characters of these) that are measured together: their arrays stay in the processor's cache.
-CHUNK = 1 << 18
+MIN_AREA = 1e-4  # square pixels; the points of a smaller polygon lie on a line, except for rounding
+# Coordinates, counts or characters that are measured together: their arrays fit the processor's cache.
+NUMBERS_AT_ONCE = 1 << 18
 LARGEST_SIDE = 1 << 20  # pixels of an image
 LARGEST_RUN = LARGEST_SIDE**2
-# Compressed run lengths: characters from 48, six bits each; bit 32 says that the number goes on, bit 16 of its last
-# character that it is negative (the COCO API's format).
+# Compressed run lengths in the format of the COCO API: characters from 48, six bits each; bit 32: the number continues;
+# bit 16 of its last character: the number is negative.
 COMPRESSED = re.compile(r"(?:[P-o]{0,7}[0-O])+")
 
 
 @dataclass
 class Masks:
-    """N masks, measured.
+    """Measurements of N masks, NaN where a mask has a fault or is absent, and faults by kind and mask.
 
-    Attributes:
-        extent: (N, 4) smallest and largest x and y as [x1, y1, x2, y2]; NaN where a mask has a fault or is absent.
-        area: (N,) in pixels; NaN likewise. Polygons of one mask are added up, whether or not they overlap.
-        faults: from the name of a kind of fault (see `det.data.coco_kinds`) to what is wrong with which mask.
+    The extent (N, 4) is x1, y1, x2, y2; the area (N,) is in pixels, where overlaps of polygons count twice.
     """
 
     extent: Floats
@@ -50,12 +47,7 @@ class Masks:
 
 
 def measure_masks(masks: Sequence[Any], sizes: Floats) -> Masks:
-    """Measure the `segmentation` of annotations.
-
-    Args:
-        masks: N values as they are in the file; nothing, polygons or run lengths.
-        sizes: (N, 2) width and height of their images; infinite where that is unknown.
-    """
+    """Measure N masks on images of sizes (N, 2): width, height."""
     result = Masks(np.full((len(masks), 4), np.nan), np.full(len(masks), np.nan))
     polygons: list[int] = []
     runs: list[int] = []
@@ -75,14 +67,14 @@ def measure_masks(masks: Sequence[Any], sizes: Floats) -> Masks:
 
 
 def _chunks(rows: list[int], lengths: list[int]) -> list[list[int]]:
-    """Rows in groups of about `CHUNK` numbers, or of a single row that has more."""
-    group = np.cumsum(lengths, dtype=np.int64) // CHUNK
+    """Group rows by about `NUMBERS_AT_ONCE` numbers, or by one larger row."""
+    group = np.cumsum(lengths, dtype=np.int64) // NUMBERS_AT_ONCE
     ends = [*(np.flatnonzero(np.diff(group)) + 1).tolist(), len(rows)]
     return [rows[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def mask_fault(mask: Any) -> str:
-    """What is wrong with the types of a mask, or ""."""
+    """Describe a fault in the types of a mask, or return ""."""
     if isinstance(mask, dict):
         return _run_fault(mask)
     if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
@@ -105,20 +97,19 @@ def _run_fault(mask: dict[str, Any]) -> str:
 
 
 def polygon_fault(polygon: list[float]) -> str:
-    """What is wrong with a polygon of numbers, or ""; the same judgement as `measure_masks` has."""
+    """Describe a fault of a polygon, as `measure_masks` does, or return ""."""
     if len(polygon) < 6 or len(polygon) % 2:
         return f"must be x and y of at least 3 points, got {len(polygon)} numbers"
     return "has no area" if _Polygons([polygon]).covered[0] < MIN_AREA else ""
 
 
 class _Polygons:
-    """P polygons of at least three points each, measured.
+    """Measurements of P polygons of at least three points each.
 
     Attributes:
         extent: (P, 4); not finite where a coordinate is not.
         area: (P,) by the shoelace formula.
-        covered: (P,) sum of the areas of the triangles with the first vertex: zero only if all points lie on a line,
-            while `area` is also zero where a polygon crosses itself into equal halves.
+        covered: (P,) sum of the areas of triangles with the first vertex: zero only if all points lie on a line.
     """
 
     def __init__(self, polygons: Sequence[list[float]]) -> None:
@@ -130,7 +121,7 @@ class _Polygons:
             reduced = [reduce.reduceat(values, start) for reduce in (np.minimum, np.maximum) for values in (x, y)]
             self.extent = np.stack(reduced, axis=1)
             dx, dy = x - np.repeat(x[start], lengths), y - np.repeat(y[start], lengths)
-            cross = np.zeros_like(dx)  # from one polygon to the next it is 0: first vertices are at the origin
+            cross = np.zeros_like(dx)  # 0 from one polygon to the next: first vertices are at the origin
             cross[:-1] = dx[:-1] * dy[1:] - dx[1:] * dy[:-1]
             self.area = np.abs(np.add.reduceat(cross, start)) / 2
             self.covered = np.add.reduceat(np.abs(cross), start) / 2
@@ -161,7 +152,7 @@ def _measure_polygons(result: Masks, rows: list[int], masks: Sequence[Any]) -> N
 
 
 def _with_sound_size(result: Masks, rows: list[int], masks: Sequence[Any], sizes: Floats) -> list[int]:
-    """Those of some rows whose run lengths are of the size of the image."""
+    """Select rows whose run lengths have the size of the image."""
     sound = []
     for row in rows:
         height, width = masks[row]["size"]
@@ -191,13 +182,9 @@ def _measure_runs(result: Masks, rows: list[int], masks: Sequence[Any]) -> None:
 
 
 def decompress(texts: Sequence[str]) -> tuple[Ints, Ints]:
-    """Run lengths of compressed masks; what pycocotools' `rleFrString` does, for many masks at once.
+    """Decompress run lengths of texts that match `COMPRESSED`, like pycocotools' `rleFrString`.
 
-    Args:
-        texts: M that match `COMPRESSED`.
-
-    Returns:
-        (R,) run lengths, one mask after the other, and (M,) how many each has.
+    Returns (R,) run lengths, mask after mask, and (M,) their number per mask.
     """
     if not texts:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -214,7 +201,7 @@ def decompress(texts: Sequence[str]) -> tuple[Ints, Ints]:
 
 
 def _undo_differences(values: Ints, lengths: Ints) -> Ints:
-    """From the fourth on, a number is stored as its difference to the last but one: (R,) to (R,)."""
+    """Add the number two before to each number from the fourth."""
     mask = np.repeat(np.arange(len(lengths)), lengths)
     index = _index_within(lengths)
     # Three series per mask: the first number alone; the second, fourth, ...; the third, fifth, ...
@@ -229,12 +216,12 @@ def _undo_differences(values: Ints, lengths: Ints) -> Ints:
 
 
 def _index_within(lengths: Ints) -> Ints:
-    """0, 1, 2, ... for each group."""
+    """Number the members of each group from 0."""
     return np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
 
 
 def _measure_decoded(result: Masks, rows: Ints, runs: Ints, lengths: Ints, masks: Sequence[Any]) -> None:
-    """Run lengths that do not fill the image are faults; the others are measured."""
+    """Measure run lengths that fill the image, and blame the others."""
     height, width = np.array([masks[row]["size"] for row in rows], np.int64).reshape(-1, 2).T
     owner = np.repeat(np.arange(len(rows)), lengths)
     total = np.zeros(len(rows), np.int64)
@@ -255,11 +242,11 @@ def _measure_decoded(result: Masks, rows: Ints, runs: Ints, lengths: Ints, masks
 
 
 def _set_extents(result: Masks, rows: Ints, owner: Ints, start: Ints, run: Ints, height: Ints) -> None:
-    """From where runs of pixels start, column after column, and how long they are."""
+    """Set extents from the starts and lengths of runs, column after column."""
     if not len(owner):
         return
     end, tall = start + run - 1, height[owner]
-    whole_column = start // tall != end // tall  # the run reaches the lower edge and goes on at the upper
+    whole_column = start // tall != end // tall  # the run continues from the lower edge at the upper edge
     low, high = np.where(whole_column, 0, start % tall), np.where(whole_column, tall - 1, end % tall)
     which, first = np.unique(owner, return_index=True)
     for side, (reduce, values) in enumerate(
@@ -269,15 +256,11 @@ def _set_extents(result: Masks, rows: Ints, owner: Ints, start: Ints, run: Ints,
 
 
 def flatten(lists: Sequence[list[float]]) -> Floats:
-    """The numbers of many lists as one array; whole numbers too large for a float become infinite."""
+    """Join lists of numbers, with infinity for integers beyond floats."""
     try:
         return np.fromiter(chain.from_iterable(lists), np.float64, sum(map(len, lists)))
     except OverflowError:
-        return np.array([_to_float(value) for value in chain.from_iterable(lists)])
-
-
-def _to_float(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return float(np.inf)
+        values = chain.from_iterable(lists)
+        return np.array(
+            [value if type(value) is float or abs(value) < 1e308 else np.inf for value in values], np.float64
+        )

@@ -1,4 +1,4 @@
-"""Masks of objects under augmentation: from every form that data sets have to the two that training takes."""
+"""Masks of objects under augmentation: all formats of data sets, the two formats of training."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from pycocotools import mask as coco_mask
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
-    """The mask (height, width) of a COCO `segmentation`: polygons, compressed or uncompressed RLE.
-
-    Raises:
-        ValueError: it is none of the three, or is an RLE of another size.
-    """
+    """Decode a COCO `segmentation` to (height, width), or raise a ValueError."""
     if isinstance(segmentation, list) and segmentation:
         rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation, dict) and {"counts", "size"} <= segmentation.keys():
@@ -34,25 +30,22 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[n
 def moved_masks(
     masks: Sequence[Any], size: tuple[int, int], transforms: T.TransformList, new_size: tuple[int, int], form: str
 ) -> BitMasks | PolygonMasks:
-    """The masks of an image after augmentation.
+    """Apply the augmentation of an image to its masks.
 
     Args:
-        masks: each one COCO polygons, a compressed or uncompressed RLE, or an array (H, W), not zero on the object.
-        size: (H, W) of the image.
-        transforms: what was done to the image.
-        new_size: (height, width) of the augmented image.
-        form: "bitmask", or "polygon", which only polygons can take. Of a polygon that crosses or touches itself, only
-            bitmasks keep what pycocotools makes of it: detectron2 crops polygons by shapely, which drops a part of
-            such a one or fills its hole.
+        masks: each either COCO polygons, an RLE, or an array (H, W), nonzero on the object.
+        size: (H, W) of the image before, `new_size` after the augmentation.
+        form: "bitmask", or "polygon" for polygons only. Polygons that cross or touch themselves need bitmasks:
+            detectron2 crops polygons with shapely, which drops parts of them or fills holes.
 
     Raises:
-        ValueError: an object has no mask, one of the wrong size, or one that `form` can not hold.
+        ValueError: an object has no mask, a mask of the wrong size, or a mask that `form` cannot hold.
     """
     for number, mask in enumerate(masks):
         if mask is None or (isinstance(mask, list) and not mask):
-            raise ValueError(f"object {number} has no mask; add one, or set MODEL.MASK_ON False")
+            raise ValueError(f"object {number} has no mask. Add a mask, or set MODEL.MASK_ON False.")
         if form == "polygon" and not isinstance(mask, list):
-            raise ValueError(f"the mask of object {number} is no polygon; set INPUT.MASK_FORMAT bitmask")
+            raise ValueError(f"the mask of object {number} is no polygon. Set INPUT.MASK_FORMAT bitmask.")
     if form == "polygon":
         moved = (transforms.apply_polygons([_points(polygon) for polygon in mask]) for mask in masks)
         return PolygonMasks([[polygon.reshape(-1) for polygon in polygons] for polygons in moved])
@@ -70,7 +63,7 @@ def _points(polygon: Any) -> NDArray[np.float64]:
 
 
 def _pixels(mask: Any, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """An RLE or array as (H, W), 1 on the object."""
+    """Convert an RLE or array to (H, W), 1 on the object."""
     if not isinstance(mask, np.ndarray):
         return decode_segmentation(mask, *size).astype(np.uint8)
     if mask.shape != size:
@@ -79,31 +72,26 @@ def _pixels(mask: Any, size: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def rasterize(polygons: Sequence[NDArray[np.float64]], mask: NDArray[np.bool_]) -> None:
-    """Set the pixels of one object, the same as pycocotools, but looking only at those in the polygons' box.
-
-    Args:
-        polygons: (P, 2) x, y of the corners; may leave the image.
-        mask: (H, W), false; changed in place.
-    """
+    """Set the pixels of polygons (P, 2) exactly like pycocotools."""
     corners = np.concatenate(polygons)
     left, top = np.floor(corners.min(axis=0)).astype(int)
     right, bottom = np.ceil(corners.max(axis=0)).astype(int)
     x, y, x_end, y_end = max(left, 0), max(top, 0), min(right, mask.shape[1]), min(bottom, mask.shape[0])
     if x >= x_end or y >= y_end:
         return
-    # pycocotools rounds corners to fifths of a pixel; so do we, lest it rounds some of them differently when shifted.
+    # pycocotools rounds corners to fifths of a pixel, which shifted corners would change: round them first.
     shifted = [(np.floor(5 * polygon + 0.5) / 5 - (left, top)).reshape(-1) for polygon in polygons]
     box = polygons_to_bitmask(shifted, int(bottom - top), int(right - left))
     mask[y:y_end, x:x_end] = box[y - top : y_end - top, x - left : x_end - left]
 
 
 def any_along(masks: torch.Tensor, dim: int) -> NDArray[np.bool_]:
-    """Whether any is true along an axis; numpy's `any` takes a tenth of the time of torch's, on the CPU."""
+    """Reduce by `any` through numpy, ten times faster than torch."""
     return np.asarray(masks.numpy().any(axis=dim))
 
 
 def tight_boxes(masks: BitMasks | PolygonMasks) -> Boxes:
-    """The smallest box around each mask, x0, y0, x1, y1; one without area where a mask has no pixel."""
+    """Find the smallest box x0, y0, x1, y1 around each mask."""
     if isinstance(masks, PolygonMasks):
         return masks.get_bounding_boxes()
     boxes = torch.zeros(len(masks), 4)

@@ -1,4 +1,4 @@
-"""Figures of precision over recall."""
+"""Precision-recall figures."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from crossmae.reports.figures import DPI
-from det.evaluation.scoring import ALL, IOU_50, IOU_75, Scores
+from det.evaluation.scoring import ALL, IOU_50, IOU_75, DetectionScores
 
 CLASSES_UP_TO = 20  # that are drawn one by one
-LONGEST_NAME = 24  # characters
+LEGEND_LETTERS = 24  # of a class name
 _GREY, _LIGHT = "0.35", "0.9"
 
 
-def precision_recall_figure(scores: Scores, title: str) -> Figure:
-    """Precision over recall at IoU 0.5 and 0.75, and its mean over the ten thresholds.
+def precision_recall_figure(scores: DetectionScores, title: str) -> Figure:
+    """Draw precision over recall at IoU 0.5, 0.75 and the mean threshold.
 
-    The mean over the classes is bold; up to 20 classes are drawn thinly, too. A class without objects has no curve.
+    The mean over the classes is bold; up to 20 classes are thin lines. A class without objects has no curve.
     """
     curves = scores.precision[..., ALL, -1]  # (10, 101, categories)
     drawn = [index for index, count in enumerate(scores.objects) if count]
@@ -52,7 +52,7 @@ def precision_recall_figure(scores: Scores, title: str) -> Figure:
 
 
 def _draw(axes: Axes, values: np.ndarray, one_by_one: bool) -> None:
-    """Curves (101, classes), and last their mean."""
+    """Draw curves (101, classes), and last their mean."""
     recall = np.linspace(0, 1, len(values))
     colors = colormaps["tab10" if values.shape[1] <= 10 else "tab20"]
     for place, curve in enumerate(values.T if one_by_one else ()):
@@ -73,7 +73,7 @@ def _frame(axes: Axes, name: str) -> None:
 
 
 def _shorten(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+    return name if len(name) <= LEGEND_LETTERS else f"{name[: LEGEND_LETTERS - 1]}…"
 
 
 def _percent(value: float) -> str:

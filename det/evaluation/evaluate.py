@@ -1,4 +1,4 @@
-"""Evaluation of a detector: its predictions on a data set, their AP and AR as a table, JSON and curves."""
+"""Evaluation of a detector: predictions on a data set, AP and AR as a table, JSON and curves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,31 +28,31 @@ from det.data.loader import NamingMapper, build_test_loader, refuse_unreadable
 from det.evaluation.curves import precision_recall_figure
 from det.evaluation.pictures import save_pictures, validation_pictures
 from det.evaluation.run_files import HEADLINE, PICTURES, PREDICTIONS, RESULTS, TASKS
-from det.evaluation.scoring import Scores, score_results
+from det.evaluation.scoring import DetectionScores, score_results
 from det.inference.paste import coco_results
 
 log = logging.getLogger(__name__)
 
-PRINTED_CLASSES = 100  # more fill the screen
+PRINTED_CLASSES = 100  # more would fill the screen
 
 
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
-    """Predict every image of `DATASETS.TEST` and score the predictions as `TEST.EVALUATOR` says.
+    """Predict every image of `DATASETS.TEST` and score the predictions.
 
-    A data set whose `evaluator_type` is "lvis" is scored by LVIS's rules. Writes to `OUTPUT_DIR`: `results.json`, and
-    in `inference/` the predictions, `coco_instances_results.json`, and precision over recall, `pr_curves_<task>.png`;
-    in `pictures/` some images with true and predicted objects.
+    `TEST.EVALUATOR` names the library; a data set of `evaluator_type` "lvis" is scored by LVIS's rules. Writes to
+    `OUTPUT_DIR`: `results.json`; in `inference/` the predictions, `coco_instances_results.json`, and precision over
+    recall, `pr_curves_<task>.png`; in `pictures/` some images with true and predicted objects.
 
     Args:
         cfg: `DATASETS.TEST` names one data set.
         model: a `GeneralizedRCNN` with its weights, or one in DistributedDataParallel.
 
     Returns:
-        {"bbox": {"AP": 51.6, "AP50": ..., "AP-<class>": ...}, "segm": ...}, see `Scores.numbers`, in percent, NaN where
-        not defined; empty on all processes but the first.
+        {"bbox": {"AP": 51.6, "AP50": ..., "AP-<class>": ...}, "segm": ...}, see `DetectionScores.numbers`, in percent,
+        NaN where not defined; empty on all processes but the first.
 
     Raises:
-        UserError: an image can not be read, or the model or its number of classes does not fit the data set.
+        UserError: an image cannot be read, or the model or its number of classes does not fit the data set.
     """
     (name,), folder = cfg.DATASETS.TEST, Path(cfg.OUTPUT_DIR)
     detector = model.module if isinstance(model, DistributedDataParallel) else model
@@ -61,11 +61,9 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     loader = build_test_loader(name, NamingMapper(cfg, False), cfg.DATALOADER.NUM_WORKERS)
     truth = ground_truth(name)
     category_ids = sorted(category["id"] for category in truth["categories"])
-    if len(category_ids) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-        raise UserError(
-            f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, but {name} has {len(category_ids)} "
-            "categories"
-        )
+    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if len(category_ids) != num_classes:
+        raise UserError(f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}, but {name} has {len(category_ids)} categories")
     parts = comm.gather(predict(detector, loader, category_ids), dst=0)
     if not comm.is_main_process():
         return {}
@@ -81,19 +79,15 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
 
 
 def predict(model: GeneralizedRCNN, loader: Any, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """COCO's results of every image that the loader gives to this process, under a progress bar.
+    """Predict this process's images and return COCO results.
 
-    Args:
-        model: is in eval mode inside, and afterwards as it was.
-        loader: of batches as detectron2's mapper makes them.
-        category_ids: of the model's classes.
-
-    Raises:
-        UserError: an image can not be read; names it.
+    The model is evaluated in eval mode, and its mode is restored. An unreadable image is a UserError with its name.
     """
     results = []
+    bar = tqdm(loader, desc="evaluate", unit="batch", disable=not comm.is_main_process(), dynamic_ncols=True)
     with inference_context(model), torch.no_grad():
-        for batch in _progress(loader):
+        for batch in bar:
+            refuse_unreadable(batch)
             outputs = model.inference(batch, do_postprocess=False)
             for sample, instances in zip(batch, outputs, strict=True):
                 size = sample["height"], sample["width"]
@@ -101,15 +95,8 @@ def predict(model: GeneralizedRCNN, loader: Any, category_ids: Sequence[int]) ->
     return results
 
 
-def _progress(loader: Any) -> Iterator[list[dict[str, Any]]]:
-    bar = tqdm(loader, desc="evaluate", unit="batch", disable=not comm.is_main_process(), dynamic_ncols=True)
-    for batch in bar:
-        refuse_unreadable(batch)
-        yield batch
-
-
-def _write_scores(folder: Path, name: str, scores: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
-    """Write `results.json` and the curves of each task; returns what `evaluate` does."""
+def _write_scores(folder: Path, name: str, scores: Mapping[str, DetectionScores]) -> dict[str, dict[str, float]]:
+    """Write `results.json` and curves, and return the results of `evaluate`."""
     results, by_class = {}, {task: of_task.by_class() for task, of_task in scores.items()}
     for task, of_task in scores.items():
         each = {f"AP-{label}": row["AP"] for label, row in zip(of_task.names, by_class[task], strict=True)}
@@ -132,7 +119,7 @@ def _json_numbers(values: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def format_results(results: Mapping[str, Mapping[str, float]]) -> str:
-    """The numbers of boxes and masks, then AP per class, as a text table; a dash is "not defined"."""
+    """Format results as a text table with dashes for undefined values."""
     tasks = [task for task in TASKS if task in results]
     keys = list(results[tasks[0]]) if tasks else []
     classes = [key for key in keys if key.startswith("AP-")]
@@ -147,7 +134,7 @@ def format_results(results: Mapping[str, Mapping[str, float]]) -> str:
     ]
     if shown:
         rows = [[results[task].get(key, math.nan) for task in tasks] for key in shown]
-        labels = [" ".join(key[3:].split()) for key in shown]  # a line break would tear the table
+        labels = [" ".join(key[3:].split()) for key in shown]  # a line break would break the table
         blocks.append(_table("class", [f"{name} AP" for name in names], labels, rows, width))
     elif classes:
         blocks.append(f"AP of each of the {len(classes)} classes: see {RESULTS}")

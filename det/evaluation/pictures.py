@@ -1,4 +1,4 @@
-"""Validation pictures: what is in an image beside what a detector finds in it, for TensorBoard and for pages."""
+"""Validation pictures: true objects next to predicted objects, for TensorBoard and for pages."""
 
 from __future__ import annotations
 
@@ -17,29 +17,25 @@ from PIL import Image, ImageDraw
 
 from crossmae.files import printable, write_atomically
 from det.data.coco_checks import file_name
-from det.inference.draw import Instance, draw_instances, instances_from_coco, label_font
+from det.inference.draw import DrawnInstance, draw_instances, instances_from_coco, label_font
 from det.inference.predict import read_rgb
 
 COUNT = 4
 SCORE_THRESHOLD = 0.5
-SIDE = 640  # pixels of the longer side of a drawn image
+DRAWN_SIDE = 640  # pixels of the longer side of a drawn image
 _GAP, _STRIP = 8, 42  # pixels between the two images, and of the strip of text above them
 _DARK, _LIGHT = (24, 27, 33), (236, 238, 242)
 _WRITTEN = re.compile(r"\d+-.*\.png")
 _LONGEST_STEM = 80  # characters
 
-Entry = Mapping[str, Any]
+Annotation = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One image drawn twice.
+    """One image drawn with its true and with its predicted objects, (H, W, 3) uint8 RGB each.
 
-    Attributes:
-        name: the image's file name.
-        truth: with its true objects, (H, W, 3) uint8 RGB.
-        prediction: of the same shape, with the objects that were found.
-        true_classes, found_classes: names of the classes of what is drawn, one for each object.
+    The class names have one entry per drawn object.
     """
 
     name: str
@@ -50,37 +46,30 @@ class Comparison:
 
 
 def validation_pictures(
-    ground_truth: dict[str, Any],
-    images: Path,
-    results: list[dict[str, Any]],
-    count: int = COUNT,
-    score_threshold: float = SCORE_THRESHOLD,
+    ground_truth: dict[str, Any], images: Path, results: list[dict[str, Any]], count: int = COUNT
 ) -> list[tuple[str, NDArray[np.uint8]]]:
-    """Images with their true objects on the left and the predicted ones on the right, under a strip that names both.
+    """Draw images with true objects on the left, predicted objects right.
 
-    The images are the same whenever they are drawn: `count` of those that have objects, spread evenly over their ids.
+    The images are the same at every call: `count` images with objects, spread evenly over their ids.
 
     Args:
         ground_truth: content of a COCO or LVIS file, see `det.data.coco.ground_truth`.
         images: folder that its file names are relative to.
         results: content of a COCO results file.
-        count: how many; fewer where fewer have objects.
-        score_threshold: predictions that score less are not drawn.
+        count: most images to draw.
 
     Returns:
-        File names, and pictures (H, W, 3) uint8 RGB; an image is drawn at 640 pixels on its longer side.
+        File names and pictures (H, W, 3) uint8 RGB; an image is drawn at 640 pixels on its longer side.
 
     Raises:
-        UserError: an image can not be read; names it.
-        ValueError: an annotation or a result is not one of COCO's, see `instances_from_coco`.
+        UserError: an image cannot be read; names the image.
     """
-    chosen = spread_images(ground_truth, count)
-    drawn = compare_images(ground_truth, images, results, chosen, score_threshold)
-    return [(one.name, _side_by_side(one, score_threshold)) for one in drawn]
+    drawn = compare_images(ground_truth, images, results, spread_images(ground_truth, count))
+    return [(one.name, _side_by_side(one)) for one in drawn]
 
 
 def save_pictures(pictures: Sequence[tuple[str, NDArray[np.uint8]]], folder: Path) -> None:
-    """Write what `validation_pictures` returns, as `folder`/1-NAME.png and so on, in place of an earlier call's."""
+    """Replace the pictures of a folder by 1-NAME.png and so on."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, (name, pixels) in enumerate(pictures, start=1):
@@ -93,13 +82,13 @@ def save_pictures(pictures: Sequence[tuple[str, NDArray[np.uint8]]], folder: Pat
 
 
 def find_pictures(folder: Path) -> list[Path]:
-    """The files of `save_pictures`, in their order."""
+    """List the files of `save_pictures` in order."""
     written = [path for path in folder.glob("*.png") if _WRITTEN.fullmatch(path.name)]
     return sorted(written, key=lambda path: int(path.name.partition("-")[0]))
 
 
-def spread_images(ground_truth: dict[str, Any], count: int) -> list[Entry]:
-    """`count` of the images that have objects other than crowd regions, spread evenly over them by rising id."""
+def spread_images(ground_truth: dict[str, Any], count: int) -> list[Annotation]:
+    """Choose images with objects other than crowd regions, evenly by rising id."""
     with_objects = {a["image_id"] for a in ground_truth["annotations"] if not a.get("iscrowd", 0)}
     entries = sorted((e for e in ground_truth["images"] if e["id"] in with_objects), key=lambda e: e["id"])
     number = min(count, len(entries))
@@ -109,20 +98,15 @@ def spread_images(ground_truth: dict[str, Any], count: int) -> list[Entry]:
 def compare_images(
     ground_truth: dict[str, Any],
     images: Path,
-    results: Sequence[Entry],
-    chosen: Sequence[Entry],
+    results: Sequence[Annotation],
+    chosen: Sequence[Annotation],
     score_threshold: float = SCORE_THRESHOLD,
-    side: int = SIDE,
+    side: int = DRAWN_SIDE,
 ) -> Iterator[Comparison]:
-    """Draw images of a COCO file, one at a time; a class has one colour, by its id's place among all.
+    """Draw images of a COCO file twice, one image at a time.
 
-    Args:
-        ground_truth, images, results, score_threshold: see `validation_pictures`; crowd regions are not drawn.
-        chosen: entries of `ground_truth["images"]`.
-        side: pixels of the longer side of what is drawn; smaller images are enlarged.
-
-    Raises:
-        UserError, ValueError: see `validation_pictures`.
+    The colour of a class depends on the place of its id among all ids. Crowd regions are not drawn. `chosen` holds
+    entries of `ground_truth["images"]`; images are drawn at `side` pixels on their longer side.
     """
     categories = {one["id"]: str(one["name"]) for one in sorted(ground_truth["categories"], key=lambda one: one["id"])}
     ids = {entry["id"] for entry in chosen}
@@ -136,8 +120,8 @@ def compare_images(
         yield Comparison(file_name(dict(entry)), drawn[0], drawn[1], names[0], names[1])
 
 
-def _by_image(entries: Iterator[Entry], ids: set[Any]) -> dict[Any, list[Entry]]:
-    """The entries of the images with these ids, by id."""
+def _by_image(entries: Iterator[Annotation], ids: set[Any]) -> dict[Any, list[Annotation]]:
+    """Group the entries of some images by image id."""
     grouped = defaultdict(list)
     for entry in entries:
         if entry["image_id"] in ids:
@@ -146,43 +130,43 @@ def _by_image(entries: Iterator[Entry], ids: set[Any]) -> dict[Any, list[Entry]]
 
 
 def _draw(
-    pixels: NDArray[np.uint8], entries: Sequence[Entry], categories: Mapping[int, str], side: int
+    pixels: NDArray[np.uint8], entries: Sequence[Annotation], categories: Mapping[int, str], side: int
 ) -> NDArray[np.uint8]:
-    """Objects over their image, `side` pixels long.
+    """Draw objects over their image at `side` pixels.
 
-    A larger image is reduced first, and each mask once it is decoded: the masks of many objects in a large photograph
-    would fill the memory.
+    A larger image is reduced first, and each mask as soon as it is decoded, to save memory.
     """
+    instances = instances_from_coco(entries, categories)
     height, width = pixels.shape[:2]
     scale = min(1.0, side / max(height, width))
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    instances = (instances_from_coco([entry], categories, height, width)[0] for entry in entries)
-    reduced = [_reduce(instance, size, (size[0] / width, size[1] / height)) for instance in instances]
-    small = pixels if scale == 1 else np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
-    return draw_instances(small, reduced, longest_side=side)
+    if scale < 1:
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        instances = [_reduce(instance, size, (width, height)) for instance in instances]
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
+    return draw_instances(pixels, instances, longest_side=side)
 
 
-def _reduce(instance: Instance, size: tuple[int, int], scales: tuple[float, float]) -> Instance:
-    """An instance on an image of `size` (width, height); with scales of 1, as it is."""
-    if scales == (1.0, 1.0):
-        return instance
+def _reduce(instance: DrawnInstance, size: tuple[int, int], given: tuple[int, int]) -> DrawnInstance:
+    """Scale an instance from `given` to `size`, both (width, height)."""
+    across, down = size[0] / given[0], size[1] / given[1]
     x, y, width, height = instance.box
-    box = (x * scales[0], y * scales[1], width * scales[0], height * scales[1])
-    if instance.mask is None:
+    box = (x * across, y * down, width * across, height * down)
+    mask = instance.decode_mask(given[1], given[0])
+    if mask is None:
         return replace(instance, box=box)
-    # Masks are decoded column by column: turned, they need not be copied, which takes most of the time.
-    turned = cv2.resize(instance.mask.T.view(np.uint8) * 255, size[::-1], interpolation=cv2.INTER_AREA)
+    # Masks are decoded column by column: transposed, they need no copy, which would take most of the time.
+    turned = cv2.resize(mask.T.view(np.uint8) * 255, size[::-1], interpolation=cv2.INTER_AREA)
     return replace(instance, box=box, mask=turned.T >= 128)
 
 
-def _side_by_side(one: Comparison, score_threshold: float) -> NDArray[np.uint8]:
-    """Both drawings under a strip with their names."""
+def _side_by_side(one: Comparison) -> NDArray[np.uint8]:
+    """Join both drawings under a strip with their names."""
     height, width = one.truth.shape[:2]
     canvas = Image.new("RGB", (2 * width + _GAP, height + _STRIP), _DARK)
     name = printable(one.name)
     texts = (
         f"{name}, true objects: {len(one.true_classes)}",
-        f"predicted, with scores >= {score_threshold:g}: {len(one.found_classes)}",
+        f"predicted, with scores >= {SCORE_THRESHOLD:g}: {len(one.found_classes)}",
     )
     font = label_font(name, 22)
     for left, drawing, text in zip((0, width + _GAP), (one.truth, one.prediction), texts, strict=True):

@@ -1,7 +1,6 @@
-"""Average precision and recall of detections, by COCO's and by LVIS's rules.
+"""Average precision and recall of detections, by COCO's or LVIS's rules.
 
-hotcoco matches and counts where it is installed; pycocotools, the reference, where not. The tests hold both to equal
-arrays. Nothing here needs a model: `score_results` takes the content of an annotation file and of a results file.
+hotcoco evaluates if it is installed, otherwise pycocotools, the reference; the tests hold both to equal arrays.
 """
 
 from __future__ import annotations
@@ -22,29 +21,28 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from crossmae.errors import UserError
+from det.data.coco_kinds import FREQUENCIES
 
 log = logging.getLogger(__name__)
 
-Results = Sequence[dict[str, Any]]
-GEOMETRY = {"bbox": "bbox", "segm": "segmentation"}  # task: key of a result that is compared
+GEOMETRY = {"bbox": "bbox", "segm": "segmentation"}  # task: compared key of a result
 ALL, SMALL, MEDIUM, LARGE = range(4)  # ranges of area
 IOU_50, IOU_75 = 0, 5  # of the ten thresholds 0.5, 0.55, ..., 0.95
-FREQUENCIES = "rcf"  # of LVIS: a rare, common or frequent category, by its training images
-COCO_LIMITS, LVIS_LIMITS = (1, 10, 100), (300,)  # detections of an image that count, best first
+COCO_LIMITS, LVIS_LIMITS = (1, 10, 100), (300,)  # counted detections per image, best first
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
-    """What one evaluation counted; -1 is "not defined", as where a category has no objects.
+class DetectionScores:
+    """Arrays of one evaluation, with -1 for undefined values.
 
     Attributes:
         precision: (10 IoU thresholds, 101 recalls, categories, 4 areas, limits), interpolated as COCO does.
-        recall: (10, categories, 4, limits), the highest reached.
+        recall: (10, categories, 4, limits), the highest recall.
         thresholds: shape of `precision`: scores at which the precision is reached.
         names: of the categories, by rising id.
-        objects: of each category in the ground truth, crowd regions left out.
-        frequencies: of each category, "r", "c" or "f", by LVIS's rules; else "".
-        limits: detections of an image that count, best first.
+        objects: number of true objects per category, without crowd regions.
+        frequencies: "r", "c" or "f" per category by LVIS's rules; else "".
+        limits: counted detections per image, best first.
     """
 
     precision: np.ndarray
@@ -56,7 +54,7 @@ class Scores:
     limits: tuple[int, ...]
 
     def numbers(self) -> dict[str, float]:
-        """COCO's 12 numbers, or LVIS's 13, in percent; NaN is "not defined"."""
+        """Compute COCO's 12 or LVIS's 13 numbers in percent, NaN where undefined."""
         precision = self.precision[..., -1]
         values = {
             "AP": _mean(precision[..., ALL]),
@@ -74,40 +72,41 @@ class Scores:
         return values | {f"AR{letter}": _mean(self.recall[..., area, -1]) for letter, area in areas.items()}
 
     def by_class(self) -> list[dict[str, float]]:
-        """AP and AP50 of each category in percent; NaN where it has no objects."""
+        """Compute AP and AP50 per category in percent, NaN without objects."""
         curves = np.moveaxis(self.precision[..., ALL, -1], 2, 0)
         return [{"AP": _mean(curve), "AP50": _mean(curve[IOU_50])} for curve in curves]
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean of what is defined, in percent."""
+    """Average the defined values, in percent."""
     defined = values[values > -1]
     return float(np.mean(defined)) * 100 if defined.size else math.nan
 
 
 def score_results(
-    ground_truth: dict[str, Any], results: Results, task: str, evaluator: str = "auto", lvis: bool = False
-) -> Scores:
+    ground_truth: dict[str, Any],
+    results: Sequence[dict[str, Any]],
+    task: str,
+    evaluator: str = "auto",
+    lvis: bool = False,
+) -> DetectionScores:
     """Score detections.
 
     Args:
         ground_truth: content of a COCO file, or of an LVIS file.
         results: content of a COCO results file: `image_id`, `category_id`, `score`, and `bbox` (x, y, width, height) or
-            `segmentation` (RLE). The areas of masks are those of their pixels, as detectron2 has it.
+            `segmentation` (RLE). The area of a mask is the number of its pixels, as in detectron2.
         task: "bbox" or "segm".
         evaluator: "hotcoco", "pycocotools", or "auto": hotcoco if installed.
-        lvis: by the rules of LVIS (arXiv 1908.03195, section 3): a category counts in an image only where it was
-            looked for, and the best 300 detections of an image count.
+        lvis: use the rules of LVIS (arXiv 1908.03195, section 3): a category counts only in images that were searched
+            for it, and the best 300 detections of an image count.
 
     Raises:
-        UserError: hotcoco is asked for but missing, a result is not of this ground truth or lacks a key, or the
-            ground truth lacks one that LVIS needs.
+        UserError: hotcoco is requested but missing, a result is of another image or category, or a key is missing.
     """
-    if lvis:
-        _check_lvis(ground_truth)
-    _check_results(ground_truth, results, task)
+    _check_keys(ground_truth, results, task, lvis)
     keys = ("image_id", "category_id", "score", GEOMETRY[task])
-    # Only what is compared: with a box in it, COCO would take a mask's area from that.
+    # Compared keys only: from a box, COCO would take the area of a mask.
     slim = [{key: result[key] for key in keys} for result in results]
     if lvis:
         slim = _best_of_each_image(slim, LVIS_LIMITS[-1])
@@ -116,7 +115,7 @@ def score_results(
     arrays = _by_hotcoco(hotcoco, truth, slim, task, lvis) if hotcoco else _by_pycocotools(truth, slim, task, lvis)
     categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
     objects = Counter(a["category_id"] for a in ground_truth["annotations"] if not a.get("iscrowd", 0))
-    return Scores(
+    return DetectionScores(
         precision=np.asarray(arrays["precision"]),
         recall=np.asarray(arrays["recall"]),
         thresholds=np.asarray(arrays["scores"]),
@@ -128,7 +127,7 @@ def score_results(
 
 
 def _slim_truth(ground_truth: dict[str, Any], task: str) -> dict[str, Any]:
-    """What evaluation reads of a COCO or LVIS file: hotcoco also judges what it does not need, such as licences."""
+    """Select the keys that evaluation needs, because hotcoco checks all keys."""
     mask = ("segmentation",) if task == "segm" else ()
     needed = {
         "images": ("id", "width", "height", "neg_category_ids", "not_exhaustive_category_ids"),
@@ -141,13 +140,9 @@ def _slim_truth(ground_truth: dict[str, Any], task: str) -> dict[str, Any]:
     }
 
 
-@functools.cache  # says once what it found
+@functools.cache  # logs once
 def find_hotcoco(evaluator: str) -> ModuleType | None:
-    """The hotcoco package, or None for pycocotools.
-
-    Raises:
-        UserError: `evaluator` is "hotcoco", and it is not installed.
-    """
+    """Import hotcoco, or return None for pycocotools."""
     if evaluator == "pycocotools":
         return None
     try:
@@ -161,7 +156,7 @@ def find_hotcoco(evaluator: str) -> ModuleType | None:
 
 
 def _by_hotcoco(
-    hotcoco: ModuleType, ground_truth: dict[str, Any], results: Results, task: str, lvis: bool
+    hotcoco: ModuleType, ground_truth: dict[str, Any], results: Sequence[dict[str, Any]], task: str, lvis: bool
 ) -> dict[str, Any]:
     truth = hotcoco.COCO(ground_truth)
     evaluation = hotcoco.COCOeval(truth, truth.load_res(results), task, lvis_style=lvis)
@@ -171,8 +166,10 @@ def _by_hotcoco(
     return arrays
 
 
-def _by_pycocotools(ground_truth: dict[str, Any], results: Results, task: str, lvis: bool) -> dict[str, Any]:
-    # It writes into annotations and results: copies. LVIS has no crowd regions, and does not say so.
+def _by_pycocotools(
+    ground_truth: dict[str, Any], results: Sequence[dict[str, Any]], task: str, lvis: bool
+) -> dict[str, Any]:
+    # pycocotools changes annotations and results: pass copies. LVIS has no crowd regions and no `iscrowd`.
     annotations = [{"iscrowd": 0, **annotation} for annotation in ground_truth["annotations"]]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints
         truth, found = COCO(), COCO()
@@ -180,7 +177,7 @@ def _by_pycocotools(ground_truth: dict[str, Any], results: Results, task: str, l
         truth.createIndex()
         if results:
             found = truth.loadRes([dict(result) for result in results])
-        else:  # which it can not load
+        else:  # pycocotools cannot load an empty list
             found.dataset = {**ground_truth, "annotations": []}
             found.createIndex()
         evaluation = (_LvisEval if lvis else COCOeval)(truth, found, task)
@@ -192,10 +189,10 @@ def _by_pycocotools(ground_truth: dict[str, Any], results: Results, task: str, l
 
 
 class _LvisEval(COCOeval):
-    """COCO's evaluation by the federated protocol of LVIS."""
+    """COCO evaluation by the federated protocol of LVIS."""
 
     def _prepare(self) -> None:
-        """Drop detections of categories that nobody looked for in their image."""
+        """Drop detections of categories that were not searched in their image."""
         super()._prepare()
         for image, category in list(self._dts):
             known_absent = category in self.cocoGt.imgs[image]["neg_category_ids"]
@@ -203,7 +200,7 @@ class _LvisEval(COCOeval):
                 del self._dts[image, category]
 
     def evaluateImg(self, imgId: int, catId: int, aRng: list[float], maxDet: int) -> dict[str, Any] | None:
-        """Ignore detections without a match where not all objects of the category were marked."""
+        """Ignore unmatched detections where annotation of the category is not exhaustive."""
         found: dict[str, Any] | None = super().evaluateImg(imgId, catId, aRng, maxDet)
         if found is not None and catId in self.cocoGt.imgs[imgId]["not_exhaustive_category_ids"]:
             found["dtIgnore"] = np.logical_or(found["dtIgnore"], found["dtMatches"] == 0)
@@ -211,7 +208,7 @@ class _LvisEval(COCOeval):
 
 
 def _best_of_each_image(results: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
-    """At most `limit` results of each image, those of highest score, whatever their category."""
+    """Keep the `limit` highest scores of each image, of all categories."""
     images = defaultdict(list)
     for result in results:
         images[result["image_id"]].append(result)
@@ -219,28 +216,22 @@ def _best_of_each_image(results: list[dict[str, Any]], limit: int) -> list[dict[
     return [result for image in ranked for result in image]
 
 
-def _check_results(ground_truth: dict[str, Any], results: Results, task: str) -> None:
+def _check_keys(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]], task: str, lvis: bool) -> None:
+    """Reject results of other images or categories, and missing keys."""
+    needed = {"images": ("neg_category_ids", "not_exhaustive_category_ids"), "categories": ("frequency",)}
+    for where, keys in needed.items() if lvis else ():
+        for index, entry in enumerate(ground_truth[where]):
+            if absent := [key for key in keys if key not in entry]:
+                raise UserError(f"ground truth: {where}[{index}] has no {absent[0]!r}, which LVIS evaluation needs")
     known = {
         "image_id": {image["id"] for image in ground_truth["images"]},
         "category_id": {category["id"] for category in ground_truth["categories"]},
     }
     for index, result in enumerate(results):
-        missing = [key for key in (*known, "score", GEOMETRY[task]) if key not in result]
-        if missing:
-            raise UserError(f"results[{index}] has no {missing[0]!r}, which {task} needs")
+        if absent := [key for key in (*known, "score", GEOMETRY[task]) if key not in result]:
+            raise UserError(f"results[{index}] has no {absent[0]!r}, which {task} needs")
         for key, ids in known.items():
             if result[key] not in ids:
                 raise UserError(f"results[{index}]: {key} {result[key]!r} is not in the ground truth")
         if not math.isfinite(result["score"]):
-            raise UserError(f"results[{index}]: score {result['score']} is no number")
-
-
-def _check_lvis(ground_truth: dict[str, Any]) -> None:
-    needed = {"images": ("neg_category_ids", "not_exhaustive_category_ids"), "categories": ("frequency",)}
-    for where, keys in needed.items():
-        for index, entry in enumerate(ground_truth[where]):
-            for key in keys:
-                if key not in entry:
-                    raise UserError(
-                        f"ground truth: {where}[{index}] has no {key!r}, which evaluation by LVIS's rules needs"
-                    )
+            raise UserError(f"results[{index}]: score {result['score']} is not finite")

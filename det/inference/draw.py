@@ -1,10 +1,7 @@
-"""Draw COCO-style instances on images, true and predicted ones: masks, boxes, class names and scores.
+"""Draw true and predicted instances on images: masks, boxes, class names and scores.
 
-Drawn with Pillow rather than detectron2's `Visualizer`, for two reasons: a class has the same colour in the
-ground truth and in the predictions, so that two pictures can be compared at a glance, and lines and letters
-are drawn after a small image is enlarged, so that they are sharp.
-
-Letters that are in no font at hand, as those of Chinese, Japanese and Korean, are drawn as boxes; see `label_font`.
+Pillow draws, not detectron2's `Visualizer`: a class keeps its colour from the ground truth to the predictions, and
+lines and letters stay sharp because small images are enlarged first.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from detectron2.structures import BitMasks, Instances, PolygonMasks, polygons_to
 from matplotlib import get_data_path
 from matplotlib.ft2font import FT2Font
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont
 
 from det.data.masks import decode_segmentation
 
@@ -33,138 +30,106 @@ Color = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Corners = tuple[float, float, float, float]  # left, top, right, bottom
 
-# Bright enough for dark photographs, and told apart side by side; more classes than colours begin again.
-_PALETTE: tuple[Color, ...] = (
-    (255, 84, 84),
-    (64, 200, 255),
-    (255, 225, 64),
-    (178, 128, 255),
-    (112, 224, 80),
-    (255, 150, 40),
-    (255, 112, 214),
-    (32, 214, 176),
-    (122, 150, 255),
-    (246, 232, 208),
+# Bright enough for dark photographs and easy to tell apart; more classes than colours repeat them.
+_PALETTE = (
+    "#ff5454",
+    "#40c8ff",
+    "#ffe140",
+    "#b280ff",
+    "#70e050",
+    "#ff9628",
+    "#ff70d6",
+    "#20d6b0",
+    "#7a96ff",
+    "#f6e8d0",
 )
 _FILL_OPACITY = 0.35
-LETTERS = 0.05  # over the longest side: for pictures that are shown small
+LETTER_SIZE = 0.05  # over the longest side: for pictures that are shown small
 SMALLEST_LETTERS = 9.0  # pixels
 _DEJAVU = Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 
 
 @dataclass(frozen=True)
-class Instance:
-    """One object.
+class DrawnInstance:
+    """One object to draw.
 
     Attributes:
         box: x, y, width, height, in pixels.
         class_index: chooses the colour.
-        name: of the class.
-        mask: (H, W), true on the object; drawn if there.
-        score: of a prediction; drawn if there.
-        segmentation: the mask as COCO encodes it, in the place of `mask`; it is decoded while it is drawn, so that many
-            objects in a large photograph do not fill the memory.
+        mask: (H, W), true on the object; or a COCO `segmentation`, which is decoded only while it is drawn, so that
+            many objects in a large photograph do not fill the memory; or None.
     """
 
     box: tuple[float, float, float, float]
     class_index: int
     name: str
-    mask: NDArray[np.bool_] | None = None
+    mask: Any = None
     score: float | None = None
-    segmentation: Any = None
+
+    def decode_mask(self, height: int, width: int) -> NDArray[np.bool_] | None:
+        """Return the mask as an array (height, width)."""
+        mask = self.mask
+        return mask if mask is None or isinstance(mask, np.ndarray) else decode_segmentation(mask, height, width)
 
 
 def class_color(index: int) -> Color:
-    """The RGB colour of a class."""
-    return _PALETTE[index % len(_PALETTE)]
+    """Return the RGB colour of a class."""
+    red, green, blue = ImageColor.getrgb(_PALETTE[index % len(_PALETTE)])[:3]
+    return red, green, blue
 
 
-def instances_from_coco(
-    annotations: Sequence[Mapping[str, Any]],
-    categories: Mapping[int, str],
-    height: int,
-    width: int,
-    *,
-    decode: bool = True,
-) -> list[Instance]:
-    """COCO annotations, or entries of a COCO results file, of one image as instances.
+def instances_from_coco(annotations: Sequence[Mapping[str, Any]], categories: Mapping[int, str]) -> list[DrawnInstance]:
+    """Convert COCO annotations or results of one image.
 
     Args:
-        annotations: each with `category_id` and `bbox` (x, y, width, height); `segmentation`, `score` if any.
+        annotations: each with `category_id`, `bbox` and, optionally, `segmentation` and `score`; else a ValueError.
         categories: names by category id; their order numbers the classes.
-        height, width: of the image.
-        decode: the masks; else they stay as they are, `Instance.segmentation`.
-
-    Raises:
-        ValueError: an annotation lacks a key or has a category that is not in `categories`.
     """
     order = {category: index for index, category in enumerate(categories)}
     instances = []
     for annotation in annotations:
-        absent = {"category_id", "bbox"} - annotation.keys()
-        if absent:
+        if absent := {"category_id", "bbox"} - annotation.keys():
             raise ValueError(f"annotation: no {sorted(absent)}, only {sorted(annotation)}")
         category = annotation["category_id"]
         if category not in order:
             raise ValueError(f"annotation: category_id {category!r} is none of {sorted(order)}")
-        encoded = annotation.get("segmentation") or None
-        mask = decode_segmentation(encoded, height, width) if encoded and decode else None
-        x, y, box_width, box_height = (float(value) for value in annotation["bbox"])
-        box = (x, y, box_width, box_height)
-        left = None if decode else encoded
-        instances.append(Instance(box, order[category], categories[category], mask, annotation.get("score"), left))
+        x, y, width, height = map(float, annotation["bbox"])
+        mask, score = annotation.get("segmentation") or None, annotation.get("score")
+        instances.append(DrawnInstance((x, y, width, height), order[category], categories[category], mask, score))
     return instances
 
 
-def instances_from_detectron2(objects: Instances, names: Sequence[str]) -> list[Instance]:
-    """Predictions of a detector, or what it is trained on, of one image as instances.
-
-    Args:
-        objects: on the CPU, with `pred_boxes` or `gt_boxes`, and so on; masks in any form, or none.
-        names: of the classes, from 0.
-    """
-    kind = "pred" if objects.has("pred_boxes") else "gt"
-    corners = objects.get(f"{kind}_boxes").tensor.tolist()
-    classes = objects.get(f"{kind}_classes").tolist()
-    scores = objects.scores.tolist() if objects.has("scores") else [None] * len(objects)
-    masks = objects.get(f"{kind}_masks") if objects.has(f"{kind}_masks") else None
-    return [
-        Instance((x0, y0, x1 - x0, y1 - y0), number, names[number], _mask(masks, index, objects.image_size), score)
-        for index, ((x0, y0, x1, y1), number, score) in enumerate(zip(corners, classes, scores, strict=True))
-    ]
-
-
-def _mask(masks: Any, index: int, size: tuple[int, int]) -> NDArray[np.bool_] | None:
-    """Mask (H, W) number `index` of polygons, bitmasks, a tensor (N, H, W) or nothing."""
-    if masks is None:
-        return None
+def instances_from_detectron2(objects: Instances, names: Sequence[str]) -> list[DrawnInstance]:
+    """Convert training targets of one image."""
+    masks: Any = objects.gt_masks if objects.has("gt_masks") else None
     if isinstance(masks, PolygonMasks):
-        return np.asarray(polygons_to_bitmask(masks.polygons[index], *size), dtype=bool)
-    return np.asarray((masks.tensor if isinstance(masks, BitMasks) else masks)[index], dtype=bool)
+        masks = [polygons_to_bitmask(polygons, *objects.image_size) for polygons in masks.polygons]
+    elif isinstance(masks, BitMasks):
+        masks = masks.tensor.numpy()
+    return [
+        DrawnInstance((x0, y0, x1 - x0, y1 - y0), number, names[number], None if masks is None else masks[index])
+        for index, ((x0, y0, x1, y1), number) in enumerate(
+            zip(objects.gt_boxes.tensor.tolist(), objects.gt_classes.tolist(), strict=True)
+        )
+    ]
 
 
 def draw_instances(
     image: NDArray[np.uint8],
-    instances: Sequence[Instance],
+    instances: Sequence[DrawnInstance],
     *,
     longest_side: int | None = None,
-    letters: float = LETTERS,
+    letters: float = LETTER_SIZE,
 ) -> NDArray[np.uint8]:
-    """The image with its instances drawn over it.
+    """Draw instances over a copy of an image.
 
-    Large objects are drawn first, so that small ones stay visible. Labels move out of each other's way, as far as there
-    is room about their boxes; beyond that the surest come on top.
+    Large objects are drawn first, so that small objects stay visible. Labels avoid each other where their boxes leave
+    room; otherwise the highest score comes on top. A wrong image or mask shape is a ValueError.
 
     Args:
-        image: (H, W, 3) uint8 RGB; it is not changed.
+        image: (H, W, 3) uint8 RGB.
         longest_side: enlarge or shrink to this many pixels before drawing.
-        letters: size of the labels' letters over the longest side of what is drawn on.
-
-    Returns:
-        (H', W', 3) uint8 RGB.
-
-    Raises:
-        ValueError: the image is not (H, W, 3) uint8, or a mask has another size.
+        letters: height of the labels' letters over the longest side of the result.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"image: expected (H, W, 3) uint8, received {image.shape} {image.dtype}")
@@ -173,9 +138,7 @@ def draw_instances(
     canvas = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
     unit = max(size) / 480  # lines and letters grow with the picture
     for instance in sorted(instances, key=lambda item: -item.box[2] * item.box[3]):
-        mask = instance.mask
-        if instance.segmentation is not None:
-            mask = decode_segmentation(instance.segmentation, *image.shape[:2])
+        mask = instance.decode_mask(*image.shape[:2])
         if mask is not None:
             if mask.shape != image.shape[:2]:
                 raise ValueError(f"mask of {mask.shape} on an image of {image.shape[:2]}")
@@ -186,12 +149,12 @@ def draw_instances(
 
 
 def _draw_mask(canvas: Image.Image, mask: NDArray[np.bool_], color: Color, scale: float, unit: float) -> None:
-    """Tint the mask's area and draw its outline."""
+    """Tint the area of a mask and draw the outline."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not rows.size:
         return
     width = max(1, round(1.5 * unit))  # of the outline
-    # On a large photograph, the neighbourhood of the object is all that time should be spent on.
+    # Only the neighbourhood of the object is worked on: photographs are large.
     reach = 2 * scale + width + 1
     left, top = (max(0, math.floor(first * scale - reach)) for first in (columns[0], rows[0]))
     right = min(canvas.width, math.ceil((columns[-1] + 1) * scale + reach))
@@ -203,22 +166,22 @@ def _draw_mask(canvas: Image.Image, mask: NDArray[np.bool_], color: Color, scale
     box = (left * across - x, top * down - y, right * across - x, bottom * down - y)
     soft = source.resize((right - left, bottom - top), Image.Resampling.BICUBIC, box)
     if scale > 1:
-        soft = soft.filter(ImageFilter.GaussianBlur(0.5 * scale))  # no steps where one pixel became many
+        soft = soft.filter(ImageFilter.GaussianBlur(0.5 * scale))  # smooth the steps of enlarged pixels
     inside = np.asarray(soft) >= 128
     inner = cv2.erode(inside.astype(np.uint8), np.ones((2 * width + 1, 2 * width + 1), np.uint8)) > 0
     opacity = np.where(inside & ~inner, 1.0, _FILL_OPACITY) * inside
     canvas.paste(color, (left, top, right, bottom), Image.fromarray((opacity * 255).astype(np.uint8)))
 
 
-def _draw_box(canvas: Image.Image, instance: Instance, scale: float, unit: float) -> None:
+def _draw_box(canvas: Image.Image, instance: DrawnInstance, scale: float, unit: float) -> None:
     x, y, width, height = (value * scale for value in instance.box)
     right, bottom = max(x + width, x + 1), max(y + height, y + 1)
     outline = class_color(instance.class_index)
     ImageDraw.Draw(canvas).rectangle((x, y, right, bottom), outline=outline, width=max(1, round(2 * unit)))
 
 
-def _draw_labels(canvas: Image.Image, instances: Sequence[Instance], scale: float, letters: float) -> None:
-    """The class name and the score, if any, on a tag at each box, but always inside the picture."""
+def _draw_labels(canvas: Image.Image, instances: Sequence[DrawnInstance], scale: float, letters: float) -> None:
+    """Draw class names and scores on tags inside the picture."""
     draw, pad = ImageDraw.Draw(canvas), round(letters / 6)
     tags: list[Corners] = []
     order = sorted(instances, key=lambda item: item.score or 0.0, reverse=True)
@@ -237,18 +200,13 @@ def _draw_labels(canvas: Image.Image, instances: Sequence[Instance], scale: floa
         draw.text(place, _label(instance), font=font, fill=_readable_on(color), anchor="la")
 
 
-def _label(instance: Instance) -> str:
+def _label(instance: DrawnInstance) -> str:
     return instance.name if instance.score is None else f"{instance.name} {instance.score:.2f}"
 
 
 @cache
-def _ascii_font(size: float) -> Font:
-    return ImageFont.load_default(size)
-
-
-@cache
-def _dejavu(size: float) -> Font:
-    return ImageFont.truetype(str(_DEJAVU), size)
+def _font(is_ascii: bool, size: float) -> Font:
+    return ImageFont.load_default(size) if is_ascii else ImageFont.truetype(str(_DEJAVU), size)
 
 
 @cache
@@ -258,29 +216,22 @@ def _dejavu_letters() -> frozenset[int]:
 
 @cache
 def _warn_of_boxes() -> None:
-    """Once, however many labels there are."""
     log.warning("letters that DejaVu Sans lacks, as those of Chinese, Japanese and Korean, are drawn as boxes")
 
 
 def label_font(text: str, size: float) -> Font:
-    """The font to draw a text in: Pillow's own where that has all letters, else DejaVu Sans, which matplotlib brings.
+    """Choose Pillow's font for ASCII, else DejaVu Sans of matplotlib.
 
-    Pillow's has ASCII and little more. DejaVu Sans has Latin, Greek, Cyrillic and others, but neither the letters of
-    Chinese, Japanese and Korean nor most emoji: they are drawn as boxes, which is said once in the log.
-
-    Args:
-        text: what is to be drawn.
-        size: of the letters, in pixels.
+    DejaVu Sans has Latin, Greek, Cyrillic and others. Chinese, Japanese and Korean letters and most emoji are drawn as
+    boxes, which is logged once. The size of the letters is in pixels.
     """
-    if text.isascii():
-        return _ascii_font(size)
-    if any(letter.isprintable() and ord(letter) not in _dejavu_letters() for letter in text):
+    if not text.isascii() and any(letter.isprintable() and ord(letter) not in _dejavu_letters() for letter in text):
         _warn_of_boxes()
-    return _dejavu(size)
+    return _font(text.isascii(), size)
 
 
 def _spots(box: tuple[float, ...], tag: tuple[float, float]) -> list[tuple[float, float]]:
-    """Where the upper left corner of a tag may be: above its box, below, within, and beside; the best comes first."""
+    """List upper left corners for a tag, best first."""
     (x, y, width, height), (tag_width, tag_height) = box, tag
     rows = (y - tag_height, y + height, y, y + height - tag_height)
     inner = [(column, row) for row in rows for column in (x, x + width - tag_width)]
@@ -288,32 +239,26 @@ def _spots(box: tuple[float, ...], tag: tuple[float, float]) -> list[tuple[float
 
 
 def _at(x: float, y: float, tag: tuple[float, float], size: tuple[int, int]) -> Corners:
-    """Corners of a tag, moved into the picture."""
+    """Move a tag into the picture and return its corners."""
     x, y = (max(0.0, min(value, side - length)) for value, side, length in zip((x, y), size, tag, strict=True))
     return x, y, x + tag[0], y + tag[1]
 
 
 def _overlap(one: Corners, other: Corners) -> float:
-    """Pixels that two rectangles share."""
     width, height = (min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in (0, 1))
     return max(width, 0.0) * max(height, 0.0)
 
 
 def _readable_on(color: Color) -> Color:
-    """Black or white, whichever is easier to read on the colour (luma of ITU-R BT.601)."""
+    """Choose black or white by the colour's luma (ITU-R BT.601)."""
     red, green, blue = color
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)
 
 
 def draw_sheet(pictures: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -> NDArray[np.uint8]:
-    """Pictures in a grid about as wide as high, each over its caption.
+    """Arrange pictures in a near-square grid, each over its caption.
 
-    Args:
-        pictures: (H, W, 3) uint8 RGB; their sizes may differ.
-        captions: one each, of any number of lines, cut off where they are wider than the column.
-
-    Returns:
-        (H', W', 3) uint8 RGB.
+    Pictures are (H, W, 3) uint8 RGB of any sizes; captions may have several lines, and are cut off at the column.
     """
     gap, line = 16, 20
     columns = math.ceil(math.sqrt(len(pictures)))

@@ -1,8 +1,7 @@
 """A trained detector as one file that runs without this package: ONNX, or a program of `torch.export`.
 
-The graph takes pixels and gives detections: normalisation, backbone, pyramid, proposals, box heads, non-maximum
-suppression and mask head are in it (`det/inference/export_graph.py`). Every file is compared with detectron2's
-inference before it gets its name. Shapes: H, W of the input, N detections, M side of a mask.
+The graph contains everything from normalisation to the mask head (`det/inference/export_graph.py`). Every file is
+compared with detectron2's inference before it gets its name. Shapes: H, W of the input, N detections, M side of a mask.
 """
 
 from __future__ import annotations
@@ -42,26 +41,21 @@ INPUT_NOTE = (
     "image: float32 (1, 3, H, W), RGB, 0 to 255, the picture at the top left, anything beside it; "
     "image_size: int64 (2,), height and width of the picture"
 )
-ONE_FILE_BYTES = 1_900_000_000  # an ONNX file ends at 2 GiB; beyond, the weights go to a file beside it
-# How far an exported detector may be from the detector: pixels, scores, probabilities of mask pixels, and features over
-# the largest of their level. "unpaired" counts detections of one that the other has not.
+ONE_FILE_BYTES = 1_900_000_000  # an ONNX file ends at 2 GiB; larger weights get a file of their own
+# Largest differences between the file and the detector: pixels, scores, mask probabilities, and features over the
+# largest feature of their level. "unpaired" counts detections without a partner.
 LIMITS = {"unpaired": 0.0, "boxes": 0.01, "scores": 1e-4, "masks": 1e-3, "features": 1e-4}
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far an exported detector is from the detector that it was made of, on one image.
-
-    Attributes:
-        compared: number of detections; of a backbone, of feature maps.
-        differences: largest absolute difference by kind, see `LIMITS`.
-    """
+    """Largest absolute differences by kind (see `LIMITS`) of compared detections or feature maps."""
 
     compared: int
     differences: dict[str, float]
 
     def exceeded(self) -> list[str]:
-        """Kinds whose difference is beyond its limit, or not a number."""
+        """List kinds whose difference exceeds its limit or is NaN."""
         return [kind for kind, value in self.differences.items() if not value <= LIMITS[kind]]
 
     def __str__(self) -> str:
@@ -79,42 +73,37 @@ def export_detector(
     metadata: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> Parity | None:
-    """Write a detector as a file that takes an image of fixed size.
+    """Export a detector for images of fixed size.
 
-    Inputs of the graph are `image` (1, 3, H, W) float32, RGB from 0 to 255 whatever the detector was trained on, and
-    `image_size` (2,) int64, height and width of the picture in it, which lies at the top left. What is beside it is
-    ignored, as padding is in detectron2, so that one file takes pictures of all proportions; see `fit_image`. Outputs,
-    the surest first, N as many as are found:
+    Inputs are `image` (1, 3, H, W) float32, RGB from 0 to 255 whatever the detector was trained on, and `image_size`
+    (2,) int64, height and width of the picture at its top left; the rest of the image is ignored. See `fit_image`.
+    Outputs, highest score first:
 
         boxes    (N, 4)     float32, x0, y0, x1, y1 in pixels of the input
         scores   (N,)       float32
         classes  (N,)       int64, from 0
-        masks    (N, M, M)  float32, probabilities inside the box; not of detectors without masks
+        masks    (N, M, M)  float32, probabilities inside the box; only of detectors with masks
 
-    With `backbone_only` the outputs are the feature maps, `p2` (1, C, H / 4, W / 4) and so on.
-
-    Thresholds and numbers of proposals and detections are those of the detector's config. To suppress overlaps in one
-    go, detectron2 moves the classes apart, but takes them one by one if there are more than 1000 candidates; the graph
-    always moves them apart. Then a pair whose overlap is within rounding of the threshold may end otherwise.
+    With `backbone_only` the outputs are the feature maps, `p2` (1, C, H / 4, W / 4) and so on. Thresholds and limits
+    come from the config. detectron2 suppresses overlaps class by class above 1000 candidates; the graph always moves
+    the classes apart instead, so pairs within rounding of the threshold may differ.
 
     Args:
-        model: on the CPU, in evaluation mode.
-        path: file to write; `.onnx`, or `.pt2` for `torch.export.load`. ONNX of more than 1.9 GB keeps its weights in
-            `<name>.onnx.data` beside it.
-        img_size: H and W in pixels, or one number for both; multiples of what the backbone divides by.
-        backbone_only: leave the heads out, which any model with this backbone can.
-        check: run the file on the CPU before it gets its name, and compare it with the model.
-        image: picture for the check, (h, w, 3) uint8 RGB; None makes one of coloured shapes.
-        metadata: goes into the file, with what the input is and the versions that wrote it.
+        model: on the CPU, in evaluation mode; else a ValueError.
+        path: `.onnx`, or `.pt2` for `torch.export.load`. Large ONNX weights go to `<name>.onnx.data` next to it.
+        img_size: H and W in pixels, or one number for both; multiples of the backbone's divisor.
+        check: run the file on the CPU and compare it with the model before it gets its name.
+        image: picture for the check, (h, w, 3) uint8 RGB; None uses coloured shapes.
+        metadata: is added to the file.
         force: overwrite `path`.
 
     Returns:
-        How far the two are apart, or None without `check`.
+        The differences, or None without `check`.
 
     Raises:
-        UserError: the suffix, the size or a part of the model is none that can be exported; the file exists; a library
-            is missing; or the two differ by more than `LIMITS`. Nothing is written then.
-        ValueError: the model is on a GPU or in training mode.
+        UserError: the request or the model cannot be exported, a library is missing, or the differences exceed
+            `LIMITS`.
+            Nothing is written then.
     """
     height, width = size = (img_size, img_size) if isinstance(img_size, int) else img_size
     _check_request(model, path, size, backbone_only, force)
@@ -123,11 +112,11 @@ def export_detector(
     about = {"input": INPUT_NOTE, "img_size": json.dumps([height, width]), "torch": torch.__version__}
     about |= {"crossmae": crossmae.__version__, **(metadata or {})}
     inputs = fit_image(_shapes(size) if image is None else image, size)
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder, _without_chatter(), torch.no_grad():
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder, _quiet(), torch.no_grad():
         draft = Path(folder, path.name)
         _write(model, draft, size, backbone_only, about)
         parity = _check(model, draft, inputs, backbone_only) if check else None
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights, if apart, before what refers to them
+        for file in sorted(Path(folder).iterdir(), reverse=True):  # separate weights before the file that names them
             write_atomically(path.with_name(file.name), file.replace)
     return parity
 
@@ -136,7 +125,7 @@ def _check_request(model: GeneralizedRCNN, path: Path, size: tuple[int, int], ba
     if model.training or model.pixel_mean.device.type != "cpu":
         raise ValueError("model: expected on the CPU and in evaluation mode; call model.cpu().eval()")
     if path.suffix not in (ONNX, TORCH):
-        raise UserError(f"{path}: the suffix says the kind of file to write: {ONNX}, or {TORCH} for torch.export.load")
+        raise UserError(f"{path}: unknown suffix. Use {ONNX}, or {TORCH} for torch.export.load.")
     if not path.parent.is_dir():
         raise UserError(f"{path}: no such folder: {path.parent}")
     for file in (path, path.with_name(f"{path.name}.data")):
@@ -146,13 +135,13 @@ def _check_request(model: GeneralizedRCNN, path: Path, size: tuple[int, int], ba
         raise UserError(f"image size: expected multiples of {divisor} pixels, received {size[0]} x {size[1]}")
     reason = None if backbone_only else obstacle(model)
     if reason:
-        raise UserError(f"the detector can not be exported whole: {reason}; its backbone alone can (--backbone-only)")
+        raise UserError(f"the detector cannot be exported: {reason}. Its backbone can (--backbone-only).")
 
 
 def _write(
     model: GeneralizedRCNN, path: Path, size: tuple[int, int], backbone_only: bool, metadata: dict[str, str]
 ) -> None:
-    """Export and write, to one file or two."""
+    """Export and write one file, or two with separate weights."""
     exportable = (ExportableBackbone if backbone_only else ExportableDetector)(model, size).eval()
     example = (torch.zeros(1, 3, *size), torch.tensor(size))
     try:
@@ -172,9 +161,9 @@ def _write(
             verbose=False,
         )
     except Exception as error:  # exporters fail by exceptions of all kinds
-        hint = "" if backbone_only else "; its backbone alone may be possible (--backbone-only)"
+        hint = "" if backbone_only else ". Its backbone may be possible (--backbone-only)."
         first = str(error).strip().split("\n")[0]
-        raise UserError(f"the detector can not be exported: {type(error).__name__}: {first}{hint}") from error
+        raise UserError(f"the detector cannot be exported: {type(error).__name__}: {first}{hint}") from error
     assert onnx is not None
     onnx.model.metadata_props.update(metadata)
     weights = sum(tensor.nbytes for tensor in program.state_dict.values())
@@ -182,14 +171,7 @@ def _write(
 
 
 def load_exported(path: Path) -> Callable[[Mapping[str, NDArray[Any]]], Arrays]:
-    """An exported file as a function of its inputs, which runs on the CPU; for a check, or a first try.
-
-    Args:
-        path: written by `export_detector`.
-
-    Returns:
-        From {"image", "image_size"}, see `fit_image`, to the outputs by name.
-    """
+    """Load an exported file as a function from inputs to outputs."""
     if path.suffix == ONNX:
         runtime = import_extra("onnxruntime", f"running {path.suffix}", "export")
         options = runtime.SessionOptions()
@@ -208,16 +190,15 @@ def load_exported(path: Path) -> Callable[[Mapping[str, NDArray[Any]]], Arrays]:
 
 
 def fit_image(image: NDArray[np.uint8], size: tuple[int, int]) -> Arrays:
-    """The inputs of an exported detector for a picture of any size.
+    """Resize a picture to the inputs of an exported detector.
 
     Args:
         image: (h, w, 3) uint8 RGB.
         size: H, W of the export.
 
     Returns:
-        `image` (1, 3, H, W) float32, the picture resized to fit, its proportions kept, and zeros right of it or below;
-        `image_size` (2,) int64, what it was resized to: boxes in pixels of the picture are those of the detector times
-        w / image_size[1] and h / image_size[0].
+        `image` (1, 3, H, W) float32, the resized picture with its proportions kept, and zeros to the right or below;
+        `image_size` (2,) int64, its new size. Multiply the detector's boxes by w / image_size[1] and h / image_size[0].
     """
     h, w = image.shape[:2]
     scale = min(size[0] / h, size[1] / w)
@@ -229,7 +210,7 @@ def fit_image(image: NDArray[np.uint8], size: tuple[int, int]) -> Arrays:
 
 
 def _shapes(size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Coloured squares and circles on noise, which detectors take for one thing or another; not of the full width."""
+    """Draw coloured squares and circles on noise."""
     random = np.random.default_rng(0)
     height, width = size[0], max(1, size[1] * 3 // 4)
     picture = random.integers(90, 150, (height, width, 3)).astype(np.uint8)
@@ -242,11 +223,7 @@ def _shapes(size: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def _check(model: GeneralizedRCNN, path: Path, inputs: Arrays, backbone_only: bool) -> Parity:
-    """Compare a file with the model that it was made of.
-
-    Raises:
-        UserError: they differ by more than `LIMITS`.
-    """
+    """Compare a file with its model and reject differences over `LIMITS`."""
     exported = load_exported(path)(inputs)
     if backbone_only:
         eager = _eager_features(model, inputs)[1]
@@ -256,17 +233,17 @@ def _check(model: GeneralizedRCNN, path: Path, inputs: Arrays, backbone_only: bo
         parity = compare_detections(eager_detections(model, inputs), exported)
     if parity.exceeded():
         raise UserError(
-            f"{path.name} differs from the detector that it was made of, and is not kept: {parity}. Try another "
-            "picture, in case this one has scores or overlaps right at a threshold (--image), or skip this (--no-check)"
+            f"{path.name} differs from the detector and is not kept: {parity}. Try another picture (--image), because "
+            "this one may have scores or overlaps right at a threshold, or skip the check (--no-check)."
         )
     if not parity.compared:
-        log.warning("the detector finds nothing in the picture of the check, which so proves little: name another one")
+        log.warning("the detector finds nothing in the picture, so the check proves little. Name another picture.")
     return parity
 
 
 @torch.no_grad()
 def _eager_features(model: GeneralizedRCNN, inputs: Arrays) -> tuple[ImageList, dict[str, Tensor]]:
-    """The padded image and feature maps of detectron2's own inference."""
+    """Compute the padded image and feature maps as detectron2 does."""
     height, width = (int(side) for side in inputs["image_size"])
     image = torch.from_numpy(inputs["image"])[:, :, :height, :width]
     image = image.flip(1) if model.input_format == "BGR" else image
@@ -277,12 +254,7 @@ def _eager_features(model: GeneralizedRCNN, inputs: Arrays) -> tuple[ImageList, 
 
 @torch.no_grad()
 def eager_detections(model: GeneralizedRCNN, inputs: Arrays) -> Arrays:
-    """The outputs that an exported detector should have, from detectron2's own inference.
-
-    Args:
-        model: in evaluation mode.
-        inputs: see `fit_image`.
-    """
+    """Compute the expected outputs for inputs from `fit_image`."""
     images, features = _eager_features(model, inputs)
     proposals, _ = model.proposal_generator(images, features)
     (found,), _ = model.roi_heads(images, features, proposals)
@@ -293,11 +265,7 @@ def eager_detections(model: GeneralizedRCNN, inputs: Arrays) -> Arrays:
 
 
 def compare_detections(expected: Arrays, received: Arrays) -> Parity:
-    """Pair detections by class and place, whatever their order, and measure how far they are apart.
-
-    Args:
-        expected, received: `boxes`, `scores`, `classes` and perhaps `masks`; N need not be the same.
-    """
+    """Pair detections by class and place, and measure their differences."""
     count, others = len(expected["scores"]), len(received["scores"])
     if not count or not others:
         return Parity(count, {"unpaired": float(max(count, others))})
@@ -315,8 +283,8 @@ def compare_detections(expected: Arrays, received: Arrays) -> Parity:
 
 
 @contextmanager
-def _without_chatter() -> Iterator[None]:
-    """Exporters warn of what libraries do inside them; the check of the result tells more."""
+def _quiet() -> Iterator[None]:
+    """Silence exporters' warnings about library internals: the check tells more."""
     logger = logging.getLogger("torch.fx._symbolic_trace")
     level = logger.level
     logger.setLevel(logging.ERROR)

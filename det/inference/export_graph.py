@@ -1,8 +1,7 @@
-"""Detectors as modules that exporters follow: one image of fixed size in, tensors out.
+"""Detectors as modules that exporters can trace: one image of fixed size in, tensors out.
 
-What detectron2 computes on `Instances` and `Boxes` in inference is written here once more on plain tensors; the modules
-and their weights are the detector's own. Shapes: H, W of the input, R proposals, K classes, N detections, M side of a
-mask.
+detectron2's inference on `Instances` and `Boxes` is repeated here on plain tensors, with the detector's own modules and
+weights. Shapes: H, W of the input, R proposals, K classes, N detections, M side of a mask.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torchvision.ops import nms
 
 
 def obstacle(model: nn.Module) -> str | None:
-    """What in a model is no part of a Mask R-CNN or Cascade R-CNN that can be exported whole, or None."""
+    """Name a part of a model that cannot be exported."""
     heads = getattr(model, "roi_heads", None)
     poolers = [module for module in model.modules() if isinstance(module, ROIPooler)]
     parts: list[tuple[str, Any, tuple[type, ...]]] = [
@@ -45,18 +44,13 @@ def obstacle(model: nn.Module) -> str | None:
 
 
 def _predictors(heads: Any) -> list[Any]:
-    """The last layers of every stage of box heads: one, or those of a cascade."""
+    """List the box predictors: one, or one per stage of a cascade."""
     predictor = getattr(heads, "box_predictor", None)
     return list(predictor) if isinstance(predictor, nn.ModuleList) else [predictor]
 
 
 class ExportableBackbone(nn.Module):
-    """Backbone and feature pyramid for one image of fixed size, from pixels; see `export_detector`.
-
-    Args:
-        model: the detector.
-        size: H, W.
-    """
+    """Backbone and feature pyramid for one image of fixed `size` (H, W)."""
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -68,7 +62,7 @@ class ExportableBackbone(nn.Module):
         self.register_buffer("pixel_std", model.pixel_std)
 
     def forward(self, image: Tensor, image_size: Tensor) -> dict[str, Tensor]:
-        """(1, 3, H, W) pixels and (2,) height and width to feature maps (1, C, h, w) by name."""
+        """Map (1, 3, H, W) pixels and their size to feature maps."""
         if self.input_format == "BGR":
             image = image.flip(1)
         rows = torch.arange(self.size[0])[:, None] < image_size[0]
@@ -79,12 +73,7 @@ class ExportableBackbone(nn.Module):
 
 
 class ExportableDetector(ExportableBackbone):
-    """A whole detector for one image of fixed size: detectron2's inference on plain tensors; see `export_detector`.
-
-    Args:
-        model: the detector; `obstacle` knows none.
-        size: H, W.
-    """
+    """Complete detector without `obstacle`, for one image of fixed `size` (H, W)."""
 
     def __init__(self, model: GeneralizedRCNN, size: tuple[int, int]) -> None:
         super().__init__(model, size)
@@ -92,7 +81,7 @@ class ExportableDetector(ExportableBackbone):
         self.heads: Any = model.roi_heads
 
     def forward(self, image: Tensor, image_size: Tensor) -> dict[str, Tensor]:
-        """(1, 3, H, W) pixels and (2,) height and width to `boxes`, `scores`, `classes` and `masks`."""
+        """Map (1, 3, H, W) pixels and their size to detections."""
         features = super().forward(image, image_size)
         height, width = image_size.float().unbind()
         limit = torch.stack([width, height, width, height])
@@ -102,7 +91,7 @@ class ExportableDetector(ExportableBackbone):
         return found | {"masks": self._masks(features, boxes, classes)} if self.heads.mask_on else found
 
     def _propose(self, features: dict[str, Tensor], limit: Tensor) -> Tensor:
-        """(R, 4) boxes that may hold an object, as `find_top_rpn_proposals` chooses them."""
+        """Choose (R, 4) proposals as `find_top_rpn_proposals` does."""
         levels = [features[name] for name in self.rpn.in_features]
         chosen = [
             self._propose_level(anchors.tensor, logits, deltas, limit)
@@ -117,7 +106,7 @@ class ExportableDetector(ExportableBackbone):
         return boxes[best]
 
     def _propose_level(self, anchors: Tensor, logits: Tensor, deltas: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-        """The best of one level: (1, A, h, w) logits and (1, 4A, h, w) deltas to (r, 4) boxes and (r,) logits."""
+        """Choose (r, 4) boxes and (r,) logits of one pyramid level."""
         logits = logits[0].permute(1, 2, 0).flatten()
         deltas = deltas[0].unflatten(0, (-1, 4)).permute(2, 3, 0, 1).flatten(0, 2)
         scores, rows = logits.topk(min(self.rpn.pre_nms_topk[False], len(logits)))
@@ -128,7 +117,7 @@ class ExportableDetector(ExportableBackbone):
         return boxes[kept], scores[kept]
 
     def _classify(self, features: dict[str, Tensor], boxes: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-        """Box heads: (R, 4) proposals to (R, K or 1, 4) boxes and (R, K) scores; stages of a cascade are averaged."""
+        """Compute boxes (R, K or 1, 4) and scores (R, K)."""
         levels = [features[name] for name in self.heads.box_in_features]
         predictors = _predictors(self.heads)
         stages = self.heads.box_head if isinstance(self.heads, CascadeROIHeads) else [self.heads.box_head]
@@ -143,12 +132,12 @@ class ExportableDetector(ExportableBackbone):
         return boxes.unflatten(1, (-1, 4)), (total * (1.0 / len(predictors)))[:, :-1]
 
     def _select(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(R, K or 1, 4) boxes and (R, K) scores to N boxes, scores and classes, as `fast_rcnn_inference` does."""
+        """Select N boxes, scores and classes as `fast_rcnn_inference` does."""
         last = _predictors(self.heads)[-1]
         rows, classes = (scores > last.test_score_thresh).nonzero().unbind(1)
         own = classes if boxes.shape[1] > 1 else torch.zeros_like(classes)
         boxes, scores = boxes[rows, own], scores[rows, classes]
-        # Classes are moved apart by as much as in torchvision's batched_nms, so that coordinates are rounded as there.
+        # Classes are moved apart by the same distance as in torchvision's batched_nms: coordinates round equally.
         step = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max() + 1
         kept = suppress(boxes + (classes.to(boxes) * step)[:, None], scores, last.test_nms_thresh)
         if last.test_topk_per_image >= 0:
@@ -156,7 +145,7 @@ class ExportableDetector(ExportableBackbone):
         return boxes[kept], scores[kept], classes[kept]
 
     def _masks(self, features: dict[str, Tensor], boxes: Tensor, classes: Tensor) -> Tensor:
-        """(N, M, M) probabilities inside the boxes."""
+        """Compute (N, M, M) probabilities inside the boxes."""
         levels = [features[name] for name in self.heads.mask_in_features]
         logits = self.heads.mask_head.layers(pool(self.heads.mask_pooler, levels, boxes))
         channels = classes if logits.shape[1] > 1 else torch.zeros_like(classes)
@@ -164,28 +153,24 @@ class ExportableDetector(ExportableBackbone):
 
 
 def clip(boxes: Tensor, limit: Tensor) -> Tensor:
-    """(..., 4) boxes cut off at 0 and at `limit` (4,): width, height, width, height."""
+    """Clip (..., 4) boxes to `limit` (4,): width, height, width, height."""
     return torch.minimum(boxes.clamp(min=0), limit)
 
 
 def suppress(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
-    """Indices, by falling score, of the boxes that overlap no better one by more than `threshold`."""
-    # torchvision tells exporters that at least two boxes are kept. Two empty ones, which overlap nothing and come last,
-    # make that true; they are cut off again.
+    """Return indices of boxes that survive non-maximum suppression, by falling score."""
+    # torchvision tells exporters that at least two boxes are kept. Two empty boxes, which overlap nothing and come
+    # last, make that true; they are removed again.
     boxes, scores = F.pad(boxes, (0, 0, 0, 2)), F.pad(scores, (0, 2), value=float("-inf"))
     kept = nms(boxes, scores, threshold)
-    # Tracing knows no bound of such numbers unless told; what it takes instead does not fit the integers of ONNX.
+    # Without this bound, tracing assumes one that does not fit the integers of ONNX.
     torch._check(kept.shape[0] <= boxes.shape[0])
     return kept[:-2]
 
 
 def pool(pooler: ROIPooler, levels: list[Tensor], boxes: Tensor) -> Tensor:
-    """What detectron2's `ROIPooler` cuts out of feature maps (1, C, h, w) for the boxes (R, 4) of one image.
-
-    Returns:
-        (R, C, side, side), every box from the level that fits its size.
-    """
-    rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)  # with the index of the image
+    """Pool (R, 4) boxes to (R, C, side, side) like `ROIPooler`."""
+    rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)  # with the image index
     if len(levels) == 1:
         pooled: Tensor = pooler.level_poolers[0](levels[0], rois)
         return pooled

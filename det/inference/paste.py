@@ -1,8 +1,8 @@
-"""Masks of a detector as run-length encodings of the whole image, computed inside their boxes alone.
+"""Masks of a detector as run-length encodings of the whole image, computed only inside their boxes.
 
 A mask head predicts a small square of probabilities for each box. detectron2 samples it at the pixels around the box,
-writes them into an image of zeros, and encodes that image; here the zeros outside are counted, not made. What comes out
-is the same, byte by byte.
+writes them into an image of zeros, and encodes that image; here the zeros outside are only counted. The result is equal
+byte by byte.
 """
 
 from __future__ import annotations
@@ -19,32 +19,31 @@ from pycocotools import mask as rle
 from torch import Tensor
 from torch.nn import functional as F
 
-THRESHOLD = 0.5  # probability from which a pixel belongs to an object
-ROUNDING = 4e-6  # times M: more than two ways of sampling M x M values in 0-1 can differ in float32
+MASK_THRESHOLD = 0.5  # probability from which a pixel belongs to an object
+SAMPLING_ERROR = 4e-6  # times M: bounds the float32 difference of two ways of sampling M x M values in 0-1
 
 
 def coco_results(
     instances: Instances, image_id: int, height: int, width: int, category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """What a model found in one image, as COCO's results; equal to what detectron2's `COCOEvaluator` makes of it.
+    """Convert raw predictions of one image to COCO results, like `COCOEvaluator`.
 
     Args:
-        instances: raw output of `GeneralizedRCNN.inference(..., do_postprocess=False)`, in pixels of the model's input:
-            `pred_boxes`, `scores`, `pred_classes` and, if there is a mask head, `pred_masks` (N, 1, M, M). It is
-            not changed.
+        instances: raw output of `GeneralizedRCNN.inference(..., do_postprocess=False)`, in pixels of the model's input;
+            masks, if any, are (N, 1, M, M). They are not changed.
         image_id: of the image.
         height, width: of the image as its file has it.
         category_ids: of the classes.
 
     Returns:
-        For each object `image_id`, `category_id`, `bbox` (x, y, width, height), `score` and, with masks,
-        `segmentation`; objects whose box is empty are left out.
+        Dicts with `image_id`, `category_id`, `bbox` (x, y, width, height), `score` and, with masks, `segmentation`;
+        objects with an empty box are left out.
     """
     fields = dict(instances.get_fields())
     masks = fields.pop("pred_masks", None)
-    fields["pred_boxes"] = fields["pred_boxes"].clone()  # is scaled in place
+    fields["pred_boxes"] = fields["pred_boxes"].clone()  # scaled in place below
     if masks is not None:
-        fields["probabilities"] = masks[:, 0]  # by this name, detectron2 does not paste them
+        fields["probabilities"] = masks[:, 0]  # under this name, detectron2 does not paste them
     found = detector_postprocess(Instances(instances.image_size, **fields), height, width).to("cpu")
     boxes = BoxMode.convert(found.pred_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
     results: list[dict[str, Any]] = [
@@ -61,19 +60,12 @@ def coco_results(
 def encode_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int) -> list[dict[str, Any]]:
     """Paste and encode the masks of one image.
 
-    Equal to detectron2's `paste_masks_in_image`, threshold 0.5, and pycocotools' `encode`. On the CPU that samples the
-    surroundings of each box; on a GPU every pixel of the image, to the same effect but for the GPU's own rounding.
-
-    Args:
-        probabilities: (N, M, M) in 0-1, on any device; computed on the CPU in float32.
-        boxes: (N, 4) x0, y0, x1, y1 in pixels of the image; a box outside the image gives an empty mask.
-        height, width: of the image.
-
-    Returns:
-        N dicts {"size": [height, width], "counts": compressed text}, as COCO's results have them.
+    Equal to detectron2's `paste_masks_in_image` on the CPU, threshold 0.5, and pycocotools' `encode`. On a GPU
+    detectron2 rounds differently. Takes probabilities (N, M, M) and boxes (N, 4) x0, y0, x1, y1 in pixels of the image;
+    returns N dicts {"size": [height, width], "counts": compressed text}.
     """
     masks, corners = (tensor.detach().float().cpu().numpy() for tensor in (probabilities, boxes))
-    with np.errstate(over="ignore"):  # far away from a box that is all but empty
+    with np.errstate(over="ignore"):  # far away from a nearly empty box
         windows = [_window(mask, box, height, width) for mask, box in zip(masks, corners, strict=True)]
     runs = [{"size": [height, width], "counts": _run_lengths(*window, height, width)} for window in windows]
     encoded: list[dict[str, Any]] = rle.frPyObjects(runs, height, width) if runs else []
@@ -81,38 +73,38 @@ def encode_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int) 
 
 
 def _window(mask: np.ndarray, box: np.ndarray, height: int, width: int) -> tuple[np.ndarray, int, int]:
-    """One mask (M, M) pasted, as far as it can be on.
+    """Paste one mask (M, M) into its window of the image.
 
     Returns:
-        inside: (w, h + 1) bool, column by column, each with one pixel more that is off; w is 0 outside the image.
-        left, top: where in the image its first pixel is.
+        inside: (w, h + 1) bool, column by column, each with one more pixel that is off; w is 0 outside the image.
+        left, top: position of its first pixel in the image.
     """
     x0, y0, x1, y1 = box
-    # One pixel more than the box covers: detectron2's window, and all that can reach 0.5 lies in it.
+    # One pixel more than the box covers: detectron2's window, which contains all pixels that can reach 0.5.
     left, top = (max(math.floor(low) - 1, 0) for low in (x0, y0))
     right, bottom = (min(math.ceil(high) + 1, side) for high, side in ((x1, width), (y1, height)))
     if left >= right or top >= bottom or x0 >= x1 or y0 >= y1:
         return np.zeros((0, 1), bool), 0, 0
     grid_x, grid_y = _grid(left, right, x0, x1), _grid(top, bottom, y0, y1)
     size = len(mask)
-    # Bilinear sampling along the axes is two products of matrices: faster than `grid_sample`, equal but for rounding,
-    # so that pixels near the threshold are sampled again.
+    # Bilinear sampling along the axes is two matrix products: faster than `grid_sample` and equal except for rounding.
+    # Pixels near the threshold are sampled again.
     values = _weights(grid_x, size)[:-1] @ mask.T @ _weights(grid_y, size).T
-    margin = np.float32(ROUNDING * size)
-    inside = values >= THRESHOLD + margin
-    doubtful = np.flatnonzero(inside != (values >= THRESHOLD - margin))
+    margin = np.float32(SAMPLING_ERROR * size)
+    inside = values >= MASK_THRESHOLD + margin
+    doubtful = np.flatnonzero(inside != (values >= MASK_THRESHOLD - margin))
     column, row = np.divmod(doubtful, len(grid_y) + 1)
-    inside.reshape(-1)[doubtful] = _sample(mask, grid_x[column], grid_y[row]) >= THRESHOLD
+    inside.reshape(-1)[doubtful] = _sample(mask, grid_x[column], grid_y[row]) >= MASK_THRESHOLD
     return inside, left, top
 
 
 def _grid(first: int, last: int, low: np.float32, high: np.float32) -> np.ndarray:
-    """Centres of pixels `first` .. `last` - 1 where `low` is -1 and `high` 1, in detectron2's order of operations."""
+    """Map pixel centres from `low`..`high` to -1..1 in detectron2's operation order."""
     return (np.arange(first, last, dtype=np.float32) + np.float32(0.5) - low) / (high - low) * 2 - 1
 
 
 def _weights(grid: np.ndarray, size: int) -> np.ndarray:
-    """Bilinear weights of `size` samples at the points of `grid`, and a last row of zeros: (points + 1, size)."""
+    """Compute bilinear weights (points + 1, size), the last row zero."""
     places = (grid + 1) * np.float32(size / 2) - np.float32(0.5)
     weights = np.zeros((len(grid) + 1, size), np.float32)
     distance = np.abs(places[:, None] - np.arange(size, dtype=np.float32))
@@ -121,21 +113,21 @@ def _weights(grid: np.ndarray, size: int) -> np.ndarray:
 
 
 def _sample(mask: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The mask at K points, exactly as detectron2 samples it."""
+    """Sample the mask at K points exactly as detectron2 does."""
     image, grid = mask.reshape(1, 1, *mask.shape), np.stack([x, y], axis=1).reshape(1, 1, -1, 2)
     values = F.grid_sample(torch.from_numpy(image), torch.from_numpy(grid), align_corners=False)
     return np.asarray(values).reshape(-1)
 
 
 def _run_lengths(inside: np.ndarray, left: int, top: int, height: int, width: int) -> np.ndarray:
-    """Lengths of the runs of off, on, off, ... pixels, column after column of the whole image; arguments: `_window`."""
+    """Compute run lengths of the whole image from a window of `_window`."""
     flat = inside.ravel()
     edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     if flat.size and flat[0]:
         edges = np.concatenate([[0], edges])
     column, row = np.divmod(edges, inside.shape[1])
     ends = (left + column) * height + top + row
-    if inside.shape[1] > height:  # a run may go on from the foot of a column to the head of the next
+    if inside.shape[1] > height:  # a run may continue from one column to the next
         meet = np.flatnonzero(ends[1:] == ends[:-1])
         ends = np.delete(ends, [meet, meet + 1])
     total = height * width

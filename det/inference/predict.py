@@ -1,4 +1,4 @@
-"""A trained detector at work: from images to `Instances`, and from those to COCO's annotations."""
+"""Prediction with a trained detector: from images to `Instances`, and from instances to COCO annotations."""
 
 from __future__ import annotations
 
@@ -32,32 +32,30 @@ from det.inference.paste import coco_results
 
 log = logging.getLogger(__name__)
 
-Picture = NDArray[np.uint8] | Image.Image | str | Path
+ImageLike = NDArray[np.uint8] | Image.Image | str | Path
 
 
 class Predictor:
-    """A trained detector; call it with an image.
+    """A trained detector that is called with an image.
 
         predictor = Predictor("outputs/run/config.yaml", "outputs/run/model_best.pth")
         instances = predictor("photo.jpg")
         instances.pred_boxes, instances.scores, instances.pred_classes, instances.pred_masks
 
-    Images are read, resized and padded as in evaluation, so that a file gives what evaluation counts. Objects are left
-    out that do not score above `MODEL.ROI_HEADS.SCORE_THRESH_TEST`.
+    Images are read, resized and padded as in evaluation. Objects score above `MODEL.ROI_HEADS.SCORE_THRESH_TEST`.
 
     Args:
-        config: see `read_config`, or a config that has been read; it is not changed.
+        config: see `read_config`, or a config; it is not changed.
         weights: a detector's file, or the folder of its run, see `find_detector`.
-        device: "cpu", "cuda" or "cuda:1"; None takes what the config says, or the CPU where there is no GPU.
-        masks: predict masks, too, if the detector can.
+        device: "cpu", "cuda" or "cuda:1"; None uses the config, or the CPU where there is no GPU.
+        masks: predict masks if the detector can.
 
     Attributes:
         cfg: the config, with `MODEL.WEIGHTS` the file that was read.
         model: the detector, in eval mode.
 
     Raises:
-        UserError: no such file or device, a config of something else than a `GeneralizedRCNN`, or weights that are not
-            those of a detector of this config.
+        UserError: no such file or device, the config is not of a `GeneralizedRCNN`, or the weights do not fit it.
     """
 
     def __init__(
@@ -65,7 +63,8 @@ class Predictor:
     ) -> None:
         self.cfg = config.clone() if isinstance(config, CfgNode) else read_config(config, weights)
         self.cfg.defrost()
-        self.cfg.MODEL.WEIGHTS = str(find_detector(Path(weights)))
+        self.weights = find_detector(Path(weights))
+        self.cfg.MODEL.WEIGHTS = str(self.weights)
         if device is not None:
             self.cfg.MODEL.DEVICE = device
             check_config(self.cfg)
@@ -77,46 +76,38 @@ class Predictor:
         load_weights(self.model, self.cfg, detector_only=True)
         if not masks:
             self.model.roi_heads.mask_on = False
-        self._augmentations = AugmentationList(
-            build_test_augmentations(self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST)
-        )
+        heads, inputs = self.cfg.MODEL.ROI_HEADS, self.cfg.INPUT
+        self.num_classes, self.score_threshold, self._format = heads.NUM_CLASSES, heads.SCORE_THRESH_TEST, inputs.FORMAT
+        self._augmentations = AugmentationList(build_test_augmentations(inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST))
 
-    def __call__(self, image: Picture) -> Instances:
-        """The objects in one image, the surest first.
+    def __call__(self, image: ImageLike) -> Instances:
+        """Find the objects in one image, highest score first.
 
-        Args:
-            image: (H, W, 3) uint8 RGB, an image of Pillow's, or a path.
-
-        Returns:
-            N instances on the CPU, in pixels of the image: `pred_boxes` (N, 4) x0, y0, x1, y1, `scores` (N,),
-            `pred_classes` (N,) from 0 and, of detectors with masks, `pred_masks` (N, H, W) bool.
-
-        Raises:
-            UserError: the file can not be read.
-            ValueError: an array of another shape or type.
+        The image is (H, W, 3) uint8 RGB, a Pillow image, or a path. Returns N instances on the CPU, in pixels of the
+        image: `pred_boxes` (N, 4) x0, y0, x1, y1, `scores` (N,), `pred_classes` (N,) from 0 and, of detectors with
+        masks, `pred_masks` (N, H, W) bool. A file that cannot be read is a UserError, a wrong array a ValueError.
         """
         return self.predict([image])[0]
 
-    def predict(self, images: Sequence[Picture]) -> list[Instances]:
-        """The objects in each of several images, which are computed together as far as they are padded to one size.
+    def predict(self, images: Sequence[ImageLike]) -> list[Instances]:
+        """Find the objects in several images.
 
-        Padding is seen by global attention. An image is not padded for the sake of others here, so that it does not
-        matter which they are.
+        Images with the same padded size are computed together. Global attention sees padding, so no image is padded to
+        the size of another image: the result does not depend on the other images.
         """
         return [output["instances"].to("cpu") for output in self._run(images, self.model)]
 
-    def predict_raw(self, images: Sequence[Picture]) -> list[Instances]:
-        """The same as the model gives it, for `coco_annotations`: the masks of large images take no memory so.
+    def predict_raw(self, images: Sequence[ImageLike]) -> list[Instances]:
+        """Find objects with small masks that cover only their boxes.
 
-        Returns:
-            N instances for each image, on the model's device, in pixels of what the model sees: `pred_boxes`, `scores`,
-            `pred_classes` and, of detectors with masks, `pred_masks` (N, 1, M, M), probabilities in the boxes.
+        Returns N instances for each image, on the model's device, in pixels of the model's input: `pred_boxes`,
+        `scores`, `pred_classes` and, of detectors with masks, `pred_masks` (N, 1, M, M), probabilities in the boxes.
         """
         return self._run(images, partial(self.model.inference, do_postprocess=False))
 
     @torch.no_grad()
-    def _run(self, images: Sequence[Picture], model: Callable[[list[dict[str, Any]]], list[Any]]) -> list[Any]:
-        """What `model` gives for each image, called with those together that are padded to one size."""
+    def _run(self, images: Sequence[ImageLike], model: Callable[[list[dict[str, Any]]], list[Any]]) -> list[Any]:
+        """Call `model` once per padded size."""
         inputs = [self._input(read_rgb(image)) for image in images]
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, sample in enumerate(inputs):
@@ -127,12 +118,12 @@ class Predictor:
         return [found[index] for index in range(len(inputs))]
 
     def _input(self, pixels: NDArray[np.uint8]) -> dict[str, Any]:
-        """What detectron2's mapper makes of an image in evaluation."""
-        image, _ = augment(pixels, self._augmentations, self.cfg.INPUT.FORMAT)
+        """Prepare an image as detectron2's mapper does in evaluation."""
+        image, _ = augment(pixels, self._augmentations, self._format)
         return {"image": image, "height": pixels.shape[0], "width": pixels.shape[1]}
 
     def _padded_size(self, image: torch.Tensor) -> tuple[int, ...]:
-        """Height and width that the model pads an image (C, h, w) to."""
+        """Return the padded size of an image (C, h, w)."""
         constraints = self.model.backbone.padding_constraints
         if constraints.get("square_size"):
             return (constraints["square_size"],)
@@ -140,32 +131,29 @@ class Predictor:
         return tuple(-(-side // divisor) * divisor for side in image.shape[1:])
 
 
-def read_config(config: str | Path | None, weights: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
-    """The config of a detector.
+def read_config(config_file: str | Path | None, weights: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
+    """Read the config of a detector.
 
     Args:
-        config: a YAML file, its name under configs/, a run's folder, or None: the `config.yaml` beside the weights.
+        config_file: a YAML file, its name under configs/, a run's folder, or None: `config.yaml` next to the weights.
         weights: a run's folder, or a file in it.
         overrides: `KEY=VALUE` words.
-
-    Raises:
-        UserError: no such file, or one that is not right, see `load_det_config`.
     """
     if not Path(weights).exists():
-        raise UserError(f"{weights}: no such file or folder; expected a detector's weights, or the folder of its run")
-    if config is None:
+        raise UserError(f"{weights}: no such file or folder. Name a detector's weights, or the folder of its run.")
+    if config_file is None:
         folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
         if not (folder / CONFIG).is_file():
-            raise UserError(f"{folder} has no {CONFIG}: name the config that the detector was trained with")
-        config = folder / CONFIG
-    return load_det_config(str(config), overrides)
+            raise UserError(f"{folder} has no {CONFIG}. Name the config that the detector was trained with.")
+        config_file = folder / CONFIG
+    return load_det_config(str(config_file), overrides)
 
 
-def read_rgb(image: Picture) -> NDArray[np.uint8]:
-    """An image as (H, W, 3) uint8 RGB, upright, read as in training and evaluation.
+def read_rgb(image: ImageLike) -> NDArray[np.uint8]:
+    """Read an image as training does: upright (H, W, 3) uint8 RGB.
 
     Raises:
-        UserError: the file can not be read; names it.
+        UserError: the file cannot be read; names the file.
         ValueError: an array of another shape or type.
     """
     if isinstance(image, (str, Path)):
@@ -181,41 +169,28 @@ def read_rgb(image: Picture) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Classes:
-    """What the classes of a detector are called.
-
-    Attributes:
-        names: by class, from 0.
-        category_ids: what COCO files number them by.
-    """
+    """Names of a detector's classes, from 0, and their category ids in COCO files."""
 
     names: tuple[str, ...]
     category_ids: tuple[int, ...]
 
     def categories(self) -> list[dict[str, Any]]:
-        """As COCO files list them."""
+        """List the classes as COCO files do."""
         return [{"id": number, "name": name} for number, name in zip(self.category_ids, self.names, strict=True)]
 
 
 def find_classes(predictor: Predictor, file: Path | None = None) -> Classes:
-    """The classes of a detector.
+    """Find the names of a detector's classes.
 
     Args:
         predictor: the detector.
-        file: a COCO file (.json) with the categories it was trained on, other lists are not needed, or a text file with
-            one name a line; None: what its run recorded, and where nothing is recorded, numbers from 1, which is said
-            in the log.
-
-    Raises:
-        UserError: the file can not be read, or has another number of classes than the detector.
+        file: a JSON file with COCO's `categories`, or a text file with one name per line. None: the record of the run;
+            without a record, numbers from 1 with a warning. Another number of classes is a UserError.
     """
-    wanted = predictor.cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    record = Path(predictor.cfg.MODEL.WEIGHTS).parent / RECORD
+    wanted, record = predictor.num_classes, predictor.weights.with_name(RECORD)
     classes = _recorded_classes(record) if file is None else _read_classes(file)
     if classes is None:
-        log.warning(
-            "%s has no names of classes: they are called class 1 to class %d, and so numbered; name them by --classes",
-            record, wanted,
-        )  # fmt: skip
+        log.warning("%s has no class names: using class 1 to class %d. Name them with --classes.", record, wanted)
         numbers = range(1, wanted + 1)
         return Classes(tuple(f"class {number}" for number in numbers), tuple(numbers))
     if len(classes.names) != wanted:
@@ -224,7 +199,6 @@ def find_classes(predictor: Predictor, file: Path | None = None) -> Classes:
 
 
 def _recorded_classes(record: Path) -> Classes | None:
-    """Those in a run's record, or None."""
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
         return Classes(tuple(content["classes"]), tuple(content["category_ids"]))
@@ -239,7 +213,7 @@ def _read_classes(file: Path) -> Classes:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: can not be read as text: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"{file}: cannot be read as text: {getattr(error, 'strerror', None) or error}") from None
     names = tuple(line.strip() for line in lines if line.strip())
     return Classes(names, tuple(range(1, len(names) + 1)))
 
@@ -247,7 +221,7 @@ def _read_classes(file: Path) -> Classes:
 def coco_annotations(
     instances: Instances, image_id: int, height: int, width: int, classes: Classes
 ) -> list[dict[str, Any]]:
-    """Predictions of one image as COCO's annotations, which are its results with `area` and `iscrowd`.
+    """Convert predictions of one image to COCO annotations.
 
     Args:
         instances: from `Predictor.predict_raw`.
@@ -256,8 +230,7 @@ def coco_annotations(
         classes: of the detector.
 
     Returns:
-        For each `image_id`, `category_id`, `bbox` (x, y, width, height, to a thousandth of a pixel), `score`, `area`,
-        `iscrowd` and, if there are masks, `segmentation`, a compressed RLE.
+        Results of `coco_results` with `area` and `iscrowd`; boxes to a thousandth of a pixel.
     """
     annotations = coco_results(instances, image_id, height, width, classes.category_ids)
     for annotation in annotations:

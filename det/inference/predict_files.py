@@ -1,11 +1,11 @@
-"""Predictions for files of images and videos, as pictures and as one COCO file in one folder.
+"""Predictions for image and video files, as pictures and as one COCO file in one folder.
 
-    OUTPUT/NAME.png            an image and its objects; NAME is the image's, with the folders under the common one
+    OUTPUT/NAME.png            an image and its objects; NAME is the image's path relative to the common folder
     OUTPUT/NAME.mp4            a video and its objects
-    OUTPUT/predictions.json    all of them, as COCO annotations; written last, so that its presence says: complete
+    OUTPUT/predictions.json    all predictions as COCO annotations; written last: if it exists, it is complete
 
-Files are read a batch at a time, so that there may be any number. One that can not be read is left out and reported; a
-picture or video that can not be written is reported, too.
+Files are read a batch at a time, so that memory stays bounded. A file that cannot be read is skipped and reported; a
+picture or video that cannot be written is also reported.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path, PurePosixPath
@@ -32,60 +33,53 @@ from tqdm import tqdm
 
 from crossmae.data.paths import find_inputs
 from crossmae.errors import DISK_TROUBLE, UserError
-from crossmae.files import ODD_BYTES, make_folder, printable, write_atomically
+from crossmae.files import JsonArray, make_folder, printable, stream_text, write_atomically
 from det.inference.draw import draw_instances, instances_from_coco
 from det.inference.predict import Classes, Predictor, coco_annotations, read_rgb
 from det.inference.video import Frame, Video, is_video, pyav, write_video
 
-PREDICTIONS = "predictions.json"
-SMALL = 512  # pixels: images whose sides are all shorter are drawn enlarged, by a whole number
-LETTERS = 0.03  # of labels, over the longest side
-LONGEST_NAME = 255  # bytes, of usual file systems
+COCO_FILE = "predictions.json"
+ENLARGED_BELOW = 512  # pixels: images whose sides are all shorter are drawn enlarged, by a whole number
+LABEL_SIZE = 0.03  # height of the letters over the longest side
+MAX_FILE_NAME = 255  # bytes, in usual file systems
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Source:
-    """One file to predict.
-
-    Attributes:
-        path: of the file.
-        name: relative to the folder that all files have in common, with slashes.
-        target: what its picture or video is called, relative to the output folder.
-    """
+class MediaInput:
+    """One file to predict: its path, its name under the common folder, and its target under the output."""
 
     path: Path
     name: str
     target: str
 
 
-def find_sources(arguments: Sequence[str]) -> tuple[Path, list[Source]]:
-    """The files that arguments mean, and the folder that they have in common.
+def find_media(arguments: Sequence[str]) -> tuple[Path, list[MediaInput]]:
+    """Find the files that arguments name, and their common folder.
 
-    Args:
-        arguments: files, folders (their images, those of subfolders too, but not their videos) and patterns.
+    Folders stand for their images, subfolders included, but not for their videos.
 
     Raises:
-        UserError: an argument that leads to no file; or a video, and PyAV is not installed.
+        UserError: an argument matches no file; or one is a video, and PyAV is not installed.
     """
-    arguments = [_expanded(argument) for argument in arguments]
+    arguments = [_expand_home(argument) for argument in arguments]
     paths = list(dict.fromkeys(Path(os.path.abspath(path)) for path in find_inputs(arguments)))
     if any(is_video(path) for path in paths):
         pyav()
-    alone = Path(arguments[0]).absolute()
-    root = alone if len(arguments) == 1 and alone.is_dir() else Path(os.path.commonpath([p.parent for p in paths]))
+    first = Path(arguments[0]).absolute()
+    root = first if len(arguments) == 1 and first.is_dir() else Path(os.path.commonpath([p.parent for p in paths]))
     names = [Path(os.path.relpath(path, root)).as_posix() for path in paths]
-    return root, [Source(*parts) for parts in zip(paths, names, output_names(names), strict=True)]
+    return root, [MediaInput(*parts) for parts in zip(paths, names, output_names(names), strict=True)]
 
 
-def _expanded(argument: str) -> str:
-    """With a home folder for `~`; what has such a name of its own, as `~photo.jpg` has, gets its folder before it."""
+def _expand_home(argument: str) -> str:
+    """Replace `~` by the home folder unless it names a file."""
     expanded = argument if os.path.lexists(argument) else os.path.expanduser(argument)
     return os.path.abspath(expanded) if expanded.startswith("~") else expanded
 
 
 def output_names(names: Sequence[str]) -> list[str]:
-    """What to call the drawn files: .png or .mp4 for the old suffix, where that is taken behind it, else numbered."""
+    """Name the drawn files: suffix replaced, appended where taken, else numbered."""
     targets: list[str] = []
     taken = {str(folder).casefold() for name in names for folder in PurePosixPath(name).parents}
     for name in names:
@@ -93,36 +87,35 @@ def output_names(names: Sequence[str]) -> list[str]:
         numbered = (f"{stem}-{number}{suffix}" for number in count(2))
         candidates = chain([f"{stem}{suffix}", f"{name}{suffix}"], numbered)
         targets.append(next(target for target in candidates if target.casefold() not in taken))
-        taken.add(targets[-1].casefold())  # some file systems do not tell cases apart
+        taken.add(targets[-1].casefold())  # some file systems ignore case
     return targets
 
 
-def check_output(output: Path, sources: Sequence[Source], arguments: Sequence[str], force: bool) -> None:
-    """Make sure that all can be written, and nothing is overwritten but, with `force`, what an earlier call wrote.
+def check_output(output: Path, inputs: Sequence[MediaInput], arguments: Sequence[str], force: bool) -> None:
+    """Refuse an output folder that cannot be written, or would overwrite files.
 
-    Raises:
-        UserError: the output folder is where images to predict are searched, a picture would replace such an image, a
-            name can not be written, or something is there already.
+    An input is never overwritten, and other existing files only with `force`. The folder must not be searched for
+    inputs.
     """
-    planned = [output / PREDICTIONS, *(output / source.target for source in sources)]
-    for argument in map(_expanded, arguments):
+    planned = [output / COCO_FILE, *(output / one.target for one in inputs)]
+    for argument in map(_expand_home, arguments):
         if _searches(argument, output, planned):
             raise UserError(f"--output: {output} is in {argument}: the next call would take its pictures for input")
-    inputs = {source.path.resolve() for source in sources}
+    sources = {one.path.resolve() for one in inputs}
     folders = {folder for path in planned for folder in path.parents}
     for path in planned:
         fault = "is the folder of others, too" if path in folders else _fault(path)
         if fault:
-            raise UserError(f"--output: {path} can not be written: {fault}; name another folder")
-        if path.resolve() in inputs:
-            raise UserError(f"--output: {path} is an image to predict, and would be overwritten; name another folder")
-    there = [path for path in planned if path.exists()]
-    if there and not force:
-        raise UserError(f"--output: {there[0]} exists already; name another folder, or overwrite with --force")
+            raise UserError(f"--output: {path} cannot be written: {fault}. Name another folder.")
+        if path.resolve() in sources:
+            raise UserError(f"--output: {path} is an image to predict and would be overwritten. Name another folder.")
+    existing = [path for path in planned if path.exists()]
+    if existing and not force:
+        raise UserError(f"--output: {existing[0]} exists already. Name another folder, or overwrite with --force.")
 
 
 def _searches(argument: str, output: Path, planned: Sequence[Path]) -> bool:
-    """Whether an argument is a folder around `output`, or a pattern that matches planned files, up to its `**`."""
+    """Tell whether the next call would find the output by an argument."""
     if os.path.exists(argument):
         return Path(argument).is_dir() and output.resolve().is_relative_to(Path(argument).resolve())
     wanted = Path(os.path.normpath(os.path.join(glob.escape(os.getcwd()), argument))).parts
@@ -134,8 +127,8 @@ def _searches(argument: str, output: Path, planned: Sequence[Path]) -> bool:
 
 
 def _fault(path: Path) -> str | None:
-    """Why a file can not be written, as far as that can be seen."""
-    if len(os.fsencode(path.name)) > LONGEST_NAME:
+    """Find out why a file cannot be written, without trying."""
+    if len(os.fsencode(path.name)) > MAX_FILE_NAME:
         return os.strerror(errno.ENAMETOOLONG)
     try:
         return os.strerror(errno.EISDIR) if stat.S_ISDIR(path.stat().st_mode) else None
@@ -147,16 +140,11 @@ def _fault(path: Path) -> str | None:
 
 @dataclass
 class FilePredictions:
-    """Predicts files, and counts what it finds.
+    """Prediction of files, with counts of images (frames included) and objects, and a line per failure.
 
     Attributes:
-        predictor: the detector.
-        classes: of the detector.
-        output: folder to write.
         batch_size: images that are computed together.
-        draw: whether to write pictures and videos, too.
-        images, objects: how many images and frames were predicted, and objects found.
-        failures: one line for each file that could not be read, or not to its end, or not be written.
+        draw: write pictures and videos.
     """
 
     predictor: Predictor
@@ -168,147 +156,112 @@ class FilePredictions:
     objects: int = 0
     failures: list[str] = field(default_factory=list)
 
-    def write(self, sources: Sequence[Source], info: dict[str, Any]) -> None:
-        """Predict all files and write everything, see the head of this module; removes an older predictions.json first.
-
-        Args:
-            sources: from `find_sources`.
-            info: kept in predictions.json.
+    def write(self, inputs: Sequence[MediaInput], info: dict[str, Any]) -> None:
+        """Remove an older predictions.json, predict all files and write the results.
 
         Raises:
-            UserError: the folder can not be written in.
+            UserError: the folder is not writable.
             OSError: the disk is full or broken.
         """
         make_folder(self.output, "--output")
-        (self.output / PREDICTIONS).unlink(missing_ok=True)
-        videos = [source for source in sources if is_video(source.name)]
-        pictures = [source for source in sources if not is_video(source.name)]
+        (self.output / COCO_FILE).unlink(missing_ok=True)
 
-        def write(temporary: Path) -> None:
-            with open(temporary, "w", encoding="utf-8", errors=ODD_BYTES) as file:
-                coco = CocoStream(file, self.classes)
-                self._predict_images(pictures, coco)
-                for video in videos:
-                    self._predict_video(video, coco)
-                coco.finish(info)
+        def write(file: TextIO) -> None:
+            coco = CocoStream(file, self.classes)
+            self._predict_images([one for one in inputs if not is_video(one.name)], coco)
+            for video in (one for one in inputs if is_video(one.name)):
+                self._predict_video(video, coco)
+            coco.finish(info)
 
-        write_atomically(self.output / PREDICTIONS, write)
+        stream_text(self.output / COCO_FILE, write)
 
-    def _predict_images(self, sources: Sequence[Source], coco: CocoStream) -> None:
-        with tqdm(total=len(sources), desc="predict", unit="img", disable=not sources, dynamic_ncols=True) as bar:
-            for batch in batches(sources, self.batch_size):
-                read = ((source, self._read(source)) for source in batch)
-                readable = [(source, pixels) for source, pixels in read if pixels is not None]
-                found = self.predictor.predict_raw([pixels for _, pixels in readable])
-                for (source, pixels), instances in zip(readable, found, strict=True):
-                    annotations = self._add(coco, {"file_name": source.name}, pixels, instances)
-                    if self.draw:
-                        self._save_picture(self.output / source.target, self._drawn(pixels, annotations))
-                bar.update(len(batch))
+    def _predict_images(self, inputs: Sequence[MediaInput], coco: CocoStream) -> None:
+        bar = tqdm(inputs, "predict", unit="img", disable=not inputs, dynamic_ncols=True)
+        read = ((self.output / one.target, {"file_name": one.name}, self._read(one.path)) for one in bar)
+        readable = ((path, entry, pixels) for path, entry, pixels in read if pixels is not None)
+        for path, drawn in self._predict(readable, coco):
+            if self.draw:
+                save = partial(Image.fromarray(drawn).save, format="png")
+                self._save(path, partial(write_atomically, path, save))
 
-    def _read(self, source: Source) -> NDArray[np.uint8] | None:
-        """The image (H, W, 3), or None if it can not be read, which is noted."""
+    def _read(self, path: Path) -> NDArray[np.uint8] | None:
+        """Read an image (H, W, 3), or note the failure."""
         try:
-            return read_rgb(source.path)
+            return read_rgb(path)
         except UserError as error:
             self.failures.append(str(error))
             return None
 
-    def _predict_video(self, source: Source, coco: CocoStream) -> None:
+    def _predict_video(self, one: MediaInput, coco: CocoStream) -> None:
         try:
-            video = Video(source.path)
+            video = Video(one.path)
         except UserError as error:
             self.failures.append(str(error))
             return
-        with tqdm(total=video.frames, desc=printable(source.name), unit="frame", dynamic_ncols=True) as bar:
-            frames = self._predict_frames(video, source, coco, bar)
-            if self.draw:
-                target = self.output / source.target
-                self._write(target, lambda: write_video(target, frames, video.rate))
-            deque(frames, maxlen=0)  # those that are not drawn, or not written, count all the same
+        frames = (Frame(drawn, time) for time, drawn in self._predict(self._read_video(video, one.name), coco))
+        if self.draw:
+            path = self.output / one.target
+            self._save(path, lambda: write_video(path, frames, video.rate))
+        deque(frames, maxlen=0)  # frames that are not drawn or written still count
 
-    def _predict_frames(self, video: Video, source: Source, coco: CocoStream, bar: tqdm[Any]) -> Iterator[Frame]:
-        """The frames of a video with what is found in them, drawn."""
-        for batch in batches(enumerate(self._until_failure(video)), self.batch_size):
-            found = self.predictor.predict_raw([frame.pixels for _, frame in batch])
-            for (number, frame), instances in zip(batch, found, strict=True):
-                entry = {"file_name": source.name, "frame": number, "time": round(float(frame.time), 6)}
-                annotations = self._add(coco, entry, frame.pixels, instances)
-                yield Frame(self._drawn(frame.pixels, annotations) if self.draw else frame.pixels, frame.time)
-                bar.update()
-
-    def _until_failure(self, video: Video) -> Iterator[Frame]:
-        """The frames of a video, those before the damage if there is one, which is noted."""
+    def _read_video(self, video: Video, name: str) -> Iterator[tuple[Fraction, dict[str, Any], NDArray[np.uint8]]]:
+        """Yield time, entry and pixels of frames until damage, which is noted."""
+        bar = tqdm(video, printable(name), video.frames, unit="frame", dynamic_ncols=True)
         try:
-            yield from video
+            for number, frame in enumerate(bar):
+                entry = {"file_name": name, "frame": number, "time": round(float(frame.time), 6)}
+                yield frame.time, entry, frame.pixels
         except UserError as error:
             self.failures.append(str(error))
 
-    def _add(
-        self, coco: CocoStream, entry: dict[str, Any], pixels: NDArray[np.uint8], instances: Instances
-    ) -> list[dict[str, Any]]:
-        annotations = coco.add({**entry, "width": pixels.shape[1], "height": pixels.shape[0]}, instances)
-        self.images += 1
-        self.objects += len(annotations)
-        return annotations
+    def _predict(
+        self, images: Iterable[tuple[Item, dict[str, Any], NDArray[np.uint8]]], coco: CocoStream
+    ) -> Iterator[tuple[Item, NDArray[np.uint8]]]:
+        """Predict batches of (item, entry, pixels), and yield items with drawn pixels."""
+        queue = iter(images)
+        while batch := list(islice(queue, self.batch_size)):
+            found = self.predictor.predict_raw([pixels for _, _, pixels in batch])
+            for (item, entry, pixels), instances in zip(batch, found, strict=True):
+                annotations = coco.add({**entry, "width": pixels.shape[1], "height": pixels.shape[0]}, instances)
+                self.images += 1
+                self.objects += len(annotations)
+                yield item, self._drawn(pixels, annotations) if self.draw else pixels
 
     def _drawn(self, pixels: NDArray[np.uint8], annotations: Sequence[dict[str, Any]]) -> NDArray[np.uint8]:
         side = max(pixels.shape[:2])
         names = dict(zip(self.classes.category_ids, self.classes.names, strict=True))
-        drawn = instances_from_coco(annotations, names, *pixels.shape[:2], decode=False)
-        return draw_instances(pixels, drawn, longest_side=side * -(-SMALL // side), letters=LETTERS)
+        instances = instances_from_coco(annotations, names)
+        return draw_instances(pixels, instances, longest_side=side * -(-ENLARGED_BELOW // side), letters=LABEL_SIZE)
 
-    def _save_picture(self, path: Path, pixels: NDArray[np.uint8]) -> None:
-        self._write(path, lambda: write_atomically(path, partial(Image.fromarray(pixels).save, format="png")))
-
-    def _write(self, path: Path, write: Callable[[], object]) -> None:
-        """Note it if a file can not be written; but a full or broken disk, which no other file gets past, is raised."""
+    def _save(self, path: Path, write: Callable[[], object]) -> None:
+        """Write a file and note a failure, unless the disk is full."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write()
         except OSError as error:
             if error.errno in DISK_TROUBLE and error.errno != errno.EACCES:
                 raise
-            self.failures.append(f"{printable(path)}: can not be written: {error.strerror or error}")
+            self.failures.append(f"{printable(path)}: cannot be written: {error.strerror or error}")
 
 
 class CocoStream:
-    """A COCO file that is written while it is made: annotations as they come, then images and categories.
-
-    Args:
-        file: to write to.
-        classes: of the detector.
-    """
+    """A COCO file that is written while images are predicted: annotations first, then images and categories."""
 
     def __init__(self, file: TextIO, classes: Classes) -> None:
-        self.file, self.classes = file, classes
+        file.write('{"annotations": ')
+        self.file, self.classes, self.annotations = file, classes, JsonArray(file)
         self.images: list[dict[str, Any]] = []
-        self.annotations = 0
-        file.write('{"annotations": [')
 
     def add(self, image: dict[str, Any], instances: Instances) -> list[dict[str, Any]]:
-        """Write what was found in one image; returns it.
-
-        Args:
-            image: its entry, without the id.
-            instances: from `Predictor.predict_raw`.
-        """
+        """Write and return the annotations of one image entry without id."""
         self.images.append({"id": len(self.images) + 1, **image})
         annotations = coco_annotations(instances, len(self.images), image["height"], image["width"], self.classes)
         for annotation in annotations:
-            self.annotations += 1
-            self.file.write(",\n" if self.annotations > 1 else "\n")
-            json.dump({"id": self.annotations, **annotation}, self.file, allow_nan=False)
+            self.annotations.add({"id": self.annotations.count + 1, **annotation})
         return annotations
 
     def finish(self, info: dict[str, Any]) -> None:
-        """The rest of the file."""
+        """Write the rest of the file."""
+        self.annotations.close()
         rest = {"images": self.images, "categories": self.classes.categories(), "info": info}
-        self.file.write("\n], " + json.dumps(rest, ensure_ascii=False, allow_nan=False)[1:] + "\n")
-
-
-def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """`items` in lists of `size`; the last may be shorter."""
-    queue = iter(items)
-    while batch := list(islice(queue, size)):
-        yield batch
+        self.file.write(", " + json.dumps(rest, ensure_ascii=False, allow_nan=False)[1:] + "\n")

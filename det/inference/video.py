@@ -1,4 +1,4 @@
-"""Frames of video files, read upright and one at a time, and written as MP4 that browsers play."""
+"""Video files: read upright frames one at a time, and write MP4 that browsers play."""
 
 from __future__ import annotations
 
@@ -21,36 +21,28 @@ log = logging.getLogger(__name__)
 VIDEO_SUFFIXES = frozenset({".avi", ".mkv", ".mov", ".mp4", ".webm"})
 
 QUALITY = "18"  # constant rate factor of x264: lines and letters stay sharp
-TICKS = 90000  # that a second is written in: a whole number a frame, for all usual rates
+TICKS = 90000  # time base per second: a whole number per frame, for all usual rates
 BT709 = 1  # number of the standard in H.264
 UNKNOWN_RATE = Fraction(25)  # frames per second where a file does not tell
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One picture of a video.
-
-    Attributes:
-        pixels: (H, W, 3) uint8 RGB, upright.
-        time: seconds since the first frame.
-    """
+    """One upright picture (H, W, 3) uint8 RGB of a video, and the seconds since the first frame."""
 
     pixels: NDArray[np.uint8]
     time: Fraction
 
 
 class Video:
-    """The first video stream of a file; iterating over it reads it from its beginning.
-
-    Args:
-        path: of the file.
+    """First video stream of a file, read from the beginning by each iteration.
 
     Attributes:
         rate: frames per second, on average.
-        frames: how many there should be, by the file's index or its length; None where neither is there.
+        frames: expected number of frames by the file's index or length; None if unknown.
 
     Raises:
-        UserError: PyAV is not installed, the file can not be read, or has no pictures.
+        UserError: PyAV is not installed, or the file cannot be read or has no pictures.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -62,10 +54,10 @@ class Video:
             self.frames = self._listed or round(seconds * self.rate) or None
 
     def __iter__(self) -> Iterator[Frame]:
-        """All frames, turned as the file says; fewer than it lists are a warning in the log.
+        """Yield all frames upright, and warn about missing frames.
 
         Raises:
-            UserError: the file can not be read to its end; the frames before that have been given then.
+            UserError: the file is damaged; the frames before the damage have been yielded.
         """
         number, start = 0, Fraction(0)
         with self._open() as container:
@@ -77,19 +69,18 @@ class Video:
                     yield Frame(_upright(picture), time - start)
                     number += 1
             except pyav().FFmpegError as error:
-                raise UserError(
-                    f"{printable(self.path)}: can not be read after frame {number}: {error.strerror}"
-                ) from error
+                where = f"{printable(self.path)}: cannot be read after frame {number}"
+                raise UserError(f"{where}: {error.strerror}") from error
         if not number:
-            raise UserError(f"{printable(self.path)}: has no picture that could be read")
-        if number < self._listed:  # cut off, or trimmed without writing its pictures again
+            raise UserError(f"{printable(self.path)}: has no readable picture")
+        if number < self._listed:  # cut off, or trimmed without encoding again
             log.warning("%s: %d frames could be read, the file lists %d", printable(self.path), number, self._listed)
 
     def _open(self) -> Any:
         try:
             container = pyav().open(str(self.path))
         except (pyav().FFmpegError, OSError) as error:
-            raise UserError(f"{printable(self.path)}: can not be read as a video: {error.strerror}") from error
+            raise UserError(f"{printable(self.path)}: cannot be read as a video: {error.strerror}") from error
         if not container.streams.video:
             container.close()
             raise UserError(f"{printable(self.path)}: has no pictures, only {len(container.streams)} other streams")
@@ -97,21 +88,18 @@ class Video:
 
 
 def is_video(path: str | Path) -> bool:
-    """Whether a file's name says that it is a video."""
+    """Tell by its name whether a file is a video."""
     return Path(path).suffix.lower() in VIDEO_SUFFIXES
 
 
 def write_video(path: Path, frames: Iterable[Frame], rate: Fraction) -> None:
-    """Write H.264 in MP4 (yuv420p, index first), every frame at its time; atomically, and nothing if there is none.
+    """Write at least one frame as H.264 in MP4, atomically.
 
-    Args:
-        path: ends in .mp4.
-        frames: all of one size; a last odd row or column is doubled, because the format has even sides alone.
-        rate: frames per second, on average.
+    Frames have one size; an odd last row or column is doubled, because the format needs even sides.
 
     Raises:
         UserError: PyAV is not installed.
-        OSError: the file can not be written; what is left of `frames` has not been taken then.
+        OSError: the file cannot be written; the remaining frames have not been consumed.
     """
     queue = iter(frames)
     first = next(queue, None)
@@ -133,13 +121,13 @@ def _encode(path: Path, frames: Iterable[Frame], size: tuple[int, ...], rate: Fr
         codec.colorspace = codec.color_primaries = codec.color_trc = BT709
         tick = -1
         for frame in frames:
-            tick = max(round(frame.time * TICKS), tick + 1)  # times have to rise
+            tick = max(round(frame.time * TICKS), tick + 1)  # times must rise
             container.mux(stream.encode(_picture(frame.pixels, tick)))
         container.mux(stream.encode(None))
 
 
 def _picture(pixels: NDArray[np.uint8], tick: int) -> Any:
-    """Pixels (H, W, 3), with an even number of rows and columns, as PyAV encodes them."""
+    """Convert pixels (H, W, 3) to a PyAV frame with even sides."""
     height, width = pixels.shape[:2]
     even = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     picture = pyav().VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
@@ -149,14 +137,10 @@ def _picture(pixels: NDArray[np.uint8], tick: int) -> Any:
 
 
 def _upright(picture: Any) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB. Telephones store what their sensor saw, and by how much to turn it, counter-clockwise."""
+    """Return (H, W, 3) RGB, turned by the rotation that telephones record."""
     return np.ascontiguousarray(np.rot90(picture.to_ndarray(format="rgb24"), round(picture.rotation / 90)))
 
 
 def pyav() -> Any:
-    """The library that reads and writes videos.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Import PyAV, or raise a `UserError`."""
     return import_extra("av", "reading and writing videos", extra="video")

@@ -66,7 +66,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
     with early_log() as early:  # nothing is written before everything has been checked
         seed_all_rng(cfg.SEED)
         records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-        check_classes(cfg)
+        check_classes((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         schedule = resolve_schedule(solver, keys.TEST, len(records))
         log.info("%s", describe_schedule(schedule, solver, len(records), depth))
         copy_paste = build_copy_paste(keys.INPUT.COPY_PASTE.ENABLED, keys.INPUT.COPY_PASTE.PROB, cfg.MODEL.PIXEL_MEAN)

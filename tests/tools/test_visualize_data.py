@@ -116,7 +116,7 @@ def test_an_output_that_can_not_be_written_is_found_before_anything_is_loaded(
         (["--num-images", "0"], "--num-images 0: expected a number from 1"),
         (["--train-json", "data/coco.json"], "--train-json and --train-images belong together"),
         ([], "no training data: name it with --train-json and --train-images"),
-        (["--train-json", "none.json", "--train-images", "data/images"], "none.json: No such file"),
+        (["--train-json", "none.json", "--train-images", "data/images"], "none.json: no such file"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(

@@ -15,13 +15,13 @@ from torchvision.transforms.v2 import functional as VF
 
 from crossmae.classification.classifier import BEST, Classifier, load_classifier
 from crossmae.classification.predict import (
-    FileAnswers,
     Selection,
     check_output,
     expand_inputs,
     open_inputs,
     predict,
     predict_images,
+    write_answers,
 )
 from crossmae.errors import UserError
 from crossmae.files import sha256
@@ -78,7 +78,7 @@ def test_what_can_not_be_read_leaves_the_others_as_they_are(run: Path, images: l
     classifier = load_classifier(run)
     whole = predict_images(classifier, images)
     images[4].write_text("no image")
-    with pytest.raises(UserError, match=f"{images[4]}: cannot be read as an image"):
+    with pytest.raises(UserError, match=f"{images[4]}: can ?not be read as an image"):
         predict_images(classifier, images)
     answers = list(predict(classifier, open_inputs(list(map(str, images))), Selection(), batch_size=3))
     assert isinstance(answers.pop(4), UserError)
@@ -100,7 +100,7 @@ def test_the_files_hold_the_answers(run: Path, images: list[Path], tmp_path: Pat
     answers = predict_images(classifier, images, top_k=2)
     sources = open_inputs([str(tmp_path / "images")])
     for name in ("found.json", "found.csv"):
-        FileAnswers(classifier, Selection(top_k=2), batch_size=4).write(sources, str(tmp_path / "new" / name))
+        write_answers(classifier, sources, Selection(top_k=2), str(tmp_path / "new" / name), batch_size=4)
     content = json.loads((tmp_path / "new/found.json").read_text("utf-8"))
     assert content["unreadable"] == []
     about = content["about"]
@@ -120,8 +120,8 @@ def test_the_files_hold_the_answers(run: Path, images: list[Path], tmp_path: Pat
 def test_a_table_of_several_classes_has_a_column_for_each(tmp_path: Path, images: list[Path]) -> None:
     classifier = load_classifier(write_classifier(tmp_path / "run", CLASSES, multi_label=True, names=NAMES))
     answers = predict_images(classifier, images, threshold=0.4)
-    job = FileAnswers(classifier, Selection(threshold=0.4))
-    job.write(open_inputs(list(map(str, images))), str(tmp_path / "found.csv"))
+    sources = open_inputs(list(map(str, images)))
+    write_answers(classifier, sources, Selection(threshold=0.4), str(tmp_path / "found.csv"))
     with open(tmp_path / "found.csv", encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["name", *NAMES]
@@ -132,7 +132,7 @@ def test_a_table_of_several_classes_has_a_column_for_each(tmp_path: Path, images
 def test_a_name_that_is_no_utf8_is_spelled_out(run: Path, images: list[Path], tmp_path: Path) -> None:
     odd = images[0].with_name("\udcff.png")
     images[0].rename(odd)
-    FileAnswers(load_classifier(run), Selection()).write(open_inputs([str(odd)]), str(tmp_path / "found.json"))
+    write_answers(load_classifier(run), open_inputs([str(odd)]), Selection(), str(tmp_path / "found.json"))
     (entry,) = json.loads((tmp_path / "found.json").read_text("utf-8"))["images"]
     assert entry["name"] == str(odd)
 
@@ -142,7 +142,7 @@ def test_nothing_is_left_of_a_file_that_could_not_be_finished(run: Path, images:
     torch.nn.init.constant_(classifier.model.get_parameter("head.bias"), float("nan"))
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError):
-        FileAnswers(classifier, Selection()).write(open_inputs([str(images[0])]), str(tmp_path / "out/found.json"))
+        write_answers(classifier, open_inputs([str(images[0])]), Selection(), str(tmp_path / "out/found.json"))
     assert list((tmp_path / "out").iterdir()) == []
 
 

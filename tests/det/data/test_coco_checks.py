@@ -254,12 +254,6 @@ def test_every_kind_has_a_case():
     assert {case[0] for case in CASES} == set(KINDS)
 
 
-def test_names_are_kebab_case_and_meanings_are_half_sentences():
-    for kind in KINDS.values():
-        assert kind.name == kind.name.lower().replace("_", "-").replace(" ", "-")
-        assert not kind.meaning.endswith(".")
-
-
 def test_many_are_counted_and_the_first_are_named(data):
     content, _ = data
     for entry in content["annotations"][1:]:

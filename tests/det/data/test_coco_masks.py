@@ -121,7 +121,7 @@ def test_a_mask_of_a_terabyte_is_refused_without_being_made():
 
 
 def test_polygons_are_measured_as_a_plain_loop_does(monkeypatch):
-    monkeypatch.setattr("det.data.coco_masks.CHUNK", 100)  # numbers: several groups
+    monkeypatch.setattr("det.data.coco_masks.NUMBERS_AT_ONCE", 100)  # numbers: several groups
     rng = np.random.default_rng(0)
     masks = [
         [rng.uniform(0, 90, 2 * rng.integers(3, 12)).round(2).tolist() for _ in range(rng.integers(1, 4))]
@@ -158,7 +158,7 @@ def mixed():
 def test_masks_are_the_same_however_many_are_measured_together(monkeypatch, mixed, chunk):
     mixed[20:24] = [{"size": [30, 40], "counts": [7]}, [[1, 1, 2, 2]], {"size": [30, 40], "counts": "?"}, None]
     expected = measure_masks(mixed, sizes(30, 40, len(mixed)))
-    monkeypatch.setattr("det.data.coco_masks.CHUNK", chunk)
+    monkeypatch.setattr("det.data.coco_masks.NUMBERS_AT_ONCE", chunk)
     measured = measure_masks(mixed, sizes(30, 40, len(mixed)))
     assert np.array_equal(measured.extent, expected.extent, equal_nan=True)
     assert np.array_equal(measured.area, expected.area, equal_nan=True)
@@ -170,7 +170,7 @@ def test_masks_are_the_same_however_many_are_measured_together(monkeypatch, mixe
 
 @pytest.mark.parametrize("form", [0, 1, 2])
 def test_ten_times_the_masks_do_not_take_ten_times_the_memory(monkeypatch, mixed, form):
-    monkeypatch.setattr("det.data.coco_masks.CHUNK", 3000)
+    monkeypatch.setattr("det.data.coco_masks.NUMBERS_AT_ONCE", 3000)
 
     def peak(masks):
         where = sizes(30, 40, len(masks))

@@ -133,8 +133,8 @@ def test_boxes_of_whole_numbers_are_not_rounded(tmp_path, cfg):
 @pytest.mark.parametrize(
     ("mask_format", "change", "message"),
     [
-        ("polygon", {}, "object 1 is no polygon; set INPUT.MASK_FORMAT bitmask"),
-        ("bitmask", {"segmentation": []}, "object 1 has no mask; add one, or set MODEL.MASK_ON False"),
+        ("polygon", {}, "object 1 is no polygon. Set INPUT.MASK_FORMAT bitmask"),
+        ("bitmask", {"segmentation": []}, "object 1 has no mask. Add a mask, or set MODEL.MASK_ON False"),
         ("bitmask", {"segmentation": {"size": [5, 5], "counts": [25]}}, r"RLE of size \[5, 5\] on an image"),
     ],
 )

@@ -5,17 +5,17 @@ import numpy as np
 import pytest
 
 from det.evaluation.curves import precision_recall_figure
-from det.evaluation.scoring import Scores
+from det.evaluation.scoring import DetectionScores
 
 
 def made_up(classes, absent=()):
-    """Scores of so many classes, some of which have no objects."""
+    """DetectionScores of so many classes, some of which have no objects."""
     rng = np.random.default_rng(0)
     precision = np.sort(rng.random((10, 101, classes, 4, 3)), axis=1)[:, ::-1]
     precision[:, :, list(absent)] = -1
     names = tuple(f"_class $^$ {index}, with a long name" for index in range(classes))
     objects = tuple(0 if index in absent else 5 for index in range(classes))
-    return Scores(precision, precision[:, 0], precision, names, objects, "", (1, 10, 100))
+    return DetectionScores(precision, precision[:, 0], precision, names, objects, "", (1, 10, 100))
 
 
 @pytest.mark.parametrize("classes,absent,lines", [(5, (), 6), (21, (3,), 21), (25, (), 1), (2, (0, 1), 0)])

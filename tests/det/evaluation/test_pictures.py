@@ -10,7 +10,7 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed: python to
 
 from crossmae.errors import UserError
 from det.evaluation.pictures import (
-    SIDE,
+    DRAWN_SIDE,
     compare_images,
     find_pictures,
     save_pictures,
@@ -21,7 +21,7 @@ from det.inference.draw import class_color
 from tests.det.coco_files import annotation, write_coco
 
 BOX = (30, 20, 20, 30)  # of write_coco's objects of category 3, the second class
-SCALE = SIDE // 64
+SCALE = DRAWN_SIDE // 64
 EDGE = (35 * SCALE, 30 * SCALE)  # row and column of a pixel on the left edge of that box
 
 
@@ -30,7 +30,7 @@ def detection(image_id, score, box=BOX):
 
 
 def enlarged(path):
-    return np.asarray(Image.open(path).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+    return np.asarray(Image.open(path).resize((DRAWN_SIDE, DRAWN_SIDE), Image.Resampling.BICUBIC))
 
 
 def test_a_class_has_one_colour_on_both_sides(tmp_path):
@@ -48,10 +48,10 @@ def test_truth_is_left_and_predictions_are_right(tmp_path):
     (one,) = compare_images(content, images, results, content["images"])
     assert name == "1.png"
     assert picture.dtype == np.uint8
-    assert np.array_equal(picture[-SIDE:, :SIDE], one.truth)
-    assert np.array_equal(picture[-SIDE:, -SIDE:], one.prediction)
+    assert np.array_equal(picture[-DRAWN_SIDE:, :DRAWN_SIDE], one.truth)
+    assert np.array_equal(picture[-DRAWN_SIDE:, -DRAWN_SIDE:], one.prediction)
     assert not np.array_equal(one.truth, one.prediction)
-    assert len(np.unique(picture[:-SIDE])) > 2  # the strip has letters
+    assert len(np.unique(picture[:-DRAWN_SIDE])) > 2  # the strip has letters
 
 
 def test_only_what_reaches_the_threshold_is_drawn(tmp_path):
@@ -104,15 +104,16 @@ def test_large_images_are_reduced_with_their_objects(tmp_path):
     image = {"id": 7, "coco_url": "http://images/val/large.png", "width": 3000, "height": 1500}
     truth = {"images": [image], "annotations": [entry], "categories": [{"id": 1, "name": "a"}]}
     ((name, picture),) = validation_pictures(truth, tmp_path, [])
-    drawn = picture[-SIDE // 2 :, :SIDE]
+    drawn = picture[-DRAWN_SIDE // 2 :, :DRAWN_SIDE]
     assert name == "val/large.png"
     assert picture.shape[0] < 400
     # On black, what is not black is the object: its box to the pixel, and inside its mask, which is half of it.
-    rows, columns = np.nonzero(drawn.any(-1)[:, int(left * SIDE / 3000) :])
-    assert abs(rows.max() - bottom * SIDE / 3000) <= 1
-    assert abs(columns.max() - (right - left) * SIDE / 3000) <= 1
+    rows, columns = np.nonzero(drawn.any(-1)[:, int(left * DRAWN_SIDE / 3000) :])
+    assert abs(rows.max() - bottom * DRAWN_SIDE / 3000) <= 1
+    assert abs(columns.max() - (right - left) * DRAWN_SIDE / 3000) <= 1
     inside = drawn[
-        top * SIDE // 3000 + 8 : bottom * SIDE // 3000 - 8, left * SIDE // 3000 + 8 : right * SIDE // 3000 - 8
+        top * DRAWN_SIDE // 3000 + 8 : bottom * DRAWN_SIDE // 3000 - 8,
+        left * DRAWN_SIDE // 3000 + 8 : right * DRAWN_SIDE // 3000 - 8,
     ]
     assert inside.any(-1).mean() == pytest.approx(0.5, abs=0.05)
 
@@ -120,7 +121,7 @@ def test_large_images_are_reduced_with_their_objects(tmp_path):
 def test_an_image_that_can_not_be_read_is_named(tmp_path):
     _, images, content = write_coco(tmp_path, images=1)
     (images / "1.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"1\.png: cannot be read"):
+    with pytest.raises(UserError, match=r"1\.png: can ?not be read"):
         validation_pictures(content, images, [])
 
 

@@ -204,7 +204,7 @@ def test_finding_nothing_is_zero_where_there_is_something_to_find(evaluator, lvi
 @pytest.mark.parametrize("change,message", [
     ({"image_id": 99}, r"results\[1\]: image_id 99 is not in the ground truth"),
     ({"category_id": 2}, r"results\[1\]: category_id 2 is not in the ground truth"),
-    ({"score": math.nan}, r"results\[1\]: score nan is no number"),
+    ({"score": math.nan}, r"results\[1\]: score nan is not finite"),
     ({"bbox": None}, r"results\[1\] has no 'bbox', which bbox needs"),
 ])  # fmt: skip
 def test_results_of_another_data_set_or_form_are_refused(change, message):

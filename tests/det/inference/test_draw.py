@@ -15,7 +15,7 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed: python to
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
 from det.inference.draw import (
-    Instance,
+    DrawnInstance,
     _draw_mask,
     _warn_of_boxes,
     class_color,
@@ -54,34 +54,31 @@ def test_instances_from_coco():
         {"category_id": 7, "bbox": BOX, "score": 0.25},
         {"category_id": 3, "bbox": BOX, "segmentation": encoded()},
     ]
-    dog, cat = instances_from_coco(entries, NAMES, HEIGHT, WIDTH)
+    dog, cat = instances_from_coco(entries, NAMES)
     assert (dog.class_index, dog.name, dog.score, dog.mask, dog.box) == (1, "dog", 0.25, None, BOX)
     assert (cat.class_index, cat.name, cat.score) == (0, "cat", None)
-    assert cat.mask is not None
-    assert np.array_equal(cat.mask, rectangle())
+    assert cat.mask == encoded(), "masks stay encoded until they are drawn"
+    assert np.array_equal(cat.decode_mask(HEIGHT, WIDTH), rectangle())
 
 
-def test_masks_may_stay_encoded_until_they_are_drawn():
-    entries = [{"category_id": 3, "bbox": BOX, "segmentation": encoded()}, {"category_id": 7, "bbox": BOX}]
-    decoded, kept = (instances_from_coco(entries, NAMES, HEIGHT, WIDTH, decode=decode) for decode in (True, False))
-    assert [instance.mask for instance in kept] == [None, None]
-    assert [instance.segmentation for instance in kept] == [encoded(), None]
-    assert np.array_equal(draw_instances(photo(), kept), draw_instances(photo(), decoded))
-    assert not np.array_equal(
-        draw_instances(photo(), kept), draw_instances(photo(), [replace(kept[0], segmentation=None)])
-    )
+def test_an_encoded_mask_is_drawn_like_an_array():
+    entries = [{"category_id": 3, "bbox": BOX, "segmentation": encoded()}]
+    (kept,) = instances_from_coco(entries, NAMES)
+    drawn = draw_instances(photo(), [kept])
+    assert np.array_equal(drawn, draw_instances(photo(), [replace(kept, mask=rectangle())]))
+    assert not np.array_equal(drawn, draw_instances(photo(), [replace(kept, mask=None)]))
 
 
 def test_wrong_annotations_are_named():
     with pytest.raises(ValueError, match=r"category_id 5 is none of \[3, 7\]"):
-        instances_from_coco([{"category_id": 5, "bbox": BOX}], NAMES, HEIGHT, WIDTH)
+        instances_from_coco([{"category_id": 5, "bbox": BOX}], NAMES)
     with pytest.raises(ValueError, match=r"no \['bbox'\], only \['category_id'\]"):
-        instances_from_coco([{"category_id": 3}], NAMES, HEIGHT, WIDTH)
+        instances_from_coco([{"category_id": 3}], NAMES)
 
 
 def test_mask_tints_its_inside_and_nothing_outside_changes():
     image = photo()
-    drawn = draw_instances(image, [Instance(BOX, 1, "", rectangle())])
+    drawn = draw_instances(image, [DrawnInstance(BOX, 1, "", rectangle())])
     inside = (slice(29, 34), slice(40, 47))  # clear of outline, box and label
     expected = 0.65 * image[inside] + 0.35 * np.array(class_color(1))
     assert np.abs(drawn[inside] - expected).max() <= 1.5
@@ -92,7 +89,7 @@ def test_mask_tints_its_inside_and_nothing_outside_changes():
 
 @pytest.mark.parametrize("score", [None, 0.9])
 def test_box_has_the_color_of_its_class_in_truth_and_prediction(score: float | None):
-    drawn = draw_instances(photo(), [Instance(BOX, 4, "x", score=score)])
+    drawn = draw_instances(photo(), [DrawnInstance(BOX, 4, "x", score=score)])
     assert tuple(drawn[38, 45]) == class_color(4)  # bottom edge
     assert tuple(drawn[34, 51]) == class_color(4)  # right edge
     assert len({class_color(i) for i in range(10)}) == 10
@@ -101,21 +98,21 @@ def test_box_has_the_color_of_its_class_in_truth_and_prediction(score: float | N
 
 def test_score_is_written():
     image = photo()
-    without, low, high = (draw_instances(image, [Instance(BOX, 0, "x", score=s)]) for s in (None, 0.11, 0.99))
+    without, low, high = (draw_instances(image, [DrawnInstance(BOX, 0, "x", score=s)]) for s in (None, 0.11, 0.99))
     assert not np.array_equal(without, low)
     assert not np.array_equal(low, high)
 
 
 def test_small_object_is_drawn_over_a_large_one_in_any_order():
-    small = Instance((40.0, 30.0, 8.0, 6.0), 2, "s")
-    large = Instance((5.0, 5.0, 70.0, 50.0), 3, "l", np.ones((HEIGHT, WIDTH), bool))
+    small = DrawnInstance((40.0, 30.0, 8.0, 6.0), 2, "s")
+    large = DrawnInstance((5.0, 5.0, 70.0, 50.0), 3, "l", np.ones((HEIGHT, WIDTH), bool))
     drawn = draw_instances(photo(), [small, large])
     assert np.array_equal(drawn, draw_instances(photo(), [large, small]))
     assert tuple(drawn[36, 44]) == class_color(2)
 
 
 def test_labels_stay_inside_the_picture():
-    corner = Instance((76.0, 0.0, 4.0, 4.0), 0, "long name", score=1.0)
+    corner = DrawnInstance((76.0, 0.0, 4.0, 4.0), 0, "long name", score=1.0)
     drawn = draw_instances(np.zeros((HEIGHT, WIDTH, 3), np.uint8), [corner])
     tag = (drawn == class_color(0)).all(-1)
     assert tag[:8, 40:].sum() > 60  # the tag is there, moved left of the box's corner
@@ -125,14 +122,14 @@ def test_labels_stay_inside_the_picture():
 def test_input_is_not_changed_and_no_instances_means_no_change():
     image = photo()
     before = image.copy()
-    draw_instances(image, [Instance(BOX, 0, "x", rectangle(), 0.5)])
+    draw_instances(image, [DrawnInstance(BOX, 0, "x", rectangle(), 0.5)])
     assert np.array_equal(image, before)
     assert np.array_equal(draw_instances(image, []), image)
 
 
 def test_enlarged_mask_keeps_its_place_and_area():
     black = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-    drawn = draw_instances(black, [Instance((0.0, 0.0, 1.0, 1.0), 0, "", rectangle())], longest_side=4 * WIDTH)
+    drawn = draw_instances(black, [DrawnInstance((0.0, 0.0, 1.0, 1.0), 0, "", rectangle())], longest_side=4 * WIDTH)
     assert drawn.shape == (4 * HEIGHT, 4 * WIDTH, 3)
     below_tag = np.arange(4 * HEIGHT)[:, None] >= 60  # the tag of the tiny box
     painted = np.argwhere(drawn.any(-1) & below_tag)
@@ -146,32 +143,27 @@ def test_wrong_images_and_masks_are_refused():
     with pytest.raises(ValueError, match="float"):
         draw_instances(photo().astype(np.float32), [])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"mask of \(5, 5\) on an image of \(60, 80\)"):
-        draw_instances(photo(), [Instance(BOX, 0, "x", np.ones((5, 5), bool))])
+        draw_instances(photo(), [DrawnInstance(BOX, 0, "x", np.ones((5, 5), bool))])
 
 
-@pytest.mark.parametrize("masks", ["polygons", "bitmasks", "tensor", "none"])
+@pytest.mark.parametrize("masks", ["polygons", "bitmasks", "none"])
 def test_instances_of_detectron2_and_of_coco_are_the_same(masks: str):
     polygon = [30.0, 25.0, 51.0, 25.0, 51.0, 38.0, 30.0, 38.0]
     fields: dict[str, object] = {
         "polygons": {"gt_masks": PolygonMasks([[polygon], [polygon]])},
         "bitmasks": {"gt_masks": BitMasks(torch.from_numpy(np.stack([rectangle()] * 2)))},
-        "tensor": {"pred_masks": torch.from_numpy(np.stack([rectangle()] * 2)), "scores": torch.tensor([0.5, 0.25])},
         "none": {},
     }[masks]
-    kind = "pred" if masks == "tensor" else "gt"
-    boxes = {f"{kind}_boxes": Boxes(torch.tensor([[30.0, 25.0, 51.0, 38.0]] * 2))}
-    objects = Instances((HEIGHT, WIDTH), **boxes, **{f"{kind}_classes": torch.tensor([1, 0])}, **fields)  # type: ignore[arg-type]
+    fields |= {"gt_boxes": Boxes(torch.tensor([[30.0, 25.0, 51.0, 38.0]] * 2)), "gt_classes": torch.tensor([1, 0])}
+    objects = Instances((HEIGHT, WIDTH), **fields)  # type: ignore[arg-type]
     entries = [{"category_id": category, "bbox": BOX, "segmentation": [polygon]} for category in (7, 3)]
-    expected = instances_from_coco(entries, NAMES, HEIGHT, WIDTH)
-    for given, wanted, score in zip(
-        instances_from_detectron2(objects, ["cat", "dog"]), expected, (0.5, 0.25), strict=True
-    ):
+    expected = instances_from_coco(entries, NAMES)
+    for given, wanted in zip(instances_from_detectron2(objects, ["cat", "dog"]), expected, strict=True):
         assert (given.box, given.class_index, given.name) == (wanted.box, wanted.class_index, wanted.name)
-        assert given.score == (score if masks == "tensor" else None)
         if masks == "none":
             assert given.mask is None
         else:
-            assert np.array_equal(given.mask, wanted.mask)  # type: ignore[arg-type]
+            assert np.array_equal(given.mask, wanted.decode_mask(HEIGHT, WIDTH))
 
 
 def slow_mask(canvas: Image.Image, mask: np.ndarray, color: tuple[int, int, int], scale: float, unit: float) -> None:
@@ -202,7 +194,7 @@ def test_a_mask_is_drawn_in_its_neighbourhood_as_on_the_whole_picture(scale: flo
 
 def test_labels_move_out_of_each_others_way():
     """Three objects at one place; the tag of each is seen whole, as if it were alone."""
-    objects = [Instance((100.0, 100.0, 4.0, 4.0), i, "name", score=0.9 - 0.1 * i) for i in range(3)]
+    objects = [DrawnInstance((100.0, 100.0, 4.0, 4.0), i, "name", score=0.9 - 0.1 * i) for i in range(3)]
     blank = np.zeros((260, 300, 3), np.uint8)
     together = draw_instances(blank, objects)
     for instance in objects:
@@ -213,9 +205,9 @@ def test_labels_move_out_of_each_others_way():
 
 def label_of(name: str) -> np.ndarray:
     """What is drawn above a box at (10, 60)."""
-    return draw_instances(np.zeros((120, 300, 3), np.uint8), [Instance((10.0, 60.0, 5.0, 5.0), 0, name)], letters=0.1)[
-        :58
-    ]
+    return draw_instances(
+        np.zeros((120, 300, 3), np.uint8), [DrawnInstance((10.0, 60.0, 5.0, 5.0), 0, name)], letters=0.1
+    )[:58]
 
 
 def test_letters_beyond_ascii_are_letters_and_the_rest_is_told_once(caplog: pytest.LogCaptureFixture):
@@ -234,7 +226,11 @@ def test_letters_beyond_ascii_are_letters_and_the_rest_is_told_once(caplog: pyte
 def test_letters_have_the_size_asked_for():
     blank = np.zeros((400, 400, 3), np.uint8)
     areas = [
-        int((draw_instances(blank, [Instance((100.0, 200.0, 5.0, 5.0), 0, "xx")], letters=size)[:195]).any(-1).sum())
+        int(
+            (draw_instances(blank, [DrawnInstance((100.0, 200.0, 5.0, 5.0), 0, "xx")], letters=size)[:195])
+            .any(-1)
+            .sum()
+        )
         for size in (0.05, 0.1)
     ]
     assert 3 < areas[1] / areas[0] < 5

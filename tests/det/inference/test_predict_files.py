@@ -1,4 +1,4 @@
-"""Every file gets its own picture and its own entry, nothing is overwritten, and what can not be read is reported."""
+"""Every file gets its own picture and its own entry, nothing is overwritten, and what cannot be read is reported."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 from crossmae.errors import UserError
 from det.inference.draw import class_color
 from det.inference.predict import Classes
-from det.inference.predict_files import FilePredictions, check_output, find_sources, output_names
+from det.inference.predict_files import FilePredictions, check_output, find_media, output_names
 from det.inference.video import Frame, Video, write_video
 
 needs_av = pytest.mark.skipif(find_spec("av") is None, reason='PyAV is not installed: pip install -e ".[video]"')
@@ -59,7 +59,7 @@ def save_clip(path, count=5):
 
 def predict(tmp_path, *arguments, **options):
     job = FilePredictions(OneDog(), CLASSES, tmp_path / "out", **options)
-    root, sources = find_sources([str(argument) for argument in arguments])
+    root, sources = find_media([str(argument) for argument in arguments])
     job.write(sources, {"image_folder": str(root)})
     return job, json.loads((tmp_path / "out/predictions.json").read_text())
 
@@ -155,13 +155,13 @@ def test_what_can_not_be_read_is_reported_and_the_rest_is_predicted(tmp_path):
 def test_a_video_with_damage_in_it_gives_the_frames_before(tmp_path, monkeypatch):
     def damaged(video):
         yield from [Frame(np.zeros((40, 60, 3), np.uint8), Fraction(i, 10)) for i in range(3)]
-        raise UserError(f"{video.path}: can not be read after frame 3")
+        raise UserError(f"{video.path}: cannot be read after frame 3")
 
     clip = save_clip(tmp_path / "clip.mp4")
     monkeypatch.setattr(Video, "__iter__", damaged)
     job, content = predict(tmp_path, clip, batch_size=2)
     monkeypatch.undo()
-    assert job.failures == [f"{clip}: can not be read after frame 3"]
+    assert job.failures == [f"{clip}: cannot be read after frame 3"]
     assert len(content["images"]) == len(content["annotations"]) == 3
     assert len(list(Video(tmp_path / "out/clip.mp4"))) == 3
 
@@ -174,7 +174,7 @@ def test_an_interrupted_call_leaves_no_numbers(tmp_path):
     (tmp_path / "out/predictions.json").write_text("of an earlier call")
     job.predictor.predict_raw = lambda images: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        job.write(find_sources([str(tmp_path / "in")])[1], {})
+        job.write(find_media([str(tmp_path / "in")])[1], {})
     assert written(tmp_path / "out") == []
 
 
@@ -188,9 +188,9 @@ def test_what_can_not_be_written_is_reported_and_counted(tmp_path):
     (tmp_path / "out/c.png").mkdir()
     job, content = predict(tmp_path, tmp_path / "in", clip, batch_size=2)
     assert [failure.removeprefix(f"{tmp_path}/out/") for failure in job.failures] == [
-        "c.png: can not be written: Is a directory",
-        "sub/b.png: can not be written: File exists",
-        "sub/clip.mp4: can not be written: File exists",
+        "c.png: cannot be written: Is a directory",
+        "sub/b.png: cannot be written: File exists",
+        "sub/clip.mp4: cannot be written: File exists",
     ]
     assert written(tmp_path / "out") == ["a.png", "predictions.json", "sub"]
     assert (job.images, len(content["images"]), len(content["annotations"])) == (8, 8, 8)
@@ -206,7 +206,7 @@ def test_a_video_that_can_not_be_written_to_its_end_is_counted_to_its_end(tmp_pa
     clip = save_clip(save_image(tmp_path / "in/a.jpg").with_name("clip.mp4"))
     monkeypatch.setattr("det.inference.predict_files.write_video", fail)
     job, content = predict(tmp_path, clip, batch_size=2)
-    assert job.failures == [f"{tmp_path}/out/clip.mp4: can not be written: File too large"]
+    assert job.failures == [f"{tmp_path}/out/clip.mp4: cannot be written: File too large"]
     assert [image["frame"] for image in content["images"]] == [0, 1, 2, 3, 4]
 
 
@@ -225,13 +225,13 @@ def test_names_are_relative_to_the_common_folder_and_each_file_comes_once(tmp_pa
     for name in ("x/a.png", "y/z/a.png", "y/b.png"):
         save_image(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    root, sources = find_sources(["x/a.png", "y/**/*.png", "y/../x/a.png", "y"])
+    root, sources = find_media(["x/a.png", "y/**/*.png", "y/../x/a.png", "y"])
     assert root == tmp_path
     assert [source.name for source in sources] == ["x/a.png", "y/b.png", "y/z/a.png"]
-    assert find_sources(["y"])[0] == tmp_path / "y"
-    assert find_sources(["y/z/a.png"])[0] == tmp_path / "y/z"
+    assert find_media(["y"])[0] == tmp_path / "y"
+    assert find_media(["y/z/a.png"])[0] == tmp_path / "y/z"
     with pytest.raises(UserError, match="nowhere"):
-        find_sources(["x/a.png", "nowhere"])
+        find_media(["x/a.png", "nowhere"])
 
 
 def test_a_tilde_is_the_home_folder_or_the_beginning_of_a_name(tmp_path, monkeypatch):
@@ -240,12 +240,12 @@ def test_a_tilde_is_the_home_folder_or_the_beginning_of_a_name(tmp_path, monkeyp
     save_image(tmp_path / "~/b.png")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    assert [source.path for source in find_sources(["~no-such-user.png"])[1]] == [tmp_path / "~no-such-user.png"]
+    assert [source.path for source in find_media(["~no-such-user.png"])[1]] == [tmp_path / "~no-such-user.png"]
     shutil.rmtree(tmp_path / "~")
-    root, sources = find_sources(["~"])
+    root, sources = find_media(["~"])
     assert (root, sources[0].name) == (tmp_path / "home", "a.png")
     with pytest.raises(UserError, match=r"~no-such-user/\*\.png: no such file"):
-        find_sources(["~no-such-user/*.png"])
+        find_media(["~no-such-user/*.png"])
     with pytest.raises(UserError, match=r"home/out is in .*home: the next call"):
         check_output(tmp_path / "home/out", sources, ["~"], force=False)
 
@@ -265,17 +265,17 @@ def test_no_two_inputs_are_drawn_onto_one_file():
     [
         (["in"], "in/out", "in/out is in in: the next call would take its pictures for input"),
         (["in"], "in", "in is in in: "),
-        (["in/a.png"], "in", r"in/a.png is an image to predict, and would be overwritten"),
-        (["in/b.jpg"], "in", r"in/b.png exists already; name another folder, or overwrite with --force"),
+        (["in/a.png"], "in", r"in/a.png is an image to predict and would be overwritten"),
+        (["in/b.jpg"], "in", r"in/b.png exists already. Name another folder, or overwrite with --force"),
         (["in"], "done", r"done/predictions.json exists already"),
         (["in/**/*.jpg"], "in/out", r"in/out is in in/\*\*/\*.jpg: the next call would take its pictures for input"),
         (["{here}/**/b.*"], "in/out", r"in/out is in .*: the next call"),
         (["i[mn]/*.jpg", "**/a.png"], "out", r"out is in \*\*/a.png: the next call"),
         (["*/a.png"], "out", r"out is in \*/a.png: the next call"),
-        (["in/b.jpg"], "folders", r"folders/b.png can not be written: Is a directory"),
-        (["in/b.jpg"], "in/a.png", r"in/a.png/predictions.json can not be written: Not a directory"),
-        (["predictions.json", "in/b.jpg"], "o", r"o/predictions.json can not be written: is the folder of others"),
-        (["long"], "o", r"x.png.png can not be written: File name too long"),
+        (["in/b.jpg"], "folders", r"folders/b.png cannot be written: Is a directory"),
+        (["in/b.jpg"], "in/a.png", r"in/a.png/predictions.json cannot be written: Not a directory"),
+        (["predictions.json", "in/b.jpg"], "o", r"o/predictions.json cannot be written: is the folder of others"),
+        (["long"], "o", r"x.png.png cannot be written: File name too long"),
     ],
 )
 def test_what_would_be_overwritten_is_named(tmp_path, monkeypatch, arguments, output, message):
@@ -289,7 +289,7 @@ def test_what_would_be_overwritten_is_named(tmp_path, monkeypatch, arguments, ou
     (tmp_path / "folders/b.png").mkdir(parents=True)
     (tmp_path / "done").mkdir()
     (tmp_path / "done/predictions.json").touch()
-    _, sources = find_sources(arguments)
+    _, sources = find_media(arguments)
     with pytest.raises(UserError, match=message):
         check_output(Path(output), sources, arguments, force=False)
     if "--force" in message or output == "done":
@@ -311,6 +311,6 @@ def test_patterns_that_do_not_reach_the_output_are_no_hindrance(tmp_path, monkey
         (["**/*.jpg"], "../out"),
         (["*/b.*"], "deep/er/out"),
     ):
-        check_output(Path(output), find_sources(arguments)[1], arguments, force=False)
+        check_output(Path(output), find_media(arguments)[1], arguments, force=False)
     with pytest.raises(UserError, match="the next call"):
-        check_output(Path("in/out"), find_sources(["in/**"])[1], ["in/**"], force=False)
+        check_output(Path("in/out"), find_media(["in/**"])[1], ["in/**"], force=False)

@@ -105,9 +105,9 @@ def test_writing_is_atomic_and_nothing_is_no_file(tmp_path):
 
 def test_what_is_no_video_is_named(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"no video" * 100)
-    with pytest.raises(UserError, match=r"a\.mp4: can not be read as a video: Invalid data"):
+    with pytest.raises(UserError, match=r"a\.mp4: cannot be read as a video: Invalid data"):
         Video(tmp_path / "a.mp4")
-    with pytest.raises(UserError, match=r"none\.mp4: can not be read as a video: No such file"):
+    with pytest.raises(UserError, match=r"none\.mp4: cannot be read as a video: No such file"):
         Video(tmp_path / "none.mp4")
     with av.open(str(tmp_path / "sound.mkv"), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000)

@@ -275,7 +275,7 @@ def fails_with_one_line(words, capsys, monkeypatch):
         (["MODEL.WEIGHTS=nowhere.pth"], "MODEL.WEIGHTS: "),
         (["--eval-only"], "MODEL.WEIGHTS is empty"),
         (["--eval-only", "--resume"], "--eval-only and --resume exclude each other"),
-        (["--train-json", "nowhere.json"], "nowhere.json: No such file or directory"),
+        (["--train-json", "nowhere.json"], "nowhere.json: no such file"),
         (["--num-gpus", "99"], "--num-gpus 99: this machine has"),
         (["OUTPUT_DIR=/proc/no"], "OUTPUT_DIR: cannot write in /proc/no"),
     ],
