@@ -25,18 +25,18 @@ from crossmae.models.crossmae import CrossMAE
 from crossmae.models.sizes import SIZES
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BIT_DEPTH = "bit_depth"  # key of the metadata: 8, or 16 where images were read with more
-ARGUMENTS = tuple(inspect.signature(CrossMAE).parameters)
+BIT_DEPTH = "bit_depth"  # key of the metadata: 8, or 16 for images of more than 8 bits
+MODEL_DEFAULTS = {key: parameter.default for key, parameter in inspect.signature(CrossMAE).parameters.items()}
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model in evaluation mode and how the pixels that it was trained on were made.
+    """A model in evaluation mode and the normalisation of its pixels.
 
     Attributes:
         mean, std: per channel, of pixels in 0-1.
         bit_depth: 8 or 16, see `crossmae.data.images`.
-        assumed: sentences; what neither file nor shapes tell, and was taken for granted.
+        assumed: sentences about assumptions that neither file nor shapes confirm.
     """
 
     path: Path
@@ -51,18 +51,18 @@ def load_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) ->
     """Build the model of a file and load every tensor of it.
 
     Args:
-        path: see `crossmae.checkpoints.weights.read_weights`.
+        path: see `read_weights`.
         given: arguments of `CrossMAE` that replace what the file records or its shapes show.
 
     Raises:
-        UserError: the file has no decoder, an argument is unknown, can not be deduced or does not fit the tensors, or
+        UserError: the file has no decoder, an argument is unknown, cannot be deduced or does not fit the tensors, or
             the statistics of the pixels are not known.
     """
     weights = read_weights(path)
     if weights.format not in ("crossmae", "mae"):
         raise UserError(
-            f"{weights.path}: holds no decoder (format: {weights.format}), so there is nothing to reconstruct with; "
-            "name the folder of a pretraining run, or a published file of a whole pretraining model"
+            f"{weights.path}: holds no decoder (format: {weights.format}), so there is nothing to reconstruct with. "
+            "Name the folder of a pretraining run, or a published file of a whole pretraining model"
         )
     arguments, assumed = arguments_of(weights, given or {})
     try:
@@ -77,19 +77,19 @@ def load_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) ->
 
 
 def arguments_of(weights: Weights, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Arguments of `CrossMAE` for a whole pretraining model, and sentences that say what was assumed.
+    """Find the arguments of `CrossMAE` for a whole pretraining model, and list assumptions.
 
     Args:
         weights: of the format "crossmae" or "mae".
         given: arguments that replace what the file records or its shapes show.
 
     Raises:
-        UserError: an unknown argument, or one that can not be deduced.
+        UserError: an unknown argument, or one that cannot be deduced.
     """
     given = dict(given)
-    unknown = sorted(given.keys() - set(ARGUMENTS))
+    unknown = sorted(given.keys() - MODEL_DEFAULTS.keys())
     if unknown:
-        raise UserError(f"{', '.join(unknown)}: no argument of the model; known: {', '.join(ARGUMENTS)}")
+        raise UserError(f"{', '.join(unknown)}: no argument of the model; known: {', '.join(MODEL_DEFAULTS)}")
     assumed: list[str] = []
     recorded = recorded_arguments(weights.metadata)
     arguments = recorded | given if recorded else _deduce(weights, given, assumed)
@@ -100,7 +100,7 @@ def arguments_of(weights: Weights, given: Mapping[str, Any]) -> tuple[dict[str, 
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE pairs with YAML values.
+    """Parse KEY=VALUE pairs with YAML values.
 
     Raises:
         UserError: no `=`, or a value that is not YAML.
@@ -118,7 +118,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def _deduce(weights: Weights, given: dict[str, Any], assumed: list[str]) -> dict[str, Any]:
-    """What shapes (method specification, section 1.3) and the settings in a published file tell."""
+    """Deduce arguments from shapes and from a published file's settings (specification, section 1.3)."""
     tensors = weights.tensors
     published = json.loads(weights.metadata.get(PUBLISHED_ARGUMENTS, "{}"))
     arguments = encoder_arguments(encoder_tensors(weights))
@@ -153,7 +153,7 @@ def _decoder(weights: Weights) -> str:
 def _fusion(
     weights: Weights, depth: int, published: Mapping[str, Any], given: Mapping[str, Any], assumed: list[str]
 ) -> dict[str, Any]:
-    """Which maps the columns of the fusion weights stand for (method specification, sections 1.3 and 1.6)."""
+    """Deduce the fused maps from the fusion weights (specification, sections 1.3 and 1.6)."""
     columns = weights.tensors["wfm.linear.weight"].shape[1]
     if "fuse_blocks" in given:
         blocks = given["fuse_blocks"]
@@ -174,7 +174,7 @@ def _fusion(
 
 
 def _pixel_statistics(weights: Weights, channels: int) -> tuple[tuple[float, ...], tuple[float, ...], list[str]]:
-    """Mean and deviation that the file records; else ImageNet's for three channels."""
+    """Read the recorded mean and deviation, else take ImageNet's for three channels."""
     try:
         mean, std = (json.loads(weights.metadata[key]) for key in (PIXEL_MEAN, PIXEL_STD))
         if len(mean) == len(std) == channels:

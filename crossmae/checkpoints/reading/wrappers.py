@@ -1,8 +1,7 @@
-"""From what a file holds to named tensors: out of the dicts and prefixes that trainers put around them.
+"""Unwrap named tensors from the dicts and prefixes that trainers put around them.
 
-Where a file holds several sets of weights, the plain ones are taken, the averaged ones (EMA) on request. Of
-student and teacher (DINO) the teacher is taken: it is what people want, and an average as well. Whatever is not
-taken is listed.
+Where a file holds several sets of weights, the plain ones are taken, the averaged ones (EMA) on request. Of student and
+teacher (DINO) the teacher is taken, which is an average as well. All others are listed.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from crossmae.checkpoints.metadata import PICKLED_METADATA, PUBLISHED_ARGUMENTS
 from crossmae.checkpoints.reading.digest import DIGEST
 from crossmae.checkpoints.reading.unpickle import allowance
-from crossmae.errors import UserError
+from crossmae.errors import UserError, shorten
 
 # Keys of dicts around a state dict, the first that a file has is taken.
 EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "ema", "teacher", "target_encoder")
@@ -32,18 +31,16 @@ EMA_BRANCHES = ("momentum_encoder.", "teacher.")
 BRANCHES = ("base_encoder.", "teacher.", "student.")
 # Before every name: DDP, torch.compile, trainers.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
-COUNTERS = ("n_averaged", "steps")  # beside the prefix `module.` in the averaged models of torch and mmengine
-MAX_DEPTH = 4
-MAX_NAMES, MAX_NAME = 5, 1000
+COUNTERS = ("n_averaged", "steps")  # next to the prefix `module.` in the averaged models of torch and mmengine
+_MAX_WRAPPERS, _MAX_NAME = 4, 1000
 _MAX_SETTINGS, _MAX_LISTED, _MAX_TEXT = 1000, 100, 250
 
 
 def state_dict(content: Any, path: Path, *, ema: bool = False) -> tuple[dict[str, Tensor], tuple[str, ...], bool]:
-    """The tensors in what a pickle held, out of `WRAPPERS`; arrays become tensors.
+    """Take the tensors of a pickle out of `WRAPPERS`; arrays become tensors.
 
     Returns:
-        Tensors under the names in the file; the keys of what else is in it; whether these are EMA weights, which
-        `one_model` may still find where `ema` asks for them.
+        Tensors under the names in the file; the other keys; true where these are EMA weights.
 
     Raises:
         UserError: not a state dict, or its tensors are many times larger than the file.
@@ -51,7 +48,7 @@ def state_dict(content: Any, path: Path, *, ema: bool = False) -> tuple[dict[str
     beside: list[str] = []
     averaged = False
     content = _opened(content)
-    for _ in range(MAX_DEPTH):
+    for _ in range(_MAX_WRAPPERS):
         found = _wrapper(content, EMA_WRAPPERS) if ema and not averaged else None
         averaged = averaged or found is not None
         found = found or _wrapper(content, WRAPPERS)
@@ -72,7 +69,7 @@ def one_model(
     """Strip the prefixes of trainers, and take one model of those in `BRANCHES`.
 
     Returns:
-        Tensors, and what was left out: counters and other branches, in words.
+        Tensors, and descriptions of the omitted counters and branches.
 
     Raises:
         UserError: `ema`, and there is no EMA branch.
@@ -98,7 +95,7 @@ def one_model(
 
 
 def pickled_metadata(content: Any, path: Path) -> dict[str, str]:
-    """Metadata of our own pickled files.
+    """Read the metadata of our own pickled files.
 
     Raises:
         UserError: not strings, or under another key than ours.
@@ -113,7 +110,7 @@ def pickled_metadata(content: Any, path: Path) -> dict[str, str]:
 
 
 def published_settings(content: Any) -> dict[str, str]:
-    """The settings that published files hold in a namespace, as metadata."""
+    """Convert the settings that published files hold in a namespace to metadata."""
     args = content.get("args") if isinstance(content, Mapping) else None
     if not isinstance(args, argparse.Namespace) or len(vars(args)) > _MAX_SETTINGS:
         return {}
@@ -130,19 +127,19 @@ def _wrapper(content: Any, keys: Iterable[str]) -> str | None:
 
 
 def _holds_tensors(content: Any) -> bool:
-    values = list(content.values())[:MAX_NAMES] if isinstance(content, Mapping) else [content]
+    values = list(content.values())[:5] if isinstance(content, Mapping) else [content]
     return any(isinstance(value, Tensor | np.ndarray | Mapping | nn.Module) for value in values)
 
 
 def _opened(content: Any) -> Any:
-    """A whole module, which only --trust reads, as its state dict."""
+    """Convert a whole module, which only --trust reads, to its state dict."""
     return content.state_dict() if isinstance(content, nn.Module) else content
 
 
 def _check_values(content: Mapping[Any, Any], path: Path) -> None:
-    """Names that can be shown, arrays as values, and no more of them than the file can hold."""
+    """Check for printable names and arrays no larger than the file can hold."""
     for name in content:
-        if not isinstance(name, str) or len(name) > MAX_NAME or not name.isprintable():
+        if not isinstance(name, str) or len(name) > _MAX_NAME or not name.isprintable():
             raise UserError(f"{path}: not a state dict: {_short(name)} is not the name of a tensor; damaged?")
     others = {name: value for name, value in content.items() if not isinstance(value, Tensor | np.ndarray)}
     if others:
@@ -170,7 +167,7 @@ def _all_start(names: Iterable[str], prefix: str, but: tuple[str, ...]) -> bool:
 
 
 def _setting(value: Any) -> Any:
-    """Plain values as they are, whatever else by its type: a structure in a pickle may be endless."""
+    """Keep plain values, and replace others, which may be endless, by their type."""
     if isinstance(value, list | tuple) and len(value) <= _MAX_LISTED:
         return [_scalar(item) for item in value]
     return _scalar(value)
@@ -190,15 +187,11 @@ def _describe(content: Any) -> str:
     if not isinstance(content, Mapping):
         return f"a {type(content).__name__}"
     keys = [repr(_short(key)) for key in content]
-    return (
-        f"a dict with the keys {', '.join(keys[:MAX_NAMES])}{', ...' if len(keys) > MAX_NAMES else ''}"
-        if keys
-        else "an empty dict"
-    )
+    return f"a dict with the keys {shorten(keys)}" if keys else "an empty dict"
 
 
 def _dense(value: Tensor | np.ndarray, name: str, path: Path, seen: set[int]) -> Tensor:
-    """Memory of its own: tensors in a file may be views of one storage, which safetensors can not hold."""
+    """Give a tensor its own memory: safetensors cannot hold views of one storage."""
     try:
         if isinstance(value, np.ndarray):
             return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))

@@ -58,7 +58,7 @@ def test_what_stays_behind_and_why(tmp_path: Path) -> None:
     torch.save(CrossMAE(**ENCODER, **DECODER, decoder="self").state_dict(), tmp_path / "a.pth")
     report = load(ViTEncoder(**ENCODER), tmp_path / "a.pth", part="encoder")
     reasons = {entry.name: entry.reason for entry in report.entries if entry.status == "dropped"}
-    assert reasons["decoder_blocks.0.norm1.weight"] == "of pretraining alone"
+    assert reasons["decoder_blocks.0.norm1.weight"] == "of pretraining only"
     assert reasons["norm.weight"] == "the final norm has no place in this model"
     timm_file(tmp_path / "b.safetensors")
     model = VisionTransformer(**ENCODER, num_classes=0)

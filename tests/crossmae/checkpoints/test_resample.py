@@ -157,7 +157,7 @@ def test_fixed_positions_are_made_anew(class_rows: int, dtype: torch.dtype) -> N
     new, note = fit_positions(table, (3, 4), (5, 2), fixed=True)
     assert torch.equal(new, fixed((5, 2)))
     assert new.dtype == dtype
-    assert note == "sine-cosine positions made anew, 3 x 4 to 5 x 2"
+    assert note == "sine-cosine positions made again, 3 x 4 to 5 x 2"
     new, note = fit_positions(table, (3, 4), (5, 2), fixed=False)
     assert torch.equal(new, resample_positions(table, (3, 4), (5, 2), class_rows=class_rows))
     assert note == "resampled 3 x 4 to 5 x 2"
@@ -376,7 +376,7 @@ def test_a_pretraining_model_for_another_image_size() -> None:
     tensors = pretraining()
     fitted = fit(tensors, encoder_arguments(tensors), {"img_size": (48, 32)}, fixed=True)
     expected = pretraining(img_size=(48, 32))
-    note = "sine-cosine positions made anew, 4 x 4 to 6 x 4"
+    note = "sine-cosine positions made again, 4 x 4 to 6 x 4"
     assert fitted.notes == {"pos_embed": note, "decoder_pos_embed": note}
     for name in fitted.notes:
         assert torch.equal(fitted.tensors[name], expected[name])

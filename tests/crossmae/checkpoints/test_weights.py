@@ -305,7 +305,7 @@ def test_failed_save_leaves_the_old_file_and_no_other(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("crossmae.checkpoints.weights.save_file", full_disk)
-    with pytest.raises(UserError, match=r"a\.safetensors: can not be written: No space left"):
+    with pytest.raises(UserError, match=r"a\.safetensors: cannot be written: No space left"):
         save_weights(path, {"a": torch.zeros(1)}, {}, force=True)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -314,5 +314,5 @@ def test_failed_save_leaves_the_old_file_and_no_other(
 def test_an_encoder_under_another_beginning_is_named(tmp_path: Path) -> None:
     tensors = {f"visual.trunk.{name}": tensor for name, tensor in ViTEncoder(**ENCODER).state_dict().items()}
     torch.save(tensors | {"text.weight": torch.ones(2)}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"its encoder is under 'visual\.trunk\.', where none is looked for"):
+    with pytest.raises(UserError, match=r"its encoder is under 'visual\.trunk\.'"):
         encoder_tensors(read_weights(tmp_path / "a.pth"))

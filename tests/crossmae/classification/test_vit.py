@@ -243,7 +243,7 @@ def test_published_layout(tmp_path: Path, decoder: str, prefix: str) -> None:
     report = load_encoder_weights(model, weights)
     assert_same_features(model, tmp_path / "a.pth")
     reasons = {entry.name: entry.reason for entry in report.entries if entry.status == "dropped"}
-    assert reasons["decoder_pred.weight"] == "of pretraining alone"
+    assert reasons["decoder_pred.weight"] == "of pretraining only"
     assert reasons.keys() == {name for name in weights.tensors if name not in report.names("used")}
     assert ("norm.weight" in reasons) == (decoder == "self")
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from crossmae.checkpoints import Sizes, convert, load
 from crossmae.checkpoints.conversion import convert as conversion_module
-from crossmae.checkpoints.conversion.convert import report_beside
 from crossmae.checkpoints.conversion.planning import MODEL_DEFAULTS, plan
 from crossmae.checkpoints.conversion.targets import TARGETS
 from crossmae.checkpoints.loading import load as load_weights
@@ -420,7 +419,7 @@ def test_force(tmp_path: Path) -> None:
 
 def test_an_existing_report_is_not_overwritten(tmp_path: Path) -> None:
     path = published(tmp_path / "a.pth")
-    report_beside(tmp_path / "b.pth").write_text("old")
+    (tmp_path / "b.pth.conversion.json").write_text("old")
     with pytest.raises(UserError, match="exists already"):
         convert(path, tmp_path / "b.pth", "crossmae", given=GIVEN)
     assert not (tmp_path / "b.pth").exists()
@@ -481,7 +480,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, destinatio
 
     monkeypatch.setattr("crossmae.checkpoints.weights.save_file", full)
     monkeypatch.setattr("crossmae.checkpoints.conversion.targets.torch.save", full)
-    with pytest.raises(UserError, match=r"can not be written: .*(No|no) space"):
+    with pytest.raises(UserError, match=r"cannot be written: .*(No|no) space"):
         convert(source, tmp_path / destination, "crossmae")
     assert list(tmp_path.iterdir()) == [source]
 
@@ -502,10 +501,10 @@ def test_new_folders_are_made_and_files_can_be_read_by_others(tmp_path: Path) ->
         ({"drop": ("nonsense",)}, "--drop nonsense: .* there is no tensor of such a name"),
         ({"drop": (r"blocks\.2\.",)}, r"--drop blocks.*it has its place"),
         ({"drop": ("(",)}, "no regular expression"),
-        ({"sizes": Sizes(channels="mean")}, "--channels mean: in vain"),
-        ({"sizes": Sizes(channels="mean", in_chans=3)}, "--channels mean: in vain"),
+        ({"sizes": Sizes(channels="mean")}, "--channels mean: has no effect"),
+        ({"sizes": Sizes(channels="mean", in_chans=3)}, "--channels mean: has no effect"),
         ({"sizes": Sizes(window=4)}, "relative"),
-        ({"given": {"norm_pix_loss": False}}, "--set norm_pix_loss: in vain"),
+        ({"given": {"norm_pix_loss": False}}, "--set norm_pix_loss: has no effect"),
         ({"given": {"colour": 1}}, "--set colour: no argument of the model"),
     ],
 )
@@ -542,7 +541,7 @@ def test_a_grid_that_looks_square_and_is_not(tmp_path: Path) -> None:
     given = {"num_heads": 3, "img_size": [32, 48]}
     convert(tmp_path / "a.pth", tmp_path / "b", "timm", given=given)
     assert read_weights(tmp_path / "b").tensors["pos_embed"].shape == (1, 25, 24)
-    with pytest.raises(UserError, match=r"takes square images alone.*--img-size resamples"):
+    with pytest.raises(UserError, match=r"takes square images only.*--img-size resamples"):
         convert(tmp_path / "a.pth", tmp_path / "c.pth", "detectron2", given=given)
     done = convert(tmp_path / "a.pth", tmp_path / "c.pth", "detectron2", given=given, sizes=Sizes(img_size=32))
     assert done.proof.equal

@@ -188,7 +188,7 @@ def reopened(path: Path, to: str) -> Tokens:
 
 
 def holds(source: str, to: str) -> bool:
-    """Whether a target can hold a source's encoder: transformers' models can not do without a class token."""
+    """Whether a target can hold a source's encoder: transformers' models cannot do without a class token."""
     return to in DESTINATIONS and not (source == "detectron2" and to.startswith("hf-"))
 
 

@@ -1,5 +1,5 @@
 """Proves that names of other libraries become plain names and back without losing a tensor or a bit, that models
-built by those libraries compute the same after it, and that what a plain ViT can not hold is named."""
+built by those libraries compute the same after it, and that what a plain ViT cannot hold is named."""
 
 from __future__ import annotations
 
@@ -475,8 +475,8 @@ def test_plain_names_that_are_incomplete_or_ambiguous(changes: dict[str, Any], m
     "layout, changes, message",
     [
         ("mmpretrain", {}, "mmpretrain: not a layout to write"),
-        ("hf-vitmae", {}, "no place in the layout hf-vitmae, 2 tensors: head.weight, head.bias"),
-        ("hf-vit", {"mask_token": torch.ones(1, 1, 16)}, "no place in the layout hf-vit, 1 tensor: mask_token"),
+        ("hf-vitmae", {}, "no place in the layout hf-vitmae for 2 tensors: head.weight, head.bias"),
+        ("hf-vit", {"mask_token": torch.ones(1, 1, 16)}, "no place in the layout hf-vit for 1 tensors: mask_token"),
         ("hf-vit", {"fc_norm.weight": torch.ones(24)}, "fc_norm.weight"),
         ("hf-vit", {"wfm.linear.weight": torch.ones(2, 2)}, "wfm.linear.weight"),
         ("hf-vit", {"decoder_blocks.0.norm1.weight": torch.ones(16)}, "decoder_blocks.0.norm1.weight"),
