@@ -83,7 +83,7 @@ def load(
 
 
 def fitted(weights: Weights, model: nn.Module) -> Weights:
-    """Resample position tables, patch filters and channels to a model's sizes; see `resample.fit`.
+    """Resample weights to a model's sizes, see `resample.fit`.
 
     A sine-cosine table that the model does not train (pretraining) is computed again.
 
@@ -130,12 +130,11 @@ def resampled(
 
 
 def left_out(name: str) -> str | None:
-    """Return why a plain name is not part of an encoder; None where it may be."""
+    """Return why a plain name is no part of an encoder."""
     return next((reason for pattern, reason in _LEFT_OUT.items() if re.match(pattern, name)), None)
 
 
 def _encoder(weights: Weights, also: tuple[str, ...]) -> tuple[Weights, list[TensorEntry]]:
-    """Split weights into the encoder under its plain names and the rest."""
     encoder_tensors(weights)  # raises without an encoder
     home = encoder_home(weights.tensors) or ""
     kept: dict[str, Tensor] = {}
@@ -153,7 +152,6 @@ def _encoder(weights: Weights, also: tuple[str, ...]) -> tuple[Weights, list[Ten
 
 
 def _compare(model: nn.Module, weights: Weights, new: tuple[str, ...], dropped: tuple[str, ...]) -> LoadReport:
-    """Account for every tensor of the file and of the model."""
     report = LoadReport(str(weights.path), type(model).__name__, licence=licence_notice(weights))
     home = encoder_home(weights.tensors) or ""
     target = model.state_dict()
@@ -220,7 +218,7 @@ def _warn(model: nn.Module, weights: Weights, report: LoadReport) -> None:
 
 
 def _different_architecture(model: nn.Module, weights: Weights) -> str:
-    """Compare the constructor arguments of both encoders; "" where they agree."""
+    """Describe differing constructor arguments of both encoders."""
     target = model.state_dict()
     if encoder_home(weights.tensors) is None or "patch_embed.proj.weight" not in target:
         return ""
@@ -242,6 +240,5 @@ def _different_architecture(model: nn.Module, weights: Weights) -> str:
 
 
 def _grid(model: nn.Module) -> tuple[int, int] | None:
-    """Find the grid of a model's position table: our encoders' or timm's."""
     grid = getattr(model, "grid", None) or getattr(getattr(model, "patch_embed", None), "grid_size", None)
     return grid if isinstance(grid, tuple) else None

@@ -24,7 +24,7 @@ PUBLISHED_ARGUMENTS = "published_args"
 
 
 def recorded_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Read the recorded constructor arguments of `CrossMAE`; {} without a record.
+    """Read the recorded constructor arguments of `CrossMAE`, if any.
 
     Raises:
         UserError: the record is not a JSON object.

@@ -77,7 +77,7 @@ def load_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) ->
 
 
 def arguments_of(weights: Weights, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Find the arguments of `CrossMAE` for a whole pretraining model, and list assumptions.
+    """Find the arguments of a whole pretraining model, and list assumptions.
 
     Args:
         weights: of the format "crossmae" or "mae".
@@ -118,7 +118,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def _deduce(weights: Weights, given: dict[str, Any], assumed: list[str]) -> dict[str, Any]:
-    """Deduce arguments from shapes and from a published file's settings (specification, section 1.3)."""
+    """Deduce arguments from shapes and published settings (specification, section 1.3)."""
     tensors = weights.tensors
     published = json.loads(weights.metadata.get(PUBLISHED_ARGUMENTS, "{}"))
     arguments = encoder_arguments(encoder_tensors(weights))
@@ -153,7 +153,7 @@ def _decoder(weights: Weights) -> str:
 def _fusion(
     weights: Weights, depth: int, published: Mapping[str, Any], given: Mapping[str, Any], assumed: list[str]
 ) -> dict[str, Any]:
-    """Deduce the fused maps from the fusion weights (specification, sections 1.3 and 1.6)."""
+    """Deduce the fused maps from the fusion weights."""
     columns = weights.tensors["wfm.linear.weight"].shape[1]
     if "fuse_blocks" in given:
         blocks = given["fuse_blocks"]
@@ -174,7 +174,6 @@ def _fusion(
 
 
 def _pixel_statistics(weights: Weights, channels: int) -> tuple[tuple[float, ...], tuple[float, ...], list[str]]:
-    """Read the recorded mean and deviation, else take ImageNet's for three channels."""
     try:
         mean, std = (json.loads(weights.metadata[key]) for key in (PIXEL_MEAN, PIXEL_STD))
         if len(mean) == len(std) == channels:

@@ -62,7 +62,7 @@ class LoadReport:
         return sum(entry.status == status for entry in self.entries)
 
     def names(self, status: Status) -> list[str]:
-        """List the tensors of a status, in the order of file and model."""
+        """List the names of the tensors of a status."""
         return [entry.name for entry in self.entries if entry.status == status]
 
     @property
@@ -76,7 +76,7 @@ class LoadReport:
         return ", ".join(f"{number} {status}" for status, number in counts.items() if number or status == "used")
 
     def table(self) -> str:
-        """Format a table by module, errors first; `!` marks what makes loading fail."""
+        """Format a table by module, errors first and marked by `!`."""
         rows = [("", "status", "module", "tensors", "detail")]
         for status in _ORDER:
             rows += sorted(self._rows(status), key=lambda row: not row[0])
@@ -111,7 +111,7 @@ def _detail(entry: TensorEntry, tensor: str) -> str:
 
 
 def split_name(name: str) -> tuple[str, str, str]:
-    """Split into module, index or "", and rest: "blocks.3.norm1.bias" is ("blocks", "3", "norm1.bias")."""
+    """Split "blocks.3.norm1.bias" into ("blocks", "3", "norm1.bias")."""
     home = next(prefix for prefix in ENCODER_HOMES if name.startswith(prefix))
     rest = name.removeprefix(home)
     indexed = _INDEXED.fullmatch(rest)

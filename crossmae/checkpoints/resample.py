@@ -75,7 +75,7 @@ def fit(
 
 
 def resample_positions(table: Tensor, grid: Grid, new_grid: Grid, *, class_rows: int = 1) -> Tensor:
-    """Resample a position table to another grid of patches, rows of the class token kept.
+    """Resample a position table, and keep the class token's rows.
 
     Bicubic, corners not aligned, without antialiasing: as published (method specification, section 1.10) and in ViTDet.
     timm's `resample_abs_pos_embed` antialiases, with another cubic and another treatment of the border, so that its
@@ -104,7 +104,7 @@ def resample_positions(table: Tensor, grid: Grid, new_grid: Grid, *, class_rows:
 
 
 def is_sincos(table: Tensor, grid: Grid) -> bool:
-    """Test if a table (1, h * w [+ 1], E) is the fixed one of `sincos_pos_embed`.
+    """Test if a position table is sine-cosine.
 
     Values may be off by 1e-4, or half the precision of a narrower dtype. Tables of another grid or without values (meta
     tensors) are not sine-cosine.
@@ -119,7 +119,7 @@ def is_sincos(table: Tensor, grid: Grid) -> bool:
 
 
 def fit_positions(table: Tensor, grid: Grid, new_grid: Grid, *, fixed: bool) -> tuple[Tensor, str]:
-    """Fit a position table (1, h * w [+ 1], E) to another grid.
+    """Fit a position table, 1 x rows x E, to another grid.
 
     Args:
         fixed: compute a sine-cosine table again instead of resampling it, for a model that never trains it.
@@ -180,7 +180,7 @@ def table_grid(rows: int, img_size: int | Grid | None, patch_size: int, wanted: 
 
 
 def resample_patches(filters: Tensor, patch_size: int) -> Tensor:
-    """Resample patch filters (E, C, p, p) to another patch size (FlexiViT, section 3.4; by timm).
+    """Resample patch filters (E, C, p, p) to another patch size (FlexiViT).
 
     To larger patches, an image enlarged along with them (bicubic, antialiased) gives the tokens that it gave before; to
     smaller ones, the nearest tokens in the sense of least squares.
@@ -226,7 +226,7 @@ def adapt_channels(filters: Tensor, channels: int, how: Channels = "repeat") -> 
 
 
 def channel_note(old: int, new: int, how: Channels) -> str:
-    """Describe what `adapt_channels` did; "" for as many channels as before."""
+    """Describe what `adapt_channels` did, if anything."""
     if old == new:
         return ""
     done = {
@@ -238,7 +238,7 @@ def channel_note(old: int, new: int, how: Channels) -> str:
 
 
 def window_of(table: Tensor) -> int:
-    """Find the side of the window, or grid, of a relative position table (2 * side - 1, d)."""
+    """Find the side of a (2 * side - 1, d) relative position table."""
     if table.ndim != 2 or table.shape[0] % 2 == 0 or not table.shape[1]:
         raise UserError(
             f"a relative position table has the shape (2 * window - 1, width of a head), got {tuple(table.shape)}"
@@ -247,7 +247,7 @@ def window_of(table: Tensor) -> int:
 
 
 def resample_relative(table: Tensor, size: int) -> Tensor:
-    """Resample a relative position table (2 * old - 1, d) to another window.
+    """Resample a relative position table (2 * old - 1, d).
 
     Linear, as detectron2's `get_rel_pos` does when it runs.
     """
@@ -274,7 +274,7 @@ def _check_wanted(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], w
 
 
 def _new_arguments(arguments: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Update `arguments`; the image size follows the patch size where only that is wanted."""
+    """Update `arguments`, the image size with the patch size."""
     new = dict(arguments) | {key: wanted[key] for key in ("patch_size", "in_chans") if key in wanted}
     if "img_size" in wanted:
         size, p = wanted["img_size"], new["patch_size"]
@@ -289,7 +289,6 @@ def _new_arguments(arguments: Mapping[str, Any], wanted: Mapping[str, Any]) -> d
 def _fit_filters(
     tensors: Mapping[str, Tensor], patch_size: int, in_chans: int, how: Channels
 ) -> dict[str, tuple[Tensor, str]]:
-    """Resample the patch filters where they change, with a note."""
     old = tensors[_FILTERS]
     if (in_chans, patch_size) == (old.shape[1], old.shape[-1]):
         return {}
@@ -303,7 +302,6 @@ def _fit_filters(
 def _fit_tables(
     tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], new_grid: Grid, fixed: bool
 ) -> dict[str, tuple[Tensor, str]]:
-    """Resample the position tables that change, with notes."""
     kinds = {"pos_embed": fixed, "pos_embed_global": False, "decoder_pos_embed": True}
     tables = {name: tensors[name] for name in kinds if name in tensors}
     if not tables:
@@ -317,7 +315,6 @@ def _fit_tables(
 
 
 def _fit_window(tensors: Mapping[str, Tensor], window: int) -> dict[str, tuple[Tensor, str]]:
-    """Resample the relative position tables of windows that change, with notes."""
     tables = {name: tensor for name, tensor in tensors.items() if RELATIVE.fullmatch(name)}
     if not tables:
         raise UserError("no relative positions (blocks.*.attn.rel_pos_h) to resample to another window; leave it out")

@@ -42,7 +42,7 @@ def save_checkpoint(
     record: Any,
     keep: int,
 ) -> Path:
-    """Write the checkpoint of a step, then delete all but the newest `keep` complete ones.
+    """Write a checkpoint, then delete all but the newest `keep`.
 
     Args:
         run: the run's folder.
@@ -94,7 +94,7 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def defect(folder: Path, contents: bool = False) -> str | None:
-    """Check manifest and sizes, with `contents` SHA-256, and return the defect or None."""
+    """Return a defect of manifest, sizes or (with `contents`) SHA-256, or None."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:

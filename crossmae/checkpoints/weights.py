@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -85,7 +85,7 @@ def read_weights(
 
 
 def translated(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], img_size: Any = None) -> Weights:
-    """Translate a file's tensors, on any device, and add what a config.json next to it records.
+    """Translate a file's tensors, and add the record in its config.json.
 
     Raises:
         UserError: an incomplete set of names; a wrong config.json of transformers or timm.
@@ -145,7 +145,7 @@ def encoder_tensors(weights: Weights) -> dict[str, Tensor]:
 
 
 def plain_tensors(weights: Weights) -> dict[str, Tensor]:
-    """Select the tensors under the encoder's prefix, without the prefix; {} without an encoder."""
+    """Select the tensors under the encoder's prefix, without the prefix."""
     home = encoder_home(weights.tensors)
     held = weights.tensors.items() if home is not None else ()
     return {name.removeprefix(home or ""): tensor for name, tensor in held if name.startswith(home or "")}
@@ -193,32 +193,24 @@ def encoder_arguments(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 def save_weights(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, force: bool = False
 ) -> None:
-    """Write safetensors atomically: a reader sees the old file or the whole new one.
+    """Write a safetensors file atomically, with a digest, and make its folder if needed.
 
     Raises:
         UserError: the file exists and `force` is not set, or the disk refuses.
     """
-    write_file(Path(path), lambda file: write_safetensors(file, tensors, metadata), force=force)
+    path = Path(path)
+    check_destination(path, force=force)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: write_safetensors(file, tensors, metadata))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file with a digest, at exactly this path."""
     packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(packed, path, signed(packed, metadata))
-
-
-def write_file(path: Path, write: Callable[[Path], Any], *, force: bool = False) -> None:
-    """Write a new file atomically, and make its folder if needed.
-
-    Raises:
-        UserError: as `check_destination`, or the disk refuses.
-    """
-    check_destination(path, force=force)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, write)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -232,7 +224,7 @@ def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def describe_non_finite(tensors: Mapping[str, Tensor]) -> str:
-    """Name the tensors that hold NaN or infinity; "" where all are finite."""
+    """Name the tensors that hold NaN or infinity, if any."""
     bad = non_finite(tensors)
     return f"{len(bad)} of {len(tensors)} tensors hold NaN or infinity: {shorten(bad)}" if bad else ""
 
@@ -250,7 +242,6 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def _known_grid(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], img_size: Any) -> tuple[int, int] | None:
-    """Find the recorded or given rows and columns of patches."""
     size = img_size or recorded_arguments(metadata).get("img_size")
     filters = next((tensor for name, tensor in tensors.items() if name.endswith(_FILTERS) and tensor.ndim == 4), None)
     if size is None or filters is None:
@@ -262,7 +253,7 @@ def _known_grid(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], img_
 
 
 def plain_size(value: Any) -> Any:
-    """Reduce the size of a square to one number, so that sizes can be compared."""
+    """Reduce the size of a square to one number, for comparisons."""
     if isinstance(value, (tuple, list)) and len(value) == 2:
         return value[0] if value[0] == value[1] else tuple(value)
     return value

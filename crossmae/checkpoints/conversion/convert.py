@@ -42,7 +42,7 @@ FILE_SUFFIXES = (".safetensors", ".pth", ".pkl", ".pt", ".bin", ".npz")  # no fo
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes to resample an encoder to; None leaves a size as it is.
+    """Sizes to resample an encoder to. None leaves a size as it is.
 
     Attributes:
         img_size: pixels, one number or (height, width), that positions are for.
@@ -122,7 +122,7 @@ class Conversion:
     beside: tuple[str, ...]
 
     def record(self) -> dict[str, Any]:
-        """Return a JSON record: every tensor with its fate, the proof and the provenance."""
+        """Return a JSON record with every tensor, the proof and the provenance."""
         return {
             "source": self.source.name,
             "destination": self.destination.name,
@@ -139,11 +139,10 @@ class Conversion:
 
 def convert(source: str | Path, destination: str | Path, to: str, **options: Any) -> Conversion:
     """Convert a weight file with the options of `ConversionRequest`."""
-    if report := options.pop("report", None):
-        options["report"] = Path(report).expanduser()
-    given = dict(options.pop("given", None) or {})
-    paths = Path(source).expanduser(), Path(destination).expanduser()
-    return run(ConversionRequest(*paths, to, given=given, **options))
+    given = {key: value for key, value in options.items() if value is not None}
+    if "report" in given:
+        given["report"] = Path(given["report"]).expanduser()
+    return run(ConversionRequest(Path(source).expanduser(), Path(destination).expanduser(), to, **given))
 
 
 def run(request: ConversionRequest) -> Conversion:
@@ -235,7 +234,6 @@ def check_request(request: ConversionRequest) -> None:
 def _resample(
     weights: Weights, planned: ConversionPlan, to: str, sizes: Sizes, arguments: dict[str, Any]
 ) -> tuple[ConversionPlan, dict[str, Any]]:
-    """Bring the tensors of a plan to other sizes, and update the model's arguments."""
     if sizes.channels and sizes.in_chans in (None, arguments["in_chans"]):
         raise UserError(f"--channels {sizes.channels}: has no effect, the number of channels stays. Leave it out.")
     try:
@@ -254,7 +252,7 @@ def _resample(
 def _with_notes(
     report: LoadReport, notes: Mapping[str, str], tensors: Mapping[str, Tensor], status: Status
 ) -> LoadReport:
-    """Add notes to a report's used tensors, under a new status and with the shapes of `tensors`."""
+    """Add notes and a status to a report's used tensors."""
     entries = []
     for entry in report.entries:
         if entry.status == "used" and entry.plain in notes:
@@ -265,7 +263,6 @@ def _with_notes(
 
 
 def _model(weights: Weights, planned: ConversionPlan, to: str, arguments: dict[str, Any]) -> ConvertedModel:
-    """Put tensors, arguments and metadata of the target together."""
     metadata = provenance(weights)
     if not any(name.startswith("head.") for name in planned.tensors):
         metadata = {key: value for key, value in metadata.items() if key not in HEAD_KEYS}
@@ -275,7 +272,6 @@ def _model(weights: Weights, planned: ConversionPlan, to: str, arguments: dict[s
 
 
 def _assumptions(weights: Weights, model: ConvertedModel, to: str) -> Iterator[str]:
-    """Yield a sentence for what the source leaves open or the target cannot record."""
     if any(CLASS_ROW_ADDED in note for note in weights.notes.values()):
         yield (
             f"positions of {plain_size(model.arguments['img_size'])} pixels, without a row for the class token; a grid "
@@ -291,7 +287,6 @@ def _assumptions(weights: Weights, model: ConvertedModel, to: str) -> Iterator[s
 def _prove(
     weights: Weights, model: ConvertedModel, planned: ConversionPlan, to: str, written: Path, tolerance: float
 ) -> Proof:
-    """Run the same image through the source's encoder and the written file's."""
     encoder, arguments, eps = encoder_part(model.tensors), model.arguments, model.norm_eps
     whole, class_token = encoder_part(plain_tensors(weights)), "cls_token" in encoder
     dropped = {entry.plain for entry in planned.report.entries if planning.ASKED_TO_DROP in entry.reason}
@@ -328,7 +323,7 @@ def _prove(
 
 @contextmanager
 def _new_files(request: ConversionRequest) -> Iterator[tuple[Path, Path]]:
-    """Yield paths of the same names in hidden folders next to them, which are deleted in the end."""
+    """Yield paths of the same names in temporary hidden folders."""
     targets = [path.absolute() for path in (request.destination, request.report_path)]
     made = [folder for path in targets for folder in path.parents if not folder.exists()]
     temporary = [path.parent / f".{path.name}.{os.getpid()}.tmp" / path.name for path in targets]
@@ -349,7 +344,6 @@ def _new_files(request: ConversionRequest) -> Iterator[tuple[Path, Path]]:
 
 
 def _write(to: str, path: Path, model: ConvertedModel) -> Names:
-    """Write, and give the files the rights of new files."""
     try:
         names = TARGETS[to].write(path, model)
     except (SafetensorError, RuntimeError) as error:  # safetensors and torch raise these for a full disk
@@ -360,7 +354,7 @@ def _write(to: str, path: Path, model: ConvertedModel) -> Names:
 
 
 def _commit(temporary: Path, destination: Path) -> None:
-    """Move a proven file into place in one step, a folder in two with the old one aside."""
+    """Move a file into place after moving an existing folder aside."""
     for path in _files(temporary):
         with open(path, "rb") as file:
             os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""What a weight file is, and what it can become, from as little of it as its container allows to read."""
+"""The content of a weight file and its possible conversions, from as few bytes as its container allows."""
 
 from __future__ import annotations
 
@@ -181,7 +181,6 @@ def _arguments(weights: Weights) -> dict[str, Any]:
 
 
 def _facts(weights: Weights, stored: Mapping[str, Tensor]) -> dict[str, str]:
-    """Collect what names, shapes and the position table tell about the model."""
     plain, arguments = plain_tensors(weights), _arguments(weights)
     heads = ""
     if "num_heads" not in arguments:
@@ -216,7 +215,6 @@ def _decoder(weights: Weights) -> str:
 
 
 def _recorded(weights: Weights) -> dict[str, str]:
-    """Collect what the file records about itself."""
     metadata = weights.metadata
     mean, std = (metadata.get(key, UNKNOWN) for key in (PIXEL_MEAN, PIXEL_STD))
     writer = [f"crossmae {metadata[VERSION]}"] if VERSION in metadata else []
@@ -250,7 +248,6 @@ def _outcome(weights: Weights, to: str) -> Outcome:
 
 
 def _positions(weights: Weights, stored: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> str:
-    """Describe the position table: its kind and its grid."""
     name = f"{encoder_home(weights.tensors)}pos_embed"
     table = weights.tensors.get(name)
     if table is None:

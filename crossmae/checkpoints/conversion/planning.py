@@ -94,7 +94,7 @@ def plan(weights: Weights, to: str, *, encoder_only: bool = False, drop: tuple[s
 
 
 def _check_drop(weights: Weights, report: LoadReport, drop: tuple[str, ...]) -> None:
-    """Refuse a --drop that drops nothing: it is for tensors without a place only."""
+    """Refuse a --drop that drops nothing."""
     for pattern in drop:
         try:
             found = [entry for entry in report.entries if re.match(pattern, entry.plain)]
@@ -106,7 +106,7 @@ def _check_drop(weights: Weights, report: LoadReport, drop: tuple[str, ...]) -> 
 
 
 def _fit_timm(kept: dict[str, Tensor], report: LoadReport) -> None:
-    """Drop `norm` next to `fc_norm`, and note the absent class row: as timm's models have them."""
+    """Drop `norm` next to `fc_norm`, and note an absent class row."""
     for index, entry in enumerate(report.entries):
         if entry.status == "used" and entry.plain in ("norm.weight", "norm.bias") and "fc_norm.weight" in kept:
             del kept[entry.plain]
@@ -116,7 +116,6 @@ def _fit_timm(kept: dict[str, Tensor], report: LoadReport) -> None:
 
 
 def _head(plain: Mapping[str, Tensor], metadata: Mapping[str, str]) -> HeadKind | None:
-    """Tell the classification head by the norm before it, or by the pooling in timm's config.json."""
     if "head.1.weight" in plain:
         return "batchnorm"
     if "head.weight" not in plain:
@@ -127,7 +126,7 @@ def _head(plain: Mapping[str, Tensor], metadata: Mapping[str, str]) -> HeadKind 
 
 
 def describe_refusal(weights: Weights, to: str, planned: ConversionPlan) -> str:
-    """Explain why a plan cannot be carried out, and the option that converts nevertheless."""
+    """Explain why a plan is refused, with the option that overrides."""
     reasons = {entry.plain: entry.reason for entry in planned.report.entries}
     kinds: dict[str, list[str]] = {}
     for name in planned.refused:
@@ -144,7 +143,7 @@ def describe_refusal(weights: Weights, to: str, planned: ConversionPlan) -> str:
 def source_arguments(
     weights: Weights, planned: ConversionPlan, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Find the constructor arguments of the source, of the whole model or of its encoder.
+    """Find the constructor arguments of the source's model or encoder.
 
     Args:
         given: arguments that neither the file nor its shapes tell.
@@ -179,7 +178,7 @@ def source_arguments(
 
 
 def check_square(to: str, arguments: Mapping[str, Any]) -> None:
-    """Refuse a grid of patches that is not square where a target's models take squares only.
+    """Refuse a grid that is not square where a target needs squares.
 
     Raises:
         UserError: the grid is not square.
@@ -214,7 +213,6 @@ def _check_given(
 
 
 def _check_model(weights: Weights, arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Check that a whole model of these arguments has exactly these tensors."""
     try:
         pairs = {key: tuple(value) for key, value in arguments.items() if isinstance(value, list)}
         with torch.device("meta"):
@@ -233,7 +231,6 @@ def _check_model(weights: Weights, arguments: Mapping[str, Any], tensors: Mappin
 
 
 def _check_sizes(weights: Weights, arguments: Mapping[str, Any], table: Tensor) -> None:
-    """Check that heads divide the width and that the grid is the position table's."""
     width, heads, size = arguments["embed_dim"], arguments["num_heads"], plain_size(arguments["img_size"])
     if not isinstance(heads, int) or heads < 1 or width % heads:
         raise UserError(f"{weights.path}: a width of {width} cannot be split over {heads} attention heads")

@@ -48,7 +48,7 @@ _RELATIVE = re.compile(r"blocks\.(\d+)\.attn\.rel_pos_h")
 
 
 class MissingLibrary(UserError):
-    """The error for a library that a proof needs; it ends with the command that installs the library."""
+    """The error for a library that a proof needs, with the command that installs the library."""
 
     def __init__(self, library: str, reason: str = "is not installed") -> None:
         super().__init__(f"{library} {reason} ({_REMEDIES[library]})")
@@ -80,7 +80,7 @@ class Proof:
 
     @property
     def equal(self) -> bool:
-        """True where the proof ran and the outputs are equal within the tolerance."""
+        """True for equal outputs within the tolerance."""
         if not self.ran or self.reason or self.max_difference is None or self.largest is None:
             return False
         return self.max_difference <= self.tolerance * max(1.0, self.largest)
@@ -114,7 +114,7 @@ def prove(
     what: str = "all tokens",
     tolerance: float = TOLERANCE,
 ) -> Proof:
-    """Compare two encoders on images of standard normal pixels, in float32 on the CPU.
+    """Compare two encoders on random images, in float32 on the CPU.
 
     Every number of the encoders counts but the biases of the keys, which softmax cancels.
 
@@ -175,7 +175,7 @@ def plain_encoder(
     norm_eps: float = 1e-6,
     class_token: bool = True,
 ) -> Encoder:
-    """Build timm's VisionTransformer, which shares no code with our encoder, around the tensors.
+    """Build timm's VisionTransformer around the tensors.
 
     Args:
         tensors: of an encoder only, under plain names, of any floating type. They are not copied.
@@ -238,7 +238,7 @@ def detectron2_encoder(
 
 
 def file_encoder(path: Path, to: str, arguments: Mapping[str, Any], *, norm_eps: float = 1e-6) -> Encoder:
-    """Load a written file or folder as the users of its library do.
+    """Load a written file or folder as its library's users do.
 
     Args:
         path: a file, or a folder whose config.json then tells the architecture.
@@ -273,7 +273,7 @@ def source_encoder(
     norm_eps: float = 1e-6,
     class_token: bool = True,
 ) -> Encoder:
-    """Load the source in its own library where that knows more than the tensors, else in timm.
+    """Load the source in its own library or timm.
 
     Transformers and timm load their folders, detectron2 relative positions, which timm does not have.
 
@@ -393,7 +393,7 @@ _TOKENS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 
 
 def _tokens(make: Callable[[], Encoder], images: list[Tensor], role: str) -> tuple[str, Tensor]:
-    """Make an encoder, return its name and the tokens of all images, and let go of it."""
+    """Return an encoder's name and tokens, and free the encoder."""
     try:
         encoder = make()
         return getattr(encoder, "name", "an encoder"), torch.cat([encoder(image) for image in images], dim=1)
@@ -412,7 +412,6 @@ def _sizes(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _relative_sides(tensors: Mapping[str, Tensor]) -> dict[int, int]:
-    """Map each block with relative positions to their side in patches."""
     found = {name: _RELATIVE.fullmatch(name) for name in tensors}
     return {int(match[1]): window_of(tensors[name]) for name, match in found.items() if match}
 
@@ -434,7 +433,6 @@ def _library(library: str, module: str = "") -> Any:
 
 @contextmanager
 def _loading(path: Path, library: str) -> Iterator[None]:
-    """Turn any error of a library into one line."""
     try:
         yield
     except ImportError as error:
@@ -445,7 +443,6 @@ def _loading(path: Path, library: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Silence progress bars and the table of left-out heads."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -106,7 +106,7 @@ def refusal(target: Target, name: str, content: str, head: HeadKind | None) -> t
 
 
 def missing_norm(target: Target, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Make the final norm that a layout requires and the source lacks: scale 1, shift 0."""
+    """Make the final norm that a layout requires and the source lacks."""
     if target.norm != "required" or "norm.weight" in tensors or "fc_norm.weight" in tensors:
         return {}
     like = tensors["patch_embed.proj.bias"]
@@ -114,7 +114,6 @@ def missing_norm(target: Target, tensors: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def _write_own(path: Path, model: ConvertedModel) -> Names:
-    """Write safetensors, or the layout of the published .pth files."""
     _write_file(path, "model", model.tensors, model.metadata)
     return {name: (name,) for name in model.tensors}
 
@@ -146,7 +145,7 @@ def _write_transformers(path: Path, model: ConvertedModel, layout: str) -> Names
 
 
 def _write_detectron2(path: Path, model: ConvertedModel) -> Names:
-    """Write `backbone.net.*`: explicit names, so that nothing is matched by suffix (detectron2's issue 4566)."""
+    """Write `backbone.net.*` and switch detectron2's matching by suffix off (issue 4566)."""
     kept = {f"{DETECTRON2_PREFIX}{name}": tensor for name, tensor in model.tensors.items()}
     extras = {"__author__": f"crossmae {__version__}", "matching_heuristics": False}
     if path.suffix == ".pkl":
@@ -192,7 +191,6 @@ TARGETS = {
 
 
 def _class_names(model: ConvertedModel) -> list[str]:
-    """List the names of the head's outputs, `LABEL_0` and so on where they are unknown; [] without a head."""
     if "head.weight" not in model.tensors:
         return []
     number = len(model.tensors["head.weight"])
@@ -203,7 +201,6 @@ def _class_names(model: ConvertedModel) -> list[str]:
 def _write_file(
     path: Path, key: str, tensors: dict[str, Tensor], metadata: dict[str, str], extras: Mapping[str, Any] | None = None
 ) -> None:
-    """Write safetensors, or a .pth with the tensors under `key`."""
     if path.suffix == ".safetensors":
         write_safetensors(path, tensors, metadata)
     else:

@@ -87,7 +87,7 @@ _Settings = TypeVar("_Settings", bound=BaseModel)
 
 
 def read_config(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Read the two JSON files of a transformers folder as the metadata of our own weight files.
+    """Read the settings of a transformers folder as our metadata.
 
     | key                       | value                                                                             |
     | ------------------------- | --------------------------------------------------------------------------------- |
@@ -181,7 +181,7 @@ def hf_preprocessor_config(arguments: Mapping[str, Any], mean: Sequence[float], 
 
 
 def _read(path: Path, kind: type[_Settings]) -> _Settings:
-    """Read and check a JSON file of settings; null counts as missing."""
+    """Read and check a JSON file of settings. Null counts as missing."""
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many for a file of settings")
@@ -221,7 +221,6 @@ def _encoder_arguments(settings: _ViT, path: Path) -> dict[str, Any]:
 
 
 def _decoder_arguments(settings: _ViT, ratio: float, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
-    """Find the decoder's arguments; {} without a decoder, or with one that `CrossMAE` cannot have."""
     if "decoder_embed.weight" not in tensors or settings.model_type != MODEL_TYPES["hf-vitmae"]:
         return {}
     D, heads = settings.decoder_hidden_size, settings.decoder_num_attention_heads
@@ -244,7 +243,6 @@ def _decoder_arguments(settings: _ViT, ratio: float, tensors: Mapping[str, Tenso
 
 
 def _check_sizes(settings: _ViT, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Compare the settings with the sizes of the tensors."""
     held = {
         "hidden_size": _shape(tensors, "patch_embed.proj.weight", 0),
         "num_channels": _shape(tensors, "patch_embed.proj.weight", 1),
@@ -259,14 +257,13 @@ def _check_sizes(settings: _ViT, tensors: Mapping[str, Tensor], path: Path) -> N
 
 
 def _compare(path: Path, settings: Mapping[str, int], held: Mapping[str, int | None]) -> None:
-    """Refuse the first setting that contradicts the tensors; None is unknown."""
+    """Refuse the first setting that contradicts the tensors."""
     for key, found in held.items():
         if found is not None and found != settings[key]:
             raise UserError(f"{path}: {key} makes {settings[key]}, but the weights next to it have {found}")
 
 
 def _pixel_statistics(path: Path, channels: int) -> dict[str, str]:
-    """Read mean and deviation, and convert them to pixels in 0-1."""
     settings = _read(path, _Processor)
     mean, std = settings.image_mean or [0.5] * channels, settings.image_std or [0.5] * channels
     if not settings.do_normalize:
@@ -313,7 +310,7 @@ def _check_heads(path: Path, width_key: str, width: int, heads_key: str, heads: 
 
 
 def mlp_ratio(width: int, hidden: int) -> float:
-    """Find the ratio with int(width * ratio) == hidden; a plain quotient may be just below."""
+    """Find the ratio with int(width * ratio) == hidden, despite rounding."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 

@@ -148,7 +148,7 @@ class Translated:
 
 
 def encoder_home(tensors: Iterable[str]) -> str | None:
-    """Find the prefix of an encoder's plain names; None without such an encoder."""
+    """Find the prefix of an encoder's plain names, or None."""
     names = set(tensors)
     return next((home for home in ENCODER_HOMES if f"{home}patch_embed.proj.weight" in names), None)
 
@@ -192,7 +192,7 @@ def to_plain(tensors: Mapping[str, Tensor], grid: tuple[int, int] | None = None)
 
 
 def from_plain(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """Rename tensors as transformers' files on its hub have them; the inverse of `to_plain`.
+    """Rename tensors for transformers, the inverse of `to_plain`.
 
     Versions 4 and 5 load these names. q, k, v are split, bit for bit, into tensors of their own memory. As in
     transformers' own files, names begin with `vit.` where there is more than an encoder.
@@ -221,12 +221,12 @@ def from_plain(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
 
 
 def not_plain(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Describe parts of an encoder that a plain ViT does not have, see `oddities`."""
+    """Describe the `oddities` of an encoder."""
     return [f"{shorten(names)}: {kind}, which a plain ViT does not have" for kind, names in oddities(tensors).items()]
 
 
 def oddities(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Group an encoder's tensors without a place in a plain ViT, by kind.
+    """Group an encoder's tensors without a plain place by kind.
 
     Without them the encoder computes something else. A block that normalises after attention and MLP instead of before,
     under the same names, cannot be seen.
@@ -243,7 +243,6 @@ def oddities(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
 
 
 def _plain_names(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, str]]:
-    """Tell the layout, and map every name to its plain name or itself."""
     for prefix in ("vit.", ""):
         # Other models of transformers have the rest as well.
         vit = any(".layernorm_before." in name for name in tensors)
@@ -255,7 +254,8 @@ def _plain_names(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, str]]:
         if f"{prefix}patch_embed.projection.weight" in tensors and any(name in tensors for name in blocks):
             return "mmpretrain", _mm_names(tensors, prefix)
     home = encoder_home(tensors) or ""
-    return "plain", {name: _unchunked(name, home) for name in tensors}
+    chunked = {name: _CHUNKED.fullmatch(name.removeprefix(home)) for name in tensors if name.startswith(home)}
+    return "plain", {name: f"{home}blocks.{match[1]}" if (match := chunked.get(name)) else name for name in tensors}
 
 
 def _hf_names(tensors: Iterable[str], prefix: str) -> dict[str, str]:
@@ -275,13 +275,8 @@ def _mm_names(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, str]:
     return {name: _rename(name, stacks, _MM_BLOCK, outside) or name for name in tensors}
 
 
-def _unchunked(name: str, home: str) -> str:
-    chunked = _CHUNKED.fullmatch(name.removeprefix(home)) if name.startswith(home) else None
-    return f"{home}blocks.{chunked[1]}" if chunked else name
-
-
 def _rename(name: str, stacks: Mapping[str, str], block: Mapping[str, str], outside: Mapping[str, str]) -> str | None:
-    """Rename by tables of stacks, modules within a block and modules outside, or return None."""
+    """Rename by tables of stacks, of modules in and outside blocks."""
     found = _IN_BLOCK.fullmatch(name)
     if found and found[1] in stacks:
         inside = _look_up(block, found[3])
@@ -290,7 +285,6 @@ def _rename(name: str, stacks: Mapping[str, str], block: Mapping[str, str], outs
 
 
 def _look_up(table: Mapping[str, str], name: str) -> str | None:
-    """Look a tensor up by its whole name, or by its module's."""
     if name in table:
         return table[name]
     module, _, leaf = name.rpartition(".")
@@ -302,7 +296,6 @@ def _inverse(table: Mapping[str, str]) -> dict[str, str]:
 
 
 def _join_qkv(found: Translated) -> Translated:
-    """Join attn.q, attn.k and attn.v at the place of the first."""
     joined = Translated(found.layout, {})
     for name, tensor in found.tensors.items():
         part = _QKV_PART.fullmatch(name)
@@ -319,7 +312,6 @@ def _join_qkv(found: Translated) -> Translated:
 
 
 def _concatenate(found: Translated, three: list[str], origin: str) -> Tensor:
-    """Concatenate query, key and value; `origin` names one of them in the file."""
     parts = dict(zip(("query", "key", "value"), three, strict=True))
     missing = [part for part, name in parts.items() if name not in found.tensors]
     if missing:
@@ -344,7 +336,7 @@ def _split_qkv(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def _fold_layer_scale(found: Translated) -> None:
-    """Fold gamma: x + gamma * (W y + b) is x + (gamma * W) y + gamma * b."""
+    """Fold gamma: gamma * (W y + b) = (gamma * W) y + gamma * b."""
     for name in list(found.tensors):
         scale = _LAYER_SCALE.fullmatch(name)
         if scale is None:
@@ -370,7 +362,7 @@ def _scaled(tensor: Tensor, gamma: Tensor, what: str) -> Tensor:
 
 
 def _name_mask_token(found: Translated, home: str) -> None:
-    """Rename a `mask_token` that is not MAE's, a token (1, 1, D) next to a decoder."""
+    """Rename a `mask_token` that is not of MAE's decoder, (1, 1, D)."""
     token = found.tensors.get(f"{home}mask_token")
     decoder = any(name.startswith(f"{home}decoder_") for name in found.tensors)
     if token is None or (decoder and token.ndim == 3):
@@ -384,7 +376,7 @@ def _name_mask_token(found: Translated, home: str) -> None:
 
 
 def _add_class_row(found: Translated, home: str, grid: tuple[int, int] | None) -> None:
-    """Put zeros for the class token before a table of patches only (timm's `no_embed_class`)."""
+    """Put zeros before a table without class row (timm's `no_embed_class`)."""
     table, name = found.tensors.get(f"{home}pos_embed"), f"{home}pos_embed"
     if table is None or table.ndim != 3:
         return
@@ -399,7 +391,7 @@ def _add_class_row(found: Translated, home: str, grid: tuple[int, int] | None) -
 
 
 def _by_shape(tensors: Mapping[str, Tensor], home: str, name: str) -> str:
-    """Name an oddity that only shapes show: a gated MLP, layers without bias; else ""."""
+    """Name an oddity that only shapes show, or return ""."""
     module, _, leaf = name.rpartition(".")
     if leaf != "weight" or not (module == "patch_embed.proj" or re.match(r"blocks\.\d+\.", module)):
         return ""

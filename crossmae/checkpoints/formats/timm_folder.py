@@ -34,7 +34,7 @@ _KNOWN = {
 
 
 def timm_metadata(folder: Path) -> dict[str, str]:
-    """Read timm's config.json as the metadata of our own weight files; {} without one.
+    """Read timm's config.json as our metadata, {} without the file.
 
     Raises:
         UserError: it does not describe a plain ViT.
@@ -125,12 +125,11 @@ def timm_config(
 
 
 def is_timm_folder(file: Path) -> bool:
-    """Tell if a weight file is in a folder with a config.json of timm's."""
+    """Test if a weight file is in a folder of timm's."""
     return file.name in HUB_FILES and _read(file.parent) is not None
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    """Read config.json; None where it is not timm's."""
     try:
         settings = json.loads((folder / HUB_CONFIG).read_bytes())
     except (OSError, ValueError, RecursionError):

@@ -18,7 +18,7 @@ _SHOWN = 23
 
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Compute SHA-256 over names, types, shapes and values of tensors, and the metadata.
+    """Compute SHA-256 over names, types, shapes, values and metadata.
 
     Args:
         tensors: under the names that they have in the file, in any order.
@@ -43,7 +43,7 @@ def signed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
 
 
 def check_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> dict[str, str]:
-    """Compare with the digest in the metadata, where there is one, and remove it.
+    """Compare with the digest in the metadata, and remove it.
 
     Raises:
         UserError: tensors or metadata differ from what was written.

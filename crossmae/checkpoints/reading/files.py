@@ -79,7 +79,7 @@ def read_tensors(path: Path, *, ema: bool = False, trust: bool = False) -> Conte
 
 
 def find_file(path: Path) -> Path:
-    """Find the weight file of a path: a file, or a folder of a run, checkpoint or hub.
+    """Find the weight file in a run, checkpoint or hub folder.
 
     For sharded weights this is the index.
 
@@ -148,7 +148,6 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_one(path: Path, kind: str, *, ema: bool = False, trust: bool = False) -> Contents:
-    """Read one file, its tensors under their names in the file."""
     if kind == "safetensors":
         tensors, metadata = read_safetensors(path)
         return Contents(tensors, check_digest(tensors, metadata, path))
@@ -162,7 +161,6 @@ def _read_one(path: Path, kind: str, *, ema: bool = False, trust: bool = False) 
 
 
 def _read_shards(path: Path, trust: bool) -> Contents:
-    """Read all shards of an index, each with exactly its tensors of the index."""
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for shard, names in _weight_map(path).items():
@@ -173,8 +171,8 @@ def _read_shards(path: Path, trust: bool) -> Contents:
         held = _read_one(file, kind, trust=trust)
         differing = sorted(names ^ held.tensors.keys())
         if differing:
-            names = shorten([name[:60] for name in differing])
-            raise UserError(f"{file}: does not hold the tensors that {path.name} lists; they differ in {names}")
+            odd = shorten([name[:60] for name in differing])
+            raise UserError(f"{file}: does not hold the tensors that {path.name} lists; they differ in {odd}")
         tensors |= held.tensors
         metadata |= held.metadata
     return Contents(tensors, metadata)
@@ -232,7 +230,6 @@ def _find_in_folder(folder: Path) -> Path:
 
 
 def _what_to_name(folder: Path) -> str:
-    """List weight files in a folder or its subfolders for an error."""
     files = islice(chain(folder.glob("*"), folder.glob("*/*")), _MAX_LISTED)  # it may be a folder of a million images
     weights = sorted(str(file.relative_to(folder)) for file in files if file.suffix in _WEIGHT_SUFFIXES)
     if not weights:
@@ -241,5 +238,5 @@ def _what_to_name(folder: Path) -> str:
 
 
 def shards(path: Path) -> list[Path]:
-    """List the files that an index names; [] for a weight file itself."""
+    """List the files that an index names, if it is one."""
     return [path.parent / name for name in sorted(_weight_map(path))] if file_kind(path) == "index" else []

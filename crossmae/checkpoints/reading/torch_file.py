@@ -76,7 +76,6 @@ def _read_archive(path: Path, archive: zipfile.ZipFile) -> Any:
 
 
 def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """List the entries of the archive by name without their common folder."""
     infos = archive.infolist()
     entries = {info.filename.partition("/")[2]: info for info in infos}
     if "data.pkl" not in entries:
@@ -109,7 +108,6 @@ def _another_archive(path: Path, names: list[str]) -> UserError:
 
 
 def _read_legacy(path: Path, file: mmap.mmap) -> Any:
-    """Read magic number, protocol, system, content and keys, then storages with their sizes."""
     storages: dict[str, Tensor] = {}
     reserved = 0
 

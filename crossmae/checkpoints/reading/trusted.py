@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def read_trusted(path: Path, kind: str) -> Any:
-    """Read a file of kind "pickle" or "torch", and run any code in it.
+    """Read a "pickle" or "torch" file and run any code in it.
 
     Raises:
         UserError: damaged, or refers to what is not installed.

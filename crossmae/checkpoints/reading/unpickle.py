@@ -36,7 +36,7 @@ MAX_NUMBER_KEYS = 30_000  # of one file: numbers can be chosen so that each cost
 
 
 def read_numpy_pickle(path: Path) -> Any:
-    """Read a pickle of numpy arrays as detectron2's model zoo has them, protocol 2 or later.
+    """Read a pickle of numpy arrays as in detectron2's model zoo.
 
     Raises:
         UserError: damaged, or refers to anything else.
@@ -45,7 +45,7 @@ def read_numpy_pickle(path: Path) -> Any:
 
 
 def read_mapped(path: Path, read: Callable[[mmap.mmap], Any]) -> Any:
-    """Apply `read` to the mapped file, so that no read is longer than the file.
+    """Apply `read` to the mapped file: no read exceeds the file.
 
     Raises:
         UserError: `read` failed, or did not reach the end of the file.
@@ -63,7 +63,7 @@ def read_mapped(path: Path, read: Callable[[mmap.mmap], Any]) -> Any:
 
 
 def refusal(path: Path, name: str) -> UserError:
-    """Make the error for a file that refers to a global outside the allow-list."""
+    """Make the error for a global outside the allow-list."""
     name = name if name.isprintable() and len(name) <= 200 else ascii(name[:200])
     if _SPECIAL.match(name):
         return UserError(
@@ -78,7 +78,7 @@ def refusal(path: Path, name: str) -> UserError:
 
 
 def damaged(path: Path, error: Exception) -> UserError:
-    """Make the error for a weight file that cannot be read to its end."""
+    """Make the error for an incompletely readable weight file."""
     what = "" if type(error) is ValueError else f"{type(error).__name__}: "
     return UserError(
         f"{path}: truncated or damaged ({path.stat().st_size:,} bytes): {what}"
@@ -89,7 +89,7 @@ def damaged(path: Path, error: Exception) -> UserError:
 
 @dataclass(frozen=True)
 class Global:
-    """A name in a pickle with its builder; None where it is only referred to."""
+    """A name in a pickle with its builder, None where it is never called."""
 
     name: str
     build: Callable[..., Any] | None
@@ -113,7 +113,7 @@ class Unpickler:
         self._number_keys = 0
 
     def load(self, file: Any) -> Any:
-        """Read the pickle at the position of `file`, and leave the position behind it.
+        """Read the pickle at the position of `file`.
 
         Raises:
             UserError: refers to a global that is not known.
@@ -211,7 +211,7 @@ class Unpickler:
         self._stack.append(self._persistent(self._stack.pop()))
 
     def _spend(self, *values: Any) -> None:
-        """Count what is copied or walked: one object may be named a million times."""
+        """Count copied data: one object may be named a million times."""
         for value in values:
             if isinstance(value, str | bytes | bytearray):
                 self._budget -= len(value)
@@ -263,7 +263,7 @@ _ACTIONS: dict[str, Callable[[Unpickler, Any], None]] = {
 
 
 def expect(value: Any, kind: Any) -> Any:
-    """Return the value, or raise a ValueError if it is not of that kind."""
+    """Return the value, or raise a ValueError for another kind."""
     if not isinstance(value, kind):
         raise ValueError(f"a {type(value).__name__} where a {getattr(kind, '__name__', kind)} belongs")
     return value
@@ -302,7 +302,6 @@ def _bytes(data: bytes = b"") -> bytes:
 
 
 def _latin1_bytes(text: str, encoding: str = "latin1") -> bytes:
-    """Decode bytes of pickle protocols below 3."""
     if encoding != "latin1":
         raise ValueError("bytes in another encoding than latin1")
     return expect(text, str).encode("latin1")
@@ -310,13 +309,13 @@ def _latin1_bytes(text: str, encoding: str = "latin1") -> bytes:
 
 @dataclass
 class _DType:
-    """A data type; its state, the byte order, follows."""
+    """A data type. Its state, the byte order, follows."""
 
     value: np.dtype
 
 
 def _dtype(text: str, align: Any = False, copy: Any = True) -> _DType:
-    """Make the type of a number or fixed-length text: no records, subarrays or objects."""
+    """Make a type of numbers or fixed-length text, nothing else."""
     text = expect(text, str)[: _MAX_DTYPE + 1]
     dtype = np.dtype(text) if len(text) <= _MAX_DTYPE else None
     if dtype is None or not dtype.itemsize or dtype.hasobject or dtype.names or dtype.subdtype:
@@ -329,7 +328,6 @@ def _set_byte_order(dtype: _DType, state: Any) -> None:
 
 
 def _empty_array(*_: Any) -> np.ndarray:
-    """Start an array; its state follows."""
     return np.empty(0, np.int8)
 
 
@@ -345,7 +343,6 @@ def _fill_array(array: np.ndarray, state: tuple[Any, ...]) -> None:
 def _array_from_buffer(
     data: Any, dtype: _DType, shape: tuple[int, ...], order: str, axes: tuple[int, ...] | None = None
 ) -> np.ndarray:
-    """Make an array of pickle protocol 5."""
     shape = _checked_shape(shape, dtype, _raw(data))
     flat: np.ndarray = np.frombuffer(data, dtype.value)
     if order == "K" and axes is not None:
@@ -359,7 +356,7 @@ def _scalar(dtype: _DType, data: Any) -> Any:
 
 
 def _raw(data: Any) -> bytes:
-    """Return an array's bytes, text in Python 2; another array's memory may go away."""
+    """Return an array's bytes, which are text in Python 2."""
     return data.encode("latin1") if isinstance(data, str) else expect(data, bytes | bytearray)
 
 

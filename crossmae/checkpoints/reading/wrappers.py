@@ -37,7 +37,7 @@ _MAX_SETTINGS, _MAX_LISTED, _MAX_TEXT = 1000, 100, 250
 
 
 def state_dict(content: Any, path: Path, *, ema: bool = False) -> tuple[dict[str, Tensor], tuple[str, ...], bool]:
-    """Take the tensors of a pickle out of `WRAPPERS`; arrays become tensors.
+    """Take the tensors of a pickle out of `WRAPPERS`.
 
     Returns:
         Tensors under the names in the file; the other keys; true where these are EMA weights.
@@ -66,7 +66,7 @@ def state_dict(content: Any, path: Path, *, ema: bool = False) -> tuple[dict[str
 def one_model(
     tensors: dict[str, Tensor], path: Path, *, ema: bool = False
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Strip the prefixes of trainers, and take one model of those in `BRANCHES`.
+    """Strip the prefixes of trainers, and select one of `BRANCHES`.
 
     Returns:
         Tensors, and descriptions of the omitted counters and branches.
@@ -74,9 +74,11 @@ def one_model(
     Raises:
         UserError: `ema`, and there is no EMA branch.
     """
-    branch = next((prefix for prefix in (EMA_BRANCHES if ema else BRANCHES) if _any_starts(tensors, prefix)), None)
+    branches = EMA_BRANCHES if ema else BRANCHES
+    branch = next((prefix for prefix in branches if any(name.startswith(prefix) for name in tensors)), None)
     counters = tuple(name for name in COUNTERS if name in tensors)
-    prefix = next((p for p in WRAPPER_PREFIXES if _all_start(tensors, p, counters)), None)
+    rest = [name for name in tensors if name not in counters]
+    prefix = next((p for p in WRAPPER_PREFIXES if rest and all(name.startswith(p) for name in rest)), None)
     if branch:
         kept = {name.removeprefix(branch): value for name, value in tensors.items() if name.startswith(branch)}
         left = Counter(name.partition(".")[0] for name in tensors if not name.startswith(branch))
@@ -114,7 +116,12 @@ def published_settings(content: Any) -> dict[str, str]:
     args = content.get("args") if isinstance(content, Mapping) else None
     if not isinstance(args, argparse.Namespace) or len(vars(args)) > _MAX_SETTINGS:
         return {}
-    settings = {key[:_MAX_TEXT]: _setting(value) for key, value in vars(args).items()}
+    settings = {
+        key[:_MAX_TEXT]: [_scalar(item) for item in value]
+        if isinstance(value, list | tuple) and len(value) <= _MAX_LISTED
+        else _scalar(value)
+        for key, value in vars(args).items()
+    }
     return {PUBLISHED_ARGUMENTS: json.dumps(settings, sort_keys=True)}
 
 
@@ -132,12 +139,10 @@ def _holds_tensors(content: Any) -> bool:
 
 
 def _opened(content: Any) -> Any:
-    """Convert a whole module, which only --trust reads, to its state dict."""
     return content.state_dict() if isinstance(content, nn.Module) else content
 
 
 def _check_values(content: Mapping[Any, Any], path: Path) -> None:
-    """Check for printable names and arrays no larger than the file can hold."""
     for name in content:
         if not isinstance(name, str) or len(name) > _MAX_NAME or not name.isprintable():
             raise UserError(f"{path}: not a state dict: {_short(name)} is not the name of a tensor; damaged?")
@@ -157,23 +162,8 @@ def _check_values(content: Mapping[Any, Any], path: Path) -> None:
         )
 
 
-def _any_starts(names: Iterable[str], prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in names)
-
-
-def _all_start(names: Iterable[str], prefix: str, but: tuple[str, ...]) -> bool:
-    rest = [name for name in names if name not in but]
-    return bool(rest) and all(name.startswith(prefix) for name in rest)
-
-
-def _setting(value: Any) -> Any:
-    """Keep plain values, and replace others, which may be endless, by their type."""
-    if isinstance(value, list | tuple) and len(value) <= _MAX_LISTED:
-        return [_scalar(item) for item in value]
-    return _scalar(value)
-
-
 def _scalar(value: Any) -> Any:
+    """Replace values that may be endless by their type."""
     value = value.item() if isinstance(value, np.generic) else value
     plain = isinstance(value, bool | int | float | None) or (isinstance(value, str) and len(value) <= _MAX_TEXT)
     return value if plain else f"<{type(value).__name__}>"
@@ -191,7 +181,7 @@ def _describe(content: Any) -> str:
 
 
 def _dense(value: Tensor | np.ndarray, name: str, path: Path, seen: set[int]) -> Tensor:
-    """Give a tensor its own memory: safetensors cannot hold views of one storage."""
+    """Copy views, because safetensors cannot hold views of one storage."""
     try:
         if isinstance(value, np.ndarray):
             return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
