@@ -193,7 +193,7 @@ def encoder_arguments(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 def save_weights(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, force: bool = False
 ) -> None:
-    """Write a safetensors file atomically, with a digest, and make its folder if needed.
+    """Write a safetensors file with a digest, atomically, in any folder.
 
     Raises:
         UserError: the file exists and `force` is not set, or the disk refuses.
