@@ -183,13 +183,13 @@ def _pixel_statistics(weights: Weights, channels: int) -> tuple[tuple[float, ...
             return IMAGENET_MEAN, IMAGENET_STD, ["pixels were normalised by ImageNet's mean and deviation"]
     raise UserError(
         f"{weights.path}: the metadata {PIXEL_MEAN!r} and {PIXEL_STD!r} must hold one number for each of the "
-        f"{channels} channels; write them with crossmae.checkpoints.weights.save_weights"
+        f"{channels} channels. Write them with crossmae.checkpoints.weights.save_weights"
     )
 
 
 def _ask(keys: list[str]) -> str:
     examples = {"img_size": "img_size=224", "fuse_blocks": "'fuse_blocks=[0,11]'", "fuse_input": "fuse_input=true"}
-    return f"{' and '.join(keys)}; add --set {' '.join(examples.get(key, f'{key}=16') for key in keys)}"
+    return f"{' and '.join(keys)}. Add --set {' '.join(examples.get(key, f'{key}=16') for key in keys)}"
 
 
 def _listed(arguments: Mapping[str, Any]) -> str:

@@ -163,7 +163,7 @@ def table_grid(rows: int, img_size: int | Grid | None, patch_size: int, wanted: 
         if rows - grid[0] * grid[1] not in (0, 1):
             raise UserError(
                 f"a position table of {rows} rows contradicts img_size {img_size} and patch_size {patch_size}, a grid "
-                f"of {_sides(grid)}: expected {grid[0] * grid[1]} rows, or one more for a class token; give the "
+                f"of {_sides(grid)}: expected {grid[0] * grid[1]} rows, or one more for a class token. Give the "
                 "img_size of pretraining"
             )
         return grid, rows - grid[0] * grid[1]
@@ -175,7 +175,7 @@ def table_grid(rows: int, img_size: int | Grid | None, patch_size: int, wanted: 
         return wanted, rows - wanted[0] * wanted[1]
     raise UserError(
         f"the grid of a position table of {rows} rows is unknown: the patches are no square, with or without a class "
-        "token; give img_size, the height and width of the images that it was trained on"
+        "token. Give img_size, the height and width of the images that it was trained on"
     )
 
 
@@ -213,7 +213,7 @@ def adapt_channels(filters: Tensor, channels: int, how: Channels = "repeat") -> 
         return filters
     if how == "pad":
         if channels < C:
-            raise UserError(f"pad makes more channels of {C}, not {channels}; use repeat or mean")
+            raise UserError(f"pad makes more channels of {C}, not {channels}. Use repeat or mean.")
         return F.pad(filters, (0, 0, 0, 0, 0, channels - C))
     wide = filters.float()
     if how == "mean":
@@ -268,7 +268,7 @@ def _check_wanted(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], w
     if pixels and any(name.startswith("decoder_") for name in tensors):
         raise UserError(
             f"only an encoder can be resampled to another {' and '.join(pixels)}, but the file holds a whole "
-            "pretraining model, whose decoder predicts the pixels of the patches; leave the decoder behind first "
+            "pretraining model, whose decoder predicts the pixels of the patches. Leave the decoder behind first "
             "(--encoder-only)"
         )
 
@@ -317,7 +317,7 @@ def _fit_tables(
 def _fit_window(tensors: Mapping[str, Tensor], window: int) -> dict[str, tuple[Tensor, str]]:
     tables = {name: tensor for name, tensor in tensors.items() if RELATIVE.fullmatch(name)}
     if not tables:
-        raise UserError("no relative positions (blocks.*.attn.rel_pos_h) to resample to another window; leave it out")
+        raise UserError("no relative positions (blocks.*.attn.rel_pos_h) to resample to another window. Leave it out.")
     old = min(window_of(table) for table in tables.values())
     if old == window:
         return {}

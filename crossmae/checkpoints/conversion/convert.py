@@ -214,21 +214,21 @@ def check_request(request: ConversionRequest) -> None:
         if len(os.fsencode(path.name)) > MOST_NAME_BYTES or not path.name:
             raise UserError(f"{path}: not a name for {what}; at most {MOST_NAME_BYTES} bytes, and not only dots")
         if path.resolve() in theirs | {parent for found in theirs for parent in found.parents}:
-            raise UserError(f"{path}: is, or holds, the source, which is never touched; name another file as {what}")
+            raise UserError(f"{path}: is, or holds, the source, which is never touched. Name another file as {what}")
         if path.is_symlink() and not path.exists():
-            raise UserError(f"{path}: a link to nowhere; name another file as {what}")
+            raise UserError(f"{path}: a link to nowhere. Name another file as {what}")
         check_writable(path.parent, str(path))
     if report.resolve() == destination.resolve() or destination.resolve() in report.resolve().parents:
-        raise UserError(f"--report {report}: is, or is in, the destination; name another file")
+        raise UserError(f"--report {report}: is, or is in, the destination. Name another file.")
     check_destination(report, force=request.force)
     if not (request.is_folder and destination.is_dir()):
         check_destination(destination, force=request.force)
         return
     held = sorted(entry.name for entry in destination.iterdir())
     if held and not request.force:
-        raise UserError(f"{destination}: exists already and is left as it is; name another folder, or use --force")
+        raise UserError(f"{destination}: exists already and is left as it is. Name another folder, or use --force.")
     if foreign := [name for name in held if name not in (HUB_CONFIG, MODEL, PREPROCESSOR)]:
-        raise UserError(f"{destination}: holds {shorten(foreign)}, which --force would delete; name another folder")
+        raise UserError(f"{destination}: holds {shorten(foreign)}, which --force would delete. Name another folder.")
 
 
 def _resample(

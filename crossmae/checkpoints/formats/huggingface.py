@@ -143,7 +143,7 @@ def hf_config(
             "hf-vitmae holds a plain MAE, whose decoder is 'self'; of CrossMAE convert the encoder, to hf-vit"
         )
     if layout == "hf-vitmae" and len(set(_pair(arguments.get("img_size", 0)))) > 1:
-        raise UserError(f"img_size {arguments['img_size']}: transformers builds an MAE for squares only; take hf-vit")
+        raise UserError(f"img_size {arguments['img_size']}: transformers builds an MAE for squares only. Take hf-vit.")
     try:
         values = _encoder_config(arguments) | (_decoder_config(arguments) if decoder else {})
     except KeyError as missing:

@@ -30,16 +30,16 @@ _WEB_PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
 _GIT_LFS = b"version https://git-lfs"
 _PICKLE = b"\x80"
 _LEGACY_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the magic number that torch pickled first until version 1.6
-_UNPACK = "unpack it and give the weight file that is in it"
-_PYTORCH = "take the PyTorch or safetensors file of the same model"
+_UNPACK = "Unpack it and give the weight file that is in it"
+_PYTORCH = "Take the PyTorch or safetensors file of the same model"
 # Files that are not read, by their first bytes.
 _OTHERS = (
-    (re.compile(rb"\x1f\x8b|BZh|\xfd7zXZ\0|\x28\xb5\x2f\xfd|7z\xbc\xaf"), f"a compressed file; {_UNPACK}"),
-    (re.compile(rb".{257}ustar", re.DOTALL), f"a tar archive; {_UNPACK}"),
-    (re.compile(rb"\x89HDF\r\n"), f"an HDF5 file, as TensorFlow and Keras write; {_PYTORCH}"),
-    (re.compile(rb"[\x81-\x8f\xde\xdf].{0,4}[\xa1-\xbf\xd9]", re.DOTALL), f"msgpack, as Flax (JAX) writes; {_PYTORCH}"),
-    (re.compile(rb"\x08.\x12.{0,40}", re.DOTALL), f"an ONNX model, whose weights have lost their names; {_PYTORCH}"),
-    (re.compile(rb"GGUF"), f"a GGUF file of quantized weights; {_PYTORCH}"),
+    (re.compile(rb"\x1f\x8b|BZh|\xfd7zXZ\0|\x28\xb5\x2f\xfd|7z\xbc\xaf"), f"a compressed file. {_UNPACK}"),
+    (re.compile(rb".{257}ustar", re.DOTALL), f"a tar archive. {_UNPACK}"),
+    (re.compile(rb"\x89HDF\r\n"), f"an HDF5 file, as TensorFlow and Keras write. {_PYTORCH}"),
+    (re.compile(rb"[\x81-\x8f\xde\xdf].{0,4}[\xa1-\xbf\xd9]", re.DOTALL), f"msgpack, as Flax (JAX) writes. {_PYTORCH}"),
+    (re.compile(rb"\x08.\x12.{0,40}", re.DOTALL), f"an ONNX model, whose weights have lost their names. {_PYTORCH}"),
+    (re.compile(rb"GGUF"), f"a GGUF file of quantized weights. {_PYTORCH}"),
     (re.compile(rb"\x93NUMPY"), "one NumPy array (.npy) without a name; a state dict of named tensors is expected"),
 )
 
@@ -109,11 +109,11 @@ def file_kind(path: Path) -> str:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if not head:
-        raise UserError(f"{path}: the file is empty (0 bytes); copy or download it again")
+        raise UserError(f"{path}: the file is empty (0 bytes). Copy or download it again.")
     if head.lstrip().lower().startswith(_WEB_PAGE):
         raise UserError(f"{path}: a web page, not weights; the download got an error or log-in page, check its address")
     if head.startswith(_GIT_LFS):
-        raise UserError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` where it comes from")
+        raise UserError(f"{path}: a git-lfs pointer, not the file itself. Run `git lfs pull` where it comes from.")
     if head.startswith(ZIP):
         return "torch"
     if head.lstrip().startswith(b"{"):
@@ -191,7 +191,7 @@ def _weight_map(path: Path) -> dict[str, set[str]]:
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
         raise UserError(
-            f"{path}: JSON, but not an index of weights (no weight_map); name the weight file or its folder"
+            f"{path}: JSON, but not an index of weights (no weight_map). Name the weight file or its folder"
         )
     shards: dict[str, set[str]] = {}
     for name, shard in names.items():
@@ -211,7 +211,7 @@ def _find_in_folder(folder: Path) -> Path:
     if (folder / MANIFEST).exists() or _STEP_FOLDER.fullmatch(folder.name):
         reason = defect(folder)
         if reason:
-            raise UserError(f"{folder}: not a complete checkpoint: {reason}; take another step of the run")
+            raise UserError(f"{folder}: not a complete checkpoint: {reason}. Take another step of the run.")
         return folder / MODEL
     found = next((folder / name for name in HUB_FILES if (folder / name).is_file()), None)
     if found:

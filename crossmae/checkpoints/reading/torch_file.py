@@ -68,7 +68,7 @@ def _read_archive(path: Path, archive: zipfile.ZipFile) -> Any:
         return _typed(storages[key], dtype, numel)
 
     if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-        raise UserError(f"{path}: written on a big-endian machine; save it again on a little-endian one")
+        raise UserError(f"{path}: written on a big-endian machine. Save it again on a little-endian one.")
     content = Unpickler(path, TORCH_GLOBALS, storage).load(io.BytesIO(archive.read(entries.pop("data.pkl"))))
     for entry in entries.values():  # unused entries: compare their checksums
         archive.read(entry)
@@ -100,10 +100,10 @@ def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
 
 def _another_archive(path: Path, names: list[str]) -> UserError:
     if names and all(name.endswith(".npy") for name in names):
-        what = "a NumPy .npz archive, as JAX models are published; save its arrays as safetensors under timm's names"
+        what = "a NumPy .npz archive, as JAX models are published. Save its arrays as safetensors under timm's names"
     else:
         held = shorten([name[:60] for name in names])
-        what = f"a zip archive, but not one of torch.save (it holds {held}); unpack it and name the weight file"
+        what = f"a zip archive, but not one of torch.save (it holds {held}). Unpack it and name the weight file"
     return UserError(f"{path}: {what}")
 
 
@@ -127,7 +127,7 @@ def _read_legacy(path: Path, file: mmap.mmap) -> Any:
     if (plain.load(file), plain.load(file)) != (LEGACY_MAGIC, LEGACY_PROTOCOL):
         raise ValueError("another protocol than torch.save's")
     if not plain.load(file)["little_endian"]:
-        raise UserError(f"{path}: written on a big-endian machine; save it again on a little-endian one")
+        raise UserError(f"{path}: written on a big-endian machine. Save it again on a little-endian one.")
     content = Unpickler(path, TORCH_GLOBALS, storage).load(file)
     keys = plain.load(file)
     if not all(isinstance(key, str) for key in expect(keys, list)) or sorted(keys) != sorted(storages):

@@ -67,7 +67,7 @@ def refusal(path: Path, name: str) -> UserError:
     name = name if name.isprintable() and len(name) <= 200 else ascii(name[:200])
     if _SPECIAL.match(name):
         return UserError(
-            f"{path}: holds a tensor that is sparse, quantized or otherwise special ({name}); save it dense, from the "
+            f"{path}: holds a tensor that is sparse, quantized or otherwise special ({name}). Save it dense, from the "
             "program that wrote it. Nothing in the file was run"
         )
     return UserError(

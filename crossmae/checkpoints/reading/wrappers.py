@@ -91,7 +91,7 @@ def one_model(
     if ema:
         raise UserError(
             f"{path}: EMA weights are asked for, and there are none: no dict {', '.join(EMA_WRAPPERS)}, and no names "
-            f"that start with {' or '.join(EMA_BRANCHES)}; take the plain weights"
+            f"that start with {' or '.join(EMA_BRANCHES)}. Take the plain weights"
         )
     return tensors, ()
 
@@ -107,7 +107,7 @@ def pickled_metadata(content: Any, path: Path) -> dict[str, str]:
     ours = content.get(PICKLED_METADATA, {})
     strings = isinstance(ours, Mapping) and all(isinstance(text, str) for text in (*ours, *ours.values()))
     if not strings or (not ours and any(DIGEST in value for value in content.values() if isinstance(value, Mapping))):
-        raise UserError(f"{path}: its {PICKLED_METADATA} is damaged; copy or download it again")
+        raise UserError(f"{path}: its {PICKLED_METADATA} is damaged. Copy or download it again.")
     return dict(ours)
 
 
@@ -158,7 +158,7 @@ def _check_values(content: Mapping[Any, Any], path: Path) -> None:
     if size > allowance(path):
         raise UserError(
             f"{path}: its tensors would take {size:,} bytes, the file has {path.stat().st_size:,}: they are views "
-            "that repeat few values; save contiguous copies of them"
+            "that repeat few values. Save contiguous copies of them"
         )
 
 

@@ -180,9 +180,9 @@ def test_grid_of_a_table(rows: int, img_size: Any, grid: tuple[int, int], class_
 @pytest.mark.parametrize(
     ("rows", "img_size", "wanted", "message"),
     (
-        (13, None, None, "give img_size, the height and width"),
-        (13, None, (4, 4), "give img_size, the height and width"),
-        (0, None, None, "give img_size"),
+        (13, None, None, "Give img_size, the height and width"),
+        (13, None, (4, 4), "Give img_size, the height and width"),
+        (0, None, None, "Give img_size"),
         (17, 40, (4, 4), "17 rows contradicts img_size 40 and patch_size 8, a grid of 5 x 5: expected 25 rows"),
         (17, 33, None, "33 is not a multiple of patch_size 8"),
     ),
@@ -318,15 +318,6 @@ def test_an_encoder_for_other_sizes(wanted: dict[str, Any], img_size: Any, grid:
     assert torch.equal(fitted.tensors["pos_embed"], resample_positions(tensors["pos_embed"], (4, 4), grid))
     shapes = CrossMAE(**SIZES | DECODER | fitted.arguments).state_dict()
     assert all(tensor.shape == shapes[name].shape for name, tensor in fitted.tensors.items())
-
-
-def test_vit_h_for_vitdet() -> None:
-    """Patches of 14 become 16 and 224 pixels 256; the table of 257 rows stays."""
-    tensors = {"pos_embed": noise(1, 257, 4), "patch_embed.proj.weight": noise(4, 3, 14, 14)}
-    fitted = fit(tensors, encoder_arguments(tensors), {"patch_size": 16})
-    assert (fitted.arguments["img_size"], fitted.arguments["patch_size"]) == (256, 16)
-    assert fitted.notes == {"patch_embed.proj.weight": "resampled 14 x 14 to 16 x 16 pixels"}
-    assert fitted.tensors["pos_embed"] is tensors["pos_embed"]
 
 
 def test_notes_name_every_step() -> None:

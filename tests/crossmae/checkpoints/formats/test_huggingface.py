@@ -302,7 +302,7 @@ def test_a_preprocessor_that_is_wrong(tmp_path: Path, settings: Any, message: st
         ("hf-vit", {"img_size": 32}, "patch_size of the model is not known, which config.json needs"),
         ("hf-vitmae", ENCODER | DECODER | {"decoder": "cross"}, "holds a plain MAE"),
         ("hf-vitmae", ENCODER | {"decoder_embed_dim": 16}, "holds a plain MAE"),
-        ("hf-vitmae", ENCODER | {"img_size": [16, 32]}, "squares only; take hf-vit"),
+        ("hf-vitmae", ENCODER | {"img_size": [16, 32]}, "squares only. Take hf-vit"),
     ],
 )
 def test_no_config_of_a_model_that_transformers_lacks(layout: str, arguments: Any, message: str) -> None:

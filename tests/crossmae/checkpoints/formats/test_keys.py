@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from timm.layers import SwiGLUPacked
-from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
 
@@ -383,13 +382,6 @@ def test_meta_tensors() -> None:
 def test_not_plain_of_timm(arguments: dict[str, Any], sentence: str) -> None:
     found = not_plain(to_plain(state(timm_vit(**arguments))).tensors)
     assert any(re.match(sentence, line) for line in found), found
-
-
-def test_not_plain_of_eva() -> None:
-    model = Eva(**SIZES, swiglu_mlp=True, qkv_fused=False, use_rot_pos_emb=True, num_classes=0)
-    kinds = " ".join(not_plain(to_plain(state(model)).tensors))
-    assert "a gated MLP" in kinds
-    assert "more in a block" in kinds  # q_proj, k_proj, v_proj
 
 
 @pytest.mark.parametrize(
