@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from crossmae.checkpoints.conversion.convert import Conversion, Sizes, convert
 from crossmae.checkpoints.conversion.inspection import CONTENTS
@@ -20,12 +21,11 @@ from crossmae.checkpoints.conversion.proof import TOLERANCE
 from crossmae.checkpoints.conversion.targets import TARGETS
 from crossmae.checkpoints.pretrained import parse_settings
 from crossmae.checkpoints.provenance import LICENCE
-from crossmae.checkpoints.resample import Channels
 from crossmae.errors import UserError, run_cli
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser."""
     formats = "\n".join(f"  {name:11} {target.what}" for name, target in TARGETS.items())
     parser = argparse.ArgumentParser(
         description="Convert a weight file into the layout of another program, and prove that it computes the same.",
@@ -45,21 +45,10 @@ def build_parser() -> argparse.ArgumentParser:
     size.add_argument("--window", type=int, metavar="N", help="side of the windows of relative positions, in patches")
     parser.add_argument("--encoder-only", action="store_true", help="leave decoder and heads behind")
     parser.add_argument("--ema", action="store_true", help="take the moving average in the file, not the weights")
+    several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
+    parser.add_argument("--drop", metavar="REGEX", help="leave tensors without a place behind", **several)
     parser.add_argument(
-        "--drop",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="REGEX",
-        help="leave tensors without a place behind",
-    )
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="arguments of the source's model that no shape tells",
+        "--set", metavar="KEY=VALUE", help="arguments of the source's model that no shape tells", **several
     )
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="of the proof, over the largest value")
     parser.add_argument("--report", type=Path, metavar="R.json", help="default: DST.conversion.json")
@@ -71,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def describe(done: Conversion) -> str:
-    """What was done, for people."""
+    """Describe a conversion for people."""
     layout, _, content = done.metadata["source_format"].rpartition(": ")
     lines = [
         f"source       {done.source} ({done.source.stat().st_size / 1e6:,.1f} MB)",
@@ -92,25 +81,12 @@ def describe(done: Conversion) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, convert, say what was done."""
+    """Run the command line."""
     args = build_parser().parse_args(argv)
-    channels: Channels | None = args.channels
-    sizes = Sizes(_image_size(args.img_size), args.patch_size, args.in_chans, channels, args.window)
-    done = convert(
-        args.source,
-        args.destination,
-        args.to,
-        sizes=sizes,
-        given=parse_settings(args.set),
-        encoder_only=args.encoder_only,
-        drop=tuple(args.drop),
-        tolerance=args.tolerance,
-        report=args.report,
-        ema=args.ema,
-        trust=args.trust,
-        force=args.force,
-    )
-    print(describe(done))
+    sizes = Sizes(_image_size(args.img_size), args.patch_size, args.in_chans, args.channels, args.window)
+    options = {key: getattr(args, key) for key in ("encoder_only", "tolerance", "report", "ema", "trust", "force")}
+    options |= {"sizes": sizes, "given": parse_settings(args.set), "drop": tuple(args.drop)}
+    print(describe(convert(args.source, args.destination, args.to, **options)))
 
 
 def _image_size(numbers: list[int] | None) -> int | tuple[int, int] | None:

@@ -1,8 +1,8 @@
-"""Say what a weight file is, and what it can be converted to.
+"""Inspect a weight file: its content and its possible conversions.
 
     python tools/inspect_checkpoint.py outputs/run
     python tools/inspect_checkpoint.py weights.pth --json weights.json
-    python tools/inspect_checkpoint.py huge.safetensors --no-values     # its header alone
+    python tools/inspect_checkpoint.py huge.safetensors --no-values     # its header only
 
 Nothing in the file is run, and it is never changed.
 """
@@ -18,8 +18,8 @@ from crossmae.files import check_destination, write_json
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Say what a weight file is, and what it can be converted to.")
+    """Build the parser."""
+    parser = argparse.ArgumentParser(description="Inspect a weight file: its content and its possible conversions.")
     parser.add_argument("file", metavar="FILE", type=Path, help="weight file, or a folder that holds weights")
     parser.add_argument("--no-values", action="store_true", help="do not look for NaN and infinity: quicker")
     parser.add_argument("--json", type=Path, metavar="OUT.json", help="write the same there, for programs")
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, inspect, print."""
+    """Run the command line."""
     args = build_parser().parse_args(argv)
     if args.json:
         check_destination(args.json, force=args.force)

@@ -1,7 +1,6 @@
-"""The one way in which weights get into a model: strictly, with every tensor of file and model accounted for.
+"""The one way in which weights enter a model: strictly, with every tensor of file and model accounted for.
 
-What may be missing or left over is named at the call site; there is no lenient mode. Silent partial loading is the
-costliest failure of transfer learning.
+The call names what may be missing or left over; there is no lenient mode.
 """
 
 from __future__ import annotations
@@ -16,15 +15,14 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from crossmae.checkpoints.formats.keys import CLASS_ROW_ADDED
+from crossmae.checkpoints.formats.keys import CLASS_ROW_ADDED, encoder_home
 from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, NORM_EPS, NORM_EPS_OF_PLAIN, recorded_arguments
 from crossmae.checkpoints.provenance import licence_notice
-from crossmae.checkpoints.report import Entry, LoadReport
+from crossmae.checkpoints.report import LoadReport, TensorEntry
 from crossmae.checkpoints.resample import fit
 from crossmae.checkpoints.weights import (
     Weights,
     encoder_arguments,
-    encoder_home,
     encoder_tensors,
     plain_size,
     plain_tensors,
@@ -36,9 +34,9 @@ log = logging.getLogger(__name__)
 
 Part = Literal["all", "encoder"]
 
-# What beside an encoder a file may hold, and why it stays behind where the encoder alone is wanted.
-LEFT_OUT = {
-    r"mask_token$|encoder_mask_token$|decoder[._]|wfm\.|dec_norms\.|neck\.": "of pretraining alone",
+# Other tensors than an encoder's, and why they stay behind where only the encoder is wanted.
+_LEFT_OUT = {
+    r"mask_token$|encoder_mask_token$|decoder[._]|wfm\.|dec_norms\.|neck\.": "of pretraining only",
     r"fc_norm\.|head\.|classifier\.": "another task's head",
     r"norm\.": "the final norm has no place in this model",
     r"pooler\.": "the pooler of transformers is no part of the encoder",
@@ -60,23 +58,20 @@ def load(
     """Load a file into a model, or nothing of it.
 
     Args:
-        model: with plain names (those of timm and of the published files), or those of the file.
-        source: read already, or where to read.
-        part: "all": every tensor of the file has its place in the model. "encoder": the file's encoder alone, whatever
-            it is under; final norm, decoder and heads are reported as dropped.
+        model: with plain names, or the names of the file.
+        source: weights or their path.
+        part: "all": every tensor of the file has its place in the model. "encoder": only the file's encoder, under any
+            prefix; final norm, decoder and heads are reported as dropped.
         also: prefixes of plain names that part="encoder" includes, such as "norm.".
         new: regular expressions, matched from the start of a key, for tensors of the model that the file may lack.
         dropped: the same for tensors of the file that the model may lack.
         resample: bring position table, patch filters and input channels to the model's sizes, see `fitted`.
 
-    Returns:
-        What became of every tensor.
-
     Raises:
         UserError: a tensor is missing, left over or does not fit; the message holds the table. Nothing was loaded.
     """
     weights = source if isinstance(source, Weights) else read_weights(source)
-    left: list[Entry] = []
+    left: list[TensorEntry] = []
     if part == "encoder":
         weights, left = _encoder(weights, also)
     if resample:
@@ -88,9 +83,9 @@ def load(
 
 
 def fitted(weights: Weights, model: nn.Module) -> Weights:
-    """The same weights with position tables, patch filters and channels as a model has them; see `resample.fit`.
+    """Resample weights to a model's sizes, see `resample.fit`.
 
-    A table that the model does not train (pretraining) is made anew where it is the sine-cosine one.
+    A sine-cosine table that the model does not train (pretraining) is computed again.
 
     Args:
         model: with `patch_embed.proj` and, for positions to be resampled, `grid` or `patch_embed.grid_size`.
@@ -121,7 +116,7 @@ def fitted(weights: Weights, model: nn.Module) -> Weights:
 def resampled(
     weights: Weights, tensors: Mapping[str, Tensor], notes: Mapping[str, str], arguments: Mapping[str, Any]
 ) -> Weights:
-    """Weights with some tensors replaced; the record of the architecture follows, and the notes say what was done."""
+    """Replace tensors of weights, with their recorded sizes and notes."""
     sizes = {key: arguments[key] for key in ("img_size", "patch_size", "in_chans") if key in arguments}
     record = json.dumps(recorded_arguments(weights.metadata) | sizes)
     joined = {name: "; ".join(filter(None, (weights.notes.get(name), note))) for name, note in notes.items()}
@@ -135,35 +130,28 @@ def resampled(
 
 
 def left_out(name: str) -> str | None:
-    """Why a plain name is not part of an encoder, or None where it is, or is not known."""
-    return next((reason for pattern, reason in LEFT_OUT.items() if re.match(pattern, name)), None)
+    """Return why a plain name is no part of an encoder."""
+    return next((reason for pattern, reason in _LEFT_OUT.items() if re.match(pattern, name)), None)
 
 
-def _encoder(weights: Weights, also: tuple[str, ...]) -> tuple[Weights, list[Entry]]:
-    """The encoder under its plain names, and what stays behind."""
-    encoder_tensors(weights)  # raises where there is none
+def _encoder(weights: Weights, also: tuple[str, ...]) -> tuple[Weights, list[TensorEntry]]:
+    encoder_tensors(weights)  # raises without an encoder
     home = encoder_home(weights.tensors) or ""
     kept: dict[str, Tensor] = {}
-    left: list[Entry] = []
+    left: list[TensorEntry] = []
     for name, tensor in weights.tensors.items():
         plain = name.removeprefix(home)
         reason = OUTSIDE if not name.startswith(home) else left_out(plain)
         if reason and plain.startswith(also) and name.startswith(home):
             reason = None
         if reason:
-            left.append(Entry(name, "dropped", reason, file_shape=tuple(tensor.shape)))
+            left.append(TensorEntry(name, "dropped", reason, file_shape=tuple(tensor.shape)))
         else:
             kept[plain] = tensor
     return replace(weights, tensors=kept), left
 
 
-def _compare(
-    model: nn.Module,
-    weights: Weights,
-    new: tuple[str, ...],
-    dropped: tuple[str, ...],
-) -> LoadReport:
-    """Account for every tensor of the file and of the model."""
+def _compare(model: nn.Module, weights: Weights, new: tuple[str, ...], dropped: tuple[str, ...]) -> LoadReport:
     report = LoadReport(str(weights.path), type(model).__name__, licence=licence_notice(weights))
     home = encoder_home(weights.tensors) or ""
     target = model.state_dict()
@@ -178,20 +166,22 @@ def _compare(
         if name not in target:
             accepted = _matches(name, dropped)
             reason = "not wanted by the model" if accepted else "unexpected, the model has no such tensor"
-            report.entries.append(Entry(name, "dropped", reason, file_shape=tuple(tensor.shape), accepted=accepted))
+            report.entries.append(
+                TensorEntry(name, "dropped", reason, file_shape=tuple(tensor.shape), accepted=accepted)
+            )
     return report
 
 
-def _compare_one(name: str, found: Tensor | None, wanted: Tensor, new: tuple[str, ...]) -> Entry:
+def _compare_one(name: str, found: Tensor | None, wanted: Tensor, new: tuple[str, ...]) -> TensorEntry:
     shape = tuple(wanted.shape)
     if found is None:
         accepted = _matches(name, new)
         reason = "keeps its initial value" if accepted else "missing from the file"
-        return Entry(name, "new", reason, model_shape=shape, accepted=accepted)
+        return TensorEntry(name, "new", reason, model_shape=shape, accepted=accepted)
     if found.shape != wanted.shape:
-        return Entry(name, "mismatched", "", tuple(found.shape), shape, accepted=False)
+        return TensorEntry(name, "mismatched", "", tuple(found.shape), shape, accepted=False)
     reason = "" if found.dtype == wanted.dtype else f"{_dtype(found)} to {_dtype(wanted)}"
-    return Entry(name, "used", reason, shape, shape)
+    return TensorEntry(name, "used", reason, shape, shape)
 
 
 def _dtype(tensor: Tensor) -> str:
@@ -203,7 +193,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _fill(model: nn.Module, weights: Weights, report: LoadReport) -> None:
-    """Copy what the report calls used or resampled, or raise before anything is copied."""
+    """Copy the used and resampled tensors, or raise before anything is copied."""
     problem = _different_architecture(model, weights)
     if not problem and not report.ok:
         problem = "see the tensors marked !" if report.loaded else "no tensor is in both"
@@ -215,7 +205,7 @@ def _fill(model: nn.Module, weights: Weights, report: LoadReport) -> None:
 
 
 def _warn(model: nn.Module, weights: Weights, report: LoadReport) -> None:
-    """Say what no error is, and yet may not be meant."""
+    """Warn about suspicious but legal loads."""
     for name in report.loaded:
         if CLASS_ROW_ADDED in weights.notes.get(name, ""):
             rows = weights.tensors[name].shape[1] - 1
@@ -228,7 +218,7 @@ def _warn(model: nn.Module, weights: Weights, report: LoadReport) -> None:
 
 
 def _different_architecture(model: nn.Module, weights: Weights) -> str:
-    """How the encoders of file and model differ in constructor arguments, or ""."""
+    """Describe differing constructor arguments of both encoders."""
     target = model.state_dict()
     if encoder_home(weights.tensors) is None or "patch_embed.proj.weight" not in target:
         return ""
@@ -250,6 +240,5 @@ def _different_architecture(model: nn.Module, weights: Weights) -> str:
 
 
 def _grid(model: nn.Module) -> tuple[int, int] | None:
-    """Rows and columns that a model's position table is for: our encoders' or timm's."""
     grid = getattr(model, "grid", None) or getattr(getattr(model, "patch_embed", None), "grid_size", None)
     return grid if isinstance(grid, tuple) else None

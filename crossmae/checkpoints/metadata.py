@@ -1,4 +1,4 @@
-"""The metadata of weight files: what their keys are called, and the record of the architecture in them."""
+"""The metadata of weight files: its keys, and the recorded architecture."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from crossmae.errors import UserError
 FORMAT = "format"  # "crossmae": a pretraining model of this toolkit; "detectron2": a converted encoder
 MODEL_ARGUMENTS = "model"  # JSON: CrossMAE(**arguments)
 PIXEL_MEAN, PIXEL_STD = "pixel_mean", "pixel_std"  # JSON lists, RGB, for pixels scaled to 0 .. 1
-NORM_EPS = "norm_eps"  # epsilon of the layer norms, where it is not
-NORM_EPS_OF_PLAIN = 1e-6  # that of timm, the published files, detectron2's ViTDet and this toolkit
+NORM_EPS = "norm_eps"  # epsilon of the layer norms, where it is not the next line's
+NORM_EPS_OF_PLAIN = 1e-6  # of timm, the published files, detectron2's ViTDet and this toolkit
 CLASSES = "classes"  # JSON list of names, in the order of the head's outputs
 VERSION, STEP = "version", "step"
-UNKNOWN = "unknown"  # what a converted file says where its source did not record a value
-# Where our .pth and .pkl files keep the same metadata, beside the tensors.
+UNKNOWN = "unknown"  # in a converted file whose source did not record a value
+# Key of the same metadata in our .pth and .pkl files, next to the tensors.
 PICKLED_METADATA = "crossmae_metadata"
 # JSON of the settings that a published file holds in a namespace.
 PUBLISHED_ARGUMENTS = "published_args"
 
 
 def recorded_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The constructor arguments of `CrossMAE` that a file of ours records; {} where it records none.
+    """Read the recorded constructor arguments of `CrossMAE`, if any.
 
     Raises:
         UserError: the record is not a JSON object.

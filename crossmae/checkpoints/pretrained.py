@@ -29,12 +29,12 @@ BIT_DEPTH = "bit_depth"  # key of the metadata: 8, or 16 where images were read 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model in evaluation mode and how the pixels that it was trained on were made.
+    """A model in evaluation mode and the normalisation of its pixels.
 
     Attributes:
         mean, std: per channel, of pixels in 0-1.
         bit_depth: 8 or 16, see `crossmae.data.images`.
-        assumed: sentences; what neither file nor shapes tell, and was taken for granted.
+        assumed: sentences about assumptions that neither file nor shapes confirm.
     """
 
     path: Path
@@ -49,18 +49,18 @@ def load_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) ->
     """Build the model of a file and load every tensor of it.
 
     Args:
-        path: see `crossmae.checkpoints.weights.read_weights`.
+        path: see `read_weights`.
         given: arguments of `CrossMAE` that replace what the file records or its shapes show.
 
     Raises:
-        UserError: the file has no decoder, an argument is unknown, can not be deduced or does not fit the tensors, or
+        UserError: the file has no decoder, an argument is unknown, cannot be deduced or does not fit the tensors, or
             the statistics of the pixels are not known.
     """
     weights = read_weights(path)
     if weights.format not in ("crossmae", "mae"):
         raise UserError(
-            f"{weights.path}: holds no decoder (format: {weights.format}), so there is nothing to reconstruct with; "
-            "name the folder of a pretraining run, or a published file of a whole pretraining model"
+            f"{weights.path}: holds no decoder (format: {weights.format}), so there is nothing to reconstruct with. "
+            "Name the folder of a pretraining run, or a published file of a whole pretraining model"
         )
     arguments, assumed = arguments_of(weights, given or {})
     try:
@@ -75,17 +75,17 @@ def load_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) ->
 
 
 def arguments_of(weights: Weights, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Arguments of `CrossMAE` for a whole pretraining model, and sentences that say what was assumed.
+    """Find the arguments of a whole pretraining model, and list assumptions.
 
     Args:
         weights: of the format "crossmae" or "mae".
         given: arguments that replace what the file records or its shapes show.
 
     Raises:
-        UserError: an unknown argument, or one that can not be deduced.
+        UserError: an unknown argument, or one that cannot be deduced.
     """
     given = dict(given)
-    unknown = sorted(given.keys() - set(MODEL_DEFAULTS))
+    unknown = sorted(given.keys() - MODEL_DEFAULTS.keys())
     if unknown:
         raise UserError(f"{', '.join(unknown)}: no argument of the model; known: {', '.join(MODEL_DEFAULTS)}")
     assumed: list[str] = []
@@ -98,7 +98,7 @@ def arguments_of(weights: Weights, given: Mapping[str, Any]) -> tuple[dict[str, 
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE pairs with YAML values.
+    """Parse KEY=VALUE pairs with YAML values.
 
     Raises:
         UserError: no `=`, or a value that is not YAML.
@@ -116,7 +116,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def _deduce(weights: Weights, given: dict[str, Any], assumed: list[str]) -> dict[str, Any]:
-    """What shapes (method specification, section 1.3) and the settings in a published file tell."""
+    """Deduce arguments from shapes and published settings (specification, section 1.3)."""
     tensors = weights.tensors
     published = json.loads(weights.metadata.get(PUBLISHED_ARGUMENTS, "{}"))
     arguments = encoder_arguments(encoder_tensors(weights))
@@ -151,7 +151,7 @@ def _decoder(weights: Weights) -> str:
 def _fusion(
     weights: Weights, depth: int, published: Mapping[str, Any], given: Mapping[str, Any], assumed: list[str]
 ) -> dict[str, Any]:
-    """Which maps the columns of the fusion weights stand for (method specification, sections 1.3 and 1.6)."""
+    """Deduce the fused maps from the fusion weights."""
     columns = weights.tensors["wfm.linear.weight"].shape[1]
     if "fuse_blocks" in given:
         blocks = given["fuse_blocks"]
@@ -172,7 +172,6 @@ def _fusion(
 
 
 def _pixel_statistics(weights: Weights, channels: int) -> tuple[tuple[float, ...], tuple[float, ...], list[str]]:
-    """Mean and deviation that the file records; else ImageNet's for three channels."""
     try:
         mean, std = (json.loads(weights.metadata[key]) for key in (PIXEL_MEAN, PIXEL_STD))
         if len(mean) == len(std) == channels:
@@ -182,13 +181,13 @@ def _pixel_statistics(weights: Weights, channels: int) -> tuple[tuple[float, ...
             return IMAGENET_MEAN, IMAGENET_STD, ["pixels were normalised by ImageNet's mean and deviation"]
     raise UserError(
         f"{weights.path}: the metadata {PIXEL_MEAN!r} and {PIXEL_STD!r} must hold one number for each of the "
-        f"{channels} channels; write them with crossmae.checkpoints.weights.save_weights"
+        f"{channels} channels. Write them with crossmae.checkpoints.weights.save_weights"
     )
 
 
 def _ask(keys: list[str]) -> str:
     examples = {"img_size": "img_size=224", "fuse_blocks": "'fuse_blocks=[0,11]'", "fuse_input": "fuse_input=true"}
-    return f"{' and '.join(keys)}; add --set {' '.join(examples.get(key, f'{key}=16') for key in keys)}"
+    return f"{' and '.join(keys)}. Add --set {' '.join(examples.get(key, f'{key}=16') for key in keys)}"
 
 
 def _listed(arguments: Mapping[str, Any]) -> str:

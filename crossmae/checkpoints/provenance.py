@@ -1,4 +1,4 @@
-"""Where converted weights come from, and under which licence they stay."""
+"""Provenance and licence of converted weights."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _CARD_LICENCE = re.compile(r"^license(?:_name)?:\s*['\"]?([\w.+-]+)", re.MULTILI
 
 
 def licence_notice(weights: Weights) -> str | None:
-    """What to know about the licence of these weights, or None where they are a model's of one's own training.
+    """Return a note on the licence, None for one's own training.
 
     The transformers copies of MAE's weights are tagged otherwise than MAE's own repository, so a tag is quoted, not
-    believed (method specification, section 5).
+    trusted (method specification, section 5).
     """
     if LICENCE in weights.metadata:
         return weights.metadata[LICENCE]
-    if VERSION in weights.metadata or weights.format == "detector":  # detectors of our own runs say nothing, either
+    if VERSION in weights.metadata or weights.format == "detector":  # detectors of our own runs have no note either
         return None
     tag = _licence_of_card(weights.path.parent)
     masked = weights.format in ("crossmae", "mae", "linear_probe") or PUBLISHED_ARGUMENTS in weights.metadata
@@ -49,16 +49,17 @@ def licence_notice(weights: Weights) -> str | None:
 
 
 def provenance(weights: Weights) -> dict[str, str]:
-    """Metadata for a converted file: what the source says of itself, and where the weights come from.
+    """Build the metadata of a converted file.
 
-    Nothing is assumed: the pixel statistics are "unknown" where the source does not record them. Of a file
-    that was converted before, the first source stays on record as `origin_*`.
+    Pixel statistics are "unknown" where the source does not record them. The first source of a file that was converted
+    before stays on record as `origin_*`.
     """
     earlier = {key: value for key, value in weights.metadata.items() if key.startswith("source_")}
     origin = {f"origin_{key.removeprefix('source_')}": value for key, value in earlier.items()}
+    sums = [sha256(file) for file in (weights.path, *shards(weights.path))]  # of an index and its shards, or one file
     source = {
         "source_file": weights.path.name,
-        "source_sha256": hash_of(weights.path),
+        "source_sha256": sums[0] if len(sums) == 1 else hashlib.sha256("\n".join(sums).encode()).hexdigest(),
         "source_format": weights.format if weights.layout == "plain" else f"{weights.layout}: {weights.format}",
     }
     metadata = {PIXEL_MEAN: UNKNOWN, PIXEL_STD: UNKNOWN} | origin | weights.metadata | source
@@ -68,25 +69,17 @@ def provenance(weights: Weights) -> dict[str, str]:
 
 
 def inherited(licence: str | None) -> dict[str, str]:
-    """Metadata of weights that were trained from others: adapted material (method specification, section 5)."""
+    """Build the licence metadata of weights that were trained from others."""
     return {LICENCE: licence} if licence else {}
 
 
 def recorded_licence(path: Path) -> str | None:
-    """That in the header of a safetensors file of ours."""
+    """Read the licence note of a safetensors file of ours."""
     with safe_open(path, "pt") as file:
         return (file.metadata() or {}).get(LICENCE)
 
 
-def hash_of(path: Path) -> str:
-    """SHA-256 of a weight file; of shards, of the list of theirs after that of the index."""
-    files = [path, *shards(path)]
-    sums = [sha256(file) for file in files]
-    return sums[0] if len(sums) == 1 else hashlib.sha256("\n".join(sums).encode()).hexdigest()
-
-
 def _licence_of_card(folder: Path) -> str | None:
-    """The licence in the head of a model card beside the weights, as hubs have it."""
     try:
         text = (folder / _MODEL_CARD).read_text(encoding="utf-8", errors="replace")[:4096]
     except OSError:
@@ -97,7 +90,6 @@ def _licence_of_card(folder: Path) -> str | None:
 
 
 def _is_vitmae(folder: Path) -> bool:
-    """Whether a config.json says so; the names of an encoder alone are those of any ViT of transformers."""
     try:
         return '"vit_mae"' in (folder / HUB_CONFIG).read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""What became of every tensor when a file met a model, as a table a person can read."""
+"""The fate of every tensor of a file and a model, as a table for people."""
 
 from __future__ import annotations
 
@@ -7,23 +7,20 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Literal
 
+from crossmae.checkpoints.formats.keys import ENCODER_HOMES
 from crossmae.errors import shorten
 
 Status = Literal["used", "resampled", "new", "dropped", "mismatched"]
 Shape = tuple[int, ...]
-ORDER: tuple[Status, ...] = ("mismatched", "new", "dropped", "resampled", "used")
-
-
-# Prefixes under which files hold an encoder: none, ours and detectron2's ViTDet, other frameworks'.
-ENCODER_HOMES = ("backbone.net.", "backbone.", "encoder.", "")
+_ORDER: tuple[Status, ...] = ("mismatched", "new", "dropped", "resampled", "used")
 _INDEXED = re.compile(r"([^.]+)\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor. `accepted` is false where the status makes loading fail.
 
-    A conversion also says its plain name, and its names in the file that was read and in the one that was written.
+    A conversion adds its plain name, and its names in the files that were read and written.
     """
 
     name: str
@@ -39,33 +36,33 @@ class Entry:
 
 @dataclass
 class LoadReport:
-    """Every tensor of the file and of the model, once.
+    """Account of every tensor of the file and of the model.
 
     | status       | meaning                                                        |
     | ------------ | -------------------------------------------------------------- |
     | `used`       | from the file into the model                                   |
     | `resampled`  | the same, brought to the model's size                          |
-    | `new`        | in the model only: keeps the value it was initialised with     |
+    | `new`        | in the model only: keeps its initial value                     |
     | `dropped`    | in the file only                                               |
     | `mismatched` | in both, with different shapes; never accepted                 |
     """
 
     source: str
     target: str
-    entries: list[Entry] = field(default_factory=list)
-    licence: str | None = None  # what to know about that of the weights, see `provenance.licence_notice`
+    entries: list[TensorEntry] = field(default_factory=list)
+    licence: str | None = None  # see `provenance.licence_notice`
 
     @property
     def ok(self) -> bool:
-        """Something is used, and nothing is unaccounted for."""
+        """True where something is used and every entry is accepted."""
         return bool(self.loaded) and all(entry.accepted for entry in self.entries)
 
     def count(self, status: Status) -> int:
-        """Tensors of a status."""
+        """Count the tensors of a status."""
         return sum(entry.status == status for entry in self.entries)
 
     def names(self, status: Status) -> list[str]:
-        """Names of the tensors of a status, in the order of file and model."""
+        """List the names of the tensors of a status."""
         return [entry.name for entry in self.entries if entry.status == status]
 
     @property
@@ -74,16 +71,15 @@ class LoadReport:
         return self.names("used") + self.names("resampled")
 
     def summary(self) -> str:
-        """One line: how many tensors of each status."""
-        counts = {status: self.count(status) for status in reversed(ORDER)}
+        """Count the tensors of each status in one line."""
+        counts = {status: self.count(status) for status in reversed(_ORDER)}
         return ", ".join(f"{number} {status}" for status, number in counts.items() if number or status == "used")
 
     def table(self) -> str:
-        """Text table by module, what is wrong first; `!` marks what makes loading fail."""
+        """Format a table by module, errors first and marked by `!`."""
         rows = [("", "status", "module", "tensors", "detail")]
-        for status in ORDER:
-            rows += [row for row in self._rows(status) if row[0]]
-            rows += [row for row in self._rows(status) if not row[0]]
+        for status in _ORDER:
+            rows += sorted(self._rows(status), key=lambda row: not row[0])
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [
             f"{row[0]:1} {row[1]:{widths[1]}}  {row[2]:{widths[2]}}  {row[3]:>{widths[3]}}  {row[4]}".rstrip()
@@ -108,14 +104,14 @@ class LoadReport:
         return rows
 
 
-def _detail(entry: Entry, tensor: str) -> str:
+def _detail(entry: TensorEntry, tensor: str) -> str:
     if entry.status != "mismatched":
         return entry.reason
     return f"{tensor or 'shape'}: file {entry.file_shape}, model {entry.model_shape}"
 
 
 def split_name(name: str) -> tuple[str, str, str]:
-    """Module, index within it or "", and the rest: `blocks.3.norm1.bias` is ("blocks", "3", "norm1.bias")."""
+    """Split "blocks.3.norm1.bias" into ("blocks", "3", "norm1.bias")."""
     home = next(prefix for prefix in ENCODER_HOMES if name.startswith(prefix))
     rest = name.removeprefix(home)
     indexed = _INDEXED.fullmatch(rest)
@@ -126,7 +122,7 @@ def split_name(name: str) -> tuple[str, str, str]:
 
 
 def ranges(indices: list[int]) -> str:
-    """Ascending numbers in short: [0, 1, 2, 5] is "0-2,5"."""
+    """Shorten ascending numbers: [0, 1, 2, 5] is "0-2,5"."""
     runs: list[list[int]] = []
     for index in indices:
         if runs and index == runs[-1][1] + 1:

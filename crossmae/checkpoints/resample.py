@@ -1,8 +1,8 @@
-"""An encoder for another image size, patch size, number of channels or attention window: functions on tensors.
+"""Resample an encoder to another image size, patch size, number of channels or attention window.
 
-Everything is computed in float32 and returned in the dtype that it came in; what fits already comes back as the very
-same tensor. Shapes: E width, C channels, p side of a patch in pixels, h and w rows and columns of the grid of patches,
-d width of an attention head.
+Everything is computed in float32 and returned in the dtype that it came in; a tensor of the right size is returned
+itself. Shapes: E width, C channels, p side of a patch in pixels, h and w rows and columns of the grid of patches, d
+width of an attention head. A function raises `UserError` for tensors of other shapes than it names.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from crossmae.models.positions import sincos_pos_embed
 Grid = tuple[int, int]
 Channels = Literal["repeat", "mean", "pad"]
 
-WANTED = ("img_size", "patch_size", "in_chans", "window")
+_WANTED = ("img_size", "patch_size", "in_chans", "window")
 _FILTERS = "patch_embed.proj.weight"
 RELATIVE = re.compile(r"blocks\.\d+\.attn\.rel_pos_[hw]")
 
 
 class Fitted(NamedTuple):
-    """An encoder for other sizes: its tensors, what was done to each that changed, and its new arguments."""
+    """A resampled encoder: tensors, a note for each changed tensor, and its new arguments."""
 
     tensors: dict[str, Tensor]
     notes: dict[str, str]
@@ -45,24 +45,21 @@ def fit(
     channels: Channels = "repeat",
     fixed: bool = False,
 ) -> Fitted:
-    """Resample whatever of an encoder depends on the sizes that are wanted.
+    """Resample the tensors of an encoder that depend on its sizes.
 
     With `patch_size` alone the grid stays and the image grows along: 224 pixels in patches of 14 become 256 in patches
     of 16, as in ViTDet. A decoder's table is taken as fixed. `window` is for the relative positions of attention in
     windows: the smallest tables of the file; larger ones belong to global attention and stay.
 
     Args:
-        tensors: under plain names (method specification, section 1.3), of an encoder or of a whole pretraining model.
-        arguments: of that encoder, as `encoder_arguments` finds them: `patch_size`, `in_chans`, where known `img_size`.
-        wanted: any of `WANTED`; `img_size` is one number or (height, width), None counts as not given.
+        tensors: under plain names, of an encoder or of a whole pretraining model.
+        arguments: as `encoder_arguments` finds them: `patch_size`, `in_chans`, where known `img_size`.
+        wanted: any of `_WANTED`; `img_size` is one number or (height, width), None counts as not given.
         channels: see `adapt_channels`.
         fixed: the model keeps its positions fixed; see `fit_positions`.
 
-    Returns:
-        All tensors, in the same order; notes by name; `arguments` with the new sizes.
-
     Raises:
-        UserError: sizes that do not go together or are not known; another patch size or number of channels for a model
+        UserError: sizes that do not fit together or are not known; another patch size or number of channels for a model
             that has a decoder, which predicts pixels; a window for a file without relative positions.
     """
     wanted = {key: value for key, value in wanted.items() if value is not None}
@@ -78,23 +75,19 @@ def fit(
 
 
 def resample_positions(table: Tensor, grid: Grid, new_grid: Grid, *, class_rows: int = 1) -> Tensor:
-    """A position table for another grid of patches: bicubic, corners not aligned, rows of the class token kept.
+    """Resample a position table, and keep the class token's rows.
 
-    As published (method specification, section 1.10) and as ViTDet does, without antialiasing. timm's
-    `resample_abs_pos_embed` antialiases, with another cubic (coefficient -0.5, here -0.75) and another treatment of the
-    border, so that its values differ to larger grids, too.
+    Bicubic, corners not aligned, without antialiasing: as published (method specification, section 1.10) and in ViTDet.
+    timm's `resample_abs_pos_embed` antialiases, with another cubic and another treatment of the border, so that its
+    values also differ for larger grids.
 
     Args:
         table: (1, class_rows + h * w, E).
-        grid: its rows and columns (h, w).
-        new_grid: those wanted.
-        class_rows: rows in front of those of the patches.
+        grid, new_grid: rows and columns of patches.
+        class_rows: rows before the rows of patches.
 
     Returns:
-        (1, class_rows + new h * new w, E); `table` itself where the grids are equal.
-
-    Raises:
-        UserError: the table is not of that grid.
+        (1, class_rows + new h * new w, E).
     """
     h, w = grid
     if table.ndim != 3 or table.shape[:2] != (1, class_rows + h * w) or not table.shape[2]:
@@ -111,15 +104,10 @@ def resample_positions(table: Tensor, grid: Grid, new_grid: Grid, *, class_rows:
 
 
 def is_sincos(table: Tensor, grid: Grid) -> bool:
-    """Whether a table is the fixed one of `sincos_pos_embed`.
+    """Test if a position table is sine-cosine.
 
-    Args:
-        table: (1, h * w, E) or, with a class row, (1, 1 + h * w, E).
-        grid: its rows and columns (h, w).
-
-    Returns:
-        True where no value is off by more than 1e-4, or half the precision of a narrower dtype. False for tables that
-        are not of that grid, or without values (meta tensors).
+    Values may be off by 1e-4, or half the precision of a narrower dtype. Tables of another grid or without values (meta
+    tensors) are not sine-cosine.
     """
     count = grid[0] * grid[1]
     if table.ndim != 3 or table.shape[1] not in (count, count + 1) or table.shape[2] % 4:
@@ -131,47 +119,37 @@ def is_sincos(table: Tensor, grid: Grid) -> bool:
 
 
 def fit_positions(table: Tensor, grid: Grid, new_grid: Grid, *, fixed: bool) -> tuple[Tensor, str]:
-    """A position table for another grid, and what was done.
+    """Fit a position table, 1 x rows x E, to another grid.
 
     Args:
-        table: (1, h * w, E) or, with a class row, (1, 1 + h * w, E).
-        grid: its rows and columns (h, w).
-        new_grid: those wanted.
-        fixed: make a sine-cosine table anew instead of resampling it, for a model that never trains it.
+        fixed: compute a sine-cosine table again instead of resampling it, for a model that never trains it.
 
     Returns:
         The table, with a class row where it had one, and a note; `table` itself and "" where the grids are equal.
-
-    Raises:
-        UserError: the table is not of that grid.
     """
     if grid == new_grid:
         return table, ""
     class_rows = int(table.ndim == 3 and table.shape[1] == 1 + grid[0] * grid[1])
     if fixed and is_sincos(table, grid):
         new = sincos_pos_embed(table.shape[-1], new_grid)[:, 1 - class_rows :].to(table)
-        return new, f"sine-cosine positions made anew, {_sides(grid)} to {_sides(new_grid)}"
+        return new, f"sine-cosine positions made again, {_sides(grid)} to {_sides(new_grid)}"
     new = resample_positions(table, grid, new_grid, class_rows=class_rows)
     return new, f"resampled {_sides(grid)} to {_sides(new_grid)}"
 
 
 def table_grid(rows: int, img_size: int | Grid | None, patch_size: int, wanted: Grid | None = None) -> tuple[Grid, int]:
-    """Which grid of patches a position table is for.
+    """Find the grid of patches of a position table.
 
-    | first that fits      | `rows`                                                     |
-    | -------------------- | ---------------------------------------------------------- |
-    | the recorded grid    | h * w + 1 or h * w; where one is recorded, no other counts |
-    | a square and a class | n * n + 1                                                  |
-    | a square             | n * n                                                      |
-    | the wanted grid      | h * w + 1 or h * w                                         |
-
-    The two squares never compete: no square follows another by one, but 1 follows 0, and no grid is empty. A grid that
-    is not square can have as many patches as one that is, so that only the record tells 2 x 8 from 4 x 4.
+    | first that fits      | `rows`                                                          |
+    | -------------------- | --------------------------------------------------------------- |
+    | the recorded grid    | h * w + 1 or h * w; where one is recorded, no other counts      |
+    | a square and a class | n * n + 1; never another square, because no grid is empty       |
+    | a square             | n * n                                                           |
+    | the wanted grid      | h * w + 1 or h * w                                              |
 
     Args:
         rows: of the table.
-        img_size: that the file records, one number or (height, width), else None.
-        patch_size: p of the file.
+        img_size: recorded in the file, one number or (height, width), else None.
         wanted: the grid of the model to be filled, where it may have been the file's.
 
     Returns:
@@ -185,7 +163,7 @@ def table_grid(rows: int, img_size: int | Grid | None, patch_size: int, wanted: 
         if rows - grid[0] * grid[1] not in (0, 1):
             raise UserError(
                 f"a position table of {rows} rows contradicts img_size {img_size} and patch_size {patch_size}, a grid "
-                f"of {_sides(grid)}: expected {grid[0] * grid[1]} rows, or one more for a class token; give the "
+                f"of {_sides(grid)}: expected {grid[0] * grid[1]} rows, or one more for a class token. Give the "
                 "img_size of pretraining"
             )
         return grid, rows - grid[0] * grid[1]
@@ -197,25 +175,15 @@ def table_grid(rows: int, img_size: int | Grid | None, patch_size: int, wanted: 
         return wanted, rows - wanted[0] * wanted[1]
     raise UserError(
         f"the grid of a position table of {rows} rows is unknown: the patches are no square, with or without a class "
-        "token; give img_size, the height and width of the images that it was trained on"
+        "token. Give img_size, the height and width of the images that it was trained on"
     )
 
 
 def resample_patches(filters: Tensor, patch_size: int) -> Tensor:
-    """Patch filters for another patch size (FlexiViT, arXiv 2212.08013, section 3.4; by timm).
+    """Resample patch filters (E, C, p, p) to another patch size (FlexiViT).
 
     To larger patches, an image enlarged along with them (bicubic, antialiased) gives the tokens that it gave before; to
-    smaller ones, tokens as near as can be, in the sense of least squares.
-
-    Args:
-        filters: (E, C, p, p).
-        patch_size: side wanted, in pixels.
-
-    Returns:
-        (E, C, patch_size, patch_size); `filters` itself where p is that already.
-
-    Raises:
-        UserError: no such filters, or a size below 1.
+    smaller ones, the nearest tokens in the sense of least squares.
     """
     _check_filters(filters)
     _check_positive("patch_size", patch_size)
@@ -225,7 +193,7 @@ def resample_patches(filters: Tensor, patch_size: int) -> Tensor:
 
 
 def adapt_channels(filters: Tensor, channels: int, how: Channels = "repeat") -> Tensor:
-    """Patch filters for another number of channels.
+    """Adapt patch filters (E, C, p, p) to another number of channels.
 
     | `how`    | channels     | filters                                        | keeps the token of an image if       |
     | -------- | ------------ | ---------------------------------------------- | ------------------------------------ |
@@ -235,16 +203,6 @@ def adapt_channels(filters: Tensor, channels: int, how: Channels = "repeat") -> 
     | `pad`    | more than C  | as they are, then zeros                        | the first C channels are as before   |
 
     `repeat` is what timm's `adapt_input_conv` does from three channels.
-
-    Args:
-        filters: (E, C, p, p).
-        channels: wanted.
-
-    Returns:
-        (E, channels, p, p); `filters` itself where C is that already.
-
-    Raises:
-        UserError: no such filters, no channels, an unknown way, or `pad` to fewer channels.
     """
     _check_filters(filters)
     _check_positive("in_chans", channels)
@@ -255,7 +213,7 @@ def adapt_channels(filters: Tensor, channels: int, how: Channels = "repeat") -> 
         return filters
     if how == "pad":
         if channels < C:
-            raise UserError(f"pad makes more channels of {C}, not {channels}; use repeat or mean")
+            raise UserError(f"pad makes more channels of {C}, not {channels}. Use repeat or mean.")
         return F.pad(filters, (0, 0, 0, 0, 0, channels - C))
     wide = filters.float()
     if how == "mean":
@@ -268,7 +226,7 @@ def adapt_channels(filters: Tensor, channels: int, how: Channels = "repeat") -> 
 
 
 def channel_note(old: int, new: int, how: Channels) -> str:
-    """What `adapt_channels` did, for a report; "" for as many channels as before."""
+    """Describe what `adapt_channels` did, if anything."""
     if old == new:
         return ""
     done = {
@@ -280,11 +238,7 @@ def channel_note(old: int, new: int, how: Channels) -> str:
 
 
 def window_of(table: Tensor) -> int:
-    """Side of the window, or of the whole grid, that a relative position table (2 * side - 1, d) is for.
-
-    Raises:
-        UserError: not such a table.
-    """
+    """Find the side of a relative position table, (2 side - 1, d)."""
     if table.ndim != 2 or table.shape[0] % 2 == 0 or not table.shape[1]:
         raise UserError(
             f"a relative position table has the shape (2 * window - 1, width of a head), got {tuple(table.shape)}"
@@ -293,17 +247,9 @@ def window_of(table: Tensor) -> int:
 
 
 def resample_relative(table: Tensor, size: int) -> Tensor:
-    """A relative position table for another window: linear, as detectron2's `get_rel_pos` does when it runs.
+    """Resample a relative position table (2 * old - 1, d).
 
-    Args:
-        table: (2 * old - 1, d), from the most negative distance to the most positive.
-        size: side wanted, in tokens.
-
-    Returns:
-        (2 * size - 1, d); `table` itself where it is for that size already.
-
-    Raises:
-        UserError: not such a table, or a size below 1.
+    Linear, as detectron2's `get_rel_pos` does when it runs.
     """
     _check_positive("window", size)
     if window_of(table) == size:
@@ -313,22 +259,22 @@ def resample_relative(table: Tensor, size: int) -> Tensor:
 
 
 def _check_wanted(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    unknown = [key for key in wanted if key not in WANTED]
+    unknown = [key for key in wanted if key not in _WANTED]
     if unknown:
-        raise UserError(f"resampling to another {', '.join(unknown)} does not exist; known: {', '.join(WANTED)}")
+        raise UserError(f"resampling to another {', '.join(unknown)} does not exist; known: {', '.join(_WANTED)}")
     for key in ("patch_size", "in_chans", "window"):
         _check_positive(key, wanted.get(key, 1))
     pixels = [key for key in ("patch_size", "in_chans") if wanted.get(key, arguments[key]) != arguments[key]]
     if pixels and any(name.startswith("decoder_") for name in tensors):
         raise UserError(
             f"only an encoder can be resampled to another {' and '.join(pixels)}, but the file holds a whole "
-            "pretraining model, whose decoder predicts the pixels of the patches; leave the decoder behind first "
+            "pretraining model, whose decoder predicts the pixels of the patches. Leave the decoder behind first "
             "(--encoder-only)"
         )
 
 
 def _new_arguments(arguments: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """`arguments` after resampling; the image size follows the patch size where only that is wanted."""
+    """Update `arguments`, the image size with the patch size."""
     new = dict(arguments) | {key: wanted[key] for key in ("patch_size", "in_chans") if key in wanted}
     if "img_size" in wanted:
         size, p = wanted["img_size"], new["patch_size"]
@@ -343,7 +289,6 @@ def _new_arguments(arguments: Mapping[str, Any], wanted: Mapping[str, Any]) -> d
 def _fit_filters(
     tensors: Mapping[str, Tensor], patch_size: int, in_chans: int, how: Channels
 ) -> dict[str, tuple[Tensor, str]]:
-    """The patch filters, where they change, with a note."""
     old = tensors[_FILTERS]
     if (in_chans, patch_size) == (old.shape[1], old.shape[-1]):
         return {}
@@ -357,7 +302,6 @@ def _fit_filters(
 def _fit_tables(
     tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], new_grid: Grid, fixed: bool
 ) -> dict[str, tuple[Tensor, str]]:
-    """The position tables that change, with notes."""
     kinds = {"pos_embed": fixed, "pos_embed_global": False, "decoder_pos_embed": True}
     tables = {name: tensors[name] for name in kinds if name in tensors}
     if not tables:
@@ -371,10 +315,9 @@ def _fit_tables(
 
 
 def _fit_window(tensors: Mapping[str, Tensor], window: int) -> dict[str, tuple[Tensor, str]]:
-    """The relative position tables of windows that change, with notes."""
     tables = {name: tensor for name, tensor in tensors.items() if RELATIVE.fullmatch(name)}
     if not tables:
-        raise UserError("no relative positions (blocks.*.attn.rel_pos_h) to resample to another window; leave it out")
+        raise UserError("no relative positions (blocks.*.attn.rel_pos_h) to resample to another window. Leave it out.")
     old = min(window_of(table) for table in tables.values())
     if old == window:
         return {}
@@ -383,7 +326,7 @@ def _fit_window(tensors: Mapping[str, Tensor], window: int) -> dict[str, tuple[T
 
 
 def _grid(img_size: int | Grid, patch_size: int) -> Grid:
-    """`patch_grid`, whose complaint is the user's to solve."""
+    """Call `patch_grid` with errors for the user."""
     try:
         return patch_grid(img_size, patch_size)
     except ValueError as error:

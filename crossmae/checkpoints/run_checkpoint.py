@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: written atomically, found again by what is provably complete.
+"""Checkpoints of a training run: written atomically, found by their manifest.
 
 Layout, in the run's folder:
 
@@ -42,18 +42,13 @@ def save_checkpoint(
     record: Any,
     keep: int,
 ) -> Path:
-    """Write the checkpoint of a step, then delete all but the newest `keep` complete ones.
+    """Write a checkpoint, then delete all but the newest `keep`.
 
     Args:
         run: the run's folder.
         step: optimizer steps done.
-        tensors, metadata: what goes into model.safetensors.
-        state: what goes into state.pt: nested dicts and lists of tensors, numbers and strings.
-        record: what goes into run.json.
-        keep: how many checkpoints stay.
-
-    Returns:
-        The checkpoint's folder.
+        state: nested dicts and lists of tensors, numbers and strings.
+        keep: number of checkpoints that stay.
     """
     folder = run / FOLDER / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +67,7 @@ def save_checkpoint(
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """Folders of complete checkpoints by rising step; what does not count is named in the log."""
+    """List complete checkpoints by rising step, and log the others."""
     found = []
     for folder in sorted((run / FOLDER).glob("step-*")):
         reason = "its name is not step-<8 digits>" if not _NAME.fullmatch(folder.name) else defect(folder)
@@ -84,12 +79,12 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """The step that a checkpoint's folder is named after."""
+    """Read the step from the name of a checkpoint's folder."""
     return int(folder.name.rpartition("-")[2])
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The complete checkpoint of the highest step whose contents agree with its manifest, or None."""
+    """Find the latest checkpoint whose contents agree with its manifest, or None."""
     for folder in reversed(complete_checkpoints(run)):
         reason = defect(folder, contents=True)
         if not reason:
@@ -99,7 +94,7 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def defect(folder: Path, contents: bool = False) -> str | None:
-    """Why a checkpoint does not count, or None; checks manifest and sizes, with `contents` SHA-256, too."""
+    """Return a defect of manifest, sizes or (with `contents`) SHA-256, or None."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
@@ -117,7 +112,7 @@ def defect(folder: Path, contents: bool = False) -> str | None:
 
 
 def read_state(folder: Path) -> Any:
-    """What was saved as `state`, by restricted unpickling, on the CPU.
+    """Read `state` by restricted unpickling, on the CPU.
 
     Raises:
         UserError: the file holds something other than tensors, numbers, strings, lists and dicts.
@@ -125,4 +120,4 @@ def read_state(folder: Path) -> Any:
     try:
         return torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle errors, runtime errors and others for the same cause
-        raise UserError(f"{folder / STATE}: can not be read: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{folder / STATE}: cannot be read: {' '.join(str(error).split())[:300]}") from error

@@ -1,9 +1,9 @@
-"""Weight files: read any of them safely, say what is in them, write them atomically."""
+"""Weight files: read any of them safely, describe their content, write them atomically."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,19 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crossmae.checkpoints.formats.huggingface import mlp_ratio, read_config
-from crossmae.checkpoints.formats.keys import encoder_home, to_plain
+from crossmae.checkpoints.formats.keys import ENCODER_HOMES, encoder_home, to_plain
 from crossmae.checkpoints.formats.timm_folder import timm_metadata
 from crossmae.checkpoints.metadata import recorded_arguments
 from crossmae.checkpoints.reading.digest import signed
 from crossmae.checkpoints.reading.files import HUB_CONFIG, HUB_FILES, find_file, read_tensors
-from crossmae.checkpoints.report import ENCODER_HOMES
 from crossmae.checkpoints.resample import table_grid
-from crossmae.errors import UserError
+from crossmae.errors import UserError, shorten
 from crossmae.files import check_destination, write_atomically
 from crossmae.models.encoder import ENCODER_PREFIXES, patch_grid
 from crossmae.models.sizes import SIZES
 
-MAX_NAMES = 5
 _FILTERS = ("patch_embed.proj.weight", "patch_embed.projection.weight", "patch_embeddings.projection.weight")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
@@ -39,14 +37,13 @@ class Weights:
         path: the file itself, also where a folder was given.
         format: "crossmae" or "mae" (whole pretraining models), "encoder", "finetuned", "linear_probe",
             "detectron2" (an encoder under `backbone.net.`), "detector" (that and more), or "unknown".
-        tensors: on the CPU, under plain names (those of timm and of the published files) where they have one, without
-            the wrappers `module.`, `_orig_mod.` and `model.`.
-        metadata: strings; of our own files the keys above, else what the file says about itself.
-        layout: whose names the file has: "plain", "hf-vit", "hf-vitmae" or "mmpretrain".
+        tensors: on the CPU, under plain names where they have one, without wrappers such as `module.`.
+        metadata: strings, see `crossmae.checkpoints.metadata`.
+        layout: origin of the names in the file: "plain", "hf-vit", "hf-vitmae" or "mmpretrain".
         sources: plain name -> names in the file, where they differ.
-        notes: plain name -> what was done to give the tensor its plain form.
-        beside: what else the file holds: "optimizer", "epoch", "args", ...
-        resampled: plain names of the tensors that were brought to another size.
+        notes: plain name -> changes that gave the tensor its plain form.
+        beside: other content of the file: "optimizer", "epoch", "args", ...
+        resampled: plain names of the tensors that were resampled.
     """
 
     path: Path
@@ -63,22 +60,22 @@ class Weights:
 def read_weights(
     path: str | Path, *, finite: bool = True, ema: bool = False, trust: bool = False, img_size: Any = None
 ) -> Weights:
-    """Read a weight file, whatever wrote it, without running anything in it.
+    """Read a weight file of any kind without running anything in it.
 
     Args:
-        path: a `.safetensors` file; a `.pth` or `.pt` file: a state dict or the layout of the published
-            CrossMAE and MAE files; a `.pkl` of numpy arrays as detectron2 writes; or a folder: a pretraining
-            run (its final model, else its latest complete checkpoint), one checkpoint of a run, or a transformers or
-            timm folder, sharded or not. Contents decide, not the suffix.
+        path: safetensors; a `.pth` or `.pt` file: a state dict or the layout of the published CrossMAE and MAE files; a
+            `.pkl` of numpy arrays as detectron2 writes; or a folder: a pretraining run (its final model, else its
+            latest complete checkpoint), one checkpoint of a run, or a transformers or timm folder, sharded or not.
+            Contents decide, not the suffix.
         finite: NaN and infinity are errors.
-        ema: take averaged weights, and an error where the file has none; see `crossmae.checkpoints.reading.wrappers`.
-        trust: run whatever code is in a pickle, after a warning with the file's SHA-256. For the converter alone.
-        img_size: what it was trained on, one number or (height, width), where a grid that is not square has as many
-            patches, or patches and a class token, as one that is, and no record tells.
+        ema: take averaged weights; an error where the file has none.
+        trust: run any code in a pickle, after a warning with the file's SHA-256. For the converter only.
+        img_size: image size of training, one number or (height, width), for a grid that is not square and that neither
+            the record nor the shapes tell.
 
     Raises:
-        UserError: no such file; a folder without weights; empty, damaged, a web page or a git-lfs pointer;
-            refers to code; not a state dict; not what was written, by its digest; holds NaN or infinity.
+        UserError: no such file; a folder without weights; empty, damaged, a web page or a git-lfs pointer; refers to
+            code; not a state dict; another digest than recorded; NaN or infinity.
     """
     file = find_file(Path(path))
     contents = read_tensors(file, ema=ema, trust=trust)
@@ -88,10 +85,10 @@ def read_weights(
 
 
 def translated(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], img_size: Any = None) -> Weights:
-    """The tensors of a file under plain names, with what a config.json beside it says; on any device, meta too.
+    """Translate a file's tensors, and add the record in its config.json.
 
     Raises:
-        UserError: names that are of a layout but incomplete; a config.json of transformers or timm that is wrong.
+        UserError: an incomplete set of names; a wrong config.json of transformers or timm.
     """
     in_folder = file.name in HUB_FILES  # whose config.json is about this file
     beside = timm_metadata(file.parent) if in_folder else {}
@@ -101,14 +98,14 @@ def translated(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, st
         raise UserError(f"{file}: {error}") from None
     if in_folder and found.layout in ("hf-vit", "hf-vitmae") and (file.parent / HUB_CONFIG).is_file():
         beside = read_config(file.parent, found.tensors)
-    metadata = beside | metadata  # ours, in the file itself, is as old as the tensors
+    metadata = beside | metadata  # the file's own record counts before config.json
     return Weights(
         file, detect_format(found.tensors), found.tensors, metadata, found.layout, found.sources, found.notes
     )
 
 
 def detect_format(tensors: Mapping[str, Any]) -> str:
-    """What kind of model the keys belong to (method specification, section 1.3); see `Weights.format`."""
+    """Tell the kind of model by its keys, see `Weights.format`."""
     home = encoder_home(tensors)
     if home is None:
         return "unknown"
@@ -128,9 +125,7 @@ def detect_format(tensors: Mapping[str, Any]) -> str:
 
 
 def encoder_tensors(weights: Weights) -> dict[str, Tensor]:
-    """The encoder under its plain keys: `cls_token`, `pos_embed`, `patch_embed.*`, `blocks.*`.
-
-    The final norm, the decoder and heads are left out.
+    """Select the encoder under its plain keys: `cls_token`, `pos_embed`, `patch_embed.*`, `blocks.*`.
 
     Raises:
         UserError: the file holds no encoder.
@@ -141,38 +136,36 @@ def encoder_tensors(weights: Weights) -> dict[str, Tensor]:
         if len(others) == 1:
             home = others[0].removesuffix("patch_embed.proj.weight")
             raise UserError(
-                f"{weights.path}: its encoder is under {home!r}, where none is looked for; save those tensors alone, "
-                "without that beginning of their names"
+                f"{weights.path}: its encoder is under {home!r}. Save those tensors only, without that prefix."
             )
-        seen = ", ".join(list(weights.tensors)[:MAX_NAMES])
         homes = ", ".join(repr(f"{prefix}patch_embed.proj.weight") for prefix in reversed(ENCODER_HOMES))
+        seen = shorten(list(weights.tensors))
         raise UserError(f"{weights.path}: no ViT encoder in it: none of {homes}; its first tensors are {seen}")
     return encoder_part(plain_tensors(weights))
 
 
 def plain_tensors(weights: Weights) -> dict[str, Tensor]:
-    """What is under the encoder's home, without that beginning of the names; {} where there is no encoder."""
+    """Select the tensors under the encoder's prefix, without the prefix."""
     home = encoder_home(weights.tensors)
     held = weights.tensors.items() if home is not None else ()
     return {name.removeprefix(home or ""): tensor for name, tensor in held if name.startswith(home or "")}
 
 
 def encoder_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder among tensors under plain names."""
+    """Select the encoder among tensors under plain names."""
     return {name: tensor for name, tensor in tensors.items() if name.startswith(ENCODER_PREFIXES)}
 
 
 def encoder_arguments(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Constructor arguments of `ViTEncoder` as far as plain encoder keys tell them.
+    """Deduce constructor arguments of `ViTEncoder` from plain encoder keys.
 
     Args:
         tensors: see `encoder_tensors`.
-        metadata: of the file; settles `num_heads`, which no shape shows, and the sides of a grid that is not
-            square.
+        metadata: of the file; settles `num_heads`, which no shape shows, and the sides of a grid that is not square.
 
     Returns:
-        `embed_dim`, `depth`, `patch_size`, `in_chans`, `mlp_ratio`, and where known `img_size` (an int for a
-        square, else (height, width)) and `num_heads`.
+        `embed_dim`, `depth`, `patch_size`, `in_chans`, `mlp_ratio`, and where known `num_heads` and `img_size` (an int
+        for a square, else (height, width)).
 
     Raises:
         UserError: no patch embedding.
@@ -200,32 +193,24 @@ def encoder_arguments(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 def save_weights(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, force: bool = False
 ) -> None:
-    """Write safetensors atomically: a reader sees the old file or the whole new one.
+    """Write a safetensors file with a digest, atomically, in any folder.
 
     Raises:
         UserError: the file exists and `force` is not set, or the disk refuses.
     """
-    write_file(Path(path), lambda file: write_safetensors(file, tensors, metadata), force=force)
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write safetensors with their digest, right where it is said."""
-    packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(packed, path, signed(packed, metadata))
-
-
-def write_file(path: Path, write: Callable[[Path], Any], *, force: bool = False) -> None:
-    """Let `write` fill a new file, atomically, and make its folder if need be.
-
-    Raises:
-        UserError: as `check_destination`, or the disk refuses.
-    """
+    path = Path(path)
     check_destination(path, force=force)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, write)
+        write_atomically(path, lambda file: write_safetensors(file, tensors, metadata))
     except OSError as error:
-        raise UserError(f"{path}: can not be written: {error.strerror or error}") from None
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with a digest, at exactly this path."""
+    packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(packed, path, signed(packed, metadata))
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -239,11 +224,9 @@ def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def describe_non_finite(tensors: Mapping[str, Tensor]) -> str:
-    """Name the tensors that hold NaN or infinity; "" where all are finite."""
+    """Name the tensors that hold NaN or infinity, if any."""
     bad = non_finite(tensors)
-    more = f" and {len(bad) - MAX_NAMES} more" if len(bad) > MAX_NAMES else ""
-    words = f"{len(bad)} of {len(tensors)} tensors hold NaN or infinity: {', '.join(bad[:MAX_NAMES])}{more}"
-    return words if bad else ""
+    return f"{len(bad)} of {len(tensors)} tensors hold NaN or infinity: {shorten(bad)}" if bad else ""
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -252,14 +235,13 @@ def non_finite(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether it holds neither NaN nor infinity."""
+    """Test that a tensor holds neither NaN nor infinity."""
     if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
-        tensor = tensor.float()  # torch can not tell of 8-bit floats
+        tensor = tensor.float()  # isfinite does not take 8-bit floats
     return bool(torch.isfinite(tensor).all())
 
 
 def _known_grid(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], img_size: Any) -> tuple[int, int] | None:
-    """Rows and columns of patches, where they are recorded or given."""
     size = img_size or recorded_arguments(metadata).get("img_size")
     filters = next((tensor for name, tensor in tensors.items() if name.endswith(_FILTERS) and tensor.ndim == 4), None)
     if size is None or filters is None:
@@ -271,7 +253,7 @@ def _known_grid(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], img_
 
 
 def plain_size(value: Any) -> Any:
-    """An argument with one number for a square, so that sizes can be compared; other values as they are."""
+    """Reduce the size of a square to one number, for comparisons."""
     if isinstance(value, (tuple, list)) and len(value) == 2:
         return value[0] if value[0] == value[1] else tuple(value)
     return value

@@ -88,7 +88,7 @@ def test_every_option_reaches_the_conversion(source: Path, monkeypatch: pytest.M
     [
         (("gone.pth", "b.pth", "--to", "detectron2"), "no such file or folder"),
         (("a.pth", "b.pth", "--to", "onnx"), "--to onnx: unknown format; known: crossmae, mae, timm, hf-vit"),
-        (("a.pth", "b.txt", "--to", "detectron2"), "the suffix says the kind of file to write"),
+        (("a.pth", "b.txt", "--to", "detectron2"), "the suffix gives the kind of file to write"),
         (("a.pth", "old.pth", "--to", "detectron2"), "exists already"),
         (("a.pth", "a.pth", "--to", "detectron2", "--force"), "is, or holds, the source, which is never touched"),
         (("resnet.pth", "b.pth", "--to", "detectron2"), "no ViT encoder in it"),

@@ -1,4 +1,4 @@
-"""From any weight file to the layout of another program: read, place every tensor, resample, write, prove, commit."""
+"""Convert any weight file to the layout of another program: read, plan, resample, write, prove, commit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,54 +16,100 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from crossmae import __version__
-from crossmae.checkpoints.conversion.planning import (
-    ASKED_TO_DROP,
-    Plan,
-    check_square,
-    plan,
-    refusal_of,
-    source_arguments,
-)
-from crossmae.checkpoints.conversion.proof import (
-    TOLERANCE,
-    Encoder,
-    Proof,
-    detectron2_encoder,
-    file_encoder,
-    image_size,
-    plain_encoder,
-    prove,
-    source_encoder,
-)
-from crossmae.checkpoints.conversion.targets import (
-    CONFIG,
-    FOLDER,
-    PREPROCESSOR,
-    TARGETS,
-    TENSORS,
-    Content,
-)
+from crossmae.checkpoints.conversion import planning, proof
+from crossmae.checkpoints.conversion.planning import ConversionPlan
+from crossmae.checkpoints.conversion.proof import TOLERANCE, Encoder, Proof
+from crossmae.checkpoints.conversion.targets import NO_SUFFIX, TARGETS, ConvertedModel, Names
+from crossmae.checkpoints.formats.huggingface import PREPROCESSOR
 from crossmae.checkpoints.formats.keys import CLASS_ROW_ADDED
 from crossmae.checkpoints.formats.timm_folder import is_timm_folder
 from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, NORM_EPS, NORM_EPS_OF_PLAIN
 from crossmae.checkpoints.provenance import provenance
-from crossmae.checkpoints.reading.files import find_file, shards
+from crossmae.checkpoints.reading.files import HUB_CONFIG, find_file, shards
 from crossmae.checkpoints.report import LoadReport, Status
 from crossmae.checkpoints.resample import RELATIVE, Channels, fit
+from crossmae.checkpoints.run_checkpoint import MODEL
 from crossmae.checkpoints.weights import Weights, encoder_part, encoder_tensors, plain_size, plain_tensors, read_weights
 from crossmae.errors import UserError, shorten
 from crossmae.files import allow_reading, check_destination, check_writable, sync_folder, write_json
 
-OF_A_HEAD = ("classes", "class_names", "multi_label", "pool", "head", "crop_pct")  # keys of the metadata
+HEAD_KEYS = ("classes", "class_names", "multi_label", "pool", "head", "crop_pct")  # of the metadata
 FIXED_POSITIONS = ("crossmae", "mae", "hf-vitmae")  # layouts whose models do not train their position table
-MAX_NAME = 200  # bytes of a destination's name: a temporary one beside it is longer
+MOST_NAME_BYTES = 200  # of a destination: the temporary name next to it is longer
 REPORT_SUFFIX = ".conversion.json"
-FILE_SUFFIXES = (".safetensors", ".pth", ".pkl", ".pt", ".bin", ".npz")  # that no folder has
+FILE_SUFFIXES = (".safetensors", ".pth", ".pkl", ".pt", ".bin", ".npz")  # no folder has one
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes to resample an encoder to. None leaves a size as it is.
+
+    Attributes:
+        img_size: pixels, one number or (height, width), that positions are for.
+        patch_size: pixels. Without `img_size` the grid of patches stays and the image grows along.
+        in_chans: channels of the input.
+        channels: how filters for other channels are made, see `adapt_channels`; None is "repeat".
+        window: side in patches of the windows of relative positions.
+    """
+
+    img_size: int | tuple[int, int] | None = None
+    patch_size: int | None = None
+    in_chans: int | None = None
+    channels: Channels | None = None
+    window: int | None = None
+
+    def wanted(self) -> dict[str, Any]:
+        """Return the sizes that are given."""
+        return {key: value for key, value in asdict(self).items() if value is not None and key != "channels"}
+
+
+@dataclass(frozen=True)
+class ConversionRequest:
+    """The input, output and options of a conversion.
+
+    Attributes:
+        source: see `read_weights`. It is never changed.
+        destination: file or folder to write; its suffix gives the kind, see `TARGETS`.
+        to: one of `TARGETS`.
+        sizes: sizes to resample to.
+        given: arguments of the source's model (`ViTEncoder`, `CrossMAE`) that neither the file nor its shapes tell.
+        encoder_only: leave decoder and heads behind.
+        drop: regular expressions, matched from the start of a plain name, for tensors that may be left behind although
+            the encoder computes something else without them.
+        tolerance: of the proof, over the largest value.
+        report: JSON file of the conversion; None: next to the destination.
+        ema: take the moving average in the file.
+        trust: unpickle whatever the file refers to. That can run any code.
+        force: overwrite.
+    """
+
+    source: Path
+    destination: Path
+    to: str
+    sizes: Sizes = field(default_factory=Sizes)
+    given: Mapping[str, Any] = field(default_factory=dict)
+    encoder_only: bool = False
+    drop: tuple[str, ...] = ()
+    tolerance: float = TOLERANCE
+    report: Path | None = None
+    ema: bool = False
+    trust: bool = False
+    force: bool = False
+
+    @property
+    def report_path(self) -> Path:
+        """Path of the report: the destination's with `REPORT_SUFFIX` unless given."""
+        return self.report or self.destination.with_name(f"{self.destination.name}{REPORT_SUFFIX}")
+
+    @property
+    def is_folder(self) -> bool:
+        """True where the destination is a folder."""
+        return NO_SUFFIX in TARGETS[self.to].suffixes and self.destination.suffix not in FILE_SUFFIXES
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did. The same is in the JSON file beside the destination."""
+    """Result of a conversion, the same as in the JSON file next to the destination."""
 
     source: Path
     destination: Path
@@ -76,7 +122,7 @@ class Conversion:
     beside: tuple[str, ...]
 
     def record(self) -> dict[str, Any]:
-        """For a JSON file: every tensor with its fate, the proof, and where the weights come from."""
+        """Return a JSON record with every tensor, the proof and the provenance."""
         return {
             "source": self.source.name,
             "destination": self.destination.name,
@@ -91,301 +137,227 @@ class Conversion:
         }
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What the encoder is to have instead of its own sizes; None is left as it is.
-
-    Attributes:
-        img_size: pixels, one number or (height, width), that positions are for.
-        patch_size: pixels. Without `img_size` the grid of patches stays, and the image grows along.
-        in_chans: channels of the input.
-        channels: how filters for other channels are made, see `adapt_channels`; None is "repeat".
-        window: side in patches of the windows of relative positions.
-    """
-
-    img_size: int | tuple[int, int] | None = None
-    patch_size: int | None = None
-    in_chans: int | None = None
-    channels: Channels | None = None
-    window: int | None = None
-
-    def wanted(self) -> dict[str, Any]:
-        """Those that are given."""
-        return {key: value for key, value in asdict(self).items() if value is not None and key != "channels"}
+def convert(source: str | Path, destination: str | Path, to: str, **options: Any) -> Conversion:
+    """Convert a weight file with the options of `ConversionRequest`."""
+    given = {key: value for key, value in options.items() if value is not None}
+    if "report" in given:
+        given["report"] = Path(given["report"]).expanduser()
+    return run(ConversionRequest(Path(source).expanduser(), Path(destination).expanduser(), to, **given))
 
 
-def convert(
-    source: str | Path,
-    destination: str | Path,
-    to: str,
-    *,
-    sizes: Sizes | None = None,
-    given: Mapping[str, Any] | None = None,
-    encoder_only: bool = False,
-    drop: tuple[str, ...] = (),
-    tolerance: float = TOLERANCE,
-    report: str | Path | None = None,
-    ema: bool = False,
-    trust: bool = False,
-    force: bool = False,
-) -> Conversion:
+def run(request: ConversionRequest) -> Conversion:
     """Convert a weight file.
 
     Every tensor of the source has a place in the target or a reason why not. Nothing is written unless the encoder of
     the written file, in its own library, gives the same tokens as the source's for a random image; where that library
-    is not installed, the proof says so.
-
-    Args:
-        source: see `read_weights`. It is never changed.
-        destination: a file or folder to write; its suffix says which kind, see `TARGETS`.
-        to: one of `TARGETS`.
-        sizes: resample to these.
-        given: arguments of the source's model (`ViTEncoder`, `CrossMAE`) that neither the file nor its shapes tell.
-        encoder_only: leave decoder and heads behind.
-        drop: regular expressions, matched from the start of a plain name, for tensors that may be left behind although
-            the encoder computes something else without them.
-        tolerance: of the proof, over the largest value.
-        report: where the JSON of the conversion goes; None: beside the destination.
-        ema: take the moving average in the file.
-        trust: unpickle whatever the file refers to. That can run any code.
-        force: overwrite.
+    is not installed, the proof reports that.
 
     Raises:
-        UserError: whatever keeps it from being done; nothing was written.
+        UserError: whatever prevents the conversion; nothing was written.
     """
-    source, destination, given = Path(source).expanduser(), Path(destination).expanduser(), dict(given or {})
-    report_path = Path(report).expanduser() if report else report_beside(destination)
-    sizes = sizes or Sizes()
-    check_conversion(source, destination, to, report_path, force=force)
-    weights = read_weights(source, ema=ema, trust=trust, img_size=given.get("img_size"))
-    planned = plan(weights, to, encoder_only=encoder_only, drop=drop)
+    check_request(request)
+    to, given = request.to, request.given
+    weights = read_weights(request.source, ema=request.ema, trust=request.trust, img_size=given.get("img_size"))
+    planned = planning.plan(weights, to, encoder_only=request.encoder_only, drop=request.drop)
     if planned.refused:
-        raise UserError(refusal_of(weights, to, planned))
-    content, planned, assumed = _content(weights, to, planned, sizes, given, destination.suffix)
-    with _new_files(destination, report_path) as (temporary, temporary_report):
-        names = _write(to, temporary, content)
+        raise UserError(planning.describe_refusal(weights, to, planned))
+    arguments, assumed = planning.source_arguments(weights, planned, given)
+    planned, arguments = _resample(weights, planned, to, request.sizes, arguments)
+    if request.destination.suffix == ".pkl":
+        halves = (name for name, tensor in planned.tensors.items() if tensor.dtype == torch.bfloat16)
+        notes = dict.fromkeys(halves, "bfloat16 to float32")
+        planned = replace(planned, report=_with_notes(planned.report, notes, planned.tensors, "used"))
+    model = _model(weights, planned, to, arguments)
+    with _new_files(request) as (temporary, temporary_report):
+        names = _write(to, temporary, model)
         entries = [replace(entry, targets=names.get(entry.plain, ())) for entry in planned.report.entries]
-        table = LoadReport(str(weights.path), to, entries)
-        _check_complete(table, weights, names)
-        proof = _prove(weights, content, planned, to, temporary, tolerance)
-        if proof.ran and not proof.equal:
-            what = "could not be proven to compute the same" if proof.reason else "computes something else"
-            raise UserError(f"{weights.path}: what was written {what}, and is gone.\n{proof.sentence()}")
+        proven = _prove(weights, model, planned, to, temporary, request.tolerance)
+        if proven.ran and not proven.equal:
+            what = "could not be proven to compute the same" if proven.reason else "computes something else"
+            raise UserError(f"{weights.path}: what was written {what}, and is gone.\n{proven.sentence()}")
         done = Conversion(
             source=weights.path,
-            destination=destination,
+            destination=request.destination,
             to=to,
-            report=table,
-            proof=proof,
-            metadata=content.metadata,
-            report_path=report_path,
-            assumed=assumed,
+            report=replace(planned.report, entries=entries),
+            proof=proven,
+            metadata=model.metadata,
+            report_path=request.report_path,
+            assumed=(*assumed, *_assumptions(weights, model, to)),
             beside=weights.beside,
         )
         write_json(temporary_report, done.record())
-        _commit(temporary, destination)
-        _commit(temporary_report, report_path)
+        _commit(temporary, request.destination)
+        _commit(temporary_report, request.report_path)
     return done
 
 
-def check_conversion(source: Path, destination: Path, to: str, report: Path, *, force: bool = False) -> None:
-    """Whatever can be known before a large file is read.
+def check_request(request: ConversionRequest) -> None:
+    """Check what can be known before a large file is read.
 
     Raises:
-        UserError: unknown target, a suffix it does not write, or something that must not, or can not, be written.
+        UserError: unknown target, a suffix it does not write, or something that must not, or cannot, be written.
     """
+    destination, report, to = request.destination, request.report_path, request.to
     if to not in TARGETS:
         raise UserError(f"--to {to}: unknown format; known: {', '.join(TARGETS)}")
     suffixes = TARGETS[to].suffixes
-    folder = FOLDER in suffixes and destination.suffix not in FILE_SUFFIXES
-    if destination.suffix not in suffixes and not folder:
-        files = [suffix for suffix in suffixes if suffix != FOLDER]
-        known = " or ".join(filter(None, ("a folder, without a suffix" * (FOLDER in suffixes), ", ".join(files))))
-        raise UserError(f"{destination}: the suffix says the kind of file to write; for --to {to}: {known}")
-    file = find_file(source)
+    if destination.suffix not in suffixes and not request.is_folder:
+        known = [", ".join(filter(None, suffixes))] if any(suffixes) else []
+        known = ["a folder, without a suffix", *known] if NO_SUFFIX in suffixes else known
+        raise UserError(
+            f"{destination}: the suffix gives the kind of file to write; for --to {to}: {' or '.join(known)}"
+        )
+    file = find_file(request.source)
+    theirs = {found.resolve() for found in (file, *shards(file))}
     for path, what in ((destination, "the destination"), (report, "the report")):
-        if len(os.fsencode(path.name)) > MAX_NAME or not path.name:
-            raise UserError(f"{path}: not a name for {what}; at most {MAX_NAME} bytes, and not only dots")
-        theirs = {found.resolve() for found in (file, *shards(file))}
+        if len(os.fsencode(path.name)) > MOST_NAME_BYTES or not path.name:
+            raise UserError(f"{path}: not a name for {what}; at most {MOST_NAME_BYTES} bytes, and not only dots")
         if path.resolve() in theirs | {parent for found in theirs for parent in found.parents}:
-            raise UserError(f"{path}: is, or holds, the source, which is never touched; name another file as {what}")
+            raise UserError(f"{path}: is, or holds, the source, which is never touched. Name another file as {what}")
         if path.is_symlink() and not path.exists():
-            raise UserError(f"{path}: a link to nowhere; name another file as {what}")
+            raise UserError(f"{path}: a link to nowhere. Name another file as {what}")
         check_writable(path.parent, str(path))
     if report.resolve() == destination.resolve() or destination.resolve() in report.resolve().parents:
-        raise UserError(f"--report {report}: is, or is in, the destination; name another file")
-    check_destination(report, force=force)
-    if folder and destination.is_dir():
-        _check_folder(destination, force)
-    else:
-        check_destination(destination, force=force)
+        raise UserError(f"--report {report}: is, or is in, the destination. Name another file.")
+    check_destination(report, force=request.force)
+    if not (request.is_folder and destination.is_dir()):
+        check_destination(destination, force=request.force)
+        return
+    held = sorted(entry.name for entry in destination.iterdir())
+    if held and not request.force:
+        raise UserError(f"{destination}: exists already and is left as it is. Name another folder, or use --force.")
+    if foreign := [name for name in held if name not in (HUB_CONFIG, MODEL, PREPROCESSOR)]:
+        raise UserError(f"{destination}: holds {shorten(foreign)}, which --force would delete. Name another folder.")
 
 
-def _check_folder(destination: Path, force: bool) -> None:
-    """A folder may be replaced by --force, but for files in it that are not ours to replace."""
-    if any(destination.iterdir()) and not force:
-        raise UserError(f"{destination}: exists already and is left as it is; name another folder, or use --force")
-    ours = (CONFIG, TENSORS, PREPROCESSOR)
-    foreign = sorted(entry.name for entry in destination.iterdir() if entry.name not in ours)
-    if foreign:
-        raise UserError(
-            f"{destination}: holds {', '.join(foreign[:3])}, which --force would delete; name another folder"
-        )
-
-
-def report_beside(destination: Path) -> Path:
-    """`backbone.pth` has its report in `backbone.pth.conversion.json`, a folder in the one beside it."""
-    return destination.with_name(f"{destination.name}{REPORT_SUFFIX}")
-
-
-def _content(
-    weights: Weights, to: str, planned: Plan, sizes: Sizes, given: dict[str, Any], suffix: str
-) -> tuple[Content, Plan, tuple[str, ...]]:
-    """Everything that is written, resampled; the plan that says so; and what was assumed."""
-    arguments, assumed = source_arguments(weights, planned, given)
-    fitted = planned.tensors
+def _resample(
+    weights: Weights, planned: ConversionPlan, to: str, sizes: Sizes, arguments: dict[str, Any]
+) -> tuple[ConversionPlan, dict[str, Any]]:
     if sizes.channels and sizes.in_chans in (None, arguments["in_chans"]):
-        raise UserError(f"--channels {sizes.channels}: in vain, the number of channels stays; leave that out")
-    if wanted := sizes.wanted():
-        try:
-            fixed = to in FIXED_POSITIONS
-            how: Channels = sizes.channels or "repeat"
-            fitted, notes, arguments = fit(planned.tensors, arguments, wanted, channels=how, fixed=fixed)
-        except UserError as error:
-            raise UserError(f"{weights.path}: {error}") from None
-        planned = replace(planned, report=_with_notes(planned.report, notes, fitted))
+        raise UserError(f"--channels {sizes.channels}: has no effect, the number of channels stays. Leave it out.")
     try:
-        check_square(to, arguments)
+        if wanted := sizes.wanted():
+            how: Channels = sizes.channels or "repeat"
+            fixed = to in FIXED_POSITIONS
+            tensors, notes, arguments = fit(planned.tensors, arguments, wanted, channels=how, fixed=fixed)
+            report = _with_notes(planned.report, notes, tensors, "resampled")
+            planned = replace(planned, tensors=tensors, report=report)
+        planning.check_square(to, arguments)
     except UserError as error:
-        raise UserError(f"{weights.path}: {error}; --img-size resamples them") from None
-    if suffix == ".pkl":
-        halves = {name: "bfloat16 to float32" for name, tensor in fitted.items() if tensor.dtype == torch.bfloat16}
-        planned = replace(planned, report=_with_notes(planned.report, halves, fitted, "used"))
-    metadata = provenance(weights)
-    if not any(name.startswith("head.") for name in fitted):
-        metadata = {key: value for key, value in metadata.items() if key not in OF_A_HEAD}
-    # transformers and timm look for "pt" where ours say the layout.
-    metadata |= {FORMAT: "pt" if to in ("timm", "hf-vit", "hf-vitmae") else to, MODEL_ARGUMENTS: json.dumps(arguments)}
-    content = Content(fitted, arguments, metadata, float(metadata.get(NORM_EPS, NORM_EPS_OF_PLAIN)))
-    if any(CLASS_ROW_ADDED in note for note in weights.notes.values()):
-        assumed += (
-            f"positions of {plain_size(arguments['img_size'])} pixels, without one of the class token; a grid that is "
-            "not square may have as many rows: --set 'img_size=[HEIGHT,WIDTH]' says so",
-        )
-    if content.norm_eps != NORM_EPS_OF_PLAIN and not to.startswith("hf-"):
-        assumed += (
-            f"the layer norms of the source have an epsilon of {content.norm_eps:g}, those of {to} one of "
-            f"{NORM_EPS_OF_PLAIN:g}; the proof is with the source's",
-        )
-    return content, planned, assumed
+        raise UserError(f"{weights.path}: {error}") from None
+    return planned, arguments
 
 
 def _with_notes(
-    report: LoadReport, notes: Mapping[str, str], tensors: Mapping[str, Tensor], status: Status = "resampled"
+    report: LoadReport, notes: Mapping[str, str], tensors: Mapping[str, Tensor], status: Status
 ) -> LoadReport:
+    """Add notes and a status to a report's used tensors."""
     entries = []
     for entry in report.entries:
         if entry.status == "used" and entry.plain in notes:
             reason = "; ".join(filter(None, (entry.reason, notes[entry.plain])))
-            shape = tuple(tensors[entry.plain].shape)
-            entry = replace(entry, status=status, reason=reason, model_shape=shape)
+            entry = replace(entry, status=status, reason=reason, model_shape=tuple(tensors[entry.plain].shape))
         entries.append(entry)
-    return LoadReport(report.source, report.target, entries)
+    return replace(report, entries=entries)
 
 
-def _check_complete(table: LoadReport, weights: Weights, names: Mapping[str, tuple[str, ...]]) -> None:
-    """Every tensor of the source and of the target is in the table, once."""
-    listed = [entry.name for entry in table.entries if entry.status != "new"]
-    written = {entry.plain for entry in table.entries if entry.status != "dropped"}
-    if sorted(listed) != sorted(weights.tensors) or written != names.keys():
-        odd = sorted(set(listed) ^ set(weights.tensors) | (written ^ names.keys()))
-        raise UserError(f"{weights.path}: not accounted for in the conversion: {', '.join(odd)}; nothing was kept")
+def _model(weights: Weights, planned: ConversionPlan, to: str, arguments: dict[str, Any]) -> ConvertedModel:
+    metadata = provenance(weights)
+    if not any(name.startswith("head.") for name in planned.tensors):
+        metadata = {key: value for key, value in metadata.items() if key not in HEAD_KEYS}
+    # transformers and timm look for "pt" where our files have the layout.
+    metadata |= {FORMAT: "pt" if to in ("timm", "hf-vit", "hf-vitmae") else to, MODEL_ARGUMENTS: json.dumps(arguments)}
+    return ConvertedModel(planned.tensors, arguments, metadata, float(metadata.get(NORM_EPS, NORM_EPS_OF_PLAIN)))
 
 
-def _prove(weights: Weights, content: Content, planned: Plan, to: str, written: Path, tolerance: float) -> Proof:
-    """The same image through the source's encoder and that of the written file."""
-    encoder, arguments = encoder_part(content.tensors), content.arguments
-    class_token = "cls_token" in encoder
-    whole = encoder_part(plain_tensors(weights))
-    dropped = {entry.plain for entry in planned.report.entries if ASKED_TO_DROP in entry.reason}
+def _assumptions(weights: Weights, model: ConvertedModel, to: str) -> Iterator[str]:
+    if any(CLASS_ROW_ADDED in note for note in weights.notes.values()):
+        yield (
+            f"positions of {plain_size(model.arguments['img_size'])} pixels, without a row for the class token; a grid "
+            "that is not square may have as many rows: --set 'img_size=[HEIGHT,WIDTH]' gives its sides"
+        )
+    if model.norm_eps != NORM_EPS_OF_PLAIN and not to.startswith("hf-"):
+        yield (
+            f"the layer norms of the source have an epsilon of {model.norm_eps:g}, the layer norms of {to} one of "
+            f"{NORM_EPS_OF_PLAIN:g}; the proof is with the source's"
+        )
+
+
+def _prove(
+    weights: Weights, model: ConvertedModel, planned: ConversionPlan, to: str, written: Path, tolerance: float
+) -> Proof:
+    encoder, arguments, eps = encoder_part(model.tensors), model.arguments, model.norm_eps
+    whole, class_token = encoder_part(plain_tensors(weights)), "cls_token" in encoder
+    dropped = {entry.plain for entry in planned.report.entries if planning.ASKED_TO_DROP in entry.reason}
     lost = sorted(dropped | set(whole) - set(encoder) - {"cls_token"})
-    changed = [entry.plain for entry in planned.report.entries if entry.status == "resampled"]
-    folded = any("layer scale" in note for note in weights.notes.values()) and not is_timm_folder(weights.path)
-    words = [
-        "all tokens" if class_token else "patch tokens, without a class token",
-        "after resampling" * bool(changed),
-        "layer scale folded in on both sides" * folded,
-        f"without {shorten(lost)}" * bool(lost),
-    ]
-    relative = any(RELATIVE.fullmatch(name) for name in encoder)
+    changed = bool(planned.report.names("resampled"))
+    words = ["all tokens" if class_token else "patch tokens, without a class token"]
+    if changed:
+        words.append("after resampling")
+    if any("layer scale" in note for note in weights.notes.values()) and not is_timm_folder(weights.path):
+        words.append("layer scale folded in on both sides")
+    if lost:
+        words.append(f"without {shorten(lost)}")
 
     def source() -> Encoder:
         if not (changed or lost):
-            left = () if class_token else ("cls_token",)
-            tensors = {name: tensor for name, tensor in whole.items() if name not in left}
-            path, eps = weights.path, content.norm_eps
-            return source_encoder(path, weights.layout, tensors, arguments, norm_eps=eps, class_token=class_token)
-        make = detectron2_encoder if relative else plain_encoder
-        options = {} if relative else {"class_token": class_token}
-        return make(encoder, arguments, norm_eps=content.norm_eps, **options)
+            tensors = {name: tensor for name, tensor in whole.items() if class_token or name != "cls_token"}
+            return proof.source_encoder(
+                weights.path, weights.layout, tensors, arguments, norm_eps=eps, class_token=class_token
+            )
+        if any(RELATIVE.fullmatch(name) for name in encoder):
+            return proof.detectron2_encoder(encoder, arguments, norm_eps=eps)
+        return proof.plain_encoder(encoder, arguments, norm_eps=eps, class_token=class_token)
 
     def target() -> Encoder:
-        if class_token or to == "timm" or to == "detectron2":
-            return file_encoder(written, to, arguments, norm_eps=content.norm_eps)
-        # our own encoder has a class token always; what starts from such a file makes a new one
+        if class_token or to in ("timm", "detectron2"):
+            return proof.file_encoder(written, to, arguments, norm_eps=eps)
+        # our own encoder always has a class token: a model that starts from such a file makes a new one
         kept = encoder_tensors(read_weights(written))
-        return plain_encoder(kept, arguments, norm_eps=content.norm_eps, class_token=False)
+        return proof.plain_encoder(kept, arguments, norm_eps=eps, class_token=False)
 
-    return prove(
-        source,
-        target,
-        size=image_size(encoder, arguments),
-        in_chans=arguments["in_chans"],
-        what=", ".join(filter(None, words)),
-        tolerance=tolerance,
-    )
+    sizes, channels = proof.image_size(encoder, arguments), arguments["in_chans"]
+    return proof.prove(source, target, size=sizes, in_chans=channels, what=", ".join(words), tolerance=tolerance)
 
 
 @contextmanager
-def _new_files(destination: Path, report: Path) -> Iterator[tuple[Path, Path]]:
-    """Paths of the same names in hidden folders beside them, which are gone in the end."""
-    made = [folder for path in (destination, report) for folder in path.absolute().parents if not folder.exists()]
-    hidden = f".{os.getpid()}.tmp"
-    temporary = [path.absolute().parent / f".{path.name}{hidden}" / path.name for path in (destination, report)]
+def _new_files(request: ConversionRequest) -> Iterator[tuple[Path, Path]]:
+    """Yield paths of the same names in temporary hidden folders."""
+    targets = [path.absolute() for path in (request.destination, request.report_path)]
+    made = [folder for path in targets for folder in path.parents if not folder.exists()]
+    temporary = [path.parent / f".{path.name}.{os.getpid()}.tmp" / path.name for path in targets]
     try:
         for path in temporary:
             path.parent.mkdir(parents=True)
-        if destination.suffix not in FILE_SUFFIXES:
+        if request.is_folder:
             temporary[0].mkdir()
         yield temporary[0], temporary[1]
     except OSError as error:
-        raise UserError(f"{destination}: can not be written: {error.strerror or error}") from None
+        raise UserError(f"{request.destination}: cannot be written: {error.strerror or error}") from None
     finally:
         for path in temporary:
             shutil.rmtree(path.parent, ignore_errors=True)
-        for folder in made:  # the innermost first; those that hold something by now stay
+        for folder in made:  # the innermost first; folders that hold something by now stay
             with suppress(OSError):
                 folder.rmdir()
 
 
-def _write(to: str, path: Path, content: Content) -> dict[str, tuple[str, ...]]:
-    """Write, and give the files the rights that new ones have."""
+def _write(to: str, path: Path, model: ConvertedModel) -> Names:
     try:
-        names = TARGETS[to].write(path, content)
-    except (SafetensorError, RuntimeError) as error:  # what safetensors and torch make of a full disk
-        raise UserError(f"{path.name}: can not be written: {' '.join(str(error).split())[:200]}") from None
-    for file in [path, *path.glob("*")]:
-        if file.is_file():
-            allow_reading(file)
+        names = TARGETS[to].write(path, model)
+    except (SafetensorError, RuntimeError) as error:  # safetensors and torch raise these for a full disk
+        raise UserError(f"{path.name}: cannot be written: {' '.join(str(error).split())[:200]}") from None
+    for file in _files(path):
+        allow_reading(file)
     return names
 
 
 def _commit(temporary: Path, destination: Path) -> None:
-    """Put what was written and proven in its place: a file in one step, a folder in two, the old one aside."""
-    for path in [temporary, *temporary.glob("*")]:
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+    """Move a file into place after moving an existing folder aside."""
+    for path in _files(temporary):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
     if not destination.is_dir():
         os.replace(temporary, destination)
     else:
@@ -397,3 +369,7 @@ def _commit(temporary: Path, destination: Path) -> None:
             old.rename(destination)
             raise
     sync_folder(destination.absolute().parent)
+
+
+def _files(path: Path) -> list[Path]:
+    return [file for file in (path, *path.glob("*")) if file.is_file()]

@@ -1,6 +1,7 @@
 """transformers' config.json and preprocessor_config.json, to the metadata of a weight file and back.
 
-What a key means where a file lacks it is documented by transformers: ViTConfig, ViTMAEConfig, ViTImageProcessor.
+Both are read and written without transformers, which is an extra: conversions to its layouts work where it is not
+installed, with their proof left out. Its ViTConfig, ViTMAEConfig and ViTImageProcessor document the defaults.
 """
 
 from __future__ import annotations
@@ -9,42 +10,84 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
 from crossmae.checkpoints.metadata import CLASSES, MODEL_ARGUMENTS, NORM_EPS, PIXEL_MEAN, PIXEL_STD
-from crossmae.checkpoints.reading.files import HUB_CONFIG as CONFIG
+from crossmae.checkpoints.reading.files import HUB_CONFIG
 from crossmae.errors import UserError
 from crossmae.models.encoder import patch_grid
 
 PREPROCESSOR = "preprocessor_config.json"
 MODEL_TYPES = {"hf-vit": "vit", "hf-vitmae": "vit_mae"}
-MAX_BYTES = 1 << 24  # a config of 21,000 classes has a megabyte
+_MAX_BYTES = 1 << 24  # a config of 21,000 classes has a megabyte
+_LARGE = 1 << 31  # above every size, mean and deviation
 
-# ViTConfig and ViTMAEConfig agree in these.
-_DEFAULTS = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "image_size": 224,
-    "patch_size": 16,
-    "num_channels": 3,
-    "decoder_hidden_size": 512,
-    "decoder_num_hidden_layers": 8,
-    "decoder_num_attention_heads": 16,
-    "decoder_intermediate_size": 2048,
-}
-_LARGE = 1 << 31  # no size, mean or deviation is; neither are infinity and NaN
-_DEFAULT_NORM_EPS = 1e-12
-_DEFAULT_STATISTIC = 0.5  # mean and deviation of each channel in ViTImageProcessor
+# Descriptions complete "KEY must be ..." in errors.
+_Size = Annotated[int, Field(strict=True, gt=0, lt=_LARGE, description="a positive whole number")]
+_Sides = _Size | Annotated[list[_Size], Field(min_length=2, max_length=2)]
+_Flag = Annotated[bool, Field(strict=True, description="true or false")]
+_Positive = Annotated[float, Field(strict=True, gt=0, lt=_LARGE, description="a number above 0")]
+_Number = Annotated[float, Field(strict=True, gt=-_LARGE, lt=_LARGE)]
+
+
+class _ViT(BaseModel):
+    """The settings of ViTConfig and ViTMAEConfig, which agree in their defaults."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    model_type: Literal["vit", "vit_mae"] = Field(
+        description="one of vit, vit_mae: other models of transformers are not read"
+    )
+    hidden_act: Literal["gelu"] = Field("gelu", description="gelu, the activation of a plain ViT")
+    qkv_bias: Literal[True] = Field(True, description="true: the attention of a plain ViT has a bias")
+    hidden_size: _Size = 768
+    num_hidden_layers: _Size = 12
+    num_attention_heads: _Size = 12
+    intermediate_size: _Size = 3072
+    image_size: _Sides = Field(224, description="a positive whole number, or height and width")
+    patch_size: _Sides = Field(16, description="one number, or the same twice: patches of a plain ViT are square")
+    num_channels: _Size = 3
+    layer_norm_eps: _Positive = 1e-12
+    decoder_hidden_size: _Size = 512
+    decoder_num_hidden_layers: _Size = 8
+    decoder_num_attention_heads: _Size = 16
+    decoder_intermediate_size: _Size = 2048
+    norm_pix_loss: _Flag = False
+    id2label: dict[str, str] = Field({}, description="a name for each of the numbers from 0 on")
+
+    @field_validator("patch_size")
+    @classmethod
+    def _square(cls, value: int | list[int]) -> int:
+        rows, columns = _pair(value)
+        assert rows == columns
+        return rows
+
+    @field_validator("id2label")
+    @classmethod
+    def _numbered(cls, value: dict[str, str]) -> dict[str, str]:
+        assert sorted(value) == sorted(str(index) for index in range(len(value)))
+        return value
+
+
+class _Processor(BaseModel):
+    """The settings of ViTImageProcessor that concern pixels."""
+
+    do_normalize: _Flag = True
+    do_rescale: _Flag = True
+    rescale_factor: _Positive = 1 / 255
+    image_mean: list[_Number] | None = Field(None, description="a list of numbers, one for each channel")
+    image_std: list[_Positive] | None = Field(None, description="a list of numbers above 0, one for each channel")
+
+
+_Settings = TypeVar("_Settings", bound=BaseModel)
 
 
 def read_config(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """What the two JSON files of a transformers folder say, as the metadata of our own weight files.
+    """Read the settings of a transformers folder as our metadata.
 
     | key                       | value                                                                             |
     | ------------------------- | --------------------------------------------------------------------------------- |
@@ -53,45 +96,44 @@ def read_config(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     | `classes`                 | JSON: names in the order of `id2label`, where there are both a head and names     |
     | `pixel_mean`, `pixel_std` | JSON: for pixels in 0-1, where there is a preprocessor_config.json                |
 
-    A decoder whose MLPs have another ratio than the encoder's is none of `CrossMAE`'s: then the arguments are those of
-    the encoder.
+    `CrossMAE` cannot have a decoder with another MLP ratio than the encoder's: then the arguments are the encoder's.
 
     Args:
-        folder: with config.json and, if pixel statistics are known, preprocessor_config.json.
-        tensors: of its weights under plain names, on any device, meta too; sizes must be those of the config.
+        tensors: of its weights under plain names, on any device, meta too.
 
     Raises:
         UserError: a file is missing, no JSON, or not of a plain ViT; a value of the wrong type, or that contradicts
             another value or the tensors.
     """
-    config = _read(folder / CONFIG)
-    _check_plain(config)
-    encoder = _encoder_arguments(config)
-    _check_sizes(config, encoder, tensors)
-    arguments = encoder | _decoder_arguments(config, encoder, tensors)
-    metadata = {MODEL_ARGUMENTS: json.dumps(arguments), NORM_EPS: json.dumps(_norm_eps(config))}
-    names = _class_names(config, tensors.get("head.weight"))
-    if names:
-        metadata[CLASSES] = json.dumps(names, ensure_ascii=False)
+    path = folder / HUB_CONFIG
+    settings = _read(path, _ViT)
+    encoder = _encoder_arguments(settings, path)
+    _check_sizes(settings, tensors, path)
+    arguments = encoder | _decoder_arguments(settings, encoder["mlp_ratio"], tensors, path)
+    metadata = {MODEL_ARGUMENTS: json.dumps(arguments), NORM_EPS: json.dumps(settings.layer_norm_eps)}
+    labels, head = settings.id2label, tensors.get("head.weight")
+    if head is not None and labels:
+        if head.ndim == 0 or len(labels) != head.shape[0]:
+            raise UserError(f"{path}: id2label has {len(labels)} names, classifier.weight is {tuple(head.shape)}")
+        metadata[CLASSES] = json.dumps([labels[str(index)] for index in range(len(labels))], ensure_ascii=False)
     if (folder / PREPROCESSOR).is_file():
-        metadata |= _pixel_statistics(_read(folder / PREPROCESSOR), encoder["in_chans"])
+        metadata |= _pixel_statistics(folder / PREPROCESSOR, settings.num_channels)
     return metadata
 
 
 def hf_config(
     layout: str, arguments: Mapping[str, Any], *, norm_eps: float = 1e-6, classes: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The config.json with which `from_pretrained` builds the model of `keys.from_plain`.
+    """Build the config.json for the tensors of `keys.from_plain`.
 
     Args:
         layout: "hf-vit" or "hf-vitmae".
-        arguments: of `ViTEncoder`; for hf-vitmae with a decoder those of `CrossMAE`.
-        norm_eps: of every LayerNorm; that of timm and ours is 1e-6.
+        arguments: of `ViTEncoder`; for hf-vitmae with a decoder, of `CrossMAE`.
         classes: names of the head's outputs; empty where there is no head.
 
     Raises:
-        UserError: another layout, arguments that are missing, a decoder that is not plain MAE's, or an MAE of images
-            that are not square, which transformers can not build.
+        UserError: another layout, missing arguments, a decoder that is not plain MAE's, or an MAE of images that are
+            not square, which transformers cannot build.
     """
     if layout not in MODEL_TYPES:
         raise UserError(f"{layout}: not a layout of transformers; one of {', '.join(MODEL_TYPES)}")
@@ -101,22 +143,24 @@ def hf_config(
             "hf-vitmae holds a plain MAE, whose decoder is 'self'; of CrossMAE convert the encoder, to hf-vit"
         )
     if layout == "hf-vitmae" and len(set(_pair(arguments.get("img_size", 0)))) > 1:
-        raise UserError(f"img_size {arguments['img_size']}: transformers builds an MAE for squares alone; take hf-vit")
+        raise UserError(f"img_size {arguments['img_size']}: transformers builds an MAE for squares only. Take hf-vit.")
     try:
-        config = _encoder_config(arguments) | (_decoder_config(arguments) if decoder else {})
+        values = _encoder_config(arguments) | (_decoder_config(arguments) if decoder else {})
     except KeyError as missing:
-        raise UserError(f"{missing.args[0]} of the model is not known, which {CONFIG} needs") from None
-    kinds = {"hf-vit": ("ViTForImageClassification" if classes else "ViTModel")}
-    kinds["hf-vitmae"] = "ViTMAEForPreTraining" if decoder else "ViTMAEModel"
-    config |= {"model_type": MODEL_TYPES[layout], "architectures": [kinds[layout]], "layer_norm_eps": norm_eps}
+        raise UserError(f"{missing.args[0]} of the model is not known, which {HUB_CONFIG} needs") from None
+    if layout == "hf-vit":
+        architecture = "ViTForImageClassification" if classes else "ViTModel"
+    else:
+        architecture = "ViTMAEForPreTraining" if decoder else "ViTMAEModel"
+    values |= {"model_type": MODEL_TYPES[layout], "architectures": [architecture], "layer_norm_eps": norm_eps}
     if classes:
-        config["id2label"] = {str(index): name for index, name in enumerate(classes)}
-        config["label2id"] = {name: index for index, name in enumerate(classes)}
-    return config
+        values["id2label"] = {str(index): name for index, name in enumerate(classes)}
+        values["label2id"] = {name: index for index, name in enumerate(classes)}
+    return values
 
 
 def hf_preprocessor_config(arguments: Mapping[str, Any], mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
-    """The preprocessor_config.json of ViTImageProcessor: resize to the model's size, scale to 0-1, normalise.
+    """Build the preprocessor_config.json of ViTImageProcessor: resize, scale to 0-1, normalise.
 
     Args:
         arguments: of `ViTEncoder`; only `img_size` matters.
@@ -136,184 +180,101 @@ def hf_preprocessor_config(arguments: Mapping[str, Any], mean: Sequence[float], 
     }
 
 
-@dataclass(frozen=True)
-class _Json:
-    """The object in a JSON file; values are checked as they are taken out, null counts as missing."""
-
-    path: Path
-    values: dict[str, Any]
-
-    def get(self, key: str, default: Any) -> Any:
-        value = self.values.get(key)
-        return default if value is None else value
-
-    def size(self, key: str) -> int:
-        """A positive integer."""
-        value = self.get(key, _DEFAULTS[key])
-        if not _is_size(value):
-            raise self.wrong(key, "a positive whole number")
-        return value
-
-    def sides(self, key: str) -> tuple[int, int]:
-        """Height and width, given as one number or as two."""
-        value = self.get(key, _DEFAULTS[key])
-        sides = value if isinstance(value, list) else [value, value]
-        if len(sides) != 2 or not all(_is_size(side) for side in sides):
-            raise self.wrong(key, "a positive whole number, or height and width")
-        return sides[0], sides[1]
-
-    def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
-        value = self.get(key, default)
-        if not isinstance(value, bool):
-            raise self.wrong(key, "true or false")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        """A number above 0."""
-        value = self.get(key, default)
-        if not _is_number(value) or value <= 0:
-            raise self.wrong(key, "a number above 0")
-        return float(value)
-
-    def wrong(self, key: str, expected: str) -> UserError:
-        """What to raise for a value that is not as expected."""
-        return UserError(f"{self.path}: {key} must be {expected}, got {json.dumps(self.values.get(key))[:80]}")
-
-
-def _read(path: Path) -> _Json:
+def _read(path: Path, kind: type[_Settings]) -> _Settings:
+    """Read and check a JSON file of settings. Null counts as missing."""
     try:
-        if path.stat().st_size > MAX_BYTES:
+        if path.stat().st_size > _MAX_BYTES:
             raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many for a file of settings")
         values = json.loads(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: can not be read ({error.strerror}); a transformers folder has it") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}). A transformers folder needs it.") from None
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not JSON, copy or download it again: {str(error)[:80]}") from None
+        raise UserError(f"{path}: not JSON: {str(error)[:80]}. Copy or download it again.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return _Json(path, values)
-
-
-def _check_plain(config: _Json) -> None:
-    """Refuse what no tensor shows and a plain ViT does not do."""
-    kinds = tuple(MODEL_TYPES.values())
-    if config.get("model_type", "") not in kinds:
-        raise config.wrong("model_type", f"one of {', '.join(kinds)}: other models of transformers are not read")
-    if config.get("hidden_act", "gelu") != "gelu":
-        raise config.wrong("hidden_act", "gelu, the activation of a plain ViT")
-    if not config.flag("qkv_bias", True):
-        raise config.wrong("qkv_bias", "true: the attention of a plain ViT has a bias")
-
-
-def _encoder_arguments(config: _Json) -> dict[str, Any]:
-    height, width = config.sides("image_size")
-    patch = config.sides("patch_size")
-    if patch[0] != patch[1]:
-        raise config.wrong("patch_size", "one number, or the same twice: patches of a plain ViT are square")
-    E, heads = config.size("hidden_size"), config.size("num_attention_heads")
-    _check_heads(config, "hidden_size", E, "num_attention_heads", heads)
     try:
-        patch_grid((height, width), patch[0])
+        return kind.model_validate({key: value for key, value in values.items() if value is not None})
+    except ValidationError as error:
+        key = str(error.errors()[0]["loc"][0])
+        expected, given = kind.model_fields[key].description, json.dumps(values.get(key))[:80]
+        raise UserError(f"{path}: {key} must be {expected}, got {given}") from None
+
+
+def _encoder_arguments(settings: _ViT, path: Path) -> dict[str, Any]:
+    (height, width), E = _pair(settings.image_size), settings.hidden_size
+    _check_heads(path, "hidden_size", E, "num_attention_heads", settings.num_attention_heads)
+    try:
+        patch_grid((height, width), _pair(settings.patch_size)[0])
     except ValueError as error:
-        raise UserError(f"{config.path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     return {
         "img_size": height if height == width else [height, width],
-        "patch_size": patch[0],
-        "in_chans": config.size("num_channels"),
+        "patch_size": settings.patch_size,
+        "in_chans": settings.num_channels,
         "embed_dim": E,
-        "depth": config.size("num_hidden_layers"),
-        "num_heads": heads,
-        "mlp_ratio": mlp_ratio(E, config.size("intermediate_size")),
+        "depth": settings.num_hidden_layers,
+        "num_heads": settings.num_attention_heads,
+        "mlp_ratio": mlp_ratio(E, settings.intermediate_size),
     }
 
 
-def _decoder_arguments(config: _Json, encoder: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """{} where the tensors hold no decoder, or one that `CrossMAE` can not have."""
-    if "decoder_embed.weight" not in tensors or config.get("model_type", "") != MODEL_TYPES["hf-vitmae"]:
+def _decoder_arguments(settings: _ViT, ratio: float, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+    if "decoder_embed.weight" not in tensors or settings.model_type != MODEL_TYPES["hf-vitmae"]:
         return {}
-    D, heads = config.size("decoder_hidden_size"), config.size("decoder_num_attention_heads")
-    _check_heads(config, "decoder_hidden_size", D, "decoder_num_attention_heads", heads)
-    depth, hidden = config.size("decoder_num_hidden_layers"), config.size("decoder_intermediate_size")
-    said = {"decoder_hidden_size": (D, _shape(tensors, "decoder_embed.weight", 0))}
-    said["decoder_num_hidden_layers"] = (depth, _depth(tensors, "decoder_blocks"))
-    said["decoder_intermediate_size"] = (hidden, _shape(tensors, "decoder_blocks.0.mlp.fc1.weight", 0))
-    _check_said(config, said)
-    if int(D * encoder["mlp_ratio"]) != hidden:
+    D, heads = settings.decoder_hidden_size, settings.decoder_num_attention_heads
+    _check_heads(path, "decoder_hidden_size", D, "decoder_num_attention_heads", heads)
+    held = {
+        "decoder_hidden_size": _shape(tensors, "decoder_embed.weight", 0),
+        "decoder_num_hidden_layers": _depth(tensors, "decoder_blocks"),
+        "decoder_intermediate_size": _shape(tensors, "decoder_blocks.0.mlp.fc1.weight", 0),
+    }
+    _compare(path, {key: getattr(settings, key) for key in held}, held)
+    if int(D * ratio) != settings.decoder_intermediate_size:
         return {}
     return {
         "decoder_embed_dim": D,
-        "decoder_depth": depth,
+        "decoder_depth": settings.decoder_num_hidden_layers,
         "decoder_num_heads": heads,
         "decoder": "self",
-        "norm_pix_loss": config.flag("norm_pix_loss", False),
+        "norm_pix_loss": settings.norm_pix_loss,
     }
 
 
-def _check_sizes(config: _Json, encoder: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """The config's sizes against those of the tensors."""
-    rows, columns = patch_grid(_pair(encoder["img_size"]), encoder["patch_size"])
-    hidden = int(encoder["embed_dim"] * encoder["mlp_ratio"])
-    _check_said(
-        config,
-        {
-            "hidden_size": (encoder["embed_dim"], _shape(tensors, "patch_embed.proj.weight", 0)),
-            "num_channels": (encoder["in_chans"], _shape(tensors, "patch_embed.proj.weight", 1)),
-            "patch_size": (encoder["patch_size"], _shape(tensors, "patch_embed.proj.weight", 2)),
-            "num_hidden_layers": (encoder["depth"], _depth(tensors, "blocks")),
-            "intermediate_size": (hidden, _shape(tensors, "blocks.0.mlp.fc1.weight", 0)),
-            "image_size": (1 + rows * columns, _shape(tensors, "pos_embed", 1), "rows of the position table"),
-        },
-    )
+def _check_sizes(settings: _ViT, tensors: Mapping[str, Tensor], path: Path) -> None:
+    held = {
+        "hidden_size": _shape(tensors, "patch_embed.proj.weight", 0),
+        "num_channels": _shape(tensors, "patch_embed.proj.weight", 1),
+        "patch_size": _shape(tensors, "patch_embed.proj.weight", 2),
+        "num_hidden_layers": _depth(tensors, "blocks"),
+        "intermediate_size": _shape(tensors, "blocks.0.mlp.fc1.weight", 0),
+    }
+    _compare(path, {key: getattr(settings, key) for key in held}, held)
+    rows, columns = patch_grid(_pair(settings.image_size), _pair(settings.patch_size)[0])
+    key = "image_size (rows of the position table)"
+    _compare(path, {key: 1 + rows * columns}, {key: _shape(tensors, "pos_embed", 1)})
 
 
-def _check_said(config: _Json, said: Mapping[str, tuple[Any, ...]]) -> None:
-    """Values are what the config says, what the tensors have or None, and of what, where it is not the key's."""
-    for key, (wanted, found, *what) in said.items():
-        if found is not None and found != wanted:
-            meaning = f" ({what[0]})" if what else ""
-            raise UserError(f"{config.path}: {key} makes {wanted}{meaning}, but the weights beside it have {found}")
+def _compare(path: Path, settings: Mapping[str, int], held: Mapping[str, int | None]) -> None:
+    """Refuse the first setting that contradicts the tensors."""
+    for key, found in held.items():
+        if found is not None and found != settings[key]:
+            raise UserError(f"{path}: {key} makes {settings[key]}, but the weights next to it have {found}")
 
 
-def _class_names(config: _Json, head: Tensor | None) -> list[str]:
-    """The names of `id2label` by their numbers; [] without a head or without names."""
-    labels = config.get("id2label", {})
-    if head is None or not labels:
-        return []
-    named = isinstance(labels, dict) and all(isinstance(name, str) for name in labels.values())
-    if not named or sorted(labels) != sorted(str(index) for index in range(len(labels))):
-        raise config.wrong("id2label", "a name for each of the numbers from 0 on")
-    if head.ndim == 0 or len(labels) != head.shape[0]:
-        raise UserError(f"{config.path}: id2label has {len(labels)} names, classifier.weight is {tuple(head.shape)}")
-    return [labels[str(index)] for index in range(len(labels))]
-
-
-def _pixel_statistics(config: _Json, channels: int) -> dict[str, str]:
-    """Mean and deviation for pixels in 0-1, whichever scale the file's are for."""
-    if not config.flag("do_normalize", True):
+def _pixel_statistics(path: Path, channels: int) -> dict[str, str]:
+    settings = _read(path, _Processor)
+    mean, std = settings.image_mean or [0.5] * channels, settings.image_std or [0.5] * channels
+    if not settings.do_normalize:
         mean, std = [0.0] * channels, [1.0] * channels
-    else:
-        mean = _statistics(config, "image_mean", channels)
-        std = _statistics(config, "image_std", channels)
-    if not all(value > 0 for value in std):
-        raise config.wrong("image_std", "above 0")
-    factor = config.number("rescale_factor", 1 / 255) if config.flag("do_rescale", True) else 1.0
-    if not math.isclose(255 * factor, 1):
-        mean, std = ([value / (255 * factor) for value in values] for values in (mean, std))
+    for key, numbers in (("image_mean", mean), ("image_std", std)):
+        if len(numbers) != channels:
+            raise UserError(f"{path}: {key} must be a list of {channels} numbers, one for each channel, got {numbers}")
+    factor = 255 * settings.rescale_factor if settings.do_rescale else 255.0
+    if not math.isclose(factor, 1):
+        mean, std = ([value / factor for value in numbers] for numbers in (mean, std))
     return {PIXEL_MEAN: json.dumps(mean), PIXEL_STD: json.dumps(std)}
-
-
-def _statistics(config: _Json, key: str, channels: int) -> list[float]:
-    values = config.get(key, [_DEFAULT_STATISTIC] * channels)
-    if not isinstance(values, list) or len(values) != channels or not all(_is_number(value) for value in values):
-        raise config.wrong(key, f"a list of {channels} numbers, one for each channel")
-    return [float(value) for value in values]
-
-
-def _norm_eps(config: _Json) -> float:
-    return config.number("layer_norm_eps", _DEFAULT_NORM_EPS)
 
 
 def _encoder_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -343,13 +304,13 @@ def _decoder_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_heads(config: _Json, width_key: str, width: int, heads_key: str, heads: int) -> None:
+def _check_heads(path: Path, width_key: str, width: int, heads_key: str, heads: int) -> None:
     if width % heads:
-        raise UserError(f"{config.path}: {width_key} {width} can not be split over {heads_key} {heads}")
+        raise UserError(f"{path}: {width_key} {width} cannot be split over {heads_key} {heads}")
 
 
 def mlp_ratio(width: int, hidden: int) -> float:
-    """The ratio of which timm and we make `hidden` again, int(width * ratio): a quotient may come out just below."""
+    """Find the ratio with int(width * ratio) == hidden, despite rounding."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
@@ -365,11 +326,3 @@ def _depth(tensors: Mapping[str, Tensor], stack: str) -> int:
 
 def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _LARGE
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGE

@@ -2,14 +2,14 @@
 
 Plain names are those of timm's VisionTransformer and of the published files (method specification, section 1.3).
 
-| layout       | whose files                                                                                       |
+| layout       | files                                                                                             |
 | ------------ | ------------------------------------------------------------------------------------------------- |
 | `plain`      | timm, the published files, ours, detectron2's ViTDet; layer scale and chunks of blocks are undone |
 | `hf-vit`     | transformers' ViTModel, ViTForImageClassification, ViTForMaskedImageModeling, ViTMAEModel         |
 | `hf-vitmae`  | transformers' ViTMAEForPreTraining                                                                |
 | `mmpretrain` | OpenMMLab's mmpretrain, mmcls, mmselfsup: VisionTransformer and MAE; read, not written            |
 
-Everything works on meta tensors as well, and nothing is left out: a tensor that has no plain name keeps its own.
+Everything also works on meta tensors. A tensor without a plain name keeps its own name.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from crossmae.checkpoints.report import ENCODER_HOMES
 from crossmae.errors import UserError, shorten
 
-ENCODER_MASK_TOKEN = "encoder_mask_token"  # of a masked encoder (DINOv2, SimMIM), unlike `mask_token` of MAE's decoder
+# Prefixes under which files hold an encoder: ours and detectron2's ViTDet, other frameworks', none.
+ENCODER_HOMES = ("backbone.net.", "backbone.", "encoder.", "")
+ENCODER_MASK_TOKEN = "encoder_mask_token"  # of DINOv2 and SimMIM, unlike `mask_token` of MAE's decoder
 
 # Names inside and outside of blocks, as the hub's files have them and as transformers 4 and 5 both load them.
 _HF_BLOCK = {
@@ -106,7 +107,7 @@ _LAYER_SCALE = re.compile(r"(.*blocks\.\d+)\.(?:ls([12])\.gamma|gamma_([12]))") 
 _SCALED = {"1": "attn.proj", "2": "mlp.fc2"}
 
 _PLAIN_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-# What a plain ViT has no place for, by its name within the encoder's home; the first that matches is said.
+# Kinds of tensors that a plain ViT has no place for, by name without the prefix; the first match counts.
 _NOT_PLAIN = {
     r"layers\.\d+\.blocks\..+": "a hierarchical transformer (Swin)",
     r"reg_token|register_tokens|storage_tokens": "register tokens",
@@ -132,12 +133,12 @@ class Translated:
     """The tensors of a file under plain names.
 
     Attributes:
-        layout: "plain", "hf-vit", "hf-vitmae" or "mmpretrain". The names of a plain encoder keep the home that they
+        layout: "plain", "hf-vit", "hf-vitmae" or "mmpretrain". The names of a plain encoder keep the prefix that they
             have in the file, `backbone.net.` for example.
-        tensors: under plain names where there is one, else under the file's own. Nothing is left out.
+        tensors: all of them, under the file's own names where there is no plain one.
         sources: plain name -> the names in the file, only where they differ: one for a new name, three where q, k, v
             were joined, weight and gamma where layer scale was folded in.
-        notes: plain name -> what was done to the tensor beyond giving it another name.
+        notes: plain name -> other changes to the tensor.
     """
 
     layout: str
@@ -147,15 +148,15 @@ class Translated:
 
 
 def encoder_home(tensors: Iterable[str]) -> str | None:
-    """The prefix under which the plain names of an encoder are, or None: no encoder under plain names."""
+    """Find the prefix of an encoder's plain names, or None."""
     names = set(tensors)
     return next((home for home in ENCODER_HOMES if f"{home}patch_embed.proj.weight" in names), None)
 
 
 def to_plain(tensors: Mapping[str, Tensor], grid: tuple[int, int] | None = None) -> Translated:
-    """Translate the names of any layout; the same tensors, but for what `notes` says.
+    """Translate the names of any layout.
 
-    | what                                        | becomes                                                    |
+    | in the file                                 | becomes                                                    |
     | ------------------------------------------- | ---------------------------------------------------------- |
     | q, k, v of transformers                     | `attn.qkv`, bit for bit                                    |
     | layer scale                                 | a factor of `attn.proj`, `mlp.fc2`; rounded to their dtype |
@@ -163,16 +164,13 @@ def to_plain(tensors: Mapping[str, Tensor], grid: tuple[int, int] | None = None)
     | a mask token of the encoder                 | `encoder_mask_token`                                       |
     | positions without a row for the class token | a row of zeros is put first                                |
 
-    `mask_token` is MAE's where there is a decoder, `decoder_*`, and the token has three dimensions; else it is the
-    encoder's.
-
     Args:
         tensors: of one file, without wrappers.
         grid: rows and columns of patches, where known. It tells whether the position table of a grid that is not
-            square has a row for the class token; without it, a number of rows that is a square says that it has none.
+            square has a row for the class token; without it, a square number of rows means that it has none.
 
     Raises:
-        UserError: names that are of a layout but incomplete (a query without its key), or two for one plain name.
+        UserError: an incomplete set of names (a query without its key), or two names for one plain name.
     """
     layout, names = _plain_names(tensors)
     found = Translated(layout, {})
@@ -194,14 +192,13 @@ def to_plain(tensors: Mapping[str, Tensor], grid: tuple[int, int] | None = None)
 
 
 def from_plain(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """The names that transformers' files on its hub have, versions 4 and 5 load them; the inverse of `to_plain`.
+    """Rename tensors for transformers, the inverse of `to_plain`.
 
-    q, k, v are split, bit for bit, into tensors of their own memory. As in transformers' own files, names begin with
-    `vit.` where there is more than an encoder. ViTModel wants a pooler, which only its own files hold: load others with
-    `add_pooling_layer=False`.
+    Versions 4 and 5 load these names. q, k, v are split, bit for bit, into tensors of their own memory. As in
+    transformers' own files, names begin with `vit.` where there is more than an encoder.
 
     Args:
-        tensors: under plain names, without a home.
+        tensors: under plain names, without a prefix.
         layout: "hf-vit" or "hf-vitmae".
 
     Raises:
@@ -219,23 +216,20 @@ def from_plain(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
     written = {name: _rename(name, stacks, _HF_BLOCK, outside) for name in parts}
     homeless = [name for name, new in written.items() if new is None]
     if homeless:
-        raise UserError(f"no place in the layout {layout}, {_count(homeless)}: {shorten(homeless)}")
+        raise UserError(f"no place in the layout {layout} for {len(homeless)} tensors: {shorten(homeless)}")
     return {str(written[name]): tensor for name, tensor in parts.items()}
 
 
 def not_plain(tensors: Mapping[str, Tensor]) -> list[str]:
-    """What of an encoder a plain ViT has no place for: a sentence for each kind, or []; see `oddities`."""
+    """Describe the `oddities` of an encoder."""
     return [f"{shorten(names)}: {kind}, which a plain ViT does not have" for kind, names in oddities(tensors).items()]
 
 
 def oddities(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Names of an encoder's tensors that a plain ViT has no place for, by kind.
+    """Group an encoder's tensors without a plain place by kind.
 
-    An encoder of which something stays behind computes something else, so loading it must fail; inspecting need not.
-    That a block normalises after attention and MLP instead of before, under the same names, can not be seen.
-
-    Args:
-        tensors: of `to_plain`.
+    Without them the encoder computes something else. A block that normalises after attention and MLP instead of before,
+    under the same names, cannot be seen.
     """
     home = encoder_home(tensors) or ""
     kinds: dict[str, list[str]] = defaultdict(list)
@@ -249,11 +243,9 @@ def oddities(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
 
 
 def _plain_names(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, str]]:
-    """The layout, and the plain name, or the same, of every name."""
     for prefix in ("vit.", ""):
-        vit = any(
-            ".layernorm_before." in name for name in tensors
-        )  # other models of transformers have the rest as well
+        # Other models of transformers have the rest as well.
+        vit = any(".layernorm_before." in name for name in tensors)
         if vit and f"{prefix}embeddings.patch_embeddings.projection.weight" in tensors:
             decoder = any(_look_up(_inverse(_HF_BESIDE["hf-vitmae"]), name) for name in tensors)
             return "hf-vitmae" if decoder else "hf-vit", _hf_names(tensors, prefix)
@@ -262,7 +254,8 @@ def _plain_names(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, str]]:
         if f"{prefix}patch_embed.projection.weight" in tensors and any(name in tensors for name in blocks):
             return "mmpretrain", _mm_names(tensors, prefix)
     home = encoder_home(tensors) or ""
-    return "plain", {name: _unchunked(name, home) for name in tensors}
+    chunked = {name: _CHUNKED.fullmatch(name.removeprefix(home)) for name in tensors if name.startswith(home)}
+    return "plain", {name: f"{home}blocks.{match[1]}" if (match := chunked.get(name)) else name for name in tensors}
 
 
 def _hf_names(tensors: Iterable[str], prefix: str) -> dict[str, str]:
@@ -282,13 +275,8 @@ def _mm_names(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, str]:
     return {name: _rename(name, stacks, _MM_BLOCK, outside) or name for name in tensors}
 
 
-def _unchunked(name: str, home: str) -> str:
-    chunked = _CHUNKED.fullmatch(name.removeprefix(home)) if name.startswith(home) else None
-    return f"{home}blocks.{chunked[1]}" if chunked else name
-
-
 def _rename(name: str, stacks: Mapping[str, str], block: Mapping[str, str], outside: Mapping[str, str]) -> str | None:
-    """`name` by tables of stacks of blocks, modules within a block and modules outside; None where none has it."""
+    """Rename by tables of stacks, of modules in and outside blocks."""
     found = _IN_BLOCK.fullmatch(name)
     if found and found[1] in stacks:
         inside = _look_up(block, found[3])
@@ -297,7 +285,6 @@ def _rename(name: str, stacks: Mapping[str, str], block: Mapping[str, str], outs
 
 
 def _look_up(table: Mapping[str, str], name: str) -> str | None:
-    """Another name for a tensor: by its whole name, or by its module's."""
     if name in table:
         return table[name]
     module, _, leaf = name.rpartition(".")
@@ -309,7 +296,6 @@ def _inverse(table: Mapping[str, str]) -> dict[str, str]:
 
 
 def _join_qkv(found: Translated) -> Translated:
-    """Query, key and value, under the names attn.q, attn.k and attn.v, as one tensor at the place of the first."""
     joined = Translated(found.layout, {})
     for name, tensor in found.tensors.items():
         part = _QKV_PART.fullmatch(name)
@@ -326,7 +312,6 @@ def _join_qkv(found: Translated) -> Translated:
 
 
 def _concatenate(found: Translated, three: list[str], origin: str) -> Tensor:
-    """Query, key and value, one below the other; `origin` is the name of one of them in the file."""
     parts = dict(zip(("query", "key", "value"), three, strict=True))
     missing = [part for part, name in parts.items() if name not in found.tensors]
     if missing:
@@ -339,7 +324,7 @@ def _concatenate(found: Translated, three: list[str], origin: str) -> Tensor:
 
 
 def _split_qkv(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """A qkv as three, each with its own memory (safetensors wants that); any other tensor as it is."""
+    """Split a qkv into three with their own memory, as safetensors requires."""
     found = _QKV.fullmatch(name)
     if found is None:
         return [(name, tensor)]
@@ -351,7 +336,7 @@ def _split_qkv(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def _fold_layer_scale(found: Translated) -> None:
-    """x + gamma * (W y + b) is x + (gamma * W) y + gamma * b, so that gamma needs no place of its own."""
+    """Fold gamma into weight and bias: gamma (W y + b) is linear."""
     for name in list(found.tensors):
         scale = _LAYER_SCALE.fullmatch(name)
         if scale is None:
@@ -368,7 +353,7 @@ def _fold_layer_scale(found: Translated) -> None:
 
 
 def _scaled(tensor: Tensor, gamma: Tensor, what: str) -> Tensor:
-    """A factor for each row, multiplied in float32, or finer where the tensor is finer."""
+    """Multiply each row by its factor, in float32 or the tensor's float64."""
     if gamma.ndim != 1 or gamma.shape != tensor.shape[:1]:
         raise UserError(f"{what}: {_describe(gamma)} does not go with {_describe(tensor)}")
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
@@ -377,7 +362,7 @@ def _scaled(tensor: Tensor, gamma: Tensor, what: str) -> Tensor:
 
 
 def _name_mask_token(found: Translated, home: str) -> None:
-    """Under `mask_token` only MAE's: a token of the decoder, (1, 1, D), beside the rest of the decoder."""
+    """Rename a `mask_token` that is not of MAE's decoder, (1, 1, D)."""
     token = found.tensors.get(f"{home}mask_token")
     decoder = any(name.startswith(f"{home}decoder_") for name in found.tensors)
     if token is None or (decoder and token.ndim == 3):
@@ -391,7 +376,7 @@ def _name_mask_token(found: Translated, home: str) -> None:
 
 
 def _add_class_row(found: Translated, home: str, grid: tuple[int, int] | None) -> None:
-    """Zeros for the class token where the table is of patches alone: timm's `no_embed_class`, `class_token=False`."""
+    """Put zeros before a table without class row (timm's `no_embed_class`)."""
     table, name = found.tensors.get(f"{home}pos_embed"), f"{home}pos_embed"
     if table is None or table.ndim != 3:
         return
@@ -406,7 +391,7 @@ def _add_class_row(found: Translated, home: str, grid: tuple[int, int] | None) -
 
 
 def _by_shape(tensors: Mapping[str, Tensor], home: str, name: str) -> str:
-    """What the names do not show: an MLP whose halves are multiplied, layers without bias; else ""."""
+    """Name an oddity that only shapes show, or return ""."""
     module, _, leaf = name.rpartition(".")
     if leaf != "weight" or not (module == "patch_embed.proj" or re.match(r"blocks\.\d+\.", module)):
         return ""
@@ -420,7 +405,3 @@ def _by_shape(tensors: Mapping[str, Tensor], home: str, name: str) -> str:
 
 def _describe(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _count(names: list[str]) -> str:
-    return f"{len(names)} tensor" + ("s" if len(names) != 1 else "")

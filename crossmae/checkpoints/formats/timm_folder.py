@@ -1,7 +1,8 @@
-"""timm's folders, config.json beside the weights: to the metadata of a weight file, and back.
+"""timm's folders, config.json next to the weights: to the metadata of a weight file, and back.
 
-What such a file says is not believed: timm's `create_model` opens addresses, other folders and pickles if it is told
-to, so that only names of its own models and arguments of a plain ViT get there.
+The file is not trusted: timm's `create_model` opens addresses, other folders and pickles if it is told to, so that only
+names of its own models and arguments of a plain ViT reach it. timm's own writer (`save_for_hf`) saves the weights
+without our metadata and needs a model in memory; the dict written here loads in timm the same.
 """
 
 from __future__ import annotations
@@ -17,15 +18,14 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from crossmae.checkpoints.metadata import CLASSES, MODEL_ARGUMENTS, NORM_EPS, PIXEL_MEAN, PIXEL_STD
-from crossmae.checkpoints.reading.files import HUB_CONFIG as CONFIG
-from crossmae.checkpoints.reading.files import HUB_FILES
+from crossmae.checkpoints.reading.files import HUB_CONFIG, HUB_FILES
 from crossmae.errors import UserError
 
-POOL = "pool"  # key of the metadata: what the head is over, in timm's words
-ARCHITECTURE = "vit_base_patch16_224"  # of which timm is given every argument, so that any size can be said
-MAX_DEPTH = 100
+POOL = "pool"  # key of the metadata: pooling before the head, in timm's words
+_ARCHITECTURE = "vit_base_patch16_224"  # timm is given all its arguments, so that it can have any size
+_MOST_BLOCKS = 100
 _SIZES = ("embed_dim", "depth", "num_heads", "patch_size", "in_chans", "mlp_ratio")
-# Arguments of timm's VisionTransformer that a plain ViT can have. Rates of dropping count in training alone.
+# Arguments of timm's VisionTransformer that a plain ViT can have. Dropout rates have an effect in training only.
 _KNOWN = {
     *_SIZES, "img_size", "num_classes", "global_pool", "fc_norm", "class_token", "no_embed_class", "init_values",
     "reg_tokens", "dynamic_img_size", "final_norm", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
@@ -34,15 +34,15 @@ _KNOWN = {
 
 
 def timm_metadata(folder: Path) -> dict[str, str]:
-    """What timm's config.json says, as the metadata of our own weight files; {} where there is none of timm's.
+    """Read timm's config.json as our metadata, {} without the file.
 
     Raises:
         UserError: it does not describe a plain ViT.
     """
-    config = _read(folder)
-    if config is None:
+    settings = _read(folder)
+    if settings is None:
         return {}
-    pretrained = config.get("pretrained_cfg")
+    pretrained = settings.get("pretrained_cfg")
     pretrained = pretrained if isinstance(pretrained, dict) else {}
     model = timm_model(folder, depth=1)
     sides = list(model.patch_embed.img_size)
@@ -53,24 +53,23 @@ def timm_metadata(folder: Path) -> dict[str, str]:
         values = pretrained.get(name)
         if isinstance(values, list) and all(isinstance(value, float | int) for value in values):
             metadata[key] = json.dumps(values)
-    names = config.get("label_names", pretrained.get("label_names"))
+    names = settings.get("label_names", pretrained.get("label_names"))
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         metadata[CLASSES] = json.dumps(names, ensure_ascii=False)
     return metadata
 
 
 def timm_model(folder: Path, depth: int | None = None) -> Any:
-    """timm's model that a folder's config.json names, with random weights; the global random state stays as it is.
+    """Build the model that a timm folder names, with random weights.
 
     Args:
-        folder: of timm.
         depth: blocks to build instead of the model's.
 
     Raises:
         UserError: not a plain ViT of timm's, or arguments that a plain ViT does not have.
     """
-    path, config = folder / CONFIG, _read(folder) or {}
-    name, given = config.get("architecture"), config.get("model_args") or {}
+    path, settings = folder / HUB_CONFIG, _read(folder) or {}
+    name, given = settings.get("architecture"), settings.get("model_args") or {}
     if not isinstance(name, str) or not timm.is_model(name):
         raise UserError(f"{path}: {name!r} is no model of timm's that could be a plain ViT")
     if not isinstance(given, dict) or (unknown := sorted(given.keys() - _KNOWN)):
@@ -78,16 +77,15 @@ def timm_model(folder: Path, depth: int | None = None) -> Any:
         raise UserError(f"{path}: model_args has {said}, which no plain ViT has; known: {', '.join(sorted(_KNOWN))}")
     arguments = {key: value for key, value in given.items() if key not in ("num_classes", "depth")}
     wanted = depth or given.get("depth")
-    if wanted is not None and not (isinstance(wanted, int) and 0 < wanted <= MAX_DEPTH):
-        raise UserError(f"{path}: depth {wanted} is not a number of blocks from 1 to {MAX_DEPTH}")
+    if wanted is not None and not (isinstance(wanted, int) and 0 < wanted <= _MOST_BLOCKS):
+        raise UserError(f"{path}: depth {wanted} is not a number of blocks from 1 to {_MOST_BLOCKS}")
     arguments |= {"depth": wanted} if wanted else {}
     try:
         with torch.random.fork_rng(devices=[]):
-            model: Any = timm.create_model(
-                name, pretrained=False, num_classes=config.get("num_classes", 0), **arguments
-            )
+            classes = settings.get("num_classes", 0)
+            model: Any = timm.create_model(name, pretrained=False, num_classes=classes, **arguments)
     except Exception as error:  # whatever its constructors raise for arguments that are wrong
-        raise UserError(f"{path}: {name} can not be built as a plain ViT: {str(error)[:200]}") from None
+        raise UserError(f"{path}: {name} cannot be built as a plain ViT: {str(error)[:200]}") from None
     plain = isinstance(model, VisionTransformer) and all(type(block) is Block for block in model.blocks)
     if not plain or type(model.blocks[0].mlp.act) is not nn.GELU:
         raise UserError(f"{path}: {name} is no plain ViT: other blocks, or another activation than GELU")
@@ -97,12 +95,12 @@ def timm_model(folder: Path, depth: int | None = None) -> Any:
 def timm_config(
     tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The config.json with which `timm.create_model("local-dir:FOLDER", pretrained=True)` builds the model.
+    """Build the config.json for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
     Args:
         tensors: of the file, under plain names.
         arguments: of `ViTEncoder`.
-        metadata: pixel statistics and names of classes go over where they are known.
+        metadata: pixel statistics and names of classes are copied where they are known.
     """
     size = arguments["img_size"]
     sides = [size, size] if isinstance(size, int) else list(size)
@@ -118,23 +116,22 @@ def timm_config(
     if classes and CLASSES in metadata:
         pretrained["label_names"] = json.loads(metadata[CLASSES])
     return {
-        "architecture": ARCHITECTURE,
+        "architecture": _ARCHITECTURE,
         "num_classes": classes,
-        "global_pool": pool,  # for people: timm itself reads that of model_args
+        "global_pool": pool,  # for people: timm itself reads model_args
         "model_args": given,
         "pretrained_cfg": pretrained,
     }
 
 
 def is_timm_folder(file: Path) -> bool:
-    """Whether a weight file is that of a folder with a config.json of timm's."""
+    """Test if a weight file is in a folder of timm's."""
     return file.name in HUB_FILES and _read(file.parent) is not None
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    """The config.json, where it is one of timm's."""
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
+        settings = json.loads((folder / HUB_CONFIG).read_bytes())
     except (OSError, ValueError, RecursionError):
-        return None  # of other libraries, or nobody's
-    return config if isinstance(config, dict) and isinstance(config.get("architecture"), str) else None
+        return None
+    return settings if isinstance(settings, dict) and isinstance(settings.get("architecture"), str) else None

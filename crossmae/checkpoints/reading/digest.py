@@ -13,16 +13,16 @@ from torch import Tensor
 from crossmae.errors import UserError
 
 DIGEST = "digest"  # its key in the metadata
-_KIND = "sha256:"  # what its value starts with, as no other value of ours does
+_KIND = "sha256:"  # beginning of its value, and of no other value of ours
 _SHOWN = 23
 
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 over the names, types, shapes and values of all tensors and over the metadata.
+    """Compute SHA-256 over names, types, shapes, values and metadata.
 
     Args:
         tensors: under the names that they have in the file, in any order.
-        metadata: without regard to a digest in it.
+        metadata: a digest in it is ignored.
 
     Returns:
         "sha256:" and 64 hexadecimal digits.
@@ -38,20 +38,15 @@ def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def signed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata to write beside these tensors: with their digest."""
+    """Add the digest of tensors to their metadata."""
     return {**metadata, DIGEST: digest(tensors, metadata)}
 
 
 def check_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> dict[str, str]:
-    """Compare with the digest in the metadata, where there is one.
-
-    The metadata counts as well: a damaged `pixel_mean` costs as much accuracy as damaged weights.
-
-    Returns:
-        The metadata without the digest.
+    """Compare with the digest in the metadata, and remove it.
 
     Raises:
-        UserError: something is not as it was written.
+        UserError: tensors or metadata differ from what was written.
     """
     recorded = {key: value for key, value in metadata.items() if key == DIGEST or value.startswith(_KIND)}
     rest = {key: value for key, value in metadata.items() if key not in recorded}

@@ -1,4 +1,4 @@
-"""From a path to named tensors: find the file, tell its kind, read it."""
+"""Find a weight file, tell its kind, and read its tensors."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ from crossmae.checkpoints.reading.trusted import read_trusted
 from crossmae.checkpoints.reading.unpickle import damaged, read_numpy_pickle
 from crossmae.checkpoints.reading.wrappers import one_model, pickled_metadata, published_settings, state_dict
 from crossmae.checkpoints.run_checkpoint import FOLDER, MANIFEST, MODEL, defect, latest_checkpoint
-from crossmae.errors import UserError
+from crossmae.errors import UserError, shorten
 
-# What transformers and timm call the weights in a folder; an index names the shards of a large model.
+# Names of weights in folders of transformers and timm; an index names the shards of a large model.
 HUB_FILES = (MODEL, f"{MODEL}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 HUB_CONFIG = "config.json"
-MAX_NAMES, MAX_LISTED = 5, 10_000
+_MAX_LISTED = 10_000
 _STEP_FOLDER = re.compile(r"step-\d+")
 _WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".pkl", ".bin", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
 _WEB_PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
 _GIT_LFS = b"version https://git-lfs"
 _PICKLE = b"\x80"
 _LEGACY_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the magic number that torch pickled first until version 1.6
-_UNPACK = "unpack it and give the weight file that is in it"
-_PYTORCH = "take the PyTorch or safetensors file of the same model"
-# What is not read, by its first bytes.
+_UNPACK = "Unpack it and give the weight file that is in it"
+_PYTORCH = "Take the PyTorch or safetensors file of the same model"
+# Files that are not read, by their first bytes.
 _OTHERS = (
-    (re.compile(rb"\x1f\x8b|BZh|\xfd7zXZ\0|\x28\xb5\x2f\xfd|7z\xbc\xaf"), f"a compressed file; {_UNPACK}"),
-    (re.compile(rb".{257}ustar", re.DOTALL), f"a tar archive; {_UNPACK}"),
-    (re.compile(rb"\x89HDF\r\n"), f"an HDF5 file, as TensorFlow and Keras write; {_PYTORCH}"),
-    (re.compile(rb"[\x81-\x8f\xde\xdf].{0,4}[\xa1-\xbf\xd9]", re.DOTALL), f"msgpack, as Flax (JAX) writes; {_PYTORCH}"),
-    (re.compile(rb"\x08.\x12.{0,40}", re.DOTALL), f"an ONNX model, whose weights have lost their names; {_PYTORCH}"),
-    (re.compile(rb"GGUF"), f"a GGUF file of quantized weights; {_PYTORCH}"),
+    (re.compile(rb"\x1f\x8b|BZh|\xfd7zXZ\0|\x28\xb5\x2f\xfd|7z\xbc\xaf"), f"a compressed file. {_UNPACK}"),
+    (re.compile(rb".{257}ustar", re.DOTALL), f"a tar archive. {_UNPACK}"),
+    (re.compile(rb"\x89HDF\r\n"), f"an HDF5 file, as TensorFlow and Keras write. {_PYTORCH}"),
+    (re.compile(rb"[\x81-\x8f\xde\xdf].{0,4}[\xa1-\xbf\xd9]", re.DOTALL), f"msgpack, as Flax (JAX) writes. {_PYTORCH}"),
+    (re.compile(rb"\x08.\x12.{0,40}", re.DOTALL), f"an ONNX model, whose weights have lost their names. {_PYTORCH}"),
+    (re.compile(rb"GGUF"), f"a GGUF file of quantized weights. {_PYTORCH}"),
     (re.compile(rb"\x93NUMPY"), "one NumPy array (.npy) without a name; a state dict of named tensors is expected"),
 )
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What one weight file, or the shards of one model, hold.
+    """The content of one weight file, or of the shards of one model.
 
     Attributes:
         tensors: on the CPU, out of all wrappers.
         metadata: strings.
-        beside: what else is in the file: "optimizer", "epoch", "model_ema", "momentum_encoder (152 tensors)".
-        averaged: these are averaged weights (EMA).
+        beside: other content: "optimizer", "epoch", "model_ema", "momentum_encoder (152 tensors)".
+        averaged: true for averaged weights (EMA).
     """
 
     tensors: dict[str, Tensor]
@@ -66,8 +66,8 @@ def read_tensors(path: Path, *, ema: bool = False, trust: bool = False) -> Conte
 
     Args:
         path: the file; contents decide, not the suffix.
-        ema: take averaged weights, where plain ones are taken otherwise; see `crossmae.checkpoints.reading.wrappers`.
-        trust: run whatever code is in a pickle.
+        ema: take averaged weights, see `crossmae.checkpoints.reading.wrappers`.
+        trust: run any code in a pickle.
 
     Raises:
         UserError: see `crossmae.checkpoints.weights.read_weights`.
@@ -79,10 +79,9 @@ def read_tensors(path: Path, *, ema: bool = False, trust: bool = False) -> Conte
 
 
 def find_file(path: Path) -> Path:
-    """The weight file that a path means: itself, or the weights in a folder of a run, a checkpoint or a hub.
+    """Find the weight file in a run, checkpoint or hub folder.
 
-    Returns:
-        The file; of sharded weights the index.
+    For sharded weights this is the index.
 
     Raises:
         UserError: no such path, or a folder without weights.
@@ -99,7 +98,7 @@ def find_file(path: Path) -> Path:
 
 
 def file_kind(path: Path) -> str:
-    """ "safetensors", "torch", "pickle" or "index", by the first bytes: suffixes of weight files are often wrong.
+    """Tell "safetensors", "torch", "pickle" or "index" by the first bytes.
 
     Raises:
         UserError: empty, a web page, a git-lfs pointer, or nothing that holds weights.
@@ -108,13 +107,13 @@ def file_kind(path: Path) -> str:
         with open(path, "rb") as file:
             head = file.read(512)
     except OSError as error:
-        raise UserError(f"{path}: can not be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if not head:
-        raise UserError(f"{path}: the file is empty (0 bytes); copy or download it again")
+        raise UserError(f"{path}: the file is empty (0 bytes). Copy or download it again.")
     if head.lstrip().lower().startswith(_WEB_PAGE):
         raise UserError(f"{path}: a web page, not weights; the download got an error or log-in page, check its address")
     if head.startswith(_GIT_LFS):
-        raise UserError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` where it comes from")
+        raise UserError(f"{path}: a git-lfs pointer, not the file itself. Run `git lfs pull` where it comes from.")
     if head.startswith(ZIP):
         return "torch"
     if head.lstrip().startswith(b"{"):
@@ -133,14 +132,14 @@ def file_kind(path: Path) -> str:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata.
+    """Read tensors, mapped from the file, and metadata.
 
     Raises:
         UserError: truncated or damaged.
     """
     try:
         with safe_open(path, "pt") as file:
-            names = list(file.keys())  # the handle itself can not be iterated
+            names = list(file.keys())  # the handle itself cannot be iterated
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except MemoryError:
         raise
@@ -149,7 +148,6 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_one(path: Path, kind: str, *, ema: bool = False, trust: bool = False) -> Contents:
-    """One file, its tensors under the names that they have in it."""
     if kind == "safetensors":
         tensors, metadata = read_safetensors(path)
         return Contents(tensors, check_digest(tensors, metadata, path))
@@ -163,7 +161,6 @@ def _read_one(path: Path, kind: str, *, ema: bool = False, trust: bool = False) 
 
 
 def _read_shards(path: Path, trust: bool) -> Contents:
-    """All shards of an index, each with exactly the tensors that the index says."""
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for shard, names in _weight_map(path).items():
@@ -174,15 +171,15 @@ def _read_shards(path: Path, trust: bool) -> Contents:
         held = _read_one(file, kind, trust=trust)
         differing = sorted(names ^ held.tensors.keys())
         if differing:
-            listed = ", ".join(name[:60] for name in differing[:MAX_NAMES])
-            raise UserError(f"{file}: does not hold the tensors that {path.name} says; they differ in {listed}")
+            odd = shorten([name[:60] for name in differing])
+            raise UserError(f"{file}: does not hold the tensors that {path.name} lists; they differ in {odd}")
         tensors |= held.tensors
         metadata |= held.metadata
     return Contents(tensors, metadata)
 
 
 def _weight_map(path: Path) -> dict[str, set[str]]:
-    """The names of the tensors in each shard.
+    """Map each shard to the names of its tensors.
 
     Raises:
         UserError: not an index, or a shard is missing or outside the folder.
@@ -194,7 +191,7 @@ def _weight_map(path: Path) -> dict[str, set[str]]:
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
         raise UserError(
-            f"{path}: JSON, but not an index of weights (no weight_map); name the weight file or its folder"
+            f"{path}: JSON, but not an index of weights (no weight_map). Name the weight file or its folder"
         )
     shards: dict[str, set[str]] = {}
     for name, shard in names.items():
@@ -204,8 +201,9 @@ def _weight_map(path: Path) -> dict[str, set[str]]:
         raise UserError(f"{path}: refused: names the file {outside[0][:200]!r}, which is not in its own folder")
     missing = sorted(shard for shard in shards if not (path.parent / shard).is_file())
     if missing:
-        listed = ", ".join(missing[:MAX_NAMES])
-        raise UserError(f"{path}: {len(missing)} of {len(shards)} shards are missing: {listed}; download them, too")
+        raise UserError(
+            f"{path}: {len(missing)} of {len(shards)} shards are missing: {shorten(missing)}. Download them."
+        )
     return shards
 
 
@@ -213,7 +211,7 @@ def _find_in_folder(folder: Path) -> Path:
     if (folder / MANIFEST).exists() or _STEP_FOLDER.fullmatch(folder.name):
         reason = defect(folder)
         if reason:
-            raise UserError(f"{folder}: not a complete checkpoint: {reason}; take another step of the run")
+            raise UserError(f"{folder}: not a complete checkpoint: {reason}. Take another step of the run.")
         return folder / MODEL
     found = next((folder / name for name in HUB_FILES if (folder / name).is_file()), None)
     if found:
@@ -222,7 +220,7 @@ def _find_in_folder(folder: Path) -> Path:
     if checkpoint:
         return checkpoint / MODEL
     if (folder / HUB_CONFIG).is_file():
-        missing = f"beside {HUB_CONFIG} none of {', '.join(HUB_FILES)}"
+        missing = f"next to {HUB_CONFIG} none of {', '.join(HUB_FILES)}"
     else:
         missing = (
             f"neither {MODEL}, which a run writes at its end, nor a complete checkpoint {FOLDER}/step-*/, nor "
@@ -232,14 +230,13 @@ def _find_in_folder(folder: Path) -> Path:
 
 
 def _what_to_name(folder: Path) -> str:
-    """The weight files in a folder or one below, whose names do not say which is meant."""
-    files = islice(chain(folder.glob("*"), folder.glob("*/*")), MAX_LISTED)  # it may be a folder of a million images
+    files = islice(chain(folder.glob("*"), folder.glob("*/*")), _MAX_LISTED)  # it may be a folder of a million images
     weights = sorted(str(file.relative_to(folder)) for file in files if file.suffix in _WEIGHT_SUFFIXES)
     if not weights:
         return "name a weight file or the folder of a run"
-    return f"name one of its files: {', '.join(weights[:MAX_NAMES])}{', ...' if len(weights) > MAX_NAMES else ''}"
+    return f"name one of its files: {shorten(weights)}"
 
 
 def shards(path: Path) -> list[Path]:
-    """The files that an index names, [] for a weight file itself."""
+    """List the files that an index names, if it is one."""
     return [path.parent / name for name in sorted(_weight_map(path))] if file_kind(path) == "index" else []

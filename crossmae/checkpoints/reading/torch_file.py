@@ -1,8 +1,7 @@
-"""Reading what `torch.save` writes, now (a zip archive) and before version 1.6 (pickles, then bytes).
+"""Read files of `torch.save`, now (a zip archive) and before version 1.6 (pickles, then bytes).
 
-The values are read here, too, and not by `torch.load`: it does not compare the checksums of the archive, unpacks
-compressed entries of any size, and reserves what the pickle in it asks for (see
-`crossmae.checkpoints.reading.unpickle`).
+`torch.load` does not compare the checksums of the archive, unpacks compressed entries of any size, and reserves what
+the pickle in it asks for, so the values are read here (see `crossmae.checkpoints.reading.unpickle`).
 """
 
 from __future__ import annotations
@@ -26,16 +25,15 @@ from crossmae.checkpoints.reading.unpickle import (
     expect,
     read_mapped,
 )
-from crossmae.errors import UserError
+from crossmae.errors import UserError, shorten
 
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 ZIP = b"PK\x03\x04"
-_MAX_NAMES = 5
 _MAX_VALUES = 1 << 40  # of one tensor: less than what overflows torch's count of them
 
 
 def read_torch_file(path: Path) -> Any:
-    """What `torch.save` wrote: containers, numbers, strings, tensors (on the CPU) and argparse namespaces.
+    """Read containers, numbers, strings, CPU tensors and argparse namespaces.
 
     Every byte is read once, and where the file has checksums, compared with them.
 
@@ -54,7 +52,7 @@ def read_torch_file(path: Path) -> Any:
 
 
 def starts_with(path: Path, magic: bytes) -> bool:
-    """Whether these are the first bytes of the file."""
+    """Test the first bytes of a file."""
     with open(path, "rb") as file:
         return file.read(len(magic)) == magic
 
@@ -70,15 +68,14 @@ def _read_archive(path: Path, archive: zipfile.ZipFile) -> Any:
         return _typed(storages[key], dtype, numel)
 
     if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-        raise UserError(f"{path}: written on a big-endian machine; save it anew on a little-endian one")
+        raise UserError(f"{path}: written on a big-endian machine. Save it again on a little-endian one.")
     content = Unpickler(path, TORCH_GLOBALS, storage).load(io.BytesIO(archive.read(entries.pop("data.pkl"))))
-    for entry in entries.values():  # what nothing refers to: only its checksum is of interest
+    for entry in entries.values():  # unused entries: compare their checksums
         archive.read(entry)
     return content
 
 
 def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The entries of the archive without the folder that they all are in."""
     infos = archive.infolist()
     entries = {info.filename.partition("/")[2]: info for info in infos}
     if "data.pkl" not in entries:
@@ -103,16 +100,14 @@ def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
 
 def _another_archive(path: Path, names: list[str]) -> UserError:
     if names and all(name.endswith(".npy") for name in names):
-        what = "a NumPy .npz archive, as JAX models are published; save its arrays as safetensors under timm's names"
+        what = "a NumPy .npz archive, as JAX models are published. Save its arrays as safetensors under timm's names"
     else:
-        more = ", ..." if len(names) > _MAX_NAMES else ""
-        listed = ", ".join(name[:60] for name in names[:_MAX_NAMES])
-        what = f"a zip archive, but not one of torch.save (it holds {listed}{more}); unpack it and name the weight file"
+        held = shorten([name[:60] for name in names])
+        what = f"a zip archive, but not one of torch.save (it holds {held}). Unpack it and name the weight file"
     return UserError(f"{path}: {what}")
 
 
 def _read_legacy(path: Path, file: mmap.mmap) -> Any:
-    """Magic number, protocol, system, content, keys of the storages; then the storages: 8 bytes of size and values."""
     storages: dict[str, Tensor] = {}
     reserved = 0
 
@@ -132,7 +127,7 @@ def _read_legacy(path: Path, file: mmap.mmap) -> Any:
     if (plain.load(file), plain.load(file)) != (LEGACY_MAGIC, LEGACY_PROTOCOL):
         raise ValueError("another protocol than torch.save's")
     if not plain.load(file)["little_endian"]:
-        raise UserError(f"{path}: written on a big-endian machine; save it anew on a little-endian one")
+        raise UserError(f"{path}: written on a big-endian machine. Save it again on a little-endian one.")
     content = Unpickler(path, TORCH_GLOBALS, storage).load(file)
     keys = plain.load(file)
     if not all(isinstance(key, str) for key in expect(keys, list)) or sorted(keys) != sorted(storages):
@@ -165,11 +160,11 @@ def _typed(storage: Tensor, dtype: torch.dtype, numel: int) -> Tensor:
     return storage.view(dtype)
 
 
-# What globals stand for
+# Builders of globals
 
 
 def _size(sides: Any = ()) -> tuple[int, ...]:
-    """`torch.Size`, and what else is a tuple of whole numbers."""
+    """Build a `torch.Size`, or any tuple of whole numbers."""
     return tuple(expect(side, int) for side in expect(sides, list | tuple))
 
 
@@ -177,7 +172,7 @@ def _tensor(
     storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], grad: Any = None, hooks: Any = None,
     metadata: Any = None,
 ) -> Tensor:  # fmt: skip
-    """`torch._utils._rebuild_tensor` and `_rebuild_tensor_v2`: a view of a storage."""
+    """Build `torch._utils._rebuild_tensor` and `_rebuild_tensor_v2`: a view of a storage."""
     size, stride, (offset,) = _size(size), _size(stride), _size((offset,))
     if metadata or len(size) != len(stride) or len(size) > MAX_DIMENSIONS or min((offset, *size, *stride)) < 0:
         raise ValueError("not a plain tensor")
@@ -191,36 +186,27 @@ def _tensor_of_type(
     storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], grad: Any, hooks: Any,
     dtype: torch.dtype, metadata: Any = None,
 ) -> Tensor:  # fmt: skip
-    """`torch._utils._rebuild_tensor_v3`: of a storage without a type."""
+    """Build `torch._utils._rebuild_tensor_v3`: a view of a storage without a type."""
     return _tensor(storage.view(dtype), offset, size, stride, grad, hooks, metadata)
 
 
 def _parameter(data: Tensor, *_: Any) -> Tensor:
-    """`torch._utils._rebuild_parameter` and `_rebuild_parameter_with_state`."""
+    """Build `torch._utils._rebuild_parameter` and `_rebuild_parameter_with_state`."""
     return data
 
 
 def _with_attributes(build: Global, subclass: Any, arguments: tuple[Any, ...], state: Any) -> Any:
-    """`torch._tensor._rebuild_from_type_v2`: a tensor that somebody has given Python attributes."""
+    """Build `torch._tensor._rebuild_from_type_v2`: a tensor with Python attributes."""
     if build.build not in (_tensor, _tensor_of_type):
         raise ValueError(f"a tensor built by {build.name}")
     return build.build(*expect(arguments, tuple))
 
 
 _STORAGES = {
-    "Double": torch.float64,
-    "Float": torch.float32,
-    "Half": torch.float16,
-    "BFloat16": torch.bfloat16,
-    "Long": torch.int64,
-    "Int": torch.int32,
-    "Short": torch.int16,
-    "Char": torch.int8,
-    "Byte": torch.uint8,
-    "Bool": torch.bool,
-    "ComplexFloat": torch.complex64,
-    "ComplexDouble": torch.complex128,
-}
+    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
+    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+    "Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128,
+}  # fmt: skip
 _TENSORS = {
     "torch.Size": _size,
     "torch.device": lambda *_: "device",

@@ -1,4 +1,4 @@
-"""The only place that unpickles without restriction: `tools/convert_checkpoint.py --trust`."""
+"""Unrestricted unpickling, for `tools/convert_checkpoint.py --trust` and nowhere else."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def read_trusted(path: Path, kind: str) -> Any:
-    """Whatever the file holds; any code in it runs.
-
-    Args:
-        path: a pickle, or what `torch.save` wrote.
-        kind: "pickle" or "torch", see `crossmae.checkpoints.reading.files.file_kind`.
+    """Read a "pickle" or "torch" file and run any code in it.
 
     Raises:
         UserError: damaged, or refers to what is not installed.

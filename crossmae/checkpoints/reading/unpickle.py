@@ -1,13 +1,12 @@
-"""Reading pickled data without running anything that is in it, in bounded time and memory.
+"""Read pickled data without running anything in it, in bounded time and memory.
 
-A pickle is a program. Its interpreters in Python and in torch, the weights-only one too, reserve the memory that
-it asks for and take the time that it takes: 30 bytes can demand gigabytes, and 209 bytes can keep one hash busy for
-hours. So the opcodes that training programs write are interpreted here, on top of the parser in the standard
-library. Nothing is imported: every global that a file may refer to stands for a function of this package that
-builds plain data (`GLOBALS`), and a file that refers to anything else is refused.
+A pickle is a program. The interpreters of Python and torch, the weights-only one too, reserve the memory that it asks
+for and take the time that it takes: 140 bytes of nested tuples hold torch's weights-only reader for 33 s, and 30 bytes
+can demand gigabytes. So the opcodes that training programs write are interpreted here.
+Nothing is imported: every global that a file may refer to stands for a function that builds plain data (`GLOBALS`), and
+a file that refers to anything else is refused.
 
-What the file can cause is bounded: `MAX_OPCODES` steps; data of at most `MAX_GROWTH` times the file's size; keys
-of dicts and sets whose hash takes no time.
+Bounds: `MAX_OPCODES` steps; data of at most `MAX_GROWTH` times the file's size; keys whose hash takes no time.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ MAX_NUMBER_KEYS = 30_000  # of one file: numbers can be chosen so that each cost
 
 
 def read_numpy_pickle(path: Path) -> Any:
-    """What detectron2's converters and model zoo write: nested containers of numpy arrays, strings and
-    numbers, in pickle protocol 2 or later.
+    """Read a pickle of numpy arrays as in detectron2's model zoo.
 
     Raises:
         UserError: damaged, or refers to anything else.
@@ -47,7 +45,7 @@ def read_numpy_pickle(path: Path) -> Any:
 
 
 def read_mapped(path: Path, read: Callable[[mmap.mmap], Any]) -> Any:
-    """What `read` makes of the file, which is mapped so that no read can be longer than what is there.
+    """Apply `read` to the mapped file: no read exceeds the file.
 
     Raises:
         UserError: `read` failed, or did not reach the end of the file.
@@ -65,11 +63,11 @@ def read_mapped(path: Path, read: Callable[[mmap.mmap], Any]) -> Any:
 
 
 def refusal(path: Path, name: str) -> UserError:
-    """The error for a file that refers to a global outside the allow-list."""
+    """Make the error for a global outside the allow-list."""
     name = name if name.isprintable() and len(name) <= 200 else ascii(name[:200])
     if _SPECIAL.match(name):
         return UserError(
-            f"{path}: holds a tensor that is sparse, quantized or otherwise special ({name}); save it dense, from the "
+            f"{path}: holds a tensor that is sparse, quantized or otherwise special ({name}). Save it dense, from the "
             "program that wrote it. Nothing in the file was run"
         )
     return UserError(
@@ -80,7 +78,7 @@ def refusal(path: Path, name: str) -> UserError:
 
 
 def damaged(path: Path, error: Exception) -> UserError:
-    """The error for a file that starts like a weight file and can not be read to its end."""
+    """Make the error for an incompletely readable weight file."""
     what = "" if type(error) is ValueError else f"{type(error).__name__}: "
     return UserError(
         f"{path}: truncated or damaged ({path.stat().st_size:,} bytes): {what}"
@@ -91,19 +89,19 @@ def damaged(path: Path, error: Exception) -> UserError:
 
 @dataclass(frozen=True)
 class Global:
-    """A name in a pickle, and what builds the data that it stands for; None where it is only referred to."""
+    """A name in a pickle with its builder, None where it is never called."""
 
     name: str
     build: Callable[..., Any] | None
 
 
 class Unpickler:
-    """Interprets one pickle after the other.
+    """An interpreter of one pickle after the other.
 
     Args:
-        path: of the file, for errors and as the measure of what it may ask for.
-        known: what each global stands for, by canonical name: a function, or any other value as it is.
-        persistent: what a persistent id stands for; without it, a file with one is damaged.
+        path: for errors, and for the size that bounds the data.
+        known: builder or value of each global, by canonical name.
+        persistent: builder of persistent ids; without it, a file with one is damaged.
     """
 
     def __init__(self, path: Path, known: Mapping[str, Any], persistent: Callable[[Any], Any] | None = None) -> None:
@@ -115,7 +113,7 @@ class Unpickler:
         self._number_keys = 0
 
     def load(self, file: Any) -> Any:
-        """The content of the pickle that starts where `file` stands; afterwards it stands behind that pickle.
+        """Read the pickle at the position of `file`.
 
         Raises:
             UserError: refers to a global that is not known.
@@ -204,7 +202,7 @@ class Unpickler:
         elif isinstance(target, argparse.Namespace):
             self._spend(expect(state, dict))
             vars(target).update({expect(key, str): value for key, value in state.items()})
-        elif not isinstance(target, dict):  # whose attributes, the versions of modules in a state dict, are of no use
+        elif not isinstance(target, dict):  # its attributes, versions of modules in a state dict, are unused
             raise ValueError(f"a state for an object of type {type(target).__name__}")
 
     def _load_persistent(self, _: Any) -> None:
@@ -213,7 +211,7 @@ class Unpickler:
         self._stack.append(self._persistent(self._stack.pop()))
 
     def _spend(self, *values: Any) -> None:
-        """Count what is about to be copied or walked: the same object may be named a million times."""
+        """Count copied data: one object may be named a million times."""
         for value in values:
             if isinstance(value, str | bytes | bytearray):
                 self._budget -= len(value)
@@ -224,7 +222,7 @@ class Unpickler:
 
 
 def allowance(path: Path) -> int:
-    """How many bytes of data a file may unpack to."""
+    """Return the bytes of data that a file may unpack to."""
     return MAX_GROWTH * path.stat().st_size + GROWTH_BASE
 
 
@@ -265,29 +263,25 @@ _ACTIONS: dict[str, Callable[[Unpickler, Any], None]] = {
 
 
 def expect(value: Any, kind: Any) -> Any:
-    """The value, if it is of that kind.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Return the value, or raise a ValueError for another kind."""
     if not isinstance(value, kind):
         raise ValueError(f"a {type(value).__name__} where a {getattr(kind, '__name__', kind)} belongs")
     return value
 
 
 def _key(value: Any) -> Any:
-    """A key whose hash is quick: that of a tuple of tuples of tuples would take exponential time."""
+    """Check that a key hashes quickly: nested tuples would take exponential time."""
     if isinstance(value, _KEYS) or (isinstance(value, int) and value.bit_length() <= 64) or isinstance(value, float):
         return value
     raise ValueError(f"a key of type {type(value).__name__}")
 
 
 def _canonical(name: str) -> str:
-    """One name for a global, whichever versions of Python and numpy wrote it."""
+    """Unify the names of globals of all versions of Python and numpy."""
     return name.replace("numpy._core.", "numpy.core.").replace("__builtin__.", "builtins.")
 
 
-# What globals stand for
+# Builders of globals
 
 
 def _mapping(entries: Any = ()) -> dict[Any, Any]:
@@ -308,7 +302,6 @@ def _bytes(data: bytes = b"") -> bytes:
 
 
 def _latin1_bytes(text: str, encoding: str = "latin1") -> bytes:
-    """How pickle protocols below 3 hold bytes."""
     if encoding != "latin1":
         raise ValueError("bytes in another encoding than latin1")
     return expect(text, str).encode("latin1")
@@ -316,13 +309,13 @@ def _latin1_bytes(text: str, encoding: str = "latin1") -> bytes:
 
 @dataclass
 class _DType:
-    """A data type; its state, the byte order, follows."""
+    """A data type. Its state, the byte order, follows."""
 
     value: np.dtype
 
 
 def _dtype(text: str, align: Any = False, copy: Any = True) -> _DType:
-    """Of one number or text of fixed length: no records, arrays within arrays, or objects."""
+    """Make a type of numbers or fixed-length text, nothing else."""
     text = expect(text, str)[: _MAX_DTYPE + 1]
     dtype = np.dtype(text) if len(text) <= _MAX_DTYPE else None
     if dtype is None or not dtype.itemsize or dtype.hasobject or dtype.names or dtype.subdtype:
@@ -335,7 +328,6 @@ def _set_byte_order(dtype: _DType, state: Any) -> None:
 
 
 def _empty_array(*_: Any) -> np.ndarray:
-    """What numpy pickles as the start of an array; its state follows."""
     return np.empty(0, np.int8)
 
 
@@ -345,13 +337,12 @@ def _fill_array(array: np.ndarray, state: tuple[Any, ...]) -> None:
     if array.size or array.base is not None:  # other arrays may look into it by now
         raise ValueError("an array is filled twice")
     sides = _checked_shape(shape, dtype, data)
-    array.__setstate__((1, sides, dtype.value, bool(fortran), data))  # type: ignore[arg-type]  # a plain bool will do
+    array.__setstate__((1, sides, dtype.value, bool(fortran), data))  # type: ignore[arg-type]  # a plain bool works
 
 
 def _array_from_buffer(
     data: Any, dtype: _DType, shape: tuple[int, ...], order: str, axes: tuple[int, ...] | None = None
 ) -> np.ndarray:
-    """How pickle protocol 5 holds an array."""
     shape = _checked_shape(shape, dtype, _raw(data))
     flat: np.ndarray = np.frombuffer(data, dtype.value)
     if order == "K" and axes is not None:
@@ -365,7 +356,7 @@ def _scalar(dtype: _DType, data: Any) -> Any:
 
 
 def _raw(data: Any) -> bytes:
-    """The bytes of an array: text in pickles of Python 2. Never another array, whose memory may go away."""
+    """Return an array's bytes, which are text in Python 2."""
     return data.encode("latin1") if isinstance(data, str) else expect(data, bytes | bytearray)
 
 

@@ -1,8 +1,7 @@
-"""From what a file holds to named tensors: out of the dicts and prefixes that trainers put around them.
+"""Unwrap named tensors from the dicts and prefixes that trainers put around them.
 
-Where a file holds several sets of weights, the plain ones are taken, the averaged ones (EMA) on request. Of
-student and teacher (DINO) the teacher is taken: it is what people want, and an average as well. Whatever is not
-taken is listed.
+Where a file holds several sets of weights, the plain ones are taken, the averaged ones (EMA) on request. Of student and
+teacher (DINO) the teacher is taken, which is an average as well. All others are listed.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from crossmae.checkpoints.metadata import PICKLED_METADATA, PUBLISHED_ARGUMENTS
 from crossmae.checkpoints.reading.digest import DIGEST
 from crossmae.checkpoints.reading.unpickle import allowance
-from crossmae.errors import UserError
+from crossmae.errors import UserError, shorten
 
 # Keys of dicts around a state dict, the first that a file has is taken.
 EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "ema", "teacher", "target_encoder")
@@ -32,18 +31,16 @@ EMA_BRANCHES = ("momentum_encoder.", "teacher.")
 BRANCHES = ("base_encoder.", "teacher.", "student.")
 # Before every name: DDP, torch.compile, trainers.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
-COUNTERS = ("n_averaged", "steps")  # beside the prefix `module.` in the averaged models of torch and mmengine
-MAX_DEPTH = 4
-MAX_NAMES, MAX_NAME = 5, 1000
+COUNTERS = ("n_averaged", "steps")  # next to the prefix `module.` in the averaged models of torch and mmengine
+_MAX_WRAPPERS, _MAX_NAME = 4, 1000
 _MAX_SETTINGS, _MAX_LISTED, _MAX_TEXT = 1000, 100, 250
 
 
 def state_dict(content: Any, path: Path, *, ema: bool = False) -> tuple[dict[str, Tensor], tuple[str, ...], bool]:
-    """The tensors in what a pickle held, out of `WRAPPERS`; arrays become tensors.
+    """Take the tensors of a pickle out of `WRAPPERS`.
 
     Returns:
-        Tensors under the names in the file; the keys of what else is in it; whether these are EMA weights, which
-        `one_model` may still find where `ema` asks for them.
+        Tensors under the names in the file; the other keys; true where these are EMA weights.
 
     Raises:
         UserError: not a state dict, or its tensors are many times larger than the file.
@@ -51,7 +48,7 @@ def state_dict(content: Any, path: Path, *, ema: bool = False) -> tuple[dict[str
     beside: list[str] = []
     averaged = False
     content = _opened(content)
-    for _ in range(MAX_DEPTH):
+    for _ in range(_MAX_WRAPPERS):
         found = _wrapper(content, EMA_WRAPPERS) if ema and not averaged else None
         averaged = averaged or found is not None
         found = found or _wrapper(content, WRAPPERS)
@@ -69,17 +66,19 @@ def state_dict(content: Any, path: Path, *, ema: bool = False) -> tuple[dict[str
 def one_model(
     tensors: dict[str, Tensor], path: Path, *, ema: bool = False
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Strip the prefixes of trainers, and take one model of those in `BRANCHES`.
+    """Strip the prefixes of trainers, and select one of `BRANCHES`.
 
     Returns:
-        Tensors, and what was left out: counters and other branches, in words.
+        Tensors, and descriptions of the omitted counters and branches.
 
     Raises:
         UserError: `ema`, and there is no EMA branch.
     """
-    branch = next((prefix for prefix in (EMA_BRANCHES if ema else BRANCHES) if _any_starts(tensors, prefix)), None)
+    branches = EMA_BRANCHES if ema else BRANCHES
+    branch = next((prefix for prefix in branches if any(name.startswith(prefix) for name in tensors)), None)
     counters = tuple(name for name in COUNTERS if name in tensors)
-    prefix = next((p for p in WRAPPER_PREFIXES if _all_start(tensors, p, counters)), None)
+    rest = [name for name in tensors if name not in counters]
+    prefix = next((p for p in WRAPPER_PREFIXES if rest and all(name.startswith(p) for name in rest)), None)
     if branch:
         kept = {name.removeprefix(branch): value for name, value in tensors.items() if name.startswith(branch)}
         left = Counter(name.partition(".")[0] for name in tensors if not name.startswith(branch))
@@ -92,13 +91,13 @@ def one_model(
     if ema:
         raise UserError(
             f"{path}: EMA weights are asked for, and there are none: no dict {', '.join(EMA_WRAPPERS)}, and no names "
-            f"that start with {' or '.join(EMA_BRANCHES)}; take the plain weights"
+            f"that start with {' or '.join(EMA_BRANCHES)}. Take the plain weights"
         )
     return tensors, ()
 
 
 def pickled_metadata(content: Any, path: Path) -> dict[str, str]:
-    """Metadata of our own pickled files.
+    """Read the metadata of our own pickled files.
 
     Raises:
         UserError: not strings, or under another key than ours.
@@ -108,16 +107,21 @@ def pickled_metadata(content: Any, path: Path) -> dict[str, str]:
     ours = content.get(PICKLED_METADATA, {})
     strings = isinstance(ours, Mapping) and all(isinstance(text, str) for text in (*ours, *ours.values()))
     if not strings or (not ours and any(DIGEST in value for value in content.values() if isinstance(value, Mapping))):
-        raise UserError(f"{path}: its {PICKLED_METADATA} is damaged; copy or download it again")
+        raise UserError(f"{path}: its {PICKLED_METADATA} is damaged. Copy or download it again.")
     return dict(ours)
 
 
 def published_settings(content: Any) -> dict[str, str]:
-    """The settings that published files hold in a namespace, as metadata."""
+    """Convert the settings that published files hold in a namespace to metadata."""
     args = content.get("args") if isinstance(content, Mapping) else None
     if not isinstance(args, argparse.Namespace) or len(vars(args)) > _MAX_SETTINGS:
         return {}
-    settings = {key[:_MAX_TEXT]: _setting(value) for key, value in vars(args).items()}
+    settings = {
+        key[:_MAX_TEXT]: [_scalar(item) for item in value]
+        if isinstance(value, list | tuple) and len(value) <= _MAX_LISTED
+        else _scalar(value)
+        for key, value in vars(args).items()
+    }
     return {PUBLISHED_ARGUMENTS: json.dumps(settings, sort_keys=True)}
 
 
@@ -130,19 +134,17 @@ def _wrapper(content: Any, keys: Iterable[str]) -> str | None:
 
 
 def _holds_tensors(content: Any) -> bool:
-    values = list(content.values())[:MAX_NAMES] if isinstance(content, Mapping) else [content]
+    values = list(content.values())[:5] if isinstance(content, Mapping) else [content]
     return any(isinstance(value, Tensor | np.ndarray | Mapping | nn.Module) for value in values)
 
 
 def _opened(content: Any) -> Any:
-    """A whole module, which only --trust reads, as its state dict."""
     return content.state_dict() if isinstance(content, nn.Module) else content
 
 
 def _check_values(content: Mapping[Any, Any], path: Path) -> None:
-    """Names that can be shown, arrays as values, and no more of them than the file can hold."""
     for name in content:
-        if not isinstance(name, str) or len(name) > MAX_NAME or not name.isprintable():
+        if not isinstance(name, str) or len(name) > _MAX_NAME or not name.isprintable():
             raise UserError(f"{path}: not a state dict: {_short(name)} is not the name of a tensor; damaged?")
     others = {name: value for name, value in content.items() if not isinstance(value, Tensor | np.ndarray)}
     if others:
@@ -156,27 +158,12 @@ def _check_values(content: Mapping[Any, Any], path: Path) -> None:
     if size > allowance(path):
         raise UserError(
             f"{path}: its tensors would take {size:,} bytes, the file has {path.stat().st_size:,}: they are views "
-            "that repeat few values; save contiguous copies of them"
+            "that repeat few values. Save contiguous copies of them"
         )
 
 
-def _any_starts(names: Iterable[str], prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in names)
-
-
-def _all_start(names: Iterable[str], prefix: str, but: tuple[str, ...]) -> bool:
-    rest = [name for name in names if name not in but]
-    return bool(rest) and all(name.startswith(prefix) for name in rest)
-
-
-def _setting(value: Any) -> Any:
-    """Plain values as they are, whatever else by its type: a structure in a pickle may be endless."""
-    if isinstance(value, list | tuple) and len(value) <= _MAX_LISTED:
-        return [_scalar(item) for item in value]
-    return _scalar(value)
-
-
 def _scalar(value: Any) -> Any:
+    """Replace values that may be endless by their type."""
     value = value.item() if isinstance(value, np.generic) else value
     plain = isinstance(value, bool | int | float | None) or (isinstance(value, str) and len(value) <= _MAX_TEXT)
     return value if plain else f"<{type(value).__name__}>"
@@ -190,15 +177,11 @@ def _describe(content: Any) -> str:
     if not isinstance(content, Mapping):
         return f"a {type(content).__name__}"
     keys = [repr(_short(key)) for key in content]
-    return (
-        f"a dict with the keys {', '.join(keys[:MAX_NAMES])}{', ...' if len(keys) > MAX_NAMES else ''}"
-        if keys
-        else "an empty dict"
-    )
+    return f"a dict with the keys {shorten(keys)}" if keys else "an empty dict"
 
 
 def _dense(value: Tensor | np.ndarray, name: str, path: Path, seen: set[int]) -> Tensor:
-    """Memory of its own: tensors in a file may be views of one storage, which safetensors can not hold."""
+    """Copy views, because safetensors cannot hold views of one storage."""
     try:
         if isinstance(value, np.ndarray):
             return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))

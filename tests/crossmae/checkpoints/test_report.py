@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from crossmae.checkpoints.report import Entry, LoadReport, ranges, split_name
+from crossmae.checkpoints.report import LoadReport, TensorEntry, ranges, split_name
 
 
 def test_table() -> None:
     entries = [
-        Entry(f"backbone.net.blocks.{i}.attn.qkv.weight", "mismatched", "", (3, 1), (6, 2), False) for i in (0, 1, 3)
+        TensorEntry(f"backbone.net.blocks.{i}.attn.qkv.weight", "mismatched", "", (3, 1), (6, 2), False)
+        for i in (0, 1, 3)
     ]
-    entries += [Entry(f"blocks.{i}.attn.rel_pos_{axis}", "new", "keeps its value") for i in range(12) for axis in "hw"]
     entries += [
-        Entry("wfm.linear.weight", "dropped", "unexpected", accepted=False),
-        Entry("norm.bias", "dropped"),
+        TensorEntry(f"blocks.{i}.attn.rel_pos_{axis}", "new", "keeps its value") for i in range(12) for axis in "hw"
     ]
-    entries += [Entry("patch_embed.proj.weight", "used"), Entry("patch_embed.proj.bias", "used")]
+    entries += [
+        TensorEntry("wfm.linear.weight", "dropped", "unexpected", accepted=False),
+        TensorEntry("norm.bias", "dropped"),
+    ]
+    entries += [TensorEntry("patch_embed.proj.weight", "used"), TensorEntry("patch_embed.proj.bias", "used")]
     report = LoadReport("a", "b", entries)
     assert report.table().splitlines() == [
         "  status      module                     tensors  detail",
@@ -29,10 +32,10 @@ def test_table() -> None:
 
 
 def test_ok() -> None:
-    used, new = Entry("a", "used"), Entry("b", "new")
+    used, new = TensorEntry("a", "used"), TensorEntry("b", "new")
     assert LoadReport("a", "b", [used, new]).ok
     assert not LoadReport("a", "b", [new]).ok
-    assert not LoadReport("a", "b", [used, Entry("b", "new", accepted=False)]).ok
+    assert not LoadReport("a", "b", [used, TensorEntry("b", "new", accepted=False)]).ok
 
 
 def test_names_in_the_table() -> None:

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crossmae.checkpoints.loading import load
-from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, PUBLISHED_ARGUMENTS
+from crossmae.checkpoints import load
+from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, PUBLISHED_ARGUMENTS
 from crossmae.checkpoints.weights import (
     Weights,
     detect_format,
@@ -98,13 +98,6 @@ def test_official_files(name: str, decoder: str, depth: int) -> None:
     model = build(decoder=decoder, decoder_depth=depth)
     load(model, weights)
     assert_same(state(model), weights.tensors)
-
-
-def test_safetensors_with_metadata(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
-    save_weights(tmp_path / "a.safetensors", tensors, {FORMAT: "crossmae"})
-    weights = read_weights(tmp_path / "a.safetensors")
-    assert weights.metadata == {FORMAT: "crossmae"}
-    assert_same(weights.tensors, tensors)
 
 
 @pytest.mark.parametrize(
@@ -263,13 +256,6 @@ def test_nothing_in_common_is_an_error() -> None:
         load(build(), weights_of(torch.nn.Linear(2, 2)), new=(".",), dropped=(".",))
 
 
-def test_load_model_is_strict_both_ways() -> None:
-    with pytest.raises(UserError, match=r"! new +decoder_blocks\.0-1"):
-        load(build(), weights_of(ViTEncoder(**ENCODER)))
-    with pytest.raises(UserError, match=r"! dropped +decoder_blocks\.0-1"):
-        load(ViTEncoder(**ENCODER), weights_of(build()))
-
-
 def test_half_precision_is_reported() -> None:
     weights = weights_of(ViTEncoder(**ENCODER).half())
     model = ViTEncoder(**ENCODER)
@@ -305,7 +291,7 @@ def test_failed_save_leaves_the_old_file_and_no_other(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("crossmae.checkpoints.weights.save_file", full_disk)
-    with pytest.raises(UserError, match=r"a\.safetensors: can not be written: No space left"):
+    with pytest.raises(UserError, match=r"a\.safetensors: cannot be written: No space left"):
         save_weights(path, {"a": torch.zeros(1)}, {}, force=True)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -314,5 +300,5 @@ def test_failed_save_leaves_the_old_file_and_no_other(
 def test_an_encoder_under_another_beginning_is_named(tmp_path: Path) -> None:
     tensors = {f"visual.trunk.{name}": tensor for name, tensor in ViTEncoder(**ENCODER).state_dict().items()}
     torch.save(tensors | {"text.weight": torch.ones(2)}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"its encoder is under 'visual\.trunk\.', where none is looked for"):
+    with pytest.raises(UserError, match=r"its encoder is under 'visual\.trunk\.'"):
         encoder_tensors(read_weights(tmp_path / "a.pth"))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from crossmae.checkpoints.conversion.convert import convert
+from crossmae.checkpoints import convert
 from crossmae.checkpoints.metadata import FORMAT
 from crossmae.checkpoints.resample import resample_positions
 from crossmae.checkpoints.run_checkpoint import save_checkpoint

@@ -22,8 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from crossmae.checkpoints.conversion.convert import convert
-from crossmae.checkpoints.loading import load
+from crossmae.checkpoints import convert, load
 from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS
 from crossmae.checkpoints.report import split_name
 from crossmae.checkpoints.resample import resample_positions
@@ -243,7 +242,7 @@ def test_published_layout(tmp_path: Path, decoder: str, prefix: str) -> None:
     report = load_encoder_weights(model, weights)
     assert_same_features(model, tmp_path / "a.pth")
     reasons = {entry.name: entry.reason for entry in report.entries if entry.status == "dropped"}
-    assert reasons["decoder_pred.weight"] == "of pretraining alone"
+    assert reasons["decoder_pred.weight"] == "of pretraining only"
     assert reasons.keys() == {name for name in weights.tensors if name not in report.names("used")}
     assert ("norm.weight" in reasons) == (decoder == "self")
 

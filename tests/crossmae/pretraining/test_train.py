@@ -448,7 +448,7 @@ def test_a_run_starts_from_given_weights(images: Path, tmp_path: Path, caplog: p
     assert all(torch.equal(state[name], source[name]) for name in blocks)
     assert all(torch.equal(state[name], before[name]) for name in state if name not in blocks)
     assert "the encoder comes from" in caplog.text
-    assert "sine-cosine positions made anew, 4 x 4 to 8 x 4" in caplog.text
+    assert "sine-cosine positions made again, 4 x 4 to 8 x 4" in caplog.text
     config = make_config(images, tmp_path / "wide", model={"embed_dim": 32})
     model = build(config)
     with pytest.raises(UserError, match=r"embed_dim 16; the model expects embed_dim 32"):

@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 from safetensors.torch import save_file
 
 from crossmae import CrossMAE
-from crossmae.checkpoints.conversion.convert import convert
+from crossmae.checkpoints import convert
 from crossmae.checkpoints.weights import read_weights
 from crossmae.errors import UserError
 from det.backbone.weights import build_detector, find_detector, load_weights

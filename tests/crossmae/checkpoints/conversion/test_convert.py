@@ -15,11 +15,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from crossmae.checkpoints import Sizes, convert, load
 from crossmae.checkpoints.conversion import convert as conversion_module
-from crossmae.checkpoints.conversion.convert import Sizes, convert, report_beside
 from crossmae.checkpoints.conversion.planning import MODEL_DEFAULTS, plan
 from crossmae.checkpoints.conversion.targets import TARGETS
-from crossmae.checkpoints.loading import load
 from crossmae.checkpoints.loading import load as load_weights
 from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, PUBLISHED_ARGUMENTS, VERSION
 from crossmae.checkpoints.provenance import LICENCE, NON_COMMERCIAL, UNSTATED
@@ -85,6 +84,7 @@ def test_detectron2_is_the_bit_equal_encoder(tmp_path: Path, suffix: str, decode
     assert_same(encoder_tensors(converted), expected)
     assert set(done.report.names("used")) == set(expected)
     assert done.proof.equal
+    assert LICENCE not in done.metadata  # our own training
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -119,7 +119,8 @@ def test_encoder_only(tmp_path: Path) -> None:
 def test_bfloat16_becomes_float32_where_numpy_has_none(tmp_path: Path) -> None:
     tensors = {name: tensor.bfloat16() for name, tensor in ViTEncoder(**ENCODER).state_dict().items()}
     save_weights(tmp_path / "a.safetensors", tensors, {MODEL_ARGUMENTS: json.dumps(ENCODER)})
-    convert(tmp_path / "a.safetensors", tmp_path / "b.pkl", "detectron2")
+    done = convert(tmp_path / "a.safetensors", tmp_path / "b.pkl", "detectron2")
+    assert {entry.reason for entry in done.report.entries if entry.status == "used"} == {"bfloat16 to float32"}
     convert(tmp_path / "a.safetensors", tmp_path / "c", "timm")
     filters = tensors["patch_embed.proj.weight"]
     found = read_weights(tmp_path / "b.pkl").tensors["backbone.net.patch_embed.proj.weight"]
@@ -199,13 +200,6 @@ def test_sizes_are_resampled_and_recorded(tmp_path: Path) -> None:
     assert done.proof.equal
 
 
-def test_the_same_sizes_change_nothing(tmp_path: Path) -> None:
-    source = read_weights(own(tmp_path / "a.safetensors"))
-    done = convert(source.path, tmp_path / "b.pth", "crossmae", sizes=Sizes(img_size=32, patch_size=8, in_chans=3))
-    assert done.report.names("resampled") == []
-    assert_same(read_weights(tmp_path / "b.pth").tensors, source.tensors)
-
-
 def test_fixed_positions_are_made_anew_where_they_stay_fixed(tmp_path: Path) -> None:
     own(tmp_path / "a.safetensors")
     convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "crossmae", sizes=Sizes(img_size=48))
@@ -274,13 +268,6 @@ def test_relative_positions_are_not_lost_by_accident(tmp_path: Path) -> None:
     assert done.proof.equal
 
 
-def test_transformers_needs_a_class_token(tmp_path: Path) -> None:
-    own(tmp_path / "a.safetensors")
-    convert(tmp_path / "a.safetensors", tmp_path / "b.pth", "detectron2")
-    with pytest.raises(UserError, match="holds no class token"):
-        convert(tmp_path / "b.pth", tmp_path / "c", "hf-vit")
-
-
 # The table, the proof and the report
 
 
@@ -340,13 +327,6 @@ def test_provenance_of_the_published_layout(tmp_path: Path) -> None:
     assert metadata[PIXEL_MEAN] == metadata[PIXEL_STD] == "unknown"
     assert metadata[LICENCE] == NON_COMMERCIAL
     assert "CC BY-NC 4.0" in NON_COMMERCIAL
-
-
-def test_provenance_of_our_own_file(tmp_path: Path) -> None:
-    own(tmp_path / "a.safetensors", {PIXEL_MEAN: MEAN, PIXEL_STD: STD})
-    metadata = convert(tmp_path / "a.safetensors", tmp_path / "b.pkl", "detectron2").metadata
-    assert (metadata[PIXEL_MEAN], metadata[PIXEL_STD]) == (MEAN, STD)
-    assert LICENCE not in metadata
 
 
 def test_the_first_source_stays_on_record(tmp_path: Path) -> None:
@@ -420,7 +400,7 @@ def test_force(tmp_path: Path) -> None:
 
 def test_an_existing_report_is_not_overwritten(tmp_path: Path) -> None:
     path = published(tmp_path / "a.pth")
-    report_beside(tmp_path / "b.pth").write_text("old")
+    (tmp_path / "b.pth.conversion.json").write_text("old")
     with pytest.raises(UserError, match="exists already"):
         convert(path, tmp_path / "b.pth", "crossmae", given=GIVEN)
     assert not (tmp_path / "b.pth").exists()
@@ -481,7 +461,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, destinatio
 
     monkeypatch.setattr("crossmae.checkpoints.weights.save_file", full)
     monkeypatch.setattr("crossmae.checkpoints.conversion.targets.torch.save", full)
-    with pytest.raises(UserError, match=r"can not be written: .*(No|no) space"):
+    with pytest.raises(UserError, match=r"cannot be written: .*(No|no) space"):
         convert(source, tmp_path / destination, "crossmae")
     assert list(tmp_path.iterdir()) == [source]
 
@@ -502,10 +482,10 @@ def test_new_folders_are_made_and_files_can_be_read_by_others(tmp_path: Path) ->
         ({"drop": ("nonsense",)}, "--drop nonsense: .* there is no tensor of such a name"),
         ({"drop": (r"blocks\.2\.",)}, r"--drop blocks.*it has its place"),
         ({"drop": ("(",)}, "no regular expression"),
-        ({"sizes": Sizes(channels="mean")}, "--channels mean: in vain"),
-        ({"sizes": Sizes(channels="mean", in_chans=3)}, "--channels mean: in vain"),
+        ({"sizes": Sizes(channels="mean")}, "--channels mean: has no effect"),
+        ({"sizes": Sizes(channels="mean", in_chans=3)}, "--channels mean: has no effect"),
         ({"sizes": Sizes(window=4)}, "relative"),
-        ({"given": {"norm_pix_loss": False}}, "--set norm_pix_loss: in vain"),
+        ({"given": {"norm_pix_loss": False}}, "--set norm_pix_loss: has no effect"),
         ({"given": {"colour": 1}}, "--set colour: no argument of the model"),
     ],
 )
@@ -542,20 +522,11 @@ def test_a_grid_that_looks_square_and_is_not(tmp_path: Path) -> None:
     given = {"num_heads": 3, "img_size": [32, 48]}
     convert(tmp_path / "a.pth", tmp_path / "b", "timm", given=given)
     assert read_weights(tmp_path / "b").tensors["pos_embed"].shape == (1, 25, 24)
-    with pytest.raises(UserError, match=r"takes square images alone.*--img-size resamples"):
+    with pytest.raises(UserError, match=r"takes square images only.*--img-size resamples"):
         convert(tmp_path / "a.pth", tmp_path / "c.pth", "detectron2", given=given)
     done = convert(tmp_path / "a.pth", tmp_path / "c.pth", "detectron2", given=given, sizes=Sizes(img_size=32))
     assert done.proof.equal
     assert convert(tmp_path / "a.pth", tmp_path / "d", "timm", given=HEADS).report.table().count("row of zeros") == 1
-
-
-def test_an_odd_attention_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    timm = pytest.importorskip("timm")
-    model = timm.create_model("beit_base_patch16_224", depth=1, embed_dim=24, num_heads=3, num_classes=0)
-    torch.save(model.state_dict(), tmp_path / "a.pth")
-    for to in ("timm", "hf-vit", "detectron2"):
-        with pytest.raises(UserError, match=r"BEiT's attention.*no plain ViT has that"):
-            convert(tmp_path / "a.pth", tmp_path / f"b{TARGETS[to].suffixes[0]}", to, given=HEADS)
 
 
 def test_a_converted_classifier_opens(tmp_path: Path) -> None:
@@ -570,13 +541,6 @@ def test_a_converted_classifier_opens(tmp_path: Path) -> None:
         torch.testing.assert_close(opened.model(images), model(images))
 
 
-def test_bfloat16_in_a_pickle_is_said(tmp_path: Path) -> None:
-    tensors = {name: tensor.bfloat16() for name, tensor in ViTEncoder(**ENCODER).state_dict().items()}
-    save_weights(tmp_path / "a.safetensors", tensors, {MODEL_ARGUMENTS: json.dumps(ENCODER)})
-    done = convert(tmp_path / "a.safetensors", tmp_path / "b.pkl", "detectron2")
-    assert {entry.reason for entry in done.report.entries if entry.status == "used"} == {"bfloat16 to float32"}
-
-
 def test_registers_are_refused_by_name(tmp_path: Path) -> None:
     tensors = ViTEncoder(**ENCODER).state_dict() | {"reg_token": torch.zeros(1, 4, 24)}
     save_weights(tmp_path / "a.safetensors", tensors, {MODEL_ARGUMENTS: json.dumps(ENCODER)})
@@ -584,24 +548,3 @@ def test_registers_are_refused_by_name(tmp_path: Path) -> None:
         convert(tmp_path / "a.safetensors", tmp_path / "b", "timm")
     done = convert(tmp_path / "a.safetensors", tmp_path / "b", "timm", drop=("reg_token",))
     assert "without reg_token" in done.proof.sentence()
-
-
-@pytest.mark.parametrize(
-    ("name", "to"), [("b.safetensors", "crossmae"), ("b", "timm"), ("b.pth", "detectron2"), ("b.pkl", "detectron2")]
-)
-def test_a_flipped_bit_in_what_was_written_is_found(tmp_path: Path, name: str, to: str) -> None:
-    source = own(tmp_path / "a.safetensors")
-    done = convert(source, tmp_path / name, to)
-    file = done.destination / "model.safetensors" if done.destination.is_dir() else done.destination
-    value = read_weights(file).tensors[f"{'backbone.net.' if to == 'detectron2' else ''}blocks.1.attn.qkv.weight"]
-    content = bytearray(file.read_bytes())
-    content[content.index(value.numpy().tobytes()) + 5] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(UserError, match=r"not those that were written|CRC-32"):
-        read_weights(file)
-
-
-def test_contents_tell_an_index_of_shards_and_not_the_suffix(tmp_path: Path) -> None:
-    source = published(tmp_path / "weights.json")
-    done = convert(source, tmp_path / "b.safetensors", "crossmae", given=GIVEN)
-    assert done.metadata["source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()

@@ -1,6 +1,6 @@
 """Proves the proofs: models that each library built and saved equal timm's ViT, and no changed number passes.
 
-The one number that can not be seen is a bias of the keys: it adds the same to all scores of a query, which softmax
+The one number that cannot be seen is a bias of the keys: it adds the same to all scores of a query, which softmax
 takes away.
 """
 
@@ -25,7 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from crossmae.checkpoints.conversion.proof import (
-    Missing,
+    MissingLibrary,
     Proof,
     detectron2_encoder,
     file_encoder,
@@ -293,7 +293,7 @@ def test_wrong_number_of_heads_fails(heads: int) -> None:
     proof = prove(source, target, size=[(32, 32)], in_chans=3)
     assert proof.ran
     assert not proof.equal
-    assert "the encoder of the file can not be run" in proof.reason if heads == 5 else proof.max_difference > 1e-4
+    assert "the encoder of the file cannot be run" in proof.reason if heads == 5 else proof.max_difference > 1e-4
 
 
 @pytest.mark.parametrize("eps", [1e-12, 1e-6])
@@ -351,7 +351,7 @@ def test_a_missing_library_leaves_it_not_run(
     source, target, given = saved(name, "square", tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "detectron2", None)
-    with pytest.raises(Missing) as caught:
+    with pytest.raises(MissingLibrary) as caught:
         target()
     proof = prove(source, target, **given)
     assert not proof.ran
@@ -364,7 +364,7 @@ def test_a_missing_library_leaves_it_not_run(
 def test_a_timm_that_reads_no_folders_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, "__version__", "1.0.25")
     (tmp_path / "vit").mkdir()
-    with pytest.raises(Missing, match=r'timm 1\.0\.25 does not read folders.*pip install "timm>=1\.0\.26"'):
+    with pytest.raises(MissingLibrary, match=r'timm 1\.0\.25 does not read folders.*pip install "timm>=1\.0\.26"'):
         file_encoder(tmp_path / "vit", "timm", TINY)
 
 
@@ -471,7 +471,7 @@ def test_a_file_that_its_library_does_not_load_fails(name: str, tmp_path: Path) 
     proof = prove(source, target, **given)
     assert proof.ran
     assert not proof.equal
-    assert proof.sentence().startswith("proof        FAILED: the encoder of the file can not be run: ")
+    assert proof.sentence().startswith("proof        FAILED: the encoder of the file cannot be run: ")
     assert "\n" not in proof.sentence()
     assert name in proof.reason
 
@@ -513,9 +513,8 @@ def test_the_image_is_the_same_for_both_and_every_time() -> None:
         seen.append(imgs)
         return imgs.flatten(2)
 
-    for seed in (0, 0, 1):
+    for _ in range(2):
         torch.rand(1)
-        assert prove(lambda: encoder, lambda: encoder, size=[(16, 24)], in_chans=2, seed=seed).equal
+        assert prove(lambda: encoder, lambda: encoder, size=[(16, 24)], in_chans=2).equal
     assert all(image.shape == (1, 2, 16, 24) and image.dtype == torch.float32 for image in seen)
-    assert all(torch.equal(image, seen[0]) for image in seen[:4])
-    assert not torch.equal(seen[4], seen[0])
+    assert all(torch.equal(image, seen[0]) for image in seen)

@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from crossmae.checkpoints.conversion.convert import convert
-from crossmae.checkpoints.loading import load
+from crossmae.checkpoints import convert, load
 from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, VERSION
 from crossmae.checkpoints.weights import encoder_tensors, read_weights, save_weights
 from crossmae.classification.classifier import load_classifier
@@ -189,7 +188,7 @@ def reopened(path: Path, to: str) -> Tokens:
 
 
 def holds(source: str, to: str) -> bool:
-    """Whether a target can hold a source's encoder: transformers' models can not do without a class token."""
+    """Whether a target can hold a source's encoder: transformers' models cannot do without a class token."""
     return to in DESTINATIONS and not (source == "detectron2" and to.startswith("hf-"))
 
 

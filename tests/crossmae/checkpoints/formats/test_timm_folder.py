@@ -11,7 +11,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from crossmae.checkpoints.conversion.convert import convert
+from crossmae.checkpoints import convert
 from crossmae.checkpoints.formats.timm_folder import timm_metadata
 from crossmae.checkpoints.metadata import CLASSES, MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD
 from crossmae.checkpoints.weights import read_weights
@@ -54,7 +54,7 @@ def test_heads_are_those_of_the_named_architecture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        ({"architecture": "resnet50"}, "can not be built as a plain ViT"),
+        ({"architecture": "resnet50"}, "cannot be built as a plain ViT"),
         ({"architecture": "no_such_model"}, "'no_such_model' is no model of timm's"),
         ({"architecture": "hf-hub:some/where"}, "is no model of timm's"),
         ({"architecture": "local-dir:/tmp"}, "is no model of timm's"),
@@ -62,7 +62,7 @@ def test_heads_are_those_of_the_named_architecture(tmp_path: Path) -> None:
         ({"model_args": {"checkpoint_path": "payload.pth"}}, "model_args has checkpoint_path"),
         ({"model_args": {"pretrained": True}}, "model_args has pretrained"),
         ({"model_args": {"depth": 3000}}, None),
-        ({"model_args": {"embed_dim": "wide"}}, "can not be built"),
+        ({"model_args": {"embed_dim": "wide"}}, "cannot be built"),
         ({"architecture": "vit_base_patch16_clip_quickgelu_224", "model_args": {}}, "another activation than GELU"),
     ],
 )

@@ -1,7 +1,7 @@
 """Proves what becomes of damaged weight files: 200 seeded corruptions of every container end in an error that names the
 file, or in what was written, in bounded time and memory.
 
-Containers without a checksum that others write (old torch files, pickled arrays, plain safetensors) can not tell
+Containers without a checksum that others write (old torch files, pickled arrays, plain safetensors) cannot tell
 changed values from true ones, nor a changed letter of a name. There the promise is less: no other error, no
 endless work, finite tensors that are no larger than the file. Loading is strict about names and shapes anyhow."""
 

@@ -68,13 +68,13 @@ NOT_WEIGHTS = {
     "XML": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "a web page"),
     "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git-lfs pointer.*git lfs pull"),
     "text": (b"just text", r"not a weight file \(9 bytes, starting with b'just text'\)"),
-    "gzip": (gzip.compress(b"x"), "a compressed file; unpack it"),
-    "bzip2": (bz2.compress(b"x"), "a compressed file; unpack it"),
-    "xz": (lzma.compress(b"x"), "a compressed file; unpack it"),
-    "zstd": (b"\x28\xb5\x2f\xfd\x04\x00", "a compressed file; unpack it"),
-    "tar": (tarred(), "a tar archive; unpack it"),
+    "gzip": (gzip.compress(b"x"), "a compressed file. Unpack it"),
+    "bzip2": (bz2.compress(b"x"), "a compressed file. Unpack it"),
+    "xz": (lzma.compress(b"x"), "a compressed file. Unpack it"),
+    "zstd": (b"\x28\xb5\x2f\xfd\x04\x00", "a compressed file. Unpack it"),
+    "tar": (tarred(), "a tar archive. Unpack it"),
     "npy": (numpy_file(), "one NumPy array"),
-    "TensorFlow": (b"\x89HDF\r\n\x1a\n" + bytes(20), "an HDF5 file, as TensorFlow and Keras write; take the PyTorch"),
+    "TensorFlow": (b"\x89HDF\r\n\x1a\n" + bytes(20), "an HDF5 file, as TensorFlow and Keras write. Take the PyTorch"),
     "Flax": (b"\x81\xa6params\x81\xa3vit", "msgpack, as Flax"),
     "large Flax": (b"\xde\x01\x00\xa6params", "msgpack, as Flax"),
     "ONNX": (b"\x08\x08\x12\x07pytorch\x1a\x052.6.0", "an ONNX model"),
@@ -179,7 +179,7 @@ def test_shards_may_be_links_as_in_the_cache_of_the_hub(tmp_path: Path, tensors:
 
 def test_a_folder_without_weights_says_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"beside config\.json none of model\.safetensors, .*; name a weight file"):
+    with pytest.raises(UserError, match=r"next to config\.json none of model\.safetensors, .*; name a weight file"):
         read_weights(tmp_path)
     (tmp_path / "checkpoint-500").mkdir()
     (tmp_path / "flax_model.msgpack").touch()
@@ -197,7 +197,7 @@ def test_a_folder_without_weights_says_what_is_there(tmp_path: Path) -> None:
         ("sub/model.safetensors", "which is not in its own folder"),
         ("", "1 of 4 shards are missing"),
         ("gone.safetensors", r"1 of 4 shards are missing: gone\.safetensors"),
-        ("model-00002-of-00003.safetensors", "does not hold the tensors that .* says; they differ in cls_token"),
+        ("model-00002-of-00003.safetensors", "does not hold the tensors that .* lists; they differ in cls_token"),
         (None, "JSON, but not an index"),
         ([], "JSON, but not an index"),
     ],
@@ -216,7 +216,7 @@ def test_a_tensor_that_the_index_does_not_name(tmp_path: Path, tensors: dict[str
     content = json.loads(index.read_text())
     del content["weight_map"]["pos_embed"]
     index.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"does not hold the tensors that .* says; they differ in pos_embed"):
+    with pytest.raises(UserError, match=r"does not hold the tensors that .* lists; they differ in pos_embed"):
         read_weights(tmp_path)
 
 

@@ -66,7 +66,7 @@ def assert_same(actual: Any, expected: Any) -> None:
 def test_it_is_what_torch_loads(tmp_path: Path, archive: bool, protocol: int) -> None:
     tensors = zoo()
     if not archive:
-        del tensors["torch.uint16"], tensors["torch.float8_e4m3fn"]  # torch writes them and can not read them
+        del tensors["torch.uint16"], tensors["torch.float8_e4m3fn"]  # torch writes them and cannot read them
     content = {"model": tensors, "epoch": 3, "lr": np.float64(0.1), "rng": torch.get_rng_state()}
     path = tmp_path / "a.pth"
     torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=archive)

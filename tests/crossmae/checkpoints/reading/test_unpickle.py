@@ -251,7 +251,7 @@ def settings(value: bytes) -> bytes:
 
 
 GIB = 1 << 30
-DEPTH = 27  # some seconds where it is walked: more would hang the test, as a hash can not be interrupted
+DEPTH = 27  # some seconds where it is walked: more would hang the test, as a hash cannot be interrupted
 ONE_MB = b"X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20) + b"q\x01"
 SIDES = b"(C\0" + dtype("f4") + b"(" + b"K\0" * 99 + b"t" + text("C") + b"t"
 MANY = b"".join(text(str(number)) + b"N" for number in range(10_000))
