@@ -9,12 +9,12 @@ One GPU:
 Eight GPUs:
     torchrun --standalone --nproc-per-node 8 tools/finetune.py --config-file finetune/vitb.yaml model.init=WEIGHTS \\
         data.train=IMAGES data.val=HELD_OUT output_dir=OUT
-Evaluation alone, of the best weights of a run or of a file:
+Evaluation only, of the best weights of a run or of a file:
     python tools/finetune.py --config-file finetune/small.yaml --eval-only RUN data.val=HELD_OUT output_dir=OUT
 
 IMAGES and HELD_OUT have labels: a folder per class, a list with a column label, tar shards (docs/classification.md).
 WEIGHTS is the folder of a pretraining run, or a file of any kind that the toolkit reads. The same command with --resume
-goes on from the last complete checkpoint. All settings: crossmae/classification/train/config.py.
+continues from the last complete checkpoint. All settings: crossmae/classification/train/config.py.
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, build, call."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
-    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in output_dir")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the last complete checkpoint in output_dir"
+    )
     parser.add_argument("--eval-only", metavar="WEIGHTS", help="evaluate a classifier's file, or a run, on data.val")
     parser.add_argument("--force", action="store_true", help="replace the results of an earlier --eval-only")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.resume and arguments.eval_only:
-        raise UserError("--resume is for training, --eval-only evaluates; give one of them")
+        raise UserError("--resume is for training, --eval-only evaluates. Give one of them")
     if arguments.force and not arguments.eval_only:
-        raise UserError("--force is for --eval-only; a run is never replaced: go on with --resume")
+        raise UserError("--force is for --eval-only; a run is never replaced. Continue it with --resume")
     is_main = os.environ.get("RANK", "0") == "0"  # the others speak up when something is wrong
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
     config = load_typed_config(FinetuneConfig, arguments.config_file, arguments.overrides)

@@ -1,1 +1,1 @@
-"""The models: the CrossMAE and MAE networks, their layers, masking, positions and named sizes; torch and timm only."""
+"""The models: CrossMAE and MAE, their layers, masking, positions and sizes. Torch and timm only."""

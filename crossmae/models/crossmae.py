@@ -51,9 +51,9 @@ class FeatureMixer(nn.Module):
         self.linear = nn.Linear(num_maps, num_mixes, bias=False)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """K maps of (B, V + 1, E) to (N, B, V + 1, E), one contiguous mix per decoder block.
+        """Mix K maps (B, ...) into one contiguous map per decoder block, (N, B, ...).
 
-        The maps are stacked on the first axis: as the last axis, each mix would be a strided copy of all the others.
+        The maps are stacked on the first axis. On the last axis, each mix would be a strided copy of all the others.
         """
         stacked = torch.stack(maps)  # (K, B, V + 1, E)
         mixes = self.linear.weight.to(stacked.dtype) @ stacked.flatten(1)  # (N, B * (V + 1) * E)
@@ -176,7 +176,7 @@ class CrossMAE(ViTEncoder):
         return CrossMAEOutput(loss, pred, visible_idx, predict_idx)
 
     def patch_counts(self, mask_ratio: float, predict_ratio: float) -> MaskCounts:
-        """Count visible, dropped and predicted patches per image; see `mask_counts`."""
+        """Count visible, dropped and predicted patches per image."""
         return mask_counts(self.num_patches, mask_ratio, self.scored_ratio(mask_ratio, predict_ratio))
 
     def scored_ratio(self, mask_ratio: float, predict_ratio: float) -> float:
@@ -184,7 +184,7 @@ class CrossMAE(ViTEncoder):
         return predict_ratio
 
     def encode(self, imgs: Tensor, visible_idx: Tensor | None = None) -> list[Tensor]:
-        """Encode the context of each decoder block: N tensors (B, V + 1, E), class token first.
+        """Encode the context of each decoder block.
 
         Mixed contexts are not yet normalised. Without fusion, all N are the last block's output through `norm`.
         """
@@ -211,7 +211,7 @@ class CrossMAE(ViTEncoder):
         return pred, masked_idx, pred
 
     def targets(self, imgs: Tensor, idx: Tensor) -> Tensor:
-        """Pixels of the patches idx (B, M): (B, M, P) float32, standardised with `norm_pix_loss`."""
+        """Cut out the patches idx (B, M) as targets (B, M, P)."""
         patches = gather_tokens(patchify(imgs, self.patch_size), idx).float()
         if not self.norm_pix_loss:
             return patches
@@ -236,11 +236,11 @@ class MAE(CrossMAE):
         self.decoder_blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
 
     def scored_ratio(self, mask_ratio: float, predict_ratio: float) -> float:
-        """Return the share of all patches that the loss compares: all masked ones."""
+        """Return the share of all patches that are masked."""
         return mask_ratio
 
     def decode(self, contexts: list[Tensor], visible_idx: Tensor, masked_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruct all patches (B, L, P); the loss compares the masked ones. See `CrossMAE.decode`."""
+        """Reconstruct all patches (B, L, P) and compare the masked ones."""
         x = self.decoder_embed(contexts[-1])  # (B, V + 1, D)
         B, _, D = x.shape
         where = visible_idx.unsqueeze(-1).expand(-1, -1, D)
@@ -275,7 +275,7 @@ def create_model(name: str, **overrides: Any) -> CrossMAE:
 
 
 def resolve_blocks(blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
-    """Ascending non-negative indices of the blocks to fuse; None is all of them.
+    """Resolve the blocks to fuse to ascending non-negative indices.
 
     Raises:
         ValueError: an index outside -depth .. depth - 1, or one named twice.
@@ -294,7 +294,7 @@ def resolve_blocks(blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...
 
 
 def patchify(imgs: Tensor, patch_size: int) -> Tensor:
-    """(B, C, H, W) to (B, L, P): patches in raster order, inside a patch row, column, channel."""
+    """Cut (B, C, H, W) into raster-ordered patches (B, L, P)."""
     B, C, H, W = imgs.shape
     p = patch_size
     x = imgs.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)  # (B, rows, columns, p, p, C)
@@ -302,7 +302,7 @@ def patchify(imgs: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """(B, L, P) back to (B, C, H, W); the inverse of `patchify`."""
+    """Invert `patchify`: patches (B, L, P) to (B, C, H, W)."""
     B, _, P = patches.shape
     p = patch_size
     x = patches.view(B, *grid, p, p, P // p**2).permute(0, 5, 1, 3, 2, 4)  # (B, C, rows, p, columns, p)
@@ -310,5 +310,5 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (..., 1) of each patch (..., P) for the normalised loss (specification, 1.8)."""
+    """Compute mean and deviation (..., 1) of each patch (..., P)."""
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()

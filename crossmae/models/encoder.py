@@ -1,6 +1,6 @@
 """The plain ViT encoder that every part of the toolkit shares.
 
-Shapes: B batch, L patches, V visible patches, E width. Key names are those of the published checkpoints.
+Shapes: B batch, L patches, V visible patches, E width. Key names are the published ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ENCODER_PREFIXES = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
 
 
 def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches of an image of `img_size` pixels (an int is a square, a pair is height, width).
+    """Count the rows and columns of patches of an image.
 
     Raises:
         ValueError: a side is not a positive multiple of the patch size; names the nearest valid sizes.
@@ -38,7 +38,7 @@ def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, i
 
 
 class ViTEncoder(nn.Module):
-    """Patch embedding, class token, fixed sine-cosine positions and pre-norm blocks; no final norm.
+    """Patch embedding, class token, fixed sine-cosine positions and pre-norm blocks without a final norm.
 
     Args:
         img_size: pixels; one number for a square or (height, width). Both must be multiples of `patch_size`.
@@ -97,7 +97,7 @@ class ViTEncoder(nn.Module):
         return torch.cat([cls_token.expand(B, -1, -1).to(tokens.dtype), tokens], dim=1)
 
     def features(self, tokens: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-        """Outputs of the chosen blocks, ascending indices, without any norm; later blocks are not run.
+        """Run the blocks and collect the outputs of the chosen ones.
 
         Args:
             tokens: (B, V + 1, E) from `embed`.
@@ -114,7 +114,7 @@ class ViTEncoder(nn.Module):
         return maps
 
     def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """The block's output; with `activation_checkpointing`, backward computes it again instead of keeping it."""
+        """Run a block, with `activation_checkpointing` twice in place of keeping its activations."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)

@@ -1,7 +1,7 @@
 """Building blocks of the encoder and of the three decoders.
 
 Shapes: B batch, L tokens of the sequence worked on, S tokens attended to, E its width, D width of the queries. Module
-and parameter names are those of the published checkpoints (method specification, section 1.3).
+and parameter names are the published ones (method specification, section 1.3).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, imgs: Tensor) -> Tensor:
-        """(B, C, H, W) images to (B, H / p, W / p, E) tokens."""
+        """Embed images as tokens (B, H / p, W / p, E)."""
         return self.proj(imgs).permute(0, 2, 3, 1)
 
 
@@ -47,7 +47,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries of width D attend to context tokens of width E; `kv` changes the width (paper, 3.2)."""
+    """Cross-attention from queries of width D to a context of width E (paper, 3.2)."""
 
     def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, L, D) queries and (B, S, E) context to (B, L, D)."""
+        """Attend from (B, L, D) to the context (B, S, E)."""
         B, L, D = x.shape
         S, heads = context.shape[1], self.num_heads
         q = self.q(x).view(B, L, heads, D // heads).transpose(1, 2)  # (B, heads, L, D / heads)
@@ -101,7 +101,7 @@ class CrossBlock(nn.Module):
         self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, M, D) predicted tokens and (B, V + 1, E) visible tokens, already normalised, to (B, M, D)."""
+        """Update (B, M, D) by a normalised context (B, S, E)."""
         if self.has_self_attention:
             x = x + self.self_attn(self.norm0(x))
         x = x + self.cross_attn(self.norm1(x), context)
@@ -110,4 +110,4 @@ class CrossBlock(nn.Module):
 
 def _check_heads(dim: int, num_heads: int) -> None:
     if dim % num_heads:
-        raise ValueError(f"a width of {dim} can not be split over {num_heads} attention heads")
+        raise ValueError(f"a width of {dim} cannot be split over {num_heads} attention heads")

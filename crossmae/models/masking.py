@@ -22,7 +22,7 @@ ROUNDING = 1e-6
 
 
 class MaskCounts(NamedTuple):
-    """How many of the patches of one image are visible, dropped and predicted; they add up to all patches."""
+    """Numbers of visible, dropped and predicted patches of an image, which add up to all patches."""
 
     visible: int
     dropped: int
@@ -62,7 +62,7 @@ def mask_counts(num_patches: int, mask_ratio: float, predict_ratio: float) -> Ma
 
 
 def split_patches(noise: Tensor, counts: MaskCounts) -> tuple[Tensor, Tensor]:
-    """Choose patches by noise: the lowest are visible, the highest predicted, those between dropped.
+    """Split patches by noise: visible, then dropped, then predicted, rising.
 
     Args:
         noise: (B, L), one uniform value per patch.
@@ -79,5 +79,5 @@ def split_patches(noise: Tensor, counts: MaskCounts) -> tuple[Tensor, Tensor]:
 
 
 def gather_tokens(tokens: Tensor, idx: Tensor) -> Tensor:
-    """Pick (B, K, E) from tokens (B, L, E) by idx (B, K)."""
+    """Pick tokens (B, K, E) by their indices (B, K)."""
     return tokens.gather(1, idx.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

@@ -31,7 +31,6 @@ def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> Tensor:
 
 
 def _sincos(dim: int, positions: Tensor) -> Tensor:
-    """(N,) positions to (N, dim): dim / 2 sines, then dim / 2 cosines."""
     frequencies = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
     angles = positions[:, None] * frequencies[None, :]
     return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -14,7 +14,7 @@ DECODERS: tuple[Decoder, ...] = ("cross", "cross_self", "self")
 
 @dataclass(frozen=True)
 class Size:
-    """Constructor arguments that make a size; heads of the decoder are 32 wide."""
+    """Constructor arguments of a size, whose decoder has heads of width 32."""
 
     patch_size: int
     embed_dim: int

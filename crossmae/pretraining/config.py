@@ -53,13 +53,13 @@ class ModelConfig(ConfigSection):
         return name
 
     def arguments(self) -> dict[str, Any]:
-        """Everything that `create_model` takes besides the name; None is the size's own value."""
+        """Collect the arguments of `create_model` besides the name."""
         others = {"name", "mask_ratio", "predict_ratio", "init"}
         return {key: value for key, value in self if key not in others and (value is not None or key == "fuse_blocks")}
 
 
 class OptimConfig(StepConfig):
-    """What `StepConfig` says, and the published rule for the learning rate."""
+    """Settings of `StepConfig`, and the published rule for the learning rate."""
 
     lr_rule: Literal["published", "none", "inverse"] = Field(
         "published", description="factor on base_lr * images / 256: predict/mask ratio, 1, or mask/predict ratio"
@@ -67,7 +67,7 @@ class OptimConfig(StepConfig):
 
 
 class PretrainLogConfig(LogConfig):
-    """What `LogConfig` says, and pictures."""
+    """Settings of `LogConfig`, and pictures."""
 
     pictures_every_steps: PositiveInt = Field(
         1000, description="steps between two pictures of reconstructions and of the fusion weights"
@@ -101,7 +101,7 @@ class ProbeConfig(ConfigSection):
 
 
 class HealthConfig(ConfigSection):
-    """The losses that this recipe is expected to show; leaving them is a warning, never a stop."""
+    """Expected losses of the recipe. Leaving them is a warning, never a stop."""
 
     measured_on: str = Field("", description="data and machine that the band was measured on")
     band: tuple[tuple[Share, NonNegative, NonNegative], ...] = Field(
@@ -161,5 +161,5 @@ class PretrainConfig(RunConfig):
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """Read a pretraining config; see `load_typed_config`."""
+    """Read a pretraining config by `load_typed_config`."""
     return load_typed_config(PretrainConfig, name, overrides)

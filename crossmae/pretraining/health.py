@@ -55,7 +55,7 @@ class Health:
         return found
 
     def limits(self, share: float) -> tuple[float, float] | None:
-        """Interpolate lowest and highest expected loss at a share of the schedule; None before the first row."""
+        """Interpolate the limits of the loss, None before the first row."""
         if not self.band or share < self.band[0][0]:
             return None
         shares, lows, highs = zip(*self.band, strict=True)

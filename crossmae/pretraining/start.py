@@ -1,8 +1,8 @@
-"""Where the weights of a run come from.
+"""Starting weights of a run.
 
 1. With --resume: the latest complete checkpoint in the run's own folder, with the optimizer and the position.
 2. `model.init`: a whole model, or an encoder, of any format that `crossmae.checkpoints.weights` reads.
-3. Random ones, which depend on the seed alone.
+3. Random ones, which depend on the seed only.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def build_model(arguments: Mapping[str, Any], seed: int, mask_ratio: float, pred
 
 
 def start_from(model: CrossMAE, path: Path, arguments: Mapping[str, Any], data: DataConfig) -> LoadReport:
-    """Give a new model the weights of a file: all of them where the file holds this very model, else the encoder's.
+    """Load the weights of a file into a new model.
 
     Position table, patch filters and channels are brought to the model's; see `crossmae.checkpoints.load`.
 
@@ -82,7 +82,6 @@ def start_from(model: CrossMAE, path: Path, arguments: Mapping[str, Any], data: 
 
 
 def _is_of(model: CrossMAE, weights: Weights) -> bool:
-    """Whether a file has every tensor of a model; position tables may be for another grid."""
     for name, tensor in model.state_dict().items():
         found = weights.tensors.get(name, _NONE).shape
         if found != tensor.shape and not (name.endswith("pos_embed") and found[-1:] == tensor.shape[-1:]):
@@ -94,13 +93,11 @@ _NONE = torch.empty(())
 
 
 def _changes(report: LoadReport) -> str:
-    """What was done to tensors on their way, or ""."""
     done = [f"{entry.name}: {entry.reason}" for entry in report.entries if entry.status == "resampled"]
     return f", {'; '.join(done)}" if done else ""
 
 
 def _same(key: str, recorded: Mapping[str, Any], arguments: Mapping[str, Any]) -> bool:
-    """Whether a file's model and ours agree in an argument; None of fuse_blocks is all of them."""
     theirs, mine = recorded[key], arguments.get(key, MODEL_DEFAULTS.get(key))
     if key == "fuse_blocks":
         depth = int(arguments["depth"])
@@ -109,7 +106,7 @@ def _same(key: str, recorded: Mapping[str, Any], arguments: Mapping[str, Any]) -
 
 
 def compare_pixels(weights: Weights, data: DataConfig) -> None:
-    """Warn where a file was trained on pixels made in another way; a converted file may not know how."""
+    """Warn about weights that were trained on pixels made in another way."""
     for key, name, mine in (
         (PIXEL_MEAN, "mean", list(data.mean)),
         (PIXEL_STD, "std", list(data.std)),

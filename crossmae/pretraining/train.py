@@ -58,7 +58,7 @@ LR_RULES = {
 
 
 def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
-    """Train a model as the config says; return the file of its final weights.
+    """Train a model and return the file of its final weights.
 
     Reads every key of `PretrainConfig`. Where the weights come from: see `crossmae.pretraining.start`.
     In several processes: see `crossmae.training.loop.train`.
@@ -146,7 +146,7 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
 def reconstruction_loss(
     normalize: Normalize, mask_ratio: float, predict_ratio: float, model: nn.Module, batch: Any, number: int
 ) -> Tensor:
-    """Compute the loss of the predicted patches of a micro-batch; its noise comes with the images."""
+    """Compute the loss of the predicted patches of a micro-batch."""
     batch = batch.to(normalize.mean.device)
     loss: Tensor = model(normalize(batch.images), mask_ratio, predict_ratio, batch.noise).loss
     return loss
@@ -202,7 +202,7 @@ class Judges(Callbacks):
             self.draw(state, records)
 
     def judge(self, state: TrainingState, records: RunLog, validate: bool, probe: bool) -> None:
-        """Measure held-out loss and accuracy, of the averaged weights as well, and log both."""
+        """Measure and log held-out loss and accuracy, also of averaged weights."""
         values: dict[str, float] = {}
         for suffix, model in cast(dict[str, CrossMAE], state.models).items():
             if validate and self.held_out:
@@ -294,7 +294,7 @@ def lr_rule(optim: OptimConfig, images_per_step: int, mask_ratio: float, predict
 def weight_metadata(
     arguments: Mapping[str, Any], mean: Sequence[float], std: Sequence[float], bit_depth: int, step: int
 ) -> dict[str, str]:
-    """Describe weights for whoever loads them: how to build the model, and how its pixels were normalised."""
+    """Describe the model and its pixels for whoever loads the weights."""
     return {
         FORMAT: "crossmae",
         MODEL_ARGUMENTS: json.dumps(arguments),

@@ -55,7 +55,7 @@ class ConfigSection(BaseModel):
 
 
 class DataConfig(ConfigSection):
-    """Where images come from, how they are read, and how they are cropped."""
+    """Sources of images, how they are read, and how they are cropped."""
 
     train: str = Field(
         description="training images: a folder tree, a .txt/.csv/.parquet list, a COCO .json, tar shards (path, "
@@ -68,7 +68,7 @@ class DataConfig(ConfigSection):
     val_root: Path | None = Field(None, description="root for data.val")
     check: bool = Field(True, description="look at every file first; false for millions of known good ones")
     broken: Literal["error", "substitute"] = Field(
-        "error", description="an image that can not be read stops the run, or the next readable one takes its place"
+        "error", description="an image that cannot be read stops the run, or the next readable one takes its place"
     )
     broken_budget: Share = Field(0.01, description="substitute: share of broken images that stops the run after all")
     bit_depth: Literal[8, 16] = Field(8, description="16 keeps 16-bit and floating-point images as they are")
@@ -102,7 +102,7 @@ class StepConfig(ConfigSection):
 
 
 class ScheduleConfig(ConfigSection):
-    """How long, and the learning rate over time: linear warm-up, then half a cosine."""
+    """Length of training, and the learning rate over time: linear warm-up, then half a cosine."""
 
     epochs: PositiveInt = 800
     warmup_epochs: NonNegative = 40
@@ -125,14 +125,14 @@ class RuntimeConfig(ConfigSection):
 
 
 class LogConfig(ConfigSection):
-    """What is written while training."""
+    """Records of a run."""
 
     every_steps: PositiveInt = Field(20, description="steps between two lines of log.jsonl")
     wandb: str | None = Field(None, description="project of Weights & Biases to log to as well; null: none")
 
 
 class CheckpointConfig(ConfigSection):
-    """When the state is saved, and how much of it is kept."""
+    """Times of checkpoints, and how many are kept."""
 
     every_epochs: PositiveInt = 20
     every_steps: PositiveInt | None = Field(None, description="and after so many steps, where epochs are long")
@@ -140,7 +140,7 @@ class CheckpointConfig(ConfigSection):
 
 
 class RunConfig(ConfigSection):
-    """What every kind of training run depends on."""
+    """Settings of every training run."""
 
     output_dir: Path = Field(description="folder of the run: logs, pictures, checkpoints, weights")
     data: DataConfig
@@ -157,7 +157,7 @@ class RunConfig(ConfigSection):
         return path.expanduser()
 
     def check_channels(self, channels: int) -> None:
-        """Make sure that there is one mean and one deviation per image channel.
+        """Check for one mean and one deviation per image channel.
 
         Raises:
             ValueError: there is not.
@@ -171,7 +171,7 @@ class RunConfig(ConfigSection):
                 )
 
     def fingerprint(self, images: int, precision: str, processes: int) -> dict[str, str]:
-        """Collect what must not change between a run and its continuation, as text by key.
+        """Collect what must not change on resuming, as text by key.
 
         Args:
             images: images of the training source.
@@ -206,7 +206,7 @@ Schema = TypeVar("Schema", bound=ConfigSection)
 
 
 def resolve_config_path(name: str) -> Path:
-    """Find a config by path, by the folder of the run that wrote it, or by its name under configs/.
+    """Find a config by path, by run folder, or under configs/.
 
     Raises:
         UserError: nothing found; the message lists the configs that exist.
@@ -227,7 +227,7 @@ def resolve_config_path(name: str) -> Path:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--config-file NAME [section.key=value ...]`, the convention of every tool that takes such a config."""
+    """Add `--config-file NAME [section.key=value ...]` to a command line."""
     parser.add_argument("--config-file", required=True, metavar="NAME", help="a YAML file, or its name under configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
 
@@ -292,7 +292,7 @@ def set_override(values: dict[str, Any], word: str) -> None:
 
 
 def describe_errors(error: ValidationError, path: Path, words: set[str], schema: type[ConfigSection]) -> str:
-    """All problems of a config in one line, each with its key, what was given and what is expected.
+    """Describe all problems of a config in one line, by key.
 
     Args:
         error: what the check found.

@@ -8,7 +8,7 @@ from crossmae.errors import UserError
 
 
 def open_autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Open mixed precision on a device: none for "fp32", else "bf16" or "fp16"."""
+    """Open mixed precision on a device, disabled for "fp32"."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
@@ -37,7 +37,7 @@ def open_device(name: str, key: str, local_rank: int = 0, processes: int = 1) ->
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """Choose the precision of "auto" on a device: "bf16" on GPUs that have it, else "fp32".
+    """Resolve "auto": "bf16" on GPUs that have it, else "fp32".
 
     Raises:
         UserError: bf16 was asked for, and the device has none.

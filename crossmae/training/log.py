@@ -42,7 +42,7 @@ LOG, BROKEN = "log.jsonl", "broken.jsonl"
 
 
 class RunLog:
-    """Writers of a run, in its folder; a context manager that closes them.
+    """Writers of a run, in its folder, and a context manager that closes them.
 
     Args:
         folder: folder of the run.
@@ -129,7 +129,7 @@ class RunLog:
             log.info("step %d: %s", step, describe(values))
 
     def summary(self) -> list[str]:
-        """Summarise the first and last value of each metric that was measured more than once."""
+        """Summarise the first and last value of each metric."""
         lines = []
         for key, name in NAMES.items():
             if ends := self.first_and_last(key):
@@ -139,7 +139,7 @@ class RunLog:
         return lines
 
     def first_and_last(self, key: str) -> tuple[tuple[int, float], tuple[int, float]] | None:
-        """Find (step, value) of the first and last line with `key`; None where fewer than two have it."""
+        """Find (step, value) of the first and last line with `key`."""
         found = [(int(row["step"]), float(row[key])) for row in self.rows if key in row]
         return (found[0], found[-1]) if len(found) > 1 else None
 
@@ -153,7 +153,7 @@ def live_line(loss: float, lr: float, images_per_second: float, data_wait_share:
 
 
 def announce_steps(schedule: Schedule, step: int, rule: str) -> None:
-    """Log the steps that follow `step`, and the peak learning rate with the `rule` that gave it."""
+    """Log the coming steps, and the `rule` behind the learning rate."""
     left_out = schedule.images - schedule.batches_per_epoch * schedule.images_per_batch
     log.info(
         "%d images, %d per step, %.4g steps per epoch%s",
@@ -214,7 +214,7 @@ class BrokenImages:
 
 
 def truncate_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the lines after `step`, which a resumed run writes again, and return the others."""
+    """Drop the lines after `step` and return the others."""
     rows = [row for row in _read_lines(path) if row.get("step", math.inf) <= step]
     if path.exists():
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -222,7 +222,7 @@ def truncate_log(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the JSON lines of a file, without a last line torn by a kill; none where there is no file."""
+    """Read the JSON lines of a file, without a torn last line."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -233,7 +233,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def start_wandb(project: str, folder: Path, settings: Mapping[str, Any], resumed: bool) -> Any:
-    """Start a run of Weights & Biases, or continue the run of `folder`.
+    """Start or continue a run of Weights & Biases.
 
     Args:
         project: name of the project.

@@ -40,7 +40,7 @@ CONFIG = "config.yaml"
 
 
 class Callbacks:
-    """Work of a task between steps; nothing, unless a task overrides a method."""
+    """Work of a task between steps, nothing by default."""
 
     def begin(self, state: TrainingState, records: RunLog) -> None:
         """Prepare for the first step of a run or of its continuation."""
@@ -49,7 +49,7 @@ class Callbacks:
         """Judge the mean loss of a line of the log."""
 
     def measure(self, state: TrainingState, records: RunLog) -> None:
-        """Measure and draw what is due after a step; a checkpoint of the step follows."""
+        """Measure and draw what is due, before a checkpoint."""
 
     def finish(self) -> None:
         """Report the final weights, in the main process."""
@@ -90,7 +90,7 @@ class Job:
 
 
 def train(config: RunConfig, build_job: Callable[[Ranks, torch.device, str], Job]) -> Path:
-    """Do all steps of a job; return the file of its final weights.
+    """Do all steps of a job and return its final weights.
 
     Started by torchrun, each process trains on its share of every batch; the first one writes.
 
@@ -122,8 +122,8 @@ def train(config: RunConfig, build_job: Callable[[Ranks, torch.device, str], Job
             ranks.wait()
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"the GPU's memory is full ({str(error).splitlines()[0]}); halve optim.batch_size and double "
-                "optim.accumulate, or set runtime.activation_checkpointing=true; the last checkpoint stays"
+                f"the GPU's memory is full ({str(error).splitlines()[0]}); the last checkpoint stays. Halve optim.batch_size "
+                "and double optim.accumulate, or set runtime.activation_checkpointing=true"
             ) from error
     return config.output_dir / WEIGHTS
 
@@ -168,7 +168,7 @@ def train_steps(
     save_every_epochs: int,
     save_every_steps: int | None,
 ) -> None:
-    """Do the steps up to the last one; log, measure and save on the way.
+    """Do the steps of a run.
 
     Raises:
         UserError: a broken image, or a loss that is not finite; names the files or the step. The last checkpoint stays.
@@ -184,7 +184,7 @@ def train_steps(
             batch = next(batches)
             waited += time.perf_counter() - asked
             if isinstance(batch, Unreadable):
-                raise UserError(f"{batch.message}; repair or remove it, or set data.broken=substitute")
+                raise UserError(f"{batch.message}. Repair or remove it, or set data.broken=substitute")
             broken.add(batch.broken)
             # Forward and backward: gradients of the micro-batches add up.
             is_last = number == numbers[-1]
@@ -232,7 +232,7 @@ def save_state(state: TrainingState, job: Job, folder: Path, keep: int, about: d
 
 
 def stop_if_asked(state: TrainingState, request: StopRequest, save: Callable[[], None], is_last: bool) -> None:
-    """Save and end, if a signal asked for it; several processes agree on it at the lines of the log.
+    """Save and end the run, if a signal asked for it.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C.
@@ -260,7 +260,7 @@ def plan_record(schedule: Schedule, device: torch.device, precision: str) -> dic
 
 
 def check_images(source: Source, channels: int, bit_depth: int, policy: str, ranks: Ranks) -> list[Broken]:
-    """Find broken training images, shared out among the processes, where others may replace them.
+    """Find broken training images, each process in its share.
 
     Raises:
         UserError: an image is broken, and `policy` is "error".
@@ -273,7 +273,7 @@ def check_images(source: Source, channels: int, bit_depth: int, policy: str, ran
 
 
 def write_final(checkpoint: Path, folder: Path, decay: float | None, metadata: Callable[[int], dict[str, str]]) -> None:
-    """Copy the weights of a checkpoint, and their average where there is one, to the run's folder."""
+    """Copy the weights of a checkpoint to the run's folder."""
     weights = folder / WEIGHTS
     write_atomically(weights, lambda path: path.write_bytes((checkpoint / MODEL).read_bytes()))
     if decay and "ema" in (state := read_state(checkpoint)):  # gigabytes, of a large model

@@ -17,12 +17,12 @@ from crossmae.errors import USER_ERROR_EXIT_CODE, UserError
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=30)  # the main process validates and probes alone while the others wait
+TIMEOUT = timedelta(minutes=30)  # the main process validates and probes while the others wait
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: its number over all machines, its number on this machine, and how many there are."""
+    """Numbers of this process over all machines and on this machine, and the number of processes."""
 
     rank: int = 0
     local_rank: int = 0
@@ -30,21 +30,21 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes."""
+        """True for the process that writes."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of `values` over all processes."""
+        """Sum `values` over all processes."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean of `values` over all processes."""
+        """Average `values` over all processes."""
         return self.sum(values) / self.world_size
 
     def gather(self, value: T) -> list[T]:
-        """What every process has, by its number."""
+        """Gather the values of all processes, by number."""
         if self.world_size == 1:
             return [value]
         values: list[T] = [value] * self.world_size
@@ -52,7 +52,7 @@ class Ranks:
         return values
 
     def together(self, step: Callable[[], T]) -> T:
-        """Do something that can fail on the user's account, and go on only if it failed in no process.
+        """Run `step`, and continue only if it failed in no process.
 
         Raises:
             UserError: of this process.
@@ -71,13 +71,13 @@ class Ranks:
         return result
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait for all processes."""
         if self.world_size > 1:
             dist.barrier()
 
 
 def find_ranks() -> Ranks:
-    """What torchrun says of this process in its environment; one process without it.
+    """Find this process in torchrun's environment.
 
     Raises:
         UserError: WORLD_SIZE says several processes, but what they need to find each other is not there.
@@ -93,7 +93,7 @@ def find_ranks() -> Ranks:
 
 @contextmanager
 def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """Inside, the processes can talk: over NCCL on GPUs, over Gloo on CPUs. Nothing for one process."""
+    """Connect the processes: NCCL on GPUs, Gloo on CPUs."""
     if ranks.world_size == 1:
         yield
         return

@@ -49,7 +49,7 @@ class Schedule:
         return min(step * self.accumulate, self.total_batches)
 
     def micro_batches(self, step: int) -> range:
-        """Return the numbers of the micro-batches of the step that follows `step` steps."""
+        """Number the micro-batches of the step after `step` steps."""
         return range(self.batches_done(step), self.batches_done(step + 1))
 
     def epoch(self, step: int) -> float:
@@ -57,7 +57,12 @@ class Schedule:
         return self.batches_done(step) / self.batches_per_epoch
 
     def ends_period(self, step: int, epochs: int) -> bool:
-        """Check that a period of `epochs` epochs ends in step `step`, counted from 1; the last step ends all."""
+        """Check that a period of epochs ends in a step, or the run.
+
+        Args:
+            step: step, counted from 1.
+            epochs: epochs of a period.
+        """
         period = self.batches_per_epoch * epochs
         return step == self.last_step or self.batches_done(step) // period > self.batches_done(step - 1) // period
 
@@ -109,7 +114,7 @@ def make_schedule(batches: BatchPlan, optim: StepConfig, schedule: ScheduleConfi
 
 
 def lr_at(step: int, peak: float, warmup_steps: float, total_steps: int, min_lr: float = 0.0) -> float:
-    """Compute the learning rate of step `step`, from 0: linear warm-up, then half a cosine to `min_lr`."""
+    """Compute the learning rate: linear warm-up, then half a cosine to `min_lr`."""
     if step < warmup_steps:
         return peak * step / warmup_steps
     progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)

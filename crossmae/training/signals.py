@@ -1,4 +1,4 @@
-"""Stopping a run between two steps, when somebody asks for it."""
+"""Requests to stop a run between two steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from crossmae.data.workers import SIGNALS
 
 
 class StopRequest:
-    """Inside, Ctrl-C and SIGTERM are only noted, as `number`; a second Ctrl-C ends the process as ever.
+    """Request to stop: Ctrl-C and SIGTERM are only noted, as `number`.
 
     A handler that saved would meet half a step; so it notes, and the loop saves.
 
@@ -55,7 +55,7 @@ class StopRequest:
 
 
 def pass_on_sigterm() -> None:
-    """Make this process, which only waits for its children, pass SIGTERM to them and end when they have ended."""
+    """Pass SIGTERM to the children of this process, and end with them."""
     signal.signal(signal.SIGTERM, _end_children)
 
 

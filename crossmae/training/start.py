@@ -17,7 +17,7 @@ WEIGHTS, EMA_WEIGHTS = "model.safetensors", "model_ema.safetensors"
 
 
 def find_start(run: Path, resume: bool) -> Path | None:
-    """Find the checkpoint to continue from; None for a new run.
+    """Find the checkpoint to continue from, None for a new run.
 
     Raises:
         UserError: the folder holds a run without `resume`, or weights without a checkpoint.
@@ -38,7 +38,7 @@ def find_start(run: Path, resume: bool) -> Path | None:
 
 
 def is_complete(start: Path | None, last_step: int, fingerprint: Mapping[str, str]) -> bool:
-    """Check that a run has nothing left to do, or can continue from `start`.
+    """Check that a run is complete, or can continue from `start`.
 
     Args:
         start: checkpoint to continue from; None for a new run.
@@ -63,7 +63,7 @@ def is_complete(start: Path | None, last_step: int, fingerprint: Mapping[str, st
 
 
 def check_agreement(ranks: Ranks, step: int, fingerprint: Mapping[str, str]) -> None:
-    """Make sure that all processes start at the same step with the same settings.
+    """Check that all processes have the same step and settings.
 
     Raises:
         UserError: they do not, in all of them.

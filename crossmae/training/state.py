@@ -94,11 +94,11 @@ class TrainingState:
 
     @property
     def models(self) -> dict[str, nn.Module]:
-        """Model and, where there is one, its average, by the suffix of their metrics in the log."""
+        """Model and its average, by the suffix of their metrics."""
         return {"": self.model} if self.ema is None else {"": self.model, "_ema": self.ema.module}
 
     def forward_backward(self, loss_of: Loss, batch: Any, number: int, micro_batches: int, last: bool) -> Tensor:
-        """Add the gradients of one micro-batch of a step; return its loss, detached.
+        """Add the gradients of a micro-batch and return its loss, detached.
 
         Args:
             loss_of: computes the loss.
@@ -114,7 +114,7 @@ class TrainingState:
         return loss.detach()
 
     def clip_gradients(self, max_norm: float | None) -> None:
-        """Scale the gradients so that their norm is at most `max_norm`; None leaves them."""
+        """Scale the gradients to a norm of at most `max_norm`."""
         if max_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
@@ -143,7 +143,7 @@ class TrainingState:
             self.ema.update(self.model, self.step)
 
     def mean_loss(self, lr: float) -> float:
-        """Compute the mean loss since the last line of the log, over all processes, so that all stop together.
+        """Average the losses since the last line, over all processes.
 
         Raises:
             UserError: a loss is not finite.
@@ -194,7 +194,7 @@ class TrainingState:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Measure the peak memory in GB: of the GPU, or on a CPU the resident memory of this process."""
+    """Measure the peak memory in GB, on a CPU the resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return float(psutil.Process().memory_info().rss) / 1e9

@@ -1,4 +1,4 @@
-"""What a run was made with, for its records."""
+"""Versions for the records of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import crossmae
 
 
 def versions() -> dict[str, str]:
-    """Versions of the toolkit, its git revision where there is one, Python and the libraries that decide numbers."""
+    """Collect the versions of toolkit, Python and deciding libraries."""
     found = {"crossmae": crossmae.__version__, "git": git_revision(), "python": platform.python_version()}
     for library in ("torch", "torchvision", "timm", "numpy"):
         # The module's own version: it also tells the build, such as 2.11.0+cu130.
@@ -20,7 +20,7 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str:
-    """The revision of the checkout, with -dirty if it has changes; "unknown" without git or outside a checkout."""
+    """Describe the git revision, with -dirty if the checkout has changes."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""What fine-tuning sees of an image: timm policies on PIL images, torchvision crops (method specification, 1.10)."""
+"""Augmentations of fine-tuning: timm policies on PIL images, torchvision crops (method specification, 1.10)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Policy = Callable[[Image.Image], Image.Image]
 
 
 class TrainView:
-    """Random crop, flip and policy; its randomness is that of Python, numpy and torch, see `keyed_everywhere`.
+    """Random crop, flip and policy of a training image.
 
     Args:
         size: height and width in pixels.
@@ -63,7 +63,7 @@ class TrainView:
         self.steps = steps
 
     def __call__(self, pixels: Image.Image | Tensor) -> Tensor:
-        """An image of any size to (C, H, W), uint8 or float32 in 0-1."""
+        """Augment an image to (C, H, W), uint8 or float32 in 0-1."""
         view: Any = pixels
         for step in self.steps:
             view = step(view)
@@ -71,7 +71,7 @@ class TrainView:
 
 
 class OnColours:
-    """A policy on images of any mode: it works on RGB alone, so a grey image becomes one and is made grey again."""
+    """Policy on images of any mode: a grey image becomes RGB, and grey again."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -82,7 +82,7 @@ class OnColours:
 
 
 def build_policy(name: str, size: tuple[int, int], mean: Sequence[float]) -> Policy:
-    """Build timm's policy of a name, with the settings of timm's own `create_transform`.
+    """Build a policy of timm, with the settings of its own `create_transform`.
 
     Raises:
         UserError: no such policy.
@@ -126,7 +126,7 @@ def _posterize(image: Image.Image, bits: int, **settings: Any) -> Image.Image:
 
 @contextmanager
 def keyed_everywhere(*key: int, device: torch.device | None = None) -> Iterator[None]:
-    """Inside, the generators of Python, numpy and torch's CPU are seeded by the key; after it, they are as they were.
+    """Seed the generators of Python, numpy and torch's CPU by a key.
 
     A GPU's, where one is given, is seeded, too, and left so.
     """

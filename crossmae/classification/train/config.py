@@ -76,7 +76,7 @@ class ClassifierConfig(ConfigSection):
     head: Literal["linear", "batchnorm"] = Field(
         "linear", description="batchnorm: as in published linear probes, BatchNorm without affine before the layer"
     )
-    freeze: bool = Field(False, description="train the head alone: a linear probe")
+    freeze: bool = Field(False, description="train the head only: a linear probe")
     drop_path: DropRate = Field(0.1, description="of the last block; grows from 0 with depth")
 
     @field_validator("name")
@@ -88,7 +88,7 @@ class ClassifierConfig(ConfigSection):
         return name
 
     def given(self) -> dict[str, Any]:
-        """What is known of the architecture without the file: the named size, and what differs from it."""
+        """Collect the known architecture: the named size, and what differs from it."""
         keys = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
         size = SIZES[self.name.removeprefix("vit_")] if self.name else None
         named = {key: getattr(size, key) for key in ("embed_dim", "depth", "num_heads")} if size else {}
@@ -96,7 +96,7 @@ class ClassifierConfig(ConfigSection):
 
 
 class LossConfig(ConfigSection):
-    """What the loss is made of."""
+    """Parts of the loss."""
 
     smoothing: Share = Field(0.1, description="label smoothing")
     mixup: NonNegative = Field(0.0, description="alpha of mixup; 0: none")
@@ -126,7 +126,7 @@ class LossConfig(ConfigSection):
 
     @property
     def mixes(self) -> bool:
-        """Whether images are mixed."""
+        """True where images are mixed."""
         return self.mixup_prob > 0 and bool(self.mixup or self.cutmix or self.cutmix_minmax)
 
 
@@ -141,7 +141,7 @@ class FinetuneOptimConfig(StepConfig):
 
 
 class FinetuneScheduleConfig(ScheduleConfig):
-    """How long, and the learning rate over time."""
+    """Length of training, and the learning rate over time."""
 
     epochs: PositiveInt = 100
     warmup_epochs: NonNegative = 5
@@ -149,7 +149,7 @@ class FinetuneScheduleConfig(ScheduleConfig):
 
 
 class EvaluationConfig(ConfigSection):
-    """How and how often data.val is evaluated."""
+    """Evaluations of data.val."""
 
     every_epochs: PositiveInt = 1
     img_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(

@@ -51,7 +51,7 @@ class Objective:
         )
 
     def augment(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Erase, then mix; the targets become (B, N) probabilities if images are mixed."""
+        """Erase, then mix, which makes the targets probabilities (B, N)."""
         images = self.erase(images)
         if self.mixes and self.several:
             images, shares = self.mix(images, torch.arange(len(images), device=images.device))  # (B, B)
@@ -61,7 +61,7 @@ class Objective:
         return images, targets
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Compute the cross entropy, or the binary one for several labels; mixed targets are smooth already."""
+        """Compute the cross entropy, the binary one for several labels per image."""
         if self.several:
             targets = targets * (1 - self.smoothing) + 0.5 * self.smoothing
             return F.binary_cross_entropy_with_logits(logits, targets, self.weights)

@@ -77,7 +77,7 @@ log = logging.getLogger(__name__)
 
 
 def finetune(config: FinetuneConfig, resume: bool = False) -> Path:
-    """Train a classifier as the config says; return the file of its last weights.
+    """Train a classifier and return the file of its last weights.
 
     Reads every key of `FinetuneConfig`. The best weights are next to the last ones.
     In several processes: see `crossmae.training.loop.train`.
@@ -183,7 +183,7 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
 def classification_loss(
     objective: Objective, normalize: Normalize, seed: int, rank: int, model: nn.Module, batch: Any, number: int
 ) -> Tensor:
-    """Augment a micro-batch and compute its loss; its randomness is keyed by its number in the run."""
+    """Augment a micro-batch and compute its loss, keyed by its number."""
     device = normalize.mean.device
     batch = batch.to(device)
     with keyed_everywhere(seed, 1, number, rank + 1, device=device):  # never the key of a sample
@@ -221,7 +221,7 @@ class Judge(Callbacks):
     is_probe: bool
 
     def begin(self, state: TrainingState, records: RunLog) -> None:
-        """Remove the results of an earlier try without a checkpoint; set frozen layers to evaluation mode."""
+        """Remove results of an earlier try, and set frozen layers to evaluation mode."""
         if state.step == 0 and state.ranks.is_main:
             (self.folder / BEST).unlink(missing_ok=True)
             shutil.rmtree(self.folder / FOLDER, ignore_errors=True)
@@ -230,7 +230,7 @@ class Judge(Callbacks):
             state.model.get_submodule("head").train()
 
     def measure(self, state: TrainingState, records: RunLog) -> None:
-        """Evaluate where a period ends, and keep the weights if they are the best so far."""
+        """Evaluate at the end of a period, and keep the best weights."""
         if self.data is None or not self.schedule.ends_period(state.step, self.every):
             return
         values: dict[str, float] = {}
@@ -340,7 +340,7 @@ def build_optimizer(model: VisionTransformer, optim: FinetuneOptimConfig, peak_l
 
 
 def share_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Average running statistics over all processes, so that all evaluate the same model."""
+    """Average running statistics over all processes, which evaluate the same model."""
     for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.copy_(ranks.mean(buffer.clone()))
@@ -402,7 +402,7 @@ def refuse_broken_val(val: Source, channels: int, bit_depth: int, ranks: Ranks) 
 def build_model(
     settings: ClassifierConfig, data: LabelledDataConfig, seed: int, num_classes: int, start: Path | None
 ) -> tuple[Architecture, VisionTransformer, str | None]:
-    """Build the model; load the weights of `model.init` unless a checkpoint is to be loaded.
+    """Build the model with the weights of `model.init` or random ones.
 
     Args:
         settings: architecture, head and weights.
@@ -438,7 +438,7 @@ def build_model(
 
 
 def warn_of_untrained_blocks(weights: Weights, depth: int) -> None:
-    """Warn where pretraining mixed no map of the last blocks, so that they were never trained."""
+    """Warn about last blocks that pretraining never trained."""
     fused = recorded_arguments(weights.metadata).get("fuse_blocks")
     if fused and (last := max(block % depth for block in fused)) < depth - 1:
         words = "model.init: %s was pretrained up to block %d of %d (fuse_blocks). The blocks after it are random"
@@ -446,7 +446,7 @@ def warn_of_untrained_blocks(weights: Weights, depth: int) -> None:
 
 
 def architecture_from(given: dict[str, Any], name: str) -> Architecture:
-    """Return the architecture of a named size, for 224 pixels unless something else is given."""
+    """Return the architecture of a named size, for 224 pixels by default."""
     size = SIZES[name.removeprefix("vit_")]
     img_size = given.get("img_size", 224)
     values = {"patch_size": size.patch_size, "mlp_ratio": 4.0} | given
@@ -458,13 +458,13 @@ def architecture_from(given: dict[str, Any], name: str) -> Architecture:
 
 
 def headline(scores: ClassificationScores) -> dict[str, float]:
-    """Select the numbers of an evaluation for a line of the log; the metric that decides is last."""
+    """Select the logged numbers of an evaluation, the deciding metric last."""
     numbers = scores.numbers()
     return {"val_loss": scores.loss} | {key: numbers[key] for key in ("mean_ap", "top5", "top1") if key in numbers}
 
 
 def is_best(kept: dict[str, Any], step: int, scores: ClassificationScores, suffix: str) -> bool:
-    """Check that these weights are the best so far; if so, remember that in `kept`, also over restarts.
+    """Check for the best score so far, and remember it in `kept`.
 
     Of equal scores, which few images give often, the lower loss decides, then the later step.
     """
