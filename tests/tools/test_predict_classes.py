@@ -61,7 +61,7 @@ def test_images_that_can_not_be_read_are_named_at_the_end(folder: Path, capsys: 
     *_, heading, line = captured.err.splitlines()
     assert heading == "error: of 7 images, these could not be read:"
     assert content["unreadable"] == [line]
-    assert line.startswith("photos/broken.jpg: can not be read as an image")
+    assert line.startswith("photos/broken.jpg: cannot be read as an image")
 
 
 @pytest.mark.parametrize(
