@@ -173,7 +173,7 @@ def nothing(folder: Path) -> None:
         (rename, [], "rot: no class of the model, whose 3 are blue, green, red; classes are compared by name"),
         (several_labels, [], "data.train: the label 'red;green' names several classes"),
         (nothing, ["data.separator=;"], "several labels per image can not be probed"),
-        (flatten, [], "have no labels; labels come from a folder with one subfolder per class"),
+        (flatten, [], "have no labels. Labels come from a folder with one subfolder per class"),
         (truncate, [], "VAL/green/2.png"),
         (nothing, ["few_shot.shots=[1,13]"], "few_shot.shots: 13 images per class were asked for"),
         (nothing, ["knn.k=[36]"], "knn.k: [36] need more than the 36 images of data.train"),
@@ -187,7 +187,7 @@ def nothing(folder: Path) -> None:
         (nothing, ["knn.ks=[1]"], "unknown key 'knn.ks' (did you mean 'knn.k'?)"),
         (nothing, ["methods=[svm]"], "methods"),
         (nothing, ["data.val=nowhere"], "data.val: nowhere does not exist"),
-        (nothing, ["output_dir=model.safetensors"], "output_dir: can not write in model.safetensors"),
+        (nothing, ["output_dir=model.safetensors"], "output_dir: cannot write in model.safetensors"),
         (nothing, ["runtime.device=abacus"], "runtime.device: 'abacus' can not be used"),
     ],
 )
