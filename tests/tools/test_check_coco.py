@@ -134,6 +134,6 @@ def test_names_that_do_not_print_are_shown_with_escapes(
     assert run("coco.json", "images", "--json", "report.json") == FAULTY_EXIT_CODE
     told = capsys.readouterr().out
     assert "images[0] (id 1): a\\ud800\\n.png" in told
-    assert "images[1] (id 2): images/\\udcff.png: can" in told
+    assert "images[1] (id 2): images/\\udcff.png: cannot be read as an image" in told
     assert "categories[0] (id 3): 'b\\nc'" in told
     assert "images/\\\\udcff.png" in Path("report.json").read_text()

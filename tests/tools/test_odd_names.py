@@ -65,7 +65,7 @@ def test_detection(folder: Path) -> None:
     Path("found/a.mp4").rename(Path("photos", video))
     code, _, errors = run("predict.py", "--weights", "run", "photos", f"photos/{video}", "--output", "out")
     assert code == SOME_FAILED_EXIT_CODE
-    assert errors[-1].startswith(f"{folder}/photos/broken\\n\\udcff.png: can not be read as an image")
+    assert errors[-1].startswith(f"{folder}/photos/broken\\n\\udcff.png: cannot be read as an image")
     assert errors[-2].startswith("error: of 4 files")
     images = json.loads(Path("out/predictions.json").read_text("utf-8"))["images"]
     assert [image["file_name"] for image in images] == [LATIN, LINES, video, video]
@@ -77,7 +77,7 @@ def test_classification(folder: Path) -> None:
     words = ("--weights", "run", "photos", "--device", "cpu")
     code, told, errors = run("predict_classes.py", *words)
     assert code == SOME_FAILED_EXIT_CODE
-    assert errors[-1].startswith("photos/broken\\n\\udcff.png: can not be read as an image")
+    assert errors[-1].startswith("photos/broken\\n\\udcff.png: cannot be read as an image")
     assert [image["name"] for image in json.loads(told)["images"]] == [f"photos/{LATIN}", f"photos/{LINES}"]
     assert exit_code(predict_classes.main, *words, "--output", "found.csv") == SOME_FAILED_EXIT_CODE
     with open("found.csv", encoding="utf-8", newline="") as file:
@@ -94,7 +94,7 @@ def test_reconstruction(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     save_weights("run/model.safetensors", model.state_dict(), metadata)
     assert exit_code(reconstruct.main, "run", "photos", "--mask-ratio", "0.5") == USER_ERROR_EXIT_CODE
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: photos/broken\\n\\udcff.png: can not be read as an image")
+    assert error.startswith("error: photos/broken\\n\\udcff.png: cannot be read as an image")
     Path("photos", BROKEN).unlink()
     code, told, _ = run("reconstruct.py", "run", "photos", "--mask-ratio", "0.5")
     assert code == 0
@@ -108,7 +108,7 @@ def test_reconstruction(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_shards(folder: Path) -> None:
     assert exit_code(make_shards.main, "photos", "shards", "--skip-broken") == 0
     (line,) = Path("shards/broken.txt").read_text("utf-8").splitlines()
-    assert line.startswith("photos/broken\\n\\udcff.png: can not be read as an image")
+    assert line.startswith("photos/broken\\n\\udcff.png: cannot be read as an image")
 
 
 def test_captions_and_logs_of_detection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,7 @@ def test_files_that_can_not_be_read_are_named_at_the_end(folder: Path, capsys: p
     assert len(json.loads(Path("out/predictions.json").read_text())["images"]) == 2
     *_, heading, line = capsys.readouterr().err.splitlines()
     assert heading == "error: of 3 files, these could not be read or not be written:"
-    assert line.startswith(f"{folder}/photos/broken.jpg: can")
+    assert line.startswith(f"{folder}/photos/broken.jpg: cannot be read as an image")
 
 
 def test_a_word_that_is_a_file_is_an_input(folder: Path) -> None:

@@ -61,7 +61,7 @@ def test_images_that_can_not_be_read_are_named_at_the_end(folder: Path, capsys: 
     *_, heading, line = captured.err.splitlines()
     assert heading == "error: of 7 images, these could not be read:"
     assert content["unreadable"] == [line]
-    assert line.startswith("photos/broken.jpg: can")
+    assert line.startswith("photos/broken.jpg: cannot be read as an image")
 
 
 @pytest.mark.parametrize(
@@ -78,8 +78,8 @@ def test_images_that_can_not_be_read_are_named_at_the_end(folder: Path, capsys: 
         (["photos", "--weights", "none"], "none"),
         (["nowhere.jpg"], "INPUT: nowhere.jpg: no such file or folder"),
         (["photos", "--output", "found.txt"], "--output found.txt: expected a name that ends with .json or .csv"),
-        (["photos", "--output", "folder.csv"], "folder.csv: a folder"),
-        (["photos", "--output", "photos/red/0.png/found.csv"], "photos/red/0.png"),
+        (["photos", "--output", "folder.csv"], "--output: folder.csv is a folder"),
+        (["photos", "--output", "photos/red/0.png/found.csv"], "--output: cannot write in photos/red/0.png"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(

@@ -187,7 +187,7 @@ def nothing(folder: Path) -> None:
         (nothing, ["knn.ks=[1]"], "unknown key 'knn.ks' (did you mean 'knn.k'?)"),
         (nothing, ["methods=[svm]"], "methods"),
         (nothing, ["data.val=nowhere"], "data.val: nowhere does not exist"),
-        (nothing, ["output_dir=model.safetensors"], "output_dir: can not write in model.safetensors"),
+        (nothing, ["output_dir=model.safetensors"], "output_dir: cannot write in model.safetensors"),
         (nothing, ["runtime.device=abacus"], "runtime.device: 'abacus' can not be used"),
     ],
 )

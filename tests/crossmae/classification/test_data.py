@@ -166,8 +166,8 @@ def test_a_missing_label_is_named(tmp_path: Path) -> None:
     picture(8, 8).save(tmp_path / "a.png")
     picture(8, 8).save(tmp_path / "b.png")
     (tmp_path / "list.csv").write_text("path,label\na.png,cat\nb.png,\na.png,dog\n")
-    with pytest.raises(UserError, match=r"1 of them have no label, the first is .*b\.png; label or remove"):
+    with pytest.raises(UserError, match=r"1 of them have no label, the first is .*b\.png\. Label or remove"):
         find_classes(open_source(tmp_path / "list.csv", "data.train"), "data.train")
     (tmp_path / "list.csv").write_text("path,species\na.png,cat\n")
-    with pytest.raises(UserError, match=r"\(columns path, species\) have no labels; .* `label` or `class`"):
+    with pytest.raises(UserError, match=r"\(columns path, species\) have no labels\. .* `label` or `class`"):
         find_classes(open_source(tmp_path / "list.csv", "data.train"), "data.train")

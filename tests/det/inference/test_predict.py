@@ -178,7 +178,7 @@ def test_files_that_can_not_be_read_are_named(tmp_path, predictor):
     (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:1000])
     (tmp_path / "text.jpg").write_text("no image")
     for name, reason in (("cut.jpg", "truncated"), ("text.jpg", "not an image"), ("none.jpg", "No such file")):
-        with pytest.raises(UserError, match=rf"{name}: can ?not be read as an image: .*{reason}"):
+        with pytest.raises(UserError, match=rf"{name}: cannot be read.*: .*{reason}"):
             predictor(tmp_path / name)
 
 
