@@ -37,8 +37,8 @@ NEW = (r"blocks\.\d+\.attn\.rel_pos_[hw]$", r"pos_embed_global$")
 CLASS_LAYERS = r"roi_heads\.(box_predictor(\.\d+)?\.(cls_score|bbox_pred)|mask_head\.predictor)\."
 SCORES = r"roi_heads\.box_predictor(\.0)?\.cls_score\.weight"
 # Settings that decide what weights mean, and that no shape shows.
-VIT_MEANING = ("MODEL.VIT.POS_EMBED", "MODEL.VIT.WINDOW_SIZE", "MODEL.VIT.GLOBAL_BLOCKS")
-MEANING = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", *VIT_MEANING)
+VIT_SETTINGS = ("MODEL.VIT.POS_EMBED", "MODEL.VIT.WINDOW_SIZE", "MODEL.VIT.GLOBAL_BLOCKS")
+COMPARED_SETTINGS = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", *VIT_SETTINGS)
 # Arguments of the encoder that a shape or the file's metadata shows; in upper case, keys of MODEL.VIT.
 SHOWN = ("embed_dim", "depth", "num_heads", "patch_size", "mlp_ratio", "pretrain_img_size")
 
@@ -73,7 +73,7 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False)
         weights = read_weights(find_detector(Path(path)))
         if weights.format == "detector":
             config = weights.path.with_name(CONFIG)
-            warn_of_other_settings({key: lookup(cfg, key) for key in MEANING}, config)
+            warn_of_other_settings({key: lookup(cfg, key) for key in COMPARED_SETTINGS}, config)
             report = _load_detector(model, weights, config, detector_only)
         elif detector_only:
             raise UserError(f"{path} holds an encoder only; evaluation needs a trained detector")
@@ -115,7 +115,7 @@ def build_detector(cfg: CfgNode) -> nn.Module:
     return model
 
 
-def _load_detector(model: nn.Module, weights: Weights, config: Path, detector_only: bool) -> LoadReport:
+def _load_detector(model: nn.Module, weights: Weights, own_config: Path, detector_only: bool) -> LoadReport:
     new: tuple[str, ...] = ()
     classes = count_classes(weights.tensors)
     if not detector_only and classes != count_classes(model.state_dict()):
@@ -128,7 +128,7 @@ def _load_detector(model: nn.Module, weights: Weights, config: Path, detector_on
     try:
         return load(model, weights, new=new)
     except UserError as error:
-        hint = f"the config that it was trained with is next to it: --config-file {config}; " * config.is_file()
+        hint = f"the config that it was trained with is next to it: --config-file {own_config}; " * own_config.is_file()
         raise UserError(f"{hint}{error}") from error
 
 
