@@ -293,7 +293,6 @@ def build_report(folder: Path) -> page.Report:
         "training": (data.get("train"), plan.get("images")),
         "validation": (about.get("data", data.get("val")), found.samples if found else None),
     }
-    no_settings = None if settings else run.missing(CONFIG, "settings", "the file is empty")
     evaluation = _evaluation_sections(run, found, hardest)
     if found is None:
         evaluation = sections.collapse(evaluation, "Evaluation", "Nothing is evaluated yet.")
@@ -301,7 +300,7 @@ def build_report(folder: Path) -> page.Report:
             evaluation = [page.Section("Evaluation", "There were no images to evaluate on (data.val).")]
     trained = [
         _training_section(run, log),
-        sections.settings_section(changed_from_defaults(settings), no_settings, "this toolkit"),
+        sections.settings_section(run, CONFIG, not settings, changed_from_defaults(settings), "this toolkit"),
     ]
     use = _command_section(folder, weights, bool(data.get("val")), unfinished and bool(settings))
     origin = _data_section(run, splits, bool(settings))

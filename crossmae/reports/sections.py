@@ -100,11 +100,14 @@ def changed_settings(content: Mapping[str, Any], defaults: Mapping[str, Any]) ->
     ]
 
 
-def settings_section(changed: Sequence[tuple[str, Any, Any]], missing: Missing | None, whose: str) -> Section:
-    """Show changed settings, or the missing file."""
+def settings_section(
+    run: RunFolder, name: str, empty: bool, changed: Sequence[tuple[str, Any, Any]], whose: str
+) -> Section:
+    """Show the changed settings of the file `name`, unless it is empty."""
     rows = [[key, page.short_value(value), page.short_value(default)] for key, value, default in changed]
-    block = missing or Table(["setting", "value", "default"], rows)
-    return Section("Settings", f"What differs from the defaults of {whose}; config.yaml has all settings.", [block])
+    table = Table(["setting", "value", "default"], rows)
+    block = run.missing(name, "settings", "the file is empty") if empty else table
+    return Section("Settings", f"What differs from the defaults of {whose}; {name} has all settings.", [block])
 
 
 def path_end(path: object) -> str:

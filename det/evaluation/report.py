@@ -256,7 +256,7 @@ def build_report(folder: Path) -> page.Report:
     best = run.read(run_files.BEST_RECORD, run_files.BestEvaluation.read, None)
     unfinished = bool(log.rows) and not run.has(run_files.FINAL)
     progress = _progress(log, record.iterations) if log.rows else ""
-    no_settings = None if settings else run.missing(CONFIG, "settings", "the file is empty")
+    changed = changed_from_defaults(settings)
     plots = {
         **loss_plots(log),
         "Learning rate": ("learning rate", {"lr": "learning rate"}),
@@ -271,7 +271,7 @@ def build_report(folder: Path) -> page.Report:
             *_evaluation_sections(run, results, log),
             sections.training_section(run, log, METRICS, "iteration", plots, text),
             _command_section(folder, record.data, unfinished),
-            sections.settings_section(changed_from_defaults(settings), no_settings, "detectron2 and of this toolkit"),
+            sections.settings_section(run, CONFIG, not settings, changed, "detectron2 and of this toolkit"),
             _data_section(run, record),
         ],
         [(name, str(version)) for name, version in record.versions.items()],
