@@ -122,8 +122,8 @@ def train(config: RunConfig, build_job: Callable[[Ranks, torch.device, str], Job
             ranks.wait()
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"the GPU's memory is full ({str(error).splitlines()[0]}); the last checkpoint stays. Halve optim.batch_size "
-                "and double optim.accumulate, or set runtime.activation_checkpointing=true"
+                f"the GPU's memory is full ({str(error).splitlines()[0]}); the last checkpoint stays. Halve "
+                "optim.batch_size and double optim.accumulate, or set runtime.activation_checkpointing=true"
             ) from error
     return config.output_dir / WEIGHTS
 

@@ -95,7 +95,7 @@ def test_published_layout(
         (("run", "one.png", "--mask-ratio", "0.99"), "mask ratio 0.99: leaves no patch of 6 to see"),
         (("run", "one.png", "--gif-ratios", "0.5", "2"), "mask ratio 2.0"),
         (("run", "one.png", "--seed", "-1"), "--seed must not be negative, got -1"),
-        (("run", "one.png", "--device", "abacus"), "--device: 'abacus' can not be used"),
+        (("run", "one.png", "--device", "abacus"), "--device: 'abacus' cannot be used"),
         (("run", "one.png", "--set", "num_heads"), "--set num_heads: expected KEY=VALUE"),
         (("run", "one.png", "--set", "heads=2"), "heads: no argument of the model"),
         (("run", "one.png", "--output", "one.png"), "--output"),
