@@ -32,9 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, build, call."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from the last complete checkpoint in output_dir"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in output_dir")
     parser.add_argument("--eval-only", metavar="WEIGHTS", help="evaluate a classifier's file, or a run, on data.val")
     parser.add_argument("--force", action="store_true", help="replace the results of an earlier --eval-only")
     arguments = parser.parse_intermixed_args(argv)

@@ -29,9 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, build, call."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from the last complete checkpoint in output_dir"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in output_dir")
     arguments = parser.parse_intermixed_args(argv)
     is_main = os.environ.get("RANK", "0") == "0"  # the others speak up when something is wrong
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")

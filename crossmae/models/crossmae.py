@@ -51,7 +51,7 @@ class FeatureMixer(nn.Module):
         self.linear = nn.Linear(num_maps, num_mixes, bias=False)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """Mix K maps (B, ...) into one contiguous map per decoder block, (N, B, ...).
+        """Mix K maps (B, ...) into N contiguous ones, one per block.
 
         The maps are stacked on the first axis. On the last axis, each mix would be a strided copy of all the others.
         """

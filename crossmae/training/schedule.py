@@ -57,7 +57,7 @@ class Schedule:
         return self.batches_done(step) / self.batches_per_epoch
 
     def ends_period(self, step: int, epochs: int) -> bool:
-        """Check that a period of epochs ends in a step, or the run.
+        """Check that a period of epochs, or the run, ends here.
 
         Args:
             step: step, counted from 1.

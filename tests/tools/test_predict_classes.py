@@ -74,7 +74,7 @@ def test_images_that_can_not_be_read_are_named_at_the_end(folder: Path, capsys: 
         (["photos", "--weights", "several", "--top-k", "2"], "--top-k: this classifier can find several classes"),
         (["photos", "--img-size", "10 px"], "--img-size 10 px: expected pixels, such as 224, or 192x256"),
         (["photos", "--img-size", "20"], "20"),
-        (["photos", "--device", "cuda:99"], "--device: 'cuda:99'"),
+        (["photos", "--device", "cuda:99"], "--device: 'cuda:99' cannot be used"),
         (["photos", "--weights", "none"], "none"),
         (["nowhere.jpg"], "INPUT: nowhere.jpg: no such file or folder"),
         (["photos", "--output", "found.txt"], "--output found.txt: expected a name that ends with .json or .csv"),

@@ -188,7 +188,7 @@ def nothing(folder: Path) -> None:
         (nothing, ["methods=[svm]"], "methods"),
         (nothing, ["data.val=nowhere"], "data.val: nowhere does not exist"),
         (nothing, ["output_dir=model.safetensors"], "output_dir: cannot write in model.safetensors"),
-        (nothing, ["runtime.device=abacus"], "runtime.device: 'abacus' can not be used"),
+        (nothing, ["runtime.device=abacus"], "runtime.device: 'abacus' cannot be used"),
     ],
 )
 def test_errors_are_one_line_and_write_nothing(

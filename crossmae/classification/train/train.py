@@ -221,7 +221,7 @@ class Judge(Callbacks):
     is_probe: bool
 
     def begin(self, state: TrainingState, records: RunLog) -> None:
-        """Remove results of an earlier try, and set frozen layers to evaluation mode."""
+        """Remove an earlier try, and set frozen layers to evaluation mode."""
         if state.step == 0 and state.ranks.is_main:
             (self.folder / BEST).unlink(missing_ok=True)
             shutil.rmtree(self.folder / FOLDER, ignore_errors=True)

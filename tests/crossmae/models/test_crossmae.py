@@ -248,7 +248,7 @@ def test_mixed_precision_belongs_to_the_caller() -> None:
         ({"fuse_blocks": (2, -1)}, "twice"),
         ({"img_size": 18}, "16 and 20"),
         ({"img_size": (16, 2)}, "nearest valid sizes are 4 and 8"),
-        ({"num_heads": 3}, "16 can not be split over 3"),
+        ({"num_heads": 3}, "16 cannot be split over 3"),
         ({"embed_dim": 18, "num_heads": 2}, "divisible by 4, got 18"),
     ],
 )
