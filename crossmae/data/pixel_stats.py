@@ -83,7 +83,7 @@ def measure(source: Source, indices: Sequence[int], channels: int, bit_depth: in
 def _measure_image(
     image: Image.Image | NDArray[Any],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], float, tuple[int, int]]:
-    """Return the mean, the mean square, the largest value and the sides of an image."""
+    """Return mean, mean square, largest value and sides of an image."""
     if isinstance(image, Image.Image):
         # A histogram is exact, and several times faster than arithmetic on every pixel.
         counts = np.array(image.histogram(), dtype=np.float64).reshape(-1, 256)

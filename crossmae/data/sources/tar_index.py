@@ -76,7 +76,7 @@ class FolderIndex:
         return ShardIndex(entry["names"], entry["offsets"], entry["sizes"], labels)
 
     def total(self, key: str) -> int:
-        """Sum an entry over all shards: its number, or the length of its list."""
+        """Sum a number, or the length of a list, over all shards."""
         values = [entry[key] for entry in self.shards.values()]
         return sum(len(value) if isinstance(value, list) else value for value in values)
 
