@@ -17,13 +17,12 @@ from PIL import Image
 
 from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD
 from crossmae.checkpoints.weights import save_weights
-from crossmae.errors import USER_ERROR_EXIT_CODE
+from crossmae.errors import SOME_FAILED_EXIT_CODE, USER_ERROR_EXIT_CODE
 from crossmae.models.crossmae import CrossMAE
 from tests.crossmae.classification.classifiers import write_classifier
 from tests.crossmae.classification.labelled import CLASSES
 from tests.tools.command_line import exit_code
 from tools import make_shards, predict_classes, reconstruct
-from tools.predict_classes import SOME_FAILED_EXIT_CODE
 
 TOOLS = Path(__file__).parents[2] / "tools"
 LATIN, LINES = os.fsdecode(b"caf\xe9.png"), "two\nlines.png"
