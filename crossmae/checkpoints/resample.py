@@ -238,7 +238,7 @@ def channel_note(old: int, new: int, how: Channels) -> str:
 
 
 def window_of(table: Tensor) -> int:
-    """Find the side of a relative position table, (2 side - 1, d)."""
+    """Find the side of a relative position table."""
     if table.ndim != 2 or table.shape[0] % 2 == 0 or not table.shape[1]:
         raise UserError(
             f"a relative position table has the shape (2 * window - 1, width of a head), got {tuple(table.shape)}"

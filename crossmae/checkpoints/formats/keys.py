@@ -336,7 +336,7 @@ def _split_qkv(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def _fold_layer_scale(found: Translated) -> None:
-    """Fold gamma into weight and bias: gamma (W y + b) is linear."""
+    """Fold gamma into weight and bias of its layer."""
     for name in list(found.tensors):
         scale = _LAYER_SCALE.fullmatch(name)
         if scale is None:

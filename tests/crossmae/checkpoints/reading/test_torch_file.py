@@ -188,7 +188,7 @@ def test_other_tensors_are_refused_by_name(tmp_path: Path, value: Tensor) -> Non
     torch.save({"a": value}, tmp_path / "a.pth")
     with pytest.raises(
         UserError,
-        match=r"special \(torch\.(_utils\._rebuild_sparse_tensor|_utils\._rebuild_qtensor|QInt8).*save it dense",
+        match=r"special \(torch\.(_utils\._rebuild_sparse_tensor|_utils\._rebuild_qtensor|QInt8).*Save it dense",
     ):
         read_weights(tmp_path / "a.pth")
 
