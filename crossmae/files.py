@@ -60,7 +60,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def stream_text(path: Path, write: Callable[[TextIO], object]) -> None:
-    """Let `write` fill a UTF-8 file, atomically; see `write_text` for names."""
+    """Let `write` fill a UTF-8 file, atomically, with names as in `write_text`."""
 
     def fill(temporary: Path) -> None:
         with open(temporary, "w", encoding="utf-8", errors=ODD_BYTES, newline="") as file:
@@ -83,7 +83,7 @@ class JsonArray:
         self.count += 1
 
     def close(self) -> None:
-        """Write the end of the array; the file stays open."""
+        """Write the end of the array, and leave the file open."""
         self.file.write("\n]")
 
 

@@ -66,7 +66,7 @@ def describe(done: Conversion) -> str:
         f"source       {done.source} ({done.source.stat().st_size / 1e6:,.1f} MB)",
         f"sha256       {done.metadata['source_sha256']}",
         f"content      {CONTENTS.get(content, content)}{f', as {layout}' if layout else ''}",
-        *([f"beside       {', '.join(done.beside)}"] if done.beside else []),
+        *([f"also in it   {', '.join(done.beside)}"] if done.beside else []),
         "",
         done.report.table(),
         "",

@@ -79,7 +79,7 @@ class CrossMAE(ViTEncoder):
 
     def __new__(cls, *_: Any, decoder: Decoder = "cross", **__: Any) -> CrossMAE:
         """Choose the class of the decoder."""
-        return super().__new__(MAE if decoder == "self" else cls)
+        return super().__new__(MAE if decoder == "self" and cls is CrossMAE else cls)
 
     def __init__(
         self,

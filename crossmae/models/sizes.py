@@ -44,7 +44,7 @@ def list_models() -> list[str]:
 
 
 def model_arguments(name: str) -> dict[str, Any]:
-    """The constructor arguments behind a name."""
+    """Return the constructor arguments behind a name."""
     for family, arguments in FAMILIES.items():
         size = SIZES.get(name.removeprefix(f"{family}_"))
         if name.startswith(f"{family}_") and size is not None:

@@ -236,7 +236,7 @@ def short_value(value: Any) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Write a duration such as "0.4 s", "3 min 05 s", "2 h 10 min"."""
+    """Format a duration such as "0.4 s" or "3 min 05 s"."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -49,7 +49,7 @@ class Schedule:
         return min(step * self.accumulate, self.total_batches)
 
     def micro_batches(self, step: int) -> range:
-        """Number the micro-batches of the step after `step` steps."""
+        """Return the numbers of the micro-batches of the step after `step` steps."""
         return range(self.batches_done(step), self.batches_done(step + 1))
 
     def epoch(self, step: int) -> float:

@@ -216,7 +216,7 @@ def _undo_differences(values: Ints, lengths: Ints) -> Ints:
 
 
 def _index_within(lengths: Ints) -> Ints:
-    """Number the members of each group from 0."""
+    """Count the members of each group from 0."""
     return np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
 
 

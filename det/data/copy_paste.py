@@ -90,6 +90,6 @@ def paste_objects(
 
 
 def _fit(layer: Tensor, size: tuple[int, ...], fill: int = 0) -> Tensor:
-    """Cut or fill (..., h, w) at right and bottom to (..., H, W)."""
+    """Cut or fill a layer (..., h, w) at right and bottom."""
     height, width = size
     return F.pad(layer, (0, width - layer.shape[-1], 0, height - layer.shape[-2]), value=fill)

@@ -38,7 +38,7 @@ ONNX, TORCH = ".onnx", ".pt2"
 OPSET = 18
 INPUTS = ("image", "image_size")
 INPUT_NOTE = (
-    "image: float32 (1, 3, H, W), RGB, 0 to 255, the picture at the top left, anything beside it; "
+    "image: float32 (1, 3, H, W), RGB, 0 to 255, the picture at the top left, anything next to it; "
     "image_size: int64 (2,), height and width of the picture"
 )
 ONE_FILE_BYTES = 1_900_000_000  # an ONNX file ends at 2 GiB; larger weights get a file of their own

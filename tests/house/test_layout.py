@@ -210,11 +210,20 @@ PRODUCT = read_product()
         private_imports,
         crowded_folders,
         vague_names,
+        cycles,
+        names_taken_twice,
     ],
     ids=lambda rule: rule.__name__,
 )
 def test_the_product_keeps_the_rule(rule: Callable[[Modules], list[str]]) -> None:
     assert rule(PRODUCT) == []
+
+
+def test_a_config_stops_at_the_door() -> None:
+    found = whole_configs(PRODUCT)
+    assert len(found) <= MOST_WHOLE_CONFIGS, "\n".join(found)
+    constructors = [line.partition(":")[0] for line in found if "__init__(" in line]
+    assert constructors == ["det/inference/predict.py"]  # `det.Predictor(config, weights)` is itself a published door
 
 
 def planted(name: str, source: str) -> Modules:

@@ -23,19 +23,10 @@ INSTEAD = {  # pattern of what is not written, and what is
     r"in\s+vain": "unused, ignored or has no effect",
     r"anew": "again or new",
     r"go(es)?\s+on": "continue",
-    r"beside": "next to",
+    r"(?<![.\"])beside(?![:\"])": "next to",  # not the key and attribute of that name
     r"is\s+(told|said)": "is logged, printed or reported",
 }
 TEXT_TOKENS = {"COMMENT", "STRING", "FSTRING_MIDDLE"}
-# Files that were gone through. Once all were: ("",), and D205, D400, D401 selected in pyproject.toml.
-SWEPT = (
-    "crossmae/doctor.py",
-    "tools/demo/data.py",
-    "tools/demo/run.py",
-    "tools/install_detectron2.py",
-    "tools/make_demo",
-)
-
 Modules = dict[str, Module]
 Texts = dict[str, str]
 
@@ -102,13 +93,12 @@ def read_texts() -> Texts:
     return {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in paths}
 
 
-PRODUCT = {name: module for name, module in read_product().items() if module.file.startswith(SWEPT)}
+PRODUCT = read_product()
 RULES = [bad_openings, semicolons, long_summaries, words_in_code]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_product_keeps_the_rule(rule: Callable[[Modules], list[str]]) -> None:
-    assert PRODUCT
     assert rule(PRODUCT) == []
 
 

@@ -78,7 +78,7 @@ def test_images_that_can_not_be_read_are_named_at_the_end(folder: Path, capsys: 
         (["photos", "--weights", "none"], "none"),
         (["nowhere.jpg"], "INPUT: nowhere.jpg: no such file or folder"),
         (["photos", "--output", "found.txt"], "--output found.txt: expected a name that ends with .json or .csv"),
-        (["photos", "--output", "folder.csv"], "--output: folder.csv is a folder"),
+        (["photos", "--output", "folder.csv"], "folder.csv: is a folder"),
         (["photos", "--output", "photos/red/0.png/found.csv"], "--output: cannot write in photos/red/0.png"),
     ],
 )

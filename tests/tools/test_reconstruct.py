@@ -94,7 +94,7 @@ def test_published_layout(
         (("whole.pth", "one.png"), "no shape tells img_size and num_heads and decoder_num_heads. Add --set"),
         (("run", "one.png", "--mask-ratio", "0.99"), "mask ratio 0.99: leaves no patch of 6 to see"),
         (("run", "one.png", "--gif-ratios", "0.5", "2"), "mask ratio 2.0"),
-        (("run", "one.png", "--seed", "-1"), "--seed must not be negative, got -1"),
+        (("run", "one.png", "--seed", "-1"), "--seed -1: must not be negative"),
         (("run", "one.png", "--device", "abacus"), "--device: 'abacus' cannot be used"),
         (("run", "one.png", "--set", "num_heads"), "--set num_heads: expected KEY=VALUE"),
         (("run", "one.png", "--set", "heads=2"), "heads: no argument of the model"),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crossmae.checkpoints.conversion.targets import TARGETS, HeadKind, missing_norm, refusal
+from crossmae.checkpoints.conversion.targets import TARGETS, TargetHead, missing_norm, refusal
 from crossmae.checkpoints.formats.keys import encoder_home, oddities
 from crossmae.checkpoints.formats.timm_folder import POOL
 from crossmae.checkpoints.loading import OUTSIDE
@@ -115,7 +115,7 @@ def _fit_timm(kept: dict[str, Tensor], report: LoadReport) -> None:
             report.entries[index] = replace(entry, reason="without the row of the class token, which is not there")
 
 
-def _head(plain: Mapping[str, Tensor], metadata: Mapping[str, str]) -> HeadKind | None:
+def _head(plain: Mapping[str, Tensor], metadata: Mapping[str, str]) -> TargetHead | None:
     if "head.1.weight" in plain:
         return "batchnorm"
     if "head.weight" not in plain:

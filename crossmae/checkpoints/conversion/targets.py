@@ -26,7 +26,7 @@ from crossmae.checkpoints.run_checkpoint import MODEL
 from crossmae.checkpoints.weights import write_safetensors
 from crossmae.models.encoder import ENCODER_PREFIXES
 
-HeadKind = Literal["avg", "cls", "batchnorm", "other"]
+TargetHead = Literal["avg", "cls", "batchnorm", "other"]
 
 DETECTRON2_PREFIX = "backbone.net."
 NO_SUFFIX = ""  # of a destination that is a folder
@@ -70,14 +70,14 @@ class Target:
     suffixes: tuple[str, ...]
     write: Callable[[Path, ConvertedModel], Names]
     decoder: Literal["crossmae", "mae"] | None = None
-    heads: tuple[HeadKind, ...] = ()
+    heads: tuple[TargetHead, ...] = ()
     class_token: Literal["required", "optional", "none"] = "optional"
     norm: Literal["required", "optional", "none"] = "optional"
     relative: bool = False
     square: bool = False
 
 
-def refusal(target: Target, name: str, content: str, head: HeadKind | None) -> tuple[str, bool]:
+def refusal(target: Target, name: str, content: str, head: TargetHead | None) -> tuple[str, bool]:
     """Return why a layout has no place for a tensor.
 
     Args:

@@ -37,7 +37,7 @@ def write_hardest(
 
     Args:
         folder, predictions, class_names, sample_names: see `write_evaluation`.
-        read: an image by its index, as `crossmae.data.training_images.read_pixels` returns it.
+        read: an image by its index, as `crossmae.data.pixels.read_pixels` returns it.
         most: pictures.
     """
     target = folder / HARDEST

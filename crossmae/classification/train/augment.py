@@ -77,7 +77,7 @@ class OnColours:
         self.policy = policy
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """The same mode and size."""
+        """Apply the policy in colours, keep mode and size."""
         return self.policy(image.convert("RGB")).convert(image.mode)
 
 

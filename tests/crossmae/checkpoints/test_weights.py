@@ -275,7 +275,7 @@ def test_save_refuses_to_overwrite(tmp_path: Path, tensors: dict[str, Tensor]) -
     assert path.read_bytes() == before
     save_weights(path, {"a": torch.zeros(1)}, {}, force=True)
     assert list(read_weights(path).tensors) == ["a"]
-    with pytest.raises(UserError, match="a folder; name the file"):
+    with pytest.raises(UserError, match=r"is a folder\. Name the file"):
         save_weights(path.parent, tensors, {}, force=True)
 
 

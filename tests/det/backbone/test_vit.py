@@ -222,7 +222,7 @@ def test_sides_that_are_no_multiple_of_the_patch_are_refused():
     ("override", "message"),
     [
         ("MODEL.VIT.PATCH_SIZE=14", "MODEL.VIT: img_size 1024 is not a multiple of patch_size 14"),
-        ("MODEL.VIT.NUM_HEADS=5", "MODEL.VIT: a width of 768 can not be split over 5 attention heads"),
+        ("MODEL.VIT.NUM_HEADS=5", "MODEL.VIT: a width of 768 cannot be split over 5 attention heads"),
         ("MODEL.VIT.SCALE_FACTORS=[3.0]", r"MODEL.VIT: SCALE_FACTORS must be neighbours of .*, got \[3.0\]"),
         ("MODEL.VIT.SCALE_FACTORS=[2.0, 0.5]", r"MODEL.VIT: SCALE_FACTORS must be neighbours of .*, got \[2.0, 0.5\]"),
         ("MODEL.VIT.SCALE_FACTORS=[]", r"MODEL.VIT: SCALE_FACTORS must be neighbours of .*, got \[\]"),

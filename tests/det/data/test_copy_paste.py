@@ -144,7 +144,7 @@ def test_a_second_image_that_can_not_be_read_is_handed_on(cfg, records):
     with open(records[3]["file_name"], "wb") as file:
         file.write(b"no image")
     samples = train_samples(cfg, records)
-    with pytest.raises(UserError, match=r"4\.png: can not be read as an image"):
+    with pytest.raises(UserError, match=r"4\.png: cannot be read as an image"):
         refuse_unreadable([samples[epoch, 0] for epoch in range(30)])
 
 
