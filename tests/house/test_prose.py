@@ -23,7 +23,7 @@ INSTEAD = {  # pattern of what is not written, and what is
     r"in\s+vain": "unused, ignored or has no effect",
     r"anew": "again or new",
     r"go(es)?\s+on": "continue",
-    r"(?<![.\"])beside(?![:\"])": "next to",  # not the key and attribute of that name
+    r"(?<!\.)beside(?![:\"])": "next to",  # not the key and attribute of that name
     r"is\s+(told|said)": "is logged, printed or reported",
 }
 TEXT_TOKENS = {"COMMENT", "STRING", "FSTRING_MIDDLE"}

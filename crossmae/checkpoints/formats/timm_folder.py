@@ -1,8 +1,8 @@
 """timm's folders, config.json next to the weights: to the metadata of a weight file, and back.
 
-The file is not trusted: timm's `create_model` opens addresses, other folders and pickles if a config says so, so that only
+The file is not trusted: timm's `create_model` opens addresses, other folders and pickles if a config says so, so only
 names of its own models and arguments of a plain ViT reach it. timm's own writer (`save_for_hf`) saves the weights
-without our metadata and needs a model in memory; the dict written here loads in timm the same.
+without our metadata and needs a model in memory. The dict written here loads in timm the same.
 """
 
 from __future__ import annotations
