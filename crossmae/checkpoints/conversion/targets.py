@@ -139,7 +139,9 @@ def _write_transformers(path: Path, model: ConvertedModel, layout: str) -> Names
     _write_json(path / HUB_CONFIG, hf_config(layout, model.arguments, norm_eps=model.norm_eps, classes=classes))
     mean, std = (model.metadata.get(key, UNKNOWN) for key in (PIXEL_MEAN, PIXEL_STD))
     if UNKNOWN not in (mean, std):
-        _write_json(path / PREPROCESSOR, hf_preprocessor_config(model.arguments, json.loads(mean), json.loads(std)))
+        _write_json(
+            path / PREPROCESSOR, hf_preprocessor_config(model.arguments["img_size"], json.loads(mean), json.loads(std))
+        )
     written = iter(tensors)  # in the same order; qkv became three
     return {name: tuple(next(written) for _ in range(3 if ".attn.qkv." in name else 1)) for name in model.tensors}
 
