@@ -44,7 +44,7 @@ def test_output(source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert lines[0].startswith(f"source       {source} (")
     assert lines[1].startswith("sha256       ")
     assert lines[2] == "content      a CrossMAE pretraining model, encoder and decoder"
-    assert lines[3] == "beside       epoch"
+    assert lines[3] == "also in it   epoch"
     assert "  dropped  cls_token                 1  a dense backbone has no class token" in lines
     assert "  used     blocks.0-2               36" in lines
     assert "  39 used, 40 dropped" in lines

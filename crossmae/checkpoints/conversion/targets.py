@@ -38,7 +38,6 @@ class ConvertedModel:
 
     Attributes:
         arguments: of `ViTEncoder` for an encoder or a classifier, of `CrossMAE` for a whole pretraining model.
-        metadata: strings, see `crossmae.checkpoints.metadata`.
         norm_eps: epsilon of the layer norms.
     """
 
@@ -78,7 +77,7 @@ class Target:
 
 
 def refusal(target: Target, name: str, content: str, head: TargetHead | None) -> tuple[str, bool]:
-    """Return why a layout has no place for a tensor.
+    """Return the reason why a layout has no place for a tensor.
 
     Args:
         name: plain.
@@ -103,14 +102,6 @@ def refusal(target: Target, name: str, content: str, head: TargetHead | None) ->
         held = head in target.heads or (head is None and "avg" in target.heads)
         return ("" if held else "a head of this kind has no place in it"), True
     return ("" if content == target.decoder else reason), True
-
-
-def missing_norm(target: Target, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Make the final norm that a layout requires and the source lacks."""
-    if target.norm != "required" or "norm.weight" in tensors or "fc_norm.weight" in tensors:
-        return {}
-    like = tensors["patch_embed.proj.bias"]
-    return {"norm.weight": torch.ones_like(like), "norm.bias": torch.zeros_like(like)}
 
 
 def _write_own(path: Path, model: ConvertedModel) -> Names:
