@@ -171,7 +171,6 @@ def resample_patches(filters: Tensor, patch_size: int) -> Tensor:
     nearest in the sense of least squares.
     """
     _check_filters(filters)
-    _check_positive("patch_size", patch_size)
     if filters.shape[-1] == patch_size:
         return filters
     return resample_patch_embed(filters.float(), [patch_size, patch_size]).to(filters.dtype)
@@ -190,7 +189,6 @@ def adapt_channels(filters: Tensor, channels: int, how: Channels = "repeat") -> 
     `repeat` is what timm's `adapt_input_conv` does from three channels.
     """
     _check_filters(filters)
-    _check_positive("in_chans", channels)
     if how not in get_args(Channels):
         raise UserError(f"channels are adapted by one of {', '.join(get_args(Channels))}, got {how!r}")
     C = filters.shape[1]
@@ -231,7 +229,6 @@ def window_of(table: Tensor) -> int:
 
 def resample_relative(table: Tensor, size: int) -> Tensor:
     """Resample a relative position table linearly, as detectron2's `get_rel_pos` does."""
-    _check_positive("window", size)
     if window_of(table) == size:
         return table
     resized = F.interpolate(table.float().t()[None], size=2 * size - 1, mode="linear")[0]  # (d, 2 * size - 1)
@@ -240,7 +237,8 @@ def resample_relative(table: Tensor, size: int) -> Tensor:
 
 def _check_wanted(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for key in ("patch_size", "in_chans", "window"):
-        _check_positive(key, wanted.get(key, 1))
+        if wanted.get(key, 1) < 1:
+            raise UserError(f"{key} must be at least 1, got {wanted[key]}")
     pixels = [key for key in ("patch_size", "in_chans") if wanted.get(key, arguments[key]) != arguments[key]]
     if pixels and any(name.startswith("decoder_") for name in tensors):
         raise UserError(
@@ -298,11 +296,6 @@ def _grid(img_size: int | Grid, patch_size: int) -> Grid:
 def _check_filters(filters: Tensor) -> None:
     if filters.ndim != 4 or filters.shape[2] != filters.shape[3] or not filters.numel():
         raise UserError(f"patch filters have the shape (width, channels, p, p), got {tuple(filters.shape)}")
-
-
-def _check_positive(key: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"{key} must be at least 1, got {value}")
 
 
 def _sides(grid: Grid) -> str:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from crossmae import __version__
 from crossmae.checkpoints.conversion import planning, proof
 from crossmae.checkpoints.conversion.planning import ConversionPlan
-from crossmae.checkpoints.conversion.proof import TOLERANCE, Encoder, Proof
+from crossmae.checkpoints.conversion.proof import TOLERANCE, Proof
 from crossmae.checkpoints.conversion.targets import NO_SUFFIX, TARGETS, ConvertedModel, Names
 from crossmae.checkpoints.formats.huggingface import PREPROCESSOR
 from crossmae.checkpoints.formats.keys import CLASS_ROW_ADDED
@@ -27,9 +28,9 @@ from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, NORM_EPS, NOR
 from crossmae.checkpoints.provenance import provenance
 from crossmae.checkpoints.reading.files import HUB_CONFIG, find_file, shards
 from crossmae.checkpoints.report import LoadReport, Status
-from crossmae.checkpoints.resample import RELATIVE, Channels, fit
+from crossmae.checkpoints.resample import Channels, fit
 from crossmae.checkpoints.run_checkpoint import MODEL
-from crossmae.checkpoints.weights import Weights, encoder_part, encoder_tensors, plain_size, plain_tensors, read_weights
+from crossmae.checkpoints.weights import Weights, encoder_part, plain_size, plain_tensors, read_weights
 from crossmae.errors import UserError, shorten
 from crossmae.files import allow_reading, check_destination, check_writable, sync_folder, write_json
 
@@ -280,23 +281,9 @@ def _prove(
     if lost:
         words.append(f"without {shorten(lost)}")
 
-    def source() -> Encoder:
-        if not (changed or lost):
-            tensors = {name: tensor for name, tensor in whole.items() if class_token or name != "cls_token"}
-            return proof.source_encoder(
-                weights.path, weights.layout, tensors, arguments, class_token=class_token, **eps
-            )
-        if any(RELATIVE.fullmatch(name) for name in encoder):
-            return proof.detectron2_encoder(encoder, arguments, **eps)
-        return proof.plain_encoder(encoder, arguments, class_token=class_token, **eps)
-
-    def target() -> Encoder:
-        if class_token or to in ("timm", "detectron2"):
-            return proof.file_encoder(written, to, arguments, **eps)
-        # our own encoder always has a class token: a model that starts from such a file makes a new one
-        kept = encoder_tensors(read_weights(written))
-        return proof.plain_encoder(kept, arguments, class_token=False, **eps)
-
+    tensors, layout = (encoder, "") if changed or lost else (whole, weights.layout)
+    source = partial(proof.source_encoder, weights.path, layout, tensors, arguments, class_token=class_token, **eps)
+    target = partial(proof.file_encoder, written, to, arguments, **eps)
     sizes, channels = proof.image_size(encoder, arguments), arguments["in_chans"]
     return proof.prove(source, target, size=sizes, in_chans=channels, what=", ".join(words), tolerance=tolerance)
 

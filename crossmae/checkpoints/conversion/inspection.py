@@ -43,12 +43,6 @@ from crossmae.checkpoints.weights import (
 from crossmae.errors import UserError, shorten
 from crossmae.models.crossmae import MODEL_DEFAULTS
 
-LAYOUTS = {
-    "plain": "plain: the names of timm, of the published files, ours and detectron2's",
-    "hf-vit": "hf-vit: transformers' ViT",
-    "hf-vitmae": "hf-vitmae: transformers' ViTMAE",
-    "mmpretrain": "mmpretrain: OpenMMLab's",
-}
 CONTENTS = {
     "crossmae": "a CrossMAE pretraining model, encoder and decoder",
     "mae": "an MAE pretraining model, encoder and decoder",
@@ -110,7 +104,7 @@ class Inspection:
             finite = f"NO: NaN or infinity in {len(self.non_finite)} tensors: {shorten(self.non_finite)}"
         rows = {
             "file": f"{self.path} ({self.file_bytes / 1e6:,.1f} MB)",
-            "names": LAYOUTS[self.layout],
+            "names": self.layout,
             "content": CONTENTS[self.content],
             "tensors": f"{self.tensors:,} with {self.values:,} values, {types}",
             "encoder": ", ".join(f"{key} {value}" for key, value in self.encoder.items()),

@@ -180,11 +180,7 @@ def image_size(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> l
 
 
 def plain_encoder(
-    tensors: Mapping[str, Tensor],
-    arguments: Mapping[str, Any],
-    *,
-    norm_eps: float = 1e-6,
-    class_token: bool = True,
+    tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], *, norm_eps: float = 1e-6, class_token: bool = True
 ) -> Encoder:
     """Build timm's VisionTransformer around the tensors.
 
@@ -265,11 +261,14 @@ def file_encoder(path: Path, to: str, arguments: Mapping[str, Any], *, norm_eps:
     if to == "detectron2":
         _library("detectron2")  # before a large file is read
         return detectron2_encoder(encoder_tensors(read_weights(path)), arguments, norm_eps=norm_eps)
+    tensors = encoder_tensors(read_weights(path))
+    if "cls_token" not in tensors:  # a ViTEncoder always has one: it would make a new one
+        return plain_encoder(tensors, arguments, norm_eps=norm_eps, class_token=False)
     with _Unfilled():
         model = ViTEncoder(**_sizes(arguments))
     _set_epsilon(model, norm_eps)
     tokens = lambda vit, imgs: vit.features(vit.embed(imgs), [vit.depth - 1])[0]  # noqa: E731
-    return _filled(Encoder("our ViTEncoder", model, tokens), encoder_tensors(read_weights(path)))
+    return _filled(Encoder("our ViTEncoder", model, tokens), tensors)
 
 
 def source_encoder(
@@ -287,8 +286,7 @@ def source_encoder(
 
     Args:
         path: the source's weight file.
-        layout: see `Weights.layout`.
-        tensors, arguments, norm_eps, class_token: see `plain_encoder`; not resampled.
+        layout: see `Weights.layout`; "" for tensors that are not the file's.
     """
     if _relative_sides(tensors):
         tensors = {name: tensor for name, tensor in tensors.items() if name != "cls_token"}

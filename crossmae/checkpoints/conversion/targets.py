@@ -24,6 +24,7 @@ from crossmae.checkpoints.reading.files import HUB_CONFIG
 from crossmae.checkpoints.resample import RELATIVE
 from crossmae.checkpoints.run_checkpoint import MODEL
 from crossmae.checkpoints.weights import write_safetensors
+from crossmae.files import write_json
 from crossmae.models.encoder import ENCODER_PREFIXES
 
 TargetHead = Literal["avg", "cls", "batchnorm", "other"]
@@ -118,7 +119,7 @@ def _write_timm(path: Path, model: ConvertedModel) -> Names:
         _write_file(path, "state_dict", tensors, model.metadata)
     else:
         write_safetensors(path / MODEL, tensors, model.metadata)
-        _write_json(path / HUB_CONFIG, timm_config(model.tensors, model.arguments, model.metadata))
+        write_json(path / HUB_CONFIG, timm_config(model.tensors, model.arguments, model.metadata))
     return {name: (name,) for name in tensors}
 
 
@@ -127,10 +128,10 @@ def _write_transformers(path: Path, model: ConvertedModel, layout: str) -> Names
     tensors = from_plain(model.tensors, layout)
     write_safetensors(path / MODEL, tensors, model.metadata)
     classes = _class_names(model)
-    _write_json(path / HUB_CONFIG, hf_config(layout, model.arguments, norm_eps=model.norm_eps, classes=classes))
+    write_json(path / HUB_CONFIG, hf_config(layout, model.arguments, norm_eps=model.norm_eps, classes=classes))
     mean, std = (model.metadata.get(key, UNKNOWN) for key in (PIXEL_MEAN, PIXEL_STD))
     if UNKNOWN not in (mean, std):
-        _write_json(
+        write_json(
             path / PREPROCESSOR, hf_preprocessor_config(model.arguments["img_size"], json.loads(mean), json.loads(std))
         )
     written = iter(tensors)  # in the same order; qkv became three
@@ -198,7 +199,3 @@ def _write_file(
         write_safetensors(path, tensors, metadata)
     else:
         torch.save({key: tensors, **(extras or {}), PICKLED_METADATA: signed(tensors, metadata)}, path)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

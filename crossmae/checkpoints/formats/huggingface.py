@@ -141,22 +141,14 @@ def hf_config(
         layout: "hf-vit" or "hf-vitmae".
         arguments: of `ViTEncoder`; for hf-vitmae with a decoder, of `CrossMAE` with the decoder of plain MAE.
         classes: names of the head's outputs; empty where there is no head.
-
-    Raises:
-        UserError: missing arguments.
     """
     decoder = "decoder_embed_dim" in arguments and layout == "hf-vitmae"
-    names = _ENCODER | (_DECODER if decoder else {})
-    try:
-        values = {setting: arguments[key] for setting, key in names.items()}
-        height, width = _pair(arguments["img_size"])
-        ratio = arguments["mlp_ratio"]
-    except KeyError as missing:
-        raise UserError(f"{missing.args[0]} of the model is not known, which {HUB_CONFIG} needs") from None
+    values = {setting: arguments[key] for setting, key in (_ENCODER | (_DECODER if decoder else {})).items()}
+    height, width = _pair(arguments["img_size"])
     values["image_size"] = height if height == width else [height, width]
-    values["intermediate_size"] = int(arguments["embed_dim"] * ratio)
-    if decoder:
-        values["decoder_intermediate_size"] = int(arguments["decoder_embed_dim"] * ratio)
+    for prefix in ("", "decoder_") if decoder else ("",):
+        width = values[f"{prefix}hidden_size"]
+        values[f"{prefix}intermediate_size"] = int(width * arguments["mlp_ratio"])
     if layout == "hf-vit":
         architecture = "ViTForImageClassification" if classes else "ViTModel"
     else:
@@ -209,7 +201,7 @@ def _read(path: Path, kind: type[_Settings]) -> _Settings:
 
 def _arguments(settings: _ViT, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     (height, width), E = _pair(settings.image_size), settings.hidden_size
-    _check_heads(path, "hidden_size", E, "num_attention_heads", settings.num_attention_heads)
+    _check_heads(path, settings, "")
     try:
         rows, columns = patch_grid((height, width), settings.patch_size)  # type: ignore[arg-type]  # after `_square`
     except ValueError as error:
@@ -232,15 +224,14 @@ def _arguments(settings: _ViT, tensors: Mapping[str, Tensor], path: Path) -> dic
 def _decoder_arguments(settings: _ViT, ratio: float, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     if "decoder_embed.weight" not in tensors or settings.model_type != MODEL_TYPES["hf-vitmae"]:
         return {}
-    D, heads = settings.decoder_hidden_size, settings.decoder_num_attention_heads
-    _check_heads(path, "decoder_hidden_size", D, "decoder_num_attention_heads", heads)
+    _check_heads(path, settings, "decoder_")
     held = {
         "decoder_hidden_size": _shape(tensors, "decoder_embed.weight", 0),
         "decoder_num_hidden_layers": _depth(tensors, "decoder_blocks"),
         "decoder_intermediate_size": _shape(tensors, "decoder_blocks.0.mlp.fc1.weight", 0),
     }
     _compare(path, dict(settings), held)
-    if int(D * ratio) != settings.decoder_intermediate_size:
+    if int(settings.decoder_hidden_size * ratio) != settings.decoder_intermediate_size:
         return {}
     return {key: getattr(settings, setting) for setting, key in _DECODER.items()} | {"decoder": "self"}
 
@@ -266,9 +257,10 @@ def _pixel_statistics(path: Path, channels: int) -> dict[str, str]:
     return {PIXEL_MEAN: json.dumps(mean), PIXEL_STD: json.dumps(std)}
 
 
-def _check_heads(path: Path, width_key: str, width: int, heads_key: str, heads: int) -> None:
+def _check_heads(path: Path, settings: _ViT, prefix: str) -> None:
+    width, heads = (getattr(settings, f"{prefix}{key}") for key in ("hidden_size", "num_attention_heads"))
     if width % heads:
-        raise UserError(f"{path}: {width_key} {width} cannot be split over {heads_key} {heads}")
+        raise UserError(f"{path}: {prefix}hidden_size {width} cannot be split over {prefix}num_attention_heads {heads}")
 
 
 def mlp_ratio(width: int, hidden: int) -> float:

@@ -293,8 +293,3 @@ def test_a_decoder_that_is_wrong(tmp_path: Path, changes: dict[str, Any], messag
 def test_a_preprocessor_that_is_wrong(tmp_path: Path, settings: Any, message: str) -> None:
     with pytest.raises(UserError, match=f"preprocessor_config.json: {message}"):
         read_config(write(tmp_path, VIT, settings), encoder())
-
-
-def test_no_config_of_an_unknown_model() -> None:
-    with pytest.raises(UserError, match=r"patch_size of the model is not known, which config.json needs"):
-        hf_config("hf-vit", {"img_size": 32})
