@@ -131,7 +131,7 @@ def _deduce(weights: Weights, given: dict[str, Any], assumed: list[str]) -> dict
     arguments |= given
     missing = [key for key in ("img_size", "num_heads", "decoder_num_heads") if key not in arguments]
     if missing:
-        raise UserError(f"{weights.path}: no shape tells {_ask(missing)}")
+        raise UserError(f"{weights.path}: neither its shapes nor its record tell {ask(missing)}")
     return arguments
 
 
@@ -153,7 +153,7 @@ def _fusion(
         return {"fuse_blocks": None, "fuse_input": False}
     raise UserError(
         f"{weights.path}: {columns} of {depth + 1} maps are mixed for the decoder, and no shape tells which; "
-        f"{_ask(['fuse_blocks', 'fuse_input'])}"
+        f"{ask(['fuse_blocks', 'fuse_input'])}"
     )
 
 
@@ -171,6 +171,12 @@ def _pixel_statistics(weights: Weights, channels: int) -> tuple[tuple[float, ...
     )
 
 
-def _ask(keys: list[str]) -> str:
-    examples = {"img_size": "img_size=224", "fuse_blocks": "'fuse_blocks=[0,11]'", "fuse_input": "fuse_input=true"}
+def ask(keys: list[str]) -> str:
+    """Name arguments, and the option that gives them."""
+    examples = {
+        "img_size": "'img_size=[HEIGHT,WIDTH]'",
+        "mlp_ratio": "mlp_ratio=4",
+        "fuse_blocks": "'fuse_blocks=[0,11]'",
+        "fuse_input": "fuse_input=true",
+    }
     return f"{' and '.join(keys)}. Add --set {' '.join(examples.get(key, f'{key}=16') for key in keys)}"

@@ -78,9 +78,9 @@ def fit(
 
 
 def resample_positions(table: Tensor, grid: Grid, new_grid: Grid, *, class_rows: int = 1) -> Tensor:
-    """Resample a position table (1, class_rows + h * w, E), and keep the class token's rows.
+    """Resample a position table (1, class_rows + h * w, E).
 
-    Bicubic, corners not aligned, without antialiasing: as published (method specification, section 1.10) and in ViTDet.
+    The class token's rows stay. Bicubic, corners not aligned, without antialiasing: as published (method specification, section 1.10) and in ViTDet.
     timm's `resample_abs_pos_embed` antialiases, with another cubic and another border.
 
     Args:
@@ -101,7 +101,7 @@ def resample_positions(table: Tensor, grid: Grid, new_grid: Grid, *, class_rows:
 
 
 def is_sincos(table: Tensor, grid: Grid) -> bool:
-    """Test if a position table with values is sine-cosine, to 1e-4 or half its precision."""
+    """Test if a position table is sine-cosine, within half its precision."""
     count = grid[0] * grid[1]
     fits = table.ndim == 3 and table.shape[1] in (count, count + 1) and table.shape[2] % 4 == 0
     if not fits or table.is_meta or not table.is_floating_point():
@@ -111,7 +111,7 @@ def is_sincos(table: Tensor, grid: Grid) -> bool:
 
 
 def fit_positions(table: Tensor, grid: Grid, new_grid: Grid, *, fixed: bool) -> tuple[Tensor, str]:
-    """Fit a position table (1, rows, E) to another grid, and describe the change.
+    """Fit a position table (1, rows, E), and describe the change.
 
     Args:
         fixed: compute a sine-cosine table again instead of resampling it, for a model that never trains it.
@@ -127,7 +127,7 @@ def fit_positions(table: Tensor, grid: Grid, new_grid: Grid, *, fixed: bool) -> 
 
 
 def table_grid(rows: int, img_size: int | Grid | None, patch_size: int, wanted: Grid | None = None) -> tuple[Grid, int]:
-    """Find the grid of patches of a position table, and its number of class rows.
+    """Find the grid of a position table, and its number of class rows.
 
     | first that fits      | `rows`                                                          |
     | -------------------- | --------------------------------------------------------------- |
@@ -219,7 +219,7 @@ def channel_note(old: int, new: int, how: Channels) -> str:
 
 
 def window_of(table: Tensor) -> int:
-    """Find the side of a relative position table (2 * side - 1, d)."""
+    """Find the side of a relative position table."""
     if table.ndim != 2 or table.shape[0] % 2 == 0 or not table.shape[1]:
         raise UserError(
             f"a relative position table has the shape (2 * window - 1, width of a head), got {tuple(table.shape)}"

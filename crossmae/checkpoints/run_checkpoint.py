@@ -111,7 +111,7 @@ def defect(folder: Path, contents: bool = False) -> str | None:
 
 
 def read_state(folder: Path) -> Any:
-    """Read `state`, which must be tensors, numbers, strings, lists and dicts, on the CPU."""
+    """Read `state` by restricted unpickling, on the CPU."""
     try:
         return torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle errors, runtime errors and others for the same cause

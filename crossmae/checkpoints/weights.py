@@ -118,7 +118,7 @@ def detect_format(tensors: Mapping[str, Any]) -> str:
 
 
 def encoder_tensors(weights: Weights) -> dict[str, Tensor]:
-    """Select the encoder under its plain keys; raise a UserError without an encoder."""
+    """Select the encoder under its plain keys, or raise a UserError."""
     home = encoder_home(weights.tensors)
     if home is None:
         others = [name for name in weights.tensors if name.endswith("patch_embed.proj.weight")]

@@ -92,7 +92,7 @@ def test_every_option_reaches_the_conversion(source: Path, monkeypatch: pytest.M
         (("a.pth", "old.pth", "--to", "detectron2"), "exists already"),
         (("a.pth", "a.pth", "--to", "detectron2", "--force"), "is, or holds, the source, which is never touched"),
         (("resnet.pth", "b.pth", "--to", "detectron2"), "no ViT encoder in it"),
-        (("a.pth", "b.pth", "--to", "detectron2"), "num_heads=N"),
+        (("a.pth", "b.pth", "--to", "detectron2"), "num_heads=16"),
         (("a.pth", "b.pth", "--to", "crossmae", "--img-size", "1", "2", "3", *HEADS), "one number or (height, width)"),
         (("a.pth", "b.pth", "--to", "crossmae", "--img-size", "33", *HEADS), "33 is not a multiple of patch_size 8"),
         (("a.pth", "b.pth", "--to", "crossmae", "--set", "num_heads"), "expected KEY=VALUE"),

@@ -125,11 +125,11 @@ class Inspection:
 
 
 def inspect(path: str | Path, *, values: bool = True) -> Inspection:
-    """Inspect a weight file; without `values` little more than the header of safetensors is read.
+    """Inspect a weight file.
 
     Args:
         path: see `read_weights`.
-        values: look for NaN and infinity, which reads everything.
+        values: look for NaN and infinity; without, little more than the header of safetensors is read.
 
     Raises:
         UserError: as `read_weights`, but for NaN and infinity, which are reported.

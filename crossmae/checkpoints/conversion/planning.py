@@ -16,7 +16,7 @@ from crossmae.checkpoints.formats.keys import encoder_home, oddities
 from crossmae.checkpoints.formats.timm_folder import POOL
 from crossmae.checkpoints.loading import OUTSIDE
 from crossmae.checkpoints.metadata import recorded_arguments
-from crossmae.checkpoints.pretrained import arguments_of
+from crossmae.checkpoints.pretrained import arguments_of, ask
 from crossmae.checkpoints.report import LoadReport, TensorEntry
 from crossmae.checkpoints.weights import (
     Weights,
@@ -143,7 +143,7 @@ def describe_refusal(weights: Weights, to: str, planned: ConversionPlan) -> str:
 def source_arguments(
     weights: Weights, planned: ConversionPlan, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Find the constructor arguments of the source's model or encoder, and list assumptions.
+    """Find the arguments of the source's model, and list assumptions.
 
     Args:
         given: arguments that neither the file nor its shapes tell.
@@ -160,13 +160,8 @@ def source_arguments(
         found = MODEL_DEFAULTS | found | arguments
         _check_model(weights, found, planned.tensors)
     found = found | dict(given)
-    missing = [key for key in ("img_size", "num_heads", "mlp_ratio") if key not in found]
-    if missing:
-        words = {"img_size": "'img_size=[HEIGHT,WIDTH]'", "num_heads": "num_heads=N", "mlp_ratio": "mlp_ratio=4"}
-        raise UserError(
-            f"{weights.path}: neither its shapes nor its record tell {' and '.join(missing)} of the encoder; "
-            f"add --set {' '.join(words[key] for key in missing)}"
-        )
+    if missing := [key for key in ("img_size", "num_heads", "mlp_ratio") if key not in found]:
+        raise UserError(f"{weights.path}: neither its shapes nor its record tell {ask(missing)}")
     if "num_heads" not in recorded.keys() | given.keys():
         assumed.append(f"{found['num_heads']} attention heads, as in the published models of this width")
     _check_sizes(weights, found, encoder["pos_embed"])

@@ -256,8 +256,12 @@ def file_encoder(path: Path, to: str, arguments: Mapping[str, Any], *, norm_eps:
     """
     if to in HF_MODELS:
         return _transformers_encoder(path, to)
+    if to == "timm" and path.is_dir():
+        return _timm_folder(path, norm_eps)
     if to == "timm":
-        return _timm_folder(path, norm_eps) if path.is_dir() else _timm_file(path, arguments, norm_eps)
+        with _loading(path, "timm"):
+            tensors = _without_heads(load_state_dict(str(path), weights_only=True))
+        return plain_encoder(tensors, arguments, norm_eps=norm_eps, class_token="cls_token" in tensors)
     if to == "detectron2":
         _library("detectron2")  # before a large file is read
         return detectron2_encoder(encoder_tensors(read_weights(path)), arguments, norm_eps=norm_eps)
@@ -338,12 +342,6 @@ def _timm(model: VisionTransformer, norm_eps: float | None) -> Encoder:
 
 def _without_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(_NOT_ENCODER)}
-
-
-def _timm_file(path: Path, arguments: Mapping[str, Any], norm_eps: float) -> Encoder:
-    with _loading(path, "timm"):
-        tensors = _without_heads(load_state_dict(str(path), weights_only=True))
-    return plain_encoder(tensors, arguments, norm_eps=norm_eps, class_token="cls_token" in tensors)
 
 
 def _timm_folder(folder: Path, norm_eps: float) -> Encoder:

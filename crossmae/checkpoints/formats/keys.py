@@ -48,21 +48,14 @@ _HF_ENCODER = {
     "norm": "layernorm",
     "pooler.dense": "pooler.dense",  # transformers' own, without a plain name
 }
+_DECODER = ("mask_token", "decoder_pos_embed", "decoder_embed", "decoder_norm", "decoder_pred")
 _HF_BESIDE = {
     "hf-vit": {"head": "classifier", "decoder.0": "decoder.0"},  # the latter is ViTForMaskedImageModeling's
-    "hf-vitmae": {
-        "mask_token": "decoder.mask_token",
-        "decoder_pos_embed": "decoder.decoder_pos_embed",
-        "decoder_embed": "decoder.decoder_embed",
-        "decoder_norm": "decoder.decoder_norm",
-        "decoder_pred": "decoder.decoder_pred",
-    },
+    "hf-vitmae": {name: f"decoder.{name}" for name in _DECODER},
 }
 # Names that transformers 5 has in memory, and the decoder's blocks as its save_pretrained writes them.
 _HF5_BLOCK = {
-    "attention.q_proj": "attn.q",
-    "attention.k_proj": "attn.k",
-    "attention.v_proj": "attn.v",
+    **{f"attention.{letter}_proj": f"attn.{letter}" for letter in "qkv"},
     "attention.o_proj": "attn.proj",
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
@@ -89,13 +82,7 @@ _MM_ENCODER = {
     **dict.fromkeys(("ln1", "norm1"), "norm"),
     **dict.fromkeys(("ln2", "norm2"), "fc_norm"),  # of average pooling
 }
-_MM_NECK = {
-    "neck.mask_token": "mask_token",
-    "neck.decoder_pos_embed": "decoder_pos_embed",
-    "neck.decoder_embed": "decoder_embed",
-    **dict.fromkeys(("neck.ln1", "neck.norm1", "neck.decoder_norm"), "decoder_norm"),
-    "neck.decoder_pred": "decoder_pred",
-}
+_MM_NECK = {f"neck.{name}": name for name in _DECODER} | dict.fromkeys(("neck.ln1", "neck.norm1"), "decoder_norm")
 _MM_HEAD = {"head.layers.head": "head", "head.fc": "head"}
 
 CLASS_ROW_ADDED = "a row of zeros for the class token put first"  # a note

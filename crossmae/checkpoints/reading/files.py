@@ -61,7 +61,7 @@ class Contents:
 
 
 def read_tensors(path: Path, *, ema: bool = False, trust: bool = False) -> Contents:
-    """Read a weight file, or the shards that an index names; see `weights.read_weights`."""
+    """Read a weight file, or the shards of an index, see `read_weights`."""
     kind = file_kind(path)
     held = _read_shards(path, trust) if kind == "index" else _read_one(path, kind, ema=ema, trust=trust)
     tensors, left_out = one_model(held.tensors, path, ema=ema and not held.averaged)
@@ -69,7 +69,7 @@ def read_tensors(path: Path, *, ema: bool = False, trust: bool = False) -> Conte
 
 
 def find_file(path: Path) -> Path:
-    """Find the weight file in a run, checkpoint or hub folder; of sharded weights the index."""
+    """Find the weight file, or the index of its shards, in a folder."""
     path = path.expanduser()
     if path.is_file():
         return path
@@ -82,7 +82,7 @@ def find_file(path: Path) -> Path:
 
 
 def file_kind(path: Path) -> str:
-    """Tell "safetensors", "torch", "pickle" or "index" by the first bytes, or raise a UserError."""
+    """Tell "safetensors", "torch", "pickle" or "index" by the first bytes."""
     try:
         with open(path, "rb") as file:
             head = file.read(512)

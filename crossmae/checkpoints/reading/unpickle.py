@@ -40,7 +40,7 @@ def read_numpy_pickle(path: Path) -> Any:
 
 
 def read_mapped(path: Path, read: Callable[[mmap.mmap], Any]) -> Any:
-    """Apply `read` to the mapped file, to its end: no read exceeds the file."""
+    """Apply `read` to the mapped file, which it must read to its end."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             content = read(mapped)
@@ -104,7 +104,7 @@ class Unpickler:
         self._memo: dict[int, Any]
 
     def load(self, file: Any) -> Any:
-        """Read the pickle at the position of `file`; any exception means damage."""
+        """Read the pickle at the position of `file`, or raise any exception."""
         self._stack, self._marked, self._memo = [], [], {}
         for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
             if count == MAX_OPCODES:

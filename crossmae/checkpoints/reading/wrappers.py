@@ -66,7 +66,7 @@ def state_dict(content: Any, path: Path, *, ema: bool = False) -> tuple[dict[str
 def one_model(
     tensors: dict[str, Tensor], path: Path, *, ema: bool = False
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Strip the prefixes of trainers, select one of `BRANCHES`, and describe what is left out."""
+    """Strip prefixes, select one of `BRANCHES`, and describe the rest."""
     branches = EMA_BRANCHES if ema else BRANCHES
     branch = next((prefix for prefix in branches if any(name.startswith(prefix) for name in tensors)), None)
     counters = [name for name in COUNTERS if name in tensors]
