@@ -21,7 +21,7 @@ from crossmae.checkpoints.conversion.proof import TOLERANCE
 from crossmae.checkpoints.conversion.targets import TARGETS
 from crossmae.checkpoints.pretrained import parse_settings
 from crossmae.checkpoints.provenance import LICENCE
-from crossmae.errors import UserError, run_cli
+from crossmae.errors import run_cli
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,18 +83,11 @@ def describe(done: Conversion) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     args = build_parser().parse_args(argv)
-    sizes = Sizes(_image_size(args.img_size), args.patch_size, args.in_chans, args.channels, args.window)
+    image = tuple(args.img_size) if args.img_size and len(args.img_size) > 1 else args.img_size and args.img_size[0]
+    sizes = Sizes(image, args.patch_size, args.in_chans, args.channels, args.window)
     options = {key: getattr(args, key) for key in ("encoder_only", "tolerance", "report", "ema", "trust", "force")}
     options |= {"sizes": sizes, "given": parse_settings(args.set), "drop": tuple(args.drop)}
     print(describe(convert(args.source, args.destination, args.to, **options)))
-
-
-def _image_size(numbers: list[int] | None) -> int | tuple[int, int] | None:
-    if numbers is None or len(numbers) == 1:
-        return numbers[0] if numbers else None
-    if len(numbers) > 2:
-        raise UserError(f"--img-size takes one number or height and width, got {len(numbers)} numbers")
-    return numbers[0], numbers[1]
 
 
 def _megabytes(path: Path) -> float:

@@ -1,7 +1,4 @@
-"""The one way in which weights enter a model: strictly, with every tensor of file and model accounted for.
-
-The call names what may be missing or left over; there is no lenient mode.
-"""
+"""The one way in which weights enter a model: strictly, with every tensor of file and model accounted for."""
 
 from __future__ import annotations
 
@@ -71,9 +68,7 @@ def load(
         UserError: a tensor is missing, left over or does not fit; the message holds the table. Nothing was loaded.
     """
     weights = source if isinstance(source, Weights) else read_weights(source)
-    left: list[TensorEntry] = []
-    if part == "encoder":
-        weights, left = _encoder(weights, also)
+    weights, left = _encoder(weights, also) if part == "encoder" else (weights, [])
     if resample:
         weights = fitted(weights, model)
     report = _compare(model, weights, new, dropped)
@@ -89,9 +84,6 @@ def fitted(weights: Weights, model: nn.Module) -> Weights:
 
     Args:
         model: with `patch_embed.proj` and, for positions to be resampled, `grid` or `patch_embed.grid_size`.
-
-    Raises:
-        UserError: the file's grid is not known.
     """
     state = dict(model.named_parameters())
     filters, home = state.get("patch_embed.proj.weight"), encoder_home(weights.tensors)
@@ -100,10 +92,9 @@ def fitted(weights: Weights, model: nn.Module) -> Weights:
     wanted: dict[str, Any] = {"patch_size": filters.shape[-1], "in_chans": filters.shape[1]}
     plain = plain_tensors(weights)
     arguments = encoder_arguments(encoder_tensors(weights), weights.metadata)
-    if (grid := _grid(model)) is not None and plain.get("pos_embed") is not None:
+    if (grid := _grid(model)) is not None and "pos_embed" in plain:
         wanted["img_size"] = tuple(side * wanted["patch_size"] for side in grid)
-    positions = state.get("pos_embed")
-    fixed = positions is not None and not positions.requires_grad
+    fixed = "pos_embed" in state and not state["pos_embed"].requires_grad
     try:
         changed, notes, arguments = fit(plain, arguments, wanted, fixed=fixed)
     except UserError as error:
@@ -141,9 +132,8 @@ def _encoder(weights: Weights, also: tuple[str, ...]) -> tuple[Weights, list[Ten
     left: list[TensorEntry] = []
     for name, tensor in weights.tensors.items():
         plain = name.removeprefix(home)
-        reason = OUTSIDE if not name.startswith(home) else left_out(plain)
-        if reason and plain.startswith(also) and name.startswith(home):
-            reason = None
+        inside = name.startswith(home)
+        reason = (None if plain.startswith(also) else left_out(plain)) if inside else OUTSIDE
         if reason:
             left.append(TensorEntry(name, "dropped", reason, file_shape=tuple(tensor.shape)))
         else:
@@ -162,13 +152,11 @@ def _compare(model: nn.Module, weights: Weights, new: tuple[str, ...], dropped: 
             status: Any = "resampled" if plain in weights.resampled else "used"
             entry = replace(entry, status=status, reason="; ".join(filter(None, (note, entry.reason))))
         report.entries.append(entry)
-    for name, tensor in weights.tensors.items():
-        if name not in target:
-            accepted = _matches(name, dropped)
-            reason = "not wanted by the model" if accepted else "unexpected, the model has no such tensor"
-            report.entries.append(
-                TensorEntry(name, "dropped", reason, file_shape=tuple(tensor.shape), accepted=accepted)
-            )
+    for name in [each for each in weights.tensors if each not in target]:
+        accepted = _matches(name, dropped)
+        reason = "not wanted by the model" if accepted else "unexpected, the model has no such tensor"
+        shape = tuple(weights.tensors[name].shape)
+        report.entries.append(TensorEntry(name, "dropped", reason, shape, accepted=accepted))
     return report
 
 
@@ -180,12 +168,8 @@ def _compare_one(name: str, found: Tensor | None, wanted: Tensor, new: tuple[str
         return TensorEntry(name, "new", reason, model_shape=shape, accepted=accepted)
     if found.shape != wanted.shape:
         return TensorEntry(name, "mismatched", "", tuple(found.shape), shape, accepted=False)
-    reason = "" if found.dtype == wanted.dtype else f"{_dtype(found)} to {_dtype(wanted)}"
+    reason = "" if found.dtype == wanted.dtype else f"{found.dtype} to {wanted.dtype}".replace("torch.", "")
     return TensorEntry(name, "used", reason, shape, shape)
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -193,11 +177,9 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _fill(model: nn.Module, weights: Weights, report: LoadReport) -> None:
-    """Copy the used and resampled tensors, or raise before anything is copied."""
     problem = _different_architecture(model, weights)
-    if not problem and not report.ok:
-        problem = "see the tensors marked !" if report.loaded else "no tensor is in both"
-    if problem:
+    if problem or not report.ok:
+        problem = problem or ("see the tensors marked !" if report.loaded else "no tensor is in both")
         headline = f"{weights.path} ({weights.format}) does not fit {report.target}: {problem}"
         raise UserError(f"{headline}. Nothing was loaded.\n{report.table()}")
     model.load_state_dict({name: weights.tensors[name] for name in report.loaded}, strict=False)
@@ -205,7 +187,6 @@ def _fill(model: nn.Module, weights: Weights, report: LoadReport) -> None:
 
 
 def _warn(model: nn.Module, weights: Weights, report: LoadReport) -> None:
-    """Warn about suspicious but legal loads."""
     for name in report.loaded:
         if CLASS_ROW_ADDED in weights.notes.get(name, ""):
             rows = weights.tensors[name].shape[1] - 1
@@ -218,7 +199,6 @@ def _warn(model: nn.Module, weights: Weights, report: LoadReport) -> None:
 
 
 def _different_architecture(model: nn.Module, weights: Weights) -> str:
-    """Describe differing constructor arguments of both encoders."""
     target = model.state_dict()
     if encoder_home(weights.tensors) is None or "patch_embed.proj.weight" not in target:
         return ""
@@ -233,10 +213,8 @@ def _different_architecture(model: nn.Module, weights: Weights) -> str:
     expected["num_heads"] = heads
     held, expected = ({key: plain_size(value) for key, value in side.items()} for side in (held, expected))
     differing = [key for key in held if held[key] != expected.get(key, held[key])]
-    if not differing:
-        return ""
-    values = [", ".join(f"{key} {arguments[key]}" for key in differing) for arguments in (held, expected)]
-    return f"the file holds a ViT with {values[0]}; the model expects {values[1]}"
+    theirs, ours = (", ".join(f"{key} {side[key]}" for key in differing) for side in (held, expected))
+    return f"the file holds a ViT with {theirs}; the model expects {ours}" if differing else ""
 
 
 def _grid(model: nn.Module) -> tuple[int, int] | None:

@@ -66,7 +66,8 @@ def load_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) ->
     try:
         model = CrossMAE(**arguments)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{weights.path}: no model with {_listed(arguments)}: {error}") from None
+        listed = ", ".join(f"{key}={value}" for key, value in arguments.items())
+        raise UserError(f"{weights.path}: no model with {listed}: {error}") from None
     # The record settles what shapes leave open, such as the sides of a grid; every tensor's shape is still compared.
     load(model, replace(weights, metadata=weights.metadata | {MODEL_ARGUMENTS: json.dumps(arguments)}))
     mean, std, guess = _pixel_statistics(weights, model.in_chans)
@@ -80,9 +81,6 @@ def arguments_of(weights: Weights, given: Mapping[str, Any]) -> tuple[dict[str, 
     Args:
         weights: of the format "crossmae" or "mae".
         given: arguments that replace what the file records or its shapes show.
-
-    Raises:
-        UserError: an unknown argument, or one that cannot be deduced.
     """
     given = dict(given)
     unknown = sorted(given.keys() - MODEL_DEFAULTS.keys())
@@ -98,11 +96,7 @@ def arguments_of(weights: Weights, given: Mapping[str, Any]) -> tuple[dict[str, 
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """Parse KEY=VALUE pairs with YAML values.
-
-    Raises:
-        UserError: no `=`, or a value that is not YAML.
-    """
+    """Parse KEY=VALUE pairs with YAML values."""
     parsed = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -122,12 +116,11 @@ def _deduce(weights: Weights, given: dict[str, Any], assumed: list[str]) -> dict
     arguments = encoder_arguments(encoder_tensors(weights))
     width = tensors["mask_token"].shape[-1]
     heads = {size.decoder_embed_dim: size.decoder_num_heads for size in SIZES.values()}.get(width)
-    arguments |= {
-        "decoder_embed_dim": width,
-        "decoder_depth": len({name.split(".")[1] for name in tensors if name.startswith("decoder_blocks.")}),
-        "decoder": _decoder(weights),
-        **({"decoder_num_heads": heads} if heads else {}),
-    }
+    arguments |= {"decoder_num_heads": heads} if heads else {}
+    arguments["decoder_embed_dim"] = width
+    arguments["decoder_depth"] = len({name.split(".")[1] for name in tensors if name.startswith("decoder_blocks.")})
+    cross = "cross_self" if "decoder_blocks.0.self_attn.qkv.weight" in tensors else "cross"
+    arguments["decoder"] = "self" if weights.format == "mae" else cross
     if "wfm.linear.weight" in tensors:
         arguments |= _fusion(weights, arguments["depth"], published, given, assumed)
     elif weights.format == "crossmae":
@@ -138,20 +131,13 @@ def _deduce(weights: Weights, given: dict[str, Any], assumed: list[str]) -> dict
     arguments |= given
     missing = [key for key in ("img_size", "num_heads", "decoder_num_heads") if key not in arguments]
     if missing:
-        raise UserError(f"{weights.path}: no shape tells {_ask(missing)}")
+        raise UserError(f"{weights.path}: neither its shapes nor its record tell {ask(missing)}")
     return arguments
-
-
-def _decoder(weights: Weights) -> str:
-    if weights.format == "mae":
-        return "self"
-    return "cross_self" if "decoder_blocks.0.self_attn.qkv.weight" in weights.tensors else "cross"
 
 
 def _fusion(
     weights: Weights, depth: int, published: Mapping[str, Any], given: Mapping[str, Any], assumed: list[str]
 ) -> dict[str, Any]:
-    """Deduce the fused maps from the fusion weights."""
     columns = weights.tensors["wfm.linear.weight"].shape[1]
     if "fuse_blocks" in given:
         blocks = given["fuse_blocks"]
@@ -167,7 +153,7 @@ def _fusion(
         return {"fuse_blocks": None, "fuse_input": False}
     raise UserError(
         f"{weights.path}: {columns} of {depth + 1} maps are mixed for the decoder, and no shape tells which; "
-        f"{_ask(['fuse_blocks', 'fuse_input'])}"
+        f"{ask(['fuse_blocks', 'fuse_input'])}"
     )
 
 
@@ -185,10 +171,12 @@ def _pixel_statistics(weights: Weights, channels: int) -> tuple[tuple[float, ...
     )
 
 
-def _ask(keys: list[str]) -> str:
-    examples = {"img_size": "img_size=224", "fuse_blocks": "'fuse_blocks=[0,11]'", "fuse_input": "fuse_input=true"}
+def ask(keys: list[str]) -> str:
+    """Name arguments, and the option that gives them."""
+    examples = {
+        "img_size": "'img_size=[HEIGHT,WIDTH]'",
+        "mlp_ratio": "mlp_ratio=4",
+        "fuse_blocks": "'fuse_blocks=[0,11]'",
+        "fuse_input": "fuse_input=true",
+    }
     return f"{' and '.join(keys)}. Add --set {' '.join(examples.get(key, f'{key}=16') for key in keys)}"
-
-
-def _listed(arguments: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in arguments.items())

@@ -39,13 +39,12 @@ def licence_notice(weights: Weights) -> str | None:
         return weights.metadata[LICENCE]
     if VERSION in weights.metadata or weights.format == "detector":  # detectors of our own runs have no note either
         return None
-    tag = _licence_of_card(weights.path.parent)
+    card = _text(weights.path.with_name(_MODEL_CARD))[:4096]
+    tag = _CARD_LICENCE.search(card.split("---")[1]) if card.startswith("---") else None
     masked = weights.format in ("crossmae", "mae", "linear_probe") or PUBLISHED_ARGUMENTS in weights.metadata
-    masked = masked or _is_vitmae(weights.path.parent)
-    if tag:
-        said = STATED.format(licence=tag)
-        return f"{said} {NON_COMMERCIAL}" if masked else said
-    return NON_COMMERCIAL if masked else UNSTATED
+    if not masked and '"vit_mae"' not in _text(weights.path.with_name(HUB_CONFIG)):
+        return STATED.format(licence=tag[1]) if tag else UNSTATED
+    return f"{STATED.format(licence=tag[1])} {NON_COMMERCIAL}" if tag else NON_COMMERCIAL
 
 
 def provenance(weights: Weights) -> dict[str, str]:
@@ -79,18 +78,8 @@ def recorded_licence(path: Path) -> str | None:
         return (file.metadata() or {}).get(LICENCE)
 
 
-def _licence_of_card(folder: Path) -> str | None:
+def _text(path: Path) -> str:
     try:
-        text = (folder / _MODEL_CARD).read_text(encoding="utf-8", errors="replace")[:4096]
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return None
-    head = text.split("---")[1] if text.startswith("---") else ""
-    found = _CARD_LICENCE.search(head)
-    return found[1] if found else None
-
-
-def _is_vitmae(folder: Path) -> bool:
-    try:
-        return '"vit_mae"' in (folder / HUB_CONFIG).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
+        return ""

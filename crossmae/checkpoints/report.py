@@ -36,7 +36,7 @@ class TensorEntry:
 
 @dataclass
 class LoadReport:
-    """Account of every tensor of the file and of the model.
+    """The fate of every tensor of the file and of the model.
 
     | status       | meaning                                                        |
     | ------------ | -------------------------------------------------------------- |
@@ -72,8 +72,8 @@ class LoadReport:
 
     def summary(self) -> str:
         """Count the tensors of each status in one line."""
-        counts = {status: self.count(status) for status in reversed(_ORDER)}
-        return ", ".join(f"{number} {status}" for status, number in counts.items() if number or status == "used")
+        counts = ((status, len(self.names(status))) for status in reversed(_ORDER))
+        return ", ".join(f"{number} {status}" for status, number in counts if number or status == "used")
 
     def table(self) -> str:
         """Format a table by module, errors first and marked by `!`."""
@@ -92,7 +92,9 @@ class LoadReport:
         for entry in self.entries:
             if entry.status == status:
                 module, index, tensor = split_name(entry.name)
-                groups["" if entry.accepted else "!", module, _detail(entry, tensor)].append((index, tensor))
+                differing = f"{tensor or 'shape'}: file {entry.file_shape}, model {entry.model_shape}"
+                detail = differing if status == "mismatched" else entry.reason
+                groups["" if entry.accepted else "!", module, detail].append((index, tensor))
         rows: list[tuple[str, str, str, str, str]] = []
         for (mark, module, detail), members in groups.items():
             indices = sorted({int(index) for index, _ in members if index})
@@ -102,12 +104,6 @@ class LoadReport:
                 detail += f": {shorten(tensors)}"
             rows.append((mark, status, name, str(len(members)), detail))
         return rows
-
-
-def _detail(entry: TensorEntry, tensor: str) -> str:
-    if entry.status != "mismatched":
-        return entry.reason
-    return f"{tensor or 'shape'}: file {entry.file_shape}, model {entry.model_shape}"
 
 
 def split_name(name: str) -> tuple[str, str, str]:

@@ -1,8 +1,8 @@
 """Resample an encoder to another image size, patch size, number of channels or attention window.
 
-Everything is computed in float32 and returned in the dtype that it came in; a tensor of the right size is returned
-itself. Shapes: E width, C channels, p side of a patch in pixels, h and w rows and columns of the grid of patches, d
-width of an attention head. A function raises `UserError` for tensors of other shapes than it names.
+Computes in float32 and returns the dtype that came in; a tensor of the right size is returned itself. Shapes: E width,
+C channels, p side of a patch in pixels, h and w rows and columns of patches, d width of an attention head. Tensors of
+other shapes raise `UserError`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from crossmae.models.positions import sincos_pos_embed
 Grid = tuple[int, int]
 Channels = Literal["repeat", "mean", "pad"]
 
-_WANTED = ("img_size", "patch_size", "in_chans", "window")
 _FILTERS = "patch_embed.proj.weight"
 RELATIVE = re.compile(r"blocks\.\d+\.attn\.rel_pos_[hw]")
 
@@ -48,26 +47,30 @@ def fit(
     """Resample the tensors of an encoder that depend on its sizes.
 
     With `patch_size` alone the grid stays and the image grows along: 224 pixels in patches of 14 become 256 in patches
-    of 16, as in ViTDet. A decoder's table is taken as fixed. `window` is for the relative positions of attention in
-    windows: the smallest tables of the file; larger ones belong to global attention and stay.
+    of 16, as in ViTDet. A decoder's table is taken as fixed. `window` is for the smallest tables of relative positions;
+    larger ones belong to global attention and stay.
 
     Args:
         tensors: under plain names, of an encoder or of a whole pretraining model.
-        arguments: as `encoder_arguments` finds them: `patch_size`, `in_chans`, where known `img_size`.
-        wanted: any of `_WANTED`; `img_size` is one number or (height, width), None counts as not given.
+        arguments: as `encoder_arguments` finds them.
+        wanted: any of `img_size` (one number or (height, width)), `patch_size`, `in_chans`, `window`.
         channels: see `adapt_channels`.
         fixed: the model keeps its positions fixed; see `fit_positions`.
 
     Raises:
         UserError: sizes that do not fit together or are not known; another patch size or number of channels for a model
-            that has a decoder, which predicts pixels; a window for a file without relative positions.
+            with a decoder, which predicts pixels; a window for a file without relative positions.
     """
-    wanted = {key: value for key, value in wanted.items() if value is not None}
     _check_wanted(tensors, arguments, wanted)
-    sizes = _new_arguments(arguments, wanted)
+    sizes = dict(arguments) | {key: wanted[key] for key in ("patch_size", "in_chans") if key in wanted}
+    pixels = wanted if "img_size" in wanted else arguments
+    if "img_size" in pixels:
+        grid = _grid(pixels["img_size"], (sizes if pixels is wanted else arguments)["patch_size"])
+        h, w = (side * sizes["patch_size"] for side in grid)
+        sizes["img_size"] = h if h == w else (h, w)
     changed = _fit_filters(tensors, sizes["patch_size"], sizes["in_chans"], channels)
     if "img_size" in wanted:
-        changed |= _fit_tables(tensors, arguments, _grid(sizes["img_size"], sizes["patch_size"]), fixed)
+        changed |= _fit_tables(tensors, arguments, grid, fixed)
     if "window" in wanted:
         changed |= _fit_window(tensors, wanted["window"])
     fitted = dict(tensors) | {name: tensor for name, (tensor, _) in changed.items()}
@@ -75,19 +78,13 @@ def fit(
 
 
 def resample_positions(table: Tensor, grid: Grid, new_grid: Grid, *, class_rows: int = 1) -> Tensor:
-    """Resample a position table, and keep the class token's rows.
+    """Resample a position table (1, class_rows + h * w, E).
 
-    Bicubic, corners not aligned, without antialiasing: as published (method specification, section 1.10) and in ViTDet.
-    timm's `resample_abs_pos_embed` antialiases, with another cubic and another treatment of the border, so that its
-    values also differ for larger grids.
+    The class token's rows stay. Bicubic, corners not aligned, without antialiasing: as published (method specification, section 1.10) and in ViTDet.
+    timm's `resample_abs_pos_embed` antialiases, with another cubic and another border.
 
     Args:
-        table: (1, class_rows + h * w, E).
         grid, new_grid: rows and columns of patches.
-        class_rows: rows before the rows of patches.
-
-    Returns:
-        (1, class_rows + new h * new w, E).
     """
     h, w = grid
     if table.ndim != 3 or table.shape[:2] != (1, class_rows + h * w) or not table.shape[2]:
@@ -104,28 +101,20 @@ def resample_positions(table: Tensor, grid: Grid, new_grid: Grid, *, class_rows:
 
 
 def is_sincos(table: Tensor, grid: Grid) -> bool:
-    """Test if a position table is sine-cosine.
-
-    Values may be off by 1e-4, or half the precision of a narrower dtype. Tables of another grid or without values (meta
-    tensors) are not sine-cosine.
-    """
+    """Test if a position table is sine-cosine, within half its precision."""
     count = grid[0] * grid[1]
-    if table.ndim != 3 or table.shape[1] not in (count, count + 1) or table.shape[2] % 4:
-        return False
-    if table.is_meta or not table.is_floating_point():
+    fits = table.ndim == 3 and table.shape[1] in (count, count + 1) and table.shape[2] % 4 == 0
+    if not fits or table.is_meta or not table.is_floating_point():
         return False
     expected = sincos_pos_embed(table.shape[2], grid)[:, -table.shape[1] :].to(table.device)
     return torch.allclose(table.float(), expected, rtol=0, atol=max(1e-4, torch.finfo(table.dtype).eps / 2))
 
 
 def fit_positions(table: Tensor, grid: Grid, new_grid: Grid, *, fixed: bool) -> tuple[Tensor, str]:
-    """Fit a position table, 1 x rows x E, to another grid.
+    """Fit a position table (1, rows, E), and describe the change.
 
     Args:
         fixed: compute a sine-cosine table again instead of resampling it, for a model that never trains it.
-
-    Returns:
-        The table, with a class row where it had one, and a note; `table` itself and "" where the grids are equal.
     """
     if grid == new_grid:
         return table, ""
@@ -138,7 +127,7 @@ def fit_positions(table: Tensor, grid: Grid, new_grid: Grid, *, fixed: bool) -> 
 
 
 def table_grid(rows: int, img_size: int | Grid | None, patch_size: int, wanted: Grid | None = None) -> tuple[Grid, int]:
-    """Find the grid of patches of a position table.
+    """Find the grid of a position table, and its number of class rows.
 
     | first that fits      | `rows`                                                          |
     | -------------------- | --------------------------------------------------------------- |
@@ -148,12 +137,8 @@ def table_grid(rows: int, img_size: int | Grid | None, patch_size: int, wanted: 
     | the wanted grid      | h * w + 1 or h * w                                              |
 
     Args:
-        rows: of the table.
-        img_size: recorded in the file, one number or (height, width), else None.
+        img_size: recorded in the file, one number or (height, width).
         wanted: the grid of the model to be filled, where it may have been the file's.
-
-    Returns:
-        (h, w), and the number of class rows in front, 0 or 1.
 
     Raises:
         UserError: nothing fits.
@@ -182,11 +167,10 @@ def table_grid(rows: int, img_size: int | Grid | None, patch_size: int, wanted: 
 def resample_patches(filters: Tensor, patch_size: int) -> Tensor:
     """Resample patch filters (E, C, p, p) to another patch size (FlexiViT).
 
-    To larger patches, an image enlarged along with them (bicubic, antialiased) gives the tokens that it gave before; to
-    smaller ones, the nearest tokens in the sense of least squares.
+    An image enlarged along with its patches (bicubic, antialiased) keeps its tokens; for smaller patches they are the
+    nearest in the sense of least squares.
     """
     _check_filters(filters)
-    _check_positive("patch_size", patch_size)
     if filters.shape[-1] == patch_size:
         return filters
     return resample_patch_embed(filters.float(), [patch_size, patch_size]).to(filters.dtype)
@@ -205,7 +189,6 @@ def adapt_channels(filters: Tensor, channels: int, how: Channels = "repeat") -> 
     `repeat` is what timm's `adapt_input_conv` does from three channels.
     """
     _check_filters(filters)
-    _check_positive("in_chans", channels)
     if how not in get_args(Channels):
         raise UserError(f"channels are adapted by one of {', '.join(get_args(Channels))}, got {how!r}")
     C = filters.shape[1]
@@ -226,9 +209,7 @@ def adapt_channels(filters: Tensor, channels: int, how: Channels = "repeat") -> 
 
 
 def channel_note(old: int, new: int, how: Channels) -> str:
-    """Describe what `adapt_channels` did, if anything."""
-    if old == new:
-        return ""
+    """Describe the change of `adapt_channels`."""
     done = {
         "repeat": "summed" if new == 1 else f"{'repeated' if new > old else 'the first ones'}, times {old}/{new}",
         "mean": f"the mean of all, times {old}/{new}",
@@ -247,11 +228,7 @@ def window_of(table: Tensor) -> int:
 
 
 def resample_relative(table: Tensor, size: int) -> Tensor:
-    """Resample a relative position table (2 * old - 1, d).
-
-    Linear, as detectron2's `get_rel_pos` does when it runs.
-    """
-    _check_positive("window", size)
+    """Resample a relative position table linearly, as detectron2's `get_rel_pos` does."""
     if window_of(table) == size:
         return table
     resized = F.interpolate(table.float().t()[None], size=2 * size - 1, mode="linear")[0]  # (d, 2 * size - 1)
@@ -259,31 +236,15 @@ def resample_relative(table: Tensor, size: int) -> Tensor:
 
 
 def _check_wanted(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    unknown = [key for key in wanted if key not in _WANTED]
-    if unknown:
-        raise UserError(f"resampling to another {', '.join(unknown)} does not exist; known: {', '.join(_WANTED)}")
     for key in ("patch_size", "in_chans", "window"):
-        _check_positive(key, wanted.get(key, 1))
+        if wanted.get(key, 1) < 1:
+            raise UserError(f"{key} must be at least 1, got {wanted[key]}")
     pixels = [key for key in ("patch_size", "in_chans") if wanted.get(key, arguments[key]) != arguments[key]]
     if pixels and any(name.startswith("decoder_") for name in tensors):
         raise UserError(
-            f"only an encoder can be resampled to another {' and '.join(pixels)}, but the file holds a whole "
-            "pretraining model, whose decoder predicts the pixels of the patches. Leave the decoder behind first "
-            "(--encoder-only)"
+            f"only an encoder can be resampled to another {' and '.join(pixels)}, and the decoder of this pretraining "
+            "model predicts the pixels of the patches. Leave it behind with --encoder-only."
         )
-
-
-def _new_arguments(arguments: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Update `arguments`, the image size with the patch size."""
-    new = dict(arguments) | {key: wanted[key] for key in ("patch_size", "in_chans") if key in wanted}
-    if "img_size" in wanted:
-        size, p = wanted["img_size"], new["patch_size"]
-    elif "img_size" in arguments:
-        size, p = arguments["img_size"], arguments["patch_size"]
-    else:
-        return new
-    h, w = (side * new["patch_size"] for side in _grid(size, p))
-    return new | {"img_size": h if h == w else (h, w)}
 
 
 def _fit_filters(
@@ -306,8 +267,8 @@ def _fit_tables(
     tables = {name: tensors[name] for name in kinds if name in tensors}
     if not tables:
         return {}
-    first = next(iter(tables.values()))
-    rows = first.shape[1] if first.ndim == 3 else 0
+    shape = next(iter(tables.values())).shape
+    rows = shape[1] if len(shape) == 3 else 0
     grid, _ = table_grid(rows, arguments.get("img_size"), arguments["patch_size"], new_grid)
     if grid == new_grid:
         return {}
@@ -326,7 +287,6 @@ def _fit_window(tensors: Mapping[str, Tensor], window: int) -> dict[str, tuple[T
 
 
 def _grid(img_size: int | Grid, patch_size: int) -> Grid:
-    """Call `patch_grid` with errors for the user."""
     try:
         return patch_grid(img_size, patch_size)
     except ValueError as error:
@@ -336,11 +296,6 @@ def _grid(img_size: int | Grid, patch_size: int) -> Grid:
 def _check_filters(filters: Tensor) -> None:
     if filters.ndim != 4 or filters.shape[2] != filters.shape[3] or not filters.numel():
         raise UserError(f"patch filters have the shape (width, channels, p, p), got {tuple(filters.shape)}")
-
-
-def _check_positive(key: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"{key} must be at least 1, got {value}")
 
 
 def _sides(grid: Grid) -> str:

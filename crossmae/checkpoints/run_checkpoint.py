@@ -48,7 +48,6 @@ def save_checkpoint(
         run: the run's folder.
         step: optimizer steps done.
         state: nested dicts and lists of tensors, numbers and strings.
-        keep: number of checkpoints that stay.
     """
     folder = run / FOLDER / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,8 +102,8 @@ def defect(folder: Path, contents: bool = False) -> str | None:
         return f"{MANIFEST} is damaged"
     for name, expected in files.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != expected["bytes"]:
-            size = path.stat().st_size if path.is_file() else "no"
+        size = path.stat().st_size if path.is_file() else "no"
+        if size != expected["bytes"]:
             return f"{name} has {size} bytes instead of {expected['bytes']}"
         if contents and sha256(path) != expected["sha256"]:
             return f"{name} has another SHA-256 than {MANIFEST} says"
@@ -112,11 +111,7 @@ def defect(folder: Path, contents: bool = False) -> str | None:
 
 
 def read_state(folder: Path) -> Any:
-    """Read `state` by restricted unpickling, on the CPU.
-
-    Raises:
-        UserError: the file holds something other than tensors, numbers, strings, lists and dicts.
-    """
+    """Read `state` by restricted unpickling, on the CPU."""
     try:
         return torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle errors, runtime errors and others for the same cause

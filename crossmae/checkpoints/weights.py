@@ -39,9 +39,7 @@ class Weights:
             "detectron2" (an encoder under `backbone.net.`), "detector" (that and more), or "unknown".
         tensors: on the CPU, under plain names where they have one, without wrappers such as `module.`.
         metadata: strings, see `crossmae.checkpoints.metadata`.
-        layout: origin of the names in the file: "plain", "hf-vit", "hf-vitmae" or "mmpretrain".
-        sources: plain name -> names in the file, where they differ.
-        notes: plain name -> changes that gave the tensor its plain form.
+        layout, sources, notes: see `keys.Translated`.
         beside: other content of the file: "optimizer", "epoch", "args", ...
         resampled: plain names of the tensors that were resampled.
     """
@@ -70,8 +68,7 @@ def read_weights(
         finite: NaN and infinity are errors.
         ema: take averaged weights; an error where the file has none.
         trust: run any code in a pickle, after a warning with the file's SHA-256. For the converter only.
-        img_size: image size of training, one number or (height, width), for a grid that is not square and that neither
-            the record nor the shapes tell.
+        img_size: image size of training, for a grid that is not square and that neither record nor shapes tell.
 
     Raises:
         UserError: no such file; a folder without weights; empty, damaged, a web page or a git-lfs pointer; refers to
@@ -85,11 +82,7 @@ def read_weights(
 
 
 def translated(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], img_size: Any = None) -> Weights:
-    """Translate a file's tensors, and add the record in its config.json.
-
-    Raises:
-        UserError: an incomplete set of names; a wrong config.json of transformers or timm.
-    """
+    """Translate a file's tensors, and add the record in its config.json."""
     in_folder = file.name in HUB_FILES  # whose config.json is about this file
     beside = timm_metadata(file.parent) if in_folder else {}
     try:
@@ -125,11 +118,7 @@ def detect_format(tensors: Mapping[str, Any]) -> str:
 
 
 def encoder_tensors(weights: Weights) -> dict[str, Tensor]:
-    """Select the encoder under its plain keys: `cls_token`, `pos_embed`, `patch_embed.*`, `blocks.*`.
-
-    Raises:
-        UserError: the file holds no encoder.
-    """
+    """Select the encoder under its plain keys, or raise a UserError."""
     home = encoder_home(weights.tensors)
     if home is None:
         others = [name for name in weights.tensors if name.endswith("patch_embed.proj.weight")]
@@ -160,15 +149,11 @@ def encoder_arguments(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     """Deduce constructor arguments of `ViTEncoder` from plain encoder keys.
 
     Args:
-        tensors: see `encoder_tensors`.
         metadata: of the file; settles `num_heads`, which no shape shows, and the sides of a grid that is not square.
 
     Returns:
         `embed_dim`, `depth`, `patch_size`, `in_chans`, `mlp_ratio`, and where known `num_heads` and `img_size` (an int
         for a square, else (height, width)).
-
-    Raises:
-        UserError: no patch embedding.
     """
     patches = tensors.get("patch_embed.proj.weight")
     if patches is None or patches.ndim != 4:
@@ -214,11 +199,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse the tensors of a file if one holds NaN or infinity.
-
-    Raises:
-        UserError: names the file and the tensors.
-    """
+    """Raise a UserError for tensors that hold NaN or infinity."""
     if found := describe_non_finite(tensors):
         raise UserError(f"{path}: {found}; the run that wrote it diverged, take an earlier checkpoint")
 
@@ -231,14 +212,9 @@ def describe_non_finite(tensors: Mapping[str, Tensor]) -> str:
 
 def non_finite(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
     """List the tensors that hold NaN or infinity."""
-    return tuple(name for name, tensor in tensors.items() if not is_finite(tensor))
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Test that a tensor holds neither NaN nor infinity."""
-    if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
-        tensor = tensor.float()  # isfinite does not take 8-bit floats
-    return bool(torch.isfinite(tensor).all())
+    # isfinite does not take 8-bit floats
+    wide = ((name, tensor.float() if tensor.dtype.itemsize == 1 else tensor) for name, tensor in tensors.items())
+    return tuple(name for name, tensor in wide if not torch.isfinite(tensor).all())
 
 
 def _known_grid(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], img_size: Any) -> tuple[int, int] | None:

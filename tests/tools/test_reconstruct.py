@@ -91,7 +91,7 @@ def test_published_layout(
         (("run", "gone.png"), "IMAGES: gone.png: no such file or folder"),
         (("run", "encoder.pth"), "encoder.pth: cannot be read as an image"),
         (("encoder.pth", "one.png"), "encoder.pth: holds no decoder (format: encoder)"),
-        (("whole.pth", "one.png"), "no shape tells img_size and num_heads and decoder_num_heads. Add --set"),
+        (("whole.pth", "one.png"), "nor its record tell img_size and num_heads and decoder_num_heads. Add --set"),
         (("run", "one.png", "--mask-ratio", "0.99"), "mask ratio 0.99: leaves no patch of 6 to see"),
         (("run", "one.png", "--gif-ratios", "0.5", "2"), "mask ratio 2.0"),
         (("run", "one.png", "--seed", "-1"), "--seed -1: must not be negative"),

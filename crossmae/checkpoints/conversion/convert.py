@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from crossmae import __version__
 from crossmae.checkpoints.conversion import planning, proof
 from crossmae.checkpoints.conversion.planning import ConversionPlan
-from crossmae.checkpoints.conversion.proof import TOLERANCE, Encoder, Proof
+from crossmae.checkpoints.conversion.proof import TOLERANCE, Proof
 from crossmae.checkpoints.conversion.targets import NO_SUFFIX, TARGETS, ConvertedModel, Names
 from crossmae.checkpoints.formats.huggingface import PREPROCESSOR
 from crossmae.checkpoints.formats.keys import CLASS_ROW_ADDED
@@ -27,9 +28,9 @@ from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, NORM_EPS, NOR
 from crossmae.checkpoints.provenance import provenance
 from crossmae.checkpoints.reading.files import HUB_CONFIG, find_file, shards
 from crossmae.checkpoints.report import LoadReport, Status
-from crossmae.checkpoints.resample import RELATIVE, Channels, fit
+from crossmae.checkpoints.resample import Channels, fit
 from crossmae.checkpoints.run_checkpoint import MODEL
-from crossmae.checkpoints.weights import Weights, encoder_part, encoder_tensors, plain_size, plain_tensors, read_weights
+from crossmae.checkpoints.weights import Weights, encoder_part, plain_size, plain_tensors, read_weights
 from crossmae.errors import UserError, shorten
 from crossmae.files import allow_reading, check_destination, check_writable, sync_folder, write_json
 
@@ -47,7 +48,6 @@ class Sizes:
     Attributes:
         img_size: pixels, one number or (height, width), that positions are for.
         patch_size: pixels. Without `img_size` the grid of patches stays and the image grows along.
-        in_chans: channels of the input.
         channels: how filters for other channels are made, see `adapt_channels`; None is "repeat".
         window: side in patches of the windows of relative positions.
     """
@@ -58,10 +58,6 @@ class Sizes:
     channels: Channels | None = None
     window: int | None = None
 
-    def wanted(self) -> dict[str, Any]:
-        """Return the sizes that are given."""
-        return {key: value for key, value in asdict(self).items() if value is not None and key != "channels"}
-
 
 @dataclass(frozen=True)
 class ConversionRequest:
@@ -70,16 +66,13 @@ class ConversionRequest:
     Attributes:
         source: see `read_weights`. It is never changed.
         destination: file or folder to write; its suffix gives the kind, see `TARGETS`.
-        to: one of `TARGETS`.
-        sizes: sizes to resample to.
         given: arguments of the source's model (`ViTEncoder`, `CrossMAE`) that neither the file nor its shapes tell.
         encoder_only: leave decoder and heads behind.
         drop: regular expressions, matched from the start of a plain name, for tensors that may be left behind although
             the encoder computes something else without them.
         tolerance: of the proof, over the largest value.
         report: JSON file of the conversion; None: next to the destination.
-        ema: take the moving average in the file.
-        trust: unpickle whatever the file refers to. That can run any code.
+        ema, trust: see `read_weights`.
         force: overwrite.
     """
 
@@ -98,7 +91,7 @@ class ConversionRequest:
 
     @property
     def report_path(self) -> Path:
-        """Path of the report: the destination's with `REPORT_SUFFIX` unless given."""
+        """Path of the report."""
         return self.report or self.destination.with_name(f"{self.destination.name}{REPORT_SUFFIX}")
 
     @property
@@ -109,7 +102,7 @@ class ConversionRequest:
 
 @dataclass(frozen=True)
 class Conversion:
-    """Result of a conversion, the same as in the JSON file next to the destination."""
+    """Result of a conversion, as in the JSON file next to the destination."""
 
     source: Path
     destination: Path
@@ -122,7 +115,7 @@ class Conversion:
     beside: tuple[str, ...]
 
     def record(self) -> dict[str, Any]:
-        """Return a JSON record with every tensor, the proof and the provenance."""
+        """Return a JSON record."""
         return {
             "source": self.source.name,
             "destination": self.destination.name,
@@ -138,15 +131,7 @@ class Conversion:
 
 
 def convert(source: str | Path, destination: str | Path, to: str, **options: Any) -> Conversion:
-    """Convert a weight file with the options of `ConversionRequest`."""
-    given = {key: value for key, value in options.items() if value is not None}
-    if "report" in given:
-        given["report"] = Path(given["report"]).expanduser()
-    return run(ConversionRequest(Path(source).expanduser(), Path(destination).expanduser(), to, **given))
-
-
-def run(request: ConversionRequest) -> Conversion:
-    """Convert a weight file.
+    """Convert a weight file with the options of `ConversionRequest`.
 
     Every tensor of the source has a place in the target or a reason why not. Nothing is written unless the encoder of
     the written file, in its own library, gives the same tokens as the source's for a random image; where that library
@@ -155,13 +140,16 @@ def run(request: ConversionRequest) -> Conversion:
     Raises:
         UserError: whatever prevents the conversion; nothing was written.
     """
+    options = {key: value for key, value in options.items() if value is not None}
+    if "report" in options:
+        options["report"] = Path(options["report"]).expanduser()
+    request = ConversionRequest(Path(source).expanduser(), Path(destination).expanduser(), to, **options)
     check_request(request)
-    to, given = request.to, request.given
-    weights = read_weights(request.source, ema=request.ema, trust=request.trust, img_size=given.get("img_size"))
+    weights = read_weights(request.source, ema=request.ema, trust=request.trust, img_size=request.given.get("img_size"))
     planned = planning.plan(weights, to, encoder_only=request.encoder_only, drop=request.drop)
     if planned.refused:
         raise UserError(planning.describe_refusal(weights, to, planned))
-    arguments, assumed = planning.source_arguments(weights, planned, given)
+    arguments, assumed = planning.source_arguments(weights, planned, request.given)
     planned, arguments = _resample(weights, planned, to, request.sizes, arguments)
     if request.destination.suffix == ".pkl":
         halves = (name for name, tensor in planned.tensors.items() if tensor.dtype == torch.bfloat16)
@@ -193,21 +181,14 @@ def run(request: ConversionRequest) -> Conversion:
 
 
 def check_request(request: ConversionRequest) -> None:
-    """Check what can be known before a large file is read.
-
-    Raises:
-        UserError: unknown target, a suffix it does not write, or something that must not, or cannot, be written.
-    """
+    """Check what can be known before a large file is read."""
     destination, report, to = request.destination, request.report_path, request.to
     if to not in TARGETS:
         raise UserError(f"--to {to}: unknown format; known: {', '.join(TARGETS)}")
     suffixes = TARGETS[to].suffixes
     if destination.suffix not in suffixes and not request.is_folder:
-        known = [", ".join(filter(None, suffixes))] if any(suffixes) else []
-        known = ["a folder, without a suffix", *known] if NO_SUFFIX in suffixes else known
-        raise UserError(
-            f"{destination}: the suffix gives the kind of file to write; for --to {to}: {' or '.join(known)}"
-        )
+        known = ", ".join(suffix or "a folder, without a suffix" for suffix in suffixes)
+        raise UserError(f"{destination}: the suffix gives the kind of file to write; for --to {to}: {known}")
     file = find_file(request.source)
     theirs = {found.resolve() for found in (file, *shards(file))}
     for path, what in ((destination, "the destination"), (report, "the report")):
@@ -237,7 +218,8 @@ def _resample(
     if sizes.channels and sizes.in_chans in (None, arguments["in_chans"]):
         raise UserError(f"--channels {sizes.channels}: has no effect, the number of channels stays. Leave it out.")
     try:
-        if wanted := sizes.wanted():
+        wanted = {key: value for key, value in asdict(sizes).items() if value is not None and key != "channels"}
+        if wanted:
             how: Channels = sizes.channels or "repeat"
             fixed = to in FIXED_POSITIONS
             tensors, notes, arguments = fit(planned.tensors, arguments, wanted, channels=how, fixed=fixed)
@@ -252,7 +234,6 @@ def _resample(
 def _with_notes(
     report: LoadReport, notes: Mapping[str, str], tensors: Mapping[str, Tensor], status: Status
 ) -> LoadReport:
-    """Add notes and a status to a report's used tensors."""
     entries = []
     for entry in report.entries:
         if entry.status == "used" and entry.plain in notes:
@@ -287,7 +268,7 @@ def _assumptions(weights: Weights, model: ConvertedModel, to: str) -> Iterator[s
 def _prove(
     weights: Weights, model: ConvertedModel, planned: ConversionPlan, to: str, written: Path, tolerance: float
 ) -> Proof:
-    encoder, arguments, eps = encoder_part(model.tensors), model.arguments, model.norm_eps
+    encoder, arguments, eps = encoder_part(model.tensors), model.arguments, {"norm_eps": model.norm_eps}
     whole, class_token = encoder_part(plain_tensors(weights)), "cls_token" in encoder
     dropped = {entry.plain for entry in planned.report.entries if planning.ASKED_TO_DROP in entry.reason}
     lost = sorted(dropped | set(whole) - set(encoder) - {"cls_token"})
@@ -300,23 +281,9 @@ def _prove(
     if lost:
         words.append(f"without {shorten(lost)}")
 
-    def source() -> Encoder:
-        if not (changed or lost):
-            tensors = {name: tensor for name, tensor in whole.items() if class_token or name != "cls_token"}
-            return proof.source_encoder(
-                weights.path, weights.layout, tensors, arguments, norm_eps=eps, class_token=class_token
-            )
-        if any(RELATIVE.fullmatch(name) for name in encoder):
-            return proof.detectron2_encoder(encoder, arguments, norm_eps=eps)
-        return proof.plain_encoder(encoder, arguments, norm_eps=eps, class_token=class_token)
-
-    def target() -> Encoder:
-        if class_token or to in ("timm", "detectron2"):
-            return proof.file_encoder(written, to, arguments, norm_eps=eps)
-        # our own encoder always has a class token: a model that starts from such a file makes a new one
-        kept = encoder_tensors(read_weights(written))
-        return proof.plain_encoder(kept, arguments, norm_eps=eps, class_token=False)
-
+    tensors, layout = (encoder, "") if changed or lost else (whole, weights.layout)
+    source = partial(proof.source_encoder, weights.path, layout, tensors, arguments, class_token=class_token, **eps)
+    target = partial(proof.file_encoder, written, to, arguments, **eps)
     sizes, channels = proof.image_size(encoder, arguments), arguments["in_chans"]
     return proof.prove(source, target, size=sizes, in_chans=channels, what=", ".join(words), tolerance=tolerance)
 

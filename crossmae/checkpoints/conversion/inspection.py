@@ -43,12 +43,6 @@ from crossmae.checkpoints.weights import (
 from crossmae.errors import UserError, shorten
 from crossmae.models.crossmae import MODEL_DEFAULTS
 
-LAYOUTS = {
-    "plain": "plain: the names of timm, of the published files, ours and detectron2's",
-    "hf-vit": "hf-vit: transformers' ViT",
-    "hf-vitmae": "hf-vitmae: transformers' ViTMAE",
-    "mmpretrain": "mmpretrain: OpenMMLab's",
-}
 CONTENTS = {
     "crossmae": "a CrossMAE pretraining model, encoder and decoder",
     "mae": "an MAE pretraining model, encoder and decoder",
@@ -74,13 +68,11 @@ class Inspection:
     """The content of a weight file.
 
     Attributes:
-        path: the file itself, also where a folder was given.
         layout, content: see `Weights.layout`, `Weights.format`.
-        tensors, values: counts.
-        dtypes: values of each type.
+        tensors, values: counts; `dtypes`: values of each type.
         encoder: constructor arguments as far as they are known; {} without an encoder.
         facts: what else is known, by a short name, for people.
-        beside: what the file holds next to the weights.
+        beside: other content of the file.
         not_plain: sentences about parts of the encoder that a plain ViT does not have.
         non_finite: names of tensors with NaN or infinity; None where values were not read.
         becomes: target -> outcome.
@@ -101,7 +93,7 @@ class Inspection:
     becomes: dict[str, Outcome]
 
     def record(self) -> dict[str, Any]:
-        """Return the inspection as a JSON record."""
+        """Return a JSON record."""
         return asdict(self) | {"path": str(self.path)}
 
     def lines(self) -> list[str]:
@@ -112,10 +104,10 @@ class Inspection:
             finite = f"NO: NaN or infinity in {len(self.non_finite)} tensors: {shorten(self.non_finite)}"
         rows = {
             "file": f"{self.path} ({self.file_bytes / 1e6:,.1f} MB)",
-            "names": LAYOUTS[self.layout],
+            "names": self.layout,
             "content": CONTENTS[self.content],
             "tensors": f"{self.tensors:,} with {self.values:,} values, {types}",
-            "encoder": ", ".join(f"{key} {_short(value)}" for key, value in self.encoder.items()),
+            "encoder": ", ".join(f"{key} {value}" for key, value in self.encoder.items()),
             **self.facts,
             "beside": ", ".join(self.beside),
             "finite": finite,
@@ -135,12 +127,9 @@ class Inspection:
 def inspect(path: str | Path, *, values: bool = True) -> Inspection:
     """Inspect a weight file.
 
-    Safetensors are mapped into memory, so that without `values` little more than the header is read; other containers
-    are read whole.
-
     Args:
         path: see `read_weights`.
-        values: look for NaN and infinity, which reads everything.
+        values: look for NaN and infinity; without, little more than the header of safetensors is read.
 
     Raises:
         UserError: as `read_weights`, but for NaN and infinity, which are reported.
@@ -155,11 +144,14 @@ def inspect(path: str | Path, *, values: bool = True) -> Inspection:
     else:
         weights = read_weights(path, finite=False)
         stored = weights.tensors
-    home = encoder_home(weights.tensors)
     dtypes: Counter[str] = Counter()
     for tensor in weights.tensors.values():
         dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-    facts = _recorded(weights) if home is None else _facts(weights, stored) | _recorded(weights)
+    encoder: dict[str, Any] = {}
+    facts = _recorded(weights)
+    if encoder_home(weights.tensors) is not None:
+        encoder = encoder_arguments(encoder_tensors(weights), weights.metadata)
+        facts = _facts(weights, stored, encoder) | facts | {"licence": licence_notice(weights) or ""}
     return Inspection(
         path=weights.path,
         file_bytes=weights.path.stat().st_size,
@@ -168,27 +160,25 @@ def inspect(path: str | Path, *, values: bool = True) -> Inspection:
         tensors=len(weights.tensors),
         values=sum(dtypes.values()),
         dtypes=dict(dtypes.most_common()),
-        encoder={} if home is None else _arguments(weights),
+        encoder=encoder,
         facts={key: value for key, value in facts.items() if value},
         beside=weights.beside,
-        not_plain=() if home is None else tuple(not_plain(weights.tensors)),
+        not_plain=tuple(not_plain(weights.tensors)) if encoder else (),
         non_finite=non_finite(stored) if values else None,
-        becomes={to: _outcome(weights, to) for to in TARGETS},
+        becomes={to: _outcome(weights, to, encoder) for to in TARGETS},
     )
 
 
-def _arguments(weights: Weights) -> dict[str, Any]:
-    return encoder_arguments(encoder_tensors(weights), weights.metadata)
-
-
-def _facts(weights: Weights, stored: Mapping[str, Tensor]) -> dict[str, str]:
-    plain, arguments = plain_tensors(weights), _arguments(weights)
-    heads = ""
+def _facts(weights: Weights, stored: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, str]:
+    plain = plain_tensors(weights)
+    heads, fusion = "", ""
     if "num_heads" not in arguments:
         heads = "not known: no shape tells them, nor does the file; conversions need --set num_heads=N"
     elif "num_heads" not in recorded_arguments(weights.metadata):
         heads = "num_heads is that of published models of this width; neither shapes nor the file tell it"
-    head, mixed = plain.get("head.weight", plain.get("head.1.weight")), plain.get("wfm.linear.weight")
+    if (mixed := plain.get("wfm.linear.weight")) is not None:
+        fusion = f"{mixed.shape[1]} maps of the encoder for each of {mixed.shape[0]} decoder blocks"
+    head = plain.get("head.weight", plain.get("head.1.weight"))
     tables = sorted({window_of(table) for name, table in plain.items() if RELATIVE.fullmatch(name)})
     return {
         "heads": heads,
@@ -196,9 +186,7 @@ def _facts(weights: Weights, stored: Mapping[str, Tensor]) -> dict[str, str]:
         "class token": "" if "cls_token" in plain else "none",
         "final norm": "norm" if "norm.weight" in plain else "fc_norm" if "fc_norm.weight" in plain else "none",
         "decoder": _decoder(weights) if weights.format in ("crossmae", "mae") else "",
-        "fusion": f"{mixed.shape[1]} maps of the encoder for each of {mixed.shape[0]} decoder blocks"
-        if mixed is not None
-        else "",
+        "fusion": fusion,
         "head": "" if head is None else f"{len(head)} classes",
         "relative": f"tables for sides of {tables}" if tables else "",
         "positions": _positions(weights, stored, arguments),
@@ -226,14 +214,13 @@ def _recorded(weights: Weights) -> dict[str, str]:
         "classes": shorten(json.loads(metadata.get(CLASSES, "[]"))),
         "written by": " ".join(writer),
         "converted": f"from {metadata['source_file']}" if metadata.get("source_file") else "",
-        "licence": (encoder_home(weights.tensors) is not None and licence_notice(weights)) or "",
     }
 
 
-def _outcome(weights: Weights, to: str) -> Outcome:
+def _outcome(weights: Weights, to: str, arguments: Mapping[str, Any]) -> Outcome:
     try:
         planned = plan(weights, to)
-        check_square(to, _arguments(weights))
+        check_square(to, arguments)
     except UserError as error:
         return Outcome(False, str(error).removeprefix(f"{weights.path}: "))
     if planned.refused:
@@ -261,7 +248,3 @@ def _positions(weights: Weights, stored: Mapping[str, Tensor], arguments: Mappin
     found = next((tensor for key, tensor in stored.items() if key == source or key.endswith(f".{source}")), None)
     kind = "sine-cosine" if found is not None and is_sincos(found, grid) else "learned"
     return f"{kind}, {grid[0]} x {grid[1]} patches{'' if rows else ', no row for a class token'}"
-
-
-def _short(value: Any) -> str:
-    return " x ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

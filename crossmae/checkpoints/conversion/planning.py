@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crossmae.checkpoints.conversion.targets import TARGETS, TargetHead, missing_norm, refusal
+from crossmae.checkpoints.conversion.targets import TARGETS, TargetHead, refusal
 from crossmae.checkpoints.formats.keys import encoder_home, oddities
 from crossmae.checkpoints.formats.timm_folder import POOL
 from crossmae.checkpoints.loading import OUTSIDE
 from crossmae.checkpoints.metadata import recorded_arguments
-from crossmae.checkpoints.pretrained import arguments_of
+from crossmae.checkpoints.pretrained import arguments_of, ask
 from crossmae.checkpoints.report import LoadReport, TensorEntry
 from crossmae.checkpoints.weights import (
     Weights,
@@ -43,7 +43,7 @@ class ConversionPlan:
         tensors: tensors of the target, under plain names.
         report: every tensor of the source, and every new one of the target.
         refused: plain names of tensors without a place, without which the encoder would compute something else.
-        whole: true where a whole pretraining model is converted, its decoder included.
+        whole: true where a decoder is converted, too.
     """
 
     tensors: dict[str, Tensor]
@@ -65,7 +65,7 @@ def plan(weights: Weights, to: str, *, encoder_only: bool = False, drop: tuple[s
     content, head = "encoder" if encoder_only else weights.format, _head(plain, weights.metadata)
     odd = {name: kind for kind, names in oddities(weights.tensors).items() for name in names}
     kept: dict[str, Tensor] = {}
-    report, refused = LoadReport(str(weights.path), to), []
+    report = LoadReport(str(weights.path), to)
     for name, tensor in weights.tensors.items():
         inside = name.removeprefix(home)
         reason, harmless = (OUTSIDE, True) if not name.startswith(home) else refusal(target, inside, content, head)
@@ -77,7 +77,6 @@ def plan(weights: Weights, to: str, *, encoder_only: bool = False, drop: tuple[s
             reason, harmless = ASKED_TO_DROP, True
         shape, sources = tuple(tensor.shape), weights.sources.get(name, (name,))
         if reason:
-            refused += [] if harmless else [inside]
             entry = TensorEntry(name, "dropped", reason, shape, None, harmless, inside, sources)
         else:
             kept[inside] = tensor
@@ -86,15 +85,17 @@ def plan(weights: Weights, to: str, *, encoder_only: bool = False, drop: tuple[s
     _check_drop(weights, report, drop)
     if to == "timm":
         _fit_timm(kept, report)
-    new = missing_norm(target, kept)
-    reason = "the source has no final norm: scale 1, shift 0"
-    for name, tensor in new.items():
-        report.entries.append(TensorEntry(name, "new", reason, model_shape=tuple(tensor.shape), plain=name))
-    return ConversionPlan(kept | new, report, tuple(refused), any(name.startswith("decoder_") for name in kept))
+    if target.norm == "required" and "norm.weight" not in kept and "fc_norm.weight" not in kept:
+        like = kept["patch_embed.proj.bias"]
+        reason = "the source has no final norm: scale 1, shift 0"
+        for name, tensor in (("norm.weight", torch.ones_like(like)), ("norm.bias", torch.zeros_like(like))):
+            kept[name] = tensor
+            report.entries.append(TensorEntry(name, "new", reason, model_shape=tuple(tensor.shape), plain=name))
+    refused = tuple(entry.plain for entry in report.entries if not entry.accepted)
+    return ConversionPlan(kept, report, refused, any(name.startswith("decoder_") for name in kept))
 
 
 def _check_drop(weights: Weights, report: LoadReport, drop: tuple[str, ...]) -> None:
-    """Refuse a --drop that drops nothing."""
     for pattern in drop:
         try:
             found = [entry for entry in report.entries if re.match(pattern, entry.plain)]
@@ -127,62 +128,48 @@ def _head(plain: Mapping[str, Tensor], metadata: Mapping[str, str]) -> TargetHea
 
 def describe_refusal(weights: Weights, to: str, planned: ConversionPlan) -> str:
     """Explain why a plan is refused, with the option that overrides."""
-    reasons = {entry.plain: entry.reason for entry in planned.report.entries}
     kinds: dict[str, list[str]] = {}
-    for name in planned.refused:
-        kinds.setdefault(reasons[name], []).append(name)
+    for entry in planned.report.entries:
+        if not entry.accepted:
+            kinds.setdefault(entry.reason, []).append(entry.plain)
     what = "; ".join(f"{shorten(names)}: {reason}" for reason, names in kinds.items())
     patterns = sorted({re.sub(r"\d+", r"\\d+", name.replace(".", r"\.")) for name in planned.refused})
     headline = f"{weights.path}: cannot become {to}: {what}. Without that the encoder computes something else"
     if not any(refusal(TARGETS[to], name, "encoder", None) == ("", True) for name in planned.refused):
-        quoted = " ".join(f"'{pattern}'" for pattern in patterns)
-        headline += f"; to leave it behind nevertheless, add --drop {quoted}"
+        headline += "; to leave it behind nevertheless, add --drop " + " ".join(f"'{each}'" for each in patterns)
     return f"{headline}\n{planned.report.table()}"
 
 
 def source_arguments(
     weights: Weights, planned: ConversionPlan, given: Mapping[str, Any]
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Find the constructor arguments of the source's model or encoder.
+) -> tuple[dict[str, Any], list[str]]:
+    """Find the arguments of the source's model, and list assumptions.
 
     Args:
         given: arguments that neither the file nor its shapes tell.
-
-    Returns:
-        The arguments, and a sentence for each assumption.
 
     Raises:
         UserError: a given argument is unknown, has no effect or contradicts the file; an argument is missing.
     """
     encoder = encoder_part(planned.tensors)
     found, recorded = encoder_arguments(encoder, weights.metadata), recorded_arguments(weights.metadata)
-    _check_given(weights, planned, found, recorded, given)
-    assumed: tuple[str, ...] = ()
+    _check_given(weights, planned.whole, found, recorded, given)
+    assumed: list[str] = []
     if planned.whole:
-        arguments, sentences = arguments_of(weights, given)
-        assumed += tuple(sentences)
+        arguments, assumed = arguments_of(weights, given)
         found = MODEL_DEFAULTS | found | arguments
         _check_model(weights, found, planned.tensors)
     found = found | dict(given)
-    missing = [key for key in ("img_size", "num_heads") if key not in found]
-    if missing:
-        words = {"img_size": "'img_size=[HEIGHT,WIDTH]'", "num_heads": "num_heads=N"}
-        raise UserError(
-            f"{weights.path}: neither its shapes nor its record tell {' and '.join(missing)} of the encoder; "
-            f"add --set {' '.join(words[key] for key in missing)}"
-        )
+    if missing := [key for key in ("img_size", "num_heads", "mlp_ratio") if key not in found]:
+        raise UserError(f"{weights.path}: neither its shapes nor its record tell {ask(missing)}")
     if "num_heads" not in recorded.keys() | given.keys():
-        assumed += (f"{found['num_heads']} attention heads, as in the published models of this width",)
+        assumed.append(f"{found['num_heads']} attention heads, as in the published models of this width")
     _check_sizes(weights, found, encoder["pos_embed"])
     return found, assumed
 
 
 def check_square(to: str, arguments: Mapping[str, Any]) -> None:
-    """Refuse a grid that is not square where a target needs squares.
-
-    Raises:
-        UserError: the grid is not square.
-    """
+    """Refuse a grid that is not square where a target needs squares."""
     size = plain_size(arguments.get("img_size", 0))
     if TARGETS[to].square and not isinstance(size, int):
         raise UserError(
@@ -192,16 +179,12 @@ def check_square(to: str, arguments: Mapping[str, Any]) -> None:
 
 
 def _check_given(
-    weights: Weights,
-    planned: ConversionPlan,
-    found: Mapping[str, Any],
-    recorded: Mapping[str, Any],
-    given: Mapping[str, Any],
+    weights: Weights, whole: bool, found: Mapping[str, Any], recorded: Mapping[str, Any], given: Mapping[str, Any]
 ) -> None:
     """Reject unknown, unused or contradictory `--set` arguments."""
     if unknown := sorted(given.keys() - MODEL_DEFAULTS.keys()):
         raise UserError(f"--set {', '.join(unknown)}: no argument of the model; known: {', '.join(MODEL_DEFAULTS)}")
-    unused = [] if planned.whole else sorted(given.keys() - _ENCODER_ARGUMENTS)
+    unused = [] if whole else sorted(given.keys() - _ENCODER_ARGUMENTS)
     if unused:
         raise UserError(f"--set {', '.join(unused)}: has no effect, only the encoder is converted. Leave it out.")
     guessed = {"num_heads", "img_size"} - recorded.keys()  # by width, and as a square
@@ -214,15 +197,15 @@ def _check_given(
 
 def _check_model(weights: Weights, arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     try:
-        pairs = {key: tuple(value) for key, value in arguments.items() if isinstance(value, list)}
         with torch.device("meta"):
-            model = CrossMAE(**{**arguments, **pairs})
+            model = CrossMAE(**arguments)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{weights.path}: no model of these arguments: {error}") from None
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    held = {name: tensor.shape for name, tensor in tensors.items()}
-    odd = sorted(name for name in expected if held.get(name) != expected[name])
-    odd += sorted(name for name in held.keys() - expected.keys() if not name.startswith(_ANY_MODEL))
+    held = {
+        name: tensor.shape for name, tensor in tensors.items() if name in expected or not name.startswith(_ANY_MODEL)
+    }
+    odd = [name for name in sorted(expected | held) if held.get(name) != expected.get(name)]
     if odd:
         raise UserError(
             f"{weights.path}: the tensors are not those of a model of its arguments: {shorten(odd)}; --set gives other "

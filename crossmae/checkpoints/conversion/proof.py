@@ -1,8 +1,7 @@
 """The proof of a conversion: the same random image through the encoder of the source and that of the written file.
 
 Each encoder is the code of the library whose users load the file, so that a proof covers names, layouts, numbers of
-heads, epsilons and configuration files, none of which a comparison of tensors would. Shapes: B batch, L patches, E
-width, N tokens: 1 + L with a class token, else L.
+heads, epsilons and configuration files. Shapes: B batch, E width, N tokens.
 """
 
 from __future__ import annotations
@@ -31,8 +30,6 @@ from crossmae.checkpoints.weights import encoder_tensors, read_weights
 from crossmae.errors import UserError, shorten
 from crossmae.models.encoder import ViTEncoder, patch_grid
 
-Encoder = Callable[[Tensor], Tensor]  # (B, C, H, W) images to (B, N, E) tokens of the last block, before any final norm
-
 TOLERANCE = 1e-5
 HF_MODELS = {"hf-vit": "ViTModel", "hf-vitmae": "ViTMAEModel"}
 _ENCODER_SIZES = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
@@ -48,11 +45,28 @@ _RELATIVE = re.compile(r"blocks\.(\d+)\.attn\.rel_pos_h")
 
 
 class MissingLibrary(UserError):
-    """The error for a library that a proof needs, with the command that installs the library."""
+    """The error for a library that a proof needs."""
 
     def __init__(self, library: str, reason: str = "is not installed") -> None:
         super().__init__(f"{library} {reason} ({_REMEDIES[library]})")
         self.library = library
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder in the code of a library.
+
+    Attributes:
+        tokens: of the model and images (B, C, H, W), the tokens (B, N, E) of the last block, before any final norm.
+    """
+
+    name: str
+    model: nn.Module
+    tokens: Callable[[Any, Tensor], Tensor]
+
+    def __call__(self, imgs: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.tokens(self.model.eval().to(imgs.dtype), imgs)
 
 
 @dataclass(frozen=True)
@@ -63,8 +77,7 @@ class Proof:
         ran: false where a library is missing.
         source, target: the models, for example "timm's VisionTransformer".
         what: compared outputs and images.
-        max_difference: the largest absolute difference of any number of any token; None where there is none.
-        largest: the largest absolute output of the source.
+        max_difference, largest: absolute difference, and output of the source; None where there is none.
         tolerance: bound of `max_difference` over `largest`, or over 1 where that is larger.
         reason: why the proof did not run, or what failed other than a difference; else "".
     """
@@ -81,7 +94,7 @@ class Proof:
     @property
     def equal(self) -> bool:
         """True for equal outputs within the tolerance."""
-        if not self.ran or self.reason or self.max_difference is None or self.largest is None:
+        if self.max_difference is None or self.largest is None:
             return False
         return self.max_difference <= self.tolerance * max(1.0, self.largest)
 
@@ -91,17 +104,17 @@ class Proof:
             return f"proof        not run: {self.reason}"
         if self.max_difference is None or self.largest is None:
             return f"proof        FAILED: {self.reason}"
-        verdict = ""
+        between = f"between {self.source} (source) and {self.target} (file), {self.what}"
         if self.max_difference == 0:
-            found = f"outputs bit-equal, values up to {self.largest:.2g},"
-        else:
-            found = f"max difference {self.max_difference:.2g} of values up to {self.largest:.2g}"
-            tolerance = f"tolerance {self.tolerance:.2g} of the largest value (at least of 1)"
-            verdict = f", {tolerance}: {'equal' if self.equal else 'NOT EQUAL'}"
-        return f"proof        {found} between {self.source} (source) and {self.target} (file), {self.what}{verdict}"
+            return f"proof        outputs bit-equal, values up to {self.largest:.2g}, {between}"
+        verdict = "equal" if self.equal else "NOT EQUAL"
+        return (
+            f"proof        max difference {self.max_difference:.2g} of values up to {self.largest:.2g} {between}, "
+            f"tolerance {self.tolerance:.2g} of the largest value (at least of 1): {verdict}"
+        )
 
     def record(self) -> dict[str, Any]:
-        """Return the proof as a JSON record."""
+        """Return a JSON record."""
         return asdict(self) | {"equal": self.equal}
 
 
@@ -122,11 +135,10 @@ def prove(
         source, target: functions that make the encoders. Only one encoder is in memory at a time; the target is first,
             because its library may be missing.
         size: height and width in pixels of every image, see `image_size`.
-        what: which tokens the encoders give, for the sentence.
+        what: tokens that the encoders give, for the sentence.
 
     Returns:
-        A proof, `equal` or not. A file that its library does not load or run, other shapes, NaN and infinity fail; a
-        missing library leaves it not run.
+        A proof, not `equal` for a file that its library does not load or run, other shapes, NaN and infinity.
     """
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(1, in_chans, *sides, generator=generator, dtype=torch.float32) for sides in size]
@@ -136,15 +148,14 @@ def prove(
         try:
             target_name, found = _tokens(target, images, "file")
             source_name, expected = _tokens(source, images, "source")
-        except MissingLibrary as error:
-            return replace(proof, ran=False, reason=str(error))
         except UserError as error:
-            return replace(proof, reason=str(error))
+            return replace(proof, ran=not isinstance(error, MissingLibrary), reason=str(error))
     proof = replace(proof, source=source_name, target=target_name)
+    source_name, target_name = f"{source_name} (source)", f"{target_name} (file)"
     if found.shape != expected.shape:
         shapes = f"of shape {tuple(expected.shape)} and {tuple(found.shape)}"
-        return replace(proof, reason=f"tokens {shapes} from {source_name} (source) and {target_name} (file)")
-    for name, tokens in ((f"{source_name} (source)", expected), (f"{target_name} (file)", found)):
+        return replace(proof, reason=f"tokens {shapes} from {source_name} and {target_name}")
+    for name, tokens in ((source_name, expected), (target_name, found)):
         if not bool(torch.isfinite(tokens).all()):
             return replace(proof, reason=f"NaN or infinity in the tokens of {name}")
     difference, largest = float((expected - found).abs().max()), float(expected.abs().max())
@@ -154,9 +165,9 @@ def prove(
 def image_size(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Choose sizes of images that use every table of positions.
 
-    One image of the size of pretraining is enough. With relative positions, which are made for larger ones, there are
-    two: as high as the tables of global blocks are made for, and as wide. A square of that size would need several
-    gigabytes and minutes in detectron2, whose attention keeps a matrix of all pairs of patches.
+    One image of the size of pretraining is enough. With relative positions there are two: as high as the tables of
+    global blocks are made for, and as wide. A square of that size would need gigabytes and minutes in detectron2, whose
+    attention keeps a matrix of all pairs of patches.
     """
     size = arguments["img_size"]
     height, width = (size, size) if isinstance(size, int) else size
@@ -169,22 +180,18 @@ def image_size(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> l
 
 
 def plain_encoder(
-    tensors: Mapping[str, Tensor],
-    arguments: Mapping[str, Any],
-    *,
-    norm_eps: float = 1e-6,
-    class_token: bool = True,
+    tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], *, norm_eps: float = 1e-6, class_token: bool = True
 ) -> Encoder:
     """Build timm's VisionTransformer around the tensors.
 
     Args:
         tensors: of an encoder only, under plain names, of any floating type. They are not copied.
-        arguments: of `ViTEncoder`; `img_size` is a number or (height, width).
+        arguments: of `ViTEncoder`.
         norm_eps: epsilon of the layer norms.
         class_token: false leaves it and its row of the position table out, as dense backbones do.
 
     Raises:
-        UserError: tensors missing, left over or of other shapes; an incomplete architecture.
+        UserError: tensors missing, left over or of other shapes.
     """
     known = _sizes(arguments)
     tensors = dict(tensors)
@@ -195,8 +202,7 @@ def plain_encoder(
             tensors["pos_embed"] = table[:, 1:]
     with _Unfilled():
         model = VisionTransformer(**known, num_classes=0, global_pool="", class_token=class_token, weight_init="skip")
-    model.norm = nn.Identity()
-    return _filled(model, tensors, "timm's VisionTransformer", norm_eps)
+    return _filled(_timm(model, norm_eps), tensors)
 
 
 def detectron2_encoder(
@@ -212,8 +218,7 @@ def detectron2_encoder(
         norm_eps: 1e-6 in ViTDet's configurations (not the default of detectron2's class).
 
     Raises:
-        MissingLibrary: detectron2 is not installed.
-        UserError: as `plain_encoder`; a table that is not square; windows of two sizes.
+        UserError: as `plain_encoder`; a table that is not square; windows of two sizes; `MissingLibrary`.
     """
     vit = _library("detectron2", ".modeling.backbone.vit")
     known = _sizes(arguments)
@@ -234,34 +239,40 @@ def detectron2_encoder(
             window_block_indexes=[block for block, side in sides.items() if side in smaller],
             pretrain_use_cls_token="pos_embed" in tensors and tensors["pos_embed"].shape[1] == 1 + rows * columns,
         )
-    return _filled(model, tensors, "detectron2's ViT", norm_eps)
+    _set_epsilon(model, norm_eps)
+    tokens = lambda vit, imgs: vit(imgs)["last_feat"].flatten(2).transpose(1, 2)  # noqa: E731
+    return _filled(Encoder("detectron2's ViT", model, tokens), tensors)
 
 
 def file_encoder(path: Path, to: str, arguments: Mapping[str, Any], *, norm_eps: float = 1e-6) -> Encoder:
     """Load a written file or folder as its library's users do.
 
     Args:
-        path: a file, or a folder whose config.json then tells the architecture.
         to: the target, see `TARGETS`.
         norm_eps: set in the layer norms where the file does not record it (everywhere but in transformers).
 
     Raises:
-        MissingLibrary: the library is not installed, or too old.
-        UserError: the library does not load the file, or not all of it.
-        ValueError: an unknown target.
+        UserError: the library does not load all of the file; `MissingLibrary`.
     """
     if to in HF_MODELS:
         return _transformers_encoder(path, to)
+    if to == "timm" and path.is_dir():
+        return _timm_folder(path, norm_eps)
     if to == "timm":
-        return _timm_folder(path, norm_eps) if path.is_dir() else _timm_file(path, arguments, norm_eps)
+        with _loading(path, "timm"):
+            tensors = _without_heads(load_state_dict(str(path), weights_only=True))
+        return plain_encoder(tensors, arguments, norm_eps=norm_eps, class_token="cls_token" in tensors)
     if to == "detectron2":
         _library("detectron2")  # before a large file is read
         return detectron2_encoder(encoder_tensors(read_weights(path)), arguments, norm_eps=norm_eps)
-    if to not in ("crossmae", "mae"):
-        raise ValueError(f"no library is known for files of {to!r}")
+    tensors = encoder_tensors(read_weights(path))
+    if "cls_token" not in tensors:  # a ViTEncoder always has one: it would make a new one
+        return plain_encoder(tensors, arguments, norm_eps=norm_eps, class_token=False)
     with _Unfilled():
         model = ViTEncoder(**_sizes(arguments))
-    return _filled(model, encoder_tensors(read_weights(path)), "our ViTEncoder", norm_eps)
+    _set_epsilon(model, norm_eps)
+    tokens = lambda vit, imgs: vit.features(vit.embed(imgs), [vit.depth - 1])[0]  # noqa: E731
+    return _filled(Encoder("our ViTEncoder", model, tokens), tensors)
 
 
 def source_encoder(
@@ -278,45 +289,22 @@ def source_encoder(
     Transformers and timm load their folders, detectron2 relative positions, which timm does not have.
 
     Args:
-        path: the source itself, a folder or its weight file.
-        layout: see `Weights.layout`.
-        tensors, arguments, norm_eps, class_token: see `plain_encoder`; not resampled.
-
-    Raises:
-        MissingLibrary: relative positions, and detectron2 is not installed.
-        UserError: as `plain_encoder`.
+        path: the source's weight file.
+        layout: see `Weights.layout`; "" for tensors that are not the file's.
     """
     if _relative_sides(tensors):
         tensors = {name: tensor for name, tensor in tensors.items() if name != "cls_token"}
         return detectron2_encoder(tensors, arguments, norm_eps=norm_eps)
-    folder = path if path.is_dir() else path.parent
-    whole = (folder / HUB_CONFIG).is_file() and any(folder.glob("*.safetensors"))
+    whole = (path.parent / HUB_CONFIG).is_file() and any(path.parent.glob("*.safetensors"))
     if layout in HF_MODELS and class_token and whole:
         with suppress(MissingLibrary):
-            return _transformers_encoder(folder, layout)
+            return _transformers_encoder(path.parent, layout)
     if layout == "plain" and class_token and is_timm_folder(path):
-        return _timm_source(path)
+        model = timm_model(path.parent)
+        model.reset_classifier(0)
+        model.fc_norm = nn.Identity()
+        return _filled(_timm(model, None), _without_heads(read_tensors(path).tensors))
     return plain_encoder(tensors, arguments, norm_eps=norm_eps, class_token=class_token)
-
-
-def _timm_source(path: Path) -> Encoder:
-    model = timm_model(path.parent)
-    model.reset_classifier(0)
-    model.norm = model.fc_norm = nn.Identity()
-    tensors = {name: tensor for name, tensor in read_tensors(path).tensors.items() if not name.startswith(_NOT_ENCODER)}
-    return _filled(model, tensors, "timm's VisionTransformer", None)
-
-
-@dataclass(frozen=True)
-class _Named:
-    """An encoder with the name of its code."""
-
-    name: str
-    model: nn.Module
-
-    def __call__(self, imgs: Tensor) -> Tensor:
-        with torch.no_grad():
-            return _TOKENS[self.name](self.model.eval().to(imgs.dtype), imgs)
 
 
 class _Unfilled(TorchFunctionMode):
@@ -332,26 +320,28 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}) | ({"device": "meta"} if func is torch.empty else {}))
 
 
-def _filled(model: nn.Module, tensors: Mapping[str, Tensor], name: str, norm_eps: float | None) -> Encoder:
+def _filled(encoder: Encoder, tensors: Mapping[str, Tensor]) -> Encoder:
     try:
-        model.load_state_dict(dict(tensors), strict=True, assign=True)
+        encoder.model.load_state_dict(dict(tensors), strict=True, assign=True)
     except RuntimeError as error:
-        raise UserError(f"{name} does not take these tensors: {_one_line(error)}") from None
-    return _named(model, name, norm_eps)
+        raise UserError(f"{encoder.name} does not take these tensors: {_one_line(error)}") from None
+    return encoder
 
 
-def _named(model: nn.Module, name: str, norm_eps: float | None) -> Encoder:
+def _set_epsilon(model: nn.Module, norm_eps: float | None) -> None:
     for module in model.modules():
         if isinstance(module, nn.LayerNorm) and norm_eps is not None:
             module.eps = norm_eps
-    return _Named(name, model)
 
 
-def _timm_file(path: Path, arguments: Mapping[str, Any], norm_eps: float) -> Encoder:
-    with _loading(path, "timm"):
-        tensors = load_state_dict(str(path), weights_only=True)
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_NOT_ENCODER)}
-    return plain_encoder(tensors, arguments, norm_eps=norm_eps, class_token="cls_token" in tensors)
+def _timm(model: VisionTransformer, norm_eps: float | None) -> Encoder:
+    model.norm = nn.Identity()
+    _set_epsilon(model, norm_eps)
+    return Encoder("timm's VisionTransformer", model, lambda vit, imgs: vit.forward_features(imgs))
+
+
+def _without_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(_NOT_ENCODER)}
 
 
 def _timm_folder(folder: Path, norm_eps: float) -> Encoder:
@@ -359,8 +349,7 @@ def _timm_folder(folder: Path, norm_eps: float) -> Encoder:
         raise MissingLibrary("timm", f"{timm.__version__} does not read folders of safetensors")
     with _loading(folder, "timm"):
         model = create_model(f"local-dir:{folder}", pretrained=True)
-    model.norm = nn.Identity()
-    return _named(model, "timm's VisionTransformer", norm_eps)
+    return _timm(model, norm_eps)
 
 
 def _transformers_encoder(folder: Path, layout: str) -> Encoder:
@@ -374,7 +363,8 @@ def _transformers_encoder(folder: Path, layout: str) -> Encoder:
     if absent:
         raise UserError(f"{folder}: transformers' {HF_MODELS[layout]} finds no {shorten(absent)} in it")
     model.layernorm = nn.Identity()
-    return _Named(f"transformers' {HF_MODELS[layout]}", model)
+    tokens = _vitmae_tokens if layout == "hf-vitmae" else lambda vit, imgs: vit(imgs).last_hidden_state
+    return Encoder(f"transformers' {HF_MODELS[layout]}", model, tokens)
 
 
 def _vitmae_tokens(model: Any, imgs: Tensor) -> Tensor:
@@ -383,20 +373,10 @@ def _vitmae_tokens(model: Any, imgs: Tensor) -> Tensor:
     return model(imgs, noise=noise.expand(imgs.shape[0], -1)).last_hidden_state
 
 
-_TOKENS: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "our ViTEncoder": lambda model, imgs: model.features(model.embed(imgs), [model.depth - 1])[0],
-    "timm's VisionTransformer": lambda model, imgs: model.forward_features(imgs),
-    "detectron2's ViT": lambda model, imgs: model(imgs)["last_feat"].flatten(2).transpose(1, 2),
-    "transformers' ViTModel": lambda model, imgs: model(imgs).last_hidden_state,
-    "transformers' ViTMAEModel": _vitmae_tokens,
-}
-
-
 def _tokens(make: Callable[[], Encoder], images: list[Tensor], role: str) -> tuple[str, Tensor]:
-    """Return an encoder's name and tokens, and free the encoder."""
     try:
         encoder = make()
-        return getattr(encoder, "name", "an encoder"), torch.cat([encoder(image) for image in images], dim=1)
+        return encoder.name, torch.cat([encoder(image) for image in images], dim=1)
     except MissingLibrary:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -404,9 +384,6 @@ def _tokens(make: Callable[[], Encoder], images: list[Tensor], role: str) -> tup
 
 
 def _sizes(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    absent = [key for key in _ENCODER_SIZES if key not in arguments]
-    if absent:
-        raise UserError(f"not all of the encoder's architecture is known: {', '.join(absent)} missing")
     known = {key: arguments[key] for key in _ENCODER_SIZES}
     return known if isinstance(known["img_size"], int) else known | {"img_size": tuple(known["img_size"])}
 
@@ -423,12 +400,10 @@ def _library(library: str, module: str = "") -> Any:
             if library == "detectron2":  # imports a module that timm has moved, and turns warnings on again before
                 importlib.import_module("timm.models.layers")
             return importlib.import_module(library + module)
-    except ModuleNotFoundError as error:
-        if error.name is not None and error.name.partition(".")[0] == library:
-            raise MissingLibrary(library) from None
-        raise MissingLibrary(library, f"needs {error.name}, which is not installed") from None
     except ImportError as error:
-        raise MissingLibrary(library, f"cannot be imported: {_one_line(error)}") from None
+        absent = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == library
+        reason = "is not installed" if absent else f"cannot be imported: {_one_line(error)}"
+        raise MissingLibrary(library, reason) from None
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from crossmae.checkpoints.reading.files import HUB_CONFIG
 from crossmae.checkpoints.resample import RELATIVE
 from crossmae.checkpoints.run_checkpoint import MODEL
 from crossmae.checkpoints.weights import write_safetensors
+from crossmae.files import write_json
 from crossmae.models.encoder import ENCODER_PREFIXES
 
 TargetHead = Literal["avg", "cls", "batchnorm", "other"]
@@ -38,7 +39,6 @@ class ConvertedModel:
 
     Attributes:
         arguments: of `ViTEncoder` for an encoder or a classifier, of `CrossMAE` for a whole pretraining model.
-        metadata: strings, see `crossmae.checkpoints.metadata`.
         norm_eps: epsilon of the layer norms.
     """
 
@@ -78,7 +78,7 @@ class Target:
 
 
 def refusal(target: Target, name: str, content: str, head: TargetHead | None) -> tuple[str, bool]:
-    """Return why a layout has no place for a tensor.
+    """Return the reason why a layout has no place for a tensor.
 
     Args:
         name: plain.
@@ -105,14 +105,6 @@ def refusal(target: Target, name: str, content: str, head: TargetHead | None) ->
     return ("" if content == target.decoder else reason), True
 
 
-def missing_norm(target: Target, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Make the final norm that a layout requires and the source lacks."""
-    if target.norm != "required" or "norm.weight" in tensors or "fc_norm.weight" in tensors:
-        return {}
-    like = tensors["patch_embed.proj.bias"]
-    return {"norm.weight": torch.ones_like(like), "norm.bias": torch.zeros_like(like)}
-
-
 def _write_own(path: Path, model: ConvertedModel) -> Names:
     _write_file(path, "model", model.tensors, model.metadata)
     return {name: (name,) for name in model.tensors}
@@ -127,7 +119,7 @@ def _write_timm(path: Path, model: ConvertedModel) -> Names:
         _write_file(path, "state_dict", tensors, model.metadata)
     else:
         write_safetensors(path / MODEL, tensors, model.metadata)
-        _write_json(path / HUB_CONFIG, timm_config(model.tensors, model.arguments, model.metadata))
+        write_json(path / HUB_CONFIG, timm_config(model.tensors, model.arguments, model.metadata))
     return {name: (name,) for name in tensors}
 
 
@@ -136,10 +128,12 @@ def _write_transformers(path: Path, model: ConvertedModel, layout: str) -> Names
     tensors = from_plain(model.tensors, layout)
     write_safetensors(path / MODEL, tensors, model.metadata)
     classes = _class_names(model)
-    _write_json(path / HUB_CONFIG, hf_config(layout, model.arguments, norm_eps=model.norm_eps, classes=classes))
+    write_json(path / HUB_CONFIG, hf_config(layout, model.arguments, norm_eps=model.norm_eps, classes=classes))
     mean, std = (model.metadata.get(key, UNKNOWN) for key in (PIXEL_MEAN, PIXEL_STD))
     if UNKNOWN not in (mean, std):
-        _write_json(path / PREPROCESSOR, hf_preprocessor_config(model.arguments, json.loads(mean), json.loads(std)))
+        write_json(
+            path / PREPROCESSOR, hf_preprocessor_config(model.arguments["img_size"], json.loads(mean), json.loads(std))
+        )
     written = iter(tensors)  # in the same order; qkv became three
     return {name: tuple(next(written) for _ in range(3 if ".attn.qkv." in name else 1)) for name in model.tensors}
 
@@ -205,7 +199,3 @@ def _write_file(
         write_safetensors(path, tensors, metadata)
     else:
         torch.save({key: tensors, **(extras or {}), PICKLED_METADATA: signed(tensors, metadata)}, path)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """transformers' config.json and preprocessor_config.json, to the metadata of a weight file and back.
 
-Both are read and written without transformers, which is an extra: conversions to its layouts work where it is not
-installed, with their proof left out. Its ViTConfig, ViTMAEConfig and ViTImageProcessor document the defaults.
+Both are read and written without transformers, which is an extra. Its ViTConfig, ViTMAEConfig and ViTImageProcessor
+document the defaults.
 """
 
 from __future__ import annotations
@@ -25,6 +25,20 @@ PREPROCESSOR = "preprocessor_config.json"
 MODEL_TYPES = {"hf-vit": "vit", "hf-vitmae": "vit_mae"}
 _MAX_BYTES = 1 << 24  # a config of 21,000 classes has a megabyte
 _LARGE = 1 << 31  # above every size, mean and deviation
+# Settings and the arguments of `ViTEncoder` and `CrossMAE` that they are.
+_ENCODER = {
+    "patch_size": "patch_size",
+    "num_channels": "in_chans",
+    "hidden_size": "embed_dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "num_heads",
+}
+_DECODER = {
+    "decoder_hidden_size": "decoder_embed_dim",
+    "decoder_num_hidden_layers": "decoder_depth",
+    "decoder_num_attention_heads": "decoder_num_heads",
+    "norm_pix_loss": "norm_pix_loss",
+}
 
 # Descriptions complete "KEY must be ..." in errors.
 _Size = Annotated[int, Field(strict=True, gt=0, lt=_LARGE, description="a positive whole number")]
@@ -99,17 +113,14 @@ def read_config(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     `CrossMAE` cannot have a decoder with another MLP ratio than the encoder's: then the arguments are the encoder's.
 
     Args:
-        tensors: of its weights under plain names, on any device, meta too.
+        tensors: of its weights under plain names, meta tensors too.
 
     Raises:
-        UserError: a file is missing, no JSON, or not of a plain ViT; a value of the wrong type, or that contradicts
-            another value or the tensors.
+        UserError: a file is missing, no JSON, or not of a plain ViT; a value is wrong or contradicts the tensors.
     """
     path = folder / HUB_CONFIG
     settings = _read(path, _ViT)
-    encoder = _encoder_arguments(settings, path)
-    _check_sizes(settings, tensors, path)
-    arguments = encoder | _decoder_arguments(settings, encoder["mlp_ratio"], tensors, path)
+    arguments = _arguments(settings, tensors, path)
     metadata = {MODEL_ARGUMENTS: json.dumps(arguments), NORM_EPS: json.dumps(settings.layer_norm_eps)}
     labels, head = settings.id2label, tensors.get("head.weight")
     if head is not None and labels:
@@ -128,45 +139,32 @@ def hf_config(
 
     Args:
         layout: "hf-vit" or "hf-vitmae".
-        arguments: of `ViTEncoder`; for hf-vitmae with a decoder, of `CrossMAE`.
+        arguments: of `ViTEncoder`; for hf-vitmae with a decoder, of `CrossMAE` with the decoder of plain MAE.
         classes: names of the head's outputs; empty where there is no head.
-
-    Raises:
-        UserError: another layout, missing arguments, a decoder that is not plain MAE's, or an MAE of images that are
-            not square, which transformers cannot build.
     """
-    if layout not in MODEL_TYPES:
-        raise UserError(f"{layout}: not a layout of transformers; one of {', '.join(MODEL_TYPES)}")
     decoder = "decoder_embed_dim" in arguments and layout == "hf-vitmae"
-    if decoder and arguments.get("decoder", "cross") != "self":
-        raise UserError(
-            "hf-vitmae holds a plain MAE, whose decoder is 'self'; of CrossMAE convert the encoder, to hf-vit"
-        )
-    if layout == "hf-vitmae" and len(set(_pair(arguments.get("img_size", 0)))) > 1:
-        raise UserError(f"img_size {arguments['img_size']}: transformers builds an MAE for squares only. Take hf-vit.")
-    try:
-        values = _encoder_config(arguments) | (_decoder_config(arguments) if decoder else {})
-    except KeyError as missing:
-        raise UserError(f"{missing.args[0]} of the model is not known, which {HUB_CONFIG} needs") from None
+    values = {setting: arguments[key] for setting, key in (_ENCODER | (_DECODER if decoder else {})).items()}
+    height, width = _pair(arguments["img_size"])
+    values["image_size"] = height if height == width else [height, width]
+    for prefix in ("", "decoder_") if decoder else ("",):
+        width = values[f"{prefix}hidden_size"]
+        values[f"{prefix}intermediate_size"] = int(width * arguments["mlp_ratio"])
     if layout == "hf-vit":
         architecture = "ViTForImageClassification" if classes else "ViTModel"
     else:
         architecture = "ViTMAEForPreTraining" if decoder else "ViTMAEModel"
     values |= {"model_type": MODEL_TYPES[layout], "architectures": [architecture], "layer_norm_eps": norm_eps}
+    values |= {"hidden_act": "gelu", "qkv_bias": True}
+    values |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     if classes:
         values["id2label"] = {str(index): name for index, name in enumerate(classes)}
         values["label2id"] = {name: index for index, name in enumerate(classes)}
     return values
 
 
-def hf_preprocessor_config(arguments: Mapping[str, Any], mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
-    """Build the preprocessor_config.json of ViTImageProcessor: resize, scale to 0-1, normalise.
-
-    Args:
-        arguments: of `ViTEncoder`; only `img_size` matters.
-        mean, std: per channel, for pixels in 0-1.
-    """
-    height, width = _pair(arguments["img_size"])
+def hf_preprocessor_config(img_size: Any, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    """Build the preprocessor_config.json of ViTImageProcessor: resize, scale to 0-1, normalise."""
+    height, width = _pair(img_size)
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
@@ -181,68 +179,33 @@ def hf_preprocessor_config(arguments: Mapping[str, Any], mean: Sequence[float], 
 
 
 def _read(path: Path, kind: type[_Settings]) -> _Settings:
-    """Read and check a JSON file of settings. Null counts as missing."""
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many for a file of settings")
-        values = json.loads(path.read_bytes())
+        with open(path, "rb") as file:
+            text = file.read(_MAX_BYTES + 1)
+        if len(text) > _MAX_BYTES:
+            raise ValueError(f"more than {_MAX_BYTES:,} bytes are too many for a file of settings")
+        values = json.loads(text)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). A transformers folder needs it.") from None
-    except UserError:
-        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {str(error)[:80]}. Copy or download it again.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
     try:
-        return kind.model_validate({key: value for key, value in values.items() if value is not None})
+        return kind.model_validate({key: value for key, value in values.items() if value is not None})  # null: missing
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
         expected, given = kind.model_fields[key].description, json.dumps(values.get(key))[:80]
         raise UserError(f"{path}: {key} must be {expected}, got {given}") from None
 
 
-def _encoder_arguments(settings: _ViT, path: Path) -> dict[str, Any]:
+def _arguments(settings: _ViT, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     (height, width), E = _pair(settings.image_size), settings.hidden_size
-    _check_heads(path, "hidden_size", E, "num_attention_heads", settings.num_attention_heads)
+    _check_heads(path, settings, "")
     try:
-        patch_grid((height, width), _pair(settings.patch_size)[0])
+        rows, columns = patch_grid((height, width), settings.patch_size)  # type: ignore[arg-type]  # after `_square`
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    return {
-        "img_size": height if height == width else [height, width],
-        "patch_size": settings.patch_size,
-        "in_chans": settings.num_channels,
-        "embed_dim": E,
-        "depth": settings.num_hidden_layers,
-        "num_heads": settings.num_attention_heads,
-        "mlp_ratio": mlp_ratio(E, settings.intermediate_size),
-    }
-
-
-def _decoder_arguments(settings: _ViT, ratio: float, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
-    if "decoder_embed.weight" not in tensors or settings.model_type != MODEL_TYPES["hf-vitmae"]:
-        return {}
-    D, heads = settings.decoder_hidden_size, settings.decoder_num_attention_heads
-    _check_heads(path, "decoder_hidden_size", D, "decoder_num_attention_heads", heads)
-    held = {
-        "decoder_hidden_size": _shape(tensors, "decoder_embed.weight", 0),
-        "decoder_num_hidden_layers": _depth(tensors, "decoder_blocks"),
-        "decoder_intermediate_size": _shape(tensors, "decoder_blocks.0.mlp.fc1.weight", 0),
-    }
-    _compare(path, {key: getattr(settings, key) for key in held}, held)
-    if int(D * ratio) != settings.decoder_intermediate_size:
-        return {}
-    return {
-        "decoder_embed_dim": D,
-        "decoder_depth": settings.decoder_num_hidden_layers,
-        "decoder_num_heads": heads,
-        "decoder": "self",
-        "norm_pix_loss": settings.norm_pix_loss,
-    }
-
-
-def _check_sizes(settings: _ViT, tensors: Mapping[str, Tensor], path: Path) -> None:
     held = {
         "hidden_size": _shape(tensors, "patch_embed.proj.weight", 0),
         "num_channels": _shape(tensors, "patch_embed.proj.weight", 1),
@@ -250,13 +213,30 @@ def _check_sizes(settings: _ViT, tensors: Mapping[str, Tensor], path: Path) -> N
         "num_hidden_layers": _depth(tensors, "blocks"),
         "intermediate_size": _shape(tensors, "blocks.0.mlp.fc1.weight", 0),
     }
-    _compare(path, {key: getattr(settings, key) for key in held}, held)
-    rows, columns = patch_grid(_pair(settings.image_size), _pair(settings.patch_size)[0])
-    key = "image_size (rows of the position table)"
-    _compare(path, {key: 1 + rows * columns}, {key: _shape(tensors, "pos_embed", 1)})
+    rows_key = "image_size (rows of the position table)"
+    _compare(path, dict(settings) | {rows_key: 1 + rows * columns}, held | {rows_key: _shape(tensors, "pos_embed", 1)})
+    ratio = mlp_ratio(E, settings.intermediate_size)
+    arguments = {key: getattr(settings, setting) for setting, key in _ENCODER.items()}
+    arguments |= {"img_size": height if height == width else [height, width], "mlp_ratio": ratio}
+    return arguments | _decoder_arguments(settings, ratio, tensors, path)
 
 
-def _compare(path: Path, settings: Mapping[str, int], held: Mapping[str, int | None]) -> None:
+def _decoder_arguments(settings: _ViT, ratio: float, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+    if "decoder_embed.weight" not in tensors or settings.model_type != MODEL_TYPES["hf-vitmae"]:
+        return {}
+    _check_heads(path, settings, "decoder_")
+    held = {
+        "decoder_hidden_size": _shape(tensors, "decoder_embed.weight", 0),
+        "decoder_num_hidden_layers": _depth(tensors, "decoder_blocks"),
+        "decoder_intermediate_size": _shape(tensors, "decoder_blocks.0.mlp.fc1.weight", 0),
+    }
+    _compare(path, dict(settings), held)
+    if int(settings.decoder_hidden_size * ratio) != settings.decoder_intermediate_size:
+        return {}
+    return {key: getattr(settings, setting) for setting, key in _DECODER.items()} | {"decoder": "self"}
+
+
+def _compare(path: Path, settings: Mapping[str, Any], held: Mapping[str, int | None]) -> None:
     """Refuse the first setting that contradicts the tensors."""
     for key, found in held.items():
         if found is not None and found != settings[key]:
@@ -277,36 +257,10 @@ def _pixel_statistics(path: Path, channels: int) -> dict[str, str]:
     return {PIXEL_MEAN: json.dumps(mean), PIXEL_STD: json.dumps(std)}
 
 
-def _encoder_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    height, width = _pair(arguments["img_size"])
-    return {
-        "image_size": height if height == width else [height, width],
-        "patch_size": arguments["patch_size"],
-        "num_channels": arguments["in_chans"],
-        "hidden_size": arguments["embed_dim"],
-        "num_hidden_layers": arguments["depth"],
-        "num_attention_heads": arguments["num_heads"],
-        "intermediate_size": int(arguments["embed_dim"] * arguments["mlp_ratio"]),
-        "hidden_act": "gelu",
-        "qkv_bias": True,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }
-
-
-def _decoder_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "decoder_hidden_size": arguments["decoder_embed_dim"],
-        "decoder_num_hidden_layers": arguments["decoder_depth"],
-        "decoder_num_attention_heads": arguments["decoder_num_heads"],
-        "decoder_intermediate_size": int(arguments["decoder_embed_dim"] * arguments["mlp_ratio"]),
-        "norm_pix_loss": arguments["norm_pix_loss"],
-    }
-
-
-def _check_heads(path: Path, width_key: str, width: int, heads_key: str, heads: int) -> None:
+def _check_heads(path: Path, settings: _ViT, prefix: str) -> None:
+    width, heads = (getattr(settings, f"{prefix}{key}") for key in ("hidden_size", "num_attention_heads"))
     if width % heads:
-        raise UserError(f"{path}: {width_key} {width} cannot be split over {heads_key} {heads}")
+        raise UserError(f"{path}: {prefix}hidden_size {width} cannot be split over {prefix}num_attention_heads {heads}")
 
 
 def mlp_ratio(width: int, hidden: int) -> float:

@@ -48,21 +48,14 @@ _HF_ENCODER = {
     "norm": "layernorm",
     "pooler.dense": "pooler.dense",  # transformers' own, without a plain name
 }
+_DECODER = ("mask_token", "decoder_pos_embed", "decoder_embed", "decoder_norm", "decoder_pred")
 _HF_BESIDE = {
     "hf-vit": {"head": "classifier", "decoder.0": "decoder.0"},  # the latter is ViTForMaskedImageModeling's
-    "hf-vitmae": {
-        "mask_token": "decoder.mask_token",
-        "decoder_pos_embed": "decoder.decoder_pos_embed",
-        "decoder_embed": "decoder.decoder_embed",
-        "decoder_norm": "decoder.decoder_norm",
-        "decoder_pred": "decoder.decoder_pred",
-    },
+    "hf-vitmae": {name: f"decoder.{name}" for name in _DECODER},
 }
 # Names that transformers 5 has in memory, and the decoder's blocks as its save_pretrained writes them.
 _HF5_BLOCK = {
-    "attention.q_proj": "attn.q",
-    "attention.k_proj": "attn.k",
-    "attention.v_proj": "attn.v",
+    **{f"attention.{letter}_proj": f"attn.{letter}" for letter in "qkv"},
     "attention.o_proj": "attn.proj",
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
@@ -89,13 +82,7 @@ _MM_ENCODER = {
     **dict.fromkeys(("ln1", "norm1"), "norm"),
     **dict.fromkeys(("ln2", "norm2"), "fc_norm"),  # of average pooling
 }
-_MM_NECK = {
-    "neck.mask_token": "mask_token",
-    "neck.decoder_pos_embed": "decoder_pos_embed",
-    "neck.decoder_embed": "decoder_embed",
-    **dict.fromkeys(("neck.ln1", "neck.norm1", "neck.decoder_norm"), "decoder_norm"),
-    "neck.decoder_pred": "decoder_pred",
-}
+_MM_NECK = {f"neck.{name}": name for name in _DECODER} | dict.fromkeys(("neck.ln1", "neck.norm1"), "decoder_norm")
 _MM_HEAD = {"head.layers.head": "head", "head.fc": "head"}
 
 CLASS_ROW_ADDED = "a row of zeros for the class token put first"  # a note
@@ -133,9 +120,9 @@ class Translated:
     """The tensors of a file under plain names.
 
     Attributes:
-        layout: "plain", "hf-vit", "hf-vitmae" or "mmpretrain". The names of a plain encoder keep the prefix that they
-            have in the file, `backbone.net.` for example.
-        tensors: all of them, under the file's own names where there is no plain one.
+        layout: "plain", "hf-vit", "hf-vitmae" or "mmpretrain".
+        tensors: under plain names or, where there is none, their own. A plain encoder keeps its prefix, such as
+            `backbone.net.`.
         sources: plain name -> the names in the file, only where they differ: one for a new name, three where q, k, v
             were joined, weight and gamma where layer scale was folded in.
         notes: plain name -> other changes to the tensor.
@@ -165,7 +152,6 @@ def to_plain(tensors: Mapping[str, Tensor], grid: tuple[int, int] | None = None)
     | positions without a row for the class token | a row of zeros is put first                                |
 
     Args:
-        tensors: of one file, without wrappers.
         grid: rows and columns of patches, where known. It tells whether the position table of a grid that is not
             square has a row for the class token; without it, a square number of rows means that it has none.
 
@@ -198,14 +184,11 @@ def from_plain(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
     transformers' own files, names begin with `vit.` where there is more than an encoder.
 
     Args:
-        tensors: under plain names, without a prefix.
         layout: "hf-vit" or "hf-vitmae".
 
     Raises:
-        UserError: another layout, a name without a place in it, or a qkv that is not three matrices.
+        UserError: a name without a place in the layout, or a qkv that is not three matrices.
     """
-    if layout not in _HF_BESIDE:
-        raise UserError(f"{layout}: not a layout to write; one of {', '.join(_HF_BESIDE)}")
     beside = _HF_BESIDE[layout]
     prefix = "vit." if any(_look_up(beside, name) for name in tensors) else ""
     stacks = {"blocks": f"{prefix}encoder.layer"}
@@ -214,8 +197,7 @@ def from_plain(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
     outside = {plain: f"{prefix}{name}" for plain, name in _HF_ENCODER.items()} | beside
     parts = dict(part for item in tensors.items() for part in _split_qkv(*item))
     written = {name: _rename(name, stacks, _HF_BLOCK, outside) for name in parts}
-    homeless = [name for name, new in written.items() if new is None]
-    if homeless:
+    if homeless := [name for name, new in written.items() if new is None]:
         raise UserError(f"no place in the layout {layout} for {len(homeless)} tensors: {shorten(homeless)}")
     return {str(written[name]): tensor for name, tensor in parts.items()}
 
@@ -228,8 +210,8 @@ def not_plain(tensors: Mapping[str, Tensor]) -> list[str]:
 def oddities(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Group an encoder's tensors without a plain place by kind.
 
-    Without them the encoder computes something else. A block that normalises after attention and MLP instead of before,
-    under the same names, cannot be seen.
+    Without them the encoder computes something else. Blocks that normalise after attention and MLP, under the same
+    names, cannot be seen.
     """
     home = encoder_home(tensors) or ""
     kinds: dict[str, list[str]] = defaultdict(list)
@@ -276,7 +258,6 @@ def _mm_names(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, str]:
 
 
 def _rename(name: str, stacks: Mapping[str, str], block: Mapping[str, str], outside: Mapping[str, str]) -> str | None:
-    """Rename by tables of stacks, of modules in and outside blocks."""
     found = _IN_BLOCK.fullmatch(name)
     if found and found[1] in stacks:
         inside = _look_up(block, found[3])
@@ -304,39 +285,31 @@ def _join_qkv(found: Translated) -> Translated:
             joined.tensors[name] = tensor
             joined.sources.update({name: found.sources[name]} if name in found.sources else {})
         elif whole not in joined.tensors:
-            three = [f"{part[1]}.{letter}.{part[3]}" for letter in "qkv"]
-            joined.tensors[whole] = _concatenate(found, three, found.sources[name][0])
-            joined.sources[whole] = tuple(source for name in three for source in found.sources[name])
+            three, origin = [f"{part[1]}.{letter}.{part[3]}" for letter in "qkv"], found.sources[name][0]
+            names = dict(zip(("query", "key", "value"), three, strict=True))
+            if missing := [kind for kind, each in names.items() if each not in found.tensors]:
+                raise UserError(f"{origin}: without its {' and '.join(missing)}; the attention in it is incomplete")
+            tensors = [found.tensors[each] for each in three]
+            if tensors[0].ndim == 0 or len({(each.shape, each.dtype) for each in tensors}) > 1:
+                described = ", ".join(map(_describe, tensors))
+                raise UserError(f"{origin}: query, key and value do not go together: {described}")
+            joined.tensors[whole] = torch.cat(tensors)
+            joined.sources[whole] = tuple(source for each in three for source in found.sources[each])
             joined.notes[whole] = "q, k, v joined"
     return joined
 
 
-def _concatenate(found: Translated, three: list[str], origin: str) -> Tensor:
-    parts = dict(zip(("query", "key", "value"), three, strict=True))
-    missing = [part for part, name in parts.items() if name not in found.tensors]
-    if missing:
-        raise UserError(f"{origin}: without its {' and '.join(missing)}; the attention in this file is incomplete")
-    tensors = [found.tensors[name] for name in three]
-    if tensors[0].ndim == 0 or len({(tensor.shape, tensor.dtype) for tensor in tensors}) > 1:
-        described = ", ".join(_describe(tensor) for tensor in tensors)
-        raise UserError(f"{origin}: query, key and value do not go together: {described}")
-    return torch.cat(tensors)
-
-
 def _split_qkv(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """Split a qkv into three with their own memory, as safetensors requires."""
     found = _QKV.fullmatch(name)
     if found is None:
         return [(name, tensor)]
     if tensor.ndim == 0 or tensor.shape[0] % 3:
         raise UserError(f"{name}: {_describe(tensor)} is not query, key and value, three of one size")
-    return [
-        (f"{found[1]}.{letter}.{found[2]}", part.clone()) for letter, part in zip("qkv", tensor.chunk(3), strict=True)
-    ]
+    parts = zip("qkv", tensor.chunk(3), strict=True)
+    return [(f"{found[1]}.{letter}.{found[2]}", part.clone()) for letter, part in parts]  # safetensors holds no views
 
 
 def _fold_layer_scale(found: Translated) -> None:
-    """Fold gamma into weight and bias of its layer."""
     for name in list(found.tensors):
         scale = _LAYER_SCALE.fullmatch(name)
         if scale is None:
@@ -369,7 +342,7 @@ def _name_mask_token(found: Translated, home: str) -> None:
         return
     name = f"{home}{ENCODER_MASK_TOKEN}"
     if name in found.tensors:
-        raise UserError(f"{home}mask_token: a mask token of the encoder, and {name} is another one; which one counts?")
+        raise UserError(f"{home}mask_token and {name} are both mask tokens of the encoder; which one counts?")
     found.tensors[name] = found.tensors.pop(f"{home}mask_token")
     found.sources[name] = found.sources.pop(f"{home}mask_token", (f"{home}mask_token",))
     found.notes[name] = "of the encoder, not of a decoder"

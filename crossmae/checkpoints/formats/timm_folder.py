@@ -1,8 +1,7 @@
 """timm's folders, config.json next to the weights: to the metadata of a weight file, and back.
 
 The file is not trusted: timm's `create_model` opens addresses, other folders and pickles if a config says so, so only
-names of its own models and arguments of a plain ViT reach it. timm's own writer (`save_for_hf`) saves the weights
-without our metadata and needs a model in memory. The dict written here loads in timm the same.
+names of its own models and arguments of a plain ViT reach it. timm's own writer (`save_for_hf`) needs a model.
 """
 
 from __future__ import annotations
@@ -34,11 +33,7 @@ _KNOWN = {
 
 
 def timm_metadata(folder: Path) -> dict[str, str]:
-    """Read timm's config.json as our metadata, {} without the file.
-
-    Raises:
-        UserError: it does not describe a plain ViT.
-    """
+    """Read timm's config.json as our metadata, {} without the file."""
     settings = _read(folder)
     if settings is None:
         return {}
@@ -60,13 +55,10 @@ def timm_metadata(folder: Path) -> dict[str, str]:
 
 
 def timm_model(folder: Path, depth: int | None = None) -> Any:
-    """Build the model that a timm folder names, with random weights.
+    """Build the plain ViT that a timm folder names, with random weights.
 
     Args:
         depth: blocks to build instead of the model's.
-
-    Raises:
-        UserError: not a plain ViT of timm's, or arguments that a plain ViT does not have.
     """
     path, settings = folder / HUB_CONFIG, _read(folder) or {}
     name, given = settings.get("architecture"), settings.get("model_args") or {}
@@ -75,11 +67,11 @@ def timm_model(folder: Path, depth: int | None = None) -> Any:
     if not isinstance(given, dict) or (unknown := sorted(given.keys() - _KNOWN)):
         said = ", ".join(unknown) if isinstance(given, dict) else type(given).__name__
         raise UserError(f"{path}: model_args has {said}, which no plain ViT has; known: {', '.join(sorted(_KNOWN))}")
-    arguments = {key: value for key, value in given.items() if key not in ("num_classes", "depth")}
-    wanted = depth or given.get("depth")
-    if wanted is not None and not (isinstance(wanted, int) and 0 < wanted <= _MOST_BLOCKS):
+    arguments = {key: value for key, value in given.items() if key != "num_classes"}
+    arguments |= {"depth": depth} if depth else {}
+    wanted = arguments.get("depth", 1)
+    if not (isinstance(wanted, int) and 0 < wanted <= _MOST_BLOCKS):
         raise UserError(f"{path}: depth {wanted} is not a number of blocks from 1 to {_MOST_BLOCKS}")
-    arguments |= {"depth": wanted} if wanted else {}
     try:
         with torch.random.fork_rng(devices=[]):
             classes = settings.get("num_classes", 0)
@@ -99,7 +91,6 @@ def timm_config(
 
     Args:
         tensors: of the file, under plain names.
-        arguments: of `ViTEncoder`.
         metadata: pixel statistics and names of classes are copied where they are known.
     """
     size = arguments["img_size"]

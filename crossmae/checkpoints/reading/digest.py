@@ -14,19 +14,10 @@ from crossmae.errors import UserError
 
 DIGEST = "digest"  # its key in the metadata
 _KIND = "sha256:"  # beginning of its value, and of no other value of ours
-_SHOWN = 23
 
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Compute SHA-256 over names, types, shapes, values and metadata.
-
-    Args:
-        tensors: under the names that they have in the file, in any order.
-        metadata: a digest in it is ignored.
-
-    Returns:
-        "sha256:" and 64 hexadecimal digits.
-    """
+    """Compute SHA-256 over names, types, shapes, values and metadata but its digest."""
     names = sorted(tensors)
     described = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
     rest = sorted((key, value) for key, value in metadata.items() if key != DIGEST)
@@ -43,11 +34,7 @@ def signed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
 
 
 def check_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> dict[str, str]:
-    """Compare with the digest in the metadata, and remove it.
-
-    Raises:
-        UserError: tensors or metadata differ from what was written.
-    """
+    """Compare with the digest in the metadata, and remove it."""
     recorded = {key: value for key, value in metadata.items() if key == DIGEST or value.startswith(_KIND)}
     rest = {key: value for key, value in metadata.items() if key not in recorded}
     if recorded:
@@ -55,7 +42,7 @@ def check_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pat
         if recorded != {DIGEST: found}:  # another key: this one's name was damaged
             raise UserError(
                 f"{path}: the values are not those that were written (recorded digest "
-                f"{next(iter(recorded.values()))[:_SHOWN]}..., found {found[:_SHOWN]}...): changed or damaged after "
-                f"writing. Copy or download it again; after a change on purpose, remove {DIGEST!r} from its metadata"
+                f"{min(recorded.values())[:23]}..., found {found[:23]}...): changed or damaged. "
+                f"Copy or download it again; after a change on purpose, remove {DIGEST!r} from its metadata"
             )
     return rest

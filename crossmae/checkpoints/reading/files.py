@@ -50,7 +50,6 @@ class Contents:
 
     Attributes:
         tensors: on the CPU, out of all wrappers.
-        metadata: strings.
         beside: other content: "optimizer", "epoch", "model_ema", "momentum_encoder (152 tensors)".
         averaged: true for averaged weights (EMA).
     """
@@ -62,16 +61,7 @@ class Contents:
 
 
 def read_tensors(path: Path, *, ema: bool = False, trust: bool = False) -> Contents:
-    """Read a weight file, or the shards that an index names.
-
-    Args:
-        path: the file; contents decide, not the suffix.
-        ema: take averaged weights, see `crossmae.checkpoints.reading.wrappers`.
-        trust: run any code in a pickle.
-
-    Raises:
-        UserError: see `crossmae.checkpoints.weights.read_weights`.
-    """
+    """Read a weight file, or the shards of an index, see `read_weights`."""
     kind = file_kind(path)
     held = _read_shards(path, trust) if kind == "index" else _read_one(path, kind, ema=ema, trust=trust)
     tensors, left_out = one_model(held.tensors, path, ema=ema and not held.averaged)
@@ -79,13 +69,7 @@ def read_tensors(path: Path, *, ema: bool = False, trust: bool = False) -> Conte
 
 
 def find_file(path: Path) -> Path:
-    """Find the weight file in a run, checkpoint or hub folder.
-
-    For sharded weights this is the index.
-
-    Raises:
-        UserError: no such path, or a folder without weights.
-    """
+    """Find the weight file, or the index of its shards, in a folder."""
     path = path.expanduser()
     if path.is_file():
         return path
@@ -98,11 +82,7 @@ def find_file(path: Path) -> Path:
 
 
 def file_kind(path: Path) -> str:
-    """Tell "safetensors", "torch", "pickle" or "index" by the first bytes.
-
-    Raises:
-        UserError: empty, a web page, a git-lfs pointer, or nothing that holds weights.
-    """
+    """Tell "safetensors", "torch", "pickle" or "index" by the first bytes."""
     try:
         with open(path, "rb") as file:
             head = file.read(512)
@@ -132,11 +112,7 @@ def file_kind(path: Path) -> str:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors, mapped from the file, and metadata.
-
-    Raises:
-        UserError: truncated or damaged.
-    """
+    """Read tensors, mapped from the file, and metadata."""
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())  # the handle itself cannot be iterated
@@ -151,10 +127,8 @@ def _read_one(path: Path, kind: str, *, ema: bool = False, trust: bool = False) 
     if kind == "safetensors":
         tensors, metadata = read_safetensors(path)
         return Contents(tensors, check_digest(tensors, metadata, path))
-    if trust:
-        content = read_trusted(path, kind)
-    else:
-        content = read_torch_file(path) if kind == "torch" else read_numpy_pickle(path)
+    read = read_torch_file if kind == "torch" else read_numpy_pickle
+    content = read_trusted(path, kind) if trust else read(path)
     tensors, beside, averaged = state_dict(content, path, ema=ema)
     metadata = check_digest(tensors, pickled_metadata(content, path), path)
     return Contents(tensors, metadata | published_settings(content), beside, averaged)
@@ -179,11 +153,7 @@ def _read_shards(path: Path, trust: bool) -> Contents:
 
 
 def _weight_map(path: Path) -> dict[str, set[str]]:
-    """Map each shard to the names of its tensors.
-
-    Raises:
-        UserError: not an index, or a shard is missing or outside the folder.
-    """
+    """Map each shard to the names of its tensors."""
     try:
         index: Any = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -219,22 +189,15 @@ def _find_in_folder(folder: Path) -> Path:
     checkpoint = latest_checkpoint(folder)
     if checkpoint:
         return checkpoint / MODEL
+    missing = (
+        f"neither {MODEL} nor a complete checkpoint {FOLDER}/step-*/ of a run, nor {HUB_CONFIG} of other libraries"
+    )
     if (folder / HUB_CONFIG).is_file():
         missing = f"next to {HUB_CONFIG} none of {', '.join(HUB_FILES)}"
-    else:
-        missing = (
-            f"neither {MODEL}, which a run writes at its end, nor a complete checkpoint {FOLDER}/step-*/, nor "
-            f"{HUB_CONFIG} as of transformers and timm"
-        )
-    raise UserError(f"{folder}: a folder without weights: {missing}; {_what_to_name(folder)}")
-
-
-def _what_to_name(folder: Path) -> str:
     files = islice(chain(folder.glob("*"), folder.glob("*/*")), _MAX_LISTED)  # it may be a folder of a million images
     weights = sorted(str(file.relative_to(folder)) for file in files if file.suffix in _WEIGHT_SUFFIXES)
-    if not weights:
-        return "name a weight file or the folder of a run"
-    return f"name one of its files: {shorten(weights)}"
+    remedy = f"one of its files: {shorten(weights)}" if weights else "a weight file or the folder of a run"
+    raise UserError(f"{folder}: a folder without weights: {missing}; name {remedy}")
 
 
 def shards(path: Path) -> list[Path]:

@@ -35,13 +35,13 @@ _MAX_VALUES = 1 << 40  # of one tensor: less than what overflows torch's count o
 def read_torch_file(path: Path) -> Any:
     """Read containers, numbers, strings, CPU tensors and argparse namespaces.
 
-    Every byte is read once, and where the file has checksums, compared with them.
-
-    Raises:
-        UserError: damaged, refers to anything else, or is another kind of zip archive.
+    Every byte is read once, and compared with the checksums of the file, if any. Raises a UserError for a file that is
+    damaged, refers to anything else, or is another kind of zip archive.
     """
-    if not starts_with(path, ZIP):
-        return read_mapped(path, lambda file: _read_legacy(path, file))
+    with open(path, "rb") as file:
+        legacy = file.read(len(ZIP)) != ZIP
+    if legacy:
+        return read_mapped(path, lambda mapped: _read_legacy(path, mapped))
     try:
         with zipfile.ZipFile(path) as archive:
             return _read_archive(path, archive)
@@ -49,12 +49,6 @@ def read_torch_file(path: Path) -> Any:
         raise
     except Exception as error:  # bytes that are not what they should be surface as almost any exception
         raise damaged(path, error) from None
-
-
-def starts_with(path: Path, magic: bytes) -> bool:
-    """Test the first bytes of a file."""
-    with open(path, "rb") as file:
-        return file.read(len(magic)) == magic
 
 
 def _read_archive(path: Path, archive: zipfile.ZipFile) -> Any:
@@ -79,7 +73,15 @@ def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
     infos = archive.infolist()
     entries = {info.filename.partition("/")[2]: info for info in infos}
     if "data.pkl" not in entries:
-        raise _another_archive(path, [info.filename for info in infos])
+        names = [info.filename[:60] for info in infos]
+        what = (
+            f"a zip archive, but not one of torch.save (it holds {shorten(names)}). Unpack it and name the weight file"
+        )
+        if names and all(info.filename.endswith(".npy") for info in infos):
+            what = (
+                "a NumPy .npz archive, as JAX models are published. Save its arrays as safetensors under timm's names"
+            )
+        raise UserError(f"{path}: {what}")
     if "constants.pkl" in entries:
         raise UserError(
             f"{path}: refused: a TorchScript archive, which holds a program. Nothing in the file was run. "
@@ -96,15 +98,6 @@ def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
         for info in infos:
             info.CRC = None  # type: ignore[assignment]  # zipfile then compares nothing
     return entries
-
-
-def _another_archive(path: Path, names: list[str]) -> UserError:
-    if names and all(name.endswith(".npy") for name in names):
-        what = "a NumPy .npz archive, as JAX models are published. Save its arrays as safetensors under timm's names"
-    else:
-        held = shorten([name[:60] for name in names])
-        what = f"a zip archive, but not one of torch.save (it holds {held}). Unpack it and name the weight file"
-    return UserError(f"{path}: {what}")
 
 
 def _read_legacy(path: Path, file: mmap.mmap) -> Any:
@@ -134,10 +127,9 @@ def _read_legacy(path: Path, file: mmap.mmap) -> Any:
         raise ValueError("the list of its storages does not agree with its content")
     for key in keys:
         values, size = storages[key], int.from_bytes(file.read(8), "little")
-        if size * types[key].itemsize != values.numel():
-            raise ValueError(
-                f"storage {key} has {size:,} values where {values.numel() // types[key].itemsize:,} belong"
-            )
+        held = values.numel() // types[key].itemsize
+        if size != held:
+            raise ValueError(f"storage {key} has {size:,} values where {held:,} belong")
         values.copy_(_bytes_tensor(file.read(values.numel())))
     return content
 
@@ -190,11 +182,6 @@ def _tensor_of_type(
     return _tensor(storage.view(dtype), offset, size, stride, grad, hooks, metadata)
 
 
-def _parameter(data: Tensor, *_: Any) -> Tensor:
-    """Build `torch._utils._rebuild_parameter` and `_rebuild_parameter_with_state`."""
-    return data
-
-
 def _with_attributes(build: Global, subclass: Any, arguments: tuple[Any, ...], state: Any) -> Any:
     """Build `torch._tensor._rebuild_from_type_v2`: a tensor with Python attributes."""
     if build.build not in (_tensor, _tensor_of_type):
@@ -207,21 +194,18 @@ _STORAGES = {
     "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
     "Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128,
 }  # fmt: skip
-_TENSORS = {
+TORCH_GLOBALS: dict[str, Any] = {
+    **GLOBALS,
     "torch.Size": _size,
     "torch.device": lambda *_: "device",
     "torch.Tensor": None,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_of_type,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
     "torch._tensor._rebuild_from_type_v2": _with_attributes,
     "torch.storage.UntypedStorage": torch.uint8,
-}
-TORCH_GLOBALS: dict[str, Any] = {
-    **GLOBALS,
-    **_TENSORS,
     **{f"torch.{name}Storage": dtype for name, dtype in _STORAGES.items()},
     **{f"torch.cuda.{name}Storage": dtype for name, dtype in _STORAGES.items()},
     **{str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)},

@@ -1,10 +1,9 @@
 """Read pickled data without running anything in it, in bounded time and memory.
 
-A pickle is a program. The interpreters of Python and torch, the weights-only one too, reserve the memory that it asks
-for and take the time that it takes: 140 bytes of nested tuples hold torch's weights-only reader for 33 s, and 30 bytes
-can demand gigabytes. So the opcodes that training programs write are interpreted here.
-Nothing is imported: every global that a file may refer to stands for a function that builds plain data (`GLOBALS`), and
-a file that refers to anything else is refused.
+A pickle is a program. The interpreters of Python and torch, the weights-only one too, reserve the memory and take the
+time that it asks for: 140 bytes of nested tuples hold torch's weights-only reader for 33 s, and 30 bytes can demand
+gigabytes. So the opcodes that training programs write are interpreted here. Nothing is imported: every global that a
+file may refer to stands for a function that builds plain data (`GLOBALS`), and any other is refused.
 
 Bounds: `MAX_OPCODES` steps; data of at most `MAX_GROWTH` times the file's size; keys whose hash takes no time.
 """
@@ -36,20 +35,12 @@ MAX_NUMBER_KEYS = 30_000  # of one file: numbers can be chosen so that each cost
 
 
 def read_numpy_pickle(path: Path) -> Any:
-    """Read a pickle of numpy arrays as in detectron2's model zoo.
-
-    Raises:
-        UserError: damaged, or refers to anything else.
-    """
+    """Read a pickle of numpy arrays as in detectron2's model zoo."""
     return read_mapped(path, lambda file: Unpickler(path, GLOBALS).load(file))
 
 
 def read_mapped(path: Path, read: Callable[[mmap.mmap], Any]) -> Any:
-    """Apply `read` to the mapped file: no read exceeds the file.
-
-    Raises:
-        UserError: `read` failed, or did not reach the end of the file.
-    """
+    """Apply `read` to the mapped file, which it must read to its end."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             content = read(mapped)
@@ -107,37 +98,22 @@ class Unpickler:
     def __init__(self, path: Path, known: Mapping[str, Any], persistent: Callable[[Any], Any] | None = None) -> None:
         self._path, self._known, self._persistent = path, known, persistent
         self._budget = allowance(path)
-        self._stack: list[Any] = []
-        self._marked: list[list[Any]] = []
-        self._memo: dict[int, Any] = {}
         self._number_keys = 0
+        self._stack: list[Any]
+        self._marked: list[list[Any]]
+        self._memo: dict[int, Any]
 
     def load(self, file: Any) -> Any:
-        """Read the pickle at the position of `file`.
-
-        Raises:
-            UserError: refers to a global that is not known.
-            Exception: of almost any kind: damaged.
-        """
+        """Read the pickle at the position of `file`, or raise any exception."""
         self._stack, self._marked, self._memo = [], [], {}
         for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
             if count == MAX_OPCODES:
                 raise ValueError(f"more than {MAX_OPCODES:,} pickle opcodes")
-            self._step(opcode.name, argument)
+            if opcode.name not in _ACTIONS:
+                raise ValueError(f"pickle opcode {opcode.name}, which no weight file has")
+            _ACTIONS[opcode.name](self, argument)
         (content,) = self._stack
         return content
-
-    def _step(self, name: str, argument: Any) -> None:
-        if name in _LITERALS:
-            self._stack.append(argument)
-        elif name in _CONSTANTS:
-            self._stack.append(_CONSTANTS[name])
-        elif name in _EMPTY:
-            self._stack.append(_EMPTY[name]())
-        elif name in _ACTIONS:
-            _ACTIONS[name](self, argument)
-        else:
-            raise ValueError(f"pickle opcode {name}, which no weight file has")
 
     def _push(self, value: Any) -> None:
         self._stack.append(value)
@@ -160,16 +136,17 @@ class Unpickler:
     def _set_items(self, items: list[Any]) -> None:
         target = expect(self._stack[-1], dict)
         for key, value in zip(items[::2], items[1::2], strict=True):
-            self._number_keys += isinstance(key, int | float)
             target[_key(key)] = value
-        if self._number_keys > MAX_NUMBER_KEYS:
-            raise ValueError(f"more than {MAX_NUMBER_KEYS:,} numbers as keys")
+        self._count_keys(sum(isinstance(key, int | float) for key in items[::2]))
 
     def _add_items(self, items: list[Any]) -> None:
-        self._number_keys += len(items)
-        if self._number_keys > MAX_NUMBER_KEYS:
-            raise ValueError(f"more than {MAX_NUMBER_KEYS:,} things in sets")
+        self._count_keys(len(items))
         expect(self._stack[-1], set).update(map(_key, items))
+
+    def _count_keys(self, number: int) -> None:
+        self._number_keys += number
+        if self._number_keys > MAX_NUMBER_KEYS:
+            raise ValueError(f"more than {MAX_NUMBER_KEYS:,} numbers as keys, or things in sets")
 
     def _put(self, index: int) -> None:
         self._memo[index] = self._stack[-1]
@@ -198,7 +175,7 @@ class Unpickler:
             self._spend(*expect(state, tuple))
             _fill_array(target, state)
         elif isinstance(target, _DType):
-            _set_byte_order(target, state)
+            target.value = target.value.newbyteorder(expect(expect(state, tuple)[1], str))
         elif isinstance(target, argparse.Namespace):
             self._spend(expect(state, dict))
             vars(target).update({expect(key, str): value for key, value in state.items()})
@@ -226,17 +203,21 @@ def allowance(path: Path) -> int:
     return MAX_GROWTH * path.stat().st_size + GROWTH_BASE
 
 
-_LITERALS = {
+_LITERALS = (
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-}
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
+)
 _ACTIONS: dict[str, Callable[[Unpickler, Any], None]] = {
-    "PROTO": lambda self, _: None,
-    "FRAME": lambda self, _: None,
-    "STOP": lambda self, _: None,
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda self, _: None),
+    **dict.fromkeys(_LITERALS, Unpickler._push),
+    "NONE": lambda self, _: self._push(None),
+    "NEWTRUE": lambda self, _: self._push(True),
+    "NEWFALSE": lambda self, _: self._push(False),
+    "EMPTY_TUPLE": lambda self, _: self._push(()),
+    "EMPTY_LIST": lambda self, _: self._push([]),
+    "EMPTY_DICT": lambda self, _: self._push({}),
+    "EMPTY_SET": lambda self, _: self._push(set()),
     "MARK": Unpickler._mark,
     "TUPLE": lambda self, _: self._push(tuple(self._since_mark())),
     "TUPLE1": lambda self, _: self._tuple(1),
@@ -248,15 +229,12 @@ _ACTIONS: dict[str, Callable[[Unpickler, Any], None]] = {
     "SETITEMS": lambda self, _: self._set_items(self._since_mark()),
     "ADDITEMS": lambda self, _: self._add_items(self._since_mark()),
     "FROZENSET": lambda self, _: self._push(_set(self._since_mark())),
-    "BINPUT": Unpickler._put,
-    "LONG_BINPUT": Unpickler._put,
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), Unpickler._put),
     "MEMOIZE": lambda self, _: self._put(len(self._memo)),
-    "BINGET": lambda self, index: self._push(self._memo[index]),
-    "LONG_BINGET": lambda self, index: self._push(self._memo[index]),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda self, index: self._push(self._memo[index])),
     "GLOBAL": lambda self, names: self._global(*names.split(" ", 1)),
     "STACK_GLOBAL": Unpickler._stack_global,
-    "REDUCE": Unpickler._call,
-    "NEWOBJ": Unpickler._call,
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), Unpickler._call),
     "BUILD": Unpickler._set_state,
     "BINPERSID": Unpickler._load_persistent,
 }
@@ -297,10 +275,6 @@ def _set(items: Any = ()) -> set[Any]:
     return {_key(item) for item in items}
 
 
-def _bytes(data: bytes = b"") -> bytes:
-    return bytes(expect(data, bytes))
-
-
 def _latin1_bytes(text: str, encoding: str = "latin1") -> bytes:
     if encoding != "latin1":
         raise ValueError("bytes in another encoding than latin1")
@@ -323,14 +297,6 @@ def _dtype(text: str, align: Any = False, copy: Any = True) -> _DType:
     return _DType(dtype)
 
 
-def _set_byte_order(dtype: _DType, state: Any) -> None:
-    dtype.value = dtype.value.newbyteorder(expect(expect(state, tuple)[1], str))
-
-
-def _empty_array(*_: Any) -> np.ndarray:
-    return np.empty(0, np.int8)
-
-
 def _fill_array(array: np.ndarray, state: tuple[Any, ...]) -> None:
     _, shape, dtype, fortran, data = state
     data = _raw(data)
@@ -343,7 +309,8 @@ def _fill_array(array: np.ndarray, state: tuple[Any, ...]) -> None:
 def _array_from_buffer(
     data: Any, dtype: _DType, shape: tuple[int, ...], order: str, axes: tuple[int, ...] | None = None
 ) -> np.ndarray:
-    shape = _checked_shape(shape, dtype, _raw(data))
+    data = _raw(data)
+    shape = _checked_shape(shape, dtype, data)
     flat: np.ndarray = np.frombuffer(data, dtype.value)
     if order == "K" and axes is not None:
         return flat.reshape(shape).transpose(axes)
@@ -351,8 +318,7 @@ def _array_from_buffer(
 
 
 def _scalar(dtype: _DType, data: Any) -> Any:
-    _checked_shape((), dtype, _raw(data))
-    return np.frombuffer(_raw(data), dtype.value)[0]
+    return _array_from_buffer(data, dtype, (), "C")[()]
 
 
 def _raw(data: Any) -> bytes:
@@ -375,12 +341,12 @@ GLOBALS: dict[str, Callable[..., Any] | None] = {
     "argparse.Namespace": argparse.Namespace,
     "builtins.set": _set,
     "builtins.frozenset": _set,
-    "builtins.bytes": _bytes,
-    "builtins.bytearray": _bytes,
+    "builtins.bytes": lambda data=b"": bytes(expect(data, bytes)),
+    "builtins.bytearray": lambda data=b"": bytes(expect(data, bytes)),
     "_codecs.encode": _latin1_bytes,
     "numpy.ndarray": None,
     "numpy.dtype": _dtype,
-    "numpy.core.multiarray._reconstruct": _empty_array,
+    "numpy.core.multiarray._reconstruct": lambda *_: np.empty(0, np.int8),
     "numpy.core.multiarray.scalar": _scalar,
     "numpy.core.numeric._frombuffer": _array_from_buffer,
 }

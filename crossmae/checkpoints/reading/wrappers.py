@@ -66,28 +66,18 @@ def state_dict(content: Any, path: Path, *, ema: bool = False) -> tuple[dict[str
 def one_model(
     tensors: dict[str, Tensor], path: Path, *, ema: bool = False
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Strip the prefixes of trainers, and select one of `BRANCHES`.
-
-    Returns:
-        Tensors, and descriptions of the omitted counters and branches.
-
-    Raises:
-        UserError: `ema`, and there is no EMA branch.
-    """
+    """Strip prefixes, select one of `BRANCHES`, and describe the rest."""
     branches = EMA_BRANCHES if ema else BRANCHES
     branch = next((prefix for prefix in branches if any(name.startswith(prefix) for name in tensors)), None)
-    counters = tuple(name for name in COUNTERS if name in tensors)
+    counters = [name for name in COUNTERS if name in tensors]
     rest = [name for name in tensors if name not in counters]
     prefix = next((p for p in WRAPPER_PREFIXES if rest and all(name.startswith(p) for name in rest)), None)
-    if branch:
-        kept = {name.removeprefix(branch): value for name, value in tensors.items() if name.startswith(branch)}
-        left = Counter(name.partition(".")[0] for name in tensors if not name.startswith(branch))
-        inner, more = one_model(kept, path)
-        return inner, (*(f"{name} ({count} tensors)" for name, count in left.items()), *more)
-    if prefix:
-        kept = {name.removeprefix(prefix): value for name, value in tensors.items() if name not in counters}
-        inner, more = one_model(kept, path, ema=ema)
-        return inner, (*counters, *more)
+    if home := branch or prefix:
+        kept = {name.removeprefix(home): value for name, value in tensors.items() if name.startswith(home)}
+        others = Counter(name.partition(".")[0] for name in tensors if not name.startswith(home))
+        left = [f"{name} ({count} tensors)" for name, count in others.items()] if branch else counters
+        inner, more = one_model(kept, path, ema=ema and not branch)
+        return inner, (*left, *more)
     if ema:
         raise UserError(
             f"{path}: EMA weights are asked for, and there are none: no dict {', '.join(EMA_WRAPPERS)}, and no names "
@@ -97,11 +87,7 @@ def one_model(
 
 
 def pickled_metadata(content: Any, path: Path) -> dict[str, str]:
-    """Read the metadata of our own pickled files.
-
-    Raises:
-        UserError: not strings, or under another key than ours.
-    """
+    """Read the metadata of our own pickled files."""
     if not isinstance(content, Mapping):
         return {}
     ours = content.get(PICKLED_METADATA, {})
@@ -128,14 +114,14 @@ def published_settings(content: Any) -> dict[str, str]:
 def _wrapper(content: Any, keys: Iterable[str]) -> str | None:
     if not isinstance(content, Mapping):
         return None
+
+    def holds_tensors(value: Any) -> bool:
+        values = list(value.values())[:5] if isinstance(value, Mapping) else [value]
+        return any(isinstance(each, Tensor | np.ndarray | Mapping | nn.Module) for each in values)
+
     found = [key for key in keys if isinstance(content.get(key), Mapping | nn.Module)]
     # A dict of settings can have the name, too: those with tensors come first.
-    return next((key for key in found if _holds_tensors(content[key])), next(iter(found), None))
-
-
-def _holds_tensors(content: Any) -> bool:
-    values = list(content.values())[:5] if isinstance(content, Mapping) else [content]
-    return any(isinstance(value, Tensor | np.ndarray | Mapping | nn.Module) for value in values)
+    return next((key for key in found if holds_tensors(content[key])), next(iter(found), None))
 
 
 def _opened(content: Any) -> Any:

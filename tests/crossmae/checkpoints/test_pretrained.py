@@ -119,12 +119,16 @@ def test_published_layout(name: str, decoder: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "given", "told"),
     [
-        ({}, {}, "no shape tells num_heads and decoder_num_heads. Add --set num_heads=16 decoder_num_heads=16"),
-        ({"fuse_blocks": (0,)}, HEADS, "2 of 4 maps are mixed for the decoder, and no shape tells which; fuse_blocks"),
+        ({}, {}, "nor its record tell num_heads and decoder_num_heads. Add --set num_heads=16 decoder_num_heads=16"),
+        (
+            {"fuse_blocks": (0,)},
+            HEADS,
+            "2 of 4 maps are mixed for the decoder, and no shape tells which; fuse_blocks",
+        ),
         ({}, HEADS | {"heads": 2}, "heads: no argument of the model; known: img_size, patch_size"),
         ({}, HEADS | {"num_heads": 5}, "no model with embed_dim=24, .*: a width of 24 can ?not be split over 5"),
         ({"in_chans": 2}, HEADS, "'pixel_mean' and 'pixel_std' must hold one number for each of the 2 channels"),
-        ({"img_size": (16, 24)}, HEADS, "no shape tells img_size. Add --set img_size=224"),
+        ({"img_size": (16, 24)}, HEADS, "nor its record tell img_size. Add --set .img_size=.HEIGHT,WIDTH"),
         ({}, HEADS | {"fuse_blocks": [0]}, "does not fit"),
     ],
 )

@@ -150,7 +150,7 @@ def test_a_grid_that_is_not_square(tmp_path: Path, transformers: Any) -> None:
 
 def test_the_preprocessor_normalises_as_we_do(tmp_path: Path, transformers: Any) -> None:
     mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
-    write(tmp_path, VIT, hf_preprocessor_config(ENCODER, mean, std))
+    write(tmp_path, VIT, hf_preprocessor_config(32, mean, std))
     found = read(tmp_path, encoder())
     assert (found["pixel_mean"], found["pixel_std"]) == (mean, std)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
@@ -293,18 +293,3 @@ def test_a_decoder_that_is_wrong(tmp_path: Path, changes: dict[str, Any], messag
 def test_a_preprocessor_that_is_wrong(tmp_path: Path, settings: Any, message: str) -> None:
     with pytest.raises(UserError, match=f"preprocessor_config.json: {message}"):
         read_config(write(tmp_path, VIT, settings), encoder())
-
-
-@pytest.mark.parametrize(
-    "layout, arguments, message",
-    [
-        ("timm", ENCODER, "timm: not a layout of transformers; one of hf-vit, hf-vitmae"),
-        ("hf-vit", {"img_size": 32}, "patch_size of the model is not known, which config.json needs"),
-        ("hf-vitmae", ENCODER | DECODER | {"decoder": "cross"}, "holds a plain MAE"),
-        ("hf-vitmae", ENCODER | {"decoder_embed_dim": 16}, "holds a plain MAE"),
-        ("hf-vitmae", ENCODER | {"img_size": [16, 32]}, "squares only. Take hf-vit"),
-    ],
-)
-def test_no_config_of_a_model_that_transformers_lacks(layout: str, arguments: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        hf_config(layout, arguments)
