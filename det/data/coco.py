@@ -333,11 +333,13 @@ def check_classes(names: Sequence[str], num_classes: int) -> None:
             raise UserError(f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}, but {name} has {len(found)} classes")
 
 
-def check_registered(names: tuple[str, ...], key: str) -> None:
-    """Reject data sets that are unknown or whose files are missing."""
+def check_registered(names: tuple[str, ...], key: str, needed: str = "") -> None:
+    """Reject data sets that are unknown, lack files, or are `needed` and absent."""
+    split = "train" if key == "DATASETS.TRAIN" else "val"
+    if needed and not names:
+        raise UserError(f"no {needed}: name it with --{split}-json and --{split}-images")
     for name in names:
         if name in (OWN_TRAIN, OWN_VAL) and name not in DatasetCatalog:
-            split = "train" if name == OWN_TRAIN else "val"
             raise UserError(f"{key} is your own data. Name it again with --{split}-json and --{split}-images.")
         if name not in DatasetCatalog:
             raise UserError(

@@ -227,6 +227,14 @@ def keyed_numpy_randomness(*key: int) -> Iterator[None]:
         np.random.set_state(state)
 
 
+def training_samples(cfg: CfgNode, records: list[dict[str, Any]]) -> KeyedSamples:
+    """Build the training set of some records, augmented as `INPUT` says."""
+    # The model pads with zeros once the mean is subtracted.
+    fill = tuple(round(mean) for mean in cfg.MODEL.PIXEL_MEAN)
+    copy_paste = CopyPaste(cfg.INPUT.COPY_PASTE.PROB, fill) if cfg.INPUT.COPY_PASTE.ENABLED else None
+    return KeyedSamples(records, NamingMapper(cfg, True), cfg.SEED, copy_paste)
+
+
 def build_test_loader(name: str, mapper: NamingMapper, workers: int) -> Loader:
     """Build the loader of this process's share, one image per batch."""
     records = get_detection_dataset_dicts([name], filter_empty=False)

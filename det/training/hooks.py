@@ -31,10 +31,7 @@ _Results = dict[str, dict[str, float]]
 class EvaluationHook(hooks.EvalHook):
     """detectron2's evaluation, which keeps the best weights and leaves out a run that failed in its last step.
 
-    Args:
-        period: steps between evaluations; 0 evaluates at the end only.
-        evaluate: returns the results of the weights, see `det.evaluate`.
-        checkpointer: of the run.
+    `period` counts the steps between evaluations; 0 evaluates at the end only.
     """
 
     def __init__(self, period: int, evaluate: Callable[[], _Results], checkpointer: AtomicCheckpointer) -> None:
@@ -68,11 +65,7 @@ def _without_many_classes(numbers: dict[str, float]) -> dict[str, float]:
 
 
 def keep_best(checkpointer: AtomicCheckpointer, results: _Results, iteration: int) -> None:
-    """Write `model_best.pth` if the AP is the run's highest.
-
-    The AP is that of masks, or else of boxes. The record is read from `model_best.json`, so that it also counts after a
-    run that was cut off.
-    """
+    """Write `model_best.pth` if the AP of masks, else boxes, is the highest."""
     task = "segm" if "segm" in results else "bbox"
     metric, found = f"{task}/AP", results[task]["AP"]
     path = Path(checkpointer.save_dir, BEST_RECORD)
@@ -86,12 +79,7 @@ def keep_best(checkpointer: AtomicCheckpointer, results: _Results, iteration: in
 
 
 class StopBetweenSteps(HookBase):
-    """Save and end the run after Ctrl-C or SIGTERM.
-
-    Args:
-        checkpointer: of the run.
-        request: where the signal is noted.
-    """
+    """Save and end the run after Ctrl-C or SIGTERM."""
 
     def __init__(self, checkpointer: AtomicCheckpointer, request: StopRequest) -> None:
         self.checkpointer, self.request = checkpointer, request
@@ -99,11 +87,7 @@ class StopBetweenSteps(HookBase):
     def after_step(self) -> None:
         """End the run if a process was asked to stop.
 
-        Several processes agree on it every `STOP_PERIOD` steps.
-
-        Raises:
-            KeyboardInterrupt: after Ctrl-C.
-            SystemExit: after SIGTERM.
+        Ctrl-C becomes a KeyboardInterrupt, SIGTERM a SystemExit.
         """
         done = self.trainer.iter + 1
         if comm.get_world_size() > 1:
