@@ -22,8 +22,9 @@ from crossmae.errors import UserError
 from crossmae.files import read_json
 from det.data.coco_checks import (
     Finding,
+    Findings,
+    check_categories,
     file_name,
-    find_category_faults,
     find_faults,
     is_lvis,
     paused_garbage_collection,
@@ -59,9 +60,6 @@ class Dropped:
     images: frozenset[int] = frozenset()
     annotations: frozenset[int] = frozenset()
     polygons: frozenset[int] = frozenset()
-
-
-NOTHING_DROPPED = Dropped()
 
 
 def register_coco(
@@ -105,13 +103,16 @@ def register_coco(
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     lvis = is_lvis(content)
-    if dropped == NOTHING_DROPPED and not lvis and all("file_name" in image for image in content["images"]):
+    if dropped == Dropped() and not lvis and all("file_name" in image for image in content["images"]):
         register_coco_instances(name, {}, str(json_path), str(images))
     else:
         DatasetCatalog.register(name, lambda: _load_cleaned(name))
         paths = {"json_file": str(json_path), "image_root": str(images)}
         MetadataCatalog.get(name).set(evaluator_type="lvis" if lvis else "coco", dropped=dropped, **paths)
-    MetadataCatalog.get(name).set(class_image_count=images_of_each_class(cleaned))  # for the federated loss
+    pairs = {(annotation["category_id"], annotation["image_id"]) for annotation in cleaned["annotations"]}
+    images_of = Counter(category for category, _ in pairs)
+    counts = [{"id": entry["id"], "image_count": images_of[entry["id"]]} for entry in cleaned["categories"]]
+    MetadataCatalog.get(name).set(class_image_count=counts)  # for detectron2's federated loss
     kept = [annotation for annotation in cleaned["annotations"] if not annotation.get("iscrowd", 0)]
     return CocoSummary(
         categories=tuple(entry["name"] for entry in sorted(cleaned["categories"], key=lambda entry: entry["id"])),
@@ -125,19 +126,12 @@ def _log_findings(findings: Sequence[Finding], dropped: Dropped, json_path: str 
     """Log what is left out, and what is good to know."""
     counts = {rank: ", ".join(f"{one.kind.name} {len(one.positions)}" for one in findings if one.rank is rank)
               for rank in Rank}  # fmt: skip
-    if dropped != NOTHING_DROPPED:
+    if dropped != Dropped():
         parts = f", polygons of {len(dropped.polygons)} more" if dropped.polygons else ""
         numbers = f"{len(dropped.images)} images and {len(dropped.annotations)} annotations{parts}"
         log.warning("%s: left out by DATASETS.DROP: %s: %s", json_path, numbers, counts[Rank.DROPPABLE])
     if counts[Rank.INFORMATION]:
         log.info("%s: good to know: %s", json_path, counts[Rank.INFORMATION])
-
-
-def images_of_each_class(content: dict[str, Any]) -> list[dict[str, int]]:
-    """Count the images of each class for detectron2's federated loss."""
-    pairs = {(annotation["category_id"], annotation["image_id"]) for annotation in content["annotations"]}
-    counts = Counter(category for category, _ in pairs)
-    return [{"id": entry["id"], "image_count": counts[entry["id"]]} for entry in content["categories"]]
 
 
 def mask_kind(annotation: dict[str, Any]) -> str:
@@ -149,14 +143,13 @@ def mask_kind(annotation: dict[str, Any]) -> str:
 def ground_truth(name: str) -> dict[str, Any]:
     """Read the COCO file of a registered data set without dropped entries.
 
-    An annotation of id 0 gets another id, because pycocotools takes a match with 0 for none. A data set without a
-    readable COCO file is a UserError.
+    An annotation of id 0 gets another id, because pycocotools takes a match with 0 for none.
     """
     metadata = MetadataCatalog.get(name)
     path = metadata.get("json_file")
     if path is None:
         raise UserError(f"{name}: this data set has no file in COCO format (its metadata lack 'json_file')")
-    content = clean(read_coco(path), metadata.get("dropped", NOTHING_DROPPED))
+    content = clean(read_coco(path), metadata.get("dropped", Dropped()))
     taken = {annotation["id"] for annotation in content["annotations"]}
     free = next(number for number in count(1) if number not in taken)
     for annotation in content["annotations"]:
@@ -255,22 +248,17 @@ def describe_faults(faults: Sequence[Finding], drop: Sequence[str] = ()) -> str:
 
 
 def read_coco(path: str | Path) -> dict[str, Any]:
-    """Read a COCO file.
-
-    Raises:
-        UserError: no such file, not JSON, or one of its three lists is missing, empty, or has other entries than
-            dictionaries.
-    """
+    """Read a COCO file with three non-empty lists of dictionaries."""
     return _read_lists(path, "images", "annotations", "categories")
 
 
 def read_categories(path: str | Path) -> list[tuple[int, str]]:
     """Read ids and names of categories from JSON, by rising id."""
-    categories = _read_lists(path, "categories")["categories"]
-    faults = [one for one in find_category_faults(categories) if one.rank is not Rank.INFORMATION]
-    if faults:
+    found = Findings(_read_lists(path, "categories"))
+    check_categories(found)
+    if faults := [one for one in found.all.values() if one.rank is not Rank.INFORMATION]:
         raise UserError(f"{path}: {describe_faults(faults)}")
-    return sorted((entry["id"], entry["name"]) for entry in categories)
+    return sorted((entry["id"], entry["name"]) for entry in found.content["categories"])
 
 
 def _read_lists(path: str | Path, *keys: str) -> dict[str, Any]:
@@ -293,9 +281,6 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
 
     `DATASETS.DROP` and `MODEL.MASK_ON` are read; the data sets, the number of classes and the mask format are set and
     logged. Each of `train` and `val` is a COCO file and an image folder, or None; two None change nothing.
-
-    Raises:
-        UserError: see `register_coco`; the training file has only crowd regions; or the categories differ.
     """
     summaries = []
     masks, drop = cfg.MODEL.MASK_ON, cfg.DATASETS.DROP
