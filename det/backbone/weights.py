@@ -47,11 +47,7 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False)
     """Fill a detector from `MODEL.WEIGHTS`, an encoder or a whole detector.
 
     To train on from a detector of another number of classes, its layers with one output per class are left out.
-
-    Args:
-        model: from `detectron2.modeling.build_model`, its backbone `build_crossmae_vitdet_backbone`.
-        cfg: names the file and says how pixels are normalised.
-        detector_only: refuse a file with an encoder only; for evaluation, which needs trained heads.
+    Evaluation needs trained heads: with `detector_only`, a file with an encoder only is refused.
 
     Returns:
         The result for every tensor, or None where `MODEL.WEIGHTS` is empty and the weights stay random.
@@ -88,10 +84,7 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False)
 
 
 def find_detector(path: Path) -> Path:
-    """Find the best or last weights of a run.
-
-    A path that is no folder of a run comes back as it is.
-    """
+    """Find the best or last weights if `path` is a run's folder."""
     if not path.is_dir():
         return path
     names = [BEST]
@@ -101,11 +94,7 @@ def find_detector(path: Path) -> Path:
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
-    """Build detectron2's model, with errors that name the section.
-
-    Raises:
-        UserError: `MODEL.*` names something that does not exist, or values that do not go together.
-    """
+    """Build detectron2's model, with errors that name the section."""
     try:
         model: nn.Module = build_model(cfg)
     except UserError:
@@ -148,12 +137,7 @@ def count_classes(tensors: Mapping[str, Tensor]) -> int:
 
 
 def warn_of_other_settings(settings: Mapping[str, Any], path: Path) -> None:
-    """Warn about settings that differ from a detector's own config.
-
-    Args:
-        settings: by dotted key.
-        path: config next to the weights; may not exist.
-    """
+    """Warn about settings that differ from a detector's own config."""
     recorded = read_yaml(path) if path.is_file() else {}
     for key, given in settings.items():
         value: Any = recorded
@@ -182,11 +166,7 @@ def fit_patches(weights: Weights, patch_size: int) -> Weights:
 
 
 def check_architecture(net: ViT, weights: Weights) -> None:
-    """Compare the encoder of a file with the one that `MODEL.VIT.*` describes.
-
-    Raises:
-        UserError: names every key that differs, its value, and the value that fits the file.
-    """
+    """Reject a file whose encoder is not the one of `MODEL.VIT.*`."""
     found = encoder_arguments(encoder_tensors(weights), weights.metadata)
     found["pretrain_img_size"] = found.pop("img_size", net.pretrain_img_size)
     wrong = [name for name in SHOWN if found.get(name, getattr(net, name)) != getattr(net, name)]
@@ -203,16 +183,7 @@ def check_architecture(net: ViT, weights: Weights) -> None:
 
 
 def check_pixels(weights: Weights, image_format: str, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Compare the pixel statistics that a file records with the config's.
-
-    Args:
-        weights: of an encoder.
-        image_format: order of the channels, RGB or BGR.
-        mean, std: per channel, of pixels from 0 to 255.
-
-    Raises:
-        UserError: names the key and the value that fits the file.
-    """
+    """Reject other pixel statistics (0 to 255) than an encoder's file records."""
     for field, key, given in ((PIXEL_MEAN, "PIXEL_MEAN", list(mean)), (PIXEL_STD, "PIXEL_STD", list(std))):
         if weights.metadata.get(field, UNKNOWN) == UNKNOWN:
             continue
