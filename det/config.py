@@ -315,7 +315,7 @@ def _read_with_base(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[P
 
 
 def flatten(tree: dict[str, Any], node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys and values of a tree with the sections of `node`."""
+    """Yield dotted keys and values, with `node` for the sections."""
     for key, value in tree.items():
         if isinstance(value, dict) and isinstance(node.get(key), CfgNode):
             yield from flatten(value, node[key], f"{prefix}{key}.")

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crossmae.errors import UserError, run_cli
-from crossmae.files import check_writable, make_folder, printable, write_atomically
+from crossmae.files import check_destination, check_writable, make_folder, printable, write_atomically
 from det.config import load_det_config
 from det.data.coco import check_registered, use_own_data
 from det.data.loader import build_train_loader, refuse_unreadable, training_samples
@@ -47,11 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--train-images", metavar="DIR", help="folder of the images that --train-json names")
     parser.add_argument("--num-images", type=int, default=16, metavar="N", help="number of images (%(default)s)")
     parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("outputs/training_data.png"),
-        metavar="FILE",
-        help="picture to write, or replace, .png or .jpg (%(default)s)",
+        "--output", type=Path, default=Path("outputs/training_data.png"), metavar="FILE", help=".png or .jpg to write"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE | KEY=VALUE", help="replace settings of the file")
     return parser
@@ -65,7 +61,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--num-images {args.num_images}: expected a number from 1")
     if (args.train_json is None) != (args.train_images is None):
         raise UserError("--train-json and --train-images belong together: give both or none")
-    check_output(args.output)
+    if args.output.suffix.lower() not in FORMATS:
+        raise UserError(f"--output {args.output}: expected a name that ends in {', '.join(FORMATS)}")
+    check_destination(args.output, force=True)
+    check_writable(args.output.parent, "--output")
     cfg = load_det_config(args.config_file, args.overrides)
     use_own_data(cfg, (args.train_json, args.train_images) if args.train_json else None, None)
     check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN", "training data")
@@ -78,15 +77,6 @@ def main(argv: list[str] | None = None) -> None:
     form = FORMATS[args.output.suffix.lower()]
     write_atomically(args.output, lambda temporary: sheet.save(temporary, format=form, quality=JPEG_QUALITY))
     print(f"the first {len(samples)} training images: {args.output}")
-
-
-def check_output(path: Path) -> None:
-    """Raise a `UserError` for a picture that cannot be written."""
-    if path.suffix.lower() not in FORMATS:
-        raise UserError(f"--output {path}: expected a name that ends in {', '.join(FORMATS)}")
-    if path.is_dir():
-        raise UserError(f"--output {path}: is a folder; name a file in it")
-    check_writable(path.parent, "--output")
 
 
 def padded_samples(cfg: CfgNode) -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:

@@ -25,7 +25,7 @@ from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_hom
 from crossmae.errors import UserError
 from crossmae.training.config import read_yaml
 from det.backbone.vit import ViT
-from det.config import lookup
+from det.config import flatten, lookup
 from det.evaluation.run_files import BEST, CONFIG, FINAL, LAST
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,8 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False)
         weights = read_weights(find_detector(Path(path)))
         if weights.format == "detector":
             config = weights.path.with_name(CONFIG)
-            warn_of_other_settings({key: lookup(cfg, key) for key in COMPARED_SETTINGS}, config)
+            recorded = dict(flatten(read_yaml(config), cfg)) if config.is_file() else {}
+            warn_of_other_settings({key: lookup(cfg, key) for key in COMPARED_SETTINGS}, recorded, config)
             report = _load_detector(model, weights, config, detector_only)
         elif detector_only:
             raise UserError(f"{path} holds an encoder only; evaluation needs a trained detector")
@@ -136,13 +137,10 @@ def count_classes(tensors: Mapping[str, Tensor]) -> int:
     return 0 if scores is None else len(scores) - 1  # the last row is the background
 
 
-def warn_of_other_settings(settings: Mapping[str, Any], path: Path) -> None:
+def warn_of_other_settings(settings: Mapping[str, Any], recorded: Mapping[str, Any], path: Path) -> None:
     """Warn about settings that differ from a detector's own config."""
-    recorded = read_yaml(path) if path.is_file() else {}
     for key, given in settings.items():
-        value: Any = recorded
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+        value = recorded.get(key)
         if value is not None and value != (list(given) if isinstance(given, (tuple, list)) else given):
             log.warning("%s is %s, but the detector was trained with %s (%s)", key, given, value, path)
 

@@ -319,7 +319,7 @@ def check_classes(names: Sequence[str], num_classes: int) -> None:
 
 
 def check_registered(names: tuple[str, ...], key: str, needed: str = "") -> None:
-    """Reject data sets that are unknown, lack files, or are `needed` and absent."""
+    """Reject unknown data sets, missing files, and none where `needed`."""
     split = "train" if key == "DATASETS.TRAIN" else "val"
     if needed and not names:
         raise UserError(f"no {needed}: name it with --{split}-json and --{split}-images")

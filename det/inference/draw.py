@@ -104,7 +104,7 @@ def draw_instances(
     longest_side: int | None = None,
     letters: float = LETTER_SIZE,
 ) -> NDArray[np.uint8]:
-    """Draw instances over a copy of an image (H, W, 3) uint8 RGB.
+    """Draw instances over a copy of an RGB image (H, W, 3).
 
     Large objects are drawn first, so that small objects stay visible. Labels avoid each other where their boxes leave
     room; otherwise the highest score comes on top. A wrong image or mask shape is a ValueError. The image is first
@@ -157,24 +157,21 @@ def _draw_labels(canvas: Image.Image, instances: Sequence[DrawnInstance], scale:
     """Draw class names and scores on tags inside the picture."""
     draw, pad = ImageDraw.Draw(canvas), round(letters / 6)
     tags: list[Corners] = []
-    order = sorted(instances, key=lambda item: item.score or 0.0, reverse=True)
-    fonts = [label_font(instance.name, letters) for instance in order]
-    for instance, font in zip(order, fonts, strict=True):
-        left, top, right, bottom = draw.textbbox((0, 0), _label(instance), font=font, anchor="la")
+    texts: list[tuple[str, Font, Color, float, float]] = []
+    for instance in sorted(instances, key=lambda item: item.score or 0.0, reverse=True):
+        text = instance.name if instance.score is None else f"{instance.name} {instance.score:.2f}"
+        font = label_font(instance.name, letters)
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=font, anchor="la")
         tag = (right - left + 2 * pad, bottom - top + 2 * pad)
         box = tuple(value * scale for value in instance.box)
         spots = [_at(x, y, tag, canvas.size) for x, y in _spots(box, tag)]
         tags.append(min(spots, key=lambda spot: sum(_overlap(spot, other) for other in tags)))
-    for instance, font, (x0, y0, x1, y1) in reversed(list(zip(order, fonts, tags, strict=True))):
-        color = class_color(instance.class_index)
-        left, top, _, _ = draw.textbbox((0, 0), _label(instance), font=font, anchor="la")
-        draw.rectangle((x0, y0, x1, y1), fill=color)
-        place = (x0 + pad - left, y0 + pad - top)
-        draw.text(place, _label(instance), font=font, fill=_readable_on(color), anchor="la")
-
-
-def _label(instance: DrawnInstance) -> str:
-    return instance.name if instance.score is None else f"{instance.name} {instance.score:.2f}"
+        texts.append((text, font, class_color(instance.class_index), pad - left, pad - top))
+    for corners, (text, font, color, right, down) in reversed(list(zip(tags, texts, strict=True))):
+        draw.rectangle(corners, fill=color)
+        luma = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]  # ITU-R BT.601
+        fill = (0, 0, 0) if luma > 140 else (255, 255, 255)
+        draw.text((corners[0] + right, corners[1] + down), text, font=font, fill=fill, anchor="la")
 
 
 @cache
@@ -220,12 +217,6 @@ def _at(x: float, y: float, tag: tuple[float, float], size: tuple[int, int]) -> 
 def _overlap(one: Corners, other: Corners) -> float:
     width, height = (min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in (0, 1))
     return max(width, 0.0) * max(height, 0.0)
-
-
-def _readable_on(color: Color) -> Color:
-    """Choose black or white by the colour's luma (ITU-R BT.601)."""
-    red, green, blue = color
-    return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)
 
 
 def draw_sheet(pictures: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -> NDArray[np.uint8]:

@@ -185,7 +185,7 @@ def load_exported(path: Path) -> Callable[[Mapping[str, NDArray[Any]]], Arrays]:
 
 
 def fit_image(image: NDArray[np.uint8], size: tuple[int, int]) -> Arrays:
-    """Resize a picture (h, w, 3) uint8 RGB to an export of size H, W.
+    """Resize a picture (h, w, 3), RGB, to an export's size H, W.
 
     Returns:
         `image` (1, 3, H, W) float32, the resized picture with its proportions kept, and zeros to the right or below;

@@ -73,7 +73,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return {"model": self.average.state_dict(), TRAINED: trained}
 
     def write(self, file_name: str, content: dict[str, Any]) -> None:
-        """Write one file of the folder, or reject weights that are not finite."""
+        """Write one file of the folder, and reject weights not finite."""
         for key in ("model", TRAINED):
             if found := describe_non_finite(content.get(key, {})):
                 raise UserError(

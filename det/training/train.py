@@ -26,13 +26,7 @@ from det.data.loader import build_train_loader, training_samples
 from det.evaluation.evaluate import evaluate
 from det.evaluation.report import write_report
 from det.evaluation.run_files import BEST, BEST_RECORD, CONFIG, METRICS, RECORD
-from det.training.checkpoint import (
-    AtomicCheckpointer,
-    check_continues,
-    find_checkpoint,
-    record_run,
-    shared_settings,
-)
+from det.training.checkpoint import AtomicCheckpointer, check_continues, find_checkpoint, record_run, shared_settings
 from det.training.console import early_log, log_file
 from det.training.hooks import EvaluationHook, ProgressBar, StopBetweenSteps
 from det.training.optimizer import StepSchedule, build_scheduler, describe_schedule, parameter_groups, resolve_schedule
