@@ -221,17 +221,13 @@ class DetectorKeys(ConfigKeys):
     TEST: EvaluationKeys
 
 
-def add_crossmae_config(cfg: CfgNode) -> None:
+def add_crossmae_config(cfg: CfgNode, keys: type[ConfigKeys] = DetectorKeys) -> None:
     """Add the keys of `DetectorKeys` to a detectron2 config, in place."""
-    _add_defaults(cfg, DetectorKeys)
-
-
-def _add_defaults(node: CfgNode, keys: type[ConfigKeys]) -> None:
     for name, field in keys.model_fields.items():
         if _is_section(field):
-            _add_defaults(node.setdefault(name, CfgNode()), field.annotation)  # type: ignore[arg-type]
+            add_crossmae_config(cfg.setdefault(name, CfgNode()), field.annotation)  # type: ignore[arg-type]
         elif not field.is_required():
-            node[name] = field.get_default()
+            cfg[name] = field.get_default()
 
 
 def _is_section(field: FieldInfo) -> bool:
@@ -292,12 +288,10 @@ def split_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
         key, separator, value = word.partition("=")
         if not _KEY.fullmatch(key):
             raise UserError(f"command line: expected KEY VALUE or KEY=VALUE, got {word!r}")
-        if not separator:
-            following = next(queue, None)
-            if following is None:
-                raise UserError(f"command line: {key} has no value")
-            value = following
-        pairs.append((key, value))
+        following = value if separator else next(queue, None)
+        if following is None:
+            raise UserError(f"command line: {key} has no value")
+        pairs.append((key, following))
     return pairs
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crossmae.errors import UserError, run_cli
-from crossmae.files import check_destination, check_writable, make_folder, printable, write_atomically
+from crossmae.files import check_writable, make_folder, printable, write_atomically
 from det.config import load_det_config
 from det.data.coco import check_registered, use_own_data
 from det.data.loader import build_train_loader, refuse_unreadable, training_samples
@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--train-json and --train-images belong together: give both or none")
     if args.output.suffix.lower() not in FORMATS:
         raise UserError(f"--output {args.output}: expected a name that ends in {', '.join(FORMATS)}")
-    check_destination(args.output, force=True)
+    if args.output.is_dir():
+        raise UserError(f"--output {args.output}: is a folder. Name a file in it.")
     check_writable(args.output.parent, "--output")
     cfg = load_det_config(args.config_file, args.overrides)
     use_own_data(cfg, (args.train_json, args.train_images) if args.train_json else None, None)

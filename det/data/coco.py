@@ -169,23 +169,18 @@ def _load_cleaned(name: str) -> list[dict[str, Any]]:
 
 def plan_drop(content: dict[str, Any], findings: Sequence[Finding], drop: Sequence[str]) -> Dropped:
     """Choose the entries that `DATASETS.DROP` leaves out."""
-    images: set[int] = set()
-    annotations: set[int] = set()
-    polygons: set[int] = set()
+    gone: dict[str, set[int]] = {"images": set(), "annotations": set(), "polygons": set()}
     for one in findings:
-        if one.kind.name not in drop or one.rank is not Rank.DROPPABLE:
-            continue
-        if one.kind.where == "images":
-            images |= set(one.positions)
-        elif one.kind.name == "degenerate-polygon":
-            polygons = {at for at in one.positions if _sound_polygons(content["annotations"][at])}
-            annotations |= set(one.positions) - polygons
-        else:
-            annotations |= set(one.positions)
+        if one.kind.name in drop and one.rank is Rank.DROPPABLE:
+            polygons = one.positions if one.kind.name == "degenerate-polygon" else ()
+            sound = {at for at in polygons if _sound_polygons(content["annotations"][at])}
+            gone[one.kind.where] |= set(one.positions) - sound
+            gone["polygons"] |= sound
+    images, annotations = gone["images"], gone["annotations"]
     if ids := {content["images"][at]["id"] for at in images}:
         entries = enumerate(content["annotations"])
         annotations |= {at for at, one in entries if type(one.get("image_id")) is int and one["image_id"] in ids}
-    return Dropped(frozenset(images), frozenset(annotations), frozenset(polygons - annotations))
+    return Dropped(frozenset(images), frozenset(annotations), frozenset(gone["polygons"] - annotations))
 
 
 def clean(content: dict[str, Any], dropped: Dropped) -> dict[str, Any]:

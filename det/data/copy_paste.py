@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.structures import BitMasks, Instances
 from torch import Tensor
 from torch.nn import functional as F
 
-from crossmae.data.broken import Unreadable
 from det.data.masks import any_along, tight_boxes
 
 DetectionSample = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class CopyPaste:
-    """Pasting of a random subset of the objects of another sample, all subsets being equally likely.
-
-    `prob` is the probability of pasting at all (the paper's is 1), `fill` the value of each channel of new pixels.
-    """
-
-    prob: float
-    fill: tuple[int, ...]
-
-    def __call__(
-        self, sample: DetectionSample, draw_other: Callable[[], DetectionSample | Unreadable]
-    ) -> DetectionSample | Unreadable:
-        """Return `sample`, with bitmasks, with or without objects of another.
-
-        Random numbers are numpy's global ones. An `Unreadable` other sample is returned as it is.
-        """
-        if np.random.uniform() >= self.prob:
-            return sample
-        other = draw_other()
-        if isinstance(other, Unreadable):
-            return other
-        chosen = np.random.uniform(size=len(other["instances"])) < 0.5
-        return paste_objects(sample, other, torch.from_numpy(chosen), self.fill)
 
 
 def paste_objects(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ from crossmae.data.workers import Loader, usable_workers
 from crossmae.errors import UserError
 from crossmae.files import printable
 from det.config import InputKeys
-from det.data.copy_paste import CopyPaste
+from det.data.copy_paste import paste_objects
 from det.data.masks import moved_masks, tight_boxes
 
 log = logging.getLogger(__name__)
@@ -161,12 +161,21 @@ def refuse_unreadable(batch: list[Any]) -> list[Any]:
 
 
 class KeyedSamples(Dataset[Any]):
-    """Training samples whose augmentation depends on seed, epoch and index only."""
+    """Training samples whose augmentation depends on seed, epoch and index only.
+
+    With probability `paste_prob` (the paper's is 1), a random subset of the objects of a random other sample is pasted,
+    all subsets being equally likely; `fill` is the value of each channel of new pixels.
+    """
 
     def __init__(
-        self, records: list[dict[str, Any]], mapper: NamingMapper, seed: int, copy_paste: CopyPaste | None = None
+        self,
+        records: list[dict[str, Any]],
+        mapper: Callable[[dict[str, Any]], dict[str, Any] | Unreadable],
+        seed: int,
+        paste_prob: float = 0.0,
+        fill: tuple[int, ...] = (),
     ) -> None:
-        self.records, self.mapper, self.seed, self.copy_paste = records, mapper, seed, copy_paste
+        self.records, self.mapper, self.seed, self.paste_prob, self.fill = records, mapper, seed, paste_prob, fill
 
     def __len__(self) -> int:
         return len(self.records)
@@ -176,9 +185,13 @@ class KeyedSamples(Dataset[Any]):
         epoch, index = key
         with keyed_numpy_randomness(self.seed, epoch, index):
             sample = self.mapper(self.records[index])
-            if self.copy_paste is None or isinstance(sample, Unreadable):
+            if isinstance(sample, Unreadable) or np.random.uniform() >= self.paste_prob:
                 return sample
-            return self.copy_paste(sample, lambda: self.mapper(self.records[np.random.randint(len(self))]))
+            other = self.mapper(self.records[np.random.randint(len(self))])
+            if isinstance(other, Unreadable):
+                return other
+            chosen = np.random.uniform(size=len(other["instances"])) < 0.5
+            return paste_objects(sample, other, torch.from_numpy(chosen), self.fill)
 
 
 @contextmanager
@@ -196,8 +209,8 @@ def training_samples(cfg: CfgNode, records: list[dict[str, Any]]) -> KeyedSample
     """Build the training set of some records, augmented as `INPUT` says."""
     # The model pads with zeros once the mean is subtracted.
     fill = tuple(round(mean) for mean in cfg.MODEL.PIXEL_MEAN)
-    copy_paste = CopyPaste(cfg.INPUT.COPY_PASTE.PROB, fill) if cfg.INPUT.COPY_PASTE.ENABLED else None
-    return KeyedSamples(records, NamingMapper(cfg, True), cfg.SEED, copy_paste)
+    prob = cfg.INPUT.COPY_PASTE.PROB if cfg.INPUT.COPY_PASTE.ENABLED else 0.0
+    return KeyedSamples(records, NamingMapper(cfg, True), cfg.SEED, prob, fill)
 
 
 def build_test_loader(name: str, mapper: NamingMapper, workers: int) -> Loader:

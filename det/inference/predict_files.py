@@ -4,8 +4,7 @@
     OUTPUT/NAME.mp4            a video and its objects
     OUTPUT/predictions.json    all predictions as COCO annotations; written last: if it exists, it is complete
 
-Files are read a batch at a time, so that memory stays bounded. A file that cannot be read is skipped and reported; a
-picture or video that cannot be written is also reported.
+Files are read a batch at a time, so that memory stays bounded.
 """
 
 from __future__ import annotations
