@@ -326,7 +326,6 @@ def _merge(cfg: CfgNode, values: dict[str, Any], source: str) -> None:
 
 
 def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
-    """Set one dotted key, keeping its type."""
     *sections, last = str(key).split(".")
     node: Any = cfg
     for section in sections:

@@ -61,7 +61,6 @@ class SpatialAttention(Attention):
         return self.proj(window_unpartition(self._attend(windows), self.window_size, padded, (h, w)))
 
     def _attend(self, qkv: Tensor) -> Tensor:
-        """Attend to all tokens of qkv (B, H, W, 3E)."""
         B, H, W, E3 = qkv.shape
         split = qkv.reshape(B, H * W, 3, self.num_heads, E3 // 3 // self.num_heads)
         q, k, v = split.permute(2, 0, 3, 1, 4)  # each (B, n, N, d)

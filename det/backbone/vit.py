@@ -151,7 +151,6 @@ class ViT(Backbone):
         return self
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Return channels and stride of the feature map."""
         return {"last_feat": ShapeSpec(channels=self.embed_dim, stride=self.patch_size)}
 
 
@@ -165,7 +164,6 @@ class ChannelLayerNorm(ChannelFirstLayerNorm):
     """detectron2's LayerNorm over the channels of (B, C, H, W), in one fused call instead of eight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the channels of (B, C, H, W)."""
         last = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         return last.permute(0, 3, 1, 2)
 

@@ -123,7 +123,6 @@ def register_coco(
 
 
 def _log_findings(findings: Sequence[Finding], dropped: Dropped, json_path: str | Path) -> None:
-    """Log what is left out, and what is good to know."""
     counts = {rank: ", ".join(f"{one.kind.name} {len(one.positions)}" for one in findings if one.rank is rank)
               for rank in Rank}  # fmt: skip
     if dropped != Dropped():

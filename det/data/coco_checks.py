@@ -144,7 +144,6 @@ def is_lvis(content: dict[str, Any]) -> bool:
 
 
 def _check_lvis(found: Findings) -> None:
-    """Check the keys that LVIS evaluation reads."""
     lists = ("neg_category_ids", "not_exhaustive_category_ids")
     lacking = {
         position: "no list " + " and no list ".join(missing)
@@ -166,7 +165,6 @@ def file_name(image: dict[str, Any]) -> Any:
 
 
 def _repeated(values: Iterable[tuple[int, Any]]) -> list[int]:
-    """Find positions of values that occur earlier."""
     seen: set[Any] = set()
     repeated = []
     for position, value in values:
@@ -260,7 +258,6 @@ def _check_images(found: Findings) -> dict[int, int]:
 
 
 def _check_files(found: Findings, folder: Path, known: dict[int, int]) -> None:
-    """Check that image files are present, complete, and of the right size."""
     entries = found.content["images"]
     sound = [at for at in sorted(known.values()) if not _image_fault(entries[at])]
     names = {at: name for at in sound if not leaves_folder(name := file_name(entries[at]))}

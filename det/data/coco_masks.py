@@ -42,7 +42,6 @@ class Masks:
     faults: dict[str, dict[int, str]] = field(default_factory=dict)
 
     def blame(self, kind: str, row: int, text: str = "") -> None:
-        """Record a fault."""
         self.faults.setdefault(kind, {}).setdefault(row, text)
 
 

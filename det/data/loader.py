@@ -130,7 +130,6 @@ class NamingMapper(DatasetMapper):
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: T.TransformList, image_shape: tuple[int, int]
     ) -> None:
-        """Replace `annotations` by `instances`."""
         kept = [entry for entry in dataset_dict.pop("annotations") if not entry.get("iscrowd", 0)]
         masks = [entry.pop("segmentation", None) for entry in kept]
         for entry in kept:
@@ -181,7 +180,6 @@ class KeyedSamples(Dataset[Any]):
         return len(self.records)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | Unreadable:
-        """Return a sample by (epoch, index)."""
         epoch, index = key
         with keyed_numpy_randomness(self.seed, epoch, index):
             sample = self.mapper(self.records[index])

@@ -100,13 +100,12 @@ def compare_images(
     for entry in chosen:
         pixels = read_rgb(images / file_name(dict(entry)))
         of_both = true[entry["id"]], found[entry["id"]]
-        drawn = (_draw(pixels, objects, categories, side) for objects in of_both)
+        truth, prediction = (_draw(pixels, objects, categories, side) for objects in of_both)
         names = ([categories[one["category_id"]] for one in objects] for objects in of_both)
-        yield Comparison(file_name(dict(entry)), *drawn, *names)
+        yield Comparison(file_name(dict(entry)), truth, prediction, *names)
 
 
 def _by_image(entries: Iterator[Annotation], ids: set[Any]) -> dict[Any, list[Annotation]]:
-    """Group the entries of some images by image id."""
     grouped = defaultdict(list)
     for entry in entries:
         if entry["image_id"] in ids:
@@ -145,7 +144,6 @@ def _reduce(instance: DrawnInstance, size: tuple[int, int], given: tuple[int, in
 
 
 def _side_by_side(one: Comparison) -> NDArray[np.uint8]:
-    """Join both drawings under a strip with their names."""
     height, width = one.truth.shape[:2]
     canvas = Image.new("RGB", (2 * width + _GAP, height + _STRIP), _DARK)
     name = printable(one.name)

@@ -129,7 +129,6 @@ def draw_instances(
 
 
 def _draw_mask(canvas: Image.Image, mask: NDArray[np.bool_], color: Color, scale: float, unit: float) -> None:
-    """Tint the area of a mask and draw the outline."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not rows.size:
         return
@@ -154,7 +153,6 @@ def _draw_mask(canvas: Image.Image, mask: NDArray[np.bool_], color: Color, scale
 
 
 def _draw_labels(canvas: Image.Image, instances: Sequence[DrawnInstance], scale: float, letters: float) -> None:
-    """Draw class names and scores on tags inside the picture."""
     draw, pad = ImageDraw.Draw(canvas), round(letters / 6)
     tags: list[Corners] = []
     texts: list[tuple[str, Font, Color, float, float]] = []

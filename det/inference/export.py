@@ -136,7 +136,6 @@ def _check_request(model: GeneralizedRCNN, path: Path, size: tuple[int, int], ba
 def _write(
     model: GeneralizedRCNN, path: Path, size: tuple[int, int], backbone_only: bool, metadata: dict[str, str]
 ) -> None:
-    """Export and write one file, or two with separate weights."""
     exportable = (ExportableBackbone if backbone_only else ExportableDetector)(model, size).eval()
     example = (torch.zeros(1, 3, *size), torch.tensor(size))
     try:
@@ -201,7 +200,6 @@ def fit_image(image: NDArray[np.uint8], size: tuple[int, int]) -> Arrays:
 
 
 def _shapes(size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Draw coloured squares and circles on noise."""
     random = np.random.default_rng(0)
     height, width = size[0], max(1, size[1] * 3 // 4)
     picture = random.integers(90, 150, (height, width, 3)).astype(np.uint8)

@@ -121,7 +121,6 @@ class Predictor:
         return [found[index] for index in range(len(inputs))]
 
     def _padded_size(self, image: torch.Tensor) -> tuple[int, ...]:
-        """Return the padded size of an image (C, h, w)."""
         constraints = self.model.backbone.padding_constraints
         if constraints.get("square_size"):
             return (constraints["square_size"],)

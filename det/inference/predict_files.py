@@ -69,7 +69,6 @@ def find_media(arguments: Sequence[str]) -> tuple[Path, list[MediaInput]]:
 
 
 def _expand_home(argument: str) -> str:
-    """Replace `~` by the home folder unless it names a file."""
     expanded = argument if os.path.lexists(argument) else os.path.expanduser(argument)
     return os.path.abspath(expanded) if expanded.startswith("~") else expanded
 
@@ -242,7 +241,6 @@ class CocoStream:
         return annotations
 
     def finish(self, info: dict[str, Any]) -> None:
-        """Write the rest of the file."""
         self.annotations.close()
         rest = {"images": self.images, "categories": self.classes.categories(), "info": info}
         self.file.write(", " + json.dumps(rest, ensure_ascii=False, allow_nan=False)[1:] + "\n")

@@ -40,7 +40,6 @@ class EvaluationHook(hooks.EvalHook):
         self.results: _Results = {}
 
     def after_train(self) -> None:
-        """Evaluate at the end, if the run has reached it."""
         if self.trainer.iter >= self.trainer.max_iter:
             super().after_train()
 
@@ -106,16 +105,13 @@ class ProgressBar(HookBase):
     """Steps done, time left, loss and learning rate on one line."""
 
     def before_train(self) -> None:
-        """Start the line."""
         start, total = self.trainer.start_iter, self.trainer.max_iter
         self.bar = tqdm(initial=start, total=total, desc="train", unit="it", dynamic_ncols=True)
 
     def after_step(self) -> None:
-        """Advance the line."""
         loss, lr = (self.trainer.storage.history(name).latest() for name in ("total_loss", "lr"))
         self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
         self.bar.update()
 
     def after_train(self) -> None:
-        """End the line, also after a failure."""
         self.bar.close()

@@ -88,7 +88,6 @@ class StepTrainer(SimpleTrainer):
         return {name: value.detach() for name, value in losses.items()}
 
     def _update(self) -> None:
-        """Update the weights if every gradient is finite."""
         if not self.scaler.is_enabled():
             gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
             norm = nn.utils.get_total_norm(gradients.values())
@@ -107,14 +106,12 @@ class StepTrainer(SimpleTrainer):
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of hooks, optimizer and float16 scale."""
         state: dict[str, Any] = super().state_dict()
         inner = {"iteration": state["iteration"], "optimizer": state.pop("optimizer")}
         scale = {"grad_scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
         return state | {"_trainer": inner | scale}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the result of `state_dict`."""
         inner = state_dict["_trainer"]
         super().load_state_dict(state_dict | {"optimizer": inner["optimizer"]})
         if self.scaler.is_enabled() and "grad_scaler" in inner:
