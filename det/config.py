@@ -10,6 +10,9 @@ import difflib
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -26,8 +29,6 @@ log = logging.getLogger(__name__)
 
 BASE_KEY = "_BASE_"
 _KEY = re.compile(r"[A-Z_][A-Z0-9_]*(\.[A-Z0-9_]+)*")
-
-
 # Keys in steps, and the same in epochs or shares of the run: what a later file or the command line sets counts.
 BY_EPOCHS = {
     "SOLVER.MAX_ITER": "SOLVER.EPOCHS",
@@ -220,17 +221,13 @@ class DetectorKeys(ConfigKeys):
     TEST: EvaluationKeys
 
 
-def add_crossmae_config(cfg: CfgNode) -> None:
+def add_crossmae_config(cfg: CfgNode, keys: type[ConfigKeys] = DetectorKeys) -> None:
     """Add the keys of `DetectorKeys` to a detectron2 config, in place."""
-    _add_defaults(cfg, DetectorKeys)
-
-
-def _add_defaults(node: CfgNode, keys: type[ConfigKeys]) -> None:
     for name, field in keys.model_fields.items():
         if _is_section(field):
-            _add_defaults(node.setdefault(name, CfgNode()), field.annotation)  # type: ignore[arg-type]
+            add_crossmae_config(cfg.setdefault(name, CfgNode()), field.annotation)  # type: ignore[arg-type]
         elif not field.is_required():
-            node[name] = field.get_default()
+            cfg[name] = field.get_default()
 
 
 def _is_section(field: FieldInfo) -> bool:
@@ -238,14 +235,11 @@ def _is_section(field: FieldInfo) -> bool:
 
 
 def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
-    """Read a detection config.
+    """Read and check a detection config.
 
     Args:
         name: a path, or a name under configs/.
         overrides: `KEY VALUE` and `KEY=VALUE` words, mixed as you like; values are Python literals or plain text.
-
-    Returns:
-        The checked config; not frozen.
 
     Raises:
         UserError: no such file, no YAML, an unknown key, a wrong type, a value out of range; names file and key.
@@ -253,7 +247,7 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
     cfg = get_cfg()
     add_crossmae_config(cfg)
     for path, tree in _read_with_base(resolve_config_path(name)):
-        _merge(cfg, dict(_flatten(tree, cfg)), str(path))
+        _merge(cfg, dict(flatten(tree, cfg)), str(path))
     given = dict(split_overrides(overrides))
     for by_steps, by_epochs in BY_EPOCHS.items():
         if by_steps in given and by_epochs in given:
@@ -269,12 +263,7 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
 def choose_device(cfg: CfgNode, asked: bool) -> None:
     """Train on the CPU where there is no GPU.
 
-    Args:
-        cfg: `MODEL.DEVICE` and `SOLVER.AMP.ENABLED` are changed in place.
-        asked: the user asked for this device, so that no other will do.
-
-    Raises:
-        UserError: a GPU was asked for that does not exist.
+    `MODEL.DEVICE` and `SOLVER.AMP.ENABLED` change in place. A missing GPU is a `UserError` if the user `asked` for it.
     """
     device, count = cfg.MODEL.DEVICE, torch.cuda.device_count()
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -293,22 +282,16 @@ def choose_device(cfg: CfgNode, asked: bool) -> None:
 
 
 def split_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Split `["A.B", "1", "C=2"]` into `[("A.B", "1"), ("C", "2")]`.
-
-    Raises:
-        UserError: a word is no key where a key is expected, or the last key has no value.
-    """
+    """Split `["A.B", "1", "C=2"]` into `[("A.B", "1"), ("C", "2")]`."""
     pairs, queue = [], iter(words)
     for word in queue:
         key, separator, value = word.partition("=")
         if not _KEY.fullmatch(key):
             raise UserError(f"command line: expected KEY VALUE or KEY=VALUE, got {word!r}")
-        if not separator:
-            following = next(queue, None)
-            if following is None:
-                raise UserError(f"command line: {key} has no value")
-            value = following
-        pairs.append((key, value))
+        following = value if separator else next(queue, None)
+        if following is None:
+            raise UserError(f"command line: {key} has no value")
+        pairs.append((key, following))
     return pairs
 
 
@@ -325,10 +308,11 @@ def _read_with_base(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[P
     yield path, tree
 
 
-def _flatten(tree: dict[str, Any], node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: dict[str, Any], node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values, with `node` for the sections."""
     for key, value in tree.items():
         if isinstance(value, dict) and isinstance(node.get(key), CfgNode):
-            yield from _flatten(value, node[key], f"{prefix}{key}.")
+            yield from flatten(value, node[key], f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -342,13 +326,12 @@ def _merge(cfg: CfgNode, values: dict[str, Any], source: str) -> None:
 
 
 def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
-    """Set one dotted key, keeping its type."""
     *sections, last = str(key).split(".")
     node: Any = cfg
     for section in sections:
         node = node.get(section) if isinstance(node, CfgNode) else None
     if not isinstance(node, CfgNode) or last not in node:
-        near = difflib.get_close_matches(str(key), list(leaf_keys(cfg)), n=1)
+        near = difflib.get_close_matches(str(key), list(dict(flatten(cfg, cfg))), n=1)
         raise UserError(f"{source}: unknown key {key}" + (f" (did you mean {near[0]}?)" if near else ""))
     default = node[last]
     if isinstance(default, CfgNode):
@@ -362,25 +345,15 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
 
 def lookup(cfg: CfgNode, key: str) -> Any:
     """Look up a dotted key."""
-    value: Any = cfg
-    for part in key.split("."):
-        value = value[part]
-    return value
-
-
-def leaf_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
-    """List the dotted keys that are no sections."""
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from leaf_keys(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
+    return reduce(getitem, key.split("."), cfg)
 
 
 def _coerce(value: Any, default: Any) -> Any:
     """Convert a value to the type of `default`, or raise a TypeError."""
     if isinstance(value, str) and not isinstance(default, str):
-        value = _literal(value)
+        boolean = value.lower() in ("true", "false")
+        with suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value.capitalize() if boolean else value)
     if default is None or type(value) is type(default):
         return value
     if isinstance(default, float) and type(value) is int:
@@ -390,21 +363,8 @@ def _coerce(value: Any, default: Any) -> Any:
     raise TypeError
 
 
-def _literal(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
 def check_config(cfg: CfgNode) -> None:
-    """Check values beyond their type, and pairs that contradict each other.
-
-    Raises:
-        UserError: names the key, its value and what it must be.
-    """
+    """Check values, and pairs that contradict each other."""
     keys = read_keys(cfg)
     vit, images, lsj = keys.MODEL.VIT, keys.INPUT, keys.INPUT.LSJ
     outside = [index for index in vit.GLOBAL_BLOCKS if index not in range(vit.DEPTH)]

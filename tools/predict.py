@@ -58,7 +58,12 @@ def main(argv: list[str] | None = None) -> None:
     set_up_console()
     settings = [word for word in args.words if SETTING.fullmatch(word) and not os.path.exists(word)]
     inputs = [word for word in args.words if word not in settings]
-    check_numbers(args, inputs)
+    if not 0 <= args.score_threshold < 1:
+        raise UserError(f"--score-threshold {args.score_threshold}: expected a number from 0 to less than 1")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: expected a number from 1")
+    if not inputs:
+        raise UserError("nothing to predict: name images, folders, patterns or videos")
     root, media = find_media(inputs)
     check_output(args.output, media, inputs, args.force)
     # In the config, because masks are made only of objects that are kept; later settings on the command line win.
@@ -66,23 +71,13 @@ def main(argv: list[str] | None = None) -> None:
     predictor = Predictor(read_config(args.config_file, args.weights, settings), args.weights, masks=not args.no_masks)
     classes = find_classes(predictor, args.classes)
     job = FilePredictions(predictor, classes, args.output, args.batch_size, draw=not args.no_pictures)
+    info = {"image_folder": str(root), "weights": str(predictor.weights), "score_threshold": predictor.score_threshold}
     try:
-        job.write(media, {"image_folder": str(root), "weights": str(predictor.weights),
-                          "score_threshold": predictor.score_threshold})  # fmt: skip
+        job.write(media, info)
     except torch.OutOfMemoryError:
         raise UserError(f"--batch-size {args.batch_size}: too many images for the memory of the GPU") from None
     print(f"{job.objects} objects in {job.images} images: {args.output / COCO_FILE}")
     exit_if_any(job.failures, f"of {len(media)} files, these could not be read or not be written:")
-
-
-def check_numbers(args: argparse.Namespace, inputs: list[str]) -> None:
-    """Reject numbers out of range and an empty list of inputs."""
-    if not 0 <= args.score_threshold < 1:
-        raise UserError(f"--score-threshold {args.score_threshold}: expected a number from 0 to less than 1")
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: expected a number from 1")
-    if not inputs:
-        raise UserError("nothing to predict: name images, folders, patterns or videos")
 
 
 if __name__ == "__main__":

@@ -29,8 +29,7 @@ from crossmae.errors import UserError, run_cli
 from crossmae.files import check_writable, make_folder, printable, write_atomically
 from det.config import load_det_config
 from det.data.coco import check_registered, use_own_data
-from det.data.copy_paste import build_copy_paste
-from det.data.loader import KeyedSamples, NamingMapper, build_train_loader, refuse_unreadable
+from det.data.loader import build_train_loader, refuse_unreadable, training_samples
 from det.inference.draw import draw_instances, draw_sheet, instances_from_detectron2
 from det.training.console import set_up_console
 
@@ -48,11 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--train-images", metavar="DIR", help="folder of the images that --train-json names")
     parser.add_argument("--num-images", type=int, default=16, metavar="N", help="number of images (%(default)s)")
     parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("outputs/training_data.png"),
-        metavar="FILE",
-        help="picture to write, or replace, .png or .jpg (%(default)s)",
+        "--output", type=Path, default=Path("outputs/training_data.png"), metavar="FILE", help=".png or .jpg to write"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE | KEY=VALUE", help="replace settings of the file")
     return parser
@@ -66,13 +61,15 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--num-images {args.num_images}: expected a number from 1")
     if (args.train_json is None) != (args.train_images is None):
         raise UserError("--train-json and --train-images belong together: give both or none")
-    check_output(args.output)
+    if args.output.suffix.lower() not in FORMATS:
+        raise UserError(f"--output {args.output}: expected a name that ends in {', '.join(FORMATS)}")
+    if args.output.is_dir():
+        raise UserError(f"--output {args.output}: is a folder. Name a file in it.")
+    check_writable(args.output.parent, "--output")
     cfg = load_det_config(args.config_file, args.overrides)
     use_own_data(cfg, (args.train_json, args.train_images) if args.train_json else None, None)
-    check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
-    if not cfg.DATASETS.TRAIN:
-        raise UserError("no training data: name it with --train-json and --train-images")
-    samples = list(islice(training_samples(cfg), args.num_images))
+    check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN", "training data")
+    samples = list(islice(padded_samples(cfg), args.num_images))
     names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes
     pictures = [draw_sample(pixels, sample, names) for pixels, sample in samples]
     captions = [caption(sample, pixels) for pixels, sample in samples]
@@ -83,27 +80,15 @@ def main(argv: list[str] | None = None) -> None:
     print(f"the first {len(samples)} training images: {args.output}")
 
 
-def check_output(path: Path) -> None:
-    """Raise a `UserError` for a picture that cannot be written."""
-    if path.suffix.lower() not in FORMATS:
-        raise UserError(f"--output {path}: expected a name that ends in {', '.join(FORMATS)}")
-    if path.is_dir():
-        raise UserError(f"--output {path}: is a folder; name a file in it")
-    check_writable(path.parent, "--output")
-
-
-def training_samples(cfg: CfgNode) -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:
+def padded_samples(cfg: CfgNode) -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:
     """Yield padded images (H, W, 3) and their samples in training order."""
     with torch.device("meta"):  # weights without memory
         backbone = build_backbone(cfg)
-    records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    paste = cfg.INPUT.COPY_PASTE
-    copy_paste = build_copy_paste(paste.ENABLED, paste.PROB, cfg.MODEL.PIXEL_MEAN)
-    samples = KeyedSamples(records, NamingMapper(cfg, True), cfg.SEED, copy_paste)
-    steps, workers = range(cfg.SOLVER.MAX_ITER), cfg.DATALOADER.NUM_WORKERS
     mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
-    loader = build_train_loader(samples, cfg.SOLVER.IMS_PER_BATCH, steps, parts=cfg.SOLVER.ACCUMULATE, workers=workers)
-    for batch in loader:
+    records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    solver, samples, workers = cfg.SOLVER, training_samples(cfg, records), cfg.DATALOADER.NUM_WORKERS
+    steps = range(solver.MAX_ITER)
+    for batch in build_train_loader(samples, solver.IMS_PER_BATCH, steps, parts=solver.ACCUMULATE, workers=workers):
         # As the model does it: the mean is subtracted, so that padding with 0 is padding with the mean.
         images = [sample["image"] - mean for sample in refuse_unreadable(batch)]
         padded = ImageList.from_tensors(images, backbone.size_divisibility, 0.0, backbone.padding_constraints)

@@ -28,8 +28,6 @@ class SpatialAttention(Attention):
     equal to the bias of `qkv`, and they are not masked.
 
     Args:
-        dim: width E.
-        num_heads: attention heads.
         window_size: side of a window in tokens; 0 attends over the whole grid.
         rel_pos_size: side of the grid that the relative position tables are made for; 0 makes none.
         rel_pos_attention: `folded` puts relative positions into extra channels of queries and keys and needs no N x N
@@ -63,7 +61,6 @@ class SpatialAttention(Attention):
         return self.proj(window_unpartition(self._attend(windows), self.window_size, padded, (h, w)))
 
     def _attend(self, qkv: Tensor) -> Tensor:
-        """Attend to all tokens of qkv (B, H, W, 3E)."""
         B, H, W, E3 = qkv.shape
         split = qkv.reshape(B, H * W, 3, self.num_heads, E3 // 3 // self.num_heads)
         q, k, v = split.permute(2, 0, 3, 1, 4)  # each (B, n, N, d)
@@ -86,15 +83,9 @@ def pad_grid(x: Tensor, fill: Tensor, bottom: int, right: int) -> Tensor:
 
 
 def relative_scores(q: Tensor, grid: tuple[int, int], rel_pos_h: Tensor, rel_pos_w: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute relative scores by row and column of the key.
+    """Compute relative scores (B, n, N, H) and (B, n, N, W).
 
-    Args:
-        q: (B, n, N, d) queries, not scaled.
-        grid: H, W.
-        rel_pos_h, rel_pos_w: tables, see `relative_positions`.
-
-    Returns:
-        (B, n, N, H) and (B, n, N, W).
+    The scores are by row and by column of the key, for queries (B, n, N, d) that are not scaled, on a grid H, W.
     """
     B, n, N, d = q.shape
     H, W = grid
@@ -107,14 +98,8 @@ def relative_scores(q: Tensor, grid: tuple[int, int], rel_pos_h: Tensor, rel_pos
 def relative_positions(table: Tensor, size: int) -> Tensor:
     """Look up relative positions for every (query, key) pair of one axis.
 
-    A table made for another size is resized linearly, as detectron2 does (`get_rel_pos`).
-
-    Args:
-        table: (2n - 1, d), from the most negative distance to the most positive.
-        size: tokens along the axis.
-
-    Returns:
-        (size, size, d); entry [i, j] belongs to the distance i - j.
+    The table is (2n - 1, d), from the most negative distance to the most positive. It is resized linearly to another
+    `size`, as detectron2 does (`get_rel_pos`). In (size, size, d), entry [i, j] belongs to the distance i - j.
     """
     if table.shape[0] != 2 * size - 1:
         table = F.interpolate(table.t()[None], size=2 * size - 1, mode="linear")[0].t()
@@ -126,25 +111,14 @@ def folded_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Ten
     """Attend with relative scores, without an N x N matrix.
 
     Source: FlashBias, arXiv 2505.12044. q' = [q / sqrt(d), rows, columns] and k' = [k, one-hot(row), one-hot(column)]
-    have the same product, so that any kernel for plain attention works. All gradients are exact.
-
-    Args:
-        q, k, v: (B, n, N, d).
-        rows, columns: (B, n, N, H) and (B, n, N, W), from `relative_scores`.
-
-    Returns:
-        (B, n, N, d).
+    have the same product, so that any kernel for plain attention works. All gradients are exact. q, k, v and the result
+    are (B, n, N, d), rows and columns those of `relative_scores`.
     """
     B, n, N, d = q.shape
     H, W = rows.shape[-1], columns.shape[-1]
     width = d + H + W + -(d + H + W) % 8  # kernels want multiples of 8
-    cells = torch.cat(
-        [
-            torch.eye(H, dtype=k.dtype, device=k.device).repeat_interleave(W, dim=0),
-            torch.eye(W, dtype=k.dtype, device=k.device).repeat(H, 1),
-        ],
-        dim=1,
-    )  # (N, H + W)
+    row, column = (torch.eye(side, dtype=k.dtype, device=k.device) for side in (H, W))
+    cells = torch.cat([row.repeat_interleave(W, dim=0), column.repeat(H, 1)], dim=1)  # (N, H + W)
     q = torch.cat([q * d**-0.5, rows, columns, q.new_zeros(1).expand(B, n, N, width - d - H - W)], dim=-1)
     k = F.pad(torch.cat([k, cells.expand(B, n, -1, -1)], dim=-1), (0, width - d - H - W))
     half = q.dtype in (torch.float16, torch.bfloat16)

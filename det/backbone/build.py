@@ -32,7 +32,6 @@ def build_backbone(
         name: a named size, for example `crossmae_vit_base_patch16`; patches of 14 pixels become 16.
         weights: an encoder of any known format, see `crossmae.checkpoints.weights.read_weights`; None: random weights.
         img_size: pixels of a side that relative positions of global blocks are made for; others are resized to.
-        out_channels: of every level.
         overrides: arguments of `det.ViT` that replace those of the name: `window_size`, `global_blocks`, `drop_path`,
             `rel_pos`, `pos_embed_mode`, `activation_checkpointing`, ...
 

@@ -57,17 +57,11 @@ class ViT(Backbone):
         img_size: pixels of a side that relative positions of global blocks are made for; a multiple of `patch_size`.
         pretrain_img_size: pixels of a side in pretraining, which decides the size of `pos_embed`.
         patch_size: side of a square patch in pixels.
-        in_chans: image channels.
-        embed_dim: width E.
-        depth: number of blocks.
-        num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over E.
         drop_path: rate of stochastic depth in the last block; it grows linearly from 0 in the first.
         window_size: side in patches of the windows in all blocks but the global ones; 0 makes every block global.
         global_blocks: indices of the blocks that attend over the whole image.
-        rel_pos: add decomposed relative positions in every block.
         pos_embed_mode: see above; without windows, a tile is as large as the table.
-        rel_pos_attention: how relative positions are computed, see `SpatialAttention`.
         activation_checkpointing: compute every block again in backward instead of keeping what it needs.
     """
 
@@ -111,14 +105,7 @@ class ViT(Backbone):
         self.apply(_init_linear)
 
     def forward(self, imgs: Tensor) -> dict[str, Tensor]:
-        """Encode images (B, C, h, w).
-
-        Returns:
-            {"last_feat": (B, E, h / patch_size, w / patch_size)}.
-
-        Raises:
-            ValueError: a side is no multiple of the patch.
-        """
+        """Encode images (B, C, h, w) to {"last_feat": (B, E, H, W)}."""
         if imgs.shape[-2] % self.patch_size or imgs.shape[-1] % self.patch_size:
             raise ValueError(f"image sides must be multiples of {self.patch_size} pixels, got {tuple(imgs.shape[-2:])}")
         x = self.patch_embed(imgs)  # (B, H, W, E)
@@ -145,9 +132,6 @@ class ViT(Backbone):
 
         -1 freezes nothing, 0 patch embedding and positions, n these and the first n blocks. Frozen blocks drop no paths
         either, and their relative positions stay at zero. The second table of `absolute_win` is always trained.
-
-        Raises:
-            ValueError: there are fewer blocks.
         """
         if stages > self.depth:
             raise ValueError(f"FROZEN_STAGES {stages} is more than the {self.depth} blocks of the encoder")
@@ -167,7 +151,6 @@ class ViT(Backbone):
         return self
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Return channels and stride of the feature map."""
         return {"last_feat": ShapeSpec(channels=self.embed_dim, stride=self.patch_size)}
 
 
@@ -181,7 +164,6 @@ class ChannelLayerNorm(ChannelFirstLayerNorm):
     """detectron2's LayerNorm over the channels of (B, C, H, W), in one fused call instead of eight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the channels of (B, C, H, W)."""
         last = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         return last.permute(0, 3, 1, 2)
 
@@ -189,8 +171,8 @@ class ChannelLayerNorm(ChannelFirstLayerNorm):
 class FeaturePyramid(SimpleFeaturePyramid):
     """detectron2's pyramid, with batches padded to sides that encoder and pyramid can divide.
 
-    Images are padded to a square, see `build_pyramid`. Upstream spells the key of the divisor otherwise than its reader
-    does, so that images of odd sizes fail there unless they are padded to a square.
+    Upstream spells the key of the divisor otherwise than its reader does, so that images of odd sizes fail there unless
+    they are padded to a square.
     """
 
     square_pad_test = 0
@@ -222,10 +204,6 @@ def build_pyramid(
         max_pool_level: add one coarser level by subsampling the last (p6 of five levels).
         square_pad: in training, pad every batch to a square of so many pixels; 0 pads to the largest image.
         square_pad_test: the same in evaluation.
-
-    Raises:
-        ValueError: the patch size is no power of two, so that the levels have no whole strides; factors or a norm that
-            do not exist.
     """
     factors = tuple(scale_factors)
     first = SCALE_FACTORS.index(factors[0]) if factors and factors[0] in SCALE_FACTORS else 0

@@ -25,7 +25,7 @@ from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_hom
 from crossmae.errors import UserError
 from crossmae.training.config import read_yaml
 from det.backbone.vit import ViT
-from det.config import lookup
+from det.config import flatten, lookup
 from det.evaluation.run_files import BEST, CONFIG, FINAL, LAST
 
 log = logging.getLogger(__name__)
@@ -47,11 +47,7 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False)
     """Fill a detector from `MODEL.WEIGHTS`, an encoder or a whole detector.
 
     To train on from a detector of another number of classes, its layers with one output per class are left out.
-
-    Args:
-        model: from `detectron2.modeling.build_model`, its backbone `build_crossmae_vitdet_backbone`.
-        cfg: names the file and says how pixels are normalised.
-        detector_only: refuse a file with an encoder only; for evaluation, which needs trained heads.
+    Evaluation needs trained heads: with `detector_only`, a file with an encoder only is refused.
 
     Returns:
         The result for every tensor, or None where `MODEL.WEIGHTS` is empty and the weights stay random.
@@ -73,7 +69,8 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False)
         weights = read_weights(find_detector(Path(path)))
         if weights.format == "detector":
             config = weights.path.with_name(CONFIG)
-            warn_of_other_settings({key: lookup(cfg, key) for key in COMPARED_SETTINGS}, config)
+            recorded = dict(flatten(read_yaml(config), cfg)) if config.is_file() else {}
+            warn_of_other_settings({key: lookup(cfg, key) for key in COMPARED_SETTINGS}, recorded, config)
             report = _load_detector(model, weights, config, detector_only)
         elif detector_only:
             raise UserError(f"{path} holds an encoder only; evaluation needs a trained detector")
@@ -88,10 +85,7 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False)
 
 
 def find_detector(path: Path) -> Path:
-    """Find the best or last weights of a run.
-
-    A path that is no folder of a run comes back as it is.
-    """
+    """Find the best or last weights if `path` is a run's folder."""
     if not path.is_dir():
         return path
     names = [BEST]
@@ -101,11 +95,7 @@ def find_detector(path: Path) -> Path:
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
-    """Build detectron2's model, with errors that name the section.
-
-    Raises:
-        UserError: `MODEL.*` names something that does not exist, or values that do not go together.
-    """
+    """Build detectron2's model, with errors that name the section."""
     try:
         model: nn.Module = build_model(cfg)
     except UserError:
@@ -147,18 +137,10 @@ def count_classes(tensors: Mapping[str, Tensor]) -> int:
     return 0 if scores is None else len(scores) - 1  # the last row is the background
 
 
-def warn_of_other_settings(settings: Mapping[str, Any], path: Path) -> None:
-    """Warn about settings that differ from a detector's own config.
-
-    Args:
-        settings: by dotted key.
-        path: config next to the weights; may not exist.
-    """
-    recorded = read_yaml(path) if path.is_file() else {}
+def warn_of_other_settings(settings: Mapping[str, Any], recorded: Mapping[str, Any], path: Path) -> None:
+    """Warn about settings that differ from a detector's own config."""
     for key, given in settings.items():
-        value: Any = recorded
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+        value = recorded.get(key)
         if value is not None and value != (list(given) if isinstance(given, (tuple, list)) else given):
             log.warning("%s is %s, but the detector was trained with %s (%s)", key, given, value, path)
 
@@ -182,11 +164,7 @@ def fit_patches(weights: Weights, patch_size: int) -> Weights:
 
 
 def check_architecture(net: ViT, weights: Weights) -> None:
-    """Compare the encoder of a file with the one that `MODEL.VIT.*` describes.
-
-    Raises:
-        UserError: names every key that differs, its value, and the value that fits the file.
-    """
+    """Reject a file whose encoder is not the one of `MODEL.VIT.*`."""
     found = encoder_arguments(encoder_tensors(weights), weights.metadata)
     found["pretrain_img_size"] = found.pop("img_size", net.pretrain_img_size)
     wrong = [name for name in SHOWN if found.get(name, getattr(net, name)) != getattr(net, name)]
@@ -203,16 +181,7 @@ def check_architecture(net: ViT, weights: Weights) -> None:
 
 
 def check_pixels(weights: Weights, image_format: str, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Compare the pixel statistics that a file records with the config's.
-
-    Args:
-        weights: of an encoder.
-        image_format: order of the channels, RGB or BGR.
-        mean, std: per channel, of pixels from 0 to 255.
-
-    Raises:
-        UserError: names the key and the value that fits the file.
-    """
+    """Reject other pixel statistics (0 to 255) than an encoder's file records."""
     for field, key, given in ((PIXEL_MEAN, "PIXEL_MEAN", list(mean)), (PIXEL_STD, "PIXEL_STD", list(std))):
         if weights.metadata.get(field, UNKNOWN) == UNKNOWN:
             continue

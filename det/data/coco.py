@@ -22,8 +22,9 @@ from crossmae.errors import UserError
 from crossmae.files import read_json
 from det.data.coco_checks import (
     Finding,
+    Findings,
+    check_categories,
     file_name,
-    find_category_faults,
     find_faults,
     is_lvis,
     paused_garbage_collection,
@@ -59,9 +60,6 @@ class Dropped:
     images: frozenset[int] = frozenset()
     annotations: frozenset[int] = frozenset()
     polygons: frozenset[int] = frozenset()
-
-
-NOTHING_DROPPED = Dropped()
 
 
 def register_coco(
@@ -105,13 +103,16 @@ def register_coco(
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     lvis = is_lvis(content)
-    if dropped == NOTHING_DROPPED and not lvis and all("file_name" in image for image in content["images"]):
+    if dropped == Dropped() and not lvis and all("file_name" in image for image in content["images"]):
         register_coco_instances(name, {}, str(json_path), str(images))
     else:
         DatasetCatalog.register(name, lambda: _load_cleaned(name))
         paths = {"json_file": str(json_path), "image_root": str(images)}
         MetadataCatalog.get(name).set(evaluator_type="lvis" if lvis else "coco", dropped=dropped, **paths)
-    MetadataCatalog.get(name).set(class_image_count=images_of_each_class(cleaned))  # for the federated loss
+    pairs = {(annotation["category_id"], annotation["image_id"]) for annotation in cleaned["annotations"]}
+    images_of = Counter(category for category, _ in pairs)
+    counts = [{"id": entry["id"], "image_count": images_of[entry["id"]]} for entry in cleaned["categories"]]
+    MetadataCatalog.get(name).set(class_image_count=counts)  # for detectron2's federated loss
     kept = [annotation for annotation in cleaned["annotations"] if not annotation.get("iscrowd", 0)]
     return CocoSummary(
         categories=tuple(entry["name"] for entry in sorted(cleaned["categories"], key=lambda entry: entry["id"])),
@@ -122,22 +123,14 @@ def register_coco(
 
 
 def _log_findings(findings: Sequence[Finding], dropped: Dropped, json_path: str | Path) -> None:
-    """Log what is left out, and what is good to know."""
     counts = {rank: ", ".join(f"{one.kind.name} {len(one.positions)}" for one in findings if one.rank is rank)
               for rank in Rank}  # fmt: skip
-    if dropped != NOTHING_DROPPED:
+    if dropped != Dropped():
         parts = f", polygons of {len(dropped.polygons)} more" if dropped.polygons else ""
         numbers = f"{len(dropped.images)} images and {len(dropped.annotations)} annotations{parts}"
         log.warning("%s: left out by DATASETS.DROP: %s: %s", json_path, numbers, counts[Rank.DROPPABLE])
     if counts[Rank.INFORMATION]:
         log.info("%s: good to know: %s", json_path, counts[Rank.INFORMATION])
-
-
-def images_of_each_class(content: dict[str, Any]) -> list[dict[str, int]]:
-    """Count the images of each class for detectron2's federated loss."""
-    pairs = {(annotation["category_id"], annotation["image_id"]) for annotation in content["annotations"]}
-    counts = Counter(category for category, _ in pairs)
-    return [{"id": entry["id"], "image_count": counts[entry["id"]]} for entry in content["categories"]]
 
 
 def mask_kind(annotation: dict[str, Any]) -> str:
@@ -149,14 +142,13 @@ def mask_kind(annotation: dict[str, Any]) -> str:
 def ground_truth(name: str) -> dict[str, Any]:
     """Read the COCO file of a registered data set without dropped entries.
 
-    An annotation of id 0 gets another id, because pycocotools takes a match with 0 for none. A data set without a
-    readable COCO file is a UserError.
+    An annotation of id 0 gets another id, because pycocotools takes a match with 0 for none.
     """
     metadata = MetadataCatalog.get(name)
     path = metadata.get("json_file")
     if path is None:
         raise UserError(f"{name}: this data set has no file in COCO format (its metadata lack 'json_file')")
-    content = clean(read_coco(path), metadata.get("dropped", NOTHING_DROPPED))
+    content = clean(read_coco(path), metadata.get("dropped", Dropped()))
     taken = {annotation["id"] for annotation in content["annotations"]}
     free = next(number for number in count(1) if number not in taken)
     for annotation in content["annotations"]:
@@ -176,23 +168,18 @@ def _load_cleaned(name: str) -> list[dict[str, Any]]:
 
 def plan_drop(content: dict[str, Any], findings: Sequence[Finding], drop: Sequence[str]) -> Dropped:
     """Choose the entries that `DATASETS.DROP` leaves out."""
-    images: set[int] = set()
-    annotations: set[int] = set()
-    polygons: set[int] = set()
+    gone: dict[str, set[int]] = {"images": set(), "annotations": set(), "polygons": set()}
     for one in findings:
-        if one.kind.name not in drop or one.rank is not Rank.DROPPABLE:
-            continue
-        if one.kind.where == "images":
-            images |= set(one.positions)
-        elif one.kind.name == "degenerate-polygon":
-            polygons = {at for at in one.positions if _sound_polygons(content["annotations"][at])}
-            annotations |= set(one.positions) - polygons
-        else:
-            annotations |= set(one.positions)
+        if one.kind.name in drop and one.rank is Rank.DROPPABLE:
+            polygons = one.positions if one.kind.name == "degenerate-polygon" else ()
+            sound = {at for at in polygons if _sound_polygons(content["annotations"][at])}
+            gone[one.kind.where] |= set(one.positions) - sound
+            gone["polygons"] |= sound
+    images, annotations = gone["images"], gone["annotations"]
     if ids := {content["images"][at]["id"] for at in images}:
         entries = enumerate(content["annotations"])
         annotations |= {at for at, one in entries if type(one.get("image_id")) is int and one["image_id"] in ids}
-    return Dropped(frozenset(images), frozenset(annotations), frozenset(polygons - annotations))
+    return Dropped(frozenset(images), frozenset(annotations), frozenset(gone["polygons"] - annotations))
 
 
 def clean(content: dict[str, Any], dropped: Dropped) -> dict[str, Any]:
@@ -255,22 +242,17 @@ def describe_faults(faults: Sequence[Finding], drop: Sequence[str] = ()) -> str:
 
 
 def read_coco(path: str | Path) -> dict[str, Any]:
-    """Read a COCO file.
-
-    Raises:
-        UserError: no such file, not JSON, or one of its three lists is missing, empty, or has other entries than
-            dictionaries.
-    """
+    """Read a COCO file with three non-empty lists of dictionaries."""
     return _read_lists(path, "images", "annotations", "categories")
 
 
 def read_categories(path: str | Path) -> list[tuple[int, str]]:
     """Read ids and names of categories from JSON, by rising id."""
-    categories = _read_lists(path, "categories")["categories"]
-    faults = [one for one in find_category_faults(categories) if one.rank is not Rank.INFORMATION]
-    if faults:
+    found = Findings(_read_lists(path, "categories"))
+    check_categories(found)
+    if faults := [one for one in found.all.values() if one.rank is not Rank.INFORMATION]:
         raise UserError(f"{path}: {describe_faults(faults)}")
-    return sorted((entry["id"], entry["name"]) for entry in categories)
+    return sorted((entry["id"], entry["name"]) for entry in found.content["categories"])
 
 
 def _read_lists(path: str | Path, *keys: str) -> dict[str, Any]:
@@ -293,9 +275,6 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
 
     `DATASETS.DROP` and `MODEL.MASK_ON` are read; the data sets, the number of classes and the mask format are set and
     logged. Each of `train` and `val` is a COCO file and an image folder, or None; two None change nothing.
-
-    Raises:
-        UserError: see `register_coco`; the training file has only crowd regions; or the categories differ.
     """
     summaries = []
     masks, drop = cfg.MODEL.MASK_ON, cfg.DATASETS.DROP
@@ -333,11 +312,13 @@ def check_classes(names: Sequence[str], num_classes: int) -> None:
             raise UserError(f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}, but {name} has {len(found)} classes")
 
 
-def check_registered(names: tuple[str, ...], key: str) -> None:
-    """Reject data sets that are unknown or whose files are missing."""
+def check_registered(names: tuple[str, ...], key: str, needed: str = "") -> None:
+    """Reject unknown data sets, missing files, and none where `needed`."""
+    split = "train" if key == "DATASETS.TRAIN" else "val"
+    if needed and not names:
+        raise UserError(f"no {needed}: name it with --{split}-json and --{split}-images")
     for name in names:
         if name in (OWN_TRAIN, OWN_VAL) and name not in DatasetCatalog:
-            split = "train" if name == OWN_TRAIN else "val"
             raise UserError(f"{key} is your own data. Name it again with --{split}-json and --{split}-images.")
         if name not in DatasetCatalog:
             raise UserError(

@@ -7,6 +7,7 @@ lengths as arrays of all entries that passed.
 from __future__ import annotations
 
 import gc
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -88,10 +89,10 @@ class Finding:
         return [*texts, "..."] if len(self.positions) > FIRST else list(texts)
 
 
-class _Findings:
+class Findings:
     """Findings of one file, with `demoted` kinds as information."""
 
-    def __init__(self, content: dict[str, Any], demoted: Iterable[str]) -> None:
+    def __init__(self, content: dict[str, Any], demoted: Iterable[str] = ()) -> None:
         self.content, self.demoted, self.all = content, frozenset(demoted), dict[str, Finding]()
 
     def add(self, name: str, found: Iterable[int] | Mapping[int, str], note: _Note | None = None) -> None:
@@ -121,16 +122,13 @@ def find_faults(
 ) -> list[Finding]:
     """Find faults and remarkable facts, in the order of `KINDS`.
 
-    Args:
-        content: from `det.data.coco.read_coco`; it is not changed.
-        images: folder of the images; None: skip image files.
-        for_evaluation: treat the absence of keys that AP needs as a fault, not as information.
-        masks: treat the absence of a mask as a fault, not as information.
+    `content` is from `det.data.coco.read_coco`. Without the folder of the `images`, image files are skipped. Keys that
+    AP needs are faults if absent only `for_evaluation`, masks only with `masks`; else information.
     """
     demoted = (frozenset() if for_evaluation else EVALUATION_KINDS) | (set() if masks else {"missing-mask"})
-    found = _Findings(content, demoted | ({"missing-iscrowd"} if is_lvis(content) else set()))
+    found = Findings(content, demoted | ({"missing-iscrowd"} if is_lvis(content) else set()))
     with paused_garbage_collection():
-        categories, known = _check_categories(found), _check_images(found)
+        categories, known = check_categories(found), _check_images(found)
         table = _check_annotations(found, known, categories)
         _check_boxes(found, table, _check_masks(found, table, for_evaluation))
         if is_lvis(content):
@@ -140,20 +138,12 @@ def find_faults(
     return [found.all[name] for name in KINDS if name in found.all]
 
 
-def find_category_faults(categories: list[dict[str, Any]]) -> list[Finding]:
-    """Find faults and remarkable facts in the entries of 'categories'."""
-    found = _Findings({"categories": categories}, ())
-    _check_categories(found)
-    return list(found.all.values())
-
-
 def is_lvis(content: dict[str, Any]) -> bool:
     """Tell whether images list categories they lack, as in LVIS."""
     return any("neg_category_ids" in image for image in content["images"])
 
 
-def _check_lvis(found: _Findings) -> None:
-    """Check the keys that LVIS evaluation reads."""
+def _check_lvis(found: Findings) -> None:
     lists = ("neg_category_ids", "not_exhaustive_category_ids")
     lacking = {
         position: "no list " + " and no list ".join(missing)
@@ -175,7 +165,6 @@ def file_name(image: dict[str, Any]) -> Any:
 
 
 def _repeated(values: Iterable[tuple[int, Any]]) -> list[int]:
-    """Find positions of values that occur earlier."""
     seen: set[Any] = set()
     repeated = []
     for position, value in values:
@@ -221,7 +210,7 @@ def _category_fault(entry: dict[str, Any]) -> str:
     return f"name must be valid Unicode, got {short(name)}" if _SURROGATE.search(name) else ""
 
 
-def _check_categories(found: _Findings) -> dict[int, int]:
+def check_categories(found: Findings) -> dict[int, int]:
     """Check entries of 'categories' and return their positions by id."""
     entries = found.content["categories"]
     bad = _with_fault(entries, _category_fault)
@@ -254,7 +243,7 @@ def leaves_folder(name: str) -> bool:
     return _LEAVES.search(name) is not None
 
 
-def _check_images(found: _Findings) -> dict[int, int]:
+def _check_images(found: Findings) -> dict[int, int]:
     """Check entries of 'images' and return their positions by id."""
     entries = found.content["images"]
     bad = _with_fault(entries, _image_fault)
@@ -268,12 +257,11 @@ def _check_images(found: _Findings) -> dict[int, int]:
     return _positions_by_id(entries)
 
 
-def _check_files(found: _Findings, folder: Path, known: dict[int, int]) -> None:
-    """Check that image files are present, complete, and of the right size."""
+def _check_files(found: Findings, folder: Path, known: dict[int, int]) -> None:
     entries = found.content["images"]
     sound = [at for at in sorted(known.values()) if not _image_fault(entries[at])]
     names = {at: name for at in sound if not leaves_folder(name := file_name(entries[at]))}
-    missing = {position: name for position, name in names.items() if not _is_file(folder / name)}
+    missing = {position: name for position, name in names.items() if not os.path.isfile(folder / name)}
     there = [position for position in names if position not in missing]
     source = ImageFiles([folder / names[position] for position in there], "images of a COCO file")
     broken = {there[one.index]: one.message for one in find_broken(source, range(len(source)))}
@@ -285,13 +273,6 @@ def _check_files(found: _Findings, folder: Path, known: dict[int, int]) -> None:
             kinds.setdefault(kind, {})[position] = text if kind == "broken-image" else f"{names[position]}: {text}"
     for kind, noted in kinds.items():
         found.add(kind, noted)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # too long a name, or a folder that may not be entered
-        return False
 
 
 def _file_fault(path: Path, entry: dict[str, Any]) -> tuple[str, str]:
@@ -352,7 +333,7 @@ def _annotation_fault(entry: dict[str, Any]) -> str:
     return ""
 
 
-def _check_annotations(found: _Findings, known: dict[int, int], categories: dict[int, int]) -> _Table:
+def _check_annotations(found: Findings, known: dict[int, int], categories: dict[int, int]) -> _Table:
     """Check keys, types and references to `known` images and `categories`."""
     entries, images = found.content["annotations"], found.content["images"]
     bad = _with_fault(entries, _annotation_fault)
@@ -389,7 +370,7 @@ def _check_annotations(found: _Findings, known: dict[int, int], categories: dict
     return _Table(kept, np.array(positions, np.int64), box, sides[image_at], finite)
 
 
-def _check_masks(found: _Findings, table: _Table, for_evaluation: bool) -> Masks:
+def _check_masks(found: Findings, table: _Table, for_evaluation: bool) -> Masks:
     """Check segmentations and areas, and all numbers for NaN."""
     masks = measure_masks([entry.get("segmentation") for entry in table.entries], table.size)
     missing = masks.faults.get("missing-mask", {})
@@ -411,7 +392,7 @@ def _check_masks(found: _Findings, table: _Table, for_evaluation: bool) -> Masks
     return masks
 
 
-def _check_boxes(found: _Findings, table: _Table, masks: Masks) -> None:
+def _check_boxes(found: Findings, table: _Table, masks: Masks) -> None:
     """Check boxes against their images and against the corner format."""
     entries = found.content["annotations"]
     finite = table.finite

@@ -42,7 +42,6 @@ class Masks:
     faults: dict[str, dict[int, str]] = field(default_factory=dict)
 
     def blame(self, kind: str, row: int, text: str = "") -> None:
-        """Record a fault."""
         self.faults.setdefault(kind, {}).setdefault(row, text)
 
 
@@ -76,7 +75,14 @@ def _chunks(rows: list[int], lengths: list[int]) -> list[list[int]]:
 def mask_fault(mask: Any) -> str:
     """Describe a fault in the types of a mask, or return ""."""
     if isinstance(mask, dict):
-        return _run_fault(mask)
+        size, counts = mask.get("size"), mask.get("counts")
+        if not {"counts", "size"} <= set(mask):
+            return "segmentation: run-length encoding needs counts and size"
+        if not isinstance(size, list) or len(size) != 2 or any(type(side) is not int for side in size):
+            return f"segmentation: size must be [height, width], got {short(size)}"
+        if not isinstance(counts, str) and not (isinstance(counts, list) and {int}.issuperset(map(type, counts))):
+            return f"segmentation: counts must be text or whole numbers, got {short(counts)}"
+        return ""
     if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
         return "segmentation must be a list of polygons, [[x, y, x, y, x, y, ...], ...], or run-length encoding"
     for number, polygon in enumerate(mask):
@@ -85,46 +91,30 @@ def mask_fault(mask: Any) -> str:
     return ""
 
 
-def _run_fault(mask: dict[str, Any]) -> str:
-    if not {"counts", "size"} <= set(mask):
-        return "segmentation: run-length encoding needs counts and size"
-    size, counts = mask["size"], mask["counts"]
-    if not isinstance(size, list) or len(size) != 2 or any(type(side) is not int for side in size):
-        return f"segmentation: size must be [height, width], got {short(size)}"
-    if not isinstance(counts, str) and not (isinstance(counts, list) and {int}.issuperset(map(type, counts))):
-        return f"segmentation: counts must be text or whole numbers, got {short(counts)}"
-    return ""
-
-
 def polygon_fault(polygon: list[float]) -> str:
     """Describe a fault of a polygon, as `measure_masks` does, or return ""."""
     if len(polygon) < 6 or len(polygon) % 2:
         return f"must be x and y of at least 3 points, got {len(polygon)} numbers"
-    return "has no area" if _Polygons([polygon]).covered[0] < MIN_AREA else ""
+    return "has no area" if _polygon_sizes([polygon])[2][0] < MIN_AREA else ""
 
 
-class _Polygons:
-    """Measurements of P polygons of at least three points each.
+def _polygon_sizes(polygons: Sequence[list[float]]) -> tuple[Floats, Floats, Floats]:
+    """Measure P polygons of at least three points each.
 
-    Attributes:
-        extent: (P, 4); not finite where a coordinate is not.
-        area: (P,) by the shoelace formula.
-        covered: (P,) sum of the areas of triangles with the first vertex: zero only if all points lie on a line.
+    Returns the extent (P, 4), not finite where a coordinate is not; the area (P,) by the shoelace formula; and (P,) the
+    sum of the areas of triangles with the first vertex, which is zero only if all points lie on a line.
     """
-
-    def __init__(self, polygons: Sequence[list[float]]) -> None:
-        lengths = np.fromiter(map(len, polygons), np.int64, len(polygons)) // 2
-        flat = flatten(polygons)
-        x, y = flat[::2], flat[1::2]  # (V,) each
-        start = np.concatenate([[0], lengths.cumsum()[:-1]])
-        with np.errstate(invalid="ignore", over="ignore"):
-            reduced = [reduce.reduceat(values, start) for reduce in (np.minimum, np.maximum) for values in (x, y)]
-            self.extent = np.stack(reduced, axis=1)
-            dx, dy = x - np.repeat(x[start], lengths), y - np.repeat(y[start], lengths)
-            cross = np.zeros_like(dx)  # 0 from one polygon to the next: first vertices are at the origin
-            cross[:-1] = dx[:-1] * dy[1:] - dx[1:] * dy[:-1]
-            self.area = np.abs(np.add.reduceat(cross, start)) / 2
-            self.covered = np.add.reduceat(np.abs(cross), start) / 2
+    lengths = np.fromiter(map(len, polygons), np.int64, len(polygons)) // 2
+    flat = flatten(polygons)
+    x, y = flat[::2], flat[1::2]  # (V,) each
+    start = np.concatenate([[0], lengths.cumsum()[:-1]])
+    with np.errstate(invalid="ignore", over="ignore"):
+        reduced = [reduce.reduceat(values, start) for reduce in (np.minimum, np.maximum) for values in (x, y)]
+        dx, dy = x - np.repeat(x[start], lengths), y - np.repeat(y[start], lengths)
+        cross = np.zeros_like(dx)  # 0 from one polygon to the next: first vertices are at the origin
+        cross[:-1] = dx[:-1] * dy[1:] - dx[1:] * dy[:-1]
+        area, covered = (np.add.reduceat(values, start) / 2 for values in (cross, np.abs(cross)))
+    return np.stack(reduced, axis=1), np.abs(area), covered
 
 
 def _measure_polygons(result: Masks, rows: list[int], masks: Sequence[Any]) -> None:
@@ -139,16 +129,16 @@ def _measure_polygons(result: Masks, rows: list[int], masks: Sequence[Any]) -> N
                 numbers.append(number)
     if not polygons:
         return
-    measured = _Polygons(polygons)
-    finite = np.isfinite(measured.extent).all(axis=1)
+    extent, area, covered = _polygon_sizes(polygons)
+    finite = np.isfinite(extent).all(axis=1)
     for index in np.flatnonzero(~finite):
         result.blame("not-finite", owners[index], f"segmentation[{numbers[index]}]")
-    for index in np.flatnonzero(finite & (measured.covered < MIN_AREA)):
+    for index in np.flatnonzero(finite & (covered < MIN_AREA)):
         result.blame("degenerate-polygon", owners[index], f"segmentation[{numbers[index]}] has no area")
     measurable, first = np.unique(owners, return_index=True)
-    result.area[measurable] = np.add.reduceat(measured.area, first)
-    result.extent[measurable, :2] = np.minimum.reduceat(measured.extent[:, :2], first)
-    result.extent[measurable, 2:] = np.maximum.reduceat(measured.extent[:, 2:], first)
+    result.area[measurable] = np.add.reduceat(area, first)
+    result.extent[measurable, :2] = np.minimum.reduceat(extent[:, :2], first)
+    result.extent[measurable, 2:] = np.maximum.reduceat(extent[:, 2:], first)
 
 
 def _with_sound_size(result: Masks, rows: list[int], masks: Sequence[Any], sizes: Floats) -> list[int]:

@@ -2,56 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.structures import BitMasks, Instances
 from torch import Tensor
 from torch.nn import functional as F
 
-from crossmae.data.broken import Unreadable
 from det.data.masks import any_along, tight_boxes
 
 DetectionSample = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class CopyPaste:
-    """Pasting of a random subset of the objects of another sample, all subsets being equally likely.
-
-    Attributes:
-        prob: probability of pasting at all; the paper's is 1.
-        fill: value of each channel where the image has to grow, see `paste_objects`.
-    """
-
-    prob: float
-    fill: tuple[int, ...]
-
-    def __call__(
-        self, sample: DetectionSample, draw_other: Callable[[], DetectionSample | Unreadable]
-    ) -> DetectionSample | Unreadable:
-        """Return `sample` with or without pasted objects.
-
-        Args:
-            sample: from `det.data.loader.NamingMapper`, with bitmasks. Random numbers are numpy's global ones.
-            draw_other: makes another sample, augmented independently; an `Unreadable` is returned as it is.
-        """
-        if np.random.uniform() >= self.prob:
-            return sample
-        other = draw_other()
-        if isinstance(other, Unreadable):
-            return other
-        chosen = np.random.uniform(size=len(other["instances"])) < 0.5
-        return paste_objects(sample, other, torch.from_numpy(chosen), self.fill)
-
-
-def build_copy_paste(enabled: bool, prob: float, pixel_mean: Sequence[float]) -> CopyPaste | None:
-    """Build copy-paste that fills with the mean pixel, or None."""
-    # The model pads with zeros once the mean is subtracted.
-    return CopyPaste(prob, tuple(round(mean) for mean in pixel_mean)) if enabled else None
 
 
 def paste_objects(
@@ -64,9 +24,7 @@ def paste_objects(
 
     Args:
         sample: pasted onto; `image` (C, H, W) and `instances` with `gt_masks` as bitmasks. Not changed.
-        other: source of the objects, of any size.
         chosen: (N,) bool, the instances of `other` to paste.
-        fill: C values.
 
     Returns:
         `sample` with a new `image` and new `instances`: first those of `sample`, less the pixels that are covered now

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import detectron2.data.transforms as T
@@ -30,7 +29,7 @@ from crossmae.data.workers import Loader, usable_workers
 from crossmae.errors import UserError
 from crossmae.files import printable
 from det.config import InputKeys
-from det.data.copy_paste import CopyPaste
+from det.data.copy_paste import paste_objects
 from det.data.masks import moved_masks, tight_boxes
 
 log = logging.getLogger(__name__)
@@ -54,77 +53,53 @@ class ResizeShortestEdge(_AtLeastOnePixel, T.ResizeShortestEdge):
     """detectron2's resize to a shorter side within a longest one, but a strip keeps one pixel."""
 
 
-def read_pixels(path: str | Path) -> NDArray[np.uint8]:
-    """Read an image file as upright (H, W, 3) uint8 RGB.
-
-    Raises:
-        UserError: it cannot be read; names the file.
-    """
-    return np.asarray(read_image(path))
-
-
 def augment(
     pixels: NDArray[np.uint8], augmentations: T.AugmentationList, image_format: str
 ) -> tuple[Tensor, T.TransformList]:
-    """Augment an image and arrange its channels for the model.
+    """Augment (H, W, 3) uint8 RGB and arrange it for the model.
 
-    Args:
-        pixels: (H, W, 3) uint8 RGB.
-        augmentations: random numbers are drawn from numpy's global generator.
-        image_format: order of the model's channels, RGB or BGR.
-
-    Returns:
-        (3, h, w) uint8, and the transforms that were applied.
+    Random numbers come from numpy's global generator. Returns (3, h, w) uint8 with channels in the order of
+    `image_format`, RGB or BGR, and the transforms that were applied.
     """
     seen = T.AugInput(pixels if image_format == "RGB" else np.ascontiguousarray(pixels[:, :, ::-1]))
     transforms = augmentations(seen)
     return torch.from_numpy(np.ascontiguousarray(seen.image.transpose(2, 0, 1))), transforms
 
 
-def build_test_augmentations(shortest: int, longest: int) -> list[T.Augmentation]:
-    """Build the resize of evaluation and prediction, to sides in pixels."""
-    return [ResizeShortestEdge(shortest, longest, "choice")]
-
-
 def build_augmentations(keys: InputKeys) -> list[T.Augmentation]:
-    """Build the augmentations of training: large-scale jitter or detectron2's, as `INPUT` says."""
+    """Build the augmentations of training, as `INPUT` says.
+
+    Large-scale jitter (arXiv 2012.07177, section 3: 0.1 .. 2.0 of 1024) is that of ViTDet: an image of H x W becomes
+    r H x r W with r = s * SIZE / max(H, W) and s uniform in MIN_SCALE .. MAX_SCALE. A side longer than SIZE is cropped:
+    u times the excess is left out before the crop, with one u, uniform in 0 .. 1, for both axes, as in detectron2, with
+    which the published detectors were trained. A shorter side stays, because the model pads after it has normalised.
+    """
     flip: list[T.Augmentation] = []
     if keys.RANDOM_FLIP != "none":
         vertical = keys.RANDOM_FLIP == "vertical"
         flip.append(T.RandomFlip(horizontal=not vertical, vertical=vertical))
     if keys.LSJ.ENABLED:
-        return flip + large_scale_jitter(keys.LSJ.SIZE, keys.LSJ.MIN_SCALE, keys.LSJ.MAX_SCALE)
-    crop = [T.RandomCrop(keys.CROP.TYPE, keys.CROP.SIZE)] if keys.CROP.ENABLED else []
+        side = keys.LSJ.SIZE
+        crop = T.FixedSizeCrop(crop_size=(side, side), pad=False)
+        return [*flip, ResizeScale(keys.LSJ.MIN_SCALE, keys.LSJ.MAX_SCALE, side, side), crop]
+    crops = [T.RandomCrop(keys.CROP.TYPE, keys.CROP.SIZE)] if keys.CROP.ENABLED else []
     resize = ResizeShortestEdge(keys.MIN_SIZE_TRAIN, keys.MAX_SIZE_TRAIN, keys.MIN_SIZE_TRAIN_SAMPLING)
-    return [*crop, resize, *flip]
-
-
-def large_scale_jitter(size: int, min_scale: float, max_scale: float) -> list[T.Augmentation]:
-    """Build large-scale jitter as ViTDet trains with: random scale, crop.
-
-    An image of H x W becomes r H x r W with r = s * size / max(H, W) and s uniform in min_scale .. max_scale
-    (arXiv 2012.07177, section 3: 0.1 .. 2.0 of 1024). A side longer than `size` is cropped: u times the excess is left
-    out before the crop, with one u, uniform in 0 .. 1, for both axes, as in detectron2, with which the published
-    detectors were trained. A shorter side stays, because the model pads after it has normalised.
-    """
-    crop = T.FixedSizeCrop(crop_size=(size, size), pad=False)
-    return [ResizeScale(min_scale, max_scale, size, size), crop]
+    return [*crops, resize, *flip]
 
 
 class NamingMapper(DatasetMapper):
     """detectron2's mapper, whose failures become an `Unreadable` with the image's name, which crosses processes.
 
-    Three things differ: files are read as in pretraining (`read_pixels`), masks come in any form (`moved_masks`), and
-    an image may have no objects. As in detectron2, crowd regions (`iscrowd`) are background in training, while
-    evaluation ignores detections there.
+    Files are read as in pretraining, masks come in any form (`moved_masks`), and an image may have no objects. As in
+    detectron2, crowd regions (`iscrowd`) are background in training, while evaluation ignores detections there.
     """
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         """Read the config as detectron2 does, then add large-scale jitter and copy-paste."""
         arguments, keys = super().from_config(cfg, is_train), InputKeys.model_validate(cfg.INPUT)
-        test = build_test_augmentations(keys.MIN_SIZE_TEST, keys.MAX_SIZE_TEST)
-        arguments["augmentations"] = build_augmentations(keys) if is_train else test
+        test = ResizeShortestEdge(keys.MIN_SIZE_TEST, keys.MAX_SIZE_TEST, "choice")
+        arguments["augmentations"] = build_augmentations(keys) if is_train else [test]
         if is_train and keys.LSJ.ENABLED:
             arguments["recompute_boxes"] = cfg.MODEL.MASK_ON  # the crop may cut through objects
         if is_train and keys.COPY_PASTE.ENABLED and keys.MASK_FORMAT != "bitmask":
@@ -143,7 +118,7 @@ class NamingMapper(DatasetMapper):
             return Unreadable(f"{printable(dataset_dict['file_name'])}: cannot be used: {reason}")
 
     def _sample(self, sample: dict[str, Any]) -> dict[str, Any]:
-        pixels = read_pixels(sample["file_name"])
+        pixels = np.asarray(read_image(sample["file_name"]))
         check_image_size(sample, pixels)
         sample["image"], transforms = augment(pixels, self.augmentations, self.image_format)
         if not self.is_train:
@@ -155,7 +130,6 @@ class NamingMapper(DatasetMapper):
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: T.TransformList, image_shape: tuple[int, int]
     ) -> None:
-        """Replace `annotations` by `instances`."""
         kept = [entry for entry in dataset_dict.pop("annotations") if not entry.get("iscrowd", 0)]
         masks = [entry.pop("segmentation", None) for entry in kept]
         for entry in kept:
@@ -188,32 +162,34 @@ def refuse_unreadable(batch: list[Any]) -> list[Any]:
 class KeyedSamples(Dataset[Any]):
     """Training samples whose augmentation depends on seed, epoch and index only.
 
-    Args:
-        records: images in detectron2's format.
-        mapper: from a record to a sample.
-        seed: of the augmentation.
-        copy_paste: pastes objects of other samples; None: off.
+    With probability `paste_prob` (the paper's is 1), a random subset of the objects of a random other sample is pasted,
+    all subsets being equally likely; `fill` is the value of each channel of new pixels.
     """
 
     def __init__(
-        self, records: list[dict[str, Any]], mapper: NamingMapper, seed: int, copy_paste: CopyPaste | None = None
+        self,
+        records: list[dict[str, Any]],
+        mapper: Callable[[dict[str, Any]], dict[str, Any] | Unreadable],
+        seed: int,
+        paste_prob: float = 0.0,
+        fill: tuple[int, ...] = (),
     ) -> None:
-        self.records, self.mapper, self.seed, self.copy_paste = records, mapper, seed, copy_paste
+        self.records, self.mapper, self.seed, self.paste_prob, self.fill = records, mapper, seed, paste_prob, fill
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | Unreadable:
-        """Return a sample by (epoch, index)."""
         epoch, index = key
         with keyed_numpy_randomness(self.seed, epoch, index):
             sample = self.mapper(self.records[index])
-            if self.copy_paste is None or isinstance(sample, Unreadable):
+            if isinstance(sample, Unreadable) or np.random.uniform() >= self.paste_prob:
                 return sample
-            return self.copy_paste(sample, self._any_sample)
-
-    def _any_sample(self) -> dict[str, Any] | Unreadable:
-        return self.mapper(self.records[np.random.randint(len(self.records))])
+            other = self.mapper(self.records[np.random.randint(len(self))])
+            if isinstance(other, Unreadable):
+                return other
+            chosen = np.random.uniform(size=len(other["instances"])) < 0.5
+            return paste_objects(sample, other, torch.from_numpy(chosen), self.fill)
 
 
 @contextmanager
@@ -225,6 +201,14 @@ def keyed_numpy_randomness(*key: int) -> Iterator[None]:
         yield
     finally:
         np.random.set_state(state)
+
+
+def training_samples(cfg: CfgNode, records: list[dict[str, Any]]) -> KeyedSamples:
+    """Build the training set of some records, augmented as `INPUT` says."""
+    # The model pads with zeros once the mean is subtracted.
+    fill = tuple(round(mean) for mean in cfg.MODEL.PIXEL_MEAN)
+    prob = cfg.INPUT.COPY_PASTE.PROB if cfg.INPUT.COPY_PASTE.ENABLED else 0.0
+    return KeyedSamples(records, NamingMapper(cfg, True), cfg.SEED, prob, fill)
 
 
 def build_test_loader(name: str, mapper: NamingMapper, workers: int) -> Loader:
@@ -247,12 +231,10 @@ def build_train_loader(
     """Build the batches of some steps of a run.
 
     Args:
-        samples: the training set.
         batch: images per step, over all processes.
         steps: numbers of the steps; a resumed run starts at the step where the run stopped.
         parts: that a process computes its share in.
         workers: processes that read images; 0 reads in the training process.
-        rank, world_size: number of this process, and of all.
 
     Raises:
         UserError: `batch` is larger than the training set, or not divisible over processes and parts.

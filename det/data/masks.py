@@ -14,7 +14,14 @@ from pycocotools import mask as coco_mask
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
-    """Decode a COCO `segmentation` to (height, width), or raise a ValueError."""
+    """Decode a COCO `segmentation`, or an array, to (height, width).
+
+    An empty or unknown one, or a wrong size, is a ValueError.
+    """
+    if isinstance(segmentation, np.ndarray):
+        if segmentation.shape != (height, width):
+            raise ValueError(f"segmentation: array of {list(segmentation.shape)} on an image of {[height, width]}")
+        return segmentation != 0
     if isinstance(segmentation, list) and segmentation:
         rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation, dict) and {"counts", "size"} <= segmentation.keys():
@@ -54,21 +61,12 @@ def moved_masks(
         if isinstance(mask, list):
             rasterize([transforms.apply_coords(_points(polygon)) for polygon in mask], out)
         else:
-            out[:] = transforms.apply_segmentation(_pixels(mask, size))
+            out[:] = transforms.apply_segmentation(decode_segmentation(mask, *size).astype(np.uint8))
     return BitMasks(torch.from_numpy(bits))
 
 
 def _points(polygon: Any) -> NDArray[np.float64]:
     return np.array(polygon, np.float64).reshape(-1, 2)
-
-
-def _pixels(mask: Any, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Convert an RLE or array to (H, W), 1 on the object."""
-    if not isinstance(mask, np.ndarray):
-        return decode_segmentation(mask, *size).astype(np.uint8)
-    if mask.shape != size:
-        raise ValueError(f"segmentation: array of {list(mask.shape)} on an image of {list(size)}")
-    return (mask != 0).astype(np.uint8)
 
 
 def rasterize(polygons: Sequence[NDArray[np.float64]], mask: NDArray[np.bool_]) -> None:

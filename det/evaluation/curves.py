@@ -36,7 +36,13 @@ def precision_recall_figure(scores: DetectionScores, title: str) -> Figure:
         (f"mean of IoU 0.5 to 0.95: AP {_percent(numbers['AP'])}", curves.mean(axis=0)),
     )
     for axes, (name, values) in zip(panels, contents, strict=True):
-        _frame(axes, name)
+        axes.set_title(name, fontsize=9.5, loc="left", color="0.15")
+        axes.set_xlabel("recall", color=_GREY)
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
+        axes.tick_params(length=0, labelsize=8, labelcolor=_GREY)
+        axes.grid(color=_LIGHT, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
         _draw(axes, values[:, drawn], few)
     panels[0].set_ylabel("precision", color=_GREY)
     if few and drawn:
@@ -59,17 +65,6 @@ def _draw(axes: Axes, values: np.ndarray, one_by_one: bool) -> None:
         axes.plot(recall, curve, color=colors(place), linewidth=1.0, alpha=0.9)
     if values.size:
         axes.plot(recall, values.mean(axis=1), color="black", linewidth=2.4)
-
-
-def _frame(axes: Axes, name: str) -> None:
-    axes.set_title(name, fontsize=9.5, loc="left", color="0.15")
-    axes.set_xlabel("recall", color=_GREY)
-    axes.set(xlim=(0, 1), ylim=(0, 1.02), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
-    axes.tick_params(length=0, labelsize=8, labelcolor=_GREY)
-    axes.grid(color=_LIGHT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
 
 
 def _shorten(name: str) -> str:

@@ -43,10 +43,6 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     `OUTPUT_DIR`: `results.json`; in `inference/` the predictions, `coco_instances_results.json`, and precision over
     recall, `pr_curves_<task>.png`; in `pictures/` some images with true and predicted objects.
 
-    Args:
-        cfg: `DATASETS.TEST` names one data set.
-        model: a `GeneralizedRCNN` with its weights, or one in DistributedDataParallel.
-
     Returns:
         {"bbox": {"AP": 51.6, "AP50": ..., "AP-<class>": ...}, "segm": ...}, see `DetectionScores.numbers`, in percent,
         NaN where not defined; empty on all processes but the first.
@@ -79,10 +75,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
 
 
 def predict(model: GeneralizedRCNN, loader: Any, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """Predict this process's images and return COCO results.
-
-    The model is evaluated in eval mode, and its mode is restored. An unreadable image is a UserError with its name.
-    """
+    """Predict this process's images in eval mode and return COCO results."""
     results = []
     bar = tqdm(loader, desc="evaluate", unit="batch", disable=not comm.is_main_process(), dynamic_ncols=True)
     with inference_context(model), torch.no_grad():
@@ -126,28 +119,21 @@ def format_results(results: Mapping[str, Mapping[str, float]]) -> str:
     others = [key for key in keys if key not in (*HEADLINE, *classes)]
     shown = classes if len(classes) <= PRINTED_CLASSES else []
     width = max([len("class"), *(len(key) - 3 for key in shown)])
-    names = [TASKS[task] for task in tasks]
     blocks = [
-        _table("", metrics, names, [[results[task][metric] for metric in metrics] for task in tasks], width)
+        _table("", metrics, [(TASKS[task], [results[task][key] for key in metrics]) for task in tasks], width)
         for metrics in (HEADLINE, others)
         if metrics
     ]
-    if shown:
-        rows = [[results[task].get(key, math.nan) for task in tasks] for key in shown]
-        labels = [" ".join(key[3:].split()) for key in shown]  # a line break would break the table
-        blocks.append(_table("class", [f"{name} AP" for name in names], labels, rows, width))
+    if shown:  # a line break in a name would break the table
+        rows = [(" ".join(key[3:].split()), [results[task].get(key, math.nan) for task in tasks]) for key in shown]
+        blocks.append(_table("class", [f"{TASKS[task]} AP" for task in tasks], rows, width))
     elif classes:
         blocks.append(f"AP of each of the {len(classes)} classes: see {RESULTS}")
     return "\n\n".join(blocks)
 
 
-def _table(
-    corner: str, columns: Sequence[str], names: Sequence[str], rows: Sequence[Sequence[float]], width: int
-) -> str:
-    lines = [f"{corner:{width}}" + "".join(f"{column:>8}" for column in columns)]
-    lines += [f"{name:{width}}" + "".join(map(_cell, row)) for name, row in zip(names, rows, strict=True)]
-    return "\n".join(lines)
-
-
-def _cell(value: float) -> str:
-    return f"{'-' if math.isnan(value) else format(value, '.1f'):>8}"
+def _table(corner: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]], width: int) -> str:
+    cells = [(name, ["-" if math.isnan(value) else f"{value:.1f}" for value in row]) for name, row in rows]
+    return "\n".join(
+        f"{name:{width}}" + "".join(f"{cell:>8}" for cell in row) for name, row in [(corner, columns), *cells]
+    )

@@ -33,10 +33,7 @@ Annotation = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One image drawn with its true and with its predicted objects, (H, W, 3) uint8 RGB each.
-
-    The class names have one entry per drawn object.
-    """
+    """One image drawn with its true and with its predicted objects, (H, W, 3) uint8 RGB, and their class names."""
 
     name: str
     truth: NDArray[np.uint8]
@@ -50,19 +47,8 @@ def validation_pictures(
 ) -> list[tuple[str, NDArray[np.uint8]]]:
     """Draw images with true objects on the left, predicted objects right.
 
-    The images are the same at every call: `count` images with objects, spread evenly over their ids.
-
-    Args:
-        ground_truth: content of a COCO or LVIS file, see `det.data.coco.ground_truth`.
-        images: folder that its file names are relative to.
-        results: content of a COCO results file.
-        count: most images to draw.
-
-    Returns:
-        File names and pictures (H, W, 3) uint8 RGB; an image is drawn at 640 pixels on its longer side.
-
-    Raises:
-        UserError: an image cannot be read; names the image.
+    The images are the same at every call: `count` images with objects, spread evenly over their ids. Returns file names
+    and pictures (H, W, 3) uint8 RGB, drawn at 640 pixels on the longer side.
     """
     drawn = compare_images(ground_truth, images, results, spread_images(ground_truth, count))
     return [(one.name, _side_by_side(one)) for one in drawn]
@@ -105,8 +91,7 @@ def compare_images(
 ) -> Iterator[Comparison]:
     """Draw images of a COCO file twice, one image at a time.
 
-    The colour of a class depends on the place of its id among all ids. Crowd regions are not drawn. `chosen` holds
-    entries of `ground_truth["images"]`; images are drawn at `side` pixels on their longer side.
+    Draws the images of `chosen` at `side` pixels on their longer side, without crowd regions.
     """
     categories = {one["id"]: str(one["name"]) for one in sorted(ground_truth["categories"], key=lambda one: one["id"])}
     ids = {entry["id"] for entry in chosen}
@@ -115,13 +100,12 @@ def compare_images(
     for entry in chosen:
         pixels = read_rgb(images / file_name(dict(entry)))
         of_both = true[entry["id"]], found[entry["id"]]
-        drawn = [_draw(pixels, objects, categories, side) for objects in of_both]
-        names = [[categories[one["category_id"]] for one in objects] for objects in of_both]
-        yield Comparison(file_name(dict(entry)), drawn[0], drawn[1], names[0], names[1])
+        truth, prediction = (_draw(pixels, objects, categories, side) for objects in of_both)
+        names = ([categories[one["category_id"]] for one in objects] for objects in of_both)
+        yield Comparison(file_name(dict(entry)), truth, prediction, *names)
 
 
 def _by_image(entries: Iterator[Annotation], ids: set[Any]) -> dict[Any, list[Annotation]]:
-    """Group the entries of some images by image id."""
     grouped = defaultdict(list)
     for entry in entries:
         if entry["image_id"] in ids:
@@ -160,7 +144,6 @@ def _reduce(instance: DrawnInstance, size: tuple[int, int], given: tuple[int, in
 
 
 def _side_by_side(one: Comparison) -> NDArray[np.uint8]:
-    """Join both drawings under a strip with their names."""
     height, width = one.truth.shape[:2]
     canvas = Image.new("RGB", (2 * width + _GAP, height + _STRIP), _DARK)
     name = printable(one.name)

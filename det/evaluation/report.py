@@ -21,7 +21,7 @@ from crossmae.reports.figures import MOST_CURVES, PlotKeys, curve_plots
 from crossmae.reports.run_folder import REPORT, LoggedNumbers, RunFolder
 from crossmae.training.config import read_yaml
 from det.backbone.weights import find_detector
-from det.config import add_crossmae_config, leaf_keys, lookup
+from det.config import add_crossmae_config, flatten
 from det.data.coco import OWN_TRAIN, OWN_VAL
 from det.evaluation import run_files
 from det.evaluation.pictures import find_pictures
@@ -218,7 +218,7 @@ def changed_from_defaults(content: Mapping[str, Any]) -> list[tuple[str, Any, An
     """List key, value and default of changed settings."""
     cfg = get_cfg()
     add_crossmae_config(cfg)
-    defaults = {key: json.loads(json.dumps(lookup(cfg, key))) for key in leaf_keys(cfg)}  # tuples become lists
+    defaults = json.loads(json.dumps(dict(flatten(cfg, cfg))))  # tuples become lists
     return sections.changed_settings(content, defaults)
 
 

@@ -90,13 +90,11 @@ def score_results(
     evaluator: str = "auto",
     lvis: bool = False,
 ) -> DetectionScores:
-    """Score detections.
+    """Score COCO results for a task, "bbox" or "segm".
 
     Args:
         ground_truth: content of a COCO file, or of an LVIS file.
-        results: content of a COCO results file: `image_id`, `category_id`, `score`, and `bbox` (x, y, width, height) or
-            `segmentation` (RLE). The area of a mask is the number of its pixels, as in detectron2.
-        task: "bbox" or "segm".
+        results: content of a COCO results file. The area of a mask is the number of its pixels, as in detectron2.
         evaluator: "hotcoco", "pycocotools", or "auto": hotcoco if installed.
         lvis: use the rules of LVIS (arXiv 1908.03195, section 3): a category counts only in images that were searched
             for it, and the best 300 detections of an image count.
@@ -192,7 +190,6 @@ class _LvisEval(COCOeval):
     """COCO evaluation by the federated protocol of LVIS."""
 
     def _prepare(self) -> None:
-        """Drop detections of categories that were not searched in their image."""
         super()._prepare()
         for image, category in list(self._dts):
             known_absent = category in self.cocoGt.imgs[image]["neg_category_ids"]

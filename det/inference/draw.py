@@ -20,7 +20,7 @@ from detectron2.structures import BitMasks, Instances, PolygonMasks, polygons_to
 from matplotlib import get_data_path
 from matplotlib.ft2font import FT2Font
 from numpy.typing import NDArray
-from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from det.data.masks import decode_segmentation
 
@@ -31,18 +31,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Corners = tuple[float, float, float, float]  # left, top, right, bottom
 
 # Bright enough for dark photographs and easy to tell apart; more classes than colours repeat them.
-_PALETTE = (
-    "#ff5454",
-    "#40c8ff",
-    "#ffe140",
-    "#b280ff",
-    "#70e050",
-    "#ff9628",
-    "#ff70d6",
-    "#20d6b0",
-    "#7a96ff",
-    "#f6e8d0",
-)
+_PALETTE = (0xFF5454, 0x40C8FF, 0xFFE140, 0xB280FF, 0x70E050, 0xFF9628, 0xFF70D6, 0x20D6B0, 0x7A96FF, 0xF6E8D0)
 _FILL_OPACITY = 0.35
 LETTER_SIZE = 0.05  # over the longest side: for pictures that are shown small
 SMALLEST_LETTERS = 9.0  # pixels
@@ -53,11 +42,8 @@ _DEJAVU = Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 class DrawnInstance:
     """One object to draw.
 
-    Attributes:
-        box: x, y, width, height, in pixels.
-        class_index: chooses the colour.
-        mask: (H, W), true on the object; or a COCO `segmentation`, which is decoded only while it is drawn, so that
-            many objects in a large photograph do not fill the memory; or None.
+    The box is x, y, width, height in pixels. The mask is (H, W), true on the object; or a COCO `segmentation`, which is
+    decoded only while it is drawn, so that many objects in a large photograph do not fill the memory; or None.
     """
 
     box: tuple[float, float, float, float]
@@ -68,22 +54,19 @@ class DrawnInstance:
 
     def decode_mask(self, height: int, width: int) -> NDArray[np.bool_] | None:
         """Return the mask as an array (height, width)."""
-        mask = self.mask
-        return mask if mask is None or isinstance(mask, np.ndarray) else decode_segmentation(mask, height, width)
+        return None if self.mask is None else decode_segmentation(self.mask, height, width)
 
 
 def class_color(index: int) -> Color:
     """Return the RGB colour of a class."""
-    red, green, blue = ImageColor.getrgb(_PALETTE[index % len(_PALETTE)])[:3]
-    return red, green, blue
+    color = _PALETTE[index % len(_PALETTE)]
+    return color >> 16, color >> 8 & 255, color & 255
 
 
 def instances_from_coco(annotations: Sequence[Mapping[str, Any]], categories: Mapping[int, str]) -> list[DrawnInstance]:
     """Convert COCO annotations or results of one image.
 
-    Args:
-        annotations: each with `category_id`, `bbox` and, optionally, `segmentation` and `score`; else a ValueError.
-        categories: names by category id; their order numbers the classes.
+    The order of `categories`, names by id, numbers the classes. A missing key or unknown category is a ValueError.
     """
     order = {category: index for index, category in enumerate(categories)}
     instances = []
@@ -121,15 +104,11 @@ def draw_instances(
     longest_side: int | None = None,
     letters: float = LETTER_SIZE,
 ) -> NDArray[np.uint8]:
-    """Draw instances over a copy of an image.
+    """Draw instances over a copy of an RGB image (H, W, 3).
 
     Large objects are drawn first, so that small objects stay visible. Labels avoid each other where their boxes leave
-    room; otherwise the highest score comes on top. A wrong image or mask shape is a ValueError.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        longest_side: enlarge or shrink to this many pixels before drawing.
-        letters: height of the labels' letters over the longest side of the result.
+    room; otherwise the highest score comes on top. A wrong image or mask shape is a ValueError. The image is first
+    scaled to `longest_side` pixels; `letters` is the height of letters over that side.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"image: expected (H, W, 3) uint8, received {image.shape} {image.dtype}")
@@ -140,16 +119,16 @@ def draw_instances(
     for instance in sorted(instances, key=lambda item: -item.box[2] * item.box[3]):
         mask = instance.decode_mask(*image.shape[:2])
         if mask is not None:
-            if mask.shape != image.shape[:2]:
-                raise ValueError(f"mask of {mask.shape} on an image of {image.shape[:2]}")
             _draw_mask(canvas, mask, class_color(instance.class_index), scale, unit)
-        _draw_box(canvas, instance, scale, unit)
+        x, y, width, height = (value * scale for value in instance.box)
+        corners = (x, y, max(x + width, x + 1), max(y + height, y + 1))
+        outline = class_color(instance.class_index)
+        ImageDraw.Draw(canvas).rectangle(corners, outline=outline, width=max(1, round(2 * unit)))
     _draw_labels(canvas, instances, scale, max(SMALLEST_LETTERS, letters * max(size)))
     return np.asarray(canvas)
 
 
 def _draw_mask(canvas: Image.Image, mask: NDArray[np.bool_], color: Color, scale: float, unit: float) -> None:
-    """Tint the area of a mask and draw the outline."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not rows.size:
         return
@@ -173,35 +152,24 @@ def _draw_mask(canvas: Image.Image, mask: NDArray[np.bool_], color: Color, scale
     canvas.paste(color, (left, top, right, bottom), Image.fromarray((opacity * 255).astype(np.uint8)))
 
 
-def _draw_box(canvas: Image.Image, instance: DrawnInstance, scale: float, unit: float) -> None:
-    x, y, width, height = (value * scale for value in instance.box)
-    right, bottom = max(x + width, x + 1), max(y + height, y + 1)
-    outline = class_color(instance.class_index)
-    ImageDraw.Draw(canvas).rectangle((x, y, right, bottom), outline=outline, width=max(1, round(2 * unit)))
-
-
 def _draw_labels(canvas: Image.Image, instances: Sequence[DrawnInstance], scale: float, letters: float) -> None:
-    """Draw class names and scores on tags inside the picture."""
     draw, pad = ImageDraw.Draw(canvas), round(letters / 6)
     tags: list[Corners] = []
-    order = sorted(instances, key=lambda item: item.score or 0.0, reverse=True)
-    fonts = [label_font(instance.name, letters) for instance in order]
-    for instance, font in zip(order, fonts, strict=True):
-        left, top, right, bottom = draw.textbbox((0, 0), _label(instance), font=font, anchor="la")
+    texts: list[tuple[str, Font, Color, float, float]] = []
+    for instance in sorted(instances, key=lambda item: item.score or 0.0, reverse=True):
+        text = instance.name if instance.score is None else f"{instance.name} {instance.score:.2f}"
+        font = label_font(instance.name, letters)
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=font, anchor="la")
         tag = (right - left + 2 * pad, bottom - top + 2 * pad)
         box = tuple(value * scale for value in instance.box)
         spots = [_at(x, y, tag, canvas.size) for x, y in _spots(box, tag)]
         tags.append(min(spots, key=lambda spot: sum(_overlap(spot, other) for other in tags)))
-    for instance, font, (x0, y0, x1, y1) in reversed(list(zip(order, fonts, tags, strict=True))):
-        color = class_color(instance.class_index)
-        left, top, _, _ = draw.textbbox((0, 0), _label(instance), font=font, anchor="la")
-        draw.rectangle((x0, y0, x1, y1), fill=color)
-        place = (x0 + pad - left, y0 + pad - top)
-        draw.text(place, _label(instance), font=font, fill=_readable_on(color), anchor="la")
-
-
-def _label(instance: DrawnInstance) -> str:
-    return instance.name if instance.score is None else f"{instance.name} {instance.score:.2f}"
+        texts.append((text, font, class_color(instance.class_index), pad - left, pad - top))
+    for corners, (text, font, color, right, down) in reversed(list(zip(tags, texts, strict=True))):
+        draw.rectangle(corners, fill=color)
+        luma = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]  # ITU-R BT.601
+        fill = (0, 0, 0) if luma > 140 else (255, 255, 255)
+        draw.text((corners[0] + right, corners[1] + down), text, font=font, fill=fill, anchor="la")
 
 
 @cache
@@ -247,12 +215,6 @@ def _at(x: float, y: float, tag: tuple[float, float], size: tuple[int, int]) -> 
 def _overlap(one: Corners, other: Corners) -> float:
     width, height = (min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in (0, 1))
     return max(width, 0.0) * max(height, 0.0)
-
-
-def _readable_on(color: Color) -> Color:
-    """Choose black or white by the colour's luma (ITU-R BT.601)."""
-    red, green, blue = color
-    return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)
 
 
 def draw_sheet(pictures: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -> NDArray[np.uint8]:

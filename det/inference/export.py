@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import torch
@@ -92,18 +91,12 @@ def export_detector(
         model: on the CPU, in evaluation mode; else a ValueError.
         path: `.onnx`, or `.pt2` for `torch.export.load`. Large ONNX weights go to `<name>.onnx.data` next to it.
         img_size: H and W in pixels, or one number for both; multiples of the backbone's divisor.
-        check: run the file on the CPU and compare it with the model before it gets its name.
+        check: run the file on the CPU and return its differences to the model, which must be within `LIMITS`.
         image: picture for the check, (h, w, 3) uint8 RGB; None uses coloured shapes.
-        metadata: is added to the file.
-        force: overwrite `path`.
-
-    Returns:
-        The differences, or None without `check`.
 
     Raises:
         UserError: the request or the model cannot be exported, a library is missing, or the differences exceed
-            `LIMITS`.
-            Nothing is written then.
+            `LIMITS`. Nothing is written then.
     """
     height, width = size = (img_size, img_size) if isinstance(img_size, int) else img_size
     _check_request(model, path, size, backbone_only, force)
@@ -112,7 +105,9 @@ def export_detector(
     about = {"input": INPUT_NOTE, "img_size": json.dumps([height, width]), "torch": torch.__version__}
     about |= {"crossmae": crossmae.__version__, **(metadata or {})}
     inputs = fit_image(_shapes(size) if image is None else image, size)
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder, _quiet(), torch.no_grad():
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder, torch.no_grad(), catch_warnings():
+        simplefilter("ignore")  # of exporters about library internals: the check tells more
         draft = Path(folder, path.name)
         _write(model, draft, size, backbone_only, about)
         parity = _check(model, draft, inputs, backbone_only) if check else None
@@ -141,7 +136,6 @@ def _check_request(model: GeneralizedRCNN, path: Path, size: tuple[int, int], ba
 def _write(
     model: GeneralizedRCNN, path: Path, size: tuple[int, int], backbone_only: bool, metadata: dict[str, str]
 ) -> None:
-    """Export and write one file, or two with separate weights."""
     exportable = (ExportableBackbone if backbone_only else ExportableDetector)(model, size).eval()
     example = (torch.zeros(1, 3, *size), torch.tensor(size))
     try:
@@ -190,11 +184,7 @@ def load_exported(path: Path) -> Callable[[Mapping[str, NDArray[Any]]], Arrays]:
 
 
 def fit_image(image: NDArray[np.uint8], size: tuple[int, int]) -> Arrays:
-    """Resize a picture to the inputs of an exported detector.
-
-    Args:
-        image: (h, w, 3) uint8 RGB.
-        size: H, W of the export.
+    """Resize a picture (h, w, 3), RGB, to an export's size H, W.
 
     Returns:
         `image` (1, 3, H, W) float32, the resized picture with its proportions kept, and zeros to the right or below;
@@ -210,7 +200,6 @@ def fit_image(image: NDArray[np.uint8], size: tuple[int, int]) -> Arrays:
 
 
 def _shapes(size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Draw coloured squares and circles on noise."""
     random = np.random.default_rng(0)
     height, width = size[0], max(1, size[1] * 3 // 4)
     picture = random.integers(90, 150, (height, width, 3)).astype(np.uint8)
@@ -280,17 +269,3 @@ def compare_detections(expected: Arrays, received: Arrays) -> Parity:
             far = np.abs(expected[name][paired] - received[name][partner[paired]])
             differences[name] = float(far.max(initial=0.0))
     return Parity(count, differences)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence exporters' warnings about library internals: the check tells more."""
-    logger = logging.getLogger("torch.fx._symbolic_trace")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

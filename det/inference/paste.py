@@ -28,16 +28,9 @@ def coco_results(
 ) -> list[dict[str, Any]]:
     """Convert raw predictions of one image to COCO results, like `COCOEvaluator`.
 
-    Args:
-        instances: raw output of `GeneralizedRCNN.inference(..., do_postprocess=False)`, in pixels of the model's input;
-            masks, if any, are (N, 1, M, M). They are not changed.
-        image_id: of the image.
-        height, width: of the image as its file has it.
-        category_ids: of the classes.
-
-    Returns:
-        Dicts with `image_id`, `category_id`, `bbox` (x, y, width, height), `score` and, with masks, `segmentation`;
-        objects with an empty box are left out.
+    Takes the raw output of `GeneralizedRCNN.inference(..., do_postprocess=False)`, in pixels of the model's input,
+    and the height and width of the image file. Returns dicts with `image_id`, `category_id`, `bbox` (x, y, width,
+    height), `score` and, with masks, `segmentation`; objects with an empty box are left out.
     """
     fields = dict(instances.get_fields())
     masks = fields.pop("pred_masks", None)

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
-from crossmae.data.images import to_rgb
+from crossmae.data.images import read_image, to_rgb
 from crossmae.errors import UserError
 from det.backbone.weights import build_detector, find_detector, load_weights
 from det.config import check_config, choose_device, load_det_config
 from det.data.coco import read_categories
-from det.data.loader import augment, build_test_augmentations, read_pixels
+from det.data.loader import ResizeShortestEdge, augment
 from det.evaluation.run_files import CONFIG, RECORD
 from det.inference.paste import coco_results
 
@@ -78,7 +78,8 @@ class Predictor:
             self.model.roi_heads.mask_on = False
         heads, inputs = self.cfg.MODEL.ROI_HEADS, self.cfg.INPUT
         self.num_classes, self.score_threshold, self._format = heads.NUM_CLASSES, heads.SCORE_THRESH_TEST, inputs.FORMAT
-        self._augmentations = AugmentationList(build_test_augmentations(inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST))
+        resize = ResizeShortestEdge(inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST, "choice")
+        self._augmentations = AugmentationList([resize])
 
     def __call__(self, image: ImageLike) -> Instances:
         """Find the objects in one image, highest score first.
@@ -108,22 +109,18 @@ class Predictor:
     @torch.no_grad()
     def _run(self, images: Sequence[ImageLike], model: Callable[[list[dict[str, Any]]], list[Any]]) -> list[Any]:
         """Call `model` once per padded size."""
-        inputs = [self._input(read_rgb(image)) for image in images]
+        inputs: list[dict[str, Any]] = []
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for index, sample in enumerate(inputs):
-            groups[self._padded_size(sample["image"])].append(index)
+        for index, pixels in enumerate(map(read_rgb, images)):
+            image, _ = augment(pixels, self._augmentations, self._format)  # as in evaluation
+            inputs.append({"image": image, "height": pixels.shape[0], "width": pixels.shape[1]})
+            groups[self._padded_size(image)].append(index)
         found: dict[int, Any] = {}
         for indices in groups.values():
             found |= zip(indices, model([inputs[index] for index in indices]), strict=True)
         return [found[index] for index in range(len(inputs))]
 
-    def _input(self, pixels: NDArray[np.uint8]) -> dict[str, Any]:
-        """Prepare an image as detectron2's mapper does in evaluation."""
-        image, _ = augment(pixels, self._augmentations, self._format)
-        return {"image": image, "height": pixels.shape[0], "width": pixels.shape[1]}
-
     def _padded_size(self, image: torch.Tensor) -> tuple[int, ...]:
-        """Return the padded size of an image (C, h, w)."""
         constraints = self.model.backbone.padding_constraints
         if constraints.get("square_size"):
             return (constraints["square_size"],)
@@ -132,12 +129,11 @@ class Predictor:
 
 
 def read_config(config_file: str | Path | None, weights: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
-    """Read the config of a detector.
+    """Read the config of a detector, changed by `KEY=VALUE` words.
 
     Args:
         config_file: a YAML file, its name under configs/, a run's folder, or None: `config.yaml` next to the weights.
         weights: a run's folder, or a file in it.
-        overrides: `KEY=VALUE` words.
     """
     if not Path(weights).exists():
         raise UserError(f"{weights}: no such file or folder. Name a detector's weights, or the folder of its run.")
@@ -152,16 +148,13 @@ def read_config(config_file: str | Path | None, weights: str | Path, overrides: 
 def read_rgb(image: ImageLike) -> NDArray[np.uint8]:
     """Read an image as training does: upright (H, W, 3) uint8 RGB.
 
-    Raises:
-        UserError: the file cannot be read; names the file.
-        ValueError: an array of another shape or type.
+    A file that cannot be read is a UserError, an array of another shape or type a ValueError.
     """
     if isinstance(image, (str, Path)):
-        pixels = read_pixels(image)
+        image = read_image(image)
     elif isinstance(image, Image.Image):
-        pixels = np.asarray(to_rgb(ImageOps.exif_transpose(image)))
-    else:
-        pixels = np.asarray(image)
+        image = to_rgb(ImageOps.exif_transpose(image))
+    pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
         raise ValueError(f"image: expected (H, W, 3) uint8 RGB, received {pixels.shape} {pixels.dtype}")
     return pixels
@@ -182,10 +175,8 @@ class Classes:
 def find_classes(predictor: Predictor, file: Path | None = None) -> Classes:
     """Find the names of a detector's classes.
 
-    Args:
-        predictor: the detector.
-        file: a JSON file with COCO's `categories`, or a text file with one name per line. None: the record of the run;
-            without a record, numbers from 1 with a warning. Another number of classes is a UserError.
+    `file` is a JSON file with COCO's `categories`, or a text file with one name per line; None: the record of the run,
+    or else numbers from 1 with a warning. Another number of classes is a UserError.
     """
     wanted, record = predictor.num_classes, predictor.weights.with_name(RECORD)
     classes = _recorded_classes(record) if file is None else _read_classes(file)
@@ -223,14 +214,8 @@ def coco_annotations(
 ) -> list[dict[str, Any]]:
     """Convert predictions of one image to COCO annotations.
 
-    Args:
-        instances: from `Predictor.predict_raw`.
-        image_id: of the image.
-        height, width: of the image as its file has it.
-        classes: of the detector.
-
-    Returns:
-        Results of `coco_results` with `area` and `iscrowd`; boxes to a thousandth of a pixel.
+    Takes instances of `Predictor.predict_raw` and returns the results of `coco_results` with `area` and `iscrowd`;
+    boxes to a thousandth of a pixel.
     """
     annotations = coco_results(instances, image_id, height, width, classes.category_ids)
     for annotation in annotations:

@@ -4,8 +4,7 @@
     OUTPUT/NAME.mp4            a video and its objects
     OUTPUT/predictions.json    all predictions as COCO annotations; written last: if it exists, it is complete
 
-Files are read a batch at a time, so that memory stays bounded. A file that cannot be read is skipped and reported; a
-picture or video that cannot be written is also reported.
+Files are read a batch at a time, so that memory stays bounded.
 """
 
 from __future__ import annotations
@@ -58,9 +57,6 @@ def find_media(arguments: Sequence[str]) -> tuple[Path, list[MediaInput]]:
     """Find the files that arguments name, and their common folder.
 
     Folders stand for their images, subfolders included, but not for their videos.
-
-    Raises:
-        UserError: an argument matches no file; or one is a video, and PyAV is not installed.
     """
     arguments = [_expand_home(argument) for argument in arguments]
     paths = list(dict.fromkeys(Path(os.path.abspath(path)) for path in find_inputs(arguments)))
@@ -73,7 +69,6 @@ def find_media(arguments: Sequence[str]) -> tuple[Path, list[MediaInput]]:
 
 
 def _expand_home(argument: str) -> str:
-    """Replace `~` by the home folder unless it names a file."""
     expanded = argument if os.path.lexists(argument) else os.path.expanduser(argument)
     return os.path.abspath(expanded) if expanded.startswith("~") else expanded
 
@@ -94,8 +89,7 @@ def output_names(names: Sequence[str]) -> list[str]:
 def check_output(output: Path, inputs: Sequence[MediaInput], arguments: Sequence[str], force: bool) -> None:
     """Refuse an output folder that cannot be written, or would overwrite files.
 
-    An input is never overwritten, and other existing files only with `force`. The folder must not be searched for
-    inputs.
+    An input is never overwritten. The folder must not be searched for inputs.
     """
     planned = [output / COCO_FILE, *(output / one.target for one in inputs)]
     for argument in map(_expand_home, arguments):
@@ -140,12 +134,7 @@ def _fault(path: Path) -> str | None:
 
 @dataclass
 class FilePredictions:
-    """Prediction of files, with counts of images (frames included) and objects, and a line per failure.
-
-    Attributes:
-        batch_size: images that are computed together.
-        draw: write pictures and videos.
-    """
+    """Prediction of files, with counts of images (frames included) and objects, and a line per failure."""
 
     predictor: Predictor
     classes: Classes
@@ -157,12 +146,7 @@ class FilePredictions:
     failures: list[str] = field(default_factory=list)
 
     def write(self, inputs: Sequence[MediaInput], info: dict[str, Any]) -> None:
-        """Remove an older predictions.json, predict all files and write the results.
-
-        Raises:
-            UserError: the folder is not writable.
-            OSError: the disk is full or broken.
-        """
+        """Remove an older predictions.json, predict all files and write the results."""
         make_folder(self.output, "--output")
         (self.output / COCO_FILE).unlink(missing_ok=True)
 
@@ -177,20 +161,17 @@ class FilePredictions:
 
     def _predict_images(self, inputs: Sequence[MediaInput], coco: CocoStream) -> None:
         bar = tqdm(inputs, "predict", unit="img", disable=not inputs, dynamic_ncols=True)
-        read = ((self.output / one.target, {"file_name": one.name}, self._read(one.path)) for one in bar)
-        readable = ((path, entry, pixels) for path, entry, pixels in read if pixels is not None)
-        for path, drawn in self._predict(readable, coco):
+        for path, drawn in self._predict(self._read_images(bar), coco):
             if self.draw:
                 save = partial(Image.fromarray(drawn).save, format="png")
                 self._save(path, partial(write_atomically, path, save))
 
-    def _read(self, path: Path) -> NDArray[np.uint8] | None:
-        """Read an image (H, W, 3), or note the failure."""
-        try:
-            return read_rgb(path)
-        except UserError as error:
-            self.failures.append(str(error))
-            return None
+    def _read_images(self, inputs: Iterable[MediaInput]) -> Iterator[tuple[Path, dict[str, Any], NDArray[np.uint8]]]:
+        for one in inputs:
+            try:
+                yield self.output / one.target, {"file_name": one.name}, read_rgb(one.path)
+            except UserError as error:
+                self.failures.append(str(error))
 
     def _predict_video(self, one: MediaInput, coco: CocoStream) -> None:
         try:
@@ -218,20 +199,19 @@ class FilePredictions:
         self, images: Iterable[tuple[Item, dict[str, Any], NDArray[np.uint8]]], coco: CocoStream
     ) -> Iterator[tuple[Item, NDArray[np.uint8]]]:
         """Predict batches of (item, entry, pixels), and yield items with drawn pixels."""
-        queue = iter(images)
+        queue, names = iter(images), dict(zip(self.classes.category_ids, self.classes.names, strict=True))
         while batch := list(islice(queue, self.batch_size)):
             found = self.predictor.predict_raw([pixels for _, _, pixels in batch])
             for (item, entry, pixels), instances in zip(batch, found, strict=True):
                 annotations = coco.add({**entry, "width": pixels.shape[1], "height": pixels.shape[0]}, instances)
                 self.images += 1
                 self.objects += len(annotations)
-                yield item, self._drawn(pixels, annotations) if self.draw else pixels
-
-    def _drawn(self, pixels: NDArray[np.uint8], annotations: Sequence[dict[str, Any]]) -> NDArray[np.uint8]:
-        side = max(pixels.shape[:2])
-        names = dict(zip(self.classes.category_ids, self.classes.names, strict=True))
-        instances = instances_from_coco(annotations, names)
-        return draw_instances(pixels, instances, longest_side=side * -(-ENLARGED_BELOW // side), letters=LABEL_SIZE)
+                if self.draw:
+                    side = max(pixels.shape[:2])
+                    side *= -(-ENLARGED_BELOW // side)
+                    objects = instances_from_coco(annotations, names)
+                    pixels = draw_instances(pixels, objects, longest_side=side, letters=LABEL_SIZE)
+                yield item, pixels
 
     def _save(self, path: Path, write: Callable[[], object]) -> None:
         """Write a file and note a failure, unless the disk is full."""
@@ -261,7 +241,6 @@ class CocoStream:
         return annotations
 
     def finish(self, info: dict[str, Any]) -> None:
-        """Write the rest of the file."""
         self.annotations.close()
         rest = {"images": self.images, "categories": self.classes.categories(), "info": info}
         self.file.write(", " + json.dumps(rest, ensure_ascii=False, allow_nan=False)[1:] + "\n")

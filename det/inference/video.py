@@ -37,12 +37,8 @@ class Frame:
 class Video:
     """First video stream of a file, read from the beginning by each iteration.
 
-    Attributes:
-        rate: frames per second, on average.
-        frames: expected number of frames by the file's index or length; None if unknown.
-
-    Raises:
-        UserError: PyAV is not installed, or the file cannot be read or has no pictures.
+    `rate` is the average number of frames per second, `frames` the expected number of frames, None if unknown.
+    Without PyAV, or if the file cannot be read or has no pictures, a UserError is raised.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -56,8 +52,7 @@ class Video:
     def __iter__(self) -> Iterator[Frame]:
         """Yield all frames upright, and warn about missing frames.
 
-        Raises:
-            UserError: the file is damaged; the frames before the damage have been yielded.
+        A damaged file is a UserError after the frames before the damage.
         """
         number, start = 0, Fraction(0)
         with self._open() as container:
@@ -66,7 +61,9 @@ class Video:
                 for picture in container.decode(video=0):
                     time = number / self.rate if picture.pts is None else picture.pts * Fraction(picture.time_base)
                     start = start if number else time
-                    yield Frame(_upright(picture), time - start)
+                    # Telephones record a rotation.
+                    upright = np.rot90(picture.to_ndarray(format="rgb24"), round(picture.rotation / 90))
+                    yield Frame(np.ascontiguousarray(upright), time - start)
                     number += 1
             except pyav().FFmpegError as error:
                 where = f"{printable(self.path)}: cannot be read after frame {number}"
@@ -95,11 +92,8 @@ def is_video(path: str | Path) -> bool:
 def write_video(path: Path, frames: Iterable[Frame], rate: Fraction) -> None:
     """Write at least one frame as H.264 in MP4, atomically.
 
-    Frames have one size; an odd last row or column is doubled, because the format needs even sides.
-
-    Raises:
-        UserError: PyAV is not installed.
-        OSError: the file cannot be written; the remaining frames have not been consumed.
+    Frames have one size; an odd last row or column is doubled, because the format needs even sides. If the file cannot
+    be written, an OSError is raised, and the remaining frames have not been consumed.
     """
     queue = iter(frames)
     first = next(queue, None)
@@ -122,23 +116,12 @@ def _encode(path: Path, frames: Iterable[Frame], size: tuple[int, ...], rate: Fr
         tick = -1
         for frame in frames:
             tick = max(round(frame.time * TICKS), tick + 1)  # times must rise
-            container.mux(stream.encode(_picture(frame.pixels, tick)))
+            even = np.pad(frame.pixels, ((0, size[0] % 2), (0, size[1] % 2), (0, 0)), mode="edge")
+            picture = pyav().VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
+            picture = picture.reformat(format="yuv420p", dst_colorspace="itu709")
+            picture.pts, picture.time_base = tick, codec.time_base
+            container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
-
-
-def _picture(pixels: NDArray[np.uint8], tick: int) -> Any:
-    """Convert pixels (H, W, 3) to a PyAV frame with even sides."""
-    height, width = pixels.shape[:2]
-    even = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    picture = pyav().VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
-    picture = picture.reformat(format="yuv420p", dst_colorspace="itu709")
-    picture.pts, picture.time_base = tick, Fraction(1, TICKS)
-    return picture
-
-
-def _upright(picture: Any) -> NDArray[np.uint8]:
-    """Return (H, W, 3) RGB, turned by the rotation that telephones record."""
-    return np.ascontiguousarray(np.rot90(picture.to_ndarray(format="rgb24"), round(picture.rotation / 90)))
 
 
 def pyav() -> Any:

@@ -1,19 +1,28 @@
-"""Checkpoints of a detector's run: atomic writing, strict reading, and `model` holds the evaluated weights."""
+"""Checkpoints of a detector's run, and its record: atomic writing, strict reading, the settings of a continuation.
+
+In a checkpoint, `model` holds the evaluated weights.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import detectron2
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import MetadataCatalog
+from detectron2.utils import comm
 from torch import nn
 
 from crossmae.checkpoints.reading.torch_file import read_torch_file
 from crossmae.checkpoints.weights import check_finite, describe_non_finite
 from crossmae.errors import UserError
-from crossmae.files import write_atomically, write_text
+from crossmae.files import sha256, write_atomically, write_json, write_text
+from crossmae.training.versions import versions
 from det.evaluation.run_files import CHECKPOINT, LAST, RECORD
 
 log = logging.getLogger(__name__)
@@ -21,17 +30,27 @@ log = logging.getLogger(__name__)
 # With a moving average, `model` holds the average, and this key the weights that training continues from.
 TRAINED = "trained_model"
 NAME_LIMIT = 256  # characters that are read of `last_checkpoint`
+# Settings that decide the order of data, the model and the schedule.
+_SHARED = ("SEED", "DATASETS.TRAIN", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "INPUT.", "MODEL.", "SOLVER.")
+# Settings among them that may differ: where and how long to train, and what only evaluation reads.
+_FREE = (
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",
+    "MODEL.VIT.ACTIVATION_CHECKPOINTING",
+    "MODEL.VIT.ATTENTION",
+    "SOLVER.ACCUMULATE",
+    "SOLVER.EPOCHS",
+    "SOLVER.AMP.",
+    "SOLVER.CHECKPOINT",
+    "SOLVER.MAX_ITER",
+)
 _REPAIR = "Write the name of a checkpoint in this folder into it, such as model_0004999.pth or model_final.pth."
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
-    """detectron2's checkpoints, written atomically and read strictly.
+    """detectron2's checkpoints of a run folder, written atomically and read strictly.
 
-    Args:
-        model: the trained detector.
-        save_dir: folder of the run.
-        average: moving average of the weights, if there is one.
-        checkpointables: other objects with a state.
+    With a moving `average` of the weights, both are saved.
     """
 
     def __init__(self, model: nn.Module, save_dir: str, average: nn.Module | None = None, **checkpointables: Any):
@@ -54,11 +73,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return {"model": self.average.state_dict(), TRAINED: trained}
 
     def write(self, file_name: str, content: dict[str, Any]) -> None:
-        """Write one file in the folder, atomically.
-
-        Raises:
-            UserError: weights are not finite; nothing is written.
-        """
+        """Write one file of the folder, and reject weights not finite."""
         for key in ("model", TRAINED):
             if found := describe_non_finite(content.get(key, {})):
                 raise UserError(
@@ -68,11 +83,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         write_atomically(Path(self.save_dir, file_name), lambda path: torch.save(content, path))
 
     def resume(self, path: Path, max_iter: int) -> int:
-        """Load a checkpoint and return the next step.
-
-        Raises:
-            UserError: see `load`; or no step is left.
-        """
+        """Load a checkpoint and return the next step."""
         self.load(str(path))
         first: int = self.checkpointables["trainer"].iter + 1  # the checkpoint holds the step that had just ended
         if first > max_iter:
@@ -81,11 +92,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return first
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Load a checkpoint of this package.
-
-        Raises:
-            UserError: not a checkpoint, of another model, or its weights are not finite.
-        """
+        """Load a checkpoint of this model with finite weights."""
         rest: dict[str, Any] = super().load(path, checkpointables)
         for model in (self.model, self.average):
             if model is not None:
@@ -120,11 +127,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
 
 def find_checkpoint(folder: Path, resume: bool) -> Path | None:
-    """Find the checkpoint to resume, None for a new run.
-
-    Raises:
-        UserError: the run would be laid over another; or see `last_checkpoint`.
-    """
+    """Find the checkpoint to resume, None for a new run."""
     if not resume:
         if (folder / LAST).exists() or (folder / RECORD).is_file():
             raise UserError(
@@ -138,11 +141,7 @@ def find_checkpoint(folder: Path, resume: bool) -> Path | None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Find the checkpoint that `last_checkpoint` names, None without that file.
-
-    Raises:
-        UserError: `last_checkpoint` holds anything but the name of a checkpoint in the same folder.
-    """
+    """Find the checkpoint in the folder that `last_checkpoint` names."""
     record = folder / LAST
     try:
         with open(record, encoding="utf-8", errors="replace") as file:
@@ -160,3 +159,49 @@ def last_checkpoint(folder: Path) -> Path | None:
     if path.resolve().parent != folder.resolve():
         raise UserError(f"{record}: names {name}, a link to a file outside {folder}. Copy the file into the folder.")
     return path
+
+
+def shared_settings(values: Mapping[str, Any], num_images: int) -> dict[str, Any]:
+    """Select the settings that a run and its continuation must share.
+
+    Takes the values of the config by dotted key, and returns JSON values.
+    """
+    keys = [key for key in values if key.startswith(_SHARED) and not key.startswith(_FREE)]
+    settings = {key: values[key] for key in keys if not key.endswith("_TEST")}
+    files = {name: MetadataCatalog.get(name).get("json_file") for name in values["DATASETS.TRAIN"]}
+    settings |= {f"SHA-256 of the json of {name}": sha256(Path(path)) for name, path in files.items() if path}
+    settings["number of training images"] = num_images
+    settings["processes x SOLVER.ACCUMULATE"] = comm.get_world_size() * values["SOLVER.ACCUMULATE"]
+    decoded: dict[str, Any] = json.loads(json.dumps(settings))
+    return decoded
+
+
+def check_continues(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Reject a continuation whose settings differ from the record's."""
+    try:
+        recorded = json.loads((folder / RECORD).read_text(encoding="utf-8"))["settings"]
+        keys = recorded.keys() | settings.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"--resume: {folder / RECORD} is missing or damaged, so that nothing tells whether this is the same run. "
+            "Start a new one from MODEL.WEIGHTS in another OUTPUT_DIR."
+        ) from None
+    pairs = {key: (recorded.get(key), settings.get(key)) for key in sorted(keys)}
+    changed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in pairs.items() if old != new)
+    if changed:
+        raise UserError(f"--resume: {folder} holds a run with other settings: {changed}")
+
+
+def record_run(
+    folder: Path, train: Sequence[str], test: Sequence[str], settings: Mapping[str, Any], iterations: int
+) -> None:
+    """Write a run's classes, versions, data sets and `shared_settings`."""
+    sets = {name: MetadataCatalog.get(name) for name in (*train, *test)}
+    data = {name: {"json": meta.get("json_file"), "images": meta.get("image_root")} for name, meta in sets.items()}
+    libraries = versions() | {"detectron2": detectron2.__version__, "processes": comm.get_world_size()}
+    if torch.cuda.is_available():
+        libraries["gpu"] = torch.cuda.get_device_name()
+    names = sets[train[0]]
+    classes = {"classes": list(names.thing_classes), "category_ids": list(names.thing_dataset_id_to_contiguous_id)}
+    run = {"iterations": iterations, "versions": libraries, "data": data, "settings": settings}
+    write_json(folder / RECORD, classes | run)

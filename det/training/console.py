@@ -34,7 +34,6 @@ class ConsoleHandler(logging.Handler):
     """Console output above the progress bar: lines of this project, and warnings of all libraries."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Select the records to show."""
         if record.name == "detectron2.engine.train_loop":  # a traceback of the error that the tool shows in one line
             return False
         if record.levelno < logging.WARNING and not comm.is_main_process():
@@ -42,7 +41,6 @@ class ConsoleHandler(logging.Handler):
         return record.levelno >= logging.WARNING or record.name.split(".")[0] in ("det", "crossmae")
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line without tearing the bar."""
         tqdm.write(self.format(record), file=sys.stderr)
 
 

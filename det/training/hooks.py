@@ -31,10 +31,7 @@ _Results = dict[str, dict[str, float]]
 class EvaluationHook(hooks.EvalHook):
     """detectron2's evaluation, which keeps the best weights and leaves out a run that failed in its last step.
 
-    Args:
-        period: steps between evaluations; 0 evaluates at the end only.
-        evaluate: returns the results of the weights, see `det.evaluate`.
-        checkpointer: of the run.
+    `period` counts the steps between evaluations; 0 evaluates at the end only.
     """
 
     def __init__(self, period: int, evaluate: Callable[[], _Results], checkpointer: AtomicCheckpointer) -> None:
@@ -43,7 +40,6 @@ class EvaluationHook(hooks.EvalHook):
         self.results: _Results = {}
 
     def after_train(self) -> None:
-        """Evaluate at the end, if the run has reached it."""
         if self.trainer.iter >= self.trainer.max_iter:
             super().after_train()
 
@@ -68,11 +64,7 @@ def _without_many_classes(numbers: dict[str, float]) -> dict[str, float]:
 
 
 def keep_best(checkpointer: AtomicCheckpointer, results: _Results, iteration: int) -> None:
-    """Write `model_best.pth` if the AP is the run's highest.
-
-    The AP is that of masks, or else of boxes. The record is read from `model_best.json`, so that it also counts after a
-    run that was cut off.
-    """
+    """Write `model_best.pth` if the AP of masks, else boxes, is the highest."""
     task = "segm" if "segm" in results else "bbox"
     metric, found = f"{task}/AP", results[task]["AP"]
     path = Path(checkpointer.save_dir, BEST_RECORD)
@@ -86,12 +78,7 @@ def keep_best(checkpointer: AtomicCheckpointer, results: _Results, iteration: in
 
 
 class StopBetweenSteps(HookBase):
-    """Save and end the run after Ctrl-C or SIGTERM.
-
-    Args:
-        checkpointer: of the run.
-        request: where the signal is noted.
-    """
+    """Save and end the run after Ctrl-C or SIGTERM."""
 
     def __init__(self, checkpointer: AtomicCheckpointer, request: StopRequest) -> None:
         self.checkpointer, self.request = checkpointer, request
@@ -99,11 +86,7 @@ class StopBetweenSteps(HookBase):
     def after_step(self) -> None:
         """End the run if a process was asked to stop.
 
-        Several processes agree on it every `STOP_PERIOD` steps.
-
-        Raises:
-            KeyboardInterrupt: after Ctrl-C.
-            SystemExit: after SIGTERM.
+        Ctrl-C becomes a KeyboardInterrupt, SIGTERM a SystemExit.
         """
         done = self.trainer.iter + 1
         if comm.get_world_size() > 1:
@@ -122,16 +105,13 @@ class ProgressBar(HookBase):
     """Steps done, time left, loss and learning rate on one line."""
 
     def before_train(self) -> None:
-        """Start the line."""
         start, total = self.trainer.start_iter, self.trainer.max_iter
         self.bar = tqdm(initial=start, total=total, desc="train", unit="it", dynamic_ncols=True)
 
     def after_step(self) -> None:
-        """Advance the line."""
         loss, lr = (self.trainer.storage.history(name).latest() for name in ("total_loss", "lr"))
         self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
         self.bar.update()
 
     def after_train(self) -> None:
-        """End the line, also after a failure."""
         self.bar.close()

@@ -30,13 +30,7 @@ def parameter_groups(model: nn.Module, solver: SolverKeys, base_lr: float, depth
     Source: method specification, section 3.1. The learning rate of encoder layer i of n is base_lr * LAYER_DECAY **
     (n + 1 - i): 0 is patch embedding and positions, i block i - 1, n + 1 everything outside the encoder.
     `WEIGHT_DECAY_NORM` is for norms, `WEIGHT_DECAY_POS` for absolute and relative positions. Norms are told by type,
-    because detectron2's own list misses its channel-first LayerNorm.
-
-    Args:
-        model: the detector.
-        solver: weight decays and `LAYER_DECAY`.
-        base_lr: learning rate outside the encoder.
-        depth: blocks n of the encoder.
+    because detectron2's own list misses its channel-first LayerNorm. `depth` is the number n of blocks.
     """
     groups = []
     for module_name, module in model.named_modules():
@@ -70,11 +64,7 @@ def resolve_schedule(solver: SolverKeys, test: EvaluationKeys, num_images: int) 
     """Turn rules, epochs and shares of a run into whole steps.
 
     The learning rate follows the batch linearly where there is a `REFERENCE_BATCH`. With `EVAL_EPOCHS`, there is a
-    checkpoint at every evaluation at least.
-
-    Args:
-        solver, test: settings of the run.
-        num_images: size of the training set.
+    checkpoint at every evaluation at least. `num_images` is the size of the training set.
     """
     batch = solver.IMS_PER_BATCH
     factor = batch / solver.REFERENCE_BATCH if solver.REFERENCE_BATCH else 1.0

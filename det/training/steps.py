@@ -31,9 +31,6 @@ class StepTrainer(SimpleTrainer):
     or masks are means over the boxes or masks of a part, in both cases.
 
     Args:
-        model: the detector, or its wrapper for several processes.
-        data_loader: batches, lists of samples.
-        optimizer: over the parameters of `model`.
         seed: with the number of the step and the rank, the source of all random numbers of a step.
         parts: that a batch is computed in.
         precision: of autocast; None computes in float32.
@@ -59,9 +56,7 @@ class StepTrainer(SimpleTrainer):
     def run_step(self) -> None:
         """Take one step and write its losses.
 
-        Raises:
-            FloatingPointError: a loss or a gradient is not finite; the weights are those before the step.
-            UserError: an image cannot be used; names it.
+        A loss or gradient that is not finite is a FloatingPointError, and the weights stay those before the step.
         """
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated()
@@ -73,7 +68,10 @@ class StepTrainer(SimpleTrainer):
         losses: dict[str, Tensor] = {}
         for number, part in enumerate(split(batch, self.parts)):
             self._seed(number)
-            with self._only_the_last_part_is_averaged_over_processes(number):
+            last = number == self.parts - 1
+            several = isinstance(self.model, nn.parallel.DistributedDataParallel)
+            # Only the gradients of the last part are averaged over the processes.
+            with contextlib.nullcontext() if last or not several else self.model.no_sync():
                 for name, value in self._backward(part).items():
                     losses[name] = losses.get(name, 0) + value
         self._write_metrics(losses, data_time)
@@ -90,7 +88,6 @@ class StepTrainer(SimpleTrainer):
         return {name: value.detach() for name, value in losses.items()}
 
     def _update(self) -> None:
-        """Update the weights if every gradient is finite."""
         if not self.scaler.is_enabled():
             gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
             norm = nn.utils.get_total_norm(gradients.values())
@@ -108,20 +105,13 @@ class StepTrainer(SimpleTrainer):
         key = np.random.SeedSequence([self.seed, self.iter, comm.get_rank() * self.parts + part])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
-    def _only_the_last_part_is_averaged_over_processes(self, part: int) -> contextlib.AbstractContextManager[None]:
-        if part < self.parts - 1 and isinstance(self.model, nn.parallel.DistributedDataParallel):
-            return self.model.no_sync()
-        return contextlib.nullcontext()
-
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of hooks, optimizer and float16 scale."""
         state: dict[str, Any] = super().state_dict()
         inner = {"iteration": state["iteration"], "optimizer": state.pop("optimizer")}
         scale = {"grad_scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
         return state | {"_trainer": inner | scale}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the result of `state_dict`."""
         inner = state_dict["_trainer"]
         super().load_state_dict(state_dict | {"optimizer": inner["optimizer"]})
         if self.scaler.is_enabled() and "grad_scaler" in inner:

@@ -6,7 +6,6 @@ import logging
 import weakref
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -16,24 +15,21 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from timm.utils import ModelEmaV3
-from torch import nn
 
 from crossmae.errors import UserError
 from crossmae.files import make_folder, write_text
 from crossmae.training.signals import StopRequest
 from det.backbone.weights import build_detector, load_weights
-from det.config import SolverKeys, leaf_keys, lookup, read_keys
+from det.config import flatten, read_keys
 from det.data.coco import check_classes, check_registered
-from det.data.copy_paste import build_copy_paste
-from det.data.loader import KeyedSamples, NamingMapper, build_train_loader
+from det.data.loader import build_train_loader, training_samples
 from det.evaluation.evaluate import evaluate
 from det.evaluation.report import write_report
 from det.evaluation.run_files import BEST, BEST_RECORD, CONFIG, METRICS, RECORD
-from det.training.checkpoint import AtomicCheckpointer, find_checkpoint
+from det.training.checkpoint import AtomicCheckpointer, check_continues, find_checkpoint, record_run, shared_settings
 from det.training.console import early_log, log_file
 from det.training.hooks import EvaluationHook, ProgressBar, StopBetweenSteps
 from det.training.optimizer import StepSchedule, build_scheduler, describe_schedule, parameter_groups, resolve_schedule
-from det.training.record import check_continues, record_run, shared_settings
 from det.training.steps import StepTrainer
 
 log = logging.getLogger(__name__)
@@ -45,34 +41,29 @@ PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
     """Train and evaluate one detector.
 
-    Weights come from 1. the last checkpoint in `OUTPUT_DIR`, with `resume`; 2. `MODEL.WEIGHTS`; 3. random numbers.
-    The random numbers of a step come from `SEED` and its number, and its images from a plan, so that a resumed run
-    equals an uninterrupted one.
-
-    Args:
-        cfg: from `load_det_config`.
-        resume: continue from the last checkpoint, if there is one.
-
-    Returns:
-        The results of the last evaluation, see `evaluate`.
+    Weights come from 1. the last checkpoint in `OUTPUT_DIR`, with `resume`; 2. `MODEL.WEIGHTS`; 3. random numbers. A
+    resumed run equals an uninterrupted one. Returns the results of the last evaluation, see `evaluate`.
 
     Raises:
         UserError: bad data, weights or settings, before anything is written; or a loss, a gradient or a weight that is
             not finite.
     """
-    check_data_sets(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN", "training data")
+    check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
+    if not cfg.DATASETS.TEST:
+        log.info("no validation data (--val-json, or DATASETS.TEST without --train-json): no weights are the best")
     keys, folder = read_keys(cfg), Path(cfg.OUTPUT_DIR)
     solver, depth = keys.SOLVER, keys.MODEL.VIT.DEPTH
     with early_log() as early:  # nothing is written before everything has been checked
         seed_all_rng(cfg.SEED)
         records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        samples = training_samples(cfg, records)
         check_classes((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), cfg.MODEL.ROI_HEADS.NUM_CLASSES)
-        schedule = resolve_schedule(solver, keys.TEST, len(records))
-        log.info("%s", describe_schedule(schedule, solver, len(records), depth))
-        copy_paste = build_copy_paste(keys.INPUT.COPY_PASTE.ENABLED, keys.INPUT.COPY_PASTE.PROB, cfg.MODEL.PIXEL_MEAN)
+        schedule = resolve_schedule(solver, keys.TEST, len(samples))
+        log.info("%s", describe_schedule(schedule, solver, len(samples), depth))
         batches = partial(
             build_train_loader,
-            KeyedSamples(records, NamingMapper(cfg, True), cfg.SEED, copy_paste),
+            samples,
             solver.IMS_PER_BATCH,
             parts=solver.ACCUMULATE,
             workers=cfg.DATALOADER.NUM_WORKERS,
@@ -82,20 +73,23 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
         loader = batches(range(schedule.max_iter))
         model = build_detector(cfg)
         checkpoint = find_checkpoint(folder, resume)
-        settings = shared_settings({key: lookup(cfg, key) for key in leaf_keys(cfg)}, len(records))
+        settings = shared_settings(dict(flatten(cfg, cfg)), len(samples))
         if checkpoint is None:
             load_weights(model, cfg)
         else:
             check_continues(folder, settings)
         groups = parameter_groups(model, solver, schedule.base_lr, depth)
         adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(groups, lr=schedule.base_lr, betas=solver.BETAS)
-        trainer = build_trainer(model, loader, adamw, solver, cfg.SEED)
-        average = None if trainer.average is None else trainer.average.module
-        checkpointer = AtomicCheckpointer(model, str(folder), average, trainer=weakref.proxy(trainer))
+        average = ModelEmaV3(model, solver.EMA.DECAY, use_warmup=True, warmup_power=1) if solver.EMA.ENABLED else None
+        precision = PRECISIONS[solver.AMP.PRECISION] if solver.AMP.ENABLED else None
+        wrapped = create_ddp_model(model, broadcast_buffers=False)
+        trainer = StepTrainer(wrapped, loader, adamw, cfg.SEED, solver.ACCUMULATE, precision, average)
+        averaged = average.module if average else None
+        checkpointer = AtomicCheckpointer(model, str(folder), averaged, trainer=weakref.proxy(trainer))
         evaluation = None
         if cfg.DATASETS.TEST:
-            weights = trainer.model if average is None else average
-            evaluation = EvaluationHook(schedule.eval_period, partial(evaluate, cfg, weights), checkpointer)
+            evaluated = partial(evaluate, cfg, averaged or wrapped)
+            evaluation = EvaluationHook(schedule.eval_period, evaluated, checkpointer)
         trainer.register_hooks([
             hooks.IterationTimer(),
             hooks.LRScheduler(adamw, build_scheduler(adamw, solver, schedule)),
@@ -107,7 +101,11 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
             first = checkpointer.resume(checkpoint, schedule.max_iter)
             trainer.data_loader = batches(range(first, schedule.max_iter))
         if comm.is_main_process():
-            start_folder(folder, cfg.dump(), fresh=checkpoint is None)
+            if checkpoint is None:  # a run that was cut off before its first checkpoint may have left records
+                for name in (BEST, BEST_RECORD, METRICS):
+                    (folder / name).unlink(missing_ok=True)
+            make_folder(folder, "OUTPUT_DIR")
+            write_text(folder / CONFIG, cfg.dump())
             record_run(folder, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, settings, schedule.max_iter)
             # A row at every evaluation at least: the numbers of evaluations replace each other.
             period = min((evaluation and schedule.eval_period) or WRITING_PERIOD, WRITING_PERIOD)
@@ -123,28 +121,8 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
     return results
 
 
-def check_data_sets(train: tuple[str, ...], test: tuple[str, ...]) -> None:
-    """Raise a `UserError` unless the data sets of a training exist."""
-    check_registered(train, "DATASETS.TRAIN")
-    check_registered(test, "DATASETS.TEST")
-    if not train:
-        raise UserError("no training data: name it with --train-json and --train-images")
-    if not test:
-        log.info("no validation data (--val-json, or DATASETS.TEST without --train-json): no weights are the best")
-
-
-def build_trainer(
-    model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer, solver: SolverKeys, seed: int
-) -> StepTrainer:
-    """Build the trainer of single steps, as `SOLVER` says."""
-    average = ModelEmaV3(model, solver.EMA.DECAY, use_warmup=True, warmup_power=1) if solver.EMA.ENABLED else None
-    precision = PRECISIONS[solver.AMP.PRECISION] if solver.AMP.ENABLED else None
-    wrapped = create_ddp_model(model, broadcast_buffers=False)
-    return StepTrainer(wrapped, loader, optimizer, seed, solver.ACCUMULATE, precision, average)
-
-
 def build_savers(checkpointer: AtomicCheckpointer, period: int, kept: int) -> list[HookBase]:
-    """Build the progress bar and the periodic checkpoints of the first process."""
+    """Build the first process's progress bar and periodic checkpoints."""
     if not comm.is_main_process():
         return []
     saver = hooks.PeriodicCheckpointer(checkpointer, period, max_to_keep=kept or None)
@@ -153,21 +131,8 @@ def build_savers(checkpointer: AtomicCheckpointer, period: int, kept: int) -> li
     return [ProgressBar(), saver]
 
 
-def start_folder(folder: Path, config_text: str, *, fresh: bool) -> None:
-    """Create the folder of a run with its config."""
-    # A run that was cut off before its first checkpoint may have left records.
-    for name in (BEST, BEST_RECORD, METRICS) if fresh else ():
-        (folder / name).unlink(missing_ok=True)
-    make_folder(folder, "OUTPUT_DIR")
-    write_text(folder / CONFIG, config_text)
-
-
 def run_steps(trainer: StepTrainer, first: int, schedule: StepSchedule) -> None:
-    """Train from step `first` to the end.
-
-    Raises:
-        UserError: a loss or a gradient is not finite.
-    """
+    """Train from step `first`, and explain a divergence."""
     try:
         trainer.train(first, schedule.max_iter)
     except FloatingPointError as error:
@@ -181,14 +146,10 @@ def run_steps(trainer: StepTrainer, first: int, schedule: StepSchedule) -> None:
 def evaluate_only(cfg: CfgNode) -> dict[str, dict[str, float]]:
     """Evaluate the detector in `MODEL.WEIGHTS` on `DATASETS.TEST`.
 
-    Results of a training are not replaced: if `OUTPUT_DIR` holds a training, these go to `OUTPUT_DIR/evaluation`.
-
-    Raises:
-        UserError: no test data, or no whole detector in `MODEL.WEIGHTS`. Nothing is written then.
+    If `OUTPUT_DIR` holds a training, the results go to `OUTPUT_DIR/evaluation`. Without test data or a whole detector,
+    a `UserError` is raised and nothing is written.
     """
-    check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
-    if not cfg.DATASETS.TEST:
-        raise UserError("no data to evaluate on: name it with --val-json and --val-images")
+    check_registered(cfg.DATASETS.TEST, "DATASETS.TEST", "data to evaluate on")
     model = build_detector(cfg)
     load_weights(model, cfg, detector_only=True)
     folder = Path(cfg.OUTPUT_DIR)

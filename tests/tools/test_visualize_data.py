@@ -22,7 +22,7 @@ from det.inference.draw import class_color
 from tests.det.batches import train_batches
 from tests.det.coco_files import TINY, write_coco
 from tests.tools.command_line import exit_code
-from tools.visualize_data import CELL, draw_sample, main, training_samples
+from tools.visualize_data import CELL, draw_sample, main, padded_samples
 
 JITTER = ["INPUT.LSJ.ENABLED=True", "INPUT.LSJ.SIZE=64", "INPUT.LSJ.MIN_SCALE=0.3", "INPUT.LSJ.MAX_SCALE=1.2"]
 
@@ -43,7 +43,7 @@ def test_pictures_are_what_the_model_gets(folder: Path, pad: str, channels: str)
     use_own_data(cfg, ("data/coco.json", "data/images"), None)
     records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     model = build_model(cfg).train()
-    pictures = iter(islice(training_samples(cfg), 8))
+    pictures = iter(islice(padded_samples(cfg), 8))
     shapes = set()
     for batch in train_batches(cfg, records):
         given = model.preprocess_image(batch).tensor * model.pixel_std + model.pixel_mean
@@ -61,7 +61,7 @@ def test_pictures_are_what_the_model_gets(folder: Path, pad: str, channels: str)
 def test_objects_are_drawn_where_the_targets_are(folder: Path, masks: str) -> None:
     cfg = load_det_config("tiny.yaml", [*JITTER, "MODEL.VIT.SQUARE_PAD=64", f"INPUT.MASK_FORMAT={masks}"])
     use_own_data(cfg, ("data/coco.json", "data/images"), None)
-    for pixels, sample in islice(training_samples(cfg), 4):
+    for pixels, sample in islice(padded_samples(cfg), 4):
         targets, scale = sample["instances"], CELL / 64
         drawn = draw_sample(np.zeros_like(pixels), sample, ["", ""])
         assert drawn.shape == (CELL, CELL, 3)

@@ -12,12 +12,11 @@ import torch
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BitMasks, Boxes, Instances
 
-from crossmae.data.broken import Unreadable
 from crossmae.errors import UserError
 from det.config import check_config, load_det_config
-from det.data.copy_paste import CopyPaste, build_copy_paste, paste_objects
-from det.data.loader import refuse_unreadable
-from tests.det.batches import train_batches, train_samples
+from det.data.copy_paste import paste_objects
+from det.data.loader import KeyedSamples, refuse_unreadable, training_samples
+from tests.det.batches import train_batches
 from tests.det.coco_files import TINY, write_coco
 
 FILL = (7, 8, 9)
@@ -129,21 +128,19 @@ def test_every_subset_is_equally_likely_and_prob_is_how_often():
     """Seen from the classes, which are unique: 8 subsets of 3 objects; the empty one looks as if nothing was pasted."""
     sample, other = scene(np.random.default_rng(0), 4, 4, 0), scene(np.random.default_rng(1), 4, 4, 3)
     other["instances"].gt_classes = torch.tensor([1, 2, 4])
-    paste, counts, rounds = CopyPaste(0.6, FILL), np.zeros(8, int), 1500
-    np.random.seed(0)
-    for _ in range(rounds):
-        counts[paste(sample, lambda: other)["instances"].gt_classes.sum()] += 1
-    expected = np.array([0.4 + 0.6 / 8] + [0.6 / 8] * 7) * rounds
+    samples = KeyedSamples([sample, other], lambda record: record, 0, 0.6, FILL)
+    counts, rounds = np.zeros(8, int), 1500
+    for number in range(rounds):  # every other time, the sample itself is drawn, which has no objects
+        counts[samples[number, 0]["instances"].gt_classes.sum()] += 1
+    expected = np.array([0.7 + 0.3 / 8] + [0.3 / 8] * 7) * rounds
     assert ((counts - expected) ** 2 / expected).sum() < 18.5  # chi squared with 7 degrees of freedom, p = 0.01
 
 
 def test_a_second_image_that_can_not_be_read_is_handed_on(cfg, records):
-    sample = scene(np.random.default_rng(0), 4, 4, 1)
-    assert CopyPaste(1.0, FILL)(sample, lambda: Unreadable("why")) == Unreadable("why")
     cfg.INPUT.COPY_PASTE.PROB = 1.0
     with open(records[3]["file_name"], "wb") as file:
         file.write(b"no image")
-    samples = train_samples(cfg, records)
+    samples = training_samples(cfg, records)
     with pytest.raises(UserError, match=r"4\.png: cannot be read as an image"):
         refuse_unreadable([samples[epoch, 0] for epoch in range(30)])
 
@@ -178,7 +175,7 @@ def test_probability_zero_is_no_copy_paste_and_one_changes_only_what_is_pasted(c
     cfg.INPUT.COPY_PASTE.ENABLED, cfg.INPUT.COPY_PASTE.PROB = True, 0.0
     assert same(without, run(cfg, records))
     cfg.INPUT.COPY_PASTE.PROB = 1.0
-    changed, fill = 0, torch.tensor(build_copy_paste(True, 1.0, cfg.MODEL.PIXEL_MEAN).fill)[:, None, None]
+    changed, fill = 0, torch.tensor(training_samples(cfg, records).fill)[:, None, None]
     for (_, old, *_), (_, new, masks, _) in zip(without, run(cfg, records), strict=True):
         untouched, grown = ~masks.any(dim=0), torch.ones(new.shape[1:], dtype=torch.bool)
         height, width = old.shape[1:]
@@ -195,7 +192,7 @@ def test_polygons_are_pasted_as_bitmasks(cfg, tmp_path, caplog):
     records = load_coco_json(str(path), str(images))
     cfg.INPUT.MASK_FORMAT = "polygon"
     with caplog.at_level("INFO"):
-        samples = train_samples(cfg, records)
+        samples = training_samples(cfg, records)
     assert "masks are bitmasks, not INPUT.MASK_FORMAT polygon" in caplog.text
     assert all(isinstance(samples[0, index]["instances"].gt_masks, BitMasks) for index in range(len(records)))
 
@@ -206,7 +203,7 @@ def test_the_pasted_image_is_augmented_on_its_own(cfg, tmp_path):
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(images / "1.png")
     records = load_coco_json(str(path), str(images))
     cfg.INPUT.COPY_PASTE.PROB = 1.0
-    samples = train_samples(cfg, records)
+    samples = training_samples(cfg, records)
     pairs = [samples[epoch, 0]["instances"] for epoch in range(20)]
     areas = [one.gt_boxes.area()[one.gt_classes == 3].tolist() for one in pairs]
     assert any(len(both) == 2 and abs(both[0] - both[1]) > 20 for both in areas)
@@ -224,4 +221,3 @@ def test_what_contradicts_it_is_refused(cfg, section, key, value):
         check_config(cfg)
     cfg.INPUT.COPY_PASTE.ENABLED = False
     check_config(cfg)
-    assert build_copy_paste(False, 1.0, cfg.MODEL.PIXEL_MEAN) is None

@@ -142,7 +142,7 @@ def test_wrong_images_and_masks_are_refused():
         draw_instances(photo()[..., 0], [])
     with pytest.raises(ValueError, match="float"):
         draw_instances(photo().astype(np.float32), [])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"mask of \(5, 5\) on an image of \(60, 80\)"):
+    with pytest.raises(ValueError, match=r"array of \[5, 5\] on an image of \[60, 80\]"):
         draw_instances(photo(), [DrawnInstance(BOX, 0, "x", np.ones((5, 5), bool))])
 
 

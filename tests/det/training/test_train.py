@@ -14,12 +14,8 @@ import torch
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
-from detectron2.modeling import build_model
 
 from crossmae.errors import UserError, run_cli
-from det.config import load_det_config
-from det.data.coco import use_own_data
-from det.evaluation.evaluate import evaluate, format_results
 from det.training.checkpoint import AtomicCheckpointer, find_checkpoint, last_checkpoint
 from det.training.hooks import keep_best
 from det.training.steps import StepTrainer
@@ -537,32 +533,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         checkpointer.load(str(last_checkpoint(tmp_path)))
 
 
-@pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated")  # detectron2 calls it to say so
-@pytest.mark.usefixtures("no_pictures")
-def test_a_detector_that_finds_nothing_has_results_for_boxes_and_masks(tmp_path, command):
-    cfg = load_det_config(command[1], [command[-1], "MODEL.ROI_HEADS.SCORE_THRESH_TEST=1.0"])
-    use_own_data(cfg, None, (command[3], command[5]))
-    results = evaluate(cfg, build_model(cfg))
-    assert set(results) == {"bbox", "segm"}
-    written = json.loads((tmp_path / "out/results.json").read_text())
-    assert written["bbox"]["AP"] == written["segm"]["AP"] == 0
-
-
 def test_resume_without_a_checkpoint_starts_and_says_so(tmp_path, caplog):
     caplog.set_level("INFO")
     assert find_checkpoint(tmp_path, resume=True) is None
     assert "--resume: no checkpoint in" in caplog.text
-
-
-def test_the_table_shows_what_is_not_defined_as_a_dash():
-    table = format_results({"bbox": {"AP": 51.64, "AP50": 70.0, "AP75": math.nan, "AP-cat": math.nan}})
-    assert table.splitlines() == [
-        "           AP    AP50    AP75",
-        "box      51.6    70.0       -",
-        "",
-        "class  box AP",
-        "cat         -",
-    ]
 
 
 def test_the_command_line_is_frozen():
