@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 import psutil
@@ -37,6 +36,41 @@ from crossmae.reports.page import format_bytes, format_seconds
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = "stages.json"
 SAMPLE_SECONDS = 0.25
+# Name, title, tool and its arguments (@ is the output folder), outputs in that folder, file that decides the outcome.
+STAGES = (
+    (
+        "data",
+        "Compose handwritten digits over photographs",
+        "tools/make_demo_data.py --output @/data",
+        "data",
+        "tools/demo/data.py",
+    ),
+    (
+        "pretrain",
+        "Pretrain CrossMAE on the training images, without their labels",
+        "tools/pretrain.py --config-file pretrain/demo.yaml data.train=@/data/pretrain data.val=@/data/val "
+        "probe.train=@/data/scenes/train probe.val=@/data/scenes/val output_dir=@/pretrain",
+        "pretrain",
+        "configs/pretrain/demo.yaml",
+    ),
+    (
+        "convert",
+        "Make the encoder a detection backbone",
+        "tools/convert_checkpoint.py @/pretrain/model.safetensors @/encoder_detectron2.pth --to detectron2",
+        "encoder_detectron2.pth",
+        "",
+    ),
+    (
+        "detect",
+        "Train Mask R-CNN on that backbone, and evaluate it on held-out images",
+        "tools/train_net.py --config-file demo_mask_rcnn.yaml --train-json @/data/annotations/train.json "
+        "--train-images @/data/train --val-json @/data/annotations/val.json --val-images @/data/val "
+        "MODEL.WEIGHTS=@/encoder_detectron2.pth OUTPUT_DIR=@/detect",
+        "detect",
+        "configs/demo_mask_rcnn.yaml",
+    ),
+    ("report", "Put it all on one page", "tools/demo/report.py @", "report.html summary.txt", ""),
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +112,6 @@ class StageRecord:
     status: str = "started"  # "started", "failed" or "done"
     seconds: float = 0.0
     peak_memory_bytes: int = 0
-    ended: str = ""
 
     @property
     def cost(self) -> str:
@@ -88,52 +121,13 @@ class StageRecord:
 
 def demo_stages(output: Path) -> list[Stage]:
     """List the demo's stages. They write only under `output`."""
-
-    def command(tool: str, arguments: str) -> tuple[str, ...]:
-        path = ROOT / "tools" / f"{tool}.py"
-        # @ is the folder; filled in after the split, so that its name may hold spaces.
-        return (_from_here(path, str(path)), *(word.replace("@", str(output)) for word in arguments.split()))
-
-    return [
-        Stage(
-            "data",
-            "Compose handwritten digits over photographs",
-            command("make_demo_data", "--output @/data"),
-            ("data",),
-            ROOT / "tools/demo/data.py",
-        ),
-        Stage(
-            "pretrain",
-            "Pretrain CrossMAE on the training images, without their labels",
-            command(
-                "pretrain",
-                "--config-file pretrain/demo.yaml data.train=@/data/pretrain data.val=@/data/val "
-                "probe.train=@/data/scenes/train probe.val=@/data/scenes/val output_dir=@/pretrain",
-            ),
-            ("pretrain",),
-            ROOT / "configs/pretrain/demo.yaml",
-        ),
-        Stage(
-            "convert",
-            "Make the encoder a detection backbone",
-            command("convert_checkpoint", "@/pretrain/model.safetensors @/encoder_detectron2.pth --to detectron2"),
-            ("encoder_detectron2.pth",),
-        ),
-        Stage(
-            "detect",
-            "Train Mask R-CNN on that backbone, and evaluate it on held-out images",
-            command(
-                "train_net",
-                "--config-file demo_mask_rcnn.yaml "
-                "--train-json @/data/annotations/train.json --train-images @/data/train "
-                "--val-json @/data/annotations/val.json --val-images @/data/val "
-                "MODEL.WEIGHTS=@/encoder_detectron2.pth OUTPUT_DIR=@/detect",
-            ),
-            ("detect",),
-            ROOT / "configs/demo_mask_rcnn.yaml",
-        ),
-        Stage("report", "Put it all on one page", command("demo/report", "@"), ("report.html", "summary.txt")),
-    ]
+    stages = []
+    for name, title, command, outputs, config in STAGES:
+        tool, *words = command.split()
+        # @ is replaced after the split: the folder's name may hold spaces.
+        arguments = (_from_here(ROOT / tool, str(ROOT / tool)), *(word.replace("@", str(output)) for word in words))
+        stages.append(Stage(name, title, arguments, tuple(outputs.split()), ROOT / config if config else None))
+    return stages
 
 
 def _from_here(path: Path, otherwise: str) -> str:
@@ -175,15 +169,14 @@ def _run_stage(stage: Stage, records: Sequence[StageRecord], folder: Path) -> No
         _remove(folder / name)
     _write_records(folder / RECORDS, records)
     started = time.perf_counter()
-    failure: str | None = "interrupted"
+    failure = "interrupted"
     try:
         code, record.peak_memory_bytes = run_command([sys.executable, *stage.arguments])
         absent = [str(folder / name) for name in stage.outputs if not (folder / name).exists()]
-        failure = _exit_reason(code) if code else f"wrote no {', '.join(absent)}" if absent else None
+        failure = _exit_reason(code) or (f"wrote no {', '.join(absent)}" if absent else "")
     finally:
         record.status = "failed" if failure else "done"
         record.seconds = round(time.perf_counter() - started, 3)
-        record.ended = datetime.now(timezone.utc).isoformat(timespec="seconds")
         _write_records(folder / RECORDS, records)
     if failure:
         raise UserError(
@@ -199,31 +192,29 @@ def run_command(command: Sequence[str]) -> tuple[int, int]:
     descendants, sampled four times a second; shared pages count once per process.
     """
     process = subprocess.Popen(command)
-    peak = _resident_bytes(process.pid)
+    peak = 0
     while True:
+        peak = max(peak, _resident_bytes(process.pid))
         try:
             return process.wait(timeout=SAMPLE_SECONDS), peak
         except subprocess.TimeoutExpired:
-            peak = max(peak, _resident_bytes(process.pid))
+            continue
         except KeyboardInterrupt:  # the terminal interrupts the command, too: it saves and ends
             process.wait()
             raise
 
 
 def _resident_bytes(pid: int) -> int:
-    total = 0
     try:
         root = psutil.Process(pid)
-        for process in (root, *root.children(recursive=True)):
-            total += process.memory_info().rss
+        return sum(process.memory_info().rss for process in (root, *root.children(recursive=True)))
     except psutil.NoSuchProcess:  # ended meanwhile
-        pass
-    return total
+        return 0
 
 
 def _exit_reason(code: int) -> str:
     if code >= 0:
-        return f"exit code {code}"
+        return f"exit code {code}" if code else ""
     hint = ", which is what happens when memory runs out" if code == -signal.SIGKILL else ""
     return f"killed by {signal.Signals(-code).name}{hint}"
 
