@@ -21,8 +21,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -101,24 +102,6 @@ class Stage:
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
-@dataclass
-class StageRecord:
-    """Entry of stages.json: a stage that was started, and its cost."""
-
-    name: str
-    title: str
-    command: str
-    fingerprint: str
-    status: str = "started"  # "started", "failed" or "done"
-    seconds: float = 0.0
-    peak_memory_bytes: int = 0
-
-    @property
-    def cost(self) -> str:
-        """Time and memory in words."""
-        return f"{format_seconds(self.seconds)}, peak memory {format_bytes(self.peak_memory_bytes)}"
-
-
 def demo_stages(output: Path) -> list[Stage]:
     """List the demo's stages. They write only under `output`."""
     stages = []
@@ -135,8 +118,8 @@ def _from_here(path: Path, otherwise: str) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else otherwise
 
 
-def run_stages(stages: Sequence[Stage], folder: Path, *, fresh: bool = False) -> list[StageRecord]:
-    """Run the stages that are not done, and record each in stages.json.
+def run_stages(stages: Sequence[Stage], folder: Path, *, fresh: bool = False) -> float:
+    """Run the stages that are not done, record each, and return all seconds.
 
     Once a stage has run, the stages after it run too, because their inputs are new. `fresh` runs all of them.
 
@@ -145,43 +128,46 @@ def run_stages(stages: Sequence[Stage], folder: Path, *, fresh: bool = False) ->
     """
     make_folder(folder, "--output")
     known = {} if fresh else _read_records(folder / RECORDS)
-    records: list[StageRecord] = []
+    records: list[dict[str, Any]] = []
     for number, stage in enumerate(stages, start=1):
         head = f"[{number}/{len(stages)}] {stage.name}"
-        record = known.get(stage.name)
-        written = all((folder / name).exists() for name in stage.outputs)
-        if record and record.status == "done" and record.fingerprint == stage.fingerprint and written:
-            print(f"{head}: reused, took {record.cost}")
+        wanted = {"status": "done", "fingerprint": stage.fingerprint}
+        record = known.get(stage.name, {})
+        if wanted.items() <= record.items() and all((folder / name).exists() for name in stage.outputs):
             records.append(record)
+            print(f"{head}: reused, took {_cost(record)}")
             continue
         known = {}
-        records.append(StageRecord(stage.name, stage.title, stage.command, stage.fingerprint))
         print(f"\n{head}: {stage.title}\n$ {stage.command}", flush=True)
         _run_stage(stage, records, folder)
-        print(f"{head}: done in {records[-1].cost}", flush=True)
-    return records
+        print(f"{head}: done in {_cost(records[-1])}", flush=True)
+    return sum(record["seconds"] for record in records)
 
 
-def _run_stage(stage: Stage, records: Sequence[StageRecord], folder: Path) -> None:
-    """Run a stage and keep its record, `records[-1]`, true in every outcome."""
-    record = records[-1]
+def _cost(record: dict[str, Any]) -> str:
+    return f"{format_seconds(record['seconds'])}, peak memory {format_bytes(record['peak_memory_bytes'])}"
+
+
+def _run_stage(stage: Stage, records: list[dict[str, Any]], folder: Path) -> None:
+    """Run a stage, and append a record that stays true in every outcome."""
+    record = {"name": stage.name, "title": stage.title, "command": stage.command, "fingerprint": stage.fingerprint}
+    records.append(record | {"status": "started", "seconds": 0.0, "peak_memory_bytes": 0})
+    write_json(folder / RECORDS, {"stages": records})
     for name in stage.outputs:
         _remove(folder / name)
-    _write_records(folder / RECORDS, records)
-    started = time.perf_counter()
-    failure = "interrupted"
+    started, peak, failure = time.perf_counter(), 0, "interrupted"
     try:
-        code, record.peak_memory_bytes = run_command([sys.executable, *stage.arguments])
+        code, peak = run_command([sys.executable, *stage.arguments])
         absent = [str(folder / name) for name in stage.outputs if not (folder / name).exists()]
         failure = _exit_reason(code) or (f"wrote no {', '.join(absent)}" if absent else "")
     finally:
-        record.status = "failed" if failure else "done"
-        record.seconds = round(time.perf_counter() - started, 3)
-        _write_records(folder / RECORDS, records)
+        seconds, status = round(time.perf_counter() - started, 3), "failed" if failure else "done"
+        records[-1] |= {"status": status, "seconds": seconds, "peak_memory_bytes": peak}
+        write_json(folder / RECORDS, {"stages": records})
     if failure:
         raise UserError(
-            f"stage {stage.name} failed after {format_seconds(record.seconds)}: {failure}; its command was: "
-            f"{record.command}. Mend the cause and run the demo again: it continues with this stage."
+            f"stage {stage.name} failed after {format_seconds(seconds)}: {failure}; its command was: {stage.command}. "
+            "Mend the cause and run the demo again: it continues with this stage."
         )
 
 
@@ -226,15 +212,11 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _write_records(path: Path, records: Sequence[StageRecord]) -> None:
-    write_json(path, {"stages": [asdict(record) for record in records]})
-
-
-def _read_records(path: Path) -> dict[str, StageRecord]:
+def _read_records(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        return {stage["name"]: StageRecord(**stage) for stage in read_json(path)["stages"]}
+        return {stage["name"]: stage for stage in read_json(path)["stages"]}
     except (TypeError, KeyError):
         raise UserError(f"{path}: not written by this program. Start all over with --fresh.") from None
 
@@ -242,14 +224,12 @@ def _read_records(path: Path) -> dict[str, StageRecord]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is not done, then print table and page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=Path, default=Path("outputs/demo"), help="folder to work in (default: %(default)s)"
-    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder (default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="run every stage again")
     args = parser.parse_args(argv)
-    records = run_stages(demo_stages(args.output), args.output, fresh=args.fresh)
+    seconds = run_stages(demo_stages(args.output), args.output, fresh=args.fresh)
     print(f"\n{(args.output / 'summary.txt').read_text('utf-8')}")
-    print(f"All stages took {format_seconds(sum(record.seconds for record in records))}.")
+    print(f"All stages took {format_seconds(seconds)}.")
     print(f"The page to look at: {args.output / 'report.html'}")
 
 
