@@ -106,15 +106,6 @@ class DemoDataSettings:
 
 
 @dataclass(frozen=True)
-class SceneStyle:
-    """Side of an image in pixels, and the ranges (ends included) of how many digits and how high."""
-
-    size: int
-    counts: tuple[int, int]
-    heights: tuple[int, int]
-
-
-@dataclass(frozen=True)
 class SourceImages:
     """Material of a split: photographs by file name, and per label the usable rows of `digits` (n, 28, 28) uint8."""
 
@@ -188,18 +179,29 @@ def load_photograph(name: str) -> Image.Image:
 # --- Composing --------------------------------------------------------------------------------------------
 
 
-def compose_scene(seed: int, stream: str, index: int, source: SourceImages, style: SceneStyle) -> Scene:
-    """Compose image `index` of a stream. One digit is `index % 10`."""
+def compose_scene(
+    seed: int,
+    stream: str,
+    index: int,
+    source: SourceImages,
+    size: int,
+    counts: tuple[int, int],
+    heights: tuple[int, int],
+) -> Scene:
+    """Compose image `index` of a stream. One digit is `index % 10`.
+
+    `size` is the image's side in pixels; `counts` of digits and their `heights` in pixels are ranges, ends included.
+    """
     rng = np.random.default_rng([seed, STREAMS.index(stream), index])
-    count = int(rng.integers(style.counts[0], style.counts[1] + 1))
+    count = int(rng.integers(counts[0], counts[1] + 1))
     labels = rng.permutation([index % 10, *rng.integers(0, 10, count - 1)]).tolist()
     for _ in range(MAX_TRIES):
-        photograph, pixels = crop_photograph(rng, source.photographs, style.size)
+        photograph, pixels = crop_photograph(rng, source.photographs, size)
         canvas = pixels.astype(np.float32) * PHOTOGRAPH_BRIGHTNESS
         instances: list[Instance] = []
-        if all(place_digit(rng, canvas, instances, source, label, style.heights) for label in labels):
+        if all(place_digit(rng, canvas, instances, source, label, heights) for label in labels):
             return Scene(np.rint(canvas).astype(np.uint8), photograph, instances)
-    raise RuntimeError(f"no room for the digits {labels} in {style.size} pixels: {stream} {index}, seed {seed}")
+    raise RuntimeError(f"no room for the digits {labels} in {size} pixels: {stream} {index}, seed {seed}")
 
 
 def crop_photograph(rng: np.random.Generator, photographs: dict[str, Image.Image], size: int) -> tuple[str, Array]:
@@ -321,11 +323,14 @@ def make_demo_data(settings: DemoDataSettings, output: Path, force: bool = False
     output = output.absolute()
     record = {"generator_version": GENERATOR_VERSION, **asdict(settings)}
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        problem = compare_existing(record, output)
+        found = read_manifest(output)
         if not force:
-            if problem:
-                raise UserError(f"{output} {problem}. Replace it with --force, or give another --output.")
-            return False
+            if (found["settings"], found.get("sha256")) == (record, hash_folder(output)):
+                return False
+            raise UserError(
+                f"{output}: was changed since it was made, or is of other settings: found {found['settings']}, "
+                f"expected {record}. Replace it with --force, or give another --output."
+            )
     package_file("pycocotools", "mask.py")
     sources = load_sources(settings.seed, settings.size)
     unfinished = output.with_name(f".{output.name}.partial-{os.getpid()}")
@@ -345,44 +350,41 @@ def make_demo_data(settings: DemoDataSettings, output: Path, force: bool = False
     return True
 
 
-def compare_existing(record: dict[str, int], output: Path) -> str:
-    """Compare earlier demo data with the settings. Empty: equal and undamaged.
+def read_manifest(output: Path) -> dict[str, Any]:
+    """Read the manifest of earlier demo data.
 
     Raises:
         UserError: `output` is not demo data.
     """
     try:
-        manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
-        found: dict[str, int] = {"generator_version": manifest["settings"]["generator_version"]} | manifest["settings"]
+        manifest: dict[str, Any] = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
+        manifest["settings"]["generator_version"]
+        return manifest
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{output} exists and is not demo data (no such manifest.json). Give another --output."
         ) from None
-    if other := [f"{k}: found {found.get(k)}, expected {v}" for k, v in record.items() if found.get(k) != v]:
-        return f"holds demo data of other settings ({', '.join(other)})"
-    intact = manifest.get("sha256") == hash_folder(output)
-    return "" if intact else "was changed since it was made (sha256 is not manifest.json's)"
 
 
 def write_data(settings: DemoDataSettings, sources: dict[str, SourceImages], root: Path) -> None:
     """Write images and annotations under the empty folder `root`."""
+    seed, size = settings.seed, settings.size
     scenes = {"train": max(settings.train // 40, 1), "val": max(settings.val // 5, 1)}  # of each photograph
     for split, count in (("train", settings.train), ("val", settings.val)):
-        write_detection(settings, split, count, sources[split], root)
-        write_classification(settings, split, count, sources[split], root)
-        write_scenes(settings, split, scenes[split], sources["train"].photographs, root)
+        write_detection(seed, size, split, count, sources[split], root)
+        write_classification(seed, size // 2, split, count, sources[split], root)
+        write_scenes(seed, size, split, scenes[split], sources["train"].photographs, root)
     shutil.copytree(root / "train", root / "pretrain")
 
 
-def write_detection(settings: DemoDataSettings, split: str, count: int, source: SourceImages, root: Path) -> None:
+def write_detection(seed: int, size: int, split: str, count: int, source: SourceImages, root: Path) -> None:
     """Write images and COCO annotations of a split."""
-    size = settings.size
-    style = SceneStyle(size, counts=(2, 4), heights=(max(24, round(0.27 * size)), round(0.5 * size)))
+    heights = max(24, round(0.27 * size)), round(0.5 * size)
     (root / split).mkdir()
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in progress(range(count), split):
-        scene = compose_scene(settings.seed, split, index, source, style)
+        scene = compose_scene(seed, split, index, source, size, (2, 4), heights)
         image = {"id": index + 1, "file_name": f"{index:06d}.jpg", "width": size, "height": size}
         license_id = 2 if scene.photograph in SKLEARN_PHOTOGRAPHS else 1
         images.append(image | {"license": license_id, "photograph": scene.photograph})
@@ -418,27 +420,24 @@ def coco_annotations(image_id: int, first_id: int, scene: Scene) -> Iterator[dic
         }
 
 
-def write_classification(settings: DemoDataSettings, split: str, count: int, source: SourceImages, root: Path) -> None:
-    """Write one-digit images of half the side."""
-    size = settings.size // 2
-    style = SceneStyle(size, counts=(1, 1), heights=(round(0.5 * size), round(0.8 * size)))
+def write_classification(seed: int, size: int, split: str, count: int, source: SourceImages, root: Path) -> None:
+    """Write images of one digit each."""
+    heights = round(0.5 * size), round(0.8 * size)
     for index in progress(range(count), f"classify/{split}"):
-        scene = compose_scene(settings.seed, f"classify/{split}", index, source, style)
+        scene = compose_scene(seed, f"classify/{split}", index, source, size, (1, 1), heights)
         folder = root / "classify" / split / str(index % 10)
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(scene.pixels).save(folder / f"{index:06d}.png")
 
 
-def write_scenes(
-    settings: DemoDataSettings, split: str, count: int, photographs: dict[str, Image.Image], root: Path
-) -> None:
+def write_scenes(seed: int, size: int, split: str, count: int, photographs: dict[str, Image.Image], root: Path) -> None:
     """Write `count` crops of each photograph."""
     for number, (name, photograph) in enumerate(progress(photographs.items(), f"scenes/{split}")):
         folder = root / "scenes" / split / Path(name).stem
         folder.mkdir(parents=True)
         for index in range(count):
-            rng = np.random.default_rng([settings.seed, SCENE_STREAMS[split], number, index])
-            _, crop = crop_photograph(rng, {name: photograph}, settings.size)
+            rng = np.random.default_rng([seed, SCENE_STREAMS[split], number, index])
+            _, crop = crop_photograph(rng, {name: photograph}, size)
             Image.fromarray(relight(rng, crop)).save(folder / f"{index:06d}.jpg", quality=95)
 
 
