@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 10):  # noqa: UP036  # before the imports that an older Python lacks
+if not (3, 10) <= sys.version_info < (3, 13):  # before the imports that an older Python lacks
     raise SystemExit(
-        f"python {sys.version.split()[0]} ({sys.executable}) is too old: expected 3.10, 3.11 or 3.12. "
+        f"python {sys.version.split()[0]} ({sys.executable}) is not supported: expected 3.10, 3.11 or 3.12. "
         "Set up another one: make clean && make venv PYTHON=python3.11"
     )
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")  # deprecations of other libraries at import
         core, det = read_requirements()
         sections = {
-            "versions": [_python_row(), _crossmae_row()],
+            "versions": [Row("python", f"{platform.python_version()}  ({sys.executable})"), _crossmae_row()],
             "pretraining": [*map(library_row, core)],
             "detection": [*map(library_row, ("detectron2", *det)), _compiled_row()],
             "devices": [_cpu_row(), *_gpu_rows(), _disk_row()],
@@ -115,14 +115,6 @@ def tested_pair() -> list[str]:
     return [pin for pin in pins if pin.startswith(("torch==", "torchvision=="))]
 
 
-def _python_row() -> Row:
-    version = f"{platform.python_version()}  ({sys.executable})"
-    if sys.version_info < (3, 13):
-        return Row("python", version)
-    fix = "make clean && make venv PYTHON=python3.11"
-    return Row("python", f"{version}, expected 3.10, 3.11 or 3.12", fix, needed=True)
-
-
 def _crossmae_row() -> Row:
     if installed_version("crossmae"):
         return Row("crossmae", crossmae.__version__)
@@ -133,7 +125,7 @@ def library_row(requirement: str) -> Row:
     """Report a required library: its version, or its problem and the remedy."""
     name = library_name(requirement)
     try:
-        module = importlib.import_module(module_of(name))
+        module = importlib.import_module(MODULES.get(name, name))
     except Exception as error:  # a broken binary may raise anything; the report must continue
         return broken_row(requirement, error)
     version = installed_version("sal-detectron2") if name == "detectron2" else ""
@@ -148,11 +140,6 @@ def library_row(requirement: str) -> Row:
 def library_name(requirement: str) -> str:
     """Cut the name out of a requirement: "torch" of "torch>=2.6,<2.12"."""
     return re.split(r"[<>=\[]", requirement)[0]
-
-
-def module_of(name: str) -> str:
-    """Name the module to import for a distribution."""
-    return MODULES.get(name, name)
 
 
 def version_problem(version: str, requirement: str) -> str:
@@ -177,7 +164,7 @@ def broken_row(requirement: str, error: Exception) -> Row:
         reason = f"torch and torchvision are not builds of one kind ({reason})"
         return Row(name, reason, pip_command("--force-reinstall", *tested_pair()), needed=True)
     if name == "detectron2":
-        return Row(name, reason, f"{python()} tools/install_detectron2.py", needed=True)
+        return Row(name, reason, f"{shlex.quote(sys.executable)} tools/install_detectron2.py", needed=True)
     # An installed library that lacks another one: the same command installs what it requires.
     again = () if isinstance(error, ModuleNotFoundError) else ("--force-reinstall", "--no-deps")
     return Row(name, reason, pip_command(*again, requirement), needed=True)
@@ -187,7 +174,7 @@ def _compiled_row() -> Row:
     if try_import("detectron2._C"):
         return Row("compiled operators", "present")
     value = "absent: no rotated boxes, no deformable convolution; nothing here uses them"
-    return Row("compiled operators", value, f"{python()} tools/install_detectron2.py --from git")
+    return Row("compiled operators", value, f"{shlex.quote(sys.executable)} tools/install_detectron2.py --from git")
 
 
 def _cpu_row() -> Row:
@@ -263,15 +250,9 @@ def installed_version(distribution: str) -> str:
         return ""
 
 
-def python() -> str:
-    """Return the path of this interpreter, relative where that is possible."""
-    path = Path(sys.executable)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
 def pip_command(*arguments: str) -> str:
     """Build the shell command that installs into this interpreter."""
-    return shlex.join([python(), "-m", "pip", "install", *arguments])
+    return shlex.join([sys.executable, "-m", "pip", "install", *arguments])
 
 
 if __name__ == "__main__":

@@ -80,9 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with tempfile.TemporaryDirectory(prefix="install-detectron2-") as folder:
             if args.source == "git":
-                install_from_git(Path(folder), force=args.force)
+                # torch first: the extension links against its libraries.
+                modules, replaced = ("torch", *CHECKED_MODULES, "detectron2._C"), INDEX_NAME
+                wheel = build_upstream(Path(folder))
             else:
-                install_pure_python(Path(folder), args.wheel, force=args.force)
+                modules, replaced = CHECKED_MODULES, UPSTREAM_NAME
+                wheel = fetch_pure_python(Path(folder), args.wheel)
+            install(wheel, replaced, modules, force=args.force)
     except InstallError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -107,12 +111,8 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def install_pure_python(folder: Path, wheel: Path | None, *, force: bool) -> None:
-    """Fetch a wheel (or take `wheel`), verify, strip, install and check it.
-
-    Raises:
-        InstallError: a step failed. Up to and including the sha256 check nothing has been installed.
-    """
+def fetch_pure_python(folder: Path, wheel: Path | None) -> Path:
+    """Fetch a wheel (or take `wheel`), verify and strip it."""
     log(f"detectron2 has no release on the package index: its Python sources of commit {UPSTREAM_COMMIT[:8]}")
     log(f"come from {INDEX_NAME} {INDEX_VERSION}; no compiler is needed.")
     log(f"[1/5] {f'take {wheel}' if wheel else f'fetch {INDEX_NAME}=={INDEX_VERSION} with pip'}")
@@ -125,12 +125,7 @@ def install_pure_python(folder: Path, wheel: Path | None, *, force: bool) -> Non
     log(f"[2/5] verify sha256 {WHEEL_SHA256}")
     verify_sha256(wheel, WHEEL_SHA256)
     log("[3/5] strip the extension for Python 3.10 and the stray package `tools`, re-tag py3-none-any")
-    pure = make_pure_wheel(wheel, folder)
-    log(f"[4/5] install {pure.name} with pip")
-    install_wheel(pure, replaces=UPSTREAM_NAME, force=force)
-    log(f"[5/5] import {', '.join(CHECKED_MODULES)}")
-    check_import(CHECKED_MODULES)
-    log(f"detectron2 is ready ({OUR_VERSION}), without rotated boxes and deformable convolution.")
+    return make_pure_wheel(wheel, folder)
 
 
 def verify_sha256(wheel: Path, expected: str) -> None:
@@ -183,36 +178,36 @@ def make_pure_wheel(source: Path, folder: Path) -> Path:
     return target
 
 
-def install_from_git(folder: Path, *, force: bool) -> None:
-    """Build upstream at the pinned commit, install and check it.
-
-    Raises:
-        InstallError: a step failed. Until the build has succeeded, an earlier installation stays.
-    """
+def build_upstream(folder: Path) -> Path:
+    """Build a wheel of upstream at the pinned commit."""
     log(f"building detectron2 {UPSTREAM_COMMIT[:8]} with its compiled operators: this takes many minutes")
     if shutil.which("git") is None:
         raise InstallError("--from git needs git on the PATH. Install git, or leave --from git out.")
-    log(f"[1/4] install {BUILD_TOOL}")
+    log(f"[1/5] install {BUILD_TOOL}")
     pip("install", BUILD_TOOL)
-    log("[2/4] fetch and build with pip and a C++ compiler, against the torch that is installed")
+    log("[2-3/5] fetch, and build with a C++ compiler against the torch that is installed")
     # Its setup.py imports torch, which an isolated build environment does not have.
     options = ("--no-deps", "--no-build-isolation", "--wheel-dir", str(folder))
     pip("wheel", *options, f"git+{UPSTREAM_URL}@{UPSTREAM_COMMIT}")
     (wheel,) = folder.glob("*.whl")
-    log(f"[3/4] install {wheel.name} with pip")
-    install_wheel(wheel, replaces=INDEX_NAME, force=force)
-    # torch first: the extension links against its libraries.
-    modules = ("torch", *CHECKED_MODULES, "detectron2._C")
-    log(f"[4/4] import {', '.join(modules)}")
-    check_import(modules)
-    log("detectron2 is ready, with its compiled operators")
+    return wheel
 
 
-def install_wheel(wheel: Path, *, replaces: str, force: bool) -> None:
-    """Install `wheel` after removing `replaces`, which owns the same files."""
-    if installed_version(replaces) is not None:
-        pip("uninstall", "--yes", replaces)
+def install(wheel: Path, replaced: str, modules: Sequence[str], *, force: bool) -> None:
+    """Install `wheel` in place of `replaced`, which owns the same files, and import `modules`.
+
+    Raises:
+        InstallError: pip failed, or a module cannot be imported.
+    """
+    log(f"[4/5] install {wheel.name} with pip")
+    if installed_version(replaced) is not None:
+        pip("uninstall", "--yes", replaced)
     pip("install", *(("--force-reinstall", "--no-deps") if force else ()), str(wheel))
+    log(f"[5/5] import {', '.join(modules)}")
+    if failure := import_failure(modules):
+        raise InstallError(f"the installed detectron2 does not import: {failure}. See python -m crossmae.doctor.")
+    without = "" if "detectron2._C" in modules else ", without rotated boxes and deformable convolution"
+    log(f"detectron2 is ready{without}")
 
 
 def pip(*arguments: str) -> None:
@@ -221,12 +216,6 @@ def pip(*arguments: str) -> None:
     code = subprocess.run([sys.executable, "-m", "pip", *quiet, *arguments], check=False).returncode
     if code != 0:
         raise InstallError(f"pip {arguments[0]} failed with exit code {code}. Its own message is above.")
-
-
-def check_import(modules: Sequence[str]) -> None:
-    """Raise InstallError unless a fresh interpreter imports every module."""
-    if failure := import_failure(modules):
-        raise InstallError(f"the installed detectron2 does not import: {failure}. See python -m crossmae.doctor.")
 
 
 def import_failure(modules: Sequence[str] = CHECKED_MODULES) -> str | None:

@@ -38,7 +38,7 @@ def test_a_missing_library_fails_with_its_command(
     name: str, fix: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)  # makes the import fail
-    monkeypatch.setitem(sys.modules, doctor.module_of(name), None)
+    monkeypatch.setitem(sys.modules, doctor.MODULES.get(name, name), None)
     assert doctor.main([]) == 1
     out = capsys.readouterr().out
     (row,) = [line for line in out.splitlines() if "MISSING" in line]
