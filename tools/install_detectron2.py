@@ -81,12 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="install-detectron2-") as folder:
             if args.source == "git":
                 # torch first: the extension links against its libraries.
-                modules, replaced = ("torch", *CHECKED_MODULES, "detectron2._C"), INDEX_NAME
-                wheel = build_upstream(Path(folder))
+                modules = ("torch", *CHECKED_MODULES, "detectron2._C")
+                install(build_upstream(Path(folder)), INDEX_NAME, modules, force=args.force)
             else:
-                modules, replaced = CHECKED_MODULES, UPSTREAM_NAME
                 wheel = fetch_pure_python(Path(folder), args.wheel)
-            install(wheel, replaced, modules, force=args.force)
+                install(wheel, UPSTREAM_NAME, CHECKED_MODULES, force=args.force)
     except InstallError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -194,13 +193,13 @@ def build_upstream(folder: Path) -> Path:
 
 
 def install(wheel: Path, replaced: str, modules: Sequence[str], *, force: bool) -> None:
-    """Install `wheel` in place of `replaced`, which owns the same files, and import `modules`.
+    """Install `wheel` in place of `replaced`, and import `modules`.
 
     Raises:
         InstallError: pip failed, or a module cannot be imported.
     """
     log(f"[4/5] install {wheel.name} with pip")
-    if installed_version(replaced) is not None:
+    if installed_version(replaced) is not None:  # it owns the same files
         pip("uninstall", "--yes", replaced)
     pip("install", *(("--force-reinstall", "--no-deps") if force else ()), str(wheel))
     log(f"[5/5] import {', '.join(modules)}")

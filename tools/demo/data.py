@@ -289,7 +289,7 @@ def is_hidden(instance: Instance, cover: Array) -> bool:
 
 
 def pick_colour(rng: np.random.Generator, background: Array, taken: list[Array]) -> Array | None:
-    """Pick a bright RGB colour (3,) in 0..255, readable on pixels (n, 3) and unlike `taken`."""
+    """Pick a bright RGB colour that pixels (n, 3) leave readable."""
     hue = rng.uniform(0, 6, (64, 1))
     pure = np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
     saturation, value = rng.uniform(0, 1, (64, 1)) ** 0.5, rng.uniform(0.8, 1, (64, 1))

@@ -39,11 +39,10 @@ RESULTS, STAGES = "detect/results.json", "stages.json"
 PRETRAIN_LOG, DETECT_LOG = "pretrain/log.jsonl", "detect/metrics.json"
 ANNOTATIONS, PREDICTIONS = "data/annotations/val.json", "detect/inference/coco_instances_results.json"
 LEAD = (
-    "A masked autoencoder, CrossMAE, learned from images without labels by reconstructing patches that were "
-    "hidden from it; its encoder then became the backbone of a Mask R-CNN that finds and outlines "
-    "handwritten digits in photographs. Digits and photographs are real, the held-out images share none of "
-    "either with the training images, and every number here was measured on the machine described at the "
-    "end, by the commands shown."
+    "A masked autoencoder, CrossMAE, learned from images without labels by reconstructing hidden patches; its encoder "
+    "became the backbone of a Mask R-CNN that outlines handwritten digits in photographs. Digits and photographs are "
+    "real, the held-out images share none of them with the training images, and every number was measured on the "
+    "machine described at the end, by the commands shown."
 )
 
 
@@ -137,10 +136,11 @@ def pretraining_section(run: RunFolder) -> page.Section:
     plots = {
         "Reconstruction loss": ("loss", {"loss": "loss"}),
         "Learning rate": ("learning rate", {"lr": "learning rate"}),
-        "Held-out loss": ("loss", {"val_loss": "held-out loss"}),
-        "Nearest neighbours": ("accuracy", {"knn_accuracy": "nearest neighbours"}),
     }
-    shown = {title: of for title, of in plots.items() if title in list(plots)[:2] or any(map(log.values, of[1]))}
+    if log.values("val_loss"):
+        plots["Held-out loss"] = "loss", {"val_loss": "held-out loss"}
+    if log.values("knn_accuracy"):
+        plots["Nearest neighbours"] = "accuracy", {"knn_accuracy": "nearest neighbours"}
     text = (
         "Mean squared error of hidden patches, each with its pixels normalised to mean 0 and variance 1. The held-out "
         "loss is of photographs and handwriting that training does not see. Nearest neighbours: how many grey crops "
@@ -148,7 +148,7 @@ def pretraining_section(run: RunFolder) -> page.Section:
     )
     if rates := log.values("images_per_second"):
         text += f" It went through {np.median(rates):.0f} images per second (median)."
-    return replace(sections.training_section(run, log, PRETRAIN_LOG, "step", shown, text), title="Pretraining")
+    return replace(sections.training_section(run, log, PRETRAIN_LOG, "step", plots, text), title="Pretraining")
 
 
 def detector_section(run: RunFolder) -> page.Section:
@@ -170,9 +170,8 @@ def stage_section(run: RunFolder, record: Stages) -> page.Section:
             row[1:] = [page.format_seconds(stage.seconds), page.format_bytes(stage.peak_memory_bytes)]
         rows.append(row)
     caption = (
-        "Time on the clock, start of the program included. Peak memory: the highest sum of resident memory "
-        "of a stage's processes, sampled four times a second; memory that processes share counts once for "
-        "each of them."
+        "Time on the clock, start of the program included. Peak memory: the highest sum of resident memory of a "
+        "stage's processes, sampled four times a second; shared memory counts once for each of them."
     )
     table = page.Table(["stage", "time", "peak memory"], rows, caption, ["all", *record.totals])
     commands = page.Commands([(stage.title, page.folded(stage.command)) for stage in record.stages])
@@ -182,11 +181,9 @@ def stage_section(run: RunFolder, record: Stages) -> page.Section:
 def facts(results: DetectionResults | None, record: Stages) -> list[page.Fact]:
     """List the headline numbers that there are."""
     found = ap_facts(results, "AP50", ("AP", "AP75")) if results else []
-    if record.stages:
-        time, peak = record.totals
-        found.append(page.Fact("Time", time, "all stages, one after the other"))
-        found.append(page.Fact("Peak memory", peak, "of the largest stage"))
-    return found
+    notes = {"Time": "all stages, one after the other", "Peak memory": "of the largest stage"}
+    costs = zip(notes.items(), record.totals, strict=True) if record.stages else ()
+    return found + [page.Fact(name, value, note) for (name, note), value in costs]
 
 
 def environment() -> list[tuple[str, str]]:

@@ -119,9 +119,9 @@ def _from_here(path: Path, otherwise: str) -> str:
 
 
 def run_stages(stages: Sequence[Stage], folder: Path, *, fresh: bool = False) -> float:
-    """Run the stages that are not done, record each, and return all seconds.
+    """Run the stages that are not done. Return all seconds.
 
-    Once a stage has run, the stages after it run too, because their inputs are new. `fresh` runs all of them.
+    Each is recorded in stages.json. Once a stage has run, the stages after it run too, because their inputs are new. `fresh` runs all of them.
 
     Raises:
         UserError: a stage failed, or stages.json is not what this program writes.
@@ -149,7 +149,7 @@ def _cost(record: dict[str, Any]) -> str:
 
 
 def _run_stage(stage: Stage, records: list[dict[str, Any]], folder: Path) -> None:
-    """Run a stage, and append a record that stays true in every outcome."""
+    """Run a stage, and append its record."""
     record = {"name": stage.name, "title": stage.title, "command": stage.command, "fingerprint": stage.fingerprint}
     records.append(record | {"status": "started", "seconds": 0.0, "peak_memory_bytes": 0})
     write_json(folder / RECORDS, {"stages": records})
