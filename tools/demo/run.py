@@ -121,7 +121,8 @@ def _from_here(path: Path, otherwise: str) -> str:
 def run_stages(stages: Sequence[Stage], folder: Path, *, fresh: bool = False) -> float:
     """Run the stages that are not done. Return all seconds.
 
-    Each is recorded in stages.json. Once a stage has run, the stages after it run too, because their inputs are new. `fresh` runs all of them.
+    Each is recorded in stages.json. Once a stage has run, the stages after it run too, because their inputs are new.
+    `fresh` runs all of them.
 
     Raises:
         UserError: a stage failed, or stages.json is not what this program writes.
