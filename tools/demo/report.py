@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import detectron2
 import numpy as np
 import psutil
 import torch
@@ -87,7 +88,8 @@ def prediction_section(run: RunFolder) -> page.Section:
     if truth is not None and found is not None:
         try:
             drawn = validation_pictures(truth, run.path / "data/val", found, COUNT)
-            pictures = [page.embed_image(pixels, alt=f"image {name}", density=2) for name, pixels in drawn]
+            alt = "true objects on the left, predicted ones on the right"
+            pictures = [page.embed_image(pixels, alt=f"image {name}: {alt}", density=2) for name, pixels in drawn]
             blocks = [page.Gallery([page.PictureRow([picture]) for picture in pictures], min_width=460)]
         except (UserError, KeyError, TypeError, ValueError) as error:
             blocks = [page.Missing(Path(PREDICTIONS), what, f"it does not fit {ANNOTATIONS}: {error}")]
@@ -190,13 +192,14 @@ def environment() -> list[tuple[str, str]]:
     """Describe machine and versions, as (name, value)."""
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    libraries = versions() | {"detectron2": detectron2.__version__}
     return [
         ("Processor", model[1] if model else platform.processor() or platform.machine()),
         ("Cores", f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}"),
         ("Memory", page.format_bytes(psutil.virtual_memory().total)),
         ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
         ("System", f"{platform.system()} {platform.release()}"),
-        ("Packages", ", ".join(f"{name} {version}" for name, version in versions().items())),
+        ("Packages", ", ".join(f"{name} {version}" for name, version in libraries.items())),
     ]
 
 
