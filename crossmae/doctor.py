@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 10):  # noqa: UP036  # before the imports that an older Python lacks
+if not (3, 10) <= sys.version_info < (3, 13):  # before the imports that an older Python lacks
     raise SystemExit(
-        f"python {sys.version.split()[0]} ({sys.executable}) is too old: expected 3.10, 3.11 or 3.12. "
+        f"python {sys.version.split()[0]} ({sys.executable}) is not supported: expected 3.10, 3.11 or 3.12. "
         "Set up another one: make clean && make venv PYTHON=python3.11"
     )
 
@@ -20,7 +20,6 @@ import argparse
 import ast
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -30,17 +29,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import crossmae
 
 ROOT = Path(__file__).parents[1]
-SUPPORTED_PYTHON = ((3, 10), (3, 11), (3, 12))
 GIB = 2**30
 LITTLE_DISK_GIB = 10
 MANY_MISSING = 3  # with more, setting up the environment again is the better advice
-INSTALL_DETECTRON2 = "tools/install_detectron2.py"
 # Modules whose name is not the distribution's. Of detectron2 the engine: the bare package imports without its
 # requirements.
 MODULES = {
@@ -71,11 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")  # deprecations of other libraries at import
         core, det = read_requirements()
         sections = {
-            "versions": [python_row(), crossmae_row()],
-            "pretraining": [library_row(requirement) for requirement in core],
-            "detection": [*(library_row(requirement) for requirement in ("detectron2", *det)), compiled_row()],
-            "devices": [cpu_row(), *gpu_rows(), disk_row()],
-            "attention": attention_rows(),
+            "versions": [Row("python", f"{platform.python_version()}  ({sys.executable})"), _crossmae_row()],
+            "pretraining": [*map(library_row, core)],
+            "detection": [*map(library_row, ("detectron2", *det)), _compiled_row()],
+            "devices": [_cpu_row(), *_gpu_rows(), _disk_row()],
+            "attention": _attention_rows(),
         }
     print_report(sections)
     return int(any(row.needed for rows in sections.values() for row in rows))
@@ -119,34 +115,23 @@ def tested_pair() -> list[str]:
     return [pin for pin in pins if pin.startswith(("torch==", "torchvision=="))]
 
 
-def python_row() -> Row:
-    """Report the interpreter."""
-    version = f"{platform.python_version()}  ({sys.executable})"
-    if sys.version_info[:2] in SUPPORTED_PYTHON:
-        return Row("python", version)
-    fix = "make clean && make venv PYTHON=python3.11"
-    return Row("python", f"{version}, expected 3.10, 3.11 or 3.12", fix, needed=True)
-
-
-def crossmae_row() -> Row:
-    """Report this package, which may run from a clone without being installed."""
-    if installed_version("crossmae") is None:
-        return Row("crossmae", f"{crossmae.__version__}, not installed: found in the current folder", "make venv")
-    return Row("crossmae", crossmae.__version__)
+def _crossmae_row() -> Row:
+    if installed_version("crossmae"):
+        return Row("crossmae", crossmae.__version__)
+    return Row("crossmae", f"{crossmae.__version__}, not installed: found in the current folder", "make venv")
 
 
 def library_row(requirement: str) -> Row:
     """Report a required library: its version, or its problem and the remedy."""
     name = library_name(requirement)
     try:
-        module = importlib.import_module(module_of(name))
+        module = importlib.import_module(MODULES.get(name, name))
     except Exception as error:  # a broken binary may raise anything; the report must continue
         return broken_row(requirement, error)
-    version = installed_version(name) or str(getattr(module, "__version__", "version unknown"))
-    if name == "detectron2":
-        version = installed_version("sal-detectron2") or version
+    version = installed_version("sal-detectron2") if name == "detectron2" else ""
+    version = version or installed_version(name) or str(getattr(module, "__version__", "version unknown"))
     problem = version_problem(version, requirement)
-    if problem is None:
+    if not problem:
         return Row(name, version)
     fix = pip_command(*(tested_pair() if name in ("torch", "torchvision") else [requirement]))
     return Row(name, f"{version} is {problem} than supported ({requirement})", fix, needed=True)
@@ -157,58 +142,42 @@ def library_name(requirement: str) -> str:
     return re.split(r"[<>=\[]", requirement)[0]
 
 
-def module_of(name: str) -> str:
-    """Name the module to import for a distribution."""
-    return MODULES.get(name, name)
-
-
-def version_problem(version: str, requirement: str) -> str | None:
-    """Compare a version with a range: "older", "newer", or None (inside)."""
+def version_problem(version: str, requirement: str) -> str:
+    """Compare a version with a range: "older", "newer", or "" (inside)."""
     found = release(version)
     for sign, limit in re.findall(r"(>=|<)([\d.]+)", requirement):
         if found and (found < release(limit)) == (sign == ">="):
             return "older" if sign == ">=" else "newer"
-    return None
+    return ""
 
 
-def release(version: str) -> tuple[int, ...]:
-    """Split the numbers of a release: "2.11.0+cu130" gives (2, 11, 0)."""
-    numbers = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, numbers[0].split("."))) if numbers else ()
+def release(version: str) -> list[int]:
+    """Split the numbers of a release: "2.11.0+cu130" gives [2, 11, 0]."""
+    return [int(number) for number in re.split(r"[^\d.]", version)[0].split(".") if number]
 
 
 def broken_row(requirement: str, error: Exception) -> Row:
     """Report why a needed library did not import, and what mends it."""
     name = library_name(requirement)
-    module = module_of(name)
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "torchvision::" in str(error):
-        text = f"torch and torchvision are not builds of one kind ({reason})"
-        return Row(name, text, pip_command("--force-reinstall", *tested_pair()), needed=True)
-    if isinstance(error, ModuleNotFoundError) and error.name not in (None, module.partition(".")[0], module):
-        culprit = str(error.name).partition(".")[0]
-        known = {module_of(library_name(other)): other for group in read_requirements() for other in group}
-        return Row(name, f"needs {culprit}", pip_command(known.get(culprit, culprit)), needed=True)
+        reason = f"torch and torchvision are not builds of one kind ({reason})"
+        return Row(name, reason, pip_command("--force-reinstall", *tested_pair()), needed=True)
     if name == "detectron2":
-        return Row(name, reason, f"{python()} {INSTALL_DETECTRON2}", needed=True)
-    if isinstance(error, ModuleNotFoundError):
-        return Row(name, "not installed", pip_command(requirement), needed=True)
-    fix = pip_command("--force-reinstall", "--no-deps", requirement)
-    return Row(name, f"installed, but does not import ({reason})", fix, needed=True)
+        return Row(name, reason, f"{shlex.quote(sys.executable)} tools/install_detectron2.py", needed=True)
+    # An installed library that lacks another one: the same command installs what it requires.
+    again = () if isinstance(error, ModuleNotFoundError) else ("--force-reinstall", "--no-deps")
+    return Row(name, reason, pip_command(*again, requirement), needed=True)
 
 
-def compiled_row() -> Row:
-    """Report detectron2's compiled operators."""
-    try:
-        importlib.import_module("detectron2._C")
-    except Exception:
-        text = "absent: no rotated boxes, no deformable convolution; nothing here uses them"
-        return Row("compiled operators", text, f"{python()} {INSTALL_DETECTRON2} --from git")
-    return Row("compiled operators", "present")
+def _compiled_row() -> Row:
+    if try_import("detectron2._C"):
+        return Row("compiled operators", "present")
+    value = "absent: no rotated boxes, no deformable convolution; nothing here uses them"
+    return Row("compiled operators", value, f"{shlex.quote(sys.executable)} tools/install_detectron2.py --from git")
 
 
-def cpu_row() -> Row:
-    """Report the cores that this process may use, and memory."""
+def _cpu_row() -> Row:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         memory = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB:.0f} GiB memory"
@@ -217,35 +186,30 @@ def cpu_row() -> Row:
     return Row("CPU", f"{cores} cores, {memory}, {platform.machine()}")
 
 
-def gpu_rows() -> list[Row]:
-    """Report each GPU, or the reason why there is none."""
-    torch: Any = try_import("torch")
+def _gpu_rows() -> list[Row]:
+    torch = try_import("torch")
     if torch is None:
         return [Row("GPU", "unknown without torch")]
-    if torch.cuda.is_available():
-        rows = []
-        for index in range(torch.cuda.device_count()):
-            gpu = torch.cuda.get_device_properties(index)
-            bf16 = "native bfloat16" if (gpu.major, gpu.minor) >= (8, 0) else "no native bfloat16"
-            memory = f"{gpu.total_memory / GIB:.0f} GiB"
-            rows.append(Row(f"GPU {index}", f"{gpu.name}, {memory}, capability {gpu.major}.{gpu.minor}, {bf16}"))
-        return rows
-    if shutil.which("nvidia-smi") is None:
-        return [Row("GPU", "none: everything runs on the CPU")]
+    rows = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        gpu = torch.cuda.get_device_properties(index)
+        bf16 = "native bfloat16" if gpu.major >= 8 else "no native bfloat16"
+        memory = f"{gpu.total_memory / GIB:.0f} GiB"
+        rows.append(Row(f"GPU {index}", f"{gpu.name}, {memory}, capability {gpu.major}.{gpu.minor}, {bf16}"))
+    if rows or shutil.which("nvidia-smi") is None:
+        return rows or [Row("GPU", "none: everything runs on the CPU")]
     built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
     return [Row("GPU", f"a driver is there, but torch, built for {built_for}, cannot use it. Update one of the two.")]
 
 
-def disk_row() -> Row:
-    """Report free space where the runs would be written."""
+def _disk_row() -> Row:
     free = shutil.disk_usage(Path.cwd()).free / GIB
     warning = ": little for checkpoints" if free < LITTLE_DISK_GIB else ""
     return Row("disk", f"{free:.0f} GiB free in the current folder{warning}")
 
 
-def attention_rows() -> list[Row]:
-    """Report the attention backends that run on each kind of device."""
-    torch: Any = try_import("torch")
+def _attention_rows() -> list[Row]:
+    torch = try_import("torch")
     if torch is None:
         return [Row("attention", "unknown without torch")]
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -270,7 +234,7 @@ def attention_backends(device: str) -> list[str]:
     return found
 
 
-def try_import(module: str) -> ModuleType | None:
+def try_import(module: str) -> Any:
     """Import a module, or return None."""
     try:
         return importlib.import_module(module)
@@ -278,23 +242,17 @@ def try_import(module: str) -> ModuleType | None:
         return None
 
 
-def installed_version(distribution: str) -> str | None:
-    """Look up the version of an installed distribution."""
+def installed_version(distribution: str) -> str:
+    """Look up the version of an installed distribution, or ""."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def python() -> str:
-    """Return the path of this interpreter, relative where that is possible."""
-    path = Path(sys.executable)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+        return ""
 
 
 def pip_command(*arguments: str) -> str:
     """Build the shell command that installs into this interpreter."""
-    return shlex.join([python(), "-m", "pip", "install", *arguments])
+    return shlex.join([sys.executable, "-m", "pip", "install", *arguments])
 
 
 if __name__ == "__main__":

@@ -161,39 +161,14 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: no such file, or not JSON; names the file and the line.
     """
-    return _parse(_read_text(path), str(path))
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the JSON objects of a file, one per line.
-
-    Raises:
-        UserError: no such file, or a line that is no JSON object; names the file and the line.
-    """
-    lines = [(f"{path}, line {number}", line) for number, line in enumerate(_read_text(path).splitlines(), start=1)]
-    rows = [(where, _parse(line, where)) for where, line in lines if line.strip()]
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected a JSON object, received {type(row).__name__}")
-    return [row for _, row in rows]
-
-
-def _read_text(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, thousands of digits, or deeply nested lists
         raise UserError(f"{path}: not valid JSON: {error}") from None
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # not JSON, thousands of digits, or deeply nested lists
-        raise UserError(f"{where}: not valid JSON: {error}") from None
 
 
 def check_destination(path: Path, *, force: bool = False) -> None:

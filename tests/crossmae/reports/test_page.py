@@ -17,7 +17,7 @@ from jinja2 import UndefinedError
 from PIL import Image
 
 from crossmae.errors import UserError
-from crossmae.files import read_json, read_json_lines
+from crossmae.files import read_json
 from crossmae.reports.figures import line_plot, running_mean
 from crossmae.reports.page import (
     Bar,
@@ -177,21 +177,8 @@ def test_wrong_json_names_the_file(tmp_path: Path, content: bytes | None, messag
     path = tmp_path / "results.json"
     if content is not None:
         path.write_bytes(content)
-    for read in (read_json, read_json_lines):
-        with pytest.raises(UserError, match=f"{re.escape(str(path))}.*{message.split('.*')[0]}"):
-            read(path)
-
-
-def test_wrong_json_line_is_named(tmp_path: Path):
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1}\n\n{"step": 2}\n')
-    assert read_json_lines(path) == [{"step": 1}, {"step": 2}]
-    path.write_text('{"step": 1}\n[2]\n')
-    with pytest.raises(UserError, match=r"log.jsonl, line 2: expected a JSON object, received list"):
-        read_json_lines(path)
-    path.write_text('{"step": 1}\n{"step"')
-    with pytest.raises(UserError, match=r"log.jsonl, line 2: not valid JSON"):
-        read_json_lines(path)
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}.*{message}"):
+        read_json(path)
 
 
 @pytest.mark.parametrize(

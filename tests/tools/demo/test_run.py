@@ -7,13 +7,13 @@ import shlex
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from crossmae.errors import UserError
-from tools.demo.run import RECORDS, ROOT, Stage, StageRecord, demo_stages, run_command, run_stages
+from tools.demo.run import RECORDS, ROOT, Stage, demo_stages, run_command, run_stages
 
 WRITE = "import sys; open(sys.argv[1], 'w').write('x'); open(sys.argv[2], 'a').write(sys.argv[3])"
 
@@ -56,28 +56,18 @@ def test_second_run_reuses_everything(three: list[Stage], tmp_path: Path, capfd:
     assert capfd.readouterr().out.count("reused") == 3
 
 
-def test_changed_config_reruns_its_stage_and_those_after_it(three: list[Stage], tmp_path: Path):
+@pytest.mark.parametrize("change", ["config", "command", "output"])
+def test_a_change_reruns_its_stage_and_those_after_it(three: list[Stage], tmp_path: Path, change: str):
     run_stages(three, tmp_path / "demo")
     journal(tmp_path)
-    (tmp_path / "b.yaml").write_text("second")
+    if change == "config":
+        (tmp_path / "b.yaml").write_text("second")
+    elif change == "command":
+        three[1] = replace(three[1], arguments=(*three[1].arguments[:-1], "B"))
+    else:
+        (tmp_path / "demo" / three[1].outputs[0]).unlink()
     run_stages(three, tmp_path / "demo")
-    assert journal(tmp_path) == "bc"
-
-
-def test_changed_command_reruns_its_stage_and_those_after_it(three: list[Stage], tmp_path: Path):
-    run_stages(three, tmp_path / "demo")
-    journal(tmp_path)
-    three[1] = replace(three[1], arguments=(*three[1].arguments[:-1], "B"))
-    run_stages(three, tmp_path / "demo")
-    assert journal(tmp_path) == "Bc"
-
-
-def test_removed_output_reruns_its_stage_and_those_after_it(three: list[Stage], tmp_path: Path):
-    run_stages(three, tmp_path / "demo")
-    journal(tmp_path)
-    (tmp_path / "demo" / three[1].outputs[0]).unlink()
-    run_stages(three, tmp_path / "demo")
-    assert journal(tmp_path) == "bc"
+    assert journal(tmp_path).lower() == "bc"
 
 
 def test_fresh_reruns_everything_even_with_broken_records(three: list[Stage], tmp_path: Path):
@@ -148,7 +138,7 @@ def test_a_link_is_removed_but_not_what_it_points_to(tmp_path: Path):
     assert (precious / "file").exists()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"stages": [{"name": "a"}]}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"stages": [{}]}'])
 def test_broken_records_are_an_error(three: list[Stage], tmp_path: Path, content: str):
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / RECORDS).write_text(content)
@@ -181,8 +171,8 @@ def test_nothing_to_do_is_quick_and_prints_the_table_again(tmp_path: Path, monke
     monkeypatch.chdir(ROOT)
     done = []
     for stage in demo_stages(tmp_path):
-        record = StageRecord(stage.name, stage.title, stage.command, stage.fingerprint, "done", 90.0, 2**30)
-        done.append(asdict(record))
+        record = {"name": stage.name, "fingerprint": stage.fingerprint, "status": "done"}
+        done.append(record | {"seconds": 90.0, "peak_memory_bytes": 2**30})
         for output in stage.outputs:
             (tmp_path / output).write_text("mask 51.0")
     (tmp_path / RECORDS).write_text(json.dumps({"stages": done}))
