@@ -22,7 +22,7 @@ from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, P
 from crossmae.checkpoints.pretrained import BIT_DEPTH
 from crossmae.checkpoints.provenance import inherited, recorded_licence
 from crossmae.checkpoints.run_checkpoint import MODEL
-from crossmae.data.batches import BatchPlan, build_loader
+from crossmae.data.batches import BatchPlan
 from crossmae.data.broken import warn_of_depth
 from crossmae.data.pixels import Normalize
 from crossmae.data.sources import Source, open_named, warn_of_overlap
@@ -123,16 +123,10 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
         word="pretrain",
         model=model,
         optimizer=optimizer,
-        source=source,
+        images=images,
+        batches=batches,
+        collate=collate_pretraining,
         broken=broken,
-        loader=partial(
-            build_loader,
-            images,
-            batches,
-            workers=data.workers,
-            pin_memory=device.type == "cuda",
-            collate=collate_pretraining,
-        ),
         loss=partial(reconstruction_loss, normalize, mask_ratio, predict_ratio),
         schedule=schedule,
         fingerprint=fingerprint,
@@ -147,8 +141,8 @@ def reconstruction_loss(
     normalize: Normalize, mask_ratio: float, predict_ratio: float, model: nn.Module, batch: Any, number: int
 ) -> Tensor:
     """Compute the loss of the predicted patches of a micro-batch."""
-    batch = batch.to(normalize.mean.device)
-    loss: Tensor = model(normalize(batch.images), mask_ratio, predict_ratio, batch.noise).loss
+    images, noise = (tensor.to(normalize.mean.device, non_blocking=True) for tensor in (batch.images, batch.noise))
+    loss: Tensor = model(normalize(images), mask_ratio, predict_ratio, noise).loss
     return loss
 
 

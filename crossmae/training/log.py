@@ -91,14 +91,22 @@ class RunLog:
         if self.wandb is not None:
             self.wandb.finish()
 
-    def record(self, step: int, values: Mapping[str, float], live: str = "") -> None:
-        """Write a line of the log, and a point of every curve.
+    def progress(self, step: int, loss: float, lr: float, speed: float, waiting: float, memory: float) -> None:
+        """Log the progress of training, and show it behind the bar.
 
         Args:
-            step: steps done.
-            values: numbers by name.
-            live: words for the progress bar; empty leaves them as they are.
+            loss, lr: mean loss since the last line, and learning rate.
+            speed: images per second.
+            waiting: share of the time that was spent on waiting for data.
+            memory: in GB.
         """
+        values = {"loss": loss, "lr": lr, "images_per_second": speed, "data_wait_share": waiting, "memory_gb": memory}
+        self.record(step, values)
+        shown = f"loss {loss:.4f}, lr {lr:.2e}, {speed:.0f} img/s, waiting for data {waiting:.0%}, {memory:.1f} GB"
+        self.bar.set_postfix_str(shown)
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Write a line of the log, and a point of every curve."""
         if not self.is_main:
             return
         rounded = {key: float(f"{value:.6g}") for key, value in values.items()}
@@ -110,8 +118,6 @@ class RunLog:
             self.board.add_scalar(key, value, step)
         if self.wandb is not None:
             self.wandb.log(dict(values), step=step)
-        if live:
-            self.bar.set_postfix_str(live)
 
     def picture(self, step: int, name: str, figure: Figure) -> None:
         """Write a figure as `name`/step-<8 digits>.png, and to TensorBoard."""
@@ -132,24 +138,12 @@ class RunLog:
         """Summarise the first and last value of each metric."""
         lines = []
         for key, name in NAMES.items():
-            if ends := self.first_and_last(key):
-                (first_step, first), (last_step, last) = ends
+            found = [(row["step"], row[key]) for row in self.rows if key in row]
+            if len(found) > 1:
+                (first_step, first), (last_step, last) = found[0], found[-1]
                 start = "of the weights it started from" if first_step == 0 else f"at step {first_step}"
                 lines.append(f"{name}: {first:.4f} {start}, {last:.4f} at step {last_step}")
         return lines
-
-    def first_and_last(self, key: str) -> tuple[tuple[int, float], tuple[int, float]] | None:
-        """Find (step, value) of the first and last line with `key`."""
-        found = [(int(row["step"]), float(row[key])) for row in self.rows if key in row]
-        return (found[0], found[-1]) if len(found) > 1 else None
-
-
-def live_line(loss: float, lr: float, images_per_second: float, data_wait_share: float, memory_gb: float) -> str:
-    """Format the words behind the progress bar."""
-    return (
-        f"loss {loss:.4f}, lr {lr:.2e}, {images_per_second:.0f} img/s, "
-        f"waiting for data {data_wait_share:.0%}, {memory_gb:.1f} GB"
-    )
 
 
 def announce_steps(schedule: Schedule, step: int, rule: str) -> None:

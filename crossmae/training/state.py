@@ -39,6 +39,7 @@ class TrainingState:
         ranks: this process among all.
         precision: "fp32", "bf16" or "fp16".
         ema: decay of the averaged weights; None: no average.
+        clip_grad: largest norm of the gradients; None: no clipping.
         compiled: compile steps by torch.compile.
         start: checkpoint to continue from; None: a new run.
 
@@ -56,10 +57,11 @@ class TrainingState:
         ranks: Ranks,
         precision: str,
         ema: float | None,
+        clip_grad: float | None,
         compiled: bool,
         start: Path | None,
     ) -> None:
-        self.model, self.optimizer, self.ranks = model, optimizer, ranks
+        self.model, self.optimizer, self.ranks, self.clip_grad = model, optimizer, ranks, clip_grad
         self.device = next(model.parameters()).device
         self.step = self.skipped = 0
         self.losses: list[Tensor] = []
@@ -79,10 +81,8 @@ class TrainingState:
             self.parallel = DistributedDataParallel(
                 self.parallel, ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-        if state is not None:
-            self._restore(state)
-
-    def _restore(self, state: dict[str, Any]) -> None:
+        if state is None:
+            return
         self.step = int(state["step"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -113,14 +113,8 @@ class TrainingState:
             self.scaler.scale(loss / micro_batches).backward()
         return loss.detach()
 
-    def clip_gradients(self, max_norm: float | None) -> None:
-        """Scale the gradients to a norm of at most `max_norm`."""
-        if max_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-
     def update(self, lr: float) -> None:
-        """Update weights and average, clear the gradients, count the step.
+        """Clip the gradients, update weights and average, count the step.
 
         Args:
             lr: learning rate; each parameter group multiplies it by its own `lr_scale`.
@@ -128,6 +122,9 @@ class TrainingState:
         Raises:
             UserError: fp16 gradients were not finite for too many steps in a row.
         """
+        if self.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         was_skipped = scaled_step(self.scaler, self.optimizer)

@@ -73,7 +73,7 @@ def _predict(
     with evaluation_mode(model), torch.no_grad():
         for batch in readable_batches(bar, data.key):
             with autocast:
-                tokens = model.forward_features(normalize(batch.to(device).images))
+                tokens = model.forward_features(normalize(batch.images.to(device, non_blocking=True)))
                 pooled = model.forward_head(tokens, pre_logits=True)
                 logits = model.head(pooled)
             yield _predictions(batch, logits.float().cpu(), pooled.cpu(), with_features)
