@@ -40,9 +40,7 @@ class BatchPlan:
     every image is read once per epoch, whatever the source.
 
     Args:
-        num_images: size of the data set.
         batch_size: images per rank and batch.
-        seed: of the permutations.
         rank, world_size: this process among all.
         groups: (G,) first image of each group (a tar shard) of neighbours; None: one group.
         groups_at_once: shuffle among so many groups at a time, in random order of the groups, so that reading stays
@@ -97,8 +95,6 @@ class KeyedImages(Dataset[Any], ABC):
     """Training images whose randomness is keyed by (seed, epoch, index).
 
     Args:
-        source: the images.
-        seed: of all randomness.
         channels, bit_depth: see `crossmae.data.images`.
         broken: "error", or "substitute": the next readable image of the source takes the place of a broken one.
     """
@@ -142,7 +138,7 @@ def build_loader(
     pin_memory: bool,
     collate: Callable[[list[Any]], Any],
 ) -> Loader:
-    """Build a loader of a plan's batches from `first` until `last`, for one iteration."""
+    """Build a loader for one pass over batches `first` .. `last` - 1."""
     return Loader(
         dataset,
         usable_workers(workers),

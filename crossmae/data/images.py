@@ -53,12 +53,6 @@ def read_image(path: str | Path) -> Image.Image:
 def decode_image(data: bytes, name: str, channels: int = 3, bit_depth: int = 8) -> Image.Image | NDArray[Any]:
     """Decode a whole file to `channels` channels, by the rules above.
 
-    Args:
-        data: the file's bytes.
-        name: for errors: the file's path.
-        channels: how many channels the model takes.
-        bit_depth: 8 or 16.
-
     Returns:
         An "L" or "RGB" image for one or three channels of 8 bits, else an array (H, W, channels): uint8 for a bit depth
         of 8, float32 in 0-1 for 16.

@@ -35,9 +35,6 @@ def find_images(folder: Path, key: str) -> list[str]:
     Links to folders are followed, each real folder once. Hidden files and folders are left out; the log counts files
     that are no images. Paths are text, because millions of `Path` would take gigabytes.
 
-    Args:
-        key: the config key or flag of the folder, for errors.
-
     Raises:
         UserError: no image in it, or a subfolder cannot be searched.
     """

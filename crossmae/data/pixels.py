@@ -40,8 +40,6 @@ def centre_view(pixels: Image.Image | Tensor, size: tuple[int, int], crop_pct: f
     """Scale an image to cover `size` and crop its centre.
 
     Args:
-        pixels: of any size.
-        size: height and width of the view.
         crop_pct: share of the covering image that the view shows, along a side. For a square, the shorter side becomes
             int(size / crop_pct), as in timm and torchvision.
     """

@@ -139,12 +139,7 @@ class PretrainConfig(RunConfig):
         return self
 
     def ignored(self, is_plain: bool, has_shards: bool) -> dict[str, list[str]]:
-        """Find keys that were given but have no effect, by reason.
-
-        Args:
-            is_plain: the model is a plain MAE.
-            has_shards: data.train consists of tar shards.
-        """
+        """Find keys that were given but have no effect, by reason."""
         model, data = self.model, self.data
         cases = [
             (is_plain, "decoder is 'self'", "model", {"fuse_blocks", "fuse_input", "predict_ratio"}),

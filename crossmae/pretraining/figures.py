@@ -106,7 +106,6 @@ def fusion_figure(weights: Tensor, map_names: Sequence[str], title: str) -> Figu
 
     Args:
         weights: (N, K), one row per decoder block: `model.wfm.linear.weight`.
-        map_names: K names from `fused_map_names`.
     """
     values = weights.detach().float().cpu().numpy()
     N, K = values.shape

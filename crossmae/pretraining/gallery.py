@@ -101,9 +101,7 @@ def write_gallery(
     """Reconstruct every image and write all pictures and numbers.
 
     Args:
-        pretrained: its model stays on its device.
         gif_ratios: mask ratios of the animation, ascending; none, no animations.
-        force: overwrite the files of an earlier call.
 
     Raises:
         UserError: an impossible ratio, an unreadable image, or files to overwrite without `force`, before anything is
@@ -159,12 +157,7 @@ def _write_sheet(
 
 
 def animation_frame(panels: Panels, mask_ratio: float, decibels: float) -> Image.Image:
-    """Draw the masked image, its reconstruction, the ratio and the PSNR.
-
-    Args:
-        panels: of one image.
-        decibels: PSNR of the masked patches.
-    """
+    """Draw the masked image, its reconstruction, the ratio and the PSNR."""
     rows = panel_rows(panels)
     left, right = (_picture(rows[name][0]) for name in ("masked", "pasted"))
     width = max(2 * left.width + 3 * MARGIN, 2 * PANEL + 2 * MARGIN)

@@ -18,7 +18,6 @@ class Health:
     Args:
         band: rows of (share of the schedule, lowest, highest expected loss), shares rising. Limits are interpolated
             between rows; before the first row nothing is expected.
-        measured_on: data and machine of the band, for the warning.
         normalised: targets are standardised per patch, so that predicting nothing costs 1.
         warmup: share of the schedule in which the learning rate rises.
     """
@@ -33,7 +32,6 @@ class Health:
 
         Args:
             share: steps done over all steps, 0 to 1.
-            loss: mean since the last call.
             first: first loss of the run; inf where a good start cannot fall much.
         """
         found = []

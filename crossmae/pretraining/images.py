@@ -38,9 +38,7 @@ class PretrainImages(KeyedImages):
 
     Args:
         img_size: (height, width) of the crop in pixels.
-        num_patches: L, the length of the noise.
         crop_scale: smallest and largest area of the crop, as shares of the image.
-        flip: probability of a horizontal flip.
         source, seed, channels, bit_depth, broken: see `KeyedImages`.
     """
 

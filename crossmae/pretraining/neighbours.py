@@ -159,8 +159,6 @@ def knn_accuracy(
     Args:
         train_features, val_features: (N, E) and (M, E).
         train_labels, val_labels: (N,) and (M,) classes 0 .. num_classes - 1.
-        k: neighbours; at most N.
-        temperature: see `vote`.
     """
     similarity, positions = nearest(train_features, val_features, k)
     predicted = vote(similarity, train_labels[positions], num_classes, temperature)

@@ -30,11 +30,6 @@ log = logging.getLogger(__name__)
 def build_model(arguments: Mapping[str, Any], seed: int, mask_ratio: float, predict_ratio: float) -> CrossMAE:
     """Build the model with random weights, which depend on the seed only.
 
-    Args:
-        arguments: see `CrossMAE`.
-        seed: seed of the weights.
-        mask_ratio, predict_ratio: shares of all patches, tried out.
-
     Raises:
         UserError: the model refuses a setting.
     """
@@ -53,9 +48,6 @@ def start_from(model: CrossMAE, path: Path, arguments: Mapping[str, Any], data: 
     Position table, patch filters and channels are brought to the model's; see `crossmae.checkpoints.load`.
 
     Args:
-        model: changed in place.
-        path: see `read_weights`.
-        arguments: that the model was built with, see `CrossMAE`.
         data: how this run reads pixels; another way in the file is a warning.
 
     Raises:

@@ -71,11 +71,7 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
 
 
 def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.device, precision: str) -> Job:
-    """Build model, data and schedule, and check them, without writing anything.
-
-    Raises:
-        UserError: see `pretrain`.
-    """
+    """Build model, data and schedule, and check them, without writing anything."""
     # The model, with random weights.
     data, optim, seed, mask_ratio = config.data, config.optim, config.runtime.seed, config.model.mask_ratio
     check_writable(config.output_dir, "output_dir")
@@ -151,15 +147,10 @@ class Judges(Callbacks):
     """Measurements of a run: held-out loss, nearest neighbours, pictures, health of the training loss.
 
     Attributes:
-        schedule: steps of the run.
-        mask_ratio: share of all patches that the encoder does not see.
         held_out: images of the held-out loss; None: none.
-        neighbours: probe; None: none.
         preview: images of the pictures; None: no pictures.
-        pictures: images in a picture; 0: no pictures.
         validate_every, probe_every: epochs between two measurements.
         draw_every: steps between two pictures.
-        health: expected training loss.
         is_given: the run started from given weights, whose loss has not far to fall.
     """
 

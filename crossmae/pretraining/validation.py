@@ -25,14 +25,8 @@ class HeldOut:
     """Centre views of images with the same masks in every run: noise depends on an image's index only.
 
     Args:
-        source: the images.
-        model: decides their size and channels.
         most: at most so many of them, evenly spaced.
         ranks: this process keeps and evaluates its share.
-        mask_ratio: share of all patches to mask.
-        normalize: on the device that computes.
-        bit_depth: see `crossmae.data.images`.
-        batch_size: images that are evaluated together.
         broken: policy for unreadable images; others take the place of training images only.
     """
 
@@ -84,10 +78,7 @@ class Neighbours:
     """The online probe: k nearest neighbours on features of labelled images (see `crossmae.pretraining.neighbours`).
 
     Args:
-        train, val: sources with the same classes.
-        model, normalize, bit_depth, batch_size: see `HeldOut`.
         most: at most so many images of each source, evenly spaced.
-        k, temperature, pool: see `knn_accuracy` and `encode_images`.
 
     Raises:
         UserError: a source without labels, classes that differ, or fewer than k images in `train`.

@@ -174,9 +174,7 @@ class RunConfig(ConfigSection):
         """Collect what must not change on resuming, as text by key.
 
         Args:
-            images: images of the training source.
             precision: precision that "auto" stands for.
-            processes: processes that train.
         """
         sections = set(type(self).model_fields) - NOT_DECISIVE
         values: dict[str, dict[str, Any]] = self.model_dump(mode="json", include=sections)
@@ -236,8 +234,6 @@ def load_typed_config(schema: type[Schema], name: str, overrides: Sequence[str] 
     """Read a config of any kind.
 
     Args:
-        schema: what it must be.
-        name: a path, or a name under configs/.
         overrides: `section.key=value` words; values are YAML.
 
     Raises:
@@ -295,10 +291,7 @@ def describe_errors(error: ValidationError, path: Path, words: set[str], schema:
     """Describe all problems of a config in one line, by key.
 
     Args:
-        error: what the check found.
-        path: of the file.
         words: keys that were given on the command line, which is blamed for them instead of the file.
-        schema: what it was checked against, whose keys are suggested for unknown ones.
     """
     problems: dict[str, list[str]] = {"command line": []}
     for item in error.errors(include_url=False):

@@ -18,9 +18,6 @@ def open_device(name: str, key: str, local_rank: int = 0, processes: int = 1) ->
 
     Args:
         name: such as "cpu" or "cuda:1"; "auto" is a GPU where there is one, "cuda" the GPU of this process.
-        key: the config key or flag that named it, for the error.
-        local_rank: number of this process on its machine.
-        processes: number of processes.
 
     Raises:
         UserError: this machine has no such device, or all processes would share one GPU.

@@ -45,13 +45,8 @@ class RunLog:
     """Writers of a run, in its folder, and a context manager that closes them.
 
     Args:
-        folder: folder of the run.
-        schedule: steps of the run, for epochs and the progress bar.
         step: step that the run continues from; later lines of the log are dropped, because they are written again.
         resumed: there is a checkpoint; without one, nothing of an earlier try in the folder stays.
-        is_main: this process writes.
-        word: name of the task, for the progress bar.
-        wandb: run of Weights & Biases; None: none.
     """
 
     def __init__(
@@ -95,7 +90,6 @@ class RunLog:
         """Log the progress of training, and show it behind the bar.
 
         Args:
-            loss, lr: mean loss since the last line, and learning rate.
             speed: images per second.
             waiting: share of the time that was spent on waiting for data.
             memory: in GB.
@@ -174,8 +168,6 @@ class BrokenImages:
 
     Args:
         path: file of the list, JSON lines with the keys name and reason.
-        source: source of the images.
-        budget: share of the source that may be broken.
         resumed: continue the list of an earlier part of this run.
     """
 
@@ -228,12 +220,6 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 def start_wandb(project: str, folder: Path, settings: Mapping[str, Any], resumed: bool) -> Any:
     """Start or continue a run of Weights & Biases.
-
-    Args:
-        project: name of the project.
-        folder: folder of the run, which names it.
-        settings: config of the run.
-        resumed: continue the earlier run.
 
     Raises:
         UserError: wandb is not installed, or refuses.

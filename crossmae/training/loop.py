@@ -60,8 +60,6 @@ class Job:
     """Everything that one task brings to the loop, built and checked before anything is written.
 
     Attributes:
-        word: name of the task, for the progress bar.
-        model, optimizer: model on its device, and its optimizer.
         images, batches, collate: training images, their order, and the function that stacks a micro-batch.
         broken: training images that were found broken.
         loss: computes the loss of (model, micro-batch, number of the micro-batch in the run).
@@ -69,7 +67,6 @@ class Job:
         start: checkpoint to continue from; None: a new run.
         metadata: describes the weights of a step, for whoever loads them.
         announce: logs what is about to happen after a step.
-        callbacks: work between steps.
     """
 
     word: str
@@ -94,7 +91,6 @@ def train(config: RunConfig, build_job: Callable[[Ranks, torch.device, str], Job
     Started by torchrun, each process trains on its share of every batch; the first one writes.
 
     Args:
-        config: config of the run.
         build_job: builds the job from process, device and precision, without writing anything.
 
     Raises:
@@ -178,7 +174,7 @@ def train_steps(
     is_due: Callable[[int], bool],
     log_every: int,
 ) -> None:
-    """Do the steps of a run, and save the ones that are due.
+    """Do and save the steps of a run.
 
     Raises:
         UserError: a broken image, or a loss that is not finite; names the files or the step. The last checkpoint stays.
@@ -227,12 +223,7 @@ def train_steps(
 
 
 def stop_if_asked(state: TrainingState, request: StopRequest, save: Callable[[], None], is_last: bool) -> None:
-    """Save and end the run, if a signal asked for it.
-
-    Raises:
-        KeyboardInterrupt: after Ctrl-C.
-        SystemExit: after SIGTERM.
-    """
+    """Save and end the run, if a signal asked for it."""
     if state.ranks.world_size > 1:
         if state.losses:
             return

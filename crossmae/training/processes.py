@@ -55,7 +55,6 @@ class Ranks:
         """Run `step`, and continue only if it failed in no process.
 
         Raises:
-            UserError: of this process.
             SystemExit: another process failed, too, and says why.
         """
         problem: UserError | None = None

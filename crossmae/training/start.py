@@ -42,7 +42,6 @@ def is_complete(start: Path | None, last_step: int, fingerprint: Mapping[str, st
 
     Args:
         start: checkpoint to continue from; None for a new run.
-        last_step: step at which the run stops.
         fingerprint: settings that must not change between a run and its continuation.
 
     Raises:

@@ -35,16 +35,12 @@ class TrainingState:
 
     Args:
         model: model on its device; changed in place.
-        optimizer: optimizer of the model.
-        ranks: this process among all.
         precision: "fp32", "bf16" or "fp16".
         ema: decay of the averaged weights; None: no average.
         clip_grad: largest norm of the gradients; None: no clipping.
-        compiled: compile steps by torch.compile.
         start: checkpoint to continue from; None: a new run.
 
     Attributes:
-        step: optimizer steps done.
         skipped: steps in a row that fp16 skipped.
         losses: losses of the micro-batches since the last line of the log.
         kept: facts that callbacks find again after a restart.
@@ -101,8 +97,6 @@ class TrainingState:
         """Add the gradients of a micro-batch and return its loss, detached.
 
         Args:
-            loss_of: computes the loss.
-            batch, number: micro-batch, and its number in the run.
             micro_batches: micro-batches of the step, whose mean loss counts.
             last: the last micro-batch of the step, after which processes share their gradients.
         """
@@ -167,14 +161,7 @@ class TrainingState:
                 )
 
     def save(self, run: Path, keep: int, metadata: Mapping[str, str], record: Mapping[str, Any]) -> None:
-        """Write a checkpoint of the current step.
-
-        Args:
-            run: folder of the run.
-            keep: checkpoints that stay.
-            metadata: metadata of the weights.
-            record: facts about the run, for people.
-        """
+        """Write a checkpoint of the current step."""
         state = {
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),

@@ -33,7 +33,6 @@ class StoredFile:
     """A file on this machine or elsewhere.
 
     Attributes:
-        name: for messages.
         path: within its file system.
         url: what fsspec needs to open the file system; "" on this machine.
     """

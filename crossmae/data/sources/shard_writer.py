@@ -72,7 +72,6 @@ def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: 
 
     Args:
         folder: empty, new, or with shards of the same source and settings.
-        threads: that read, resize and encode.
 
     Returns:
         The index of all shards, and the number of shards that an earlier run had made.

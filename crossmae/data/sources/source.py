@@ -110,7 +110,6 @@ class Source(ABC):
         """Take one label per sample, or warn and take none.
 
         Args:
-            texts: a label per sample.
             order: all classes, if their order is known; else the labels are sorted, whole numbers by their value.
         """
         labelled = [text for text in texts if text]
@@ -132,13 +131,7 @@ def _sorted_classes(names: set[str]) -> tuple[str, ...]:
 
 
 class ImageFiles(Source):
-    """Image files anywhere on this machine.
-
-    Args:
-        paths: the files.
-        description: see `Source`.
-        labels: one text per file, or None.
-    """
+    """Image files anywhere on this machine."""
 
     def __init__(
         self, paths: Sequence[Path] | Sequence[str], description: str, labels: Sequence[str | None] | None = None

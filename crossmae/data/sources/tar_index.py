@@ -60,8 +60,6 @@ class FolderIndex:
     """The content of `index.json`.
 
     Attributes:
-        settings: of `make_shards`.
-        classes: names of the classes, or ().
         shards: an entry of `shard_entry` per file name.
     """
 
@@ -114,14 +112,7 @@ def cache_folder() -> Path:
 
 
 def index_shard(shard: StoredFile, marks: dict[str, str]) -> ShardIndex:
-    """Return the kept index of a shard, or build it.
-
-    Args:
-        marks: from `change_marks` of the shard.
-
-    Raises:
-        UserError: see `scan_shard`.
-    """
+    """Return the kept index of a shard, or build it."""
     path = cache_folder() / f"{hashlib.sha256(shard.identity.encode()).hexdigest()[:32]}.json"
     about = {"version": CACHE_VERSION, "shard": shard.identity, **marks}
     try:

@@ -41,7 +41,6 @@ class TarShards(Source):
     """The images of tar shards, shard by shard.
 
     Args:
-        indexes: one per shard.
         classes: names of all classes in their order, or () for the labels that occur.
     """
 
