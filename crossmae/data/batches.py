@@ -45,9 +45,6 @@ class BatchPlan:
         groups: (G,) first image of each group (a tar shard) of neighbours; None: one group.
         groups_at_once: shuffle among so many groups at a time, in random order of the groups, so that reading stays
             within them; None: among all images.
-
-    Raises:
-        UserError: not even one batch per epoch.
     """
 
     num_images: int

@@ -162,11 +162,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def parse_size(text: str, key: str) -> tuple[int, int]:
-    """Parse pixels such as "224" or "192x256" into (height, width).
-
-    Raises:
-        UserError: anything else; names `key`, the flag.
-    """
+    """Parse pixels such as "224" or "192x256" into (height, width)."""
     match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
     if match is None:
         raise UserError(f"{key} {text}: expected pixels, such as 224, or 192x256 for height and width")

@@ -18,11 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def match_pattern(argument: str, key: str) -> list[str]:
-    """Find files by a pattern with `~` and `**`, sorted.
-
-    Raises:
-        UserError: no file matches.
-    """
+    """Find files by a pattern with `~` and `**`, sorted."""
     found = sorted(name for name in glob.glob(os.path.expanduser(argument), recursive=True) if os.path.isfile(name))
     if not found:
         raise UserError(f"{key}: {argument}: no such file or folder, and no file matches it as a pattern")
@@ -69,11 +65,7 @@ def _refuse(error: OSError) -> None:
 
 
 def find_inputs(arguments: Sequence[str]) -> list[Path]:
-    """Find the files that files, folders and patterns name, each once.
-
-    Raises:
-        UserError: an argument that leads to no file.
-    """
+    """Find the files that files, folders and patterns name, each once."""
     paths: list[str] = []
     for argument in arguments:
         path = Path(argument).expanduser()

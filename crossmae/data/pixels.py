@@ -15,11 +15,7 @@ from crossmae.data.sources import Source
 
 
 def read_pixels(source: Source, index: int, channels: int = 3, bit_depth: int = 8) -> Image.Image | Tensor:
-    """Read one sample as an image or a (C, H, W) tensor.
-
-    Raises:
-        UserError: the sample cannot be read; names it.
-    """
+    """Read one sample as an image or a (C, H, W) tensor."""
     return decode_pixels(source.read(index), source.name(index), channels, bit_depth)
 
 

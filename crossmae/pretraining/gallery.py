@@ -71,11 +71,7 @@ def possible_ratios(model: CrossMAE) -> list[float]:
 
 
 def load_images(paths: Sequence[Path], pretrained: Pretrained, seed: int) -> tuple[Tensor, Tensor]:
-    """Load pixels (B, C, H, W) and mask noise (B, L).
-
-    Raises:
-        UserError: a file that cannot be read, see `decode_image`.
-    """
+    """Load pixels (B, C, H, W) and mask noise (B, L)."""
     model = pretrained.model
     size = (model.grid[0] * model.patch_size, model.grid[1] * model.patch_size)
     pixels, noise = [], []

@@ -27,9 +27,6 @@ def pool_tokens(tokens: Tensor, pool: FeaturePool) -> Tensor:
 
     Args:
         pool: "avg", the patches' mean (B, E); "cls", the class token (B, E); "cls_avg", both concatenated (B, 2 E).
-
-    Raises:
-        ValueError: an unknown `pool`.
     """
     if pool not in get_args(FeaturePool):
         raise ValueError(f"pool must be one of {', '.join(get_args(FeaturePool))}, got {pool!r}")

@@ -28,11 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def build_model(arguments: Mapping[str, Any], seed: int, mask_ratio: float, predict_ratio: float) -> CrossMAE:
-    """Build the model with random weights, which depend on the seed only.
-
-    Raises:
-        UserError: the model refuses a setting.
-    """
+    """Build the model with random weights, which depend on the seed only."""
     torch.manual_seed(seed)
     try:
         model = CrossMAE(**arguments)

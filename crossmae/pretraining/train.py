@@ -220,9 +220,6 @@ def build_judges(
 
     Args:
         warmup: share of the schedule in which the learning rate rises.
-
-    Raises:
-        UserError: an image cannot be read, or the probe lacks labels.
     """
     count, health = config.log.pictures, config.health
     data, probe, size = config.data, config.probe, config.optim.batch_size

@@ -79,9 +79,6 @@ class Neighbours:
 
     Args:
         most: at most so many images of each source, evenly spaced.
-
-    Raises:
-        UserError: a source without labels, classes that differ, or fewer than k images in `train`.
     """
 
     def __init__(
@@ -133,11 +130,7 @@ def load_views(
     key: str,
     broken: Literal["error", "substitute"] = "error",
 ) -> Tensor:
-    """Read centre views (N, C, H, W), uint8 or float32 in 0-1.
-
-    Raises:
-        UserError: an image cannot be read.
-    """
+    """Read centre views (N, C, H, W), uint8 or float32 in 0-1."""
     size, channels = model_size(model), model.in_chans
 
     def view(index: int) -> Tensor:

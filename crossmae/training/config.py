@@ -157,11 +157,7 @@ class RunConfig(ConfigSection):
         return path.expanduser()
 
     def check_channels(self, channels: int) -> None:
-        """Check for one mean and one deviation per image channel.
-
-        Raises:
-            ValueError: there is not.
-        """
+        """Check for one mean and one deviation per image channel."""
         for key in ("mean", "std"):
             values = getattr(self.data, key)
             if len(values) != channels:
@@ -251,11 +247,7 @@ def load_typed_config(schema: type[Schema], name: str, overrides: Sequence[str] 
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping with the safe loader.
-
-    Raises:
-        UserError: not YAML, or not a mapping; names file and line.
-    """
+    """Read a YAML mapping with the safe loader."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -266,11 +258,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def set_override(values: dict[str, Any], word: str) -> None:
-    """Apply one `section.key=value` word to nested `values`.
-
-    Raises:
-        UserError: no `=`, or the path leads through something that is not a section.
-    """
+    """Apply one `section.key=value` word to nested `values`."""
     key, separator, text = word.partition("=")
     if not separator or not key:
         raise UserError(f"expected key=value, got {word!r} (for example optim.batch_size=32)")

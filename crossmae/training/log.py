@@ -178,11 +178,7 @@ class BrokenImages:
         self.known = {str(row["name"]) for row in _read_lines(path) if "name" in row}
 
     def add(self, broken: Sequence[Broken]) -> None:
-        """Count and list new broken images.
-
-        Raises:
-            UserError: there are more of them than the budget allows.
-        """
+        """Count and list new broken images."""
         for image in broken:
             name = self.source.name(image.index)
             if name in self.known:

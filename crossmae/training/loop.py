@@ -239,11 +239,7 @@ def stop_if_asked(state: TrainingState, request: StopRequest, save: Callable[[],
 
 
 def check_images(source: Source, channels: int, bit_depth: int, policy: str, ranks: Ranks) -> list[Broken]:
-    """Find broken training images, each process in its share.
-
-    Raises:
-        UserError: an image is broken, and `policy` is "error".
-    """
+    """Find broken training images, each process in its share."""
     share = range(ranks.rank, len(source), ranks.world_size)
     broken = find_broken(source, share, channels, bit_depth)
     if policy == "error":

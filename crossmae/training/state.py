@@ -134,11 +134,7 @@ class TrainingState:
             self.ema.update(self.model, self.step)
 
     def mean_loss(self, lr: float) -> float:
-        """Average the losses since the last line, over all processes.
-
-        Raises:
-            UserError: a loss is not finite.
-        """
+        """Average the losses since the last line, over all processes."""
         mean = self.ranks.mean(torch.stack(self.losses).mean()).item()
         if not math.isfinite(mean):
             raise UserError(
@@ -148,11 +144,7 @@ class TrainingState:
         return mean
 
     def check_weights(self) -> None:
-        """Refuse a model or an average that is not finite.
-
-        Raises:
-            UserError: a parameter or a buffer is not finite.
-        """
+        """Refuse a model or an average that is not finite."""
         for suffix, model in self.models.items():
             if found := describe_non_finite(model.state_dict()):
                 raise UserError(

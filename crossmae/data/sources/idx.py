@@ -52,11 +52,7 @@ def open_idx(path: Path, key: str) -> IdxImages:
 
 
 class IdxImages(Source):
-    """The grey images of one idx file, whose labels are next to it, encoded as PNG files on reading.
-
-    Raises:
-        UserError: damaged, not of 8 bits, or not one label per image.
-    """
+    """The grey images of one idx file, whose labels are next to it, encoded as PNG files on reading."""
 
     def __init__(self, path: Path, key: str) -> None:
         self._path = path

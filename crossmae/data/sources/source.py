@@ -74,11 +74,7 @@ class Source(ABC):
             return b""
 
     def stamp(self, index: int) -> str:
-        """Return a text that changes whenever the sample does.
-
-        Raises:
-            UserError: the sample cannot be read.
-        """
+        """Return a text that changes whenever the sample does."""
         return hashlib.sha256(self.read(index)).hexdigest()
 
     def label(self, index: int) -> int:
