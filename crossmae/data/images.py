@@ -119,7 +119,6 @@ def _deep_grey(image: Image.Image) -> NDArray[np.uint16]:
 
 
 def _as_unit_range(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:
-    """Convert uint8, uint16, bool or floating-point samples to float32 in 0-1."""
     if pixels.dtype == bool or pixels.dtype in (np.uint8, np.uint16):
         top = 1 if pixels.dtype == bool else np.iinfo(pixels.dtype).max
         return pixels.astype(np.float32) / np.float32(top)

@@ -148,7 +148,6 @@ def whole_scale(height: int, width: int, target: int) -> float:
 
 
 def _notes(panels: Panels) -> list[str]:
-    """List the remarks that a reader of the pictures needs."""
     shown = shown_channels(panels.input.shape[1])
     factor = brightening(panels)
     bright = [f"Shown {factor:.3g} times as bright; PSNR is of pixels as they are, peak 1."] if factor != 1 else []
@@ -191,7 +190,6 @@ def _grid(
 
 
 def _show(axis: Axes, picture: Tensor, enlarged: bool) -> None:
-    """Draw (3, H, W) pixels in 0-1, framed by a hairline."""
     # matplotlib's own choice would smooth some of the panels, those whose width is 159.99999999 pixels.
     interpolation = "nearest" if enlarged else "hanning"
     axis.imshow(picture.permute(1, 2, 0).cpu().numpy(), interpolation=interpolation, aspect="auto")
@@ -206,7 +204,6 @@ def _wrap(text: str, width: int, points: float) -> list[str]:
 
 
 def _lines(figure: Figure, lines: Sequence[str], top: int, points: float, step: int, color: str = "black") -> None:
-    """Draw centred lines that start `top` pixels above the bottom."""
     height = figure.get_figheight() * DPI
     for index, line in enumerate(lines):
         y = (top - index * step) / height

@@ -139,7 +139,6 @@ def write_gallery(
 def _write_sheet(
     output: Path, sheet: int, panels: Panels, paths: Sequence[Path], names: Sequence[str], mask_ratio: float
 ) -> list[Result]:
-    """Write one overview, and one grid per image."""
     masked, pasted = (values.tolist() for values in psnr(panels))
     share = f"{100 * mask_ratio:g}% of the patches masked"
     captions = [f"PSNR {value:.1f} dB" for value in masked]
@@ -200,7 +199,6 @@ def _picture(pixels: Tensor) -> Image.Image:
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Load the font of matplotlib's figures."""
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
 
 

@@ -70,14 +70,12 @@ def start_from(model: CrossMAE, path: Path, arguments: Mapping[str, Any], data: 
 
 
 def _is_of(model: CrossMAE, weights: Weights) -> bool:
-    for name, tensor in model.state_dict().items():
-        found = weights.tensors.get(name, _NONE).shape
-        if found != tensor.shape and not (name.endswith("pos_embed") and found[-1:] == tensor.shape[-1:]):
-            return False
-    return True
-
-
-_NONE = torch.empty(())
+    shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
+    return all(
+        name in shapes
+        and (shapes[name] == tensor.shape or (name.endswith("pos_embed") and shapes[name][-1] == tensor.shape[-1]))
+        for name, tensor in model.state_dict().items()
+    )
 
 
 def _changes(report: LoadReport) -> str:

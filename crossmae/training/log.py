@@ -26,17 +26,17 @@ from crossmae.training.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
-NAMES = {
+_METRICS = {
     "val_loss": "validation loss",
-    "val_loss_ema": "validation loss of the averaged weights",
     "knn_accuracy": "kNN accuracy",
-    "knn_accuracy_ema": "kNN accuracy of the averaged weights",
     "top1": "top-1 accuracy",
-    "top1_ema": "top-1 accuracy of the averaged weights",
     "top5": "top-5 accuracy",
-    "top5_ema": "top-5 accuracy of the averaged weights",
     "mean_ap": "mean average precision",
-    "mean_ap_ema": "mean average precision of the averaged weights",
+}
+NAMES = {
+    f"{key}{suffix}": name + words
+    for key, name in _METRICS.items()
+    for suffix, words in (("", ""), ("_ema", " of the averaged weights"))
 }
 LOG, BROKEN = "log.jsonl", "broken.jsonl"
 
@@ -62,14 +62,8 @@ class RunLog:
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
     def __enter__(self) -> RunLog:
-        self.bar = tqdm(
-            total=self.schedule.last_step,
-            initial=self.first_step,
-            desc=self.word,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not self.is_main,
-        )
+        steps = {"total": self.schedule.last_step, "initial": self.first_step, "unit": "step"}
+        self.bar = tqdm(desc=self.word, dynamic_ncols=True, disable=not self.is_main, **steps)
         self.redirect = logging_redirect_tqdm()  # a warning goes above the live line, not into it
         self.redirect.__enter__()
         if self.is_main:

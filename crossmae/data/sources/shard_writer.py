@@ -132,7 +132,6 @@ def shard_name(number: int) -> str:
 
 
 def _describe(source: Source, settings: ShardSettings) -> dict[str, Any]:
-    """Describe the settings and versions that two runs must share."""
     names = hashlib.sha256("\n".join(map(source.name, range(len(source)))).encode(errors="surrogateescape"))
     about = {"source": source.description, "images": len(source), "names_sha256": names.hexdigest()}
     unused = {"short_side": None, "quality": None} if settings.keep_original else {}
@@ -179,7 +178,6 @@ def _read_progress(path: Path) -> FolderIndex | None:
 
 
 def _unchanged(folder: Path, entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Filter the entries whose shard still has its size and SHA-256."""
 
     def is_unchanged(entry: dict[str, Any]) -> bool:
         path = folder / entry["file"]
@@ -207,7 +205,6 @@ def _make_missing(
     missing: dict[str, range],
     done: dict[str, dict[str, Any]],
 ) -> None:
-    """Write shards, and record each in `done` and the progress file."""
     indices = [index for span in missing.values() for index in span]
     images = map_in_order(lambda index: _pack(source, index, settings), indices, threads, bar="make shards")
     with open(folder / PROGRESS_NAME, "a") as progress:
@@ -241,7 +238,6 @@ def _pack(source: Source, index: int, settings: ShardSettings) -> _Packed:
 
 
 def _write_shard(path: Path, images: Iterator[_Packed]) -> dict[str, Any]:
-    """Write one shard and return its entry in the index."""
     labels: list[int | None] = []
     broken: list[str] = []
     sizes: list[int] = []
