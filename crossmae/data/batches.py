@@ -135,7 +135,7 @@ def build_loader(
     pin_memory: bool,
     collate: Callable[[list[Any]], Any],
 ) -> Loader:
-    """Build a loader for one pass over batches first .. last - 1."""
+    """Build a loader for one pass over some batches."""
     return Loader(
         dataset,
         usable_workers(workers),

@@ -235,8 +235,7 @@ def build_judges(
     if ranks.is_main and probe.train and probe.val:
         train, test = open_named(probe.train, "probe.train"), open_named(probe.val, "probe.val")
         warn_of_overlap(train, "probe.train", test, "probe.val")
-        settings = (probe.images, probe.k, probe.temperature, probe.pool)
-        neighbours = Neighbours(train, test, model, normalize, data.bit_depth, size, *settings)
+        neighbours = Neighbours(train, test, model, normalize, data.bit_depth, size, probe)
     return Judges(
         held_out=held_out,
         neighbours=neighbours,

@@ -16,7 +16,8 @@ from crossmae.data.sources import Source
 from crossmae.data.sources.subset import evenly_spaced
 from crossmae.errors import UserError, shorten
 from crossmae.models.crossmae import CrossMAE
-from crossmae.pretraining.neighbours import Pool, encode_images, knn_accuracy, standardize
+from crossmae.pretraining.config import ProbeConfig
+from crossmae.pretraining.neighbours import encode_images, knn_accuracy, standardize
 from crossmae.pretraining.reconstruction import Panels, reconstruct
 from crossmae.training.processes import Ranks
 
@@ -75,11 +76,7 @@ class HeldOut:
 
 
 class Neighbours:
-    """The online probe: k nearest neighbours on features of labelled images (see `crossmae.pretraining.neighbours`).
-
-    Args:
-        most: at most so many images of each source, evenly spaced.
-    """
+    """The online probe: k nearest neighbours on features of labelled images (see `crossmae.pretraining.neighbours`)."""
 
     def __init__(
         self,
@@ -89,21 +86,18 @@ class Neighbours:
         normalize: Normalize,
         bit_depth: int,
         batch_size: int,
-        most: int,
-        k: int,
-        temperature: float,
-        pool: Pool,
+        settings: ProbeConfig,
     ) -> None:
         if train.classes != val.classes or not train.classes:
             raise UserError(
                 f"probe.train has the classes {_named(train.classes)}, probe.val {_named(val.classes)}. "
                 "Give both the same ones: a folder for each class, or labels in the list."
             )
-        self.normalize, self.batch_size, self.pool = normalize, batch_size, pool
-        self.num_classes, self.k, self.temperature = len(train.classes), k, temperature
+        self.normalize, self.batch_size, self.settings = normalize, batch_size, settings
+        self.num_classes, k = len(train.classes), settings.k
         self.views, self.labels = [], []
         for source in (train, val):
-            indices = evenly_spaced(len(source), most)
+            indices = evenly_spaced(len(source), settings.images)
             self.views.append(load_views(source, indices, model, bit_depth, "probe"))
             self.labels.append(torch.tensor([source.label(index) for index in indices]))
         if k > len(self.views[0]):
@@ -111,15 +105,13 @@ class Neighbours:
 
     def accuracy(self, model: CrossMAE) -> float:
         """Compute the share of probe.val that is classified correctly."""
-        device = self.normalize.mean.device
-        train, val = (
-            encode_images(
-                model, (self.normalize(batch.to(device)) for batch in views.split(self.batch_size)), self.pool
-            )
-            for views in self.views
-        )
-        train, val = standardize(train, val)
-        return knn_accuracy(train, self.labels[0], val, self.labels[1], self.num_classes, self.k, self.temperature)
+        device, settings, features = self.normalize.mean.device, self.settings, []
+        for views in self.views:
+            batches = (self.normalize(batch.to(device)) for batch in views.split(self.batch_size))
+            features.append(encode_images(model, batches, settings.pool))
+        train, val = standardize(*features)
+        about = (self.num_classes, settings.k, settings.temperature)
+        return knn_accuracy(train, self.labels[0], val, self.labels[1], *about)
 
 
 def load_views(

@@ -19,7 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from crossmae.data.broken import Broken
 from crossmae.data.sources import Source
-from crossmae.errors import UserError
+from crossmae.errors import UserError, import_extra
 from crossmae.files import write_text
 from crossmae.reports.figures import save_figure
 from crossmae.training.schedule import Schedule
@@ -214,10 +214,7 @@ def start_wandb(project: str, folder: Path, settings: Mapping[str, Any], resumed
     Raises:
         UserError: wandb is not installed, or refuses.
     """
-    try:
-        wandb = importlib.import_module("wandb")
-    except ImportError:
-        raise UserError('log.wandb needs the package wandb: pip install -e ".[wandb]", or set log.wandb=null') from None
+    wandb = import_extra("wandb", "log.wandb (null does without it)", "wandb")
     identity = folder / "wandb_id.txt"
     if not (resumed and identity.exists()):
         write_text(identity, secrets.token_hex(4))
