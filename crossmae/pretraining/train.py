@@ -38,7 +38,6 @@ from crossmae.pretraining.validation import HeldOut, Neighbours, model_size
 from crossmae.training.devices import describe_place
 from crossmae.training.log import RunLog, announce_steps
 from crossmae.training.loop import Callbacks, Job, check_images, train
-from crossmae.training.optimizer import parameter_groups
 from crossmae.training.processes import Ranks
 from crossmae.training.schedule import make_schedule
 from crossmae.training.start import find_start, is_complete
@@ -258,3 +257,15 @@ def lr_rule(optim: OptimConfig, images_per_step: int, mask_ratio: float, predict
         "inverse": f" * {mask_ratio:g} / {predict_ratio:g} (lr_rule inverse: mask / predict ratio)",
     }
     return f"base_lr {optim.base_lr:g} * {images_per_step} / 256{factors[optim.lr_rule]}"
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Group trainable parameters: biases and norms (one-dimensional) without decay, others with it.
+
+    As published, `cls_token`, `mask_token` and `wfm.linear.weight` are decayed.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+    ]

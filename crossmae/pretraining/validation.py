@@ -13,7 +13,7 @@ from crossmae.data.broken import NEVER_REPLACED, read_or_next
 from crossmae.data.parallel import map_in_order
 from crossmae.data.pixels import Normalize, centre_view
 from crossmae.data.sources import Source
-from crossmae.data.sources.subset import evenly_spaced
+from crossmae.data.sources.source import evenly_spaced
 from crossmae.errors import UserError, shorten
 from crossmae.models.crossmae import CrossMAE
 from crossmae.pretraining.config import ProbeConfig

@@ -20,12 +20,12 @@ from crossmae.checkpoints.run_checkpoint import MODEL, read_state, save_checkpoi
 from crossmae.checkpoints.weights import describe_non_finite
 from crossmae.errors import UserError
 from crossmae.training.devices import open_autocast
-from crossmae.training.optimizer import MAX_SKIPPED, scaled_step
 from crossmae.training.processes import Ranks
 from crossmae.training.versions import versions
 
 log = logging.getLogger(__name__)
 
+MAX_SKIPPED = 20  # steps in a row that fp16 may skip because a gradient is not finite
 
 Loss = Callable[[nn.Module, Any, int], Tensor]  # of a model, a micro-batch, and its number in the run
 
@@ -174,3 +174,15 @@ def memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return float(psutil.Process().memory_info().rss) / 1e9
+
+
+def scaled_step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+    """Update the weights and the scale of gradients.
+
+    Returns:
+        True where fp16 skipped the update, because a gradient was not finite.
+    """
+    scale = scaler.get_scale()  # 1 without fp16
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.get_scale() < scale

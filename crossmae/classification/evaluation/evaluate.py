@@ -16,7 +16,7 @@ from crossmae.classification.data import CentreViews, LabelledBatch, evaluation_
 from crossmae.classification.evaluation.metrics import Predictions, merge
 from crossmae.data.pixels import Normalize
 from crossmae.data.sources import Source
-from crossmae.data.sources.subset import evenly_spaced
+from crossmae.data.sources.source import evenly_spaced
 from crossmae.training.processes import Ranks
 
 TOP = 5  # classes of a sample that are kept

@@ -58,7 +58,7 @@ from crossmae.data.batches import BatchPlan
 from crossmae.data.broken import NEVER_REPLACED, find_broken, refuse_broken, warn_of_depth
 from crossmae.data.pixels import Normalize, published_crop_pct
 from crossmae.data.sources import Source, open_named, warn_of_overlap
-from crossmae.data.sources.subset import choose_per_class
+from crossmae.data.sources.source import choose_per_class
 from crossmae.errors import UserError
 from crossmae.files import check_writable
 from crossmae.models.sizes import SIZES
