@@ -129,8 +129,7 @@ def fusion_figure(weights: Tensor, map_names: Sequence[str], title: str) -> Figu
     scale = figure.add_axes(((left + cell_w * K + 14) / width, bottom / height, 12 / width, cell_h * N / height))
     figure.colorbar(image, cax=scale)
     for part in (axis, scale):
-        for spine in part.spines.values():
-            spine.set_visible(False)
+        part.spines[:].set_visible(False)
         part.tick_params(labelsize=SMALL, length=0)
     _lines(figure, _wrap(title, width, TEXT + 1), height - MARGIN + 4, TEXT + 1, 20)
     return figure
@@ -194,8 +193,7 @@ def _show(axis: Axes, picture: Tensor, enlarged: bool) -> None:
     interpolation = "nearest" if enlarged else "hanning"
     axis.imshow(picture.permute(1, 2, 0).cpu().numpy(), interpolation=interpolation, aspect="auto")
     axis.set(xticks=[], yticks=[])
-    for spine in axis.spines.values():
-        spine.set(linewidth=0.5, color="0.6")
+    axis.spines[:].set(linewidth=0.5, color="0.6")
 
 
 def _wrap(text: str, width: int, points: float) -> list[str]:

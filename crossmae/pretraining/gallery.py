@@ -32,6 +32,7 @@ from crossmae.files import make_folder, printable, read_file, write_atomically, 
 from crossmae.models.crossmae import CrossMAE
 from crossmae.pretraining.figures import image_figure, panel_rows, reconstruction_figure, whole_scale
 from crossmae.pretraining.reconstruction import Panels, psnr, reconstruct
+from crossmae.pretraining.validation import model_size
 from crossmae.reports.figures import save_figure
 
 SHEET = 8  # images on one overview, and in one batch
@@ -73,13 +74,11 @@ def possible_ratios(model: CrossMAE) -> list[float]:
 def load_images(paths: Sequence[Path], pretrained: Pretrained, seed: int) -> tuple[Tensor, Tensor]:
     """Load pixels (B, C, H, W) and mask noise (B, L)."""
     model = pretrained.model
-    size = (model.grid[0] * model.patch_size, model.grid[1] * model.patch_size)
     pixels, noise = [], []
     for path in paths:
         data = read_file(path)
-        pixels.append(
-            to_unit_range(centre_view(decode_pixels(data, str(path), model.in_chans, pretrained.bit_depth), size))
-        )
+        decoded = decode_pixels(data, str(path), model.in_chans, pretrained.bit_depth)
+        pixels.append(to_unit_range(centre_view(decoded, model_size(model))))
         key = int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
         noise.append(np.random.default_rng([seed, key]).random(model.num_patches, dtype=np.float32))
     return torch.stack(pixels), torch.from_numpy(np.stack(noise))
@@ -237,7 +236,7 @@ def _write_numbers(path: Path, pretrained: Pretrained, results: Sequence[Result]
     ]
     record = {
         "weights": str(pretrained.path),
-        "img_size": [side * model.patch_size for side in model.grid],
+        "img_size": list(model_size(model)),
         "norm_pix_loss": model.norm_pix_loss,
         "assumed": list(pretrained.assumed),
         "mask_ratio": mask_ratio,
