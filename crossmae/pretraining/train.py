@@ -31,10 +31,9 @@ from crossmae.models.crossmae import MAE, CrossMAE
 from crossmae.models.sizes import model_arguments
 from crossmae.pretraining.config import OptimConfig, PretrainConfig
 from crossmae.pretraining.figures import fused_map_names, fusion_figure, reconstruction_figure
-from crossmae.pretraining.health import Health
 from crossmae.pretraining.images import PretrainImages, collate_pretraining
 from crossmae.pretraining.start import build_model, start_from
-from crossmae.pretraining.validation import HeldOut, Neighbours, model_size
+from crossmae.pretraining.validation import Health, HeldOut, Neighbours, model_size
 from crossmae.training.devices import describe_place
 from crossmae.training.log import RunLog, announce_steps
 from crossmae.training.loop import Callbacks, Job, check_images, train

@@ -61,9 +61,7 @@ class DataConfig(ConfigSection):
         description="training images: a folder tree, a .txt/.csv/.parquet list, a COCO .json, tar shards (path, "
         "pattern or URL), or a Hugging Face data set on disk"
     )
-    root: Path | None = Field(
-        None, description="where the relative paths of a list or a COCO json start; default: the file's own folder"
-    )
+    root: Path | None = Field(None, description="where the relative paths of a list start; default: its own folder")
     val: str | None = Field(None, description="held-out images, from any such source: validation loss and pictures")
     val_root: Path | None = Field(None, description="root for data.val")
     check: bool = Field(True, description="look at every file first; false for millions of known good ones")
@@ -107,9 +105,7 @@ class ScheduleConfig(ConfigSection):
     epochs: PositiveInt = 800
     warmup_epochs: NonNegative = 40
     min_lr: NonNegative = 0.0
-    max_steps: PositiveInt | None = Field(
-        None, description="stop after so many optimizer steps; the schedule stays as it is"
-    )
+    max_steps: PositiveInt | None = Field(None, description="stop after so many steps; the schedule stays as it is")
 
 
 class RuntimeConfig(ConfigSection):
