@@ -35,24 +35,23 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
+        return
     except UserError as error:
         message = " ".join(str(error).split()) if "\n" not in str(error) else str(error)
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(USER_ERROR_EXIT_CODE) from None
     except BrokenPipeError:  # the reader of the pipe has ended, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(BROKEN_PIPE_EXIT_CODE) from None
     except OSError as error:
         if error.errno not in DISK_TROUBLE:
             raise
-        print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
-        raise SystemExit(USER_ERROR_EXIT_CODE) from None
+        message = f"{error.filename or 'writing'}: {error.strerror}"
     except MemoryError:
-        print("error: there is not enough memory for this", file=sys.stderr)
-        raise SystemExit(USER_ERROR_EXIT_CODE) from None
+        message = "there is not enough memory for this"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(USER_ERROR_EXIT_CODE)
 
 
 def exit_if_any(failures: Sequence[str], heading: str) -> None:

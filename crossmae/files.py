@@ -121,11 +121,7 @@ def make_folder(folder: Path, key: str) -> None:
 
 
 def check_writable(folder: Path, key: str) -> None:
-    """Check that a folder can be written, without touching it.
-
-    Raises:
-        UserError: not possible; names `key`, the folder's config key or flag.
-    """
+    """Check that a folder can be written, without touching it."""
     there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
     if not there.is_dir():
         raise UserError(f"{key}: cannot write in {folder}: {there} is a file")
@@ -172,11 +168,7 @@ def read_json(path: Path) -> Any:
 
 
 def check_destination(path: Path, *, force: bool = False) -> None:
-    """Refuse to overwrite a file.
-
-    Raises:
-        UserError: the path is a folder, or a file and `force` is not set.
-    """
+    """Refuse to overwrite a file."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder. Name the file to write.")
     if path.exists() and not force:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from crossmae.data.pixel_stats import LOW_RANGE, PixelStats, check_usable, measure
 from crossmae.data.sources import open_source
-from crossmae.data.sources.subset import evenly_spaced
+from crossmae.data.sources.source import evenly_spaced
 from crossmae.errors import UserError, run_cli
 from crossmae.files import make_folder, write_json
 from crossmae.pretraining.config import PretrainConfig, load_config

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from crossmae.classification.train.augment import keyed_everywhere
-from crossmae.data.batches import KeyedImages, KeyedSample, MovableBatch, collate_as
+from crossmae.data.batches import KeyedImages, KeyedSample, collate_as
 from crossmae.data.broken import Broken, Unreadable
 from crossmae.data.pixels import centre_view, read_pixels
 from crossmae.data.sources import Source
@@ -30,8 +30,7 @@ SEPARATORS = "|;,"
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class LabelledBatch(MovableBatch):
+class LabelledBatch(NamedTuple):
     """Images and targets of one micro-batch.
 
     Attributes:
@@ -45,7 +44,6 @@ class LabelledBatch(MovableBatch):
     targets: Tensor
     indices: Tensor
     broken: tuple[Broken, ...] = ()
-    moved = ("images", "targets")
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, TypeVar
+from itertools import chain
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from crossmae.data.broken import Broken, Unreadable, read_or_next
 from crossmae.data.sources import Source
@@ -28,24 +29,6 @@ from crossmae.errors import UserError
 
 KeyedSample = tuple[Tensor, Tensor, int, tuple[Broken, ...]]
 B = TypeVar("B")
-M = TypeVar("M", bound="MovableBatch")
-
-
-class MovableBatch:
-    """A batch whose tensors `moved` travel to the device."""
-
-    moved: ClassVar[tuple[str, ...]]
-
-    def to(self: M, device: torch.device) -> M:
-        """Copy the batch to a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self: M) -> M:
-        """Copy the batch to page-locked memory for the loader."""
-        return self._each(lambda tensor: tensor.pin_memory())
-
-    def _each(self: M, change: Callable[[Tensor], Tensor]) -> M:
-        return replace(self, **{name: change(getattr(self, name)) for name in self.moved})  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
@@ -57,16 +40,11 @@ class BatchPlan:
     every image is read once per epoch, whatever the source.
 
     Args:
-        num_images: size of the data set.
         batch_size: images per rank and batch.
-        seed: of the permutations.
         rank, world_size: this process among all.
         groups: (G,) first image of each group (a tar shard) of neighbours; None: one group.
         groups_at_once: shuffle among so many groups at a time, in random order of the groups, so that reading stays
             within them; None: among all images.
-
-    Raises:
-        UserError: not even one batch per epoch.
     """
 
     num_images: int
@@ -110,25 +88,10 @@ def _permutation(seed: int, epoch: int, length: int, groups: tuple[int, ...], at
     return np.concatenate([rng.permutation(pool) for pool in pools])
 
 
-class PlannedBatches(Sampler[list[tuple[int, int]]]):
-    """Batches first .. last - 1 of a plan, without a gap between epochs, so that workers never drain."""
-
-    def __init__(self, plan: BatchPlan, first: int, last: int) -> None:
-        self.plan, self.first, self.last = plan, first, last
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return (self.plan.batch(number) for number in range(self.first, self.last))
-
-
 class KeyedImages(Dataset[Any], ABC):
     """Training images whose randomness is keyed by (seed, epoch, index).
 
     Args:
-        source: the images.
-        seed: of all randomness.
         channels, bit_depth: see `crossmae.data.images`.
         broken: "error", or "substitute": the next readable image of the source takes the place of a broken one.
     """
@@ -160,9 +123,7 @@ def collate_as(batch: Callable[[Tensor, Tensor, Tensor, tuple[Broken, ...]], B],
     if unreadable is not None:
         return unreadable
     images, others, indices, broken = zip(*samples, strict=True)
-    return batch(
-        torch.stack(images), torch.stack(others), torch.tensor(indices), tuple(b for one in broken for b in one)
-    )
+    return batch(torch.stack(images), torch.stack(others), torch.tensor(indices), tuple(chain(*broken)))
 
 
 def build_loader(
@@ -174,11 +135,11 @@ def build_loader(
     pin_memory: bool,
     collate: Callable[[list[Any]], Any],
 ) -> Loader:
-    """Build a loader of a plan's batches from `first` until `last`."""
+    """Build a loader for one pass over some batches."""
     return Loader(
         dataset,
         usable_workers(workers),
-        batch_sampler=PlannedBatches(plan, first, last),
+        batch_sampler=map(plan.batch, range(first, last)),  # across epochs, so that workers never drain
         collate_fn=collate,
         pin_memory=pin_memory,
     )

@@ -14,7 +14,7 @@ from crossmae.data.images import is_deep, is_whole
 from crossmae.data.parallel import map_in_order
 from crossmae.data.pixels import read_pixels
 from crossmae.data.sources import Source
-from crossmae.data.sources.subset import evenly_spaced
+from crossmae.data.sources.source import evenly_spaced
 from crossmae.errors import UserError, shorten
 from crossmae.files import printable
 

@@ -38,8 +38,6 @@ LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 # Of whole JPEG and PNG files. Files of other kinds may be whole, too: they have to be decoded to be sure.
 LAST_BYTES = (b"\xff\xd9", b"IEND\xaeB`\x82")
 
-MAX_NAMES = 5
-
 
 def read_image(path: str | Path) -> Image.Image:
     """Read one file as 8-bit RGB, by the rules above.
@@ -52,12 +50,6 @@ def read_image(path: str | Path) -> Image.Image:
 
 def decode_image(data: bytes, name: str, channels: int = 3, bit_depth: int = 8) -> Image.Image | NDArray[Any]:
     """Decode a whole file to `channels` channels, by the rules above.
-
-    Args:
-        data: the file's bytes.
-        name: for errors: the file's path.
-        channels: how many channels the model takes.
-        bit_depth: 8 or 16.
 
     Returns:
         An "L" or "RGB" image for one or three channels of 8 bits, else an array (H, W, channels): uint8 for a bit depth
@@ -125,7 +117,6 @@ def _deep_grey(image: Image.Image) -> NDArray[np.uint16]:
 
 
 def _as_unit_range(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:
-    """Convert uint8, uint16, bool or floating-point samples to float32 in 0-1."""
     if pixels.dtype == bool or pixels.dtype in (np.uint8, np.uint16):
         top = 1 if pixels.dtype == bool else np.iinfo(pixels.dtype).max
         return pixels.astype(np.float32) / np.float32(top)
@@ -168,11 +159,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def parse_size(text: str, key: str) -> tuple[int, int]:
-    """Parse pixels such as "224" or "192x256" into (height, width).
-
-    Raises:
-        UserError: anything else; names `key`, the flag.
-    """
+    """Parse pixels such as "224" or "192x256" into (height, width)."""
     match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
     if match is None:
         raise UserError(f"{key} {text}: expected pixels, such as 224, or 192x256 for height and width")

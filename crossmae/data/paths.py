@@ -18,11 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def match_pattern(argument: str, key: str) -> list[str]:
-    """Find files by a pattern with `~` and `**`, sorted.
-
-    Raises:
-        UserError: no file matches.
-    """
+    """Find files by a pattern with `~` and `**`, sorted."""
     found = sorted(name for name in glob.glob(os.path.expanduser(argument), recursive=True) if os.path.isfile(name))
     if not found:
         raise UserError(f"{key}: {argument}: no such file or folder, and no file matches it as a pattern")
@@ -34,9 +30,6 @@ def find_images(folder: Path, key: str) -> list[str]:
 
     Links to folders are followed, each real folder once. Hidden files and folders are left out; the log counts files
     that are no images. Paths are text, because millions of `Path` would take gigabytes.
-
-    Args:
-        key: the config key or flag of the folder, for errors.
 
     Raises:
         UserError: no image in it, or a subfolder cannot be searched.
@@ -72,11 +65,7 @@ def _refuse(error: OSError) -> None:
 
 
 def find_inputs(arguments: Sequence[str]) -> list[Path]:
-    """Find the files that files, folders and patterns name, each once.
-
-    Raises:
-        UserError: an argument that leads to no file.
-    """
+    """Find the files that files, folders and patterns name, each once."""
     paths: list[str] = []
     for argument in arguments:
         path = Path(argument).expanduser()

@@ -24,7 +24,6 @@ class PixelStats:
     """Statistics over images, each of the same weight, as its crops have in training.
 
     Attributes:
-        images: number of images read.
         mean, std: per channel, of pixels scaled to 0-1.
         largest: the largest pixel value of all, scaled likewise.
         short_side, long_side: smallest, median and largest of all images, in pixels.
@@ -46,11 +45,6 @@ class PixelStats:
 
 def measure(source: Source, indices: Sequence[int], channels: int, bit_depth: int, threads: int) -> PixelStats:
     """Measure the pixels of some images, at least one.
-
-    Args:
-        channels: channels that each image is decoded to.
-        bit_depth: 8 or 16.
-        threads: that read and decode.
 
     Raises:
         UserError: an image cannot be read; names it.

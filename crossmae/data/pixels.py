@@ -15,11 +15,7 @@ from crossmae.data.sources import Source
 
 
 def read_pixels(source: Source, index: int, channels: int = 3, bit_depth: int = 8) -> Image.Image | Tensor:
-    """Read one sample as an image or a (C, H, W) tensor.
-
-    Raises:
-        UserError: the sample cannot be read; names it.
-    """
+    """Read one sample as an image or a (C, H, W) tensor."""
     return decode_pixels(source.read(index), source.name(index), channels, bit_depth)
 
 
@@ -40,8 +36,6 @@ def centre_view(pixels: Image.Image | Tensor, size: tuple[int, int], crop_pct: f
     """Scale an image to cover `size` and crop its centre.
 
     Args:
-        pixels: of any size.
-        size: height and width of the view.
         crop_pct: share of the covering image that the view shows, along a side. For a square, the shorter side becomes
             int(size / crop_pct), as in timm and torchvision.
     """

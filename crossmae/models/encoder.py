@@ -43,10 +43,6 @@ class ViTEncoder(nn.Module):
     Args:
         img_size: pixels; one number for a square or (height, width). Both must be multiples of `patch_size`.
         patch_size: side of a square patch in pixels.
-        in_chans: image channels.
-        embed_dim: width E.
-        depth: number of blocks.
-        num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over E.
     """
 

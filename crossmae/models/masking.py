@@ -66,7 +66,6 @@ def split_patches(noise: Tensor, counts: MaskCounts) -> tuple[Tensor, Tensor]:
 
     Args:
         noise: (B, L), one uniform value per patch.
-        counts: must add up to L.
 
     Returns:
         visible_idx (B, V), in the order of the noise, as the encoder sees them, and predict_idx (B, M) in raster order.

@@ -26,9 +26,7 @@ class ModelConfig(ConfigSection):
     """A named size, what differs from it, the masking, and the weights to start from."""
 
     name: str = Field(description="a name of crossmae.list_models()")
-    img_size: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
-        224, description="pixels; one side or (height, width)"
-    )
+    img_size: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(224, description="pixels; side or (height, width)")
     patch_size: PositiveInt | None = None
     in_chans: PositiveInt = Field(3, description="image channels: 1 grey, 3 RGB, others from multi-channel TIFF files")
     embed_dim: PositiveInt | None = None
@@ -69,9 +67,7 @@ class OptimConfig(StepConfig):
 class PretrainLogConfig(LogConfig):
     """Settings of `LogConfig`, and pictures."""
 
-    pictures_every_steps: PositiveInt = Field(
-        1000, description="steps between two pictures of reconstructions and of the fusion weights"
-    )
+    pictures_every_steps: PositiveInt = Field(1000, description="steps between pictures of patches and fusion weights")
     pictures: int = Field(8, ge=0, le=64, description="images in a picture of reconstructions; 0: no pictures")
 
 
@@ -139,12 +135,7 @@ class PretrainConfig(RunConfig):
         return self
 
     def ignored(self, is_plain: bool, has_shards: bool) -> dict[str, list[str]]:
-        """Find keys that were given but have no effect, by reason.
-
-        Args:
-            is_plain: the model is a plain MAE.
-            has_shards: data.train consists of tar shards.
-        """
+        """Find keys that were given but have no effect, by reason."""
         model, data = self.model, self.data
         cases = [
             (is_plain, "decoder is 'self'", "model", {"fuse_blocks", "fuse_input", "predict_ratio"}),

@@ -106,7 +106,6 @@ def fusion_figure(weights: Tensor, map_names: Sequence[str], title: str) -> Figu
 
     Args:
         weights: (N, K), one row per decoder block: `model.wfm.linear.weight`.
-        map_names: K names from `fused_map_names`.
     """
     values = weights.detach().float().cpu().numpy()
     N, K = values.shape
@@ -130,8 +129,7 @@ def fusion_figure(weights: Tensor, map_names: Sequence[str], title: str) -> Figu
     scale = figure.add_axes(((left + cell_w * K + 14) / width, bottom / height, 12 / width, cell_h * N / height))
     figure.colorbar(image, cax=scale)
     for part in (axis, scale):
-        for spine in part.spines.values():
-            spine.set_visible(False)
+        part.spines[:].set_visible(False)
         part.tick_params(labelsize=SMALL, length=0)
     _lines(figure, _wrap(title, width, TEXT + 1), height - MARGIN + 4, TEXT + 1, 20)
     return figure
@@ -149,7 +147,6 @@ def whole_scale(height: int, width: int, target: int) -> float:
 
 
 def _notes(panels: Panels) -> list[str]:
-    """List the remarks that a reader of the pictures needs."""
     shown = shown_channels(panels.input.shape[1])
     factor = brightening(panels)
     bright = [f"Shown {factor:.3g} times as bright; PSNR is of pixels as they are, peak 1."] if factor != 1 else []
@@ -192,13 +189,11 @@ def _grid(
 
 
 def _show(axis: Axes, picture: Tensor, enlarged: bool) -> None:
-    """Draw (3, H, W) pixels in 0-1, framed by a hairline."""
     # matplotlib's own choice would smooth some of the panels, those whose width is 159.99999999 pixels.
     interpolation = "nearest" if enlarged else "hanning"
     axis.imshow(picture.permute(1, 2, 0).cpu().numpy(), interpolation=interpolation, aspect="auto")
     axis.set(xticks=[], yticks=[])
-    for spine in axis.spines.values():
-        spine.set(linewidth=0.5, color="0.6")
+    axis.spines[:].set(linewidth=0.5, color="0.6")
 
 
 def _wrap(text: str, width: int, points: float) -> list[str]:
@@ -207,7 +202,6 @@ def _wrap(text: str, width: int, points: float) -> list[str]:
 
 
 def _lines(figure: Figure, lines: Sequence[str], top: int, points: float, step: int, color: str = "black") -> None:
-    """Draw centred lines that start `top` pixels above the bottom."""
     height = figure.get_figheight() * DPI
     for index, line in enumerate(lines):
         y = (top - index * step) / height

@@ -32,6 +32,7 @@ from crossmae.files import make_folder, printable, read_file, write_atomically, 
 from crossmae.models.crossmae import CrossMAE
 from crossmae.pretraining.figures import image_figure, panel_rows, reconstruction_figure, whole_scale
 from crossmae.pretraining.reconstruction import Panels, psnr, reconstruct
+from crossmae.pretraining.validation import model_size
 from crossmae.reports.figures import save_figure
 
 SHEET = 8  # images on one overview, and in one batch
@@ -71,19 +72,13 @@ def possible_ratios(model: CrossMAE) -> list[float]:
 
 
 def load_images(paths: Sequence[Path], pretrained: Pretrained, seed: int) -> tuple[Tensor, Tensor]:
-    """Load pixels (B, C, H, W) and mask noise (B, L).
-
-    Raises:
-        UserError: a file that cannot be read, see `decode_image`.
-    """
+    """Load pixels (B, C, H, W) and mask noise (B, L)."""
     model = pretrained.model
-    size = (model.grid[0] * model.patch_size, model.grid[1] * model.patch_size)
     pixels, noise = [], []
     for path in paths:
         data = read_file(path)
-        pixels.append(
-            to_unit_range(centre_view(decode_pixels(data, str(path), model.in_chans, pretrained.bit_depth), size))
-        )
+        decoded = decode_pixels(data, str(path), model.in_chans, pretrained.bit_depth)
+        pixels.append(to_unit_range(centre_view(decoded, model_size(model))))
         key = int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
         noise.append(np.random.default_rng([seed, key]).random(model.num_patches, dtype=np.float32))
     return torch.stack(pixels), torch.from_numpy(np.stack(noise))
@@ -101,9 +96,7 @@ def write_gallery(
     """Reconstruct every image and write all pictures and numbers.
 
     Args:
-        pretrained: its model stays on its device.
         gif_ratios: mask ratios of the animation, ascending; none, no animations.
-        force: overwrite the files of an earlier call.
 
     Raises:
         UserError: an impossible ratio, an unreadable image, or files to overwrite without `force`, before anything is
@@ -145,7 +138,6 @@ def write_gallery(
 def _write_sheet(
     output: Path, sheet: int, panels: Panels, paths: Sequence[Path], names: Sequence[str], mask_ratio: float
 ) -> list[Result]:
-    """Write one overview, and one grid per image."""
     masked, pasted = (values.tolist() for values in psnr(panels))
     share = f"{100 * mask_ratio:g}% of the patches masked"
     captions = [f"PSNR {value:.1f} dB" for value in masked]
@@ -159,12 +151,7 @@ def _write_sheet(
 
 
 def animation_frame(panels: Panels, mask_ratio: float, decibels: float) -> Image.Image:
-    """Draw the masked image, its reconstruction, the ratio and the PSNR.
-
-    Args:
-        panels: of one image.
-        decibels: PSNR of the masked patches.
-    """
+    """Draw the masked image, its reconstruction, the ratio and the PSNR."""
     rows = panel_rows(panels)
     left, right = (_picture(rows[name][0]) for name in ("masked", "pasted"))
     width = max(2 * left.width + 3 * MARGIN, 2 * PANEL + 2 * MARGIN)
@@ -211,7 +198,6 @@ def _picture(pixels: Tensor) -> Image.Image:
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Load the font of matplotlib's figures."""
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
 
 
@@ -250,7 +236,7 @@ def _write_numbers(path: Path, pretrained: Pretrained, results: Sequence[Result]
     ]
     record = {
         "weights": str(pretrained.path),
-        "img_size": [side * model.patch_size for side in model.grid],
+        "img_size": list(model_size(model)),
         "norm_pix_loss": model.norm_pix_loss,
         "assumed": list(pretrained.assumed),
         "mask_ratio": mask_ratio,

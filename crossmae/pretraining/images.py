@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from crossmae.data.batches import KeyedImages, MovableBatch, collate_as, keyed_randomness
+from crossmae.data.batches import KeyedImages, collate_as, keyed_randomness
 from crossmae.data.broken import Broken
 from crossmae.data.pixels import to_tensor
 from crossmae.data.sources import Source
 
 
-@dataclass(frozen=True)
-class Batch(MovableBatch):
+class Batch(NamedTuple):
     """Images and mask noise of one micro-batch.
 
     Attributes:
@@ -33,7 +31,6 @@ class Batch(MovableBatch):
     noise: Tensor
     indices: Tensor
     broken: tuple[Broken, ...] = ()
-    moved = ("images", "noise")
 
 
 class PretrainImages(KeyedImages):
@@ -41,9 +38,7 @@ class PretrainImages(KeyedImages):
 
     Args:
         img_size: (height, width) of the crop in pixels.
-        num_patches: L, the length of the noise.
         crop_scale: smallest and largest area of the crop, as shares of the image.
-        flip: probability of a horizontal flip.
         source, seed, channels, bit_depth, broken: see `KeyedImages`.
     """
 

@@ -27,9 +27,6 @@ def pool_tokens(tokens: Tensor, pool: FeaturePool) -> Tensor:
 
     Args:
         pool: "avg", the patches' mean (B, E); "cls", the class token (B, E); "cls_avg", both concatenated (B, 2 E).
-
-    Raises:
-        ValueError: an unknown `pool`.
     """
     if pool not in get_args(FeaturePool):
         raise ValueError(f"pool must be one of {', '.join(get_args(FeaturePool))}, got {pool!r}")
@@ -159,8 +156,6 @@ def knn_accuracy(
     Args:
         train_features, val_features: (N, E) and (M, E).
         train_labels, val_labels: (N,) and (M,) classes 0 .. num_classes - 1.
-        k: neighbours; at most N.
-        temperature: see `vote`.
     """
     similarity, positions = nearest(train_features, val_features, k)
     predicted = vote(similarity, train_labels[positions], num_classes, temperature)

@@ -52,10 +52,6 @@ def reconstruct(model: CrossMAE, pixels: Tensor, mask_ratio: float, noise: Tenso
         pixels: (B, C, H, W), uint8 or float32 in 0-1.
         mask_ratio: share of all patches to mask; all of them are predicted.
         noise: (B, L), decides the masking: the same noise at a lower ratio shows the same patches and more.
-        normalize: as in training.
-
-    Raises:
-        ValueError: see `CrossMAE.forward`.
     """
     imgs = normalize(pixels)
     out = model(imgs, mask_ratio, mask_ratio, noise)

@@ -28,16 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def build_model(arguments: Mapping[str, Any], seed: int, mask_ratio: float, predict_ratio: float) -> CrossMAE:
-    """Build the model with random weights, which depend on the seed only.
-
-    Args:
-        arguments: see `CrossMAE`.
-        seed: seed of the weights.
-        mask_ratio, predict_ratio: shares of all patches, tried out.
-
-    Raises:
-        UserError: the model refuses a setting.
-    """
+    """Build the model with random weights, which depend on the seed only."""
     torch.manual_seed(seed)
     try:
         model = CrossMAE(**arguments)
@@ -53,9 +44,6 @@ def start_from(model: CrossMAE, path: Path, arguments: Mapping[str, Any], data: 
     Position table, patch filters and channels are brought to the model's; see `crossmae.checkpoints.load`.
 
     Args:
-        model: changed in place.
-        path: see `read_weights`.
-        arguments: that the model was built with, see `CrossMAE`.
         data: how this run reads pixels; another way in the file is a warning.
 
     Raises:
@@ -82,14 +70,12 @@ def start_from(model: CrossMAE, path: Path, arguments: Mapping[str, Any], data: 
 
 
 def _is_of(model: CrossMAE, weights: Weights) -> bool:
-    for name, tensor in model.state_dict().items():
-        found = weights.tensors.get(name, _NONE).shape
-        if found != tensor.shape and not (name.endswith("pos_embed") and found[-1:] == tensor.shape[-1:]):
-            return False
-    return True
-
-
-_NONE = torch.empty(())
+    shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
+    return all(
+        name in shapes
+        and (shapes[name] == tensor.shape or (name.endswith("pos_embed") and shapes[name][-1] == tensor.shape[-1]))
+        for name, tensor in model.state_dict().items()
+    )
 
 
 def _changes(report: LoadReport) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,27 +21,24 @@ from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, P
 from crossmae.checkpoints.pretrained import BIT_DEPTH
 from crossmae.checkpoints.provenance import inherited, recorded_licence
 from crossmae.checkpoints.run_checkpoint import MODEL
-from crossmae.data.batches import BatchPlan, build_loader
+from crossmae.data.batches import BatchPlan
 from crossmae.data.broken import warn_of_depth
 from crossmae.data.pixels import Normalize
 from crossmae.data.sources import Source, open_named, warn_of_overlap
 from crossmae.errors import UserError
 from crossmae.files import check_writable
 from crossmae.models.crossmae import MAE, CrossMAE
-from crossmae.models.masking import MaskCounts
 from crossmae.models.sizes import model_arguments
 from crossmae.pretraining.config import OptimConfig, PretrainConfig
 from crossmae.pretraining.figures import fused_map_names, fusion_figure, reconstruction_figure
-from crossmae.pretraining.health import Health
 from crossmae.pretraining.images import PretrainImages, collate_pretraining
 from crossmae.pretraining.start import build_model, start_from
-from crossmae.pretraining.validation import HeldOut, Neighbours, model_size
+from crossmae.pretraining.validation import Health, HeldOut, Neighbours, model_size
 from crossmae.training.devices import describe_place
 from crossmae.training.log import RunLog, announce_steps
 from crossmae.training.loop import Callbacks, Job, check_images, train
-from crossmae.training.optimizer import parameter_groups
 from crossmae.training.processes import Ranks
-from crossmae.training.schedule import Schedule, make_schedule
+from crossmae.training.schedule import make_schedule
 from crossmae.training.start import find_start, is_complete
 from crossmae.training.state import TrainingState
 
@@ -71,11 +67,7 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
 
 
 def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.device, precision: str) -> Job:
-    """Build model, data and schedule, and check them, without writing anything.
-
-    Raises:
-        UserError: see `pretrain`.
-    """
+    """Build model, data and schedule, and check them, without writing anything."""
     # The model, with random weights.
     data, optim, seed, mask_ratio = config.data, config.optim, config.runtime.seed, config.model.mask_ratio
     check_writable(config.output_dir, "output_dir")
@@ -101,7 +93,8 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
         licence = start_from(model, config.model.init.expanduser(), arguments, data).licence
     # Measurements, and a look at every image.
     normalize = Normalize(data.mean, data.std, device)
-    judges = build_judges(config, model, source, schedule, ranks, normalize)
+    warmup = schedule.warmup_steps / schedule.total_steps
+    judges = build_judges(config, model, source, warmup, ranks, normalize)
     check = data.check and not complete
     broken = check_images(source, model.in_chans, data.bit_depth, data.broken, ranks) if check else []
     # The optimizer.
@@ -110,11 +103,16 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
     optimizer = torch.optim.AdamW(groups, lr=schedule.peak_lr, betas=optim.betas, fused=True)
 
     def metadata(step: int) -> dict[str, str]:
-        return weight_metadata(arguments, data.mean, data.std, data.bit_depth, step) | inherited(licence)
+        pixels = {PIXEL_MEAN: json.dumps(data.mean), PIXEL_STD: json.dumps(data.std), BIT_DEPTH: str(data.bit_depth)}
+        about = {FORMAT: "crossmae", MODEL_ARGUMENTS: json.dumps(arguments), VERSION: crossmae.__version__}
+        return about | pixels | {STEP: str(step)} | inherited(licence)
 
     def announce(step: int) -> None:
         place = describe_place(device, precision, ranks.world_size)
-        announce_model(config.model.name, model, model.patch_counts(mask_ratio, predict_ratio), place)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        counts = (model.num_patches, *model.patch_counts(mask_ratio, predict_ratio))
+        log.info("%s: %.1f M trainable parameters, on %s", config.model.name, trainable / 1e6, place)
+        log.info("%d patches per image: %d visible, %d dropped, %d predicted", *counts)
         for reason, keys in config.ignored(isinstance(model, MAE), source.groups is not None).items():
             log.info("ignored, because %s: %s", reason, ", ".join(keys))
         announce_steps(schedule, step, lr_rule(optim, schedule.images_per_step, mask_ratio, predict_ratio))
@@ -123,16 +121,10 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
         word="pretrain",
         model=model,
         optimizer=optimizer,
-        source=source,
+        images=images,
+        batches=batches,
+        collate=collate_pretraining,
         broken=broken,
-        loader=partial(
-            build_loader,
-            images,
-            batches,
-            workers=data.workers,
-            pin_memory=device.type == "cuda",
-            collate=collate_pretraining,
-        ),
         loss=partial(reconstruction_loss, normalize, mask_ratio, predict_ratio),
         schedule=schedule,
         fingerprint=fingerprint,
@@ -147,8 +139,8 @@ def reconstruction_loss(
     normalize: Normalize, mask_ratio: float, predict_ratio: float, model: nn.Module, batch: Any, number: int
 ) -> Tensor:
     """Compute the loss of the predicted patches of a micro-batch."""
-    batch = batch.to(normalize.mean.device)
-    loss: Tensor = model(normalize(batch.images), mask_ratio, predict_ratio, batch.noise).loss
+    images, noise = (tensor.to(normalize.mean.device, non_blocking=True) for tensor in (batch.images, batch.noise))
+    loss: Tensor = model(normalize(images), mask_ratio, predict_ratio, noise).loss
     return loss
 
 
@@ -157,24 +149,16 @@ class Judges(Callbacks):
     """Measurements of a run: held-out loss, nearest neighbours, pictures, health of the training loss.
 
     Attributes:
-        schedule: steps of the run.
-        mask_ratio: share of all patches that the encoder does not see.
         held_out: images of the held-out loss; None: none.
-        neighbours: probe; None: none.
         preview: images of the pictures; None: no pictures.
-        pictures: images in a picture; 0: no pictures.
         validate_every, probe_every: epochs between two measurements.
         draw_every: steps between two pictures.
-        health: expected training loss.
         is_given: the run started from given weights, whose loss has not far to fall.
     """
 
-    schedule: Schedule
-    mask_ratio: float
     held_out: HeldOut | None
     neighbours: Neighbours | None
     preview: HeldOut | None
-    pictures: int
     validate_every: int
     probe_every: int
     draw_every: int
@@ -191,14 +175,14 @@ class Judges(Callbacks):
         """Warn where the loss is not as expected."""
         if state.ranks.is_main:
             first = math.inf if self.is_given else next(float(row["loss"]) for row in records.rows if "loss" in row)
-            for warning in self.health.warnings(state.step / self.schedule.total_steps, loss, first):
+            for warning in self.health.warnings(state.step / records.schedule.total_steps, loss, first):
                 log.warning(warning)
 
     def measure(self, state: TrainingState, records: RunLog) -> None:
-        """See `Callbacks.measure`."""
-        step, ends_period = state.step, self.schedule.ends_period
-        self.judge(state, records, ends_period(step, self.validate_every), ends_period(step, self.probe_every))
-        if step == self.schedule.last_step or step % self.draw_every == 0:
+        step, schedule = state.step, records.schedule
+        due = [schedule.ends_period(step, every) for every in (self.validate_every, self.probe_every)]
+        self.judge(state, records, *due)
+        if step == schedule.last_step or step % self.draw_every == 0:
             self.draw(state, records)
 
     def judge(self, state: TrainingState, records: RunLog, validate: bool, probe: bool) -> None:
@@ -218,23 +202,22 @@ class Judges(Callbacks):
     def draw(self, state: TrainingState, records: RunLog) -> None:
         """Draw reconstructions and fusion weights."""
         model, step = cast(CrossMAE, state.model), state.step
-        if self.preview is not None:
-            panels = self.preview.panels(model)
-            title = f"step {step}, {self.mask_ratio:.0%} of the patches masked"
-            records.picture(step, "reconstructions", reconstruction_figure(panels, title))
-        if state.ranks.is_main and model.fused_blocks and self.pictures:
-            weights = model.wfm.linear.weight.detach().float().cpu()
-            figure = fusion_figure(weights, fused_map_names(model), f"fusion weights at step {step}")
-            records.picture(step, "fusion", figure)
+        if self.preview is None:
+            return
+        title = f"step {step}, {self.preview.mask_ratio:.0%} of the patches masked"
+        records.picture(step, "reconstructions", reconstruction_figure(self.preview.panels(model), title))
+        if model.fused_blocks:
+            weights, names = model.wfm.linear.weight, fused_map_names(model)
+            records.picture(step, "fusion", fusion_figure(weights, names, f"fusion weights at step {step}"))
 
 
 def build_judges(
-    config: PretrainConfig, model: CrossMAE, source: Source, schedule: Schedule, ranks: Ranks, normalize: Normalize
+    config: PretrainConfig, model: CrossMAE, source: Source, warmup: float, ranks: Ranks, normalize: Normalize
 ) -> Judges:
     """Read the held-out and the labelled images.
 
-    Raises:
-        UserError: an image cannot be read, or the probe lacks labels.
+    Args:
+        warmup: share of the schedule in which the learning rate rises.
     """
     count, health = config.log.pictures, config.health
     data, probe, size = config.data, config.probe, config.optim.batch_size
@@ -250,33 +233,17 @@ def build_judges(
     if ranks.is_main and probe.train and probe.val:
         train, test = open_named(probe.train, "probe.train"), open_named(probe.val, "probe.val")
         warn_of_overlap(train, "probe.train", test, "probe.val")
-        settings = (probe.images, probe.k, probe.temperature, probe.pool)
-        neighbours = Neighbours(train, test, model, normalize, data.bit_depth, size, *settings)
+        neighbours = Neighbours(train, test, model, normalize, data.bit_depth, size, probe)
     return Judges(
-        schedule=schedule,
-        mask_ratio=config.model.mask_ratio,
         held_out=held_out,
         neighbours=neighbours,
         preview=preview,
-        pictures=count,
         validate_every=config.validation.every_epochs,
         probe_every=config.probe.every_epochs,
         draw_every=config.log.pictures_every_steps,
-        health=Health(
-            health.band,
-            health.measured_on,
-            config.model.norm_pix_loss,
-            warmup=schedule.warmup_steps / schedule.total_steps,
-        ),
+        health=Health(health.band, health.measured_on, config.model.norm_pix_loss, warmup),
         is_given=config.model.init is not None,
     )
-
-
-def announce_model(name: str, model: CrossMAE, counts: MaskCounts, place: str) -> None:
-    """Log the size of the model and what happens to its patches."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.info("%s: %.1f M trainable parameters, on %s", name, trainable / 1e6, place)
-    log.info("%d patches per image: %d visible, %d dropped, %d predicted", model.num_patches, *counts)
 
 
 def lr_rule(optim: OptimConfig, images_per_step: int, mask_ratio: float, predict_ratio: float) -> str:
@@ -291,16 +258,13 @@ def lr_rule(optim: OptimConfig, images_per_step: int, mask_ratio: float, predict
     return f"base_lr {optim.base_lr:g} * {images_per_step} / 256{factors[optim.lr_rule]}"
 
 
-def weight_metadata(
-    arguments: Mapping[str, Any], mean: Sequence[float], std: Sequence[float], bit_depth: int, step: int
-) -> dict[str, str]:
-    """Describe the model and its pixels for whoever loads the weights."""
-    return {
-        FORMAT: "crossmae",
-        MODEL_ARGUMENTS: json.dumps(arguments),
-        PIXEL_MEAN: json.dumps(mean),
-        PIXEL_STD: json.dumps(std),
-        BIT_DEPTH: str(bit_depth),
-        VERSION: crossmae.__version__,
-        STEP: str(step),
-    }
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Group trainable parameters: biases and norms (one-dimensional) without decay, others with it.
+
+    As published, `cls_token`, `mask_token` and `wfm.linear.weight` are decayed.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+    ]

@@ -1,4 +1,4 @@
-"""Judges of a run while it trains: a fixed held-out loss, fixed pictures, and nearest neighbours."""
+"""Judges of a run while it trains: held-out loss, fixed pictures, nearest neighbours, health of the loss."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from crossmae.data.broken import NEVER_REPLACED, read_or_next
 from crossmae.data.parallel import map_in_order
 from crossmae.data.pixels import Normalize, centre_view
 from crossmae.data.sources import Source
-from crossmae.data.sources.subset import evenly_spaced
+from crossmae.data.sources.source import evenly_spaced
 from crossmae.errors import UserError, shorten
 from crossmae.models.crossmae import CrossMAE
-from crossmae.pretraining.neighbours import Pool, encode_images, knn_accuracy, standardize
+from crossmae.pretraining.config import ProbeConfig
+from crossmae.pretraining.neighbours import encode_images, knn_accuracy, standardize
 from crossmae.pretraining.reconstruction import Panels, reconstruct
 from crossmae.training.processes import Ranks
 
@@ -25,14 +26,8 @@ class HeldOut:
     """Centre views of images with the same masks in every run: noise depends on an image's index only.
 
     Args:
-        source: the images.
-        model: decides their size and channels.
         most: at most so many of them, evenly spaced.
         ranks: this process keeps and evaluates its share.
-        mask_ratio: share of all patches to mask.
-        normalize: on the device that computes.
-        bit_depth: see `crossmae.data.images`.
-        batch_size: images that are evaluated together.
         broken: policy for unreadable images; others take the place of training images only.
     """
 
@@ -81,17 +76,7 @@ class HeldOut:
 
 
 class Neighbours:
-    """The online probe: k nearest neighbours on features of labelled images (see `crossmae.pretraining.neighbours`).
-
-    Args:
-        train, val: sources with the same classes.
-        model, normalize, bit_depth, batch_size: see `HeldOut`.
-        most: at most so many images of each source, evenly spaced.
-        k, temperature, pool: see `knn_accuracy` and `encode_images`.
-
-    Raises:
-        UserError: a source without labels, classes that differ, or fewer than k images in `train`.
-    """
+    """The online probe: k nearest neighbours on features of labelled images (see `crossmae.pretraining.neighbours`)."""
 
     def __init__(
         self,
@@ -101,21 +86,18 @@ class Neighbours:
         normalize: Normalize,
         bit_depth: int,
         batch_size: int,
-        most: int,
-        k: int,
-        temperature: float,
-        pool: Pool,
+        settings: ProbeConfig,
     ) -> None:
         if train.classes != val.classes or not train.classes:
             raise UserError(
                 f"probe.train has the classes {_named(train.classes)}, probe.val {_named(val.classes)}. "
                 "Give both the same ones: a folder for each class, or labels in the list."
             )
-        self.normalize, self.batch_size, self.pool = normalize, batch_size, pool
-        self.num_classes, self.k, self.temperature = len(train.classes), k, temperature
+        self.normalize, self.batch_size, self.settings = normalize, batch_size, settings
+        self.num_classes, k = len(train.classes), settings.k
         self.views, self.labels = [], []
         for source in (train, val):
-            indices = evenly_spaced(len(source), most)
+            indices = evenly_spaced(len(source), settings.images)
             self.views.append(load_views(source, indices, model, bit_depth, "probe"))
             self.labels.append(torch.tensor([source.label(index) for index in indices]))
         if k > len(self.views[0]):
@@ -123,15 +105,13 @@ class Neighbours:
 
     def accuracy(self, model: CrossMAE) -> float:
         """Compute the share of probe.val that is classified correctly."""
-        device = self.normalize.mean.device
-        train, val = (
-            encode_images(
-                model, (self.normalize(batch.to(device)) for batch in views.split(self.batch_size)), self.pool
-            )
-            for views in self.views
-        )
-        train, val = standardize(train, val)
-        return knn_accuracy(train, self.labels[0], val, self.labels[1], self.num_classes, self.k, self.temperature)
+        device, settings, features = self.normalize.mean.device, self.settings, []
+        for views in self.views:
+            batches = (self.normalize(batch.to(device)) for batch in views.split(self.batch_size))
+            features.append(encode_images(model, batches, settings.pool))
+        train, val = standardize(*features)
+        about = (self.num_classes, settings.k, settings.temperature)
+        return knn_accuracy(train, self.labels[0], val, self.labels[1], *about)
 
 
 def load_views(
@@ -142,11 +122,7 @@ def load_views(
     key: str,
     broken: Literal["error", "substitute"] = "error",
 ) -> Tensor:
-    """Read centre views (N, C, H, W), uint8 or float32 in 0-1.
-
-    Raises:
-        UserError: an image cannot be read.
-    """
+    """Read centre views (N, C, H, W), uint8 or float32 in 0-1."""
     size, channels = model_size(model), model.in_chans
 
     def view(index: int) -> Tensor:
@@ -174,3 +150,56 @@ def fixed_noise(index: int, num_patches: int) -> Tensor:
 
 def _named(classes: Sequence[str]) -> str:
     return f"{shorten(classes)} ({len(classes)})" if classes else "(none)"
+
+
+Band = Sequence[tuple[float, float, float]]
+SETTLED = 0.1  # share of the schedule after which a loss must have fallen; later where the warm-up is long
+MOVED = 0.97  # of the first loss, or of 1, the loss of predicting each patch's mean
+
+
+class Health:
+    """Watch over the training loss of one run.
+
+    Args:
+        band: rows of (share of the schedule, lowest, highest expected loss), shares rising. Limits are interpolated
+            between rows; before the first row nothing is expected.
+        normalised: targets are standardised per patch, so that predicting nothing costs 1.
+        warmup: share of the schedule in which the learning rate rises.
+    """
+
+    def __init__(self, band: Band, measured_on: str, normalised: bool, warmup: float) -> None:
+        self.band, self.measured_on, self.normalised = band, measured_on, normalised
+        self.settled = max(SETTLED, 2 * warmup)
+        self.is_above = self.is_stuck = False
+
+    def warnings(self, share: float, loss: float, first: float) -> list[str]:
+        """Warn about a loss, once for each trouble until it is over.
+
+        Args:
+            share: steps done over all steps, 0 to 1.
+            first: first loss of the run; inf where a good start cannot fall much.
+        """
+        found = []
+        limits = self.limits(share)
+        was_above, self.is_above = self.is_above, limits is not None and loss > limits[1]
+        if self.is_above and not was_above and limits is not None:
+            found.append(
+                f"health: the loss, {loss:.3f} at {share:.0%} of the schedule, is above the band "
+                f"{limits[0]:.3f} to {limits[1]:.3f} that this recipe showed on {self.measured_on}"
+            )
+        ceiling = MOVED * min(first, 1.0 if self.normalised else first)
+        was_stuck, self.is_stuck = self.is_stuck, share >= self.settled and loss > ceiling
+        if self.is_stuck and not was_stuck:
+            found.append(
+                f"health: the loss did not move: {first:.3f} at first, {loss:.3f} at {share:.0%} of the schedule"
+                + (" (1 is what predicting each patch's mean costs)" if self.normalised else "")
+                + ". Check the learning rate, and whether the reconstructions show anything"
+            )
+        return found
+
+    def limits(self, share: float) -> tuple[float, float] | None:
+        """Interpolate the limits of the loss, None before the first row."""
+        if not self.band or share < self.band[0][0]:
+            return None
+        shares, lows, highs = zip(*self.band, strict=True)
+        return float(np.interp(share, shares, lows)), float(np.interp(share, shares, highs))

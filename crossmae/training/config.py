@@ -61,9 +61,7 @@ class DataConfig(ConfigSection):
         description="training images: a folder tree, a .txt/.csv/.parquet list, a COCO .json, tar shards (path, "
         "pattern or URL), or a Hugging Face data set on disk"
     )
-    root: Path | None = Field(
-        None, description="where the relative paths of a list or a COCO json start; default: the file's own folder"
-    )
+    root: Path | None = Field(None, description="where the relative paths of a list start; default: its own folder")
     val: str | None = Field(None, description="held-out images, from any such source: validation loss and pictures")
     val_root: Path | None = Field(None, description="root for data.val")
     check: bool = Field(True, description="look at every file first; false for millions of known good ones")
@@ -107,9 +105,7 @@ class ScheduleConfig(ConfigSection):
     epochs: PositiveInt = 800
     warmup_epochs: NonNegative = 40
     min_lr: NonNegative = 0.0
-    max_steps: PositiveInt | None = Field(
-        None, description="stop after so many optimizer steps; the schedule stays as it is"
-    )
+    max_steps: PositiveInt | None = Field(None, description="stop after so many steps; the schedule stays as it is")
 
 
 class RuntimeConfig(ConfigSection):
@@ -157,11 +153,7 @@ class RunConfig(ConfigSection):
         return path.expanduser()
 
     def check_channels(self, channels: int) -> None:
-        """Check for one mean and one deviation per image channel.
-
-        Raises:
-            ValueError: there is not.
-        """
+        """Check for one mean and one deviation per image channel."""
         for key in ("mean", "std"):
             values = getattr(self.data, key)
             if len(values) != channels:
@@ -174,9 +166,7 @@ class RunConfig(ConfigSection):
         """Collect what must not change on resuming, as text by key.
 
         Args:
-            images: images of the training source.
             precision: precision that "auto" stands for.
-            processes: processes that train.
         """
         sections = set(type(self).model_fields) - NOT_DECISIVE
         values: dict[str, dict[str, Any]] = self.model_dump(mode="json", include=sections)
@@ -236,8 +226,6 @@ def load_typed_config(schema: type[Schema], name: str, overrides: Sequence[str] 
     """Read a config of any kind.
 
     Args:
-        schema: what it must be.
-        name: a path, or a name under configs/.
         overrides: `section.key=value` words; values are YAML.
 
     Raises:
@@ -255,11 +243,7 @@ def load_typed_config(schema: type[Schema], name: str, overrides: Sequence[str] 
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping with the safe loader.
-
-    Raises:
-        UserError: not YAML, or not a mapping; names file and line.
-    """
+    """Read a YAML mapping with the safe loader."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -270,11 +254,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def set_override(values: dict[str, Any], word: str) -> None:
-    """Apply one `section.key=value` word to nested `values`.
-
-    Raises:
-        UserError: no `=`, or the path leads through something that is not a section.
-    """
+    """Apply one `section.key=value` word to nested `values`."""
     key, separator, text = word.partition("=")
     if not separator or not key:
         raise UserError(f"expected key=value, got {word!r} (for example optim.batch_size=32)")
@@ -295,10 +275,7 @@ def describe_errors(error: ValidationError, path: Path, words: set[str], schema:
     """Describe all problems of a config in one line, by key.
 
     Args:
-        error: what the check found.
-        path: of the file.
         words: keys that were given on the command line, which is blamed for them instead of the file.
-        schema: what it was checked against, whose keys are suggested for unknown ones.
     """
     problems: dict[str, list[str]] = {"command line": []}
     for item in error.errors(include_url=False):

@@ -18,9 +18,6 @@ def open_device(name: str, key: str, local_rank: int = 0, processes: int = 1) ->
 
     Args:
         name: such as "cpu" or "cuda:1"; "auto" is a GPU where there is one, "cuda" the GPU of this process.
-        key: the config key or flag that named it, for the error.
-        local_rank: number of this process on its machine.
-        processes: number of processes.
 
     Raises:
         UserError: this machine has no such device, or all processes would share one GPU.
@@ -37,11 +34,7 @@ def open_device(name: str, key: str, local_rank: int = 0, processes: int = 1) ->
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """Resolve "auto": "bf16" on GPUs that have it, else "fp32".
-
-    Raises:
-        UserError: bf16 was asked for, and the device has none.
-    """
+    """Resolve "auto": "bf16" on GPUs that have it, else "fp32"."""
     has_bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
     if precision == "auto":
         return "bf16" if device.type == "cuda" and has_bf16 else "fp32"

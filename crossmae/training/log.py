@@ -19,24 +19,24 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from crossmae.data.broken import Broken
 from crossmae.data.sources import Source
-from crossmae.errors import UserError
+from crossmae.errors import UserError, import_extra
 from crossmae.files import write_text
 from crossmae.reports.figures import save_figure
 from crossmae.training.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
-NAMES = {
+_METRICS = {
     "val_loss": "validation loss",
-    "val_loss_ema": "validation loss of the averaged weights",
     "knn_accuracy": "kNN accuracy",
-    "knn_accuracy_ema": "kNN accuracy of the averaged weights",
     "top1": "top-1 accuracy",
-    "top1_ema": "top-1 accuracy of the averaged weights",
     "top5": "top-5 accuracy",
-    "top5_ema": "top-5 accuracy of the averaged weights",
     "mean_ap": "mean average precision",
-    "mean_ap_ema": "mean average precision of the averaged weights",
+}
+NAMES = {
+    f"{key}{suffix}": name + words
+    for key, name in _METRICS.items()
+    for suffix, words in (("", ""), ("_ema", " of the averaged weights"))
 }
 LOG, BROKEN = "log.jsonl", "broken.jsonl"
 
@@ -45,13 +45,8 @@ class RunLog:
     """Writers of a run, in its folder, and a context manager that closes them.
 
     Args:
-        folder: folder of the run.
-        schedule: steps of the run, for epochs and the progress bar.
         step: step that the run continues from; later lines of the log are dropped, because they are written again.
         resumed: there is a checkpoint; without one, nothing of an earlier try in the folder stays.
-        is_main: this process writes.
-        word: name of the task, for the progress bar.
-        wandb: run of Weights & Biases; None: none.
     """
 
     def __init__(
@@ -67,14 +62,8 @@ class RunLog:
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
     def __enter__(self) -> RunLog:
-        self.bar = tqdm(
-            total=self.schedule.last_step,
-            initial=self.first_step,
-            desc=self.word,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not self.is_main,
-        )
+        steps = {"total": self.schedule.last_step, "initial": self.first_step, "unit": "step"}
+        self.bar = tqdm(desc=self.word, dynamic_ncols=True, disable=not self.is_main, **steps)
         self.redirect = logging_redirect_tqdm()  # a warning goes above the live line, not into it
         self.redirect.__enter__()
         if self.is_main:
@@ -91,14 +80,21 @@ class RunLog:
         if self.wandb is not None:
             self.wandb.finish()
 
-    def record(self, step: int, values: Mapping[str, float], live: str = "") -> None:
-        """Write a line of the log, and a point of every curve.
+    def progress(self, step: int, loss: float, lr: float, speed: float, waiting: float, memory: float) -> None:
+        """Log the progress of training, and show it behind the bar.
 
         Args:
-            step: steps done.
-            values: numbers by name.
-            live: words for the progress bar; empty leaves them as they are.
+            speed: images per second.
+            waiting: share of the time that was spent on waiting for data.
+            memory: in GB.
         """
+        values = {"loss": loss, "lr": lr, "images_per_second": speed, "data_wait_share": waiting, "memory_gb": memory}
+        self.record(step, values)
+        shown = f"loss {loss:.4f}, lr {lr:.2e}, {speed:.0f} img/s, waiting for data {waiting:.0%}, {memory:.1f} GB"
+        self.bar.set_postfix_str(shown)
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Write a line of the log, and a point of every curve."""
         if not self.is_main:
             return
         rounded = {key: float(f"{value:.6g}") for key, value in values.items()}
@@ -110,8 +106,6 @@ class RunLog:
             self.board.add_scalar(key, value, step)
         if self.wandb is not None:
             self.wandb.log(dict(values), step=step)
-        if live:
-            self.bar.set_postfix_str(live)
 
     def picture(self, step: int, name: str, figure: Figure) -> None:
         """Write a figure as `name`/step-<8 digits>.png, and to TensorBoard."""
@@ -132,24 +126,12 @@ class RunLog:
         """Summarise the first and last value of each metric."""
         lines = []
         for key, name in NAMES.items():
-            if ends := self.first_and_last(key):
-                (first_step, first), (last_step, last) = ends
+            found = [(row["step"], row[key]) for row in self.rows if key in row]
+            if len(found) > 1:
+                (first_step, first), (last_step, last) = found[0], found[-1]
                 start = "of the weights it started from" if first_step == 0 else f"at step {first_step}"
                 lines.append(f"{name}: {first:.4f} {start}, {last:.4f} at step {last_step}")
         return lines
-
-    def first_and_last(self, key: str) -> tuple[tuple[int, float], tuple[int, float]] | None:
-        """Find (step, value) of the first and last line with `key`."""
-        found = [(int(row["step"]), float(row[key])) for row in self.rows if key in row]
-        return (found[0], found[-1]) if len(found) > 1 else None
-
-
-def live_line(loss: float, lr: float, images_per_second: float, data_wait_share: float, memory_gb: float) -> str:
-    """Format the words behind the progress bar."""
-    return (
-        f"loss {loss:.4f}, lr {lr:.2e}, {images_per_second:.0f} img/s, "
-        f"waiting for data {data_wait_share:.0%}, {memory_gb:.1f} GB"
-    )
 
 
 def announce_steps(schedule: Schedule, step: int, rule: str) -> None:
@@ -180,8 +162,6 @@ class BrokenImages:
 
     Args:
         path: file of the list, JSON lines with the keys name and reason.
-        source: source of the images.
-        budget: share of the source that may be broken.
         resumed: continue the list of an earlier part of this run.
     """
 
@@ -192,11 +172,7 @@ class BrokenImages:
         self.known = {str(row["name"]) for row in _read_lines(path) if "name" in row}
 
     def add(self, broken: Sequence[Broken]) -> None:
-        """Count and list new broken images.
-
-        Raises:
-            UserError: there are more of them than the budget allows.
-        """
+        """Count and list new broken images."""
         for image in broken:
             name = self.source.name(image.index)
             if name in self.known:
@@ -235,19 +211,10 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 def start_wandb(project: str, folder: Path, settings: Mapping[str, Any], resumed: bool) -> Any:
     """Start or continue a run of Weights & Biases.
 
-    Args:
-        project: name of the project.
-        folder: folder of the run, which names it.
-        settings: config of the run.
-        resumed: continue the earlier run.
-
     Raises:
         UserError: wandb is not installed, or refuses.
     """
-    try:
-        wandb = importlib.import_module("wandb")
-    except ImportError:
-        raise UserError('log.wandb needs the package wandb: pip install -e ".[wandb]", or set log.wandb=null') from None
+    wandb = import_extra("wandb", "log.wandb (null does without it)", "wandb")
     identity = folder / "wandb_id.txt"
     if not (resumed and identity.exists()):
         write_text(identity, secrets.token_hex(4))

@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,14 @@ from torch import nn
 
 from crossmae.checkpoints.run_checkpoint import MODEL, complete_checkpoints, read_state, step_of
 from crossmae.checkpoints.weights import save_weights
+from crossmae.data.batches import BatchPlan, KeyedImages, build_loader
 from crossmae.data.broken import Broken, Unreadable, find_broken, refuse_broken
 from crossmae.data.sources import Source
 from crossmae.errors import UserError
 from crossmae.files import make_folder, write_atomically, write_text
 from crossmae.training.config import RunConfig
 from crossmae.training.devices import choose_precision, open_device
-from crossmae.training.log import BROKEN, BrokenImages, RunLog, live_line, start_wandb
+from crossmae.training.log import BROKEN, BrokenImages, RunLog, start_wandb
 from crossmae.training.processes import Ranks, find_ranks, process_group
 from crossmae.training.schedule import Schedule
 from crossmae.training.signals import StopRequest
@@ -60,26 +60,22 @@ class Job:
     """Everything that one task brings to the loop, built and checked before anything is written.
 
     Attributes:
-        word: name of the task, for the progress bar.
-        model, optimizer: model on its device, and its optimizer.
-        source: training images.
+        images, batches, collate: training images, their order, and the function that stacks a micro-batch.
         broken: training images that were found broken.
-        loader: opens the micro-batches `first` .. `last` - 1; each has `broken`, or is `Unreadable`.
         loss: computes the loss of (model, micro-batch, number of the micro-batch in the run).
-        schedule: steps and learning rates.
         fingerprint: settings that must not change between a run and its continuation.
         start: checkpoint to continue from; None: a new run.
         metadata: describes the weights of a step, for whoever loads them.
         announce: logs what is about to happen after a step.
-        callbacks: work between steps.
     """
 
     word: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    source: Source
+    images: KeyedImages
+    batches: BatchPlan
+    collate: Callable[[list[Any]], Any]
     broken: list[Broken]
-    loader: Callable[[int, int], Iterable[Any]]
     loss: Loss
     schedule: Schedule
     fingerprint: dict[str, str]
@@ -95,7 +91,6 @@ def train(config: RunConfig, build_job: Callable[[Ranks, torch.device, str], Job
     Started by torchrun, each process trains on its share of every batch; the first one writes.
 
     Args:
-        config: config of the run.
         build_job: builds the job from process, device and precision, without writing anything.
 
     Raises:
@@ -133,9 +128,10 @@ def run_job(config: RunConfig, job: Job, ranks: Ranks, precision: str) -> None:
     folder, optim, schedule, resumed = config.output_dir, config.optim, job.schedule, job.start is not None
     settings = config.model_dump(mode="json")
     make_folder(folder, "output_dir")
-    state = TrainingState(job.model, job.optimizer, ranks, precision, optim.ema, config.runtime.compile, job.start)
+    values = (optim.ema, optim.clip_grad, config.runtime.compile)
+    state = TrainingState(job.model, job.optimizer, ranks, precision, *values, job.start)
     name = BROKEN if ranks.is_main else f"broken.rank{ranks.rank}.jsonl"
-    broken = BrokenImages(folder / name, job.source, config.data.broken_budget, resumed)
+    broken = BrokenImages(folder / name, job.images.source, config.data.broken_budget, resumed)
     broken.add(job.broken)
     job.announce(state.step)
     wandb = start_wandb(config.log.wandb, folder, settings, resumed) if ranks.is_main and config.log.wandb else None
@@ -145,12 +141,24 @@ def run_job(config: RunConfig, job: Job, ranks: Ranks, precision: str) -> None:
         for name in (WEIGHTS, EMA_WEIGHTS):
             (folder / name).unlink(missing_ok=True)
         write_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False))
-    about = {"plan": plan_record(schedule, state.device, precision), "config": settings, "fingerprint": job.fingerprint}
-    save = partial(save_state, state, job, folder, config.checkpoint.keep, about)
-    batches = iter(job.loader(schedule.batches_done(state.step), schedule.batches_done(schedule.last_step)))
+    plan = dataclasses.asdict(schedule) | {"device": str(state.device), "precision": precision}
+    del plan["min_lr"]
+    about = {"plan": plan, "config": settings, "fingerprint": job.fingerprint}
+
+    def save() -> None:
+        if ranks.is_main:
+            record = {"batches_consumed": schedule.batches_done(state.step), **about}
+            state.save(folder, config.checkpoint.keep, job.metadata(state.step), record)
+
+    def is_due(step: int) -> bool:
+        every_epochs, every_steps = config.checkpoint.every_epochs, config.checkpoint.every_steps
+        return schedule.ends_period(step, every_epochs) or (every_steps is not None and step % every_steps == 0)
+
+    span = schedule.batches_done(state.step), schedule.batches_done(schedule.last_step)
+    on_gpu = state.device.type == "cuda"
+    batches = iter(build_loader(job.images, job.batches, *span, config.data.workers, on_gpu, job.collate))
     with records, StopRequest(patient=ranks.world_size > 1) as request:
-        periods = (config.log.every_steps, config.checkpoint.every_epochs, config.checkpoint.every_steps)
-        train_steps(job, state, batches, broken, records, request, save, optim.clip_grad, *periods)
+        train_steps(job, state, batches, broken, records, request, save, is_due, config.log.every_steps)
     for line in records.summary():
         log.info(line)
 
@@ -163,12 +171,10 @@ def train_steps(
     records: RunLog,
     request: StopRequest,
     save: Callable[[], None],
-    clip_grad: float | None,
+    is_due: Callable[[int], bool],
     log_every: int,
-    save_every_epochs: int,
-    save_every_steps: int | None,
 ) -> None:
-    """Do the steps of a run.
+    """Do and save the steps of a run.
 
     Raises:
         UserError: a broken image, or a loss that is not finite; names the files or the step. The last checkpoint stays.
@@ -190,54 +196,34 @@ def train_steps(
             is_last = number == numbers[-1]
             losses.append(state.forward_backward(job.loss, batch, number, len(numbers), is_last))
         # Clip, and update.
-        state.clip_gradients(clip_grad)
         lr = schedule.lr_at(state.step)
         state.update(lr)
         records.bar.update()
         # Log.
         step = state.step
-        is_due = schedule.ends_period(step, save_every_epochs)
-        is_due |= save_every_steps is not None and step % save_every_steps == 0
-        if is_due or step % log_every == 0:
+        saves = is_due(step)
+        if saves or step % log_every == 0:
             loss = state.mean_loss(lr)  # waits for the device, so the time after it is true
             elapsed = time.perf_counter() - window
-            values = {
-                "loss": loss,
-                "lr": lr,
-                "images_per_second": len(losses) * schedule.images_per_batch / elapsed,
-                "data_wait_share": waited / elapsed,
-                "memory_gb": memory_gb(state.device),
-            }
-            records.record(step, values, live_line(**values))
+            speed = len(losses) * schedule.images_per_batch / elapsed
+            records.progress(step, loss, lr, speed, waited / elapsed, memory_gb(state.device))
             job.callbacks.after_log(state, records, loss)
             window, waited = time.perf_counter(), 0.0
             losses.clear()
         # Measure, and save what was found.
         paused = time.perf_counter()
-        if is_due:
+        if saves:
             state.check_weights()
         job.callbacks.measure(state, records)
-        if is_due:
+        if saves:
             save()
         window += time.perf_counter() - paused  # measuring and saving are not part of the speed
         # Stop, if a signal asked for it.
         stop_if_asked(state, request, save, is_last=step == schedule.last_step)
 
 
-def save_state(state: TrainingState, job: Job, folder: Path, keep: int, about: dict[str, Any]) -> None:
-    """Write a checkpoint, in the main process."""
-    if state.ranks.is_main:
-        record = {"batches_consumed": job.schedule.batches_done(state.step), **about}
-        state.save(folder, keep, job.metadata(state.step), record)
-
-
 def stop_if_asked(state: TrainingState, request: StopRequest, save: Callable[[], None], is_last: bool) -> None:
-    """Save and end the run, if a signal asked for it.
-
-    Raises:
-        KeyboardInterrupt: after Ctrl-C.
-        SystemExit: after SIGTERM.
-    """
+    """Save and end the run, if a signal asked for it."""
     if state.ranks.world_size > 1:
         if state.losses:
             return
@@ -252,19 +238,8 @@ def stop_if_asked(state: TrainingState, request: StopRequest, save: Callable[[],
     request.end()
 
 
-def plan_record(schedule: Schedule, device: torch.device, precision: str) -> dict[str, Any]:
-    """Collect the numbers of a run for the record of a checkpoint."""
-    numbers = dataclasses.asdict(schedule)
-    del numbers["min_lr"]
-    return numbers | {"device": str(device), "precision": precision}
-
-
 def check_images(source: Source, channels: int, bit_depth: int, policy: str, ranks: Ranks) -> list[Broken]:
-    """Find broken training images, each process in its share.
-
-    Raises:
-        UserError: an image is broken, and `policy` is "error".
-    """
+    """Find broken training images, each process in its share."""
     share = range(ranks.rank, len(source), ranks.world_size)
     broken = find_broken(source, share, channels, bit_depth)
     if policy == "error":

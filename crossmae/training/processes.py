@@ -55,7 +55,6 @@ class Ranks:
         """Run `step`, and continue only if it failed in no process.
 
         Raises:
-            UserError: of this process.
             SystemExit: another process failed, too, and says why.
         """
         problem: UserError | None = None
@@ -77,11 +76,7 @@ class Ranks:
 
 
 def find_ranks() -> Ranks:
-    """Find this process in torchrun's environment.
-
-    Raises:
-        UserError: WORLD_SIZE says several processes, but what they need to find each other is not there.
-    """
+    """Find this process in torchrun's environment."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

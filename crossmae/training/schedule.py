@@ -15,16 +15,12 @@ class Schedule:
     """Numbers of a run, logged at the start and saved with checkpoints.
 
     Attributes:
-        images: images of the training source.
-        world_size: processes.
         batches_per_epoch: micro-batches of each process in an epoch.
         accumulate: micro-batches in a step; the very last step has what is left.
         images_per_step: images over all processes and micro-batches.
         total_batches, total_steps: micro-batches of each process, and steps, of the whole schedule.
         last_step: step at which this run stops; `total_steps` unless schedule.max_steps is lower.
         warmup_steps: steps with a rising learning rate.
-        peak_lr: learning rate after the warm-up.
-        min_lr: learning rate at the end.
     """
 
     images: int
@@ -61,7 +57,6 @@ class Schedule:
 
         Args:
             step: step, counted from 1.
-            epochs: epochs of a period.
         """
         period = self.batches_per_epoch * epochs
         return step == self.last_step or self.batches_done(step) // period > self.batches_done(step - 1) // period
@@ -75,9 +70,6 @@ def make_schedule(batches: BatchPlan, optim: StepConfig, schedule: ScheduleConfi
     """Compute steps and learning rates.
 
     Args:
-        batches: micro-batches of this process.
-        optim: learning rate, and micro-batches per step.
-        schedule: epochs, warm-up and end.
         lr_factor: factor on base_lr * images per step / 256; ignored where optim.lr is given.
 
     Raises:

@@ -17,11 +17,7 @@ WEIGHTS, EMA_WEIGHTS = "model.safetensors", "model_ema.safetensors"
 
 
 def find_start(run: Path, resume: bool) -> Path | None:
-    """Find the checkpoint to continue from, None for a new run.
-
-    Raises:
-        UserError: the folder holds a run without `resume`, or weights without a checkpoint.
-    """
+    """Find the checkpoint to continue from, None for a new run."""
     latest = latest_checkpoint(run)
     if latest and not resume:
         raise UserError(
@@ -42,11 +38,7 @@ def is_complete(start: Path | None, last_step: int, fingerprint: Mapping[str, st
 
     Args:
         start: checkpoint to continue from; None for a new run.
-        last_step: step at which the run stops.
         fingerprint: settings that must not change between a run and its continuation.
-
-    Raises:
-        UserError: the checkpoint is of a run with other settings.
     """
     if start is None or step_of(start) >= last_step:
         return start is not None
@@ -63,11 +55,7 @@ def is_complete(start: Path | None, last_step: int, fingerprint: Mapping[str, st
 
 
 def check_agreement(ranks: Ranks, step: int, fingerprint: Mapping[str, str]) -> None:
-    """Check that all processes have the same step and settings.
-
-    Raises:
-        UserError: they do not, in all of them.
-    """
+    """Check that all processes have the same step and settings."""
     told = ranks.gather({"step": str(step)} | dict(fingerprint))
     differing = sorted(key for key in told[0] if len({str(one[key]) for one in told}) > 1)
     if differing:

@@ -20,12 +20,12 @@ from crossmae.checkpoints.run_checkpoint import MODEL, read_state, save_checkpoi
 from crossmae.checkpoints.weights import describe_non_finite
 from crossmae.errors import UserError
 from crossmae.training.devices import open_autocast
-from crossmae.training.optimizer import MAX_SKIPPED, scaled_step
 from crossmae.training.processes import Ranks
 from crossmae.training.versions import versions
 
 log = logging.getLogger(__name__)
 
+MAX_SKIPPED = 20  # steps in a row that fp16 may skip because a gradient is not finite
 
 Loss = Callable[[nn.Module, Any, int], Tensor]  # of a model, a micro-batch, and its number in the run
 
@@ -35,15 +35,12 @@ class TrainingState:
 
     Args:
         model: model on its device; changed in place.
-        optimizer: optimizer of the model.
-        ranks: this process among all.
         precision: "fp32", "bf16" or "fp16".
         ema: decay of the averaged weights; None: no average.
-        compiled: compile steps by torch.compile.
+        clip_grad: largest norm of the gradients; None: no clipping.
         start: checkpoint to continue from; None: a new run.
 
     Attributes:
-        step: optimizer steps done.
         skipped: steps in a row that fp16 skipped.
         losses: losses of the micro-batches since the last line of the log.
         kept: facts that callbacks find again after a restart.
@@ -56,10 +53,11 @@ class TrainingState:
         ranks: Ranks,
         precision: str,
         ema: float | None,
+        clip_grad: float | None,
         compiled: bool,
         start: Path | None,
     ) -> None:
-        self.model, self.optimizer, self.ranks = model, optimizer, ranks
+        self.model, self.optimizer, self.ranks, self.clip_grad = model, optimizer, ranks, clip_grad
         self.device = next(model.parameters()).device
         self.step = self.skipped = 0
         self.losses: list[Tensor] = []
@@ -79,10 +77,8 @@ class TrainingState:
             self.parallel = DistributedDataParallel(
                 self.parallel, ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-        if state is not None:
-            self._restore(state)
-
-    def _restore(self, state: dict[str, Any]) -> None:
+        if state is None:
+            return
         self.step = int(state["step"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -101,8 +97,6 @@ class TrainingState:
         """Add the gradients of a micro-batch and return its loss, detached.
 
         Args:
-            loss_of: computes the loss.
-            batch, number: micro-batch, and its number in the run.
             micro_batches: micro-batches of the step, whose mean loss counts.
             last: the last micro-batch of the step, after which processes share their gradients.
         """
@@ -113,14 +107,8 @@ class TrainingState:
             self.scaler.scale(loss / micro_batches).backward()
         return loss.detach()
 
-    def clip_gradients(self, max_norm: float | None) -> None:
-        """Scale the gradients to a norm of at most `max_norm`."""
-        if max_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-
     def update(self, lr: float) -> None:
-        """Update weights and average, clear the gradients, count the step.
+        """Clip the gradients, update weights and average, count the step.
 
         Args:
             lr: learning rate; each parameter group multiplies it by its own `lr_scale`.
@@ -128,6 +116,9 @@ class TrainingState:
         Raises:
             UserError: fp16 gradients were not finite for too many steps in a row.
         """
+        if self.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         was_skipped = scaled_step(self.scaler, self.optimizer)
@@ -143,11 +134,7 @@ class TrainingState:
             self.ema.update(self.model, self.step)
 
     def mean_loss(self, lr: float) -> float:
-        """Average the losses since the last line, over all processes.
-
-        Raises:
-            UserError: a loss is not finite.
-        """
+        """Average the losses since the last line, over all processes."""
         mean = self.ranks.mean(torch.stack(self.losses).mean()).item()
         if not math.isfinite(mean):
             raise UserError(
@@ -157,11 +144,7 @@ class TrainingState:
         return mean
 
     def check_weights(self) -> None:
-        """Refuse a model or an average that is not finite.
-
-        Raises:
-            UserError: a parameter or a buffer is not finite.
-        """
+        """Refuse a model or an average that is not finite."""
         for suffix, model in self.models.items():
             if found := describe_non_finite(model.state_dict()):
                 raise UserError(
@@ -170,14 +153,7 @@ class TrainingState:
                 )
 
     def save(self, run: Path, keep: int, metadata: Mapping[str, str], record: Mapping[str, Any]) -> None:
-        """Write a checkpoint of the current step.
-
-        Args:
-            run: folder of the run.
-            keep: checkpoints that stay.
-            metadata: metadata of the weights.
-            record: facts about the run, for people.
-        """
+        """Write a checkpoint of the current step."""
         state = {
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
@@ -198,3 +174,15 @@ def memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return float(psutil.Process().memory_info().rss) / 1e9
+
+
+def scaled_step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+    """Update the weights and the scale of gradients.
+
+    Returns:
+        True where fp16 skipped the update, because a gradient was not finite.
+    """
+    scale = scaler.get_scale()  # 1 without fp16
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.get_scale() < scale

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from crossmae.data.batches import BatchPlan, PlannedBatches
+from crossmae.data.batches import BatchPlan
 from crossmae.data.broken import Unreadable
 from crossmae.data.images import read_image
 from crossmae.data.workers import Loader, usable_workers
@@ -253,7 +253,7 @@ def build_train_loader(
     return Loader(
         samples,
         usable_workers(workers),
-        batch_sampler=PlannedBatches(plan, steps.start, steps.stop),
+        batch_sampler=map(plan.batch, steps),
         collate_fn=list,
         # Without a generator of its own, the loader would draw from the one that the model's randomness comes from.
         generator=torch.Generator(),

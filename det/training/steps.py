@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from crossmae.checkpoints.weights import describe_non_finite
-from crossmae.training.optimizer import MAX_SKIPPED, scaled_step
+from crossmae.training.state import MAX_SKIPPED, scaled_step
 from det.data.loader import refuse_unreadable
 
 log = logging.getLogger(__name__)

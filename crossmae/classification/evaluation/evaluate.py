@@ -16,7 +16,7 @@ from crossmae.classification.data import CentreViews, LabelledBatch, evaluation_
 from crossmae.classification.evaluation.metrics import Predictions, merge
 from crossmae.data.pixels import Normalize
 from crossmae.data.sources import Source
-from crossmae.data.sources.subset import evenly_spaced
+from crossmae.data.sources.source import evenly_spaced
 from crossmae.training.processes import Ranks
 
 TOP = 5  # classes of a sample that are kept
@@ -73,7 +73,7 @@ def _predict(
     with evaluation_mode(model), torch.no_grad():
         for batch in readable_batches(bar, data.key):
             with autocast:
-                tokens = model.forward_features(normalize(batch.to(device).images))
+                tokens = model.forward_features(normalize(batch.images.to(device, non_blocking=True)))
                 pooled = model.forward_head(tokens, pre_logits=True)
                 logits = model.head(pooled)
             yield _predictions(batch, logits.float().cpu(), pooled.cpu(), with_features)

@@ -10,7 +10,7 @@ import torch
 
 from crossmae.classification.evaluation.metrics import accuracy_of
 from crossmae.classification.probe.cache import CachedFeatures
-from crossmae.data.sources.subset import evenly_spaced
+from crossmae.data.sources.source import evenly_spaced
 from crossmae.pretraining.neighbours import nearest, standardize, vote
 
 DEFAULT_PAIR = (20, 0.07)  # k and temperature of the probe while pretraining, and of DINO (arXiv 2104.14294)

@@ -54,11 +54,11 @@ from crossmae.classification.train.config import (
 )
 from crossmae.classification.train.objective import Objective, class_weights
 from crossmae.classification.vit import Architecture, architecture_of, build_vit, load_encoder_weights, parameter_groups
-from crossmae.data.batches import BatchPlan, build_loader
+from crossmae.data.batches import BatchPlan
 from crossmae.data.broken import NEVER_REPLACED, find_broken, refuse_broken, warn_of_depth
 from crossmae.data.pixels import Normalize, published_crop_pct
 from crossmae.data.sources import Source, open_named, warn_of_overlap
-from crossmae.data.sources.subset import choose_per_class
+from crossmae.data.sources.source import choose_per_class
 from crossmae.errors import UserError
 from crossmae.files import check_writable
 from crossmae.models.sizes import SIZES
@@ -160,16 +160,10 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
         word="finetune",
         model=model,
         optimizer=build_optimizer(model, optim, schedule.peak_lr),
-        source=source,
+        images=images,
+        batches=batches,
+        collate=collate_labelled,
         broken=broken,
-        loader=partial(
-            build_loader,
-            images,
-            batches,
-            workers=data.workers,
-            pin_memory=device.type == "cuda",
-            collate=collate_labelled,
-        ),
         loss=partial(classification_loss, objective, Normalize(data.mean, data.std, device), seed, ranks.rank),
         schedule=schedule,
         fingerprint=fingerprint,
@@ -185,9 +179,9 @@ def classification_loss(
 ) -> Tensor:
     """Augment a micro-batch and compute its loss, keyed by its number."""
     device = normalize.mean.device
-    batch = batch.to(device)
+    pixels, targets = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.targets))
     with keyed_everywhere(seed, 1, number, rank + 1, device=device):  # never the key of a sample
-        images, targets = objective.augment(normalize(batch.images), batch.targets)
+        images, targets = objective.augment(normalize(pixels), targets)
         logits = model(images)
     return objective.loss(logits.float(), targets)
 

@@ -47,7 +47,6 @@ def open_source(value: str | Path, key: str, root: Path | None = None) -> Source
 
     Args:
         value: path or URL; a `Path` is always on this machine. `~` is expanded.
-        key: the config key or flag of the data set, for errors.
         root: where the relative paths of a list or COCO file start; default: the list's own folder.
 
     Raises:
@@ -72,11 +71,7 @@ def open_source(value: str | Path, key: str, root: Path | None = None) -> Source
 
 
 def open_named(value: str | Path | None, key: str, root: Path | None = None) -> Source:
-    """Open the data set of a config key and log its description.
-
-    Raises:
-        UserError: see `open_source`; for optional keys with the words that do without.
-    """
+    """Open the data set of a config key and log its description."""
     if value is None:
         raise UserError(f"{key}: missing. Name a data set.")
     try:

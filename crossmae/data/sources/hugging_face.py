@@ -21,11 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class HuggingFaceImages(Source):
-    """The memory-mapped rows of a data set that `Dataset.save_to_disk` wrote.
-
-    Raises:
-        UserError: several data sets in the folder, no or several columns of images, or damaged.
-    """
+    """The memory-mapped rows of a data set that `Dataset.save_to_disk` wrote."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self._folder = str(folder)

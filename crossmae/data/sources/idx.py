@@ -36,7 +36,6 @@ def open_idx(path: Path, key: str) -> IdxImages:
     Args:
         path: a file of images (`train-images-idx3-ubyte.gz`), or a folder of such files: of MNIST's two, data.train
             takes `train-*` and data.val `t10k-*`.
-        key: the config key or flag of the data set.
 
     Raises:
         UserError: the folder holds several splits and the key does not choose one, or a file is damaged.
@@ -53,11 +52,7 @@ def open_idx(path: Path, key: str) -> IdxImages:
 
 
 class IdxImages(Source):
-    """The grey images of one idx file, whose labels are next to it, encoded as PNG files on reading.
-
-    Raises:
-        UserError: damaged, not of 8 bits, or not one label per image.
-    """
+    """The grey images of one idx file, whose labels are next to it, encoded as PNG files on reading."""
 
     def __init__(self, path: Path, key: str) -> None:
         self._path = path

@@ -109,7 +109,6 @@ def _read_text(path: Path, key: str) -> str:
 
 
 def _columns(names: Sequence[str], path: Path, key: str) -> tuple[str, str | None]:
-    """Find the column of paths and, if any, of labels."""
     label = next((name for name in LABEL_COLUMNS if name in names), None)
     others = [name for name in names if name != label]
     chosen = next((name for name in PATH_COLUMNS if name in names), others[0] if len(others) == 1 else None)
@@ -139,7 +138,6 @@ def _listed(
     root: Path | None,
     columns: Sequence[str] = (),
 ) -> ImageFiles:
-    """Build the source of a list once all its files are found."""
     folder = root or path.parent
     if root is not None and not root.is_dir():
         raise UserError(f"{ROOT_KEYS.get(key, key)}: {root} is not a folder")

@@ -33,7 +33,6 @@ class StoredFile:
     """A file on this machine or elsewhere.
 
     Attributes:
-        name: for messages.
         path: within its file system.
         url: what fsspec needs to open the file system; "" on this machine.
     """
@@ -94,11 +93,7 @@ def find_files(pattern: str, key: str) -> list[StoredFile]:
 
 
 def locate(value: str, key: str) -> StoredFile:
-    """Locate the file or folder of a path or URL.
-
-    Raises:
-        UserError: a file system that fsspec does not know.
-    """
+    """Locate the file or folder of a path or URL."""
     if is_url(value):
         filesystem, path = open_filesystem(value, key)
         if not isinstance(filesystem, LocalFileSystem):
@@ -122,11 +117,7 @@ def _glob(pattern: str, key: str) -> list[StoredFile]:
 
 
 def open_filesystem(url: str, key: str) -> tuple[Any, str]:
-    """Open the file system of a URL, cached by fsspec.
-
-    Raises:
-        UserError: unknown protocol, or its package is not installed.
-    """
+    """Open the file system of a URL, cached by fsspec."""
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
@@ -135,11 +126,7 @@ def open_filesystem(url: str, key: str) -> tuple[Any, str]:
 
 
 def change_marks(file: StoredFile) -> dict[str, str]:
-    """Return the size, as "bytes", and other marks of changes.
-
-    Raises:
-        FileNotFoundError: no such file.
-    """
+    """Return the size, as "bytes", and other marks of changes."""
     if not file.url:
         status = os.stat(file.path)
         return {"bytes": str(status.st_size), "mtime": str(status.st_mtime_ns)}

@@ -72,7 +72,6 @@ def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: 
 
     Args:
         folder: empty, new, or with shards of the same source and settings.
-        threads: that read, resize and encode.
 
     Returns:
         The index of all shards, and the number of shards that an earlier run had made.
@@ -84,9 +83,11 @@ def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: 
     make_folder(folder, "DST")
     wanted = _describe(source, settings)
     done = _complete_shards(folder, wanted)
-    starts = range(0, len(source), settings.images_per_shard)
-    missing = [number for number in range(len(starts)) if shard_name(number) not in done]
-    kept = len(done)
+    size, kept = settings.images_per_shard, len(done)
+    spans = {
+        shard_name(start // size): range(start, min(start + size, len(source))) for start in range(0, len(source), size)
+    }
+    missing = {name: span for name, span in spans.items() if name not in done}
     if missing or not (folder / INDEX_NAME).is_file():
         header = {"settings": wanted, "classes": source.classes}
         lines = [json.dumps(header), *(json.dumps(done[name]) for name in sorted(done))]
@@ -95,7 +96,13 @@ def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: 
         _make_missing(source, folder, settings, threads, missing, done)
     index = FolderIndex(wanted, source.classes, dict(sorted(done.items())))
     if not (folder / INDEX_NAME).is_file():
-        _finish(folder, index)
+        broken = [message for entry in index.shards.values() for message in entry["broken"]]
+        if not index.total("names"):
+            raise UserError(f"SRC: no image can be read; the first: {broken[0]}")
+        if broken:
+            write_text(folder / BROKEN_NAME, "\n".join(broken) + "\n")
+        write_text(folder / INDEX_NAME, index.to_json() + "\n")
+        (folder / PROGRESS_NAME).unlink(missing_ok=True)
     return index, kept
 
 
@@ -125,13 +132,10 @@ def shard_name(number: int) -> str:
 
 
 def _describe(source: Source, settings: ShardSettings) -> dict[str, Any]:
-    """Describe the settings and versions that two runs must share."""
     names = hashlib.sha256("\n".join(map(source.name, range(len(source)))).encode(errors="surrogateescape"))
-    chosen = asdict(settings)
-    if settings.keep_original:
-        chosen |= {"short_side": None, "quality": None}
     about = {"source": source.description, "images": len(source), "names_sha256": names.hexdigest()}
-    return {**about, **chosen, "pillow": PIL.__version__}
+    unused = {"short_side": None, "quality": None} if settings.keep_original else {}
+    return about | asdict(settings) | unused | {"pillow": PIL.__version__}
 
 
 def _complete_shards(folder: Path, wanted: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -145,11 +149,10 @@ def _complete_shards(folder: Path, wanted: dict[str, Any]) -> dict[str, dict[str
             raise UserError(f"DST: {folder} holds something else ({shorten(others)}). Give a new folder.")
         return {}
     for key, value in wanted.items():
-        if earlier.settings.get(key) == value:
+        # Shards that are packed had nothing broken, or have left it out.
+        if earlier.settings.get(key) == value or key == "skip_broken":
             continue
         was = f"{key} was {earlier.settings.get(key)!r}, now {value!r}"
-        if key == "skip_broken":
-            continue  # shards that are packed had nothing broken, or have left it out
         if key != "pillow":
             raise UserError(f"DST: {folder} holds shards with other settings: {was}. Give a new folder.")
         log.warning("%s: %s; new shards may differ in their bytes from earlier ones", folder, was)
@@ -162,16 +165,12 @@ def _complete_shards(folder: Path, wanted: dict[str, Any]) -> dict[str, dict[str
 
 def _read_progress(path: Path) -> FolderIndex | None:
     """Read `progress.jsonl`, up to a line that a kill has torn."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return None
     content = []
-    for line in lines:
-        try:
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
             content.append(json.loads(line))
-        except ValueError:
-            break
+    except (FileNotFoundError, json.JSONDecodeError):
+        pass
     if not content:
         return None
     header, *entries = content
@@ -179,7 +178,6 @@ def _read_progress(path: Path) -> FolderIndex | None:
 
 
 def _unchanged(folder: Path, entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Filter the entries whose shard still has its size and SHA-256."""
 
     def is_unchanged(entry: dict[str, Any]) -> bool:
         path = folder / entry["file"]
@@ -204,18 +202,14 @@ def _make_missing(
     folder: Path,
     settings: ShardSettings,
     threads: int,
-    missing: Sequence[int],
+    missing: dict[str, range],
     done: dict[str, dict[str, Any]],
 ) -> None:
-    """Write shards, and record each in `done` and the progress file."""
-    size = settings.images_per_shard
-    spans = [range(number * size, min((number + 1) * size, len(source))) for number in missing]
-    indices = [index for span in spans for index in span]
+    indices = [index for span in missing.values() for index in span]
     images = map_in_order(lambda index: _pack(source, index, settings), indices, threads, bar="make shards")
     with open(folder / PROGRESS_NAME, "a") as progress:
-        for number, span in zip(missing, spans, strict=True):
-            entry = _write_shard(folder / shard_name(number), islice(images, len(span)))
-            done[entry["file"]] = entry
+        for name, span in missing.items():
+            entry = done[name] = _write_shard(folder / name, islice(images, len(span)))
             progress.write(json.dumps(entry) + "\n")
             progress.flush()
             os.fsync(progress.fileno())
@@ -224,10 +218,9 @@ def _make_missing(
 def _pack(source: Source, index: int, settings: ShardSettings) -> _Packed:
     data, name = source.read(index), source.name(index)  # a file that cannot be opened may be there tomorrow
     label = source.label(index) if source.classes else None
+    keeps, short_side, quality = settings.keep_original, settings.short_side, settings.quality
     try:
-        image = (
-            keep(data, name) if settings.keep_original else shrink(data, name, settings.short_side, settings.quality)
-        )
+        image = keep(data, name) if keeps else shrink(data, name, short_side, quality)
     except UserError as error:
         if not settings.skip_broken:
             raise UserError(f"{error}. --skip-broken leaves such images out and lists them.") from None
@@ -245,8 +238,9 @@ def _pack(source: Source, index: int, settings: ShardSettings) -> _Packed:
 
 
 def _write_shard(path: Path, images: Iterator[_Packed]) -> dict[str, Any]:
-    """Write one shard and return its entry in the index."""
-    seen: list[_Packed] = []
+    labels: list[int | None] = []
+    broken: list[str] = []
+    sizes: list[int] = []
 
     def write(temporary: Path) -> None:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -255,25 +249,15 @@ def _write_shard(path: Path, images: Iterator[_Packed]) -> dict[str, Any]:
                     member = tarfile.TarInfo(name)  # no owner, from 1970: the same bytes on every machine
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
-                seen.append(_Packed({}, image.label, image.source_bytes, image.broken))
+                sizes.append(image.source_bytes)
+                if image.broken:
+                    broken.append(image.broken)
+                else:
+                    labels.append(image.label)
 
     write_atomically(path, write)
-    index = scan_shard(_stored(path))
-    labels = [image.label for image in seen if not image.broken]
-    entry = shard_entry(path.name, path.stat().st_size, sha256(path), index, labels)
-    entry["source_bytes"] = sum(image.source_bytes for image in seen)
-    entry["broken"] = [image.broken for image in seen if image.broken]
-    return entry
-
-
-def _finish(folder: Path, index: FolderIndex) -> None:
-    broken = [message for entry in index.shards.values() for message in entry["broken"]]
-    if not any(entry["names"] for entry in index.shards.values()):
-        raise UserError(f"SRC: no image can be read; the first: {broken[0]}")
-    if broken:
-        write_text(folder / BROKEN_NAME, "\n".join(broken) + "\n")
-    write_text(folder / INDEX_NAME, index.to_json() + "\n")
-    (folder / PROGRESS_NAME).unlink(missing_ok=True)
+    entry = shard_entry(path.name, path.stat().st_size, sha256(path), scan_shard(_stored(path)), labels)
+    return entry | {"source_bytes": sum(sizes), "broken": broken}
 
 
 def _stored(path: Path) -> StoredFile:

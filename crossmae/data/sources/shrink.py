@@ -43,8 +43,6 @@ class Encoded:
     """An encoded image.
 
     Attributes:
-        data: the file.
-        suffix: such as `.jpg`.
         size: (width, height) of the original, upright; None where only its reader in training can tell.
     """
 
@@ -55,11 +53,6 @@ class Encoded:
 
 def shrink(data: bytes, name: str, short_side: int, quality: int) -> Encoded:
     """Shrink an image to a short side of at most `short_side` pixels.
-
-    Args:
-        data: the encoded original.
-        name: for errors.
-        quality: of the JPEG, 1-100.
 
     Raises:
         UserError: not a readable image, or of a kind without a rule; names it.

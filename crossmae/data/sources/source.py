@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from crossmae.errors import UserError
+from crossmae.errors import UserError, shorten
 from crossmae.files import printable, read_file
 
 log = logging.getLogger(__name__)
@@ -74,11 +74,7 @@ class Source(ABC):
             return b""
 
     def stamp(self, index: int) -> str:
-        """Return a text that changes whenever the sample does.
-
-        Raises:
-            UserError: the sample cannot be read.
-        """
+        """Return a text that changes whenever the sample does."""
         return hashlib.sha256(self.read(index)).hexdigest()
 
     def label(self, index: int) -> int:
@@ -110,7 +106,6 @@ class Source(ABC):
         """Take one label per sample, or warn and take none.
 
         Args:
-            texts: a label per sample.
             order: all classes, if their order is known; else the labels are sorted, whole numbers by their value.
         """
         labelled = [text for text in texts if text]
@@ -132,13 +127,7 @@ def _sorted_classes(names: set[str]) -> tuple[str, ...]:
 
 
 class ImageFiles(Source):
-    """Image files anywhere on this machine.
-
-    Args:
-        paths: the files.
-        description: see `Source`.
-        labels: one text per file, or None.
-    """
+    """Image files anywhere on this machine."""
 
     def __init__(
         self, paths: Sequence[Path] | Sequence[str], description: str, labels: Sequence[str | None] | None = None
@@ -173,3 +162,50 @@ class ImageFiles(Source):
                 return file.read()
         except OSError:
             return b""
+
+
+class Subset(Source):
+    """The samples `chosen` of a source, which keep their names and the source's classes."""
+
+    def __init__(self, source: Source, chosen: Sequence[int] | NDArray[np.int64]) -> None:
+        self._source, self._chosen = source, np.asarray(chosen, dtype=np.int64)
+        self.description = f"{len(self._chosen):,} of the {source.description}"
+        self.classes = source.classes
+        if source.classes:
+            self._labels = source.labels()[self._chosen]
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def name(self, index: int) -> str:
+        return self._source.name(int(self._chosen[index]))
+
+    def read(self, index: int) -> bytes:
+        return self._source.read(int(self._chosen[index]))
+
+    def tail(self, index: int, length: int = 16) -> bytes:
+        return self._source.tail(int(self._chosen[index]), length)
+
+    def stamp(self, index: int) -> str:
+        return self._source.stamp(int(self._chosen[index]))
+
+
+def choose_per_class(source: Source, count: int, seed: int, key: str) -> Subset:
+    """Draw `count` samples of every class, in the source's order.
+
+    Raises:
+        UserError: no labels, or a class with fewer samples; names them.
+    """
+    labels = source.labels()
+    members = [np.flatnonzero(labels == index) for index in range(len(source.classes))]
+    short = [f"{name} ({len(own)})" for name, own in zip(source.classes, members, strict=True) if len(own) < count]
+    if short:
+        raise UserError(f"{key}: fewer than {count} images of {shorten(short)}")
+    rng = np.random.default_rng(seed)
+    return Subset(source, np.sort(np.concatenate([rng.choice(own, count, replace=False) for own in members])))
+
+
+def evenly_spaced(length: int, most: int) -> list[int]:
+    """Choose at most `most` indices below `length`, at equal distances."""
+    count = min(length, most)
+    return [index * length // count for index in range(count)]

@@ -60,8 +60,6 @@ class FolderIndex:
     """The content of `index.json`.
 
     Attributes:
-        settings: of `make_shards`.
-        classes: names of the classes, or ().
         shards: an entry of `shard_entry` per file name.
     """
 
@@ -114,14 +112,7 @@ def cache_folder() -> Path:
 
 
 def index_shard(shard: StoredFile, marks: dict[str, str]) -> ShardIndex:
-    """Return the kept index of a shard, or build it.
-
-    Args:
-        marks: from `change_marks` of the shard.
-
-    Raises:
-        UserError: see `scan_shard`.
-    """
+    """Return the kept index of a shard, or build it."""
     path = cache_folder() / f"{hashlib.sha256(shard.identity.encode()).hexdigest()[:32]}.json"
     about = {"version": CACHE_VERSION, "shard": shard.identity, **marks}
     try:
@@ -210,21 +201,18 @@ def _add_member(samples: dict[str, _Sample], member: tarfile.TarInfo, tar: tarfi
 
 def _collect(samples: dict[str, _Sample]) -> ShardIndex:
     # Keys that begin with a dot are notes of a file system.
-    index, left_out = ShardIndex(), Counter[str]()
+    left_out = Counter[str]()
     found = []
     for key, sample in samples.items():
         extension = None if not key or key.endswith("/") else sample.image()
         used = {extension, *sample.texts} if extension else set()
         left_out.update(f".{other}" for other in sample.members if other not in used)
         if extension is not None:
-            found.append((sample.members[extension], sample.label()))
-    for member, label in sorted(found, key=lambda pair: pair[0].offset_data):
-        index.names.append(member.name)
-        index.offsets.append(member.offset_data)
-        index.sizes.append(member.size)
-        index.labels.append(label)
-    index.left_out = dict(left_out)
-    return index
+            member = sample.members[extension]
+            found.append((member.offset_data, member.size, member.name, sample.label()))
+    found.sort(key=lambda image: image[0])
+    offsets, sizes, names, labels = ([image[field] for image in found] for field in range(4))
+    return ShardIndex(names, offsets, sizes, labels, dict(left_out))
 
 
 def _refuse_compressed(shard: StoredFile, file: BinaryIO) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,6 @@ class TarShards(Source):
     """The images of tar shards, shard by shard.
 
     Args:
-        indexes: one per shard.
         classes: names of all classes in their order, or () for the labels that occur.
     """
 
@@ -57,8 +57,7 @@ class TarShards(Source):
         self._names = PackedStrings(name for index in indexes for name in index.names)
         self._offsets = np.array([offset for index in indexes for offset in index.offsets], dtype=np.int64)
         self._sizes = np.array([size for index in indexes for size in index.sizes], dtype=np.int64)
-        ends = np.cumsum([len(index.names) for index in indexes], dtype=np.int64)
-        self.groups = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+        self.groups = np.cumsum([0, *(len(index.names) for index in indexes[:-1])], dtype=np.int64)
         self._reader = RangeReader()
         self.use_labels([label for index in indexes for label in index.labels], classes)
 
@@ -113,7 +112,9 @@ def open_shards(value: str, key: str) -> TarShards:
                 f"{key}: {shard.name}: expected a plain .tar file. In a compressed one no image can be read without "
                 "all before it."
             )
-    marks = _present(shards, list(map_in_order(_marks_or_none, shards)), key)
+    marks: list[Any] = list(map_in_order(_marks_or_none, shards))
+    if missing := [shard.name for shard, mark in zip(shards, marks, strict=True) if mark is None]:
+        raise UserError(f"{key}: {len(missing):,} of {len(shards):,} shards are not there: {shorten(missing)}")
     index_files = list({shard.sibling(INDEX_NAME): None for shard in shards})
     folders = dict(zip(index_files, map_in_order(read_folder_index, index_files), strict=True))
     ready = [folders[shard.sibling(INDEX_NAME)] for shard in shards]
@@ -163,13 +164,6 @@ def _marks_or_none(shard: StoredFile) -> dict[str, str] | None:
         return None
     except Exception as error:  # file systems raise errors of their own libraries
         raise UserError(f"{shard.name}: cannot be found: {error or type(error).__name__}") from error
-
-
-def _present(shards: list[StoredFile], marks: list[dict[str, str] | None], key: str) -> list[dict[str, str]]:
-    missing = [shard.name for shard, mark in zip(shards, marks, strict=True) if mark is None]
-    if missing:
-        raise UserError(f"{key}: {len(missing):,} of {len(shards):,} shards are not there: {shorten(missing)}")
-    return [mark for mark in marks if mark is not None]
 
 
 def _index(shard: StoredFile, marks: dict[str, str], folder: FolderIndex | None) -> ShardIndex:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crossmae.pretraining.health import Health
+from crossmae.pretraining.validation import Health
 
 BAND = ((0.2, 0.6, 0.8), (1.0, 0.3, 0.5))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from crossmae.models.crossmae import create_model
-from crossmae.training.optimizer import parameter_groups
+from crossmae.pretraining.train import parameter_groups
 from crossmae.training.schedule import lr_at
 
 

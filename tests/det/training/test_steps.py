@@ -16,7 +16,7 @@ from detectron2.utils.events import EventStorage
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
-from crossmae.training.optimizer import MAX_SKIPPED
+from crossmae.training.state import MAX_SKIPPED
 from det.config import load_det_config
 from det.training.steps import StepTrainer, split
 from tests.det.backbone.test_parity import inputs

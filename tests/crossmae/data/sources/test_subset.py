@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from crossmae.data.sources import open_source
-from crossmae.data.sources.subset import choose_per_class, evenly_spaced
+from crossmae.data.sources.source import choose_per_class, evenly_spaced
 from crossmae.errors import UserError
 from tests.crossmae.classification.labelled import CLASSES, write_classes
 
