@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from crossmae.errors import UserError
@@ -24,16 +25,9 @@ PUBLISHED_ARGUMENTS = "published_args"
 
 
 def recorded_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Read the recorded constructor arguments of `CrossMAE`, if any.
-
-    Raises:
-        UserError: the record is not a JSON object.
-    """
+    """Read the recorded constructor arguments of `CrossMAE`, if any."""
     text = metadata.get(MODEL_ARGUMENTS, "{}")
-    try:
-        arguments = json.loads(text)
-    except json.JSONDecodeError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise UserError(f"metadata {MODEL_ARGUMENTS!r} of a weight file: expected a JSON object, got {text[:80]!r}")
-    return arguments
+    with suppress(json.JSONDecodeError):
+        if isinstance(arguments := json.loads(text), dict):
+            return arguments
+    raise UserError(f"metadata {MODEL_ARGUMENTS!r} of a weight file: expected a JSON object, got {text[:80]!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Literal
 
 from crossmae.checkpoints.formats.keys import ENCODER_HOMES
@@ -119,10 +120,6 @@ def split_name(name: str) -> tuple[str, str, str]:
 
 def ranges(indices: list[int]) -> str:
     """Shorten ascending numbers: [0, 1, 2, 5] is "0-2,5"."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][1] + 1:
-            runs[-1][1] = index
-        else:
-            runs.append([index, index])
-    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
+    runs = groupby(enumerate(indices), lambda pair: pair[1] - pair[0])
+    ends = [(members[0][1], members[-1][1]) for members in (list(run) for _, run in runs)]
+    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in ends)

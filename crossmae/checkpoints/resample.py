@@ -80,11 +80,8 @@ def fit(
 def resample_positions(table: Tensor, grid: Grid, new_grid: Grid, *, class_rows: int = 1) -> Tensor:
     """Resample a position table (1, class_rows + h * w, E).
 
-    The class token's rows stay. Bicubic, corners not aligned, without antialiasing: as published (method specification, section 1.10) and in ViTDet.
-    timm's `resample_abs_pos_embed` antialiases, with another cubic and another border.
-
-    Args:
-        grid, new_grid: rows and columns of patches.
+    The class token's rows stay. Bicubic, corners not aligned, without antialiasing: as published (method specification,
+    section 1.10) and in ViTDet. timm's `resample_abs_pos_embed` antialiases, with another cubic and another border.
     """
     h, w = grid
     if table.ndim != 3 or table.shape[:2] != (1, class_rows + h * w) or not table.shape[2]:
@@ -127,21 +124,14 @@ def fit_positions(table: Tensor, grid: Grid, new_grid: Grid, *, fixed: bool) -> 
 
 
 def table_grid(rows: int, img_size: int | Grid | None, patch_size: int, wanted: Grid | None = None) -> tuple[Grid, int]:
-    """Find the grid of a position table, and its number of class rows.
+    """Find a position table's grid, and its number of class rows.
 
     | first that fits      | `rows`                                                          |
     | -------------------- | --------------------------------------------------------------- |
     | the recorded grid    | h * w + 1 or h * w; where one is recorded, no other counts      |
     | a square and a class | n * n + 1; never another square, because no grid is empty       |
     | a square             | n * n                                                           |
-    | the wanted grid      | h * w + 1 or h * w                                              |
-
-    Args:
-        img_size: recorded in the file, one number or (height, width).
-        wanted: the grid of the model to be filled, where it may have been the file's.
-
-    Raises:
-        UserError: nothing fits.
+    | the wanted grid      | h * w + 1 or h * w; of the model to be filled                   |
     """
     if img_size is not None:
         grid = _grid(img_size, patch_size)
@@ -270,9 +260,8 @@ def _fit_tables(
     shape = next(iter(tables.values())).shape
     rows = shape[1] if len(shape) == 3 else 0
     grid, _ = table_grid(rows, arguments.get("img_size"), arguments["patch_size"], new_grid)
-    if grid == new_grid:
-        return {}
-    return {name: fit_positions(table, grid, new_grid, fixed=kinds[name]) for name, table in tables.items()}
+    fitted = {name: fit_positions(table, grid, new_grid, fixed=kinds[name]) for name, table in tables.items()}
+    return fitted if grid != new_grid else {}
 
 
 def _fit_window(tensors: Mapping[str, Tensor], window: int) -> dict[str, tuple[Tensor, str]]:

@@ -312,17 +312,15 @@ def _new_files(request: ConversionRequest) -> Iterator[tuple[Path, Path]]:
 
 def _write(to: str, path: Path, model: ConvertedModel) -> Names:
     try:
-        names = TARGETS[to].write(path, model)
+        return TARGETS[to].write(path, model)
     except (SafetensorError, RuntimeError) as error:  # safetensors and torch raise these for a full disk
         raise UserError(f"{path.name}: cannot be written: {' '.join(str(error).split())[:200]}") from None
-    for file in _files(path):
-        allow_reading(file)
-    return names
 
 
 def _commit(temporary: Path, destination: Path) -> None:
     """Move a file into place after moving an existing folder aside."""
-    for path in _files(temporary):
+    for path in (path for path in (temporary, *temporary.glob("*")) if path.is_file()):
+        allow_reading(path)
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     if not destination.is_dir():
@@ -336,7 +334,3 @@ def _commit(temporary: Path, destination: Path) -> None:
             old.rename(destination)
             raise
     sync_folder(destination.absolute().parent)
-
-
-def _files(path: Path) -> list[Path]:
-    return [file for file in (path, *path.glob("*")) if file.is_file()]

@@ -7,6 +7,7 @@ heads, epsilons and configuration files. Shapes: B batch, E width, N tokens.
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import re
 import warnings
@@ -32,7 +33,7 @@ from crossmae.models.encoder import ViTEncoder, patch_grid
 
 TOLERANCE = 1e-5
 HF_MODELS = {"hf-vit": "ViTModel", "hf-vitmae": "ViTMAEModel"}
-_ENCODER_SIZES = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
+_ENCODER_SIZES = tuple(inspect.signature(ViTEncoder).parameters)
 _REMEDIES = {
     "transformers": 'pip install -e ".[hf]"',
     "detectron2": 'pip install -e ".[det]", then python tools/install_detectron2.py',
@@ -189,9 +190,6 @@ def plain_encoder(
         arguments: of `ViTEncoder`.
         norm_eps: epsilon of the layer norms.
         class_token: false leaves it and its row of the position table out, as dense backbones do.
-
-    Raises:
-        UserError: tensors missing, left over or of other shapes.
     """
     known = _sizes(arguments)
     tensors = dict(tensors)
@@ -216,9 +214,6 @@ def detectron2_encoder(
     Args:
         tensors: of an encoder under plain names: no class token, but `pos_embed` with or without its row.
         norm_eps: 1e-6 in ViTDet's configurations (not the default of detectron2's class).
-
-    Raises:
-        UserError: as `plain_encoder`; a table that is not square; windows of two sizes; `MissingLibrary`.
     """
     vit = _library("detectron2", ".modeling.backbone.vit")
     known = _sizes(arguments)
@@ -250,9 +245,6 @@ def file_encoder(path: Path, to: str, arguments: Mapping[str, Any], *, norm_eps:
     Args:
         to: the target, see `TARGETS`.
         norm_eps: set in the layer norms where the file does not record it (everywhere but in transformers).
-
-    Raises:
-        UserError: the library does not load all of the file; `MissingLibrary`.
     """
     if to in HF_MODELS:
         return _transformers_encoder(path, to)
@@ -334,7 +326,7 @@ def _set_epsilon(model: nn.Module, norm_eps: float | None) -> None:
             module.eps = norm_eps
 
 
-def _timm(model: VisionTransformer, norm_eps: float | None) -> Encoder:
+def _timm(model: nn.Module, norm_eps: float | None) -> Encoder:
     model.norm = nn.Identity()
     _set_epsilon(model, norm_eps)
     return Encoder("timm's VisionTransformer", model, lambda vit, imgs: vit.forward_features(imgs))

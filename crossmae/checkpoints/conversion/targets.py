@@ -78,10 +78,9 @@ class Target:
 
 
 def refusal(target: Target, name: str, content: str, head: TargetHead | None) -> tuple[str, bool]:
-    """Return the reason why a layout has no place for a tensor.
+    """Return the reason against a place for a plain name.
 
     Args:
-        name: plain.
         content: see `Weights.format`; "crossmae" and "mae" are whole pretraining models.
         head: kind of the source's classification head.
 

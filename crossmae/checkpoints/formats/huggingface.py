@@ -113,10 +113,7 @@ def read_config(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     `CrossMAE` cannot have a decoder with another MLP ratio than the encoder's: then the arguments are the encoder's.
 
     Args:
-        tensors: of its weights under plain names, meta tensors too.
-
-    Raises:
-        UserError: a file is missing, no JSON, or not of a plain ViT; a value is wrong or contradicts the tensors.
+        tensors: of its weights under plain names, meta tensors too; the settings must agree with them.
     """
     path = folder / HUB_CONFIG
     settings = _read(path, _ViT)

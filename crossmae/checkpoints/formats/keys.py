@@ -178,16 +178,13 @@ def to_plain(tensors: Mapping[str, Tensor], grid: tuple[int, int] | None = None)
 
 
 def from_plain(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """Rename tensors for transformers, the inverse of `to_plain`.
+    """Rename tensors for transformers 4 and 5, the inverse of `to_plain`.
 
-    Versions 4 and 5 load these names. q, k, v are split, bit for bit, into tensors of their own memory. As in
-    transformers' own files, names begin with `vit.` where there is more than an encoder.
+    q, k, v are split, bit for bit, into tensors of their own memory. As in transformers' own files, names begin with
+    `vit.` where there is more than an encoder.
 
     Args:
         layout: "hf-vit" or "hf-vitmae".
-
-    Raises:
-        UserError: a name without a place in the layout, or a qkv that is not three matrices.
     """
     beside = _HF_BESIDE[layout]
     prefix = "vit." if any(_look_up(beside, name) for name in tensors) else ""

@@ -69,7 +69,7 @@ def read_tensors(path: Path, *, ema: bool = False, trust: bool = False) -> Conte
 
 
 def find_file(path: Path) -> Path:
-    """Find the weight file, or the index of its shards, in a folder."""
+    """Find the weight file, or its shards' index, in a folder."""
     path = path.expanduser()
     if path.is_file():
         return path

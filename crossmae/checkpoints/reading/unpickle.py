@@ -40,7 +40,7 @@ def read_numpy_pickle(path: Path) -> Any:
 
 
 def read_mapped(path: Path, read: Callable[[mmap.mmap], Any]) -> Any:
-    """Apply `read` to the mapped file, which it must read to its end."""
+    """Apply `read` to the mapped file, to its end."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             content = read(mapped)

@@ -41,9 +41,6 @@ def state_dict(content: Any, path: Path, *, ema: bool = False) -> tuple[dict[str
 
     Returns:
         Tensors under the names in the file; the other keys; true where these are EMA weights.
-
-    Raises:
-        UserError: not a state dict, or its tensors are many times larger than the file.
     """
     beside: list[str] = []
     averaged = False
