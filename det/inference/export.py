@@ -184,7 +184,7 @@ def load_exported(path: Path) -> Callable[[Mapping[str, NDArray[Any]]], Arrays]:
 
 
 def fit_image(image: NDArray[np.uint8], size: tuple[int, int]) -> Arrays:
-    """Resize a picture (h, w, 3), RGB, to an export's size H, W.
+    """Resize an RGB picture (h, w, 3) to an export's size.
 
     Returns:
         `image` (1, 3, H, W) float32, the resized picture with its proportions kept, and zeros to the right or below;

@@ -281,21 +281,6 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, command, capsys, mon
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda content: content.pop("annotations"), "no list 'annotations'"),
-        (lambda content: content["images"][0].update(file_name="../1.png"), "file_name '../1.png' leads out"),
-    ],
-)
-def test_a_bad_coco_file_is_one_line_and_writes_nothing(tmp_path, command, capsys, monkeypatch, damage, message):
-    _, images, content = write_coco(tmp_path / "bad")
-    damage(content)
-    words = [*command, "--train-json", str(save(tmp_path / "bad", content)), "--train-images", str(images)]
-    assert message in fails_with_one_line(words, capsys, monkeypatch)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_breaks_during_training_is_named(tmp_path, command, capsys, monkeypatch, workers):
     """After the check before training, which would have found it."""
