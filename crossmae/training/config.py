@@ -163,11 +163,7 @@ class RunConfig(ConfigSection):
                 )
 
     def fingerprint(self, images: int, precision: str, processes: int) -> dict[str, str]:
-        """Collect what must not change on resuming, as text by key.
-
-        Args:
-            precision: precision that "auto" stands for.
-        """
+        """Collect what must not change on resuming, as text by key."""
         sections = set(type(self).model_fields) - NOT_DECISIVE
         values: dict[str, dict[str, Any]] = self.model_dump(mode="json", include=sections)
         values["data"] = {key: value for key, value in values["data"].items() if key not in NOT_DECISIVE_DATA}
@@ -196,11 +192,7 @@ Schema = TypeVar("Schema", bound=ConfigSection)
 
 
 def resolve_config_path(name: str) -> Path:
-    """Find a config by path, by run folder, or under configs/.
-
-    Raises:
-        UserError: nothing found; the message lists the configs that exist.
-    """
+    """Find a config by path, by run folder, or under configs/."""
     candidates = [
         Path(name),
         Path(name) / "config.yaml",

@@ -90,9 +90,6 @@ def train(config: RunConfig, build_job: Callable[[Ranks, torch.device, str], Job
 
     Started by torchrun, each process trains on its share of every batch; the first one writes.
 
-    Args:
-        build_job: builds the job from process, device and precision, without writing anything.
-
     Raises:
         UserError: bad data, a folder in use by another run, an impossible combination of settings, a loss that is not
             finite.

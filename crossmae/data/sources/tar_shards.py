@@ -39,11 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class TarShards(Source):
-    """The images of tar shards, shard by shard.
-
-    Args:
-        classes: names of all classes in their order, or () for the labels that occur.
-    """
+    """The images of tar shards, shard by shard."""
 
     def __init__(
         self,
