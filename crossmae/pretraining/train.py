@@ -196,7 +196,6 @@ class Judges(Callbacks):
         if not all(map(math.isfinite, values.values())):
             raise UserError(f"at step {state.step} the held-out loss is not finite; the last checkpoint stays")
         if values:
-            records.record(state.step, values)
             records.announce(state.step, values)
 
     def draw(self, state: TrainingState, records: RunLog) -> None:

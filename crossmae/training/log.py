@@ -117,7 +117,8 @@ class RunLog:
             self.wandb.log({name: importlib.import_module("wandb").Image(str(path))}, step=step)
 
     def announce(self, step: int, values: Mapping[str, float]) -> None:
-        """Log what was measured at a step, above the progress bar."""
+        """Record what was measured at a step, and log it above the progress bar."""
+        self.record(step, values)
         if self.is_main:
             log.info("step %d: %s", step, describe(values))
 
