@@ -292,12 +292,11 @@ def describe_errors(error: ValidationError, path: Path, words: set[str], schema:
 
 
 def _suggestion(location: list[str], schema: type[ConfigSection]) -> str:
-    section: type[BaseModel] = schema
+    section: Any = schema
     for part in location[:-1]:
-        annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        section = section.model_fields[part].annotation if part in section.model_fields else None
+        if not _fields(section):
             return ""
-        section = annotation
     sections = [name for name, field in schema.model_fields.items() if location[-1] in _fields(field.annotation)]
     if len(location) == 1 and sections:
         return f" (did you mean {sections[0] + '.' + location[-1]!r}?)"

@@ -64,7 +64,7 @@ class RunLog:
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
     def __enter__(self) -> RunLog:
-        steps = {"total": self.schedule.last_step, "initial": self.first_step, "unit": "step"}
+        steps: dict[str, Any] = {"total": self.schedule.last_step, "initial": self.first_step, "unit": "step"}
         if self.wandb is not None:
             self.writers.callback(self.wandb.finish)
         if self.is_main:
@@ -117,7 +117,7 @@ class RunLog:
             self.wandb.log({name: importlib.import_module("wandb").Image(str(path))}, step=step)
 
     def announce(self, step: int, values: Mapping[str, float]) -> None:
-        """Record what was measured at a step, and log it above the progress bar."""
+        """Record and log what was measured at a step."""
         self.record(step, values)
         if self.is_main:
             log.info("step %d: %s", step, describe(values))
