@@ -102,7 +102,7 @@ def _size(pixels: Image.Image | NDArray[Any]) -> tuple[int, int]:
 
 
 def _read_header(data: bytes, name: str) -> Image.Image | None:
-    """Read the header, or return None for a TIFF that Pillow does not know."""
+    """Read the header, or None for a TIFF unknown to Pillow."""
     try:
         image = Image.open(io.BytesIO(data))
         image.getexif()
