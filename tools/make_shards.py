@@ -31,18 +31,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SRC", nargs="?", help="the images; not needed with --verify")
     parser.add_argument("folder", metavar="DST", help="folder of the shards, new or to continue")
     parser.add_argument("--root", type=Path, metavar="DIR", help="where the relative paths of a list start")
-    parser.add_argument(
-        "--short-side", type=int, default=default.short_side, metavar="N", help="pixels (default %(default)s)"
-    )
-    parser.add_argument(
-        "--quality", type=int, default=default.quality, metavar="N", help="of JPEG (default %(default)s)"
-    )
-    parser.add_argument(
-        "--images-per-shard", type=int, default=default.images_per_shard, metavar="N", help="(default %(default)s)"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="threads (default: cores)"
-    )
+    for name, value, what in (
+        ("--short-side", default.short_side, "pixels"),
+        ("--quality", default.quality, "of JPEG"),
+        ("--images-per-shard", default.images_per_shard, "images"),
+        ("--workers", os.cpu_count() or 1, "threads, by default as many as cores"),
+    ):
+        parser.add_argument(name, type=int, default=value, metavar="N", help=f"{what} (default %(default)s)")
     parser.add_argument("--keep-original", action="store_true", help="pack the files unchanged, whatever their size")
     parser.add_argument(
         "--skip-broken", action="store_true", help="leave broken images out and list them in broken.txt"

@@ -40,11 +40,7 @@ LAST_BYTES = (b"\xff\xd9", b"IEND\xaeB`\x82")
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read one file as 8-bit RGB, by the rules above.
-
-    Raises:
-        UserError: missing, or see `decode_image`; names the file.
-    """
+    """Read one file as 8-bit RGB, by the rules above."""
     return decode_image(read_file(path), str(path))  # type: ignore[return-value]  # three channels of 8 bits are an Image
 
 

@@ -22,9 +22,6 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], threads: int = 
 
     For functions that release the interpreter's lock, such as reading files and decoding images. The first exception
     ends the iteration.
-
-    Args:
-        bar: title of a progress bar; "" shows none.
     """
     waiting: deque[Future[R]] = deque()
     with (

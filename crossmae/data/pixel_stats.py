@@ -44,19 +44,14 @@ class PixelStats:
 
 
 def measure(source: Source, indices: Sequence[int], channels: int, bit_depth: int, threads: int) -> PixelStats:
-    """Measure the pixels of some images, at least one.
+    """Measure the pixels of some images, at least one."""
 
-    Raises:
-        UserError: an image cannot be read; names it.
-    """
-
-    def read(index: int) -> Image.Image | NDArray[Any]:
-        return decode_image(source.read(index), source.name(index), channels, bit_depth)
+    def look(index: int) -> tuple[NDArray[np.float64], NDArray[np.float64], float, tuple[int, int]]:
+        return _measure_image(decode_image(source.read(index), source.name(index), channels, bit_depth))
 
     sums, square_sums = np.zeros(channels), np.zeros(channels)
     largest, sides = 0.0, array("I")  # two numbers per image
-    measures = map_in_order(lambda index: _measure_image(read(index)), indices, threads, bar="measure")
-    for image_mean, image_square, image_largest, image_sides in measures:
+    for image_mean, image_square, image_largest, image_sides in map_in_order(look, indices, threads, bar="measure"):
         sums += image_mean
         square_sums += image_square
         largest = max(largest, image_largest)

@@ -73,11 +73,7 @@ def brightening(panels: Panels) -> float:
 
 
 def reconstruction_figure(panels: Panels, title: str, captions: Sequence[str] = ()) -> Figure:
-    """Draw one column per image: input, masked, reconstruction, pasted.
-
-    Args:
-        captions: one line below each column, or none.
-    """
+    """Draw one column per image: input, masked, reconstruction, pasted."""
     rows = panel_rows(panels)
     pictures = list(rows.values())
     figure, axes = _grid(pictures, title, _notes(panels), SHEET_CELL, row_labels=True, captions=bool(captions))

@@ -43,9 +43,6 @@ def start_from(model: CrossMAE, path: Path, arguments: Mapping[str, Any], data: 
 
     Position table, patch filters and channels are brought to the model's; see `crossmae.checkpoints.load`.
 
-    Args:
-        data: how this run reads pixels; another way in the file is a warning.
-
     Raises:
         UserError: the encoders differ in more than their input; nothing was loaded.
     """

@@ -34,6 +34,7 @@ from crossmae.pretraining.figures import fused_map_names, fusion_figure, reconst
 from crossmae.pretraining.images import PretrainImages, collate_pretraining
 from crossmae.pretraining.start import build_model, start_from
 from crossmae.pretraining.validation import Health, HeldOut, Neighbours, model_size
+from crossmae.training.config import DataConfig
 from crossmae.training.devices import describe_place
 from crossmae.training.log import RunLog, announce_steps
 from crossmae.training.loop import Callbacks, Job, check_images, train
@@ -75,13 +76,8 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
     model = build_model(arguments, seed, mask_ratio, config.model.predict_ratio)
     model.activation_checkpointing = config.runtime.activation_checkpointing
     # The training images, and the schedule that follows from their number.
-    source = open_named(data.train, "data.train", data.root)
-    if ranks.is_main:
-        warn_of_depth(source, data.bit_depth)
-    crop = (model_size(model), model.num_patches, data.crop_scale, data.flip)
-    images = PretrainImages(source, *crop, seed, model.in_chans, data.bit_depth, data.broken)
-    order = (ranks.rank, ranks.world_size, source.groups, data.shuffle_shards)
-    batches = BatchPlan(len(source), optim.batch_size, seed, *order)
+    images, batches = open_images(data, model, optim.batch_size, seed, ranks)
+    source = images.source
     predict_ratio = model.scored_ratio(mask_ratio, config.model.predict_ratio)
     schedule = make_schedule(batches, optim, config.schedule, LR_RULES[optim.lr_rule](mask_ratio, predict_ratio))
     # The start: a checkpoint of this run, given weights, or the random ones.
@@ -133,6 +129,19 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
         announce=announce,
         callbacks=judges,
     )
+
+
+def open_images(
+    data: DataConfig, model: CrossMAE, batch_size: int, seed: int, ranks: Ranks
+) -> tuple[PretrainImages, BatchPlan]:
+    """Open the training images, and plan their batches."""
+    source = open_named(data.train, "data.train", data.root)
+    if ranks.is_main:
+        warn_of_depth(source, data.bit_depth)
+    crop = (model_size(model), model.num_patches, data.crop_scale, data.flip)
+    images = PretrainImages(source, *crop, seed, model.in_chans, data.bit_depth, data.broken)
+    order = (ranks.rank, ranks.world_size, source.groups, data.shuffle_shards)
+    return images, BatchPlan(len(source), batch_size, seed, *order)
 
 
 def reconstruction_loss(
@@ -196,7 +205,6 @@ class Judges(Callbacks):
         if not all(map(math.isfinite, values.values())):
             raise UserError(f"at step {state.step} the held-out loss is not finite; the last checkpoint stays")
         if values:
-            records.record(state.step, values)
             records.announce(state.step, values)
 
     def draw(self, state: TrainingState, records: RunLog) -> None:

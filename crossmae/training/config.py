@@ -163,11 +163,7 @@ class RunConfig(ConfigSection):
                 )
 
     def fingerprint(self, images: int, precision: str, processes: int) -> dict[str, str]:
-        """Collect what must not change on resuming, as text by key.
-
-        Args:
-            precision: precision that "auto" stands for.
-        """
+        """Collect what must not change on resuming, as text by key."""
         sections = set(type(self).model_fields) - NOT_DECISIVE
         values: dict[str, dict[str, Any]] = self.model_dump(mode="json", include=sections)
         values["data"] = {key: value for key, value in values["data"].items() if key not in NOT_DECISIVE_DATA}
@@ -196,11 +192,7 @@ Schema = TypeVar("Schema", bound=ConfigSection)
 
 
 def resolve_config_path(name: str) -> Path:
-    """Find a config by path, by run folder, or under configs/.
-
-    Raises:
-        UserError: nothing found; the message lists the configs that exist.
-    """
+    """Find a config by path, by run folder, or under configs/."""
     candidates = [
         Path(name),
         Path(name) / "config.yaml",
@@ -300,12 +292,11 @@ def describe_errors(error: ValidationError, path: Path, words: set[str], schema:
 
 
 def _suggestion(location: list[str], schema: type[ConfigSection]) -> str:
-    section: type[BaseModel] = schema
+    section: Any = schema
     for part in location[:-1]:
-        annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        section = section.model_fields[part].annotation if part in section.model_fields else None
+        if not _fields(section):
             return ""
-        section = annotation
     sections = [name for name, field in schema.model_fields.items() if location[-1] in _fields(field.annotation)]
     if len(location) == 1 and sections:
         return f" (did you mean {sections[0] + '.' + location[-1]!r}?)"

@@ -9,6 +9,7 @@ import math
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class RunLog:
     ) -> None:
         self.folder, self.schedule, self.first_step = folder, schedule, step
         self.is_main, self.word, self.wandb = is_main, word, wandb
+        self.writers = ExitStack()
         self.rows: list[dict[str, Any]] = []
         if is_main and resumed:
             self.rows = truncate_log(folder / LOG, step)
@@ -62,23 +64,20 @@ class RunLog:
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
     def __enter__(self) -> RunLog:
-        steps = {"total": self.schedule.last_step, "initial": self.first_step, "unit": "step"}
-        self.bar = tqdm(desc=self.word, dynamic_ncols=True, disable=not self.is_main, **steps)
-        self.redirect = logging_redirect_tqdm()  # a warning goes above the live line, not into it
-        self.redirect.__enter__()
+        steps: dict[str, Any] = {"total": self.schedule.last_step, "initial": self.first_step, "unit": "step"}
+        if self.wandb is not None:
+            self.writers.callback(self.wandb.finish)
         if self.is_main:
-            self.lines = open(self.folder / LOG, "a", encoding="utf-8")
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.first_step + 1)
+            board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.first_step + 1)
+            self.board = self.writers.enter_context(board)
+            self.lines = self.writers.enter_context(open(self.folder / LOG, "a", encoding="utf-8"))
+        self.writers.enter_context(logging_redirect_tqdm())  # a warning goes above the live line, not into it
+        bar = tqdm(desc=self.word, dynamic_ncols=True, disable=not self.is_main, **steps)
+        self.bar = self.writers.enter_context(bar)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        self.redirect.__exit__(None, None, None)
-        if self.is_main:
-            self.board.close()
-            self.lines.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        self.writers.close()
 
     def progress(self, step: int, loss: float, lr: float, speed: float, waiting: float, memory: float) -> None:
         """Log the progress of training, and show it behind the bar.
@@ -118,7 +117,8 @@ class RunLog:
             self.wandb.log({name: importlib.import_module("wandb").Image(str(path))}, step=step)
 
     def announce(self, step: int, values: Mapping[str, float]) -> None:
-        """Log what was measured at a step, above the progress bar."""
+        """Record and log what was measured at a step."""
+        self.record(step, values)
         if self.is_main:
             log.info("step %d: %s", step, describe(values))
 
@@ -209,11 +209,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def start_wandb(project: str, folder: Path, settings: Mapping[str, Any], resumed: bool) -> Any:
-    """Start or continue a run of Weights & Biases.
-
-    Raises:
-        UserError: wandb is not installed, or refuses.
-    """
+    """Start or continue a run of Weights & Biases."""
     wandb = import_extra("wandb", "log.wandb (null does without it)", "wandb")
     identity = folder / "wandb_id.txt"
     if not (resumed and identity.exists()):

@@ -89,13 +89,6 @@ def train(config: RunConfig, build_job: Callable[[Ranks, torch.device, str], Job
     """Do all steps of a job and return its final weights.
 
     Started by torchrun, each process trains on its share of every batch; the first one writes.
-
-    Args:
-        build_job: builds the job from process, device and precision, without writing anything.
-
-    Raises:
-        UserError: bad data, a folder in use by another run, an impossible combination of settings, a loss that is not
-            finite.
     """
     ranks = find_ranks()
     device = open_device(config.runtime.device, "runtime.device", ranks.local_rank, ranks.world_size)
@@ -176,8 +169,7 @@ def train_steps(
 ) -> None:
     """Do and save the steps of a run.
 
-    Raises:
-        UserError: a broken image, or a loss that is not finite; names the files or the step. The last checkpoint stays.
+    A broken image or a loss that is not finite is a UserError, and the last checkpoint stays.
     """
     schedule, losses = job.schedule, state.losses
     job.callbacks.begin(state, records)

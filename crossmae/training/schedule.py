@@ -53,11 +53,7 @@ class Schedule:
         return self.batches_done(step) / self.batches_per_epoch
 
     def ends_period(self, step: int, epochs: int) -> bool:
-        """Check that a period of epochs, or the run, ends here.
-
-        Args:
-            step: step, counted from 1.
-        """
+        """Check that a period of epochs, or the run, ends here."""
         period = self.batches_per_epoch * epochs
         return step == self.last_step or self.batches_done(step) // period > self.batches_done(step - 1) // period
 

@@ -268,7 +268,7 @@ def extract(
         for batch in readable_batches(bar, name):
             try:
                 with autocast:
-                    found = encoder(normalize(batch.to(device).images))
+                    found = encoder(normalize(batch.images.to(device, non_blocking=True)))
             except torch.OutOfMemoryError:
                 why = f"{batch_size} images are too many for the memory of the GPU. Lower it."
                 raise UserError(f"features.batch_size: {why}") from None

@@ -239,7 +239,6 @@ class Judge(Callbacks):
                 )
             if is_best(state.kept, state.step, scores, suffix) and state.ranks.is_main:
                 self.keep_best(state, model, predictions, scores, self.data.source)
-        records.record(state.step, values)
         records.announce(state.step, values)
 
     def keep_best(

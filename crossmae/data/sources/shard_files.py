@@ -80,11 +80,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def find_files(pattern: str, key: str) -> list[StoredFile]:
-    """List the files of a path, URL, sorted glob or brace list.
-
-    Raises:
-        UserError: a glob without a match, or a file system that fsspec does not know.
-    """
+    """List the files of a path, URL, sorted glob or brace list."""
     patterns = [pattern] if os.path.exists(pattern) else expand_braces(pattern)
     files = [file for one in patterns for file in _glob(one, key)]
     if not files:

@@ -70,9 +70,6 @@ class ShardSettings:
 def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: int) -> tuple[FolderIndex, int]:
     """Write the shards of a source that are missing or damaged.
 
-    Args:
-        folder: empty, new, or with shards of the same source and settings.
-
     Returns:
         The index of all shards, and the number of shards that an earlier run had made.
 

@@ -57,20 +57,22 @@ def shrink(data: bytes, name: str, short_side: int, quality: int) -> Encoded:
     Raises:
         UserError: not a readable image, or of a kind without a rule; names it.
     """
-    header = _Header.read(data, name)
-    if header is None or header.is_deep_colour:
+    header = _read_header(data, name)
+    if header is None or _is_deep_colour(header, data):
         raise UserError(f"{name}: 16-bit colour and many channels cannot be resized. Use --keep-original.")
-    is_deep = header.mode.startswith(("I", "F"))
-    pixels = decode_image(data, name, 1 if is_deep or header.mode in ("1", "L") else 3, 16 if is_deep else 8)
+    is_deep_grey = header.mode.startswith(("I", "F"))
+    channels = 1 if is_deep_grey or header.mode in ("1", "L") else 3
+    pixels = decode_image(data, name, channels, 16 if is_deep_grey else 8)
     width, height = _size(pixels)
-    if min(width, height) <= short_side and header.is_upright and header.format in SUFFIX_OF:
+    is_upright = header.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    if min(width, height) <= short_side and is_upright and header.format in SUFFIX_OF:
         return Encoded(data, SUFFIX_OF[header.format], (width, height))
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels[..., 0])
     scale = short_side / min(width, height)
     if scale < 1:
         image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BICUBIC)
     encoded = io.BytesIO()
-    if is_deep:
+    if is_deep_grey:
         deep = np.rint(np.asarray(image).clip(0, 1) * 65535).astype(np.uint16)  # cubic curves overshoot
         Image.fromarray(deep).save(encoded, "PNG")
         return Encoded(encoded.getvalue(), ".png", (width, height))
@@ -84,12 +86,12 @@ def keep(data: bytes, name: str) -> Encoded:
     Raises:
         UserError: not a readable image, or of no kind that training reads; names it.
     """
-    header, size = _Header.read(data, name), None
-    if header is not None and not header.is_deep_colour:
+    header, size = _read_header(data, name), None
+    if header is not None and not _is_deep_colour(header, data):
         size = _size(decode_image(data, name))
     suffix = PurePosixPath(name).suffix.lower()
     if suffix not in IMAGE_SUFFIXES:
-        suffix = SUFFIX_OF.get(header.format, "") if header is not None else ".tif"
+        suffix = SUFFIX_OF.get(header.format or "", "") if header is not None else ".tif"
     if not suffix:
         raise UserError(f"{name}: files of this kind are not packed unchanged. Expected {', '.join(SUFFIX_OF)}.")
     return Encoded(data, suffix, size)
@@ -99,25 +101,18 @@ def _size(pixels: Image.Image | NDArray[Any]) -> tuple[int, int]:
     return pixels.size if isinstance(pixels, Image.Image) else (pixels.shape[1], pixels.shape[0])
 
 
-@dataclass(frozen=True)
-class _Header:
-    """The header of an image file."""
+def _read_header(data: bytes, name: str) -> Image.Image | None:
+    """Read the header, or None for a TIFF unknown to Pillow."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.getexif()
+        return image
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):
+        if data[:2] not in TIFF:
+            decode_image(data, name)  # reports the fault
+        return None
 
-    format: str
-    mode: str
-    is_upright: bool
-    is_deep_colour: bool
 
-    @classmethod
-    def read(cls, data: bytes, name: str) -> _Header | None:
-        """Read the header, or None of a TIFF unknown to Pillow."""
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-                # Pillow would cut it to 8 bits.
-                deep = not image.mode.startswith(("I", "F")) and is_deep(data)
-                return cls(image.format or "", image.mode, upright, deep)
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):
-            if data[:2] not in TIFF:
-                decode_image(data, name)  # reports the fault
-            return None
+def _is_deep_colour(header: Image.Image, data: bytes) -> bool:
+    # Pillow would cut it to 8 bits.
+    return not header.mode.startswith(("I", "F")) and is_deep(data)

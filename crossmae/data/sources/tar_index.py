@@ -57,11 +57,7 @@ class ShardIndex:
 
 @dataclass
 class FolderIndex:
-    """The content of `index.json`.
-
-    Attributes:
-        shards: an entry of `shard_entry` per file name.
-    """
+    """The content of `index.json`."""
 
     settings: dict[str, Any]
     classes: tuple[str, ...]
@@ -208,11 +204,11 @@ def _collect(samples: dict[str, _Sample]) -> ShardIndex:
         used = {extension, *sample.texts} if extension else set()
         left_out.update(f".{other}" for other in sample.members if other not in used)
         if extension is not None:
-            member = sample.members[extension]
-            found.append((member.offset_data, member.size, member.name, sample.label()))
-    found.sort(key=lambda image: image[0])
-    offsets, sizes, names, labels = ([image[field] for image in found] for field in range(4))
-    return ShardIndex(names, offsets, sizes, labels, dict(left_out))
+            found.append((sample.members[extension], sample.label()))
+    found.sort(key=lambda pair: pair[0].offset_data)
+    members, labels = [member for member, _ in found], [label for _, label in found]
+    offsets, sizes = [member.offset_data for member in members], [member.size for member in members]
+    return ShardIndex([member.name for member in members], offsets, sizes, labels, dict(left_out))
 
 
 def _refuse_compressed(shard: StoredFile, file: BinaryIO) -> None:

@@ -39,11 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class TarShards(Source):
-    """The images of tar shards, shard by shard.
-
-    Args:
-        classes: names of all classes in their order, or () for the labels that occur.
-    """
+    """The images of tar shards, shard by shard."""
 
     def __init__(
         self,
@@ -78,15 +74,12 @@ class TarShards(Source):
         except Exception as error:  # file systems raise errors of their own libraries
             reason = (error.strerror if isinstance(error, OSError) else None) or error or type(error).__name__
             raise UserError(f"{printable(self.name(index))}: cannot be read: {reason}") from error
+        if len(data) == size:
+            return data
+        name = printable(self.name(index))
         if len(data) > size:
-            raise UserError(
-                f"{printable(self.name(index))}: the server sends whole files only. Use simplecache::{shard.name}."
-            )
-        if len(data) < size:
-            raise UserError(
-                f"{printable(self.name(index))}: the shard ends in it, so it was replaced or cut off after the start"
-            )
-        return data
+            raise UserError(f"{name}: the server sends whole files only. Use simplecache::{shard.name}.")
+        raise UserError(f"{name}: the shard ends in it, so it was replaced or cut off after the start")
 
     def tail(self, index: int, length: int = 16) -> bytes:
         size = int(self._sizes[index])
