@@ -1,9 +1,8 @@
-"""LabelledImages images: classes by name, batches to train on, views to evaluate on."""
+"""Labelled images: classes by name, batches to train on, views to evaluate on."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -64,7 +63,7 @@ def find_classes(source: Source, key: str, separator: str | None = None) -> tupl
     """List the classes of a source: its labels or their words.
 
     Raises:
-        UserError: the source has no labels, or fewer than two classes.
+        UserError: no labels, or fewer than two classes.
     """
     source.label(0)
     classes = source.classes
@@ -102,7 +101,7 @@ def label_targets(source: Source, key: str, classes: Sequence[str], separator: s
         (N,) int64, or with a separator (N, C) float32 of zeros and ones.
 
     Raises:
-        UserError: the source has no labels, or labels that are not in `classes`; names them.
+        UserError: no labels, or labels that are not in `classes`; names them.
     """
     labels = torch.from_numpy(np.array(source.labels()))
     positions = {name: position for position, name in enumerate(classes)}
@@ -148,7 +147,7 @@ def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str])
             names = names.expanduser().read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{where}: cannot be read: {error}") from None
-    if doubled := sorted(name for name, count in Counter(names).items() if count > 1):
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{where}: {shorten(doubled)} twice. Give every class its own name.")
     if len(names) != len(classes):
         raise UserError(f"{where}: {len(names)} names for {len(classes)} classes, the first of which are {classes[:3]}")
@@ -161,7 +160,7 @@ class TrainImages(KeyedImages):
     Args:
         source, seed, channels, bit_depth, broken: see `KeyedImages`.
         targets: (N, ...) of all samples of the source.
-        view: an image of any size to (C, H, W).
+        view: of an image, (C, H, W).
     """
 
     def __init__(
@@ -201,13 +200,15 @@ class CentreViews(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.source)
 
+    def read(self, index: int) -> Image.Image | Tensor:
+        """Read a whole image."""
+        return read_pixels(self.source, index, self.channels, self.bit_depth)
+
     def __getitem__(self, index: int) -> KeyedSample | Unreadable:
-        """Read one image."""
         try:
-            pixels = read_pixels(self.source, index, self.channels, self.bit_depth)
+            return centre_view(self.read(index), self.size, self.crop_pct), self.targets[index], index, ()
         except UserError as error:
             return Unreadable(str(error))
-        return centre_view(pixels, self.size, self.crop_pct), self.targets[index], index, ()
 
 
 collate_labelled = partial(collate_as, LabelledBatch)

@@ -7,7 +7,6 @@ and for an evaluation without training.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,7 @@ from crossmae.classification.classifier import BEST
 from crossmae.classification.evaluation.files import CALIBRATION, CONFUSION_PNG, EMBEDDING, EVALUATION, PER_CLASS_CSV
 from crossmae.classification.evaluation.hardest import HARDEST
 from crossmae.classification.evaluation.hardest import RECORD as HARDEST_RECORD
-from crossmae.classification.run_files import (
-    CONFIG,
-    FOLDER,
-    ClassRow,
-    Evaluation,
-    Hardest,
-    HardImage,
-)
+from crossmae.classification.run_files import CONFIG, FOLDER, ClassRow, Evaluation, Hardest, HardImage
 from crossmae.classification.train.config import FinetuneConfig
 from crossmae.data.images import read_image
 from crossmae.files import read_json
@@ -54,14 +46,12 @@ HEADLINES = {  # label and meaning
 }
 
 
-# --- Evaluation -------------------------------------------------------------------------------------------
-
-
 def _evaluation_sections(run: RunFolder, found: Evaluation | None, hardest: Hardest | None) -> list[page.Section]:
+    multi_label = found is not None and found.multi_label
     shown = [_result_section(run, found), _class_section(run, found)]
-    if found is None or not found.multi_label:
+    if not multi_label:
         shown.append(_confusion_section(run, found))
-    return [*shown, _hardest_section(run, hardest), _feature_section(run, found is not None and found.multi_label)]
+    return [*shown, _hardest_section(run, hardest), _feature_section(run, multi_label)]
 
 
 def _result_section(run: RunFolder, found: Evaluation | None) -> page.Section:
@@ -87,10 +77,9 @@ def _images(found: Evaluation) -> str:
 
 
 def _weights(about: Mapping[str, Any]) -> str:
-    words = str(about.get("weights", "the weights"))
+    words, epoch = str(about.get("weights", "the weights")), about.get("epoch")
     if about.get("weights_are") == "averaged":
         words += ", averaged over the training"
-    epoch = about.get("epoch")
     return f"{words}, at epoch {epoch:.4g}" if isinstance(epoch, (int, float)) else words
 
 
@@ -99,9 +88,8 @@ def _class_section(run: RunFolder, found: Evaluation | None) -> page.Section:
         "Accuracy of a class, or its recall: the share of its images that are recognised. Precision: the share of what "
         "was taken for it that is right. A dash is where there are no such images."
     )
-    if found is None:
-        return page.Section("Classes", text, [run.missing(EVALUATED, "classes")])
-    return page.Section("Classes", text, class_blocks(found.classes, found.multi_label))
+    absent = [run.missing(EVALUATED, "classes")]
+    return page.Section("Classes", text, absent if found is None else class_blocks(found.classes, found.multi_label))
 
 
 def class_blocks(classes: Sequence[ClassRow], multi_label: bool) -> list[page.PageBlock]:
@@ -148,36 +136,29 @@ def _hardest_section(run: RunFolder, hardest: Hardest | None) -> page.Section:
     if hardest is None:
         return page.Section("Hardest images", text, [run.missing(HARDEST_IMAGES, "hardest images")])
     if not hardest.images:
-        why = "no image is classified wrongly" if hardest.wrong == 0 else "none were asked for (evaluation.hardest)"
+        why = "none were asked for (evaluation.hardest)" if hardest.wrong else "no image is classified wrongly"
         return page.Section("Hardest images", text, [run.missing(HARDEST_IMAGES, "hardest images", why)])
     if hardest.wrong > len(hardest.images):
         text += f" Of {hardest.wrong:,} wrong images, the worst {len(hardest.images)}."
     caption = f"{HARDEST_IMAGES} has names and losses. Probabilities are the classifier's."
-    return page.Section(
-        "Hardest images", text, sections.gallery([_hard_image(run, one) for one in hardest.images], 190, caption)
-    )
+    pictures = [_hard_image(run, one) for one in hardest.images]
+    return page.Section("Hardest images", text, sections.gallery(pictures, 190, caption))
 
 
 def _hard_image(run: RunFolder, one: HardImage) -> page.PictureRow | page.Missing:
     what, caption = f"picture of {one.name}", _verdict(one)
     if one.picture is None:
         return run.missing(HARDEST_IMAGES, what, one.fault)
-    name = f"{FOLDER}/{HARDEST}/{one.picture}"
-    lossless = one.picture.endswith(".png")
+    name, lossless = f"{FOLDER}/{HARDEST}/{one.picture}", one.picture.endswith(".png")
     return run.picture(name, read_image, what, alt=f"{one.name}: {caption}", caption=caption, lossless=lossless)
 
 
 def _verdict(one: HardImage) -> str:
     """Write "cat (2.9 %), taken for dog (97.1 %)"."""
-    true, predicted = (
-        [f"{name} ({page.percent(share)})" for name, share in classes] for classes in (one.true, one.predicted)
-    )
+    true, predicted = ([f"{name} ({page.percent(share)})" for name, share in row] for row in (one.true, one.predicted))
     if len(true) == len(predicted) == 1:
         return f"{true[0]}, taken for {predicted[0]}"
-    parts = {
-        "missed": [name for name in true if name not in predicted],
-        "wrongly": [name for name in predicted if name not in true],
-    }
+    parts = {"missed": [x for x in true if x not in predicted], "wrongly": [x for x in predicted if x not in true]}
     return "; ".join(f"{word} {', '.join(dict.fromkeys(names))}" for word, names in parts.items() if names)
 
 
@@ -190,19 +171,17 @@ def _feature_section(run: RunFolder, multi_label: bool) -> page.Section:
     return page.Section("Features", text, _figures(run, {EMBEDDING: "picture of features"}))
 
 
-# --- Training ---------------------------------------------------------------------------------------------
-
-
 def _training_section(run: RunFolder, log: LoggedNumbers) -> page.Section:
     both = {"": "", "_ema": ", averaged weights"}
     losses = {"loss": "training"} | {f"val_loss{end}": f"validation{words}" for end, words in both.items()}
     scores = {f"{key}{end}": f"top-{key[3:]}{words}" for key in ("top1", "top5") for end, words in both.items()}
     precisions = {f"mean_ap{end}": f"mean AP{words}" for end, words in both.items()}
-    multi_label = bool(log.values("mean_ap"))
+    scored = {"Accuracy": ("accuracy", scores)}
+    if log.values("mean_ap"):
+        scored = {"Average precision": ("mean average precision", precisions)}
     plots = {
         "Loss": ("loss", losses),
-        **({"Average precision": ("mean average precision", precisions)} if multi_label else {}),
-        **({} if multi_label else {"Accuracy": ("accuracy", scores)}),
+        **scored,
         "Learning rate": ("learning rate", {"lr": "learning rate"}),
         "Speed": ("images per second", {"images_per_second": "images"}),
     }
@@ -214,18 +193,16 @@ def _training_section(run: RunFolder, log: LoggedNumbers) -> page.Section:
 
 
 def _command_section(folder: Path, weights: object, validated: bool, unfinished: bool) -> page.Section:
-    words: dict[str, list[str]] = {}
-    blocks: list[page.PageBlock] = []
-    finetune = ["finetune.py", "--config-file", str(folder / CONFIG)]
-    if weights is None:
-        blocks.append(page.Missing(Path(WEIGHTS), "commands to use the classifier", "there are no weights"))
-    else:
+    absent = page.Missing(Path(WEIGHTS), "commands to use the classifier", "there are no weights")
+    words, finetune = {}, ["finetune.py", "--config-file", str(folder / CONFIG)]
+    if weights is not None:
         words["Classify images"] = ["predict_classes.py", "--weights", str(weights), "IMAGES"]
         if validated:
             words["Evaluate"] = [*finetune, "--eval-only", str(weights), f"output_dir={folder / 'again'}"]
     if unfinished:
         words["Continue the training"] = [*finetune, "--resume", f"output_dir={folder}"]
-    return page.Section("Using the classifier", "", [*blocks, *([sections.commands(words)] if words else [])])
+    blocks = [*([absent] if weights is None else []), *([sections.commands(words)] if words else [])]
+    return page.Section("Using the classifier", "", blocks)
 
 
 def changed_from_defaults(content: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -259,17 +236,8 @@ def _data_section(run: RunFolder, data: Mapping[str, tuple[Any, Any]], has_confi
     return page.Section("Data", "", [page.Table(["images", "from", "number"], rows, caption)])
 
 
-# --- The page ---------------------------------------------------------------------------------------------
-
-
 def write_report(folder: Path) -> Path:
-    """Write and return `folder`/report.html.
-
-    The run may be in whatever state. A picture of features that is missing or older than the features is drawn first.
-
-    Raises:
-        OSError: the folder is not writable.
-    """
+    """Write and return `folder`/report.html, whatever state the run is in."""
     build_report(folder).write(folder / REPORT)
     return folder / REPORT
 
@@ -279,7 +247,7 @@ def build_report(folder: Path) -> page.Report:
     run = RunFolder(folder)
     found = run.read(EVALUATED, Evaluation.read, None)
     hardest = run.read(HARDEST_IMAGES, Hardest.read, None)
-    log = run.read(LOG, partial(read_log, needed="epoch"), LoggedNumbers())
+    log = run.read(LOG, lambda path: read_log(path, "epoch"), LoggedNumbers())
     content: dict[str, Any] = run.read(CONFIG, read_yaml, {})
     settings = {name: section for name, section in content.items() if isinstance(section, dict)}
     data, about = settings.get("data", {}), found.about if found is not None else {}
@@ -298,17 +266,17 @@ def build_report(folder: Path) -> page.Report:
         evaluation = sections.collapse(evaluation, "Evaluation", "Nothing is evaluated yet.")
         if len(evaluation) == 1 and settings and not data.get("val"):
             evaluation = [page.Section("Evaluation", "There were no images to evaluate on (data.val).")]
-    trained = [
-        _training_section(run, log),
-        sections.settings_section(run, CONFIG, not settings, changed_from_defaults(settings), "this toolkit"),
-    ]
     use = _command_section(folder, weights, bool(data.get("val")), unfinished and bool(settings))
-    origin = _data_section(run, splits, bool(settings))
+    shown = [*evaluation, use]
+    if not only_evaluated:
+        changed = changed_from_defaults(settings)
+        own = sections.settings_section(run, CONFIG, not settings, changed, "this toolkit")
+        shown = [*evaluation, _training_section(run, log), use, own]
     return page.Report(
         f"Classifier: {folder.resolve().name}",
         sections.lead(_result(found), progress if unfinished else ""),
         _evaluation_facts(found) + _training_facts(log, plan, progress),
-        [*evaluation, use, origin] if only_evaluated else [*evaluation, trained[0], use, trained[1], origin],
+        [*shown, _data_section(run, splits, bool(settings))],
         [(name, str(version)) for name, version in versions.items()],
     )
 
@@ -344,13 +312,11 @@ def _progress(log: LoggedNumbers, total: object) -> str:
 
 
 def _evaluation_facts(found: Evaluation | None) -> list[page.Fact]:
-    if found is None:
-        return []
     digits = {"top1": 1, "top5": 1, "mean_ap": 1, "micro_f1": 1, "balanced_accuracy": 1, "ece": 2}
     return [
         page.Fact(HEADLINES[key][0], page.percent(found.numbers[key], count), _interval(found) if key == "top1" else "")
         for key, count in digits.items()
-        if key in found.numbers
+        if found is not None and key in found.numbers
     ]
 
 

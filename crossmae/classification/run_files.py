@@ -22,7 +22,7 @@ class ClassRow(FileContent):
 
 
 class ConfusedClasses(FileContent):
-    """The number of images of one class that were taken for another, and their share of the true class."""
+    """Images of one class that were taken for another, and their share of the true class."""
 
     true: str
     predicted: str
@@ -72,6 +72,3 @@ class Hardest(FileContent):
 
     wrong: int
     images: list[HardImage]
-
-
-read_evaluation = Evaluation.read

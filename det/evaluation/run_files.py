@@ -11,12 +11,6 @@ from pydantic import Field, model_validator
 
 from crossmae.reports.run_folder import FileContent, LoggedNumbers, read_log
 
-# What a run writes; `model` in weights is what was evaluated.
-RECORD, CONFIG, LOG, METRICS = "run.json", "config.yaml", "log.txt", "metrics.json"
-BEST, BEST_RECORD, FINAL, LAST = "model_best.pth", "model_best.json", "model_final.pth", "last_checkpoint"
-# The names of the checkpoints that training continues from; `model_best.pth` holds only weights.
-CHECKPOINT = re.compile(r"model_([0-9]{7,}|final)\.pth")
-RESULTS, PREDICTIONS, PICTURES = "results.json", "inference/coco_instances_results.json", "pictures"
 TASKS = {"bbox": "box", "segm": "mask"}
 HEADLINE = ("AP", "AP50", "AP75")
 

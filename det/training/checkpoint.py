@@ -14,7 +14,7 @@ from crossmae.checkpoints.reading.torch_file import read_torch_file
 from crossmae.checkpoints.weights import check_finite, describe_non_finite
 from crossmae.errors import UserError
 from crossmae.files import write_atomically, write_text
-from det.evaluation.run_files import CHECKPOINT, LAST, RECORD
+from det.config import CHECKPOINT, LAST, RECORD
 
 log = logging.getLogger(__name__)
 

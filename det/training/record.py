@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from crossmae.errors import UserError
 from crossmae.files import sha256, write_json
 from crossmae.training.versions import versions
-from det.evaluation.run_files import RECORD
+from det.config import RECORD
 
 # Settings that decide the order of data, the model and the schedule.
 _SHARED = ("SEED", "DATASETS.TRAIN", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "INPUT.", "MODEL.", "SOLVER.")

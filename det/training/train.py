@@ -22,13 +22,12 @@ from crossmae.errors import UserError
 from crossmae.files import make_folder, write_text
 from crossmae.training.signals import StopRequest
 from det.backbone.weights import build_detector, load_weights
-from det.config import SolverKeys, leaf_keys, lookup, read_keys
+from det.config import BEST, BEST_RECORD, CONFIG, METRICS, RECORD, SolverKeys, leaf_keys, lookup, read_keys
 from det.data.coco import check_classes, check_registered
 from det.data.copy_paste import build_copy_paste
 from det.data.loader import KeyedSamples, NamingMapper, build_train_loader
 from det.evaluation.evaluate import evaluate
 from det.evaluation.report import write_report
-from det.evaluation.run_files import BEST, BEST_RECORD, CONFIG, METRICS, RECORD
 from det.training.checkpoint import AtomicCheckpointer, find_checkpoint
 from det.training.console import early_log, log_file
 from det.training.hooks import EvaluationHook, ProgressBar, StopBetweenSteps

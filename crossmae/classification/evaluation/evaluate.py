@@ -15,7 +15,6 @@ from tqdm import tqdm
 from crossmae.classification.data import CentreViews, LabelledBatch, evaluation_loader, readable_batches
 from crossmae.classification.evaluation.metrics import Predictions, merge
 from crossmae.data.pixels import Normalize
-from crossmae.data.sources import Source
 from crossmae.data.sources.subset import evenly_spaced
 from crossmae.training.processes import Ranks
 
@@ -27,17 +26,13 @@ class EvaluationSet:
     """Images to evaluate on, and how they are read.
 
     Attributes:
-        source: of the images.
-        key: the config key that named it, for errors.
-        views: of its images, with targets.
+        views: of the images of data.val, with targets.
         mean, std: per channel, of pixels in 0-1.
         batch_size: images per process.
         workers: processes that read images.
         features: at most so many samples, evenly spaced, keep their features.
     """
 
-    source: Source
-    key: str
     views: CentreViews
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -58,20 +53,20 @@ def evaluate(
     Raises:
         UserError: an image cannot be read, in all processes.
     """
-    indices = range(ranks.rank, len(data.source), ranks.world_size)
+    indices = range(ranks.rank, len(data.views), ranks.world_size)
     mine = ranks.together(lambda: list(_predict(model, data, indices, device, autocast, ranks.is_main)))
-    return merge([part for of_rank in ranks.gather(mine) for part in of_rank], len(data.source))
+    return merge([part for of_rank in ranks.gather(mine) for part in of_rank], len(data.views))
 
 
 def _predict(
     model: Any, data: EvaluationSet, indices: range, device: torch.device, autocast: torch.autocast, show: bool
 ) -> Iterator[Predictions]:
-    with_features = torch.tensor(evenly_spaced(len(data.source), data.features), dtype=torch.int64)
+    with_features = torch.tensor(evenly_spaced(len(data.views), data.features), dtype=torch.int64)
     normalize = Normalize(data.mean, data.std, device)
     loader = evaluation_loader(data.views, indices, data.batch_size, data.workers, device.type == "cuda")
     bar = tqdm(loader, "evaluate", leave=False, unit="batch", dynamic_ncols=True, disable=not show)
-    with evaluation_mode(model), torch.no_grad():
-        for batch in readable_batches(bar, data.key):
+    with _evaluation_mode(model), torch.no_grad():
+        for batch in readable_batches(bar, "data.val"):
             with autocast:
                 tokens = model.forward_features(normalize(batch.to(device).images))
                 pooled = model.forward_head(tokens, pre_logits=True)
@@ -101,8 +96,7 @@ def _predictions(batch: LabelledBatch, logits: Tensor, pooled: Tensor, with_feat
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, and afterwards back into its own."""
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

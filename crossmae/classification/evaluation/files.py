@@ -52,14 +52,11 @@ def write_evaluation(
     sample_names: Callable[[int], str],
     about: Mapping[str, Any],
 ) -> None:
-    """Write the files of an evaluation.
-
-    An earlier evaluation stays until all new files are complete.
+    """Write the files of an evaluation; an earlier one stays until they are complete.
 
     Args:
         folder: made if need be.
-        predictions: of the whole data set.
-        scores: of these, by `score`.
+        predictions, scores: of the whole data set.
         class_names: C names to show.
         sample_names: the name of a sample by its index in the source.
         about: JSON facts about weights and data, kept in evaluation.json as they are.
@@ -69,35 +66,49 @@ def write_evaluation(
         UserError: the folder cannot be written in.
     """
     make_folder(folder, "output_dir")
-    with TemporaryDirectory(prefix=".evaluation-", dir=folder) as name:
-        new = Path(name)
-        _write_tables(new, predictions, scores, class_names, sample_names)
-        _write_pictures(new, predictions, scores, class_names)
-        _write_features(new, predictions)
-        write_json(new / EVALUATION, _record(scores, class_names, about))
-        _replace(folder, new)
+    with TemporaryDirectory(prefix=".evaluation-", dir=folder) as temporary:
+        new = Path(temporary)
+        classes = _class_rows(scores, class_names)
+        _write_csv(new / PER_CLASS_CSV, [list(classes[0]), *(list(row.values()) for row in classes)])
+        _write_csv(new / PREDICTIONS_CSV, _prediction_rows(predictions, class_names, sample_names))
+        if scores.confusion is not None:
+            counts = zip(class_names, scores.confusion.tolist(), strict=True)
+            _write_csv(
+                new / CONFUSION_CSV, [["true \\ predicted", *class_names], *([name, *row] for name, row in counts)]
+            )
+            save_figure(confusion_figure(scores.confusion, class_names), new / CONFUSION_PNG)
+            save_figure(calibration_figure(scores.bins), new / CALIBRATION)
+        _write_features(new, predictions, class_names)
+        write_json(new / EVALUATION, _record(scores, classes) | {"about": dict(about)})
+        (folder / EVALUATION).unlink(missing_ok=True)  # replaced last
+        for name in reversed(FILES):
+            if (new / name).exists():
+                os.replace(new / name, folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        sync_folder(folder)
 
 
-def _record(scores: ClassificationScores, class_names: Sequence[str], about: Mapping[str, Any]) -> dict[str, Any]:
+def _record(scores: ClassificationScores, classes: list[dict[str, Any]]) -> dict[str, Any]:
     """Build the content of evaluation.json, most important first."""
-    interval = scores.top1_interval
-    record: dict[str, Any] = {
+    confused = [
+        {
+            "true": classes[true]["name"],
+            "predicted": classes[predicted]["name"],
+            "count": count,
+            "share": _number(count / scores.classes[true].samples),
+        }
+        for true, predicted, count in scores.most_confused(RECORDED_PAIRS)
+    ]
+    record = {
         "samples": scores.samples,
         "numbers": {name: _number(value) for name, value in scores.numbers().items()},
-        "top1_interval": None if interval is None else [_number(end) for end in interval],
-        "classes": _class_rows(scores, class_names),
-        "most_confused": [
-            {
-                "true": class_names[true],
-                "predicted": class_names[predicted],
-                "count": count,
-                "share": _number(count / scores.classes[true].samples),
-            }
-            for true, predicted, count in scores.most_confused(RECORDED_PAIRS)
-        ],
+        "top1_interval": scores.top1_interval and [_number(end) for end in scores.top1_interval],
+        "classes": classes,
+        "most_confused": confused,
         "calibration": [{key: _number(value) for key, value in asdict(one).items()} for one in scores.bins],
     }
-    return {key: value for key, value in record.items() if value not in (None, [])} | {"about": dict(about)}
+    return {key: value for key, value in record.items() if value not in (None, [])}
 
 
 def _class_rows(scores: ClassificationScores, class_names: Sequence[str]) -> list[dict[str, Any]]:
@@ -111,24 +122,7 @@ def _class_rows(scores: ClassificationScores, class_names: Sequence[str]) -> lis
 
 def _number(value: float) -> float | None:
     """Round a number to few digits, and turn NaN into None."""
-    if isinstance(value, int):
-        return value
     return None if math.isnan(value) else round(value, DIGITS)
-
-
-def _write_tables(
-    folder: Path,
-    predictions: Predictions,
-    scores: ClassificationScores,
-    class_names: Sequence[str],
-    sample_names: Callable[[int], str],
-) -> None:
-    classes = _class_rows(scores, class_names)
-    _write_csv(folder / PER_CLASS_CSV, [list(classes[0]), *(list(row.values()) for row in classes)])
-    _write_csv(folder / PREDICTIONS_CSV, _prediction_rows(predictions, class_names, sample_names))
-    if scores.confusion is not None:
-        rows = zip(class_names, scores.confusion.tolist(), strict=True)
-        _write_csv(folder / CONFUSION_CSV, [["true \\ predicted", *class_names], *([name, *row] for name, row in rows)])
 
 
 def _prediction_rows(
@@ -157,41 +151,17 @@ def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
     write_atomically(path, write)
 
 
-def _write_pictures(
-    folder: Path, predictions: Predictions, scores: ClassificationScores, class_names: Sequence[str]
-) -> None:
-    if scores.confusion is not None:
-        save_figure(confusion_figure(scores.confusion, class_names), folder / CONFUSION_PNG)
-        save_figure(calibration_figure(scores.bins), folder / CALIBRATION)
-    features = predictions.features
-    if features is not None and len(features) > 2:
-        rows = _rows_with_features(predictions)
-        labels = None if predictions.multi_label else predictions.labels[rows].numpy()
-        title = f"Features of {len(features):,} of {scores.samples:,} images"
-        wrong = ~predictions.correct[rows].numpy()
-        save_figure(map_figure(features.numpy(), labels, wrong, class_names, title), folder / EMBEDDING)
-
-
-def _rows_with_features(predictions: Predictions) -> torch.Tensor:
-    assert predictions.feature_indices is not None
-    return torch.searchsorted(predictions.indices, predictions.feature_indices.contiguous())
-
-
-def _write_features(folder: Path, predictions: Predictions) -> None:
-    if predictions.features is None or predictions.feature_indices is None:
+def _write_features(folder: Path, predictions: Predictions, class_names: Sequence[str]) -> None:
+    """Write the kept features and, where there are enough, their map."""
+    features, indices = predictions.features, predictions.feature_indices
+    if features is None or indices is None:
         return
-    labels = predictions.labels[_rows_with_features(predictions)]
-    indices = predictions.feature_indices.contiguous()
-    tensors = {"features": predictions.features.contiguous(), "labels": labels, "indices": indices}
+    rows = torch.searchsorted(predictions.indices, indices.contiguous())
+    labels = predictions.labels[rows]
+    if len(features) > 2:
+        title = f"Features of {len(features):,} of {len(predictions.indices):,} images"
+        shown = None if predictions.multi_label else labels.numpy()
+        figure = map_figure(features.numpy(), shown, ~predictions.correct[rows].numpy(), class_names, title)
+        save_figure(figure, folder / EMBEDDING)
+    tensors = {"features": features.contiguous(), "labels": labels, "indices": indices.contiguous()}
     write_atomically(folder / FEATURES, lambda temporary: save_file(tensors, temporary))
-
-
-def _replace(folder: Path, new: Path) -> None:
-    """Replace old files by new files, evaluation.json last."""
-    (folder / EVALUATION).unlink(missing_ok=True)
-    for name in reversed(FILES):
-        if (new / name).exists():
-            os.replace(new / name, folder / name)
-        else:
-            (folder / name).unlink(missing_ok=True)
-    sync_folder(folder)

@@ -50,12 +50,15 @@ def write_hardest(
     for number, row in enumerate(wrong[order].tolist(), start=1):
         index = int(predictions.indices[row])
         entry = {"name": sample_names(index), "index": index, **_verdict(predictions, row, class_names)}
-        entries.append(entry | _write_picture(target, f"{number:02d}", index, read))
+        try:
+            entry["picture"] = _write_picture(target, f"{number:02d}", read(index))
+        except UserError as error:
+            entry |= {"picture": None, "fault": str(error)}
+        entries.append(entry)
     write_json(target / RECORD, {"wrong": len(wrong), "images": entries})
 
 
 def _verdict(predictions: Predictions, row: int, class_names: Sequence[str]) -> dict[str, Any]:
-    """Describe a row by its loss and its classes, best first."""
     loss = float(predictions.losses[row])
     if predictions.scores is None:
         best = int(predictions.top_classes[row, 0])
@@ -69,20 +72,13 @@ def _verdict(predictions: Predictions, row: int, class_names: Sequence[str]) -> 
     return {"loss": loss, "true": true, "predicted": [one for one in named if one[1] >= LABEL_THRESHOLD]}
 
 
-def _write_picture(
-    folder: Path, stem: str, index: int, read: Callable[[int], Image.Image | Tensor]
-) -> dict[str, str | None]:
-    """Write one picture, or record why the image cannot be read."""
-    try:
-        picture, enlarged = display_picture(read(index))
-    except UserError as error:
-        return {"picture": None, "fault": str(error)}
+def _write_picture(folder: Path, stem: str, pixels: Image.Image | Tensor) -> str:
+    picture, enlarged = display_picture(pixels)
     name = f"{stem}.png" if enlarged else f"{stem}.jpg"
-    options: dict[str, Any] = {"format": "JPEG", "quality": 88, "subsampling": 0}
-    if enlarged:
-        options = {"format": "PNG", "optimize": True}
-    write_atomically(folder / name, lambda temporary: picture.save(temporary, **options))
-    return {"picture": name}
+    options: dict[str, Any] = {"optimize": True} if enlarged else {"quality": 88, "subsampling": 0}
+    kind = "PNG" if enlarged else "JPEG"
+    write_atomically(folder / name, lambda temporary: picture.save(temporary, kind, **options))
+    return name
 
 
 def display_picture(pixels: Image.Image | Tensor) -> tuple[Image.Image, bool]:

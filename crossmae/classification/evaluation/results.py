@@ -18,8 +18,7 @@ from crossmae.classification.evaluation.metrics import ClassificationScores, Pre
 from crossmae.classification.report import write_report
 from crossmae.classification.run_files import CONFIG, FOLDER
 from crossmae.classification.train.config import EvaluationConfig, LabelledDataConfig
-from crossmae.data.pixels import read_pixels
-from crossmae.data.sources import Source, open_source
+from crossmae.data.sources import open_source
 from crossmae.errors import UserError
 from crossmae.files import check_writable, sha256
 from crossmae.training.devices import choose_precision, open_autocast, open_device
@@ -31,9 +30,9 @@ log = logging.getLogger(__name__)
 
 def write_results(
     folder: Path,
+    views: CentreViews,
     predictions: Predictions,
     scores: ClassificationScores,
-    source: Source,
     class_names: Sequence[str],
     about: Mapping[str, Any],
     hardest: int,
@@ -41,21 +40,22 @@ def write_results(
     """Write all files of an evaluation, in place of an earlier evaluation.
 
     Args:
-        folder, predictions, scores, class_names, about: see `write_evaluation`; `in_chans` and `bit_depth` of `about`
-            are how images of `source` are read.
+        folder, predictions, scores, class_names, about: see `write_evaluation`.
+        views: evaluated images; facts about them are added to `about`.
         hardest: pictures of the worst mistakes.
     """
-    facts = {**about, "samples": source.description, "versions": versions()}
+    source = views.source
+    facts = {
+        **about,
+        "in_chans": views.channels,
+        "bit_depth": views.bit_depth,
+        "img_size": list(views.size),
+        "crop_pct": views.crop_pct,
+        "samples": source.description,
+        "versions": versions(),
+    }
     write_evaluation(folder, predictions, scores, class_names, source.name, facts)
-    channels, bit_depth = int(about["in_chans"]), int(about["bit_depth"])
-    write_hardest(
-        folder,
-        predictions,
-        lambda index: read_pixels(source, index, channels, bit_depth),
-        class_names,
-        source.name,
-        hardest,
-    )
+    write_hardest(folder, predictions, views.read, class_names, source.name, hardest)
 
 
 def evaluate_only(
@@ -91,7 +91,7 @@ def evaluate_only(
             classifier = ranks.together(lambda: load_classifier(weights, settings.img_size))
             found = ranks.together(lambda: _open_images(classifier, data, settings, batch_size))
             if ranks.is_main:
-                log.info("data.val: %s", found.source.description)
+                log.info("data.val: %s", found.views.source.description)
                 warn_of_absent(found.views.targets, "data.val", classifier.classes)
                 for sentence in classifier.assumed:
                     log.info("assumed: %s", sentence)
@@ -102,9 +102,16 @@ def evaluate_only(
             raise UserError(f"evaluation.batch_size: the GPU's memory is full ({words}). Lower it.") from error
         scores = score(predictions, len(classifier.classes))
         if ranks.is_main:
-            about = _describe(classifier, data, found.views.crop_pct, precision)
-            folder, names = output_dir / FOLDER, classifier.class_names
-            write_results(folder, predictions, scores, found.source, names, about, settings.hardest)
+            about = {
+                "weights": str(classifier.path),
+                "weights_sha256": sha256(classifier.path),
+                "assumed": list(classifier.assumed),
+                "data": data.val,
+                "data_root": data.val_root and str(data.val_root),
+                "precision": precision,
+            }
+            names, folder = classifier.class_names, output_dir / FOLDER
+            write_results(folder, found.views, predictions, scores, names, about, settings.hardest)
             log.info("report: %s", write_report(output_dir))
         ranks.wait()
     return scores
@@ -121,7 +128,6 @@ def _check_output(folder: Path, force: bool) -> None:
 def _open_images(
     classifier: Classifier, data: LabelledDataConfig, settings: EvaluationConfig, batch_size: int
 ) -> EvaluationSet:
-    """Open data.val as the classifier sees it, under its classes."""
     if data.val is None:
         raise UserError("data.val: missing key, the labelled images to evaluate on. Pass data.val=...")
     if classifier.multi_label and data.separator is None:
@@ -131,28 +137,6 @@ def _open_images(
     source = open_source(data.val, "data.val", data.val_root)
     targets = label_targets(source, "data.val", classifier.classes, data.separator)
     shape, crop_pct = classifier.architecture, settings.crop_pct or classifier.crop_pct
-    return EvaluationSet(
-        source,
-        "data.val",
-        CentreViews(source, targets, shape.img_size, crop_pct, shape.in_chans, classifier.bit_depth),
-        classifier.mean,
-        classifier.std,
-        settings.batch_size or batch_size,
-        data.workers,
-        settings.features,
-    )
-
-
-def _describe(classifier: Classifier, data: LabelledDataConfig, crop_pct: float, precision: str) -> dict[str, Any]:
-    return {
-        "weights": str(classifier.path),
-        "weights_sha256": sha256(classifier.path),
-        "assumed": list(classifier.assumed),
-        "data": data.val,
-        "data_root": str(data.val_root) if data.val_root else None,
-        "in_chans": classifier.architecture.in_chans,
-        "bit_depth": classifier.bit_depth,
-        "img_size": list(classifier.architecture.img_size),
-        "crop_pct": crop_pct,
-        "precision": precision,
-    }
+    views = CentreViews(source, targets, shape.img_size, crop_pct, shape.in_chans, classifier.bit_depth)
+    size = settings.batch_size or batch_size
+    return EvaluationSet(views, classifier.mean, classifier.std, size, data.workers, settings.features)

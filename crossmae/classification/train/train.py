@@ -57,9 +57,9 @@ from crossmae.classification.vit import Architecture, architecture_of, build_vit
 from crossmae.data.batches import BatchPlan, build_loader
 from crossmae.data.broken import NEVER_REPLACED, find_broken, refuse_broken, warn_of_depth
 from crossmae.data.pixels import Normalize, published_crop_pct
-from crossmae.data.sources import Source, open_named, warn_of_overlap
+from crossmae.data.sources import open_named, warn_of_overlap
 from crossmae.data.sources.subset import choose_per_class
-from crossmae.errors import UserError
+from crossmae.errors import UserError, shorten
 from crossmae.files import check_writable
 from crossmae.models.sizes import SIZES
 from crossmae.pretraining.start import compare_pixels
@@ -71,16 +71,13 @@ from crossmae.training.schedule import Schedule, make_schedule
 from crossmae.training.start import find_start, is_complete
 from crossmae.training.state import TrainingState
 
-MOST_LISTED = 20  # classes that the log names
-
 log = logging.getLogger(__name__)
 
 
 def finetune(config: FinetuneConfig, resume: bool = False) -> Path:
     """Train a classifier and return the file of its last weights.
 
-    Reads every key of `FinetuneConfig`. The best weights are next to the last ones.
-    In several processes: see `crossmae.training.loop.train`.
+    The best weights are next to the last ones. In several processes: see `crossmae.training.loop.train`.
 
     Raises:
         UserError: bad data or weights, classes that differ between data.train and data.val, a folder in use by another
@@ -97,11 +94,7 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> Path:
 
 
 def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.device, precision: str) -> Job:
-    """Build model, data and schedule, and check them, without writing anything.
-
-    Raises:
-        UserError: see `finetune`.
-    """
+    """Build model, data and schedule, and check them, without writing anything."""
     data, optim, seed, channels = config.data, config.optim, config.runtime.seed, config.model.in_chans
     check_writable(config.output_dir, "output_dir")
     start = find_start(config.output_dir, resume)
@@ -130,9 +123,10 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
     broken = []
     if data.check and not complete:
         broken = check_images(source, channels, data.bit_depth, data.broken, ranks)
-        if labelled.val is not None:
-            refuse_broken_val(labelled.val, channels, data.bit_depth, ranks)
-    model = model.to(device)
+        if labelled.val is not None:  # before anything is trained
+            mine = range(ranks.rank, len(labelled.val), ranks.world_size)
+            refuse_broken(find_broken(labelled.val, mine, channels, data.bit_depth), "data.val", NEVER_REPLACED)
+    model, on_gpu = model.to(device), device.type == "cuda"
     record = ClassifierRecord(
         pool=config.model.pool,
         head=config.model.head,
@@ -163,12 +157,7 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
         source=source,
         broken=broken,
         loader=partial(
-            build_loader,
-            images,
-            batches,
-            workers=data.workers,
-            pin_memory=device.type == "cuda",
-            collate=collate_labelled,
+            build_loader, images, batches, workers=data.workers, pin_memory=on_gpu, collate=collate_labelled
         ),
         loss=partial(classification_loss, objective, Normalize(data.mean, data.std, device), seed, ranks.rank),
         schedule=schedule,
@@ -197,10 +186,9 @@ class Judge(Callbacks):
     """Evaluations of a run, and its best weights.
 
     Attributes:
-        folder: folder of the run.
+        folder: of the run.
         data: images to evaluate on; None: no evaluation.
-        num_classes: N.
-        schedule: steps of the run.
+        schedule: of the run.
         every: epochs between two evaluations.
         metadata: describes the weights of a step.
         class_names: names to show.
@@ -211,7 +199,6 @@ class Judge(Callbacks):
 
     folder: Path
     data: EvaluationSet | None
-    num_classes: int
     schedule: Schedule
     every: int
     metadata: Callable[[int], dict[str, str]]
@@ -237,14 +224,14 @@ class Judge(Callbacks):
         for suffix, model in state.models.items():
             share_statistics(model, state.ranks)
             predictions = evaluate(model, self.data, state.device, state.autocast, state.ranks)
-            scores = score(predictions, self.num_classes)
+            scores = score(predictions, len(self.class_names))
             values |= {f"{name}{suffix}": value for name, value in headline(scores).items()}
             if not all(map(math.isfinite, values.values())):
                 raise UserError(
                     f"at step {state.step} an evaluation is not finite: {describe(values)}; the last checkpoint stays"
                 )
             if is_best(state.kept, state.step, scores, suffix) and state.ranks.is_main:
-                self.keep_best(state, model, predictions, scores, self.data.source)
+                self.keep_best(state, model, self.data.views, predictions, scores)
         records.record(state.step, values)
         records.announce(state.step, values)
 
@@ -252,9 +239,9 @@ class Judge(Callbacks):
         self,
         state: TrainingState,
         model: nn.Module,
+        views: CentreViews,
         predictions: Predictions,
         scores: ClassificationScores,
-        source: Source,
     ) -> None:
         """Write the weights, and their predictions."""
         step, best = state.step, state.kept["best"]
@@ -262,7 +249,7 @@ class Judge(Callbacks):
         save_weights(self.folder / BEST, model.state_dict(), self.metadata(step) | record, force=True)
         weights = {"weights": BEST, "weights_are": "averaged" if best["averaged"] else "as trained"}
         about = weights | {"step": step, "epoch": self.schedule.epoch(step)} | self.about
-        write_results(self.folder / FOLDER, predictions, scores, source, self.class_names, about, self.hardest)
+        write_results(self.folder / FOLDER, views, predictions, scores, self.class_names, about, self.hardest)
 
     def finish(self) -> None:
         """Log the best weights, and write the page of the run."""
@@ -284,29 +271,20 @@ def build_judge(
     metadata: Callable[[int], dict[str, str]],
 ) -> Judge:
     """Collect the images of data.val, and what is written about them."""
-    data, settings, val, evaluation_set = config.data, config.evaluation, labelled.val, None
-    if val is not None and labelled.val_targets is not None:
-        views = CentreViews(val, labelled.val_targets, size.img_size, crop_pct, size.in_chans, data.bit_depth)
+    data, settings, evaluated = config.data, config.evaluation, None
+    if labelled.val is not None and labelled.val_targets is not None:
+        shape = (size.img_size, crop_pct, size.in_chans, data.bit_depth)
+        views = CentreViews(labelled.val, labelled.val_targets, *shape)
         batch_size = settings.batch_size or config.optim.batch_size
-        evaluation_set = EvaluationSet(
-            val, "data.val", views, data.mean, data.std, batch_size, data.workers, settings.features
-        )
+        evaluated = EvaluationSet(views, data.mean, data.std, batch_size, data.workers, settings.features)
     return Judge(
         folder=config.output_dir,
-        data=evaluation_set,
-        num_classes=len(labelled.classes),
+        data=evaluated,
         schedule=schedule,
         every=settings.every_epochs,
         metadata=metadata,
         class_names=labelled.class_names,
-        about={
-            "data": data.val,
-            "data_root": str(data.val_root) if data.val_root else None,
-            "in_chans": size.in_chans,
-            "bit_depth": data.bit_depth,
-            "img_size": list(size.img_size),
-            "crop_pct": crop_pct,
-        },
+        about={"data": data.val, "data_root": data.val_root and str(data.val_root)},
         hardest=settings.hardest,
         is_probe=config.model.freeze,
     )
@@ -315,20 +293,11 @@ def build_judge(
 def build_objective(
     loss: LossConfig, data: LabelledDataConfig, labelled: LabelledImages, batch_size: int, device: torch.device
 ) -> Objective:
-    """Build the loss on a device.
-
-    Raises:
-        UserError: see `class_weights`.
-    """
+    """Build the loss on a device; see `class_weights` for its errors."""
     weights = class_weights(loss.class_weights, labelled.targets, labelled.classes)
-    return Objective(
-        loss,
-        None if weights is None else weights.to(device),
-        RandomErasing(data.erase, mode=data.erase_mode, max_count=data.erase_count, device=str(device)),
-        len(labelled.classes),
-        batch_size,
-        several=data.separator is not None,
-    )
+    erase = RandomErasing(data.erase, mode=data.erase_mode, max_count=data.erase_count, device=str(device))
+    weights = None if weights is None else weights.to(device)
+    return Objective(loss, weights, erase, len(labelled.classes), batch_size, data.separator is not None)
 
 
 def build_optimizer(model: VisionTransformer, optim: FinetuneOptimConfig, peak_lr: float) -> torch.optim.Optimizer:
@@ -357,8 +326,7 @@ def announce_classes(classes: Sequence[str], class_names: Sequence[str], several
     """Log the classes, with the names to show where they differ."""
     pairs = zip(classes, class_names, strict=True)
     names = [name if name == shown else f"{name} ({shown})" for name, shown in pairs]
-    listed = ", ".join(names[:MOST_LISTED]) + (", ..." if len(names) > MOST_LISTED else "")
-    log.info("%d classes%s: %s", len(names), ", several per image" if several else "", listed)
+    log.info("%d classes%s: %s", len(names), ", several per image" if several else "", shorten(names, most=20))
 
 
 def open_labelled(config: FinetuneConfig, ranks: Ranks) -> LabelledImages:
@@ -389,16 +357,6 @@ def open_labelled(config: FinetuneConfig, ranks: Ranks) -> LabelledImages:
     return LabelledImages(source, targets, classes, names, val, val_targets)
 
 
-def refuse_broken_val(val: Source, channels: int, bit_depth: int, ranks: Ranks) -> None:
-    """Look at every image of data.val before anything is trained.
-
-    Raises:
-        UserError: an image is broken.
-    """
-    broken = find_broken(val, range(ranks.rank, len(val), ranks.world_size), channels, bit_depth)
-    refuse_broken(broken, "data.val", NEVER_REPLACED)
-
-
 def build_model(
     settings: ClassifierConfig, data: LabelledDataConfig, seed: int, num_classes: int, start: Path | None
 ) -> tuple[Architecture, VisionTransformer, str | None]:
@@ -407,7 +365,6 @@ def build_model(
     Args:
         settings: architecture, head and weights.
         data: mean, deviation and bit depth of the pixels, to compare.
-        seed: seed of random weights.
         num_classes: N.
         start: checkpoint to continue from; None: a new run.
 

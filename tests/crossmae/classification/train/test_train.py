@@ -238,7 +238,7 @@ def test_every_image_is_evaluated_once_on_any_number_of_processes(images: Path, 
     model.double()
 
     def answers(ranks: Ranks, batch_size: int) -> Predictions:
-        data = EvaluationSet(source, "data.val", views, (0.5,) * 3, (0.5,) * 3, batch_size, 0, 5)
+        data = EvaluationSet(views, (0.5,) * 3, (0.5,) * 3, batch_size, 0, 5)
         return evaluate(Doubled(model), data, CPU, NO_AUTOCAST, ranks)
 
     whole = answers(Ranks(), 4)
