@@ -38,8 +38,6 @@ LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 # Of whole JPEG and PNG files. Files of other kinds may be whole, too: they have to be decoded to be sure.
 LAST_BYTES = (b"\xff\xd9", b"IEND\xaeB`\x82")
 
-MAX_NAMES = 5
-
 
 def read_image(path: str | Path) -> Image.Image:
     """Read one file as 8-bit RGB, by the rules above.

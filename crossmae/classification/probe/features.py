@@ -52,7 +52,6 @@ class FrozenEncoder(nn.Module):
     """Encoder of normalised pixels (B, C, H, W) to features (B, E), float32.
 
     Args:
-        vit: with weights.
         block: from 0; its output is pooled.
         norm: apply the final norm before pooling.
         pool: see `crossmae.pretraining.neighbours.pool_tokens`.
@@ -117,7 +116,6 @@ def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: i
     """Build the encoder of a file and load it.
 
     Args:
-        weights: any file with a ViT encoder.
         block: from 0, or negative from the end; None: see the table of this module.
         seed: of what the file lacks.
         given: see `architecture_of`.
@@ -127,23 +125,24 @@ def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: i
             last to be trained; errors of `architecture_of` and `load_encoder_weights`.
     """
     architecture = architecture_of(weights, **given)
-    home = encoder_home(weights.tensors) or ""
+    home, depth = encoder_home(weights.tensors) or "", architecture.depth
     if pool != "avg" and f"{home}cls_token" not in weights.tensors:
         raise UserError(f"features.pool: {weights.path} holds no class token. Use features.pool=avg.")
-    chosen = last_trained_block(weights, architecture.depth) if block is None else block
-    if not -architecture.depth <= chosen < architecture.depth:
-        depth = architecture.depth
+    chosen = last_trained_block(weights, depth) if block is None else block
+    if not -depth <= chosen < depth:
         raise UserError(f"features.block: {weights.path} has {depth} blocks, -{depth} .. {depth - 1}; got {chosen}")
-    chosen %= architecture.depth
-    is_last, has_norm = chosen == architecture.depth - 1, f"{home}norm.weight" in weights.tensors
+    chosen %= depth
+    is_last, has_norm = chosen == depth - 1, f"{home}norm.weight" in weights.tensors
     with keyed_randomness(seed):
         # In the class-token mode the model has a final norm; without one in the file there must be none.
         vit = build_vit(architecture, 0, pool="cls" if has_norm else "avg")
         report = load_encoder_weights(vit, weights)
     log.info("%s: %d tensors used, %d left out", weights.path, report.count("used"), report.count("dropped"))
-    why = "" if has_norm else "the file has none" if is_last else "the file has none, and it is not the last block"
-    why = why or ("the file's own" if is_last else "it belongs after the last block only")
-    notes = [f"features of block {chosen} of 0 .. {architecture.depth - 1}, pooled by {pool!r}"]
+    if has_norm:
+        why = "the file's own" if is_last else "it belongs after the last block only"
+    else:
+        why = "the file has none" if is_last else "the file has none, and it is not the last block"
+    notes = [f"features of block {chosen} of 0 .. {depth - 1}, pooled by {pool!r}"]
     notes += [f"final norm {'applied' if has_norm and is_last else 'not applied'}: {why}"]
     if f"{home}cls_token" not in weights.tensors:
         notes.append("the file has no class token, a random one is used: features differ a little from the original")
@@ -153,9 +152,7 @@ def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: i
 
 
 def last_trained_block(weights: Weights, depth: int) -> int:
-    """Find the last block that was trained.
-
-    CrossMAE trains up to the last block whose map is mixed.
+    """Find the last block that was trained: in CrossMAE the last that is mixed.
 
     Raises:
         UserError: some maps are mixed, and the file does not tell which.
@@ -175,9 +172,6 @@ def last_trained_block(weights: Weights, depth: int) -> int:
             "trained block is unknown. Set features.block."
         )
     return depth - 1
-
-
-# --- Extraction -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -204,8 +198,7 @@ def choose_views(
     Raises:
         UserError: mean or deviation do not have one value for each channel.
     """
-    channels, size = architecture.in_chans, architecture.img_size
-    notes: list[str] = []
+    channels, size, notes = architecture.in_chans, architecture.img_size, []
     statistics: list[tuple[float, ...]] = []
     for key, given, record, usual in (("mean", mean, PIXEL_MEAN, IMAGENET_MEAN), ("std", std, PIXEL_STD, IMAGENET_STD)):
         recorded = _recorded(weights, record)
@@ -259,22 +252,17 @@ def extract(
     """
     dataset = CentreViews(source, labels, views.size, views.crop_pct, len(views.mean), views.bit_depth)
     loader = evaluation_loader(dataset, range(len(source)), batch_size, workers, device.type == "cuda")
-    normalize = Normalize(views.mean, views.std, device)
-    autocast = open_autocast(precision, device)
+    normalize, autocast = Normalize(views.mean, views.std, device), open_autocast(precision, device)
     features = torch.empty(len(source), encoder.to(device).width, dtype=dtype)
     bar = tqdm(loader, f"features of {name}", unit="batch", leave=False, dynamic_ncols=True)
-    done = 0
     with torch.inference_mode():
-        for batch in readable_batches(bar, name):
+        for batch, rows in zip(readable_batches(bar, name), features.split(batch_size), strict=True):
             try:
                 with autocast:
-                    found = encoder(normalize(batch.to(device).images))
+                    rows.copy_(encoder(normalize(batch.to(device).images)))
             except torch.OutOfMemoryError:
                 why = f"{batch_size} images are too many for the memory of the GPU. Lower it."
                 raise UserError(f"features.batch_size: {why}") from None
-            rows = features[done : done + len(found)]
-            rows.copy_(found)
             if not bool(torch.isfinite(rows).all()):
                 raise UserError(f"{name}: features hold NaN or infinity. Try runtime.precision=fp32.")
-            done += len(found)
     return features

@@ -30,9 +30,7 @@ def run_few_shot(
 ) -> dict[str, Any]:
     """Fit on few images per class and seed, and test.
 
-    Args:
-        shots: images per class; with one seed, fewer images are a part of more images.
-        strength, max_iterations: of the logistic regression.
+    With one seed, fewer images per class are a part of more images.
 
     Returns:
         JSON: accuracies of all seeds and their mean, for each number of images per class.
@@ -41,12 +39,11 @@ def run_few_shot(
     for per_class in sorted(set(shots)):
         accuracies = []
         for seed in tqdm(seeds, f"few shots, {per_class}", leave=False, unit="seed", dynamic_ncols=True):
-            chosen = sample(train.labels, per_class, seed)
-            name = f"few shots, {per_class} per class, seed {seed}"
+            chosen, name = sample(train.labels, per_class, seed), f"few shots, {per_class} per class, seed {seed}"
             fitted = fit(train.features[chosen], train.labels[chosen], strength, max_iterations, name)
-            accuracies.append(accuracy_of(fitted.classify(val.features), val.labels))
-        mean = mean_of([one.accuracy for one in accuracies])
-        rows.append({"per_class": per_class, "accuracies": [asdict(one) for one in accuracies], "mean": asdict(mean)})
+            accuracies.append(asdict(accuracy_of(fitted.classify(val.features), val.labels)))
+        mean = asdict(mean_of([one["accuracy"] for one in accuracies]))
+        rows.append({"per_class": per_class, "accuracies": accuracies, "mean": mean})
     return {"strength": strength, "shots": rows}
 
 
@@ -59,14 +56,9 @@ def sample(labels: Tensor, per_class: int, seed: int) -> Tensor:
 
 
 def check_shots(labels: Tensor, classes: Sequence[str], shots: Sequence[int], key: str) -> None:
-    """Check that every class has enough images.
-
-    Raises:
-        UserError: a class has too few; names it and `key`, the config key of `shots`.
-    """
+    """Refuse classes with too few images, naming `key`, the config key of `shots`."""
     counts = torch.bincount(labels, minlength=len(classes)).tolist()
-    lacking = [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < max(shots)]
-    if lacking:
+    if lacking := [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < max(shots)]:
         raise UserError(
             f"{key}: {max(shots)} images per class were asked for, these classes of data.train have fewer: "
             f"{shorten(lacking)}. Lower {key}, or leave few_shot out of methods."

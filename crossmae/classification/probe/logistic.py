@@ -60,23 +60,18 @@ def run_logistic(
 
 
 def fit(features: Tensor, labels: Tensor, strength: float, max_iterations: int, name: str) -> Logistic:
-    """Fit on features (N, E) and labels (N,), standardised.
-
-    Args:
-        strength: scikit-learn's C; less is more regularisation.
-        name: of the fit in the log, should it not converge.
-    """
+    """Fit on features (N, E) and labels (N,), standardised; `strength` is scikit-learn's C."""
     statistics = feature_statistics(features)
     regression = LogisticRegression(C=strength, solver="lbfgs", max_iter=max_iterations)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         regression.fit(_standard(features, statistics), labels.numpy())
-    converged = True
     for warning in caught:
         if not issubclass(warning.category, ConvergenceWarning):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-            continue
-        converged, done = False, int(regression.n_iter_.max())
+    converged = not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+    if not converged:
+        done = int(regression.n_iter_.max())
         why = f"the limit is {max_iterations}" if done >= max_iterations else "its line search found no better point"
         log.warning("%s, C=%g: not converged after %d iterations: %s", name, strength, done, why)
     return Logistic(regression, statistics, converged)
@@ -85,10 +80,7 @@ def fit(features: Tensor, labels: Tensor, strength: float, max_iterations: int, 
 def try_strengths(
     features: Tensor, labels: Tensor, strengths: Sequence[float], max_iterations: int, seed: int
 ) -> dict[float, Accuracy]:
-    """Measure every strength on a held-out tenth of the images.
-
-    Some class has at least two images. Small tenths tell little: then several tenths are drawn.
-    """
+    """Measure every strength on a held-out tenth, on several where tenths are small."""
     count = len(split(labels, seed)[1])
     splits = [split(labels, seed + number) for number in range(min(math.ceil(ENOUGH / count), MOST_SPLITS))]
     table = {}
@@ -103,9 +95,7 @@ def try_strengths(
 
 
 def split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Hold out a tenth of every class.
-
-    At least one image is held out of every class that has two.
+    """Hold out a tenth of every class, at least one of two images.
 
     Returns:
         Positions of the images that are kept, and of those that are held out.
