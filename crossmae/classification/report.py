@@ -237,9 +237,12 @@ def _data_section(run: RunFolder, data: Mapping[str, tuple[Any, Any]], has_confi
 
 
 def write_report(folder: Path) -> Path:
-    """Write and return `folder`/report.html, whatever state the run is in."""
-    build_report(folder).write(folder / REPORT)
-    return folder / REPORT
+    """Write and return `folder`/report.html, whatever state the run is in.
+
+    Raises:
+        OSError: the folder is not writable.
+    """
+    return build_report(folder).write(folder / REPORT)
 
 
 def build_report(folder: Path) -> page.Report:

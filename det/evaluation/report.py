@@ -113,7 +113,9 @@ def class_blocks(results: DetectionResults, source: Path) -> list[page.PageBlock
     return sections.class_tables(rows, columns, captions, source.name, worst_first=False)
 
 
-def _evaluation_sections(run: RunFolder, results: DetectionResults | None, log: LoggedNumbers) -> list[page.Section]:
+def _evaluation_sections(
+    run: RunFolder, results: DetectionResults | None, log: LoggedNumbers
+) -> Sequence[page.Section]:
     headlines: list[page.PageBlock] = [run.missing(RESULTS, "average precision")]
     classes: list[page.PageBlock] = [run.missing(RESULTS, "AP by class")]
     if results is not None:
@@ -225,9 +227,12 @@ def _data_section(run: RunFolder, record: RunRecord) -> page.Section:
 
 
 def write_report(folder: Path) -> Path:
-    """Write and return `folder`/report.html, whatever state the run is in."""
-    build_report(folder).write(folder / REPORT)
-    return folder / REPORT
+    """Write and return `folder`/report.html, whatever state the run is in.
+
+    Raises:
+        OSError: the folder is not writable.
+    """
+    return build_report(folder).write(folder / REPORT)
 
 
 def build_report(folder: Path) -> page.Report:

@@ -27,8 +27,7 @@ class DetectedClass(FileContent):
 
     def ap(self, task: str) -> float | None:
         """Read the AP of a task."""
-        found: Percentages | None = getattr(self, task)
-        return (found or {}).get("AP")
+        return (getattr(self, task) or {}).get("AP")  # type: ignore[no-any-return]
 
 
 class DetectionResults(FileContent):
@@ -42,9 +41,8 @@ class DetectionResults(FileContent):
     def _has_headlines(self) -> DetectionResults:
         for task in self.numbers or ["bbox"]:
             if not set(HEADLINE) <= (getattr(self, task) or {}).keys():
-                raise ValueError(
-                    f"{task}: expected an object with {', '.join(HEADLINE)}, as tools/train_net.py writes it"
-                )
+                wanted = f"{', '.join(HEADLINE)}, as tools/train_net.py writes it"
+                raise ValueError(f"{task}: expected an object with {wanted}")
             for one in self.classes:
                 if "AP" not in (getattr(one, task) or {}):
                     raise ValueError(f"classes: {one.name} has no {task} AP")

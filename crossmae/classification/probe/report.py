@@ -81,11 +81,9 @@ def table(results: Mapping[str, Any]) -> str:
     rows = [("method", "setting", "top-1 %", "95 % interval")]
     rows += [(TITLES[x.method], x.setting, f"{100 * x.accuracy:.2f}", x.interval) for x in scores(results["methods"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    layout = "{:%d}  {:%d}  {:>%d}  {:>%d}" % tuple(widths)  # noqa: UP031
     footer = "intervals of means over seeds cover only the seeds, others the choice of validation images"
-    shown = [
-        f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}" for row in rows
-    ]
-    return "\n".join([*shown, footer])
+    return "\n".join([*(layout.format(*row) for row in rows), footer])
 
 
 def build_page(results: Mapping[str, Any]) -> Report:

@@ -22,8 +22,6 @@ class Objective:
         loss: smoothing, mixup and cutmix.
         weights: (N,) weights of the classes, see `class_weights`; None: equal ones.
         erase: erases rectangles.
-        num_classes: N.
-        batch_size: images per batch.
         several: an image can have several labels.
     """
 
@@ -77,7 +75,6 @@ def class_weights(
     Args:
         given: weights by class, 1 for others; "balanced": images / (classes * images of the class); None: equal ones.
         targets: classes of the training images.
-        classes: names of the classes.
 
     Raises:
         UserError: a weight of an unknown class, or "balanced" for a class without images.

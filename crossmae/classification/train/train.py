@@ -44,7 +44,7 @@ from crossmae.classification.evaluation.results import write_results
 from crossmae.classification.probe.linear import lars
 from crossmae.classification.report import write_report
 from crossmae.classification.run_files import FOLDER
-from crossmae.classification.train.augment import TrainView, keyed_everywhere
+from crossmae.classification.train.augment import keyed_everywhere, train_view
 from crossmae.classification.train.config import (
     ClassifierConfig,
     FinetuneConfig,
@@ -117,7 +117,7 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
     model.set_grad_checkpointing(config.runtime.activation_checkpointing)
     crop_pct = config.evaluation.crop_pct or published_crop_pct(size.img_size)
     # The augmented images, and the loss.
-    view = TrainView(size.img_size, data.crop_scale, data.flip, data.auto_augment, data.color_jitter, data.mean)
+    view = train_view(size.img_size, data.crop_scale, data.flip, data.auto_augment, data.color_jitter, data.mean)
     images = TrainImages(source, labelled.targets, view, seed, channels, data.bit_depth, data.broken)
     objective = build_objective(config.loss, data, labelled, optim.batch_size, device)
     broken = []
