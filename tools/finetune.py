@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     config = load_typed_config(FinetuneConfig, arguments.config_file, arguments.overrides)
 
     if arguments.eval_only:
-        from crossmae.classification.evaluation.results import evaluate_only  # imports take seconds
+        from crossmae.classification.evaluation.evaluate import evaluate_only  # imports take seconds
         from crossmae.training.log import describe
 
         scores = evaluate_only(

@@ -11,25 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
-from pydantic_core import to_jsonable_python
+from pydantic import Field, model_validator
 
 from crossmae.checkpoints.run_checkpoint import FOLDER as CHECKPOINTS
 from crossmae.checkpoints.run_checkpoint import RECORD as RUN_RECORD
 from crossmae.classification.classifier import BEST
-from crossmae.classification.evaluation.files import CALIBRATION, CONFUSION_PNG, EMBEDDING, EVALUATION, PER_CLASS_CSV
-from crossmae.classification.evaluation.hardest import HARDEST
-from crossmae.classification.evaluation.hardest import RECORD as HARDEST_RECORD
-from crossmae.classification.run_files import CONFIG, FOLDER, ClassRow, Evaluation, Hardest, HardImage
+from crossmae.classification.evaluation.files import (
+    CALIBRATION,
+    CONFUSION_PNG,
+    EMBEDDING,
+    EVALUATION,
+    HARDEST,
+    HARDEST_RECORD,
+    PER_CLASS_CSV,
+)
 from crossmae.classification.train.config import FinetuneConfig
 from crossmae.data.images import read_image
 from crossmae.files import read_json
 from crossmae.reports import page, sections
-from crossmae.reports.run_folder import REPORT, LoggedNumbers, RunFolder, read_log
+from crossmae.reports.run_folder import REPORT, FileContent, LoggedNumbers, RunFolder, read_log
 from crossmae.training.config import read_yaml
 from crossmae.training.log import LOG
 from crossmae.training.start import WEIGHTS
 
+CONFIG, FOLDER = "config.yaml", "evaluation"
 SHOWN_PAIRS = 15  # of confused classes
 DATA_KEYS = {"data.train", "data.root", "data.val", "data.val_root"}  # have a section of their own
 WIDE = 900  # pixels from which a figure takes the whole width
@@ -46,6 +51,69 @@ HEADLINES = {  # label and meaning
 }
 
 
+class ClassRow(FileContent):
+    """A class of an evaluation, with shares of 1, None where undefined for lack of images."""
+
+    name: str
+    samples: int
+    recall: float | None
+    precision: float | None
+    ap: float | None = None
+
+
+class ConfusedClasses(FileContent):
+    """Images of one class that were taken for another, and their share of the true class."""
+
+    true: str
+    predicted: str
+    count: int
+    share: float
+
+
+class Evaluation(FileContent):
+    """Content of `evaluation.json`: numbers of the whole data set by name, and `about` what they are."""
+
+    samples: int
+    numbers: dict[str, float | None]
+    top1_interval: tuple[float, float] | None = None
+    classes: list[ClassRow]
+    most_confused: list[ConfusedClasses] = Field([])
+    about: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _has_a_headline(self) -> Evaluation:
+        if self.metric not in self.numbers:
+            raise ValueError("numbers have neither top1 nor mean_ap")
+        return self
+
+    @property
+    def multi_label(self) -> bool:
+        """True if an image can have several classes."""
+        return self.metric == "mean_ap"
+
+    @property
+    def metric(self) -> str:
+        """The name of the headline number."""
+        return "mean_ap" if "mean_ap" in self.numbers else "top1"
+
+
+class HardImage(FileContent):
+    """A wrongly classified image: its picture or the fault that prevents one, and classes with probabilities."""
+
+    name: str
+    picture: str | None
+    fault: str = ""
+    true: list[tuple[str, float]]
+    predicted: list[tuple[str, float]]
+
+
+class Hardest(FileContent):
+    """Content of `hardest.json`: the number of wrong images, and the worst of them."""
+
+    wrong: int
+    images: list[HardImage]
+
+
 def _evaluation_sections(run: RunFolder, found: Evaluation | None, hardest: Hardest | None) -> list[page.Section]:
     multi_label = found is not None and found.multi_label
     shown = [_result_section(run, found), _class_section(run, found)]
@@ -57,19 +125,14 @@ def _evaluation_sections(run: RunFolder, found: Evaluation | None, hardest: Hard
 def _result_section(run: RunFolder, found: Evaluation | None) -> page.Section:
     if found is None:
         return page.Section("Results", "", [run.missing(EVALUATED, "results")])
-    rows: list[page.TableRow] = [
-        [f"{label}: {meaning}", _headline(key, found.numbers[key])]
-        for key, (label, meaning) in HEADLINES.items()
-        if key in found.numbers
-    ]
+    rows: list[page.TableRow] = []
+    for key, (label, meaning) in HEADLINES.items():
+        if key in found.numbers:
+            value = found.numbers[key]
+            plain = "-" if value is None else f"{value:.4f}" if key == "loss" else page.percent(value, 2)
+            rows.append([f"{label}: {meaning}", plain if key in ("loss", "ece") else page.bar(value)])
     text = f"Of {_weights(found.about)}, on {_images(found)}; each counts exactly once."
     return page.Section("Results", text, [page.Table(["", "value"], rows, "A full bar is 100 %.")])
-
-
-def _headline(key: str, value: float | None) -> str | page.Bar:
-    if key == "loss":
-        return "-" if value is None else f"{value:.4f}"
-    return page.percent(value, 2) if key == "ece" else page.bar(value)
 
 
 def _images(found: Evaluation) -> str:
@@ -124,7 +187,6 @@ def _confusion_section(run: RunFolder, found: Evaluation | None) -> page.Section
 
 
 def _figures(run: RunFolder, names: Mapping[str, str]) -> list[page.PageBlock]:
-    """Show figures of the evaluation, small ones side by side."""
     rows = [run.picture(f"{FOLDER}/{name}", read_image, what, lossless=True) for name, what in names.items()]
     wide = [row for row in rows if isinstance(row, page.PictureRow) and row.pictures[0].width > WIDE]
     small = [row for row in rows if row not in wide]
@@ -207,24 +269,12 @@ def _command_section(folder: Path, weights: object, validated: bool, unfinished:
 
 def changed_from_defaults(content: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """List key, value and default of changed settings, except the data."""
-    changed = sections.changed_settings(content, sections.leaves(to_jsonable_python(_defaults(FinetuneConfig))))
-    return [row for row in changed if row[0] not in DATA_KEYS]
-
-
-def _defaults(schema: type[BaseModel]) -> dict[str, Any]:
-    """Collect the default values of a schema."""
-    found: dict[str, Any] = {}
-    for name, field in schema.model_fields.items():
-        if not field.is_required():
-            default = field.get_default(call_default_factory=True)
-            found[name] = default.model_dump(mode="json") if isinstance(default, BaseModel) else default
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found[name] = _defaults(field.annotation)
-    return found
+    least = FinetuneConfig.model_validate({"output_dir": "", "data": {}, "model": {}})
+    defaults = sections.leaves(least.model_dump(mode="json", exclude={"output_dir"}))
+    return [row for row in sections.changed_settings(content, defaults) if row[0] not in DATA_KEYS]
 
 
 def _data_section(run: RunFolder, data: Mapping[str, tuple[Any, Any]], has_config: bool) -> page.Section:
-    """Show path and number of images by split."""
     rows = [
         [name, sections.path_end(path), f"{count:,}" if isinstance(count, int) else "-"]
         for name, (path, count) in data.items()
@@ -254,7 +304,8 @@ def build_report(folder: Path) -> page.Report:
     content: dict[str, Any] = run.read(CONFIG, read_yaml, {})
     settings = {name: section for name, section in content.items() if isinstance(section, dict)}
     data, about = settings.get("data", {}), found.about if found is not None else {}
-    record = _checkpoint_record(run)
+    checkpoints = [path.relative_to(folder).as_posix() for path in folder.glob(f"{CHECKPOINTS}/step-*/{RUN_RECORD}")]
+    record = _mapping(run.read(max(checkpoints, default=f"{CHECKPOINTS}/{RUN_RECORD}"), read_json, {}))
     plan, versions = _mapping(record.get("plan")), _mapping(record.get("versions", about.get("versions")))
     only_evaluated = found is not None and not log.rows and not run.has(CONFIG)
     unfinished = bool(log.rows) and not run.has(WEIGHTS)
@@ -288,12 +339,6 @@ def _mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _checkpoint_record(run: RunFolder) -> dict[str, Any]:
-    """Read the record of the last checkpoint, if there is one."""
-    records = [str(path.relative_to(run.path)) for path in (run.path / CHECKPOINTS).glob(f"step-*/{RUN_RECORD}")]
-    return _mapping(run.read(max(records, default=f"{CHECKPOINTS}/{RUN_RECORD}"), read_json, {}))
-
-
 def _result(found: Evaluation | None) -> str:
     if found is None:
         return ""
@@ -302,7 +347,6 @@ def _result(found: Evaluation | None) -> str:
 
 
 def _interval(found: Evaluation) -> str:
-    """Write the interval of the top-1 accuracy, for images drawn independently."""
     if found.top1_interval is None:
         return ""
     low, high = found.top1_interval

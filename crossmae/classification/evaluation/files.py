@@ -1,4 +1,4 @@
-"""Files of an evaluation.
+"""Files of an evaluation, written while the data set is at hand.
 
     FOLDER/evaluation.json        numbers, classes, most frequent confusions; written last: the rest is complete then
     FOLDER/per_class.csv          the classes of evaluation.json as a table
@@ -7,6 +7,8 @@
     FOLDER/calibration.png        accuracy by probability
     FOLDER/features.safetensors   `features` (M, E) of some samples, their `labels` and `indices`
     FOLDER/embedding.png          a map of these features
+    FOLDER/hardest/01.jpg ...     wrongly classified images, highest loss first; .png where small images are enlarged
+    FOLDER/hardest/hardest.json   their true and predicted classes; written last, as the sign that all is complete
 
 Where an image can have several labels there is no confusion and no calibration; without features, neither of their
 files. Shares are of 1, not percent. What is not defined for lack of samples is null in JSON and empty in tables.
@@ -24,11 +26,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor
 
 from crossmae.classification.evaluation.figures import calibration_figure, confusion_figure, map_figure
-from crossmae.classification.evaluation.metrics import ClassificationScores, Predictions
+from crossmae.classification.evaluation.metrics import LABEL_THRESHOLD, ClassificationScores, Predictions
+from crossmae.data.pixels import to_tensor, to_unit_range
+from crossmae.errors import UserError
 from crossmae.files import ODD_BYTES, make_folder, sync_folder, write_atomically, write_json
+from crossmae.pretraining.figures import DARK, to_display, whole_scale
 from crossmae.reports.figures import save_figure
 
 EVALUATION = "evaluation.json"
@@ -52,7 +59,7 @@ def write_evaluation(
     sample_names: Callable[[int], str],
     about: Mapping[str, Any],
 ) -> None:
-    """Write the files of an evaluation; an earlier one stays until they are complete.
+    """Write the files of an evaluation, all at once in place of an earlier one.
 
     Args:
         folder: made if need be.
@@ -165,3 +172,83 @@ def _write_features(folder: Path, predictions: Predictions, class_names: Sequenc
         save_figure(figure, folder / EMBEDDING)
     tensors = {"features": features.contiguous(), "labels": labels, "indices": indices.contiguous()}
     write_atomically(folder / FEATURES, lambda temporary: save_file(tensors, temporary))
+
+
+HARDEST, HARDEST_RECORD = "hardest", "hardest.json"
+PICTURE_SIDE = 224  # pixels of the longer side of a picture, about
+
+
+def write_hardest(
+    folder: Path,
+    predictions: Predictions,
+    read: Callable[[int], Image.Image | Tensor],
+    class_names: Sequence[str],
+    sample_names: Callable[[int], str],
+    most: int = 24,
+) -> None:
+    """Write pictures of the hardest images, in place of earlier pictures.
+
+    Args:
+        folder, predictions, class_names, sample_names: see `write_evaluation`.
+        read: an image by its index, as `crossmae.data.pixels.read_pixels` returns it.
+        most: pictures.
+    """
+    target = folder / HARDEST
+    make_folder(target, "hardest images")
+    for old in [target / HARDEST_RECORD, *target.glob("[0-9]*.jpg"), *target.glob("[0-9]*.png")]:
+        old.unlink(missing_ok=True)
+    wrong = (~predictions.correct).nonzero()[:, 0]
+    order = predictions.losses[wrong].argsort(descending=True, stable=True)[:most]
+    entries = []
+    for number, row in enumerate(wrong[order].tolist(), start=1):
+        index = int(predictions.indices[row])
+        entry = {"name": sample_names(index), "index": index, **_verdict(predictions, row, class_names)}
+        try:
+            entry["picture"] = _write_picture(target, f"{number:02d}", read(index))
+        except UserError as error:
+            entry |= {"picture": None, "fault": str(error)}
+        entries.append(entry)
+    write_json(target / HARDEST_RECORD, {"wrong": len(wrong), "images": entries})
+
+
+def _verdict(predictions: Predictions, row: int, class_names: Sequence[str]) -> dict[str, Any]:
+    loss = float(predictions.losses[row])
+    if predictions.scores is None:
+        best = int(predictions.top_classes[row, 0])
+        # Cross entropy is the negative logarithm of the true class's probability.
+        true = [[class_names[int(predictions.labels[row])], math.exp(-loss)]]
+        return {"loss": loss, "true": true, "predicted": [[class_names[best], float(predictions.top_scores[row, 0])]]}
+    scores = predictions.scores[row]
+    order = scores.argsort(descending=True, stable=True).tolist()
+    named = [[class_names[at], float(scores[at])] for at in order]
+    true = [one for at, one in zip(order, named, strict=True) if predictions.labels[row, at]]
+    return {"loss": loss, "true": true, "predicted": [one for one in named if one[1] >= LABEL_THRESHOLD]}
+
+
+def _write_picture(folder: Path, stem: str, pixels: Image.Image | Tensor) -> str:
+    picture, enlarged = display_picture(pixels)
+    name = f"{stem}.png" if enlarged else f"{stem}.jpg"
+    options: dict[str, Any] = {"optimize": True} if enlarged else {"quality": 88, "subsampling": 0}
+    kind = "PNG" if enlarged else "JPEG"
+    write_atomically(folder / name, lambda temporary: picture.save(temporary, kind, **options))
+    return name
+
+
+def display_picture(pixels: Image.Image | Tensor) -> tuple[Image.Image, bool]:
+    """Convert any image to RGB near PICTURE_SIDE pixels.
+
+    Images of 16 bits that use little of their range, as 12-bit data do, are brightened.
+
+    Returns:
+        The picture, and True where it is enlarged, always by a whole number.
+    """
+    tensor = to_tensor(pixels)
+    values = to_display(to_unit_range(tensor)[None])[0]  # (3, H, W)
+    brightest = float(values.max())
+    if tensor.is_floating_point() and 0 < brightest < DARK:
+        values = values / brightest
+    picture = Image.fromarray(torch.round(values * 255).byte().permute(1, 2, 0).contiguous().numpy())
+    scale = whole_scale(picture.height, picture.width, PICTURE_SIDE)
+    size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
+    how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    return picture.resize(size, how), scale > 1

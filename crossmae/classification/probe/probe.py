@@ -19,7 +19,7 @@ from torch import Tensor
 
 from crossmae.checkpoints.weights import Weights, read_weights
 from crossmae.classification.data import find_classes, find_several, label_targets, warn_of_absent
-from crossmae.classification.probe import few_shot, knn, linear, logistic
+from crossmae.classification.probe import knn, linear, logistic
 from crossmae.classification.probe.cache import CachedFeatures, cached, data_digest, is_cached, tensors_digest
 from crossmae.classification.probe.config import LinearConfig, ProbeRunConfig
 from crossmae.classification.probe.features import Views, choose_views, extract, open_encoder, random_weights
@@ -99,7 +99,7 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
         "knn": lambda: knn.sweep(train, val, len(classes), ks, config.knn.temperature, device),
         "linear": lambda: linear.run_linear(train, val, len(classes), head, device),
         "logistic": lambda: logistic.run_logistic(train, val, strengths, most, seed),
-        "few_shot": lambda: few_shot.run_few_shot(train, val, few.shots, few.seeds, few.strength, few.max_iterations),
+        "few_shot": lambda: logistic.run_few_shot(train, val, few.shots, few.seeds, few.strength, few.max_iterations),
     }
     found: dict[str, Any] = {}
     for name in (name for name in runs if name in config.methods):
@@ -167,7 +167,7 @@ def check_methods(
     if "linear" in methods and linear.reach(head, images) < 1:
         log.warning("linear: %d images are too few steps: %s", images, REACH)
     if "few_shot" in methods:
-        few_shot.check_shots(labels, classes, shots, "few_shot.shots")
+        logistic.check_shots(labels, classes, shots, "few_shot.shots")
     if "logistic" in methods and int(torch.bincount(labels).max()) < 2:
         raise UserError("methods: logistic holds out training images, and no class of data.train has two")
     return possible

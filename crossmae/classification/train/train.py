@@ -38,12 +38,10 @@ from crossmae.classification.data import (
     read_class_names,
     warn_of_absent,
 )
-from crossmae.classification.evaluation.evaluate import EvaluationSet, evaluate
+from crossmae.classification.evaluation.evaluate import EvaluationSet, evaluate, write_results
 from crossmae.classification.evaluation.metrics import ClassificationScores, Predictions, score
-from crossmae.classification.evaluation.results import write_results
 from crossmae.classification.probe.linear import lars
-from crossmae.classification.report import write_report
-from crossmae.classification.run_files import FOLDER
+from crossmae.classification.report import FOLDER, write_report
 from crossmae.classification.train.augment import keyed_everywhere, train_view
 from crossmae.classification.train.config import (
     ClassifierConfig,

@@ -109,7 +109,7 @@ def test_the_policy_is_timms_with_its_own_settings() -> None:
             48, is_training=True, interpolation="bicubic", auto_augment=policy, normalize=False, mean=MEAN, **whole
         )
         ours = train_view((48, 48), (1.0, 1.0), 0.0, policy, 0.0, MEAN)
-        ours.steps, reference.transforms = ours.steps[2:], reference.transforms[1:]  # no crop, no flip
+        ours.transforms, reference.transforms = ours.transforms[2:], reference.transforms[1:]  # no crop, no flip
         with keyed_everywhere(3):
             mine = ours(image)
         with keyed_everywhere(3):

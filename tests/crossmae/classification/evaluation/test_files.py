@@ -30,7 +30,7 @@ from crossmae.classification.evaluation.files import (
     write_evaluation,
 )
 from crossmae.classification.evaluation.metrics import Predictions, score
-from crossmae.classification.run_files import Evaluation
+from crossmae.classification.report import Evaluation
 from crossmae.errors import UserError
 from tests.crossmae.classification.made_up import predictions_of, random_predictions
 
