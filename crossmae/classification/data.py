@@ -130,10 +130,7 @@ def warn_of_absent(targets: Tensor, key: str, classes: Sequence[str]) -> None:
 
 
 def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str]) -> tuple[str, ...]:
-    """Read the names to show for the classes, in their order.
-
-    Args:
-        names: given, or a text file with one a line; None: the classes themselves.
+    """Read the names to show for the classes, given or one a line in a file.
 
     Raises:
         UserError: not one per class, or the file cannot be read.
@@ -155,13 +152,7 @@ def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str])
 
 
 class TrainImages(KeyedImages):
-    """Augmented images with their targets.
-
-    Args:
-        source, seed, channels, bit_depth, broken: see `KeyedImages`.
-        targets: (N, ...) of all samples of the source.
-        view: of an image, (C, H, W).
-    """
+    """Augmented images with their targets, rows of (N, ...); `view` makes an image (C, H, W)."""
 
     def __init__(
         self,
@@ -183,13 +174,7 @@ class TrainImages(KeyedImages):
 
 
 class CentreViews(Dataset[Any]):
-    """Centre crops of images with their targets, as evaluation sees them.
-
-    Args:
-        source, targets, channels, bit_depth: see `TrainImages`.
-        size: height and width of the view.
-        crop_pct: see `crossmae.data.pixels.centre_view`.
-    """
+    """Centre crops of height and width `size` with their targets, as evaluation sees them."""
 
     def __init__(
         self, source: Source, targets: Tensor, size: tuple[int, int], crop_pct: float, channels: int, bit_depth: int

@@ -184,21 +184,19 @@ def write_answers(
     mixed = output == STDOUT and sys.stdout.isatty()  # a bar would stand between the answers
 
     def answers() -> Iterator[Answer]:
-        found = predict(classifier, sources, selection, batch_size)
-        total = sum(map(len, sources))
+        found, total = predict(classifier, sources, selection, batch_size), sum(map(len, sources))
         for answer in tqdm(found, "predict", total, unit="img", dynamic_ncols=True, disable=mixed):
             if isinstance(answer, UserError):
                 failures.append(str(answer))
             else:
                 yield answer
 
+    write = WRITERS[".json" if output == STDOUT else Path(output).suffix.lower()]
     if output == STDOUT:
-        _write_json(sys.stdout, answers(), failures, classifier, selection)
+        write(sys.stdout, answers(), failures, classifier, selection)
     else:
-        path = Path(output)
-        make_folder(path.parent, "--output")
-        write = WRITERS[path.suffix.lower()]
-        stream_text(path, lambda file: write(file, answers(), failures, classifier, selection))
+        make_folder(Path(output).parent, "--output")
+        stream_text(Path(output), lambda file: write(file, answers(), failures, classifier, selection))
     return failures
 
 

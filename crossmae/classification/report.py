@@ -287,11 +287,7 @@ def _data_section(run: RunFolder, data: Mapping[str, tuple[Any, Any]], has_confi
 
 
 def write_report(folder: Path) -> Path:
-    """Write and return `folder`/report.html, whatever state the run is in.
-
-    Raises:
-        OSError: the folder is not writable.
-    """
+    """Write and return `folder`/report.html, whatever state the run is in."""
     return build_report(folder).write(folder / REPORT)
 
 
@@ -309,7 +305,8 @@ def build_report(folder: Path) -> page.Report:
     plan, versions = _mapping(record.get("plan")), _mapping(record.get("versions", about.get("versions")))
     only_evaluated = found is not None and not log.rows and not run.has(CONFIG)
     unfinished = bool(log.rows) and not run.has(WEIGHTS)
-    progress = _progress(log, settings.get("schedule", {}).get("epochs")) if log.rows else ""
+    done, epochs = log.rows[-1]["epoch"] if log.rows else 0.0, settings.get("schedule", {}).get("epochs")
+    progress = f"{done:.4g} of {epochs:,} epochs" if isinstance(epochs, int) else f"{done:.4g} epochs"
     weights = folder if run.has(BEST, WEIGHTS) else about.get("weights") if only_evaluated else None
     splits = {
         "training": (data.get("train"), plan.get("images")),
@@ -320,6 +317,10 @@ def build_report(folder: Path) -> page.Report:
         evaluation = sections.collapse(evaluation, "Evaluation", "Nothing is evaluated yet.")
         if len(evaluation) == 1 and settings and not data.get("val"):
             evaluation = [page.Section("Evaluation", "There were no images to evaluate on (data.val).")]
+    result = ""
+    if found is not None:
+        value, interval = page.percent(found.numbers[found.metric]), _interval(found)
+        result = f"{HEADLINES[found.metric][0]} {value}{interval and f' ({interval})'} on {_images(found)}. "
     use = _command_section(folder, weights, bool(data.get("val")), unfinished and bool(settings))
     shown = [*evaluation, use]
     if not only_evaluated:
@@ -328,8 +329,8 @@ def build_report(folder: Path) -> page.Report:
         shown = [*evaluation, _training_section(run, log), use, own]
     return page.Report(
         f"Classifier: {folder.resolve().name}",
-        sections.lead(_result(found), progress if unfinished else ""),
-        _evaluation_facts(found) + _training_facts(log, plan, progress),
+        sections.lead(result, progress if unfinished else ""),
+        _evaluation_facts(found) + _training_facts(log, plan, progress if log.rows else ""),
         [*shown, _data_section(run, splits, bool(settings))],
         [(name, str(version)) for name, version in versions.items()],
     )
@@ -339,23 +340,11 @@ def _mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _result(found: Evaluation | None) -> str:
-    if found is None:
-        return ""
-    value, interval = page.percent(found.numbers[found.metric]), _interval(found)
-    return f"{HEADLINES[found.metric][0]} {value}{interval and f' ({interval})'} on {_images(found)}. "
-
-
 def _interval(found: Evaluation) -> str:
     if found.top1_interval is None:
         return ""
     low, high = found.top1_interval
     return f"95% interval {100 * low:.1f} to {100 * high:.1f} %"
-
-
-def _progress(log: LoggedNumbers, total: object) -> str:
-    done = log.rows[-1]["epoch"]
-    return f"{done:.4g} of {total:,} epochs" if isinstance(total, int) else f"{done:.4g} epochs"
 
 
 def _evaluation_facts(found: Evaluation | None) -> list[page.Fact]:
@@ -377,6 +366,4 @@ def _training_facts(log: LoggedNumbers, plan: Mapping[str, Any], progress: str) 
         seconds = sum(steps * per_step / speed for steps, speed in log.spans("step", "images_per_second"))
         note = f"{np.median(speeds):,.0f} images per second (median), without evaluations"
         found.append(page.Fact("Training time", page.format_seconds(seconds), note))
-    if memory:
-        found.append(page.Fact("Peak memory", f"{max(memory):.1f} GB", "of one process"))
-    return found
+    return found + ([page.Fact("Peak memory", f"{max(memory):.1f} GB", "of one process")] if memory else [])

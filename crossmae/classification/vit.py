@@ -98,11 +98,6 @@ def build_vit(
     | `avg` | mean of the patch tokens, then `fc_norm`  |
     | `cls` | `norm`, then the class token              |
 
-    | head        | keys                           | weights                                                  |
-    | ----------- | ------------------------------ | -------------------------------------------------------- |
-    | `linear`    | `head.weight`, `.bias`         | truncated normal 2e-5                                    |
-    | `batchnorm` | `head.0.running_*`, `head.1.*` | BatchNorm without scale and shift, truncated normal 0.01 |
-
     Args:
         num_classes: N; 0 for no head.
         drop_path: rate of the last block; it grows linearly from 0 in the first.
@@ -125,7 +120,10 @@ def build_vit(
 
 
 def build_head(width: int, num_classes: int, head: HeadKind) -> nn.Module:
-    """Build a random head of `build_vit`, (B, E) to (B, N)."""
+    """Build a random head of `build_vit`, (B, E) to (B, N).
+
+    The batchnorm head has BatchNorm without scale and shift before its layer. Weights are truncated normal.
+    """
     linear = nn.Linear(width, num_classes)
     std = 2e-5 if head == "linear" else 0.01
     # With the usual bounds of -2 and 2, far out for these deviations, rounding makes one weight in 2 ** 24 exactly -2:

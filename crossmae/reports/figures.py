@@ -67,14 +67,7 @@ def line_plot(curves: Curves, *, title: str, x_label: str, y_label: str, caption
 
 
 def curve_plots(rows: Sequence[Mapping[str, Any]], source: Path, x: str, plots: PlotKeys) -> list[Plot | Missing]:
-    """Plot logged values over steps, or name the log without values.
-
-    Args:
-        rows: of the log.
-        source: the log's file.
-        x: key of the steps or epochs.
-        plots: values by title; titles are unique on the page.
-    """
+    """Plot logged values over `x`, or name the log `source` without values."""
     found: list[Plot | Missing] = []
     for title, (y_label, keys) in plots.items():
         points = {label: [(row[x], row[key]) for row in rows if x in row and key in row] for key, label in keys.items()}

@@ -91,12 +91,7 @@ def _numbers_of(line: str) -> dict[str, float]:
 
 
 class RunFolder:
-    """A run folder whose files may be missing or damaged.
-
-    Attributes:
-        path: of the folder.
-        faults: why a file could not be read, by its name.
-    """
+    """A run folder whose files may be missing or damaged; `faults` tells why, by name of the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

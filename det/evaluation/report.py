@@ -227,11 +227,7 @@ def _data_section(run: RunFolder, record: RunRecord) -> page.Section:
 
 
 def write_report(folder: Path) -> Path:
-    """Write and return `folder`/report.html, whatever state the run is in.
-
-    Raises:
-        OSError: the folder is not writable.
-    """
+    """Write and return `folder`/report.html, whatever state the run is in."""
     return build_report(folder).write(folder / REPORT)
 
 
@@ -244,7 +240,8 @@ def build_report(folder: Path) -> page.Report:
     results = run.read(RESULTS, DetectionResults.read, None)
     best = run.read(BEST_RECORD, BestEvaluation.read, None)
     unfinished = bool(log.rows) and not run.has(FINAL)
-    progress = _progress(log, record.iterations) if log.rows else ""
+    done, total = int(log.rows[-1]["iteration"]) if log.rows else 0, record.iterations
+    progress = f"{done:,} of {total:,} iterations" if total > done else page.counted(done, "iteration")
     changed = changed_from_defaults(settings)
     plots = {
         **loss_plots(log),
@@ -277,11 +274,6 @@ def _detector(settings: Mapping[str, Any]) -> str:
         return "A detector"
 
 
-def _progress(log: LoggedNumbers, total: int) -> str:
-    done = int(log.rows[-1]["iteration"])
-    return f"{done:,} of {total:,} iterations" if total > done else page.counted(done, "iteration")
-
-
 def _accuracy_facts(results: DetectionResults | None, best: BestEvaluation | None) -> list[page.Fact]:
     found = [] if results is None else ap_facts(results, "AP", ("AP50", "AP75"))
     if best is not None:
@@ -297,11 +289,10 @@ def _training_facts(record: RunRecord, log: LoggedNumbers, progress: str) -> lis
     if isinstance(images, int):
         note = page.counted(len(record.classes), "class", "classes") if record.classes else ""
         found.append(page.Fact("Training images", f"{images:,}", note))
-    times, memory = log.values("time"), log.values("peak_memory_bytes")
-    if times:
+    if times := log.values("time"):
         seconds = sum(steps * time for steps, time in log.spans("iteration", "time"))
         note = f"{progress} of {np.median(times):.3g} s, without evaluations"
         found.append(page.Fact("Training time", page.format_seconds(seconds), note))
-    if memory:
+    if memory := log.values("peak_memory_bytes"):
         found.append(page.Fact("Peak memory", page.format_bytes(max(memory)), "of one GPU"))
     return found

@@ -41,15 +41,7 @@ TOP = 5  # classes of a sample that are kept
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Images to evaluate on, and how they are read.
-
-    Attributes:
-        views: of the images of data.val, with targets.
-        mean, std: per channel, of pixels in 0-1.
-        batch_size: images per process.
-        workers: processes that read images.
-        features: at most so many samples, evenly spaced, keep their features.
-    """
+    """Views to evaluate on in batches per process, of which `features` evenly spaced samples keep their features."""
 
     views: CentreViews
     mean: tuple[float, ...]
@@ -138,10 +130,7 @@ def write_results(
 ) -> None:
     """Write all files of an evaluation, in place of an earlier evaluation.
 
-    Args:
-        folder, predictions, scores, class_names, about: see `write_evaluation`.
-        views: evaluated images; facts about them are added to `about`.
-        hardest: pictures of the worst mistakes.
+    See `write_evaluation`; facts about the evaluated `views` are added to `about`.
     """
     source = views.source
     facts = {
@@ -173,7 +162,6 @@ def evaluate_only(
 
     Args:
         weights: a classifier's file, or the folder of a run, whose best weights are taken.
-        data: of which val, val_root, separator and workers are read.
         batch_size: images per process, where `settings` name none.
         force: replace the results of an earlier call.
 

@@ -40,14 +40,10 @@ GOLDEN = (math.sqrt(5) - 1) / 2  # steps of the hue, so that neighbours differ m
 
 
 def confusion_figure(confusion: NDArray[np.int64], class_names: Sequence[str]) -> Figure:
-    """Draw a confusion matrix.
+    """Draw a confusion matrix (C, C) of samples, true class by predicted class.
 
     Darker cells hold a larger share of their true class. Colours follow the square root of the share, because most
     confusions would otherwise be too pale.
-
-    Args:
-        confusion: (C, C) samples, true class by predicted class.
-        class_names: C names; see `class_labels`.
     """
     C, samples = len(class_names), int(confusion.sum())
     side = _cell(C) * C
@@ -182,7 +178,6 @@ def map_figure(
         features: (M, E), finite, M from 3 and E from 2.
         labels: (M,) classes, or None for a single colour where an image can have several.
         wrong: (M,).
-        class_names: C names.
     """
     points, note = project(features)
     present = [] if labels is None else np.unique(labels).tolist()

@@ -38,11 +38,8 @@ from crossmae.files import ODD_BYTES, make_folder, sync_folder, write_atomically
 from crossmae.pretraining.figures import DARK, to_display, whole_scale
 from crossmae.reports.figures import save_figure
 
-EVALUATION = "evaluation.json"
-CONFUSION_CSV, CONFUSION_PNG = "confusion.csv", "confusion.png"
-PER_CLASS_CSV = "per_class.csv"
-PREDICTIONS_CSV = "predictions.csv"
-CALIBRATION = "calibration.png"
+EVALUATION, PER_CLASS_CSV, PREDICTIONS_CSV = "evaluation.json", "per_class.csv", "predictions.csv"
+CONFUSION_CSV, CONFUSION_PNG, CALIBRATION = "confusion.csv", "confusion.png", "calibration.png"
 FEATURES, EMBEDDING = "features.safetensors", "embedding.png"
 FILES = (EVALUATION, CONFUSION_CSV, CONFUSION_PNG, PER_CLASS_CSV, PREDICTIONS_CSV, CALIBRATION, FEATURES, EMBEDDING)
 
@@ -62,8 +59,6 @@ def write_evaluation(
     """Write the files of an evaluation, all at once in place of an earlier one.
 
     Args:
-        folder: made if need be.
-        predictions, scores: of the whole data set.
         class_names: C names to show.
         sample_names: the name of a sample by its index in the source.
         about: JSON facts about weights and data, kept in evaluation.json as they are.
@@ -80,9 +75,8 @@ def write_evaluation(
         _write_csv(new / PREDICTIONS_CSV, _prediction_rows(predictions, class_names, sample_names))
         if scores.confusion is not None:
             counts = zip(class_names, scores.confusion.tolist(), strict=True)
-            _write_csv(
-                new / CONFUSION_CSV, [["true \\ predicted", *class_names], *([name, *row] for name, row in counts)]
-            )
+            header = ["true \\ predicted", *class_names]
+            _write_csv(new / CONFUSION_CSV, [header, *([name, *row] for name, row in counts)])
             save_figure(confusion_figure(scores.confusion, class_names), new / CONFUSION_PNG)
             save_figure(calibration_figure(scores.bins), new / CALIBRATION)
         _write_features(new, predictions, class_names)
@@ -186,12 +180,9 @@ def write_hardest(
     sample_names: Callable[[int], str],
     most: int = 24,
 ) -> None:
-    """Write pictures of the hardest images, in place of earlier pictures.
+    """Write up to `most` pictures of the hardest images, in place of earlier pictures.
 
-    Args:
-        folder, predictions, class_names, sample_names: see `write_evaluation`.
-        read: an image by its index, as `crossmae.data.pixels.read_pixels` returns it.
-        most: pictures.
+    `read` returns an image by its index, as `crossmae.data.pixels.read_pixels` does.
     """
     target = folder / HARDEST
     make_folder(target, "hardest images")
@@ -235,12 +226,9 @@ def _write_picture(folder: Path, stem: str, pixels: Image.Image | Tensor) -> str
 
 
 def display_picture(pixels: Image.Image | Tensor) -> tuple[Image.Image, bool]:
-    """Convert any image to RGB near PICTURE_SIDE pixels.
+    """Convert any image to RGB near PICTURE_SIDE pixels; True where it is enlarged.
 
-    Images of 16 bits that use little of their range, as 12-bit data do, are brightened.
-
-    Returns:
-        The picture, and True where it is enlarged, always by a whole number.
+    Images of 16 bits that use little of their range, as 12-bit data do, are brightened. Scales up are whole numbers.
     """
     tensor = to_tensor(pixels)
     values = to_display(to_unit_range(tensor)[None])[0]  # (3, H, W)

@@ -165,10 +165,8 @@ class ClassificationScores:
         classes: C metrics of single classes.
         top1_interval: Wilson's 95% interval of `top1`.
         top5: only where there are more than 5 classes.
-        balanced_accuracy: mean recall, without the classes that have no samples.
-        ece: expected calibration error over `bins`.
+        balanced_accuracy, mean_ap: means over the classes that have samples.
         confusion: (C, C) samples, true class by predicted class.
-        mean_ap: mean average precision, without the classes that have no samples.
         micro_f1: F1 of all pairs of sample and class, at a score of 0.5.
         macro_f1: mean of the classes' F1, without the classes that are neither in labels nor in predictions.
     """

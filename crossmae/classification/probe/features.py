@@ -49,13 +49,7 @@ log = logging.getLogger(__name__)
 
 
 class FrozenEncoder(nn.Module):
-    """Encoder of normalised pixels (B, C, H, W) to features (B, E), float32.
-
-    Args:
-        block: from 0; its output is pooled.
-        norm: apply the final norm before pooling.
-        pool: see `crossmae.pretraining.neighbours.pool_tokens`.
-    """
+    """Encoder of normalised pixels (B, C, H, W) to features (B, E), float32, pooled from the output of `block`."""
 
     def __init__(self, vit: VisionTransformer, block: int, norm: bool, pool: FeaturePool) -> None:
         super().__init__()
@@ -92,12 +86,7 @@ class Opened:
 def random_weights(name: str, seed: int, **given: Any) -> Weights:
     """Draw the weights that pretraining of that name and seed starts from.
 
-    Args:
-        name: of `crossmae.list_models()`.
-        given: arguments of the model in place of the size's own; None counts as not given.
-
-    Raises:
-        UserError: the model refuses them.
+    Arguments that are given and not None replace the size's own. Sizes that do not go together are a UserError.
     """
     given = {key: value for key, value in given.items() if value is not None}
     with keyed_randomness(seed):
@@ -242,7 +231,6 @@ def extract(
 
     Args:
         encoder: moved to the device.
-        labels: (N,) of them, which travel along.
         precision: "fp32", or "bf16" or "fp16" for autocast.
         dtype: of the result; only a few batches are held next to it.
         name: for the progress bar and errors.

@@ -39,13 +39,9 @@ log = logging.getLogger(__name__)
 
 
 def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
-    """Evaluate frozen features, and write results.json and report.html into `output_dir`.
+    """Evaluate frozen features, write results.json and report.html, and return the results.
 
-    Args:
-        force: replace the results of an earlier call.
-
-    Returns:
-        The content of results.json.
+    With `force` they replace those of an earlier call.
 
     Raises:
         UserError: config, weights or data are wrong; raised before results are written.

@@ -16,14 +16,7 @@ from crossmae.errors import UserError, shorten
 
 
 class Objective:
-    """Loss of a classifier, and the changes to a batch on the device before the model sees it.
-
-    Args:
-        loss: smoothing, mixup and cutmix.
-        weights: (N,) weights of the classes, see `class_weights`; None: equal ones.
-        erase: erases rectangles.
-        several: an image can have several labels.
-    """
+    """Loss of a classifier, with class weights (N,), and the changes to a batch on the device before it."""
 
     def __init__(
         self,

@@ -39,7 +39,7 @@ from crossmae.classification.data import (
     warn_of_absent,
 )
 from crossmae.classification.evaluation.evaluate import EvaluationSet, evaluate, write_results
-from crossmae.classification.evaluation.metrics import ClassificationScores, Predictions, score
+from crossmae.classification.evaluation.metrics import ClassificationScores, score
 from crossmae.classification.probe.linear import lars
 from crossmae.classification.report import FOLDER, write_report
 from crossmae.classification.train.augment import keyed_everywhere, train_view
@@ -84,10 +84,8 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> Path:
     if not config.data.train:
         raise UserError("missing key 'data.train': the labelled images to train on; pass data.train=...")
     if config.model.init is None and config.model.name is None:
-        raise UserError(
-            "model: name or init is needed: a size to train from random weights, or weights to start from; pass "
-            "model.init=..."
-        )
+        meant = "a size to train from random weights, or weights to start from"
+        raise UserError(f"model: name or init is needed: {meant}; pass model.init=...")
     return train(config, partial(build_job, config, resume))
 
 
@@ -181,18 +179,10 @@ def classification_loss(
 
 @dataclass(frozen=True)
 class Judge(Callbacks):
-    """Evaluations of a run, and its best weights.
+    """Evaluations of a run every `every` epochs, and its best weights; without `data`, none.
 
-    Attributes:
-        folder: of the run.
-        data: images to evaluate on; None: no evaluation.
-        schedule: of the run.
-        every: epochs between two evaluations.
-        metadata: describes the weights of a step.
-        class_names: names to show.
-        about: facts for evaluation.json.
-        hardest: images with the highest loss that are kept as pictures.
-        is_probe: only the head is trained.
+    `metadata` describes the weights of a step, `about` the images in evaluation.json, of which the `hardest` are kept
+    as pictures. With `is_probe` only the head is trained.
     """
 
     folder: Path
@@ -215,39 +205,30 @@ class Judge(Callbacks):
             state.model.get_submodule("head").train()
 
     def measure(self, state: TrainingState, records: RunLog) -> None:
-        """Evaluate at the end of a period, and keep the best weights."""
-        if self.data is None or not self.schedule.ends_period(state.step, self.every):
+        """Evaluate at the end of a period, and keep the best weights with their predictions."""
+        step = state.step
+        if self.data is None or not self.schedule.ends_period(step, self.every):
             return
         values: dict[str, float] = {}
         for suffix, model in state.models.items():
-            share_statistics(model, state.ranks)
+            for buffer in model.buffers():  # running statistics: all processes evaluate the same model
+                if buffer.is_floating_point():
+                    buffer.copy_(state.ranks.mean(buffer.clone()))
             predictions = evaluate(model, self.data, state.device, state.autocast, state.ranks)
             scores = score(predictions, len(self.class_names))
             values |= {f"{name}{suffix}": value for name, value in headline(scores).items()}
             if not all(map(math.isfinite, values.values())):
-                raise UserError(
-                    f"at step {state.step} an evaluation is not finite: {describe(values)}; the last checkpoint stays"
-                )
-            if is_best(state.kept, state.step, scores, suffix) and state.ranks.is_main:
-                self.keep_best(state, model, self.data.views, predictions, scores)
-        records.record(state.step, values)
-        records.announce(state.step, values)
-
-    def keep_best(
-        self,
-        state: TrainingState,
-        model: nn.Module,
-        views: CentreViews,
-        predictions: Predictions,
-        scores: ClassificationScores,
-    ) -> None:
-        """Write the weights, and their predictions."""
-        step, best = state.step, state.kept["best"]
-        record = {f"best_{key}": str(value) for key, value in best.items()}
-        save_weights(self.folder / BEST, model.state_dict(), self.metadata(step) | record, force=True)
-        weights = {"weights": BEST, "weights_are": "averaged" if best["averaged"] else "as trained"}
-        about = weights | {"step": step, "epoch": self.schedule.epoch(step)} | self.about
-        write_results(self.folder / FOLDER, views, predictions, scores, self.class_names, about, self.hardest)
+                what = f"at step {step} an evaluation is not finite: {describe(values)}"
+                raise UserError(f"{what}; the last checkpoint stays")
+            if is_best(state.kept, step, scores, suffix) and state.ranks.is_main:
+                record = {f"best_{key}": str(value) for key, value in state.kept["best"].items()}
+                save_weights(self.folder / BEST, model.state_dict(), self.metadata(step) | record, force=True)
+                about = {"weights": BEST, "weights_are": "averaged" if suffix else "as trained"}
+                about |= {"step": step, "epoch": self.schedule.epoch(step)} | self.about
+                folder, views = self.folder / FOLDER, self.data.views
+                write_results(folder, views, predictions, scores, self.class_names, about, self.hardest)
+        records.record(step, values)
+        records.announce(step, values)
 
     def finish(self) -> None:
         """Log the best weights, and write the page of the run."""
@@ -306,13 +287,6 @@ def build_optimizer(model: VisionTransformer, optim: FinetuneOptimConfig, peak_l
     return torch.optim.AdamW(groups, lr=peak_lr, betas=optim.betas, fused=True)
 
 
-def share_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Average running statistics over all processes, which evaluate the same model."""
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(ranks.mean(buffer.clone()))
-
-
 def announce_model(model: nn.Module, size: Architecture, pool: str, place: str) -> None:
     """Log the architecture and where it is trained."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -328,11 +302,7 @@ def announce_classes(classes: Sequence[str], class_names: Sequence[str], several
 
 
 def open_labelled(config: FinetuneConfig, ranks: Ranks) -> LabelledImages:
-    """Open both sources, with labels as positions among the classes of data.train.
-
-    Raises:
-        UserError: no labels, or data.val has classes that data.train has not.
-    """
+    """Open both sources, with labels as positions among the classes of data.train."""
     data = config.data
     source = open_named(data.train, "data.train", data.root)
     if ranks.is_main:
@@ -358,13 +328,7 @@ def open_labelled(config: FinetuneConfig, ranks: Ranks) -> LabelledImages:
 def build_model(
     settings: ClassifierConfig, data: LabelledDataConfig, seed: int, num_classes: int, start: Path | None
 ) -> tuple[Architecture, VisionTransformer, str | None]:
-    """Build the model with the weights of `model.init` or random ones.
-
-    Args:
-        settings: architecture, head and weights.
-        data: mean, deviation and bit depth of the pixels, to compare.
-        num_classes: N.
-        start: checkpoint to continue from; None: a new run.
+    """Build the model with the weights of `model.init`, of the checkpoint `start` or random ones.
 
     Returns:
         The architecture, the model, and what is known of the licence of its weights.
@@ -376,12 +340,9 @@ def build_model(
     torch.manual_seed(seed)
     file = start / MODEL if start else settings.init
     weights = read_weights(file) if file else None
-    if weights is not None:
-        architecture = architecture_of(weights, **given)
-    else:
-        architecture = architecture_from(given, str(settings.name))
+    architecture = architecture_of(weights, **given) if weights else architecture_from(given, str(settings.name))
     model = build_vit(architecture, num_classes, settings.pool, settings.drop_path, settings.head)
-    if weights is not None and not start:
+    if weights and not start:
         compare_pixels(weights, data)
         warn_of_untrained_blocks(weights, architecture.depth)
         report = load_encoder_weights(model, weights)
