@@ -128,9 +128,8 @@ def _read_record(weights: Weights, assumed: Mapping[str, str], architecture: Arc
     """Read the record in the metadata, completed by what is assumed."""
     known = {key: value for key, value in weights.metadata.items() if value != UNKNOWN}
     try:
-        record = TypeAdapter(ClassifierRecord).validate_python(
-            {key: _decode(key, value) for key, value in {**assumed, **known}.items()}
-        )
+        values = {key: _decode(key, value) for key, value in {**assumed, **known}.items()}
+        record = TypeAdapter(ClassifierRecord).validate_python(values)
     except ValidationError as error:
         wrong = "; ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors())
         raise UserError(f"{weights.path}: damaged classifier metadata: {wrong}") from None
@@ -160,7 +159,13 @@ def _assume(weights: Weights, architecture: Architecture) -> tuple[dict[str, str
     number = len(weights.tensors["head.1.weight" if probe else "head.weight"])
     crop_pct = published_crop_pct(architecture.img_size)
     classes = json.dumps([str(index) for index in range(number)])
-    pool, settled = _pool_by_norm(weights)
+    pool = "cls" if "norm.weight" in weights.tensors else "avg"
+    average = json.loads(weights.metadata.get(PUBLISHED_ARGUMENTS, "{}")).get("global_pool")
+    if isinstance(average, bool) and average != (pool == "avg"):
+        raise UserError(
+            f"{weights.path}: its settings say global_pool={average}, but its final norm belongs to pooling {pool!r}. "
+            "No published model has both."
+        )
     values = {
         "pool": pool,
         "head": "batchnorm" if probe else "linear",
@@ -176,21 +181,9 @@ def _assume(weights: Weights, architecture: Architecture) -> tuple[dict[str, str
         "crop_pct": f"evaluation keeps {crop_pct:g} of the shorter side, as published for this size",
         "num_heads": f"{architecture.num_heads} attention heads, as published for a width of {architecture.embed_dim}",
     }
-    if not settled:
+    if not isinstance(average, bool):
         sentences["pool"] = f"pooling is {pool}, as published for the norm that it has"
     if architecture.in_chans == len(IMAGENET_MEAN):
         values |= {PIXEL_MEAN: json.dumps(IMAGENET_MEAN), PIXEL_STD: json.dumps(IMAGENET_STD)}
         sentences[PIXEL_MEAN] = "pixels of 8 bits were normalised by ImageNet's mean and deviation"
     return values, sentences
-
-
-def _pool_by_norm(weights: Weights) -> tuple[Pool, bool]:
-    """Infer the pooling from the final norm, and tell whether the settings confirm it."""
-    pool: Pool = "cls" if "norm.weight" in weights.tensors else "avg"
-    average = json.loads(weights.metadata.get(PUBLISHED_ARGUMENTS, "{}")).get("global_pool")
-    if isinstance(average, bool) and average != (pool == "avg"):
-        raise UserError(
-            f"{weights.path}: its settings say global_pool={average}, but its final norm belongs to pooling {pool!r}. "
-            "No published model has both."
-        )
-    return pool, isinstance(average, bool)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from crossmae.classification.train.augment import keyed_everywhere
 from crossmae.data.batches import KeyedImages, KeyedSample, MovableBatch, collate_as
@@ -130,7 +131,7 @@ def warn_of_absent(targets: Tensor, key: str, classes: Sequence[str]) -> None:
 
 
 def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str]) -> tuple[str, ...]:
-    """Read the names to show for the classes, given or one a line in a file.
+    """Read one name to show per class, given or from a file.
 
     Raises:
         UserError: not one per class, or the file cannot be read.
@@ -152,7 +153,7 @@ def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str])
 
 
 class TrainImages(KeyedImages):
-    """Augmented images with their targets, rows of (N, ...); `view` makes an image (C, H, W)."""
+    """Augmented images (C, H, W) from `view`, with their targets, the rows of (N, ...)."""
 
     def __init__(
         self,
@@ -199,27 +200,25 @@ class CentreViews(Dataset[Any]):
 collate_labelled = partial(collate_as, LabelledBatch)
 
 
-def readable_batches(loader: Iterable[LabelledBatch | Unreadable], key: str) -> Iterator[LabelledBatch]:
-    """Yield the batches of `evaluation_loader`.
+def evaluation_batches(
+    views: CentreViews,
+    indices: Sequence[int],
+    batch_size: int,
+    workers: int,
+    pin_memory: bool,
+    title: str,
+    key: str,
+    show: bool = True,
+) -> Iterator[LabelledBatch]:
+    """Yield batches of some samples, in order, under a progress bar.
 
     Raises:
         UserError: an image cannot be read; names it and `key`, the config key of the source.
     """
-    for batch in loader:
+    workers = usable_workers(workers) if len(indices) > batch_size else 0
+    how: dict[str, Any] = {"sampler": indices, "collate_fn": collate_labelled, "pin_memory": pin_memory}
+    loader = Loader(views, workers, batch_size=batch_size, **how)
+    for batch in tqdm(loader, title, leave=False, unit="batch", dynamic_ncols=True, disable=not show):
         if isinstance(batch, Unreadable):
             raise UserError(f"{key}: {batch.message}. {NEVER_REPLACED}")
         yield batch
-
-
-def evaluation_loader(
-    dataset: CentreViews, indices: Sequence[int], batch_size: int, workers: int, pin_memory: bool
-) -> Loader:
-    """Build a loader of some samples, in order, for `readable_batches`."""
-    return Loader(
-        dataset,
-        usable_workers(workers) if len(indices) > batch_size else 0,
-        batch_size=batch_size,
-        sampler=indices,
-        collate_fn=collate_labelled,
-        pin_memory=pin_memory,
-    )

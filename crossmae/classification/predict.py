@@ -48,6 +48,11 @@ class Answer:
     classes: tuple[int, ...]
     probabilities: tuple[float, ...]
 
+    @property
+    def rounded(self) -> list[float]:
+        """The probabilities as files have them."""
+        return [float(f"{probability:.6g}") for probability in self.probabilities]
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -209,8 +214,8 @@ def _write_json(
     images = JsonArray(file)
     for answer in answers:
         found = [
-            {"class": classifier.classes[at], "name": classifier.class_names[at], "probability": _rounded(score)}
-            for at, score in zip(answer.classes, answer.probabilities, strict=True)
+            {"class": classifier.classes[at], "name": classifier.class_names[at], "probability": score}
+            for at, score in zip(answer.classes, answer.rounded, strict=True)
         ]
         images.add({"name": answer.name, "classes": found})
     images.close()
@@ -226,7 +231,7 @@ def _write_csv(
     best = [column for place in places for column in (f"top{place}", f"score{place}")]
     rows.writerow(["name", *(names if classifier.multi_label else best)])
     for answer in answers:
-        scores = dict(zip(answer.classes, map(_rounded, answer.probabilities), strict=True))
+        scores = dict(zip(answer.classes, answer.rounded, strict=True))
         if classifier.multi_label:
             rows.writerow([answer.name, *(scores.get(at, "") for at in range(len(names)))])
         else:
@@ -243,7 +248,3 @@ def about(classifier: Classifier, selection: Selection) -> dict[str, Any]:
     size = {"img_size": classifier.architecture.img_size}
     chosen = {"threshold": selection.threshold} if classifier.multi_label else {"top_k": selection.top_k}
     return facts | {key: getattr(classifier, key) for key in recorded} | size | chosen
-
-
-def _rounded(probability: float) -> float:
-    return float(f"{probability:.6g}")

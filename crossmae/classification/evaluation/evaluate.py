@@ -12,17 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from crossmae.classification.classifier import Classifier, load_classifier
-from crossmae.classification.data import (
-    CentreViews,
-    LabelledBatch,
-    evaluation_loader,
-    label_targets,
-    readable_batches,
-    warn_of_absent,
-)
+from crossmae.classification.data import CentreViews, LabelledBatch, evaluation_batches, label_targets, warn_of_absent
 from crossmae.classification.evaluation.files import write_evaluation, write_hardest
 from crossmae.classification.evaluation.metrics import ClassificationScores, Predictions, merge, score
 from crossmae.classification.report import CONFIG, FOLDER, write_report
@@ -73,10 +65,9 @@ def _predict(
 ) -> Iterator[Predictions]:
     with_features = torch.tensor(evenly_spaced(len(data.views), data.features), dtype=torch.int64)
     normalize = Normalize(data.mean, data.std, device)
-    loader = evaluation_loader(data.views, indices, data.batch_size, data.workers, device.type == "cuda")
-    bar = tqdm(loader, "evaluate", leave=False, unit="batch", dynamic_ncols=True, disable=not show)
+    how = (data.batch_size, data.workers, device.type == "cuda", "evaluate", "data.val", show)
     with _evaluation_mode(model), torch.no_grad():
-        for batch in readable_batches(bar, "data.val"):
+        for batch in evaluation_batches(data.views, indices, *how):
             with autocast:
                 tokens = model.forward_features(normalize(batch.to(device).images))
                 pooled = model.forward_head(tokens, pre_logits=True)

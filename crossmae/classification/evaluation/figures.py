@@ -40,7 +40,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2  # steps of the hue, so that neighbours differ m
 
 
 def confusion_figure(confusion: NDArray[np.int64], class_names: Sequence[str]) -> Figure:
-    """Draw a confusion matrix (C, C) of samples, true class by predicted class.
+    """Draw a confusion matrix (C, C), true class by predicted class.
 
     Darker cells hold a larger share of their true class. Colours follow the square root of the share, because most
     confusions would otherwise be too pale.

@@ -21,6 +21,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -56,7 +57,9 @@ def write_evaluation(
     sample_names: Callable[[int], str],
     about: Mapping[str, Any],
 ) -> None:
-    """Write the files of an evaluation, all at once in place of an earlier one.
+    """Write the files of an evaluation, in place of an earlier one.
+
+    The earlier one stays until all new files are complete.
 
     Args:
         class_names: C names to show.
@@ -169,6 +172,7 @@ def _write_features(folder: Path, predictions: Predictions, class_names: Sequenc
 
 
 HARDEST, HARDEST_RECORD = "hardest", "hardest.json"
+JPEG: dict[str, Any] = {"format": "JPEG", "quality": 88, "subsampling": 0}
 PICTURE_SIDE = 224  # pixels of the longer side of a picture, about
 
 
@@ -180,7 +184,7 @@ def write_hardest(
     sample_names: Callable[[int], str],
     most: int = 24,
 ) -> None:
-    """Write up to `most` pictures of the hardest images, in place of earlier pictures.
+    """Replace the pictures of the hardest images by up to `most`.
 
     `read` returns an image by its index, as `crossmae.data.pixels.read_pixels` does.
     """
@@ -195,7 +199,10 @@ def write_hardest(
         index = int(predictions.indices[row])
         entry = {"name": sample_names(index), "index": index, **_verdict(predictions, row, class_names)}
         try:
-            entry["picture"] = _write_picture(target, f"{number:02d}", read(index))
+            picture, enlarged = display_picture(read(index))
+            entry["picture"] = f"{number:02d}.{'png' if enlarged else 'jpg'}"
+            kind = {"format": "PNG", "optimize": True} if enlarged else JPEG
+            write_atomically(target / entry["picture"], partial(picture.save, **kind))
         except UserError as error:
             entry |= {"picture": None, "fault": str(error)}
         entries.append(entry)
@@ -216,19 +223,11 @@ def _verdict(predictions: Predictions, row: int, class_names: Sequence[str]) -> 
     return {"loss": loss, "true": true, "predicted": [one for one in named if one[1] >= LABEL_THRESHOLD]}
 
 
-def _write_picture(folder: Path, stem: str, pixels: Image.Image | Tensor) -> str:
-    picture, enlarged = display_picture(pixels)
-    name = f"{stem}.png" if enlarged else f"{stem}.jpg"
-    options: dict[str, Any] = {"optimize": True} if enlarged else {"quality": 88, "subsampling": 0}
-    kind = "PNG" if enlarged else "JPEG"
-    write_atomically(folder / name, lambda temporary: picture.save(temporary, kind, **options))
-    return name
-
-
 def display_picture(pixels: Image.Image | Tensor) -> tuple[Image.Image, bool]:
-    """Convert any image to RGB near PICTURE_SIDE pixels; True where it is enlarged.
+    """Convert any image to RGB near PICTURE_SIDE pixels.
 
-    Images of 16 bits that use little of their range, as 12-bit data do, are brightened. Scales up are whole numbers.
+    Images of 16 bits that use little of their range, as 12-bit data do, are brightened. Returns True for an image that
+    is enlarged, always by a whole number.
     """
     tensor = to_tensor(pixels)
     values = to_display(to_unit_range(tensor)[None])[0]  # (3, H, W)

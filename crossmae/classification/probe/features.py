@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from crossmae.checkpoints.metadata import (
     MODEL_ARGUMENTS,
@@ -34,7 +32,8 @@ from crossmae.checkpoints.metadata import (
 )
 from crossmae.checkpoints.pretrained import BIT_DEPTH, IMAGENET_MEAN, IMAGENET_STD
 from crossmae.checkpoints.weights import Weights, detect_format, encoder_home
-from crossmae.classification.data import CentreViews, evaluation_loader, readable_batches
+from crossmae.classification.data import CentreViews, evaluation_batches
+from crossmae.classification.probe.config import LabelledConfig
 from crossmae.classification.vit import Architecture, architecture_of, build_vit, load_encoder_weights
 from crossmae.data.batches import keyed_randomness
 from crossmae.data.pixels import Normalize, published_crop_pct
@@ -141,7 +140,7 @@ def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: i
 
 
 def last_trained_block(weights: Weights, depth: int) -> int:
-    """Find the last block that was trained: in CrossMAE the last that is mixed.
+    """Find the last trained block, in CrossMAE the last mixed one.
 
     Raises:
         UserError: some maps are mixed, and the file does not tell which.
@@ -174,23 +173,16 @@ class Views:
     bit_depth: int
 
 
-def choose_views(
-    weights: Weights,
-    architecture: Architecture,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    crop_pct: float | None,
-    bit_depth: int | None,
-) -> tuple[Views, list[str]]:
-    """Complete the given settings from the file's record, and list assumptions.
+def choose_views(weights: Weights, architecture: Architecture, data: LabelledConfig) -> tuple[Views, list[str]]:
+    """Complete given settings from the file's record, and list assumptions.
 
     Raises:
         UserError: mean or deviation do not have one value for each channel.
     """
     channels, size, notes = architecture.in_chans, architecture.img_size, []
     statistics: list[tuple[float, ...]] = []
-    for key, given, record, usual in (("mean", mean, PIXEL_MEAN, IMAGENET_MEAN), ("std", std, PIXEL_STD, IMAGENET_STD)):
-        recorded = _recorded(weights, record)
+    for key, record, usual in (("mean", PIXEL_MEAN, IMAGENET_MEAN), ("std", PIXEL_STD, IMAGENET_STD)):
+        given, recorded = getattr(data, key), _recorded(weights, record)
         if given is not None and recorded is not None and list(given) != recorded:
             log.warning("%s was trained with data.%s=%s, not %s", weights.path, key, recorded, list(given))
         values = tuple(given or recorded or usual)
@@ -202,8 +194,8 @@ def choose_views(
         statistics.append(values)
         if given is None and recorded is None:
             notes.append(f"assumed: data.{key} is that of ImageNet, as the weights record none")
-    crop_pct = crop_pct or _recorded(weights, "crop_pct") or published_crop_pct(size)
-    bit_depth = bit_depth or int(_recorded(weights, BIT_DEPTH) or 8)
+    crop_pct = data.crop_pct or _recorded(weights, "crop_pct") or published_crop_pct(size)
+    bit_depth = data.bit_depth or int(_recorded(weights, BIT_DEPTH) or 8)
     return Views(size, crop_pct, statistics[0], statistics[1], bit_depth), notes
 
 
@@ -239,12 +231,12 @@ def extract(
         UserError: an image cannot be read, a feature is not finite, or a batch is too large for the GPU.
     """
     dataset = CentreViews(source, labels, views.size, views.crop_pct, len(views.mean), views.bit_depth)
-    loader = evaluation_loader(dataset, range(len(source)), batch_size, workers, device.type == "cuda")
+    how = (batch_size, workers, device.type == "cuda", f"features of {name}", name)
+    batches = evaluation_batches(dataset, range(len(source)), *how)
     normalize, autocast = Normalize(views.mean, views.std, device), open_autocast(precision, device)
     features = torch.empty(len(source), encoder.to(device).width, dtype=dtype)
-    bar = tqdm(loader, f"features of {name}", unit="batch", leave=False, dynamic_ncols=True)
     with torch.inference_mode():
-        for batch, rows in zip(readable_batches(bar, name), features.split(batch_size), strict=True):
+        for batch, rows in zip(batches, features.split(batch_size), strict=True):
             try:
                 with autocast:
                     rows.copy_(encoder(normalize(batch.to(device).images)))

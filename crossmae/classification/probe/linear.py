@@ -81,9 +81,10 @@ def lars(module: nn.Module, lr: float, weight_decay: float = 0.0) -> Lars:
 
 
 def train_linear(features: Tensor, labels: Tensor, num_classes: int, settings: LinearConfig, seed: int) -> nn.Module:
-    """Train a head on features (N, E) and labels (N,), all randomness from the seed.
+    """Train a head on features (N, E) and labels (N,).
 
-    There is at least one batch. The head is returned in evaluation mode, on the device of the features.
+    All randomness comes from the seed. There is at least one batch. The head is returned in evaluation mode, on the
+    device of the features.
     """
     count, per_epoch = len(features), len(features) // settings.batch_size
     with keyed_randomness(seed):

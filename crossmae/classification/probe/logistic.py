@@ -62,7 +62,7 @@ def run_logistic(
 
 
 def fit(features: Tensor, labels: Tensor, strength: float, max_iterations: int, name: str) -> Logistic:
-    """Fit on features (N, E) and labels (N,), standardised; `strength` is scikit-learn's C."""
+    """Fit on standardised features (N, E) and labels (N,), with C `strength`."""
     statistics = feature_statistics(features)
     regression = LogisticRegression(C=strength, solver="lbfgs", max_iter=max_iterations)
     with warnings.catch_warnings(record=True) as caught:
@@ -82,7 +82,7 @@ def fit(features: Tensor, labels: Tensor, strength: float, max_iterations: int, 
 def try_strengths(
     features: Tensor, labels: Tensor, strengths: Sequence[float], max_iterations: int, seed: int
 ) -> dict[float, Accuracy]:
-    """Measure every strength on a held-out tenth, on several where tenths are small."""
+    """Measure every strength on a held-out tenth, or on several small tenths."""
     count = len(split(labels, seed)[1])
     splits = [split(labels, seed + number) for number in range(min(math.ceil(ENOUGH / count), MOST_SPLITS))]
     table = {}
@@ -97,7 +97,7 @@ def try_strengths(
 
 
 def split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Hold out a tenth of every class, at least one of two images.
+    """Hold out a tenth of every class, at least one of two.
 
     Returns:
         Positions of the images that are kept, and of those that are held out.
@@ -151,7 +151,7 @@ def sample(labels: Tensor, per_class: int, seed: int) -> Tensor:
 
 
 def check_shots(labels: Tensor, classes: Sequence[str], shots: Sequence[int], key: str) -> None:
-    """Refuse classes with too few images, naming `key`, the config key of `shots`."""
+    """Refuse classes with too few images, naming the config key `key`."""
     counts = torch.bincount(labels, minlength=len(classes)).tolist()
     if lacking := [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < max(shots)]:
         raise UserError(

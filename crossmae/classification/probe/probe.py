@@ -21,7 +21,7 @@ from crossmae.checkpoints.weights import Weights, read_weights
 from crossmae.classification.data import find_classes, find_several, label_targets, warn_of_absent
 from crossmae.classification.probe import knn, linear, logistic
 from crossmae.classification.probe.cache import CachedFeatures, cached, data_digest, is_cached, tensors_digest
-from crossmae.classification.probe.config import LinearConfig, ProbeRunConfig
+from crossmae.classification.probe.config import LabelledConfig, LinearConfig, ProbeRunConfig
 from crossmae.classification.probe.features import Views, choose_views, extract, open_encoder, random_weights
 from crossmae.classification.probe.report import REACH, build_page
 from crossmae.data.broken import find_broken, refuse_broken
@@ -57,7 +57,7 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
         held = f"holds the {RESULTS} of an earlier call"
         raise UserError(f"output_dir: {output} {held}. Name another folder, or replace them with --force.")
     device = open_device(config.runtime.device, "runtime.device")
-    sources, labels = open_labelled(data.train, data.root, data.val, data.val_root)
+    sources, labels = open_labelled(data)
     classes = sources["train"].classes
     batch_size = min(config.linear.batch_size, len(labels["train"]))
     head = config.linear.model_copy(update={"batch_size": batch_size})
@@ -66,7 +66,7 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
     sizes = config.model.model_dump(exclude={"name"})
     weights, digest = _open_weights(config.weights, config.model.name, seed, sizes)
     opened = open_encoder(weights, wanted.pool, wanted.block, seed, **sizes)
-    views, assumed = choose_views(weights, opened.architecture, data.mean, data.std, data.crop_pct, data.bit_depth)
+    views, assumed = choose_views(weights, opened.architecture, data)
     notes = [*opened.notes, *assumed]
     for note in notes:
         log.info("%s", note)
@@ -124,11 +124,10 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
     return results
 
 
-def open_labelled(
-    train: str, root: Path | None, val: str, val_root: Path | None
-) -> tuple[dict[str, Source], dict[str, Tensor]]:
+def open_labelled(data: LabelledConfig) -> tuple[dict[str, Source], dict[str, Tensor]]:
     """Open "train" and "val" with labels under the classes of "train"."""
-    sources = {"train": open_source(train, "data.train", root), "val": open_source(val, "data.val", val_root)}
+    given = {"train": (data.train, "data.train", data.root), "val": (data.val, "data.val", data.val_root)}
+    sources = {name: open_source(*how) for name, how in given.items()}
     for name, source in sources.items():
         log.info("data.%s: %s", name, source.description)
         if several := find_several(find_classes(source, f"data.{name}")):

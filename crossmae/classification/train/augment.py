@@ -36,7 +36,7 @@ def train_view(
     color_jitter: float,
     mean: Sequence[float],
 ) -> v2.Compose:
-    """Build random crop, flip and policy: an image to (C, H, W), uint8 or float32.
+    """Build random crop, flip and policy, from an image to (C, H, W).
 
     Args:
         size: height and width in pixels.
@@ -59,7 +59,7 @@ def train_view(
 
 
 def _in_colours(policy: Policy, image: Image.Image) -> Image.Image:
-    """Apply a policy to an image of any mode: a grey image becomes RGB, and grey again."""
+    """Apply a policy in RGB, and keep the image's mode."""
     return policy(image.convert("RGB")).convert(image.mode)
 
 

@@ -179,7 +179,7 @@ def classification_loss(
 
 @dataclass(frozen=True)
 class Judge(Callbacks):
-    """Evaluations of a run every `every` epochs, and its best weights; without `data`, none.
+    """Evaluations of a run every `every` epochs if it has `data`, and its best weights.
 
     `metadata` describes the weights of a step, `about` the images in evaluation.json, of which the `hardest` are kept
     as pictures. With `is_probe` only the head is trained.
@@ -272,7 +272,7 @@ def build_judge(
 def build_objective(
     loss: LossConfig, data: LabelledDataConfig, labelled: LabelledImages, batch_size: int, device: torch.device
 ) -> Objective:
-    """Build the loss on a device; see `class_weights` for its errors."""
+    """Build the loss on a device, with the errors of `class_weights`."""
     weights = class_weights(loss.class_weights, labelled.targets, labelled.classes)
     erase = RandomErasing(data.erase, mode=data.erase_mode, max_count=data.erase_count, device=str(device))
     weights = None if weights is None else weights.to(device)
@@ -328,7 +328,7 @@ def open_labelled(config: FinetuneConfig, ranks: Ranks) -> LabelledImages:
 def build_model(
     settings: ClassifierConfig, data: LabelledDataConfig, seed: int, num_classes: int, start: Path | None
 ) -> tuple[Architecture, VisionTransformer, str | None]:
-    """Build the model with the weights of `model.init`, of the checkpoint `start` or random ones.
+    """Build the model from a checkpoint, `model.init` or random numbers.
 
     Returns:
         The architecture, the model, and what is known of the licence of its weights.
