@@ -27,6 +27,12 @@ from crossmae.training.config import read_yaml, resolve_config_path
 
 log = logging.getLogger(__name__)
 
+# Files in the folder of a run.
+RECORD, CONFIG, LOG, METRICS = "run.json", "config.yaml", "log.txt", "metrics.json"
+BEST, BEST_RECORD, FINAL, LAST = "model_best.pth", "model_best.json", "model_final.pth", "last_checkpoint"
+RESULTS, PREDICTIONS, PICTURES = "results.json", "inference/coco_instances_results.json", "pictures"
+CHECKPOINT = re.compile(r"model_([0-9]{7,}|final)\.pth")  # training continues from it; `BEST` holds only weights
+
 BASE_KEY = "_BASE_"
 _KEY = re.compile(r"[A-Z_][A-Z0-9_]*(\.[A-Z0-9_]+)*")
 # Keys in steps, and the same in epochs or shares of the run: what a later file or the command line sets counts.

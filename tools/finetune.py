@@ -45,19 +45,12 @@ def main(argv: list[str] | None = None) -> None:
     config = load_typed_config(FinetuneConfig, arguments.config_file, arguments.overrides)
 
     if arguments.eval_only:
-        from crossmae.classification.evaluation.results import evaluate_only  # imports take seconds
+        from crossmae.classification.evaluation.evaluate import evaluate_only  # imports take seconds
         from crossmae.training.log import describe
 
-        scores = evaluate_only(
-            arguments.eval_only,
-            config.output_dir,
-            config.data,
-            config.evaluation,
-            config.optim.batch_size,
-            config.runtime.device,
-            config.runtime.precision,
-            arguments.force,
-        )
+        where, runtime = (arguments.eval_only, config.output_dir, config.data), config.runtime
+        how = (config.evaluation, config.optim.batch_size, runtime.device, runtime.precision)
+        scores = evaluate_only(*where, *how, arguments.force)
         if is_main:
             print(describe(scores.numbers()))
     else:

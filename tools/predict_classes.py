@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from crossmae.classification.classifier import Classifier, load_classifier
+from crossmae.classification.classifier import load_classifier
 from crossmae.classification.evaluation.metrics import LABEL_THRESHOLD
 from crossmae.classification.predict import (
     BATCH_SIZE,
@@ -58,13 +58,21 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, predict, write and summarise."""
     args = build_parser().parse_intermixed_args(argv)
-    check_numbers(args)
+    for name, value in (("--top-k", args.top_k), ("--batch-size", args.batch_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} {value}: expected a number from 1")
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold {args.threshold}: expected a number from 0 to 1")
     device = open_device(args.device, "--device")
     inputs = expand_inputs(args.inputs)
     check_output(args.output, inputs, args.force)
     sources = open_inputs(inputs)
     classifier = load_classifier(args.weights, args.img_size and parse_size(args.img_size, "--img-size"))
-    selection = select(args, classifier)
+    if classifier.multi_label and args.top_k is not None:
+        raise UserError("--top-k: this classifier can find several classes in an image; choose them by --threshold")
+    if not classifier.multi_label and args.threshold is not None:
+        raise UserError("--threshold: this classifier finds one class per image; choose how many to list by --top-k")
+    selection = Selection(args.top_k or TOP_K, LABEL_THRESHOLD if args.threshold is None else args.threshold)
     for assumption in classifier.assumed:
         print(f"assumed: {assumption}", file=sys.stderr)
     classifier.model.to(device)
@@ -76,24 +84,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.output != STDOUT:
         print(f"classes of {total - len(failures)} images: {args.output}")
     exit_if_any(failures, f"of {total} images, these could not be read:")
-
-
-def check_numbers(args: argparse.Namespace) -> None:
-    """Reject numbers out of range."""
-    for name, value in (("--top-k", args.top_k), ("--batch-size", args.batch_size)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} {value}: expected a number from 1")
-    if args.threshold is not None and not 0 <= args.threshold <= 1:
-        raise UserError(f"--threshold {args.threshold}: expected a number from 0 to 1")
-
-
-def select(args: argparse.Namespace, classifier: Classifier) -> Selection:
-    """Choose the classes to write, and reject options without effect."""
-    if classifier.multi_label and args.top_k is not None:
-        raise UserError("--top-k: this classifier can find several classes in an image; choose them by --threshold")
-    if not classifier.multi_label and args.threshold is not None:
-        raise UserError("--threshold: this classifier finds one class per image; choose how many to list by --top-k")
-    return Selection(args.top_k or TOP_K, LABEL_THRESHOLD if args.threshold is None else args.threshold)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from crossmae.errors import UserError
 from crossmae.pretraining.neighbours import Pool
 
 CLASSIFIER = "classifier"  # the format in the metadata
+PLAIN = ("pool", "head")  # values of the metadata that are text, not JSON
 BEST = "model_best.safetensors"  # in the folder of a run, next to model.safetensors, its last weights
 
 
@@ -39,12 +40,10 @@ class ClassifierRecord:
     """Facts besides weights and architecture that make a classifier, recorded in its file.
 
     Attributes:
-        pool: "avg" or "cls".
         classes: N names, in the order of the outputs.
         class_names: the same for people; `classes` where nothing else was given.
         multi_label: an image may be of several classes: sigmoid, not softmax.
         mean, std: per channel, of pixels in 0-1; recorded as pixel_mean and pixel_std.
-        bit_depth: 8 or 16, see `crossmae.data.images`.
         crop_pct: share of the resized shorter side that the centre crop of an evaluation keeps.
     """
 
@@ -83,18 +82,11 @@ def classifier_metadata(architecture: Architecture, record: ClassifierRecord, st
     """
     height, width = architecture.img_size
     size = height if height == width else [height, width]
+    values = TypeAdapter(ClassifierRecord).dump_python(record, by_alias=True)
     return {
         FORMAT: CLASSIFIER,
         MODEL_ARGUMENTS: json.dumps(asdict(architecture) | {"img_size": size}),
-        "pool": record.pool,
-        "head": record.head,
-        "classes": json.dumps(record.classes, ensure_ascii=False),
-        "class_names": json.dumps(record.class_names, ensure_ascii=False),
-        "multi_label": json.dumps(record.multi_label),
-        PIXEL_MEAN: json.dumps(record.mean),
-        PIXEL_STD: json.dumps(record.std),
-        BIT_DEPTH: str(record.bit_depth),
-        "crop_pct": json.dumps(record.crop_pct),
+        **{key: value if key in PLAIN else json.dumps(value, ensure_ascii=False) for key, value in values.items()},
         VERSION: crossmae.__version__,
         STEP: str(step),
     }
@@ -105,8 +97,7 @@ def load_classifier(path: str | Path, img_size: int | Sequence[int] | None = Non
 
     Args:
         path: a file of ours, the folder of a run (its best weights, else its last weights) or a published fine-tuned
-            or linear-probe file; the classes of a published file have numbers for names, and all other assumptions
-            are listed.
+            or linear-probe file; the classes of a published file have numbers for names.
         img_size: another size than trained with, one number or height and width; positions are resampled to it.
 
     Raises:
@@ -125,23 +116,20 @@ def load_classifier(path: str | Path, img_size: int | Sequence[int] | None = Non
     record = _read_record(weights, assumed, architecture)
     model = build_vit(architecture, len(record.classes), record.pool, head=record.head)
     load(model, weights, resample=True)
-    unknown = (sentence for key, sentence in sentences.items() if weights.metadata.get(key, UNKNOWN) == UNKNOWN)
-    return Classifier(
-        **vars(record) | {"crop_pct": _crop_pct(record.crop_pct, weights, architecture)},
-        path=weights.path,
-        model=model.eval(),
-        architecture=architecture,
-        assumed=tuple(unknown),
-    )
+    crop_pct = record.crop_pct
+    if crop_pct == published_crop_pct(architecture_of(weights).img_size):  # the rule goes with the size
+        crop_pct = published_crop_pct(architecture.img_size)
+    unknown = tuple(words for key, words in sentences.items() if weights.metadata.get(key, UNKNOWN) == UNKNOWN)
+    found = {"path": weights.path, "model": model.eval(), "architecture": architecture, "assumed": unknown}
+    return Classifier(**vars(record) | {"crop_pct": crop_pct} | found)
 
 
 def _read_record(weights: Weights, assumed: Mapping[str, str], architecture: Architecture) -> ClassifierRecord:
     """Read the record in the metadata, completed by what is assumed."""
     known = {key: value for key, value in weights.metadata.items() if value != UNKNOWN}
     try:
-        record = TypeAdapter(ClassifierRecord).validate_python(
-            {key: _decode(key, value) for key, value in {**assumed, **known}.items()}
-        )
+        values = {key: _decode(key, value) for key, value in {**assumed, **known}.items()}
+        record = TypeAdapter(ClassifierRecord).validate_python(values)
     except ValidationError as error:
         wrong = "; ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors())
         raise UserError(f"{weights.path}: damaged classifier metadata: {wrong}") from None
@@ -156,15 +144,9 @@ def _read_record(weights: Weights, assumed: Mapping[str, str], architecture: Arc
 def _decode(key: str, value: str) -> Any:
     """Decode a JSON value or keep other text for the check."""
     try:
-        return value if key in ("pool", "head") else json.loads(value)
+        return value if key in PLAIN else json.loads(value)
     except (ValueError, RecursionError):
         return value
-
-
-def _crop_pct(recorded: float, weights: Weights, architecture: Architecture) -> float:
-    """Keep the recorded crop, or follow the published rule to another size."""
-    trained = architecture_of(weights).img_size
-    return published_crop_pct(architecture.img_size) if recorded == published_crop_pct(trained) else recorded
 
 
 def _assume(weights: Weights, architecture: Architecture) -> tuple[dict[str, str], dict[str, str]]:
@@ -177,7 +159,13 @@ def _assume(weights: Weights, architecture: Architecture) -> tuple[dict[str, str
     number = len(weights.tensors["head.1.weight" if probe else "head.weight"])
     crop_pct = published_crop_pct(architecture.img_size)
     classes = json.dumps([str(index) for index in range(number)])
-    pool, settled = _pool_by_norm(weights)
+    pool = "cls" if "norm.weight" in weights.tensors else "avg"
+    average = json.loads(weights.metadata.get(PUBLISHED_ARGUMENTS, "{}")).get("global_pool")
+    if isinstance(average, bool) and average != (pool == "avg"):
+        raise UserError(
+            f"{weights.path}: its settings say global_pool={average}, but its final norm belongs to pooling {pool!r}. "
+            "No published model has both."
+        )
     values = {
         "pool": pool,
         "head": "batchnorm" if probe else "linear",
@@ -193,28 +181,9 @@ def _assume(weights: Weights, architecture: Architecture) -> tuple[dict[str, str
         "crop_pct": f"evaluation keeps {crop_pct:g} of the shorter side, as published for this size",
         "num_heads": f"{architecture.num_heads} attention heads, as published for a width of {architecture.embed_dim}",
     }
-    if not settled:
+    if not isinstance(average, bool):
         sentences["pool"] = f"pooling is {pool}, as published for the norm that it has"
     if architecture.in_chans == len(IMAGENET_MEAN):
         values |= {PIXEL_MEAN: json.dumps(IMAGENET_MEAN), PIXEL_STD: json.dumps(IMAGENET_STD)}
         sentences[PIXEL_MEAN] = "pixels of 8 bits were normalised by ImageNet's mean and deviation"
     return values, sentences
-
-
-def _pool_by_norm(weights: Weights) -> tuple[Pool, bool]:
-    """Infer the pooling from a file's final norm.
-
-    Returns:
-        The pooling, and True where the file's settings confirm it.
-
-    Raises:
-        UserError: the settings disagree.
-    """
-    pool: Pool = "cls" if "norm.weight" in weights.tensors else "avg"
-    average = json.loads(weights.metadata.get(PUBLISHED_ARGUMENTS, "{}")).get("global_pool")
-    if isinstance(average, bool) and average != (pool == "avg"):
-        raise UserError(
-            f"{weights.path}: its settings say global_pool={average}, but its final norm belongs to pooling {pool!r}. "
-            "No published model has both."
-        )
-    return pool, isinstance(average, bool)

@@ -1,10 +1,9 @@
-"""LabelledImages images: classes by name, batches to train on, views to evaluate on."""
+"""Labelled images: classes by name, batches to train on, views to evaluate on."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from crossmae.classification.train.augment import keyed_everywhere
 from crossmae.data.batches import KeyedImages, KeyedSample, collate_as
@@ -62,7 +62,7 @@ def find_classes(source: Source, key: str, separator: str | None = None) -> tupl
     """List the classes of a source: its labels or their words.
 
     Raises:
-        UserError: the source has no labels, or fewer than two classes.
+        UserError: no labels, or fewer than two classes.
     """
     source.label(0)
     classes = source.classes
@@ -100,7 +100,7 @@ def label_targets(source: Source, key: str, classes: Sequence[str], separator: s
         (N,) int64, or with a separator (N, C) float32 of zeros and ones.
 
     Raises:
-        UserError: the source has no labels, or labels that are not in `classes`; names them.
+        UserError: no labels, or labels that are not in `classes`; names them.
     """
     labels = torch.from_numpy(np.array(source.labels()))
     positions = {name: position for position, name in enumerate(classes)}
@@ -129,10 +129,7 @@ def warn_of_absent(targets: Tensor, key: str, classes: Sequence[str]) -> None:
 
 
 def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str]) -> tuple[str, ...]:
-    """Read the names to show for the classes, in their order.
-
-    Args:
-        names: given, or a text file with one a line; None: the classes themselves.
+    """Read one name to show per class, given or from a file.
 
     Raises:
         UserError: not one per class, or the file cannot be read.
@@ -146,7 +143,7 @@ def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str])
             names = names.expanduser().read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{where}: cannot be read: {error}") from None
-    if doubled := sorted(name for name, count in Counter(names).items() if count > 1):
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{where}: {shorten(doubled)} twice. Give every class its own name.")
     if len(names) != len(classes):
         raise UserError(f"{where}: {len(names)} names for {len(classes)} classes, the first of which are {classes[:3]}")
@@ -154,13 +151,7 @@ def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str])
 
 
 class TrainImages(KeyedImages):
-    """Augmented images with their targets.
-
-    Args:
-        source, seed, channels, bit_depth, broken: see `KeyedImages`.
-        targets: (N, ...) of all samples of the source.
-        view: an image of any size to (C, H, W).
-    """
+    """Augmented images (C, H, W) from `view`, with their targets, the rows of (N, ...)."""
 
     def __init__(
         self,
@@ -182,13 +173,7 @@ class TrainImages(KeyedImages):
 
 
 class CentreViews(Dataset[Any]):
-    """Centre crops of images with their targets, as evaluation sees them.
-
-    Args:
-        source, targets, channels, bit_depth: see `TrainImages`.
-        size: height and width of the view.
-        crop_pct: see `crossmae.data.pixels.centre_view`.
-    """
+    """Centre crops of height and width `size` with their targets, as evaluation sees them."""
 
     def __init__(
         self, source: Source, targets: Tensor, size: tuple[int, int], crop_pct: float, channels: int, bit_depth: int
@@ -199,39 +184,39 @@ class CentreViews(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.source)
 
+    def read(self, index: int) -> Image.Image | Tensor:
+        """Read a whole image."""
+        return read_pixels(self.source, index, self.channels, self.bit_depth)
+
     def __getitem__(self, index: int) -> KeyedSample | Unreadable:
-        """Read one image."""
         try:
-            pixels = read_pixels(self.source, index, self.channels, self.bit_depth)
+            return centre_view(self.read(index), self.size, self.crop_pct), self.targets[index], index, ()
         except UserError as error:
             return Unreadable(str(error))
-        return centre_view(pixels, self.size, self.crop_pct), self.targets[index], index, ()
 
 
 collate_labelled = partial(collate_as, LabelledBatch)
 
 
-def readable_batches(loader: Iterable[LabelledBatch | Unreadable], key: str) -> Iterator[LabelledBatch]:
-    """Yield the batches of `evaluation_loader`.
+def evaluation_batches(
+    views: CentreViews,
+    indices: Sequence[int],
+    batch_size: int,
+    workers: int,
+    pin_memory: bool,
+    title: str,
+    key: str,
+    show: bool = True,
+) -> Iterator[LabelledBatch]:
+    """Yield batches of some samples, in order, under a progress bar.
 
     Raises:
         UserError: an image cannot be read; names it and `key`, the config key of the source.
     """
-    for batch in loader:
+    workers = usable_workers(workers) if len(indices) > batch_size else 0
+    how: dict[str, Any] = {"sampler": indices, "collate_fn": collate_labelled, "pin_memory": pin_memory}
+    loader = Loader(views, workers, batch_size=batch_size, **how)
+    for batch in tqdm(loader, title, leave=False, unit="batch", dynamic_ncols=True, disable=not show):
         if isinstance(batch, Unreadable):
             raise UserError(f"{key}: {batch.message}. {NEVER_REPLACED}")
         yield batch
-
-
-def evaluation_loader(
-    dataset: CentreViews, indices: Sequence[int], batch_size: int, workers: int, pin_memory: bool
-) -> Loader:
-    """Build a loader of some samples, in order, for `readable_batches`."""
-    return Loader(
-        dataset,
-        usable_workers(workers) if len(indices) > batch_size else 0,
-        batch_size=batch_size,
-        sampler=indices,
-        collate_fn=collate_labelled,
-        pin_memory=pin_memory,
-    )

@@ -15,7 +15,6 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -48,6 +47,11 @@ class Answer:
     name: str
     classes: tuple[int, ...]
     probabilities: tuple[float, ...]
+
+    @property
+    def rounded(self) -> list[float]:
+        """The probabilities as files have them."""
+        return [float(f"{probability:.6g}") for probability in self.probabilities]
 
 
 @dataclass(frozen=True)
@@ -86,24 +90,22 @@ def predict(
     Raises:
         UserError: probabilities are not finite; names the image.
     """
+
+    def read_view(sample: tuple[Source, int]) -> tuple[str, Tensor] | UserError:
+        source, index = sample
+        try:
+            pixels = read_pixels(source, index, classifier.architecture.in_chans, classifier.bit_depth)
+        except UserError as error:
+            return error
+        return source.name(index), centre_view(pixels, classifier.architecture.img_size, classifier.crop_pct)
+
     normalize = Normalize(classifier.mean, classifier.std, next(classifier.model.parameters()).device)
-    samples = ((source, index) for source in sources for index in range(len(source)))
-    views = map_in_order(partial(_read_view, classifier), samples, READERS)
+    views = map_in_order(read_view, ((source, index) for source in sources for index in range(len(source))), READERS)
     while batch := list(islice(views, batch_size)):
         readable = [view for view in batch if not isinstance(view, UserError)]
         answers = iter(_answer_batch(classifier, normalize, readable, selection))
         for view in batch:
             yield view if isinstance(view, UserError) else next(answers)
-
-
-def _read_view(classifier: Classifier, sample: tuple[Source, int]) -> tuple[str, Tensor] | UserError:
-    """Read name and pixels (C, H, W) of a sample for evaluation."""
-    source, index = sample
-    try:
-        pixels = read_pixels(source, index, classifier.architecture.in_chans, classifier.bit_depth)
-    except UserError as error:
-        return error
-    return source.name(index), centre_view(pixels, classifier.architecture.img_size, classifier.crop_pct)
 
 
 @torch.inference_mode()
@@ -125,9 +127,6 @@ def _answer_batch(
             ranked = [(position, score) for position, score in ranked if score >= selection.threshold]
         answers.append(Answer(name, tuple(at for at, _ in ranked), tuple(score for _, score in ranked)))
     return answers
-
-
-# --- Inputs -----------------------------------------------------------------------------------------------
 
 
 def expand_inputs(arguments: Sequence[str]) -> list[str]:
@@ -153,24 +152,15 @@ def open_inputs(inputs: Sequence[str]) -> list[Source]:
     files: dict[str, None] = {}
     packed: list[Source] = []
     for name in inputs:
-        if _is_image_file(Path(name)):
+        is_many = Path(name).suffix.lower() in LISTS or name.endswith((*SHARD_SUFFIXES, *IDX_SUFFIXES))
+        source = None if Path(name).is_file() and not is_many else open_source(name, "INPUT")
+        if source is None:
             files[name] = None
-            continue
-        source = open_source(name, "INPUT")
-        if type(source) is ImageFiles:
+        elif type(source) is ImageFiles:
             files |= dict.fromkeys(map(source.name, range(len(source))))
         else:
             packed.append(source)
     return [*([ImageFiles(list(files), "image files")] if files else []), *packed]
-
-
-def _is_image_file(path: Path) -> bool:
-    """Tell whether a path is a file but no list or package."""
-    is_many = path.suffix.lower() in LISTS or path.name.endswith((*SHARD_SUFFIXES, *IDX_SUFFIXES))
-    return path.is_file() and not is_many
-
-
-# --- Outputs ----------------------------------------------------------------------------------------------
 
 
 def check_output(output: str, inputs: Sequence[str], force: bool) -> None:
@@ -194,27 +184,24 @@ def write_answers(
 
     Raises:
         UserError: the folder of OUTPUT is not writable; see `predict`.
-        OSError: the disk is full or broken.
     """
     failures: list[str] = []
     mixed = output == STDOUT and sys.stdout.isatty()  # a bar would stand between the answers
 
     def answers() -> Iterator[Answer]:
-        found = predict(classifier, sources, selection, batch_size)
-        total = sum(map(len, sources))
+        found, total = predict(classifier, sources, selection, batch_size), sum(map(len, sources))
         for answer in tqdm(found, "predict", total, unit="img", dynamic_ncols=True, disable=mixed):
             if isinstance(answer, UserError):
                 failures.append(str(answer))
             else:
                 yield answer
 
+    write = WRITERS[".json" if output == STDOUT else Path(output).suffix.lower()]
     if output == STDOUT:
-        _write_json(sys.stdout, answers(), failures, classifier, selection)
+        write(sys.stdout, answers(), failures, classifier, selection)
     else:
-        path = Path(output)
-        make_folder(path.parent, "--output")
-        write = WRITERS[path.suffix.lower()]
-        stream_text(path, lambda file: write(file, answers(), failures, classifier, selection))
+        make_folder(Path(output).parent, "--output")
+        stream_text(Path(output), lambda file: write(file, answers(), failures, classifier, selection))
     return failures
 
 
@@ -222,14 +209,13 @@ def _write_json(
     file: TextIO, answers: Iterable[Answer], failures: Sequence[str], classifier: Classifier, selection: Selection
 ) -> None:
     """Write answers, then the failures that have been collected meanwhile."""
-    file.write(
-        f'{{"about": {json.dumps(about(classifier, selection), ensure_ascii=False, allow_nan=False)},\n"images": '
-    )
+    facts = json.dumps(about(classifier, selection), ensure_ascii=False, allow_nan=False)
+    file.write(f'{{"about": {facts},\n"images": ')
     images = JsonArray(file)
     for answer in answers:
         found = [
-            {"class": classifier.classes[at], "name": classifier.class_names[at], "probability": _rounded(score)}
-            for at, score in zip(answer.classes, answer.probabilities, strict=True)
+            {"class": classifier.classes[at], "name": classifier.class_names[at], "probability": score}
+            for at, score in zip(answer.classes, answer.rounded, strict=True)
         ]
         images.add({"name": answer.name, "classes": found})
     images.close()
@@ -245,7 +231,7 @@ def _write_csv(
     best = [column for place in places for column in (f"top{place}", f"score{place}")]
     rows.writerow(["name", *(names if classifier.multi_label else best)])
     for answer in answers:
-        scores = dict(zip(answer.classes, map(_rounded, answer.probabilities), strict=True))
+        scores = dict(zip(answer.classes, answer.rounded, strict=True))
         if classifier.multi_label:
             rows.writerow([answer.name, *(scores.get(at, "") for at in range(len(names)))])
         else:
@@ -257,22 +243,8 @@ WRITERS = {".json": _write_json, ".csv": _write_csv}
 
 def about(classifier: Classifier, selection: Selection) -> dict[str, Any]:
     """Describe the classifier and the selection that answers depend on."""
+    facts = {"weights": str(classifier.path), "sha256": sha256(classifier.path)}
+    recorded = ("classes", "class_names", "multi_label", "crop_pct", "mean", "std", "bit_depth", "assumed")
+    size = {"img_size": classifier.architecture.img_size}
     chosen = {"threshold": selection.threshold} if classifier.multi_label else {"top_k": selection.top_k}
-    return {
-        "weights": str(classifier.path),
-        "sha256": sha256(classifier.path),
-        "classes": list(classifier.classes),
-        "class_names": list(classifier.class_names),
-        "multi_label": classifier.multi_label,
-        "img_size": list(classifier.architecture.img_size),
-        "crop_pct": classifier.crop_pct,
-        "mean": list(classifier.mean),
-        "std": list(classifier.std),
-        "bit_depth": classifier.bit_depth,
-        "assumed": list(classifier.assumed),
-        **chosen,
-    }
-
-
-def _rounded(probability: float) -> float:
-    return float(f"{probability:.6g}")
+    return facts | {key: getattr(classifier, key) for key in recorded} | size | chosen

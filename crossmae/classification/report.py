@@ -7,37 +7,34 @@ and for an evaluation without training.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
-from pydantic_core import to_jsonable_python
+from pydantic import Field, model_validator
 
 from crossmae.checkpoints.run_checkpoint import FOLDER as CHECKPOINTS
 from crossmae.checkpoints.run_checkpoint import RECORD as RUN_RECORD
 from crossmae.classification.classifier import BEST
-from crossmae.classification.evaluation.files import CALIBRATION, CONFUSION_PNG, EMBEDDING, EVALUATION, PER_CLASS_CSV
-from crossmae.classification.evaluation.hardest import HARDEST
-from crossmae.classification.evaluation.hardest import RECORD as HARDEST_RECORD
-from crossmae.classification.run_files import (
-    CONFIG,
-    FOLDER,
-    ClassRow,
-    Evaluation,
-    Hardest,
-    HardImage,
+from crossmae.classification.evaluation.files import (
+    CALIBRATION,
+    CONFUSION_PNG,
+    EMBEDDING,
+    EVALUATION,
+    HARDEST,
+    HARDEST_RECORD,
+    PER_CLASS_CSV,
 )
 from crossmae.classification.train.config import FinetuneConfig
 from crossmae.data.images import read_image
 from crossmae.files import read_json
 from crossmae.reports import page, sections
-from crossmae.reports.run_folder import REPORT, LoggedNumbers, RunFolder, read_log
+from crossmae.reports.run_folder import REPORT, FileContent, LoggedNumbers, RunFolder, read_log
 from crossmae.training.config import read_yaml
 from crossmae.training.log import LOG
 from crossmae.training.start import WEIGHTS
 
+CONFIG, FOLDER = "config.yaml", "evaluation"
 SHOWN_PAIRS = 15  # of confused classes
 DATA_KEYS = {"data.train", "data.root", "data.val", "data.val_root"}  # have a section of their own
 WIDE = 900  # pixels from which a figure takes the whole width
@@ -54,32 +51,88 @@ HEADLINES = {  # label and meaning
 }
 
 
-# --- Evaluation -------------------------------------------------------------------------------------------
+class ClassRow(FileContent):
+    """A class of an evaluation, with shares of 1, None where undefined for lack of images."""
+
+    name: str
+    samples: int
+    recall: float | None
+    precision: float | None
+    ap: float | None = None
+
+
+class ConfusedClasses(FileContent):
+    """Images of one class that were taken for another, and their share of the true class."""
+
+    true: str
+    predicted: str
+    count: int
+    share: float
+
+
+class Evaluation(FileContent):
+    """Content of `evaluation.json`: numbers of the whole data set by name, and `about` what they are."""
+
+    samples: int
+    numbers: dict[str, float | None]
+    top1_interval: tuple[float, float] | None = None
+    classes: list[ClassRow]
+    most_confused: list[ConfusedClasses] = Field([])
+    about: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _has_a_headline(self) -> Evaluation:
+        if self.metric not in self.numbers:
+            raise ValueError("numbers have neither top1 nor mean_ap")
+        return self
+
+    @property
+    def multi_label(self) -> bool:
+        """True if an image can have several classes."""
+        return self.metric == "mean_ap"
+
+    @property
+    def metric(self) -> str:
+        """The name of the headline number."""
+        return "mean_ap" if "mean_ap" in self.numbers else "top1"
+
+
+class HardImage(FileContent):
+    """A wrongly classified image: its picture or the fault that prevents one, and classes with probabilities."""
+
+    name: str
+    picture: str | None
+    fault: str = ""
+    true: list[tuple[str, float]]
+    predicted: list[tuple[str, float]]
+
+
+class Hardest(FileContent):
+    """Content of `hardest.json`: the number of wrong images, and the worst of them."""
+
+    wrong: int
+    images: list[HardImage]
 
 
 def _evaluation_sections(run: RunFolder, found: Evaluation | None, hardest: Hardest | None) -> list[page.Section]:
+    multi_label = found is not None and found.multi_label
     shown = [_result_section(run, found), _class_section(run, found)]
-    if found is None or not found.multi_label:
+    if not multi_label:
         shown.append(_confusion_section(run, found))
-    return [*shown, _hardest_section(run, hardest), _feature_section(run, found is not None and found.multi_label)]
+    return [*shown, _hardest_section(run, hardest), _feature_section(run, multi_label)]
 
 
 def _result_section(run: RunFolder, found: Evaluation | None) -> page.Section:
     if found is None:
         return page.Section("Results", "", [run.missing(EVALUATED, "results")])
-    rows: list[page.TableRow] = [
-        [f"{label}: {meaning}", _headline(key, found.numbers[key])]
-        for key, (label, meaning) in HEADLINES.items()
-        if key in found.numbers
-    ]
+    rows: list[page.TableRow] = []
+    for key, (label, meaning) in HEADLINES.items():
+        if key in found.numbers:
+            value = found.numbers[key]
+            plain = "-" if value is None else f"{value:.4f}" if key == "loss" else page.percent(value, 2)
+            rows.append([f"{label}: {meaning}", plain if key in ("loss", "ece") else page.bar(value)])
     text = f"Of {_weights(found.about)}, on {_images(found)}; each counts exactly once."
     return page.Section("Results", text, [page.Table(["", "value"], rows, "A full bar is 100 %.")])
-
-
-def _headline(key: str, value: float | None) -> str | page.Bar:
-    if key == "loss":
-        return "-" if value is None else f"{value:.4f}"
-    return page.percent(value, 2) if key == "ece" else page.bar(value)
 
 
 def _images(found: Evaluation) -> str:
@@ -87,10 +140,9 @@ def _images(found: Evaluation) -> str:
 
 
 def _weights(about: Mapping[str, Any]) -> str:
-    words = str(about.get("weights", "the weights"))
+    words, epoch = str(about.get("weights", "the weights")), about.get("epoch")
     if about.get("weights_are") == "averaged":
         words += ", averaged over the training"
-    epoch = about.get("epoch")
     return f"{words}, at epoch {epoch:.4g}" if isinstance(epoch, (int, float)) else words
 
 
@@ -99,9 +151,8 @@ def _class_section(run: RunFolder, found: Evaluation | None) -> page.Section:
         "Accuracy of a class, or its recall: the share of its images that are recognised. Precision: the share of what "
         "was taken for it that is right. A dash is where there are no such images."
     )
-    if found is None:
-        return page.Section("Classes", text, [run.missing(EVALUATED, "classes")])
-    return page.Section("Classes", text, class_blocks(found.classes, found.multi_label))
+    absent = [run.missing(EVALUATED, "classes")]
+    return page.Section("Classes", text, absent if found is None else class_blocks(found.classes, found.multi_label))
 
 
 def class_blocks(classes: Sequence[ClassRow], multi_label: bool) -> list[page.PageBlock]:
@@ -136,7 +187,6 @@ def _confusion_section(run: RunFolder, found: Evaluation | None) -> page.Section
 
 
 def _figures(run: RunFolder, names: Mapping[str, str]) -> list[page.PageBlock]:
-    """Show figures of the evaluation, small ones side by side."""
     rows = [run.picture(f"{FOLDER}/{name}", read_image, what, lossless=True) for name, what in names.items()]
     wide = [row for row in rows if isinstance(row, page.PictureRow) and row.pictures[0].width > WIDE]
     small = [row for row in rows if row not in wide]
@@ -148,36 +198,29 @@ def _hardest_section(run: RunFolder, hardest: Hardest | None) -> page.Section:
     if hardest is None:
         return page.Section("Hardest images", text, [run.missing(HARDEST_IMAGES, "hardest images")])
     if not hardest.images:
-        why = "no image is classified wrongly" if hardest.wrong == 0 else "none were asked for (evaluation.hardest)"
+        why = "none were asked for (evaluation.hardest)" if hardest.wrong else "no image is classified wrongly"
         return page.Section("Hardest images", text, [run.missing(HARDEST_IMAGES, "hardest images", why)])
     if hardest.wrong > len(hardest.images):
         text += f" Of {hardest.wrong:,} wrong images, the worst {len(hardest.images)}."
     caption = f"{HARDEST_IMAGES} has names and losses. Probabilities are the classifier's."
-    return page.Section(
-        "Hardest images", text, sections.gallery([_hard_image(run, one) for one in hardest.images], 190, caption)
-    )
+    pictures = [_hard_image(run, one) for one in hardest.images]
+    return page.Section("Hardest images", text, sections.gallery(pictures, 190, caption))
 
 
 def _hard_image(run: RunFolder, one: HardImage) -> page.PictureRow | page.Missing:
     what, caption = f"picture of {one.name}", _verdict(one)
     if one.picture is None:
         return run.missing(HARDEST_IMAGES, what, one.fault)
-    name = f"{FOLDER}/{HARDEST}/{one.picture}"
-    lossless = one.picture.endswith(".png")
+    name, lossless = f"{FOLDER}/{HARDEST}/{one.picture}", one.picture.endswith(".png")
     return run.picture(name, read_image, what, alt=f"{one.name}: {caption}", caption=caption, lossless=lossless)
 
 
 def _verdict(one: HardImage) -> str:
     """Write "cat (2.9 %), taken for dog (97.1 %)"."""
-    true, predicted = (
-        [f"{name} ({page.percent(share)})" for name, share in classes] for classes in (one.true, one.predicted)
-    )
+    true, predicted = ([f"{name} ({page.percent(share)})" for name, share in row] for row in (one.true, one.predicted))
     if len(true) == len(predicted) == 1:
         return f"{true[0]}, taken for {predicted[0]}"
-    parts = {
-        "missed": [name for name in true if name not in predicted],
-        "wrongly": [name for name in predicted if name not in true],
-    }
+    parts = {"missed": [x for x in true if x not in predicted], "wrongly": [x for x in predicted if x not in true]}
     return "; ".join(f"{word} {', '.join(dict.fromkeys(names))}" for word, names in parts.items() if names)
 
 
@@ -190,19 +233,17 @@ def _feature_section(run: RunFolder, multi_label: bool) -> page.Section:
     return page.Section("Features", text, _figures(run, {EMBEDDING: "picture of features"}))
 
 
-# --- Training ---------------------------------------------------------------------------------------------
-
-
 def _training_section(run: RunFolder, log: LoggedNumbers) -> page.Section:
     both = {"": "", "_ema": ", averaged weights"}
     losses = {"loss": "training"} | {f"val_loss{end}": f"validation{words}" for end, words in both.items()}
     scores = {f"{key}{end}": f"top-{key[3:]}{words}" for key in ("top1", "top5") for end, words in both.items()}
     precisions = {f"mean_ap{end}": f"mean AP{words}" for end, words in both.items()}
-    multi_label = bool(log.values("mean_ap"))
+    scored = {"Accuracy": ("accuracy", scores)}
+    if log.values("mean_ap"):
+        scored = {"Average precision": ("mean average precision", precisions)}
     plots = {
         "Loss": ("loss", losses),
-        **({"Average precision": ("mean average precision", precisions)} if multi_label else {}),
-        **({} if multi_label else {"Accuracy": ("accuracy", scores)}),
+        **scored,
         "Learning rate": ("learning rate", {"lr": "learning rate"}),
         "Speed": ("images per second", {"images_per_second": "images"}),
     }
@@ -214,40 +255,26 @@ def _training_section(run: RunFolder, log: LoggedNumbers) -> page.Section:
 
 
 def _command_section(folder: Path, weights: object, validated: bool, unfinished: bool) -> page.Section:
-    words: dict[str, list[str]] = {}
-    blocks: list[page.PageBlock] = []
-    finetune = ["finetune.py", "--config-file", str(folder / CONFIG)]
-    if weights is None:
-        blocks.append(page.Missing(Path(WEIGHTS), "commands to use the classifier", "there are no weights"))
-    else:
+    absent = page.Missing(Path(WEIGHTS), "commands to use the classifier", "there are no weights")
+    words, finetune = {}, ["finetune.py", "--config-file", str(folder / CONFIG)]
+    if weights is not None:
         words["Classify images"] = ["predict_classes.py", "--weights", str(weights), "IMAGES"]
         if validated:
             words["Evaluate"] = [*finetune, "--eval-only", str(weights), f"output_dir={folder / 'again'}"]
     if unfinished:
         words["Continue the training"] = [*finetune, "--resume", f"output_dir={folder}"]
-    return page.Section("Using the classifier", "", [*blocks, *([sections.commands(words)] if words else [])])
+    blocks = [*([absent] if weights is None else []), *([sections.commands(words)] if words else [])]
+    return page.Section("Using the classifier", "", blocks)
 
 
 def changed_from_defaults(content: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """List key, value and default of changed settings, except the data."""
-    changed = sections.changed_settings(content, sections.leaves(to_jsonable_python(_defaults(FinetuneConfig))))
-    return [row for row in changed if row[0] not in DATA_KEYS]
-
-
-def _defaults(schema: type[BaseModel]) -> dict[str, Any]:
-    """Collect the default values of a schema."""
-    found: dict[str, Any] = {}
-    for name, field in schema.model_fields.items():
-        if not field.is_required():
-            default = field.get_default(call_default_factory=True)
-            found[name] = default.model_dump(mode="json") if isinstance(default, BaseModel) else default
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found[name] = _defaults(field.annotation)
-    return found
+    least = FinetuneConfig.model_validate({"output_dir": "", "data": {}, "model": {}})
+    defaults = sections.leaves(least.model_dump(mode="json", exclude={"output_dir"}))
+    return [row for row in sections.changed_settings(content, defaults) if row[0] not in DATA_KEYS]
 
 
 def _data_section(run: RunFolder, data: Mapping[str, tuple[Any, Any]], has_config: bool) -> page.Section:
-    """Show path and number of images by split."""
     rows = [
         [name, sections.path_end(path), f"{count:,}" if isinstance(count, int) else "-"]
         for name, (path, count) in data.items()
@@ -259,19 +286,9 @@ def _data_section(run: RunFolder, data: Mapping[str, tuple[Any, Any]], has_confi
     return page.Section("Data", "", [page.Table(["images", "from", "number"], rows, caption)])
 
 
-# --- The page ---------------------------------------------------------------------------------------------
-
-
 def write_report(folder: Path) -> Path:
-    """Write and return `folder`/report.html.
-
-    The run may be in whatever state. A picture of features that is missing or older than the features is drawn first.
-
-    Raises:
-        OSError: the folder is not writable.
-    """
-    build_report(folder).write(folder / REPORT)
-    return folder / REPORT
+    """Write and return `folder`/report.html, whatever state the run is in."""
+    return build_report(folder).write(folder / REPORT)
 
 
 def build_report(folder: Path) -> page.Report:
@@ -279,15 +296,17 @@ def build_report(folder: Path) -> page.Report:
     run = RunFolder(folder)
     found = run.read(EVALUATED, Evaluation.read, None)
     hardest = run.read(HARDEST_IMAGES, Hardest.read, None)
-    log = run.read(LOG, partial(read_log, needed="epoch"), LoggedNumbers())
+    log = run.read(LOG, lambda path: read_log(path, "epoch"), LoggedNumbers())
     content: dict[str, Any] = run.read(CONFIG, read_yaml, {})
     settings = {name: section for name, section in content.items() if isinstance(section, dict)}
     data, about = settings.get("data", {}), found.about if found is not None else {}
-    record = _checkpoint_record(run)
+    checkpoints = [path.relative_to(folder).as_posix() for path in folder.glob(f"{CHECKPOINTS}/step-*/{RUN_RECORD}")]
+    record = _mapping(run.read(max(checkpoints, default=f"{CHECKPOINTS}/{RUN_RECORD}"), read_json, {}))
     plan, versions = _mapping(record.get("plan")), _mapping(record.get("versions", about.get("versions")))
     only_evaluated = found is not None and not log.rows and not run.has(CONFIG)
     unfinished = bool(log.rows) and not run.has(WEIGHTS)
-    progress = _progress(log, settings.get("schedule", {}).get("epochs")) if log.rows else ""
+    done, epochs = log.rows[-1]["epoch"] if log.rows else 0.0, settings.get("schedule", {}).get("epochs")
+    progress = f"{done:.4g} of {epochs:,} epochs" if isinstance(epochs, int) else f"{done:.4g} epochs"
     weights = folder if run.has(BEST, WEIGHTS) else about.get("weights") if only_evaluated else None
     splits = {
         "training": (data.get("train"), plan.get("images")),
@@ -298,17 +317,21 @@ def build_report(folder: Path) -> page.Report:
         evaluation = sections.collapse(evaluation, "Evaluation", "Nothing is evaluated yet.")
         if len(evaluation) == 1 and settings and not data.get("val"):
             evaluation = [page.Section("Evaluation", "There were no images to evaluate on (data.val).")]
-    trained = [
-        _training_section(run, log),
-        sections.settings_section(run, CONFIG, not settings, changed_from_defaults(settings), "this toolkit"),
-    ]
+    result = ""
+    if found is not None:
+        value, interval = page.percent(found.numbers[found.metric]), _interval(found)
+        result = f"{HEADLINES[found.metric][0]} {value}{interval and f' ({interval})'} on {_images(found)}. "
     use = _command_section(folder, weights, bool(data.get("val")), unfinished and bool(settings))
-    origin = _data_section(run, splits, bool(settings))
+    shown = [*evaluation, use]
+    if not only_evaluated:
+        changed = changed_from_defaults(settings)
+        own = sections.settings_section(run, CONFIG, not settings, changed, "this toolkit")
+        shown = [*evaluation, _training_section(run, log), use, own]
     return page.Report(
         f"Classifier: {folder.resolve().name}",
-        sections.lead(_result(found), progress if unfinished else ""),
-        _evaluation_facts(found) + _training_facts(log, plan, progress),
-        [*evaluation, use, origin] if only_evaluated else [*evaluation, trained[0], use, trained[1], origin],
+        sections.lead(result, progress if unfinished else ""),
+        _evaluation_facts(found) + _training_facts(log, plan, progress if log.rows else ""),
+        [*shown, _data_section(run, splits, bool(settings))],
         [(name, str(version)) for name, version in versions.items()],
     )
 
@@ -317,40 +340,19 @@ def _mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _checkpoint_record(run: RunFolder) -> dict[str, Any]:
-    """Read the record of the last checkpoint, if there is one."""
-    records = [str(path.relative_to(run.path)) for path in (run.path / CHECKPOINTS).glob(f"step-*/{RUN_RECORD}")]
-    return _mapping(run.read(max(records, default=f"{CHECKPOINTS}/{RUN_RECORD}"), read_json, {}))
-
-
-def _result(found: Evaluation | None) -> str:
-    if found is None:
-        return ""
-    value, interval = page.percent(found.numbers[found.metric]), _interval(found)
-    return f"{HEADLINES[found.metric][0]} {value}{interval and f' ({interval})'} on {_images(found)}. "
-
-
 def _interval(found: Evaluation) -> str:
-    """Write the interval of the top-1 accuracy, for images drawn independently."""
     if found.top1_interval is None:
         return ""
     low, high = found.top1_interval
     return f"95% interval {100 * low:.1f} to {100 * high:.1f} %"
 
 
-def _progress(log: LoggedNumbers, total: object) -> str:
-    done = log.rows[-1]["epoch"]
-    return f"{done:.4g} of {total:,} epochs" if isinstance(total, int) else f"{done:.4g} epochs"
-
-
 def _evaluation_facts(found: Evaluation | None) -> list[page.Fact]:
-    if found is None:
-        return []
     digits = {"top1": 1, "top5": 1, "mean_ap": 1, "micro_f1": 1, "balanced_accuracy": 1, "ece": 2}
     return [
         page.Fact(HEADLINES[key][0], page.percent(found.numbers[key], count), _interval(found) if key == "top1" else "")
         for key, count in digits.items()
-        if key in found.numbers
+        if found is not None and key in found.numbers
     ]
 
 
@@ -364,6 +366,4 @@ def _training_facts(log: LoggedNumbers, plan: Mapping[str, Any], progress: str) 
         seconds = sum(steps * per_step / speed for steps, speed in log.spans("step", "images_per_second"))
         note = f"{np.median(speeds):,.0f} images per second (median), without evaluations"
         found.append(page.Fact("Training time", page.format_seconds(seconds), note))
-    if memory:
-        found.append(page.Fact("Peak memory", f"{max(memory):.1f} GB", "of one process"))
-    return found
+    return found + ([page.Fact("Peak memory", f"{max(memory):.1f} GB", "of one process")] if memory else [])

@@ -58,8 +58,7 @@ def architecture_of(weights: Weights, **given: Any) -> Architecture:
     Args:
         weights: any file with a ViT encoder.
         given: fields of `Architecture`; None counts as not given. `img_size` (one number or height and width),
-            `patch_size` and `in_chans` may differ from the file's: `load_encoder_weights` resamples. `num_heads`, and
-            the sides of a grid that is not square, settle what no shape tells.
+            `patch_size` and `in_chans` may differ from the file's: `load_encoder_weights` resamples.
 
     Raises:
         UserError: no encoder; a value that contradicts the file; something that the file does not tell; sizes that do
@@ -99,11 +98,6 @@ def build_vit(
     | `avg` | mean of the patch tokens, then `fc_norm`  |
     | `cls` | `norm`, then the class token              |
 
-    | head        | keys                           | weights                                                  |
-    | ----------- | ------------------------------ | -------------------------------------------------------- |
-    | `linear`    | `head.weight`, `.bias`         | truncated normal 2e-5                                    |
-    | `batchnorm` | `head.0.running_*`, `head.1.*` | BatchNorm without scale and shift, truncated normal 0.01 |
-
     Args:
         num_classes: N; 0 for no head.
         drop_path: rate of the last block; it grows linearly from 0 in the first.
@@ -113,7 +107,6 @@ def build_vit(
     """
     if pool not in get_args(Pool) or head not in get_args(HeadKind):
         raise ValueError(f"pool is one of {get_args(Pool)}, head of {get_args(HeadKind)}; got {pool!r} and {head!r}")
-    E = architecture.embed_dim
     model = VisionTransformer(
         **vars(architecture),
         num_classes=num_classes,
@@ -122,12 +115,15 @@ def build_vit(
         norm_layer=LayerNorm,
     )
     if num_classes:
-        model.add_module("head", build_head(E, num_classes, head))
+        model.add_module("head", build_head(architecture.embed_dim, num_classes, head))
     return model
 
 
 def build_head(width: int, num_classes: int, head: HeadKind) -> nn.Module:
-    """Build a random head of `build_vit`, (B, E) to (B, N)."""
+    """Build a random head of `build_vit`, (B, E) to (B, N).
+
+    The batchnorm head has BatchNorm without scale and shift before its layer. Weights are truncated normal.
+    """
     linear = nn.Linear(width, num_classes)
     std = 2e-5 if head == "linear" else 0.01
     # With the usual bounds of -2 and 2, far out for these deviations, rounding makes one weight in 2 ** 24 exactly -2:
@@ -142,16 +138,10 @@ def build_head(width: int, num_classes: int, head: HeadKind) -> nn.Module:
 def load_encoder_weights(model: VisionTransformer, weights: Weights) -> LoadReport:
     """Load the encoder of any file.
 
-    Heads, the decoder and, with average pooling, the final norm are left out.
-
-    Position table and patch filters are resampled to the model's grid, patch size and channels, in float32; the report
-    lists them. With class-token pooling the final norm keeps its initial weights if the file has none, as no CrossMAE
-    file has (method specification, section 1.3). With average pooling the class token keeps its initial weights if the
-    file has none, as files converted for detection.
-
-    Args:
-        model: from `build_vit`.
-        weights: any file with a ViT encoder.
+    Heads, the decoder and, with average pooling, the final norm are left out. Position table and patch filters are
+    resampled to the model's grid, patch size and channels, in float32; the report lists them. With class-token pooling
+    the final norm keeps its initial weights if the file has none, as no CrossMAE file has (method specification,
+    section 1.3). With average pooling the class token does, as for files converted for detection.
 
     Raises:
         UserError: no encoder; another architecture; a tensor that is missing, or that a plain ViT does not have; no
@@ -192,17 +182,12 @@ def parameter_groups(model: VisionTransformer, weight_decay: float, layer_decay:
     last = len(model.blocks) + 1
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        layer = _layer(name, last)
-        decays = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
-        key = f"layer_{layer}_{'decay' if decays else 'no_decay'}"
-        group = {
-            "params": [],
-            "weight_decay": weight_decay if decays else 0.0,
-            "lr_scale": layer_decay ** (last - layer),
-        }
-        groups.setdefault(key, group | {"name": key})["params"].append(parameter)
+        if parameter.requires_grad:
+            layer = _layer(name, last)
+            decays = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
+            key = f"layer_{layer}_{'decay' if decays else 'no_decay'}"
+            rates = {"weight_decay": weight_decay if decays else 0.0, "lr_scale": layer_decay ** (last - layer)}
+            groups.setdefault(key, {"params": [], **rates, "name": key})["params"].append(parameter)
     return list(groups.values())
 
 

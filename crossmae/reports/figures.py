@@ -67,29 +67,21 @@ def line_plot(curves: Curves, *, title: str, x_label: str, y_label: str, caption
 
 
 def curve_plots(rows: Sequence[Mapping[str, Any]], source: Path, x: str, plots: PlotKeys) -> list[Plot | Missing]:
-    """Plot logged values over steps, or name the log without values.
-
-    Args:
-        rows: of the log.
-        source: the log's file.
-        x: key of the steps or epochs.
-        plots: values by title; titles are unique on the page.
-    """
-    return [_curve_plot(rows, source, x, keys, title, y_label) for title, (y_label, keys) in plots.items()]
-
-
-def _curve_plot(
-    rows: Sequence[Mapping[str, Any]], source: Path, x: str, keys: Mapping[str, str], title: str, y_label: str
-) -> Plot | Missing:
-    points = {label: [(row[x], row[key]) for row in rows if x in row and key in row] for key, label in keys.items()}
-    curves: Curves = {label: tuple(zip(*found, strict=True)) for label, found in points.items() if found}
-    if not curves:
-        return Missing(source, f"curve of the {y_label}", f"no line of it has {x!r} and {', '.join(map(repr, keys))}")
-    count = max(len(steps) for steps, _ in curves.values())
-    caption = f"{y_label[0].upper()}{y_label[1:]} by {x}, {counted(count, 'logged value')}."
-    if count >= SMOOTH_FROM:
-        caption += " Faint: as logged; strong: running mean over 5 % of the values."
-    return line_plot(curves, title=title, x_label=x, y_label=y_label, caption=caption)
+    """Plot logged values over `x`, or name the log `source` without values."""
+    found: list[Plot | Missing] = []
+    for title, (y_label, keys) in plots.items():
+        points = {label: [(row[x], row[key]) for row in rows if x in row and key in row] for key, label in keys.items()}
+        curves: Curves = {label: tuple(zip(*pairs, strict=True)) for label, pairs in points.items() if pairs}
+        if not curves:
+            why = f"no line of it has {x!r} and {', '.join(map(repr, keys))}"
+            found.append(Missing(source, f"curve of the {y_label}", why))
+            continue
+        count = max(len(steps) for steps, _ in curves.values())
+        caption = f"{y_label[0].upper()}{y_label[1:]} by {x}, {counted(count, 'logged value')}."
+        if count >= SMOOTH_FROM:
+            caption += " Faint: as logged; strong: running mean over 5 % of the values."
+        found.append(line_plot(curves, title=title, x_label=x, y_label=y_label, caption=caption))
+    return found
 
 
 def _draw_curves(axes: Axes, curves: Curves) -> None:
@@ -107,15 +99,7 @@ def _draw_curves(axes: Axes, curves: Curves) -> None:
 
 
 def running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """Average over a centred window that is shorter at both ends.
-
-    Args:
-        values: (n,); NaN is ignored.
-        width: of the window.
-
-    Returns:
-        Means, (n,).
-    """
+    """Average (n,) values over a centred window, shorter at both ends, without NaN."""
     half = width // 2
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     finite = (window[np.isfinite(window)] for window in windows)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 import math
 import re
 import shlex
@@ -30,9 +29,6 @@ from crossmae.files import write_text
 LONGEST_VALUE = 60  # characters of a setting in a table
 LONGEST_COMMAND = 100  # characters of a command on one line
 PERCENT = "\N{NO-BREAK SPACE}%"
-
-
-# --- Blocks -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -163,17 +159,20 @@ class Report:
         )
         return environment.get_template("report.html.j2").render(report=self, groups=_side_by_side)
 
-    def write(self, path: Path) -> None:
-        """Write the page atomically into an existing folder."""
+    def write(self, path: Path) -> Path:
+        """Write the page atomically into an existing folder, and return its path."""
         write_text(path, self.to_html())
+        return path
 
 
 def _side_by_side(blocks: Sequence[PageBlock]) -> list[list[PageBlock]]:
     """Group neighbouring plots, which stand side by side on a wide page."""
     groups: list[list[PageBlock]] = []
-    for are_plots, found in itertools.groupby(blocks, lambda block: isinstance(block, Plot)):
-        neighbours = list(found)
-        groups += [neighbours] if are_plots else [[block] for block in neighbours]
+    for block in blocks:
+        if groups and isinstance(block, Plot) and isinstance(groups[-1][0], Plot):
+            groups[-1].append(block)
+        else:
+            groups.append([block])
     return groups
 
 
@@ -184,21 +183,14 @@ def embed_image(
 
     Args:
         image: (H, W, 3) uint8 RGB, or a PIL image.
-        density: image pixels per CSS pixel; 2 makes the picture crisp on high-resolution screens.
+        density: image pixels per CSS pixel; 2 is crisp on high-resolution screens.
         lossless: PNG, for drawings and text; else JPEG, with full colour resolution for thin coloured lines.
     """
     picture = (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB")
-    buffer = io.BytesIO()
-    if lossless:
-        picture.save(buffer, format="PNG", optimize=True)
-    else:
-        picture.save(buffer, format="JPEG", quality=86, subsampling=0, optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    source = f"data:image/{'png' if lossless else 'jpeg'};base64,{data}"
+    buffer, kind = io.BytesIO(), "png" if lossless else "jpeg"
+    picture.save(buffer, kind, optimize=True, **({} if lossless else {"quality": 86, "subsampling": 0}))
+    source = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
     return Picture(source, round(picture.width / density), round(picture.height / density), alt, label)
-
-
-# --- Words ------------------------------------------------------------------------------------------------
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
@@ -237,11 +229,9 @@ def short_value(value: Any) -> str:
 
 def format_seconds(seconds: float) -> str:
     """Format a duration such as "0.4 s" or "3 min 05 s"."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 60:
-        return f"{whole} s"
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -41,10 +41,8 @@ class FileContent(BaseModel):
             return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
-            where = "".join(f"{key}: " for key in first["loc"])
-            raise UserError(
-                f"{path}: unexpected content: {where}{first['msg'].removeprefix('Value error, ')}"
-            ) from None
+            why = "".join(f"{key}: " for key in first["loc"]) + first["msg"].removeprefix("Value error, ")
+            raise UserError(f"{path}: unexpected content: {why}") from None
 
 
 @dataclass(frozen=True)
@@ -68,9 +66,7 @@ class LoggedNumbers:
 
 
 def read_log(path: Path, needed: str) -> LoggedNumbers:
-    """Read a log of one JSON object per line.
-
-    A line without the number `needed` counts as damaged.
+    """Read the JSON objects of a log; those without the number `needed` are damaged.
 
     Raises:
         UserError: no such file.
@@ -95,16 +91,11 @@ def _numbers_of(line: str) -> dict[str, float]:
 
 
 class RunFolder:
-    """A run folder whose files may be missing or damaged.
+    """A run folder whose files may be missing or damaged; `faults` tells why, by name of the file."""
 
-    Attributes:
-        path: of the folder.
-        faults: why a file could not be read, by its name.
-    """
-
-    def __init__(self, path: Path, faults: Mapping[str, str] | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.faults = dict(faults or {})
+        self.faults: dict[str, str] = {}
 
     def read(self, name: str, reader: Callable[[Path], T], default: Default) -> T | Default:
         """Read a file, or note why it is missing and return `default`."""

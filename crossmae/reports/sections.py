@@ -21,12 +21,10 @@ def lead(found: str, unfinished: str) -> str:
     return f"{found}{state}Everything here is from files in the run's folder, named as they are there."
 
 
-def collapse(sections: Sequence[Section], title: str, text: str) -> list[Section]:
+def collapse(sections: Sequence[Section], title: str, text: str) -> Sequence[Section]:
     """Merge sections in which everything is missing into one."""
     blocks = [block for section in sections for block in section.blocks]
-    if all(isinstance(block, Missing) for block in blocks):
-        return [Section(title, text, blocks)]
-    return list(sections)
+    return [Section(title, text, blocks)] if all(isinstance(block, Missing) for block in blocks) else sections
 
 
 def gallery(rows: Sequence[PictureRow | Missing], min_width: int, caption: str = "") -> list[PageBlock]:
@@ -48,7 +46,6 @@ def class_tables(
 
     Args:
         classes: the score that ranks a class, None where undefined, and its row of the table.
-        columns: of the table.
         captions: of the table of all classes; of the first of two tables; of the second.
         source: the file that has all classes.
         worst_first: start with the lowest score; the second table then starts with the highest.
@@ -57,9 +54,8 @@ def class_tables(
     ranked = [row for _, row in sorted(scored, key=lambda one: one[0], reverse=not worst_first)]
     if len(classes) <= MOST_CLASSES:
         return [Table(columns, [*ranked, *(row for score, row in classes if score is None)], captions[0])]
-    half = MOST_CLASSES // 2
+    half, count = MOST_CLASSES // 2, len(classes)
     first, last = ranked[:half], ranked[half:][-half:]
-    count = len(classes)
     others = f"{source} has the other {count - len(first) - len(last)} of {count} classes."
     second = Table(columns, last[::-1] if worst_first else last, f"{captions[2]} {others}")
     return [Table(columns, first, captions[1]), second]
@@ -93,11 +89,8 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def changed_settings(content: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """List key, value and default of settings that differ."""
-    return [
-        (key, value, defaults.get(key))
-        for key, value in leaves(content).items()
-        if key not in defaults or defaults[key] != value
-    ]
+    found = leaves(content).items()
+    return [(key, value, defaults.get(key)) for key, value in found if key not in defaults or defaults[key] != value]
 
 
 def settings_section(

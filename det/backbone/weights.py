@@ -25,8 +25,7 @@ from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_hom
 from crossmae.errors import UserError
 from crossmae.training.config import read_yaml
 from det.backbone.vit import ViT
-from det.config import flatten, lookup
-from det.evaluation.run_files import BEST, CONFIG, FINAL, LAST
+from det.config import BEST, CONFIG, FINAL, LAST, flatten, lookup
 
 log = logging.getLogger(__name__)
 

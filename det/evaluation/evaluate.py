@@ -23,11 +23,12 @@ from tqdm import tqdm
 from crossmae.errors import UserError
 from crossmae.files import make_folder, write_json, write_text
 from crossmae.reports.figures import save_figure
+from det.config import PICTURES, PREDICTIONS, RESULTS
 from det.data.coco import ground_truth
 from det.data.loader import NamingMapper, build_test_loader, refuse_unreadable
 from det.evaluation.curves import precision_recall_figure
 from det.evaluation.pictures import save_pictures, validation_pictures
-from det.evaluation.run_files import HEADLINE, PICTURES, PREDICTIONS, RESULTS, TASKS
+from det.evaluation.run_files import HEADLINE, TASKS
 from det.evaluation.scoring import DetectionScores, score_results
 from det.inference.paste import coco_results
 

@@ -21,21 +21,20 @@ from crossmae.reports.figures import MOST_CURVES, PlotKeys, curve_plots
 from crossmae.reports.run_folder import REPORT, LoggedNumbers, RunFolder
 from crossmae.training.config import read_yaml
 from det.backbone.weights import find_detector
-from det.config import add_crossmae_config, flatten
-from det.data.coco import OWN_TRAIN, OWN_VAL
-from det.evaluation import run_files
-from det.evaluation.pictures import find_pictures
-from det.evaluation.run_files import (
+from det.config import (
+    BEST_RECORD,
     CONFIG,
-    HEADLINE,
+    FINAL,
     METRICS,
     PICTURES,
     RECORD,
     RESULTS,
-    TASKS,
-    DetectionResults,
-    RunRecord,
+    add_crossmae_config,
+    flatten,
 )
+from det.data.coco import OWN_TRAIN, OWN_VAL
+from det.evaluation.pictures import find_pictures
+from det.evaluation.run_files import HEADLINE, TASKS, BestEvaluation, DetectionResults, RunRecord, read_metrics
 
 LOSSES = {
     "loss_mask": "mask",
@@ -61,15 +60,12 @@ AP_TEXT = (
 )
 
 
-# --- Parts that the demo's page also shows ----------------------------------------------------------------
-
-
 def loss_plots(log: LoggedNumbers) -> PlotKeys:
     """Choose the plots of a detector's total loss and its parts."""
     names = {key for row in log.rows for key in row if key.startswith("loss_")}
-    known = {key: label for key, label in LOSSES.items() if key in names}
-    parts = list((known | {key: key.removeprefix("loss_") for key in sorted(names - LOSSES.keys())}).items())
-    plots: dict[str, tuple[str, dict[str, str]]] = {"Total loss": ("loss", {"total_loss": "total loss"})}
+    known = [key for key in LOSSES if key in names]
+    parts = [(key, LOSSES.get(key, key.removeprefix("loss_"))) for key in (*known, *sorted(names - LOSSES.keys()))]
+    plots = {"Total loss": ("loss", {"total_loss": "total loss"})}
     for first in range(0, len(parts), MOST_CURVES):
         title = "Its parts" if first == 0 else f"Its parts from {first + 1}"
         plots[title] = "loss", dict(parts[first : first + MOST_CURVES])
@@ -77,11 +73,11 @@ def loss_plots(log: LoggedNumbers) -> PlotKeys:
 
 
 def _shown(value: float | None, unit: str = "") -> str:
-    return page.percent(None if value is None else value / 100, unit=unit)
+    return page.percent(value and value / 100, unit=unit)
 
 
 def _bar(value: float | None) -> page.Bar:
-    return page.bar(None if value is None else value / 100, unit="")
+    return page.bar(value and value / 100, unit="")
 
 
 def ap_facts(results: DetectionResults, key: str, others: Sequence[str]) -> list[page.Fact]:
@@ -105,21 +101,20 @@ def class_blocks(results: DetectionResults, source: Path) -> list[page.PageBlock
     """Rank all classes, or the best and the worst of many."""
     if not results.classes:
         return [page.Missing(source, "AP by class", "the file has none")]
-    tasks = list(results.numbers)
+    *others, decisive = results.numbers
     rows: list[tuple[float | None, page.TableRow]] = [
-        (one.ap(tasks[-1]), [one.name, f"{one.objects:,}", *(_bar(one.ap(task)) for task in tasks)])
+        (one.ap(decisive), [one.name, f"{one.objects:,}", *(_bar(one.ap(task)) for task in (*others, decisive))])
         for one in results.classes
     ]
-    two = [f"{word} {TASKS[tasks[-1]]} AP, in percent; a full bar is 100." for word in ("Highest", "Lowest")]
+    two = [f"{word} {TASKS[decisive]} AP, in percent; a full bar is 100." for word in ("Highest", "Lowest")]
     captions = ["AP in percent by class; a full bar is 100.", *two]
-    columns = ["class", "objects", *(f"{TASKS[task]} AP" for task in tasks)]
+    columns = ["class", "objects", *(f"{TASKS[task]} AP" for task in (*others, decisive))]
     return sections.class_tables(rows, columns, captions, source.name, worst_first=False)
 
 
-# --- Sections ---------------------------------------------------------------------------------------------
-
-
-def _evaluation_sections(run: RunFolder, results: DetectionResults | None, log: LoggedNumbers) -> list[page.Section]:
+def _evaluation_sections(
+    run: RunFolder, results: DetectionResults | None, log: LoggedNumbers
+) -> Sequence[page.Section]:
     headlines: list[page.PageBlock] = [run.missing(RESULTS, "average precision")]
     classes: list[page.PageBlock] = [run.missing(RESULTS, "AP by class")]
     if results is not None:
@@ -133,9 +128,8 @@ def _evaluation_sections(run: RunFolder, results: DetectionResults | None, log: 
         page.Section("Classes", objects, classes),
         _recall_section(run, TASKS if results is None else results.numbers),
     ]
-    return sections.collapse(
-        found, "Evaluation", "Nothing is evaluated yet, or there is no validation data (--val-json)."
-    )
+    text = "Nothing is evaluated yet, or there is no validation data (--val-json)."
+    return sections.collapse(found, "Evaluation", text)
 
 
 def _metric_table(results: DetectionResults) -> page.Table:
@@ -146,8 +140,7 @@ def _metric_table(results: DetectionResults) -> page.Table:
         if name not in HEADLINE and not name.startswith("AP-"):
             recall = re.fullmatch(r"AR(\d+)", name)
             meaning = f"recall of the best {recall[1]} in an image" if recall else MEANING.get(name, "")
-            values = [_shown(numbers.get(name)) for numbers in found]
-            rows.append([f"{name}: {meaning}".removesuffix(": "), *values])
+            rows.append([f"{name}: {meaning}".removesuffix(": "), *(_shown(numbers.get(name)) for numbers in found)])
     caption = "In percent; a dash where the validation images have no such objects."
     return page.Table(["", *(TASKS[task] for task in results.numbers)], rows, caption)
 
@@ -158,10 +151,9 @@ def _progress_section(run: RunFolder, log: LoggedNumbers) -> page.Section:
         f"{key} over the training": (f"{key} in %", {f"{task}/{key}": f"{TASKS[task]} {key}" for task in found})
         for key in ("AP", "AP50")
     }
-    blocks: Sequence[page.PageBlock] = curve_plots(log.rows, Path(METRICS), "iteration", plots)
-    if not found:
-        why = "no evaluation is logged in it"
-        blocks = [run.missing(METRICS, "average precision over the training", why)]
+    why = "no evaluation is logged in it"
+    absent = [run.missing(METRICS, "average precision over the training", why)]
+    blocks = curve_plots(log.rows, Path(METRICS), "iteration", plots) if found else absent
     return page.Section("Over the training", "What each evaluation during the training found.", blocks)
 
 
@@ -233,17 +225,9 @@ def _data_section(run: RunFolder, record: RunRecord) -> page.Section:
     return page.Section("Data", "", [page.Table(["data set", "annotations", "images", "SHA-256"], rows, caption)])
 
 
-# --- The page ---------------------------------------------------------------------------------------------
-
-
 def write_report(folder: Path) -> Path:
-    """Write and return `folder`/report.html, whatever state the run is in.
-
-    Raises:
-        OSError: the folder is not writable.
-    """
-    build_report(folder).write(folder / REPORT)
-    return folder / REPORT
+    """Write and return `folder`/report.html, whatever state the run is in."""
+    return build_report(folder).write(folder / REPORT)
 
 
 def build_report(folder: Path) -> page.Report:
@@ -251,11 +235,12 @@ def build_report(folder: Path) -> page.Report:
     run = RunFolder(folder)
     record = run.read(RECORD, RunRecord.read, RunRecord())
     settings: dict[str, Any] = run.read(CONFIG, read_yaml, {})
-    log = run.read(METRICS, run_files.read_metrics, LoggedNumbers())
+    log = run.read(METRICS, read_metrics, LoggedNumbers())
     results = run.read(RESULTS, DetectionResults.read, None)
-    best = run.read(run_files.BEST_RECORD, run_files.BestEvaluation.read, None)
-    unfinished = bool(log.rows) and not run.has(run_files.FINAL)
-    progress = _progress(log, record.iterations) if log.rows else ""
+    best = run.read(BEST_RECORD, BestEvaluation.read, None)
+    unfinished = bool(log.rows) and not run.has(FINAL)
+    done, total = int(log.rows[-1]["iteration"]) if log.rows else 0, record.iterations
+    progress = f"{done:,} of {total:,} iterations" if total > done else page.counted(done, "iteration")
     changed = changed_from_defaults(settings)
     plots = {
         **loss_plots(log),
@@ -288,12 +273,7 @@ def _detector(settings: Mapping[str, Any]) -> str:
         return "A detector"
 
 
-def _progress(log: LoggedNumbers, total: int) -> str:
-    done = int(log.rows[-1]["iteration"])
-    return f"{done:,} of {total:,} iterations" if total > done else page.counted(done, "iteration")
-
-
-def _accuracy_facts(results: DetectionResults | None, best: run_files.BestEvaluation | None) -> list[page.Fact]:
+def _accuracy_facts(results: DetectionResults | None, best: BestEvaluation | None) -> list[page.Fact]:
     found = [] if results is None else ap_facts(results, "AP", ("AP50", "AP75"))
     if best is not None:
         note = f"after {page.counted(best.iteration, 'iteration')}: model_best.pth"
@@ -308,11 +288,10 @@ def _training_facts(record: RunRecord, log: LoggedNumbers, progress: str) -> lis
     if isinstance(images, int):
         note = page.counted(len(record.classes), "class", "classes") if record.classes else ""
         found.append(page.Fact("Training images", f"{images:,}", note))
-    times, memory = log.values("time"), log.values("peak_memory_bytes")
-    if times:
+    if times := log.values("time"):
         seconds = sum(steps * time for steps, time in log.spans("iteration", "time"))
         note = f"{progress} of {np.median(times):.3g} s, without evaluations"
         found.append(page.Fact("Training time", page.format_seconds(seconds), note))
-    if memory:
+    if memory := log.values("peak_memory_bytes"):
         found.append(page.Fact("Peak memory", page.format_bytes(max(memory)), "of one GPU"))
     return found

@@ -11,12 +11,6 @@ from pydantic import Field, model_validator
 
 from crossmae.reports.run_folder import FileContent, LoggedNumbers, read_log
 
-# What a run writes; `model` in weights is what was evaluated.
-RECORD, CONFIG, LOG, METRICS = "run.json", "config.yaml", "log.txt", "metrics.json"
-BEST, BEST_RECORD, FINAL, LAST = "model_best.pth", "model_best.json", "model_final.pth", "last_checkpoint"
-# The names of the checkpoints that training continues from; `model_best.pth` holds only weights.
-CHECKPOINT = re.compile(r"model_([0-9]{7,}|final)\.pth")
-RESULTS, PREDICTIONS, PICTURES = "results.json", "inference/coco_instances_results.json", "pictures"
 TASKS = {"bbox": "box", "segm": "mask"}
 HEADLINE = ("AP", "AP50", "AP75")
 
@@ -33,8 +27,7 @@ class DetectedClass(FileContent):
 
     def ap(self, task: str) -> float | None:
         """Read the AP of a task."""
-        found: Percentages | None = getattr(self, task)
-        return (found or {}).get("AP")
+        return (getattr(self, task) or {}).get("AP")  # type: ignore[no-any-return]
 
 
 class DetectionResults(FileContent):
@@ -48,9 +41,8 @@ class DetectionResults(FileContent):
     def _has_headlines(self) -> DetectionResults:
         for task in self.numbers or ["bbox"]:
             if not set(HEADLINE) <= (getattr(self, task) or {}).keys():
-                raise ValueError(
-                    f"{task}: expected an object with {', '.join(HEADLINE)}, as tools/train_net.py writes it"
-                )
+                wanted = f"{', '.join(HEADLINE)}, as tools/train_net.py writes it"
+                raise ValueError(f"{task}: expected an object with {wanted}")
             for one in self.classes:
                 if "AP" not in (getattr(one, task) or {}):
                     raise ValueError(f"classes: {one.name} has no {task} AP")

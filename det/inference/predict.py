@@ -24,10 +24,9 @@ from pycocotools import mask as coco_mask
 from crossmae.data.images import read_image, to_rgb
 from crossmae.errors import UserError
 from det.backbone.weights import build_detector, find_detector, load_weights
-from det.config import check_config, choose_device, load_det_config
+from det.config import CONFIG, RECORD, check_config, choose_device, load_det_config
 from det.data.coco import read_categories
 from det.data.loader import ResizeShortestEdge, augment
-from det.evaluation.run_files import CONFIG, RECORD
 from det.inference.paste import coco_results
 
 log = logging.getLogger(__name__)

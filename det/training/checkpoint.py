@@ -23,7 +23,7 @@ from crossmae.checkpoints.weights import check_finite, describe_non_finite
 from crossmae.errors import UserError
 from crossmae.files import sha256, write_atomically, write_json, write_text
 from crossmae.training.versions import versions
-from det.evaluation.run_files import CHECKPOINT, LAST, RECORD
+from det.config import CHECKPOINT, LAST, RECORD
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from tqdm import tqdm
 
 from crossmae.files import ODD_BYTES
-from det.evaluation.run_files import LOG
+from det.config import LOG
 
 # Warnings of libraries that neither their caller nor the user can act on.
 LIBRARY_WARNINGS = ("The given NumPy array is not writable", "torch.meshgrid: in an upcoming release", "Glyph ")

@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from crossmae.files import read_json, write_json
 from crossmae.training.signals import StopRequest
+from det.config import BEST, BEST_RECORD, PICTURES
 from det.evaluation.pictures import find_pictures
 from det.evaluation.report import write_report
-from det.evaluation.run_files import BEST, BEST_RECORD, PICTURES, TASKS
+from det.evaluation.run_files import TASKS
 from det.training.checkpoint import AtomicCheckpointer
 
 log = logging.getLogger(__name__)

@@ -20,12 +20,11 @@ from crossmae.errors import UserError
 from crossmae.files import make_folder, write_text
 from crossmae.training.signals import StopRequest
 from det.backbone.weights import build_detector, load_weights
-from det.config import flatten, read_keys
+from det.config import BEST, BEST_RECORD, CONFIG, METRICS, RECORD, flatten, read_keys
 from det.data.coco import check_classes, check_registered
 from det.data.loader import build_train_loader, training_samples
 from det.evaluation.evaluate import evaluate
 from det.evaluation.report import write_report
-from det.evaluation.run_files import BEST, BEST_RECORD, CONFIG, METRICS, RECORD
 from det.training.checkpoint import AtomicCheckpointer, check_continues, find_checkpoint, record_run, shared_settings
 from det.training.console import early_log, log_file
 from det.training.hooks import EvaluationHook, ProgressBar, StopBetweenSteps

@@ -27,6 +27,13 @@ FLOORS: list[set[str]] = [
     {"crossmae.doctor"},
     {"tools"},
 ]
+DET_FLOORS: list[set[str]] = [
+    {"det.config"},
+    {"det.backbone", "det.data"},
+    {"det.inference"},
+    {"det.evaluation"},
+    {"det.training"},
+]
 MOST_ENTRIES = 12
 MOST_LINES = 550
 MOST_WHOLE_CONFIGS = 25
@@ -36,28 +43,38 @@ WHOLE_CONFIGS = {"RunConfig", "PretrainConfig", "FinetuneConfig", "ProbeRunConfi
 Modules = dict[str, Module]
 
 
-def room_of(module: str) -> str | None:
-    """Find the room on a floor that a module belongs to; None for the face of the package, `crossmae/__init__.py`."""
-    rooms = [room for floor in FLOORS for room in floor]
+def room_of(module: str, floors: list[set[str]] = FLOORS) -> str | None:
+    """Find the room on a floor that a module belongs to; None for the face of a package, its `__init__.py`."""
+    rooms = [room for floor in floors for room in floor]
     return next((room for room in rooms if module == room or module.startswith(f"{room}.")), None)
 
 
-def floor_of(room: str) -> int:
+def floor_of(room: str, floors: list[set[str]] = FLOORS) -> int:
     """Count the floor of a room from the bottom."""
-    return next(number for number, floor in enumerate(FLOORS) if room in floor)
+    return next(number for number, floor in enumerate(floors) if room in floor)
 
 
-def upward_imports(modules: Modules) -> list[str]:
+def upward_imports(modules: Modules, floors: list[set[str]] = FLOORS) -> list[str]:
     """Find imports of a higher floor, or of another room on the same floor."""
     found = []
     for importer, imported, line in edges(modules):
-        mine, theirs = room_of(importer), room_of(imported)
-        if mine and theirs and mine != theirs and floor_of(theirs) >= floor_of(mine):
+        mine, theirs = room_of(importer, floors), room_of(imported, floors)
+        if mine and theirs and mine != theirs and floor_of(theirs, floors) >= floor_of(mine, floors):
             found.append(
                 f"{modules[importer].file}:{line} imports {imported}: {mine} is below {theirs} or next to it. Move "
                 f"what both need to a floor below {mine}, or pass it in as an argument."
             )
     return found
+
+
+def det_upward_imports(modules: Modules) -> list[str]:
+    """Find imports of a higher floor within det/, and modules of det/ on no floor."""
+    homeless_there = [
+        f"{module.file}: belongs to no floor of det/."
+        for name, module in modules.items()
+        if name.startswith("det.") and room_of(name, DET_FLOORS) is None
+    ]
+    return homeless_there + upward_imports(modules, DET_FLOORS)
 
 
 def homeless(modules: Modules) -> list[str]:
@@ -205,6 +222,7 @@ PRODUCT = read_product()
     "rule",
     [
         upward_imports,
+        det_upward_imports,
         homeless,
         foreign_imports_of_models,
         private_imports,
@@ -237,6 +255,9 @@ def planted(name: str, source: str) -> Modules:
     [
         (upward_imports, "crossmae.data.fault", "from crossmae.training.loop import train"),
         (upward_imports, "det.data.fault", "def f():\n    from crossmae.classification.vit import build_vit"),
+        (det_upward_imports, "det.backbone.fault", "from det.evaluation.run_files import TASKS"),
+        (det_upward_imports, "det.inference.fault", "def f():\n    import det.training.train"),
+        (det_upward_imports, "det.fault", ""),
         (homeless, "crossmae.fault", ""),
         (foreign_imports_of_models, "crossmae.models.fault", "import numpy"),
         (foreign_imports_of_models, "crossmae.models.fault", "from PIL import Image"),

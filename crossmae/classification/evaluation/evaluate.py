@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from crossmae.classification.data import CentreViews, LabelledBatch, evaluation_loader, readable_batches
-from crossmae.classification.evaluation.metrics import Predictions, merge
+from crossmae.classification.classifier import Classifier, load_classifier
+from crossmae.classification.data import CentreViews, LabelledBatch, evaluation_batches, label_targets, warn_of_absent
+from crossmae.classification.evaluation.files import write_evaluation, write_hardest
+from crossmae.classification.evaluation.metrics import ClassificationScores, Predictions, merge, score
+from crossmae.classification.report import CONFIG, FOLDER, write_report
+from crossmae.classification.train.config import EvaluationConfig, LabelledDataConfig
 from crossmae.data.pixels import Normalize
-from crossmae.data.sources import Source
+from crossmae.data.sources import open_source
 from crossmae.data.sources.source import evenly_spaced
-from crossmae.training.processes import Ranks
+from crossmae.errors import UserError
+from crossmae.files import check_writable, sha256
+from crossmae.training.devices import choose_precision, open_autocast, open_device
+from crossmae.training.processes import Ranks, find_ranks, process_group
+from crossmae.training.versions import versions
 
 TOP = 5  # classes of a sample that are kept
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Images to evaluate on, and how they are read.
+    """Views to evaluate on in batches per process, of which `features` evenly spaced samples keep their features."""
 
-    Attributes:
-        source: of the images.
-        key: the config key that named it, for errors.
-        views: of its images, with targets.
-        mean, std: per channel, of pixels in 0-1.
-        batch_size: images per process.
-        workers: processes that read images.
-        features: at most so many samples, evenly spaced, keep their features.
-    """
-
-    source: Source
-    key: str
     views: CentreViews
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -58,20 +55,19 @@ def evaluate(
     Raises:
         UserError: an image cannot be read, in all processes.
     """
-    indices = range(ranks.rank, len(data.source), ranks.world_size)
+    indices = range(ranks.rank, len(data.views), ranks.world_size)
     mine = ranks.together(lambda: list(_predict(model, data, indices, device, autocast, ranks.is_main)))
-    return merge([part for of_rank in ranks.gather(mine) for part in of_rank], len(data.source))
+    return merge([part for of_rank in ranks.gather(mine) for part in of_rank], len(data.views))
 
 
 def _predict(
     model: Any, data: EvaluationSet, indices: range, device: torch.device, autocast: torch.autocast, show: bool
 ) -> Iterator[Predictions]:
-    with_features = torch.tensor(evenly_spaced(len(data.source), data.features), dtype=torch.int64)
+    with_features = torch.tensor(evenly_spaced(len(data.views), data.features), dtype=torch.int64)
     normalize = Normalize(data.mean, data.std, device)
-    loader = evaluation_loader(data.views, indices, data.batch_size, data.workers, device.type == "cuda")
-    bar = tqdm(loader, "evaluate", leave=False, unit="batch", dynamic_ncols=True, disable=not show)
-    with evaluation_mode(model), torch.no_grad():
-        for batch in readable_batches(bar, data.key):
+    how = (data.batch_size, data.workers, device.type == "cuda", "evaluate", "data.val", show)
+    with _evaluation_mode(model), torch.no_grad():
+        for batch in evaluation_batches(data.views, indices, *how):
             with autocast:
                 tokens = model.forward_features(normalize(batch.images.to(device, non_blocking=True)))
                 pooled = model.forward_head(tokens, pre_logits=True)
@@ -101,8 +97,7 @@ def _predictions(batch: LabelledBatch, logits: Tensor, pooled: Tensor, with_feat
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, and afterwards back into its own."""
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -110,3 +105,116 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was_training in modes:
             module.training = was_training
+
+
+log = logging.getLogger(__name__)
+
+
+def write_results(
+    folder: Path,
+    views: CentreViews,
+    predictions: Predictions,
+    scores: ClassificationScores,
+    class_names: Sequence[str],
+    about: Mapping[str, Any],
+    hardest: int,
+) -> None:
+    """Write all files of an evaluation, in place of an earlier evaluation.
+
+    See `write_evaluation`; facts about the evaluated `views` are added to `about`.
+    """
+    source = views.source
+    facts = {
+        **about,
+        "in_chans": views.channels,
+        "bit_depth": views.bit_depth,
+        "img_size": list(views.size),
+        "crop_pct": views.crop_pct,
+        "samples": source.description,
+        "versions": versions(),
+    }
+    write_evaluation(folder, predictions, scores, class_names, source.name, facts)
+    write_hardest(folder, predictions, views.read, class_names, source.name, hardest)
+
+
+def evaluate_only(
+    weights: str | Path,
+    output_dir: Path,
+    data: LabelledDataConfig,
+    settings: EvaluationConfig,
+    batch_size: int,
+    device: str = "auto",
+    precision: str = "auto",
+    force: bool = False,
+) -> ClassificationScores:
+    """Evaluate a classifier on `data.val`, and write the results and their page.
+
+    Model, classes and pixels are those of the file; no training images are needed.
+
+    Args:
+        weights: a classifier's file, or the folder of a run, whose best weights are taken.
+        batch_size: images per process, where `settings` name none.
+        force: replace the results of an earlier call.
+
+    Raises:
+        UserError: no classifier, results in output_dir already, no data.val, labels that the classifier does not know,
+            or a broken image.
+    """
+    ranks = find_ranks()
+    opened = open_device(device, "runtime.device", ranks.local_rank, ranks.world_size)
+    precision = choose_precision(precision, opened)
+    with process_group(ranks, opened):
+        try:
+            ranks.together(lambda: _check_output(output_dir, force))
+            classifier = ranks.together(lambda: load_classifier(weights, settings.img_size))
+            found = ranks.together(lambda: _open_images(classifier, data, settings, batch_size))
+            if ranks.is_main:
+                log.info("data.val: %s", found.views.source.description)
+                warn_of_absent(found.views.targets, "data.val", classifier.classes)
+                for sentence in classifier.assumed:
+                    log.info("assumed: %s", sentence)
+            autocast = open_autocast(precision, opened)
+            predictions = evaluate(classifier.model.to(opened), found, opened, autocast, ranks)
+        except torch.OutOfMemoryError as error:
+            words = str(error).splitlines()[0]
+            raise UserError(f"evaluation.batch_size: the GPU's memory is full ({words}). Lower it.") from error
+        scores = score(predictions, len(classifier.classes))
+        if ranks.is_main:
+            about = {
+                "weights": str(classifier.path),
+                "weights_sha256": sha256(classifier.path),
+                "assumed": list(classifier.assumed),
+                "data": data.val,
+                "data_root": data.val_root and str(data.val_root),
+                "precision": precision,
+            }
+            names, folder = classifier.class_names, output_dir / FOLDER
+            write_results(folder, found.views, predictions, scores, names, about, settings.hardest)
+            log.info("report: %s", write_report(output_dir))
+        ranks.wait()
+    return scores
+
+
+def _check_output(folder: Path, force: bool) -> None:
+    check_writable(folder, "output_dir")
+    if (folder / CONFIG).exists():
+        raise UserError(f"output_dir: {folder} holds a run with an evaluation of its own. Name another folder.")
+    if (folder / FOLDER).exists() and not force:
+        raise UserError(f"output_dir: {folder} holds an evaluation. Name another folder, or replace it with --force.")
+
+
+def _open_images(
+    classifier: Classifier, data: LabelledDataConfig, settings: EvaluationConfig, batch_size: int
+) -> EvaluationSet:
+    if data.val is None:
+        raise UserError("data.val: missing key, the labelled images to evaluate on. Pass data.val=...")
+    if classifier.multi_label and data.separator is None:
+        raise UserError("data.separator: the classifier predicts several labels per image. Name their separator.")
+    if not classifier.multi_label and data.separator is not None:
+        raise UserError("data.separator: the classifier predicts one label per image. Leave it out.")
+    source = open_source(data.val, "data.val", data.val_root)
+    targets = label_targets(source, "data.val", classifier.classes, data.separator)
+    shape, crop_pct = classifier.architecture, settings.crop_pct or classifier.crop_pct
+    views = CentreViews(source, targets, shape.img_size, crop_pct, shape.in_chans, classifier.bit_depth)
+    size = settings.batch_size or batch_size
+    return EvaluationSet(views, classifier.mean, classifier.std, size, data.workers, settings.features)

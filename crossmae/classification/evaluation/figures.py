@@ -6,7 +6,6 @@ names overlap, colour by counts instead of shares, and show no number of samples
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -33,23 +32,18 @@ MARGIN, LINE, SCALE = 18, 22, 84  # pixels: around everything, a line of text, t
 TINY = 6.5  # points
 SHARES = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1)  # marked on the scale of colours
 GREY, LIGHT, EMPTY = "0.35", "0.9", "0.93"
+_RENDERER = RendererAgg(1, 1, DPI)
 BLUE, RED = "#9ecae1", "#c0392b"
 MOST_NAMED = 20  # classes that the legend of a map names
 MAP_SIZE = (9.0, 6.0)  # inches
 GOLDEN = (math.sqrt(5) - 1) / 2  # steps of the hue, so that neighbours differ most for any number of classes
 
-# --- Confusion matrix -------------------------------------------------------------------------------------
-
 
 def confusion_figure(confusion: NDArray[np.int64], class_names: Sequence[str]) -> Figure:
-    """Draw a confusion matrix.
+    """Draw a confusion matrix (C, C), true class by predicted class.
 
-    Darker cells hold a larger share of their true class. Up to 20 classes have numbers of samples in their cells, up to
-    60 have names. Colours follow the square root of the share, because most confusions would otherwise be too pale.
-
-    Args:
-        confusion: (C, C) samples, true class by predicted class.
-        class_names: C names; see `class_labels`.
+    Darker cells hold a larger share of their true class. Colours follow the square root of the share, because most
+    confusions would otherwise be too pale.
     """
     C, samples = len(class_names), int(confusion.sum())
     side = _cell(C) * C
@@ -80,9 +74,8 @@ def confusion_figure(confusion: NDArray[np.int64], class_names: Sequence[str]) -
 def _cell(classes: int) -> int:
     """Choose the size of a cell in whole pixels."""
     least, most = SIDES
-    if classes > NAMES_UP_TO:
-        return max(most // classes, 1)
-    return max(CELL if classes <= VALUES_UP_TO else NAMED_CELL, least // classes)
+    room = CELL if classes <= VALUES_UP_TO else NAMED_CELL
+    return max(room, least // classes) if classes <= NAMES_UP_TO else max(most // classes, 1)
 
 
 def _note(class_names: Sequence[str], labels: Sequence[str]) -> str:
@@ -93,7 +86,6 @@ def _note(class_names: Sequence[str], labels: Sequence[str]) -> str:
 
 
 def _draw_matrix(figure: Figure, axis: Axes, scale: Axes, confusion: NDArray[np.int64]) -> None:
-    """Draw shares of rows, and numbers where cells have room."""
     totals = confusion.sum(axis=1, keepdims=True)
     shares = np.ma.masked_array(confusion / np.maximum(totals, 1), np.broadcast_to(totals == 0, confusion.shape))
     image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="auto", interpolation="nearest")
@@ -108,9 +100,6 @@ def _draw_matrix(figure: Figure, axis: Axes, scale: Axes, confusion: NDArray[np.
         color = "white" if shares[row, column] > 0.4 else "black"
         count = f"{confusion[row, column]}"
         axis.text(column, row, count, ha="center", va="center", fontsize=TINY, color=color)
-
-
-# --- Names of classes -------------------------------------------------------------------------------------
 
 
 def class_labels(class_names: Sequence[str]) -> list[str]:
@@ -132,23 +121,14 @@ def _cut(name: str) -> str:
 
 def _text_width(text: str, points: float) -> int:
     """Measure a line of text in pixels."""
-    measured = _renderer().get_text_width_height_descent(text, FontProperties(size=points), ismath=False)
+    measured = _RENDERER.get_text_width_height_descent(text, FontProperties(size=points), ismath=False)
     return math.ceil(measured[0])
 
 
-@functools.cache
-def _renderer() -> RendererAgg:
-    return RendererAgg(1, 1, DPI)
-
-
 def _plain(axis: Axes) -> None:
-    """Set small numbers and no frame."""
     axis.tick_params(labelsize=SMALL, length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
-
-
-# --- Calibration ------------------------------------------------------------------------------------------
 
 
 def calibration_figure(bins: Sequence[Bin]) -> Figure:
@@ -183,9 +163,6 @@ def calibration_figure(bins: Sequence[Bin]) -> Figure:
     return figure
 
 
-# --- Map of the features ----------------------------------------------------------------------------------
-
-
 def map_figure(
     features: NDArray[np.float32],
     labels: NDArray[np.int64] | None,
@@ -201,7 +178,6 @@ def map_figure(
         features: (M, E), finite, M from 3 and E from 2.
         labels: (M,) classes, or None for a single colour where an image can have several.
         wrong: (M,).
-        class_names: C names.
     """
     points, note = project(features)
     present = [] if labels is None else np.unique(labels).tolist()

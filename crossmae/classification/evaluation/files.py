@@ -1,4 +1,4 @@
-"""Files of an evaluation.
+"""Files of an evaluation, written while the data set is at hand.
 
     FOLDER/evaluation.json        numbers, classes, most frequent confusions; written last: the rest is complete then
     FOLDER/per_class.csv          the classes of evaluation.json as a table
@@ -7,6 +7,8 @@
     FOLDER/calibration.png        accuracy by probability
     FOLDER/features.safetensors   `features` (M, E) of some samples, their `labels` and `indices`
     FOLDER/embedding.png          a map of these features
+    FOLDER/hardest/01.jpg ...     wrongly classified images, highest loss first; .png where small images are enlarged
+    FOLDER/hardest/hardest.json   their true and predicted classes; written last, as the sign that all is complete
 
 Where an image can have several labels there is no confusion and no calibration; without features, neither of their
 files. Shares are of 1, not percent. What is not defined for lack of samples is null in JSON and empty in tables.
@@ -19,23 +21,26 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor
 
 from crossmae.classification.evaluation.figures import calibration_figure, confusion_figure, map_figure
-from crossmae.classification.evaluation.metrics import ClassificationScores, Predictions
+from crossmae.classification.evaluation.metrics import LABEL_THRESHOLD, ClassificationScores, Predictions
+from crossmae.data.pixels import to_tensor, to_unit_range
+from crossmae.errors import UserError
 from crossmae.files import ODD_BYTES, make_folder, sync_folder, write_atomically, write_json
+from crossmae.pretraining.figures import DARK, to_display, whole_scale
 from crossmae.reports.figures import save_figure
 
-EVALUATION = "evaluation.json"
-CONFUSION_CSV, CONFUSION_PNG = "confusion.csv", "confusion.png"
-PER_CLASS_CSV = "per_class.csv"
-PREDICTIONS_CSV = "predictions.csv"
-CALIBRATION = "calibration.png"
+EVALUATION, PER_CLASS_CSV, PREDICTIONS_CSV = "evaluation.json", "per_class.csv", "predictions.csv"
+CONFUSION_CSV, CONFUSION_PNG, CALIBRATION = "confusion.csv", "confusion.png", "calibration.png"
 FEATURES, EMBEDDING = "features.safetensors", "embedding.png"
 FILES = (EVALUATION, CONFUSION_CSV, CONFUSION_PNG, PER_CLASS_CSV, PREDICTIONS_CSV, CALIBRATION, FEATURES, EMBEDDING)
 
@@ -52,14 +57,11 @@ def write_evaluation(
     sample_names: Callable[[int], str],
     about: Mapping[str, Any],
 ) -> None:
-    """Write the files of an evaluation.
+    """Write the files of an evaluation, in place of an earlier one.
 
-    An earlier evaluation stays until all new files are complete.
+    The earlier one stays until all new files are complete.
 
     Args:
-        folder: made if need be.
-        predictions: of the whole data set.
-        scores: of these, by `score`.
         class_names: C names to show.
         sample_names: the name of a sample by its index in the source.
         about: JSON facts about weights and data, kept in evaluation.json as they are.
@@ -69,35 +71,48 @@ def write_evaluation(
         UserError: the folder cannot be written in.
     """
     make_folder(folder, "output_dir")
-    with TemporaryDirectory(prefix=".evaluation-", dir=folder) as name:
-        new = Path(name)
-        _write_tables(new, predictions, scores, class_names, sample_names)
-        _write_pictures(new, predictions, scores, class_names)
-        _write_features(new, predictions)
-        write_json(new / EVALUATION, _record(scores, class_names, about))
-        _replace(folder, new)
+    with TemporaryDirectory(prefix=".evaluation-", dir=folder) as temporary:
+        new = Path(temporary)
+        classes = _class_rows(scores, class_names)
+        _write_csv(new / PER_CLASS_CSV, [list(classes[0]), *(list(row.values()) for row in classes)])
+        _write_csv(new / PREDICTIONS_CSV, _prediction_rows(predictions, class_names, sample_names))
+        if scores.confusion is not None:
+            counts = zip(class_names, scores.confusion.tolist(), strict=True)
+            header = ["true \\ predicted", *class_names]
+            _write_csv(new / CONFUSION_CSV, [header, *([name, *row] for name, row in counts)])
+            save_figure(confusion_figure(scores.confusion, class_names), new / CONFUSION_PNG)
+            save_figure(calibration_figure(scores.bins), new / CALIBRATION)
+        _write_features(new, predictions, class_names)
+        write_json(new / EVALUATION, _record(scores, classes) | {"about": dict(about)})
+        (folder / EVALUATION).unlink(missing_ok=True)  # replaced last
+        for name in reversed(FILES):
+            if (new / name).exists():
+                os.replace(new / name, folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        sync_folder(folder)
 
 
-def _record(scores: ClassificationScores, class_names: Sequence[str], about: Mapping[str, Any]) -> dict[str, Any]:
+def _record(scores: ClassificationScores, classes: list[dict[str, Any]]) -> dict[str, Any]:
     """Build the content of evaluation.json, most important first."""
-    interval = scores.top1_interval
-    record: dict[str, Any] = {
+    confused = [
+        {
+            "true": classes[true]["name"],
+            "predicted": classes[predicted]["name"],
+            "count": count,
+            "share": _number(count / scores.classes[true].samples),
+        }
+        for true, predicted, count in scores.most_confused(RECORDED_PAIRS)
+    ]
+    record = {
         "samples": scores.samples,
         "numbers": {name: _number(value) for name, value in scores.numbers().items()},
-        "top1_interval": None if interval is None else [_number(end) for end in interval],
-        "classes": _class_rows(scores, class_names),
-        "most_confused": [
-            {
-                "true": class_names[true],
-                "predicted": class_names[predicted],
-                "count": count,
-                "share": _number(count / scores.classes[true].samples),
-            }
-            for true, predicted, count in scores.most_confused(RECORDED_PAIRS)
-        ],
+        "top1_interval": scores.top1_interval and [_number(end) for end in scores.top1_interval],
+        "classes": classes,
+        "most_confused": confused,
         "calibration": [{key: _number(value) for key, value in asdict(one).items()} for one in scores.bins],
     }
-    return {key: value for key, value in record.items() if value not in (None, [])} | {"about": dict(about)}
+    return {key: value for key, value in record.items() if value not in (None, [])}
 
 
 def _class_rows(scores: ClassificationScores, class_names: Sequence[str]) -> list[dict[str, Any]]:
@@ -111,24 +126,7 @@ def _class_rows(scores: ClassificationScores, class_names: Sequence[str]) -> lis
 
 def _number(value: float) -> float | None:
     """Round a number to few digits, and turn NaN into None."""
-    if isinstance(value, int):
-        return value
     return None if math.isnan(value) else round(value, DIGITS)
-
-
-def _write_tables(
-    folder: Path,
-    predictions: Predictions,
-    scores: ClassificationScores,
-    class_names: Sequence[str],
-    sample_names: Callable[[int], str],
-) -> None:
-    classes = _class_rows(scores, class_names)
-    _write_csv(folder / PER_CLASS_CSV, [list(classes[0]), *(list(row.values()) for row in classes)])
-    _write_csv(folder / PREDICTIONS_CSV, _prediction_rows(predictions, class_names, sample_names))
-    if scores.confusion is not None:
-        rows = zip(class_names, scores.confusion.tolist(), strict=True)
-        _write_csv(folder / CONFUSION_CSV, [["true \\ predicted", *class_names], *([name, *row] for name, row in rows)])
 
 
 def _prediction_rows(
@@ -157,41 +155,87 @@ def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
     write_atomically(path, write)
 
 
-def _write_pictures(
-    folder: Path, predictions: Predictions, scores: ClassificationScores, class_names: Sequence[str]
-) -> None:
-    if scores.confusion is not None:
-        save_figure(confusion_figure(scores.confusion, class_names), folder / CONFUSION_PNG)
-        save_figure(calibration_figure(scores.bins), folder / CALIBRATION)
-    features = predictions.features
-    if features is not None and len(features) > 2:
-        rows = _rows_with_features(predictions)
-        labels = None if predictions.multi_label else predictions.labels[rows].numpy()
-        title = f"Features of {len(features):,} of {scores.samples:,} images"
-        wrong = ~predictions.correct[rows].numpy()
-        save_figure(map_figure(features.numpy(), labels, wrong, class_names, title), folder / EMBEDDING)
-
-
-def _rows_with_features(predictions: Predictions) -> torch.Tensor:
-    assert predictions.feature_indices is not None
-    return torch.searchsorted(predictions.indices, predictions.feature_indices.contiguous())
-
-
-def _write_features(folder: Path, predictions: Predictions) -> None:
-    if predictions.features is None or predictions.feature_indices is None:
+def _write_features(folder: Path, predictions: Predictions, class_names: Sequence[str]) -> None:
+    """Write the kept features and, where there are enough, their map."""
+    features, indices = predictions.features, predictions.feature_indices
+    if features is None or indices is None:
         return
-    labels = predictions.labels[_rows_with_features(predictions)]
-    indices = predictions.feature_indices.contiguous()
-    tensors = {"features": predictions.features.contiguous(), "labels": labels, "indices": indices}
+    rows = torch.searchsorted(predictions.indices, indices.contiguous())
+    labels = predictions.labels[rows]
+    if len(features) > 2:
+        title = f"Features of {len(features):,} of {len(predictions.indices):,} images"
+        shown = None if predictions.multi_label else labels.numpy()
+        figure = map_figure(features.numpy(), shown, ~predictions.correct[rows].numpy(), class_names, title)
+        save_figure(figure, folder / EMBEDDING)
+    tensors = {"features": features.contiguous(), "labels": labels, "indices": indices.contiguous()}
     write_atomically(folder / FEATURES, lambda temporary: save_file(tensors, temporary))
 
 
-def _replace(folder: Path, new: Path) -> None:
-    """Replace old files by new files, evaluation.json last."""
-    (folder / EVALUATION).unlink(missing_ok=True)
-    for name in reversed(FILES):
-        if (new / name).exists():
-            os.replace(new / name, folder / name)
-        else:
-            (folder / name).unlink(missing_ok=True)
-    sync_folder(folder)
+HARDEST, HARDEST_RECORD = "hardest", "hardest.json"
+JPEG: dict[str, Any] = {"format": "JPEG", "quality": 88, "subsampling": 0}
+PICTURE_SIDE = 224  # pixels of the longer side of a picture, about
+
+
+def write_hardest(
+    folder: Path,
+    predictions: Predictions,
+    read: Callable[[int], Image.Image | Tensor],
+    class_names: Sequence[str],
+    sample_names: Callable[[int], str],
+    most: int = 24,
+) -> None:
+    """Replace the pictures of the hardest images by up to `most`.
+
+    `read` returns an image by its index, as `crossmae.data.pixels.read_pixels` does.
+    """
+    target = folder / HARDEST
+    make_folder(target, "hardest images")
+    for old in [target / HARDEST_RECORD, *target.glob("[0-9]*.jpg"), *target.glob("[0-9]*.png")]:
+        old.unlink(missing_ok=True)
+    wrong = (~predictions.correct).nonzero()[:, 0]
+    order = predictions.losses[wrong].argsort(descending=True, stable=True)[:most]
+    entries = []
+    for number, row in enumerate(wrong[order].tolist(), start=1):
+        index = int(predictions.indices[row])
+        entry = {"name": sample_names(index), "index": index, **_verdict(predictions, row, class_names)}
+        try:
+            picture, enlarged = display_picture(read(index))
+            entry["picture"] = f"{number:02d}.{'png' if enlarged else 'jpg'}"
+            kind = {"format": "PNG", "optimize": True} if enlarged else JPEG
+            write_atomically(target / entry["picture"], partial(picture.save, **kind))
+        except UserError as error:
+            entry |= {"picture": None, "fault": str(error)}
+        entries.append(entry)
+    write_json(target / HARDEST_RECORD, {"wrong": len(wrong), "images": entries})
+
+
+def _verdict(predictions: Predictions, row: int, class_names: Sequence[str]) -> dict[str, Any]:
+    loss = float(predictions.losses[row])
+    if predictions.scores is None:
+        best = int(predictions.top_classes[row, 0])
+        # Cross entropy is the negative logarithm of the true class's probability.
+        true = [[class_names[int(predictions.labels[row])], math.exp(-loss)]]
+        return {"loss": loss, "true": true, "predicted": [[class_names[best], float(predictions.top_scores[row, 0])]]}
+    scores = predictions.scores[row]
+    order = scores.argsort(descending=True, stable=True).tolist()
+    named = [[class_names[at], float(scores[at])] for at in order]
+    true = [one for at, one in zip(order, named, strict=True) if predictions.labels[row, at]]
+    return {"loss": loss, "true": true, "predicted": [one for one in named if one[1] >= LABEL_THRESHOLD]}
+
+
+def display_picture(pixels: Image.Image | Tensor) -> tuple[Image.Image, bool]:
+    """Convert any image to RGB near PICTURE_SIDE pixels.
+
+    Images of 16 bits that use little of their range, as 12-bit data do, are brightened. Returns True for an image that
+    is enlarged, always by a whole number.
+    """
+    tensor = to_tensor(pixels)
+    values = to_display(to_unit_range(tensor)[None])[0]  # (3, H, W)
+    brightest = float(values.max())
+    if tensor.is_floating_point() and 0 < brightest < DARK:
+        values = values / brightest
+    picture = Image.fromarray(torch.round(values * 255).byte().permute(1, 2, 0).contiguous().numpy())
+    scale = whole_scale(picture.height, picture.width, PICTURE_SIDE)
+    size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
+    how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    return picture.resize(size, how), scale > 1

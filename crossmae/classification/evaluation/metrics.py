@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -35,8 +36,7 @@ class Predictions:
         top_classes: (N, K) int64, best first.
         top_scores: (N, K) float32 probabilities of these: softmax, or sigmoid for several labels.
         scores: (N, C) float32, kept for several labels only.
-        features: (M, E) float32 pooled features, before the head, of the samples `feature_indices`.
-        feature_indices: (M,) int64, rising.
+        features: (M, E) float32, before the head, of the samples `feature_indices` (M,) int64, rising.
     """
 
     indices: Tensor
@@ -65,7 +65,7 @@ def merge(parts: Sequence[Predictions], count: int) -> Predictions:
     """Merge predictions of all processes, bit-identical to those of one process.
 
     Args:
-        parts: of each process, rows in any order; a process may have had no samples.
+        parts: rows in any order; a process may have had no samples.
         count: samples of the data set; their indices are 0 .. count - 1.
 
     Raises:
@@ -88,9 +88,6 @@ def merge(parts: Sequence[Predictions], count: int) -> Predictions:
     labels, losses, top_classes, top_scores = map(rows, ("labels", "losses", "top_classes", "top_scores"))
     scores = None if filled[0].scores is None else rows("scores")
     return Predictions(indices[order], labels, losses, top_classes, top_scores, scores, features, feature_indices)
-
-
-# --- Intervals --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -136,9 +133,6 @@ def mean_of(values: Sequence[float]) -> Mean:
     return Mean(mean, max(mean - half, 0.0), min(mean + half, 1.0), runs)
 
 
-# --- Metrics ----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class ClassMetrics:
     """Counts of a class in labels and predictions, its metrics, and average precision for several labels."""
@@ -171,10 +165,8 @@ class ClassificationScores:
         classes: C metrics of single classes.
         top1_interval: Wilson's 95% interval of `top1`.
         top5: only where there are more than 5 classes.
-        balanced_accuracy: mean recall, without the classes that have no samples.
-        ece: expected calibration error over `bins`.
+        balanced_accuracy, mean_ap: means over the classes that have samples.
         confusion: (C, C) samples, true class by predicted class.
-        mean_ap: mean average precision, without the classes that have no samples.
         micro_f1: F1 of all pairs of sample and class, at a score of 0.5.
         macro_f1: mean of the classes' F1, without the classes that are neither in labels nor in predictions.
     """
@@ -199,10 +191,7 @@ class ClassificationScores:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def most_confused(self, limit: int) -> list[tuple[int, int, int]]:
-        """List the most frequent confusions as (true class, predicted class, samples).
-
-        Equal counts come in order of the classes.
-        """
+        """List (true, predicted, samples) of the most frequent confusions, ties by class."""
         if self.confusion is None:
             return []
         wrong = self.confusion.copy()
@@ -232,9 +221,9 @@ def _score_one_label(predictions: Predictions, num_classes: int, loss: float) ->
     classes = _class_metrics(np.diagonal(confusion), confusion.sum(axis=1), confusion.sum(axis=0))
     bins = calibration_bins(predictions.top_scores[:, 0].double().numpy(), correct)
     return ClassificationScores(
-        samples=len(labels),
-        loss=loss,
-        classes=classes,
+        len(labels),
+        loss,
+        classes,
         top1=float(correct.mean()),
         top1_interval=wilson(int(correct.sum()), len(labels)),
         top5=float((top == labels[:, None]).any(axis=1).mean()) if num_classes > top.shape[1] else None,
@@ -255,14 +244,8 @@ def _score_several_labels(predictions: Predictions, num_classes: int, loss: floa
         for index in range(num_classes)
     ]
     classes = _class_metrics(hits, samples, guesses, ap)
-    return ClassificationScores(
-        samples=len(labels),
-        loss=loss,
-        classes=classes,
-        mean_ap=_mean(ap),
-        micro_f1=_ratio(2 * hits.sum(), samples.sum() + guesses.sum()),
-        macro_f1=_mean([one.f1 for one in classes]),
-    )
+    micro_f1, macro_f1 = _ratio(2 * hits.sum(), samples.sum() + guesses.sum()), _mean([one.f1 for one in classes])
+    return ClassificationScores(len(labels), loss, classes, mean_ap=_mean(ap), micro_f1=micro_f1, macro_f1=macro_f1)
 
 
 def calibration_bins(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> tuple[Bin, ...]:
@@ -270,14 +253,13 @@ def calibration_bins(confidence: NDArray[np.float64], correct: NDArray[np.bool_]
 
     Own code (arXiv 1706.04599, section 2), because scikit-learn's calibration_curve drops empty bins and counts.
     """
-    edges = np.arange(BINS + 1) / BINS
+    edges = (np.arange(BINS + 1) / BINS).tolist()
     places = np.digitize(confidence, edges[1:-1], right=True)
     bins = []
-    for place in range(BINS):
+    for place, (low, high) in enumerate(pairwise(edges)):
         inside = places == place
-        count = int(inside.sum())
         sums = float(confidence[inside].sum()), int(correct[inside].sum())
-        bins.append(Bin(float(edges[place]), float(edges[place + 1]), count, *(_ratio(one, count) for one in sums)))
+        bins.append(Bin(low, high, int(inside.sum()), *(_ratio(one, int(inside.sum())) for one in sums)))
     return tuple(bins)
 
 
@@ -290,12 +272,10 @@ def calibration_error(bins: Sequence[Bin]) -> float:
 def _class_metrics(
     hits: NDArray[np.int64], samples: NDArray[np.int64], predictions: NDArray[np.int64], ap: Sequence[float] = ()
 ) -> tuple[ClassMetrics, ...]:
-    counts = zip(hits.tolist(), samples.tolist(), predictions.tolist(), strict=True)
+    counts = zip(hits.tolist(), samples.tolist(), predictions.tolist(), ap or [None] * len(hits), strict=True)
     return tuple(
-        ClassMetrics(
-            has, said, _ratio(hit, has), _ratio(hit, said), _ratio(2 * hit, has + said), *ap[index : index + 1]
-        )
-        for index, (hit, has, said) in enumerate(counts)
+        ClassMetrics(has, said, _ratio(hit, has), _ratio(hit, said), _ratio(2 * hit, has + said), own_ap)
+        for hit, has, said, own_ap in counts
     )
 
 

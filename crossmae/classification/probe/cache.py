@@ -39,11 +39,7 @@ class CachedFeatures:
 
 
 def data_digest(source: Source, name: str = "images") -> str:
-    """Digest classes, and every image's name, stamp and label.
-
-    Raises:
-        UserError: an image cannot be read, or there are no labels.
-    """
+    """Digest classes, and every image's name, stamp and label."""
     digest = hashlib.sha256(json.dumps(source.classes).encode())
     indices = range(len(source))
     stamps = map_in_order(source.stamp, indices, READERS)
@@ -67,12 +63,10 @@ def cached(folder: Path, name: str, key: dict[str, Any], extract: Callable[[], C
     """Read features from the cache, or extract and store them.
 
     Args:
-        folder: made if need be.
         name: of the data set; the file's name begins with it.
         key: JSON; everything that decides features and labels.
     """
-    text = _text(key)
-    path = _path(folder, name, text)
+    path, text = _path(folder, name, key)
     found = _read(path, text) if path.exists() else None
     if found is not None:
         log.info("features of %s: from %s", name, path)
@@ -87,15 +81,12 @@ def cached(folder: Path, name: str, key: dict[str, Any], extract: Callable[[], C
 
 def is_cached(folder: Path, name: str, key: dict[str, Any]) -> bool:
     """Check for a file of that key, intact or damaged."""
-    return _path(folder, name, _text(key)).is_file()
+    return _path(folder, name, key)[0].is_file()
 
 
-def _text(key: dict[str, Any]) -> str:
-    return json.dumps({"layout": LAYOUT} | key, sort_keys=True)
-
-
-def _path(folder: Path, name: str, text: str) -> Path:
-    return folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
+def _path(folder: Path, name: str, key: dict[str, Any]) -> tuple[Path, str]:
+    text = json.dumps({"layout": LAYOUT} | key, sort_keys=True)
+    return folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors", text
 
 
 def _read(path: Path, text: str) -> CachedFeatures | None:
@@ -104,10 +95,9 @@ def _read(path: Path, text: str) -> CachedFeatures | None:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in ("features", "labels")}
-        whole = metadata.get(KEY) == text and metadata.get(CHECKSUM) == tensors_digest(tensors)
+        if (metadata.get(KEY), metadata.get(CHECKSUM)) == (text, tensors_digest(tensors)):
+            return CachedFeatures(**tensors)
     except (SafetensorError, OSError, ValueError):
-        whole = False
-    if not whole:
-        log.warning("%s: damaged and ignored; features are extracted again", path)
-        return None
-    return CachedFeatures(**tensors)
+        pass
+    log.warning("%s: damaged and ignored; features are extracted again", path)
+    return None

@@ -13,10 +13,11 @@ from crossmae.training.config import ConfigSection, NonNegative, Positive, Ratio
 
 Method = Literal["knn", "linear", "logistic", "few_shot"]
 Seeds = tuple[int, ...]
+Pixels = PositiveInt | tuple[PositiveInt, PositiveInt]  # one side, or height and width
 
 
 class LabelledConfig(ConfigSection):
-    """LabelledImages images and their view."""
+    """Labelled images and their view."""
 
     train: str = Field(description="labelled images to learn from, of any kind that data.train of pretraining takes")
     root: Path | None = Field(None, description="where the relative paths of a list start; default: its own folder")
@@ -26,13 +27,10 @@ class LabelledConfig(ConfigSection):
     check: bool = Field(True, description="look at every file first; false for millions of known good ones")
     workers: int = Field(4, ge=0, description="processes that read images; 0 reads in the main process")
     crop_pct: Ratio | Literal[1] | None = Field(
-        None,
-        description="share of the scaled image's shorter side that is seen; null: 224/256 up to 224 px, above it 1",
+        None, description="share of the side; null: 224/256 up to 224 px, else 1"
     )
     mean: tuple[float, ...] | None = Field(None, description="per channel, pixels in 0-1; null: as the weights record")
-    std: tuple[Positive, ...] | None = Field(
-        None, description="per channel, pixels in 0-1; null: as the weights record"
-    )
+    std: tuple[Positive, ...] | None = Field(None, description="as mean")
     bit_depth: Literal[8, 16] | None = Field(None, description="null: as the weights record, else 8")
 
     @field_validator("separator", mode="before")
@@ -46,9 +44,7 @@ class EncoderConfig(ConfigSection):
     """Sizes of the encoder, by default those of the weights or of the named size."""
 
     name: str | None = Field(None, description="a name of crossmae.list_models(), only for weights=null")
-    img_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
-        None, description="pixels; one side or (height, width); other than the weights': positions are resampled"
-    )
+    img_size: Pixels | None = Field(None, description="null: as the weights; positions are resampled")
     patch_size: PositiveInt | None = None
     in_chans: PositiveInt | None = None
     embed_dim: PositiveInt | None = None
@@ -68,9 +64,7 @@ class FeaturesConfig(ConfigSection):
     """Choice and cache of the features."""
 
     pool: FeaturePool = Field("avg", description="mean of the patch tokens, class token, or both side by side")
-    block: int | None = Field(
-        None, description="block to take them from, negative from the end; null: the last that pretraining trained"
-    )
+    block: int | None = Field(None, description="negative from the end; null: the last that pretraining trained")
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="in which they are kept, also for the methods")
     batch_size: PositiveInt = 256
     cache_dir: Path | None = Field(None, description="folder of features for later calls; null: output_dir/features")
@@ -96,9 +90,7 @@ class LinearConfig(ConfigSection):
 class LogisticConfig(ConfigSection):
     """Settings of the logistic regression."""
 
-    strengths: tuple[Positive, ...] = Field(
-        (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0), min_length=1, description="values of C to choose from: less is more regular"
-    )
+    strengths: tuple[Positive, ...] = Field((1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0), min_length=1, description="C to try")
     max_iterations: PositiveInt = 1000
 
 

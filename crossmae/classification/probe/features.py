@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from crossmae.checkpoints.metadata import (
     MODEL_ARGUMENTS,
@@ -34,7 +32,8 @@ from crossmae.checkpoints.metadata import (
 )
 from crossmae.checkpoints.pretrained import BIT_DEPTH, IMAGENET_MEAN, IMAGENET_STD
 from crossmae.checkpoints.weights import Weights, detect_format, encoder_home
-from crossmae.classification.data import CentreViews, evaluation_loader, readable_batches
+from crossmae.classification.data import CentreViews, evaluation_batches
+from crossmae.classification.probe.config import LabelledConfig
 from crossmae.classification.vit import Architecture, architecture_of, build_vit, load_encoder_weights
 from crossmae.data.batches import keyed_randomness
 from crossmae.data.pixels import Normalize, published_crop_pct
@@ -49,14 +48,7 @@ log = logging.getLogger(__name__)
 
 
 class FrozenEncoder(nn.Module):
-    """Encoder of normalised pixels (B, C, H, W) to features (B, E), float32.
-
-    Args:
-        vit: with weights.
-        block: from 0; its output is pooled.
-        norm: apply the final norm before pooling.
-        pool: see `crossmae.pretraining.neighbours.pool_tokens`.
-    """
+    """Encoder of normalised pixels (B, C, H, W) to features (B, E), float32, pooled from the output of `block`."""
 
     def __init__(self, vit: VisionTransformer, block: int, norm: bool, pool: FeaturePool) -> None:
         super().__init__()
@@ -93,12 +85,7 @@ class Opened:
 def random_weights(name: str, seed: int, **given: Any) -> Weights:
     """Draw the weights that pretraining of that name and seed starts from.
 
-    Args:
-        name: of `crossmae.list_models()`.
-        given: arguments of the model in place of the size's own; None counts as not given.
-
-    Raises:
-        UserError: the model refuses them.
+    Arguments that are given and not None replace the size's own. Sizes that do not go together are a UserError.
     """
     given = {key: value for key, value in given.items() if value is not None}
     with keyed_randomness(seed):
@@ -117,7 +104,6 @@ def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: i
     """Build the encoder of a file and load it.
 
     Args:
-        weights: any file with a ViT encoder.
         block: from 0, or negative from the end; None: see the table of this module.
         seed: of what the file lacks.
         given: see `architecture_of`.
@@ -127,23 +113,24 @@ def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: i
             last to be trained; errors of `architecture_of` and `load_encoder_weights`.
     """
     architecture = architecture_of(weights, **given)
-    home = encoder_home(weights.tensors) or ""
+    home, depth = encoder_home(weights.tensors) or "", architecture.depth
     if pool != "avg" and f"{home}cls_token" not in weights.tensors:
         raise UserError(f"features.pool: {weights.path} holds no class token. Use features.pool=avg.")
-    chosen = last_trained_block(weights, architecture.depth) if block is None else block
-    if not -architecture.depth <= chosen < architecture.depth:
-        depth = architecture.depth
+    chosen = last_trained_block(weights, depth) if block is None else block
+    if not -depth <= chosen < depth:
         raise UserError(f"features.block: {weights.path} has {depth} blocks, -{depth} .. {depth - 1}; got {chosen}")
-    chosen %= architecture.depth
-    is_last, has_norm = chosen == architecture.depth - 1, f"{home}norm.weight" in weights.tensors
+    chosen %= depth
+    is_last, has_norm = chosen == depth - 1, f"{home}norm.weight" in weights.tensors
     with keyed_randomness(seed):
         # In the class-token mode the model has a final norm; without one in the file there must be none.
         vit = build_vit(architecture, 0, pool="cls" if has_norm else "avg")
         report = load_encoder_weights(vit, weights)
     log.info("%s: %d tensors used, %d left out", weights.path, report.count("used"), report.count("dropped"))
-    why = "" if has_norm else "the file has none" if is_last else "the file has none, and it is not the last block"
-    why = why or ("the file's own" if is_last else "it belongs after the last block only")
-    notes = [f"features of block {chosen} of 0 .. {architecture.depth - 1}, pooled by {pool!r}"]
+    if has_norm:
+        why = "the file's own" if is_last else "it belongs after the last block only"
+    else:
+        why = "the file has none" if is_last else "the file has none, and it is not the last block"
+    notes = [f"features of block {chosen} of 0 .. {depth - 1}, pooled by {pool!r}"]
     notes += [f"final norm {'applied' if has_norm and is_last else 'not applied'}: {why}"]
     if f"{home}cls_token" not in weights.tensors:
         notes.append("the file has no class token, a random one is used: features differ a little from the original")
@@ -153,9 +140,7 @@ def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: i
 
 
 def last_trained_block(weights: Weights, depth: int) -> int:
-    """Find the last block that was trained.
-
-    CrossMAE trains up to the last block whose map is mixed.
+    """Find the last trained block, in CrossMAE the last mixed one.
 
     Raises:
         UserError: some maps are mixed, and the file does not tell which.
@@ -177,9 +162,6 @@ def last_trained_block(weights: Weights, depth: int) -> int:
     return depth - 1
 
 
-# --- Extraction -------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Views:
     """Settings of `CentreViews` and `Normalize`: size is height and width, mean and std are per channel."""
@@ -191,24 +173,16 @@ class Views:
     bit_depth: int
 
 
-def choose_views(
-    weights: Weights,
-    architecture: Architecture,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    crop_pct: float | None,
-    bit_depth: int | None,
-) -> tuple[Views, list[str]]:
-    """Complete the given settings from the file's record, and list assumptions.
+def choose_views(weights: Weights, architecture: Architecture, data: LabelledConfig) -> tuple[Views, list[str]]:
+    """Complete given settings from the file's record, and list assumptions.
 
     Raises:
         UserError: mean or deviation do not have one value for each channel.
     """
-    channels, size = architecture.in_chans, architecture.img_size
-    notes: list[str] = []
+    channels, size, notes = architecture.in_chans, architecture.img_size, []
     statistics: list[tuple[float, ...]] = []
-    for key, given, record, usual in (("mean", mean, PIXEL_MEAN, IMAGENET_MEAN), ("std", std, PIXEL_STD, IMAGENET_STD)):
-        recorded = _recorded(weights, record)
+    for key, record, usual in (("mean", PIXEL_MEAN, IMAGENET_MEAN), ("std", PIXEL_STD, IMAGENET_STD)):
+        given, recorded = getattr(data, key), _recorded(weights, record)
         if given is not None and recorded is not None and list(given) != recorded:
             log.warning("%s was trained with data.%s=%s, not %s", weights.path, key, recorded, list(given))
         values = tuple(given or recorded or usual)
@@ -220,8 +194,8 @@ def choose_views(
         statistics.append(values)
         if given is None and recorded is None:
             notes.append(f"assumed: data.{key} is that of ImageNet, as the weights record none")
-    crop_pct = crop_pct or _recorded(weights, "crop_pct") or published_crop_pct(size)
-    bit_depth = bit_depth or int(_recorded(weights, BIT_DEPTH) or 8)
+    crop_pct = data.crop_pct or _recorded(weights, "crop_pct") or published_crop_pct(size)
+    bit_depth = data.bit_depth or int(_recorded(weights, BIT_DEPTH) or 8)
     return Views(size, crop_pct, statistics[0], statistics[1], bit_depth), notes
 
 
@@ -249,7 +223,6 @@ def extract(
 
     Args:
         encoder: moved to the device.
-        labels: (N,) of them, which travel along.
         precision: "fp32", or "bf16" or "fp16" for autocast.
         dtype: of the result; only a few batches are held next to it.
         name: for the progress bar and errors.
@@ -258,23 +231,18 @@ def extract(
         UserError: an image cannot be read, a feature is not finite, or a batch is too large for the GPU.
     """
     dataset = CentreViews(source, labels, views.size, views.crop_pct, len(views.mean), views.bit_depth)
-    loader = evaluation_loader(dataset, range(len(source)), batch_size, workers, device.type == "cuda")
-    normalize = Normalize(views.mean, views.std, device)
-    autocast = open_autocast(precision, device)
+    how = (batch_size, workers, device.type == "cuda", f"features of {name}", name)
+    batches = evaluation_batches(dataset, range(len(source)), *how)
+    normalize, autocast = Normalize(views.mean, views.std, device), open_autocast(precision, device)
     features = torch.empty(len(source), encoder.to(device).width, dtype=dtype)
-    bar = tqdm(loader, f"features of {name}", unit="batch", leave=False, dynamic_ncols=True)
-    done = 0
     with torch.inference_mode():
-        for batch in readable_batches(bar, name):
+        for batch, rows in zip(batches, features.split(batch_size), strict=True):
             try:
                 with autocast:
-                    found = encoder(normalize(batch.images.to(device, non_blocking=True)))
+                    rows.copy_(encoder(normalize(batch.images.to(device, non_blocking=True))))
             except torch.OutOfMemoryError:
                 why = f"{batch_size} images are too many for the memory of the GPU. Lower it."
                 raise UserError(f"features.batch_size: {why}") from None
-            rows = features[done : done + len(found)]
-            rows.copy_(found)
             if not bool(torch.isfinite(rows).all()):
                 raise UserError(f"{name}: features hold NaN or infinity. Try runtime.precision=fp32.")
-            done += len(found)
     return features

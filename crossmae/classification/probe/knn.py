@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import product
 from typing import Any
 
 import torch
@@ -34,7 +35,6 @@ def sweep(
     Args:
         train, val: features, which are standardised first.
         ks: numbers of neighbours, less than there are training images.
-        temperatures: see `crossmae.pretraining.neighbours.vote`.
 
     Returns:
         JSON: `cells` of all pairs, the `chosen` cell, and the `default` cell, None if its pair was not tried.
@@ -47,13 +47,12 @@ def sweep(
         "train": (nearest(features, features[own], max(ks), own=own), labels[own]),
     }
     cells: list[dict[str, Any]] = []
-    for k in sorted(set(ks)):
-        for temperature in sorted(set(temperatures)):
-            cell: dict[str, Any] = {"k": k, "temperature": temperature}
-            for name, ((similarity, positions), true) in found.items():
-                predicted = vote(similarity[:, :k], labels[positions[:, :k]], num_classes, temperature)
-                cell[name] = asdict(accuracy_of(predicted, true))
-            cells.append(cell)
+    for k, temperature in product(sorted(set(ks)), sorted(set(temperatures))):
+        cell: dict[str, Any] = {"k": k, "temperature": temperature}
+        for name, ((similarity, positions), true) in found.items():
+            predicted = vote(similarity[:, :k], labels[positions[:, :k]], num_classes, temperature)
+            cell[name] = asdict(accuracy_of(predicted, true))
+        cells.append(cell)
     chosen = max(cells, key=lambda cell: cell["train"]["right"])  # the first of equals
     default = next((cell for cell in cells if (cell["k"], cell["temperature"]) == DEFAULT_PAIR), None)
     return {"cells": cells, "chosen": chosen, "default": default}

@@ -8,8 +8,7 @@ Shapes: N training images, E width, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from crossmae.classification.evaluation.metrics import accuracy_of, mean_of
 from crossmae.classification.probe.cache import CachedFeatures
+from crossmae.classification.probe.config import LinearConfig
 from crossmae.classification.vit import build_head
 from crossmae.data.batches import keyed_randomness
 from crossmae.training.schedule import lr_at
@@ -26,54 +26,40 @@ from crossmae.training.schedule import lr_at
 MOMENTUM, TRUST = 0.9, 0.001
 
 
-@dataclass(frozen=True)
-class LinearSettings:
-    """Settings of the head's training.
+def peak_lr(settings: LinearConfig) -> float:
+    """Compute the learning rate after warm-up."""
+    return settings.base_lr * settings.batch_size / 256
 
-    Attributes:
-        batch_size: images per step; an epoch leaves out the images that do not fill a batch, others each time.
-        base_lr: learning rate per 256 images of a batch.
+
+def reach(settings: LinearConfig, images: int) -> float:
+    """Bound how far LARS moves the head, in logarithms of its norm.
+
+    A step moves the weights by lr * 0.001 of their norm, ten times that with momentum; the learning rate is half its
+    peak on average. The published schedule reaches over 200 on ImageNet. Below 1 the head ends about where it started:
+    with few images there are too few steps.
     """
-
-    epochs: int = 90
-    warmup_epochs: float = 10
-    batch_size: int = 512
-    base_lr: float = 0.1
-
-    @property
-    def peak_lr(self) -> float:
-        """Learning rate after warm-up."""
-        return self.base_lr * self.batch_size / 256
-
-    def reach(self, images: int) -> float:
-        """Bound how far LARS moves the head, in logarithms of its norm.
-
-        A step moves the weights by lr * 0.001 of their norm, ten times that with momentum; the learning rate is half
-        its peak on average. The published schedule reaches over 200 on ImageNet. Below 1 the head ends about where it
-        started: with few images there are too few steps.
-        """
-        steps = self.epochs * (images // self.batch_size)
-        return steps * self.peak_lr / 2 * TRUST / (1 - MOMENTUM)
+    steps = settings.epochs * (images // settings.batch_size)
+    return steps * peak_lr(settings) / 2 * TRUST / (1 - MOMENTUM)
 
 
 def run_linear(
     train: CachedFeatures,
     val: CachedFeatures,
     num_classes: int,
-    settings: LinearSettings,
-    seeds: Sequence[int],
+    settings: LinearConfig,
     device: torch.device,
 ) -> dict[str, Any]:
     """Train and test a head for every seed."""
     features, labels, others = (tensor.to(device) for tensor in (train.features, train.labels, val.features))
     runs: list[dict[str, Any]] = []
-    for seed in seeds:
+    for seed in settings.seeds:
         head = train_linear(features, labels, num_classes, settings, seed)
-        on_val = accuracy_of(classify(head, others), val.labels)
+        on_val = asdict(accuracy_of(classify(head, others), val.labels))
         on_train = accuracy_of(classify(head, features), train.labels)
-        runs.append({"seed": seed, "val": asdict(on_val), "train_accuracy": on_train.accuracy})
-    mean = mean_of([run["val"]["accuracy"] for run in runs])
-    return {"settings": asdict(settings), "reach": settings.reach(len(labels)), "runs": runs, "mean": asdict(mean)}
+        runs.append({"seed": seed, "val": on_val, "train_accuracy": on_train.accuracy})
+    mean = asdict(mean_of([run["val"]["accuracy"] for run in runs]))
+    shown = settings.model_dump(exclude={"seeds"})
+    return {"settings": shown, "reach": reach(settings, len(labels)), "runs": runs, "mean": mean}
 
 
 def lars(module: nn.Module, lr: float, weight_decay: float = 0.0) -> Lars:
@@ -94,21 +80,17 @@ def lars(module: nn.Module, lr: float, weight_decay: float = 0.0) -> Lars:
     return Lars(groups, lr=lr, momentum=MOMENTUM, trust_coeff=TRUST, eps=0.0)
 
 
-def train_linear(features: Tensor, labels: Tensor, num_classes: int, settings: LinearSettings, seed: int) -> nn.Module:
-    """Train a head, with all randomness from the seed.
+def train_linear(features: Tensor, labels: Tensor, num_classes: int, settings: LinearConfig, seed: int) -> nn.Module:
+    """Train a head on features (N, E) and labels (N,).
 
-    Args:
-        features: (N, E) of at least one batch, standardised by the batch norm only.
-        labels: (N,) on the same device.
-
-    Returns:
-        The head in evaluation mode, on that device.
+    All randomness comes from the seed. There is at least one batch. The head is returned in evaluation mode, on the
+    device of the features.
     """
     count, per_epoch = len(features), len(features) // settings.batch_size
     with keyed_randomness(seed):
         head = build_head(features.shape[1], num_classes, "batchnorm").to(features.device)
         orders = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
-    peak, warmup, total = settings.peak_lr, settings.warmup_epochs * per_epoch, settings.epochs * per_epoch
+    peak, warmup, total = peak_lr(settings), settings.warmup_epochs * per_epoch, settings.epochs * per_epoch
     optimizer = lars(head, peak)
     for epoch in tqdm(range(settings.epochs), f"linear, seed {seed}", leave=False, unit="epoch", dynamic_ncols=True):
         order = torch.randperm(count, generator=orders).to(features.device)

@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
+from tqdm import tqdm
 
-from crossmae.classification.evaluation.metrics import Accuracy, accuracy_of
+from crossmae.classification.evaluation.metrics import Accuracy, accuracy_of, mean_of
 from crossmae.classification.probe.cache import CachedFeatures
+from crossmae.errors import UserError, shorten
 from crossmae.pretraining.neighbours import feature_statistics, scale
 
 HELD_OUT = 0.1  # share of the training images of every class
@@ -60,23 +62,18 @@ def run_logistic(
 
 
 def fit(features: Tensor, labels: Tensor, strength: float, max_iterations: int, name: str) -> Logistic:
-    """Fit on features (N, E) and labels (N,), standardised.
-
-    Args:
-        strength: scikit-learn's C; less is more regularisation.
-        name: of the fit in the log, should it not converge.
-    """
+    """Fit on standardised features (N, E) and labels (N,), with C `strength`."""
     statistics = feature_statistics(features)
     regression = LogisticRegression(C=strength, solver="lbfgs", max_iter=max_iterations)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         regression.fit(_standard(features, statistics), labels.numpy())
-    converged = True
     for warning in caught:
         if not issubclass(warning.category, ConvergenceWarning):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-            continue
-        converged, done = False, int(regression.n_iter_.max())
+    converged = not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+    if not converged:
+        done = int(regression.n_iter_.max())
         why = f"the limit is {max_iterations}" if done >= max_iterations else "its line search found no better point"
         log.warning("%s, C=%g: not converged after %d iterations: %s", name, strength, done, why)
     return Logistic(regression, statistics, converged)
@@ -85,10 +82,7 @@ def fit(features: Tensor, labels: Tensor, strength: float, max_iterations: int, 
 def try_strengths(
     features: Tensor, labels: Tensor, strengths: Sequence[float], max_iterations: int, seed: int
 ) -> dict[float, Accuracy]:
-    """Measure every strength on a held-out tenth of the images.
-
-    Some class has at least two images. Small tenths tell little: then several tenths are drawn.
-    """
+    """Measure every strength on a held-out tenth, or on several small tenths."""
     count = len(split(labels, seed)[1])
     splits = [split(labels, seed + number) for number in range(min(math.ceil(ENOUGH / count), MOST_SPLITS))]
     table = {}
@@ -103,9 +97,7 @@ def try_strengths(
 
 
 def split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Hold out a tenth of every class.
-
-    At least one image is held out of every class that has two.
+    """Hold out a tenth of every class, at least one of two.
 
     Returns:
         Positions of the images that are kept, and of those that are held out.
@@ -121,3 +113,48 @@ def split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 def _standard(features: Tensor, statistics: tuple[Tensor, Tensor]) -> NDArray[np.float64]:
     return scale(features, statistics).double().numpy()
+
+
+def run_few_shot(
+    train: CachedFeatures,
+    val: CachedFeatures,
+    shots: Sequence[int],
+    seeds: Sequence[int],
+    strength: float,
+    max_iterations: int,
+) -> dict[str, Any]:
+    """Fit on few images per class and seed, and test.
+
+    With one seed, fewer images per class are a part of more images.
+
+    Returns:
+        JSON: accuracies of all seeds and their mean, for each number of images per class.
+    """
+    rows = []
+    for per_class in sorted(set(shots)):
+        accuracies = []
+        for seed in tqdm(seeds, f"few shots, {per_class}", leave=False, unit="seed", dynamic_ncols=True):
+            chosen, name = sample(train.labels, per_class, seed), f"few shots, {per_class} per class, seed {seed}"
+            fitted = fit(train.features[chosen], train.labels[chosen], strength, max_iterations, name)
+            accuracies.append(asdict(accuracy_of(fitted.classify(val.features), val.labels)))
+        mean = asdict(mean_of([one["accuracy"] for one in accuracies]))
+        rows.append({"per_class": per_class, "accuracies": accuracies, "mean": mean})
+    return {"strength": strength, "shots": rows}
+
+
+def sample(labels: Tensor, per_class: int, seed: int) -> Tensor:
+    """Draw the positions of `per_class` images of every class by the seed."""
+    rng = np.random.default_rng(seed)
+    classes = np.unique(labels.numpy())
+    chosen = [rng.permutation(np.flatnonzero(labels.numpy() == label))[:per_class] for label in classes]
+    return torch.from_numpy(np.concatenate(chosen))
+
+
+def check_shots(labels: Tensor, classes: Sequence[str], shots: Sequence[int], key: str) -> None:
+    """Refuse classes with too few images, naming the config key `key`."""
+    counts = torch.bincount(labels, minlength=len(classes)).tolist()
+    if lacking := [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < max(shots)]:
+        raise UserError(
+            f"{key}: {max(shots)} images per class were asked for, these classes of data.train have fewer: "
+            f"{shorten(lacking)}. Lower {key}, or leave few_shot out of methods."
+        )

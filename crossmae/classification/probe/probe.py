@@ -19,9 +19,9 @@ from torch import Tensor
 
 from crossmae.checkpoints.weights import Weights, read_weights
 from crossmae.classification.data import find_classes, find_several, label_targets, warn_of_absent
-from crossmae.classification.probe import few_shot, knn, linear, logistic
+from crossmae.classification.probe import knn, linear, logistic
 from crossmae.classification.probe.cache import CachedFeatures, cached, data_digest, is_cached, tensors_digest
-from crossmae.classification.probe.config import ProbeRunConfig
+from crossmae.classification.probe.config import LabelledConfig, LinearConfig, ProbeRunConfig
 from crossmae.classification.probe.features import Views, choose_views, extract, open_encoder, random_weights
 from crossmae.classification.probe.report import REACH, build_page
 from crossmae.data.broken import find_broken, refuse_broken
@@ -39,14 +39,9 @@ log = logging.getLogger(__name__)
 
 
 def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
-    """Evaluate frozen features, and write results.json and report.html into `output_dir`.
+    """Evaluate frozen features, write results.json and report.html, and return the results.
 
-    Args:
-        config: all of it is read.
-        force: replace the results of an earlier call.
-
-    Returns:
-        The content of results.json.
+    With `force` they replace those of an earlier call.
 
     Raises:
         UserError: config, weights or data are wrong; raised before results are written.
@@ -56,18 +51,22 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
     clock = [("", time.perf_counter())]
     data, wanted, seed, output = config.data, config.features, config.runtime.seed, config.output_dir
     cache = wanted.cache_dir or output / "features"
-    _check_folders(output, cache, force)
+    check_writable(output, "output_dir")
+    check_writable(cache, "features.cache_dir")
+    if (output / RESULTS).exists() and not force:
+        held = f"holds the {RESULTS} of an earlier call"
+        raise UserError(f"output_dir: {output} {held}. Name another folder, or replace them with --force.")
     device = open_device(config.runtime.device, "runtime.device")
-    sources, labels = open_labelled(data.train, data.root, data.val, data.val_root)
+    sources, labels = open_labelled(data)
     classes = sources["train"].classes
     batch_size = min(config.linear.batch_size, len(labels["train"]))
-    head = linear.LinearSettings(config.linear.epochs, config.linear.warmup_epochs, batch_size, config.linear.base_lr)
+    head = config.linear.model_copy(update={"batch_size": batch_size})
     ks = check_methods(config.methods, config.knn.k, head, config.few_shot.shots, labels["train"], classes)
 
     sizes = config.model.model_dump(exclude={"name"})
     weights, digest = _open_weights(config.weights, config.model.name, seed, sizes)
     opened = open_encoder(weights, wanted.pool, wanted.block, seed, **sizes)
-    views, assumed = choose_views(weights, opened.architecture, data.mean, data.std, data.crop_pct, data.bit_depth)
+    views, assumed = choose_views(weights, opened.architecture, data)
     notes = [*opened.notes, *assumed]
     for note in notes:
         log.info("%s", note)
@@ -94,9 +93,9 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
     strengths, most, few = config.logistic.strengths, config.logistic.max_iterations, config.few_shot
     runs: dict[str, Callable[[], dict[str, Any]]] = {
         "knn": lambda: knn.sweep(train, val, len(classes), ks, config.knn.temperature, device),
-        "linear": lambda: linear.run_linear(train, val, len(classes), head, config.linear.seeds, device),
+        "linear": lambda: linear.run_linear(train, val, len(classes), head, device),
         "logistic": lambda: logistic.run_logistic(train, val, strengths, most, seed),
-        "few_shot": lambda: few_shot.run_few_shot(train, val, few.shots, few.seeds, few.strength, few.max_iterations),
+        "few_shot": lambda: logistic.run_few_shot(train, val, few.shots, few.seeds, few.strength, few.max_iterations),
     }
     found: dict[str, Any] = {}
     for name in (name for name in runs if name in config.methods):
@@ -105,7 +104,12 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
 
     data_facts = {name: {"description": one.description, "images": len(one)} for name, one in sources.items()}
     results = {
-        "weights": _describe_weights(weights, digest, config.weights is None),
+        "weights": {
+            "path": config.weights and str(weights.path),
+            "sha256": digest,
+            "format": weights.format,
+            "random": config.weights is None,
+        },
         "features": decisive | {"width": opened.encoder.width, "notes": notes},
         "data": data_facts | {"classes": list(classes)},
         "methods": found,
@@ -120,15 +124,10 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
     return results
 
 
-def open_labelled(
-    train: str, root: Path | None, val: str, val_root: Path | None
-) -> tuple[dict[str, Source], dict[str, Tensor]]:
-    """Open "train" and "val" with labels under the classes of "train".
-
-    Raises:
-        UserError: a data set cannot be opened, has no labels or several per image, or classes that "train" has not.
-    """
-    sources = {"train": open_source(train, "data.train", root), "val": open_source(val, "data.val", val_root)}
+def open_labelled(data: LabelledConfig) -> tuple[dict[str, Source], dict[str, Tensor]]:
+    """Open "train" and "val" with labels under the classes of "train"."""
+    given = {"train": (data.train, "data.train", data.root), "val": (data.val, "data.val", data.val_root)}
+    sources = {name: open_source(*how) for name, how in given.items()}
     for name, source in sources.items():
         log.info("data.%s: %s", name, source.description)
         if several := find_several(find_classes(source, f"data.{name}")):
@@ -147,23 +146,12 @@ def open_labelled(
 def check_methods(
     methods: Sequence[str],
     ks: Sequence[int],
-    head: linear.LinearSettings,
+    head: LinearConfig,
     shots: Sequence[int],
     labels: Tensor,
     classes: Sequence[str],
 ) -> tuple[int, ...]:
-    """Check that there are enough training images for the chosen methods.
-
-    Args:
-        ks, head, shots: settings of the methods.
-        labels: (N,) of the training images.
-
-    Returns:
-        The numbers of neighbours that are possible.
-
-    Raises:
-        UserError: there are too few training images for a method.
-    """
+    """Refuse too few training images, and return the possible numbers of neighbours."""
     images = len(labels)
     possible = tuple(k for k in ks if k < images)
     if "knn" in methods and len(possible) < len(ks):
@@ -171,27 +159,16 @@ def check_methods(
         if not possible:
             raise UserError(f"knn.k: {left_out} need more than the {images} images of data.train")
         log.warning("knn.k: %s are left out, data.train has %d images", left_out, images)
-    if "linear" in methods and head.reach(images) < 1:
+    if "linear" in methods and linear.reach(head, images) < 1:
         log.warning("linear: %d images are too few steps: %s", images, REACH)
     if "few_shot" in methods:
-        few_shot.check_shots(labels, classes, shots, "few_shot.shots")
+        logistic.check_shots(labels, classes, shots, "few_shot.shots")
     if "logistic" in methods and int(torch.bincount(labels).max()) < 2:
         raise UserError("methods: logistic holds out training images, and no class of data.train has two")
     return possible
 
 
-def _check_folders(output: Path, cache: Path, force: bool) -> None:
-    check_writable(output, "output_dir")
-    check_writable(cache, "features.cache_dir")
-    if (output / RESULTS).exists() and not force:
-        raise UserError(
-            f"output_dir: {output} holds the {RESULTS} of an earlier call. Name another folder, or replace them "
-            "with --force."
-        )
-
-
 def _open_weights(path: Path | None, name: str | None, seed: int, sizes: Mapping[str, Any]) -> tuple[Weights, str]:
-    """Read or draw the weights, and digest their file or random tensors."""
     if path is None:
         assert name is not None  # the config has been checked
         weights = random_weights(name, seed, **sizes)
@@ -202,11 +179,6 @@ def _open_weights(path: Path | None, name: str | None, seed: int, sizes: Mapping
     return weights, sha256(weights.path)
 
 
-def _describe_weights(weights: Weights, digest: str, is_random: bool) -> dict[str, Any]:
-    path = None if is_random else str(weights.path)
-    return {"path": path, "sha256": digest, "format": weights.format, "random": is_random}
-
-
 def _load_features(
     cache: Path,
     key: dict[str, Any],
@@ -214,12 +186,8 @@ def _load_features(
     check: Views | None,
     extract_one: Callable[[str], CachedFeatures],
 ) -> tuple[CachedFeatures, CachedFeatures]:
-    """Load or extract the features of "train" and "val".
-
-    With `check`, all images whose features are missing are looked at before any is encoded.
-    """
     keys = {name: key | {"data": data_digest(source, name)} for name, source in sources.items()}
-    for name, source in sources.items():
+    for name, source in sources.items():  # all of them before any is encoded
         if check is not None and not is_cached(cache, name, keys[name]):
             refuse_broken(find_broken(source, range(len(source)), len(check.mean), check.bit_depth), f"data.{name}")
     train, val = (cached(cache, name, keys[name], partial(extract_one, name)) for name in ("train", "val"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from crossmae.reports.figures import line_plot
@@ -37,29 +37,33 @@ class Score(NamedTuple):
 
 def scores(methods: Mapping[str, Any]) -> list[Score]:
     """List the headline numbers, by method."""
-    found: list[tuple[str, str, Mapping[str, Any]]] = []
+    found: list[Score] = []
+
+    def add(method: str, setting: str, numbers: Mapping[str, Any]) -> None:
+        accuracy = numbers.get("accuracy", numbers.get("mean"))
+        found.append(Score(method, setting, accuracy, _interval(numbers)))
+
     if knn := methods.get("knn"):
         for name, words in (("chosen", "chosen on training images"), ("default", "as in pretraining's probe")):
             if cell := knn[name]:
-                found.append(("knn", f"{_pair(cell)}, {words}", cell["val"]))
+                add("knn", f"{_pair(cell)}, {words}", cell["val"])
     if one := methods.get("linear"):
         runs = one["runs"]
         seeds = f"seed {runs[0]['seed']}" if len(runs) == 1 else f"mean of {len(runs)} seeds"
         trust = "" if one["reach"] >= 1 else "; too few steps, not to be trusted"
-        numbers = runs[0]["val"] if len(runs) == 1 else one["mean"]
-        found.append(("linear", f"BatchNorm and LARS, {seeds}{trust}", numbers))
+        add("linear", f"BatchNorm and LARS, {seeds}{trust}", runs[0]["val"] if len(runs) == 1 else one["mean"])
     if one := methods.get("logistic"):
         state = "" if one["converged"] else ", not converged"
-        found.append(("logistic", f"L-BFGS, C {one['strength']:g}{state}", one["val"]))
+        add("logistic", f"L-BFGS, C {one['strength']:g}{state}", one["val"])
     for shots in methods.get("few_shot", {}).get("shots", []):
         single = len(shots["accuracies"]) == 1
         seeds = "one seed" if single else f"mean of {shots['mean']['runs']} seeds"
-        numbers = shots["accuracies"][0] if single else shots["mean"]
-        found.append(("few_shot", f"{shots['per_class']} per class, {seeds}", numbers))
-    return [
-        Score(method, setting, numbers.get("accuracy", numbers.get("mean")), _interval(numbers))
-        for method, setting, numbers in found
-    ]
+        add(
+            "few_shot",
+            f"{shots['per_class']} per class, {seeds}",
+            (shots["accuracies"] if single else [shots["mean"]])[0],
+        )
+    return found
 
 
 def _pair(cell: Mapping[str, Any]) -> str:
@@ -81,11 +85,9 @@ def table(results: Mapping[str, Any]) -> str:
     rows = [("method", "setting", "top-1 %", "95 % interval")]
     rows += [(TITLES[x.method], x.setting, f"{100 * x.accuracy:.2f}", x.interval) for x in scores(results["methods"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    layout = "{:%d}  {:%d}  {:>%d}  {:>%d}" % tuple(widths)  # noqa: UP031
     footer = "intervals of means over seeds cover only the seeds, others the choice of validation images"
-    shown = [
-        f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}" for row in rows
-    ]
-    return "\n".join([*shown, footer])
+    return "\n".join([*(layout.format(*row) for row in rows), footer])
 
 
 def build_page(results: Mapping[str, Any]) -> Report:
@@ -96,8 +98,13 @@ def build_page(results: Mapping[str, Any]) -> Report:
     headlines |= {one.method: one for one in found if one.method == "few_shot"}  # the last: with the most images
     facts = [Fact(TITLES[name], f"{100 * headlines[name].accuracy:.2f} %", headlines[name].setting) for name in methods]
     builders = {"knn": _knn, "linear": _linear, "logistic": _logistic, "few_shot": _few_shot}
+    text = (
+        "Top-1 accuracy on validation images, in percent. The interval of a single number is Wilson's, which covers "
+        "only the choice of validation images; the interval of a mean of several seeds is Student's."
+    )
+    rows: list[TableRow] = [[one.title, _bar(one.accuracy), one.interval] for one in found]
     sections = [
-        _overview(found),
+        Section("Results", text, [Table(["method", "top-1", "95 % interval"], rows, "A full bar is 100.")]),
         *(build(methods[name]) for name, build in builders.items() if name in methods),
         _features(results["features"], results["weights"], results["seconds"]),
     ]
@@ -105,15 +112,6 @@ def build_page(results: Mapping[str, Any]) -> Report:
     weights = "an encoder with random weights" if results["weights"]["random"] else results["weights"]["path"]
     lead = f"Frozen features of {weights}: learned from on {train['description']}, classified: {val['description']}."
     return Report("Frozen features", lead, facts, sections, list(results["versions"].items()))
-
-
-def _overview(found: Sequence[Score]) -> Section:
-    rows: list[TableRow] = [[one.title, _bar(one.accuracy), one.interval] for one in found]
-    text = (
-        "Top-1 accuracy on validation images, in percent. The interval of a single number is Wilson's, which covers "
-        "only the choice of validation images; the interval of a mean of several seeds is Student's."
-    )
-    return Section("Results", text, [Table(["method", "top-1", "95 % interval"], rows, "A full bar is 100.")])
 
 
 def _knn(found: Mapping[str, Any]) -> Section:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -12,15 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data.auto_augment import (
-    AugMixAugment,
     AutoAugment,
-    RandAugment,
     augment_and_mix_transform,
     auto_augment_transform,
     posterize,
     rand_augment_transform,
 )
-from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from crossmae.data.batches import keyed_randomness
@@ -30,8 +28,15 @@ from crossmae.errors import UserError
 Policy = Callable[[Image.Image], Image.Image]
 
 
-class TrainView:
-    """Random crop, flip and policy of a training image.
+def train_view(
+    size: tuple[int, int],
+    crop_scale: tuple[float, float],
+    flip: float,
+    auto_augment: str | None,
+    color_jitter: float,
+    mean: Sequence[float],
+) -> v2.Compose:
+    """Build random crop, flip and policy, from an image to (C, H, W).
 
     Args:
         size: height and width in pixels.
@@ -44,41 +49,18 @@ class TrainView:
     Raises:
         UserError: no such policy.
     """
-
-    def __init__(
-        self,
-        size: tuple[int, int],
-        crop_scale: tuple[float, float],
-        flip: float,
-        auto_augment: str | None,
-        color_jitter: float,
-        mean: Sequence[float],
-    ) -> None:
-        crop = v2.RandomResizedCrop(size, scale=crop_scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
-        steps: list[Callable[[Any], Any]] = [crop, v2.RandomHorizontalFlip(flip)]
-        if auto_augment:
-            steps.append(OnColours(build_policy(auto_augment, size, mean)))
-        elif color_jitter:
-            steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
-        self.steps = steps
-
-    def __call__(self, pixels: Image.Image | Tensor) -> Tensor:
-        """Augment an image to (C, H, W), uint8 or float32 in 0-1."""
-        view: Any = pixels
-        for step in self.steps:
-            view = step(view)
-        return to_tensor(view)
+    crop = v2.RandomResizedCrop(size, scale=crop_scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    steps: list[Callable[[Any], Any]] = [crop, v2.RandomHorizontalFlip(flip)]
+    if auto_augment:
+        steps.append(partial(_in_colours, build_policy(auto_augment, size, mean)))
+    elif color_jitter:
+        steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+    return v2.Compose([*steps, to_tensor])
 
 
-class OnColours:
-    """Policy on images of any mode: a grey image becomes RGB, and grey again."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        """Apply the policy in colours, keep mode and size."""
-        return self.policy(image.convert("RGB")).convert(image.mode)
+def _in_colours(policy: Policy, image: Image.Image) -> Image.Image:
+    """Apply a policy in RGB, and keep the image's mode."""
+    return policy(image.convert("RGB")).convert(image.mode)
 
 
 def build_policy(name: str, size: tuple[int, int], mean: Sequence[float]) -> Policy:
@@ -102,17 +84,11 @@ def build_policy(name: str, size: tuple[int, int], mean: Sequence[float]) -> Pol
             f"data.auto_augment: {name!r} is no policy of timm's ({error or 'unknown'}); such as rand-m9-mstd0.5-inc1, "
             "augmix-m3-w3, original or v0; null for none"
         ) from None
-    _keep_one_bit(policy)
-    applied: Policy = policy
-    return applied
-
-
-def _keep_one_bit(policy: RandAugment | AugMixAugment | AutoAugment) -> None:
-    """Replace every posterization of a policy by one that Pillow can compute."""
-    operations = chain.from_iterable(policy.policy) if isinstance(policy, AutoAugment) else policy.ops
-    for operation in operations:
+    for operation in chain.from_iterable(policy.policy) if isinstance(policy, AutoAugment) else policy.ops:
         if operation.aug_fn is posterize:
             operation.aug_fn = _posterize
+    applied: Policy = policy
+    return applied
 
 
 def _posterize(image: Image.Image, bits: int, **settings: Any) -> Image.Image:

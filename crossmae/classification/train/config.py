@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from crossmae.classification.probe.config import Pixels
 from crossmae.models.sizes import SIZES
 from crossmae.training.config import (
     CheckpointConfig,
@@ -26,21 +27,13 @@ CropShare = Annotated[float, Field(gt=0, le=1)]
 
 
 class LabelledDataConfig(DataConfig):
-    """LabelledImages images, how they are read, and how they are augmented (timm's names)."""
+    """Labelled images, how they are read, and how they are augmented (timm's names)."""
 
     train: str = Field("", description="labelled images: any source with labels, see crossmae/data/sources")
     val: str | None = Field(None, description="labelled images to evaluate on; null: none, so no best weights either")
-    per_class: PositiveInt | None = Field(
-        None, description="train on so many images of every class, drawn by runtime.seed; null: on all"
-    )
-    separator: str | None = Field(
-        None,
-        min_length=1,
-        description="several labels per image: what stands between them in the label column; null: one label",
-    )
-    class_names: tuple[str, ...] | Path | None = Field(
-        None, description="names to show for the classes, in their order, or a text file with one a line"
-    )
+    per_class: PositiveInt | None = Field(None, description="images of every class, drawn by runtime.seed; null: all")
+    separator: str | None = Field(None, min_length=1, description="between several labels of an image; null: one")
+    class_names: tuple[str, ...] | Path | None = Field(None, description="to show, in order, or a file, one a line")
     crop_scale: tuple[Share, Share] = Field((0.08, 1.0), description="area of the random crop, as shares of the image")
     auto_augment: str | None = Field("rand-m9-mstd0.5-inc1", description="timm's policy; null: none")
     color_jitter: NonNegative = Field(0.0, description="strength, where there is no auto_augment")
@@ -62,10 +55,7 @@ class ClassifierConfig(ConfigSection):
 
     init: Path | None = Field(None, description="weights of the encoder, of any format; null: random ones")
     name: str | None = Field(None, description=f"{', '.join(f'vit_{size}' for size in SIZES)}; null: as model.init is")
-    img_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
-        None,
-        description="pixels, one side or (height, width); null: as model.init was trained; positions are resampled",
-    )
+    img_size: Pixels | None = Field(None, description="null: as model.init was trained; positions are resampled")
     patch_size: PositiveInt | None = Field(None, description="null: as model.init; filters are resampled")
     in_chans: PositiveInt = Field(3, description="image channels; the filters of others are summed or repeated")
     embed_dim: PositiveInt | None = None
@@ -73,9 +63,7 @@ class ClassifierConfig(ConfigSection):
     num_heads: PositiveInt | None = None
     mlp_ratio: Positive | None = None
     pool: Literal["avg", "cls"] = Field("avg", description="mean of the patch tokens, or the class token")
-    head: Literal["linear", "batchnorm"] = Field(
-        "linear", description="batchnorm: as in published linear probes, BatchNorm without affine before the layer"
-    )
+    head: Literal["linear", "batchnorm"] = Field("linear", description="batchnorm: as in published linear probes")
     freeze: bool = Field(False, description="train the head only: a linear probe")
     drop_path: DropRate = Field(0.1, description="of the last block; grows from 0 with depth")
 
@@ -106,8 +94,7 @@ class LossConfig(ConfigSection):
     mixup_switch_prob: Share = Field(0.5, description="of cutmix, where both are on")
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
     class_weights: Literal["balanced"] | dict[str, Positive] | None = Field(
-        None,
-        description="weights in the loss by class, 1 for others; balanced: inverse to a class's images; null: equal",
+        None, description="by class, 1 for others; balanced: inverse to a class's images; null: equal"
     )
 
     @field_validator("class_weights", mode="before")
@@ -152,13 +139,9 @@ class EvaluationConfig(ConfigSection):
     """Evaluations of data.val."""
 
     every_epochs: PositiveInt = 1
-    img_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
-        None, description="of --eval-only: another size than the model was trained with; positions are resampled"
-    )
+    img_size: Pixels | None = Field(None, description="of --eval-only; null: as trained; positions are resampled")
     batch_size: PositiveInt | None = Field(None, description="images per process; null: as in training")
-    crop_pct: CropShare | None = Field(
-        None, description="side of the central crop over the scaled image's; null: 224/256 up to 224 pixels, else 1"
-    )
+    crop_pct: CropShare | None = Field(None, description="share of the side; null: 224/256 up to 224 px, else 1")
     hardest: int = Field(24, ge=0, description="images with the highest loss that are kept as pictures")
     features: int = Field(2000, ge=0, description="images whose features are kept for the map of the report")
 

@@ -16,16 +16,7 @@ from crossmae.errors import UserError, shorten
 
 
 class Objective:
-    """Loss of a classifier, and the changes to a batch on the device before the model sees it.
-
-    Args:
-        loss: smoothing, mixup and cutmix.
-        weights: (N,) weights of the classes, see `class_weights`; None: equal ones.
-        erase: erases rectangles.
-        num_classes: N.
-        batch_size: images per batch.
-        several: an image can have several labels.
-    """
+    """Loss of a classifier, with class weights (N,), and the changes to a batch on the device before it."""
 
     def __init__(
         self,
@@ -77,7 +68,6 @@ def class_weights(
     Args:
         given: weights by class, 1 for others; "balanced": images / (classes * images of the class); None: equal ones.
         targets: classes of the training images.
-        classes: names of the classes.
 
     Raises:
         UserError: a weight of an unknown class, or "balanced" for a class without images.

@@ -38,13 +38,11 @@ from crossmae.classification.data import (
     read_class_names,
     warn_of_absent,
 )
-from crossmae.classification.evaluation.evaluate import EvaluationSet, evaluate
-from crossmae.classification.evaluation.metrics import ClassificationScores, Predictions, score
-from crossmae.classification.evaluation.results import write_results
+from crossmae.classification.evaluation.evaluate import EvaluationSet, evaluate, write_results
+from crossmae.classification.evaluation.metrics import ClassificationScores, score
 from crossmae.classification.probe.linear import lars
-from crossmae.classification.report import write_report
-from crossmae.classification.run_files import FOLDER
-from crossmae.classification.train.augment import TrainView, keyed_everywhere
+from crossmae.classification.report import FOLDER, write_report
+from crossmae.classification.train.augment import keyed_everywhere, train_view
 from crossmae.classification.train.config import (
     ClassifierConfig,
     FinetuneConfig,
@@ -57,9 +55,9 @@ from crossmae.classification.vit import Architecture, architecture_of, build_vit
 from crossmae.data.batches import BatchPlan
 from crossmae.data.broken import NEVER_REPLACED, find_broken, refuse_broken, warn_of_depth
 from crossmae.data.pixels import Normalize, published_crop_pct
-from crossmae.data.sources import Source, open_named, warn_of_overlap
+from crossmae.data.sources import open_named, warn_of_overlap
 from crossmae.data.sources.source import choose_per_class
-from crossmae.errors import UserError
+from crossmae.errors import UserError, shorten
 from crossmae.files import check_writable
 from crossmae.models.sizes import SIZES
 from crossmae.pretraining.start import compare_pixels
@@ -71,16 +69,13 @@ from crossmae.training.schedule import Schedule, make_schedule
 from crossmae.training.start import find_start, is_complete
 from crossmae.training.state import TrainingState
 
-MOST_LISTED = 20  # classes that the log names
-
 log = logging.getLogger(__name__)
 
 
 def finetune(config: FinetuneConfig, resume: bool = False) -> Path:
     """Train a classifier and return the file of its last weights.
 
-    Reads every key of `FinetuneConfig`. The best weights are next to the last ones.
-    In several processes: see `crossmae.training.loop.train`.
+    The best weights are next to the last ones. In several processes: see `crossmae.training.loop.train`.
 
     Raises:
         UserError: bad data or weights, classes that differ between data.train and data.val, a folder in use by another
@@ -89,19 +84,13 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> Path:
     if not config.data.train:
         raise UserError("missing key 'data.train': the labelled images to train on; pass data.train=...")
     if config.model.init is None and config.model.name is None:
-        raise UserError(
-            "model: name or init is needed: a size to train from random weights, or weights to start from; pass "
-            "model.init=..."
-        )
+        meant = "a size to train from random weights, or weights to start from"
+        raise UserError(f"model: name or init is needed: {meant}; pass model.init=...")
     return train(config, partial(build_job, config, resume))
 
 
 def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.device, precision: str) -> Job:
-    """Build model, data and schedule, and check them, without writing anything.
-
-    Raises:
-        UserError: see `finetune`.
-    """
+    """Build model, data and schedule, and check them, without writing anything."""
     data, optim, seed, channels = config.data, config.optim, config.runtime.seed, config.model.in_chans
     check_writable(config.output_dir, "output_dir")
     start = find_start(config.output_dir, resume)
@@ -124,14 +113,15 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
     model.set_grad_checkpointing(config.runtime.activation_checkpointing)
     crop_pct = config.evaluation.crop_pct or published_crop_pct(size.img_size)
     # The augmented images, and the loss.
-    view = TrainView(size.img_size, data.crop_scale, data.flip, data.auto_augment, data.color_jitter, data.mean)
+    view = train_view(size.img_size, data.crop_scale, data.flip, data.auto_augment, data.color_jitter, data.mean)
     images = TrainImages(source, labelled.targets, view, seed, channels, data.bit_depth, data.broken)
     objective = build_objective(config.loss, data, labelled, optim.batch_size, device)
     broken = []
     if data.check and not complete:
         broken = check_images(source, channels, data.bit_depth, data.broken, ranks)
-        if labelled.val is not None:
-            refuse_broken_val(labelled.val, channels, data.bit_depth, ranks)
+        if labelled.val is not None:  # before anything is trained
+            mine = range(ranks.rank, len(labelled.val), ranks.world_size)
+            refuse_broken(find_broken(labelled.val, mine, channels, data.bit_depth), "data.val", NEVER_REPLACED)
     model = model.to(device)
     record = ClassifierRecord(
         pool=config.model.pool,
@@ -188,24 +178,14 @@ def classification_loss(
 
 @dataclass(frozen=True)
 class Judge(Callbacks):
-    """Evaluations of a run, and its best weights.
+    """Evaluations of a run every `every` epochs if it has `data`, and its best weights.
 
-    Attributes:
-        folder: folder of the run.
-        data: images to evaluate on; None: no evaluation.
-        num_classes: N.
-        schedule: steps of the run.
-        every: epochs between two evaluations.
-        metadata: describes the weights of a step.
-        class_names: names to show.
-        about: facts for evaluation.json.
-        hardest: images with the highest loss that are kept as pictures.
-        is_probe: only the head is trained.
+    `metadata` describes the weights of a step, `about` the images in evaluation.json, of which the `hardest` are kept
+    as pictures. With `is_probe` only the head is trained.
     """
 
     folder: Path
     data: EvaluationSet | None
-    num_classes: int
     schedule: Schedule
     every: int
     metadata: Callable[[int], dict[str, str]]
@@ -224,38 +204,30 @@ class Judge(Callbacks):
             state.model.get_submodule("head").train()
 
     def measure(self, state: TrainingState, records: RunLog) -> None:
-        """Evaluate at the end of a period, and keep the best weights."""
-        if self.data is None or not self.schedule.ends_period(state.step, self.every):
+        """Evaluate at the end of a period, and keep the best weights with their predictions."""
+        step = state.step
+        if self.data is None or not self.schedule.ends_period(step, self.every):
             return
         values: dict[str, float] = {}
         for suffix, model in state.models.items():
-            share_statistics(model, state.ranks)
+            for buffer in model.buffers():  # running statistics: all processes evaluate the same model
+                if buffer.is_floating_point():
+                    buffer.copy_(state.ranks.mean(buffer.clone()))
             predictions = evaluate(model, self.data, state.device, state.autocast, state.ranks)
-            scores = score(predictions, self.num_classes)
+            scores = score(predictions, len(self.class_names))
             values |= {f"{name}{suffix}": value for name, value in headline(scores).items()}
             if not all(map(math.isfinite, values.values())):
-                raise UserError(
-                    f"at step {state.step} an evaluation is not finite: {describe(values)}; the last checkpoint stays"
-                )
-            if is_best(state.kept, state.step, scores, suffix) and state.ranks.is_main:
-                self.keep_best(state, model, predictions, scores, self.data.source)
-        records.announce(state.step, values)
-
-    def keep_best(
-        self,
-        state: TrainingState,
-        model: nn.Module,
-        predictions: Predictions,
-        scores: ClassificationScores,
-        source: Source,
-    ) -> None:
-        """Write the weights, and their predictions."""
-        step, best = state.step, state.kept["best"]
-        record = {f"best_{key}": str(value) for key, value in best.items()}
-        save_weights(self.folder / BEST, model.state_dict(), self.metadata(step) | record, force=True)
-        weights = {"weights": BEST, "weights_are": "averaged" if best["averaged"] else "as trained"}
-        about = weights | {"step": step, "epoch": self.schedule.epoch(step)} | self.about
-        write_results(self.folder / FOLDER, predictions, scores, source, self.class_names, about, self.hardest)
+                what = f"at step {step} an evaluation is not finite: {describe(values)}"
+                raise UserError(f"{what}; the last checkpoint stays")
+            if is_best(state.kept, step, scores, suffix) and state.ranks.is_main:
+                record = {f"best_{key}": str(value) for key, value in state.kept["best"].items()}
+                save_weights(self.folder / BEST, model.state_dict(), self.metadata(step) | record, force=True)
+                about = {"weights": BEST, "weights_are": "averaged" if suffix else "as trained"}
+                about |= {"step": step, "epoch": self.schedule.epoch(step)} | self.about
+                folder, views = self.folder / FOLDER, self.data.views
+                write_results(folder, views, predictions, scores, self.class_names, about, self.hardest)
+        records.record(step, values)
+        records.announce(step, values)
 
     def finish(self) -> None:
         """Log the best weights, and write the page of the run."""
@@ -277,29 +249,20 @@ def build_judge(
     metadata: Callable[[int], dict[str, str]],
 ) -> Judge:
     """Collect the images of data.val, and what is written about them."""
-    data, settings, val, evaluation_set = config.data, config.evaluation, labelled.val, None
-    if val is not None and labelled.val_targets is not None:
-        views = CentreViews(val, labelled.val_targets, size.img_size, crop_pct, size.in_chans, data.bit_depth)
+    data, settings, evaluated = config.data, config.evaluation, None
+    if labelled.val is not None and labelled.val_targets is not None:
+        shape = (size.img_size, crop_pct, size.in_chans, data.bit_depth)
+        views = CentreViews(labelled.val, labelled.val_targets, *shape)
         batch_size = settings.batch_size or config.optim.batch_size
-        evaluation_set = EvaluationSet(
-            val, "data.val", views, data.mean, data.std, batch_size, data.workers, settings.features
-        )
+        evaluated = EvaluationSet(views, data.mean, data.std, batch_size, data.workers, settings.features)
     return Judge(
         folder=config.output_dir,
-        data=evaluation_set,
-        num_classes=len(labelled.classes),
+        data=evaluated,
         schedule=schedule,
         every=settings.every_epochs,
         metadata=metadata,
         class_names=labelled.class_names,
-        about={
-            "data": data.val,
-            "data_root": str(data.val_root) if data.val_root else None,
-            "in_chans": size.in_chans,
-            "bit_depth": data.bit_depth,
-            "img_size": list(size.img_size),
-            "crop_pct": crop_pct,
-        },
+        about={"data": data.val, "data_root": data.val_root and str(data.val_root)},
         hardest=settings.hardest,
         is_probe=config.model.freeze,
     )
@@ -308,20 +271,11 @@ def build_judge(
 def build_objective(
     loss: LossConfig, data: LabelledDataConfig, labelled: LabelledImages, batch_size: int, device: torch.device
 ) -> Objective:
-    """Build the loss on a device.
-
-    Raises:
-        UserError: see `class_weights`.
-    """
+    """Build the loss on a device, with the errors of `class_weights`."""
     weights = class_weights(loss.class_weights, labelled.targets, labelled.classes)
-    return Objective(
-        loss,
-        None if weights is None else weights.to(device),
-        RandomErasing(data.erase, mode=data.erase_mode, max_count=data.erase_count, device=str(device)),
-        len(labelled.classes),
-        batch_size,
-        several=data.separator is not None,
-    )
+    erase = RandomErasing(data.erase, mode=data.erase_mode, max_count=data.erase_count, device=str(device))
+    weights = None if weights is None else weights.to(device)
+    return Objective(loss, weights, erase, len(labelled.classes), batch_size, data.separator is not None)
 
 
 def build_optimizer(model: VisionTransformer, optim: FinetuneOptimConfig, peak_lr: float) -> torch.optim.Optimizer:
@@ -330,13 +284,6 @@ def build_optimizer(model: VisionTransformer, optim: FinetuneOptimConfig, peak_l
         return lars(model, peak_lr, optim.weight_decay)
     groups = parameter_groups(model, optim.weight_decay, optim.layer_decay)
     return torch.optim.AdamW(groups, lr=peak_lr, betas=optim.betas, fused=True)
-
-
-def share_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Average running statistics over all processes, which evaluate the same model."""
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(ranks.mean(buffer.clone()))
 
 
 def announce_model(model: nn.Module, size: Architecture, pool: str, place: str) -> None:
@@ -350,16 +297,11 @@ def announce_classes(classes: Sequence[str], class_names: Sequence[str], several
     """Log the classes, with the names to show where they differ."""
     pairs = zip(classes, class_names, strict=True)
     names = [name if name == shown else f"{name} ({shown})" for name, shown in pairs]
-    listed = ", ".join(names[:MOST_LISTED]) + (", ..." if len(names) > MOST_LISTED else "")
-    log.info("%d classes%s: %s", len(names), ", several per image" if several else "", listed)
+    log.info("%d classes%s: %s", len(names), ", several per image" if several else "", shorten(names, most=20))
 
 
 def open_labelled(config: FinetuneConfig, ranks: Ranks) -> LabelledImages:
-    """Open both sources, with labels as positions among the classes of data.train.
-
-    Raises:
-        UserError: no labels, or data.val has classes that data.train has not.
-    """
+    """Open both sources, with labels as positions among the classes of data.train."""
     data = config.data
     source = open_named(data.train, "data.train", data.root)
     if ranks.is_main:
@@ -382,27 +324,10 @@ def open_labelled(config: FinetuneConfig, ranks: Ranks) -> LabelledImages:
     return LabelledImages(source, targets, classes, names, val, val_targets)
 
 
-def refuse_broken_val(val: Source, channels: int, bit_depth: int, ranks: Ranks) -> None:
-    """Look at every image of data.val before anything is trained.
-
-    Raises:
-        UserError: an image is broken.
-    """
-    broken = find_broken(val, range(ranks.rank, len(val), ranks.world_size), channels, bit_depth)
-    refuse_broken(broken, "data.val", NEVER_REPLACED)
-
-
 def build_model(
     settings: ClassifierConfig, data: LabelledDataConfig, seed: int, num_classes: int, start: Path | None
 ) -> tuple[Architecture, VisionTransformer, str | None]:
-    """Build the model with the weights of `model.init` or random ones.
-
-    Args:
-        settings: architecture, head and weights.
-        data: mean, deviation and bit depth of the pixels, to compare.
-        seed: seed of random weights.
-        num_classes: N.
-        start: checkpoint to continue from; None: a new run.
+    """Build the model from a checkpoint, `model.init` or random numbers.
 
     Returns:
         The architecture, the model, and what is known of the licence of its weights.
@@ -414,12 +339,9 @@ def build_model(
     torch.manual_seed(seed)
     file = start / MODEL if start else settings.init
     weights = read_weights(file) if file else None
-    if weights is not None:
-        architecture = architecture_of(weights, **given)
-    else:
-        architecture = architecture_from(given, str(settings.name))
+    architecture = architecture_of(weights, **given) if weights else architecture_from(given, str(settings.name))
     model = build_vit(architecture, num_classes, settings.pool, settings.drop_path, settings.head)
-    if weights is not None and not start:
+    if weights and not start:
         compare_pixels(weights, data)
         warn_of_untrained_blocks(weights, architecture.depth)
         report = load_encoder_weights(model, weights)

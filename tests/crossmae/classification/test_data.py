@@ -20,7 +20,7 @@ from crossmae.classification.data import (
     label_targets,
     read_class_names,
 )
-from crossmae.classification.train.augment import TrainView, keyed_everywhere
+from crossmae.classification.train.augment import keyed_everywhere, train_view
 from crossmae.data.pixels import centre_view, published_crop_pct
 from crossmae.data.sources import open_source
 from crossmae.errors import UserError
@@ -80,7 +80,7 @@ def test_names_to_show(tmp_path: Path) -> None:
 
 def test_a_sample_depends_on_its_key_alone(tmp_path: Path) -> None:
     source = open_source(write_classes(tmp_path), "data.train")
-    view = TrainView((32, 32), (0.2, 1.0), 0.5, "rand-m9-mstd0.5-inc1", 0.0, MEAN)
+    view = train_view((32, 32), (0.2, 1.0), 0.5, "rand-m9-mstd0.5-inc1", 0.0, MEAN)
     targets = label_targets(source, "data.train", CLASSES)
 
     def sample(seed: int, epoch: int, index: int) -> torch.Tensor:
@@ -108,8 +108,8 @@ def test_the_policy_is_timms_with_its_own_settings() -> None:
         reference = create_transform(
             48, is_training=True, interpolation="bicubic", auto_augment=policy, normalize=False, mean=MEAN, **whole
         )
-        ours = TrainView((48, 48), (1.0, 1.0), 0.0, policy, 0.0, MEAN)
-        ours.steps, reference.transforms = ours.steps[2:], reference.transforms[1:]  # no crop, no flip
+        ours = train_view((48, 48), (1.0, 1.0), 0.0, policy, 0.0, MEAN)
+        ours.transforms, reference.transforms = ours.transforms[2:], reference.transforms[1:]  # no crop, no flip
         with keyed_everywhere(3):
             mine = ours(image)
         with keyed_everywhere(3):
@@ -117,7 +117,7 @@ def test_the_policy_is_timms_with_its_own_settings() -> None:
 
 
 def test_a_grey_image_stays_grey_under_a_policy() -> None:
-    view = TrainView((16, 16), (0.5, 1.0), 0.5, "rand-m9-mstd0.5-inc1", 0.0, (0.5,))
+    view = train_view((16, 16), (0.5, 1.0), 0.5, "rand-m9-mstd0.5-inc1", 0.0, (0.5,))
     with keyed_everywhere(0):
         assert view(picture(20, 20).convert("L")).shape == (1, 16, 16)
 
@@ -130,7 +130,7 @@ WRITTEN += ["v0-mstd9", "v0r-mstd9", "original-mstd9", "originalr-mstd9", "3a-ms
 @pytest.mark.parametrize("name", WRITTEN)
 def test_no_policy_leaves_the_range_of_pillow(name: str) -> None:
     """Strongest and weakest magnitudes of every operation that a config can name."""
-    view, image = TrainView((8, 8), (0.5, 1.0), 0.5, name, 0.0, MEAN), picture(8, 8)
+    view, image = train_view((8, 8), (0.5, 1.0), 0.5, name, 0.0, MEAN), picture(8, 8)
     for seed in range(300):
         with keyed_everywhere(seed):
             assert view(image).shape == (3, 8, 8)
@@ -139,7 +139,7 @@ def test_no_policy_leaves_the_range_of_pillow(name: str) -> None:
 @pytest.mark.parametrize("name", ["rand-m9-foo1", "nothing", "v0-bar2"])
 def test_an_unknown_policy_is_named(name: str) -> None:
     with pytest.raises(UserError, match=f"data.auto_augment: '{name}' is no policy"):
-        TrainView((16, 16), (0.5, 1.0), 0.5, name, 0.0, MEAN)
+        train_view((16, 16), (0.5, 1.0), 0.5, name, 0.0, MEAN)
 
 
 def test_views_to_evaluate_on(tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
-from crossmae.classification.evaluation.files import write_evaluation
-from crossmae.classification.evaluation.hardest import write_hardest
+from crossmae.classification.evaluation.files import write_evaluation, write_hardest
 from crossmae.classification.evaluation.metrics import Predictions, score
 from crossmae.classification.report import build_report, changed_from_defaults, write_report
 from crossmae.classification.train.config import FinetuneConfig

@@ -30,7 +30,7 @@ from crossmae.classification.evaluation.files import (
     write_evaluation,
 )
 from crossmae.classification.evaluation.metrics import Predictions, score
-from crossmae.classification.run_files import read_evaluation
+from crossmae.classification.report import Evaluation
 from crossmae.errors import UserError
 from tests.crossmae.classification.made_up import predictions_of, random_predictions
 
@@ -77,7 +77,7 @@ def test_the_record_is_read_back_with_what_matters_first(tmp_path: Path) -> None
     }
     assert sum(one["samples"] for one in record["calibration"]) == record["samples"] == 90
     assert record["about"] == ABOUT
-    assert read_evaluation(path).numbers == record["numbers"]
+    assert Evaluation.read(path).numbers == record["numbers"]
 
 
 def test_a_row_per_sample(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_several_labels_have_no_confusion_and_no_calibration(tmp_path: Path) -> 
         FEATURES,
         EMBEDDING,
     }
-    record = read_evaluation(tmp_path / EVALUATION)
+    record = Evaluation.read(tmp_path / EVALUATION)
     assert record.metric == "mean_ap"
     assert record.classes[6].ap is None
     assert record.classes[0].ap == pytest.approx(score(data, 7).classes[0].ap, abs=5e-7)
@@ -153,7 +153,7 @@ def test_what_an_earlier_evaluation_left_goes(tmp_path: Path) -> None:
     assert len(read_csv(tmp_path / PREDICTIONS_CSV)[0]) == 4 + 2 * 2
 
 
-@pytest.mark.parametrize("step", ["_write_pictures", "_write_features", "write_json"])
+@pytest.mark.parametrize("step", ["save_figure", "_write_features", "write_json"])
 def test_a_failure_leaves_the_earlier_evaluation(tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, random_predictions(90, 7))
     before = contents(tmp_path)

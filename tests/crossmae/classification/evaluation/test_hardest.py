@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from crossmae.classification.evaluation.hardest import RECORD, display_picture, write_hardest
+from crossmae.classification.evaluation.files import HARDEST_RECORD, display_picture, write_hardest
 from crossmae.classification.evaluation.metrics import Predictions
 from crossmae.errors import UserError
 
@@ -39,7 +39,7 @@ def test_they_are_the_wrong_ones_with_the_highest_loss(tmp_path: Path) -> None:
     scores, labels = torch.randn(40, 3).mul(2).softmax(1), torch.randint(0, 3, (40,))
     predictions = one_label(scores, labels)
     write_hardest(tmp_path, predictions, grey, NAMES, name, most=7)
-    content = json.loads((tmp_path / "hardest" / RECORD).read_text())
+    content = json.loads((tmp_path / "hardest" / HARDEST_RECORD).read_text())
     wrong = sorted((float(scores[i, labels[i]]), i) for i in range(40) if int(scores[i].argmax()) != int(labels[i]))
     assert content["wrong"] == len(wrong) > 7
     for entry, (share, index), number in zip(content["images"], wrong[:7], range(1, 8), strict=True):
@@ -59,7 +59,7 @@ def test_with_several_labels_all_that_is_missed_or_invented_counts(tmp_path: Pat
     losses = torch.tensor([3.0, 1.0, 2.0, 4.0])
     predictions = Predictions(torch.arange(4), labels, losses, best.indices, best.values, scores)
     write_hardest(tmp_path, predictions, lambda index: grey(1), NAMES, name)
-    content = json.loads((tmp_path / "hardest" / RECORD).read_text())
+    content = json.loads((tmp_path / "hardest" / HARDEST_RECORD).read_text())
     assert [entry["index"] for entry in content["images"]] == [2, 1]
     assert content["images"][0]["true"] == [["rat", pytest.approx(0.8)], ["cat", pytest.approx(0.4)]]
     assert content["images"][0]["predicted"] == [["rat", pytest.approx(0.8)], ["dog", pytest.approx(0.7)]]
@@ -72,8 +72,8 @@ def test_pictures_of_an_earlier_evaluation_go(tmp_path: Path) -> None:
     write_hardest(tmp_path, wrong, grey, NAMES, name)
     assert len(list((tmp_path / "hardest").iterdir())) == 7
     write_hardest(tmp_path, right, grey, NAMES, name)
-    assert [path.name for path in (tmp_path / "hardest").iterdir()] == [RECORD]
-    assert json.loads((tmp_path / "hardest" / RECORD).read_text()) == {"wrong": 0, "images": []}
+    assert [path.name for path in (tmp_path / "hardest").iterdir()] == [HARDEST_RECORD]
+    assert json.loads((tmp_path / "hardest" / HARDEST_RECORD).read_text()) == {"wrong": 0, "images": []}
 
 
 def test_an_image_that_is_gone_is_named_and_the_others_are_there(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_an_image_that_is_gone_is_named_and_the_others_are_there(tmp_path: Path)
 
     predictions = one_label(torch.tensor([[0.1, 0.6, 0.3]]).repeat(3, 1), torch.zeros(3, dtype=torch.int64))
     write_hardest(tmp_path, predictions, read, NAMES, name)
-    entries = json.loads((tmp_path / "hardest" / RECORD).read_text())["images"]
+    entries = json.loads((tmp_path / "hardest" / HARDEST_RECORD).read_text())["images"]
     assert [entry["picture"] for entry in entries] == ["01.png", None, "03.png"]
     assert entries[1]["fault"] == "1.png: can not be read: Stale file handle"
 

@@ -9,7 +9,7 @@ import torch
 
 from crossmae.classification.evaluation.metrics import mean_of
 from crossmae.classification.probe.cache import CachedFeatures
-from crossmae.classification.probe.few_shot import check_shots, run_few_shot, sample
+from crossmae.classification.probe.logistic import check_shots, run_few_shot, sample
 from crossmae.errors import UserError
 
 LABELS = torch.tensor([0, 1, 2] * 20 + [2] * 5)

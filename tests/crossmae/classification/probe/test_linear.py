@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from crossmae.classification.probe import linear
-from crossmae.classification.probe.linear import LinearSettings, classify, lars, train_linear
+from crossmae.classification.probe.config import LinearConfig
+from crossmae.classification.probe.linear import classify, lars, reach, train_linear
 from crossmae.classification.vit import build_head
 
 
@@ -74,7 +75,7 @@ def clusters(count: int = 200) -> tuple[Tensor, Tensor]:
     return features * torch.tensor([0.01, 1.0, 50.0, 1.0, 1.0]), labels
 
 
-LONG = LinearSettings(epochs=30, warmup_epochs=3, batch_size=20, base_lr=30.0)
+LONG = LinearConfig(epochs=30, warmup_epochs=3, batch_size=20, base_lr=30.0)
 
 
 def test_a_head_learns_and_has_the_same_bits_for_a_seed() -> None:
@@ -94,7 +95,7 @@ def test_the_global_generator_is_left_alone() -> None:
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    train_linear(*clusters(), 2, LinearSettings(epochs=1, batch_size=50), seed=5)
+    train_linear(*clusters(), 2, LinearConfig(epochs=1, batch_size=50), seed=5)
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -108,7 +109,7 @@ def test_learning_rate_is_that_of_the_schedule(monkeypatch: pytest.MonkeyPatch) 
             super().step(closure)
 
     monkeypatch.setattr(linear, "Lars", Recording)
-    settings = LinearSettings(epochs=4, warmup_epochs=1, batch_size=64, base_lr=0.1)
+    settings = LinearConfig(epochs=4, warmup_epochs=1, batch_size=64, base_lr=0.1)
     train_linear(*clusters(), 2, settings, seed=0)  # 3 batches in an epoch, 8 images are left out
     peak = 0.1 * 64 / 256
     assert len(rates) == 12
@@ -118,6 +119,6 @@ def test_learning_rate_is_that_of_the_schedule(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_reach() -> None:
-    assert LinearSettings().reach(1_281_167) == pytest.approx(225, abs=1)
-    assert LinearSettings(batch_size=16384).reach(1_281_167) == pytest.approx(225, abs=1)
-    assert LinearSettings(batch_size=48).reach(48) < 0.01
+    assert reach(LinearConfig(), 1_281_167) == pytest.approx(225, abs=1)
+    assert reach(LinearConfig(batch_size=16384), 1_281_167) == pytest.approx(225, abs=1)
+    assert reach(LinearConfig(batch_size=48), 48) < 0.01

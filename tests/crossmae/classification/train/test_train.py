@@ -19,7 +19,7 @@ from crossmae.checkpoints.provenance import NON_COMMERCIAL, recorded_licence
 from crossmae.checkpoints.run_checkpoint import complete_checkpoints, read_state
 from crossmae.classification.classifier import load_classifier
 from crossmae.classification.data import CentreViews, LabelledImages, label_targets
-from crossmae.classification.evaluation import results
+from crossmae.classification.evaluation import evaluate as evaluation
 from crossmae.classification.evaluation.evaluate import EvaluationSet, evaluate
 from crossmae.classification.evaluation.metrics import ClassificationScores, Predictions
 from crossmae.classification.train import train as train_module
@@ -50,7 +50,7 @@ def evaluate_only(config: FinetuneConfig, weights: Path, force: bool = False) ->
     """As tools/finetune.py --eval-only."""
     runtime = config.runtime
     where, how = (config.output_dir, config.data, config.evaluation), (runtime.device, runtime.precision)
-    return results.evaluate_only(weights, *where, config.optim.batch_size, *how, force)
+    return evaluation.evaluate_only(weights, *where, config.optim.batch_size, *how, force)
 
 
 def make_config(images: Path, output: Path, **sections: Any) -> FinetuneConfig:
@@ -238,7 +238,7 @@ def test_every_image_is_evaluated_once_on_any_number_of_processes(images: Path, 
     model.double()
 
     def answers(ranks: Ranks, batch_size: int) -> Predictions:
-        data = EvaluationSet(source, "data.val", views, (0.5,) * 3, (0.5,) * 3, batch_size, 0, 5)
+        data = EvaluationSet(views, (0.5,) * 3, (0.5,) * 3, batch_size, 0, 5)
         return evaluate(Doubled(model), data, CPU, NO_AUTOCAST, ranks)
 
     whole = answers(Ranks(), 4)
