@@ -152,7 +152,7 @@ def _compare(model: nn.Module, weights: Weights, new: tuple[str, ...], dropped: 
             status: Any = "resampled" if plain in weights.resampled else "used"
             entry = replace(entry, status=status, reason="; ".join(filter(None, (note, entry.reason))))
         report.entries.append(entry)
-    for name in [each for each in weights.tensors if each not in target]:
+    for name in (each for each in weights.tensors if each not in target):
         accepted = _matches(name, dropped)
         reason = "not wanted by the model" if accepted else "unexpected, the model has no such tensor"
         shape = tuple(weights.tensors[name].shape)

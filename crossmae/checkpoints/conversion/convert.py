@@ -64,16 +64,12 @@ class ConversionRequest:
     """The input, output and options of a conversion.
 
     Attributes:
-        source: see `read_weights`. It is never changed.
+        source, ema, trust: see `read_weights`. The source is never changed.
         destination: file or folder to write; its suffix gives the kind, see `TARGETS`.
         given: arguments of the source's model (`ViTEncoder`, `CrossMAE`) that neither the file nor its shapes tell.
-        encoder_only: leave decoder and heads behind.
         drop: regular expressions, matched from the start of a plain name, for tensors that may be left behind although
-            the encoder computes something else without them.
+            the encoder computes something else without them; `encoder_only` leaves decoder and heads behind.
         tolerance: of the proof, over the largest value.
-        report: JSON file of the conversion; None: next to the destination.
-        ema, trust: see `read_weights`.
-        force: overwrite.
     """
 
     source: Path
@@ -152,9 +148,9 @@ def convert(source: str | Path, destination: str | Path, to: str, **options: Any
     arguments, assumed = planning.source_arguments(weights, planned, request.given)
     planned, arguments = _resample(weights, planned, to, request.sizes, arguments)
     if request.destination.suffix == ".pkl":
-        halves = (name for name, tensor in planned.tensors.items() if tensor.dtype == torch.bfloat16)
-        notes = dict.fromkeys(halves, "bfloat16 to float32")
-        planned = replace(planned, report=_with_notes(planned.report, notes, planned.tensors, "used"))
+        halves = [name for name, tensor in planned.tensors.items() if tensor.dtype == torch.bfloat16]
+        report = _with_notes(planned.report, dict.fromkeys(halves, "bfloat16 to float32"), planned.tensors, "used")
+        planned = replace(planned, report=report)
     model = _model(weights, planned, to, arguments)
     with _new_files(request) as (temporary, temporary_report):
         names = _write(to, temporary, model)

@@ -69,11 +69,9 @@ class Inspection:
 
     Attributes:
         layout, content: see `Weights.layout`, `Weights.format`.
-        tensors, values: counts; `dtypes`: values of each type.
+        dtypes: values of each type; `tensors` and `values` are counts.
         encoder: constructor arguments as far as they are known; {} without an encoder.
-        facts: what else is known, by a short name, for people.
-        beside: other content of the file.
-        not_plain: sentences about parts of the encoder that a plain ViT does not have.
+        facts: other knowledge by a short name, for people; `not_plain`: sentences about parts that a plain ViT lacks.
         non_finite: names of tensors with NaN or infinity; None where values were not read.
         becomes: target -> outcome.
     """
@@ -230,9 +228,9 @@ def _outcome(weights: Weights, to: str, arguments: Mapping[str, Any]) -> Outcome
         if entry.status == "dropped":
             lost.setdefault(entry.reason, {})[split_name(entry.name)[0]] = None
     dropped = "; ".join(f"{shorten(list(names))}: {reason}" for reason, names in lost.items())
-    new = ", ".join(planned.report.names("new"))
-    parts = [f"without {dropped}" if dropped else "", f"with a new {new}" if new else ""]
-    return Outcome(True, "; ".join(filter(None, parts)))
+    parts = [f"without {dropped}"] if dropped else []
+    parts += [f"with a new {', '.join(new)}"] if (new := planned.report.names("new")) else []
+    return Outcome(True, "; ".join(parts))
 
 
 def _positions(weights: Weights, stored: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> str:

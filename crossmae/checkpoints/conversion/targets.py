@@ -45,7 +45,7 @@ class ConvertedModel:
     tensors: dict[str, Tensor]
     arguments: dict[str, Any]
     metadata: dict[str, str]
-    norm_eps: float = 1e-6
+    norm_eps: float
 
 
 Names = dict[str, tuple[str, ...]]  # plain name -> names in the written file
@@ -59,11 +59,9 @@ class Target:
         what: one line for people.
         suffixes: of a destination; `NO_SUFFIX` is a folder.
         write: function that writes a file, or into an empty folder.
-        decoder: pretraining model whose decoder it holds, if any.
+        decoder: pretraining model whose decoder it holds.
         heads: classification heads that it holds, by the norm before the head.
-        class_token, norm: required, optional or without a place in the layout.
-        relative: true where it holds relative positions.
-        square: true where its models take square images only.
+        relative, square: true where it holds relative positions, or takes square images only.
     """
 
     what: str
@@ -130,9 +128,8 @@ def _write_transformers(path: Path, model: ConvertedModel, layout: str) -> Names
     write_json(path / HUB_CONFIG, hf_config(layout, model.arguments, norm_eps=model.norm_eps, classes=classes))
     mean, std = (model.metadata.get(key, UNKNOWN) for key in (PIXEL_MEAN, PIXEL_STD))
     if UNKNOWN not in (mean, std):
-        write_json(
-            path / PREPROCESSOR, hf_preprocessor_config(model.arguments["img_size"], json.loads(mean), json.loads(std))
-        )
+        settings = hf_preprocessor_config(model.arguments["img_size"], json.loads(mean), json.loads(std))
+        write_json(path / PREPROCESSOR, settings)
     written = iter(tensors)  # in the same order; qkv became three
     return {name: tuple(next(written) for _ in range(3 if ".attn.qkv." in name else 1)) for name in model.tensors}
 

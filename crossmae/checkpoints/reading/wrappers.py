@@ -99,12 +99,7 @@ def published_settings(content: Any) -> dict[str, str]:
     args = content.get("args") if isinstance(content, Mapping) else None
     if not isinstance(args, argparse.Namespace) or len(vars(args)) > _MAX_SETTINGS:
         return {}
-    settings = {
-        key[:_MAX_TEXT]: [_scalar(item) for item in value]
-        if isinstance(value, list | tuple) and len(value) <= _MAX_LISTED
-        else _scalar(value)
-        for key, value in vars(args).items()
-    }
+    settings = {key[:_MAX_TEXT]: _setting(value) for key, value in vars(args).items()}
     return {PUBLISHED_ARGUMENTS: json.dumps(settings, sort_keys=True)}
 
 
@@ -145,8 +140,10 @@ def _check_values(content: Mapping[Any, Any], path: Path) -> None:
         )
 
 
-def _scalar(value: Any) -> Any:
+def _setting(value: Any) -> Any:
     """Replace values that may be endless by their type."""
+    if isinstance(value, list | tuple) and len(value) <= _MAX_LISTED:
+        return [_setting(item) if not isinstance(item, list | tuple) else f"<{type(item).__name__}>" for item in value]
     value = value.item() if isinstance(value, np.generic) else value
     plain = isinstance(value, bool | int | float | None) or (isinstance(value, str) and len(value) <= _MAX_TEXT)
     return value if plain else f"<{type(value).__name__}>"
