@@ -48,9 +48,9 @@ def main(argv: list[str] | None = None) -> None:
         from crossmae.classification.evaluation.evaluate import evaluate_only  # imports take seconds
         from crossmae.training.log import describe
 
-        where, runtime = (arguments.eval_only, config.output_dir, config.data), config.runtime
-        how = (config.evaluation, config.optim.batch_size, runtime.device, runtime.precision)
-        scores = evaluate_only(*where, *how, arguments.force)
+        images, settings, runtime = config.data, config.evaluation, config.runtime
+        how = (config.optim.batch_size, runtime.device, runtime.precision, arguments.force)
+        scores = evaluate_only(arguments.eval_only, config.output_dir, images, settings, *how)
         if is_main:
             print(describe(scores.numbers()))
     else:

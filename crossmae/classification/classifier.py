@@ -135,9 +135,9 @@ def _read_record(weights: Weights, assumed: Mapping[str, str], architecture: Arc
         raise UserError(f"{weights.path}: damaged classifier metadata: {wrong}") from None
     if len(record.class_names) != len(record.classes):
         raise UserError(f"{weights.path}: {len(record.classes)} classes have {len(record.class_names)} names")
-    for key, values in ((PIXEL_MEAN, record.mean), (PIXEL_STD, record.std)):
-        if len(values) != architecture.in_chans:
-            raise UserError(f"{weights.path}: {key} holds {len(values)} values for {architecture.in_chans} channels")
+    for key, numbers in ((PIXEL_MEAN, record.mean), (PIXEL_STD, record.std)):
+        if len(numbers) != architecture.in_chans:
+            raise UserError(f"{weights.path}: {key} holds {len(numbers)} values for {architecture.in_chans} channels")
     return record
 
 

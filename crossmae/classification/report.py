@@ -312,7 +312,7 @@ def build_report(folder: Path) -> page.Report:
         "training": (data.get("train"), plan.get("images")),
         "validation": (about.get("data", data.get("val")), found.samples if found else None),
     }
-    evaluation = _evaluation_sections(run, found, hardest)
+    evaluation: Sequence[page.Section] = _evaluation_sections(run, found, hardest)
     if found is None:
         evaluation = sections.collapse(evaluation, "Evaluation", "Nothing is evaluated yet.")
         if len(evaluation) == 1 and settings and not data.get("val"):

@@ -99,7 +99,7 @@ def _draw_curves(axes: Axes, curves: Curves) -> None:
 
 
 def running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """Average (n,) values over a centred window, shorter at both ends, without NaN."""
+    """Average (n,) values over a centred window, without NaN."""
     half = width // 2
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     finite = (window[np.isfinite(window)] for window in windows)

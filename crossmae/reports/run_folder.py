@@ -66,7 +66,7 @@ class LoggedNumbers:
 
 
 def read_log(path: Path, needed: str) -> LoggedNumbers:
-    """Read the JSON objects of a log; those without the number `needed` are damaged.
+    """Read the JSON objects of a log, damaged without the number `needed`.
 
     Raises:
         UserError: no such file.
@@ -91,7 +91,7 @@ def _numbers_of(line: str) -> dict[str, float]:
 
 
 class RunFolder:
-    """A run folder whose files may be missing or damaged; `faults` tells why, by name of the file."""
+    """A run folder whose files may be missing or damaged, with the reasons in `faults`, by name of the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -103,7 +103,7 @@ class RunFolder:
         try:
             if path.is_file():
                 return reader(path)
-            self.faults.setdefault(name, "the file does not exist")
+            self.faults[name] = "the file does not exist"
         except (UserError, OSError) as error:
             self.faults[name] = str(error).removeprefix(str(path)).lstrip(":, ")
         return default

@@ -27,7 +27,7 @@ class DetectedClass(FileContent):
 
     def ap(self, task: str) -> float | None:
         """Read the AP of a task."""
-        return (getattr(self, task) or {}).get("AP")  # type: ignore[no-any-return]
+        return (getattr(self, task) or {}).get("AP")
 
 
 class DetectionResults(FileContent):

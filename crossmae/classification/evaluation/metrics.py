@@ -270,7 +270,7 @@ def calibration_error(bins: Sequence[Bin]) -> float:
 
 
 def _class_metrics(
-    hits: NDArray[np.int64], samples: NDArray[np.int64], predictions: NDArray[np.int64], ap: Sequence[float] = ()
+    hits: NDArray[np.int64], samples: NDArray[np.int64], predictions: NDArray[np.int64], ap: Sequence[float | None] = ()
 ) -> tuple[ClassMetrics, ...]:
     counts = zip(hits.tolist(), samples.tolist(), predictions.tolist(), ap or [None] * len(hits), strict=True)
     return tuple(

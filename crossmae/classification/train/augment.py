@@ -36,7 +36,7 @@ def train_view(
     color_jitter: float,
     mean: Sequence[float],
 ) -> v2.Compose:
-    """Build random crop, flip and policy, from an image to (C, H, W).
+    """Build random crop, flip and policy, giving images (C, H, W).
 
     Args:
         size: height and width in pixels.

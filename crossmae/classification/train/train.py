@@ -204,7 +204,7 @@ class Judge(Callbacks):
             state.model.get_submodule("head").train()
 
     def measure(self, state: TrainingState, records: RunLog) -> None:
-        """Evaluate at the end of a period, and keep the best weights with their predictions."""
+        """Evaluate at the end of a period, and keep the best weights."""
         step = state.step
         if self.data is None or not self.schedule.ends_period(step, self.every):
             return

@@ -43,11 +43,11 @@ def test_other_keys_are_ignored(tmp_path: Path) -> None:
 
 def test_faults_are_noted_by_file_without_the_path(tmp_path: Path) -> None:
     (tmp_path / "damaged.json").write_bytes(b"\xff{")
-    run = RunFolder(tmp_path, {"known": "it was not asked for"})
-    assert [run.read(name, read_json, 7) for name in ("damaged.json", "absent", "known")] == [7, 7, 7]
+    run = RunFolder(tmp_path)
+    assert [run.read(name, read_json, 7) for name in ("damaged.json", "absent")] == [7, 7]
     assert run.faults["absent"] == "the file does not exist"
     assert run.faults["damaged.json"].startswith("not valid JSON")
-    assert run.missing("known", "x").why == "it was not asked for"
+    assert run.missing("absent", "x", "no such key").why == "the file does not exist"
     assert run.missing("other", "x", "no such key").why == "no such key"
     assert str(tmp_path) not in str(run.faults)
 
