@@ -226,7 +226,6 @@ class Judge(Callbacks):
                 about |= {"step": step, "epoch": self.schedule.epoch(step)} | self.about
                 folder, views = self.folder / FOLDER, self.data.views
                 write_results(folder, views, predictions, scores, self.class_names, about, self.hardest)
-        records.record(step, values)
         records.announce(step, values)
 
     def finish(self) -> None:
