@@ -13,9 +13,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from crossmae.checkpoints.formats.keys import CLASS_ROW_ADDED, encoder_home
+from crossmae.checkpoints.load_report import LoadReport, TensorEntry
 from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, NORM_EPS, NORM_EPS_OF_PLAIN, recorded_arguments
 from crossmae.checkpoints.provenance import licence_notice
-from crossmae.checkpoints.report import LoadReport, TensorEntry
 from crossmae.checkpoints.resample import fit
 from crossmae.checkpoints.weights import (
     Weights,

@@ -12,6 +12,7 @@ from crossmae.errors import UserError
 # Keys of the metadata in our safetensors files; all values are strings.
 FORMAT = "format"  # "crossmae": a pretraining model of this toolkit; "detectron2": a converted encoder
 MODEL_ARGUMENTS = "model"  # JSON: CrossMAE(**arguments)
+BIT_DEPTH = "bit_depth"  # 8, or 16 where images were read with more
 PIXEL_MEAN, PIXEL_STD = "pixel_mean", "pixel_std"  # JSON lists, RGB, for pixels scaled to 0 .. 1
 NORM_EPS = "norm_eps"  # epsilon of the layer norms, where it is not the next line's
 NORM_EPS_OF_PLAIN = 1e-6  # of timm, the published files, detectron2's ViTDet and this toolkit

@@ -12,6 +12,7 @@ import yaml
 
 from crossmae.checkpoints.loading import load
 from crossmae.checkpoints.metadata import (
+    BIT_DEPTH,
     MODEL_ARGUMENTS,
     PIXEL_MEAN,
     PIXEL_STD,
@@ -24,7 +25,6 @@ from crossmae.models.crossmae import MODEL_DEFAULTS, CrossMAE
 from crossmae.models.sizes import SIZES
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BIT_DEPTH = "bit_depth"  # key of the metadata: 8, or 16 where images were read with more
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import nn
 import crossmae
 from crossmae.checkpoints.loading import load
 from crossmae.checkpoints.metadata import (
+    BIT_DEPTH,
     FORMAT,
     MODEL_ARGUMENTS,
     PIXEL_MEAN,
@@ -23,7 +24,7 @@ from crossmae.checkpoints.metadata import (
     UNKNOWN,
     VERSION,
 )
-from crossmae.checkpoints.pretrained import BIT_DEPTH, IMAGENET_MEAN, IMAGENET_STD
+from crossmae.checkpoints.pretrained import IMAGENET_MEAN, IMAGENET_STD
 from crossmae.checkpoints.weights import Weights, read_weights
 from crossmae.classification.vit import Architecture, HeadKind, architecture_of, build_vit
 from crossmae.data.pixels import published_crop_pct

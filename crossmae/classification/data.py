@@ -18,12 +18,11 @@ from tqdm import tqdm
 
 from crossmae.classification.train.augment import keyed_everywhere
 from crossmae.data.batches import KeyedImages, KeyedSample, collate_as
-from crossmae.data.broken import Broken, Unreadable
+from crossmae.data.broken import NEVER_REPLACED, Broken, Unreadable
 from crossmae.data.pixels import centre_view, read_pixels
 from crossmae.data.sources import Source
 from crossmae.data.workers import Loader, usable_workers
 from crossmae.errors import UserError, shorten
-from crossmae.pretraining.validation import NEVER_REPLACED
 
 SEPARATORS = "|;,"
 

@@ -32,7 +32,7 @@ from crossmae.reports import page, sections
 from crossmae.reports.run_folder import REPORT, FileContent, LoggedNumbers, RunFolder, read_log
 from crossmae.training.config import read_yaml
 from crossmae.training.log import LOG
-from crossmae.training.start import WEIGHTS
+from crossmae.training.resume import WEIGHTS
 
 CONFIG, FOLDER = "config.yaml", "evaluation"
 SHOWN_PAIRS = 15  # of confused classes

@@ -12,9 +12,9 @@ from typing import Any, Literal, get_args
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from crossmae.checkpoints.load_report import LoadReport
 from crossmae.checkpoints.loading import load
 from crossmae.checkpoints.metadata import recorded_arguments
-from crossmae.checkpoints.report import LoadReport
 from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_home, encoder_tensors
 from crossmae.errors import UserError
 from crossmae.models.encoder import patch_grid

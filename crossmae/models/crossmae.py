@@ -169,11 +169,9 @@ class CrossMAE(ViTEncoder):
         """
         if noise is None:
             noise = torch.rand(imgs.shape[0], self.num_patches, device=imgs.device)
-        visible_idx, masked_idx = split_patches(noise, self.patch_counts(mask_ratio, predict_ratio))
+        visible_idx, predict_idx = split_patches(noise, self.patch_counts(mask_ratio, predict_ratio))
         contexts = self.encode(imgs, visible_idx)
-        pred, predict_idx, scored = self.decode(contexts, visible_idx, masked_idx)
-        loss = (scored.float() - self.targets(imgs, masked_idx)).square().mean()
-        return CrossMAEOutput(loss, pred, visible_idx, predict_idx)
+        return self.reconstruct(imgs, contexts, visible_idx, predict_idx)
 
     def patch_counts(self, mask_ratio: float, predict_ratio: float) -> MaskCounts:
         """Count visible, dropped and predicted patches per image."""
@@ -194,21 +192,28 @@ class CrossMAE(ViTEncoder):
         maps = self.features(tokens, self.fused_blocks)
         return list(self.wfm([tokens, *maps] if self.fuse_input else maps))
 
-    def decode(self, contexts: list[Tensor], visible_idx: Tensor, masked_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruct the masked patches (B, M) by cross-attention only.
+    def reconstruct(
+        self, imgs: Tensor, contexts: list[Tensor], visible_idx: Tensor, predict_idx: Tensor
+    ) -> CrossMAEOutput:
+        """Decode the patches predict_idx (B, M), and compare them with the image."""
+        pred = self.decode(contexts, predict_idx)
+        return CrossMAEOutput(self.loss(pred, imgs, predict_idx), pred, visible_idx, predict_idx)
 
-        With decoder="cross" the reconstruction of a patch does not depend on which others are decoded (1.4).
+    def decode(self, contexts: list[Tensor], predict_idx: Tensor) -> Tensor:
+        """Predict patches (B, M) as (B, M, P), by cross-attention only.
 
-        Returns:
-            pred (B, M, P), predict_idx (B, M), and the part of pred that the loss compares (B, M, P).
+        With decoder="cross" the prediction of a patch does not depend on which others are decoded (1.4).
         """
-        positions = self.decoder_pos_embed[:, 1:].expand(masked_idx.shape[0], -1, -1)
-        x = gather_tokens(positions, masked_idx) + self.mask_token  # (B, M, D)
+        positions = self.decoder_pos_embed[:, 1:].expand(predict_idx.shape[0], -1, -1)
+        x = gather_tokens(positions, predict_idx) + self.mask_token  # (B, M, D)
         for index, block in enumerate(self.decoder_blocks):
             context = self.dec_norms[index](contexts[index]) if self.fused_blocks else contexts[index]
             x = self.run_block(block, x, context)
-        pred = self.decoder_pred(self.decoder_norm(x))
-        return pred, masked_idx, pred
+        return self.decoder_pred(self.decoder_norm(x))
+
+    def loss(self, pred: Tensor, imgs: Tensor, idx: Tensor) -> Tensor:
+        """Compare the predictions (B, M, P) of patches idx (B, M)."""
+        return (pred.float() - self.targets(imgs, idx)).square().mean()
 
     def targets(self, imgs: Tensor, idx: Tensor) -> Tensor:
         """Cut out the patches idx (B, M) as targets (B, M, P)."""
@@ -239,18 +244,28 @@ class MAE(CrossMAE):
         """Return the share of all patches that are masked."""
         return mask_ratio
 
-    def decode(self, contexts: list[Tensor], visible_idx: Tensor, masked_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruct all patches (B, L, P) and compare the masked ones."""
-        x = self.decoder_embed(contexts[-1])  # (B, V + 1, D)
+    def reconstruct(
+        self, imgs: Tensor, contexts: list[Tensor], visible_idx: Tensor, predict_idx: Tensor
+    ) -> CrossMAEOutput:
+        """Decode all patches (B, L), and compare the masked ones, predict_idx (B, M)."""
+        pred = self.decode_all(contexts[-1], visible_idx)
+        loss = self.loss(gather_tokens(pred, predict_idx), imgs, predict_idx)
+        every_idx = torch.arange(self.num_patches, device=pred.device).expand(len(pred), -1)
+        return CrossMAEOutput(loss, pred, visible_idx, every_idx)
+
+    def decode_all(self, latent: Tensor, visible_idx: Tensor) -> Tensor:
+        """Predict all patches (B, L, P) by self-attention over all tokens.
+
+        The latent (B, V + 1, E) holds the class token and the visible tokens.
+        """
+        x = self.decoder_embed(latent)  # (B, V + 1, D)
         B, _, D = x.shape
         where = visible_idx.unsqueeze(-1).expand(-1, -1, D)
         masked = self.mask_token.to(x.dtype).expand(B, self.num_patches, D)
         x = torch.cat([x[:, :1], masked.scatter(1, where, x[:, 1:])], dim=1) + self.decoder_pos_embed  # (B, L + 1, D)
         for block in self.decoder_blocks:
             x = self.run_block(block, x)
-        pred = self.decoder_pred(self.decoder_norm(x))[:, 1:]
-        predict_idx = torch.arange(self.num_patches, device=x.device).expand(B, -1)
-        return pred, predict_idx, gather_tokens(pred, masked_idx)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
 
 # Arguments of `CrossMAE` with their defaults, in order.

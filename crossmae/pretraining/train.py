@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import crossmae
-from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, STEP, VERSION
-from crossmae.checkpoints.pretrained import BIT_DEPTH
+from crossmae.checkpoints.metadata import BIT_DEPTH, FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, STEP, VERSION
 from crossmae.checkpoints.provenance import inherited, recorded_licence
 from crossmae.checkpoints.run_checkpoint import MODEL
 from crossmae.data.batches import BatchPlan
@@ -32,15 +31,15 @@ from crossmae.models.sizes import model_arguments
 from crossmae.pretraining.config import OptimConfig, PretrainConfig
 from crossmae.pretraining.figures import fused_map_names, fusion_figure, reconstruction_figure
 from crossmae.pretraining.images import PretrainImages, collate_pretraining
-from crossmae.pretraining.start import build_model, start_from
+from crossmae.pretraining.initial_weights import build_model, start_from
 from crossmae.pretraining.validation import Health, HeldOut, Neighbours, model_size
 from crossmae.training.config import DataConfig
 from crossmae.training.devices import describe_place
 from crossmae.training.log import RunLog, announce_steps
 from crossmae.training.loop import Callbacks, Job, check_images, train
 from crossmae.training.processes import Ranks
+from crossmae.training.resume import find_start, is_complete
 from crossmae.training.schedule import make_schedule
-from crossmae.training.start import find_start, is_complete
 from crossmae.training.state import TrainingState
 
 log = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ LR_RULES = {
 def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
     """Train a model and return the file of its final weights.
 
-    Reads every key of `PretrainConfig`. Where the weights come from: see `crossmae.pretraining.start`.
+    Reads every key of `PretrainConfig`. Where the weights come from: see `crossmae.pretraining.initial_weights`.
     In several processes: see `crossmae.training.loop.train`.
 
     Raises:

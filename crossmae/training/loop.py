@@ -29,9 +29,9 @@ from crossmae.training.config import RunConfig
 from crossmae.training.devices import choose_precision, open_device
 from crossmae.training.log import BROKEN, BrokenImages, RunLog, start_wandb
 from crossmae.training.processes import Ranks, find_ranks, process_group
+from crossmae.training.resume import EMA_WEIGHTS, WEIGHTS, check_agreement
 from crossmae.training.schedule import Schedule
 from crossmae.training.signals import StopRequest
-from crossmae.training.start import EMA_WEIGHTS, WEIGHTS, check_agreement
 from crossmae.training.state import Loss, TrainingState, memory_gb
 
 log = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
+from crossmae.checkpoints.load_report import LoadReport
 from crossmae.checkpoints.loading import load, resampled
 from crossmae.checkpoints.metadata import PIXEL_MEAN, PIXEL_STD, UNKNOWN, recorded_arguments
-from crossmae.checkpoints.report import LoadReport
 from crossmae.checkpoints.resample import fit
 from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_home, encoder_tensors, read_weights
 from crossmae.errors import UserError

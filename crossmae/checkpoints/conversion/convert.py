@@ -24,10 +24,10 @@ from crossmae.checkpoints.conversion.targets import NO_SUFFIX, TARGETS, Converte
 from crossmae.checkpoints.formats.huggingface import PREPROCESSOR
 from crossmae.checkpoints.formats.keys import CLASS_ROW_ADDED
 from crossmae.checkpoints.formats.timm_folder import is_timm_folder
+from crossmae.checkpoints.load_report import LoadReport, Status
 from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, NORM_EPS, NORM_EPS_OF_PLAIN
 from crossmae.checkpoints.provenance import provenance
 from crossmae.checkpoints.reading.files import HUB_CONFIG, find_file, shards
-from crossmae.checkpoints.report import LoadReport, Status
 from crossmae.checkpoints.resample import Channels, fit
 from crossmae.checkpoints.run_checkpoint import MODEL
 from crossmae.checkpoints.weights import Weights, encoder_part, plain_size, plain_tensors, read_weights

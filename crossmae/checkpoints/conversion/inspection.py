@@ -14,6 +14,7 @@ from torch import Tensor
 from crossmae.checkpoints.conversion.planning import check_square, plan
 from crossmae.checkpoints.conversion.targets import TARGETS
 from crossmae.checkpoints.formats.keys import encoder_home, not_plain
+from crossmae.checkpoints.load_report import split_name
 from crossmae.checkpoints.metadata import (
     CLASSES,
     NORM_EPS,
@@ -29,7 +30,6 @@ from crossmae.checkpoints.provenance import licence_notice
 from crossmae.checkpoints.reading.digest import check_digest
 from crossmae.checkpoints.reading.files import file_kind, find_file, read_safetensors
 from crossmae.checkpoints.reading.wrappers import one_model
-from crossmae.checkpoints.report import split_name
 from crossmae.checkpoints.resample import RELATIVE, is_sincos, table_grid, window_of
 from crossmae.checkpoints.weights import (
     Weights,

@@ -14,10 +14,10 @@ from torch import Tensor
 from crossmae.checkpoints.conversion.targets import TARGETS, TargetHead, refusal
 from crossmae.checkpoints.formats.keys import encoder_home, oddities
 from crossmae.checkpoints.formats.timm_folder import POOL
+from crossmae.checkpoints.load_report import LoadReport, TensorEntry
 from crossmae.checkpoints.loading import OUTSIDE
 from crossmae.checkpoints.metadata import recorded_arguments
 from crossmae.checkpoints.pretrained import arguments_of, ask
-from crossmae.checkpoints.report import LoadReport, TensorEntry
 from crossmae.checkpoints.weights import (
     Weights,
     encoder_arguments,

@@ -24,13 +24,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from crossmae.checkpoints.metadata import (
+    BIT_DEPTH,
     MODEL_ARGUMENTS,
     PIXEL_MEAN,
     PIXEL_STD,
     PUBLISHED_ARGUMENTS,
     recorded_arguments,
 )
-from crossmae.checkpoints.pretrained import BIT_DEPTH, IMAGENET_MEAN, IMAGENET_STD
+from crossmae.checkpoints.pretrained import IMAGENET_MEAN, IMAGENET_STD
 from crossmae.checkpoints.weights import Weights, detect_format, encoder_home
 from crossmae.classification.data import CentreViews, evaluation_batches
 from crossmae.classification.probe.config import LabelledConfig

@@ -60,13 +60,13 @@ from crossmae.data.sources.source import choose_per_class
 from crossmae.errors import UserError, shorten
 from crossmae.files import check_writable
 from crossmae.models.sizes import SIZES
-from crossmae.pretraining.start import compare_pixels
+from crossmae.pretraining.initial_weights import compare_pixels
 from crossmae.training.devices import describe_place
 from crossmae.training.log import NAMES, RunLog, announce_steps, describe
 from crossmae.training.loop import Callbacks, Job, check_images, train
 from crossmae.training.processes import Ranks
+from crossmae.training.resume import find_start, is_complete
 from crossmae.training.schedule import Schedule, make_schedule
-from crossmae.training.start import find_start, is_complete
 from crossmae.training.state import TrainingState
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""LabelledImages images for tests: one folder per class, classes that a tiny network can tell apart by their colour."""
+"""Labelled images for tests: one folder per class, classes that a tiny network can tell apart by their colour."""
 
 from __future__ import annotations
 

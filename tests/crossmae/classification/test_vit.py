@@ -23,8 +23,8 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from crossmae.checkpoints import convert, load
+from crossmae.checkpoints.load_report import split_name
 from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS
-from crossmae.checkpoints.report import split_name
 from crossmae.checkpoints.resample import resample_positions
 from crossmae.checkpoints.weights import Weights, read_weights, save_weights
 from crossmae.classification.vit import (

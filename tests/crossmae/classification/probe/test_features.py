@@ -26,8 +26,8 @@ from crossmae.errors import UserError
 from crossmae.models.crossmae import CrossMAE
 from crossmae.models.sizes import model_arguments
 from crossmae.pretraining.config import load_config
+from crossmae.pretraining.initial_weights import build_model
 from crossmae.pretraining.neighbours import encode_images, pool_tokens
-from crossmae.pretraining.start import build_model
 from tests.crossmae.classification.labelled import write_classes
 
 TINY: dict[str, Any] = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}

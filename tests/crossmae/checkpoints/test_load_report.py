@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crossmae.checkpoints.report import LoadReport, TensorEntry, ranges, split_name
+from crossmae.checkpoints.load_report import LoadReport, TensorEntry, ranges, split_name
 
 
 def test_table() -> None:

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
+from crossmae.checkpoints.load_report import LoadReport
 from crossmae.checkpoints.loading import load
-from crossmae.checkpoints.metadata import PIXEL_MEAN, PIXEL_STD, recorded_arguments
-from crossmae.checkpoints.pretrained import BIT_DEPTH
-from crossmae.checkpoints.report import LoadReport
+from crossmae.checkpoints.metadata import BIT_DEPTH, PIXEL_MEAN, PIXEL_STD, recorded_arguments
 from crossmae.checkpoints.weights import Weights, read_weights
 from crossmae.errors import UserError
 from crossmae.models.crossmae import MODEL_DEFAULTS, CrossMAE, resolve_blocks
