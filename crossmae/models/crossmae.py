@@ -247,7 +247,7 @@ class MAE(CrossMAE):
     def reconstruct(
         self, imgs: Tensor, contexts: list[Tensor], visible_idx: Tensor, predict_idx: Tensor
     ) -> CrossMAEOutput:
-        """Decode all patches (B, L), and compare the masked ones, predict_idx (B, M)."""
+        """Decode all patches, and compare the masked ones, predict_idx (B, M)."""
         pred = self.decode_all(contexts[-1], visible_idx)
         loss = self.loss(gather_tokens(pred, predict_idx), imgs, predict_idx)
         every_idx = torch.arange(self.num_patches, device=pred.device).expand(len(pred), -1)
