@@ -1,4 +1,4 @@
-"""Starting points of a run: its own latest checkpoint, or nothing."""
+"""Starting point of a run: the latest checkpoint of the run, or none."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def is_complete(start: Path | None, last_step: int, fingerprint: Mapping[str, st
 
     Args:
         start: checkpoint to continue from; None for a new run.
-        fingerprint: settings that must not change between a run and its continuation.
+        fingerprint: settings that must not change when the run is resumed.
+
+    Returns:
+        True if the run is complete, False if steps remain.
     """
     if start is None or step_of(start) >= last_step:
         return start is not None
