@@ -40,7 +40,7 @@ def needs_tifffile(data: bytes, channels: int) -> bool:
 
 
 def has_deep_samples(image: Image.Image) -> bool:
-    """Check whether an image is a TIFF of over 8 bits per channel."""
+    """Check whether an image is a TIFF with over 8 bits/channel."""
     return isinstance(image, TiffImagePlugin.TiffImageFile) and max(_values(image.tag_v2.get(BITS, 1))) > 8
 
 
