@@ -89,7 +89,7 @@ def _same(key: str, recorded: Mapping[str, Any], arguments: Mapping[str, Any]) -
 
 
 def compare_pixels(weights: Weights, data: DataConfig) -> None:
-    """Warn if the weights were trained with a different pixel normalisation."""
+    """Warn if weights were trained with another mean, std or bit depth."""
     for key, name, mine in (
         (PIXEL_MEAN, "mean", list(data.mean)),
         (PIXEL_STD, "std", list(data.std)),

@@ -99,7 +99,10 @@ def changed_settings(content: Mapping[str, Any], defaults: Mapping[str, Any]) ->
 def settings_section(
     run: RunFolder, name: str, empty: bool, changed: Sequence[tuple[str, Any, Any]], whose: str
 ) -> Section:
-    """Show the changed settings of the file `name`, unless it is empty."""
+    """Show the changed settings of the file `name`.
+
+    If `empty`, a notice replaces the table.
+    """
     rows = [[key, page.short_value(value), page.short_value(default)] for key, value, default in changed]
     table = Table(["setting", "value", "default"], rows)
     block = run.missing(name, "settings", "the file is empty") if empty else table

@@ -94,7 +94,7 @@ class RunLog:
         self.bar.set_postfix_str(shown)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Write a line of the log, and a point of every curve."""
+        """Write values to the log, TensorBoard and Weights & Biases."""
         if not self.is_main:
             return
         rounded = {key: float(f"{value:.6g}") for key, value in values.items()}
@@ -108,7 +108,7 @@ class RunLog:
             self.wandb.log(dict(values), step=step)
 
     def picture(self, step: int, name: str, figure: Figure) -> None:
-        """Write a figure as `name`/step-<8 digits>.png, and to TensorBoard."""
+        """Save a figure as `name`/step-<8 digits>.png and to TensorBoard."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         path = folder / f"step-{step:08d}.png"
@@ -152,7 +152,7 @@ def announce_steps(schedule: Schedule, step: int, rule: str) -> None:
 
 
 def describe(values: Mapping[str, float]) -> str:
-    """Format numbers with the names of their metrics."""
+    """Format numbers with their metric names."""
     return ", ".join(f"{NAMES.get(key, key.replace('_', ' '))} {value:.4f}" for key, value in values.items())
 
 

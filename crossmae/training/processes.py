@@ -55,7 +55,8 @@ class Ranks:
         """Run `step` in every process, and continue only if all succeed.
 
         Raises:
-            SystemExit: If another process failed as well. The other process reports the error.
+            UserError: If `step` failed in this process and in no process with a lower number.
+            SystemExit: If another process reports the error.
         """
         problem: UserError | None = None
         try:

@@ -17,7 +17,11 @@ WEIGHTS, EMA_WEIGHTS = "model.safetensors", "model_ema.safetensors"
 
 
 def find_start(run: Path, resume: bool) -> Path | None:
-    """Find the checkpoint to continue from, None for a new run."""
+    """Find the checkpoint to continue from, None for a new run.
+
+    Raises:
+        UserError: If the folder contains a run and `resume` is false, or contains final weights without a checkpoint.
+    """
     latest = latest_checkpoint(run)
     if latest and not resume:
         raise UserError(
@@ -42,6 +46,9 @@ def is_complete(start: Path | None, last_step: int, fingerprint: Mapping[str, st
 
     Returns:
         True if the run is complete, False if steps remain.
+
+    Raises:
+        UserError: If the checkpoint was written with other settings.
     """
     if start is None or step_of(start) >= last_step:
         return start is not None

@@ -66,7 +66,7 @@ def is_url(value: str) -> bool:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand `a{0..2}`, `{08..11}` with its zeros, and `{x,y}`."""
+    """Expand `a{0..2}`, `{08..11}` (keeps leading zeros) and `{x,y}`."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
         return [pattern]
@@ -81,7 +81,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def find_files(pattern: str, key: str) -> list[StoredFile]:
-    """List the files of a path, URL, sorted glob or brace list."""
+    """List the files of a path, URL, glob (sorted) or brace list."""
     patterns = [pattern] if os.path.exists(pattern) else expand_braces(pattern)
     files = [file for one in patterns for file in _glob(one, key)]
     if not files:
