@@ -1,7 +1,7 @@
 """CrossMAE: pretrain a plain vision transformer with a cross-attention-only masked autoencoder (arXiv 2401.14391).
 
-Public names are imported on first use, so that `import crossmae` is quick and `python -m crossmae.doctor` can tell what
-is missing on a machine where torch itself is not there yet.
+Public names are imported on first use. `import crossmae` is therefore quick, and `python -m crossmae.doctor` also runs
+on a machine without torch.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Report what this machine has, what is missing, and the command that mends it.
+"""Report what this machine has, what is missing, and the command that fixes it.
 
     python -m crossmae.doctor
 
-Exit code 0 when everything needed for pretraining and detection is there, 1 otherwise. The report itself needs only
-the standard library and shows every import that fails: it also runs where torch is missing or broken.
+The exit code is 0 if everything needed for pretraining and detection is installed, else 1. The report needs only the
+standard library. It shows every import that fails, and it also runs where torch is missing or broken.
 """
 
 from __future__ import annotations
 
 import sys
 
-if not (3, 10) <= sys.version_info < (3, 13):  # before the imports that an older Python lacks
+if not (3, 10) <= sys.version_info < (3, 13):  # checked before imports that fail in an older Python
     raise SystemExit(
         f"python {sys.version.split()[0]} ({sys.executable}) is not supported: expected 3.10, 3.11 or 3.12. "
         "Set up another one: make clean && make venv PYTHON=python3.11"
@@ -36,9 +36,9 @@ import crossmae
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
 LITTLE_DISK_GIB = 10
-MANY_MISSING = 3  # with more, setting up the environment again is the better advice
-# Modules whose name is not the distribution's. Of detectron2 the engine: the bare package imports without its
-# requirements.
+MANY_MISSING = 3  # with more missing libraries, the report recommends a new environment
+# Modules whose name differs from the name of the distribution. detectron2's engine is imported, because
+# `import detectron2` succeeds without the requirements of detectron2.
 MODULES = {
     "pillow": "PIL",
     "pyyaml": "yaml",
@@ -55,16 +55,19 @@ class Row:
 
     name: str
     value: str
-    fix: str = ""  # the command that mends it; empty: nothing to mend
+    fix: str = ""  # command that fixes the problem; empty: no problem
     needed: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report. Return 1 when something needed is missing, else 0."""
+    """Print the report, and return the exit code.
+
+    The exit code is 1 if a needed library is missing, else 0.
+    """
     summary = "Print versions, devices, attention backends, what is missing and the command that mends it."
     argparse.ArgumentParser(prog="python -m crossmae.doctor", description=summary).parse_args(argv)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations of other libraries at import
+        warnings.simplefilter("ignore")  # other libraries warn about deprecations at import
         core, det = read_requirements()
         sections = {
             "versions": [Row("python", f"{platform.python_version()}  ({sys.executable})"), _crossmae_row()],
@@ -78,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def print_report(sections: dict[str, list[Row]]) -> None:
-    """Print the table, then one line per command that mends something."""
+    """Print the table, then each command that fixes a problem."""
     rows = [row for section in sections.values() for row in section]
     width = max(len(row.name) for row in rows)
     for title, section in sections.items():
@@ -90,7 +93,7 @@ def print_report(sections: dict[str, list[Row]]) -> None:
     for heading, chosen in (("needed, mend with", missing), ("optional, if you want it", optional)):
         if chosen:
             print(f"\n{heading}")
-        for fix in dict.fromkeys(row.fix for row in chosen):  # one command may mend several rows
+        for fix in dict.fromkeys(row.fix for row in chosen):  # one command may fix several rows
             print(f"  {', '.join(row.name for row in chosen if row.fix == fix)}:  {fix}")
     if len(missing) > MANY_MISSING:
         print("  all of it:  make venv")
@@ -122,7 +125,7 @@ def _crossmae_row() -> Row:
 
 
 def library_row(requirement: str) -> Row:
-    """Report a required library: its version, or its problem and the remedy."""
+    """Report a required library: its version, or the problem and the fix."""
     name = library_name(requirement)
     try:
         module = importlib.import_module(MODULES.get(name, name))
@@ -138,12 +141,16 @@ def library_row(requirement: str) -> Row:
 
 
 def library_name(requirement: str) -> str:
-    """Cut the name out of a requirement: "torch" of "torch>=2.6,<2.12"."""
+    """Extract the name from a requirement: "torch" from "torch>=2.6,<2.12"."""
     return re.split(r"[<>=\[]", requirement)[0]
 
 
 def version_problem(version: str, requirement: str) -> str:
-    """Compare a version with a range: "older", "newer", or "" (inside)."""
+    """Compare a version with a range.
+
+    Returns:
+        "older", "newer", or "" for a version inside the range.
+    """
     found = release(version)
     for sign, limit in re.findall(r"(>=|<)([\d.]+)", requirement):
         if found and (found < release(limit)) == (sign == ">="):
@@ -152,12 +159,12 @@ def version_problem(version: str, requirement: str) -> str:
 
 
 def release(version: str) -> list[int]:
-    """Split the numbers of a release: "2.11.0+cu130" gives [2, 11, 0]."""
+    """Split a release into numbers: "2.11.0+cu130" gives [2, 11, 0]."""
     return [int(number) for number in re.split(r"[^\d.]", version)[0].split(".") if number]
 
 
 def broken_row(requirement: str, error: Exception) -> Row:
-    """Report why a needed library did not import, and what mends it."""
+    """Report why a needed library failed to import, and the fix."""
     name = library_name(requirement)
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "torchvision::" in str(error):
@@ -165,7 +172,7 @@ def broken_row(requirement: str, error: Exception) -> Row:
         return Row(name, reason, pip_command("--force-reinstall", *tested_pair()), needed=True)
     if name == "detectron2":
         return Row(name, reason, f"{shlex.quote(sys.executable)} tools/install_detectron2.py", needed=True)
-    # An installed library that lacks another one: the same command installs what it requires.
+    # If the library is installed but one of its requirements is missing, the same command installs the requirement.
     again = () if isinstance(error, ModuleNotFoundError) else ("--force-reinstall", "--no-deps")
     return Row(name, reason, pip_command(*again, requirement), needed=True)
 
@@ -181,7 +188,7 @@ def _cpu_row() -> Row:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         memory = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB:.0f} GiB memory"
-    except (AttributeError, ValueError, OSError):  # not on every system
+    except (AttributeError, ValueError, OSError):  # not available on every system
         memory = "memory unknown"
     return Row("CPU", f"{cores} cores, {memory}, {platform.machine()}")
 
@@ -217,7 +224,10 @@ def _attention_rows() -> list[Row]:
 
 
 def attention_backends(device: str) -> list[str]:
-    """Try a small scaled_dot_product_attention with each backend, in half precision."""
+    """List the attention backends that work in half precision.
+
+    Each backend computes a small scaled_dot_product_attention.
+    """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -235,7 +245,7 @@ def attention_backends(device: str) -> list[str]:
 
 
 def try_import(module: str) -> Any:
-    """Import a module, or return None."""
+    """Import a module, or return None if the import fails."""
     try:
         return importlib.import_module(module)
     except Exception:
@@ -243,7 +253,7 @@ def try_import(module: str) -> Any:
 
 
 def installed_version(distribution: str) -> str:
-    """Look up the version of an installed distribution, or ""."""
+    """Look up the version of an installed distribution, "" if not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -251,7 +261,7 @@ def installed_version(distribution: str) -> str:
 
 
 def pip_command(*arguments: str) -> str:
-    """Build the shell command that installs into this interpreter."""
+    """Build the shell command that installs packages for this interpreter."""
     return shlex.join([sys.executable, "-m", "pip", "install", *arguments])
 
 

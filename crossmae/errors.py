@@ -1,7 +1,7 @@
-"""Errors that a user can cause, and their display by every command line.
+"""Errors that a user can cause, and how every command line shows them.
 
 A library function raises `UserError` with the text `<file or key>: <what is wrong>. <What to do.>` A tool wraps its
-main function in `run_cli`, so that the user sees one line instead of a traceback.
+main function in `run_cli`. The user then sees one line instead of a traceback.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ SOME_FAILED_EXIT_CODE = 1
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
 BROKEN_PIPE_EXIT_CODE = 141
-# Faults of the disk: full, over quota, read-only, no permission, broken.
+# Disk errors: full, over quota, read-only, no permission, broken.
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 class UserError(ValueError):
-    """A fault outside the program: a path, a key, a file, a combination of settings."""
+    """An error that the user can correct: a path, a key, a file, a combination of settings."""
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run `main` and turn errors of the user into one line.
+    """Run `main` and print user errors as one line.
 
-    A `UserError` becomes an `error: ...` line on stderr and exit code 2, Ctrl-C exit code 130.
+    A `UserError` is printed to stderr as `error: ...`, with exit code 2. Ctrl-C gives exit code 130.
     """
-    if isinstance(sys.stdout, TextIOWrapper):  # as Python's stderr: a name that is not UTF-8 ends no tool
+    if isinstance(sys.stdout, TextIOWrapper):  # as for stderr: printing a name that is not UTF-8 must not fail
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         return
     except UserError as error:
         message = " ".join(str(error).split()) if "\n" not in str(error) else str(error)
-    except BrokenPipeError:  # the reader of the pipe has ended, such as `head`
+    except BrokenPipeError:  # the program that reads the pipe has ended, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(BROKEN_PIPE_EXIT_CODE) from None
     except OSError as error:
@@ -62,10 +62,10 @@ def exit_if_any(failures: Sequence[str], heading: str) -> None:
 
 
 def import_extra(module: str, what: str, extra: str = "data") -> Any:
-    """Import a library of an extra in setup.py.
+    """Import a library of an optional extra in setup.py.
 
     Raises:
-        UserError: the library is not installed; the message names `what`, which needs it.
+        UserError: If the library is not installed. The message names `what`, the feature that needs the library.
     """
     try:
         return importlib.import_module(module)
@@ -75,6 +75,6 @@ def import_extra(module: str, what: str, extra: str = "data") -> Any:
 
 
 def shorten(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
-    """List the first `most` names, and count the others."""
+    """List the first `most` names, and count the remaining names."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return separator.join(names[:most]) + more

@@ -1,4 +1,4 @@
-"""Read files with errors that name them, and write files that are complete or absent."""
+"""Read files with errors that name the file, and write files that are complete or absent."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any, TextIO
 
 from crossmae.errors import UserError
 
-# Error handler of files that hold names: bytes that are not UTF-8 become escapes, which readers of JSON decode.
+# Error handler for text files that contain names. Bytes that are not UTF-8 become escapes, which JSON can decode.
 ODD_BYTES = "backslashreplace"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file next to `path`, then rename it.
 
-    The file is forced to disk before. In any case `path` is either as it was or complete, and the temporary file is
-    gone unless the process is killed.
+    The content is on disk before the file is renamed. If anything fails, `path` is unchanged and the temporary file is
+    removed. Only a killed process leaves the temporary file behind.
     """
-    # Cut, because `path.name` may have the longest possible length; the digest tells names with one beginning apart.
+    # The name is cut, because `path.name` may have the maximum length. The digest keeps cut names distinct.
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
     temporary = path.with_name(f".{path.name[:40]}.{digest}.{os.getpid()}.tmp")
     try:
@@ -36,20 +36,24 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def allow_reading(path: Path) -> None:
-    """Give a file the usual rights, unlike safetensors."""
+    """Give a file the default permissions, which safetensors does not."""
     path.chmod(0o666 & ~_umask())
 
 
 def printable(name: str | Path) -> str:
     """Escape line breaks, control characters and bytes that are not UTF-8.
 
-    Lines of text and pictures show names through this function. JSON files keep the names: see `ODD_BYTES`.
+    All printed text and all pictures show names through this function. JSON files keep the original names: see
+    `ODD_BYTES`.
     """
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(name))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically, other bytes as escapes such as \\udcff."""
+    """Write UTF-8 text atomically, with bytes that are not UTF-8 escaped.
+
+    An escape looks like \\udcff.
+    """
     data = text.encode("utf-8", errors=ODD_BYTES)
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
@@ -60,7 +64,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def stream_text(path: Path, write: Callable[[TextIO], object]) -> None:
-    """Let `write` fill a UTF-8 file, atomically, with names as in `write_text`."""
+    """Let `write` fill a UTF-8 file atomically, with `write_text`'s escapes."""
 
     def fill(temporary: Path) -> None:
         with open(temporary, "w", encoding="utf-8", errors=ODD_BYTES, newline="") as file:
@@ -70,7 +74,7 @@ def stream_text(path: Path, write: Callable[[TextIO], object]) -> None:
 
 
 class JsonArray:
-    """A JSON array that is written while its entries come, one per line."""
+    """A JSON array that is written entry by entry, one entry per line."""
 
     def __init__(self, file: TextIO) -> None:
         self.file, self.count = file, 0
@@ -83,12 +87,12 @@ class JsonArray:
         self.count += 1
 
     def close(self) -> None:
-        """Write the end of the array, and leave the file open."""
+        """Write the end of the array. The file stays open."""
         self.file.write("\n]")
 
 
 def sync_folder(folder: Path) -> None:
-    """Force renames in a folder to disk."""
+    """Flush the renames in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -106,10 +110,11 @@ def sha256(path: Path) -> str:
 
 
 def make_folder(folder: Path, key: str) -> None:
-    """Create a folder, and write a file in it as a test.
+    """Create a folder, and test that files can be written there.
 
     Raises:
-        UserError: not possible; names `key`, the folder's config key or flag.
+        UserError: If the folder cannot be created or written. The message names `key`, the config key or flag of the
+            folder.
     """
     probe = folder / f".write-test.{os.getpid()}"
     try:
@@ -121,7 +126,7 @@ def make_folder(folder: Path, key: str) -> None:
 
 
 def check_writable(folder: Path, key: str) -> None:
-    """Check that a folder can be written, without touching it."""
+    """Check that a folder can be written, without changing the folder."""
     there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
     if not there.is_dir():
         raise UserError(f"{key}: cannot write in {folder}: {there} is a file")
@@ -139,10 +144,10 @@ def read_file(path: str | Path, shown: str = "") -> bytes:
     """Read a whole file.
 
     Args:
-        shown: the file's name in the error, if it is not the path.
+        shown: name of the file in the error message; default: the path.
 
     Raises:
-        UserError: the file cannot be read; names it.
+        UserError: If the file cannot be read. The message names the file.
     """
     try:
         with open(path, "rb") as file:
@@ -155,7 +160,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: no such file, or not JSON; names the file and the line.
+        UserError: If the file does not exist or is not JSON. The message names the file and the line.
     """
     try:
         return json.loads(path.read_text("utf-8"))
@@ -168,7 +173,7 @@ def read_json(path: Path) -> Any:
 
 
 def check_destination(path: Path, *, force: bool = False) -> None:
-    """Refuse to overwrite a file."""
+    """Raise UserError if the file exists and must not be overwritten."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder. Name the file to write.")
     if path.exists() and not force:

@@ -4,7 +4,7 @@
     python tools/dataset_stats.py --config-file pretrain/demo.yaml data.train=IMAGES --images 5000 --output stats.json
 
 Images are decoded as in training: model.in_chans channels, data.bit_depth bits. Every image has the same weight,
-whatever its size. Of the config only data.train, data.root, data.bit_depth and model.in_chans are used.
+regardless of its size. Only the config keys data.train, data.root, data.bit_depth and model.in_chans are used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def load(config_file: str, overrides: list[str]) -> PretrainConfig:
-    """Load the config with any mean and std."""
+    """Load the config. data.mean and data.std may be missing."""
     values = read_yaml(resolve_config_path(config_file))
     for word in overrides:
         set_override(values, word)
@@ -62,7 +62,7 @@ def describe(stats: PixelStats, bit_depth: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure a data set and print the arguments to paste."""
+    """Measure a data set and print overrides for data.mean and data.std."""
     args = build_parser().parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("images", "threads"):

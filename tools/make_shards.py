@@ -3,12 +3,12 @@
     python tools/make_shards.py IMAGES SHARDS                  # then: python tools/pretrain.py ... data.train=SHARDS
     python tools/make_shards.py --verify SHARDS                # compare the shards with their checksums
 
-SRC is a data set like data.train: a folder, a list, a COCO json, shards, a Hugging Face data set. The same command
-continues after an interruption, and makes damaged shards again.
+SRC is a data set of any kind that data.train accepts: a folder, a list, a COCO json, shards, a Hugging Face data set.
+After an interruption, the same command continues. It also repairs damaged shards.
 
-This changes the data: crops in training are cut from images of 256 pixels on the short side instead of the originals,
-which limits how sharp small crops are, and photographs are compressed as JPEG once more. --keep-original packs the
-files unchanged. The rules for each kind of file: see crossmae/data/sources/shrink.py.
+Packing changes the data. Training crops are cut from images with 256 pixels on the short side instead of the originals,
+so small crops are less sharp. Photographs are compressed as JPEG a second time. --keep-original packs the files
+unchanged. The rules for each kind of file are in crossmae/data/sources/shrink.py.
 """
 
 from __future__ import annotations

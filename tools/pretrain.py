@@ -26,16 +26,18 @@ from crossmae.training.config import add_config_arguments
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build, call."""
+    """Parse the arguments, load the config and pretrain."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in output_dir")
     arguments = parser.parse_intermixed_args(argv)
-    is_main = os.environ.get("RANK", "0") == "0"  # the others speak up when something is wrong
+    is_main = os.environ.get("RANK", "0") == "0"  # other processes log only warnings
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
     config = load_config(arguments.config_file, arguments.overrides)
 
-    from crossmae.pretraining.train import pretrain  # after the config is known to be good: this import takes seconds
+    from crossmae.pretraining.train import (
+        pretrain,
+    )  # imported after the config check, because this import takes seconds
 
     pretrain(config, resume=arguments.resume)
 

@@ -4,8 +4,8 @@
     python tools/reconstruct.py outputs/run photos/ --no-gif --output look   # every image of a folder
     python tools/reconstruct.py published.pth 'photos/**/*.jpg' --mask-ratio 0.9
 
-CKPT is the folder of a pretraining run or of one of its checkpoints, a model.safetensors, or a published CrossMAE or
-MAE file of a whole model. Pictures go to --output, see `crossmae/pretraining/gallery.py`.
+CKPT is the folder of a pretraining run, the folder of a checkpoint, a model.safetensors file, or a published CrossMAE
+or MAE file of a whole model. Pictures are written to --output: see `crossmae/pretraining/gallery.py`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def describe(pretrained: Pretrained) -> str:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Format the PSNR of every image, and the means."""
+    """Format the PSNR of every image, and the mean values."""
     names = [printable(result.image) for result in results]
     width = max(len("image"), *map(len, names))
     lines = [f"{'image':<{width}}  {'masked':>8}  {'pasted':>8}   PSNR, dB"]

@@ -1,1 +1,1 @@
-"""Data: find, decode and order images, for every kind of training."""
+"""Data for every kind of training: find, decode and order images."""

@@ -1,7 +1,7 @@
-"""Training batches: keyed augmentation and a plan of batches that needs no state.
+"""Training batches: reproducible augmentation, and a plan of batches without state.
 
-All randomness of a sample - crop, flip, mask noise - is drawn from a generator keyed by (seed, epoch, sample index).
-Workers, prefetching and restarts can therefore not change it, and the whole position in the data is one integer: the
+All random values of a sample (crop, flip, mask noise) come from a generator seeded from (seed, epoch, sample index).
+Workers, prefetching and restarts therefore cannot change the values. The position in the data is one integer: the
 number of batches that the optimizer has consumed.
 """
 
@@ -33,18 +33,18 @@ B = TypeVar("B")
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The images of batch number i of a run, for any i, on any rank.
+    """The images of any batch of a run, on any rank.
 
-    Every epoch is a new permutation, cut into batches of equal size; the rest that does not fill a batch on every
-    rank is left out of that epoch. Ranks and, through the loader, workers share out the images of each batch, so that
-    every image is read once per epoch, whatever the source.
+    Every epoch is a new permutation of the images, cut into batches of equal size. Images that do not fill a batch on
+    every rank are left out of the epoch. The images of each batch are divided among the ranks, and the loader divides
+    them among its workers. Every image is therefore read at most once per epoch, for any kind of source.
 
     Args:
         batch_size: images per rank and batch.
-        rank, world_size: this process among all.
-        groups: (G,) first image of each group (a tar shard) of neighbours; None: one group.
-        groups_at_once: shuffle among so many groups at a time, in random order of the groups, so that reading stays
-            within them; None: among all images.
+        rank, world_size: number of this process, and number of processes.
+        groups: (G,) index of the first image of each group, such as a tar shard; None: one group.
+        groups_at_once: number of groups that are shuffled together. Groups come in random order, and reading stays
+            within these groups. None: all images are shuffled together.
     """
 
     num_images: int
@@ -69,7 +69,7 @@ class BatchPlan:
         return self.num_images // (self.batch_size * self.world_size)
 
     def batch(self, number: int) -> list[tuple[int, int]]:
-        """List the (epoch, image index) pairs of the run's batch `number`."""
+        """List the (epoch, image index) pairs of batch `number`."""
         epoch, within = divmod(number, self.batches_per_epoch)
         groups = () if self.groups is None or not self.groups_at_once else tuple(self.groups.tolist())
         order = _permutation(self.seed, epoch, self.num_images, groups, self.groups_at_once or 1)
@@ -89,11 +89,12 @@ def _permutation(seed: int, epoch: int, length: int, groups: tuple[int, ...], at
 
 
 class KeyedImages(Dataset[Any], ABC):
-    """Training images whose randomness is keyed by (seed, epoch, index).
+    """Training images whose random values are seeded from (seed, epoch, index).
 
     Args:
         channels, bit_depth: see `crossmae.data.images`.
-        broken: "error", or "substitute": the next readable image of the source takes the place of a broken one.
+        broken: "error": a broken image is an error. "substitute": the next readable image of the source replaces a
+            broken image.
     """
 
     def __init__(
@@ -135,11 +136,13 @@ def build_loader(
     pin_memory: bool,
     collate: Callable[[list[Any]], Any],
 ) -> Loader:
-    """Build a loader for one pass over some batches."""
+    """Build a loader that reads the batches `first` .. `last` - 1."""
     return Loader(
         dataset,
         usable_workers(workers),
-        batch_sampler=map(plan.batch, range(first, last)),  # across epochs, so that workers never drain
+        batch_sampler=map(
+            plan.batch, range(first, last)
+        ),  # one sampler for all epochs, so that workers do not wait between epochs
         collate_fn=collate,
         pin_memory=pin_memory,
     )
@@ -147,7 +150,7 @@ def build_loader(
 
 @contextmanager
 def keyed_randomness(*key: int) -> Iterator[None]:
-    """Seed torch's CPU generator by a key, and restore the generator afterwards."""
+    """Seed torch's CPU generator from a key, and restore it afterwards."""
     generator = torch.default_generator
     state = generator.get_state()
     generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))

@@ -1,4 +1,4 @@
-"""Broken images: find, refuse or replace them."""
+"""Broken images: find, reject or replace them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from crossmae.data.sources.source import evenly_spaced
 from crossmae.errors import UserError, shorten
 from crossmae.files import printable
 
-MAX_SUBSTITUTES = 100  # images in a row that may be broken before the source is given up
-LOOKS = 8  # images whose depth is looked at
+MAX_SUBSTITUTES = 100  # an error is raised after so many consecutive broken images
+LOOKS = 8  # number of images whose bit depth is checked
 NEVER_REPLACED = "Repair or remove it: what is evaluated on is never replaced."
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Broken:
-    """A sample that could not be read: its index in the source, and the reason, with its name."""
+    """A sample that could not be read.
+
+    `index` is the position in the source. `message` is the reason, and includes the name of the sample.
+    """
 
     index: int
     message: str
@@ -35,7 +38,7 @@ class Broken:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """The error in place of a batch, so that the training process can report it in one line."""
+    """An error message in place of a batch. The training process prints the message as one line."""
 
     message: str
 
@@ -43,13 +46,14 @@ class Unreadable:
 def read_or_next(
     source: Source, index: int, channels: int, bit_depth: int, policy: Literal["error", "substitute"]
 ) -> tuple[Image.Image | Tensor, int, tuple[Broken, ...]]:
-    """Read a sample, or with "substitute" the first readable one after it.
+    """Read a sample, or with "substitute" the next readable sample.
 
     Returns:
-        Its pixels, its index, and the broken samples before it.
+        Pixels and index of the sample that was read, and the broken samples before it.
 
     Raises:
-        UserError: the sample cannot be read, or MAX_SUBSTITUTES samples in a row cannot.
+        UserError: If the sample cannot be read and `policy` is "error", or MAX_SUBSTITUTES consecutive samples cannot
+            be read.
     """
     broken: list[Broken] = []
     for candidate in range(index, index + MAX_SUBSTITUTES):
@@ -85,7 +89,7 @@ def refuse_broken(broken: Sequence[Broken], key: str, advice: str = "Repair or r
 
 
 def warn_of_depth(source: Source, bit_depth: int) -> None:
-    """Warn where a few sampled images have more bits than are kept."""
+    """Warn if sampled images have more bits than `bit_depth` keeps."""
     if bit_depth == 8:
         for index in evenly_spaced(len(source), LOOKS):
             try:

@@ -1,21 +1,21 @@
 """Decode image files of any kind to a given number of channels.
 
-The rules, stated once (`bit_depth` 8 is the default; 16 keeps what a file has beyond 8 bits, as float32):
+All rules (`bit_depth` is 8 by default; 16 keeps the precision of files with more than 8 bits, as float32):
 
-    | file                          | becomes                                                              |
+    | file                          | result                                                               |
     | ----------------------------- | -------------------------------------------------------------------- |
     | EXIF or TIFF orientation      | applied                                                              |
-    | several frames or pages       | the first                                                            |
-    | palette                       | looked up                                                            |
-    | transparency                  | laid over white; kept as the 4th channel where 4 are asked for       |
-    | grey, 3 channels asked for    | repeated                                                             |
-    | colour, 1 channel asked for   | luma, 0.299 R + 0.587 G + 0.114 B                                    |
-    | CMYK, YCbCr, LAB, HSV         | RGB by Pillow                                                        |
-    | 16-bit                        | scaled from 0-65535, also where only 12 bits are used: measure mean and std |
-    | floating point                | taken as 0-1; other values are an error                              |
-    | signed, or 32-bit integers    | an error: rescale them                                               |
-    | other numbers of channels     | TIFF only, channels first or last, and as many as are asked for      |
-    | anything else                 | an error that names the file and what it holds                       |
+    | several frames or pages       | the first frame or page                                              |
+    | palette                       | converted to colours                                                 |
+    | transparency                  | laid over white; kept as the 4th channel if 4 channels are requested |
+    | grayscale, 3 channels wanted  | channel repeated                                                     |
+    | colour, 1 channel wanted      | luma, 0.299 R + 0.587 G + 0.114 B                                    |
+    | CMYK, YCbCr, LAB, HSV         | converted to RGB by Pillow                                           |
+    | 16-bit                        | scaled from 0-65535, also if only 12 bits are used: measure mean and std |
+    | floating point                | read as 0-1; other values are an error                               |
+    | signed, or 32-bit integers    | an error: rescale the values                                         |
+    | other numbers of channels     | TIFF only, channels first or last, and exactly the requested number  |
+    | anything else                 | an error that names the file and its content                         |
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from crossmae.files import printable, read_file
 
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
-# Of whole JPEG and PNG files. Files of other kinds may be whole, too: they have to be decoded to be sure.
+# Last bytes of complete JPEG and PNG files. Files of other kinds must be decoded to find out if they are complete.
 LAST_BYTES = (b"\xff\xd9", b"IEND\xaeB`\x82")
 
 
@@ -48,12 +48,12 @@ def decode_image(data: bytes, name: str, channels: int = 3, bit_depth: int = 8) 
     """Decode a whole file to `channels` channels, by the rules above.
 
     Returns:
-        An "L" or "RGB" image for one or three channels of 8 bits, else an array (H, W, channels): uint8 for a bit depth
-        of 8, float32 in 0-1 for 16.
+        With 8 bits and one or three channels: an "L" or "RGB" image. Otherwise an array (H, W, channels): uint8 for a
+            bit depth of 8, float32 in 0-1 for 16.
 
     Raises:
-        UserError: empty, truncated or not an image, over Pillow's limit of pixels, or of a number of channels that no
-            rule turns into `channels`; names the file.
+        UserError: If the file is empty, truncated, not an image, above Pillow's limit of pixels, or has a number of
+            channels that no rule converts to `channels`. The message names the file.
     """
     name = printable(name)
     try:
@@ -73,7 +73,7 @@ def decode_image(data: bytes, name: str, channels: int = 3, bit_depth: int = 8) 
         pixels = _with_channels(_as_unit_range(samples, name), channels, name)
     except UserError:
         raise
-    except Exception as error:  # the libraries report damage by errors of very many kinds
+    except Exception as error:  # the libraries raise many kinds of errors for damaged files
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
         raise UserError(f"{name}: cannot be read as an image: {reason or type(error).__name__}") from error
     if bit_depth == 16:
@@ -83,16 +83,16 @@ def decode_image(data: bytes, name: str, channels: int = 3, bit_depth: int = 8) 
 
 
 def is_deep(data: bytes) -> bool:
-    """Tell whether a file's header announces more than 8 bits a channel."""
+    """Check whether a file's header declares more than 8 bits per channel."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.mode.startswith(("I", "F")) or _is_deep_colour_png(data) or has_deep_samples(image)
-    except Exception:  # unknown to Pillow, or broken: reading it will tell
+    except Exception:  # unknown to Pillow, or broken: reading the file reports the error
         return False
 
 
 def _is_deep_colour_png(data: bytes) -> bool:
-    # Pillow would cut 16-bit PNG files to 8 bits, except plain grey.
+    # Pillow would cut 16-bit PNG files to 8 bits, except grayscale without transparency.
     return data.startswith(b"\x89PNG") and data[24:25] == b"\x10" and data[25:26] != b"\0"
 
 
@@ -106,7 +106,7 @@ def _samples(image: Image.Image, channels: int) -> NDArray[Any]:
 
 
 def _deep_grey(image: Image.Image) -> NDArray[np.uint16]:
-    """Read grey pixels (H, W), the transparent value made white."""
+    """Read grayscale pixels (H, W), with the transparent value as white."""
     pixels = np.asarray(image).clip(0, 65535).astype(np.uint16)
     transparent = image.info.get("transparency")
     return np.where(pixels == transparent, 65535, pixels).astype(np.uint16) if transparent is not None else pixels
@@ -139,13 +139,13 @@ def _with_channels(pixels: NDArray[np.float32], channels: int, name: str) -> NDA
 
 
 def is_whole(tail: bytes) -> bool:
-    """Tell whether the last bytes end a whole JPEG or PNG."""
+    """Check whether the last bytes end a complete JPEG or PNG."""
     return tail.endswith(LAST_BYTES)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode of Pillow's to 8-bit RGB, by the rules above."""
-    if image.mode.startswith("I"):  # I;16, I;16B and I, as 16-bit PNG and TIFF files open
+    """Convert any Pillow mode to 8-bit RGB, by the rules above."""
+    if image.mode.startswith("I"):  # I;16, I;16B and I: modes of 16-bit PNG and TIFF files
         return Image.fromarray((_deep_grey(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")

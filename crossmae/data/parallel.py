@@ -1,4 +1,4 @@
-"""Work in threads, results in order, memory bounded."""
+"""Work in threads, with ordered results and bounded memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-READERS = 16  # threads that read files: network disks answer slowly, but many requests at once
-AHEAD = 4  # results per thread that may wait to be taken
+READERS = 16  # threads that read files: network disks are slow, but serve many requests at once
+AHEAD = 4  # results per thread that may wait for the consumer
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -20,8 +20,8 @@ R = TypeVar("R")
 def map_in_order(function: Callable[[T], R], items: Iterable[T], threads: int = READERS, bar: str = "") -> Iterator[R]:
     """Map `items` in threads, at most AHEAD items per thread ahead.
 
-    For functions that release the interpreter's lock, such as reading files and decoding images. The first exception
-    ends the iteration.
+    Useful for functions that release Python's global lock, such as reading files and decoding images. The first
+    exception ends the iteration.
     """
     waiting: deque[Future[R]] = deque()
     with (

@@ -28,11 +28,11 @@ def match_pattern(argument: str, key: str) -> list[str]:
 def find_images(folder: Path, key: str) -> list[str]:
     """Find all images in a folder and its subfolders, sorted by path.
 
-    Links to folders are followed, each real folder once. Hidden files and folders are left out; the log counts files
-    that are no images. Paths are text, because millions of `Path` would take gigabytes.
+    Links to folders are followed, and each real folder is searched once. Hidden files and folders are left out. The log
+    counts files that are not images. Paths are strings, because millions of `Path` objects would need gigabytes.
 
     Raises:
-        UserError: no image in it, or a subfolder cannot be searched.
+        UserError: If no image is found, or a subfolder cannot be searched.
     """
     images: list[str] = []
     others: Counter[str] = Counter()
@@ -65,7 +65,7 @@ def _refuse(error: OSError) -> None:
 
 
 def find_inputs(arguments: Sequence[str]) -> list[Path]:
-    """Find the files that files, folders and patterns name, each once."""
+    """Find all files named by files, folders and patterns, each once."""
     paths: list[str] = []
     for argument in arguments:
         path = Path(argument).expanduser()

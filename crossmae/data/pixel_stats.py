@@ -1,4 +1,4 @@
-"""Mean and standard deviation of the pixels of a data set, streamed."""
+"""Mean and standard deviation of the pixels of a data set, computed image by image."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from crossmae.data.parallel import map_in_order
 from crossmae.data.sources.source import Source
 from crossmae.errors import UserError
 
-LOW_RANGE = 1 / 8  # of the range of 16 bits; data of 12 bits use 1/16
+LOW_RANGE = 1 / 8  # share of the 16-bit range; 12-bit data use 1/16
 
 
 @dataclass(frozen=True)
 class PixelStats:
-    """Statistics over images, each of the same weight, as its crops have in training.
+    """Pixel statistics over images. Every image has the same weight, as in training, where crops have the same size.
 
     Attributes:
         mean, std: per channel, of pixels scaled to 0-1.
-        largest: the largest pixel value of all, scaled likewise.
-        short_side, long_side: smallest, median and largest of all images, in pixels.
+        largest: largest pixel value of all images, scaled to 0-1.
+        short_side, long_side: smallest, median and largest side over all images, in pixels.
     """
 
     images: int
@@ -38,13 +38,13 @@ class PixelStats:
 
     @property
     def overrides(self) -> str:
-        """The arguments for the command line of `tools/pretrain.py`."""
+        """Arguments for the command line of `tools/pretrain.py`."""
         mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (self.mean, self.std))
         return f"'data.mean=[{mean}]' 'data.std=[{std}]'"
 
 
 def measure(source: Source, indices: Sequence[int], channels: int, bit_depth: int, threads: int) -> PixelStats:
-    """Measure the pixels of some images, at least one."""
+    """Measure the pixels of the images `indices`, at least one image."""
 
     def look(index: int) -> tuple[NDArray[np.float64], NDArray[np.float64], float, tuple[int, int]]:
         return _measure_image(decode_image(source.read(index), source.name(index), channels, bit_depth))
@@ -74,7 +74,7 @@ def _measure_image(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], float, tuple[int, int]]:
     """Return mean, mean square, largest value and sides of an image."""
     if isinstance(image, Image.Image):
-        # A histogram is exact, and several times faster than arithmetic on every pixel.
+        # A histogram is exact, and several times faster than computing with every pixel.
         counts = np.array(image.histogram(), dtype=np.float64).reshape(-1, 256)
         values, shares = np.arange(256) / 255, counts / (image.width * image.height)
         largest = float(values[np.flatnonzero(counts.any(axis=0))[-1]])
@@ -90,7 +90,7 @@ def _spread(sides: NDArray[Any]) -> tuple[int, float, int]:
 
 def check_usable(stats: PixelStats) -> None:
     """Raise a UserError if a channel is constant."""
-    constant = [channel for channel, value in enumerate(stats.std) if value < 5e-5]  # 0.0000 as it is printed
+    constant = [channel for channel, value in enumerate(stats.std) if value < 5e-5]  # printed as 0.0000
     if constant:
         raise UserError(
             f"channel {', '.join(map(str, constant))} has the same value everywhere (std 0), so pixels cannot be "

@@ -1,4 +1,4 @@
-"""TIFF files that Pillow cannot read, or reads wrongly: deep colour, many channels, signed, floating point."""
+"""TIFF files that Pillow cannot read correctly: deep colour, many channels, signed, floating point."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from PIL import Image, TiffImagePlugin
 
 from crossmae.errors import import_extra
 
-DEEP = "an image of more than 8 bits a channel, or of other than 1 or 3 channels,"  # they need the extra
+DEEP = "an image of more than 8 bits a channel, or of other than 1 or 3 channels,"  # needs the optional extra
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-BITS, PHOTOMETRIC, SAMPLES, SAMPLE_FORMAT = 258, 262, 277, 339  # tags
-WHITE_IS_ZERO, UNSIGNED, OPACITY = 0, 1, (1, 2)  # values of tags
+BITS, PHOTOMETRIC, SAMPLES, SAMPLE_FORMAT = 258, 262, 277, 339  # TIFF tags
+WHITE_IS_ZERO, UNSIGNED, OPACITY = 0, 1, (1, 2)  # values of TIFF tags
 SAMPLES_OF_MODE = {"1": 1, "L": 1, "P": 1, "LA": 2, "PA": 2, "RGB": 3, "YCbCr": 3, "LAB": 3, "RGBA": 4, "CMYK": 4}
 
 
 def needs_tifffile(data: bytes, channels: int) -> bool:
-    """Tell whether a file is a TIFF for `read_tiff`, not for Pillow."""
+    """Check whether a file is a TIFF for `read_tiff`, not for Pillow."""
     if not data.startswith(MAGIC):
         return False
     if channels not in (1, 3):
@@ -30,7 +30,7 @@ def needs_tifffile(data: bytes, channels: int) -> bool:
             mode, tags = image.mode, image.tag_v2
             bits, formats, samples = (_values(tags.get(tag, 1)) for tag in (BITS, SAMPLE_FORMAT, SAMPLES))
             inverted = tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
-    except Exception:  # Pillow fails in many ways; tifffile reports the fault
+    except Exception:  # Pillow raises many kinds of errors; tifffile reports the problem
         return True
     if set(formats) != {UNSIGNED}:
         return True
@@ -40,7 +40,7 @@ def needs_tifffile(data: bytes, channels: int) -> bool:
 
 
 def has_deep_samples(image: Image.Image) -> bool:
-    """Recognise a TIFF of more than 8 bits a channel."""
+    """Check whether an image is a TIFF with over 8 bits/channel."""
     return isinstance(image, TiffImagePlugin.TiffImageFile) and max(_values(image.tag_v2.get(BITS, 1))) > 8
 
 
@@ -48,10 +48,11 @@ def read_tiff(data: bytes, channels: int) -> NDArray[Any]:
     """Read the first image, upright (H, W, C), over white.
 
     Args:
-        channels: the wanted number: as many pages of one size are channels, others frames.
+        channels: requested number of channels. If a file has exactly this number of pages of one size, the pages are
+            channels. Otherwise pages are frames.
 
     Raises:
-        ValueError: CMYK, YCbCr, LAB or palette colours of more than 8 bits.
+        ValueError: If the file has CMYK, YCbCr, LAB or palette colours of more than 8 bits.
     """
     tifffile = import_extra("tifffile", DEEP)
     with tifffile.TiffFile(io.BytesIO(data)) as file:
@@ -82,7 +83,7 @@ def upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
 
 
 def over_white(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Lay samples over white by their last channel, the opacity."""
+    """Blend samples with white. The last channel is the opacity."""
     top = _top(pixels)
     opacity = pixels[..., -1:] / top
     return np.asarray(pixels[..., :-1] * opacity + top * (1 - opacity)).astype(pixels.dtype)

@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def blocked_signals() -> Iterator[None]:
-    """Hold back the run's signals until processes started meanwhile are ready."""
+    """Block the run's signals, for example until new processes are ready."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -31,26 +31,27 @@ def blocked_signals() -> Iterator[None]:
 def ignore_signals(_: int) -> None:
     """Ignore the run's signals except SIGTERM from the parent.
 
-    Ctrl-C, SLURM, systemd and `timeout` signal every process of a run, and the main process decides. Its own SIGTERM
-    has to end the worker, because Python waits for its workers when it exits. A thread can tell who sent a signal.
+    Ctrl-C, SLURM, systemd and `timeout` signal every process of a run. Only the main process decides when to stop.
+    SIGTERM from the main process must end the worker, because Python waits for its workers on exit. Only a thread can
+    find out which process sent a signal.
     """
     for number in set(SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         threading.Thread(target=_end_with_parent, daemon=True).start()
-    else:  # on macOS torch ends a worker at any SIGTERM
+    else:  # on macOS, torch ends a worker after any SIGTERM
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _end_with_parent() -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
         pass
-    os._exit(0)  # torch reports a worker that ends with another code
+    os._exit(0)  # torch reports an error for any other exit code
 
 
 def usable_workers(asked: int) -> int:
-    """Limit a number of workers to this process's cores."""
+    """Limit the number of workers to the cores available to this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     if asked > cores:

@@ -1,1 +1,1 @@
-"""The models: CrossMAE and MAE, their layers, masking, positions and sizes. Torch and timm only."""
+"""The models: CrossMAE and MAE, with layers, masking, position embeddings and sizes. Needs only torch and timm."""

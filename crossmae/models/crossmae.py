@@ -1,10 +1,10 @@
 """CrossMAE and plain MAE pretraining models.
 
-Shapes: B batch, L patches, V visible, M predicted, E encoder width, D decoder width, N decoder blocks, K fused maps, P
-= patch_size ** 2 * channels, the values of one patch.
+Shapes: B batch, L patches, V visible, M predicted, E encoder width, D decoder width, N decoder blocks, K fused maps. P
+= patch_size ** 2 * channels is the number of values in a patch.
 
-Written from the method specification (sections 1.3 to 1.8) of arXiv 2401.14391; key names and shapes are the published
-ones.
+Written from the method specification (sections 1.3 to 1.8) of arXiv 2401.14391. Key names and shapes are the published
+names and shapes.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class CrossMAEOutput:
 
     Attributes:
         loss: scalar, float32; mean squared error over the masked patches that were predicted.
-        pred: (B, M, P); a patch's values in the order row, column, channel. M = L for decoder="self".
+        pred: (B, M, P); values of a patch in the order row, column, channel. M = L for decoder="self".
         visible_idx: (B, V) patches that the encoder saw, in the order of the noise.
-        predict_idx: (B, M) decoded patches in raster order; all L of them for decoder="self".
+        predict_idx: (B, M) decoded patches in raster order; all L patches for decoder="self".
     """
 
     loss: Tensor
@@ -41,9 +41,10 @@ class CrossMAEOutput:
 
 
 class FeatureMixer(nn.Module):
-    """Weighted feature maps: every decoder block gets its own linear mix of encoder maps (paper, 3.4).
+    """Learned mix of encoder feature maps, a different mix for every decoder block (paper, 3.4).
 
-    One learned scalar per (decoder block, map), shared over tokens and channels; no softmax, no bias.
+    Each pair (decoder block, map) has one learned scalar, shared over tokens and channels. There is no softmax and no
+    bias.
     """
 
     def __init__(self, num_maps: int, num_mixes: int) -> None:
@@ -51,9 +52,10 @@ class FeatureMixer(nn.Module):
         self.linear = nn.Linear(num_maps, num_mixes, bias=False)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """Mix K maps (B, ...) into N contiguous ones, one per block.
+        """Mix K maps (B, ...) into N contiguous maps, one per block.
 
-        The maps are stacked on the first axis. On the last axis, each mix would be a strided copy of all the others.
+        The maps are stacked on the first axis. Stacked on the last axis, each mix would be a strided view, not
+        contiguous.
         """
         stacked = torch.stack(maps)  # (K, B, V + 1, E)
         mixes = self.linear.weight.to(stacked.dtype) @ stacked.flatten(1)  # (N, B * (V + 1) * E)
@@ -63,22 +65,23 @@ class FeatureMixer(nn.Module):
 class CrossMAE(ViTEncoder):
     """Masked autoencoder whose decoder cross-attends from masked to visible tokens.
 
-    `CrossMAE(decoder="self")` makes a plain `MAE`, as `pathlib.Path()` makes the path class of the machine.
+    `CrossMAE(decoder="self")` returns an instance of the subclass `MAE`.
 
     Args:
         img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio: see `ViTEncoder`.
-        decoder_embed_dim, decoder_depth, decoder_num_heads: width D, blocks N and heads of the decoder.
-        decoder: "cross" (CrossMAE), "cross_self" (its ablation with self-attention among predicted tokens) or "self"
-            (plain MAE; see `MAE` for the arguments that it ignores).
-        fuse_blocks: encoder blocks whose outputs are mixed for the decoder. None is every block. A tuple holds indices,
-            negative ones from the end. `()` is no fusion: every decoder block sees the last block through a final norm
-            `norm`. Blocks after the last fused one are never run and are frozen.
-        fuse_input: mix the tokens before the first block, too. Has no effect where nothing is fused.
-        norm_pix_loss: standardise each target patch by its own mean and unbiased variance (1e-6 inside the root).
+        decoder_embed_dim, decoder_depth, decoder_num_heads: width D, number of blocks N and number of heads of the
+            decoder.
+        decoder: "cross" (CrossMAE), "cross_self" (the ablation that adds self-attention among predicted tokens) or
+            "self" (plain MAE; see `MAE` for the arguments that it ignores).
+        fuse_blocks: encoder blocks whose outputs are mixed for the decoder. None: every block. A tuple contains block
+            indices; negative indices count from the end. `()`: no fusion, and every decoder block receives the output
+            of the last block after a final norm `norm`. Blocks after the last fused block are frozen and never run.
+        fuse_input: also mix the tokens before the first block. Has no effect without fusion.
+        norm_pix_loss: standardise each target patch by its mean and unbiased variance (1e-6 inside the root).
     """
 
     def __new__(cls, *_: Any, decoder: Decoder = "cross", **__: Any) -> CrossMAE:
-        """Choose the class of the decoder."""
+        """Choose the class that has the requested decoder."""
         return super().__new__(MAE if decoder == "self" and cls is CrossMAE else cls)
 
     def __init__(
@@ -133,16 +136,17 @@ class CrossMAE(ViTEncoder):
 
         | tensor                                    | distribution                                        |
         | ----------------------------------------- | --------------------------------------------------- |
-        | every Linear weight, `wfm.linear` as well | Xavier uniform (qkv and kv as one matrix)           |
-        | every Linear bias                         | 0                                                   |
+        | Linear weights, including `wfm.linear`    | Xavier uniform (qkv and kv as one matrix)           |
+        | Linear biases                             | 0                                                   |
         | LayerNorm weight, bias                    | 1, 0                                                |
         | `patch_embed.proj.weight`                 | Xavier uniform on its (E, C * p * p) view           |
-        | `patch_embed.proj.bias`                   | torch's default for Conv2d, kept                    |
+        | `patch_embed.proj.bias`                   | torch's default for Conv2d                          |
         | `cls_token`, `mask_token`                 | normal, standard deviation 0.02                     |
         | `pos_embed`, `decoder_pos_embed`          | sine-cosine, fixed                                  |
 
-        The paper states a normal with deviation 1 / sqrt(K) for the mixing weights; the published code then overwrites
-        it by Xavier uniform, which is what every released checkpoint started from, and what is done here.
+        For the mixing weights, the paper states a normal distribution with standard deviation 1 / sqrt(K). The
+        published code overwrites these values with Xavier uniform values, and every released checkpoint started from
+        Xavier uniform. This function also uses Xavier uniform.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -156,16 +160,16 @@ class CrossMAE(ViTEncoder):
     def forward(
         self, imgs: Tensor, mask_ratio: float = 0.75, predict_ratio: float = 0.25, noise: Tensor | None = None
     ) -> CrossMAEOutput:
-        """Mask, encode, decode and compare.
+        """Mask and encode the images, decode, and compute the loss.
 
         Args:
             imgs: (B, C, H, W) normalised pixels.
             mask_ratio: share of all patches that the encoder does not see.
             predict_ratio: share of all patches that is decoded; at most `mask_ratio`; ignored by "self".
-            noise: (B, L) values that decide the masking; drawn uniformly where None.
+            noise: (B, L) values that decide the masking; drawn uniformly if None.
 
         Raises:
-            ValueError: wrong image or noise shape, or ratios that leave nothing visible or predicted.
+            ValueError: If the image or noise has a wrong shape, or the ratios leave no patch visible or predicted.
         """
         if noise is None:
             noise = torch.rand(imgs.shape[0], self.num_patches, device=imgs.device)
@@ -184,7 +188,8 @@ class CrossMAE(ViTEncoder):
     def encode(self, imgs: Tensor, visible_idx: Tensor | None = None) -> list[Tensor]:
         """Encode the context of each decoder block.
 
-        Mixed contexts are not yet normalised. Without fusion, all N are the last block's output through `norm`.
+        Mixed contexts are not normalised yet. Without fusion, all N contexts are the output of the last block after
+        `norm`.
         """
         tokens = self.embed(imgs, visible_idx)
         if not self.fused_blocks:
@@ -195,14 +200,14 @@ class CrossMAE(ViTEncoder):
     def reconstruct(
         self, imgs: Tensor, contexts: list[Tensor], visible_idx: Tensor, predict_idx: Tensor
     ) -> CrossMAEOutput:
-        """Decode the patches predict_idx (B, M), and compare them with the image."""
+        """Decode the patches predict_idx (B, M), and compute their loss."""
         pred = self.decode(contexts, predict_idx)
         return CrossMAEOutput(self.loss(pred, imgs, predict_idx), pred, visible_idx, predict_idx)
 
     def decode(self, contexts: list[Tensor], predict_idx: Tensor) -> Tensor:
         """Predict patches (B, M) as (B, M, P), by cross-attention only.
 
-        With decoder="cross" the prediction of a patch does not depend on which others are decoded (1.4).
+        With decoder="cross", the prediction of a patch does not depend on the other decoded patches (1.4).
         """
         positions = self.decoder_pos_embed[:, 1:].expand(predict_idx.shape[0], -1, -1)
         x = gather_tokens(positions, predict_idx) + self.mask_token  # (B, M, D)
@@ -212,11 +217,11 @@ class CrossMAE(ViTEncoder):
         return self.decoder_pred(self.decoder_norm(x))
 
     def loss(self, pred: Tensor, imgs: Tensor, idx: Tensor) -> Tensor:
-        """Compare the predictions (B, M, P) of patches idx (B, M)."""
+        """Compute the loss of predictions (B, M, P) for patches idx."""
         return (pred.float() - self.targets(imgs, idx)).square().mean()
 
     def targets(self, imgs: Tensor, idx: Tensor) -> Tensor:
-        """Cut out the patches idx (B, M) as targets (B, M, P)."""
+        """Cut out target values (B, M, P) of patches idx."""
         patches = gather_tokens(patchify(imgs, self.patch_size), idx).float()
         if not self.norm_pix_loss:
             return patches
@@ -225,11 +230,11 @@ class CrossMAE(ViTEncoder):
 
 
 class MAE(CrossMAE):
-    """Plain masked autoencoder: its decoder reconstructs all patches by self-attention over all tokens.
+    """Plain masked autoencoder. The decoder reconstructs all patches by self-attention over all tokens.
 
     Args:
-        args, arguments: see `CrossMAE`; `fuse_blocks` and `fuse_input` are ignored, and so is `predict_ratio`: all
-            masked patches are scored.
+        args, arguments: see `CrossMAE`. `fuse_blocks`, `fuse_input` and `predict_ratio` are ignored: the loss is
+            computed over all masked patches.
     """
 
     def __init__(self, *args: Any, **arguments: Any) -> None:
@@ -247,7 +252,7 @@ class MAE(CrossMAE):
     def reconstruct(
         self, imgs: Tensor, contexts: list[Tensor], visible_idx: Tensor, predict_idx: Tensor
     ) -> CrossMAEOutput:
-        """Decode all patches, and compare the masked ones, predict_idx (B, M)."""
+        """Decode all patches, and compute the loss of patches predict_idx (B, M)."""
         pred = self.decode_all(contexts[-1], visible_idx)
         loss = self.loss(gather_tokens(pred, predict_idx), imgs, predict_idx)
         every_idx = torch.arange(self.num_patches, device=pred.device).expand(len(pred), -1)
@@ -256,7 +261,7 @@ class MAE(CrossMAE):
     def decode_all(self, latent: Tensor, visible_idx: Tensor) -> Tensor:
         """Predict all patches (B, L, P) by self-attention over all tokens.
 
-        The latent (B, V + 1, E) holds the class token and the visible tokens.
+        The latent (B, V + 1, E) contains the class token and the visible tokens.
         """
         x = self.decoder_embed(latent)  # (B, V + 1, D)
         B, _, D = x.shape
@@ -280,20 +285,20 @@ def create_model(name: str, **overrides: Any) -> CrossMAE:
     """Build a model by name, for example `create_model("crossmae_vit_base_patch16", img_size=448)`.
 
     Args:
-        name: a name of `list_models()`.
+        name: a name from `list_models()`.
         overrides: arguments of `CrossMAE` that replace the arguments of the named size.
 
     Raises:
-        ValueError: an unknown name; the message lists the known ones.
+        ValueError: If the name is unknown. The message lists the known names.
     """
     return CrossMAE(**model_arguments(name) | overrides)
 
 
 def resolve_blocks(blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
-    """Resolve the blocks to fuse to ascending non-negative indices.
+    """Convert the blocks to fuse to ascending non-negative indices.
 
     Raises:
-        ValueError: an index outside -depth .. depth - 1, or one named twice.
+        ValueError: If an index is outside -depth .. depth - 1, or a block is named twice.
     """
     if blocks is None:
         return tuple(range(depth))

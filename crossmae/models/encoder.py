@@ -1,6 +1,6 @@
-"""The plain ViT encoder that every part of the toolkit shares.
+"""The plain ViT encoder that every part of the toolkit uses.
 
-Shapes: B batch, L patches, V visible patches, E width. Key names are the published ones.
+Shapes: B batch, L patches, V visible patches, E width. Key names are the published names.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ ENCODER_PREFIXES = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
 
 
 def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Count the rows and columns of patches of an image.
+    """Count the rows and columns of patches in an image.
 
     Raises:
-        ValueError: a side is not a positive multiple of the patch size; names the nearest valid sizes.
+        ValueError: If a side is not a positive multiple of the patch size. The message names the nearest valid sizes.
     """
     sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if len(sides) != 2:
@@ -38,12 +38,13 @@ def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, i
 
 
 class ViTEncoder(nn.Module):
-    """Patch embedding, class token, fixed sine-cosine positions and pre-norm blocks without a final norm.
+    """Patch embedding, class token, fixed sine-cosine position embeddings and pre-norm blocks, without a final norm.
 
     Args:
-        img_size: pixels; one number for a square or (height, width). Both must be multiples of `patch_size`.
+        img_size: image size in pixels; one number for a square image, or (height, width). Both sides must be multiples
+            of `patch_size`.
         patch_size: side of a square patch in pixels.
-        mlp_ratio: hidden width of the MLP over E.
+        mlp_ratio: hidden width of the MLP divided by E.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class ViTEncoder(nn.Module):
         self.patch_size, self.in_chans, self.embed_dim, self.depth = patch_size, in_chans, embed_dim, depth
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        # A parameter without gradient, so that it is in the state dict, as published, but not in the
+        # A parameter without gradient: part of the state dict, as published, but not changed by the
         # optimizer.
         self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, self.grid), requires_grad=False)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
@@ -69,15 +70,15 @@ class ViTEncoder(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        """L, the patches of one image."""
+        """Number of patches of one image, L."""
         return self.grid[0] * self.grid[1]
 
     def embed(self, imgs: Tensor, visible_idx: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W) to the tokens before the first block.
+        """Embed images (B, C, H, W) as tokens for the first block.
 
         Args:
-            imgs: normalised pixels of the size that the model was built for.
-            visible_idx: (B, V) patches to keep, in the order given; None keeps all in raster order.
+            imgs: normalised pixels of the image size that the model was built for.
+            visible_idx: (B, V) patches to keep, in the given order; None: all patches in raster order.
 
         Returns:
             (B, V + 1, E), the class token first.
@@ -87,17 +88,17 @@ class ViTEncoder(nn.Module):
         if expected != (C, H, W):
             raise ValueError(f"the model was built for images of (channels, height, width) {expected}, got {(C, H, W)}")
         tokens = self.patch_embed(imgs).flatten(1, 2) + self.pos_embed[:, 1:]  # (B, L, E)
-        cls_token = self.cls_token + self.pos_embed[:, :1]  # zeros, unless the table is a learned one
+        cls_token = self.cls_token + self.pos_embed[:, :1]  # zeros, unless the position embeddings were learned
         if visible_idx is not None:
             tokens = gather_tokens(tokens, visible_idx)  # (B, V, E)
         return torch.cat([cls_token.expand(B, -1, -1).to(tokens.dtype), tokens], dim=1)
 
     def features(self, tokens: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-        """Run the blocks and collect the outputs of the chosen ones.
+        """Run the blocks and collect the outputs of the chosen blocks.
 
         Args:
             tokens: (B, V + 1, E) from `embed`.
-            blocks: ascending indices of blocks.
+            blocks: ascending indices of the chosen blocks.
 
         Returns:
             One (B, V + 1, E) tensor per chosen block.
@@ -110,7 +111,7 @@ class ViTEncoder(nn.Module):
         return maps
 
     def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """Run a block, with `activation_checkpointing` twice in place of keeping its activations."""
+        """Run a block, and recompute activations if `activation_checkpointing` is on."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)

@@ -1,7 +1,7 @@
 """Building blocks of the encoder and of the three decoders.
 
-Shapes: B batch, L tokens of the sequence worked on, S tokens attended to, E its width, D width of the queries. Module
-and parameter names are the published ones (method specification, section 1.3).
+Shapes: B batch, L tokens of the input sequence, S tokens of the context with width E, D width of the queries. Module
+and parameter names are the published names (method specification, section 1.3).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to tokens, by one strided convolution."""
+    """Embedding of non-overlapping patches as tokens, by one strided convolution."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, E) to (B, L, E)."""
+        """Apply self-attention to tokens (B, L, E), and keep the shape."""
         B, L, E = x.shape
         qkv = self.qkv(x).view(B, L, 3, self.num_heads, E // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, E / heads)
@@ -58,7 +58,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Attend from (B, L, D) to the context (B, S, E)."""
+        """Attend from queries (B, L, D) to the context (B, S, E)."""
         B, L, D = x.shape
         S, heads = context.shape[1], self.num_heads
         q = self.q(x).view(B, L, heads, D // heads).transpose(1, 2)  # (B, heads, L, D / heads)
@@ -79,7 +79,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, E) to (B, L, E)."""
+        """Update tokens (B, L, E), and keep the shape."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -101,7 +101,7 @@ class CrossBlock(nn.Module):
         self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Update (B, M, D) by a normalised context (B, S, E)."""
+        """Update tokens (B, M, D) from a normalised context (B, S, E)."""
         if self.has_self_attention:
             x = x + self.self_attn(self.norm0(x))
         x = x + self.cross_attn(self.norm1(x), context)

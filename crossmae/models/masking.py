@@ -1,11 +1,11 @@
 """Random masking by index (method specification, section 1.5).
 
-One convention in the whole package: index tensors, never binary masks, because a binary mask cannot tell a
-visible patch from a dropped one. Every patch is exactly one of
+The whole package uses index tensors and never binary masks, because a binary mask cannot distinguish a visible patch
+from a dropped patch. Every patch is exactly one of
   visible    seen by the encoder,
   dropped    neither seen nor predicted,
   predicted  reconstructed by the decoder.
-All counts are static, so nothing here waits for the device.
+All counts are known without the data, so no function here waits for the device.
 
 Shapes: B batch, L patches, V visible, M predicted.
 """
@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A product such as 100 * (1 - 0.9) = 9.999999999999998 means 10: ratios are read as the decimal numbers they are.
+# Rounding tolerance: 100 * (1 - 0.9) = 9.999999999999998 counts as 10, as in decimal arithmetic.
 ROUNDING = 1e-6
 
 
 class MaskCounts(NamedTuple):
-    """Numbers of visible, dropped and predicted patches of an image, which add up to all patches."""
+    """Numbers of visible, dropped and predicted patches of an image. The sum is the number of all patches."""
 
     visible: int
     dropped: int
@@ -30,15 +30,15 @@ class MaskCounts(NamedTuple):
 
 
 def mask_counts(num_patches: int, mask_ratio: float, predict_ratio: float) -> MaskCounts:
-    """Turn the two ratios, both shares of *all* patches, into counts.
+    """Convert the two ratios, both shares of *all* patches, to counts.
 
-    visible = floor(L * (1 - mask_ratio)), dropped = floor(L * (mask_ratio - predict_ratio)), predicted = the
-    rest, so that rounding favours the predicted ones, as published. The ratios are read as the decimal
-    numbers that were written: the published code's binary arithmetic keeps 9 of 100 patches at a mask ratio
-    of 0.9, this keeps 10.
+    visible = floor(L * (1 - mask_ratio)) and dropped = floor(L * (mask_ratio - predict_ratio)). All remaining patches
+    are predicted, as published. Ratios are computed as decimal numbers: a mask ratio of 0.9 keeps 10 of 100 patches.
+    The binary arithmetic of the published code keeps 9.
 
     Raises:
-        ValueError: a ratio outside [0, 1], more predicted than masked, or no patch visible or predicted.
+        ValueError: If a ratio is outside [0, 1], more patches are predicted than masked, or no patch is visible or
+            predicted.
     """
     for name, value in (("mask_ratio", mask_ratio), ("predict_ratio", predict_ratio)):
         if not 0.0 <= value <= 1.0:
@@ -51,7 +51,7 @@ def mask_counts(num_patches: int, mask_ratio: float, predict_ratio: float) -> Ma
     visible = int(num_patches * (1 - mask_ratio) + ROUNDING)
     dropped = int(num_patches * (mask_ratio - predict_ratio) + ROUNDING)
     counts = MaskCounts(visible, dropped, num_patches - visible - dropped)
-    # predict_ratio 0 is empty by request even where the rounding leaves a patch over.
+    # predict_ratio 0 predicts no patch, even if rounding would leave one.
     if counts.visible < 1 or counts.predicted < 1 or predict_ratio == 0:
         raise ValueError(
             f"mask_ratio {mask_ratio} and predict_ratio {predict_ratio} split {num_patches} patches into "
@@ -62,13 +62,14 @@ def mask_counts(num_patches: int, mask_ratio: float, predict_ratio: float) -> Ma
 
 
 def split_patches(noise: Tensor, counts: MaskCounts) -> tuple[Tensor, Tensor]:
-    """Split patches by noise: visible, then dropped, then predicted, rising.
+    """Split patches by ascending noise: visible, then dropped, then predicted.
 
     Args:
         noise: (B, L), one uniform value per patch.
 
     Returns:
-        visible_idx (B, V), in the order of the noise, as the encoder sees them, and predict_idx (B, M) in raster order.
+        visible_idx (B, V) in the order of the noise, which is the order of the encoder's tokens, and predict_idx (B, M)
+        in raster order.
     """
     if noise.ndim != 2 or noise.shape[1] != sum(counts):
         raise ValueError(f"noise must have shape (batch, {sum(counts)}), got {tuple(noise.shape)}")
@@ -78,5 +79,5 @@ def split_patches(noise: Tensor, counts: MaskCounts) -> tuple[Tensor, Tensor]:
 
 
 def gather_tokens(tokens: Tensor, idx: Tensor) -> Tensor:
-    """Pick tokens (B, K, E) by their indices (B, K)."""
+    """Select tokens (B, K, E) by their indices (B, K)."""
     return tokens.gather(1, idx.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

@@ -1,4 +1,4 @@
-"""Fixed two-dimensional sine-cosine position tables (method specification, section 1.7)."""
+"""Fixed two-dimensional sine-cosine position embeddings (method specification, section 1.7)."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from torch import Tensor
 
 
 def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Position table of a patch grid with a class row in front.
+    """Compute position embeddings of a patch grid, with a class row first.
 
-    The first half of the width encodes the column, the second half the row; within each half come all sines, then all
-    cosines; base 10000, integer positions. Computed in float64 (the published MAE; CrossMAE's float32 table differs by
-    up to 3e-6).
+    The first half of the width encodes the column, the second half the row. Each half contains all sines, then all
+    cosines, with base 10000 and integer positions. The computation uses float64, as the published MAE does. The
+    published CrossMAE uses float32, and its values differ by up to 3e-6.
 
     Args:
         dim: width of a token; a multiple of 4.
         grid: rows and columns of patches.
 
     Returns:
-        (1, rows * columns + 1, dim) float32; row 0, of the class token, is zero.
+        (1, rows * columns + 1, dim) float32; row 0 (class token) is zero.
     """
     if dim % 4:
         raise ValueError(f"a sine-cosine table needs a width divisible by 4, got {dim}")

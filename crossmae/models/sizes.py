@@ -1,6 +1,6 @@
 """The named sizes (method specification, section 1.1).
 
-Torch is not imported here: a config is checked before torch is loaded, which takes seconds.
+This module does not import torch, because importing torch takes seconds and configs are checked before.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ DECODERS: tuple[Decoder, ...] = ("cross", "cross_self", "self")
 
 @dataclass(frozen=True)
 class Size:
-    """Constructor arguments of a size, whose decoder has heads of width 32."""
+    """Constructor arguments of a named size. The decoder heads have width 32."""
 
     patch_size: int
     embed_dim: int
@@ -39,12 +39,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def list_models() -> list[str]:
-    """All names that `create_model` knows."""
+    """List all names that `create_model` accepts."""
     return [f"{family}_{size}" for family in FAMILIES for size in SIZES]
 
 
 def model_arguments(name: str) -> dict[str, Any]:
-    """Return the constructor arguments behind a name."""
+    """Return the constructor arguments of a named size."""
     for family, arguments in FAMILIES.items():
         size = SIZES.get(name.removeprefix(f"{family}_"))
         if name.startswith(f"{family}_") and size is not None:

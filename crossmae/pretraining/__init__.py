@@ -1,1 +1,1 @@
-"""Pretraining: reconstruct masked patches, and judge the encoder while it learns."""
+"""Pretraining: reconstruct masked patches, and evaluate the encoder during training."""

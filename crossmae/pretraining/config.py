@@ -23,7 +23,7 @@ from crossmae.training.config import (
 
 
 class ModelConfig(ConfigSection):
-    """A named size, what differs from it, the masking, and the weights to start from."""
+    """A named model size, changes to the size, the masking ratios, and the initial weights."""
 
     name: str = Field(description="a name of crossmae.list_models()")
     img_size: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(224, description="pixels; side or (height, width)")
@@ -51,13 +51,13 @@ class ModelConfig(ConfigSection):
         return name
 
     def arguments(self) -> dict[str, Any]:
-        """Collect the arguments of `create_model` besides the name."""
+        """Collect the arguments of `create_model` except the name."""
         others = {"name", "mask_ratio", "predict_ratio", "init"}
         return {key: value for key, value in self if key not in others and (value is not None or key == "fuse_blocks")}
 
 
 class OptimConfig(StepConfig):
-    """Settings of `StepConfig`, and the published rule for the learning rate."""
+    """Settings of `StepConfig`, and the rule for the learning rate."""
 
     lr_rule: Literal["published", "none", "inverse"] = Field(
         "published", description="factor on base_lr * images / 256: predict/mask ratio, 1, or mask/predict ratio"
@@ -65,21 +65,21 @@ class OptimConfig(StepConfig):
 
 
 class PretrainLogConfig(LogConfig):
-    """Settings of `LogConfig`, and pictures."""
+    """Settings of `LogConfig`, and settings for pictures."""
 
     pictures_every_steps: PositiveInt = Field(1000, description="steps between pictures of patches and fusion weights")
     pictures: int = Field(8, ge=0, le=64, description="images in a picture of reconstructions; 0: no pictures")
 
 
 class ValidationConfig(ConfigSection):
-    """Reconstruction loss of data.val: all masked patches of fixed crops, with fixed masks."""
+    """Settings of the reconstruction loss on data.val, over all masked patches. Crops and masks are fixed."""
 
     every_epochs: PositiveInt = 10
     images: PositiveInt = Field(2048, description="at most so many images, evenly spaced")
 
 
 class ProbeConfig(ConfigSection):
-    """Accuracy of k nearest neighbours on the encoder's pooled features while it trains."""
+    """Settings of the k-nearest-neighbour accuracy on the encoder's pooled features during training."""
 
     train: str | None = Field(None, description="labelled images to look neighbours up in; null: no probe")
     val: str | None = Field(None, description="labelled images to classify")
@@ -97,7 +97,7 @@ class ProbeConfig(ConfigSection):
 
 
 class HealthConfig(ConfigSection):
-    """Expected losses of the recipe. Leaving them is a warning, never a stop."""
+    """Expected losses of the recipe. A loss outside the band gives a warning and does not stop the run."""
 
     measured_on: str = Field("", description="data and machine that the band was measured on")
     band: tuple[tuple[Share, NonNegative, NonNegative], ...] = Field(
@@ -120,7 +120,7 @@ class HealthConfig(ConfigSection):
 
 
 class PretrainConfig(RunConfig):
-    """Everything that a pretraining run depends on."""
+    """All settings of a pretraining run."""
 
     model: ModelConfig
     optim: OptimConfig = OptimConfig()
@@ -152,5 +152,5 @@ class PretrainConfig(RunConfig):
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """Read a pretraining config by `load_typed_config`."""
+    """Read a pretraining config with `load_typed_config`."""
     return load_typed_config(PretrainConfig, name, overrides)

@@ -1,7 +1,6 @@
 """Pictures of a pretraining model's input, reconstructions and fusion weights.
 
-Images are drawn at whole multiples of their size, so that patch borders stay sharp. Save figures at their own
-resolution, `DPI`.
+Images are enlarged by integer factors, so that patch borders stay sharp. Save figures with their own resolution, `DPI`.
 """
 
 from __future__ import annotations
@@ -22,19 +21,20 @@ from crossmae.pretraining.reconstruction import Panels
 from crossmae.reports.figures import DPI
 
 DARK = 0.25  # pictures are brightened if their brightest pixel is below this
-BLANK = 0.88  # light grey of absent patches
-SHEET_CELL, IMAGE_CELL = 176, 288  # pixels: size of the longer side of a panel, about
+BLANK = 0.88  # grey value of patches that are not shown
+SHEET_CELL, IMAGE_CELL = 176, 288  # approximate longer side of a panel, in pixels
 MARGIN, GAP = 18, 8  # pixels around and between panels
-LINE, LABEL = 22, 118  # pixels: height of a line of text, length of the longest label
+LINE, LABEL = 22, 118  # pixels: height of a text line, length of the longest label
 TEXT, SMALL = 9.0, 7.5  # points
-VALUES_UP_TO = 26  # columns of a heat map whose cells have room for numbers
+VALUES_UP_TO = 26  # largest number of columns for which numbers fit into the cells of a heat map
 NORM_PIX_NOTE = "Each predicted patch is given the true patch's mean and deviation (norm_pix_loss)."
 
 
 def to_display(pixels: Tensor) -> Tensor:
     """Convert pixels (B, C, H, W) to RGB (B, 3, H, W).
 
-    One channel is repeated as grey; two are red and green, without blue; of more, the first three are shown.
+    One channel is shown as grayscale. Two channels are shown as red and green. With three or more channels, the first
+    three are shown.
     """
     B, C, H, W = pixels.shape
     if C == 1:
@@ -45,7 +45,7 @@ def to_display(pixels: Tensor) -> Tensor:
 
 
 def shown_channels(channels: int) -> str:
-    """Describe the channels that `to_display` shows, unless they are obvious."""
+    """Describe the channels that `to_display` shows, "" if obvious."""
     if channels == 2:
         return "channels 1 and 2 as red and green"
     return f"channels 1-3 of {channels}" if channels > 3 else ""
@@ -54,7 +54,7 @@ def shown_channels(channels: int) -> str:
 def panel_rows(panels: Panels) -> dict[str, Tensor]:
     """Compose the four pictures (B, 3, H, W) of each image.
 
-    "masked" shows the visible patches, "reconstruction" the predicted ones: together they are "pasted".
+    "masked" shows the visible patches, and "reconstruction" shows the predicted patches. "pasted" shows both.
     """
     factor = brightening(panels)
     given, pasted = (to_display((pixels * factor).clamp(0, 1)) for pixels in (panels.input, panels.pasted))
@@ -67,7 +67,10 @@ def panel_rows(panels: Panels) -> dict[str, Tensor]:
 
 
 def brightening(panels: Panels) -> float:
-    """Return a factor over 1 for dark images, such as 12-bit data."""
+    """Return the brightness factor for display, above 1 for dark images.
+
+    Dark images are, for example, 12-bit data.
+    """
     brightest = float(panels.input.max())
     return 1 / brightest if 0 < brightest < DARK else 1.0
 
@@ -98,7 +101,7 @@ def image_figure(panels: Panels, title: str, caption: str) -> Figure:
 
 
 def fusion_figure(weights: Tensor, map_names: Sequence[str], title: str) -> Figure:
-    """Draw the learned mixing weights, blue below 0 and red above.
+    """Draw the learned mixing weights: negative blue, positive red.
 
     Args:
         weights: (N, K), one row per decoder block: `model.wfm.linear.weight`.
@@ -120,7 +123,7 @@ def fusion_figure(weights: Tensor, map_names: Sequence[str], title: str) -> Figu
     if K <= VALUES_UP_TO:
         for (row, column), value in np.ndenumerate(values):
             color = "white" if abs(value) > 0.6 * top else "black"
-            shown = f"{round(float(value), 2) + 0.0:.2f}"  # no -0.00
+            shown = f"{round(float(value), 2) + 0.0:.2f}"  # + 0.0 avoids "-0.00"
             axis.text(column, row, shown, ha="center", va="center", fontsize=6.5, color=color)
     scale = figure.add_axes(((left + cell_w * K + 14) / width, bottom / height, 12 / width, cell_h * N / height))
     figure.colorbar(image, cax=scale)
@@ -132,12 +135,15 @@ def fusion_figure(weights: Tensor, map_names: Sequence[str], title: str) -> Figu
 
 
 def fused_map_names(model: CrossMAE) -> list[str]:
-    """Name the maps that a model mixes: "input" and block indices."""
+    """Name the encoder maps that are mixed: "input" and block indices."""
     return [*(["input"] if model.fuse_input else []), *map(str, model.fused_blocks)]
 
 
 def whole_scale(height: int, width: int, target: int) -> float:
-    """Compute a whole scale (or below 1) towards `target` pixels."""
+    """Compute a scale that brings an image close to `target` pixels.
+
+    The scale is an integer for enlarging, and a fraction below 1 for shrinking.
+    """
     side = max(height, width)
     return target / side if side > 1.5 * target else max(round(target / side), 1)
 
@@ -158,7 +164,7 @@ def _grid(
     column_labels: bool = False,
     captions: bool = False,
 ) -> tuple[Figure, list[list[Axes]]]:
-    """Lay out rows of pictures (columns, 3, H, W) in whole pixels."""
+    """Arrange rows of pictures (columns, 3, H, W) at whole pixels."""
     columns, _, H, W = pictures[0].shape
     scale = whole_scale(H, W, target)
     cell_w, cell_h = round(W * scale), round(H * scale)
@@ -185,7 +191,7 @@ def _grid(
 
 
 def _show(axis: Axes, picture: Tensor, enlarged: bool) -> None:
-    # matplotlib's own choice would smooth some of the panels, those whose width is 159.99999999 pixels.
+    # Without this setting, matplotlib would smooth panels with a width such as 159.99999999 pixels.
     interpolation = "nearest" if enlarged else "hanning"
     axis.imshow(picture.permute(1, 2, 0).cpu().numpy(), interpolation=interpolation, aspect="auto")
     axis.set(xticks=[], yticks=[])
@@ -193,7 +199,7 @@ def _show(axis: Axes, picture: Tensor, enlarged: bool) -> None:
 
 
 def _wrap(text: str, width: int, points: float) -> list[str]:
-    # A character is 0.56 of its size wide.
+    # The width of a character is about 0.56 of the font size.
     return textwrap.wrap(text, int((width - 2 * MARGIN) / (points * DPI / 72 * 0.56)))
 
 

@@ -1,11 +1,11 @@
-"""Reconstructions of image files, as pictures, animations and numbers in one folder.
+"""Reconstructions of image files: pictures, animations and PSNR in one folder.
 
-    OUTPUT/overview-1.png ...       eight images a sheet
+    OUTPUT/overview-1.png ...       eight images per sheet
     OUTPUT/grids/NAME.png           input, masked, reconstruction, pasted
-    OUTPUT/animations/NAME.gif      masked and pasted over growing mask ratios
-    OUTPUT/psnr.json                written last, so that its presence proves that the rest is complete
+    OUTPUT/animations/NAME.gif      masked and pasted with growing mask ratios
+    OUTPUT/psnr.json                written last: if this file exists, all other files are complete
 
-The mask of an image depends on the seed and on the bytes of its file, not on its name or on the other images.
+The mask of an image depends only on the seed and on the bytes of the image file.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from crossmae.pretraining.reconstruction import Panels, psnr, reconstruct
 from crossmae.pretraining.validation import model_size
 from crossmae.reports.figures import save_figure
 
-SHEET = 8  # images on one overview, and in one batch
+SHEET = 8  # images per overview and per batch
 GIF_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 OVERVIEW, GRIDS, ANIMATIONS, NUMBERS = "overview-{}.png", "grids", "animations", "psnr.json"
 
-PANEL = 244  # pixels: size of the longer side of an animated panel, about; two and their margins make 512
+PANEL = 244  # approximate longer side of an animated panel, in pixels; two panels and margins make 512
 MARGIN, TEXT = 12, 15  # pixels
-FRAME_MS, END_MS = 240, 1000  # duration of a frame, and of the first and the last one
+FRAME_MS, END_MS = 240, 1000  # milliseconds of a frame, and of the first and last frame
 
 
 @dataclass(frozen=True)
 class Result:
-    """PSNR in dB of one image, over its masked patches and over the pasted whole."""
+    """PSNR of one image in dB, over the masked patches and over the whole pasted image."""
 
     image: str
     name: str
@@ -55,14 +55,14 @@ class Result:
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:
-    """Name each image uniquely: by stem, with its folder, or numbered."""
+    """Name each image uniquely: by stem, by folder and stem, or numbered."""
     names: list[str] = []
     taken: set[str] = set()
     for path in paths:
         numbered = (f"{path.stem}-{number}" for number in count(2))
         candidates = chain([path.stem, f"{path.absolute().parent.name}-{path.stem}"], numbered)
         names.append(next(name for name in candidates if name.casefold() not in taken))
-        taken.add(names[-1].casefold())  # some file systems ignore case
+        taken.add(names[-1].casefold())  # some file systems ignore upper and lower case
     return names
 
 
@@ -93,14 +93,14 @@ def write_gallery(
     seed: int = 0,
     force: bool = False,
 ) -> list[Result]:
-    """Reconstruct every image and write all pictures and numbers.
+    """Reconstruct every image, and write all pictures and numbers.
 
     Args:
-        gif_ratios: mask ratios of the animation, ascending; none, no animations.
+        gif_ratios: mask ratios of the animation, ascending; empty: no animations.
 
     Raises:
-        UserError: an impossible ratio, an unreadable image, or files to overwrite without `force`, before anything is
-            written.
+        UserError: If a ratio is impossible, an image is unreadable, or files would be overwritten without `force`.
+            Nothing has been written then.
     """
     model = pretrained.model
     for ratio in (mask_ratio, *gif_ratios):
@@ -124,7 +124,7 @@ def write_gallery(
         panels = reconstruct(model, pixels, mask_ratio, noise, normalize).cpu()
         results += _write_sheet(output, start // SHEET + 1, panels, paths[own], names[own], mask_ratio)
         frames: list[list[Image.Image]] = [[] for _ in paths[own]]
-        for ratio in gif_ratios:  # with the same noise at every ratio, the visible part only shrinks
+        for ratio in gif_ratios:  # the noise is the same for every ratio, so visible patches only disappear
             panels = reconstruct(model, pixels, ratio, noise, normalize).cpu()
             for index, (its_frames, value) in enumerate(zip(frames, psnr(panels)[0].tolist(), strict=True)):
                 its_frames.append(animation_frame(panels.one(index), ratio, value))
@@ -172,9 +172,10 @@ def animation_frame(panels: Panels, mask_ratio: float, decibels: float) -> Image
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path) -> None:
-    """Write a GIF that plays forth and back.
+    """Write a GIF that plays forward and backward.
 
-    All frames share one palette, made of all of them, and are not dithered, so that still parts stay still.
+    All frames share one palette, computed from all frames. Frames are not dithered, so that parts without motion do not
+    flicker.
     """
     montage = Image.new("RGB", (frames[0].width, frames[0].height * len(frames)))
     for index, frame in enumerate(frames):
@@ -223,8 +224,8 @@ def _refuse_to_overwrite(output: Path, names: Sequence[str], animated: bool, for
     there = [path for path in planned if path.exists()]
     if there and not force:
         raise UserError(
-            f"--output: {there[0]} exists already ({len(there)} of {len(planned)} files to write do). "
-            "Name another folder, or overwrite with --force."
+            f"--output: {len(there)} of {len(planned)} output files already exist, for example {there[0]}. "
+            "Choose another folder, or pass --force to overwrite."
         )
 
 

@@ -20,11 +20,11 @@ class Batch(NamedTuple):
     """Images and mask noise of one micro-batch.
 
     Attributes:
-        images: (B, C, H, W), uint8 or, with a bit depth of 16, float32 in 0-1; normalised on the device, so that a
-            quarter of the bytes travel.
+        images: (B, C, H, W), uint8, or float32 in 0-1 for a bit depth of 16. Images are transferred as uint8, which
+            needs a quarter of the bytes of float32, and normalised on the device.
         noise: (B, L) float32, for `CrossMAE.forward`.
         indices: (B,) int64 positions in the source.
-        broken: samples that could not be read; other images are in their place.
+        broken: samples that could not be read and were replaced by other images.
     """
 
     images: Tensor

@@ -1,8 +1,8 @@
-"""Starting weights of a run.
+"""Initial weights of a run, from one of three sources.
 
-1. With --resume: the latest complete checkpoint in the run's own folder, with the optimizer and the position.
-2. `model.init`: a whole model, or an encoder, of any format that `crossmae.checkpoints.weights` reads.
-3. Random ones, which depend on the seed only.
+1. With --resume: the latest complete checkpoint in the run's folder, with the optimizer state and the position.
+2. `model.init`: a whole model or an encoder, in any format that `crossmae.checkpoints.weights` reads.
+3. Random weights, which depend only on the seed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def build_model(arguments: Mapping[str, Any], seed: int, mask_ratio: float, predict_ratio: float) -> CrossMAE:
-    """Build the model with random weights, which depend on the seed only."""
+    """Build the model with random weights that depend only on the seed."""
     torch.manual_seed(seed)
     try:
         model = CrossMAE(**arguments)
@@ -40,10 +40,11 @@ def build_model(arguments: Mapping[str, Any], seed: int, mask_ratio: float, pred
 def start_from(model: CrossMAE, path: Path, arguments: Mapping[str, Any], data: DataConfig) -> LoadReport:
     """Load the weights of a file into a new model.
 
-    Position table, patch filters and channels are brought to the model's; see `crossmae.checkpoints.load`.
+    Position embeddings, patch filters and channels are converted to the size of the model: see
+    `crossmae.checkpoints.load`.
 
     Raises:
-        UserError: the encoders differ in more than their input; nothing was loaded.
+        UserError: If the encoders differ in more than their input. No weights have been loaded then.
     """
     weights = read_weights(path)
     compare_pixels(weights, data)
@@ -88,7 +89,7 @@ def _same(key: str, recorded: Mapping[str, Any], arguments: Mapping[str, Any]) -
 
 
 def compare_pixels(weights: Weights, data: DataConfig) -> None:
-    """Warn about weights that were trained on pixels made in another way."""
+    """Warn if weights were trained with another mean, std or bit depth."""
     for key, name, mine in (
         (PIXEL_MEAN, "mean", list(data.mean)),
         (PIXEL_STD, "std", list(data.std)),

@@ -1,4 +1,4 @@
-"""Quality of frozen features: k nearest neighbours on the encoder's features of labelled images.
+"""Quality of frozen features: k-nearest-neighbour accuracy on labelled images.
 
 Shapes: B batch, L patches, E width, N training images, M other images.
 """
@@ -18,15 +18,15 @@ from crossmae.models.encoder import ViTEncoder
 Pool = Literal["avg", "cls"]
 FeaturePool = Literal["avg", "cls", "cls_avg"]
 
-VALUES = 1 << 24  # of a matrix that is computed in parts, held at a time: 64 MB
-CONSTANT = 1e-6  # a deviation below this share of the mean is rounding, not signal
+VALUES = 1 << 24  # largest number of similarities in memory at a time: 64 MB
+CONSTANT = 1e-6  # a deviation below this share of the mean is a rounding error
 
 
 def pool_tokens(tokens: Tensor, pool: FeaturePool) -> Tensor:
     """Pool tokens (B, L + 1, E), class token first, to features.
 
     Args:
-        pool: "avg", the patches' mean (B, E); "cls", the class token (B, E); "cls_avg", both concatenated (B, 2 E).
+        pool: "avg": mean of the patch tokens (B, E); "cls": class token (B, E); "cls_avg": both concatenated (B, 2 E).
     """
     if pool not in get_args(FeaturePool):
         raise ValueError(f"pool must be one of {', '.join(get_args(FeaturePool))}, got {pool!r}")
@@ -37,11 +37,11 @@ def pool_tokens(tokens: Tensor, pool: FeaturePool) -> Tensor:
 
 
 def encode_tokens(encoder: ViTEncoder, imgs: Tensor) -> Tensor:
-    """Encode images by the last trained block: (B, L + 1, E).
+    """Encode images with the last trained block: (B, L + 1, E).
 
-    With fused maps this is the last fused block: later blocks never run and hold random numbers. The decoder reads the
-    block's output without a norm, so none is applied. A model without fusion (and decoder="self") ends in `norm`, which
-    is applied. A bare encoder returns its last block.
+    With fusion, the last trained block is the last fused block: later blocks never run and have random weights. The
+    decoder reads the block's output without a norm, so no norm is applied here. A model without fusion, including
+    decoder="self", ends with `norm`, which is applied. A bare encoder returns the output of its last block.
 
     Args:
         imgs: (B, C, H, W) normalised pixels, every patch visible.
@@ -58,7 +58,7 @@ def encode_tokens(encoder: ViTEncoder, imgs: Tensor) -> Tensor:
 def encode_images(encoder: ViTEncoder, batches: Iterable[Tensor], pool: Pool = "avg") -> Tensor:
     """Encode all images to features (N, E), float32 on the CPU.
 
-    The encoder keeps its mode, training or not.
+    The encoder stays in training or evaluation mode.
 
     Args:
         batches: normalised pixels (B, C, H, W) on any device, in order; at least one batch.
@@ -73,7 +73,7 @@ def encode_images(encoder: ViTEncoder, batches: Iterable[Tensor], pool: Pool = "
 
 
 def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the mean and deviation (E,), infinite for constant dimensions."""
+    """Compute mean and deviation (E,), infinite for constant dimensions."""
     parts = features.split(max(VALUES // features.shape[1], 1))
     mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(features)
     squares = torch.stack([(part.double() - mean).square().sum(dim=0) for part in parts])
@@ -92,11 +92,11 @@ def scale(features: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def standardize(train: Tensor, val: Tensor) -> tuple[Tensor, Tensor]:
-    """Standardise features (N, E) and (M, E) by those of `train`.
+    """Standardise features (N, E) and (M, E) with statistics of `train`.
 
-    A few dimensions of MAE features are far larger than the rest and would decide every similarity; the batch norm in
-    front of the linear probe of the MAE paper (arXiv 2111.06377, A.1) does the same. Dimensions that do not vary in
-    `train` become 0.
+    A few dimensions of MAE features are far larger than the rest and would dominate every similarity. The batch norm
+    before the linear probe of the MAE paper (arXiv 2111.06377, A.1) has the same purpose. Dimensions that are constant
+    in `train` become 0.
     """
     statistics = feature_statistics(train)
     return scale(train, statistics), scale(val, statistics)
@@ -104,18 +104,18 @@ def standardize(train: Tensor, val: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def nearest(train: Tensor, queries: Tensor, k: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Find the k nearest training images of every query, the nearest first.
+    """Find the k nearest training images of every query, nearest first.
 
     Args:
-        train, queries: features (N, E) and (M, E); similarity is the cosine.
-        k: neighbours; at most N, or N - 1 with `own`.
-        own: (M,) a training image for each query that is ignored: itself, to leave one out.
+        train, queries: features (N, E) and (M, E). The similarity is the cosine.
+        k: number of neighbours; at most N, or N - 1 with `own`.
+        own: (M,) position in `train` of each query itself, which is excluded (leave-one-out).
 
     Returns:
         Similarities (M, k) and positions in `train` (M, k).
     """
     train = F.normalize(train.float(), dim=1)
-    chunk = max(VALUES // len(train), 1)  # queries at a time
+    chunk = max(VALUES // len(train), 1)  # number of queries per chunk
     parts = []
     for first in range(0, len(queries), chunk):
         similarity = F.normalize(queries[first : first + chunk].float(), dim=1) @ train.T  # (chunk, N)
@@ -126,17 +126,17 @@ def nearest(train: Tensor, queries: Tensor, k: int, own: Tensor | None = None) -
 
 
 def vote(similarity: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
-    """Predict classes (M,) by a vote, ties to the lowest class.
+    """Predict classes (M,) by a vote. Ties give the lowest class.
 
-    A neighbour's vote weighs exp(similarity / temperature), as in arXiv 1805.01978, section 3.4.
+    The weight of a neighbour is exp(similarity / temperature), as in arXiv 1805.01978, section 3.4.
 
     Args:
-        similarity, labels: (M, k) of the neighbours, the nearest first.
+        similarity, labels: (M, k) similarities and labels of the neighbours, nearest first.
     """
     chunk = max(VALUES // num_classes, 1)
     winners = []
     for near, classes in zip(similarity.split(chunk), labels.split(chunk), strict=True):
-        # Only ratios of votes count: with the best neighbour's set to 1, a low temperature cannot overflow.
+        # Only ratios of votes matter. The best neighbour has weight 1, so that a low temperature cannot overflow.
         votes = ((near - near[:, :1]) / temperature).exp().double()
         winners.append(votes.new_zeros(len(near), num_classes).scatter_add_(1, classes, votes).argmax(dim=1))
     return torch.cat(winners)
@@ -151,7 +151,7 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Compute the share of validation images that their neighbours' `vote` classifies correctly.
+    """Compute the share of validation images that `vote` classifies correctly.
 
     Args:
         train_features, val_features: (N, E) and (M, E).

@@ -17,13 +17,13 @@ from crossmae.models.masking import gather_tokens
 
 @dataclass(frozen=True)
 class Panels:
-    """Images and a model's reconstructions, pixels in 0-1.
+    """Images and a model's reconstructions, with pixels in 0-1.
 
     Attributes:
-        input: (B, C, H, W), the images themselves.
-        pasted: (B, C, H, W), masked patches as the model predicts them; visible ones are the input's, exactly.
-        hidden: (B, 1, H, W) bool; true where patches are masked, and the model predicts.
-        norm_pix_loss: whether predicted patches were scaled by the true patch's mean and deviation.
+        input: (B, C, H, W), the original images.
+        pasted: (B, C, H, W), the model's predictions for masked patches; visible patches are identical to `input`.
+        hidden: (B, 1, H, W) bool; true where patches are masked and predicted.
+        norm_pix_loss: true if predicted patches were scaled by the mean and deviation of the true patch.
     """
 
     input: Tensor
@@ -45,13 +45,15 @@ class Panels:
 def reconstruct(model: CrossMAE, pixels: Tensor, mask_ratio: float, noise: Tensor, normalize: Normalize) -> Panels:
     """Predict every masked patch and undo both normalisations.
 
-    With `norm_pix_loss` the model predicts standardised patches; they are scaled back by the true patch's mean and
-    deviation, so that their brightness and contrast are given and their structure is the model's.
+    With `norm_pix_loss`, the model predicts standardised patches. Each patch is scaled back with the mean and deviation
+    of the true patch. Brightness and contrast then come from the true patch, and only the structure comes from the
+    model.
 
     Args:
         pixels: (B, C, H, W), uint8 or float32 in 0-1.
-        mask_ratio: share of all patches to mask; all of them are predicted.
-        noise: (B, L), decides the masking: the same noise at a lower ratio shows the same patches and more.
+        mask_ratio: share of all patches to mask; all masked patches are predicted.
+        noise: (B, L) values that decide the masking. With the same noise, a lower ratio adds visible patches and
+            removes none.
     """
     imgs = normalize(pixels)
     out = model(imgs, mask_ratio, mask_ratio, noise)
@@ -60,7 +62,7 @@ def reconstruct(model: CrossMAE, pixels: Tensor, mask_ratio: float, noise: Tenso
     if model.norm_pix_loss:
         center, scale = patch_statistics(gather_tokens(patches, out.predict_idx))
         pred = pred * scale + center
-    # Plain MAE also predicts visible patches: the true ones are laid over them.
+    # Plain MAE also predicts visible patches. The true visible patches replace these predictions.
     filled = _put(_put(patches, out.predict_idx, pred), out.visible_idx, gather_tokens(patches, out.visible_idx))
     grid, side = model.grid, model.patch_size
     hidden = torch.ones_like(patches[..., : side**2])
@@ -74,14 +76,15 @@ def reconstruct(model: CrossMAE, pixels: Tensor, mask_ratio: float, noise: Tenso
 
 
 def psnr(panels: Panels) -> tuple[Tensor, Tensor]:
-    """Measure the reconstructions against the input: pixels clipped to 0-1, peak 1.
+    """Measure the PSNR of reconstructions, pixels clipped to 0-1, peak 1.
 
-    The published numbers (method specification, section 2.5) are of masked patches. With `norm_pix_loss` the true
-    statistics of each patch are part of the reconstruction, so models with and without it cannot be compared.
+    The published values (method specification, section 2.5) are for masked patches. With `norm_pix_loss`, the true
+    statistics of each patch are part of the reconstruction. Models with and without `norm_pix_loss` therefore cannot be
+    compared.
 
     Returns:
-        PSNR in dB, (B,) float64, infinite for a perfect match: over the pixels of masked patches, and over the whole
-        image, in which visible patches are free of error.
+        PSNR in dB, two tensors (B,) float64, infinite for a perfect match. The first is over the pixels of masked
+        patches, the second over the whole image, where visible patches have no error.
     """
     error = (panels.pasted.double() - panels.input.double()).square().mean(dim=1, keepdim=True)  # (B, 1, H, W)
     masked = (error * panels.hidden).sum(dim=(1, 2, 3)) / panels.hidden.sum(dim=(1, 2, 3))
@@ -89,7 +92,7 @@ def psnr(panels: Panels) -> tuple[Tensor, Tensor]:
 
 
 def _put(patches: Tensor, idx: Tensor, values: Tensor) -> Tensor:
-    """Copy patches (B, L, P), with new values at some indices."""
+    """Copy patches (B, L, P) with new values at some indices."""
     return patches.scatter(1, idx.unsqueeze(-1).expand_as(values), values)
 
 

@@ -1,6 +1,6 @@
 """Pretraining: reconstruct masked patches of unlabelled images.
 
-`crossmae.training.loop.train_steps` does the steps; here are the job that it does, and the loss.
+This module has the pretraining job and the loss. `crossmae.training.loop.train_steps` runs the steps.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from crossmae.training.state import TrainingState
 
 log = logging.getLogger(__name__)
 
-# Factor of the published learning rate (method specification, 1.9); "none" and "inverse" are the published code's
-# alternatives.
+# Factor on the learning rate. "published": method specification, 1.9. "none" and "inverse" are alternatives in the
+# published code.
 LR_RULES = {
     "published": lambda mask, predict: predict / mask,
     "none": lambda mask, predict: 1.0,
@@ -56,18 +56,18 @@ LR_RULES = {
 def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
     """Train a model and return the file of its final weights.
 
-    Reads every key of `PretrainConfig`. Where the weights come from: see `crossmae.pretraining.initial_weights`.
-    In several processes: see `crossmae.training.loop.train`.
+    Reads every key of `PretrainConfig`. `crossmae.pretraining.initial_weights` describes the initial weights,
+    `crossmae.training.loop.train` describes training in several processes.
 
     Raises:
-        UserError: bad data, a folder in use by another run, an impossible combination of settings, a loss that is not
-            finite.
+        UserError: If the data are bad, the folder is in use by another run, settings contradict each other, or the loss
+            is not finite.
     """
     return train(config, partial(build_job, config, resume))
 
 
 def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.device, precision: str) -> Job:
-    """Build model, data and schedule, and check them, without writing anything."""
+    """Build and check model, data and schedule, without writing files."""
     # The model, with random weights.
     data, optim, seed, mask_ratio = config.data, config.optim, config.runtime.seed, config.model.mask_ratio
     check_writable(config.output_dir, "output_dir")
@@ -79,14 +79,14 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
     source = images.source
     predict_ratio = model.scored_ratio(mask_ratio, config.model.predict_ratio)
     schedule = make_schedule(batches, optim, config.schedule, LR_RULES[optim.lr_rule](mask_ratio, predict_ratio))
-    # The start: a checkpoint of this run, given weights, or the random ones.
+    # The initial weights: a checkpoint of this run, given weights, or random weights.
     fingerprint = config.fingerprint(schedule.images, precision, ranks.world_size)
     start = find_start(config.output_dir, resume)
     complete = is_complete(start, schedule.last_step, fingerprint)
     licence = recorded_licence(start / MODEL) if start else None
     if config.model.init and not start:
         licence = start_from(model, config.model.init.expanduser(), arguments, data).licence
-    # Measurements, and a look at every image.
+    # The measurements, and a check of every image.
     normalize = Normalize(data.mean, data.std, device)
     warmup = schedule.warmup_steps / schedule.total_steps
     judges = build_judges(config, model, source, warmup, ranks, normalize)
@@ -154,14 +154,14 @@ def reconstruction_loss(
 
 @dataclass(frozen=True)
 class Judges(Callbacks):
-    """Measurements of a run: held-out loss, nearest neighbours, pictures, health of the training loss.
+    """Measurements during a run: held-out loss, nearest neighbours, pictures, health of the training loss.
 
     Attributes:
-        held_out: images of the held-out loss; None: none.
-        preview: images of the pictures; None: no pictures.
+        held_out: images for the held-out loss; None: no held-out loss.
+        preview: images for the pictures; None: no pictures.
         validate_every, probe_every: epochs between two measurements.
         draw_every: steps between two pictures.
-        is_given: the run started from given weights, whose loss has not far to fall.
+        is_given: the run started from given weights, so the loss may fall only a little.
     """
 
     held_out: HeldOut | None
@@ -174,13 +174,13 @@ class Judges(Callbacks):
     is_given: bool
 
     def begin(self, state: TrainingState, records: RunLog) -> None:
-        """Measure and draw what a new run starts from."""
+        """Measure and draw before the first step of a new run."""
         if state.step == 0:
             self.judge(state, records, validate=True, probe=True)
             self.draw(state, records)
 
     def after_log(self, state: TrainingState, records: RunLog, loss: float) -> None:
-        """Warn where the loss is not as expected."""
+        """Warn if the loss is not as expected."""
         if state.ranks.is_main:
             first = math.inf if self.is_given else next(float(row["loss"]) for row in records.rows if "loss" in row)
             for warning in self.health.warnings(state.step / records.schedule.total_steps, loss, first):
@@ -194,7 +194,7 @@ class Judges(Callbacks):
             self.draw(state, records)
 
     def judge(self, state: TrainingState, records: RunLog, validate: bool, probe: bool) -> None:
-        """Measure and log held-out loss and accuracy, also of averaged weights."""
+        """Measure held-out loss and accuracy, also of averaged weights."""
         values: dict[str, float] = {}
         for suffix, model in cast(dict[str, CrossMAE], state.models).items():
             if validate and self.held_out:
@@ -221,7 +221,7 @@ class Judges(Callbacks):
 def build_judges(
     config: PretrainConfig, model: CrossMAE, source: Source, warmup: float, ranks: Ranks, normalize: Normalize
 ) -> Judges:
-    """Read the held-out and the labelled images.
+    """Read the held-out images and the labelled images.
 
     Args:
         warmup: share of the schedule in which the learning rate rises.
@@ -254,7 +254,7 @@ def build_judges(
 
 
 def lr_rule(optim: OptimConfig, images_per_step: int, mask_ratio: float, predict_ratio: float) -> str:
-    """Format the arithmetic behind the peak learning rate."""
+    """Describe how the peak learning rate is computed."""
     if optim.lr:
         return "optim.lr"
     factors = {
@@ -266,9 +266,10 @@ def lr_rule(optim: OptimConfig, images_per_step: int, mask_ratio: float, predict
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Group trainable parameters: biases and norms (one-dimensional) without decay, others with it.
+    """Group trainable parameters by weight decay.
 
-    As published, `cls_token`, `mask_token` and `wfm.linear.weight` are decayed.
+    Biases and norms (one-dimensional) have no decay. All other parameters are decayed, including `cls_token`,
+    `mask_token` and `wfm.linear.weight`, as published.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [

@@ -1,4 +1,4 @@
-"""Judges of a run while it trains: held-out loss, fixed pictures, nearest neighbours, health of the loss."""
+"""Evaluations during training: held-out loss, fixed pictures, nearest neighbours, health of the loss."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from crossmae.training.processes import Ranks
 
 
 class HeldOut:
-    """Centre views of images with the same masks in every run: noise depends on an image's index only.
+    """Centre views of images with fixed masks. The noise depends only on the index of an image.
 
     Args:
-        most: at most so many of them, evenly spaced.
-        ranks: this process keeps and evaluates its share.
-        broken: policy for unreadable images; others take the place of training images only.
+        most: largest number of images, evenly spaced.
+        ranks: each process keeps and evaluates its share.
+        broken: "error" for validation images; "substitute" replaces unreadable training images.
     """
 
     def __init__(
@@ -55,13 +55,14 @@ class HeldOut:
     def loss(self, model: CrossMAE, autocast: torch.autocast) -> float:
         """Compute the mean loss over all masked patches of all images.
 
-        All masked patches are predicted, whatever the predict ratio, so that runs of one mask ratio can be compared.
+        All masked patches are predicted, independent of the predict ratio. Runs with the same mask ratio can therefore
+        be compared.
         """
         device, was_training = self.normalize.mean.device, model.training
         model.eval()
         total = torch.zeros((), dtype=torch.float64, device=device)
         for images, noise in zip(self.images.split(self.batch_size), self.noise.split(self.batch_size), strict=True):
-            if len(images):  # a process may have no share
+            if len(images):  # a process may have no images
                 with autocast:
                     pixels = self.normalize(images.to(device))
                     loss = model(pixels, self.mask_ratio, self.mask_ratio, noise.to(device)).loss
@@ -76,7 +77,7 @@ class HeldOut:
 
 
 class Neighbours:
-    """The online probe: k nearest neighbours on features of labelled images (see `crossmae.pretraining.neighbours`)."""
+    """The online probe: k-nearest-neighbour accuracy on labelled images (see `crossmae.pretraining.neighbours`)."""
 
     def __init__(
         self,
@@ -104,7 +105,7 @@ class Neighbours:
             raise UserError(f"probe.k: {k} neighbours of {len(self.views[0])} images in probe.train")
 
     def accuracy(self, model: CrossMAE) -> float:
-        """Compute the share of probe.val that is classified correctly."""
+        """Compute the share of probe.val images that are classified correctly."""
         device, settings, features = self.normalize.mean.device, self.settings, []
         for views in self.views:
             batches = (self.normalize(batch.to(device)) for batch in views.split(self.batch_size))
@@ -128,7 +129,7 @@ def load_views(
     def view(index: int) -> Tensor:
         return centre_view(read_or_next(source, index, channels, bit_depth, broken)[0], size)
 
-    # Filled in place: to stack a list would take twice the memory.
+    # Filled in place, because stacking a list would need twice the memory.
     views = torch.empty(len(indices), channels, *size, dtype=torch.uint8 if bit_depth == 8 else torch.float32)
     try:
         for position, one in enumerate(map_in_order(view, indices, bar=f"read {key}")):
@@ -144,7 +145,7 @@ def model_size(model: CrossMAE) -> tuple[int, int]:
 
 
 def fixed_noise(index: int, num_patches: int) -> Tensor:
-    """Draw the same noise (L,) of an image in every run."""
+    """Draw noise (L,) for an image, the same in every run."""
     return torch.from_numpy(np.random.default_rng([0, index]).random(num_patches, dtype=np.float32))
 
 
@@ -153,17 +154,17 @@ def _named(classes: Sequence[str]) -> str:
 
 
 Band = Sequence[tuple[float, float, float]]
-SETTLED = 0.1  # share of the schedule after which a loss must have fallen; later where the warm-up is long
-MOVED = 0.97  # of the first loss, or of 1, the loss of predicting each patch's mean
+SETTLED = 0.1  # share of the schedule after which the loss must have fallen; later for a long warm-up
+MOVED = 0.97  # share of the first loss, or of 1 (the loss of predicting the mean of each patch)
 
 
 class Health:
-    """Watch over the training loss of one run.
+    """Checks of the training loss of one run.
 
     Args:
-        band: rows of (share of the schedule, lowest, highest expected loss), shares rising. Limits are interpolated
-            between rows; before the first row nothing is expected.
-        normalised: targets are standardised per patch, so that predicting nothing costs 1.
+        band: rows of (share of the schedule, lowest, highest expected loss), with rising shares. Limits are
+            interpolated between rows. There are no limits before the first row.
+        normalised: targets are standardised per patch, so that predicting the mean gives a loss of 1.
         warmup: share of the schedule in which the learning rate rises.
     """
 
@@ -173,11 +174,11 @@ class Health:
         self.is_above = self.is_stuck = False
 
     def warnings(self, share: float, loss: float, first: float) -> list[str]:
-        """Warn about a loss, once for each trouble until it is over.
+        """Return warnings about a loss, once until the problem is over.
 
         Args:
-            share: steps done over all steps, 0 to 1.
-            first: first loss of the run; inf where a good start cannot fall much.
+            share: completed steps divided by all steps, 0 to 1.
+            first: first loss of the run; inf if the initial weights are good and the loss cannot fall much.
         """
         found = []
         limits = self.limits(share)

@@ -1,4 +1,4 @@
-"""Figures: matplotlib figures as files, and curves as SVG inside a page."""
+"""Figures: matplotlib figures as files, and curves as SVG for a page."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from crossmae.files import write_atomically
 from crossmae.reports.page import Missing, Plot, counted
 
 DPI = 120
-SMOOTH_FROM = 40  # points; shorter curves are drawn as they are
-MOST_CURVES = 6  # in one plot
-# Colours that no figure uses by accident. In the SVG each becomes a CSS variable, so that figures follow the reader's
-# light or dark mode.
+SMOOTH_FROM = 40  # curves with fewer points are not smoothed
+MOST_CURVES = 6  # largest number of curves in one plot
+# Placeholder colours that no other part of a figure uses. In the SVG, each placeholder becomes a CSS variable, so that
+# figures follow the light or dark mode of the browser.
 _SERIES = [f"#01fe0{number}" for number in range(1, MOST_CURVES + 1)]
 _TEXT, _GRID = "#01fe11", "#01fe12"
 _CSS_COLORS = {color: f"var(--series-{i})" for i, color in enumerate(_SERIES, start=1)}
 _CSS_COLORS |= {_TEXT: "var(--muted)", _GRID: "var(--line)"}
-_SIZE_INCHES = (4.6, 2.9)  # small: labels stay readable when a phone scales the figure down
+_SIZE_INCHES = (4.6, 2.9)  # small, so that labels stay readable on a phone
 _STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text: selectable, and in the page's own font
+    "svg.fonttype": "none",  # keep text selectable and in the font of the page
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -38,7 +38,7 @@ _STYLE: Any = {
 }
 
 Curves = Mapping[str, Sequence[Sequence[float]]]  # x and y by label
-# By title of a plot: the name of the values, and labels by key of a value.
+# Key: title of a plot. Value: name of the y axis, and curve labels by log key.
 PlotKeys = Mapping[str, tuple[str, Mapping[str, str]]]
 
 
@@ -48,16 +48,16 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def line_plot(curves: Curves, *, title: str, x_label: str, y_label: str, caption: str) -> Plot:
-    """Draw curves over one pair of axes.
+    """Draw curves with common axes.
 
-    A long curve is drawn faintly, under its running mean over 5 % of its points.
+    A long curve is drawn faintly, with its running mean over 5 % of its points on top.
 
     Args:
-        curves: equally long x and y by label; at most `MOST_CURVES`; NaN in y leaves a gap.
+        curves: x and y of equal length, by label; at most `MOST_CURVES`; NaN in y leaves a gap.
         title: unique on the page.
     """
     buffer = io.StringIO()
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": title}):  # the same figure gives the same bytes
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": title}):  # the SVG is reproducible
         figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
         axes = figure.add_subplot()
         axes.set(xlabel=x_label, ylabel=y_label)
@@ -67,7 +67,7 @@ def line_plot(curves: Curves, *, title: str, x_label: str, y_label: str, caption
 
 
 def curve_plots(rows: Sequence[Mapping[str, Any]], source: Path, x: str, plots: PlotKeys) -> list[Plot | Missing]:
-    """Plot logged values over `x`, or name the log `source` without values."""
+    """Plot logged values over `x`, or report values missing from `source`."""
     found: list[Plot | Missing] = []
     for title, (y_label, keys) in plots.items():
         points = {label: [(row[x], row[key]) for row in rows if x in row and key in row] for key, label in keys.items()}
@@ -99,7 +99,7 @@ def _draw_curves(axes: Axes, curves: Curves) -> None:
 
 
 def running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """Average (n,) values over a centred window, without NaN."""
+    """Average values (n,) over a centred window, ignoring NaN."""
     half = width // 2
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     finite = (window[np.isfinite(window)] for window in windows)
@@ -107,7 +107,7 @@ def running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]
 
 
 def _themed_svg(svg: str, title: str) -> Markup:
-    """Give matplotlib's SVG theme colours, unique ids, fluid size and a name."""
+    """Give matplotlib's SVG theme colours, unique ids, fluid size and a label."""
     svg = svg[svg.index("<svg") :]
     for color, variable in _CSS_COLORS.items():
         svg = svg.replace(color, variable)

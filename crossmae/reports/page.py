@@ -1,8 +1,8 @@
 """Self-contained report pages: one HTML file with its styles, figures and images.
 
-A page is data: a `Report` of `Section`s of blocks, rendered through `templates/report.html.j2`. The template escapes
-every string except the SVG of `crossmae.reports.figures.line_plot`. A content security policy in the page forbids the
-browser to load anything.
+A page is described by data: a `Report` has `Section`s, and a section has blocks. The template
+`templates/report.html.j2` escapes every string except the SVG of `crossmae.reports.figures.line_plot`. A content
+security policy in the page stops the browser from loading any other file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PERCENT = "\N{NO-BREAK SPACE}%"
 
 @dataclass(frozen=True)
 class Fact:
-    """A headline number: its label, its value with unit, and a remark."""
+    """A headline number: label, value with unit, and an optional note."""
 
     label: str
     value: str
@@ -42,7 +42,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as data URI, with its size in CSS pixels and a short label shown on it."""
+    """An image as data URI, with its size in CSS pixels and a short visible label."""
 
     source: str
     width: int
@@ -61,27 +61,27 @@ class PictureRow:
 
 @dataclass(frozen=True)
 class Bar:
-    """A table cell with a bar of a share between 0 and 1 behind its text."""
+    """A table cell with text in front of a bar. The length of the bar is a share between 0 and 1."""
 
     text: str
     share: float
 
 
-TableRow = Sequence[str | Bar]  # of a table
+TableRow = Sequence[str | Bar]  # cells of one row
 
 
 class PageBlock:
-    """Base of what a section shows below its text."""
+    """Base class of the blocks below the text of a section."""
 
     @property
     def kind(self) -> str:
-        """The block's name in the template."""
+        """Name of the block in the template."""
         return type(self).__name__.lower()
 
 
 @dataclass(frozen=True)
 class Gallery(PageBlock):
-    """Picture rows, as many side by side as fit when each is at least `min_width` CSS pixels wide."""
+    """Picture rows. Rows stand side by side if each is at least `min_width` CSS pixels wide."""
 
     rows: Sequence[PictureRow]
     min_width: int = 420
@@ -99,7 +99,7 @@ class Plot(PageBlock):
 
 @dataclass(frozen=True)
 class Table(PageBlock):
-    """A table whose first column is text and whose other columns are formatted numbers."""
+    """A table with text in the first column and formatted numbers in the other columns."""
 
     columns: Sequence[str]
     rows: Sequence[TableRow]
@@ -116,7 +116,7 @@ class Commands(PageBlock):
 
 @dataclass(frozen=True)
 class Missing(PageBlock):
-    """A notice in place of a block: which file is missing or damaged."""
+    """A notice in place of a block. The notice names the missing or damaged file."""
 
     path: Path
     what: str
@@ -125,7 +125,7 @@ class Missing(PageBlock):
 
 @dataclass(frozen=True)
 class Section:
-    """A headed part of the page: a text, then blocks."""
+    """A part of the page: title, text, then blocks."""
 
     title: str
     text: str = ""
@@ -133,13 +133,13 @@ class Section:
 
     @property
     def anchor(self) -> str:
-        """The section's id within the page."""
+        """HTML id of the section."""
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
 
 @dataclass(frozen=True)
 class Report:
-    """A page, whose `environment` lists (name, value) at its end."""
+    """HTML report page. `environment` contains (name, value) pairs, shown at the end of the page."""
 
     title: str
     lead: str
@@ -149,7 +149,7 @@ class Report:
     created: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
 
     def to_html(self) -> str:
-        """Render the page."""
+        """Render the page as HTML."""
         environment = Environment(
             loader=PackageLoader("crossmae.reports"),
             autoescape=True,
@@ -160,13 +160,13 @@ class Report:
         return environment.get_template("report.html.j2").render(report=self, groups=_side_by_side)
 
     def write(self, path: Path) -> Path:
-        """Write the page atomically into an existing folder, and return its path."""
+        """Write the page atomically into an existing folder, and return `path`."""
         write_text(path, self.to_html())
         return path
 
 
 def _side_by_side(blocks: Sequence[PageBlock]) -> list[list[PageBlock]]:
-    """Group neighbouring plots, which stand side by side on a wide page."""
+    """Group adjacent plots, which are side by side on a wide page."""
     groups: list[list[PageBlock]] = []
     for block in blocks:
         if groups and isinstance(block, Plot) and isinstance(groups[-1][0], Plot):
@@ -183,8 +183,8 @@ def embed_image(
 
     Args:
         image: (H, W, 3) uint8 RGB, or a PIL image.
-        density: image pixels per CSS pixel; 2 is crisp on high-resolution screens.
-        lossless: PNG, for drawings and text; else JPEG, with full colour resolution for thin coloured lines.
+        density: image pixels per CSS pixel; 2 is sharp on high-resolution screens.
+        lossless: true: PNG, for drawings and text. False: JPEG, with full colour resolution for thin coloured lines.
     """
     picture = (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB")
     buffer, kind = io.BytesIO(), "png" if lossless else "jpeg"
@@ -194,23 +194,29 @@ def embed_image(
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """Write a count with its noun: "1 image", "1,600 images"."""
+    """Format a count with its noun: "1 image", "1,600 images"."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def percent(share: float | None, digits: int = 1, unit: str = PERCENT) -> str:
-    """Write a share of 1 in percent, or a dash if undefined."""
+    """Format a share as percent, or as a dash if undefined.
+
+    A share of 1 is 100 %.
+    """
     return "-" if share is None or math.isnan(share) else f"{100 * share:.{digits}f}{unit}"
 
 
 def bar(share: float | None, digits: int = 1, unit: str = PERCENT) -> Bar:
-    """Make a cell of a share of 1, in percent."""
+    """Make a table cell with a share as percent and bar."""
     filled = 0.0 if share is None or math.isnan(share) else min(max(share, 0.0), 1.0)
     return Bar(percent(share, digits, unit), filled)
 
 
 def folded(command: str) -> str:
-    """Break a long shell command into pasteable lines of one option each."""
+    """Break a long shell command into lines that can be pasted.
+
+    Each line starts with an option or a `key=value` word.
+    """
     if len(command) <= LONGEST_COMMAND:
         return command
     lines: list[list[str]] = [[]]
@@ -222,7 +228,7 @@ def folded(command: str) -> str:
 
 
 def short_value(value: Any) -> str:
-    """Write a setting as text that fits into a table."""
+    """Format a setting as text that fits into a table."""
     text = "-" if value is None else str(value) or repr(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…"
 
@@ -238,5 +244,5 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Write a size in memory for people: "12 MiB", "1.84 GiB"."""
+    """Format a memory size: "12 MiB", "1.84 GiB"."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

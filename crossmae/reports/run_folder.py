@@ -1,4 +1,4 @@
-"""Run folders: the content of their files, also where some are missing or damaged because the run was cut off."""
+"""Readers for run folders. Files may be missing or damaged, because the run was interrupted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Default = TypeVar("Default")
 
 
 class FileContent(BaseModel):
-    """Base of what a page reads from a JSON file, whose other keys are ignored."""
+    """Base class for the content of a JSON file. Unknown keys are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -32,7 +32,7 @@ class FileContent(BaseModel):
         """Read a JSON file.
 
         Raises:
-            UserError: the file does not fit; names it and the first wrong key.
+            UserError: If the content has a wrong structure. The message names the file and the first wrong key.
         """
         content = read_json(path)
         if not isinstance(content, dict):
@@ -47,17 +47,20 @@ class FileContent(BaseModel):
 
 @dataclass(frozen=True)
 class LoggedNumbers:
-    """Logged numbers by name, one row per line, and the count of damaged lines."""
+    """Numbers from a log, one row per line, and the number of damaged lines."""
 
     rows: list[dict[str, float]] = field(default_factory=list)
     damaged: int = 0
 
     def values(self, key: str) -> list[float]:
-        """List all values of a name, in order."""
+        """List all values of a key, in order."""
         return [row[key] for row in self.rows if key in row]
 
     def spans(self, step: str, key: str) -> Iterator[tuple[float, float]]:
-        """Yield positive values with the steps since the value before."""
+        """Yield (steps, value) for positive values of `key`.
+
+        The steps are counted from the previous positive value.
+        """
         previous = 0.0
         for row in self.rows:
             if step in row and row.get(key, 0.0) > 0:
@@ -66,10 +69,12 @@ class LoggedNumbers:
 
 
 def read_log(path: Path, needed: str) -> LoggedNumbers:
-    """Read the JSON objects of a log, damaged without the number `needed`.
+    """Read the numbers in a log of JSON objects.
+
+    A line is counted as damaged if it does not contain the number `needed`.
 
     Raises:
-        UserError: no such file.
+        UserError: If the file does not exist.
     """
     try:
         lines = path.read_text("utf-8", errors="replace").splitlines()
@@ -81,7 +86,7 @@ def read_log(path: Path, needed: str) -> LoggedNumbers:
 
 
 def _numbers_of(line: str) -> dict[str, float]:
-    """Read the numbers in a JSON object, NaN included."""
+    """Read the numbers in a JSON object, including NaN."""
     try:
         row = json.loads(line)
         items = row.items() if isinstance(row, dict) else ()
@@ -91,14 +96,14 @@ def _numbers_of(line: str) -> dict[str, float]:
 
 
 class RunFolder:
-    """A run folder whose files may be missing or damaged, with the reasons in `faults`, by name of the file."""
+    """A run folder whose files may be missing or damaged. `faults` contains the reasons by file name."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.faults: dict[str, str] = {}
 
     def read(self, name: str, reader: Callable[[Path], T], default: Default) -> T | Default:
-        """Read a file, or note why it is missing and return `default`."""
+        """Read a file. If this fails, store the reason and return `default`."""
         path = self.path / name
         try:
             if path.is_file():
@@ -109,11 +114,11 @@ class RunFolder:
         return default
 
     def has(self, *names: str) -> bool:
-        """Tell if one of the files exists."""
+        """Check whether at least one of the files exists."""
         return any((self.path / name).is_file() for name in names)
 
     def missing(self, name: str, what: str, why: str = "the file does not exist") -> Missing:
-        """Name the file without which `what` cannot be shown."""
+        """Return a notice that `what` cannot be shown without a file."""
         return Missing(Path(name), what, self.faults.get(name, why))
 
     def picture(
@@ -127,7 +132,10 @@ class RunFolder:
         density: float = 1.0,
         lossless: bool = False,
     ) -> PictureRow | Missing:
-        """Embed an image, see `embed_image`, described by `alt` or `what`."""
+        """Embed an image file (see `embed_image`) with a description.
+
+        The description is `alt`, or `what` without `alt`.
+        """
         image = self.read(name, reader, None)
         if image is None:
             return self.missing(name, what)

@@ -1,4 +1,4 @@
-"""Parts of a page that pages of several kinds of runs share."""
+"""Page parts that reports on different kinds of runs share."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from crossmae.reports.figures import PlotKeys, curve_plots
 from crossmae.reports.page import Commands, Gallery, Missing, PageBlock, PictureRow, Section, Table, TableRow
 from crossmae.reports.run_folder import LoggedNumbers, RunFolder
 
-MOST_CLASSES = 50  # in a table
+MOST_CLASSES = 50  # largest number of rows in one table
 
 
 def lead(found: str, unfinished: str) -> str:
-    """Open a page with the result and the progress so far."""
+    """Write the first lines of a page: the result and the progress."""
     state = f"The training continues, or was cut off, after {unfinished}. " if unfinished else ""
     return f"{found}{state}Everything here is from files in the run's folder, named as they are there."
 
 
 def collapse(sections: Sequence[Section], title: str, text: str) -> Sequence[Section]:
-    """Merge sections in which everything is missing into one."""
+    """Merge the sections into one if all their blocks are missing."""
     blocks = [block for section in sections for block in section.blocks]
     return [Section(title, text, blocks)] if all(isinstance(block, Missing) for block in blocks) else sections
 
 
 def gallery(rows: Sequence[PictureRow | Missing], min_width: int, caption: str = "") -> list[PageBlock]:
-    """Put picture rows into one gallery, and missing pictures behind it."""
+    """Put picture rows into one gallery, followed by notices of missing pictures."""
     found = [row for row in rows if isinstance(row, PictureRow)]
     missing = [row for row in rows if isinstance(row, Missing)]
     return [*([Gallery(found, min_width, caption)] if found else []), *missing]
@@ -42,13 +42,13 @@ def class_tables(
     *,
     worst_first: bool,
 ) -> list[PageBlock]:
-    """Rank all classes, or the best and the worst of many.
+    """Rank all classes, or the best and the worst of many classes.
 
     Args:
-        classes: the score that ranks a class, None where undefined, and its row of the table.
-        captions: of the table of all classes; of the first of two tables; of the second.
-        source: the file that has all classes.
-        worst_first: start with the lowest score; the second table then starts with the highest.
+        classes: for each class, the score for the ranking (None if undefined) and the row of the table.
+        captions: captions for the table of all classes, the first of two tables, and the second of two tables.
+        source: the file that contains all classes.
+        worst_first: start with the lowest score; the second table then starts with the highest score.
     """
     scored = [(score, row) for score, row in classes if score is not None]
     ranked = [row for _, row in sorted(scored, key=lambda one: one[0], reverse=not worst_first)]
@@ -62,7 +62,7 @@ def class_tables(
 
 
 def training_section(run: RunFolder, log: LoggedNumbers, name: str, x: str, plots: PlotKeys, text: str) -> Section:
-    """Plot the log of a training, the file `name`, over `x`."""
+    """Plot the log file `name` of a training over `x`."""
     if not log.rows:
         return Section("Training", "", [run.missing(name, "curves of the training", "no line of it can be read")])
     if log.damaged:
@@ -71,13 +71,16 @@ def training_section(run: RunFolder, log: LoggedNumbers, name: str, x: str, plot
 
 
 def commands(words: Mapping[str, Sequence[str]]) -> Commands:
-    """Show commands by heading, each a script of tools/ and its arguments."""
+    """Show commands by heading.
+
+    A command is a script of tools/ with its arguments.
+    """
     lines = {title: shlex.join(["python", f"tools/{script}", *rest]) for title, (script, *rest) in words.items()}
     return Commands([(title, page.folded(line)) for title, line in lines.items()])
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten settings to values by dotted key, tuples to lists."""
+    """Flatten nested settings to values by dotted key, tuples to lists."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -88,7 +91,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changed_settings(content: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """List key, value and default of settings that differ."""
+    """List key, value and default of settings that differ from the defaults."""
     found = leaves(content).items()
     return [(key, value, defaults.get(key)) for key, value in found if key not in defaults or defaults[key] != value]
 
@@ -96,7 +99,10 @@ def changed_settings(content: Mapping[str, Any], defaults: Mapping[str, Any]) ->
 def settings_section(
     run: RunFolder, name: str, empty: bool, changed: Sequence[tuple[str, Any, Any]], whose: str
 ) -> Section:
-    """Show the changed settings of the file `name`, unless it is empty."""
+    """Show the changed settings of the file `name`.
+
+    If `empty`, a notice replaces the table.
+    """
     rows = [[key, page.short_value(value), page.short_value(default)] for key, value, default in changed]
     table = Table(["setting", "value", "default"], rows)
     block = run.missing(name, "settings", "the file is empty") if empty else table

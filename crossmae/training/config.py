@@ -1,6 +1,6 @@
-"""Typed experiment configs: one YAML file, `key=value` overrides, everything checked before any data is touched.
+"""Typed experiment configs: one YAML file and `key=value` overrides, checked before any data is read.
 
-pydantic does the checking: unknown keys, wrong types and values out of range are all reported together, by key.
+pydantic checks the values. Unknown keys, wrong types and values out of range are all reported together, by key.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from crossmae.errors import UserError
 
 CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
 
-# Sections, and keys of data, that may change between a run and its continuation.
+# Config sections, and keys of the data section, that may change when a run is resumed.
 NOT_DECISIVE = {"output_dir", "log", "validation", "probe", "health", "evaluation", "checkpoint"}
 NOT_DECISIVE_DATA = {"train", "root", "val", "val_root", "check", "broken_budget", "workers", "class_names"}
 
@@ -39,7 +39,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class ConfigSection(BaseModel):
-    """Base of all sections: no unknown keys, no change after the check."""
+    """Base of all sections. Unknown keys are errors, and values cannot change after the check."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), coerce_numbers_to_str=True
@@ -48,14 +48,14 @@ class ConfigSection(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic would read true as 1.
+        # By default, pydantic converts true to 1.
         if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
             raise ValueError("input should not be true or false")
         return value
 
 
 class DataConfig(ConfigSection):
-    """Sources of images, how they are read, and how they are cropped."""
+    """Image sources, reading and cropping."""
 
     train: str = Field(
         description="training images: a folder tree, a .txt/.csv/.parquet list, a COCO .json, tar shards (path, "
@@ -87,7 +87,7 @@ class DataConfig(ConfigSection):
 
 
 class StepConfig(ConfigSection):
-    """AdamW, the size of a step, and the averaged copy of the weights."""
+    """AdamW settings, the size of a step, and the moving average of the weights (EMA)."""
 
     batch_size: PositiveInt = Field(64, description="images per process and micro-batch")
     accumulate: PositiveInt = Field(1, description="micro-batches per optimizer step")
@@ -109,7 +109,7 @@ class ScheduleConfig(ConfigSection):
 
 
 class RuntimeConfig(ConfigSection):
-    """Device, precision, speed against memory, randomness."""
+    """Device, precision, trade-offs between speed and memory, and randomness."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
@@ -121,14 +121,14 @@ class RuntimeConfig(ConfigSection):
 
 
 class LogConfig(ConfigSection):
-    """Records of a run."""
+    """Logs of a run."""
 
     every_steps: PositiveInt = Field(20, description="steps between two lines of log.jsonl")
     wandb: str | None = Field(None, description="project of Weights & Biases to log to as well; null: none")
 
 
 class CheckpointConfig(ConfigSection):
-    """Times of checkpoints, and how many are kept."""
+    """Checkpoint intervals, and the number of checkpoints to keep."""
 
     every_epochs: PositiveInt = 20
     every_steps: PositiveInt | None = Field(None, description="and after so many steps, where epochs are long")
@@ -153,7 +153,7 @@ class RunConfig(ConfigSection):
         return path.expanduser()
 
     def check_channels(self, channels: int) -> None:
-        """Check for one mean and one deviation per image channel."""
+        """Check for one mean and one standard deviation per image channel."""
         for key in ("mean", "std"):
             values = getattr(self.data, key)
             if len(values) != channels:
@@ -163,7 +163,7 @@ class RunConfig(ConfigSection):
                 )
 
     def fingerprint(self, images: int, precision: str, processes: int) -> dict[str, str]:
-        """Collect what must not change on resuming, as text by key."""
+        """Collect settings that must not change on resuming, as text by key."""
         sections = set(type(self).model_fields) - NOT_DECISIVE
         values: dict[str, dict[str, Any]] = self.model_dump(mode="json", include=sections)
         values["data"] = {key: value for key, value in values["data"].items() if key not in NOT_DECISIVE_DATA}
@@ -177,7 +177,8 @@ class RunConfig(ConfigSection):
         """Find keys that were given but have no effect, by reason.
 
         Args:
-            cases: rows of (the case applies, reason, section, keys of the section that it makes unused).
+            cases: rows of (condition, reason, section, keys). If the condition is true, the keys of the section are
+                unused.
         """
         unused: dict[str, list[str]] = {}
         for applies, reason, section, keys in cases:
@@ -221,7 +222,8 @@ def load_typed_config(schema: type[Schema], name: str, overrides: Sequence[str] 
         overrides: `section.key=value` words; values are YAML.
 
     Raises:
-        UserError: no such file, not YAML, unknown keys, wrong types, values out of range; names file and keys.
+        UserError: If the file does not exist or is not YAML, or a key is unknown, has a wrong type or is out of range.
+            The message names the file and the keys.
     """
     path = resolve_config_path(name)
     values = read_yaml(path)
@@ -246,7 +248,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def set_override(values: dict[str, Any], word: str) -> None:
-    """Apply one `section.key=value` word to nested `values`."""
+    """Set one `section.key=value` word in nested `values`."""
     key, separator, text = word.partition("=")
     if not separator or not key:
         raise UserError(f"expected key=value, got {word!r} (for example optim.batch_size=32)")
@@ -267,7 +269,8 @@ def describe_errors(error: ValidationError, path: Path, words: set[str], schema:
     """Describe all problems of a config in one line, by key.
 
     Args:
-        words: keys that were given on the command line, which is blamed for them instead of the file.
+        words: keys from the command line. The message blames the command line for these keys, and the file for other
+            keys.
     """
     problems: dict[str, list[str]] = {"command line": []}
     for item in error.errors(include_url=False):

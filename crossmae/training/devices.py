@@ -1,4 +1,4 @@
-"""Device and precision to compute in."""
+"""Device and precision of the computation."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from crossmae.errors import UserError
 
 
 def open_autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Open mixed precision on a device, disabled for "fp32"."""
+    """Return the mixed-precision context of a device, disabled for "fp32"."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def open_device(name: str, key: str, local_rank: int = 0, processes: int = 1) -> torch.device:
-    """Find a device by name, and try it.
+    """Find a device by name, and test the device.
 
     Args:
-        name: such as "cpu" or "cuda:1"; "auto" is a GPU where there is one, "cuda" the GPU of this process.
+        name: such as "cpu" or "cuda:1". "auto" is a GPU if there is one, else the CPU. "cuda" is the GPU of this
+            process.
 
     Raises:
-        UserError: this machine has no such device, or all processes would share one GPU.
+        UserError: If this machine has no such device, or all processes would share one GPU.
     """
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     if processes > 1 and chosen.startswith("cuda:"):
@@ -34,7 +35,7 @@ def open_device(name: str, key: str, local_rank: int = 0, processes: int = 1) ->
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """Resolve "auto": "bf16" on GPUs that have it, else "fp32"."""
+    """Resolve "auto" to "bf16" on GPUs that support it, else "fp32"."""
     has_bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
     if precision == "auto":
         return "bf16" if device.type == "cuda" and has_bf16 else "fp32"

@@ -1,4 +1,4 @@
-"""Records of a run while it trains: JSON lines, TensorBoard, Weights & Biases, pictures, a progress bar."""
+"""Logs of a running training: JSON lines, TensorBoard, Weights & Biases, pictures, a progress bar."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ LOG, BROKEN = "log.jsonl", "broken.jsonl"
 
 
 class RunLog:
-    """Writers of a run, in its folder, and a context manager that closes them.
+    """Log writers of a run. A context manager that closes the writers at the end.
 
     Args:
-        step: step that the run continues from; later lines of the log are dropped, because they are written again.
-        resumed: there is a checkpoint; without one, nothing of an earlier try in the folder stays.
+        step: step that the run continues from. Log lines after this step are dropped, because the steps are run again.
+        resumed: the run continues from a checkpoint. If false, the logs of an earlier attempt in the folder are
+            deleted.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class RunLog:
             board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.first_step + 1)
             self.board = self.writers.enter_context(board)
             self.lines = self.writers.enter_context(open(self.folder / LOG, "a", encoding="utf-8"))
-        self.writers.enter_context(logging_redirect_tqdm())  # a warning goes above the live line, not into it
+        self.writers.enter_context(logging_redirect_tqdm())  # print warnings above the progress bar, not into the bar
         bar = tqdm(desc=self.word, dynamic_ncols=True, disable=not self.is_main, **steps)
         self.bar = self.writers.enter_context(bar)
         return self
@@ -80,11 +81,11 @@ class RunLog:
         self.writers.close()
 
     def progress(self, step: int, loss: float, lr: float, speed: float, waiting: float, memory: float) -> None:
-        """Log the progress of training, and show it behind the bar.
+        """Log the progress of training, and update the progress bar.
 
         Args:
             speed: images per second.
-            waiting: share of the time that was spent on waiting for data.
+            waiting: share of the time that was spent waiting for data.
             memory: in GB.
         """
         values = {"loss": loss, "lr": lr, "images_per_second": speed, "data_wait_share": waiting, "memory_gb": memory}
@@ -93,7 +94,7 @@ class RunLog:
         self.bar.set_postfix_str(shown)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Write a line of the log, and a point of every curve."""
+        """Write values to the log, TensorBoard and Weights & Biases."""
         if not self.is_main:
             return
         rounded = {key: float(f"{value:.6g}") for key, value in values.items()}
@@ -107,7 +108,7 @@ class RunLog:
             self.wandb.log(dict(values), step=step)
 
     def picture(self, step: int, name: str, figure: Figure) -> None:
-        """Write a figure as `name`/step-<8 digits>.png, and to TensorBoard."""
+        """Save a figure as `name`/step-<8 digits>.png and to TensorBoard."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         path = folder / f"step-{step:08d}.png"
@@ -117,7 +118,7 @@ class RunLog:
             self.wandb.log({name: importlib.import_module("wandb").Image(str(path))}, step=step)
 
     def announce(self, step: int, values: Mapping[str, float]) -> None:
-        """Record and log what was measured at a step."""
+        """Record and log the values measured at a step."""
         self.record(step, values)
         if self.is_main:
             log.info("step %d: %s", step, describe(values))
@@ -135,7 +136,7 @@ class RunLog:
 
 
 def announce_steps(schedule: Schedule, step: int, rule: str) -> None:
-    """Log the coming steps, and the `rule` behind the learning rate."""
+    """Log the next steps, and the `rule` for the learning rate."""
     left_out = schedule.images - schedule.batches_per_epoch * schedule.images_per_batch
     log.info(
         "%d images, %d per step, %.4g steps per epoch%s",
@@ -151,14 +152,14 @@ def announce_steps(schedule: Schedule, step: int, rule: str) -> None:
 
 
 def describe(values: Mapping[str, float]) -> str:
-    """Format numbers with the names of their metrics."""
+    """Format numbers with their metric names."""
     return ", ".join(f"{NAMES.get(key, key.replace('_', ' '))} {value:.4f}" for key, value in values.items())
 
 
 class BrokenImages:
-    """List of broken images that others replace, each once, also over restarts.
+    """List of broken images that were replaced. Each image is listed once, also after restarts.
 
-    Each process counts the images that it met.
+    Each process counts the broken images that it reads.
 
     Args:
         path: file of the list, JSON lines with the keys name and reason.
@@ -190,7 +191,7 @@ class BrokenImages:
 
 
 def truncate_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the lines after `step` and return the others."""
+    """Drop the lines after `step`, and return the remaining lines."""
     rows = [row for row in _read_lines(path) if row.get("step", math.inf) <= step]
     if path.exists():
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -198,7 +199,7 @@ def truncate_log(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the JSON lines of a file, without a torn last line."""
+    """Read the JSON lines of a file, except an incomplete last line."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -223,7 +224,7 @@ def start_wandb(project: str, folder: Path, settings: Mapping[str, Any], resumed
             dir=str(folder),
             config=dict(settings),
         )
-    except Exception as error:  # no account, no network, no such project: errors of many kinds
+    except Exception as error:  # many kinds of errors: no account, no network, no such project
         raise UserError(
             f"log.wandb: Weights & Biases cannot be used: {' '.join(str(error).split())}. Run `wandb login`, set "
             "WANDB_MODE=offline, or log.wandb=null"

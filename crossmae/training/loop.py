@@ -1,7 +1,7 @@
-"""One training loop for every task of ours, in one process or in one per GPU.
+"""One training loop for all tasks, in one process or in one process per GPU.
 
-A restart needs the step number and the optimizer's state only: the learning rate is a function of the step, and the
-data are a function of (seed, step), see `crossmae.data.batches`.
+A restart needs only the step number and the state of the optimizer. The learning rate is a function of the step, and
+the data are a function of (seed, step): see `crossmae.data.batches`.
 """
 
 from __future__ import annotations
@@ -40,33 +40,33 @@ CONFIG = "config.yaml"
 
 
 class Callbacks:
-    """Work of a task between steps, nothing by default."""
+    """Task-specific work between steps. By default, every callback does nothing."""
 
     def begin(self, state: TrainingState, records: RunLog) -> None:
-        """Prepare for the first step of a run or of its continuation."""
+        """Prepare for the first step after a start or a restart."""
 
     def after_log(self, state: TrainingState, records: RunLog, loss: float) -> None:
-        """Judge the mean loss of a line of the log."""
+        """Check the mean loss after a line of the log was written."""
 
     def measure(self, state: TrainingState, records: RunLog) -> None:
-        """Measure and draw what is due, before a checkpoint."""
+        """Measure and draw everything due at this step, before a checkpoint."""
 
     def finish(self) -> None:
-        """Report the final weights, in the main process."""
+        """Report the final weights. Called in the main process only."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that one task brings to the loop, built and checked before anything is written.
+    """Everything that the loop needs from a task, built and checked before any file is written.
 
     Attributes:
-        images, batches, collate: training images, their order, and the function that stacks a micro-batch.
+        images, batches, collate: training images, the order of the images, and the function that stacks a micro-batch.
         broken: training images that were found broken.
         loss: computes the loss of (model, micro-batch, number of the micro-batch in the run).
-        fingerprint: settings that must not change between a run and its continuation.
+        fingerprint: settings that must not change when the run is resumed.
         start: checkpoint to continue from; None: a new run.
-        metadata: describes the weights of a step, for whoever loads them.
-        announce: logs what is about to happen after a step.
+        metadata: describes the weights of a step. Stored with the final weights.
+        announce: logs the next steps after a given step.
     """
 
     word: str
@@ -86,9 +86,12 @@ class Job:
 
 
 def train(config: RunConfig, build_job: Callable[[Ranks, torch.device, str], Job]) -> Path:
-    """Do all steps of a job and return its final weights.
+    """Run a job to its last step, and return the final weights.
 
-    Started by torchrun, each process trains on its share of every batch; the first one writes.
+    With torchrun, each process trains on its share of every batch. Only the first process writes files.
+
+    Returns:
+        Path of the file with the final weights.
     """
     ranks = find_ranks()
     device = open_device(config.runtime.device, "runtime.device", ranks.local_rank, ranks.world_size)
@@ -117,7 +120,7 @@ def train(config: RunConfig, build_job: Callable[[Ranks, torch.device, str], Job
 
 
 def run_job(config: RunConfig, job: Job, ranks: Ranks, precision: str) -> None:
-    """Restore what trains, open the records, and do the steps."""
+    """Restore the training state, open the logs, and run the steps."""
     folder, optim, schedule, resumed = config.output_dir, config.optim, job.schedule, job.start is not None
     settings = config.model_dump(mode="json")
     make_folder(folder, "output_dir")
@@ -130,7 +133,7 @@ def run_job(config: RunConfig, job: Job, ranks: Ranks, precision: str) -> None:
     wandb = start_wandb(config.log.wandb, folder, settings, resumed) if ranks.is_main and config.log.wandb else None
     records = RunLog(folder, schedule, state.step, resumed, ranks.is_main, job.word, wandb)
     if ranks.is_main:
-        # Weights of an earlier end would hide the newer checkpoints of this run from readers of the folder.
+        # Final weights of an earlier attempt must not be mistaken for the weights of this run.
         for name in (WEIGHTS, EMA_WEIGHTS):
             (folder / name).unlink(missing_ok=True)
         write_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False))
@@ -167,9 +170,10 @@ def train_steps(
     is_due: Callable[[int], bool],
     log_every: int,
 ) -> None:
-    """Do and save the steps of a run.
+    """Run the training steps and save checkpoints.
 
-    A broken image or a loss that is not finite is a UserError, and the last checkpoint stays.
+    Raises:
+        UserError: If an image is broken or the loss is not finite. The last checkpoint stays.
     """
     schedule, losses = job.schedule, state.losses
     job.callbacks.begin(state, records)
@@ -195,27 +199,27 @@ def train_steps(
         step = state.step
         saves = is_due(step)
         if saves or step % log_every == 0:
-            loss = state.mean_loss(lr)  # waits for the device, so the time after it is true
+            loss = state.mean_loss(lr)  # waits for the device, so that the time is measured correctly
             elapsed = time.perf_counter() - window
             speed = len(losses) * schedule.images_per_batch / elapsed
             records.progress(step, loss, lr, speed, waited / elapsed, memory_gb(state.device))
             job.callbacks.after_log(state, records, loss)
             window, waited = time.perf_counter(), 0.0
             losses.clear()
-        # Measure, and save what was found.
+        # Measure, and save a checkpoint.
         paused = time.perf_counter()
         if saves:
             state.check_weights()
         job.callbacks.measure(state, records)
         if saves:
             save()
-        window += time.perf_counter() - paused  # measuring and saving are not part of the speed
-        # Stop, if a signal asked for it.
+        window += time.perf_counter() - paused  # the speed excludes measuring and saving
+        # Stop if a signal requested it.
         stop_if_asked(state, request, save, is_last=step == schedule.last_step)
 
 
 def stop_if_asked(state: TrainingState, request: StopRequest, save: Callable[[], None], is_last: bool) -> None:
-    """Save and end the run, if a signal asked for it."""
+    """Save a checkpoint and end the run if a signal requested it."""
     if state.ranks.world_size > 1:
         if state.losses:
             return
@@ -231,7 +235,7 @@ def stop_if_asked(state: TrainingState, request: StopRequest, save: Callable[[],
 
 
 def check_images(source: Source, channels: int, bit_depth: int, policy: str, ranks: Ranks) -> list[Broken]:
-    """Find broken training images, each process in its share."""
+    """Find broken training images. Each process checks its share."""
     share = range(ranks.rank, len(source), ranks.world_size)
     broken = find_broken(source, share, channels, bit_depth)
     if policy == "error":
@@ -240,10 +244,10 @@ def check_images(source: Source, channels: int, bit_depth: int, policy: str, ran
 
 
 def write_final(checkpoint: Path, folder: Path, decay: float | None, metadata: Callable[[int], dict[str, str]]) -> None:
-    """Copy the weights of a checkpoint to the run's folder."""
+    """Copy the weights of a checkpoint to the run folder."""
     weights = folder / WEIGHTS
     write_atomically(weights, lambda path: path.write_bytes((checkpoint / MODEL).read_bytes()))
-    if decay and "ema" in (state := read_state(checkpoint)):  # gigabytes, of a large model
+    if decay and "ema" in (state := read_state(checkpoint)):  # the state of a large model has gigabytes
         about = metadata(int(state["step"])) | {"ema_decay": str(decay)}
         save_weights(folder / EMA_WEIGHTS, state["ema"], about, force=True)
     log.info("final weights: %s", weights)

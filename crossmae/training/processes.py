@@ -1,4 +1,4 @@
-"""Several processes, one per GPU, as `torchrun` starts them."""
+"""Training in several processes, one per GPU, as started by `torchrun`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from crossmae.errors import USER_ERROR_EXIT_CODE, UserError
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=30)  # the main process validates and probes while the others wait
+TIMEOUT = timedelta(minutes=30)  # the other processes wait while the main process validates and probes
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Numbers of this process over all machines and on this machine, and the number of processes."""
+    """Global and local number of this process, and the number of processes."""
 
     rank: int = 0
     local_rank: int = 0
@@ -30,7 +30,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """True for the process that writes."""
+        """True in the process that writes files."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class Ranks:
         return self.sum(values) / self.world_size
 
     def gather(self, value: T) -> list[T]:
-        """Gather the values of all processes, by number."""
+        """Gather the values of all processes, ordered by process number."""
         if self.world_size == 1:
             return [value]
         values: list[T] = [value] * self.world_size
@@ -52,10 +52,11 @@ class Ranks:
         return values
 
     def together(self, step: Callable[[], T]) -> T:
-        """Run `step`, and continue only if it failed in no process.
+        """Run `step` in every process, and continue only if all succeed.
 
         Raises:
-            SystemExit: another process failed, too, and says why.
+            UserError: If `step` failed in this process and in no process with a lower number.
+            SystemExit: If another process reports the error.
         """
         problem: UserError | None = None
         try:
@@ -66,7 +67,7 @@ class Ranks:
         if problem is not None and failed.index(True) == self.rank:
             raise problem
         if any(failed):
-            raise SystemExit(USER_ERROR_EXIT_CODE)  # one process speaks for all
+            raise SystemExit(USER_ERROR_EXIT_CODE)  # only one process reports the error
         return result
 
     def wait(self) -> None:
@@ -76,7 +77,7 @@ class Ranks:
 
 
 def find_ranks() -> Ranks:
-    """Find this process in torchrun's environment."""
+    """Read the process numbers from torchrun's environment variables."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -1,4 +1,4 @@
-"""Starting points of a run: its own latest checkpoint, or nothing."""
+"""Starting point of a run: the latest checkpoint of the run, or none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ WEIGHTS, EMA_WEIGHTS = "model.safetensors", "model_ema.safetensors"
 
 
 def find_start(run: Path, resume: bool) -> Path | None:
-    """Find the checkpoint to continue from, None for a new run."""
+    """Find the checkpoint to continue from, None for a new run.
+
+    Raises:
+        UserError: If the folder contains a run and `resume` is false, or contains final weights without a checkpoint.
+    """
     latest = latest_checkpoint(run)
     if latest and not resume:
         raise UserError(
@@ -38,7 +42,13 @@ def is_complete(start: Path | None, last_step: int, fingerprint: Mapping[str, st
 
     Args:
         start: checkpoint to continue from; None for a new run.
-        fingerprint: settings that must not change between a run and its continuation.
+        fingerprint: settings that must not change when the run is resumed.
+
+    Returns:
+        True if the run is complete, False if steps remain.
+
+    Raises:
+        UserError: If the checkpoint was written with other settings.
     """
     if start is None or step_of(start) >= last_step:
         return start is not None

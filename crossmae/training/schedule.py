@@ -1,4 +1,4 @@
-"""Steps and learning rates of a run, in numbers that follow from its settings and the size of its data."""
+"""Steps and learning rates of a run, computed from the settings and the size of the data set."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from crossmae.training.config import ScheduleConfig, StepConfig
 
 @dataclass(frozen=True)
 class Schedule:
-    """Numbers of a run, logged at the start and saved with checkpoints.
+    """Step counts and learning rates of a run, logged at the start and saved with checkpoints.
 
     Attributes:
         batches_per_epoch: micro-batches of each process in an epoch.
-        accumulate: micro-batches in a step; the very last step has what is left.
-        images_per_step: images over all processes and micro-batches.
-        total_batches, total_steps: micro-batches of each process, and steps, of the whole schedule.
+        accumulate: micro-batches in a step. The last step of the schedule may have fewer.
+        images_per_step: images of a step over all processes and micro-batches (the global batch size).
+        total_batches, total_steps: micro-batches of each process, and steps, in the whole schedule.
         last_step: step at which this run stops; `total_steps` unless schedule.max_steps is lower.
         warmup_steps: steps with a rising learning rate.
     """
@@ -41,19 +41,22 @@ class Schedule:
         return self.images_per_step // self.accumulate
 
     def batches_done(self, step: int) -> int:
-        """Count the micro-batches that `step` steps consume: the position in the data."""
+        """Count the micro-batches that `step` steps consume.
+
+        The count is also the position in the data.
+        """
         return min(step * self.accumulate, self.total_batches)
 
     def micro_batches(self, step: int) -> range:
-        """Return the numbers of the micro-batches of the step after `step` steps."""
+        """Return the micro-batch numbers of the next step after `step` steps."""
         return range(self.batches_done(step), self.batches_done(step + 1))
 
     def epoch(self, step: int) -> float:
-        """Count the epochs done after `step` steps."""
+        """Compute the number of epochs after `step` steps."""
         return self.batches_done(step) / self.batches_per_epoch
 
     def ends_period(self, step: int, epochs: int) -> bool:
-        """Check that a period of epochs, or the run, ends here."""
+        """Check that `step` ends the run or a period of `epochs` epochs."""
         period = self.batches_per_epoch * epochs
         return step == self.last_step or self.batches_done(step) // period > self.batches_done(step - 1) // period
 
@@ -66,11 +69,11 @@ def make_schedule(batches: BatchPlan, optim: StepConfig, schedule: ScheduleConfi
     """Compute steps and learning rates.
 
     Args:
-        lr_factor: factor on base_lr * images per step / 256; ignored where optim.lr is given.
+        lr_factor: factor on base_lr * images per step / 256; ignored if optim.lr is given.
 
     Raises:
-        UserError: fewer batches per epoch than micro-batches per step, a warm-up longer than the run, or a lowest
-            learning rate above the highest.
+        UserError: If an epoch has fewer batches than a step has micro-batches, the warm-up is longer than the run, or
+            the lowest learning rate is above the highest.
     """
     per_epoch, accumulate = batches.batches_per_epoch, optim.accumulate
     if per_epoch < accumulate:

@@ -1,4 +1,4 @@
-"""Requests to stop a run between two steps."""
+"""Signals that stop a run between two steps."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from crossmae.data.workers import SIGNALS
 
 
 class StopRequest:
-    """Request to stop: Ctrl-C and SIGTERM are only noted, as `number`.
+    """Request to stop, set by Ctrl-C or SIGTERM as `number`.
 
-    A handler that saved would meet half a step; so it notes, and the loop saves.
+    The signal handler only stores the number of the signal, because a signal may arrive in the middle of a step. The
+    loop saves a checkpoint after the step.
 
     Args:
-        patient: no second Ctrl-C either: torchrun hands on to its processes what they got from the terminal already.
+        patient: also ignore a second Ctrl-C. torchrun forwards Ctrl-C to processes that already received it from the
+            terminal.
     """
 
     def __init__(self, patient: bool) -> None:
@@ -27,7 +29,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self.can_listen = threading.current_thread() is threading.main_thread()
         if self.can_listen:
-            # What a shell has told to be ignored, as Ctrl-C is in the background, stays ignored.
+            # Keep ignoring signals that the shell ignores, such as Ctrl-C for background jobs.
             heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
             self.before = {number: signal.signal(number, self._note) for number in heard}
         return self
@@ -38,11 +40,11 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def end(self) -> NoReturn:
-        """End the run that was asked to stop.
+        """End the run after a stop request.
 
         Raises:
-            KeyboardInterrupt: after Ctrl-C.
-            SystemExit: after SIGTERM.
+            KeyboardInterrupt: After Ctrl-C.
+            SystemExit: After SIGTERM.
         """
         if self.number is None or self.number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -55,7 +57,7 @@ class StopRequest:
 
 
 def pass_on_sigterm() -> None:
-    """Pass SIGTERM to the children of this process, and end with them."""
+    """Forward SIGTERM to the children of this process, then exit."""
     signal.signal(signal.SIGTERM, _end_children)
 
 
@@ -63,4 +65,4 @@ def _end_children(number: int, _: FrameType | None) -> NoReturn:
     signal.signal(number, signal.SIG_IGN)
     for child in multiprocessing.active_children():
         child.terminate()
-    raise SystemExit(128 + number)  # Python waits for the children then
+    raise SystemExit(128 + number)  # on exit, Python waits for the children

@@ -1,4 +1,4 @@
-"""State of training: model, optimizer, precision, averaged weights and position, and their checkpoints."""
+"""Training state and its checkpoints: model, optimizer, precision, averaged weights and position."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from crossmae.training.versions import versions
 
 log = logging.getLogger(__name__)
 
-MAX_SKIPPED = 20  # steps in a row that fp16 may skip because a gradient is not finite
+MAX_SKIPPED = 20  # largest number of consecutive steps that fp16 may skip because a gradient is not finite
 
-Loss = Callable[[nn.Module, Any, int], Tensor]  # of a model, a micro-batch, and its number in the run
+Loss = Callable[[nn.Module, Any, int], Tensor]  # arguments: model, micro-batch, number of the micro-batch in the run
 
 
 class TrainingState:
-    """Model and optimizer between two steps, and the position in the run.
+    """Model, optimizer and position of a run between two steps.
 
     Args:
         model: model on its device; changed in place.
@@ -41,9 +41,9 @@ class TrainingState:
         start: checkpoint to continue from; None: a new run.
 
     Attributes:
-        skipped: steps in a row that fp16 skipped.
+        skipped: consecutive steps that fp16 skipped.
         losses: losses of the micro-batches since the last line of the log.
-        kept: facts that callbacks find again after a restart.
+        kept: values that callbacks store in checkpoints and read after a restart.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class TrainingState:
             load(model, start / MODEL)
             state = read_state(start)
         self.ema = ModelEmaV3(model, ema, use_warmup=True) if ema else None
-        # Only steps are compiled: evaluation has other shapes, which would make the shapes of a step dynamic, too.
+        # Only training steps are compiled. Evaluation uses other shapes and would make the compiled shapes dynamic.
         self.parallel: nn.Module = cast(nn.Module, torch.compile(model)) if compiled else model
         if ranks.world_size > 1:
             ids = [self.device] if self.device.type == "cuda" else None
@@ -90,15 +90,15 @@ class TrainingState:
 
     @property
     def models(self) -> dict[str, nn.Module]:
-        """Model and its average, by the suffix of their metrics."""
+        """Model and averaged model, by the suffix of their metrics."""
         return {"": self.model} if self.ema is None else {"": self.model, "_ema": self.ema.module}
 
     def forward_backward(self, loss_of: Loss, batch: Any, number: int, micro_batches: int, last: bool) -> Tensor:
-        """Add the gradients of a micro-batch and return its loss, detached.
+        """Add the gradients of a micro-batch, and return the detached loss.
 
         Args:
-            micro_batches: micro-batches of the step, whose mean loss counts.
-            last: the last micro-batch of the step, after which processes share their gradients.
+            micro_batches: number of micro-batches in the step. The step minimises the mean loss over its micro-batches.
+            last: true for the last micro-batch of a step. Processes then average their gradients.
         """
         model = self.parallel
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
@@ -114,7 +114,7 @@ class TrainingState:
             lr: learning rate; each parameter group multiplies it by its own `lr_scale`.
 
         Raises:
-            UserError: fp16 gradients were not finite for too many steps in a row.
+            UserError: If fp16 gradients were not finite in too many consecutive steps.
         """
         if self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
@@ -134,7 +134,11 @@ class TrainingState:
             self.ema.update(self.model, self.step)
 
     def mean_loss(self, lr: float) -> float:
-        """Average the losses since the last line, over all processes."""
+        """Average the losses since the last log line, over all processes.
+
+        Raises:
+            UserError: If the mean is not finite.
+        """
         mean = self.ranks.mean(torch.stack(self.losses).mean()).item()
         if not math.isfinite(mean):
             raise UserError(
@@ -144,7 +148,7 @@ class TrainingState:
         return mean
 
     def check_weights(self) -> None:
-        """Refuse a model or an average that is not finite."""
+        """Raise UserError if a weight or averaged weight is not finite."""
         for suffix, model in self.models.items():
             if found := describe_non_finite(model.state_dict()):
                 raise UserError(
@@ -170,19 +174,19 @@ class TrainingState:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Measure the peak memory in GB, on a CPU the resident memory."""
+    """Measure the peak GPU memory, or the resident CPU memory, in GB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return float(psutil.Process().memory_info().rss) / 1e9
 
 
 def scaled_step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
-    """Update the weights and the scale of gradients.
+    """Update the weights and the gradient scale.
 
     Returns:
-        True where fp16 skipped the update, because a gradient was not finite.
+        True if fp16 skipped the update because a gradient was not finite.
     """
-    scale = scaler.get_scale()  # 1 without fp16
+    scale = scaler.get_scale()  # always 1 without fp16
     scaler.step(optimizer)
     scaler.update()
     return scaler.get_scale() < scale

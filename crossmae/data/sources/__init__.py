@@ -1,15 +1,15 @@
-"""One config value, many kinds of data: the files found there decide how the data set is read.
+"""Open a data set of any kind by one config value. The files found there decide how the data set is read.
 
 | value                               | kind                                    | labels                |
 | ----------------------------------- | --------------------------------------- | --------------------- |
 | folder with images                  | all images in it and its subfolders     | one subfolder a class |
 | folder with .tar files, or one file | tar shards in WebDataset layout         | `.cls`, or in `.json` |
-| `x-*.tar`, `x-{000..012}.tar`, URLs | the same                                | the same              |
-| `.txt`                              | one path a line                         | none                  |
+| `x-*.tar`, `x-{000..012}.tar`, URLs | tar shards in WebDataset layout         | `.cls`, or in `.json` |
+| `.txt`                              | one path per line                       | none                  |
 | `.csv`, `.tsv`, `.parquet`          | column path, image, file_name, filename | column label or class |
 | `.json`                             | the images of COCO annotations          | none                  |
 | folder by `Dataset.save_to_disk`    | Hugging Face data set, its Image column | its ClassLabel column |
-| folder of `*-images-idx3-ubyte.gz`  | MNIST and its like; or one such file    | `*-labels-idx1-*`     |
+| folder of `*-images-idx3-ubyte.gz`  | MNIST or a similar set; or one file     | `*-labels-idx1-*`     |
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ ACCEPTED = (
 )
 WITHOUT = {"data.val": "data.val=null"} | dict.fromkeys(
     ("probe.train", "probe.val"), "probe.train=null probe.val=null"
-)  # the words that do without an optional data set
-MOST_NAMES = 2_000_000  # that are compared; more would take minutes
+)  # overrides that disable an optional data set
+MOST_NAMES = 2_000_000  # largest number of names that are compared; more would take minutes
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +47,11 @@ def open_source(value: str | Path, key: str, root: Path | None = None) -> Source
 
     Args:
         value: path or URL; a `Path` is always on this machine. `~` is expanded.
-        root: where the relative paths of a list or COCO file start; default: the list's own folder.
+        root: base folder of the relative paths in a list or COCO file; default: the folder of the list.
 
     Raises:
-        UserError: nothing there, an unknown kind, or a damaged data set; names key, file and the expected kinds.
+        UserError: If the data set does not exist, is of an unknown kind, or is damaged. The message names the key, the
+            file and the expected kinds.
     """
     path = Path(value).expanduser()
     opener = LISTS.get(path.suffix.lower()) if path.is_file() else None

@@ -1,4 +1,4 @@
-"""Images of a data set that Hugging Face's library `datasets` saved to disk."""
+"""Images of a data set saved to disk by the Hugging Face library `datasets`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class HuggingFaceImages(Source):
-    """The memory-mapped rows of a data set that `Dataset.save_to_disk` wrote."""
+    """The memory-mapped rows of a data set written by `Dataset.save_to_disk`."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self._folder = str(folder)
@@ -35,7 +35,7 @@ class HuggingFaceImages(Source):
             found = f"several columns of images: {', '.join(columns)}" if columns else "no column of images"
             raise UserError(f"{key}: {folder}: {found}; columns: {dict(rows.features)}. Keep one with select_columns.")
         self._column = columns[0]
-        # Without decoding, and without the other columns, a row is the file's bytes.
+        # Without decoding and without other columns, a row is read as the bytes of the image file.
         self._rows = rows.select_columns(columns).cast_column(self._column, datasets.Image(decode=False))
         label = _label_column(_columns_of(rows, datasets.ClassLabel))
         if label is not None:
@@ -61,7 +61,7 @@ class HuggingFaceImages(Source):
 
 
 def is_hugging_face(folder: Path) -> bool:
-    """Tell whether `save_to_disk` wrote a folder."""
+    """Check whether a folder was written by `save_to_disk`."""
     return (folder / SPLITS_FILE).is_file() or all((folder / name).is_file() for name in DATASET_FILES)
 
 
@@ -74,7 +74,7 @@ def _load(datasets: Any, folder: Path, key: str) -> Any:
         raise UserError(f"{key}: {folder} holds {advice}")
     try:
         return datasets.load_from_disk(str(folder))
-    except Exception as error:  # an empty one is an IndexError, a damaged one any error of pyarrow
+    except Exception as error:  # IndexError for an empty data set, any pyarrow error for a damaged one
         raise UserError(f"{key}: {folder}: not a whole Hugging Face data set with at least one row: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""The idx files of MNIST and its successors: all images of a split in one array, all labels in another."""
+"""The idx files of MNIST and similar data sets: one array of all images of a split, and one array of all labels."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from crossmae.files import read_file
 
 IMAGES, LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
 IDX_SUFFIXES = (IMAGES, f"{IMAGES}.gz")
-SPLITS = {"train": "train", "val": "t10k"}  # prefix of MNIST's file by the last part of the config key
-UBYTE = 8  # the only type of these files: unsigned bytes
+SPLITS = {"train": "train", "val": "t10k"}  # prefix of the MNIST file, by the last part of the config key
+UBYTE = 8  # type code for unsigned bytes, the only supported type
 GZIP = b"\x1f\x8b"
 
 
 def find_idx_files(folder: Path) -> list[Path]:
-    """Find image files, sorted, preferring an uncompressed copy."""
+    """Find image files, sorted, preferring uncompressed copies."""
     names = {path.name for path in folder.iterdir() if path.name.endswith(IDX_SUFFIXES)}
     return sorted(folder / name for name in names if name.removesuffix(".gz") == name or name[:-3] not in names)
 
@@ -34,11 +34,11 @@ def open_idx(path: Path, key: str) -> IdxImages:
     """Open one split.
 
     Args:
-        path: a file of images (`train-images-idx3-ubyte.gz`), or a folder of such files: of MNIST's two, data.train
-            takes `train-*` and data.val `t10k-*`.
+        path: file of images (`train-images-idx3-ubyte.gz`), or a folder of such files. If a folder contains both MNIST
+            files, data.train reads `train-*` and data.val reads `t10k-*`.
 
     Raises:
-        UserError: the folder holds several splits and the key does not choose one, or a file is damaged.
+        UserError: If the folder contains several splits and the key does not choose one, or a file is damaged.
     """
     if path.is_file():
         return IdxImages(path, key)
@@ -52,7 +52,7 @@ def open_idx(path: Path, key: str) -> IdxImages:
 
 
 class IdxImages(Source):
-    """The grey images of one idx file, whose labels are next to it, encoded as PNG files on reading."""
+    """The grayscale images of one idx file, encoded as PNG when read. A label file is read from the same folder."""
 
     def __init__(self, path: Path, key: str) -> None:
         self._path = path
@@ -78,7 +78,7 @@ class IdxImages(Source):
 
 
 def _read_array(path: Path, key: str, axes: int) -> NDArray[np.uint8]:
-    # The format: two zeros, type, number of axes, sizes in big-endian, values.
+    # File format: two zero bytes, type, number of axes, sizes (big-endian), values.
     data = read_file(path, f"{key}: {path}")
     try:
         data = gzip.decompress(data) if data.startswith(GZIP) else data

@@ -1,4 +1,4 @@
-"""Lists of image files: text, CSV, Parquet, and the annotations of COCO."""
+"""Lists of image files: text, CSV, Parquet, and COCO annotations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from crossmae.files import printable, read_file
 
 PATH_COLUMNS = ("path", "image", "file_name", "filename")
 LABEL_COLUMNS = ("label", "class")
-ROOT_KEYS = {"data.train": "data.root", "data.val": "data.val_root", "SRC": "--root"}  # they set the folder of a list
+ROOT_KEYS = {
+    "data.train": "data.root",
+    "data.val": "data.val_root",
+    "SRC": "--root",
+}  # config keys for the base folder of a list
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Shard files by paths, globs and brace lists, on this machine or behind any URL that fsspec knows."""
+"""Shard files by paths, globs and brace lists, on this machine or at any URL that fsspec supports."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from crossmae.data.paths import match_pattern
 from crossmae.errors import UserError
 
 MAX_OPEN = 128  # files per process; the usual limit of the system is 1,024
-PAUSES = (1.0, 2.0, 4.0)  # seconds between the tries of a remote read: a run must outlast a hiccup of the network
+PAUSES = (1.0, 2.0, 4.0)  # seconds between attempts of a remote read, so that a run survives short network failures
 
-# Entries of fsspec's file information that change when a file does; every file system has some of them.
+# Entries of fsspec's file information that change when a file changes. Every file system has some of these entries.
 MARKS = ("ETag", "etag", "md5Hash", "Content-MD5", "generation", "LastModified", "Last-Modified", "mtime", "created")
 
 T = TypeVar("T")
@@ -30,11 +30,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file on this machine or elsewhere.
+    """A file on this machine or on a remote file system.
 
     Attributes:
-        path: within its file system.
-        url: what fsspec needs to open the file system; "" on this machine.
+        name: name for messages.
+        path: path of the file within its file system.
+        url: URL that opens the file system with fsspec; "" for a file on this machine.
     """
 
     name: str
@@ -43,7 +44,7 @@ class StoredFile:
 
     @property
     def identity(self) -> str:
-        """One text per file, however it was named, as far as possible."""
+        """Text that identifies the file, in most cases also under different names."""
         if not self.url:
             return os.path.realpath(self.path)
         return f"{self.url} {self.path}" if "::" in self.url else self.name
@@ -60,12 +61,12 @@ class StoredFile:
 
 
 def is_url(value: str) -> bool:
-    """Recognise `protocol://...`, or several chained with `::`."""
+    """Check whether a text is `protocol://...`, or several chained with `::`."""
     return "://" in value or "::" in value
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand `a{0..2}`, `{08..11}` with its zeros, and `{x,y}`."""
+    """Expand `a{0..2}`, `{08..11}` (keeps leading zeros) and `{x,y}`."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
         return [pattern]
@@ -80,7 +81,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def find_files(pattern: str, key: str) -> list[StoredFile]:
-    """List the files of a path, URL, sorted glob or brace list."""
+    """List the files of a path, URL, glob (sorted) or brace list."""
     patterns = [pattern] if os.path.exists(pattern) else expand_braces(pattern)
     files = [file for one in patterns for file in _glob(one, key)]
     if not files:
@@ -122,7 +123,7 @@ def open_filesystem(url: str, key: str) -> tuple[Any, str]:
 
 
 def change_marks(file: StoredFile) -> dict[str, str]:
-    """Return the size, as "bytes", and other marks of changes."""
+    """Return the size, as "bytes", and other values that detect changes."""
     if not file.url:
         status = os.stat(file.path)
         return {"bytes": str(status.st_size), "mtime": str(status.st_mtime_ns)}
@@ -139,7 +140,7 @@ def open_file(file: StoredFile) -> BinaryIO:
 
 
 def read_small(file: StoredFile) -> bytes | None:
-    """Read a whole file, or None if missing or forbidden."""
+    """Read a whole file, or return None if missing or forbidden."""
     try:
         if not file.url:
             with open(file.path, "rb") as opened:
@@ -151,9 +152,10 @@ def read_small(file: StoredFile) -> bytes | None:
 
 
 class RangeReader:
-    """A reader of pieces of files, for many threads, that keeps the latest files of this machine open.
+    """Reader of byte ranges of files, for many threads. The most recent local files stay open.
 
-    A pickled copy opens them again. There is no lock that a fork could leave locked: each step on the dict is atomic.
+    A pickled copy opens the files again. The class has no lock, because a fork could leave a lock locked. Each
+    operation on the dict is atomic.
     """
 
     def __init__(self) -> None:
@@ -166,10 +168,12 @@ class RangeReader:
         """Read at most `size` bytes from `start`.
 
         Raises:
-            OSError: or any error of the file system's library.
+            OSError: If the file cannot be read. Remote file systems also raise errors of their own libraries.
         """
         if not file.url:
-            descriptor = self._descriptor(file.path)  # kept alive, because another thread may clear the dict
+            descriptor = self._descriptor(
+                file.path
+            )  # this reference keeps the file open if another thread clears the dict
             return os.pread(descriptor.number, size, start)
         filesystem = open_filesystem(file.url, file.name)[0]
         data: bytes = _patiently(lambda: filesystem.cat_file(file.path, start=start, end=start + size), file.name)
@@ -185,7 +189,7 @@ class RangeReader:
 
 
 class _Descriptor:
-    """A file descriptor that is closed with its last reference."""
+    """A file descriptor that is closed when its last reference is deleted."""
 
     def __init__(self, path: str) -> None:
         self.number = -1
@@ -197,7 +201,7 @@ class _Descriptor:
 
 
 def _patiently(read: Callable[[], T], name: str) -> T:
-    """Call `read` again after an error that may pass."""
+    """Call `read`, and repeat it after errors that may be temporary."""
     for pause in PAUSES:
         try:
             return read()

@@ -1,14 +1,14 @@
-"""Pack any source into tar shards in WebDataset layout, so that a kill loses at most one shard.
+"""Pack any source into tar shards in WebDataset layout. A killed process loses at most one shard.
 
-A folder of shards holds
+A folder of shards contains
 
     shard-000000.tar ...   members KEY.jpg (or .png, ...), KEY.cls with the class index, and KEY.json with the name,
                            class, width and height of the original; KEY is the index of the image in its source
-    index.json             settings, classes, and per shard size, SHA-256 and places of its images; written last
-    progress.jsonl         the same, line by line, as long as shards are missing
-    broken.txt             images that were left out, one a line with the reason, if there are any
+    index.json             settings, classes, and for each shard its size, SHA-256 and image positions; written last
+    progress.jsonl         the same content line by line; exists while shards are missing
+    broken.txt             images that were left out, one per line with the reason; exists only if there are any
 
-The same source, settings and versions of Pillow give the same bytes.
+The same source, settings and Pillow version give bit-identical shards.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """The settings that decide the bytes of shards: `short_side` in pixels, `quality` of JPEG."""
+    """Settings that decide the bytes of shards: `short_side` in pixels, JPEG `quality`, and other options."""
 
     short_side: int = 256
     quality: int = 90
@@ -71,11 +71,11 @@ def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: 
     """Write the shards of a source that are missing or damaged.
 
     Returns:
-        The index of all shards, and the number of shards that an earlier run had made.
+        The index of all shards, and the number of shards that an earlier run had completed.
 
     Raises:
-        UserError: an image is broken (unless settings.skip_broken), the folder holds something else or shards with
-            other settings, or it cannot be written.
+        UserError: If an image is broken (unless settings.skip_broken), the folder cannot be written, or the folder
+            contains other files or shards with other settings.
     """
     make_folder(folder, "DST")
     wanted = _describe(source, settings)
@@ -104,10 +104,13 @@ def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: 
 
 
 def verify_shards(folder: Path) -> int:
-    """Compare every shard with the SHA-256 in `index.json`, and count the shards.
+    """Compare every shard with the SHA-256 in `index.json`.
+
+    Returns:
+        The number of shards.
 
     Raises:
-        UserError: no index, or shards that are missing or changed; names them.
+        UserError: If there is no index, or shards are missing or changed. The message names the shards.
     """
     index = read_folder_index(_stored(folder / INDEX_NAME))
     if index is None:
@@ -136,9 +139,9 @@ def _describe(source: Source, settings: ShardSettings) -> dict[str, Any]:
 
 
 def _complete_shards(folder: Path, wanted: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Read the entries of an earlier run's whole shards, by file name."""
+    """Read the entries of undamaged shards from an earlier run, by file."""
     for leftover in folder.glob(".*.tmp"):
-        leftover.unlink()  # of a run that was killed while it wrote
+        leftover.unlink()  # temporary file of a run that was killed while writing
     earlier = read_folder_index(_stored(folder / INDEX_NAME)) or _read_progress(folder / PROGRESS_NAME)
     if earlier is None:
         others = sorted(entry.name for entry in folder.iterdir())
@@ -146,7 +149,7 @@ def _complete_shards(folder: Path, wanted: dict[str, Any]) -> dict[str, dict[str
             raise UserError(f"DST: {folder} holds something else ({shorten(others)}). Give a new folder.")
         return {}
     for key, value in wanted.items():
-        # Shards that are packed had nothing broken, or have left it out.
+        # Completed shards had no broken images, or the broken images were left out.
         if earlier.settings.get(key) == value or key == "skip_broken":
             continue
         was = f"{key} was {earlier.settings.get(key)!r}, now {value!r}"
@@ -161,7 +164,7 @@ def _complete_shards(folder: Path, wanted: dict[str, Any]) -> dict[str, dict[str
 
 
 def _read_progress(path: Path) -> FolderIndex | None:
-    """Read `progress.jsonl`, up to a line that a kill has torn."""
+    """Read `progress.jsonl`, and stop at an incomplete line."""
     content = []
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -186,7 +189,7 @@ def _unchanged(folder: Path, entries: Sequence[dict[str, Any]]) -> dict[str, dic
 
 @dataclass(frozen=True)
 class _Packed:
-    """One image on its way into a shard, or, without files, the reason to leave it out."""
+    """One image to write into a shard. `files` is empty for a broken image, and `broken` is then the reason."""
 
     files: dict[str, bytes]
     label: int | None
@@ -213,7 +216,10 @@ def _make_missing(
 
 
 def _pack(source: Source, index: int, settings: ShardSettings) -> _Packed:
-    data, name = source.read(index), source.name(index)  # a file that cannot be opened may be there tomorrow
+    data, name = (
+        source.read(index),
+        source.name(index),
+    )  # not "broken": a file that cannot be opened now may be readable later
     label = source.label(index) if source.classes else None
     keeps, short_side, quality = settings.keep_original, settings.short_side, settings.quality
     try:
@@ -243,7 +249,7 @@ def _write_shard(path: Path, images: Iterator[_Packed]) -> dict[str, Any]:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
             for image in images:
                 for name, data in image.files.items():
-                    member = tarfile.TarInfo(name)  # no owner, from 1970: the same bytes on every machine
+                    member = tarfile.TarInfo(name)  # no owner, date 1970: the same bytes on every machine
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
                 sizes.append(image.source_bytes)

@@ -1,14 +1,15 @@
 """Smaller copies of encoded images, for shards that are quick to read.
 
-| file                                                  | becomes                                                    |
+| file                                                  | result                                                     |
 | ----------------------------------------------------- | ---------------------------------------------------------- |
-| short side within the limit, and upright              | stays, byte for byte                                       |
-| 8 bits                                                | JPEG, grey or RGB; palette, transparency and CMYK: see     |
-|                                                       | crossmae/data/images.py                                    |
-| grey of 16 bits or floating point                     | PNG of 16 bits                                             |
-| colour of 16 bits, other numbers of channels          | an error: pack the originals                               |
+| short side within the limit, and upright              | unchanged                                                  |
+| 8 bits                                                | JPEG, grayscale or RGB; palette, transparency and CMYK:    |
+|                                                       | see crossmae/data/images.py                                |
+| grayscale, 16-bit or floating point                   | PNG, 16-bit                                                |
+| 16-bit colour, other numbers of channels              | an error: pack the originals                               |
 
-Nothing is enlarged. Orientation is applied; EXIF data and colour profiles, which training does not use, are dropped.
+Images are never enlarged. Orientation is applied. EXIF data and colour profiles are dropped, because training does not
+use them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Encoded:
     """An encoded image.
 
     Attributes:
-        size: (width, height) of the original, upright; None where only its reader in training can tell.
+        size: (width, height) of the original, upright; None if only the reader in training can determine the size.
     """
 
     data: bytes
@@ -55,7 +56,7 @@ def shrink(data: bytes, name: str, short_side: int, quality: int) -> Encoded:
     """Shrink an image to a short side of at most `short_side` pixels.
 
     Raises:
-        UserError: not a readable image, or of a kind without a rule; names it.
+        UserError: If the file is not a readable image, or no rule exists for its kind. The message names the file.
     """
     header = _read_header(data, name)
     if header is None or _is_deep_colour(header, data):
@@ -73,7 +74,7 @@ def shrink(data: bytes, name: str, short_side: int, quality: int) -> Encoded:
         image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BICUBIC)
     encoded = io.BytesIO()
     if is_deep_grey:
-        deep = np.rint(np.asarray(image).clip(0, 1) * 65535).astype(np.uint16)  # cubic curves overshoot
+        deep = np.rint(np.asarray(image).clip(0, 1) * 65535).astype(np.uint16)  # bicubic values may leave 0-1
         Image.fromarray(deep).save(encoded, "PNG")
         return Encoded(encoded.getvalue(), ".png", (width, height))
     image.save(encoded, "JPEG", quality=quality)
@@ -81,10 +82,10 @@ def shrink(data: bytes, name: str, short_side: int, quality: int) -> Encoded:
 
 
 def keep(data: bytes, name: str) -> Encoded:
-    """Check that an image is whole, and keep its bytes.
+    """Check that an image is not damaged, and keep its bytes.
 
     Raises:
-        UserError: not a readable image, or of no kind that training reads; names it.
+        UserError: If the file is not a readable image, or training cannot read its kind. The message names the file.
     """
     header, size = _read_header(data, name), None
     if header is not None and not _is_deep_colour(header, data):
@@ -102,14 +103,14 @@ def _size(pixels: Image.Image | NDArray[Any]) -> tuple[int, int]:
 
 
 def _read_header(data: bytes, name: str) -> Image.Image | None:
-    """Read the header, or None for a TIFF unknown to Pillow."""
+    """Read the header, or return None for a TIFF unknown to Pillow."""
     try:
         image = Image.open(io.BytesIO(data))
         image.getexif()
         return image
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):
         if data[:2] not in TIFF:
-            decode_image(data, name)  # reports the fault
+            decode_image(data, name)  # raises an error for a damaged file
         return None
 
 

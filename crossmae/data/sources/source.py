@@ -1,4 +1,4 @@
-"""The face of every kind of data: encoded images by their index, with labels where there are any."""
+"""Interface of every kind of data set: encoded images by their index, and labels if the data set has any."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ log = logging.getLogger(__name__)
 
 
 class PackedStrings:
-    """A long list of strings in two arrays: reference counting would copy a list of objects into every worker."""
+    """A long list of strings, stored in two arrays.
+
+    With a list of objects, reference counting would copy the list into every worker.
+    """
 
     def __init__(self, strings: Iterable[str]) -> None:
         encoded = [os.fsencode(string) for string in strings]
@@ -35,35 +38,36 @@ class PackedStrings:
 
 
 class Source(ABC):
-    """Images of one data set by their index 0 .. len - 1, in any process.
+    """Images of one data set by index 0 .. len - 1, readable in any process.
 
-    Copies of a source go to the workers of a loader, so it holds no open file when it is pickled.
+    Copies of a source are pickled and sent to the loader's workers, so a pickled source has no open files.
 
     Attributes:
-        description: for the log, such as "1,600 images in the folder X".
-        classes: names of the classes where the source has labels, else ().
-        groups: first index of every shard, where samples of one shard are cheap to read together; None elsewhere.
+        description: text for the log, such as "1,600 images in the folder X".
+        classes: names of the classes; () without labels.
+        groups: index of the first image of every shard. Samples of one shard are cheap to read together. None without
+            shards.
     """
 
     description: str
     classes: tuple[str, ...] = ()
     groups: NDArray[np.int64] | None = None
     _labels: NDArray[np.int64] | None = None
-    _unlabelled: Sequence[int] = ()  # samples without a label, where others have one
+    _unlabelled: Sequence[int] = ()  # samples without a label, if other samples have one
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Name the sample for messages: a path, or `shard.tar/key.jpg`."""
+        """Return the sample's name for messages: a path, or `shard.tar/key.jpg`."""
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """Read the encoded file.
+        """Read the encoded file of a sample.
 
         Raises:
-            UserError: the file cannot be read; names the sample.
+            UserError: If the file cannot be read. The message names the sample.
         """
 
     def tail(self, index: int, length: int = 16) -> bytes:
@@ -74,14 +78,14 @@ class Source(ABC):
             return b""
 
     def stamp(self, index: int) -> str:
-        """Return a text that changes whenever the sample does."""
+        """Return a text that changes whenever the sample changes."""
         return hashlib.sha256(self.read(index)).hexdigest()
 
     def label(self, index: int) -> int:
-        """Return the sample's class as a position in `classes`.
+        """Return the sample's class as an index into `classes`.
 
         Raises:
-            UserError: the source has no labels.
+            UserError: If the source has no labels.
         """
         if self._labels is None:
             if self._unlabelled:
@@ -97,16 +101,23 @@ class Source(ABC):
         return int(self._labels[index])
 
     def labels(self) -> NDArray[np.int64]:
-        """Return the classes (N,) of all samples, or raise like `label`."""
+        """Return the classes (N,) of all samples.
+
+        Raises:
+            UserError: If the source has no labels.
+        """
         self.label(0)
         assert self._labels is not None
         return self._labels
 
     def use_labels(self, texts: Sequence[str | None], order: Sequence[str] = ()) -> None:
-        """Take one label per sample, or warn and take none.
+        """Set one label per sample, or none if labels are missing.
+
+        If only some samples have a label, a warning is logged and no labels are used.
 
         Args:
-            order: all classes, if their order is known; else the labels are sorted, whole numbers by their value.
+            order: all classes, if their order is known. Otherwise the labels are sorted, and whole numbers are sorted
+                by value.
         """
         labelled = [text for text in texts if text]
         if len(labelled) < len(texts):
@@ -127,7 +138,7 @@ def _sorted_classes(names: set[str]) -> tuple[str, ...]:
 
 
 class ImageFiles(Source):
-    """Image files anywhere on this machine."""
+    """Image files on this machine."""
 
     def __init__(
         self, paths: Sequence[Path] | Sequence[str], description: str, labels: Sequence[str | None] | None = None
@@ -165,7 +176,7 @@ class ImageFiles(Source):
 
 
 class Subset(Source):
-    """The samples `chosen` of a source, which keep their names and the source's classes."""
+    """The samples `chosen` of a source. Names and classes stay as in the source."""
 
     def __init__(self, source: Source, chosen: Sequence[int] | NDArray[np.int64]) -> None:
         self._source, self._chosen = source, np.asarray(chosen, dtype=np.int64)
@@ -194,7 +205,7 @@ def choose_per_class(source: Source, count: int, seed: int, key: str) -> Subset:
     """Draw `count` samples of every class, in the source's order.
 
     Raises:
-        UserError: no labels, or a class with fewer samples; names them.
+        UserError: If there are no labels, or a class has fewer samples. The message names these classes.
     """
     labels = source.labels()
     members = [np.flatnonzero(labels == index) for index in range(len(source.classes))]
@@ -206,6 +217,6 @@ def choose_per_class(source: Source, count: int, seed: int, key: str) -> Subset:
 
 
 def evenly_spaced(length: int, most: int) -> list[int]:
-    """Choose at most `most` indices below `length`, at equal distances."""
+    """Choose at most `most` evenly spaced indices below `length`."""
     count = min(length, most)
     return [index * length // count for index in range(count)]

@@ -1,10 +1,11 @@
-"""An index of the images in a tar file in WebDataset layout, so that any of them can be read alone.
+"""Index of the images in a tar file in WebDataset layout, which allows reading any image alone.
 
-Own code, because no maintained library gives random access over plain tar files, local or remote.
+Own code, because no maintained library gives random access to plain tar files, local or remote.
 
-Members `folder/key.ext` with the same key, up to the first dot of the base name, make one sample: an image, and its
-label as `key.cls` (a number or a name) or as "label" in `key.json`. An index is built once, from the headers, and kept
-under ~/.cache/crossmae (or $XDG_CACHE_HOME/crossmae); `tools/make_shards.py` writes one next to its shards.
+Members `folder/key.ext` with the same key make one sample. The key ends at the first dot of the base name. A sample has
+an image, and its label is either `key.cls` (a number or a name) or "label" in `key.json`. An index is built once from
+the headers and cached in ~/.cache/crossmae (or $XDG_CACHE_HOME/crossmae). `tools/make_shards.py` writes an index next
+to its shards.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from crossmae.data.sources.shard_files import StoredFile, open_file, read_small
 from crossmae.errors import UserError
 from crossmae.files import write_text
 
-BLOCK = 512  # bytes; everything in a tar file begins at a multiple of it
-CACHE_VERSION = 1  # raise it whenever the same shard would get another index
+BLOCK = 512  # bytes; every header and file in a tar archive begins at a multiple of this size
+CACHE_VERSION = 1  # increase whenever the same shard would get a different index
 
 INDEX_NAME = "index.json"
-PROGRESS_NAME = "progress.jsonl"  # next to shards that make_shards.py has not finished
+PROGRESS_NAME = "progress.jsonl"  # exists until make_shards.py has finished the folder
 INDEX_FORMAT = "crossmae-shards-1"
 
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -39,13 +40,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class ShardIndex:
-    """The samples of one shard, in the order of its image members.
+    """The samples of one shard, in the order of the image members.
 
     Attributes:
-        names: of the image members, such as `000017.jpg`.
-        offsets, sizes: of the images in the shard, in bytes.
-        labels: as written there; None where there is none.
-        left_out: count of members of each further kind that belong to no image, or are unused.
+        names: names of the image members, such as `000017.jpg`.
+        offsets, sizes: position and size of each image in the shard, in bytes.
+        labels: labels as written in the shard; None for a sample without a label.
+        left_out: number of unused members by extension.
     """
 
     names: list[str] = field(default_factory=list)
@@ -57,14 +58,14 @@ class ShardIndex:
 
 @dataclass
 class FolderIndex:
-    """The content of `index.json`."""
+    """Content of `index.json`."""
 
     settings: dict[str, Any]
     classes: tuple[str, ...]
     shards: dict[str, dict[str, Any]]
 
     def shard(self, name: str) -> ShardIndex:
-        """Return the index of one of the shards."""
+        """Return the index of one shard."""
         entry = self.shards[name]
         labels = [None if label is None else self.classes[label] for label in entry["labels"]]
         return ShardIndex(entry["names"], entry["offsets"], entry["sizes"], labels)
@@ -81,13 +82,13 @@ class FolderIndex:
 
 
 def shard_entry(file: str, size: int, sha256: str, index: ShardIndex, labels: Sequence[int | None]) -> dict[str, Any]:
-    """Describe one shard for `index.json`, labels as class positions."""
+    """Return a shard's entry for `index.json`, with class indices as labels."""
     samples = {"names": index.names, "offsets": index.offsets, "sizes": index.sizes, "labels": labels}
     return {"file": file, "bytes": size, "sha256": sha256, **samples}
 
 
 def read_folder_index(file: StoredFile) -> FolderIndex | None:
-    """Read an `index.json`, or None if missing or of another kind."""
+    """Read an `index.json`, or return None if missing or not ours."""
     data = read_small(file)
     if data is None:
         return None
@@ -103,12 +104,12 @@ def read_folder_index(file: StoredFile) -> FolderIndex | None:
 
 
 def cache_folder() -> Path:
-    """Return the folder of kept indexes."""
+    """Return the folder of cached indexes."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "crossmae" / "tar_index"
 
 
 def index_shard(shard: StoredFile, marks: dict[str, str]) -> ShardIndex:
-    """Return the kept index of a shard, or build it."""
+    """Return the cached index of a shard, or build the index."""
     path = cache_folder() / f"{hashlib.sha256(shard.identity.encode()).hexdigest()[:32]}.json"
     about = {"version": CACHE_VERSION, "shard": shard.identity, **marks}
     try:
@@ -116,7 +117,7 @@ def index_shard(shard: StoredFile, marks: dict[str, str]) -> ShardIndex:
         if kept["about"] == about:
             return ShardIndex(**kept["index"])
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # none yet, or damaged: build it
+        pass  # no cached index, or a damaged one: build the index
     index = scan_shard(shard)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +131,8 @@ def scan_shard(shard: StoredFile) -> ShardIndex:
     """Build the index of a shard from its headers.
 
     Raises:
-        UserError: not a tar file, compressed, cut off, or a sample cannot be used; names the shard.
+        UserError: If the shard is not a tar file, is compressed or cut off, or a sample cannot be used. The message
+            names the shard.
     """
     samples: dict[str, _Sample] = {}
     end = 0
@@ -142,7 +144,7 @@ def scan_shard(shard: StoredFile) -> ShardIndex:
                     end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isreg() else 0)
                     if not member.isdir():
                         _add_member(samples, member, tar, shard)
-            # tarfile takes a broken header, or a file that ends between two members, for the end of the archive.
+            # tarfile treats a broken header, or a file that is cut between two members, as the end of the archive.
             file.seek(end)
             if file.read(BLOCK) != bytes(BLOCK):
                 raise UserError(f"{shard.name}: damaged or cut off at byte {end:,}: no end mark. Copy it again.")
@@ -155,13 +157,16 @@ def scan_shard(shard: StoredFile) -> ShardIndex:
 
 @dataclass
 class _Sample:
-    """The members of one key by their extension, and the contents of those that may hold its label."""
+    """The members of one key by extension, and the contents of members that may contain the label."""
 
     members: dict[str, tarfile.TarInfo] = field(default_factory=dict)
     texts: dict[str, bytes] = field(default_factory=dict)
 
     def image(self) -> str | None:
-        """Find a plain image suffix, else an extension that ends in one."""
+        """Return the extension of the image, preferring plain image suffixes.
+
+        Other extensions may end in an image suffix, such as `left.jpg`.
+        """
         images = [ext for ext in self.members if PurePosixPath(f"x.{ext}").suffix.lower() in IMAGE_SUFFIXES]
         return min(images, key=lambda ext: "." in ext, default=None)
 
@@ -196,7 +201,7 @@ def _add_member(samples: dict[str, _Sample], member: tarfile.TarInfo, tar: tarfi
 
 
 def _collect(samples: dict[str, _Sample]) -> ShardIndex:
-    # Keys that begin with a dot are notes of a file system.
+    # A key is empty or ends in "/" if the base name begins with a dot. These hidden files are skipped.
     left_out = Counter[str]()
     found = []
     for key, sample in samples.items():

@@ -1,4 +1,4 @@
-"""Images in tar shards: any sample by its index, though thousands share a file."""
+"""Images in tar shards, with access to any sample by index."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class TarShards(Source):
-    """The images of tar shards, shard by shard."""
+    """The images of tar shards, ordered by shard."""
 
     def __init__(
         self,
@@ -86,17 +86,17 @@ class TarShards(Source):
         length = min(length, size)
         try:
             return self._reader.read(self._shard(index), int(self._offsets[index]) + size - length, length)
-        except Exception:  # as in `read`, which will report the fault
+        except Exception:  # as in `read`, which then reports the error
             return b""
 
 
 def open_shards(value: str, key: str) -> TarShards:
     """Open tar shards by file, folder, glob or brace list.
 
-    An index next to the shards is used if it is there, else each shard is searched once.
+    If there is an index next to the shards, the index is used. Otherwise each shard is scanned once.
 
     Raises:
-        UserError: nothing there, shards missing or changed, or one that cannot be used; names it.
+        UserError: If no shard is found, or a shard is missing, changed or unusable. The message names the shard.
     """
     shards = _shards_in_folder(value, key) if _names_a_folder(value, key) else find_files(value, key)
     for shard in shards:
@@ -128,7 +128,7 @@ def open_shards(value: str, key: str) -> TarShards:
 
 
 def _names_a_folder(value: str, key: str) -> bool:
-    """Tell folders, here or as a URL, from files and patterns."""
+    """Check whether `value` is a folder on this machine or a URL."""
     if not is_url(value):
         return os.path.isdir(os.path.expanduser(value))
     place = locate(value, key)
@@ -160,7 +160,7 @@ def _marks_or_none(shard: StoredFile) -> dict[str, str] | None:
 
 
 def _index(shard: StoredFile, marks: dict[str, str], folder: FolderIndex | None) -> ShardIndex:
-    """Take the index of the folder, else of the shard."""
+    """Return a shard's index from the folder's index, else scan it."""
     file = shard.path.rpartition("/")[2]
     if folder is None or file not in folder.shards:
         return index_shard(shard, marks)
