@@ -1,6 +1,6 @@
-"""The keys that this package adds to a detectron2 config, and the reader of configs: safe YAML, then overrides.
+"""The keys that this package adds to a detectron2 config, and a reader of configs: safe YAML, then overrides.
 
-detectron2's own reader evaluates Python tags and opens URLs. This one does neither, and its errors name file and key.
+detectron2's own reader evaluates Python tags and opens URLs. This reader does neither. Its errors name file and key.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 RECORD, CONFIG, LOG, METRICS = "run.json", "config.yaml", "log.txt", "metrics.json"
 BEST, BEST_RECORD, FINAL, LAST = "model_best.pth", "model_best.json", "model_final.pth", "last_checkpoint"
 RESULTS, PREDICTIONS, PICTURES = "results.json", "inference/coco_instances_results.json", "pictures"
-CHECKPOINT = re.compile(r"model_([0-9]{7,}|final)\.pth")  # training continues from it; `BEST` holds only weights
+CHECKPOINT = re.compile(r"model_([0-9]{7,}|final)\.pth")  # training can resume from it; `BEST` has only weights
 
 BASE_KEY = "_BASE_"
 _KEY = re.compile(r"[A-Z_][A-Z0-9_]*(\.[A-Z0-9_]+)*")
-# Keys in steps, and the same in epochs or shares of the run: what a later file or the command line sets counts.
+# Keys in steps, and their equivalents in epochs or fractions of the run. The key that was set last is used.
 BY_EPOCHS = {
     "SOLVER.MAX_ITER": "SOLVER.EPOCHS",
     "SOLVER.STEPS": "SOLVER.DECAY_AT",
@@ -61,27 +61,30 @@ Three = Annotated[list[float], Field(min_length=3, max_length=3, description="th
 
 
 class ConfigKeys(BaseModel):
-    """Base of the sections: keys with a default are added to detectron2's, the others are detectron2's own."""
+    """Base of the sections.
+
+    Keys with a default are added to detectron2's keys. Keys without a default are detectron2's own.
+    """
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
 
 class _Vit(ConfigKeys):  # the encoder and its simple feature pyramid
-    IMG_SIZE: int = 1024  # pixels; sizes the relative positions of global blocks
-    PRETRAIN_IMG_SIZE: int = 224  # pixels; sizes the position table, so it must be that of pretraining
+    IMG_SIZE: int = 1024  # pixels; decides the size of the relative positions of global blocks
+    PRETRAIN_IMG_SIZE: int = 224  # pixels of pretraining; decides the size of the position embeddings
     PATCH_SIZE: AtLeast1 = 16
     EMBED_DIM: AtLeast1 = 768
     DEPTH: AtLeast1 = 12
     NUM_HEADS: AtLeast1 = 12
     MLP_RATIO: MoreThan0 = 4.0
-    DROP_PATH: Rate = 0.1  # of the last block; grows linearly from 0 in the first
+    DROP_PATH: Rate = 0.1  # rate of the last block; grows linearly from 0 in the first block
     WINDOW_SIZE: AtLeast0 = 14  # patches; 0: every block is global
     GLOBAL_BLOCKS: list[int] = [2, 5, 8, 11]
     REL_POS: bool = True
-    POS_EMBED: Literal["resize", "tiled", "absolute_win"] = "resize"  # how the position table covers the image
-    ATTENTION: Literal["folded", "materialized"] = "folded"  # equal but for rounding, see det/backbone/attention.py
-    ACTIVATION_CHECKPOINTING: bool = False  # compute blocks again in backward instead of keeping them
-    # 0: patch embedding and positions are not trained; n: nor are the first n blocks
+    POS_EMBED: Literal["resize", "tiled", "absolute_win"] = "resize"  # fit of position embeddings to the image
+    ATTENTION: Literal["folded", "materialized"] = "folded"  # equal except for rounding, see det/backbone/attention.py
+    ACTIVATION_CHECKPOINTING: bool = False  # recompute blocks in the backward pass instead of storing activations
+    # 0 freezes patch embedding and positions; n also freezes the first n blocks
     FROZEN_STAGES: int = Field(-1, ge=-1, description="at least -1")
     OUT_CHANNELS: AtLeast1 = 256
     SCALE_FACTORS: list[float] = [4.0, 2.0, 1.0, 0.5]  # p2, p3, p4, p5 with patches of 16 pixels
@@ -125,7 +128,7 @@ class _Crop(ConfigKeys):
 
 
 class InputKeys(ConfigKeys):
-    """`INPUT`: how images are read and augmented."""
+    """`INPUT`: reading and augmentation of images."""
 
     FORMAT: Literal["RGB", "BGR"]
     MASK_FORMAT: Literal["polygon", "bitmask"]
@@ -142,7 +145,7 @@ class InputKeys(ConfigKeys):
 
 class _Datasets(ConfigKeys):
     TEST: tuple[str, ...] = Field(max_length=1, description="at most one data set")
-    DROP: tuple[str, ...] = ()  # names of faults whose entries may be left out, as tools/check_coco.py calls them
+    DROP: tuple[str, ...] = ()  # kinds of faults to leave out, with the names of tools/check_coco.py
 
 
 class _DataLoader(ConfigKeys):
@@ -153,7 +156,7 @@ class _DataLoader(ConfigKeys):
     SAMPLER_TRAIN: Literal["TrainingSampler"]
 
 
-class _MovingAverage(ConfigKeys):  # of the weights; the average is evaluated
+class _MovingAverage(ConfigKeys):  # moving average of the weights, which is evaluated
     ENABLED: bool = False
     DECAY: Rate = 0.9999
 
@@ -171,17 +174,17 @@ class SolverKeys(ConfigKeys):
     BETAS: tuple[Rate, Rate] = Field((0.9, 0.999), description="two numbers from 0 to below 1")
     WEIGHT_DECAY: NotNegative
     WEIGHT_DECAY_NORM: float
-    WEIGHT_DECAY_POS: float = 0.0  # of absolute and relative positions
-    LAYER_DECAY: float = Field(1.0, gt=0, le=1, description="greater than 0 and at most 1")  # 1: none
+    WEIGHT_DECAY_POS: float = 0.0  # for absolute and relative positions
+    LAYER_DECAY: float = Field(1.0, gt=0, le=1, description="greater than 0 and at most 1")  # 1: no layer decay
     IMS_PER_BATCH: AtLeast1
-    ACCUMULATE: AtLeast1 = 1  # parts that the IMS_PER_BATCH images of a step are computed in
-    REFERENCE_BATCH: AtLeast0 = 0  # images a step that BASE_LR is for; 0: BASE_LR is used as it is
+    ACCUMULATE: AtLeast1 = 1  # number of parts in which a step's IMS_PER_BATCH images are computed
+    REFERENCE_BATCH: AtLeast0 = 0  # images per step that fit BASE_LR; 0: BASE_LR is not scaled
     REFERENCE_WORLD_SIZE: int = Field(ge=0, le=0, description="0: automatic scaling would change the batch unseen")
     MAX_ITER: AtLeast1
-    EPOCHS: NotNegative = 0.0  # passes over the training images, instead of MAX_ITER; 0: MAX_ITER counts
+    EPOCHS: NotNegative = 0.0  # passes over the training images, instead of MAX_ITER; 0: MAX_ITER is used
     LR_SCHEDULER_NAME: Literal["WarmupMultiStepLR", "WarmupCosineLR"]
     STEPS: Steps
-    DECAY_AT: Shares = ()  # shares of the run after which the rate falls by GAMMA, instead of STEPS
+    DECAY_AT: Shares = ()  # instead of STEPS: fractions of the run after which GAMMA lowers the rate
     GAMMA: float
     WARMUP_ITERS: AtLeast0
     WARMUP_FACTOR: float
@@ -192,7 +195,7 @@ class SolverKeys(ConfigKeys):
     EMA: _MovingAverage
     AMP: _MixedPrecision
     CHECKPOINT_PERIOD: AtLeast1
-    CHECKPOINTS_KEPT: AtLeast0 = 2  # besides the best and the final one; 0: all
+    CHECKPOINTS_KEPT: AtLeast0 = 2  # in addition to the best and the final checkpoint; 0: keep all
 
 
 class _Off(ConfigKeys):
@@ -200,21 +203,21 @@ class _Off(ConfigKeys):
 
 
 class EvaluationKeys(ConfigKeys):
-    """`TEST`: evaluation."""
+    """`TEST`: settings of evaluation."""
 
     EVAL_PERIOD: AtLeast0
-    EVAL_EPOCHS: NotNegative = 0.0  # evaluate and save every so many epochs, where SOLVER.EPOCHS is used
-    EVALUATOR: Literal["auto", "hotcoco", "pycocotools"] = "auto"  # auto: hotcoco where it is installed
+    EVAL_EPOCHS: NotNegative = 0.0  # with SOLVER.EPOCHS: evaluate and save after every so many epochs
+    EVALUATOR: Literal["auto", "hotcoco", "pycocotools"] = "auto"  # auto: hotcoco if it is installed
     AUG: _Off
     PRECISE_BN: _Off
     EXPECTED_RESULTS: list[Any] = Field(max_length=0, description="empty: results are not compared with any")
 
 
 class DetectorKeys(ConfigKeys):
-    """The keys that this package adds to a detectron2 config, reads or narrows.
+    """The keys that this package adds to a detectron2 config, reads or restricts.
 
-    Two of detectron2's defaults change: `SEED` is 0, so that runs repeat, and `DATALOADER.ASPECT_RATIO_GROUPING` is
-    off, so that the order of images depends on the seed alone.
+    Two of detectron2's defaults change. `SEED` is 0, so that runs are repeatable. `DATALOADER.ASPECT_RATIO_GROUPING` is
+    off, so that the order of images depends only on the seed.
     """
 
     SEED: int = Field(0, ge=0, description="at least 0: the order of the images comes from it")
@@ -245,10 +248,11 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
 
     Args:
         name: a path, or a name under configs/.
-        overrides: `KEY VALUE` and `KEY=VALUE` words, mixed as you like; values are Python literals or plain text.
+        overrides: `KEY VALUE` and `KEY=VALUE` words, in any mix. Values are Python literals or plain text.
 
     Raises:
-        UserError: no such file, no YAML, an unknown key, a wrong type, a value out of range; names file and key.
+        UserError: the file does not exist or is not YAML, a key is unknown, or a value has a wrong type or is out of
+            range. The error names file and key.
     """
     cfg = get_cfg()
     add_crossmae_config(cfg)
@@ -267,9 +271,9 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
 
 
 def choose_device(cfg: CfgNode, asked: bool) -> None:
-    """Train on the CPU where there is no GPU.
+    """Choose the CPU if there is no GPU.
 
-    `MODEL.DEVICE` and `SOLVER.AMP.ENABLED` change in place. A missing GPU is a `UserError` if the user `asked` for it.
+    `MODEL.DEVICE` and `SOLVER.AMP.ENABLED` change in place. Raises UserError if the user `asked` for a missing GPU.
     """
     device, count = cfg.MODEL.DEVICE, torch.cuda.device_count()
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -302,7 +306,7 @@ def split_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _read_with_base(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Read a YAML file, after the file that its `_BASE_` names."""
+    """Yield a YAML file after its `_BASE_` file, with their paths."""
     if path.resolve() in seen:
         raise UserError(f"{path}: {BASE_KEY} leads back to the file itself")
     tree = read_yaml(path)
@@ -315,7 +319,7 @@ def _read_with_base(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[P
 
 
 def flatten(tree: dict[str, Any], node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys and values, with `node` for the sections."""
+    """Yield dotted keys and values. The config `node` tells the sections."""
     for key, value in tree.items():
         if isinstance(value, dict) and isinstance(node.get(key), CfgNode):
             yield from flatten(value, node[key], f"{prefix}{key}.")
@@ -355,7 +359,7 @@ def lookup(cfg: CfgNode, key: str) -> Any:
 
 
 def _coerce(value: Any, default: Any) -> Any:
-    """Convert a value to the type of `default`, or raise a TypeError."""
+    """Convert a value to the type of `default`, or raise TypeError."""
     if isinstance(value, str) and not isinstance(default, str):
         boolean = value.lower() in ("true", "false")
         with suppress(ValueError, SyntaxError):
@@ -370,7 +374,7 @@ def _coerce(value: Any, default: Any) -> Any:
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Check values, and pairs that contradict each other."""
+    """Check values, and reject settings that contradict each other."""
     keys = read_keys(cfg)
     vit, images, lsj = keys.MODEL.VIT, keys.INPUT, keys.INPUT.LSJ
     outside = [index for index in vit.GLOBAL_BLOCKS if index not in range(vit.DEPTH)]
@@ -395,7 +399,7 @@ def check_config(cfg: CfgNode) -> None:
         pad, least = getattr(vit, name), key.replace("MAX_SIZE", "MIN_SIZE")
         if pad % vit.PATCH_SIZE:
             raise UserError(f"MODEL.VIT.{name} {pad} is no multiple of MODEL.VIT.PATCH_SIZE {vit.PATCH_SIZE}")
-        # Images must fit the square: detectron2 would crop them without a word.
+        # Images must fit the square, because detectron2 would crop them without a warning.
         if pad and 0 in np.atleast_1d(lookup(cfg, least)):
             raise UserError(f"MODEL.VIT.{name} {pad} needs images that fit, but {least} 0 resizes none")
         if pad and pad < lookup(cfg, key):
@@ -406,7 +410,7 @@ def read_keys(cfg: CfgNode) -> DetectorKeys:
     """Read the keys of `DetectorKeys` from a detectron2 config.
 
     Raises:
-        UserError: names the first key that is not right, its value and what it must be.
+        UserError: a value is not allowed. The error names the first such key, its value and the allowed values.
     """
     try:
         return DetectorKeys.model_validate(cfg)

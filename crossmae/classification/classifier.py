@@ -1,4 +1,4 @@
-"""Classifiers in files: the record next to the weights, written and read."""
+"""Classifiers in files: weights with a record of classes and pixels."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from crossmae.pretraining.neighbours import Pool
 
 CLASSIFIER = "classifier"  # the format in the metadata
 PLAIN = ("pool", "head")  # values of the metadata that are text, not JSON
-BEST = "model_best.safetensors"  # in the folder of a run, next to model.safetensors, its last weights
+BEST = "model_best.safetensors"  # best weights of a run, next to its last weights, model.safetensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierRecord:
-    """Facts besides weights and architecture that make a classifier, recorded in its file.
+    """Record in the file of a classifier: classes and pixels, which weights and architecture do not tell.
 
     Attributes:
         classes: N names, in the order of the outputs.
-        class_names: the same for people; `classes` where nothing else was given.
-        multi_label: an image may be of several classes: sigmoid, not softmax.
-        mean, std: per channel, of pixels in 0-1; recorded as pixel_mean and pixel_std.
-        crop_pct: share of the resized shorter side that the centre crop of an evaluation keeps.
+        class_names: N names to show; equal to `classes` unless others were given.
+        multi_label: True if an image can have several classes. The scores are then sigmoids, not a softmax.
+        mean, std: mean and deviation per channel, of pixels in 0-1. The file records them as pixel_mean and pixel_std.
+        crop_pct: an evaluation resizes the shorter side, and its centre crop keeps this share of it.
     """
 
     pool: Pool
@@ -61,9 +61,10 @@ class ClassifierRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier(ClassifierRecord):
-    """A model in evaluation mode, normalised pixels (B, C, H, W) to logits (B, N), with the record of its file.
+    """A model in evaluation mode, with the record of its file.
 
-    `assumed` holds sentences on what neither file nor shapes tell.
+    The model maps normalised pixels (B, C, H, W) to logits (B, N). `assumed` has a sentence for each value that neither
+    the file nor the shapes give.
     """
 
     path: Path
@@ -75,11 +76,11 @@ class Classifier(ClassifierRecord):
 def classifier_metadata(architecture: Architecture, record: ClassifierRecord, step: int) -> dict[str, str]:
     """Build the safetensors metadata of a classifier, read by `load_classifier`.
 
-    The tensors' names are timm's. The architecture has the key that a pretraining file has for its model, so that
-    whatever starts from an encoder (fine-tuning, detection) knows the number of heads and the sides of the grid.
+    The tensors have timm's names. The architecture has the same key as in a pretraining file. Fine-tuning and detection
+    read the number of heads and the grid size from it.
 
     Args:
-        step: optimizer steps done.
+        step: number of optimizer steps done.
     """
     height, width = architecture.img_size
     size = height if height == width else [height, width]
@@ -94,15 +95,17 @@ def classifier_metadata(architecture: Architecture, record: ClassifierRecord, st
 
 
 def load_classifier(path: str | Path, img_size: int | Sequence[int] | None = None) -> Classifier:
-    """Build the classifier of a file and load all its tensors.
+    """Build a classifier and load all its tensors from a file.
 
     Args:
-        path: a file of ours, the folder of a run (its best weights, else its last weights) or a published fine-tuned
-            or linear-probe file; the classes of a published file have numbers for names.
-        img_size: another size than trained with, one number or height and width; positions are resampled to it.
+        path: a file that this toolkit wrote, the folder of a run (its best weights, or its last weights if there are no
+            best weights), or a published fine-tuned or linear-probe file. The classes of a published file are named by
+            numbers.
+        img_size: image size, if it differs from training: one number, or height and width. Positions are resampled to
+            it.
 
     Raises:
-        UserError: unreadable; an encoder without a head; a record that is incomplete or does not fit the tensors.
+        UserError: the file cannot be read, has no head, or its record is incomplete or does not fit the tensors.
     """
     path = Path(path).expanduser()
     weights = read_weights(path / BEST if (path / BEST).is_file() else path)
@@ -118,7 +121,7 @@ def load_classifier(path: str | Path, img_size: int | Sequence[int] | None = Non
     model = build_vit(architecture, len(record.classes), record.pool, head=record.head)
     load(model, weights, resample=True)
     crop_pct = record.crop_pct
-    if crop_pct == published_crop_pct(architecture_of(weights).img_size):  # the rule goes with the size
+    if crop_pct == published_crop_pct(architecture_of(weights).img_size):  # depends on the image size
         crop_pct = published_crop_pct(architecture.img_size)
     unknown = tuple(words for key, words in sentences.items() if weights.metadata.get(key, UNKNOWN) == UNKNOWN)
     found = {"path": weights.path, "model": model.eval(), "architecture": architecture, "assumed": unknown}
@@ -126,7 +129,7 @@ def load_classifier(path: str | Path, img_size: int | Sequence[int] | None = Non
 
 
 def _read_record(weights: Weights, assumed: Mapping[str, str], architecture: Architecture) -> ClassifierRecord:
-    """Read the record in the metadata, completed by what is assumed."""
+    """Read the record in the metadata, and add the assumed values."""
     known = {key: value for key, value in weights.metadata.items() if value != UNKNOWN}
     try:
         values = {key: _decode(key, value) for key, value in {**assumed, **known}.items()}
@@ -143,7 +146,7 @@ def _read_record(weights: Weights, assumed: Mapping[str, str], architecture: Arc
 
 
 def _decode(key: str, value: str) -> Any:
-    """Decode a JSON value or keep other text for the check."""
+    """Decode a JSON value. Return text that is not JSON unchanged."""
     try:
         return value if key in PLAIN else json.loads(value)
     except (ValueError, RecursionError):
@@ -151,10 +154,10 @@ def _decode(key: str, value: str) -> Any:
 
 
 def _assume(weights: Weights, architecture: Architecture) -> tuple[dict[str, str], dict[str, str]]:
-    """Assume the record of a published file (method specification, section 1.3).
+    """Assume a record for a published file (method specification, section 1.3).
 
     Returns:
-        Metadata by key, and sentences on the guesses among them.
+        Metadata by key, and a sentence for each guessed value.
     """
     probe = weights.format == "linear_probe"
     number = len(weights.tensors["head.1.weight" if probe else "head.weight"])

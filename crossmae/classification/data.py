@@ -1,4 +1,4 @@
-"""Labelled images: classes by name, batches to train on, views to evaluate on."""
+"""Labelled images: class names, training batches and evaluation views."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class LabelledBatch(NamedTuple):
     """Images and targets of one micro-batch.
 
     Attributes:
-        images: (B, C, H, W), uint8 or float32 in 0-1.
-        targets: (B,) int64 classes, or (B, N) float32 of zeros and ones where an image can have several.
+        images: (B, C, H, W), uint8, or float32 in 0-1.
+        targets: (B,) int64 classes. If an image can have several labels: (B, N) float32 of zeros and ones.
         indices: (B,) int64 positions in the source.
-        broken: unreadable images, which other images with their own labels replace.
+        broken: names of unreadable images. Other images, with their own labels, replace them in the batch.
     """
 
     images: Tensor
@@ -47,7 +47,7 @@ class LabelledBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images to train and to evaluate on, under the same classes."""
+    """Training and validation images with the same classes."""
 
     train: Source
     targets: Tensor
@@ -58,10 +58,12 @@ class LabelledImages:
 
 
 def find_classes(source: Source, key: str, separator: str | None = None) -> tuple[str, ...]:
-    """List the classes of a source: its labels or their words.
+    """List the classes of a source: its labels, or their parts.
+
+    With a `separator`, each label is split into parts.
 
     Raises:
-        UserError: no labels, or fewer than two classes.
+        UserError: the source has no labels, or fewer than two classes.
     """
     source.label(0)
     classes = source.classes
@@ -78,7 +80,7 @@ def find_classes(source: Source, key: str, separator: str | None = None) -> tupl
 
 
 def find_several(classes: Sequence[str]) -> tuple[str, str] | None:
-    """Find a class made of other classes, and the separator in it."""
+    """Find a class whose name joins other classes, and the separator."""
     known = set(classes)
     for name in classes:
         for separator in SEPARATORS:
@@ -88,18 +90,18 @@ def find_several(classes: Sequence[str]) -> tuple[str, str] | None:
 
 
 def split_labels(text: str, separator: str) -> list[str]:
-    """Split the labels of one image, of which there may be none."""
+    """Split the labels of one image. An empty text has no labels."""
     return [word for part in text.split(separator) if (word := part.strip())]
 
 
 def label_targets(source: Source, key: str, classes: Sequence[str], separator: str | None = None) -> Tensor:
-    """Convert labels to positions in `classes`, compared by name.
+    """Convert the labels of all images to positions in `classes`.
 
     Returns:
-        (N,) int64, or with a separator (N, C) float32 of zeros and ones.
+        (N,) int64. With a separator: (N, C) float32 of zeros and ones.
 
     Raises:
-        UserError: no labels, or labels that are not in `classes`; names them.
+        UserError: the source has no labels, or has labels that are not in `classes`. The error names them.
     """
     labels = torch.from_numpy(np.array(source.labels()))
     positions = {name: position for position, name in enumerate(classes)}
@@ -121,17 +123,17 @@ def label_targets(source: Source, key: str, classes: Sequence[str], separator: s
 
 
 def warn_of_absent(targets: Tensor, key: str, classes: Sequence[str]) -> None:
-    """Warn about classes without images."""
+    """Warn about classes that have no images."""
     counts = targets.sum(dim=0) if targets.ndim == 2 else torch.bincount(targets, minlength=len(classes))
     if absent := [classes[index] for index in (counts == 0).nonzero()[:, 0].tolist()]:
         log.warning("%s: no image of the class %s", key, shorten(absent))
 
 
 def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str]) -> tuple[str, ...]:
-    """Read one name to show per class, given or from a file.
+    """Return the given names to show, or read them from a file.
 
     Raises:
-        UserError: not one per class, or the file cannot be read.
+        UserError: the number of names differs from the number of classes, or the file cannot be read.
     """
     if names is None:
         return tuple(classes)
@@ -150,7 +152,7 @@ def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str])
 
 
 class TrainImages(KeyedImages):
-    """Augmented images (C, H, W) from `view`, with their targets, the rows of (N, ...)."""
+    """Augmented images (C, H, W) from `view`, each with its row of the targets (N, ...)."""
 
     def __init__(
         self,
@@ -166,13 +168,13 @@ class TrainImages(KeyedImages):
         self.targets, self.view = targets, view
 
     def sample(self, pixels: Image.Image | Tensor, position: int, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """Return the view of an image and its target."""
+        """Return an augmented image and its target."""
         with keyed_everywhere(*key):
             return self.view(pixels), self.targets[position]
 
 
 class CentreViews(Dataset[Any]):
-    """Centre crops of height and width `size` with their targets, as evaluation sees them."""
+    """Centre crops of height and width `size`, with their targets, for evaluation."""
 
     def __init__(
         self, source: Source, targets: Tensor, size: tuple[int, int], crop_pct: float, channels: int, bit_depth: int
@@ -184,7 +186,7 @@ class CentreViews(Dataset[Any]):
         return len(self.source)
 
     def read(self, index: int) -> Image.Image | Tensor:
-        """Read a whole image."""
+        """Read an image without cropping it."""
         return read_pixels(self.source, index, self.channels, self.bit_depth)
 
     def __getitem__(self, index: int) -> KeyedSample | Unreadable:
@@ -207,10 +209,10 @@ def evaluation_batches(
     key: str,
     show: bool = True,
 ) -> Iterator[LabelledBatch]:
-    """Yield batches of some samples, in order, under a progress bar.
+    """Yield batches of the given samples, in order, with a progress bar.
 
     Raises:
-        UserError: an image cannot be read; names it and `key`, the config key of the source.
+        UserError: an image cannot be read. The error names the image and `key`, the config key of the source.
     """
     workers = usable_workers(workers) if len(indices) > batch_size else 0
     how: dict[str, Any] = {"sampler": indices, "collate_fn": collate_labelled, "pin_memory": pin_memory}

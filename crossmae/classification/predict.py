@@ -2,10 +2,10 @@
 
     OUTPUT.json    {"about": {...}, "images": [{"name": ..., "classes": [{"class", "name", "probability"}, ...]}, ...],
                    "unreadable": [...]}
-    OUTPUT.csv     a row per image. One class per image: name,top1,score1,top2,score2,...; several: name and a column
-                   per class, with its probability where that reaches the threshold
+    OUTPUT.csv     a row per image. One class per image: name,top1,score1,top2,score2,... Several classes: name,
+                   then a column per class, which has the probability if it reaches the threshold
 
-Images are read in threads while the model computes, and answers are written as they come: memory stays bounded.
+Threads read images while the model computes. Answers are written immediately, so memory stays bounded.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TOP_K, BATCH_SIZE = 5, 32
 
 @dataclass(frozen=True)
 class Answer:
-    """Predicted classes of a named image, most probable first, by position in `Classifier.classes`."""
+    """Predicted classes of a named image, most probable first, as positions in `Classifier.classes`."""
 
     name: str
     classes: tuple[int, ...]
@@ -50,13 +50,16 @@ class Answer:
 
     @property
     def rounded(self) -> list[float]:
-        """The probabilities as files have them."""
+        """The probabilities, rounded as in files."""
         return [float(f"{probability:.6g}") for probability in self.probabilities]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Limits on the classes of an answer: the best `top_k`, or for multi-label classifiers all from `threshold`."""
+    """Limits on the classes of an answer.
+
+    The `top_k` best classes are kept. For multi-label classifiers: all classes of probability `threshold` or more.
+    """
 
     top_k: int = TOP_K
     threshold: float = LABEL_THRESHOLD
@@ -71,8 +74,8 @@ def predict_images(
 ) -> list[Answer]:
     """Predict the classes of image files, in order.
 
-    The classifier computes on the device of its model. `top_k` limits the classes per image; of multi-label
-    classifiers, `threshold` does. An unreadable image is a UserError.
+    The device of the classifier's model computes. `top_k` limits the classes per image; for multi-label classifiers,
+    `threshold` does. Raises UserError if an image cannot be read.
     """
     found = []
     for answer in predict(classifier, [ImageFiles(list(map(str, paths)), "")], Selection(top_k, threshold), batch_size):
@@ -85,10 +88,10 @@ def predict_images(
 def predict(
     classifier: Classifier, sources: Sequence[Source], selection: Selection, batch_size: int = BATCH_SIZE
 ) -> Iterator[Answer | UserError]:
-    """Yield an answer for each image, or the error that prevented reading.
+    """Yield an answer, or the read error, for each image.
 
     Raises:
-        UserError: probabilities are not finite; names the image.
+        UserError: a probability is not finite. The error names the image.
     """
 
     def read_view(sample: tuple[Source, int]) -> tuple[str, Tensor] | UserError:
@@ -130,7 +133,7 @@ def _answer_batch(
 
 
 def expand_inputs(arguments: Sequence[str]) -> list[str]:
-    """Replace patterns by the files that match, except shard patterns."""
+    """Replace patterns by the matching files. Keep shard patterns."""
     expanded = []
     for argument in arguments:
         path = Path(argument).expanduser()
@@ -147,7 +150,7 @@ def expand_inputs(arguments: Sequence[str]) -> list[str]:
 def open_inputs(inputs: Sequence[str]) -> list[Source]:
     """Open all image files as one source, then every packed source.
 
-    Takes inputs of `expand_inputs`: image files, or other sources of `open_source`.
+    `inputs` are from `expand_inputs`: image files, or other sources that `open_source` reads.
     """
     files: dict[str, None] = {}
     packed: list[Source] = []
@@ -164,7 +167,7 @@ def open_inputs(inputs: Sequence[str]) -> list[Source]:
 
 
 def check_output(output: str, inputs: Sequence[str], force: bool) -> None:
-    """Refuse an OUTPUT of unknown kind, an input, or an existing file."""
+    """Reject an OUTPUT of unknown format, an input, or an existing file."""
     if output == STDOUT:
         return
     path = Path(output)
@@ -178,15 +181,15 @@ def check_output(output: str, inputs: Sequence[str], force: bool) -> None:
 def write_answers(
     classifier: Classifier, sources: Sequence[Source], selection: Selection, output: str, batch_size: int = BATCH_SIZE
 ) -> list[str]:
-    """Predict all images and write OUTPUT completely or not at all.
+    """Predict all images. Write OUTPUT completely, or not at all.
 
-    Standard output gets the answers as they come. Returns one line for each image that could not be read.
+    Standard output receives each answer immediately. Returns one line for each image that could not be read.
 
     Raises:
-        UserError: the folder of OUTPUT is not writable; see `predict`.
+        UserError: the folder of OUTPUT is not writable, or `predict` raises it.
     """
     failures: list[str] = []
-    mixed = output == STDOUT and sys.stdout.isatty()  # a bar would stand between the answers
+    mixed = output == STDOUT and sys.stdout.isatty()  # a progress bar would appear between the answers
 
     def answers() -> Iterator[Answer]:
         found, total = predict(classifier, sources, selection, batch_size), sum(map(len, sources))
@@ -208,7 +211,7 @@ def write_answers(
 def _write_json(
     file: TextIO, answers: Iterable[Answer], failures: Sequence[str], classifier: Classifier, selection: Selection
 ) -> None:
-    """Write answers, then the failures that have been collected meanwhile."""
+    """Write the answers, then the failures collected during prediction."""
     facts = json.dumps(about(classifier, selection), ensure_ascii=False, allow_nan=False)
     file.write(f'{{"about": {facts},\n"images": ')
     images = JsonArray(file)
@@ -225,7 +228,7 @@ def _write_json(
 def _write_csv(
     file: TextIO, answers: Iterable[Answer], failures: Sequence[str], classifier: Classifier, selection: Selection
 ) -> None:
-    """Write a row per answer and no failures."""
+    """Write a row per answer. Failures are not written."""
     names, rows = classifier.class_names, csv.writer(file, lineterminator="\n")
     places = range(1, min(selection.top_k, len(names)) + 1)
     best = [column for place in places for column in (f"top{place}", f"score{place}")]
@@ -242,7 +245,7 @@ WRITERS = {".json": _write_json, ".csv": _write_csv}
 
 
 def about(classifier: Classifier, selection: Selection) -> dict[str, Any]:
-    """Describe the classifier and the selection that answers depend on."""
+    """Describe the classifier and the limits on its answers."""
     facts = {"weights": str(classifier.path), "sha256": sha256(classifier.path)}
     recorded = ("classes", "class_names", "multi_label", "crop_pct", "mean", "std", "bit_depth", "assumed")
     size = {"img_size": classifier.architecture.img_size}

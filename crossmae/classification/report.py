@@ -1,7 +1,7 @@
-"""The page of a fine-tuning run or of an evaluation, `report.html`, from the files in its folder.
+"""`report.html` of a fine-tuning run or an evaluation, from the files in its folder.
 
-A missing or damaged file is named in place of what it would show. The page can be written for a run that was cut off,
-and for an evaluation without training.
+The page names each missing or damaged file in the place of its content. It can be written for a run that was
+interrupted, and for an evaluation without training.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from crossmae.training.log import LOG
 from crossmae.training.resume import WEIGHTS
 
 CONFIG, FOLDER = "config.yaml", "evaluation"
-SHOWN_PAIRS = 15  # of confused classes
-DATA_KEYS = {"data.train", "data.root", "data.val", "data.val_root"}  # have a section of their own
-WIDE = 900  # pixels from which a figure takes the whole width
+SHOWN_PAIRS = 15  # shown pairs of confused classes
+DATA_KEYS = {"data.train", "data.root", "data.val", "data.val_root"}  # settings that have their own section
+WIDE = 900  # pixels: a figure of this width or more takes the whole width of the page
 EVALUATED, HARDEST_IMAGES = f"{FOLDER}/{EVALUATION}", f"{FOLDER}/{HARDEST}/{HARDEST_RECORD}"
 HEADLINES = {  # label and meaning
     "top1": ("Top-1 accuracy", "share of images whose most probable class is the true one"),
@@ -52,7 +52,7 @@ HEADLINES = {  # label and meaning
 
 
 class ClassRow(FileContent):
-    """A class of an evaluation, with shares of 1, None where undefined for lack of images."""
+    """A class of an evaluation. Shares are fractions of 1, or None if undefined for lack of images."""
 
     name: str
     samples: int
@@ -62,7 +62,7 @@ class ClassRow(FileContent):
 
 
 class ConfusedClasses(FileContent):
-    """Images of one class that were taken for another, and their share of the true class."""
+    """Images of one class that were predicted as another class, and their share of the true class."""
 
     true: str
     predicted: str
@@ -71,7 +71,7 @@ class ConfusedClasses(FileContent):
 
 
 class Evaluation(FileContent):
-    """Content of `evaluation.json`: numbers of the whole data set by name, and `about` what they are."""
+    """Content of `evaluation.json`: metrics by name, and `about` with facts on weights and data."""
 
     samples: int
     numbers: dict[str, float | None]
@@ -93,12 +93,12 @@ class Evaluation(FileContent):
 
     @property
     def metric(self) -> str:
-        """The name of the headline number."""
+        """Name of the most important metric."""
         return "mean_ap" if "mean_ap" in self.numbers else "top1"
 
 
 class HardImage(FileContent):
-    """A wrongly classified image: its picture or the fault that prevents one, and classes with probabilities."""
+    """A wrongly classified image: its picture (or why there is none), and its classes with probabilities."""
 
     name: str
     picture: str | None
@@ -108,7 +108,7 @@ class HardImage(FileContent):
 
 
 class Hardest(FileContent):
-    """Content of `hardest.json`: the number of wrong images, and the worst of them."""
+    """Content of `hardest.json`: the number of wrong images, and the images with the highest losses."""
 
     wrong: int
     images: list[HardImage]
@@ -156,7 +156,7 @@ def _class_section(run: RunFolder, found: Evaluation | None) -> page.Section:
 
 
 def class_blocks(classes: Sequence[ClassRow], multi_label: bool) -> list[page.PageBlock]:
-    """Rank all classes, or the worst and the best of many."""
+    """Rank all classes, or the worst and best of many classes."""
     rows: list[tuple[float | None, page.TableRow]] = []
     for one in classes:
         shares = [*([one.ap] if multi_label else []), one.recall, one.precision]
@@ -216,7 +216,7 @@ def _hard_image(run: RunFolder, one: HardImage) -> page.PictureRow | page.Missin
 
 
 def _verdict(one: HardImage) -> str:
-    """Write "cat (2.9 %), taken for dog (97.1 %)"."""
+    """Format "cat (2.9 %), taken for dog (97.1 %)"."""
     true, predicted = ([f"{name} ({page.percent(share)})" for name, share in row] for row in (one.true, one.predicted))
     if len(true) == len(predicted) == 1:
         return f"{true[0]}, taken for {predicted[0]}"
@@ -268,7 +268,7 @@ def _command_section(folder: Path, weights: object, validated: bool, unfinished:
 
 
 def changed_from_defaults(content: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """List key, value and default of changed settings, except the data."""
+    """List key, value and default of changed settings, except data settings."""
     least = FinetuneConfig.model_validate({"output_dir": "", "data": {}, "model": {}})
     defaults = sections.leaves(least.model_dump(mode="json", exclude={"output_dir"}))
     return [row for row in sections.changed_settings(content, defaults) if row[0] not in DATA_KEYS]
@@ -287,7 +287,10 @@ def _data_section(run: RunFolder, data: Mapping[str, tuple[Any, Any]], has_confi
 
 
 def write_report(folder: Path) -> Path:
-    """Write and return `folder`/report.html, whatever state the run is in."""
+    """Write `folder`/report.html, and return its path.
+
+    The run may be incomplete.
+    """
     return build_report(folder).write(folder / REPORT)
 
 

@@ -28,14 +28,14 @@ HeadKind = Literal["linear", "batchnorm"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of a plain ViT, named like the arguments of `ViTEncoder`.
+    """Sizes of a plain ViT, with the names of the arguments of `ViTEncoder`.
 
     Attributes:
         img_size: height and width in pixels, multiples of `patch_size`.
-        mlp_ratio: hidden width of the MLP over E.
+        mlp_ratio: hidden width of the MLP divided by E.
 
     Raises:
-        ValueError: sizes that do not go together.
+        ValueError: the sizes do not fit together.
     """
 
     img_size: tuple[int, int]
@@ -53,16 +53,16 @@ class Architecture:
 
 
 def architecture_of(weights: Weights, **given: Any) -> Architecture:
-    """Infer the architecture of a file's encoder, completed by given values.
+    """Infer the architecture of a file's encoder. Given values complete it.
 
     Args:
         weights: any file with a ViT encoder.
-        given: fields of `Architecture`; None counts as not given. `img_size` (one number or height and width),
-            `patch_size` and `in_chans` may differ from the file's: `load_encoder_weights` resamples.
+        given: fields of `Architecture`; None counts as not given. `img_size` (one number, or height and width),
+            `patch_size` and `in_chans` may differ from the file, because `load_encoder_weights` resamples the weights.
 
     Raises:
-        UserError: no encoder; a value that contradicts the file; something that the file does not tell; sizes that do
-            not go together.
+        UserError: the file has no encoder, a given value contradicts the file, the file does not tell a needed value,
+            or the sizes do not fit together.
     """
     tensors = encoder_tensors(weights)
     found = encoder_arguments(tensors, weights.metadata)
@@ -91,7 +91,9 @@ def architecture_of(weights: Weights, **given: Any) -> Architecture:
 def build_vit(
     architecture: Architecture, num_classes: int, pool: Pool = "avg", drop_path: float = 0.0, head: HeadKind = "linear"
 ) -> VisionTransformer:
-    """Build a classifier with random weights and timm's names (method specification, 1.10-1.11).
+    """Build a classifier with random weights and timm's tensor names.
+
+    Source: method specification, sections 1.10-1.11.
 
     | pool  | before the head                           |
     | ----- | ----------------------------------------- |
@@ -99,11 +101,11 @@ def build_vit(
     | `cls` | `norm`, then the class token              |
 
     Args:
-        num_classes: N; 0 for no head.
-        drop_path: rate of the last block; it grows linearly from 0 in the first.
+        num_classes: N. 0 builds no head.
+        drop_path: drop rate of the last block. It grows linearly from 0 in the first block.
 
     Raises:
-        ValueError: an unknown pool or head.
+        ValueError: the pool or the head is unknown.
     """
     if pool not in get_args(Pool) or head not in get_args(HeadKind):
         raise ValueError(f"pool is one of {get_args(Pool)}, head of {get_args(HeadKind)}; got {pool!r} and {head!r}")
@@ -120,14 +122,14 @@ def build_vit(
 
 
 def build_head(width: int, num_classes: int, head: HeadKind) -> nn.Module:
-    """Build a random head of `build_vit`, (B, E) to (B, N).
+    """Build a random head for `build_vit`, (B, E) to (B, N).
 
-    The batchnorm head has BatchNorm without scale and shift before its layer. Weights are truncated normal.
+    The batchnorm head has BatchNorm, without scale and shift, before its linear layer. Weights are truncated normal.
     """
     linear = nn.Linear(width, num_classes)
     std = 2e-5 if head == "linear" else 0.01
-    # With the usual bounds of -2 and 2, far out for these deviations, rounding makes one weight in 2 ** 24 exactly -2:
-    # in the head of a ViT-B for 1000 classes, in one run of twenty.
+    # With the usual bounds of -2 and 2, which are many deviations away, rounding sets one weight in 2 ** 24 to exactly
+    # -2. This would happen in one of twenty heads of a ViT-B with 1000 classes.
     nn.init.trunc_normal_(linear.weight, std=std, a=-4 * std, b=4 * std)
     nn.init.zeros_(linear.bias)
     if head == "linear":
@@ -136,22 +138,23 @@ def build_head(width: int, num_classes: int, head: HeadKind) -> nn.Module:
 
 
 def load_encoder_weights(model: VisionTransformer, weights: Weights) -> LoadReport:
-    """Load the encoder of any file.
+    """Load the encoder weights of any file.
 
-    Heads, the decoder and, with average pooling, the final norm are left out. Position table and patch filters are
-    resampled to the model's grid, patch size and channels, in float32; the report lists them. With class-token pooling
-    the final norm keeps its initial weights if the file has none, as no CrossMAE file has (method specification,
-    section 1.3). With average pooling the class token does, as for files converted for detection.
+    Heads, the decoder and, with average pooling, the final norm are left out. Position embeddings and patch filters are
+    resampled in float32 to the model's grid, patch size and channels; the report lists them. With class-token pooling,
+    the final norm keeps its initial weights if the file has no final norm. CrossMAE files have none (method
+    specification, section 1.3). With average pooling, the class token keeps its initial weights if the file has no
+    class token. Files converted for detection have none.
 
     Raises:
-        UserError: no encoder; another architecture; a tensor that is missing, or that a plain ViT does not have; no
-            class token to pool. Nothing was loaded.
+        UserError: the file has no encoder, another architecture, or no class token to pool; or a tensor is missing or
+            unknown to a plain ViT. Nothing was loaded then.
     """
     cls = model.global_pool == "token"
     new = [r"head\.", r"fc_norm\."]
     home = encoder_home(weights.tensors) or ""
     if f"{home}cls_token" not in weights.tensors:
-        encoder_tensors(weights)  # raises where there is no encoder at all
+        encoder_tensors(weights)  # raises UserError if there is no encoder
         if cls:
             raise UserError(f"{weights.path}: holds no class token to pool. Use average pooling.")
         new.append("cls_token$")
@@ -170,14 +173,16 @@ def load_encoder_weights(model: VisionTransformer, weights: Weights) -> LoadRepo
 
 
 def parameter_groups(model: VisionTransformer, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Group trainable parameters by layer and weight decay (method specification, section 1.10).
+    """Group trainable parameters by layer and weight decay.
 
-    Of n blocks, layer 0 is class token, positions and patch embedding, layer i + 1 block i, layer n + 1 the rest. A
-    group's `lr_scale` is layer_decay ** (n + 1 - layer); the schedule multiplies the learning rate by it. Tensors of
-    one dimension, class token and positions have no weight decay.
+    Source: method specification, section 1.10.
+
+    For n blocks, layer 0 has the class token, positions and patch embedding. Layer i + 1 is block i. Layer n + 1 has
+    all other parameters. The `lr_scale` of a group is layer_decay ** (n + 1 - layer), and the schedule multiplies the
+    learning rate by it. One-dimensional tensors, the class token and positions have no weight decay.
 
     Returns:
-        Groups with `params`, `weight_decay`, `lr_scale` and `name`; 28 for ViT-B.
+        Groups with `params`, `weight_decay`, `lr_scale` and `name`. ViT-B has 28 groups.
     """
     last = len(model.blocks) + 1
     groups: dict[str, dict[str, Any]] = {}

@@ -1,1 +1,1 @@
-"""The backbone: CrossMAE's encoder as ViTDet's, its feature pyramid and its weights."""
+"""Backbone: CrossMAE's encoder in ViTDet's form, its feature pyramid and its weights."""

@@ -1,8 +1,9 @@
 """Self-attention on a grid of tokens: over the whole grid or in windows, with decomposed relative positions.
 
-Source: Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection" (arXiv 2203.16527); relative
-positions are those of MViTv2 (arXiv 2112.01526, section 4.1). Shapes: B batch, h and w rows and columns of the grid, H
-and W those that one attention sees, N = H * W, E width, d width of a head, n heads.
+Source: Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection" (arXiv 2203.16527). Relative
+positions follow MViTv2 (arXiv 2112.01526, section 4.1). Shapes: B batch; h and w rows and columns of the whole grid; H
+and W rows and columns that one attention covers (a window or the whole grid), N = H * W; E width, d width of a head, n
+heads.
 """
 
 from __future__ import annotations
@@ -17,21 +18,23 @@ from torch import Tensor, nn
 from crossmae.models.layers import Attention
 
 RelPosAttention = Literal["folded", "materialized"]
-# Kernels without an N x N matrix take no wider heads; in half precision they want q, k and v equally wide.
+# Attention kernels without an N x N matrix support heads up to this width. In half precision, they need q, k and v of
+# equal width.
 WIDEST_HEAD = 256
 
 
 class SpatialAttention(Attention):
     """Self-attention on a grid of tokens, in windows or over the whole grid, with decomposed relative positions.
 
-    Windows that reach over the edge are padded as in ViTDet: what attention sees there are queries, keys and values
-    equal to the bias of `qkv`, and they are not masked.
+    Windows that extend over the edge of the grid are padded as in ViTDet. Padded queries, keys and values equal the
+    bias of `qkv`, and are not masked.
 
     Args:
-        window_size: side of a window in tokens; 0 attends over the whole grid.
-        rel_pos_size: side of the grid that the relative position tables are made for; 0 makes none.
-        rel_pos_attention: `folded` puts relative positions into extra channels of queries and keys and needs no N x N
-            matrix; `materialized` adds a matrix of them to the scores, and is the reference. Equal but for rounding.
+        window_size: side of a window in tokens. 0 attends over the whole grid.
+        rel_pos_size: side of the grid that the relative position tables fit. 0 makes no tables.
+        rel_pos_attention: `folded` puts relative positions into extra channels of queries and keys, and needs no N x N
+            matrix. `materialized` adds an N x N matrix of relative positions to the scores, and is the reference. The
+            results are equal except for rounding.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class SpatialAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over a grid of tokens (B, h, w, E)."""
-        qkv = self.qkv(x)  # (B, h, w, 3E); padding needs no projection: it is the bias
+        qkv = self.qkv(x)  # (B, h, w, 3E); projected before padding, because padding equals the bias
         if not self.window_size:
             return self.proj(self._attend(qkv))
         h, w = x.shape[1:3]
@@ -85,7 +88,8 @@ def pad_grid(x: Tensor, fill: Tensor, bottom: int, right: int) -> Tensor:
 def relative_scores(q: Tensor, grid: tuple[int, int], rel_pos_h: Tensor, rel_pos_w: Tensor) -> tuple[Tensor, Tensor]:
     """Compute relative scores (B, n, N, H) and (B, n, N, W).
 
-    The scores are by row and by column of the key, for queries (B, n, N, d) that are not scaled, on a grid H, W.
+    The scores depend on the row and the column of the key. q (B, n, N, d) are queries that are not scaled, on a grid H,
+    W.
     """
     B, n, N, d = q.shape
     H, W = grid
@@ -98,8 +102,8 @@ def relative_scores(q: Tensor, grid: tuple[int, int], rel_pos_h: Tensor, rel_pos
 def relative_positions(table: Tensor, size: int) -> Tensor:
     """Look up relative positions for every (query, key) pair of one axis.
 
-    The table is (2n - 1, d), from the most negative distance to the most positive. It is resized linearly to another
-    `size`, as detectron2 does (`get_rel_pos`). In (size, size, d), entry [i, j] belongs to the distance i - j.
+    The table (2n - 1, d) runs from the most negative to the most positive distance. It is resized linearly to `size`,
+    as in detectron2 (`get_rel_pos`). In the result (size, size, d), entry [i, j] belongs to the distance i - j.
     """
     if table.shape[0] != 2 * size - 1:
         table = F.interpolate(table.t()[None], size=2 * size - 1, mode="linear")[0].t()
@@ -108,15 +112,15 @@ def relative_positions(table: Tensor, size: int) -> Tensor:
 
 
 def folded_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Attend with relative scores, without an N x N matrix.
+    """Attend with relative scores, but without an N x N matrix.
 
     Source: FlashBias, arXiv 2505.12044. q' = [q / sqrt(d), rows, columns] and k' = [k, one-hot(row), one-hot(column)]
     have the same product, so that any kernel for plain attention works. All gradients are exact. q, k, v and the result
-    are (B, n, N, d), rows and columns those of `relative_scores`.
+    are (B, n, N, d). `rows` and `columns` are from `relative_scores`.
     """
     B, n, N, d = q.shape
     H, W = rows.shape[-1], columns.shape[-1]
-    width = d + H + W + -(d + H + W) % 8  # kernels want multiples of 8
+    width = d + H + W + -(d + H + W) % 8  # kernels need multiples of 8
     row, column = (torch.eye(side, dtype=k.dtype, device=k.device) for side in (H, W))
     cells = torch.cat([row.repeat_interleave(W, dim=0), column.repeat(H, 1)], dim=1)  # (N, H + W)
     q = torch.cat([q * d**-0.5, rows, columns, q.new_zeros(1).expand(B, n, N, width - d - H - W)], dim=-1)
@@ -130,6 +134,6 @@ def folded_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Ten
 def materialized_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Attend with an N x N matrix of biases: the slow reference."""
     B, n, N, _ = q.shape
-    # Contiguous before they are added, or the sum, n * N^2 numbers, would have to be copied.
+    # Make both contiguous first. Otherwise their sum of n * N^2 numbers would be copied.
     bias = rows.contiguous()[..., :, None] + columns.contiguous()[..., None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.reshape(B, n, N, N))

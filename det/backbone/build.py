@@ -1,4 +1,4 @@
-"""The backbone without detector, for other heads and frameworks: `build_backbone`."""
+"""`build_backbone`: the backbone without a detector, for other heads and frameworks."""
 
 from __future__ import annotations
 
@@ -26,22 +26,26 @@ def build_backbone(
     out_channels: int = 256,
     **overrides: Any,
 ) -> FeaturePyramid:
-    """Build a ViT with the simple feature pyramid, without config or registry.
+    """Build a ViT with the simple feature pyramid.
+
+    Neither a config nor detectron2's registry is needed.
 
     Args:
-        name: a named size, for example `crossmae_vit_base_patch16`; patches of 14 pixels become 16.
-        weights: an encoder of any known format, see `crossmae.checkpoints.weights.read_weights`; None: random weights.
-        img_size: pixels of a side that relative positions of global blocks are made for; others are resized to.
-        overrides: arguments of `det.ViT` that replace those of the name: `window_size`, `global_blocks`, `drop_path`,
-            `rel_pos`, `pos_embed_mode`, `activation_checkpointing`, ...
+        name: a named size, for example `crossmae_vit_base_patch16`. Patches of 14 pixels become 16 pixels.
+        weights: file of an encoder in any format of `crossmae.checkpoints.weights.read_weights`. None: random weights.
+        img_size: image side in pixels that the relative positions of global blocks fit. They are resized for other
+            sizes.
+        overrides: arguments of `det.ViT` that replace arguments of the named size: `window_size`, `global_blocks`,
+            `drop_path`, `rel_pos`, `pos_embed_mode`, `activation_checkpointing`, ...
 
     Returns:
-        A module from normalised images (B, 3, h, w), sides multiples of 32, to {"p2": (B, out_channels, h / 4, w / 4),
-        "p3": ..., "p4": ..., "p5": ..., "p6": (B, out_channels, h / 64, w / 64)}. Its encoder is `.net`.
+        A module whose `net` is the encoder. It maps normalised images (B, 3, h, w), with sides that are multiples of
+        32, to {"p2": (B, out_channels, h / 4, w / 4), "p3": ..., "p4": ..., "p5": ...,
+        "p6": (B, out_channels, h / 64, w / 64)}.
 
     Raises:
-        ValueError: an unknown name or argument.
-        UserError: a file that cannot be read, or does not fit; nothing was loaded.
+        ValueError: the name or an argument is unknown.
+        UserError: the file cannot be read, or its weights do not fit. Nothing was loaded then.
     """
     size = model_arguments(name)
     arguments: dict[str, Any] = {key: size[key] for key in ENCODER_SIZE}
@@ -52,7 +56,11 @@ def build_backbone(
         source = fit_patches(read_weights(weights), 16)
         pretrained = encoder_arguments(encoder_tensors(source), source.metadata).get("img_size")
         if not isinstance(pretrained, int):
-            raise UserError(f"{source.path}: the position table is of {pretrained} pixels, a square one is needed")
+            sides = " x ".join(map(str, pretrained)) if pretrained else "unknown"
+            raise UserError(
+                f"{source.path}: position embeddings are for an image of size {sides}, but must be for a square one. "
+                "Resample them with tools/convert_checkpoint.py."
+            )
         arguments["pretrain_img_size"] = pretrained
     net = ViT(img_size, **arguments | overrides)
     if source is not None:
@@ -62,5 +70,5 @@ def build_backbone(
 
 
 def evenly_spaced_blocks(depth: int) -> tuple[int, ...]:
-    """Choose the last block of each quarter, as ViTDet does (section 3)."""
+    """Choose the last block of each quarter, as in ViTDet (section 3)."""
     return tuple(depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))

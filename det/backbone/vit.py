@@ -1,8 +1,8 @@
 """The CrossMAE encoder as a detectron2 backbone: ViTDet's plain backbone and simple feature pyramid.
 
-Source: Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection" (arXiv 2203.16527) and method
-specification, section 3.1. Shapes: B batch, H and W rows and columns of patches, E width. Key names are those of the
-published checkpoints, under `net.` in the pyramid.
+Sources: Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection" (arXiv 2203.16527), and method
+specification, section 3.1. Shapes: B batch, H and W rows and columns of patches, E width. Tensors have the names of the
+published checkpoints, with the prefix `net.` in the pyramid.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from det.backbone.attention import RelPosAttention, SpatialAttention
 SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
 PosEmbed = Literal["resize", "tiled", "absolute_win"]
 NORMS = ("", "LN", "GN", "BN", "SyncBN", "FrozenBN")
-# Keys of MODEL.VIT that are arguments in lower case.
+# Keys of MODEL.VIT. In lower case, they are names of arguments.
 ENCODER_KEYS = (
     *("IMG_SIZE", "PRETRAIN_IMG_SIZE", "PATCH_SIZE", "EMBED_DIM", "DEPTH", "NUM_HEADS", "MLP_RATIO", "DROP_PATH"),
     *("WINDOW_SIZE", "GLOBAL_BLOCKS", "REL_POS", "ACTIVATION_CHECKPOINTING"),
@@ -42,27 +42,27 @@ PYRAMID_KEYS = ("OUT_CHANNELS", "SCALE_FACTORS", "NORM", "MAX_POOL_LEVEL", "SQUA
 class ViT(Backbone):
     """The CrossMAE encoder on images of any size, without class token and final norm.
 
-    Linear weights start as Xavier uniform, positions as the sine-cosine table, which is trained, and relative positions
-    at zero.
+    Linear weights start as Xavier uniform. Position embeddings start as sine-cosine and are trained. Relative positions
+    start at zero.
 
-    The position table of pretraining covers an image of another size in one of three ways:
+    The position embeddings of pretraining are fitted to an image of another size in one of three ways:
 
-    | `pos_embed_mode` | positions of the image                                                     | source          |
+    | `pos_embed_mode` | position embeddings of the image                                           | source          |
     | ---------------- | -------------------------------------------------------------------------- | --------------- |
-    | `resize`         | the table, resized (bicubic)                                               | ViTDet          |
-    | `tiled`          | the table, resized to a window, once in every window                       | 2311.05613, 4.2 |
+    | `resize`         | resized (bicubic)                                                          | ViTDet          |
+    | `tiled`          | resized to a window, and repeated in every window                          | 2311.05613, 4.2 |
     | `absolute_win`   | `tiled`, plus a second table, trained from zero, resized over the image    | 2311.05613, 4.1 |
 
     Args:
-        img_size: pixels of a side that relative positions of global blocks are made for; a multiple of `patch_size`.
-        pretrain_img_size: pixels of a side in pretraining, which decides the size of `pos_embed`.
+        img_size: image side in pixels that the relative positions of global blocks fit; a multiple of `patch_size`.
+        pretrain_img_size: image side in pixels in pretraining. It decides the size of `pos_embed`.
         patch_size: side of a square patch in pixels.
-        mlp_ratio: hidden width of the MLP over E.
-        drop_path: rate of stochastic depth in the last block; it grows linearly from 0 in the first.
-        window_size: side in patches of the windows in all blocks but the global ones; 0 makes every block global.
+        mlp_ratio: hidden width of the MLP divided by E.
+        drop_path: rate of stochastic depth in the last block. It grows linearly from 0 in the first block.
+        window_size: side of a window in patches, for all blocks except the global blocks. 0 makes every block global.
         global_blocks: indices of the blocks that attend over the whole image.
-        pos_embed_mode: see above; without windows, a tile is as large as the table.
-        activation_checkpointing: compute every block again in backward instead of keeping what it needs.
+        pos_embed_mode: see the table above. Without windows, a tile has the size of the position embeddings.
+        activation_checkpointing: recompute every block in the backward pass, instead of storing its activations.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class ViT(Backbone):
         return {"last_feat": x.permute(0, 3, 1, 2)}
 
     def positions(self, H: int, W: int) -> Tensor:
-        """Compute positions for H x W patches, (1, H, W, E)."""
+        """Compute position embeddings (1, H, W, E) for H x W patches."""
         if self.pos_embed_mode == "resize":
             return get_abs_pos(self.pos_embed, True, (H, W))
         tile = get_abs_pos(self.pos_embed, True, (self.tile, self.tile))
@@ -128,10 +128,10 @@ class ViT(Backbone):
         return tiles + get_abs_pos(self.pos_embed_global, False, (H, W))
 
     def freeze(self, stages: int) -> None:
-        """Stop the training of the first stages.
+        """Freeze the first stages.
 
-        -1 freezes nothing, 0 patch embedding and positions, n these and the first n blocks. Frozen blocks drop no paths
-        either, and their relative positions stay at zero. The second table of `absolute_win` is always trained.
+        -1 freezes nothing. 0 freezes patch embedding and positions. n also freezes the first n blocks. Frozen blocks
+        drop no paths, and their relative positions stay at zero. The second table of `absolute_win` is always trained.
         """
         if stages > self.depth:
             raise ValueError(f"FROZEN_STAGES {stages} is more than the {self.depth} blocks of the encoder")
@@ -144,7 +144,7 @@ class ViT(Backbone):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> ViT:
-        """Set the mode, but keep frozen blocks in evaluation mode."""
+        """Set the mode. Frozen blocks stay in evaluation mode."""
         super().train(mode)
         for block in self.blocks[: max(self.frozen_stages, 0)]:
             block.eval()
@@ -161,7 +161,7 @@ def _init_linear(module: nn.Module) -> None:
 
 
 class ChannelLayerNorm(ChannelFirstLayerNorm):
-    """detectron2's LayerNorm over the channels of (B, C, H, W), in one fused call instead of eight."""
+    """detectron2's LayerNorm over the channels of (B, C, H, W), in one fused call instead of eight calls."""
 
     def forward(self, x: Tensor) -> Tensor:
         last = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
@@ -169,17 +169,17 @@ class ChannelLayerNorm(ChannelFirstLayerNorm):
 
 
 class FeaturePyramid(SimpleFeaturePyramid):
-    """detectron2's pyramid, with batches padded to sides that encoder and pyramid can divide.
+    """detectron2's pyramid, with batches padded to sides that fit the encoder and the pyramid.
 
-    Upstream spells the key of the divisor otherwise than its reader does, so that images of odd sizes fail there unless
-    they are padded to a square.
+    detectron2 writes and reads the divisor under two different names. Without this class, images of odd sizes would
+    fail unless they are padded to a square.
     """
 
     square_pad_test = 0
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """Padding of `ImageList.from_tensors`, in pixels."""
+        """Padding in pixels, as arguments of `ImageList.from_tensors`."""
         divisor = max(self._size_divisibility, self.net.patch_size)
         square = self._square_pad if self.training else self.square_pad_test
         return {"size_divisibility": divisor, "square_size": square}
@@ -197,13 +197,13 @@ def build_pyramid(
     """Build the simple feature pyramid over an encoder (arXiv 2203.16527, section 3).
 
     Args:
-        net: the encoder; becomes the pyramid's `net`.
+        net: the encoder. It becomes the pyramid's `net`.
         out_channels: channels of every level.
-        scale_factors: resolution of each level over that of the encoder, falling by halves; 4, 2, 1 and 0.5 exist.
-        norm: norm behind each convolution; "" is none.
-        max_pool_level: add one coarser level by subsampling the last (p6 of five levels).
-        square_pad: in training, pad every batch to a square of so many pixels; 0 pads to the largest image.
-        square_pad_test: the same in evaluation.
+        scale_factors: resolution of each level divided by the encoder's resolution: neighbours in 4, 2, 1 and 0.5.
+        norm: norm after each convolution. "" uses no norm.
+        max_pool_level: add a coarser level by subsampling the last level (p6 after p2 to p5).
+        square_pad: in training, pad every batch to a square with this side in pixels. 0 pads to the largest image.
+        square_pad_test: the same in evaluation and prediction.
     """
     factors = tuple(scale_factors)
     first = SCALE_FACTORS.index(factors[0]) if factors and factors[0] in SCALE_FACTORS else 0
@@ -213,8 +213,8 @@ def build_pyramid(
         raise ValueError(f"NORM must be one of {', '.join(NORMS[1:])}, or empty for none, got {norm!r}")
     if net.patch_size & (net.patch_size - 1):
         raise ValueError(
-            f"the feature pyramid needs a patch size that is a power of two, got {net.patch_size}; set it to 16: the "
-            "filters of a file with patches of 14 are resized"
+            f"patch size {net.patch_size} is not a power of two, which the feature pyramid needs. Set it to 16; "
+            "weights with patches of 14 are resized automatically."
         )
     top_block = None
     if max_pool_level:

@@ -1,6 +1,6 @@
-"""`MODEL.WEIGHTS`: a pretraining checkpoint, a converted encoder or a whole detector, loaded strictly.
+"""Strict loading of `MODEL.WEIGHTS`: a pretraining checkpoint, a converted encoder or a whole detector.
 
-Tensors that may be new or left over are listed here. Any other difference is an error with a table.
+The lists below name the tensors that may be new or left over. Any other difference is an error with a table.
 """
 
 from __future__ import annotations
@@ -29,30 +29,31 @@ from det.config import BEST, CONFIG, FINAL, LAST, flatten, lookup
 
 log = logging.getLogger(__name__)
 
-# The class token has no place in a dense backbone. Tensors that exist only in detection start at zero.
+# A dense backbone does not use the class token. Tensors that exist only in detection start at zero.
 DROPPED = (r"cls_token$",)
 NEW = (r"blocks\.\d+\.attn\.rel_pos_[hw]$", r"pos_embed_global$")
-# Layers of a detector with one output for each class.
+# Layers of a detector that have one output per class.
 CLASS_LAYERS = r"roi_heads\.(box_predictor(\.\d+)?\.(cls_score|bbox_pred)|mask_head\.predictor)\."
 SCORES = r"roi_heads\.box_predictor(\.0)?\.cls_score\.weight"
-# Settings that decide what weights mean, and that no shape shows.
+# Settings that change the meaning of weights, but not their shapes.
 VIT_SETTINGS = ("MODEL.VIT.POS_EMBED", "MODEL.VIT.WINDOW_SIZE", "MODEL.VIT.GLOBAL_BLOCKS")
 COMPARED_SETTINGS = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", *VIT_SETTINGS)
-# Arguments of the encoder that a shape or the file's metadata shows; in upper case, keys of MODEL.VIT.
+# Arguments of the encoder that shapes or metadata show. In upper case, they are keys of MODEL.VIT.
 SHOWN = ("embed_dim", "depth", "num_heads", "patch_size", "mlp_ratio", "pretrain_img_size")
 
 
 def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False) -> LoadReport | None:
-    """Fill a detector from `MODEL.WEIGHTS`, an encoder or a whole detector.
+    """Load `MODEL.WEIGHTS`, an encoder or a detector, into a detector.
 
-    To train on from a detector of another number of classes, its layers with one output per class are left out.
-    Evaluation needs trained heads: with `detector_only`, a file with an encoder only is refused.
+    In training, if the file is a detector with another number of classes, its layers with one output per class are not
+    loaded. Evaluation needs trained heads: `detector_only` rejects a file with only an encoder.
 
     Returns:
-        The result for every tensor, or None where `MODEL.WEIGHTS` is empty and the weights stay random.
+        A report on every tensor. None if `MODEL.WEIGHTS` is empty: the weights then stay random.
 
     Raises:
-        UserError: unreadable file, another architecture, a tensor missing or left over, other pixel statistics.
+        UserError: the file cannot be read, has another architecture or other pixel statistics, or a tensor is missing
+            or left over.
     """
     path = cfg.MODEL.WEIGHTS
     if not path and detector_only:
@@ -84,7 +85,10 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False)
 
 
 def find_detector(path: Path) -> Path:
-    """Find the best or last weights if `path` is a run's folder."""
+    """Find the best weights, else the last weights, of a run's folder.
+
+    Other paths are returned unchanged.
+    """
     if not path.is_dir():
         return path
     names = [BEST]
@@ -94,7 +98,7 @@ def find_detector(path: Path) -> Path:
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
-    """Build detectron2's model, with errors that name the section."""
+    """Build detectron2's model. Errors name the section of the config."""
     try:
         model: nn.Module = build_model(cfg)
     except UserError:
@@ -131,13 +135,13 @@ def _load_encoder(model: nn.Module, weights: Weights) -> LoadReport:
 
 
 def count_classes(tensors: Mapping[str, Tensor]) -> int:
-    """Count the classes of a detector, 0 for an unknown head."""
+    """Count the classes of a detector. Return 0 for unknown heads."""
     scores = next((tensor for name, tensor in tensors.items() if re.fullmatch(SCORES, name)), None)
-    return 0 if scores is None else len(scores) - 1  # the last row is the background
+    return 0 if scores is None else len(scores) - 1  # the last row is for the background
 
 
 def warn_of_other_settings(settings: Mapping[str, Any], recorded: Mapping[str, Any], path: Path) -> None:
-    """Warn about settings that differ from a detector's own config."""
+    """Warn about settings that differ from the detector's recorded config."""
     for key, given in settings.items():
         value = recorded.get(key)
         if value is not None and value != (list(given) if isinstance(given, (tuple, list)) else given):
@@ -145,11 +149,12 @@ def warn_of_other_settings(settings: Mapping[str, Any], recorded: Mapping[str, A
 
 
 def fit_patches(weights: Weights, patch_size: int) -> Weights:
-    """Resize patch filters without feature pyramid, such as 14 to 16.
+    """Resize patch filters that do not fit the pyramid, such as 14.
 
-    Filters are resampled so that an image enlarged along with them gives the same tokens (FlexiViT, arXiv 2212.08013,
-    section 3.4); ViTDet resized those of ViT-H/14, too. The grid of the position table stays, so that the pretraining
-    size grows with the patch: 224 pixels become 256. Encoders with patches of 2^n pixels come back as they are.
+    An image that is enlarged by the same factor as the filters gives the same tokens (FlexiViT, arXiv 2212.08013,
+    section 3.4). ViTDet also resized the filters of ViT-H/14. The grid of the position embeddings does not change. The
+    pretraining image size therefore grows with the patch: 224 pixels become 256. Encoders with patches of 2^n pixels
+    are returned unchanged.
     """
     encoder = encoder_tensors(weights)
     arguments = encoder_arguments(encoder, weights.metadata)
@@ -163,12 +168,13 @@ def fit_patches(weights: Weights, patch_size: int) -> Weights:
 
 
 def check_architecture(net: ViT, weights: Weights) -> None:
-    """Reject a file whose encoder is not the one of `MODEL.VIT.*`."""
+    """Reject a file with another encoder than `MODEL.VIT.*` describes."""
     found = encoder_arguments(encoder_tensors(weights), weights.metadata)
     found["pretrain_img_size"] = found.pop("img_size", net.pretrain_img_size)
     wrong = [name for name in SHOWN if found.get(name, getattr(net, name)) != getattr(net, name)]
     if wrong == ["num_heads"] and "num_heads" not in recorded_arguments(weights.metadata):
-        # No shape and no metadata show the heads: the usual number for the width is worth a warning, not an error.
+        # Neither shapes nor metadata show the number of heads. A number that is unusual for the width causes a warning,
+        # not an error.
         words = "%s does not say how many attention heads it has; MODEL.VIT.NUM_HEADS is %d, published models have %d"
         log.warning(words, weights.path, net.num_heads, found["num_heads"])
     elif wrong:
@@ -180,7 +186,7 @@ def check_architecture(net: ViT, weights: Weights) -> None:
 
 
 def check_pixels(weights: Weights, image_format: str, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Reject other pixel statistics (0 to 255) than an encoder's file records."""
+    """Reject pixel statistics (0 to 255) that differ from the encoder's file."""
     for field, key, given in ((PIXEL_MEAN, "PIXEL_MEAN", list(mean)), (PIXEL_STD, "PIXEL_STD", list(std))):
         if weights.metadata.get(field, UNKNOWN) == UNKNOWN:
             continue

@@ -1,4 +1,4 @@
-"""Data sets in COCO format: check them before training, register them, and fit the config to them."""
+"""Data sets in COCO format: check and register them, and fit the config to them."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ OWN_TRAIN, OWN_VAL = "own_coco_train", "own_coco_val"
 
 @dataclass(frozen=True)
 class CocoSummary:
-    """Categories by rising id, which is the order of the classes, and other facts about a checked file.
+    """Facts about a checked file. Categories are sorted by id, which is the order of the classes.
 
-    Crowd regions count neither for `num_trainable` images nor for `mask_kinds` ("polygon", "rle", "none").
+    Crowd regions are not counted in `num_trainable` (images) and `mask_kinds` ("polygon", "rle", "none").
     """
 
     categories: tuple[str, ...]
@@ -52,9 +52,10 @@ class CocoSummary:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Entries that `DATASETS.DROP` leaves out of a file, by position in the file's lists.
+    """Entries of a file that `DATASETS.DROP` leaves out, as positions in the file's lists.
 
-    `annotations` includes the annotations of `images`; those in `polygons` lose only their degenerate polygons.
+    `annotations` has dropped annotations, including all annotations of dropped `images`. `polygons` has annotations
+    that are kept, but lose their degenerate polygons.
     """
 
     images: frozenset[int] = frozenset()
@@ -74,15 +75,15 @@ def register_coco(
     """Check a data set in COCO format and register it with detectron2.
 
     Args:
-        name: for `DATASETS.TRAIN` and `DATASETS.TEST`; replaces an older data set of this name.
-        json_path: COCO file; it is never changed.
-        images: folder that its file names are relative to.
-        for_evaluation: check also what AP needs.
-        masks: masks are trained or evaluated: every annotation needs one.
-        drop: kinds of faults whose entries are left out, from `det.data.coco_kinds.DROPPABLE`; they are logged.
+        name: name for `DATASETS.TRAIN` and `DATASETS.TEST`. An older data set of this name is replaced.
+        json_path: COCO file. It is never changed.
+        images: folder that contains the image files.
+        for_evaluation: also check the facts that AP needs.
+        masks: masks are trained or evaluated, so every annotation needs a mask.
+        drop: kinds of faults from `det.data.coco_kinds.DROPPABLE`. Their entries are left out and logged.
 
     Raises:
-        UserError: the file or the folder is missing, there are faults outside `drop`, or nothing is left.
+        UserError: the file or the folder is missing, the file has faults outside `drop`, or no entries are left.
     """
     check_drop(drop)
     content = read_coco(json_path)
@@ -140,9 +141,9 @@ def mask_kind(annotation: dict[str, Any]) -> str:
 
 
 def ground_truth(name: str) -> dict[str, Any]:
-    """Read the COCO file of a registered data set without dropped entries.
+    """Read the COCO file of a registered data set, without dropped entries.
 
-    An annotation of id 0 gets another id, because pycocotools takes a match with 0 for none.
+    An annotation with id 0 gets another id, because pycocotools treats a match with id 0 as no match.
     """
     metadata = MetadataCatalog.get(name)
     path = metadata.get("json_file")
@@ -158,7 +159,7 @@ def ground_truth(name: str) -> dict[str, Any]:
 
 
 def _load_cleaned(name: str) -> list[dict[str, Any]]:
-    """Load records through detectron2's reader from a cleaned temporary file."""
+    """Load records with detectron2's reader, from a cleaned temporary file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "cleaned.json")
         path.write_text(json.dumps(ground_truth(name)), encoding="utf-8")
@@ -183,7 +184,10 @@ def plan_drop(content: dict[str, Any], findings: Sequence[Finding], drop: Sequen
 
 
 def clean(content: dict[str, Any], dropped: Dropped) -> dict[str, Any]:
-    """Copy content without dropped entries, and with a `file_name` for LVIS images."""
+    """Copy the content without dropped entries.
+
+    LVIS images get a `file_name`.
+    """
     annotations = []
     for at, entry in enumerate(content["annotations"]):
         if at in dropped.polygons:
@@ -203,7 +207,7 @@ def _sound_polygons(annotation: dict[str, Any]) -> list[list[float]]:
 
 
 def check_drop(drop: Sequence[str]) -> None:
-    """Reject `DATASETS.DROP` unless it is a tuple of droppable kinds."""
+    """Reject a `DATASETS.DROP` that is not a tuple of droppable kinds."""
     expected = f"expected a tuple with some of: {', '.join(DROPPABLE)}"
     if isinstance(drop, str):
         raise UserError(f"DATASETS.DROP: {drop!r} is no tuple; {expected}")
@@ -227,9 +231,10 @@ def remaining_faults(findings: Sequence[Finding], dropped: Dropped) -> list[Find
 
 
 def describe_faults(faults: Sequence[Finding], drop: Sequence[str] = ()) -> str:
-    """Describe faults in one line: kinds, counts, first ids, and advice.
+    """Describe faults in one line: kinds, counts, first ids and advice.
 
-    A single kind is described in more detail. The advice repeats the kinds in `drop`, which are dropped already.
+    If there is only one kind, the line has more details. The advice includes the kinds in `drop`, which are already
+    dropped.
     """
     counts = [f"{one.kind.name} in {one.counted()}" for one in faults]
     if len(faults) == 1:
@@ -247,7 +252,7 @@ def read_coco(path: str | Path) -> dict[str, Any]:
 
 
 def read_categories(path: str | Path) -> list[tuple[int, str]]:
-    """Read ids and names of categories from JSON, by rising id."""
+    """Read ids and names of categories from JSON, sorted by id."""
     found = Findings(_read_lists(path, "categories"))
     check_categories(found)
     if faults := [one for one in found.all.values() if one.rank is not Rank.INFORMATION]:
@@ -256,7 +261,7 @@ def read_categories(path: str | Path) -> list[tuple[int, str]]:
 
 
 def _read_lists(path: str | Path, *keys: str) -> dict[str, Any]:
-    """Read a JSON file with non-empty lists of dictionaries."""
+    """Read a JSON file and require non-empty lists of dictionaries."""
     with paused_garbage_collection():
         content: dict[str, Any] = read_json(Path(path))
     for key in keys:
@@ -273,8 +278,8 @@ def _read_lists(path: str | Path, *keys: str) -> dict[str, Any]:
 def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, str] | None) -> None:
     """Register own data sets and fit the config to them, in place.
 
-    `DATASETS.DROP` and `MODEL.MASK_ON` are read; the data sets, the number of classes and the mask format are set and
-    logged. Each of `train` and `val` is a COCO file and an image folder, or None; two None change nothing.
+    Reads `DATASETS.DROP` and `MODEL.MASK_ON`. Sets and logs the data sets, the number of classes and the mask format.
+    `train` and `val` are each a COCO file and an image folder, or None. If both are None, nothing changes.
     """
     summaries = []
     masks, drop = cfg.MODEL.MASK_ON, cfg.DATASETS.DROP
@@ -305,15 +310,21 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
 
 
 def check_classes(names: Sequence[str], num_classes: int) -> None:
-    """Reject loaded data sets with another number of classes than the model."""
+    """Reject loaded data sets whose number of classes differs from the model."""
     for name in names:
         found = MetadataCatalog.get(name).get("thing_classes")
         if found is not None and len(found) != num_classes:
-            raise UserError(f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}, but {name} has {len(found)} classes")
+            raise UserError(
+                f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}, but {name} has {len(found)} classes. "
+                f"Set MODEL.ROI_HEADS.NUM_CLASSES={len(found)}."
+            )
 
 
 def check_registered(names: tuple[str, ...], key: str, needed: str = "") -> None:
-    """Reject unknown data sets, missing files, and none where `needed`."""
+    """Reject unknown data sets and missing files.
+
+    With `needed`, at least one data set is required.
+    """
     split = "train" if key == "DATASETS.TRAIN" else "val"
     if needed and not names:
         raise UserError(f"no {needed}: name it with --{split}-json and --{split}-images")
@@ -333,7 +344,7 @@ def check_registered(names: tuple[str, ...], key: str, needed: str = "") -> None
 
 
 def check_same_categories(train: Sequence[str], val: Sequence[str], train_json: str, val_json: str) -> None:
-    """Reject two files with different categories or orders."""
+    """Reject two files whose categories or category order differ."""
     if train == val:
         return
     only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))

@@ -1,7 +1,7 @@
 """Checks of a data set in COCO format, before detectron2 reads it.
 
-`det.data.coco_kinds` lists the kinds of faults. Keys and types are checked entry by entry; boxes, polygons and run
-lengths as arrays of all entries that passed.
+`det.data.coco_kinds` lists the kinds of faults. Keys and types are checked entry by entry. Boxes, polygons and run
+lengths of all entries without such a fault are then checked as arrays.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from crossmae.files import printable
 from det.data.coco_kinds import EVALUATION_KINDS, FREQUENCIES, KINDS, Kind, Rank
 from det.data.coco_masks import LARGEST_SIDE, NUMBERS, Floats, Masks, flatten, measure_masks
 
-LARGEST_ID = 2**63 - 1  # of arrays; evaluators fail above it, and take some numbers below 0 for none
-LARGEST_AREA = 1e5**2  # square pixels; evaluators leave out objects of more
-EDGE = 1.0  # pixels that a box may leave the image by, for rounding
-AREA_SLACK = (10.0, 0.3)  # pixels, plus a share of the larger area: largest difference between area and mask
-# Boxes are taken for corners if at least this share agrees with their masks only as corners; or, without masks, if more
-# than this share would leave the image by this share of its side, but nearly all fit as corners.
+LARGEST_ID = 2**63 - 1  # of arrays; evaluators fail above it, and treat some ids below 0 as missing
+LARGEST_AREA = 1e5**2  # square pixels; evaluators ignore larger objects
+EDGE = 1.0  # tolerance in pixels for boxes that leave the image, because of rounding
+AREA_SLACK = (10.0, 0.3)  # allowed difference of area and mask: pixels, plus a share of the larger area
+# With masks, boxes are treated as corners [x1, y1, x2, y2] if at least the share AGREEING matches only as corners.
+# Without masks: if more than the share LEAVING leaves the image by LEAVING_BY of its side, but FITTING fit as corners.
 AGREE = 2.0  # pixels
 AGREEING, LEAVING, LEAVING_BY, FITTING = 0.5, 0.2, 0.05, 0.95
-FIRST = 5  # entries that a message describes
+FIRST = 5  # number of entries that a message describes
 _Note = Callable[[int], str]
 
 _LEAVES = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)")
 EXIF_ORIENTATION = 0x0112
-_SURROGATE = re.compile(r"[\ud800-\udfff]")  # half a character: JSON allows it, but no file of results can hold it
+_SURROGATE = re.compile(r"[\ud800-\udfff]")  # half a character: JSON allows it, but results files cannot have it
 _LATE_EXIF = re.compile(rb"eXIf|Raw profile type exif|adobe:ns:meta")
-LATE_EXIF_WITHIN = 1 << 16  # bytes of the end of a file
+LATE_EXIF_WITHIN = 1 << 16  # bytes at the end of a file that are searched
 QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 @dataclass(frozen=True)
 class Finding:
-    """All entries that have one kind of fault.
+    """All entries with one kind of fault.
 
-    `positions` in `entries` rise and are never empty; `note` describes the fault at a position. The rank is the kind's,
-    or information if this use of the file does not mind.
+    `positions` in the list `entries` rise, and there is at least one. `note` describes the fault at a position. `rank`
+    is the rank of the kind, or INFORMATION if the fault does not matter for this use of the file.
     """
 
     kind: Kind
@@ -72,7 +72,7 @@ class Finding:
         return first
 
     def counted(self) -> str:
-        """Count the entries, such as "2 of 9 images"."""
+        """Format the number of entries, such as "2 of 9 images"."""
         return f"{len(self.positions)} of {len(self.entries)} {self.kind.where}"
 
     def ids(self) -> str:
@@ -90,13 +90,13 @@ class Finding:
 
 
 class Findings:
-    """Findings of one file, with `demoted` kinds as information."""
+    """Findings of one file. Kinds in `demoted` are only information."""
 
     def __init__(self, content: dict[str, Any], demoted: Iterable[str] = ()) -> None:
         self.content, self.demoted, self.all = content, frozenset(demoted), dict[str, Finding]()
 
     def add(self, name: str, found: Iterable[int] | Mapping[int, str], note: _Note | None = None) -> None:
-        """Record positions, or a mapping from positions to notes, unless empty."""
+        """Record positions, or notes by position, unless empty."""
         kind, positions = KINDS[name], sorted(found)
         if note is None:
             note = (lambda position: found[position]) if isinstance(found, Mapping) else (lambda position: "")
@@ -107,7 +107,7 @@ class Findings:
 
 @contextmanager
 def paused_garbage_collection() -> Iterator[None]:
-    """Pause the search for cycles, which would double the time of reading."""
+    """Pause garbage collection, which would double the reading time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -122,8 +122,9 @@ def find_faults(
 ) -> list[Finding]:
     """Find faults and remarkable facts, in the order of `KINDS`.
 
-    `content` is from `det.data.coco.read_coco`. Without the folder of the `images`, image files are skipped. Keys that
-    AP needs are faults if absent only `for_evaluation`, masks only with `masks`; else information.
+    `content` is from `det.data.coco.read_coco`. If the image folder `images` is None, image files are not checked.
+    Missing keys that AP needs are faults only if `for_evaluation`, and missing masks only if `masks`; otherwise they
+    are information.
     """
     demoted = (frozenset() if for_evaluation else EVALUATION_KINDS) | (set() if masks else {"missing-mask"})
     found = Findings(content, demoted | ({"missing-iscrowd"} if is_lvis(content) else set()))
@@ -139,7 +140,7 @@ def find_faults(
 
 
 def is_lvis(content: dict[str, Any]) -> bool:
-    """Tell whether images list categories they lack, as in LVIS."""
+    """Check whether images list absent categories, as in LVIS."""
     return any("neg_category_ids" in image for image in content["images"])
 
 
@@ -157,7 +158,7 @@ def _check_lvis(found: Findings) -> None:
 
 
 def file_name(image: dict[str, Any]) -> Any:
-    """Return `file_name`, or for LVIS folder and file of `coco_url`."""
+    """Return `file_name`, or for LVIS the folder and file of `coco_url`."""
     url = image.get("coco_url")
     if "file_name" in image or not isinstance(url, str):
         return image.get("file_name")
@@ -175,11 +176,11 @@ def _repeated(values: Iterable[tuple[int, Any]]) -> list[int]:
 
 
 def _not_whole(entry: dict[str, Any], *keys: str) -> str:
-    """Describe a fault in keys that must hold integers, or return ""."""
+    """Describe a fault in keys that must have integers, or return ""."""
     for key in keys:
         if key not in entry:
             return f"has no {key!r}"
-        if type(entry[key]) is not int:  # not isinstance: True is no id
+        if type(entry[key]) is not int:  # not isinstance, because True is not an id
             return f"{key} must be a whole number, got {short(entry[key])}"
     return ""
 
@@ -195,7 +196,7 @@ def _with_fault(entries: list[dict[str, Any]], fault: Callable[[dict[str, Any]],
 
 
 def _positions_by_id(entries: list[dict[str, Any]]) -> dict[int, int]:
-    """Map each id to its first position, entries with other faults included."""
+    """Map each id to its first position. Entries with faults are included."""
     positions = reversed(range(len(entries)))
     return {entries[at]["id"]: at for at in positions if type(entries[at].get("id")) is int}
 
@@ -211,7 +212,7 @@ def _category_fault(entry: dict[str, Any]) -> str:
 
 
 def check_categories(found: Findings) -> dict[int, int]:
-    """Check entries of 'categories' and return their positions by id."""
+    """Check the entries of 'categories'. Return their positions by id."""
     entries = found.content["categories"]
     bad = _with_fault(entries, _category_fault)
     names = {at: entry["name"] for at, entry in enumerate(entries) if at not in bad}
@@ -239,12 +240,12 @@ def _image_fault(entry: dict[str, Any]) -> str:
 
 
 def leaves_folder(name: str) -> bool:
-    """Tell whether a path leaves its folder on any operating system."""
+    """Check whether a path leaves its folder on any operating system."""
     return _LEAVES.search(name) is not None
 
 
 def _check_images(found: Findings) -> dict[int, int]:
-    """Check entries of 'images' and return their positions by id."""
+    """Check the entries of 'images'. Return their positions by id."""
     entries = found.content["images"]
     bad = _with_fault(entries, _image_fault)
     names = {at: file_name(entry) for at, entry in enumerate(entries) if at not in bad}
@@ -276,15 +277,15 @@ def _check_files(found: Findings, folder: Path, known: dict[int, int]) -> None:
 
 
 def _file_fault(path: Path, entry: dict[str, Any]) -> tuple[str, str]:
-    """Find a fault in an image's header: kind and description."""
+    """Find a fault in an image's header. Return its kind and description."""
     wanted = entry["width"], entry["height"]
     try:
         with Image.open(path) as image:
-            # Pillow would decode every PNG file completely to find an orientation behind the pixels.
+            # Pillow would decode a PNG file completely to find an orientation that is stored after the pixels.
             late = image.format == "PNG" and _LATE_EXIF.search(ImageFiles([path], "").tail(0, LATE_EXIF_WITHIN))
             exif = image.getexif() if late else Image.Image.getexif(image)
             stored, orientation = image.size, exif.get(EXIF_ORIENTATION)
-    except Exception as error:  # Pillow raises many kinds for damaged headers
+    except Exception as error:  # Pillow raises many types of errors for damaged headers
         return "broken-image", f"{path}: cannot be read as an image: {' '.join(str(error).split())}"
     turned = stored[::-1] if orientation in QUARTER_TURNS else stored
     sizes = "the json has {}x{} (width x height), the file {}x{}".format(*wanted, *stored)
@@ -299,9 +300,10 @@ def _file_fault(path: Path, entry: dict[str, Any]) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class _Table:
-    """The N annotations that have all keys with the right types, by position in the file.
+    """The N annotations whose keys and types are right, by position in the file.
 
-    Boxes are (N, 4), all finite where `finite`; `size` (N, 2) is width and height of the image, infinite where unknown.
+    Boxes are (N, 4). `finite` is True where all four numbers are finite. `size` (N, 2) is the width and height of the
+    image, and infinite if the image is unknown.
     """
 
     entries: list[dict[str, Any]]
@@ -311,13 +313,13 @@ class _Table:
     finite: NDArray[np.bool_]
 
     def at(self, rows: NDArray[np.bool_]) -> list[int]:
-        """Return the positions in the file of some rows."""
+        """Return the positions in the file of the selected rows."""
         positions: list[int] = self.position[rows].tolist()
         return positions
 
 
 def _annotation_fault(entry: dict[str, Any]) -> str:
-    """Describe a fault in an annotation's keys except the mask."""
+    """Describe a fault in an annotation's keys. Ignore its mask."""
     if fault := _id_fault(entry) or _not_whole(entry, "image_id", "category_id"):
         return fault
     box = entry.get("bbox")
@@ -334,7 +336,7 @@ def _annotation_fault(entry: dict[str, Any]) -> str:
 
 
 def _check_annotations(found: Findings, known: dict[int, int], categories: dict[int, int]) -> _Table:
-    """Check keys, types and references to `known` images and `categories`."""
+    """Check keys, types, and references to `known` images and `categories`."""
     entries, images = found.content["annotations"], found.content["images"]
     bad = _with_fault(entries, _annotation_fault)
     positions = [position for position in range(len(entries)) if position not in bad]
@@ -361,7 +363,7 @@ def _check_annotations(found: Findings, known: dict[int, int], categories: dict[
     found.add("image-without-annotations", [known[key] for key in known.keys() - set(image_ids)])
     unused = [categories[key] for key in categories.keys() - set(category_ids)]
     found.add("unused-category", unused, lambda position: repr(found.content["categories"][position].get("name")))
-    sides = np.full((len(images) + 1, 2), np.inf)  # the last row is for unknown images
+    sides = np.full((len(images) + 1, 2), np.inf)  # the last row stands for unknown images
     for at in known.values():
         if not _image_fault(images[at]):
             sides[at] = images[at]["width"], images[at]["height"]
@@ -371,10 +373,10 @@ def _check_annotations(found: Findings, known: dict[int, int], categories: dict[
 
 
 def _check_masks(found: Findings, table: _Table, for_evaluation: bool) -> Masks:
-    """Check segmentations and areas, and all numbers for NaN."""
+    """Check segmentations and areas, and reject NaN."""
     masks = measure_masks([entry.get("segmentation") for entry in table.entries], table.size)
     missing = masks.faults.get("missing-mask", {})
-    if not for_evaluation:  # training leaves out crowd regions
+    if not for_evaluation:  # training ignores crowd regions
         for row in [row for row in missing if table.entries[row].get("iscrowd", 0)]:
             del missing[row]
     area = flatten([[entry.get("area", 0) for entry in table.entries]])
@@ -398,7 +400,7 @@ def _check_boxes(found: Findings, table: _Table, masks: Masks) -> None:
     finite = table.finite
     x, y, w, h = np.where(finite[:, None], table.box, 1.0).T
     width, height = table.size.T
-    beyond = np.maximum(np.maximum(-x, x + w - width), np.maximum(-y, y + h - height))  # pixels
+    beyond = np.maximum(np.maximum(-x, x + w - width), np.maximum(-y, y + h - height))  # pixels outside the image
     empty = finite & ((w <= 0) | (h <= 0))
     placed = finite & ~empty & np.isfinite(width)
     outside = placed & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
@@ -413,19 +415,19 @@ def _check_boxes(found: Findings, table: _Table, masks: Masks) -> None:
     corners = _in_corner_form(table, masks, placed)
     found.add("empty-box", table.at(empty), box)
     found.add("corner-boxes", table.at(corners), box_and_image)
-    if not corners.any():  # corners explain boxes that leave the image
+    if not corners.any():  # boxes in corner format leave the image for that reason
         found.add("box-outside", table.at(outside), box_and_image)
         found.add("box-over-edge", table.at(placed & ~outside & (beyond > EDGE)), box_and_image)
 
 
 def _in_corner_form(table: _Table, masks: Masks, usable: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Find boxes (N,) that prove [x1, y1, x2, y2] format.
+    """Find boxes (N,) that must be in [x1, y1, x2, y2] format.
 
-    With masks, the boxes decide that agree with the extent of their mask either as corners or as sizes. Without masks,
-    boxes that are really corners leave the image when read as sizes.
+    With masks, a box is compared with the extent of its mask, as corners and as sizes. Boxes that agree in only one
+    format decide. Without masks, boxes that leave the image decide: corners that are read as sizes often do.
     """
     box, size = table.box, table.size
-    with np.errstate(invalid="ignore"):  # NaN and infinity compare false
+    with np.errstate(invalid="ignore"):  # comparisons with NaN are False
         by_size = np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], axis=1)
         as_size, as_corners = (np.abs(masks.extent - form).max(axis=1) <= AGREE for form in (by_size, box))
         told = usable & (as_size != as_corners)

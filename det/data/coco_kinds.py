@@ -1,6 +1,6 @@
 """Kinds of faults of data sets in COCO format: names, ranks and advice.
 
-Reports, `tools/check_coco.py` and `DATASETS.DROP` share the names.
+Reports, `tools/check_coco.py` and `DATASETS.DROP` use these names.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from enum import Enum
 class Rank(Enum):
     """Severity of a kind of fault."""
 
-    ERROR = "error"  # training would be wrong, or stop
-    DROPPABLE = "droppable error"  # an error whose entries can be left out with DATASETS.DROP
-    INFORMATION = "information"  # fine, but good to know
+    ERROR = "error"  # training would stop, or give wrong results
+    DROPPABLE = "droppable error"  # an error whose entries DATASETS.DROP can leave out
+    INFORMATION = "information"  # correct, but worth knowing
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Kind of fault in the list `where`, with an explanation or advice of half a sentence."""
+    """A kind of fault in the list `where`, with a short explanation or advice."""
 
     name: str
     rank: Rank
@@ -95,6 +95,6 @@ KINDS = {
     name: Kind(name, rank, where, meaning) for (where, rank), kinds in _TABLE.items() for name, meaning in kinds.items()
 }
 DROPPABLE = tuple(name for name, kind in KINDS.items() if kind.rank is Rank.DROPPABLE)
-FREQUENCIES = "rcf"  # of LVIS: a rare, common or frequent category, by its training images
-# Information if nothing is evaluated.
+FREQUENCIES = "rcf"  # LVIS: a rare, common or frequent category, by its number of training images
+# Only information if nothing is evaluated.
 EVALUATION_KINDS = frozenset(("missing-area", "missing-iscrowd", "missing-lvis-key", "missing-frequency"))

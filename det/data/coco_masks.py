@@ -1,7 +1,7 @@
-"""Extent, area and faults of the masks of a COCO file, measured without decoding.
+"""Extents, areas and faults of the masks of a COCO file, measured without decoding.
 
-All masks are measured as a few long arrays, and no pixel is ever allocated: 860,000 annotations, or a mask that claims
-to be a terabyte, are no burden. Legend: N masks, P polygons, V vertices, R run lengths, C characters.
+All masks are measured as a few long arrays, without an array of pixels. This handles 860,000 annotations, and masks
+that claim a size of a terabyte. Shapes: N masks, P polygons, V vertices, R run lengths, C characters.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 NUMBERS = frozenset((int, float))
-MIN_AREA = 1e-4  # square pixels; the points of a smaller polygon lie on a line, except for rounding
-# Coordinates, counts or characters that are measured together: their arrays fit the processor's cache.
+MIN_AREA = 1e-4  # square pixels; the points of a smaller polygon are on a line, except for rounding
+# Coordinates, counts or characters that are measured together. Their arrays fit into the processor's cache.
 NUMBERS_AT_ONCE = 1 << 18
-LARGEST_SIDE = 1 << 20  # pixels of an image
+LARGEST_SIDE = 1 << 20  # pixels of an image's side
 LARGEST_RUN = LARGEST_SIDE**2
-# Compressed run lengths in the format of the COCO API: characters from 48, six bits each; bit 32: the number continues;
-# bit 16 of its last character: the number is negative.
+# Compressed run lengths in the format of the COCO API: characters from 48, six bits each. Bit 32 means that the number
+# continues. Bit 16 of its last character means that the number is negative.
 COMPRESSED = re.compile(r"(?:[P-o]{0,7}[0-O])+")
 
 
 @dataclass
 class Masks:
-    """Measurements of N masks, NaN where a mask has a fault or is absent, and faults by kind and mask.
+    """Measurements of N masks, and faults by kind and mask.
 
-    The extent (N, 4) is x1, y1, x2, y2; the area (N,) is in pixels, where overlaps of polygons count twice.
+    The extent (N, 4) is x1, y1, x2, y2 in pixels. The area (N,) is in square pixels, and counts overlaps of polygons
+    twice. Both are NaN if a mask has a fault or is absent.
     """
 
     extent: Floats
@@ -66,14 +67,17 @@ def measure_masks(masks: Sequence[Any], sizes: Floats) -> Masks:
 
 
 def _chunks(rows: list[int], lengths: list[int]) -> list[list[int]]:
-    """Group rows by about `NUMBERS_AT_ONCE` numbers, or by one larger row."""
+    """Group rows into chunks of about `NUMBERS_AT_ONCE` numbers.
+
+    A larger row is a chunk of its own.
+    """
     group = np.cumsum(lengths, dtype=np.int64) // NUMBERS_AT_ONCE
     ends = [*(np.flatnonzero(np.diff(group)) + 1).tolist(), len(rows)]
     return [rows[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def mask_fault(mask: Any) -> str:
-    """Describe a fault in the types of a mask, or return ""."""
+    """Describe a fault in a mask's types, or return ""."""
     if isinstance(mask, dict):
         size, counts = mask.get("size"), mask.get("counts")
         if not {"counts", "size"} <= set(mask):
@@ -92,17 +96,20 @@ def mask_fault(mask: Any) -> str:
 
 
 def polygon_fault(polygon: list[float]) -> str:
-    """Describe a fault of a polygon, as `measure_masks` does, or return ""."""
+    """Describe a fault in a polygon as `measure_masks` does.
+
+    Returns "" if there is no fault.
+    """
     if len(polygon) < 6 or len(polygon) % 2:
         return f"must be x and y of at least 3 points, got {len(polygon)} numbers"
     return "has no area" if _polygon_sizes([polygon])[2][0] < MIN_AREA else ""
 
 
 def _polygon_sizes(polygons: Sequence[list[float]]) -> tuple[Floats, Floats, Floats]:
-    """Measure P polygons of at least three points each.
+    """Measure P polygons with at least three points each.
 
-    Returns the extent (P, 4), not finite where a coordinate is not; the area (P,) by the shoelace formula; and (P,) the
-    sum of the areas of triangles with the first vertex, which is zero only if all points lie on a line.
+    Returns the extent (P, 4), which is not finite if a coordinate is not finite; the area (P,) by the shoelace formula;
+    and (P,) the sum of areas of the triangles with the first vertex. This sum is zero only if all points are on a line.
     """
     lengths = np.fromiter(map(len, polygons), np.int64, len(polygons)) // 2
     flat = flatten(polygons)
@@ -111,7 +118,7 @@ def _polygon_sizes(polygons: Sequence[list[float]]) -> tuple[Floats, Floats, Flo
     with np.errstate(invalid="ignore", over="ignore"):
         reduced = [reduce.reduceat(values, start) for reduce in (np.minimum, np.maximum) for values in (x, y)]
         dx, dy = x - np.repeat(x[start], lengths), y - np.repeat(y[start], lengths)
-        cross = np.zeros_like(dx)  # 0 from one polygon to the next: first vertices are at the origin
+        cross = np.zeros_like(dx)  # 0 between two polygons, because first vertices are at the origin
         cross[:-1] = dx[:-1] * dy[1:] - dx[1:] * dy[:-1]
         area, covered = (np.add.reduceat(values, start) / 2 for values in (cross, np.abs(cross)))
     return np.stack(reduced, axis=1), np.abs(area), covered
@@ -142,7 +149,7 @@ def _measure_polygons(result: Masks, rows: list[int], masks: Sequence[Any]) -> N
 
 
 def _with_sound_size(result: Masks, rows: list[int], masks: Sequence[Any], sizes: Floats) -> list[int]:
-    """Select rows whose run lengths have the size of the image."""
+    """Select rows whose run lengths have the same size as the image."""
     sound = []
     for row in rows:
         height, width = masks[row]["size"]
@@ -174,7 +181,7 @@ def _measure_runs(result: Masks, rows: list[int], masks: Sequence[Any]) -> None:
 def decompress(texts: Sequence[str]) -> tuple[Ints, Ints]:
     """Decompress run lengths of texts that match `COMPRESSED`, like pycocotools' `rleFrString`.
 
-    Returns (R,) run lengths, mask after mask, and (M,) their number per mask.
+    Returns (R,) run lengths of all masks in order, and (M,) the number of run lengths of each mask.
     """
     if not texts:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -191,10 +198,10 @@ def decompress(texts: Sequence[str]) -> tuple[Ints, Ints]:
 
 
 def _undo_differences(values: Ints, lengths: Ints) -> Ints:
-    """Add the number two before to each number from the fourth."""
+    """Undo differences: add the second previous number, from the fourth number on."""
     mask = np.repeat(np.arange(len(lengths)), lengths)
     index = _index_within(lengths)
-    # Three series per mask: the first number alone; the second, fourth, ...; the third, fifth, ...
+    # Each mask has three series: the first number alone; numbers 2, 4, ...; numbers 3, 5, ...
     series = 3 * mask + np.where(index == 0, 0, 1 + (index + 1) % 2)
     order = np.argsort(series, kind="stable")
     sums = np.cumsum(values[order])
@@ -206,12 +213,12 @@ def _undo_differences(values: Ints, lengths: Ints) -> Ints:
 
 
 def _index_within(lengths: Ints) -> Ints:
-    """Count the members of each group from 0."""
+    """Enumerate the members of each group from 0."""
     return np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
 
 
 def _measure_decoded(result: Masks, rows: Ints, runs: Ints, lengths: Ints, masks: Sequence[Any]) -> None:
-    """Measure run lengths that fill the image, and blame the others."""
+    """Measure run lengths that fill the image. Record a fault for others."""
     height, width = np.array([masks[row]["size"] for row in rows], np.int64).reshape(-1, 2).T
     owner = np.repeat(np.arange(len(rows)), lengths)
     total = np.zeros(len(rows), np.int64)
@@ -232,11 +239,11 @@ def _measure_decoded(result: Masks, rows: Ints, runs: Ints, lengths: Ints, masks
 
 
 def _set_extents(result: Masks, rows: Ints, owner: Ints, start: Ints, run: Ints, height: Ints) -> None:
-    """Set extents from the starts and lengths of runs, column after column."""
+    """Set extents from the starts and lengths of column-wise runs."""
     if not len(owner):
         return
     end, tall = start + run - 1, height[owner]
-    whole_column = start // tall != end // tall  # the run continues from the lower edge at the upper edge
+    whole_column = start // tall != end // tall  # the run continues at the top of the next column
     low, high = np.where(whole_column, 0, start % tall), np.where(whole_column, tall - 1, end % tall)
     which, first = np.unique(owner, return_index=True)
     for side, (reduce, values) in enumerate(
@@ -246,7 +253,7 @@ def _set_extents(result: Masks, rows: Ints, owner: Ints, start: Ints, run: Ints,
 
 
 def flatten(lists: Sequence[list[float]]) -> Floats:
-    """Join lists of numbers, with infinity for integers beyond floats."""
+    """Join lists of numbers. Integers too large for floats become infinity."""
     try:
         return np.fromiter(chain.from_iterable(lists), np.float64, sum(map(len, lists)))
     except OverflowError:

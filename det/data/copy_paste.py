@@ -1,4 +1,4 @@
-"""Simple copy-paste (Ghiasi et al., arXiv 2012.07177): objects of one training image are pasted onto another."""
+"""Simple copy-paste augmentation (Ghiasi et al., arXiv 2012.07177)."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ DetectionSample = dict[str, Any]
 def paste_objects(
     sample: DetectionSample, other: DetectionSample, chosen: Tensor, fill: tuple[int, ...]
 ) -> DetectionSample:
-    """Compose two images, aligned at their top left corners, without blending.
+    """Paste objects of one image onto another, without blending.
 
-    The paper (arXiv 2012.07177, section 3) pads both images to one square first. Here `sample` grows only as far as a
-    pasted object reaches over its right or lower edge, and the new pixels are `fill`.
+    Both images are aligned at their top left corners. The paper (arXiv 2012.07177, section 3) first pads both images to
+    one square. Here, `sample` grows only as far as pasted objects extend over its right or lower edge. New pixels have
+    the value `fill`.
 
     Args:
-        sample: pasted onto; `image` (C, H, W) and `instances` with `gt_masks` as bitmasks. Not changed.
+        sample: image that receives the objects: `image` (C, H, W), and `instances` with `gt_masks` as bitmasks. Not
+            changed.
         chosen: (N,) bool, the instances of `other` to paste.
 
     Returns:
-        `sample` with a new `image` and new `instances`: first those of `sample`, less the pixels that are covered now
-        and the objects that are covered whole, then the pasted ones. Boxes are those of the masks.
+        `sample` with a new `image` and new `instances`. Objects of `sample` come first, without the pixels that are now
+        covered. Objects that are covered completely are removed. Pasted objects follow. Boxes are computed from the
+        masks.
     """
     objects = other["instances"][chosen]
     if not len(objects):
@@ -48,6 +51,6 @@ def paste_objects(
 
 
 def _fit(layer: Tensor, size: tuple[int, ...], fill: int = 0) -> Tensor:
-    """Cut or fill a layer (..., h, w) at right and bottom."""
+    """Crop or pad a layer (..., h, w) at right and bottom."""
     height, width = size
     return F.pad(layer, (0, width - layer.shape[-1], 0, height - layer.shape[-2]), value=fill)

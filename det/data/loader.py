@@ -1,4 +1,4 @@
-"""Batches of a detector: augmentation, mapping, and a repeatable order."""
+"""Training and test batches of a detector: augmentation, mapping, and a repeatable order."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from det.data.masks import moved_masks, tight_boxes
 
 log = logging.getLogger(__name__)
 
-MIN_SIDE = 1e-5  # pixels; objects whose boxes are smaller after augmentation are dropped, as in detectron2
+MIN_SIDE = 1e-5  # pixels; objects with smaller boxes after augmentation are dropped, as in detectron2
 
 
 class _AtLeastOnePixel:
@@ -46,20 +46,20 @@ class _AtLeastOnePixel:
 
 
 class ResizeScale(_AtLeastOnePixel, T.ResizeScale):
-    """detectron2's resize by a random scale, but a strip keeps one pixel of height or width."""
+    """detectron2's resize by a random scale. Height and width stay at least one pixel."""
 
 
 class ResizeShortestEdge(_AtLeastOnePixel, T.ResizeShortestEdge):
-    """detectron2's resize to a shorter side within a longest one, but a strip keeps one pixel."""
+    """detectron2's resize to a shorter side within a longest side. Height and width stay at least one pixel."""
 
 
 def augment(
     pixels: NDArray[np.uint8], augmentations: T.AugmentationList, image_format: str
 ) -> tuple[Tensor, T.TransformList]:
-    """Augment (H, W, 3) uint8 RGB and arrange it for the model.
+    """Augment (H, W, 3) uint8 RGB, and convert it for the model.
 
-    Random numbers come from numpy's global generator. Returns (3, h, w) uint8 with channels in the order of
-    `image_format`, RGB or BGR, and the transforms that were applied.
+    Random numbers come from numpy's global generator. Returns (3, h, w) uint8 with channels in the order
+    `image_format`, RGB or BGR, and the applied transforms.
     """
     seen = T.AugInput(pixels if image_format == "RGB" else np.ascontiguousarray(pixels[:, :, ::-1]))
     transforms = augmentations(seen)
@@ -67,12 +67,12 @@ def augment(
 
 
 def build_augmentations(keys: InputKeys) -> list[T.Augmentation]:
-    """Build the augmentations of training, as `INPUT` says.
+    """Build the training augmentations of the section `INPUT`.
 
-    Large-scale jitter (arXiv 2012.07177, section 3: 0.1 .. 2.0 of 1024) is that of ViTDet: an image of H x W becomes
-    r H x r W with r = s * SIZE / max(H, W) and s uniform in MIN_SCALE .. MAX_SCALE. A side longer than SIZE is cropped:
-    u times the excess is left out before the crop, with one u, uniform in 0 .. 1, for both axes, as in detectron2, with
-    which the published detectors were trained. A shorter side stays, because the model pads after it has normalised.
+    Large-scale jitter (arXiv 2012.07177, section 3: 0.1 .. 2.0 of 1024) works as in ViTDet. An image of H x W becomes r
+    H x r W with r = s * SIZE / max(H, W) and s uniform in MIN_SCALE .. MAX_SCALE. A side longer than SIZE is cropped:
+    the crop starts at u times the excess. One u, uniform in 0 .. 1, is used for both axes, as in detectron2, which
+    trained the published detectors. A shorter side is not padded here, because the model pads after normalisation.
     """
     flip: list[T.Augmentation] = []
     if keys.RANDOM_FLIP != "none":
@@ -88,32 +88,33 @@ def build_augmentations(keys: InputKeys) -> list[T.Augmentation]:
 
 
 class NamingMapper(DatasetMapper):
-    """detectron2's mapper, whose failures become an `Unreadable` with the image's name, which crosses processes.
+    """detectron2's mapper, which returns an `Unreadable` with the image's name instead of failing.
 
-    Files are read as in pretraining, masks come in any form (`moved_masks`), and an image may have no objects. As in
-    detectron2, crowd regions (`iscrowd`) are background in training, while evaluation ignores detections there.
+    An `Unreadable` can be sent between processes. Files are read as in pretraining, masks can have any format
+    (`moved_masks`), and an image may have no objects. Crowd regions (`iscrowd`) are handled as in detectron2: in
+    training they are background, and evaluation ignores detections there.
     """
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """Read the config as detectron2 does, then add large-scale jitter and copy-paste."""
+        """Read detectron2's arguments, and add large-scale jitter and copy-paste."""
         arguments, keys = super().from_config(cfg, is_train), InputKeys.model_validate(cfg.INPUT)
         test = ResizeShortestEdge(keys.MIN_SIZE_TEST, keys.MAX_SIZE_TEST, "choice")
         arguments["augmentations"] = build_augmentations(keys) if is_train else [test]
         if is_train and keys.LSJ.ENABLED:
-            arguments["recompute_boxes"] = cfg.MODEL.MASK_ON  # the crop may cut through objects
+            arguments["recompute_boxes"] = cfg.MODEL.MASK_ON  # the crop may cut objects
         if is_train and keys.COPY_PASTE.ENABLED and keys.MASK_FORMAT != "bitmask":
             log.info("masks are bitmasks, not INPUT.MASK_FORMAT %s: copy-paste cuts them", keys.MASK_FORMAT)
             arguments["instance_mask_format"] = "bitmask"
         return arguments
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | Unreadable:
-        """Return one image with its annotations, as models of detectron2 take them."""
+        """Return one image with its annotations, in detectron2's format."""
         try:
             return self._sample(copy.deepcopy(dataset_dict))
         except UserError as error:
             return Unreadable(str(error))
-        except Exception as error:  # whatever is wrong, the user must learn which image it is
+        except Exception as error:  # after any failure, the user must learn which image it was
             reason = " ".join(str(error).split()) or type(error).__name__
             return Unreadable(f"{printable(dataset_dict['file_name'])}: cannot be used: {reason}")
 
@@ -133,7 +134,7 @@ class NamingMapper(DatasetMapper):
         kept = [entry for entry in dataset_dict.pop("annotations") if not entry.get("iscrowd", 0)]
         masks = [entry.pop("segmentation", None) for entry in kept]
         for entry in kept:
-            entry["bbox"] = [float(value) for value in entry["bbox"]]  # detectron2 would keep those of integers integer
+            entry["bbox"] = [float(value) for value in entry["bbox"]]  # detectron2 would keep integer boxes as integers
             if not self.use_keypoint:
                 entry.pop("keypoints", None)
             transform_instance_annotations(
@@ -152,7 +153,7 @@ class NamingMapper(DatasetMapper):
 
 
 def refuse_unreadable(batch: list[Any]) -> list[Any]:
-    """Return a batch, or raise a `UserError` with its first `Unreadable`'s message."""
+    """Return a batch, or raise UserError for its first `Unreadable`."""
     for sample in batch:
         if isinstance(sample, Unreadable):
             raise UserError(sample.message)
@@ -160,10 +161,10 @@ def refuse_unreadable(batch: list[Any]) -> list[Any]:
 
 
 class KeyedSamples(Dataset[Any]):
-    """Training samples whose augmentation depends on seed, epoch and index only.
+    """Training samples whose augmentation depends only on seed, epoch and index.
 
-    With probability `paste_prob` (the paper's is 1), a random subset of the objects of a random other sample is pasted,
-    all subsets being equally likely; `fill` is the value of each channel of new pixels.
+    With probability `paste_prob` (1 in the paper), objects of a random other sample are pasted. They are a random
+    subset, and all subsets are equally likely. `fill` is the value of each channel of new pixels.
     """
 
     def __init__(
@@ -194,7 +195,7 @@ class KeyedSamples(Dataset[Any]):
 
 @contextmanager
 def keyed_numpy_randomness(*key: int) -> Iterator[None]:
-    """Seed numpy's global generator, which detectron2 draws from, by a key."""
+    """Seed numpy's global generator, which detectron2 uses, from a key."""
     state = np.random.get_state()
     np.random.seed(np.random.SeedSequence(key).generate_state(4))
     try:
@@ -204,15 +205,15 @@ def keyed_numpy_randomness(*key: int) -> Iterator[None]:
 
 
 def training_samples(cfg: CfgNode, records: list[dict[str, Any]]) -> KeyedSamples:
-    """Build the training set of some records, augmented as `INPUT` says."""
-    # The model pads with zeros once the mean is subtracted.
+    """Build the training set of the records, with the augmentation of `INPUT`."""
+    # The model pads with zeros after it subtracts the mean.
     fill = tuple(round(mean) for mean in cfg.MODEL.PIXEL_MEAN)
     prob = cfg.INPUT.COPY_PASTE.PROB if cfg.INPUT.COPY_PASTE.ENABLED else 0.0
     return KeyedSamples(records, NamingMapper(cfg, True), cfg.SEED, prob, fill)
 
 
 def build_test_loader(name: str, mapper: NamingMapper, workers: int) -> Loader:
-    """Build the loader of this process's share, one image per batch."""
+    """Build a loader of this process's share, one image per batch."""
     records = get_detection_dataset_dicts([name], filter_empty=False)
     built = build_detection_test_loader(records, mapper=mapper, num_workers=0)
     return Loader(built.dataset, usable_workers(workers), sampler=built.sampler, collate_fn=built.collate_fn)
@@ -228,16 +229,16 @@ def build_train_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> Loader:
-    """Build the batches of some steps of a run.
+    """Build a loader of batches for the given steps of a run.
 
     Args:
         batch: images per step, over all processes.
-        steps: numbers of the steps; a resumed run starts at the step where the run stopped.
-        parts: that a process computes its share in.
-        workers: processes that read images; 0 reads in the training process.
+        steps: numbers of the steps. A resumed run starts at the step at which the run stopped.
+        parts: number of parts in which a process computes its share of a batch.
+        workers: number of processes that read images. 0 reads in the training process.
 
     Raises:
-        UserError: `batch` is larger than the training set, or not divisible over processes and parts.
+        UserError: `batch` is larger than the training set, or is not divisible by processes and parts.
     """
     if batch % (world_size * parts):
         raise UserError(
@@ -255,6 +256,6 @@ def build_train_loader(
         usable_workers(workers),
         batch_sampler=map(plan.batch, steps),
         collate_fn=list,
-        # Without a generator of its own, the loader would draw from the one that the model's randomness comes from.
+        # Without its own generator, the loader would change the random numbers of the model.
         generator=torch.Generator(),
     )

@@ -1,4 +1,4 @@
-"""Masks of objects under augmentation: all formats of data sets, the two formats of training."""
+"""Augmentation of object masks: all formats of data sets, and the two formats of training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
     """Decode a COCO `segmentation`, or an array, to (height, width).
 
-    An empty or unknown one, or a wrong size, is a ValueError.
+    Raises ValueError if the segmentation is empty, has an unknown format, or has a wrong size.
     """
     if isinstance(segmentation, np.ndarray):
         if segmentation.shape != (height, width):
@@ -40,13 +40,13 @@ def moved_masks(
     """Apply the augmentation of an image to its masks.
 
     Args:
-        masks: each either COCO polygons, an RLE, or an array (H, W), nonzero on the object.
-        size: (H, W) of the image before, `new_size` after the augmentation.
-        form: "bitmask", or "polygon" for polygons only. Polygons that cross or touch themselves need bitmasks:
+        masks: each mask is COCO polygons, an RLE, or an array (H, W) that is nonzero on the object.
+        size: (H, W) of the image before the augmentation. `new_size` is the size after it.
+        form: "bitmask"; or "polygon" if all masks are polygons. Polygons that cross or touch themselves need bitmasks:
             detectron2 crops polygons with shapely, which drops parts of them or fills holes.
 
     Raises:
-        ValueError: an object has no mask, a mask of the wrong size, or a mask that `form` cannot hold.
+        ValueError: an object has no mask, a mask has a wrong size, or `form` cannot represent a mask.
     """
     for number, mask in enumerate(masks):
         if mask is None or (isinstance(mask, list) and not mask):
@@ -77,14 +77,14 @@ def rasterize(polygons: Sequence[NDArray[np.float64]], mask: NDArray[np.bool_]) 
     x, y, x_end, y_end = max(left, 0), max(top, 0), min(right, mask.shape[1]), min(bottom, mask.shape[0])
     if x >= x_end or y >= y_end:
         return
-    # pycocotools rounds corners to fifths of a pixel, which shifted corners would change: round them first.
+    # pycocotools rounds corners to fifths of a pixel. Corners are shifted below, so they must be rounded first.
     shifted = [(np.floor(5 * polygon + 0.5) / 5 - (left, top)).reshape(-1) for polygon in polygons]
     box = polygons_to_bitmask(shifted, int(bottom - top), int(right - left))
     mask[y:y_end, x:x_end] = box[y - top : y_end - top, x - left : x_end - left]
 
 
 def any_along(masks: torch.Tensor, dim: int) -> NDArray[np.bool_]:
-    """Reduce by `any` through numpy, ten times faster than torch."""
+    """Reduce by `any` with numpy, which is ten times faster than torch."""
     return np.asarray(masks.numpy().any(axis=dim))
 
 

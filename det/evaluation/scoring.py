@@ -219,16 +219,21 @@ def _check_keys(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]],
     for where, keys in needed.items() if lvis else ():
         for index, entry in enumerate(ground_truth[where]):
             if absent := [key for key in keys if key not in entry]:
-                raise UserError(f"ground truth: {where}[{index}] has no {absent[0]!r}, which LVIS evaluation needs")
+                raise UserError(
+                    f"ground truth: {where}[{index}] has no {absent[0]!r}, which LVIS evaluation needs. "
+                    "Use a complete LVIS file."
+                )
     known = {
         "image_id": {image["id"] for image in ground_truth["images"]},
         "category_id": {category["id"] for category in ground_truth["categories"]},
     }
     for index, result in enumerate(results):
         if absent := [key for key in (*known, "score", GEOMETRY[task]) if key not in result]:
-            raise UserError(f"results[{index}] has no {absent[0]!r}, which {task} needs")
+            raise UserError(f"results[{index}] has no {absent[0]!r}, which {task} needs. Add it to every result.")
         for key, ids in known.items():
             if result[key] not in ids:
-                raise UserError(f"results[{index}]: {key} {result[key]!r} is not in the ground truth")
+                raise UserError(
+                    f"results[{index}]: {key} {result[key]!r} is not in the ground truth. Use matching files."
+                )
         if not math.isfinite(result["score"]):
-            raise UserError(f"results[{index}]: score {result['score']} is not finite")
+            raise UserError(f"results[{index}]: score {result['score']} is not finite. Use a number.")

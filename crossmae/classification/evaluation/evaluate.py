@@ -1,4 +1,4 @@
-"""Evaluation of a classifier on every image of a source, each exactly once on any number of processes."""
+"""Evaluation of a classifier: every image is predicted exactly once, on any number of processes."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from crossmae.training.devices import choose_precision, open_autocast, open_devi
 from crossmae.training.processes import Ranks, find_ranks, process_group
 from crossmae.training.versions import versions
 
-TOP = 5  # classes of a sample that are kept
+TOP = 5  # number of best classes recorded for each sample
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Views to evaluate on in batches per process, of which `features` evenly spaced samples keep their features."""
+    """Evaluation views in batches per process. Features are kept for `features` evenly spaced samples."""
 
     views: CentreViews
     mean: tuple[float, ...]
@@ -46,14 +46,16 @@ class EvaluationSet:
 def evaluate(
     model: nn.Module, data: EvaluationSet, device: torch.device, autocast: torch.autocast, ranks: Ranks
 ) -> Predictions:
-    """Predict all images, each process its share, and gather the predictions everywhere.
+    """Predict all images and gather the predictions in every process.
+
+    Each process predicts its share of the images.
 
     Args:
-        model: from `build_vit`, on the device; left in the mode in which it was.
-        autocast: precision of the encoder; probabilities and losses are float32.
+        model: from `build_vit`, on the device. Its mode (training or evaluation) is restored at the end.
+        autocast: precision of the encoder. Probabilities and losses are always float32.
 
     Raises:
-        UserError: an image cannot be read, in all processes.
+        UserError: an image cannot be read. All processes raise it.
     """
     indices = range(ranks.rank, len(data.views), ranks.world_size)
     mine = ranks.together(lambda: list(_predict(model, data, indices, device, autocast, ranks.is_main)))
@@ -119,9 +121,9 @@ def write_results(
     about: Mapping[str, Any],
     hardest: int,
 ) -> None:
-    """Write all files of an evaluation, in place of an earlier evaluation.
+    """Write all files of an evaluation and replace an earlier evaluation.
 
-    See `write_evaluation`; facts about the evaluated `views` are added to `about`.
+    See `write_evaluation`. Facts about the evaluated `views` are added to `about`.
     """
     source = views.source
     facts = {
@@ -147,18 +149,18 @@ def evaluate_only(
     precision: str = "auto",
     force: bool = False,
 ) -> ClassificationScores:
-    """Evaluate a classifier on `data.val`, and write the results and their page.
+    """Evaluate a classifier on `data.val`, and write results and report.
 
-    Model, classes and pixels are those of the file; no training images are needed.
+    The model, its classes and its pixel statistics come from the file. Training images are not needed.
 
-    Args:
+    weights: a classifier's file, or the folder of a run. The best weights of the run are used.
         weights: a classifier's file, or the folder of a run, whose best weights are taken.
-        batch_size: images per process, where `settings` name none.
-        force: replace the results of an earlier call.
+        batch_size: images per process, if `settings` has no batch size.
+        force: replace the results of an earlier evaluation.
 
     Raises:
-        UserError: no classifier, results in output_dir already, no data.val, labels that the classifier does not know,
-            or a broken image.
+        UserError: the file is not a classifier, output_dir already has results, data.val is missing, a label is unknown
+            to the classifier, or an image cannot be read.
     """
     ranks = find_ranks()
     opened = open_device(device, "runtime.device", ranks.local_rank, ranks.world_size)

@@ -1,7 +1,7 @@
-"""Figures of an evaluation: confusion matrix, calibration diagram and map of the features.
+"""Figures of an evaluation: confusion matrix, calibration diagram and feature map.
 
-Own code in place of scikit-learn's displays: those draw every cell's number however many classes there are, let long
-names overlap, colour by counts instead of shares, and show no number of samples.
+scikit-learn's displays do not fit many classes: they write a number into every cell, let long names overlap, colour by
+counts instead of shares, and do not show the number of samples.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from crossmae.classification.evaluation.metrics import Bin, calibration_error
 from crossmae.pretraining.figures import SMALL, TEXT
 from crossmae.reports.figures import DPI
 
-VALUES_UP_TO, NAMES_UP_TO = 20, 60  # classes whose cells have room for numbers, and whose rows have room for names
-CELL, NAMED_CELL = 46, 18  # pixels of a cell with a number in it, and of a cell in a row with a name
-SIDES = (260, 900)  # pixels of a matrix: at least, and about where its rows have no names
+VALUES_UP_TO, NAMES_UP_TO = 20, 60  # largest numbers of classes with numbers in the cells, and with names at the rows
+CELL, NAMED_CELL = 46, 18  # pixels: a cell with a number, and a cell in a row with a name
+SIDES = (260, 900)  # pixels: smallest side of a matrix, and approximate side of a matrix without names
 LONGEST_LABEL = 180  # pixels
-MARGIN, LINE, SCALE = 18, 22, 84  # pixels: around everything, a line of text, the scale of colours
+MARGIN, LINE, SCALE = 18, 22, 84  # pixels: outer margin, a line of text, the colour scale
 TINY = 6.5  # points
-SHARES = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1)  # marked on the scale of colours
+SHARES = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1)  # marks on the colour scale
 GREY, LIGHT, EMPTY = "0.35", "0.9", "0.93"
 _RENDERER = RendererAgg(1, 1, DPI)
 BLUE, RED = "#9ecae1", "#c0392b"
-MOST_NAMED = 20  # classes that the legend of a map names
+MOST_NAMED = 20  # largest number of classes in the legend of a feature map
 MAP_SIZE = (9.0, 6.0)  # inches
-GOLDEN = (math.sqrt(5) - 1) / 2  # steps of the hue, so that neighbours differ most for any number of classes
+GOLDEN = (math.sqrt(5) - 1) / 2  # step of the hue: neighbouring colours differ most for any number of classes
 
 
 def confusion_figure(confusion: NDArray[np.int64], class_names: Sequence[str]) -> Figure:
     """Draw a confusion matrix (C, C), true class by predicted class.
 
-    Darker cells hold a larger share of their true class. Colours follow the square root of the share, because most
-    confusions would otherwise be too pale.
+    A darker cell has a larger share of its true class. The colour follows the square root of the share. Otherwise most
+    confusions would be too pale to see.
     """
     C, samples = len(class_names), int(confusion.sum())
     side = _cell(C) * C
@@ -72,7 +72,7 @@ def confusion_figure(confusion: NDArray[np.int64], class_names: Sequence[str]) -
 
 
 def _cell(classes: int) -> int:
-    """Choose the size of a cell in whole pixels."""
+    """Choose the side of a cell in whole pixels."""
     least, most = SIDES
     room = CELL if classes <= VALUES_UP_TO else NAMED_CELL
     return max(room, least // classes) if classes <= NAMES_UP_TO else max(most // classes, 1)
@@ -103,7 +103,7 @@ def _draw_matrix(figure: Figure, axis: Axes, scale: Axes, confusion: NDArray[np.
 
 
 def class_labels(class_names: Sequence[str]) -> list[str]:
-    """Shorten names to one line, or number those that cannot be drawn."""
+    """Shorten names to one line. Number names that cannot be drawn."""
     glyphs = get_font(findfont(FontProperties())).get_charmap()
     lines = [" ".join(name.split()) for name in class_names]
     drawable = [bool(line) and all(ord(letter) in glyphs for letter in line) for line in lines]
@@ -111,8 +111,8 @@ def class_labels(class_names: Sequence[str]) -> list[str]:
 
 
 def _cut(name: str) -> str:
-    """Cut a long name in the middle: related names often begin alike."""
-    cut, kept = name, min(len(name), LONGEST_LABEL // 3)  # no letter is narrower than 3 pixels
+    """Cut a long name in the middle. Related names often begin alike."""
+    cut, kept = name, min(len(name), LONGEST_LABEL // 3)  # every letter is at least 3 pixels wide
     while _text_width(cut, SMALL) > LONGEST_LABEL:
         kept -= 1
         cut = f"{name[: kept - kept // 3]}…{name[len(name) - kept // 3 :]}"
@@ -120,7 +120,7 @@ def _cut(name: str) -> str:
 
 
 def _text_width(text: str, points: float) -> int:
-    """Measure a line of text in pixels."""
+    """Measure the width of a line of text in pixels."""
     measured = _RENDERER.get_text_width_height_descent(text, FontProperties(size=points), ismath=False)
     return math.ceil(measured[0])
 
@@ -132,7 +132,7 @@ def _plain(axis: Axes) -> None:
 
 
 def calibration_figure(bins: Sequence[Bin]) -> Figure:
-    """Draw accuracy and number of samples by top-1 probability."""
+    """Draw accuracy and number of samples against top-1 probability."""
     figure = Figure(figsize=(5.2, 5.6), dpi=DPI, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     filled = [one for one in bins if one.samples]
@@ -170,14 +170,14 @@ def map_figure(
     class_names: Sequence[str],
     title: str,
 ) -> Figure:
-    """Draw features by their first two principal components, coloured by true class.
+    """Draw features on their first two principal components, coloured by class.
 
-    Wrongly classified images are crosses. A legend names the classes where they are few.
+    Crosses mark wrongly classified images. A legend names the classes if there are few.
 
     Args:
-        features: (M, E), finite, M from 3 and E from 2.
-        labels: (M,) classes, or None for a single colour where an image can have several.
-        wrong: (M,).
+        features: (M, E), finite, with M >= 3 and E >= 2.
+        labels: (M,) true classes; None if an image can have several labels: all points then have the same colour.
+        wrong: (M,), True for wrongly classified images.
     """
     points, note = project(features)
     present = [] if labels is None else np.unique(labels).tolist()
@@ -200,7 +200,7 @@ def map_figure(
 
 
 def project(features: NDArray[np.float32]) -> tuple[NDArray[np.float64], str]:
-    """Project features (M, E) on two principal components, described in words."""
+    """Project features (M, E) on two principal components, and describe them."""
     if np.ptp(features, axis=0).max() == 0:
         return np.zeros((len(features), 2)), "All features are equal."
     pca = PCA(n_components=2, svd_solver="full")
@@ -216,7 +216,7 @@ def class_colors(count: int) -> NDArray[np.float64]:
 
 
 def _draw_legend(axes: Axes, class_names: Sequence[str], shown: Sequence[int], crosses: bool) -> None:
-    """Name the shown classes, and the crosses where there are any."""
+    """Draw a legend for the shown classes and, if present, the crosses."""
     colors, labels = class_colors(len(class_names)), class_labels(class_names) if shown else []
     handles = [Line2D([], [], linestyle="none", marker="o", markeredgewidth=0, color=colors[at]) for at in shown]
     names = [labels[at] for at in shown]
@@ -224,7 +224,7 @@ def _draw_legend(axes: Axes, class_names: Sequence[str], shown: Sequence[int], c
         handles.append(Line2D([], [], linestyle="none", marker="X", color="white", markeredgecolor="black"))
         names.append("wrong")
     if handles:
-        # Names are set afterwards: matplotlib drops names that begin with an underscore, and reads $...$ as formulas.
+        # Names are set later: matplotlib drops names that begin with an underscore, and reads $...$ as formulas.
         legend = axes.legend(
             handles, [" "] * len(handles), loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False
         )

@@ -1,17 +1,18 @@
-"""Files of an evaluation, written while the data set is at hand.
+"""Files of an evaluation, written while the images can still be read.
 
-    FOLDER/evaluation.json        numbers, classes, most frequent confusions; written last: the rest is complete then
+    FOLDER/evaluation.json        numbers, classes, most frequent confusions; written after the other files
     FOLDER/per_class.csv          the classes of evaluation.json as a table
     FOLDER/predictions.csv        a row per sample: label, loss, best classes with their probabilities
-    FOLDER/confusion.csv, .png    samples, true class (row) by predicted class (column)
+    FOLDER/confusion.csv, .png    number of samples by true class (row) and predicted class (column)
     FOLDER/calibration.png        accuracy by probability
-    FOLDER/features.safetensors   `features` (M, E) of some samples, their `labels` and `indices`
+    FOLDER/features.safetensors   `features` (M, E) of some samples, with their `labels` and `indices`
     FOLDER/embedding.png          a map of these features
-    FOLDER/hardest/01.jpg ...     wrongly classified images, highest loss first; .png where small images are enlarged
-    FOLDER/hardest/hardest.json   their true and predicted classes; written last, as the sign that all is complete
+    FOLDER/hardest/01.jpg ...     wrongly classified images, highest loss first; .png if a small image was enlarged
+    FOLDER/hardest/hardest.json   their true and predicted classes; written after all pictures
 
-Where an image can have several labels there is no confusion and no calibration; without features, neither of their
-files. Shares are of 1, not percent. What is not defined for lack of samples is null in JSON and empty in tables.
+If an image can have several labels, the confusion and calibration files are missing. Without features, the files of
+features and embedding are missing. Shares are fractions of 1, not percent. Values that are undefined for lack of
+samples are null in JSON and empty in tables.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ CONFUSION_CSV, CONFUSION_PNG, CALIBRATION = "confusion.csv", "confusion.png", "c
 FEATURES, EMBEDDING = "features.safetensors", "embedding.png"
 FILES = (EVALUATION, CONFUSION_CSV, CONFUSION_PNG, PER_CLASS_CSV, PREDICTIONS_CSV, CALIBRATION, FEATURES, EMBEDDING)
 
-RECORDED_PAIRS = 20  # confusions in evaluation.json
+RECORDED_PAIRS = 20  # most frequent confusions in evaluation.json
 DIGITS = 6  # after the decimal point
 BETWEEN_LABELS = "; "
 
@@ -57,18 +58,18 @@ def write_evaluation(
     sample_names: Callable[[int], str],
     about: Mapping[str, Any],
 ) -> None:
-    """Write the files of an evaluation, in place of an earlier one.
+    """Write the files of an evaluation and replace an earlier evaluation.
 
-    The earlier one stays until all new files are complete.
+    The earlier evaluation stays until all new files are complete.
 
     Args:
         class_names: C names to show.
-        sample_names: the name of a sample by its index in the source.
-        about: JSON facts about weights and data, kept in evaluation.json as they are.
+        sample_names: names of the samples by index in the source.
+        about: JSON facts about weights and data, copied to evaluation.json.
 
     Raises:
-        ValueError: NaN in `about`.
-        UserError: the folder cannot be written in.
+        ValueError: `about` has a NaN.
+        UserError: the folder is not writable.
     """
     make_folder(folder, "output_dir")
     with TemporaryDirectory(prefix=".evaluation-", dir=folder) as temporary:
@@ -94,7 +95,7 @@ def write_evaluation(
 
 
 def _record(scores: ClassificationScores, classes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Build the content of evaluation.json, most important first."""
+    """Build the content of evaluation.json, most important values first."""
     confused = [
         {
             "true": classes[true]["name"],
@@ -116,7 +117,7 @@ def _record(scores: ClassificationScores, classes: list[dict[str, Any]]) -> dict
 
 
 def _class_rows(scores: ClassificationScores, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Build a row per class, without an undefined average precision."""
+    """Build a row per class. Omit average precision where it is undefined."""
     rows = []
     for name, one in zip(class_names, scores.classes, strict=True):
         values = {key: _number(value) for key, value in asdict(one).items() if key != "ap"}
@@ -125,7 +126,7 @@ def _class_rows(scores: ClassificationScores, class_names: Sequence[str]) -> lis
 
 
 def _number(value: float) -> float | None:
-    """Round a number to few digits, and turn NaN into None."""
+    """Round a number to `DIGITS` digits. Return None for NaN."""
     return None if math.isnan(value) else round(value, DIGITS)
 
 
@@ -156,7 +157,7 @@ def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
 
 
 def _write_features(folder: Path, predictions: Predictions, class_names: Sequence[str]) -> None:
-    """Write the kept features and, where there are enough, their map."""
+    """Write the kept features and, if there are enough, their map."""
     features, indices = predictions.features, predictions.feature_indices
     if features is None or indices is None:
         return
@@ -173,7 +174,7 @@ def _write_features(folder: Path, predictions: Predictions, class_names: Sequenc
 
 HARDEST, HARDEST_RECORD = "hardest", "hardest.json"
 JPEG: dict[str, Any] = {"format": "JPEG", "quality": 88, "subsampling": 0}
-PICTURE_SIDE = 224  # pixels of the longer side of a picture, about
+PICTURE_SIDE = 224  # approximate length of the longer side of a picture, in pixels
 
 
 def write_hardest(
@@ -184,9 +185,9 @@ def write_hardest(
     sample_names: Callable[[int], str],
     most: int = 24,
 ) -> None:
-    """Replace the pictures of the hardest images by up to `most`.
+    """Replace the pictures of the hardest images, at most `most`.
 
-    `read` returns an image by its index, as `crossmae.data.pixels.read_pixels` does.
+    `read` returns an image by index, as `crossmae.data.pixels.read_pixels` does.
     """
     target = folder / HARDEST
     make_folder(target, "hardest images")
@@ -213,7 +214,7 @@ def _verdict(predictions: Predictions, row: int, class_names: Sequence[str]) -> 
     loss = float(predictions.losses[row])
     if predictions.scores is None:
         best = int(predictions.top_classes[row, 0])
-        # Cross entropy is the negative logarithm of the true class's probability.
+        # The cross entropy is the negative logarithm of the probability of the true class.
         true = [[class_names[int(predictions.labels[row])], math.exp(-loss)]]
         return {"loss": loss, "true": true, "predicted": [[class_names[best], float(predictions.top_scores[row, 0])]]}
     scores = predictions.scores[row]
@@ -224,10 +225,10 @@ def _verdict(predictions: Predictions, row: int, class_names: Sequence[str]) -> 
 
 
 def display_picture(pixels: Image.Image | Tensor) -> tuple[Image.Image, bool]:
-    """Convert any image to RGB near PICTURE_SIDE pixels.
+    """Convert any image to RGB with sides near PICTURE_SIDE pixels.
 
-    Images of 16 bits that use little of their range, as 12-bit data do, are brightened. Returns True for an image that
-    is enlarged, always by a whole number.
+    Images of 16 bits that use little of their range, such as 12-bit data, are brightened. Returns the picture, and True
+    if it was enlarged. The scale of an enlargement is an integer.
     """
     tensor = to_tensor(pixels)
     values = to_display(to_unit_range(tensor)[None])[0]  # (3, H, W)

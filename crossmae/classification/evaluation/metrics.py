@@ -1,7 +1,7 @@
-"""Classification metrics, computed from predictions only, each sample counted exactly once.
+"""Classification metrics from predictions. Each sample is counted exactly once.
 
-N samples, C classes, K = min(5, C) best classes of a sample. All shares are of 1, not percent; NaN means "not defined"
-for lack of samples.
+Shapes: N samples, C classes, K = min(5, C) best classes of a sample. All shares are fractions of 1, not percent. NaN
+means undefined for lack of samples.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from torch import Tensor
 
 from crossmae.errors import UserError, shorten
 
-BINS = 15  # of the calibration error, as in arXiv 1706.04599
-LABEL_THRESHOLD = 0.5  # score from which a class counts as predicted where an image can have several labels
-CONFIDENCE = 0.95  # of every interval
+BINS = 15  # bins of the calibration error, as in arXiv 1706.04599
+LABEL_THRESHOLD = 0.5  # if an image can have several labels: smallest score of a predicted class
+CONFIDENCE = 0.95  # level of every interval
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """Predictions for a data set on the CPU, one row per sample, by rising index.
+    """Predictions for a data set, on the CPU, one row per sample, sorted by index.
 
     Attributes:
         indices: (N,) int64 positions in the source, each exactly once.
         labels: (N,) int64, or (N, C) bool where an image can have several labels.
         losses: (N,) float32 cross entropy, or mean binary cross entropy, of each sample.
         top_classes: (N, K) int64, best first.
-        top_scores: (N, K) float32 probabilities of these: softmax, or sigmoid for several labels.
-        scores: (N, C) float32, kept for several labels only.
-        features: (M, E) float32, before the head, of the samples `feature_indices` (M,) int64, rising.
+        top_scores: (N, K) float32 probabilities of `top_classes`: softmax, or sigmoid for several labels.
+        scores: (N, C) float32 probabilities of all classes, kept for several labels only.
+        features: (M, E) float32 inputs of the head for the samples `feature_indices` (M,) int64, in rising order.
     """
 
     indices: Tensor
@@ -50,26 +50,28 @@ class Predictions:
 
     @property
     def multi_label(self) -> bool:
-        """True where an image can have several labels, or none."""
+        """True if an image can have several labels, or no labels."""
         return self.labels.ndim == 2
 
     @property
     def correct(self) -> Tensor:
-        """Rows (N,) bool whose predicted class or classes are exactly the labels."""
+        """Rows (N,) bool: True if the predicted classes are exactly the labels."""
         if self.scores is None:
             return self.top_classes[:, 0] == self.labels
         return ((self.scores >= LABEL_THRESHOLD) == self.labels).all(dim=1)
 
 
 def merge(parts: Sequence[Predictions], count: int) -> Predictions:
-    """Merge predictions of all processes, bit-identical to those of one process.
+    """Merge the predictions of all processes.
+
+    The result is bit-identical to the predictions of one process.
 
     Args:
-        parts: rows in any order; a process may have had no samples.
-        count: samples of the data set; their indices are 0 .. count - 1.
+        parts: predictions of each process, with rows in any order. A process may have no samples.
+        count: number of samples in the data set. The indices are 0 .. count - 1.
 
     Raises:
-        ValueError: the data set is empty, or a sample does not have exactly one row.
+        ValueError: the data set is empty, or a sample has no row or several rows.
     """
     filled = [part for part in parts if len(part.indices)]
     indices = torch.cat([torch.empty(0, dtype=torch.int64), *(part.indices for part in filled)])
@@ -92,7 +94,10 @@ def merge(parts: Sequence[Predictions], count: int) -> Predictions:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of correctly classified images with Wilson's 95% interval, which covers the choice of images only."""
+    """Share of correctly classified images with Wilson's 95% interval.
+
+    The interval covers the random choice of images, not of training runs.
+    """
 
     accuracy: float
     low: float
@@ -103,7 +108,10 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean accuracy of runs with Student's 95% interval, cut at 0 and 1, None for one run."""
+    """Mean accuracy of several runs with Student's 95% interval.
+
+    The interval is cut at 0 and 1. It is None for one run.
+    """
 
     mean: float
     low: float | None
@@ -112,7 +120,7 @@ class Mean:
 
 
 def wilson(right: int, images: int) -> tuple[float, float]:
-    """Compute Wilson's 95% interval of a share, for images drawn independently."""
+    """Compute Wilson's 95% interval of a share of independently drawn images."""
     interval = stats.binomtest(right, images).proportion_ci(CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -124,7 +132,7 @@ def accuracy_of(predicted: Tensor, labels: Tensor) -> Accuracy:
 
 
 def mean_of(values: Sequence[float]) -> Mean:
-    """Average at least one accuracy."""
+    """Average one or more accuracies."""
     numbers = torch.tensor(values, dtype=torch.float64)
     mean, runs = float(numbers.mean()), len(values)
     if runs == 1:
@@ -135,7 +143,7 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """Counts of a class in labels and predictions, its metrics, and average precision for several labels."""
+    """Metrics of one class: counts in labels and predictions, and average precision for several labels."""
 
     samples: int
     predictions: int
@@ -147,7 +155,7 @@ class ClassMetrics:
 
 @dataclass(frozen=True)
 class Bin:
-    """Samples with a top-1 probability over `low` and up to `high`: mean probability, share of correct ones."""
+    """Samples with a top-1 probability in (low, high]: their mean probability and share of correct predictions."""
 
     low: float
     high: float
@@ -158,17 +166,17 @@ class Bin:
 
 @dataclass(frozen=True)
 class ClassificationScores:
-    """Metrics of a data set, None where they do not apply to this kind of labels.
+    """Metrics of a data set. Metrics that do not apply to this kind of labels are None.
 
     Attributes:
-        loss: mean over all samples.
-        classes: C metrics of single classes.
+        loss: mean loss of all samples.
+        classes: metrics of each of the C classes.
         top1_interval: Wilson's 95% interval of `top1`.
-        top5: only where there are more than 5 classes.
-        balanced_accuracy, mean_ap: means over the classes that have samples.
-        confusion: (C, C) samples, true class by predicted class.
-        micro_f1: F1 of all pairs of sample and class, at a score of 0.5.
-        macro_f1: mean of the classes' F1, without the classes that are neither in labels nor in predictions.
+        top5: top-5 accuracy, if there are more than 5 classes.
+        balanced_accuracy, mean_ap: mean recall and mean average precision of the classes that have samples.
+        confusion: (C, C) numbers of samples by true class (row) and predicted class (column).
+        micro_f1: F1 over all pairs of sample and class, at a score of 0.5.
+        macro_f1: mean F1 of the classes that appear in labels or predictions.
     """
 
     samples: int
@@ -186,12 +194,15 @@ class ClassificationScores:
     macro_f1: float | None = None
 
     def numbers(self) -> dict[str, float]:
-        """Name the metrics of the whole data set that apply."""
+        """Return the metrics of the whole data set that apply, by name."""
         names = ("loss", "top1", "top5", "balanced_accuracy", "ece", "mean_ap", "micro_f1", "macro_f1")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def most_confused(self, limit: int) -> list[tuple[int, int, int]]:
-        """List (true, predicted, samples) of the most frequent confusions, ties by class."""
+        """List the most frequent confusions as (true, predicted, samples).
+
+        Confusions of equal frequency are sorted by class.
+        """
         if self.confusion is None:
             return []
         wrong = self.confusion.copy()
@@ -202,13 +213,13 @@ class ClassificationScores:
 
 
 def score(predictions: Predictions, num_classes: int) -> ClassificationScores:
-    """Compute all metrics of a data set of at least one sample.
+    """Compute all metrics of a data set with at least one sample.
 
     Raises:
-        UserError: a loss or a probability is not finite; names the samples.
+        UserError: a loss or a probability is not finite. The error names the samples.
     """
     _check_finite(predictions)
-    # By numpy, because torch's sums depend on the number of threads.
+    # numpy computes the sums, because sums of torch depend on the number of threads.
     loss = float(predictions.losses.double().numpy().mean())
     compute = _score_several_labels if predictions.multi_label else _score_one_label
     return compute(predictions, num_classes, loss)
@@ -251,7 +262,7 @@ def _score_several_labels(predictions: Predictions, num_classes: int, loss: floa
 def calibration_bins(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> tuple[Bin, ...]:
     """Sort samples (N,) into bins (0, 1/15], (1/15, 2/15], ... by probability.
 
-    Own code (arXiv 1706.04599, section 2), because scikit-learn's calibration_curve drops empty bins and counts.
+    scikit-learn's calibration_curve drops empty bins and counts (arXiv 1706.04599, section 2).
     """
     edges = (np.arange(BINS + 1) / BINS).tolist()
     places = np.digitize(confidence, edges[1:-1], right=True)
@@ -284,7 +295,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Average the values that are not NaN, exactly rounded."""
+    """Average the values that are not NaN, with exact rounding."""
     defined = [value for value in values if not math.isnan(value)]
     return _ratio(math.fsum(defined), len(defined))
 

@@ -1,7 +1,9 @@
-"""Cached features, one safetensors file per data set, reused only for equal weights, settings and images.
+"""Cached features, one safetensors file per data set.
 
-A file holds `features` (N, E) and `labels` (N,). Its name has the digest of everything that decides features; its
-metadata has the digested values in words, and a checksum of the tensors, so that a damaged file is never used.
+A file is reused only for equal weights, settings and images.
+
+A file has `features` (N, E) and `labels` (N,). Its name has a digest of all values that decide the features. Its
+metadata has these values in words, and a checksum of the tensors, so that a damaged file is never used.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from crossmae.data.parallel import READERS, map_in_order
 from crossmae.data.sources import Source
 from crossmae.files import write_atomically
 
-LAYOUT = 1  # of the files; features of another layout are extracted again
+LAYOUT = 1  # version of the files: features with another version are extracted again
 KEY, CHECKSUM = "key", "sha256"
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ class CachedFeatures:
 
 
 def data_digest(source: Source, name: str = "images") -> str:
-    """Digest classes, and every image's name, stamp and label."""
+    """Digest the classes, and the name, stamp and label of every image."""
     digest = hashlib.sha256(json.dumps(source.classes).encode())
     indices = range(len(source))
     stamps = map_in_order(source.stamp, indices, READERS)
@@ -50,7 +52,7 @@ def data_digest(source: Source, name: str = "images") -> str:
 
 
 def tensors_digest(tensors: dict[str, Tensor]) -> str:
-    """Digest names, types, shapes and bytes of tensors on the CPU."""
+    """Digest names, types, shapes and bytes of CPU tensors."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -63,8 +65,8 @@ def cached(folder: Path, name: str, key: dict[str, Any], extract: Callable[[], C
     """Read features from the cache, or extract and store them.
 
     Args:
-        name: of the data set; the file's name begins with it.
-        key: JSON; everything that decides features and labels.
+        name: name of the data set. The file name begins with it.
+        key: JSON values that decide features and labels.
     """
     path, text = _path(folder, name, key)
     found = _read(path, text) if path.exists() else None
@@ -80,7 +82,7 @@ def cached(folder: Path, name: str, key: dict[str, Any], extract: Callable[[], C
 
 
 def is_cached(folder: Path, name: str, key: dict[str, Any]) -> bool:
-    """Check for a file of that key, intact or damaged."""
+    """Check whether the cache has a file for `key`, possibly damaged."""
     return _path(folder, name, key)[0].is_file()
 
 
@@ -90,7 +92,7 @@ def _path(folder: Path, name: str, key: dict[str, Any]) -> tuple[Path, str]:
 
 
 def _read(path: Path, text: str) -> CachedFeatures | None:
-    """Read a file, or warn that it is damaged and return None."""
+    """Read a file. If it is damaged, warn and return None."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

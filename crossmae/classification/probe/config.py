@@ -17,7 +17,7 @@ Pixels = PositiveInt | tuple[PositiveInt, PositiveInt]  # one side, or height an
 
 
 class LabelledConfig(ConfigSection):
-    """Labelled images and their view."""
+    """Labelled images, and how they are cropped and normalised."""
 
     train: str = Field(description="labelled images to learn from, of any kind that data.train of pretraining takes")
     root: Path | None = Field(None, description="where the relative paths of a list start; default: its own folder")
@@ -41,7 +41,7 @@ class LabelledConfig(ConfigSection):
 
 
 class EncoderConfig(ConfigSection):
-    """Sizes of the encoder, by default those of the weights or of the named size."""
+    """Sizes of the encoder, by default from the weights or the named size."""
 
     name: str | None = Field(None, description="a name of crossmae.list_models(), only for weights=null")
     img_size: Pixels | None = Field(None, description="null: as the weights; positions are resampled")
@@ -61,7 +61,7 @@ class EncoderConfig(ConfigSection):
 
 
 class FeaturesConfig(ConfigSection):
-    """Choice and cache of the features."""
+    """Choice of features, and their cache."""
 
     pool: FeaturePool = Field("avg", description="mean of the patch tokens, class token, or both side by side")
     block: int | None = Field(None, description="negative from the end; null: the last that pretraining trained")
@@ -71,7 +71,7 @@ class FeaturesConfig(ConfigSection):
 
 
 class KnnConfig(ConfigSection):
-    """Pairs of k and temperature, all of which are tried."""
+    """Values of k and temperature. All pairs are tried."""
 
     k: tuple[PositiveInt, ...] = Field((1, 5, 10, 20, 50, 100, 200), min_length=1, description="neighbours")
     temperature: tuple[Positive, ...] = Field((0.02, 0.07, 0.2), min_length=1, description="of their votes")

@@ -1,4 +1,4 @@
-"""Features of a frozen encoder: choice of block, norm and pooling, and extraction for all images of a source.
+"""Features of a frozen encoder: choice of block, norm and pooling, then extraction for a source.
 
 | file                                              | block, unless another is asked for | final norm               |
 | ------------------------------------------------- | ---------------------------------- | ------------------------ |
@@ -6,7 +6,7 @@
 | MAE, DINO, timm, fine-tuned with the class token  | the last                           | the file's own           |
 | fine-tuned with average pooling                   | the last                           | none: fc_norm is left out |
 
-A final norm belongs to the last block only: the output of an earlier block is taken as it is.
+A final norm belongs to the last block only. The output of an earlier block is used without a norm.
 
 Shapes: B batch, N images, E width of the features.
 """
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 class FrozenEncoder(nn.Module):
-    """Encoder of normalised pixels (B, C, H, W) to features (B, E), float32, pooled from the output of `block`."""
+    """Encoder from normalised pixels (B, C, H, W) to float32 features (B, E), pooled from the output of `block`."""
 
     def __init__(self, vit: VisionTransformer, block: int, norm: bool, pool: FeaturePool) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class FrozenEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class Opened:
-    """An encoder to take features from, with sentences on the choices made for it."""
+    """An encoder for features, with sentences about the choices made for it."""
 
     encoder: FrozenEncoder
     architecture: Architecture
@@ -84,9 +84,10 @@ class Opened:
 
 
 def random_weights(name: str, seed: int, **given: Any) -> Weights:
-    """Draw the weights that pretraining of that name and seed starts from.
+    """Draw the initial weights of a pretraining run with this seed.
 
-    Arguments that are given and not None replace the size's own. Sizes that do not go together are a UserError.
+    Given arguments replace the arguments of the named size; None counts as not given. Raises UserError if the sizes do
+    not fit together.
     """
     given = {key: value for key, value in given.items() if value is not None}
     with keyed_randomness(seed):
@@ -102,16 +103,16 @@ def random_weights(name: str, seed: int, **given: Any) -> Weights:
 
 
 def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: int = 0, **given: Any) -> Opened:
-    """Build the encoder of a file and load it.
+    """Build an encoder and load its weights from a file.
 
     Args:
-        block: from 0, or negative from the end; None: see the table of this module.
-        seed: of what the file lacks.
-        given: see `architecture_of`.
+        block: index from 0, or negative from the end. None uses the table of this module.
+        seed: source of the random weights that the file lacks.
+        given: values for `architecture_of`.
 
     Raises:
-        UserError: no encoder; no class token to pool; no such block, or the file does not tell which block was the
-            last to be trained; errors of `architecture_of` and `load_encoder_weights`.
+        UserError: the file has no encoder, or no class token to pool; the block does not exist; the file does not tell
+            which block was trained last; or `architecture_of` or `load_encoder_weights` raises it.
     """
     architecture = architecture_of(weights, **given)
     home, depth = encoder_home(weights.tensors) or "", architecture.depth
@@ -123,7 +124,7 @@ def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: i
     chosen %= depth
     is_last, has_norm = chosen == depth - 1, f"{home}norm.weight" in weights.tensors
     with keyed_randomness(seed):
-        # In the class-token mode the model has a final norm; without one in the file there must be none.
+        # In class-token mode the model has a final norm. If the file has no final norm, the norm must be left out.
         vit = build_vit(architecture, 0, pool="cls" if has_norm else "avg")
         report = load_encoder_weights(vit, weights)
     log.info("%s: %d tensors used, %d left out", weights.path, report.count("used"), report.count("dropped"))
@@ -141,15 +142,15 @@ def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: i
 
 
 def last_trained_block(weights: Weights, depth: int) -> int:
-    """Find the last trained block, in CrossMAE the last mixed one.
+    """Find the last trained block. In CrossMAE: the last mixed block.
 
     Raises:
-        UserError: some maps are mixed, and the file does not tell which.
+        UserError: only some feature maps are mixed, and the file does not tell which maps.
     """
     mixing = weights.tensors.get("wfm.linear.weight")
     recorded = recorded_arguments(weights.metadata)
     if "fuse_blocks" in recorded or mixing is None:
-        # None is all of them, [] no mixing at all; under a plain MAE decoder the setting means nothing.
+        # None mixes all blocks, [] mixes none. With a plain MAE decoder the setting has no effect.
         blocks = recorded.get("fuse_blocks") if recorded.get("decoder") != "self" else None
         return resolve_blocks(tuple(blocks), depth)[-1] if blocks else depth - 1
     published = json.loads(weights.metadata.get(PUBLISHED_ARGUMENTS, "{}")).get("use_fm")
@@ -165,7 +166,7 @@ def last_trained_block(weights: Weights, depth: int) -> int:
 
 @dataclass(frozen=True)
 class Views:
-    """Settings of `CentreViews` and `Normalize`: size is height and width, mean and std are per channel."""
+    """Settings of `CentreViews` and `Normalize`: size (height, width), mean and std per channel."""
 
     size: tuple[int, int]
     crop_pct: float
@@ -175,10 +176,10 @@ class Views:
 
 
 def choose_views(weights: Weights, architecture: Architecture, data: LabelledConfig) -> tuple[Views, list[str]]:
-    """Complete given settings from the file's record, and list assumptions.
+    """Complete the settings from the file's record, and list assumptions.
 
     Raises:
-        UserError: mean or deviation do not have one value for each channel.
+        UserError: mean or deviation does not have one value per channel.
     """
     channels, size, notes = architecture.in_chans, architecture.img_size, []
     statistics: list[tuple[float, ...]] = []
@@ -201,7 +202,7 @@ def choose_views(weights: Weights, architecture: Architecture, data: LabelledCon
 
 
 def _recorded(weights: Weights, key: str) -> Any:
-    """Read a value of the metadata, or None where it is unknown."""
+    """Read a value of the metadata. Return None if it is unknown."""
     try:
         return json.loads(weights.metadata.get(key, "null"))
     except json.JSONDecodeError:
@@ -220,13 +221,13 @@ def extract(
     workers: int = 0,
     name: str = "images",
 ) -> Tensor:
-    """Extract the features (N, E) of a source, on the CPU.
+    """Extract the features (N, E) of a source to the CPU.
 
     Args:
-        encoder: moved to the device.
-        precision: "fp32", or "bf16" or "fp16" for autocast.
-        dtype: of the result; only a few batches are held next to it.
-        name: for the progress bar and errors.
+        encoder: is moved to the device.
+        precision: "fp32"; or "bf16" or "fp16" for autocast.
+        dtype: type of the result. Memory has only a few batches in addition to the result.
+        name: name in the progress bar and in errors.
 
     Raises:
         UserError: an image cannot be read, a feature is not finite, or a batch is too large for the GPU.

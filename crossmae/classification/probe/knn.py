@@ -1,4 +1,4 @@
-"""k nearest neighbours on frozen features, with k and temperature chosen on training images."""
+"""k nearest neighbours on frozen features. Training images decide k and temperature."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from crossmae.classification.probe.cache import CachedFeatures
 from crossmae.data.sources.source import evenly_spaced
 from crossmae.pretraining.neighbours import nearest, standardize, vote
 
-DEFAULT_PAIR = (20, 0.07)  # k and temperature of the probe while pretraining, and of DINO (arXiv 2104.14294)
-LEAVE_ONE_OUT = 10_000  # training images at most that are classified by the others
+DEFAULT_PAIR = (20, 0.07)  # k and temperature of the probe during pretraining, and of DINO (arXiv 2104.14294)
+LEAVE_ONE_OUT = 10_000  # largest number of training images that are classified by the other training images
 
 
 @torch.no_grad()
@@ -27,17 +27,18 @@ def sweep(
     temperatures: Sequence[float],
     device: torch.device,
 ) -> dict[str, Any]:
-    """Classify by every pair of k and temperature, with one search.
+    """Classify with every pair of k and temperature, in one search.
 
-    The pair is chosen without validation images: by up to LEAVE_ONE_OUT evenly spaced training images, each classified
-    by all others. Of equal pairs the smaller k, then the lower temperature is taken.
+    The pair is chosen without validation images: up to LEAVE_ONE_OUT evenly spaced training images are each classified
+    by all other training images. If pairs score equally, the smaller k is used, then the lower temperature.
 
     Args:
-        train, val: features, which are standardised first.
-        ks: numbers of neighbours, less than there are training images.
+        train, val: features. They are standardised first.
+        ks: numbers of neighbours, smaller than the number of training images.
 
     Returns:
-        JSON: `cells` of all pairs, the `chosen` cell, and the `default` cell, None if its pair was not tried.
+        JSON: `cells` with the scores of all pairs, the `chosen` cell, and the `default` cell (None if its pair was not
+        tried).
     """
     features, queries = standardize(train.features.to(device), val.features.to(device))
     labels = train.labels.to(device)
@@ -53,6 +54,6 @@ def sweep(
             predicted = vote(similarity[:, :k], labels[positions[:, :k]], num_classes, temperature)
             cell[name] = asdict(accuracy_of(predicted, true))
         cells.append(cell)
-    chosen = max(cells, key=lambda cell: cell["train"]["right"])  # the first of equals
+    chosen = max(cells, key=lambda cell: cell["train"]["right"])  # the first of equal cells
     default = next((cell for cell in cells if (cell["k"], cell["temperature"]) == DEFAULT_PAIR), None)
     return {"cells": cells, "chosen": chosen, "default": default}

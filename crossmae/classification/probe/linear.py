@@ -1,7 +1,7 @@
 """Linear probing on cached features: batch norm without weights, one linear layer, LARS.
 
-The published protocol draws a new random crop of every image in every epoch (method specification, section 1.11); the
-features of one central crop take minutes instead of hours.
+The published protocol draws a new random crop of every image in every epoch (method specification, section 1.11). With
+cached features of one central crop, the probe takes minutes instead of hours.
 
 Shapes: N training images, E width, K classes.
 """
@@ -32,11 +32,11 @@ def peak_lr(settings: LinearConfig) -> float:
 
 
 def reach(settings: LinearConfig, images: int) -> float:
-    """Bound how far LARS moves the head, in logarithms of its norm.
+    """Bound the change of the head's norm under LARS, in logarithms.
 
-    A step moves the weights by lr * 0.001 of their norm, ten times that with momentum; the learning rate is half its
-    peak on average. The published schedule reaches over 200 on ImageNet. Below 1 the head ends about where it started:
-    with few images there are too few steps.
+    A step changes the weights by at most lr * 0.001 of their norm, or ten times as much with momentum. The average
+    learning rate is half the peak. The published schedule has a bound over 200 on ImageNet. A bound below 1 means that
+    few images give too few steps: the head hardly moves from its initial weights.
     """
     steps = settings.epochs * (images // settings.batch_size)
     return steps * peak_lr(settings) / 2 * TRUST / (1 - MOMENTUM)
@@ -65,15 +65,15 @@ def run_linear(
 def lars(module: nn.Module, lr: float, weight_decay: float = 0.0) -> Lars:
     """Build LARS as published for linear probing (method specification, section 1.11).
 
-    Matrices move by lr * 0.001 * norm(w) / norm(gradient), or with weight decay (which is published as 0) by
-    lr * 0.001 * norm(w) / (norm(gradient) + decay * norm(w)) times gradient + decay * w, as in arXiv 1708.03888.
-    Biases, like everything of one axis, move by plain SGD without decay. Momentum is 0.9.
+    Matrices move along their gradient by lr * 0.001 * norm(w) / norm(gradient). With weight decay (published as 0),
+    they move by lr * 0.001 * norm(w) / (norm(gradient) + decay * norm(w)) times gradient + decay * w, as in arXiv
+    1708.03888. Biases and other one-dimensional tensors move by plain SGD without weight decay. Momentum is 0.9.
     """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trainable if parameter.ndim > 1]
     vectors = [parameter for parameter in trainable if parameter.ndim <= 1]
     groups: list[dict[str, Any]] = [
-        # timm's Lars adapts a group without weight decay only with always_adapt.
+        # If weight decay is 0, timm's Lars adapts a group only with always_adapt.
         {"params": matrices, "weight_decay": weight_decay, "always_adapt": True},
         {"params": vectors, "weight_decay": 0.0, "always_adapt": False},
     ]
@@ -83,7 +83,7 @@ def lars(module: nn.Module, lr: float, weight_decay: float = 0.0) -> Lars:
 def train_linear(features: Tensor, labels: Tensor, num_classes: int, settings: LinearConfig, seed: int) -> nn.Module:
     """Train a head on features (N, E) and labels (N,).
 
-    All randomness comes from the seed. There is at least one batch. The head is returned in evaluation mode, on the
+    All random numbers come from the seed. There must be at least one batch. Returns the head in evaluation mode, on the
     device of the features.
     """
     count, per_epoch = len(features), len(features) // settings.batch_size

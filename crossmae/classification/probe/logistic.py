@@ -1,6 +1,6 @@
-"""Logistic regression (scikit-learn) on features, its regularisation chosen on held-out images.
+"""Logistic regression (scikit-learn) on features. Held-out images decide the regularisation.
 
-Shapes: N training images, M others, E width.
+Shapes: N training images, M other images, E width.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from crossmae.classification.probe.cache import CachedFeatures
 from crossmae.errors import UserError, shorten
 from crossmae.pretraining.neighbours import feature_statistics, scale
 
-HELD_OUT = 0.1  # share of the training images of every class
-ENOUGH, MOST_SPLITS = 200, 10  # images held out, over several tenths if need be
+HELD_OUT = 0.1  # share of the training images of every class that is held out
+ENOUGH, MOST_SPLITS = 200, 10  # images to hold out; several smaller tenths are used, up to MOST_SPLITS
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Logistic:
-    """A fitted regression and the statistics (mean, deviation) that features are standardised by."""
+    """A fitted regression, with the mean and deviation that standardise features."""
 
     regression: Any
     statistics: tuple[Tensor, Tensor]
@@ -47,9 +47,9 @@ class Logistic:
 def run_logistic(
     train: CachedFeatures, val: CachedFeatures, strengths: Sequence[float], max_iterations: int, seed: int
 ) -> dict[str, Any]:
-    """Choose the strength, fit again on all training images, and test."""
+    """Choose the strength, fit on all training images, and test."""
     table = try_strengths(train.features, train.labels, strengths, max_iterations, seed)
-    # Of equal strengths the nearest to 1, scikit-learn's own default.
+    # Of equal strengths, the one nearest to 1 is used: scikit-learn's default.
     strength = max(table, key=lambda row: (table[row].right, -abs(math.log(row))))
     fitted = fit(train.features, train.labels, strength, max_iterations, "logistic")
     return {
@@ -62,7 +62,7 @@ def run_logistic(
 
 
 def fit(features: Tensor, labels: Tensor, strength: float, max_iterations: int, name: str) -> Logistic:
-    """Fit on standardised features (N, E) and labels (N,), with C `strength`."""
+    """Fit on standardised features (N, E) and labels (N,). C is `strength`."""
     statistics = feature_statistics(features)
     regression = LogisticRegression(C=strength, solver="lbfgs", max_iter=max_iterations)
     with warnings.catch_warnings(record=True) as caught:
@@ -82,7 +82,7 @@ def fit(features: Tensor, labels: Tensor, strength: float, max_iterations: int, 
 def try_strengths(
     features: Tensor, labels: Tensor, strengths: Sequence[float], max_iterations: int, seed: int
 ) -> dict[float, Accuracy]:
-    """Measure every strength on a held-out tenth, or on several small tenths."""
+    """Score every strength on a held-out tenth, or several small tenths."""
     count = len(split(labels, seed)[1])
     splits = [split(labels, seed + number) for number in range(min(math.ceil(ENOUGH / count), MOST_SPLITS))]
     table = {}
@@ -97,10 +97,12 @@ def try_strengths(
 
 
 def split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Hold out a tenth of every class, at least one of two.
+    """Hold out a tenth of every class, but at least one image.
+
+    At least one image of each class is kept.
 
     Returns:
-        Positions of the images that are kept, and of those that are held out.
+        Positions of the kept images, and of the held-out images.
     """
     rng = np.random.default_rng(seed)
     held_out = np.zeros(len(labels), dtype=bool)
@@ -123,12 +125,12 @@ def run_few_shot(
     strength: float,
     max_iterations: int,
 ) -> dict[str, Any]:
-    """Fit on few images per class and seed, and test.
+    """Fit on few images per class, for every seed, and test.
 
-    With one seed, fewer images per class are a part of more images.
+    With the same seed, a smaller set of images is a part of a larger set.
 
     Returns:
-        JSON: accuracies of all seeds and their mean, for each number of images per class.
+        JSON: for each number of images per class, the accuracies of all seeds and their mean.
     """
     rows = []
     for per_class in sorted(set(shots)):
@@ -143,7 +145,7 @@ def run_few_shot(
 
 
 def sample(labels: Tensor, per_class: int, seed: int) -> Tensor:
-    """Draw the positions of `per_class` images of every class by the seed."""
+    """Draw the positions of `per_class` images of every class."""
     rng = np.random.default_rng(seed)
     classes = np.unique(labels.numpy())
     chosen = [rng.permutation(np.flatnonzero(labels.numpy() == label))[:per_class] for label in classes]
@@ -151,7 +153,7 @@ def sample(labels: Tensor, per_class: int, seed: int) -> Tensor:
 
 
 def check_shots(labels: Tensor, classes: Sequence[str], shots: Sequence[int], key: str) -> None:
-    """Refuse classes with too few images, naming the config key `key`."""
+    """Reject classes with too few images. The error names `key`."""
     counts = torch.bincount(labels, minlength=len(classes)).tolist()
     if lacking := [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < max(shots)]:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The probe of frozen features, from its config to its results."""
+"""Probe of frozen features, from the config to the results."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ log = logging.getLogger(__name__)
 def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
     """Evaluate frozen features, write results.json and report.html, and return the results.
 
-    With `force` they replace those of an earlier call.
+    With `force`, they replace the results of an earlier probe.
 
     Raises:
-        UserError: config, weights or data are wrong; raised before results are written.
+        UserError: config, weights or data are wrong. Nothing has been written then.
     """
     if find_ranks().world_size > 1:
         raise UserError("a probe runs in one process. Start it without torchrun.")
@@ -125,7 +125,7 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
 
 
 def open_labelled(data: LabelledConfig) -> tuple[dict[str, Source], dict[str, Tensor]]:
-    """Open "train" and "val" with labels under the classes of "train"."""
+    """Open "train" and "val", with labels as classes of "train"."""
     given = {"train": (data.train, "data.train", data.root), "val": (data.val, "data.val", data.val_root)}
     sources = {name: open_source(*how) for name, how in given.items()}
     for name, source in sources.items():
@@ -151,7 +151,7 @@ def check_methods(
     labels: Tensor,
     classes: Sequence[str],
 ) -> tuple[int, ...]:
-    """Refuse too few training images, and return the possible numbers of neighbours."""
+    """Check the number of training images and return usable neighbour numbers."""
     images = len(labels)
     possible = tuple(k for k in ks if k < images)
     if "knn" in methods and len(possible) < len(ks):
@@ -170,7 +170,7 @@ def check_methods(
 
 def _open_weights(path: Path | None, name: str | None, seed: int, sizes: Mapping[str, Any]) -> tuple[Weights, str]:
     if path is None:
-        assert name is not None  # the config has been checked
+        assert name is not None  # checked with the config
         weights = random_weights(name, seed, **sizes)
         return weights, tensors_digest(weights.tensors)
     if name is not None:
@@ -187,7 +187,7 @@ def _load_features(
     extract_one: Callable[[str], CachedFeatures],
 ) -> tuple[CachedFeatures, CachedFeatures]:
     keys = {name: key | {"data": data_digest(source, name)} for name, source in sources.items()}
-    for name, source in sources.items():  # all of them before any is encoded
+    for name, source in sources.items():  # all data sets, before any image is encoded
         if check is not None and not is_cached(cache, name, keys[name]):
             refuse_broken(find_broken(source, range(len(source)), len(check.mean), check.bit_depth), f"data.{name}")
     train, val = (cached(cache, name, keys[name], partial(extract_one, name)) for name in ("train", "val"))

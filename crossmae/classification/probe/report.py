@@ -1,4 +1,4 @@
-"""Results of an evaluation of frozen features: a table for the terminal, and a page."""
+"""Results of a probe of frozen features: a table for the terminal, and a report page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REACH = (
 
 
 class Score(NamedTuple):
-    """An accuracy with its 95% interval as text, of one of the methods of TITLES."""
+    """Accuracy of one method of TITLES, with its 95% interval as text."""
 
     method: str
     setting: str
@@ -31,12 +31,12 @@ class Score(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The method and its setting."""
+        """Title of the method, with its setting."""
         return f"{TITLES[self.method]}: {self.setting}"
 
 
 def scores(methods: Mapping[str, Any]) -> list[Score]:
-    """List the headline numbers, by method."""
+    """List the most important scores, by method."""
     found: list[Score] = []
 
     def add(method: str, setting: str, numbers: Mapping[str, Any]) -> None:
@@ -71,7 +71,7 @@ def _pair(cell: Mapping[str, Any]) -> str:
 
 
 def _interval(numbers: Mapping[str, Any]) -> str:
-    """Write an interval in percent: "97.10 - 98.00"."""
+    """Format an interval in percent: "97.10 - 98.00"."""
     low, high = numbers["low"], numbers["high"]
     return "-" if low is None or high is None else f"{100 * low:.2f} - {100 * high:.2f}"
 
@@ -81,7 +81,7 @@ def _bar(accuracy: float) -> Bar:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Lay out the headline numbers as text, in percent."""
+    """Format the most important scores as a text table, in percent."""
     rows = [("method", "setting", "top-1 %", "95 % interval")]
     rows += [(TITLES[x.method], x.setting, f"{100 * x.accuracy:.2f}", x.interval) for x in scores(results["methods"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -91,11 +91,11 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def build_page(results: Mapping[str, Any]) -> Report:
-    """Build the page of results as `results.json` has them."""
+    """Build the page from the content of `results.json`."""
     methods = results["methods"]
     found = scores(methods)
-    headlines = {one.method: one for one in reversed(found)}  # the first of each method
-    headlines |= {one.method: one for one in found if one.method == "few_shot"}  # the last: with the most images
+    headlines = {one.method: one for one in reversed(found)}  # the first score of each method
+    headlines |= {one.method: one for one in found if one.method == "few_shot"}  # the last: most images
     facts = [Fact(TITLES[name], f"{100 * headlines[name].accuracy:.2f} %", headlines[name].setting) for name in methods]
     builders = {"knn": _knn, "linear": _linear, "logistic": _logistic, "few_shot": _few_shot}
     text = (

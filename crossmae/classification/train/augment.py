@@ -1,4 +1,4 @@
-"""Augmentations of fine-tuning: timm policies on PIL images, torchvision crops (method specification, 1.10)."""
+"""Augmentations of fine-tuning: timm policies and torchvision crops (method specification, 1.10)."""
 
 from __future__ import annotations
 
@@ -36,18 +36,20 @@ def train_view(
     color_jitter: float,
     mean: Sequence[float],
 ) -> v2.Compose:
-    """Build random crop, flip and policy, giving images (C, H, W).
+    """Build the training view: random crop, flip and policy.
+
+    The view returns images (C, H, W).
 
     Args:
         size: height and width in pixels.
-        crop_scale: smallest and largest area of the crop, as shares of the image.
+        crop_scale: smallest and largest area of the crop, as fractions of the image.
         flip: probability of a horizontal flip.
-        auto_augment: timm's policy, such as rand-m9-mstd0.5-inc1, augmix-m3-w3, original; None: none.
-        color_jitter: strength of changes in brightness, contrast and saturation; 0: none.
-        mean: per channel, of pixels in 0-1; what geometric operations fill with.
+        auto_augment: a policy of timm, such as rand-m9-mstd0.5-inc1, augmix-m3-w3 or original. None uses no policy.
+        color_jitter: strength of changes in brightness, contrast and saturation. 0 disables them.
+        mean: per channel, of pixels in 0-1. Geometric operations fill new pixels with it.
 
     Raises:
-        UserError: no such policy.
+        UserError: timm has no such policy.
     """
     crop = v2.RandomResizedCrop(size, scale=crop_scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
     steps: list[Callable[[Any], Any]] = [crop, v2.RandomHorizontalFlip(flip)]
@@ -59,15 +61,15 @@ def train_view(
 
 
 def _in_colours(policy: Policy, image: Image.Image) -> Image.Image:
-    """Apply a policy in RGB, and keep the image's mode."""
+    """Apply a policy in RGB, and restore the image's mode."""
     return policy(image.convert("RGB")).convert(image.mode)
 
 
 def build_policy(name: str, size: tuple[int, int], mean: Sequence[float]) -> Policy:
-    """Build a policy of timm, with the settings of its own `create_transform`.
+    """Build a timm policy with the settings of timm's `create_transform`.
 
     Raises:
-        UserError: no such policy.
+        UserError: timm has no such policy.
     """
     filling = tuple(min(255, round(255 * value)) for value in mean) * (3 // len(mean))
     settings: dict[str, Any] = {"translate_const": int(min(size) * 0.45), "img_mean": filling}
@@ -92,9 +94,10 @@ def build_policy(name: str, size: tuple[int, int], mean: Sequence[float]) -> Pol
 
 
 def _posterize(image: Image.Image, bits: int, **settings: Any) -> Image.Image:
-    """Keep the highest bits of each channel, at least one.
+    """Keep the highest bits of each channel, but at least one bit.
 
-    timm asks for 0 at its strongest, and for fewer with mmax; other operations stay in Pillow's range at any magnitude.
+    At its strongest, timm asks for 0 bits, and with `mmax` for a negative number. Other operations stay in Pillow's
+    range at any magnitude.
     """
     posterized: Image.Image = posterize(image, max(bits, 1), **settings)
     return posterized
@@ -102,9 +105,10 @@ def _posterize(image: Image.Image, bits: int, **settings: Any) -> Image.Image:
 
 @contextmanager
 def keyed_everywhere(*key: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed the generators of Python, numpy and torch's CPU by a key.
+    """Seed the random generators of Python, numpy and torch from `key`.
 
-    A GPU's, where one is given, is seeded, too, and left so.
+    The generators of the CPU are restored at the end. If `device` is a GPU, its generator is also seeded, but it is not
+    restored.
     """
     python, numbers = random.getstate(), np.random.get_state()
     words = np.random.SeedSequence(key).generate_state(4)

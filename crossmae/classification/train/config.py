@@ -1,4 +1,4 @@
-"""Everything that a fine-tuning run depends on, with the published values as defaults (method specification, 1.10)."""
+"""Settings of a fine-tuning run, with the published values as defaults (method specification, 1.10)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CropShare = Annotated[float, Field(gt=0, le=1)]
 
 
 class LabelledDataConfig(DataConfig):
-    """Labelled images, how they are read, and how they are augmented (timm's names)."""
+    """Labelled images, how they are read, and how they are augmented (with timm's names)."""
 
     train: str = Field("", description="labelled images: any source with labels, see crossmae/data/sources")
     val: str | None = Field(None, description="labelled images to evaluate on; null: none, so no best weights either")
@@ -51,7 +51,7 @@ class LabelledDataConfig(DataConfig):
 
 
 class ClassifierConfig(ConfigSection):
-    """A plain ViT, the weights of its encoder, and what is put on top."""
+    """A plain ViT, the weights of its encoder, and its head."""
 
     init: Path | None = Field(None, description="weights of the encoder, of any format; null: random ones")
     name: str | None = Field(None, description=f"{', '.join(f'vit_{size}' for size in SIZES)}; null: as model.init is")
@@ -76,7 +76,7 @@ class ClassifierConfig(ConfigSection):
         return name
 
     def given(self) -> dict[str, Any]:
-        """Collect the known architecture: the named size, and what differs from it."""
+        """Collect the given arguments: the named size and its changes."""
         keys = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
         size = SIZES[self.name.removeprefix("vit_")] if self.name else None
         named = {key: getattr(size, key) for key in ("embed_dim", "depth", "num_heads")} if size else {}
@@ -84,7 +84,7 @@ class ClassifierConfig(ConfigSection):
 
 
 class LossConfig(ConfigSection):
-    """Parts of the loss."""
+    """Parts of the loss function."""
 
     smoothing: Share = Field(0.1, description="label smoothing")
     mixup: NonNegative = Field(0.0, description="alpha of mixup; 0: none")
@@ -113,12 +113,12 @@ class LossConfig(ConfigSection):
 
     @property
     def mixes(self) -> bool:
-        """True where images are mixed."""
+        """True if images are mixed."""
         return self.mixup_prob > 0 and bool(self.mixup or self.cutmix or self.cutmix_minmax)
 
 
 class FinetuneOptimConfig(StepConfig):
-    """Learning rates by layer, the size of a step, and the averaged copy of the weights."""
+    """Learning rates by layer, batch size, and moving average of the weights."""
 
     name: Literal["adamw", "lars"] = Field("adamw", description="lars: with momentum 0.9, for linear probes")
     batch_size: PositiveInt = Field(64, description="images per process and micro-batch")
@@ -128,7 +128,7 @@ class FinetuneOptimConfig(StepConfig):
 
 
 class FinetuneScheduleConfig(ScheduleConfig):
-    """Length of training, and the learning rate over time."""
+    """Length of training, and schedule of the learning rate."""
 
     epochs: PositiveInt = 100
     warmup_epochs: NonNegative = 5
@@ -136,7 +136,7 @@ class FinetuneScheduleConfig(ScheduleConfig):
 
 
 class EvaluationConfig(ConfigSection):
-    """Evaluations of data.val."""
+    """Settings of the evaluations on data.val."""
 
     every_epochs: PositiveInt = 1
     img_size: Pixels | None = Field(None, description="of --eval-only; null: as trained; positions are resampled")
@@ -147,7 +147,7 @@ class EvaluationConfig(ConfigSection):
 
 
 class FinetuneConfig(RunConfig):
-    """Everything that a fine-tuning run depends on."""
+    """All settings of a fine-tuning run."""
 
     data: LabelledDataConfig
     model: ClassifierConfig
@@ -180,7 +180,7 @@ class FinetuneConfig(RunConfig):
         return self
 
     def ignored(self, has_shards: bool) -> dict[str, list[str]]:
-        """Find keys that were given but have no effect, by reason."""
+        """Find given keys that have no effect, by reason."""
         data, loss, head_only = self.data, self.loss, "model.freeze trains the head only"
         cases = [
             (self.model.freeze, head_only, "model", {"drop_path"}),

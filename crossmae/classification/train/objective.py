@@ -1,4 +1,4 @@
-"""Loss of a classifier, and the changes to a batch on the device before the model sees it."""
+"""Loss of a classifier, and augmentation of a batch on the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from crossmae.errors import UserError, shorten
 
 
 class Objective:
-    """Loss of a classifier, with class weights (N,), and the changes to a batch on the device before it."""
+    """Loss of a classifier with class weights (N,), and augmentation of a batch on the device."""
 
     def __init__(
         self,
@@ -29,7 +29,8 @@ class Objective:
     ) -> None:
         self.smoothing, self.mixes = loss.smoothing, loss.mixes
         self.weights, self.erase, self.several = weights, erase, several
-        # With several labels per image, the images themselves are the classes: the matrix says what is mixed with what.
+        # With several labels per image, each image is its own class: the mixed target matrix tells which images were
+        # mixed.
         self.mix = Mixup(
             loss.mixup,
             loss.cutmix,
@@ -42,7 +43,10 @@ class Objective:
         )
 
     def augment(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Erase, then mix, which makes the targets probabilities (B, N)."""
+        """Erase regions, then mix images.
+
+        Mixing replaces the targets by probabilities (B, N).
+        """
         images = self.erase(images)
         if self.mixes and self.several:
             images, shares = self.mix(images, torch.arange(len(images), device=images.device))  # (B, B)
@@ -52,7 +56,7 @@ class Objective:
         return images, targets
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Compute the cross entropy, the binary one for several labels per image."""
+        """Compute the cross entropy, binary if there are several labels."""
         if self.several:
             targets = targets * (1 - self.smoothing) + 0.5 * self.smoothing
             return F.binary_cross_entropy_with_logits(logits, targets, self.weights)
@@ -63,14 +67,15 @@ class Objective:
 def class_weights(
     given: Literal["balanced"] | Mapping[str, float] | None, targets: Tensor, classes: Sequence[str]
 ) -> Tensor | None:
-    """Compute the weights (N,) of the classes in the loss.
+    """Compute the class weights (N,) of the loss.
 
     Args:
-        given: weights by class, 1 for others; "balanced": images / (classes * images of the class); None: equal ones.
+        given: weights by class (1 for other classes); or "balanced": images / (classes * images of the class); or None:
+            equal weights.
         targets: classes of the training images.
 
     Raises:
-        UserError: a weight of an unknown class, or "balanced" for a class without images.
+        UserError: a weight is for an unknown class, or "balanced" was given and a class has no images.
     """
     if given is None:
         return None

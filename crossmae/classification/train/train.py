@@ -1,7 +1,8 @@
 """Fine-tuning and linear probing: train a classifier on labelled images.
 
-Where the weights come from: with --resume, the latest complete checkpoint of the run, which also knows the best score
-so far; else `model.init`, a file of any format that `crossmae.checkpoints.weights` reads; else random ones.
+The initial weights come from one of three places. With --resume: the latest complete checkpoint of the run, which also
+has the best score. Otherwise from `model.init`, a file in any format that `crossmae.checkpoints.weights` reads. Without
+`model.init`, they are random.
 """
 
 from __future__ import annotations
@@ -73,13 +74,13 @@ log = logging.getLogger(__name__)
 
 
 def finetune(config: FinetuneConfig, resume: bool = False) -> Path:
-    """Train a classifier and return the file of its last weights.
+    """Train a classifier, and return the path of its last weights.
 
-    The best weights are next to the last ones. In several processes: see `crossmae.training.loop.train`.
+    The best weights are in the same folder. For several processes, see `crossmae.training.loop.train`.
 
     Raises:
-        UserError: bad data or weights, classes that differ between data.train and data.val, a folder in use by another
-            run, an impossible combination of settings, a loss that is not finite.
+        UserError: data or weights are wrong, data.train and data.val have different classes, another run uses the
+            folder, settings contradict each other, or a loss is not finite.
     """
     if not config.data.train:
         raise UserError("missing key 'data.train': the labelled images to train on; pass data.train=...")
@@ -90,25 +91,26 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> Path:
 
 
 def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.device, precision: str) -> Job:
-    """Build model, data and schedule, and check them, without writing anything."""
+    """Build and check model, data and schedule. Write nothing."""
     data, optim, seed, channels = config.data, config.optim, config.runtime.seed, config.model.in_chans
     check_writable(config.output_dir, "output_dir")
     start = find_start(config.output_dir, resume)
     if config.model.init is not None and not start:
-        find_file(config.model.init)  # before minutes are spent on the data
-    # The labelled images, and the schedule that follows from their number.
+        find_file(config.model.init)  # before the data are read, which takes minutes
+    # The labelled images, and the schedule, which depends on their number.
     labelled = open_labelled(config, ranks)
     source, classes = labelled.train, labelled.classes
     order = (ranks.rank, ranks.world_size, source.groups, data.shuffle_shards)
     batches = BatchPlan(len(source), optim.batch_size, seed, *order)
     schedule = make_schedule(batches, optim, config.schedule)
-    # What must not change on resuming: the classes, too, and the view in which the best weights are looked for.
+    # Settings that must not change on resuming. They include the classes, and the evaluation crop that decides the best
+    # weights.
     fingerprint = config.fingerprint(schedule.images, precision, ranks.world_size) | {
         "classes": json.dumps(classes, ensure_ascii=False),
         "evaluation.crop_pct": str(config.evaluation.crop_pct),
     }
     complete = is_complete(start, schedule.last_step, fingerprint)
-    # The model, with the weights that it starts from.
+    # The model, with its initial weights.
     size, model, licence = build_model(config.model, data, seed, len(classes), start)
     model.set_grad_checkpointing(config.runtime.activation_checkpointing)
     crop_pct = config.evaluation.crop_pct or published_crop_pct(size.img_size)
@@ -119,7 +121,7 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
     broken = []
     if data.check and not complete:
         broken = check_images(source, channels, data.bit_depth, data.broken, ranks)
-        if labelled.val is not None:  # before anything is trained
+        if labelled.val is not None:  # before training starts
             mine = range(ranks.rank, len(labelled.val), ranks.world_size)
             refuse_broken(find_broken(labelled.val, mine, channels, data.bit_depth), "data.val", NEVER_REPLACED)
     model = model.to(device)
@@ -167,10 +169,13 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
 def classification_loss(
     objective: Objective, normalize: Normalize, seed: int, rank: int, model: nn.Module, batch: Any, number: int
 ) -> Tensor:
-    """Augment a micro-batch and compute its loss, keyed by its number."""
+    """Augment a micro-batch and compute its loss.
+
+    The random numbers are seeded from `seed`, `rank` and the `number` of the batch.
+    """
     device = normalize.mean.device
     pixels, targets = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.targets))
-    with keyed_everywhere(seed, 1, number, rank + 1, device=device):  # never the key of a sample
+    with keyed_everywhere(seed, 1, number, rank + 1, device=device):  # differs from the key of every sample
         images, targets = objective.augment(normalize(pixels), targets)
         logits = model(images)
     return objective.loss(logits.float(), targets)
@@ -178,10 +183,10 @@ def classification_loss(
 
 @dataclass(frozen=True)
 class Judge(Callbacks):
-    """Evaluations of a run every `every` epochs if it has `data`, and its best weights.
+    """Evaluations of a run every `every` epochs, if it has `data`, and its best weights.
 
-    `metadata` describes the weights of a step, `about` the images in evaluation.json, of which the `hardest` are kept
-    as pictures. With `is_probe` only the head is trained.
+    `metadata` returns the metadata of the weights at a step. `about` describes the images in evaluation.json. The
+    pictures of the `hardest` images are kept. With `is_probe`, only the head is trained.
     """
 
     folder: Path
@@ -195,7 +200,7 @@ class Judge(Callbacks):
     is_probe: bool
 
     def begin(self, state: TrainingState, records: RunLog) -> None:
-        """Remove an earlier try, and set frozen layers to evaluation mode."""
+        """Remove an earlier attempt, and put frozen layers into evaluation mode."""
         if state.step == 0 and state.ranks.is_main:
             (self.folder / BEST).unlink(missing_ok=True)
             shutil.rmtree(self.folder / FOLDER, ignore_errors=True)
@@ -210,7 +215,7 @@ class Judge(Callbacks):
             return
         values: dict[str, float] = {}
         for suffix, model in state.models.items():
-            for buffer in model.buffers():  # running statistics: all processes evaluate the same model
+            for buffer in model.buffers():  # average running statistics: all processes must evaluate the same model
                 if buffer.is_floating_point():
                     buffer.copy_(state.ranks.mean(buffer.clone()))
             predictions = evaluate(model, self.data, state.device, state.autocast, state.ranks)
@@ -229,7 +234,7 @@ class Judge(Callbacks):
         records.announce(step, values)
 
     def finish(self) -> None:
-        """Log the best weights, and write the page of the run."""
+        """Log the best weights, and write the report page."""
         best = self.folder / BEST
         if best.is_file():
             with safe_open(best, "pt") as file:
@@ -247,7 +252,7 @@ def build_judge(
     schedule: Schedule,
     metadata: Callable[[int], dict[str, str]],
 ) -> Judge:
-    """Collect the images of data.val, and what is written about them."""
+    """Build the evaluations on data.val, with the metadata of their files."""
     data, settings, evaluated = config.data, config.evaluation, None
     if labelled.val is not None and labelled.val_targets is not None:
         shape = (size.img_size, crop_pct, size.in_chans, data.bit_depth)
@@ -270,7 +275,7 @@ def build_judge(
 def build_objective(
     loss: LossConfig, data: LabelledDataConfig, labelled: LabelledImages, batch_size: int, device: torch.device
 ) -> Objective:
-    """Build the loss on a device, with the errors of `class_weights`."""
+    """Build the loss on a device. Raises the errors of `class_weights`."""
     weights = class_weights(loss.class_weights, labelled.targets, labelled.classes)
     erase = RandomErasing(data.erase, mode=data.erase_mode, max_count=data.erase_count, device=str(device))
     weights = None if weights is None else weights.to(device)
@@ -278,7 +283,7 @@ def build_objective(
 
 
 def build_optimizer(model: VisionTransformer, optim: FinetuneOptimConfig, peak_lr: float) -> torch.optim.Optimizer:
-    """Build AdamW by layers, or LARS for a head only."""
+    """Build AdamW with layer decay, or LARS for the head alone."""
     if optim.name == "lars":
         return lars(model, peak_lr, optim.weight_decay)
     groups = parameter_groups(model, optim.weight_decay, optim.layer_decay)
@@ -286,21 +291,21 @@ def build_optimizer(model: VisionTransformer, optim: FinetuneOptimConfig, peak_l
 
 
 def announce_model(model: nn.Module, size: Architecture, pool: str, place: str) -> None:
-    """Log the architecture and where it is trained."""
+    """Log the architecture and the training device."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     words = "ViT of width %d, depth %d, patch %d for %d x %d pixels, pool %s: %s trainable parameters, on %s"
     log.info(words, size.embed_dim, size.depth, size.patch_size, *size.img_size, pool, f"{trainable:,}", place)
 
 
 def announce_classes(classes: Sequence[str], class_names: Sequence[str], several: bool) -> None:
-    """Log the classes, with the names to show where they differ."""
+    """Log the classes, and their names to show if they differ."""
     pairs = zip(classes, class_names, strict=True)
     names = [name if name == shown else f"{name} ({shown})" for name, shown in pairs]
     log.info("%d classes%s: %s", len(names), ", several per image" if several else "", shorten(names, most=20))
 
 
 def open_labelled(config: FinetuneConfig, ranks: Ranks) -> LabelledImages:
-    """Open both sources, with labels as positions among the classes of data.train."""
+    """Open both sources, with labels as classes of data.train."""
     data = config.data
     source = open_named(data.train, "data.train", data.root)
     if ranks.is_main:
@@ -326,13 +331,13 @@ def open_labelled(config: FinetuneConfig, ranks: Ranks) -> LabelledImages:
 def build_model(
     settings: ClassifierConfig, data: LabelledDataConfig, seed: int, num_classes: int, start: Path | None
 ) -> tuple[Architecture, VisionTransformer, str | None]:
-    """Build the model from a checkpoint, `model.init` or random numbers.
+    """Build the model from a checkpoint, `model.init`, or random numbers.
 
     Returns:
-        The architecture, the model, and what is known of the licence of its weights.
+        The architecture, the model, and the known licence of its weights.
 
     Raises:
-        UserError: the file holds no such encoder, or the sizes do not go together.
+        UserError: the file has no such encoder, or the sizes do not fit together.
     """
     given = settings.given()
     torch.manual_seed(seed)
@@ -352,7 +357,7 @@ def build_model(
 
 
 def warn_of_untrained_blocks(weights: Weights, depth: int) -> None:
-    """Warn about last blocks that pretraining never trained."""
+    """Warn about last blocks that were not trained in pretraining."""
     fused = recorded_arguments(weights.metadata).get("fuse_blocks")
     if fused and (last := max(block % depth for block in fused)) < depth - 1:
         words = "model.init: %s was pretrained up to block %d of %d (fuse_blocks). The blocks after it are random"
@@ -360,7 +365,7 @@ def warn_of_untrained_blocks(weights: Weights, depth: int) -> None:
 
 
 def architecture_from(given: dict[str, Any], name: str) -> Architecture:
-    """Return the architecture of a named size, for 224 pixels by default."""
+    """Return the architecture of a named size, by default for 224 pixels."""
     size = SIZES[name.removeprefix("vit_")]
     img_size = given.get("img_size", 224)
     values = {"patch_size": size.patch_size, "mlp_ratio": 4.0} | given
@@ -372,15 +377,15 @@ def architecture_from(given: dict[str, Any], name: str) -> Architecture:
 
 
 def headline(scores: ClassificationScores) -> dict[str, float]:
-    """Select the logged numbers of an evaluation, the deciding metric last."""
+    """Select the logged metrics of an evaluation. The deciding metric is last."""
     numbers = scores.numbers()
     return {"val_loss": scores.loss} | {key: numbers[key] for key in ("mean_ap", "top5", "top1") if key in numbers}
 
 
 def is_best(kept: dict[str, Any], step: int, scores: ClassificationScores, suffix: str) -> bool:
-    """Check for the best score so far, and remember it in `kept`.
+    """Check for the best score so far, and store it in `kept`.
 
-    Of equal scores, which few images give often, the lower loss decides, then the later step.
+    If scores are equal, which is common with few images, the lower loss decides, then the later step.
     """
     metric, value = list(headline(scores).items())[-1]
     best = kept.get("best")
