@@ -1,11 +1,11 @@
-"""Weight files: read any of them, load them strictly, convert between the layouts of the field's libraries.
+"""Weight files: read every supported layout, load it strictly, convert it for another library.
 
 | function  | purpose                                                                             |
 | --------- | ----------------------------------------------------------------------------------- |
-| `inspect` | what a file is, and what it can become                                              |
-| `load`    | its weights into a model, with every tensor accounted for; what every tool uses     |
-| `convert` | a file for another library, proven to compute the same                              |
-| `read`    | its tensors under plain names, for anything else                                    |
+| `inspect` | describe the content of a file and its possible conversions                         |
+| `load`    | load a file into a model and account for every tensor; all tools use this function  |
+| `convert` | write a file for another library, and check that it computes the same               |
+| `read`    | return the tensors of a file under plain names                                      |
 """
 
 from crossmae.checkpoints.conversion.convert import Sizes, convert

@@ -1,4 +1,4 @@
-"""The fate of every tensor of a file and a model, as a table for people."""
+"""A report of a load: the status of every tensor of the file and the model, also as a table for people."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ _INDEXED = re.compile(r"([^.]+)\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor. `accepted` is false where the status makes loading fail.
+    """The status of one tensor.
 
-    A conversion adds its plain name, and its names in the files that were read and written.
+    Attributes:
+        accepted: false if this entry makes loading fail.
+        plain, sources, targets: set by conversions only: the plain name, the names in the source file, and the names in
+            the written file.
     """
 
     name: str
@@ -37,14 +40,14 @@ class TensorEntry:
 
 @dataclass
 class LoadReport:
-    """The fate of every tensor of the file and of the model.
+    """The status of every tensor of the file and of the model.
 
     | status       | meaning                                                        |
     | ------------ | -------------------------------------------------------------- |
-    | `used`       | from the file into the model                                   |
-    | `resampled`  | the same, brought to the model's size                          |
-    | `new`        | in the model only: keeps its initial value                     |
-    | `dropped`    | in the file only                                               |
+    | `used`       | copied from the file into the model                            |
+    | `resampled`  | resampled to the model's size, then copied                     |
+    | `new`        | only in the model, keeps its initial value                     |
+    | `dropped`    | only in the file                                               |
     | `mismatched` | in both, with different shapes; never accepted                 |
     """
 
@@ -55,20 +58,20 @@ class LoadReport:
 
     @property
     def ok(self) -> bool:
-        """True where something is used and every entry is accepted."""
+        """True if any tensor is loaded and every entry is accepted."""
         return bool(self.loaded) and all(entry.accepted for entry in self.entries)
 
     def count(self, status: Status) -> int:
-        """Count the tensors of a status."""
+        """Count the tensors with a status."""
         return sum(entry.status == status for entry in self.entries)
 
     def names(self, status: Status) -> list[str]:
-        """List the names of the tensors of a status."""
+        """List the names of the tensors with a status."""
         return [entry.name for entry in self.entries if entry.status == status]
 
     @property
     def loaded(self) -> list[str]:
-        """Names of the tensors that go from the file into the model."""
+        """Names of the tensors that the model gets from the file."""
         return self.names("used") + self.names("resampled")
 
     def summary(self) -> str:
@@ -77,7 +80,7 @@ class LoadReport:
         return ", ".join(f"{number} {status}" for status, number in counts if number or status == "used")
 
     def table(self) -> str:
-        """Format a table by module, errors first and marked by `!`."""
+        """Format a table by module. Errors come first, marked `!`."""
         rows = [("", "status", "module", "tensors", "detail")]
         for status in _ORDER:
             rows += sorted(self._rows(status), key=lambda row: not row[0])
@@ -119,7 +122,7 @@ def split_name(name: str) -> tuple[str, str, str]:
 
 
 def ranges(indices: list[int]) -> str:
-    """Shorten ascending numbers: [0, 1, 2, 5] is "0-2,5"."""
+    """Format ascending numbers as ranges: [0, 1, 2, 5] gives "0-2,5"."""
     runs = groupby(enumerate(indices), lambda pair: pair[1] - pair[0])
     ends = [(members[0][1], members[-1][1]) for members in (list(run) for _, run in runs)]
     return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in ends)

@@ -1,4 +1,4 @@
-"""The one way in which weights enter a model: strictly, with every tensor of file and model accounted for."""
+"""Strict loading: every tensor of the file and of the model is accounted for. All models are loaded by this module."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 Part = Literal["all", "encoder"]
 
-# Other tensors than an encoder's, and why they stay behind where only the encoder is wanted.
+# Tensors outside an encoder, and the reason why they are dropped when only the encoder is loaded.
 _LEFT_OUT = {
     r"mask_token$|encoder_mask_token$|decoder[._]|wfm\.|dec_norms\.|neck\.": "of pretraining only",
     r"fc_norm\.|head\.|classifier\.": "another task's head",
@@ -52,20 +52,23 @@ def load(
     dropped: tuple[str, ...] = (),
     resample: bool = False,
 ) -> LoadReport:
-    """Load a file into a model, or nothing of it.
+    """Load a weight file into a model, completely or not at all.
 
     Args:
-        model: with plain names, or the names of the file.
-        source: weights or their path.
-        part: "all": every tensor of the file has its place in the model. "encoder": only the file's encoder, under any
-            prefix; final norm, decoder and heads are reported as dropped.
-        also: prefixes of plain names that part="encoder" includes, such as "norm.".
-        new: regular expressions, matched from the start of a key, for tensors of the model that the file may lack.
-        dropped: the same for tensors of the file that the model may lack.
-        resample: bring position table, patch filters and input channels to the model's sizes, see `fitted`.
+        model: a model with plain names or with the names of the file.
+        source: weights, or the path of a weight file.
+        part: "all" loads every tensor of the file. "encoder" loads only the encoder, under any prefix; the final norm,
+            decoder and heads are reported as dropped.
+        also: prefixes of further plain names that part="encoder" loads, such as "norm.".
+        new: regular expressions, matched from the start of a name, for tensors of the model that the file may lack.
+        dropped: regular expressions, matched likewise, for tensors of the file that the model may lack.
+        resample: resample position embeddings, patch filters and input channels to the model's sizes, see `fitted`.
+
+    Returns:
+        The status of every tensor.
 
     Raises:
-        UserError: a tensor is missing, left over or does not fit; the message holds the table. Nothing was loaded.
+        UserError: a tensor is missing, unexpected or does not fit; the message contains the table. Nothing was loaded.
     """
     weights = source if isinstance(source, Weights) else read_weights(source)
     weights, left = _encoder(weights, also) if part == "encoder" else (weights, [])
@@ -80,10 +83,11 @@ def load(
 def fitted(weights: Weights, model: nn.Module) -> Weights:
     """Resample weights to a model's sizes, see `resample.fit`.
 
-    A sine-cosine table that the model does not train (pretraining) is computed again.
+    Sine-cosine position embeddings that the model does not train (in pretraining) are computed again.
 
     Args:
-        model: with `patch_embed.proj` and, for positions to be resampled, `grid` or `patch_embed.grid_size`.
+        model: a model with `patch_embed.proj`. Positions are resampled if it also has `grid` or
+            `patch_embed.grid_size`.
     """
     state = dict(model.named_parameters())
     filters, home = state.get("patch_embed.proj.weight"), encoder_home(weights.tensors)
@@ -107,7 +111,7 @@ def fitted(weights: Weights, model: nn.Module) -> Weights:
 def resampled(
     weights: Weights, tensors: Mapping[str, Tensor], notes: Mapping[str, str], arguments: Mapping[str, Any]
 ) -> Weights:
-    """Replace tensors of weights, with their recorded sizes and notes."""
+    """Return weights with resampled tensors, new recorded sizes and notes."""
     sizes = {key: arguments[key] for key in ("img_size", "patch_size", "in_chans") if key in arguments}
     record = json.dumps(recorded_arguments(weights.metadata) | sizes)
     joined = {name: "; ".join(filter(None, (weights.notes.get(name), note))) for name, note in notes.items()}
@@ -121,7 +125,7 @@ def resampled(
 
 
 def left_out(name: str) -> str | None:
-    """Return why a plain name is no part of an encoder."""
+    """Explain why a plain name is outside the encoder, or return None."""
     return next((reason for pattern, reason in _LEFT_OUT.items() if re.match(pattern, name)), None)
 
 
@@ -206,7 +210,7 @@ def _different_architecture(model: nn.Module, weights: Weights) -> str:
     expected = encoder_arguments(target)
     if grid := _grid(model):
         expected["img_size"] = [side * expected["patch_size"] for side in grid]
-    # No shape shows the number of heads: only what the file records is compared with what the model has.
+    # No shape shows the number of heads. It is compared only if the file records it.
     heads = getattr(dict(model.named_modules()).get("blocks.0.attn"), "num_heads", None)
     if heads is None or "num_heads" not in recorded_arguments(weights.metadata):
         held.pop("num_heads", None)

@@ -1,4 +1,4 @@
-"""Rebuild a whole pretraining model, encoder and decoder, from the weight file that holds it."""
+"""Rebuild a whole pretraining model, encoder and decoder, from its weight file."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model in evaluation mode and the normalisation of its pixels.
+    """A pretraining model in evaluation mode, with its pixel normalisation.
 
     Attributes:
-        mean, std: per channel, of pixels in 0-1.
+        mean, std: statistics of each channel, for pixels in 0-1.
         bit_depth: 8 or 16, see `crossmae.data.images`.
-        assumed: sentences about assumptions that neither file nor shapes confirm.
+        assumed: one sentence for each assumption that neither the file nor the shapes confirm.
     """
 
     path: Path
@@ -46,15 +46,15 @@ class Pretrained:
 
 
 def load_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) -> Pretrained:
-    """Build the model of a file and load every tensor of it.
+    """Build the model of a file and load all its tensors.
 
     Args:
         path: see `read_weights`.
-        given: arguments of `CrossMAE` that replace what the file records or its shapes show.
+        given: arguments of `CrossMAE` that replace recorded or deduced values.
 
     Raises:
-        UserError: the file has no decoder, an argument is unknown, cannot be deduced or does not fit the tensors, or
-            the statistics of the pixels are not known.
+        UserError: the file has no decoder; an argument is unknown, cannot be deduced or does not fit the tensors; or
+            the pixel statistics are unknown.
     """
     weights = read_weights(path)
     if weights.format not in ("crossmae", "mae"):
@@ -68,7 +68,7 @@ def load_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) ->
     except (ValueError, TypeError) as error:
         listed = ", ".join(f"{key}={value}" for key, value in arguments.items())
         raise UserError(f"{weights.path}: no model with {listed}: {error}") from None
-    # The record settles what shapes leave open, such as the sides of a grid; every tensor's shape is still compared.
+    # The record gives arguments that no shape shows, such as the sides of a grid. All shapes are compared nevertheless.
     load(model, replace(weights, metadata=weights.metadata | {MODEL_ARGUMENTS: json.dumps(arguments)}))
     mean, std, guess = _pixel_statistics(weights, model.in_chans)
     bit_depth = int(weights.metadata.get(BIT_DEPTH, "8"))
@@ -79,8 +79,8 @@ def arguments_of(weights: Weights, given: Mapping[str, Any]) -> tuple[dict[str, 
     """Find the arguments of a whole pretraining model, and list assumptions.
 
     Args:
-        weights: of the format "crossmae" or "mae".
-        given: arguments that replace what the file records or its shapes show.
+        weights: weights of the format "crossmae" or "mae".
+        given: arguments of `CrossMAE` that replace recorded or deduced values.
     """
     given = dict(given)
     unknown = sorted(given.keys() - MODEL_DEFAULTS.keys())
@@ -172,7 +172,7 @@ def _pixel_statistics(weights: Weights, channels: int) -> tuple[tuple[float, ...
 
 
 def ask(keys: list[str]) -> str:
-    """Name arguments, and the option that gives them."""
+    """Return text that names missing arguments and the `--set` option for them."""
     examples = {
         "img_size": "'img_size=[HEIGHT,WIDTH]'",
         "mlp_ratio": "mlp_ratio=4",

@@ -30,14 +30,15 @@ _CARD_LICENCE = re.compile(r"^license(?:_name)?:\s*['\"]?([\w.+-]+)", re.MULTILI
 
 
 def licence_notice(weights: Weights) -> str | None:
-    """Return a note on the licence, None for one's own training.
+    """Return a note on the licence, or None.
 
-    The transformers copies of MAE's weights are tagged otherwise than MAE's own repository, so a tag is quoted, not
-    trusted (method specification, section 5).
+    Weights that were trained with this toolkit have no note, unless they started from licensed weights. A licence tag
+    in the model card is quoted but not trusted: transformers' copies of the MAE weights have another tag than the MAE
+    repository (method specification, section 5).
     """
     if LICENCE in weights.metadata:
         return weights.metadata[LICENCE]
-    if VERSION in weights.metadata or weights.format == "detector":  # detectors of our own runs have no note either
+    if VERSION in weights.metadata or weights.format == "detector":  # detectors of this toolkit have no note either
         return None
     card = _text(weights.path.with_name(_MODEL_CARD))[:4096]
     tag = _CARD_LICENCE.search(card.split("---")[1]) if card.startswith("---") else None
@@ -50,12 +51,12 @@ def licence_notice(weights: Weights) -> str | None:
 def provenance(weights: Weights) -> dict[str, str]:
     """Build the metadata of a converted file.
 
-    Pixel statistics are "unknown" where the source does not record them. The first source of a file that was converted
-    before stays on record as `origin_*`.
+    Pixel statistics that the source does not record are "unknown". If the source itself was converted, its own source
+    is recorded as `origin_*`.
     """
     earlier = {key: value for key, value in weights.metadata.items() if key.startswith("source_")}
     origin = {f"origin_{key.removeprefix('source_')}": value for key, value in earlier.items()}
-    sums = [sha256(file) for file in (weights.path, *shards(weights.path))]  # of an index and its shards, or one file
+    sums = [sha256(file) for file in (weights.path, *shards(weights.path))]  # one file, or an index and its shards
     source = {
         "source_file": weights.path.name,
         "source_sha256": sums[0] if len(sums) == 1 else hashlib.sha256("\n".join(sums).encode()).hexdigest(),
@@ -68,12 +69,12 @@ def provenance(weights: Weights) -> dict[str, str]:
 
 
 def inherited(licence: str | None) -> dict[str, str]:
-    """Build the licence metadata of weights that were trained from others."""
+    """Build the licence metadata of weights trained from licensed weights."""
     return {LICENCE: licence} if licence else {}
 
 
 def recorded_licence(path: Path) -> str | None:
-    """Read the licence note of a safetensors file of ours."""
+    """Read the licence note of a safetensors file, None without a note."""
     with safe_open(path, "pt") as file:
         return (file.metadata() or {}).get(LICENCE)
 

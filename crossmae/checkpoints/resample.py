@@ -1,8 +1,8 @@
 """Resample an encoder to another image size, patch size, number of channels or attention window.
 
-Computes in float32 and returns the dtype that came in; a tensor of the right size is returned itself. Shapes: E width,
-C channels, p side of a patch in pixels, h and w rows and columns of patches, d width of an attention head. Tensors of
-other shapes raise `UserError`.
+All functions compute in float32 and return the dtype of the input. A tensor that already has the right size is returned
+unchanged. Tensors of unexpected shapes raise UserError. Symbols in shapes: E width, C channels, p side of a patch in
+pixels, h and w rows and columns of patches, d width of an attention head.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ def fit(
 ) -> Fitted:
     """Resample the tensors of an encoder that depend on its sizes.
 
-    With `patch_size` alone the grid stays and the image grows along: 224 pixels in patches of 14 become 256 in patches
-    of 16, as in ViTDet. A decoder's table is taken as fixed. `window` is for the smallest tables of relative positions;
-    larger ones belong to global attention and stay.
+    With `patch_size` but no `img_size`, the grid stays and the image size changes: 224 pixels in patches of 14 become
+    256 pixels in patches of 16, as in ViTDet. Position embeddings of a decoder are treated as fixed. `window` changes
+    only the smallest tables of relative positions; larger tables belong to global attention and stay.
 
     Args:
-        tensors: under plain names, of an encoder or of a whole pretraining model.
-        arguments: as `encoder_arguments` finds them.
+        tensors: tensors of an encoder or a whole pretraining model, under plain names.
+        arguments: arguments of the encoder, see `encoder_arguments`.
         wanted: any of `img_size` (one number or (height, width)), `patch_size`, `in_chans`, `window`.
         channels: see `adapt_channels`.
-        fixed: the model keeps its positions fixed; see `fit_positions`.
+        fixed: true if the model never trains its positions, see `fit_positions`.
 
     Raises:
-        UserError: sizes that do not fit together or are not known; another patch size or number of channels for a model
-            with a decoder, which predicts pixels; a window for a file without relative positions.
+        UserError: the sizes are unknown or do not fit together; the patch size or the number of channels would change
+            for a model with a decoder, which predicts pixels; or `window` is set without relative positions.
     """
     _check_wanted(tensors, arguments, wanted)
     sizes = dict(arguments) | {key: wanted[key] for key in ("patch_size", "in_chans") if key in wanted}
@@ -78,10 +78,11 @@ def fit(
 
 
 def resample_positions(table: Tensor, grid: Grid, new_grid: Grid, *, class_rows: int = 1) -> Tensor:
-    """Resample a position table (1, class_rows + h * w, E).
+    """Resample position embeddings to a new grid.
 
-    The class token's rows stay. Bicubic, corners not aligned, without antialiasing: as published (method specification,
-    section 1.10) and in ViTDet. timm's `resample_abs_pos_embed` antialiases, with another cubic and another border.
+    The table has the shape (1, class_rows + h * w, E). The rows of the class token stay. The resize is bicubic without
+    antialiasing, and corners are not aligned, as published (method specification, section 1.10) and in ViTDet. timm's
+    `resample_abs_pos_embed` differs: it antialiases, and uses another cubic kernel and border.
     """
     h, w = grid
     if table.ndim != 3 or table.shape[:2] != (1, class_rows + h * w) or not table.shape[2]:
@@ -98,7 +99,7 @@ def resample_positions(table: Tensor, grid: Grid, new_grid: Grid, *, class_rows:
 
 
 def is_sincos(table: Tensor, grid: Grid) -> bool:
-    """Test if a position table is sine-cosine, within half its precision."""
+    """Check whether position embeddings are sine-cosine, up to rounding."""
     count = grid[0] * grid[1]
     fits = table.ndim == 3 and table.shape[1] in (count, count + 1) and table.shape[2] % 4 == 0
     if not fits or table.is_meta or not table.is_floating_point():
@@ -108,10 +109,11 @@ def is_sincos(table: Tensor, grid: Grid) -> bool:
 
 
 def fit_positions(table: Tensor, grid: Grid, new_grid: Grid, *, fixed: bool) -> tuple[Tensor, str]:
-    """Fit a position table (1, rows, E), and describe the change.
+    """Fit position embeddings (1, rows, E) to a grid. Describe the change.
 
     Args:
-        fixed: compute a sine-cosine table again instead of resampling it, for a model that never trains it.
+        fixed: true if the model never trains its positions. Sine-cosine embeddings are then computed again, not
+            resampled.
     """
     if grid == new_grid:
         return table, ""
@@ -124,14 +126,24 @@ def fit_positions(table: Tensor, grid: Grid, new_grid: Grid, *, fixed: bool) -> 
 
 
 def table_grid(rows: int, img_size: int | Grid | None, patch_size: int, wanted: Grid | None = None) -> tuple[Grid, int]:
-    """Find a position table's grid, and its number of class rows.
+    """Find the grid and the number of class rows of position embeddings.
 
-    | first that fits      | `rows`                                                          |
-    | -------------------- | --------------------------------------------------------------- |
-    | the recorded grid    | h * w + 1 or h * w; where one is recorded, no other counts      |
-    | a square and a class | n * n + 1; never another square, because no grid is empty       |
-    | a square             | n * n                                                           |
-    | the wanted grid      | h * w + 1 or h * w; of the model to be filled                   |
+    The first case that fits is used:
+
+    | case                 | `rows`                                                                      |
+    | -------------------- | --------------------------------------------------------------------------- |
+    | the recorded grid    | h * w + 1 or h * w; with a recorded grid, the other cases are not tried     |
+    | a square and a class | n * n + 1, with n >= 1                                                      |
+    | a square             | n * n                                                                       |
+    | the wanted grid      | h * w + 1 or h * w, for the grid of the model to be loaded                  |
+
+    Args:
+        rows: number of position embeddings.
+        img_size: recorded image size in pixels, or None.
+        wanted: grid of the model to be loaded.
+
+    Raises:
+        UserError: no case fits.
     """
     if img_size is not None:
         grid = _grid(img_size, patch_size)
@@ -149,16 +161,16 @@ def table_grid(rows: int, img_size: int | Grid | None, patch_size: int, wanted: 
     if wanted and rows - wanted[0] * wanted[1] in (0, 1):
         return wanted, rows - wanted[0] * wanted[1]
     raise UserError(
-        f"the grid of a position table of {rows} rows is unknown: the patches are no square, with or without a class "
-        "token. Give img_size, the height and width of the images that it was trained on"
+        f"cannot infer the grid of {rows} position embeddings: the patches do not form a square, with or without a "
+        "class token. Give img_size, the height and width of the images that the file was trained on."
     )
 
 
 def resample_patches(filters: Tensor, patch_size: int) -> Tensor:
     """Resample patch filters (E, C, p, p) to another patch size (FlexiViT).
 
-    An image enlarged along with its patches (bicubic, antialiased) keeps its tokens; for smaller patches they are the
-    nearest in the sense of least squares.
+    If the image is enlarged with its patches (bicubic, antialiased), its tokens stay the same. For smaller patches, the
+    new tokens are the least-squares fit.
     """
     _check_filters(filters)
     if filters.shape[-1] == patch_size:
@@ -169,14 +181,16 @@ def resample_patches(filters: Tensor, patch_size: int) -> Tensor:
 def adapt_channels(filters: Tensor, channels: int, how: Channels = "repeat") -> Tensor:
     """Adapt patch filters (E, C, p, p) to another number of channels.
 
-    | `how`    | channels     | filters                                        | keeps the token of an image if       |
-    | -------- | ------------ | ---------------------------------------------- | ------------------------------------ |
-    | `repeat` | 1            | sum of all                                     | it is grey, and was in every channel |
-    | `repeat` | other        | repeated in order, times C / channels          | grey, and C divides channels         |
-    | `mean`   | any          | the mean in every channel, times C / channels  | it is grey                           |
-    | `pad`    | more than C  | as they are, then zeros                        | the first C channels are as before   |
+    | `how`    | `channels` | new filters                                           |
+    | -------- | ---------- | ----------------------------------------------------- |
+    | `repeat` | 1          | the sum of the old filters                            |
+    | `repeat` | > 1        | the old filters in order, repeated, times C / channels |
+    | `mean`   | any        | the mean of the old filters, times C / channels       |
+    | `pad`    | > C        | the old filters, then zeros                           |
 
-    `repeat` is what timm's `adapt_input_conv` does from three channels.
+    The tokens of a grayscale image stay the same with `mean`, with `repeat` to one channel, and with `repeat` if C
+    divides `channels`. With `pad` they stay the same if the first C channels of the image do. For C = 3, `repeat`
+    equals timm's `adapt_input_conv`. Raises UserError if `how` is unknown, or `pad` would remove channels.
     """
     _check_filters(filters)
     if how not in get_args(Channels):
@@ -199,7 +213,7 @@ def adapt_channels(filters: Tensor, channels: int, how: Channels = "repeat") -> 
 
 
 def channel_note(old: int, new: int, how: Channels) -> str:
-    """Describe the change of `adapt_channels`."""
+    """Describe a change made by `adapt_channels`."""
     done = {
         "repeat": "summed" if new == 1 else f"{'repeated' if new > old else 'the first ones'}, times {old}/{new}",
         "mean": f"the mean of all, times {old}/{new}",
@@ -209,7 +223,7 @@ def channel_note(old: int, new: int, how: Channels) -> str:
 
 
 def window_of(table: Tensor) -> int:
-    """Find the side of a relative position table."""
+    """Return the window of relative positions (2 * window - 1, d)."""
     if table.ndim != 2 or table.shape[0] % 2 == 0 or not table.shape[1]:
         raise UserError(
             f"a relative position table has the shape (2 * window - 1, width of a head), got {tuple(table.shape)}"
@@ -218,7 +232,10 @@ def window_of(table: Tensor) -> int:
 
 
 def resample_relative(table: Tensor, size: int) -> Tensor:
-    """Resample a relative position table linearly, as detectron2's `get_rel_pos` does."""
+    """Resample relative positions (rows, d) linearly to the window `size` (in patches).
+
+    detectron2's `get_rel_pos` computes the same.
+    """
     if window_of(table) == size:
         return table
     resized = F.interpolate(table.float().t()[None], size=2 * size - 1, mode="linear")[0]  # (d, 2 * size - 1)

@@ -2,12 +2,12 @@
 
 Layout, in the run's folder:
 
-    checkpoints/step-00001200/model.safetensors   the model's tensors with their metadata
+    checkpoints/step-00001200/model.safetensors   tensors of the model, and metadata
                               state.pt            optimizer and position: tensors, numbers and strings only
                               run.json            config, versions and position, for people
-                              manifest.json       sizes and SHA-256 of the above; written last, it is the commit
+                              manifest.json       sizes and SHA-256 of the other files; written last
 
-A folder without a manifest, or whose files do not agree with it, does not count.
+A folder without a manifest is ignored. So is a folder whose files do not match the manifest.
 """
 
 from __future__ import annotations
@@ -42,12 +42,15 @@ def save_checkpoint(
     record: Any,
     keep: int,
 ) -> Path:
-    """Write a checkpoint, then delete all but the newest `keep`.
+    """Write a checkpoint, then delete all except the newest `keep` checkpoints.
 
     Args:
-        run: the run's folder.
-        step: optimizer steps done.
+        run: folder of the run.
+        step: number of finished optimizer steps.
         state: nested dicts and lists of tensors, numbers and strings.
+
+    Returns:
+        The folder of the checkpoint.
     """
     folder = run / FOLDER / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,14 +62,14 @@ def save_checkpoint(
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
     write_json(folder / MANIFEST, {"step": step, "files": files})
     for old in complete_checkpoints(run)[:-keep]:
-        # Without its manifest it stops counting at once, even if the deletion is interrupted.
+        # The manifest is deleted first, so that an interrupted deletion leaves no checkpoint that seems complete.
         (old / MANIFEST).unlink()
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """List complete checkpoints by rising step, and log the others."""
+    """List complete checkpoints by ascending step. Log incomplete checkpoints."""
     found = []
     for folder in sorted((run / FOLDER).glob("step-*")):
         reason = "its name is not step-<8 digits>" if not _NAME.fullmatch(folder.name) else defect(folder)
@@ -78,12 +81,12 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """Read the step from the name of a checkpoint's folder."""
+    """Return the step in the name of a checkpoint's folder."""
     return int(folder.name.rpartition("-")[2])
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """Find the latest checkpoint whose contents agree with its manifest, or None."""
+    """Find the latest checkpoint whose contents match its manifest, or None."""
     for folder in reversed(complete_checkpoints(run)):
         reason = defect(folder, contents=True)
         if not reason:
@@ -93,7 +96,10 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def defect(folder: Path, contents: bool = False) -> str | None:
-    """Return a defect of manifest, sizes or (with `contents`) SHA-256, or None."""
+    """Describe the first defect of a checkpoint, or return None.
+
+    The manifest and the file sizes are checked; with `contents`, the SHA-256 of every file as well.
+    """
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
@@ -111,8 +117,11 @@ def defect(folder: Path, contents: bool = False) -> str | None:
 
 
 def read_state(folder: Path) -> Any:
-    """Read `state` by restricted unpickling, on the CPU."""
+    """Read the `state` of a checkpoint on the CPU, by restricted unpickling.
+
+    Raises UserError if the file cannot be read.
+    """
     try:
         return torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises pickle errors, runtime errors and others for the same cause
+    except Exception as error:  # torch raises various types for one cause
         raise UserError(f"{folder / STATE}: cannot be read: {' '.join(str(error).split())[:300]}") from error

@@ -1,4 +1,4 @@
-"""Weight files: read any of them safely, describe their content, write them atomically."""
+"""Weight files: read every supported layout safely, describe its content, write files atomically."""
 
 from __future__ import annotations
 
@@ -34,13 +34,15 @@ class Weights:
     """The tensors of one file.
 
     Attributes:
-        path: the file itself, also where a folder was given.
+        path: path of the weight file, even if the path of a folder was given.
         format: "crossmae" or "mae" (whole pretraining models), "encoder", "finetuned", "linear_probe",
-            "detectron2" (an encoder under `backbone.net.`), "detector" (that and more), or "unknown".
-        tensors: on the CPU, under plain names where they have one, without wrappers such as `module.`.
+            "detectron2" (only an encoder under `backbone.net.`), "detector" (an encoder under `backbone.net.` and other
+            tensors), or "unknown".
+        tensors: tensors on the CPU, without wrappers such as `module.`. A tensor without a plain name keeps the name in
+            the file.
         metadata: strings, see `crossmae.checkpoints.metadata`.
         layout, sources, notes: see `keys.Translated`.
-        beside: other content of the file: "optimizer", "epoch", "args", ...
+        beside: names of other content in the file: "optimizer", "epoch", "args", ...
         resampled: plain names of the tensors that were resampled.
     """
 
@@ -61,18 +63,19 @@ def read_weights(
     """Read a weight file of any kind without running anything in it.
 
     Args:
-        path: safetensors; a `.pth` or `.pt` file: a state dict or the layout of the published CrossMAE and MAE files; a
-            `.pkl` of numpy arrays as detectron2 writes; or a folder: a pretraining run (its final model, else its
-            latest complete checkpoint), one checkpoint of a run, or a transformers or timm folder, sharded or not.
-            Contents decide, not the suffix.
-        finite: NaN and infinity are errors.
-        ema: take averaged weights; an error where the file has none.
-        trust: run any code in a pickle, after a warning with the file's SHA-256. For the converter only.
-        img_size: image size of training, for a grid that is not square and that neither record nor shapes tell.
+        path: a file or a folder. The kind of a file is detected by its content, not its suffix: safetensors; a `.pth`
+            or `.pt` file with a state dict or in the layout of the published CrossMAE and MAE files; or a `.pkl` of
+            numpy arrays as detectron2 writes. A folder is a pretraining run (its final model is read, else its latest
+            complete checkpoint), one checkpoint of a run, or a transformers or timm folder, sharded or not.
+        finite: raise an error for NaN and infinity.
+        ema: read the averaged weights. Raises an error if the file has none.
+        trust: run any code in a pickle, after a warning with the file's SHA-256. Only the converter sets this.
+        img_size: image size of training. Needed if the grid is not square and is not recorded in the file.
 
     Raises:
-        UserError: no such file; a folder without weights; empty, damaged, a web page or a git-lfs pointer; refers to
-            code; not a state dict; another digest than recorded; NaN or infinity.
+        UserError: the file does not exist; the folder has no weights; the file is empty, damaged, a web page or a
+            git-lfs pointer; it refers to code; it is not a state dict; its digest differs from the recorded digest; or
+            it has NaN or infinity.
     """
     file = find_file(Path(path))
     contents = read_tensors(file, ema=ema, trust=trust)
@@ -82,8 +85,11 @@ def read_weights(
 
 
 def translated(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], img_size: Any = None) -> Weights:
-    """Translate a file's tensors, and add the record in its config.json."""
-    in_folder = file.name in HUB_FILES  # whose config.json is about this file
+    """Translate the tensors of a file, and add the metadata in config.json.
+
+    Raises UserError if the tensors cannot be translated.
+    """
+    in_folder = file.name in HUB_FILES  # then config.json in the same folder describes this file
     beside = timm_metadata(file.parent) if in_folder else {}
     try:
         found = to_plain(tensors, _known_grid(tensors, beside | metadata, img_size))
@@ -91,14 +97,14 @@ def translated(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, st
         raise UserError(f"{file}: {error}") from None
     if in_folder and found.layout in ("hf-vit", "hf-vitmae") and (file.parent / HUB_CONFIG).is_file():
         beside = read_config(file.parent, found.tensors)
-    metadata = beside | metadata  # the file's own record counts before config.json
+    metadata = beside | metadata  # metadata in the file override config.json
     return Weights(
         file, detect_format(found.tensors), found.tensors, metadata, found.layout, found.sources, found.notes
     )
 
 
 def detect_format(tensors: Mapping[str, Any]) -> str:
-    """Tell the kind of model by its keys, see `Weights.format`."""
+    """Detect the kind of model by its tensor names, see `Weights.format`."""
     home = encoder_home(tensors)
     if home is None:
         return "unknown"
@@ -118,7 +124,10 @@ def detect_format(tensors: Mapping[str, Any]) -> str:
 
 
 def encoder_tensors(weights: Weights) -> dict[str, Tensor]:
-    """Select the encoder under its plain keys, or raise a UserError."""
+    """Return the encoder's tensors under plain names.
+
+    Raises UserError if the weights have no encoder.
+    """
     home = encoder_home(weights.tensors)
     if home is None:
         others = [name for name in weights.tensors if name.endswith("patch_embed.proj.weight")]
@@ -134,26 +143,31 @@ def encoder_tensors(weights: Weights) -> dict[str, Tensor]:
 
 
 def plain_tensors(weights: Weights) -> dict[str, Tensor]:
-    """Select the tensors under the encoder's prefix, without the prefix."""
+    """Return the tensors that have the encoder's prefix, without the prefix."""
     home = encoder_home(weights.tensors)
     held = weights.tensors.items() if home is not None else ()
     return {name.removeprefix(home or ""): tensor for name, tensor in held if name.startswith(home or "")}
 
 
 def encoder_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Select the encoder among tensors under plain names."""
+    """Return the encoder's tensors from tensors under plain names."""
     return {name: tensor for name, tensor in tensors.items() if name.startswith(ENCODER_PREFIXES)}
 
 
 def encoder_arguments(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Deduce constructor arguments of `ViTEncoder` from plain encoder keys.
+    """Deduce constructor arguments of `ViTEncoder` from encoder tensors.
 
     Args:
-        metadata: of the file; settles `num_heads`, which no shape shows, and the sides of a grid that is not square.
+        tensors: encoder tensors under plain names.
+        metadata: metadata of the file. It gives `num_heads` and the sides of a grid that is not square, because no
+            shape shows them.
 
     Returns:
-        `embed_dim`, `depth`, `patch_size`, `in_chans`, `mlp_ratio`, and where known `num_heads` and `img_size` (an int
-        for a square, else (height, width)).
+        `embed_dim`, `depth`, `patch_size`, `in_chans`, `mlp_ratio`, and if known `num_heads` and `img_size` (an int for
+        a square, else (height, width)).
+
+    Raises:
+        UserError: the tensors have no `patch_embed.proj.weight` of shape (E, C, p, p).
     """
     patches = tensors.get("patch_embed.proj.weight")
     if patches is None or patches.ndim != 4:
@@ -164,7 +178,7 @@ def encoder_arguments(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     if "blocks.0.mlp.fc1.weight" in tensors:
         arguments["mlp_ratio"] = mlp_ratio(E, tensors["blocks.0.mlp.fc1.weight"].shape[0])
     if (table := tensors.get("pos_embed")) is not None and table.ndim == 3:
-        with suppress(UserError):  # a grid that is not square: no shape tells it
+        with suppress(UserError):  # no shape shows the sides of a grid that is not square
             (rows, _), _ = table_grid(table.shape[1], None, p)
             arguments["img_size"] = rows * p
     if heads := {size.embed_dim: size.num_heads for size in SIZES.values()}.get(E):
@@ -178,10 +192,10 @@ def encoder_arguments(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 def save_weights(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, force: bool = False
 ) -> None:
-    """Write a safetensors file with a digest, atomically, in any folder.
+    """Write a safetensors file with a digest, atomically, creating missing folders.
 
     Raises:
-        UserError: the file exists and `force` is not set, or the disk refuses.
+        UserError: the file exists and `force` is not set, or the file cannot be written.
     """
     path = Path(path)
     check_destination(path, force=force)
@@ -199,20 +213,20 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise a UserError for tensors that hold NaN or infinity."""
+    """Raise UserError if any tensor has NaN or infinity."""
     if found := describe_non_finite(tensors):
         raise UserError(f"{path}: {found}; the run that wrote it diverged, take an earlier checkpoint")
 
 
 def describe_non_finite(tensors: Mapping[str, Tensor]) -> str:
-    """Name the tensors that hold NaN or infinity, if any."""
+    """Describe the tensors that have NaN or infinity, or return ""."""
     bad = non_finite(tensors)
     return f"{len(bad)} of {len(tensors)} tensors hold NaN or infinity: {shorten(bad)}" if bad else ""
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """List the tensors that hold NaN or infinity."""
-    # isfinite does not take 8-bit floats
+    """List the tensors that have NaN or infinity."""
+    # torch.isfinite does not support 8-bit floats
     wide = ((name, tensor.float() if tensor.dtype.itemsize == 1 else tensor) for name, tensor in tensors.items())
     return tuple(name for name, tensor in wide if not torch.isfinite(tensor).all())
 
@@ -229,7 +243,7 @@ def _known_grid(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], img_
 
 
 def plain_size(value: Any) -> Any:
-    """Reduce the size of a square to one number, for comparisons."""
+    """Return one number for a square size, for comparisons."""
     if isinstance(value, (tuple, list)) and len(value) == 2:
         return value[0] if value[0] == value[1] else tuple(value)
     return value

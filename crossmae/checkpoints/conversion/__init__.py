@@ -1,1 +1,1 @@
-"""Conversion: write the layout of another library and prove that it computes the same."""
+"""Conversion: write the layout of another library, and check that the written encoder gives the same tokens."""

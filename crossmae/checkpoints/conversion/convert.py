@@ -1,4 +1,4 @@
-"""Convert any weight file to the layout of another program: read, plan, resample, write, prove, commit."""
+"""Convert any weight file to the layout of another program: read, plan, resample, write, check, move into place."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ from crossmae.checkpoints.weights import Weights, encoder_part, plain_size, plai
 from crossmae.errors import UserError, shorten
 from crossmae.files import allow_reading, check_destination, check_writable, sync_folder, write_json
 
-HEAD_KEYS = ("classes", "class_names", "multi_label", "pool", "head", "crop_pct")  # of the metadata
-FIXED_POSITIONS = ("crossmae", "mae", "hf-vitmae")  # layouts whose models do not train their position table
-MOST_NAME_BYTES = 200  # of a destination: the temporary name next to it is longer
+HEAD_KEYS = ("classes", "class_names", "multi_label", "pool", "head", "crop_pct")  # metadata of a classification head
+FIXED_POSITIONS = ("crossmae", "mae", "hf-vitmae")  # layouts whose models do not train their position embeddings
+MOST_NAME_BYTES = 200  # longest name of a destination; the temporary name is longer
 REPORT_SUFFIX = ".conversion.json"
-FILE_SUFFIXES = (".safetensors", ".pth", ".pkl", ".pt", ".bin", ".npz")  # no folder has one
+FILE_SUFFIXES = (".safetensors", ".pth", ".pkl", ".pt", ".bin", ".npz")  # a destination with such a suffix is a file
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes to resample an encoder to. None leaves a size as it is.
+    """New sizes of an encoder. None leaves a size unchanged.
 
     Attributes:
-        img_size: pixels, one number or (height, width), that positions are for.
-        patch_size: pixels. Without `img_size` the grid of patches stays and the image grows along.
-        channels: how filters for other channels are made, see `adapt_channels`; None is "repeat".
-        window: side in patches of the windows of relative positions.
+        img_size: image size in pixels, one number or (height, width).
+        patch_size: side of a patch in pixels. Without `img_size`, the grid stays and the image size changes.
+        channels: method for another number of channels, see `adapt_channels`; None means "repeat".
+        window: side in patches of the attention windows that have relative positions.
     """
 
     img_size: int | tuple[int, int] | None = None
@@ -65,11 +65,14 @@ class ConversionRequest:
 
     Attributes:
         source, ema, trust: see `read_weights`. The source is never changed.
-        destination: file or folder to write; its suffix gives the kind, see `TARGETS`.
-        given: arguments of the source's model (`ViTEncoder`, `CrossMAE`) that neither the file nor its shapes tell.
-        drop: regular expressions, matched from the start of a plain name, for tensors that may be left behind although
-            the encoder computes something else without them; `encoder_only` leaves decoder and heads behind.
-        tolerance: of the proof, over the largest value.
+        destination: file or folder to write. The suffix decides the kind of file, see `TARGETS`.
+        given: arguments of the source model (`ViTEncoder` or `CrossMAE`) that neither the file nor its shapes show.
+        encoder_only: drop decoder and heads.
+        drop: regular expressions, matched from the start of a plain name. A matching tensor may be dropped although the
+            encoder computes something else without the tensor.
+        tolerance: largest difference allowed in the equality check, relative to the largest value.
+        report: path of the report; None means next to the destination.
+        force: overwrite an existing destination and report.
     """
 
     source: Path
@@ -92,13 +95,13 @@ class ConversionRequest:
 
     @property
     def is_folder(self) -> bool:
-        """True where the destination is a folder."""
+        """True if the destination is a folder."""
         return NO_SUFFIX in TARGETS[self.to].suffixes and self.destination.suffix not in FILE_SUFFIXES
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """Result of a conversion, as in the JSON file next to the destination."""
+    """The result of a conversion, which the JSON report contains."""
 
     source: Path
     destination: Path
@@ -111,7 +114,7 @@ class Conversion:
     beside: tuple[str, ...]
 
     def record(self) -> dict[str, Any]:
-        """Return a JSON record."""
+        """Return the content of the JSON report."""
         return {
             "source": self.source.name,
             "destination": self.destination.name,
@@ -127,14 +130,15 @@ class Conversion:
 
 
 def convert(source: str | Path, destination: str | Path, to: str, **options: Any) -> Conversion:
-    """Convert a weight file with the options of `ConversionRequest`.
+    """Convert a weight file. `options` are attributes of `ConversionRequest`.
 
-    Every tensor of the source has a place in the target or a reason why not. Nothing is written unless the encoder of
-    the written file, in its own library, gives the same tokens as the source's for a random image; where that library
-    is not installed, the proof reports that.
+    Every tensor of the source is converted, or dropped with a reason. The equality check runs the source encoder and
+    the written encoder on random images, the written encoder in the target's library. If their tokens differ, the
+    written file is deleted and an error is raised. If the target's library is not installed, the check cannot run: the
+    file is kept unchecked, and the report says so.
 
     Raises:
-        UserError: whatever prevents the conversion; nothing was written.
+        UserError: the conversion is not possible, or the tokens differ. Nothing was written.
     """
     options = {key: value for key, value in options.items() if value is not None}
     if "report" in options:
@@ -177,7 +181,10 @@ def convert(source: str | Path, destination: str | Path, to: str, **options: Any
 
 
 def check_request(request: ConversionRequest) -> None:
-    """Check what can be known before a large file is read."""
+    """Check the arguments of a request before the source is read.
+
+    Raises UserError if the target is unknown, or the destination or the report cannot be written.
+    """
     destination, report, to = request.destination, request.report_path, request.to
     if to not in TARGETS:
         raise UserError(f"--to {to}: unknown format; known: {', '.join(TARGETS)}")
@@ -243,7 +250,7 @@ def _model(weights: Weights, planned: ConversionPlan, to: str, arguments: dict[s
     metadata = provenance(weights)
     if not any(name.startswith("head.") for name in planned.tensors):
         metadata = {key: value for key, value in metadata.items() if key not in HEAD_KEYS}
-    # transformers and timm look for "pt" where our files have the layout.
+    # transformers and timm require the value "pt" under this key. Other files have the layout.
     metadata |= {FORMAT: "pt" if to in ("timm", "hf-vit", "hf-vitmae") else to, MODEL_ARGUMENTS: json.dumps(arguments)}
     return ConvertedModel(planned.tensors, arguments, metadata, float(metadata.get(NORM_EPS, NORM_EPS_OF_PLAIN)))
 
@@ -286,7 +293,10 @@ def _prove(
 
 @contextmanager
 def _new_files(request: ConversionRequest) -> Iterator[tuple[Path, Path]]:
-    """Yield paths of the same names in temporary hidden folders."""
+    """Yield temporary paths for the destination and the report.
+
+    The names stay the same, in hidden folders that are removed at the end. OSError becomes UserError.
+    """
     targets = [path.absolute() for path in (request.destination, request.report_path)]
     made = [folder for path in targets for folder in path.parents if not folder.exists()]
     temporary = [path.parent / f".{path.name}.{os.getpid()}.tmp" / path.name for path in targets]
@@ -301,7 +311,7 @@ def _new_files(request: ConversionRequest) -> Iterator[tuple[Path, Path]]:
     finally:
         for path in temporary:
             shutil.rmtree(path.parent, ignore_errors=True)
-        for folder in made:  # the innermost first; folders that hold something by now stay
+        for folder in made:  # the innermost folder first; folders that are not empty stay
             with suppress(OSError):
                 folder.rmdir()
 
@@ -314,7 +324,7 @@ def _write(to: str, path: Path, model: ConvertedModel) -> Names:
 
 
 def _commit(temporary: Path, destination: Path) -> None:
-    """Move a file into place after moving an existing folder aside."""
+    """Move a file or folder to the destination, replacing an existing one."""
     for path in (path for path in (temporary, *temporary.glob("*")) if path.is_file()):
         allow_reading(path)
         with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""The content of a weight file and its possible conversions, from as few bytes as its container allows."""
+"""Inspection of a weight file: its content and its possible conversions, from as few bytes as possible."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ CONTENTS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a conversion: what stays behind, or what prevents it."""
+    """The expected outcome of a conversion. The text lists dropped tensors, or the obstacle."""
 
     possible: bool
     text: str
@@ -68,12 +68,14 @@ class Inspection:
     """The content of a weight file.
 
     Attributes:
-        layout, content: see `Weights.layout`, `Weights.format`.
-        dtypes: values of each type; `tensors` and `values` are counts.
-        encoder: constructor arguments as far as they are known; {} without an encoder.
-        facts: other knowledge by a short name, for people; `not_plain`: sentences about parts that a plain ViT lacks.
-        non_finite: names of tensors with NaN or infinity; None where values were not read.
-        becomes: target -> outcome.
+        layout, content: see `Weights.layout` and `Weights.format`.
+        tensors, values: number of tensors and of values.
+        dtypes: number of values of each dtype.
+        encoder: known constructor arguments of the encoder; {} without an encoder.
+        facts: further facts for people, by a short name.
+        not_plain: one sentence for each kind of tensor that a plain ViT does not have.
+        non_finite: names of tensors with NaN or infinity; None if values were not read.
+        becomes: outcome of a conversion, by the name of the target.
     """
 
     path: Path
@@ -91,11 +93,11 @@ class Inspection:
     becomes: dict[str, Outcome]
 
     def record(self) -> dict[str, Any]:
-        """Return a JSON record."""
+        """Return the inspection as JSON values."""
         return asdict(self) | {"path": str(self.path)}
 
     def lines(self) -> list[str]:
-        """Describe the file for people, line by line."""
+        """Return the lines of a description for people."""
         types = ", ".join(f"{name} {count:,}" if len(self.dtypes) > 1 else name for name, count in self.dtypes.items())
         finite = "values were not read" if self.non_finite is None else "every value"
         if self.non_finite:
@@ -127,10 +129,10 @@ def inspect(path: str | Path, *, values: bool = True) -> Inspection:
 
     Args:
         path: see `read_weights`.
-        values: look for NaN and infinity; without, little more than the header of safetensors is read.
+        values: search for NaN and infinity. If false, little more than the header of a safetensors file is read.
 
     Raises:
-        UserError: as `read_weights`, but for NaN and infinity, which are reported.
+        UserError: see `read_weights`. NaN and infinity are reported, not raised.
     """
     file = find_file(Path(path))
     if file_kind(file) == "safetensors":

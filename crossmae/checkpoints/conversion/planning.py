@@ -1,4 +1,4 @@
-"""The plan of a conversion: a place for every tensor of the source or the reason why not, and the model's arguments."""
+"""The plan of a conversion: the status of every tensor of the source, and the arguments of its model."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from crossmae.errors import UserError, shorten
 from crossmae.models.crossmae import MODEL_DEFAULTS, CrossMAE
 from crossmae.models.encoder import ViTEncoder, patch_grid
 
-ASKED_TO_DROP = "left behind as asked with --drop"  # a reason
+ASKED_TO_DROP = "left behind as asked with --drop"  # reason of an entry in the report
 _ENCODER_ARGUMENTS = set(inspect.signature(ViTEncoder).parameters)
-_ANY_MODEL = ("norm.", "fc_norm.", "head.")  # what a file of ours may hold next to the tensors of its model
+_ANY_MODEL = ("norm.", "fc_norm.", "head.")  # further tensors that a file of this toolkit may have
 
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """The place of every tensor of a source.
+    """The status of every tensor of a source.
 
     Attributes:
-        tensors: tensors of the target, under plain names.
-        report: every tensor of the source, and every new one of the target.
-        refused: plain names of tensors without a place, without which the encoder would compute something else.
-        whole: true where a decoder is converted, too.
+        tensors: tensors to write, under plain names.
+        report: the status of every tensor of the source and of every new tensor of the target.
+        refused: plain names of tensors that the encoder needs and the target has no place for.
+        whole: true if a decoder is converted as well.
     """
 
     tensors: dict[str, Tensor]
@@ -53,15 +53,23 @@ class ConversionPlan:
 
 
 def plan(weights: Weights, to: str, *, encoder_only: bool = False, drop: tuple[str, ...] = ()) -> ConversionPlan:
-    """Decide the fate of every tensor, on meta tensors too.
+    """Decide for every tensor whether it is converted. Accepts meta tensors.
+
+    Args:
+        to: name of the target, see `TARGETS`.
+        encoder_only, drop: see `ConversionRequest`.
 
     Raises:
-        UserError: no encoder in the file, or one without what the target needs.
+        UserError: the file has no encoder, or no class token where the target requires one; or a pattern of `drop` is
+            invalid or matches nothing that needs it.
     """
     encoder_tensors(weights)  # raises without an encoder
     target, home, plain = TARGETS[to], encoder_home(weights.tensors) or "", plain_tensors(weights)
     if target.class_token == "required" and "cls_token" not in plain:
-        raise UserError(f"{weights.path}: holds no class token, and {to} has none of its own to put there")
+        raise UserError(
+            f"{weights.path}: has no class token, but {to} requires one. Use a source with a class token, "
+            "or another --to."
+        )
     content, head = "encoder" if encoder_only else weights.format, _head(plain, weights.metadata)
     odd = {name: kind for kind, names in oddities(weights.tensors).items() for name in names}
     kept: dict[str, Tensor] = {}
@@ -107,7 +115,7 @@ def _check_drop(weights: Weights, report: LoadReport, drop: tuple[str, ...]) -> 
 
 
 def _fit_timm(kept: dict[str, Tensor], report: LoadReport) -> None:
-    """Drop `norm` next to `fc_norm`, and note an absent class row."""
+    """Drop `norm` if there is `fc_norm`, and note a missing class row."""
     for index, entry in enumerate(report.entries):
         if entry.status == "used" and entry.plain in ("norm.weight", "norm.bias") and "fc_norm.weight" in kept:
             del kept[entry.plain]
@@ -127,7 +135,7 @@ def _head(plain: Mapping[str, Tensor], metadata: Mapping[str, str]) -> TargetHea
 
 
 def describe_refusal(weights: Weights, to: str, planned: ConversionPlan) -> str:
-    """Explain why a plan is refused, with the option that overrides."""
+    """Explain why a plan is refused, and name the `--drop` option."""
     kinds: dict[str, list[str]] = {}
     for entry in planned.report.entries:
         if not entry.accepted:
@@ -143,13 +151,13 @@ def describe_refusal(weights: Weights, to: str, planned: ConversionPlan) -> str:
 def source_arguments(
     weights: Weights, planned: ConversionPlan, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Find the arguments of the source's model, and list assumptions.
+    """Find the arguments of the source model, and list assumptions.
 
     Args:
-        given: arguments that neither the file nor its shapes tell.
+        given: arguments that neither the file nor its shapes show.
 
     Raises:
-        UserError: a given argument is unknown, has no effect or contradicts the file; an argument is missing.
+        UserError: a given argument is unknown, has no effect or contradicts the file; or an argument is missing.
     """
     encoder = encoder_part(planned.tensors)
     found, recorded = encoder_arguments(encoder, weights.metadata), recorded_arguments(weights.metadata)
@@ -169,7 +177,7 @@ def source_arguments(
 
 
 def check_square(to: str, arguments: Mapping[str, Any]) -> None:
-    """Refuse a grid that is not square where a target needs squares."""
+    """Raise UserError if the target needs square images and these are not."""
     size = plain_size(arguments.get("img_size", 0))
     if TARGETS[to].square and not isinstance(size, int):
         raise UserError(
@@ -181,13 +189,13 @@ def check_square(to: str, arguments: Mapping[str, Any]) -> None:
 def _check_given(
     weights: Weights, whole: bool, found: Mapping[str, Any], recorded: Mapping[str, Any], given: Mapping[str, Any]
 ) -> None:
-    """Reject unknown, unused or contradictory `--set` arguments."""
+    """Raise UserError for `--set` arguments that are unknown, unused or contradictory."""
     if unknown := sorted(given.keys() - MODEL_DEFAULTS.keys()):
-        raise UserError(f"--set {', '.join(unknown)}: no argument of the model; known: {', '.join(MODEL_DEFAULTS)}")
+        raise UserError(f"--set {', '.join(unknown)}: unknown model argument; known: {', '.join(MODEL_DEFAULTS)}")
     unused = [] if whole else sorted(given.keys() - _ENCODER_ARGUMENTS)
     if unused:
         raise UserError(f"--set {', '.join(unused)}: has no effect, only the encoder is converted. Leave it out.")
-    guessed = {"num_heads", "img_size"} - recorded.keys()  # by width, and as a square
+    guessed = {"num_heads", "img_size"} - recorded.keys()  # guessed from the width, and as a square
     sure = {key: value for key, value in found.items() if key not in guessed} | dict(recorded)
     wrong = [key for key in given if key in sure and plain_size(sure[key]) != plain_size(given[key])]
     if wrong:

@@ -1,7 +1,8 @@
-"""The proof of a conversion: the same random image through the encoder of the source and that of the written file.
+"""The equality check of a conversion: run the source encoder and the written encoder on the same random images.
 
-Each encoder is the code of the library whose users load the file, so that a proof covers names, layouts, numbers of
-heads, epsilons and configuration files. Shapes: B batch, E width, N tokens.
+Each encoder runs in the code of the library that its users load it with. So the check covers names, layouts, numbers of
+heads, epsilons and configuration files. Symbols in shapes: B batch, C channels, H and W height and width in pixels, E
+width, N tokens.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _RELATIVE = re.compile(r"blocks\.(\d+)\.attn\.rel_pos_h")
 
 
 class MissingLibrary(UserError):
-    """The error for a library that a proof needs."""
+    """The error for a library that the equality check needs and cannot use."""
 
     def __init__(self, library: str, reason: str = "is not installed") -> None:
         super().__init__(f"{library} {reason} ({_REMEDIES[library]})")
@@ -55,10 +56,12 @@ class MissingLibrary(UserError):
 
 @dataclass(frozen=True)
 class Encoder:
-    """An encoder in the code of a library.
+    """An encoder in the code of a library. A call runs it on images (B, C, H, W).
 
     Attributes:
-        tokens: of the model and images (B, C, H, W), the tokens (B, N, E) of the last block, before any final norm.
+        name: name of the library and its model, for people.
+        tokens: function of the model and images (B, C, H, W). It returns the tokens (B, N, E) of the last block, before
+            any final norm.
     """
 
     name: str
@@ -72,15 +75,16 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Proof:
-    """The result of a comparison of two encoders.
+    """The result of an equality check of two encoders.
 
     Attributes:
-        ran: false where a library is missing.
-        source, target: the models, for example "timm's VisionTransformer".
-        what: compared outputs and images.
-        max_difference, largest: absolute difference, and output of the source; None where there is none.
-        tolerance: bound of `max_difference` over `largest`, or over 1 where that is larger.
-        reason: why the proof did not run, or what failed other than a difference; else "".
+        ran: false if a library is missing, so that nothing was compared.
+        source, target: names of the models, for example "timm's VisionTransformer".
+        what: description of the compared tokens and the images.
+        max_difference: largest absolute difference between the tokens, or None if nothing was compared.
+        largest: largest absolute value in the tokens of the source, or None if nothing was compared.
+        tolerance: bound of `max_difference`, relative to `largest` or to 1, whichever is larger.
+        reason: why the check did not run, or the failure other than a difference; else "".
     """
 
     ran: bool
@@ -94,13 +98,13 @@ class Proof:
 
     @property
     def equal(self) -> bool:
-        """True for equal outputs within the tolerance."""
+        """True if the tokens are equal within the tolerance."""
         if self.max_difference is None or self.largest is None:
             return False
         return self.max_difference <= self.tolerance * max(1.0, self.largest)
 
     def sentence(self) -> str:
-        """Describe the proof in one line."""
+        """Describe the result in one line."""
         if not self.ran:
             return f"proof        not run: {self.reason}"
         if self.max_difference is None or self.largest is None:
@@ -115,7 +119,7 @@ class Proof:
         )
 
     def record(self) -> dict[str, Any]:
-        """Return a JSON record."""
+        """Return the result for the JSON report."""
         return asdict(self) | {"equal": self.equal}
 
 
@@ -130,16 +134,19 @@ def prove(
 ) -> Proof:
     """Compare two encoders on random images, in float32 on the CPU.
 
-    Every number of the encoders counts but the biases of the keys, which softmax cancels.
+    The comparison depends on every weight except the biases of the keys, which softmax cancels.
 
     Args:
-        source, target: functions that make the encoders. Only one encoder is in memory at a time; the target is first,
-            because its library may be missing.
-        size: height and width in pixels of every image, see `image_size`.
-        what: tokens that the encoders give, for the sentence.
+        source, target: functions that build the encoders. The target is built first, because its library may be
+            missing. Only one encoder is in memory at a time.
+        size: height and width in pixels of each image, see `image_size`.
+        in_chans: channels of the images.
+        what: name of the compared tokens, for the report.
+        tolerance: see `Proof`.
 
     Returns:
-        A proof, not `equal` for a file that its library does not load or run, other shapes, NaN and infinity.
+        The result. It is not `equal` if a library cannot load or run the file, if the shapes differ, or if the tokens
+        have NaN or infinity.
     """
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(1, in_chans, *sides, generator=generator, dtype=torch.float32) for sides in size]
@@ -164,11 +171,11 @@ def prove(
 
 
 def image_size(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Choose sizes of images that use every table of positions.
+    """Choose (height, width) of images that use every position embedding.
 
-    One image of the size of pretraining is enough. With relative positions there are two: as high as the tables of
-    global blocks are made for, and as wide. A square of that size would need gigabytes and minutes in detectron2, whose
-    attention keeps a matrix of all pairs of patches.
+    Without relative positions, one image of the pretraining size is enough. Relative positions may be for larger
+    images. Then one image has the full height and another has the full width. A square of the full size would need
+    gigabytes and minutes in detectron2, because its attention keeps a matrix of all pairs of patches.
     """
     size = arguments["img_size"]
     height, width = (size, size) if isinstance(size, int) else size
@@ -183,13 +190,13 @@ def image_size(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> l
 def plain_encoder(
     tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], *, norm_eps: float = 1e-6, class_token: bool = True
 ) -> Encoder:
-    """Build timm's VisionTransformer around the tensors.
+    """Build timm's VisionTransformer with the given tensors.
 
     Args:
-        tensors: of an encoder only, under plain names, of any floating type. They are not copied.
-        arguments: of `ViTEncoder`.
+        tensors: tensors of an encoder under plain names, of any floating type. They are not copied.
+        arguments: constructor arguments of `ViTEncoder`.
         norm_eps: epsilon of the layer norms.
-        class_token: false leaves it and its row of the position table out, as dense backbones do.
+        class_token: false for a dense backbone. The class token and its position embedding are then left out.
     """
     known = _sizes(arguments)
     tensors = dict(tensors)
@@ -206,14 +213,21 @@ def plain_encoder(
 def detectron2_encoder(
     tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], *, norm_eps: float = 1e-6
 ) -> Encoder:
-    """Build detectron2's own ViT, whose tokens come without class token.
+    """Build detectron2's ViT, which has no class token, with the given tensors.
 
-    Blocks with smaller tables of relative positions than others attend within windows of that size; where all tables
-    are of one size, or there are none, every block attends over the whole image.
+    The sizes of the relative position tables show the attention windows. Blocks with the smaller tables attend within
+    windows of that size. If all tables have one size, or there are no tables, every block attends to the whole image.
 
     Args:
-        tensors: of an encoder under plain names: no class token, but `pos_embed` with or without its row.
-        norm_eps: 1e-6 in ViTDet's configurations (not the default of detectron2's class).
+        tensors: tensors of an encoder under plain names, without a class token. `pos_embed` may have the row of the
+            class token.
+        arguments: constructor arguments of `ViTEncoder`.
+        norm_eps: epsilon of the layer norms. ViTDet's configurations use 1e-6, unlike the default of detectron2's
+        class.
+
+    Raises:
+        MissingLibrary: detectron2 cannot be imported.
+        UserError: the grid is not square, there are windows of several sizes, or the tensors do not fit.
     """
     vit = _library("detectron2", ".modeling.backbone.vit")
     known = _sizes(arguments)
@@ -240,11 +254,13 @@ def detectron2_encoder(
 
 
 def file_encoder(path: Path, to: str, arguments: Mapping[str, Any], *, norm_eps: float = 1e-6) -> Encoder:
-    """Load a written file or folder as its library's users do.
+    """Load a written file or folder as users of its library do.
 
     Args:
-        to: the target, see `TARGETS`.
-        norm_eps: set in the layer norms where the file does not record it (everywhere but in transformers).
+        path: the written file or folder.
+        to: name of the target, see `TARGETS`.
+        arguments: constructor arguments of `ViTEncoder`.
+        norm_eps: epsilon for the layer norms. Folders of transformers record the epsilon and ignore this argument.
     """
     if to in HF_MODELS:
         return _transformers_encoder(path, to)
@@ -258,7 +274,7 @@ def file_encoder(path: Path, to: str, arguments: Mapping[str, Any], *, norm_eps:
         _library("detectron2")  # before a large file is read
         return detectron2_encoder(encoder_tensors(read_weights(path)), arguments, norm_eps=norm_eps)
     tensors = encoder_tensors(read_weights(path))
-    if "cls_token" not in tensors:  # a ViTEncoder always has one: it would make a new one
+    if "cls_token" not in tensors:  # a ViTEncoder always has a class token
         return plain_encoder(tensors, arguments, norm_eps=norm_eps, class_token=False)
     with _Unfilled():
         model = ViTEncoder(**_sizes(arguments))
@@ -276,13 +292,20 @@ def source_encoder(
     norm_eps: float = 1e-6,
     class_token: bool = True,
 ) -> Encoder:
-    """Load the source in its own library or timm.
+    """Build the source encoder in the code of a suitable library.
 
-    Transformers and timm load their folders, detectron2 relative positions, which timm does not have.
+    | source                                           | library                        |
+    | ------------------------------------------------ | ------------------------------ |
+    | tensors with relative positions                  | detectron2 (timm has none)     |
+    | a folder of transformers, where it is installed  | transformers                   |
+    | a folder of timm                                 | timm, by the folder's config   |
+    | any other source                                 | timm, from the given tensors   |
 
     Args:
-        path: the source's weight file.
-        layout: see `Weights.layout`; "" for tensors that are not the file's.
+        path: weight file of the source.
+        layout: layout of the file, see `Weights.layout`. "" means that the tensors differ from the file, for example
+            after resampling. Then the file itself is not loaded.
+        tensors, arguments, norm_eps, class_token: see `plain_encoder`.
     """
     if _relative_sides(tensors):
         tensors = {name: tensor for name, tensor in tensors.items() if name != "cls_token"}
@@ -300,10 +323,10 @@ def source_encoder(
 
 
 class _Unfilled(TorchFunctionMode):
-    """A context whose modules have weights without memory, to be filled by assignment.
+    """A context that builds modules with weights on the meta device, to be filled by assignment.
 
-    `torch.device("meta")` would also affect constructors that compute numbers with tensors, as detectron2's does.
-    Random weights of a ViT-L take five seconds and a gigabyte.
+    Random weights of a ViT-L would take five seconds and a gigabyte. `torch.device("meta")` is not used, because it
+    also affects tensors that a constructor computes numbers with, as in detectron2.
     """
 
     def __torch_function__(
@@ -347,20 +370,20 @@ def _timm_folder(folder: Path, norm_eps: float) -> Encoder:
 def _transformers_encoder(folder: Path, layout: str) -> Encoder:
     transformers = _library("transformers")
     with _loading(folder, "transformers"), _quiet(transformers):
-        # Weights that the folder lacks would be new and random, with no more than a warning.
+        # transformers only warns about missing weights, and fills them with random values.
         model, info = getattr(transformers, HF_MODELS[layout]).from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **_HF_OPTIONS[layout]
         )
     absent = sorted(name for name in info["missing_keys"] if not name.startswith("layernorm."))
     if absent:
-        raise UserError(f"{folder}: transformers' {HF_MODELS[layout]} finds no {shorten(absent)} in it")
+        raise UserError(f"{folder}: transformers' {HF_MODELS[layout]} needs {shorten(absent)}, which the folder lacks")
     model.layernorm = nn.Identity()
     tokens = _vitmae_tokens if layout == "hf-vitmae" else lambda vit, imgs: vit(imgs).last_hidden_state
     return Encoder(f"transformers' {HF_MODELS[layout]}", model, tokens)
 
 
 def _vitmae_tokens(model: Any, imgs: Tensor) -> Tensor:
-    # Patches are sorted by their noise before the last are masked: here none is, and they keep their order.
+    # The model sorts patches by noise and masks the last ones. Ascending noise keeps the order; no patch is masked.
     noise = torch.arange(model.embeddings.patch_embeddings.num_patches, dtype=imgs.dtype)
     return model(imgs, noise=noise.expand(imgs.shape[0], -1)).last_hidden_state
 
@@ -389,7 +412,8 @@ def _library(library: str, module: str = "") -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if library == "detectron2":  # imports a module that timm has moved, and turns warnings on again before
+            # detectron2 turns warnings on and then imports a module that timm has moved. Importing it first is silent.
+            if library == "detectron2":
                 importlib.import_module("timm.models.layers")
             return importlib.import_module(library + module)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The layouts that can be written: what each has a place for, and how it is put on disk."""
+"""The layouts that can be written: the tensors that each layout holds, and the function that writes it."""
 
 from __future__ import annotations
 
@@ -30,15 +30,17 @@ from crossmae.models.encoder import ENCODER_PREFIXES
 TargetHead = Literal["avg", "cls", "batchnorm", "other"]
 
 DETECTRON2_PREFIX = "backbone.net."
-NO_SUFFIX = ""  # of a destination that is a folder
+NO_SUFFIX = ""  # suffix of a destination that is a folder
 
 
 @dataclass(frozen=True)
 class ConvertedModel:
-    """Tensors to write under plain names, with their metadata.
+    """A model to write, under plain names.
 
     Attributes:
-        arguments: of `ViTEncoder` for an encoder or a classifier, of `CrossMAE` for a whole pretraining model.
+        arguments: constructor arguments of `ViTEncoder` (for an encoder or a classifier) or of `CrossMAE` (for a whole
+            pretraining model).
+        metadata: strings, see `crossmae.checkpoints.metadata`.
         norm_eps: epsilon of the layer norms.
     """
 
@@ -53,15 +55,17 @@ Names = dict[str, tuple[str, ...]]  # plain name -> names in the written file
 
 @dataclass(frozen=True)
 class Target:
-    """A layout.
+    """A layout that can be written.
 
     Attributes:
-        what: one line for people.
-        suffixes: of a destination; `NO_SUFFIX` is a folder.
-        write: function that writes a file, or into an empty folder.
-        decoder: pretraining model whose decoder it holds.
-        heads: classification heads that it holds, by the norm before the head.
-        relative, square: true where it holds relative positions, or takes square images only.
+        what: description in one line.
+        suffixes: allowed suffixes of the destination; `NO_SUFFIX` means a folder.
+        write: function that writes a file, or the files of an empty folder.
+        decoder: pretraining model whose decoder has a place in the layout.
+        heads: kinds of classification heads that have a place, see `TargetHead`.
+        class_token, norm: whether the layout has a class token or a final norm.
+        relative: true if the layout has relative positions.
+        square: true if the layout allows only square images.
     """
 
     what: str
@@ -76,14 +80,15 @@ class Target:
 
 
 def refusal(target: Target, name: str, content: str, head: TargetHead | None) -> tuple[str, bool]:
-    """Return the reason against a place for a plain name.
+    """Explain why a tensor has no place in a target.
 
     Args:
-        content: see `Weights.format`; "crossmae" and "mae" are whole pretraining models.
-        head: kind of the source's classification head.
+        name: plain name of the tensor.
+        content: content of the source, see `Weights.format`.
+        head: kind of classification head of the source.
 
     Returns:
-        The reason, or "" where it has a place; true where the encoder computes the same without the tensor.
+        The reason, or "" if the tensor has a place; and true if the encoder computes the same without the tensor.
     """
     if name == "cls_token":
         return ("a dense backbone has no class token" if target.class_token == "none" else ""), True
@@ -108,7 +113,7 @@ def _write_own(path: Path, model: ConvertedModel) -> Names:
 
 
 def _write_timm(path: Path, model: ConvertedModel) -> Names:
-    """Write a file for `checkpoint_path=`, or a folder for `timm.create_model("local-dir:...")`."""
+    """Write a file for timm's `checkpoint_path=`, or a folder for "local-dir:..."."""
     tensors = dict(model.tensors)
     if "cls_token" not in tensors:
         tensors["pos_embed"] = tensors["pos_embed"][:, 1:]  # timm has no row for an absent class token
@@ -130,12 +135,12 @@ def _write_transformers(path: Path, model: ConvertedModel, layout: str) -> Names
     if UNKNOWN not in (mean, std):
         settings = hf_preprocessor_config(model.arguments["img_size"], json.loads(mean), json.loads(std))
         write_json(path / PREPROCESSOR, settings)
-    written = iter(tensors)  # in the same order; qkv became three
+    written = iter(tensors)  # in the order of model.tensors; each qkv tensor became three
     return {name: tuple(next(written) for _ in range(3 if ".attn.qkv." in name else 1)) for name in model.tensors}
 
 
 def _write_detectron2(path: Path, model: ConvertedModel) -> Names:
-    """Write `backbone.net.*` and switch detectron2's matching by suffix off (issue 4566)."""
+    """Write `backbone.net.*`, without detectron2's matching by suffix (issue 4566)."""
     kept = {f"{DETECTRON2_PREFIX}{name}": tensor for name, tensor in model.tensors.items()}
     extras = {"__author__": f"crossmae {__version__}", "matching_heuristics": False}
     if path.suffix == ".pkl":

@@ -1,7 +1,7 @@
-"""transformers' config.json and preprocessor_config.json, to the metadata of a weight file and back.
+"""transformers' config.json and preprocessor_config.json: read as metadata, and built for a written folder.
 
-Both are read and written without transformers, which is an extra. Its ViTConfig, ViTMAEConfig and ViTImageProcessor
-document the defaults.
+Both files are read and written without transformers, which is an optional package. ViTConfig, ViTMAEConfig and
+ViTImageProcessor of transformers document the defaults.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from crossmae.models.encoder import patch_grid
 PREPROCESSOR = "preprocessor_config.json"
 MODEL_TYPES = {"hf-vit": "vit", "hf-vitmae": "vit_mae"}
 _MAX_BYTES = 1 << 24  # a config of 21,000 classes has a megabyte
-_LARGE = 1 << 31  # above every size, mean and deviation
-# Settings and the arguments of `ViTEncoder` and `CrossMAE` that they are.
+_LARGE = 1 << 31  # larger than every valid size, mean and deviation
+# Settings of transformers, and the corresponding arguments of `ViTEncoder` and `CrossMAE`.
 _ENCODER = {
     "patch_size": "patch_size",
     "num_channels": "in_chans",
@@ -40,7 +40,7 @@ _DECODER = {
     "norm_pix_loss": "norm_pix_loss",
 }
 
-# Descriptions complete "KEY must be ..." in errors.
+# Errors put these descriptions after "KEY must be ".
 _Size = Annotated[int, Field(strict=True, gt=0, lt=_LARGE, description="a positive whole number")]
 _Sides = _Size | Annotated[list[_Size], Field(min_length=2, max_length=2)]
 _Flag = Annotated[bool, Field(strict=True, description="true or false")]
@@ -49,7 +49,7 @@ _Number = Annotated[float, Field(strict=True, gt=-_LARGE, lt=_LARGE)]
 
 
 class _ViT(BaseModel):
-    """The settings of ViTConfig and ViTMAEConfig, which agree in their defaults."""
+    """The settings of ViTConfig and ViTMAEConfig. Both have the same defaults."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
@@ -101,19 +101,24 @@ _Settings = TypeVar("_Settings", bound=BaseModel)
 
 
 def read_config(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Read the settings of a transformers folder as our metadata.
+    """Return the settings of a transformers folder as metadata.
 
     | key                       | value                                                                             |
     | ------------------------- | --------------------------------------------------------------------------------- |
-    | `model`                   | JSON: arguments of `ViTEncoder`; with an MAE decoder, of `CrossMAE`               |
-    | `norm_eps`                | of every LayerNorm; transformers' default is 1e-12, timm's and ours 1e-6          |
-    | `classes`                 | JSON: names in the order of `id2label`, where there are both a head and names     |
-    | `pixel_mean`, `pixel_std` | JSON: for pixels in 0-1, where there is a preprocessor_config.json                |
+    | `model`                   | JSON: arguments of `ViTEncoder`, or of `CrossMAE` if there is an MAE decoder      |
+    | `norm_eps`                | epsilon of all layer norms; default 1e-12 in transformers, 1e-6 in timm and here  |
+    | `classes`                 | JSON: names in the order of `id2label`, if there are both a head and names        |
+    | `pixel_mean`, `pixel_std` | JSON: for pixels in 0-1, if there is a preprocessor_config.json                   |
 
-    `CrossMAE` cannot have a decoder with another MLP ratio than the encoder's: then the arguments are the encoder's.
+    `CrossMAE` has one MLP ratio for encoder and decoder. If the two ratios differ, `model` has only the arguments of
+    the encoder.
 
     Args:
-        tensors: of its weights under plain names, meta tensors too; the settings must agree with them.
+        folder: folder with config.json.
+        tensors: tensors of the folder under plain names; meta tensors are allowed.
+
+    Raises:
+        UserError: a file is missing or damaged, a setting is not supported, or a setting contradicts the tensors.
     """
     path = folder / HUB_CONFIG
     settings = _read(path, _ViT)
@@ -136,8 +141,9 @@ def hf_config(
 
     Args:
         layout: "hf-vit" or "hf-vitmae".
-        arguments: of `ViTEncoder`; for hf-vitmae with a decoder, of `CrossMAE` with the decoder of plain MAE.
-        classes: names of the head's outputs; empty where there is no head.
+        arguments: constructor arguments of `ViTEncoder`, or of `CrossMAE` for hf-vitmae with a decoder.
+        norm_eps: epsilon of the layer norms.
+        classes: names of the head's outputs; empty without a head.
     """
     decoder = "decoder_embed_dim" in arguments and layout == "hf-vitmae"
     values = {setting: arguments[key] for setting, key in (_ENCODER | (_DECODER if decoder else {})).items()}
@@ -160,7 +166,7 @@ def hf_config(
 
 
 def hf_preprocessor_config(img_size: Any, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
-    """Build the preprocessor_config.json of ViTImageProcessor: resize, scale to 0-1, normalise."""
+    """Build a preprocessor_config.json that resizes, scales to 0-1 and normalises."""
     height, width = _pair(img_size)
     return {
         "image_processor_type": "ViTImageProcessor",
@@ -183,13 +189,15 @@ def _read(path: Path, kind: type[_Settings]) -> _Settings:
             raise ValueError(f"more than {_MAX_BYTES:,} bytes are too many for a file of settings")
         values = json.loads(text)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). A transformers folder needs it.") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}). A transformers folder needs it: copy it next to the weights."
+        ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {str(error)[:80]}. Copy or download it again.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
     try:
-        return kind.model_validate({key: value for key, value in values.items() if value is not None})  # null: missing
+        return kind.model_validate({key: value for key, value in values.items() if value is not None})  # null: unset
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
         expected, given = kind.model_fields[key].description, json.dumps(values.get(key))[:80]
@@ -234,7 +242,7 @@ def _decoder_arguments(settings: _ViT, ratio: float, tensors: Mapping[str, Tenso
 
 
 def _compare(path: Path, settings: Mapping[str, Any], held: Mapping[str, int | None]) -> None:
-    """Refuse the first setting that contradicts the tensors."""
+    """Raise UserError for the first setting that contradicts the tensors."""
     for key, found in held.items():
         if found is not None and found != settings[key]:
             raise UserError(f"{path}: {key} makes {settings[key]}, but the weights next to it have {found}")
@@ -261,7 +269,7 @@ def _check_heads(path: Path, settings: _ViT, prefix: str) -> None:
 
 
 def mlp_ratio(width: int, hidden: int) -> float:
-    """Find the ratio with int(width * ratio) == hidden, despite rounding."""
+    """Return a ratio with int(width * ratio) == hidden, despite rounding."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 

@@ -1,15 +1,15 @@
-"""Names and shapes of other libraries' ViTs, translated to plain names and back.
+"""Translation between the tensor names of other libraries' ViTs and plain names.
 
-Plain names are those of timm's VisionTransformer and of the published files (method specification, section 1.3).
+Plain names are the names in timm's VisionTransformer and in the published files (method specification, section 1.3).
 
 | layout       | files                                                                                             |
 | ------------ | ------------------------------------------------------------------------------------------------- |
-| `plain`      | timm, the published files, ours, detectron2's ViTDet; layer scale and chunks of blocks are undone |
+| `plain`      | timm, the published files, this toolkit, detectron2's ViTDet; also with layer scale or chunks     |
 | `hf-vit`     | transformers' ViTModel, ViTForImageClassification, ViTForMaskedImageModeling, ViTMAEModel         |
 | `hf-vitmae`  | transformers' ViTMAEForPreTraining                                                                |
 | `mmpretrain` | OpenMMLab's mmpretrain, mmcls, mmselfsup: VisionTransformer and MAE; read, not written            |
 
-Everything also works on meta tensors. A tensor without a plain name keeps its own name.
+All functions accept meta tensors. A tensor without a plain name keeps the name in the file.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch import Tensor
 
 from crossmae.errors import UserError, shorten
 
-# Prefixes under which files hold an encoder: ours and detectron2's ViTDet, other frameworks', none.
+# Prefixes of an encoder's names: in this toolkit and detectron2's ViTDet, in other frameworks, or no prefix.
 ENCODER_HOMES = ("backbone.net.", "backbone.", "encoder.", "")
-ENCODER_MASK_TOKEN = "encoder_mask_token"  # of DINOv2 and SimMIM, unlike `mask_token` of MAE's decoder
+ENCODER_MASK_TOKEN = "encoder_mask_token"  # in DINOv2 and SimMIM; the `mask_token` of MAE is the decoder's
 
-# Names inside and outside of blocks, as the hub's files have them and as transformers 4 and 5 both load them.
+# Names inside and outside of blocks in files of the Hugging Face hub. transformers 4 and 5 both load these names.
 _HF_BLOCK = {
     "norm1": "layernorm_before",
     "attn.q": "attention.attention.query",
@@ -46,14 +46,14 @@ _HF_ENCODER = {
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
-    "pooler.dense": "pooler.dense",  # transformers' own, without a plain name
+    "pooler.dense": "pooler.dense",  # exists only in transformers, no plain name
 }
 _DECODER = ("mask_token", "decoder_pos_embed", "decoder_embed", "decoder_norm", "decoder_pred")
 _HF_BESIDE = {
-    "hf-vit": {"head": "classifier", "decoder.0": "decoder.0"},  # the latter is ViTForMaskedImageModeling's
+    "hf-vit": {"head": "classifier", "decoder.0": "decoder.0"},  # decoder.0 is in ViTForMaskedImageModeling
     "hf-vitmae": {name: f"decoder.{name}" for name in _DECODER},
 }
-# Names that transformers 5 has in memory, and the decoder's blocks as its save_pretrained writes them.
+# Names of transformers 5 in memory, and names of decoder blocks in the files of its save_pretrained.
 _HF5_BLOCK = {
     **{f"attention.{letter}_proj": f"attn.{letter}" for letter in "qkv"},
     "attention.o_proj": "attn.proj",
@@ -67,7 +67,7 @@ _MM_BLOCK = {
     **dict.fromkeys(("ln2", "norm2"), "norm2"),
     "attn.qkv": "attn.qkv",
     "attn.proj": "attn.proj",
-    "attn.attn.in_proj_weight": "attn.qkv.weight",  # of versions built on torch's MultiheadAttention
+    "attn.attn.in_proj_weight": "attn.qkv.weight",  # versions that use torch's MultiheadAttention
     "attn.attn.in_proj_bias": "attn.qkv.bias",
     "attn.attn.out_proj": "attn.proj",
     "ffn.layers.0.0": "mlp.fc1",
@@ -80,21 +80,21 @@ _MM_ENCODER = {
     "pos_embed": "pos_embed",
     "patch_embed.projection": "patch_embed.proj",
     **dict.fromkeys(("ln1", "norm1"), "norm"),
-    **dict.fromkeys(("ln2", "norm2"), "fc_norm"),  # of average pooling
+    **dict.fromkeys(("ln2", "norm2"), "fc_norm"),  # the norm after average pooling
 }
 _MM_NECK = {f"neck.{name}": name for name in _DECODER} | dict.fromkeys(("neck.ln1", "neck.norm1"), "decoder_norm")
 _MM_HEAD = {"head.layers.head": "head", "head.fc": "head"}
 
-CLASS_ROW_ADDED = "a row of zeros for the class token put first"  # a note
+CLASS_ROW_ADDED = "a row of zeros for the class token put first"  # entry of `Translated.notes`
 _IN_BLOCK = re.compile(r"(.+?)\.(\d+)\.(.+)")
-_CHUNKED = re.compile(r"blocks\.\d+\.(\d+\..+)")  # DINOv2's: blocks.<chunk>.<block>, the block counted over all chunks
+_CHUNKED = re.compile(r"blocks\.\d+\.(\d+\..+)")  # DINOv2: blocks.<chunk>.<block>, blocks counted over all chunks
 _QKV_PART = re.compile(r"(.+\.attn)\.([qkv])\.(weight|bias)")
 _QKV = re.compile(r"(.+\.attn)\.qkv\.(weight|bias)")
-_LAYER_SCALE = re.compile(r"(.*blocks\.\d+)\.(?:ls([12])\.gamma|gamma_([12]))")  # timm's, DINOv2's; DeiT III's
+_LAYER_SCALE = re.compile(r"(.*blocks\.\d+)\.(?:ls([12])\.gamma|gamma_([12]))")  # timm and DINOv2; DeiT III
 _SCALED = {"1": "attn.proj", "2": "mlp.fc2"}
 
 _PLAIN_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-# Kinds of tensors that a plain ViT has no place for, by name without the prefix; the first match counts.
+# Kinds of tensors that a plain ViT has no place for, by patterns of names without the prefix. The first match is used.
 _NOT_PLAIN = {
     r"layers\.\d+\.blocks\..+": "a hierarchical transformer (Swin)",
     r"reg_token|register_tokens|storage_tokens": "register tokens",
@@ -121,11 +121,11 @@ class Translated:
 
     Attributes:
         layout: "plain", "hf-vit", "hf-vitmae" or "mmpretrain".
-        tensors: under plain names or, where there is none, their own. A plain encoder keeps its prefix, such as
-            `backbone.net.`.
-        sources: plain name -> the names in the file, only where they differ: one for a new name, three where q, k, v
-            were joined, weight and gamma where layer scale was folded in.
-        notes: plain name -> other changes to the tensor.
+        tensors: tensors under plain names. A tensor without a plain name keeps the name in the file. A plain encoder
+            keeps its prefix, such as `backbone.net.`.
+        sources: for each changed name, the names in the file: one name for a renamed tensor, three for joined q, k, v,
+            and weight and gamma for folded layer scale.
+        notes: other changes to a tensor, by its plain name.
     """
 
     layout: str
@@ -135,28 +135,28 @@ class Translated:
 
 
 def encoder_home(tensors: Iterable[str]) -> str | None:
-    """Find the prefix of an encoder's plain names, or None."""
+    """Return the prefix of an encoder's plain names, None without an encoder."""
     names = set(tensors)
     return next((home for home in ENCODER_HOMES if f"{home}patch_embed.proj.weight" in names), None)
 
 
 def to_plain(tensors: Mapping[str, Tensor], grid: tuple[int, int] | None = None) -> Translated:
-    """Translate the names of any layout.
+    """Translate tensors of any layout to plain names.
 
     | in the file                                 | becomes                                                    |
     | ------------------------------------------- | ---------------------------------------------------------- |
-    | q, k, v of transformers                     | `attn.qkv`, bit for bit                                    |
-    | layer scale                                 | a factor of `attn.proj`, `mlp.fc2`; rounded to their dtype |
+    | q, k, v of transformers                     | `attn.qkv`, bit-identical                                  |
+    | layer scale                                 | multiplied into `attn.proj`, `mlp.fc2`, rounded to dtype   |
     | DINOv2's `blocks.<chunk>.<block>.*`         | `blocks.<block>.*`                                         |
     | a mask token of the encoder                 | `encoder_mask_token`                                       |
     | positions without a row for the class token | a row of zeros is put first                                |
 
     Args:
-        grid: rows and columns of patches, where known. It tells whether the position table of a grid that is not
-            square has a row for the class token; without it, a square number of rows means that it has none.
+        grid: rows and columns of patches, if known. The grid shows whether the position embeddings have a row for the
+            class token. Without it, a square number of rows means that there is no such row.
 
     Raises:
-        UserError: an incomplete set of names (a query without its key), or two names for one plain name.
+        UserError: a set of names is incomplete (a query without its key), or two names have one plain name.
     """
     layout, names = _plain_names(tensors)
     found = Translated(layout, {})
@@ -172,19 +172,22 @@ def to_plain(tensors: Mapping[str, Tensor], grid: tuple[int, int] | None = None)
     _fold_layer_scale(found)
     home = encoder_home(found.tensors) or ""
     _name_mask_token(found, home)
-    if layout == "plain":  # transformers and mmpretrain have the row wherever they have a class token
+    if layout == "plain":  # in transformers and mmpretrain, every class token has a row
         _add_class_row(found, home, grid)
     return found
 
 
 def from_plain(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """Rename tensors for transformers 4 and 5, the inverse of `to_plain`.
+    """Rename tensors for transformers 4 and 5. This inverts `to_plain`.
 
-    q, k, v are split, bit for bit, into tensors of their own memory. As in transformers' own files, names begin with
-    `vit.` where there is more than an encoder.
+    qkv is split into three tensors that do not share memory; the values are bit-identical. If there are tensors outside
+    the encoder, the encoder's names begin with `vit.`, as in files of transformers.
 
     Args:
         layout: "hf-vit" or "hf-vitmae".
+
+    Raises:
+        UserError: the layout has no place for a tensor.
     """
     beside = _HF_BESIDE[layout]
     prefix = "vit." if any(_look_up(beside, name) for name in tensors) else ""
@@ -200,15 +203,15 @@ def from_plain(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
 
 
 def not_plain(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Describe the `oddities` of an encoder."""
+    """Describe the `oddities` of an encoder, one sentence for each kind."""
     return [f"{shorten(names)}: {kind}, which a plain ViT does not have" for kind, names in oddities(tensors).items()]
 
 
 def oddities(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Group an encoder's tensors without a plain place by kind.
+    """Group the encoder tensors that a plain ViT lacks, by kind.
 
-    Without them the encoder computes something else. Blocks that normalise after attention and MLP, under the same
-    names, cannot be seen.
+    Without these tensors the encoder computes something else. Blocks that normalise after attention and MLP have the
+    same names as plain blocks, and cannot be detected.
     """
     home = encoder_home(tensors) or ""
     kinds: dict[str, list[str]] = defaultdict(list)
@@ -223,7 +226,7 @@ def oddities(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
 
 def _plain_names(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, str]]:
     for prefix in ("vit.", ""):
-        # Other models of transformers have the rest as well.
+        # Other models of transformers have the same names except layernorm_before.
         vit = any(".layernorm_before." in name for name in tensors)
         if vit and f"{prefix}embeddings.patch_embeddings.projection.weight" in tensors:
             decoder = any(_look_up(_inverse(_HF_BESIDE["hf-vitmae"]), name) for name in tensors)
@@ -249,7 +252,7 @@ def _hf_names(tensors: Iterable[str], prefix: str) -> dict[str, str]:
 def _mm_names(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, str]:
     stacks = {f"{prefix}layers": "blocks", "neck.decoder_blocks": "decoder_blocks"}
     outside = {f"{prefix}{name}": plain for name, plain in _MM_ENCODER.items()} | _MM_NECK
-    if "head.layers.pre_logits.weight" not in tensors:  # else the head sees that layer, not the encoder
+    if "head.layers.pre_logits.weight" not in tensors:  # with pre_logits, the head follows that layer, not the encoder
         outside |= _MM_HEAD
     return {name: _rename(name, stacks, _MM_BLOCK, outside) or name for name in tensors}
 
@@ -303,7 +306,7 @@ def _split_qkv(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     if tensor.ndim == 0 or tensor.shape[0] % 3:
         raise UserError(f"{name}: {_describe(tensor)} is not query, key and value, three of one size")
     parts = zip("qkv", tensor.chunk(3), strict=True)
-    return [(f"{found[1]}.{letter}.{found[2]}", part.clone()) for letter, part in parts]  # safetensors holds no views
+    return [(f"{found[1]}.{letter}.{found[2]}", part.clone()) for letter, part in parts]  # safetensors stores no views
 
 
 def _fold_layer_scale(found: Translated) -> None:
@@ -323,7 +326,7 @@ def _fold_layer_scale(found: Translated) -> None:
 
 
 def _scaled(tensor: Tensor, gamma: Tensor, what: str) -> Tensor:
-    """Multiply each row by its factor, in float32 or the tensor's float64."""
+    """Multiply each row by its factor, in float64 for float64, else float32."""
     if gamma.ndim != 1 or gamma.shape != tensor.shape[:1]:
         raise UserError(f"{what}: {_describe(gamma)} does not go with {_describe(tensor)}")
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
@@ -332,7 +335,10 @@ def _scaled(tensor: Tensor, gamma: Tensor, what: str) -> Tensor:
 
 
 def _name_mask_token(found: Translated, home: str) -> None:
-    """Rename a `mask_token` that is not of MAE's decoder, (1, 1, D)."""
+    """Rename a `mask_token` of the encoder to `encoder_mask_token`.
+
+    The `mask_token` of MAE's decoder, of shape (1, 1, D), keeps its name.
+    """
     token = found.tensors.get(f"{home}mask_token")
     decoder = any(name.startswith(f"{home}decoder_") for name in found.tensors)
     if token is None or (decoder and token.ndim == 3):
@@ -346,14 +352,17 @@ def _name_mask_token(found: Translated, home: str) -> None:
 
 
 def _add_class_row(found: Translated, home: str, grid: tuple[int, int] | None) -> None:
-    """Put zeros before a table without class row (timm's `no_embed_class`)."""
+    """Add a row of zeros to position embeddings without a class row.
+
+    timm's `no_embed_class` makes such models.
+    """
     table, name = found.tensors.get(f"{home}pos_embed"), f"{home}pos_embed"
     if table is None or table.ndim != 3:
         return
     rows = table.shape[1]
     decoder = found.tensors.get(f"{home}decoder_pos_embed")
     if decoder is not None and decoder.ndim == 3 and decoder.shape[1] == rows:
-        return  # MAE's tables both have the row
+        return  # in MAE, the position embeddings of encoder and decoder both have the row
     patches_alone = rows == grid[0] * grid[1] if grid else rows > 0 and math.isqrt(rows) ** 2 == rows
     if patches_alone:
         found.tensors[name] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
@@ -361,7 +370,7 @@ def _add_class_row(found: Translated, home: str, grid: tuple[int, int] | None) -
 
 
 def _by_shape(tensors: Mapping[str, Tensor], home: str, name: str) -> str:
-    """Name an oddity that only shapes show, or return ""."""
+    """Return the kind of an oddity that only shapes show, or ""."""
     module, _, leaf = name.rpartition(".")
     if leaf != "weight" or not (module == "patch_embed.proj" or re.match(r"blocks\.\d+\.", module)):
         return ""

@@ -1,7 +1,8 @@
-"""timm's folders, config.json next to the weights: to the metadata of a weight file, and back.
+"""The config.json in a timm folder: read as the metadata of a weight file, and built for a written folder.
 
-The file is not trusted: timm's `create_model` opens addresses, other folders and pickles if a config says so, so only
-names of its own models and arguments of a plain ViT reach it. timm's own writer (`save_for_hf`) needs a model.
+config.json is not trusted, because it can make timm's `create_model` open URLs, other folders and pickles. Only names
+of timm's models and arguments of a plain ViT are passed to timm. timm's own writer (`save_for_hf`) is not used, because
+it needs a model.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from crossmae.checkpoints.metadata import CLASSES, MODEL_ARGUMENTS, NORM_EPS, PI
 from crossmae.checkpoints.reading.files import HUB_CONFIG, HUB_FILES
 from crossmae.errors import UserError
 
-POOL = "pool"  # key of the metadata: pooling before the head, in timm's words
-_ARCHITECTURE = "vit_base_patch16_224"  # timm is given all its arguments, so that it can have any size
+POOL = "pool"  # metadata key of the pooling before the head; the values are timm's
+_ARCHITECTURE = "vit_base_patch16_224"  # used for every size, because all its arguments are given
 _MOST_BLOCKS = 100
 _SIZES = ("embed_dim", "depth", "num_heads", "patch_size", "in_chans", "mlp_ratio")
-# Arguments of timm's VisionTransformer that a plain ViT can have. Dropout rates have an effect in training only.
+# Allowed arguments of timm's VisionTransformer. Dropout rates are allowed, because they have no effect on evaluation.
 _KNOWN = {
     *_SIZES, "img_size", "num_classes", "global_pool", "fc_norm", "class_token", "no_embed_class", "init_values",
     "reg_tokens", "dynamic_img_size", "final_norm", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
@@ -33,7 +34,10 @@ _KNOWN = {
 
 
 def timm_metadata(folder: Path) -> dict[str, str]:
-    """Read timm's config.json as our metadata, {} without the file."""
+    """Return the content of timm's config.json as metadata, {} without the file.
+
+    Raises UserError if config.json does not describe a plain ViT.
+    """
     settings = _read(folder)
     if settings is None:
         return {}
@@ -58,7 +62,11 @@ def timm_model(folder: Path, depth: int | None = None) -> Any:
     """Build the plain ViT that a timm folder names, with random weights.
 
     Args:
-        depth: blocks to build instead of the model's.
+        folder: folder with timm's config.json.
+        depth: number of blocks to build; None builds all blocks.
+
+    Raises:
+        UserError: config.json does not describe a plain ViT.
     """
     path, settings = folder / HUB_CONFIG, _read(folder) or {}
     name, given = settings.get("architecture"), settings.get("model_args") or {}
@@ -76,7 +84,7 @@ def timm_model(folder: Path, depth: int | None = None) -> Any:
         with torch.random.fork_rng(devices=[]):
             classes = settings.get("num_classes", 0)
             model: Any = timm.create_model(name, pretrained=False, num_classes=classes, **arguments)
-    except Exception as error:  # whatever its constructors raise for arguments that are wrong
+    except Exception as error:  # timm's constructors raise various types for wrong arguments
         raise UserError(f"{path}: {name} cannot be built as a plain ViT: {str(error)[:200]}") from None
     plain = isinstance(model, VisionTransformer) and all(type(block) is Block for block in model.blocks)
     if not plain or type(model.blocks[0].mlp.act) is not nn.GELU:
@@ -90,8 +98,9 @@ def timm_config(
     """Build the config.json for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
     Args:
-        tensors: of the file, under plain names.
-        metadata: pixel statistics and names of classes are copied where they are known.
+        tensors: tensors of the file, under plain names.
+        arguments: constructor arguments of `ViTEncoder`.
+        metadata: metadata of the file. Pixel statistics and class names are copied if they are known.
     """
     size = arguments["img_size"]
     sides = [size, size] if isinstance(size, int) else list(size)
@@ -109,14 +118,14 @@ def timm_config(
     return {
         "architecture": _ARCHITECTURE,
         "num_classes": classes,
-        "global_pool": pool,  # for people: timm itself reads model_args
+        "global_pool": pool,  # only for people; timm reads model_args
         "model_args": given,
         "pretrained_cfg": pretrained,
     }
 
 
 def is_timm_folder(file: Path) -> bool:
-    """Test if a weight file is in a folder of timm's."""
+    """Check whether a weight file is in a timm folder."""
     return file.name in HUB_FILES and _read(file.parent) is not None
 
 

@@ -1,1 +1,1 @@
-"""Reading: from a path to named tensors, without running anything that is in a file."""
+"""Read named tensors from a path, without running anything in the file."""

@@ -1,4 +1,4 @@
-"""Find a weight file, tell its kind, and read its tensors."""
+"""Find a weight file, detect its kind, and read its tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from crossmae.checkpoints.reading.wrappers import one_model, pickled_metadata, p
 from crossmae.checkpoints.run_checkpoint import FOLDER, MANIFEST, MODEL, defect, latest_checkpoint
 from crossmae.errors import UserError, shorten
 
-# Names of weights in folders of transformers and timm; an index names the shards of a large model.
+# Names of weight files in folders of transformers and timm. An index lists the shards of a large model.
 HUB_FILES = (MODEL, f"{MODEL}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 HUB_CONFIG = "config.json"
 _MAX_LISTED = 10_000
@@ -29,10 +29,10 @@ _WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".pkl", ".bin", ".ckpt", ".h5
 _WEB_PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
 _GIT_LFS = b"version https://git-lfs"
 _PICKLE = b"\x80"
-_LEGACY_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the magic number that torch pickled first until version 1.6
+_LEGACY_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # torch before version 1.6 pickled this magic number first
 _UNPACK = "Unpack it and give the weight file that is in it"
 _PYTORCH = "Take the PyTorch or safetensors file of the same model"
-# Files that are not read, by their first bytes.
+# Kinds of files that are not read, recognised by their first bytes.
 _OTHERS = (
     (re.compile(rb"\x1f\x8b|BZh|\xfd7zXZ\0|\x28\xb5\x2f\xfd|7z\xbc\xaf"), f"a compressed file. {_UNPACK}"),
     (re.compile(rb".{257}ustar", re.DOTALL), f"a tar archive. {_UNPACK}"),
@@ -46,11 +46,11 @@ _OTHERS = (
 
 @dataclass(frozen=True)
 class Contents:
-    """The content of one weight file, or of the shards of one model.
+    """The content of one weight file, or of all shards of one model.
 
     Attributes:
-        tensors: on the CPU, out of all wrappers.
-        beside: other content: "optimizer", "epoch", "model_ema", "momentum_encoder (152 tensors)".
+        tensors: the tensors on the CPU, without wrappers.
+        beside: names of other content in the file: "optimizer", "epoch", "model_ema", "momentum_encoder (152 tensors)".
         averaged: true for averaged weights (EMA).
     """
 
@@ -61,7 +61,10 @@ class Contents:
 
 
 def read_tensors(path: Path, *, ema: bool = False, trust: bool = False) -> Contents:
-    """Read a weight file, or the shards of an index, see `read_weights`."""
+    """Read a weight file, or all shards of an index.
+
+    `read_weights` documents the arguments and errors.
+    """
     kind = file_kind(path)
     held = _read_shards(path, trust) if kind == "index" else _read_one(path, kind, ema=ema, trust=trust)
     tensors, left_out = one_model(held.tensors, path, ema=ema and not held.averaged)
@@ -69,7 +72,10 @@ def read_tensors(path: Path, *, ema: bool = False, trust: bool = False) -> Conte
 
 
 def find_file(path: Path) -> Path:
-    """Find the weight file, or its shards' index, in a folder."""
+    """Return the weight file or the index of shards at a path.
+
+    Raises UserError if the path does not exist or the folder has no weights.
+    """
     path = path.expanduser()
     if path.is_file():
         return path
@@ -82,7 +88,10 @@ def find_file(path: Path) -> Path:
 
 
 def file_kind(path: Path) -> str:
-    """Tell "safetensors", "torch", "pickle" or "index" by the first bytes."""
+    """Return "safetensors", "torch", "pickle" or "index", detected by the first bytes.
+
+    Raises UserError if the file is empty, cannot be read or is another kind of file.
+    """
     try:
         with open(path, "rb") as file:
             head = file.read(512)
@@ -112,14 +121,14 @@ def file_kind(path: Path) -> str:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors, mapped from the file, and metadata."""
+    """Read memory-mapped tensors and the metadata of a safetensors file."""
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())  # the handle itself cannot be iterated
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except MemoryError:
         raise
-    except Exception as error:  # of the library's own type, or of torch's and Python's
+    except Exception as error:  # safetensors raises its own error type, and errors of torch and Python
         raise damaged(path, error) from None
 
 
@@ -153,7 +162,7 @@ def _read_shards(path: Path, trust: bool) -> Contents:
 
 
 def _weight_map(path: Path) -> dict[str, set[str]]:
-    """Map each shard to the names of its tensors."""
+    """Return the names of the tensors in each shard."""
     try:
         index: Any = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -194,12 +203,12 @@ def _find_in_folder(folder: Path) -> Path:
     )
     if (folder / HUB_CONFIG).is_file():
         missing = f"next to {HUB_CONFIG} none of {', '.join(HUB_FILES)}"
-    files = islice(chain(folder.glob("*"), folder.glob("*/*")), _MAX_LISTED)  # it may be a folder of a million images
+    files = islice(chain(folder.glob("*"), folder.glob("*/*")), _MAX_LISTED)  # the folder may have a million images
     weights = sorted(str(file.relative_to(folder)) for file in files if file.suffix in _WEIGHT_SUFFIXES)
     remedy = f"one of its files: {shorten(weights)}" if weights else "a weight file or the folder of a run"
     raise UserError(f"{folder}: a folder without weights: {missing}; name {remedy}")
 
 
 def shards(path: Path) -> list[Path]:
-    """List the files that an index names, if it is one."""
+    """Return the files that an index lists, or [] for other files."""
     return [path.parent / name for name in sorted(_weight_map(path))] if file_kind(path) == "index" else []

@@ -1,7 +1,7 @@
-"""Read files of `torch.save`, now (a zip archive) and before version 1.6 (pickles, then bytes).
+"""Read files of `torch.save`: zip archives, and the older format (pickles, then bytes) of torch before version 1.6.
 
-`torch.load` does not compare the checksums of the archive, unpacks compressed entries of any size, and reserves what
-the pickle in it asks for, so the values are read here (see `crossmae.checkpoints.reading.unpickle`).
+`torch.load` is not used. It does not compare the checksums of the archive. It unpacks compressed entries of any size,
+and reserves as much memory as the pickle requests. `crossmae.checkpoints.reading.unpickle` reads the pickles.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from crossmae.errors import UserError, shorten
 
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 ZIP = b"PK\x03\x04"
-_MAX_VALUES = 1 << 40  # of one tensor: less than what overflows torch's count of them
+_MAX_VALUES = 1 << 40  # most values of one tensor; torch's count of values overflows only above this number
 
 
 def read_torch_file(path: Path) -> Any:
     """Read containers, numbers, strings, CPU tensors and argparse namespaces.
 
-    Every byte is read once, and compared with the checksums of the file, if any. Raises a UserError for a file that is
-    damaged, refers to anything else, or is another kind of zip archive.
+    Every byte is read once. Checksums are compared where the file has them. Raises UserError if the file is damaged, is
+    another kind of zip archive, or refers to any other type.
     """
     with open(path, "rb") as file:
         legacy = file.read(len(ZIP)) != ZIP
@@ -47,7 +47,7 @@ def read_torch_file(path: Path) -> Any:
             return _read_archive(path, archive)
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # bytes that are not what they should be surface as almost any exception
+    except Exception as error:  # wrong bytes can raise almost any exception
         raise damaged(path, error) from None
 
 
@@ -64,7 +64,7 @@ def _read_archive(path: Path, archive: zipfile.ZipFile) -> Any:
     if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
         raise UserError(f"{path}: written on a big-endian machine. Save it again on a little-endian one.")
     content = Unpickler(path, TORCH_GLOBALS, storage).load(io.BytesIO(archive.read(entries.pop("data.pkl"))))
-    for entry in entries.values():  # unused entries: compare their checksums
+    for entry in entries.values():  # reading an unused entry compares its checksum
         archive.read(entry)
     return content
 
@@ -89,7 +89,7 @@ def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
         )
     if len(entries) != len(infos):
         raise ValueError("two entries of its archive have one name")
-    # Torch never compresses; what is compressed may unpack to any size, and entries may lie over each other.
+    # torch never compresses. A compressed entry may unpack to any size, and entries may overlap in the file.
     if any(info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size for info in infos):
         raise ValueError("an entry of its archive is compressed, which torch.save never does")
     if sum(info.file_size for info in infos) > path.stat().st_size:
@@ -110,7 +110,7 @@ def _read_legacy(path: Path, file: mmap.mmap) -> Any:
         if key not in storages:
             reserved += numel * dtype.itemsize
             if not 0 <= reserved <= len(file):
-                raise ValueError("its tensors are larger than the file")
+                raise ValueError("the tensors need more bytes than the file has")
             storages[key] = torch.empty(numel * dtype.itemsize, dtype=torch.uint8)
             types[key] = dtype
         return _typed(storages[key], dtype, numel)
@@ -152,11 +152,11 @@ def _typed(storage: Tensor, dtype: torch.dtype, numel: int) -> Tensor:
     return storage.view(dtype)
 
 
-# Builders of globals
+# Builders of globals. Each function replaces the torch function that its docstring names.
 
 
 def _size(sides: Any = ()) -> tuple[int, ...]:
-    """Build a `torch.Size`, or any tuple of whole numbers."""
+    """Build a tuple of whole numbers, for `torch.Size`."""
     return tuple(expect(side, int) for side in expect(sides, list | tuple))
 
 
@@ -164,7 +164,7 @@ def _tensor(
     storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], grad: Any = None, hooks: Any = None,
     metadata: Any = None,
 ) -> Tensor:  # fmt: skip
-    """Build `torch._utils._rebuild_tensor` and `_rebuild_tensor_v2`: a view of a storage."""
+    """Build a view of a storage, for `_rebuild_tensor` and `_rebuild_tensor_v2`."""
     size, stride, (offset,) = _size(size), _size(stride), _size((offset,))
     if metadata or len(size) != len(stride) or len(size) > MAX_DIMENSIONS or min((offset, *size, *stride)) < 0:
         raise ValueError("not a plain tensor")
@@ -178,12 +178,12 @@ def _tensor_of_type(
     storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], grad: Any, hooks: Any,
     dtype: torch.dtype, metadata: Any = None,
 ) -> Tensor:  # fmt: skip
-    """Build `torch._utils._rebuild_tensor_v3`: a view of a storage without a type."""
+    """Build a view of an untyped storage, for `torch._utils._rebuild_tensor_v3`."""
     return _tensor(storage.view(dtype), offset, size, stride, grad, hooks, metadata)
 
 
 def _with_attributes(build: Global, subclass: Any, arguments: tuple[Any, ...], state: Any) -> Any:
-    """Build `torch._tensor._rebuild_from_type_v2`: a tensor with Python attributes."""
+    """Build a tensor without its Python attributes, for `torch._tensor._rebuild_from_type_v2`."""
     if build.build not in (_tensor, _tensor_of_type):
         raise ValueError(f"a tensor built by {build.name}")
     return build.build(*expect(arguments, tuple))

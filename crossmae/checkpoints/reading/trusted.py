@@ -1,4 +1,4 @@
-"""Unrestricted unpickling, for `tools/convert_checkpoint.py --trust` and nowhere else."""
+"""Unrestricted unpickling, only for `tools/convert_checkpoint.py --trust`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def read_trusted(path: Path, kind: str) -> Any:
-    """Read a "pickle" or "torch" file and run any code in it."""
+    """Unpickle a "pickle" or "torch" file, running any code in it."""
     log.warning("%s: sha256 %s: --trust: read without restriction, any code in it runs now", path, sha256(path))
     try:
         if kind == "torch":
@@ -31,5 +31,5 @@ def read_trusted(path: Path, kind: str) -> Any:
         ) from None
     except MemoryError:
         raise
-    except Exception as error:  # bytes that are not what they should be surface as almost any exception
+    except Exception as error:  # wrong bytes can raise almost any exception
         raise damaged(path, error) from None

@@ -1,11 +1,11 @@
 """Read pickled data without running anything in it, in bounded time and memory.
 
-A pickle is a program. The interpreters of Python and torch, the weights-only one too, reserve the memory and take the
-time that it asks for: 140 bytes of nested tuples hold torch's weights-only reader for 33 s, and 30 bytes can demand
-gigabytes. So the opcodes that training programs write are interpreted here. Nothing is imported: every global that a
-file may refer to stands for a function that builds plain data (`GLOBALS`), and any other is refused.
+A pickle is a program. The interpreters of Python and torch use as much memory and time as this program requests. This
+includes torch's weights-only reader: 140 bytes of nested tuples keep it busy for 33 s, and 30 bytes can request
+gigabytes. This module therefore interprets the opcodes that training programs write. Nothing is imported. `GLOBALS`
+lists the globals that a file may refer to, each with a function that builds plain data. Any other global is refused.
 
-Bounds: `MAX_OPCODES` steps; data of at most `MAX_GROWTH` times the file's size; keys whose hash takes no time.
+Bounds: at most `MAX_OPCODES` opcodes; data of at most `MAX_GROWTH` times the file's size; only keys that hash quickly.
 """
 
 from __future__ import annotations
@@ -24,23 +24,27 @@ import numpy as np
 
 from crossmae.errors import UserError
 
-MAX_OPCODES = 1_000_000  # 3 s and 250 MB at worst; a ViT-H with the state of its optimizer has 50,000
+MAX_OPCODES = 1_000_000  # at most 3 s and 250 MB; a ViT-H with the state of its optimizer has 50,000 opcodes
 MAX_GROWTH, GROWTH_BASE = 4, 1 << 26
 MAX_DIMENSIONS = 16
-_MAX_DTYPE = 12  # characters; "<f4", "U1000000"
-_ENTRY_BYTES = 100  # of a container, roughly
+_MAX_DTYPE = 12  # most characters of a dtype's name, such as "<f4" or "U1000000"
+_ENTRY_BYTES = 100  # approximate memory of one entry of a container
 _SPECIAL = re.compile(r"torch\._utils\._rebuild_(sparse|qtensor|nested|meta|wrapper)|torch\.Q\w+")
 _KEYS = (str, bytes, bool, type(None))
-MAX_NUMBER_KEYS = 30_000  # of one file: numbers can be chosen so that each costs as many steps as there are already
+# Most numbers as keys in one file. Numbers with colliding hashes make each insertion as slow as all earlier ones.
+MAX_NUMBER_KEYS = 30_000
 
 
 def read_numpy_pickle(path: Path) -> Any:
-    """Read a pickle of numpy arrays as in detectron2's model zoo."""
+    """Read a pickle of numpy arrays, as in detectron2's model zoo."""
     return read_mapped(path, lambda file: Unpickler(path, GLOBALS).load(file))
 
 
 def read_mapped(path: Path, read: Callable[[mmap.mmap], Any]) -> Any:
-    """Apply `read` to the mapped file, to its end."""
+    """Memory-map a file and return `read(mapped)`.
+
+    Raises UserError if the file is damaged, or `read` stops before the end of the file.
+    """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             content = read(mapped)
@@ -49,12 +53,12 @@ def read_mapped(path: Path, read: Callable[[mmap.mmap], Any]) -> Any:
             return content
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # bytes that are not what they should be surface as almost any exception
+    except Exception as error:  # wrong bytes can raise almost any exception
         raise damaged(path, error) from None
 
 
 def refusal(path: Path, name: str) -> UserError:
-    """Make the error for a global outside the allow-list."""
+    """Return the error for a global that is not in `GLOBALS`."""
     name = name if name.isprintable() and len(name) <= 200 else ascii(name[:200])
     if _SPECIAL.match(name):
         return UserError(
@@ -69,7 +73,7 @@ def refusal(path: Path, name: str) -> UserError:
 
 
 def damaged(path: Path, error: Exception) -> UserError:
-    """Make the error for an incompletely readable weight file."""
+    """Return the error for a truncated or damaged weight file."""
     what = "" if type(error) is ValueError else f"{type(error).__name__}: "
     return UserError(
         f"{path}: truncated or damaged ({path.stat().st_size:,} bytes): {what}"
@@ -80,19 +84,19 @@ def damaged(path: Path, error: Exception) -> UserError:
 
 @dataclass(frozen=True)
 class Global:
-    """A name in a pickle with its builder, None where it is never called."""
+    """A global of a pickle and its builder. The builder is None for a global that is never called."""
 
     name: str
     build: Callable[..., Any] | None
 
 
 class Unpickler:
-    """An interpreter of one pickle after the other.
+    """An interpreter for the pickles of one file.
 
     Args:
-        path: for errors, and for the size that bounds the data.
-        known: builder or value of each global, by canonical name.
-        persistent: builder of persistent ids; without it, a file with one is damaged.
+        path: the file, named in errors. Its size bounds the size of the data.
+        known: builder or value of each allowed global, by canonical name.
+        persistent: function that loads a persistent id. If None, a persistent id in the file is an error.
     """
 
     def __init__(self, path: Path, known: Mapping[str, Any], persistent: Callable[[Any], Any] | None = None) -> None:
@@ -104,7 +108,10 @@ class Unpickler:
         self._memo: dict[int, Any]
 
     def load(self, file: Any) -> Any:
-        """Read the pickle at the position of `file`, or raise any exception."""
+        """Read one pickle at the position of `file`.
+
+        Wrong bytes can raise any exception.
+        """
         self._stack, self._marked, self._memo = [], [], {}
         for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
             if count == MAX_OPCODES:
@@ -179,7 +186,7 @@ class Unpickler:
         elif isinstance(target, argparse.Namespace):
             self._spend(expect(state, dict))
             vars(target).update({expect(key, str): value for key, value in state.items()})
-        elif not isinstance(target, dict):  # its attributes, versions of modules in a state dict, are unused
+        elif not isinstance(target, dict):  # the attributes of a state dict (module versions) are unused
             raise ValueError(f"a state for an object of type {type(target).__name__}")
 
     def _load_persistent(self, _: Any) -> None:
@@ -188,7 +195,10 @@ class Unpickler:
         self._stack.append(self._persistent(self._stack.pop()))
 
     def _spend(self, *values: Any) -> None:
-        """Count copied data: one object may be named a million times."""
+        """Count the size of copied data, and raise ValueError above the bound.
+
+        One object may be referenced a million times.
+        """
         for value in values:
             if isinstance(value, str | bytes | bytearray):
                 self._budget -= len(value)
@@ -199,7 +209,7 @@ class Unpickler:
 
 
 def allowance(path: Path) -> int:
-    """Return the bytes of data that a file may unpack to."""
+    """Return the largest size in bytes that a file may unpack to."""
     return MAX_GROWTH * path.stat().st_size + GROWTH_BASE
 
 
@@ -241,21 +251,24 @@ _ACTIONS: dict[str, Callable[[Unpickler, Any], None]] = {
 
 
 def expect(value: Any, kind: Any) -> Any:
-    """Return the value, or raise a ValueError for another kind."""
+    """Return the value. Raise ValueError if it has another type."""
     if not isinstance(value, kind):
         raise ValueError(f"a {type(value).__name__} where a {getattr(kind, '__name__', kind)} belongs")
     return value
 
 
 def _key(value: Any) -> Any:
-    """Check that a key hashes quickly: nested tuples would take exponential time."""
+    """Return a key. Raise ValueError if it may hash slowly.
+
+    Hashing nested tuples takes exponential time.
+    """
     if isinstance(value, _KEYS) or (isinstance(value, int) and value.bit_length() <= 64) or isinstance(value, float):
         return value
     raise ValueError(f"a key of type {type(value).__name__}")
 
 
 def _canonical(name: str) -> str:
-    """Unify the names of globals of all versions of Python and numpy."""
+    """Return one name for a global, whatever the Python and numpy versions."""
     return name.replace("numpy._core.", "numpy.core.").replace("__builtin__.", "builtins.")
 
 
@@ -271,7 +284,7 @@ def _mapping(entries: Any = ()) -> dict[Any, Any]:
 
 def _set(items: Any = ()) -> set[Any]:
     if len(expect(items, list | tuple | set)) > MAX_NUMBER_KEYS:
-        raise ValueError(f"more than {MAX_NUMBER_KEYS:,} things in a set")
+        raise ValueError(f"a pickled set has more than {MAX_NUMBER_KEYS:,} items")
     return {_key(item) for item in items}
 
 
@@ -283,13 +296,13 @@ def _latin1_bytes(text: str, encoding: str = "latin1") -> bytes:
 
 @dataclass
 class _DType:
-    """A data type. Its state, the byte order, follows."""
+    """A numpy data type. A later opcode sets its byte order."""
 
     value: np.dtype
 
 
 def _dtype(text: str, align: Any = False, copy: Any = True) -> _DType:
-    """Make a type of numbers or fixed-length text, nothing else."""
+    """Build a data type. Raise ValueError except for numbers and fixed-length text."""
     text = expect(text, str)[: _MAX_DTYPE + 1]
     dtype = np.dtype(text) if len(text) <= _MAX_DTYPE else None
     if dtype is None or not dtype.itemsize or dtype.hasobject or dtype.names or dtype.subdtype:
@@ -300,7 +313,7 @@ def _dtype(text: str, align: Any = False, copy: Any = True) -> _DType:
 def _fill_array(array: np.ndarray, state: tuple[Any, ...]) -> None:
     _, shape, dtype, fortran, data = state
     data = _raw(data)
-    if array.size or array.base is not None:  # other arrays may look into it by now
+    if array.size or array.base is not None:  # another array may already be a view of it
         raise ValueError("an array is filled twice")
     sides = _checked_shape(shape, dtype, data)
     array.__setstate__((1, sides, dtype.value, bool(fortran), data))  # type: ignore[arg-type]  # a plain bool works
@@ -322,7 +335,7 @@ def _scalar(dtype: _DType, data: Any) -> Any:
 
 
 def _raw(data: Any) -> bytes:
-    """Return an array's bytes, which are text in Python 2."""
+    """Return the bytes of an array. Python 2 pickled them as text."""
     return data.encode("latin1") if isinstance(data, str) else expect(data, bytes | bytearray)
 
 

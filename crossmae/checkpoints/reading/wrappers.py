@@ -1,7 +1,7 @@
 """Unwrap named tensors from the dicts and prefixes that trainers put around them.
 
-Where a file holds several sets of weights, the plain ones are taken, the averaged ones (EMA) on request. Of student and
-teacher (DINO) the teacher is taken, which is an average as well. All others are listed.
+If a file has several sets of weights, the plain weights are used, or the averaged weights (EMA) on request. From a file
+with student and teacher (DINO) the teacher is used, which is an average as well. The unused sets are listed.
 """
 
 from __future__ import annotations
@@ -23,24 +23,27 @@ from crossmae.checkpoints.reading.digest import DIGEST
 from crossmae.checkpoints.reading.unpickle import allowance
 from crossmae.errors import UserError, shorten
 
-# Keys of dicts around a state dict, the first that a file has is taken.
+# Keys under which trainers store a state dict. The first key that a file has is used.
 EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "ema", "teacher", "target_encoder")
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "teacher", "student", "encoder", *EMA_WRAPPERS)
-# Before names in a flat state dict that holds several models: MoCo v3, DINOv2.
+# Prefixes of names in a state dict of several models (MoCo v3, DINOv2).
 EMA_BRANCHES = ("momentum_encoder.", "teacher.")
 BRANCHES = ("base_encoder.", "teacher.", "student.")
-# Before every name: DDP, torch.compile, trainers.
+# Prefixes of every name, added by DDP, torch.compile and trainers.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
-COUNTERS = ("n_averaged", "steps")  # next to the prefix `module.` in the averaged models of torch and mmengine
+COUNTERS = ("n_averaged", "steps")  # entries without the prefix `module.` in averaged models of torch and mmengine
 _MAX_WRAPPERS, _MAX_NAME = 4, 1000
 _MAX_SETTINGS, _MAX_LISTED, _MAX_TEXT = 1000, 100, 250
 
 
 def state_dict(content: Any, path: Path, *, ema: bool = False) -> tuple[dict[str, Tensor], tuple[str, ...], bool]:
-    """Take the tensors of a pickle out of `WRAPPERS`.
+    """Extract the tensors of a pickle from its `WRAPPERS`.
 
     Returns:
-        Tensors under the names in the file; the other keys; true where these are EMA weights.
+        The tensors under their names in the file, the other keys of the wrappers, and true for EMA weights.
+
+    Raises:
+        UserError: the content is not a state dict.
     """
     beside: list[str] = []
     averaged = False
@@ -63,7 +66,11 @@ def state_dict(content: Any, path: Path, *, ema: bool = False) -> tuple[dict[str
 def one_model(
     tensors: dict[str, Tensor], path: Path, *, ema: bool = False
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Strip prefixes, select one of `BRANCHES`, and describe the rest."""
+    """Strip prefixes, and select one model of a file with several.
+
+    Returns the tensors, and descriptions of the tensors that were left out. Raises UserError if `ema` is true and the
+    file has no EMA weights.
+    """
     branches = EMA_BRANCHES if ema else BRANCHES
     branch = next((prefix for prefix in branches if any(name.startswith(prefix) for name in tensors)), None)
     counters = [name for name in COUNTERS if name in tensors]
@@ -84,7 +91,7 @@ def one_model(
 
 
 def pickled_metadata(content: Any, path: Path) -> dict[str, str]:
-    """Read the metadata of our own pickled files."""
+    """Return the metadata of this toolkit's pickles, {} for other pickles."""
     if not isinstance(content, Mapping):
         return {}
     ours = content.get(PICKLED_METADATA, {})
@@ -95,7 +102,7 @@ def pickled_metadata(content: Any, path: Path) -> dict[str, str]:
 
 
 def published_settings(content: Any) -> dict[str, str]:
-    """Convert the settings that published files hold in a namespace to metadata."""
+    """Return the settings in a published file's `args` namespace as metadata."""
     args = content.get("args") if isinstance(content, Mapping) else None
     if not isinstance(args, argparse.Namespace) or len(vars(args)) > _MAX_SETTINGS:
         return {}
@@ -112,7 +119,7 @@ def _wrapper(content: Any, keys: Iterable[str]) -> str | None:
         return any(isinstance(each, Tensor | np.ndarray | Mapping | nn.Module) for each in values)
 
     found = [key for key in keys if isinstance(content.get(key), Mapping | nn.Module)]
-    # A dict of settings can have the name, too: those with tensors come first.
+    # A dict of settings can have the same key. Dicts with tensors come first.
     return next((key for key in found if holds_tensors(content[key])), next(iter(found), None))
 
 
@@ -131,7 +138,7 @@ def _check_values(content: Mapping[Any, Any], path: Path) -> None:
             f"{path}: not a state dict: {name!r} is of type {type(value).__name__}, not a tensor "
             f"({len(others)} of {len(content)} entries are not); the file holds {_describe(content)}"
         )
-    # A tensor may be a view that repeats one value, or many tensors views of the same values.
+    # A tensor may be a view that repeats one value. Many tensors may be views of the same values.
     size = sum(math.prod(value.shape) * value.itemsize for value in content.values())
     if size > allowance(path):
         raise UserError(
@@ -141,7 +148,7 @@ def _check_values(content: Mapping[Any, Any], path: Path) -> None:
 
 
 def _setting(value: Any) -> Any:
-    """Replace values that may be endless by their type."""
+    """Return a setting for JSON. Long values are replaced by their type."""
     if isinstance(value, list | tuple) and len(value) <= _MAX_LISTED:
         return [_setting(item) if not isinstance(item, list | tuple) else f"<{type(item).__name__}>" for item in value]
     value = value.item() if isinstance(value, np.generic) else value
@@ -161,7 +168,10 @@ def _describe(content: Any) -> str:
 
 
 def _dense(value: Tensor | np.ndarray, name: str, path: Path, seen: set[int]) -> Tensor:
-    """Copy views, because safetensors cannot hold views of one storage."""
+    """Return a contiguous tensor with its own storage, as safetensors requires.
+
+    `seen` collects the addresses of the storages in use.
+    """
     try:
         if isinstance(value, np.ndarray):
             return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))

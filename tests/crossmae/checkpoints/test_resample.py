@@ -388,7 +388,7 @@ def test_a_grid_that_nothing_tells_matters_only_for_the_table() -> None:
     assert "img_size" not in arguments
     assert "img_size" not in fit(tensors, arguments, {"patch_size": 16, "in_chans": 1}).arguments
     assert changed(tensors, fit(tensors, arguments, {"img_size": (24, 32)}).tensors) == set()
-    with pytest.raises(UserError, match="13 rows is unknown"):
+    with pytest.raises(UserError, match="cannot infer the grid of 13 position embeddings"):
         fit(tensors, arguments, {"img_size": 32})
 
 

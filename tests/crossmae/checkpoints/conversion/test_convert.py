@@ -486,7 +486,7 @@ def test_new_folders_are_made_and_files_can_be_read_by_others(tmp_path: Path) ->
         ({"sizes": Sizes(channels="mean", in_chans=3)}, "--channels mean: has no effect"),
         ({"sizes": Sizes(window=4)}, "relative"),
         ({"given": {"norm_pix_loss": False}}, "--set norm_pix_loss: has no effect"),
-        ({"given": {"colour": 1}}, "--set colour: no argument of the model"),
+        ({"given": {"colour": 1}}, "--set colour: unknown model argument"),
     ],
 )
 def test_nothing_is_given_in_vain(tmp_path: Path, options: dict[str, Any], told: str) -> None:

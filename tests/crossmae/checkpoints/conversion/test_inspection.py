@@ -113,7 +113,7 @@ def test_what_it_says_of_conversions_is_what_they_do(tmp_path: Path, decoder: st
         for to, outcome in becomes.items():
             destination = tmp_path / f"{source.stem}-{to}{TARGETS[to].suffixes[0]}"
             if not outcome.possible:
-                with pytest.raises(UserError, match=r"holds no class token"):
+                with pytest.raises(UserError, match=r"has no class token"):
                     convert(source, destination, to)
                 continue
             report = convert(source, destination, to).report

@@ -262,7 +262,8 @@ def test_a_changed_number_in_a_folder_of_transformers_fails(name: str, tmp_path:
     assert not proof.equal
     # The library's own name of it, which is another in version 4.
     assert re.search(
-        r"ViT\w*Model finds no (layers\.1\.mlp\.fc2|encoder\.layer\.1\.output\.dense)\.bias in it", proof.reason
+        r"ViT\w*Model needs (layers\.1\.mlp\.fc2|encoder\.layer\.1\.output\.dense)\.bias, which the folder lacks",
+        proof.reason,
     )
 
 

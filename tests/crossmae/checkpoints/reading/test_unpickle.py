@@ -383,5 +383,5 @@ def test_a_legacy_file_reserves_no_more_than_its_size(tmp_path: Path, bounded: A
     changed = re.sub(rb"(?<=cpuq.)K\x04", lambda _: b"J\xff\xff\xff\x7f", path.read_bytes())
     assert len(changed) == path.stat().st_size + 3
     path.write_bytes(changed)
-    with pytest.raises(UserError, match="its tensors are larger than the file"), bounded():
+    with pytest.raises(UserError, match="the tensors need more bytes than the file has"), bounded():
         read_weights(path)
