@@ -35,9 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
     config = load_config(arguments.config_file, arguments.overrides)
 
-    from crossmae.pretraining.train import (
-        pretrain,
-    )  # imported after the config check, because this import takes seconds
+    # Imported after the config check, because this import takes seconds.
+    from crossmae.pretraining.train import pretrain
 
     pretrain(config, resume=arguments.resume)
 

@@ -140,9 +140,8 @@ def build_loader(
     return Loader(
         dataset,
         usable_workers(workers),
-        batch_sampler=map(
-            plan.batch, range(first, last)
-        ),  # one sampler for all epochs, so that workers do not wait between epochs
+        # One sampler for all epochs, so that workers do not wait between epochs.
+        batch_sampler=map(plan.batch, range(first, last)),
         collate_fn=collate,
         pin_memory=pin_memory,
     )

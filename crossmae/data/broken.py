@@ -18,7 +18,7 @@ from crossmae.data.sources.source import evenly_spaced
 from crossmae.errors import UserError, shorten
 from crossmae.files import printable
 
-MAX_SUBSTITUTES = 100  # an error is raised after so many consecutive broken images
+MAX_SUBSTITUTES = 100  # consecutive broken images that raise an error
 LOOKS = 8  # number of images whose bit depth is checked
 NEVER_REPLACED = "Repair or remove it: what is evaluated on is never replaced."
 

@@ -48,8 +48,8 @@ def decode_image(data: bytes, name: str, channels: int = 3, bit_depth: int = 8) 
     """Decode a whole file to `channels` channels, by the rules above.
 
     Returns:
-        With 8 bits and one or three channels: an "L" or "RGB" image. Otherwise an array (H, W, channels): uint8 for a
-            bit depth of 8, float32 in 0-1 for 16.
+        An "L" or "RGB" image for one or three channels of 8 bits. Otherwise an array (H, W, channels), which is uint8
+        for a bit depth of 8 and float32 in 0-1 for 16.
 
     Raises:
         UserError: If the file is empty, truncated, not an image, above Pillow's limit of pixels, or has a number of

@@ -21,7 +21,7 @@ LOW_RANGE = 1 / 8  # share of the 16-bit range; 12-bit data use 1/16
 
 @dataclass(frozen=True)
 class PixelStats:
-    """Pixel statistics over images. Every image has the same weight, as in training, where crops have the same size.
+    """Pixel statistics over images. Every image has the same weight, because training crops have the same size.
 
     Attributes:
         mean, std: per channel, of pixels scaled to 0-1.

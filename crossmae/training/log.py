@@ -43,12 +43,11 @@ LOG, BROKEN = "log.jsonl", "broken.jsonl"
 
 
 class RunLog:
-    """Log writers of a run. A context manager that closes the writers at the end.
+    """Log writers of a run, as a context manager that closes the writers.
 
     Args:
         step: step that the run continues from. Log lines after this step are dropped, because the steps are run again.
-        resumed: the run continues from a checkpoint. If false, the logs of an earlier attempt in the folder are
-            deleted.
+        resumed: true if the run continues from a checkpoint. Otherwise the logs of an earlier attempt are deleted.
     """
 
     def __init__(
@@ -136,7 +135,7 @@ class RunLog:
 
 
 def announce_steps(schedule: Schedule, step: int, rule: str) -> None:
-    """Log the next steps, and the `rule` for the learning rate."""
+    """Log the number of steps and the `rule` for the learning rate."""
     left_out = schedule.images - schedule.batches_per_epoch * schedule.images_per_batch
     log.info(
         "%d images, %d per step, %.4g steps per epoch%s",

@@ -65,7 +65,7 @@ class Job:
         loss: computes the loss of (model, micro-batch, number of the micro-batch in the run).
         fingerprint: settings that must not change when the run is resumed.
         start: checkpoint to continue from; None: a new run.
-        metadata: describes the weights of a step. Stored with the final weights.
+        metadata: returns the metadata for the weights of a step. Weight files contain this metadata.
         announce: logs the next steps after a given step.
     """
 
@@ -247,7 +247,9 @@ def write_final(checkpoint: Path, folder: Path, decay: float | None, metadata: C
     """Copy the weights of a checkpoint to the run folder."""
     weights = folder / WEIGHTS
     write_atomically(weights, lambda path: path.write_bytes((checkpoint / MODEL).read_bytes()))
-    if decay and "ema" in (state := read_state(checkpoint)):  # the state of a large model has gigabytes
+    if decay and "ema" in (
+        state := read_state(checkpoint)
+    ):  # the state may have gigabytes, so it is read only if needed
         about = metadata(int(state["step"])) | {"ema_decay": str(decay)}
         save_weights(folder / EMA_WEIGHTS, state["ema"], about, force=True)
     log.info("final weights: %s", weights)

@@ -128,7 +128,7 @@ def test_existing_pictures_stay(
     assert run(monkeypatch, "run", "one.png", "--no-gif") == 0
     before = Path("reconstructions/overview-1.png").read_bytes()
     assert run(monkeypatch, "run", "two.png", "--no-gif") == USER_ERROR_EXIT_CODE
-    assert "exists already" in capsys.readouterr().err
+    assert "output files already exist" in capsys.readouterr().err
     assert Path("reconstructions/overview-1.png").read_bytes() == before
     assert run(monkeypatch, "run", "two.png", "--no-gif", "--force") == 0
     assert Path("reconstructions/overview-1.png").read_bytes() != before

@@ -19,11 +19,8 @@ from crossmae.files import printable, read_file
 
 PATH_COLUMNS = ("path", "image", "file_name", "filename")
 LABEL_COLUMNS = ("label", "class")
-ROOT_KEYS = {
-    "data.train": "data.root",
-    "data.val": "data.val_root",
-    "SRC": "--root",
-}  # config keys for the base folder of a list
+# Name of the setting for the base folder of a list, by the key of the data set.
+ROOT_KEYS = {"data.train": "data.root", "data.val": "data.val_root", "SRC": "--root"}
 
 log = logging.getLogger(__name__)
 

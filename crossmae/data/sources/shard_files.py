@@ -171,9 +171,7 @@ class RangeReader:
             OSError: If the file cannot be read. Remote file systems also raise errors of their own libraries.
         """
         if not file.url:
-            descriptor = self._descriptor(
-                file.path
-            )  # this reference keeps the file open if another thread clears the dict
+            descriptor = self._descriptor(file.path)  # keeps the file open if another thread clears the dict
             return os.pread(descriptor.number, size, start)
         filesystem = open_filesystem(file.url, file.name)[0]
         data: bytes = _patiently(lambda: filesystem.cat_file(file.path, start=start, end=start + size), file.name)

@@ -216,10 +216,8 @@ def _make_missing(
 
 
 def _pack(source: Source, index: int, settings: ShardSettings) -> _Packed:
-    data, name = (
-        source.read(index),
-        source.name(index),
-    )  # not "broken": a file that cannot be opened now may be readable later
+    # Outside of `try`: a file that cannot be opened now may be readable later, and is not left out as broken.
+    data, name = source.read(index), source.name(index)
     label = source.label(index) if source.classes else None
     keeps, short_side, quality = settings.keep_original, settings.short_side, settings.quality
     try:
