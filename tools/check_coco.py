@@ -1,14 +1,14 @@
-"""Check a data set in COCO (or LVIS) format before it is trained or evaluated on.
+"""Check a data set in COCO (or LVIS) format before training or evaluation.
 
     python tools/check_coco.py instances.json IMAGES
     python tools/check_coco.py instances.json IMAGES --evaluation --json report.json
     python tools/check_coco.py instances.json --skip-images
 
-The json is never changed. For each kind of fault the table shows the number of entries, the first entries, and what to
-do. Training and evaluation refuse a file with errors; entries with droppable errors can be left out by kind:
+The JSON file is never changed. For each kind of fault, the table shows the number of entries, the first entries, and
+what to do. Training and evaluation reject a file with errors. Entries with droppable errors can be left out by kind:
 DATASETS.DROP="('empty-box',)".
 
-Exit code: 0 nothing but information, 1 there are faults, 2 the command line is wrong or the json cannot be read.
+Exit code: 0 no faults (only information), 1 faults, 2 wrong command line or unreadable JSON file.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def count(content: dict[str, Any]) -> dict[str, int]:
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """Format one block per kind: counts, meaning, first entries."""
+    """Format one block per kind: counts, explanation, first entries."""
     lines = []
     for one in findings:
         lines.append(f"{one.kind.name:24} {one.rank.value:16} {one.counted()}, id {one.ids()}")
@@ -106,13 +106,13 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Check, print, and exit with code 1 for faults."""
+    """Check, print, and exit with code 1 if there are faults."""
     arguments = build_parser().parse_args(argv)
     check_arguments(arguments)
     content = read_coco(arguments.coco)
     images = None if arguments.skip_images else arguments.images
     counts = count(content)
-    has_masks = counts["without mask"] < counts["annotations"]  # a data set of boxes needs no masks
+    has_masks = counts["without mask"] < counts["annotations"]  # a data set without any masks needs none
     findings = find_faults(content, images, for_evaluation=arguments.evaluation, masks=has_masks)
     print(", ".join(f"{value} {name}" for name, value in counts.items()))
     print("\n".join(filter(None, (table(findings), advice(findings)))))

@@ -5,10 +5,10 @@
     python tools/export_detector.py --config-file coco_mask_rcnn.yaml --weights model_final.pth \\
         --output detector.onnx MODEL.ROI_HEADS.SCORE_THRESH_TEST=0.3
 
-The file takes `image` (1, 3, H, W), float32 RGB from 0 to 255, and `image_size` (2,), int64 height and width of the
-picture at its top left. It gives `boxes` (N, 4) x0, y0, x1, y1, `scores` (N,), `classes` (N,) and `masks` (N, M, M),
-which are probabilities inside the boxes. The file is run on the CPU and compared with the detector before it is kept.
-Words like TEST.DETECTIONS_PER_IMAGE=50 replace settings of the config.
+The file has two inputs: `image` (1, 3, H, W), float32 RGB from 0 to 255, and `image_size` (2,), the int64 height and
+width of the picture in the top left corner. Its outputs are `boxes` (N, 4) x0, y0, x1, y1, `scores` (N,), `classes`
+(N,) and `masks` (N, M, M), which are probabilities inside the boxes. Before the file is kept, it is run on the CPU and
+compared with the detector. Words like TEST.DETECTIONS_PER_IMAGE=50 replace settings of the config.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, export, print size and accuracy."""
+    """Parse the command line, export, and print size and accuracy."""
     args = build_parser().parse_intermixed_args(argv)
     set_up_console()
     if args.image and args.no_check:

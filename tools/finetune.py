@@ -1,6 +1,6 @@
-"""Fine-tune a pretrained encoder to tell classes apart, or evaluate a classifier.
+"""Fine-tune a pretrained encoder for classification, or evaluate a classifier.
 
-CPU, to see it work (2 steps):
+CPU, for a short test (2 steps):
     python tools/finetune.py --config-file finetune/small.yaml model.init=WEIGHTS data.train=IMAGES data.val=HELD_OUT \\
         output_dir=OUT schedule.max_steps=2
 One GPU:
@@ -9,12 +9,12 @@ One GPU:
 Eight GPUs:
     torchrun --standalone --nproc-per-node 8 tools/finetune.py --config-file finetune/vitb.yaml model.init=WEIGHTS \\
         data.train=IMAGES data.val=HELD_OUT output_dir=OUT
-Evaluation only, of the best weights of a run or of a file:
+Evaluation only, with the best weights of a run or with a file:
     python tools/finetune.py --config-file finetune/small.yaml --eval-only RUN data.val=HELD_OUT output_dir=OUT
 
-IMAGES and HELD_OUT have labels: a folder per class, a list with a column label, tar shards (docs/classification.md).
-WEIGHTS is the folder of a pretraining run, or a file of any kind that the toolkit reads. The same command with --resume
-continues from the last complete checkpoint. All settings: crossmae/classification/train/config.py.
+IMAGES and HELD_OUT have labels: a folder per class, a list with a label column, or tar shards (docs/classification.md).
+WEIGHTS is the folder of a pretraining run, or a file in any format that the toolkit reads. The same command with
+--resume continues from the last complete checkpoint. crossmae/classification/train/config.py describes all settings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from crossmae.training.config import add_config_arguments, load_typed_config
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build, call."""
+    """Parse the command line, then train or evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in output_dir")
@@ -40,12 +40,14 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--resume is for training, --eval-only evaluates. Give one of them")
     if arguments.force and not arguments.eval_only:
         raise UserError("--force is for --eval-only; a run is never replaced. Continue it with --resume")
-    is_main = os.environ.get("RANK", "0") == "0"  # the others speak up when something is wrong
+    is_main = os.environ.get("RANK", "0") == "0"  # other processes log only problems
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
     config = load_typed_config(FinetuneConfig, arguments.config_file, arguments.overrides)
 
     if arguments.eval_only:
-        from crossmae.classification.evaluation.evaluate import evaluate_only  # imports take seconds
+        from crossmae.classification.evaluation.evaluate import (
+            evaluate_only,
+        )  # slow import
         from crossmae.training.log import describe
 
         images, settings, runtime = config.data, config.evaluation, config.runtime

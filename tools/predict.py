@@ -4,13 +4,13 @@
     python tools/predict.py --weights outputs/run photos/ 'more/**/*.jpg' clip.mp4 --output found --score-threshold 0.3
     python tools/predict.py --config-file coco_mask_rcnn.yaml --weights model_final.pth photo.jpg MODEL.DEVICE=cpu
 
-INPUT are images, videos, folders (the images in them and their subfolders) and quoted patterns. Words like
-MODEL.DEVICE=cpu replace settings of the config, unless a file has that name. Written into --output:
-    NAME.png, NAME.mp4     images and videos with their objects; small images enlarged, videos without sound
+INPUT is any number of images, videos, folders (the images in them and in their subfolders) and quoted patterns. Words
+like MODEL.DEVICE=cpu replace settings of the config, unless a file has that name. Written into --output:
+    NAME.png, NAME.mp4     images and videos with their objects; small images are enlarged, videos have no sound
     predictions.json       COCO annotations with scores, masks as RLE; the frames of a video are images with "frame" and
                            "time" in seconds
-Objects that score above --score-threshold are drawn and listed. Files that cannot be read are skipped; they, and
-pictures that cannot be written, are listed at the end, and the exit code is then 1.
+Objects with a score above --score-threshold are drawn and listed. Files that cannot be read are skipped. They are
+listed at the end, together with pictures that cannot be written, and the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("nothing to predict: name images, folders, patterns or videos")
     root, media = find_media(inputs)
     check_output(args.output, media, inputs, args.force)
-    # In the config, because masks are made only of objects that are kept; later settings on the command line win.
+    # Set in the config, because masks are computed only for kept objects. Later settings on the command line override
+    # it.
     settings.insert(0, f"MODEL.ROI_HEADS.SCORE_THRESH_TEST={args.score_threshold}")
     predictor = Predictor(read_config(args.config_file, args.weights, settings), args.weights, masks=not args.no_masks)
     classes = find_classes(predictor, args.classes)

@@ -4,9 +4,10 @@
     python tools/predict_classes.py --weights outputs/run photos/ 'more/**/*.jpg' --output found.csv --top-k 3
     python tools/predict_classes.py --weights model.safetensors shards/x-{000..012}.tar --output found.json
 
-INPUT are images, folders (the images in them and their subfolders), quoted patterns, and any other source that training
-reads: lists, tar shards, idx files. Without --output, or with -, JSON goes to the terminal. Images that cannot be read
-are skipped and listed at the end, and the exit code is then 1. See crossmae/classification/predict.py for the formats.
+INPUT is any number of images, folders (the images in them and in their subfolders), quoted patterns, and other sources
+that training reads: lists, tar shards, idx files. Without --output, or with -, JSON is written to the terminal. Images
+that cannot be read are skipped and listed at the end, and the exit code is then 1. crossmae/classification/predict.py
+describes the formats.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@
         data.train=TRAIN data.val=VAL output_dir=BASELINE
 
 TRAIN and VAL are labelled images: a folder with one subfolder per class, or another source with labels. FILE is the
-folder of a run, or a weight file that holds a ViT encoder. Features are extracted once and kept in OUT/features.
-Written: results.json with all numbers and settings, and report.html. All settings are described in
-crossmae/classification/probe/config.py.
+folder of a run, or a weight file with a ViT encoder. Features are extracted once and kept in OUT/features. The outputs
+are results.json, with all numbers and settings, and report.html. crossmae/classification/probe/config.py describes all
+settings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    from crossmae.classification.probe.config import ProbeRunConfig  # after --help: these imports take seconds
+    from crossmae.classification.probe.config import ProbeRunConfig  # after --help, because these imports take seconds
     from crossmae.training.config import load_typed_config
 
     config = load_typed_config(ProbeRunConfig, arguments.config_file, arguments.overrides)

@@ -1,14 +1,14 @@
 """Train or evaluate a detector with a CrossMAE encoder.
 
-CPU, to see it work (2 iterations of one image):
+CPU, for a short test (2 iterations of one image):
     python tools/train_net.py --config-file coco_mask_rcnn.yaml --train-json TRAIN.json --train-images IMAGES \\
         MODEL.WEIGHTS=WEIGHTS OUTPUT_DIR=OUT SOLVER.MAX_ITER=2 SOLVER.IMS_PER_BATCH=1
-One GPU, data of your own in COCO format:
+One GPU, your own data in COCO format:
     python tools/train_net.py --config-file coco_mask_rcnn.yaml --train-json TRAIN.json --train-images IMAGES \\
         --val-json VAL.json --val-images IMAGES MODEL.WEIGHTS=WEIGHTS OUTPUT_DIR=OUT SOLVER.IMS_PER_BATCH=4
 Eight GPUs, COCO 2017 in $DETECTRON2_DATASETS/coco:
     python tools/train_net.py --config-file coco_mask_rcnn.yaml --num-gpus 8 MODEL.WEIGHTS=WEIGHTS OUTPUT_DIR=OUT
-The same command with --resume continues from the last checkpoint; with --eval-only MODEL.WEIGHTS=OUT/model_final.pth
+The same command with --resume continues from the last checkpoint. With --eval-only MODEL.WEIGHTS=OUT/model_final.pth,
 it evaluates. Settings follow as KEY VALUE or KEY=VALUE.
 """
 

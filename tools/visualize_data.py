@@ -1,10 +1,11 @@
-"""Draw the training images of a detector as the model gets them, with boxes, masks and classes, on one sheet.
+"""Draw the training images of a detector, as the model receives them, on one sheet.
 
     python tools/visualize_data.py --config-file coco_mask_rcnn.yaml --train-json TRAIN.json --train-images IMAGES
     python tools/visualize_data.py --config-file coco_mask_rcnn.yaml --num-images 36 INPUT.COPY_PASTE.ENABLED=True
 
-They come from the loader of tools/train_net.py: with the same config, data and SEED they are the first images of the
-run, whatever the number of GPUs. The grey-brown around an image is what the batch is padded with: the mean pixel.
+Boxes, masks and classes are drawn. The images come from the loader of tools/train_net.py. With the same config, data
+and SEED, they are the first images of the run, for any number of GPUs. The grey-brown area around an image is the
+padding of the batch: the mean pixel.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from det.data.loader import build_train_loader, refuse_unreadable, training_samp
 from det.inference.draw import draw_instances, draw_sheet, instances_from_detectron2
 from det.training.console import set_up_console
 
-CELL = 448  # pixels that the longer side of an image has on the sheet
-LETTERS = 0.035  # of labels, over the longer side
+CELL = 448  # pixels of an image's longer side on the sheet
+LETTERS = 0.035  # height of label letters divided by the longer side
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
 JPEG_QUALITY = 92
 
@@ -54,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, load, draw."""
+    """Parse the command line, load the images, and draw the sheet."""
     args = build_parser().parse_intermixed_args(argv)
     set_up_console()
     if args.num_images < 1:
@@ -82,14 +83,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def padded_samples(cfg: CfgNode) -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:
     """Yield padded images (H, W, 3) and their samples in training order."""
-    with torch.device("meta"):  # weights without memory
+    with torch.device("meta"):  # build the model without memory for weights
         backbone = build_backbone(cfg)
     mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
     records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     solver, samples, workers = cfg.SOLVER, training_samples(cfg, records), cfg.DATALOADER.NUM_WORKERS
     steps = range(solver.MAX_ITER)
     for batch in build_train_loader(samples, solver.IMS_PER_BATCH, steps, parts=solver.ACCUMULATE, workers=workers):
-        # As the model does it: the mean is subtracted, so that padding with 0 is padding with the mean.
+        # Equal to the model's padding: it subtracts the mean and pads with 0, so padding is the mean.
         images = [sample["image"] - mean for sample in refuse_unreadable(batch)]
         padded = ImageList.from_tensors(images, backbone.size_divisibility, 0.0, backbone.padding_constraints)
         for image, sample in zip((padded.tensor + mean).round().byte(), batch, strict=True):
@@ -108,7 +109,7 @@ def draw_sample(pixels: NDArray[np.uint8], sample: dict[str, Any], names: Sequen
 
 
 def caption(sample: dict[str, Any], pixels: NDArray[np.uint8]) -> str:
-    """Write the file's name, the number of objects, and the three sizes."""
+    """Format the file's name, the number of objects, and the three sizes."""
     sizes = [(sample["width"], sample["height"]), sample["image"].shape[:0:-1], pixels.shape[1::-1]]
     given, augmented, padded = (f"{width} x {height}" for width, height in sizes)
     counted = f"{printable(Path(sample['file_name']).name)}, objects: {len(sample['instances'])}"

@@ -12,15 +12,15 @@ from matplotlib.figure import Figure
 from crossmae.reports.figures import DPI
 from det.evaluation.scoring import ALL, IOU_50, IOU_75, DetectionScores
 
-CLASSES_UP_TO = 20  # that are drawn one by one
-LEGEND_LETTERS = 24  # of a class name
+CLASSES_UP_TO = 20  # largest number of classes with a curve of their own
+LEGEND_LETTERS = 24  # longest class name, in letters
 _GREY, _LIGHT = "0.35", "0.9"
 
 
 def precision_recall_figure(scores: DetectionScores, title: str) -> Figure:
     """Draw precision over recall at IoU 0.5, 0.75 and the mean threshold.
 
-    The mean over the classes is bold; up to 20 classes are thin lines. A class without objects has no curve.
+    The mean over the classes is bold. Up to 20 classes are thin lines. A class without objects has no curve.
     """
     curves = scores.precision[..., ALL, -1]  # (10, 101, categories)
     drawn = [index for index, count in enumerate(scores.objects) if count]
@@ -58,7 +58,7 @@ def precision_recall_figure(scores: DetectionScores, title: str) -> Figure:
 
 
 def _draw(axes: Axes, values: np.ndarray, one_by_one: bool) -> None:
-    """Draw curves (101, classes), and last their mean."""
+    """Draw curves (101, classes), then their mean."""
     recall = np.linspace(0, 1, len(values))
     colors = colormaps["tab10" if values.shape[1] <= 10 else "tab20"]
     for place, curve in enumerate(values.T if one_by_one else ()):

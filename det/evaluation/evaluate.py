@@ -34,19 +34,19 @@ from det.inference.paste import coco_results
 
 log = logging.getLogger(__name__)
 
-PRINTED_CLASSES = 100  # more would fill the screen
+PRINTED_CLASSES = 100  # a table with more classes would fill the screen
 
 
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     """Predict every image of `DATASETS.TEST` and score the predictions.
 
-    `TEST.EVALUATOR` names the library; a data set of `evaluator_type` "lvis" is scored by LVIS's rules. Writes to
-    `OUTPUT_DIR`: `results.json`; in `inference/` the predictions, `coco_instances_results.json`, and precision over
-    recall, `pr_curves_<task>.png`; in `pictures/` some images with true and predicted objects.
+    `TEST.EVALUATOR` names the library. Data sets with `evaluator_type` "lvis" are scored by the rules of LVIS. The
+    files in `OUTPUT_DIR` are: `results.json`; the predictions in `inference/coco_instances_results.json`; precision
+    over recall in `inference/pr_curves_<task>.png`; and `pictures/`, some images with true and predicted objects.
 
     Returns:
-        {"bbox": {"AP": 51.6, "AP50": ..., "AP-<class>": ...}, "segm": ...}, see `DetectionScores.numbers`, in percent,
-        NaN where not defined; empty on all processes but the first.
+        {"bbox": {"AP": 51.6, "AP50": ..., "AP-<class>": ...}, "segm": ...} in percent, with NaN for undefined values;
+        see `DetectionScores.numbers`. Empty on all processes except the first.
 
     Raises:
         UserError: an image cannot be read, or the model or its number of classes does not fit the data set.
@@ -76,7 +76,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
 
 
 def predict(model: GeneralizedRCNN, loader: Any, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """Predict this process's images in eval mode and return COCO results."""
+    """Predict this process's images in evaluation mode. Return COCO results."""
     results = []
     bar = tqdm(loader, desc="evaluate", unit="batch", disable=not comm.is_main_process(), dynamic_ncols=True)
     with inference_context(model), torch.no_grad():
@@ -90,7 +90,7 @@ def predict(model: GeneralizedRCNN, loader: Any, category_ids: Sequence[int]) ->
 
 
 def _write_scores(folder: Path, name: str, scores: Mapping[str, DetectionScores]) -> dict[str, dict[str, float]]:
-    """Write `results.json` and curves, and return the results of `evaluate`."""
+    """Write `results.json` and the curves. Return the results of `evaluate`."""
     results, by_class = {}, {task: of_task.by_class() for task, of_task in scores.items()}
     for task, of_task in scores.items():
         each = {f"AP-{label}": row["AP"] for label, row in zip(of_task.names, by_class[task], strict=True)}
@@ -125,7 +125,7 @@ def format_results(results: Mapping[str, Mapping[str, float]]) -> str:
         for metrics in (HEADLINE, others)
         if metrics
     ]
-    if shown:  # a line break in a name would break the table
+    if shown:  # a line break in a class name would break the table
         rows = [(" ".join(key[3:].split()), [results[task].get(key, math.nan) for task in tasks]) for key in shown]
         blocks.append(_table("class", [f"{TASKS[task]} AP" for task in tasks], rows, width))
     elif classes:

@@ -1,4 +1,4 @@
-"""Validation pictures: true objects next to predicted objects, for TensorBoard and for pages."""
+"""Validation pictures with true and predicted objects, for TensorBoard and reports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from det.inference.predict import read_rgb
 COUNT = 4
 SCORE_THRESHOLD = 0.5
 DRAWN_SIDE = 640  # pixels of the longer side of a drawn image
-_GAP, _STRIP = 8, 42  # pixels between the two images, and of the strip of text above them
+_GAP, _STRIP = 8, 42  # pixels: space between the two images, and height of the text above them
 _DARK, _LIGHT = (24, 27, 33), (236, 238, 242)
 _WRITTEN = re.compile(r"\d+-.*\.png")
 _LONGEST_STEM = 80  # characters
@@ -33,7 +33,7 @@ Annotation = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One image drawn with its true and with its predicted objects, (H, W, 3) uint8 RGB, and their class names."""
+    """One image drawn twice, with true and with predicted objects, (H, W, 3) uint8 RGB, and its class names."""
 
     name: str
     truth: NDArray[np.uint8]
@@ -45,17 +45,17 @@ class Comparison:
 def validation_pictures(
     ground_truth: dict[str, Any], images: Path, results: list[dict[str, Any]], count: int = COUNT
 ) -> list[tuple[str, NDArray[np.uint8]]]:
-    """Draw images with true objects on the left, predicted objects right.
+    """Draw images with true objects (left) and predicted objects (right).
 
-    The images are the same at every call: `count` images with objects, spread evenly over their ids. Returns file names
-    and pictures (H, W, 3) uint8 RGB, drawn at 640 pixels on the longer side.
+    Every call chooses the same images: `count` images with objects, evenly spaced by id. Returns file names and
+    pictures (H, W, 3) uint8 RGB, with a longer side of 640 pixels.
     """
     drawn = compare_images(ground_truth, images, results, spread_images(ground_truth, count))
     return [(one.name, _side_by_side(one)) for one in drawn]
 
 
 def save_pictures(pictures: Sequence[tuple[str, NDArray[np.uint8]]], folder: Path) -> None:
-    """Replace the pictures of a folder by 1-NAME.png and so on."""
+    """Replace the pictures of a folder by 1-NAME.png, 2-NAME.png and so on."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, (name, pixels) in enumerate(pictures, start=1):
@@ -68,13 +68,13 @@ def save_pictures(pictures: Sequence[tuple[str, NDArray[np.uint8]]], folder: Pat
 
 
 def find_pictures(folder: Path) -> list[Path]:
-    """List the files of `save_pictures` in order."""
+    """List the files from `save_pictures` in order."""
     written = [path for path in folder.glob("*.png") if _WRITTEN.fullmatch(path.name)]
     return sorted(written, key=lambda path: int(path.name.partition("-")[0]))
 
 
 def spread_images(ground_truth: dict[str, Any], count: int) -> list[Annotation]:
-    """Choose images with objects other than crowd regions, evenly by rising id."""
+    """Choose images with objects (crowd regions excluded), evenly spaced by id."""
     with_objects = {a["image_id"] for a in ground_truth["annotations"] if not a.get("iscrowd", 0)}
     entries = sorted((e for e in ground_truth["images"] if e["id"] in with_objects), key=lambda e: e["id"])
     number = min(count, len(entries))
@@ -91,7 +91,7 @@ def compare_images(
 ) -> Iterator[Comparison]:
     """Draw images of a COCO file twice, one image at a time.
 
-    Draws the images of `chosen` at `side` pixels on their longer side, without crowd regions.
+    The images of `chosen` are drawn with a longer side of `side` pixels, without crowd regions.
     """
     categories = {one["id"]: str(one["name"]) for one in sorted(ground_truth["categories"], key=lambda one: one["id"])}
     ids = {entry["id"] for entry in chosen}
@@ -116,9 +116,9 @@ def _by_image(entries: Iterator[Annotation], ids: set[Any]) -> dict[Any, list[An
 def _draw(
     pixels: NDArray[np.uint8], entries: Sequence[Annotation], categories: Mapping[int, str], side: int
 ) -> NDArray[np.uint8]:
-    """Draw objects over their image at `side` pixels.
+    """Draw objects over their image, with a longer side of `side` pixels.
 
-    A larger image is reduced first, and each mask as soon as it is decoded, to save memory.
+    To save memory, a larger image is reduced first, and each mask immediately after it is decoded.
     """
     instances = instances_from_coco(entries, categories)
     height, width = pixels.shape[:2]
@@ -138,7 +138,7 @@ def _reduce(instance: DrawnInstance, size: tuple[int, int], given: tuple[int, in
     mask = instance.decode_mask(given[1], given[0])
     if mask is None:
         return replace(instance, box=box)
-    # Masks are decoded column by column: transposed, they need no copy, which would take most of the time.
+    # Masks are decoded column by column. The transposed mask needs no copy, which would take most of the time.
     turned = cv2.resize(mask.T.view(np.uint8) * 255, size[::-1], interpolation=cv2.INTER_AREA)
     return replace(instance, box=box, mask=turned.T >= 128)
 
@@ -153,7 +153,7 @@ def _side_by_side(one: Comparison) -> NDArray[np.uint8]:
     )
     font = label_font(name, 22)
     for left, drawing, text in zip((0, width + _GAP), (one.truth, one.prediction), texts, strict=True):
-        strip = Image.new("RGB", (width, _STRIP), _DARK)  # cuts off what is too long
+        strip = Image.new("RGB", (width, _STRIP), _DARK)  # the picture cuts off text that is too long
         ImageDraw.Draw(strip).text((10, _STRIP // 2), text, font=font, fill=_LIGHT, anchor="lm")
         canvas.paste(strip, (left, 0))
         canvas.paste(Image.fromarray(drawing), (left, _STRIP))

@@ -1,7 +1,7 @@
-"""The page of a detector's run, `report.html`, from the files in its folder.
+"""`report.html` of a detector's run, from the files in its folder.
 
-A missing or damaged file is named in place of what it would show. The page can be written after every evaluation, and
-for a run that was cut off.
+The page names each missing or damaged file in the place of its content. It can be written after every evaluation, and
+for a run that was interrupted.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _bar(value: float | None) -> page.Bar:
 
 
 def ap_facts(results: DetectionResults, key: str, others: Sequence[str]) -> list[page.Fact]:
-    """Show one metric as headline numbers, with others as remarks."""
+    """Show one metric as a headline number, with other metrics as remarks."""
     found = []
     for task, numbers in reversed(results.numbers.items()):
         note = ", ".join(f"{other} {_shown(numbers[other])}" for other in others)
@@ -98,7 +98,7 @@ def headline_table(results: DetectionResults) -> page.Table:
 
 
 def class_blocks(results: DetectionResults, source: Path) -> list[page.PageBlock]:
-    """Rank all classes, or the best and the worst of many."""
+    """Rank all classes, or the best and worst of many classes."""
     if not results.classes:
         return [page.Missing(source, "AP by class", "the file has none")]
     *others, decisive = results.numbers
@@ -200,7 +200,7 @@ def _command_section(folder: Path, data: Mapping[str, Mapping[str, Any]], unfini
 
 
 def _own_data(data: Mapping[str, Mapping[str, Any]], split: str, name: str) -> list[str]:
-    """Make the flags for a data set named by two paths."""
+    """Make the command-line flags for a data set with two paths."""
     if name not in data:
         return []
     return [f"--{split}-json", str(data[name].get("json")), f"--{split}-images", str(data[name].get("images"))]
@@ -226,7 +226,10 @@ def _data_section(run: RunFolder, record: RunRecord) -> page.Section:
 
 
 def write_report(folder: Path) -> Path:
-    """Write and return `folder`/report.html, whatever state the run is in."""
+    """Write `folder`/report.html, and return its path.
+
+    The run may be incomplete.
+    """
     return build_report(folder).write(folder / REPORT)
 
 
@@ -269,7 +272,7 @@ def _detector(settings: Mapping[str, Any]) -> str:
         stages = "Cascade " if model["ROI_HEADS"]["NAME"] == "CascadeROIHeads" else ""
         size = f"{vit['DEPTH']} blocks, width {vit['EMBED_DIM']}, patches of {vit['PATCH_SIZE']} pixels"
         return f"{stages}{'Mask' if model['MASK_ON'] else 'Faster'} R-CNN with a plain ViT as its backbone: {size}"
-    except (KeyError, TypeError):  # no config, or one of something else
+    except (KeyError, TypeError):  # the config is missing or has unknown keys
         return "A detector"
 
 

@@ -1,4 +1,4 @@
-"""Files in the folder of a detector's run, as its page reads them."""
+"""Files in the folder of a detector's run, as its report reads them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Percentages = dict[str, float | None]
 
 
 class DetectedClass(FileContent):
-    """A class: objects in the ground truth, and numbers in percent by task, None where undefined."""
+    """A class: number of true objects, and metrics in percent by task, None if undefined."""
 
     name: str
     objects: int
@@ -26,12 +26,12 @@ class DetectedClass(FileContent):
     segm: Percentages | None = None
 
     def ap(self, task: str) -> float | None:
-        """Read the AP of a task."""
+        """Return the AP of a task."""
         return (getattr(self, task) or {}).get("AP")
 
 
 class DetectionResults(FileContent):
-    """Content of `results.json`: numbers in percent by task and metric, None where undefined, and the classes."""
+    """Content of `results.json`: metrics in percent by task and name, None if undefined, and the classes."""
 
     bbox: Percentages | None = None
     segm: Percentages | None = None
@@ -50,12 +50,12 @@ class DetectionResults(FileContent):
 
     @property
     def numbers(self) -> dict[str, Percentages]:
-        """The numbers of boxes, and of masks if the detector has them."""
+        """Metrics of boxes, and of masks if the detector has masks."""
         return {task: found for task in TASKS if (found := getattr(self, task)) is not None}
 
 
 class RunRecord(FileContent):
-    """Content of `run.json`, see `det.training.train.record_run`. What an older file lacks is empty."""
+    """Content of `run.json`, see `det.training.train.record_run`. Values that older files lack are empty."""
 
     classes: list[str] = Field([])
     versions: dict[str, Any] = Field({})
@@ -65,7 +65,7 @@ class RunRecord(FileContent):
 
 
 class BestEvaluation(FileContent):
-    """Content of `model_best.json`: the AP, in percent, that decides which evaluation is the best."""
+    """Content of `model_best.json`: the AP, in percent, that decides the best evaluation."""
 
     iteration: int
     bbox: float | None = Field(None, alias="bbox/AP")
@@ -73,14 +73,14 @@ class BestEvaluation(FileContent):
 
 
 def read_metrics(path: Path) -> LoggedNumbers:
-    """Read the `metrics.json` of detectron2, one row per iteration.
+    """Read the `metrics.json` of detectron2, with one row per iteration.
 
-    A run that was cut off and resumed logs iterations again: the later values count. Numbers become counts of
-    iterations, so that the evaluation after training, logged behind the last iteration, comes with that iteration.
-    Losses of the stages of a cascade are added up.
+    A resumed run may log an iteration twice: the later values are used. Iteration numbers become counts of iterations,
+    so that the evaluation after training has the number of the last iteration. The losses of the stages of a cascade
+    are added up.
 
     Raises:
-        UserError: no such file.
+        UserError: the file does not exist.
     """
     log = read_log(path, "iteration")
     rows: dict[float, dict[str, float]] = {}

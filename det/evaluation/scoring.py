@@ -1,6 +1,6 @@
-"""Average precision and recall of detections, by COCO's or LVIS's rules.
+"""Average precision and recall of detections, by the rules of COCO or LVIS.
 
-hotcoco evaluates if it is installed, otherwise pycocotools, the reference; the tests hold both to equal arrays.
+hotcoco evaluates if it is installed, otherwise pycocotools, the reference. Tests check that their arrays are equal.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from det.data.coco_kinds import FREQUENCIES
 
 log = logging.getLogger(__name__)
 
-GEOMETRY = {"bbox": "bbox", "segm": "segmentation"}  # task: compared key of a result
-ALL, SMALL, MEDIUM, LARGE = range(4)  # ranges of area
+GEOMETRY = {"bbox": "bbox", "segm": "segmentation"}  # task: the key of a result that is compared
+ALL, SMALL, MEDIUM, LARGE = range(4)  # ranges of object area
 IOU_50, IOU_75 = 0, 5  # of the ten thresholds 0.5, 0.55, ..., 0.95
-COCO_LIMITS, LVIS_LIMITS = (1, 10, 100), (300,)  # counted detections per image, best first
+COCO_LIMITS, LVIS_LIMITS = (1, 10, 100), (300,)  # numbers of detections counted per image, best first
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +37,12 @@ class DetectionScores:
 
     Attributes:
         precision: (10 IoU thresholds, 101 recalls, categories, 4 areas, limits), interpolated as COCO does.
-        recall: (10, categories, 4, limits), the highest recall.
-        thresholds: shape of `precision`: scores at which the precision is reached.
-        names: of the categories, by rising id.
+        recall: (10, categories, 4, limits), the highest recall at each IoU threshold.
+        thresholds: scores at which each precision is reached, in the shape of `precision`.
+        names: names of the categories, sorted by id.
         objects: number of true objects per category, without crowd regions.
-        frequencies: "r", "c" or "f" per category by LVIS's rules; else "".
-        limits: counted detections per image, best first.
+        frequencies: "r", "c" or "f" per category with the rules of LVIS, otherwise "".
+        limits: numbers of detections counted per image, best first.
     """
 
     precision: np.ndarray
@@ -54,7 +54,10 @@ class DetectionScores:
     limits: tuple[int, ...]
 
     def numbers(self) -> dict[str, float]:
-        """Compute COCO's 12 or LVIS's 13 numbers in percent, NaN where undefined."""
+        """Compute COCO's 12 or LVIS's 13 metrics in percent.
+
+        Undefined metrics are NaN.
+        """
         precision = self.precision[..., -1]
         values = {
             "AP": _mean(precision[..., ALL]),
@@ -93,18 +96,19 @@ def score_results(
     """Score COCO results for a task, "bbox" or "segm".
 
     Args:
-        ground_truth: content of a COCO file, or of an LVIS file.
-        results: content of a COCO results file. The area of a mask is the number of its pixels, as in detectron2.
-        evaluator: "hotcoco", "pycocotools", or "auto": hotcoco if installed.
-        lvis: use the rules of LVIS (arXiv 1908.03195, section 3): a category counts only in images that were searched
-            for it, and the best 300 detections of an image count.
+        ground_truth: content of a COCO or LVIS file.
+        results: content of a COCO results file. The area of a mask is its number of pixels, as in detectron2.
+        evaluator: "hotcoco", "pycocotools", or "auto": hotcoco if it is installed.
+        lvis: use the rules of LVIS (arXiv 1908.03195, section 3): a category is scored only in images that were
+            searched for it, and the best 300 detections of an image are counted.
 
     Raises:
-        UserError: hotcoco is requested but missing, a result is of another image or category, or a key is missing.
+        UserError: hotcoco is requested but not installed, a result is for an unknown image or category, or a key is
+            missing.
     """
     _check_keys(ground_truth, results, task, lvis)
     keys = ("image_id", "category_id", "score", GEOMETRY[task])
-    # Compared keys only: from a box, COCO would take the area of a mask.
+    # Pass compared keys only. If a result has a box, COCO would use the area of the box for a mask.
     slim = [{key: result[key] for key in keys} for result in results]
     if lvis:
         slim = _best_of_each_image(slim, LVIS_LIMITS[-1])
@@ -138,7 +142,7 @@ def _slim_truth(ground_truth: dict[str, Any], task: str) -> dict[str, Any]:
     }
 
 
-@functools.cache  # logs once
+@functools.cache  # so that it logs only once
 def find_hotcoco(evaluator: str) -> ModuleType | None:
     """Import hotcoco, or return None for pycocotools."""
     if evaluator == "pycocotools":
@@ -167,9 +171,9 @@ def _by_hotcoco(
 def _by_pycocotools(
     ground_truth: dict[str, Any], results: Sequence[dict[str, Any]], task: str, lvis: bool
 ) -> dict[str, Any]:
-    # pycocotools changes annotations and results: pass copies. LVIS has no crowd regions and no `iscrowd`.
+    # pycocotools changes annotations and results, so it gets copies. LVIS has no crowd regions and no `iscrowd`.
     annotations = [{"iscrowd": 0, **annotation} for annotation in ground_truth["annotations"]]
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         truth, found = COCO(), COCO()
         truth.dataset = {**ground_truth, "annotations": annotations}
         truth.createIndex()
@@ -197,7 +201,7 @@ class _LvisEval(COCOeval):
                 del self._dts[image, category]
 
     def evaluateImg(self, imgId: int, catId: int, aRng: list[float], maxDet: int) -> dict[str, Any] | None:
-        """Ignore unmatched detections where annotation of the category is not exhaustive."""
+        """Ignore unmatched detections in images not searched exhaustively."""
         found: dict[str, Any] | None = super().evaluateImg(imgId, catId, aRng, maxDet)
         if found is not None and catId in self.cocoGt.imgs[imgId]["not_exhaustive_category_ids"]:
             found["dtIgnore"] = np.logical_or(found["dtIgnore"], found["dtMatches"] == 0)
@@ -205,7 +209,7 @@ class _LvisEval(COCOeval):
 
 
 def _best_of_each_image(results: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
-    """Keep the `limit` highest scores of each image, of all categories."""
+    """Keep the `limit` highest scores of each image, over all categories."""
     images = defaultdict(list)
     for result in results:
         images[result["image_id"]].append(result)
@@ -214,7 +218,7 @@ def _best_of_each_image(results: list[dict[str, Any]], limit: int) -> list[dict[
 
 
 def _check_keys(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]], task: str, lvis: bool) -> None:
-    """Reject results of other images or categories, and missing keys."""
+    """Reject results for unknown images or categories, and missing keys."""
     needed = {"images": ("neg_category_ids", "not_exhaustive_category_ids"), "categories": ("frequency",)}
     for where, keys in needed.items() if lvis else ():
         for index, entry in enumerate(ground_truth[where]):

@@ -1,7 +1,7 @@
 """Draw true and predicted instances on images: masks, boxes, class names and scores.
 
-Pillow draws, not detectron2's `Visualizer`: a class keeps its colour from the ground truth to the predictions, and
-lines and letters stay sharp because small images are enlarged first.
+Pillow is used instead of detectron2's `Visualizer` for two reasons. A class has the same colour in ground truth and
+predictions. Lines and letters stay sharp, because small images are enlarged first.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Color = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Corners = tuple[float, float, float, float]  # left, top, right, bottom
 
-# Bright enough for dark photographs and easy to tell apart; more classes than colours repeat them.
+# Bright enough for dark photographs, and easy to distinguish. If there are more classes than colours, colours repeat.
 _PALETTE = (0xFF5454, 0x40C8FF, 0xFFE140, 0xB280FF, 0x70E050, 0xFF9628, 0xFF70D6, 0x20D6B0, 0x7A96FF, 0xF6E8D0)
 _FILL_OPACITY = 0.35
-LETTER_SIZE = 0.05  # over the longest side: for pictures that are shown small
+LETTER_SIZE = 0.05  # divided by the longest side; for pictures that are shown small
 SMALLEST_LETTERS = 9.0  # pixels
 _DEJAVU = Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 
@@ -42,8 +42,8 @@ _DEJAVU = Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 class DrawnInstance:
     """One object to draw.
 
-    The box is x, y, width, height in pixels. The mask is (H, W), true on the object; or a COCO `segmentation`, which is
-    decoded only while it is drawn, so that many objects in a large photograph do not fill the memory; or None.
+    The box is x, y, width, height in pixels. The mask is one of three: (H, W), True on the object; a COCO
+    `segmentation`, which is decoded only while it is drawn, to save memory; or None.
     """
 
     box: tuple[float, float, float, float]
@@ -66,7 +66,8 @@ def class_color(index: int) -> Color:
 def instances_from_coco(annotations: Sequence[Mapping[str, Any]], categories: Mapping[int, str]) -> list[DrawnInstance]:
     """Convert COCO annotations or results of one image.
 
-    The order of `categories`, names by id, numbers the classes. A missing key or unknown category is a ValueError.
+    The order of `categories` (names by id) numbers the classes. Raises ValueError for a missing key or unknown
+    category.
     """
     order = {category: index for index, category in enumerate(categories)}
     instances = []
@@ -83,7 +84,7 @@ def instances_from_coco(annotations: Sequence[Mapping[str, Any]], categories: Ma
 
 
 def instances_from_detectron2(objects: Instances, names: Sequence[str]) -> list[DrawnInstance]:
-    """Convert training targets of one image."""
+    """Convert the training targets of one image."""
     masks: Any = objects.gt_masks if objects.has("gt_masks") else None
     if isinstance(masks, PolygonMasks):
         masks = [polygons_to_bitmask(polygons, *objects.image_size) for polygons in masks.polygons]
@@ -106,16 +107,16 @@ def draw_instances(
 ) -> NDArray[np.uint8]:
     """Draw instances over a copy of an RGB image (H, W, 3).
 
-    Large objects are drawn first, so that small objects stay visible. Labels avoid each other where their boxes leave
-    room; otherwise the highest score comes on top. A wrong image or mask shape is a ValueError. The image is first
-    scaled to `longest_side` pixels; `letters` is the height of letters over that side.
+    The image is first scaled to a longest side of `longest_side` pixels. The height of letters is `letters` times that
+    side. Large objects are drawn first, so that small objects stay visible. Labels do not overlap if their boxes leave
+    room; otherwise the label with the highest score is on top. Raises ValueError for a wrong shape of image or mask.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"image: expected (H, W, 3) uint8, received {image.shape} {image.dtype}")
     scale = 1.0 if longest_side is None else longest_side / max(image.shape[:2])
     size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
     canvas = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
-    unit = max(size) / 480  # lines and letters grow with the picture
+    unit = max(size) / 480  # unit of lines and letters, in proportion to the picture
     for instance in sorted(instances, key=lambda item: -item.box[2] * item.box[3]):
         mask = instance.decode_mask(*image.shape[:2])
         if mask is not None:
@@ -132,8 +133,8 @@ def _draw_mask(canvas: Image.Image, mask: NDArray[np.bool_], color: Color, scale
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not rows.size:
         return
-    width = max(1, round(1.5 * unit))  # of the outline
-    # Only the neighbourhood of the object is worked on: photographs are large.
+    width = max(1, round(1.5 * unit))  # of the outline, in pixels
+    # Draw only in the neighbourhood of the object, because photographs are large.
     reach = 2 * scale + width + 1
     left, top = (max(0, math.floor(first * scale - reach)) for first in (columns[0], rows[0]))
     right = min(canvas.width, math.ceil((columns[-1] + 1) * scale + reach))
@@ -145,7 +146,7 @@ def _draw_mask(canvas: Image.Image, mask: NDArray[np.bool_], color: Color, scale
     box = (left * across - x, top * down - y, right * across - x, bottom * down - y)
     soft = source.resize((right - left, bottom - top), Image.Resampling.BICUBIC, box)
     if scale > 1:
-        soft = soft.filter(ImageFilter.GaussianBlur(0.5 * scale))  # smooth the steps of enlarged pixels
+        soft = soft.filter(ImageFilter.GaussianBlur(0.5 * scale))  # smooth the steps at enlarged pixels
     inside = np.asarray(soft) >= 128
     inner = cv2.erode(inside.astype(np.uint8), np.ones((2 * width + 1, 2 * width + 1), np.uint8)) > 0
     opacity = np.where(inside & ~inner, 1.0, _FILL_OPACITY) * inside
@@ -190,8 +191,8 @@ def _warn_of_boxes() -> None:
 def label_font(text: str, size: float) -> Font:
     """Choose Pillow's font for ASCII, else DejaVu Sans of matplotlib.
 
-    DejaVu Sans has Latin, Greek, Cyrillic and others. Chinese, Japanese and Korean letters and most emoji are drawn as
-    boxes, which is logged once. The size of the letters is in pixels.
+    DejaVu Sans has Latin, Greek, Cyrillic and other letters. Chinese, Japanese and Korean letters and most emoji become
+    boxes; this is logged once. `size` is the size of the letters in pixels.
     """
     if not text.isascii() and any(letter.isprintable() and ord(letter) not in _dejavu_letters() for letter in text):
         _warn_of_boxes()
@@ -199,7 +200,7 @@ def label_font(text: str, size: float) -> Font:
 
 
 def _spots(box: tuple[float, ...], tag: tuple[float, float]) -> list[tuple[float, float]]:
-    """List upper left corners for a tag, best first."""
+    """List possible upper left corners for a tag, best first."""
     (x, y, width, height), (tag_width, tag_height) = box, tag
     rows = (y - tag_height, y + height, y, y + height - tag_height)
     inner = [(column, row) for row in rows for column in (x, x + width - tag_width)]
@@ -207,7 +208,7 @@ def _spots(box: tuple[float, ...], tag: tuple[float, float]) -> list[tuple[float
 
 
 def _at(x: float, y: float, tag: tuple[float, float], size: tuple[int, int]) -> Corners:
-    """Move a tag into the picture and return its corners."""
+    """Move a tag into the picture. Return its corners."""
     x, y = (max(0.0, min(value, side - length)) for value, side, length in zip((x, y), size, tag, strict=True))
     return x, y, x + tag[0], y + tag[1]
 
@@ -218,9 +219,9 @@ def _overlap(one: Corners, other: Corners) -> float:
 
 
 def draw_sheet(pictures: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -> NDArray[np.uint8]:
-    """Arrange pictures in a near-square grid, each over its caption.
+    """Arrange pictures in a nearly square grid, with captions below them.
 
-    Pictures are (H, W, 3) uint8 RGB of any sizes; captions may have several lines, and are cut off at the column.
+    Pictures are (H, W, 3) uint8 RGB of any size. Captions may have several lines, and are cut off at the column width.
     """
     gap, line = 16, 20
     columns = math.ceil(math.sqrt(len(pictures)))

@@ -1,7 +1,7 @@
-"""A trained detector as one file that runs without this package: ONNX, or a program of `torch.export`.
+"""Export of a trained detector to one file that runs without this package: ONNX or `torch.export`.
 
-The graph contains everything from normalisation to the mask head (`det/inference/export_graph.py`). Every file is
-compared with detectron2's inference before it gets its name. Shapes: H, W of the input, N detections, M side of a mask.
+The graph contains all steps from normalisation to the mask head (`det/inference/export_graph.py`). A file is kept only
+if it agrees with detectron2's inference. Shapes: H, W of the input, N detections, M side of a mask.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ INPUT_NOTE = (
     "image: float32 (1, 3, H, W), RGB, 0 to 255, the picture at the top left, anything next to it; "
     "image_size: int64 (2,), height and width of the picture"
 )
-ONE_FILE_BYTES = 1_900_000_000  # an ONNX file ends at 2 GiB; larger weights get a file of their own
-# Largest differences between the file and the detector: pixels, scores, mask probabilities, and features over the
+ONE_FILE_BYTES = 1_900_000_000  # ONNX files are limited to 2 GiB; larger weights get their own file
+# Largest allowed differences between file and detector: pixels, scores, mask probabilities, and features divided by the
 # largest feature of their level. "unpaired" counts detections without a partner.
 LIMITS = {"unpaired": 0.0, "boxes": 0.01, "scores": 1e-4, "masks": 1e-3, "features": 1e-4}
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Largest absolute differences by kind (see `LIMITS`) of compared detections or feature maps."""
+    """Largest absolute differences of compared detections or feature maps, by kind (see `LIMITS`)."""
 
     compared: int
     differences: dict[str, float]
 
     def exceeded(self) -> list[str]:
-        """List kinds whose difference exceeds its limit or is NaN."""
+        """List the kinds whose difference exceeds its limit or is NaN."""
         return [kind for kind, value in self.differences.items() if not value <= LIMITS[kind]]
 
     def __str__(self) -> str:
@@ -74,29 +74,30 @@ def export_detector(
 ) -> Parity | None:
     """Export a detector for images of fixed size.
 
-    Inputs are `image` (1, 3, H, W) float32, RGB from 0 to 255 whatever the detector was trained on, and `image_size`
-    (2,) int64, height and width of the picture at its top left; the rest of the image is ignored. See `fit_image`.
-    Outputs, highest score first:
+    There are two inputs. `image` (1, 3, H, W) is float32 RGB from 0 to 255, for every detector. `image_size` (2,) is
+    the int64 height and width of the picture in the top left corner of the image; the rest of the image is ignored. See
+    `fit_image`. Outputs, highest score first:
 
         boxes    (N, 4)     float32, x0, y0, x1, y1 in pixels of the input
         scores   (N,)       float32
         classes  (N,)       int64, from 0
-        masks    (N, M, M)  float32, probabilities inside the box; only of detectors with masks
+    masks    (N, M, M)  float32, probabilities inside the box, if the detector has masks
 
-    With `backbone_only` the outputs are the feature maps, `p2` (1, C, H / 4, W / 4) and so on. Thresholds and limits
-    come from the config. detectron2 suppresses overlaps class by class above 1000 candidates; the graph always moves
-    the classes apart instead, so pairs within rounding of the threshold may differ.
+    With `backbone_only`, the outputs are the feature maps: `p2` (1, C, H / 4, W / 4) and so on. Thresholds and limits
+    come from the config. Above 1000 candidates, detectron2 suppresses overlaps class by class. The graph always shifts
+    each class to other coordinates instead. Detections whose overlap equals the threshold, except for rounding, may
+    therefore differ.
 
     Args:
-        model: on the CPU, in evaluation mode; else a ValueError.
-        path: `.onnx`, or `.pt2` for `torch.export.load`. Large ONNX weights go to `<name>.onnx.data` next to it.
-        img_size: H and W in pixels, or one number for both; multiples of the backbone's divisor.
-        check: run the file on the CPU and return its differences to the model, which must be within `LIMITS`.
-        image: picture for the check, (h, w, 3) uint8 RGB; None uses coloured shapes.
+        model: on the CPU, in evaluation mode. Otherwise a ValueError is raised.
+        path: `.onnx`, or `.pt2` for `torch.export.load`. Large ONNX weights are written to `<name>.onnx.data`.
+        img_size: H and W in pixels, or one number for both. Multiples of the backbone's divisor.
+        check: run the file on the CPU, and return its differences from the model, which must be within `LIMITS`.
+        image: picture for the check, (h, w, 3) uint8 RGB. None uses coloured shapes.
 
     Raises:
-        UserError: the request or the model cannot be exported, a library is missing, or the differences exceed
-            `LIMITS`. Nothing is written then.
+        UserError: the model cannot be exported as requested, a library is missing, or the differences exceed `LIMITS`.
+            Nothing is written then.
     """
     height, width = size = (img_size, img_size) if isinstance(img_size, int) else img_size
     _check_request(model, path, size, backbone_only, force)
@@ -107,11 +108,11 @@ def export_detector(
     inputs = fit_image(_shapes(size) if image is None else image, size)
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder, torch.no_grad(), catch_warnings():
-        simplefilter("ignore")  # of exporters about library internals: the check tells more
+        simplefilter("ignore")  # warnings about library internals
         draft = Path(folder, path.name)
         _write(model, draft, size, backbone_only, about)
         parity = _check(model, draft, inputs, backbone_only) if check else None
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # separate weights before the file that names them
+        for file in sorted(Path(folder).iterdir(), reverse=True):  # separate weights first
             write_atomically(path.with_name(file.name), file.replace)
     return parity
 
@@ -151,10 +152,10 @@ def _write(
             input_names=INPUTS,
             output_names=sorted(position, key=position.__getitem__),
             opset_version=OPSET,
-            dynamo=True,  # not the default of torch before 2.9
+            dynamo=True,  # not the default before torch 2.9
             verbose=False,
         )
-    except Exception as error:  # exporters fail by exceptions of all kinds
+    except Exception as error:  # exporters raise all types of exceptions
         hint = "" if backbone_only else ". Its backbone may be possible (--backbone-only)."
         first = str(error).strip().split("\n")[0]
         raise UserError(f"the detector cannot be exported: {type(error).__name__}: {first}{hint}") from error
@@ -169,7 +170,7 @@ def load_exported(path: Path) -> Callable[[Mapping[str, NDArray[Any]]], Arrays]:
     if path.suffix == ONNX:
         runtime = import_extra("onnxruntime", f"running {path.suffix}", "export")
         options = runtime.SessionOptions()
-        options.log_severity_level = 3  # errors
+        options.log_severity_level = 3  # log only errors
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         names = [output.name for output in session.get_outputs()]
         return lambda inputs: dict(zip(names, session.run(None, dict(inputs)), strict=True))
@@ -184,11 +185,12 @@ def load_exported(path: Path) -> Callable[[Mapping[str, NDArray[Any]]], Arrays]:
 
 
 def fit_image(image: NDArray[np.uint8], size: tuple[int, int]) -> Arrays:
-    """Resize an RGB picture (h, w, 3) to an export's size.
+    """Resize an RGB picture (h, w, 3) to an export's input size.
 
     Returns:
-        `image` (1, 3, H, W) float32, the resized picture with its proportions kept, and zeros to the right or below;
-        `image_size` (2,) int64, its new size. Multiply the detector's boxes by w / image_size[1] and h / image_size[0].
+        `image` (1, 3, H, W) float32: the resized picture with its proportions, and zeros to the right or below.
+        `image_size` (2,) int64: height and width of the resized picture. To convert the detector's boxes to the
+        original picture, multiply x by w / image_size[1] and y by h / image_size[0].
     """
     h, w = image.shape[:2]
     scale = min(size[0] / h, size[1] / w)
@@ -212,7 +214,7 @@ def _shapes(size: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def _check(model: GeneralizedRCNN, path: Path, inputs: Arrays, backbone_only: bool) -> Parity:
-    """Compare a file with its model and reject differences over `LIMITS`."""
+    """Compare a file with its model. Reject differences over `LIMITS`."""
     exported = load_exported(path)(inputs)
     if backbone_only:
         eager = _eager_features(model, inputs)[1]
@@ -232,7 +234,7 @@ def _check(model: GeneralizedRCNN, path: Path, inputs: Arrays, backbone_only: bo
 
 @torch.no_grad()
 def _eager_features(model: GeneralizedRCNN, inputs: Arrays) -> tuple[ImageList, dict[str, Tensor]]:
-    """Compute the padded image and feature maps as detectron2 does."""
+    """Compute the padded image and the feature maps as detectron2 does."""
     height, width = (int(side) for side in inputs["image_size"])
     image = torch.from_numpy(inputs["image"])[:, :, :height, :width]
     image = image.flip(1) if model.input_format == "BGR" else image
@@ -254,7 +256,7 @@ def eager_detections(model: GeneralizedRCNN, inputs: Arrays) -> Arrays:
 
 
 def compare_detections(expected: Arrays, received: Arrays) -> Parity:
-    """Pair detections by class and place, and measure their differences."""
+    """Pair detections by class and position, and measure their differences."""
     count, others = len(expected["scores"]), len(received["scores"])
     if not count or not others:
         return Parity(count, {"unpaired": float(max(count, others))})

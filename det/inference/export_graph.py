@@ -1,7 +1,7 @@
 """Detectors as modules that exporters can trace: one image of fixed size in, tensors out.
 
-detectron2's inference on `Instances` and `Boxes` is repeated here on plain tensors, with the detector's own modules and
-weights. Shapes: H, W of the input, R proposals, K classes, N detections, M side of a mask.
+This module repeats detectron2's inference, but with plain tensors in place of `Instances` and `Boxes`. It uses the
+detector's own modules and weights. Shapes: H, W of the input, R proposals, K classes, N detections, M side of a mask.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torchvision.ops import nms
 
 
 def obstacle(model: nn.Module) -> str | None:
-    """Name a part of a model that cannot be exported."""
+    """Name a part that cannot be exported, or return None."""
     heads = getattr(model, "roi_heads", None)
     poolers = [module for module in model.modules() if isinstance(module, ROIPooler)]
     parts: list[tuple[str, Any, tuple[type, ...]]] = [
@@ -62,7 +62,10 @@ class ExportableBackbone(nn.Module):
         self.register_buffer("pixel_std", model.pixel_std)
 
     def forward(self, image: Tensor, image_size: Tensor) -> dict[str, Tensor]:
-        """Map (1, 3, H, W) pixels and their size to feature maps."""
+        """Map pixels (1, 3, H, W) to feature maps.
+
+        `image_size` (2,) is the height and width of the picture at the top left of the image.
+        """
         if self.input_format == "BGR":
             image = image.flip(1)
         rows = torch.arange(self.size[0])[:, None] < image_size[0]
@@ -73,7 +76,7 @@ class ExportableBackbone(nn.Module):
 
 
 class ExportableDetector(ExportableBackbone):
-    """Complete detector without `obstacle`, for one image of fixed `size` (H, W)."""
+    """Complete detector without an `obstacle`, for one image of fixed `size` (H, W)."""
 
     def __init__(self, model: GeneralizedRCNN, size: tuple[int, int]) -> None:
         super().__init__(model, size)
@@ -81,7 +84,10 @@ class ExportableDetector(ExportableBackbone):
         self.heads: Any = model.roi_heads
 
     def forward(self, image: Tensor, image_size: Tensor) -> dict[str, Tensor]:
-        """Map (1, 3, H, W) pixels and their size to detections."""
+        """Map pixels (1, 3, H, W) to detections.
+
+        `image_size` (2,) is the height and width of the picture at the top left of the image.
+        """
         features = super().forward(image, image_size)
         height, width = image_size.float().unbind()
         limit = torch.stack([width, height, width, height])
@@ -102,7 +108,7 @@ class ExportableDetector(ExportableBackbone):
         boxes, scores = (torch.cat(parts) for parts in zip(*chosen, strict=True))
         most = self.rpn.post_nms_topk[False]
         best = scores.argsort(descending=True)[:most]
-        torch._check(best.shape[0] <= most)  # see suppress
+        torch._check(best.shape[0] <= most)  # needed as in `suppress`
         return boxes[best]
 
     def _propose_level(self, anchors: Tensor, logits: Tensor, deltas: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,7 +143,7 @@ class ExportableDetector(ExportableBackbone):
         rows, classes = (scores > last.test_score_thresh).nonzero().unbind(1)
         own = classes if boxes.shape[1] > 1 else torch.zeros_like(classes)
         boxes, scores = boxes[rows, own], scores[rows, classes]
-        # Classes are moved apart by the same distance as in torchvision's batched_nms: coordinates round equally.
+        # Classes are shifted by the same distance as in torchvision's batched_nms, so that coordinates round equally.
         step = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max() + 1
         kept = suppress(boxes + (classes.to(boxes) * step)[:, None], scores, last.test_nms_thresh)
         if last.test_topk_per_image >= 0:
@@ -158,19 +164,19 @@ def clip(boxes: Tensor, limit: Tensor) -> Tensor:
 
 
 def suppress(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
-    """Return indices of boxes that survive non-maximum suppression, by falling score."""
-    # torchvision tells exporters that at least two boxes are kept. Two empty boxes, which overlap nothing and come
-    # last, make that true; they are removed again.
+    """Return indices of boxes kept by non-maximum suppression, highest score first."""
+    # torchvision tells exporters that at least two boxes are kept. Two empty boxes make this true. They overlap no box
+    # and come last, and are removed below.
     boxes, scores = F.pad(boxes, (0, 0, 0, 2)), F.pad(scores, (0, 2), value=float("-inf"))
     kept = nms(boxes, scores, threshold)
-    # Without this bound, tracing assumes one that does not fit the integers of ONNX.
+    # Without this bound, tracing assumes a larger bound, which does not fit ONNX's integers.
     torch._check(kept.shape[0] <= boxes.shape[0])
     return kept[:-2]
 
 
 def pool(pooler: ROIPooler, levels: list[Tensor], boxes: Tensor) -> Tensor:
     """Pool (R, 4) boxes to (R, C, side, side) like `ROIPooler`."""
-    rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)  # with the image index
+    rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)  # the first column is the image index
     if len(levels) == 1:
         pooled: Tensor = pooler.level_poolers[0](levels[0], rois)
         return pooled

@@ -1,4 +1,4 @@
-"""Prediction with a trained detector: from images to `Instances`, and from instances to COCO annotations."""
+"""Prediction with a trained detector: images to `Instances`, and instances to COCO annotations."""
 
 from __future__ import annotations
 
@@ -35,26 +35,28 @@ ImageLike = NDArray[np.uint8] | Image.Image | str | Path
 
 
 class Predictor:
-    """A trained detector that is called with an image.
+    """A trained detector, which is called with an image.
 
         predictor = Predictor("outputs/run/config.yaml", "outputs/run/model_best.pth")
         instances = predictor("photo.jpg")
         instances.pred_boxes, instances.scores, instances.pred_classes, instances.pred_masks
 
-    Images are read, resized and padded as in evaluation. Objects score above `MODEL.ROI_HEADS.SCORE_THRESH_TEST`.
+    Images are read, resized and padded as in evaluation. Objects have a score above
+    `MODEL.ROI_HEADS.SCORE_THRESH_TEST`.
 
     Args:
-        config: see `read_config`, or a config; it is not changed.
+        config: a config, which is not changed, or an argument of `read_config`.
         weights: a detector's file, or the folder of its run, see `find_detector`.
-        device: "cpu", "cuda" or "cuda:1"; None uses the config, or the CPU where there is no GPU.
-        masks: predict masks if the detector can.
+        device: "cpu", "cuda" or "cuda:1". None uses the config, or the CPU if there is no GPU.
+        masks: predict masks if the detector has them.
 
     Attributes:
-        cfg: the config, with `MODEL.WEIGHTS` the file that was read.
-        model: the detector, in eval mode.
+        cfg: the config. Its `MODEL.WEIGHTS` is the file that was read.
+        model: the detector, in evaluation mode.
 
     Raises:
-        UserError: no such file or device, the config is not of a `GeneralizedRCNN`, or the weights do not fit it.
+        UserError: the file or the device does not exist, the config is not for a `GeneralizedRCNN`, or the weights do
+            not fit the config.
     """
 
     def __init__(
@@ -84,30 +86,32 @@ class Predictor:
         """Find the objects in one image, highest score first.
 
         The image is (H, W, 3) uint8 RGB, a Pillow image, or a path. Returns N instances on the CPU, in pixels of the
-        image: `pred_boxes` (N, 4) x0, y0, x1, y1, `scores` (N,), `pred_classes` (N,) from 0 and, of detectors with
-        masks, `pred_masks` (N, H, W) bool. A file that cannot be read is a UserError, a wrong array a ValueError.
+        image: `pred_boxes` (N, 4) x0, y0, x1, y1; `scores` (N,); `pred_classes` (N,) from 0; and `pred_masks` (N, H, W)
+        bool if the detector has masks. Raises UserError for a file that cannot be read, and ValueError for a wrong
+        array.
         """
         return self.predict([image])[0]
 
     def predict(self, images: Sequence[ImageLike]) -> list[Instances]:
         """Find the objects in several images.
 
-        Images with the same padded size are computed together. Global attention sees padding, so no image is padded to
-        the size of another image: the result does not depend on the other images.
+        Images with the same padded size are computed together. No image is padded to the size of another image, because
+        global attention sees padding. The result therefore does not depend on the other images.
         """
         return [output["instances"].to("cpu") for output in self._run(images, self.model)]
 
     def predict_raw(self, images: Sequence[ImageLike]) -> list[Instances]:
         """Find objects with small masks that cover only their boxes.
 
-        Returns N instances for each image, on the model's device, in pixels of the model's input: `pred_boxes`,
-        `scores`, `pred_classes` and, of detectors with masks, `pred_masks` (N, 1, M, M), probabilities in the boxes.
+        For each image, returns N instances on the model's device, in pixels of the model's input: `pred_boxes`,
+        `scores`, `pred_classes`, and `pred_masks` (N, 1, M, M) if the detector has masks: probabilities inside the
+        boxes.
         """
         return self._run(images, partial(self.model.inference, do_postprocess=False))
 
     @torch.no_grad()
     def _run(self, images: Sequence[ImageLike], model: Callable[[list[dict[str, Any]]], list[Any]]) -> list[Any]:
-        """Call `model` once per padded size."""
+        """Call `model` once for each padded size."""
         inputs: list[dict[str, Any]] = []
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, pixels in enumerate(map(read_rgb, images)):
@@ -128,10 +132,10 @@ class Predictor:
 
 
 def read_config(config_file: str | Path | None, weights: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
-    """Read the config of a detector, changed by `KEY=VALUE` words.
+    """Read the config of a detector, and apply `KEY=VALUE` words.
 
     Args:
-        config_file: a YAML file, its name under configs/, a run's folder, or None: `config.yaml` next to the weights.
+        config_file: a YAML file, a name under configs/, or a run's folder. None uses `config.yaml` next to the weights.
         weights: a run's folder, or a file in it.
     """
     if not Path(weights).exists():
@@ -147,7 +151,7 @@ def read_config(config_file: str | Path | None, weights: str | Path, overrides: 
 def read_rgb(image: ImageLike) -> NDArray[np.uint8]:
     """Read an image as training does: upright (H, W, 3) uint8 RGB.
 
-    A file that cannot be read is a UserError, an array of another shape or type a ValueError.
+    Raises UserError for a file that cannot be read, and ValueError for an array of another shape or type.
     """
     if isinstance(image, (str, Path)):
         image = read_image(image)
@@ -161,21 +165,22 @@ def read_rgb(image: ImageLike) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Classes:
-    """Names of a detector's classes, from 0, and their category ids in COCO files."""
+    """Names of a detector's classes in order, and their category ids in COCO files."""
 
     names: tuple[str, ...]
     category_ids: tuple[int, ...]
 
     def categories(self) -> list[dict[str, Any]]:
-        """List the classes as COCO files do."""
+        """List the classes in the form of COCO's `categories`."""
         return [{"id": number, "name": name} for number, name in zip(self.category_ids, self.names, strict=True)]
 
 
 def find_classes(predictor: Predictor, file: Path | None = None) -> Classes:
-    """Find the names of a detector's classes.
+    """Find the names and category ids of a detector's classes.
 
-    `file` is a JSON file with COCO's `categories`, or a text file with one name per line; None: the record of the run,
-    or else numbers from 1 with a warning. Another number of classes is a UserError.
+    `file` is a JSON file with COCO's `categories`, or a text file with one name per line. Without `file`, the names
+    come from the record of the run. Without a record, the names are numbers from 1, with a warning. Raises UserError if
+    the number of names differs from the number of classes.
     """
     wanted, record = predictor.num_classes, predictor.weights.with_name(RECORD)
     classes = _recorded_classes(record) if file is None else _read_classes(file)
@@ -198,7 +203,7 @@ def _recorded_classes(record: Path) -> Classes | None:
 
 def _read_classes(file: Path) -> Classes:
     if file.suffix.lower() == ".json":
-        categories = read_categories(file)  # by rising id, as detectron2 numbers classes
+        categories = read_categories(file)  # sorted by id, as detectron2 numbers the classes
         return Classes(tuple(name for _, name in categories), tuple(number for number, _ in categories))
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -213,8 +218,8 @@ def coco_annotations(
 ) -> list[dict[str, Any]]:
     """Convert predictions of one image to COCO annotations.
 
-    Takes instances of `Predictor.predict_raw` and returns the results of `coco_results` with `area` and `iscrowd`;
-    boxes to a thousandth of a pixel.
+    Takes instances from `Predictor.predict_raw`. Returns the results of `coco_results` with `area` and `iscrowd`. Boxes
+    are rounded to a thousandth of a pixel.
     """
     annotations = coco_results(instances, image_id, height, width, classes.category_ids)
     for annotation in annotations:

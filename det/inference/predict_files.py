@@ -1,10 +1,10 @@
-"""Predictions for image and video files, as pictures and as one COCO file in one folder.
+"""Predictions for image and video files, as pictures and one COCO file in a folder.
 
     OUTPUT/NAME.png            an image and its objects; NAME is the image's path relative to the common folder
-    OUTPUT/NAME.mp4            a video and its objects
+    OUTPUT/NAME.mp4            a video with its objects
     OUTPUT/predictions.json    all predictions as COCO annotations; written last: if it exists, it is complete
 
-Files are read a batch at a time, so that memory stays bounded.
+Files are read in batches, so that memory stays bounded.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from det.inference.predict import Classes, Predictor, coco_annotations, read_rgb
 from det.inference.video import Frame, Video, is_video, pyav, write_video
 
 COCO_FILE = "predictions.json"
-ENLARGED_BELOW = 512  # pixels: images whose sides are all shorter are drawn enlarged, by a whole number
-LABEL_SIZE = 0.03  # height of the letters over the longest side
+ENLARGED_BELOW = 512  # pixels: images are drawn enlarged, by an integer scale, if both sides are shorter
+LABEL_SIZE = 0.03  # height of letters divided by the longest side
 MAX_FILE_NAME = 255  # bytes, in usual file systems
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class MediaInput:
-    """One file to predict: its path, its name under the common folder, and its target under the output."""
+    """One file to predict: its path, its name in the common folder, and the name of its output file."""
 
     path: Path
     name: str
@@ -54,9 +54,9 @@ class MediaInput:
 
 
 def find_media(arguments: Sequence[str]) -> tuple[Path, list[MediaInput]]:
-    """Find the files that arguments name, and their common folder.
+    """Find the named files, and their common folder.
 
-    Folders stand for their images, subfolders included, but not for their videos.
+    A folder stands for the images in it and its subfolders, but not for videos.
     """
     arguments = [_expand_home(argument) for argument in arguments]
     paths = list(dict.fromkeys(Path(os.path.abspath(path)) for path in find_inputs(arguments)))
@@ -74,7 +74,10 @@ def _expand_home(argument: str) -> str:
 
 
 def output_names(names: Sequence[str]) -> list[str]:
-    """Name the drawn files: suffix replaced, appended where taken, else numbered."""
+    """Name the drawn files.
+
+    The suffix is replaced. If the name is taken, the new suffix is appended, and then a number.
+    """
     targets: list[str] = []
     taken = {str(folder).casefold() for name in names for folder in PurePosixPath(name).parents}
     for name in names:
@@ -87,9 +90,9 @@ def output_names(names: Sequence[str]) -> list[str]:
 
 
 def check_output(output: Path, inputs: Sequence[MediaInput], arguments: Sequence[str], force: bool) -> None:
-    """Refuse an output folder that cannot be written, or would overwrite files.
+    """Reject an unwritable output folder, or one with files to overwrite.
 
-    An input is never overwritten. The folder must not be searched for inputs.
+    An input is never overwritten. The output folder must not be searched for inputs.
     """
     planned = [output / COCO_FILE, *(output / one.target for one in inputs)]
     for argument in map(_expand_home, arguments):
@@ -109,7 +112,7 @@ def check_output(output: Path, inputs: Sequence[MediaInput], arguments: Sequence
 
 
 def _searches(argument: str, output: Path, planned: Sequence[Path]) -> bool:
-    """Tell whether the next call would find the output by an argument."""
+    """Check whether the same argument would find the output next time."""
     if os.path.exists(argument):
         return Path(argument).is_dir() and output.resolve().is_relative_to(Path(argument).resolve())
     wanted = Path(os.path.normpath(os.path.join(glob.escape(os.getcwd()), argument))).parts
@@ -121,7 +124,7 @@ def _searches(argument: str, output: Path, planned: Sequence[Path]) -> bool:
 
 
 def _fault(path: Path) -> str | None:
-    """Find out why a file cannot be written, without trying."""
+    """Find out why a file cannot be written, without writing it."""
     if len(os.fsencode(path.name)) > MAX_FILE_NAME:
         return os.strerror(errno.ENAMETOOLONG)
     try:
@@ -134,7 +137,7 @@ def _fault(path: Path) -> str | None:
 
 @dataclass
 class FilePredictions:
-    """Prediction of files, with counts of images (frames included) and objects, and a line per failure."""
+    """Prediction of files. Counts images (including video frames) and objects, and keeps a line per failure."""
 
     predictor: Predictor
     classes: Classes
@@ -146,7 +149,7 @@ class FilePredictions:
     failures: list[str] = field(default_factory=list)
 
     def write(self, inputs: Sequence[MediaInput], info: dict[str, Any]) -> None:
-        """Remove an older predictions.json, predict all files and write the results."""
+        """Remove an older predictions.json, predict all files, write the results."""
         make_folder(self.output, "--output")
         (self.output / COCO_FILE).unlink(missing_ok=True)
 
@@ -183,10 +186,10 @@ class FilePredictions:
         if self.draw:
             path = self.output / one.target
             self._save(path, lambda: write_video(path, frames, video.rate))
-        deque(frames, maxlen=0)  # frames that are not drawn or written still count
+        deque(frames, maxlen=0)  # count the frames, even if they are not drawn or written
 
     def _read_video(self, video: Video, name: str) -> Iterator[tuple[Fraction, dict[str, Any], NDArray[np.uint8]]]:
-        """Yield time, entry and pixels of frames until damage, which is noted."""
+        """Yield time, entry and pixels of frames. Note and stop at damage."""
         bar = tqdm(video, printable(name), video.frames, unit="frame", dynamic_ncols=True)
         try:
             for number, frame in enumerate(bar):
@@ -198,7 +201,7 @@ class FilePredictions:
     def _predict(
         self, images: Iterable[tuple[Item, dict[str, Any], NDArray[np.uint8]]], coco: CocoStream
     ) -> Iterator[tuple[Item, NDArray[np.uint8]]]:
-        """Predict batches of (item, entry, pixels), and yield items with drawn pixels."""
+        """Predict batches of (item, entry, pixels). Yield items with drawn pixels."""
         queue, names = iter(images), dict(zip(self.classes.category_ids, self.classes.names, strict=True))
         while batch := list(islice(queue, self.batch_size)):
             found = self.predictor.predict_raw([pixels for _, _, pixels in batch])
@@ -214,7 +217,7 @@ class FilePredictions:
                 yield item, pixels
 
     def _save(self, path: Path, write: Callable[[], object]) -> None:
-        """Write a file and note a failure, unless the disk is full."""
+        """Write a file. Note a failure, unless the disk is full."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write()
@@ -225,7 +228,7 @@ class FilePredictions:
 
 
 class CocoStream:
-    """A COCO file that is written while images are predicted: annotations first, then images and categories."""
+    """A COCO file that is written during prediction: first annotations, then images and categories."""
 
     def __init__(self, file: TextIO, classes: Classes) -> None:
         file.write('{"annotations": ')
@@ -233,7 +236,7 @@ class CocoStream:
         self.images: list[dict[str, Any]] = []
 
     def add(self, image: dict[str, Any], instances: Instances) -> list[dict[str, Any]]:
-        """Write and return the annotations of one image entry without id."""
+        """Write and return the annotations of one image."""
         self.images.append({"id": len(self.images) + 1, **image})
         annotations = coco_annotations(instances, len(self.images), image["height"], image["width"], self.classes)
         for annotation in annotations:

@@ -1,4 +1,4 @@
-"""Video files: read upright frames one at a time, and write MP4 that browsers play."""
+"""Video files: reading of upright frames one by one, and writing of MP4 for browsers."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ log = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = frozenset({".avi", ".mkv", ".mov", ".mp4", ".webm"})
 
-QUALITY = "18"  # constant rate factor of x264: lines and letters stay sharp
-TICKS = 90000  # time base per second: a whole number per frame, for all usual rates
-BT709 = 1  # number of the standard in H.264
-UNKNOWN_RATE = Fraction(25)  # frames per second where a file does not tell
+QUALITY = "18"  # constant rate factor of x264: keeps lines and letters sharp
+TICKS = 90000  # time base per second: an integer per frame for all usual rates
+BT709 = 1  # number of the colour standard in H.264
+UNKNOWN_RATE = Fraction(25)  # frames per second, if the file does not tell
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One upright picture (H, W, 3) uint8 RGB of a video, and the seconds since the first frame."""
+    """One upright picture (H, W, 3) uint8 RGB of a video, with its time in seconds after the first frame."""
 
     pixels: NDArray[np.uint8]
     time: Fraction
 
 
 class Video:
-    """First video stream of a file, read from the beginning by each iteration.
+    """First video stream of a file. Each iteration reads it from the beginning.
 
-    `rate` is the average number of frames per second, `frames` the expected number of frames, None if unknown.
-    Without PyAV, or if the file cannot be read or has no pictures, a UserError is raised.
+    `rate` is the average number of frames per second. `frames` is the expected number of frames, or None if unknown.
+    Raises UserError if PyAV is not installed, or if the file cannot be read or has no pictures.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -50,9 +50,9 @@ class Video:
             self.frames = self._listed or round(seconds * self.rate) or None
 
     def __iter__(self) -> Iterator[Frame]:
-        """Yield all frames upright, and warn about missing frames.
+        """Yield all frames upright. Warn about missing frames.
 
-        A damaged file is a UserError after the frames before the damage.
+        If the file is damaged, raises UserError after the frames before the damage.
         """
         number, start = 0, Fraction(0)
         with self._open() as container:
@@ -61,7 +61,7 @@ class Video:
                 for picture in container.decode(video=0):
                     time = number / self.rate if picture.pts is None else picture.pts * Fraction(picture.time_base)
                     start = start if number else time
-                    # Telephones record a rotation.
+                    # telephones record a rotation
                     upright = np.rot90(picture.to_ndarray(format="rgb24"), round(picture.rotation / 90))
                     yield Frame(np.ascontiguousarray(upright), time - start)
                     number += 1
@@ -70,7 +70,7 @@ class Video:
                 raise UserError(f"{where}: {error.strerror}") from error
         if not number:
             raise UserError(f"{printable(self.path)}: has no readable picture")
-        if number < self._listed:  # cut off, or trimmed without encoding again
+        if number < self._listed:  # the file was cut off, or trimmed without encoding
             log.warning("%s: %d frames could be read, the file lists %d", printable(self.path), number, self._listed)
 
     def _open(self) -> Any:
@@ -85,15 +85,15 @@ class Video:
 
 
 def is_video(path: str | Path) -> bool:
-    """Tell by its name whether a file is a video."""
+    """Check by its name whether a file is a video."""
     return Path(path).suffix.lower() in VIDEO_SUFFIXES
 
 
 def write_video(path: Path, frames: Iterable[Frame], rate: Fraction) -> None:
     """Write at least one frame as H.264 in MP4, atomically.
 
-    Frames have one size; an odd last row or column is doubled, because the format needs even sides. If the file cannot
-    be written, an OSError is raised, and the remaining frames have not been consumed.
+    All frames have the same size. An odd last row or column is doubled, because the format needs even sides. Raises
+    OSError if the file cannot be written. The remaining frames are then not consumed.
     """
     queue = iter(frames)
     first = next(queue, None)
@@ -115,7 +115,7 @@ def _encode(path: Path, frames: Iterable[Frame], size: tuple[int, ...], rate: Fr
         codec.colorspace = codec.color_primaries = codec.color_trc = BT709
         tick = -1
         for frame in frames:
-            tick = max(round(frame.time * TICKS), tick + 1)  # times must rise
+            tick = max(round(frame.time * TICKS), tick + 1)  # times must increase
             even = np.pad(frame.pixels, ((0, size[0] % 2), (0, size[1] % 2), (0, 0)), mode="edge")
             picture = pyav().VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
             picture = picture.reformat(format="yuv420p", dst_colorspace="itu709")
@@ -125,5 +125,5 @@ def _encode(path: Path, frames: Iterable[Frame], size: tuple[int, ...], rate: Fr
 
 
 def pyav() -> Any:
-    """Import PyAV, or raise a `UserError`."""
+    """Import PyAV, or raise UserError."""
     return import_extra("av", "reading and writing videos", extra="video")

@@ -1,4 +1,4 @@
-"""Checkpoints of a detector's run, and its record: atomic writing, strict reading, the settings of a continuation.
+"""Checkpoints of a detector's run: atomic writing, strict reading, and a record of its settings.
 
 In a checkpoint, `model` holds the evaluated weights.
 """
@@ -27,12 +27,12 @@ from det.config import CHECKPOINT, LAST, RECORD
 
 log = logging.getLogger(__name__)
 
-# With a moving average, `model` holds the average, and this key the weights that training continues from.
+# With a moving average, `model` has the average, and this key has the weights that training continues from.
 TRAINED = "trained_model"
-NAME_LIMIT = 256  # characters that are read of `last_checkpoint`
-# Settings that decide the order of data, the model and the schedule.
+NAME_LIMIT = 256  # number of characters of `last_checkpoint` that are read
+# Settings that decide the order of the data, the model or the schedule.
 _SHARED = ("SEED", "DATASETS.TRAIN", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "INPUT.", "MODEL.", "SOLVER.")
-# Settings among them that may differ: where and how long to train, and what only evaluation reads.
+# Settings that may change although they match `_SHARED`: device, weights, length of training, settings of evaluation.
 _FREE = (
     "MODEL.DEVICE",
     "MODEL.WEIGHTS",
@@ -48,9 +48,9 @@ _REPAIR = "Write the name of a checkpoint in this folder into it, such as model_
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
-    """detectron2's checkpoints of a run folder, written atomically and read strictly.
+    """detectron2's checkpoints of a run folder, with atomic writing and strict reading.
 
-    With a moving `average` of the weights, both are saved.
+    If there is a moving `average` of the weights, the average and the trained weights are saved.
     """
 
     def __init__(self, model: nn.Module, save_dir: str, average: nn.Module | None = None, **checkpointables: Any):
@@ -58,7 +58,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self.average = average
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write `<name>.pth`, then name it in `last_checkpoint`."""
+        """Write `<name>.pth`, then record its name in the file `last_checkpoint`."""
         if not self.save_dir or not self.save_to_disk:
             return
         state = {key: value.state_dict() for key, value in self.checkpointables.items()}
@@ -66,14 +66,14 @@ class AtomicCheckpointer(DetectionCheckpointer):
         write_text(Path(self.save_dir, LAST), f"{name}.pth")
 
     def weights(self) -> dict[str, Any]:
-        """Return the evaluated weights and, where they differ, the trained weights."""
+        """Return the evaluated weights and, if different, the trained weights."""
         trained = self.model.state_dict()
         if self.average is None:
             return {"model": trained}
         return {"model": self.average.state_dict(), TRAINED: trained}
 
     def write(self, file_name: str, content: dict[str, Any]) -> None:
-        """Write one file of the folder, and reject weights not finite."""
+        """Write one file of the folder. Reject weights that are not finite."""
         for key in ("model", TRAINED):
             if found := describe_non_finite(content.get(key, {})):
                 raise UserError(
@@ -85,14 +85,14 @@ class AtomicCheckpointer(DetectionCheckpointer):
     def resume(self, path: Path, max_iter: int) -> int:
         """Load a checkpoint and return the next step."""
         self.load(str(path))
-        first: int = self.checkpointables["trainer"].iter + 1  # the checkpoint holds the step that had just ended
+        first: int = self.checkpointables["trainer"].iter + 1  # the checkpoint has the number of the finished step
         if first > max_iter:
             raise UserError(f"--resume: {first} steps are done already, this run has {max_iter}")
         log.info("resuming after iteration %d from %s", first, path)
         return first
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Load a checkpoint of this model with finite weights."""
+        """Load a checkpoint of this model. Reject weights that are not finite."""
         rest: dict[str, Any] = super().load(path, checkpointables)
         for model in (self.model, self.average):
             if model is not None:
@@ -100,7 +100,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return rest
 
     def _load_file(self, filename: str) -> Any:
-        """Read a checkpoint without running anything in it."""
+        """Read a checkpoint without executing code in it."""
         advice = f"Name an older checkpoint in {Path(self.save_dir, LAST)}."
         try:
             content = read_torch_file(Path(filename))
@@ -113,7 +113,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         if self.average is not None and TRAINED in content:
             self.average.load_state_dict(content["model"])
             content["model"] = content.pop(TRAINED)
-        return {key: content[key] for key in wanted}  # detectron2 takes orders from other keys, `matching_heuristics`
+        return {key: content[key] for key in wanted}  # other keys would change how detectron2 loads
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         wrong = [*incompatible.missing_keys, *incompatible.unexpected_keys]
@@ -127,7 +127,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
 
 def find_checkpoint(folder: Path, resume: bool) -> Path | None:
-    """Find the checkpoint to resume, None for a new run."""
+    """Find the checkpoint to resume from. Return None for a new run."""
     if not resume:
         if (folder / LAST).exists() or (folder / RECORD).is_file():
             raise UserError(
@@ -141,7 +141,7 @@ def find_checkpoint(folder: Path, resume: bool) -> Path | None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Find the checkpoint in the folder that `last_checkpoint` names."""
+    """Find the checkpoint that the file `last_checkpoint` names."""
     record = folder / LAST
     try:
         with open(record, encoding="utf-8", errors="replace") as file:
@@ -164,7 +164,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 def shared_settings(values: Mapping[str, Any], num_images: int) -> dict[str, Any]:
     """Select the settings that a run and its continuation must share.
 
-    Takes the values of the config by dotted key, and returns JSON values.
+    Takes the config's values by dotted key. Returns JSON values.
     """
     keys = [key for key in values if key.startswith(_SHARED) and not key.startswith(_FREE)]
     settings = {key: values[key] for key in keys if not key.endswith("_TEST")}
@@ -177,7 +177,7 @@ def shared_settings(values: Mapping[str, Any], num_images: int) -> dict[str, Any
 
 
 def check_continues(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Reject a continuation whose settings differ from the record's."""
+    """Reject a continuation whose settings differ from the recorded settings."""
     try:
         recorded = json.loads((folder / RECORD).read_text(encoding="utf-8"))["settings"]
         keys = recorded.keys() | settings.keys()

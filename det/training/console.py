@@ -1,4 +1,4 @@
-"""Messages of detection: on the console, in `log.txt`, and before there is a folder for it."""
+"""Log messages of detection: on the console, in `log.txt`, and before the run has a folder."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tqdm import tqdm
 from crossmae.files import ODD_BYTES
 from det.config import LOG
 
-# Warnings of libraries that neither their caller nor the user can act on.
+# Warnings of libraries that neither the caller nor the user can fix.
 LIBRARY_WARNINGS = ("The given NumPy array is not writable", "torch.meshgrid: in an upcoming release", "Glyph ")
 
 
 def set_up_console() -> None:
-    """Show the log lines that concern the user, in every process."""
+    """Show the log messages for the user, in every process."""
     for text in LIBRARY_WARNINGS:
         warnings.filterwarnings("ignore", text, UserWarning)
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
@@ -31,10 +31,10 @@ def set_up_console() -> None:
 
 
 class ConsoleHandler(logging.Handler):
-    """Console output above the progress bar: lines of this project, and warnings of all libraries."""
+    """Console output above the progress bar: messages of this project, and warnings of all libraries."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.name == "detectron2.engine.train_loop":  # a traceback of the error that the tool shows in one line
+        if record.name == "detectron2.engine.train_loop":  # logs tracebacks of errors that the tool reports
             return False
         if record.levelno < logging.WARNING and not comm.is_main_process():
             return False
@@ -46,7 +46,7 @@ class ConsoleHandler(logging.Handler):
 
 @contextmanager
 def early_log() -> Iterator[MemoryHandler]:
-    """Collect what is logged before a run has a folder."""
+    """Collect log messages before a run has a folder."""
     handler = MemoryHandler(10_000)
     logging.getLogger().addHandler(handler)
     try:
@@ -57,7 +57,7 @@ def early_log() -> Iterator[MemoryHandler]:
 
 @contextmanager
 def log_file(folder: Path, early: MemoryHandler | None = None) -> Iterator[None]:
-    """Write everything that is logged to `log.txt`, after what `early` has collected."""
+    """Write all log messages to `log.txt`, starting with `early`'s messages."""
     if not comm.is_main_process():
         yield
         return

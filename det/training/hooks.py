@@ -1,4 +1,4 @@
-"""Hooks of a detector's training: evaluation with the best weights, the stop between two steps, the progress bar."""
+"""Hooks of a detector's training: evaluation, best weights, stop between two steps, progress bar."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from det.training.checkpoint import AtomicCheckpointer
 
 log = logging.getLogger(__name__)
 
-LOGGED_CLASSES = 100  # LVIS would fill TensorBoard with a curve for each of its 1,203 classes
-STOP_PERIOD = 20  # steps between agreements of several processes on a stop
+LOGGED_CLASSES = 100  # LVIS has 1,203 classes: too many curves for TensorBoard
+STOP_PERIOD = 20  # the processes agree on a stop every so many steps
 
 _Results = dict[str, dict[str, float]]
 
 
 class EvaluationHook(hooks.EvalHook):
-    """detectron2's evaluation, which keeps the best weights and leaves out a run that failed in its last step.
+    """detectron2's evaluation, extended: it keeps the best weights. It is skipped if the last step failed.
 
-    `period` counts the steps between evaluations; 0 evaluates at the end only.
+    `period` is the number of steps between evaluations. 0 evaluates only at the end.
     """
 
     def __init__(self, period: int, evaluate: Callable[[], _Results], checkpointer: AtomicCheckpointer) -> None:
@@ -45,7 +45,7 @@ class EvaluationHook(hooks.EvalHook):
             super().after_train()
 
     def _run(self) -> _Results:
-        done = min(self.trainer.iter + 1, self.trainer.max_iter)  # after the last step, detectron2 counts one more
+        done = min(self.trainer.iter + 1, self.trainer.max_iter)  # detectron2's last count is one too high
         self.results = self.evaluate()
         if comm.is_main_process():
             folder = Path(self.checkpointer.save_dir)
@@ -54,7 +54,7 @@ class EvaluationHook(hooks.EvalHook):
             keep_best(self.checkpointer, self.results, done)
             for number, path in enumerate(find_pictures(folder / PICTURES), start=1):
                 self.trainer.storage.put_image(f"validation/{number}", np.asarray(Image.open(path)).transpose(2, 0, 1))
-            if self.trainer.iter + 1 < self.trainer.max_iter:  # the last report is written when everything else is
+            if self.trainer.iter + 1 < self.trainer.max_iter:  # the last report is written after all other files
                 write_report(folder)
         return {task: _without_many_classes(numbers) for task, numbers in self.results.items()}
 
@@ -65,12 +65,15 @@ def _without_many_classes(numbers: dict[str, float]) -> dict[str, float]:
 
 
 def keep_best(checkpointer: AtomicCheckpointer, results: _Results, iteration: int) -> None:
-    """Write `model_best.pth` if the AP of masks, else boxes, is the highest."""
+    """Write `model_best.pth` if the AP is the highest so far.
+
+    The AP of masks is compared, or of boxes if there are no masks.
+    """
     task = "segm" if "segm" in results else "bbox"
     metric, found = f"{task}/AP", results[task]["AP"]
     path = Path(checkpointer.save_dir, BEST_RECORD)
     best = read_json(path).get(metric, -math.inf) if path.is_file() else -math.inf
-    if not found > best:  # NaN is no record either
+    if not found > best:  # NaN is never better
         return
     record = {"iteration": iteration, metric: found}
     checkpointer.write(BEST, {"model": checkpointer.weights()["model"]} | record)
@@ -79,15 +82,15 @@ def keep_best(checkpointer: AtomicCheckpointer, results: _Results, iteration: in
 
 
 class StopBetweenSteps(HookBase):
-    """Save and end the run after Ctrl-C or SIGTERM."""
+    """Stop of the run after Ctrl-C or SIGTERM, with a checkpoint."""
 
     def __init__(self, checkpointer: AtomicCheckpointer, request: StopRequest) -> None:
         self.checkpointer, self.request = checkpointer, request
 
     def after_step(self) -> None:
-        """End the run if a process was asked to stop.
+        """End the run if any process was asked to stop.
 
-        Ctrl-C becomes a KeyboardInterrupt, SIGTERM a SystemExit.
+        Raises KeyboardInterrupt after Ctrl-C, and SystemExit after SIGTERM.
         """
         done = self.trainer.iter + 1
         if comm.get_world_size() > 1:
@@ -103,7 +106,7 @@ class StopBetweenSteps(HookBase):
 
 
 class ProgressBar(HookBase):
-    """Steps done, time left, loss and learning rate on one line."""
+    """Progress bar with steps done, time left, loss and learning rate."""
 
     def before_train(self) -> None:
         start, total = self.trainer.start_iter, self.trainer.max_iter

@@ -1,4 +1,4 @@
-"""The parameter groups of a detector and its schedule in steps: layer decay, learning rate rule, epochs."""
+"""Parameter groups of a detector, and its schedule in steps: layer decay, learning rate, epochs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ log = logging.getLogger(__name__)
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, ChannelFirstLayerNorm)
 _POSITIONS = ("pos_embed", "pos_embed_global", "rel_pos_h", "rel_pos_w")
-# Share of a run; detectron2 would warm up to a rate that has fallen already.
+# As a fraction of the run. With a longer warm-up, detectron2 would warm up to a rate that has already decayed.
 LONGEST_WARMUP = 0.1
 
 
 def parameter_groups(model: nn.Module, solver: SolverKeys, base_lr: float, depth: int) -> list[dict[str, Any]]:
     """Group trainable parameters by learning rate and weight decay.
 
-    Source: method specification, section 3.1. The learning rate of encoder layer i of n is base_lr * LAYER_DECAY **
-    (n + 1 - i): 0 is patch embedding and positions, i block i - 1, n + 1 everything outside the encoder.
-    `WEIGHT_DECAY_NORM` is for norms, `WEIGHT_DECAY_POS` for absolute and relative positions. Norms are told by type,
-    because detectron2's own list misses its channel-first LayerNorm. `depth` is the number n of blocks.
+    Source: method specification, section 3.1. `depth` is the number n of blocks. The learning rate of encoder layer i
+    is base_lr * LAYER_DECAY ** (n + 1 - i). Layer 0 is patch embedding and positions, layer i is block i - 1, and layer
+    n + 1 is everything outside the encoder. `WEIGHT_DECAY_NORM` applies to norms, and `WEIGHT_DECAY_POS` to absolute
+    and relative positions. Norms are recognised by type, because detectron2's own list lacks its channel-first
+    LayerNorm.
     """
     groups = []
     for module_name, module in model.named_modules():
@@ -52,19 +53,19 @@ class StepSchedule:
     """A detector's schedule in optimizer steps."""
 
     max_iter: int
-    base_lr: float  # after warm-up, outside the encoder
-    base_lr_end: float  # at the end of a cosine
+    base_lr: float  # after warm-up, for layers outside the encoder
+    base_lr_end: float  # at the end of a cosine schedule
     warmup_iters: int  # at most a tenth of the run
-    steps: tuple[int, ...]  # after which the learning rate falls
-    eval_period: int  # 0: only at the end
+    steps: tuple[int, ...]  # steps after which the learning rate falls
+    eval_period: int  # 0: evaluate only at the end
     checkpoint_period: int
 
 
 def resolve_schedule(solver: SolverKeys, test: EvaluationKeys, num_images: int) -> StepSchedule:
-    """Turn rules, epochs and shares of a run into whole steps.
+    """Convert epochs and fractions of a run to steps.
 
-    The learning rate follows the batch linearly where there is a `REFERENCE_BATCH`. With `EVAL_EPOCHS`, there is a
-    checkpoint at every evaluation at least. `num_images` is the size of the training set.
+    If there is a `REFERENCE_BATCH`, the learning rate is scaled linearly with the batch size. With `EVAL_EPOCHS`, there
+    is at least one checkpoint per evaluation. `num_images` is the size of the training set.
     """
     batch = solver.IMS_PER_BATCH
     factor = batch / solver.REFERENCE_BATCH if solver.REFERENCE_BATCH else 1.0
@@ -107,7 +108,7 @@ def describe_schedule(schedule: StepSchedule, solver: SolverKeys, num_images: in
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, solver: SolverKeys, schedule: StepSchedule) -> LRMultiplier:
-    """Build detectron2's warm-up, followed by a cosine or drops by `GAMMA`."""
+    """Build a warm-up, followed by a cosine or drops by `GAMMA`."""
     if solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
         after = CosineParamScheduler(1, schedule.base_lr_end / schedule.base_lr)
     else:

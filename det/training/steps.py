@@ -1,4 +1,4 @@
-"""One step of the optimizer: the batch in parts, mixed precision, the moving average of the weights."""
+"""One optimizer step: the batch in parts, mixed precision, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ log = logging.getLogger(__name__)
 
 
 class StepTrainer(SimpleTrainer):
-    """detectron2's trainer, with steps in parts, mixed precision and a moving average.
+    """detectron2's trainer, extended by batches in parts, mixed precision and a moving average.
 
-    The gradient of a step is the mean over its parts, as it is over the processes of a run on several GPUs, and a part
-    draws the random numbers of such a process: `parts` on one GPU equal as many GPUs. Losses that are means over boxes
-    or masks are means over the boxes or masks of a part, in both cases.
+    `parts` parts on one GPU give the same result as the same number of GPUs. The gradient of a step is the mean over
+    its parts, just as it is the mean over the processes of a run on several GPUs. A part also draws the same random
+    numbers as such a process. In both cases, losses that average over boxes or masks average over the boxes or masks of
+    one part.
 
     Args:
-        seed: with the number of the step and the rank, the source of all random numbers of a step.
-        parts: that a batch is computed in.
-        precision: of autocast; None computes in float32.
+        seed: source of all random numbers of a step, together with the number of the step and the rank.
+        parts: number of parts in which a batch is computed.
+        precision: precision of autocast. None computes in float32.
         average: moving average of the weights, updated after every step.
     """
 
@@ -49,14 +50,14 @@ class StepTrainer(SimpleTrainer):
     ) -> None:
         super().__init__(model, data_loader, optimizer)
         self.seed, self.parts, self.precision, self.average = seed, parts, precision, average
-        # bfloat16 has the range of float32 and needs no scaling
+        # bfloat16 has the range of float32, so it needs no loss scaling
         self.scaler = torch.amp.GradScaler("cuda", enabled=precision == torch.float16)
-        self.skipped = 0  # steps in a row
+        self.skipped = 0  # consecutive skipped steps
 
     def run_step(self) -> None:
-        """Take one step and write its losses.
+        """Run one step and record its losses.
 
-        A loss or gradient that is not finite is a FloatingPointError, and the weights stay those before the step.
+        Raises FloatingPointError if a loss or gradient is not finite. The weights then stay as before the step.
         """
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated()
@@ -70,7 +71,7 @@ class StepTrainer(SimpleTrainer):
             self._seed(number)
             last = number == self.parts - 1
             several = isinstance(self.model, nn.parallel.DistributedDataParallel)
-            # Only the gradients of the last part are averaged over the processes.
+            # Only the backward pass of the last part averages gradients over the processes.
             with contextlib.nullcontext() if last or not several else self.model.no_sync():
                 for name, value in self._backward(part).items():
                     losses[name] = losses.get(name, 0) + value

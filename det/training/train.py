@@ -1,4 +1,4 @@
-"""Training and evaluation of a detector: detectron2's loop over `StepTrainer` and hooks, in a repeatable order."""
+"""Training and evaluation of a detector: detectron2's loop with `StepTrainer` and hooks, in a repeatable order."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from det.training.steps import StepTrainer
 
 log = logging.getLogger(__name__)
 
-WRITING_PERIOD = 20  # steps between two rows of the log
+WRITING_PERIOD = 20  # steps between two log entries
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
     """Train and evaluate one detector.
 
-    Weights come from 1. the last checkpoint in `OUTPUT_DIR`, with `resume`; 2. `MODEL.WEIGHTS`; 3. random numbers. A
-    resumed run equals an uninterrupted one. Returns the results of the last evaluation, see `evaluate`.
+    The weights come from 1. the last checkpoint in `OUTPUT_DIR`, with `resume`; 2. `MODEL.WEIGHTS`; or 3. random
+    numbers. A resumed run equals an uninterrupted run. Returns the results of the last evaluation, see `evaluate`.
 
     Raises:
-        UserError: bad data, weights or settings, before anything is written; or a loss, a gradient or a weight that is
-            not finite.
+        UserError: data, weights or settings are wrong (nothing has been written then); or a loss, a gradient or a
+            weight is not finite.
     """
     check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN", "training data")
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
@@ -53,7 +53,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
         log.info("no validation data (--val-json, or DATASETS.TEST without --train-json): no weights are the best")
     keys, folder = read_keys(cfg), Path(cfg.OUTPUT_DIR)
     solver, depth = keys.SOLVER, keys.MODEL.VIT.DEPTH
-    with early_log() as early:  # nothing is written before everything has been checked
+    with early_log() as early:  # nothing is written before all checks have passed
         seed_all_rng(cfg.SEED)
         records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
         samples = training_samples(cfg, records)
@@ -93,20 +93,20 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
             hooks.IterationTimer(),
             hooks.LRScheduler(adamw, build_scheduler(adamw, solver, schedule)),
             *build_savers(checkpointer, schedule.checkpoint_period, solver.CHECKPOINTS_KEPT),
-            evaluation,  # after the checkpoint, so that its failure loses nothing
+            evaluation,  # after the checkpoint, so that a failed evaluation loses no training
         ])  # fmt: skip
         first = 0
         if checkpoint is not None:
             first = checkpointer.resume(checkpoint, schedule.max_iter)
             trainer.data_loader = batches(range(first, schedule.max_iter))
         if comm.is_main_process():
-            if checkpoint is None:  # a run that was cut off before its first checkpoint may have left records
+            if checkpoint is None:  # a run that was interrupted before its first checkpoint may have left records
                 for name in (BEST, BEST_RECORD, METRICS):
                     (folder / name).unlink(missing_ok=True)
             make_folder(folder, "OUTPUT_DIR")
             write_text(folder / CONFIG, cfg.dump())
             record_run(folder, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, settings, schedule.max_iter)
-            # A row at every evaluation at least: the numbers of evaluations replace each other.
+            # At least one row per evaluation. Otherwise a later evaluation would replace an earlier one.
             period = min((evaluation and schedule.eval_period) or WRITING_PERIOD, WRITING_PERIOD)
             trainer.register_hooks([hooks.PeriodicWriter(default_writers(str(folder), schedule.max_iter), period)])
     with log_file(folder, early), StopRequest(patient=comm.get_world_size() > 1) as request:
@@ -125,13 +125,13 @@ def build_savers(checkpointer: AtomicCheckpointer, period: int, kept: int) -> li
     if not comm.is_main_process():
         return []
     saver = hooks.PeriodicCheckpointer(checkpointer, period, max_to_keep=kept or None)
-    # Checkpoints of the run before a resume count, so that they are not kept for ever.
+    # Count checkpoints from before a resume. Otherwise they would be kept for ever.
     saver.recent_checkpoints = [str(path) for path in sorted(Path(checkpointer.save_dir).glob("model_[0-9]*.pth"))]
     return [ProgressBar(), saver]
 
 
 def run_steps(trainer: StepTrainer, first: int, schedule: StepSchedule) -> None:
-    """Train from step `first`, and explain a divergence."""
+    """Train from step `first`. Explain a divergence in the error."""
     try:
         trainer.train(first, schedule.max_iter)
     except FloatingPointError as error:
@@ -145,8 +145,8 @@ def run_steps(trainer: StepTrainer, first: int, schedule: StepSchedule) -> None:
 def evaluate_only(cfg: CfgNode) -> dict[str, dict[str, float]]:
     """Evaluate the detector in `MODEL.WEIGHTS` on `DATASETS.TEST`.
 
-    If `OUTPUT_DIR` holds a training, the results go to `OUTPUT_DIR/evaluation`. Without test data or a whole detector,
-    a `UserError` is raised and nothing is written.
+    If `OUTPUT_DIR` has a training run, the results are written to `OUTPUT_DIR/evaluation`. Raises UserError, and writes
+    nothing, if there are no test data or the weights are not a whole detector.
     """
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST", "data to evaluate on")
     model = build_detector(cfg)
