@@ -290,7 +290,7 @@ def place_digit(
 
 
 def render_glyph(sample: Array, height: int, angle: float) -> Array:
-    """Scale a sample (28, 28) to a height in pixels, then rotate it.
+    """Scale a sample (28, 28) to a height in pixels. Rotate it.
 
     `angle` is in degrees. Returns the opacity (h, w) in [0, 1].
     """
