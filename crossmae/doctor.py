@@ -1,9 +1,9 @@
-"""Report what this machine has, what is missing, and the command that fixes it.
+"""Report the versions and devices of this machine, missing packages, and the command that fixes each problem.
 
     python -m crossmae.doctor
 
-The exit code is 0 if everything needed for pretraining and detection is installed, else 1. The report needs only the
-standard library. It shows every import that fails, and it also runs where torch is missing or broken.
+The exit code is 0 if everything that pretraining and detection need is installed, else 1. The report lists every import
+that fails. It needs only the standard library, so it also runs if torch is missing or broken.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ import crossmae
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
 LITTLE_DISK_GIB = 10
-MANY_MISSING = 3  # with more missing libraries, the report recommends a new environment
-# Modules whose name differs from the name of the distribution. detectron2's engine is imported, because
-# `import detectron2` succeeds without the requirements of detectron2.
+MANY_MISSING = 3  # with more missing packages, the report suggests a new environment
+# Modules whose name differs from the distribution's name. For detectron2 the engine is imported, because the package
+# alone imports without its requirements.
 MODULES = {
     "pillow": "PIL",
     "pyyaml": "yaml",
@@ -51,19 +51,16 @@ MODULES = {
 
 @dataclass(frozen=True)
 class Row:
-    """Line of the report. `needed` marks a failure that makes the exit code 1."""
+    """A line of the report. `needed` marks a failure, which makes the exit code 1."""
 
     name: str
     value: str
-    fix: str = ""  # command that fixes the problem; empty: no problem
+    fix: str = ""  # the command that fixes the problem; empty without a problem
     needed: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report, and return the exit code.
-
-    The exit code is 1 if a needed library is missing, else 0.
-    """
+    """Print the report. Return 1 if a needed package is missing."""
     summary = "Print versions, devices, attention backends, what is missing and the command that mends it."
     argparse.ArgumentParser(prog="python -m crossmae.doctor", description=summary).parse_args(argv)
     with warnings.catch_warnings():
@@ -81,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def print_report(sections: dict[str, list[Row]]) -> None:
-    """Print the table, then each command that fixes a problem."""
+    """Print the table, then one line for each command that fixes problems."""
     rows = [row for section in sections.values() for row in section]
     width = max(len(row.name) for row in rows)
     for title, section in sections.items():
@@ -101,7 +98,10 @@ def print_report(sections: dict[str, list[Row]]) -> None:
 
 
 def read_requirements() -> tuple[list[str], list[str]]:
-    """Read the requirements of pretraining and of detection from setup.py."""
+    """Read the requirements of pretraining and of detection from setup.py.
+
+    Raises SystemExit outside a clone of the repository.
+    """
     if not (ROOT / "setup.py").is_file():
         raise SystemExit(f"{ROOT}: holds no setup.py. Run the doctor in a clone of the repository.")
     lists = {
@@ -113,7 +113,7 @@ def read_requirements() -> tuple[list[str], list[str]]:
 
 
 def tested_pair() -> list[str]:
-    """Read the tested versions of torch and torchvision, which must match."""
+    """Return pip requirements for the tested versions of torch and torchvision."""
     pins = (ROOT / "requirements-tested.txt").read_text("utf-8").splitlines()
     return [pin for pin in pins if pin.startswith(("torch==", "torchvision=="))]
 
@@ -125,7 +125,7 @@ def _crossmae_row() -> Row:
 
 
 def library_row(requirement: str) -> Row:
-    """Report a required library: its version, or the problem and the fix."""
+    """Report the version of a required library, or its problem and fix."""
     name = library_name(requirement)
     try:
         module = importlib.import_module(MODULES.get(name, name))
@@ -141,16 +141,12 @@ def library_row(requirement: str) -> Row:
 
 
 def library_name(requirement: str) -> str:
-    """Extract the name from a requirement: "torch" from "torch>=2.6,<2.12"."""
+    """Return the name in a requirement: "torch" for "torch>=2.6,<2.12"."""
     return re.split(r"[<>=\[]", requirement)[0]
 
 
 def version_problem(version: str, requirement: str) -> str:
-    """Compare a version with a range.
-
-    Returns:
-        "older", "newer", or "" for a version inside the range.
-    """
+    """Return "older" or "newer" for a version outside a range, else ""."""
     found = release(version)
     for sign, limit in re.findall(r"(>=|<)([\d.]+)", requirement):
         if found and (found < release(limit)) == (sign == ">="):
@@ -159,12 +155,12 @@ def version_problem(version: str, requirement: str) -> str:
 
 
 def release(version: str) -> list[int]:
-    """Split a release into numbers: "2.11.0+cu130" gives [2, 11, 0]."""
+    """Return the numbers of a version: "2.11.0+cu130" gives [2, 11, 0]."""
     return [int(number) for number in re.split(r"[^\d.]", version)[0].split(".") if number]
 
 
 def broken_row(requirement: str, error: Exception) -> Row:
-    """Report why a needed library failed to import, and the fix."""
+    """Report why a needed library cannot be imported, and the fix."""
     name = library_name(requirement)
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "torchvision::" in str(error):
@@ -172,7 +168,7 @@ def broken_row(requirement: str, error: Exception) -> Row:
         return Row(name, reason, pip_command("--force-reinstall", *tested_pair()), needed=True)
     if name == "detectron2":
         return Row(name, reason, f"{shlex.quote(sys.executable)} tools/install_detectron2.py", needed=True)
-    # If the library is installed but one of its requirements is missing, the same command installs the requirement.
+    # If the library itself is installed but lacks a dependency, the same command installs the dependency.
     again = () if isinstance(error, ModuleNotFoundError) else ("--force-reinstall", "--no-deps")
     return Row(name, reason, pip_command(*again, requirement), needed=True)
 
@@ -224,10 +220,7 @@ def _attention_rows() -> list[Row]:
 
 
 def attention_backends(device: str) -> list[str]:
-    """List the attention backends that work in half precision.
-
-    Each backend computes a small scaled_dot_product_attention.
-    """
+    """List the attention backends that work in half precision on a device."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -245,7 +238,7 @@ def attention_backends(device: str) -> list[str]:
 
 
 def try_import(module: str) -> Any:
-    """Import a module, or return None if the import fails."""
+    """Return the imported module, or None if the import fails."""
     try:
         return importlib.import_module(module)
     except Exception:
@@ -253,7 +246,7 @@ def try_import(module: str) -> Any:
 
 
 def installed_version(distribution: str) -> str:
-    """Look up the version of an installed distribution, "" if not installed."""
+    """Return the version of an installed distribution, "" if it is missing."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -261,7 +254,7 @@ def installed_version(distribution: str) -> str:
 
 
 def pip_command(*arguments: str) -> str:
-    """Build the shell command that installs packages for this interpreter."""
+    """Return the shell command that runs `pip install` for this interpreter."""
     return shlex.join([sys.executable, "-m", "pip", "install", *arguments])
 
 

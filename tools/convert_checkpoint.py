@@ -1,12 +1,12 @@
-"""Convert a weight file into the layout of another program, and prove that it computes the same.
+"""Convert a weight file into the layout of another program, and check that it computes the same.
 
     python tools/convert_checkpoint.py outputs/run backbone.pth --to detectron2       # for MODEL.WEIGHTS
     python tools/convert_checkpoint.py published.pth model.safetensors --to crossmae
     python tools/convert_checkpoint.py outputs/run vit --to hf-vit                    # a folder for from_pretrained
     python tools/convert_checkpoint.py vit-huge.pth huge.pth --to detectron2 --patch-size 16
 
-SRC is any weight file, the folder of a pretraining run, or a folder of transformers or timm. Nothing in it is run, and
-it is never changed. docs/checkpoints.md has a command for every format.
+SRC is any weight file, the folder of a pretraining run, or a folder of transformers or timm. Code in SRC is not run,
+and SRC is never changed. docs/checkpoints.md lists a command for every format.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from crossmae.errors import run_cli
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the parser."""
+    """Build the command-line parser."""
     formats = "\n".join(f"  {name:11} {target.what}" for name, target in TARGETS.items())
     parser = argparse.ArgumentParser(
         description="Convert a weight file into the layout of another program, and prove that it computes the same.",
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def describe(done: Conversion) -> str:
-    """Describe a conversion for people."""
+    """Return the text that is printed after a conversion."""
     layout, _, content = done.metadata["source_format"].rpartition(": ")
     lines = [
         f"source       {done.source} ({done.source.stat().st_size / 1e6:,.1f} MB)",

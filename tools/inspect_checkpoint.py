@@ -2,9 +2,9 @@
 
     python tools/inspect_checkpoint.py outputs/run
     python tools/inspect_checkpoint.py weights.pth --json weights.json
-    python tools/inspect_checkpoint.py huge.safetensors --no-values     # its header only
+    python tools/inspect_checkpoint.py huge.safetensors --no-values     # reads only the header
 
-Nothing in the file is run, and it is never changed.
+Code in the file is not run, and the file is never changed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from crossmae.files import check_destination, write_json
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the parser."""
+    """Build the command-line parser."""
     parser = argparse.ArgumentParser(description="Inspect a weight file: its content and its possible conversions.")
     parser.add_argument("file", metavar="FILE", type=Path, help="weight file, or a folder that holds weights")
     parser.add_argument("--no-values", action="store_true", help="do not look for NaN and infinity: quicker")

@@ -1,16 +1,16 @@
 """Install detectron2, which has no release of its own on the package index.
 
     python tools/install_detectron2.py                # upstream's Python sources: no compiler needed
-    python tools/install_detectron2.py --wheel FILE   # the same from a wheel that was downloaded elsewhere
+    python tools/install_detectron2.py --wheel FILE   # the same sources, from a downloaded wheel
     python tools/install_detectron2.py --from git     # builds upstream with its compiled operators
 
-The default takes the distribution sal-detectron2 0.7.2. It carries upstream's sources of commit a59f0563
-(with ViTDet), identical but for the version string, one fix for Python 3.11 in data/common.py, a test helper
-and the packaged configs. It is tagged for Python 3.10 because of a compiled extension, and it puts a package
-named `tools` into site-packages. Without those two it is plain Python, so it is re-tagged for every Python.
-What is lost: rotated boxes and deformable convolution, which nothing here uses.
+By default, the distribution sal-detectron2 0.7.2 is installed. It has upstream's sources of commit a59f0563
+(with ViTDet). Only the version string, a fix for Python 3.11 in data/common.py, a test helper and the packaged
+configs differ from upstream. The wheel has a compiled extension for Python 3.10 and an unwanted package `tools`.
+This program removes both. The rest is pure Python, so the wheel is re-tagged for every Python version. Rotated
+boxes and deformable convolution are lost; this toolkit uses neither.
 
-Standard library only: this runs when only pip, torch and the requirements of `det` are there.
+Only the standard library is used, because only pip, torch and the requirements of `det` may be installed.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ OUR_VERSION = f"{INDEX_VERSION}+purepy"  # a local version, so that `pip list` s
 UPSTREAM_NAME = "detectron2"
 UPSTREAM_URL = "https://github.com/facebookresearch/detectron2.git"
 UPSTREAM_COMMIT = "a59f05630a8f205756064244bf5beb8661f96180"
-BUILD_TOOL = "setuptools>=70.1,<82"  # builds wheels by itself since 70.1; torch 2.11 wants it below 82
+BUILD_TOOL = "setuptools>=70.1,<82"  # builds wheels without other packages since 70.1; torch 2.11 requires < 82
 
 CHECKED_MODULES = ("detectron2", "detectron2.modeling", "detectron2.engine")
 
-# Lines of METADATA to replace. The sha256 makes sure that they are there.
+# Lines of METADATA to replace. The checked sha256 ensures that the wheel has these lines.
 METADATA_EDITS: dict[str, str] = {
     f"Version: {INDEX_VERSION}": f"Version: {OUR_VERSION}",
-    # The cap belongs to the compiled extension; the Python sources run on numpy 1 and 2.
+    # Only the compiled extension needs numpy 1. The Python sources run on numpy 1 and 2.
     "Requires-Dist: numpy<2": "Requires-Dist: numpy",
-    # black only pretty-prints lazy configs (LazyConfig.to_py); the other two are upstream's own.
+    # black only formats lazy configs (LazyConfig.to_py). Upstream requires fvcore and iopath.
     "Requires-Dist: black": "Requires-Dist: fvcore<0.1.6,>=0.1.5\nRequires-Dist: iopath<0.1.10,>=0.1.7",
 }
 PURE_WHEEL_FILE = (
@@ -55,11 +55,11 @@ PURE_WHEEL_FILE = (
 )
 
 
-log = partial(print, flush=True)  # at once: pip's own messages must appear in between
+log = partial(print, flush=True)  # flushed, so that pip's messages appear in order
 
 
 class InstallError(Exception):
-    """A failed step: nothing was installed, or the installed package does not work."""
+    """The error of a failed step. Nothing was installed, or the installed package does not work."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,7 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def working_installation(source: str) -> str | None:
-    """Find a working detectron2 (`source` "git": only an upstream build counts)."""
+    """Return name and version of a working detectron2, or None.
+
+    If `source` is "git", only a build of upstream is accepted.
+    """
     upstream, pure = installed_version(UPSTREAM_NAME), installed_version(INDEX_NAME)
     if upstream and not import_failure():
         return f"{UPSTREAM_NAME} {upstream}"
@@ -103,7 +106,7 @@ def working_installation(source: str) -> str | None:
 
 
 def installed_version(name: str) -> str | None:
-    """Look up the version of an installed distribution."""
+    """Return the version of an installed distribution, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -111,12 +114,15 @@ def installed_version(name: str) -> str | None:
 
 
 def fetch_pure_python(folder: Path, wheel: Path | None) -> Path:
-    """Fetch a wheel (or take `wheel`), verify and strip it."""
+    """Download the wheel, or use `wheel`, then verify and strip it.
+
+    Returns the path of a pure Python wheel in `folder`.
+    """
     log(f"detectron2 has no release on the package index: its Python sources of commit {UPSTREAM_COMMIT[:8]}")
     log(f"come from {INDEX_NAME} {INDEX_VERSION}; no compiler is needed.")
     log(f"[1/5] {f'take {wheel}' if wheel else f'fetch {INDEX_NAME}=={INDEX_VERSION} with pip'}")
     if wheel is None:
-        # The wheel is tagged for Python 3.10 only: without these options pip would refuse it on any other.
+        # The wheel is tagged for Python 3.10. Without these options, pip refuses it on other versions.
         tags = ("--python-version", "3.10", "--implementation", "cp", "--abi", "cp310")
         options = ("--no-deps", "--only-binary=:all:", "--dest", str(folder))
         pip("download", *options, *tags, f"{INDEX_NAME}=={INDEX_VERSION}")
@@ -128,7 +134,7 @@ def fetch_pure_python(folder: Path, wheel: Path | None) -> Path:
 
 
 def verify_sha256(wheel: Path, expected: str) -> None:
-    """Raise InstallError unless `wheel` is a file with that sha256 (hexadecimal)."""
+    """Raise InstallError if `wheel` cannot be read or has another sha256."""
     try:
         actual = hashlib.sha256(wheel.read_bytes()).hexdigest()
     except OSError as error:
@@ -141,10 +147,11 @@ def verify_sha256(wheel: Path, expected: str) -> None:
 
 
 def make_pure_wheel(source: Path, folder: Path) -> Path:
-    """Write `source` without its extension and `tools` to `folder`, tagged py3-none-any.
+    """Write a pure Python copy of the wheel `source` to `folder`.
 
-    RECORD lists the sha256 and the size of every file, as the binary distribution format wants it. Members keep their
-    dates, so that the wheel is the same from run to run.
+    The compiled extension and the package `tools` are left out, and the tag is py3-none-any. RECORD lists the sha256
+    and the size of every file, as the binary distribution format requires. Files keep their dates, so that every run
+    writes the same bytes.
     """
     stem = f"{INDEX_NAME.replace('-', '_')}-"
     old_info, new_info = f"{stem}{INDEX_VERSION}.dist-info", f"{stem}{OUR_VERSION}.dist-info"
@@ -185,7 +192,7 @@ def build_upstream(folder: Path) -> Path:
     log(f"[1/5] install {BUILD_TOOL}")
     pip("install", BUILD_TOOL)
     log("[2-3/5] fetch, and build with a C++ compiler against the torch that is installed")
-    # Its setup.py imports torch, which an isolated build environment does not have.
+    # upstream's setup.py imports torch, which an isolated build environment does not have.
     options = ("--no-deps", "--no-build-isolation", "--wheel-dir", str(folder))
     pip("wheel", *options, f"git+{UPSTREAM_URL}@{UPSTREAM_COMMIT}")
     (wheel,) = folder.glob("*.whl")
@@ -199,7 +206,7 @@ def install(wheel: Path, replaced: str, modules: Sequence[str], *, force: bool) 
         InstallError: pip failed, or a module cannot be imported.
     """
     log(f"[4/5] install {wheel.name} with pip")
-    if installed_version(replaced) is not None:  # it owns the same files
+    if installed_version(replaced) is not None:  # it has the same files
         pip("uninstall", "--yes", replaced)
     pip("install", *(("--force-reinstall", "--no-deps") if force else ()), str(wheel))
     log(f"[5/5] import {', '.join(modules)}")
@@ -210,7 +217,10 @@ def install(wheel: Path, replaced: str, modules: Sequence[str], *, force: bool) 
 
 
 def pip(*arguments: str) -> None:
-    """Run this interpreter's pip. Only pip's errors appear."""
+    """Run this interpreter's pip, showing only errors.
+
+    Raises InstallError if pip fails.
+    """
     quiet = ("--quiet", "--quiet", "--disable-pip-version-check")  # twice: errors only
     code = subprocess.run([sys.executable, "-m", "pip", *quiet, *arguments], check=False).returncode
     if code != 0:
@@ -218,9 +228,9 @@ def pip(*arguments: str) -> None:
 
 
 def import_failure(modules: Sequence[str] = CHECKED_MODULES) -> str | None:
-    """Import modules in a fresh interpreter. Return its error, or None."""
+    """Import modules in a new interpreter. Return the error, or None."""
     command = [sys.executable, "-c", "".join(f"import {module}\n" for module in modules)]
-    # From an empty folder: in the clone, `tools` and `det` would be importable by accident.
+    # The current folder is empty, because `tools` and `det` could be imported by accident in the clone.
     with tempfile.TemporaryDirectory(prefix="install-detectron2-") as folder:
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if result.returncode == 0:

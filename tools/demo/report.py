@@ -1,8 +1,8 @@
-"""Put the demo's results on one page, FOLDER/report.html, and its COCO table into FOLDER/summary.txt.
+"""Write the demo's results to one page, FOLDER/report.html, and the COCO table to FOLDER/summary.txt.
 
     python tools/demo/report.py outputs/demo
 
-It may be run at any time: what is missing or damaged is named on the page.
+The program can be run at any time. The page names missing or damaged files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from det.evaluation.pictures import validation_pictures
 from det.evaluation.report import AP_TEXT, ap_facts, class_blocks, headline_table, loss_plots
 from det.evaluation.run_files import DetectionResults, read_metrics
 
-COUNT = 12  # of held-out images
+COUNT = 12  # number of held-out images on the page
 RESULTS, STAGES = "detect/results.json", "stages.json"
 PRETRAIN_LOG, DETECT_LOG = "pretrain/log.jsonl", "detect/metrics.json"
 ANNOTATIONS, PREDICTIONS = "data/annotations/val.json", "detect/inference/coco_instances_results.json"
@@ -48,7 +48,7 @@ LEAD = (
 
 
 class StageRecord(FileContent):
-    """A stage of the demo as stages.json has it."""
+    """The record of one stage in stages.json."""
 
     name: str
     title: str
@@ -59,20 +59,20 @@ class StageRecord(FileContent):
 
 
 class Stages(FileContent):
-    """Content of stages.json."""
+    """The content of stages.json."""
 
     stages: list[StageRecord] = Field([])
 
     @property
     def totals(self) -> list[str]:
-        """Time and peak memory of all finished stages."""
+        """Total time and highest peak memory of all finished stages, as text."""
         done = [stage for stage in self.stages if stage.status == "done"]
         peak = max((stage.peak_memory_bytes for stage in done), default=0)
         return [page.format_seconds(sum(stage.seconds for stage in done)), page.format_bytes(peak)]
 
 
 def result_section(run: RunFolder, results: DetectionResults | None) -> page.Section:
-    """Show average precision, of all classes and by class."""
+    """Show average precision over all classes and for each class."""
     blocks: list[page.PageBlock] = [run.missing(RESULTS, "average precision")]
     if results is not None:
         blocks = [headline_table(results), *class_blocks(results, Path(RESULTS))]
@@ -80,7 +80,7 @@ def result_section(run: RunFolder, results: DetectionResults | None) -> page.Sec
 
 
 def prediction_section(run: RunFolder) -> page.Section:
-    """Show the detector's instances on held-out images, next to the true ones."""
+    """Show true and predicted objects on held-out images, side by side."""
     truth, found = run.read(ANNOTATIONS, read_coco, None), run.read(PREDICTIONS, read_predictions, None)
     what = "pictures of detections"
     absent = [name for name, content in ((ANNOTATIONS, truth), (PREDICTIONS, found)) if content is None]
@@ -101,7 +101,10 @@ def prediction_section(run: RunFolder) -> page.Section:
 
 
 def read_predictions(path: Path) -> list[Any]:
-    """Read a COCO results file."""
+    """Read a COCO results file.
+
+    Raises UserError if the file is not a list.
+    """
     found = read_json(path)
     if not isinstance(found, list):
         raise UserError(f"{path}: expected a list of detections, as tools/train_net.py writes it")
@@ -109,7 +112,7 @@ def read_predictions(path: Path) -> list[Any]:
 
 
 def reconstruction_section(run: RunFolder) -> page.Section:
-    """Show first and last reconstructions, and the fusion weights."""
+    """Show the first and last reconstructions, and the last fusion weights."""
     steps = sorted((run.path / "pretrain/reconstructions").glob("step-*.png"))
     rows: list[page.PictureRow | page.Missing] = []
     for path in dict.fromkeys(steps[:1] + steps[-1:]):
@@ -133,7 +136,7 @@ def reconstruction_section(run: RunFolder) -> page.Section:
 
 
 def pretraining_section(run: RunFolder) -> page.Section:
-    """Plot loss, learning rate and validation of the pretraining."""
+    """Plot loss, learning rate and validation of pretraining."""
     log = run.read(PRETRAIN_LOG, lambda path: read_log(path, "step"), LoggedNumbers())
     plots = {
         "Reconstruction loss": ("loss", {"loss": "loss"}),
@@ -162,7 +165,7 @@ def detector_section(run: RunFolder) -> page.Section:
 
 
 def stage_section(run: RunFolder, record: Stages) -> page.Section:
-    """Show time, peak memory and command of every stage."""
+    """Show the time, peak memory and command of every stage."""
     if not record.stages:
         return page.Section("Stages", "", [run.missing(STAGES, "record of the stages")])
     rows = []
@@ -181,7 +184,7 @@ def stage_section(run: RunFolder, record: Stages) -> page.Section:
 
 
 def facts(results: DetectionResults | None, record: Stages) -> list[page.Fact]:
-    """List the headline numbers that there are."""
+    """List the headline numbers that are available."""
     found = ap_facts(results, "AP50", ("AP", "AP75")) if results else []
     notes = {"Time": "all stages, one after the other", "Peak memory": "of the largest stage"}
     costs = zip(notes.items(), record.totals, strict=True) if record.stages else ()
@@ -189,7 +192,7 @@ def facts(results: DetectionResults | None, record: Stages) -> list[page.Fact]:
 
 
 def environment() -> list[tuple[str, str]]:
-    """Describe machine and versions, as (name, value)."""
+    """List facts about machine and versions as (name, value) pairs."""
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
     libraries = versions() | {"detectron2": detectron2.__version__}
@@ -204,7 +207,7 @@ def environment() -> list[tuple[str, str]]:
 
 
 def build_report(run: RunFolder, results: DetectionResults | None) -> page.Report:
-    """Build the demo's page from the files in its folder."""
+    """Build the demo's page from the files in the demo's folder."""
     record = run.read(STAGES, Stages.read, Stages())
     shown = [
         prediction_section(run),
@@ -218,7 +221,7 @@ def build_report(run: RunFolder, results: DetectionResults | None) -> page.Repor
 
 
 def summary(results: DetectionResults) -> str:
-    """Lay out the COCO table for a terminal."""
+    """Format the COCO table for a terminal."""
     numbers = {
         task: {key: math.nan if value is None else value for key, value in found.items()}
         for task, found in results.numbers.items()
@@ -227,7 +230,7 @@ def summary(results: DetectionResults) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write page and summary."""
+    """Write the page and the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the demo's folder, such as outputs/demo")
     run = RunFolder(parser.parse_args(argv).folder)

@@ -1,12 +1,12 @@
-"""The whole way on real images: data, pretraining, conversion, detection, report. `make demo` runs this.
+"""Run the demo on real images: data, pretraining, conversion, detection, report. `make demo` runs this.
 
-    python tools/demo/run.py                       # everything that is not done yet, in outputs/demo
-    python tools/demo/run.py --output outputs/big  # elsewhere
-    python tools/demo/run.py --fresh               # all of it again
+    python tools/demo/run.py                       # runs unfinished stages, in outputs/demo
+    python tools/demo/run.py --output outputs/big  # writes to another folder
+    python tools/demo/run.py --fresh               # runs every stage again
 
-Each stage is a command of its own, shown before it runs, to be copied and changed at will. A finished stage is reused
-as long as its command and its config are the same and no earlier stage ran again; after a failure, the next run
-continues with the failed stage. stages.json in the output folder records time and memory.
+Each stage is a separate command. The command is printed before it runs, so that it can be copied and changed. A
+finished stage is reused if its command and its config are unchanged and no earlier stage ran again. After a failure,
+the next run continues with the failed stage. stages.json in the output folder records time and memory.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from crossmae.errors import UserError, run_cli
 from crossmae.files import make_folder, read_json, sha256, write_json
 from crossmae.reports.page import format_bytes, format_seconds
 
-# What this file imports decides how long a `make demo` with nothing to do takes: no torch, no matplotlib.
+# Do not import torch or matplotlib here: they would slow down a `make demo` that has nothing to do.
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = "stages.json"
 SAMPLE_SECONDS = 0.25
-# Name, title, tool and its arguments (@ is the output folder), outputs in that folder, file that decides the outcome.
+# Name; title; tool with arguments (@ is the output folder); outputs in that folder; file that decides the outcome.
 STAGES = (
     (
         "data",
@@ -79,9 +79,9 @@ class Stage:
     """One command of the demo.
 
     Attributes:
-        arguments: of the Python interpreter that runs this program.
-        outputs: names in the demo's folder; removed before the stage runs, and expected afterwards.
-        config: the file next to the command that decides what the stage does.
+        arguments: arguments for the Python interpreter.
+        outputs: names of files in the demo's folder. They are removed before the stage runs, and must exist afterwards.
+        config: file that decides the outcome in addition to the command; None without such a file.
     """
 
     name: str
@@ -97,17 +97,17 @@ class Stage:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what decides the outcome: version, command, config."""
+        """Hash of version, command and config, which decide the outcome."""
         decisive = [__version__, self.arguments, sha256(self.config) if self.config else ""]
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
 def demo_stages(output: Path) -> list[Stage]:
-    """List the demo's stages. They write only under `output`."""
+    """List the demo's stages. All stages write only under `output`."""
     stages = []
     for name, title, command, outputs, config in STAGES:
         tool, *words = command.split()
-        # @ is replaced after the split: the folder's name may hold spaces.
+        # @ is replaced after the split, because the folder's name may have spaces.
         arguments = (_from_here(ROOT / tool, str(ROOT / tool)), *(word.replace("@", str(output)) for word in words))
         stages.append(Stage(name, title, arguments, tuple(outputs.split()), ROOT / config if config else None))
     return stages
@@ -119,13 +119,13 @@ def _from_here(path: Path, otherwise: str) -> str:
 
 
 def run_stages(stages: Sequence[Stage], folder: Path, *, fresh: bool = False) -> float:
-    """Run the stages that are not done. Return all seconds.
+    """Run the unfinished stages. Return the total seconds of all stages.
 
-    Each is recorded in stages.json. Once a stage has run, the stages after it run too, because their inputs are new.
-    `fresh` runs all of them.
+    Each stage is recorded in stages.json. Once a stage has run, all later stages run as well, because their inputs are
+    new. With `fresh`, every stage runs.
 
     Raises:
-        UserError: a stage failed, or stages.json is not what this program writes.
+        UserError: a stage failed, or stages.json was not written by this program.
     """
     make_folder(folder, "--output")
     known = {} if fresh else _read_records(folder / RECORDS)
@@ -150,7 +150,10 @@ def _cost(record: dict[str, Any]) -> str:
 
 
 def _run_stage(stage: Stage, records: list[dict[str, Any]], folder: Path) -> None:
-    """Run a stage, and append its record."""
+    """Run a stage and append its record.
+
+    Raises UserError if the stage fails or does not write its outputs.
+    """
     record = {"name": stage.name, "title": stage.title, "command": stage.command, "fingerprint": stage.fingerprint}
     records.append(record | {"status": "started", "seconds": 0.0, "peak_memory_bytes": 0})
     write_json(folder / RECORDS, {"stages": records})
@@ -175,8 +178,8 @@ def _run_stage(stage: Stage, records: list[dict[str, Any]], folder: Path) -> Non
 def run_command(command: Sequence[str]) -> tuple[int, int]:
     """Run a command. Return its exit code and its peak memory (bytes).
 
-    The exit code is negative for a signal. The memory is the highest sum of the resident memory of the command and its
-    descendants, sampled four times a second; shared pages count once per process.
+    The exit code is negative if a signal ended the command. Memory is the sum over the command and its descendants of
+    resident memory, sampled four times a second. Shared pages count once for each process.
     """
     process = subprocess.Popen(command)
     peak = 0
@@ -186,7 +189,7 @@ def run_command(command: Sequence[str]) -> tuple[int, int]:
             return process.wait(timeout=SAMPLE_SECONDS), peak
         except subprocess.TimeoutExpired:
             continue
-        except KeyboardInterrupt:  # the terminal interrupts the command, too: it saves and ends
+        except KeyboardInterrupt:  # the terminal also interrupts the command, which saves and ends
             process.wait()
             raise
 
@@ -195,7 +198,7 @@ def _resident_bytes(pid: int) -> int:
     try:
         root = psutil.Process(pid)
         return sum(process.memory_info().rss for process in (root, *root.children(recursive=True)))
-    except psutil.NoSuchProcess:  # ended meanwhile
+    except psutil.NoSuchProcess:  # the process has ended
         return 0
 
 
@@ -207,7 +210,7 @@ def _exit_reason(code: int) -> str:
 
 
 def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():  # a link is removed, never its target
+    if path.is_symlink() or path.is_file():  # of a link, only the link is removed
         path.unlink()
     elif path.exists():
         shutil.rmtree(path)
@@ -223,7 +226,7 @@ def _read_records(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is not done, then print table and page."""
+    """Run unfinished stages, then print the table and the page's path."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder (default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="run every stage again")
