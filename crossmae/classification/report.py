@@ -37,7 +37,7 @@ from crossmae.training.resume import WEIGHTS
 CONFIG, FOLDER = "config.yaml", "evaluation"
 SHOWN_PAIRS = 15  # shown pairs of confused classes
 DATA_KEYS = {"data.train", "data.root", "data.val", "data.val_root"}  # settings that have their own section
-WIDE = 900  # pixels: a figure of this width or more takes the whole width of the page
+WIDE = 900  # pixels: wider figures take the whole width of the page
 EVALUATED, HARDEST_IMAGES = f"{FOLDER}/{EVALUATION}", f"{FOLDER}/{HARDEST}/{HARDEST_RECORD}"
 HEADLINES = {  # label and meaning
     "top1": ("Top-1 accuracy", "share of images whose most probable class is the true one"),
