@@ -152,8 +152,8 @@ def _fusion(
             assumed.append("every block's map and not the input is mixed for the decoder (fuse_input=false)")
         return {"fuse_blocks": None, "fuse_input": False}
     raise UserError(
-        f"{weights.path}: {columns} of {depth + 1} maps are mixed for the decoder, and no shape tells which; "
-        f"{ask(['fuse_blocks', 'fuse_input'])}"
+        f"{weights.path}: {columns} of {depth + 1} encoder maps are mixed for the decoder, and the file does not "
+        f"record which. {ask(['fuse_blocks', 'fuse_input'])}"
     )
 
 

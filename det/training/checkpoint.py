@@ -183,7 +183,7 @@ def check_continues(folder: Path, settings: Mapping[str, Any]) -> None:
         keys = recorded.keys() | settings.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
-            f"--resume: {folder / RECORD} is missing or damaged, so that nothing tells whether this is the same run. "
+            f"--resume: {folder / RECORD} is missing or damaged, so it cannot be checked that this is the same run. "
             "Start a new one from MODEL.WEIGHTS in another OUTPUT_DIR."
         ) from None
     pairs = {key: (recorded.get(key), settings.get(key)) for key in sorted(keys)}

@@ -90,7 +90,7 @@ def test_every_option_reaches_the_conversion(source: Path, monkeypatch: pytest.M
         (("a.pth", "b.pth", "--to", "onnx"), "--to onnx: unknown format; known: crossmae, mae, timm, hf-vit"),
         (("a.pth", "b.txt", "--to", "detectron2"), "the suffix gives the kind of file to write"),
         (("a.pth", "old.pth", "--to", "detectron2"), "exists already"),
-        (("a.pth", "a.pth", "--to", "detectron2", "--force"), "is, or holds, the source, which is never touched"),
+        (("a.pth", "a.pth", "--to", "detectron2", "--force"), "is the source, or a folder that contains it"),
         (("resnet.pth", "b.pth", "--to", "detectron2"), "no ViT encoder in it"),
         (("a.pth", "b.pth", "--to", "detectron2"), "num_heads=16"),
         (("a.pth", "b.pth", "--to", "crossmae", "--img-size", "1", "2", "3", *HEADS), "one number or (height, width)"),

@@ -198,7 +198,7 @@ def check_request(request: ConversionRequest) -> None:
         if len(os.fsencode(path.name)) > MOST_NAME_BYTES or not path.name:
             raise UserError(f"{path}: not a name for {what}; at most {MOST_NAME_BYTES} bytes, and not only dots")
         if path.resolve() in theirs | {parent for found in theirs for parent in found.parents}:
-            raise UserError(f"{path}: is, or holds, the source, which is never touched. Name another file as {what}")
+            raise UserError(f"{path}: is the source, or a folder that contains it. Choose another path for {what}")
         if path.is_symlink() and not path.exists():
             raise UserError(f"{path}: a link to nowhere. Name another file as {what}")
         check_writable(path.parent, str(path))

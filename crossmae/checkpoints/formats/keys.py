@@ -163,7 +163,7 @@ def to_plain(tensors: Mapping[str, Tensor], grid: tuple[int, int] | None = None)
     for name, tensor in tensors.items():
         if names[name] in found.tensors:
             earlier = next(iter(found.sources.get(names[name], (names[name],))))
-            raise UserError(f"{earlier} and {name} are both {names[name]} in the layout {layout}; which one counts?")
+            raise UserError(f"{earlier} and {name} are both {names[name]} in the layout {layout}. Remove one of them.")
         found.tensors[names[name]] = tensor
         if names[name] != name:
             found.sources[names[name]] = (name,)
@@ -345,7 +345,7 @@ def _name_mask_token(found: Translated, home: str) -> None:
         return
     name = f"{home}{ENCODER_MASK_TOKEN}"
     if name in found.tensors:
-        raise UserError(f"{home}mask_token and {name} are both mask tokens of the encoder; which one counts?")
+        raise UserError(f"{home}mask_token and {name} are both mask tokens of the encoder. Remove one of them.")
     found.tensors[name] = found.tensors.pop(f"{home}mask_token")
     found.sources[name] = found.sources.pop(f"{home}mask_token", (f"{home}mask_token",))
     found.notes[name] = "of the encoder, not of a decoder"

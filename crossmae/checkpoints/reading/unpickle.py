@@ -278,7 +278,7 @@ def _canonical(name: str) -> str:
 def _mapping(entries: Any = ()) -> dict[Any, Any]:
     pairs = entries.items() if isinstance(entries, dict) else expect(entries, list | tuple)
     if len(pairs) > MAX_NUMBER_KEYS:
-        raise ValueError(f"more than {MAX_NUMBER_KEYS:,} entries at once")
+        raise ValueError(f"more than {MAX_NUMBER_KEYS:,} entries added to a dict in one step")
     return {_key(key): value for key, value in (expect(pair, list | tuple) for pair in pairs)}
 
 

@@ -123,7 +123,7 @@ def test_published_layout(name: str, decoder: str) -> None:
         (
             {"fuse_blocks": (0,)},
             HEADS,
-            "2 of 4 maps are mixed for the decoder, and no shape tells which; fuse_blocks",
+            "2 of 4 encoder maps are mixed for the decoder, and the file does not record which. ",
         ),
         ({}, HEADS | {"heads": 2}, "heads: no argument of the model; known: img_size, patch_size"),
         ({}, HEADS | {"num_heads": 5}, "no model with embed_dim=24, .*: a width of 24 can ?not be split over 5"),

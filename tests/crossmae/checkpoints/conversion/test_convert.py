@@ -367,7 +367,7 @@ def _names_of(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     [
         ("b.bin", "detectron2", r"b\.bin: the suffix.*: \.pth, \.pkl, \.safetensors"),
         ("b.pth", "hf-vit", r"b\.pth: the suffix.*: a folder, without a suffix"),
-        ("a.pth", "detectron2", "is, or holds, the source, which is never touched"),
+        ("a.pth", "detectron2", "is the source, or a folder that contains it"),
         ("old.pth", "detectron2", "exists already"),
         ("folder", "hf-vit", "exists already"),
         ("b.pth", "onnx", "unknown format; known: crossmae, mae, timm"),
@@ -387,7 +387,7 @@ def test_refusals_touch_nothing(tmp_path: Path, destination: str, to: str, told:
 def test_force(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     path = published(tmp_path / "a.pth")
-    with pytest.raises(UserError, match="is, or holds, the source, which is never touched"):
+    with pytest.raises(UserError, match="is the source, or a folder that contains it"):
         convert(path, path, "crossmae", given=GIVEN, force=True)
     for _ in range(2):
         convert(path, tmp_path / "b", "hf-vit", given=HEADS, force=True)
@@ -425,7 +425,7 @@ def test_every_way_to_the_source_is_seen(tmp_path: Path) -> None:
         (source, tmp_path / "nowhere.pth", "crossmae", None),
         (source, tmp_path / ("x" * 230), "timm", None),
     ):
-        with pytest.raises(UserError, match=r"never touched|--report|a link to nowhere|not a name"):
+        with pytest.raises(UserError, match=r"contains it|--report|a link to nowhere|not a name"):
             convert(named, destination, to, report=report, force=True)
     assert source.read_bytes() == before
     assert {entry.name for entry in tmp_path.iterdir()} == {"run", "link", "nowhere.pth"}

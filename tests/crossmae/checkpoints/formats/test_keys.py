@@ -438,7 +438,7 @@ KEY = QUERY.replace("query", "key")
         ({KEY: torch.ones(23, 24)}, r"do not go together: \(24, 24\) float32, \(23, 24\) float32"),
         ({KEY: torch.ones(24, 24).half()}, r"do not go together: .*float16"),
         ({"norm.weight": torch.ones(24)}, "vit.layernorm.weight and norm.weight are both norm.weight"),
-        ({"vit.layers.0.attention.q_proj.weight": torch.ones(24, 24)}, "which one counts"),
+        ({"vit.layers.0.attention.q_proj.weight": torch.ones(24, 24)}, "Remove one of them"),
     ],
 )
 def test_transformers_names_that_are_incomplete_or_ambiguous(changes: dict[str, Any], message: str) -> None:
