@@ -86,21 +86,19 @@ def compare_images(
     images: Path,
     results: Sequence[Annotation],
     chosen: Sequence[Annotation],
-    score_threshold: float = SCORE_THRESHOLD,
-    side: int = DRAWN_SIDE,
 ) -> Iterator[Comparison]:
     """Draw images of a COCO file twice, one image at a time.
 
-    The images of `chosen` are drawn with a longer side of `side` pixels, without crowd regions.
+    The images of `chosen` are drawn with a longer side of DRAWN_SIDE pixels, without crowd regions.
     """
     categories = {one["id"]: str(one["name"]) for one in sorted(ground_truth["categories"], key=lambda one: one["id"])}
     ids = {entry["id"] for entry in chosen}
     true = _by_image((a for a in ground_truth["annotations"] if not a.get("iscrowd", 0)), ids)
-    found = _by_image((result for result in results if result["score"] >= score_threshold), ids)
+    found = _by_image((result for result in results if result["score"] >= SCORE_THRESHOLD), ids)
     for entry in chosen:
         pixels = read_rgb(images / file_name(dict(entry)))
         of_both = true[entry["id"]], found[entry["id"]]
-        truth, prediction = (_draw(pixels, objects, categories, side) for objects in of_both)
+        truth, prediction = (_draw(pixels, objects, categories, DRAWN_SIDE) for objects in of_both)
         names = ([categories[one["category_id"]] for one in objects] for objects in of_both)
         yield Comparison(file_name(dict(entry)), truth, prediction, *names)
 
