@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, load the images, and draw the sheet."""
+    """Load the images, and draw them on one contact sheet."""
     args = build_parser().parse_intermixed_args(argv)
     set_up_console()
     if args.num_images < 1:

@@ -176,7 +176,7 @@ def _repeated(values: Iterable[tuple[int, Any]]) -> list[int]:
 
 
 def _not_whole(entry: dict[str, Any], *keys: str) -> str:
-    """Describe a fault in keys that must have integers, or return ""."""
+    """Describe the first key without an integer, or return ""."""
     for key in keys:
         if key not in entry:
             return f"has no {key!r}"

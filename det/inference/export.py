@@ -54,7 +54,7 @@ class Parity:
     differences: dict[str, float]
 
     def exceeded(self) -> list[str]:
-        """List the kinds whose difference exceeds its limit or is NaN."""
+        """List the kinds of output whose difference exceeds its limit."""
         return [kind for kind, value in self.differences.items() if not value <= LIMITS[kind]]
 
     def __str__(self) -> str:

@@ -134,7 +134,7 @@ def prove(
 ) -> Proof:
     """Compare two encoders on random images, in float32 on the CPU.
 
-    The comparison depends on every weight except the biases of the keys, which softmax cancels.
+    Every weight affects the comparison, except the biases of the keys: softmax removes their effect.
 
     Args:
         source, target: functions that build the encoders. The target is built first, because its library may be

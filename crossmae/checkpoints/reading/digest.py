@@ -29,7 +29,7 @@ def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def signed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata with the digest of the tensors added."""
+    """Compute the digest of the tensors, and add it to the metadata."""
     return {**metadata, DIGEST: digest(tensors, metadata)}
 
 

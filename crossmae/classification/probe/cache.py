@@ -82,7 +82,7 @@ def cached(folder: Path, name: str, key: dict[str, Any], extract: Callable[[], C
 
 
 def is_cached(folder: Path, name: str, key: dict[str, Any]) -> bool:
-    """Check whether the cache has a file for `key`, possibly damaged."""
+    """Check whether a cache file for `key` exists, without reading it."""
     return _path(folder, name, key)[0].is_file()
 
 

@@ -36,9 +36,9 @@ def train_view(
     color_jitter: float,
     mean: Sequence[float],
 ) -> v2.Compose:
-    """Build the training view: random crop, flip and policy.
+    """Build the training transform: random crop, flip and policy.
 
-    The view returns images (C, H, W).
+    The transform returns an image (C, H, W).
 
     Args:
         size: height and width in pixels.

@@ -113,7 +113,7 @@ class LossConfig(ConfigSection):
 
     @property
     def mixes(self) -> bool:
-        """True if images are mixed."""
+        """True if Mixup or CutMix is enabled."""
         return self.mixup_prob > 0 and bool(self.mixup or self.cutmix or self.cutmix_minmax)
 
 
