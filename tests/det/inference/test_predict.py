@@ -177,8 +177,12 @@ def test_files_that_can_not_be_read_are_named(tmp_path, predictor):
     Image.fromarray(noise(64, 64)).save(whole)
     (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:1000])
     (tmp_path / "text.jpg").write_text("no image")
-    for name, reason in (("cut.jpg", "truncated"), ("text.jpg", "not an image"), ("none.jpg", "No such file")):
-        with pytest.raises(UserError, match=rf"{name}: cannot be read.*: .*{reason}"):
+    for name, reason in (
+        ("cut.jpg", " as an image: .*truncated"),
+        ("text.jpg", " as an image: .*not an image"),
+        ("none.jpg", ": .*No such file"),
+    ):
+        with pytest.raises(UserError, match=rf"{name}: cannot be read{reason}"):
             predictor(tmp_path / name)
 
 
