@@ -210,7 +210,7 @@ def changed_from_defaults(content: Mapping[str, Any]) -> list[tuple[str, Any, An
     """List key, value and default of changed settings."""
     cfg = get_cfg()
     add_crossmae_config(cfg)
-    defaults = json.loads(json.dumps(dict(flatten(cfg, cfg))))  # tuples become lists
+    defaults = json.loads(json.dumps(dict(flatten(cfg))))  # tuples become lists
     return sections.changed_settings(content, defaults)
 
 

@@ -72,7 +72,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
         loader = batches(range(schedule.max_iter))
         model = build_detector(cfg)
         checkpoint = find_checkpoint(folder, resume)
-        settings = shared_settings(dict(flatten(cfg, cfg)), len(samples))
+        settings = shared_settings(dict(flatten(cfg)), len(samples))
         if checkpoint is None:
             load_weights(model, cfg)
         else:
