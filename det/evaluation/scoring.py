@@ -157,8 +157,10 @@ def find_hotcoco(evaluator: str) -> ModuleType | None:
         import hotcoco
     except ImportError:
         if evaluator == "hotcoco":
-            raise UserError("TEST.EVALUATOR is hotcoco, which is not installed: pip install hotcoco") from None
-        log.info("evaluating with pycocotools; hotcoco gives the same numbers many times faster: pip install hotcoco")
+            raise UserError("TEST.EVALUATOR: hotcoco is not installed. Run: pip install hotcoco") from None
+        log.info(
+            "evaluating with pycocotools. hotcoco is many times faster, with the same numbers: pip install hotcoco"
+        )
         return None
     return hotcoco
 

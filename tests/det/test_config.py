@@ -77,10 +77,6 @@ def test_overrides_mix_both_forms(write):
             ["INPUT.RANDOM_FLIP=horizontl"],
             "INPUT.RANDOM_FLIP: 'horizontl' is not allowed. It must be none, horizontal or vertical",
         ),
-        (
-            ["INPUT.COPY_PASTE.ENABLED=True"],
-            "INPUT.COPY_PASTE.ENABLED: INPUT.LSJ.ENABLED is False. Set INPUT.LSJ.ENABLED=True",
-        ),
         (["DATALOADER.ASPECT_RATIO_GROUPING=True"], "DATALOADER.ASPECT_RATIO_GROUPING: .* It must be False"),
         (["SEED=-1"], "SEED: .* It must be at least 0"),
         (["OUTPUT_DIR="], "OUTPUT_DIR: '' is not allowed. It must be a folder"),

@@ -178,7 +178,7 @@ def test_frozen_stages_get_no_gradient_and_drop_no_paths(stages):
         expected = {name for name in expected if name.startswith("blocks.") and int(name.split(".")[1]) >= stages}
     assert trained == expected
     assert [block.training for block in net.blocks] == [index >= stages for index in range(4)]
-    with pytest.raises(ValueError, match="FROZEN_STAGES 5 is more than DEPTH. Use at most 4"):
+    with pytest.raises(ValueError, match=r"FROZEN_STAGES 5 is more than DEPTH. Use at most 4"):
         net.freeze(5)
 
 

@@ -213,7 +213,7 @@ def test_without_hotcoco_pycocotools_scores_and_says_so(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     assert find_hotcoco("auto") is None
     assert "evaluating with pycocotools" in caplog.text
-    with pytest.raises(UserError, match=r"TEST\.EVALUATOR is hotcoco, which is not installed: pip install hotcoco"):
+    with pytest.raises(UserError, match=r"TEST\.EVALUATOR: hotcoco is not installed. Run: pip install hotcoco"):
         find_hotcoco("hotcoco")
     truth, results = made_up(0)
     numbers = score_results(truth, results, "bbox").numbers()
