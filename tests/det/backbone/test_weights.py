@@ -15,8 +15,6 @@ from crossmae.checkpoints import convert
 from crossmae.checkpoints.weights import read_weights
 from crossmae.errors import UserError
 from det.backbone.weights import build_detector, find_detector, load_weights
-from det.config import load_det_config
-from tests.det.coco_files import TINY
 
 ENCODER = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
@@ -25,12 +23,6 @@ METADATA = {
     "pixel_std": json.dumps([0.229, 0.224, 0.225]),
     "model": json.dumps(ENCODER),
 }
-
-
-@pytest.fixture
-def cfg(tmp_path):
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    return load_det_config(str(tmp_path / "tiny.yaml"))
 
 
 def random_model(**arguments):

@@ -11,15 +11,8 @@ from detectron2.data.detection_utils import get_fed_loss_cls_weights
 from detectron2.modeling import build_model
 
 from crossmae.errors import UserError
-from det.config import load_det_config
 from det.data.coco import check_classes, ground_truth, read_categories, register_coco, use_own_data
-from tests.det.coco_files import TINY, annotation, save, write_coco
-
-
-@pytest.fixture
-def cfg(tmp_path):
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    return load_det_config(str(tmp_path / "tiny.yaml"))
+from tests.det.coco_files import annotation, save, write_coco
 
 
 def test_a_sound_data_set_is_registered_with_classes_by_category_id(tmp_path):

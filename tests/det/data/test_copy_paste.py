@@ -13,19 +13,17 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BitMasks, Boxes, Instances
 
 from crossmae.errors import UserError
-from det.config import check_config, load_det_config
+from det.config import check_config
 from det.data.copy_paste import paste_objects
 from det.data.loader import KeyedSamples, refuse_unreadable, training_samples
 from tests.det.batches import train_batches
-from tests.det.coco_files import TINY, write_coco
+from tests.det.coco_files import write_coco
 
 FILL = (7, 8, 9)
 
 
 @pytest.fixture
-def cfg(tmp_path):
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    cfg = load_det_config(str(tmp_path / "tiny.yaml"))
+def cfg(cfg):
     cfg.INPUT.LSJ.ENABLED, cfg.INPUT.LSJ.SIZE, cfg.INPUT.COPY_PASTE.ENABLED = True, 64, True
     return cfg
 

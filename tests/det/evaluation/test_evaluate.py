@@ -15,20 +15,18 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from crossmae.errors import UserError
-from det.config import load_det_config
 from det.data.coco import use_own_data
 from det.data.loader import NamingMapper
 from det.evaluation.evaluate import evaluate, format_results, predict
-from tests.det.coco_files import TINY, save, write_coco
+from tests.det.coco_files import save, write_coco
 
 NUMBERS = {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"}
 
 
 @pytest.fixture
-def cfg(tmp_path):
+def cfg(cfg, tmp_path):
     """A tiny detector and three images; the third of its classes has no objects."""
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    cfg = load_det_config(str(tmp_path / "tiny.yaml"), [f"OUTPUT_DIR={tmp_path / 'out'}"])
+    cfg.OUTPUT_DIR = str(tmp_path / "out")
     path, images, content = write_coco(tmp_path / "data", images=3)
     content["categories"].append({"id": 7, "name": "c"})
     for number in (1, 2):  # not all of one size, nor of that of the model's input
