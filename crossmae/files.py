@@ -50,12 +50,8 @@ def printable(name: str | Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically, with bytes that are not UTF-8 escaped.
-
-    An escape looks like \\udcff.
-    """
-    data = text.encode("utf-8", errors=ODD_BYTES)
-    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+    """Write UTF-8 text atomically, with other bytes escaped, such as \\udcff."""
+    stream_text(path, lambda file: file.write(text))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -170,6 +166,20 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, thousands of digits, or deeply nested lists
         raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Read the JSON lines of a file, [] without the file.
+
+    A line that a killed process left incomplete is skipped.
+    """
+    rows = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
 
 
 def check_destination(path: Path, *, force: bool = False) -> None:

@@ -150,10 +150,6 @@ def build_loader(
 @contextmanager
 def keyed_randomness(*key: int) -> Iterator[None]:
     """Seed torch's CPU generator from a key, and restore it afterwards."""
-    generator = torch.default_generator
-    state = generator.get_state()
-    generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1)
         yield
-    finally:
-        generator.set_state(state)

@@ -21,12 +21,10 @@ def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> Tensor:
         (1, rows * columns + 1, dim) float32; row 0 (class token) is zero.
     """
     if dim % 4:
-        raise ValueError(f"a sine-cosine table needs a width divisible by 4, got {dim}")
+        raise ValueError(f"a width of {dim} has no sine-cosine table. Choose a width divisible by 4.")
     rows, columns = grid
-    y, x = torch.meshgrid(
-        torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij"
-    )
-    table = torch.cat([_sincos(dim // 2, x.reshape(-1)), _sincos(dim // 2, y.reshape(-1))], dim=1)
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    table = torch.cat([_sincos(dim // 2, x.flatten()), _sincos(dim // 2, y.flatten())], dim=1)
     return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table]).unsqueeze(0).float()
 
 

@@ -33,8 +33,7 @@ NORM_PIX_NOTE = "Each predicted patch is given the true patch's mean and deviati
 def to_display(pixels: Tensor) -> Tensor:
     """Convert pixels (B, C, H, W) to RGB (B, 3, H, W).
 
-    One channel is shown as grayscale. Two channels are shown as red and green. With three or more channels, the first
-    three are shown.
+    One channel is shown as grayscale, two channels as red and green. Of more channels, the first three are shown.
     """
     B, C, H, W = pixels.shape
     if C == 1:
@@ -67,10 +66,7 @@ def panel_rows(panels: Panels) -> dict[str, Tensor]:
 
 
 def brightening(panels: Panels) -> float:
-    """Return the brightness factor for display, above 1 for dark images.
-
-    Dark images are, for example, 12-bit data.
-    """
+    """Return the brightness factor, above 1 for dark images such as 12-bit data."""
     brightest = float(panels.input.max())
     return 1 / brightest if 0 < brightest < DARK else 1.0
 

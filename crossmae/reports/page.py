@@ -199,10 +199,7 @@ def counted(number: int, noun: str, plural: str = "") -> str:
 
 
 def percent(share: float | None, digits: int = 1, unit: str = PERCENT) -> str:
-    """Format a share as percent, or as a dash if undefined.
-
-    A share of 1 is 100 %.
-    """
+    """Format a share, such as 0.5, as percent, or as a dash if undefined."""
     return "-" if share is None or math.isnan(share) else f"{100 * share:.{digits}f}{unit}"
 
 
@@ -213,10 +210,7 @@ def bar(share: float | None, digits: int = 1, unit: str = PERCENT) -> Bar:
 
 
 def folded(command: str) -> str:
-    """Break a long shell command into lines that can be pasted.
-
-    Each line starts with an option or a `key=value` word.
-    """
+    """Break a long shell command before each option or `key=value` word."""
     if len(command) <= LONGEST_COMMAND:
         return command
     lines: list[list[str]] = [[]]

@@ -132,10 +132,7 @@ class RunFolder:
         density: float = 1.0,
         lossless: bool = False,
     ) -> PictureRow | Missing:
-        """Embed an image file (see `embed_image`) with a description.
-
-        The description is `alt`, or `what` without `alt`.
-        """
+        """Embed an image file (see `embed_image`), described by `alt` or `what`."""
         image = self.read(name, reader, None)
         if image is None:
             return self.missing(name, what)

@@ -54,7 +54,7 @@ class HuggingFaceImages(Source):
     def read(self, index: int) -> bytes:
         cell = self._rows[index][self._column]
         if cell is None:
-            raise UserError(f"{self.name(index)}: the row has no image")
+            raise UserError(f"{self.name(index)}: the row has no image. Remove the row.")
         if cell["bytes"] is not None:
             return bytes(cell["bytes"])
         return read_file(cell["path"], f"{self.name(index)}: {cell['path']}")
@@ -75,7 +75,9 @@ def _load(datasets: Any, folder: Path, key: str) -> Any:
     try:
         return datasets.load_from_disk(str(folder))
     except Exception as error:  # IndexError for an empty data set, any pyarrow error for a damaged one
-        raise UserError(f"{key}: {folder}: not a whole Hugging Face data set with at least one row: {error}") from error
+        raise UserError(
+            f"{key}: {folder}: not a whole Hugging Face data set with at least one row: {error}. Save it again."
+        ) from error
 
 
 def _columns_of(rows: Any, feature: type) -> list[str]:

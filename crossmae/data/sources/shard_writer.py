@@ -40,7 +40,7 @@ from crossmae.data.sources.tar_index import (
     shard_entry,
 )
 from crossmae.errors import UserError, shorten
-from crossmae.files import make_folder, sha256, write_atomically, write_text
+from crossmae.files import make_folder, read_json_lines, sha256, write_atomically, write_text
 
 BROKEN_NAME = "broken.txt"
 
@@ -68,10 +68,7 @@ class ShardSettings:
 
 
 def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: int) -> tuple[FolderIndex, int]:
-    """Write the shards of a source that are missing or damaged.
-
-    Returns:
-        The index of all shards, and the number of shards that an earlier run had completed.
+    """Write the missing or damaged shards. Return index and number of kept shards.
 
     Raises:
         UserError: If an image is broken (unless settings.skip_broken), the folder cannot be written, or the folder
@@ -95,7 +92,7 @@ def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: 
     if not (folder / INDEX_NAME).is_file():
         broken = [message for entry in index.shards.values() for message in entry["broken"]]
         if not index.total("names"):
-            raise UserError(f"SRC: no image can be read; the first: {broken[0]}")
+            raise UserError(f"SRC: no image can be read: {broken[0]}. Name other images.")
         if broken:
             write_text(folder / BROKEN_NAME, "\n".join(broken) + "\n")
         write_text(folder / INDEX_NAME, index.to_json() + "\n")
@@ -104,10 +101,7 @@ def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: 
 
 
 def verify_shards(folder: Path) -> int:
-    """Compare every shard with the SHA-256 in `index.json`.
-
-    Returns:
-        The number of shards.
+    """Compare every shard with `index.json`. Return the number of shards.
 
     Raises:
         UserError: If there is no index, or shards are missing or changed. The message names the shards.
@@ -115,7 +109,7 @@ def verify_shards(folder: Path) -> int:
     index = read_folder_index(_stored(folder / INDEX_NAME))
     if index is None:
         unfinished = " (make_shards.py has not finished there)" if (folder / PROGRESS_NAME).exists() else ""
-        raise UserError(f"{folder}: no {INDEX_NAME} by make_shards.py{unfinished}")
+        raise UserError(f"{folder}: no {INDEX_NAME} by make_shards.py{unfinished}. Run make_shards.py.")
     good = _unchanged(folder, list(index.shards.values()))
     bad = [name for name in index.shards if name not in good]
     if bad:
@@ -164,16 +158,10 @@ def _complete_shards(folder: Path, wanted: dict[str, Any]) -> dict[str, dict[str
 
 
 def _read_progress(path: Path) -> FolderIndex | None:
-    """Read `progress.jsonl`, and stop at an incomplete line."""
-    content = []
-    try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            content.append(json.loads(line))
-    except (FileNotFoundError, json.JSONDecodeError):
-        pass
-    if not content:
+    """Read `progress.jsonl`, or return None if missing or damaged."""
+    header, *entries = read_json_lines(path) or [{}]
+    if "settings" not in header:
         return None
-    header, *entries = content
     return FolderIndex(header["settings"], tuple(header["classes"]), {entry["file"]: entry for entry in entries})
 
 

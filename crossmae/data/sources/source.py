@@ -211,7 +211,7 @@ def choose_per_class(source: Source, count: int, seed: int, key: str) -> Subset:
     members = [np.flatnonzero(labels == index) for index in range(len(source.classes))]
     short = [f"{name} ({len(own)})" for name, own in zip(source.classes, members, strict=True) if len(own) < count]
     if short:
-        raise UserError(f"{key}: fewer than {count} images of {shorten(short)}")
+        raise UserError(f"{key}: fewer than {count} images of {shorten(short)}. Lower it.")
     rng = np.random.default_rng(seed)
     return Subset(source, np.sort(np.concatenate([rng.choice(own, count, replace=False) for own in members])))
 

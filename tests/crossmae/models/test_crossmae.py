@@ -249,7 +249,7 @@ def test_mixed_precision_belongs_to_the_caller() -> None:
         ({"img_size": 18}, "16 and 20"),
         ({"img_size": (16, 2)}, "nearest valid sizes are 4 and 8"),
         ({"num_heads": 3}, "16 cannot be split over 3"),
-        ({"embed_dim": 18, "num_heads": 2}, "divisible by 4, got 18"),
+        ({"embed_dim": 18, "num_heads": 2}, "width of 18 .* divisible by 4"),
     ],
 )
 def test_impossible_arguments_say_what_is_possible(overrides: dict[str, Any], message: str) -> None:
@@ -259,9 +259,9 @@ def test_impossible_arguments_say_what_is_possible(overrides: dict[str, Any], me
 
 def test_wrong_input_shapes_are_named() -> None:
     model = tiny()
-    with pytest.raises(ValueError, match=r"\(3, 16, 16\), got \(3, 16, 20\)"):
+    with pytest.raises(ValueError, match=r"\(3, 16, 20\) .* needs \(3, 16, 16\)"):
         model(torch.zeros(1, 3, 16, 20))
-    with pytest.raises(ValueError, match=r"\(batch, 16\), got \(1, 15\)"):
+    with pytest.raises(ValueError, match=r"\(1, 15\) .* \(batch, 16\)"):
         model(torch.zeros(1, 3, 16, 16), noise=torch.zeros(1, 15))
 
 

@@ -41,5 +41,5 @@ def test_class_row_is_zero_and_halves_vary_along_one_axis() -> None:
 
 
 def test_width_must_be_a_multiple_of_four() -> None:
-    with pytest.raises(ValueError, match="got 6"):
+    with pytest.raises(ValueError, match="width of 6"):
         sincos_pos_embed(6, (2, 2))
