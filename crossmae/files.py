@@ -108,9 +108,8 @@ def sha256(path: Path) -> str:
 def make_folder(folder: Path, key: str) -> None:
     """Create a folder, and test that files can be written there.
 
-    Raises:
-        UserError: If the folder cannot be created or written. The message names `key`, the config key or flag of the
-            folder.
+    Raises UserError if the folder cannot be created or written. The message names `key`, the config key or flag of the
+    folder.
     """
     probe = folder / f".write-test.{os.getpid()}"
     try:
@@ -139,11 +138,7 @@ def _umask() -> int:
 def read_file(path: str | Path, shown: str = "") -> bytes:
     """Read a whole file.
 
-    Args:
-        shown: name of the file in the error message; default: the path.
-
-    Raises:
-        UserError: If the file cannot be read. The message names the file.
+    Raises UserError if the file cannot be read. The message names the file, as `shown` if given.
     """
     try:
         with open(path, "rb") as file:
@@ -155,8 +150,7 @@ def read_file(path: str | Path, shown: str = "") -> bytes:
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
-    Raises:
-        UserError: If the file does not exist or is not JSON. The message names the file and the line.
+    Raises UserError if the file does not exist or is not JSON. The message names the file and the line.
     """
     try:
         return json.loads(path.read_text("utf-8"))

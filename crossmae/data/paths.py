@@ -31,8 +31,7 @@ def find_images(folder: Path, key: str) -> list[str]:
     Links to folders are followed, and each real folder is searched once. Hidden files and folders are left out. The log
     counts files that are not images. Paths are strings, because millions of `Path` objects would need gigabytes.
 
-    Raises:
-        UserError: If no image is found, or a subfolder cannot be searched.
+    Raises UserError if no image is found, or a subfolder cannot be searched.
     """
     images: list[str] = []
     others: Counter[str] = Counter()

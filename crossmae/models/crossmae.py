@@ -179,7 +179,10 @@ class CrossMAE(ViTEncoder):
         return predict_ratio
 
     def encode(self, imgs: Tensor, visible_idx: Tensor | None = None) -> list[Tensor]:
-        """Encode the context of each decoder block: a mix, or the last block after `norm`."""
+        """Encode the context (B, V + 1, E) of each decoder block.
+
+        Without fusion, every context is the output of the last block after `norm`.
+        """
         tokens = self.embed(imgs, visible_idx)
         if not self.fused_blocks:
             return [self.norm(self.features(tokens, [self.depth - 1])[0])] * len(self.decoder_blocks)
@@ -263,12 +266,9 @@ MODEL_DEFAULTS: dict[str, Any] = {argument.name: argument.default for argument i
 def create_model(name: str, **overrides: Any) -> CrossMAE:
     """Build a model by name, for example `create_model("crossmae_vit_base_patch16", img_size=448)`.
 
-    Args:
-        name: a name from `list_models()`.
-        overrides: arguments of `CrossMAE` that replace the arguments of the named size.
+    `list_models()` has the names. The overrides replace arguments of `CrossMAE` that belong to the named size.
 
-    Raises:
-        ValueError: If the name is unknown. The message lists the known names.
+    Raises ValueError if the name is unknown. The message lists the known names.
     """
     return CrossMAE(**model_arguments(name) | overrides)
 
@@ -276,8 +276,7 @@ def create_model(name: str, **overrides: Any) -> CrossMAE:
 def resolve_blocks(blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
     """Convert the blocks to fuse to ascending non-negative indices.
 
-    Raises:
-        ValueError: If an index is outside -depth .. depth - 1, or a block is named twice.
+    Raises ValueError if an index is outside -depth .. depth - 1, or a block is named twice.
     """
     if blocks is None:
         return tuple(range(depth))

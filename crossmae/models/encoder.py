@@ -21,8 +21,7 @@ ENCODER_PREFIXES = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
 def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
     """Count the rows and columns of patches in an image.
 
-    Raises:
-        ValueError: If a side is not a positive multiple of the patch size. The message names the nearest valid sizes.
+    Raises ValueError if a side is not a positive multiple of the patch size. The message names the nearest valid sizes.
     """
     sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if len(sides) != 2:
@@ -78,14 +77,11 @@ class ViTEncoder(nn.Module):
         return self.grid[0] * self.patch_size, self.grid[1] * self.patch_size
 
     def embed(self, imgs: Tensor, visible_idx: Tensor | None = None) -> Tensor:
-        """Embed images (B, C, H, W) as tokens for the first block.
+        """Embed images as tokens (B, V + 1, E), class token first.
 
         Args:
-            imgs: normalised pixels of the image size that the model was built for.
+            imgs: (B, C, H, W) normalised pixels of the image size that the model was built for.
             visible_idx: (B, V) patches to keep, in the given order; None: all patches in raster order.
-
-        Returns:
-            (B, V + 1, E), the class token first.
         """
         B, C, H, W = imgs.shape
         expected = (self.in_chans, *self.img_size)
@@ -100,14 +96,11 @@ class ViTEncoder(nn.Module):
         return torch.cat([cls_token.expand(B, -1, -1).to(tokens.dtype), tokens], dim=1)
 
     def features(self, tokens: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-        """Run the blocks and collect the outputs of the chosen blocks.
+        """Run the blocks, and collect the outputs (B, V + 1, E).
 
         Args:
             tokens: (B, V + 1, E) from `embed`.
-            blocks: ascending indices of the chosen blocks.
-
-        Returns:
-            One (B, V + 1, E) tensor per chosen block.
+            blocks: ascending indices of the blocks whose outputs are collected.
         """
         maps = []
         for index, block in enumerate(self.blocks[: blocks[-1] + 1]):

@@ -34,9 +34,8 @@ def mask_counts(num_patches: int, mask_ratio: float, predict_ratio: float) -> Ma
     visible = floor(L * (1 - mask_ratio)) and dropped = floor(L * (mask_ratio - predict_ratio)). All remaining patches
     are predicted, as published. A mask ratio of 0.9 keeps 10 of 100 patches. The published binary arithmetic keeps 9.
 
-    Raises:
-        ValueError: If a ratio is outside [0, 1], more patches are predicted than masked, or no patch is visible or
-            predicted.
+    Raises ValueError if a ratio is outside [0, 1], more patches are predicted than masked, or no patch is visible or
+    predicted.
     """
     for name, value in (("mask_ratio", mask_ratio), ("predict_ratio", predict_ratio)):
         if not 0.0 <= value <= 1.0:

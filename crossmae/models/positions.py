@@ -7,18 +7,15 @@ from torch import Tensor
 
 
 def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Compute position embeddings of a patch grid, with a class row first.
+    """Compute position embeddings (1, L + 1, dim) of a patch grid.
 
-    The first half of the width encodes the column, the second half the row. Each half contains all sines, then all
-    cosines, with base 10000 and integer positions. The computation uses float64, as the published MAE does. The
-    published CrossMAE uses float32, and its values differ by up to 3e-6.
+    The first row, of the class token, is zero. The first half of the width encodes the column, the second half the row.
+    Each half contains all sines, then all cosines, with base 10000 and integer positions. The computation uses float64,
+    as the published MAE does. The published CrossMAE uses float32, and its values differ by up to 3e-6.
 
     Args:
         dim: width of a token; a multiple of 4.
         grid: rows and columns of patches.
-
-    Returns:
-        (1, rows * columns + 1, dim) float32; row 0 (class token) is zero.
     """
     if dim % 4:
         raise ValueError(f"a width of {dim} has no sine-cosine table. Choose a width divisible by 4.")

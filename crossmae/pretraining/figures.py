@@ -66,7 +66,7 @@ def panel_rows(panels: Panels) -> dict[str, Tensor]:
 
 
 def brightening(panels: Panels) -> float:
-    """Return the brightness factor, above 1 for dark images such as 12-bit data."""
+    """Return the brightness factor, above 1 for dark (12-bit) images."""
     brightest = float(panels.input.max())
     return 1 / brightest if 0 < brightest < DARK else 1.0
 

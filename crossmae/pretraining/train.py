@@ -50,9 +50,8 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
 
     See `crossmae.pretraining.initial_weights` for the first weights, `crossmae.training.loop.train` for processes.
 
-    Raises:
-        UserError: If the data are bad, the folder is in use by another run, settings contradict each other, or the loss
-            is not finite.
+    Raises UserError if the data are bad, the folder is in use by another run, settings contradict each other, or the
+    loss is not finite.
     """
     return train(config, partial(build_job, config, resume))
 

@@ -31,8 +31,7 @@ class FileContent(BaseModel):
     def read(cls: type[C], path: Path) -> C:
         """Read a JSON file.
 
-        Raises:
-            UserError: If the content has a wrong structure. The message names the file and the first wrong key.
+        Raises UserError if the content has a wrong structure. The message names the file and the first wrong key.
         """
         content = read_json(path)
         if not isinstance(content, dict):
@@ -73,8 +72,7 @@ def read_log(path: Path, needed: str) -> LoggedNumbers:
 
     A line is counted as damaged if it does not contain the number `needed`.
 
-    Raises:
-        UserError: If the file does not exist.
+    Raises UserError if the file does not exist.
     """
     try:
         lines = path.read_text("utf-8", errors="replace").splitlines()

@@ -96,7 +96,7 @@ def changed_settings(content: Mapping[str, Any], defaults: Mapping[str, Any]) ->
 def settings_section(
     run: RunFolder, name: str, empty: bool, changed: Sequence[tuple[str, Any, Any]], whose: str
 ) -> Section:
-    """Show the changed settings of the file `name`, or that it is `empty`."""
+    """Show the changed settings of a file, or that it is `empty`."""
     rows = [[key, page.short_value(value), page.short_value(default)] for key, value, default in changed]
     table = Table(["setting", "value", "default"], rows)
     block = run.missing(name, "settings", "the file is empty") if empty else table

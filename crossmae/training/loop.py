@@ -86,7 +86,7 @@ class Job:
 
 
 def train(config: RunConfig, build_job: Callable[[Ranks, torch.device, str], Job]) -> Path:
-    """Run a job to its last step, and return the file of final weights.
+    """Run a job to its last step, and return the weight file.
 
     With torchrun, each process trains on its share of every batch. Only the first process writes files.
     """
@@ -170,8 +170,7 @@ def train_steps(
 ) -> None:
     """Run the training steps and save checkpoints.
 
-    Raises:
-        UserError: If an image is broken or the loss is not finite. The last checkpoint stays.
+    Raises UserError if an image is broken or the loss is not finite. The last checkpoint stays.
     """
     schedule, losses = job.schedule, state.losses
     job.callbacks.begin(state, records)

@@ -19,8 +19,7 @@ WEIGHTS, EMA_WEIGHTS = "model.safetensors", "model_ema.safetensors"
 def find_start(run: Path, resume: bool) -> Path | None:
     """Find the checkpoint to continue from, None for a new run.
 
-    Raises:
-        UserError: If the folder contains a run and `resume` is false, or contains final weights without a checkpoint.
+    Raises UserError if the folder contains a run and `resume` is false, or contains final weights without a checkpoint.
     """
     latest = latest_checkpoint(run)
     if latest and not resume:
@@ -37,14 +36,11 @@ def find_start(run: Path, resume: bool) -> Path | None:
 
 
 def is_complete(start: Path | None, last_step: int, fingerprint: Mapping[str, str]) -> bool:
-    """Check that a run is complete, or can continue from `start`.
+    """Return true if a run is complete, false if it can continue.
 
     Args:
         start: checkpoint to continue from; None for a new run.
         fingerprint: settings that must not change when the run is resumed.
-
-    Returns:
-        True if the run is complete, False if steps remain.
 
     Raises:
         UserError: If the checkpoint was written with other settings.

@@ -137,8 +137,7 @@ class TrainingState:
     def mean_loss(self, lr: float) -> float:
         """Average the losses since the last log line, over all processes.
 
-        Raises:
-            UserError: If the mean is not finite.
+        Raises UserError if the mean is not finite.
         """
         mean = self.ranks.mean(torch.stack(self.losses).mean()).item()
         if not math.isfinite(mean):

@@ -167,8 +167,7 @@ class RangeReader:
     def read(self, file: StoredFile, start: int, size: int) -> bytes:
         """Read at most `size` bytes from `start`.
 
-        Raises:
-            OSError: If the file cannot be read. Remote file systems also raise errors of their own libraries.
+        Raises OSError if the file cannot be read. Remote file systems also raise errors of their own libraries.
         """
         if not file.url:
             descriptor = self._descriptor(file.path)  # keeps the file open if another thread clears the dict

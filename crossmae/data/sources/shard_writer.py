@@ -68,11 +68,10 @@ class ShardSettings:
 
 
 def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: int) -> tuple[FolderIndex, int]:
-    """Write the missing or damaged shards. Return index and number of kept shards.
+    """Write missing or damaged shards. Return the index and the kept shards.
 
-    Raises:
-        UserError: If an image is broken (unless settings.skip_broken), the folder cannot be written, or the folder
-            contains other files or shards with other settings.
+    Raises UserError if an image is broken (unless settings.skip_broken), the folder cannot be written, or the folder
+    contains other files or shards with other settings.
     """
     make_folder(folder, "DST")
     wanted = _describe(source, settings)
@@ -103,8 +102,7 @@ def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: 
 def verify_shards(folder: Path) -> int:
     """Compare every shard with `index.json`. Return the number of shards.
 
-    Raises:
-        UserError: If there is no index, or shards are missing or changed. The message names the shards.
+    Raises UserError if there is no index, or shards are missing or changed. The message names the shards.
     """
     index = read_folder_index(_stored(folder / INDEX_NAME))
     if index is None:

@@ -66,8 +66,7 @@ class Source(ABC):
     def read(self, index: int) -> bytes:
         """Read the encoded file of a sample.
 
-        Raises:
-            UserError: If the file cannot be read. The message names the sample.
+        Raises UserError if the file cannot be read. The message names the sample.
         """
 
     def tail(self, index: int, length: int = 16) -> bytes:
@@ -84,8 +83,7 @@ class Source(ABC):
     def label(self, index: int) -> int:
         """Return the sample's class as an index into `classes`.
 
-        Raises:
-            UserError: If the source has no labels.
+        Raises UserError if the source has no labels.
         """
         if self._labels is None:
             if self._unlabelled:
@@ -103,8 +101,7 @@ class Source(ABC):
     def labels(self) -> NDArray[np.int64]:
         """Return the classes (N,) of all samples.
 
-        Raises:
-            UserError: If the source has no labels.
+        Raises UserError if the source has no labels.
         """
         self.label(0)
         assert self._labels is not None
@@ -204,8 +201,7 @@ class Subset(Source):
 def choose_per_class(source: Source, count: int, seed: int, key: str) -> Subset:
     """Draw `count` samples of every class, in the source's order.
 
-    Raises:
-        UserError: If there are no labels, or a class has fewer samples. The message names these classes.
+    Raises UserError if there are no labels, or a class has fewer samples. The message names these classes.
     """
     labels = source.labels()
     members = [np.flatnonzero(labels == index) for index in range(len(source.classes))]

@@ -130,9 +130,8 @@ def index_shard(shard: StoredFile, marks: dict[str, str]) -> ShardIndex:
 def scan_shard(shard: StoredFile) -> ShardIndex:
     """Build the index of a shard from its headers.
 
-    Raises:
-        UserError: If the shard is not a tar file, is compressed or cut off, or a sample cannot be used. The message
-            names the shard.
+    Raises UserError if the shard is not a tar file, is compressed or cut off, or a sample cannot be used. The message
+    names the shard.
     """
     samples: dict[str, _Sample] = {}
     end = 0

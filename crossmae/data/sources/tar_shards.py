@@ -95,8 +95,7 @@ def open_shards(value: str, key: str) -> TarShards:
 
     If there is an index next to the shards, the index is used. Otherwise each shard is scanned once.
 
-    Raises:
-        UserError: If no shard is found, or a shard is missing, changed or unusable. The message names the shard.
+    Raises UserError if no shard is found, or a shard is missing, changed or unusable. The message names the shard.
     """
     shards = _shards_in_folder(value, key) if _names_a_folder(value, key) else find_files(value, key)
     for shard in shards:

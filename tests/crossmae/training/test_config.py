@@ -9,6 +9,7 @@ import pytest
 from crossmae.errors import UserError
 from crossmae.pretraining.config import load_config
 from crossmae.training.config import CONFIG_ROOT, resolve_config_path
+from tests.crossmae.pretraining.runs import make_config
 
 MINIMAL = """
 output_dir: out
@@ -106,3 +107,27 @@ def test_bare_names_resolve_and_unknown_ones_list_what_exists(tmp_path: Path, mo
         assert resolve_config_path(name) == CONFIG_ROOT / "pretrain" / "demo.yaml"
     with pytest.raises(UserError, match=r"--config-file nothing.yaml.*pretrain/demo\.yaml"):
         resolve_config_path("nothing.yaml")
+
+
+def test_settings_without_effect_are_named() -> None:
+    quiet = make_config(Path("images"), Path("out"))
+    assert quiet.ignored(is_plain=False, has_shards=False) == {}
+    loud = make_config(
+        Path("images"),
+        Path("out"),
+        model={"decoder": "self", "fuse_input": False},
+        optim={"lr": 1e-3, "lr_rule": "none"},
+        validation={"images": 5},
+        probe={"k": 3},
+        data={"broken_budget": 0.5, "shuffle_shards": 3},
+    )
+    found = loud.ignored(is_plain=True, has_shards=False)
+    assert sorted(key for keys in found.values() for key in keys) == [
+        "data.broken_budget",
+        "data.shuffle_shards",
+        "model.fuse_input",
+        "optim.base_lr",
+        "optim.lr_rule",
+        "probe.k",
+        "validation.images",
+    ]
