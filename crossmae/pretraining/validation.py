@@ -91,8 +91,8 @@ class Neighbours:
     ) -> None:
         if train.classes != val.classes or not train.classes:
             raise UserError(
-                f"probe.train: has the classes {_named(train.classes)}, probe.val {_named(val.classes)}. Give both the "
-                "same classes: a folder for each class, or labels in the list."
+                f"probe.train: the classes are {_named(train.classes)}, but {_named(val.classes)} in probe.val. Give "
+                "both the same classes: a folder for each class, or labels in the list."
             )
         self.normalize, self.batch_size, self.settings = normalize, batch_size, settings
         self.num_classes, k = len(train.classes), settings.k

@@ -56,7 +56,6 @@ def test_the_loss_falls_and_everything_promised_is_written(images: Path, tmp_pat
     ("changes", "message"),
     [
         ({"data": {"train": "nowhere"}}, "data.train: nowhere does not exist"),
-        ({"data": {"val": "nowhere"}}, "data.val: nowhere does not exist"),
         ({"optim": {"batch_size": 14}}, "needs 14 images, the data set has 13"),
         ({"optim": {"accumulate": 4}}, "optim.accumulate: a step needs 4 batches"),
         ({"model": {"img_size": 30}}, "model: img_size 30 .* 24 and 32"),
@@ -64,13 +63,26 @@ def test_the_loss_falls_and_everything_promised_is_written(images: Path, tmp_pat
         ({"model": {"mask_ratio": 0.99}}, "model: .*0 visible"),
         ({"runtime": {"device": "cuda:99"}}, "runtime.device: 'cuda:99'"),
         ({"schedule": {"warmup_epochs": 9}}, "schedule.warmup_epochs: 9"),
+        ({"data": {"val": "nowhere"}}, r"data.val: nowhere does not exist .*. To do without: data.val=null"),
+        ({"probe": {"train": "nowhere", "val": "{val}"}}, r"probe.train: .*To do without: probe.train=null"),
+        (
+            {"probe": {"train": "{train}", "val": "{images}"}},
+            r"probe.train: .* across, along \(2\), but .*none",
+        ),
+        ({"probe": {"train": "{train}", "val": "{val}", "k": 30}}, r"probe.k: 30 neighbours of 24 images"),
+        ({"model": {"init": "nowhere"}}, r"no such file or folder: nowhere"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(
-    images: Path, tmp_path: Path, changes: dict[str, Any], message: str
+    images: Path, labelled: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
+    places = {"{train}": str(labelled / "train"), "{val}": str(labelled / "val"), "{images}": str(images)}
+    named = {
+        section: {key: places.get(str(value), value) for key, value in keys.items()}
+        for section, keys in changes.items()
+    }
     with pytest.raises(UserError, match=message):
-        pretrain(make_config(images, tmp_path / "run", **changes))
+        pretrain(make_config(images, tmp_path / "run", **named))
     assert not (tmp_path / "run").exists()
 
 
@@ -98,14 +110,21 @@ def test_a_compiled_step_has_no_graph_break_and_trains_the_same(
         assert [v for _, v in compiled] == pytest.approx([v for _, v in eager], rel=1e-3)
 
 
-@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
-@pytest.mark.parametrize("bit_depth", [8, 16])
-def test_any_number_of_channels_from_file_to_picture(tmp_path: Path, channels: int, mode: str, bit_depth: int) -> None:
+@pytest.mark.parametrize(
+    ("channels", "mode", "bit_depth"), [(1, "L", 8), (1, "L", 16), (4, "RGBA", 8), (4, "RGBA", 16), (5, None, 16)]
+)
+def test_any_number_of_channels_from_file_to_picture(
+    tmp_path: Path, channels: int, mode: str | None, bit_depth: int
+) -> None:
     (tmp_path / "images").mkdir()
     rng = np.random.default_rng(0)
     for index in range(8):
         pixels = rng.integers(0, 256, (40, 24, channels), np.uint8)
-        Image.fromarray(pixels.squeeze(), mode).save(tmp_path / "images" / f"{index}.png")
+        if mode is None:
+            tifffile = pytest.importorskip("tifffile")
+            tifffile.imwrite(tmp_path / f"images/{index}.tif", pixels.astype(np.uint16), photometric="minisblack")
+        else:
+            Image.fromarray(pixels.squeeze(), mode).save(tmp_path / f"images/{index}.png")
     statistics = {"mean": [0.5] * channels, "std": [0.3] * channels, "bit_depth": bit_depth}
     model = {"in_chans": channels, "img_size": [40, 24]}
     once: dict[str, Any] = {"schedule": {"max_steps": 1}, "log": {"pictures": 2}}
@@ -118,32 +137,6 @@ def test_any_number_of_channels_from_file_to_picture(tmp_path: Path, channels: i
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"data": {"val": "nowhere"}}, r"data.val: nowhere does not exist .*. To do without: data.val=null"),
-        ({"probe": {"train": "nowhere", "val": "{val}"}}, r"probe.train: .*To do without: probe.train=null"),
-        (
-            {"probe": {"train": "{train}", "val": "{images}"}},
-            r"probe.train has the classes across, along \(2\), .*none",
-        ),
-        ({"probe": {"train": "{train}", "val": "{val}", "k": 30}}, r"probe.k: 30 neighbours of 24 images"),
-        ({"model": {"init": "nowhere"}}, r"no such file or folder: nowhere"),
-    ],
-)
-def test_what_judges_or_starts_a_run_is_looked_at_before_it(
-    images: Path, labelled: Path, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    places = {"{train}": str(labelled / "train"), "{val}": str(labelled / "val"), "{images}": str(images)}
-    named = {
-        section: {key: places.get(str(value), value) for key, value in keys.items()}
-        for section, keys in changes.items()
-    }
-    with pytest.raises(UserError, match=message):
-        pretrain(make_config(images, tmp_path / "run", **named))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
     ("rule", "factor", "words"),
     [
         ("published", 1 / 3, " * 0.25 / 0.75 (lr_rule published: predict / mask ratio)"),
@@ -153,19 +146,6 @@ def test_what_judges_or_starts_a_run_is_looked_at_before_it(
 )
 def test_the_learning_rate_rule_is_logged_as_arithmetic(rule: str, factor: float, words: str) -> None:
     assert lr_factor(rule, 0.75, 0.25) == (pytest.approx(factor), words)  # method specification, 1.9
-
-
-def test_many_channels_pass_the_check_of_images(tmp_path: Path) -> None:
-    tifffile = pytest.importorskip("tifffile")
-    (tmp_path / "images").mkdir()
-    for index in range(4):
-        pixels = np.random.default_rng(index).integers(0, 65536, (5, 40, 40), np.uint16)
-        tifffile.imwrite(tmp_path / "images" / f"{index}.tif", pixels, photometric="minisblack")
-    data = {"mean": [0.5] * 5, "std": [0.3] * 5, "bit_depth": 16}
-    config = make_config(
-        tmp_path / "images", tmp_path / "run", data=data, model={"in_chans": 5}, schedule={"max_steps": 1}
-    )
-    assert load_file(pretrain(config))["patch_embed.proj.weight"].shape[1] == 5
 
 
 def test_what_flatters_or_loses_is_told(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

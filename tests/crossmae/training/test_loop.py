@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import tarfile
 from pathlib import Path
@@ -80,10 +81,7 @@ def test_shards_train_like_files_and_resume_to_the_bit(
 
 
 def test_a_truncated_image_stops_the_run_by_name(images: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for path in images.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = shutil.copytree(images, tmp_path / "images")
     (folder / "7.png").write_bytes((images / "7.png").read_bytes()[:60])
     with pytest.raises(UserError, match=r"7\.png: cannot be read"):
         pretrain(make_config(folder, tmp_path / "run"))
@@ -96,10 +94,7 @@ def test_a_truncated_image_stops_the_run_by_name(images: Path, tmp_path: Path) -
 def test_broken_images_are_replaced_counted_and_listed_and_the_budget_holds(
     images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for path in images.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = shutil.copytree(images, tmp_path / "images")
     for name in ("3.png", "7.png"):
         (folder / name).write_bytes(b"\x89PNG nothing")
     data = {"broken": "substitute", "broken_budget": 0.2}
