@@ -117,16 +117,16 @@ def make_folder(folder: Path, key: str) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"{key}: cannot write in {folder}: {error.strerror}") from None
+        raise UserError(f"{key}: cannot write in {folder}: {error.strerror}. Name another folder.") from None
 
 
 def check_writable(folder: Path, key: str) -> None:
     """Check that a folder can be written, without changing the folder."""
     there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
     if not there.is_dir():
-        raise UserError(f"{key}: cannot write in {folder}: {there} is a file")
+        raise UserError(f"{key}: cannot write in {folder}: {there} is a file. Name another folder.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{key}: cannot write in {folder}: no permission in {there}")
+        raise UserError(f"{key}: cannot write in {folder}: no permission in {there}. Name another folder.")
 
 
 def _umask() -> int:

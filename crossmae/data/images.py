@@ -124,11 +124,11 @@ def _as_unit_range(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:
         return pixels.astype(np.float32) / np.float32(top)
     if not np.issubdtype(pixels.dtype, np.floating):
         raise UserError(
-            f"{name}: holds {pixels.dtype} samples; expected 8 or 16 bits without sign, or floats in 0-1. Convert it."
+            f"{name}: holds {pixels.dtype} samples. Convert it to 8 or 16 bits without sign, or to floats in 0-1."
         )
     if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
         raise UserError(
-            f"{name}: floating-point samples from {pixels.min():g} to {pixels.max():g}; expected 0-1. Rescale it."
+            f"{name}: floating-point samples from {pixels.min():g} to {pixels.max():g}. Rescale them to 0-1."
         )
     return pixels.astype(np.float32)
 
@@ -141,7 +141,7 @@ def _with_channels(pixels: NDArray[np.float32], channels: int, name: str) -> NDA
         return np.repeat(pixels, 3, axis=-1)
     if held == 3 and channels == 1:
         return (pixels @ LUMA)[..., None]
-    raise UserError(f"{name}: has {held} channels, model.in_chans is {channels}")
+    raise UserError(f"{name}: has {held} channels, model.in_chans is {channels}. Convert it, or change model.in_chans.")
 
 
 def is_whole(tail: bytes) -> bool:

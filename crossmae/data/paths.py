@@ -21,7 +21,7 @@ def match_pattern(argument: str, key: str) -> list[str]:
     """Find files by a pattern with `~` and `**`, sorted."""
     found = sorted(name for name in glob.glob(os.path.expanduser(argument), recursive=True) if os.path.isfile(name))
     if not found:
-        raise UserError(f"{key}: {argument}: no such file or folder, and no file matches it as a pattern")
+        raise UserError(f"{key}: {argument}: no such file or folder, and no file matches it as a pattern. Correct it.")
     return found
 
 
@@ -60,7 +60,7 @@ def find_images(folder: Path, key: str) -> list[str]:
 
 
 def _refuse(error: OSError) -> None:
-    raise UserError(f"{printable(error.filename)}: cannot be searched: {error.strerror}")
+    raise UserError(f"{printable(error.filename)}: cannot be searched: {error.strerror}. Change its permissions.")
 
 
 def find_inputs(arguments: Sequence[str]) -> list[Path]:

@@ -255,11 +255,9 @@ def lr_factor(rule: str, mask_ratio: float, predict_ratio: float) -> tuple[float
     """
     if rule == "none":
         return 1.0, " (lr_rule none)"
-    words = {
-        "published": ("predict / mask", predict_ratio, mask_ratio),
-        "inverse": ("mask / predict", mask_ratio, predict_ratio),
-    }
-    ratio, above, below = words[rule]
+    above, below, ratio = predict_ratio, mask_ratio, "predict / mask"
+    if rule == "inverse":
+        above, below, ratio = mask_ratio, predict_ratio, "mask / predict"
     return above / below, f" * {above:g} / {below:g} (lr_rule {rule}: {ratio} ratio)"
 
 

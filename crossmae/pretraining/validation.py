@@ -136,7 +136,7 @@ def load_views(
         for position, one in enumerate(map_in_order(view, indices, bar=f"read {key}")):
             views[position] = one
     except UserError as error:
-        raise UserError(f"{key}: {error}. {NEVER_REPLACED}") from None
+        raise UserError(f"{key}: {str(error).rstrip('.')}. {NEVER_REPLACED}") from None
     return views
 
 

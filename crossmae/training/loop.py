@@ -183,7 +183,7 @@ def train_steps(
             batch = next(batches)
             waited += time.perf_counter() - asked
             if isinstance(batch, Unreadable):
-                raise UserError(f"{batch.message}. Repair or remove it, or set data.broken=substitute.")
+                raise UserError(f"{batch.message.rstrip('.')}. Repair or remove it, or set data.broken=substitute.")
             broken.add(batch.broken)
             # Forward and backward: gradients of the micro-batches add up.
             is_last = number == numbers[-1]

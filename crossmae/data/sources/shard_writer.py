@@ -68,7 +68,7 @@ class ShardSettings:
 
 
 def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: int) -> tuple[FolderIndex, int]:
-    """Write missing or damaged shards. Return the index and the kept shards.
+    """Write missing or damaged shards. Return index and number of kept shards.
 
     Raises UserError if an image is broken (unless settings.skip_broken), the folder cannot be written, or the folder
     contains other files or shards with other settings.
@@ -210,7 +210,7 @@ def _pack(source: Source, index: int, settings: ShardSettings) -> _Packed:
         image = keep(data, name) if keeps else shrink(data, name, short_side, quality)
     except UserError as error:
         if not settings.skip_broken:
-            raise UserError(f"{error}. --skip-broken leaves such images out and lists them.") from None
+            raise UserError(f"{str(error).rstrip('.')}. --skip-broken leaves such images out and lists them.") from None
         return _Packed({}, label, len(data), str(error))
     key = f"{index:09d}"
     about: dict[str, Any] = {"name": name}

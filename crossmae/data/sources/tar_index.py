@@ -1,4 +1,4 @@
-"""Index of the images in a tar file in WebDataset layout, which allows reading any image alone.
+"""Index of the images in a tar file in WebDataset layout, which allows reading any single image.
 
 Own code, because no maintained library gives random access to plain tar files, local or remote.
 
@@ -148,9 +148,9 @@ def scan_shard(shard: StoredFile) -> ShardIndex:
             if file.read(BLOCK) != bytes(BLOCK):
                 raise UserError(f"{shard.name}: damaged or cut off at byte {end:,}: no end mark. Copy it again.")
     except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{shard.name}: not a tar file, or cut off: {error}") from None
+        raise UserError(f"{shard.name}: not a tar file, or cut off: {error}. Copy it again.") from None
     except OSError as error:
-        raise UserError(f"{shard.name}: cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{shard.name}: cannot be read: {error.strerror or error}. Check the address.") from error
     return _collect(samples)
 
 
@@ -187,7 +187,7 @@ def _add_member(samples: dict[str, _Sample], member: tarfile.TarInfo, tar: tarfi
     key = f"{folder}{slash}{stem}"
     sample = samples.setdefault(key, _Sample())
     if extension in sample.members:
-        raise UserError(f"{shard.name}: holds {member.name} twice. Give every sample a key of its own.")
+        raise UserError(f"{shard.name}: holds {member.name} twice. Give every sample its own key.")
     if (not member.isreg() or member.issparse()) and PurePosixPath(base).suffix.lower() in IMAGE_SUFFIXES:
         kind = "in pieces (sparse)" if member.issparse() else "a link"
         raise UserError(

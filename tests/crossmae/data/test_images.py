@@ -104,7 +104,7 @@ def test_tiff_files_of_any_channels_depth_and_order() -> None:
     np.testing.assert_allclose(decode_image(tiff(colour, photometric="rgb"), "x", 3), np.rint(colour / 257), atol=1)
     floats = rng.random((7, 6), np.float32)
     np.testing.assert_allclose(decode_image(tiff(floats), "x", 1, 16)[..., 0], floats, atol=1e-6)
-    with pytest.raises(UserError, match=r"x: floating-point samples from .*; expected 0-1"):
+    with pytest.raises(UserError, match=r"x: floating-point samples from .*\. Rescale them to 0-1"):
         decode_image(tiff(floats * 7), "x", 1, 16)
     with pytest.raises(UserError, match="x: holds int32 samples"):
         decode_image(tiff(floats.astype(np.int32), photometric="minisblack"), "x", 2, 16)

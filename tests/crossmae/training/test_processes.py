@@ -54,5 +54,5 @@ def test_two_processes_equal_one_and_resume_to_the_bit(images: Path, labelled: P
 
 def test_processes_without_an_address_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set: .*torchrun"):
+    with pytest.raises(UserError, match=r"RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set\. .*torchrun"):
         find_ranks()
