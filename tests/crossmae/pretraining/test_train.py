@@ -122,7 +122,8 @@ def test_any_number_of_channels_from_file_to_picture(
         pixels = rng.integers(0, 256, (40, 24, channels), np.uint8)
         if mode is None:
             tifffile = pytest.importorskip("tifffile")
-            tifffile.imwrite(tmp_path / f"images/{index}.tif", pixels.astype(np.uint16), photometric="minisblack")
+            planes = np.moveaxis(pixels, -1, 0).astype(np.uint16)
+            tifffile.imwrite(tmp_path / f"images/{index}.tif", planes, photometric="minisblack")
         else:
             Image.fromarray(pixels.squeeze(), mode).save(tmp_path / f"images/{index}.png")
     statistics = {"mean": [0.5] * channels, "std": [0.3] * channels, "bit_depth": bit_depth}
