@@ -43,8 +43,7 @@ def allow_reading(path: Path) -> None:
 def printable(name: str | Path) -> str:
     """Escape line breaks, control characters and bytes that are not UTF-8.
 
-    All printed text and all pictures show names through this function. JSON files keep the original names: see
-    `ODD_BYTES`.
+    Printed text and pictures show names through this function. JSON files keep the original names (`ODD_BYTES`).
     """
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(name))
 
@@ -163,10 +162,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """Read the JSON lines of a file, [] without the file.
-
-    A line that a killed process left incomplete is skipped.
-    """
+    """Read the complete JSON lines of a file, [] without the file."""
     rows = []
     for line in path.read_text("utf-8").splitlines() if path.exists() else ():
         try:

@@ -93,8 +93,7 @@ class KeyedImages(Dataset[Any], ABC):
 
     Args:
         channels, bit_depth: see `crossmae.data.images`.
-        broken: "error": a broken image is an error. "substitute": the next readable image of the source replaces a
-            broken image.
+        broken: "error" raises for a broken image; "substitute" takes the next readable image of the source.
     """
 
     def __init__(

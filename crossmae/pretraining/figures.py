@@ -136,10 +136,7 @@ def fused_map_names(model: CrossMAE) -> list[str]:
 
 
 def whole_scale(height: int, width: int, target: int) -> float:
-    """Compute a scale that brings an image close to `target` pixels.
-
-    The scale is an integer for enlarging, and a fraction below 1 for shrinking.
-    """
+    """Compute a scale to about `target` pixels, an integer if enlarging."""
     side = max(height, width)
     return target / side if side > 1.5 * target else max(round(target / side), 1)
 

@@ -173,8 +173,7 @@ def animation_frame(panels: Panels, mask_ratio: float, decibels: float) -> Image
 def save_gif(frames: Sequence[Image.Image], path: Path) -> None:
     """Write a GIF that plays forward and backward.
 
-    All frames share one palette, computed from all frames. Frames are not dithered, so that parts without motion do not
-    flicker.
+    All frames share one palette and are not dithered, so that parts without motion do not flicker.
     """
     montage = Image.new("RGB", (frames[0].width, frames[0].height * len(frames)))
     for index, frame in enumerate(frames):

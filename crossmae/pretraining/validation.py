@@ -55,8 +55,7 @@ class HeldOut:
     def loss(self, model: CrossMAE, autocast: torch.autocast) -> float:
         """Compute the mean loss over all masked patches of all images.
 
-        All masked patches are predicted, independent of the predict ratio. Runs with the same mask ratio can therefore
-        be compared.
+        All masked patches are predicted, so that runs with different predict ratios can be compared.
         """
         device, was_training = self.normalize.mean.device, model.training
         model.eval()

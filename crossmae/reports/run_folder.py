@@ -56,10 +56,7 @@ class LoggedNumbers:
         return [row[key] for row in self.rows if key in row]
 
     def spans(self, step: str, key: str) -> Iterator[tuple[float, float]]:
-        """Yield (steps, value) for positive values of `key`.
-
-        The steps are counted from the previous positive value.
-        """
+        """Yield (steps since the value before, value) of positive values."""
         previous = 0.0
         for row in self.rows:
             if step in row and row.get(key, 0.0) > 0:
@@ -70,9 +67,7 @@ class LoggedNumbers:
 def read_log(path: Path, needed: str) -> LoggedNumbers:
     """Read the numbers in a log of JSON objects.
 
-    A line is counted as damaged if it does not contain the number `needed`.
-
-    Raises UserError if the file does not exist.
+    A line without the number `needed` counts as damaged. Raises UserError if the file does not exist.
     """
     try:
         lines = path.read_text("utf-8", errors="replace").splitlines()

@@ -177,8 +177,7 @@ class RunConfig(ConfigSection):
         """Find keys that were given but have no effect, by reason.
 
         Args:
-            cases: rows of (condition, reason, section, keys). If the condition is true, the keys of the section are
-                unused.
+            cases: rows of (condition, reason, section, keys). The keys are unused if the condition is true.
         """
         unused: dict[str, list[str]] = {}
         for applies, reason, section, keys in cases:
@@ -271,8 +270,7 @@ def describe_errors(error: ValidationError, path: Path, words: set[str], schema:
     """Describe all problems of a config in one line, by key.
 
     Args:
-        words: keys from the command line. The message blames the command line for these keys, and the file for other
-            keys.
+        words: keys from the command line. The message blames the file for other keys.
     """
     problems: dict[str, list[str]] = {"command line": []}
     for item in error.errors(include_url=False):

@@ -156,9 +156,7 @@ def describe(values: Mapping[str, float]) -> str:
 
 
 class BrokenImages:
-    """List of broken images that were replaced. Each image is listed once, also after restarts.
-
-    Each process counts the broken images that it reads.
+    """List of the broken images that a process replaced. Each image is listed once, also after restarts.
 
     Args:
         path: file of the list, JSON lines with the keys name and reason.

@@ -162,10 +162,7 @@ class _Sample:
     texts: dict[str, bytes] = field(default_factory=dict)
 
     def image(self) -> str | None:
-        """Return the extension of the image, preferring plain image suffixes.
-
-        Other extensions may end in an image suffix, such as `left.jpg`.
-        """
+        """Return the extension of the image, `jpg` rather than `left.jpg`."""
         images = [ext for ext in self.members if PurePosixPath(f"x.{ext}").suffix.lower() in IMAGE_SUFFIXES]
         return min(images, key=lambda ext: "." in ext, default=None)
 
