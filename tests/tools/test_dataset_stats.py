@@ -62,7 +62,7 @@ def test_the_low_part_of_16_bits_is_told(capsys: pytest.CaptureFixture[str]) -> 
     ("words", "told"),
     [
         (("data.train=nowhere",), "data.train: nowhere does not exist"),
-        (("--images", "0"), "--images 0: expected a number from 1"),
+        (("--images", "0"), "--images: 0 is too small"),
         (("data.trian=x",), "unknown key 'data.trian' (did you mean 'data.train'?)"),
         (("data.train=black",), "channel 0, 1, 2 has the same value everywhere"),
         (("data.train=broken",), "broken/x.png: cannot be read as an image"),

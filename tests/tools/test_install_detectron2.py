@@ -144,19 +144,8 @@ def test_is_the_same_file_every_time(tmp_path: Path) -> None:
 def test_pip_accepts_the_wheel(tmp_path: Path) -> None:
     wheel = installer.make_pure_wheel(index_wheel(tmp_path), tmp_path)
     target = tmp_path / "site"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-qq",
-        "--no-index",
-        "--no-deps",
-        "--target",
-        target,
-        wheel,
-    ]
-    subprocess.run([str(part) for part in command], check=True)
+    options = ("-qq", "--no-index", "--no-deps", "--target", str(target))
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(wheel)], check=True)
     assert sorted(path.name for path in target.iterdir()) == ["detectron2", NEW_INFO]
 
 
@@ -260,9 +249,8 @@ def test_user_errors_are_one_line(
     pip_calls: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert installer.main(["--wheel", "no/such.whl"]) == 2
-    assert (
-        capsys.readouterr().err == "error: cannot read no/such.whl: No such file or directory. Nothing was installed.\n"
-    )
+    error = capsys.readouterr().err
+    assert error == "error: no/such.whl: cannot be read: No such file or directory. Nothing was installed.\n"
     monkeypatch.setenv("PATH", "")
     assert installer.main(["--from", "git"]) == 2
     assert capsys.readouterr().err.startswith("error: --from git needs git")

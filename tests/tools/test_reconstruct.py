@@ -53,7 +53,7 @@ def test_output(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     out = capsys.readouterr().out.splitlines()
     assert out[:3] == [
         "weights  run/model.safetensors",
-        "model    width 24, depth 2, decoder 'cross'; image 16 x 24, channels 1, patches 6",
+        "model    width 24, depth 2, decoder 'cross', image 16 x 24, channels 1, patches 6",
         "",
     ]
     record = json.loads((folder / "reconstructions/psnr.json").read_text())
@@ -94,7 +94,7 @@ def test_published_layout(
         (("whole.pth", "one.png"), "nor its record tell img_size and num_heads and decoder_num_heads. Add --set"),
         (("run", "one.png", "--mask-ratio", "0.99"), "mask ratio 0.99: leaves no patch of 6 to see"),
         (("run", "one.png", "--gif-ratios", "0.5", "2"), "mask ratio 2.0"),
-        (("run", "one.png", "--seed", "-1"), "--seed -1: must not be negative"),
+        (("run", "one.png", "--seed", "-1"), "--seed: -1 is negative"),
         (("run", "one.png", "--device", "abacus"), "--device: 'abacus' cannot be used"),
         (("run", "one.png", "--set", "num_heads"), "--set num_heads: expected KEY=VALUE"),
         (("run", "one.png", "--set", "heads=2"), "heads: no argument of the model"),

@@ -83,7 +83,7 @@ def test_failed_stage_is_named_and_the_next_run_continues_there(three: list[Stag
     three[1] = replace(good, arguments=("-S", "-c", "raise SystemExit(7)"))
     with pytest.raises(
         UserError,
-        match=r"stage b failed after .*: exit code 7; its command was: .* -c 'raise SystemExit\(7\)'",
+        match=r"stage b failed after .*: exit code 7\. .* continue with this stage: .* -c 'raise SystemExit\(7\)'",
     ):
         run_stages(three, tmp_path / "demo")
     assert journal(tmp_path) == "a"

@@ -23,12 +23,10 @@ for package in ("mlxtend", "skimage", "sklearn"):
 from pycocotools.coco import COCO  # noqa: E402
 
 from crossmae.errors import UserError  # noqa: E402
-from tools.demo import data as demo_data  # noqa: E402
-from tools.demo.data import DemoDataSettings, compose_scene, make_demo_data  # noqa: E402
+from tools import make_demo_data as demo_data  # noqa: E402
+from tools.make_demo_data import DemoDataSettings, compose_scene, make_demo_data  # noqa: E402
 
-# pycocotools 2.0.11 reaches a NumPy call that newer NumPy deprecates, whatever we write.
-
-TOOL = Path(__file__).parents[3] / "tools" / "make_demo_data.py"
+TOOL = Path(__file__).parents[2] / "tools" / "make_demo_data.py"
 SETTINGS = DemoDataSettings(train=24, val=12, size=96, seed=3)
 SPLITS = ("train", "val")
 
@@ -272,7 +270,7 @@ def test_damaged_data_is_refused_and_force_mends_it(tmp_path: Path) -> None:
     make_demo_data(settings, tmp_path / "data")
     before = tree(tmp_path)
     (tmp_path / "data/train/000001.jpg").unlink()
-    with pytest.raises(UserError, match="was changed since it was made"):
+    with pytest.raises(UserError, match="the data were changed"):
         make_demo_data(settings, tmp_path / "data")
     make_demo_data(settings, tmp_path / "data", force=True)
     assert tree(tmp_path) == before
