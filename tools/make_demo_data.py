@@ -256,7 +256,7 @@ def render_glyph(sample: Array, height: int, angle: float) -> Array:
 
     `angle` is in degrees. Returns the opacity (h, w) in [0, 1].
     """
-    left, top, right, bottom = Image.fromarray(sample).getbbox()  # type: ignore[misc]  # no sample is empty
+    left, top, right, bottom = ink_box(sample)
     scale = height / float(bottom - top)
     # One empty pixel around the ink, so that the outline fades out and is not cut off.
     ink = Image.fromarray(sample).crop((left - 1, top - 1, right + 1, bottom + 1))
@@ -266,15 +266,13 @@ def render_glyph(sample: Array, height: int, angle: float) -> Array:
     # the outline steep again, so that the digit is sharp at any size.
     ink = ink.filter(ImageFilter.GaussianBlur(0.5 * scale))
     alpha = np.clip((np.asarray(ink, dtype=np.float32) / 255 - 0.4) * max(1.0, scale) + 0.5, 0, 1)
-    x, y, width, height = tight_box(alpha > 0)
-    return alpha[y : y + height, x : x + width]
+    left, top, right, bottom = ink_box(alpha > 0)
+    return alpha[top:bottom, left:right]
 
 
-def tight_box(mask: Array) -> tuple[int, int, int, int]:
-    """Return the box (x, y, width, height) of a mask (h, w)."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    left, top = int(columns[0]), int(rows[0])
-    return left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1
+def ink_box(image: Array) -> tuple[int, int, int, int]:
+    """Return the box (left, top, right, bottom) of the pixels above 0."""
+    return Image.fromarray(image).getbbox()  # type: ignore[return-value]  # no image is empty
 
 
 def is_hidden(instance: Instance, cover: Array) -> bool:
@@ -395,12 +393,13 @@ def coco_annotations(image_id: int, first_id: int, scene: Scene) -> Iterator[dic
     from pycocotools import mask as coco_mask
 
     for annotation_id, instance in enumerate(scene.instances, first_id):
+        left, top, right, bottom = ink_box(instance.visible)
         rle = coco_mask.encode(np.asfortranarray(instance.visible, dtype=np.uint8))
         yield {
             "id": annotation_id,
             "image_id": image_id,
             "category_id": instance.label + 1,
-            "bbox": list(tight_box(instance.visible)),
+            "bbox": [left, top, right - left, bottom - top],
             "area": int(np.count_nonzero(instance.visible)),
             "iscrowd": 0,
             "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},

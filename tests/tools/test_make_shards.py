@@ -10,7 +10,7 @@ from crossmae.data.sources import open_source
 from crossmae.errors import USER_ERROR_EXIT_CODE
 from tests.crossmae.data.sources.source_files import write_tree
 from tests.tools.command_line import exit_code
-from tools.make_shards import build_parser, main
+from tools.make_shards import main
 
 
 def run(*arguments: str) -> int:
@@ -80,18 +80,3 @@ def test_errors_are_one_line_and_write_nothing(
     assert told in error
     assert "\n" not in error
     assert sorted(Path().rglob("*")) == before
-
-
-def test_options_are_frozen() -> None:
-    options = {option for action in build_parser()._actions for option in action.option_strings}
-    options -= {"-h", "--help"}
-    assert options == {
-        "--root",
-        "--short-side",
-        "--quality",
-        "--images-per-shard",
-        "--workers",
-        "--keep-original",
-        "--skip-broken",
-        "--verify",
-    }
