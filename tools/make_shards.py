@@ -32,10 +32,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("folder", metavar="DST", help="folder of the shards, new or to continue")
     parser.add_argument("--root", type=Path, metavar="DIR", help="where the relative paths of a list start")
     for name, value, what in (
-        ("--short-side", default.short_side, "pixels"),
-        ("--quality", default.quality, "of JPEG"),
-        ("--images-per-shard", default.images_per_shard, "images"),
-        ("--workers", os.cpu_count() or 1, "threads, by default as many as cores"),
+        ("--short-side", default.short_side, "short side of packed images in pixels"),
+        ("--quality", default.quality, "quality of JPEG files, 1 to 100"),
+        ("--images-per-shard", default.images_per_shard, "images in a shard"),
+        ("--workers", os.cpu_count() or 1, "threads, as many as cores by default"),
     ):
         parser.add_argument(name, type=int, default=value, metavar="N", help=f"{what} (default %(default)s)")
     parser.add_argument("--keep-original", action="store_true", help="pack the files unchanged, whatever their size")
