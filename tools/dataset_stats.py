@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def load(config_file: str, overrides: list[str]) -> PretrainConfig:
-    """Load the config. data.mean and data.std may be missing."""
+    """Load the config, with any values for data.mean and data.std."""
     values = read_yaml(resolve_config_path(config_file))
     for word in overrides:
         set_override(values, word)

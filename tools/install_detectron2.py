@@ -4,13 +4,13 @@
     python tools/install_detectron2.py --wheel FILE   # the same sources, from a downloaded wheel
     python tools/install_detectron2.py --from git     # builds upstream with its compiled operators
 
-By default, the distribution sal-detectron2 0.7.2 is installed. It has upstream's sources of commit a59f0563
-(with ViTDet). Only the version string, a fix for Python 3.11 in data/common.py, a test helper and the packaged
-configs differ from upstream. The wheel has a compiled extension for Python 3.10 and an unwanted package `tools`.
-This program removes both. The rest is pure Python, so the wheel is re-tagged for every Python version. Rotated
-boxes and deformable convolution are lost; this toolkit uses neither.
+By default, the distribution sal-detectron2 0.7.2 is installed. It has upstream's sources of commit a59f0563, with ViTDet.
+Only the version string, a fix for Python 3.11 in data/common.py, a test helper and the packaged configs differ from
+upstream. The wheel also has a compiled extension for Python 3.10 and an unwanted package `tools`. This program removes
+both. The rest is pure Python, so the wheel gets the tag of every Python version. Without the extension, rotated boxes
+and deformable convolution do not work. This toolkit uses neither.
 
-Only the standard library is used, because only pip, torch and the requirements of `det` may be installed.
+This program uses only the standard library, because other packages may not be installed yet.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ log = partial(print, flush=True)  # flushed, so that pip's messages appear in or
 
 
 class InstallError(Exception):
-    """The error of a failed step. Nothing was installed, or the installed package does not work."""
+    """A failed step: nothing was installed, or the installed package does not work."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
