@@ -4,8 +4,8 @@
     python tools/install_detectron2.py --wheel FILE   # the same sources, from a downloaded wheel
     python tools/install_detectron2.py --from git     # builds upstream with its compiled operators
 
-By default, the distribution sal-detectron2 0.7.2 is installed. It has upstream's sources of commit a59f0563, with ViTDet.
-Only the version string, a fix for Python 3.11 in data/common.py, a test helper and the packaged configs differ from
+By default, sal-detectron2 0.7.2 is installed. It has upstream's sources of commit a59f0563, with ViTDet. Only the
+version string, a fix for Python 3.11 in data/common.py, a test helper and the packaged configs differ from
 upstream. The wheel also has a compiled extension for Python 3.10 and an unwanted package `tools`. This program removes
 both. The rest is pure Python, so the wheel gets the tag of every Python version. Without the extension, rotated boxes
 and deformable convolution do not work. This toolkit uses neither.
