@@ -16,8 +16,7 @@ from torch import Tensor
 from crossmae.checkpoints.formats.huggingface import mlp_ratio, read_config
 from crossmae.checkpoints.formats.keys import ENCODER_HOMES, encoder_home, to_plain
 from crossmae.checkpoints.formats.timm_folder import timm_metadata
-from crossmae.checkpoints.metadata import recorded_arguments
-from crossmae.checkpoints.reading.digest import signed
+from crossmae.checkpoints.metadata import recorded_arguments, signed
 from crossmae.checkpoints.reading.files import HUB_CONFIG, HUB_FILES, find_file, read_tensors
 from crossmae.checkpoints.resample import table_grid
 from crossmae.errors import UserError, shorten

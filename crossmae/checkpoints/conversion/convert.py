@@ -17,10 +17,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from crossmae import __version__
-from crossmae.checkpoints.conversion import planning, proof
-from crossmae.checkpoints.conversion.planning import ConversionPlan
+from crossmae.checkpoints.conversion import proof, targets
 from crossmae.checkpoints.conversion.proof import TOLERANCE, Proof
-from crossmae.checkpoints.conversion.targets import NO_SUFFIX, TARGETS, ConvertedModel, Names
+from crossmae.checkpoints.conversion.targets import NO_SUFFIX, TARGETS, ConversionPlan, ConvertedModel, Names
 from crossmae.checkpoints.formats.huggingface import PREPROCESSOR
 from crossmae.checkpoints.formats.keys import CLASS_ROW_ADDED
 from crossmae.checkpoints.formats.timm_folder import is_timm_folder
@@ -146,10 +145,10 @@ def convert(source: str | Path, destination: str | Path, to: str, **options: Any
     request = ConversionRequest(Path(source).expanduser(), Path(destination).expanduser(), to, **options)
     check_request(request)
     weights = read_weights(request.source, ema=request.ema, trust=request.trust, img_size=request.given.get("img_size"))
-    planned = planning.plan(weights, to, encoder_only=request.encoder_only, drop=request.drop)
+    planned = targets.plan(weights, to, encoder_only=request.encoder_only, drop=request.drop)
     if planned.refused:
-        raise UserError(planning.describe_refusal(weights, to, planned))
-    arguments, assumed = planning.source_arguments(weights, planned, request.given)
+        raise UserError(targets.describe_refusal(weights, to, planned))
+    arguments, assumed = targets.source_arguments(weights, planned, request.given)
     planned, arguments = _resample(weights, planned, to, request.sizes, arguments)
     if request.destination.suffix == ".pkl":
         halves = [name for name, tensor in planned.tensors.items() if tensor.dtype == torch.bfloat16]
@@ -228,7 +227,7 @@ def _resample(
             tensors, notes, arguments = fit(planned.tensors, arguments, wanted, channels=how, fixed=fixed)
             report = _with_notes(planned.report, notes, tensors, "resampled")
             planned = replace(planned, tensors=tensors, report=report)
-        planning.check_square(to, arguments)
+        targets.check_square(to, arguments)
     except UserError as error:
         raise UserError(f"{weights.path}: {error}") from None
     return planned, arguments
@@ -272,11 +271,13 @@ def _prove(
     weights: Weights, model: ConvertedModel, planned: ConversionPlan, to: str, written: Path, tolerance: float
 ) -> Proof:
     encoder, arguments, eps = encoder_part(model.tensors), model.arguments, {"norm_eps": model.norm_eps}
-    whole, class_token = encoder_part(plain_tensors(weights)), "cls_token" in encoder
-    dropped = {entry.plain for entry in planned.report.entries if planning.ASKED_TO_DROP in entry.reason}
-    lost = sorted(dropped | set(whole) - set(encoder) - {"cls_token"})
+    whole = encoder_part(plain_tensors(weights))
+    if "cls_token" not in encoder:
+        whole.pop("cls_token", None)
+    dropped = {entry.plain for entry in planned.report.entries if targets.ASKED_TO_DROP in entry.reason}
+    lost = sorted(dropped | set(whole) - set(encoder))
     changed = bool(planned.report.names("resampled"))
-    words = ["all tokens" if class_token else "patch tokens, without a class token"]
+    words = ["all tokens" if "cls_token" in encoder else "patch tokens, without a class token"]
     if changed:
         words.append("after resampling")
     if any("layer scale" in note for note in weights.notes.values()) and not is_timm_folder(weights.path):
@@ -285,7 +286,7 @@ def _prove(
         words.append(f"without {shorten(lost)}")
 
     tensors, layout = (encoder, "") if changed or lost else (whole, weights.layout)
-    source = partial(proof.source_encoder, weights.path, layout, tensors, arguments, class_token=class_token, **eps)
+    source = partial(proof.source_encoder, weights.path, layout, tensors, arguments, **eps)
     target = partial(proof.file_encoder, written, to, arguments, **eps)
     sizes, channels = proof.image_size(encoder, arguments), arguments["in_chans"]
     return proof.prove(source, target, size=sizes, in_chans=channels, what=", ".join(words), tolerance=tolerance)

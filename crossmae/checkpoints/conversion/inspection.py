@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from crossmae.checkpoints.conversion.planning import check_square, plan
-from crossmae.checkpoints.conversion.targets import TARGETS
+from crossmae.checkpoints.conversion.targets import TARGETS, check_square, plan
 from crossmae.checkpoints.formats.keys import encoder_home, not_plain
 from crossmae.checkpoints.load_report import split_name
 from crossmae.checkpoints.metadata import (
@@ -23,11 +22,11 @@ from crossmae.checkpoints.metadata import (
     STEP,
     UNKNOWN,
     VERSION,
+    check_digest,
     recorded_arguments,
 )
 from crossmae.checkpoints.pretrained import arguments_of
 from crossmae.checkpoints.provenance import licence_notice
-from crossmae.checkpoints.reading.digest import check_digest
 from crossmae.checkpoints.reading.files import file_kind, find_file, read_safetensors
 from crossmae.checkpoints.reading.wrappers import one_model
 from crossmae.checkpoints.resample import RELATIVE, is_sincos, table_grid, window_of

@@ -187,24 +187,19 @@ def image_size(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> l
     return [(whole, narrow), (narrow, whole)] if narrow < whole else [(whole, whole)]
 
 
-def plain_encoder(
-    tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], *, norm_eps: float = 1e-6, class_token: bool = True
-) -> Encoder:
+def plain_encoder(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], *, norm_eps: float = 1e-6) -> Encoder:
     """Build timm's VisionTransformer with the given tensors.
 
     Args:
-        tensors: tensors of an encoder under plain names, of any floating type. They are not copied.
+        tensors: tensors of an encoder under plain names, of any floating type. They are not copied. Without a class
+            token (a dense backbone), the row of the class token in `pos_embed` is left out.
         arguments: constructor arguments of `ViTEncoder`.
         norm_eps: epsilon of the layer norms.
-        class_token: false for a dense backbone. The class token and its position embedding are then left out.
     """
-    known = _sizes(arguments)
-    tensors = dict(tensors)
-    if not class_token:
-        tensors.pop("cls_token", None)
-        table = tensors.get("pos_embed")
-        if table is not None and table.shape[1] == 1 + math.prod(patch_grid(known["img_size"], known["patch_size"])):
-            tensors["pos_embed"] = table[:, 1:]
+    known, class_token = _sizes(arguments), "cls_token" in tensors
+    rows = math.prod(patch_grid(known["img_size"], known["patch_size"]))
+    if not class_token and tensors["pos_embed"].shape[1] == 1 + rows:
+        tensors = {**tensors, "pos_embed": tensors["pos_embed"][:, 1:]}
     with _Unfilled():
         model = VisionTransformer(**known, num_classes=0, global_pool="", class_token=class_token, weight_init="skip")
     return _filled(_timm(model, norm_eps), tensors)
@@ -268,14 +263,15 @@ def file_encoder(path: Path, to: str, arguments: Mapping[str, Any], *, norm_eps:
         return _timm_folder(path, norm_eps)
     if to == "timm":
         with _loading(path, "timm"):
-            tensors = _without_heads(load_state_dict(str(path), weights_only=True))
-        return plain_encoder(tensors, arguments, norm_eps=norm_eps, class_token="cls_token" in tensors)
+            tensors = load_state_dict(str(path), weights_only=True)
+        return plain_encoder(_without_heads(tensors), arguments, norm_eps=norm_eps)
     if to == "detectron2":
         _library("detectron2")  # before a large file is read
-        return detectron2_encoder(encoder_tensors(read_weights(path)), arguments, norm_eps=norm_eps)
     tensors = encoder_tensors(read_weights(path))
+    if to == "detectron2":
+        return detectron2_encoder(tensors, arguments, norm_eps=norm_eps)
     if "cls_token" not in tensors:  # a ViTEncoder always has a class token
-        return plain_encoder(tensors, arguments, norm_eps=norm_eps, class_token=False)
+        return plain_encoder(tensors, arguments, norm_eps=norm_eps)
     with _Unfilled():
         model = ViTEncoder(**_sizes(arguments))
     _set_epsilon(model, norm_eps)
@@ -290,7 +286,6 @@ def source_encoder(
     arguments: Mapping[str, Any],
     *,
     norm_eps: float = 1e-6,
-    class_token: bool = True,
 ) -> Encoder:
     """Build the source encoder in the code of a suitable library.
 
@@ -305,11 +300,11 @@ def source_encoder(
         path: weight file of the source.
         layout: layout of the file, see `Weights.layout`. "" means that the tensors differ from the file, for example
             after resampling. Then the file itself is not loaded.
-        tensors, arguments, norm_eps, class_token: see `plain_encoder`.
+        tensors, arguments, norm_eps: see `plain_encoder`.
     """
     if _relative_sides(tensors):
-        tensors = {name: tensor for name, tensor in tensors.items() if name != "cls_token"}
         return detectron2_encoder(tensors, arguments, norm_eps=norm_eps)
+    class_token = "cls_token" in tensors  # which the encoders of these folders have
     whole = (path.parent / HUB_CONFIG).is_file() and any(path.parent.glob("*.safetensors"))
     if layout in HF_MODELS and class_token and whole:
         with suppress(MissingLibrary):
@@ -319,7 +314,7 @@ def source_encoder(
         model.reset_classifier(0)
         model.fc_norm = nn.Identity()
         return _filled(_timm(model, None), _without_heads(read_tensors(path).tensors))
-    return plain_encoder(tensors, arguments, norm_eps=norm_eps, class_token=class_token)
+    return plain_encoder(tensors, arguments, norm_eps=norm_eps)
 
 
 class _Unfilled(TorchFunctionMode):

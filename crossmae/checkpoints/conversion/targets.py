@@ -1,11 +1,13 @@
-"""The layouts that can be written: the tensors that each layout holds, and the function that writes it."""
+"""The layouts that can be written, and the plan of a conversion: the status of every tensor of the source."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import pickle
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,22 +17,44 @@ from torch import Tensor
 
 from crossmae import __version__
 from crossmae.checkpoints.formats.huggingface import PREPROCESSOR, hf_config, hf_preprocessor_config
-from crossmae.checkpoints.formats.keys import from_plain
-from crossmae.checkpoints.formats.timm_folder import timm_config
-from crossmae.checkpoints.loading import left_out
-from crossmae.checkpoints.metadata import CLASSES, PICKLED_METADATA, PIXEL_MEAN, PIXEL_STD, UNKNOWN
-from crossmae.checkpoints.reading.digest import signed
+from crossmae.checkpoints.formats.keys import encoder_home, from_plain, oddities
+from crossmae.checkpoints.formats.timm_folder import POOL, timm_config
+from crossmae.checkpoints.load_report import LoadReport, TensorEntry
+from crossmae.checkpoints.loading import OUTSIDE, left_out
+from crossmae.checkpoints.metadata import (
+    CLASSES,
+    PICKLED_METADATA,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    UNKNOWN,
+    recorded_arguments,
+    signed,
+)
+from crossmae.checkpoints.pretrained import arguments_of, ask
 from crossmae.checkpoints.reading.files import HUB_CONFIG
 from crossmae.checkpoints.resample import RELATIVE
 from crossmae.checkpoints.run_checkpoint import MODEL
-from crossmae.checkpoints.weights import write_safetensors
+from crossmae.checkpoints.weights import (
+    Weights,
+    encoder_arguments,
+    encoder_part,
+    encoder_tensors,
+    plain_size,
+    plain_tensors,
+    write_safetensors,
+)
+from crossmae.errors import UserError, shorten
 from crossmae.files import write_json
-from crossmae.models.encoder import ENCODER_PREFIXES
+from crossmae.models.crossmae import MODEL_DEFAULTS, CrossMAE
+from crossmae.models.encoder import ENCODER_PREFIXES, ViTEncoder, patch_grid
 
 TargetHead = Literal["avg", "cls", "batchnorm", "other"]
 
 DETECTRON2_PREFIX = "backbone.net."
 NO_SUFFIX = ""  # suffix of a destination that is a folder
+ASKED_TO_DROP = "left behind as asked with --drop"  # reason of an entry in the report
+_ENCODER_ARGUMENTS = set(inspect.signature(ViTEncoder).parameters)
+_ANY_MODEL = ("norm.", "fc_norm.", "head.")  # further tensors that a file of this toolkit may have
 
 
 @dataclass(frozen=True)
@@ -200,3 +224,204 @@ def _write_file(
         write_safetensors(path, tensors, metadata)
     else:
         torch.save({key: tensors, **(extras or {}), PICKLED_METADATA: signed(tensors, metadata)}, path)
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """The status of every tensor of a source.
+
+    Attributes:
+        tensors: tensors to write, under plain names.
+        report: the status of every tensor of the source and of every new tensor of the target.
+        refused: plain names of tensors that the encoder needs and the target has no place for.
+        whole: true if a decoder is converted as well.
+    """
+
+    tensors: dict[str, Tensor]
+    report: LoadReport
+    refused: tuple[str, ...]
+    whole: bool
+
+
+def plan(weights: Weights, to: str, *, encoder_only: bool = False, drop: tuple[str, ...] = ()) -> ConversionPlan:
+    """Decide for every tensor whether it is converted. Accepts meta tensors.
+
+    Args:
+        to: name of the target, see `TARGETS`.
+        encoder_only, drop: see `ConversionRequest`.
+
+    Raises:
+        UserError: the file has no encoder, or no class token where the target requires one; or a pattern of `drop` is
+            invalid or matches nothing that needs it.
+    """
+    encoder_tensors(weights)  # raises without an encoder
+    target, home, plain = TARGETS[to], encoder_home(weights.tensors) or "", plain_tensors(weights)
+    if target.class_token == "required" and "cls_token" not in plain:
+        raise UserError(
+            f"{weights.path}: has no class token, but {to} requires one. Use a source with a class token, "
+            "or another --to."
+        )
+    content, head = "encoder" if encoder_only else weights.format, _head(plain, weights.metadata)
+    odd = {name: kind for kind, names in oddities(weights.tensors).items() for name in names}
+    kept: dict[str, Tensor] = {}
+    report = LoadReport(str(weights.path), to)
+    for name, tensor in weights.tensors.items():
+        inside = name.removeprefix(home)
+        reason, harmless = (OUTSIDE, True) if not name.startswith(home) else refusal(target, inside, content, head)
+        if name in odd:
+            reason, harmless = f"{odd[name]}: no plain ViT has that", False
+        if not reason and encoder_only and inside.startswith(("fc_norm.", "head.")):
+            reason = "a head, where only the encoder was asked for"
+        if not harmless and any(re.match(pattern, inside) for pattern in drop):
+            reason, harmless = ASKED_TO_DROP, True
+        shape, sources = tuple(tensor.shape), weights.sources.get(name, (name,))
+        if reason:
+            entry = TensorEntry(name, "dropped", reason, shape, None, harmless, inside, sources)
+        else:
+            kept[inside] = tensor
+            entry = TensorEntry(name, "used", weights.notes.get(name, ""), shape, shape, True, inside, sources)
+        report.entries.append(entry)
+    _check_drop(weights, report, drop)
+    if to == "timm":
+        _fit_timm(kept, report)
+    if target.norm == "required" and "norm.weight" not in kept and "fc_norm.weight" not in kept:
+        like = kept["patch_embed.proj.bias"]
+        reason = "the source has no final norm: scale 1, shift 0"
+        for name, tensor in (("norm.weight", torch.ones_like(like)), ("norm.bias", torch.zeros_like(like))):
+            kept[name] = tensor
+            report.entries.append(TensorEntry(name, "new", reason, model_shape=tuple(tensor.shape), plain=name))
+    refused = tuple(entry.plain for entry in report.entries if not entry.accepted)
+    return ConversionPlan(kept, report, refused, any(name.startswith("decoder_") for name in kept))
+
+
+def _check_drop(weights: Weights, report: LoadReport, drop: tuple[str, ...]) -> None:
+    for pattern in drop:
+        try:
+            found = [entry for entry in report.entries if re.match(pattern, entry.plain)]
+        except re.error as error:
+            raise UserError(f"--drop {pattern}: no regular expression: {error}") from None
+        if not any(entry.reason == ASKED_TO_DROP for entry in found):
+            why = "it has its place" if found else "there is no tensor of such a name"
+            raise UserError(f"--drop {pattern}: nothing of {weights.path} needs it: {why}")
+
+
+def _fit_timm(kept: dict[str, Tensor], report: LoadReport) -> None:
+    """Drop `norm` if there is `fc_norm`, and note a missing class row."""
+    for index, entry in enumerate(report.entries):
+        if entry.status == "used" and entry.plain in ("norm.weight", "norm.bias") and "fc_norm.weight" in kept:
+            del kept[entry.plain]
+            report.entries[index] = replace(entry, status="dropped", reason="average pooling has no norm before it")
+        if entry.status == "used" and entry.plain == "pos_embed" and "cls_token" not in kept:
+            report.entries[index] = replace(entry, reason="without the row of the class token, which is not there")
+
+
+def _head(plain: Mapping[str, Tensor], metadata: Mapping[str, str]) -> TargetHead | None:
+    if "head.1.weight" in plain:
+        return "batchnorm"
+    if "head.weight" not in plain:
+        return None
+    if "fc_norm.weight" in plain:
+        return "avg"
+    return "cls" if metadata.get(POOL, "cls") in ("cls", "token") else "other"
+
+
+def describe_refusal(weights: Weights, to: str, planned: ConversionPlan) -> str:
+    """Explain why a plan is refused, and name the `--drop` option."""
+    kinds: dict[str, list[str]] = {}
+    for entry in planned.report.entries:
+        if not entry.accepted:
+            kinds.setdefault(entry.reason, []).append(entry.plain)
+    what = "; ".join(f"{shorten(names)}: {reason}" for reason, names in kinds.items())
+    patterns = sorted({re.sub(r"\d+", r"\\d+", name.replace(".", r"\.")) for name in planned.refused})
+    headline = f"{weights.path}: cannot become {to}: {what}. Without that the encoder computes something else"
+    if not any(refusal(TARGETS[to], name, "encoder", None) == ("", True) for name in planned.refused):
+        headline += "; to leave it behind nevertheless, add --drop " + " ".join(f"'{each}'" for each in patterns)
+    return f"{headline}\n{planned.report.table()}"
+
+
+def source_arguments(
+    weights: Weights, planned: ConversionPlan, given: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Find the arguments of the source model, and list assumptions.
+
+    Args:
+        given: arguments that neither the file nor its shapes show.
+
+    Raises:
+        UserError: a given argument is unknown, has no effect or contradicts the file; or an argument is missing.
+    """
+    encoder = encoder_part(planned.tensors)
+    found, recorded = encoder_arguments(encoder, weights.metadata), recorded_arguments(weights.metadata)
+    _check_given(weights, planned.whole, found, recorded, given)
+    assumed: list[str] = []
+    if planned.whole:
+        arguments, assumed = arguments_of(weights, given)
+        found = MODEL_DEFAULTS | found | arguments
+        _check_model(weights, found, planned.tensors)
+    found = found | dict(given)
+    if missing := [key for key in ("img_size", "num_heads", "mlp_ratio") if key not in found]:
+        raise UserError(f"{weights.path}: neither its shapes nor its record tell {ask(missing)}")
+    if "num_heads" not in recorded.keys() | given.keys():
+        assumed.append(f"{found['num_heads']} attention heads, as in the published models of this width")
+    _check_sizes(weights, found, encoder["pos_embed"])
+    return found, assumed
+
+
+def check_square(to: str, arguments: Mapping[str, Any]) -> None:
+    """Raise UserError if the target needs square images and these are not."""
+    size = plain_size(arguments.get("img_size", 0))
+    if TARGETS[to].square and not isinstance(size, int):
+        raise UserError(
+            f"{to} takes square images only, and the positions are for {size[0]} x {size[1]} pixels; --img-size "
+            "resamples them"
+        )
+
+
+def _check_given(
+    weights: Weights, whole: bool, found: Mapping[str, Any], recorded: Mapping[str, Any], given: Mapping[str, Any]
+) -> None:
+    """Raise UserError for `--set` arguments that are unknown, unused or contradictory."""
+    if unknown := sorted(given.keys() - MODEL_DEFAULTS.keys()):
+        raise UserError(f"--set {', '.join(unknown)}: unknown model argument; known: {', '.join(MODEL_DEFAULTS)}")
+    unused = [] if whole else sorted(given.keys() - _ENCODER_ARGUMENTS)
+    if unused:
+        raise UserError(f"--set {', '.join(unused)}: has no effect, only the encoder is converted. Leave it out.")
+    guessed = {"num_heads", "img_size"} - recorded.keys()  # guessed from the width, and as a square
+    sure = {key: value for key, value in found.items() if key not in guessed} | dict(recorded)
+    wrong = [key for key in given if key in sure and plain_size(sure[key]) != plain_size(given[key])]
+    if wrong:
+        held = ", ".join(f"{key} {plain_size(sure[key])}" for key in wrong)
+        raise UserError(f"{weights.path}: its model has {held}; --set is for what a file does not tell")
+
+
+def _check_model(weights: Weights, arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    try:
+        with torch.device("meta"):
+            model = CrossMAE(**arguments)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{weights.path}: no model of these arguments: {error}") from None
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    held = {
+        name: tensor.shape for name, tensor in tensors.items() if name in expected or not name.startswith(_ANY_MODEL)
+    }
+    odd = [name for name in sorted(expected | held) if held.get(name) != expected.get(name)]
+    if odd:
+        raise UserError(
+            f"{weights.path}: the tensors are not those of a model of its arguments: {shorten(odd)}; --set gives other "
+            "arguments, --encoder-only leaves the decoder behind"
+        )
+
+
+def _check_sizes(weights: Weights, arguments: Mapping[str, Any], table: Tensor) -> None:
+    width, heads, size = arguments["embed_dim"], arguments["num_heads"], plain_size(arguments["img_size"])
+    if not isinstance(heads, int) or heads < 1 or width % heads:
+        raise UserError(f"{weights.path}: a width of {width} cannot be split over {heads} attention heads")
+    try:
+        rows, columns = patch_grid(size, arguments["patch_size"])
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{weights.path}: {error}") from None
+    if table.shape[1] != 1 + rows * columns:
+        raise UserError(
+            f"{weights.path}: its position table has {table.shape[1]} rows, for images of {size} pixels it would have "
+            f"{1 + rows * columns}. Give the img_size of pretraining."
+        )

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from crossmae.checkpoints.reading.digest import check_digest
+from crossmae.checkpoints.metadata import check_digest
 from crossmae.checkpoints.reading.torch_file import ZIP, read_torch_file
 from crossmae.checkpoints.reading.trusted import read_trusted
 from crossmae.checkpoints.reading.unpickle import damaged, read_numpy_pickle

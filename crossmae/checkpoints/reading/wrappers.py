@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from crossmae.checkpoints.metadata import PICKLED_METADATA, PUBLISHED_ARGUMENTS
-from crossmae.checkpoints.reading.digest import DIGEST
+from crossmae.checkpoints.metadata import DIGEST, PICKLED_METADATA, PUBLISHED_ARGUMENTS
 from crossmae.checkpoints.reading.unpickle import allowance
 from crossmae.errors import UserError, shorten
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from crossmae.checkpoints import Sizes, convert, load
 from crossmae.checkpoints.conversion import convert as conversion_module
-from crossmae.checkpoints.conversion.planning import MODEL_DEFAULTS, plan
-from crossmae.checkpoints.conversion.targets import TARGETS
+from crossmae.checkpoints.conversion.targets import MODEL_DEFAULTS, TARGETS, plan
 from crossmae.checkpoints.loading import load as load_weights
 from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, PUBLISHED_ARGUMENTS, VERSION
 from crossmae.checkpoints.provenance import LICENCE, NON_COMMERCIAL, UNSTATED

@@ -10,8 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crossmae.checkpoints.metadata import FORMAT, PICKLED_METADATA, PIXEL_MEAN
-from crossmae.checkpoints.reading.digest import DIGEST, digest, signed
+from crossmae.checkpoints.metadata import DIGEST, FORMAT, PICKLED_METADATA, PIXEL_MEAN, digest, signed
 from crossmae.checkpoints.weights import read_weights, save_weights
 from crossmae.errors import UserError
 
