@@ -222,7 +222,7 @@ def _arguments(settings: _ViT, tensors: Mapping[str, Tensor], path: Path) -> dic
 
 
 def _check_stack(path: Path, settings: _ViT, tensors: Mapping[str, Tensor], prefix: str, first: str) -> None:
-    """Check the settings of the encoder or the decoder, a stack of blocks after the layer `first`."""
+    """Check the settings of blocks that follow the layer `first`."""
     width, heads = (getattr(settings, f"{prefix}{key}") for key in ("hidden_size", "num_attention_heads"))
     if width % heads:
         raise UserError(

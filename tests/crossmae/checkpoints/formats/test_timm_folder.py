@@ -63,7 +63,10 @@ def test_heads_are_those_of_the_named_architecture(tmp_path: Path) -> None:
         ({"model_args": {"pretrained": True}}, "model_args has pretrained"),
         ({"model_args": {"depth": 3000}}, None),
         ({"model_args": {"embed_dim": "wide"}}, "cannot be built"),
-        ({"architecture": "vit_base_patch16_clip_quickgelu_224", "model_args": {}}, "other blocks or another activation"),
+        (
+            {"architecture": "vit_base_patch16_clip_quickgelu_224", "model_args": {}},
+            "other blocks or another activation",
+        ),
     ],
 )
 def test_what_a_config_cannot_ask_for(tmp_path: Path, config: dict[str, Any], told: str | None) -> None:
