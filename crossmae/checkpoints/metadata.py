@@ -44,7 +44,9 @@ def recorded_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
     with suppress(json.JSONDecodeError):
         if isinstance(arguments := json.loads(text), dict):
             return arguments
-    raise UserError(f"metadata {MODEL_ARGUMENTS!r} of a weight file: expected a JSON object, got {text[:80]!r}")
+    raise UserError(
+        f"metadata {MODEL_ARGUMENTS!r} of a weight file: {text[:80]!r} is not a JSON object. Copy the file again."
+    )
 
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -76,8 +78,7 @@ def check_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pat
         found = digest(tensors, rest)
         if recorded != {DIGEST: found}:  # under another key, the key itself was damaged
             raise UserError(
-                f"{path}: the values are not those that were written (recorded digest "
-                f"{min(recorded.values())[:23]}..., found {found[:23]}...): changed or damaged. "
-                f"Copy or download it again; after a change on purpose, remove {DIGEST!r} from its metadata"
+                f"{path}: changed or damaged (recorded {min(recorded.values())[:23]}..., found {found[:23]}...). "
+                f"Copy or download it again, or after a change on purpose remove {DIGEST!r} from its metadata."
             )
     return rest

@@ -91,12 +91,12 @@ def test_every_option_reaches_the_conversion(source: Path, monkeypatch: pytest.M
         (("a.pth", "b.txt", "--to", "detectron2"), "does not write files with this suffix"),
         (("a.pth", "old.pth", "--to", "detectron2"), "exists already"),
         (("a.pth", "a.pth", "--to", "detectron2", "--force"), "is the source, or a folder that contains it"),
-        (("resnet.pth", "b.pth", "--to", "detectron2"), "no ViT encoder in it"),
+        (("resnet.pth", "b.pth", "--to", "detectron2"), "has no ViT encoder"),
         (("a.pth", "b.pth", "--to", "detectron2"), "num_heads=16"),
         (("a.pth", "b.pth", "--to", "crossmae", "--img-size", "1", "2", "3", *HEADS), "one number or (height, width)"),
         (("a.pth", "b.pth", "--to", "crossmae", "--img-size", "33", *HEADS), "33 is not a multiple of patch_size 8"),
         (("a.pth", "b.pth", "--to", "crossmae", "--set", "num_heads"), "not KEY=VALUE"),
-        (("a.pth", "b.pth", "--to", "crossmae", "--ema", *HEADS), "EMA weights are asked for, and there are none"),
+        (("a.pth", "b.pth", "--to", "crossmae", "--ema", *HEADS), "has no EMA weights"),
     ],
 )
 def test_errors_are_one_line_and_write_nothing(

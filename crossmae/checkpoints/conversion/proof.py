@@ -228,11 +228,11 @@ def detectron2_encoder(
     known = _sizes(arguments)
     rows, columns = patch_grid(known["img_size"], known["patch_size"])
     if rows != columns:
-        raise UserError(f"detectron2's ViT takes the position table of a square, not of {rows} x {columns} patches")
+        raise UserError(f"pos_embed: detectron2's ViT needs a square, not {rows} x {columns} patches. Set img_size.")
     sides = _relative_sides(tensors)
     smaller = sorted(set(sides.values()))[:-1]
     if len(smaller) > 1:
-        raise UserError(f"detectron2's ViT has windows of one size; the relative positions are for {smaller}")
+        raise UserError(f"rel_pos: windows of {smaller}, but detectron2's ViT has one size. Use one window size.")
     known["pretrain_img_size"] = rows * known["patch_size"]
     known["img_size"] = known["patch_size"] * max(sides.values(), default=rows)
     with _Unfilled():

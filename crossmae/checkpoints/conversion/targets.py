@@ -80,7 +80,7 @@ class ConversionPlan:
 
     @property
     def refused(self) -> tuple[str, ...]:
-        """Plain names of tensors that the encoder needs and the target has no place for."""
+        """Plain names of encoder tensors that the target has no place for."""
         return tuple(entry.plain for entry in self.report.entries if not entry.accepted)
 
     @property

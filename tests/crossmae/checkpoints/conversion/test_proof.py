@@ -423,12 +423,12 @@ def test_relative_positions_count_from_end_to_end(block: int, axis: str, tmp_pat
 def test_detectron2_has_no_place_for_these(tmp_path: Path) -> None:
     pytest.importorskip("detectron2")
     _, tensors = with_relative_positions(tmp_path)
-    with pytest.raises(UserError, match="the position table of a square, not of 2 x 3 patches"):
+    with pytest.raises(UserError, match="detectron2's ViT needs a square, not 2 x 3 patches"):
         detectron2_encoder(tensors, OBLONG_GREY)
     with pytest.raises(UserError, match=r"detectron2's ViT does not take these tensors: .*cls_token"):
         detectron2_encoder(tensors | {"cls_token": torch.zeros(1, 1, 24)}, TINY)
     third = {f"blocks.2.attn.rel_pos_{axis}": torch.zeros(3, 8) for axis in "hw"}
-    with pytest.raises(UserError, match=r"windows of one size; the relative positions are for \[2, 3\]"):
+    with pytest.raises(UserError, match=r"windows of \[2, 3\], but detectron2's ViT has one size"):
         detectron2_encoder(tensors | third, TINY)
 
 

@@ -154,9 +154,9 @@ def test_other_archives(tmp_path: Path) -> None:
     zipped(tmp_path / "script.pt", "a/data.pkl", "a/code/__torch__.py", "a/constants.pkl")
     told = {
         "npz.npz": "a NumPy .npz archive",
-        "zip": "a zip archive, but not one of torch.save .it holds model/weights.pth, model/README.md",
+        "zip": "a zip archive of other files than torch.save's .model/weights.pth, model/README.md",
         "two": "two entries of its archive have one name",
-        "script.pt": "refused: a TorchScript archive, which holds a program. Nothing in the file was run",
+        "script.pt": "a TorchScript archive, which has a program. Nothing in the file was run",
     }
     for name, message in told.items():
         with pytest.raises(UserError, match=f"{name}: .*{message}"):
