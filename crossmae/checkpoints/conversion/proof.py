@@ -174,8 +174,8 @@ def image_size(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> l
     """Choose (height, width) of images that use every position embedding.
 
     Without relative positions, one image of the pretraining size is enough. Relative positions may be for larger
-    images. Then one image has the full height and another has the full width. A square of the full size would need
-    gigabytes and minutes in detectron2, because its attention keeps a matrix of all pairs of patches.
+    images. Then one image has the full height and another the full width, because a square of the full size would need
+    gigabytes and minutes in detectron2.
     """
     size = arguments["img_size"]
     height, width = (size, size) if isinstance(size, int) else size
@@ -216,9 +216,7 @@ def detectron2_encoder(
     Args:
         tensors: tensors of an encoder under plain names, without a class token. `pos_embed` may have the row of the
             class token.
-        arguments: constructor arguments of `ViTEncoder`.
-        norm_eps: epsilon of the layer norms. ViTDet's configurations use 1e-6, unlike the default of detectron2's
-        class.
+        arguments, norm_eps: see `plain_encoder`. ViTDet's configurations use 1e-6, unlike detectron2's class.
 
     Raises:
         MissingLibrary: detectron2 cannot be imported.
@@ -254,8 +252,7 @@ def file_encoder(path: Path, to: str, arguments: Mapping[str, Any], *, norm_eps:
     Args:
         path: the written file or folder.
         to: name of the target, see `TARGETS`.
-        arguments: constructor arguments of `ViTEncoder`.
-        norm_eps: epsilon for the layer norms. Folders of transformers record the epsilon and ignore this argument.
+        arguments, norm_eps: see `plain_encoder`. Folders of transformers record their epsilon.
     """
     if to in HF_MODELS:
         return _transformers_encoder(path, to)

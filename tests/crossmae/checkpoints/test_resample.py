@@ -129,7 +129,7 @@ def test_what_fits_is_the_same_object() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("class_rows", (0, 1))
-def test_fixed_positions_are_made_anew(class_rows: int, dtype: torch.dtype) -> None:
+def test_fixed_positions_are_computed_again(class_rows: int, dtype: torch.dtype) -> None:
     def fixed(grid: tuple[int, int]) -> Tensor:
         return sincos_pos_embed(16, grid)[:, 1 - class_rows :].to(dtype)
 
@@ -147,7 +147,7 @@ def test_fixed_positions_are_made_anew(class_rows: int, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("change", (2e-4, -1.0))
-def test_learned_positions_are_never_made_anew(change: float) -> None:
+def test_learned_positions_are_never_computed_again(change: float) -> None:
     table = sincos_pos_embed(16, (3, 4))
     assert is_sincos(table, (3, 4))
     table[0, 5, 7] += change

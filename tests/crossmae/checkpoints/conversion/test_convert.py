@@ -69,23 +69,6 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 # What is written
 
 
-@pytest.mark.parametrize("suffix", TARGETS["detectron2"].suffixes)
-@pytest.mark.parametrize("decoder", ["cross", "self"])
-def test_detectron2_is_the_bit_equal_encoder(tmp_path: Path, suffix: str, decoder: str) -> None:
-    source = read_weights(own(tmp_path / "a.safetensors", decoder=decoder))
-    done = convert(source.path, tmp_path / f"b{suffix}", "detectron2")
-    converted = read_weights(done.destination)
-    assert converted.format == converted.metadata[FORMAT] == "detectron2"
-    assert all(name.startswith("backbone.net.") for name in converted.tensors)
-    assert converted.tensors["backbone.net.pos_embed"].shape == (1, 17, 24)
-    expected = encoder_tensors(source)
-    expected.pop("cls_token")
-    assert_same(encoder_tensors(converted), expected)
-    assert set(done.report.names("used")) == set(expected)
-    assert done.proof.equal
-    assert LICENCE not in done.metadata  # our own training
-
-
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("decoder", ["cross", "cross_self", "self"])
 def test_whole_models_stay_whole(tmp_path: Path, suffix: str, decoder: str) -> None:
@@ -209,16 +192,6 @@ def test_fixed_positions_are_computed_again(tmp_path: Path) -> None:
         torch.testing.assert_close(model.state_dict()[name], tensor)
 
 
-def test_a_decoder_predicts_pixels(tmp_path: Path) -> None:
-    own(tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match=r"a\.safetensors: .*decoder"):
-        convert(tmp_path / "a.safetensors", tmp_path / "b.pth", "crossmae", sizes=Sizes(in_chans=1))
-    done = convert(
-        tmp_path / "a.safetensors", tmp_path / "b.pth", "crossmae", sizes=Sizes(in_chans=1), encoder_only=True
-    )
-    assert "3 channels to 1" in done.report.table()
-
-
 # Detectors
 
 
@@ -320,6 +293,7 @@ def test_provenance_of_the_published_layout(tmp_path: Path) -> None:
     path = published(tmp_path / "a.pth")
     metadata = convert(path, tmp_path / "b.pth", "detectron2", given=HEADS).metadata
     assert metadata == read_weights(tmp_path / "b.pth").metadata | {}
+    assert metadata[FORMAT] == "detectron2"
     assert metadata["source_file"] == "a.pth"
     assert metadata["source_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert metadata["source_format"] == "crossmae"

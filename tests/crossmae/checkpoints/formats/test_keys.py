@@ -258,15 +258,6 @@ def test_plain_names_stay(home: str) -> None:
     assert not_plain(found.tensors) == []
 
 
-@pytest.mark.parametrize("decoder", ["cross", "cross_self", "self"])
-def test_pretraining_models_are_plain(decoder: str) -> None:
-    tensors = state(CrossMAE(**SIZES, **DECODER, decoder=decoder))
-    found = to_plain(tensors)
-    assert not found.notes
-    assert found.tensors.keys() == tensors.keys()
-    assert not_plain(found.tensors) == []
-
-
 @pytest.mark.parametrize("home", ["", "backbone."])
 @pytest.mark.parametrize("written", ["timm", "chunked", "deit3"])
 def test_layer_scale_is_folded_in(home: str, written: str) -> None:
