@@ -172,9 +172,9 @@ def _facts(weights: Weights, stored: Mapping[str, Tensor], arguments: Mapping[st
     plain = plain_tensors(weights)
     heads, fusion = "", ""
     if "num_heads" not in arguments:
-        heads = "not known: no shape tells them, nor does the file; conversions need --set num_heads=N"
+        heads = "unknown, the file does not show them. Conversions need --set num_heads=N"
     elif "num_heads" not in recorded_arguments(weights.metadata):
-        heads = "num_heads is that of published models of this width; neither shapes nor the file tell it"
+        heads = "not in the file, num_heads is that of the published models of this width"
     if (mixed := plain.get("wfm.linear.weight")) is not None:
         fusion = f"{mixed.shape[1]} maps of the encoder for each of {mixed.shape[0]} decoder blocks"
     head = plain.get("head.weight", plain.get("head.1.weight"))

@@ -200,7 +200,7 @@ def _write_detectron2(path: Path, model: ConversionPlan) -> Names:
 
 TARGETS = {
     "crossmae": Target(
-        "this toolkit's: a CrossMAE model, an encoder or a classifier; .pth is the layout of the published files",
+        "this toolkit's CrossMAE model, encoder or classifier (.pth: the layout of the published files)",
         (".safetensors", ".pth"), _write_own, decoder="crossmae", heads=("avg", "cls", "batchnorm"),
     ),
     "mae": Target(
@@ -339,7 +339,7 @@ def describe_refusal(weights: Weights, planned: ConversionPlan) -> str:
         f"{weights.path}: cannot become {planned.to}, because the encoder computes something else without {what}."
     )
     if not any(refusal(TARGETS[planned.to], name, "encoder", None) == ("", True) for name in planned.refused):
-        headline += " To drop these tensors nevertheless, add --drop " + " ".join(f"'{each}'" for each in patterns)
+        headline += " To drop these tensors, add --drop " + " ".join(f"'{each}'" for each in patterns)
     return f"{headline}\n{planned.report.table()}"
 
 

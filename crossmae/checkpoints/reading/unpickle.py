@@ -268,7 +268,7 @@ def _key(value: Any) -> Any:
 
 
 def _canonical(name: str) -> str:
-    """Return one name for a global, whatever the Python and numpy versions."""
+    """Unify the name of a global across Python and numpy versions."""
     return name.replace("numpy._core.", "numpy.core.").replace("__builtin__.", "builtins.")
 
 
