@@ -235,7 +235,7 @@ def test_heads_and_sides_are_known_to_whatever_starts_from_it(tmp_path: Path) ->
     path = write(tmp_path / "a.safetensors", trained(architecture), architecture=architecture)
     assert architecture_of(read_weights(path)) == architecture
     load_encoder_weights(build_vit(architecture, 9), read_weights(path))
-    with pytest.raises(UserError, match="num_heads 6; the model expects num_heads 3"):
+    with pytest.raises(UserError, match="num_heads 6, but the model expects num_heads 3"):
         load_encoder_weights(build_vit(dataclasses.replace(architecture, num_heads=3), 9), read_weights(path))
     convert(path, tmp_path / "b.pth", "crossmae", encoder_only=True)
     assert architecture_of(read_weights(tmp_path / "b.pth")) == architecture

@@ -351,13 +351,13 @@ def test_unknown_tensors_are_errors(name: str, home: str) -> None:
 def test_missing_and_mismatched_tensors_are_errors() -> None:
     tensors = dict(pretrained().state_dict())
     with pytest.raises(
-        UserError, match="the file holds a ViT with embed_dim 24, depth 3; the model expects embed_dim 48"
+        UserError, match="the file has a ViT with embed_dim 24, depth 3, but the model expects embed_dim 48"
     ):
         load_encoder_weights(build(change(embed_dim=48, depth=2)), held(tensors))
     del tensors["blocks.1.attn.qkv.bias"]
     with pytest.raises(UserError, match=r"new +blocks.1 +1 +missing from the file: attn.qkv.bias"):
         load_encoder_weights(build(), held(tensors))
-    with pytest.raises(UserError, match="num_heads 3; the model expects num_heads 6"):
+    with pytest.raises(UserError, match="num_heads 3, but the model expects num_heads 6"):
         load_encoder_weights(build(change(num_heads=6)), held(pretrained().state_dict(), num_heads=3))
     with pytest.raises(UserError, match="no ViT encoder"):
         load_encoder_weights(build(), held({"conv.weight": torch.zeros(2)}))
@@ -400,7 +400,7 @@ def test_positions_of_as_many_patches_in_another_shape() -> None:
 def test_grid_that_nobody_knows() -> None:
     oblong = pretrained(change(img_size=(16, 48))).state_dict()
     load_encoder_weights(build(change(img_size=(16, 48))), held(oblong))  # as the model says
-    with pytest.raises(UserError, match=r"a\.pth: cannot infer the grid of 13 position embeddings.* Give img_size"):
+    with pytest.raises(UserError, match=r"a\.pth: pos_embed: 13 rows are not a square.* Give img_size"):
         load_encoder_weights(build(), held(oblong))
     without_class_row = pretrained().state_dict() | {"pos_embed": torch.randn(1, 16, 24)}
     with pytest.raises(UserError, match=r"mismatched +pos_embed"):
