@@ -27,6 +27,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import matplotlib as mpl
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -81,7 +82,8 @@ def write_evaluation(
             counts = zip(class_names, scores.confusion.tolist(), strict=True)
             header = ["true \\ predicted", *class_names]
             _write_csv(new / CONFUSION_CSV, [header, *([name, *row] for name, row in counts)])
-            save_figure(confusion_figure(scores.confusion, class_names), new / CONFUSION_PNG)
+            with mpl.rc_context({"savefig.bbox": "tight"}):
+                save_figure(confusion_figure(scores.confusion, class_names), new / CONFUSION_PNG)
             save_figure(calibration_figure(scores.bins), new / CALIBRATION)
         _write_features(new, predictions, class_names)
         write_json(new / EVALUATION, _record(scores, classes) | {"about": dict(about)})
