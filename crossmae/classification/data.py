@@ -58,9 +58,7 @@ class LabelledImages:
 
 
 def find_classes(source: Source, key: str, separator: str | None = None) -> tuple[str, ...]:
-    """List the classes of a source: its labels, or their parts.
-
-    With a `separator`, each label is split into parts.
+    """List the classes of a source: its labels, split by a `separator`.
 
     Raises:
         UserError: the source has no labels, or fewer than two classes.
@@ -68,14 +66,14 @@ def find_classes(source: Source, key: str, separator: str | None = None) -> tupl
     source.label(0)
     classes = source.classes
     if separator is None and (several := find_several(classes)):
-        log.warning("%s: the class %r reads like several labels; if it is, set 'data.separator=\"%s\"'", key, *several)
+        log.warning("%s: the class %r reads like several labels. If so, set 'data.separator=\"%s\"'", key, *several)
     if separator is not None:
         classes = tuple(sorted({word for text in source.classes for word in split_labels(text, separator)}))
     for name in classes:
         if not name.isprintable() or name.encode("utf-8", "replace").decode() != name:
             raise UserError(f"{key}: the class {name!r} is not valid text. Rename it.")
     if len(classes) < (2 if separator is None else 1):
-        raise UserError(f"{key}: {source.description}: {len(classes)} classes. At least two are needed.")
+        raise UserError(f"{key}: {source.description}: {len(classes)} classes. Name images of at least two.")
     return classes
 
 
@@ -143,11 +141,11 @@ def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str])
         try:
             names = names.expanduser().read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{where}: cannot be read: {error}") from None
+            raise UserError(f"{where}: cannot be read ({error}). Name a text file in UTF-8.") from None
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{where}: {shorten(doubled)} twice. Give every class its own name.")
     if len(names) != len(classes):
-        raise UserError(f"{where}: {len(names)} names for {len(classes)} classes, the first of which are {classes[:3]}")
+        raise UserError(f"{where}: {len(names)} names for {len(classes)} classes. Name all of {shorten(classes)}.")
     return tuple(names)
 
 

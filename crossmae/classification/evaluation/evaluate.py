@@ -30,6 +30,8 @@ from crossmae.training.versions import versions
 
 TOP = 5  # number of best classes recorded for each sample
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class EvaluationSet:
@@ -79,10 +81,11 @@ def _predict(
 
 def _predictions(batch: LabelledBatch, logits: Tensor, pooled: Tensor, with_features: Tensor) -> Predictions:
     several = batch.targets.ndim == 2
-    scores = logits.sigmoid() if several else logits.softmax(dim=1)
     if several:
+        scores = logits.sigmoid()
         losses = F.binary_cross_entropy_with_logits(logits, batch.targets, reduction="none").mean(dim=1)
     else:
+        scores = logits.softmax(dim=1)
         losses = F.cross_entropy(logits, batch.targets, reduction="none")
     top_scores, top_classes = scores.topk(min(TOP, scores.shape[1]), dim=1)
     kept = torch.isin(batch.indices, with_features)
@@ -109,9 +112,6 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = was_training
 
 
-log = logging.getLogger(__name__)
-
-
 def write_results(
     folder: Path,
     views: CentreViews,
@@ -121,10 +121,7 @@ def write_results(
     about: Mapping[str, Any],
     hardest: int,
 ) -> None:
-    """Write all files of an evaluation and replace an earlier evaluation.
-
-    See `write_evaluation`. Facts about the evaluated `views` are added to `about`.
-    """
+    """Write all files of an evaluation, with facts about the `views`."""
     source = views.source
     facts = {
         **about,
@@ -153,7 +150,7 @@ def evaluate_only(
 
     The model, its classes and its pixel statistics come from the file. Training images are not needed.
 
-    weights: a classifier's file, or the folder of a run. The best weights of the run are used.
+    Args:
         weights: a classifier's file, or the folder of a run, whose best weights are taken.
         batch_size: images per process, if `settings` has no batch size.
         force: replace the results of an earlier evaluation.
@@ -190,8 +187,8 @@ def evaluate_only(
                 "data_root": data.val_root and str(data.val_root),
                 "precision": precision,
             }
-            names, folder = classifier.class_names, output_dir / FOLDER
-            write_results(folder, found.views, predictions, scores, names, about, settings.hardest)
+            how = (classifier.class_names, about, settings.hardest)
+            write_results(output_dir / FOLDER, found.views, predictions, scores, *how)
             log.info("report: %s", write_report(output_dir))
         ranks.wait()
     return scores
@@ -200,16 +197,18 @@ def evaluate_only(
 def _check_output(folder: Path, force: bool) -> None:
     check_writable(folder, "output_dir")
     if (folder / CONFIG).exists():
-        raise UserError(f"output_dir: {folder} holds a run with an evaluation of its own. Name another folder.")
+        raise UserError(f"output_dir: {folder} has a run with its own evaluation. Name another folder.")
     if (folder / FOLDER).exists() and not force:
-        raise UserError(f"output_dir: {folder} holds an evaluation. Name another folder, or replace it with --force.")
+        raise UserError(
+            f"output_dir: {folder} has an evaluation already. Name another folder, or replace it with --force."
+        )
 
 
 def _open_images(
     classifier: Classifier, data: LabelledDataConfig, settings: EvaluationConfig, batch_size: int
 ) -> EvaluationSet:
     if data.val is None:
-        raise UserError("data.val: missing key, the labelled images to evaluate on. Pass data.val=...")
+        raise UserError("data.val: missing. Name labelled images to evaluate on.")
     if classifier.multi_label and data.separator is None:
         raise UserError("data.separator: the classifier predicts several labels per image. Name their separator.")
     if not classifier.multi_label and data.separator is not None:

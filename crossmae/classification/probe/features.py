@@ -117,10 +117,10 @@ def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: i
     architecture = architecture_of(weights, **given)
     home, depth = encoder_home(weights.tensors) or "", architecture.depth
     if pool != "avg" and f"{home}cls_token" not in weights.tensors:
-        raise UserError(f"features.pool: {weights.path} holds no class token. Use features.pool=avg.")
+        raise UserError(f"features.pool: {weights.path} has no class token. Use features.pool=avg.")
     chosen = last_trained_block(weights, depth) if block is None else block
     if not -depth <= chosen < depth:
-        raise UserError(f"features.block: {weights.path} has {depth} blocks, -{depth} .. {depth - 1}; got {chosen}")
+        raise UserError(f"features.block: {weights.path} has no block {chosen}. Choose from -{depth} to {depth - 1}.")
     chosen %= depth
     is_last, has_norm = chosen == depth - 1, f"{home}norm.weight" in weights.tensors
     with keyed_randomness(seed):
@@ -158,8 +158,8 @@ def last_trained_block(weights: Weights, depth: int) -> int:
         return resolve_blocks(tuple(published), depth)[-1]
     if published is None and mixing.shape[1] < depth:
         raise UserError(
-            f"{weights.path}: {mixing.shape[1]} of {depth + 1} maps are mixed and nothing tells which, so the last "
-            "trained block is unknown. Set features.block."
+            f"{weights.path}: {mixing.shape[1]} of {depth + 1} maps are mixed, but the file does not record which. "
+            "Set features.block to the last trained block."
         )
     return depth - 1
 
@@ -189,13 +189,11 @@ def choose_views(weights: Weights, architecture: Architecture, data: LabelledCon
             log.warning("%s was trained with data.%s=%s, not %s", weights.path, key, recorded, list(given))
         values = tuple(given or recorded or usual)
         if len(values) != channels:
-            raise UserError(
-                f"data.{key} needs one value for each of the {channels} channels, got {list(values)}. "
-                "tools/dataset_stats.py measures them."
-            )
+            wrong = f"{list(values)} has not one value for each of the {channels} channels"
+            raise UserError(f"data.{key}: {wrong}. Measure them with tools/dataset_stats.py.")
         statistics.append(values)
         if given is None and recorded is None:
-            notes.append(f"assumed: data.{key} is that of ImageNet, as the weights record none")
+            notes.append(f"assumed: data.{key} of ImageNet, because the weights record none")
     crop_pct = data.crop_pct or _recorded(weights, "crop_pct") or published_crop_pct(size)
     bit_depth = data.bit_depth or int(_recorded(weights, BIT_DEPTH) or 8)
     return Views(size, crop_pct, statistics[0], statistics[1], bit_depth), notes
@@ -243,8 +241,7 @@ def extract(
                 with autocast:
                     rows.copy_(encoder(normalize(batch.images.to(device, non_blocking=True))))
             except torch.OutOfMemoryError:
-                why = f"{batch_size} images are too many for the memory of the GPU. Lower it."
-                raise UserError(f"features.batch_size: {why}") from None
+                raise UserError(f"features.batch_size: {batch_size} images fill the GPU's memory. Lower it.") from None
             if not bool(torch.isfinite(rows).all()):
-                raise UserError(f"{name}: features hold NaN or infinity. Try runtime.precision=fp32.")
+                raise UserError(f"{name}: features are not finite. Try runtime.precision=fp32.")
     return features

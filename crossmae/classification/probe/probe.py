@@ -21,7 +21,7 @@ from crossmae.checkpoints.weights import Weights, read_weights
 from crossmae.classification.data import find_classes, find_several, label_targets, warn_of_absent
 from crossmae.classification.probe import knn, linear, logistic
 from crossmae.classification.probe.cache import CachedFeatures, cached, data_digest, is_cached, tensors_digest
-from crossmae.classification.probe.config import LabelledConfig, LinearConfig, ProbeRunConfig
+from crossmae.classification.probe.config import FINETUNE, LabelledConfig, LinearConfig, ProbeRunConfig
 from crossmae.classification.probe.features import Views, choose_views, extract, open_encoder, random_weights
 from crossmae.classification.probe.report import REACH, build_page
 from crossmae.data.broken import find_broken, refuse_broken
@@ -47,15 +47,15 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
         UserError: config, weights or data are wrong. Nothing has been written then.
     """
     if find_ranks().world_size > 1:
-        raise UserError("a probe runs in one process. Start it without torchrun.")
+        raise UserError("torchrun: a probe runs in one process. Start it without torchrun.")
     clock = [("", time.perf_counter())]
     data, wanted, seed, output = config.data, config.features, config.runtime.seed, config.output_dir
     cache = wanted.cache_dir or output / "features"
     check_writable(output, "output_dir")
     check_writable(cache, "features.cache_dir")
     if (output / RESULTS).exists() and not force:
-        held = f"holds the {RESULTS} of an earlier call"
-        raise UserError(f"output_dir: {output} {held}. Name another folder, or replace them with --force.")
+        has = f"has the {RESULTS} of an earlier call"
+        raise UserError(f"output_dir: {output} {has}. Name another folder, or replace them with --force.")
     device = open_device(config.runtime.device, "runtime.device")
     sources, labels = open_labelled(data)
     classes = sources["train"].classes
@@ -131,10 +131,7 @@ def open_labelled(data: LabelledConfig) -> tuple[dict[str, Source], dict[str, Te
     for name, source in sources.items():
         log.info("data.%s: %s", name, source.description)
         if several := find_several(find_classes(source, f"data.{name}")):
-            raise UserError(
-                f"data.{name}: the label {several[0]!r} names several classes. Several labels per image cannot be "
-                "probed, only fine-tuned (tools/finetune.py)."
-            )
+            raise UserError(f"data.{name}: the label {several[0]!r} names several classes. {FINETUNE}")
     warn_of_overlap(sources["train"], "data.train", sources["val"], "data.val")
     classes = sources["train"].classes
     labels = {name: label_targets(source, f"data.{name}", classes) for name, source in sources.items()}
@@ -157,14 +154,14 @@ def check_methods(
     if "knn" in methods and len(possible) < len(ks):
         left_out = sorted(set(ks) - set(possible))
         if not possible:
-            raise UserError(f"knn.k: {left_out} need more than the {images} images of data.train")
-        log.warning("knn.k: %s are left out, data.train has %d images", left_out, images)
+            raise UserError(f"knn.k: {left_out} need more than the {images} images of data.train. Lower knn.k.")
+        log.warning("knn.k: %s are left out, because data.train has %d images", left_out, images)
     if "linear" in methods and linear.reach(head, images) < 1:
         log.warning("linear: %d images are too few steps: %s", images, REACH)
     if "few_shot" in methods:
         logistic.check_shots(labels, classes, shots, "few_shot.shots")
     if "logistic" in methods and int(torch.bincount(labels).max()) < 2:
-        raise UserError("methods: logistic holds out training images, and no class of data.train has two")
+        raise UserError("methods: logistic needs two images of a class in data.train. Leave it out.")
     return possible
 
 

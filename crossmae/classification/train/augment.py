@@ -83,8 +83,8 @@ def build_policy(name: str, size: tuple[int, int], mean: Sequence[float]) -> Pol
             policy = auto_augment_transform(name, settings)
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(
-            f"data.auto_augment: {name!r} is no policy of timm's ({error or 'unknown'}); such as rand-m9-mstd0.5-inc1, "
-            "augmix-m3-w3, original or v0; null for none"
+            f"data.auto_augment: {name!r} is no policy of timm ({error or 'unknown'}). Name a policy such as "
+            "rand-m9-mstd0.5-inc1, augmix-m3-w3, original or v0, or null for none."
         ) from None
     for operation in chain.from_iterable(policy.policy) if isinstance(policy, AutoAugment) else policy.ops:
         if operation.aug_fn is posterize:

@@ -176,7 +176,7 @@ def test_learning_rates_follow_schedule_and_layers(
 
 
 def objective_of(config: FinetuneConfig, labelled: LabelledImages) -> Objective:
-    return train_module.build_objective(config.loss, config.data, labelled, config.optim.batch_size, CPU)
+    return Objective(config.loss, config.data, labelled, config.optim.batch_size, CPU)
 
 
 def test_the_losses_are_timms(images: Path, tmp_path: Path) -> None:
@@ -346,12 +346,12 @@ def test_several_labels_per_image(images: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": {"train": ""}}, "missing key 'data.train'"),
-        ({"model": {"name": None}}, "name or init is needed"),
+        ({"data": {"train": ""}}, r"data\.train: missing\. Name"),
+        ({"model": {"name": None}}, "neither init nor name is given"),
         ({"data": {"train": "nowhere"}}, "data.train: nowhere does not exist"),
         ({"data": {"per_class": 7}}, r"data\.per_class: fewer than 7 images of blue \(6\)"),
         ({"data": {"auto_augment": "rand-m9-what1"}}, "data.auto_augment"),
-        ({"data": {"class_names": ["one"]}}, "data.class_names: 1 names for 3 classes"),
+        ({"data": {"class_names": ["one"]}}, "1 names for 3 classes. Name all of blue, green, red"),
         ({"model": {"init": "nowhere.pth"}}, "no such file or folder: nowhere.pth"),
         ({"model": {"img_size": 30}}, "model: img_size .* multiple of patch_size 8"),
         ({"optim": {"batch_size": 20}}, "needs 20 images, the data set has 18"),
@@ -370,14 +370,14 @@ def test_bad_input_is_named_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"name": "vit_giant"}}, "known: vit_tiny_patch16"),
+        ({"model": {"name": "vit_giant"}}, "Known: vit_tiny_patch16"),
         ({"loss": {"cutmix_minmax": [0.5, 0.5]}}, "low < high"),
         ({"loss": {"class_weights": "ballanced"}}, "balanced, or weights by class"),
-        ({"model": {"in_chans": 5}, "data": {"mean": [0.5] * 5, "std": [0.5] * 5}}, "data.auto_augment is for grey"),
+        ({"model": {"in_chans": 5}, "data": {"mean": [0.5] * 5, "std": [0.5] * 5}}, "data.auto_augment: is for grey"),
         ({"model": {"drop_path": 1.0}}, "less than 1"),
         ({"data": {"separator": ""}}, "at least 1 character"),
         ({"optim": {"name": "lars"}}, "model.freeze=true"),
-        ({"loss": {"mixup": 0.8}, "optim": {"batch_size": 5}}, "must be even"),
+        ({"loss": {"mixup": 0.8}, "optim": {"batch_size": 5}}, "need an even one"),
         ({"data": {"color_jitter": 0.3}}, "auto_augment=null"),
     ],
 )
@@ -416,11 +416,11 @@ def test_what_does_not_decide_may_change_on_resume_and_what_does_may_not(images:
 
 def test_an_evaluation_does_not_replace_that_of_a_run(images: Path, tmp_path: Path) -> None:
     finetune(make_config(images, tmp_path / "run", schedule={"max_steps": 1}))
-    with pytest.raises(UserError, match="holds a run with an evaluation of its own"):
+    with pytest.raises(UserError, match="has a run with its own evaluation"):
         evaluate_only(make_config(images, tmp_path / "run"), tmp_path / "run")
     elsewhere = make_config(images, tmp_path / "alone")
     evaluate_only(elsewhere, tmp_path / "run")
-    with pytest.raises(UserError, match=r"holds an evaluation\. Name another folder, or replace it with --force"):
+    with pytest.raises(UserError, match=r"has an evaluation already\. Name another folder, or replace it with --force"):
         evaluate_only(elsewhere, tmp_path / "run")
     evaluate_only(elsewhere, tmp_path / "run", force=True)
 
