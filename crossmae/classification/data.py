@@ -171,25 +171,37 @@ class TrainImages(KeyedImages):
             return self.view(pixels), self.targets[position]
 
 
-class CentreViews(Dataset[Any]):
-    """Centre crops of height and width `size`, with their targets, for evaluation."""
+@dataclass(frozen=True)
+class Views:
+    """Evaluation views: size (height, width), and mean and std per channel of pixels in 0-1.
 
-    def __init__(
-        self, source: Source, targets: Tensor, size: tuple[int, int], crop_pct: float, channels: int, bit_depth: int
-    ) -> None:
-        self.source, self.targets, self.size, self.crop_pct = source, targets, size, crop_pct
-        self.channels, self.bit_depth = channels, bit_depth
+    The centre crop keeps the share `crop_pct` of the shorter side.
+    """
+
+    size: tuple[int, int]
+    crop_pct: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    bit_depth: int
+
+
+class CentreViews(Dataset[Any]):
+    """Centre crops of images, not normalised, with their targets."""
+
+    def __init__(self, source: Source, targets: Tensor, views: Views) -> None:
+        self.source, self.targets, self.views = source, targets, views
 
     def __len__(self) -> int:
         return len(self.source)
 
     def read(self, index: int) -> Image.Image | Tensor:
         """Read an image without cropping it."""
-        return read_pixels(self.source, index, self.channels, self.bit_depth)
+        return read_pixels(self.source, index, len(self.views.mean), self.views.bit_depth)
 
     def __getitem__(self, index: int) -> KeyedSample | Unreadable:
         try:
-            return centre_view(self.read(index), self.size, self.crop_pct), self.targets[index], index, ()
+            pixels = centre_view(self.read(index), self.views.size, self.views.crop_pct)
+            return pixels, self.targets[index], index, ()
         except UserError as error:
             return Unreadable(str(error))
 

@@ -172,7 +172,7 @@ def nothing(folder: Path) -> None:
     [
         (rename, [], "no classes of the model: rot. Its 3 classes are blue, green, red, compared by name"),
         (several_labels, [], "data.train: the label 'red;green' names several classes"),
-        (nothing, ["data.separator=;"], "several labels per image cannot be probed"),
+        (nothing, ["data.separator=;"], "expected none, because only tools/finetune.py takes several labels"),
         (flatten, [], "have no labels. Labels come from a folder with one subfolder per class"),
         (truncate, [], "VAL/green/2.png"),
         (nothing, ["few_shot.shots=[1,13]"], "few_shot.shots: 13 images per class are wanted"),

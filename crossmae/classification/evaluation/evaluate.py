@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossmae.classification.classifier import Classifier, load_classifier
-from crossmae.classification.data import CentreViews, LabelledBatch, evaluation_batches, label_targets, warn_of_absent
+from crossmae.classification.data import (
+    CentreViews,
+    LabelledBatch,
+    Views,
+    evaluation_batches,
+    label_targets,
+    warn_of_absent,
+)
 from crossmae.classification.evaluation.files import write_evaluation, write_hardest
 from crossmae.classification.evaluation.metrics import ClassificationScores, Predictions, merge, score
 from crossmae.classification.report import CONFIG, FOLDER, write_report
@@ -35,11 +42,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Evaluation views in batches per process. Features are kept for `features` evenly spaced samples."""
+    """Images in batches per process. Features are kept for `features` evenly spaced samples."""
 
-    views: CentreViews
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    images: CentreViews
     batch_size: int
     workers: int
     features: int
@@ -59,19 +64,19 @@ def evaluate(
     Raises:
         UserError: an image cannot be read. All processes raise it.
     """
-    indices = range(ranks.rank, len(data.views), ranks.world_size)
+    indices = range(ranks.rank, len(data.images), ranks.world_size)
     mine = ranks.together(lambda: list(_predict(model, data, indices, device, autocast, ranks.is_main)))
-    return merge([part for of_rank in ranks.gather(mine) for part in of_rank], len(data.views))
+    return merge([part for of_rank in ranks.gather(mine) for part in of_rank], len(data.images))
 
 
 def _predict(
     model: Any, data: EvaluationSet, indices: range, device: torch.device, autocast: torch.autocast, show: bool
 ) -> Iterator[Predictions]:
-    with_features = torch.tensor(evenly_spaced(len(data.views), data.features), dtype=torch.int64)
-    normalize = Normalize(data.mean, data.std, device)
+    with_features = torch.tensor(evenly_spaced(len(data.images), data.features), dtype=torch.int64)
+    normalize = Normalize(data.images.views.mean, data.images.views.std, device)
     how = (data.batch_size, data.workers, device.type == "cuda", "evaluate", "data.val", show)
     with _evaluation_mode(model), torch.no_grad():
-        for batch in evaluation_batches(data.views, indices, *how):
+        for batch in evaluation_batches(data.images, indices, *how):
             with autocast:
                 tokens = model.forward_features(normalize(batch.images.to(device, non_blocking=True)))
                 pooled = model.forward_head(tokens, pre_logits=True)
@@ -114,18 +119,18 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def write_results(
     folder: Path,
-    views: CentreViews,
+    images: CentreViews,
     predictions: Predictions,
     scores: ClassificationScores,
     class_names: Sequence[str],
     about: Mapping[str, Any],
     hardest: int,
 ) -> None:
-    """Write all files of an evaluation, with facts about the `views`."""
-    source = views.source
+    """Write all files of an evaluation, with facts about the `images`."""
+    source, views = images.source, images.views
     facts = {
         **about,
-        "in_chans": views.channels,
+        "in_chans": len(views.mean),
         "bit_depth": views.bit_depth,
         "img_size": list(views.size),
         "crop_pct": views.crop_pct,
@@ -133,7 +138,7 @@ def write_results(
         "versions": versions(),
     }
     write_evaluation(folder, predictions, scores, class_names, source.name, facts)
-    write_hardest(folder, predictions, views.read, class_names, source.name, hardest)
+    write_hardest(folder, predictions, images.read, class_names, source.name, hardest)
 
 
 def evaluate_only(
@@ -168,8 +173,8 @@ def evaluate_only(
             classifier = ranks.together(lambda: load_classifier(weights, settings.img_size))
             found = ranks.together(lambda: _open_images(classifier, data, settings, batch_size))
             if ranks.is_main:
-                log.info("data.val: %s", found.views.source.description)
-                warn_of_absent(found.views.targets, "data.val", classifier.classes)
+                log.info("data.val: %s", found.images.source.description)
+                warn_of_absent(found.images.targets, "data.val", classifier.classes)
                 for sentence in classifier.assumed:
                     log.info("assumed: %s", sentence)
             autocast = open_autocast(precision, opened)
@@ -188,7 +193,7 @@ def evaluate_only(
                 "precision": precision,
             }
             how = (classifier.class_names, about, settings.hardest)
-            write_results(output_dir / FOLDER, found.views, predictions, scores, *how)
+            write_results(output_dir / FOLDER, found.images, predictions, scores, *how)
             log.info("report: %s", write_report(output_dir))
         ranks.wait()
     return scores
@@ -215,7 +220,6 @@ def _open_images(
         raise UserError("data.separator: the classifier predicts one label per image. Leave it out.")
     source = open_source(data.val, "data.val", data.val_root)
     targets = label_targets(source, "data.val", classifier.classes, data.separator)
-    shape, crop_pct = classifier.architecture, settings.crop_pct or classifier.crop_pct
-    views = CentreViews(source, targets, shape.img_size, crop_pct, shape.in_chans, classifier.bit_depth)
-    size = settings.batch_size or batch_size
-    return EvaluationSet(views, classifier.mean, classifier.std, size, data.workers, settings.features)
+    how = (settings.crop_pct or classifier.crop_pct, classifier.mean, classifier.std, classifier.bit_depth)
+    images = CentreViews(source, targets, Views(classifier.architecture.img_size, *how))
+    return EvaluationSet(images, settings.batch_size or batch_size, data.workers, settings.features)

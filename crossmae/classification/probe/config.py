@@ -12,7 +12,6 @@ from crossmae.pretraining.neighbours import FeaturePool
 from crossmae.training.config import ConfigSection, NonNegative, Positive, Ratio
 
 Method = Literal["knn", "linear", "logistic", "few_shot"]
-FINETUNE = "Use tools/finetune.py, which takes several labels per image."
 Seeds = tuple[int, ...]
 Pixels = PositiveInt | tuple[PositiveInt, PositiveInt]  # one side, or height and width
 
@@ -38,7 +37,7 @@ class LabelledConfig(ConfigSection):
     @classmethod
     def _one_label(cls, separator: str | None) -> None:
         if separator is not None:
-            raise ValueError(f"several labels per image cannot be probed. {FINETUNE}")
+            raise ValueError("expected none, because only tools/finetune.py takes several labels per image")
 
 
 class EncoderSizes(ConfigSection):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from crossmae.checkpoints.metadata import (
 )
 from crossmae.checkpoints.pretrained import IMAGENET_MEAN, IMAGENET_STD
 from crossmae.checkpoints.weights import Weights, detect_format, encoder_home
-from crossmae.classification.data import CentreViews, evaluation_batches
+from crossmae.classification.data import CentreViews, Views, evaluation_batches
 from crossmae.classification.probe.config import LabelledConfig
 from crossmae.classification.vit import Architecture, architecture_of, build_vit, load_encoder_weights
 from crossmae.data.batches import keyed_randomness
@@ -49,11 +48,17 @@ log = logging.getLogger(__name__)
 
 
 class FrozenEncoder(nn.Module):
-    """Encoder from normalised pixels (B, C, H, W) to float32 features (B, E), pooled from the output of `block`."""
+    """Encoder from normalised pixels (B, C, H, W) to float32 features (B, E), pooled from the output of `block`.
 
-    def __init__(self, vit: VisionTransformer, block: int, norm: bool, pool: FeaturePool) -> None:
+    `notes` are sentences about the choices made for the encoder.
+    """
+
+    def __init__(
+        self, vit: VisionTransformer, architecture: Architecture, block: int, norm: bool, pool: FeaturePool, *notes: str
+    ) -> None:
         super().__init__()
-        self.vit, self.block, self.norm, self.pool = vit.eval().requires_grad_(False), block, norm, pool
+        self.vit, self.architecture = vit.eval().requires_grad_(False), architecture
+        self.block, self.norm, self.pool, self.notes = block, norm, pool, notes
 
     @property
     def width(self) -> int:
@@ -72,15 +77,6 @@ class FrozenEncoder(nn.Module):
         )
         patches, prefix = found[0]
         return pool_tokens(torch.cat([prefix, patches], dim=1).float(), self.pool)
-
-
-@dataclass(frozen=True)
-class Opened:
-    """An encoder for features, with sentences about the choices made for it."""
-
-    encoder: FrozenEncoder
-    architecture: Architecture
-    notes: tuple[str, ...]
 
 
 def random_weights(name: str, seed: int, **given: Any) -> Weights:
@@ -102,7 +98,7 @@ def random_weights(name: str, seed: int, **given: Any) -> Weights:
     return Weights(Path("random weights"), detect_format(tensors), tensors, {MODEL_ARGUMENTS: json.dumps(recorded)})
 
 
-def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: int = 0, **given: Any) -> Opened:
+def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: int = 0, **given: Any) -> FrozenEncoder:
     """Build an encoder and load its weights from a file.
 
     Args:
@@ -138,7 +134,7 @@ def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: i
         notes.append("the file has no class token, a random one is used: features differ a little from the original")
     heads = [name for name in ("fc_norm", "head") if any(key.startswith(f"{home}{name}.") for key in weights.tensors)]
     notes += [f"not used: {' and '.join(heads)} of the fine-tuned model"] if heads else []
-    return Opened(FrozenEncoder(vit, chosen, has_norm and is_last, pool), architecture, tuple(notes))
+    return FrozenEncoder(vit, architecture, chosen, has_norm and is_last, pool, *notes)
 
 
 def last_trained_block(weights: Weights, depth: int) -> int:
@@ -162,17 +158,6 @@ def last_trained_block(weights: Weights, depth: int) -> int:
             "Set features.block to the last trained block."
         )
     return depth - 1
-
-
-@dataclass(frozen=True)
-class Views:
-    """Settings of `CentreViews` and `Normalize`: size (height, width), mean and std per channel."""
-
-    size: tuple[int, int]
-    crop_pct: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    bit_depth: int
 
 
 def choose_views(weights: Weights, architecture: Architecture, data: LabelledConfig) -> tuple[Views, list[str]]:
@@ -230,9 +215,8 @@ def extract(
     Raises:
         UserError: an image cannot be read, a feature is not finite, or a batch is too large for the GPU.
     """
-    dataset = CentreViews(source, labels, views.size, views.crop_pct, len(views.mean), views.bit_depth)
     how = (batch_size, workers, device.type == "cuda", f"features of {name}", name)
-    batches = evaluation_batches(dataset, range(len(source)), *how)
+    batches = evaluation_batches(CentreViews(source, labels, views), range(len(source)), *how)
     normalize, autocast = Normalize(views.mean, views.std, device), open_autocast(precision, device)
     features = torch.empty(len(source), encoder.to(device).width, dtype=dtype)
     with torch.inference_mode():

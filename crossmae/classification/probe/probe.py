@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from crossmae.checkpoints.weights import Weights, read_weights
-from crossmae.classification.data import find_classes, find_several, label_targets, warn_of_absent
+from crossmae.classification.data import Views, find_classes, find_several, label_targets, warn_of_absent
 from crossmae.classification.probe import knn, linear, logistic
 from crossmae.classification.probe.cache import CachedFeatures, cached, data_digest, is_cached, tensors_digest
-from crossmae.classification.probe.config import FINETUNE, LabelledConfig, LinearConfig, ProbeRunConfig
-from crossmae.classification.probe.features import Views, choose_views, extract, open_encoder, random_weights
+from crossmae.classification.probe.config import LabelledConfig, LinearConfig, ProbeRunConfig
+from crossmae.classification.probe.features import choose_views, extract, open_encoder, random_weights
 from crossmae.classification.probe.report import REACH, build_page
 from crossmae.data.broken import find_broken, refuse_broken
 from crossmae.data.sources import Source, open_source, warn_of_overlap
@@ -65,17 +65,17 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
 
     sizes = config.model.model_dump(exclude={"name"})
     weights, digest = _open_weights(config.weights, config.model.name, seed, sizes)
-    opened = open_encoder(weights, wanted.pool, wanted.block, seed, **sizes)
-    views, assumed = choose_views(weights, opened.architecture, data)
-    notes = [*opened.notes, *assumed]
+    encoder = open_encoder(weights, wanted.pool, wanted.block, seed, **sizes)
+    views, assumed = choose_views(weights, encoder.architecture, data)
+    notes = [*encoder.notes, *assumed]
     for note in notes:
         log.info("%s", note)
     precision = choose_precision(config.runtime.precision, device)
     decisive = {
-        "architecture": asdict(opened.architecture),
-        "block": opened.encoder.block,
-        "final_norm": opened.encoder.norm,
-        "pool": opened.encoder.pool,
+        "architecture": asdict(encoder.architecture),
+        "block": encoder.block,
+        "final_norm": encoder.norm,
+        "pool": encoder.pool,
         "views": asdict(views),
         "dtype": wanted.dtype,
         "precision": precision,
@@ -84,7 +84,7 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
 
     def features_of(name: str) -> CachedFeatures:
         how = (views, device, precision, DTYPES[wanted.dtype], wanted.batch_size, data.workers)
-        features = extract(opened.encoder, sources[name], labels[name], *how, f"data.{name}")
+        features = extract(encoder, sources[name], labels[name], *how, f"data.{name}")
         return CachedFeatures(features, labels[name])
 
     key = decisive | {"weights": digest, "classes": list(classes)}
@@ -110,7 +110,7 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
             "format": weights.format,
             "random": config.weights is None,
         },
-        "features": decisive | {"width": opened.encoder.width, "notes": notes},
+        "features": decisive | {"width": encoder.width, "notes": notes},
         "data": data_facts | {"classes": list(classes)},
         "methods": found,
         "config": config.model_dump(mode="json"),
@@ -131,7 +131,8 @@ def open_labelled(data: LabelledConfig) -> tuple[dict[str, Source], dict[str, Te
     for name, source in sources.items():
         log.info("data.%s: %s", name, source.description)
         if several := find_several(find_classes(source, f"data.{name}")):
-            raise UserError(f"data.{name}: the label {several[0]!r} names several classes. {FINETUNE}")
+            several_labels = f"the label {several[0]!r} names several classes, which cannot be probed"
+            raise UserError(f"data.{name}: {several_labels}. Use tools/finetune.py.")
     warn_of_overlap(sources["train"], "data.train", sources["val"], "data.val")
     classes = sources["train"].classes
     labels = {name: label_targets(source, f"data.{name}", classes) for name, source in sources.items()}

@@ -29,11 +29,6 @@ class Score(NamedTuple):
     accuracy: float
     interval: str
 
-    @property
-    def title(self) -> str:
-        """Title of the method, with its setting."""
-        return f"{TITLES[self.method]}: {self.setting}"
-
 
 def scores(methods: Mapping[str, Any]) -> list[Score]:
     """List the most important scores, by method."""
@@ -58,11 +53,8 @@ def scores(methods: Mapping[str, Any]) -> list[Score]:
     for shots in methods.get("few_shot", {}).get("shots", []):
         single = len(shots["accuracies"]) == 1
         seeds = "one seed" if single else f"mean of {shots['mean']['runs']} seeds"
-        add(
-            "few_shot",
-            f"{shots['per_class']} per class, {seeds}",
-            (shots["accuracies"] if single else [shots["mean"]])[0],
-        )
+        numbers = shots["accuracies"][0] if single else shots["mean"]
+        add("few_shot", f"{shots['per_class']} per class, {seeds}", numbers)
     return found
 
 
@@ -102,7 +94,7 @@ def build_page(results: Mapping[str, Any]) -> Report:
         "Top-1 accuracy on validation images, in percent. The interval of a single number is Wilson's, which covers "
         "only the choice of validation images; the interval of a mean of several seeds is Student's."
     )
-    rows: list[TableRow] = [[one.title, _bar(one.accuracy), one.interval] for one in found]
+    rows: list[TableRow] = [[f"{TITLES[one.method]}: {one.setting}", _bar(one.accuracy), one.interval] for one in found]
     sections = [
         Section("Results", text, [Table(["method", "top-1", "95 % interval"], rows, "A full bar is 100.")]),
         *(build(methods[name]) for name, build in builders.items() if name in methods),

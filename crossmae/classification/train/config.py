@@ -66,7 +66,7 @@ class ClassifierConfig(EncoderSizes):
     def _known(cls, name: str | None) -> str | None:
         known = [f"vit_{size}" for size in SIZES]
         if name is not None and name not in known:
-            raise ValueError(f"unknown size. Known: {', '.join(known)}.")
+            raise ValueError(f"expected one of {', '.join(known)}")
         return name
 
     def given(self) -> dict[str, Any]:
@@ -95,14 +95,14 @@ class LossConfig(ConfigSection):
     @classmethod
     def _balanced_or_by_class(cls, weights: Any) -> Any:
         if not (weights is None or weights == "balanced" or isinstance(weights, dict)):
-            raise ValueError("must be balanced, or weights by class such as {cat: 2.0, dog: 0.5}.")
+            raise ValueError("expected balanced, or weights by class such as {cat: 2.0, dog: 0.5}")
         return weights
 
     @field_validator("cutmix_minmax")
     @classmethod
     def _rising(cls, sides: tuple[float, float] | None) -> tuple[float, float] | None:
         if sides is not None and not sides[0] < sides[1]:
-            raise ValueError(f"{sides} does not rise. Give two shares, low < high.")
+            raise ValueError("expected two shares, the lower one first")
         return sides
 
     @property

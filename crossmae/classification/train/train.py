@@ -32,6 +32,7 @@ from crossmae.classification.data import (
     CentreViews,
     LabelledImages,
     TrainImages,
+    Views,
     collate_labelled,
     find_classes,
     label_targets,
@@ -221,7 +222,7 @@ class Judge(Callbacks):
                 about = {"weights": BEST, "weights_are": "averaged" if suffix else "as trained"}
                 about |= {"step": step, "epoch": self.schedule.epoch(step)} | self.about
                 how = (self.class_names, about, self.settings.hardest)
-                write_results(self.folder / FOLDER, self.data.views, predictions, scores, *how)
+                write_results(self.folder / FOLDER, self.data.images, predictions, scores, *how)
         records.announce(step, values)
 
     def finish(self) -> None:
@@ -246,10 +247,10 @@ def build_judge(
     """Build the evaluations on data.val, with the metadata of their files."""
     data, settings, evaluated = config.data, config.evaluation, None
     if labelled.val is not None and labelled.val_targets is not None:
-        shape = (size.img_size, crop_pct, size.in_chans, data.bit_depth)
-        views = CentreViews(labelled.val, labelled.val_targets, *shape)
+        views = Views(size.img_size, crop_pct, data.mean, data.std, data.bit_depth)
+        images = CentreViews(labelled.val, labelled.val_targets, views)
         batch_size = settings.batch_size or config.optim.batch_size
-        evaluated = EvaluationSet(views, data.mean, data.std, batch_size, data.workers, settings.features)
+        evaluated = EvaluationSet(images, batch_size, data.workers, settings.features)
     return Judge(
         folder=config.output_dir,
         data=evaluated,

@@ -206,11 +206,9 @@ def test_nothing_is_written_where_names_or_facts_are_wrong(tmp_path: Path) -> No
 SPECIES = ("cat", "dog", "rat")
 
 
-def one_label(scores: Tensor, labels: Tensor) -> Predictions:
+def of_shares(shares: Tensor, labels: Tensor) -> Predictions:
     """Predictions by probabilities (N, C)."""
-    best = scores.topk(scores.shape[1])
-    losses = -scores.gather(1, labels[:, None]).log()[:, 0]
-    return Predictions(torch.arange(len(labels)), labels, losses, best.indices, best.values)
+    return predictions_of(shares.log(), labels)
 
 
 def grey(index: int) -> Image.Image:
@@ -220,7 +218,7 @@ def grey(index: int) -> Image.Image:
 def test_they_are_the_wrong_ones_with_the_highest_loss(tmp_path: Path) -> None:
     torch.manual_seed(0)
     scores, labels = torch.randn(40, 3).mul(2).softmax(1), torch.randint(0, 3, (40,))
-    predictions = one_label(scores, labels)
+    predictions = of_shares(scores, labels)
     write_hardest(tmp_path, predictions, grey, SPECIES, sample_name, most=7)
     content = json.loads((tmp_path / "hardest" / HARDEST_RECORD).read_text())
     wrong = sorted((float(scores[i, labels[i]]), i) for i in range(40) if int(scores[i].argmax()) != int(labels[i]))
@@ -250,8 +248,8 @@ def test_with_several_labels_all_that_is_missed_or_invented_counts(tmp_path: Pat
 
 def test_pictures_of_an_earlier_evaluation_go(tmp_path: Path) -> None:
     labels = torch.zeros(6, dtype=torch.int64)
-    wrong = one_label(torch.tensor([[0.1, 0.6, 0.3]]).repeat(6, 1), labels)
-    right = one_label(torch.tensor([[0.8, 0.1, 0.1]]).repeat(6, 1), labels)
+    wrong = of_shares(torch.tensor([[0.1, 0.6, 0.3]]).repeat(6, 1), labels)
+    right = of_shares(torch.tensor([[0.8, 0.1, 0.1]]).repeat(6, 1), labels)
     write_hardest(tmp_path, wrong, grey, SPECIES, sample_name)
     assert len(list((tmp_path / "hardest").iterdir())) == 7
     write_hardest(tmp_path, right, grey, SPECIES, sample_name)
@@ -265,7 +263,7 @@ def test_an_image_that_is_gone_is_named_and_the_others_are_there(tmp_path: Path)
             raise UserError("1.png: can not be read: Stale file handle")
         return grey(index)
 
-    predictions = one_label(torch.tensor([[0.1, 0.6, 0.3]]).repeat(3, 1), torch.zeros(3, dtype=torch.int64))
+    predictions = of_shares(torch.tensor([[0.1, 0.6, 0.3]]).repeat(3, 1), torch.zeros(3, dtype=torch.int64))
     write_hardest(tmp_path, predictions, read, SPECIES, sample_name)
     entries = json.loads((tmp_path / "hardest" / HARDEST_RECORD).read_text())["images"]
     assert [entry["picture"] for entry in entries] == ["01.png", None, "03.png"]
