@@ -56,10 +56,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Selection:
-    """Limits on the classes of an answer.
-
-    The `top_k` best classes are kept. For multi-label classifiers: all classes of probability `threshold` or more.
-    """
+    """Limits on an answer: `top_k` best classes. With several labels: all classes from the probability `threshold`."""
 
     top_k: int = TOP_K
     threshold: float = LABEL_THRESHOLD
@@ -146,10 +143,7 @@ def expand_inputs(arguments: Sequence[str]) -> list[str]:
 
 
 def open_inputs(inputs: Sequence[str]) -> list[Source]:
-    """Open all image files as one source, then every packed source.
-
-    `inputs` are from `expand_inputs`: image files, or other sources that `open_source` reads.
-    """
+    """Open all image files as one source, then other sources."""
     files: dict[str, None] = {}
     packed: list[Source] = []
     for name in inputs:
@@ -212,7 +206,7 @@ def write_answers(
 def _write_json(
     file: TextIO, answers: Iterable[Answer], failures: Sequence[str], classifier: Classifier, selection: Selection
 ) -> None:
-    """Write the answers, then the failures collected during prediction."""
+    """Write the answers, then the failures collected meanwhile."""
     facts = json.dumps(about(classifier, selection), ensure_ascii=False, allow_nan=False)
     file.write(f'{{"about": {facts},\n"images": ')
     images = JsonArray(file)

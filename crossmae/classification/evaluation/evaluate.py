@@ -55,11 +55,8 @@ def evaluate(
 ) -> Predictions:
     """Predict all images and gather the predictions in every process.
 
-    Each process predicts its share of the images.
-
-    Args:
-        model: from `build_vit`, on the device. Its mode (training or evaluation) is restored at the end.
-        autocast: precision of the encoder. Probabilities and losses are always float32.
+    Each process predicts its share of the images. The `model`, from `build_vit`, keeps its mode (training or
+    evaluation). Probabilities and losses are always float32.
 
     Raises:
         UserError: an image cannot be read. All processes raise it.

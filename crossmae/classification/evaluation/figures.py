@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -159,14 +160,14 @@ def map_figure(
 
     Args:
         features: (M, E), finite, with M >= 3 and E >= 2.
-        labels: (M,) true classes; None if an image can have several labels: all points then have the same colour.
+        labels: (M,) true classes, or None for one colour, if an image can have several labels.
         wrong: (M,), True for wrongly classified images.
     """
     points, note = project(features)
     present = [] if labels is None else np.unique(labels).tolist()
     if len(present) > MOST_NAMED:
         note += f" {len(present):,} classes, too many to name."
-    own = class_colors(len(class_names))[labels] if labels is not None else class_colors(1).repeat(len(wrong), axis=0)
+    own = class_colors(len(class_names))[np.zeros(len(wrong), int) if labels is None else labels]
     figure = Figure(figsize=MAP_SIZE, dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     size = 9 if len(wrong) > 500 else 20
@@ -208,8 +209,7 @@ def _draw_legend(axes: Axes, class_names: Sequence[str], shown: Sequence[int], c
         names.append("wrong")
     if handles:
         # Names are set later: matplotlib drops names that begin with an underscore, and reads $...$ as formulas.
-        legend = axes.legend(
-            handles, [" "] * len(handles), loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False
-        )
+        place: Any = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False}
+        legend = axes.legend(handles, [" "] * len(handles), **place)
         for text, name in zip(legend.get_texts(), names, strict=True):
             text.set(text=name, parse_math=False, fontsize=SMALL)

@@ -61,12 +61,8 @@ def write_evaluation(
 ) -> None:
     """Write the files of an evaluation and replace an earlier evaluation.
 
-    The earlier evaluation stays until all new files are complete.
-
-    Args:
-        class_names: C names to show.
-        sample_names: names of the samples by index in the source.
-        about: JSON facts about weights and data, copied to evaluation.json.
+    The earlier evaluation stays until all new files are complete. `sample_names` returns the name of a sample by its
+    index in the source. `about` has JSON facts about weights and data, copied to evaluation.json.
 
     Raises:
         ValueError: `about` has a NaN.

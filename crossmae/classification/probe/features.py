@@ -82,8 +82,8 @@ class FrozenEncoder(nn.Module):
 def random_weights(name: str, seed: int, **given: Any) -> Weights:
     """Draw the initial weights of a pretraining run with this seed.
 
-    Given arguments replace the arguments of the named size; None counts as not given. Raises UserError if the sizes do
-    not fit together.
+    Given arguments replace the arguments of the named size, unless they are None. Raises UserError if the sizes do not
+    fit together.
     """
     given = {key: value for key, value in given.items() if value is not None}
     with keyed_randomness(seed):
@@ -101,10 +101,8 @@ def random_weights(name: str, seed: int, **given: Any) -> Weights:
 def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: int = 0, **given: Any) -> FrozenEncoder:
     """Build an encoder and load its weights from a file.
 
-    Args:
-        block: index from 0, or negative from the end. None uses the table of this module.
-        seed: source of the random weights that the file lacks.
-        given: values for `architecture_of`.
+    A `block` of None uses the table of this module. The `seed` decides the random weights that the file lacks.
+    `architecture_of` receives the values in `given`.
 
     Raises:
         UserError: the file has no encoder, or no class token to pool; the block does not exist; the file does not tell
@@ -206,11 +204,8 @@ def extract(
 ) -> Tensor:
     """Extract the features (N, E) of a source to the CPU.
 
-    Args:
-        encoder: is moved to the device.
-        precision: "fp32"; or "bf16" or "fp16" for autocast.
-        dtype: type of the result. Memory has only a few batches in addition to the result.
-        name: name in the progress bar and in errors.
+    Memory has only a few batches in addition to the result, of type `dtype`. The `encoder` is moved to the device.
+    `name` is shown in the progress bar and in errors.
 
     Raises:
         UserError: an image cannot be read, a feature is not finite, or a batch is too large for the GPU.

@@ -51,11 +51,7 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
     clock = [("", time.perf_counter())]
     data, wanted, seed, output = config.data, config.features, config.runtime.seed, config.output_dir
     cache = wanted.cache_dir or output / "features"
-    check_writable(output, "output_dir")
-    check_writable(cache, "features.cache_dir")
-    if (output / RESULTS).exists() and not force:
-        has = f"has the {RESULTS} of an earlier call"
-        raise UserError(f"output_dir: {output} {has}. Name another folder, or replace them with --force.")
+    _check_output(output, cache, force)
     device = open_device(config.runtime.device, "runtime.device")
     sources, labels = open_labelled(data)
     classes = sources["train"].classes
@@ -64,7 +60,7 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
     ks = check_methods(config.methods, config.knn.k, head, config.few_shot.shots, labels["train"], classes)
 
     sizes = config.model.model_dump(exclude={"name"})
-    weights, digest = _open_weights(config.weights, config.model.name, seed, sizes)
+    weights, about = _open_weights(config.weights, config.model.name, seed, sizes)
     encoder = open_encoder(weights, wanted.pool, wanted.block, seed, **sizes)
     views, assumed = choose_views(weights, encoder.architecture, data)
     notes = [*encoder.notes, *assumed]
@@ -87,7 +83,7 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
         features = extract(encoder, sources[name], labels[name], *how, f"data.{name}")
         return CachedFeatures(features, labels[name])
 
-    key = decisive | {"weights": digest, "classes": list(classes)}
+    key = decisive | {"weights": about["sha256"], "classes": list(classes)}
     train, val = _load_features(cache, key, sources, views if data.check else None, features_of)
     clock.append(("features", time.perf_counter()))
     strengths, most, few = config.logistic.strengths, config.logistic.max_iterations, config.few_shot
@@ -104,12 +100,7 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
 
     data_facts = {name: {"description": one.description, "images": len(one)} for name, one in sources.items()}
     results = {
-        "weights": {
-            "path": config.weights and str(weights.path),
-            "sha256": digest,
-            "format": weights.format,
-            "random": config.weights is None,
-        },
+        "weights": about,
         "features": decisive | {"width": encoder.width, "notes": notes},
         "data": data_facts | {"classes": list(classes)},
         "methods": found,
@@ -166,15 +157,29 @@ def check_methods(
     return possible
 
 
-def _open_weights(path: Path | None, name: str | None, seed: int, sizes: Mapping[str, Any]) -> tuple[Weights, str]:
+def _check_output(output: Path, cache: Path, force: bool) -> None:
+    check_writable(output, "output_dir")
+    check_writable(cache, "features.cache_dir")
+    if (output / RESULTS).exists() and not force:
+        has = f"has the {RESULTS} of an earlier call"
+        raise UserError(f"output_dir: {output} {has}. Name another folder, or replace them with --force.")
+
+
+def _open_weights(
+    path: Path | None, name: str | None, seed: int, sizes: Mapping[str, Any]
+) -> tuple[Weights, dict[str, Any]]:
+    """Read or draw weights, and describe them for results.json."""
     if path is None:
         assert name is not None  # checked with the config
         weights = random_weights(name, seed, **sizes)
-        return weights, tensors_digest(weights.tensors)
-    if name is not None:
-        log.info("ignored, because there are weights: model.name")
-    weights = read_weights(path)
-    return weights, sha256(weights.path)
+        digest = tensors_digest(weights.tensors)
+    else:
+        if name is not None:
+            log.info("ignored, because there are weights: model.name")
+        weights = read_weights(path)
+        digest = sha256(weights.path)
+    shown = None if path is None else str(weights.path)
+    return weights, {"path": shown, "sha256": digest, "format": weights.format, "random": path is None}
 
 
 def _load_features(

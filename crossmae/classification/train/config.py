@@ -71,10 +71,9 @@ class ClassifierConfig(EncoderSizes):
 
     def given(self) -> dict[str, Any]:
         """Collect the given arguments: the named size and its changes."""
-        keys = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
         size = SIZES[self.name.removeprefix("vit_")] if self.name else None
         named = {key: getattr(size, key) for key in ("embed_dim", "depth", "num_heads")} if size else {}
-        return named | {key: value for key in keys if (value := getattr(self, key)) is not None}
+        return named | self.model_dump(include={*EncoderSizes.model_fields, "in_chans"}, exclude_none=True)
 
 
 class LossConfig(ConfigSection):

@@ -164,7 +164,7 @@ def classification_loss(
 ) -> Tensor:
     """Augment a micro-batch and compute its loss.
 
-    The random numbers are seeded from `seed`, `rank` and the `number` of the batch.
+    The random numbers depend on `seed`, `rank` and the `number` of the batch only.
     """
     device = normalize.mean.device
     pixels, targets = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.targets))
