@@ -46,12 +46,10 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
     Raises:
         UserError: config, weights or data are wrong. Nothing has been written then.
     """
-    if find_ranks().world_size > 1:
-        raise UserError("torchrun: a probe runs in one process. Start it without torchrun.")
     clock = [("", time.perf_counter())]
     data, wanted, seed, output = config.data, config.features, config.runtime.seed, config.output_dir
     cache = wanted.cache_dir or output / "features"
-    _check_output(output, cache, force)
+    _check_start(output, cache, force)
     device = open_device(config.runtime.device, "runtime.device")
     sources, labels = open_labelled(data)
     classes = sources["train"].classes
@@ -98,11 +96,11 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
         found[name] = runs[name]()
         clock.append((name, time.perf_counter()))
 
-    data_facts = {name: {"description": one.description, "images": len(one)} for name, one in sources.items()}
+    facts = {name: {"description": one.description, "images": len(one)} for name, one in sources.items()}
     results = {
         "weights": about,
         "features": decisive | {"width": encoder.width, "notes": notes},
-        "data": data_facts | {"classes": list(classes)},
+        "data": facts | {"classes": list(classes)},
         "methods": found,
         "config": config.model_dump(mode="json"),
         "versions": versions() | {"scikit-learn": sklearn.__version__, "scipy": scipy.__version__},
@@ -157,7 +155,9 @@ def check_methods(
     return possible
 
 
-def _check_output(output: Path, cache: Path, force: bool) -> None:
+def _check_start(output: Path, cache: Path, force: bool) -> None:
+    if find_ranks().world_size > 1:
+        raise UserError("torchrun: a probe runs in one process. Start it without torchrun.")
     check_writable(output, "output_dir")
     check_writable(cache, "features.cache_dir")
     if (output / RESULTS).exists() and not force:

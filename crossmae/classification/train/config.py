@@ -44,9 +44,11 @@ class LabelledDataConfig(DataConfig):
     @model_validator(mode="after")
     def _one_augmentation(self) -> LabelledDataConfig:
         if self.auto_augment and self.color_jitter:
-            raise ValueError("color_jitter: auto_augment already changes colours. Set auto_augment=null.")
+            raise ValueError(
+                "color_jitter and auto_augment exclude each other. Set auto_augment=null, or color_jitter=0."
+            )
         if self.auto_augment and self.bit_depth != 8:
-            raise ValueError("auto_augment: works on 8 bits only. Set auto_augment=null with bit_depth=16.")
+            raise ValueError("auto_augment works on 8 bits only. Set auto_augment=null with bit_depth=16.")
         return self
 
 

@@ -68,10 +68,10 @@ class Objective:
 def class_weights(
     given: Literal["balanced"] | Mapping[str, float] | None, targets: Tensor, classes: Sequence[str]
 ) -> Tensor | None:
-    """Compute the class weights (N,) of the loss, or None for equal weights.
+    """Compute the class weights (N,) of the loss.
 
-    With "balanced", a weight is images / (classes * images of the class). Classes without a given weight have 1.
-    `targets` are the classes of the training images.
+    None means equal weights. With "balanced", a weight is images / (classes * images of the class). Classes without a
+    given weight have 1. `targets` are the classes of the training images.
 
     Raises:
         UserError: a weight is for an unknown class, or "balanced" was given and a class has no images.
