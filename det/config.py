@@ -207,6 +207,8 @@ class EvaluationKeys(ConfigKeys):
     EVAL_PERIOD: AtLeast0
     EVAL_EPOCHS: NotNegative = 0.0  # with SOLVER.EPOCHS: evaluate and save after every so many epochs
     EVALUATOR: Literal["auto", "hotcoco", "pycocotools"] = "auto"  # auto: hotcoco if it is installed
+    # Detections that AP counts per image and class, best first. COCO's AP counts 100.
+    MAX_DETS: int = Field(100, ge=100, description="at least 100")
     AUG: _Off
     PRECISE_BN: _Off
     EXPECTED_RESULTS: list[Any] = Field(max_length=0, description="empty: results are not compared with any")

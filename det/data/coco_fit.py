@@ -25,7 +25,7 @@ Notes = dict[int, str]
 _AGREE, _AGREE_SHARE = 2.0, 0.01  # tolerance of a coordinate: pixels, plus a share of the image's side
 _APART, _APART_ALONE = 1.5, 4.0  # tolerances from which on mask and box contradict each other; a single pair
 _VISIBLE = 0.02  # a box within its mask, or a mask within its box, is sound above this share of the area
-_SAME = 0.6  # boxes drawn by hand share this part of their union with the mask
+_SAME, _ALIKE = 0.6, 0.25  # shares of their union: boxes drawn by hand and masks; a mask of a few pixels and its box
 _OVERLAP = 0.1  # a mask and a box that share less of the smaller of them belong to two objects
 _AGREE_SMALL = (1.0, 0.2)  # at most: pixels, plus a share of the object's side
 _CLOSER = 4.0  # a reading explains a difference that becomes that many times smaller
@@ -88,6 +88,8 @@ def find_misfits(placed: Placed, masks: Sequence[Any], wrong_size: Collection[in
 
     `wrong_size` are rows of run lengths whose size is not the image's; their extents are unknown.
     """
+    if shares := _in_first_pixel(placed):
+        return {"misfit-boxes": shares}
     found: dict[str, Notes] = {"misfit-masks": {}, "misfit-boxes": {}}
     for rows, pairs in _groups(placed, masks, wrong_size):
         for side, notes in _explain(pairs).items():
@@ -158,6 +160,12 @@ def _overlap(one: Floats, other: Floats) -> Floats:
     return _area(np.concatenate([np.fmax(one[:, :2], other[:, :2]), np.fmin(one[:, 2:], other[:, 2:])], axis=1))
 
 
+def _union_share(one: Floats, other: Floats) -> Floats:
+    both = _overlap(one, other)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return both / (_area(one) + _area(other) - both)
+
+
 def _agree(extent: Floats, corners: Floats, size: Floats) -> tuple[Floats, Rows]:
     """Measure errors (N,) of masks against boxes, and select contradicting rows.
 
@@ -174,8 +182,7 @@ def _agree(extent: Floats, corners: Floats, size: Floats) -> tuple[Floats, Rows]
     strict[:, :2] *= -1
     sound = np.minimum(*areas) >= _VISIBLE * np.maximum(*areas)
     sound &= _within(one, other + strict) | _within(other, one + strict)
-    both = _overlap(one, other)
-    sound |= both > _SAME * (areas[0] + areas[1] - both)
+    sound |= _union_share(one, other) > _SAME
     contradict = error > _APART
     contradict[rest[sound]] = False
     return error, contradict
@@ -208,7 +215,8 @@ def _fits(side: _Side, corners: Floats, pairs: _Pairs) -> Rows:
     before, _ = _agree(_usual(pairs), corners_of(pairs.box), pairs.size)
     after, _ = _agree(corners, other, pairs.size)
     near = _error(corners, other, _tolerance(pairs.size)) <= 1
-    return (before > 1) & near & (after <= np.maximum(1, before / _CLOSER))
+    alike = _union_share(corners, other) > _ALIKE  # very small boxes are near everything that is very small
+    return (before > 1) & near & alike & (after <= np.maximum(1, before / _CLOSER))
 
 
 def _explain(pairs: _Pairs) -> dict[str, Notes]:
@@ -419,15 +427,20 @@ def _of_image(size: Floats) -> str:
     return " in an image of {:.0f}x{:.0f}".format(*size)
 
 
+def _in_first_pixel(placed: Placed) -> Notes:
+    """Find boxes in the first pixel of their images if most are there."""
+    first = placed.usable & (np.abs(placed.box) <= 1.05).all(axis=1) & (placed.size.min(axis=1) >= 8)
+    if first.sum() <= _MOST * placed.usable.sum():
+        return {}
+    return _box_notes(np.flatnonzero(first), placed, "as shares of the image: multiply by its size")
+
+
 def _explain_boxes(placed: Placed) -> Notes:
     """Find the reading that brings boxes into their images."""
     rows = np.flatnonzero(placed.usable)
     if not len(rows):
         return {}
     box, size, extent = placed.box[rows], placed.size[rows], placed.extent[rows]
-    first = (np.abs(box) <= 1.05).all(axis=1) & (size.min(axis=1) >= 8)
-    if first.sum() >= _MOST * len(rows):
-        return _box_notes(rows[first], placed, "as shares of the image: multiply by its size")
     corners = corners_of(box)
     beyond = ((corners[:, 2:] - size) / size).max(axis=1)
     alone = (_agree(extent, corners, size)[0] <= 1).mean() < _MOST  # otherwise masks prove the form of the boxes

@@ -92,6 +92,7 @@ def score_results(
     task: str,
     evaluator: str = "auto",
     lvis: bool = False,
+    max_dets: int = COCO_LIMITS[-1],
 ) -> DetectionScores:
     """Score COCO results for a task, "bbox" or "segm".
 
@@ -101,12 +102,14 @@ def score_results(
         evaluator: "hotcoco", "pycocotools", or "auto": hotcoco if it is installed.
         lvis: use the rules of LVIS (arXiv 1908.03195, section 3): a category is scored only in images that were
             searched for it, and the best 300 detections of an image are counted.
+        max_dets: detections that AP counts per image and category by the rules of COCO, best first.
 
     Raises:
         UserError: hotcoco is requested but not installed, or the ground truth has no keys of LVIS.
     """
     if lvis:
         _check_lvis_keys(ground_truth)
+    limits = LVIS_LIMITS if lvis else (*COCO_LIMITS[:-1], max_dets)
     keys = ("image_id", "category_id", "score", GEOMETRY[task])
     # Pass compared keys only. If a result has a box, COCO would use the area of the box for a mask.
     slim = [{key: result[key] for key in keys} for result in results]
@@ -118,6 +121,7 @@ def score_results(
         evaluation = (
             _by_hotcoco(hotcoco, truth, slim, task, lvis) if hotcoco else _by_pycocotools(truth, slim, task, lvis)
         )
+        evaluation.params.maxDets = list(limits)
         evaluation.evaluate()
         evaluation.accumulate()
     arrays = evaluation.eval
@@ -130,7 +134,7 @@ def score_results(
         names=tuple(category["name"] for category in categories),
         objects=tuple(objects[category["id"]] for category in categories),
         frequencies="".join(category["frequency"] for category in categories) if lvis else "",
-        limits=LVIS_LIMITS if lvis else COCO_LIMITS,
+        limits=limits,
     )
 
 
@@ -181,9 +185,7 @@ def _by_pycocotools(ground_truth: dict[str, Any], results: list[Any], task: str,
     else:  # pycocotools cannot load an empty list
         found.dataset = {**ground_truth, "annotations": []}
         found.createIndex()
-    evaluation = (_LvisEval if lvis else COCOeval)(truth, found, task)
-    evaluation.params.maxDets = list(LVIS_LIMITS if lvis else COCO_LIMITS)
-    return evaluation
+    return (_LvisEval if lvis else COCOeval)(truth, found, task)
 
 
 class _LvisEval(COCOeval):
