@@ -22,6 +22,7 @@ from pycocotools.cocoeval import COCOeval
 
 from crossmae.errors import UserError
 from det.data.coco_kinds import FREQUENCIES
+from det.data.masks import clip_polygons
 
 log = logging.getLogger(__name__)
 
@@ -146,10 +147,16 @@ def _slim_truth(ground_truth: dict[str, Any], task: str) -> dict[str, Any]:
         "categories": ("id", "name", "frequency"),
         "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd", *mask),
     }
-    return {
+    slim = {
         where: [{key: entry[key] for key in keys if key in entry} for entry in ground_truth[where]]
         for where, keys in needed.items()
     }
+    sizes = {image["id"]: (image["height"], image["width"]) for image in slim["images"]} if mask else {}
+    for annotation in slim["annotations"] if mask else ():
+        if annotation.get("segmentation"):
+            size = sizes[annotation["image_id"]]
+            annotation["segmentation"] = clip_polygons(annotation["segmentation"], *size)
+    return slim
 
 
 @functools.cache  # so that it logs only once
