@@ -389,6 +389,9 @@ def check_config(cfg: CfgNode) -> None:
     for key, needed in (("INPUT.LSJ.ENABLED", True), ("MODEL.MASK_ON", True), ("MODEL.KEYPOINT_ON", False)):
         if images.COPY_PASTE.ENABLED and lookup(cfg, key) != needed:
             raise UserError(f"INPUT.COPY_PASTE.ENABLED: {key} is {lookup(cfg, key)}. Set {key}={needed}.")
+    if keys.TEST.MAX_DETS > 100 and 0 <= cfg.TEST.DETECTIONS_PER_IMAGE < keys.TEST.MAX_DETS:
+        words = "TEST.DETECTIONS_PER_IMAGE %d is less than TEST.MAX_DETS %d: AP cannot count more. Raise the first."
+        log.warning(words, cfg.TEST.DETECTIONS_PER_IMAGE, keys.TEST.MAX_DETS)
     if lsj.ENABLED and vit.SQUARE_PAD > lsj.SIZE:
         log.info("MODEL.VIT.SQUARE_PAD %d pads images of INPUT.LSJ.SIZE %d", vit.SQUARE_PAD, lsj.SIZE)
     for name, key in (
