@@ -30,6 +30,7 @@ _OVERLAP = 0.1  # a mask and a box that share less of the smaller of them belong
 _AGREE_SMALL = (1.0, 0.2)  # at most: pixels, plus a share of the object's side
 _CLOSER = 4.0  # a reading explains a difference that becomes that many times smaller
 _MOST, _EXPLAINED = 0.5, 0.8  # shares: of all annotations, and of the contradicting ones
+_MERGED = 4, 0.2  # annotations, and their share, that have another reading than the rest
 _SAMPLE = 10_000  # annotations on which the readings are tried
 _FAR, _OFF = 1.0, 0.25  # sides of the image by which masks leave it, if their box leaves it too or stays away
 # Boxes without masks: as many leave their image, by that share of its side; as many fit once they are read otherwise.
@@ -193,11 +194,17 @@ def _within(inner: Floats, outer: Floats) -> Rows:
 
 
 def _contradicting(pairs: _Pairs) -> Rows:
-    """Select the pairs that contradict each other if fewer agree, otherwise none."""
+    """Select the pairs that contradict each other, unless they are few."""
     error, contradict = _agree(_usual(pairs), corners_of(pairs.box), pairs.size)
     if _different(pairs.box) < 2:
         contradict &= error > _APART_ALONE
-    return contradict & (contradict.sum() > (error <= 1).sum())
+    few = contradict.sum() <= (error <= 1).sum() and contradict.sum() < _enough(pairs)
+    return contradict & ~few
+
+
+def _enough(pairs: _Pairs) -> float:
+    """Count the pairs that have one reason because two files were merged."""
+    return max(_MERGED[0], _MERGED[1] * len(pairs.box))
 
 
 def _different(boxes: Floats) -> int:
@@ -228,8 +235,9 @@ def _explain(pairs: _Pairs) -> dict[str, Notes]:
     if not len(some):
         return {}
     sample = pairs.take(some[:: len(some) // _SAMPLE + 1])
+    merged = len(some) < _MOST * len(pairs.box)
     best: tuple[float, _Side, _Read] | None = None
-    for side, read in _readings(pairs):
+    for side, read in _readings(pairs, only_fixed=merged):
         share = float(_fits(side, read(sample)[0], sample).mean())
         if share >= _EXPLAINED and (best is None or share > best[0] + 0.02):
             best = share, side, read
@@ -238,7 +246,7 @@ def _explain(pairs: _Pairs) -> dict[str, Notes]:
     _, side, read = best
     corners, words = read(pairs)
     fits = _fits(side, corners, pairs)
-    if fits.sum() < _MOST * len(fits):
+    if fits.sum() < (_enough(pairs) if merged else _MOST * len(fits)):
         return {}
     other = "box" if side == "mask" else "mask"
     words = words * len(fits) if len(words) == 1 else words
@@ -255,7 +263,7 @@ def _describe(extent: Floats, box: Floats) -> str:
     return mask + "bbox [{:g}, {:g}, {:g}, {:g}]".format(*box)
 
 
-def _readings(pairs: _Pairs) -> list[tuple[_Side, _Read]]:
+def _readings(pairs: _Pairs, only_fixed: bool) -> list[tuple[_Side, _Read]]:
     """List the readings, the simplest first.
 
     Of equal ones, readings of the side that leaves the images more often are first.
@@ -275,7 +283,7 @@ def _readings(pairs: _Pairs) -> list[tuple[_Side, _Read]]:
         for changes, side, start, unit, swapped, right, bottom in sorted(choices, key=_simplest)
         if 0 < changes <= 3
     ]
-    fits = _NEEDED if np.isfinite(masks).all() else ()
+    fits = _NEEDED if np.isfinite(masks).all() and not only_fixed else ()
     return fixed + [(side, _fitted(side, fit)) for fit in fits for side in sides]
 
 

@@ -170,6 +170,15 @@ def test_boxes_that_do_not_fit_their_images_are_explained(change, words, masks):
         assert all(words in note for note in found["misfit-boxes"].values())
 
 
+def test_a_part_of_a_file_in_another_frame_is_explained():
+    for size, box in ((FIXED[0], FIXED[1]), SETS["many"]):
+        masks, quarter = polygons(box), len(box) // 4
+        masks[: 2 * quarter] = polygons(box, FRAMES["with x and y swapped"])[: 2 * quarter]
+        assert set(find(box, masks, size)["misfit-masks"]) <= set(range(2 * quarter))
+        masks[: 2 * quarter] = polygons(box)[: 2 * quarter]
+        assert find(box, masks, size) == {}
+
+
 def test_single_strays_are_named():
     size, box = SETS["many"]
     masks = polygons(box)
