@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from det.data.coco_masks import Floats, Ints, measure_masks
+from det.data.coco_masks import LARGEST_SIDE, Floats, Ints, measure_masks
 
 Rows = NDArray[np.bool_]
 Notes = dict[int, str]
@@ -84,6 +84,7 @@ _Side = Literal["mask", "box"]
 _Read = Callable[[_Pairs], tuple[Floats, list[str]]]  # corners of a side, and words for all rows or for each
 
 
+@np.errstate(all="ignore")
 def find_misfits(placed: Placed, masks: Sequence[Any], wrong_size: Collection[int] = ()) -> dict[str, Notes]:
     """Find annotations that do not fit, by kind and row.
 
@@ -119,7 +120,8 @@ def _groups(placed: Placed, masks: Sequence[Any], wrong_size: Collection[int]) -
                 by_rows = {"when its run lengths are read by rows": _swap(_measure(masks, rows, turned=True))}
                 pairs = pairs._replace(masks=pairs.masks | by_rows)
             yield rows, pairs
-    if len(rows := np.array([row for row in sorted(wrong_size) if placed.usable[row]], np.int64)):
+    possible = [row for row in sorted(wrong_size) if all(0 < side <= LARGEST_SIDE for side in masks[row]["size"])]
+    if len(rows := np.array([row for row in possible if placed.usable[row]], np.int64)):
         size = placed.size[rows]
         yield rows, _Pairs(_other_sizes(masks, rows, size), placed.box[rows], size, placed.image[rows])
 
@@ -148,8 +150,7 @@ def _tolerance(size: Floats) -> Floats:
 
 def _error(one: Floats, other: Floats, tolerance: Floats) -> Floats:
     """Measure the largest difference (N,) of corners in tolerances. NaN becomes infinity."""
-    with np.errstate(invalid="ignore"):
-        worst = (np.abs(one - other) / tolerance).max(axis=1)
+    worst = (np.abs(one - other) / tolerance).max(axis=1)
     return np.where(np.isnan(worst), np.inf, worst)
 
 
@@ -163,8 +164,7 @@ def _overlap(one: Floats, other: Floats) -> Floats:
 
 def _union_share(one: Floats, other: Floats) -> Floats:
     both = _overlap(one, other)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return both / (_area(one) + _area(other) - both)
+    return both / (_area(one) + _area(other) - both)
 
 
 def _agree(extent: Floats, corners: Floats, size: Floats) -> tuple[Floats, Rows]:
@@ -343,10 +343,14 @@ def _fitted(side: _Side, fit: _Fit) -> _Read:
     return read
 
 
-def _ratio(given: Floats, wanted: Floats) -> Floats:
-    """Fit the factor (N,) between numbers (N, K) by least squares."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray((given * wanted).sum(axis=1) / (given**2).sum(axis=1))
+def _ratio(given: Floats, wanted: Floats) -> float:
+    """Fit a factor between numbers (N, K): by least squares in rows, then their median."""
+    return _middle((given * wanted).sum(axis=1) / (given**2).sum(axis=1))
+
+
+def _middle(values: Floats) -> float:
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else np.nan
 
 
 def _times(factors: Floats, pairs: _Pairs, words: str = "") -> list[str]:
@@ -365,14 +369,14 @@ def _one_factor(given: Floats, wanted: Floats, pairs: _Pairs) -> tuple[Floats, l
 
     A single box needs a factor far from 1, because a box that is drawn by hand may have another.
     """
-    factors = np.full((len(given), 2), np.nanmedian(_ratio(given, wanted)))
+    factors = np.full((len(given), 2), _ratio(given, wanted))
     if 0.8 < factors[0, 0] < 1.25 and _different(wanted) < 2:
         factors[:] = np.nan
     return given * np.tile(factors, 2), _times(factors, pairs)
 
 
 def _two_factors(given: Floats, wanted: Floats, pairs: _Pairs) -> tuple[Floats, list[str]]:
-    each = [np.nanmedian(_ratio(given[:, [axis, axis + 2]], wanted[:, [axis, axis + 2]])) for axis in (0, 1)]
+    each = [_ratio(given[:, [axis, axis + 2]], wanted[:, [axis, axis + 2]]) for axis in (0, 1)]
     factors = np.tile(each, (len(given), 1))
     return given * np.tile(factors, 2), _times(factors, pairs)
 
@@ -388,8 +392,7 @@ def _factor_per_image(given: Floats, wanted: Floats, pairs: _Pairs) -> tuple[Flo
         return np.full_like(given, np.nan), [""]
     products, squares = ((given * one).reshape(-1, 2, 2).sum(axis=1) for one in (wanted, given))  # of x and of y
     sums = [[np.bincount(image, one[:, axis])[image] for axis in (0, 1)] for one in (products, squares)]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        factors = np.stack(sums[0], axis=1) / np.stack(sums[1], axis=1)
+    factors = np.stack(sums[0], axis=1) / np.stack(sums[1], axis=1)
     return given * np.tile(factors, 2), _times(factors, pairs, " (another factor in each image)")
 
 
@@ -399,8 +402,7 @@ def _shift(given: Floats, wanted: Floats, pairs: _Pairs) -> tuple[Floats, list[s
 
 
 def _shift_and_factor(given: Floats, wanted: Floats, pairs: _Pairs) -> tuple[Floats, list[str]]:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        factor = np.nanmedian(np.sqrt(_area(wanted) / _area(given)))
+    factor = _middle(np.sqrt(_area(wanted) / _area(given)))
     moved, words = _shift(given * factor, wanted, pairs)
     return moved, [f"times {round(factor, 3)} and {words[0]}"]
 

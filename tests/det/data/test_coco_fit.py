@@ -233,6 +233,19 @@ def test_objects_of_several_parts_and_very_small_objects_are_sound():
     assert find([[0, 0, 1, 1]], [None], (64, 64)) != {}  # all boxes in the first pixel: shares
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        [[0, 0, 0, 0, 0, 0]], [[1e308, 0, -1e308, 9, 3, 4]], {"size": [10**400, 5], "counts": "0"},
+        {"size": [0, 0], "counts": [0]}, {"size": [5, 7], "counts": [9, 9]}, {"size": [64, 64], "counts": [0, 4096]},
+    ],
+)  # fmt: skip
+def test_impossible_masks_and_boxes_do_no_harm(mask):
+    for box in ([5, 5, 9, 9], [1e308, 1e308, 1e308, 1e308], [0, 0, 5e-324, 5e-324]):
+        find([box], [mask], (64, 64))
+        find([box] * 9, [mask] * 9, (64, 64))
+
+
 @pytest.mark.skipif(not SAMPLE.is_file(), reason="the sample of COCO is not there")
 @pytest.mark.parametrize("together", [4, 10_000])
 def test_coco_itself_has_no_finding(together):
