@@ -344,7 +344,7 @@ def _fitted(side: _Side, fit: _Fit) -> _Read:
 
 
 def _ratio(given: Floats, wanted: Floats) -> float:
-    """Fit a factor between numbers (N, K): by least squares in rows, then their median."""
+    """Fit a factor between numbers (N, K): least squares, then the median."""
     return _middle((given * wanted).sum(axis=1) / (given**2).sum(axis=1))
 
 
