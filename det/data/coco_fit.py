@@ -438,7 +438,7 @@ def _of_image(size: Floats) -> str:
 
 
 def _in_first_pixel(placed: Placed) -> Notes:
-    """Find boxes in the first pixel of their images if most are there."""
+    """Find boxes in the first pixel, if most are there."""
     first = placed.usable & (np.abs(placed.box) <= 1.05).all(axis=1) & (placed.size.min(axis=1) >= 8)
     if first.sum() <= _MOST * placed.usable.sum():
         return {}
