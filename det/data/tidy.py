@@ -28,7 +28,7 @@ READ_KEYS = {
     "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "ignore", "segmentation"),
     "categories": ("id", "name", "frequency", "supercategory"),
 }
-UNKNOWN = -1  # stands for text that is the id of no image or category
+NO_ID = -1  # stands for text that is the id of no image or category
 LVIS_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 FLAGS = {"0": 0, "1": 1, "false": 0, "true": 1, "no": 0, "yes": 1, "f": 0, "t": 1, "n": 0, "y": 1}
 
@@ -41,13 +41,14 @@ SizeReader = Callable[[Sequence[str]], Iterable[Size | None]]
 
 @dataclass(frozen=True)
 class Tidy:
-    """A COCO content with entries at the positions of the file, and a record of the repairs.
+    """A COCO content with entries at the positions of the `file`, and a record of the repairs.
 
     `mended` has a note by kind and position. Categories at the positions `left_out` are no classes. `written` has the
     ids of images and categories as the file has them, by the number in `content`, where the two differ. If `sound`,
     keys and types of all annotations are known to be right.
     """
 
+    file: dict[str, Any]
     content: dict[str, Any]
     mended: Notes
     left_out: frozenset[int]
@@ -86,6 +87,7 @@ def tidy(
     if left_out:
         mended["root-category"] = left_out
     return Tidy(
+        content,
         {**content, "images": images, "annotations": annotations, "categories": categories},
         dict(mended),
         frozenset(left_out),
@@ -276,7 +278,7 @@ class _Annotations:
             written = entry.get(key)
             number = ids.find(written)
             if number is None:
-                entry |= {key: UNKNOWN} if isinstance(written, str) and written else {}
+                entry |= {key: NO_ID} if isinstance(written, str) and written else {}
             elif type(written) is not int or written != number:
                 entry[key] = number
                 if ids.find_id(written) is None or (number not in ids.written and type(written) is not int):
