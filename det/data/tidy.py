@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, count
+from itertools import chain, compress, count
 from operator import itemgetter
 from reprlib import repr as short
 from typing import Any
@@ -83,7 +83,8 @@ def tidy(
         odd = odd_parts(annotations, lvis, masks)
     elif not masks:
         annotations = [{key: entry[key] for key in entry if key != "segmentation"} for entry in annotations]
-    left_out = {} if lvis else _left_out(categories, {entry.get("category_id") for entry in annotations}, keep)
+    used = {number for entry in annotations if type(number := entry.get("category_id")) is int}
+    left_out = {} if lvis else _left_out(categories, used, keep)
     if left_out:
         mended["root-category"] = left_out
     return Tidy(
@@ -133,8 +134,8 @@ class _Ids:
     @cached_property
     def _by_name(self) -> dict[str, int]:
         """Numbers of entries whose name no other entry has."""
-        names = Counter(entry[self.name] for entry in self.entries if isinstance(entry.get(self.name), str))
-        unique = (entry for entry in self.entries if names.get(entry.get(self.name, 0)) == 1)
+        names = Counter(_text(entry.get(self.name)) for entry in self.entries)
+        unique = [entry for entry in self.entries if names[name := _text(entry.get(self.name))] == 1 and name]
         return {entry[self.name]: number for entry in unique if (number := self.find_id(entry.get("id"))) is not None}
 
     def find_id(self, written: Any) -> int | None:
@@ -214,25 +215,19 @@ def image_name(image: dict[str, Any]) -> Any:
     return "/".join(url.split("/")[-2:])
 
 
-def _left_out(categories: Entries, used: set[Any], keep: Collection[str]) -> dict[int, str]:
-    """Find categories without objects that name the others' group, or repeat the name of a category with objects."""
-    parents = Counter(_text(entry.get("supercategory")) for entry in categories)
-    named = {
-        entry.get("name") for entry in categories if entry.get("id") in used and isinstance(entry.get("name"), str)
-    }
-    names = Counter(_text(entry.get("name")) for entry in categories)
+def _left_out(categories: Entries, used: set[int], keep: Collection[str]) -> dict[int, str]:
+    """Find categories without objects that have a twin with objects, or name the group of all others."""
+    names, parents = ([_text(entry.get(key)) for entry in categories] for key in ("name", "supercategory"))
+    in_use = [type(entry.get("id")) is int and entry["id"] in used for entry in categories]
+    named, children = set(compress(names, in_use)), Counter(parents)
     left_out = {}
-    for at, entry in enumerate(categories):
-        name = _text(entry.get("name"))
-        if entry.get("id") in used or not name:
+    for at, (name, parent) in enumerate(zip(names, parents, strict=True)):
+        if in_use[at] or not name:
             continue
-        parent = _text(entry.get("supercategory"))
-        if parent != name and names[parent]:
-            continue  # a group within a group
-        children = parents[name] - (parent == name)
+        is_root = 0 < children[name] - (parent == name) == len(names) - 1 and (parent == name or parent not in names)
         if name in named:
             left_out[at] = f"{name!r} has no objects, and another category of this name has"
-        elif 0 < children == len(categories) - 1 and (name not in keep or names[name] > 1):
+        elif is_root and (name not in keep or names.count(name) > 1):
             left_out[at] = f"{name!r} has no objects, and is the supercategory of all others"
     return left_out
 
@@ -322,9 +317,9 @@ class _Annotations:
     def _measure(self, entries: Entries, written: Entries) -> None:
         """Read absent boxes and areas off the masks, and absent areas off the boxes."""
         rows = [at for at, entry in enumerate(entries) if _has_box(entry) is False or _lacks_area(entry)]
-        sizes = {entry.get("id"): (entry["width"], entry["height"]) for entry in self.images if _has_size(entry)}
+        sizes = {short(entry.get("id")): (entry["width"], entry["height"]) for entry in self.images if _has_size(entry)}
         masks = [_read_mask(entries[at].get("segmentation")) for at in rows]
-        shapes = np.array([sizes.get(entries[at].get("image_id"), (np.inf, np.inf)) for at in rows], float)
+        shapes = np.array([sizes.get(short(entries[at].get("image_id")), (np.inf, np.inf)) for at in rows], float)
         measured = measure_masks(masks, shapes.reshape(-1, 2))
         for row, at in enumerate(rows):
             entry, (left, top, right, bottom) = entries[at], measured.extent[row].tolist()
