@@ -55,9 +55,8 @@ NotNegative = Annotated[float, Field(ge=0, description="at least 0")]
 MoreThan0 = Annotated[float, Field(gt=0, description="greater than 0")]
 Rate = Annotated[float, Field(ge=0, lt=1, description="at least 0 and less than 1")]
 Steps = Annotated[tuple[int, ...], AfterValidator(_rising), Field(description="rising")]
-Share = Annotated[float, Field(gt=0, lt=1, strict=True)]
-Shares = Annotated[tuple[Share, ...], AfterValidator(_rising), Field(description="rising shares of 1")]
-Three = Annotated[list[float], Field(min_length=3, max_length=3, description="three numbers")]
+_Share = Annotated[float, Field(gt=0, lt=1, strict=True)]
+Shares = Annotated[tuple[_Share, ...], AfterValidator(_rising), Field(description="rising shares of 1")]
 
 
 class ConfigKeys(BaseModel):
@@ -103,7 +102,7 @@ class _Model(ConfigKeys):
     MASK_ON: bool
     KEYPOINT_ON: bool
     LOAD_PROPOSALS: Literal[False] = Field(description="False: proposals come from the detector itself")
-    PIXEL_MEAN: Three
+    PIXEL_MEAN: list[float] = Field(min_length=3, max_length=3, description="three numbers")
     PIXEL_STD: list[MoreThan0] = Field(min_length=3, max_length=3, description="three numbers greater than 0")
     ROI_HEADS: _RoiHeads
     VIT: _Vit

@@ -165,7 +165,7 @@ def _log_findings(findings: Sequence[Finding], dropped: Dropped, json_path: str 
         numbers = f"{len(dropped.images)} images and {len(dropped.annotations)} annotations{parts}"
         log.warning("%s: DATASETS.DROP leaves out %s: %s", json_path, numbers, counts[Rank.DROPPABLE])
     if counts[Rank.INFORMATION]:
-        log.info("%s: no faults, but worth knowing: %s", json_path, counts[Rank.INFORMATION])
+        log.info("%s: good to know: %s", json_path, counts[Rank.INFORMATION])
 
 
 def mask_kind(annotation: dict[str, Any]) -> str:

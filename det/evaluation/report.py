@@ -91,7 +91,9 @@ def ap_facts(results: DetectionResults, key: str, others: Sequence[str]) -> list
 
 def headline_table(results: DetectionResults) -> page.Table:
     """Show AP, AP50 and AP75 of boxes and masks."""
-    rows = [[TASKS[task], *(_bar(found[key]) for key in HEADLINE)] for task, found in results.numbers.items()]
+    rows: list[page.TableRow] = [
+        [TASKS[task], *(_bar(found[key]) for key in HEADLINE)] for task, found in results.numbers.items()
+    ]
     return page.Table(["", *HEADLINE], rows, "Average precision in percent. A full bar is 100.")
 
 

@@ -58,7 +58,7 @@ def test_patches_of_14_see_an_enlarged_image_as_before(tmp_path):
 def test_what_does_not_fit_is_refused(tmp_path):
     model = create_model("crossmae_vit_tiny_patch16", img_size=64, depth=2, decoder_depth=1)
     path = write(tmp_path / "model.safetensors", model)
-    with pytest.raises(UserError, match=r"the file holds a ViT with .*depth 2; the model expects .*depth 12"):
+    with pytest.raises(UserError, match=r"the file has a ViT with .*depth 2, but the model expects .*depth 12"):
         build_backbone("crossmae_vit_small_patch16", weights=path)
     with pytest.raises(ValueError, match="unknown model 'vit_b'; known: crossmae_vit_tiny_patch16"):
         build_backbone("vit_b")
