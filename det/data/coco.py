@@ -73,8 +73,8 @@ def register_coco(
     json_path: str | Path,
     images: str | Path,
     *,
+    masks: bool,
     for_evaluation: bool = False,
-    masks: bool = False,
     drop: Sequence[str] = (),
     keep: Collection[str] = (),
 ) -> CocoSummary:
@@ -84,8 +84,8 @@ def register_coco(
         name: name for `DATASETS.TRAIN` and `DATASETS.TEST`. An older data set of this name is replaced.
         json_path: COCO file. It is never changed.
         images: folder that contains the image files.
-        for_evaluation: also check the facts that AP needs. A file without annotations is allowed.
         masks: masks are trained or evaluated, so every annotation needs a mask. Otherwise masks are not read.
+        for_evaluation: also check the facts that AP needs. A file without annotations is allowed.
         drop: kinds of faults from `det.data.coco_kinds.DROPPABLE`. Their entries are left out and logged.
         keep: names of classes that are classes even without objects, see `tidy`.
 

@@ -273,7 +273,8 @@ class _Annotations:
             written = entry.get(key)
             number = ids.find(written)
             if number is None:
-                entry |= {key: NO_ID} if isinstance(written, str) and written else {}
+                # A number that the file does not have may be the one that stands for another id.
+                entry |= {key: NO_ID} if type(written) in (int, str) and (ids.written or type(written) is str) else {}
             elif type(written) is not int or written != number:
                 entry[key] = number
                 if ids.find_id(written) is None or (number not in ids.written and type(written) is not int):

@@ -70,9 +70,12 @@ def find_pictures(folder: Path) -> list[Path]:
 
 
 def spread_images(ground_truth: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """Choose images with objects (crowd regions excluded), or any if no image has objects, evenly spaced by id."""
+    """Choose images with objects (crowd regions excluded), evenly spaced by id.
+
+    Without annotations, all images can be chosen.
+    """
     with_objects = {a["image_id"] for a in ground_truth["annotations"] if not a.get("iscrowd", 0)}
-    entries = [entry for entry in ground_truth["images"] if entry["id"] in with_objects] or ground_truth["images"]
-    entries = sorted(entries, key=lambda entry: entry["id"])
+    empty = not ground_truth["annotations"]
+    entries = sorted((e for e in ground_truth["images"] if empty or e["id"] in with_objects), key=lambda e: e["id"])
     number = min(count, len(entries))
     return [entries[index * len(entries) // number] for index in range(number)]
