@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from html import unescape
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
@@ -55,7 +56,7 @@ _LEAST_CERTAIN = _TITLES.index("upper and lower case")  # another suffix is as l
 
 
 def _reduce(text: str, left_out: str = "") -> list[str]:
-    """Split a path into folders and the base name, in a common spelling."""
+    """Split a path into its parts, in a common spelling."""
     for title, spell in _SPELLINGS.items():
         if title != left_out:
             text = spell(text)
@@ -124,7 +125,7 @@ class _Files:
                     self.by_end["/".join([*self.own, *parts][shared:])].append(path)
 
     def best(self, name: str) -> _Fit | str:
-        """Return the only file that fits a name best, or the reason why there is none."""
+        """Find the only file that fits best, or say why not."""
         if os.path.islink(os.path.join(self.top, name)):
             return f"is a link to {printable(os.readlink(os.path.join(self.top, name)))}, which is not there"
         inside = name.removeprefix(self.top + os.sep)
@@ -157,7 +158,7 @@ class _Files:
 
 
 def _walk(top: str, folders: set[str]) -> Iterator[str]:
-    """Yield the paths of all files relative to `top`, and collect the reduced names of folders."""
+    """Yield all files relative to `top`, and collect the folders' names."""
     visited: set[str] = set()
     for parent, children, files in os.walk(top, followlinks=True):
         visited.add(os.path.realpath(parent))
@@ -173,12 +174,12 @@ def _canonical_suffix(name: str) -> str:
 
 
 def _siblings(one: str, other: str) -> bool:
-    """Check for folders with different content, such as `train` and `val`, or `set1` and `set2`."""
+    """Check for names such as `train` and `val`, or `set1` and `set2`."""
     return one != other and NUMBERS_AND_SPLITS.sub("#", one) == NUMBERS_AND_SPLITS.sub("#", other)
 
 
 def _rank(name: str, path: str, shared: int) -> int:
-    """Return the position of the least certain spelling that makes a name equal to a path, or -1."""
+    """Rank a path by the least certain spelling that it needs."""
     positions = [_TITLES.index(title) for title in _needed(name, path, shared)]
     return min(max(positions, default=-1), _LEAST_CERTAIN)
 
@@ -196,10 +197,11 @@ def _needed(name: str, path: str, shared: int) -> list[str]:
 
 
 def explain(folder: Path, name: str, path: str) -> str:
-    """Explain how a name differs from the path that was accepted for it."""
+    """Explain how a name differs from its accepted path."""
     top = os.path.abspath(folder)
     mine, theirs, own = _reduce(name), _reduce(path), _reduce(os.path.basename(top))
-    shared = next((n for n, (a, b) in enumerate(zip(mine[::-1], theirs[::-1])) if a != b), min(len(mine), len(theirs)))
+    pairs = zip(reversed(mine), reversed(theirs), strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     causes = _needed(name, path, shared)
     if os.path.isabs(name) or re.match(r"\w+:[\\/]|\\\\", name):
         causes.insert(0, "absolute paths")
@@ -213,7 +215,7 @@ def explain(folder: Path, name: str, path: str) -> str:
 
 
 def describe_moved(folder: Path, accepted: Mapping[str, str], total: int) -> str:
-    """Describe accepted names in one line: how many, an example, and how they differ.
+    """Describe accepted names in one line, with counts and causes.
 
     Args:
         total: number of missing names.
