@@ -61,7 +61,7 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report. Return 1 if a needed package is missing."""
-    summary = "Print versions, devices, attention backends, what is missing and the command that mends it."
+    summary = "Print versions, devices, attention backends, missing packages and the command that fixes each."
     argparse.ArgumentParser(prog="python -m crossmae.doctor", description=summary).parse_args(argv)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other libraries warn about deprecations at import
@@ -87,7 +87,7 @@ def print_report(sections: dict[str, list[Row]]) -> None:
             print(f"  {row.name:<{width}}  {'MISSING: ' if row.needed else ''}{row.value}")
     missing = [row for row in rows if row.needed]
     optional = [row for row in rows if row.fix and not row.needed]
-    for heading, chosen in (("needed, mend with", missing), ("optional, if you want it", optional)):
+    for heading, chosen in (("needed, fix with", missing), ("optional, if you want it", optional)):
         if chosen:
             print(f"\n{heading}")
         for fix in dict.fromkeys(row.fix for row in chosen):  # one command may fix several rows
@@ -103,7 +103,7 @@ def read_requirements() -> tuple[list[str], list[str]]:
     Raises SystemExit outside a clone of the repository.
     """
     if not (ROOT / "setup.py").is_file():
-        raise SystemExit(f"{ROOT}: holds no setup.py. Run the doctor in a clone of the repository.")
+        raise SystemExit(f"{ROOT}: no setup.py here. Run the doctor in a clone of the repository.")
     lists = {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in ast.parse((ROOT / "setup.py").read_text("utf-8")).body

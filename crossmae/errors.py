@@ -64,8 +64,7 @@ def exit_if_any(failures: Sequence[str], heading: str) -> None:
 def import_extra(module: str, what: str, extra: str = "data") -> Any:
     """Import a library of an optional extra in setup.py.
 
-    Raises:
-        UserError: If the library is not installed. The message names `what`, the feature that needs the library.
+    Raises UserError if the library is not installed. The message names `what`, the feature that needs the library.
     """
     try:
         return importlib.import_module(module)

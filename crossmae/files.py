@@ -43,19 +43,14 @@ def allow_reading(path: Path) -> None:
 def printable(name: str | Path) -> str:
     """Escape line breaks, control characters and bytes that are not UTF-8.
 
-    All printed text and all pictures show names through this function. JSON files keep the original names: see
-    `ODD_BYTES`.
+    Printed text and pictures show names through this function. JSON files keep the original names (`ODD_BYTES`).
     """
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(name))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically, with bytes that are not UTF-8 escaped.
-
-    An escape looks like \\udcff.
-    """
-    data = text.encode("utf-8", errors=ODD_BYTES)
-    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+    """Write UTF-8 text atomically, with other bytes escaped, such as \\udcff."""
+    stream_text(path, lambda file: file.write(text))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -112,9 +107,8 @@ def sha256(path: Path) -> str:
 def make_folder(folder: Path, key: str) -> None:
     """Create a folder, and test that files can be written there.
 
-    Raises:
-        UserError: If the folder cannot be created or written. The message names `key`, the config key or flag of the
-            folder.
+    Raises UserError if the folder cannot be created or written. The message names `key`, the config key or flag of the
+    folder.
     """
     probe = folder / f".write-test.{os.getpid()}"
     try:
@@ -122,16 +116,16 @@ def make_folder(folder: Path, key: str) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"{key}: cannot write in {folder}: {error.strerror}") from None
+        raise UserError(f"{key}: cannot write in {folder}: {error.strerror}. Name another folder.") from None
 
 
 def check_writable(folder: Path, key: str) -> None:
     """Check that a folder can be written, without changing the folder."""
     there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
     if not there.is_dir():
-        raise UserError(f"{key}: cannot write in {folder}: {there} is a file")
+        raise UserError(f"{key}: cannot write in {folder}: {there} is a file. Name another folder.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{key}: cannot write in {folder}: no permission in {there}")
+        raise UserError(f"{key}: cannot write in {folder}: no permission in {there}. Name another folder.")
 
 
 def _umask() -> int:
@@ -143,11 +137,7 @@ def _umask() -> int:
 def read_file(path: str | Path, shown: str = "") -> bytes:
     """Read a whole file.
 
-    Args:
-        shown: name of the file in the error message; default: the path.
-
-    Raises:
-        UserError: If the file cannot be read. The message names the file.
+    Raises UserError if the file cannot be read. The message names the file, as `shown` if given.
     """
     try:
         with open(path, "rb") as file:
@@ -159,8 +149,7 @@ def read_file(path: str | Path, shown: str = "") -> bytes:
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
-    Raises:
-        UserError: If the file does not exist or is not JSON. The message names the file and the line.
+    Raises UserError if the file does not exist or is not JSON. The message names the file and the line.
     """
     try:
         return json.loads(path.read_text("utf-8"))
@@ -170,6 +159,17 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, thousands of digits, or deeply nested lists
         raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Read the complete JSON lines of a file, [] without the file."""
+    rows = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
 
 
 def check_destination(path: Path, *, force: bool = False) -> None:

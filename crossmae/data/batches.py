@@ -93,8 +93,7 @@ class KeyedImages(Dataset[Any], ABC):
 
     Args:
         channels, bit_depth: see `crossmae.data.images`.
-        broken: "error": a broken image is an error. "substitute": the next readable image of the source replaces a
-            broken image.
+        broken: "error" raises for a broken image; "substitute" takes the next readable image of the source.
     """
 
     def __init__(
@@ -150,10 +149,6 @@ def build_loader(
 @contextmanager
 def keyed_randomness(*key: int) -> Iterator[None]:
     """Seed torch's CPU generator from a key, and restore it afterwards."""
-    generator = torch.default_generator
-    state = generator.get_state()
-    generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1)
         yield
-    finally:
-        generator.set_state(state)

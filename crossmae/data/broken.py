@@ -64,7 +64,7 @@ def read_or_next(
             if policy == "error":
                 raise
             broken.append(Broken(position, str(error)))
-    raise UserError(f"{MAX_SUBSTITUTES} images in a row cannot be read; the first: {broken[0].message}")
+    raise UserError(f"{broken[0].message.rstrip('.')}. {MAX_SUBSTITUTES} images in a row cannot be read. Repair them.")
 
 
 def find_broken(source: Source, indices: Sequence[int], channels: int = 3, bit_depth: int = 8) -> list[Broken]:
@@ -85,7 +85,7 @@ def find_broken(source: Source, indices: Sequence[int], channels: int = 3, bit_d
 def refuse_broken(broken: Sequence[Broken], key: str, advice: str = "Repair or remove what is broken.") -> None:
     """Raise a UserError that names the first broken images, if any."""
     if broken:
-        raise UserError(f"{key}: {shorten([one.message for one in broken], separator='; ')}. {advice}")
+        raise UserError(f"{key}: {shorten([one.message.rstrip('.') for one in broken], separator='; ')}. {advice}")
 
 
 def warn_of_depth(source: Source, bit_depth: int) -> None:

@@ -27,11 +27,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-from crossmae.data.tiff import DEEP, has_deep_samples, needs_tifffile, over_white, read_tiff
 from crossmae.errors import UserError, import_extra
 from crossmae.files import printable, read_file
+
+# TIFF: the files that Pillow cannot read correctly have deep colour, many channels, signed or floating-point samples.
+DEEP = "an image of more than 8 bits a channel, or of other than 1 or 3 channels,"  # needs the optional extra
+MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+BITS, PHOTOMETRIC, SAMPLES, SAMPLE_FORMAT = 258, 262, 277, 339  # TIFF tags
+WHITE_IS_ZERO, UNSIGNED, OPACITY = 0, 1, (1, 2)  # values of TIFF tags
+SAMPLES_OF_MODE = {"1": 1, "L": 1, "P": 1, "LA": 2, "PA": 2, "RGB": 3, "YCbCr": 3, "LAB": 3, "RGBA": 4, "CMYK": 4}
 
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
@@ -57,11 +63,11 @@ def decode_image(data: bytes, name: str, channels: int = 3, bit_depth: int = 8) 
     """
     name = printable(name)
     try:
-        if needs_tifffile(data, channels):
-            samples = read_tiff(data, channels)
+        if _needs_tifffile(data, channels):
+            samples = _read_tiff(data, channels)
         elif _is_deep_colour_png(data) and (bit_depth == 16 or channels not in (1, 3)):
             samples = np.asarray(import_extra("imagecodecs", DEEP).png_decode(data))
-            samples = over_white(samples) if samples.shape[-1] in (2, 4) and channels != samples.shape[-1] else samples
+            samples = _over_white(samples) if samples.shape[-1] in (2, 4) and channels != samples.shape[-1] else samples
         else:
             with Image.open(io.BytesIO(data)) as image:
                 image.load()
@@ -86,7 +92,7 @@ def is_deep(data: bytes) -> bool:
     """Check whether a file's header declares more than 8 bits per channel."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return image.mode.startswith(("I", "F")) or _is_deep_colour_png(data) or has_deep_samples(image)
+            return image.mode.startswith(("I", "F")) or _is_deep_colour_png(data) or _has_deep_samples(image)
     except Exception:  # unknown to Pillow, or broken: reading the file reports the error
         return False
 
@@ -118,11 +124,11 @@ def _as_unit_range(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:
         return pixels.astype(np.float32) / np.float32(top)
     if not np.issubdtype(pixels.dtype, np.floating):
         raise UserError(
-            f"{name}: holds {pixels.dtype} samples; expected 8 or 16 bits without sign, or floats in 0-1. Convert it."
+            f"{name}: holds {pixels.dtype} samples. Convert it to 8 or 16 bits without sign, or to floats in 0-1."
         )
     if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
         raise UserError(
-            f"{name}: floating-point samples from {pixels.min():g} to {pixels.max():g}; expected 0-1. Rescale it."
+            f"{name}: floating-point samples from {pixels.min():g} to {pixels.max():g}. Rescale them to 0-1."
         )
     return pixels.astype(np.float32)
 
@@ -135,7 +141,7 @@ def _with_channels(pixels: NDArray[np.float32], channels: int, name: str) -> NDA
         return np.repeat(pixels, 3, axis=-1)
     if held == 3 and channels == 1:
         return (pixels @ LUMA)[..., None]
-    raise UserError(f"{name}: has {held} channels, model.in_chans is {channels}")
+    raise UserError(f"{name}: has {held} channels, model.in_chans is {channels}. Convert it, or change model.in_chans.")
 
 
 def is_whole(tail: bytes) -> bool:
@@ -160,3 +166,82 @@ def parse_size(text: str, key: str) -> tuple[int, int]:
     if match is None:
         raise UserError(f"{key} {text}: expected pixels, such as 224, or 192x256 for height and width")
     return int(match[1]), int(match[2] or match[1])
+
+
+def _needs_tifffile(data: bytes, channels: int) -> bool:
+    """Check whether a file is a TIFF for `_read_tiff`, not for Pillow."""
+    if not data.startswith(MAGIC):
+        return False
+    if channels not in (1, 3):
+        return True
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            assert isinstance(image, TiffImagePlugin.TiffImageFile)
+            mode, tags = image.mode, image.tag_v2
+            bits, formats, samples = (_values(tags.get(tag, 1)) for tag in (BITS, SAMPLE_FORMAT, SAMPLES))
+            inverted = tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
+    except Exception:  # Pillow raises many kinds of errors; tifffile reports the problem
+        return True
+    if set(formats) != {UNSIGNED}:
+        return True
+    if max(bits) > 8:
+        return samples[0] > 1 or inverted or not mode.startswith("I;16")
+    return SAMPLES_OF_MODE.get(mode) != samples[0]
+
+
+def _has_deep_samples(image: Image.Image) -> bool:
+    """Check whether an image is a TIFF with over 8 bits/channel."""
+    return isinstance(image, TiffImagePlugin.TiffImageFile) and max(_values(image.tag_v2.get(BITS, 1))) > 8
+
+
+def _read_tiff(data: bytes, channels: int) -> NDArray[Any]:
+    """Read the first image, upright (H, W, C), over white.
+
+    Args:
+        channels: requested number of channels. If a file has exactly this number of pages of one size, the pages are
+            channels. Otherwise pages are frames.
+
+    Raises:
+        ValueError: If the file has CMYK, YCbCr, LAB or palette colours of more than 8 bits.
+    """
+    tifffile = import_extra("tifffile", DEEP)
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        series, page = file.series[0], file.pages[0]
+        kind = tifffile.PHOTOMETRIC(page.photometric).name
+        pixels, axes = series.asarray(), series.axes
+        orientation = int(page.tags["Orientation"].value) if "Orientation" in page.tags else 1
+        has_opacity = bool(page.extrasamples) and int(page.extrasamples[-1]) in OPACITY
+    if kind not in ("MINISBLACK", "MINISWHITE", "RGB"):
+        raise ValueError(f"a TIFF file of {kind} colours with {pixels.dtype} samples has no rule. Convert it to RGB.")
+    if pixels.ndim == 3 and axes[-1] != "S":
+        pixels = np.moveaxis(pixels, 0, -1) if pixels.shape[0] == channels or axes[0] in "SC" else pixels[0]
+    while pixels.ndim > 3:
+        pixels = pixels[0]
+    pixels = _upright(np.atleast_3d(pixels), orientation)
+    if kind == "MINISWHITE":
+        pixels = _top(pixels) - pixels
+    return _over_white(pixels) if has_opacity and pixels.shape[-1] != channels else pixels
+
+
+def _upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Undo an EXIF orientation 1 .. 8 of pixels (H, W, C)."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
+
+
+def _over_white(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Blend samples with white. The last channel is the opacity."""
+    top = _top(pixels)
+    opacity = pixels[..., -1:] / top
+    return np.asarray(pixels[..., :-1] * opacity + top * (1 - opacity)).astype(pixels.dtype)
+
+
+def _top(pixels: NDArray[Any]) -> Any:
+    return 1.0 if np.issubdtype(pixels.dtype, np.floating) else np.iinfo(pixels.dtype).max
+
+
+def _values(value: Any) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, tuple) else (value,)

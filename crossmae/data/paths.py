@@ -21,7 +21,7 @@ def match_pattern(argument: str, key: str) -> list[str]:
     """Find files by a pattern with `~` and `**`, sorted."""
     found = sorted(name for name in glob.glob(os.path.expanduser(argument), recursive=True) if os.path.isfile(name))
     if not found:
-        raise UserError(f"{key}: {argument}: no such file or folder, and no file matches it as a pattern")
+        raise UserError(f"{key}: {argument}: no such file or folder, and no file matches it as a pattern. Correct it.")
     return found
 
 
@@ -31,8 +31,7 @@ def find_images(folder: Path, key: str) -> list[str]:
     Links to folders are followed, and each real folder is searched once. Hidden files and folders are left out. The log
     counts files that are not images. Paths are strings, because millions of `Path` objects would need gigabytes.
 
-    Raises:
-        UserError: If no image is found, or a subfolder cannot be searched.
+    Raises UserError if no image is found, or a subfolder cannot be searched.
     """
     images: list[str] = []
     others: Counter[str] = Counter()
@@ -61,7 +60,7 @@ def find_images(folder: Path, key: str) -> list[str]:
 
 
 def _refuse(error: OSError) -> None:
-    raise UserError(f"{printable(error.filename)}: cannot be searched: {error.strerror}")
+    raise UserError(f"{printable(error.filename)}: cannot be searched: {error.strerror}. Change its permissions.")
 
 
 def find_inputs(arguments: Sequence[str]) -> list[Path]:

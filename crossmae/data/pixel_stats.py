@@ -17,6 +17,8 @@ from crossmae.data.sources.source import Source
 from crossmae.errors import UserError
 
 LOW_RANGE = 1 / 8  # share of the 16-bit range; 12-bit data use 1/16
+# Mean and mean square per channel, largest value, and sides of one image.
+ImageMoments = tuple[NDArray[np.float64], NDArray[np.float64], float, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class PixelStats:
 def measure(source: Source, indices: Sequence[int], channels: int, bit_depth: int, threads: int) -> PixelStats:
     """Measure the pixels of the images `indices`, at least one image."""
 
-    def look(index: int) -> tuple[NDArray[np.float64], NDArray[np.float64], float, tuple[int, int]]:
+    def look(index: int) -> ImageMoments:
         return _measure_image(decode_image(source.read(index), source.name(index), channels, bit_depth))
 
     sums, square_sums = np.zeros(channels), np.zeros(channels)
@@ -69,10 +71,7 @@ def measure(source: Source, indices: Sequence[int], channels: int, bit_depth: in
     )
 
 
-def _measure_image(
-    image: Image.Image | NDArray[Any],
-) -> tuple[NDArray[np.float64], NDArray[np.float64], float, tuple[int, int]]:
-    """Return mean, mean square, largest value and sides of an image."""
+def _measure_image(image: Image.Image | NDArray[Any]) -> ImageMoments:
     if isinstance(image, Image.Image):
         # A histogram is exact, and several times faster than computing with every pixel.
         counts = np.array(image.histogram(), dtype=np.float64).reshape(-1, 256)
@@ -93,6 +92,6 @@ def check_usable(stats: PixelStats) -> None:
     constant = [channel for channel, value in enumerate(stats.std) if value < 5e-5]  # printed as 0.0000
     if constant:
         raise UserError(
-            f"channel {', '.join(map(str, constant))} has the same value everywhere (std 0), so pixels cannot be "
-            "divided by it. Look at the images, and at model.in_chans."
+            f"channel {', '.join(map(str, constant))} has the same value everywhere (std 0). Look at the images and at "
+            "model.in_chans."
         )

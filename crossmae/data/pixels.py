@@ -51,10 +51,7 @@ def centre_view(pixels: Image.Image | Tensor, size: tuple[int, int], crop_pct: f
 
 
 def published_crop_pct(size: tuple[int, int]) -> float:
-    """Return the `crop_pct` of published evaluations for an image size.
-
-    The value is 224/256 up to 224 pixels, else 1.
-    """
+    """Return the published `crop_pct`: 224/256 up to 224 pixels, else 1."""
     return 224 / 256 if max(size) <= 224 else 1.0
 
 

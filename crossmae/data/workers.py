@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 
 log = logging.getLogger(__name__)
 
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

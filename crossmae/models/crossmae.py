@@ -43,8 +43,7 @@ class CrossMAEOutput:
 class FeatureMixer(nn.Module):
     """Learned mix of encoder feature maps, a different mix for every decoder block (paper, 3.4).
 
-    Each pair (decoder block, map) has one learned scalar, shared over tokens and channels. There is no softmax and no
-    bias.
+    Each pair (decoder block, map) has one scalar, shared over tokens and channels, without softmax and without bias.
     """
 
     def __init__(self, num_maps: int, num_mixes: int) -> None:
@@ -52,12 +51,8 @@ class FeatureMixer(nn.Module):
         self.linear = nn.Linear(num_maps, num_mixes, bias=False)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """Mix K maps (B, ...) into N contiguous maps, one per block.
-
-        The maps are stacked on the first axis. Stacked on the last axis, each mix would be a strided view, not
-        contiguous.
-        """
-        stacked = torch.stack(maps)  # (K, B, V + 1, E)
+        """Mix K maps (B, ...) into N contiguous maps, one per block."""
+        stacked = torch.stack(maps)  # (K, B, V + 1, E); stacked on the last axis, a mix would not be contiguous
         mixes = self.linear.weight.to(stacked.dtype) @ stacked.flatten(1)  # (N, B * (V + 1) * E)
         return mixes.view(-1, *stacked.shape[1:])
 
@@ -69,8 +64,7 @@ class CrossMAE(ViTEncoder):
 
     Args:
         img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio: see `ViTEncoder`.
-        decoder_embed_dim, decoder_depth, decoder_num_heads: width D, number of blocks N and number of heads of the
-            decoder.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: width D, blocks N and heads of the decoder.
         decoder: "cross" (CrossMAE), "cross_self" (the ablation that adds self-attention among predicted tokens) or
             "self" (plain MAE; see `MAE` for the arguments that it ignores).
         fuse_blocks: encoder blocks whose outputs are mixed for the decoder. None: every block. A tuple contains block
@@ -104,7 +98,7 @@ class CrossMAE(ViTEncoder):
     ) -> None:
         super().__init__(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio)
         if decoder not in DECODERS:
-            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
+            raise ValueError(f"decoder {decoder!r} is unknown. Choose one of {', '.join(DECODERS)}.")
         self.decoder, self.norm_pix_loss = decoder, norm_pix_loss
         self.fused_blocks = resolve_blocks(fuse_blocks, depth)
         self.fuse_input = fuse_input and bool(self.fused_blocks)
@@ -144,9 +138,8 @@ class CrossMAE(ViTEncoder):
         | `cls_token`, `mask_token`                 | normal, standard deviation 0.02                     |
         | `pos_embed`, `decoder_pos_embed`          | sine-cosine, fixed                                  |
 
-        For the mixing weights, the paper states a normal distribution with standard deviation 1 / sqrt(K). The
-        published code overwrites these values with Xavier uniform values, and every released checkpoint started from
-        Xavier uniform. This function also uses Xavier uniform.
+        For the mixing weights, the paper states a normal distribution with standard deviation 1 / sqrt(K). Every
+        released checkpoint started from Xavier uniform values, and so does this model.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -186,10 +179,9 @@ class CrossMAE(ViTEncoder):
         return predict_ratio
 
     def encode(self, imgs: Tensor, visible_idx: Tensor | None = None) -> list[Tensor]:
-        """Encode the context of each decoder block.
+        """Encode the context (B, V + 1, E) of each decoder block.
 
-        Mixed contexts are not normalised yet. Without fusion, all N contexts are the output of the last block after
-        `norm`.
+        Without fusion, every context is the output of the last block after `norm`.
         """
         tokens = self.embed(imgs, visible_idx)
         if not self.fused_blocks:
@@ -205,7 +197,7 @@ class CrossMAE(ViTEncoder):
         return CrossMAEOutput(self.loss(pred, imgs, predict_idx), pred, visible_idx, predict_idx)
 
     def decode(self, contexts: list[Tensor], predict_idx: Tensor) -> Tensor:
-        """Predict patches (B, M) as (B, M, P), by cross-attention only.
+        """Predict patches (B, M) as (B, M, P).
 
         With decoder="cross", the prediction of a patch does not depend on the other decoded patches (1.4).
         """
@@ -253,43 +245,30 @@ class MAE(CrossMAE):
         self, imgs: Tensor, contexts: list[Tensor], visible_idx: Tensor, predict_idx: Tensor
     ) -> CrossMAEOutput:
         """Decode all patches, and compute the loss of patches predict_idx (B, M)."""
-        pred = self.decode_all(contexts[-1], visible_idx)
-        loss = self.loss(gather_tokens(pred, predict_idx), imgs, predict_idx)
-        every_idx = torch.arange(self.num_patches, device=pred.device).expand(len(pred), -1)
-        return CrossMAEOutput(loss, pred, visible_idx, every_idx)
-
-    def decode_all(self, latent: Tensor, visible_idx: Tensor) -> Tensor:
-        """Predict all patches (B, L, P) by self-attention over all tokens.
-
-        The latent (B, V + 1, E) contains the class token and the visible tokens.
-        """
-        x = self.decoder_embed(latent)  # (B, V + 1, D)
+        x = self.decoder_embed(contexts[-1])  # (B, V + 1, D): class token and visible tokens
         B, _, D = x.shape
         where = visible_idx.unsqueeze(-1).expand(-1, -1, D)
         masked = self.mask_token.to(x.dtype).expand(B, self.num_patches, D)
         x = torch.cat([x[:, :1], masked.scatter(1, where, x[:, 1:])], dim=1) + self.decoder_pos_embed  # (B, L + 1, D)
         for block in self.decoder_blocks:
             x = self.run_block(block, x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        pred = self.decoder_pred(self.decoder_norm(x))[:, 1:]  # (B, L, P)
+        loss = self.loss(gather_tokens(pred, predict_idx), imgs, predict_idx)
+        every_idx = torch.arange(self.num_patches, device=pred.device).expand(B, -1)
+        return CrossMAEOutput(loss, pred, visible_idx, every_idx)
 
 
-# Arguments of `CrossMAE` with their defaults, in order.
-MODEL_DEFAULTS: dict[str, Any] = {
-    name: argument.default
-    for name, argument in inspect.signature(CrossMAE.__init__).parameters.items()
-    if name != "self"
-}
+# Arguments of `CrossMAE` with their defaults, in order, without `self`.
+_, *_arguments = inspect.signature(CrossMAE.__init__).parameters.values()
+MODEL_DEFAULTS: dict[str, Any] = {argument.name: argument.default for argument in _arguments}
 
 
 def create_model(name: str, **overrides: Any) -> CrossMAE:
     """Build a model by name, for example `create_model("crossmae_vit_base_patch16", img_size=448)`.
 
-    Args:
-        name: a name from `list_models()`.
-        overrides: arguments of `CrossMAE` that replace the arguments of the named size.
+    `list_models()` has the names. The overrides replace arguments of `CrossMAE` that belong to the named size.
 
-    Raises:
-        ValueError: If the name is unknown. The message lists the known names.
+    Raises ValueError if the name is unknown. The message lists the known names.
     """
     return CrossMAE(**model_arguments(name) | overrides)
 
@@ -297,19 +276,16 @@ def create_model(name: str, **overrides: Any) -> CrossMAE:
 def resolve_blocks(blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
     """Convert the blocks to fuse to ascending non-negative indices.
 
-    Raises:
-        ValueError: If an index is outside -depth .. depth - 1, or a block is named twice.
+    Raises ValueError if an index is outside -depth .. depth - 1, or a block is named twice.
     """
     if blocks is None:
         return tuple(range(depth))
     wrong = [index for index in blocks if not -depth <= index < depth]
     if wrong:
-        raise ValueError(
-            f"fuse_blocks {tuple(blocks)}: {wrong} not in -{depth} .. {depth - 1}; there are {depth} blocks"
-        )
+        raise ValueError(f"fuse_blocks {wrong}: there are {depth} blocks. Choose indices from -{depth} to {depth - 1}.")
     resolved = sorted(index % depth for index in blocks)
     if len(set(resolved)) < len(resolved):
-        raise ValueError(f"fuse_blocks {tuple(blocks)} names a block twice; counted from the start: {tuple(resolved)}")
+        raise ValueError(f"fuse_blocks {tuple(blocks)} names a block twice, as {resolved}. Name each block once.")
     return tuple(resolved)
 
 

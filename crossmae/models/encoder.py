@@ -21,18 +21,17 @@ ENCODER_PREFIXES = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
 def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
     """Count the rows and columns of patches in an image.
 
-    Raises:
-        ValueError: If a side is not a positive multiple of the patch size. The message names the nearest valid sizes.
+    Raises ValueError if a side is not a positive multiple of the patch size. The message names the nearest valid sizes.
     """
     sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if len(sides) != 2:
-        raise ValueError(f"img_size must be one number or (height, width), got {img_size!r}")
+        raise ValueError(f"img_size {img_size!r} is not a size. Give one number or (height, width).")
     for side in sides:
         if side < patch_size or side % patch_size:
             lower = max(side // patch_size, 1) * patch_size
             raise ValueError(
-                f"img_size {img_size} is not a multiple of patch_size {patch_size}; "
-                f"the nearest valid sizes are {lower} and {lower + patch_size}"
+                f"img_size {img_size} is not a multiple of patch_size {patch_size}. "
+                f"Choose a multiple: the nearest valid sizes are {lower} and {lower + patch_size}."
             )
     return sides[0] // patch_size, sides[1] // patch_size
 
@@ -62,8 +61,7 @@ class ViTEncoder(nn.Module):
         self.patch_size, self.in_chans, self.embed_dim, self.depth = patch_size, in_chans, embed_dim, depth
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        # A parameter without gradient: part of the state dict, as published, but not changed by the
-        # optimizer.
+        # A parameter without gradient: part of the state dict, as published, but not changed by the optimizer.
         self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, self.grid), requires_grad=False)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.activation_checkpointing = False
@@ -73,20 +71,24 @@ class ViTEncoder(nn.Module):
         """Number of patches of one image, L."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return self.grid[0] * self.patch_size, self.grid[1] * self.patch_size
+
     def embed(self, imgs: Tensor, visible_idx: Tensor | None = None) -> Tensor:
-        """Embed images (B, C, H, W) as tokens for the first block.
+        """Embed images as tokens (B, V + 1, E), class token first.
 
         Args:
-            imgs: normalised pixels of the image size that the model was built for.
+            imgs: (B, C, H, W) normalised pixels of the image size that the model was built for.
             visible_idx: (B, V) patches to keep, in the given order; None: all patches in raster order.
-
-        Returns:
-            (B, V + 1, E), the class token first.
         """
         B, C, H, W = imgs.shape
-        expected = (self.in_chans, self.grid[0] * self.patch_size, self.grid[1] * self.patch_size)
+        expected = (self.in_chans, *self.img_size)
         if expected != (C, H, W):
-            raise ValueError(f"the model was built for images of (channels, height, width) {expected}, got {(C, H, W)}")
+            raise ValueError(
+                f"images of (channels, height, width) {(C, H, W)} do not fit the model. It needs {expected}."
+            )
         tokens = self.patch_embed(imgs).flatten(1, 2) + self.pos_embed[:, 1:]  # (B, L, E)
         cls_token = self.cls_token + self.pos_embed[:, :1]  # zeros, unless the position embeddings were learned
         if visible_idx is not None:
@@ -94,14 +96,11 @@ class ViTEncoder(nn.Module):
         return torch.cat([cls_token.expand(B, -1, -1).to(tokens.dtype), tokens], dim=1)
 
     def features(self, tokens: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-        """Run the blocks and collect the outputs of the chosen blocks.
+        """Run the blocks, and collect the outputs (B, V + 1, E).
 
         Args:
             tokens: (B, V + 1, E) from `embed`.
-            blocks: ascending indices of the chosen blocks.
-
-        Returns:
-            One (B, V + 1, E) tensor per chosen block.
+            blocks: ascending indices of the blocks whose outputs are collected.
         """
         maps = []
         for index, block in enumerate(self.blocks[: blocks[-1] + 1]):

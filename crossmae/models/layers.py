@@ -110,4 +110,6 @@ class CrossBlock(nn.Module):
 
 def _check_heads(dim: int, num_heads: int) -> None:
     if dim % num_heads:
-        raise ValueError(f"a width of {dim} cannot be split over {num_heads} attention heads")
+        raise ValueError(
+            f"a width of {dim} cannot be split over {num_heads} attention heads. Choose a divisor of {dim}."
+        )

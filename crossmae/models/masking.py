@@ -17,8 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Rounding tolerance: 100 * (1 - 0.9) = 9.999999999999998 counts as 10, as in decimal arithmetic.
-ROUNDING = 1e-6
+ROUNDING = 1e-6  # tolerance: 100 * (1 - 0.9) = 9.999999999999998 counts as 10, as in decimal arithmetic
 
 
 class MaskCounts(NamedTuple):
@@ -33,32 +32,26 @@ def mask_counts(num_patches: int, mask_ratio: float, predict_ratio: float) -> Ma
     """Convert the two ratios, both shares of *all* patches, to counts.
 
     visible = floor(L * (1 - mask_ratio)) and dropped = floor(L * (mask_ratio - predict_ratio)). All remaining patches
-    are predicted, as published. Ratios are computed as decimal numbers: a mask ratio of 0.9 keeps 10 of 100 patches.
-    The binary arithmetic of the published code keeps 9.
+    are predicted, as published. A mask ratio of 0.9 keeps 10 of 100 patches. The published binary arithmetic keeps 9.
 
-    Raises:
-        ValueError: If a ratio is outside [0, 1], more patches are predicted than masked, or no patch is visible or
-            predicted.
+    Raises ValueError if a ratio is outside [0, 1], more patches are predicted than masked, or no patch is visible or
+    predicted.
     """
     for name, value in (("mask_ratio", mask_ratio), ("predict_ratio", predict_ratio)):
         if not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name} must be between 0 and 1 (a share of all patches), got {value}")
+            raise ValueError(f"{name} {value} is not a share of all patches. Give a number between 0 and 1.")
     if predict_ratio > mask_ratio:
-        raise ValueError(
-            f"predict_ratio {predict_ratio} exceeds mask_ratio {mask_ratio}: only masked patches can be "
-            "predicted, and both are shares of all patches"
-        )
+        raise ValueError(f"predict_ratio {predict_ratio} exceeds mask_ratio {mask_ratio}. Predict masked patches only.")
     visible = int(num_patches * (1 - mask_ratio) + ROUNDING)
     dropped = int(num_patches * (mask_ratio - predict_ratio) + ROUNDING)
-    counts = MaskCounts(visible, dropped, num_patches - visible - dropped)
+    predicted = num_patches - visible - dropped
     # predict_ratio 0 predicts no patch, even if rounding would leave one.
-    if counts.visible < 1 or counts.predicted < 1 or predict_ratio == 0:
+    if visible < 1 or predicted < 1 or predict_ratio == 0:
         raise ValueError(
-            f"mask_ratio {mask_ratio} and predict_ratio {predict_ratio} split {num_patches} patches into "
-            f"{counts.visible} visible, {counts.dropped} dropped and {counts.predicted} predicted; "
-            "at least one visible and one predicted patch are needed"
+            f"mask_ratio {mask_ratio} and predict_ratio {predict_ratio} split {num_patches} patches into {visible} "
+            f"visible, {dropped} dropped and {predicted} predicted. Leave at least one visible and one predicted patch."
         )
-    return counts
+    return MaskCounts(visible, dropped, predicted)
 
 
 def split_patches(noise: Tensor, counts: MaskCounts) -> tuple[Tensor, Tensor]:
@@ -72,7 +65,9 @@ def split_patches(noise: Tensor, counts: MaskCounts) -> tuple[Tensor, Tensor]:
         in raster order.
     """
     if noise.ndim != 2 or noise.shape[1] != sum(counts):
-        raise ValueError(f"noise must have shape (batch, {sum(counts)}), got {tuple(noise.shape)}")
+        raise ValueError(
+            f"noise of shape {tuple(noise.shape)} does not fit. Give (batch, {sum(counts)}), one value per patch."
+        )
     order = torch.argsort(noise, dim=1, stable=True)
     predict_idx = order[:, counts.visible + counts.dropped :].sort(dim=1).values
     return order[:, : counts.visible], predict_idx

@@ -92,7 +92,7 @@ class ProbeConfig(ConfigSection):
     @model_validator(mode="after")
     def _both(self) -> ProbeConfig:
         if (self.train is None) != (self.val is None):
-            raise ValueError("the probe needs both, probe.train and probe.val")
+            raise ValueError("the probe needs both, probe.train and probe.val. Give the other, too")
         return self
 
 
@@ -115,7 +115,7 @@ class HealthConfig(ConfigSection):
     @model_validator(mode="after")
     def _named(self) -> HealthConfig:
         if self.band and not self.measured_on:
-            raise ValueError("a band needs measured_on, what it was measured on")
+            raise ValueError("a band needs measured_on. Name the data and the machine that it was measured on")
         return self
 
 

@@ -33,8 +33,7 @@ NORM_PIX_NOTE = "Each predicted patch is given the true patch's mean and deviati
 def to_display(pixels: Tensor) -> Tensor:
     """Convert pixels (B, C, H, W) to RGB (B, 3, H, W).
 
-    One channel is shown as grayscale. Two channels are shown as red and green. With three or more channels, the first
-    three are shown.
+    One channel is shown as grayscale, two channels as red and green. Of more channels, the first three are shown.
     """
     B, C, H, W = pixels.shape
     if C == 1:
@@ -67,10 +66,7 @@ def panel_rows(panels: Panels) -> dict[str, Tensor]:
 
 
 def brightening(panels: Panels) -> float:
-    """Return the brightness factor for display, above 1 for dark images.
-
-    Dark images are, for example, 12-bit data.
-    """
+    """Return the brightness factor, above 1 for dark (12-bit) images."""
     brightest = float(panels.input.max())
     return 1 / brightest if 0 < brightest < DARK else 1.0
 
@@ -140,10 +136,7 @@ def fused_map_names(model: CrossMAE) -> list[str]:
 
 
 def whole_scale(height: int, width: int, target: int) -> float:
-    """Compute a scale that brings an image close to `target` pixels.
-
-    The scale is an integer for enlarging, and a fraction below 1 for shrinking.
-    """
+    """Compute a scale to about `target` pixels, an integer if enlarging."""
     side = max(height, width)
     return target / side if side > 1.5 * target else max(round(target / side), 1)
 

@@ -32,7 +32,6 @@ from crossmae.files import make_folder, printable, read_file, write_atomically, 
 from crossmae.models.crossmae import CrossMAE
 from crossmae.pretraining.figures import image_figure, panel_rows, reconstruction_figure, whole_scale
 from crossmae.pretraining.reconstruction import Panels, psnr, reconstruct
-from crossmae.pretraining.validation import model_size
 from crossmae.reports.figures import save_figure
 
 SHEET = 8  # images per overview and per batch
@@ -78,7 +77,7 @@ def load_images(paths: Sequence[Path], pretrained: Pretrained, seed: int) -> tup
     for path in paths:
         data = read_file(path)
         decoded = decode_pixels(data, str(path), model.in_chans, pretrained.bit_depth)
-        pixels.append(to_unit_range(centre_view(decoded, model_size(model))))
+        pixels.append(to_unit_range(centre_view(decoded, model.img_size)))
         key = int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
         noise.append(np.random.default_rng([seed, key]).random(model.num_patches, dtype=np.float32))
     return torch.stack(pixels), torch.from_numpy(np.stack(noise))
@@ -174,8 +173,7 @@ def animation_frame(panels: Panels, mask_ratio: float, decibels: float) -> Image
 def save_gif(frames: Sequence[Image.Image], path: Path) -> None:
     """Write a GIF that plays forward and backward.
 
-    All frames share one palette, computed from all frames. Frames are not dithered, so that parts without motion do not
-    flicker.
+    All frames share one palette and are not dithered, so that parts without motion do not flicker.
     """
     montage = Image.new("RGB", (frames[0].width, frames[0].height * len(frames)))
     for index, frame in enumerate(frames):
@@ -231,13 +229,11 @@ def _refuse_to_overwrite(output: Path, names: Sequence[str], animated: bool, for
 
 def _write_numbers(path: Path, pretrained: Pretrained, results: Sequence[Result], mask_ratio: float, seed: int) -> None:
     model = pretrained.model
-    rows = [
-        {key: None if value in (math.inf, -math.inf) else value for key, value in asdict(result).items()}
-        for result in results
-    ]
+    infinite = (math.inf, -math.inf)
+    rows = [{key: None if value in infinite else value for key, value in asdict(one).items()} for one in results]
     record = {
         "weights": str(pretrained.path),
-        "img_size": list(model_size(model)),
+        "img_size": list(model.img_size),
         "norm_pix_loss": model.norm_pix_loss,
         "assumed": list(pretrained.assumed),
         "mask_ratio": mask_ratio,

@@ -43,8 +43,7 @@ def start_from(model: CrossMAE, path: Path, arguments: Mapping[str, Any], data: 
     Position embeddings, patch filters and channels are converted to the size of the model: see
     `crossmae.checkpoints.load`.
 
-    Raises:
-        UserError: If the encoders differ in more than their input. No weights have been loaded then.
+    Raises UserError if the encoders differ in more than their input. No weights have been loaded then.
     """
     weights = read_weights(path)
     compare_pixels(weights, data)

@@ -29,7 +29,7 @@ def pool_tokens(tokens: Tensor, pool: FeaturePool) -> Tensor:
         pool: "avg": mean of the patch tokens (B, E); "cls": class token (B, E); "cls_avg": both concatenated (B, 2 E).
     """
     if pool not in get_args(FeaturePool):
-        raise ValueError(f"pool must be one of {', '.join(get_args(FeaturePool))}, got {pool!r}")
+        raise ValueError(f"pool: {pool!r} is unknown. Choose one of {', '.join(get_args(FeaturePool))}.")
     if pool == "cls":
         return tokens[:, 0]
     mean = tokens[:, 1:].mean(dim=1)
@@ -39,19 +39,17 @@ def pool_tokens(tokens: Tensor, pool: FeaturePool) -> Tensor:
 def encode_tokens(encoder: ViTEncoder, imgs: Tensor) -> Tensor:
     """Encode images with the last trained block: (B, L + 1, E).
 
-    With fusion, the last trained block is the last fused block: later blocks never run and have random weights. The
-    decoder reads the block's output without a norm, so no norm is applied here. A model without fusion, including
-    decoder="self", ends with `norm`, which is applied. A bare encoder returns the output of its last block.
+    With fusion, the last trained block is the last fused block, whose output the decoder reads without a norm. A model
+    without fusion, including decoder="self", ends with `norm`, which is applied. A bare encoder has no norm.
 
     Args:
         imgs: (B, C, H, W) normalised pixels, every patch visible.
     """
     tokens = encoder.embed(imgs)
-    if not isinstance(encoder, CrossMAE):
-        return encoder.features(tokens, [encoder.depth - 1])[0]
-    if encoder.fused_blocks:
+    if isinstance(encoder, CrossMAE) and encoder.fused_blocks:
         return encoder.features(tokens, encoder.fused_blocks[-1:])[0]
-    return encoder.norm(encoder.features(tokens, [encoder.depth - 1])[0])
+    (last,) = encoder.features(tokens, [encoder.depth - 1])
+    return encoder.norm(last) if isinstance(encoder, CrossMAE) else last
 
 
 @torch.no_grad()

@@ -45,9 +45,8 @@ class Panels:
 def reconstruct(model: CrossMAE, pixels: Tensor, mask_ratio: float, noise: Tensor, normalize: Normalize) -> Panels:
     """Predict every masked patch and undo both normalisations.
 
-    With `norm_pix_loss`, the model predicts standardised patches. Each patch is scaled back with the mean and deviation
-    of the true patch. Brightness and contrast then come from the true patch, and only the structure comes from the
-    model.
+    With `norm_pix_loss`, each predicted patch is scaled back with the mean and deviation of the true patch. Brightness
+    and contrast then come from the true patch, and only the structure comes from the model.
 
     Args:
         pixels: (B, C, H, W), uint8 or float32 in 0-1.
@@ -78,9 +77,8 @@ def reconstruct(model: CrossMAE, pixels: Tensor, mask_ratio: float, noise: Tenso
 def psnr(panels: Panels) -> tuple[Tensor, Tensor]:
     """Measure the PSNR of reconstructions, pixels clipped to 0-1, peak 1.
 
-    The published values (method specification, section 2.5) are for masked patches. With `norm_pix_loss`, the true
-    statistics of each patch are part of the reconstruction. Models with and without `norm_pix_loss` therefore cannot be
-    compared.
+    The published values (method specification, section 2.5) are for masked patches. Models with and without
+    `norm_pix_loss` cannot be compared, because `norm_pix_loss` gives away the true statistics of each patch.
 
     Returns:
         PSNR in dB, two tensors (B,) float64, infinite for a perfect match. The first is over the pixels of masked

@@ -28,11 +28,11 @@ from crossmae.errors import UserError
 from crossmae.files import check_writable
 from crossmae.models.crossmae import MAE, CrossMAE
 from crossmae.models.sizes import model_arguments
-from crossmae.pretraining.config import OptimConfig, PretrainConfig
+from crossmae.pretraining.config import PretrainConfig
 from crossmae.pretraining.figures import fused_map_names, fusion_figure, reconstruction_figure
 from crossmae.pretraining.images import PretrainImages, collate_pretraining
 from crossmae.pretraining.initial_weights import build_model, start_from
-from crossmae.pretraining.validation import Health, HeldOut, Neighbours, model_size
+from crossmae.pretraining.validation import Health, HeldOut, Neighbours
 from crossmae.training.config import DataConfig
 from crossmae.training.devices import describe_place
 from crossmae.training.log import RunLog, announce_steps
@@ -44,24 +44,14 @@ from crossmae.training.state import TrainingState
 
 log = logging.getLogger(__name__)
 
-# Factor on the learning rate. "published": method specification, 1.9. "none" and "inverse" are alternatives in the
-# published code.
-LR_RULES = {
-    "published": lambda mask, predict: predict / mask,
-    "none": lambda mask, predict: 1.0,
-    "inverse": lambda mask, predict: mask / predict,
-}
-
 
 def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
     """Train a model and return the file of its final weights.
 
-    Reads every key of `PretrainConfig`. `crossmae.pretraining.initial_weights` describes the initial weights,
-    `crossmae.training.loop.train` describes training in several processes.
+    See `crossmae.pretraining.initial_weights` for the first weights, `crossmae.training.loop.train` for processes.
 
-    Raises:
-        UserError: If the data are bad, the folder is in use by another run, settings contradict each other, or the loss
-            is not finite.
+    Raises UserError if the data are bad, the folder is in use by another run, settings contradict each other, or the
+    loss is not finite.
     """
     return train(config, partial(build_job, config, resume))
 
@@ -78,7 +68,8 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
     images, batches = open_images(data, model, optim.batch_size, seed, ranks)
     source = images.source
     predict_ratio = model.scored_ratio(mask_ratio, config.model.predict_ratio)
-    schedule = make_schedule(batches, optim, config.schedule, LR_RULES[optim.lr_rule](mask_ratio, predict_ratio))
+    factor, rule = lr_factor(optim.lr_rule, mask_ratio, predict_ratio)
+    schedule = make_schedule(batches, optim, config.schedule, factor)
     # The initial weights: a checkpoint of this run, given weights, or random weights.
     fingerprint = config.fingerprint(schedule.images, precision, ranks.world_size)
     start = find_start(config.output_dir, resume)
@@ -110,7 +101,8 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
         log.info("%d patches per image: %d visible, %d dropped, %d predicted", *counts)
         for reason, keys in config.ignored(isinstance(model, MAE), source.groups is not None).items():
             log.info("ignored, because %s: %s", reason, ", ".join(keys))
-        announce_steps(schedule, step, lr_rule(optim, schedule.images_per_step, mask_ratio, predict_ratio))
+        computed = f"base_lr {optim.base_lr:g} * {schedule.images_per_step} / 256{rule}"
+        announce_steps(schedule, step, "optim.lr" if optim.lr else computed)
 
     return Job(
         word="pretrain",
@@ -137,7 +129,7 @@ def open_images(
     source = open_named(data.train, "data.train", data.root)
     if ranks.is_main:
         warn_of_depth(source, data.bit_depth)
-    crop = (model_size(model), model.num_patches, data.crop_scale, data.flip)
+    crop = (model.img_size, model.num_patches, data.crop_scale, data.flip)
     images = PretrainImages(source, *crop, seed, model.in_chans, data.bit_depth, data.broken)
     order = (ranks.rank, ranks.world_size, source.groups, data.shuffle_shards)
     return images, BatchPlan(len(source), batch_size, seed, *order)
@@ -202,7 +194,10 @@ class Judges(Callbacks):
             if probe and self.neighbours:
                 values[f"knn_accuracy{suffix}"] = self.neighbours.accuracy(model)
         if not all(map(math.isfinite, values.values())):
-            raise UserError(f"at step {state.step} the held-out loss is not finite; the last checkpoint stays")
+            raise UserError(
+                f"data.val: the held-out loss at step {state.step} is not finite. The last checkpoint stays. Lower "
+                "optim.base_lr, or set optim.clip_grad."
+            )
         if values:
             records.announce(state.step, values)
 
@@ -253,16 +248,17 @@ def build_judges(
     )
 
 
-def lr_rule(optim: OptimConfig, images_per_step: int, mask_ratio: float, predict_ratio: float) -> str:
-    """Describe how the peak learning rate is computed."""
-    if optim.lr:
-        return "optim.lr"
-    factors = {
-        "published": f" * {predict_ratio:g} / {mask_ratio:g} (lr_rule published: predict / mask ratio)",
-        "none": " (lr_rule none)",
-        "inverse": f" * {mask_ratio:g} / {predict_ratio:g} (lr_rule inverse: mask / predict ratio)",
-    }
-    return f"base_lr {optim.base_lr:g} * {images_per_step} / 256{factors[optim.lr_rule]}"
+def lr_factor(rule: str, mask_ratio: float, predict_ratio: float) -> tuple[float, str]:
+    """Return the factor of `optim.lr_rule` on the learning rate, and its arithmetic.
+
+    "published": method specification, 1.9. "none" and "inverse" are alternatives in the published code.
+    """
+    if rule == "none":
+        return 1.0, " (lr_rule none)"
+    above, below, ratio = predict_ratio, mask_ratio, "predict / mask"
+    if rule == "inverse":
+        above, below, ratio = mask_ratio, predict_ratio, "mask / predict"
+    return above / below, f" * {above:g} / {below:g} (lr_rule {rule}: {ratio} ratio)"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

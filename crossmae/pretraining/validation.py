@@ -55,8 +55,7 @@ class HeldOut:
     def loss(self, model: CrossMAE, autocast: torch.autocast) -> float:
         """Compute the mean loss over all masked patches of all images.
 
-        All masked patches are predicted, independent of the predict ratio. Runs with the same mask ratio can therefore
-        be compared.
+        All masked patches are predicted, so that runs with different predict ratios can be compared.
         """
         device, was_training = self.normalize.mean.device, model.training
         model.eval()
@@ -91,8 +90,8 @@ class Neighbours:
     ) -> None:
         if train.classes != val.classes or not train.classes:
             raise UserError(
-                f"probe.train has the classes {_named(train.classes)}, probe.val {_named(val.classes)}. "
-                "Give both the same ones: a folder for each class, or labels in the list."
+                f"probe.train: the classes are {_named(train.classes)}, but {_named(val.classes)} in probe.val. Give "
+                "both the same classes: a folder for each class, or labels in the list."
             )
         self.normalize, self.batch_size, self.settings = normalize, batch_size, settings
         self.num_classes, k = len(train.classes), settings.k
@@ -102,7 +101,7 @@ class Neighbours:
             self.views.append(load_views(source, indices, model, bit_depth, "probe"))
             self.labels.append(torch.tensor([source.label(index) for index in indices]))
         if k > len(self.views[0]):
-            raise UserError(f"probe.k: {k} neighbours of {len(self.views[0])} images in probe.train")
+            raise UserError(f"probe.k: {k} neighbours of {len(self.views[0])} images in probe.train. Lower it.")
 
     def accuracy(self, model: CrossMAE) -> float:
         """Compute the share of probe.val images that are classified correctly."""
@@ -124,24 +123,20 @@ def load_views(
     broken: Literal["error", "substitute"] = "error",
 ) -> Tensor:
     """Read centre views (N, C, H, W), uint8 or float32 in 0-1."""
-    size, channels = model_size(model), model.in_chans
 
     def view(index: int) -> Tensor:
-        return centre_view(read_or_next(source, index, channels, bit_depth, broken)[0], size)
+        return centre_view(read_or_next(source, index, model.in_chans, bit_depth, broken)[0], model.img_size)
 
     # Filled in place, because stacking a list would need twice the memory.
-    views = torch.empty(len(indices), channels, *size, dtype=torch.uint8 if bit_depth == 8 else torch.float32)
+    views = torch.empty(
+        len(indices), model.in_chans, *model.img_size, dtype=torch.uint8 if bit_depth == 8 else torch.float32
+    )
     try:
         for position, one in enumerate(map_in_order(view, indices, bar=f"read {key}")):
             views[position] = one
     except UserError as error:
-        raise UserError(f"{key}: {error}. {NEVER_REPLACED}") from None
+        raise UserError(f"{key}: {str(error).rstrip('.')}. {NEVER_REPLACED}") from None
     return views
-
-
-def model_size(model: CrossMAE) -> tuple[int, int]:
-    """Return the height and width of the model's images in pixels."""
-    return model.grid[0] * model.patch_size, model.grid[1] * model.patch_size
 
 
 def fixed_noise(index: int, num_patches: int) -> Tensor:
@@ -185,15 +180,15 @@ class Health:
         was_above, self.is_above = self.is_above, limits is not None and loss > limits[1]
         if self.is_above and not was_above and limits is not None:
             found.append(
-                f"health: the loss, {loss:.3f} at {share:.0%} of the schedule, is above the band "
-                f"{limits[0]:.3f} to {limits[1]:.3f} that this recipe showed on {self.measured_on}"
+                f"health: the loss, {loss:.3f} at {share:.0%} of the schedule, is above the band {limits[0]:.3f} to "
+                f"{limits[1]:.3f} that this recipe showed on {self.measured_on}"
             )
         ceiling = MOVED * min(first, 1.0 if self.normalised else first)
         was_stuck, self.is_stuck = self.is_stuck, share >= self.settled and loss > ceiling
         if self.is_stuck and not was_stuck:
             found.append(
                 f"health: the loss did not move: {first:.3f} at first, {loss:.3f} at {share:.0%} of the schedule"
-                + (" (1 is what predicting each patch's mean costs)" if self.normalised else "")
+                + (" (predicting each patch's mean gives 1)" if self.normalised else "")
                 + ". Check the learning rate, and whether the reconstructions show anything"
             )
         return found

@@ -42,13 +42,12 @@ class Fact:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as data URI, with its size in CSS pixels and a short visible label."""
+    """An image as data URI, with its size in CSS pixels."""
 
     source: str
     width: int
     height: int
     alt: str
-    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ def _side_by_side(blocks: Sequence[PageBlock]) -> list[list[PageBlock]]:
 
 
 def embed_image(
-    image: NDArray[np.uint8] | Image.Image, *, alt: str, label: str = "", density: float = 1.0, lossless: bool = False
+    image: NDArray[np.uint8] | Image.Image, *, alt: str, density: float = 1.0, lossless: bool = False
 ) -> Picture:
     """Encode an RGB image as a picture inside the page.
 
@@ -190,7 +189,7 @@ def embed_image(
     buffer, kind = io.BytesIO(), "png" if lossless else "jpeg"
     picture.save(buffer, kind, optimize=True, **({} if lossless else {"quality": 86, "subsampling": 0}))
     source = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
-    return Picture(source, round(picture.width / density), round(picture.height / density), alt, label)
+    return Picture(source, round(picture.width / density), round(picture.height / density), alt)
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
@@ -199,10 +198,7 @@ def counted(number: int, noun: str, plural: str = "") -> str:
 
 
 def percent(share: float | None, digits: int = 1, unit: str = PERCENT) -> str:
-    """Format a share as percent, or as a dash if undefined.
-
-    A share of 1 is 100 %.
-    """
+    """Format a share as percent, or as a dash if undefined."""
     return "-" if share is None or math.isnan(share) else f"{100 * share:.{digits}f}{unit}"
 
 
@@ -213,10 +209,7 @@ def bar(share: float | None, digits: int = 1, unit: str = PERCENT) -> Bar:
 
 
 def folded(command: str) -> str:
-    """Break a long shell command into lines that can be pasted.
-
-    Each line starts with an option or a `key=value` word.
-    """
+    """Break a long shell command before each option or `key=value` word."""
     if len(command) <= LONGEST_COMMAND:
         return command
     lines: list[list[str]] = [[]]

@@ -31,8 +31,7 @@ class FileContent(BaseModel):
     def read(cls: type[C], path: Path) -> C:
         """Read a JSON file.
 
-        Raises:
-            UserError: If the content has a wrong structure. The message names the file and the first wrong key.
+        Raises UserError if the content has a wrong structure. The message names the file and the first wrong key.
         """
         content = read_json(path)
         if not isinstance(content, dict):
@@ -57,10 +56,7 @@ class LoggedNumbers:
         return [row[key] for row in self.rows if key in row]
 
     def spans(self, step: str, key: str) -> Iterator[tuple[float, float]]:
-        """Yield (steps, value) for positive values of `key`.
-
-        The steps are counted from the previous positive value.
-        """
+        """Yield (steps since the value before, value) of positive values."""
         previous = 0.0
         for row in self.rows:
             if step in row and row.get(key, 0.0) > 0:
@@ -71,10 +67,7 @@ class LoggedNumbers:
 def read_log(path: Path, needed: str) -> LoggedNumbers:
     """Read the numbers in a log of JSON objects.
 
-    A line is counted as damaged if it does not contain the number `needed`.
-
-    Raises:
-        UserError: If the file does not exist.
+    A line without the number `needed` counts as damaged. Raises UserError if the file does not exist.
     """
     try:
         lines = path.read_text("utf-8", errors="replace").splitlines()
@@ -132,10 +125,7 @@ class RunFolder:
         density: float = 1.0,
         lossless: bool = False,
     ) -> PictureRow | Missing:
-        """Embed an image file (see `embed_image`) with a description.
-
-        The description is `alt`, or `what` without `alt`.
-        """
+        """Embed an image file (see `embed_image`), described by `alt` or `what`."""
         image = self.read(name, reader, None)
         if image is None:
             return self.missing(name, what)

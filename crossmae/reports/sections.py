@@ -71,10 +71,7 @@ def training_section(run: RunFolder, log: LoggedNumbers, name: str, x: str, plot
 
 
 def commands(words: Mapping[str, Sequence[str]]) -> Commands:
-    """Show commands by heading.
-
-    A command is a script of tools/ with its arguments.
-    """
+    """Show commands, each a script of tools/ with its arguments, by heading."""
     lines = {title: shlex.join(["python", f"tools/{script}", *rest]) for title, (script, *rest) in words.items()}
     return Commands([(title, page.folded(line)) for title, line in lines.items()])
 
@@ -99,10 +96,7 @@ def changed_settings(content: Mapping[str, Any], defaults: Mapping[str, Any]) ->
 def settings_section(
     run: RunFolder, name: str, empty: bool, changed: Sequence[tuple[str, Any, Any]], whose: str
 ) -> Section:
-    """Show the changed settings of the file `name`.
-
-    If `empty`, a notice replaces the table.
-    """
+    """Show the changed settings of a file, or that it is `empty`."""
     rows = [[key, page.short_value(value), page.short_value(default)] for key, value, default in changed]
     table = Table(["setting", "value", "default"], rows)
     block = run.missing(name, "settings", "the file is empty") if empty else table

@@ -158,8 +158,8 @@ class RunConfig(ConfigSection):
             values = getattr(self.data, key)
             if len(values) != channels:
                 raise ValueError(
-                    f"data.{key} has {len(values)} values for model.in_chans {channels}; tools/dataset_stats.py "
-                    "measures them"
+                    f"data.{key} has {len(values)} values for model.in_chans {channels}. Measure them with "
+                    "tools/dataset_stats.py"
                 )
 
     def fingerprint(self, images: int, precision: str, processes: int) -> dict[str, str]:
@@ -177,8 +177,7 @@ class RunConfig(ConfigSection):
         """Find keys that were given but have no effect, by reason.
 
         Args:
-            cases: rows of (condition, reason, section, keys). If the condition is true, the keys of the section are
-                unused.
+            cases: rows of (condition, reason, section, keys). The keys are unused if the condition is true.
         """
         unused: dict[str, list[str]] = {}
         for applies, reason, section, keys in cases:
@@ -206,7 +205,7 @@ def resolve_config_path(name: str) -> Path:
         if path.is_file():
             return path
     known = sorted(str(path.relative_to(CONFIG_ROOT)) for path in CONFIG_ROOT.rglob("*.yaml"))
-    raise UserError(f"--config-file {name}: no such file here or in configs/; configs/ has {', '.join(known)}")
+    raise UserError(f"--config-file {name}: no such file here or in configs/. Choose one of {', '.join(known)}.")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -241,9 +240,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}. Correct it.") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected sections with keys (data:, model:, ...), got {type(values).__name__}")
+        raise UserError(
+            f"{path}: has a {type(values).__name__}, no sections. Write sections with keys (data:, model:, ...)."
+        )
     return values
 
 
@@ -251,26 +252,25 @@ def set_override(values: dict[str, Any], word: str) -> None:
     """Set one `section.key=value` word in nested `values`."""
     key, separator, text = word.partition("=")
     if not separator or not key:
-        raise UserError(f"expected key=value, got {word!r} (for example optim.batch_size=32)")
+        raise UserError(f"{word}: no key=value. Write for example optim.batch_size=32.")
     *sections, last = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise UserError(f"{word}: {section!r} is not a section")
+            raise UserError(f"{word}: {section!r} is not a section. Write {section}=VALUE.")
     if not text.strip():
-        raise UserError(f"{word}: no value; for none at all write {key}=null")
+        raise UserError(f"{word}: no value. For none at all write {key}=null.")
     try:
         values[last] = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise UserError(f"{word}: the value is not valid YAML") from None
+        raise UserError(f"{word}: the value is not valid YAML. Quote it.") from None
 
 
 def describe_errors(error: ValidationError, path: Path, words: set[str], schema: type[ConfigSection]) -> str:
     """Describe all problems of a config in one line, by key.
 
     Args:
-        words: keys from the command line. The message blames the command line for these keys, and the file for other
-            keys.
+        words: keys from the command line. The message blames the file for other keys.
     """
     problems: dict[str, list[str]] = {"command line": []}
     for item in error.errors(include_url=False):

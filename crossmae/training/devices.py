@@ -25,12 +25,16 @@ def open_device(name: str, key: str, local_rank: int = 0, processes: int = 1) ->
     """
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     if processes > 1 and chosen.startswith("cuda:"):
-        raise UserError(f"{key}: {processes} processes cannot share {chosen}. Use cuda, and each takes its own GPU")
+        raise UserError(
+            f"{key}: {processes} processes cannot share {chosen}. Use cuda: each process takes its own GPU."
+        )
     try:
         device = torch.device(f"cuda:{local_rank}" if chosen == "cuda" else chosen)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"{key}: {chosen!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"{key}: {chosen!r} cannot be used: {str(error).splitlines()[0]}. Name another device."
+        ) from None
     return device
 
 
@@ -40,7 +44,7 @@ def choose_precision(precision: str, device: torch.device) -> str:
     if precision == "auto":
         return "bf16" if device.type == "cuda" and has_bf16 else "fp32"
     if precision == "bf16" and not has_bf16:
-        raise UserError(f"runtime.precision: {device} has no bf16. Choose fp16 or fp32")
+        raise UserError(f"runtime.precision: {device} has no bf16. Choose fp16 or fp32.")
     return precision
 
 

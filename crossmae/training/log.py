@@ -21,7 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from crossmae.data.broken import Broken
 from crossmae.data.sources import Source
 from crossmae.errors import UserError, import_extra
-from crossmae.files import write_text
+from crossmae.files import read_json_lines, write_text
 from crossmae.reports.figures import save_figure
 from crossmae.training.schedule import Schedule
 
@@ -156,9 +156,7 @@ def describe(values: Mapping[str, float]) -> str:
 
 
 class BrokenImages:
-    """List of broken images that were replaced. Each image is listed once, also after restarts.
-
-    Each process counts the broken images that it reads.
+    """List of the broken images that a process replaced. Each image is listed once, also after restarts.
 
     Args:
         path: file of the list, JSON lines with the keys name and reason.
@@ -169,7 +167,7 @@ class BrokenImages:
         self.path, self.source, self.most = path, source, math.floor(budget * len(source))
         if not resumed:
             path.unlink(missing_ok=True)
-        self.known = {str(row["name"]) for row in _read_lines(path) if "name" in row}
+        self.known = {str(row["name"]) for row in read_json_lines(path) if "name" in row}
 
     def add(self, broken: Sequence[Broken]) -> None:
         """Count and list new broken images."""
@@ -184,27 +182,16 @@ class BrokenImages:
             log.warning("another image stands in for a broken one (%d so far): %s", len(self.known), image.message)
         if len(self.known) > self.most:
             raise UserError(
-                f"{len(self.known)} of {len(self.source)} images are broken, data.broken_budget allows {self.most}; "
-                f"they are listed in {self.path}"
+                f"data.broken_budget: {len(self.known)} of {len(self.source)} images are broken, {self.most} are "
+                f"allowed. Repair the images that {self.path} lists, or raise the budget."
             )
 
 
 def truncate_log(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop the lines after `step`, and return the remaining lines."""
-    rows = [row for row in _read_lines(path) if row.get("step", math.inf) <= step]
+    rows = [row for row in read_json_lines(path) if row.get("step", math.inf) <= step]
     if path.exists():
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return rows
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the JSON lines of a file, except an incomplete last line."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return rows
 
 
@@ -225,6 +212,6 @@ def start_wandb(project: str, folder: Path, settings: Mapping[str, Any], resumed
         )
     except Exception as error:  # many kinds of errors: no account, no network, no such project
         raise UserError(
-            f"log.wandb: Weights & Biases cannot be used: {' '.join(str(error).split())}. Run `wandb login`, set "
-            "WANDB_MODE=offline, or log.wandb=null"
+            f"log.wandb: Weights & Biases cannot be used: {' '.join(str(error).split())}. Run `wandb login`, or set "
+            "WANDB_MODE=offline or log.wandb=null."
         ) from error

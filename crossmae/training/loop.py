@@ -86,12 +86,9 @@ class Job:
 
 
 def train(config: RunConfig, build_job: Callable[[Ranks, torch.device, str], Job]) -> Path:
-    """Run a job to its last step, and return the final weights.
+    """Run a job to its last step, and return the weight file.
 
     With torchrun, each process trains on its share of every batch. Only the first process writes files.
-
-    Returns:
-        Path of the file with the final weights.
     """
     ranks = find_ranks()
     device = open_device(config.runtime.device, "runtime.device", ranks.local_rank, ranks.world_size)
@@ -113,8 +110,9 @@ def train(config: RunConfig, build_job: Callable[[Ranks, torch.device, str], Job
             ranks.wait()
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"the GPU's memory is full ({str(error).splitlines()[0]}); the last checkpoint stays. Halve "
-                "optim.batch_size and double optim.accumulate, or set runtime.activation_checkpointing=true"
+                f"optim.batch_size: the GPU's memory is full ({str(error).splitlines()[0]}). The last "
+                "checkpoint stays. Halve optim.batch_size and double optim.accumulate, or set "
+                "runtime.activation_checkpointing=true."
             ) from error
     return config.output_dir / WEIGHTS
 
@@ -172,8 +170,7 @@ def train_steps(
 ) -> None:
     """Run the training steps and save checkpoints.
 
-    Raises:
-        UserError: If an image is broken or the loss is not finite. The last checkpoint stays.
+    Raises UserError if an image is broken or the loss is not finite. The last checkpoint stays.
     """
     schedule, losses = job.schedule, state.losses
     job.callbacks.begin(state, records)
@@ -186,7 +183,7 @@ def train_steps(
             batch = next(batches)
             waited += time.perf_counter() - asked
             if isinstance(batch, Unreadable):
-                raise UserError(f"{batch.message}. Repair or remove it, or set data.broken=substitute")
+                raise UserError(f"{batch.message.rstrip('.')}. Repair or remove it, or set data.broken=substitute.")
             broken.add(batch.broken)
             # Forward and backward: gradients of the micro-batches add up.
             is_last = number == numbers[-1]
@@ -247,9 +244,8 @@ def write_final(checkpoint: Path, folder: Path, decay: float | None, metadata: C
     """Copy the weights of a checkpoint to the run folder."""
     weights = folder / WEIGHTS
     write_atomically(weights, lambda path: path.write_bytes((checkpoint / MODEL).read_bytes()))
-    if decay and "ema" in (
-        state := read_state(checkpoint)
-    ):  # the state may have gigabytes, so it is read only if needed
+    state = read_state(checkpoint) if decay else {}  # may have gigabytes, so it is read only if needed
+    if "ema" in state:
         about = metadata(int(state["step"])) | {"ema_decay": str(decay)}
         save_weights(folder / EMA_WEIGHTS, state["ema"], about, force=True)
     log.info("final weights: %s", weights)

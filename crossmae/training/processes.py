@@ -83,7 +83,7 @@ def find_ranks() -> Ranks:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if missing:
-        raise UserError(f"WORLD_SIZE is over 1, but {', '.join(missing)} not set: start several processes by torchrun")
+        raise UserError(f"WORLD_SIZE: over 1, but {', '.join(missing)} not set. Start several processes by torchrun.")
     return Ranks(*(int(os.environ[name]) for name in names[:3]))
 
 

@@ -19,18 +19,16 @@ WEIGHTS, EMA_WEIGHTS = "model.safetensors", "model_ema.safetensors"
 def find_start(run: Path, resume: bool) -> Path | None:
     """Find the checkpoint to continue from, None for a new run.
 
-    Raises:
-        UserError: If the folder contains a run and `resume` is false, or contains final weights without a checkpoint.
+    Raises UserError if the folder contains a run and `resume` is false, or contains final weights without a checkpoint.
     """
     latest = latest_checkpoint(run)
     if latest and not resume:
         raise UserError(
-            f"output_dir: {run} already holds a run ({latest.name}). Pass --resume to continue it, or name another "
-            "folder"
+            f"output_dir: {run} already holds a run ({latest.name}). Pass --resume to continue, or name another folder."
         )
     if not latest and (run / WEIGHTS).exists():
         raise UserError(
-            f"output_dir: {run} holds {WEIGHTS} but no complete checkpoint to continue from. Name another folder"
+            f"output_dir: {run} holds {WEIGHTS} but no complete checkpoint to continue from. Name another folder."
         )
     if resume and not latest:
         log.info("--resume: no complete checkpoint in %s, starting from scratch", run)
@@ -38,14 +36,11 @@ def find_start(run: Path, resume: bool) -> Path | None:
 
 
 def is_complete(start: Path | None, last_step: int, fingerprint: Mapping[str, str]) -> bool:
-    """Check that a run is complete, or can continue from `start`.
+    """Return true if a run is complete, false if it can continue.
 
     Args:
         start: checkpoint to continue from; None for a new run.
         fingerprint: settings that must not change when the run is resumed.
-
-    Returns:
-        True if the run is complete, False if steps remain.
 
     Raises:
         UserError: If the checkpoint was written with other settings.
@@ -58,8 +53,8 @@ def is_complete(start: Path | None, last_step: int, fingerprint: Mapping[str, st
     ]
     if changed:
         raise UserError(
-            f"--resume: {start} is of a run with other settings: {'; '.join(changed)}. What decides model, batches "
-            "and schedule, and the number of processes and images, cannot change: for that start in another folder"
+            f"--resume: {start} is of a run with other settings: {', '.join(changed)}. Repeat those settings, the "
+            "images and the number of processes, or name another output_dir."
         )
     return False
 
@@ -69,8 +64,8 @@ def check_agreement(ranks: Ranks, step: int, fingerprint: Mapping[str, str]) -> 
     told = ranks.gather({"step": str(step)} | dict(fingerprint))
     differing = sorted(key for key in told[0] if len({str(one[key]) for one in told}) > 1)
     if differing:
-        values = "; ".join(f"{key} is {', '.join(one[key] for one in told)}" for key in differing)
+        values = ", ".join(f"{key} is {' or '.join(one[key] for one in told)}" for key in differing)
         raise UserError(
-            f"the processes do not agree: {values}. Every machine needs the same images, and output_dir on storage "
-            "that all of them share"
+            f"output_dir: the processes do not agree: {values}. Give every machine the same images and "
+            "one shared folder."
         )

@@ -41,10 +41,7 @@ class Schedule:
         return self.images_per_step // self.accumulate
 
     def batches_done(self, step: int) -> int:
-        """Count the micro-batches that `step` steps consume.
-
-        The count is also the position in the data.
-        """
+        """Count the micro-batches of `step` steps, the position in the data."""
         return min(step * self.accumulate, self.total_batches)
 
     def micro_batches(self, step: int) -> range:
@@ -78,15 +75,17 @@ def make_schedule(batches: BatchPlan, optim: StepConfig, schedule: ScheduleConfi
     per_epoch, accumulate = batches.batches_per_epoch, optim.accumulate
     if per_epoch < accumulate:
         raise UserError(
-            f"optim.accumulate: a step needs {accumulate} batches of {batches.batch_size} images, one "
-            f"epoch of {batches.num_images} images has {per_epoch}. Lower one of the two"
+            f"optim.accumulate: a step needs {accumulate} batches of {batches.batch_size} images, one epoch of "
+            f"{batches.num_images} images has {per_epoch}. Lower optim.accumulate or optim.batch_size."
         )
     if schedule.warmup_epochs > schedule.epochs:
-        raise UserError(f"schedule.warmup_epochs: {schedule.warmup_epochs} exceeds schedule.epochs {schedule.epochs}")
+        raise UserError(
+            f"schedule.warmup_epochs: {schedule.warmup_epochs:g} exceeds the {schedule.epochs} epochs. Lower it."
+        )
     images_per_step = batches.batch_size * accumulate * batches.world_size
     peak = optim.lr or optim.base_lr * images_per_step / 256 * lr_factor
     if schedule.min_lr > peak:
-        raise UserError(f"schedule.min_lr: {schedule.min_lr:g} is above the peak learning rate, {peak:.3g}")
+        raise UserError(f"schedule.min_lr: {schedule.min_lr:g} is above the peak learning rate {peak:.3g}. Lower it.")
     total_batches = per_epoch * schedule.epochs
     total = math.ceil(total_batches / accumulate)
     return Schedule(

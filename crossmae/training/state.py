@@ -26,6 +26,7 @@ from crossmae.training.versions import versions
 log = logging.getLogger(__name__)
 
 MAX_SKIPPED = 20  # largest number of consecutive steps that fp16 may skip because a gradient is not finite
+AGAINST_OVERFLOW = "Lower optim.base_lr, set optim.clip_grad, or use runtime.precision=fp32."
 
 Loss = Callable[[nn.Module, Any, int], Tensor]  # arguments: model, micro-batch, number of the micro-batch in the run
 
@@ -125,8 +126,8 @@ class TrainingState:
         self.skipped = self.skipped + 1 if was_skipped else 0
         if self.skipped >= MAX_SKIPPED:
             raise UserError(
-                f"fp16 skipped {self.skipped} steps in a row up to step {self.step + 1}, because gradients were not "
-                "finite; the last checkpoint stays. Use runtime.precision=bf16 or fp32, or lower optim.base_lr"
+                f"runtime.precision: fp16 skipped {self.skipped} steps in a row up to step {self.step + 1}, because "
+                "gradients were not finite. The last checkpoint stays. Use bf16 or fp32, or lower optim.base_lr."
             )
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -136,14 +137,13 @@ class TrainingState:
     def mean_loss(self, lr: float) -> float:
         """Average the losses since the last log line, over all processes.
 
-        Raises:
-            UserError: If the mean is not finite.
+        Raises UserError if the mean is not finite.
         """
         mean = self.ranks.mean(torch.stack(self.losses).mean()).item()
         if not math.isfinite(mean):
             raise UserError(
-                f"the loss is {mean} at step {self.step} (learning rate {lr:.3g}); the last checkpoint stays. "
-                "Lower optim.base_lr, set optim.clip_grad, or use runtime.precision=fp32"
+                f"optim.base_lr: the loss is {mean} at step {self.step} (learning rate {lr:.3g}). The last checkpoint "
+                f"stays. {AGAINST_OVERFLOW}"
             )
         return mean
 
@@ -152,8 +152,8 @@ class TrainingState:
         for suffix, model in self.models.items():
             if found := describe_non_finite(model.state_dict()):
                 raise UserError(
-                    f"a weight is not finite after step {self.step}; the last checkpoint stays. "
-                    f"model{suffix}: {found}. Lower optim.base_lr, set optim.clip_grad, or use runtime.precision=fp32"
+                    f"optim.base_lr: a weight is not finite after step {self.step}. The last checkpoint stays. "
+                    f"model{suffix}: {found}. {AGAINST_OVERFLOW}"
                 )
 
     def save(self, run: Path, keep: int, metadata: Mapping[str, str], record: Mapping[str, Any]) -> None:
@@ -181,11 +181,7 @@ def memory_gb(device: torch.device) -> float:
 
 
 def scaled_step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
-    """Update the weights and the gradient scale.
-
-    Returns:
-        True if fp16 skipped the update because a gradient was not finite.
-    """
+    """Update the weights. Return true if fp16 skipped a non-finite gradient."""
     scale = scaler.get_scale()  # always 1 without fp16
     scaler.step(optimizer)
     scaler.update()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from crossmae.errors import UserError
-from crossmae.files import make_folder, sha256, write_atomically, write_json
+from crossmae.files import make_folder, read_json, sha256, write_atomically, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
@@ -68,3 +69,15 @@ def test_a_folder_that_can_not_be_made_is_named(tmp_path: Path) -> None:
         make_folder(tmp_path / "file" / "run", "output_dir")
     make_folder(tmp_path / "a" / "b", "output_dir")
     assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), (b'{"a": ', "not valid JSON.*line 1"), (b"\xff\xfe", "not valid JSON")],
+)
+def test_wrong_json_names_the_file(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}.*{message}"):
+        read_json(path)

@@ -78,7 +78,9 @@ def open_named(value: str | Path | None, key: str, root: Path | None = None) -> 
     try:
         source = open_source(value, key, root)
     except UserError as error:
-        raise UserError(f"{error} To do without: {WITHOUT[key]}." if key in WITHOUT else str(error)) from None
+        if key not in WITHOUT:
+            raise
+        raise UserError(f"{str(error).rstrip('.')}. To do without: {WITHOUT[key]}.") from None
     log.info("%s: %s", key, source.description)
     return source
 

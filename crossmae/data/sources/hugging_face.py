@@ -33,7 +33,7 @@ class HuggingFaceImages(Source):
         columns = _columns_of(rows, datasets.Image)
         if len(columns) != 1:
             found = f"several columns of images: {', '.join(columns)}" if columns else "no column of images"
-            raise UserError(f"{key}: {folder}: {found}; columns: {dict(rows.features)}. Keep one with select_columns.")
+            raise UserError(f"{key}: {folder}: {found}. Keep one of {dict(rows.features)} with select_columns.")
         self._column = columns[0]
         # Without decoding and without other columns, a row is read as the bytes of the image file.
         self._rows = rows.select_columns(columns).cast_column(self._column, datasets.Image(decode=False))
@@ -54,7 +54,7 @@ class HuggingFaceImages(Source):
     def read(self, index: int) -> bytes:
         cell = self._rows[index][self._column]
         if cell is None:
-            raise UserError(f"{self.name(index)}: the row has no image")
+            raise UserError(f"{self.name(index)}: the row has no image. Remove the row.")
         if cell["bytes"] is not None:
             return bytes(cell["bytes"])
         return read_file(cell["path"], f"{self.name(index)}: {cell['path']}")
@@ -68,14 +68,17 @@ def is_hugging_face(folder: Path) -> bool:
 def _load(datasets: Any, folder: Path, key: str) -> Any:
     if (folder / SPLITS_FILE).is_file():
         splits = json.loads((folder / SPLITS_FILE).read_text(encoding="utf-8")).get("splits", [])
-        advice = (
-            f"several data sets: {', '.join(splits)}. Name one: {key}={folder}/{splits[0]}" if splits else "no data set"
+        if not splits:
+            raise UserError(f"{key}: {folder} holds no data set. Save it again.")
+        raise UserError(
+            f"{key}: {folder} holds several data sets: {', '.join(splits)}. Name one: {key}={folder}/{splits[0]}"
         )
-        raise UserError(f"{key}: {folder} holds {advice}")
     try:
         return datasets.load_from_disk(str(folder))
     except Exception as error:  # IndexError for an empty data set, any pyarrow error for a damaged one
-        raise UserError(f"{key}: {folder}: not a whole Hugging Face data set with at least one row: {error}") from error
+        raise UserError(
+            f"{key}: {folder}: not a whole Hugging Face data set with at least one row: {error}. Save it again."
+        ) from error
 
 
 def _columns_of(rows: Any, feature: type) -> list[str]:

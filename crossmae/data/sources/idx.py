@@ -62,7 +62,9 @@ class IdxImages(Source):
         if labels_path.is_file():
             labels = _read_array(labels_path, key, axes=1)
             if len(labels) != len(self._images):
-                raise UserError(f"{key}: {labels_path} has {len(labels)} labels for {len(self._images)} images")
+                raise UserError(
+                    f"{key}: {labels_path} has {len(labels)} labels for {len(self._images)} images. Get both again."
+                )
             self.use_labels([str(label) for label in labels.tolist()])
 
     def __len__(self) -> int:
@@ -83,10 +85,10 @@ def _read_array(path: Path, key: str, axes: int) -> NDArray[np.uint8]:
     try:
         data = gzip.decompress(data) if data.startswith(GZIP) else data
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{key}: {path}: cannot be read: {error}") from error
+        raise UserError(f"{key}: {path}: cannot be read: {error}. Get it again.") from error
     begin = 4 + 4 * axes
     if len(data) < begin or data[:4] != bytes([0, 0, UBYTE, axes]):
-        raise UserError(f"{key}: {path}: not an idx file of unsigned bytes with {axes} axes; begins with {data[:4]!r}")
+        raise UserError(f"{key}: {path}: not an idx file of unsigned bytes with {axes} axes. Get it again.")
     shape: tuple[Any, ...] = tuple(np.frombuffer(data[4:begin], dtype=">u4").tolist())
     if len(data) - begin != math.prod(shape) or not len(data) - begin:
         raise UserError(f"{key}: {path}: {len(data) - begin:,} bytes of values, its header says {shape}. Get it again.")

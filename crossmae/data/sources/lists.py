@@ -37,15 +37,17 @@ def open_csv_list(path: Path, key: str, root: Path | None) -> ImageFiles:
     try:
         rows = list(csv.reader(io.StringIO(_read_text(path, key), newline=""), delimiter=delimiter, strict=True))
     except csv.Error as error:
-        raise UserError(f"{key}: {path}: not valid {path.suffix[1:].upper()}: {error}") from None
+        raise UserError(f"{key}: {path}: not valid {path.suffix[1:].upper()}: {error}. Write it again.") from None
     header = [name.strip() for name in rows[0]] if rows else []
     if any(PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES for name in header):
-        raise UserError(f"{key}: {path}: the first line must name the columns, such as path,label; got {header}")
+        raise UserError(f"{key}: {path}: the first line is {header}. It must name the columns, such as path,label.")
     path_column, label_column = _columns(header, path, key)
     names, labels = [], []
     for number, row in enumerate(rows[1:], start=2):
         if row and len(row) != len(header):
-            raise UserError(f"{key}: {path}, line {number}: has {len(row)} values, the header {len(header)}: {row}")
+            raise UserError(
+                f"{key}: {path}, line {number}: has {len(row)} values, the header {len(header)}: {row}. Correct it."
+            )
         if row:
             cells = dict(zip(header, row, strict=True))
             names.append(cells[path_column])
@@ -63,7 +65,9 @@ def open_parquet_list(path: Path, key: str, root: Path | None) -> ImageFiles:
     except UserError:
         raise
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise UserError(f"{key}: {path}: not a whole Parquet file, or it cannot be read: {error}") from error
+        raise UserError(
+            f"{key}: {path}: not a whole Parquet file, or it cannot be read: {error}. Write it again."
+        ) from error
     names = table[path_column].to_pylist()
     if any(name is not None and not isinstance(name, str) for name in names):
         kind = str(schema.field(path_column).type)
@@ -71,9 +75,8 @@ def open_parquet_list(path: Path, key: str, root: Path | None) -> ImageFiles:
             f"{key}: {path}: column {path_column!r} holds {kind}, expected paths. Images inside Parquet files are read "
             "once the library datasets has saved them: load_dataset('parquet', data_files=...).save_to_disk(...)."
         )
-    labels = (
-        [None if label is None else str(label) for label in table[label_column].to_pylist()] if label_column else None
-    )
+    texts = table[label_column].to_pylist() if label_column else []
+    labels = [None if label is None else str(label) for label in texts] if label_column else None
     return _listed(names, labels, path, key, root, schema.names)
 
 
@@ -82,10 +85,10 @@ def open_coco(path: Path, key: str, root: Path | None) -> ImageFiles:
     try:
         content = json.loads(_read_text(path, key))
     except json.JSONDecodeError as error:
-        raise UserError(f"{key}: {path}: not valid JSON: {error}") from None
+        raise UserError(f"{key}: {path}: not valid JSON: {error}. Write it again.") from None
     entries = content.get("images") if isinstance(content, dict) else None
     if not isinstance(entries, list):
-        raise UserError(f'{key}: {path}: expected COCO annotations, a mapping with a list "images"')
+        raise UserError(f'{key}: {path}: no COCO annotations. Give a mapping with a list "images".')
     names = [_coco_name(entry, f"{key}: {path}: images[{index}]") for index, entry in enumerate(entries)]
     unique = list(dict.fromkeys(names))
     if len(unique) < len(names):
@@ -106,7 +109,7 @@ def _read_text(path: Path, key: str) -> str:
     try:
         return read_file(path, f"{key}: {path}").decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{key}: {path}: not a text file in UTF-8: {error}") from error
+        raise UserError(f"{key}: {path}: not a text file in UTF-8: {error}. Write it again.") from error
 
 
 def _columns(names: Sequence[str], path: Path, key: str) -> tuple[str, str | None]:
@@ -115,8 +118,8 @@ def _columns(names: Sequence[str], path: Path, key: str) -> tuple[str, str | Non
     chosen = next((name for name in PATH_COLUMNS if name in names), others[0] if len(others) == 1 else None)
     if chosen is None:
         raise UserError(
-            f"{key}: {path}: no column {', '.join(PATH_COLUMNS[:-1])} or {PATH_COLUMNS[-1]}; its columns: "
-            f"{', '.join(names) or 'none'}"
+            f"{key}: {path}: the columns are {', '.join(names) or 'none'}. Name one of them "
+            f"{', '.join(PATH_COLUMNS[:-1])} or {PATH_COLUMNS[-1]}."
         )
     return chosen, label
 
@@ -124,10 +127,10 @@ def _columns(names: Sequence[str], path: Path, key: str) -> tuple[str, str | Non
 def _coco_name(entry: Any, where: str) -> str:
     name = entry.get("file_name") if isinstance(entry, dict) else None
     if not isinstance(name, str) or not name:
-        raise UserError(f"{where}: file_name must be text, got {name!r}")
+        raise UserError(f"{where}: file_name is {name!r}. It must be text.")
     parts = PurePosixPath(name)
     if parts.is_absolute() or PureWindowsPath(name).is_absolute() or ".." in parts.parts:
-        raise UserError(f"{where}: file_name {name!r} leads out of the image folder")
+        raise UserError(f"{where}: file_name {name!r} leads out of the image folder. Give a path inside it.")
     return name
 
 
@@ -141,13 +144,13 @@ def _listed(
 ) -> ImageFiles:
     folder = root or path.parent
     if root is not None and not root.is_dir():
-        raise UserError(f"{ROOT_KEYS.get(key, key)}: {root} is not a folder")
+        raise UserError(f"{ROOT_KEYS.get(key, key)}: {root} is not a folder. Name one.")
     if not names:
-        raise UserError(f"{key}: {path} names no image")
+        raise UserError(f"{key}: {path} names no image. Fill it, or name another list.")
     paths = [folder / name for name in names if name]
     if len(paths) < len(names):
         number = next(number for number, name in enumerate(names, start=1) if not name)
-        raise UserError(f"{key}: {path}: image {number} of {len(names)} has an empty path")
+        raise UserError(f"{key}: {path}: image {number} of {len(names)} has an empty path. Fill it in.")
     found = map_in_order(os.path.isfile, paths, bar="find images")
     if missing := [printable(path) for path, is_there in zip(paths, found, strict=True) if not is_there]:
         advice = f"set {ROOT_KEYS[key]}=FOLDER" if key in ROOT_KEYS else "write absolute paths"

@@ -85,7 +85,7 @@ def find_files(pattern: str, key: str) -> list[StoredFile]:
     patterns = [pattern] if os.path.exists(pattern) else expand_braces(pattern)
     files = [file for one in patterns for file in _glob(one, key)]
     if not files:
-        raise UserError(f"{key}: {pattern} names no file: its range is empty")
+        raise UserError(f"{key}: {pattern} names no file. Count upwards in its range.")
     return files
 
 
@@ -109,7 +109,7 @@ def _glob(pattern: str, key: str) -> list[StoredFile]:
     filesystem, path = open_filesystem(pattern, key)
     found = [StoredFile(str(filesystem.unstrip_protocol(one)), one, pattern) for one in sorted(filesystem.glob(path))]
     if not found:
-        raise UserError(f"{key}: no file matches {pattern}")
+        raise UserError(f"{key}: no file matches {pattern}. Correct the pattern.")
     return found
 
 
@@ -167,8 +167,7 @@ class RangeReader:
     def read(self, file: StoredFile, start: int, size: int) -> bytes:
         """Read at most `size` bytes from `start`.
 
-        Raises:
-            OSError: If the file cannot be read. Remote file systems also raise errors of their own libraries.
+        Raises OSError if the file cannot be read. Remote file systems also raise errors of their own libraries.
         """
         if not file.url:
             descriptor = self._descriptor(file.path)  # keeps the file open if another thread clears the dict

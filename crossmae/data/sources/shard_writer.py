@@ -40,7 +40,7 @@ from crossmae.data.sources.tar_index import (
     shard_entry,
 )
 from crossmae.errors import UserError, shorten
-from crossmae.files import make_folder, sha256, write_atomically, write_text
+from crossmae.files import make_folder, read_json_lines, sha256, write_atomically, write_text
 
 BROKEN_NAME = "broken.txt"
 
@@ -68,14 +68,10 @@ class ShardSettings:
 
 
 def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: int) -> tuple[FolderIndex, int]:
-    """Write the shards of a source that are missing or damaged.
+    """Write missing or damaged shards. Return index and number of kept shards.
 
-    Returns:
-        The index of all shards, and the number of shards that an earlier run had completed.
-
-    Raises:
-        UserError: If an image is broken (unless settings.skip_broken), the folder cannot be written, or the folder
-            contains other files or shards with other settings.
+    Raises UserError if an image is broken (unless settings.skip_broken), the folder cannot be written, or the folder
+    contains other files or shards with other settings.
     """
     make_folder(folder, "DST")
     wanted = _describe(source, settings)
@@ -95,7 +91,7 @@ def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: 
     if not (folder / INDEX_NAME).is_file():
         broken = [message for entry in index.shards.values() for message in entry["broken"]]
         if not index.total("names"):
-            raise UserError(f"SRC: no image can be read; the first: {broken[0]}")
+            raise UserError(f"SRC: no image can be read: {broken[0]}. Name other images.")
         if broken:
             write_text(folder / BROKEN_NAME, "\n".join(broken) + "\n")
         write_text(folder / INDEX_NAME, index.to_json() + "\n")
@@ -104,18 +100,14 @@ def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: 
 
 
 def verify_shards(folder: Path) -> int:
-    """Compare every shard with the SHA-256 in `index.json`.
+    """Compare every shard with `index.json`. Return the number of shards.
 
-    Returns:
-        The number of shards.
-
-    Raises:
-        UserError: If there is no index, or shards are missing or changed. The message names the shards.
+    Raises UserError if there is no index, or shards are missing or changed. The message names the shards.
     """
     index = read_folder_index(_stored(folder / INDEX_NAME))
     if index is None:
         unfinished = " (make_shards.py has not finished there)" if (folder / PROGRESS_NAME).exists() else ""
-        raise UserError(f"{folder}: no {INDEX_NAME} by make_shards.py{unfinished}")
+        raise UserError(f"{folder}: no {INDEX_NAME} by make_shards.py{unfinished}. Run make_shards.py.")
     good = _unchanged(folder, list(index.shards.values()))
     bad = [name for name in index.shards if name not in good]
     if bad:
@@ -164,16 +156,10 @@ def _complete_shards(folder: Path, wanted: dict[str, Any]) -> dict[str, dict[str
 
 
 def _read_progress(path: Path) -> FolderIndex | None:
-    """Read `progress.jsonl`, and stop at an incomplete line."""
-    content = []
-    try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            content.append(json.loads(line))
-    except (FileNotFoundError, json.JSONDecodeError):
-        pass
-    if not content:
+    """Read `progress.jsonl`, or return None if missing or damaged."""
+    header, *entries = read_json_lines(path) or [{}]
+    if "settings" not in header:
         return None
-    header, *entries = content
     return FolderIndex(header["settings"], tuple(header["classes"]), {entry["file"]: entry for entry in entries})
 
 
@@ -224,7 +210,7 @@ def _pack(source: Source, index: int, settings: ShardSettings) -> _Packed:
         image = keep(data, name) if keeps else shrink(data, name, short_side, quality)
     except UserError as error:
         if not settings.skip_broken:
-            raise UserError(f"{error}. --skip-broken leaves such images out and lists them.") from None
+            raise UserError(f"{str(error).rstrip('.')}. --skip-broken leaves such images out and lists them.") from None
         return _Packed({}, label, len(data), str(error))
     key = f"{index:09d}"
     about: dict[str, Any] = {"name": name}

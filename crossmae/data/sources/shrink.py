@@ -55,8 +55,7 @@ class Encoded:
 def shrink(data: bytes, name: str, short_side: int, quality: int) -> Encoded:
     """Shrink an image to a short side of at most `short_side` pixels.
 
-    Raises:
-        UserError: If the file is not a readable image, or no rule exists for its kind. The message names the file.
+    Raises UserError if the file is not a readable image, or no rule exists for its kind. The message names the file.
     """
     header = _read_header(data, name)
     if header is None or _is_deep_colour(header, data):
@@ -84,8 +83,7 @@ def shrink(data: bytes, name: str, short_side: int, quality: int) -> Encoded:
 def keep(data: bytes, name: str) -> Encoded:
     """Check that an image is not damaged, and keep its bytes.
 
-    Raises:
-        UserError: If the file is not a readable image, or training cannot read its kind. The message names the file.
+    Raises UserError if the file is not a readable image, or training cannot read its kind. The message names the file.
     """
     header, size = _read_header(data, name), None
     if header is not None and not _is_deep_colour(header, data):

@@ -66,8 +66,7 @@ class Source(ABC):
     def read(self, index: int) -> bytes:
         """Read the encoded file of a sample.
 
-        Raises:
-            UserError: If the file cannot be read. The message names the sample.
+        Raises UserError if the file cannot be read. The message names the sample.
         """
 
     def tail(self, index: int, length: int = 16) -> bytes:
@@ -84,8 +83,7 @@ class Source(ABC):
     def label(self, index: int) -> int:
         """Return the sample's class as an index into `classes`.
 
-        Raises:
-            UserError: If the source has no labels.
+        Raises UserError if the source has no labels.
         """
         if self._labels is None:
             if self._unlabelled:
@@ -103,8 +101,7 @@ class Source(ABC):
     def labels(self) -> NDArray[np.int64]:
         """Return the classes (N,) of all samples.
 
-        Raises:
-            UserError: If the source has no labels.
+        Raises UserError if the source has no labels.
         """
         self.label(0)
         assert self._labels is not None
@@ -204,14 +201,13 @@ class Subset(Source):
 def choose_per_class(source: Source, count: int, seed: int, key: str) -> Subset:
     """Draw `count` samples of every class, in the source's order.
 
-    Raises:
-        UserError: If there are no labels, or a class has fewer samples. The message names these classes.
+    Raises UserError if there are no labels, or a class has fewer samples. The message names these classes.
     """
     labels = source.labels()
     members = [np.flatnonzero(labels == index) for index in range(len(source.classes))]
     short = [f"{name} ({len(own)})" for name, own in zip(source.classes, members, strict=True) if len(own) < count]
     if short:
-        raise UserError(f"{key}: fewer than {count} images of {shorten(short)}")
+        raise UserError(f"{key}: fewer than {count} images of {shorten(short)}. Lower it.")
     rng = np.random.default_rng(seed)
     return Subset(source, np.sort(np.concatenate([rng.choice(own, count, replace=False) for own in members])))
 

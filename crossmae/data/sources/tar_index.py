@@ -1,4 +1,4 @@
-"""Index of the images in a tar file in WebDataset layout, which allows reading any image alone.
+"""Index of the images in a tar file in WebDataset layout, which allows reading any single image.
 
 Own code, because no maintained library gives random access to plain tar files, local or remote.
 
@@ -130,9 +130,8 @@ def index_shard(shard: StoredFile, marks: dict[str, str]) -> ShardIndex:
 def scan_shard(shard: StoredFile) -> ShardIndex:
     """Build the index of a shard from its headers.
 
-    Raises:
-        UserError: If the shard is not a tar file, is compressed or cut off, or a sample cannot be used. The message
-            names the shard.
+    Raises UserError if the shard is not a tar file, is compressed or cut off, or a sample cannot be used. The message
+    names the shard.
     """
     samples: dict[str, _Sample] = {}
     end = 0
@@ -149,9 +148,9 @@ def scan_shard(shard: StoredFile) -> ShardIndex:
             if file.read(BLOCK) != bytes(BLOCK):
                 raise UserError(f"{shard.name}: damaged or cut off at byte {end:,}: no end mark. Copy it again.")
     except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{shard.name}: not a tar file, or cut off: {error}") from None
+        raise UserError(f"{shard.name}: not a tar file, or cut off: {error}. Copy it again.") from None
     except OSError as error:
-        raise UserError(f"{shard.name}: cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{shard.name}: cannot be read: {error.strerror or error}. Check the address.") from error
     return _collect(samples)
 
 
@@ -163,10 +162,7 @@ class _Sample:
     texts: dict[str, bytes] = field(default_factory=dict)
 
     def image(self) -> str | None:
-        """Return the extension of the image, preferring plain image suffixes.
-
-        Other extensions may end in an image suffix, such as `left.jpg`.
-        """
+        """Return the extension of the image, `jpg` rather than `left.jpg`."""
         images = [ext for ext in self.members if PurePosixPath(f"x.{ext}").suffix.lower() in IMAGE_SUFFIXES]
         return min(images, key=lambda ext: "." in ext, default=None)
 
@@ -188,7 +184,7 @@ def _add_member(samples: dict[str, _Sample], member: tarfile.TarInfo, tar: tarfi
     key = f"{folder}{slash}{stem}"
     sample = samples.setdefault(key, _Sample())
     if extension in sample.members:
-        raise UserError(f"{shard.name}: holds {member.name} twice. Give every sample a key of its own.")
+        raise UserError(f"{shard.name}: holds {member.name} twice. Give every sample its own key.")
     if (not member.isreg() or member.issparse()) and PurePosixPath(base).suffix.lower() in IMAGE_SUFFIXES:
         kind = "in pieces (sparse)" if member.issparse() else "a link"
         raise UserError(

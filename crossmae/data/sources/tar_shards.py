@@ -73,13 +73,13 @@ class TarShards(Source):
             data = self._reader.read(shard, int(self._offsets[index]), size)
         except Exception as error:  # file systems raise errors of their own libraries
             reason = (error.strerror if isinstance(error, OSError) else None) or error or type(error).__name__
-            raise UserError(f"{printable(self.name(index))}: cannot be read: {reason}") from error
+            raise UserError(f"{printable(self.name(index))}: cannot be read: {reason}. Check the shard.") from error
         if len(data) == size:
             return data
         name = printable(self.name(index))
         if len(data) > size:
             raise UserError(f"{name}: the server sends whole files only. Use simplecache::{shard.name}.")
-        raise UserError(f"{name}: the shard ends in it, so it was replaced or cut off after the start")
+        raise UserError(f"{name}: the shard ends in it, because it was replaced or cut off. Start again.")
 
     def tail(self, index: int, length: int = 16) -> bytes:
         size = int(self._sizes[index])
@@ -95,8 +95,7 @@ def open_shards(value: str, key: str) -> TarShards:
 
     If there is an index next to the shards, the index is used. Otherwise each shard is scanned once.
 
-    Raises:
-        UserError: If no shard is found, or a shard is missing, changed or unusable. The message names the shard.
+    Raises UserError if no shard is found, or a shard is missing, changed or unusable. The message names the shard.
     """
     shards = _shards_in_folder(value, key) if _names_a_folder(value, key) else find_files(value, key)
     for shard in shards:
@@ -107,7 +106,9 @@ def open_shards(value: str, key: str) -> TarShards:
             )
     marks: list[Any] = list(map_in_order(_marks_or_none, shards))
     if missing := [shard.name for shard, mark in zip(shards, marks, strict=True) if mark is None]:
-        raise UserError(f"{key}: {len(missing):,} of {len(shards):,} shards are not there: {shorten(missing)}")
+        raise UserError(
+            f"{key}: {len(missing):,} of {len(shards):,} shards are not there: {shorten(missing)}. Copy them."
+        )
     index_files = list({shard.sibling(INDEX_NAME): None for shard in shards})
     folders = dict(zip(index_files, map_in_order(read_folder_index, index_files), strict=True))
     ready = [folders[shard.sibling(INDEX_NAME)] for shard in shards]
@@ -119,7 +120,7 @@ def open_shards(value: str, key: str) -> TarShards:
     if left_out:
         log.info("%s: %s members are unused: %s", value, f"{left_out.total():,}", dict(left_out.most_common(5)))
     if not images:
-        raise UserError(f"{key}: no image in the {len(shards):,} shards of {value}")
+        raise UserError(f"{key}: no image in the {len(shards):,} shards of {value}. Name other shards.")
     full = [(shard, index) for shard, index in zip(shards, indexes, strict=True) if index.names]
     description = f"{images:,} images in {len(shards):,} tar shards ({value})"
     classes = {folder.classes if folder else () for folder in ready}
@@ -156,7 +157,9 @@ def _marks_or_none(shard: StoredFile) -> dict[str, str] | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # file systems raise errors of their own libraries
-        raise UserError(f"{shard.name}: cannot be found: {error or type(error).__name__}") from error
+        raise UserError(
+            f"{shard.name}: cannot be found: {error or type(error).__name__}. Check the address."
+        ) from error
 
 
 def _index(shard: StoredFile, marks: dict[str, str], folder: FolderIndex | None) -> ShardIndex:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from crossmae.data.paths import find_images
+from crossmae.data.paths import find_images, find_inputs
 from crossmae.errors import UserError
 from tests.crossmae.data.test_images import save
 
@@ -33,3 +33,13 @@ def test_a_folder_without_images_is_an_error_with_key_and_path(tmp_path: Path) -
     (tmp_path / "empty" / "sub" / "labels.csv").write_text("")
     with pytest.raises(UserError, match=f"data.train: no image in {tmp_path}/empty .*1 .csv"):
         find_images(tmp_path / "empty", "data.train")
+
+
+def test_inputs_are_files_folders_and_patterns(tmp_path: Path) -> None:
+    a, b, c, deep = (save(tmp_path / "images" / name) for name in ("a.png", "b.png", "c.png", "deep/d.png"))
+    folder = tmp_path / "images"
+    assert find_inputs([str(c), str(folder)]) == [c, a, b, deep]
+    assert find_inputs([str(folder / "[ab].png")]) == [a, b]
+    assert find_inputs([str(tmp_path / "**/d*.png")]) == [deep]
+    with pytest.raises(UserError, match="IMAGES: none: no such file or folder, and no file matches"):
+        find_inputs(["none"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crossmae.models.crossmae import CrossMAE, patchify, resolve_blocks, unpatchify
+from crossmae.models.crossmae import CrossMAE, patchify, unpatchify
 from crossmae.models.masking import MaskCounts, gather_tokens
 from tests.crossmae.reference import cut_patches, reference_loss
 
@@ -40,6 +40,15 @@ def inputs(model: CrossMAE, batch: int = 2) -> tuple[Tensor, Tensor]:
     size = [side * model.patch_size for side in model.grid]
     imgs = torch.randn(batch, model.in_chans, *size, generator=generator)
     return imgs, torch.rand(batch, model.num_patches, generator=generator)
+
+
+def check_gradients(model: CrossMAE) -> None:
+    """Every trainable parameter has a finite gradient that is not zero, every other parameter has none."""
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) is parameter.requires_grad, name
+        if parameter.grad is not None:
+            assert torch.isfinite(parameter.grad).all(), name
+            assert parameter.grad.abs().sum() > 0, name
 
 
 @pytest.mark.parametrize(
@@ -85,13 +94,7 @@ def test_every_trainable_parameter_gets_a_finite_gradient(
     model = tiny(decoder=decoder, fuse_blocks=fuse_blocks, fuse_input=fuse_input, norm_pix_loss=norm_pix_loss)
     imgs, noise = inputs(model)
     model(imgs, 0.75, 0.5, noise).loss.backward()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None, name
-            assert torch.isfinite(parameter.grad).all(), name
-            assert parameter.grad.abs().sum() > 0, name
-        else:
-            assert parameter.grad is None, name
+    check_gradients(model)
 
 
 def test_blocks_after_the_last_fused_one_are_frozen_and_not_run() -> None:
@@ -137,19 +140,6 @@ def test_plain_mae_ignores_predict_ratio_and_decodes_everything() -> None:
     torch.testing.assert_close(first.loss, errors[masked].mean())
 
 
-def test_each_mixing_weight_matters() -> None:
-    model = tiny()
-    imgs, noise = inputs(model)
-    before = model(imgs, 0.75, 0.25, noise).loss.item()
-    for row in range(model.wfm.linear.weight.shape[0]):
-        for column in range(model.wfm.linear.weight.shape[1]):
-            with torch.no_grad():
-                model.wfm.linear.weight[row, column] += 0.5
-            assert model(imgs, 0.75, 0.25, noise).loss.item() != before
-            with torch.no_grad():
-                model.wfm.linear.weight[row, column] -= 0.5
-
-
 def test_pixels_that_are_neither_visible_nor_predicted_do_not_matter() -> None:
     model = tiny()
     imgs, noise = inputs(model)
@@ -179,31 +169,6 @@ def test_patchify_is_exact_and_channel_last() -> None:
     assert torch.equal(unpatchify(patches, (2, 3), 4), imgs)
     for index, patch in enumerate(cut_patches(imgs[1], 4)):
         assert torch.equal(patches[1, index], patch.reshape(-1))
-
-
-def test_same_noise_gives_the_same_bits() -> None:
-    model = tiny()
-    imgs, noise = inputs(model)
-    first, second = model(imgs, noise=noise), model(imgs, noise=noise)
-    assert torch.equal(first.loss, second.loss)
-    assert torch.equal(first.pred, second.pred)
-
-
-def test_forward_is_one_graph_without_host_sync() -> None:
-    """No data-dependent shape and no value read back: the whole forward traces as a single graph."""
-    model = tiny()
-    imgs, noise = inputs(model)
-    exported = torch.export.export(_Loss(model), (imgs, noise), strict=False)
-    torch.testing.assert_close(exported.module()(imgs, noise), model(imgs, 0.75, 0.25, noise).loss)
-
-
-class _Loss(nn.Module):
-    def __init__(self, model: CrossMAE) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, imgs: Tensor, noise: Tensor) -> Tensor:
-        return self.model(imgs, 0.75, 0.25, noise).loss
 
 
 def test_initialisation_is_the_published_one() -> None:
@@ -249,7 +214,7 @@ def test_mixed_precision_belongs_to_the_caller() -> None:
         ({"img_size": 18}, "16 and 20"),
         ({"img_size": (16, 2)}, "nearest valid sizes are 4 and 8"),
         ({"num_heads": 3}, "16 cannot be split over 3"),
-        ({"embed_dim": 18, "num_heads": 2}, "divisible by 4, got 18"),
+        ({"embed_dim": 18, "num_heads": 2}, "width of 18 .* divisible by 4"),
     ],
 )
 def test_impossible_arguments_say_what_is_possible(overrides: dict[str, Any], message: str) -> None:
@@ -259,21 +224,15 @@ def test_impossible_arguments_say_what_is_possible(overrides: dict[str, Any], me
 
 def test_wrong_input_shapes_are_named() -> None:
     model = tiny()
-    with pytest.raises(ValueError, match=r"\(3, 16, 16\), got \(3, 16, 20\)"):
+    with pytest.raises(ValueError, match=r"\(3, 16, 20\) .* needs \(3, 16, 16\)"):
         model(torch.zeros(1, 3, 16, 20))
-    with pytest.raises(ValueError, match=r"\(batch, 16\), got \(1, 15\)"):
+    with pytest.raises(ValueError, match=r"\(1, 15\) .* \(batch, 16\)"):
         model(torch.zeros(1, 3, 16, 16), noise=torch.zeros(1, 15))
 
 
 def test_counts_of_the_model() -> None:
     assert tiny().patch_counts(0.75, 0.25) == MaskCounts(4, 8, 4)
     assert tiny(decoder="self").patch_counts(0.75, 0.25) == MaskCounts(4, 0, 12)
-
-
-def test_blocks_resolve_from_both_ends() -> None:
-    assert resolve_blocks(None, 3) == (0, 1, 2)
-    assert resolve_blocks((-1, 0), 3) == (0, 2)
-    assert resolve_blocks((), 3) == ()
 
 
 @pytest.mark.parametrize(
@@ -287,7 +246,7 @@ def test_blocks_resolve_from_both_ends() -> None:
     ],
 )
 def test_model_and_loss_compile_without_a_graph_break(decoder: Any, overrides: dict[str, Any]) -> None:
-    """`fullgraph=True` refuses any break; the compiled graph gives the loss and gradients of the model itself."""
+    """`fullgraph=True` refuses a break or a value read back; loss and gradients equal those of the model itself."""
     model = tiny(decoder=decoder, **overrides)
     imgs, noise = inputs(model)
     expected = model(imgs, 0.75, 0.25, noise).loss
@@ -322,11 +281,7 @@ def test_every_shape_trains(
     assert out.visible_idx.shape == (2, counts.visible)
     assert out.pred.shape[-1] == patch_size**2 * in_chans
     out.loss.backward()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None, name
-            assert torch.isfinite(parameter.grad).all(), name
-            assert parameter.grad.abs().sum() > 0, name
+    check_gradients(model)
 
 
 def test_activation_checkpointing_gives_the_same_gradients() -> None:

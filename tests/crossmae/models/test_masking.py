@@ -30,11 +30,6 @@ def test_published_counts(L: int, mask: float, predict: float, visible: int, dro
     assert mask_counts(L, mask, predict) == MaskCounts(visible, dropped, predicted)
 
 
-def test_ratios_are_read_as_decimals() -> None:
-    assert mask_counts(100, 0.9, 0.9).visible == 10  # binary arithmetic gives 9
-    assert mask_counts(10, 0.8, 0.8).visible == 2  # and 1
-
-
 @given(st.integers(4, 400), st.integers(1, 99), st.integers(1, 99))
 def test_counts_are_a_partition_or_an_error(L: int, mask: int, predict: int) -> None:
     exact_visible = L * (100 - mask) // 100

@@ -14,7 +14,6 @@ import torch
 from PIL import Image, ImageSequence
 
 from crossmae.checkpoints.pretrained import Pretrained
-from crossmae.data.paths import find_inputs
 from crossmae.errors import UserError
 from crossmae.models.crossmae import CrossMAE
 from crossmae.pretraining.gallery import (
@@ -118,16 +117,6 @@ def test_names_are_unique() -> None:
     names = output_names(paths)
     assert names == ["1", "b-1", "1-2", "2", "c-b-1", "d-B-1"]
     assert len({name.casefold() for name in names}) == len(paths)
-
-
-def test_inputs(tmp_path: Path, images: list[Path]) -> None:
-    folder = tmp_path / "images"
-    deep = write_image(folder / "deep/d.png", 3)
-    assert find_inputs([str(images[2]), str(folder)]) == [images[2], *images[:2], deep]
-    assert find_inputs([str(folder / "[ab].png")]) == images[:2]
-    assert find_inputs([str(tmp_path / "**/d*.png")]) == [deep]
-    with pytest.raises(UserError, match="IMAGES: none: no such file or folder, and no file matches"):
-        find_inputs(["none"])
 
 
 def test_ratios_that_a_small_grid_allows() -> None:

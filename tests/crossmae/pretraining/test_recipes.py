@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from crossmae.data.batches import BatchPlan
 from crossmae.models.crossmae import CrossMAE, create_model
 from crossmae.pretraining.config import PretrainConfig, load_config
-from crossmae.pretraining.train import LR_RULES
+from crossmae.pretraining.train import lr_factor
 from crossmae.training.config import CONFIG_ROOT, resolve_config_path
 from crossmae.training.schedule import Schedule, make_schedule
 
@@ -101,7 +101,7 @@ def schedule_of(config: PretrainConfig, images: int = IMAGENET, processes: int =
     with torch.device("meta"):
         model = create_model(config.model.name, **config.model.arguments())
     ratio = config.model.mask_ratio
-    factor = LR_RULES[config.optim.lr_rule](ratio, model.scored_ratio(ratio, config.model.predict_ratio))
+    factor, _ = lr_factor(config.optim.lr_rule, ratio, model.scored_ratio(ratio, config.model.predict_ratio))
     batches = BatchPlan(images, config.optim.batch_size, seed=0, world_size=processes)
     return make_schedule(batches, config.optim, config.schedule, factor)
 

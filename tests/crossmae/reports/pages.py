@@ -6,11 +6,21 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from markupsafe import Markup
 
 from crossmae.reports import figures
+from crossmae.reports.figures import line_plot
 from crossmae.reports.page import Plot, Report, Table
+
+EVIL = """--> <script>alert("1")</script> & 'quoted' </style>"""
+
+
+def plot(title: str = "Loss", points: int = 3) -> Plot:
+    """Draw curves whose labels hold markup."""
+    curves = {f"{title} again": (range(points), np.linspace(3, 1, points)), EVIL: ([0, 1], [2, 1])}
+    return line_plot(curves, title=title, x_label=EVIL, y_label="loss", caption=EVIL)
 
 
 def draw_no_plots(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 from crossmae.errors import UserError
 from crossmae.pretraining.config import load_config
 from crossmae.training.config import CONFIG_ROOT, resolve_config_path
+from tests.crossmae.pretraining.runs import make_config
 
 MINIMAL = """
 output_dir: out
@@ -47,11 +48,11 @@ def test_values_come_from_file_then_command_line(config_file: Path) -> None:
         ("data.crop_scale=[0.9, 0.2]", r"data: crop_scale must be two shares"),
         ("optim.lr=.nan", r"optim.lr: .*finite"),
         ("model.name=null", r"model.name"),
-        ("optim", r"expected key=value, got 'optim'"),
+        ("optim", r"optim: no key=value"),
         ("optim.lr.x=1", r"optim.lr: .*valid number"),
         ("output_dir.x=1", r"'output_dir' is not a section"),
         ("data.train=[", r"not valid YAML"),
-        ("model.in_chans=1", r"data.mean has 3 values for model.in_chans 1; tools/dataset_stats.py"),
+        ("model.in_chans=1", r"data.mean has 3 values for model.in_chans 1\. Measure them"),
         ("probe.train=there", r"probe: the probe needs both"),
         ("health.band=[[0.5, 1, 2], [0.1, 1, 2]]", r"health.band: rows must be .* rising shares"),
         ("optim.ema=1", r"command line: optim.ema: .*less than 1"),
@@ -91,7 +92,7 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", "not valid YAML"), ("- 1", "got list"), ("!!python/none", "YAML")]
+    ("text", "message"), [("a: [", "not valid YAML"), ("- 1", "has a list"), ("!!python/none", "YAML")]
 )
 def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "bad.yaml"
@@ -106,3 +107,27 @@ def test_bare_names_resolve_and_unknown_ones_list_what_exists(tmp_path: Path, mo
         assert resolve_config_path(name) == CONFIG_ROOT / "pretrain" / "demo.yaml"
     with pytest.raises(UserError, match=r"--config-file nothing.yaml.*pretrain/demo\.yaml"):
         resolve_config_path("nothing.yaml")
+
+
+def test_settings_without_effect_are_named() -> None:
+    quiet = make_config(Path("images"), Path("out"))
+    assert quiet.ignored(is_plain=False, has_shards=False) == {}
+    loud = make_config(
+        Path("images"),
+        Path("out"),
+        model={"decoder": "self", "fuse_input": False},
+        optim={"lr": 1e-3, "lr_rule": "none"},
+        validation={"images": 5},
+        probe={"k": 3},
+        data={"broken_budget": 0.5, "shuffle_shards": 3},
+    )
+    found = loud.ignored(is_plain=True, has_shards=False)
+    assert sorted(key for keys in found.values() for key in keys) == [
+        "data.broken_budget",
+        "data.shuffle_shards",
+        "model.fuse_input",
+        "optim.base_lr",
+        "optim.lr_rule",
+        "probe.k",
+        "validation.images",
+    ]

@@ -1,15 +1,17 @@
-"""Proves that a plan counts micro-batches and periods right, and the images of a step."""
+"""Proves learning rates (method specification, 1.9), and counts of micro-batches, periods and images of a step."""
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from crossmae.data.batches import BatchPlan
-from crossmae.training.schedule import Schedule, make_schedule
-from tests.crossmae.pretraining.test_train import make_config
+from crossmae.training.schedule import Schedule, lr_at, make_schedule
+from tests.crossmae.pretraining.runs import make_config
 
 
 def plan(batch_size: int = 4, images: int = 13, world_size: int = 1, **sections: Any) -> Schedule:
@@ -41,3 +43,13 @@ def test_a_step_counts_every_image_and_the_factor_scales_its_learning_rate() -> 
     made = make_schedule(BatchPlan(1000, 8, 0, 0, 4), config.optim, config.schedule, lr_factor=3.0)
     assert (made.images_per_step, made.images_per_batch) == (64, 32)
     assert made.peak_lr == pytest.approx(1e-3 * 64 / 256 * 3)
+
+
+def test_schedule_is_warm_up_then_half_a_cosine() -> None:
+    values = [lr_at(step, 1.0, 10, 110, 0.1) for step in range(111)]
+    assert values[:11] == pytest.approx([step / 10 for step in range(11)])
+    assert values[60] == pytest.approx(0.1 + 0.9 * 0.5)  # half way down
+    assert values[110] == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(values[10:]))
+    assert values[35] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert lr_at(0, 1.0, 0, 10) == 1.0

@@ -19,15 +19,12 @@ from crossmae.errors import UserError
         ("x-{008..010}.tar", ["x-008.tar", "x-009.tar", "x-010.tar"]),
         ("{a,b}-{0..1}", ["a-0", "a-1", "b-0", "b-1"]),
         ("{train/{0..1},val}.tar", ["train/0.tar", "val.tar", "train/1.tar", "val.tar"]),
+        ("{b,a}{2..3}", ["b2", "b3", "a2", "a3"]),
         ("x-{3..1}.tar", []),
     ],
 )
 def test_braces(pattern: str, expected: list[str]) -> None:
-    assert sorted(expand_braces(pattern)) == sorted(expected)
-
-
-def test_brace_ranges_keep_their_order() -> None:
-    assert expand_braces("{b,a}{2..3}") == ["b2", "b3", "a2", "a3"]
+    assert expand_braces(pattern) == expected
 
 
 def test_a_name_that_exists_is_no_pattern(tmp_path: Path) -> None:
@@ -51,12 +48,8 @@ def test_an_empty_range_is_an_error() -> None:
 
 
 def test_what_counts_as_a_url() -> None:
-    assert [is_url(value) for value in ("s3://a/b", "simplecache::s3://a", "a/b.tar", "C:/x")] == [
-        True,
-        True,
-        False,
-        False,
-    ]
+    assert all(map(is_url, ("s3://a/b", "simplecache::s3://a")))
+    assert not any(map(is_url, ("a/b.tar", "C:/x")))
 
 
 def test_siblings_and_contents_keep_the_file_system() -> None:

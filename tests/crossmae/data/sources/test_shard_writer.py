@@ -182,7 +182,7 @@ def test_a_shard_of_broken_images_is_empty_and_none_at_all_an_error(source: Sour
     assert len(open_source(tmp_path / "a", "data.train")) == 6
     for index in range(10):
         Path(source.name(index)).write_bytes(b"")
-    with pytest.raises(UserError, match=r"SRC: no image can be read; the first: .*000\.png"):
+    with pytest.raises(UserError, match=r"SRC: no image can be read: .*000\.png"):
         make_shards(source, tmp_path / "b", settings, threads=2)
 
 
