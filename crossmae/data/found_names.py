@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from html import unescape
 from itertools import takewhile
 from pathlib import Path
@@ -17,12 +17,12 @@ from typing import NamedTuple
 from unicodedata import normalize
 from urllib.parse import unquote
 
-from crossmae.data.paths import IMAGE_SUFFIXES
-from crossmae.errors import shorten
-from crossmae.files import printable
+from crossmae.data.paths import IMAGE_SUFFIXES, walk_files
+from crossmae.errors import printable, shorten
 
 SAME_FORMAT = {".jpe": ".jpg", ".jpeg": ".jpg", ".jfif": ".jpg", ".tiff": ".tif", ".j2k": ".jp2"}
 NUMBERS_AND_SPLITS = re.compile(r"\d+|train(ing)?|val(id(ation)?)?|test(ing)?|dev")
+NOTHING_LIKE = "no file has a name like it"
 MOST_CANDIDATES = 3  # number of candidates in a reason
 MOST_COMPARED = 20  # number of candidates whose spelling is compared
 
@@ -118,8 +118,10 @@ class _Files:
         self.own = _reduce(os.path.basename(self.top))
         self.folders: set[str] = set()
         self.by_end: dict[str, list[str]] = defaultdict(list)
-        for path in _walk(self.top, self.folders):
+        start = len(os.path.join(self.top, ""))
+        for path in sorted(file[start:] for file in walk_files(self.top, []) if os.path.isfile(file)):
             parts = _reduce(path)
+            self.folders.update(parts[:-1])
             if parts and parts[-1] in wanted:
                 for shared in range(len(parts) + len(self.own)):
                     self.by_end["/".join([*self.own, *parts][shared:])].append(path)
@@ -141,7 +143,7 @@ class _Files:
             others += fitting[: 1 - len(others)]
         if others:
             return f"only {printable(others[0])} is there, of another format"
-        return "no file has a name like it"
+        return NOTHING_LIKE
 
     def _only(self, name: str, found: list[str], shared: int, own: list[str]) -> _Fit | str:
         found = [path for path in found if _reduce(path) == own] or found
@@ -155,17 +157,6 @@ class _Files:
         if mine and (mine[-1] in self.folders or (other and _siblings(mine[-1], other[-1]))):
             return f"only {printable(found[0])} has its name, in another folder"
         return _Fit(found[0], shared)
-
-
-def _walk(top: str, folders: set[str]) -> Iterator[str]:
-    """Yield all files relative to `top`, and collect the folders' names."""
-    visited: set[str] = set()
-    for parent, children, files in os.walk(top, followlinks=True):
-        visited.add(os.path.realpath(parent))
-        children[:] = [name for name in sorted(children) if os.path.realpath(os.path.join(parent, name)) not in visited]
-        folders.update(*(_reduce(name) for name in children))
-        inner = "" if parent == top else os.path.relpath(parent, top)
-        yield from (os.path.join(inner, name) for name in sorted(files) if os.path.isfile(os.path.join(parent, name)))
 
 
 def _canonical_suffix(name: str) -> str:

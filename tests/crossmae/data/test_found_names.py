@@ -133,7 +133,8 @@ def test_nothing_is_searched_if_nothing_is_missing(tmp_path: Path, monkeypatch: 
 def test_many_equal_base_names_take_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # 100 folders with the same 100 base names: a comparison of all pairs would take a minute.
     files = [f"s{a}/{b:03d}.png" for a in range(100) for b in range(100)]
-    monkeypatch.setattr(found_names, "_walk", lambda top, folders: iter(files))
+    monkeypatch.setattr(found_names, "walk_files", lambda *_: (str(tmp_path / name) for name in files))
+    monkeypatch.setattr("os.path.isfile", lambda path: True)
     names = [name.replace("/", "\\") for name in files]
     start = time.process_time()
     accepted, reasons = find_moved(tmp_path, names)
