@@ -29,8 +29,8 @@ PACKED_STARTS = {
 }
 WIDE_ENCODINGS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 # Tried to show how a text would read. Of equally likely encodings, the first comes first.
-OTHER_ENCODINGS = ("WINDOWS-1252", "GB18030", "SHIFT_JIS", "EUC-KR", "BIG5", "WINDOWS-1251")
-MOST_READINGS = 3
+OTHER_ENCODINGS = ("WINDOWS-1252", "WINDOWS-1251", "GB18030", "SHIFT_JIS", "EUC-KR", "BIG5")
+MOST_READINGS = 4
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -200,7 +200,7 @@ def _guess_wide(data: bytes) -> str:
 
 
 def _likely_encodings(data: bytes) -> list[str]:
-    """Sort the encodings that can decode a text by their share of letters outside ASCII."""
+    """Sort encodings by the share of letters outside ASCII."""
     shares = {}
     for name in OTHER_ENCODINGS:
         odd = [letter for letter in _decode(data, name) if not letter.isascii()]
@@ -232,7 +232,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str, shown: str) -> Any:
-    """Parse JSON text, or raise UserError with the name `shown` of its file and the line."""
+    """Parse JSON text. UserError names the file as `shown`, and the line."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # not JSON, thousands of digits, or deeply nested lists

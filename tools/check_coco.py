@@ -16,13 +16,12 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from crossmae.errors import UserError, run_cli
 from crossmae.files import check_destination, check_writable, make_folder, write_json
-from det.data.coco import drop_advice, mask_kind, read_coco, read_sizes
+from det.data.coco import describe_moved_images, drop_advice, mask_kind, read_coco, tidy_with_images
 from det.data.coco_checks import Finding, find_faults
 from det.data.coco_kinds import Rank
 from det.data.loose_forms import is_empty
@@ -118,11 +117,12 @@ def main(argv: list[str] | None = None) -> None:
     images = None if arguments.skip_images else arguments.images
     # A data set without any masks needs none.
     masks = not arguments.no_masks and not all(is_empty(one.get("segmentation")) for one in content["annotations"])
-    tidied = tidy(content, masks=masks, read_sizes=partial(read_sizes, images) if images else None)
+    tidied = tidy_with_images(content, images, masks) if images else tidy(content, masks=masks)
     counts = count(tidied.content)
     findings = find_faults(tidied, images, for_evaluation=arguments.evaluation, masks=masks)
     print(", ".join(f"{value} {name}" for name, value in counts.items()))
-    print("\n".join(filter(None, (table(findings), advice(tidied, findings)))))
+    moved = describe_moved_images(tidied, images) if images else ""
+    print("\n".join(filter(None, (table(findings), moved, advice(tidied, findings)))))
     if arguments.json is not None:
         make_folder(arguments.json.parent, "--json")
         write_json(arguments.json, report(arguments, counts, findings))

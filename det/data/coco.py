@@ -19,6 +19,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from pycocotools import mask as coco_mask
 
+from crossmae.data.found_names import describe_moved, find_moved
 from crossmae.data.parallel import READERS, map_in_order
 from crossmae.errors import UserError
 from crossmae.files import read_json
@@ -34,7 +35,7 @@ from det.data.coco_checks import (
 )
 from det.data.coco_kinds import DROPPABLE, KINDS, USELESS, Rank
 from det.data.coco_masks import polygon_fault
-from det.data.tidy import Size, Tidy, image_name, tidy
+from det.data.tidy import ImageSize, Tidy, image_name, tidy
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,11 @@ def register_coco(
         raise UserError(f"{json_path}: the image folder {images} does not exist. Name the folder with its images.")
     if not file["annotations"] and not for_evaluation:
         raise UserError(f"{json_path}: 'annotations' is empty. Name a file with objects to train on.")
-    tidied = tidy(file, masks=masks, read_sizes=partial(read_sizes, Path(images)), keep=keep)
+    tidied = tidy_with_images(file, Path(images), masks, keep)
+    if tidied.moved:
+        log.info(
+            "%s: %s", json_path, describe_moved(Path(images), tidied.moved, len(tidied.moved) + len(tidied.missing))
+        )
     findings = find_faults(tidied, Path(images), for_evaluation=for_evaluation, masks=masks)
     dropped = plan_drop(tidied, findings, drop)
     if faults := remaining_faults(findings, dropped):
@@ -138,17 +143,32 @@ def register_coco(
 
 @dataclass(frozen=True)
 class _Reading:
-    """How a registered file is read: see `register_coco`."""
+    """Arguments of `register_coco` with which a file is read again."""
 
     masks: bool = True
     keep: tuple[str, ...] = ()
     dropped: Dropped = Dropped()
 
 
-def read_sizes(folder: Path, names: Sequence[str]) -> Iterable[Size | None]:
+def tidy_with_images(content: dict[str, Any], folder: Path, masks: bool, keep: Collection[str] = ()) -> Tidy:
+    """Repair a COCO content with the files of a folder (`tidy`)."""
+
+    def find(names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+        missing = [name for name in names if leaves_folder(name) or not os.path.isfile(folder / name)]
+        return find_moved(folder, missing, set(names) - set(missing))
+
+    return tidy(content, masks=masks, find_files=find, read_sizes=partial(read_sizes, folder), keep=keep)
+
+
+def describe_moved_images(tidied: Tidy, folder: Path) -> str:
+    """Describe images that have another name in one line, or return ""."""
+    return describe_moved(folder, tidied.moved, len(tidied.moved) + len(tidied.missing)) if tidied.moved else ""
+
+
+def read_sizes(folder: Path, names: Sequence[str]) -> Iterable[ImageSize | None]:
     """Read sizes of image files as they are after their EXIF orientation."""
 
-    def read(name: str) -> Size | None:
+    def read(name: str) -> ImageSize | None:
         try:
             return None if leaves_folder(name) else read_header(folder / name)[1]
         except Exception:  # Pillow raises many types of errors for damaged headers, which the checks report
@@ -175,7 +195,7 @@ def mask_kind(annotation: dict[str, Any]) -> str:
 
 
 def ground_truth(name: str) -> dict[str, Any]:
-    """Read the COCO file of a registered data set, repaired and without dropped entries.
+    """Read the COCO file of a registered data set, without dropped entries.
 
     An annotation with id 0 gets another id, because pycocotools treats a match with id 0 as no match.
     """
@@ -183,14 +203,13 @@ def ground_truth(name: str) -> dict[str, Any]:
 
 
 def read_registered(name: str) -> tuple[dict[str, Any], dict[str, dict[int, Any]]]:
-    """Read the ground truth, and the ids of images and categories that the file writes otherwise (`Tidy.written`)."""
+    """Read the ground truth, and the ids of the file (`Tidy.written`)."""
     metadata = MetadataCatalog.get(name)
     path = metadata.get("json_file")
     if path is None:
         raise UserError(f"{name}: this data set has no file in COCO format. Set 'json_file' in its metadata.")
     reading = metadata.get("reading", _Reading())
-    sizes = partial(read_sizes, Path(metadata.image_root))
-    tidied = tidy(read_coco(path), masks=reading.masks, read_sizes=sizes, keep=reading.keep)
+    tidied = tidy_with_images(read_coco(path), Path(metadata.image_root), reading.masks, reading.keep)
     content = clean(tidied.content, replace(reading.dropped, categories=tidied.left_out))
     taken = {annotation["id"] for annotation in content["annotations"]}
     free = next(number for number in count(1) if number not in taken)
@@ -299,7 +318,7 @@ def remaining_faults(findings: Sequence[Finding], dropped: Dropped) -> list[Find
 
 
 def describe_faults(faults: Sequence[Finding]) -> str:
-    """Describe faults in one line: kinds, counts, first ids and what to do.
+    """Describe faults in one line: kinds, counts, first ids and advice.
 
     If there is only one kind, the line has more details.
     """
@@ -310,9 +329,10 @@ def describe_faults(faults: Sequence[Finding]) -> str:
 
 
 def drop_advice(tidied: Tidy, findings: Sequence[Finding], drop: Sequence[str] = ()) -> str:
-    """Propose `DATASETS.DROP` for useless entries, with the numbers of entries left, or return "".
+    """Propose a `DATASETS.DROP` for useless entries, or return "".
 
-    The proposal includes the kinds in `drop`, which are already dropped. There is none if nothing would be left.
+    The proposal says how many entries are left, and includes the kinds in `drop`, which are already dropped. There is
+    none if nothing would be left.
     """
     faults = remaining_faults(findings, plan_drop(tidied, findings, drop))
     kinds = [one.kind.name for one in faults if one.rank is Rank.DROPPABLE and one.kind.name in USELESS]

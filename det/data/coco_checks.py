@@ -93,6 +93,7 @@ class Findings:
 
     def __init__(self, tidied: Tidy, demoted: Iterable[str] = ()) -> None:
         self.content, self.shown, self.left_out = tidied.content, tidied.file, tidied.left_out
+        self.missing = tidied.missing
         self.demoted, self.all = frozenset(demoted), dict[str, Finding]()
         for name, notes in tidied.mended.items():
             self.add(name, notes)
@@ -255,7 +256,11 @@ def _check_files(found: Findings, folder: Path, known: dict[int, int]) -> None:
     entries = found.content["images"]
     named = {at: name for at in sorted(known.values()) if isinstance(name := image_name(entries[at]), str) and name}
     names = {at: name for at, name in named.items() if not leaves_folder(name)}
-    missing = {position: name for position, name in names.items() if not os.path.isfile(folder / name)}
+    missing = {
+        position: f"{name}: {reason}" if (reason := found.missing.get(name)) else name
+        for position, name in names.items()
+        if not os.path.isfile(folder / name)
+    }
     there = [position for position in names if position not in missing]
     source = ImageFiles([folder / names[position] for position in there], "images of a COCO file")
     broken = {there[one.index]: one.message for one in find_broken(source, range(len(source)))}
@@ -270,7 +275,7 @@ def _check_files(found: Findings, folder: Path, known: dict[int, int]) -> None:
 
 
 def read_header(path: Path) -> tuple[tuple[int, int], tuple[int, int], int | None]:
-    """Read an image's size (width, height) as stored and as turned by its EXIF orientation, and the orientation."""
+    """Read an image's stored size, its size once turned, and its EXIF orientation."""
     with Image.open(path) as image:
         # Pillow would decode a PNG file completely to find an orientation that is stored after the pixels.
         late = image.format == "PNG" and _LATE_EXIF.search(ImageFiles([path], "").tail(0, LATE_EXIF_WITHIN))
@@ -334,7 +339,7 @@ def _annotation_fault(entry: dict[str, Any]) -> str:
 
 
 def _check_annotations(found: Findings, known: dict[int, int], categories: dict[int, int], sound: bool) -> _Table:
-    """Check keys and types, unless `sound`, and references to `known` images and `categories`."""
+    """Check keys and types, unless `sound`, and references to images and categories."""
     entries, images = found.content["annotations"], found.content["images"]
     bad = {} if sound else _with_fault(entries, _annotation_fault)
     positions = [position for position in range(len(entries)) if position not in bad]

@@ -65,6 +65,7 @@ _TABLE: dict[tuple[str, Rank], dict[str, str]] = {
         "zero-image-id": "the id is 0, which is fine",
         "image-without-annotations": "left out in training unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is False",
         "mended-image-id": "the id is no number of COCO's format: another number stands for it, and results have it",
+        "moved-image": "the name is written in another way than the name of the only file that fits",
         "mended-size": "width or height is no whole number, and is read as such",
         "size-from-file": "width or height is 0, missing or no number: the size of the file is used",
     },

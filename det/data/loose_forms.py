@@ -36,7 +36,7 @@ def as_number(value: Any) -> Any:
 
 
 def as_whole_number(value: Any) -> int | None:
-    """Return the whole number that a text, a float or an integer stands for, or None."""
+    """Return the whole number that a value stands for, or None."""
     number = as_number(value)
     if type(number) is float and number.is_integer():
         return int(number)
@@ -44,7 +44,7 @@ def as_whole_number(value: Any) -> int | None:
 
 
 def as_numbers(value: Any) -> list[float] | None:
-    """Return a flat list of numbers, some of which may be text, or None for anything else."""
+    """Return a flat list of numbers, which may be text, or None."""
     if type(value) is not list or not value:
         return None
     if NUMBERS.issuperset(map(type, value)):
@@ -54,7 +54,10 @@ def as_numbers(value: Any) -> list[float] | None:
 
 
 def parsed(value: Any) -> Any:
-    """Return the list or dict that a text holds: JSON, Python, printed arrays, or numbers between separators."""
+    """Return the list or dict that a text holds.
+
+    The text is JSON, Python, a printed array, or numbers between separators.
+    """
     if not isinstance(value, str):
         return value
     plain = _CALL.sub("(", _DTYPE.sub("", value.strip()))
@@ -77,7 +80,7 @@ def _without_tuples(value: Any) -> Any:
 
 
 def is_empty(value: Any) -> bool:
-    """Check whether a value stands for nothing: null, NaN, empty, or lists of nothing."""
+    """Check for null, NaN, empty values, and lists of such."""
     if isinstance(value, str):
         return value.strip().lower() in ("", "[]", "[[]]", "{}", "null", "none", "nan")
     if isinstance(value, list):
@@ -86,7 +89,7 @@ def is_empty(value: Any) -> bool:
 
 
 def as_box(value: Any) -> Any:
-    """Return a box as [x, y, width, height], or None if there is none."""
+    """Return a box as [x, y, width, height], or None."""
     box = parsed(value)
     if is_empty(box):
         return None
@@ -112,7 +115,7 @@ def _box_of_keys(box: Mapping[str, Any]) -> list[Any] | None:
 
 
 def as_mask(value: Any) -> Any:
-    """Return a mask as polygons or as one run-length encoding, or None if there is none."""
+    """Return a mask as polygons or run lengths, or None."""
     mask = parsed(value)
     if is_empty(mask):
         return None
@@ -137,7 +140,7 @@ def _as_run_lengths(mask: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _text_of_bytes(text: str) -> Any:
-    """Return the text of a printed `b'...'`, or the list of printed run lengths."""
+    """Return the text of a printed `b'...'`, or printed run lengths."""
     if not re.fullmatch(r"""b(['"]).*\1""", text, re.DOTALL):
         return parsed(text)
     try:
@@ -170,7 +173,7 @@ def _united(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _as_polygons(parts: Sequence[Any]) -> list[list[float]] | None:
-    """Return one flat list per polygon: of numbers, of points, or of either in more lists."""
+    """Return a flat list of numbers for each polygon."""
     if (flat := as_numbers(list(parts))) is not None:
         return [flat]
     if (flat := _flat_points(parts)) is not None:
@@ -194,7 +197,10 @@ def _flat_points(points: Iterable[Any]) -> list[float] | None:
 
 
 def _point(value: Any) -> list[float] | None:
-    """Return x and y of a point: a pair, a dict, or a list of one point, as OpenCV's contours have them."""
+    """Return x and y of a point.
+
+    A point is a pair, a dict, or a list of one point, as in OpenCV's contours.
+    """
     if isinstance(value, str):
         value = parsed(value)
     if isinstance(value, dict):

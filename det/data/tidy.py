@@ -33,10 +33,12 @@ LVIS_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 FLAGS = {"0": 0, "1": 1, "false": 0, "true": 1, "no": 0, "yes": 1, "f": 0, "t": 1, "n": 0, "y": 1}
 
 Entries = list[dict[str, Any]]
-Size = tuple[int, int]
+ImageSize = tuple[int, int]
 Notes = dict[str, dict[int, str]]
 # Reads width and height of image files, named as in `file_name`; None for a file that cannot be read.
-SizeReader = Callable[[Sequence[str]], Iterable[Size | None]]
+SizeReader = Callable[[Sequence[str]], Iterable[ImageSize | None]]
+# Finds files for the names that do not exist as written: paths by name, and reasons by name for the others.
+FileFinder = Callable[[Sequence[str]], tuple[dict[str, str], dict[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ class Tidy:
     """A COCO content with entries at the positions of the `file`, and a record of the repairs.
 
     `mended` has a note by kind and position. Categories at the positions `left_out` are no classes. `written` has the
-    ids of images and categories as the file has them, by the number in `content`, where the two differ. If `sound`,
-    keys and types of all annotations are known to be right.
+    ids of images and categories as the file has them, by the number in `content`, where the two differ. `moved` has
+    paths of image files by the name as written, and `missing` has reasons by name. If `sound`, keys and types of all
+    annotations are known to be right.
     """
 
     file: dict[str, Any]
@@ -53,19 +56,27 @@ class Tidy:
     mended: Notes
     left_out: frozenset[int]
     written: dict[str, dict[int, Any]]
+    moved: dict[str, str]
+    missing: dict[str, str]
     sound: bool
 
 
 def tidy(
-    content: dict[str, Any], *, masks: bool, read_sizes: SizeReader | None = None, keep: Collection[str] = ()
+    content: dict[str, Any],
+    *,
+    masks: bool,
+    find_files: FileFinder | None = None,
+    read_sizes: SizeReader | None = None,
+    keep: Collection[str] = (),
 ) -> Tidy:
-    """Repair what has one meaning, and strip odd entries to the keys that a run reads.
+    """Repair what has one meaning, and strip odd entries to known keys.
 
     The given content is unchanged. Lists without oddities are passed on as they are.
 
     Args:
         content: from `det.data.coco.read_coco`.
         masks: masks are read. Otherwise no annotation keeps its mask.
+        find_files: finds image files that have another name.
         read_sizes: reads sizes that the file lacks.
         keep: names of categories that are never left out, such as the classes of the training data.
     """
@@ -74,6 +85,10 @@ def tidy(
     image_ids = _Ids(content["images"], "file_name")
     categories = _tidy_categories(content["categories"], category_ids, mended)
     images = _tidy_images(content["images"], image_ids, category_ids, mended)
+    names = [name for entry in images if isinstance(name := image_name(entry), str) and name]
+    moved, missing = find_files(names) if find_files else ({}, {})
+    if moved:
+        images = _with_paths(images, moved, mended)
     _tidy_sizes(images, read_sizes, mended)
     lvis = any(LVIS_LISTS[0] in image for image in images)
     annotations = content["annotations"]
@@ -93,6 +108,8 @@ def tidy(
         dict(mended),
         frozenset(left_out),
         {"images": image_ids.written, "categories": category_ids.written},
+        moved,
+        missing,
         not odd,
     )
 
@@ -143,7 +160,7 @@ class _Ids:
         return self.numbers.get(written) if type(written) in (int, float, str) else None
 
     def find(self, reference: Any) -> int | None:
-        """Find the number that a reference to an id, in any spelling, or to a name means."""
+        """Find the number of a reference: an id in any spelling, or a name."""
         if type(reference) not in (int, float, str):
             return None
         for spelling in (reference, as_whole_number(reference), str(reference)):
@@ -190,12 +207,23 @@ def _tidy_images(entries: Entries, ids: _Ids, category_ids: _Ids, mended: Notes)
     return tidied
 
 
+def _with_paths(images: Entries, moved: dict[str, str], mended: Notes) -> Entries:
+    renamed = []
+    for at, entry in enumerate(images):
+        name = image_name(entry)
+        if isinstance(name, str) and name in moved:
+            mended["moved-image"][at] = f"{name} is there as {moved[name]}"
+            entry = {**entry, "file_name": moved[name]}
+        renamed.append(entry)
+    return renamed
+
+
 def _has_size(entry: dict[str, Any]) -> bool:
     return all(type(entry.get(key)) is int and 1 <= entry[key] <= LARGEST_SIDE for key in ("width", "height"))
 
 
 def _tidy_sizes(images: Entries, read_sizes: SizeReader | None, mended: Notes) -> None:
-    """Read sizes that are 0, missing or no numbers from the image files."""
+    """Read sizes that are no positive numbers from the image files."""
     named = {at: image_name(entry) for at, entry in enumerate(images) if not _has_size(entry)}
     wanted = {at: name for at, name in named.items() if isinstance(name, str) and name}
     if read_sizes is None or not wanted:
@@ -216,7 +244,7 @@ def image_name(image: dict[str, Any]) -> Any:
 
 
 def _left_out(categories: Entries, used: set[int], keep: Collection[str]) -> dict[int, str]:
-    """Find categories without objects that have a twin with objects, or name the group of all others."""
+    """Find roots and repeated names among categories without objects."""
     names, parents = ([_text(entry.get(key)) for entry in categories] for key in ("name", "supercategory"))
     in_use = [type(entry.get("id")) is int and entry["id"] in used for entry in categories]
     named, children = set(compress(names, in_use)), Counter(parents)
@@ -292,7 +320,7 @@ class _Annotations:
                 entry[key] = flag
 
     def _mend_box(self, at: int, entry: dict[str, Any]) -> None:
-        """Read a box. A box that is none becomes None, until it is measured."""
+        """Read a box, or set it to None until it is measured."""
         if "bbox" in entry:
             box = as_box(entry["bbox"])
             if box is not None and box is not entry["bbox"]:
@@ -316,7 +344,7 @@ class _Annotations:
                 self.mended["mended-mask"][at] = f"segmentation {short(written)} is read as {short(mask)}"
 
     def _measure(self, entries: Entries, written: Entries) -> None:
-        """Read absent boxes and areas off the masks, and absent areas off the boxes."""
+        """Read absent boxes and areas off masks, or areas off boxes."""
         rows = [at for at, entry in enumerate(entries) if _has_box(entry) is False or _lacks_area(entry)]
         sizes = {short(entry.get("id")): (entry["width"], entry["height"]) for entry in self.images if _has_size(entry)}
         masks = [_read_mask(entries[at].get("segmentation")) for at in rows]
@@ -339,7 +367,7 @@ class _Annotations:
                 entry["area"] = area
 
     def _number(self, entries: Entries) -> None:
-        """Give free numbers to annotations whose id is absent, no number, or taken."""
+        """Give free numbers to annotations without an id of their own."""
         seen: set[int] = set()
         again = []
         for at, entry in enumerate(entries):
@@ -371,7 +399,10 @@ def _read_mask(written: Any) -> Any:
 
 
 def _has_box(entry: dict[str, Any]) -> bool | None:
-    """Check for a box with a width and a height. None if it is in no form of a box."""
+    """Check for a box with width and height.
+
+    Returns None for a value that is no box.
+    """
     box = entry.get("bbox")
     if box is None:
         return False
@@ -393,10 +424,11 @@ def _column(entries: Entries, key: str) -> list[Any] | None:
 
 
 def odd_parts(annotations: Entries, lvis: bool, masks: bool) -> set[str]:
-    """Find the parts of annotations that are not all in COCO's form, column by column.
+    """Find the parts of annotations that are not all in COCO's form.
 
-    Annotations without odd parts need no repair, and have none of the faults of keys and types. This is several times
-    faster than a look at each annotation. The parts are ids, references, flags, boxes, areas and masks.
+    Annotations without odd parts need no repair, and have none of the faults of keys and types. A look at one column
+    after another is several times faster than at one annotation after another. The parts are ids, references, flags,
+    boxes, areas and masks.
     """
 
     def are_whole(*keys: str) -> bool:
@@ -436,7 +468,7 @@ def _are_run_lengths(mask: dict[str, Any]) -> bool:
 
 
 def _are_masks(masks: list[Any] | None) -> bool:
-    """Check that each mask is a list of lists of numbers, or sound run lengths."""
+    """Check for lists of lists of numbers, or run lengths."""
     if masks is None or not all(masks) or not {list, dict}.issuperset(map(type, masks)):
         return False
     if not all(_are_run_lengths(mask) for mask in masks if type(mask) is dict):

@@ -80,7 +80,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
 
 
 def with_written_ids(results: list[dict[str, Any]], written: Mapping[str, Mapping[int, Any]]) -> list[dict[str, Any]]:
-    """Replace numbers of images and categories by the ids of the user's file."""
+    """Replace numbers of images and categories by the ids of the file."""
     if not any(written.values()):
         return results
     keys = {"image_id": written["images"], "category_id": written["categories"]}

@@ -125,7 +125,7 @@ def test_masks_are_missed_only_where_others_have_one(content: dict[str, Any]) ->
         (("coco.json", "nowhere"), "IMAGES: nowhere is no folder"),
         (("coco.json",), "IMAGES: no folder is named"),
         (("absent.json", "images"), "absent.json: no such file"),
-        (("images/1.png", "images"), "images/1.png: not valid JSON"),
+        (("images/1.png", "images"), "images/1.png: is an image, not text"),
         (("coco.json", "images", "--json", "./coco.json"), "--json: coco.json is the file to be checked"),
         (("coco.json", "images", "--json", "images"), "images: is a folder"),
         (("coco.json", "nowhere", "--skip-images"), "--skip-images: nowhere would be ignored. Leave out one"),

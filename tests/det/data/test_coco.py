@@ -93,7 +93,7 @@ def test_files_that_are_not_json_name_line_and_column(tmp_path):
     with pytest.raises(UserError, match=r"coco.json: not valid JSON: .*: line 2 column 18"):
         register_coco("test_set", path, images, masks=True)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not valid JSON: 'utf-8' codec"):
+    with pytest.raises(UserError, match="is UTF-16 text, not UTF-8"):
         register_coco("test_set", path, images, masks=True)
     path.write_text('{"images": [' + "9" * 5000 + "]}")
     with pytest.raises(UserError, match=r"coco.json: not valid JSON: Exceeds the limit"):
