@@ -275,7 +275,7 @@ def _check_files(found: Findings, folder: Path, known: dict[int, int]) -> None:
 
 
 def read_header(path: Path) -> tuple[tuple[int, int], tuple[int, int], int | None]:
-    """Read an image's stored size, its size once turned, and its EXIF orientation."""
+    """Read an image's stored size, its turned size, and its EXIF orientation."""
     with Image.open(path) as image:
         # Pillow would decode a PNG file completely to find an orientation that is stored after the pixels.
         late = image.format == "PNG" and _LATE_EXIF.search(ImageFiles([path], "").tail(0, LATE_EXIF_WITHIN))

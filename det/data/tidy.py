@@ -160,7 +160,7 @@ class _Ids:
         return self.numbers.get(written) if type(written) in (int, float, str) else None
 
     def find(self, reference: Any) -> int | None:
-        """Find the number of a reference: an id in any spelling, or a name."""
+        """Find the number of an id in any spelling, or a name."""
         if type(reference) not in (int, float, str):
             return None
         for spelling in (reference, as_whole_number(reference), str(reference)):
