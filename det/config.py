@@ -207,6 +207,8 @@ class EvaluationKeys(ConfigKeys):
     EVAL_PERIOD: AtLeast0
     EVAL_EPOCHS: NotNegative = 0.0  # with SOLVER.EPOCHS: evaluate and save after every so many epochs
     EVALUATOR: Literal["auto", "hotcoco", "pycocotools"] = "auto"  # auto: hotcoco if it is installed
+    # Detections that AP counts per image and class, best first. COCO's AP counts 100.
+    MAX_DETS: int = Field(100, ge=100, description="at least 100")
     AUG: _Off
     PRECISE_BN: _Off
     EXPECTED_RESULTS: list[Any] = Field(max_length=0, description="empty: results are not compared with any")
@@ -387,6 +389,9 @@ def check_config(cfg: CfgNode) -> None:
     for key, needed in (("INPUT.LSJ.ENABLED", True), ("MODEL.MASK_ON", True), ("MODEL.KEYPOINT_ON", False)):
         if images.COPY_PASTE.ENABLED and lookup(cfg, key) != needed:
             raise UserError(f"INPUT.COPY_PASTE.ENABLED: {key} is {lookup(cfg, key)}. Set {key}={needed}.")
+    if keys.TEST.MAX_DETS > 100 and 0 <= cfg.TEST.DETECTIONS_PER_IMAGE < keys.TEST.MAX_DETS:
+        words = "TEST.DETECTIONS_PER_IMAGE %d is less than TEST.MAX_DETS %d: AP cannot count more. Raise the first."
+        log.warning(words, cfg.TEST.DETECTIONS_PER_IMAGE, keys.TEST.MAX_DETS)
     if lsj.ENABLED and vit.SQUARE_PAD > lsj.SIZE:
         log.info("MODEL.VIT.SQUARE_PAD %d pads images of INPUT.LSJ.SIZE %d", vit.SQUARE_PAD, lsj.SIZE)
     for name, key in (

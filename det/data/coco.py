@@ -33,7 +33,7 @@ from det.data.coco_checks import (
     paused_garbage_collection,
     read_header,
 )
-from det.data.coco_kinds import DROPPABLE, KINDS, USELESS, Rank
+from det.data.coco_kinds import DROPPABLE, KINDS, USELESS, WARNINGS, Rank
 from det.data.coco_masks import polygon_fault
 from det.data.tidy import ImageSize, Tidy, image_name, tidy
 
@@ -46,12 +46,15 @@ OWN_TRAIN, OWN_VAL = "own_coco_train", "own_coco_val"
 class CocoSummary:
     """Facts about a checked file. Categories are sorted by id, which is the order of the classes.
 
-    Crowd regions are not counted in `num_trainable` (images) and `mask_kinds` ("polygon", "rle", "none").
+    Crowd regions are not counted in `num_trainable` (images), in `most_objects` and `most_of_class` (of an image), and
+    in `mask_kinds` ("polygon", "rle", "none").
     """
 
     categories: tuple[str, ...]
     num_images: int
     num_trainable: int
+    most_objects: int
+    most_of_class: int
     mask_kinds: frozenset[str]
 
 
@@ -133,10 +136,13 @@ def register_coco(
         ],
     )
     kept = [annotation for annotation in cleaned["annotations"] if not annotation.get("iscrowd", 0)]
+    objects = Counter(annotation["image_id"] for annotation in kept)
     return CocoSummary(
         categories=tuple(entry["name"] for entry in sorted(cleaned["categories"], key=lambda entry: entry["id"])),
         num_images=len(cleaned["images"]),
-        num_trainable=len({annotation["image_id"] for annotation in kept}),
+        num_trainable=len(objects),
+        most_objects=max(objects.values(), default=0),
+        most_of_class=max(Counter((one["image_id"], one["category_id"]) for one in kept).values(), default=0),
         mask_kinds=frozenset(mask_kind(annotation) for annotation in kept),
     )
 
@@ -184,6 +190,9 @@ def _log_findings(findings: Sequence[Finding], dropped: Dropped, json_path: str 
         parts = f", polygons of {len(dropped.polygons)} more" if dropped.polygons else ""
         numbers = f"{len(dropped.images)} images and {len(dropped.annotations)} annotations{parts}"
         log.warning("%s: DATASETS.DROP leaves out %s: %s", json_path, numbers, counts[Rank.DROPPABLE])
+    for one in findings:
+        if one.kind.name in WARNINGS:
+            log.warning("%s: %s in %s: %s", json_path, one.kind.name, one.counted(), one.kind.meaning)
     if counts[Rank.INFORMATION]:
         log.info("%s: good to know: %s", json_path, counts[Rank.INFORMATION])
 
@@ -402,13 +411,16 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
     if train is not None:
         summaries.append(register_coco(OWN_TRAIN, *train, masks=masks, drop=drop))
         if not summaries[0].num_trainable:
-            raise UserError(f"{train[0]}: all annotations are crowd regions (iscrowd 1). Add objects to train on.")
+            raise UserError(
+                f"{train[0]}: all annotations are crowd regions (iscrowd 1). Set iscrowd 0 for single objects."
+            )
         if masks and "rle" in summaries[0].mask_kinds and cfg.INPUT.MASK_FORMAT == "polygon":
             cfg.INPUT.MASK_FORMAT = "bitmask"
             log.info("INPUT.MASK_FORMAT is bitmask: %s has run-length encoded masks", train[0])
     if val is not None:
         classes = summaries[0].categories if summaries else ()
         summaries.append(register_coco(OWN_VAL, *val, for_evaluation=True, masks=masks, drop=drop, keep=classes))
+        _warn_of_crowded_images(val[0], summaries[-1], cfg.TEST.DETECTIONS_PER_IMAGE, cfg.TEST.MAX_DETS)
     if train is not None and val is not None:
         check_same_categories(summaries[0].categories, summaries[1].categories, train[0], val[0])
     if not summaries:
@@ -422,6 +434,16 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
     if box_head.USE_FED_LOSS and number < box_head.FED_LOSS_NUM_CLASSES:
         log.info("MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES is %d: there are no more", number)
         box_head.FED_LOSS_NUM_CLASSES = number
+
+
+def _warn_of_crowded_images(json_path: str, summary: CocoSummary, detections: int, counted: int) -> None:
+    """Warn if an image has more objects than are detected, or than AP counts."""
+    lvis = MetadataCatalog.get(OWN_VAL).get("evaluator_type") == "lvis"  # with a limit of its own
+    text = "%s: an image has %d objects%s, and %s only %d, which lowers recall and AP. Set %s=%d or more."
+    if 0 <= detections < (most := summary.most_objects):
+        log.warning(text, json_path, most, "", "the detector returns", detections, "TEST.DETECTIONS_PER_IMAGE", most)
+    if counted < (most := summary.most_of_class) and not lvis:
+        log.warning(text, json_path, most, " of a class", "AP counts", counted, "TEST.MAX_DETS", most)
 
 
 def check_classes(names: Sequence[str], num_classes: int) -> None:

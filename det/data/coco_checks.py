@@ -9,9 +9,9 @@ from __future__ import annotations
 import gc
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 from reprlib import repr as short
@@ -26,6 +26,7 @@ from crossmae.data.broken import find_broken
 from crossmae.data.parallel import READERS, map_in_order
 from crossmae.data.sources.source import ImageFiles
 from crossmae.errors import printable
+from det.data.coco_fit import Placed, corners_of, find_misfits
 from det.data.coco_kinds import EVALUATION_KINDS, FREQUENCIES, KINDS, Kind, Rank
 from det.data.coco_masks import LARGEST_SIDE, NUMBERS, Floats, Masks, flatten, measure_masks, no_masks
 from det.data.tidy import LARGEST_AREA, LARGEST_ID, LVIS_LISTS, Tidy, image_name
@@ -36,6 +37,8 @@ AREA_SLACK = (10.0, 0.3)  # allowed difference of area and mask: pixels, plus a 
 # Without masks: if more than the share LEAVING leaves the image by LEAVING_BY of its side, but FITTING fit as corners.
 AGREE = 2.0  # pixels
 AGREEING, LEAVING, LEAVING_BY, FITTING = 0.5, 0.2, 0.05, 0.95
+COUNTED = 100  # objects of a class and image that AP counts, unless TEST.MAX_DETS is raised
+MOSTLY = 0.5  # share of crowd regions above which iscrowd may be an error
 FIRST = 5  # number of entries that a message describes
 _Note = Callable[[int], str]
 
@@ -106,6 +109,13 @@ class Findings:
         if positions:
             rank = Rank.INFORMATION if name in self.demoted else kind.rank
             self.all[name] = Finding(kind, rank, self.shown[kind.where], positions, note)
+
+    def forget(self, name: str, explained: Container[int]) -> None:
+        """Remove positions that another kind explains."""
+        if name in self.all:
+            one = self.all.pop(name)
+            if left := [position for position in one.positions if position not in explained]:
+                self.all[name] = replace(one, positions=left)
 
 
 @contextmanager
@@ -305,13 +315,14 @@ def _file_fault(path: Path, entry: dict[str, Any]) -> tuple[str, str]:
 class _Table:
     """The N annotations whose keys and types are right, by position in the file.
 
-    Boxes are (N, 4). `finite` is True where all four numbers are finite. `size` (N, 2) is the width and height of the
-    image, and infinite if the image is unknown.
+    Boxes are (N, 4). `finite` is True where all four numbers are finite. `image` (N,) is the position of the image, and
+    -1 if it is unknown. `size` (N, 2) is its width and height, and then infinite.
     """
 
     entries: list[dict[str, Any]]
     position: NDArray[np.int64]
     box: Floats
+    image: NDArray[np.int64]
     size: Floats
     finite: NDArray[np.bool_]
 
@@ -346,6 +357,7 @@ def _check_annotations(found: Findings, known: dict[int, int], categories: dict[
     kept = [entries[position] for position in positions]
     image_ids, category_ids, ids = ([entry[key] for entry in kept] for key in ("image_id", "category_id", "id"))
     image_at = np.array([known.get(key, -1) for key in image_ids], np.int64)
+    category_at = np.array([categories.get(key, -1) for key in category_ids], np.int64)
     flags = [entry.get("iscrowd") for entry in kept]
 
     def where(tests: Iterable[Any]) -> list[int]:
@@ -358,7 +370,11 @@ def _check_annotations(found: Findings, known: dict[int, int], categories: dict[
     found.add("unknown-image", where(image_at < 0), value("image_id"))
     found.add("unknown-category", where(key not in categories for key in category_ids), value("category_id"))
     found.add("ignore-flag", where(entry.get("ignore", 0) != 0 for entry in kept), value("ignore"))
-    found.add("crowd", where(flags))
+    crowd = where(flags)
+    found.add("crowd", crowd)
+    found.add("mostly-crowd", crowd if len(crowd) > MOSTLY * len(entries) else ())
+    if not is_lvis(found.content):
+        found.add("many-objects", _crowded_images(image_at, category_at, flags))
     found.add("zero-annotation-id", where(key == 0 for key in ids))
     found.add("image-without-annotations", [known[key] for key in known.keys() - set(image_ids)])
     unused = [categories[key] for key in categories.keys() - set(category_ids)]
@@ -369,7 +385,16 @@ def _check_annotations(found: Findings, known: dict[int, int], categories: dict[
             sides[at] = images[at]["width"], images[at]["height"]
     box = flatten([entry["bbox"] for entry in kept]).reshape(-1, 4)
     finite = np.asarray(np.isfinite(box).all(axis=1))
-    return _Table(kept, np.array(positions, np.int64), box, sides[image_at], finite)
+    return _Table(kept, np.array(positions, np.int64), box, image_at, sides[image_at], finite)
+
+
+def _crowded_images(image: NDArray[np.int64], category: NDArray[np.int64], flags: list[Any]) -> dict[int, str]:
+    """Find images with more objects of a class than AP counts by default."""
+    counted = (image >= 0) & ~np.array(flags, bool)
+    classes = category.max(initial=0) + 2  # -1 is an unknown category
+    pairs, counts = np.unique((image * classes + category + 1)[counted], return_counts=True)
+    many = counts > COUNTED
+    return {int(pair // classes): f"{count} objects" for pair, count in zip(pairs[many], counts[many], strict=True)}
 
 
 def _check_masks(found: Findings, table: _Table, for_evaluation: bool, sound: bool) -> Masks:
@@ -419,11 +444,26 @@ def _check_boxes(found: Findings, table: _Table, masks: Masks) -> None:
         return "{} in an image of {:.0f}x{:.0f}".format(box(position), *sides)
 
     corners = _in_corner_form(table, masks, placed)
+    misfits = {} if corners.any() else _find_misfits(table, masks, placed)
+    for kind, notes in misfits.items():
+        found.add(kind, notes)
+    for kind in ("rle-size", "degenerate-polygon"):
+        found.forget(kind, misfits.get("misfit-masks", {}))
     found.add("empty-box", table.at(empty), box)
     found.add("corner-boxes", table.at(corners), box_and_image)
-    if not corners.any():  # boxes in corner format leave the image for that reason
+    if not corners.any() and "misfit-boxes" not in misfits:  # such boxes leave the image for that reason
         found.add("box-outside", table.at(outside), box_and_image)
+        found.forget("mask-off-box", table.at(outside))
         found.add("box-over-edge", table.at(placed & ~outside & (beyond > EDGE)), box_and_image)
+
+
+def _find_misfits(table: _Table, masks: Masks, placed: NDArray[np.bool_]) -> dict[str, dict[int, str]]:
+    """Find masks and boxes that do not fit each other or their image, by kind and position."""
+    crowd = np.fromiter((bool(entry.get("iscrowd", 0)) for entry in table.entries), bool, len(table.entries))
+    objects = Placed(table.box, masks.extent, table.size, table.image, placed & ~crowd)
+    segmentations = [entry.get("segmentation") for entry in table.entries]
+    misfits = find_misfits(objects, segmentations, masks.faults.get("rle-size", {}))
+    return {kind: {int(table.position[row]): note for row, note in notes.items()} for kind, notes in misfits.items()}
 
 
 def _in_corner_form(table: _Table, masks: Masks, usable: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -434,7 +474,7 @@ def _in_corner_form(table: _Table, masks: Masks, usable: NDArray[np.bool_]) -> N
     """
     box, size = table.box, table.size
     with np.errstate(invalid="ignore"):  # comparisons with NaN are False
-        by_size = np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], axis=1)
+        by_size = corners_of(box)
         as_size, as_corners = (np.abs(masks.extent - form).max(axis=1) <= AGREE for form in (by_size, box))
         told = usable & (as_size != as_corners)
         if told.any():

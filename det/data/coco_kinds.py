@@ -63,6 +63,8 @@ _TABLE: dict[tuple[str, Rank], dict[str, str]] = {
     ("images", Rank.INFORMATION): {
         "exif-turned": "turned by its EXIF orientation when read: boxes and masks have to fit the turned image",
         "zero-image-id": "the id is 0, which is fine",
+        "many-objects": "more objects of a class than COCO's AP counts (100 per image): raise TEST.MAX_DETS and "
+        "TEST.DETECTIONS_PER_IMAGE",
         "image-without-annotations": "left out in training unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is False",
         "mended-image-id": "the id is no number of COCO's format: another number stands for it, and results have it",
         "moved-image": "the name is written in another way than the name of the only file that fits",
@@ -71,6 +73,8 @@ _TABLE: dict[tuple[str, Rank], dict[str, str]] = {
     },
     ("annotations", Rank.ERROR): {
         "corner-boxes": "boxes seem to be [x1, y1, x2, y2]: convert all of them to [x, y, width, height]",
+        "misfit-masks": "masks and boxes fit only in this way: convert all masks, or all boxes if the boxes are wrong",
+        "misfit-boxes": "boxes fit only in this way: convert all boxes, and masks that were written in the same way",
     },
     ("annotations", Rank.DROPPABLE): {
         "bad-annotation": "a key is missing, of the wrong type or out of range: repair it",
@@ -80,6 +84,8 @@ _TABLE: dict[tuple[str, Rank], dict[str, str]] = {
         "not-finite": "NaN or infinite numbers in bbox, segmentation or area: repair or remove it",
         "empty-box": "the box has no width or no height: repair or remove it",
         "box-outside": "the whole box is outside the image: repair or remove it",
+        "mask-outside": "the mask is outside the image, or one of its points is far away: repair it",
+        "mask-off-box": "mask and box have nothing in common: one may belong to another object: repair one of them",
         "missing-mask": "no 'segmentation': add masks or set MODEL.MASK_ON False",
         "bad-mask": "segmentation is neither a list of polygons nor run lengths: repair or remove it",
         "degenerate-polygon": "a polygon of fewer than 3 points, of an odd number of numbers or without area: remove "
@@ -89,6 +95,9 @@ _TABLE: dict[tuple[str, Rank], dict[str, str]] = {
         "empty-mask": "the run lengths cover no pixel: repair or remove it",
     },
     ("annotations", Rank.INFORMATION): {
+        "mostly-crowd": "most annotations are crowd regions (iscrowd 1), which training ignores: set iscrowd 0 "
+        "for single objects",
+        "boxes-in-corner": "all boxes are in the upper left part of their images: check that they are for this size",
         "crowd": "a region of many objects: ignored in training, and in evaluation as COCO does",
         "box-over-edge": "a part of the box is outside the image: training cuts it off",
         "area-mismatch": "'area' is far from the area of the mask: evaluation finds small and large objects by it",
@@ -106,6 +115,7 @@ KINDS = {
     name: Kind(name, rank, where, meaning) for (where, rank), kinds in _TABLE.items() for name, meaning in kinds.items()
 }
 DROPPABLE = tuple(name for name, kind in KINDS.items() if kind.rank is Rank.DROPPABLE)
+WARNINGS = ("mostly-crowd", "boxes-in-corner")  # information with a line of its own in the log
 FREQUENCIES = "rcf"  # LVIS: a rare, common or frequent category, by its number of training images
 # Only information if nothing is evaluated.
 EVALUATION_KINDS = frozenset(("missing-lvis-key", "missing-frequency"))

@@ -18,6 +18,7 @@ from detectron2.data.detection_utils import (
     check_image_size,
     transform_instance_annotations,
 )
+from detectron2.structures import BoxMode
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -33,6 +34,8 @@ from det.data.masks import moved_masks, tight_boxes
 
 log = logging.getLogger(__name__)
 
+# Before training: images that are mapped, bytes of the masks of an image, and the share of objects that has to be left.
+CHECKED_IMAGES, CHECKED_BYTES, LEFT = 16, 1 << 28, 0.5
 MIN_SIDE = 1e-5  # pixels; objects with smaller boxes after augmentation are dropped, as in detectron2
 
 
@@ -190,6 +193,36 @@ class KeyedSamples(Dataset[Any]):
                 return other
             chosen = np.random.uniform(size=len(other["instances"])) < 0.5
             return paste_objects(sample, other, torch.from_numpy(chosen), self.fill)
+
+
+def check_objects_left(records: list[dict[str, Any]], mapper: NamingMapper) -> None:
+    """Map a sample of images without augmentation, and require most objects.
+
+    Whatever is wrong with boxes and masks, training on few of the annotated objects is an error. `mapper` is changed.
+    Raises UserError if most are gone, or an image cannot be used.
+    """
+    mapper.augmentations, mapper.instance_mask_format = T.AugmentationList([]), "bitmask"
+    some = [record for record in records if any(not one.get("iscrowd", 0) for one in record.get("annotations", ()))]
+    some = [some[at] for at in np.linspace(0, len(some) - 1, min(CHECKED_IMAGES, len(some))).astype(int)]
+    total = inside = left = 0
+    for record in some:
+        objects = [one for one in record["annotations"] if not one.get("iscrowd", 0)]
+        objects = objects[: max(1, CHECKED_BYTES // (record["height"] * record["width"]))]
+        (sample,) = refuse_unreadable([mapper({**record, "annotations": objects})])
+        total, left = total + len(objects), left + len(sample["instances"])
+        inside += sum(_box_in_image(one, record) for one in objects)
+    if left < LEFT * total:
+        raise UserError(
+            f"DATASETS.TRAIN: of {total} objects in {len(some)} images, only {left} are left before any augmentation: "
+            f"{total - inside} boxes are empty or outside their image, and {inside - left} masks cover no pixel of it. "
+            "Check that boxes and masks are in pixels of these images, with x before y."
+        )
+
+
+def _box_in_image(annotation: dict[str, Any], record: dict[str, Any]) -> bool:
+    box = BoxMode.convert(list(map(float, annotation["bbox"])), annotation["bbox_mode"], BoxMode.XYXY_ABS)
+    x0, y0, x1, y1 = np.clip(box, 0, 2 * (record["width"], record["height"]))
+    return bool(x1 > x0 and y1 > y0)
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     write_text(folder / PREDICTIONS, json.dumps(with_written_ids(results, written)))
     lvis = MetadataCatalog.get(name).get("evaluator_type") == "lvis"
     tasks = tuple(TASKS) if cfg.MODEL.MASK_ON else ("bbox",)
-    scores = {task: score_results(truth, results, task, cfg.TEST.EVALUATOR, lvis) for task in tasks}
+    scores = {task: score_results(truth, results, task, cfg.TEST.EVALUATOR, lvis, cfg.TEST.MAX_DETS) for task in tasks}
     drawn = validation_pictures(truth, Path(MetadataCatalog.get(name).image_root), results)
     save_pictures(drawn, folder / PICTURES)
     false_alarms = [] if truth["annotations"] else count_detections(results)

@@ -22,6 +22,7 @@ from pycocotools.cocoeval import COCOeval
 
 from crossmae.errors import UserError
 from det.data.coco_kinds import FREQUENCIES
+from det.data.masks import clip_polygons
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ def score_results(
     task: str,
     evaluator: str = "auto",
     lvis: bool = False,
+    max_dets: int = COCO_LIMITS[-1],
 ) -> DetectionScores:
     """Score COCO results for a task, "bbox" or "segm".
 
@@ -111,12 +113,14 @@ def score_results(
         evaluator: "hotcoco", "pycocotools", or "auto": hotcoco if it is installed.
         lvis: use the rules of LVIS (arXiv 1908.03195, section 3): a category is scored only in images that were
             searched for it, and the best 300 detections of an image are counted.
+        max_dets: detections that AP counts per image and category by the rules of COCO, best first.
 
     Raises:
         UserError: hotcoco is requested but not installed, or the ground truth has no keys of LVIS.
     """
     if lvis:
         _check_lvis_keys(ground_truth)
+    limits = LVIS_LIMITS if lvis else (*COCO_LIMITS[:-1], max_dets)
     keys = ("image_id", "category_id", "score", GEOMETRY[task])
     # Pass compared keys only. If a result has a box, COCO would use the area of the box for a mask.
     slim = [{key: result[key] for key in keys} for result in results]
@@ -128,6 +132,7 @@ def score_results(
         evaluation = (
             _by_hotcoco(hotcoco, truth, slim, task, lvis) if hotcoco else _by_pycocotools(truth, slim, task, lvis)
         )
+        evaluation.params.maxDets = list(limits)
         evaluation.evaluate()
         evaluation.accumulate()
     arrays = evaluation.eval
@@ -140,7 +145,7 @@ def score_results(
         names=tuple(category["name"] for category in categories),
         objects=tuple(objects[category["id"]] for category in categories),
         frequencies="".join(category["frequency"] for category in categories) if lvis else "",
-        limits=LVIS_LIMITS if lvis else COCO_LIMITS,
+        limits=limits,
     )
 
 
@@ -152,10 +157,16 @@ def _slim_truth(ground_truth: dict[str, Any], task: str) -> dict[str, Any]:
         "categories": ("id", "name", "frequency"),
         "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd", *mask),
     }
-    return {
+    slim = {
         where: [{key: entry[key] for key in keys if key in entry} for entry in ground_truth[where]]
         for where, keys in needed.items()
     }
+    sizes = {image["id"]: (image["height"], image["width"]) for image in slim["images"]} if mask else {}
+    for annotation in slim["annotations"] if mask else ():
+        if annotation.get("segmentation"):
+            size = sizes[annotation["image_id"]]
+            annotation["segmentation"] = clip_polygons(annotation["segmentation"], *size)
+    return slim
 
 
 @functools.cache  # so that it logs only once
@@ -191,9 +202,7 @@ def _by_pycocotools(ground_truth: dict[str, Any], results: list[Any], task: str,
     else:  # pycocotools cannot load an empty list
         found.dataset = {**ground_truth, "annotations": []}
         found.createIndex()
-    evaluation = (_LvisEval if lvis else COCOeval)(truth, found, task)
-    evaluation.params.maxDets = list(LVIS_LIMITS if lvis else COCO_LIMITS)
-    return evaluation
+    return (_LvisEval if lvis else COCOeval)(truth, found, task)
 
 
 class _LvisEval(COCOeval):

@@ -22,7 +22,7 @@ from crossmae.training.signals import StopRequest
 from det.backbone.weights import build_detector, load_weights
 from det.config import BEST, BEST_RECORD, CONFIG, METRICS, RECORD, flatten, read_keys
 from det.data.coco import check_classes, check_registered
-from det.data.loader import build_train_loader, training_samples
+from det.data.loader import NamingMapper, build_train_loader, check_objects_left, training_samples
 from det.evaluation.evaluate import evaluate
 from det.evaluation.report import write_report
 from det.training.checkpoint import AtomicCheckpointer, check_continues, find_checkpoint, record_run, shared_settings
@@ -56,6 +56,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
     with early_log() as early:  # nothing is written before all checks have passed
         seed_all_rng(cfg.SEED)
         records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        check_objects_left(records, NamingMapper(cfg, True))
         samples = training_samples(cfg, records)
         check_classes((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         schedule = resolve_schedule(solver, keys.TEST, len(samples))

@@ -139,6 +139,38 @@ def as_lvis(*but):
     return damage
 
 
+def every(change):
+    def damage(content, images):
+        for entry in content["annotations"]:
+            entry.update(change(entry))
+
+    return damage
+
+
+def crowds(content, images):
+    for entry in content["annotations"][1:]:
+        entry["iscrowd"] = 1
+
+
+def crowded(content, images):
+    some = content["annotations"][0]
+    content["annotations"] += [{**some, "id": 100 + number} for number in range(100)]
+
+
+def in_corner(content, images):
+    some = content["annotations"][0]
+    content["images"] = [{**IMAGE, "id": at, "file_name": f"{at}.png"} for at in range(1, 11)]
+    places = [(number, at) for number in (1, 2) for at in range(1, 11)]
+    content["annotations"] = [
+        {**some, "id": 10 * x + y, "image_id": y, "bbox": [x, y, 9, 9], "segmentation": [square(x, y)], "area": 81}
+        for x, y in places
+    ]
+
+
+def square(x, y):
+    return [x, y, x + 9, y, x + 9, y + 9, x, y + 9]
+
+
 ALL, EVEN = list(range(2, 12)), list(range(2, 12, 2))
 IMAGE = {"id": 1, "file_name": "new.png", "height": 64, "width": 64}
 CASES = [
@@ -228,6 +260,17 @@ CASES = [
     ("corner-boxes", in_corners, ALL),
     ("corner-boxes", both(in_corners, remove("images", 0, "width")), ALL[2:], {"bad-image": [1]}),
     ("corner-boxes", in_corners_without_masks, [3, 5, 7, 9, 11], {"missing-mask": ALL}),  # those that leave the image
+    ("misfit-masks", every(lambda entry: {"segmentation": [entry["segmentation"][0][::-1]]}), ALL),
+    ("misfit-masks", every(lambda entry: {"segmentation": [[value / 64 for value in entry["segmentation"][0]]]}), ALL,
+     {"area-mismatch": ALL}),
+    ("misfit-boxes", every(lambda entry: {"bbox": [value / 64 for value in entry["bbox"]]}), ALL),
+    ("misfit-boxes", every(lambda entry: {"bbox": [2 * value for value in entry["bbox"]]}), ALL),
+    ("mask-outside", spoil(1, segmentation=[[30, 20, 50, 20, 2e8, 3e8, 30, 50]]), [3], {"area-mismatch": [3]}),
+    ("mask-outside", spoil(1, segmentation=[[70, 20, 90, 20, 90, 50, 70, 50]]), [3]),
+    ("mask-off-box", spoil(1, bbox=[1, 1, 8, 8]), [3]),
+    ("mostly-crowd", crowds, ALL[1:], {"crowd": ALL[1:]}),
+    ("many-objects", crowded, [1]),
+    ("boxes-in-corner", in_corner, [11], {"missing-image": list(range(6, 11)), "unused-category": [2]}),
     ("missing-mask", remove("annotations", 1, "segmentation"), [3]),
     ("missing-mask", spoil(1, segmentation=[]), [3]),
     ("bad-mask", spoil(1, segmentation=[1, 1, 9, 1, 9, 9]), [3]),
