@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from crossmae.data.broken import find_broken
+from crossmae.data.found_names import NOTHING_LIKE
 from crossmae.data.parallel import READERS, map_in_order
 from crossmae.data.sources.source import ImageFiles
 from crossmae.errors import printable
@@ -96,7 +97,7 @@ class Findings:
 
     def __init__(self, tidied: Tidy, demoted: Iterable[str] = ()) -> None:
         self.content, self.shown, self.left_out = tidied.content, tidied.file, tidied.left_out
-        self.missing = tidied.missing
+        self.reasons = {name: reason for name, reason in tidied.missing.items() if reason != NOTHING_LIKE}
         self.demoted, self.all = frozenset(demoted), dict[str, Finding]()
         for name, notes in tidied.mended.items():
             self.add(name, notes)
@@ -267,7 +268,7 @@ def _check_files(found: Findings, folder: Path, known: dict[int, int]) -> None:
     named = {at: name for at in sorted(known.values()) if isinstance(name := image_name(entries[at]), str) and name}
     names = {at: name for at, name in named.items() if not leaves_folder(name)}
     missing = {
-        position: f"{name}: {reason}" if (reason := found.missing.get(name)) else name
+        position: f"{name}: {reason}" if (reason := found.reasons.get(name)) else name
         for position, name in names.items()
         if not os.path.isfile(folder / name)
     }

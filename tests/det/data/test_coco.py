@@ -386,7 +386,9 @@ def as_lvis(content):
 def uncompress(content):
     content["images"].reverse()
     for entry in content["annotations"][::2]:
-        entry["segmentation"] = {"size": [64, 64], "counts": [64, 64, 3968]}
+        x, y, w, h = entry["bbox"]
+        runs = [64 * x + y, *(w - 1) * [h, 64 - h], h]
+        entry["segmentation"] = {"size": [64, 64], "counts": [*runs, 64 * 64 - sum(runs)]}
 
 
 @pytest.mark.parametrize("kind", ["polygon", "rle"])
