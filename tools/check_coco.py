@@ -25,7 +25,7 @@ from det.data.coco import describe_moved_images, drop_advice, mask_kind, read_co
 from det.data.coco_checks import Finding, find_faults
 from det.data.coco_kinds import Rank
 from det.data.loose_forms import is_empty
-from det.data.tidy import Tidy, tidy
+from det.data.tidy import Tidy
 
 FAULTY_EXIT_CODE = 1
 
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     images = None if arguments.skip_images else arguments.images
     # A data set without any masks needs none.
     masks = not arguments.no_masks and not all(is_empty(one.get("segmentation")) for one in content["annotations"])
-    tidied = tidy_with_images(content, images, masks) if images else tidy(content, masks=masks)
+    tidied = tidy_with_images(content, images, masks)
     counts = count(tidied.content)
     findings = find_faults(tidied, images, for_evaluation=arguments.evaluation, masks=masks)
     print(", ".join(f"{value} {name}" for name, value in counts.items()))

@@ -156,14 +156,18 @@ class _Reading:
     dropped: Dropped = Dropped()
 
 
-def tidy_with_images(content: dict[str, Any], folder: Path, masks: bool, keep: Collection[str] = ()) -> Tidy:
-    """Repair a COCO content with the files of a folder (`tidy`)."""
+def tidy_with_images(content: dict[str, Any], folder: Path | None, masks: bool, keep: Collection[str] = ()) -> Tidy:
+    """Repair a COCO content with the files of a folder (`tidy`), if one is given."""
 
     def find(names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-        missing = [name for name in names if leaves_folder(name) or not os.path.isfile(folder / name)]
-        return find_moved(folder, missing, set(names) - set(missing))
+        missing = [name for name in names if leaves_folder(name) or not os.path.isfile(where / name)]
+        return find_moved(where, missing, set(names) - set(missing))
 
-    return tidy(content, masks=masks, find_files=find, read_sizes=partial(read_sizes, folder), keep=keep)
+    with paused_garbage_collection():
+        if folder is None:
+            return tidy(content, masks=masks, keep=keep)
+        where = folder
+        return tidy(content, masks=masks, find_files=find, read_sizes=partial(read_sizes, where), keep=keep)
 
 
 def describe_moved_images(tidied: Tidy, folder: Path) -> str:
