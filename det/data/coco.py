@@ -157,7 +157,7 @@ class _Reading:
 
 
 def tidy_with_images(content: dict[str, Any], folder: Path | None, masks: bool, keep: Collection[str] = ()) -> Tidy:
-    """Repair a COCO content with the files of a folder (`tidy`), if one is given."""
+    """Repair a COCO content (`tidy`), with the files of a folder."""
 
     def find(names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
         missing = [name for name in names if leaves_folder(name) or not os.path.isfile(where / name)]

@@ -40,7 +40,7 @@ _TABLE: dict[tuple[str, Rank], dict[str, str]] = {
         "zero-category-id": "the id is 0, which is fine: it is an ordinary category, not the background",
         "untidy-category-name": "spaces around the name, or characters that do not print, look like another name",
         "unused-category": "no annotation is of this category",
-        "root-category": "a name for the group of the others, or a name used twice: it becomes no class",
+        "root-category": "it names the group of the others, or repeats another category: it becomes no class",
         "mended-category-id": "the id is no number of COCO's format: another number stands for it, and results have it",
         "mended-category-name": "the name is a number: it is read as text",
     },

@@ -96,7 +96,8 @@ def mask_fault(mask: Any) -> str:
             return f"segmentation: counts must be text or whole numbers, got {short(counts)}"
         return ""
     if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
-        return "segmentation must be a list of polygons, [[x, y, x, y, x, y, ...], ...], or run-length encoding"
+        wanted = "a list of polygons, [[x, y, x, y, x, y, ...], ...], or run-length encoding"
+        return f"segmentation must be {wanted}, got {short(mask)}"
     for number, polygon in enumerate(mask):
         if not NUMBERS.issuperset(map(type, polygon)):
             return f"segmentation[{number}] must be numbers, got {short(polygon)}"

@@ -34,7 +34,7 @@ FLAGS = {"0": 0, "1": 1, "false": 0, "true": 1, "no": 0, "yes": 1, "f": 0, "t": 
 
 Entries = list[dict[str, Any]]
 ImageSize = tuple[int, int]
-Notes = dict[str, dict[int, str]]
+RepairNotes = dict[str, dict[int, str]]
 # Reads width and height of image files, named as in `file_name`; None for a file that cannot be read.
 SizeReader = Callable[[Sequence[str]], Iterable[ImageSize | None]]
 # Finds files for the names that do not exist as written: paths by name, and reasons by name for the others.
@@ -53,7 +53,7 @@ class Tidy:
 
     file: dict[str, Any]
     content: dict[str, Any]
-    mended: Notes
+    mended: RepairNotes
     left_out: frozenset[int]
     written: dict[str, dict[int, Any]]
     moved: dict[str, str]
@@ -80,7 +80,7 @@ def tidy(
         read_sizes: reads sizes that the file lacks.
         keep: names of categories that are never left out, such as the classes of the training data.
     """
-    mended: Notes = defaultdict(dict)
+    mended: RepairNotes = defaultdict(dict)
     category_ids = _Ids(content["categories"], "name")
     image_ids = _Ids(content["images"], "file_name")
     categories = _tidy_categories(content["categories"], category_ids, mended)
@@ -169,7 +169,7 @@ class _Ids:
         return self._by_name.get(reference)
 
 
-def _tidy_categories(entries: Entries, ids: _Ids, mended: Notes) -> Entries:
+def _tidy_categories(entries: Entries, ids: _Ids, mended: RepairNotes) -> Entries:
     tidied = []
     for at, entry in enumerate(entries):
         changed: dict[str, Any] = {}
@@ -184,7 +184,7 @@ def _tidy_categories(entries: Entries, ids: _Ids, mended: Notes) -> Entries:
     return tidied
 
 
-def _tidy_images(entries: Entries, ids: _Ids, category_ids: _Ids, mended: Notes) -> Entries:
+def _tidy_images(entries: Entries, ids: _Ids, category_ids: _Ids, mended: RepairNotes) -> Entries:
     """Replace ids by numbers, and sizes by whole numbers."""
     if not ids.written and not category_ids.written and all(_has_size(entry) for entry in entries):
         return entries
@@ -207,7 +207,7 @@ def _tidy_images(entries: Entries, ids: _Ids, category_ids: _Ids, mended: Notes)
     return tidied
 
 
-def _with_paths(images: Entries, moved: dict[str, str], mended: Notes) -> Entries:
+def _with_paths(images: Entries, moved: dict[str, str], mended: RepairNotes) -> Entries:
     renamed = []
     for at, entry in enumerate(images):
         name = image_name(entry)
@@ -222,7 +222,7 @@ def _has_size(entry: dict[str, Any]) -> bool:
     return all(type(entry.get(key)) is int and 1 <= entry[key] <= LARGEST_SIDE for key in ("width", "height"))
 
 
-def _tidy_sizes(images: Entries, read_sizes: SizeReader | None, mended: Notes) -> None:
+def _tidy_sizes(images: Entries, read_sizes: SizeReader | None, mended: RepairNotes) -> None:
     """Read sizes that are no positive numbers from the image files."""
     named = {at: image_name(entry) for at, entry in enumerate(images) if not _has_size(entry)}
     wanted = {at: name for at, name in named.items() if isinstance(name, str) and name}
@@ -244,12 +244,16 @@ def image_name(image: dict[str, Any]) -> Any:
 
 
 def _left_out(categories: Entries, used: set[int], keep: Collection[str]) -> dict[int, str]:
-    """Find roots and repeated names among categories without objects."""
+    """Find repeated categories, and among those without objects repeated names and roots."""
     names, parents = ([_text(entry.get(key)) for entry in categories] for key in ("name", "supercategory"))
     in_use = [type(entry.get("id")) is int and entry["id"] in used for entry in categories]
     named, children = set(compress(names, in_use)), Counter(parents)
-    left_out = {}
+    left_out, seen = {}, set[tuple[str, str]]()
     for at, (name, parent) in enumerate(zip(names, parents, strict=True)):
+        entry = (name, short(categories[at].get("id")))
+        if name and entry in seen:
+            left_out[at] = f"{name!r} is there before, with the same id"
+        seen.add(entry)
         if in_use[at] or not name:
             continue
         is_root = 0 < children[name] - (parent == name) == len(names) - 1 and (parent == name or parent not in names)
@@ -273,7 +277,7 @@ class _Annotations:
     category_ids: _Ids
     lvis: bool
     masks: bool
-    mended: Notes
+    mended: RepairNotes
 
     def tidy(self, entries: Entries, odd: set[str]) -> Entries:
         """Repair the odd parts of copies of the entries."""

@@ -69,13 +69,14 @@ def test_masks_that_are_not_read_are_gone_and_not_judged() -> None:
     assert not mend(odd).sound
 
 
+AREAS: list[Any] = [None, "384", "384.0", 0, float("nan"), "", []]
 ODD_VALUES: list[tuple[str, dict[str, Any], str]] = [
     *(
         ("annotations", {"iscrowd": flag}, "mended-flag")
         for flag in (None, False, 0.0, "0", "false", "", "None", float("nan"), "0.0", [])
     ),
     *(("annotations", {"iscrowd": 0, "ignore": flag}, "mended-flag") for flag in (None, "0", "false", "")),
-    *(("annotations", {"area": area}, "mended-area") for area in (None, "384", "384.0", 0, float("nan"), "", [])),
+    *(("annotations", {"area": size}, "mended-area") for size in AREAS),
     *(
         ("annotations", {"bbox": box}, "mended-box")
         for box in (
@@ -267,12 +268,12 @@ def test_references_find_ids_in_another_spelling_but_never_guess() -> None:
     odd = content()
     for entry, number in zip(odd["images"], ("001", "002"), strict=True):
         entry["id"] = number
-    for entry, number in zip(odd["annotations"], (1, "1", "002", "img2"), strict=True):
-        entry["image_id"] = number
+    for entry, reference in zip(odd["annotations"], (1, "1", "002", "img2"), strict=True):
+        entry["image_id"] = reference
     found = mend(odd)
     assert [entry["image_id"] for entry in found.content["annotations"]] == [1, 1, 2, -1]
-    for entry, number in zip(odd["images"], ("x", "y"), strict=True):
-        entry["id"] = number
+    for entry, label in zip(odd["images"], ("x", "y"), strict=True):
+        entry["id"] = label
     assert [entry["image_id"] for entry in mend(odd).content["annotations"]] == [-1, -1, -1, -1]  # 1 stands for "x"
 
 
@@ -325,6 +326,8 @@ def root(*entries: tuple[int, str, str | None]) -> list[dict[str, Any]]:
         (root((0, "things", "none"), (1, "a", "things"), (3, "b", "others")), (), set()),  # an ordinary hierarchy
         (root((1, "a", "none"), (3, "b", "a")), (), set()),  # it has objects
         (root((1, "a", None), (3, "b", None), (7, "a", None)), (), {2}),  # nothing is of the second "a"
+        (root((1, "a", None), (3, "b", None), (1, "a", "x")), (), {2}),  # the same twice
+        (root((1, "a", None), (3, "b", None), (1, "b", None)), (), set()),  # two names of one id: a fault
         (root((1, "a", "a"), (3, "b", "b")), (), set()),
         (root((1, "a", "x"), (3, "b", "x"), (7, "c", "x")), (), set()),  # no objects, and no root
     ],
