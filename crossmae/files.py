@@ -5,14 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from crossmae.errors import UserError
+from crossmae.errors import UserError, printable
 
 # Error handler for text files that contain names. Bytes that are not UTF-8 become escapes, which JSON can decode.
 ODD_BYTES = "backslashreplace"
+
+
+# Starts of files that are no text: what they are, and what to do.
+PACKED_STARTS = {
+    b"\x1f\x8b": ("compressed with gzip", "Unpack it: gunzip -k {}"),
+    b"BZh": ("compressed with bzip2", "Unpack it: bunzip2 -k {}"),
+    b"\xfd7zXZ": ("compressed with xz", "Unpack it: unxz -k {}"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "Unpack it: unzstd {}"),
+    b"PK\x03\x04": ("a zip archive or an Excel table", "Unpack it: unzip {}, or save the table as CSV"),
+    b"\x89PNG": ("an image", "Name a text file"),
+    b"\xff\xd8\xff": ("an image", "Name a text file"),
+}
+WIDE_ENCODINGS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+# Tried to show how a text would read. Of equally likely encodings, the first comes first.
+OTHER_ENCODINGS = ("WINDOWS-1252", "WINDOWS-1251", "GB18030", "SHIFT_JIS", "EUC-KR", "BIG5")
+MOST_READINGS = 4
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -38,14 +56,6 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def allow_reading(path: Path) -> None:
     """Give a file the default permissions, which safetensors does not."""
     path.chmod(0o666 & ~_umask())
-
-
-def printable(name: str | Path) -> str:
-    """Escape line breaks, control characters and bytes that are not UTF-8.
-
-    Printed text and pictures show names through this function. JSON files keep the original names (`ODD_BYTES`).
-    """
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(name))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -146,19 +156,98 @@ def read_file(path: str | Path, shown: str = "") -> bytes:
         raise UserError(f"{printable(shown or path)}: cannot be read: {error.strerror}") from error
 
 
+def decode_text(data: bytes, path: Path, shown: str = "") -> str:
+    """Decode UTF-8 text, with or without a byte-order mark.
+
+    Args:
+        path: file that holds the bytes.
+        shown: name of the file in the error message; default: the path.
+
+    Raises UserError if the bytes are compressed or in another encoding. The message has the command that converts them.
+    """
+    where, file = printable(shown or path), shlex.quote(printable(path.name))
+    for magic, (kind, command) in PACKED_STARTS.items():
+        if data.startswith(magic):
+            raise UserError(f"{where}: is {kind}, not text. {command.format(file)}.")
+    converted = shlex.quote(printable(f"{path.stem}.utf8{path.suffix}"))
+    convert = f"Convert it: iconv -f {{}} -t UTF-8 {file} > {converted}"
+    if wide := next((name for magic, name in WIDE_ENCODINGS.items() if data.startswith(magic)), _guess_wide(data)):
+        raise UserError(f"{where}: is {wide} text, not UTF-8. {convert.format(wide)}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if b"\0" in data:
+            raise UserError(f"{where}: is a binary file, not text. Name a text file.") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        start, end = (re.search(pattern, part) for pattern, part in (
+            (rb"[^\s,;\"]*\Z", data[: error.start]), (rb"[^\s,;\"]*", data[error.start :])))  # fmt: skip
+        word = (start[0] if start else b"") + (end[0] if end else b"")
+        readings = {name: text for name in _likely_encodings(data) if (text := _decode(word, name)).isprintable()}
+        shown_readings = [f"{text[:40]!r} in {name}" for name, text in readings.items()][:MOST_READINGS]
+        raise UserError(
+            f"{where}: line {line} is not UTF-8: {' or '.join(shown_readings) or repr(word[:40])}. "
+            f"{convert.format(next(iter(readings), 'ENCODING'))}"
+        ) from None
+
+
+def _guess_wide(data: bytes) -> str:
+    """Guess UTF-16 without a byte-order mark, by its zeros and by decoding."""
+    start = data[:1000]
+    zeros = [start[offset::2].count(0) for offset in (0, 1)]
+    guess = f"UTF-16{'BE' if zeros[0] > zeros[1] else 'LE'}"
+    text = _decode(start[: len(start) // 2 * 2], guess) if max(zeros) * 8 > len(start) else ""
+    return guess if text and all(letter.isprintable() or letter.isspace() for letter in text) else ""
+
+
+def _likely_encodings(data: bytes) -> list[str]:
+    """Sort encodings by the share of letters outside ASCII."""
+    shares = {}
+    for name in OTHER_ENCODINGS:
+        odd = [letter for letter in _decode(data, name) if not letter.isascii()]
+        if odd:
+            shares[name] = sum(map(str.isalpha, odd)) / len(odd)
+    return sorted(shares, key=lambda name: -shares[name])
+
+
+def _decode(data: bytes, encoding: str) -> str:
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError:
+        return ""
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
-    Raises UserError if the file does not exist or is not JSON. The message names the file and the line.
+    A byte-order mark is allowed. Raises UserError if the file does not exist, is compressed or in another encoding
+    (see `decode_text`), or is not JSON. The message names the file and the line.
     """
     try:
-        return json.loads(path.read_text("utf-8"))
+        text = decode_text(path.read_bytes(), path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file. Name an existing file.") from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, thousands of digits, or deeply nested lists
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}. Name another file.") from None
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, shown: str) -> Any:
+    """Parse JSON text. UserError names the file as `shown`, and the line."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # not JSON, thousands of digits, or deeply nested lists
+        raise UserError(f"{shown}: not valid JSON{_likeness(text)}: {error}. Write it again.") from None
+
+
+def _likeness(text: str) -> str:
+    """Say what a text that is no JSON looks like."""
+    start = text.lstrip()[:200].lower()
+    likely = {
+        "empty": not start,
+        "a Git LFS pointer, so run git lfs pull": start.startswith("version https://git-lfs"),
+        "a web page or XML": start.startswith("<"),
+    }
+    return next((f" but {kind}" for kind, fits in likely.items() if fits), "")
 
 
 def read_json_lines(path: Path) -> list[Any]:

@@ -21,9 +21,11 @@ from typing import Any
 
 from crossmae.errors import UserError, run_cli
 from crossmae.files import check_destination, check_writable, make_folder, write_json
-from det.data.coco import mask_kind, read_coco
+from det.data.coco import describe_moved_images, drop_advice, mask_kind, read_coco, tidy_with_images
 from det.data.coco_checks import Finding, find_faults
 from det.data.coco_kinds import Rank
+from det.data.loose_forms import is_empty
+from det.data.tidy import Tidy
 
 FAULTY_EXIT_CODE = 1
 
@@ -36,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--evaluation", action="store_true", help="also check the keys that AP needs: area, iscrowd, LVIS's keys"
     )
+    parser.add_argument("--no-masks", action="store_true", help="do not look at masks, as with MODEL.MASK_ON=False")
     parser.add_argument("--skip-images", action="store_true", help="do not look at the image files")
     parser.add_argument("--json", metavar="REPORT.json", type=Path, help="also write the findings as JSON")
     return parser
@@ -64,14 +67,13 @@ def table(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def advice(findings: Sequence[Finding]) -> str:
+def advice(tidied: Tidy, findings: Sequence[Finding]) -> str:
     """Summarise the table in one line."""
     faults = [one for one in findings if one.rank is not Rank.INFORMATION]
-    droppable = tuple(one.kind.name for one in faults if one.rank is Rank.DROPPABLE)
     if not faults:
         return "no faults"
-    leave_out = f'. To leave those entries out in training and evaluation: "DATASETS.DROP={droppable}"'
-    return f"{len(faults)} kinds of faults, {len(droppable)} of them droppable" + leave_out * bool(droppable)
+    droppable = sum(one.rank is Rank.DROPPABLE for one in faults)
+    return f"{len(faults)} kinds of faults, {droppable} of them droppable{drop_advice(tidied, findings)}"
 
 
 def report(arguments: argparse.Namespace, counts: dict[str, int], findings: Sequence[Finding]) -> dict[str, Any]:
@@ -110,12 +112,17 @@ def main(argv: list[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
     check_arguments(arguments)
     content = read_coco(arguments.coco)
+    if not content["annotations"] and not arguments.evaluation:
+        raise UserError(f"{arguments.coco}: 'annotations' is empty, so it is no training data. Pass --evaluation.")
     images = None if arguments.skip_images else arguments.images
-    counts = count(content)
-    has_masks = counts["without mask"] < counts["annotations"]  # a data set without any masks needs none
-    findings = find_faults(content, images, for_evaluation=arguments.evaluation, masks=has_masks)
+    # A data set without any masks needs none.
+    masks = not arguments.no_masks and not all(is_empty(one.get("segmentation")) for one in content["annotations"])
+    tidied = tidy_with_images(content, images, masks)
+    counts = count(tidied.content)
+    findings = find_faults(tidied, images, for_evaluation=arguments.evaluation, masks=masks)
     print(", ".join(f"{value} {name}" for name, value in counts.items()))
-    print("\n".join(filter(None, (table(findings), advice(findings)))))
+    moved = describe_moved_images(tidied, images) if images else ""
+    print("\n".join(filter(None, (table(findings), moved, advice(tidied, findings)))))
     if arguments.json is not None:
         make_folder(arguments.json.parent, "--json")
         write_json(arguments.json, report(arguments, counts, findings))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import shlex
-import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from reprlib import repr as short
@@ -16,21 +16,26 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json, register_coco_instances
+from detectron2.structures import BoxMode
+from pycocotools import mask as coco_mask
 
+from crossmae.data.found_names import describe_moved, find_moved
+from crossmae.data.parallel import READERS, map_in_order
 from crossmae.errors import UserError
 from crossmae.files import read_json
 from det.data.coco_checks import (
     Finding,
     Findings,
     check_categories,
-    file_name,
     find_faults,
     is_lvis,
+    leaves_folder,
     paused_garbage_collection,
+    read_header,
 )
-from det.data.coco_kinds import DROPPABLE, KINDS, WARNINGS, Rank
+from det.data.coco_kinds import DROPPABLE, KINDS, USELESS, WARNINGS, Rank
 from det.data.coco_masks import polygon_fault
+from det.data.tidy import ImageSize, Tidy, image_name, tidy
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +63,13 @@ class Dropped:
     """Entries of a file that `DATASETS.DROP` leaves out, as positions in the file's lists.
 
     `annotations` has dropped annotations, including all annotations of dropped `images`. `polygons` has annotations
-    that are kept, but lose their degenerate polygons.
+    that are kept, but lose their degenerate polygons. `categories` are no classes, and left out in any case.
     """
 
     images: frozenset[int] = frozenset()
     annotations: frozenset[int] = frozenset()
     polygons: frozenset[int] = frozenset()
+    categories: frozenset[int] = frozenset()
 
 
 def register_coco(
@@ -71,9 +77,10 @@ def register_coco(
     json_path: str | Path,
     images: str | Path,
     *,
+    masks: bool,
     for_evaluation: bool = False,
-    masks: bool = False,
     drop: Sequence[str] = (),
+    keep: Collection[str] = (),
 ) -> CocoSummary:
     """Check a data set in COCO format and register it with detectron2.
 
@@ -81,42 +88,53 @@ def register_coco(
         name: name for `DATASETS.TRAIN` and `DATASETS.TEST`. An older data set of this name is replaced.
         json_path: COCO file. It is never changed.
         images: folder that contains the image files.
-        for_evaluation: also check the facts that AP needs.
-        masks: masks are trained or evaluated, so every annotation needs a mask.
+        masks: masks are trained or evaluated, so every annotation needs a mask. Otherwise masks are not read.
+        for_evaluation: also check the facts that AP needs. A file without annotations is allowed.
         drop: kinds of faults from `det.data.coco_kinds.DROPPABLE`. Their entries are left out and logged.
+        keep: names of classes that are classes even without objects, see `tidy`.
 
     Raises:
         UserError: the file or the folder is missing, the file has faults outside `drop`, or no entries are left.
     """
     check_drop(drop)
-    content = read_coco(json_path)
+    file = read_coco(json_path)
     if not Path(images).is_dir():
         raise UserError(f"{json_path}: the image folder {images} does not exist. Name the folder with its images.")
-    findings = find_faults(content, Path(images), for_evaluation=for_evaluation, masks=masks)
-    dropped = plan_drop(content, findings, drop)
+    if not file["annotations"] and not for_evaluation:
+        raise UserError(f"{json_path}: 'annotations' is empty. Name a file with objects to train on.")
+    tidied = tidy_with_images(file, Path(images), masks, keep)
+    if tidied.moved:
+        log.info(
+            "%s: %s", json_path, describe_moved(Path(images), tidied.moved, len(tidied.moved) + len(tidied.missing))
+        )
+    findings = find_faults(tidied, Path(images), for_evaluation=for_evaluation, masks=masks)
+    dropped = plan_drop(tidied, findings, drop)
     if faults := remaining_faults(findings, dropped):
         command = f"python tools/check_coco.py {shlex.quote(str(json_path))} {shlex.quote(str(images))}"
-        command += " --evaluation" * for_evaluation
-        raise UserError(f"{json_path}: {describe_faults(faults, drop)}. For the whole table: {command}")
-    cleaned = clean(content, dropped)
+        command += " --evaluation" * for_evaluation + " --no-masks" * (not masks)
+        advice = drop_advice(tidied, findings, drop)
+        raise UserError(f"{json_path}: {describe_faults(faults)}{advice}. For the whole table: {command}")
+    cleaned = clean(tidied.content, dropped)
     for key in ("images", "annotations"):
-        if not cleaned[key]:
+        if file[key] and not cleaned[key]:
             raise UserError(f"{json_path}: DATASETS.DROP {tuple(drop)} leaves no {key}. Repair the file.")
     _log_findings(findings, dropped, json_path)
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    lvis = is_lvis(content)
-    if dropped == Dropped() and not lvis and all("file_name" in image for image in content["images"]):
-        register_coco_instances(name, {}, str(json_path), str(images))
-    else:
-        DatasetCatalog.register(name, lambda: _load_cleaned(name))
-        paths = {"json_file": str(json_path), "image_root": str(images)}
-        MetadataCatalog.get(name).set(evaluator_type="lvis" if lvis else "coco", dropped=dropped, **paths)
+    DatasetCatalog.register(name, lambda: _load_records(name))
     pairs = {(annotation["category_id"], annotation["image_id"]) for annotation in cleaned["annotations"]}
     images_of = Counter(category for category, _ in pairs)
-    counts = [{"id": entry["id"], "image_count": images_of[entry["id"]]} for entry in cleaned["categories"]]
-    MetadataCatalog.get(name).set(class_image_count=counts)  # for detectron2's federated loss
+    MetadataCatalog.get(name).set(
+        json_file=str(json_path),
+        image_root=str(images),
+        evaluator_type="lvis" if is_lvis(cleaned) else "coco",
+        reading=_Reading(masks, tuple(keep), dropped),
+        # for detectron2's federated loss
+        class_image_count=[
+            {"id": entry["id"], "image_count": images_of[entry["id"]]} for entry in cleaned["categories"]
+        ],
+    )
     kept = [annotation for annotation in cleaned["annotations"] if not annotation.get("iscrowd", 0)]
     objects = Counter(annotation["image_id"] for annotation in kept)
     return CocoSummary(
@@ -129,10 +147,50 @@ def register_coco(
     )
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """Arguments of `register_coco` with which a file is read again."""
+
+    masks: bool = True
+    keep: tuple[str, ...] = ()
+    dropped: Dropped = Dropped()
+
+
+def tidy_with_images(content: dict[str, Any], folder: Path | None, masks: bool, keep: Collection[str] = ()) -> Tidy:
+    """Repair a COCO content (`tidy`), with the files of a folder."""
+
+    def find(names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+        missing = [name for name in names if leaves_folder(name) or not os.path.isfile(where / name)]
+        return find_moved(where, missing, set(names) - set(missing))
+
+    with paused_garbage_collection():
+        if folder is None:
+            return tidy(content, masks=masks, keep=keep)
+        where = folder
+        return tidy(content, masks=masks, find_files=find, read_sizes=partial(read_sizes, where), keep=keep)
+
+
+def describe_moved_images(tidied: Tidy, folder: Path) -> str:
+    """Describe images that have another name in one line, or return ""."""
+    return describe_moved(folder, tidied.moved, len(tidied.moved) + len(tidied.missing)) if tidied.moved else ""
+
+
+def read_sizes(folder: Path, names: Sequence[str]) -> Iterable[ImageSize | None]:
+    """Read sizes of image files as they are after their EXIF orientation."""
+
+    def read(name: str) -> ImageSize | None:
+        try:
+            return None if leaves_folder(name) else read_header(folder / name)[1]
+        except Exception:  # Pillow raises many types of errors for damaged headers, which the checks report
+            return None
+
+    return map_in_order(read, names, READERS)
+
+
 def _log_findings(findings: Sequence[Finding], dropped: Dropped, json_path: str | Path) -> None:
     counts = {rank: ", ".join(f"{one.kind.name} {len(one.positions)}" for one in findings if one.rank is rank)
               for rank in Rank}  # fmt: skip
-    if dropped != Dropped():
+    if dropped.images or dropped.annotations or dropped.polygons:
         parts = f", polygons of {len(dropped.polygons)} more" if dropped.polygons else ""
         numbers = f"{len(dropped.images)} images and {len(dropped.annotations)} annotations{parts}"
         log.warning("%s: DATASETS.DROP leaves out %s: %s", json_path, numbers, counts[Rank.DROPPABLE])
@@ -154,30 +212,63 @@ def ground_truth(name: str) -> dict[str, Any]:
 
     An annotation with id 0 gets another id, because pycocotools treats a match with id 0 as no match.
     """
+    return read_registered(name)[0]
+
+
+def read_registered(name: str) -> tuple[dict[str, Any], dict[str, dict[int, Any]]]:
+    """Read the ground truth, and the ids of the file (`Tidy.written`)."""
     metadata = MetadataCatalog.get(name)
     path = metadata.get("json_file")
     if path is None:
         raise UserError(f"{name}: this data set has no file in COCO format. Set 'json_file' in its metadata.")
-    content = clean(read_coco(path), metadata.get("dropped", Dropped()))
+    reading = metadata.get("reading", _Reading())
+    tidied = tidy_with_images(read_coco(path), Path(metadata.image_root), reading.masks, reading.keep)
+    content = clean(tidied.content, replace(reading.dropped, categories=tidied.left_out))
     taken = {annotation["id"] for annotation in content["annotations"]}
     free = next(number for number in count(1) if number not in taken)
     for annotation in content["annotations"]:
         if annotation["id"] == 0:
             annotation["id"] = free
-    return content
+    return content, tidied.written
 
 
-def _load_cleaned(name: str) -> list[dict[str, Any]]:
-    """Load records with detectron2's reader, from a cleaned temporary file."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "cleaned.json")
-        path.write_text(json.dumps(ground_truth(name)), encoding="utf-8")
-        records: list[dict[str, Any]] = load_coco_json(str(path), MetadataCatalog.get(name).image_root, name)
-    return records
+def _load_records(name: str) -> list[dict[str, Any]]:
+    content, metadata = ground_truth(name), MetadataCatalog.get(name)
+    categories = sorted(content["categories"], key=lambda entry: entry["id"])
+    metadata.thing_classes = [entry["name"] for entry in categories]
+    metadata.thing_dataset_id_to_contiguous_id = {entry["id"]: index for index, entry in enumerate(categories)}
+    return dataset_records(content, metadata.image_root)
 
 
-def plan_drop(content: dict[str, Any], findings: Sequence[Finding], drop: Sequence[str]) -> Dropped:
+def dataset_records(content: dict[str, Any], image_root: str) -> list[dict[str, Any]]:
+    """Convert a COCO content to detectron2's records, sorted by image id.
+
+    Sound files give the same records as detectron2's `load_coco_json`, which fails on keys that nobody uses.
+    """
+    classes = {number: index for index, number in enumerate(sorted(entry["id"] for entry in content["categories"]))}
+    objects: dict[int, list[dict[str, Any]]] = {entry["id"]: [] for entry in content["images"]}
+    for entry in content["annotations"]:
+        record = {key: entry[key] for key in ("iscrowd", "bbox") if key in entry}
+        record |= {"bbox_mode": BoxMode.XYWH_ABS, "category_id": classes[entry["category_id"]]}
+        if mask := entry.get("segmentation"):
+            plain = isinstance(mask, dict) and isinstance(mask["counts"], list)
+            record["segmentation"] = coco_mask.frPyObjects(mask, *mask["size"]) if plain else mask
+        objects[entry["image_id"]].append(record)
+    return [
+        {
+            "file_name": os.path.join(image_root, entry["file_name"]),
+            "height": entry["height"],
+            "width": entry["width"],
+            "image_id": entry["id"],
+            "annotations": objects[entry["id"]],
+        }
+        for entry in sorted(content["images"], key=lambda entry: entry["id"])
+    ]
+
+
+def plan_drop(tidied: Tidy, findings: Sequence[Finding], drop: Sequence[str]) -> Dropped:
     """Choose the entries that `DATASETS.DROP` leaves out."""
+    content = tidied.content
     gone: dict[str, set[int]] = {"images": set(), "annotations": set(), "polygons": set()}
     for one in findings:
         if one.kind.name in drop and one.rank is Rank.DROPPABLE:
@@ -189,7 +280,8 @@ def plan_drop(content: dict[str, Any], findings: Sequence[Finding], drop: Sequen
     if ids := {content["images"][at]["id"] for at in images}:
         entries = enumerate(content["annotations"])
         annotations |= {at for at, one in entries if type(one.get("image_id")) is int and one["image_id"] in ids}
-    return Dropped(frozenset(images), frozenset(annotations), frozenset(gone["polygons"] - annotations))
+    left = frozenset(gone["polygons"] - annotations)
+    return Dropped(frozenset(images), frozenset(annotations), left, tidied.left_out)
 
 
 def clean(content: dict[str, Any], dropped: Dropped) -> dict[str, Any]:
@@ -206,8 +298,9 @@ def clean(content: dict[str, Any], dropped: Dropped) -> dict[str, Any]:
     kept = (entry for at, entry in enumerate(content["images"]) if at not in dropped.images)
     return {
         **content,
-        "images": [{**entry, "file_name": file_name(entry)} for entry in kept],
+        "images": [{**entry, "file_name": image_name(entry)} for entry in kept],
         "annotations": annotations,
+        "categories": [entry for at, entry in enumerate(content["categories"]) if at not in dropped.categories],
     }
 
 
@@ -237,34 +330,59 @@ def remaining_faults(findings: Sequence[Finding], dropped: Dropped) -> list[Find
     return faults
 
 
-def describe_faults(faults: Sequence[Finding], drop: Sequence[str] = ()) -> str:
+def describe_faults(faults: Sequence[Finding]) -> str:
     """Describe faults in one line: kinds, counts, first ids and advice.
 
-    If there is only one kind, the line has more details. The advice includes the kinds in `drop`, which are already
-    dropped.
+    If there is only one kind, the line has more details.
     """
     counts = [f"{one.kind.name} in {one.counted()}" for one in faults]
     if len(faults) == 1:
-        text = f"{counts[0]}: {'; '.join(faults[0].places())}: {faults[0].kind.meaning}"
-    else:
-        text = "; ".join(f"{counted} (id {one.ids()})" for counted, one in zip(counts, faults, strict=True))
-    some = [one for one in faults if one.rank is Rank.DROPPABLE and len(one.positions) < len(one.entries)]
-    droppable = [one.kind.name for one in some]
-    return text + (f'. To leave them out: "DATASETS.DROP={(*drop, *droppable)}"' if droppable else "")
+        return f"{counts[0]}: {'; '.join(faults[0].places())}: {faults[0].kind.meaning}"
+    return "; ".join(f"{counted} (id {one.ids()})" for counted, one in zip(counts, faults, strict=True))
+
+
+def drop_advice(tidied: Tidy, findings: Sequence[Finding], drop: Sequence[str] = ()) -> str:
+    """Propose a `DATASETS.DROP` for useless entries, or return "".
+
+    The proposal says how many entries are left, and includes the kinds in `drop`, which are already dropped. There is
+    none if nothing would be left.
+    """
+    faults = remaining_faults(findings, plan_drop(tidied, findings, drop))
+    kinds = [one.kind.name for one in faults if one.rank is Rank.DROPPABLE and one.kind.name in USELESS]
+    dropped = plan_drop(tidied, findings, (*drop, *kinds))
+    left = [
+        (len(tidied.content[key]) - len(gone), len(tidied.content[key]), key)
+        for key, gone in (("images", dropped.images), ("annotations", dropped.annotations))
+    ]
+    if not kinds or any(number == 0 for number, _, _ in left):
+        return ""
+    remain = " and ".join(f"{number} of {total} {key}" for number, total, key in left)
+    return f'. To leave useless entries out and keep {remain}: "DATASETS.DROP={(*drop, *kinds)}"'
 
 
 def read_coco(path: str | Path) -> dict[str, Any]:
-    """Read a COCO file with three non-empty lists of dictionaries."""
-    return _read_lists(path, "images", "annotations", "categories")
+    """Read a COCO file with lists of dictionaries.
+
+    'annotations' may be empty or missing: such a file is only good for evaluation.
+    """
+    content = _read_lists(path, "images", "categories")
+    if content.get("annotations") is None:
+        content["annotations"] = []
+    _check_list(path, content, "annotations")
+    return content
 
 
 def read_categories(path: str | Path) -> list[tuple[int, str]]:
     """Read ids and names of categories from JSON, sorted by id."""
-    found = Findings(_read_lists(path, "categories"))
+    content = {"images": [], "annotations": [], **_read_lists(path, "categories")}
+    lists = {key: value if isinstance(value, list) else [] for key, value in content.items()}
+    tidied = tidy(lists, masks=False)
+    found = Findings(tidied)
     check_categories(found)
     if faults := [one for one in found.all.values() if one.rank is not Rank.INFORMATION]:
         raise UserError(f"{path}: {describe_faults(faults)}")
-    return sorted((entry["id"], entry["name"]) for entry in found.content["categories"])
+    categories = clean(tidied.content, Dropped(categories=tidied.left_out))["categories"]
+    return sorted((entry["id"], entry["name"]) for entry in categories)
 
 
 def _read_lists(path: str | Path, *keys: str) -> dict[str, Any]:
@@ -272,14 +390,18 @@ def _read_lists(path: str | Path, *keys: str) -> dict[str, Any]:
     with paused_garbage_collection():
         content: dict[str, Any] = read_json(Path(path))
     for key in keys:
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise UserError(f"{path}: has no list {key!r}. Name a file in COCO format.")
+        _check_list(path, content, key)
         if not content[key]:
             raise UserError(f"{path}: {key!r} is empty. Name a file with entries.")
-        for index, entry in enumerate(content[key]):
-            if not isinstance(entry, dict):
-                raise UserError(f"{path}: {key}[{index}] is {short(entry)}. Use dictionaries.")
     return content
+
+
+def _check_list(path: str | Path, content: Any, key: str) -> None:
+    if not isinstance(content, dict) or not isinstance(content.get(key), list):
+        raise UserError(f"{path}: has no list {key!r}. Name a file in COCO format.")
+    for index, entry in enumerate(content[key]):
+        if not isinstance(entry, dict):
+            raise UserError(f"{path}: {key}[{index}] is {short(entry)}. Use dictionaries.")
 
 
 def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, str] | None) -> None:
@@ -300,21 +422,22 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
             cfg.INPUT.MASK_FORMAT = "bitmask"
             log.info("INPUT.MASK_FORMAT is bitmask: %s has run-length encoded masks", train[0])
     if val is not None:
-        summaries.append(register_coco(OWN_VAL, *val, for_evaluation=True, masks=masks, drop=drop))
+        classes = summaries[0].categories if summaries else ()
+        summaries.append(register_coco(OWN_VAL, *val, for_evaluation=True, masks=masks, drop=drop, keep=classes))
         _warn_of_crowded_images(val[0], summaries[-1], cfg.TEST.DETECTIONS_PER_IMAGE, cfg.TEST.MAX_DETS)
     if train is not None and val is not None:
         check_same_categories(summaries[0].categories, summaries[1].categories, train[0], val[0])
     if not summaries:
         return
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (OWN_TRAIN,) if train else (), (OWN_VAL,) if val else ()
-    classes = len(summaries[0].categories)
-    if classes != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-        log.info("MODEL.ROI_HEADS.NUM_CLASSES is %d, the number of categories of the data", classes)
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES = classes
+    number = len(summaries[0].categories)
+    if number != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+        log.info("MODEL.ROI_HEADS.NUM_CLASSES is %d, the number of categories of the data", number)
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = number
     box_head = cfg.MODEL.ROI_BOX_HEAD
-    if box_head.USE_FED_LOSS and classes < box_head.FED_LOSS_NUM_CLASSES:
-        log.info("MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES is %d: there are no more", classes)
-        box_head.FED_LOSS_NUM_CLASSES = classes
+    if box_head.USE_FED_LOSS and number < box_head.FED_LOSS_NUM_CLASSES:
+        log.info("MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES is %d: there are no more", number)
+        box_head.FED_LOSS_NUM_CLASSES = number
 
 
 def _warn_of_crowded_images(json_path: str, summary: CocoSummary, detections: int, counted: int) -> None:

@@ -23,15 +23,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from crossmae.data.broken import find_broken
+from crossmae.data.found_names import NOTHING_LIKE
 from crossmae.data.parallel import READERS, map_in_order
 from crossmae.data.sources.source import ImageFiles
-from crossmae.files import printable
+from crossmae.errors import printable
 from det.data.coco_fit import Placed, corners_of, find_misfits
 from det.data.coco_kinds import EVALUATION_KINDS, FREQUENCIES, KINDS, Kind, Rank
-from det.data.coco_masks import LARGEST_SIDE, NUMBERS, Floats, Masks, flatten, measure_masks
+from det.data.coco_masks import LARGEST_SIDE, NUMBERS, Floats, Masks, flatten, measure_masks, no_masks
+from det.data.tidy import LARGEST_AREA, LARGEST_ID, LVIS_LISTS, Tidy, image_name
 
-LARGEST_ID = 2**63 - 1  # of arrays; evaluators fail above it, and treat some ids below 0 as missing
-LARGEST_AREA = 1e5**2  # square pixels; evaluators ignore larger objects
 EDGE = 1.0  # tolerance in pixels for boxes that leave the image, because of rounding
 AREA_SLACK = (10.0, 0.3)  # allowed difference of area and mask: pixels, plus a share of the larger area
 # With masks, boxes are treated as corners [x1, y1, x2, y2] if at least the share AGREEING matches only as corners.
@@ -93,10 +93,14 @@ class Finding:
 
 
 class Findings:
-    """Findings of one file. Kinds in `demoted` are only information."""
+    """Findings of one file, with the ids of the file. Kinds in `demoted` are only information."""
 
-    def __init__(self, content: dict[str, Any], demoted: Iterable[str] = ()) -> None:
-        self.content, self.demoted, self.all = content, frozenset(demoted), dict[str, Finding]()
+    def __init__(self, tidied: Tidy, demoted: Iterable[str] = ()) -> None:
+        self.content, self.shown, self.left_out = tidied.content, tidied.file, tidied.left_out
+        self.reasons = {name: reason for name, reason in tidied.missing.items() if reason != NOTHING_LIKE}
+        self.demoted, self.all = frozenset(demoted), dict[str, Finding]()
+        for name, notes in tidied.mended.items():
+            self.add(name, notes)
 
     def add(self, name: str, found: Iterable[int] | Mapping[int, str], note: _Note | None = None) -> None:
         """Record positions, or notes by position, unless empty."""
@@ -105,7 +109,7 @@ class Findings:
             note = (lambda position: found[position]) if isinstance(found, Mapping) else (lambda position: "")
         if positions:
             rank = Rank.INFORMATION if name in self.demoted else kind.rank
-            self.all[name] = Finding(kind, rank, self.content[kind.where], positions, note)
+            self.all[name] = Finding(kind, rank, self.shown[kind.where], positions, note)
 
     def forget(self, name: str, explained: Container[int]) -> None:
         """Remove positions that another kind explains."""
@@ -128,21 +132,21 @@ def paused_garbage_collection() -> Iterator[None]:
 
 
 def find_faults(
-    content: dict[str, Any], images: Path | None, *, for_evaluation: bool = False, masks: bool = False
+    tidied: Tidy, images: Path | None, *, for_evaluation: bool = False, masks: bool = False
 ) -> list[Finding]:
     """Find faults and remarkable facts, in the order of `KINDS`.
 
-    `content` is from `det.data.coco.read_coco`. If the image folder `images` is None, image files are not checked.
-    Missing keys that AP needs are faults only if `for_evaluation`, and missing masks only if `masks`; otherwise they
-    are information.
+    If the image folder `images` is None, image files are not checked. Missing keys of LVIS are faults only if
+    `for_evaluation`, otherwise information. Masks are looked at only if `masks`.
     """
-    demoted = (frozenset() if for_evaluation else EVALUATION_KINDS) | (set() if masks else {"missing-mask"})
-    found = Findings(content, demoted | ({"missing-iscrowd"} if is_lvis(content) else set()))
+    found = Findings(tidied, () if for_evaluation else EVALUATION_KINDS)
     with paused_garbage_collection():
         categories, known = check_categories(found), _check_images(found)
-        table = _check_annotations(found, known, categories)
-        _check_boxes(found, table, _check_masks(found, table, for_evaluation))
-        if is_lvis(content):
+        table = _check_annotations(found, known, categories, tidied.sound)
+        measured = _check_masks(found, table, for_evaluation, tidied.sound) if masks else no_masks(len(table.entries))
+        _check_areas(found, table, measured)
+        _check_boxes(found, table, measured)
+        if is_lvis(tidied.content):
             _check_lvis(found)
     if images is not None:
         _check_files(found, images, known)
@@ -151,28 +155,19 @@ def find_faults(
 
 def is_lvis(content: dict[str, Any]) -> bool:
     """Check whether images list absent categories, as in LVIS."""
-    return any("neg_category_ids" in image for image in content["images"])
+    return any(LVIS_LISTS[0] in image for image in content["images"])
 
 
 def _check_lvis(found: Findings) -> None:
-    lists = ("neg_category_ids", "not_exhaustive_category_ids")
     lacking = {
         position: "no list " + " and no list ".join(missing)
         for position, image in enumerate(found.content["images"])
-        if (missing := [repr(key) for key in lists if not isinstance(image.get(key), list)])
+        if (missing := [repr(key) for key in LVIS_LISTS if not isinstance(image.get(key), list)])
     }
     found.add("missing-lvis-key", lacking)
     categories = found.content["categories"]
     unknown = [at for at, entry in enumerate(categories) if entry.get("frequency") not in tuple(FREQUENCIES)]
     found.add("missing-frequency", unknown, lambda at: f"frequency {short(categories[at].get('frequency'))}")
-
-
-def file_name(image: dict[str, Any]) -> Any:
-    """Return `file_name`, or for LVIS the folder and file of `coco_url`."""
-    url = image.get("coco_url")
-    if "file_name" in image or not isinstance(url, str):
-        return image.get("file_name")
-    return "/".join(url.split("/")[-2:])
 
 
 def _repeated(values: Iterable[tuple[int, Any]]) -> list[int]:
@@ -225,13 +220,13 @@ def check_categories(found: Findings) -> dict[int, int]:
     """Check the entries of 'categories'. Return their positions by id."""
     entries = found.content["categories"]
     bad = _with_fault(entries, _category_fault)
-    names = {at: entry["name"] for at, entry in enumerate(entries) if at not in bad}
+    names = {at: entry["name"] for at, entry in enumerate(entries) if at not in bad and at not in found.left_out}
     untidy = {at: repr(name) for at, name in names.items() if name != name.strip() or not name.isprintable()}
     found.add("bad-category", bad)
     found.add("duplicate-category-id", _repeated((at, entries[at]["id"]) for at in names))
     found.add("duplicate-category-name", {at: repr(names[at]) for at in _repeated(names.items())})
     found.add("untidy-category-name", untidy)
-    known = _positions_by_id(entries)
+    known = {key: at for key, at in _positions_by_id(entries).items() if at not in found.left_out}
     found.add("category-id-gaps", [known[key] for number, key in enumerate(sorted(known), 1) if key != number])
     found.add("zero-category-id", [at for at in names if entries[at]["id"] == 0])
     return known
@@ -239,7 +234,7 @@ def check_categories(found: Findings) -> dict[int, int]:
 
 def _image_fault(entry: dict[str, Any]) -> str:
     fault = _id_fault(entry)
-    name = file_name(entry)
+    name = image_name(entry)
     if not fault and not (isinstance(name, str) and name):
         has = "file_name" in entry
         fault = f"file_name must be text, got {short(name)}" if has else "has no 'file_name'"
@@ -258,7 +253,7 @@ def _check_images(found: Findings) -> dict[int, int]:
     """Check the entries of 'images'. Return their positions by id."""
     entries = found.content["images"]
     bad = _with_fault(entries, _image_fault)
-    names = {at: file_name(entry) for at, entry in enumerate(entries) if at not in bad}
+    names = {at: image_name(entry) for at, entry in enumerate(entries) if at not in bad}
     unsafe = [at for at, name in names.items() if leaves_folder(name)]
     found.add("bad-image", bad)
     found.add("duplicate-image-id", _repeated((at, entries[at]["id"]) for at in names))
@@ -270,9 +265,13 @@ def _check_images(found: Findings) -> dict[int, int]:
 
 def _check_files(found: Findings, folder: Path, known: dict[int, int]) -> None:
     entries = found.content["images"]
-    sound = [at for at in sorted(known.values()) if not _image_fault(entries[at])]
-    names = {at: name for at in sound if not leaves_folder(name := file_name(entries[at]))}
-    missing = {position: name for position, name in names.items() if not os.path.isfile(folder / name)}
+    named = {at: name for at in sorted(known.values()) if isinstance(name := image_name(entries[at]), str) and name}
+    names = {at: name for at, name in named.items() if not leaves_folder(name)}
+    missing = {
+        position: f"{name}: {reason}" if (reason := found.reasons.get(name)) else name
+        for position, name in names.items()
+        if not os.path.isfile(folder / name)
+    }
     there = [position for position in names if position not in missing]
     source = ImageFiles([folder / names[position] for position in there], "images of a COCO file")
     broken = {there[one.index]: one.message for one in find_broken(source, range(len(source)))}
@@ -280,24 +279,29 @@ def _check_files(found: Findings, folder: Path, known: dict[int, int]) -> None:
     kinds: dict[str, dict[int, str]] = {"missing-image": missing, "broken-image": broken}
     looks = map_in_order(lambda position: _file_fault(folder / names[position], entries[position]), bar, READERS)
     for position, (kind, text) in zip(there, looks, strict=True):
-        if kind and position not in broken:
+        if kind and position not in broken and (kind == "broken-image" or not _image_fault(entries[position])):
             kinds.setdefault(kind, {})[position] = text if kind == "broken-image" else f"{names[position]}: {text}"
     for kind, noted in kinds.items():
         found.add(kind, noted)
 
 
+def read_header(path: Path) -> tuple[tuple[int, int], tuple[int, int], int | None]:
+    """Read an image's stored size, its turned size, and its EXIF orientation."""
+    with Image.open(path) as image:
+        # Pillow would decode a PNG file completely to find an orientation that is stored after the pixels.
+        late = image.format == "PNG" and _LATE_EXIF.search(ImageFiles([path], "").tail(0, LATE_EXIF_WITHIN))
+        exif = image.getexif() if late else Image.Image.getexif(image)
+        stored, orientation = image.size, exif.get(EXIF_ORIENTATION)
+    return stored, stored[::-1] if orientation in QUARTER_TURNS else stored, orientation
+
+
 def _file_fault(path: Path, entry: dict[str, Any]) -> tuple[str, str]:
     """Find a fault in an image's header. Return its kind and description."""
-    wanted = entry["width"], entry["height"]
+    wanted = entry.get("width"), entry.get("height")
     try:
-        with Image.open(path) as image:
-            # Pillow would decode a PNG file completely to find an orientation that is stored after the pixels.
-            late = image.format == "PNG" and _LATE_EXIF.search(ImageFiles([path], "").tail(0, LATE_EXIF_WITHIN))
-            exif = image.getexif() if late else Image.Image.getexif(image)
-            stored, orientation = image.size, exif.get(EXIF_ORIENTATION)
+        stored, turned, orientation = read_header(path)
     except Exception as error:  # Pillow raises many types of errors for damaged headers
         return "broken-image", f"{path}: cannot be read as an image: {' '.join(str(error).split())}"
-    turned = stored[::-1] if orientation in QUARTER_TURNS else stored
     sizes = "the json has {}x{} (width x height), the file {}x{}".format(*wanted, *stored)
     if turned != stored:
         sizes += " and {}x{} once turned by its EXIF orientation {}".format(*turned, orientation)
@@ -346,10 +350,10 @@ def _annotation_fault(entry: dict[str, Any]) -> str:
     return ""
 
 
-def _check_annotations(found: Findings, known: dict[int, int], categories: dict[int, int]) -> _Table:
-    """Check keys, types, and references to `known` images and `categories`."""
+def _check_annotations(found: Findings, known: dict[int, int], categories: dict[int, int], sound: bool) -> _Table:
+    """Check keys and types, unless `sound`, and references to images and categories."""
     entries, images = found.content["annotations"], found.content["images"]
-    bad = _with_fault(entries, _annotation_fault)
+    bad = {} if sound else _with_fault(entries, _annotation_fault)
     positions = [position for position in range(len(entries)) if position not in bad]
     kept = [entries[position] for position in positions]
     image_ids, category_ids, ids = ([entry[key] for entry in kept] for key in ("image_id", "category_id", "id"))
@@ -361,15 +365,12 @@ def _check_annotations(found: Findings, known: dict[int, int], categories: dict[
         return list(compress(positions, tests))
 
     def value(key: str) -> _Note:
-        return lambda position: f"{key} {short(entries[position][key])}"
+        return lambda position: f"{key} {short(found.shown['annotations'][position][key])}"
 
     found.add("bad-annotation", bad)
-    found.add("duplicate-annotation-id", _repeated(zip(positions, ids, strict=True)))
     found.add("unknown-image", where(image_at < 0), value("image_id"))
     found.add("unknown-category", where(key not in categories for key in category_ids), value("category_id"))
     found.add("ignore-flag", where(entry.get("ignore", 0) != 0 for entry in kept), value("ignore"))
-    found.add("missing-area", where("area" not in entry for entry in kept))
-    found.add("missing-iscrowd", where(flag is None for flag in flags))
     crowd = where(flags)
     found.add("crowd", crowd)
     found.add("mostly-crowd", crowd if len(crowd) > MOSTLY * len(entries) else ())
@@ -397,26 +398,32 @@ def _crowded_images(image: NDArray[np.int64], category: NDArray[np.int64], flags
     return {int(pair // classes): f"{count} objects" for pair, count in zip(pairs[many], counts[many], strict=True)}
 
 
-def _check_masks(found: Findings, table: _Table, for_evaluation: bool) -> Masks:
-    """Check segmentations and areas, and reject NaN."""
-    masks = measure_masks([entry.get("segmentation") for entry in table.entries], table.size)
+def _check_masks(found: Findings, table: _Table, for_evaluation: bool, sound: bool) -> Masks:
+    """Check segmentations, whose types are right if `sound`."""
+    masks = measure_masks([entry.get("segmentation") for entry in table.entries], table.size, checked=sound)
     missing = masks.faults.get("missing-mask", {})
     if not for_evaluation:  # training ignores crowd regions
         for row in [row for row in missing if table.entries[row].get("iscrowd", 0)]:
             del missing[row]
+    for kind, faults in masks.faults.items():
+        if kind != "not-finite":
+            found.add(kind, {int(table.position[row]): text for row, text in faults.items()})
+    return masks
+
+
+def _check_areas(found: Findings, table: _Table, masks: Masks) -> None:
+    """Compare areas with masks, and reject NaN."""
     area = flatten([[entry.get("area", 0) for entry in table.entries]])
     infinite = {int(row): f"area {area[row]}" for row in np.flatnonzero(~np.isfinite(area))}
-    infinite |= masks.faults.pop("not-finite", {})
+    infinite |= masks.faults.get("not-finite", {})
     infinite |= {int(row): f"bbox {table.entries[row]['bbox']}" for row in np.flatnonzero(~table.finite)}
-    for kind, faults in (masks.faults | {"not-finite": infinite}).items():
-        found.add(kind, {int(table.position[row]): text for row, text in faults.items()})
+    found.add("not-finite", {int(table.position[row]): text for row, text in infinite.items()})
     slack = AREA_SLACK[0] + AREA_SLACK[1] * np.fmax(area, masks.area)
     has_area = np.array(["area" in entry for entry in table.entries], bool)
     far = table.at(has_area & (np.abs(area - masks.area) > slack))
     measured = dict(zip(far, masks.area[np.isin(table.position, far)], strict=True))
     entries = found.content["annotations"]
     found.add("area-mismatch", far, lambda at: f"area {entries[at]['area']}, the mask has {measured[at]:.0f}")
-    return masks
 
 
 def _check_boxes(found: Findings, table: _Table, masks: Masks) -> None:

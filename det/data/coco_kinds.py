@@ -40,6 +40,9 @@ _TABLE: dict[tuple[str, Rank], dict[str, str]] = {
         "zero-category-id": "the id is 0, which is fine: it is an ordinary category, not the background",
         "untidy-category-name": "spaces around the name, or characters that do not print, look like another name",
         "unused-category": "no annotation is of this category",
+        "root-category": "it names the group of the others, or repeats another category: it becomes no class",
+        "mended-category-id": "the id is no number of COCO's format: another number stands for it, and results have it",
+        "mended-category-name": "the name is a number: it is read as text",
     },
     ("images", Rank.ERROR): {
         "bad-image": "a key is missing, of the wrong type or out of range: repair it",
@@ -63,17 +66,18 @@ _TABLE: dict[tuple[str, Rank], dict[str, str]] = {
         "many-objects": "more objects of a class than COCO's AP counts (100 per image): raise TEST.MAX_DETS and "
         "TEST.DETECTIONS_PER_IMAGE",
         "image-without-annotations": "left out in training unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is False",
+        "mended-image-id": "the id is no number of COCO's format: another number stands for it, and results have it",
+        "moved-image": "the name is written in another way than the name of the only file that fits",
+        "mended-size": "width or height is no whole number, and is read as such",
+        "size-from-file": "width or height is 0, missing or no number: the size of the file is used",
     },
     ("annotations", Rank.ERROR): {
         "corner-boxes": "boxes seem to be [x1, y1, x2, y2]: convert all of them to [x, y, width, height]",
         "misfit-masks": "masks and boxes fit only in this way: convert all masks, or all boxes if the boxes are wrong",
         "misfit-boxes": "boxes fit only in this way: convert all boxes, and masks that were written in the same way",
-        "missing-area": "evaluation counts objects as small, medium or large by 'area': add it, in pixels",
-        "missing-iscrowd": "evaluation needs 'iscrowd': add 0, or 1 for a region of many objects",
     },
     ("annotations", Rank.DROPPABLE): {
         "bad-annotation": "a key is missing, of the wrong type or out of range: repair it",
-        "duplicate-annotation-id": "an earlier annotation has the same id: give each another id",
         "unknown-image": "image_id is not in 'images': repair or remove it",
         "unknown-category": "category_id is not in 'categories': repair or remove it",
         "ignore-flag": "'ignore' is not supported: remove the annotation, or mark a region of many objects as iscrowd",
@@ -98,6 +102,13 @@ _TABLE: dict[tuple[str, Rank], dict[str, str]] = {
         "box-over-edge": "a part of the box is outside the image: training cuts it off",
         "area-mismatch": "'area' is far from the area of the mask: evaluation finds small and large objects by it",
         "zero-annotation-id": "the id is 0: evaluation gives it another id, because pycocotools takes 0 for no object",
+        "mended-annotation-id": "the id is missing, no number, or taken: another one, which changes no result, is used",
+        "mended-reference": "image_id or category_id is written in another way than the id, or is a name",
+        "mended-flag": "iscrowd or ignore is null, missing, true, false or text, and is read as 0 or 1",
+        "mended-area": "the area is missing, 0 or text: it is read, or measured on the mask or the box",
+        "mended-box": "the box is text or has keys: it is read as [x, y, width, height]",
+        "box-from-mask": "there is no box, or it has no width or no height: the box of the mask is used",
+        "mended-mask": "points, numbers or run lengths in another form, which are read",
     },
 }
 KINDS = {
@@ -107,4 +118,7 @@ DROPPABLE = tuple(name for name, kind in KINDS.items() if kind.rank is Rank.DROP
 WARNINGS = ("mostly-crowd", "boxes-in-corner")  # information with a line of its own in the log
 FREQUENCIES = "rcf"  # LVIS: a rare, common or frequent category, by its number of training images
 # Only information if nothing is evaluated.
-EVALUATION_KINDS = frozenset(("missing-area", "missing-iscrowd", "missing-lvis-key", "missing-frequency"))
+EVALUATION_KINDS = frozenset(("missing-lvis-key", "missing-frequency"))
+# Advised to leave out, because such entries are useless. Other entries have objects, which would become background.
+USELESS = {"missing-image", "broken-image", "unknown-image", "unknown-category", "empty-box", "box-outside"}
+USELESS |= {"degenerate-polygon"}

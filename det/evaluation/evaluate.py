@@ -24,12 +24,12 @@ from crossmae.errors import UserError
 from crossmae.files import make_folder, write_json, write_text
 from crossmae.reports.figures import save_figure
 from det.config import PICTURES, PREDICTIONS, RESULTS
-from det.data.coco import ground_truth
+from det.data.coco import read_registered
 from det.data.loader import NamingMapper, build_test_loader, refuse_unreadable
 from det.evaluation.curves import precision_recall_figure
 from det.evaluation.pictures import save_pictures, validation_pictures
 from det.evaluation.run_files import HEADLINE, TASKS
-from det.evaluation.scoring import DetectionScores, score_results
+from det.evaluation.scoring import DetectionScores, count_detections, score_results
 from det.inference.paste import coco_results
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     if not isinstance(detector, GeneralizedRCNN):
         raise UserError(f"MODEL.META_ARCHITECTURE: {type(detector).__name__} cannot be evaluated. Use GeneralizedRCNN.")
     loader = build_test_loader(name, NamingMapper(cfg, False), cfg.DATALOADER.NUM_WORKERS)
-    truth = ground_truth(name)
+    truth, written = read_registered(name)
     category_ids = sorted(category["id"] for category in truth["categories"])
     num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     if len(category_ids) != num_classes:
@@ -69,13 +69,22 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
         return {}
     make_folder(folder / "inference", "OUTPUT_DIR")
     results = list(itertools.chain(*parts))
-    write_text(folder / PREDICTIONS, json.dumps(results))
+    write_text(folder / PREDICTIONS, json.dumps(with_written_ids(results, written)))
     lvis = MetadataCatalog.get(name).get("evaluator_type") == "lvis"
     tasks = tuple(TASKS) if cfg.MODEL.MASK_ON else ("bbox",)
     scores = {task: score_results(truth, results, task, cfg.TEST.EVALUATOR, lvis, cfg.TEST.MAX_DETS) for task in tasks}
     drawn = validation_pictures(truth, Path(MetadataCatalog.get(name).image_root), results)
     save_pictures(drawn, folder / PICTURES)
-    return _write_scores(folder, name, scores)
+    false_alarms = [] if truth["annotations"] else count_detections(results)
+    return _write_scores(folder, name, scores, false_alarms)
+
+
+def with_written_ids(results: list[dict[str, Any]], written: Mapping[str, Mapping[int, Any]]) -> list[dict[str, Any]]:
+    """Replace numbers of images and categories by the ids of the file."""
+    if not any(written.values()):
+        return results
+    keys = {"image_id": written["images"], "category_id": written["categories"]}
+    return [result | {key: ids.get(result[key], result[key]) for key, ids in keys.items()} for result in results]
 
 
 def predict(model: GeneralizedRCNN, loader: Any, category_ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -92,7 +101,9 @@ def predict(model: GeneralizedRCNN, loader: Any, category_ids: Sequence[int]) ->
     return results
 
 
-def _write_scores(folder: Path, name: str, scores: Mapping[str, DetectionScores]) -> dict[str, dict[str, float]]:
+def _write_scores(
+    folder: Path, name: str, scores: Mapping[str, DetectionScores], false_alarms: list[dict[str, float]]
+) -> dict[str, dict[str, float]]:
     """Write `results.json` and the curves. Return the results of `evaluate`."""
     results, by_class = {}, {task: of_task.by_class() for task, of_task in scores.items()}
     for task, of_task in scores.items():
@@ -106,7 +117,11 @@ def _write_scores(folder: Path, name: str, scores: Mapping[str, DetectionScores]
         for index, (label, count) in enumerate(zip(first.names, first.objects, strict=True))
     ]
     written = {task: _json_numbers(values) for task, values in results.items()}
-    write_json(folder / RESULTS, {**written, "classes": classes})
+    alarms = {"false_alarms": false_alarms} if false_alarms else {}
+    write_json(folder / RESULTS, {**written, "classes": classes, **alarms})
+    if false_alarms:
+        counts = ", ".join(f"{row['detections']} with scores from {row['score']:g}" for row in false_alarms)
+        log.info("%s has no annotations, so AP is undefined and every detection is a false alarm: %s", name, counts)
     log.info("results in %s, curves and predictions in %s", folder / RESULTS, folder / "inference")
     return results
 

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from crossmae.files import printable, write_atomically
-from det.data.coco_checks import file_name
+from crossmae.errors import printable
+from crossmae.files import write_atomically
+from det.data.tidy import image_name
 from det.inference.draw import draw_instances, draw_sheet, instances_from_coco
 from det.inference.predict import read_rgb
 
@@ -38,7 +39,7 @@ def validation_pictures(
     found = [result for result in results if result["score"] >= SCORE_THRESHOLD]
     pictures = []
     for entry in spread_images(ground_truth, count):
-        name = file_name(entry)
+        name = image_name(entry)
         pixels = read_rgb(images / name)
         here = [[one for one in every if one["image_id"] == entry["id"]] for every in (true, found)]
         sides = [draw_instances(pixels, instances_from_coco(objects, categories), DRAWN_SIDE) for objects in here]
@@ -70,8 +71,12 @@ def find_pictures(folder: Path) -> list[Path]:
 
 
 def spread_images(ground_truth: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """Choose images with objects (crowd regions excluded), evenly spaced by id."""
+    """Choose images with objects (crowd regions excluded), evenly spaced by id.
+
+    Without annotations, all images can be chosen.
+    """
     with_objects = {a["image_id"] for a in ground_truth["annotations"] if not a.get("iscrowd", 0)}
-    entries = sorted((e for e in ground_truth["images"] if e["id"] in with_objects), key=lambda e: e["id"])
+    empty = not ground_truth["annotations"]
+    entries = sorted((e for e in ground_truth["images"] if empty or e["id"] in with_objects), key=lambda e: e["id"])
     number = min(count, len(entries))
     return [entries[index * len(entries) // number] for index in range(number)]

@@ -120,6 +120,8 @@ def _evaluation_sections(
         classes: list[page.PageBlock] = [run.missing(RESULTS, "AP by class")]
     else:
         headlines, classes = [headline_table(results), _metric_table(results)], class_blocks(results, Path(RESULTS))
+        if results.false_alarms:
+            headlines.insert(0, _false_alarm_table(results))
     objects = "Objects: the number of objects of a class in the validation images, without crowd regions."
     found = [
         page.Section("Average precision", f"On the validation images, by the last evaluation. {AP_TEXT}", headlines),
@@ -143,6 +145,13 @@ def _metric_table(results: DetectionResults) -> page.Table:
             rows.append([f"{name}: {meaning}".removesuffix(": "), *(_shown(numbers.get(name)) for numbers in found)])
     caption = "In percent. A dash: the validation images have no such objects."
     return page.Table(["", *(TASKS[task] for task in results.numbers)], rows, caption)
+
+
+def _false_alarm_table(results: DetectionResults) -> page.Table:
+    """Show how many detections there are where nothing is annotated."""
+    rows = [[f"{row.score:g}", f"{row.detections:,}", f"{row.images:,}"] for row in results.false_alarms]
+    caption = "The validation images have no annotations: AP is undefined, and every detection is a false alarm."
+    return page.Table(["score from", "detections", "images with detections"], rows, caption)
 
 
 def _progress_section(run: RunFolder, log: LoggedNumbers) -> page.Section:

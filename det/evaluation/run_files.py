@@ -29,12 +29,24 @@ class DetectedClass(FileContent):
         return (getattr(self, task) or {}).get("AP")
 
 
+class FalseAlarms(FileContent):
+    """Detections from a score on, and images that have any, where nothing is annotated."""
+
+    score: float
+    detections: int
+    images: int
+
+
 class DetectionResults(FileContent):
-    """Content of `results.json`: metrics in percent by task and name, None if undefined, and the classes."""
+    """Content of `results.json`: metrics in percent by task and name, None if undefined, and the classes.
+
+    It has `false_alarms` if the validation images have no annotations.
+    """
 
     bbox: Percentages | None = None
     segm: Percentages | None = None
     classes: list[DetectedClass] = Field([])
+    false_alarms: list[FalseAlarms] = Field([])
 
     @model_validator(mode="after")
     def _has_headlines(self) -> DetectionResults:

@@ -11,7 +11,7 @@ import io
 import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 GEOMETRY = {"bbox": "bbox", "segm": "segmentation"}  # task: the key of a result that is compared
 ALL, SMALL, MEDIUM, LARGE = range(4)  # ranges of object area
 IOU_50, IOU_75 = 0, 5  # of the ten thresholds 0.5, 0.55, ..., 0.95
+SCORE_LEVELS = (0.0, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9)
 COCO_LIMITS, LVIS_LIMITS = (1, 10, 100), (300,)  # numbers of detections counted per image, best first
 
 
@@ -85,6 +86,15 @@ def _mean(values: np.ndarray) -> float:
     """Average the defined values, in percent."""
     defined = values[values > -1]
     return float(np.mean(defined)) * 100 if defined.size else math.nan
+
+
+def count_detections(results: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Count detections, and images with detections, from each of some scores on."""
+    rows = []
+    for score in SCORE_LEVELS:
+        images = [result["image_id"] for result in results if result["score"] >= score]
+        rows.append({"score": score, "detections": len(images), "images": len(set(images))})
+    return rows
 
 
 def score_results(

@@ -116,7 +116,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
         results = evaluation.results if evaluation else {}
         if comm.is_main_process():
             log.info("report in %s", write_report(folder))
-            if results:
+            if results and (folder / BEST).is_file():
                 log.info("these are the results of the final weights. The best weights are in %s", BEST)
     return results
 

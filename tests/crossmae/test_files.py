@@ -73,11 +73,39 @@ def test_a_folder_that_can_not_be_made_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), (b'{"a": ', "not valid JSON.*line 1"), (b"\xff\xfe", "not valid JSON")],
+    [
+        (None, "no such file"),
+        (b'{"a": ', "not valid JSON.*line 1"),
+        (b"\xff\xfe", "is UTF-16 text"),
+        (b"", "not valid JSON but empty"),
+        (b"<html>", "not valid JSON but a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        (b"[\xff\0\1\2\3\4\5\6\7]", "is a binary file, not text"),
+        (b"\x89PNG\r\n", "is an image, not text"),
+    ],
 )
 def test_wrong_json_names_the_file(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "results.json"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=f"{re.escape(str(path))}.*{message}"):
+        read_json(path)
+
+
+ODD_TEXTS = {"苹果": "gb18030", "Größe é": "windows-1252", "Яблоко": "windows-1251", "りんご": "shift_jis"}
+
+
+@pytest.mark.parametrize(("text", "encoding"), ODD_TEXTS.items())
+def test_json_in_another_encoding_names_the_command(tmp_path: Path, text: str, encoding: str) -> None:
+    path = tmp_path / "a b.json"
+    content = json.dumps({"name": text}, ensure_ascii=False)
+    for name in ("utf-8", "utf-8-sig"):
+        path.write_bytes(content.encode(name))
+        assert read_json(path) == {"name": text}
+    for name in ("UTF-16", "UTF-16LE", "UTF-16BE", "UTF-32"):
+        path.write_bytes(content.encode(name))
+        with pytest.raises(UserError, match=rf"iconv -f {name} -t UTF-8 'a b.json' > 'a b.utf8.json'$"):
+            read_json(path)
+    path.write_bytes(content.encode(encoding))
+    with pytest.raises(UserError, match=rf"line 1 is not UTF-8: .*'{text.split()[0]}' in {encoding.upper()}"):
         read_json(path)

@@ -31,9 +31,9 @@ def run(*arguments: str) -> int:
 
 
 def damage(content: dict[str, Any]) -> bytes:
-    """Two empty boxes and a missing image; returns the file."""
+    """Two boxes outside and a missing image; returns the file."""
     for index in (4, 6):
-        content["annotations"][index]["bbox"] = [8, 8, 0, 16]
+        content["annotations"][index]["bbox"] = [88, 8, 9, 16]
     content["images"][0]["file_name"] = "no.png"
     return save(Path(), content).read_bytes()
 
@@ -57,18 +57,18 @@ def test_faults_are_a_table_and_an_exit_code_and_the_words_to_paste_work(
     assert run("coco.json", "images", "--json", "out/report.json") == FAULTY_EXIT_CODE
     lines = capsys.readouterr().out.splitlines()
     assert "missing-image            droppable error  1 of 5 images, id 1" in lines
-    assert "empty-box                droppable error  2 of 10 annotations, id 6, 8" in lines
-    assert "      annotations[6] (id 8): bbox [8, 8, 0, 16]" in lines
+    assert "box-outside              droppable error  2 of 10 annotations, id 6, 8" in lines
+    assert "      annotations[6] (id 8): bbox [88, 8, 9, 16] in an image of 64x64" in lines
 
     report = json.loads(Path("out/report.json").read_text())
     assert report["counts"]["annotations"] == 10
     kinds = {one["kind"]: one for one in report["findings"]}
-    assert set(kinds) == {"category-id-gaps", "missing-image", "empty-box"}
-    assert (kinds["empty-box"]["count"], kinds["empty-box"]["rank"]) == (2, "droppable error")
-    assert [entry["id"] for entry in kinds["empty-box"]["first"]] == [6, 8]
+    assert set(kinds) == {"category-id-gaps", "missing-image", "box-outside"}
+    assert (kinds["box-outside"]["count"], kinds["box-outside"]["rank"]) == (2, "droppable error")
+    assert [entry["id"] for entry in kinds["box-outside"]["first"]] == [6, 8]
 
     words = lines[-1].partition("DATASETS.DROP=")[2].rstrip('"')
-    summary = register_coco("test_set", "coco.json", "images", drop=ast.literal_eval(words))
+    summary = register_coco("test_set", "coco.json", "images", masks=True, drop=ast.literal_eval(words))
     assert summary.num_images == 4
     assert Path("coco.json").read_bytes() == before
 
@@ -77,15 +77,36 @@ def test_images_are_not_looked_at_unless_wanted(content: dict[str, Any], capsys:
     damage(content)
     assert run("coco.json", "--skip-images") == FAULTY_EXIT_CODE
     told = capsys.readouterr().out
-    assert "empty-box" in told
+    assert "box-outside" in told
     assert "missing-image" not in told
 
 
 def test_what_only_evaluation_needs_is_asked_for(content: dict[str, Any]) -> None:
-    del content["annotations"][0]["area"]
+    for image in content["images"]:
+        image.update(neg_category_ids=[], not_exhaustive_category_ids=[])
     save(Path(), content)
     assert run("coco.json", "images") == 0
     assert run("coco.json", "images", "--evaluation") == FAULTY_EXIT_CODE
+
+
+def test_a_file_without_annotations_is_good_for_evaluation_only(
+    content: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for nothing in ([], None):
+        save(Path(), content | {"annotations": nothing})
+        assert run("coco.json", "images") == USER_ERROR_EXIT_CODE
+        assert "coco.json: 'annotations' is empty" in capsys.readouterr().err
+        assert run("coco.json", "images", "--evaluation") == 0
+
+
+def test_masks_are_judged_unless_told_otherwise(content: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    content["annotations"][0]["segmentation"] = "mask.png"
+    save(Path(), content)
+    assert run("coco.json", "images") == FAULTY_EXIT_CODE
+    told = capsys.readouterr().out
+    assert "bad-mask" in told
+    assert "DATASETS.DROP" not in told  # the object is there, and would become background
+    assert run("coco.json", "images", "--no-masks") == 0
 
 
 def test_masks_are_missed_only_where_others_have_one(content: dict[str, Any]) -> None:
@@ -104,7 +125,7 @@ def test_masks_are_missed_only_where_others_have_one(content: dict[str, Any]) ->
         (("coco.json", "nowhere"), "IMAGES: nowhere is no folder"),
         (("coco.json",), "IMAGES: no folder is named"),
         (("absent.json", "images"), "absent.json: no such file"),
-        (("images/1.png", "images"), "images/1.png: not valid JSON"),
+        (("images/1.png", "images"), "images/1.png: is an image, not text"),
         (("coco.json", "images", "--json", "./coco.json"), "--json: coco.json is the file to be checked"),
         (("coco.json", "images", "--json", "images"), "images: is a folder"),
         (("coco.json", "nowhere", "--skip-images"), "--skip-images: nowhere would be ignored. Leave out one"),

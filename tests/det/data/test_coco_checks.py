@@ -13,12 +13,10 @@ from PIL import Image
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
-from detectron2.data import MetadataCatalog
-from detectron2.data.datasets import load_coco_json
-
-from det.data.coco import clean, describe_faults, plan_drop, remaining_faults
+from det.data.coco import clean, dataset_records, describe_faults, plan_drop, remaining_faults
 from det.data.coco_checks import find_faults, leaves_folder
 from det.data.coco_kinds import DROPPABLE, KINDS, Rank
+from det.data.tidy import Tidy, tidy
 from tests.det.coco_files import write_coco
 
 SAMPLE = Path(__file__).parents[4] / "shared/coco_sample/instances_val2014_100.json"
@@ -35,10 +33,15 @@ def data(tmp_path):
     return content, images
 
 
+def as_it_is(content):
+    """The content without repairs: what the checks say of oddities that nobody repaired."""
+    return Tidy(content, content, {}, frozenset(), {}, {}, {}, sound=False)
+
+
 def find(content, images=None, **options):
     """Count and ids by kind."""
     options = {"for_evaluation": True, "masks": True, **options}
-    found = find_faults(content, images, **options)
+    found = find_faults(as_it_is(content), images, **options)
     return {one.kind.name: [entry["id"] for entry in one.first(len(one.positions))] for one in found}
 
 
@@ -239,7 +242,6 @@ CASES = [
     ("bad-annotation", spoil(1, area=2e10), [3]),
     ("bad-annotation", spoil(1, id=-3), [-3]),
     ("bad-annotation", spoil(1, id=2**63), [2**63]),
-    ("duplicate-annotation-id", spoil(1, id=2), [2]),
     ("unknown-image", spoil(1, image_id=99), [3]),
     ("unknown-image", spoil(1, image_id=99, bbox=[-9, 0, 20, 20]), [3]),
     ("unknown-category", spoil(1, category_id=99), [3]),
@@ -276,8 +278,6 @@ CASES = [
     ("empty-mask", spoil(1, **rle([64, 64], [64 * 64])), [3]),
     ("rle-size", spoil(1, **rle([64, 32], [1000, 600, 448])), [3]),
     ("rle-counts", spoil(1, **rle([64, 64], [1000, 600])), [3]),
-    ("missing-area", remove("annotations", 1, "area"), [3]),
-    ("missing-iscrowd", remove("annotations", 1, "iscrowd"), [3]),
     ("crowd", spoil(1, iscrowd=1), [3]),
     ("area-mismatch", spoil(1, area=900), [3]),
     ("area-mismatch", spoil(1, area=0), [3]),
@@ -294,14 +294,16 @@ def test_a_fault_is_found_with_its_ids_and_nothing_else(data, case):
 
 
 def test_every_kind_has_a_case():
-    assert {case[0] for case in CASES} == set(KINDS)
+    repairs = {"root-category", "moved-image", "size-from-file", "box-from-mask"}
+    repairs |= {name for name in KINDS if name.startswith("mended-")}
+    assert {case[0] for case in CASES} == set(KINDS) - repairs
 
 
 def test_many_are_counted_and_the_first_are_named(data):
     content, _ = data
     for entry in content["annotations"][1:]:
         entry["bbox"][2] = 0
-    (found,) = find_faults(content, None)
+    (found,) = find_faults(as_it_is(content), None)
     assert len(found.positions) == 9
     assert found.first(2) == [
         {"position": 1, "id": 3, "note": "bbox [30, 20, 0, 30]"},
@@ -312,7 +314,7 @@ def test_many_are_counted_and_the_first_are_named(data):
 def test_notes_say_which_size_is_whose(data):
     content, images = data
     turn(6, (96, 64))(content, images)
-    (found,) = find_faults(content, images)
+    (found,) = find_faults(as_it_is(content), images)
     assert found.first(1)[0]["note"] == (
         "turned.jpg: the json has 96x64 (width x height), the file 96x64 and 64x96 once turned by its EXIF "
         "orientation 6"
@@ -323,7 +325,7 @@ def test_notes_on_boxes_name_the_size_of_their_image(data):
     content, _ = data
     content["annotations"][0]["area"] = -1  # left out of the arrays
     content["images"][2].update(width=40, height=60)
-    (found,) = (one for one in find_faults(content, None, masks=True) if one.kind.name == "box-over-edge")
+    (found,) = (one for one in find_faults(as_it_is(content), None, masks=True) if one.kind.name == "box-over-edge")
     assert found.first(9) == [{"position": 5, "id": 7, "note": "bbox [30, 20, 20, 30] in an image of 40x60"}]
 
 
@@ -344,18 +346,12 @@ def test_an_orientation_behind_the_pixels_of_a_png_is_seen(data, annotated, kind
     assert find(content, images) == {kind: [2]}
 
 
-def test_what_training_does_without_is_information_there(data):
+def test_masks_that_nobody_reads_are_not_judged(data):
     content, _ = data
-    del (
-        content["annotations"][0]["area"],
-        content["annotations"][1]["iscrowd"],
-        content["annotations"][2]["segmentation"],
-    )
-    kinds = ["missing-area", "missing-iscrowd", "missing-mask"]
-    for needed in (False, True):
-        ranks = {one.kind.name: one.rank for one in find_faults(content, None, for_evaluation=needed, masks=needed)}
-        wanted = [KINDS[kind].rank if needed else Rank.INFORMATION for kind in kinds]
-        assert [ranks[kind] for kind in kinds] == wanted
+    spoil(0, segmentation=[])(content, None)
+    spoil(1, segmentation="mask.png")(content, None)
+    assert find(content, masks=False) == {}
+    assert find(content) == {"missing-mask": [2], "bad-mask": [3]}
 
 
 def test_crowd_regions_need_a_mask_in_evaluation_alone(data):
@@ -372,8 +368,7 @@ def test_lvis_has_neither_iscrowd_nor_file_names(data):
     as_lvis()(content, images)
     for entry in content["annotations"]:
         del entry["iscrowd"]
-    assert find(content, images.parent) == {"missing-iscrowd": ALL}
-    assert all(one.rank is Rank.INFORMATION for one in find_faults(content, images.parent, for_evaluation=True))
+    assert find(content, images.parent) == {}
 
 
 def test_boxes_over_the_edge_are_not_taken_for_corners(data):
@@ -418,7 +413,7 @@ def test_the_sample_of_coco_is_sound():
     content = json.loads(SAMPLE.read_text())
     found = {
         one.kind.name: (len(one.positions), one.rank)
-        for one in find_faults(content, None, for_evaluation=True, masks=True)
+        for one in find_faults(as_it_is(content), None, for_evaluation=True, masks=True)
     }
     assert found == {
         "category-id-gaps": (69, Rank.INFORMATION),
@@ -472,7 +467,7 @@ DAMAGE = st.builds(
 @given(damages=st.one_of(st.lists(FAULTS, min_size=2, max_size=8), st.lists(DAMAGE, min_size=1, max_size=4)))
 def test_whatever_is_damaged_is_found_or_harmless(data, tmp_path, damages):
     """Each finding names its entries in one printable line, and can be dropped as it says. Cleaned files have no faults
-    left, lose exactly what was dropped, and detectron2 reads them with finite boxes."""
+    left, need no repair, lose exactly what was dropped, and make records with finite boxes."""
     content, images = copy.deepcopy(data[0]), data[1]
     for (where, key), index, value in damages:
         entry = content[where][index % len(content[where])]
@@ -480,24 +475,22 @@ def test_whatever_is_damaged_is_found_or_harmless(data, tmp_path, damages):
         if value is not ABSENT:
             entry[key] = value
     before = repr(content)
-    findings = find_faults(content, images, for_evaluation=True, masks=True)
+    tidied = tidy(content, masks=True)
+    findings = find_faults(tidied, images, for_evaluation=True, masks=True)
     for one in findings:
         assert [entry["position"] for entry in one.first(len(one.positions))] == list(one.positions)
         assert describe_faults([one]).isprintable()
-    dropped = plan_drop(content, findings, DROPPABLE)
+    dropped = plan_drop(tidied, findings, DROPPABLE)
     assert repr(content) == before
     left = {one.kind.name for one in remaining_faults(findings, dropped)}
     assert left <= {one.kind.name for one in findings if one.rank is Rank.ERROR}  # the others are gone
     if left:
         return
-    cleaned = clean(content, dropped)
+    cleaned = clean(tidied.content, dropped)
     for key, gone in (("images", dropped.images), ("annotations", dropped.annotations)):
         assert len(cleaned[key]) + len(gone) == len(content[key])
-    again = find_faults(cleaned, None, for_evaluation=True, masks=True)
-    assert all(one.rank is Rank.INFORMATION for one in again)
-    (tmp_path / "cleaned.json").write_text(json.dumps(cleaned))
-    MetadataCatalog.pop("own_fuzz", None)
-    records = load_coco_json(str(tmp_path / "cleaned.json"), str(tmp_path), "own_fuzz")
-    boxes = [entry["bbox"] for record in records for entry in record["annotations"]]
+    again = find_faults(tidy(cleaned, masks=True), None, for_evaluation=True, masks=True)
+    assert all(one.rank is Rank.INFORMATION and not one.kind.name.startswith("mended-") for one in again)
+    boxes = [entry["bbox"] for record in dataset_records(cleaned, str(images)) for entry in record["annotations"]]
     assert len(boxes) == len(cleaned["annotations"])
     assert np.isfinite(boxes).all()

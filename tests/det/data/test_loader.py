@@ -47,7 +47,7 @@ def assert_same(a, b):
 def test_batches_depend_on_the_seed_and_their_number_alone(tmp_path, cfg):
     """Whatever the workers, wherever a run starts; random flip and scale included, and bitmasks cropped with boxes."""
     path, images, _ = write_coco(tmp_path / "a")
-    register_coco("test_set", path, images)
+    register_coco("test_set", path, images, masks=True)
     cfg.INPUT.LSJ.ENABLED, cfg.INPUT.LSJ.SIZE = True, 64
     whole = samples(cfg, 0, workers=0)
     assert len(whole) == cfg.SOLVER.MAX_ITER
@@ -60,7 +60,7 @@ def test_batches_depend_on_the_seed_and_their_number_alone(tmp_path, cfg):
 
 def test_ranks_share_a_batch(tmp_path, cfg):
     path, images, _ = write_coco(tmp_path / "a")
-    register_coco("test_set", path, images)
+    register_coco("test_set", path, images, masks=True)
     whole = samples(cfg, 0, workers=0)
     halves = [samples(cfg, 0, workers=0, rank=rank, world_size=2) for rank in (0, 1)]
     for number, batch in enumerate(whole):
@@ -73,7 +73,7 @@ def test_ranks_share_a_batch(tmp_path, cfg):
 )
 def test_batches_that_can_not_be_filled_are_refused(tmp_path, cfg, batch, world_size, message):
     path, images, _ = write_coco(tmp_path / "a")
-    register_coco("test_set", path, images)
+    register_coco("test_set", path, images, masks=True)
     cfg.SOLVER.IMS_PER_BATCH = batch
     with pytest.raises(UserError, match=message):
         train_batches(cfg, DatasetCatalog.get("test_set"), world_size=world_size)

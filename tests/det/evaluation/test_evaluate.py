@@ -18,6 +18,7 @@ from crossmae.errors import UserError
 from det.data.coco import use_own_data
 from det.data.loader import NamingMapper
 from det.evaluation.evaluate import evaluate, format_results, predict
+from det.evaluation.report import build_report
 from tests.det.coco_files import save, write_coco
 
 NUMBERS = {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"}
@@ -87,6 +88,44 @@ def test_a_detector_without_masks_has_boxes_alone(cfg, tmp_path):
     found = json.loads((tmp_path / "out/inference/coco_instances_results.json").read_text())
     assert found
     assert not any("segmentation" in result for result in found)
+
+
+def test_results_have_the_ids_of_the_file(cfg, tmp_path):
+    path, images, content = write_coco(tmp_path / "text", images=2)
+    for entry in [*content["images"], *content["annotations"]]:
+        key = "id" if "file_name" in entry else "image_id"
+        entry[key] = f"img{entry[key]}"
+        if key == "image_id":
+            entry["category_id"] = f"c{entry['category_id']}"
+    for entry in content["categories"]:
+        entry["id"] = f"c{entry['id']}"
+    use_own_data(cfg, None, (str(save(path.parent, content)), str(images)))
+    torch.manual_seed(0)
+    results = evaluate(cfg, build_model(cfg))
+    assert not math.isnan(results["bbox"]["AP"])
+    found = json.loads((tmp_path / "out/inference/coco_instances_results.json").read_text())
+    assert {result["image_id"] for result in found} == {"img1", "img2"}
+    assert {result["category_id"] for result in found} <= {"c1", "c3"}
+
+
+@pytest.mark.parametrize("evaluator", ["pycocotools", "auto"])
+def test_without_annotations_false_alarms_are_counted(cfg, tmp_path, caplog, evaluator):
+    caplog.set_level("INFO")
+    path, images, content = write_coco(tmp_path / "empty", images=2)
+    content["annotations"] = []
+    use_own_data(cfg, None, (str(save(path.parent, content)), str(images)))
+    cfg.TEST.EVALUATOR = evaluator
+    torch.manual_seed(0)
+    results = evaluate(cfg, build_model(cfg))
+    assert all(math.isnan(value) for task in results.values() for value in task.values())
+    found = json.loads((tmp_path / "out/inference/coco_instances_results.json").read_text())
+    written = json.loads((tmp_path / "out/results.json").read_text())["false_alarms"]
+    assert written[0] == {"score": 0.0, "detections": len(found), "images": 2}
+    for row in written:
+        assert row["detections"] == sum(result["score"] >= row["score"] for result in found)
+    assert f"every detection is a false alarm: {len(found)} with scores from 0, " in caplog.text
+    assert "every detection is a false alarm" in build_report(tmp_path / "out").to_html()
+    assert len(list((tmp_path / "out/pictures").iterdir())) == 2
 
 
 def test_both_evaluators_by_the_key_of_the_config(cfg, model):

@@ -77,6 +77,7 @@ def test_images_are_spread_over_those_with_objects():
     assert [entry["id"] for entry in spread_images(truth, 4)] == [0, 18, 38, 60]
     assert len(spread_images(truth, 1000)) == 39
     assert spread_images({"images": truth["images"], "annotations": [crowd]}, 4) == []
+    assert len(spread_images({"images": truth["images"], "annotations": []}, 4)) == 4  # for false alarms
 
 
 def test_crowd_regions_are_not_drawn(tmp_path):

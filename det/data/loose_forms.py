@@ -1,0 +1,213 @@
+"""Numbers, boxes and masks of COCO files in the forms that exporters write instead of COCO's.
+
+Each function returns COCO's form if the value has one meaning, and otherwise the value itself, which the checks then
+reject.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from det.data.coco_masks import COMPRESSED, NUMBERS, mask_fault, measure_masks
+
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
+_CALL = re.compile(r"[A-Za-z_][\w.]*\(")  # array( of numpy's and torch's printed values
+_DTYPE = re.compile(r",\s*(?:dtype|device|size)\s*=[^)]*")
+_SEPARATORS = re.compile(r"[\s,;\[\]()]+")
+_CORNERS = (("xmin", "ymin", "xmax", "ymax"), ("x1", "y1", "x2", "y2"), ("left", "top", "right", "bottom"))
+_SIZES = (("x", "y", "width", "height"), ("x", "y", "w", "h"), ("left", "top", "width", "height"))
+POINT_KEYS = (("x", "y"), ("X", "Y"))
+
+
+def as_number(value: Any) -> Any:
+    """Return the number that a text holds."""
+    if isinstance(value, str):
+        text = _CALL.sub("", value).strip().rstrip(")")
+        if _NUMBER.fullmatch(text):
+            return int(text) if re.fullmatch(r"[+-]?\d{1,300}", text) else float(text)
+    return value
+
+
+def as_whole_number(value: Any) -> int | None:
+    """Return the whole number that a value stands for, or None."""
+    number = as_number(value)
+    if type(number) is float and number.is_integer():
+        return int(number)
+    return number if type(number) is int else None
+
+
+def as_numbers(value: Any) -> list[float] | None:
+    """Return a flat list of numbers, which may be text, or None."""
+    if type(value) is not list or not value:
+        return None
+    if NUMBERS.issuperset(map(type, value)):
+        return value
+    numbers = [as_number(number) for number in value]
+    return numbers if NUMBERS.issuperset(map(type, numbers)) else None
+
+
+def parsed(value: Any) -> Any:
+    """Return the list or dict that a text holds.
+
+    The text is JSON, Python, a printed array, or numbers between separators.
+    """
+    if not isinstance(value, str):
+        return value
+    plain = _CALL.sub("(", _DTYPE.sub("", value.strip()))
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = _without_tuples(read(plain))
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, list | dict):
+            return found
+    return as_numbers([word for word in _SEPARATORS.split(plain) if word]) or value
+
+
+def _without_tuples(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_without_tuples(entry) for entry in value]
+    if isinstance(value, bytes):
+        return value.decode("latin-1")
+    return {key: _without_tuples(entry) for key, entry in value.items()} if isinstance(value, dict) else value
+
+
+def is_empty(value: Any) -> bool:
+    """Check for null, NaN, empty values, and lists of such."""
+    if isinstance(value, str):
+        return value.strip().lower() in ("", "[]", "[[]]", "{}", "null", "none", "nan")
+    if isinstance(value, list):
+        return all(map(is_empty, value))
+    return value is None or value == {} or (isinstance(value, float) and value != value)
+
+
+def as_box(value: Any) -> Any:
+    """Return a box as [x, y, width, height], or None."""
+    box = parsed(value)
+    if is_empty(box):
+        return None
+    if isinstance(box, dict):
+        box = _box_of_keys({str(key).lower(): as_number(number) for key, number in box.items()})
+    while isinstance(box, list) and len(box) == 1:
+        box = box[0]
+    numbers = as_numbers(box)
+    if numbers is None or len(numbers) != 4:
+        return value
+    return numbers if any(numbers) else None
+
+
+def _box_of_keys(box: Mapping[str, Any]) -> list[Any] | None:
+    for keys in _SIZES:
+        if box.keys() >= set(keys) and not any(box.keys() >= set(corners) for corners in _CORNERS):
+            return [box[key] for key in keys]
+    for keys in _CORNERS:
+        if box.keys() >= set(keys) and NUMBERS.issuperset(type(box[key]) for key in keys):
+            left, top, right, bottom = (box[key] for key in keys)
+            return [left, top, right - left, bottom - top]
+    return None
+
+
+def as_mask(value: Any) -> Any:
+    """Return a mask as polygons or run lengths, or None."""
+    mask = parsed(value)
+    if is_empty(mask):
+        return None
+    if isinstance(mask, dict):
+        return _as_run_lengths(mask) or value
+    if not isinstance(mask, list):
+        return value
+    parts = [part for part in map(parsed, mask) if not is_empty(part)]
+    if parts and all(isinstance(part, dict) and "counts" in part for part in parts):
+        return _united(parts) or value
+    return _as_polygons(parts) or value
+
+
+def _as_run_lengths(mask: Mapping[str, Any]) -> dict[str, Any] | None:
+    size, counts = as_numbers(parsed(mask.get("size"))), mask.get("counts")
+    if isinstance(counts, str) and not COMPRESSED.fullmatch(counts):
+        counts = _text_of_bytes(counts.strip())
+    if not isinstance(counts, str):
+        counts = _whole(counts)
+    found = {"size": _whole(size), "counts": counts}
+    return None if mask_fault(found) else found
+
+
+def _text_of_bytes(text: str) -> Any:
+    """Return the text of a printed `b'...'`, or printed run lengths."""
+    if not re.fullmatch(r"""b(['"]).*\1""", text, re.DOTALL):
+        return parsed(text)
+    try:
+        data: bytes = ast.literal_eval(text)
+        return data.decode("ascii")
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _whole(values: Any) -> list[int] | None:
+    numbers = as_numbers(values)
+    whole = [number for value in numbers or () if (number := as_whole_number(value)) is not None]
+    return whole if numbers and len(whole) == len(numbers) else None
+
+
+def _united(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Join run-length encodings of parts of one object."""
+    masks = [_as_run_lengths(part) for part in parts]
+    if len(masks) == 1 or None in masks:
+        return masks[0]
+    sound = [mask for mask in masks if mask is not None]
+    sizes = np.array([mask["size"][::-1] for mask in sound[:1] * len(sound)], float)
+    if measure_masks(sound, sizes).faults:
+        return None
+    encoded = [
+        mask if isinstance(mask["counts"], str) else coco_mask.frPyObjects(mask, *mask["size"]) for mask in sound
+    ]
+    merged = coco_mask.merge(encoded)
+    return {"size": list(merged["size"]), "counts": merged["counts"].decode("ascii")}
+
+
+def _as_polygons(parts: Sequence[Any]) -> list[list[float]] | None:
+    """Return a flat list of numbers for each polygon."""
+    if (flat := as_numbers(list(parts))) is not None:
+        return [flat]
+    if (flat := _flat_points(parts)) is not None:
+        return [flat]
+    polygons: list[list[float]] = []
+    for part in parts:
+        if not isinstance(part, list) or (found := _as_polygons([one for one in part if not is_empty(one)])) is None:
+            return None
+        polygons += found
+    return polygons
+
+
+def _flat_points(points: Iterable[Any]) -> list[float] | None:
+    flat: list[float] = []
+    for point in points:
+        pair = _point(point)
+        if pair is None:
+            return None
+        flat += pair
+    return flat
+
+
+def _point(value: Any) -> list[float] | None:
+    """Return x and y of a point.
+
+    A point is a pair, a dict, or a list of one point, as in OpenCV's contours.
+    """
+    if isinstance(value, str):
+        value = parsed(value)
+    if isinstance(value, dict):
+        pair = next(([value[key] for key in keys] for keys in POINT_KEYS if set(keys) <= value.keys()), None)
+        return as_numbers(pair)
+    if not isinstance(value, list) or not value:
+        return None
+    if len(value) == 1:
+        return _point(value[0])
+    return as_numbers(value) if len(value) == 2 else None
