@@ -40,7 +40,7 @@ ACCEPTED = (
 WITHOUT = {"data.val": "data.val=null"} | dict.fromkeys(
     ("probe.train", "probe.val"), "probe.train=null probe.val=null"
 )  # overrides that disable an optional data set
-SPLIT_NAME = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval(uation)?|holdout|unlabell?ed)[-_ ]?\d*")
+SPLIT_NAME = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?|dev|evaluation|holdout|unlabell?ed)[-_ ]?\d*")
 MOST_PREVIEWS = 10  # images next to tar shards that are taken for previews
 MOST_NAMES = 2_000_000  # largest number of names that are compared; more would take minutes
 

@@ -27,6 +27,8 @@ LABELLED_LINE = re.compile(
 # Name of the setting for the base folder of a list, by the key of the data set.
 ROOT_KEYS = {"data.train": "data.root", "data.val": "data.val_root", "SRC": "--root"}
 
+SEVERAL_LABELS = "Keep one of these lines, or join the labels of an image, such as `cat|dog`, and set data.separator"
+
 log = logging.getLogger(__name__)
 
 
@@ -212,7 +214,7 @@ def _find_files(names: Sequence[str], folder: Path, path: Path, key: str, outsid
 
     Without `outside`, only files in the folder are used.
     """
-    paths = [os.path.join(folder, name) for name in names]
+    paths = [str(folder / name) for name in names]
     found = list(map_in_order(os.path.isfile, paths, bar="find images"))
     if not outside:
         found = [is_there and not _leads_out(name) for name, is_there in zip(names, found, strict=True)]
@@ -232,8 +234,7 @@ def _find_files(names: Sequence[str], folder: Path, path: Path, key: str, outsid
         )
     log.warning("%s: %s", path, describe_moved(folder, moved, len(missing)))
     return [
-        one if is_there else os.path.join(folder, moved[name])
-        for name, one, is_there in zip(names, paths, found, strict=True)
+        one if is_there else str(folder / moved[name]) for name, one, is_there in zip(names, paths, found, strict=True)
     ]
 
 
@@ -247,7 +248,7 @@ def _check_repeated(source: ImageFiles) -> None:
         repeated += other != index
         if source.label(other) != source.label(index):
             both = " and ".join(repr(source.classes[source.label(one)]) for one in (other, index))
-            source.leave_unlabelled(f"{printable(name)} is listed as {both}", "Keep one of these lines")
+            source.leave_unlabelled(f"{printable(name)} is listed as {both}", SEVERAL_LABELS)
             return
     if repeated:
         log.info("%s: %s entries name an image again", source.description, f"{repeated:,}")

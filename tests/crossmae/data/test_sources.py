@@ -315,7 +315,7 @@ def test_an_image_with_two_labels_has_none(tmp_path: Path, paths: list[Path]) ->
     assert open_source(tmp_path / "list.csv", "data.train").classes == ("a", "b")  # more often, but the same
     (tmp_path / "list.csv").write_text(rows + f"tree/../tree/{paths[0].relative_to(tmp_path / 'tree')},b\n")
     source = open_source(tmp_path / "list.csv", "data.train")
-    with pytest.raises(UserError, match=r"000\.png is listed as 'a' and 'b'\. Keep one of these lines\."):
+    with pytest.raises(UserError, match=r"000\.png is listed as 'a' and 'b'\. Keep one of these lines, or"):
         source.labels()
 
 
