@@ -183,5 +183,10 @@ def test_labels_match_classes_regardless_of_spaces_and_case(tmp_path: Path, capl
     source = open_source(tmp_path / "list.csv", "data.val")
     assert label_targets(source, "data.val", ("cat", "dog")).tolist() == [0, 1, 0]
     assert "data.val: spaces and case of labels are ignored: 'Cat' is the class 'cat'" in caplog.text
+    assert find_classes(source, "data.val") == ("Cat", "dog")
+    assert "classes of their own" not in caplog.text
+    (tmp_path / "letters.csv").write_text("path,label\na.png,a\nb.png,A\n")
+    assert find_classes(open_source(tmp_path / "letters.csv", "data.train"), "data.train") == ("A", "a")
+    assert "data.train: A, a differ in spaces or case only, but are classes of their own" in caplog.text
     with pytest.raises(UserError, match=r"no classes of the model: Cat\."):  # which of the two is not certain
         label_targets(source, "data.val", ("cat", "CAT", "dog"))
