@@ -21,6 +21,7 @@ from crossmae.files import decode_text, read_file
 
 PATH_COLUMNS = ("path", "image", "file_name", "filename")
 LABEL_COLUMNS = ("label", "class")
+MISSING_LABELS = ("", "nan", "NaN")  # as pandas writes them; NA and None are read as names of classes
 LABELLED_LINE = re.compile(
     rf"(.+(?:{'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))}))[\s,;]+([\w-]+)", re.IGNORECASE
 )  # a path and a label
@@ -51,7 +52,9 @@ def open_csv_list(path: Path, key: str, root: Path | None) -> ImageFiles:
     """Open a .csv or .tsv file whose first line names the columns."""
     rows = _read_rows(path, key)
     header = [name.strip() for name in rows[0]] if rows else []
-    if any(PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES for name in header):
+    if not header:
+        raise UserError(f"{key}: {path} is empty. Fill it, or name another list.")
+    if any(PurePosixPath(word).suffix.lower() in IMAGE_SUFFIXES for name in header for word in re.split("[;,|]", name)):
         raise UserError(f"{key}: {path}: the first line is {header}. It must name the columns, such as path,label.")
     path_column, label_column = _columns(header, path, key)
     names, labels = [], []
@@ -203,9 +206,13 @@ def _listed(
         raise UserError(f"{key}: {path}: image {number} of {len(names)} has an empty path. Fill it in.")
     paths = _find_files(given, folder, path, key, outside)
     shown = f" (columns {', '.join(columns)})" if columns else ""
+    if labels is not None:
+        labels = [None if label in MISSING_LABELS else label for label in labels]
     source = ImageFiles(paths, f"{len(paths):,} images in the list {path}{shown}", labels)
     if source.classes:
         _check_repeated(source)
+    elif labels is not None and not any(labels):
+        source.leave_unlabelled("the column of labels is empty", "Fill it in")
     return source
 
 
