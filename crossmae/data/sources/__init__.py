@@ -5,7 +5,7 @@
 | folder with images                  | all images in it and its subfolders     | one subfolder a class |
 | folder with .tar files, or one file | tar shards in WebDataset layout         | `.cls`, or in `.json` |
 | `x-*.tar`, `x-{000..012}.tar`, URLs | tar shards in WebDataset layout         | `.cls`, or in `.json` |
-| `.txt`                              | one path per line                       | none                  |
+| `.txt`                              | one path per line                       | after each path       |
 | `.csv`, `.tsv`, `.parquet`          | column path, image, file_name, filename | column label or class |
 | `.json`                             | the images of COCO annotations          | none                  |
 | folder by `Dataset.save_to_disk`    | Hugging Face data set, its Image column | its ClassLabel column |
