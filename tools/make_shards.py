@@ -18,6 +18,7 @@ import logging
 import os
 from pathlib import Path
 
+from crossmae.data.images import MAX_PIXELS, ImageLimits
 from crossmae.data.sources import open_source
 from crossmae.data.sources.shard_files import is_url
 from crossmae.data.sources.shard_writer import ShardSettings, make_shards, verify_shards
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("--short-side", default.short_side, "pixels"),
         ("--quality", default.quality, "of JPEG"),
         ("--images-per-shard", default.images_per_shard, "images"),
+        ("--max-pixels", MAX_PIXELS, "of the largest image that is read"),
         ("--workers", os.cpu_count() or 1, "threads, by default as many as cores"),
     ):
         parser.add_argument(name, type=int, default=value, metavar="N", help=f"{what} (default %(default)s)")
@@ -61,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: expected a number from 1")
     settings = ShardSettings(args.short_side, args.quality, args.images_per_shard, args.keep_original, args.skip_broken)
-    source = open_source(args.source, "SRC", args.root)
+    source = open_source(args.source, "SRC", args.root, ImageLimits(args.max_pixels, "--max-pixels", ""))
     print(source.description)
     index, kept = make_shards(source, folder, settings, args.workers)
     print(

@@ -214,7 +214,7 @@ def _open_images(
         raise UserError("data.separator: the classifier predicts several labels per image. Name their separator.")
     if not classifier.multi_label and data.separator is not None:
         raise UserError("data.separator: the classifier predicts one label per image. Leave it out.")
-    source = open_source(data.val, "data.val", data.val_root)
+    source = open_source(data.val, "data.val", data.val_root, data.limits)
     targets = label_targets(source, "data.val", classifier.classes, data.separator)
     shape, crop_pct = classifier.architecture, settings.crop_pct or classifier.crop_pct
     views = CentreViews(source, targets, shape.img_size, crop_pct, shape.in_chans, classifier.bit_depth)
