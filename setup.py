@@ -1,7 +1,7 @@
-"""Package metadata. The supported way is `pip install -e ".[det]"` in a clone: configs/ is read from there.
+"""Package metadata. Install with `pip install -e ".[det]"` in a clone, because configs/ is read from the clone.
 
 Tested on Python 3.10, 3.11 and 3.12 with the versions in requirements-tested.txt; the ranges below are what
-the code relies on. detectron2 has no release of its own on the package index:
+the code relies on. detectron2 has no release on the package index:
 tools/install_detectron2.py installs it.
 """
 
@@ -75,7 +75,7 @@ DEV = [
 
 
 def read_version() -> str:
-    """`__version__` of crossmae/__init__.py, read as text because importing it needs the dependencies."""
+    """Read `__version__` of crossmae/__init__.py as text, because an import needs the dependencies."""
     match = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "crossmae/__init__.py").read_text("utf-8"), re.MULTILINE)
     if match is None:
         raise RuntimeError('crossmae/__init__.py: no line of the form __version__ = "X.Y.Z"')

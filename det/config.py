@@ -58,7 +58,6 @@ Rate = Annotated[float, Field(ge=0, lt=1, description="at least 0 and less than 
 Steps = Annotated[tuple[int, ...], AfterValidator(_rising), Field(description="rising")]
 _Share = Annotated[float, Field(gt=0, lt=1, strict=True)]
 Shares = Annotated[tuple[_Share, ...], AfterValidator(_rising), Field(description="rising shares of 1")]
-Three = Annotated[list[float], Field(min_length=3, max_length=3, description="three numbers")]
 
 
 class ConfigKeys(BaseModel):
@@ -104,7 +103,7 @@ class _Model(ConfigKeys):
     MASK_ON: bool
     KEYPOINT_ON: bool
     LOAD_PROPOSALS: Literal[False] = Field(description="False: proposals come from the detector itself")
-    PIXEL_MEAN: Three
+    PIXEL_MEAN: list[float] = Field(min_length=3, max_length=3, description="three numbers")
     PIXEL_STD: list[MoreThan0] = Field(min_length=3, max_length=3, description="three numbers greater than 0")
     ROI_HEADS: _RoiHeads
     VIT: _Vit
@@ -153,7 +152,7 @@ class _Datasets(ConfigKeys):
 class _DataLoader(ConfigKeys):
     NUM_WORKERS: AtLeast0
     ASPECT_RATIO_GROUPING: Literal[False] = Field(
-        False, description="False: the order of the images depends on SEED alone"
+        False, description="False: the order of the images depends only on SEED"
     )
     SAMPLER_TRAIN: Literal["TrainingSampler"]
 
@@ -253,24 +252,20 @@ def _is_section(field: FieldInfo) -> bool:
 def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
     """Read and check a detection config.
 
-    Args:
-        name: a path, or a name under configs/.
-        overrides: `KEY VALUE` and `KEY=VALUE` words, in any mix. Values are Python literals or plain text.
-
-    Raises:
-        UserError: the file does not exist or is not YAML, a key is unknown, or a value has a wrong type or is out of
-            range. The error names file and key.
+    `name` is a path, or a name under configs/. `overrides` are `KEY VALUE` and `KEY=VALUE` words, in any mix, whose
+    values are Python literals or plain text. Raises UserError, which names file and key, if the file does not exist or
+    is not YAML, a key is unknown, or a value has a wrong type or is out of range.
     """
     cfg = get_cfg()
     add_crossmae_config(cfg)
     for path, tree in _read_with_base(resolve_config_path(name)):
-        _merge(cfg, dict(flatten(tree, cfg)), str(path))
+        _merge(cfg, dict(flatten(tree)), str(path))
     given = dict(split_overrides(overrides))
     for by_steps, by_epochs in BY_EPOCHS.items():
         if by_steps in given and by_epochs in given:
-            raise UserError(f"command line: {by_steps} and {by_epochs} exclude each other")
+            raise UserError(f"command line: {by_steps} and {by_epochs} contradict each other. Give only one of them.")
         if by_steps in given and lookup(cfg, by_epochs):
-            log.info("%s counts, as the command line says, not %s", by_steps, by_epochs)
+            log.info("%s on the command line replaces %s of the config", by_steps, by_epochs)
     _merge(cfg, given, "command line")
     check_config(cfg)
     choose_device(cfg, asked="MODEL.DEVICE" in given)
@@ -285,14 +280,14 @@ def choose_device(cfg: CfgNode, asked: bool) -> None:
     device, count = cfg.MODEL.DEVICE, torch.cuda.device_count()
     if device.startswith("cuda") and not torch.cuda.is_available():
         if asked:
-            raise UserError(f"MODEL.DEVICE is {device}, but torch finds no GPU; use MODEL.DEVICE cpu")
+            raise UserError(f"MODEL.DEVICE: torch finds no GPU for {device}. Use MODEL.DEVICE=cpu.")
         log.info("no GPU found: MODEL.DEVICE is cpu")
         device = cfg.MODEL.DEVICE = "cpu"
     elif device == "cpu" and torch.cuda.is_available() and not asked:
-        log.info("MODEL.DEVICE is cpu, as the config says, though there is a GPU: MODEL.DEVICE=cuda takes it")
+        log.info("MODEL.DEVICE is cpu in the config, although there is a GPU. To use it: MODEL.DEVICE=cuda")
     _, _, index = device.partition(":")
     if index and int(index) >= count:
-        raise UserError(f"MODEL.DEVICE is {device}, but the GPUs that torch finds end at cuda:{count - 1}")
+        raise UserError(f"MODEL.DEVICE: there is no {device}. The last GPU is cuda:{count - 1}.")
     if device == "cpu" and cfg.SOLVER.AMP.ENABLED:
         log.info("SOLVER.AMP.ENABLED is False: mixed precision is for GPUs")
         cfg.SOLVER.AMP.ENABLED = False
@@ -304,10 +299,10 @@ def split_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
     for word in queue:
         key, separator, value = word.partition("=")
         if not _KEY.fullmatch(key):
-            raise UserError(f"command line: expected KEY VALUE or KEY=VALUE, got {word!r}")
+            raise UserError(f"command line: {word!r} is no setting. Write KEY VALUE or KEY=VALUE.")
         following = value if separator else next(queue, None)
         if following is None:
-            raise UserError(f"command line: {key} has no value")
+            raise UserError(f"command line: {key} has no value. Write {key}=VALUE.")
         pairs.append((key, following))
     return pairs
 
@@ -315,21 +310,21 @@ def split_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
 def _read_with_base(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield a YAML file after its `_BASE_` file, with their paths."""
     if path.resolve() in seen:
-        raise UserError(f"{path}: {BASE_KEY} leads back to the file itself")
+        raise UserError(f"{path}: {BASE_KEY} leads back to the file itself. Name another file.")
     tree = read_yaml(path)
     base = tree.pop(BASE_KEY, None)
     if base is not None:
         if not isinstance(base, str) or not (path.parent / base).is_file():
-            raise UserError(f"{path}: {BASE_KEY} must name one existing file, got {base!r}")
+            raise UserError(f"{path}: {BASE_KEY} {base!r} is no file. Name one existing file.")
         yield from _read_with_base(path.parent / base, (*seen, path.resolve()))
     yield path, tree
 
 
-def flatten(tree: dict[str, Any], node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys and values. The config `node` tells the sections."""
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values of nested sections."""
     for key, value in tree.items():
-        if isinstance(value, dict) and isinstance(node.get(key), CfgNode):
-            yield from flatten(value, node[key], f"{prefix}{key}.")
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -348,16 +343,19 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
     for section in sections:
         node = node.get(section) if isinstance(node, CfgNode) else None
     if not isinstance(node, CfgNode) or last not in node:
-        near = difflib.get_close_matches(str(key), list(dict(flatten(cfg, cfg))), n=1)
-        raise UserError(f"{source}: unknown key {key}" + (f" (did you mean {near[0]}?)" if near else ""))
+        near = difflib.get_close_matches(str(key), list(dict(flatten(cfg))), n=1)
+        advice = f"Did you mean {near[0]}?" if near else "Remove it."
+        raise UserError(f"{source}: unknown key {key}. {advice}")
     default = node[last]
     if isinstance(default, CfgNode):
-        raise UserError(f"{source}: {key} is a section, not a key; it has {', '.join(sorted(default))}")
+        raise UserError(f"{source}: {key} is a section, not a key. Set one of its keys: {', '.join(sorted(default))}.")
     try:
         node[last] = _coerce(value, default)
     except TypeError:
         wanted = type(default).__name__
-        raise UserError(f"{source}: {key} must be of type {wanted}, like {default!r}, got {value!r}") from None
+        raise UserError(
+            f"{source}: {key} cannot be {value!r}. Use a value of type {wanted}, such as {default!r}."
+        ) from None
 
 
 def lookup(cfg: CfgNode, key: str) -> Any:
@@ -386,38 +384,36 @@ def check_config(cfg: CfgNode) -> None:
     vit, images, lsj = keys.MODEL.VIT, keys.INPUT, keys.INPUT.LSJ
     outside = [index for index in vit.GLOBAL_BLOCKS if index not in range(vit.DEPTH)]
     if outside:
-        raise UserError(
-            f"MODEL.VIT.GLOBAL_BLOCKS has {outside}, but MODEL.VIT.DEPTH {vit.DEPTH} ends at {vit.DEPTH - 1}"
-        )
+        raise UserError(f"MODEL.VIT.GLOBAL_BLOCKS: there is no block {outside}. The last block is {vit.DEPTH - 1}.")
     if lsj.MIN_SCALE > lsj.MAX_SCALE:
-        raise UserError(f"INPUT.LSJ.MIN_SCALE {lsj.MIN_SCALE} is greater than INPUT.LSJ.MAX_SCALE {lsj.MAX_SCALE}")
+        raise UserError(
+            f"INPUT.LSJ.MIN_SCALE: {lsj.MIN_SCALE} is more than INPUT.LSJ.MAX_SCALE {lsj.MAX_SCALE}. Lower it."
+        )
     if lsj.ENABLED and images.CROP.ENABLED:
-        raise UserError("INPUT.LSJ.ENABLED and INPUT.CROP.ENABLED exclude each other: large-scale jitter crops already")
+        raise UserError("INPUT.LSJ.ENABLED: large-scale jitter crops already. Set INPUT.CROP.ENABLED=False.")
     for key, needed in (("INPUT.LSJ.ENABLED", True), ("MODEL.MASK_ON", True), ("MODEL.KEYPOINT_ON", False)):
         if images.COPY_PASTE.ENABLED and lookup(cfg, key) != needed:
-            raise UserError(f"INPUT.COPY_PASTE.ENABLED needs {key} {needed}, got {lookup(cfg, key)}")
+            raise UserError(f"INPUT.COPY_PASTE.ENABLED: {key} is {lookup(cfg, key)}. Set {key}={needed}.")
     if lsj.ENABLED and vit.SQUARE_PAD > lsj.SIZE:
-        words = "MODEL.VIT.SQUARE_PAD %d is more than INPUT.LSJ.SIZE %d: a part is empty"
-        log.info(words, vit.SQUARE_PAD, lsj.SIZE)
+        log.info("MODEL.VIT.SQUARE_PAD %d pads images of INPUT.LSJ.SIZE %d", vit.SQUARE_PAD, lsj.SIZE)
     for name, key in (
         ("SQUARE_PAD", "INPUT.LSJ.SIZE" if lsj.ENABLED else "INPUT.MAX_SIZE_TRAIN"),
         ("SQUARE_PAD_TEST", "INPUT.MAX_SIZE_TEST"),
     ):
-        pad, least = getattr(vit, name), key.replace("MAX_SIZE", "MIN_SIZE")
+        pad, most, least = getattr(vit, name), lookup(cfg, key), key.replace("MAX_SIZE", "MIN_SIZE")
         if pad % vit.PATCH_SIZE:
-            raise UserError(f"MODEL.VIT.{name} {pad} is no multiple of MODEL.VIT.PATCH_SIZE {vit.PATCH_SIZE}")
+            raise UserError(f"MODEL.VIT.{name}: {pad} does not fit the patches. Use a multiple of {vit.PATCH_SIZE}.")
         # Images must fit the square, because detectron2 would crop them without a warning.
         if pad and 0 in np.atleast_1d(lookup(cfg, least)):
-            raise UserError(f"MODEL.VIT.{name} {pad} needs images that fit, but {least} 0 resizes none")
-        if pad and pad < lookup(cfg, key):
-            raise UserError(f"MODEL.VIT.{name} {pad} is smaller than {key} {lookup(cfg, key)}: images would be cropped")
+            raise UserError(f"MODEL.VIT.{name}: {least} 0 resizes no image, so images may not fit. Set {least}.")
+        if pad and pad < most:
+            raise UserError(f"MODEL.VIT.{name}: images of {key} {most} do not fit into {pad}. Raise MODEL.VIT.{name}.")
 
 
 def read_keys(cfg: CfgNode) -> DetectorKeys:
     """Read the keys of `DetectorKeys` from a detectron2 config.
 
-    Raises:
-        UserError: a value is not allowed. The error names the first such key, its value and the allowed values.
+    Raises UserError for the first value that is not allowed, with its key and the allowed values.
     """
     try:
         return DetectorKeys.model_validate(cfg)
@@ -431,4 +427,4 @@ def read_keys(cfg: CfgNode) -> DetectorKeys:
         assert field is not None
         expected = field.description or " or ".join(", ".join(get_args(field.annotation)).rsplit(", ", 1))
         expected = expected or f"of type {field.annotation}"
-        raise UserError(f"{path} must be {expected}, got {lookup(cfg, path)!r}") from None
+        raise UserError(f"{path}: {lookup(cfg, path)!r} is not allowed. It must be {expected}.") from None

@@ -113,16 +113,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("TRAIN.json", "VAL.json"):
         (folder / name).write_text(json.dumps(content))
     (folder / "pretrain").mkdir()
-    (folder / "pretrain" / "crossmae_vitb.yaml").write_text(yaml.safe_dump(PRETRAIN))
+    (folder / "pretrain" / "small.yaml").write_text(yaml.safe_dump(PRETRAIN))
     for name in ("LABELLED", "HELD_OUT_LABELLED"):
         write_classes(folder / name, per_class=4, side=64, seed=len(name))
     (folder / "finetune").mkdir()
     (folder / "finetune" / "small.yaml").write_text(yaml.safe_dump(FINETUNE))
     (folder / "probe.yaml").write_text(yaml.safe_dump(PROBE))
-    for name in ("coco_mask_rcnn", "own_mask_rcnn"):
-        (folder / f"{name}.yaml").write_text((ROOT / "configs" / f"{name}.yaml").read_text())
-    (folder / "own_mask_rcnn.yaml").rename(folder / "recipe.yaml")
-    (folder / "own_mask_rcnn.yaml").write_text(yaml.safe_dump(DETECT))
+    for source, name in (("coco_mask_rcnn", "coco_mask_rcnn"), ("own_mask_rcnn", "recipe")):
+        (folder / f"{name}.yaml").write_text((ROOT / "configs" / f"{source}.yaml").read_text())
+    (folder / "small_mask_rcnn.yaml").write_text(yaml.safe_dump(DETECT))
     return folder
 
 
@@ -142,7 +141,7 @@ def run_python(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_from_a_folder_of_images_to_an_ap(folder: Path) -> None:
-    """The four commands in the order of the README, each from what the one before it left."""
+    """The commands in the order of the README, each from what the one before it left."""
     run(command("pretrain"), folder)
     assert (folder / "outputs/mine/model.safetensors").is_file()
     assert "PSNR" in run(command("reconstruct"), folder)

@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("coco", metavar="JSON", type=Path, help="annotations in COCO format")
     parser.add_argument("images", metavar="IMAGES", type=Path, nargs="?", help="folder that file names are relative to")
     parser.add_argument(
-        "--evaluation", action="store_true", help="check what AP needs, too: area, iscrowd, LVIS's keys"
+        "--evaluation", action="store_true", help="also check the keys that AP needs: area, iscrowd, LVIS's keys"
     )
     parser.add_argument("--skip-images", action="store_true", help="do not look at the image files")
     parser.add_argument(
@@ -43,9 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=MAX_PIXELS,
         metavar="N",
-        help="of the largest image that is read (%(default)s)",
+        help="width * height of the largest image (%(default)s)",
     )
-    parser.add_argument("--json", metavar="REPORT.json", type=Path, help="write the findings as JSON, too")
+    parser.add_argument("--json", metavar="REPORT.json", type=Path, help="also write the findings as JSON")
     return parser
 
 
@@ -78,7 +78,7 @@ def advice(findings: Sequence[Finding]) -> str:
     droppable = tuple(one.kind.name for one in faults if one.rank is Rank.DROPPABLE)
     if not faults:
         return "no faults"
-    leave_out = f'; to leave those entries out in training and evaluation: "DATASETS.DROP={droppable}"'
+    leave_out = f'. To leave those entries out in training and evaluation: "DATASETS.DROP={droppable}"'
     return f"{len(faults)} kinds of faults, {len(droppable)} of them droppable" + leave_out * bool(droppable)
 
 
@@ -104,7 +104,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.skip_images and arguments.images:
         raise UserError(f"--skip-images: {arguments.images} would be ignored. Leave out one of the two.")
     if not arguments.skip_images and not (arguments.images and arguments.images.is_dir()):
-        named = f"{arguments.images} is no folder" if arguments.images else "no image folder named"
+        named = f"{arguments.images} is no folder" if arguments.images else "no folder is named"
         raise UserError(f"IMAGES: {named}. Name the folder that the file names are relative to, or pass --skip-images.")
     if arguments.json is not None:
         if arguments.json.resolve() == arguments.coco.resolve():

@@ -32,29 +32,27 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=f"formats:\n{formats}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="SRC", type=Path, help="weight file, or a folder that holds weights")
-    parser.add_argument(
-        "destination", metavar="DST", type=Path, help="file or folder to write; the suffix says which kind"
-    )
+    parser.add_argument("source", metavar="SRC", type=Path, help="weight file, or a folder with weights")
+    parser.add_argument("destination", metavar="DST", type=Path, help="file or folder to write, by its suffix")
     parser.add_argument("--to", required=True, metavar="FORMAT", help=f"layout to write: {', '.join(TARGETS)}")
     size = parser.add_argument_group("other sizes, resampled in float32")
     size.add_argument("--img-size", nargs="+", type=int, metavar="PIXELS", help="H W, or one number, for positions")
-    size.add_argument("--patch-size", type=int, metavar="P", help="pixels; the grid stays unless --img-size is given")
+    size.add_argument("--patch-size", type=int, metavar="P", help="pixels. The grid stays without --img-size")
     size.add_argument("--in-chans", type=int, metavar="C", help="channels of the input")
-    size.add_argument("--channels", choices=("repeat", "mean", "pad"), help="how --in-chans is done: repeat")
+    size.add_argument("--channels", choices=("repeat", "mean", "pad"), help="method of --in-chans (default: repeat)")
     size.add_argument("--window", type=int, metavar="N", help="side of the windows of relative positions, in patches")
-    parser.add_argument("--encoder-only", action="store_true", help="leave decoder and heads behind")
-    parser.add_argument("--ema", action="store_true", help="take the moving average in the file, not the weights")
+    parser.add_argument("--encoder-only", action="store_true", help="drop decoder and heads")
+    parser.add_argument("--ema", action="store_true", help="use the averaged weights in the file")
     several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
-    parser.add_argument("--drop", metavar="REGEX", help="leave tensors without a place behind", **several)
+    parser.add_argument("--drop", metavar="REGEX", help="drop tensors that FORMAT has no place for", **several)
     parser.add_argument(
-        "--set", metavar="KEY=VALUE", help="arguments of the source's model that no shape tells", **several
+        "--set", metavar="KEY=VALUE", help="arguments of the source model that the file does not show", **several
     )
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="of the proof, over the largest value")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="of the proof, relative to the maximum")
     parser.add_argument("--report", type=Path, metavar="R.json", help="default: DST.conversion.json")
     parser.add_argument("--force", action="store_true", help="overwrite DST")
     parser.add_argument(
-        "--trust", action="store_true", help="unpickle whatever SRC refers to: that can run any code; use a sandbox"
+        "--trust", action="store_true", help="unpickle everything in SRC, which can run any code. Use a sandbox"
     )
     return parser
 

@@ -4,7 +4,7 @@
     python tools/dataset_stats.py --config-file pretrain/demo.yaml data.train=IMAGES --images 5000 --output stats.json
 
 Images are decoded as in training: model.in_chans channels, data.bit_depth bits. Every image has the same weight,
-regardless of its size. Only the config keys data.train, data.root, data.bit_depth, data.max_pixels and model.in_chans are used.
+regardless of its size. Only model.in_chans and data.train, root, bit_depth and max_pixels are used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def load(config_file: str, overrides: list[str]) -> PretrainConfig:
-    """Load the config. data.mean and data.std may be missing."""
+    """Load the config, with any values for data.mean and data.std."""
     values = read_yaml(resolve_config_path(config_file))
     for word in overrides:
         set_override(values, word)
@@ -55,8 +55,8 @@ def describe(stats: PixelStats, bit_depth: int) -> str:
         lines.append(f"channel {channel}   mean {mean:.4f}  std {std:.4f}")
     if bit_depth == 16 and stats.largest < LOW_RANGE:
         lines.append(
-            f"warning: the largest value is {stats.largest * 65535:.0f} of 65535: the files use only the low part of "
-            "16 bits; this mean and std compensate for it, statistics of other data would not"
+            f"warning: the largest value is {stats.largest * 65535:.0f} of 65535. The files use only the low part of "
+            "16 bits. Use the mean and std below, not those of other data."
         )
     return "\n".join(lines)
 
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("images", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: expected a number from 1")
+            raise UserError(f"--{name}: {getattr(args, name)} is too small. Give a number from 1.")
     config = load(args.config_file, args.overrides)
     if args.output is not None:
         make_folder(args.output.parent, "--output")
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"paste: {stats.overrides}")
     if args.output is not None:
         write_json(args.output, {"source": source.description, **asdict(stats)})
-        print(f"written {args.output}")
+        print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

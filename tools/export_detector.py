@@ -23,25 +23,19 @@ from crossmae.data.images import parse_size
 from crossmae.errors import UserError, run_cli
 from det.backbone.weights import find_detector
 from det.inference.export import export_detector
-from det.inference.predict import Predictor, find_classes, read_config, read_rgb
+from det.inference.predict import Predictor, add_detector_arguments, find_classes, read_config, read_rgb
 from det.training.console import set_up_console
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--weights", type=Path, required=True, metavar="PATH", help="a detector's file, or the folder of its run"
-    )
-    parser.add_argument("--config-file", metavar="NAME", help="a YAML file, or its name under configs/ (the run's own)")
+    add_detector_arguments(parser)
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="file to write: .onnx, or .pt2 for torch.export.load"
     )
     parser.add_argument("--img-size", metavar="PIXELS | HxW", help="of the input (MODEL.VIT.IMG_SIZE of the config)")
     parser.add_argument("--backbone-only", action="store_true", help="backbone and feature pyramid, without the heads")
-    parser.add_argument(
-        "--classes", type=Path, metavar="FILE", help="names: a COCO file, or text with one a line (the run's own)"
-    )
     parser.add_argument("--image", type=Path, metavar="FILE", help="picture for the comparison (coloured shapes)")
     parser.add_argument("--no-check", action="store_true", help="keep the file without comparing")
     parser.add_argument("--force", action="store_true", help="overwrite FILE")

@@ -20,9 +20,9 @@ from crossmae.files import check_destination, write_json
 def build_parser() -> argparse.ArgumentParser:
     """Build the command-line parser."""
     parser = argparse.ArgumentParser(description="Inspect a weight file: its content and its possible conversions.")
-    parser.add_argument("file", metavar="FILE", type=Path, help="weight file, or a folder that holds weights")
-    parser.add_argument("--no-values", action="store_true", help="do not look for NaN and infinity: quicker")
-    parser.add_argument("--json", type=Path, metavar="OUT.json", help="write the same there, for programs")
+    parser.add_argument("file", metavar="FILE", type=Path, help="weight file, or a folder with weights")
+    parser.add_argument("--no-values", action="store_true", help="do not search for NaN and infinity, which is faster")
+    parser.add_argument("--json", type=Path, metavar="OUT.json", help="also write the inspection as JSON")
     parser.add_argument("--force", action="store_true", help="overwrite OUT.json")
     return parser
 

@@ -1,16 +1,16 @@
-"""Install detectron2, which has no release of its own on the package index.
+"""Install detectron2, which has no release on the package index.
 
     python tools/install_detectron2.py                # upstream's Python sources: no compiler needed
     python tools/install_detectron2.py --wheel FILE   # the same sources, from a downloaded wheel
     python tools/install_detectron2.py --from git     # builds upstream with its compiled operators
 
-By default, the distribution sal-detectron2 0.7.2 is installed. It has upstream's sources of commit a59f0563
-(with ViTDet). Only the version string, a fix for Python 3.11 in data/common.py, a test helper and the packaged
-configs differ from upstream. The wheel has a compiled extension for Python 3.10 and an unwanted package `tools`.
-This program removes both. The rest is pure Python, so the wheel is re-tagged for every Python version. Rotated
-boxes and deformable convolution are lost; this toolkit uses neither.
+By default, sal-detectron2 0.7.2 is installed. It has upstream's sources of commit a59f0563, with ViTDet. Only the
+version string, a fix for Python 3.11 in data/common.py, a test helper and the packaged configs differ from
+upstream. The wheel also has a compiled extension for Python 3.10 and an unwanted package `tools`. This program removes
+both. The rest is pure Python, so the wheel gets the tag of every Python version. Without the extension, rotated boxes
+and deformable convolution do not work. This toolkit uses neither.
 
-Only the standard library is used, because only pip, torch and the requirements of `det` may be installed.
+This program uses only the standard library, because other packages may not be installed yet.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ UPSTREAM_COMMIT = "a59f05630a8f205756064244bf5beb8661f96180"
 BUILD_TOOL = "setuptools>=70.1,<82"  # builds wheels without other packages since 70.1; torch 2.11 requires < 82
 
 CHECKED_MODULES = ("detectron2", "detectron2.modeling", "detectron2.engine")
-
 # Lines of METADATA to replace. The checked sha256 ensures that the wheel has these lines.
 METADATA_EDITS: dict[str, str] = {
     f"Version: {INDEX_VERSION}": f"Version: {OUR_VERSION}",
@@ -54,12 +53,11 @@ PURE_WHEEL_FILE = (
     "Wheel-Version: 1.0\nGenerator: crossmae-install-detectron2\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 )
 
-
 log = partial(print, flush=True)  # flushed, so that pip's messages appear in order
 
 
 class InstallError(Exception):
-    """The error of a failed step. Nothing was installed, or the installed package does not work."""
+    """A failed step: nothing was installed, or the installed package does not work."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,11 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if importlib.util.find_spec("pip") is None:
-            raise InstallError(f"{sys.executable} has no pip. Add it: {sys.executable} -m ensurepip")
+            raise InstallError(f"{sys.executable}: pip is missing. Install it: {sys.executable} -m ensurepip")
         if importlib.util.find_spec("torch") is None:
-            raise InstallError(f'detectron2 needs torch first. Install it: {sys.executable} -m pip install -e ".[det]"')
+            raise InstallError(f'torch: is missing. Install it first: {sys.executable} -m pip install -e ".[det]"')
         if not args.force and (found := working_installation(args.source)):
-            print(f"{found} is installed and imports: nothing to do (--force installs again)")
+            print(f"{found} is installed and works: nothing to do (--force installs again)")
             return 0
         with tempfile.TemporaryDirectory(prefix="install-detectron2-") as folder:
             if args.source == "git":
@@ -98,11 +96,10 @@ def working_installation(source: str) -> str | None:
     If `source` is "git", only a build of upstream is accepted.
     """
     upstream, pure = installed_version(UPSTREAM_NAME), installed_version(INDEX_NAME)
-    if upstream and not import_failure():
-        return f"{UPSTREAM_NAME} {upstream}"
-    if source != "git" and pure == OUR_VERSION and not import_failure():
-        return f"{INDEX_NAME} {pure}"
-    return None
+    found = f"{UPSTREAM_NAME} {upstream}" if upstream else None
+    if not upstream and source != "git" and pure == OUR_VERSION:
+        found = f"{INDEX_NAME} {pure}"
+    return found if found and not import_failure() else None
 
 
 def installed_version(name: str) -> str | None:
@@ -118,8 +115,8 @@ def fetch_pure_python(folder: Path, wheel: Path | None) -> Path:
 
     Returns the path of a pure Python wheel in `folder`.
     """
-    log(f"detectron2 has no release on the package index: its Python sources of commit {UPSTREAM_COMMIT[:8]}")
-    log(f"come from {INDEX_NAME} {INDEX_VERSION}; no compiler is needed.")
+    log(f"detectron2 has no release on the package index. {INDEX_NAME} {INDEX_VERSION} has its Python sources")
+    log(f"of commit {UPSTREAM_COMMIT[:8]}. No compiler is needed.")
     log(f"[1/5] {f'take {wheel}' if wheel else f'fetch {INDEX_NAME}=={INDEX_VERSION} with pip'}")
     if wheel is None:
         # The wheel is tagged for Python 3.10. Without these options, pip refuses it on other versions.
@@ -128,22 +125,19 @@ def fetch_pure_python(folder: Path, wheel: Path | None) -> Path:
         pip("download", *options, *tags, f"{INDEX_NAME}=={INDEX_VERSION}")
         (wheel,) = folder.glob("*.whl")
     log(f"[2/5] verify sha256 {WHEEL_SHA256}")
-    verify_sha256(wheel, WHEEL_SHA256)
+    verify_sha256(wheel)
     log("[3/5] strip the extension for Python 3.10 and the stray package `tools`, re-tag py3-none-any")
     return make_pure_wheel(wheel, folder)
 
 
-def verify_sha256(wheel: Path, expected: str) -> None:
-    """Raise InstallError if `wheel` cannot be read or has another sha256."""
+def verify_sha256(wheel: Path) -> None:
+    """Raise InstallError if `wheel` cannot be read or is another file."""
     try:
         actual = hashlib.sha256(wheel.read_bytes()).hexdigest()
     except OSError as error:
-        raise InstallError(f"cannot read {wheel}: {error.strerror}. Nothing was installed.") from None
-    if actual != expected:
-        raise InstallError(
-            f"{wheel.name}: sha256 is {actual}, expected {expected}: not the file that was checked. "
-            "Nothing was installed."
-        )
+        raise InstallError(f"{wheel}: cannot be read: {error.strerror}. Nothing was installed.") from None
+    if actual != WHEEL_SHA256:
+        raise InstallError(f"{wheel.name}: sha256 is {actual}, expected {WHEEL_SHA256}. Nothing was installed.")
 
 
 def make_pure_wheel(source: Path, folder: Path) -> Path:
@@ -186,7 +180,7 @@ def make_pure_wheel(source: Path, folder: Path) -> Path:
 
 def build_upstream(folder: Path) -> Path:
     """Build a wheel of upstream at the pinned commit."""
-    log(f"building detectron2 {UPSTREAM_COMMIT[:8]} with its compiled operators: this takes many minutes")
+    log(f"building detectron2 {UPSTREAM_COMMIT[:8]} with its compiled operators takes many minutes")
     if shutil.which("git") is None:
         raise InstallError("--from git needs git on the PATH. Install git, or leave --from git out.")
     log(f"[1/5] install {BUILD_TOOL}")
@@ -211,7 +205,7 @@ def install(wheel: Path, replaced: str, modules: Sequence[str], *, force: bool) 
     pip("install", *(("--force-reinstall", "--no-deps") if force else ()), str(wheel))
     log(f"[5/5] import {', '.join(modules)}")
     if failure := import_failure(modules):
-        raise InstallError(f"the installed detectron2 does not import: {failure}. See python -m crossmae.doctor.")
+        raise InstallError(f"the installed detectron2 does not import: {failure}. Run python -m crossmae.doctor.")
     without = "" if "detectron2._C" in modules else ", without rotated boxes and deformable convolution"
     log(f"detectron2 is ready{without}")
 
@@ -224,12 +218,12 @@ def pip(*arguments: str) -> None:
     quiet = ("--quiet", "--quiet", "--disable-pip-version-check")  # twice: errors only
     code = subprocess.run([sys.executable, "-m", "pip", *quiet, *arguments], check=False).returncode
     if code != 0:
-        raise InstallError(f"pip {arguments[0]} failed with exit code {code}. Its own message is above.")
+        raise InstallError(f"pip {arguments[0]} failed with exit code {code}. See the message of pip above.")
 
 
 def import_failure(modules: Sequence[str] = CHECKED_MODULES) -> str | None:
     """Import modules in a new interpreter. Return the error, or None."""
-    command = [sys.executable, "-c", "".join(f"import {module}\n" for module in modules)]
+    command = [sys.executable, "-c", f"import {', '.join(modules)}"]
     # The current folder is empty, because `tools` and `det` could be imported by accident in the clone.
     with tempfile.TemporaryDirectory(prefix="install-detectron2-") as folder:
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

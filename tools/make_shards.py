@@ -33,11 +33,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("folder", metavar="DST", help="folder of the shards, new or to continue")
     parser.add_argument("--root", type=Path, metavar="DIR", help="where the relative paths of a list start")
     for name, value, what in (
-        ("--short-side", default.short_side, "pixels"),
-        ("--quality", default.quality, "of JPEG"),
-        ("--images-per-shard", default.images_per_shard, "images"),
-        ("--max-pixels", MAX_PIXELS, "of the largest image that is read"),
-        ("--workers", os.cpu_count() or 1, "threads, by default as many as cores"),
+        ("--short-side", default.short_side, "short side of packed images in pixels"),
+        ("--quality", default.quality, "quality of JPEG files, 1 to 100"),
+        ("--images-per-shard", default.images_per_shard, "images in a shard"),
+        ("--max-pixels", MAX_PIXELS, "width * height of the largest image"),
+        ("--workers", os.cpu_count() or 1, "threads, as many as cores by default"),
     ):
         parser.add_argument(name, type=int, default=value, metavar="N", help=f"{what} (default %(default)s)")
     parser.add_argument("--keep-original", action="store_true", help="pack the files unchanged, whatever their size")
@@ -53,15 +53,15 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if is_url(args.folder):
-        raise UserError(f"DST: {args.folder}: shards are written to a folder. Copy them to a bucket afterwards.")
+        raise UserError(f"DST: {args.folder} is an address. Give a local folder, and copy the shards afterwards.")
     folder = Path(args.folder).expanduser()
     if args.verify:
         print(f"{folder}: {verify_shards(folder):,} shards, all unchanged")
         return
     if args.source is None:
-        raise UserError("SRC: missing. Give two paths: SRC, the images, and DST, the folder of the shards.")
+        raise UserError("SRC: is missing. Give two paths: the images, and the folder of the shards.")
     if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: expected a number from 1")
+        raise UserError(f"--workers: {args.workers} is too small. Give a number from 1.")
     settings = ShardSettings(args.short_side, args.quality, args.images_per_shard, args.keep_original, args.skip_broken)
     source = open_source(args.source, "SRC", args.root, ImageLimits(args.max_pixels, "--max-pixels", ""))
     print(source.description)

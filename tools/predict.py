@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from crossmae.errors import UserError, exit_if_any, run_cli
-from det.inference.predict import Predictor, find_classes, read_config
+from det.inference.predict import Predictor, add_detector_arguments, find_classes, read_config
 from det.inference.predict_files import COCO_FILE, FilePredictions, check_output, find_media
 from det.training.console import set_up_console
 
@@ -34,18 +34,12 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="+", metavar="INPUT | KEY=VALUE", help="what to predict; settings to replace")
-    parser.add_argument(
-        "--weights", type=Path, required=True, metavar="PATH", help="a detector's file, or the folder of its run"
-    )
-    parser.add_argument("--config-file", metavar="NAME", help="a YAML file, or its name under configs/ (the run's own)")
+    add_detector_arguments(parser)
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/predictions"), metavar="DIR", help="folder to write (%(default)s)"
     )
     parser.add_argument("--score-threshold", type=float, default=0.5, metavar="S", help="from 0 to 1 (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at once (%(default)s)")
-    parser.add_argument(
-        "--classes", type=Path, metavar="FILE", help="names: a COCO file, or text with one a line (the run's own)"
-    )
     parser.add_argument("--no-masks", action="store_true", help="boxes only")
     parser.add_argument("--no-pictures", action="store_true", help=f"write {COCO_FILE} only")
     parser.add_argument("--force", action="store_true", help="overwrite what an earlier call wrote")
@@ -59,15 +53,16 @@ def main(argv: list[str] | None = None) -> None:
     settings = [word for word in args.words if SETTING.fullmatch(word) and not os.path.exists(word)]
     inputs = [word for word in args.words if word not in settings]
     if not 0 <= args.score_threshold < 1:
-        raise UserError(f"--score-threshold {args.score_threshold}: expected a number from 0 to less than 1")
+        raise UserError(
+            f"--score-threshold {args.score_threshold} is no threshold. Use a number from 0 to less than 1."
+        )
     if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: expected a number from 1")
+        raise UserError(f"--batch-size {args.batch_size} is too small. Use a number from 1.")
     if not inputs:
-        raise UserError("nothing to predict: name images, folders, patterns or videos")
+        raise UserError("INPUT: nothing to predict. Name images, folders, patterns or videos.")
     root, media = find_media(inputs)
     check_output(args.output, media, inputs, args.force)
-    # Set in the config, because masks are computed only for kept objects. Later settings on the command line override
-    # it.
+    # Set in the config, because masks are computed only for kept objects. Later settings override it.
     settings.insert(0, f"MODEL.ROI_HEADS.SCORE_THRESH_TEST={args.score_threshold}")
     predictor = Predictor(read_config(args.config_file, args.weights, settings), args.weights, masks=not args.no_masks)
     classes = find_classes(predictor, args.classes)
@@ -76,9 +71,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         job.write(media, info)
     except torch.OutOfMemoryError:
-        raise UserError(f"--batch-size {args.batch_size}: too many images for the memory of the GPU") from None
+        raise UserError(
+            f"--batch-size {args.batch_size}: too many images for the memory of the GPU. Lower it."
+        ) from None
     print(f"{job.objects} objects in {job.images} images: {args.output / COCO_FILE}")
-    exit_if_any(job.failures, f"of {len(media)} files, these could not be read or not be written:")
+    exit_if_any(job.failures, f"of {len(media)} files, these could not be read or written:")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=MAX_PIXELS,
         metavar="N",
-        help="of the largest image that is read (%(default)s)",
+        help="width * height of the largest image (%(default)s)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one")
     parser.add_argument("--force", action="store_true", help="overwrite what an earlier call wrote")
@@ -68,18 +68,18 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_intermixed_args(argv)
     for name, value in (("--top-k", args.top_k), ("--batch-size", args.batch_size), ("--max-pixels", args.max_pixels)):
         if value is not None and value < 1:
-            raise UserError(f"{name} {value}: expected a number from 1")
+            raise UserError(f"{name} {value}: too small. Give a number from 1.")
     if args.threshold is not None and not 0 <= args.threshold <= 1:
-        raise UserError(f"--threshold {args.threshold}: expected a number from 0 to 1")
+        raise UserError(f"--threshold {args.threshold}: no probability. Give a number from 0 to 1.")
     device = open_device(args.device, "--device")
     inputs = expand_inputs(args.inputs)
     check_output(args.output, inputs, args.force)
     sources = open_inputs(inputs, ImageLimits(args.max_pixels, "--max-pixels", ""))
     classifier = load_classifier(args.weights, args.img_size and parse_size(args.img_size, "--img-size"))
     if classifier.multi_label and args.top_k is not None:
-        raise UserError("--top-k: this classifier can find several classes in an image; choose them by --threshold")
+        raise UserError("--top-k: this classifier can find several classes in an image. Limit them by --threshold.")
     if not classifier.multi_label and args.threshold is not None:
-        raise UserError("--threshold: this classifier finds one class per image; choose how many to list by --top-k")
+        raise UserError("--threshold: this classifier finds one class per image. Choose the listed number by --top-k.")
     selection = Selection(args.top_k or TOP_K, LABEL_THRESHOLD if args.threshold is None else args.threshold)
     for assumption in classifier.assumed:
         print(f"assumed: {assumption}", file=sys.stderr)
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         failures = write_answers(classifier, sources, selection, args.output, args.batch_size)
     except torch.OutOfMemoryError:
-        raise UserError(f"--batch-size {args.batch_size}: too many images for the memory of the GPU") from None
+        raise UserError(f"--batch-size {args.batch_size}: the GPU's memory is full. Lower it.") from None
     total = sum(map(len, sources))
     if args.output != STDOUT:
         print(f"classes of {total - len(failures)} images: {args.output}")

@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=MAX_PIXELS,
         metavar="N",
-        help="of the largest image that is read (%(default)s)",
+        help="width * height of the largest image (%(default)s)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one")
     parser.add_argument(
@@ -62,11 +62,8 @@ def describe(pretrained: Pretrained) -> str:
     """Describe the model and the assumptions about it."""
     model = pretrained.model
     size = " x ".join(str(side * model.patch_size) for side in model.grid)
-    lines = [
-        f"weights  {pretrained.path}",
-        f"model    width {model.embed_dim}, depth {model.depth}, decoder {model.decoder!r}; "
-        f"image {size}, channels {model.in_chans}, patches {model.num_patches}",
-    ]
+    shape = f"width {model.embed_dim}, depth {model.depth}, decoder {model.decoder!r}, image {size}"
+    lines = [f"weights  {pretrained.path}", f"model    {shape}, channels {model.in_chans}, patches {model.num_patches}"]
     return "\n".join([*lines, *(f"assumed  {assumption}" for assumption in pretrained.assumed)])
 
 
@@ -86,9 +83,9 @@ def main(argv: list[str] | None = None) -> None:
     """Reconstruct images and print their PSNR."""
     args = build_parser().parse_args(argv)
     if args.no_gif and args.gif_ratios:
-        raise UserError("--no-gif and --gif-ratios contradict each other. Give one of them.")
+        raise UserError("--gif-ratios: --no-gif draws no animation. Give only one of them.")
     if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: must not be negative")
+        raise UserError(f"--seed: {args.seed} is negative. Give a number from 0.")
     device = open_device(args.device, "--device")
     paths = find_inputs(args.images)
     pretrained = load_pretrained(args.checkpoint, parse_settings(args.set))

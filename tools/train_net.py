@@ -54,12 +54,14 @@ def main(argv: list[str] | None = None) -> None:
     set_up_console()
     own_data = tuple(_pair(arguments, split) for split in ("train", "val"))
     if arguments.eval_only and arguments.resume:
-        raise UserError("--eval-only and --resume exclude each other: evaluate, or continue the training")
+        raise UserError("--eval-only and --resume contradict each other. Evaluate, or continue the training.")
     if arguments.eval_only and own_data[0] is not None:
-        log.info("--eval-only: --train-json is not read")
+        log.info("--eval-only: --train-json is ignored")
     gpus = torch.cuda.device_count()
     if arguments.num_gpus < 1 or (arguments.num_gpus > 1 and arguments.num_gpus > gpus):
-        raise UserError(f"--num-gpus {arguments.num_gpus}: this machine has {gpus}; without a GPU leave it at 1")
+        raise UserError(
+            f"--num-gpus {arguments.num_gpus}: this machine has {gpus} GPUs. Use at most so many, or 1 without a GPU."
+        )
     cfg = load_det_config(arguments.config_file, arguments.overrides)
     if arguments.num_gpus > 1:
         pass_on_sigterm()
@@ -83,7 +85,7 @@ def run(cfg: CfgNode, own_data: tuple[tuple[str, str] | None, ...], eval_only: b
 def _pair(arguments: argparse.Namespace, split: str) -> tuple[str, str] | None:
     json_path, images = getattr(arguments, f"{split}_json"), getattr(arguments, f"{split}_images")
     if (json_path is None) != (images is None):
-        raise UserError(f"--{split}-json and --{split}-images belong together: give both or none")
+        raise UserError(f"--{split}-json and --{split}-images belong together. Give both or none.")
     return None if json_path is None else (json_path, images)
 
 

@@ -59,11 +59,11 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_intermixed_args(argv)
     set_up_console()
     if args.num_images < 1:
-        raise UserError(f"--num-images {args.num_images}: expected a number from 1")
+        raise UserError(f"--num-images {args.num_images} is too small. Use a number from 1.")
     if (args.train_json is None) != (args.train_images is None):
-        raise UserError("--train-json and --train-images belong together: give both or none")
+        raise UserError("--train-json and --train-images belong together. Give both or none.")
     if args.output.suffix.lower() not in FORMATS:
-        raise UserError(f"--output {args.output}: expected a name that ends in {', '.join(FORMATS)}")
+        raise UserError(f"--output {args.output} is no picture. Use a name that ends in {', '.join(FORMATS)}.")
     if args.output.is_dir():
         raise UserError(f"--output {args.output}: is a folder. Name a file in it.")
     check_writable(args.output.parent, "--output")

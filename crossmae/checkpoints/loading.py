@@ -194,11 +194,11 @@ def _warn(model: nn.Module, weights: Weights, report: LoadReport) -> None:
     for name in report.loaded:
         if CLASS_ROW_ADDED in weights.notes.get(name, ""):
             rows = weights.tensors[name].shape[1] - 1
-            log.warning("%s: its %d positions are taken for a square without a class token's", weights.path, rows)
+            log.warning("%s: %d positions are read as a square without a class token", weights.path, rows)
     theirs = float(weights.metadata.get(NORM_EPS, NORM_EPS_OF_PLAIN))
     mine = next((module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)), theirs)
     if mine != theirs:
-        what = "its layer norms have an epsilon of %g, this model's one of %g: outputs differ a little"
+        what = "its layer norms have an epsilon of %g, but the model's have %g. Outputs differ slightly"
         log.warning(f"%s: {what}", weights.path, theirs, mine)
 
 
@@ -218,7 +218,7 @@ def _different_architecture(model: nn.Module, weights: Weights) -> str:
     held, expected = ({key: plain_size(value) for key, value in side.items()} for side in (held, expected))
     differing = [key for key in held if held[key] != expected.get(key, held[key])]
     theirs, ours = (", ".join(f"{key} {side[key]}" for key in differing) for side in (held, expected))
-    return f"the file holds a ViT with {theirs}; the model expects {ours}" if differing else ""
+    return f"the file has a ViT with {theirs}, but the model expects {ours}" if differing else ""
 
 
 def _grid(model: nn.Module) -> tuple[int, int] | None:

@@ -1,11 +1,19 @@
-"""Keys of the metadata of weight files, and the recorded model arguments."""
+"""Metadata of weight files: its keys, the recorded model arguments, and a digest of all tensors.
+
+safetensors, plain pickles and old torch files have no checksum, so the metadata have one.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from crossmae.errors import UserError
 
@@ -23,6 +31,8 @@ UNKNOWN = "unknown"  # value in a converted file whose source did not record the
 PICKLED_METADATA = "crossmae_metadata"
 # Key of the settings in a published file's `args` namespace, as JSON.
 PUBLISHED_ARGUMENTS = "published_args"
+DIGEST = "digest"  # key of the digest in the metadata
+_KIND = "sha256:"  # prefix of the digest; no other value in our metadata has this prefix
 
 
 def recorded_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -34,4 +44,41 @@ def recorded_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
     with suppress(json.JSONDecodeError):
         if isinstance(arguments := json.loads(text), dict):
             return arguments
-    raise UserError(f"metadata {MODEL_ARGUMENTS!r} of a weight file: expected a JSON object, got {text[:80]!r}")
+    raise UserError(
+        f"metadata {MODEL_ARGUMENTS!r} of a weight file: {text[:80]!r} is not a JSON object. Copy the file again."
+    )
+
+
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Compute SHA-256 over names, types, shapes, values and metadata without the digest."""
+    names = sorted(tensors)
+    described = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
+    rest = sorted((key, value) for key, value in metadata.items() if key != DIGEST)
+    found = hashlib.sha256(json.dumps([described, rest]).encode())
+    for name in names:
+        values = tensors[name].detach().cpu().contiguous().reshape(-1)  # copies only tensors that are not contiguous
+        found.update(values.view(torch.uint8).numpy().data)
+    return _KIND + found.hexdigest()
+
+
+def signed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Compute the digest of the tensors, and add it to the metadata."""
+    return {**metadata, DIGEST: digest(tensors, metadata)}
+
+
+def check_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> dict[str, str]:
+    """Return the metadata without the digest, after comparing the digest.
+
+    Raises UserError if the recorded digest differs from the digest of the tensors. Without a recorded digest, nothing
+    is compared.
+    """
+    recorded = {key: value for key, value in metadata.items() if key == DIGEST or value.startswith(_KIND)}
+    rest = {key: value for key, value in metadata.items() if key not in recorded}
+    if recorded:
+        found = digest(tensors, rest)
+        if recorded != {DIGEST: found}:  # under another key, the key itself was damaged
+            raise UserError(
+                f"{path}: changed or damaged (recorded {min(recorded.values())[:23]}..., found {found[:23]}...). "
+                f"Copy or download it again, or after a change on purpose remove {DIGEST!r} from its metadata."
+            )
+    return rest

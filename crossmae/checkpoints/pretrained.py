@@ -59,8 +59,8 @@ def load_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) ->
     weights = read_weights(path)
     if weights.format not in ("crossmae", "mae"):
         raise UserError(
-            f"{weights.path}: holds no decoder (format: {weights.format}), so there is nothing to reconstruct with. "
-            "Name the folder of a pretraining run, or a published file of a whole pretraining model"
+            f"{weights.path}: has no decoder (format: {weights.format}). "
+            "Name the folder of a pretraining run, or a published file of a whole pretraining model."
         )
     arguments, assumed = arguments_of(weights, given or {})
     try:
@@ -85,7 +85,7 @@ def arguments_of(weights: Weights, given: Mapping[str, Any]) -> tuple[dict[str, 
     given = dict(given)
     unknown = sorted(given.keys() - MODEL_DEFAULTS.keys())
     if unknown:
-        raise UserError(f"{', '.join(unknown)}: no argument of the model; known: {', '.join(MODEL_DEFAULTS)}")
+        raise UserError(f"{', '.join(unknown)}: unknown model argument. Use one of {', '.join(MODEL_DEFAULTS)}.")
     assumed: list[str] = []
     recorded = recorded_arguments(weights.metadata)
     arguments = recorded | given if recorded else _deduce(weights, given, assumed)
@@ -105,7 +105,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             equals = ""
         if not equals:
-            raise UserError(f"--set {setting}: expected KEY=VALUE, for example num_heads=6 or 'fuse_blocks=[0,11]'")
+            raise UserError(f"--set {setting}: not KEY=VALUE. Write for example num_heads=6 or 'fuse_blocks=[0,11]'.")
     return parsed
 
 
@@ -131,7 +131,7 @@ def _deduce(weights: Weights, given: dict[str, Any], assumed: list[str]) -> dict
     arguments |= given
     missing = [key for key in ("img_size", "num_heads", "decoder_num_heads") if key not in arguments]
     if missing:
-        raise UserError(f"{weights.path}: neither its shapes nor its record tell {ask(missing)}")
+        raise UserError(f"{weights.path}: {ask(missing)}")
     return arguments
 
 
@@ -152,8 +152,8 @@ def _fusion(
             assumed.append("every block's map and not the input is mixed for the decoder (fuse_input=false)")
         return {"fuse_blocks": None, "fuse_input": False}
     raise UserError(
-        f"{weights.path}: {columns} of {depth + 1} encoder maps are mixed for the decoder, and the file does not "
-        f"record which. {ask(['fuse_blocks', 'fuse_input'])}"
+        f"{weights.path}: {columns} of {depth + 1} encoder maps are mixed for the decoder, and "
+        f"{ask(['fuse_blocks', 'fuse_input'])}"
     )
 
 
@@ -166,17 +166,18 @@ def _pixel_statistics(weights: Weights, channels: int) -> tuple[tuple[float, ...
         if channels == 3:
             return IMAGENET_MEAN, IMAGENET_STD, ["pixels were normalised by ImageNet's mean and deviation"]
     raise UserError(
-        f"{weights.path}: the metadata {PIXEL_MEAN!r} and {PIXEL_STD!r} must hold one number for each of the "
-        f"{channels} channels. Write them with crossmae.checkpoints.weights.save_weights"
+        f"{weights.path}: the metadata {PIXEL_MEAN!r} and {PIXEL_STD!r} do not have one number for each of the "
+        f"{channels} channels. Write them with crossmae.checkpoints.weights.save_weights."
     )
 
 
 def ask(keys: list[str]) -> str:
-    """Return text that names missing arguments and the `--set` option for them."""
+    """Describe missing arguments, and the `--set` option that gives them."""
     examples = {
         "img_size": "'img_size=[HEIGHT,WIDTH]'",
         "mlp_ratio": "mlp_ratio=4",
         "fuse_blocks": "'fuse_blocks=[0,11]'",
         "fuse_input": "fuse_input=true",
     }
-    return f"{' and '.join(keys)}. Add --set {' '.join(examples.get(key, f'{key}=16') for key in keys)}"
+    missing = " and ".join(keys)
+    return f"the file does not show {missing}. Add --set {' '.join(examples.get(key, f'{key}=16') for key in keys)}"

@@ -22,7 +22,7 @@ NON_COMMERCIAL = (
 )
 STATED = "The source says: {licence}. Converted weights keep the licence of their source."
 UNSTATED = (
-    "The source does not say under which licence it is; converted weights keep that licence, whichever it is. "
+    "The source does not state its licence. Converted weights keep the licence of their source. "
     "The published CrossMAE and MAE weights are CC BY-NC 4.0 (non-commercial)."
 )
 _MODEL_CARD = "README.md"

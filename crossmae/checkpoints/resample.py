@@ -87,8 +87,8 @@ def resample_positions(table: Tensor, grid: Grid, new_grid: Grid, *, class_rows:
     h, w = grid
     if table.ndim != 3 or table.shape[:2] != (1, class_rows + h * w) or not table.shape[2]:
         raise UserError(
-            f"a position table of shape {tuple(table.shape)} is not for a grid of {_sides(grid)}: that has the shape "
-            f"(1, {class_rows + h * w}, width)"
+            f"pos_embed: the shape {tuple(table.shape)} is not for a grid of {_sides(grid)}. Give the img_size of "
+            f"pretraining, or a table of shape (1, {class_rows + h * w}, width)."
         )
     if grid == new_grid:
         return table
@@ -149,9 +149,9 @@ def table_grid(rows: int, img_size: int | Grid | None, patch_size: int, wanted: 
         grid = _grid(img_size, patch_size)
         if rows - grid[0] * grid[1] not in (0, 1):
             raise UserError(
-                f"a position table of {rows} rows contradicts img_size {img_size} and patch_size {patch_size}, a grid "
-                f"of {_sides(grid)}: expected {grid[0] * grid[1]} rows, or one more for a class token. Give the "
-                "img_size of pretraining"
+                f"img_size: {img_size} with patch_size {patch_size} is a grid of {_sides(grid)}, but pos_embed has "
+                f"{rows} rows and not {grid[0] * grid[1]}, or one more for a class token. Give the "
+                "img_size of pretraining."
             )
         return grid, rows - grid[0] * grid[1]
     for class_rows in (1, 0):
@@ -161,8 +161,8 @@ def table_grid(rows: int, img_size: int | Grid | None, patch_size: int, wanted: 
     if wanted and rows - wanted[0] * wanted[1] in (0, 1):
         return wanted, rows - wanted[0] * wanted[1]
     raise UserError(
-        f"cannot infer the grid of {rows} position embeddings: the patches do not form a square, with or without a "
-        "class token. Give img_size, the height and width of the images that the file was trained on."
+        f"pos_embed: {rows} rows are not a square of patches, with or without a class token. Give img_size, the height "
+        "and width of the images in pretraining."
     )
 
 
@@ -194,13 +194,13 @@ def adapt_channels(filters: Tensor, channels: int, how: Channels = "repeat") -> 
     """
     _check_filters(filters)
     if how not in get_args(Channels):
-        raise UserError(f"channels are adapted by one of {', '.join(get_args(Channels))}, got {how!r}")
+        raise UserError(f"channels: unknown method {how!r}. Use one of {', '.join(get_args(Channels))}.")
     C = filters.shape[1]
     if channels == C:
         return filters
     if how == "pad":
         if channels < C:
-            raise UserError(f"pad makes more channels of {C}, not {channels}. Use repeat or mean.")
+            raise UserError(f"channels: pad cannot reduce {C} channels to {channels}. Use repeat or mean.")
         return F.pad(filters, (0, 0, 0, 0, 0, channels - C))
     wide = filters.float()
     if how == "mean":
@@ -225,9 +225,7 @@ def channel_note(old: int, new: int, how: Channels) -> str:
 def window_of(table: Tensor) -> int:
     """Return the window of relative positions (2 * window - 1, d)."""
     if table.ndim != 2 or table.shape[0] % 2 == 0 or not table.shape[1]:
-        raise UserError(
-            f"a relative position table has the shape (2 * window - 1, width of a head), got {tuple(table.shape)}"
-        )
+        raise UserError(f"rel_pos: the shape is {tuple(table.shape)}. It must be (2 * window - 1, width of a head).")
     return (table.shape[0] + 1) // 2
 
 
@@ -245,12 +243,12 @@ def resample_relative(table: Tensor, size: int) -> Tensor:
 def _check_wanted(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for key in ("patch_size", "in_chans", "window"):
         if wanted.get(key, 1) < 1:
-            raise UserError(f"{key} must be at least 1, got {wanted[key]}")
+            raise UserError(f"{key}: {wanted[key]} is too small. It must be at least 1.")
     pixels = [key for key in ("patch_size", "in_chans") if wanted.get(key, arguments[key]) != arguments[key]]
     if pixels and any(name.startswith("decoder_") for name in tensors):
         raise UserError(
-            f"only an encoder can be resampled to another {' and '.join(pixels)}, and the decoder of this pretraining "
-            "model predicts the pixels of the patches. Leave it behind with --encoder-only."
+            f"{' and '.join(pixels)}: cannot change for a model with a decoder, which predicts pixels. Drop the "
+            "decoder with --encoder-only."
         )
 
 
@@ -284,7 +282,7 @@ def _fit_tables(
 def _fit_window(tensors: Mapping[str, Tensor], window: int) -> dict[str, tuple[Tensor, str]]:
     tables = {name: tensor for name, tensor in tensors.items() if RELATIVE.fullmatch(name)}
     if not tables:
-        raise UserError("no relative positions (blocks.*.attn.rel_pos_h) to resample to another window. Leave it out.")
+        raise UserError("window: has no effect without relative positions (blocks.*.attn.rel_pos_h). Leave it out.")
     old = min(window_of(table) for table in tables.values())
     if old == window:
         return {}
@@ -301,7 +299,7 @@ def _grid(img_size: int | Grid, patch_size: int) -> Grid:
 
 def _check_filters(filters: Tensor) -> None:
     if filters.ndim != 4 or filters.shape[2] != filters.shape[3] or not filters.numel():
-        raise UserError(f"patch filters have the shape (width, channels, p, p), got {tuple(filters.shape)}")
+        raise UserError(f"{_FILTERS}: the shape is {tuple(filters.shape)}. It must be (width, channels, p, p).")
 
 
 def _sides(grid: Grid) -> str:

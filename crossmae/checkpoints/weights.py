@@ -16,8 +16,7 @@ from torch import Tensor
 from crossmae.checkpoints.formats.huggingface import mlp_ratio, read_config
 from crossmae.checkpoints.formats.keys import ENCODER_HOMES, encoder_home, to_plain
 from crossmae.checkpoints.formats.timm_folder import timm_metadata
-from crossmae.checkpoints.metadata import recorded_arguments
-from crossmae.checkpoints.reading.digest import signed
+from crossmae.checkpoints.metadata import recorded_arguments, signed
 from crossmae.checkpoints.reading.files import HUB_CONFIG, HUB_FILES, find_file, read_tensors
 from crossmae.checkpoints.resample import table_grid
 from crossmae.errors import UserError, shorten
@@ -134,11 +133,11 @@ def encoder_tensors(weights: Weights) -> dict[str, Tensor]:
         if len(others) == 1:
             home = others[0].removesuffix("patch_embed.proj.weight")
             raise UserError(
-                f"{weights.path}: its encoder is under {home!r}. Save those tensors only, without that prefix."
+                f"{weights.path}: its encoder is under {home!r}. Save only those tensors, without that prefix."
             )
         homes = ", ".join(repr(f"{prefix}patch_embed.proj.weight") for prefix in reversed(ENCODER_HOMES))
         seen = shorten(list(weights.tensors))
-        raise UserError(f"{weights.path}: no ViT encoder in it: none of {homes}; its first tensors are {seen}")
+        raise UserError(f"{weights.path}: has no ViT encoder. Its tensors are {seen}, and none of {homes}.")
     return encoder_part(plain_tensors(weights))
 
 
@@ -171,7 +170,7 @@ def encoder_arguments(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     """
     patches = tensors.get("patch_embed.proj.weight")
     if patches is None or patches.ndim != 4:
-        raise UserError("no patch_embed.proj.weight of shape (E, C, p, p), so not the encoder of a plain ViT")
+        raise UserError("patch_embed.proj.weight: missing, or not of shape (E, C, p, p). Use weights of a plain ViT.")
     E, C, p, _ = patches.shape
     depth = 1 + max((int(found[1]) for name in tensors if (found := _BLOCK.match(name))), default=-1)
     arguments: dict[str, Any] = {"embed_dim": E, "depth": depth, "patch_size": p, "in_chans": C}
@@ -215,7 +214,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raise UserError if any tensor has NaN or infinity."""
     if found := describe_non_finite(tensors):
-        raise UserError(f"{path}: {found}; the run that wrote it diverged, take an earlier checkpoint")
+        raise UserError(f"{path}: {found}. The run that wrote it diverged: use an earlier checkpoint.")
 
 
 def describe_non_finite(tensors: Mapping[str, Tensor]) -> str:

@@ -50,7 +50,8 @@ def build_backbone(
     size = model_arguments(name)
     arguments: dict[str, Any] = {key: size[key] for key in ENCODER_SIZE}
     arguments["patch_size"] = 16
-    arguments["global_blocks"] = evenly_spaced_blocks(arguments["depth"])
+    # The last block of each quarter, as in ViTDet (section 3).
+    arguments["global_blocks"] = tuple(arguments["depth"] * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
     source = None
     if weights is not None:
         source = fit_patches(read_weights(weights), 16)
@@ -58,7 +59,7 @@ def build_backbone(
         if not isinstance(pretrained, int):
             sides = " x ".join(map(str, pretrained)) if pretrained else "unknown"
             raise UserError(
-                f"{source.path}: position embeddings are for an image of size {sides}, but must be for a square one. "
+                f"{source.path}: the position embeddings are for images of size {sides}, not for square ones. "
                 "Resample them with tools/convert_checkpoint.py."
             )
         arguments["pretrain_img_size"] = pretrained
@@ -67,8 +68,3 @@ def build_backbone(
         report = load(net, source, part="encoder", new=NEW, dropped=DROPPED)
         log.info("weights from %s (%s): %s", source.path, source.format, report.summary())
     return build_pyramid(net, out_channels)
-
-
-def evenly_spaced_blocks(depth: int) -> tuple[int, ...]:
-    """Choose the last block of each quarter, as in ViTDet (section 3)."""
-    return tuple(depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))

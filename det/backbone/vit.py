@@ -107,7 +107,8 @@ class ViT(Backbone):
     def forward(self, imgs: Tensor) -> dict[str, Tensor]:
         """Encode images (B, C, h, w) to {"last_feat": (B, E, H, W)}."""
         if imgs.shape[-2] % self.patch_size or imgs.shape[-1] % self.patch_size:
-            raise ValueError(f"image sides must be multiples of {self.patch_size} pixels, got {tuple(imgs.shape[-2:])}")
+            sides = tuple(imgs.shape[-2:])
+            raise ValueError(f"images: {sides} does not fit the patches. Pad to multiples of {self.patch_size} pixels.")
         x = self.patch_embed(imgs)  # (B, H, W, E)
         x = x + self.positions(x.shape[1], x.shape[2])
         for block in self.blocks:
@@ -134,7 +135,7 @@ class ViT(Backbone):
         drop no paths, and their relative positions stay at zero. The second table of `absolute_win` is always trained.
         """
         if stages > self.depth:
-            raise ValueError(f"FROZEN_STAGES {stages} is more than the {self.depth} blocks of the encoder")
+            raise ValueError(f"FROZEN_STAGES {stages} is more than DEPTH. Use at most {self.depth}.")
         self.frozen_stages = stages
         for name, parameter in self.named_parameters():
             if stages >= 0 and name.startswith(("patch_embed.", "pos_embed")) and name != "pos_embed_global":
@@ -208,13 +209,13 @@ def build_pyramid(
     factors = tuple(scale_factors)
     first = SCALE_FACTORS.index(factors[0]) if factors and factors[0] in SCALE_FACTORS else 0
     if not factors or factors != SCALE_FACTORS[first : first + len(factors)]:
-        raise ValueError(f"SCALE_FACTORS must be neighbours of {list(SCALE_FACTORS)}, got {list(factors)}")
+        raise ValueError(f"SCALE_FACTORS {list(factors)} is not possible. Use neighbours of {list(SCALE_FACTORS)}.")
     if norm not in NORMS:
-        raise ValueError(f"NORM must be one of {', '.join(NORMS[1:])}, or empty for none, got {norm!r}")
+        raise ValueError(f"NORM {norm!r} is unknown. Use {', '.join(NORMS[1:])}, or an empty text for no norm.")
     if net.patch_size & (net.patch_size - 1):
         raise ValueError(
-            f"patch size {net.patch_size} is not a power of two, which the feature pyramid needs. Set it to 16; "
-            "weights with patches of 14 are resized automatically."
+            f"PATCH_SIZE {net.patch_size} is no power of two, which the feature pyramid needs. Use 16; weights with "
+            "patches of 14 are resized automatically."
         )
     top_block = None
     if max_pool_level:
@@ -246,5 +247,5 @@ def build_crossmae_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Feat
         names = list(cfg.MODEL[key].IN_FEATURES)
         if not set(names) <= set(levels):
             patch = f"MODEL.VIT.PATCH_SIZE {vit.PATCH_SIZE}"
-            raise UserError(f"MODEL.{key}.IN_FEATURES is {names}, but {patch} gives the levels {levels}")
+            raise UserError(f"MODEL.{key}.IN_FEATURES: not all of {names} exist with {patch}. Choose from {levels}.")
     return pyramid

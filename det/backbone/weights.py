@@ -36,8 +36,10 @@ NEW = (r"blocks\.\d+\.attn\.rel_pos_[hw]$", r"pos_embed_global$")
 CLASS_LAYERS = r"roi_heads\.(box_predictor(\.\d+)?\.(cls_score|bbox_pred)|mask_head\.predictor)\."
 SCORES = r"roi_heads\.box_predictor(\.0)?\.cls_score\.weight"
 # Settings that change the meaning of weights, but not their shapes.
-VIT_SETTINGS = ("MODEL.VIT.POS_EMBED", "MODEL.VIT.WINDOW_SIZE", "MODEL.VIT.GLOBAL_BLOCKS")
-COMPARED_SETTINGS = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", *VIT_SETTINGS)
+COMPARED_SETTINGS = (
+    *("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"),
+    *("MODEL.VIT.POS_EMBED", "MODEL.VIT.WINDOW_SIZE", "MODEL.VIT.GLOBAL_BLOCKS"),
+)
 # Arguments of the encoder that shapes or metadata show. In upper case, they are keys of MODEL.VIT.
 SHOWN = ("embed_dim", "depth", "num_heads", "patch_size", "mlp_ratio", "pretrain_img_size")
 
@@ -48,32 +50,27 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False)
     In training, if the file is a detector with another number of classes, its layers with one output per class are not
     loaded. Evaluation needs trained heads: `detector_only` rejects a file with only an encoder.
 
-    Returns:
-        A report on every tensor. None if `MODEL.WEIGHTS` is empty: the weights then stay random.
-
-    Raises:
-        UserError: the file cannot be read, has another architecture or other pixel statistics, or a tensor is missing
-            or left over.
+    Returns a report on every tensor, or None if `MODEL.WEIGHTS` is empty: the weights then stay random. Raises
+    UserError if the file cannot be read, has another architecture or other pixel statistics, or a tensor is missing or
+    left over.
     """
     path = cfg.MODEL.WEIGHTS
     if not path and detector_only:
-        raise UserError(
-            "MODEL.WEIGHTS is empty: evaluation needs a trained detector, for example OUTPUT_DIR/model_final.pth"
-        )
+        raise UserError("MODEL.WEIGHTS is empty. Name a trained detector, such as OUTPUT_DIR/model_final.pth.")
     if not path:
         log.warning("MODEL.WEIGHTS is empty: training starts from random weights")
         return None
     if "://" in path:
-        raise UserError(f"MODEL.WEIGHTS: {path} is a URL; download the file and name its path")
+        raise UserError(f"MODEL.WEIGHTS: {path} is a URL. Download the file and name its path.")
     try:
         weights = read_weights(find_detector(Path(path)))
         if weights.format == "detector":
             config = weights.path.with_name(CONFIG)
-            recorded = dict(flatten(read_yaml(config), cfg)) if config.is_file() else {}
+            recorded = dict(flatten(read_yaml(config))) if config.is_file() else {}
             warn_of_other_settings({key: lookup(cfg, key) for key in COMPARED_SETTINGS}, recorded, config)
             report = _load_detector(model, weights, config, detector_only)
         elif detector_only:
-            raise UserError(f"{path} holds an encoder only; evaluation needs a trained detector")
+            raise UserError(f"{path}: has only an encoder. Name a trained detector.")
         else:
             check_pixels(weights, cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
             report = _load_encoder(model, weights)
@@ -104,7 +101,7 @@ def build_detector(cfg: CfgNode) -> nn.Module:
     except UserError:
         raise
     except (KeyError, ValueError, AssertionError, TypeError) as error:
-        raise UserError(f"MODEL: the detector cannot be built: {' '.join(str(error).split()) or error!r}") from error
+        raise UserError(f"MODEL: the detector cannot be built. {' '.join(str(error).split()) or error!r}") from error
     return model
 
 
@@ -121,14 +118,14 @@ def _load_detector(model: nn.Module, weights: Weights, own_config: Path, detecto
     try:
         return load(model, weights, new=new)
     except UserError as error:
-        hint = f"the config that it was trained with is next to it: --config-file {own_config}; " * own_config.is_file()
+        hint = f"Use the config next to it: --config-file {own_config}. " * own_config.is_file()
         raise UserError(f"{hint}{error}") from error
 
 
 def _load_encoder(model: nn.Module, weights: Weights) -> LoadReport:
     net = model.get_submodule("backbone.net")
     if not isinstance(net, ViT):
-        raise UserError("MODEL.BACKBONE.NAME must be build_crossmae_vitdet_backbone to start from an encoder")
+        raise UserError("the file has only an encoder. Set MODEL.BACKBONE.NAME=build_crossmae_vitdet_backbone.")
     weights = fit_patches(weights, net.patch_size)
     check_architecture(net, weights)
     return load(net, weights, part="encoder", new=NEW, dropped=DROPPED)
@@ -178,11 +175,9 @@ def check_architecture(net: ViT, weights: Weights) -> None:
         words = "%s does not say how many attention heads it has; MODEL.VIT.NUM_HEADS is %d, published models have %d"
         log.warning(words, weights.path, net.num_heads, found["num_heads"])
     elif wrong:
-        what = "; ".join(
-            f"MODEL.VIT.{name.upper()} is {getattr(net, name)}, the file needs {found[name]}" for name in wrong
-        )
+        given = ", ".join(f"MODEL.VIT.{name.upper()} {getattr(net, name)}" for name in wrong)
         words = " ".join(f"MODEL.VIT.{name.upper()}={found[name]}" for name in wrong)
-        raise UserError(f"{weights.path} is of another architecture: {what}. To fit it, add: {words}")
+        raise UserError(f"{weights.path}: {given} does not fit the encoder in the file. Set {words}")
 
 
 def check_pixels(weights: Weights, image_format: str, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -191,8 +186,12 @@ def check_pixels(weights: Weights, image_format: str, mean: Sequence[float], std
         if weights.metadata.get(field, UNKNOWN) == UNKNOWN:
             continue
         if image_format != "RGB":
-            raise UserError(f"{weights.path} was pretrained on RGB images: set INPUT.FORMAT RGB, not {image_format}")
+            raise UserError(
+                f"{weights.path}: the encoder was pretrained on RGB, not {image_format}. Set INPUT.FORMAT=RGB."
+            )
         wanted = [255 * value for value in json.loads(weights.metadata[field])]
         if len(given) != len(wanted) or max(abs(a - b) for a, b in zip(given, wanted, strict=True)) > 0.01:
             rounded = [round(value, 3) for value in wanted]
-            raise UserError(f"{weights.path} was pretrained with MODEL.{key} {rounded}, the config has {given}")
+            raise UserError(
+                f"{weights.path}: MODEL.{key} {given} is not that of pretraining. Set MODEL.{key}={rounded}"
+            )

@@ -92,7 +92,7 @@ def register_coco(
     check_drop(drop)
     content = read_coco(json_path)
     if not Path(images).is_dir():
-        raise UserError(f"{json_path}: the image folder {images} does not exist")
+        raise UserError(f"{json_path}: the image folder {images} does not exist. Name the folder with its images.")
     findings = find_faults(
         content, Path(images), for_evaluation=for_evaluation, masks=masks, limits=image_limits(max_pixels)
     )
@@ -100,11 +100,11 @@ def register_coco(
     if faults := remaining_faults(findings, dropped):
         command = f"python tools/check_coco.py {shlex.quote(str(json_path))} {shlex.quote(str(images))}"
         command += " --evaluation" * for_evaluation
-        raise UserError(f"{json_path}: {describe_faults(faults, drop)}; the whole table: {command}")
+        raise UserError(f"{json_path}: {describe_faults(faults, drop)}. For the whole table: {command}")
     cleaned = clean(content, dropped)
     for key in ("images", "annotations"):
         if not cleaned[key]:
-            raise UserError(f"{json_path}: DATASETS.DROP {tuple(drop)} leaves no {key}")
+            raise UserError(f"{json_path}: DATASETS.DROP {tuple(drop)} leaves no {key}. Repair the file.")
     _log_findings(findings, dropped, json_path)
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
@@ -135,7 +135,7 @@ def _log_findings(findings: Sequence[Finding], dropped: Dropped, json_path: str 
     if dropped != Dropped():
         parts = f", polygons of {len(dropped.polygons)} more" if dropped.polygons else ""
         numbers = f"{len(dropped.images)} images and {len(dropped.annotations)} annotations{parts}"
-        log.warning("%s: left out by DATASETS.DROP: %s: %s", json_path, numbers, counts[Rank.DROPPABLE])
+        log.warning("%s: DATASETS.DROP leaves out %s: %s", json_path, numbers, counts[Rank.DROPPABLE])
     if counts[Rank.INFORMATION]:
         log.info("%s: good to know: %s", json_path, counts[Rank.INFORMATION])
 
@@ -154,7 +154,7 @@ def ground_truth(name: str) -> dict[str, Any]:
     metadata = MetadataCatalog.get(name)
     path = metadata.get("json_file")
     if path is None:
-        raise UserError(f"{name}: this data set has no file in COCO format (its metadata lack 'json_file')")
+        raise UserError(f"{name}: this data set has no file in COCO format. Set 'json_file' in its metadata.")
     content = clean(read_coco(path), metadata.get("dropped", Dropped()))
     taken = {annotation["id"] for annotation in content["annotations"]}
     free = next(number for number in count(1) if number not in taken)
@@ -214,13 +214,11 @@ def _sound_polygons(annotation: dict[str, Any]) -> list[list[float]]:
 
 def check_drop(drop: Sequence[str]) -> None:
     """Reject a `DATASETS.DROP` that is not a tuple of droppable kinds."""
-    expected = f"expected a tuple with some of: {', '.join(DROPPABLE)}"
-    if isinstance(drop, str):
-        raise UserError(f"DATASETS.DROP: {drop!r} is no tuple; {expected}")
-    for word in drop:
-        if word not in DROPPABLE:
-            reason = "cannot be left out" if word in KINDS else "is no kind of fault"
-            raise UserError(f"DATASETS.DROP: {word!r} {reason}; {expected}")
+    wrong = drop if isinstance(drop, str) else next((word for word in drop if word not in DROPPABLE), None)
+    if wrong is not None:
+        reason = "cannot be left out" if wrong in KINDS else "is no kind of fault"
+        reason = "is no tuple" if wrong is drop else reason
+        raise UserError(f"DATASETS.DROP: {wrong!r} {reason}. Use a tuple with some of {', '.join(DROPPABLE)}.")
 
 
 def remaining_faults(findings: Sequence[Finding], dropped: Dropped) -> list[Finding]:
@@ -249,7 +247,7 @@ def describe_faults(faults: Sequence[Finding], drop: Sequence[str] = ()) -> str:
         text = "; ".join(f"{counted} (id {one.ids()})" for counted, one in zip(counts, faults, strict=True))
     some = [one for one in faults if one.rank is Rank.DROPPABLE and len(one.positions) < len(one.entries)]
     droppable = [one.kind.name for one in some]
-    return text + (f'; to leave them out: "DATASETS.DROP={(*drop, *droppable)}"' if droppable else "")
+    return text + (f'. To leave them out: "DATASETS.DROP={(*drop, *droppable)}"' if droppable else "")
 
 
 def read_coco(path: str | Path) -> dict[str, Any]:
@@ -272,12 +270,12 @@ def _read_lists(path: str | Path, *keys: str) -> dict[str, Any]:
         content: dict[str, Any] = read_json(Path(path))
     for key in keys:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise UserError(f"{path}: no list {key!r}; a COCO file has images, annotations and categories")
+            raise UserError(f"{path}: has no list {key!r}. Name a file in COCO format.")
         if not content[key]:
-            raise UserError(f"{path}: {key!r} is empty")
+            raise UserError(f"{path}: {key!r} is empty. Name a file with entries.")
         for index, entry in enumerate(content[key]):
             if not isinstance(entry, dict):
-                raise UserError(f"{path}: {key}[{index}] must be a dictionary, got {short(entry)}")
+                raise UserError(f"{path}: {key}[{index}] is {short(entry)}. Use dictionaries.")
     return content
 
 
@@ -292,9 +290,7 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
     if train is not None:
         summaries.append(register_coco(OWN_TRAIN, *train, masks=masks, drop=drop, max_pixels=most))
         if not summaries[0].num_trainable:
-            raise UserError(
-                f"{train[0]}: nothing to train on: every entry of 'annotations' is a crowd region (iscrowd 1)"
-            )
+            raise UserError(f"{train[0]}: all annotations are crowd regions (iscrowd 1). Add objects to train on.")
         if masks and "rle" in summaries[0].mask_kinds and cfg.INPUT.MASK_FORMAT == "polygon":
             cfg.INPUT.MASK_FORMAT = "bitmask"
             log.info("INPUT.MASK_FORMAT is bitmask: %s has run-length encoded masks", train[0])
@@ -321,7 +317,7 @@ def check_classes(names: Sequence[str], num_classes: int) -> None:
         found = MetadataCatalog.get(name).get("thing_classes")
         if found is not None and len(found) != num_classes:
             raise UserError(
-                f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}, but {name} has {len(found)} classes. "
+                f"MODEL.ROI_HEADS.NUM_CLASSES: {name} has {len(found)} classes, not {num_classes}. "
                 f"Set MODEL.ROI_HEADS.NUM_CLASSES={len(found)}."
             )
 
@@ -333,19 +329,17 @@ def check_registered(names: tuple[str, ...], key: str, needed: str = "") -> None
     """
     split = "train" if key == "DATASETS.TRAIN" else "val"
     if needed and not names:
-        raise UserError(f"no {needed}: name it with --{split}-json and --{split}-images")
+        raise UserError(f"{key}: there is no {needed}. Name it with --{split}-json and --{split}-images.")
     for name in names:
         if name in (OWN_TRAIN, OWN_VAL) and name not in DatasetCatalog:
-            raise UserError(f"{key} is your own data. Name it again with --{split}-json and --{split}-images.")
+            raise UserError(f"{key}: {name} is your own data. Name it again with --{split}-json and --{split}-images.")
         if name not in DatasetCatalog:
-            raise UserError(
-                f"{key}: no data set {name!r} is registered. For your own data use --train-json and --val-json."
-            )
+            raise UserError(f"{key}: no data set {name!r} is registered. Name your own with --{split}-json.")
         path = MetadataCatalog.get(name).get("json_file")
         if path is not None and not Path(path).is_file():
             raise UserError(
                 f"{key}: {name} needs {path}, which does not exist. Set DETECTRON2_DATASETS to the folder with coco/, "
-                "or name your own data with --train-json, --train-images, --val-json and --val-images."
+                f"or name your own data with --{split}-json and --{split}-images."
             )
 
 
@@ -354,10 +348,10 @@ def check_same_categories(train: Sequence[str], val: Sequence[str], train_json: 
     if train == val:
         return
     only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-    detail = f"only in the first: {only_train}, only in the second: {only_val}"
+    detail = f"only in the first {only_train}, only in the second {only_val}"
     if not only_train and not only_val:
         detail = "the same names, but in another order of ids"
     raise UserError(
-        f"{train_json} and {val_json} have different categories; {detail}. Copy the list 'categories' of one file into "
-        "the other if the ids mean the same."
+        f"{train_json}, {val_json}: the categories differ: {detail}. If the ids mean the same, copy the list "
+        "'categories' of one file into the other."
     )

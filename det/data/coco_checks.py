@@ -417,7 +417,7 @@ def _check_masks(found: Findings, table: _Table, for_evaluation: bool) -> Masks:
     far = table.at(has_area & (np.abs(area - masks.area) > slack))
     measured = dict(zip(far, masks.area[np.isin(table.position, far)], strict=True))
     entries = found.content["annotations"]
-    found.add("area-mismatch", far, lambda at: f"area {entries[at]['area']}, that of its mask is {measured[at]:.0f}")
+    found.add("area-mismatch", far, lambda at: f"area {entries[at]['area']}, the mask has {measured[at]:.0f}")
     return masks
 
 

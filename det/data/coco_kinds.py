@@ -30,7 +30,7 @@ class Kind:
 _TABLE: dict[tuple[str, Rank], dict[str, str]] = {
     ("categories", Rank.ERROR): {
         "bad-category": "a key is missing, of the wrong type or out of range: repair it",
-        "duplicate-category-id": "an earlier category has the same id: give each its own",
+        "duplicate-category-id": "an earlier category has the same id: give each another id",
         "duplicate-category-name": "an earlier category has the same name: merge or rename them",
         "missing-frequency": "evaluation by LVIS's rules needs 'frequency': add 'r' (rare), 'c' (common) or 'f' "
         "(frequent)",
@@ -43,7 +43,7 @@ _TABLE: dict[tuple[str, Rank], dict[str, str]] = {
     },
     ("images", Rank.ERROR): {
         "bad-image": "a key is missing, of the wrong type or out of range: repair it",
-        "duplicate-image-id": "an earlier image has the same id: give each its own",
+        "duplicate-image-id": "an earlier image has the same id: give each another id",
         "duplicate-file-name": "an earlier image has the same file: merge their annotations",
         "missing-lvis-key": "evaluation by LVIS's rules needs the lists 'neg_category_ids' and "
         "'not_exhaustive_category_ids': add them, or remove both from all images to evaluate by COCO's rules",
@@ -54,23 +54,23 @@ _TABLE: dict[tuple[str, Rank], dict[str, str]] = {
         "broken-image": "cannot be read as an image: repair or remove what is broken",
         "too-large-image": "more pixels than INPUT.MAX_PIXELS: raise that key, or make image and annotations smaller",
         "swapped-size": "width and height are swapped against the file: swap them back",
-        "exif-orientation": "the size is that before the turn by the EXIF orientation, which training applies: "
+        "exif-orientation": "the size is right only before the turn by the EXIF orientation, which training applies: "
         "annotate the turned image, or remove the orientation from the file",
-        "size-mismatch": "the size is not that of the file: annotations may belong to another version of the image",
+        "size-mismatch": "the file has another size: annotations may belong to another version of the image",
     },
     ("images", Rank.INFORMATION): {
-        "exif-turned": "turned by its EXIF orientation when read; boxes and masks have to fit the turned image",
+        "exif-turned": "turned by its EXIF orientation when read: boxes and masks have to fit the turned image",
         "zero-image-id": "the id is 0, which is fine",
         "image-without-annotations": "left out in training unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is False",
     },
     ("annotations", Rank.ERROR): {
-        "corner-boxes": "boxes seem to be [x1, y1, x2, y2]; COCO's are [x, y, width, height]: convert all of them",
+        "corner-boxes": "boxes seem to be [x1, y1, x2, y2]: convert all of them to [x, y, width, height]",
         "missing-area": "evaluation counts objects as small, medium or large by 'area': add it, in pixels",
         "missing-iscrowd": "evaluation needs 'iscrowd': add 0, or 1 for a region of many objects",
     },
     ("annotations", Rank.DROPPABLE): {
         "bad-annotation": "a key is missing, of the wrong type or out of range: repair it",
-        "duplicate-annotation-id": "an earlier annotation has the same id: give each its own",
+        "duplicate-annotation-id": "an earlier annotation has the same id: give each another id",
         "unknown-image": "image_id is not in 'images': repair or remove it",
         "unknown-category": "category_id is not in 'categories': repair or remove it",
         "ignore-flag": "'ignore' is not supported: remove the annotation, or mark a region of many objects as iscrowd",
@@ -80,16 +80,16 @@ _TABLE: dict[tuple[str, Rank], dict[str, str]] = {
         "missing-mask": "no 'segmentation': add masks or set MODEL.MASK_ON False",
         "bad-mask": "segmentation is neither a list of polygons nor run lengths: repair or remove it",
         "degenerate-polygon": "a polygon of fewer than 3 points, of an odd number of numbers or without area: remove "
-        "it; DATASETS.DROP leaves out the polygon, and the annotation if it has no other",
+        "it (DATASETS.DROP leaves out the polygon, and an annotation without another polygon)",
         "rle-size": "the size of the run lengths is not [height, width] of the image: encode the mask again",
         "rle-counts": "impossible run lengths: encode the mask again",
         "empty-mask": "the run lengths cover no pixel: repair or remove it",
     },
     ("annotations", Rank.INFORMATION): {
         "crowd": "a region of many objects: ignored in training, and in evaluation as COCO does",
-        "box-over-edge": "a part of the box is outside the image; training cuts it off",
-        "area-mismatch": "'area' is far from that of the mask; evaluation counts small, medium and large objects by it",
-        "zero-annotation-id": "the id is 0; evaluation gives it another, because pycocotools takes 0 for no object",
+        "box-over-edge": "a part of the box is outside the image: training cuts it off",
+        "area-mismatch": "'area' is far from the area of the mask: evaluation finds small and large objects by it",
+        "zero-annotation-id": "the id is 0: evaluation gives it another id, because pycocotools takes 0 for no object",
     },
 }
 KINDS = {

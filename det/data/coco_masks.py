@@ -69,7 +69,7 @@ def measure_masks(masks: Sequence[Any], sizes: Floats) -> Masks:
 def _chunks(rows: list[int], lengths: list[int]) -> list[list[int]]:
     """Group rows into chunks of about `NUMBERS_AT_ONCE` numbers.
 
-    A larger row is a chunk of its own.
+    A larger row is one chunk.
     """
     group = np.cumsum(lengths, dtype=np.int64) // NUMBERS_AT_ONCE
     ends = [*(np.flatnonzero(np.diff(group)) + 1).tolist(), len(rows)]
@@ -201,7 +201,7 @@ def _undo_differences(values: Ints, lengths: Ints) -> Ints:
     """Undo differences: add the second previous number, from the fourth number on."""
     mask = np.repeat(np.arange(len(lengths)), lengths)
     index = _index_within(lengths)
-    # Each mask has three series: the first number alone; numbers 2, 4, ...; numbers 3, 5, ...
+    # Each mask has three series: only the first number; numbers 2, 4, ...; numbers 3, 5, ...
     series = 3 * mask + np.where(index == 0, 0, 1 + (index + 1) % 2)
     order = np.argsort(series, kind="stable")
     sums = np.cumsum(values[order])

@@ -11,27 +11,18 @@ from torch.nn import functional as F
 
 from det.data.masks import any_along, tight_boxes
 
-DetectionSample = dict[str, Any]
-
 
 def paste_objects(
-    sample: DetectionSample, other: DetectionSample, chosen: Tensor, fill: tuple[int, ...]
-) -> DetectionSample:
+    sample: dict[str, Any], other: dict[str, Any], chosen: Tensor, fill: tuple[int, ...]
+) -> dict[str, Any]:
     """Paste objects of one image onto another, without blending.
 
     Both images are aligned at their top left corners. The paper (arXiv 2012.07177, section 3) first pads both images to
     one square. Here, `sample` grows only as far as pasted objects extend over its right or lower edge. New pixels have
-    the value `fill`.
+    the value `fill`. `chosen` (N,) selects the instances of `other`, whose `gt_masks` are bitmasks.
 
-    Args:
-        sample: image that receives the objects: `image` (C, H, W), and `instances` with `gt_masks` as bitmasks. Not
-            changed.
-        chosen: (N,) bool, the instances of `other` to paste.
-
-    Returns:
-        `sample` with a new `image` and new `instances`. Objects of `sample` come first, without the pixels that are now
-        covered. Objects that are covered completely are removed. Pasted objects follow. Boxes are computed from the
-        masks.
+    Returns a copy of `sample` with a new `image` (C, H, W) and new `instances`: first its objects without the pixels
+    that are now covered, unless nothing is left, then the pasted objects. Boxes are computed from the masks.
     """
     objects = other["instances"][chosen]
     if not len(objects):

@@ -237,24 +237,20 @@ def build_train_loader(
 ) -> Loader:
     """Build a loader of batches for the given steps of a run.
 
-    Args:
-        batch: images per step, over all processes.
-        steps: numbers of the steps. A resumed run starts at the step at which the run stopped.
-        parts: number of parts in which a process computes its share of a batch.
-        workers: number of processes that read images. 0 reads in the training process.
-
-    Raises:
-        UserError: `batch` is larger than the training set, or is not divisible by processes and parts.
+    `batch` is the number of images per step, over all processes. `steps` are the numbers of the steps: a resumed run
+    starts where it stopped. A process computes its share of a batch in `parts` parts. `workers` is the number of
+    processes that read images; 0 reads in the training process. Raises UserError if `batch` is larger than the training
+    set, or is not divisible by processes and parts.
     """
     if batch % (world_size * parts):
         raise UserError(
-            f"SOLVER.IMS_PER_BATCH {batch} cannot be divided over {world_size} processes and SOLVER.ACCUMULATE "
-            f"{parts} parts"
+            f"SOLVER.IMS_PER_BATCH: {batch} images cannot be divided over {world_size} processes and SOLVER.ACCUMULATE "
+            f"{parts} parts. Use a multiple of {world_size * parts}."
         )
     if batch > len(samples):
         raise UserError(
-            f"SOLVER.IMS_PER_BATCH is {batch}, but the training set has only {len(samples)} images (without "
-            "annotations too, if DATALOADER.FILTER_EMPTY_ANNOTATIONS is False). Lower it, and SOLVER.ACCUMULATE with it"
+            f"SOLVER.IMS_PER_BATCH: {batch} is more than the {len(samples)} training images. Lower it and "
+            "SOLVER.ACCUMULATE, or use images without annotations with DATALOADER.FILTER_EMPTY_ANNOTATIONS=False."
         )
     plan = BatchPlan(len(samples), batch // world_size, samples.seed, rank, world_size)
     return Loader(

@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
     """Decode a COCO `segmentation`, or an array, to (height, width).
 
-    Raises ValueError if the segmentation is empty, has an unknown format, or has a wrong size.
+    Raises ValueError if its format is unknown or its size is wrong.
     """
     if isinstance(segmentation, np.ndarray):
         if segmentation.shape != (height, width):

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from crossmae.reports.figures import DPI
@@ -24,7 +23,7 @@ def precision_recall_figure(scores: DetectionScores, title: str) -> Figure:
     """
     curves = scores.precision[..., ALL, -1]  # (10, 101, categories)
     drawn = [index for index, count in enumerate(scores.objects) if count]
-    few = len(drawn) <= CLASSES_UP_TO
+    few, colors = len(drawn) <= CLASSES_UP_TO, colormaps["tab10" if len(drawn) <= 10 else "tab20"]
     figure = Figure(figsize=(11.5 if few else 9.5, 3.9), dpi=DPI, layout="constrained")
     heading = title if few else f"{title}, {len(drawn)} classes"
     figure.suptitle(heading, fontsize=12, x=0.01, ha="left", fontweight="bold", parse_math=False)
@@ -43,11 +42,16 @@ def precision_recall_figure(scores: DetectionScores, title: str) -> Figure:
         axes.grid(color=_LIGHT, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[:].set_visible(False)
-        _draw(axes, values[:, drawn], few)
+        recall, shown = np.linspace(0, 1, len(values)), values[:, drawn]
+        for place, curve in enumerate(shown.T if few else ()):
+            axes.plot(recall, curve, color=colors(place), linewidth=1.0, alpha=0.9)
+        if shown.size:
+            axes.plot(recall, shown.mean(axis=1), color="black", linewidth=2.4)
     panels[0].set_ylabel("precision", color=_GREY)
     if few and drawn:
         by_class = scores.by_class()
-        labels = [f"{_percent(by_class[index]['AP']):>4}  {_shorten(scores.names[index])}" for index in drawn]
+        names = [name if len(name) <= LEGEND_LETTERS else f"{name[: LEGEND_LETTERS - 1]}…" for name in scores.names]
+        labels = [f"{_percent(by_class[index]['AP']):>4}  {names[index]}" for index in drawn]
         legend = figure.legend(
             panels[0].get_lines(), [*labels, f"{_percent(numbers['AP']):>4}  mean"], loc="outside right center",
             title="AP", title_fontsize=8, fontsize=8, frameon=False, alignment="left",
@@ -55,20 +59,6 @@ def precision_recall_figure(scores: DetectionScores, title: str) -> Figure:
         for text in legend.get_texts():
             text.set_parse_math(False)
     return figure
-
-
-def _draw(axes: Axes, values: np.ndarray, one_by_one: bool) -> None:
-    """Draw curves (101, classes), then their mean."""
-    recall = np.linspace(0, 1, len(values))
-    colors = colormaps["tab10" if values.shape[1] <= 10 else "tab20"]
-    for place, curve in enumerate(values.T if one_by_one else ()):
-        axes.plot(recall, curve, color=colors(place), linewidth=1.0, alpha=0.9)
-    if values.size:
-        axes.plot(recall, values.mean(axis=1), color="black", linewidth=2.4)
-
-
-def _shorten(name: str) -> str:
-    return name if len(name) <= LEGEND_LETTERS else f"{name[: LEGEND_LETTERS - 1]}…"
 
 
 def _percent(value: float) -> str:

@@ -54,13 +54,16 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     (name,), folder = cfg.DATASETS.TEST, Path(cfg.OUTPUT_DIR)
     detector = model.module if isinstance(model, DistributedDataParallel) else model
     if not isinstance(detector, GeneralizedRCNN):
-        raise UserError(f"MODEL.META_ARCHITECTURE: only GeneralizedRCNN is evaluated, not {type(detector).__name__}")
+        raise UserError(f"MODEL.META_ARCHITECTURE: {type(detector).__name__} cannot be evaluated. Use GeneralizedRCNN.")
     loader = build_test_loader(name, NamingMapper(cfg, False), cfg.DATALOADER.NUM_WORKERS)
     truth = ground_truth(name)
     category_ids = sorted(category["id"] for category in truth["categories"])
     num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     if len(category_ids) != num_classes:
-        raise UserError(f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}, but {name} has {len(category_ids)} categories")
+        raise UserError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES: {name} has {len(category_ids)} categories, not {num_classes}. "
+            f"Set MODEL.ROI_HEADS.NUM_CLASSES={len(category_ids)}."
+        )
     parts = comm.gather(predict(detector, loader, category_ids), dst=0)
     if not comm.is_main_process():
         return {}

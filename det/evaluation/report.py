@@ -55,7 +55,7 @@ MEANING = {
     "ARl": "recall, objects over 96 x 96 pixels",
 }
 AP_TEXT = (
-    "AP50 counts a detection as right when its overlap with the true object (IoU) is at least 0.5; AP "
+    "AP50 counts a detection as right when its overlap with the true object (IoU) is at least 0.5. AP "
     "is the mean over ten such thresholds from 0.5 to 0.95."
 )
 
@@ -94,7 +94,7 @@ def headline_table(results: DetectionResults) -> page.Table:
     rows: list[page.TableRow] = [
         [TASKS[task], *(_bar(found[key]) for key in HEADLINE)] for task, found in results.numbers.items()
     ]
-    return page.Table(["", *HEADLINE], rows, "Average precision in percent; a full bar is 100.")
+    return page.Table(["", *HEADLINE], rows, "Average precision in percent. A full bar is 100.")
 
 
 def class_blocks(results: DetectionResults, source: Path) -> list[page.PageBlock]:
@@ -106,8 +106,8 @@ def class_blocks(results: DetectionResults, source: Path) -> list[page.PageBlock
         (one.ap(decisive), [one.name, f"{one.objects:,}", *(_bar(one.ap(task)) for task in (*others, decisive))])
         for one in results.classes
     ]
-    two = [f"{word} {TASKS[decisive]} AP, in percent; a full bar is 100." for word in ("Highest", "Lowest")]
-    captions = ["AP in percent by class; a full bar is 100.", *two]
+    which = ("AP of all classes", f"Highest {TASKS[decisive]} AP", f"Lowest {TASKS[decisive]} AP")
+    captions = [f"{words}, in percent. A full bar is 100." for words in which]
     columns = ["class", "objects", *(f"{TASKS[task]} AP" for task in (*others, decisive))]
     return sections.class_tables(rows, columns, captions, source.name, worst_first=False)
 
@@ -115,12 +115,12 @@ def class_blocks(results: DetectionResults, source: Path) -> list[page.PageBlock
 def _evaluation_sections(
     run: RunFolder, results: DetectionResults | None, log: LoggedNumbers
 ) -> Sequence[page.Section]:
-    headlines: list[page.PageBlock] = [run.missing(RESULTS, "average precision")]
-    classes: list[page.PageBlock] = [run.missing(RESULTS, "AP by class")]
-    if results is not None:
-        headlines = [headline_table(results), _metric_table(results)]
-        classes = class_blocks(results, Path(RESULTS))
-    objects = "Objects: how many the validation images have of a class, crowd regions not counted."
+    if results is None:
+        headlines: list[page.PageBlock] = [run.missing(RESULTS, "average precision")]
+        classes: list[page.PageBlock] = [run.missing(RESULTS, "AP by class")]
+    else:
+        headlines, classes = [headline_table(results), _metric_table(results)], class_blocks(results, Path(RESULTS))
+    objects = "Objects: the number of objects of a class in the validation images, without crowd regions."
     found = [
         page.Section("Average precision", f"On the validation images, by the last evaluation. {AP_TEXT}", headlines),
         _progress_section(run, log),
@@ -141,7 +141,7 @@ def _metric_table(results: DetectionResults) -> page.Table:
             recall = re.fullmatch(r"AR(\d+)", name)
             meaning = f"recall of the best {recall[1]} in an image" if recall else MEANING.get(name, "")
             rows.append([f"{name}: {meaning}".removesuffix(": "), *(_shown(numbers.get(name)) for numbers in found)])
-    caption = "In percent; a dash where the validation images have no such objects."
+    caption = "In percent. A dash: the validation images have no such objects."
     return page.Table(["", *(TASKS[task] for task in results.numbers)], rows, caption)
 
 
@@ -154,13 +154,13 @@ def _progress_section(run: RunFolder, log: LoggedNumbers) -> page.Section:
     why = "no evaluation is logged in it"
     absent = [run.missing(METRICS, "average precision over the training", why)]
     blocks = curve_plots(log.rows, Path(METRICS), "iteration", plots) if found else absent
-    return page.Section("Over the training", "What each evaluation during the training found.", blocks)
+    return page.Section("Over the training", "The results of each evaluation during the training.", blocks)
 
 
 def _recall_section(run: RunFolder, tasks: Mapping[str, Any]) -> page.Section:
     text = (
-        "From the surest prediction to the least sure, recall grows and precision falls. The bold curve is the mean of "
-        "all classes; where they are few, each has a curve of its own."
+        "From the surest prediction to the least sure, recall grows and precision falls. The bold curve is the mean "
+        "over all classes. The thin curves are single classes, if there are few."
     )
     blocks: list[page.PageBlock] = []
     for task in tasks:
@@ -171,12 +171,12 @@ def _recall_section(run: RunFolder, tasks: Mapping[str, Any]) -> page.Section:
 
 def _picture_section(run: RunFolder) -> page.Section:
     text = (
-        "True objects on the left, predicted ones with their scores on the right; a class has the same colour on both "
-        "sides. The images are spread evenly over the validation set, not selected."
+        "True objects on the left, predicted objects with their scores on the right. A class has the same colour on "
+        "both sides. The images are spread evenly over the validation set, not selected."
     )
     rows = []
     for path in find_pictures(run.path / PICTURES):
-        alt = f"image {path.stem.partition('-')[2]}: true objects on the left, predicted ones on the right"
+        alt = f"image {path.stem.partition('-')[2]}: true objects on the left, predicted objects on the right"
         rows.append(run.picture(f"{PICTURES}/{path.name}", read_image, "validation picture", alt=alt, density=2))
     none = run.missing(f"{PICTURES}/*.png", "validation pictures", "there are none")
     return page.Section("Validation pictures", text, sections.gallery(rows or [none], 460))
@@ -210,7 +210,7 @@ def changed_from_defaults(content: Mapping[str, Any]) -> list[tuple[str, Any, An
     """List key, value and default of changed settings."""
     cfg = get_cfg()
     add_crossmae_config(cfg)
-    defaults = json.loads(json.dumps(dict(flatten(cfg, cfg))))  # tuples become lists
+    defaults = json.loads(json.dumps(dict(flatten(cfg))))  # tuples become lists
     return sections.changed_settings(content, defaults)
 
 
@@ -221,20 +221,17 @@ def _data_section(run: RunFolder, record: RunRecord) -> page.Section:
         rows.append([name, *ends, str(record.settings.get(f"SHA-256 of the json of {name}", "-"))[:16]])
     if not rows:
         return page.Section("Data", "", [run.missing(RECORD, "record of the data", "the file has none")])
-    caption = f"The ends of the paths, and the beginning of the annotations' SHA-256; {RECORD} has them whole."
+    caption = f"Ends of the paths, and first characters of the annotations' SHA-256. Both are complete in {RECORD}."
     return page.Section("Data", "", [page.Table(["data set", "annotations", "images", "SHA-256"], rows, caption)])
 
 
 def write_report(folder: Path) -> Path:
-    """Write `folder`/report.html, and return its path.
-
-    The run may be incomplete.
-    """
+    """Write the report.html of a run, and return its path."""
     return build_report(folder).write(folder / REPORT)
 
 
 def build_report(folder: Path) -> page.Report:
-    """Build the page of a run."""
+    """Build the page of a run, which may be incomplete."""
     run = RunFolder(folder)
     record = run.read(RECORD, RunRecord.read, RunRecord())
     settings: dict[str, Any] = run.read(CONFIG, read_yaml, {})
@@ -248,9 +245,9 @@ def build_report(folder: Path) -> page.Report:
     plots = {
         **loss_plots(log),
         "Learning rate": ("learning rate", {"lr": "learning rate"}),
-        "Speed": ("seconds", {"time": "whole iteration", "data_time": "of it, waiting for data"}),
+        "Speed": ("seconds", {"time": "whole iteration", "data_time": "waiting for data"}),
     }
-    text = "The total loss is the sum of those of proposals, classes, boxes and masks; medians of 20 iterations."
+    text = "The total loss is the sum of the losses of proposals, classes, boxes and masks. Medians of 20 iterations."
     return page.Report(
         f"Detector: {folder.resolve().name}",
         sections.lead(f"{_detector(settings)}. ", progress if unfinished else ""),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +40,10 @@ class DetectionResults(FileContent):
     def _has_headlines(self) -> DetectionResults:
         for task in self.numbers or ["bbox"]:
             if not set(HEADLINE) <= (getattr(self, task) or {}).keys():
-                wanted = f"{', '.join(HEADLINE)}, as tools/train_net.py writes it"
-                raise ValueError(f"{task}: expected an object with {wanted}")
+                raise ValueError(f"{task}: has no {', '.join(HEADLINE)}. Write it with tools/train_net.py.")
             for one in self.classes:
                 if "AP" not in (getattr(one, task) or {}):
-                    raise ValueError(f"classes: {one.name} has no {task} AP")
+                    raise ValueError(f"classes: {one.name} has no {task} AP. Write it with tools/train_net.py.")
         return self
 
     @property
@@ -77,26 +75,19 @@ def read_metrics(path: Path) -> LoggedNumbers:
 
     A resumed run may log an iteration twice: the later values are used. Iteration numbers become counts of iterations,
     so that the evaluation after training has the number of the last iteration. The losses of the stages of a cascade
-    are added up.
-
-    Raises:
-        UserError: the file does not exist.
+    are added up. Raises UserError if the file does not exist.
     """
     log = read_log(path, "iteration")
     rows: dict[float, dict[str, float]] = {}
     for row in log.rows:
-        rows.setdefault(row["iteration"], {}).update(_without_stages(row))
+        whole: dict[str, float] = {}
+        for key, value in row.items():
+            name = re.sub(r"^(loss_.*)_stage\d+$", r"\1", key)
+            whole[name] = whole.get(name, 0.0) + value
+        rows.setdefault(row["iteration"], {}).update(whole)
     last = max((iteration for iteration, row in rows.items() if "total_loss" in row), default=max(rows, default=0))
     merged: dict[float, dict[str, float]] = {}
     for iteration in sorted(rows):
         done = min(iteration, last) + 1
         merged.setdefault(done, {}).update({**rows[iteration], "iteration": done})
     return LoggedNumbers(list(merged.values()), log.damaged)
-
-
-def _without_stages(row: Mapping[str, float]) -> dict[str, float]:
-    merged: dict[str, float] = {}
-    for key, value in row.items():
-        name = re.sub(r"_stage\d+$", "", key) if key.startswith("loss_") else key
-        merged[name] = merged.get(name, 0.0) + value
-    return merged

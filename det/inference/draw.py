@@ -52,10 +52,6 @@ class DrawnInstance:
     mask: Any = None
     score: float | None = None
 
-    def decode_mask(self, height: int, width: int) -> NDArray[np.bool_] | None:
-        """Return the mask as an array (height, width)."""
-        return None if self.mask is None else decode_segmentation(self.mask, height, width)
-
 
 def class_color(index: int) -> Color:
     """Return the RGB colour of a class."""
@@ -66,17 +62,12 @@ def class_color(index: int) -> Color:
 def instances_from_coco(annotations: Sequence[Mapping[str, Any]], categories: Mapping[int, str]) -> list[DrawnInstance]:
     """Convert COCO annotations or results of one image.
 
-    The order of `categories` (names by id) numbers the classes. Raises ValueError for a missing key or unknown
-    category.
+    The order of `categories` (names by id) numbers the classes.
     """
     order = {category: index for index, category in enumerate(categories)}
     instances = []
     for annotation in annotations:
-        if absent := {"category_id", "bbox"} - annotation.keys():
-            raise ValueError(f"annotation: no {sorted(absent)}, only {sorted(annotation)}")
         category = annotation["category_id"]
-        if category not in order:
-            raise ValueError(f"annotation: category_id {category!r} is none of {sorted(order)}")
         x, y, width, height = map(float, annotation["bbox"])
         mask, score = annotation.get("segmentation") or None, annotation.get("score")
         instances.append(DrawnInstance((x, y, width, height), order[category], categories[category], mask, score))
@@ -101,7 +92,6 @@ def instances_from_detectron2(objects: Instances, names: Sequence[str]) -> list[
 def draw_instances(
     image: NDArray[np.uint8],
     instances: Sequence[DrawnInstance],
-    *,
     longest_side: int | None = None,
     letters: float = LETTER_SIZE,
 ) -> NDArray[np.uint8]:
@@ -109,22 +99,19 @@ def draw_instances(
 
     The image is first scaled to a longest side of `longest_side` pixels. The height of letters is `letters` times that
     side. Large objects are drawn first, so that small objects stay visible. Labels do not overlap if their boxes leave
-    room; otherwise the label with the highest score is on top. Raises ValueError for a wrong shape of image or mask.
+    room; otherwise the label with the highest score is on top.
     """
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"image: expected (H, W, 3) uint8, received {image.shape} {image.dtype}")
     scale = 1.0 if longest_side is None else longest_side / max(image.shape[:2])
     size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
     canvas = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
     unit = max(size) / 480  # unit of lines and letters, in proportion to the picture
     for instance in sorted(instances, key=lambda item: -item.box[2] * item.box[3]):
-        mask = instance.decode_mask(*image.shape[:2])
-        if mask is not None:
-            _draw_mask(canvas, mask, class_color(instance.class_index), scale, unit)
+        color = class_color(instance.class_index)
+        if instance.mask is not None:
+            _draw_mask(canvas, decode_segmentation(instance.mask, *image.shape[:2]), color, scale, unit)
         x, y, width, height = (value * scale for value in instance.box)
         corners = (x, y, max(x + width, x + 1), max(y + height, y + 1))
-        outline = class_color(instance.class_index)
-        ImageDraw.Draw(canvas).rectangle(corners, outline=outline, width=max(1, round(2 * unit)))
+        ImageDraw.Draw(canvas).rectangle(corners, outline=color, width=max(1, round(2 * unit)))
     _draw_labels(canvas, instances, scale, max(SMALLEST_LETTERS, letters * max(size)))
     return np.asarray(canvas)
 
@@ -218,12 +205,13 @@ def _overlap(one: Corners, other: Corners) -> float:
     return max(width, 0.0) * max(height, 0.0)
 
 
-def draw_sheet(pictures: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -> NDArray[np.uint8]:
+def draw_sheet(pictures: Sequence[NDArray[np.uint8]], captions: Sequence[str], letters: int = 14) -> NDArray[np.uint8]:
     """Arrange pictures in a nearly square grid, with captions below them.
 
     Pictures are (H, W, 3) uint8 RGB of any size. Captions may have several lines, and are cut off at the column width.
+    `letters` is the size of the letters in pixels.
     """
-    gap, line = 16, 20
+    gap, line = 16, round(letters * 10 / 7)
     columns = math.ceil(math.sqrt(len(pictures)))
     width = max(picture.shape[1] for picture in pictures)
     text = line * max(caption.count("\n") + 1 for caption in captions)
@@ -235,7 +223,8 @@ def draw_sheet(pictures: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -
             x, y = gap + column * (width + gap), gap + sum(heights[:number])
             sheet.paste(Image.fromarray(pictures[index]), (x, y))
             label = Image.new("RGB", (width, text), "white")
-            font = label_font(captions[index], 14)
-            ImageDraw.Draw(label).multiline_text((0, 2), captions[index], font=font, fill=(64, 64, 64), spacing=4)
+            font = label_font(captions[index], letters)
+            place, fill, spacing = (0, 2), (64, 64, 64), line - letters - 2
+            ImageDraw.Draw(label).multiline_text(place, captions[index], font=font, fill=fill, spacing=spacing)
             sheet.paste(label, (x, y + pictures[index].shape[0]))
     return np.asarray(sheet)

@@ -81,7 +81,7 @@ def export_detector(
         boxes    (N, 4)     float32, x0, y0, x1, y1 in pixels of the input
         scores   (N,)       float32
         classes  (N,)       int64, from 0
-    masks    (N, M, M)  float32, probabilities inside the box, if the detector has masks
+        masks    (N, M, M)  float32, probabilities inside the box, if the detector has masks
 
     With `backbone_only`, the outputs are the feature maps: `p2` (1, C, H / 4, W / 4) and so on. Thresholds and limits
     come from the config. Above 1000 candidates, detectron2 suppresses overlaps class by class. The graph always shifts
@@ -89,7 +89,7 @@ def export_detector(
     therefore differ.
 
     Args:
-        model: on the CPU, in evaluation mode. Otherwise a ValueError is raised.
+        model: on the CPU, in evaluation mode.
         path: `.onnx`, or `.pt2` for `torch.export.load`. Large ONNX weights are written to `<name>.onnx.data`.
         img_size: H and W in pixels, or one number for both. Multiples of the backbone's divisor.
         check: run the file on the CPU, and return its differences from the model, which must be within `LIMITS`.
@@ -118,20 +118,18 @@ def export_detector(
 
 
 def _check_request(model: GeneralizedRCNN, path: Path, size: tuple[int, int], backbone_only: bool, force: bool) -> None:
-    if model.training or model.pixel_mean.device.type != "cpu":
-        raise ValueError("model: expected on the CPU and in evaluation mode; call model.cpu().eval()")
     if path.suffix not in (ONNX, TORCH):
         raise UserError(f"{path}: unknown suffix. Use {ONNX}, or {TORCH} for torch.export.load.")
     if not path.parent.is_dir():
-        raise UserError(f"{path}: no such folder: {path.parent}")
+        raise UserError(f"{path}: there is no folder {path.parent}. Create it.")
     for file in (path, path.with_name(f"{path.name}.data")):
         check_destination(file, force=force)
     divisor = model.backbone.padding_constraints["size_divisibility"]
     if any(side <= 0 or side % divisor for side in size):
-        raise UserError(f"image size: expected multiples of {divisor} pixels, received {size[0]} x {size[1]}")
+        raise UserError(f"image size: {size[0]} x {size[1]} does not fit. Use multiples of {divisor} pixels.")
     reason = None if backbone_only else obstacle(model)
     if reason:
-        raise UserError(f"the detector cannot be exported: {reason}. Its backbone can (--backbone-only).")
+        raise UserError(f"the detector cannot be exported: {reason}. Export its backbone with --backbone-only.")
 
 
 def _write(
@@ -156,7 +154,7 @@ def _write(
             verbose=False,
         )
     except Exception as error:  # exporters raise all types of exceptions
-        hint = "" if backbone_only else ". Its backbone may be possible (--backbone-only)."
+        hint = "" if backbone_only else ". Export its backbone with --backbone-only."
         first = str(error).strip().split("\n")[0]
         raise UserError(f"the detector cannot be exported: {type(error).__name__}: {first}{hint}") from error
     assert onnx is not None
@@ -224,8 +222,8 @@ def _check(model: GeneralizedRCNN, path: Path, inputs: Arrays, backbone_only: bo
         parity = compare_detections(eager_detections(model, inputs), exported)
     if parity.exceeded():
         raise UserError(
-            f"{path.name} differs from the detector and is not kept: {parity}. Try another picture (--image), because "
-            "this one may have scores or overlaps right at a threshold, or skip the check (--no-check)."
+            f"{path.name}: differs from the detector, so it is not kept: {parity}. Try another picture with --image, "
+            "because this one may have scores or overlaps right at a threshold, or skip the check with --no-check."
         )
     if not parity.compared:
         log.warning("the detector finds nothing in the picture, so the check proves little. Name another picture.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 from collections import defaultdict
@@ -73,7 +74,7 @@ class Predictor:
         self.model: Any = build_detector(self.cfg).eval()
         if not isinstance(self.model, GeneralizedRCNN):
             name = self.cfg.MODEL.META_ARCHITECTURE
-            raise UserError(f"MODEL.META_ARCHITECTURE: only a GeneralizedRCNN can predict here, not {name}")
+            raise UserError(f"MODEL.META_ARCHITECTURE: {name} cannot predict here. Use GeneralizedRCNN.")
         load_weights(self.model, self.cfg, detector_only=True)
         if not masks:
             self.model.roi_heads.mask_on = False
@@ -132,19 +133,29 @@ class Predictor:
         return tuple(-(-side // divisor) * divisor for side in image.shape[1:])
 
 
+def add_detector_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a detector and its classes."""
+    parser.add_argument(
+        "--weights", type=Path, required=True, metavar="PATH", help="a detector's file, or the folder of its run"
+    )
+    parser.add_argument("--config-file", metavar="NAME", help="a YAML file, or its name under configs/ (the run's own)")
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="class names: a COCO file, or a text with one per line (the run's)"
+    )
+
+
 def read_config(config_file: str | Path | None, weights: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
     """Read the config of a detector, and apply `KEY=VALUE` words.
 
-    Args:
-        config_file: a YAML file, a name under configs/, or a run's folder. None uses `config.yaml` next to the weights.
-        weights: a run's folder, or a file in it.
+    `config_file` is a YAML file, a name under configs/, or a run's folder. None uses `config.yaml` next to the
+    `weights`, which are a run's folder or a file in it.
     """
     if not Path(weights).exists():
         raise UserError(f"{weights}: no such file or folder. Name a detector's weights, or the folder of its run.")
     if config_file is None:
         folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
         if not (folder / CONFIG).is_file():
-            raise UserError(f"{folder} has no {CONFIG}. Name the config that the detector was trained with.")
+            raise UserError(f"{folder}: has no {CONFIG}. Name the config that the detector was trained with.")
         config_file = folder / CONFIG
     return load_det_config(str(config_file), overrides)
 
@@ -172,10 +183,6 @@ class Classes:
     names: tuple[str, ...]
     category_ids: tuple[int, ...]
 
-    def categories(self) -> list[dict[str, Any]]:
-        """List the classes in the form of COCO's `categories`."""
-        return [{"id": number, "name": name} for number, name in zip(self.category_ids, self.names, strict=True)]
-
 
 def find_classes(predictor: Predictor, file: Path | None = None) -> Classes:
     """Find the names and category ids of a detector's classes.
@@ -187,11 +194,11 @@ def find_classes(predictor: Predictor, file: Path | None = None) -> Classes:
     wanted, record = predictor.num_classes, predictor.weights.with_name(RECORD)
     classes = _recorded_classes(record) if file is None else _read_classes(file)
     if classes is None:
-        log.warning("%s has no class names: using class 1 to class %d. Name them with --classes.", record, wanted)
+        log.warning("%s has no class names, so they are class 1 to class %d. Name them with --classes.", record, wanted)
         numbers = range(1, wanted + 1)
         return Classes(tuple(f"class {number}" for number in numbers), tuple(numbers))
     if len(classes.names) != wanted:
-        raise UserError(f"{file or record}: has {len(classes.names)} classes, the detector {wanted}")
+        raise UserError(f"{file or record}: has {len(classes.names)} class names. The detector needs {wanted}.")
     return classes
 
 

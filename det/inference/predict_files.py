@@ -97,11 +97,13 @@ def check_output(output: Path, inputs: Sequence[MediaInput], arguments: Sequence
     planned = [output / COCO_FILE, *(output / one.target for one in inputs)]
     for argument in map(_expand_home, arguments):
         if _searches(argument, output, planned):
-            raise UserError(f"--output: {output} is in {argument}: the next call would take its pictures for input")
+            raise UserError(
+                f"--output: {output} is in {argument}, so the next call would read it. Name another folder."
+            )
     sources = {one.path.resolve() for one in inputs}
     folders = {folder for path in planned for folder in path.parents}
     for path in planned:
-        fault = "is the folder of others, too" if path in folders else _fault(path)
+        fault = "it is also the folder of other files" if path in folders else _fault(path)
         if fault:
             raise UserError(f"--output: {path} cannot be written: {fault}. Name another folder.")
         if path.resolve() in sources:
@@ -245,5 +247,7 @@ class CocoStream:
 
     def finish(self, info: dict[str, Any]) -> None:
         self.annotations.close()
-        rest = {"images": self.images, "categories": self.classes.categories(), "info": info}
+        pairs = zip(self.classes.category_ids, self.classes.names, strict=True)
+        categories = [{"id": number, "name": name} for number, name in pairs]
+        rest = {"images": self.images, "categories": categories, "info": info}
         self.file.write(", " + json.dumps(rest, ensure_ascii=False, allow_nan=False)[1:] + "\n")

@@ -69,7 +69,7 @@ class Video:
                 where = f"{printable(self.path)}: cannot be read after frame {number}"
                 raise UserError(f"{where}: {error.strerror}") from error
         if not number:
-            raise UserError(f"{printable(self.path)}: has no readable picture")
+            raise UserError(f"{printable(self.path)}: has no readable picture. Name another video.")
         if number < self._listed:  # the file was cut off, or trimmed without encoding
             log.warning("%s: %d frames could be read, the file lists %d", printable(self.path), number, self._listed)
 
@@ -80,7 +80,7 @@ class Video:
             raise UserError(f"{printable(self.path)}: cannot be read as a video: {error.strerror}") from error
         if not container.streams.video:
             container.close()
-            raise UserError(f"{printable(self.path)}: has no pictures, only {len(container.streams)} other streams")
+            raise UserError(f"{printable(self.path)}: has no pictures. Name another video.")
         return container
 
 

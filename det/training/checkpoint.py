@@ -1,6 +1,6 @@
 """Checkpoints of a detector's run: atomic writing, strict reading, and a record of its settings.
 
-In a checkpoint, `model` holds the evaluated weights.
+In a checkpoint, `model` has the evaluated weights.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
         for key in ("model", TRAINED):
             if found := describe_non_finite(content.get(key, {})):
                 raise UserError(
-                    f"{Path(self.save_dir, file_name)}: not written, because {found} (in `{key}`). The last checkpoint "
-                    "stays: lower SOLVER.BASE_LR and start a new run in another OUTPUT_DIR."
+                    f"{Path(self.save_dir, file_name)}: not written, because {found} (in `{key}`). Lower "
+                    "SOLVER.BASE_LR and start a new run in another OUTPUT_DIR."
                 )
         write_atomically(Path(self.save_dir, file_name), lambda path: torch.save(content, path))
 
@@ -87,7 +87,9 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self.load(str(path))
         first: int = self.checkpointables["trainer"].iter + 1  # the checkpoint has the number of the finished step
         if first > max_iter:
-            raise UserError(f"--resume: {first} steps are done already, this run has {max_iter}")
+            raise UserError(
+                f"--resume: {first} steps are done already, of {max_iter}. Raise SOLVER.MAX_ITER or SOLVER.EPOCHS."
+            )
         log.info("resuming after iteration %d from %s", first, path)
         return first
 
@@ -109,7 +111,9 @@ class AtomicCheckpointer(DetectionCheckpointer):
         wanted = ("model", *self.checkpointables)
         missing = [key for key in wanted if not isinstance(content, dict) or not isinstance(content.get(key), dict)]
         if missing:
-            raise UserError(f"{filename}: not a checkpoint of a training run, it lacks {', '.join(missing)}. {advice}")
+            raise UserError(
+                f"{filename}: has no {', '.join(missing)}, so it is no checkpoint of a training run. {advice}"
+            )
         if self.average is not None and TRAINED in content:
             self.average.load_state_dict(content["model"])
             content["model"] = content.pop(TRAINED)
@@ -121,8 +125,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
         if wrong:
             path = last_checkpoint(Path(self.save_dir))
             raise UserError(
-                f"{path} is of another model than the config: {len(wrong)} tensors are missing, left over "
-                f"or of another shape, like {wrong[0]}. Resume with the config it was trained with."
+                f"{path}: does not fit the config: {len(wrong)} tensors are missing, left over or of another shape, "
+                f"such as {wrong[0]}. Resume with the config of the run."
             )
 
 
@@ -131,7 +135,7 @@ def find_checkpoint(folder: Path, resume: bool) -> Path | None:
     if not resume:
         if (folder / LAST).exists() or (folder / RECORD).is_file():
             raise UserError(
-                f"OUTPUT_DIR: {folder} already holds a run; pass --resume to continue, or name another folder"
+                f"OUTPUT_DIR: {folder} already has a run. Continue it with --resume, or name another folder."
             )
         return None
     found = last_checkpoint(folder)
@@ -152,12 +156,12 @@ def last_checkpoint(folder: Path) -> Path | None:
         raise UserError(f"{record}: cannot be read: {error.strerror}. {_REPAIR}") from None
     name = text.removesuffix("\n")
     if not CHECKPOINT.fullmatch(name):
-        raise UserError(f"{record}: holds {name[:60]!r}, which is not the name of a checkpoint. {_REPAIR}")
+        raise UserError(f"{record}: {name[:60]!r} is not the name of a checkpoint. {_REPAIR}")
     path = folder / name
     if not path.is_file():
-        raise UserError(f"{record}: names {name}, a file that does not exist. {_REPAIR}")
+        raise UserError(f"{record}: {name} does not exist. {_REPAIR}")
     if path.resolve().parent != folder.resolve():
-        raise UserError(f"{record}: names {name}, a link to a file outside {folder}. Copy the file into the folder.")
+        raise UserError(f"{record}: {name} is a link to a file outside {folder}. Copy the file into the folder.")
     return path
 
 
@@ -183,13 +187,13 @@ def check_continues(folder: Path, settings: Mapping[str, Any]) -> None:
         keys = recorded.keys() | settings.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
-            f"--resume: {folder / RECORD} is missing or damaged, so it cannot be checked that this is the same run. "
-            "Start a new one from MODEL.WEIGHTS in another OUTPUT_DIR."
+            f"--resume: {folder / RECORD} is missing or damaged, so the settings cannot be compared. Start a new run "
+            "from MODEL.WEIGHTS in another OUTPUT_DIR."
         ) from None
     pairs = {key: (recorded.get(key), settings.get(key)) for key in sorted(keys)}
-    changed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in pairs.items() if old != new)
+    changed = ", ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in pairs.items() if old != new)
     if changed:
-        raise UserError(f"--resume: {folder} holds a run with other settings: {changed}")
+        raise UserError(f"--resume: settings of the run have changed: {changed}. Restore them, or start a new run.")
 
 
 def record_run(

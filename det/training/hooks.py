@@ -56,12 +56,11 @@ class EvaluationHook(hooks.EvalHook):
                 self.trainer.storage.put_image(f"validation/{number}", np.asarray(Image.open(path)).transpose(2, 0, 1))
             if self.trainer.iter + 1 < self.trainer.max_iter:  # the last report is written after all other files
                 write_report(folder)
-        return {task: _without_many_classes(numbers) for task, numbers in self.results.items()}
-
-
-def _without_many_classes(numbers: dict[str, float]) -> dict[str, float]:
-    classes = [key for key in numbers if key.startswith("AP-")]
-    return numbers if len(classes) <= LOGGED_CLASSES else {key: numbers[key] for key in numbers if key not in classes}
+        many = sum(key.startswith("AP-") for key in next(iter(self.results.values()), {})) > LOGGED_CLASSES
+        return {
+            task: {key: value for key, value in numbers.items() if not (many and key.startswith("AP-"))}
+            for task, numbers in self.results.items()
+        }
 
 
 def keep_best(checkpointer: AtomicCheckpointer, results: _Results, iteration: int) -> None:
@@ -101,7 +100,7 @@ class StopBetweenSteps(HookBase):
             return
         if comm.is_main_process():
             self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
-        log.info("stopped and saved after %d steps; the same command with --resume continues from there", done)
+        log.info("stopped and saved after %d steps. The same command with --resume continues from there.", done)
         self.request.end()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,13 +66,14 @@ class StepTrainer(SimpleTrainer):
         data_time = time.perf_counter() - start
         self.optimizer.zero_grad()
         losses: dict[str, Tensor] = {}
-        for number, part in enumerate(split(batch, self.parts)):
+        size = len(batch) // self.parts
+        for number in range(self.parts):
             self._seed(number)
             last = number == self.parts - 1
             several = isinstance(self.model, nn.parallel.DistributedDataParallel)
             # Only the backward pass of the last part averages gradients over the processes.
             with contextlib.nullcontext() if last or not several else self.model.no_sync():
-                for name, value in self._backward(part).items():
+                for name, value in self._backward(batch[number * size : (number + 1) * size]).items():
                     losses[name] = losses.get(name, 0) + value
         self._write_metrics(losses, data_time)
         self._update()
@@ -119,12 +119,3 @@ class StepTrainer(SimpleTrainer):
             self.scaler.load_state_dict(inner["grad_scaler"])
         elif self.scaler.is_enabled():
             log.info("the checkpoint is of a run without float16: the scale of gradients starts again")
-
-
-def split(batch: Sequence[Any], parts: int) -> Iterator[list[Any]]:
-    """Split a batch into parts of equal length."""
-    if len(batch) % parts:
-        raise ValueError(f"{len(batch)} images cannot be divided into {parts} parts")
-    size = len(batch) // parts
-    for start in range(0, len(batch), size):
-        yield list(batch[start : start + size])

@@ -50,7 +50,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
     check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN", "training data")
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
     if not cfg.DATASETS.TEST:
-        log.info("no validation data (--val-json, or DATASETS.TEST without --train-json): no weights are the best")
+        log.info("no validation data, so no weights are the best. Name them with --val-json.")
     keys, folder = read_keys(cfg), Path(cfg.OUTPUT_DIR)
     solver, depth = keys.SOLVER, keys.MODEL.VIT.DEPTH
     with early_log() as early:  # nothing is written before all checks have passed
@@ -72,7 +72,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
         loader = batches(range(schedule.max_iter))
         model = build_detector(cfg)
         checkpoint = find_checkpoint(folder, resume)
-        settings = shared_settings(dict(flatten(cfg, cfg)), len(samples))
+        settings = shared_settings(dict(flatten(cfg)), len(samples))
         if checkpoint is None:
             load_weights(model, cfg)
         else:
@@ -116,7 +116,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
         if comm.is_main_process():
             log.info("report in %s", write_report(folder))
             if results:
-                log.info("the numbers are those of the final weights; %s holds the best", BEST)
+                log.info("these are the results of the final weights. The best weights are in %s", BEST)
     return results
 
 
@@ -136,8 +136,8 @@ def run_steps(trainer: StepTrainer, first: int, schedule: StepSchedule) -> None:
         trainer.train(first, schedule.max_iter)
     except FloatingPointError as error:
         raise UserError(
-            f"training diverged at iteration {trainer.iter}: {' '.join(str(error).split())} Lower SOLVER.BASE_LR (it "
-            f"is {schedule.base_lr:g}) or raise SOLVER.WARMUP_ITERS ({schedule.warmup_iters}), and start again in "
+            f"training diverged at iteration {trainer.iter}: {' '.join(str(error).split())} Lower SOLVER.BASE_LR (now "
+            f"{schedule.base_lr:g}) or raise SOLVER.WARMUP_ITERS (now {schedule.warmup_iters}), and start again in "
             "another OUTPUT_DIR."
         ) from error
 
@@ -155,7 +155,7 @@ def evaluate_only(cfg: CfgNode) -> dict[str, dict[str, float]]:
     if (folder / RECORD).is_file():
         cfg, folder = cfg.clone(), folder / "evaluation"
         cfg.OUTPUT_DIR = str(folder)
-        log.info("OUTPUT_DIR holds a training, so the evaluation goes to %s", folder)
+        log.info("OUTPUT_DIR has a training run, so the evaluation goes to %s", folder)
     make_folder(folder, "OUTPUT_DIR")
     with log_file(folder):
         results = evaluate(cfg, create_ddp_model(model, broadcast_buffers=False))

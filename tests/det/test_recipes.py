@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crossmae.models.sizes import SIZES
 from crossmae.training.config import CONFIG_ROOT, read_yaml, resolve_config_path
-from det.config import BASE_KEY, EvaluationKeys, SolverKeys, load_det_config, lookup
+from det.config import BASE_KEY, EvaluationKeys, SolverKeys, flatten, load_det_config, lookup
 from det.training.optimizer import StepSchedule, resolve_schedule
 from tools.train_net import build_parser
 
@@ -138,13 +138,6 @@ def schedule(cfg: CfgNode) -> StepSchedule:
 
 def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def nested_orders(tree: dict[str, Any], prefix: str = "") -> dict[str, list[str]]:
@@ -274,7 +267,7 @@ class TestEveryRecipe:
             assert base is None
             return
         below, above = (load_det_config(str(p), ["MODEL.DEVICE=cpu"]) for p in (path.parent / base, path))
-        assert not [key for key in leaves(tree) if lookup(below, key) == lookup(above, key)]
+        assert not [key for key, _ in flatten(tree) if lookup(below, key) == lookup(above, key)]
         assert f"outputs/{path.stem}" == above.OUTPUT_DIR
 
     def test_its_keys_are_in_the_order_of_the_base(self, path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Proves that bad input ends in one line on stderr that names the file or key, exit code 2, and nothing written."""
+"""Proves that bad input ends in one line on stderr that names the file or key, exit code 2, and nothing written.
+
+The options of the tools stay as they are published.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,10 @@ from safetensors.torch import save_file
 from crossmae.errors import USER_ERROR_EXIT_CODE, run_cli
 from crossmae.models.crossmae import create_model
 from tests.det.coco_files import TINY, write_coco
-from tools import convert_checkpoint, pretrain, train_net
+from tools import convert_checkpoint, dataset_stats, make_shards, pretrain, reconstruct, train_net
 
-MODEL = {
-    "embed_dim": 24,
-    "depth": 2,
-    "num_heads": 2,
-    "decoder_embed_dim": 8,
-    "decoder_depth": 1,
-    "decoder_num_heads": 1,
-}
+MODEL = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+MODEL |= {"decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 1}
 
 
 @pytest.fixture
@@ -139,3 +136,16 @@ def test_the_right_input_is_accepted(files: Path) -> None:
     assert (files / "OUT/model.safetensors").is_file()
     detect_with("MODEL.WEIGHTS=right.safetensors", "OUTPUT_DIR=OUT2", "SOLVER.MAX_ITER=1")()
     assert (files / "OUT2/model_final.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    ("tool", "options"),
+    [
+        (dataset_stats, "config-file images output threads"),
+        (make_shards, "root short-side quality images-per-shard workers keep-original skip-broken verify"),
+        (reconstruct, "output mask-ratio gif-ratios no-gif seed device set force"),
+    ],
+)
+def test_options_are_frozen(tool: Any, options: str) -> None:
+    found = {option for action in tool.build_parser()._actions for option in action.option_strings}
+    assert found == {"-h", "--help", *(f"--{name}" for name in options.split())}

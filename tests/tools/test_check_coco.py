@@ -102,7 +102,7 @@ def test_masks_are_missed_only_where_others_have_one(content: dict[str, Any]) ->
     ("words", "told"),
     [
         (("coco.json", "nowhere"), "IMAGES: nowhere is no folder"),
-        (("coco.json",), "IMAGES: no image folder named"),
+        (("coco.json",), "IMAGES: no folder is named"),
         (("absent.json", "images"), "absent.json: no such file"),
         (("images/1.png", "images"), "images/1.png: not valid JSON"),
         (("coco.json", "images", "--json", "./coco.json"), "--json: coco.json is the file to be checked"),

@@ -87,16 +87,11 @@ def test_every_option_reaches_the_conversion(source: Path, monkeypatch: pytest.M
     ("names", "told"),
     [
         (("gone.pth", "b.pth", "--to", "detectron2"), "no such file or folder"),
-        (("a.pth", "b.pth", "--to", "onnx"), "--to onnx: unknown format; known: crossmae, mae, timm, hf-vit"),
-        (("a.pth", "b.txt", "--to", "detectron2"), "the suffix gives the kind of file to write"),
-        (("a.pth", "old.pth", "--to", "detectron2"), "exists already"),
-        (("a.pth", "a.pth", "--to", "detectron2", "--force"), "is the source, or a folder that contains it"),
-        (("resnet.pth", "b.pth", "--to", "detectron2"), "no ViT encoder in it"),
         (("a.pth", "b.pth", "--to", "detectron2"), "num_heads=16"),
         (("a.pth", "b.pth", "--to", "crossmae", "--img-size", "1", "2", "3", *HEADS), "one number or (height, width)"),
         (("a.pth", "b.pth", "--to", "crossmae", "--img-size", "33", *HEADS), "33 is not a multiple of patch_size 8"),
-        (("a.pth", "b.pth", "--to", "crossmae", "--set", "num_heads"), "expected KEY=VALUE"),
-        (("a.pth", "b.pth", "--to", "crossmae", "--ema", *HEADS), "EMA weights are asked for, and there are none"),
+        (("a.pth", "b.pth", "--to", "crossmae", "--set", "num_heads"), "not KEY=VALUE"),
+        (("a.pth", "b.pth", "--to", "crossmae", "--ema", *HEADS), "has no EMA weights"),
     ],
 )
 def test_errors_are_one_line_and_write_nothing(
@@ -106,8 +101,6 @@ def test_errors_are_one_line_and_write_nothing(
     names: tuple[str, ...],
     told: str,
 ) -> None:
-    torch.save({"conv1.weight": torch.zeros(2)}, "resnet.pth")
-    Path("old.pth").write_bytes(b"old")
     before = {path: path.read_bytes() for path in Path().iterdir()}
     assert run(monkeypatch, *names) == USER_ERROR_EXIT_CODE
     error = capsys.readouterr().err

@@ -57,7 +57,7 @@ def test_output(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--img-size", "64x"], "error: --img-size 64x: expected pixels, such as"),
         (["--img-size", "large"], "error: --img-size large: expected"),
-        (["--img-size", "60"], "error: image size: expected multiples of 8 pixels, received 60 x 60"),
+        (["--img-size", "60"], "error: image size: 60 x 60 does not fit. Use multiples of 8 pixels"),
         (["--image", "no.jpg"], "error: no.jpg: cannot be read"),
         (["--image", "no.jpg", "--no-check"], "error: --image has no effect with --no-check"),
         (["MODEL.VIT.DEPTH"], "error: command line: MODEL.VIT.DEPTH has no value"),

@@ -49,10 +49,7 @@ def index_wheel(folder: Path, sources: dict[str, bytes] = SOURCES) -> Path:
     files = dict.fromkeys(STRIPPED, b"\x7fELF or stray") | sources
     files |= {f"{INFO}/METADATA": METADATA.encode(), f"{INFO}/LICENSE": b"Apache\n"}
     files |= {f"{INFO}/WHEEL": b"Root-Is-Purelib: false\nTag: cp310-cp310-linux_x86_64\n"}
-    files |= {
-        f"{INFO}/top_level.txt": b"detectron2\ntools\n",
-        f"{INFO}/RECORD": b"detectron2/_C.so,sha256=stale,1\n",
-    }
+    files |= {f"{INFO}/top_level.txt": b"detectron2\ntools\n", f"{INFO}/RECORD": b"detectron2/_C.so,sha256=stale,1\n"}
     with zipfile.ZipFile(wheel, "w") as archive:
         for name, content in files.items():
             archive.writestr(zipfile.ZipInfo(name), content)  # dated 1980
@@ -134,29 +131,18 @@ def test_is_tagged_as_plain_python_and_says_that_it_was_changed(tmp_path: Path) 
 
 def test_is_the_same_file_every_time(tmp_path: Path) -> None:
     source = index_wheel(tmp_path)
+    first = installer.make_pure_wheel(source, tmp_path).read_bytes()
     wheel = installer.make_pure_wheel(source, tmp_path)
-    first = wheel.read_bytes()
+    assert wheel.read_bytes() == first
     with zipfile.ZipFile(wheel) as archive:
         assert {member.date_time[0] for member in archive.infolist()} == {1980}  # no trace of today
-    assert installer.make_pure_wheel(source, tmp_path).read_bytes() == first
 
 
 def test_pip_accepts_the_wheel(tmp_path: Path) -> None:
     wheel = installer.make_pure_wheel(index_wheel(tmp_path), tmp_path)
     target = tmp_path / "site"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-qq",
-        "--no-index",
-        "--no-deps",
-        "--target",
-        target,
-        wheel,
-    ]
-    subprocess.run([str(part) for part in command], check=True)
+    options = ("-qq", "--no-index", "--no-deps", "--target", str(target))
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(wheel)], check=True)
     assert sorted(path.name for path in target.iterdir()) == ["detectron2", NEW_INFO]
 
 
@@ -236,11 +222,7 @@ def test_from_git_replaces_only_after_a_successful_build(
     monkeypatch.setattr(installer.shutil, "which", lambda program: program)
     monkeypatch.setattr(installer, "installed_version", {"sal-detectron2": "0.7.2+purepy"}.get)
     assert installer.main(["--from", "git"]) == (0 if builds else 2)
-    assert [call[0] for call in pip_calls] == [
-        "install",
-        "wheel",
-        *(["uninstall", "install"] if builds else []),
-    ]
+    assert [call[0] for call in pip_calls] == ["install", "wheel", *(["uninstall", "install"] if builds else [])]
     assert "--no-build-isolation" in pip_calls[1]
     assert pip_calls[1][-1].endswith("detectron2.git@a59f05630a8f205756064244bf5beb8661f96180")
 
@@ -260,9 +242,8 @@ def test_user_errors_are_one_line(
     pip_calls: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert installer.main(["--wheel", "no/such.whl"]) == 2
-    assert (
-        capsys.readouterr().err == "error: cannot read no/such.whl: No such file or directory. Nothing was installed.\n"
-    )
+    error = capsys.readouterr().err
+    assert error == "error: no/such.whl: cannot be read: No such file or directory. Nothing was installed.\n"
     monkeypatch.setenv("PATH", "")
     assert installer.main(["--from", "git"]) == 2
     assert capsys.readouterr().err.startswith("error: --from git needs git")

@@ -72,7 +72,7 @@ def test_files_that_can_not_be_read_are_named_at_the_end(folder: Path, capsys: p
     assert exit_code(main, "--weights", "run", "photos", "--output", "out") == SOME_FAILED_EXIT_CODE
     assert len(json.loads(Path("out/predictions.json").read_text())["images"]) == 2
     *_, heading, line = capsys.readouterr().err.splitlines()
-    assert heading == "error: of 3 files, these could not be read or not be written:"
+    assert heading == "error: of 3 files, these could not be read or written:"
     assert line.startswith(f"{folder}/photos/broken.jpg: cannot be read as an image")
 
 
@@ -87,13 +87,13 @@ def test_a_word_that_is_a_file_is_an_input(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["photos", "--score-threshold", "1.5"], "--score-threshold 1.5: expected a number from 0 to less than 1"),
-        (["photos", "--batch-size", "0"], "--batch-size 0: expected a number from 1"),
+        (["photos", "--score-threshold", "1.5"], "--score-threshold 1.5 is no threshold"),
+        (["photos", "--batch-size", "0"], "--batch-size 0 is too small"),
         (["MODEL.DEVICE=cpu"], "nothing to predict"),
         (["nowhere.jpg"], "nowhere.jpg: no such file or folder"),
         (["photos", "--output", "photos/out"], "--output: photos/out is in photos"),
         (["photos", "--weights", "none"], "none: no such file or folder"),
-        (["photos", "MODEL.DEVISE=cpu"], "unknown key MODEL.DEVISE (did you mean MODEL.DEVICE?)"),
+        (["photos", "MODEL.DEVISE=cpu"], "unknown key MODEL.DEVISE. Did you mean MODEL.DEVICE?"),
         (["photos", "--classes", "none.txt"], "none.txt: cannot be read as text"),
         (["photos/**/*.jpg", "--output", "photos/out"], "--output: photos/out is in photos/**/*.jpg"),
         (["photos", "--output", "photos/a.png"], "--output: photos/a.png is in photos"),

@@ -113,9 +113,9 @@ def test_an_output_that_can_not_be_written_is_found_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--num-images", "0"], "--num-images 0: expected a number from 1"),
+        (["--num-images", "0"], "--num-images 0 is too small"),
         (["--train-json", "data/coco.json"], "--train-json and --train-images belong together"),
-        ([], "no training data: name it with --train-json and --train-images"),
+        ([], "DATASETS.TRAIN: there is no training data. Name it with --train-json and --train-images"),
         (["--train-json", "none.json", "--train-images", "data/images"], "none.json: no such file"),
     ],
 )

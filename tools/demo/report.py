@@ -40,10 +40,10 @@ RESULTS, STAGES = "detect/results.json", "stages.json"
 PRETRAIN_LOG, DETECT_LOG = "pretrain/log.jsonl", "detect/metrics.json"
 ANNOTATIONS, PREDICTIONS = "data/annotations/val.json", "detect/inference/coco_instances_results.json"
 LEAD = (
-    "A masked autoencoder, CrossMAE, learned from images without labels by reconstructing hidden patches; its encoder "
-    "became the backbone of a Mask R-CNN that outlines handwritten digits in photographs. Digits and photographs are "
-    "real, the held-out images share none of them with the training images, and every number was measured on the "
-    "machine described at the end, by the commands shown."
+    "A masked autoencoder, CrossMAE, learned to reconstruct hidden patches of unlabelled images. Its encoder became "
+    "the backbone of a Mask R-CNN, which outlines handwritten digits in photographs. Digits and photographs are real. "
+    "The held-out images share none of them with the training images. Every number was measured by the commands shown, "
+    "on the machine described at the end."
 )
 
 
@@ -64,11 +64,11 @@ class Stages(FileContent):
     stages: list[StageRecord] = Field([])
 
     @property
-    def totals(self) -> list[str]:
+    def totals(self) -> tuple[str, str]:
         """Total time and highest peak memory of all finished stages, as text."""
         done = [stage for stage in self.stages if stage.status == "done"]
         peak = max((stage.peak_memory_bytes for stage in done), default=0)
-        return [page.format_seconds(sum(stage.seconds for stage in done)), page.format_bytes(peak)]
+        return page.format_seconds(sum(stage.seconds for stage in done)), page.format_bytes(peak)
 
 
 def result_section(run: RunFolder, results: DetectionResults | None) -> page.Section:
@@ -94,8 +94,8 @@ def prediction_section(run: RunFolder) -> page.Section:
         except (UserError, KeyError, TypeError, ValueError) as error:
             blocks = [page.Missing(Path(PREDICTIONS), what, f"it does not fit {ANNOTATIONS}: {error}")]
     text = (
-        f"{COUNT} held-out images, spread evenly over their ids, not a selection: true objects on the left, predicted "
-        "ones with their scores on the right. A class has the same colour on both sides."
+        f"{COUNT} held-out images, spread evenly over their ids: none was selected by hand. True objects are on the "
+        "left, predicted objects with their scores on the right. A class has the same colour on both sides."
     )
     return page.Section("Held-out images", text, blocks)
 
@@ -107,7 +107,7 @@ def read_predictions(path: Path) -> list[Any]:
     """
     found = read_json(path)
     if not isinstance(found, list):
-        raise UserError(f"{path}: expected a list of detections, as tools/train_net.py writes it")
+        raise UserError(f"{path}: expected a list of detections. tools/train_net.py writes such a file.")
     return found
 
 
@@ -127,10 +127,9 @@ def reconstruction_section(run: RunFolder) -> page.Section:
         row = run.picture(f"pretrain/fusion/{weights.name}", read_image, "fusion weights", alt=alt, caption=caption)
         blocks += sections.gallery([row], 420)
     text = (
-        "Held-out images, the part of them that the encoder saw, what the decoder made of the rest, and both "
-        "together. Pixel normalisation is undone: each patch is scaled back by its own mean and contrast, so its "
-        "structure is the model's, its brightness given. The weights are those by which every block of the decoder "
-        "mixes the encoder's maps."
+        "From left to right: a held-out image, the patches that the encoder saw, the prediction of the decoder, and "
+        "both together. The model predicts normalised patches. Each patch is shown with the true mean and contrast of "
+        "its pixels. The fusion weights show how every decoder block mixes the encoder's maps."
     )
     return page.Section("Reconstructions", text, blocks)
 
@@ -147,19 +146,19 @@ def pretraining_section(run: RunFolder) -> page.Section:
     if log.values("knn_accuracy"):
         plots["Nearest neighbours"] = "accuracy", {"knn_accuracy": "nearest neighbours"}
     text = (
-        "Mean squared error of hidden patches, each with its pixels normalised to mean 0 and variance 1. The held-out "
-        "loss is of photographs and handwriting that training does not see. Nearest neighbours: how many grey crops "
-        "of photographs are told apart by only the encoder's features; at step 0 the encoder is random."
+        "The loss is the mean squared error of hidden patches. Each patch is normalised to mean 0 and variance 1. The "
+        "held-out loss is measured on other photographs and other handwriting. Nearest neighbours is the share of "
+        "grayscale crops whose photograph is found by the encoder's features. The encoder is random at step 0."
     )
     if rates := log.values("images_per_second"):
-        text += f" It went through {np.median(rates):.0f} images per second (median)."
+        text += f" The median speed was {np.median(rates):.0f} images per second."
     return replace(sections.training_section(run, log, PRETRAIN_LOG, "step", plots, text), title="Pretraining")
 
 
 def detector_section(run: RunFolder) -> page.Section:
     """Plot the losses of the detector's training."""
     log = run.read(DETECT_LOG, read_metrics, LoggedNumbers())
-    text = "Mask R-CNN: the total loss is the sum of those of proposals, classes, boxes and masks."
+    text = "The total loss of Mask R-CNN is the sum of the losses of proposals, classes, boxes and masks."
     shown = sections.training_section(run, log, DETECT_LOG, "iteration", loss_plots(log), text)
     return replace(shown, title="Detector training")
 
@@ -175,20 +174,22 @@ def stage_section(run: RunFolder, record: Stages) -> page.Section:
             row[1:] = [page.format_seconds(stage.seconds), page.format_bytes(stage.peak_memory_bytes)]
         rows.append(row)
     caption = (
-        "Time on the clock, start of the program included. Peak memory: the highest sum of resident memory of a "
-        "stage's processes, sampled four times a second; shared memory counts once for each of them."
+        "The time includes the start of the program. Peak memory is the highest sum of the resident memory of a "
+        "stage's processes, sampled four times a second. Shared memory counts once for each process."
     )
     table = page.Table(["stage", "time", "peak memory"], rows, caption, ["all", *record.totals])
     commands = page.Commands([(stage.title, page.folded(stage.command)) for stage in record.stages])
-    return page.Section("Stages", "Each stage is a command of its own; run them in this order.", [table, commands])
+    return page.Section("Stages", "Each stage is one command. Run the commands in this order.", [table, commands])
 
 
 def facts(results: DetectionResults | None, record: Stages) -> list[page.Fact]:
     """List the headline numbers that are available."""
     found = ap_facts(results, "AP50", ("AP", "AP75")) if results else []
-    notes = {"Time": "all stages, one after the other", "Peak memory": "of the largest stage"}
-    costs = zip(notes.items(), record.totals, strict=True) if record.stages else ()
-    return found + [page.Fact(name, value, note) for (name, note), value in costs]
+    if record.stages:
+        seconds, memory = record.totals
+        found.append(page.Fact("Time", seconds, "all stages, one after the other"))
+        found.append(page.Fact("Peak memory", memory, "of the largest stage"))
+    return found
 
 
 def environment() -> list[tuple[str, str]]:
@@ -209,14 +210,8 @@ def environment() -> list[tuple[str, str]]:
 def build_report(run: RunFolder, results: DetectionResults | None) -> page.Report:
     """Build the demo's page from the files in the demo's folder."""
     record = run.read(STAGES, Stages.read, Stages())
-    shown = [
-        prediction_section(run),
-        result_section(run, results),
-        reconstruction_section(run),
-        pretraining_section(run),
-        detector_section(run),
-        stage_section(run, record),
-    ]
+    training = (reconstruction_section(run), pretraining_section(run), detector_section(run))
+    shown = [prediction_section(run), result_section(run, results), *training, stage_section(run, record)]
     return page.Report("CrossMAE demo: digits in photos", LEAD, facts(results, record), shown, environment())
 
 
@@ -235,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="the demo's folder, such as outputs/demo")
     run = RunFolder(parser.parse_args(argv).folder)
     if not run.path.is_dir():
-        raise UserError(f"{run.path}: no such folder. Make it: python tools/demo/run.py")
+        raise UserError(f"{run.path}: no such folder. Run the demo first: python tools/demo/run.py")
     results = run.read(RESULTS, DetectionResults.read, None)
     target = run.path / "report.html"
     text = summary(results) if results else f"{run.path / RESULTS}: {run.faults[RESULTS]}\n"

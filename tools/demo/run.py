@@ -44,7 +44,7 @@ STAGES = (
         "Compose handwritten digits over photographs",
         "tools/make_demo_data.py --output @/data",
         "data",
-        "tools/demo/data.py",
+        "tools/make_demo_data.py",
     ),
     (
         "pretrain",
@@ -136,43 +136,49 @@ def run_stages(stages: Sequence[Stage], folder: Path, *, fresh: bool = False) ->
         record = known.get(stage.name, {})
         if wanted.items() <= record.items() and all((folder / name).exists() for name in stage.outputs):
             records.append(record)
-            print(f"{head}: reused, took {_cost(record)}")
-            continue
-        known = {}
-        print(f"\n{head}: {stage.title}\n$ {stage.command}", flush=True)
-        _run_stage(stage, records, folder)
-        print(f"{head}: done in {_cost(records[-1])}", flush=True)
+            how = "reused, took"
+        else:
+            known, how = {}, "done in"
+            print(f"\n{head}: {stage.title}\n$ {stage.command}", flush=True)
+            record = _run_stage(stage, records, folder)
+        peak = format_bytes(record["peak_memory_bytes"])
+        print(f"{head}: {how} {format_seconds(record['seconds'])}, peak memory {peak}", flush=True)
     return sum(record["seconds"] for record in records)
 
 
-def _cost(record: dict[str, Any]) -> str:
-    return f"{format_seconds(record['seconds'])}, peak memory {format_bytes(record['peak_memory_bytes'])}"
-
-
-def _run_stage(stage: Stage, records: list[dict[str, Any]], folder: Path) -> None:
-    """Run a stage and append its record.
+def _run_stage(stage: Stage, records: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Run a stage. Append its record, and return it.
 
     Raises UserError if the stage fails or does not write its outputs.
     """
     record = {"name": stage.name, "title": stage.title, "command": stage.command, "fingerprint": stage.fingerprint}
     records.append(record | {"status": "started", "seconds": 0.0, "peak_memory_bytes": 0})
     write_json(folder / RECORDS, {"stages": records})
-    for name in stage.outputs:
-        _remove(folder / name)
+    for path in (folder / name for name in stage.outputs):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:  # of a link, only the link is removed
+            path.unlink(missing_ok=True)
     started, peak, failure = time.perf_counter(), 0, "interrupted"
     try:
         code, peak = run_command([sys.executable, *stage.arguments])
         absent = [str(folder / name) for name in stage.outputs if not (folder / name).exists()]
-        failure = _exit_reason(code) or (f"wrote no {', '.join(absent)}" if absent else "")
+        failure = f"wrote no {', '.join(absent)}" if absent else ""
+        if code < 0:
+            hint = ", which is what happens when memory runs out" if code == -signal.SIGKILL else ""
+            failure = f"killed by {signal.Signals(-code).name}{hint}"
+        elif code:
+            failure = f"exit code {code}"
     finally:
         seconds, status = round(time.perf_counter() - started, 3), "failed" if failure else "done"
         records[-1] |= {"status": status, "seconds": seconds, "peak_memory_bytes": peak}
         write_json(folder / RECORDS, {"stages": records})
     if failure:
         raise UserError(
-            f"stage {stage.name} failed after {format_seconds(seconds)}: {failure}; its command was: {stage.command}. "
-            "Mend the cause and run the demo again: it continues with this stage."
+            f"stage {stage.name} failed after {format_seconds(seconds)}: {failure}. "
+            f"Run the demo again to continue with this stage: {stage.command}"
         )
+    return records[-1]
 
 
 def run_command(command: Sequence[str]) -> tuple[int, int]:
@@ -181,8 +187,7 @@ def run_command(command: Sequence[str]) -> tuple[int, int]:
     The exit code is negative if a signal ended the command. Memory is the sum over the command and its descendants of
     resident memory, sampled four times a second. Shared pages count once for each process.
     """
-    process = subprocess.Popen(command)
-    peak = 0
+    process, peak = subprocess.Popen(command), 0
     while True:
         peak = max(peak, _resident_bytes(process.pid))
         try:
@@ -202,27 +207,11 @@ def _resident_bytes(pid: int) -> int:
         return 0
 
 
-def _exit_reason(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}" if code else ""
-    hint = ", which is what happens when memory runs out" if code == -signal.SIGKILL else ""
-    return f"killed by {signal.Signals(-code).name}{hint}"
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():  # of a link, only the link is removed
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)
-
-
 def _read_records(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.exists():
-        return {}
     try:
-        return {stage["name"]: stage for stage in read_json(path)["stages"]}
+        return {stage["name"]: stage for stage in read_json(path)["stages"]} if path.exists() else {}
     except (TypeError, KeyError):
-        raise UserError(f"{path}: not written by this program. Start all over with --fresh.") from None
+        raise UserError(f"{path}: was not written by this program. Start again with --fresh.") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -232,9 +221,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--fresh", action="store_true", help="run every stage again")
     args = parser.parse_args(argv)
     seconds = run_stages(demo_stages(args.output), args.output, fresh=args.fresh)
-    print(f"\n{(args.output / 'summary.txt').read_text('utf-8')}")
-    print(f"All stages took {format_seconds(seconds)}.")
-    print(f"The page to look at: {args.output / 'report.html'}")
+    print(f"\n{(args.output / 'summary.txt').read_text('utf-8')}\nAll stages took {format_seconds(seconds)}.")
+    print(f"Open this page in a browser: {args.output / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -14,18 +14,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from crossmae import __version__
-from crossmae.checkpoints.conversion import planning, proof
-from crossmae.checkpoints.conversion.planning import ConversionPlan
+from crossmae.checkpoints.conversion import proof, targets
 from crossmae.checkpoints.conversion.proof import TOLERANCE, Proof
-from crossmae.checkpoints.conversion.targets import NO_SUFFIX, TARGETS, ConvertedModel, Names
+from crossmae.checkpoints.conversion.targets import NO_SUFFIX, TARGETS, ConversionPlan, Names
 from crossmae.checkpoints.formats.huggingface import PREPROCESSOR
 from crossmae.checkpoints.formats.keys import CLASS_ROW_ADDED
 from crossmae.checkpoints.formats.timm_folder import is_timm_folder
 from crossmae.checkpoints.load_report import LoadReport, Status
-from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, NORM_EPS, NORM_EPS_OF_PLAIN
+from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, NORM_EPS_OF_PLAIN
 from crossmae.checkpoints.provenance import provenance
 from crossmae.checkpoints.reading.files import HUB_CONFIG, find_file, shards
 from crossmae.checkpoints.resample import Channels, fit
@@ -83,7 +81,7 @@ class ConversionRequest:
     encoder_only: bool = False
     drop: tuple[str, ...] = ()
     tolerance: float = TOLERANCE
-    report: Path | None = None
+    report: str | Path | None = None
     ema: bool = False
     trust: bool = False
     force: bool = False
@@ -91,7 +89,9 @@ class ConversionRequest:
     @property
     def report_path(self) -> Path:
         """Path of the report."""
-        return self.report or self.destination.with_name(f"{self.destination.name}{REPORT_SUFFIX}")
+        if self.report:
+            return Path(self.report).expanduser()
+        return self.destination.with_name(f"{self.destination.name}{REPORT_SUFFIX}")
 
     @property
     def is_folder(self) -> bool:
@@ -140,38 +140,34 @@ def convert(source: str | Path, destination: str | Path, to: str, **options: Any
     Raises:
         UserError: the conversion is not possible, or the tokens differ. Nothing was written.
     """
-    options = {key: value for key, value in options.items() if value is not None}
-    if "report" in options:
-        options["report"] = Path(options["report"]).expanduser()
     request = ConversionRequest(Path(source).expanduser(), Path(destination).expanduser(), to, **options)
     check_request(request)
     weights = read_weights(request.source, ema=request.ema, trust=request.trust, img_size=request.given.get("img_size"))
-    planned = planning.plan(weights, to, encoder_only=request.encoder_only, drop=request.drop)
+    planned = targets.plan(weights, to, encoder_only=request.encoder_only, drop=request.drop)
     if planned.refused:
-        raise UserError(planning.describe_refusal(weights, to, planned))
-    arguments, assumed = planning.source_arguments(weights, planned, request.given)
-    planned, arguments = _resample(weights, planned, to, request.sizes, arguments)
+        raise UserError(targets.describe_refusal(weights, planned))
+    planned, assumed = targets.with_arguments(weights, planned, request.given)
+    planned = _resample(weights, planned, request.sizes)
     if request.destination.suffix == ".pkl":
         halves = [name for name, tensor in planned.tensors.items() if tensor.dtype == torch.bfloat16]
-        report = _with_notes(planned.report, dict.fromkeys(halves, "bfloat16 to float32"), planned.tensors, "used")
-        planned = replace(planned, report=report)
-    model = _model(weights, planned, to, arguments)
+        planned = _with_notes(planned, dict.fromkeys(halves, "bfloat16 to float32"), "used")
+    planned = replace(planned, metadata=_metadata(weights, planned))
     with _new_files(request) as (temporary, temporary_report):
-        names = _write(to, temporary, model)
+        names = _write(temporary, planned)
         entries = [replace(entry, targets=names.get(entry.plain, ())) for entry in planned.report.entries]
-        proven = _prove(weights, model, planned, to, temporary, request.tolerance)
+        proven = _prove(weights, planned, temporary, request.tolerance)
         if proven.ran and not proven.equal:
             what = "could not be proven to compute the same" if proven.reason else "computes something else"
-            raise UserError(f"{weights.path}: what was written {what}, and is gone.\n{proven.sentence()}")
+            raise UserError(f"{weights.path}: the written file {what}. The file was deleted.\n{proven.sentence()}")
         done = Conversion(
             source=weights.path,
             destination=request.destination,
             to=to,
             report=replace(planned.report, entries=entries),
             proof=proven,
-            metadata=model.metadata,
+            metadata=planned.metadata,
             report_path=request.report_path,
-            assumed=(*assumed, *_assumptions(weights, model, to)),
+            assumed=(*assumed, *_assumptions(weights, planned)),
             beside=weights.beside,
         )
         write_json(temporary_report, done.record())
@@ -187,96 +183,94 @@ def check_request(request: ConversionRequest) -> None:
     """
     destination, report, to = request.destination, request.report_path, request.to
     if to not in TARGETS:
-        raise UserError(f"--to {to}: unknown format; known: {', '.join(TARGETS)}")
+        raise UserError(f"--to {to}: unknown format. Use one of {', '.join(TARGETS)}.")
     suffixes = TARGETS[to].suffixes
     if destination.suffix not in suffixes and not request.is_folder:
-        known = ", ".join(suffix or "a folder, without a suffix" for suffix in suffixes)
-        raise UserError(f"{destination}: the suffix gives the kind of file to write; for --to {to}: {known}")
+        known = " or ".join(suffix or "a folder, without a suffix" for suffix in suffixes)
+        raise UserError(f"{destination}: --to {to} does not write files with this suffix. Use {known}.")
     file = find_file(request.source)
     theirs = {found.resolve() for found in (file, *shards(file))}
     for path, what in ((destination, "the destination"), (report, "the report")):
         if len(os.fsencode(path.name)) > MOST_NAME_BYTES or not path.name:
-            raise UserError(f"{path}: not a name for {what}; at most {MOST_NAME_BYTES} bytes, and not only dots")
+            raise UserError(f"{path}: not a name for {what}. Use at most {MOST_NAME_BYTES} bytes, and not only dots.")
         if path.resolve() in theirs | {parent for found in theirs for parent in found.parents}:
-            raise UserError(f"{path}: is the source, or a folder that contains it. Choose another path for {what}")
+            raise UserError(f"{path}: is the source, or a folder that contains it. Choose another path for {what}.")
         if path.is_symlink() and not path.exists():
-            raise UserError(f"{path}: a link to nowhere. Name another file as {what}")
+            raise UserError(f"{path}: a link to a file that does not exist. Name another file as {what}.")
         check_writable(path.parent, str(path))
     if report.resolve() == destination.resolve() or destination.resolve() in report.resolve().parents:
-        raise UserError(f"--report {report}: is, or is in, the destination. Name another file.")
+        raise UserError(f"--report {report}: is the destination, or is in it. Name another file.")
     check_destination(report, force=request.force)
     if not (request.is_folder and destination.is_dir()):
         check_destination(destination, force=request.force)
         return
     held = sorted(entry.name for entry in destination.iterdir())
     if held and not request.force:
-        raise UserError(f"{destination}: exists already and is left as it is. Name another folder, or use --force.")
+        raise UserError(f"{destination}: exists already. Name another folder, or overwrite it with --force.")
     if foreign := [name for name in held if name not in (HUB_CONFIG, MODEL, PREPROCESSOR)]:
-        raise UserError(f"{destination}: holds {shorten(foreign)}, which --force would delete. Name another folder.")
+        raise UserError(f"{destination}: has {shorten(foreign)}, which --force would delete. Name another folder.")
 
 
-def _resample(
-    weights: Weights, planned: ConversionPlan, to: str, sizes: Sizes, arguments: dict[str, Any]
-) -> tuple[ConversionPlan, dict[str, Any]]:
-    if sizes.channels and sizes.in_chans in (None, arguments["in_chans"]):
+def _resample(weights: Weights, planned: ConversionPlan, sizes: Sizes) -> ConversionPlan:
+    if sizes.channels and sizes.in_chans in (None, planned.arguments["in_chans"]):
         raise UserError(f"--channels {sizes.channels}: has no effect, the number of channels stays. Leave it out.")
     try:
         wanted = {key: value for key, value in asdict(sizes).items() if value is not None and key != "channels"}
         if wanted:
             how: Channels = sizes.channels or "repeat"
-            fixed = to in FIXED_POSITIONS
-            tensors, notes, arguments = fit(planned.tensors, arguments, wanted, channels=how, fixed=fixed)
-            report = _with_notes(planned.report, notes, tensors, "resampled")
-            planned = replace(planned, tensors=tensors, report=report)
-        planning.check_square(to, arguments)
+            fixed = planned.to in FIXED_POSITIONS
+            tensors, notes, arguments = fit(planned.tensors, planned.arguments, wanted, channels=how, fixed=fixed)
+            planned = _with_notes(replace(planned, tensors=tensors, arguments=arguments), notes, "resampled")
+        targets.check_square(planned.to, planned.arguments)
     except UserError as error:
         raise UserError(f"{weights.path}: {error}") from None
-    return planned, arguments
+    return planned
 
 
-def _with_notes(
-    report: LoadReport, notes: Mapping[str, str], tensors: Mapping[str, Tensor], status: Status
-) -> LoadReport:
+def _with_notes(planned: ConversionPlan, notes: Mapping[str, str], status: Status) -> ConversionPlan:
     entries = []
-    for entry in report.entries:
+    for entry in planned.report.entries:
         if entry.status == "used" and entry.plain in notes:
-            reason = "; ".join(filter(None, (entry.reason, notes[entry.plain])))
-            entry = replace(entry, status=status, reason=reason, model_shape=tuple(tensors[entry.plain].shape))
+            reason, shape = (
+                ", ".join(filter(None, (entry.reason, notes[entry.plain]))),
+                planned.tensors[entry.plain].shape,
+            )
+            entry = replace(entry, status=status, reason=reason, model_shape=tuple(shape))
         entries.append(entry)
-    return replace(report, entries=entries)
+    return replace(planned, report=replace(planned.report, entries=entries))
 
 
-def _model(weights: Weights, planned: ConversionPlan, to: str, arguments: dict[str, Any]) -> ConvertedModel:
+def _metadata(weights: Weights, planned: ConversionPlan) -> dict[str, str]:
     metadata = provenance(weights)
     if not any(name.startswith("head.") for name in planned.tensors):
         metadata = {key: value for key, value in metadata.items() if key not in HEAD_KEYS}
     # transformers and timm require the value "pt" under this key. Other files have the layout.
-    metadata |= {FORMAT: "pt" if to in ("timm", "hf-vit", "hf-vitmae") else to, MODEL_ARGUMENTS: json.dumps(arguments)}
-    return ConvertedModel(planned.tensors, arguments, metadata, float(metadata.get(NORM_EPS, NORM_EPS_OF_PLAIN)))
+    layout = "pt" if planned.to in ("timm", "hf-vit", "hf-vitmae") else planned.to
+    return metadata | {FORMAT: layout, MODEL_ARGUMENTS: json.dumps(planned.arguments)}
 
 
-def _assumptions(weights: Weights, model: ConvertedModel, to: str) -> Iterator[str]:
+def _assumptions(weights: Weights, planned: ConversionPlan) -> Iterator[str]:
     if any(CLASS_ROW_ADDED in note for note in weights.notes.values()):
         yield (
-            f"positions of {plain_size(model.arguments['img_size'])} pixels, without a row for the class token; a grid "
-            "that is not square may have as many rows: --set 'img_size=[HEIGHT,WIDTH]' gives its sides"
+            f"positions of {plain_size(planned.arguments['img_size'])} pixels, without a row for the class token. A "
+            "grid that is not square may have as many rows: --set 'img_size=[HEIGHT,WIDTH]' gives its sides"
         )
-    if model.norm_eps != NORM_EPS_OF_PLAIN and not to.startswith("hf-"):
+    if planned.norm_eps != NORM_EPS_OF_PLAIN and not planned.to.startswith("hf-"):
         yield (
-            f"the layer norms of the source have an epsilon of {model.norm_eps:g}, the layer norms of {to} one of "
-            f"{NORM_EPS_OF_PLAIN:g}; the proof is with the source's"
+            f"the layer norms of the source have an epsilon of {planned.norm_eps:g}, the layer norms of {planned.to} "
+            f"one of {NORM_EPS_OF_PLAIN:g}. The proof uses the epsilon of the source"
         )
 
 
-def _prove(
-    weights: Weights, model: ConvertedModel, planned: ConversionPlan, to: str, written: Path, tolerance: float
-) -> Proof:
-    encoder, arguments, eps = encoder_part(model.tensors), model.arguments, {"norm_eps": model.norm_eps}
-    whole, class_token = encoder_part(plain_tensors(weights)), "cls_token" in encoder
-    dropped = {entry.plain for entry in planned.report.entries if planning.ASKED_TO_DROP in entry.reason}
-    lost = sorted(dropped | set(whole) - set(encoder) - {"cls_token"})
+def _prove(weights: Weights, planned: ConversionPlan, written: Path, tolerance: float) -> Proof:
+    encoder, arguments, eps = encoder_part(planned.tensors), planned.arguments, {"norm_eps": planned.norm_eps}
+    whole = encoder_part(plain_tensors(weights))
+    if "cls_token" not in encoder:
+        whole.pop("cls_token", None)
+    dropped = {entry.plain for entry in planned.report.entries if targets.ASKED_TO_DROP in entry.reason}
+    lost = sorted(dropped | set(whole) - set(encoder))
     changed = bool(planned.report.names("resampled"))
-    words = ["all tokens" if class_token else "patch tokens, without a class token"]
+    words = ["all tokens" if "cls_token" in encoder else "patch tokens, without a class token"]
     if changed:
         words.append("after resampling")
     if any("layer scale" in note for note in weights.notes.values()) and not is_timm_folder(weights.path):
@@ -285,8 +279,8 @@ def _prove(
         words.append(f"without {shorten(lost)}")
 
     tensors, layout = (encoder, "") if changed or lost else (whole, weights.layout)
-    source = partial(proof.source_encoder, weights.path, layout, tensors, arguments, class_token=class_token, **eps)
-    target = partial(proof.file_encoder, written, to, arguments, **eps)
+    source = partial(proof.source_encoder, weights.path, layout, tensors, arguments, **eps)
+    target = partial(proof.file_encoder, written, planned.to, arguments, **eps)
     sizes, channels = proof.image_size(encoder, arguments), arguments["in_chans"]
     return proof.prove(source, target, size=sizes, in_chans=channels, what=", ".join(words), tolerance=tolerance)
 
@@ -307,7 +301,9 @@ def _new_files(request: ConversionRequest) -> Iterator[tuple[Path, Path]]:
             temporary[0].mkdir()
         yield temporary[0], temporary[1]
     except OSError as error:
-        raise UserError(f"{request.destination}: cannot be written: {error.strerror or error}") from None
+        raise UserError(
+            f"{request.destination}: cannot be written: {error.strerror or error}. Free space or name another folder."
+        ) from None
     finally:
         for path in temporary:
             shutil.rmtree(path.parent, ignore_errors=True)
@@ -316,9 +312,9 @@ def _new_files(request: ConversionRequest) -> Iterator[tuple[Path, Path]]:
                 folder.rmdir()
 
 
-def _write(to: str, path: Path, model: ConvertedModel) -> Names:
+def _write(path: Path, planned: ConversionPlan) -> Names:
     try:
-        return TARGETS[to].write(path, model)
+        return TARGETS[planned.to].write(path, planned)
     except (SafetensorError, RuntimeError) as error:  # safetensors and torch raise these for a full disk
         raise UserError(f"{path.name}: cannot be written: {' '.join(str(error).split())[:200]}") from None
 

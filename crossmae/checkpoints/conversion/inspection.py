@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from crossmae.checkpoints.conversion.planning import check_square, plan
-from crossmae.checkpoints.conversion.targets import TARGETS
+from crossmae.checkpoints.conversion.targets import TARGETS, check_square, plan
 from crossmae.checkpoints.formats.keys import encoder_home, not_plain
 from crossmae.checkpoints.load_report import split_name
 from crossmae.checkpoints.metadata import (
@@ -23,11 +22,11 @@ from crossmae.checkpoints.metadata import (
     STEP,
     UNKNOWN,
     VERSION,
+    check_digest,
     recorded_arguments,
 )
 from crossmae.checkpoints.pretrained import arguments_of
 from crossmae.checkpoints.provenance import licence_notice
-from crossmae.checkpoints.reading.digest import check_digest
 from crossmae.checkpoints.reading.files import file_kind, find_file, read_safetensors
 from crossmae.checkpoints.reading.wrappers import one_model
 from crossmae.checkpoints.resample import RELATIVE, is_sincos, table_grid, window_of
@@ -173,9 +172,9 @@ def _facts(weights: Weights, stored: Mapping[str, Tensor], arguments: Mapping[st
     plain = plain_tensors(weights)
     heads, fusion = "", ""
     if "num_heads" not in arguments:
-        heads = "not known: no shape tells them, nor does the file; conversions need --set num_heads=N"
+        heads = "unknown, the file does not show them. Conversions need --set num_heads=N"
     elif "num_heads" not in recorded_arguments(weights.metadata):
-        heads = "num_heads is that of published models of this width; neither shapes nor the file tell it"
+        heads = "not in the file, num_heads is that of the published models of this width"
     if (mixed := plain.get("wfm.linear.weight")) is not None:
         fusion = f"{mixed.shape[1]} maps of the encoder for each of {mixed.shape[0]} decoder blocks"
     head = plain.get("head.weight", plain.get("head.1.weight"))

@@ -174,8 +174,8 @@ def image_size(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> l
     """Choose (height, width) of images that use every position embedding.
 
     Without relative positions, one image of the pretraining size is enough. Relative positions may be for larger
-    images. Then one image has the full height and another has the full width. A square of the full size would need
-    gigabytes and minutes in detectron2, because its attention keeps a matrix of all pairs of patches.
+    images. Then one image has the full height and another the full width, because a square of the full size would need
+    gigabytes and minutes in detectron2.
     """
     size = arguments["img_size"]
     height, width = (size, size) if isinstance(size, int) else size
@@ -187,24 +187,19 @@ def image_size(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> l
     return [(whole, narrow), (narrow, whole)] if narrow < whole else [(whole, whole)]
 
 
-def plain_encoder(
-    tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], *, norm_eps: float = 1e-6, class_token: bool = True
-) -> Encoder:
+def plain_encoder(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], *, norm_eps: float = 1e-6) -> Encoder:
     """Build timm's VisionTransformer with the given tensors.
 
     Args:
-        tensors: tensors of an encoder under plain names, of any floating type. They are not copied.
+        tensors: tensors of an encoder under plain names, of any floating type. They are not copied. Without a class
+            token (a dense backbone), the row of the class token in `pos_embed` is left out.
         arguments: constructor arguments of `ViTEncoder`.
         norm_eps: epsilon of the layer norms.
-        class_token: false for a dense backbone. The class token and its position embedding are then left out.
     """
-    known = _sizes(arguments)
-    tensors = dict(tensors)
-    if not class_token:
-        tensors.pop("cls_token", None)
-        table = tensors.get("pos_embed")
-        if table is not None and table.shape[1] == 1 + math.prod(patch_grid(known["img_size"], known["patch_size"])):
-            tensors["pos_embed"] = table[:, 1:]
+    known, class_token = _sizes(arguments), "cls_token" in tensors
+    rows = math.prod(patch_grid(known["img_size"], known["patch_size"]))
+    if not class_token and tensors["pos_embed"].shape[1] == 1 + rows:
+        tensors = {**tensors, "pos_embed": tensors["pos_embed"][:, 1:]}
     with _Unfilled():
         model = VisionTransformer(**known, num_classes=0, global_pool="", class_token=class_token, weight_init="skip")
     return _filled(_timm(model, norm_eps), tensors)
@@ -221,9 +216,7 @@ def detectron2_encoder(
     Args:
         tensors: tensors of an encoder under plain names, without a class token. `pos_embed` may have the row of the
             class token.
-        arguments: constructor arguments of `ViTEncoder`.
-        norm_eps: epsilon of the layer norms. ViTDet's configurations use 1e-6, unlike the default of detectron2's
-        class.
+        arguments, norm_eps: see `plain_encoder`. ViTDet's configurations use 1e-6, unlike detectron2's class.
 
     Raises:
         MissingLibrary: detectron2 cannot be imported.
@@ -233,11 +226,11 @@ def detectron2_encoder(
     known = _sizes(arguments)
     rows, columns = patch_grid(known["img_size"], known["patch_size"])
     if rows != columns:
-        raise UserError(f"detectron2's ViT takes the position table of a square, not of {rows} x {columns} patches")
+        raise UserError(f"pos_embed: detectron2's ViT needs a square, not {rows} x {columns} patches. Set img_size.")
     sides = _relative_sides(tensors)
     smaller = sorted(set(sides.values()))[:-1]
     if len(smaller) > 1:
-        raise UserError(f"detectron2's ViT has windows of one size; the relative positions are for {smaller}")
+        raise UserError(f"rel_pos: windows of {smaller}, but detectron2's ViT has one size. Use one window size.")
     known["pretrain_img_size"] = rows * known["patch_size"]
     known["img_size"] = known["patch_size"] * max(sides.values(), default=rows)
     with _Unfilled():
@@ -259,8 +252,7 @@ def file_encoder(path: Path, to: str, arguments: Mapping[str, Any], *, norm_eps:
     Args:
         path: the written file or folder.
         to: name of the target, see `TARGETS`.
-        arguments: constructor arguments of `ViTEncoder`.
-        norm_eps: epsilon for the layer norms. Folders of transformers record the epsilon and ignore this argument.
+        arguments, norm_eps: see `plain_encoder`. Folders of transformers record their epsilon.
     """
     if to in HF_MODELS:
         return _transformers_encoder(path, to)
@@ -268,14 +260,15 @@ def file_encoder(path: Path, to: str, arguments: Mapping[str, Any], *, norm_eps:
         return _timm_folder(path, norm_eps)
     if to == "timm":
         with _loading(path, "timm"):
-            tensors = _without_heads(load_state_dict(str(path), weights_only=True))
-        return plain_encoder(tensors, arguments, norm_eps=norm_eps, class_token="cls_token" in tensors)
+            tensors = load_state_dict(str(path), weights_only=True)
+        return plain_encoder(_without_heads(tensors), arguments, norm_eps=norm_eps)
     if to == "detectron2":
         _library("detectron2")  # before a large file is read
-        return detectron2_encoder(encoder_tensors(read_weights(path)), arguments, norm_eps=norm_eps)
     tensors = encoder_tensors(read_weights(path))
+    if to == "detectron2":
+        return detectron2_encoder(tensors, arguments, norm_eps=norm_eps)
     if "cls_token" not in tensors:  # a ViTEncoder always has a class token
-        return plain_encoder(tensors, arguments, norm_eps=norm_eps, class_token=False)
+        return plain_encoder(tensors, arguments, norm_eps=norm_eps)
     with _Unfilled():
         model = ViTEncoder(**_sizes(arguments))
     _set_epsilon(model, norm_eps)
@@ -290,7 +283,6 @@ def source_encoder(
     arguments: Mapping[str, Any],
     *,
     norm_eps: float = 1e-6,
-    class_token: bool = True,
 ) -> Encoder:
     """Build the source encoder in the code of a suitable library.
 
@@ -305,11 +297,11 @@ def source_encoder(
         path: weight file of the source.
         layout: layout of the file, see `Weights.layout`. "" means that the tensors differ from the file, for example
             after resampling. Then the file itself is not loaded.
-        tensors, arguments, norm_eps, class_token: see `plain_encoder`.
+        tensors, arguments, norm_eps: see `plain_encoder`.
     """
     if _relative_sides(tensors):
-        tensors = {name: tensor for name, tensor in tensors.items() if name != "cls_token"}
         return detectron2_encoder(tensors, arguments, norm_eps=norm_eps)
+    class_token = "cls_token" in tensors  # which the encoders of these folders have
     whole = (path.parent / HUB_CONFIG).is_file() and any(path.parent.glob("*.safetensors"))
     if layout in HF_MODELS and class_token and whole:
         with suppress(MissingLibrary):
@@ -319,7 +311,7 @@ def source_encoder(
         model.reset_classifier(0)
         model.fc_norm = nn.Identity()
         return _filled(_timm(model, None), _without_heads(read_tensors(path).tensors))
-    return plain_encoder(tensors, arguments, norm_eps=norm_eps, class_token=class_token)
+    return plain_encoder(tensors, arguments, norm_eps=norm_eps)
 
 
 class _Unfilled(TorchFunctionMode):

@@ -1,11 +1,13 @@
-"""The layouts that can be written: the tensors that each layout holds, and the function that writes it."""
+"""The layouts that can be written, and the plan of a conversion: the status of every tensor of the source."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import pickle
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,39 +17,81 @@ from torch import Tensor
 
 from crossmae import __version__
 from crossmae.checkpoints.formats.huggingface import PREPROCESSOR, hf_config, hf_preprocessor_config
-from crossmae.checkpoints.formats.keys import from_plain
-from crossmae.checkpoints.formats.timm_folder import timm_config
-from crossmae.checkpoints.loading import left_out
-from crossmae.checkpoints.metadata import CLASSES, PICKLED_METADATA, PIXEL_MEAN, PIXEL_STD, UNKNOWN
-from crossmae.checkpoints.reading.digest import signed
+from crossmae.checkpoints.formats.keys import encoder_home, from_plain, oddities
+from crossmae.checkpoints.formats.timm_folder import POOL, timm_config
+from crossmae.checkpoints.load_report import LoadReport, TensorEntry
+from crossmae.checkpoints.loading import OUTSIDE, left_out
+from crossmae.checkpoints.metadata import (
+    CLASSES,
+    NORM_EPS,
+    NORM_EPS_OF_PLAIN,
+    PICKLED_METADATA,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    UNKNOWN,
+    recorded_arguments,
+    signed,
+)
+from crossmae.checkpoints.pretrained import arguments_of, ask
 from crossmae.checkpoints.reading.files import HUB_CONFIG
 from crossmae.checkpoints.resample import RELATIVE
 from crossmae.checkpoints.run_checkpoint import MODEL
-from crossmae.checkpoints.weights import write_safetensors
+from crossmae.checkpoints.weights import (
+    Weights,
+    encoder_arguments,
+    encoder_part,
+    encoder_tensors,
+    plain_size,
+    plain_tensors,
+    write_safetensors,
+)
+from crossmae.errors import UserError, shorten
 from crossmae.files import write_json
-from crossmae.models.encoder import ENCODER_PREFIXES
+from crossmae.models.crossmae import MODEL_DEFAULTS, CrossMAE
+from crossmae.models.encoder import ENCODER_PREFIXES, ViTEncoder, patch_grid
 
 TargetHead = Literal["avg", "cls", "batchnorm", "other"]
 
 DETECTRON2_PREFIX = "backbone.net."
 NO_SUFFIX = ""  # suffix of a destination that is a folder
+ASKED_TO_DROP = "dropped as asked with --drop"  # reason of an entry in the report
+_ENCODER_ARGUMENTS = set(inspect.signature(ViTEncoder).parameters)
+_ANY_MODEL = ("norm.", "fc_norm.", "head.")  # further tensors that a file of this toolkit may have
 
 
 @dataclass(frozen=True)
-class ConvertedModel:
-    """A model to write, under plain names.
+class ConversionPlan:
+    """The model to write, and the status of every tensor of the source.
 
     Attributes:
+        to: name of the target, see `TARGETS`.
+        tensors: tensors to write, under plain names.
+        report: the status of every tensor of the source and of every new tensor of the target.
         arguments: constructor arguments of `ViTEncoder` (for an encoder or a classifier) or of `CrossMAE` (for a whole
-            pretraining model).
+            pretraining model). `plan` leaves them empty, like the metadata.
         metadata: strings, see `crossmae.checkpoints.metadata`.
-        norm_eps: epsilon of the layer norms.
     """
 
+    to: str
     tensors: dict[str, Tensor]
-    arguments: dict[str, Any]
-    metadata: dict[str, str]
-    norm_eps: float
+    report: LoadReport
+    arguments: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def refused(self) -> tuple[str, ...]:
+        """Plain names of encoder tensors that the target has no place for."""
+        return tuple(entry.plain for entry in self.report.entries if not entry.accepted)
+
+    @property
+    def whole(self) -> bool:
+        """True if a decoder is converted as well."""
+        return any(name.startswith("decoder_") for name in self.tensors)
+
+    @property
+    def norm_eps(self) -> float:
+        """Epsilon of the layer norms."""
+        return float(self.metadata.get(NORM_EPS, NORM_EPS_OF_PLAIN))
 
 
 Names = dict[str, tuple[str, ...]]  # plain name -> names in the written file
@@ -70,7 +114,7 @@ class Target:
 
     what: str
     suffixes: tuple[str, ...]
-    write: Callable[[Path, ConvertedModel], Names]
+    write: Callable[[Path, ConversionPlan], Names]
     decoder: Literal["crossmae", "mae"] | None = None
     heads: tuple[TargetHead, ...] = ()
     class_token: Literal["required", "optional", "none"] = "optional"
@@ -107,12 +151,12 @@ def refusal(target: Target, name: str, content: str, head: TargetHead | None) ->
     return ("" if content == target.decoder else reason), True
 
 
-def _write_own(path: Path, model: ConvertedModel) -> Names:
+def _write_own(path: Path, model: ConversionPlan) -> Names:
     _write_file(path, "model", model.tensors, model.metadata)
     return {name: (name,) for name in model.tensors}
 
 
-def _write_timm(path: Path, model: ConvertedModel) -> Names:
+def _write_timm(path: Path, model: ConversionPlan) -> Names:
     """Write a file for timm's `checkpoint_path=`, or a folder for "local-dir:..."."""
     tensors = dict(model.tensors)
     if "cls_token" not in tensors:
@@ -125,7 +169,7 @@ def _write_timm(path: Path, model: ConvertedModel) -> Names:
     return {name: (name,) for name in tensors}
 
 
-def _write_transformers(path: Path, model: ConvertedModel, layout: str) -> Names:
+def _write_transformers(path: Path, model: ConversionPlan, layout: str) -> Names:
     """Write a folder for `from_pretrained`."""
     tensors = from_plain(model.tensors, layout)
     write_safetensors(path / MODEL, tensors, model.metadata)
@@ -139,7 +183,7 @@ def _write_transformers(path: Path, model: ConvertedModel, layout: str) -> Names
     return {name: tuple(next(written) for _ in range(3 if ".attn.qkv." in name else 1)) for name in model.tensors}
 
 
-def _write_detectron2(path: Path, model: ConvertedModel) -> Names:
+def _write_detectron2(path: Path, model: ConversionPlan) -> Names:
     """Write `backbone.net.*`, without detectron2's matching by suffix (issue 4566)."""
     kept = {f"{DETECTRON2_PREFIX}{name}": tensor for name, tensor in model.tensors.items()}
     extras = {"__author__": f"crossmae {__version__}", "matching_heuristics": False}
@@ -156,7 +200,7 @@ def _write_detectron2(path: Path, model: ConvertedModel) -> Names:
 
 TARGETS = {
     "crossmae": Target(
-        "this toolkit's: a CrossMAE model, an encoder or a classifier; .pth is the layout of the published files",
+        "this toolkit's CrossMAE model, encoder or classifier (.pth: the layout of the published files)",
         (".safetensors", ".pth"), _write_own, decoder="crossmae", heads=("avg", "cls", "batchnorm"),
     ),
     "mae": Target(
@@ -185,7 +229,7 @@ TARGETS = {
 }  # fmt: skip
 
 
-def _class_names(model: ConvertedModel) -> list[str]:
+def _class_names(model: ConversionPlan) -> list[str]:
     if "head.weight" not in model.tensors:
         return []
     number = len(model.tensors["head.weight"])
@@ -200,3 +244,191 @@ def _write_file(
         write_safetensors(path, tensors, metadata)
     else:
         torch.save({key: tensors, **(extras or {}), PICKLED_METADATA: signed(tensors, metadata)}, path)
+
+
+def plan(weights: Weights, to: str, *, encoder_only: bool = False, drop: tuple[str, ...] = ()) -> ConversionPlan:
+    """Decide for every tensor whether it is converted. Accepts meta tensors.
+
+    Args:
+        to: name of the target, see `TARGETS`.
+        encoder_only, drop: see `ConversionRequest`.
+
+    Raises:
+        UserError: the file has no encoder, or no class token where the target requires one; or a pattern of `drop` is
+            invalid or matches nothing that needs it.
+    """
+    encoder_tensors(weights)  # raises without an encoder
+    target, home, plain = TARGETS[to], encoder_home(weights.tensors) or "", plain_tensors(weights)
+    if target.class_token == "required" and "cls_token" not in plain:
+        raise UserError(
+            f"{weights.path}: has no class token, but {to} requires one. Use a source with a class token, "
+            "or another --to."
+        )
+    content, head = "encoder" if encoder_only else weights.format, _head(plain, weights.metadata)
+    odd = {name: kind for kind, names in oddities(weights.tensors).items() for name in names}
+    kept: dict[str, Tensor] = {}
+    report = LoadReport(str(weights.path), to)
+    for name, tensor in weights.tensors.items():
+        inside = name.removeprefix(home)
+        reason, harmless = (OUTSIDE, True) if not name.startswith(home) else refusal(target, inside, content, head)
+        if name in odd:
+            reason, harmless = f"{odd[name]}, not in a plain ViT", False
+        if not reason and encoder_only and inside.startswith(("fc_norm.", "head.")):
+            reason = "a head, and only the encoder was requested"
+        if not harmless and any(re.match(pattern, inside) for pattern in drop):
+            reason, harmless = ASKED_TO_DROP, True
+        shape, sources = tuple(tensor.shape), weights.sources.get(name, (name,))
+        if reason:
+            entry = TensorEntry(name, "dropped", reason, shape, None, harmless, inside, sources)
+        else:
+            kept[inside] = tensor
+            entry = TensorEntry(name, "used", weights.notes.get(name, ""), shape, shape, True, inside, sources)
+        report.entries.append(entry)
+    _check_drop(weights, report, drop)
+    if to == "timm":
+        _fit_timm(kept, report)
+    if target.norm == "required" and "norm.weight" not in kept and "fc_norm.weight" not in kept:
+        like = kept["patch_embed.proj.bias"]
+        reason = "the source has no final norm: scale 1, shift 0"
+        for name, tensor in (("norm.weight", torch.ones_like(like)), ("norm.bias", torch.zeros_like(like))):
+            kept[name] = tensor
+            report.entries.append(TensorEntry(name, "new", reason, model_shape=tuple(tensor.shape), plain=name))
+    return ConversionPlan(to, kept, report)
+
+
+def _check_drop(weights: Weights, report: LoadReport, drop: tuple[str, ...]) -> None:
+    for pattern in drop:
+        try:
+            found = [entry for entry in report.entries if re.match(pattern, entry.plain)]
+        except re.error as error:
+            raise UserError(f"--drop {pattern}: not a regular expression ({error}). Correct it.") from None
+        if not any(entry.reason == ASKED_TO_DROP for entry in found):
+            why = "matches only tensors that the target has a place for" if found else "matches no tensor"
+            raise UserError(f"--drop {pattern}: {why} in {weights.path}. Leave it out.")
+
+
+def _fit_timm(kept: dict[str, Tensor], report: LoadReport) -> None:
+    """Drop `norm` if there is `fc_norm`, and note a missing class row."""
+    for index, entry in enumerate(report.entries):
+        if entry.status == "used" and entry.plain in ("norm.weight", "norm.bias") and "fc_norm.weight" in kept:
+            del kept[entry.plain]
+            report.entries[index] = replace(entry, status="dropped", reason="average pooling has no norm before it")
+        if entry.status == "used" and entry.plain == "pos_embed" and "cls_token" not in kept:
+            report.entries[index] = replace(entry, reason="without the row of the class token, which is not there")
+
+
+def _head(plain: Mapping[str, Tensor], metadata: Mapping[str, str]) -> TargetHead | None:
+    if "head.1.weight" in plain:
+        return "batchnorm"
+    if "head.weight" not in plain:
+        return None
+    if "fc_norm.weight" in plain:
+        return "avg"
+    return "cls" if metadata.get(POOL, "cls") in ("cls", "token") else "other"
+
+
+def describe_refusal(weights: Weights, planned: ConversionPlan) -> str:
+    """Explain why a plan is refused, and name the `--drop` option."""
+    kinds: dict[str, list[str]] = {}
+    for entry in planned.report.entries:
+        if not entry.accepted:
+            kinds.setdefault(entry.reason, []).append(entry.plain)
+    what = ", ".join(f"{shorten(names)} ({reason})" for reason, names in kinds.items())
+    patterns = sorted({re.sub(r"\d+", r"\\d+", name.replace(".", r"\.")) for name in planned.refused})
+    headline = (
+        f"{weights.path}: cannot become {planned.to}, because the encoder computes something else without {what}."
+    )
+    if not any(refusal(TARGETS[planned.to], name, "encoder", None) == ("", True) for name in planned.refused):
+        headline += " To drop these tensors, add --drop " + " ".join(f"'{each}'" for each in patterns)
+    return f"{headline}\n{planned.report.table()}"
+
+
+def with_arguments(
+    weights: Weights, planned: ConversionPlan, given: Mapping[str, Any]
+) -> tuple[ConversionPlan, list[str]]:
+    """Add the arguments of the source model, and list assumptions.
+
+    Args:
+        given: arguments that neither the file nor its shapes show.
+
+    Raises:
+        UserError: a given argument is unknown, has no effect or contradicts the file; or an argument is missing.
+    """
+    encoder = encoder_part(planned.tensors)
+    found, recorded = encoder_arguments(encoder, weights.metadata), recorded_arguments(weights.metadata)
+    _check_given(weights, planned.whole, found, recorded, given)
+    assumed: list[str] = []
+    if planned.whole:
+        arguments, assumed = arguments_of(weights, given)
+        found = MODEL_DEFAULTS | found | arguments
+        _check_model(weights, found, planned.tensors)
+    found = found | dict(given)
+    if missing := [key for key in ("img_size", "num_heads", "mlp_ratio") if key not in found]:
+        raise UserError(f"{weights.path}: {ask(missing)}")
+    if "num_heads" not in recorded.keys() | given.keys():
+        assumed.append(f"{found['num_heads']} attention heads, as in the published models of this width")
+    _check_sizes(weights, found, encoder["pos_embed"])
+    return replace(planned, arguments=found), assumed
+
+
+def check_square(to: str, arguments: Mapping[str, Any]) -> None:
+    """Raise UserError if the target needs square images and these are not."""
+    size = plain_size(arguments.get("img_size", 0))
+    if TARGETS[to].square and not isinstance(size, int):
+        raise UserError(
+            f"--to {to}: takes square images only, and the positions are for {size[0]} x {size[1]} pixels. Resample "
+            "the positions with --img-size."
+        )
+
+
+def _check_given(
+    weights: Weights, whole: bool, found: Mapping[str, Any], recorded: Mapping[str, Any], given: Mapping[str, Any]
+) -> None:
+    """Raise UserError for `--set` arguments that are unknown, unused or contradictory."""
+    if unknown := sorted(given.keys() - MODEL_DEFAULTS.keys()):
+        raise UserError(f"--set {', '.join(unknown)}: unknown model argument. Use one of {', '.join(MODEL_DEFAULTS)}.")
+    unused = [] if whole else sorted(given.keys() - _ENCODER_ARGUMENTS)
+    if unused:
+        raise UserError(f"--set {', '.join(unused)}: has no effect, only the encoder is converted. Leave it out.")
+    guessed = {"num_heads", "img_size"} - recorded.keys()  # guessed from the width, and as a square
+    sure = {key: value for key, value in found.items() if key not in guessed} | dict(recorded)
+    wrong = [key for key in given if key in sure and plain_size(sure[key]) != plain_size(given[key])]
+    if wrong:
+        known = ", ".join(f"{key} {plain_size(sure[key])}" for key in wrong)
+        raise UserError(f"--set {', '.join(wrong)}: {weights.path} shows {known}. Set only what the file lacks.")
+
+
+def _check_model(weights: Weights, arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    try:
+        with torch.device("meta"):
+            model = CrossMAE(**arguments)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{weights.path}: no model has its arguments: {error}") from None
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    held = {
+        name: tensor.shape for name, tensor in tensors.items() if name in expected or not name.startswith(_ANY_MODEL)
+    }
+    odd = [name for name in sorted(expected | held) if held.get(name) != expected.get(name)]
+    if odd:
+        raise UserError(
+            f"{weights.path}: these tensors do not fit the arguments of its model: {shorten(odd)}. Give other "
+            "arguments with --set, or drop the decoder with --encoder-only."
+        )
+
+
+def _check_sizes(weights: Weights, arguments: Mapping[str, Any], table: Tensor) -> None:
+    width, heads, size = arguments["embed_dim"], arguments["num_heads"], plain_size(arguments["img_size"])
+    if not isinstance(heads, int) or heads < 1 or width % heads:
+        raise UserError(
+            f"{weights.path}: a width of {width} is not divisible by {heads} attention heads. Correct it with --set "
+            "num_heads."
+        )
+    try:
+        rows, columns = patch_grid(size, arguments["patch_size"])
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{weights.path}: {error}") from None
+    if table.shape[1] != 1 + rows * columns:
+        raise UserError(
+            f"{weights.path}: the position table has {table.shape[1]} rows, but {1 + rows * columns} belong to images "
+            f"of {size} pixels. Give the img_size of pretraining with --set."
+        )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -19,6 +18,7 @@ from torch import Tensor
 from crossmae.checkpoints.metadata import CLASSES, MODEL_ARGUMENTS, NORM_EPS, PIXEL_MEAN, PIXEL_STD
 from crossmae.checkpoints.reading.files import HUB_CONFIG
 from crossmae.errors import UserError
+from crossmae.files import read_json
 from crossmae.models.encoder import patch_grid
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -40,7 +40,7 @@ _DECODER = {
     "norm_pix_loss": "norm_pix_loss",
 }
 
-# Errors put these descriptions after "KEY must be ".
+# Errors put these descriptions after "KEY is VALUE. KEY must be ".
 _Size = Annotated[int, Field(strict=True, gt=0, lt=_LARGE, description="a positive whole number")]
 _Sides = _Size | Annotated[list[_Size], Field(min_length=2, max_length=2)]
 _Flag = Annotated[bool, Field(strict=True, description="true or false")]
@@ -53,17 +53,15 @@ class _ViT(BaseModel):
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
-    model_type: Literal["vit", "vit_mae"] = Field(
-        description="one of vit, vit_mae: other models of transformers are not read"
-    )
+    model_type: Literal["vit", "vit_mae"] = Field(description="vit or vit_mae, other models are not read")
     hidden_act: Literal["gelu"] = Field("gelu", description="gelu, the activation of a plain ViT")
-    qkv_bias: Literal[True] = Field(True, description="true: the attention of a plain ViT has a bias")
+    qkv_bias: Literal[True] = Field(True, description="true, because the attention of a plain ViT has a bias")
     hidden_size: _Size = 768
     num_hidden_layers: _Size = 12
     num_attention_heads: _Size = 12
     intermediate_size: _Size = 3072
     image_size: _Sides = Field(224, description="a positive whole number, or height and width")
-    patch_size: _Sides = Field(16, description="one number, or the same twice: patches of a plain ViT are square")
+    patch_size: _Sides = Field(16, description="one number, or the same number twice")
     num_channels: _Size = 3
     layer_norm_eps: _Positive = 1e-12
     decoder_hidden_size: _Size = 512
@@ -127,7 +125,10 @@ def read_config(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     labels, head = settings.id2label, tensors.get("head.weight")
     if head is not None and labels:
         if head.ndim == 0 or len(labels) != head.shape[0]:
-            raise UserError(f"{path}: id2label has {len(labels)} names, classifier.weight is {tuple(head.shape)}")
+            raise UserError(
+                f"{path}: id2label has {len(labels)} names, but classifier.weight has the shape {tuple(head.shape)}. "
+                "Copy the config.json of these weights next to them."
+            )
         metadata[CLASSES] = json.dumps([labels[str(index)] for index in range(len(labels))], ensure_ascii=False)
     if (folder / PREPROCESSOR).is_file():
         metadata |= _pixel_statistics(folder / PREPROCESSOR, settings.num_channels)
@@ -182,70 +183,70 @@ def hf_preprocessor_config(img_size: Any, mean: Sequence[float], std: Sequence[f
 
 
 def _read(path: Path, kind: type[_Settings]) -> _Settings:
-    try:
-        with open(path, "rb") as file:
-            text = file.read(_MAX_BYTES + 1)
-        if len(text) > _MAX_BYTES:
-            raise ValueError(f"more than {_MAX_BYTES:,} bytes are too many for a file of settings")
-        values = json.loads(text)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}). A transformers folder needs it: copy it next to the weights."
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {str(error)[:80]}. Copy or download it again.") from None
+    if path.is_file() and path.stat().st_size > _MAX_BYTES:
+        raise UserError(f"{path}: has more than {_MAX_BYTES:,} bytes. Copy or download it again.")
+    values = read_json(path)
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        raise UserError(f"{path}: not a JSON object but a {type(values).__name__}. Copy or download it again.")
     try:
         return kind.model_validate({key: value for key, value in values.items() if value is not None})  # null: unset
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
         expected, given = kind.model_fields[key].description, json.dumps(values.get(key))[:80]
-        raise UserError(f"{path}: {key} must be {expected}, got {given}") from None
+        raise UserError(f"{path}: {key} is {given}. {key} must be {expected}.") from None
 
 
 def _arguments(settings: _ViT, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
-    (height, width), E = _pair(settings.image_size), settings.hidden_size
-    _check_heads(path, settings, "")
+    height, width = _pair(settings.image_size)
+    _check_stack(path, settings, tensors, "", "patch_embed.proj.weight")
     try:
         rows, columns = patch_grid((height, width), settings.patch_size)  # type: ignore[arg-type]  # after `_square`
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+    rows_key = "image_size (rows of the position table)"
     held = {
-        "hidden_size": _shape(tensors, "patch_embed.proj.weight", 0),
         "num_channels": _shape(tensors, "patch_embed.proj.weight", 1),
         "patch_size": _shape(tensors, "patch_embed.proj.weight", 2),
-        "num_hidden_layers": _depth(tensors, "blocks"),
-        "intermediate_size": _shape(tensors, "blocks.0.mlp.fc1.weight", 0),
+        rows_key: _shape(tensors, "pos_embed", 1),
     }
-    rows_key = "image_size (rows of the position table)"
-    _compare(path, dict(settings) | {rows_key: 1 + rows * columns}, held | {rows_key: _shape(tensors, "pos_embed", 1)})
-    ratio = mlp_ratio(E, settings.intermediate_size)
+    _compare(path, dict(settings) | {rows_key: 1 + rows * columns}, held)
+    ratio = mlp_ratio(settings.hidden_size, settings.intermediate_size)
     arguments = {key: getattr(settings, setting) for setting, key in _ENCODER.items()}
     arguments |= {"img_size": height if height == width else [height, width], "mlp_ratio": ratio}
-    return arguments | _decoder_arguments(settings, ratio, tensors, path)
-
-
-def _decoder_arguments(settings: _ViT, ratio: float, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     if "decoder_embed.weight" not in tensors or settings.model_type != MODEL_TYPES["hf-vitmae"]:
-        return {}
-    _check_heads(path, settings, "decoder_")
+        return arguments
+    _check_stack(path, settings, tensors, "decoder_", "decoder_embed.weight")
+    if int(settings.decoder_hidden_size * ratio) == settings.decoder_intermediate_size:
+        arguments |= {key: getattr(settings, setting) for setting, key in _DECODER.items()} | {"decoder": "self"}
+    return arguments
+
+
+def _check_stack(path: Path, settings: _ViT, tensors: Mapping[str, Tensor], prefix: str, first: str) -> None:
+    """Check the settings of blocks that follow the layer `first`."""
+    width, heads = (getattr(settings, f"{prefix}{key}") for key in ("hidden_size", "num_attention_heads"))
+    if width % heads:
+        raise UserError(
+            f"{path}: {prefix}hidden_size {width} is not divisible by {prefix}num_attention_heads {heads}. "
+            "Correct the file to the model of the weights."
+        )
     held = {
-        "decoder_hidden_size": _shape(tensors, "decoder_embed.weight", 0),
-        "decoder_num_hidden_layers": _depth(tensors, "decoder_blocks"),
-        "decoder_intermediate_size": _shape(tensors, "decoder_blocks.0.mlp.fc1.weight", 0),
+        f"{prefix}hidden_size": _shape(tensors, first, 0),
+        f"{prefix}num_hidden_layers": len(
+            {name.split(".")[1] for name in tensors if name.startswith(f"{prefix}blocks.")}
+        ),
+        f"{prefix}intermediate_size": _shape(tensors, f"{prefix}blocks.0.mlp.fc1.weight", 0),
     }
     _compare(path, dict(settings), held)
-    if int(settings.decoder_hidden_size * ratio) != settings.decoder_intermediate_size:
-        return {}
-    return {key: getattr(settings, setting) for setting, key in _DECODER.items()} | {"decoder": "self"}
 
 
 def _compare(path: Path, settings: Mapping[str, Any], held: Mapping[str, int | None]) -> None:
     """Raise UserError for the first setting that contradicts the tensors."""
     for key, found in held.items():
         if found is not None and found != settings[key]:
-            raise UserError(f"{path}: {key} makes {settings[key]}, but the weights next to it have {found}")
+            raise UserError(
+                f"{path}: {key} makes {settings[key]}, but the weights next to it have {found}. Copy the config.json "
+                "of these weights next to them."
+            )
 
 
 def _pixel_statistics(path: Path, channels: int) -> dict[str, str]:
@@ -255,17 +256,11 @@ def _pixel_statistics(path: Path, channels: int) -> dict[str, str]:
         mean, std = [0.0] * channels, [1.0] * channels
     for key, numbers in (("image_mean", mean), ("image_std", std)):
         if len(numbers) != channels:
-            raise UserError(f"{path}: {key} must be a list of {channels} numbers, one for each channel, got {numbers}")
+            raise UserError(f"{path}: {key} is {numbers}. {key} must be a list of {channels} numbers, one per channel.")
     factor = 255 * settings.rescale_factor if settings.do_rescale else 255.0
     if not math.isclose(factor, 1):
         mean, std = ([value / factor for value in numbers] for numbers in (mean, std))
     return {PIXEL_MEAN: json.dumps(mean), PIXEL_STD: json.dumps(std)}
-
-
-def _check_heads(path: Path, settings: _ViT, prefix: str) -> None:
-    width, heads = (getattr(settings, f"{prefix}{key}") for key in ("hidden_size", "num_attention_heads"))
-    if width % heads:
-        raise UserError(f"{path}: {prefix}hidden_size {width} cannot be split over {prefix}num_attention_heads {heads}")
 
 
 def mlp_ratio(width: int, hidden: int) -> float:
@@ -277,10 +272,6 @@ def mlp_ratio(width: int, hidden: int) -> float:
 def _shape(tensors: Mapping[str, Tensor], name: str, axis: int) -> int | None:
     tensor = tensors.get(name)
     return tensor.shape[axis] if tensor is not None and tensor.ndim > axis else None
-
-
-def _depth(tensors: Mapping[str, Tensor], stack: str) -> int:
-    return len({found[1] for name in tensors if (found := re.match(rf"{stack}\.(\d+)\.", name))})
 
 
 def _pair(size: Any) -> tuple[int, int]:

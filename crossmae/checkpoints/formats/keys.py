@@ -198,7 +198,7 @@ def from_plain(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
     parts = dict(part for item in tensors.items() for part in _split_qkv(*item))
     written = {name: _rename(name, stacks, _HF_BLOCK, outside) for name in parts}
     if homeless := [name for name, new in written.items() if new is None]:
-        raise UserError(f"no place in the layout {layout} for {len(homeless)} tensors: {shorten(homeless)}")
+        raise UserError(f"{layout}: has no place for {len(homeless)} tensors: {shorten(homeless)}. Drop them.")
     return {str(written[name]): tensor for name, tensor in parts.items()}
 
 
@@ -288,11 +288,11 @@ def _join_qkv(found: Translated) -> Translated:
             three, origin = [f"{part[1]}.{letter}.{part[3]}" for letter in "qkv"], found.sources[name][0]
             names = dict(zip(("query", "key", "value"), three, strict=True))
             if missing := [kind for kind, each in names.items() if each not in found.tensors]:
-                raise UserError(f"{origin}: without its {' and '.join(missing)}; the attention in it is incomplete")
+                raise UserError(f"{origin}: without {' and '.join(missing)}. Use a complete file.")
             tensors = [found.tensors[each] for each in three]
             if tensors[0].ndim == 0 or len({(each.shape, each.dtype) for each in tensors}) > 1:
                 described = ", ".join(map(_describe, tensors))
-                raise UserError(f"{origin}: query, key and value do not go together: {described}")
+                raise UserError(f"{origin}: query, key and value do not fit: {described}. Use an unchanged file.")
             joined.tensors[whole] = torch.cat(tensors)
             joined.sources[whole] = tuple(source for each in three for source in found.sources[each])
             joined.notes[whole] = "q, k, v joined"
@@ -304,7 +304,7 @@ def _split_qkv(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     if found is None:
         return [(name, tensor)]
     if tensor.ndim == 0 or tensor.shape[0] % 3:
-        raise UserError(f"{name}: {_describe(tensor)} is not query, key and value, three of one size")
+        raise UserError(f"{name}: {_describe(tensor)} is not divisible into query, key and value. Correct its shape.")
     parts = zip("qkv", tensor.chunk(3), strict=True)
     return [(f"{found[1]}.{letter}.{found[2]}", part.clone()) for letter, part in parts]  # safetensors stores no views
 
@@ -317,7 +317,7 @@ def _fold_layer_scale(found: Translated) -> None:
         gamma, origin = found.tensors.pop(name), found.sources.pop(name, (name,))
         layer = f"{scale[1]}.{_SCALED[scale[2] or scale[3]]}"
         if f"{layer}.weight" not in found.tensors:
-            raise UserError(f"{origin[0]}: layer scale without the layer that it belongs to, {layer}.weight")
+            raise UserError(f"{origin[0]}: layer scale without its layer, {layer}.weight. Use a complete file.")
         for target in (f"{layer}.weight", f"{layer}.bias"):
             if target in found.tensors:
                 found.tensors[target] = _scaled(found.tensors[target], gamma, f"{origin[0]}: layer scale of {target}")
@@ -328,7 +328,7 @@ def _fold_layer_scale(found: Translated) -> None:
 def _scaled(tensor: Tensor, gamma: Tensor, what: str) -> Tensor:
     """Multiply each row by its factor, in float64 for float64, else float32."""
     if gamma.ndim != 1 or gamma.shape != tensor.shape[:1]:
-        raise UserError(f"{what}: {_describe(gamma)} does not go with {_describe(tensor)}")
+        raise UserError(f"{what}: {_describe(gamma)} does not fit {_describe(tensor)}. Use an unchanged file.")
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     factors = gamma.to(dtype).view(-1, *(1,) * (tensor.ndim - 1))
     return (tensor.to(dtype) * factors).to(tensor.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from torch import Tensor, nn
 from crossmae.checkpoints.metadata import CLASSES, MODEL_ARGUMENTS, NORM_EPS, PIXEL_MEAN, PIXEL_STD
 from crossmae.checkpoints.reading.files import HUB_CONFIG, HUB_FILES
 from crossmae.errors import UserError
+from crossmae.files import read_json
 
 POOL = "pool"  # metadata key of the pooling before the head; the values are timm's
 _ARCHITECTURE = "vit_base_patch16_224"  # used for every size, because all its arguments are given
 _MOST_BLOCKS = 100
+_EXPECTED = "Use weights of a plain ViT with GELU."
 _SIZES = ("embed_dim", "depth", "num_heads", "patch_size", "in_chans", "mlp_ratio")
 # Allowed arguments of timm's VisionTransformer. Dropout rates are allowed, because they have no effect on evaluation.
 _KNOWN = {
@@ -71,24 +74,24 @@ def timm_model(folder: Path, depth: int | None = None) -> Any:
     path, settings = folder / HUB_CONFIG, _read(folder) or {}
     name, given = settings.get("architecture"), settings.get("model_args") or {}
     if not isinstance(name, str) or not timm.is_model(name):
-        raise UserError(f"{path}: {name!r} is no model of timm's that could be a plain ViT")
+        raise UserError(f"{path}: the architecture {name!r} is not a model of timm. {_EXPECTED}")
     if not isinstance(given, dict) or (unknown := sorted(given.keys() - _KNOWN)):
-        said = ", ".join(unknown) if isinstance(given, dict) else type(given).__name__
-        raise UserError(f"{path}: model_args has {said}, which no plain ViT has; known: {', '.join(sorted(_KNOWN))}")
+        found = ", ".join(unknown) if isinstance(given, dict) else type(given).__name__
+        raise UserError(f"{path}: model_args has {found}. A plain ViT has only {', '.join(sorted(_KNOWN))}.")
     arguments = {key: value for key, value in given.items() if key != "num_classes"}
     arguments |= {"depth": depth} if depth else {}
     wanted = arguments.get("depth", 1)
     if not (isinstance(wanted, int) and 0 < wanted <= _MOST_BLOCKS):
-        raise UserError(f"{path}: depth {wanted} is not a number of blocks from 1 to {_MOST_BLOCKS}")
+        raise UserError(f"{path}: depth is {wanted}. Give a number of blocks from 1 to {_MOST_BLOCKS}.")
     try:
         with torch.random.fork_rng(devices=[]):
             classes = settings.get("num_classes", 0)
             model: Any = timm.create_model(name, pretrained=False, num_classes=classes, **arguments)
     except Exception as error:  # timm's constructors raise various types for wrong arguments
-        raise UserError(f"{path}: {name} cannot be built as a plain ViT: {str(error)[:200]}") from None
+        raise UserError(f"{path}: {name} cannot be built ({str(error)[:200]}). {_EXPECTED}") from None
     plain = isinstance(model, VisionTransformer) and all(type(block) is Block for block in model.blocks)
     if not plain or type(model.blocks[0].mlp.act) is not nn.GELU:
-        raise UserError(f"{path}: {name} is no plain ViT: other blocks, or another activation than GELU")
+        raise UserError(f"{path}: {name} has other blocks or another activation. {_EXPECTED}")
     return model
 
 
@@ -130,8 +133,8 @@ def is_timm_folder(file: Path) -> bool:
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    try:
-        settings = json.loads((folder / HUB_CONFIG).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return settings if isinstance(settings, dict) and isinstance(settings.get("architecture"), str) else None
+    with suppress(UserError):
+        settings = read_json(folder / HUB_CONFIG)
+        if isinstance(settings, dict) and isinstance(settings.get("architecture"), str):
+            return settings
+    return None

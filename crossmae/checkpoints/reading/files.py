@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from crossmae.checkpoints.reading.digest import check_digest
+from crossmae.checkpoints.metadata import check_digest
 from crossmae.checkpoints.reading.torch_file import ZIP, read_torch_file
 from crossmae.checkpoints.reading.trusted import read_trusted
 from crossmae.checkpoints.reading.unpickle import damaged, read_numpy_pickle
@@ -30,8 +30,8 @@ _WEB_PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
 _GIT_LFS = b"version https://git-lfs"
 _PICKLE = b"\x80"
 _LEGACY_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # torch before version 1.6 pickled this magic number first
-_UNPACK = "Unpack it and give the weight file that is in it"
-_PYTORCH = "Take the PyTorch or safetensors file of the same model"
+_UNPACK = "Unpack it and name the weight file in it."
+_PYTORCH = "Use the PyTorch or safetensors file of the same model."
 # Kinds of files that are not read, recognised by their first bytes.
 _OTHERS = (
     (re.compile(rb"\x1f\x8b|BZh|\xfd7zXZ\0|\x28\xb5\x2f\xfd|7z\xbc\xaf"), f"a compressed file. {_UNPACK}"),
@@ -40,7 +40,7 @@ _OTHERS = (
     (re.compile(rb"[\x81-\x8f\xde\xdf].{0,4}[\xa1-\xbf\xd9]", re.DOTALL), f"msgpack, as Flax (JAX) writes. {_PYTORCH}"),
     (re.compile(rb"\x08.\x12.{0,40}", re.DOTALL), f"an ONNX model, whose weights have lost their names. {_PYTORCH}"),
     (re.compile(rb"GGUF"), f"a GGUF file of quantized weights. {_PYTORCH}"),
-    (re.compile(rb"\x93NUMPY"), "one NumPy array (.npy) without a name; a state dict of named tensors is expected"),
+    (re.compile(rb"\x93NUMPY"), "one NumPy array (.npy) without a name. Save a state dict."),
 )
 
 
@@ -83,8 +83,8 @@ def find_file(path: Path) -> Path:
         return _find_in_folder(path)
     full = path.absolute()
     parent = next(folder for folder in full.parents if folder.is_dir())
-    where = "" if full == path else f", that is {full}"
-    raise UserError(f"no such file or folder: {path}{where}; the nearest folder that exists is {parent}")
+    where = "" if full == path else f" ({full})"
+    raise UserError(f"no such file or folder: {path}{where}. The nearest folder that exists is {parent}.")
 
 
 def file_kind(path: Path) -> str:
@@ -96,11 +96,11 @@ def file_kind(path: Path) -> str:
         with open(path, "rb") as file:
             head = file.read(512)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from None
     if not head:
         raise UserError(f"{path}: the file is empty (0 bytes). Copy or download it again.")
     if head.lstrip().lower().startswith(_WEB_PAGE):
-        raise UserError(f"{path}: a web page, not weights; the download got an error or log-in page, check its address")
+        raise UserError(f"{path}: a web page, not weights. Check the address and the log-in of the download.")
     if head.startswith(_GIT_LFS):
         raise UserError(f"{path}: a git-lfs pointer, not the file itself. Run `git lfs pull` where it comes from.")
     if head.startswith(ZIP):
@@ -115,8 +115,8 @@ def file_kind(path: Path) -> str:
         if pattern.match(head):
             raise UserError(f"{path}: {what}")
     raise UserError(
-        f"{path}: not a weight file ({path.stat().st_size:,} bytes, starting with {head[:12]!r}); expected "
-        "what torch.save writes (.pth, .pt), safetensors, or a .pkl of numpy arrays"
+        f"{path}: not a weight file ({path.stat().st_size:,} bytes, starting with {head[:12]!r}). Name a "
+        "file of torch.save (.pth, .pt), a safetensors file, or a .pkl of numpy arrays."
     )
 
 
@@ -150,12 +150,14 @@ def _read_shards(path: Path, trust: bool) -> Contents:
         file = path.parent / shard
         kind = file_kind(file)
         if kind == "index":
-            raise UserError(f"{path}: names an index as a shard, {shard}")
+            raise UserError(f"{path}: names an index as a shard, {shard}. Download the index again.")
         held = _read_one(file, kind, trust=trust)
         differing = sorted(names ^ held.tensors.keys())
         if differing:
             odd = shorten([name[:60] for name in differing])
-            raise UserError(f"{file}: does not hold the tensors that {path.name} lists; they differ in {odd}")
+            raise UserError(
+                f"{file}: {path.name} lists other tensors, they differ in {odd}. Download both files again."
+            )
         tensors |= held.tensors
         metadata |= held.metadata
     return Contents(tensors, metadata)
@@ -170,14 +172,14 @@ def _weight_map(path: Path) -> dict[str, set[str]]:
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
         raise UserError(
-            f"{path}: JSON, but not an index of weights (no weight_map). Name the weight file or its folder"
+            f"{path}: JSON, but not an index of weights (no weight_map). Name the weight file or its folder."
         )
     shards: dict[str, set[str]] = {}
     for name, shard in names.items():
         shards.setdefault(shard, set()).add(name)
     outside = [shard for shard in shards if Path(shard).name != shard]
     if outside:
-        raise UserError(f"{path}: refused: names the file {outside[0][:200]!r}, which is not in its own folder")
+        raise UserError(f"{path}: names {outside[0][:200]!r}, a file outside its folder. Download the index again.")
     missing = sorted(shard for shard in shards if not (path.parent / shard).is_file())
     if missing:
         raise UserError(
@@ -198,15 +200,13 @@ def _find_in_folder(folder: Path) -> Path:
     checkpoint = latest_checkpoint(folder)
     if checkpoint:
         return checkpoint / MODEL
-    missing = (
-        f"neither {MODEL} nor a complete checkpoint {FOLDER}/step-*/ of a run, nor {HUB_CONFIG} of other libraries"
-    )
+    missing = f"without {MODEL}, a complete checkpoint {FOLDER}/step-*/ of a run, and {HUB_CONFIG} of other libraries"
     if (folder / HUB_CONFIG).is_file():
-        missing = f"next to {HUB_CONFIG} none of {', '.join(HUB_FILES)}"
+        missing = f"with {HUB_CONFIG}, but none of {', '.join(HUB_FILES)}"
     files = islice(chain(folder.glob("*"), folder.glob("*/*")), _MAX_LISTED)  # the folder may have a million images
     weights = sorted(str(file.relative_to(folder)) for file in files if file.suffix in _WEIGHT_SUFFIXES)
     remedy = f"one of its files: {shorten(weights)}" if weights else "a weight file or the folder of a run"
-    raise UserError(f"{folder}: a folder without weights: {missing}; name {remedy}")
+    raise UserError(f"{folder}: a folder without weights, {missing}. Name {remedy}.")
 
 
 def shards(path: Path) -> list[Path]:

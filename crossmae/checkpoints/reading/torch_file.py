@@ -74,18 +74,14 @@ def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
     entries = {info.filename.partition("/")[2]: info for info in infos}
     if "data.pkl" not in entries:
         names = [info.filename[:60] for info in infos]
-        what = (
-            f"a zip archive, but not one of torch.save (it holds {shorten(names)}). Unpack it and name the weight file"
-        )
+        what = f"a zip archive of other files than torch.save's ({shorten(names)}). Unpack it and name the weight file."
         if names and all(info.filename.endswith(".npy") for info in infos):
-            what = (
-                "a NumPy .npz archive, as JAX models are published. Save its arrays as safetensors under timm's names"
-            )
+            what = "a NumPy .npz archive, as of JAX models. Save its arrays as safetensors under timm's names."
         raise UserError(f"{path}: {what}")
     if "constants.pkl" in entries:
         raise UserError(
-            f"{path}: refused: a TorchScript archive, which holds a program. Nothing in the file was run. "
-            "Save `model.state_dict()` with torch.save, from the program that made it, and give that file"
+            f"{path}: a TorchScript archive, which has a program. Nothing in the file was run. Save "
+            "`model.state_dict()` with torch.save in the program that wrote it, and name that file."
         )
     if len(entries) != len(infos):
         raise ValueError("two entries of its archive have one name")

@@ -26,8 +26,8 @@ def read_trusted(path: Path, kind: str) -> Any:
             return pickle.load(file, encoding="latin1")
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"{path}: refers to what is not here: {error}; in the program that wrote it, save the state dict alone: "
-            "torch.save(model.state_dict(), ...)"
+            f"{path}: refers to a module that is not installed: {error}. In the program that wrote the file, save only "
+            "the state dict: torch.save(model.state_dict(), ...)"
         ) from None
     except MemoryError:
         raise

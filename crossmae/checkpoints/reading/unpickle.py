@@ -62,13 +62,13 @@ def refusal(path: Path, name: str) -> UserError:
     name = name if name.isprintable() and len(name) <= 200 else ascii(name[:200])
     if _SPECIAL.match(name):
         return UserError(
-            f"{path}: holds a tensor that is sparse, quantized or otherwise special ({name}). Save it dense, from the "
-            "program that wrote it. Nothing in the file was run"
+            f"{path}: has a tensor that is sparse, quantized or otherwise special ({name}). Nothing in the file was "
+            "run. Save it dense in the program that wrote it."
         )
     return UserError(
-        f"{path}: refused, because it refers to {name}; only tensors, arrays, numbers, plain containers and "
-        "argparse.Namespace are read from a pickle. Nothing in the file was run. Only if you trust whoever made it, "
-        f"and in a sandbox: python tools/convert_checkpoint.py {path} DST --to crossmae --trust"
+        f"{path}: refused, because it refers to {name}, and not only to tensors, arrays, numbers, plain containers and "
+        "argparse.Namespace. Nothing in the file was run. Only if you trust its author, run in a sandbox: "
+        f"python tools/convert_checkpoint.py {path} DST --to crossmae --trust"
     )
 
 
@@ -77,8 +77,8 @@ def damaged(path: Path, error: Exception) -> UserError:
     what = "" if type(error) is ValueError else f"{type(error).__name__}: "
     return UserError(
         f"{path}: truncated or damaged ({path.stat().st_size:,} bytes): {what}"
-        f"{' '.join(str(error).split())[:200]}. Copy or download it again; if it is whole, save its state dict alone "
-        "with torch.save, which is what this reader takes"
+        f"{' '.join(str(error).split())[:200]}. Copy or download it again. If it is whole, save only its state dict "
+        "with torch.save."
     )
 
 
@@ -268,7 +268,7 @@ def _key(value: Any) -> Any:
 
 
 def _canonical(name: str) -> str:
-    """Return one name for a global, whatever the Python and numpy versions."""
+    """Unify the name of a global across Python and numpy versions."""
     return name.replace("numpy._core.", "numpy.core.").replace("__builtin__.", "builtins.")
 
 

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from crossmae.checkpoints.metadata import PICKLED_METADATA, PUBLISHED_ARGUMENTS
-from crossmae.checkpoints.reading.digest import DIGEST
+from crossmae.checkpoints.metadata import DIGEST, PICKLED_METADATA, PUBLISHED_ARGUMENTS
 from crossmae.checkpoints.reading.unpickle import allowance
 from crossmae.errors import UserError, shorten
 
@@ -33,6 +32,7 @@ BRANCHES = ("base_encoder.", "teacher.", "student.")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
 COUNTERS = ("n_averaged", "steps")  # entries without the prefix `module.` in averaged models of torch and mmengine
 _MAX_WRAPPERS, _MAX_NAME = 4, 1000
+_SAVE = "Save only model.state_dict() with torch.save."
 _MAX_SETTINGS, _MAX_LISTED, _MAX_TEXT = 1000, 100, 250
 
 
@@ -57,7 +57,7 @@ def state_dict(content: Any, path: Path, *, ema: bool = False) -> tuple[dict[str
         beside += [_short(key) for key in content if key not in (found, PICKLED_METADATA)]
         content = _opened(content[found])
     if not isinstance(content, Mapping) or not content:
-        raise UserError(f"{path}: not a state dict: holds {_describe(content)} where names and tensors are expected")
+        raise UserError(f"{path}: not a state dict of named tensors, but {_describe(content)}. {_SAVE}")
     _check_values(content, path)
     seen: set[int] = set()
     return {name: _dense(value, name, path, seen) for name, value in content.items()}, tuple(beside), averaged
@@ -84,8 +84,8 @@ def one_model(
         return inner, (*left, *more)
     if ema:
         raise UserError(
-            f"{path}: EMA weights are asked for, and there are none: no dict {', '.join(EMA_WRAPPERS)}, and no names "
-            f"that start with {' or '.join(EMA_BRANCHES)}. Take the plain weights"
+            f"{path}: has no EMA weights, no dict {', '.join(EMA_WRAPPERS)}, and no names that start with "
+            f"{' or '.join(EMA_BRANCHES)}. Use the plain weights."
         )
     return tensors, ()
 
@@ -130,20 +130,20 @@ def _opened(content: Any) -> Any:
 def _check_values(content: Mapping[Any, Any], path: Path) -> None:
     for name in content:
         if not isinstance(name, str) or len(name) > _MAX_NAME or not name.isprintable():
-            raise UserError(f"{path}: not a state dict: {_short(name)} is not the name of a tensor; damaged?")
+            raise UserError(f"{path}: not a state dict, {_short(name)} is not the name of a tensor. {_SAVE}")
     others = {name: value for name, value in content.items() if not isinstance(value, Tensor | np.ndarray)}
     if others:
         name, value = next(iter(others.items()))
         raise UserError(
-            f"{path}: not a state dict: {name!r} is of type {type(value).__name__}, not a tensor "
-            f"({len(others)} of {len(content)} entries are not); the file holds {_describe(content)}"
+            f"{path}: not a state dict but {_describe(content)}, {name!r} is of type {type(value).__name__}, not a "
+            f"tensor ({len(others)} of {len(content)} entries are not). {_SAVE}"
         )
     # A tensor may be a view that repeats one value. Many tensors may be views of the same values.
     size = sum(math.prod(value.shape) * value.itemsize for value in content.values())
     if size > allowance(path):
         raise UserError(
-            f"{path}: its tensors would take {size:,} bytes, the file has {path.stat().st_size:,}: they are views "
-            "that repeat few values. Save contiguous copies of them"
+            f"{path}: its tensors would take {size:,} bytes, but the file has only {path.stat().st_size:,}, because "
+            "they are views that repeat few values. Save contiguous copies."
         )
 
 
@@ -183,4 +183,4 @@ def _dense(value: Tensor | np.ndarray, name: str, path: Path, seen: set[int]) ->
         return value.clone(memory_format=torch.contiguous_format)
     except (TypeError, RuntimeError) as error:
         kind = value.dtype if isinstance(value, np.ndarray) else value.layout
-        raise UserError(f"{path}: {name} is not a plain array of numbers ({kind}): {error}") from None
+        raise UserError(f"{path}: {name} is not a plain array of numbers ({kind}, {error}). {_SAVE}") from None

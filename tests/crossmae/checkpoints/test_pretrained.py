@@ -119,16 +119,16 @@ def test_published_layout(name: str, decoder: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "given", "told"),
     [
-        ({}, {}, "nor its record tell num_heads and decoder_num_heads. Add --set num_heads=16 decoder_num_heads=16"),
+        ({}, {}, "does not show num_heads and decoder_num_heads. Add --set num_heads=16 decoder_num_heads=16"),
         (
             {"fuse_blocks": (0,)},
             HEADS,
-            "2 of 4 encoder maps are mixed for the decoder, and the file does not record which. ",
+            "2 of 4 encoder maps are mixed for the decoder, and the file does not show fuse_blocks and fuse_input. ",
         ),
-        ({}, HEADS | {"heads": 2}, "heads: no argument of the model; known: img_size, patch_size"),
+        ({}, HEADS | {"heads": 2}, "heads: unknown model argument. Use one of img_size, patch_size"),
         ({}, HEADS | {"num_heads": 5}, "no model with embed_dim=24, .*: a width of 24 cannot be split over 5"),
-        ({"in_chans": 2}, HEADS, "'pixel_mean' and 'pixel_std' must hold one number for each of the 2 channels"),
-        ({"img_size": (16, 24)}, HEADS, "nor its record tell img_size. Add --set .img_size=.HEIGHT,WIDTH"),
+        ({"in_chans": 2}, HEADS, "'pixel_mean' and 'pixel_std' do not have one number for each of the 2 channels"),
+        ({"img_size": (16, 24)}, HEADS, "does not show img_size. Add --set .img_size=.HEIGHT,WIDTH"),
         ({}, HEADS | {"fuse_blocks": [0]}, "does not fit"),
     ],
 )
@@ -143,5 +143,5 @@ def test_an_encoder_alone_can_not_reconstruct(tmp_path: Path) -> None:
         name: tensor for name, tensor in tiny().state_dict().items() if not name.startswith(("dec", "wfm", "mask"))
     }
     torch.save(encoder, tmp_path / "encoder.pth")
-    with pytest.raises(UserError, match=r"holds no decoder \(format: encoder\)"):
+    with pytest.raises(UserError, match=r"has no decoder \(format: encoder\)"):
         load_pretrained(tmp_path / "encoder.pth")

@@ -129,7 +129,7 @@ def test_what_fits_is_the_same_object() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("class_rows", (0, 1))
-def test_fixed_positions_are_made_anew(class_rows: int, dtype: torch.dtype) -> None:
+def test_fixed_positions_are_computed_again(class_rows: int, dtype: torch.dtype) -> None:
     def fixed(grid: tuple[int, int]) -> Tensor:
         return sincos_pos_embed(16, grid)[:, 1 - class_rows :].to(dtype)
 
@@ -147,7 +147,7 @@ def test_fixed_positions_are_made_anew(class_rows: int, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("change", (2e-4, -1.0))
-def test_learned_positions_are_never_made_anew(change: float) -> None:
+def test_learned_positions_are_never_computed_again(change: float) -> None:
     table = sincos_pos_embed(16, (3, 4))
     assert is_sincos(table, (3, 4))
     table[0, 5, 7] += change
@@ -183,7 +183,7 @@ def test_grid_of_a_table(rows: int, img_size: Any, grid: tuple[int, int], class_
         (13, None, None, "Give img_size, the height and width"),
         (13, None, (4, 4), "Give img_size, the height and width"),
         (0, None, None, "Give img_size"),
-        (17, 40, (4, 4), "17 rows contradicts img_size 40 and patch_size 8, a grid of 5 x 5: expected 25 rows"),
+        (17, 40, (4, 4), "40 with patch_size 8 is a grid of 5 x 5, but pos_embed has 17 rows and not 25"),
         (17, 33, None, "33 is not a multiple of patch_size 8"),
     ),
 )
@@ -258,14 +258,20 @@ def test_relative_positions_are_those_of_detectron2(old: int, new: int) -> None:
         (lambda: resample_positions(noise(1, 16, 4), (4, 4), (5, 5)), "(1, 16, 4) is not for a grid of 4 x 4"),
         (lambda: resample_positions(noise(17, 4), (4, 4), (5, 5)), "(1, 17, width)"),
         (lambda: fit_positions(noise(1, 18, 4), (4, 4), (5, 5), fixed=True), "(1, 18, 4) is not for a grid of 4 x 4"),
-        (lambda: resample_patches(noise(4, 3, 8, 6), 8), "(width, channels, p, p), got (4, 3, 8, 6)"),
-        (lambda: resample_patches(noise(4, 192), 8), "got (4, 192)"),
-        (lambda: adapt_channels(noise(4, 192), 4), "got (4, 192)"),
-        (lambda: adapt_channels(noise(4, 3, 2, 2), 2, "pad"), "pad makes more channels of 3, not 2"),
-        (lambda: adapt_channels(noise(4, 3, 2, 2), 2, "max"), "one of repeat, mean, pad, got 'max'"),
-        (lambda: resample_relative(noise(26, 4), 16), "(2 * window - 1, width of a head), got (26, 4)"),
-        (lambda: window_of(noise(27)), "got (27,)"),
-        (lambda: window_of(noise(27, 0)), "got (27, 0)"),
+        (
+            lambda: resample_patches(noise(4, 3, 8, 6), 8),
+            "the shape is (4, 3, 8, 6). It must be (width, channels, p, p)",
+        ),
+        (lambda: resample_patches(noise(4, 192), 8), "the shape is (4, 192)"),
+        (lambda: adapt_channels(noise(4, 192), 4), "the shape is (4, 192)"),
+        (lambda: adapt_channels(noise(4, 3, 2, 2), 2, "pad"), "pad cannot reduce 3 channels to 2"),
+        (lambda: adapt_channels(noise(4, 3, 2, 2), 2, "max"), "unknown method 'max'. Use one of repeat, mean, pad"),
+        (
+            lambda: resample_relative(noise(26, 4), 16),
+            "the shape is (26, 4). It must be (2 * window - 1, width of a head)",
+        ),
+        (lambda: window_of(noise(27)), "the shape is (27,)"),
+        (lambda: window_of(noise(27, 0)), "the shape is (27, 0)"),
         (lambda: fit_positions(noise(1), (4, 4), (5, 5), fixed=True), "(1,) is not for a grid of 4 x 4"),
         (lambda: resample_positions(noise(1, 17, 0), (4, 4), (5, 5)), "(1, 17, 0) is not for a grid of 4 x 4"),
     ),
@@ -339,7 +345,7 @@ def test_a_pretraining_model_for_another_image_size() -> None:
 @pytest.mark.parametrize("wanted", ({"patch_size": 16}, {"in_chans": 4}, {"patch_size": 16, "in_chans": 4}))
 def test_a_decoder_keeps_its_pixels(wanted: dict[str, int]) -> None:
     tensors = pretraining()
-    with pytest.raises(UserError, match=f"only an encoder can be resampled to another {' and '.join(wanted)}"):
+    with pytest.raises(UserError, match=f"{' and '.join(wanted)}: cannot change for a model with a decoder"):
         fit(tensors, encoder_arguments(tensors), wanted)
 
 
@@ -371,10 +377,10 @@ def test_second_table_of_a_detector() -> None:
     (
         ({"img_size": 30}, "the nearest valid sizes are 24 and 32"),
         ({"img_size": 32, "patch_size": 14}, "img_size 32 is not a multiple of patch_size 14"),
-        ({"patch_size": 0}, "patch_size must be at least 1, got 0"),
-        ({"in_chans": 0}, "in_chans must be at least 1"),
-        ({"window": 0}, "window must be at least 1"),
-        ({"window": 7}, "no relative positions"),
+        ({"patch_size": 0}, "patch_size: 0 is too small. It must be at least 1"),
+        ({"in_chans": 0}, "in_chans: 0 is too small"),
+        ({"window": 0}, "window: 0 is too small"),
+        ({"window": 7}, "window: has no effect without relative positions"),
     ),
 )
 def test_sizes_that_do_not_go(wanted: dict[str, Any], message: str) -> None:
@@ -388,7 +394,7 @@ def test_a_grid_that_nothing_tells_matters_only_for_the_table() -> None:
     assert "img_size" not in arguments
     assert "img_size" not in fit(tensors, arguments, {"patch_size": 16, "in_chans": 1}).arguments
     assert changed(tensors, fit(tensors, arguments, {"img_size": (24, 32)}).tensors) == set()
-    with pytest.raises(UserError, match="cannot infer the grid of 13 position embeddings"):
+    with pytest.raises(UserError, match="pos_embed: 13 rows are not a square"):
         fit(tensors, arguments, {"img_size": 32})
 
 

@@ -39,7 +39,7 @@ def test_a_run_starts_from_given_weights(images: Path, tmp_path: Path, caplog: p
     assert "sine-cosine positions made again, 4 x 4 to 8 x 4" in caplog.text
     config = make_config(images, tmp_path / "wide", model={"embed_dim": 32})
     model = build(config)
-    with pytest.raises(UserError, match=r"embed_dim 16; the model expects embed_dim 32"):
+    with pytest.raises(UserError, match=r"embed_dim 16, but the model expects embed_dim 32"):
         start_from(model, first, arguments(config), config.data)
     pretrain(make_config(images, tmp_path / "run", model={"init": first}, schedule={"max_steps": 1}))
     # A step at the first step's learning rate, 0: the weights are still those it started from.

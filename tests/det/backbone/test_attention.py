@@ -12,8 +12,6 @@ from det.backbone.attention import (
     SpatialAttention,
     folded_attention,
     materialized_attention,
-    pad_grid,
-    relative_positions,
 )
 
 # dim, heads, window (0: global), size the tables are made for, grid
@@ -71,21 +69,6 @@ def test_double_precision_outputs_and_all_gradients_equal_both_references(case):
             torch.testing.assert_close(found[name], value, atol=1e-10, rtol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_a_loop_over_queries_and_keys_gives_the_same():
-    torch.manual_seed(0)
-    H, W, d = 2, 3, 4
-    q, k, v = torch.randn(3, 1, 1, H * W, d, dtype=torch.float64)
-    rows, columns = torch.randn(1, 1, H * W, H, dtype=torch.float64), torch.randn(1, 1, H * W, W, dtype=torch.float64)
-    expected = torch.zeros_like(q)
-    for i in range(H * W):
-        scores = torch.stack([
-            q[0, 0, i] @ k[0, 0, j] / d**0.5 + rows[0, 0, i, j // W] + columns[0, 0, i, j % W] for j in range(H * W)
-        ])  # fmt: skip
-        expected[0, 0, i] = scores.softmax(0) @ v[0, 0]
-    for attend in (folded_attention, materialized_attention):
-        torch.testing.assert_close(attend(q, k, v, rows, columns), expected, atol=1e-12, rtol=0)
-
-
 @pytest.mark.parametrize(("kind", "expected"), [("folded", False), ("materialized", True)])
 def test_only_the_reference_keeps_a_matrix_of_all_pairs(kind, expected):
     attention = SpatialAttention(16, 2, 0, 24, kind)
@@ -106,25 +89,3 @@ def test_in_bfloat16_folding_is_no_less_exact_than_the_matrix():
         out = attend(*(value.bfloat16() for value in (q, k, v, rows, columns)))
         errors[attend.__name__] = ((out.double() - exact).norm() / exact.norm()).item()
     assert errors["folded_attention"] <= 1.1 * errors["materialized_attention"]
-
-
-def test_padding_reaches_attention_as_the_bias_of_the_projection():
-    """Not masked: a change of the bias of keys and values in the padding alone changes the output of real tokens."""
-    attention = SpatialAttention(8, 2, 4)
-    x = torch.randn(1, 3, 3, 8)
-    with torch.no_grad():
-        before = attention(x)
-        torch.nn.init.normal_(attention.qkv.bias)
-        shifted = attention(x)
-    assert not torch.allclose(before, shifted)
-    cells = pad_grid(torch.zeros(1, 1, 2, 3), torch.tensor([1.0, 2.0, 3.0]), 1, 1)
-    assert cells.shape == (1, 2, 3, 3)
-    assert torch.equal(cells[0, 1, 0], torch.tensor([1.0, 2.0, 3.0]))
-    assert not cells[0, 0, :2].any()
-
-
-def test_relative_positions_are_differences_of_coordinates():
-    table = torch.arange(7.0)[:, None]  # distances -3 .. 3 of a grid of 4
-    pairs = relative_positions(table, 4)[..., 0] - 3
-    expected = torch.tensor([[float(i - j) for j in range(4)] for i in range(4)])
-    assert torch.equal(pairs, expected)

@@ -11,9 +11,7 @@ from safetensors.torch import save_file
 
 from crossmae import create_model
 from crossmae.errors import UserError
-from crossmae.models.sizes import SIZES
 from det import build_backbone
-from det.backbone.build import evenly_spaced_blocks
 
 TINY = {"depth": 2, "global_blocks": (1,)}
 
@@ -60,18 +58,19 @@ def test_patches_of_14_see_an_enlarged_image_as_before(tmp_path):
 def test_what_does_not_fit_is_refused(tmp_path):
     model = create_model("crossmae_vit_tiny_patch16", img_size=64, depth=2, decoder_depth=1)
     path = write(tmp_path / "model.safetensors", model)
-    with pytest.raises(UserError, match=r"the file holds a ViT with .*depth 2; the model expects .*depth 12"):
+    with pytest.raises(UserError, match=r"the file has a ViT with .*depth 2, but the model expects .*depth 12"):
         build_backbone("crossmae_vit_small_patch16", weights=path)
     with pytest.raises(ValueError, match="unknown model 'vit_b'; known: crossmae_vit_tiny_patch16"):
         build_backbone("vit_b")
     oblong = create_model("crossmae_vit_tiny_patch16", img_size=(64, 96), depth=2, decoder_depth=1)
     path = write(tmp_path / "oblong.safetensors", oblong, img_size=[64, 96])
-    with pytest.raises(
-        UserError, match=r"position embeddings are for an image of size 64 x 96, but must be for a square one"
-    ):
+    with pytest.raises(UserError, match=r"the position embeddings are for images of size 64 x 96, not for square ones"):
         build_backbone("crossmae_vit_tiny_patch16", weights=path, **TINY)
 
 
 def test_global_blocks_of_the_published_sizes():
-    published = {12: (2, 5, 8, 11), 24: (5, 11, 17, 23), 32: (7, 15, 23, 31)}
-    assert {size.depth: evenly_spaced_blocks(size.depth) for size in SIZES.values()} == published
+    published = {12: [2, 5, 8, 11], 24: [5, 11, 17, 23], 32: [7, 15, 23, 31]}
+    for size, depth in (("base_patch16", 12), ("large_patch16", 24), ("huge_patch14", 32)):
+        with torch.device("meta"):
+            blocks = build_backbone(f"crossmae_vit_{size}").net.blocks
+        assert [index for index, block in enumerate(blocks) if not block.attn.window_size] == published[depth]

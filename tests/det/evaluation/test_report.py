@@ -98,7 +98,7 @@ def test_the_page_has_the_numbers_of_the_files(folder):
     curves = {plot.title: json.loads(plot.svg) for plot in blocks_of(folder, Plot)}
     assert curves["Total loss"] == {"total loss": [[20, 40], [4.0, 3.0]]}
     assert curves["AP over the training"] == {"box AP": [[40], [41.23]], "mask AP": [[40], [34.56]]}
-    assert curves["Speed"]["of it, waiting for data"] == [[20, 40], [0.5, 0.5]]
+    assert curves["Speed"]["waiting for data"] == [[20, 40], [0.5, 0.5]]
     assert set(curves) >= {"AP50 over the training", "Its parts", "Learning rate"}
 
 

@@ -201,19 +201,6 @@ def test_finding_nothing_is_zero_where_there_is_something_to_find(evaluator, lvi
     assert nothing.objects == (0,) * 6
 
 
-@pytest.mark.parametrize("change,message", [
-    ({"image_id": 99}, r"results\[1\]: image_id 99 is not in the ground truth"),
-    ({"category_id": 2}, r"results\[1\]: category_id 2 is not in the ground truth"),
-    ({"score": math.nan}, r"results\[1\]: score nan is not finite"),
-    ({"bbox": None}, r"results\[1\] has no 'bbox', which bbox needs"),
-])  # fmt: skip
-def test_results_of_another_data_set_or_form_are_refused(change, message):
-    truth, results = made_up(0)
-    wrong = {key: value for key, value in {**results[1], **change}.items() if value is not None}
-    with pytest.raises(UserError, match=message):
-        score_results(truth, [results[0], wrong], "bbox")
-
-
 def test_lvis_needs_its_own_keys():
     truth, results = made_up(0)
     with pytest.raises(UserError, match=r"images\[0\] has no 'neg_category_ids'"):
@@ -226,7 +213,7 @@ def test_without_hotcoco_pycocotools_scores_and_says_so(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     assert find_hotcoco("auto") is None
     assert "evaluating with pycocotools" in caplog.text
-    with pytest.raises(UserError, match=r"TEST\.EVALUATOR is hotcoco, which is not installed: pip install hotcoco"):
+    with pytest.raises(UserError, match=r"TEST\.EVALUATOR: hotcoco is not installed. Run: pip install hotcoco"):
         find_hotcoco("hotcoco")
     truth, results = made_up(0)
     numbers = score_results(truth, results, "bbox").numbers()

@@ -14,6 +14,7 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed: python to
 
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
+from det.data.masks import decode_segmentation
 from det.inference.draw import (
     DrawnInstance,
     _draw_mask,
@@ -58,7 +59,6 @@ def test_instances_from_coco():
     assert (dog.class_index, dog.name, dog.score, dog.mask, dog.box) == (1, "dog", 0.25, None, BOX)
     assert (cat.class_index, cat.name, cat.score) == (0, "cat", None)
     assert cat.mask == encoded(), "masks stay encoded until they are drawn"
-    assert np.array_equal(cat.decode_mask(HEIGHT, WIDTH), rectangle())
 
 
 def test_an_encoded_mask_is_drawn_like_an_array():
@@ -67,13 +67,6 @@ def test_an_encoded_mask_is_drawn_like_an_array():
     drawn = draw_instances(photo(), [kept])
     assert np.array_equal(drawn, draw_instances(photo(), [replace(kept, mask=rectangle())]))
     assert not np.array_equal(drawn, draw_instances(photo(), [replace(kept, mask=None)]))
-
-
-def test_wrong_annotations_are_named():
-    with pytest.raises(ValueError, match=r"category_id 5 is none of \[3, 7\]"):
-        instances_from_coco([{"category_id": 5, "bbox": BOX}], NAMES)
-    with pytest.raises(ValueError, match=r"no \['bbox'\], only \['category_id'\]"):
-        instances_from_coco([{"category_id": 3}], NAMES)
 
 
 def test_mask_tints_its_inside_and_nothing_outside_changes():
@@ -137,15 +130,6 @@ def test_enlarged_mask_keeps_its_place_and_area():
     assert np.abs(painted.max(0) - [151, 203]).max() <= 2
 
 
-def test_wrong_images_and_masks_are_refused():
-    with pytest.raises(ValueError, match=r"expected \(H, W, 3\) uint8, received \(60, 80\)"):
-        draw_instances(photo()[..., 0], [])
-    with pytest.raises(ValueError, match="float"):
-        draw_instances(photo().astype(np.float32), [])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"array of \[5, 5\] on an image of \[60, 80\]"):
-        draw_instances(photo(), [DrawnInstance(BOX, 0, "x", np.ones((5, 5), bool))])
-
-
 @pytest.mark.parametrize("masks", ["polygons", "bitmasks", "none"])
 def test_instances_of_detectron2_and_of_coco_are_the_same(masks: str):
     polygon = [30.0, 25.0, 51.0, 25.0, 51.0, 38.0, 30.0, 38.0]
@@ -163,7 +147,7 @@ def test_instances_of_detectron2_and_of_coco_are_the_same(masks: str):
         if masks == "none":
             assert given.mask is None
         else:
-            assert np.array_equal(given.mask, wanted.decode_mask(HEIGHT, WIDTH))
+            assert np.array_equal(given.mask, decode_segmentation(wanted.mask, HEIGHT, WIDTH))
 
 
 def slow_mask(canvas: Image.Image, mask: np.ndarray, color: tuple[int, int, int], scale: float, unit: float) -> None:

@@ -191,7 +191,7 @@ def test_a_file_that_differs_is_not_kept(tmp_path, fake_files, changed, by, show
     target.write_text("old")
     fake_files[changed] = by
     with pytest.raises(
-        UserError, match=rf"detector.pt2 differs from.*not kept: .*{changed} {shown} \(limit.*--no-check"
+        UserError, match=rf"detector.pt2: differs from.*not kept: .*{changed} {shown} \(limit.*--no-check"
     ):
         export_detector(model, target, SIZE, force=True)
     assert target.read_text() == "old"
@@ -211,7 +211,7 @@ def test_a_check_that_finds_nothing_says_so(tmp_path, fake_files, caplog):
 def test_what_exporters_do_not_know_is_one_line(tmp_path, monkeypatch):
     model = build(tmp_path)
     monkeypatch.setattr(model.backbone.net, "forward", lambda x: {"last_feat": x.mean().item() * x})
-    with pytest.raises(UserError, match=r"^the detector cannot be exported: \w+: .*\. Its backbone may be possible"):
+    with pytest.raises(UserError, match=r"^the detector cannot be exported: \w+: .*\. Export its backbone"):
         export_detector(model, tmp_path / "detector.pt2", SIZE)
     assert [file.name for file in tmp_path.iterdir()] == ["tiny.yaml"]
 
@@ -220,9 +220,9 @@ def test_what_exporters_do_not_know_is_one_line(tmp_path, monkeypatch):
     "name, size, message",
     [
         ("detector.pb", SIZE, r"detector.pb: unknown suffix. Use .onnx, or .pt2"),
-        ("no/detector.onnx", SIZE, r"no such folder: .*no$"),
-        ("detector.onnx", 100, r"image size: expected multiples of 8 pixels, received 100 x 100"),
-        ("detector.onnx", (SIZE, 0), r"image size: expected multiples of 8 pixels, received 96 x 0"),
+        ("no/detector.onnx", SIZE, r"there is no folder .*no\. Create"),
+        ("detector.onnx", 100, r"image size: 100 x 100 does not fit. Use multiples of 8 pixels"),
+        ("detector.onnx", (SIZE, 0), r"image size: 96 x 0 does not fit. Use multiples of 8 pixels"),
         ("old.onnx", SIZE, r"old.onnx: exists already"),
         ("new.onnx", SIZE, r"new.onnx.data: exists already"),
     ],
@@ -240,10 +240,8 @@ def test_parts_that_are_not_known(tmp_path):
     model = build(tmp_path)
     assert obstacle(model) is None
     assert obstacle(model.backbone) == "MODEL.META_ARCHITECTURE is FeaturePyramid, known: GeneralizedRCNN"
-    with pytest.raises(ValueError, match="evaluation mode"):
-        export_detector(model.train(), tmp_path / "detector.onnx", SIZE)
-    model.eval().roi_heads.keypoint_on = True
-    with pytest.raises(UserError, match=r"exported: MODEL.KEYPOINT_ON is True. Its backbone can"):
+    model.roi_heads.keypoint_on = True
+    with pytest.raises(UserError, match=r"exported: MODEL.KEYPOINT_ON is True. Export its backbone"):
         export_detector(model, tmp_path / "detector.onnx", SIZE)
 
     class Otherwise(ROIAlign):

@@ -156,7 +156,7 @@ def test_config_and_weights_are_found_in_a_run_or_named(run, predictor, tmp_path
     assert config.dump() == before
     assert str(run / "model_final.pth") == predictor.cfg.MODEL.WEIGHTS
     torch.save({"model": Predictor(None, run).model.state_dict()}, tmp_path / "moved.pth")
-    with pytest.raises(UserError, match=r"has no config.yaml. Name the config"):
+    with pytest.raises(UserError, match=r": has no config.yaml. Name the config"):
         Predictor(None, tmp_path / "moved.pth")
 
 
@@ -164,7 +164,7 @@ def test_config_and_weights_are_found_in_a_run_or_named(run, predictor, tmp_path
     ("arguments", "message"),
     [
         ({"weights": "nowhere"}, "nowhere: no such file or folder. Name a detector's weights"),
-        ({"device": "tpu"}, "MODEL.DEVICE must be cpu, cuda or cuda:N, got 'tpu'"),
+        ({"device": "tpu"}, "MODEL.DEVICE: 'tpu' is not allowed. It must be cpu, cuda or cuda:N"),
     ],
 )
 def test_wrong_arguments_are_named(run, arguments, message):
@@ -212,12 +212,11 @@ def test_classes_come_from_a_file_or_the_run_or_are_numbers(tmp_path, run, caplo
     finally:
         record.unlink()
     assert recorded == Classes(("x", "y", "z"), (5, 7, 8))
-    assert recorded.categories()[1] == {"id": 7, "name": "y"}
 
 
 def test_wrong_classes_are_named(tmp_path, predictor):
     (tmp_path / "names.txt").write_text("one\ntwo")
-    with pytest.raises(UserError, match=r"names.txt: has 2 classes, the detector 3"):
+    with pytest.raises(UserError, match=r"names.txt: has 2 class names. The detector needs 3"):
         find_classes(predictor, tmp_path / "names.txt")
     with pytest.raises(UserError, match=r"none\.txt: cannot be read as text: No such file"):
         find_classes(predictor, tmp_path / "none.txt")
@@ -230,7 +229,7 @@ def test_wrong_classes_are_named(tmp_path, predictor):
 
 def test_other_architectures_are_refused(run):
     cfg = read_config(None, run, ["MODEL.META_ARCHITECTURE=ProposalNetwork"])
-    with pytest.raises(UserError, match="only a GeneralizedRCNN can predict here, not ProposalNetwork"):
+    with pytest.raises(UserError, match="ProposalNetwork cannot predict here"):
         Predictor(cfg, run)
 
 

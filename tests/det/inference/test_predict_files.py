@@ -246,7 +246,7 @@ def test_a_tilde_is_the_home_folder_or_the_beginning_of_a_name(tmp_path, monkeyp
     assert (root, sources[0].name) == (tmp_path / "home", "a.png")
     with pytest.raises(UserError, match=r"~no-such-user/\*\.png: no such file"):
         find_media(["~no-such-user/*.png"])
-    with pytest.raises(UserError, match=r"home/out is in .*home: the next call"):
+    with pytest.raises(UserError, match=r"home/out is in .*home, so the next call"):
         check_output(tmp_path / "home/out", sources, ["~"], force=False)
 
 
@@ -263,18 +263,18 @@ def test_no_two_inputs_are_drawn_onto_one_file():
 @pytest.mark.parametrize(
     ("arguments", "output", "message"),
     [
-        (["in"], "in/out", "in/out is in in: the next call would take its pictures for input"),
-        (["in"], "in", "in is in in: "),
+        (["in"], "in/out", "in/out is in in, so the next call would read it"),
+        (["in"], "in", "in is in in, "),
         (["in/a.png"], "in", r"in/a.png is an image to predict and would be overwritten"),
         (["in/b.jpg"], "in", r"in/b.png exists already. Name another folder, or overwrite with --force"),
         (["in"], "done", r"done/predictions.json exists already"),
-        (["in/**/*.jpg"], "in/out", r"in/out is in in/\*\*/\*.jpg: the next call would take its pictures for input"),
-        (["{here}/**/b.*"], "in/out", r"in/out is in .*: the next call"),
-        (["i[mn]/*.jpg", "**/a.png"], "out", r"out is in \*\*/a.png: the next call"),
-        (["*/a.png"], "out", r"out is in \*/a.png: the next call"),
+        (["in/**/*.jpg"], "in/out", r"in/out is in in/\*\*/\*.jpg, so the next call would read it"),
+        (["{here}/**/b.*"], "in/out", r"in/out is in .*, so the next call"),
+        (["i[mn]/*.jpg", "**/a.png"], "out", r"out is in \*\*/a.png, so the next call"),
+        (["*/a.png"], "out", r"out is in \*/a.png, so the next call"),
         (["in/b.jpg"], "folders", r"folders/b.png cannot be written: Is a directory"),
         (["in/b.jpg"], "in/a.png", r"in/a.png/predictions.json cannot be written: Not a directory"),
-        (["predictions.json", "in/b.jpg"], "o", r"o/predictions.json cannot be written: is the folder of others"),
+        (["predictions.json", "in/b.jpg"], "o", r"o/predictions.json cannot be written: it is also the folder"),
         (["long"], "o", r"x.png.png cannot be written: File name too long"),
     ],
 )

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crossmae.training.state import MAX_SKIPPED
 from det.config import load_det_config
-from det.training.steps import StepTrainer, split
+from det.training.steps import StepTrainer
 from tests.det.backbone.test_parity import inputs
 from tests.det.coco_files import TINY
 
@@ -193,9 +193,3 @@ def test_a_run_that_becomes_float16_begins_with_a_new_scale(caplog):
     trainers[1].scaler = torch.amp.GradScaler("cpu")
     trainers[1].load_state_dict(scaled)
     assert trainers[1].scaler.get_scale() == 8
-
-
-def test_a_batch_is_split_into_runs_of_equal_length():
-    assert list(split([1, 2, 3, 4], 2)) == [[1, 2], [3, 4]]
-    with pytest.raises(ValueError, match="3 images cannot be divided into 2 parts"):
-        list(split([1, 2, 3], 2))

@@ -16,21 +16,8 @@ from crossmae.errors import UserError
 from crossmae.reports.page import Gallery, Missing, Plot, Table
 from crossmae.reports.run_folder import RunFolder
 from det.evaluation.run_files import DetectionResults
-from tools.demo import report as demo_report
-from tools.demo.report import (
-    COUNT,
-    RESULTS,
-    STAGES,
-    Stages,
-    build_report,
-    detector_section,
-    main,
-    prediction_section,
-    pretraining_section,
-    reconstruction_section,
-    result_section,
-    stage_section,
-)
+from tools.demo import report
+from tools.demo.report import COUNT, RESULTS, STAGES, Stages, main
 
 IMAGES = COUNT + 2
 
@@ -59,10 +46,8 @@ def folder(tmp_path: Path) -> Path:
     write(tmp_path / "detect/inference/coco_instances_results.json", found)
     classes = [{"name": "7", "objects": 14, "bbox": {"AP": 12.5}, "segm": {"AP": 12.5}}]
     write(tmp_path / "detect/results.json", {"bbox": values, "segm": values | {"AP50": 65.43}, "classes": classes})
-    lines(
-        tmp_path / "pretrain/log.jsonl",
-        [{"step": s, "loss": 1 / s, "lr": 0.1, "images_per_second": 9} for s in (1, 2)],
-    )
+    steps = [{"step": s, "loss": 1 / s, "lr": 0.1, "images_per_second": 9} for s in (1, 2)]
+    lines(tmp_path / "pretrain/log.jsonl", steps)
     losses = {"loss_mask": 0.5, "loss_cls": 0.5}
     lines(tmp_path / "detect/metrics.json", [{"iteration": i, "total_loss": 1.0, **losses} for i in (1, 2)])
     for step in (8, 16, 100):
@@ -97,7 +82,7 @@ def test_whole_page(folder: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_pictures_are_of_a_fixed_number_of_held_out_images(folder: Path):
-    (gallery,) = prediction_section(RunFolder(folder)).blocks
+    (gallery,) = report.prediction_section(RunFolder(folder)).blocks
     assert isinstance(gallery, Gallery)
     alts = [picture.alt for row in gallery.rows for picture in row.pictures]
     assert len(set(alts)) == COUNT
@@ -105,22 +90,18 @@ def test_pictures_are_of_a_fixed_number_of_held_out_images(folder: Path):
 
 
 def test_reconstructions_are_the_first_and_the_last_step(folder: Path):
-    (gallery,) = reconstruction_section(RunFolder(folder)).blocks
+    (gallery,) = report.reconstruction_section(RunFolder(folder)).blocks
     assert isinstance(gallery, Gallery)
     assert [row.caption for row in gallery.rows] == ["After 8 steps", "After 100 steps"]
 
 
 def test_curves_and_tables(folder: Path):
     run = RunFolder(folder)
-    curves = [*pretraining_section(run).blocks, *detector_section(run).blocks]
-    assert [block.title for block in curves if isinstance(block, Plot)] == [
-        "Reconstruction loss",
-        "Learning rate",
-        "Total loss",
-        "Its parts",
-    ]
+    curves = [*report.pretraining_section(run).blocks, *report.detector_section(run).blocks]
+    titles = [block.title for block in curves if isinstance(block, Plot)]
+    assert titles == ["Reconstruction loss", "Learning rate", "Total loss", "Its parts"]
     assert [block.what for block in curves if isinstance(block, Missing)] == []
-    summary, by_class = result_section(run, DetectionResults.read(folder / RESULTS)).blocks
+    summary, by_class = report.result_section(run, DetectionResults.read(folder / RESULTS)).blocks
     assert isinstance(summary, Table)
     assert isinstance(by_class, Table)
     assert [[getattr(cell, "text", cell) for cell in row] for row in summary.rows] == [
@@ -132,7 +113,7 @@ def test_curves_and_tables(folder: Path):
 
 
 def test_report_in_the_making_has_no_time_of_its_own(folder: Path):
-    table = stage_section(RunFolder(folder), Stages.read(folder / STAGES)).blocks[0]
+    table = report.stage_section(RunFolder(folder), Stages.read(folder / STAGES)).blocks[0]
     assert isinstance(table, Table)
     assert [row[1] for row in table.rows] == ["1 min 01 s", "this page"]
     assert list(table.footer) == ["all", "1 min 01 s", "3.00 GiB"]
@@ -155,13 +136,13 @@ def test_empty_folder_names_every_missing_file(tmp_path: Path):
 
 
 def missing_blocks(folder: Path) -> list[Missing]:
-    sections = build_report(RunFolder(folder), None).sections
+    sections = report.build_report(RunFolder(folder), None).sections
     return [block for section in sections for block in section.blocks if isinstance(block, Missing)]
 
 
 def test_log_without_the_values_is_named(folder: Path):
     lines(folder / "pretrain/log.jsonl", [{"step": 1}])
-    blocks = pretraining_section(RunFolder(folder)).blocks
+    blocks = report.pretraining_section(RunFolder(folder)).blocks
     assert [type(block) for block in blocks] == [Missing] * 2
 
 
@@ -190,7 +171,7 @@ def test_folder_that_does_not_exist(tmp_path: Path):
 
 
 def test_environment_names_machine_and_versions():
-    values = dict(demo_report.environment())
+    values = dict(report.environment())
     assert values["Cores"]
     assert "torch " in values["Packages"]
     assert "crossmae" in values["Packages"] or "numpy" in values["Packages"]

@@ -64,7 +64,7 @@ def test_values_are_looked_at_unless_told_otherwise(tmp_path: Path, suffix: str)
     assert set(found.non_finite or ()) == {"blocks.1.mlp.fc1.bias", "decoder_pred.weight"}
     assert any(line.startswith("finite") and "NO: NaN or infinity in 2 tensors" in line for line in found.lines())
     assert found.beside == (("epoch", "optimizer") if suffix == ".pth" else ())
-    assert found.facts["heads"].endswith("conversions need --set num_heads=N")
+    assert found.facts["heads"].endswith("Conversions need --set num_heads=N")
     quick = inspect(tmp_path / f"a{suffix}", values=False)
     assert quick.non_finite is None
     assert quick.encoder == found.encoder
@@ -99,7 +99,7 @@ def test_a_changed_value_is_found(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match="not those that were written"):
+    with pytest.raises(UserError, match="changed or damaged"):
         inspect(path)
     assert inspect(path, values=False).content == "crossmae"
 

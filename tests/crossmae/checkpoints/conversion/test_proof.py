@@ -169,7 +169,7 @@ def saved(name: str, shape: str, folder: Path) -> tuple[Callable[[], Any], Calla
     """Factories of the plain and the file's encoder, and what `prove` wants to know."""
     to, save, _, _ = CASES[name]
     path, tensors = save(folder / name, SHAPES[shape])
-    source = partial(plain_encoder, tensors, SHAPES[shape], class_token=to != "detectron2")
+    source = partial(plain_encoder, tensors, SHAPES[shape])
     sizes = image_size(tensors, SHAPES[shape])
     return (
         source,
@@ -316,7 +316,7 @@ def test_epsilon_is_1e_6_where_the_file_has_none(name: str, tmp_path: Path) -> N
     to, save, _, _ = CASES[name]
     path, tensors = save(tmp_path / name, TINY)
     given = {"size": [(32, 32)], "in_chans": 3}
-    source = partial(plain_encoder, tensors, TINY, norm_eps=1e-3, class_token=to != "detectron2")
+    source = partial(plain_encoder, tensors, TINY, norm_eps=1e-3)
     assert not prove(source, partial(file_encoder, path, to, TINY), **given).equal
     assert prove(source, partial(file_encoder, path, to, TINY, norm_eps=1e-3), **given).equal
 
@@ -338,9 +338,8 @@ def test_without_class_token(rows: int) -> None:
     given = dict(tensors)
     if rows == 17:
         given |= {"pos_embed": torch.cat([torch.ones(1, 1, 24), tensors["pos_embed"]], dim=1)}
-        given |= {"cls_token": torch.ones(1, 1, 24)}
     image = torch.randn(1, 3, 32, 32)
-    tokens = plain_encoder(given, TINY, class_token=False)(image)
+    tokens = plain_encoder(given, TINY)(image)
     model.norm = nn.Identity()
     with torch.no_grad():
         torch.testing.assert_close(tokens, model.eval().forward_features(image), atol=0, rtol=0)
@@ -372,9 +371,10 @@ def test_a_timm_that_reads_no_folders_is_missing(tmp_path: Path, monkeypatch: py
 
 def test_the_source_goes_through_its_own_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, tensors = save_hf(tmp_path / "vit", TINY, "ViTModel")
-    make = partial(source_encoder, path / "model.safetensors", "hf-vit", tensors, TINY)
+    file, patches = path / "model.safetensors", {name: tensors[name] for name in tensors if name != "cls_token"}
+    make = partial(source_encoder, file, "hf-vit", tensors, TINY)
     assert make().name == "transformers' ViTModel"
-    assert make(class_token=False).name == "timm's VisionTransformer"
+    assert source_encoder(file, "hf-vit", patches, TINY).name == "timm's VisionTransformer"
     assert prove(make, partial(plain_encoder, tensors, TINY), size=[(32, 32)], in_chans=3).equal
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert make().name == "timm's VisionTransformer"
@@ -392,7 +392,7 @@ def test_relative_positions_and_windows_come_from_the_tables(tmp_path: Path) -> 
     assert [block.window_size for block in encoder.model.blocks] == [3, 0]
     assert [tensors[f"blocks.{i}.attn.rel_pos_w"].shape[0] for i in range(2)] == [5, 15]
     assert image_size(tensors, TINY) == [(64, 32), (32, 64)]
-    source = partial(source_encoder, path, "plain", tensors | {"cls_token": torch.zeros(1, 1, 24)}, TINY)
+    source = partial(source_encoder, path, "plain", tensors, TINY)
     proof = prove(source, lambda: encoder, size=image_size(tensors, TINY), in_chans=3)
     assert proof.equal
     assert proof.source == "detectron2's ViT"
@@ -423,12 +423,12 @@ def test_relative_positions_count_from_end_to_end(block: int, axis: str, tmp_pat
 def test_detectron2_has_no_place_for_these(tmp_path: Path) -> None:
     pytest.importorskip("detectron2")
     _, tensors = with_relative_positions(tmp_path)
-    with pytest.raises(UserError, match="the position table of a square, not of 2 x 3 patches"):
+    with pytest.raises(UserError, match="detectron2's ViT needs a square, not 2 x 3 patches"):
         detectron2_encoder(tensors, OBLONG_GREY)
     with pytest.raises(UserError, match=r"detectron2's ViT does not take these tensors: .*cls_token"):
         detectron2_encoder(tensors | {"cls_token": torch.zeros(1, 1, 24)}, TINY)
     third = {f"blocks.2.attn.rel_pos_{axis}": torch.zeros(3, 8) for axis in "hw"}
-    with pytest.raises(UserError, match=r"windows of one size; the relative positions are for \[2, 3\]"):
+    with pytest.raises(UserError, match=r"windows of \[2, 3\], but detectron2's ViT has one size"):
         detectron2_encoder(tensors | third, TINY)
 
 
@@ -458,7 +458,8 @@ def test_not_a_number_fails(value: float, side: str) -> None:
 
 def test_numbers_of_tokens_are_compared() -> None:
     tensors = encoder_of(timm_model(TINY))
-    source, target = (partial(plain_encoder, tensors, TINY, class_token=token) for token in (True, False))
+    patches = {name: tensor for name, tensor in tensors.items() if name != "cls_token"}
+    source, target = (partial(plain_encoder, each, TINY) for each in (tensors, patches))
     proof = prove(source, target, size=[(32, 32)], in_chans=3)
     assert not proof.equal
     assert "tokens of shape (1, 17, 24) and (1, 16, 24)" in proof.sentence()

@@ -210,13 +210,12 @@ def test_the_mlp_has_the_width_of_the_config(tmp_path: Path, hidden: int) -> Non
 @pytest.mark.parametrize(
     "text, message",
     [
-        (None, "config.json: cannot be read .*No such file"),
-        ("", "config.json: not JSON"),
-        ('{"model_type": "vit"', "config.json: not JSON"),
-        ("\udcff", "config.json: not JSON"),
-        ("[" * 100_000, "config.json: not JSON"),
-        ("[1]", "config.json: expected a JSON object, got list"),
-        (" " * (1 << 24) + "{}", "bytes are too many"),
+        (None, "config.json: no such file"),
+        ("", "config.json: not valid JSON"),
+        ("\udcff", "config.json: not valid JSON"),
+        ("[" * 100_000, "config.json: not valid JSON"),
+        ("[1]", "config.json: not a JSON object but a list"),
+        (" " * (1 << 24) + "{}", "has more than 16,777,216 bytes"),
     ],
 )
 def test_no_config(tmp_path: Path, text: str | None, message: str) -> None:
@@ -229,21 +228,21 @@ def test_no_config(tmp_path: Path, text: str | None, message: str) -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model_type": None}, "model_type must be one of vit, vit_mae: .* got null"),
-        ({"model_type": "dinov2"}, 'got "dinov2"'),
-        ({"hidden_act": "quick_gelu"}, 'hidden_act must be gelu.*got "quick_gelu"'),
+        ({"model_type": None}, "model_type is null. model_type must be vit or vit_mae"),
+        ({"model_type": "dinov2"}, 'model_type is "dinov2"'),
+        ({"hidden_act": "quick_gelu"}, 'hidden_act is "quick_gelu". hidden_act must be gelu'),
         ({"qkv_bias": False}, "qkv_bias must be true"),
-        ({"qkv_bias": "yes"}, 'qkv_bias must be true: .*, got "yes"'),
-        ({"hidden_size": "24"}, 'hidden_size must be a positive whole number, got "24"'),
-        ({"hidden_size": 24.0}, "hidden_size must be a positive whole number, got 24.0"),
-        ({"num_hidden_layers": True}, "num_hidden_layers must be a positive whole number, got true"),
-        ({"num_attention_heads": 0}, "num_attention_heads must be a positive whole number, got 0"),
+        ({"qkv_bias": "yes"}, 'qkv_bias is "yes". qkv_bias must be true'),
+        ({"hidden_size": "24"}, 'hidden_size is "24". hidden_size must be a positive whole number'),
+        ({"hidden_size": 24.0}, "hidden_size is 24.0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is true"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"intermediate_size": 10**400}, "intermediate_size must be a positive whole number"),
         ({"image_size": [32, 32, 3]}, "image_size must be a positive whole number, or height and width"),
         ({"patch_size": [8, 16]}, "patch_size must be one number"),
         ({"layer_norm_eps": "1e-6"}, "layer_norm_eps must be a number above 0"),
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps must be a number above 0"),
-        ({"num_attention_heads": 5}, "hidden_size 24 cannot be split over num_attention_heads 5"),
+        ({"num_attention_heads": 5}, "hidden_size 24 is not divisible by num_attention_heads 5"),
         ({"image_size": 36}, "img_size .* is not a multiple of patch_size 8"),
         ({"hidden_size": 48}, "hidden_size makes 48, but the weights next to it have 24"),
         ({"num_channels": 4}, "num_channels makes 4, but the weights next to it have 3"),
@@ -254,11 +253,11 @@ def test_no_config(tmp_path: Path, text: str | None, message: str) -> None:
         ({"id2label": ["a", "b", "c"]}, "id2label must be a name for each of the numbers"),
         ({"id2label": {"0": "a", "1": "b", "3": "c"}}, "id2label must be a name for each of the numbers"),
         ({"id2label": {"0": "a", "1": "b", "2": 3}}, "id2label must be a name for each of the numbers"),
-        ({"id2label": {"0": "a", "1": "b"}}, r"id2label has 2 names, classifier.weight is \(3, 24\)"),
+        ({"id2label": {"0": "a", "1": "b"}}, r"id2label has 2 names, but classifier.weight has the shape \(3, 24\)"),
     ],
 )
 def test_a_config_that_is_wrong(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=f"config.json: {message}|{message}"):
+    with pytest.raises(UserError, match=message):
         read_config(write(tmp_path, VIT | changes), encoder(head=3))
 
 
@@ -268,20 +267,23 @@ def test_a_config_that_is_wrong(tmp_path: Path, changes: dict[str, Any], message
         ({"decoder_hidden_size": 32}, "decoder_hidden_size makes 32, but the weights next to it have 16"),
         ({"decoder_num_hidden_layers": 8}, "decoder_num_hidden_layers makes 8, but the weights next to it have 2"),
         ({"decoder_intermediate_size": 48}, "decoder_intermediate_size makes 48, but the weights next to it have 64"),
-        ({"decoder_num_attention_heads": 3}, "decoder_hidden_size 16 cannot be split"),
-        ({"norm_pix_loss": 1}, "norm_pix_loss must be true or false, got 1"),
+        (
+            {"decoder_num_attention_heads": 3},
+            "decoder_hidden_size 16 is not divisible by decoder_num_attention_heads 3",
+        ),
+        ({"norm_pix_loss": 1}, "norm_pix_loss is 1. norm_pix_loss must be true or false"),
     ],
 )
 def test_a_decoder_that_is_wrong(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=f"config.json: {message}"):
+    with pytest.raises(UserError, match=message):
         read_config(write(tmp_path, MAE | changes), mae())
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ("{", "not JSON"),
-        ({"image_mean": 0.5}, "image_mean must be a list of numbers, one for each channel, got 0.5"),
+        ("{", "not valid JSON"),
+        ({"image_mean": 0.5}, "image_mean is 0.5. image_mean must be a list of numbers, one for each channel"),
         ({"image_mean": [0.5]}, "image_mean must be a list of 3 numbers"),
         ({"image_std": [0.5, "a", 0.5]}, "image_std must be a list of numbers above 0"),
         ({"image_std": [0.5, 0, 0.5]}, "image_std must be a list of numbers above 0"),
@@ -291,5 +293,5 @@ def test_a_decoder_that_is_wrong(tmp_path: Path, changes: dict[str, Any], messag
     ],
 )
 def test_a_preprocessor_that_is_wrong(tmp_path: Path, settings: Any, message: str) -> None:
-    with pytest.raises(UserError, match=f"preprocessor_config.json: {message}"):
+    with pytest.raises(UserError, match=f"preprocessor_config.json: .*{message}"):
         read_config(write(tmp_path, VIT, settings), encoder())

@@ -21,8 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crossmae.checkpoints.metadata import FORMAT, PICKLED_METADATA, PIXEL_MEAN
-from crossmae.checkpoints.reading.digest import DIGEST, digest
+from crossmae.checkpoints.metadata import DIGEST, FORMAT, PICKLED_METADATA, PIXEL_MEAN, digest
 from crossmae.checkpoints.weights import Weights, read_weights, save_weights
 from crossmae.errors import UserError
 

@@ -55,7 +55,7 @@ def test_trust_reads_whole_modules(tmp_path: Path) -> None:
 
 def test_trust_does_not_read_what_is_damaged_or_not_installed(tmp_path: Path) -> None:
     (tmp_path / "a.pkl").write_bytes(b"\x80\x04cno_such_module\nName\n.")
-    with pytest.raises(UserError, match="refers to what is not here: No module named 'no_such_module'"):
+    with pytest.raises(UserError, match="refers to a module that is not installed: No module named 'no_such_module'"):
         read_weights(tmp_path / "a.pkl", trust=True)
     torch.save({"a": torch.ones(2)}, tmp_path / "a.pth")
     (tmp_path / "a.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:-200])

@@ -259,7 +259,10 @@ BOMBS = {
     "bytes4": (b"\x80\x02B" + struct.pack("<I", 0xFFFFFFF0) + b"abc.", "bytes4"),
     "bytes8": (b"\x80\x04\x8e" + struct.pack("<Q", 4 * GIB) + b"abc.", "bytes8"),
     "bytearray8": (b"\x80\x05\x96" + struct.pack("<Q", 4 * GIB) + b"abc.", "bytearray8"),
-    "frame": (b"\x80\x04\x95" + struct.pack("<Q", 4 * GIB) + b"N.", "not a state dict: holds a NoneType"),
+    "frame": (
+        b"\x80\x04\x95" + struct.pack("<Q", 4 * GIB) + b"N.",
+        "not a state dict of named tensors, but a NoneType",
+    ),
     "bytearray": (model(call("builtins", "bytearray", integer(4 * GIB) + b"\x85")), "int where a bytes"),
     "array": (model(call("numpy", "ndarray", b"(" + integer(GIB) + b"t\x85")), "numpy.ndarray is called"),
     "hash": (b"\x80\x02}" + nested(DEPTH) + b"Ns.", "a key of type tuple"),

@@ -96,7 +96,7 @@ def test_averaged_models_count_their_steps_beside_the_weights(tmp_path: Path) ->
 
 def test_ema_weights_that_are_not_there_are_an_error(tmp_path: Path) -> None:
     torch.save({"model": weights(1)}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"a\.pth: EMA weights are asked for, and there are none: no dict model_ema, "):
+    with pytest.raises(UserError, match=r"a\.pth: has no EMA weights, no dict model_ema, "):
         read_weights(tmp_path / "a.pth", ema=True)
 
 
@@ -108,10 +108,10 @@ def test_ema_weights_alone_need_not_be_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ([1, 2], "not a state dict: holds a list"),
-        ({}, "not a state dict: holds an empty dict"),
-        ({"model": {}}, "not a state dict: holds an empty dict"),
-        ({"epoch": 3, "lr": 0.1}, "'epoch' is of type int.*keys 'epoch', 'lr'"),
+        ([1, 2], "not a state dict of named tensors, but a list"),
+        ({}, "not a state dict of named tensors, but an empty dict"),
+        ({"model": {}}, "not a state dict of named tensors, but an empty dict"),
+        ({"epoch": 3, "lr": 0.1}, "keys 'epoch', 'lr', 'epoch' is of type int"),
         ({"model": {"a": np.float64(1)}}, "'a' is of type float64, not a tensor"),
         ({"names": np.array(["x", "y"])}, "names is not a plain array of numbers"),
         ({1: np.ones(1)}, "1 is not the name of a tensor"),

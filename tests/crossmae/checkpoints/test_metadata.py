@@ -10,8 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crossmae.checkpoints.metadata import FORMAT, PICKLED_METADATA, PIXEL_MEAN
-from crossmae.checkpoints.reading.digest import DIGEST, digest, signed
+from crossmae.checkpoints.metadata import DIGEST, FORMAT, PICKLED_METADATA, PIXEL_MEAN, digest, signed
 from crossmae.checkpoints.weights import read_weights, save_weights
 from crossmae.errors import UserError
 
@@ -76,9 +75,7 @@ def test_a_changed_file_is_an_error(tmp_path: Path, container: str, change: str)
         torch.save({"model": changed, PICKLED_METADATA: metadata}, path)
     else:
         save_file(changed, path, metadata)
-    told = (
-        r"the values are not those that were written \(recorded digest sha256:\w{16}\.\.\., found sha256:\w{16}\.\.\.\)"
-    )
+    told = r"changed or damaged \(recorded sha256:\w{16}\.\.\., found sha256:\w{16}\.\.\.\)"
     with pytest.raises(UserError, match=f"{path}: {told}"):
         read_weights(path)
 

@@ -23,12 +23,10 @@ for package in ("mlxtend", "skimage", "sklearn"):
 from pycocotools.coco import COCO  # noqa: E402
 
 from crossmae.errors import UserError  # noqa: E402
-from tools.demo import data as demo_data  # noqa: E402
-from tools.demo.data import DemoDataSettings, compose_scene, make_demo_data  # noqa: E402
+from tools import make_demo_data as demo_data  # noqa: E402
+from tools.make_demo_data import DemoDataSettings, compose_scene, make_demo_data  # noqa: E402
 
-# pycocotools 2.0.11 reaches a NumPy call that newer NumPy deprecates, whatever we write.
-
-TOOL = Path(__file__).parents[3] / "tools" / "make_demo_data.py"
+TOOL = Path(__file__).parents[2] / "tools" / "make_demo_data.py"
 SETTINGS = DemoDataSettings(train=24, val=12, size=96, seed=3)
 SPLITS = ("train", "val")
 
@@ -56,9 +54,6 @@ def read_annotations(folder: Path, split: str) -> dict[str, Any]:
 
 def load_coco(folder: Path, split: str) -> COCO:
     return COCO(str(folder / "annotations" / f"{split}.json"))
-
-
-# ------------------------------------------------------------------------------------------ repeatable
 
 
 def test_two_runs_are_byte_identical(data: Path, tmp_path: Path) -> None:
@@ -102,16 +97,12 @@ def test_an_image_does_not_depend_on_how_many_there_are(data: Path, tmp_path: Pa
     make_demo_data(DemoDataSettings(train=7, val=3, size=96, seed=3), tmp_path / "few")
     few, many = tree(tmp_path / "few"), tree(data)
     images = [name for name in few if name.endswith((".jpg", ".png"))]
-    assert len(images) == 7 * 3 + 3 * 2 + 2 * len(
-        demo_data.PHOTOGRAPHS["train"]
-    )  # one scene of each photograph and split
+    scenes = 2 * len(demo_data.PHOTOGRAPHS["train"])  # one of each photograph and split
+    assert len(images) == 7 * 3 + 3 * 2 + scenes
     assert all(few[name] == many[name] for name in images)
     for split, count in (("train", 7), ("val", 3)):
         first = [a for a in read_annotations(data, split)["annotations"] if a["image_id"] <= count]
         assert read_annotations(tmp_path / "few", split)["annotations"] == first
-
-
-# -------------------------------------------------------------------------------------------- disjoint
 
 
 def test_splits_share_no_photograph_and_no_handwriting(data: Path, sources: dict[str, demo_data.SourceImages]) -> None:
@@ -129,29 +120,17 @@ def test_splits_share_no_photograph_and_no_handwriting(data: Path, sources: dict
     assert len(used["train"][1] | used["val"][1]) == 5000
 
 
-def test_both_views_of_one_scene_are_in_the_same_split() -> None:
-    for files in demo_data.PHOTOGRAPHS.values():
-        views = [file for file in files if "motorcycle" in file]
-        assert len(views) in (0, 2)
-
-
-def test_no_mnist_sample_is_of_both_splits_even_as_a_duplicate(
-    sources: dict[str, demo_data.SourceImages],
-) -> None:
-    images = {
-        split: {source.digits[row].tobytes() for rows in source.rows for row in rows}
-        for split, source in sources.items()
-    }
-    assert not images["train"] & images["val"]
+def test_no_scene_or_sample_is_in_both_splits_under_another_name(sources: dict[str, demo_data.SourceImages]) -> None:
+    """Two photographs show the same motorcycle, and MNIST may have the same pixels twice."""
+    assert [sum("motorcycle" in name for name in names) for names in demo_data.PHOTOGRAPHS.values()] == [2, 0]
+    train, val = ({source.digits[row].tobytes() for rows in source.rows for row in rows} for source in sources.values())
+    assert not train & val
 
 
 def test_pretraining_folder_is_the_training_images_and_nothing_held_out(data: Path) -> None:
     contents = {name: set(tree(data / name).values()) for name in ("train", "val", "pretrain")}
     assert contents["pretrain"] == contents["train"]
     assert not contents["pretrain"] & contents["val"]
-
-
-# ----------------------------------------------------------------------------------------------- masks
 
 
 def test_masks_of_an_image_do_not_overlap_and_boxes_and_areas_are_exact(data: Path) -> None:
@@ -169,9 +148,7 @@ def test_masks_of_an_image_do_not_overlap_and_boxes_and_areas_are_exact(data: Pa
                 assert entry["iscrowd"] == 0
 
 
-def test_occlusion_agrees_with_painting_one_pixel_at_a_time(
-    sources: dict[str, demo_data.SourceImages],
-) -> None:
+def test_occlusion_agrees_with_painting_one_pixel_at_a_time(sources: dict[str, demo_data.SourceImages]) -> None:
     covered = 0
     for index in range(12):
         scene = compose_scene(0, "train", index, sources["train"], 96, (2, 5), (24, 48))
@@ -213,9 +190,6 @@ def test_digits_stand_out_from_what_they_were_painted_on(sources: dict[str, demo
         assert np.mean(contrast >= demo_data.MIN_CONTRAST - 1e-3) >= 1 - demo_data.MAX_UNREADABLE_SHARE
 
 
-# ---------------------------------------------------------------------------------------------- format
-
-
 def test_every_category_occurs_in_both_splits_and_names_the_right_digit(
     data: Path, sources: dict[str, demo_data.SourceImages]
 ) -> None:
@@ -230,23 +204,16 @@ def test_every_category_occurs_in_both_splits_and_names_the_right_digit(
         assert ids == list(range(1, len(ids) + 1))
 
 
-def test_images_are_rgb_of_the_size_that_the_annotations_say(data: Path) -> None:
-    for split in SPLITS:
+def test_folders_have_the_images_and_digits_that_the_settings_and_annotations_name(data: Path) -> None:
+    for split, count in (("train", SETTINGS.train), ("val", SETTINGS.val)):
         images = read_annotations(data, split)["images"]
         assert sorted(image["file_name"] for image in images) == sorted(tree(data / split))
         for image in images:
             with Image.open(data / split / image["file_name"]) as picture:
                 assert (picture.size, picture.mode) == ((image["width"], image["height"]), "RGB")
-
-
-def test_classification_folders_hold_every_digit(data: Path) -> None:
-    for split, count in (("train", SETTINGS.train), ("val", SETTINGS.val)):
         folders = sorted(path.name for path in (data / "classify" / split).iterdir())
         assert folders == [str(digit) for digit in range(10)]
         assert len(tree(data / "classify" / split)) == count
-
-
-# ------------------------------------------------------------------------------------- writing, errors
 
 
 def test_a_second_run_reuses_what_is_there(data: Path) -> None:
@@ -272,7 +239,7 @@ def test_damaged_data_is_refused_and_force_mends_it(tmp_path: Path) -> None:
     make_demo_data(settings, tmp_path / "data")
     before = tree(tmp_path)
     (tmp_path / "data/train/000001.jpg").unlink()
-    with pytest.raises(UserError, match="was changed since it was made"):
+    with pytest.raises(UserError, match="the data were changed"):
         make_demo_data(settings, tmp_path / "data")
     make_demo_data(settings, tmp_path / "data", force=True)
     assert tree(tmp_path) == before
