@@ -27,6 +27,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -43,7 +44,10 @@ from crossmae.errors import UserError, import_extra
 from crossmae.files import printable, read_file
 
 MAX_PIXELS = 178_956_970  # where Pillow stops, too; 0.5 GB as RGB
-Image.MAX_IMAGE_PIXELS = None  # `ImageLimits` takes the place of Pillow's limit, which warns from half of it
+# Pillow warns of metadata that it skips, which decide nothing. `ImageLimits` takes the place of its limit of pixels,
+# which warns from half of it.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+Image.MAX_IMAGE_PIXELS = None
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_PIXELS = (b"tRNS", b"eXIf")  # chunks beside the critical ones that decide about pixels
@@ -212,13 +216,26 @@ def _pixels_of_png(data: bytes, keywords: Sequence[bytes]) -> bytes:
     return b"".join(kept)
 
 
+def _lacks_scans(image: Image.Image, data: bytes) -> bool:
+    """Check whether a progressive JPEG has no scan of the last bits of a channel."""
+    if "progressive" not in image.info:
+        return False
+    complete: set[int] = set()
+    for match in re.finditer(rb"\xff\xda..([\x01-\x04])", data[:-16], re.DOTALL):
+        ends = match.end() + 2 * match[1][0]
+        last_frequency, bits_left = data[ends + 1 : ends + 3]
+        if last_frequency == 63 and bits_left & 15 == 0:
+            complete |= set(data[match.end() : ends : 2])
+    return len(complete) < len(image.getbands())
+
+
 def _ends_early(image: Image.Image, data: bytes) -> bool:
     """Check whether a JPEG with an end has too few data.
 
     The decoder fills the rest with grey. Bytes put before the end change the pixels only if they are needed.
     """
-    corner = (max(image.width - 8, 0), image.height - 1, image.width, image.height)
-    if set(image.crop(corner).tobytes()) - {UNREAD, UNREAD - 1}:
+    corner = image.crop((max(image.width - 8, 0), image.height - 1, image.width, image.height))
+    if set(corner.tobytes()) - {UNREAD, UNREAD - 1} and not _lacks_scans(image, data):
         return False
     end = data.rfind(LAST_BYTES[0])
     with Image.open(io.BytesIO(data[:end] + JUNK + data[end:])) as longer:

@@ -27,10 +27,10 @@ from crossmae.errors import import_extra
 # Files that Pillow cannot read correctly have deep colour, many channels, pages, signed or floating-point samples.
 DEEP = "an image of several pages, of more than 8 bits a channel, or of other than 1 or 3 channels,"
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-DESCRIPTION, BITS, PHOTOMETRIC, SAMPLES, SAMPLE_FORMAT = 270, 258, 262, 277, 339  # TIFF tags
+DESCRIPTION, BITS, PHOTOMETRIC, SAMPLES, SAMPLE_FORMAT, DEPTH = 270, 258, 262, 277, 339, 32997  # TIFF tags
 WHITE_IS_ZERO, UNSIGNED, OPACITY = 0, 1, (1, 2)  # values of TIFF tags
 SAMPLES_OF_MODE = {"1": 1, "L": 1, "P": 1, "LA": 2, "PA": 2, "RGB": 3, "YCbCr": 3, "LAB": 3, "RGBA": 4, "CMYK": 4}
-AXES = {"Z": "slices", "T": "times", "C": "channels", "S": "samples"}  # other axes are pages
+AXES = {"Z": "slices", "T": "times", "C": "channels", "S": "samples", "P": "images"}  # other axes are pages
 NAMELESS = "QI"
 
 log = logging.getLogger(__name__)
@@ -86,10 +86,11 @@ def plan_layout(axes: str, shape: tuple[int, ...], channels: int, channels_key: 
         counts = ", ".join(f"{shape[position]} {AXES.get(axes[position], 'pages')}" for position in left)
         held = math.prod(shape[position] for position in named)
         text = f"holds {counts} of {held} channel{'s'[: held != 1]} (axes {axes}), of which the first is read"
-        word = AXES.get(axes[left[0]], "pages")
-        advice = "" if named else f"If the {word} are channels, save the file with C in place of {axes[left[0]]}"
+        letter, advice = axes[left[0]], ""
         if channels_key and left == nameless and not named:
             advice = f"If the pages are channels, set {channels_key}={shape[left[0]]}"
+        elif not named and letter != "P":
+            advice = f"If the {AXES.get(letter, 'pages')} are channels, save the file with C in place of {letter}"
         return Layout(rows, columns, tuple(named), text, advice)
     pages = f"its {channels} pages are read as channels" if named and axes[named[0]] in NAMELESS else ""
     return Layout(rows, columns, tuple(named), pages)
@@ -116,12 +117,12 @@ def pillow_reads(data: bytes, page: int, channels: int) -> bool:
 
 
 def _is_stack(data: bytes) -> bool:
-    """Check whether a file has pages, or ImageJ's images of one page."""
+    """Check whether a file has pages, or one page with the pixels of several."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             assert isinstance(image, TiffImagePlugin.TiffImageFile)
-            text = str(image.tag_v2.get(DESCRIPTION, ""))
-            return image.n_frames > 1 or (text.startswith("ImageJ=") and "images=" in text)
+            text, depth = str(image.tag_v2.get(DESCRIPTION, "")), image.tag_v2.get(DEPTH, 1)
+            return image.n_frames > 1 or depth != 1 or "images=" in text or '"truncated": true' in text
     except Exception:  # as above
         return True
 
@@ -146,47 +147,26 @@ def read_tiff(
         return 0, None
     tifffile = import_extra("tifffile", DEEP)
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it reports is raised here, with the file's name
-    with tifffile.TiffFile(io.BytesIO(data)) as file:
-        series = _largest(file)
-        if any(page is None for page in series.pages):  # OME: the others are in other files
-            with tifffile.TiffFile(io.BytesIO(data), is_ome=False) as single:
-                return _read_series(tifffile, _largest(single), data, name, channels, channels_key, check_size)
-        return _read_series(tifffile, series, data, name, channels, channels_key, check_size)
-
-
-def _largest(file: Any) -> Any:
-    """Choose the series with the largest pages, the first of several."""
-    whole = [series for series in file.series if not (series.keyframe.is_reduced or series.keyframe.is_mask)]
-    return max(whole or file.series, key=lambda series: math.prod(_size(series)))
-
-
-def _size(series: Any) -> tuple[int, int]:
-    """Return width and height."""
-    return series.shape[series.axes.index("X")], series.shape[series.axes.index("Y")]
-
-
-def _read_series(
-    tifffile: Any,
-    series: Any,
-    data: bytes,
-    name: str,
-    channels: int,
-    channels_key: str,
-    check_size: Callable[[int, int], None],
-) -> tuple[NDArray[Any] | int, Layout]:
-    axes, shape, page = series.axes, series.shape, series.keyframe
-    layout = plan_layout(axes, shape, channels, channels_key)
-    check_size(shape[layout.columns], shape[layout.rows])
+    file = tifffile.TiffFile(io.BytesIO(data))
+    check_size(file.pages[0].imagewidth, file.pages[0].imagelength)
+    stack = _Stack(file)
+    if None in stack.pages:  # OME: the others are in other files
+        stack = _Stack(tifffile.TiffFile(io.BytesIO(data), is_ome=False))
+    page, number = stack.keyframe, stack.pages[0].index
+    check_size(page.imagewidth, page.imagelength)
+    kind = tifffile.PHOTOMETRIC(page.photometric).name
+    if kind not in ("MINISBLACK", "MINISWHITE") or page.bitspersample == 1:  # pages of documents are no channels
+        stack.axes = stack.axes.translate(str.maketrans(NAMELESS, "PP"))
+    layout = plan_layout(stack.axes, stack.shape, channels, channels_key)
+    check_size(stack.shape[layout.columns], stack.shape[layout.rows])
     if layout.text:
         _say_once(name, layout)
-    has_one = all(axes[position] == "S" for position in layout.channels) and axes[layout.columns] == "X"
-    number = series.pages[0].index
+    has_one = all(stack.axes[position] == "S" for position in layout.channels) and stack.axes[layout.columns] == "X"
     if has_one and isinstance(number, int) and pillow_reads(data, number, channels):
         return number, layout
-    kind = tifffile.PHOTOMETRIC(page.photometric).name
     if kind not in ("MINISBLACK", "MINISWHITE", "RGB"):
-        raise ValueError(f"a TIFF file of {kind} colours with {series.dtype} samples has no rule. Convert it to RGB.")
-    pixels = _first_image(series, layout)
+        raise ValueError(f"a TIFF file of {kind} colours with {page.dtype} samples has no rule. Convert it to RGB.")
+    pixels = stack.read(layout)
     if pixels.dtype == np.uint8 and page.bitspersample < 8:
         pixels = pixels * np.uint8(255 // (2**page.bitspersample - 1))
     pixels = _upright(pixels, int(page.tags["Orientation"].value) if "Orientation" in page.tags else 1)
@@ -196,22 +176,38 @@ def _read_series(
     return over_white(pixels) if has_opacity else pixels, layout
 
 
-def _first_image(series: Any, layout: Layout) -> NDArray[Any]:
-    """Read (Y, X, channels), and only the pages that hold them."""
-    chosen = (layout.rows, layout.columns, *layout.channels)
-    index: list[Any] = [slice(None) if position in chosen else 0 for position in range(len(series.axes))]
-    paged = len(series.axes) - len(series.keyframe.axes)
-    leading = series.shape[:paged]
-    if series.axes.endswith(series.keyframe.axes) and len(series.pages) == math.prod(leading):
-        numbers = np.arange(len(series.pages)).reshape(leading)[tuple(index[:paged])]
-        pages = [series.pages[int(number)].asarray() for number in numbers.ravel()]
-        pixels = np.stack(pages).reshape(*numbers.shape, *series.shape[paged:])
-        pixels = pixels[(*(slice(None) for _ in numbers.shape), *index[paged:])]
-    else:
-        pixels = series.asarray()[tuple(index)]
-    remaining = sorted(chosen)
-    pixels = pixels.transpose([remaining.index(position) for position in chosen])
-    return pixels.reshape(*pixels.shape[:2], -1)
+class _Stack:
+    """The largest images of a file, as one array. Several series of one kind are along a first axis."""
+
+    def __init__(self, file: Any) -> None:
+        whole = [series for series in file.series if not (series.keyframe.is_reduced or series.keyframe.is_mask)]
+        largest = max(whole or file.series, key=lambda series: series.keyframe.imagewidth * series.keyframe.imagelength)
+        kind = (largest.axes, largest.shape, largest.dtype, largest.keyframe.photometric)
+        same = [one for one in whole if (one.axes, one.shape, one.dtype, one.keyframe.photometric) == kind]
+        self.series = same or [largest]
+        self.keyframe, self.pages = largest.keyframe, [page for series in self.series for page in series.pages]
+        self.axes, self.shape = largest.axes, tuple(largest.shape)
+        if len(self.series) > 1:  # images with a name in OME, else pages
+            self.axes = ("P" if largest.kind == "ome" else "Q") + self.axes
+            self.shape = (len(self.series), *self.shape)
+
+    def read(self, layout: Layout) -> NDArray[Any]:
+        """Read (Y, X, channels), and only the pages that hold them."""
+        chosen = (layout.rows, layout.columns, *layout.channels)
+        index: list[Any] = [slice(None) if position in chosen else 0 for position in range(len(self.axes))]
+        paged = len(self.axes) - len(self.keyframe.axes)
+        leading = self.shape[:paged]
+        if self.axes.endswith(self.keyframe.axes) and len(self.pages) == math.prod(leading):
+            numbers = np.arange(len(self.pages)).reshape(leading)[tuple(index[:paged])]
+            pages = [self.pages[int(number)].asarray() for number in np.ravel(numbers)]
+            pixels = np.stack(pages).reshape(*np.shape(numbers), *self.shape[paged:])
+            pixels = pixels[(*(slice(None) for _ in np.shape(numbers)), *index[paged:])]
+        else:
+            arrays = [series.asarray() for series in self.series]
+            pixels = (np.stack(arrays) if len(arrays) > 1 else arrays[0])[tuple(index)]
+        remaining = sorted(chosen)
+        pixels = pixels.transpose([remaining.index(position) for position in chosen])
+        return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def _say_once(name: str, layout: Layout) -> None:

@@ -28,6 +28,7 @@ from crossmae.data.sources.source import ImageFiles, Source
 from crossmae.data.sources.tar_index import PROGRESS_NAME
 from crossmae.data.sources.tar_shards import SHARD_SUFFIXES, open_shards
 from crossmae.errors import UserError, shorten
+from crossmae.files import special_kind
 
 __all__ = ["LISTS", "Source", "open_named", "open_source", "warn_of_overlap"]
 
@@ -73,6 +74,8 @@ def _open_any(value: str | Path, key: str, root: Path | None) -> Source:
         return open_idx(path, key)
     if _names_shards(value):
         return open_shards(str(value), key)
+    if kind := special_kind(path):
+        raise UserError(f"{key}: {path}: it is {kind}, not a file. Expected {ACCEPTED}.")
     if path.is_file():
         raise UserError(f"{key}: {path}: no such kind of data is known. Expected {ACCEPTED}.")
     parent = next(parent for parent in path.absolute().parents if parent.exists())

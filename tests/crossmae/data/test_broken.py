@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from PIL import Image
 
 from crossmae.data.broken import find_broken
 from crossmae.data.sources.source import ImageFiles
 
 
-@pytest.mark.filterwarnings("ignore:Truncated File Read:UserWarning")  # Pillow's, beside its error, of a TIFF file
 def test_one_truncated_file_among_many_is_found(tmp_path: Path) -> None:
     names = ("1.png", "2.jpg", "3.bmp", "4.tif", "5.webp")
     paths = [tmp_path / name for name in names]

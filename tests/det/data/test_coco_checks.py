@@ -71,9 +71,9 @@ def turn(orientation, size=(48, 64), annotated=None):
     return damage
 
 
-def resize(*size, annotated):
+def resize(*size, annotated, mode="RGB"):
     def damage(content, images):
-        Image.new("RGB", size).save(images / "2.png")
+        Image.new(mode, size).save(images / "2.png")
         content["images"][1].update(width=annotated[0], height=annotated[1])
 
     return damage
@@ -187,6 +187,7 @@ CASES = [
     ("broken-image", write("2.png", b"\x89PNG\r\n\x1a\n"), [2]),
     ("broken-image", write("2.png", b""), [2]),
     ("broken-image", write("2.png", b"no image, but it ends like one\xff\xd9"), [2]),
+    ("too-large-image", resize(20_000, 10_000, annotated=(64, 64), mode="1"), [2]),
     ("swapped-size", resize(64, 96, annotated=(96, 64)), [2]),
     ("size-mismatch", resize(96, 96, annotated=(64, 64)), [2]),
     ("size-mismatch", turn(6, (96, 64), annotated=(96, 96)), [2]),
