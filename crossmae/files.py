@@ -137,7 +137,7 @@ def _umask() -> int:
 
 
 def special_kind(path: str | Path) -> str:
-    """Say what a path is that is neither a file nor a folder, or return ""."""
+    """Name the kind of a pipe, socket or device, or return ""."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):

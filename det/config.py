@@ -215,7 +215,7 @@ class EvaluationKeys(ConfigKeys):
 
 
 def image_limits(max_pixels: int = MAX_PIXELS) -> ImageLimits:
-    """Return what an image of a detector may have at most."""
+    """Return the limits of a detector's images."""
     return ImageLimits(max_pixels, "INPUT.MAX_PIXELS", "")
 
 

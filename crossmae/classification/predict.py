@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from crossmae.classification.classifier import Classifier
 from crossmae.classification.evaluation.metrics import LABEL_THRESHOLD
-from crossmae.data.images import LIMITS, ImageLimits
+from crossmae.data.images import IMAGE_LIMITS, ImageLimits
 from crossmae.data.parallel import READERS, map_in_order
 from crossmae.data.paths import match_pattern
 from crossmae.data.pixels import Normalize, centre_view, read_pixels
@@ -143,7 +143,7 @@ def expand_inputs(arguments: Sequence[str]) -> list[str]:
     return expanded
 
 
-def open_inputs(inputs: Sequence[str], limits: ImageLimits = LIMITS) -> list[Source]:
+def open_inputs(inputs: Sequence[str], limits: ImageLimits = IMAGE_LIMITS) -> list[Source]:
     """Open all image files as one source, then other sources."""
     files: dict[str, None] = {}
     packed: list[Source] = []

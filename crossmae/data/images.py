@@ -50,7 +50,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 Image.MAX_IMAGE_PIXELS = None
 
 PNG = b"\x89PNG\r\n\x1a\n"
-PNG_PIXELS = (b"tRNS", b"eXIf")  # chunks beside the critical ones that decide about pixels
+PNG_PIXELS = (b"tRNS", b"eXIf")  # optional chunks that decide about pixels
 PNG_ORIENTATION = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # keywords of text that may hold an orientation
 LONGEST_ORIENTATION = 1 << 16  # bytes of such a text
 TURNS = {
@@ -88,16 +88,16 @@ class ImageLimits(NamedTuple):
             )
 
 
-LIMITS = ImageLimits()
+IMAGE_LIMITS = ImageLimits()
 
 
-def read_image(path: str | Path, limits: ImageLimits = LIMITS) -> Image.Image:
+def read_image(path: str | Path, limits: ImageLimits = IMAGE_LIMITS) -> Image.Image:
     """Read one file as 8-bit RGB, by the rules above."""
     return decode_image(read_file(path), str(path), limits=limits)  # type: ignore[return-value]  # 3 channels of 8 bits
 
 
 def decode_image(
-    data: bytes, name: str, channels: int = 3, bit_depth: int = 8, limits: ImageLimits = LIMITS
+    data: bytes, name: str, channels: int = 3, bit_depth: int = 8, limits: ImageLimits = IMAGE_LIMITS
 ) -> Image.Image | NDArray[Any]:
     """Decode a whole file to `channels` channels, by the rules above.
 
@@ -143,9 +143,9 @@ def decode_image(
 
 
 def header_is_sound(head: bytes, name: str, channels: int, limits: ImageLimits) -> bool:
-    """Check whether the first bytes of a file promise an image by the rules above, but for damage in its pixels.
+    """Check a file by its first bytes, which tell all but damage.
 
-    False if the whole file has to be decoded to know.
+    False if the whole file has to be decoded to find out.
     """
     try:
         with Image.open(io.BytesIO(head)) as image:
@@ -188,9 +188,9 @@ def _load(image: Image.Image, data: bytes) -> Image.Image:
 
 
 def read_orientation(image: Image.Image, load: bool = True) -> int:
-    """Read the orientation 1 .. 8 from EXIF or XMP, 1 if there is none that can be read.
+    """Read the orientation from EXIF or XMP, 1 if none can be read.
 
-    `load` also finds what follows the pixels of a PNG, which Pillow then decodes.
+    With `load`, Pillow decodes a PNG if its EXIF data may follow the pixels.
     """
     try:
         value = (image.getexif() if load else Image.Image.getexif(image)).get(ExifTags.Base.Orientation, 1)
@@ -217,7 +217,7 @@ def _pixels_of_png(data: bytes, keywords: Sequence[bytes]) -> bytes:
 
 
 def _lacks_scans(image: Image.Image, data: bytes) -> bool:
-    """Check whether a progressive JPEG has no scan of the last bits of a channel."""
+    """Check whether a progressive JPEG lacks the last scan of a channel."""
     if "progressive" not in image.info:
         return False
     complete: set[int] = set()

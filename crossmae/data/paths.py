@@ -63,7 +63,10 @@ def find_images(folder: Path, key: str) -> list[str]:
 
 
 def find_special(folder: str) -> dict[str, str]:
-    """Find named pipes, sockets, devices and links to them in a folder, and say what each is."""
+    """Find named pipes, sockets and devices in a folder.
+
+    Returns what each name is. Links to such files count.
+    """
     with os.scandir(folder) as entries:
         plain = {
             entry.path: entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False) for entry in entries

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as VF
 
-from crossmae.data.images import LIMITS, ImageLimits, decode_image
+from crossmae.data.images import IMAGE_LIMITS, ImageLimits, decode_image
 from crossmae.data.sources import Source
 
 
@@ -20,7 +20,7 @@ def read_pixels(source: Source, index: int, channels: int = 3, bit_depth: int = 
 
 
 def decode_pixels(
-    data: bytes, name: str, channels: int = 3, bit_depth: int = 8, limits: ImageLimits = LIMITS
+    data: bytes, name: str, channels: int = 3, bit_depth: int = 8, limits: ImageLimits = IMAGE_LIMITS
 ) -> Image.Image | Tensor:
     """Decode like `decode_image`, but return arrays as (C, H, W) tensors."""
     decoded = decode_image(data, name, channels, bit_depth, limits)

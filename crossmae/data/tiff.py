@@ -39,7 +39,7 @@ _said: set[str] = set()
 
 @dataclass(frozen=True)
 class Layout:
-    """How the axes of a file become one image (Y, X, channels).
+    """The axes of a file that become one image (Y, X, channels).
 
     Attributes:
         rows, columns: positions of the axes.
@@ -56,7 +56,9 @@ class Layout:
 
 
 def plan_layout(axes: str, shape: tuple[int, ...], channels: int, channels_key: str) -> Layout:
-    """Decide by names and sizes which axes are channels. `channels_key` is the config key of `channels`, or "".
+    """Decide by names and sizes which axes are channels.
+
+    `channels_key` is the config key of `channels`, or "" without one.
 
     Raises ValueError if two axes without a name have as many entries as `channels`.
     """
@@ -117,7 +119,7 @@ def pillow_reads(data: bytes, page: int, channels: int) -> bool:
 
 
 def _is_stack(data: bytes) -> bool:
-    """Check whether a file has pages, or one page with the pixels of several."""
+    """Check whether a file has several pages, or pixels of several."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             assert isinstance(image, TiffImagePlugin.TiffImageFile)
@@ -211,7 +213,7 @@ class _Stack:
 
 
 def _say_once(name: str, layout: Layout) -> None:
-    """Log what is read, with the first file that it is true of."""
+    """Log what is read of the first such file."""
     if layout.text not in _said:
         _said.add(layout.text)
         log.warning(

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from crossmae.checkpoints.pretrained import Pretrained
-from crossmae.data.images import LIMITS, ImageLimits
+from crossmae.data.images import IMAGE_LIMITS, ImageLimits
 from crossmae.data.pixels import Normalize, centre_view, decode_pixels, to_unit_range
 from crossmae.errors import UserError
 from crossmae.files import make_folder, printable, read_file, write_atomically, write_json
@@ -72,7 +72,7 @@ def possible_ratios(model: CrossMAE) -> list[float]:
 
 
 def load_images(
-    paths: Sequence[Path], pretrained: Pretrained, seed: int, limits: ImageLimits = LIMITS
+    paths: Sequence[Path], pretrained: Pretrained, seed: int, limits: ImageLimits = IMAGE_LIMITS
 ) -> tuple[Tensor, Tensor]:
     """Load pixels (B, C, H, W) and mask noise (B, L)."""
     model = pretrained.model
@@ -94,7 +94,7 @@ def write_gallery(
     gif_ratios: Sequence[float] = (),
     seed: int = 0,
     force: bool = False,
-    limits: ImageLimits = LIMITS,
+    limits: ImageLimits = IMAGE_LIMITS,
 ) -> list[Result]:
     """Reconstruct every image, and write all pictures and numbers.
 

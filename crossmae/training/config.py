@@ -93,7 +93,7 @@ class DataConfig(ConfigSection):
 
     @property
     def limits(self) -> ImageLimits:
-        """What an image may have at most."""
+        """The limits of one image."""
         return ImageLimits(self.max_pixels)
 
     @model_validator(mode="after")

@@ -37,7 +37,7 @@ class LabelledConfig(ConfigSection):
 
     @property
     def limits(self) -> ImageLimits:
-        """What an image may have at most."""
+        """The limits of one image."""
         return ImageLimits(self.max_pixels)
 
     @field_validator("separator", mode="before")

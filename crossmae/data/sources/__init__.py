@@ -18,7 +18,7 @@ import logging
 import os
 from pathlib import Path
 
-from crossmae.data.images import LIMITS, ImageLimits
+from crossmae.data.images import IMAGE_LIMITS, ImageLimits
 from crossmae.data.paths import IMAGE_SUFFIXES, find_images
 from crossmae.data.sources.hugging_face import HuggingFaceImages, is_hugging_face
 from crossmae.data.sources.idx import IDX_SUFFIXES, find_idx_files, open_idx
@@ -44,13 +44,13 @@ MOST_NAMES = 2_000_000  # largest number of names that are compared; more would 
 log = logging.getLogger(__name__)
 
 
-def open_source(value: str | Path, key: str, root: Path | None = None, limits: ImageLimits = LIMITS) -> Source:
+def open_source(value: str | Path, key: str, root: Path | None = None, limits: ImageLimits = IMAGE_LIMITS) -> Source:
     """Open a data set of any kind in the table above.
 
     Args:
         value: path or URL; a `Path` is always on this machine. `~` is expanded.
         root: base folder of the relative paths in a list or COCO file; default: the folder of the list.
-        limits: what an image may have at most.
+        limits: see `Source`.
 
     Raises:
         UserError: If the data set does not exist, is of an unknown kind, or is damaged. The message names the key, the
@@ -82,7 +82,9 @@ def _open_any(value: str | Path, key: str, root: Path | None) -> Source:
     raise UserError(f"{key}: {path} does not exist (the nearest folder that does: {parent}). Expected {ACCEPTED}.")
 
 
-def open_named(value: str | Path | None, key: str, root: Path | None = None, limits: ImageLimits = LIMITS) -> Source:
+def open_named(
+    value: str | Path | None, key: str, root: Path | None = None, limits: ImageLimits = IMAGE_LIMITS
+) -> Source:
     """Open the data set of a config key and log its description."""
     if value is None:
         raise UserError(f"{key}: missing. Name a data set.")

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from crossmae.data.images import LIMITS, ImageLimits, decode_image, is_deep, open_image, read_orientation
+from crossmae.data.images import IMAGE_LIMITS, ImageLimits, decode_image, is_deep, open_image, read_orientation
 from crossmae.data.paths import IMAGE_SUFFIXES
 from crossmae.errors import UserError
 
@@ -52,7 +52,7 @@ class Encoded:
     size: tuple[int, int] | None
 
 
-def shrink(data: bytes, name: str, short_side: int, quality: int, limits: ImageLimits = LIMITS) -> Encoded:
+def shrink(data: bytes, name: str, short_side: int, quality: int, limits: ImageLimits = IMAGE_LIMITS) -> Encoded:
     """Shrink an image to a short side of at most `short_side` pixels.
 
     Raises UserError if the file is not a readable image, or no rule exists for its kind. The message names the file.
@@ -80,7 +80,7 @@ def shrink(data: bytes, name: str, short_side: int, quality: int, limits: ImageL
     return Encoded(encoded.getvalue(), ".jpg", (width, height))
 
 
-def keep(data: bytes, name: str, limits: ImageLimits = LIMITS) -> Encoded:
+def keep(data: bytes, name: str, limits: ImageLimits = IMAGE_LIMITS) -> Encoded:
     """Check that an image is not damaged, and keep its bytes.
 
     Raises UserError if the file is not a readable image, or training cannot read its kind. The message names the file.

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from crossmae.data.images import LIMITS, ImageLimits
+from crossmae.data.images import IMAGE_LIMITS, ImageLimits
 from crossmae.errors import UserError, shorten
 from crossmae.files import open_file, printable, read_file
 
@@ -50,11 +50,11 @@ class Source(ABC):
         classes: names of the classes; () without labels.
         groups: index of the first image of every shard. Samples of one shard are cheap to read together. None without
             shards.
-        limits: what an image may have at most.
+        limits: largest number of pixels of an image, and the keys that messages name.
     """
 
     description: str
-    limits: ImageLimits = LIMITS
+    limits: ImageLimits = IMAGE_LIMITS
     classes: tuple[str, ...] = ()
     groups: NDArray[np.int64] | None = None
     _labels: NDArray[np.int64] | None = None
