@@ -39,7 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from crossmae.data.tiff import DEEP, MAGIC, Layout, has_deep_samples, over_white, read_tiff
+from crossmae.data.tiff import DEEP, MAGIC, Layout, has_deep_samples, over_white, read_tiff, upright
 from crossmae.errors import UserError, import_extra
 from crossmae.files import printable, read_file
 
@@ -120,16 +120,18 @@ def decode_image(
             image.seek(samples)
             limits.check(name, *image.size)
             if _is_deep_colour_png(data) and (bit_depth == 16 or channels not in (1, 3)):
-                samples = np.asarray(import_extra("imagecodecs", DEEP).png_decode(data))
-                samples = (
-                    over_white(samples) if samples.shape[-1] in (2, 4) and channels != samples.shape[-1] else samples
-                )
+                decode = import_extra("imagecodecs", DEEP).png_decode
+                samples = np.atleast_3d(decode(_pixels_of_png(data, ())))
+                if samples.shape[-1] in (2, 4) and channels != samples.shape[-1]:
+                    samples = over_white(samples)
+                if any(word in data for word in (b"eXIf", *PNG_ORIENTATION)):
+                    samples = upright(samples, read_orientation(image))
             else:
-                upright = _load(image, data)
-                if bit_depth == 8 and channels in (1, 3) and upright.mode != "F":
-                    rgb = to_rgb(upright)
+                turned = _load(image, data)
+                if bit_depth == 8 and channels in (1, 3) and turned.mode != "F":
+                    rgb = to_rgb(turned)
                     return rgb if channels == 3 else rgb.convert("L")
-                samples = _samples(upright, channels)
+                samples = _samples(turned, channels)
         pixels = _with_channels(_as_unit_range(samples, name), channels, name, limits.channels_key, layout)
     except UserError:
         raise
@@ -188,7 +190,7 @@ def _load(image: Image.Image, data: bytes) -> Image.Image:
 
 
 def read_orientation(image: Image.Image, load: bool = True) -> int:
-    """Read the orientation from EXIF or XMP, 1 if none can be read.
+    """Read the orientation of EXIF or XMP data, default 1.
 
     With `load`, Pillow decodes a PNG if its EXIF data may follow the pixels.
     """
@@ -316,7 +318,7 @@ def _with_channels(
         return np.ascontiguousarray(pixels)
     if held == 1 and channels == 3:
         return np.repeat(pixels, 3, axis=-1)
-    if held == 3 and channels == 1:
+    if held == 3 and channels == 1 and (layout is None or layout.is_colour):
         return (pixels @ LUMA)[..., None]
     text = f"{name}: has {held} channel{'s'[: held != 1]}, {f'{key} is {channels}' if key else f'{channels} are read'}"
     advice = f"Convert it, or set {key}={held}." if key else "Convert it."

@@ -46,6 +46,7 @@ class Layout:
         channels: positions of the axes of channels.
         text: what the file holds and what is read of it, "" if there is nothing to say.
         advice: what to do if that is wrong.
+        is_colour: three channels are red, green and blue.
     """
 
     rows: int
@@ -53,6 +54,7 @@ class Layout:
     channels: tuple[int, ...]
     text: str = ""
     advice: str = ""
+    is_colour: bool = True
 
 
 def plan_layout(axes: str, shape: tuple[int, ...], channels: int, channels_key: str) -> Layout:
@@ -79,10 +81,11 @@ def plan_layout(axes: str, shape: tuple[int, ...], channels: int, channels_key: 
             text = (
                 f"its {shape[0]} pages of {shape[rows]} x {channels} pixels are read as rows with {channels} channels"
             )
-            return Layout(0, rows, (columns,), text)
+            return Layout(0, rows, (columns,), text, is_colour=False)
     samples = [position for position in named if axes[position] == "S"]
     if len(named) > 1 and samples and math.prod(shape[position] for position in named) != channels:
         named = samples
+    is_colour = all(axes[position] == "S" for position in named)
     left = [position for position in others if position not in named]
     if left:
         counts = ", ".join(f"{shape[position]} {AXES.get(axes[position], 'pages')}" for position in left)
@@ -93,9 +96,9 @@ def plan_layout(axes: str, shape: tuple[int, ...], channels: int, channels_key: 
             advice = f"If the pages are channels, set {channels_key}={shape[left[0]]}"
         elif not named and letter != "P":
             advice = f"If the {AXES.get(letter, 'pages')} are channels, save the file with C in place of {letter}"
-        return Layout(rows, columns, tuple(named), text, advice)
+        return Layout(rows, columns, tuple(named), text, advice, is_colour)
     pages = f"its {channels} pages are read as channels" if named and axes[named[0]] in NAMELESS else ""
-    return Layout(rows, columns, tuple(named), pages)
+    return Layout(rows, columns, tuple(named), pages, is_colour=is_colour)
 
 
 def pillow_reads(data: bytes, page: int, channels: int) -> bool:
@@ -163,15 +166,14 @@ def read_tiff(
     check_size(stack.shape[layout.columns], stack.shape[layout.rows])
     if layout.text:
         _say_once(name, layout)
-    has_one = all(stack.axes[position] == "S" for position in layout.channels) and stack.axes[layout.columns] == "X"
-    if has_one and isinstance(number, int) and pillow_reads(data, number, channels):
+    if layout.is_colour and isinstance(number, int) and pillow_reads(data, number, channels):
         return number, layout
     if kind not in ("MINISBLACK", "MINISWHITE", "RGB"):
         raise ValueError(f"a TIFF file of {kind} colours with {page.dtype} samples has no rule. Convert it to RGB.")
     pixels = stack.read(layout)
     if pixels.dtype == np.uint8 and page.bitspersample < 8:
         pixels = pixels * np.uint8(255 // (2**page.bitspersample - 1))
-    pixels = _upright(pixels, int(page.tags["Orientation"].value) if "Orientation" in page.tags else 1)
+    pixels = upright(pixels, int(page.tags["Orientation"].value) if "Orientation" in page.tags else 1)
     if kind == "MINISWHITE":
         pixels = top_value(pixels) - pixels
     has_opacity = bool(page.extrasamples) and int(page.extrasamples[-1]) in OPACITY and pixels.shape[-1] != channels
@@ -226,7 +228,7 @@ def has_deep_samples(image: Image.Image) -> bool:
     return isinstance(image, TiffImagePlugin.TiffImageFile) and max(_values(image.tag_v2.get(BITS, 1))) > 8
 
 
-def _upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+def upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
     """Undo an EXIF orientation 1 .. 8 of pixels (H, W, C)."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)

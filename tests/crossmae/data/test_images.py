@@ -182,7 +182,9 @@ def test_orientation_is_applied_to_every_kind_of_file(orientation: int, bit_dept
     exif[274] = orientation
     png = encoded(PIXELS[..., :3], "png", exif=exif)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(png)))) / 255
-    for data in (png, tiff(PIXELS[..., :3], photometric="rgb", extratags=[(274, "H", 1, orientation, True)])):
+    deep = pytest.importorskip("imagecodecs").png_encode(PIXELS[..., :3].astype(np.uint16) * 257)
+    deep = with_chunks(deep, chunk(b"eXIf", exif.tobytes()[6:]), LONG_TEXT)
+    for data in (png, deep, tiff(PIXELS[..., :3], photometric="rgb", extratags=[(274, "H", 1, orientation, True)])):
         found = np.asarray(decode_image(data, "x", 3, bit_depth), dtype=np.float64) / (255 if bit_depth == 8 else 1)
         np.testing.assert_allclose(found, expected, atol=1e-6)
 

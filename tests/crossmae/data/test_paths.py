@@ -59,7 +59,8 @@ def test_pipes_sockets_and_devices_are_no_images(tmp_path: Path, caplog: pytest.
         str(image),
         str(tmp_path / "5.png"),
         str(tmp_path / "6.png"),
-    ]  # a broken link is an error when read
+    ]
+    # The last one is a broken link, which is an error when it is read.
     assert "2 a named pipe, 1 a device" in caplog.text
     for name in ("2.png", "3.png", "4.png"):
         with pytest.raises(UserError, match=rf"IMAGES: .*{name}: it is a (named pipe|device), not a file"):

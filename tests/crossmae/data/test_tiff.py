@@ -128,6 +128,11 @@ def test_slices_are_no_channels_even_if_their_number_fits(caplog: pytest.LogCapt
     assert "4 slices of 1 channel" in caplog.text
 
 
+def test_stains_have_no_luma() -> None:
+    with pytest.raises(UserError, match=r"has 3 channels, model\.in_chans is 1\. Convert it, or set model\.in_chans=3"):
+        read(write(stack(3, H, W), metadata={"axes": "CYX"}), 1)
+
+
 def test_the_largest_image_is_read_whatever_comes_first() -> None:
     preview, pixels = stack(4, 4, dtype="uint8"), stack(2, H, W)
     np.testing.assert_allclose(read(write(preview, pixels), 2), scaled(np.moveaxis(pixels, 0, -1)), atol=1e-6)
