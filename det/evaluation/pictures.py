@@ -41,7 +41,7 @@ def validation_pictures(
     pictures = []
     for entry in spread_images(ground_truth, count):
         name = file_name(entry)
-        pixels = read_rgb(images / name)
+        pixels = read_rgb(images / name, image_limits(sys.maxsize))  # evaluation has read it
         here = [[one for one in every if one["image_id"] == entry["id"]] for every in (true, found)]
         sides = [draw_instances(pixels, instances_from_coco(objects, categories), DRAWN_SIDE) for objects in here]
         captions = [
