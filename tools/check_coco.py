@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from crossmae.data.images import MAX_PIXELS, ImageLimits
 from crossmae.errors import UserError, run_cli
 from crossmae.files import check_destination, check_writable, make_folder, write_json
 from det.data.coco import describe_moved_images, drop_advice, mask_kind, read_coco, tidy_with_images
@@ -40,6 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-masks", action="store_true", help="do not look at masks, as with MODEL.MASK_ON=False")
     parser.add_argument("--skip-images", action="store_true", help="do not look at the image files")
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="width * height of the largest image (%(default)s)",
+    )
     parser.add_argument("--json", metavar="REPORT.json", type=Path, help="also write the findings as JSON")
     return parser
 
@@ -119,7 +127,8 @@ def main(argv: list[str] | None = None) -> None:
     masks = not arguments.no_masks and not all(is_empty(one.get("segmentation")) for one in content["annotations"])
     tidied = tidy_with_images(content, images, masks)
     counts = count(tidied.content)
-    findings = find_faults(tidied, images, for_evaluation=arguments.evaluation, masks=masks)
+    limits = ImageLimits(arguments.max_pixels, "INPUT.MAX_PIXELS, here --max-pixels,", "")
+    findings = find_faults(tidied, images, for_evaluation=arguments.evaluation, masks=masks, limits=limits)
     print(", ".join(f"{value} {name}" for name, value in counts.items()))
     moved = describe_moved_images(tidied, images) if images else ""
     print("\n".join(filter(None, (table(findings), moved, advice(tidied, findings)))))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from crossmae.errors import UserError, printable, shorten
+from crossmae.files import special_kind
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -79,12 +80,14 @@ def find_images(folder: Path, key: str) -> list[str]:
     images: list[str] = []
     others: list[str] = []
     system: list[str] = []
-    for path in walk_files(folder, system, _refuse):
+    special: dict[str, str] = {}
+    for path in walk_files(folder, system, _refuse, special):
         suffix = os.path.splitext(path)[1].lower()
         if suffix in IMAGE_SUFFIXES:
             images.append(path)
         else:
             others.append(suffix or os.path.basename(path))
+    others.extend(special.values())
     kinds = count_names(others)
     if system:
         log.info("%s: left out what is hidden or of the system: %s", folder, count_names(system))
@@ -98,11 +101,15 @@ def find_images(folder: Path, key: str) -> list[str]:
 
 
 def walk_files(
-    folder: str | Path, system: list[str], on_error: Callable[[OSError], None] | None = None
+    folder: str | Path,
+    system: list[str],
+    on_error: Callable[[OSError], None] | None = None,
+    special: dict[str, str] | None = None,
 ) -> Iterator[str]:
     """Yield the files in a folder, and collect the system's names.
 
-    Links to folders are followed, and each real folder is searched once.
+    Links to folders are followed, and each real folder is searched once. Named pipes, sockets and devices are left out,
+    and collected in `special`.
     """
     visited: set[str] = set()
     for parent, folders, files in os.walk(folder, onerror=on_error, followlinks=True):
@@ -113,7 +120,24 @@ def walk_files(
             for name in folders
             if not is_system_name(name) and os.path.realpath(os.path.join(parent, name)) not in visited
         )
-        yield from (os.path.join(parent, name) for name in files if not is_system_name(name))
+        odd = {os.path.join(parent, name): kind for name, kind in find_special(parent).items()}
+        if special is not None:
+            special |= odd
+        paths = (os.path.join(parent, name) for name in files if not is_system_name(name))
+        yield from (path for path in paths if path not in odd)
+
+
+def find_special(folder: str) -> dict[str, str]:
+    """Find named pipes, sockets and devices in a folder.
+
+    Returns what each name is. Links to such files count.
+    """
+    with os.scandir(folder) as entries:
+        plain = {
+            entry.path: entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False) for entry in entries
+        }
+    odd = [path for path, is_plain in plain.items() if not is_plain]
+    return {os.path.basename(path): kind for path in odd if (kind := special_kind(path))}
 
 
 def _refuse(error: OSError) -> None:
@@ -128,5 +152,7 @@ def find_inputs(arguments: Sequence[str]) -> list[Path]:
         if path.is_dir():
             paths += find_images(path, "IMAGES")
         else:
+            if kind := special_kind(path):
+                raise UserError(f"IMAGES: {printable(argument)}: it is {kind}, not a file. Name a file.")
             paths += [str(path)] if path.is_file() else match_pattern(argument, "IMAGES")
     return [Path(path) for path in dict.fromkeys(paths)]

@@ -20,9 +20,11 @@ from detectron2.structures import BoxMode
 from pycocotools import mask as coco_mask
 
 from crossmae.data.found_names import describe_moved, find_moved
+from crossmae.data.images import MAX_PIXELS
 from crossmae.data.parallel import READERS, map_in_order
 from crossmae.errors import UserError
 from crossmae.files import read_json
+from det.config import image_limits
 from det.data.coco_checks import (
     Finding,
     Findings,
@@ -81,6 +83,7 @@ def register_coco(
     for_evaluation: bool = False,
     drop: Sequence[str] = (),
     keep: Collection[str] = (),
+    max_pixels: int = MAX_PIXELS,
 ) -> CocoSummary:
     """Check a data set in COCO format and register it with detectron2.
 
@@ -92,6 +95,7 @@ def register_coco(
         for_evaluation: also check the facts that AP needs. A file without annotations is allowed.
         drop: kinds of faults from `det.data.coco_kinds.DROPPABLE`. Their entries are left out and logged.
         keep: names of classes that are classes even without objects, see `tidy`.
+        max_pixels: width * height of the largest image that is read.
 
     Raises:
         UserError: the file or the folder is missing, the file has faults outside `drop`, or no entries are left.
@@ -107,7 +111,8 @@ def register_coco(
         log.info(
             "%s: %s", json_path, describe_moved(Path(images), tidied.moved, len(tidied.moved) + len(tidied.missing))
         )
-    findings = find_faults(tidied, Path(images), for_evaluation=for_evaluation, masks=masks)
+    limits = image_limits(max_pixels)
+    findings = find_faults(tidied, Path(images), for_evaluation=for_evaluation, masks=masks, limits=limits)
     dropped = plan_drop(tidied, findings, drop)
     if faults := remaining_faults(findings, dropped):
         command = f"python tools/check_coco.py {shlex.quote(str(json_path))} {shlex.quote(str(images))}"
@@ -411,9 +416,9 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
     `train` and `val` are each a COCO file and an image folder, or None. If both are None, nothing changes.
     """
     summaries = []
-    masks, drop = cfg.MODEL.MASK_ON, cfg.DATASETS.DROP
+    masks, drop, most = cfg.MODEL.MASK_ON, cfg.DATASETS.DROP, cfg.INPUT.MAX_PIXELS
     if train is not None:
-        summaries.append(register_coco(OWN_TRAIN, *train, masks=masks, drop=drop))
+        summaries.append(register_coco(OWN_TRAIN, *train, masks=masks, drop=drop, max_pixels=most))
         if not summaries[0].num_trainable:
             raise UserError(
                 f"{train[0]}: all annotations are crowd regions (iscrowd 1). Set iscrowd 0 for single objects."
@@ -423,7 +428,9 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
             log.info("INPUT.MASK_FORMAT is bitmask: %s has run-length encoded masks", train[0])
     if val is not None:
         classes = summaries[0].categories if summaries else ()
-        summaries.append(register_coco(OWN_VAL, *val, for_evaluation=True, masks=masks, drop=drop, keep=classes))
+        summaries.append(
+            register_coco(OWN_VAL, *val, for_evaluation=True, masks=masks, drop=drop, keep=classes, max_pixels=most)
+        )
         _warn_of_crowded_images(val[0], summaries[-1], cfg.TEST.DETECTIONS_PER_IMAGE, cfg.TEST.MAX_DETS)
     if train is not None and val is not None:
         check_same_categories(summaries[0].categories, summaries[1].categories, train[0], val[0])

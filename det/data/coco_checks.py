@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from reprlib import repr as short
@@ -24,9 +25,12 @@ from tqdm import tqdm
 
 from crossmae.data.broken import find_broken
 from crossmae.data.found_names import NOTHING_LIKE
+from crossmae.data.images import IMAGE_LIMITS, ImageLimits, TooManyPixels, open_image, read_orientation
 from crossmae.data.parallel import READERS, map_in_order
 from crossmae.data.sources.source import ImageFiles
-from crossmae.errors import printable
+from crossmae.errors import UserError, printable
+from crossmae.files import read_file, special_kind
+from det.config import image_limits
 from det.data.coco_fit import Placed, corners_of, find_misfits
 from det.data.coco_kinds import EVALUATION_KINDS, FREQUENCIES, KINDS, Kind, Rank
 from det.data.coco_masks import LARGEST_SIDE, NUMBERS, Floats, Masks, flatten, measure_masks, no_masks
@@ -44,7 +48,6 @@ FIRST = 5  # number of entries that a message describes
 _Note = Callable[[int], str]
 
 _LEAVES = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)")
-EXIF_ORIENTATION = 0x0112
 _SURROGATE = re.compile(r"[\ud800-\udfff]")  # half a character: JSON allows it, but results files cannot have it
 _LATE_EXIF = re.compile(rb"eXIf|Raw profile type exif|adobe:ns:meta")
 LATE_EXIF_WITHIN = 1 << 16  # bytes at the end of a file that are searched
@@ -132,7 +135,12 @@ def paused_garbage_collection() -> Iterator[None]:
 
 
 def find_faults(
-    tidied: Tidy, images: Path | None, *, for_evaluation: bool = False, masks: bool = False
+    tidied: Tidy,
+    images: Path | None,
+    *,
+    for_evaluation: bool = False,
+    masks: bool = False,
+    limits: ImageLimits | None = None,
 ) -> list[Finding]:
     """Find faults and remarkable facts, in the order of `KINDS`.
 
@@ -149,7 +157,7 @@ def find_faults(
         if is_lvis(tidied.content):
             _check_lvis(found)
     if images is not None:
-        _check_files(found, images, known)
+        _check_files(found, images, known, limits or image_limits())
     return [found.all[name] for name in KINDS if name in found.all]
 
 
@@ -263,43 +271,64 @@ def _check_images(found: Findings) -> dict[int, int]:
     return _positions_by_id(entries)
 
 
-def _check_files(found: Findings, folder: Path, known: dict[int, int]) -> None:
+def _check_files(found: Findings, folder: Path, known: dict[int, int], limits: ImageLimits) -> None:
     entries = found.content["images"]
     named = {at: name for at in sorted(known.values()) if isinstance(name := image_name(entries[at]), str) and name}
     names = {at: name for at, name in named.items() if not leaves_folder(name)}
     missing = {
-        position: f"{name}: {reason}" if (reason := found.reasons.get(name)) else name
+        position: _describe_missing(folder / name, name, found.reasons.get(name))
         for position, name in names.items()
         if not os.path.isfile(folder / name)
     }
     there = [position for position in names if position not in missing]
-    source = ImageFiles([folder / names[position] for position in there], "images of a COCO file")
-    broken = {there[one.index]: one.message for one in find_broken(source, range(len(source)))}
     bar = tqdm(there, "check sizes", leave=False, unit="img", dynamic_ncols=True)
+    look = partial(_file_fault, limits=limits)
+    looks = map_in_order(lambda position: look(folder / names[position], entries[position]), bar, READERS)
+    faults = dict(zip(there, looks, strict=True))
+    decodable = [position for position in there if faults[position][0] != "too-large-image"]
+    source = ImageFiles([folder / names[position] for position in decodable], "images of a COCO file")
+    source.limits = limits
+    broken = {decodable[one.index]: one.message for one in find_broken(source, range(len(source)))}
     kinds: dict[str, dict[int, str]] = {"missing-image": missing, "broken-image": broken}
-    looks = map_in_order(lambda position: _file_fault(folder / names[position], entries[position]), bar, READERS)
-    for position, (kind, text) in zip(there, looks, strict=True):
-        if kind and position not in broken and (kind == "broken-image" or not _image_fault(entries[position])):
-            kinds.setdefault(kind, {})[position] = text if kind == "broken-image" else f"{names[position]}: {text}"
+    for position, (kind, text) in faults.items():
+        is_named = kind in ("broken-image", "too-large-image")
+        if kind and position not in broken and (is_named or not _image_fault(entries[position])):
+            kinds.setdefault(kind, {})[position] = text if is_named else f"{names[position]}: {text}"
     for kind, noted in kinds.items():
         found.add(kind, noted)
 
 
-def read_header(path: Path) -> tuple[tuple[int, int], tuple[int, int], int | None]:
-    """Read an image's stored size, its turned size, and its EXIF orientation."""
-    with Image.open(path) as image:
+def _describe_missing(path: Path, name: str, reason: str | None) -> str:
+    if kind := special_kind(path):
+        return f"{name} is {kind}, not a file"
+    return f"{name}: {reason}" if reason else name
+
+
+def read_header(
+    path: Path, limits: ImageLimits = IMAGE_LIMITS
+) -> tuple[tuple[int, int], tuple[int, int], int | None]:
+    """Read an image's stored size, its turned size, and its EXIF orientation.
+
+    Raises UserError for an image that the limits refuse.
+    """
+    with _open_header(path) as image:
+        stored = image.size
+        limits.check(printable(path), *stored)
         # Pillow would decode a PNG file completely to find an orientation that is stored after the pixels.
         late = image.format == "PNG" and _LATE_EXIF.search(ImageFiles([path], "").tail(0, LATE_EXIF_WITHIN))
-        exif = image.getexif() if late else Image.Image.getexif(image)
-        stored, orientation = image.size, exif.get(EXIF_ORIENTATION)
+        orientation = read_orientation(open_image(read_file(path), load=True) if late else image, load=bool(late))
     return stored, stored[::-1] if orientation in QUARTER_TURNS else stored, orientation
 
 
-def _file_fault(path: Path, entry: dict[str, Any]) -> tuple[str, str]:
+def _file_fault(path: Path, entry: dict[str, Any], limits: ImageLimits) -> tuple[str, str]:
     """Find a fault in an image's header. Return its kind and description."""
     wanted = entry.get("width"), entry.get("height")
     try:
-        stored, turned, orientation = read_header(path)
+        stored, turned, orientation = read_header(path, limits)
+    except TooManyPixels as error:
+        return "too-large-image", str(error)
+    except UserError as error:
+        return "broken-image", str(error)
     except Exception as error:  # Pillow raises many types of errors for damaged headers
         return "broken-image", f"{path}: cannot be read as an image: {' '.join(str(error).split())}"
     sizes = "the json has {}x{} (width x height), the file {}x{}".format(*wanted, *stored)
@@ -310,6 +339,13 @@ def _file_fault(path: Path, entry: dict[str, Any]) -> tuple[str, str]:
     if turned != stored and stored == wanted:
         return "exif-orientation", sizes
     return ("swapped-size" if turned[::-1] == wanted else "size-mismatch"), sizes
+
+
+def _open_header(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except Exception:  # the whole file tells whether only its metadata are at fault
+        return open_image(read_file(path))
 
 
 @dataclass(frozen=True)

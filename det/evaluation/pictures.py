@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 from crossmae.errors import printable
 from crossmae.files import write_atomically
+from det.config import image_limits
 from det.data.tidy import image_name
 from det.inference.draw import draw_instances, draw_sheet, instances_from_coco
 from det.inference.predict import read_rgb
@@ -40,7 +42,7 @@ def validation_pictures(
     pictures = []
     for entry in spread_images(ground_truth, count):
         name = image_name(entry)
-        pixels = read_rgb(images / name)
+        pixels = read_rgb(images / name, image_limits(sys.maxsize))  # evaluation has read it
         here = [[one for one in every if one["image_id"] == entry["id"]] for every in (true, found)]
         sides = [draw_instances(pixels, instances_from_coco(objects, categories), DRAWN_SIDE) for objects in here]
         captions = [

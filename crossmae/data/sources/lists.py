@@ -16,7 +16,7 @@ from crossmae.data.parallel import map_in_order
 from crossmae.data.paths import IMAGE_SUFFIXES
 from crossmae.data.sources.source import ImageFiles
 from crossmae.errors import UserError, import_extra, printable, shorten
-from crossmae.files import decode_text, parse_json, read_file
+from crossmae.files import decode_text, parse_json, read_file, special_kind
 
 PATH_COLUMNS = ("path", "image", "file_name", "filename")
 LABEL_COLUMNS = ("label", "class")
@@ -226,6 +226,7 @@ def _find_files(names: Sequence[str], folder: Path, path: Path, key: str, outsid
         return paths
     present = [name for name, is_there in zip(names, found, strict=True) if is_there]
     moved, reasons = find_moved(folder, missing, present)
+    reasons |= {name: f"{kind}, not a file" for name in reasons if (kind := special_kind(folder / name))}
     if reasons:
         advice = f"set {ROOT_KEYS[key]}=FOLDER" if key in ROOT_KEYS else "write absolute paths"
         if not outside:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
 
+from crossmae.data.images import read_image
 from crossmae.data.paths import find_images, find_inputs, is_system_name
 from crossmae.errors import UserError
 from tests.crossmae.data.test_images import save
@@ -71,3 +73,24 @@ def test_what_the_system_put_there_is_left_out_and_counted(tmp_path: Path, caplo
 @pytest.mark.parametrize("name", ["cat", "tmp", "snapshot", "Recycle", "thumbs", "test", "@home", "#1", "~a", "icon"])
 def test_ordinary_names_are_kept(name: str) -> None:
     assert not is_system_name(name)
+
+
+def test_pipes_sockets_and_devices_are_no_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    image = save(tmp_path / "1.png")
+    os.mkfifo(tmp_path / "2.png")
+    for name, target in (("3.png", "/dev/zero"), ("4.png", "2.png"), ("5.png", "1.png"), ("6.png", "6.png")):
+        (tmp_path / name).symlink_to(target)
+    with caplog.at_level(logging.INFO):
+        found = find_images(tmp_path, "data.train")
+    assert found == [
+        str(image),
+        str(tmp_path / "5.png"),
+        str(tmp_path / "6.png"),
+    ]
+    # The last one is a broken link, which is an error when it is read.
+    assert "2 a named pipe, 1 a device" in caplog.text
+    for name in ("2.png", "3.png", "4.png"):
+        with pytest.raises(UserError, match=rf"IMAGES: .*{name}: it is a (named pipe|device), not a file"):
+            find_inputs([str(tmp_path / name)])
+        with pytest.raises(UserError, match=rf"{name}: cannot be read: it is a (named pipe|device), not a file"):
+            read_image(tmp_path / name)
