@@ -37,17 +37,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="replace the results of an earlier --eval-only")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.resume and arguments.eval_only:
-        raise UserError("--resume is for training, --eval-only evaluates. Give one of them")
+        raise UserError("--resume: has no meaning with --eval-only, which does not train. Give one of them.")
     if arguments.force and not arguments.eval_only:
-        raise UserError("--force is for --eval-only; a run is never replaced. Continue it with --resume")
+        raise UserError("--force: is for --eval-only, because a run is never replaced. Continue it with --resume.")
     is_main = os.environ.get("RANK", "0") == "0"  # other processes log only problems
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
     config = load_typed_config(FinetuneConfig, arguments.config_file, arguments.overrides)
 
     if arguments.eval_only:
-        from crossmae.classification.evaluation.evaluate import (
-            evaluate_only,
-        )  # slow import
+        from crossmae.classification.evaluation.evaluate import evaluate_only  # slow import
         from crossmae.training.log import describe
 
         images, settings, runtime = config.data, config.evaluation, config.runtime

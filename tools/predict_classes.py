@@ -61,18 +61,18 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_intermixed_args(argv)
     for name, value in (("--top-k", args.top_k), ("--batch-size", args.batch_size)):
         if value is not None and value < 1:
-            raise UserError(f"{name} {value}: expected a number from 1")
+            raise UserError(f"{name} {value}: too small. Give a number from 1.")
     if args.threshold is not None and not 0 <= args.threshold <= 1:
-        raise UserError(f"--threshold {args.threshold}: expected a number from 0 to 1")
+        raise UserError(f"--threshold {args.threshold}: no probability. Give a number from 0 to 1.")
     device = open_device(args.device, "--device")
     inputs = expand_inputs(args.inputs)
     check_output(args.output, inputs, args.force)
     sources = open_inputs(inputs)
     classifier = load_classifier(args.weights, args.img_size and parse_size(args.img_size, "--img-size"))
     if classifier.multi_label and args.top_k is not None:
-        raise UserError("--top-k: this classifier can find several classes in an image; choose them by --threshold")
+        raise UserError("--top-k: this classifier can find several classes in an image. Limit them by --threshold.")
     if not classifier.multi_label and args.threshold is not None:
-        raise UserError("--threshold: this classifier finds one class per image; choose how many to list by --top-k")
+        raise UserError("--threshold: this classifier finds one class per image. Choose the listed number by --top-k.")
     selection = Selection(args.top_k or TOP_K, LABEL_THRESHOLD if args.threshold is None else args.threshold)
     for assumption in classifier.assumed:
         print(f"assumed: {assumption}", file=sys.stderr)
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         failures = write_answers(classifier, sources, selection, args.output, args.batch_size)
     except torch.OutOfMemoryError:
-        raise UserError(f"--batch-size {args.batch_size}: too many images for the memory of the GPU") from None
+        raise UserError(f"--batch-size {args.batch_size}: the GPU's memory is full. Lower it.") from None
     total = sum(map(len, sources))
     if args.output != STDOUT:
         print(f"classes of {total - len(failures)} images: {args.output}")

@@ -18,7 +18,7 @@ import argparse
 import logging
 
 from crossmae.errors import run_cli
-from crossmae.training.config import add_config_arguments
+from crossmae.training.config import add_config_arguments, load_typed_config
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,7 +30,6 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     from crossmae.classification.probe.config import ProbeRunConfig  # after --help, because these imports take seconds
-    from crossmae.training.config import load_typed_config
 
     config = load_typed_config(ProbeRunConfig, arguments.config_file, arguments.overrides)
 

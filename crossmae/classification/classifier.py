@@ -33,6 +33,7 @@ from crossmae.pretraining.neighbours import Pool
 
 CLASSIFIER = "classifier"  # the format in the metadata
 PLAIN = ("pool", "head")  # values of the metadata that are text, not JSON
+REPAIR = "Write the metadata again, or use another file."
 BEST = "model_best.safetensors"  # best weights of a run, next to its last weights, model.safetensors
 
 
@@ -77,10 +78,7 @@ def classifier_metadata(architecture: Architecture, record: ClassifierRecord, st
     """Build the safetensors metadata of a classifier, read by `load_classifier`.
 
     The tensors have timm's names. The architecture has the same key as in a pretraining file. Fine-tuning and detection
-    read the number of heads and the grid size from it.
-
-    Args:
-        step: number of optimizer steps done.
+    read the number of heads and the grid size from it. `step` is the number of optimizer steps done.
     """
     height, width = architecture.img_size
     size = height if height == width else [height, width]
@@ -112,8 +110,7 @@ def load_classifier(path: str | Path, img_size: int | Sequence[int] | None = Non
     ours = weights.metadata.get(FORMAT) == CLASSIFIER
     if not ours and weights.format not in ("finetuned", "linear_probe"):
         raise UserError(
-            f"{weights.path}: no classifier (format: {weights.format}). Fine-tune its encoder by tools/finetune.py, "
-            "which writes model_best.safetensors."
+            f"{weights.path}: no classifier (format: {weights.format}). Fine-tune its encoder by tools/finetune.py."
         )
     architecture = architecture_of(weights, img_size=img_size)
     assumed, sentences = ({}, {}) if ours else _assume(weights, architecture)
@@ -132,16 +129,20 @@ def _read_record(weights: Weights, assumed: Mapping[str, str], architecture: Arc
     """Read the record in the metadata, and add the assumed values."""
     known = {key: value for key, value in weights.metadata.items() if value != UNKNOWN}
     try:
-        values = {key: _decode(key, value) for key, value in {**assumed, **known}.items()}
-        record = TypeAdapter(ClassifierRecord).validate_python(values)
+        record = TypeAdapter(ClassifierRecord).validate_python(
+            {key: _decode(key, value) for key, value in {**assumed, **known}.items()}
+        )
     except ValidationError as error:
-        wrong = "; ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors())
-        raise UserError(f"{weights.path}: damaged classifier metadata: {wrong}") from None
-    if len(record.class_names) != len(record.classes):
-        raise UserError(f"{weights.path}: {len(record.classes)} classes have {len(record.class_names)} names")
-    for key, numbers in ((PIXEL_MEAN, record.mean), (PIXEL_STD, record.std)):
-        if len(numbers) != architecture.in_chans:
-            raise UserError(f"{weights.path}: {key} holds {len(numbers)} values for {architecture.in_chans} channels")
+        wrong = ", ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors())
+        raise UserError(f"{weights.path}: wrong classifier metadata ({wrong}). {REPAIR}") from None
+    number, channels = len(record.classes), architecture.in_chans
+    for key, values, expected, what in (
+        ("class_names", record.class_names, number, "classes"),
+        (PIXEL_MEAN, record.mean, channels, "channels"),
+        (PIXEL_STD, record.std, channels, "channels"),
+    ):
+        if len(values) != expected:
+            raise UserError(f"{weights.path}: {key} has {len(values)} values for {expected} {what}. {REPAIR}")
     return record
 
 
@@ -154,10 +155,9 @@ def _decode(key: str, value: str) -> Any:
 
 
 def _assume(weights: Weights, architecture: Architecture) -> tuple[dict[str, str], dict[str, str]]:
-    """Assume a record for a published file (method specification, section 1.3).
+    """Assume metadata for a published file, with a sentence per guess.
 
-    Returns:
-        Metadata by key, and a sentence for each guessed value.
+    Source: method specification, section 1.3.
     """
     probe = weights.format == "linear_probe"
     number = len(weights.tensors["head.1.weight" if probe else "head.weight"])
@@ -167,8 +167,8 @@ def _assume(weights: Weights, architecture: Architecture) -> tuple[dict[str, str
     average = json.loads(weights.metadata.get(PUBLISHED_ARGUMENTS, "{}")).get("global_pool")
     if isinstance(average, bool) and average != (pool == "avg"):
         raise UserError(
-            f"{weights.path}: its settings say global_pool={average}, but its final norm belongs to pooling {pool!r}. "
-            "No published model has both."
+            f"{weights.path}: its settings have global_pool={average}, but its final norm belongs to pooling {pool!r}. "
+            "Use another file."
         )
     values = {
         "pool": pool,
@@ -180,13 +180,13 @@ def _assume(weights: Weights, architecture: Architecture) -> tuple[dict[str, str
         BIT_DEPTH: "8",
     }
     sentences = {
-        "classes": f"classes have the numbers 0 to {number - 1} for names",
+        "classes": f"the names of the classes are the numbers 0 to {number - 1}",
         "multi_label": "an image is of exactly one class",
         "crop_pct": f"evaluation keeps {crop_pct:g} of the shorter side, as published for this size",
         "num_heads": f"{architecture.num_heads} attention heads, as published for a width of {architecture.embed_dim}",
     }
     if not isinstance(average, bool):
-        sentences["pool"] = f"pooling is {pool}, as published for the norm that it has"
+        sentences["pool"] = f"pooling is {pool}, as published for its final norm"
     if architecture.in_chans == len(IMAGENET_MEAN):
         values |= {PIXEL_MEAN: json.dumps(IMAGENET_MEAN), PIXEL_STD: json.dumps(IMAGENET_STD)}
         sentences[PIXEL_MEAN] = "pixels of 8 bits were normalised by ImageNet's mean and deviation"

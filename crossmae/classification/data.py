@@ -58,9 +58,7 @@ class LabelledImages:
 
 
 def find_classes(source: Source, key: str, separator: str | None = None) -> tuple[str, ...]:
-    """List the classes of a source: its labels, or their parts.
-
-    With a `separator`, each label is split into parts.
+    """List the classes of a source: its labels, split by a `separator`.
 
     Raises:
         UserError: the source has no labels, or fewer than two classes.
@@ -68,14 +66,14 @@ def find_classes(source: Source, key: str, separator: str | None = None) -> tupl
     source.label(0)
     classes = source.classes
     if separator is None and (several := find_several(classes)):
-        log.warning("%s: the class %r reads like several labels; if it is, set 'data.separator=\"%s\"'", key, *several)
+        log.warning("%s: the class %r reads like several labels. If so, set 'data.separator=\"%s\"'", key, *several)
     if separator is not None:
         classes = tuple(sorted({word for text in source.classes for word in split_labels(text, separator)}))
     for name in classes:
         if not name.isprintable() or name.encode("utf-8", "replace").decode() != name:
             raise UserError(f"{key}: the class {name!r} is not valid text. Rename it.")
     if len(classes) < (2 if separator is None else 1):
-        raise UserError(f"{key}: {source.description}: {len(classes)} classes. At least two are needed.")
+        raise UserError(f"{key}: {source.description}: {len(classes)} classes. Name images of at least two.")
     return classes
 
 
@@ -143,11 +141,11 @@ def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str])
         try:
             names = names.expanduser().read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{where}: cannot be read: {error}") from None
+            raise UserError(f"{where}: cannot be read ({error}). Name a text file in UTF-8.") from None
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{where}: {shorten(doubled)} twice. Give every class its own name.")
     if len(names) != len(classes):
-        raise UserError(f"{where}: {len(names)} names for {len(classes)} classes, the first of which are {classes[:3]}")
+        raise UserError(f"{where}: {len(names)} names for {len(classes)} classes. Name all of {shorten(classes)}.")
     return tuple(names)
 
 
@@ -173,25 +171,37 @@ class TrainImages(KeyedImages):
             return self.view(pixels), self.targets[position]
 
 
-class CentreViews(Dataset[Any]):
-    """Centre crops of height and width `size`, with their targets, for evaluation."""
+@dataclass(frozen=True)
+class Views:
+    """Evaluation views: size (height, width), and mean and std per channel of pixels in 0-1.
 
-    def __init__(
-        self, source: Source, targets: Tensor, size: tuple[int, int], crop_pct: float, channels: int, bit_depth: int
-    ) -> None:
-        self.source, self.targets, self.size, self.crop_pct = source, targets, size, crop_pct
-        self.channels, self.bit_depth = channels, bit_depth
+    The centre crop keeps the share `crop_pct` of the shorter side.
+    """
+
+    size: tuple[int, int]
+    crop_pct: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    bit_depth: int
+
+
+class CentreViews(Dataset[Any]):
+    """Centre crops of images, not normalised, with their targets."""
+
+    def __init__(self, source: Source, targets: Tensor, views: Views) -> None:
+        self.source, self.targets, self.views = source, targets, views
 
     def __len__(self) -> int:
         return len(self.source)
 
     def read(self, index: int) -> Image.Image | Tensor:
         """Read an image without cropping it."""
-        return read_pixels(self.source, index, self.channels, self.bit_depth)
+        return read_pixels(self.source, index, len(self.views.mean), self.views.bit_depth)
 
     def __getitem__(self, index: int) -> KeyedSample | Unreadable:
         try:
-            return centre_view(self.read(index), self.size, self.crop_pct), self.targets[index], index, ()
+            pixels = centre_view(self.read(index), self.views.size, self.views.crop_pct)
+            return pixels, self.targets[index], index, ()
         except UserError as error:
             return Unreadable(str(error))
 

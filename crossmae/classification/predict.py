@@ -56,10 +56,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Selection:
-    """Limits on the classes of an answer.
-
-    The `top_k` best classes are kept. For multi-label classifiers: all classes of probability `threshold` or more.
-    """
+    """Limits on an answer: `top_k` best classes. With several labels: all classes from the probability `threshold`."""
 
     top_k: int = TOP_K
     threshold: float = LABEL_THRESHOLD
@@ -123,7 +120,7 @@ def _answer_batch(
     answers = []
     for (name, _), row in zip(views, scores, strict=True):
         if not row.isfinite().all():
-            raise UserError(f"{name}: the probabilities are not finite; the weights {classifier.path} are damaged")
+            raise UserError(f"{name}: the probabilities are not finite. Replace the weights {classifier.path}.")
         best = row.topk(len(row) if classifier.multi_label else min(selection.top_k, len(row)))
         ranked = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         if classifier.multi_label:
@@ -140,18 +137,13 @@ def expand_inputs(arguments: Sequence[str]) -> list[str]:
         are_shards = argument.endswith(SHARD_SUFFIXES) and any(letter in argument for letter in "*{")
         if is_url(argument):
             expanded.append(argument)
-        elif path.exists() or are_shards:
-            expanded.append(str(path))
         else:
-            expanded += match_pattern(argument, "INPUT")
+            expanded += [str(path)] if path.exists() or are_shards else match_pattern(argument, "INPUT")
     return expanded
 
 
 def open_inputs(inputs: Sequence[str]) -> list[Source]:
-    """Open all image files as one source, then every packed source.
-
-    `inputs` are from `expand_inputs`: image files, or other sources that `open_source` reads.
-    """
+    """Open all image files as one source, then other sources."""
     files: dict[str, None] = {}
     packed: list[Source] = []
     for name in inputs:
@@ -172,7 +164,10 @@ def check_output(output: str, inputs: Sequence[str], force: bool) -> None:
         return
     path = Path(output)
     if path.suffix.lower() not in WRITERS:
-        raise UserError(f"--output {output}: expected a name that ends with {' or '.join(WRITERS)}, or - for JSON here")
+        names = " or ".join(WRITERS)
+        raise UserError(
+            f"--output {output}: unknown format. Name a file that ends with {names}, or - for the terminal."
+        )
     if path.resolve() in {Path(name).resolve() for name in inputs}:
         raise UserError(f"--output: {path} is an input and would be overwritten. Name another file.")
     check_destination(path, force=force)
@@ -211,7 +206,7 @@ def write_answers(
 def _write_json(
     file: TextIO, answers: Iterable[Answer], failures: Sequence[str], classifier: Classifier, selection: Selection
 ) -> None:
-    """Write the answers, then the failures collected during prediction."""
+    """Write the answers, then the failures collected meanwhile."""
     facts = json.dumps(about(classifier, selection), ensure_ascii=False, allow_nan=False)
     file.write(f'{{"about": {facts},\n"images": ')
     images = JsonArray(file)
@@ -246,8 +241,7 @@ WRITERS = {".json": _write_json, ".csv": _write_csv}
 
 def about(classifier: Classifier, selection: Selection) -> dict[str, Any]:
     """Describe the classifier and the limits on its answers."""
-    facts = {"weights": str(classifier.path), "sha256": sha256(classifier.path)}
+    facts: dict[str, Any] = {"weights": str(classifier.path), "sha256": sha256(classifier.path)}
     recorded = ("classes", "class_names", "multi_label", "crop_pct", "mean", "std", "bit_depth", "assumed")
-    size = {"img_size": classifier.architecture.img_size}
-    chosen = {"threshold": selection.threshold} if classifier.multi_label else {"top_k": selection.top_k}
-    return facts | {key: getattr(classifier, key) for key in recorded} | size | chosen
+    facts |= {key: getattr(classifier, key) for key in recorded} | {"img_size": classifier.architecture.img_size}
+    return facts | ({"threshold": selection.threshold} if classifier.multi_label else {"top_k": selection.top_k})

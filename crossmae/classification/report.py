@@ -116,9 +116,8 @@ class Hardest(FileContent):
 
 def _evaluation_sections(run: RunFolder, found: Evaluation | None, hardest: Hardest | None) -> list[page.Section]:
     multi_label = found is not None and found.multi_label
-    shown = [_result_section(run, found), _class_section(run, found)]
-    if not multi_label:
-        shown.append(_confusion_section(run, found))
+    confusions = [] if multi_label else [_confusion_section(run, found)]
+    shown = [_result_section(run, found), _class_section(run, found), *confusions]
     return [*shown, _hardest_section(run, hardest), _feature_section(run, multi_label)]
 
 
@@ -126,12 +125,11 @@ def _result_section(run: RunFolder, found: Evaluation | None) -> page.Section:
     if found is None:
         return page.Section("Results", "", [run.missing(EVALUATED, "results")])
     rows: list[page.TableRow] = []
-    for key, (label, meaning) in HEADLINES.items():
-        if key in found.numbers:
-            value = found.numbers[key]
-            plain = "-" if value is None else f"{value:.4f}" if key == "loss" else page.percent(value, 2)
-            rows.append([f"{label}: {meaning}", plain if key in ("loss", "ece") else page.bar(value)])
-    text = f"Of {_weights(found.about)}, on {_images(found)}; each counts exactly once."
+    for key in (key for key in HEADLINES if key in found.numbers):
+        value, words = found.numbers[key], ": ".join(HEADLINES[key])
+        plain = "-" if value is None else f"{value:.4f}" if key == "loss" else page.percent(value, 2)
+        rows.append([words, plain if key in ("loss", "ece") else page.bar(value)])
+    text = f"Of {_weights(found.about)}, on {_images(found)}. Each image counts exactly once."
     return page.Section("Results", text, [page.Table(["", "value"], rows, "A full bar is 100 %.")])
 
 
@@ -148,26 +146,25 @@ def _weights(about: Mapping[str, Any]) -> str:
 
 def _class_section(run: RunFolder, found: Evaluation | None) -> page.Section:
     text = (
-        "Accuracy of a class, or its recall: the share of its images that are recognised. Precision: the share of what "
-        "was taken for it that is right. A dash is where there are no such images."
+        "Accuracy or recall: the share of a class's images that are recognised. Precision: the share of the images "
+        "predicted as the class that are right. A dash means that there are no such images."
     )
-    absent = [run.missing(EVALUATED, "classes")]
-    return page.Section("Classes", text, absent if found is None else class_blocks(found.classes, found.multi_label))
-
-
-def class_blocks(classes: Sequence[ClassRow], multi_label: bool) -> list[page.PageBlock]:
-    """Rank all classes, or the worst and best of many classes."""
+    if found is None:
+        return page.Section("Classes", text, [run.missing(EVALUATED, "classes")])
     rows: list[tuple[float | None, page.TableRow]] = []
-    for one in classes:
-        shares = [*([one.ap] if multi_label else []), one.recall, one.precision]
+    for one in found.classes:
+        shares = [*([one.ap] if found.multi_label else []), one.recall, one.precision]
         rows.append((shares[0], [one.name, f"{one.samples:,}", *map(page.bar, shares)]))
-    columns = ["average precision", "recall"] if multi_label else ["accuracy"]
-    captions = [
-        f"The {words} first; a full bar is 100 %."
-        for words in ("worst", "worst classes, the worst", "best classes, the best")
+    columns = [
+        "class",
+        "images",
+        *(["average precision", "recall"] if found.multi_label else ["accuracy"]),
+        "precision",
     ]
-    columns = ["class", "images", *columns, "precision"]
-    return sections.class_tables(rows, columns, captions, f"{FOLDER}/{PER_CLASS_CSV}", worst_first=True)
+    orders = ("worst", "worst classes, the worst", "best classes, the best")
+    captions = [f"The {words} first. A full bar is 100 %." for words in orders]
+    tables = sections.class_tables(rows, columns, captions, f"{FOLDER}/{PER_CLASS_CSV}", worst_first=True)
+    return page.Section("Classes", text, tables)
 
 
 def _confusion_section(run: RunFolder, found: Evaluation | None) -> page.Section:
@@ -179,7 +176,7 @@ def _confusion_section(run: RunFolder, found: Evaluation | None) -> page.Section
         ]
         pairs = page.Table(["", "images", "of the true class"], rows, "The most frequent confusions.")
     text = (
-        "Which classes are taken for which; and whether probabilities mean what they say: of the images with a "
+        "Which classes are taken for which, and whether the probabilities are right: of the images with a "
         "probability of 80\N{NO-BREAK SPACE}%, 80\N{NO-BREAK SPACE}% should be right."
     )
     figures = _figures(run, {CONFUSION_PNG: "confusion matrix", CALIBRATION: "calibration diagram"})
@@ -225,11 +222,11 @@ def _verdict(one: HardImage) -> str:
 
 
 def _feature_section(run: RunFolder, multi_label: bool) -> page.Section:
-    text = "What the classifier's last layer is given, in two dimensions: images that lie together are alike to it. "
+    text = "Inputs of the classifier's last layer in two dimensions. Images that lie together are alike to it. "
     if multi_label:
-        text += "Crosses are images with a label that is missed, or with one too many, at probability 0.5."
+        text += "Crosses are images with a missed label, or with a wrong label, at probability 0.5."
     else:
-        text += "The colour is that of the true class; crosses are images that it gets wrong."
+        text += "The colour is the true class. Crosses are images that are classified wrongly."
     return page.Section("Features", text, _figures(run, {EMBEDDING: "picture of features"}))
 
 
@@ -248,8 +245,8 @@ def _training_section(run: RunFolder, log: LoggedNumbers) -> page.Section:
         "Speed": ("images per second", {"images_per_second": "images"}),
     }
     text = (
-        "The training loss is of augmented, perhaps mixed images and smoothed labels; the validation loss is of images "
-        "as they are: the two cannot be compared with each other."
+        "The training loss is measured on augmented images with smoothed labels, the validation loss on unchanged "
+        "images. The two cannot be compared."
     )
     return sections.training_section(run, log, LOG, "epoch", plots, text)
 
@@ -275,11 +272,8 @@ def changed_from_defaults(content: Mapping[str, Any]) -> list[tuple[str, Any, An
 
 
 def _data_section(run: RunFolder, data: Mapping[str, tuple[Any, Any]], has_config: bool) -> page.Section:
-    rows = [
-        [name, sections.path_end(path), f"{count:,}" if isinstance(count, int) else "-"]
-        for name, (path, count) in data.items()
-        if path
-    ]
+    given = [(name, path, count) for name, (path, count) in data.items() if path]
+    rows = [[name, sections.path_end(path), f"{n:,}" if isinstance(n, int) else "-"] for name, path, n in given]
     if not rows:
         return page.Section("Data", "", [run.missing(CONFIG, "record of the data", "it names none")])
     caption = f"The ends of the paths; {CONFIG} has them whole." if has_config else "The ends of the paths."
@@ -287,10 +281,7 @@ def _data_section(run: RunFolder, data: Mapping[str, tuple[Any, Any]], has_confi
 
 
 def write_report(folder: Path) -> Path:
-    """Write `folder`/report.html, and return its path.
-
-    The run may be incomplete.
-    """
+    """Write report.html of a possibly incomplete run, and return its path."""
     return build_report(folder).write(folder / REPORT)
 
 

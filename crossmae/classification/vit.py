@@ -49,7 +49,7 @@ class Architecture:
     def __post_init__(self) -> None:
         patch_grid(self.img_size, self.patch_size)
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"a width of {self.embed_dim} cannot be split over {self.num_heads} attention heads")
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
 
 
 def architecture_of(weights: Weights, **given: Any) -> Architecture:
@@ -71,15 +71,13 @@ def architecture_of(weights: Weights, **given: Any) -> Architecture:
     fixed += ["num_heads"] if "num_heads" in recorded_arguments(weights.metadata) else []
     wrong = [key for key in fixed if key in found and given.get(key, found[key]) != found[key]]
     if wrong:
-        said = " and ".join(f"{key} {found[key]}, not {given[key]}" for key in wrong)
-        raise UserError(f"{weights.path}: its encoder has {said}. Leave that out, or name another file.")
+        has = " and ".join(f"{key} {found[key]}, not {given[key]}" for key in wrong)
+        raise UserError(f"{weights.path}: its encoder has {has}. Leave that out, or name another file.")
     arguments = found | given
     missing = [field.name for field in fields(Architecture) if field.name not in arguments]
     if missing:
-        raise UserError(
-            f"{weights.path}: does not tell {' and '.join(missing)} of its encoder. "
-            f"In a config, add {' '.join(f'model.{name}=...' for name in missing)}."
-        )
+        what, keys = " and ".join(missing), " ".join(f"model.{name}=..." for name in missing)
+        raise UserError(f"{weights.path}: does not record {what} of its encoder. In a config, add {keys}.")
     size = arguments["img_size"]
     arguments["img_size"] = (size, size) if isinstance(size, int) else tuple(size)
     try:
@@ -108,7 +106,8 @@ def build_vit(
         ValueError: the pool or the head is unknown.
     """
     if pool not in get_args(Pool) or head not in get_args(HeadKind):
-        raise ValueError(f"pool is one of {get_args(Pool)}, head of {get_args(HeadKind)}; got {pool!r} and {head!r}")
+        known = f"Choose pool from {get_args(Pool)}, head from {get_args(HeadKind)}."
+        raise ValueError(f"pool={pool!r}, head={head!r}: unknown. {known}")
     model = VisionTransformer(
         **vars(architecture),
         num_classes=num_classes,
@@ -156,7 +155,7 @@ def load_encoder_weights(model: VisionTransformer, weights: Weights) -> LoadRepo
     if f"{home}cls_token" not in weights.tensors:
         encoder_tensors(weights)  # raises UserError if there is no encoder
         if cls:
-            raise UserError(f"{weights.path}: holds no class token to pool. Use average pooling.")
+            raise UserError(f"{weights.path}: has no class token to pool. Use average pooling.")
         new.append("cls_token$")
     if f"{home}norm.weight" not in weights.tensors:
         new.append(r"norm\.")

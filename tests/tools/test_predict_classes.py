@@ -67,9 +67,9 @@ def test_images_that_can_not_be_read_are_named_at_the_end(folder: Path, capsys: 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["photos", "--top-k", "0"], "--top-k 0: expected a number from 1"),
-        (["photos", "--batch-size", "0"], "--batch-size 0: expected a number from 1"),
-        (["photos", "--threshold", "2"], "--threshold 2.0: expected a number from 0 to 1"),
+        (["photos", "--top-k", "0"], "--top-k 0: too small. Give a number from 1"),
+        (["photos", "--batch-size", "0"], "--batch-size 0: too small"),
+        (["photos", "--threshold", "2"], "--threshold 2.0: no probability. Give a number from 0 to 1"),
         (["photos", "--threshold", "0.2"], "--threshold: this classifier finds one class per image"),
         (["photos", "--weights", "several", "--top-k", "2"], "--top-k: this classifier can find several classes"),
         (["photos", "--img-size", "10 px"], "--img-size 10 px: expected pixels, such as 224, or 192x256"),
@@ -77,7 +77,7 @@ def test_images_that_can_not_be_read_are_named_at_the_end(folder: Path, capsys: 
         (["photos", "--device", "cuda:99"], "--device: 'cuda:99' cannot be used"),
         (["photos", "--weights", "none"], "none"),
         (["nowhere.jpg"], "INPUT: nowhere.jpg: no such file or folder"),
-        (["photos", "--output", "found.txt"], "--output found.txt: expected a name that ends with .json or .csv"),
+        (["photos", "--output", "found.txt"], "--output found.txt: unknown format. Name a file"),
         (["photos", "--output", "folder.csv"], "folder.csv: is a folder"),
         (["photos", "--output", "photos/red/0.png/found.csv"], "--output: cannot write in photos/red/0.png"),
     ],

@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossmae.classification.classifier import Classifier, load_classifier
-from crossmae.classification.data import CentreViews, LabelledBatch, evaluation_batches, label_targets, warn_of_absent
+from crossmae.classification.data import (
+    CentreViews,
+    LabelledBatch,
+    Views,
+    evaluation_batches,
+    label_targets,
+    warn_of_absent,
+)
 from crossmae.classification.evaluation.files import write_evaluation, write_hardest
 from crossmae.classification.evaluation.metrics import ClassificationScores, Predictions, merge, score
 from crossmae.classification.report import CONFIG, FOLDER, write_report
@@ -30,14 +37,14 @@ from crossmae.training.versions import versions
 
 TOP = 5  # number of best classes recorded for each sample
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Evaluation views in batches per process. Features are kept for `features` evenly spaced samples."""
+    """Images in batches per process. Features are kept for `features` evenly spaced samples."""
 
-    views: CentreViews
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    images: CentreViews
     batch_size: int
     workers: int
     features: int
@@ -48,28 +55,25 @@ def evaluate(
 ) -> Predictions:
     """Predict all images and gather the predictions in every process.
 
-    Each process predicts its share of the images.
-
-    Args:
-        model: from `build_vit`, on the device. Its mode (training or evaluation) is restored at the end.
-        autocast: precision of the encoder. Probabilities and losses are always float32.
+    Each process predicts its share of the images. The `model`, from `build_vit`, keeps its mode (training or
+    evaluation). Probabilities and losses are always float32.
 
     Raises:
         UserError: an image cannot be read. All processes raise it.
     """
-    indices = range(ranks.rank, len(data.views), ranks.world_size)
+    indices = range(ranks.rank, len(data.images), ranks.world_size)
     mine = ranks.together(lambda: list(_predict(model, data, indices, device, autocast, ranks.is_main)))
-    return merge([part for of_rank in ranks.gather(mine) for part in of_rank], len(data.views))
+    return merge([part for of_rank in ranks.gather(mine) for part in of_rank], len(data.images))
 
 
 def _predict(
     model: Any, data: EvaluationSet, indices: range, device: torch.device, autocast: torch.autocast, show: bool
 ) -> Iterator[Predictions]:
-    with_features = torch.tensor(evenly_spaced(len(data.views), data.features), dtype=torch.int64)
-    normalize = Normalize(data.mean, data.std, device)
+    with_features = torch.tensor(evenly_spaced(len(data.images), data.features), dtype=torch.int64)
+    normalize = Normalize(data.images.views.mean, data.images.views.std, device)
     how = (data.batch_size, data.workers, device.type == "cuda", "evaluate", "data.val", show)
     with _evaluation_mode(model), torch.no_grad():
-        for batch in evaluation_batches(data.views, indices, *how):
+        for batch in evaluation_batches(data.images, indices, *how):
             with autocast:
                 tokens = model.forward_features(normalize(batch.images.to(device, non_blocking=True)))
                 pooled = model.forward_head(tokens, pre_logits=True)
@@ -79,10 +83,11 @@ def _predict(
 
 def _predictions(batch: LabelledBatch, logits: Tensor, pooled: Tensor, with_features: Tensor) -> Predictions:
     several = batch.targets.ndim == 2
-    scores = logits.sigmoid() if several else logits.softmax(dim=1)
     if several:
+        scores = logits.sigmoid()
         losses = F.binary_cross_entropy_with_logits(logits, batch.targets, reduction="none").mean(dim=1)
     else:
+        scores = logits.softmax(dim=1)
         losses = F.cross_entropy(logits, batch.targets, reduction="none")
     top_scores, top_classes = scores.topk(min(TOP, scores.shape[1]), dim=1)
     kept = torch.isin(batch.indices, with_features)
@@ -109,26 +114,20 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = was_training
 
 
-log = logging.getLogger(__name__)
-
-
 def write_results(
     folder: Path,
-    views: CentreViews,
+    images: CentreViews,
     predictions: Predictions,
     scores: ClassificationScores,
     class_names: Sequence[str],
     about: Mapping[str, Any],
     hardest: int,
 ) -> None:
-    """Write all files of an evaluation and replace an earlier evaluation.
-
-    See `write_evaluation`. Facts about the evaluated `views` are added to `about`.
-    """
-    source = views.source
+    """Write all files of an evaluation, with facts about the `images`."""
+    source, views = images.source, images.views
     facts = {
         **about,
-        "in_chans": views.channels,
+        "in_chans": len(views.mean),
         "bit_depth": views.bit_depth,
         "img_size": list(views.size),
         "crop_pct": views.crop_pct,
@@ -136,7 +135,7 @@ def write_results(
         "versions": versions(),
     }
     write_evaluation(folder, predictions, scores, class_names, source.name, facts)
-    write_hardest(folder, predictions, views.read, class_names, source.name, hardest)
+    write_hardest(folder, predictions, images.read, class_names, source.name, hardest)
 
 
 def evaluate_only(
@@ -153,7 +152,7 @@ def evaluate_only(
 
     The model, its classes and its pixel statistics come from the file. Training images are not needed.
 
-    weights: a classifier's file, or the folder of a run. The best weights of the run are used.
+    Args:
         weights: a classifier's file, or the folder of a run, whose best weights are taken.
         batch_size: images per process, if `settings` has no batch size.
         force: replace the results of an earlier evaluation.
@@ -171,8 +170,8 @@ def evaluate_only(
             classifier = ranks.together(lambda: load_classifier(weights, settings.img_size))
             found = ranks.together(lambda: _open_images(classifier, data, settings, batch_size))
             if ranks.is_main:
-                log.info("data.val: %s", found.views.source.description)
-                warn_of_absent(found.views.targets, "data.val", classifier.classes)
+                log.info("data.val: %s", found.images.source.description)
+                warn_of_absent(found.images.targets, "data.val", classifier.classes)
                 for sentence in classifier.assumed:
                     log.info("assumed: %s", sentence)
             autocast = open_autocast(precision, opened)
@@ -190,8 +189,8 @@ def evaluate_only(
                 "data_root": data.val_root and str(data.val_root),
                 "precision": precision,
             }
-            names, folder = classifier.class_names, output_dir / FOLDER
-            write_results(folder, found.views, predictions, scores, names, about, settings.hardest)
+            how = (classifier.class_names, about, settings.hardest)
+            write_results(output_dir / FOLDER, found.images, predictions, scores, *how)
             log.info("report: %s", write_report(output_dir))
         ranks.wait()
     return scores
@@ -200,23 +199,24 @@ def evaluate_only(
 def _check_output(folder: Path, force: bool) -> None:
     check_writable(folder, "output_dir")
     if (folder / CONFIG).exists():
-        raise UserError(f"output_dir: {folder} holds a run with an evaluation of its own. Name another folder.")
+        raise UserError(f"output_dir: {folder} has a run with its own evaluation. Name another folder.")
     if (folder / FOLDER).exists() and not force:
-        raise UserError(f"output_dir: {folder} holds an evaluation. Name another folder, or replace it with --force.")
+        raise UserError(
+            f"output_dir: {folder} has an evaluation already. Name another folder, or replace it with --force."
+        )
 
 
 def _open_images(
     classifier: Classifier, data: LabelledDataConfig, settings: EvaluationConfig, batch_size: int
 ) -> EvaluationSet:
     if data.val is None:
-        raise UserError("data.val: missing key, the labelled images to evaluate on. Pass data.val=...")
+        raise UserError("data.val: missing. Name labelled images to evaluate on.")
     if classifier.multi_label and data.separator is None:
         raise UserError("data.separator: the classifier predicts several labels per image. Name their separator.")
     if not classifier.multi_label and data.separator is not None:
         raise UserError("data.separator: the classifier predicts one label per image. Leave it out.")
     source = open_source(data.val, "data.val", data.val_root)
     targets = label_targets(source, "data.val", classifier.classes, data.separator)
-    shape, crop_pct = classifier.architecture, settings.crop_pct or classifier.crop_pct
-    views = CentreViews(source, targets, shape.img_size, crop_pct, shape.in_chans, classifier.bit_depth)
-    size = settings.batch_size or batch_size
-    return EvaluationSet(views, classifier.mean, classifier.std, size, data.workers, settings.features)
+    how = (settings.crop_pct or classifier.crop_pct, classifier.mean, classifier.std, classifier.bit_depth)
+    images = CentreViews(source, targets, Views(classifier.architecture.img_size, *how))
+    return EvaluationSet(images, settings.batch_size or batch_size, data.workers, settings.features)

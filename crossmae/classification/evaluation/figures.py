@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.colors import PowerNorm, hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
@@ -27,12 +27,11 @@ from crossmae.reports.figures import DPI
 VALUES_UP_TO, NAMES_UP_TO = 20, 60  # largest numbers of classes with numbers in the cells, and with names at the rows
 CELL, NAMED_CELL = 46, 18  # pixels: a cell with a number, and a cell in a row with a name
 SIDES = (260, 900)  # pixels: smallest side of a matrix, and approximate side of a matrix without names
-LONGEST_LABEL = 180  # pixels
-MARGIN, LINE, SCALE = 18, 22, 84  # pixels: outer margin, a line of text, the colour scale
+LETTER = 8  # pixels: approximate width
+LONGEST_NAME = 24  # letters
 TINY = 6.5  # points
 SHARES = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1)  # marks on the colour scale
 GREY, LIGHT, EMPTY = "0.35", "0.9", "0.93"
-_RENDERER = RendererAgg(1, 1, DPI)
 BLUE, RED = "#9ecae1", "#c0392b"
 MOST_NAMED = 20  # largest number of classes in the legend of a feature map
 MAP_SIZE = (9.0, 6.0)  # inches
@@ -43,31 +42,25 @@ def confusion_figure(confusion: NDArray[np.int64], class_names: Sequence[str]) -
     """Draw a confusion matrix (C, C), true class by predicted class.
 
     A darker cell has a larger share of its true class. The colour follows the square root of the share. Otherwise most
-    confusions would be too pale to see.
+    confusions would be too pale to see. The matrix has the size of the figure, so that each cell has whole pixels, and
+    the texts are outside the figure: write the file with `bbox_inches="tight"`.
     """
     C, samples = len(class_names), int(confusion.sum())
-    side = _cell(C) * C
+    cell = _cell(C)
     labels = class_labels(class_names) if C <= NAMES_UP_TO else []
-    longest = max((_text_width(label, SMALL) for label in labels), default=0)
-    upright = longest > _cell(C) - 4
-    title = f"{C:,} classes, {samples:,} samples, top-1 {np.trace(confusion) / samples:.2%}"
-    note = _note(class_names, labels)
-    left, right = MARGIN + LINE + longest + 12, SCALE + MARGIN
-    width = max(left + side + right, _text_width(title, TEXT + 1) + 2 * MARGIN, _text_width(note, SMALL) + 2 * MARGIN)
-    bottom = MARGIN + (LINE if note else 0) + (longest if upright else LINE if labels else 0) + 26
-    height = bottom + side + 12 + LINE + MARGIN
-
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    left += (width - left - side - right) // 2
-    axis = figure.add_axes((left / width, bottom / height, side / width, side / height))
-    scale = figure.add_axes(((left + side + 14) / width, bottom / height, 12 / width, side / height))
+    upright = max(map(len, labels), default=0) * LETTER > cell
+    figure = Figure(figsize=(cell * C / DPI, cell * C / DPI), dpi=DPI)
+    axis = figure.add_axes((0, 0, 1, 1))
+    scale = figure.add_axes((1 + 14 / (cell * C), 0, 12 / (cell * C), 1))
     _draw_matrix(figure, axis, scale, confusion)
     axis.set_xticks(range(len(labels)), labels, parse_math=False, rotation=90 if upright else 0)
     axis.set_yticks(range(len(labels)), labels, parse_math=False)
     for part in (axis, scale):
         _plain(part)
-    figure.text(0.5, 1 - MARGIN / height, title, ha="center", va="top", fontsize=TEXT + 1)
-    figure.text(0.5, (MARGIN - 6) / height, note, ha="center", va="bottom", fontsize=SMALL, color=GREY)
+    title = f"{C:,} classes, {samples:,} samples, top-1 {np.trace(confusion) / samples:.2%}"
+    note = _note(class_names, labels)
+    axis.set_title(title, fontsize=TEXT + 1, pad=24 if note else 8)
+    figure.text(0.5, 1 + 8 / (cell * C), note, ha="center", fontsize=SMALL, color=GREY)
     return figure
 
 
@@ -112,17 +105,8 @@ def class_labels(class_names: Sequence[str]) -> list[str]:
 
 def _cut(name: str) -> str:
     """Cut a long name in the middle. Related names often begin alike."""
-    cut, kept = name, min(len(name), LONGEST_LABEL // 3)  # every letter is at least 3 pixels wide
-    while _text_width(cut, SMALL) > LONGEST_LABEL:
-        kept -= 1
-        cut = f"{name[: kept - kept // 3]}…{name[len(name) - kept // 3 :]}"
-    return cut
-
-
-def _text_width(text: str, points: float) -> int:
-    """Measure the width of a line of text in pixels."""
-    measured = _RENDERER.get_text_width_height_descent(text, FontProperties(size=points), ismath=False)
-    return math.ceil(measured[0])
+    half = LONGEST_NAME // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}"
 
 
 def _plain(axis: Axes) -> None:
@@ -176,14 +160,14 @@ def map_figure(
 
     Args:
         features: (M, E), finite, with M >= 3 and E >= 2.
-        labels: (M,) true classes; None if an image can have several labels: all points then have the same colour.
+        labels: (M,) true classes, or None for one colour, if an image can have several labels.
         wrong: (M,), True for wrongly classified images.
     """
     points, note = project(features)
     present = [] if labels is None else np.unique(labels).tolist()
     if len(present) > MOST_NAMED:
         note += f" {len(present):,} classes, too many to name."
-    own = class_colors(len(class_names))[labels] if labels is not None else class_colors(1).repeat(len(wrong), axis=0)
+    own = class_colors(len(class_names))[np.zeros(len(wrong), int) if labels is None else labels]
     figure = Figure(figsize=MAP_SIZE, dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     size = 9 if len(wrong) > 500 else 20
@@ -225,8 +209,7 @@ def _draw_legend(axes: Axes, class_names: Sequence[str], shown: Sequence[int], c
         names.append("wrong")
     if handles:
         # Names are set later: matplotlib drops names that begin with an underscore, and reads $...$ as formulas.
-        legend = axes.legend(
-            handles, [" "] * len(handles), loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False
-        )
+        place: Any = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False}
+        legend = axes.legend(handles, [" "] * len(handles), **place)
         for text, name in zip(legend.get_texts(), names, strict=True):
             text.set(text=name, parse_math=False, fontsize=SMALL)

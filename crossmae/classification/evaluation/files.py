@@ -27,6 +27,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import matplotlib as mpl
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -36,7 +37,7 @@ from crossmae.classification.evaluation.figures import calibration_figure, confu
 from crossmae.classification.evaluation.metrics import LABEL_THRESHOLD, ClassificationScores, Predictions
 from crossmae.data.pixels import to_tensor, to_unit_range
 from crossmae.errors import UserError
-from crossmae.files import ODD_BYTES, make_folder, sync_folder, write_atomically, write_json
+from crossmae.files import make_folder, stream_text, sync_folder, write_atomically, write_json
 from crossmae.pretraining.figures import DARK, to_display, whole_scale
 from crossmae.reports.figures import save_figure
 
@@ -60,12 +61,8 @@ def write_evaluation(
 ) -> None:
     """Write the files of an evaluation and replace an earlier evaluation.
 
-    The earlier evaluation stays until all new files are complete.
-
-    Args:
-        class_names: C names to show.
-        sample_names: names of the samples by index in the source.
-        about: JSON facts about weights and data, copied to evaluation.json.
+    The earlier evaluation stays until all new files are complete. `sample_names` returns the name of a sample by its
+    index in the source. `about` has JSON facts about weights and data, copied to evaluation.json.
 
     Raises:
         ValueError: `about` has a NaN.
@@ -81,7 +78,8 @@ def write_evaluation(
             counts = zip(class_names, scores.confusion.tolist(), strict=True)
             header = ["true \\ predicted", *class_names]
             _write_csv(new / CONFUSION_CSV, [header, *([name, *row] for name, row in counts)])
-            save_figure(confusion_figure(scores.confusion, class_names), new / CONFUSION_PNG)
+            with mpl.rc_context({"savefig.bbox": "tight"}):
+                save_figure(confusion_figure(scores.confusion, class_names), new / CONFUSION_PNG)
             save_figure(calibration_figure(scores.bins), new / CALIBRATION)
         _write_features(new, predictions, class_names)
         write_json(new / EVALUATION, _record(scores, classes) | {"about": dict(about)})
@@ -117,12 +115,11 @@ def _record(scores: ClassificationScores, classes: list[dict[str, Any]]) -> dict
 
 
 def _class_rows(scores: ClassificationScores, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Build a row per class. Omit average precision where it is undefined."""
-    rows = []
-    for name, one in zip(class_names, scores.classes, strict=True):
-        values = {key: _number(value) for key, value in asdict(one).items() if key != "ap"}
-        rows.append({"name": name} | values | ({} if one.ap is None else {"ap": _number(one.ap)}))
-    return rows
+    """Build a row per class, with average precision for several labels."""
+    return [
+        {"name": name} | {key: _number(value) for key, value in asdict(one).items() if value is not None}
+        for name, one in zip(class_names, scores.classes, strict=True)
+    ]
 
 
 def _number(value: float) -> float | None:
@@ -135,10 +132,10 @@ def _prediction_rows(
 ) -> Iterator[list[Any]]:
     best = range(1, predictions.top_classes.shape[1] + 1)
     yield ["name", "label", "loss", "correct", *(column for k in best for column in (f"top{k}", f"score{k}"))]
-    columns = (predictions.indices, predictions.losses, predictions.correct.int())
-    top = (predictions.top_classes, predictions.top_scores)
-    rows = zip(*(column.tolist() for column in (*columns, *top)), predictions.labels, strict=True)
-    for index, loss, correct, classes, shares, label in rows:
+    top = predictions.top_classes, predictions.top_scores
+    columns = (predictions.indices, predictions.losses, predictions.correct.int(), *top)
+    for *row, label in zip(*(column.tolist() for column in columns), predictions.labels, strict=True):
+        index, loss, correct, classes, shares = row
         true = label.nonzero()[:, 0].tolist() if predictions.multi_label else [int(label)]
         ranked = [cell for at, share in zip(classes, shares, strict=True) for cell in (class_names[at], _fixed(share))]
         yield [sample_names(index), BETWEEN_LABELS.join(class_names[at] for at in true), _fixed(loss), correct, *ranked]
@@ -149,11 +146,7 @@ def _fixed(value: float) -> str:
 
 
 def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", encoding="utf-8", errors=ODD_BYTES, newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
-
-    write_atomically(path, write)
+    stream_text(path, lambda file: csv.writer(file, lineterminator="\n").writerows(rows))
 
 
 def _write_features(folder: Path, predictions: Predictions, class_names: Sequence[str]) -> None:
@@ -187,7 +180,7 @@ def write_hardest(
 ) -> None:
     """Replace the pictures of the hardest images, at most `most`.
 
-    `read` returns an image by index, as `crossmae.data.pixels.read_pixels` does.
+    `read` returns an image by index.
     """
     target = folder / HARDEST
     make_folder(target, "hardest images")

@@ -285,8 +285,8 @@ def _class_metrics(
 ) -> tuple[ClassMetrics, ...]:
     counts = zip(hits.tolist(), samples.tolist(), predictions.tolist(), ap or [None] * len(hits), strict=True)
     return tuple(
-        ClassMetrics(has, said, _ratio(hit, has), _ratio(hit, said), _ratio(2 * hit, has + said), own_ap)
-        for hit, has, said, own_ap in counts
+        ClassMetrics(has, taken, _ratio(hit, has), _ratio(hit, taken), _ratio(2 * hit, has + taken), own_ap)
+        for hit, has, taken, own_ap in counts
     )
 
 
@@ -307,6 +307,6 @@ def _check_finite(predictions: Predictions) -> None:
     if not finite.all():
         samples = shorten([str(index) for index in predictions.indices[~finite].tolist()])
         raise UserError(
-            f"samples {samples}: the model's output is not finite. Its weights are damaged, its training diverged, "
-            "or its numbers overflow in fp16: then evaluate in bf16 or fp32."
+            f"samples {samples}: the model's output is not finite, by damaged weights, a diverged training, or fp16. "
+            "Evaluate in bf16 or fp32, or take other weights."
         )

@@ -37,20 +37,25 @@ class LabelledConfig(ConfigSection):
     @classmethod
     def _one_label(cls, separator: str | None) -> None:
         if separator is not None:
-            raise ValueError("several labels per image cannot be probed, only fine-tuned (tools/finetune.py)")
+            raise ValueError("expected none, because only tools/finetune.py takes several labels per image")
 
 
-class EncoderConfig(ConfigSection):
-    """Sizes of the encoder, by default from the weights or the named size."""
+class EncoderSizes(ConfigSection):
+    """Sizes of an encoder, by default from the weights or the named size."""
 
-    name: str | None = Field(None, description="a name of crossmae.list_models(), only for weights=null")
     img_size: Pixels | None = Field(None, description="null: as the weights; positions are resampled")
-    patch_size: PositiveInt | None = None
-    in_chans: PositiveInt | None = None
+    patch_size: PositiveInt | None = Field(None, description="null: as the weights; filters are resampled")
     embed_dim: PositiveInt | None = None
     depth: PositiveInt | None = None
     num_heads: PositiveInt | None = None
     mlp_ratio: Positive | None = None
+
+
+class EncoderConfig(EncoderSizes):
+    """Sizes of the encoder to probe."""
+
+    name: str | None = Field(None, description="a name of crossmae.list_models(), only for weights=null")
+    in_chans: PositiveInt | None = None
 
     @field_validator("name")
     @classmethod
@@ -129,10 +134,11 @@ class ProbeRunConfig(ConfigSection):
     @model_validator(mode="after")
     def _consistent(self) -> ProbeRunConfig:
         if self.weights is None and self.model.name is None:
-            raise ValueError("weights=null is a random encoder, and needs model.name")
+            raise ValueError("model.name: missing, with weights=null. Name the size of the random encoder.")
         if self.linear.warmup_epochs > self.linear.epochs:
-            raise ValueError(f"linear.warmup_epochs {self.linear.warmup_epochs:g} exceeds epochs {self.linear.epochs}")
+            longer = f"{self.linear.warmup_epochs:g} exceeds epochs {self.linear.epochs}"
+            raise ValueError(f"linear.warmup_epochs: {longer}. Lower it.")
         for key, seeds in (("linear.seeds", self.linear.seeds), ("few_shot.seeds", self.few_shot.seeds)):
             if min(seeds) < 0 or len(set(seeds)) < len(seeds):
-                raise ValueError(f"{key} must be different numbers from 0, got {list(seeds)}")
+                raise ValueError(f"{key}: {list(seeds)} has doubled or negative numbers. Give different ones from 0.")
         return self

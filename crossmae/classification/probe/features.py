@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from crossmae.checkpoints.metadata import (
 )
 from crossmae.checkpoints.pretrained import IMAGENET_MEAN, IMAGENET_STD
 from crossmae.checkpoints.weights import Weights, detect_format, encoder_home
-from crossmae.classification.data import CentreViews, evaluation_batches
+from crossmae.classification.data import CentreViews, Views, evaluation_batches
 from crossmae.classification.probe.config import LabelledConfig
 from crossmae.classification.vit import Architecture, architecture_of, build_vit, load_encoder_weights
 from crossmae.data.batches import keyed_randomness
@@ -49,11 +48,17 @@ log = logging.getLogger(__name__)
 
 
 class FrozenEncoder(nn.Module):
-    """Encoder from normalised pixels (B, C, H, W) to float32 features (B, E), pooled from the output of `block`."""
+    """Encoder from normalised pixels (B, C, H, W) to float32 features (B, E), pooled from the output of `block`.
 
-    def __init__(self, vit: VisionTransformer, block: int, norm: bool, pool: FeaturePool) -> None:
+    `notes` are sentences about the choices made for the encoder.
+    """
+
+    def __init__(
+        self, vit: VisionTransformer, architecture: Architecture, block: int, norm: bool, pool: FeaturePool, *notes: str
+    ) -> None:
         super().__init__()
-        self.vit, self.block, self.norm, self.pool = vit.eval().requires_grad_(False), block, norm, pool
+        self.vit, self.architecture = vit.eval().requires_grad_(False), architecture
+        self.block, self.norm, self.pool, self.notes = block, norm, pool, notes
 
     @property
     def width(self) -> int:
@@ -74,20 +79,11 @@ class FrozenEncoder(nn.Module):
         return pool_tokens(torch.cat([prefix, patches], dim=1).float(), self.pool)
 
 
-@dataclass(frozen=True)
-class Opened:
-    """An encoder for features, with sentences about the choices made for it."""
-
-    encoder: FrozenEncoder
-    architecture: Architecture
-    notes: tuple[str, ...]
-
-
 def random_weights(name: str, seed: int, **given: Any) -> Weights:
     """Draw the initial weights of a pretraining run with this seed.
 
-    Given arguments replace the arguments of the named size; None counts as not given. Raises UserError if the sizes do
-    not fit together.
+    Given arguments replace the arguments of the named size, unless they are None. Raises UserError if the sizes do not
+    fit together.
     """
     given = {key: value for key, value in given.items() if value is not None}
     with keyed_randomness(seed):
@@ -102,13 +98,11 @@ def random_weights(name: str, seed: int, **given: Any) -> Weights:
     return Weights(Path("random weights"), detect_format(tensors), tensors, {MODEL_ARGUMENTS: json.dumps(recorded)})
 
 
-def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: int = 0, **given: Any) -> Opened:
+def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: int = 0, **given: Any) -> FrozenEncoder:
     """Build an encoder and load its weights from a file.
 
-    Args:
-        block: index from 0, or negative from the end. None uses the table of this module.
-        seed: source of the random weights that the file lacks.
-        given: values for `architecture_of`.
+    A `block` of None uses the table of this module. The `seed` decides the random weights that the file lacks.
+    `architecture_of` receives the values in `given`.
 
     Raises:
         UserError: the file has no encoder, or no class token to pool; the block does not exist; the file does not tell
@@ -117,10 +111,10 @@ def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: i
     architecture = architecture_of(weights, **given)
     home, depth = encoder_home(weights.tensors) or "", architecture.depth
     if pool != "avg" and f"{home}cls_token" not in weights.tensors:
-        raise UserError(f"features.pool: {weights.path} holds no class token. Use features.pool=avg.")
+        raise UserError(f"features.pool: {weights.path} has no class token. Use features.pool=avg.")
     chosen = last_trained_block(weights, depth) if block is None else block
     if not -depth <= chosen < depth:
-        raise UserError(f"features.block: {weights.path} has {depth} blocks, -{depth} .. {depth - 1}; got {chosen}")
+        raise UserError(f"features.block: {weights.path} has no block {chosen}. Choose from -{depth} to {depth - 1}.")
     chosen %= depth
     is_last, has_norm = chosen == depth - 1, f"{home}norm.weight" in weights.tensors
     with keyed_randomness(seed):
@@ -138,7 +132,7 @@ def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: i
         notes.append("the file has no class token, a random one is used: features differ a little from the original")
     heads = [name for name in ("fc_norm", "head") if any(key.startswith(f"{home}{name}.") for key in weights.tensors)]
     notes += [f"not used: {' and '.join(heads)} of the fine-tuned model"] if heads else []
-    return Opened(FrozenEncoder(vit, chosen, has_norm and is_last, pool), architecture, tuple(notes))
+    return FrozenEncoder(vit, architecture, chosen, has_norm and is_last, pool, *notes)
 
 
 def last_trained_block(weights: Weights, depth: int) -> int:
@@ -158,21 +152,10 @@ def last_trained_block(weights: Weights, depth: int) -> int:
         return resolve_blocks(tuple(published), depth)[-1]
     if published is None and mixing.shape[1] < depth:
         raise UserError(
-            f"{weights.path}: {mixing.shape[1]} of {depth + 1} maps are mixed and nothing tells which, so the last "
-            "trained block is unknown. Set features.block."
+            f"{weights.path}: {mixing.shape[1]} of {depth + 1} maps are mixed, but the file does not record which. "
+            "Set features.block to the last trained block."
         )
     return depth - 1
-
-
-@dataclass(frozen=True)
-class Views:
-    """Settings of `CentreViews` and `Normalize`: size (height, width), mean and std per channel."""
-
-    size: tuple[int, int]
-    crop_pct: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    bit_depth: int
 
 
 def choose_views(weights: Weights, architecture: Architecture, data: LabelledConfig) -> tuple[Views, list[str]]:
@@ -189,13 +172,11 @@ def choose_views(weights: Weights, architecture: Architecture, data: LabelledCon
             log.warning("%s was trained with data.%s=%s, not %s", weights.path, key, recorded, list(given))
         values = tuple(given or recorded or usual)
         if len(values) != channels:
-            raise UserError(
-                f"data.{key} needs one value for each of the {channels} channels, got {list(values)}. "
-                "tools/dataset_stats.py measures them."
-            )
+            wrong = f"{list(values)} has not one value for each of the {channels} channels"
+            raise UserError(f"data.{key}: {wrong}. Measure them with tools/dataset_stats.py.")
         statistics.append(values)
         if given is None and recorded is None:
-            notes.append(f"assumed: data.{key} is that of ImageNet, as the weights record none")
+            notes.append(f"assumed: data.{key} of ImageNet, because the weights record none")
     crop_pct = data.crop_pct or _recorded(weights, "crop_pct") or published_crop_pct(size)
     bit_depth = data.bit_depth or int(_recorded(weights, BIT_DEPTH) or 8)
     return Views(size, crop_pct, statistics[0], statistics[1], bit_depth), notes
@@ -223,18 +204,14 @@ def extract(
 ) -> Tensor:
     """Extract the features (N, E) of a source to the CPU.
 
-    Args:
-        encoder: is moved to the device.
-        precision: "fp32"; or "bf16" or "fp16" for autocast.
-        dtype: type of the result. Memory has only a few batches in addition to the result.
-        name: name in the progress bar and in errors.
+    Memory has only a few batches in addition to the result, of type `dtype`. The `encoder` is moved to the device.
+    `name` is shown in the progress bar and in errors.
 
     Raises:
         UserError: an image cannot be read, a feature is not finite, or a batch is too large for the GPU.
     """
-    dataset = CentreViews(source, labels, views.size, views.crop_pct, len(views.mean), views.bit_depth)
     how = (batch_size, workers, device.type == "cuda", f"features of {name}", name)
-    batches = evaluation_batches(dataset, range(len(source)), *how)
+    batches = evaluation_batches(CentreViews(source, labels, views), range(len(source)), *how)
     normalize, autocast = Normalize(views.mean, views.std, device), open_autocast(precision, device)
     features = torch.empty(len(source), encoder.to(device).width, dtype=dtype)
     with torch.inference_mode():
@@ -243,8 +220,7 @@ def extract(
                 with autocast:
                     rows.copy_(encoder(normalize(batch.images.to(device, non_blocking=True))))
             except torch.OutOfMemoryError:
-                why = f"{batch_size} images are too many for the memory of the GPU. Lower it."
-                raise UserError(f"features.batch_size: {why}") from None
+                raise UserError(f"features.batch_size: {batch_size} images fill the GPU's memory. Lower it.") from None
             if not bool(torch.isfinite(rows).all()):
-                raise UserError(f"{name}: features hold NaN or infinity. Try runtime.precision=fp32.")
+                raise UserError(f"{name}: features are not finite. Try runtime.precision=fp32.")
     return features

@@ -30,11 +30,8 @@ def sweep(
     """Classify with every pair of k and temperature, in one search.
 
     The pair is chosen without validation images: up to LEAVE_ONE_OUT evenly spaced training images are each classified
-    by all other training images. If pairs score equally, the smaller k is used, then the lower temperature.
-
-    Args:
-        train, val: features. They are standardised first.
-        ks: numbers of neighbours, smaller than the number of training images.
+    by all other training images. If pairs score equally, the smaller k is used, then the lower temperature. Each k is
+    smaller than the number of training images. Features are standardised first.
 
     Returns:
         JSON: `cells` with the scores of all pairs, the `chosen` cell, and the `default` cell (None if its pair was not

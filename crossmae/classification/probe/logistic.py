@@ -157,6 +157,6 @@ def check_shots(labels: Tensor, classes: Sequence[str], shots: Sequence[int], ke
     counts = torch.bincount(labels, minlength=len(classes)).tolist()
     if lacking := [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < max(shots)]:
         raise UserError(
-            f"{key}: {max(shots)} images per class were asked for, these classes of data.train have fewer: "
-            f"{shorten(lacking)}. Lower {key}, or leave few_shot out of methods."
+            f"{key}: {max(shots)} images per class are wanted, but data.train has fewer of {shorten(lacking)}. "
+            f"Lower {key}, or leave few_shot out of methods."
         )

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from crossmae.checkpoints.weights import Weights, read_weights
-from crossmae.classification.data import find_classes, find_several, label_targets, warn_of_absent
+from crossmae.classification.data import Views, find_classes, find_several, label_targets, warn_of_absent
 from crossmae.classification.probe import knn, linear, logistic
 from crossmae.classification.probe.cache import CachedFeatures, cached, data_digest, is_cached, tensors_digest
 from crossmae.classification.probe.config import LabelledConfig, LinearConfig, ProbeRunConfig
-from crossmae.classification.probe.features import Views, choose_views, extract, open_encoder, random_weights
+from crossmae.classification.probe.features import choose_views, extract, open_encoder, random_weights
 from crossmae.classification.probe.report import REACH, build_page
 from crossmae.data.broken import find_broken, refuse_broken
 from crossmae.data.sources import Source, open_source, warn_of_overlap
@@ -46,16 +46,10 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
     Raises:
         UserError: config, weights or data are wrong. Nothing has been written then.
     """
-    if find_ranks().world_size > 1:
-        raise UserError("a probe runs in one process. Start it without torchrun.")
     clock = [("", time.perf_counter())]
     data, wanted, seed, output = config.data, config.features, config.runtime.seed, config.output_dir
     cache = wanted.cache_dir or output / "features"
-    check_writable(output, "output_dir")
-    check_writable(cache, "features.cache_dir")
-    if (output / RESULTS).exists() and not force:
-        held = f"holds the {RESULTS} of an earlier call"
-        raise UserError(f"output_dir: {output} {held}. Name another folder, or replace them with --force.")
+    _check_start(output, cache, force)
     device = open_device(config.runtime.device, "runtime.device")
     sources, labels = open_labelled(data)
     classes = sources["train"].classes
@@ -64,18 +58,18 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
     ks = check_methods(config.methods, config.knn.k, head, config.few_shot.shots, labels["train"], classes)
 
     sizes = config.model.model_dump(exclude={"name"})
-    weights, digest = _open_weights(config.weights, config.model.name, seed, sizes)
-    opened = open_encoder(weights, wanted.pool, wanted.block, seed, **sizes)
-    views, assumed = choose_views(weights, opened.architecture, data)
-    notes = [*opened.notes, *assumed]
+    weights, about = _open_weights(config.weights, config.model.name, seed, sizes)
+    encoder = open_encoder(weights, wanted.pool, wanted.block, seed, **sizes)
+    views, assumed = choose_views(weights, encoder.architecture, data)
+    notes = [*encoder.notes, *assumed]
     for note in notes:
         log.info("%s", note)
     precision = choose_precision(config.runtime.precision, device)
     decisive = {
-        "architecture": asdict(opened.architecture),
-        "block": opened.encoder.block,
-        "final_norm": opened.encoder.norm,
-        "pool": opened.encoder.pool,
+        "architecture": asdict(encoder.architecture),
+        "block": encoder.block,
+        "final_norm": encoder.norm,
+        "pool": encoder.pool,
         "views": asdict(views),
         "dtype": wanted.dtype,
         "precision": precision,
@@ -84,10 +78,10 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
 
     def features_of(name: str) -> CachedFeatures:
         how = (views, device, precision, DTYPES[wanted.dtype], wanted.batch_size, data.workers)
-        features = extract(opened.encoder, sources[name], labels[name], *how, f"data.{name}")
+        features = extract(encoder, sources[name], labels[name], *how, f"data.{name}")
         return CachedFeatures(features, labels[name])
 
-    key = decisive | {"weights": digest, "classes": list(classes)}
+    key = decisive | {"weights": about["sha256"], "classes": list(classes)}
     train, val = _load_features(cache, key, sources, views if data.check else None, features_of)
     clock.append(("features", time.perf_counter()))
     strengths, most, few = config.logistic.strengths, config.logistic.max_iterations, config.few_shot
@@ -102,16 +96,11 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
         found[name] = runs[name]()
         clock.append((name, time.perf_counter()))
 
-    data_facts = {name: {"description": one.description, "images": len(one)} for name, one in sources.items()}
+    facts = {name: {"description": one.description, "images": len(one)} for name, one in sources.items()}
     results = {
-        "weights": {
-            "path": config.weights and str(weights.path),
-            "sha256": digest,
-            "format": weights.format,
-            "random": config.weights is None,
-        },
-        "features": decisive | {"width": opened.encoder.width, "notes": notes},
-        "data": data_facts | {"classes": list(classes)},
+        "weights": about,
+        "features": decisive | {"width": encoder.width, "notes": notes},
+        "data": facts | {"classes": list(classes)},
         "methods": found,
         "config": config.model_dump(mode="json"),
         "versions": versions() | {"scikit-learn": sklearn.__version__, "scipy": scipy.__version__},
@@ -131,10 +120,8 @@ def open_labelled(data: LabelledConfig) -> tuple[dict[str, Source], dict[str, Te
     for name, source in sources.items():
         log.info("data.%s: %s", name, source.description)
         if several := find_several(find_classes(source, f"data.{name}")):
-            raise UserError(
-                f"data.{name}: the label {several[0]!r} names several classes. Several labels per image cannot be "
-                "probed, only fine-tuned (tools/finetune.py)."
-            )
+            several_labels = f"the label {several[0]!r} names several classes, which cannot be probed"
+            raise UserError(f"data.{name}: {several_labels}. Use tools/finetune.py.")
     warn_of_overlap(sources["train"], "data.train", sources["val"], "data.val")
     classes = sources["train"].classes
     labels = {name: label_targets(source, f"data.{name}", classes) for name, source in sources.items()}
@@ -157,26 +144,42 @@ def check_methods(
     if "knn" in methods and len(possible) < len(ks):
         left_out = sorted(set(ks) - set(possible))
         if not possible:
-            raise UserError(f"knn.k: {left_out} need more than the {images} images of data.train")
-        log.warning("knn.k: %s are left out, data.train has %d images", left_out, images)
+            raise UserError(f"knn.k: {left_out} need more than the {images} images of data.train. Lower knn.k.")
+        log.warning("knn.k: %s are left out, because data.train has %d images", left_out, images)
     if "linear" in methods and linear.reach(head, images) < 1:
         log.warning("linear: %d images are too few steps: %s", images, REACH)
     if "few_shot" in methods:
         logistic.check_shots(labels, classes, shots, "few_shot.shots")
     if "logistic" in methods and int(torch.bincount(labels).max()) < 2:
-        raise UserError("methods: logistic holds out training images, and no class of data.train has two")
+        raise UserError("methods: logistic needs two images of a class in data.train. Leave it out.")
     return possible
 
 
-def _open_weights(path: Path | None, name: str | None, seed: int, sizes: Mapping[str, Any]) -> tuple[Weights, str]:
+def _check_start(output: Path, cache: Path, force: bool) -> None:
+    if find_ranks().world_size > 1:
+        raise UserError("torchrun: a probe runs in one process. Start it without torchrun.")
+    check_writable(output, "output_dir")
+    check_writable(cache, "features.cache_dir")
+    if (output / RESULTS).exists() and not force:
+        has = f"has the {RESULTS} of an earlier call"
+        raise UserError(f"output_dir: {output} {has}. Name another folder, or replace them with --force.")
+
+
+def _open_weights(
+    path: Path | None, name: str | None, seed: int, sizes: Mapping[str, Any]
+) -> tuple[Weights, dict[str, Any]]:
+    """Read or draw weights, and describe them for results.json."""
     if path is None:
         assert name is not None  # checked with the config
         weights = random_weights(name, seed, **sizes)
-        return weights, tensors_digest(weights.tensors)
-    if name is not None:
-        log.info("ignored, because there are weights: model.name")
-    weights = read_weights(path)
-    return weights, sha256(weights.path)
+        digest = tensors_digest(weights.tensors)
+    else:
+        if name is not None:
+            log.info("ignored, because there are weights: model.name")
+        weights = read_weights(path)
+        digest = sha256(weights.path)
+    shown = None if path is None else str(weights.path)
+    return weights, {"path": shown, "sha256": digest, "format": weights.format, "random": path is None}
 
 
 def _load_features(

@@ -16,8 +16,8 @@ LINEAR_NOTE = (
     "finetune/linear_probe_vitb does that."
 )
 REACH = (
-    "LARS, which moves weights by a fixed share of their norm, leaves the head about where it started; raise "
-    "linear.epochs or linear.base_lr, or go by logistic regression"
+    "LARS moves weights by a fixed share of their norm, so the head stays close to where it started. Raise "
+    "linear.epochs or linear.base_lr, or use logistic regression"
 )
 
 
@@ -28,11 +28,6 @@ class Score(NamedTuple):
     setting: str
     accuracy: float
     interval: str
-
-    @property
-    def title(self) -> str:
-        """Title of the method, with its setting."""
-        return f"{TITLES[self.method]}: {self.setting}"
 
 
 def scores(methods: Mapping[str, Any]) -> list[Score]:
@@ -58,11 +53,8 @@ def scores(methods: Mapping[str, Any]) -> list[Score]:
     for shots in methods.get("few_shot", {}).get("shots", []):
         single = len(shots["accuracies"]) == 1
         seeds = "one seed" if single else f"mean of {shots['mean']['runs']} seeds"
-        add(
-            "few_shot",
-            f"{shots['per_class']} per class, {seeds}",
-            (shots["accuracies"] if single else [shots["mean"]])[0],
-        )
+        numbers = shots["accuracies"][0] if single else shots["mean"]
+        add("few_shot", f"{shots['per_class']} per class, {seeds}", numbers)
     return found
 
 
@@ -100,9 +92,9 @@ def build_page(results: Mapping[str, Any]) -> Report:
     builders = {"knn": _knn, "linear": _linear, "logistic": _logistic, "few_shot": _few_shot}
     text = (
         "Top-1 accuracy on validation images, in percent. The interval of a single number is Wilson's, which covers "
-        "only the choice of validation images; the interval of a mean of several seeds is Student's."
+        "only the choice of validation images. The interval of a mean over seeds is Student's."
     )
-    rows: list[TableRow] = [[one.title, _bar(one.accuracy), one.interval] for one in found]
+    rows: list[TableRow] = [[f"{TITLES[one.method]}: {one.setting}", _bar(one.accuracy), one.interval] for one in found]
     sections = [
         Section("Results", text, [Table(["method", "top-1", "95 % interval"], rows, "A full bar is 100.")]),
         *(build(methods[name]) for name, build in builders.items() if name in methods),
@@ -110,16 +102,16 @@ def build_page(results: Mapping[str, Any]) -> Report:
     ]
     train, val = results["data"]["train"], results["data"]["val"]
     weights = "an encoder with random weights" if results["weights"]["random"] else results["weights"]["path"]
-    lead = f"Frozen features of {weights}: learned from on {train['description']}, classified: {val['description']}."
+    lead = f"Frozen features of {weights}. Trained on {train['description']}, tested on {val['description']}."
     return Report("Frozen features", lead, facts, sections, list(results["versions"].items()))
 
 
 def _knn(found: Mapping[str, Any]) -> Section:
     chosen, cells = found["chosen"], found["cells"]
     text = (
-        "Cosine on standardised features; votes weigh exp(similarity / temperature). The pair of the headline is the "
-        f"best on {chosen['train']['images']:,} training images, each classified by the others: validation images have "
-        "no part in the choice; the best of the first table would flatter."
+        "Cosine on standardised features. Votes weigh exp(similarity / temperature). The pair of the headline is the "
+        f"best on {chosen['train']['images']:,} training images, each classified by the others. Validation images do "
+        "not decide, because the best score of the first table would be optimistic."
     )
     temperatures = sorted({cell["temperature"] for cell in cells})
     blocks: list[PageBlock] = []
@@ -144,7 +136,7 @@ def _linear(found: Mapping[str, Any]) -> Section:
         f"{settings['epochs']} epochs, {settings['batch_size']} images per step, learning rate {settings['base_lr']:g} "
         f"* {settings['batch_size']} / 256, {settings['warmup_epochs']:g} epochs of warm-up; no weight decay."
     )
-    text = LINEAR_NOTE if found["reach"] >= 1 else f"Not to be trusted: with so few steps, {REACH}. {LINEAR_NOTE}"
+    text = LINEAR_NOTE if found["reach"] >= 1 else f"Too few steps to be trusted. {REACH}. {LINEAR_NOTE}"
     columns = ["seed", "top-1", "95 % interval", "on training images"]
     return Section(TITLES["linear"], text, [Table(columns, rows, caption)])
 
@@ -155,8 +147,8 @@ def _logistic(found: Mapping[str, Any]) -> Section:
         for row in found["table"]
     ]
     text = (
-        f"L-BFGS on standardised features. C was chosen on a tenth of the training images, held out; then "
-        f"C {found['strength']:g} was fitted again on all of them."
+        f"L-BFGS on standardised features. C was chosen on a held-out tenth of the training images. Then "
+        f"C {found['strength']:g} was fitted on all training images."
     )
     text += "" if found["converged"] else " That fit did not converge: raise logistic.max_iterations."
     text += " It is the largest C that was tried." if found["is_largest"] else ""
@@ -170,8 +162,8 @@ def _few_shot(found: Mapping[str, Any]) -> Section:
         each = ", ".join(f"{100 * accuracy['accuracy']:.1f}" for accuracy in one["accuracies"])
         rows.append([f"{one['per_class']} per class", _bar(one["mean"]["mean"]), _interval(one["mean"]), each])
     text = (
-        f"Logistic regression with C {found['strength']:g} on a few training images of every class, other ones for "
-        "every seed; features are standardised by only those images."
+        f"Logistic regression with C {found['strength']:g} on a few training images of every class, which the seed "
+        "draws. Only these images standardise the features."
     )
     blocks: list[PageBlock] = [Table(["images", "mean top-1", "95 % interval", "of every seed"], rows)]
     if len(shots) > 1:
@@ -181,7 +173,7 @@ def _few_shot(found: Mapping[str, Any]) -> Section:
         counts = [one["per_class"] for one in shots]
         curves = {label: (counts, [100 * mean[name] for mean in means]) for name, label in labels.items()}
         words = {"x_label": "images per class", "y_label": "top-1 in %"}
-        caption = "Mean over seeds, and Student's interval of it."
+        caption = "Mean over seeds, with Student's interval."
         blocks.append(line_plot(curves, title="Top-1 by images per class", caption=caption, **words))
     return Section(TITLES["few_shot"], text, blocks)
 

@@ -38,15 +38,8 @@ def train_view(
 ) -> v2.Compose:
     """Build the training transform: random crop, flip and policy.
 
-    The transform returns an image (C, H, W).
-
-    Args:
-        size: height and width in pixels.
-        crop_scale: smallest and largest area of the crop, as fractions of the image.
-        flip: probability of a horizontal flip.
-        auto_augment: a policy of timm, such as rand-m9-mstd0.5-inc1, augmix-m3-w3 or original. None uses no policy.
-        color_jitter: strength of changes in brightness, contrast and saturation. 0 disables them.
-        mean: per channel, of pixels in 0-1. Geometric operations fill new pixels with it.
+    The transform returns an image (C, H, W) of `size` (height, width). Geometric operations fill new pixels with the
+    `mean`. `LabelledDataConfig` describes the other arguments.
 
     Raises:
         UserError: timm has no such policy.
@@ -66,11 +59,7 @@ def _in_colours(policy: Policy, image: Image.Image) -> Image.Image:
 
 
 def build_policy(name: str, size: tuple[int, int], mean: Sequence[float]) -> Policy:
-    """Build a timm policy with the settings of timm's `create_transform`.
-
-    Raises:
-        UserError: timm has no such policy.
-    """
+    """Build a timm policy with the settings of timm's `create_transform`."""
     filling = tuple(min(255, round(255 * value)) for value in mean) * (3 // len(mean))
     settings: dict[str, Any] = {"translate_const": int(min(size) * 0.45), "img_mean": filling}
     settings["interpolation"] = Image.Resampling.BICUBIC
@@ -83,8 +72,8 @@ def build_policy(name: str, size: tuple[int, int], mean: Sequence[float]) -> Pol
             policy = auto_augment_transform(name, settings)
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(
-            f"data.auto_augment: {name!r} is no policy of timm's ({error or 'unknown'}); such as rand-m9-mstd0.5-inc1, "
-            "augmix-m3-w3, original or v0; null for none"
+            f"data.auto_augment: {name!r} is no policy of timm ({error or 'unknown'}). Name a policy such as "
+            "rand-m9-mstd0.5-inc1, augmix-m3-w3, original or v0, or null for none."
         ) from None
     for operation in chain.from_iterable(policy.policy) if isinstance(policy, AutoAugment) else policy.ops:
         if operation.aug_fn is posterize:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from crossmae.classification.probe.config import Pixels
+from crossmae.classification.probe.config import EncoderSizes, Pixels
 from crossmae.models.sizes import SIZES
 from crossmae.training.config import (
     CheckpointConfig,
@@ -44,24 +44,20 @@ class LabelledDataConfig(DataConfig):
     @model_validator(mode="after")
     def _one_augmentation(self) -> LabelledDataConfig:
         if self.auto_augment and self.color_jitter:
-            raise ValueError("color_jitter needs auto_augment=null, which already changes colours")
+            raise ValueError(
+                "color_jitter and auto_augment exclude each other. Set auto_augment=null, or color_jitter=0."
+            )
         if self.auto_augment and self.bit_depth != 8:
-            raise ValueError("auto_augment works on 8 bits; set auto_augment=null with bit_depth=16")
+            raise ValueError("auto_augment works on 8 bits only. Set auto_augment=null with bit_depth=16.")
         return self
 
 
-class ClassifierConfig(ConfigSection):
+class ClassifierConfig(EncoderSizes):
     """A plain ViT, the weights of its encoder, and its head."""
 
     init: Path | None = Field(None, description="weights of the encoder, of any format; null: random ones")
     name: str | None = Field(None, description=f"{', '.join(f'vit_{size}' for size in SIZES)}; null: as model.init is")
-    img_size: Pixels | None = Field(None, description="null: as model.init was trained; positions are resampled")
-    patch_size: PositiveInt | None = Field(None, description="null: as model.init; filters are resampled")
     in_chans: PositiveInt = Field(3, description="image channels; the filters of others are summed or repeated")
-    embed_dim: PositiveInt | None = None
-    depth: PositiveInt | None = None
-    num_heads: PositiveInt | None = None
-    mlp_ratio: Positive | None = None
     pool: Literal["avg", "cls"] = Field("avg", description="mean of the patch tokens, or the class token")
     head: Literal["linear", "batchnorm"] = Field("linear", description="batchnorm: as in published linear probes")
     freeze: bool = Field(False, description="train the head only: a linear probe")
@@ -72,15 +68,14 @@ class ClassifierConfig(ConfigSection):
     def _known(cls, name: str | None) -> str | None:
         known = [f"vit_{size}" for size in SIZES]
         if name is not None and name not in known:
-            raise ValueError(f"unknown size; known: {', '.join(known)}")
+            raise ValueError(f"expected one of {', '.join(known)}")
         return name
 
     def given(self) -> dict[str, Any]:
         """Collect the given arguments: the named size and its changes."""
-        keys = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
         size = SIZES[self.name.removeprefix("vit_")] if self.name else None
         named = {key: getattr(size, key) for key in ("embed_dim", "depth", "num_heads")} if size else {}
-        return named | {key: value for key in keys if (value := getattr(self, key)) is not None}
+        return named | self.model_dump(include={*EncoderSizes.model_fields, "in_chans"}, exclude_none=True)
 
 
 class LossConfig(ConfigSection):
@@ -101,14 +96,14 @@ class LossConfig(ConfigSection):
     @classmethod
     def _balanced_or_by_class(cls, weights: Any) -> Any:
         if not (weights is None or weights == "balanced" or isinstance(weights, dict)):
-            raise ValueError("must be balanced, or weights by class such as {cat: 2.0, dog: 0.5}")
+            raise ValueError("expected balanced, or weights by class such as {cat: 2.0, dog: 0.5}")
         return weights
 
     @field_validator("cutmix_minmax")
     @classmethod
     def _rising(cls, sides: tuple[float, float] | None) -> tuple[float, float] | None:
         if sides is not None and not sides[0] < sides[1]:
-            raise ValueError(f"must be two shares, low < high, got {sides}")
+            raise ValueError("expected two shares, the lower one first")
         return sides
 
     @property
@@ -162,21 +157,20 @@ class FinetuneConfig(RunConfig):
         self.check_channels(self.model.in_chans)
         for key in ("auto_augment", "color_jitter"):
             if getattr(self.data, key) and self.model.in_chans not in (1, 3):
-                raise ValueError(
-                    f"data.{key} is for grey and RGB images; set data.auto_augment=null data.color_jitter=0"
-                )
+                why = "is for grey and RGB images. Set data.auto_augment=null data.color_jitter=0."
+                raise ValueError(f"data.{key}: {why}")
         if self.optim.name == "lars" and not self.model.freeze:
-            raise ValueError("optim.name=lars is for linear probes: set model.freeze=true, or optim.name=adamw")
+            raise ValueError("optim.name: lars is for linear probes. Set model.freeze=true, or optim.name=adamw.")
         if self.model.head == "batchnorm" and not self.model.freeze:
-            raise ValueError("model.head=batchnorm is for linear probes: set model.freeze=true, or model.head=linear")
+            raise ValueError("model.head: batchnorm is for linear probes. Set model.freeze=true, or model.head=linear.")
         if self.data.separator is not None and self.data.per_class is not None:
-            raise ValueError("data.per_class needs one label per image")
+            raise ValueError("data.per_class: needs one label per image. Leave out per_class or separator.")
         if self.data.separator is not None and self.loss.class_weights == "balanced":
-            raise ValueError("loss.class_weights=balanced needs one label per image; give weights by class")
+            raise ValueError("loss.class_weights: balanced needs one label per image. Give weights by class.")
         if self.model.head == "batchnorm" and self.optim.batch_size < 2:
-            raise ValueError("optim.batch_size must be at least 2 for model.head=batchnorm")
+            raise ValueError("optim.batch_size: too small for model.head=batchnorm. Set at least 2.")
         if self.loss.mixes and self.optim.batch_size % 2:
-            raise ValueError(f"optim.batch_size must be even for mixup and cutmix, got {self.optim.batch_size}")
+            raise ValueError(f"optim.batch_size: {self.optim.batch_size} is odd. Mixup and cutmix need an even one.")
         return self
 
     def ignored(self, has_shards: bool) -> dict[str, list[str]]:

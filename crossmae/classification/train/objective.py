@@ -11,24 +11,25 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from crossmae.classification.train.config import LossConfig
+from crossmae.classification.data import LabelledImages
+from crossmae.classification.train.config import LabelledDataConfig, LossConfig
 from crossmae.errors import UserError, shorten
 
 
 class Objective:
-    """Loss of a classifier with class weights (N,), and augmentation of a batch on the device."""
+    """Loss of a classifier with class weights, and augmentation of a batch, on the device.
+
+    Raises the errors of `class_weights`.
+    """
 
     def __init__(
-        self,
-        loss: LossConfig,
-        weights: Tensor | None,
-        erase: RandomErasing,
-        num_classes: int,
-        batch_size: int,
-        several: bool,
+        self, loss: LossConfig, data: LabelledDataConfig, images: LabelledImages, batch_size: int, device: torch.device
     ) -> None:
-        self.smoothing, self.mixes = loss.smoothing, loss.mixes
-        self.weights, self.erase, self.several = weights, erase, several
+        several, num_classes = data.separator is not None, len(images.classes)
+        weights = class_weights(loss.class_weights, images.targets, images.classes)
+        self.weights = None if weights is None else weights.to(device)
+        self.smoothing, self.mixes, self.several = loss.smoothing, loss.mixes, several
+        self.erase = RandomErasing(data.erase, mode=data.erase_mode, max_count=data.erase_count, device=str(device))
         # With several labels per image, each image is its own class: the mixed target matrix tells which images were
         # mixed.
         self.mix = Mixup(
@@ -69,10 +70,8 @@ def class_weights(
 ) -> Tensor | None:
     """Compute the class weights (N,) of the loss.
 
-    Args:
-        given: weights by class (1 for other classes); or "balanced": images / (classes * images of the class); or None:
-            equal weights.
-        targets: classes of the training images.
+    None means equal weights. With "balanced", a weight is images / (classes * images of the class). Classes without a
+    given weight have 1. `targets` are the classes of the training images.
 
     Raises:
         UserError: a weight is for an unknown class, or "balanced" was given and a class has no images.
@@ -85,11 +84,10 @@ def class_weights(
             absent = [classes[index] for index in (counts == 0).nonzero()[:, 0].tolist()]
             raise UserError(
                 f"loss.class_weights: balanced needs an image of every class, there is none of {shorten(absent)}. "
-                "Leave them out, or give weights by class"
+                "Leave them out, or give weights by class."
             )
         return len(targets) / (len(classes) * counts.float())
     if unknown := sorted(given.keys() - set(classes)):
-        raise UserError(
-            f"loss.class_weights: {shorten(unknown)}: no class of data.train, whose first are {shorten(classes)}"
-        )
+        known = f"no class of data.train. Its classes are {shorten(classes)}."
+        raise UserError(f"loss.class_weights: {shorten(unknown)}: {known}")
     return torch.tensor([given.get(name, 1.0) for name in classes], dtype=torch.float32)

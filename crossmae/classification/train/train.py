@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from timm.data.random_erasing import RandomErasing
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -33,6 +32,7 @@ from crossmae.classification.data import (
     CentreViews,
     LabelledImages,
     TrainImages,
+    Views,
     collate_labelled,
     find_classes,
     label_targets,
@@ -46,15 +46,15 @@ from crossmae.classification.report import FOLDER, write_report
 from crossmae.classification.train.augment import keyed_everywhere, train_view
 from crossmae.classification.train.config import (
     ClassifierConfig,
+    EvaluationConfig,
     FinetuneConfig,
     FinetuneOptimConfig,
     LabelledDataConfig,
-    LossConfig,
 )
-from crossmae.classification.train.objective import Objective, class_weights
+from crossmae.classification.train.objective import Objective
 from crossmae.classification.vit import Architecture, architecture_of, build_vit, load_encoder_weights, parameter_groups
 from crossmae.data.batches import BatchPlan
-from crossmae.data.broken import NEVER_REPLACED, find_broken, refuse_broken, warn_of_depth
+from crossmae.data.broken import NEVER_REPLACED, Broken, find_broken, refuse_broken, warn_of_depth
 from crossmae.data.pixels import Normalize, published_crop_pct
 from crossmae.data.sources import open_named, warn_of_overlap
 from crossmae.data.sources.source import choose_per_class
@@ -83,10 +83,9 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> Path:
             folder, settings contradict each other, or a loss is not finite.
     """
     if not config.data.train:
-        raise UserError("missing key 'data.train': the labelled images to train on; pass data.train=...")
+        raise UserError("data.train: missing. Name labelled images to train on.")
     if config.model.init is None and config.model.name is None:
-        meant = "a size to train from random weights, or weights to start from"
-        raise UserError(f"model: name or init is needed: {meant}; pass model.init=...")
+        raise UserError("model: neither init nor name is given. Name weights to start from, or a size without weights.")
     return train(config, partial(build_job, config, resume))
 
 
@@ -117,13 +116,8 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
     # The augmented images, and the loss.
     view = train_view(size.img_size, data.crop_scale, data.flip, data.auto_augment, data.color_jitter, data.mean)
     images = TrainImages(source, labelled.targets, view, seed, channels, data.bit_depth, data.broken)
-    objective = build_objective(config.loss, data, labelled, optim.batch_size, device)
-    broken = []
-    if data.check and not complete:
-        broken = check_images(source, channels, data.bit_depth, data.broken, ranks)
-        if labelled.val is not None:  # before training starts
-            mine = range(ranks.rank, len(labelled.val), ranks.world_size)
-            refuse_broken(find_broken(labelled.val, mine, channels, data.bit_depth), "data.val", NEVER_REPLACED)
+    objective = Objective(config.loss, data, labelled, optim.batch_size, device)
+    broken = check_labelled(labelled, channels, data, ranks) if data.check and not complete else []
     model = model.to(device)
     record = ClassifierRecord(
         pool=config.model.pool,
@@ -141,8 +135,7 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
         return classifier_metadata(size, record, step) | inherited(licence)
 
     def announce(step: int) -> None:
-        announce_model(model, size, config.model.pool, describe_place(device, precision, ranks.world_size))
-        announce_classes(classes, labelled.class_names, data.separator is not None)
+        announce_model(model, size, record, describe_place(device, precision, ranks.world_size))
         if ignored := config.ignored(source.groups is not None):
             log.info("ignored: %s", "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in ignored.items()))
         rule = "optim.lr" if optim.lr else f"base_lr {optim.base_lr:g} * {schedule.images_per_step} / 256"
@@ -171,7 +164,7 @@ def classification_loss(
 ) -> Tensor:
     """Augment a micro-batch and compute its loss.
 
-    The random numbers are seeded from `seed`, `rank` and the `number` of the batch.
+    The random numbers depend on `seed`, `rank` and the `number` of the batch only.
     """
     device = normalize.mean.device
     pixels, targets = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.targets))
@@ -183,20 +176,19 @@ def classification_loss(
 
 @dataclass(frozen=True)
 class Judge(Callbacks):
-    """Evaluations of a run every `every` epochs, if it has `data`, and its best weights.
+    """Evaluations of a run, if it has `data`, and its best weights.
 
-    `metadata` returns the metadata of the weights at a step. `about` describes the images in evaluation.json. The
-    pictures of the `hardest` images are kept. With `is_probe`, only the head is trained.
+    `metadata` returns the metadata of the weights at a step. `about` describes the images in evaluation.json. With
+    `is_probe`, only the head is trained.
     """
 
     folder: Path
     data: EvaluationSet | None
     schedule: Schedule
-    every: int
+    settings: EvaluationConfig
     metadata: Callable[[int], dict[str, str]]
     class_names: tuple[str, ...]
     about: dict[str, Any]
-    hardest: int
     is_probe: bool
 
     def begin(self, state: TrainingState, records: RunLog) -> None:
@@ -211,7 +203,7 @@ class Judge(Callbacks):
     def measure(self, state: TrainingState, records: RunLog) -> None:
         """Evaluate at the end of a period, and keep the best weights."""
         step = state.step
-        if self.data is None or not self.schedule.ends_period(step, self.every):
+        if self.data is None or not self.schedule.ends_period(step, self.settings.every_epochs):
             return
         values: dict[str, float] = {}
         for suffix, model in state.models.items():
@@ -222,15 +214,15 @@ class Judge(Callbacks):
             scores = score(predictions, len(self.class_names))
             values |= {f"{name}{suffix}": value for name, value in headline(scores).items()}
             if not all(map(math.isfinite, values.values())):
-                what = f"at step {step} an evaluation is not finite: {describe(values)}"
-                raise UserError(f"{what}; the last checkpoint stays")
+                what = f"data.val: the evaluation at step {step} is not finite ({describe(values)})"
+                raise UserError(f"{what}. Lower optim.base_lr, and start again or from the last checkpoint.")
             if is_best(state.kept, step, scores, suffix) and state.ranks.is_main:
                 record = {f"best_{key}": str(value) for key, value in state.kept["best"].items()}
                 save_weights(self.folder / BEST, model.state_dict(), self.metadata(step) | record, force=True)
                 about = {"weights": BEST, "weights_are": "averaged" if suffix else "as trained"}
                 about |= {"step": step, "epoch": self.schedule.epoch(step)} | self.about
-                folder, views = self.folder / FOLDER, self.data.views
-                write_results(folder, views, predictions, scores, self.class_names, about, self.hardest)
+                how = (self.class_names, about, self.settings.hardest)
+                write_results(self.folder / FOLDER, self.data.images, predictions, scores, *how)
         records.announce(step, values)
 
     def finish(self) -> None:
@@ -255,53 +247,39 @@ def build_judge(
     """Build the evaluations on data.val, with the metadata of their files."""
     data, settings, evaluated = config.data, config.evaluation, None
     if labelled.val is not None and labelled.val_targets is not None:
-        shape = (size.img_size, crop_pct, size.in_chans, data.bit_depth)
-        views = CentreViews(labelled.val, labelled.val_targets, *shape)
+        views = Views(size.img_size, crop_pct, data.mean, data.std, data.bit_depth)
+        images = CentreViews(labelled.val, labelled.val_targets, views)
         batch_size = settings.batch_size or config.optim.batch_size
-        evaluated = EvaluationSet(views, data.mean, data.std, batch_size, data.workers, settings.features)
+        evaluated = EvaluationSet(images, batch_size, data.workers, settings.features)
     return Judge(
         folder=config.output_dir,
         data=evaluated,
         schedule=schedule,
-        every=settings.every_epochs,
+        settings=settings,
         metadata=metadata,
         class_names=labelled.class_names,
         about={"data": data.val, "data_root": data.val_root and str(data.val_root)},
-        hardest=settings.hardest,
         is_probe=config.model.freeze,
     )
 
 
-def build_objective(
-    loss: LossConfig, data: LabelledDataConfig, labelled: LabelledImages, batch_size: int, device: torch.device
-) -> Objective:
-    """Build the loss on a device. Raises the errors of `class_weights`."""
-    weights = class_weights(loss.class_weights, labelled.targets, labelled.classes)
-    erase = RandomErasing(data.erase, mode=data.erase_mode, max_count=data.erase_count, device=str(device))
-    weights = None if weights is None else weights.to(device)
-    return Objective(loss, weights, erase, len(labelled.classes), batch_size, data.separator is not None)
-
-
 def build_optimizer(model: VisionTransformer, optim: FinetuneOptimConfig, peak_lr: float) -> torch.optim.Optimizer:
-    """Build AdamW with layer decay, or LARS for the head alone."""
+    """Build AdamW with layer decay, or LARS for a linear probe."""
     if optim.name == "lars":
         return lars(model, peak_lr, optim.weight_decay)
     groups = parameter_groups(model, optim.weight_decay, optim.layer_decay)
     return torch.optim.AdamW(groups, lr=peak_lr, betas=optim.betas, fused=True)
 
 
-def announce_model(model: nn.Module, size: Architecture, pool: str, place: str) -> None:
-    """Log the architecture and the training device."""
+def announce_model(model: nn.Module, size: Architecture, record: ClassifierRecord, place: str) -> None:
+    """Log architecture, training device and classes with their names."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     words = "ViT of width %d, depth %d, patch %d for %d x %d pixels, pool %s: %s trainable parameters, on %s"
-    log.info(words, size.embed_dim, size.depth, size.patch_size, *size.img_size, pool, f"{trainable:,}", place)
-
-
-def announce_classes(classes: Sequence[str], class_names: Sequence[str], several: bool) -> None:
-    """Log the classes, and their names to show if they differ."""
-    pairs = zip(classes, class_names, strict=True)
+    log.info(words, size.embed_dim, size.depth, size.patch_size, *size.img_size, record.pool, f"{trainable:,}", place)
+    pairs = zip(record.classes, record.class_names, strict=True)
     names = [name if name == shown else f"{name} ({shown})" for name, shown in pairs]
-    log.info("%d classes%s: %s", len(names), ", several per image" if several else "", shorten(names, most=20))
+    several = ", several per image" if record.multi_label else ""
+    log.info("%d classes%s: %s", len(names), several, shorten(names, most=20))
 
 
 def open_labelled(config: FinetuneConfig, ranks: Ranks) -> LabelledImages:
@@ -320,12 +298,21 @@ def open_labelled(config: FinetuneConfig, ranks: Ranks) -> LabelledImages:
     val = open_named(data.val, "data.val", data.val_root)
     val_targets = label_targets(val, "data.val", classes, data.separator)
     if data.separator is not None and not bool(val_targets.any()):
-        raise UserError("data.val: no image has any label, so nothing can be evaluated")
+        raise UserError("data.val: no image has any label. Label some images, or set data.val=null.")
     if ranks.is_main:
         warn_of_overlap(source, "data.train", val, "data.val")
         for key, these in (("data.train", targets), ("data.val", val_targets)):
             warn_of_absent(these, key, classes)
     return LabelledImages(source, targets, classes, names, val, val_targets)
+
+
+def check_labelled(labelled: LabelledImages, channels: int, data: LabelledDataConfig, ranks: Ranks) -> list[Broken]:
+    """Find broken training images, and refuse broken validation images."""
+    broken = check_images(labelled.train, channels, data.bit_depth, data.broken, ranks)
+    if labelled.val is not None:
+        mine = range(ranks.rank, len(labelled.val), ranks.world_size)
+        refuse_broken(find_broken(labelled.val, mine, channels, data.bit_depth), "data.val", NEVER_REPLACED)
+    return broken
 
 
 def build_model(

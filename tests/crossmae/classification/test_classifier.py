@@ -161,12 +161,12 @@ def test_published_file_without_settings(tmp_path: Path) -> None:
     torch.save({f"module.{name}": tensor for name, tensor in model.state_dict().items()}, tmp_path / "a.pth")
     loaded = load_classifier(tmp_path / "a.pth")
     assert loaded.crop_pct == 1.0  # larger than 224 pixels
-    assert "pooling is cls, as published for the norm that it has" in loaded.assumed
+    assert "pooling is cls, as published for its final norm" in loaded.assumed
     assert load_classifier(tmp_path / "a.pth", 224).crop_pct == 0.875
 
 
 def test_settings_that_contradict_the_tensors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="settings say global_pool=True, but its final norm belongs to pooling 'cls'"):
+    with pytest.raises(UserError, match="settings have global_pool=True, but its final norm belongs to pooling 'cls'"):
         load_classifier(published(tmp_path / "a.pth", trained(pool="cls"), global_pool=True))
 
 
@@ -174,7 +174,7 @@ def test_metadata_settles_what_would_be_assumed(tmp_path: Path) -> None:
     """How pixels of other channels are told."""
     model = trained(dataclasses.replace(TINY, in_chans=2))
     save_weights(tmp_path / "a.safetensors", model.state_dict(), {})
-    with pytest.raises(UserError, match="pixel_mean: Field required; pixel_std: Field required"):
+    with pytest.raises(UserError, match="pixel_mean: Field required, pixel_std: Field required"):
         load_classifier(tmp_path / "a.safetensors")
     told = {"pixel_mean": "[0.1, 0.2]", "pixel_std": "[1, 1]", "classes": '["a", "b", "c", "d"]', "crop_pct": "0.5"}
     save_weights(tmp_path / "b.safetensors", model.state_dict(), told)
@@ -200,8 +200,8 @@ def test_an_encoder_is_no_classifier(tmp_path: Path) -> None:
     [
         ({"classes": "[1"}, "classes: Input should be a valid tuple"),
         ({"pool": "max"}, "pool: Input should be 'avg' or 'cls'"),
-        ({"class_names": '["a"]'}, "4 classes have 1 names"),
-        ({"pixel_std": "[1]"}, "pixel_std holds 1 values for 3 channels"),
+        ({"class_names": '["a"]'}, "class_names has 1 values for 4 classes"),
+        ({"pixel_std": "[1]"}, "pixel_std has 1 values for 3 channels"),
         ({"head": "batchnorm"}, r"unexpected, the model has no such tensor"),
         ({"classes": '["a", "b"]', "class_names": '["a", "b"]'}, r"weight: file \(4, 192\), model \(2, 192\)"),
     ],

@@ -16,6 +16,7 @@ from timm.data import create_transform
 from crossmae.classification.data import (
     CentreViews,
     TrainImages,
+    Views,
     find_classes,
     label_targets,
     read_class_names,
@@ -74,7 +75,7 @@ def test_names_to_show(tmp_path: Path) -> None:
     assert read_class_names(None, CLASSES) == CLASSES
     (tmp_path / "names.txt").write_text("bleu\nvert\nrouge\n")
     assert read_class_names(tmp_path / "names.txt", CLASSES) == ("bleu", "vert", "rouge")
-    with pytest.raises(UserError, match=r"data\.class_names: 1 names for 3 classes"):
+    with pytest.raises(UserError, match=r"data\.class_names: 1 names for 3 classes\. Name all of blue, green, red"):
         read_class_names(("bleu",), CLASSES)
 
 
@@ -144,8 +145,8 @@ def test_an_unknown_policy_is_named(name: str) -> None:
 
 def test_views_to_evaluate_on(tmp_path: Path) -> None:
     source = open_source(write_classes(tmp_path), "data.val")
-    views = CentreViews(source, label_targets(source, "data.val", CLASSES), (24, 32), 0.875, 3, 8)
-    pixels, target, index, _ = views[9]  # type: ignore[misc]
+    views = Views((24, 32), 0.875, MEAN, MEAN, 8)
+    pixels, target, index, _ = CentreViews(source, label_targets(source, "data.val", CLASSES), views)[9]  # type: ignore[misc]
     assert pixels.shape == (3, 24, 32)
     assert (int(target), index) == (1, 9)
 

@@ -91,7 +91,7 @@ def test_what_can_not_be_read_leaves_the_others_as_they_are(run: Path, images: l
 def test_damaged_weights_are_named(run: Path, images: list[Path]) -> None:
     classifier = load_classifier(run)
     torch.nn.init.constant_(classifier.model.get_parameter("head.bias"), float("nan"))
-    with pytest.raises(UserError, match=r"0\.png: the probabilities are not finite; the weights .*model_best"):
+    with pytest.raises(UserError, match=r"0\.png: the probabilities are not finite. Replace the weights .*model_best"):
         predict_images(classifier, images)
 
 

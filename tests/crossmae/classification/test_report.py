@@ -171,10 +171,6 @@ def test_a_folder_with_nothing_names_everything(tmp_path: Path) -> None:
     assert titles(tmp_path) == ["Evaluation", "Training", "Using the classifier", "Settings", "Data"]
 
 
-def _missing_of(folder: Path) -> list[str]:
-    return re.findall(r'class="card missing">(.*?)</div>', write_report(folder).read_text(), re.DOTALL)
-
-
 def test_an_evaluation_alone_has_no_training_to_miss(tmp_path: Path) -> None:
     write_evaluated(tmp_path, weights="/models/x.safetensors")
     html = write_report(tmp_path).read_text()

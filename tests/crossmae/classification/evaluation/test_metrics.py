@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import astuple, fields, replace
 
 import numpy as np
 import pytest
@@ -203,18 +203,16 @@ def test_wilson(right: int, images: int) -> None:
     assert found.high == pytest.approx(centre + half, abs=1e-9)
 
 
-def test_student() -> None:
-    found = mean_of([0.5, 0.6, 0.7])
-    half = 4.302652729911275 * 0.1 / math.sqrt(3)  # t of two degrees of freedom
-    assert (found.mean, found.runs) == (pytest.approx(0.6), 3)
-    assert (found.low, found.high) == (pytest.approx(0.6 - half), pytest.approx(0.6 + half))
+STUDENT = 4.302652729911275 * 0.1 / math.sqrt(3)  # t of two degrees of freedom
 
 
-def test_interval_of_accuracies_stays_between_0_and_1() -> None:
-    found = mean_of([0.0, 0.9])
-    assert (found.low, found.high) == (0.0, 1.0)
-
-
-def test_one_run_has_no_interval() -> None:
-    found = mean_of([0.25])
-    assert (found.mean, found.low, found.high, found.runs) == (0.25, None, None, 1)
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.5, 0.6, 0.7], (0.6, 0.6 - STUDENT, 0.6 + STUDENT, 3)),
+        ([0.0, 0.9], (0.45, 0.0, 1.0, 2)),  # the interval stays between 0 and 1
+        ([0.25], (0.25, None, None, 1)),
+    ],
+)
+def test_mean_and_students_interval(values: list[float], expected: tuple[float | None, ...]) -> None:
+    assert astuple(mean_of(values)) == pytest.approx(expected)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, PUBLISHED_ARGUMENTS
 from crossmae.checkpoints.weights import Weights, detect_format
+from crossmae.classification.data import Views
 from crossmae.classification.probe.features import (
-    Views,
     extract,
     last_trained_block,
     open_encoder,
@@ -76,8 +76,8 @@ def test_features_are_those_of_the_online_probe(arguments: dict[str, Any], block
     model = CrossMAE(**given)
     lively(model)
     opened = open_encoder(weights_of(model, given), pool, None)
-    assert (opened.encoder.block, opened.encoder.norm) == (block, normed)
-    torch.testing.assert_close(opened.encoder(IMGS), encode_images(model, [IMGS], pool), rtol=1e-4, atol=1e-5)
+    assert (opened.block, opened.norm) == (block, normed)
+    torch.testing.assert_close(opened(IMGS), encode_images(model, [IMGS], pool), rtol=1e-4, atol=1e-5)
     assert any(f"block {block} of 0 .. 2" in note for note in opened.notes)
 
 
@@ -89,7 +89,7 @@ def test_fine_tuned_files(pool: Any) -> None:
     opened = open_encoder(weights_of(vit, TINY), pool, None)
     tokens = blocks_of(vit, IMGS, 3)
     tokens = vit.get_submodule("norm")(tokens) if pool == "cls" else tokens
-    torch.testing.assert_close(opened.encoder(IMGS), pool_tokens(tokens, pool))
+    torch.testing.assert_close(opened(IMGS), pool_tokens(tokens, pool))
     left_out = "fc_norm and head" if pool == "avg" else "head"
     assert f"not used: {left_out} of the fine-tuned model" in opened.notes
 
@@ -100,19 +100,19 @@ def test_an_earlier_block_has_no_final_norm() -> None:
     weights = weights_of(vit, TINY)
     for block in (1, -2):
         opened = open_encoder(weights, "avg", block)
-        assert (opened.encoder.block, opened.encoder.norm) == (1, False)
-        torch.testing.assert_close(opened.encoder(IMGS), blocks_of(vit, IMGS, 2)[:, 1:].mean(1))
-    assert open_encoder(weights, "avg", 2).encoder.norm
+        assert (opened.block, opened.norm) == (1, False)
+        torch.testing.assert_close(opened(IMGS), blocks_of(vit, IMGS, 2)[:, 1:].mean(1))
+    assert open_encoder(weights, "avg", 2).norm
     for block in (3, -4):
-        with pytest.raises(UserError, match=rf"features.block: some.pth has 3 blocks, -3 .. 2; got {block}"):
+        with pytest.raises(UserError, match=rf"features.block: some.pth has no block {block}. Choose from -3 to 2"):
             open_encoder(weights, "avg", block)
 
 
 def test_class_token_and_mean_side_by_side() -> None:
     model = CrossMAE(**TINY, **DECODER)
     weights = weights_of(model, TINY)
-    both = open_encoder(weights, "cls_avg", None).encoder
-    parts = [open_encoder(weights, pool, None).encoder(IMGS) for pool in ("cls", "avg")]  # type: ignore[arg-type]
+    both = open_encoder(weights, "cls_avg", None)
+    parts = [open_encoder(weights, pool, None)(IMGS) for pool in ("cls", "avg")]  # type: ignore[arg-type]
     assert both.width == 48
     assert torch.equal(both(IMGS), torch.cat(parts, dim=1))
 
@@ -121,7 +121,7 @@ def test_no_class_token_to_pool() -> None:
     model = CrossMAE(**TINY, **DECODER)
     weights = weights_of(model, TINY)
     del weights.tensors["cls_token"]
-    with pytest.raises(UserError, match=r"features.pool: some.pth holds no class token. Use features.pool=avg"):
+    with pytest.raises(UserError, match=r"features.pool: some.pth has no class token. Use features.pool=avg"):
         open_encoder(weights, "cls_avg", None)
 
 
@@ -132,7 +132,7 @@ def test_last_trained_block_of_published_files() -> None:
     assert last_trained_block(weights, 3) == 1
     assert last_trained_block(weights_of(model, {}), 3) == 2  # 3 columns may be all blocks without the input
     few = CrossMAE(**TINY, **DECODER, fuse_blocks=(0,))
-    with pytest.raises(UserError, match=r"2 of 4 maps are mixed and nothing tells which.*Set features.block"):
+    with pytest.raises(UserError, match=r"2 of 4 maps are mixed, .* not record which. Set features.block"):
         last_trained_block(weights_of(few, {}), 3)
     full = CrossMAE(**TINY, **DECODER)
     assert last_trained_block(weights_of(full, {}, **{PUBLISHED_ARGUMENTS: json.dumps({"use_fm": [-1]})}), 3) == 2
@@ -148,7 +148,7 @@ def test_random_weights_are_where_pretraining_starts() -> None:
         assert torch.equal(weights.tensors[name], tensor)
     opened = open_encoder(weights, "avg", None, img_size=32, depth=2)
     imgs = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(opened.encoder(imgs), encode_images(model, [imgs]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(opened(imgs), encode_images(model, [imgs]), rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match=r"model: .*heads"):
         random_weights("crossmae_vit_small_patch16", 0, num_heads=7)
 
@@ -157,7 +157,7 @@ def test_extraction(tmp_path: Path) -> None:
     """Every image once, in order, through the evaluation view; whatever the batches and workers."""
     source = open_source(write_classes(tmp_path, per_class=3), "data.train")
     labels = torch.arange(9) // 3
-    encoder = open_encoder(weights_of(CrossMAE(**TINY, **DECODER), TINY), "avg", None).encoder
+    encoder = open_encoder(weights_of(CrossMAE(**TINY, **DECODER), TINY), "avg", None)
     cpu = torch.device("cpu")
     expected = []
     for index in range(9):
@@ -173,9 +173,9 @@ def test_extraction(tmp_path: Path) -> None:
 def test_unreadable_images_and_numbers(tmp_path: Path) -> None:
     source = open_source(write_classes(tmp_path, per_class=2), "data.train")
     labels, cpu = torch.arange(6) // 2, torch.device("cpu")
-    encoder = open_encoder(weights_of(CrossMAE(**TINY, **DECODER), TINY), "avg", None).encoder
+    encoder = open_encoder(weights_of(CrossMAE(**TINY, **DECODER), TINY), "avg", None)
     encoder.vit.blocks[0].attn.proj.bias.data.fill_(torch.inf)
-    with pytest.raises(UserError, match=r"data.train: features hold NaN or infinity. Try runtime.precision=fp32"):
+    with pytest.raises(UserError, match=r"data.train: features are not finite. Try runtime.precision=fp32"):
         extract(encoder, source, labels, VIEWS, cpu, batch_size=2, name="data.train")
     path = tmp_path / "green" / "1.png"
     path.write_bytes(path.read_bytes()[:300])

@@ -1,9 +1,11 @@
-"""Proves the logistic regression: scikit-learn's own pipeline, a fair split, nothing chosen on what is reported."""
+"""Proves the logistic regression: scikit-learn's own pipeline, a fair split, nothing chosen on what is reported; and of
+few images per class: as many as were asked for, and nothing taken from any other."""
 
 from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -13,9 +15,19 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from crossmae.classification.evaluation.metrics import mean_of
 from crossmae.classification.probe import logistic
 from crossmae.classification.probe.cache import CachedFeatures
-from crossmae.classification.probe.logistic import fit, run_logistic, split, try_strengths
+from crossmae.classification.probe.logistic import (
+    check_shots,
+    fit,
+    run_few_shot,
+    run_logistic,
+    sample,
+    split,
+    try_strengths,
+)
+from crossmae.errors import UserError
 
 
 def noisy_classes(count: int = 120) -> tuple[Tensor, Tensor]:
@@ -85,3 +97,51 @@ def test_other_warnings_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(logistic, "LogisticRegression", Warning_)
     with pytest.warns(UserWarning, match="look here"):
         fit(*noisy_classes(), 0.1, 500, "logistic")
+
+
+LABELS = torch.arange(65) % 3
+
+
+def data() -> tuple[CachedFeatures, CachedFeatures]:
+    """65 training and 90 validation images."""
+    features, labels = noisy_classes(155)
+    return CachedFeatures(features[:65], labels[:65]), CachedFeatures(features[65:], labels[65:])
+
+
+def test_samples() -> None:
+    chosen = {count: sample(LABELS, count, seed=3) for count in (1, 5, 20)}
+    for count, positions in chosen.items():
+        assert torch.bincount(LABELS[positions]).tolist() == [count] * 3
+        assert len(set(positions.tolist())) == 3 * count
+    assert set(chosen[1].tolist()) < set(chosen[5].tolist()) < set(chosen[20].tolist())
+    assert torch.equal(sample(LABELS, 5, 3), chosen[5])
+    assert not torch.equal(sample(LABELS, 5, 4), chosen[5])
+
+
+def test_only_the_few_images_count() -> None:
+    """All others are replaced by nonsense, which must not change a thing."""
+    train, val = data()
+    spoilt = torch.full_like(train.features, 1e4)
+    kept = torch.cat([sample(LABELS, 5, seed) for seed in (0, 1)])
+    spoilt[kept] = train.features[kept]
+    arguments = (val, (1, 5), (0, 1), 1.0, 500)
+    assert run_few_shot(CachedFeatures(spoilt, LABELS), *arguments) == run_few_shot(train, *arguments)
+
+
+def test_results_by_seed_and_their_mean() -> None:
+    found = run_few_shot(*data(), (5, 1), (0, 1, 2), 1.0, 500)["shots"]
+    assert [one["per_class"] for one in found] == [1, 5]
+    for one in found:
+        values = [accuracy["accuracy"] for accuracy in one["accuracies"]]
+        assert len(set(values)) > 1
+        assert one["mean"] == asdict(mean_of(values))
+    assert found[1]["mean"]["mean"] > found[0]["mean"]["mean"] > 1 / 3
+
+
+def test_classes_with_too_few_images_are_named() -> None:
+    labels = torch.tensor([0, 0, 0, 1, 2, 2])
+    check_shots(labels, ["cat", "dog", "emu"], [1], "few_shot.shots")
+    with pytest.raises(UserError, match=r"few_shot.shots: 3 images per class .* fewer of dog \(1\), emu \(2\)\. Lower"):
+        check_shots(labels, ["cat", "dog", "emu"], [1, 3], "few_shot.shots")
+    with pytest.raises(UserError, match=r"fowl \(0\)"):
+        check_shots(labels, ["cat", "dog", "emu", "fowl"], [1], "few_shot.shots")

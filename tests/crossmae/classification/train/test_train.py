@@ -18,7 +18,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from crossmae.checkpoints.provenance import NON_COMMERCIAL, recorded_licence
 from crossmae.checkpoints.run_checkpoint import complete_checkpoints, read_state
 from crossmae.classification.classifier import load_classifier
-from crossmae.classification.data import CentreViews, LabelledImages, label_targets
+from crossmae.classification.data import CentreViews, LabelledImages, Views, label_targets
 from crossmae.classification.evaluation import evaluate as evaluation
 from crossmae.classification.evaluation.evaluate import EvaluationSet, evaluate
 from crossmae.classification.evaluation.metrics import ClassificationScores, Predictions
@@ -176,7 +176,7 @@ def test_learning_rates_follow_schedule_and_layers(
 
 
 def objective_of(config: FinetuneConfig, labelled: LabelledImages) -> Objective:
-    return train_module.build_objective(config.loss, config.data, labelled, config.optim.batch_size, CPU)
+    return Objective(config.loss, config.data, labelled, config.optim.batch_size, CPU)
 
 
 def test_the_losses_are_timms(images: Path, tmp_path: Path) -> None:
@@ -230,7 +230,8 @@ class Shared(Ranks):
 def test_every_image_is_evaluated_once_on_any_number_of_processes(images: Path, world_size: int) -> None:
     """To the bit, also where processes have unequal shares, or none at all (9 images); batches of any size."""
     source = open_source(images / "val", "data.val")
-    views = CentreViews(source, label_targets(source, "data.val", CLASSES), (32, 32), 0.875, 3, 8)
+    views = Views((32, 32), 0.875, (0.5,) * 3, (0.5,) * 3, 8)
+    val = CentreViews(source, label_targets(source, "data.val", CLASSES), views)
     torch.manual_seed(0)
     settings = make_config(images, images, evaluation={"features": 5})
     _, model, _ = train_module.build_model(settings.model, settings.data, 0, 3, None)
@@ -238,7 +239,7 @@ def test_every_image_is_evaluated_once_on_any_number_of_processes(images: Path, 
     model.double()
 
     def answers(ranks: Ranks, batch_size: int) -> Predictions:
-        data = EvaluationSet(views, (0.5,) * 3, (0.5,) * 3, batch_size, 0, 5)
+        data = EvaluationSet(val, batch_size, 0, 5)
         return evaluate(Doubled(model), data, CPU, NO_AUTOCAST, ranks)
 
     whole = answers(Ranks(), 4)
@@ -346,12 +347,11 @@ def test_several_labels_per_image(images: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": {"train": ""}}, "missing key 'data.train'"),
-        ({"model": {"name": None}}, "name or init is needed"),
+        ({"data": {"train": ""}}, r"data\.train: missing\. Name"),
+        ({"model": {"name": None}}, "neither init nor name is given"),
         ({"data": {"train": "nowhere"}}, "data.train: nowhere does not exist"),
         ({"data": {"per_class": 7}}, r"data\.per_class: fewer than 7 images of blue \(6\)"),
         ({"data": {"auto_augment": "rand-m9-what1"}}, "data.auto_augment"),
-        ({"data": {"class_names": ["one"]}}, "data.class_names: 1 names for 3 classes"),
         ({"model": {"init": "nowhere.pth"}}, "no such file or folder: nowhere.pth"),
         ({"model": {"img_size": 30}}, "model: img_size .* multiple of patch_size 8"),
         ({"optim": {"batch_size": 20}}, "needs 20 images, the data set has 18"),
@@ -370,14 +370,14 @@ def test_bad_input_is_named_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"name": "vit_giant"}}, "known: vit_tiny_patch16"),
-        ({"loss": {"cutmix_minmax": [0.5, 0.5]}}, "low < high"),
+        ({"model": {"name": "vit_giant"}}, "expected one of vit_tiny_patch16"),
+        ({"loss": {"cutmix_minmax": [0.5, 0.5]}}, "expected two shares"),
         ({"loss": {"class_weights": "ballanced"}}, "balanced, or weights by class"),
-        ({"model": {"in_chans": 5}, "data": {"mean": [0.5] * 5, "std": [0.5] * 5}}, "data.auto_augment is for grey"),
+        ({"model": {"in_chans": 5}, "data": {"mean": [0.5] * 5, "std": [0.5] * 5}}, "data.auto_augment: is for grey"),
         ({"model": {"drop_path": 1.0}}, "less than 1"),
         ({"data": {"separator": ""}}, "at least 1 character"),
         ({"optim": {"name": "lars"}}, "model.freeze=true"),
-        ({"loss": {"mixup": 0.8}, "optim": {"batch_size": 5}}, "must be even"),
+        ({"loss": {"mixup": 0.8}, "optim": {"batch_size": 5}}, "need an even one"),
         ({"data": {"color_jitter": 0.3}}, "auto_augment=null"),
     ],
 )
@@ -416,11 +416,11 @@ def test_what_does_not_decide_may_change_on_resume_and_what_does_may_not(images:
 
 def test_an_evaluation_does_not_replace_that_of_a_run(images: Path, tmp_path: Path) -> None:
     finetune(make_config(images, tmp_path / "run", schedule={"max_steps": 1}))
-    with pytest.raises(UserError, match="holds a run with an evaluation of its own"):
+    with pytest.raises(UserError, match="has a run with its own evaluation"):
         evaluate_only(make_config(images, tmp_path / "run"), tmp_path / "run")
     elsewhere = make_config(images, tmp_path / "alone")
     evaluate_only(elsewhere, tmp_path / "run")
-    with pytest.raises(UserError, match=r"holds an evaluation\. Name another folder, or replace it with --force"):
+    with pytest.raises(UserError, match=r"has an evaluation already\. Name another folder, or replace it with --force"):
         evaluate_only(elsewhere, tmp_path / "run")
     evaluate_only(elsewhere, tmp_path / "run", force=True)
 
