@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import errno
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from copy import copy
 from io import TextIOWrapper
+from pathlib import PurePath
 from typing import Any
 
 SOME_FAILED_EXIT_CODE = 1
@@ -22,8 +25,42 @@ BROKEN_PIPE_EXIT_CODE = 141
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
+def printable(name: object) -> str:
+    """Escape line breaks, control characters and bytes that are not UTF-8.
+
+    Errors, log messages, pages and pictures show names through this function. JSON and CSV files keep the original
+    names: see `crossmae.files.ODD_BYTES`.
+    """
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(name))
+
+
 class UserError(ValueError):
-    """An error that the user can correct: a path, a key, a file, a combination of settings."""
+    """An error that the user can correct: a path, a key, a file, a combination of settings.
+
+    The first argument is the message, one line. An optional second argument has lines that follow, such as a table.
+    """
+
+    def __str__(self) -> str:
+        message, *details = self.args
+        return "\n".join([printable(message), *details])
+
+
+class PrintableFormatter(logging.Formatter):
+    """Format of log records that escapes names in the arguments, so that a name cannot break a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        if isinstance(record.args, tuple):
+            record = copy(record)
+            shown = (str, PurePath, BaseException)
+            record.args = tuple(printable(arg) if isinstance(arg, shown) else arg for arg in record.args or ())
+        return super().format(record)
+
+
+def set_up_log(level: int = logging.INFO) -> None:
+    """Print log messages to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter())
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def run_cli(main: Callable[[], None]) -> None:
@@ -37,14 +74,14 @@ def run_cli(main: Callable[[], None]) -> None:
         main()
         return
     except UserError as error:
-        message = " ".join(str(error).split()) if "\n" not in str(error) else str(error)
+        message = str(error)
     except BrokenPipeError:  # the program that reads the pipe has ended, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(BROKEN_PIPE_EXIT_CODE) from None
     except OSError as error:
         if error.errno not in DISK_TROUBLE:
             raise
-        message = f"{error.filename or 'writing'}: {error.strerror}"
+        message = f"{printable(error.filename or 'writing')}: {error.strerror}"
     except MemoryError:
         message = "there is not enough memory for this"
     except KeyboardInterrupt:
@@ -57,7 +94,7 @@ def run_cli(main: Callable[[], None]) -> None:
 def exit_if_any(failures: Sequence[str], heading: str) -> None:
     """Print failures under a heading, if any, and exit with code 1."""
     if failures:
-        print("\n".join([f"error: {heading}", *failures]), file=sys.stderr)
+        print("\n".join([f"error: {heading}", *map(printable, failures)]), file=sys.stderr)
         raise SystemExit(SOME_FAILED_EXIT_CODE)
 
 

@@ -5,14 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from crossmae.errors import UserError
+from crossmae.errors import UserError, printable
 
 # Error handler for text files that contain names. Bytes that are not UTF-8 become escapes, which JSON can decode.
 ODD_BYTES = "backslashreplace"
+
+
+# Starts of files that are no text: what they are, and what to do.
+PACKED_STARTS = {
+    b"\x1f\x8b": ("compressed with gzip", "Unpack it: gunzip -k {}"),
+    b"BZh": ("compressed with bzip2", "Unpack it: bunzip2 -k {}"),
+    b"\xfd7zXZ": ("compressed with xz", "Unpack it: unxz -k {}"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "Unpack it: unzstd {}"),
+    b"PK\x03\x04": ("a zip archive or an Excel table", "Unpack it: unzip {}, or save the table as CSV"),
+}
+WIDE_ENCODINGS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+OTHER_ENCODINGS = ("WINDOWS-1252", "GB18030", "SHIFT_JIS")  # tried in this order to show how a text would read
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -38,14 +52,6 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def allow_reading(path: Path) -> None:
     """Give a file the default permissions, which safetensors does not."""
     path.chmod(0o666 & ~_umask())
-
-
-def printable(name: str | Path) -> str:
-    """Escape line breaks, control characters and bytes that are not UTF-8.
-
-    Printed text and pictures show names through this function. JSON files keep the original names (`ODD_BYTES`).
-    """
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(name))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -144,6 +150,49 @@ def read_file(path: str | Path, shown: str = "") -> bytes:
             return file.read()
     except OSError as error:
         raise UserError(f"{printable(shown or path)}: cannot be read: {error.strerror}") from error
+
+
+def decode_text(data: bytes, path: Path, shown: str = "") -> str:
+    """Decode UTF-8 text, with or without a byte-order mark.
+
+    Args:
+        path: file that holds the bytes.
+        shown: name of the file in the error message; default: the path.
+
+    Raises UserError if the bytes are compressed or in another encoding. The message has the command that converts them.
+    """
+    where, file = printable(shown or path), shlex.quote(printable(path.name))
+    for magic, (kind, command) in PACKED_STARTS.items():
+        if data.startswith(magic):
+            raise UserError(f"{where}: is {kind}, not text. {command.format(file)}.")
+    converted = shlex.quote(printable(f"{path.stem}.utf8{path.suffix}"))
+    convert = f"Convert it: iconv -f {{}} -t UTF-8 {file} > {converted}"
+    if wide := next((name for magic, name in WIDE_ENCODINGS.items() if data.startswith(magic)), _guess_wide(data)):
+        raise UserError(f"{where}: is {wide} text, not UTF-8. {convert.format(wide)}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        start, end = (re.search(pattern, part) for pattern, part in (
+            (rb"[^\s,;\"]*\Z", data[: error.start]), (rb"[^\s,;\"]*", data[error.start :])))  # fmt: skip
+        word = (start[0] if start else b"") + (end[0] if end else b"")
+        readings = {name: text for name in OTHER_ENCODINGS if (text := _decode(word, name)) and text.isprintable()}
+        words = " or ".join(f"{text[:40]!r} in {name}" for name, text in readings.items()) or repr(word[:40])
+        raise UserError(
+            f"{where}: line {line} is not UTF-8: {words}. {convert.format(next(iter(readings), 'ENCODING'))}"
+        ) from None
+
+
+def _guess_wide(data: bytes) -> str:
+    zeros = [data[start:1000:2].count(0) for start in (0, 1)]
+    return f"UTF-16{'BE' if zeros[0] > zeros[1] else 'LE'}" if max(zeros) * 8 > len(data[:1000]) else ""
+
+
+def _decode(data: bytes, encoding: str) -> str:
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError:
+        return ""
 
 
 def read_json(path: Path) -> Any:

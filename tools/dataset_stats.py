@@ -10,7 +10,6 @@ regardless of its size. Only the config keys data.train, data.root, data.bit_dep
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 from crossmae.data.pixel_stats import LOW_RANGE, PixelStats, check_usable, measure
 from crossmae.data.sources import open_source
 from crossmae.data.sources.source import evenly_spaced
-from crossmae.errors import UserError, run_cli
+from crossmae.errors import UserError, printable, run_cli, set_up_log
 from crossmae.files import make_folder, write_json
 from crossmae.pretraining.config import PretrainConfig, load_config
 from crossmae.training.config import add_config_arguments, read_yaml, resolve_config_path, set_override
@@ -64,7 +63,7 @@ def describe(stats: PixelStats, bit_depth: int) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Measure a data set and print overrides for data.mean and data.std."""
     args = build_parser().parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    set_up_log()
     for name in ("images", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name}: {getattr(args, name)} is too small. Give a number from 1.")
@@ -72,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.output is not None:
         make_folder(args.output.parent, "--output")
     source = open_source(config.data.train, "data.train", config.data.root)
-    print(source.description)
+    print(printable(source.description))
     indices = evenly_spaced(len(source), args.images or len(source))
     stats = measure(source, indices, config.model.in_chans, config.data.bit_depth, args.threads)
     print(describe(stats, config.data.bit_depth))
@@ -80,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"paste: {stats.overrides}")
     if args.output is not None:
         write_json(args.output, {"source": source.description, **asdict(stats)})
-        print(f"wrote {args.output}")
+        print(f"wrote {printable(args.output)}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from crossmae.checkpoints.provenance import LICENCE, licence_notice
 from crossmae.checkpoints.weights import read_weights
 from crossmae.data.images import parse_size
-from crossmae.errors import UserError, run_cli
+from crossmae.errors import UserError, printable, run_cli
 from det.backbone.weights import find_detector
 from det.inference.export import export_detector
 from det.inference.predict import Predictor, add_detector_arguments, find_classes, read_config, read_rgb
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         metadata=metadata | ({LICENCE: licence} if licence else {}),
         force=args.force,
     )
-    print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, input (1, 3, {size[0]}, {size[1]})")
+    print(f"{printable(args.output)}: {args.output.stat().st_size / 1e6:.1f} MB, input (1, 3, {size[0]}, {size[1]})")
     if parity is None:
         print("not compared with the detector")
     else:

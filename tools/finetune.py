@@ -24,7 +24,7 @@ import logging
 import os
 
 from crossmae.classification.train.config import FinetuneConfig
-from crossmae.errors import UserError, run_cli
+from crossmae.errors import UserError, run_cli, set_up_log
 from crossmae.training.config import add_config_arguments, load_typed_config
 
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.force and not arguments.eval_only:
         raise UserError("--force: is for --eval-only, because a run is never replaced. Continue it with --resume.")
     is_main = os.environ.get("RANK", "0") == "0"  # other processes log only problems
-    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
+    set_up_log(logging.INFO if is_main else logging.WARNING)
     config = load_typed_config(FinetuneConfig, arguments.config_file, arguments.overrides)
 
     if arguments.eval_only:

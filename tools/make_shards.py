@@ -14,14 +14,13 @@ unchanged. The rules for each kind of file are in crossmae/data/sources/shrink.p
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 from pathlib import Path
 
 from crossmae.data.sources import open_source
 from crossmae.data.sources.shard_files import is_url
 from crossmae.data.sources.shard_writer import ShardSettings, make_shards, verify_shards
-from crossmae.errors import UserError, run_cli
+from crossmae.errors import UserError, printable, run_cli, set_up_log
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,12 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Make or verify shards and print their counts."""
     args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    set_up_log()
     if is_url(args.folder):
         raise UserError(f"DST: {args.folder} is an address. Give a local folder, and copy the shards afterwards.")
     folder = Path(args.folder).expanduser()
     if args.verify:
-        print(f"{folder}: {verify_shards(folder):,} shards, all unchanged")
+        print(f"{printable(folder)}: {verify_shards(folder):,} shards, all unchanged")
         return
     if args.source is None:
         raise UserError("SRC: is missing. Give two paths: the images, and the folder of the shards.")
@@ -69,8 +68,8 @@ def main(argv: list[str] | None = None) -> None:
         f"{index.total('source_bytes') / 1e6:,.1f} MB became {index.total('bytes') / 1e6:,.1f} MB"
     )
     if broken := index.total("broken"):
-        print(f"{broken:,} broken images left out, listed in {folder / 'broken.txt'}")
-    print(f"paste: data.train={folder}")
+        print(f"{broken:,} broken images left out, listed in {printable(folder / 'broken.txt')}")
+    print(f"paste: data.train={printable(folder)}")
 
 
 if __name__ == "__main__":

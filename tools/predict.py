@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from crossmae.errors import UserError, exit_if_any, run_cli
+from crossmae.errors import UserError, exit_if_any, printable, run_cli
 from det.inference.predict import Predictor, add_detector_arguments, find_classes, read_config
 from det.inference.predict_files import COCO_FILE, FilePredictions, check_output, find_media
 from det.training.console import set_up_console
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"--batch-size {args.batch_size}: too many images for the memory of the GPU. Lower it."
         ) from None
-    print(f"{job.objects} objects in {job.images} images: {args.output / COCO_FILE}")
+    print(f"{job.objects} objects in {job.images} images: {printable(args.output / COCO_FILE)}")
     exit_if_any(job.failures, f"of {len(media)} files, these could not be read or written:")
 
 

@@ -31,7 +31,7 @@ from crossmae.classification.predict import (
     write_answers,
 )
 from crossmae.data.images import parse_size
-from crossmae.errors import UserError, exit_if_any, run_cli
+from crossmae.errors import UserError, exit_if_any, printable, run_cli
 from crossmae.training.devices import open_device
 
 
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--batch-size {args.batch_size}: the GPU's memory is full. Lower it.") from None
     total = sum(map(len, sources))
     if args.output != STDOUT:
-        print(f"classes of {total - len(failures)} images: {args.output}")
+        print(f"classes of {total - len(failures)} images: {printable(args.output)}")
     exit_if_any(failures, f"of {total} images, these could not be read:")
 
 

@@ -20,7 +20,7 @@ import argparse
 import logging
 import os
 
-from crossmae.errors import run_cli
+from crossmae.errors import run_cli, set_up_log
 from crossmae.pretraining.config import load_config
 from crossmae.training.config import add_config_arguments
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in output_dir")
     arguments = parser.parse_intermixed_args(argv)
     is_main = os.environ.get("RANK", "0") == "0"  # other processes log only warnings
-    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
+    set_up_log(logging.INFO if is_main else logging.WARNING)
     config = load_config(arguments.config_file, arguments.overrides)
 
     # Imported after the config check, because this import takes seconds.

@@ -15,9 +15,8 @@ settings.
 from __future__ import annotations
 
 import argparse
-import logging
 
-from crossmae.errors import run_cli
+from crossmae.errors import printable, run_cli, set_up_log
 from crossmae.training.config import add_config_arguments, load_typed_config
 
 
@@ -27,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     add_config_arguments(parser)
     parser.add_argument("--force", action="store_true", help="replace the results of an earlier call")
     arguments = parser.parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    set_up_log()
 
     from crossmae.classification.probe.config import ProbeRunConfig  # after --help, because these imports take seconds
 
@@ -38,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
 
     results = probe(config, force=arguments.force)
     print(table(results))
-    print(f"\nnumbers in {config.output_dir / RESULTS}, page in {config.output_dir / PAGE}")
+    print(f"\nnumbers in {printable(config.output_dir / RESULTS)}, page in {printable(config.output_dir / PAGE)}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from crossmae.checkpoints.pretrained import Pretrained, load_pretrained, parse_settings
 from crossmae.data.paths import find_inputs
-from crossmae.errors import UserError, run_cli
-from crossmae.files import printable
+from crossmae.errors import UserError, printable, run_cli
 from crossmae.pretraining.gallery import NUMBERS, Result, mean_psnr, possible_ratios, write_gallery
 from crossmae.training.devices import open_device
 
@@ -86,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     ratios = [] if args.no_gif else args.gif_ratios or possible_ratios(pretrained.model)
     results = write_gallery(pretrained, paths, args.output, args.mask_ratio, sorted(ratios), args.seed, args.force)
     print(table(results))
-    print(f"\npictures in {args.output}, numbers in {args.output / NUMBERS}")
+    print(f"\npictures in {printable(args.output)}, numbers in {printable(args.output / NUMBERS)}")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from detectron2.structures import ImageList
 from numpy.typing import NDArray
 from PIL import Image
 
-from crossmae.errors import UserError, run_cli
-from crossmae.files import check_writable, make_folder, printable, write_atomically
+from crossmae.errors import UserError, printable, run_cli
+from crossmae.files import check_writable, make_folder, write_atomically
 from det.config import load_det_config
 from det.data.coco import check_registered, use_own_data
 from det.data.loader import build_train_loader, refuse_unreadable, training_samples
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     sheet = Image.fromarray(draw_sheet(pictures, captions))
     form = FORMATS[args.output.suffix.lower()]
     write_atomically(args.output, lambda temporary: sheet.save(temporary, format=form, quality=JPEG_QUALITY))
-    print(f"the first {len(samples)} training images: {args.output}")
+    print(f"the first {len(samples)} training images: {printable(args.output)}")
 
 
 def padded_samples(cfg: CfgNode) -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:

@@ -185,7 +185,7 @@ def _fill(model: nn.Module, weights: Weights, report: LoadReport) -> None:
     if problem or not report.ok:
         problem = problem or ("see the tensors marked !" if report.loaded else "no tensor is in both")
         headline = f"{weights.path} ({weights.format}) does not fit {report.target}: {problem}"
-        raise UserError(f"{headline}. Nothing was loaded.\n{report.table()}")
+        raise UserError(f"{headline}. Nothing was loaded.", report.table())
     model.load_state_dict({name: weights.tensors[name] for name in report.loaded}, strict=False)
     _warn(model, weights, report)
 

@@ -21,6 +21,7 @@ from crossmae.data.batches import KeyedImages, KeyedSample, collate_as
 from crossmae.data.broken import NEVER_REPLACED, Broken, Unreadable
 from crossmae.data.pixels import centre_view, read_pixels
 from crossmae.data.sources import Source
+from crossmae.data.sources.labels import match_labels, unify_labels
 from crossmae.data.workers import Loader, usable_workers
 from crossmae.errors import UserError, shorten
 
@@ -63,12 +64,18 @@ def find_classes(source: Source, key: str, separator: str | None = None) -> tupl
     Raises:
         UserError: the source has no labels, or fewer than two classes.
     """
-    source.label(0)
+    try:
+        source.label(0)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
     classes = source.classes
     if separator is None and (several := find_several(classes)):
         log.warning("%s: the class %r reads like several labels. If so, set 'data.separator=\"%s\"'", key, *several)
     if separator is not None:
-        classes = tuple(sorted({word for text in source.classes for word in split_labels(text, separator)}))
+        words, notes = unify_labels([word for text in source.classes for word in split_labels(text, separator)])
+        classes = tuple(sorted({word for word in words if word}))
+        for note in notes:
+            log.warning("%s: %s", key, note)
     for name in classes:
         if not name.isprintable() or name.encode("utf-8", "replace").decode() != name:
             raise UserError(f"{key}: the class {name!r} is not valid text. Rename it.")
@@ -102,9 +109,13 @@ def label_targets(source: Source, key: str, classes: Sequence[str], separator: s
         UserError: the source has no labels, or has labels that are not in `classes`. The error names them.
     """
     labels = torch.from_numpy(np.array(source.labels()))
-    positions = {name: position for position, name in enumerate(classes)}
     words = [[text] if separator is None else split_labels(text, separator) for text in source.classes]
-    unknown = sorted({word for of_one in words for word in of_one} - positions.keys())
+    named = {word for of_one in words for word in of_one}
+    positions = match_labels(named, classes)
+    unknown = sorted(named - positions.keys())
+    if loose := sorted(named & positions.keys() - set(classes)):
+        shown = [f"{word!r} is the class {classes[positions[word]]!r}" for word in loose]
+        log.warning("%s: spaces and case of labels are ignored: %s", key, shorten(shown))
     if unknown:
         several = find_several([*unknown, *classes]) if separator is None else None
         hint = f" Several labels per image need 'data.separator=\"{several[1]}\"'." if several else ""

@@ -15,8 +15,7 @@ from crossmae.data.parallel import map_in_order
 from crossmae.data.pixels import read_pixels
 from crossmae.data.sources import Source
 from crossmae.data.sources.source import evenly_spaced
-from crossmae.errors import UserError, shorten
-from crossmae.files import printable
+from crossmae.errors import UserError, printable, shorten
 
 MAX_SUBSTITUTES = 100  # consecutive broken images that raise an error
 LOOKS = 8  # number of images whose bit depth is checked

@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-from crossmae.errors import UserError, import_extra
-from crossmae.files import printable, read_file
+from crossmae.errors import UserError, import_extra, printable
+from crossmae.files import read_file
 
 # TIFF: the files that Pillow cannot read correctly have deep colour, many channels, signed or floating-point samples.
 DEEP = "an image of more than 8 bits a channel, or of other than 1 or 3 channels,"  # needs the optional extra

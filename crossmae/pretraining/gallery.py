@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from crossmae.checkpoints.pretrained import Pretrained
 from crossmae.data.pixels import Normalize, centre_view, decode_pixels, to_unit_range
-from crossmae.errors import UserError
-from crossmae.files import make_folder, printable, read_file, write_atomically, write_json
+from crossmae.errors import UserError, printable
+from crossmae.files import make_folder, read_file, write_atomically, write_json
 from crossmae.models.crossmae import CrossMAE
 from crossmae.pretraining.figures import image_figure, panel_rows, reconstruction_figure, whole_scale
 from crossmae.pretraining.reconstruction import Panels, psnr, reconstruct

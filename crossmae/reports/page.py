@@ -24,6 +24,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
+from crossmae.errors import printable
 from crossmae.files import write_text
 
 LONGEST_VALUE = 60  # characters of a setting in a table
@@ -152,6 +153,7 @@ class Report:
         environment = Environment(
             loader=PackageLoader("crossmae.reports"),
             autoescape=True,
+            finalize=_shown,
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
@@ -162,6 +164,13 @@ class Report:
         """Write the page atomically into an existing folder, and return `path`."""
         write_text(path, self.to_html())
         return path
+
+
+def _shown(value: Any) -> Any:
+    """Escape names in a text, but keep its own line breaks."""
+    if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable():
+        return value
+    return "".join(letter if letter in "\n\N{NO-BREAK SPACE}" else printable(letter) for letter in value)
 
 
 def _side_by_side(blocks: Sequence[PageBlock]) -> list[list[PageBlock]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -260,6 +261,9 @@ def set_override(values: dict[str, Any], word: str) -> None:
             raise UserError(f"{word}: {section!r} is not a section. Write {section}=VALUE.")
     if not text.strip():
         raise UserError(f"{word}: no value. For none at all write {key}=null.")
+    if os.sep in text and os.path.exists(os.path.expanduser(text)):
+        values[last] = text  # YAML would read `/data/set #1` as `/data/set`
+        return
     try:
         values[last] = yaml.safe_load(text)
     except yaml.YAMLError:

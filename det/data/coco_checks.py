@@ -25,7 +25,7 @@ from tqdm import tqdm
 from crossmae.data.broken import find_broken
 from crossmae.data.parallel import READERS, map_in_order
 from crossmae.data.sources.source import ImageFiles
-from crossmae.files import printable
+from crossmae.errors import printable
 from det.data.coco_kinds import EVALUATION_KINDS, FREQUENCIES, KINDS, Kind, Rank
 from det.data.coco_masks import LARGEST_SIDE, NUMBERS, Floats, Masks, flatten, measure_masks
 

@@ -26,8 +26,7 @@ from crossmae.data.batches import BatchPlan
 from crossmae.data.broken import Unreadable
 from crossmae.data.images import read_image
 from crossmae.data.workers import Loader, usable_workers
-from crossmae.errors import UserError
-from crossmae.files import printable
+from crossmae.errors import UserError, printable
 from det.config import InputKeys
 from det.data.copy_paste import paste_objects
 from det.data.masks import moved_masks, tight_boxes

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from crossmae.files import printable, write_atomically
+from crossmae.errors import printable
+from crossmae.files import write_atomically
 from det.data.coco_checks import file_name
 from det.inference.draw import draw_instances, draw_sheet, instances_from_coco
 from det.inference.predict import read_rgb

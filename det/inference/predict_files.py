@@ -31,8 +31,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from crossmae.data.paths import find_inputs
-from crossmae.errors import DISK_TROUBLE, UserError
-from crossmae.files import JsonArray, make_folder, printable, stream_text, write_atomically
+from crossmae.errors import DISK_TROUBLE, UserError, printable
+from crossmae.files import JsonArray, make_folder, stream_text, write_atomically
 from det.inference.draw import draw_instances, instances_from_coco
 from det.inference.predict import Classes, Predictor, coco_annotations, read_rgb
 from det.inference.video import Frame, Video, is_video, pyav, write_video

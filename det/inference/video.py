@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crossmae.errors import UserError, import_extra
-from crossmae.files import printable, write_atomically
+from crossmae.errors import UserError, import_extra, printable
+from crossmae.files import write_atomically
 
 log = logging.getLogger(__name__)
 

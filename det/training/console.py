@@ -13,6 +13,7 @@ from pathlib import Path
 from detectron2.utils import comm
 from tqdm import tqdm
 
+from crossmae.errors import PrintableFormatter
 from crossmae.files import ODD_BYTES
 from det.config import LOG
 
@@ -26,7 +27,9 @@ def set_up_console() -> None:
         warnings.filterwarnings("ignore", text, UserWarning)
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     if not any(isinstance(handler, ConsoleHandler) for handler in logging.getLogger().handlers):
-        logging.getLogger().addHandler(ConsoleHandler())
+        handler = ConsoleHandler()
+        handler.setFormatter(PrintableFormatter())
+        logging.getLogger().addHandler(handler)
         logging.getLogger().setLevel(logging.INFO)
 
 
@@ -62,7 +65,7 @@ def log_file(folder: Path, early: MemoryHandler | None = None) -> Iterator[None]
         yield
         return
     handler = logging.FileHandler(folder / LOG, encoding="utf-8", errors=ODD_BYTES)
-    handler.setFormatter(logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s"))
+    handler.setFormatter(PrintableFormatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     if early is not None:
         early.setTarget(handler)

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import errno
+import logging
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from crossmae.errors import INTERRUPTED_EXIT_CODE, USER_ERROR_EXIT_CODE, UserError, run_cli
+from crossmae.errors import (
+    INTERRUPTED_EXIT_CODE,
+    USER_ERROR_EXIT_CODE,
+    PrintableFormatter,
+    UserError,
+    exit_if_any,
+    run_cli,
+)
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -20,8 +30,8 @@ def raising(error: BaseException) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("error", "code", "shown"),
     [
-        (UserError("data.train:  no\tsuch folder"), USER_ERROR_EXIT_CODE, "error: data.train: no such folder\n"),
-        (UserError("no\n| table |"), USER_ERROR_EXIT_CODE, "error: no\n| table |\n"),
+        (UserError("two\nlines.png: broken"), USER_ERROR_EXIT_CODE, "error: two\\nlines.png: broken\n"),
+        (UserError("caf\udce9.png", "| table |"), USER_ERROR_EXIT_CODE, "error: caf\\udce9.png\n| table |\n"),
         (OSError(errno.ENOSPC, "No space left", "a.pth"), USER_ERROR_EXIT_CODE, "error: a.pth: No space left\n"),
         (MemoryError(), USER_ERROR_EXIT_CODE, "error: there is not enough memory for this\n"),
         (KeyboardInterrupt(), INTERRUPTED_EXIT_CODE, "interrupted\n"),
@@ -40,3 +50,23 @@ def test_the_users_trouble_is_one_line(
 def test_our_own_trouble_keeps_its_traceback(error: Exception) -> None:
     with pytest.raises(type(error), match="a bug"):
         run_cli(raising(error))
+
+
+def test_a_copy_of_an_error_reads_the_same() -> None:
+    error = UserError("two\nlines.png", "a\ntable")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error) == "two\\nlines.png\na\ntable"
+
+
+def test_failures_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        exit_if_any(["a\nb.png: broken", "\udce9.png: broken"], "of 2 files:")
+    assert capsys.readouterr().err == "error: of 2 files:\na\\nb.png: broken\n\\udce9.png: broken\n"
+
+
+def test_names_cannot_break_a_line_of_the_log() -> None:
+    arguments = ("two\nlines", Path("caf\udce9"), OSError("a\tb"), 3)
+    record = logging.LogRecord("x", logging.INFO, "", 0, "%s\n%s %s %d", arguments, None)
+    assert PrintableFormatter().format(record) == "two\\nlines\ncaf\\udce9 a\\tb 3"
+    assert record.args == arguments  # other handlers get the original
+    plain = logging.LogRecord("x", logging.INFO, "", 0, "100%", (), None)
+    assert PrintableFormatter().format(plain) == "100%"

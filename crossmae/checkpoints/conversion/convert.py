@@ -158,7 +158,7 @@ def convert(source: str | Path, destination: str | Path, to: str, **options: Any
         proven = _prove(weights, planned, temporary, request.tolerance)
         if proven.ran and not proven.equal:
             what = "could not be proven to compute the same" if proven.reason else "computes something else"
-            raise UserError(f"{weights.path}: the written file {what}. The file was deleted.\n{proven.sentence()}")
+            raise UserError(f"{weights.path}: the written file {what}. The file was deleted.", proven.sentence())
         done = Conversion(
             source=weights.path,
             destination=request.destination,

@@ -16,9 +16,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
-from crossmae.data.paths import IMAGE_SUFFIXES, find_images
+from crossmae.data.paths import IMAGE_SUFFIXES, find_images, is_system_name, walk_files
 from crossmae.data.sources.hugging_face import HuggingFaceImages, is_hugging_face
 from crossmae.data.sources.idx import IDX_SUFFIXES, find_idx_files, open_idx
 from crossmae.data.sources.lists import LISTS
@@ -26,7 +29,7 @@ from crossmae.data.sources.shard_files import is_url
 from crossmae.data.sources.source import ImageFiles, Source
 from crossmae.data.sources.tar_index import PROGRESS_NAME
 from crossmae.data.sources.tar_shards import SHARD_SUFFIXES, open_shards
-from crossmae.errors import UserError, shorten
+from crossmae.errors import UserError, printable, shorten
 
 __all__ = ["LISTS", "Source", "open_named", "open_source", "warn_of_overlap"]
 
@@ -37,6 +40,8 @@ ACCEPTED = (
 WITHOUT = {"data.val": "data.val=null"} | dict.fromkeys(
     ("probe.train", "probe.val"), "probe.train=null probe.val=null"
 )  # overrides that disable an optional data set
+SPLIT_NAME = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval(uation)?|holdout|unlabell?ed)[-_ ]?\d*")
+MOST_PREVIEWS = 10  # images next to tar shards that are taken for previews
 MOST_NAMES = 2_000_000  # largest number of names that are compared; more would take minutes
 
 log = logging.getLogger(__name__)
@@ -104,32 +109,57 @@ def _names_shards(value: str | Path) -> bool:
 def _open_folder(folder: Path, key: str) -> Source:
     if is_hugging_face(folder):
         return HuggingFaceImages(folder, key)
-    if find_idx_files(folder) and not _has_images(folder):
+    first = list(islice(_images(folder), MOST_PREVIEWS + 1))
+    if find_idx_files(folder) and not first:
         return open_idx(folder, key)
-    has_shards = any(folder.glob("*.tar")) or (folder / PROGRESS_NAME).is_file()
-    if has_shards and not _has_images(folder):
-        return open_shards(str(folder), key)
+    shards = sorted(path.name for path in folder.glob("*.tar") if not is_system_name(path.name))
+    if shards or (folder / PROGRESS_NAME).is_file():
+        previews = len(first) <= MOST_PREVIEWS and all(os.path.dirname(path) == str(folder) for path in first)
+        if previews:
+            if first:
+                names = shorten([printable(os.path.basename(path)) for path in first])
+                log.warning("%s: the %d .tar shards are read, not the images next to them: %s", key, len(shards), names)
+            return open_shards(str(folder), key)
+        message = "%s: the images in %s are read, not the .tar files next to them: %s. To read these, name %s/*.tar"
+        log.warning(message, key, folder, shorten([printable(name) for name in shards]), folder)
     paths = find_images(folder, key)
-    labels = _classes_by_folder(folder, paths)
-    if labels is None:
-        return ImageFiles(paths, f"{len(paths):,} images in the folder {folder}")
-    classes = set(labels)
-    folders = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
-    if empty := [name for name in folders if name not in classes]:
+    labels, advice = _classes_by_folder(folder, paths)
+    source = ImageFiles(paths, f"{len(paths):,} images in the folder {folder}", labels)
+    if advice:
+        source.leave_unlabelled(*advice)
+    if labels is None or not source.classes:
+        return source
+    source.description = f"{len(paths):,} images of {len(source.classes):,} classes in the folder {folder}"
+    folders = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_system_name(entry.name))
+    if empty := [name for name in folders if name not in set(labels)]:
         log.warning("%s: no image in the class folder %s: not counted as a class", folder, shorten(empty))
-    return ImageFiles(paths, f"{len(paths):,} images of {len(classes):,} classes in the folder {folder}", labels)
+    return source
 
 
-def _has_images(folder: Path) -> bool:
-    return any(
-        path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-        for path in folder.rglob("*")
-    )
+def _images(folder: Path) -> Iterator[str]:
+    return (path for path in walk_files(folder, []) if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES)
 
 
-def _classes_by_folder(folder: Path, names: list[str]) -> list[str] | None:
-    """Return each image's first-level subfolder, or None without two classes."""
+Advice = tuple[str, str, bool]  # why there are no labels, what to do, and if this is worth a warning without a need
+
+
+def _classes_by_folder(folder: Path, names: list[str]) -> tuple[list[str | None] | None, Advice | None]:
+    """Return each image's first-level subfolder, or advice without classes."""
     start = len(os.path.join(folder, ""))
     parts = [name[start:].partition(os.sep) for name in names]
-    labels = [first for first, separator, _ in parts if separator]
-    return labels if len(labels) == len(names) and len(set(labels)) > 1 else None
+    labels = [first if separator else None for first, separator, _ in parts]
+    classes, loose = sorted({label for label in labels if label}), labels.count(None)
+    shown = shorten([printable(name) for name in classes])
+    if len(classes) > 1 and all(SPLIT_NAME.fullmatch(name.lower()) for name in classes):
+        why = f"the folders {shown} are splits, not classes"
+        return None, (why, f"Name one of them, such as {folder / classes[0]}", True)
+    if len(classes) > 1 and loose < len(names) - loose:
+        return labels, None
+    if len(classes) == 1 and not loose:
+        inner, advice = _classes_by_folder(folder / classes[0], names)
+        if advice is None and inner is not None:
+            found = shorten([printable(name) for name in sorted({label for label in inner if label})])
+            why = f"all are in {folder / classes[0]}"
+            advice = (why, f"Name that folder if its folders {found} are the classes", False)
+        return None, advice
+    return None, None

@@ -7,18 +7,23 @@ import io
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from crossmae.data.found_names import NOTHING_LIKE, describe_moved, find_moved
 from crossmae.data.parallel import map_in_order
 from crossmae.data.paths import IMAGE_SUFFIXES
 from crossmae.data.sources.source import ImageFiles
-from crossmae.errors import UserError, import_extra, shorten
-from crossmae.files import printable, read_file
+from crossmae.errors import UserError, import_extra, printable, shorten
+from crossmae.files import decode_text, read_file
 
 PATH_COLUMNS = ("path", "image", "file_name", "filename")
 LABEL_COLUMNS = ("label", "class")
+LABELLED_LINE = re.compile(
+    rf"(.+(?:{'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))}))[\s,;]+([\w-]+)", re.IGNORECASE
+)  # a path and a label
 # Name of the setting for the base folder of a list, by the key of the data set.
 ROOT_KEYS = {"data.train": "data.root", "data.val": "data.val_root", "SRC": "--root"}
 
@@ -26,18 +31,23 @@ log = logging.getLogger(__name__)
 
 
 def open_text_list(path: Path, key: str, root: Path | None) -> ImageFiles:
-    """Open a text file of paths, without blank lines and # comments."""
+    """Open a text file of paths, without blank lines and # comments.
+
+    Lines may end in a label, as in `cat/1.jpg 0`.
+    """
     lines = [line.strip() for line in _read_text(path, key).split("\n")]
-    return _listed([line for line in lines if line and not line.startswith("#")], None, path, key, root)
+    lines = [line for line in lines if line and not line.startswith("#")]
+    pairs = [LABELLED_LINE.fullmatch(line) for line in lines]
+    if lines and all(pairs) and not os.path.isfile((root or path.parent) / lines[0]):
+        log.info("%s: every line ends in a label, such as %r", path, lines[0])
+        names, labels = zip(*(pair.groups() for pair in pairs if pair), strict=True)
+        return _listed(names, labels, path, key, root)
+    return _listed(lines, None, path, key, root)
 
 
 def open_csv_list(path: Path, key: str, root: Path | None) -> ImageFiles:
     """Open a .csv or .tsv file whose first line names the columns."""
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    try:
-        rows = list(csv.reader(io.StringIO(_read_text(path, key), newline=""), delimiter=delimiter, strict=True))
-    except csv.Error as error:
-        raise UserError(f"{key}: {path}: not valid {path.suffix[1:].upper()}: {error}. Write it again.") from None
+    rows = _read_rows(path, key)
     header = [name.strip() for name in rows[0]] if rows else []
     if any(PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES for name in header):
         raise UserError(f"{key}: {path}: the first line is {header}. It must name the columns, such as path,label.")
@@ -53,6 +63,30 @@ def open_csv_list(path: Path, key: str, root: Path | None) -> ImageFiles:
             names.append(cells[path_column])
             labels.append(cells[label_column] if label_column else None)
     return _listed(names, labels if label_column else None, path, key, root, header)
+
+
+def _read_rows(path: Path, key: str) -> list[list[str]]:
+    """Read a table, if need be with another separator than its suffix's."""
+    text = _read_text(path, key)
+    usual = "\t" if path.suffix.lower() == ".tsv" else ","
+    first, _, rest = text.partition("\n")
+    if stated := re.fullmatch(r'"?sep=(.)"?', first.strip(), re.IGNORECASE):  # written by Excel
+        usual, text = stated[1], rest
+    for delimiter in dict.fromkeys((usual, ",", ";", "\t", "|")):
+        try:
+            header = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+        except csv.Error:
+            continue
+        if len(header) > 1 and {_plain_column(name) for name in header} & set(map(_plain_column, PATH_COLUMNS)):
+            break
+    else:
+        delimiter = usual
+    if delimiter != usual:
+        log.info("%s: columns are separated by %r", path, delimiter)
+    try:
+        return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{key}: {path}: not valid {path.suffix[1:].upper()}: {error}. Write it again.") from None
 
 
 def open_parquet_list(path: Path, key: str, root: Path | None) -> ImageFiles:
@@ -76,7 +110,7 @@ def open_parquet_list(path: Path, key: str, root: Path | None) -> ImageFiles:
             "once the library datasets has saved them: load_dataset('parquet', data_files=...).save_to_disk(...)."
         )
     texts = table[label_column].to_pylist() if label_column else []
-    labels = [None if label is None else str(label) for label in texts] if label_column else None
+    labels = [None if label is None or label != label else str(label) for label in texts] if label_column else None
     return _listed(names, labels, path, key, root, schema.names)
 
 
@@ -106,22 +140,32 @@ LISTS: dict[str, Callable[[Path, str, Path | None], ImageFiles]] = {
 
 
 def _read_text(path: Path, key: str) -> str:
-    try:
-        return read_file(path, f"{key}: {path}").decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{key}: {path}: not a text file in UTF-8: {error}. Write it again.") from error
+    shown = f"{key}: {path}"
+    return decode_text(read_file(path, shown), path, shown)
+
+
+def _plain_column(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name.casefold())
 
 
 def _columns(names: Sequence[str], path: Path, key: str) -> tuple[str, str | None]:
-    label = next((name for name in LABEL_COLUMNS if name in names), None)
+    """Find the columns of paths and labels."""
+    label = _column(LABEL_COLUMNS, names)
     others = [name for name in names if name != label]
-    chosen = next((name for name in PATH_COLUMNS if name in names), others[0] if len(others) == 1 else None)
+    chosen = _column(PATH_COLUMNS, names) or (others[0] if len(others) == 1 else None)
     if chosen is None:
         raise UserError(
             f"{key}: {path}: the columns are {', '.join(names) or 'none'}. Name one of them "
             f"{', '.join(PATH_COLUMNS[:-1])} or {PATH_COLUMNS[-1]}."
         )
     return chosen, label
+
+
+def _column(wanted: Sequence[str], names: Sequence[str]) -> str | None:
+    plain = {_plain_column(name): name for name in reversed(names)}
+    return next((name for name in wanted if name in names), None) or next(
+        (plain[one] for one in map(_plain_column, wanted) if one in plain), None
+    )
 
 
 def _coco_name(entry: Any, where: str) -> str:
@@ -147,16 +191,54 @@ def _listed(
         raise UserError(f"{ROOT_KEYS.get(key, key)}: {root} is not a folder. Name one.")
     if not names:
         raise UserError(f"{key}: {path} names no image. Fill it, or name another list.")
-    paths = [folder / name for name in names if name]
-    if len(paths) < len(names):
-        number = next(number for number, name in enumerate(names, start=1) if not name)
+    given = [name for name in names if name and name.strip()]
+    if len(given) < len(names):
+        number = next(number for number, name in enumerate(names, start=1) if not name or not name.strip())
         raise UserError(f"{key}: {path}: image {number} of {len(names)} has an empty path. Fill it in.")
-    found = map_in_order(os.path.isfile, paths, bar="find images")
-    if missing := [printable(path) for path, is_there in zip(paths, found, strict=True) if not is_there]:
+    paths = _find_files(given, folder, path, key)
+    shown = f" (columns {', '.join(columns)})" if columns else ""
+    source = ImageFiles(paths, f"{len(paths):,} images in the list {path}{shown}", labels)
+    if source.classes:
+        _check_repeated(source)
+    return source
+
+
+def _find_files(names: Sequence[str], folder: Path, path: Path, key: str) -> list[str]:
+    """Return the file of each name, which may be written differently."""
+    paths = [os.path.join(folder, name) for name in names]
+    found = list(map_in_order(os.path.isfile, paths, bar="find images"))
+    missing = list(dict.fromkeys(name for name, is_there in zip(names, found, strict=True) if not is_there))
+    if not missing:
+        return paths
+    present = [name for name, is_there in zip(names, found, strict=True) if is_there]
+    moved, reasons = find_moved(folder, missing, present)
+    if reasons:
         advice = f"set {ROOT_KEYS[key]}=FOLDER" if key in ROOT_KEYS else "write absolute paths"
+        lost = [
+            printable(name) + (f" ({reason})" if reason != NOTHING_LIKE else "") for name, reason in reasons.items()
+        ]
         raise UserError(
-            f"{key}: {path}: {len(missing):,} of {len(paths):,} images are not there: {shorten(missing)}. Relative "
+            f"{key}: {path}: {len(lost):,} of {len(names):,} images are not there: {shorten(lost)}. Relative "
             f"paths start at {folder}: if that is the wrong folder, {advice}."
         )
-    shown = f" (columns {', '.join(columns)})" if columns else ""
-    return ImageFiles(paths, f"{len(paths):,} images in the list {path}{shown}", labels)
+    log.warning("%s: %s", path, describe_moved(folder, moved, len(missing)))
+    return [
+        one if is_there else os.path.join(folder, moved[name])
+        for name, one, is_there in zip(names, paths, found, strict=True)
+    ]
+
+
+def _check_repeated(source: ImageFiles) -> None:
+    """Use no labels if an image is listed again with another label."""
+    first: dict[str, int] = {}
+    repeated = 0
+    for index in range(len(source)):
+        name = os.path.normpath(source.name(index))
+        other = first.setdefault(name, index)
+        repeated += other != index
+        if source.label(other) != source.label(index):
+            both = " and ".join(repr(source.classes[source.label(one)]) for one in (other, index))
+            source.leave_unlabelled(f"{printable(name)} is listed as {both}", "Keep one of these lines")
+            return
+    if repeated:
+        log.info("%s: %s entries name an image again", source.description, f"{repeated:,}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import logging
 import os
@@ -181,7 +182,14 @@ class RangeReader:
         if descriptor is None:
             if len(self._open) >= MAX_OPEN:
                 self._open.clear()
-            descriptor = self._open.setdefault(path, _Descriptor(path))
+            try:
+                opened = _Descriptor(path)
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+                self._open.clear()  # the system allows fewer open files
+                opened = _Descriptor(path)
+            descriptor = self._open.setdefault(path, opened)
         return descriptor
 
 

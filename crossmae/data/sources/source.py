@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from crossmae.errors import UserError, shorten
-from crossmae.files import printable, read_file
+from crossmae.data.sources.labels import unify_labels
+from crossmae.errors import UserError, printable, shorten
+from crossmae.files import read_file
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,12 @@ class Source(ABC):
     classes: tuple[str, ...] = ()
     groups: NDArray[np.int64] | None = None
     _labels: NDArray[np.int64] | None = None
-    _unlabelled: Sequence[int] = ()  # samples without a label, if other samples have one
+    # End of the sentence that begins with the description, if there are no labels.
+    _no_labels = (
+        "have no labels. Labels come from a folder with one subfolder per class, a list with a column `label` or "
+        "`class`, tar shards with a .cls or .json next to every image, or a Hugging Face data set with a ClassLabel "
+        "column."
+    )
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -86,16 +92,7 @@ class Source(ABC):
         Raises UserError if the source has no labels.
         """
         if self._labels is None:
-            if self._unlabelled:
-                raise UserError(
-                    f"{self.description}: {len(self._unlabelled):,} of them have no label, the first is "
-                    f"{printable(self.name(self._unlabelled[0]))}. Label or remove them."
-                )
-            raise UserError(
-                f"{self.description} have no labels. Labels come from a folder with one subfolder per class, a list "
-                "with a column `label` or `class`, tar shards with a .cls or .json next to every image, or a Hugging "
-                "Face data set with a ClassLabel column."
-            )
+            raise UserError(f"{self.description} {self._no_labels}")
         return int(self._labels[index])
 
     def labels(self) -> NDArray[np.int64]:
@@ -113,19 +110,29 @@ class Source(ABC):
         If only some samples have a label, a warning is logged and no labels are used.
 
         Args:
-            order: all classes, if their order is known. Otherwise the labels are sorted, and whole numbers are sorted
-                by value.
+            order: all classes, if their order is known. Otherwise labels that differ in spaces or case only are one
+                class, the classes are sorted, and whole numbers are sorted by value.
         """
-        labelled = [text for text in texts if text]
-        if len(labelled) < len(texts):
+        labels, notes = (list(texts), []) if order else unify_labels(texts)
+        labelled = [label for label in labels if label]
+        if len(labelled) < len(labels):
             if labelled:
-                self._unlabelled = [index for index, text in enumerate(texts) if not text]
-                lacking = len(self._unlabelled)
-                log.warning("%s: labels are not used, %s samples have none", self.description, f"{lacking:,}")
+                lacking = [index for index, label in enumerate(labels) if not label]
+                why = f"{len(lacking):,} samples have none, the first is {printable(self.name(lacking[0]))}"
+                self.leave_unlabelled(why, f"Label them, or leave them out: {len(labelled):,} would be left")
             return
+        for note in notes:
+            log.warning("%s: %s", self.description, note)
         self.classes = tuple(order) or _sorted_classes(set(labelled))
         positions = {name: position for position, name in enumerate(self.classes)}
         self._labels = np.array([positions[text] for text in labelled], dtype=np.int64)
+
+    def leave_unlabelled(self, why: str, remedy: str, warn: bool = True) -> None:
+        """Use no labels, and keep the reason for `label`."""
+        if warn:
+            log.warning("%s: labels are not used, %s", self.description, why)
+        self.classes, self._labels = (), None
+        self._no_labels = f"have no labels: {why}. {remedy}."
 
 
 def _sorted_classes(names: set[str]) -> tuple[str, ...]:

@@ -2,8 +2,9 @@
 
 Own code, because no maintained library gives random access to plain tar files, local or remote.
 
-Members `folder/key.ext` with the same key make one sample. The key ends at the first dot of the base name. A sample has
-an image, and its label is either `key.cls` (a number or a name) or "label" in `key.json`. An index is built once from
+Members `folder/key.ext` with the same key make one sample. The key ends at the first dot of the base name, or at the
+last one where the first makes no sense, as in `1341846.7478.png`. A sample has an image, and its label is either
+`key.cls` (a number or a name) or "label" in `key.json`. Members of the system are left out. An index is built once from
 the headers and cached in ~/.cache/crossmae (or $XDG_CACHE_HOME/crossmae). `tools/make_shards.py` writes an index next
 to its shards.
 """
@@ -16,18 +17,18 @@ import logging
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from crossmae.data.paths import IMAGE_SUFFIXES
+from crossmae.data.paths import IMAGE_SUFFIXES, find_system_part
 from crossmae.data.sources.shard_files import StoredFile, open_file, read_small
 from crossmae.errors import UserError
 from crossmae.files import write_text
 
 BLOCK = 512  # bytes; every header and file in a tar archive begins at a multiple of this size
-CACHE_VERSION = 1  # increase whenever the same shard would get a different index
+CACHE_VERSION = 2  # increase whenever the same shard would get a different index
 
 INDEX_NAME = "index.json"
 PROGRESS_NAME = "progress.jsonl"  # exists until make_shards.py has finished the folder
@@ -47,6 +48,7 @@ class ShardIndex:
         offsets, sizes: position and size of each image in the shard, in bytes.
         labels: labels as written in the shard; None for a sample without a label.
         left_out: number of unused members by extension.
+        system: names of the system that were left out.
     """
 
     names: list[str] = field(default_factory=list)
@@ -54,6 +56,7 @@ class ShardIndex:
     sizes: list[int] = field(default_factory=list)
     labels: list[str | None] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
+    system: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -110,7 +113,7 @@ def cache_folder() -> Path:
 
 def index_shard(shard: StoredFile, marks: dict[str, str]) -> ShardIndex:
     """Return the cached index of a shard, or build the index."""
-    path = cache_folder() / f"{hashlib.sha256(shard.identity.encode()).hexdigest()[:32]}.json"
+    path = cache_folder() / f"{hashlib.sha256(os.fsencode(shard.identity)).hexdigest()[:32]}.json"
     about = {"version": CACHE_VERSION, "shard": shard.identity, **marks}
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -133,7 +136,8 @@ def scan_shard(shard: StoredFile) -> ShardIndex:
     Raises UserError if the shard is not a tar file, is compressed or cut off, or a sample cannot be used. The message
     names the shard.
     """
-    samples: dict[str, _Sample] = {}
+    members: list[tarfile.TarInfo] = []
+    texts: dict[str, bytes] = {}
     end = 0
     try:
         with open_file(shard) as file:
@@ -142,7 +146,10 @@ def scan_shard(shard: StoredFile) -> ShardIndex:
                 for member in tar:
                     end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isreg() else 0)
                     if not member.isdir():
-                        _add_member(samples, member, tar, shard)
+                        members.append(member)
+                    if member.isreg() and member.name.lower().endswith((".cls", ".json")):
+                        content = tar.extractfile(member)
+                        texts[member.name] = content.read() if content else b""
             # tarfile treats a broken header, or a file that is cut between two members, as the end of the archive.
             file.seek(end)
             if file.read(BLOCK) != bytes(BLOCK):
@@ -151,7 +158,7 @@ def scan_shard(shard: StoredFile) -> ShardIndex:
         raise UserError(f"{shard.name}: not a tar file, or cut off: {error}. Copy it again.") from None
     except OSError as error:
         raise UserError(f"{shard.name}: cannot be read: {error.strerror or error}. Check the address.") from error
-    return _collect(samples)
+    return _collect(members, texts, shard)
 
 
 @dataclass
@@ -163,8 +170,8 @@ class _Sample:
 
     def image(self) -> str | None:
         """Return the extension of the image, `jpg` rather than `left.jpg`."""
-        images = [ext for ext in self.members if PurePosixPath(f"x.{ext}").suffix.lower() in IMAGE_SUFFIXES]
-        return min(images, key=lambda ext: "." in ext, default=None)
+        images = [extension for extension in self.members if is_image_extension(extension)]
+        return min(images, key=lambda extension: "." in extension, default=None)
 
     def label(self) -> str | None:
         """Read the label from .cls, else from .json."""
@@ -178,38 +185,56 @@ class _Sample:
         return str(label) if isinstance(label, int | str) and label != "" else None
 
 
-def _add_member(samples: dict[str, _Sample], member: tarfile.TarInfo, tar: tarfile.TarFile, shard: StoredFile) -> None:
-    folder, slash, base = member.name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    key = f"{folder}{slash}{stem}"
-    sample = samples.setdefault(key, _Sample())
-    if extension in sample.members:
-        raise UserError(f"{shard.name}: holds {member.name} twice. Give every sample its own key.")
-    if (not member.isreg() or member.issparse()) and PurePosixPath(base).suffix.lower() in IMAGE_SUFFIXES:
-        kind = "in pieces (sparse)" if member.issparse() else "a link"
-        raise UserError(
-            f"{shard.name}: {member.name} is {kind}. Pack whole files (tar --dereference --hard-dereference)."
-        )
-    sample.members[extension] = member
-    if extension in ("cls", "json") and member.isreg():
-        content = tar.extractfile(member)
-        sample.texts[extension] = content.read() if content else b""
+def _split(name: str, at_last_dot: bool) -> tuple[str, str]:
+    """Split a member's name into key and lower-case extension."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.rpartition(".") if at_last_dot else base.partition(".")
+    return f"{folder}{slash}{stem}", extension.lower()
 
 
-def _collect(samples: dict[str, _Sample]) -> ShardIndex:
-    # A key is empty or ends in "/" if the base name begins with a dot. These hidden files are skipped.
+def _has_dots_in_keys(names: Sequence[str]) -> bool:
+    """Check whether hardly any extension of an image is there twice."""
+    extensions = [extension for name in names if is_image_extension(extension := _split(name, at_last_dot=False)[1])]
+    plain = any("." not in extension for extension in extensions)
+    return not plain and len(extensions) > 2 and len(set(extensions)) * 2 > len(extensions)
+
+
+def is_image_extension(extension: str) -> bool:
+    """Check whether an extension ends in an image suffix, such as `left.jpg`."""
+    return PurePosixPath(f"x.{extension}").suffix in IMAGE_SUFFIXES
+
+
+def _collect(members: Sequence[tarfile.TarInfo], texts: Mapping[str, bytes], shard: StoredFile) -> ShardIndex:
+    system = [find_system_part(member.name) for member in members]
     left_out = Counter[str]()
+    kept = [member for member, part in zip(members, system, strict=True) if not part]
+    at_last_dot = _has_dots_in_keys([member.name for member in kept])
+    samples: dict[str, _Sample] = {}
+    for member in kept:
+        key, extension = _split(member.name, at_last_dot)
+        sample = samples.setdefault(key, _Sample())
+        if extension in sample.members:
+            raise UserError(f"{shard.name}: holds {member.name} twice. Give every sample its own key.")
+        if (not member.isreg() or member.issparse()) and is_image_extension(extension):
+            kind = "in pieces (sparse)" if member.issparse() else "a link"
+            raise UserError(
+                f"{shard.name}: {member.name} is {kind}. Pack whole files (tar --dereference --hard-dereference)."
+            )
+        sample.members[extension] = member
+        if extension in ("cls", "json") and member.isreg():
+            sample.texts[extension] = texts[member.name]
     found = []
-    for key, sample in samples.items():
-        extension = None if not key or key.endswith("/") else sample.image()
-        used = {extension, *sample.texts} if extension else set()
+    for sample in samples.values():
+        extension_or_none = sample.image()
+        used = {extension_or_none, *sample.texts} if extension_or_none else set()
         left_out.update(f".{other}" for other in sample.members if other not in used)
-        if extension is not None:
-            found.append((sample.members[extension], sample.label()))
+        if extension_or_none is not None:
+            found.append((sample.members[extension_or_none], sample.label()))
     found.sort(key=lambda pair: pair[0].offset_data)
-    members, labels = [member for member, _ in found], [label for _, label in found]
-    offsets, sizes = [member.offset_data for member in members], [member.size for member in members]
-    return ShardIndex([member.name for member in members], offsets, sizes, labels, dict(left_out))
+    images, labels = [member for member, _ in found], [label for _, label in found]
+    offsets, sizes = [member.offset_data for member in images], [member.size for member in images]
+    names = [member.name for member in images]
+    return ShardIndex(names, offsets, sizes, labels, dict(left_out), [part for part in system if part])
 
 
 def _refuse_compressed(shard: StoredFile, file: BinaryIO) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from crossmae.data.parallel import map_in_order
+from crossmae.data.paths import count_names
 from crossmae.data.sources.shard_files import (
     RangeReader,
     StoredFile,
@@ -28,10 +29,10 @@ from crossmae.data.sources.tar_index import (
     FolderIndex,
     ShardIndex,
     index_shard,
+    is_image_extension,
     read_folder_index,
 )
-from crossmae.errors import UserError, shorten
-from crossmae.files import printable
+from crossmae.errors import UserError, printable, shorten
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -117,8 +118,11 @@ def open_shards(value: str, key: str) -> TarShards:
 
     images = sum(len(index.names) for index in indexes)
     left_out = sum((Counter(index.left_out) for index in indexes), Counter[str]())
+    if system := [name for index in indexes for name in index.system]:
+        log.info("%s: left out what is hidden or of the system: %s", value, count_names(system))
     if left_out:
-        log.info("%s: %s members are unused: %s", value, f"{left_out.total():,}", dict(left_out.most_common(5)))
+        level = logging.WARNING if any(is_image_extension(name[1:]) for name in left_out) else logging.INFO
+        log.log(level, "%s: unused members: %s", value, count_names(left_out.elements()))
     if not images:
         raise UserError(f"{key}: no image in the {len(shards):,} shards of {value}. Name other shards.")
     full = [(shard, index) for shard, index in zip(shards, indexes, strict=True) if index.names]

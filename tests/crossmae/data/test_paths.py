@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
 
-from crossmae.data.paths import find_images, find_inputs
+from crossmae.data.paths import find_images, find_inputs, is_system_name
 from crossmae.errors import UserError
 from tests.crossmae.data.test_images import save
 
@@ -43,3 +44,28 @@ def test_inputs_are_files_folders_and_patterns(tmp_path: Path) -> None:
     assert find_inputs([str(tmp_path / "**/d*.png")]) == [deep]
     with pytest.raises(UserError, match="IMAGES: none: no such file or folder, and no file matches"):
         find_inputs(["none"])
+
+
+SYSTEM = ["@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__MACOSX", ".Trash-1000"]
+SYSTEM += [".ipynb_checkpoints", ".thumbnails", "@Recently-Snapshot", ".git", ".AppleDouble", "~snapshot", "@GMT-2024"]
+
+
+def test_what_the_system_put_there_is_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = [save(tmp_path / "a/1.png"), save(tmp_path / "recycled" / "lost.png")]
+    for name in SYSTEM:
+        save(tmp_path / "a" / name / "1.png")
+    for name in ("._1.png", "._2.png", "Thumbs.db", "AlbumArtSmall.jpg"):
+        (tmp_path / "a" / name).write_bytes(b"x")
+    with caplog.at_level(logging.INFO):
+        assert find_images(tmp_path, "data.train") == list(map(str, expected))
+        assert find_inputs([str(tmp_path / "**/*.png")]) == expected
+    assert "left out what is hidden or of the system: 2 ._*, " in caplog.text
+    assert "/**/*.png: left out what is hidden or of the system: 1 " in caplog.text
+    save(tmp_path / "@eaDir/1.png")
+    assert find_images(tmp_path / "@eaDir", "data.train") == find_images(tmp_path / "@eaDir", "")  # asked for by name
+    assert find_inputs([str(tmp_path / "@eaDir/*.png")]) == [tmp_path / "@eaDir/1.png"]
+
+
+@pytest.mark.parametrize("name", ["cat", "tmp", "snapshot", "Recycle", "thumbs", "test", "@home", "#1", "~a", "icon"])
+def test_ordinary_names_are_kept(name: str) -> None:
+    assert not is_system_name(name)

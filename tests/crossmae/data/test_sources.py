@@ -206,7 +206,7 @@ BAD: list[tuple[str, str, str]] = [
     (
         "gone.txt",
         "\n".join(f"{n}.png" for n in range(7)),
-        r"7 of 7 images are not there: .*/4\.png and 2 more\. .*data.root=",
+        r"7 of 7 images are not there: .* 4\.png and 2 more\. .*data.root=",
     ),
     (
         "columns.csv",
@@ -258,7 +258,7 @@ def test_a_bad_url_is_named_at_once(url: str, message: str, monkeypatch: pytest.
 
 def test_text_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"list\.txt: not a text file in UTF-8"):
+    with pytest.raises(UserError, match=r"list\.txt: is UTF-16 text, not UTF-8. Convert it: iconv -f UTF-16"):
         open_source(tmp_path / "list.txt", "data.train")
 
 

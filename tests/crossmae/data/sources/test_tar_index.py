@@ -57,7 +57,8 @@ def test_images_and_labels_are_found_in_any_order_of_members(seed: int | None, t
 
 def test_members_that_are_not_used_are_counted(tmp_path: Path) -> None:
     index = scan_shard(stored(tmp_path / "x.tar", tar_bytes(MEMBERS)))
-    assert index.left_out == {".seg.png": 1, ".txt": 1, "._1.webp": 1, ".cls": 1}
+    assert index.left_out == {".seg.png": 1, ".txt": 1, ".cls": 1}
+    assert index.system == ["._1.webp"]
 
 
 def test_the_kept_index_is_used_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,3 +152,29 @@ def test_a_foreign_index_beside_shards_is_not_used(tmp_path: Path) -> None:
     for content in ("{", "[]", "{}", '{"format": "other"}'):
         (tmp_path / "index.json").write_text(content)
         assert read_folder_index(stored(tmp_path / "index.json")) is None
+
+
+def test_keys_may_hold_dots(tmp_path: Path) -> None:
+    # Time stamps, as of TUM's cameras: the first dot of a name is within the key.
+    members = {
+        f"rgb/{number}.{number * 7}.{kind}": f"{number}".encode() for number in range(10, 14) for kind in ("png", "cls")
+    }
+    index = scan_shard(stored(tmp_path / "x.tar", tar_bytes(members)))
+    assert index.names == [name for name in members if name.endswith("png")]
+    assert index.labels == ["10", "11", "12", "13"]
+    views = {f"{number}.{view}.png": b"x" for number in range(4) for view in ("left", "right")}
+    index = scan_shard(stored(tmp_path / "y.tar", tar_bytes(views)))
+    assert index.names == [f"{number}.left.png" for number in range(4)]
+    assert index.left_out == {".right.png": 4}
+
+
+def test_members_of_the_system_are_left_out(tmp_path: Path) -> None:
+    members = {
+        f"{folder}{key}.{kind}": b"7"
+        for key in "12"
+        for kind in ("PNG", "Cls")
+        for folder in ("", "__MACOSX/", "a/@eaDir/")
+    }
+    index = scan_shard(stored(tmp_path / "x.tar", tar_bytes(members)))
+    assert (index.names, index.labels, index.left_out) == (["1.PNG", "2.PNG"], ["7", "7"], {})
+    assert sorted(set(index.system)) == ["@eaDir", "__MACOSX"]

@@ -1,0 +1,76 @@
+"""Labels as people write them: spaces, upper and lower case, whole numbers with a point, missing values."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from unicodedata import normalize
+
+from crossmae.errors import shorten
+
+WHOLE_NUMBER = re.compile(r"([+-]?\d+)(\.0*)?")
+MOST_CASE_SENSITIVE = 2  # letters: `a` and `A`, or `Co` and `CO`, may be two classes
+
+
+def unify_labels(texts: Sequence[str | None]) -> tuple[list[str | None], list[str]]:
+    """Write equal labels in one way.
+
+    Labels that differ in spaces or case only become the most frequent spelling, and `1.0` becomes `1`.
+
+    Returns:
+        The labels, None without one, and a sentence for each decision.
+    """
+    counts = Counter(text for text in texts if text is not None)
+    plain = _whole_numbers({text: plain_label(text) for text in counts})
+    spellings: dict[str, Counter[str]] = defaultdict(Counter)
+    for text, label in plain.items():
+        if label:
+            spellings[label if len(label) <= MOST_CASE_SENSITIVE else fold_label(label)][label] += counts[text]
+    chosen = {
+        label: min(group, key=lambda one: (-group[one], one != one.lower(), one))
+        for group in spellings.values()
+        for label in group
+    }
+    written: dict[str, list[str]] = defaultdict(list)
+    for text, label in plain.items():
+        if label:
+            written[chosen[label]].append(text)
+    joined = [
+        f"{' and '.join(f'{text!r} ({counts[text]:,})' for text in sorted(group))} are one class, {label!r}"
+        for label, group in written.items()
+        if len({text for text in group if not WHOLE_NUMBER.fullmatch(text)}) > 1
+    ]
+    notes = [shorten(joined, separator=". ")] if joined else []
+    cases = Counter(fold_label(label) for label in written)
+    if apart := sorted(label for label in written if cases[fold_label(label)] > 1):
+        notes.append(f"{shorten(apart)} differ in case only and are classes of their own")
+    return [chosen.get(plain[text] or "") if text is not None else None for text in texts], notes
+
+
+def plain_label(text: str) -> str:
+    """Remove spaces at the ends, double and invisible spaces."""
+    return " ".join(re.sub(r"[\s\u200b\ufeff]+", " ", normalize("NFC", text)).split())
+
+
+def fold_label(text: str) -> str:
+    """Remove differences in spaces and case."""
+    return plain_label(text).casefold()
+
+
+def match_labels(words: Iterable[str], classes: Sequence[str]) -> Mapping[str, int]:
+    """Find labels in `classes`, if need be regardless of spaces and case."""
+    exact = {name: position for position, name in enumerate(classes)}
+    counts = Counter(map(fold_label, classes))
+    loose = {fold_label(name): position for name, position in exact.items() if counts[fold_label(name)] == 1}
+    found = {word: exact.get(word, loose.get(fold_label(word))) for word in words}
+    return {word: position for word, position in found.items() if position is not None}
+
+
+def _whole_numbers(plain: dict[str, str]) -> dict[str, str]:
+    """Write `1.0` as `1` if all labels are whole numbers or NaN."""
+    numbers = [label for label in plain.values() if label and label.lower() != "nan"]
+    if not numbers or not all(label.isascii() and WHOLE_NUMBER.fullmatch(label) for label in numbers):
+        return plain
+    matches = {text: WHOLE_NUMBER.fullmatch(label) for text, label in plain.items()}
+    return {text: match[1] if match else "" for text, match in matches.items()}
