@@ -14,7 +14,7 @@ from typing import Any
 
 from crossmae.data.found_names import NOTHING_LIKE, describe_moved, find_moved
 from crossmae.data.parallel import map_in_order
-from crossmae.data.paths import IMAGE_SUFFIXES
+from crossmae.data.paths import IMAGE_SUFFIXES, refuse_unread
 from crossmae.data.sources.source import ImageFiles
 from crossmae.errors import UserError, import_extra, printable, shorten
 from crossmae.files import decode_text, read_file
@@ -196,6 +196,7 @@ def _listed(
         number = next(number for number, name in enumerate(names, start=1) if not name or not name.strip())
         raise UserError(f"{key}: {path}: image {number} of {len(names)} has an empty path. Fill it in.")
     paths = _find_files(given, folder, path, key)
+    refuse_unread(paths, f"{key}: {path}")
     shown = f" (columns {', '.join(columns)})" if columns else ""
     source = ImageFiles(paths, f"{len(paths):,} images in the list {path}{shown}", labels)
     if source.classes:
