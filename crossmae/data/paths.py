@@ -6,7 +6,7 @@ import glob
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import chain
 from pathlib import Path
 
@@ -91,10 +91,11 @@ def match_pattern(argument: str, key: str) -> list[str]:
     return found
 
 
-def find_images(folder: Path, key: str) -> list[str]:
+def find_images(folder: Path, key: str, suffixes: Set[str] = IMAGE_SUFFIXES) -> list[str]:
     """Find all images in a folder and its subfolders, sorted by path.
 
-    The log counts what was left out. Paths are strings, because millions of `Path` objects would need gigabytes.
+    Only files with one of the suffixes are found. The log counts what was left out. Paths are strings, because millions
+    of `Path` objects would need gigabytes.
 
     Raises UserError if no image is found, or a subfolder cannot be searched.
     """
@@ -104,7 +105,7 @@ def find_images(folder: Path, key: str) -> list[str]:
     start = len(os.path.join(folder, ""))
     for path in walk_files(folder, system, _refuse):
         kind = file_kind(path)
-        if kind in IMAGE_SUFFIXES:
+        if kind in suffixes:
             images.append(path)
         else:
             unread[_subfolder(path[start:]), kind] += 1
@@ -134,14 +135,14 @@ def _count_kinds(unread: Mapping[tuple[str, str], int]) -> str:
 
 
 def describe_lack(place: str, unread: Mapping[tuple[str, str], int]) -> str:
-    """Explain why a place has no image, with the kinds of its files."""
+    """Explain why a place has no image: count other files."""
     if not unread:
         return f"no image in {place}: there is no file. Name another folder."
     return f"no image in {place}: {_count_kinds(unread)} are not read by this tool. {CONVERT}."
 
 
 def log_unread(place: str | Path, unread: Mapping[tuple[str, str], int], images: Iterable[str]) -> None:
-    """Log the files that are not read. Warn if they outnumber the images.
+    """Log unread files. Warn if they outnumber the images.
 
     Args:
         unread: number of files by subfolder and kind.
@@ -163,7 +164,7 @@ def log_unread(place: str | Path, unread: Mapping[tuple[str, str], int], images:
 
 
 def refuse_unread(paths: Sequence[str], where: str) -> None:
-    """Raise a UserError if no suffix of some files, nor their content, is an image's."""
+    """Raise a UserError for files that are no images by suffix and content."""
     others: dict[str, list[str]] = defaultdict(list)
     for path in paths:
         if (kind := file_kind(path)) not in IMAGE_SUFFIXES:
@@ -208,13 +209,16 @@ def _refuse(error: OSError) -> None:
     raise UserError(f"{printable(error.filename)}: cannot be searched: {error.strerror}. Change its permissions.")
 
 
-def find_inputs(arguments: Sequence[str]) -> list[Path]:
-    """Find all files named by files, folders and patterns, each once."""
+def find_inputs(arguments: Sequence[str], suffixes: Set[str] = IMAGE_SUFFIXES) -> list[Path]:
+    """Find all files named by files, folders and patterns, each once.
+
+    In folders, only files with one of the suffixes are found.
+    """
     paths: list[str] = []
     for argument in arguments:
         path = Path(argument).expanduser()
         if path.is_dir():
-            paths += find_images(path, "IMAGES")
+            paths += find_images(path, "IMAGES", suffixes)
         else:
             paths += [str(path)] if path.is_file() else match_pattern(argument, "IMAGES")
     return [Path(path) for path in dict.fromkeys(paths)]

@@ -61,7 +61,7 @@ def centre_view(pixels: Image.Image | Tensor, size: tuple[int, int], crop_pct: f
 
 
 def _enlarged_centre(pixels: Image.Image | Tensor, size: tuple[int, int], scaled: list[int]) -> Tensor:
-    """Return the centre of an enlargement to `scaled`, without the rest of it."""
+    """Enlarge only the centre of an image that would become `scaled`."""
     spans = [_source_span(*sides) for sides in zip(VF.get_size(pixels), scaled, size, strict=True)]
     (top, height, above, below), (left, width, before, behind) = spans
     part = to_tensor(VF.crop(pixels, top, left, height, width))

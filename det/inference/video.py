@@ -94,13 +94,13 @@ class Video:
 
 
 def _pictures(container: Any) -> Any:
-    """Return the first video stream that is not a cover picture, or None."""
+    """Return the first video stream other than a cover picture, if any."""
     cover = pyav().stream.Disposition.attached_pic
     return next((stream for stream in container.streams.video if not stream.disposition & cover), None)
 
 
 def _square_pixels(picture: Any, aspect: Fraction) -> NDArray[np.uint8]:
-    """Convert a frame to RGB (H, W, 3), enlarged along one side to square pixels."""
+    """Convert a frame to RGB (H, W, 3), enlarged to square pixels."""
     if aspect == 1 or not Fraction(1, MOST_ASPECT) <= aspect <= MOST_ASPECT:
         pixels: NDArray[np.uint8] = picture.to_ndarray(format="rgb24")
         return pixels

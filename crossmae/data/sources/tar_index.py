@@ -172,7 +172,7 @@ class _Sample:
     texts: dict[str, bytes] = field(default_factory=dict)
 
     def image(self) -> str | None:
-        """Return the extension of the image, `jpg` rather than `left.jpg` or the mask `pgm`."""
+        """Return the extension of the image, `jpg` before `left.jpg` and `pgm`."""
         images = [extension for extension in self.members if is_image_extension(extension)]
         return min(images, key=lambda name: ("." in name, _SUFFIXES.index(f".{name.rpartition('.')[2]}")), default=None)
 
