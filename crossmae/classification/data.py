@@ -24,6 +24,7 @@ from crossmae.data.sources import Source
 from crossmae.data.sources.labels import match_labels, unify_labels
 from crossmae.data.workers import Loader, usable_workers
 from crossmae.errors import UserError, shorten
+from crossmae.files import decode_text, read_file
 
 SEPARATORS = "|;,"
 
@@ -149,10 +150,7 @@ def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str])
     where = "data.class_names"
     if isinstance(names, Path):
         where = f"data.class_names: {names}"
-        try:
-            names = names.expanduser().read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{where}: cannot be read ({error}). Name a text file in UTF-8.") from None
+        names = decode_text(read_file(names.expanduser(), where), names, where).splitlines()
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{where}: {shorten(doubled)} twice. Give every class its own name.")
     if len(names) != len(classes):

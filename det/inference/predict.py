@@ -24,6 +24,7 @@ from pycocotools import mask as coco_mask
 
 from crossmae.data.images import read_image, to_rgb
 from crossmae.errors import UserError
+from crossmae.files import decode_text, read_file
 from det.backbone.weights import build_detector, find_detector, load_weights
 from det.config import CONFIG, RECORD, check_config, choose_device, load_det_config
 from det.data.coco import read_categories
@@ -212,10 +213,7 @@ def _read_classes(file: Path) -> Classes:
     if file.suffix.lower() == ".json":
         categories = read_categories(file)  # sorted by id, as detectron2 numbers the classes
         return Classes(tuple(name for _, name in categories), tuple(number for number, _ in categories))
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read as text: {getattr(error, 'strerror', None) or error}") from None
+    lines = decode_text(read_file(file), file).splitlines()
     names = tuple(line.strip() for line in lines if line.strip())
     return Classes(names, tuple(range(1, len(names) + 1)))
 

@@ -54,14 +54,15 @@ def open_csv_list(path: Path, key: str, root: Path | None) -> ImageFiles:
     path_column, label_column = _columns(header, path, key)
     names, labels = [], []
     for number, row in enumerate(rows[1:], start=2):
-        if row and len(row) != len(header):
+        if not any(cell.strip() for cell in row):  # Excel writes such rows at the end
+            continue
+        if len(row) != len(header):
             raise UserError(
                 f"{key}: {path}, line {number}: has {len(row)} values, the header {len(header)}: {row}. Correct it."
             )
-        if row:
-            cells = dict(zip(header, row, strict=True))
-            names.append(cells[path_column])
-            labels.append(cells[label_column] if label_column else None)
+        cells = dict(zip(header, row, strict=True))
+        names.append(cells[path_column])
+        labels.append(cells[label_column] if label_column else None)
     return _listed(names, labels if label_column else None, path, key, root, header)
 
 
@@ -127,7 +128,7 @@ def open_coco(path: Path, key: str, root: Path | None) -> ImageFiles:
     unique = list(dict.fromkeys(names))
     if len(unique) < len(names):
         log.info("%s: %s entries name an image again; each image counts once", path, f"{len(names) - len(unique):,}")
-    return _listed(unique, None, path, key, root)
+    return _listed(unique, None, path, key, root, outside=False)
 
 
 LISTS: dict[str, Callable[[Path, str, Path | None], ImageFiles]] = {
@@ -172,10 +173,12 @@ def _coco_name(entry: Any, where: str) -> str:
     name = entry.get("file_name") if isinstance(entry, dict) else None
     if not isinstance(name, str) or not name:
         raise UserError(f"{where}: file_name is {name!r}. It must be text.")
-    parts = PurePosixPath(name)
-    if parts.is_absolute() or PureWindowsPath(name).is_absolute() or ".." in parts.parts:
-        raise UserError(f"{where}: file_name {name!r} leads out of the image folder. Give a path inside it.")
     return name
+
+
+def _leads_out(name: str) -> bool:
+    parts = PurePosixPath(name)
+    return parts.is_absolute() or PureWindowsPath(name).is_absolute() or ".." in parts.parts
 
 
 def _listed(
@@ -185,6 +188,7 @@ def _listed(
     key: str,
     root: Path | None,
     columns: Sequence[str] = (),
+    outside: bool = True,
 ) -> ImageFiles:
     folder = root or path.parent
     if root is not None and not root.is_dir():
@@ -195,7 +199,7 @@ def _listed(
     if len(given) < len(names):
         number = next(number for number, name in enumerate(names, start=1) if not name or not name.strip())
         raise UserError(f"{key}: {path}: image {number} of {len(names)} has an empty path. Fill it in.")
-    paths = _find_files(given, folder, path, key)
+    paths = _find_files(given, folder, path, key, outside)
     refuse_unread(paths, f"{key}: {path}")
     shown = f" (columns {', '.join(columns)})" if columns else ""
     source = ImageFiles(paths, f"{len(paths):,} images in the list {path}{shown}", labels)
@@ -204,10 +208,15 @@ def _listed(
     return source
 
 
-def _find_files(names: Sequence[str], folder: Path, path: Path, key: str) -> list[str]:
-    """Return the file of each name, which may be written differently."""
+def _find_files(names: Sequence[str], folder: Path, path: Path, key: str, outside: bool) -> list[str]:
+    """Return the file of each name, which may be written differently.
+
+    Without `outside`, only files in the folder are used.
+    """
     paths = [os.path.join(folder, name) for name in names]
     found = list(map_in_order(os.path.isfile, paths, bar="find images"))
+    if not outside:
+        found = [is_there and not _leads_out(name) for name, is_there in zip(names, found, strict=True)]
     missing = list(dict.fromkeys(name for name, is_there in zip(names, found, strict=True) if not is_there))
     if not missing:
         return paths
@@ -215,9 +224,9 @@ def _find_files(names: Sequence[str], folder: Path, path: Path, key: str) -> lis
     moved, reasons = find_moved(folder, missing, present)
     if reasons:
         advice = f"set {ROOT_KEYS[key]}=FOLDER" if key in ROOT_KEYS else "write absolute paths"
-        lost = [
-            printable(name) + (f" ({reason})" if reason != NOTHING_LIKE else "") for name, reason in reasons.items()
-        ]
+        if not outside:
+            reasons = {name: "leads out of the folder" if _leads_out(name) else why for name, why in reasons.items()}
+        lost = [printable(name) + (f" ({why})" if why != NOTHING_LIKE else "") for name, why in reasons.items()]
         raise UserError(
             f"{key}: {path}: {len(lost):,} of {len(names):,} images are not there: {shorten(lost)}. Relative "
             f"paths start at {folder}: if that is the wrong folder, {advice}."

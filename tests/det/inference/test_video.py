@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from contextlib import suppress
 from fractions import Fraction
 
 import numpy as np
@@ -12,8 +13,9 @@ pytest.importorskip("av", reason='PyAV is not installed: pip install -e ".[video
 
 import av
 
+from crossmae.data.paths import VIDEO_SUFFIXES
 from crossmae.errors import UserError
-from det.inference.video import Frame, Video, is_video, write_video
+from det.inference.video import Frame, Video, is_video, letterbox, write_video
 
 CORNER, GROUND = (20, 180, 60), (200, 40, 90)
 
@@ -163,3 +165,162 @@ def test_a_file_that_can_not_be_written_is_an_os_error_and_the_frames_that_are_l
     with pytest.raises(OSError, match=r"b\.mp4") as caught:
         write_video(tmp_path / "b.mp4", frames(2, Fraction(10)), Fraction(10))
     assert caught.value.errno == errno.EISDIR
+
+
+def encode(path, sizes, codec="libx264", aspect=None, kind=None, pix_fmt="yuv420p", **options):
+    """Write one frame of each size, from an encoder for each run of equal sizes, as calls over a network do."""
+    with av.open(str(path), "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=10, options=options)
+        (stream.width, stream.height), stream.pix_fmt = sizes[0], pix_fmt
+        stream.codec_context.sample_aspect_ratio = aspect
+        if len(set(sizes)) == 1:
+            for width, height in sizes:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(height, width), format="rgb24")))
+            container.mux(stream.encode(None))
+        for number, (width, height) in enumerate(sizes if len(set(sizes)) > 1 else ()):
+            own = av.CodecContext.create(codec, "w")
+            own.width, own.height, own.pix_fmt, own.time_base = width, height, pix_fmt, Fraction(1, 10)
+            frame = av.VideoFrame.from_ndarray(picture(height, width), format="rgb24").reformat(format=pix_fmt)
+            frame.pts, frame.time_base = 0, Fraction(1, 10)
+            for packet in [*own.encode(frame), *own.encode(None)]:
+                packet.pts = packet.dts = number
+                packet.time_base, packet.stream = Fraction(1, 10), stream
+                container.mux(packet)
+    return path
+
+
+KINDS = {
+    **dict.fromkeys(("mp4", "m4v", "mov", "qt", "3gp", "3g2", "f4v"), ("libx264", None)),
+    **dict.fromkeys(("mkv", "flv"), ("libx264", None)),
+    **dict.fromkeys(("ts", "mts", "m2t", "m2ts"), ("libx264", "mpegts")),
+    **dict.fromkeys(("mpg", "mpeg", "mpe"), ("mpeg2video", "mpeg")),
+    **dict.fromkeys(("wmv", "asf"), ("wmv2", "asf")),
+    **dict.fromkeys(("avi", "divx"), ("mpeg4", "avi")),
+    "webm": ("libvpx", None),
+    "ivf": ("libvpx", "ivf"),
+    "vob": ("mpeg2video", "vob"),
+    "mxf": ("mpeg2video", "mxf"),
+    "ogv": ("libvpx", "ogg"),
+    "rm": ("rv20", "rm"),
+    "m1v": ("mpeg1video", "mpeg1video"),
+    "m2v": ("mpeg2video", "mpeg2video"),
+    "mjpeg": ("mjpeg", "mjpeg"),
+    "h264": ("libx264", "h264"),
+    "hevc": ("libx265", "hevc"),
+    "y4m": ("wrapped_avframe", "yuv4mpegpipe"),
+    "dv": ("dvvideo", "dv"),
+}
+
+
+@pytest.mark.parametrize("suffix", sorted(VIDEO_SUFFIXES))
+def test_every_container_is_read(tmp_path, suffix):
+    if suffix == ".rmvb":
+        pytest.skip("a name of .rm")
+    codec, kind = KINDS[suffix[1:]]
+    size = (720, 576) if suffix == ".dv" else (352, 288)
+    quiet = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    path = encode(tmp_path / f"a{suffix.upper()}", [size] * 4, codec, kind=kind, pix_fmt=pix_fmt, **quiet)
+    assert is_video(path)
+    found = list(Video(path))
+    assert len(found) == 4
+    assert all(close(frame.pixels[40, 40], CORNER) for frame in found)
+    write_video(tmp_path / "copy.mp4", found, Video(path).rate)
+    assert len(list(Video(tmp_path / "copy.mp4"))) == 4
+
+
+@pytest.mark.parametrize(
+    "sizes", [[(64, 48), (48, 64)], [(48, 64), (64, 48)], [(64, 48), (32, 24)], [(64, 48), (66, 50)]]
+)
+def test_frames_of_another_size_are_letterboxed(tmp_path, caplog, sizes):
+    """The first frame decides the size of what is written, and no picture is distorted."""
+    sizes = [(64, 48), other]
+    path = encode(tmp_path / "call.webm", [sizes[0], sizes[0], sizes[1]], "libvpx")
+    with caplog.at_level("INFO"):
+        found = list(Video(path))
+    assert [frame.pixels.shape[1::-1] for frame in found] == [sizes[0], sizes[0], sizes[1]]
+    text = "from frame 2 on, frames have {} x {} pixels, not {} x {}".format(*sizes[1], *sizes[0])
+    assert [text in record.message for record in caplog.records] == [True]
+    write_video(tmp_path / "a.mp4", found, Fraction(10))
+    copies = [frame.pixels for frame in Video(tmp_path / "a.mp4")]
+    assert {copy.shape[1::-1] for copy in copies} == {sizes[0]}
+    (width, height), last = sizes[0], copies[2].astype(int)
+    scale = min(width / sizes[1][0], height / sizes[1][1])
+    inner = np.array([sizes[1][1] * scale, sizes[1][0] * scale])
+    top, left = (np.array([height, width]) - inner) / 2
+    for share, color in ((0.25, CORNER), (0.75, GROUND)):
+        y, x = (np.array([top, left]) + inner * share).astype(int)
+        assert np.abs(last[y, x] - color).max() <= 30
+    if top >= 8:
+        assert last[2].max() <= 20
+    if left >= 8:
+        assert last[:, 2].max() <= 20
+
+
+@pytest.mark.parametrize(
+    ("aspect", "size"),
+    [(None, (96, 96)), (Fraction(1), (96, 96)), (Fraction(16, 9), (171, 96)), (Fraction(8, 9), (96, 108))],
+)
+def test_pixels_become_square(tmp_path, aspect, size):
+    video = Video(encode(tmp_path / "dv.mkv", [(96, 96)] * 2, aspect=aspect))
+    assert video.pixel_aspect == (aspect or 1)
+    for frame in video:
+        assert frame.pixels.shape[1::-1] == size
+        assert close(frame.pixels[size[1] // 2 - 6, size[0] // 2 - 6], CORNER)
+        assert close(frame.pixels[size[1] // 2 + 6, size[0] // 2 - 6], GROUND)
+
+
+def test_an_absurd_pixel_aspect_is_ignored(tmp_path):
+    (frame,) = Video(encode(tmp_path / "a.mkv", [(96, 96)], aspect=Fraction(1000)))
+    assert frame.pixels.shape == (96, 96, 3)
+
+
+def test_the_rotation_is_of_square_pixels(tmp_path):
+    path = tmp_path / "phone.mov"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(2)
+        stream.set_display_rotation(90)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(), format="rgb24")))
+        container.mux(stream.encode(None))
+    (frame,) = Video(path)
+    assert frame.pixels.shape == (128, 48, 3)
+
+
+def test_a_cover_picture_is_no_video(tmp_path):
+    """A song's cover comes first in some files, or alone."""
+    with av.open(str(tmp_path / "cover.mkv"), "w") as container:
+        cover, film = container.add_stream("mjpeg", rate=10), container.add_stream("libx264", rate=10)
+        for stream, (width, height) in ((cover, (32, 32)), (film, (64, 48))):
+            stream.width, stream.height = width, height
+            stream.pix_fmt = "yuvj420p" if stream is cover else "yuv420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        for stream in (cover, film):
+            frame = av.VideoFrame.from_ndarray(picture(stream.height, stream.width), format="rgb24")
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    assert [frame.pixels.shape for frame in Video(tmp_path / "cover.mkv")] == [(48, 64, 3)]
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "ts", "avi"])
+def test_a_video_cut_in_the_middle_gives_the_frames_before(tmp_path, suffix):
+    path = encode(tmp_path / f"a.{suffix}", [(64, 48)] * 40, "mpeg4" if suffix == "avi" else "libx264", g="5")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    found = []
+    with suppress(UserError):  # some containers tell
+        found.extend(frame.pixels for frame in Video(path))
+    assert 0 < len(found) < 40
+    assert all(close(pixels[5, 5], CORNER) for pixels in found[:-1])
+
+
+def test_a_picture_of_one_pixel_can_be_written(tmp_path):
+    write_video(tmp_path / "a.mp4", frames(2, Fraction(10), np.full((1, 1, 3), 200, np.uint8)), Fraction(10))
+    assert [frame.pixels.shape for frame in Video(tmp_path / "a.mp4")] == [(2, 2, 3)] * 2
+
+
+def test_a_letterboxed_strip_keeps_a_pixel():
+    strip = np.full((1, 500, 3), 200, np.uint8)
+    assert (letterbox(strip, (10, 50))[:, 25].max(axis=1) == [0] * 4 + [200] + [0] * 5).all()
+    assert letterbox(strip, (1, 500)) is strip
