@@ -170,9 +170,10 @@ def test_a_file_that_can_not_be_written_is_an_os_error_and_the_frames_that_are_l
 def encode(path, sizes, codec="libx264", aspect=None, kind=None, pix_fmt="yuv420p", **options):
     """Write one frame of each size, from an encoder for each run of equal sizes, as calls over a network do."""
     with av.open(str(path), "w", format=kind) as container:
-        stream = container.add_stream(codec, rate=10, options=options)
+        stream = container.add_stream(codec, rate=25 if kind else 10, options=options)
         (stream.width, stream.height), stream.pix_fmt = sizes[0], pix_fmt
-        stream.codec_context.sample_aspect_ratio = aspect
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
         if len(set(sizes)) == 1:
             for width, height in sizes:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(height, width), format="rgb24")))
@@ -190,13 +191,14 @@ def encode(path, sizes, codec="libx264", aspect=None, kind=None, pix_fmt="yuv420
 
 
 KINDS = {
-    **dict.fromkeys(("mp4", "m4v", "mov", "qt", "3gp", "3g2", "f4v"), ("libx264", None)),
+    **dict.fromkeys(("mp4", "m4v", "mov", "3gp", "3g2", "f4v"), ("libx264", None)),
     **dict.fromkeys(("mkv", "flv"), ("libx264", None)),
     **dict.fromkeys(("ts", "mts", "m2t", "m2ts"), ("libx264", "mpegts")),
     **dict.fromkeys(("mpg", "mpeg", "mpe"), ("mpeg2video", "mpeg")),
     **dict.fromkeys(("wmv", "asf"), ("wmv2", "asf")),
     **dict.fromkeys(("avi", "divx"), ("mpeg4", "avi")),
     "webm": ("libvpx", None),
+    "qt": ("libx264", "mov"),
     "ivf": ("libvpx", "ivf"),
     "vob": ("mpeg2video", "vob"),
     "mxf": ("mpeg2video", "mxf"),
@@ -207,7 +209,7 @@ KINDS = {
     "mjpeg": ("mjpeg", "mjpeg"),
     "h264": ("libx264", "h264"),
     "hevc": ("libx265", "hevc"),
-    "y4m": ("wrapped_avframe", "yuv4mpegpipe"),
+    "y4m": ("rawvideo", "yuv4mpegpipe"),
     "dv": ("dvvideo", "dv"),
 }
 
@@ -217,7 +219,7 @@ def test_every_container_is_read(tmp_path, suffix):
     if suffix == ".rmvb":
         pytest.skip("a name of .rm")
     codec, kind = KINDS[suffix[1:]]
-    size = (720, 576) if suffix == ".dv" else (352, 288)
+    size = (720, 576) if suffix == ".dv" else (128, 96)
     quiet = {"x265-params": "log-level=none"} if codec == "libx265" else {}
     pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
     path = encode(tmp_path / f"a{suffix.upper()}", [size] * 4, codec, kind=kind, pix_fmt=pix_fmt, **quiet)
@@ -229,10 +231,8 @@ def test_every_container_is_read(tmp_path, suffix):
     assert len(list(Video(tmp_path / "copy.mp4"))) == 4
 
 
-@pytest.mark.parametrize(
-    "sizes", [[(64, 48), (48, 64)], [(48, 64), (64, 48)], [(64, 48), (32, 24)], [(64, 48), (66, 50)]]
-)
-def test_frames_of_another_size_are_letterboxed(tmp_path, caplog, sizes):
+@pytest.mark.parametrize("other", [(48, 64), (32, 24), (66, 50), (200, 40)])
+def test_frames_of_another_size_are_letterboxed(tmp_path, caplog, other):
     """The first frame decides the size of what is written, and no picture is distorted."""
     sizes = [(64, 48), other]
     path = encode(tmp_path / "call.webm", [sizes[0], sizes[0], sizes[1]], "libvpx")
@@ -288,26 +288,24 @@ def test_the_rotation_is_of_square_pixels(tmp_path):
     assert frame.pixels.shape == (128, 48, 3)
 
 
-def test_a_cover_picture_is_no_video(tmp_path):
-    """A song's cover comes first in some files, or alone."""
-    with av.open(str(tmp_path / "cover.mkv"), "w") as container:
-        cover, film = container.add_stream("mjpeg", rate=10), container.add_stream("libx264", rate=10)
-        for stream, (width, height) in ((cover, (32, 32)), (film, (64, 48))):
-            stream.width, stream.height = width, height
-            stream.pix_fmt = "yuvj420p" if stream is cover else "yuv420p"
+def test_the_cover_of_a_song_is_no_video(tmp_path):
+    with av.open(str(tmp_path / "song.mp4"), "w") as container:
+        cover, song = container.add_stream("mjpeg", rate=10), container.add_stream("aac", rate=8000, layout="mono")
+        cover.width, cover.height, cover.pix_fmt = 64, 48, "yuvj420p"
         cover.disposition = av.stream.Disposition.attached_pic
-        for stream in (cover, film):
-            frame = av.VideoFrame.from_ndarray(picture(stream.height, stream.width), format="rgb24")
-            container.mux(stream.encode(frame))
-            container.mux(stream.encode(None))
-    assert [frame.pixels.shape for frame in Video(tmp_path / "cover.mkv")] == [(48, 64, 3)]
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.rate = 8000
+        for stream, frame in ((cover, av.VideoFrame.from_ndarray(picture(), format="rgb24")), (song, sound)):
+            container.mux([*stream.encode(frame), *stream.encode(None)])
+    with pytest.raises(UserError, match=r"song\.mp4: has no pictures"):
+        Video(tmp_path / "song.mp4")
 
 
 @pytest.mark.parametrize("suffix", ["mkv", "ts", "avi"])
 def test_a_video_cut_in_the_middle_gives_the_frames_before(tmp_path, suffix):
     path = encode(tmp_path / f"a.{suffix}", [(64, 48)] * 40, "mpeg4" if suffix == "avi" else "libx264", g="5")
     content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
+    path.write_bytes(content[: len(content) * 3 // 4])
     found = []
     with suppress(UserError):  # some containers tell
         found.extend(frame.pixels for frame in Video(path))
