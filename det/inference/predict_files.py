@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import glob
 import json
+import logging
 import os
 import stat
 from collections import deque
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from crossmae.data.images import count_frames
 from crossmae.data.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_inputs
 from crossmae.errors import DISK_TROUBLE, UserError, printable
 from crossmae.files import JsonArray, make_folder, stream_text, write_atomically
@@ -43,6 +45,8 @@ ENLARGED_BELOW = 512  # pixels: images are drawn enlarged, by an integer scale, 
 LABEL_SIZE = 0.03  # height of letters divided by the longest side
 MAX_FILE_NAME = 255  # bytes, in usual file systems
 Item = TypeVar("Item")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,8 @@ class FilePredictions:
         for one in inputs:
             try:
                 yield self.output / one.target, {"file_name": one.name}, read_rgb(one.path)
+                if (frames := count_frames(one.path)) > 1:
+                    log.warning("%s has %d frames, of which the first is predicted", printable(one.path), frames)
             except UserError as error:
                 self.failures.append(str(error))
 

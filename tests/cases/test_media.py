@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from crossmae.data.broken import warn_of_depth
 from crossmae.data.pixels import centre_view, read_pixels
 from crossmae.data.sources import open_source
 from crossmae.pretraining.images import PretrainImages
@@ -37,6 +38,11 @@ def test_images_of_any_format_are_read(case: str, written: Written, caplog: pyte
         source = open_source(written("pretraining/images.py") / case, "data.train")
     assert re.search(logged, caplog.text.strip()), caplog.text
     assert len(source) == count
+    caplog.clear()
+    warn_of_depth(source, 8)
+    frames = [record.message for record in caplog.records]
+    assert all("3 frames, of which the first is read" in message for message in frames)
+    assert bool(frames) == (case == "anim")
     training = PretrainImages(source, (32, 32), 16, (0.2, 1.0), 0.5, seed=0)
     for index in range(count):
         assert training[0, index][0].shape == (3, 32, 32)  # type: ignore[index]

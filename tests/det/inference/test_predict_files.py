@@ -163,6 +163,17 @@ def test_videos_of_a_folder_need_pyav(tmp_path, monkeypatch):
     assert [one.name for one in find_media([str(tmp_path / "in")])[1]] == ["a.jpg"]
 
 
+def test_the_frames_of_an_animated_picture_are_counted(tmp_path, caplog):
+    frames = [Image.new("RGB", (60, 40), (90 * number, 0, 0)) for number in range(3)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    save_image(tmp_path / "b.jpg")
+    _, content = predict(tmp_path, tmp_path / "a.gif", tmp_path / "b.jpg")
+    assert len(content["images"]) == 2
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path}/a.gif has 3 frames, of which the first is predicted"
+    ]
+
+
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 6000), (6000, 2)])
 def test_pictures_of_any_shape_are_drawn(tmp_path, height, width):
     save_image(tmp_path / "in/[1] a*.png", height, width)
