@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Literal
 from PIL import Image
 from torch import Tensor
 
-from crossmae.data.images import header_is_sound, is_deep, is_whole
+from crossmae.data.images import count_frames, header_is_sound, is_deep, is_whole
 from crossmae.data.parallel import map_in_order
 from crossmae.data.pixels import read_pixels
 from crossmae.data.sources import Source
@@ -90,14 +91,15 @@ def refuse_broken(broken: Sequence[Broken], key: str, advice: str = "Repair or r
 
 
 def warn_of_depth(source: Source, bit_depth: int) -> None:
-    """Warn if sampled images have more bits than `bit_depth` keeps."""
-    if bit_depth == 8:
-        for index in evenly_spaced(len(source), LOOKS):
-            try:
-                deep = is_deep(source.read(index))
-            except UserError:
-                continue
-            if deep:
-                name = printable(source.name(index))
-                log.warning("%s has more than 8 bits, which are cut; data.bit_depth=16 keeps them", name)
-                return
+    """Warn if sampled images have more bits or frames than are read."""
+    deep, frames = False, 1
+    for index in evenly_spaced(len(source), LOOKS):
+        try:
+            data = source.read(index)
+        except UserError:
+            continue
+        name = printable(source.name(index))
+        if frames == 1 and (frames := count_frames(io.BytesIO(data))) > 1:
+            log.warning("%s has %d frames, of which the first is read", name, frames)
+        if bit_depth == 8 and not deep and (deep := is_deep(data)):
+            log.warning("%s has more than 8 bits, which are cut; data.bit_depth=16 keeps them", name)

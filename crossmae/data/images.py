@@ -63,6 +63,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # MPO and TIFF hold other pictures than frames
+
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 # Last bytes of complete JPEG and PNG files. Files of other kinds must be decoded to find out if they are complete.
@@ -140,7 +142,8 @@ def decode_image(
     except UserError:
         raise
     except Exception as error:  # the libraries raise many kinds of errors for damaged files
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "not an image of a kind that this tool reads" if unknown else " ".join(str(error).split())
         raise UserError(f"{name}: cannot be read as an image: {reason or type(error).__name__}") from error
     if bit_depth == 16:
         return pixels
@@ -255,6 +258,15 @@ def is_deep(data: bytes) -> bool:
         return image.mode.startswith(("I", "F")) or _is_deep_colour_png(data) or has_deep_samples(image)
     except Exception:  # unknown to Pillow, or broken: reading the file reports the error
         return False
+
+
+def count_frames(file: Path | io.BytesIO) -> int:
+    """Count the frames of an animation, 1 for other images and broken files."""
+    try:
+        with Image.open(file) as image:
+            return getattr(image, "n_frames", 1) if image.format in ANIMATIONS else 1
+    except Exception:  # reading the file reports the error
+        return 1
 
 
 def _is_deep_colour_png(data: bytes) -> bool:

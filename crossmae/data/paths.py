@@ -5,14 +5,45 @@ from __future__ import annotations
 import glob
 import logging
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from itertools import chain
 from pathlib import Path
+
+from PIL import Image
 
 from crossmae.errors import UserError, printable, shorten
 from crossmae.files import special_kind
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+# Formats that Pillow decodes itself, the most usual first, by Pillow's names. The first suffix is written. EPS, PDF and
+# WMF need an interpreter, FITS and HDF5 hold other data, PSD and ICO hold several pictures, `.rgb` may be raw pixels.
+IMAGE_FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "BMP": (".bmp",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "JPEG2000": (".jp2", ".j2c", ".j2k", ".jpc", ".jpf", ".jpx"),
+    "AVIF": (".avif", ".avifs"),
+    "MPO": (".mpo",),
+    "GIF": (".gif",),
+    "DIB": (".dib",),
+    "PCX": (".pcx",),
+    "QOI": (".qoi",),
+    "TGA": (".tga",),
+}
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow reads their headers only, or starts programs
+IMAGE_SUFFIXES = frozenset(chain.from_iterable(IMAGE_FORMATS.values()))
+_VIDEOS = """
+    3g2 3gp asf avi divx dv f4v flv h264 hevc ivf m1v m2t m2ts m2v m4v mjpeg mkv mov mp4 mpe mpeg mpg mts mxf ogv qt
+    rm rmvb ts vob webm wmv y4m
+"""
+_LABELS = "cfg cls csv db html ini json jsonl log lst md names py sh toml tsv txt xml yaml yml"
+VIDEO_SUFFIXES = frozenset(f".{name}" for name in _VIDEOS.split())  # containers, and raw streams, that PyAV opens
+LABEL_SUFFIXES = frozenset(f".{name}" for name in _LABELS.split())  # what lies next to images in sound data sets
+MOST_OPENED = 3  # files of one kind
+CONVERT = "Convert them to PNG, JPEG or TIFF, or name other files"
 
 # Files and folders that operating systems, network drives and archive programs put next to data. Names with a leading
 # dot are left out as well.
@@ -70,34 +101,102 @@ def without_system_names(arguments: Sequence[str]) -> list[str]:
     return [argument for argument in arguments if os.path.basename(argument) not in system]
 
 
-def find_images(folder: Path, key: str) -> list[str]:
+def find_images(folder: Path, key: str, suffixes: Set[str] = IMAGE_SUFFIXES) -> list[str]:
     """Find all images in a folder and its subfolders, sorted by path.
 
-    The log counts what was left out. Paths are strings, because millions of `Path` objects would need gigabytes.
+    Only files with one of the suffixes are found. The log counts what was left out. Paths are strings, because millions
+    of `Path` objects would need gigabytes.
 
     Raises UserError if no image is found, or a subfolder cannot be searched.
     """
     images: list[str] = []
-    others: list[str] = []
+    unread = Counter[tuple[str, str]]()
     system: list[str] = []
     special: dict[str, str] = {}
+    start = len(os.path.join(folder, ""))
     for path in walk_files(folder, system, _refuse, special):
-        suffix = os.path.splitext(path)[1].lower()
-        if suffix in IMAGE_SUFFIXES:
+        kind = file_kind(path)
+        if kind in suffixes:
             images.append(path)
         else:
-            others.append(suffix or os.path.basename(path))
-    others.extend(special.values())
-    kinds = count_names(others)
+            unread[_subfolder(path[start:]), kind] += 1
+    for path, kind in special.items():
+        unread[_subfolder(path[start:]), kind] += 1
     if system:
         log.info("%s: left out what is hidden or of the system: %s", folder, count_names(system))
-    if others:
-        log.info("%s: left out %d files that are no images: %s", folder, len(others), kinds)
     if not images:
-        found = f" Other files there: {kinds}." if others else ""
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise UserError(f"{key}: no image in {folder} or its subfolders (looked for {suffixes}).{found}")
+        raise UserError(f"{key}: {describe_lack(f'{folder} or its subfolders', unread)}")
+    log_unread(folder, unread, (_subfolder(path[start:]) for path in images))
     return sorted(images, key=lambda name: name.split(os.sep))
+
+
+def file_kind(name: str) -> str:
+    """Return the suffix in lower case, or "without a suffix"."""
+    return os.path.splitext(name)[1].lower() or "without a suffix"
+
+
+def _subfolder(path: str) -> str:
+    first, separator, _ = path.partition(os.sep)
+    return first if separator else ""
+
+
+def _count_kinds(unread: Mapping[tuple[str, str], int]) -> str:
+    counts = Counter[str]()
+    for (_, kind), count in unread.items():
+        counts[kind] += count
+    return shorten([f"{count:,} {printable(kind)}" for kind, count in counts.most_common()])
+
+
+def describe_lack(place: str, unread: Mapping[tuple[str, str], int]) -> str:
+    """Explain why a place has no image: count other files."""
+    if not unread:
+        return f"no image in {place}: there is no file. Name another folder."
+    return f"no image in {place}: {_count_kinds(unread)} are not read by this tool. {CONVERT}."
+
+
+def log_unread(place: str | Path, unread: Mapping[tuple[str, str], int], images: Iterable[str]) -> None:
+    """Log unread files. Warn if they outnumber the images.
+
+    Args:
+        unread: number of files by subfolder and kind.
+        images: subfolder of every image.
+    """
+    if not unread:
+        return
+    data = Counter[str]()
+    for (subfolder, kind), count in unread.items():
+        data[subfolder] += count if kind not in LABEL_SUFFIXES else 0
+    read = Counter(images) if +data else Counter[str]()
+    more = sorted(printable(name) for name in +data if name and data[name] > read[name])
+    if data.total() > read.total() or more:
+        there = f" in {shorten(more)}" if more else ""
+        message = "%s: %s are not read by this tool, more files than images%s. %s"
+        log.warning(message, place, _count_kinds(unread), there, CONVERT)
+    else:
+        log.info("%s: %s are not read by this tool", place, _count_kinds(unread))
+
+
+def refuse_unread(paths: Sequence[str], where: str) -> None:
+    """Raise a UserError for files that are no images by suffix and content."""
+    others: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        if (kind := file_kind(path)) not in IMAGE_SUFFIXES:
+            others[kind].append(path)
+    unread = {("", kind): len(own) for kind, own in others.items() if not any(map(_is_image, own[:MOST_OPENED]))}
+    if unread:
+        found = f"{_count_kinds(unread)} of {len(paths):,} files are not read by this tool"
+        raise UserError(f"{where}: {found}. Convert them to PNG, JPEG or TIFF, or leave them out of the list.")
+
+
+def _is_image(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            if file.read(2) in (b"II", b"MM"):  # TIFF files of many channels are unknown to Pillow
+                return True
+            with Image.open(file) as image:
+                return image.format not in NOT_DECODED
+    except Exception:  # the libraries raise many kinds of errors
+        return False
 
 
 def walk_files(
@@ -144,13 +243,16 @@ def _refuse(error: OSError) -> None:
     raise UserError(f"{printable(error.filename)}: cannot be searched: {error.strerror}. Change its permissions.")
 
 
-def find_inputs(arguments: Sequence[str]) -> list[Path]:
-    """Find all files named by files, folders and patterns, each once."""
+def find_inputs(arguments: Sequence[str], suffixes: Set[str] = IMAGE_SUFFIXES) -> list[Path]:
+    """Find all files named by files, folders and patterns, each once.
+
+    In folders, only files with one of the suffixes are found.
+    """
     paths: list[str] = []
     for argument in without_system_names(arguments):
         path = Path(argument).expanduser()
         if path.is_dir():
-            paths += find_images(path, "IMAGES")
+            paths += find_images(path, "IMAGES", suffixes)
         else:
             if kind := special_kind(path):
                 raise UserError(f"IMAGES: {printable(argument)}: it is {kind}, not a file. Name a file.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -12,6 +14,9 @@ from torchvision.transforms.v2 import functional as VF
 
 from crossmae.data.images import IMAGE_LIMITS, ImageLimits, decode_image
 from crossmae.data.sources import Source
+
+MOST_ENLARGED = 16  # pixels of an enlarged image per pixel of its view; longer strips are cropped first
+MARGIN = 4  # pixels of the source; the filter for an enlargement reaches 2
 
 
 def read_pixels(source: Source, index: int, channels: int = 3, bit_depth: int = 8) -> Image.Image | Tensor:
@@ -37,6 +42,9 @@ def to_tensor(pixels: Image.Image | Tensor) -> Tensor:
 def centre_view(pixels: Image.Image | Tensor, size: tuple[int, int], crop_pct: float = 1.0) -> Tensor:
     """Resize an image to cover `size`, then crop the centre.
 
+    Only the neighbourhood of the centre is enlarged if the image is a long strip. No value differs by more than one
+    grey level then.
+
     Args:
         crop_pct: share of the resized image that the crop keeps along a side. For a square crop, the shorter side of
             the image becomes int(size / crop_pct), as in timm and torchvision.
@@ -48,8 +56,38 @@ def centre_view(pixels: Image.Image | Tensor, size: tuple[int, int], crop_pct: f
         scaled = [cover[0], cover[0] * width // height]
     else:
         scaled = [cover[1] * height // width, cover[1]]
+    if scaled[0] * scaled[1] > max(height * width, MOST_ENLARGED * size[0] * size[1]):
+        return _enlarged_centre(pixels, size, scaled)
     resized = VF.resize(pixels, scaled, interpolation=InterpolationMode.BICUBIC, antialias=True)
     return to_tensor(VF.center_crop(resized, list(size)))
+
+
+def _enlarged_centre(pixels: Image.Image | Tensor, size: tuple[int, int], scaled: list[int]) -> Tensor:
+    """Enlarge only the centre of an image that would become `scaled`."""
+    spans = [_source_span(*sides) for sides in zip(VF.get_size(pixels), scaled, size, strict=True)]
+    (top, height, above, below), (left, width, before, behind) = spans
+    part = to_tensor(VF.crop(pixels, top, left, height, width))
+    top_value = 1.0 if part.is_floating_point() else 255.0
+    planes = []
+    for plane in part.float().numpy():  # Pillow and torchvision also resize rows first, and clip 8-bit values between
+        wide = Image.fromarray(plane).resize((size[1], height), Image.Resampling.BICUBIC, (before, 0, behind, height))
+        if not part.is_floating_point():
+            wide = Image.fromarray(np.asarray(wide).clip(0, 255))
+        planes.append(np.asarray(wide.resize(size[::-1], Image.Resampling.BICUBIC, (0, above, size[1], below))))
+    view = torch.from_numpy(np.stack(planes)).clamp(0, top_value)
+    return view if part.is_floating_point() else view.round().byte()
+
+
+def _source_span(source: int, scaled: int, side: int) -> tuple[int, int, float, float]:
+    """Locate the centre of `scaled` pixels in the source.
+
+    Returns:
+        Start and length in whole pixels, with a margin for the filter, and the exact start and end within this part.
+    """
+    start = round((scaled - side) / 2)  # as in center_crop
+    first, last = start * source / scaled, (start + side) * source / scaled
+    begin, end = max(0, math.floor(first) - MARGIN), min(source, math.ceil(last) + MARGIN)
+    return begin, end - begin, first - begin, last - begin
 
 
 def published_crop_pct(size: tuple[int, int]) -> float:

@@ -102,7 +102,7 @@ def draw_instances(
     room; otherwise the label with the highest score is on top.
     """
     scale = 1.0 if longest_side is None else longest_side / max(image.shape[:2])
-    size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
+    size = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
     canvas = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
     unit = max(size) / 480  # unit of lines and letters, in proportion to the picture
     for instance in sorted(instances, key=lambda item: -item.box[2] * item.box[3]):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import glob
 import json
+import logging
 import os
 import stat
 from collections import deque
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from functools import partial
+from importlib.util import find_spec
 from itertools import chain, count, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO, TypeVar
@@ -30,7 +32,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from crossmae.data.paths import find_inputs
+from crossmae.data.images import count_frames
+from crossmae.data.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_inputs
 from crossmae.errors import DISK_TROUBLE, UserError, printable
 from crossmae.files import JsonArray, make_folder, stream_text, write_atomically
 from det.inference.draw import draw_instances, instances_from_coco
@@ -42,6 +45,8 @@ ENLARGED_BELOW = 512  # pixels: images are drawn enlarged, by an integer scale, 
 LABEL_SIZE = 0.03  # height of letters divided by the longest side
 MAX_FILE_NAME = 255  # bytes, in usual file systems
 Item = TypeVar("Item")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,11 @@ class MediaInput:
 def find_media(arguments: Sequence[str]) -> tuple[Path, list[MediaInput]]:
     """Find the named files, and their common folder.
 
-    A folder stands for the images in it and its subfolders, but not for videos.
+    A folder stands for the images in it and its subfolders, and for the videos if PyAV is installed.
     """
     arguments = [_expand_home(argument) for argument in arguments]
-    paths = list(dict.fromkeys(Path(os.path.abspath(path)) for path in find_inputs(arguments)))
+    suffixes = IMAGE_SUFFIXES | (VIDEO_SUFFIXES if find_spec("av") else frozenset())
+    paths = list(dict.fromkeys(Path(os.path.abspath(path)) for path in find_inputs(arguments, suffixes)))
     if any(is_video(path) for path in paths):
         pyav()
     first = Path(arguments[0]).absolute()
@@ -175,6 +181,8 @@ class FilePredictions:
         for one in inputs:
             try:
                 yield self.output / one.target, {"file_name": one.name}, read_rgb(one.path, self.predictor.limits)
+                if (frames := count_frames(one.path)) > 1:
+                    log.warning("%s has %d frames, of which the first is predicted", printable(one.path), frames)
             except UserError as error:
                 self.failures.append(str(error))
 
@@ -196,6 +204,8 @@ class FilePredictions:
         try:
             for number, frame in enumerate(bar):
                 entry = {"file_name": name, "frame": number, "time": round(float(frame.time), 6)}
+                if video.pixel_aspect != 1:
+                    entry["pixel_aspect"] = round(float(video.pixel_aspect), 6)
                 yield frame.time, entry, frame.pixels
         except UserError as error:
             self.failures.append(str(error))

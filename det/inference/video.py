@@ -12,23 +12,24 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from crossmae.data.paths import VIDEO_SUFFIXES
 from crossmae.errors import UserError, import_extra, printable
 from crossmae.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-VIDEO_SUFFIXES = frozenset({".avi", ".mkv", ".mov", ".mp4", ".webm"})
-
 QUALITY = "18"  # constant rate factor of x264: keeps lines and letters sharp
 TICKS = 90000  # time base per second: an integer per frame for all usual rates
 BT709 = 1  # number of the colour standard in H.264
 UNKNOWN_RATE = Fraction(25)  # frames per second, if the file does not tell
+MOST_ASPECT = 4  # width of a pixel divided by its height, or the inverse; larger ones are mistakes
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One upright picture (H, W, 3) uint8 RGB of a video, with its time in seconds after the first frame."""
+    """One upright picture (H, W, 3) uint8 RGB of square pixels, with its time in seconds after the first frame."""
 
     pixels: NDArray[np.uint8]
     time: Fraction
@@ -38,14 +39,16 @@ class Video:
     """First video stream of a file. Each iteration reads it from the beginning.
 
     `rate` is the average number of frames per second. `frames` is the expected number of frames, or None if unknown.
-    Raises UserError if PyAV is not installed, or if the file cannot be read or has no pictures.
+    `pixel_aspect` is the width of a stored pixel divided by its height. Frames may differ in size. Raises UserError if
+    PyAV is not installed, or if the file cannot be read or has no pictures.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         with self._open() as container:
-            stream, seconds = container.streams.video[0], (container.duration or 0) / 1_000_000
+            stream, seconds = _pictures(container), (container.duration or 0) / 1_000_000
             self.rate = Fraction(stream.average_rate or UNKNOWN_RATE)
+            self.pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
             self._listed = int(stream.frames)
             self.frames = self._listed or round(seconds * self.rate) or None
 
@@ -55,14 +58,20 @@ class Video:
         If the file is damaged, raises UserError after the frames before the damage.
         """
         number, start = 0, Fraction(0)
+        size: tuple[int, int] | None = None
         with self._open() as container:
-            container.streams.video[0].thread_type = "AUTO"
+            stream = _pictures(container)
+            stream.thread_type = "AUTO"
             try:
-                for picture in container.decode(video=0):
+                for picture in container.decode(stream):
+                    if size not in (None, (picture.width, picture.height)):
+                        message = "%s: from frame %d on, frames have %d x %d pixels, not %d x %d"
+                        log.info(message, printable(self.path), number, picture.width, picture.height, *size)
+                    size = picture.width, picture.height
                     time = number / self.rate if picture.pts is None else picture.pts * Fraction(picture.time_base)
                     start = start if number else time
                     # telephones record a rotation
-                    upright = np.rot90(picture.to_ndarray(format="rgb24"), round(picture.rotation / 90))
+                    upright = np.rot90(_square_pixels(picture, self.pixel_aspect), round(picture.rotation / 90))
                     yield Frame(np.ascontiguousarray(upright), time - start)
                     number += 1
             except pyav().FFmpegError as error:
@@ -78,10 +87,26 @@ class Video:
             container = pyav().open(str(self.path))
         except (pyav().FFmpegError, OSError) as error:
             raise UserError(f"{printable(self.path)}: cannot be read as a video: {error.strerror}") from error
-        if not container.streams.video:
+        if _pictures(container) is None:
             container.close()
             raise UserError(f"{printable(self.path)}: has no pictures. Name another video.")
         return container
+
+
+def _pictures(container: Any) -> Any:
+    """Return the first video stream other than a cover picture, if any."""
+    cover = pyav().stream.Disposition.attached_pic
+    return next((stream for stream in container.streams.video if not stream.disposition & cover), None)
+
+
+def _square_pixels(picture: Any, aspect: Fraction) -> NDArray[np.uint8]:
+    """Convert a frame to RGB (H, W, 3), enlarged to square pixels."""
+    if aspect == 1 or not Fraction(1, MOST_ASPECT) <= aspect <= MOST_ASPECT:
+        pixels: NDArray[np.uint8] = picture.to_ndarray(format="rgb24")
+        return pixels
+    width, height = round(picture.width * max(aspect, 1)), round(picture.height / min(aspect, 1))
+    square: NDArray[np.uint8] = picture.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+    return square
 
 
 def is_video(path: str | Path) -> bool:
@@ -92,8 +117,9 @@ def is_video(path: str | Path) -> bool:
 def write_video(path: Path, frames: Iterable[Frame], rate: Fraction) -> None:
     """Write at least one frame as H.264 in MP4, atomically.
 
-    All frames have the same size. An odd last row or column is doubled, because the format needs even sides. Raises
-    OSError if the file cannot be written. The remaining frames are then not consumed.
+    All frames get the size of the first one: others are scaled to fit, with black margins. An odd last row or column is
+    doubled, because the format needs even sides. Raises OSError if the file cannot be written. The remaining frames are
+    then not consumed.
     """
     queue = iter(frames)
     first = next(queue, None)
@@ -116,12 +142,25 @@ def _encode(path: Path, frames: Iterable[Frame], size: tuple[int, ...], rate: Fr
         tick = -1
         for frame in frames:
             tick = max(round(frame.time * TICKS), tick + 1)  # times must increase
-            even = np.pad(frame.pixels, ((0, size[0] % 2), (0, size[1] % 2), (0, 0)), mode="edge")
+            even = np.pad(letterbox(frame.pixels, size), ((0, size[0] % 2), (0, size[1] % 2), (0, 0)), mode="edge")
             picture = pyav().VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
             picture = picture.reformat(format="yuv420p", dst_colorspace="itu709")
             picture.pts, picture.time_base = tick, codec.time_base
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
+
+
+def letterbox(pixels: NDArray[np.uint8], size: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Scale a picture to fit into (height, width), with black margins."""
+    if pixels.shape[:2] == size:
+        return pixels
+    height, width = size
+    scale = min(height / pixels.shape[0], width / pixels.shape[1])
+    inner = max(round(pixels.shape[1] * scale), 1), max(round(pixels.shape[0] * scale), 1)
+    canvas = Image.new("RGB", (width, height))
+    place = (width - inner[0]) // 2, (height - inner[1]) // 2
+    canvas.paste(Image.fromarray(pixels).resize(inner, Image.Resampling.BICUBIC), place)
+    return np.asarray(canvas)
 
 
 def pyav() -> Any:

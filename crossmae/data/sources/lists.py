@@ -13,7 +13,7 @@ from typing import Any
 
 from crossmae.data.found_names import NOTHING_LIKE, describe_moved, find_moved
 from crossmae.data.parallel import map_in_order
-from crossmae.data.paths import IMAGE_SUFFIXES
+from crossmae.data.paths import IMAGE_SUFFIXES, refuse_unread
 from crossmae.data.sources.source import ImageFiles
 from crossmae.errors import UserError, import_extra, printable, shorten
 from crossmae.files import decode_text, parse_json, read_file, special_kind
@@ -201,6 +201,7 @@ def _listed(
         number = next(number for number, name in enumerate(names, start=1) if not name or not name.strip())
         raise UserError(f"{key}: {path}: image {number} of {len(names)} has an empty path. Fill it in.")
     paths = _find_files(given, folder, path, key, outside)
+    refuse_unread(paths, f"{key}: {path}")
     shown = f" (columns {', '.join(columns)})" if columns else ""
     if labels is not None:
         labels = [None if label in MISSING_LABELS else label for label in labels]

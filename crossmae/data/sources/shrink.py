@@ -24,18 +24,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crossmae.data.images import IMAGE_LIMITS, ImageLimits, decode_image, is_deep, open_image, read_orientation
-from crossmae.data.paths import IMAGE_SUFFIXES
+from crossmae.data.paths import IMAGE_FORMATS, IMAGE_SUFFIXES
 from crossmae.errors import UserError
 
-SUFFIX_OF = {
-    "JPEG": ".jpg",
-    "MPO": ".jpg",
-    "PNG": ".png",
-    "WEBP": ".webp",
-    "BMP": ".bmp",
-    "TIFF": ".tif",
-    "PPM": ".ppm",
-}
+SUFFIX_OF = {name: suffixes[0] for name, suffixes in IMAGE_FORMATS.items()} | {"MPO": ".jpg"}
 TIFF = (b"II", b"MM")
 
 

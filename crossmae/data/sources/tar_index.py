@@ -19,10 +19,11 @@ import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from crossmae.data.paths import IMAGE_SUFFIXES, find_system_part
+from crossmae.data.paths import IMAGE_FORMATS, IMAGE_SUFFIXES, find_system_part
 from crossmae.data.sources.shard_files import StoredFile, open_file, read_small
 from crossmae.errors import UserError
 from crossmae.files import write_text
@@ -35,6 +36,8 @@ PROGRESS_NAME = "progress.jsonl"  # exists until make_shards.py has finished the
 INDEX_FORMAT = "crossmae-shards-1"
 
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+_SUFFIXES = list(chain.from_iterable(IMAGE_FORMATS.values()))  # the most usual first
 
 log = logging.getLogger(__name__)
 
@@ -169,9 +172,9 @@ class _Sample:
     texts: dict[str, bytes] = field(default_factory=dict)
 
     def image(self) -> str | None:
-        """Return the extension of the image, `jpg` rather than `left.jpg`."""
+        """Return the extension of the image, `jpg` before `left.jpg` and `pgm`."""
         images = [extension for extension in self.members if is_image_extension(extension)]
-        return min(images, key=lambda extension: "." in extension, default=None)
+        return min(images, key=lambda name: ("." in name, _SUFFIXES.index(f".{name.rpartition('.')[2]}")), default=None)
 
     def label(self) -> str | None:
         """Read the label from .cls, else from .json."""

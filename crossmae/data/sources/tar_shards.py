@@ -7,12 +7,13 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 
 from crossmae.data.parallel import map_in_order
-from crossmae.data.paths import count_names
+from crossmae.data.paths import count_names, describe_lack, file_kind, log_unread
 from crossmae.data.sources.shard_files import (
     RangeReader,
     StoredFile,
@@ -126,11 +127,15 @@ def open_shards(value: str, key: str) -> TarShards:
     left_out = sum((Counter(index.left_out) for index in indexes), Counter[str]())
     if system := [name for index in indexes for name in index.system]:
         log.info("%s: left out what is hidden or of the system: %s", value, count_names(system))
-    if left_out:
-        level = logging.WARNING if any(is_image_extension(name[1:]) for name in left_out) else logging.INFO
-        log.log(level, "%s: unused members: %s", value, count_names(left_out.elements()))
+    spare = {name: count for name, count in left_out.items() if is_image_extension(name[1:])}
+    if spare:
+        log.warning("%s: unused, as their sample has another image: %s", value, count_names(Counter(spare).elements()))
+    unread = Counter[tuple[str, str]]()
+    for name, count in left_out.items():
+        unread["", file_kind(f"x{name}")] += count if name not in spare else 0
     if not images:
-        raise UserError(f"{key}: no image in the {len(shards):,} shards of {value}. Name other shards.")
+        raise UserError(f"{key}: {describe_lack(f'the {len(shards):,} shards of {value}', +unread)}")
+    log_unread(value, +unread, repeat("", images))
     full = [(shard, index) for shard, index in zip(shards, indexes, strict=True) if index.names]
     description = f"{images:,} images in {len(shards):,} tar shards ({value})"
     classes = {folder.classes if folder else () for folder in ready}

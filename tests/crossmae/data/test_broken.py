@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
+import pytest
 from PIL import Image
 
-from crossmae.data.broken import find_broken
+from crossmae.data.broken import find_broken, warn_of_depth
 from crossmae.data.images import ImageLimits
 from crossmae.data.sources.source import ImageFiles
 from tests.crossmae.data.test_images import claiming, save
@@ -52,3 +54,26 @@ def test_what_a_header_tells_is_found_before_pixels_are_read(tmp_path: Path) -> 
     source.limits = ImageLimits(23, "data.max_pixels")
     (message,) = (one.message for one in find_broken(source, [0]))
     assert "has 6 x 4 = 24 pixels, data.max_pixels is 23" in message
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.avif"])
+def test_frames_and_bits_that_are_not_read_are_said_once(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    frames = [Image.new("RGB", (16, 16), (80 * number, 9, 9)) for number in range(3)]
+    for path in (tmp_path / name, tmp_path / f"b-{name}"):
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+    Image.new("RGB", (4, 4)).save(tmp_path / "c.png")
+    for number in (1, 2):
+        Image.fromarray(np.full((4, 4), 999, np.uint16)).save(tmp_path / f"deep{number}.png")
+    (tmp_path / "text.png").write_text("text")
+    source = ImageFiles(sorted(tmp_path.iterdir()), "images")
+    warn_of_depth(source, 8)
+    messages = sorted(record.message.partition(" has ")[2] for record in caplog.records)
+    assert messages == [
+        "3 frames, of which the first is read",
+        "more than 8 bits, which are cut; data.bit_depth=16 keeps them",
+    ]
+    caplog.clear()
+    warn_of_depth(source, 16)
+    assert [record.message.partition(" has ")[2] for record in caplog.records] == messages[:1]

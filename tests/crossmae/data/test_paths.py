@@ -6,10 +6,20 @@ import logging
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from crossmae.data.images import read_image
-from crossmae.data.paths import find_images, find_inputs, is_system_name
+from crossmae.data.paths import (
+    IMAGE_FORMATS,
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    find_images,
+    find_inputs,
+    is_system_name,
+    refuse_unread,
+)
 from crossmae.errors import UserError
 from tests.crossmae.data.test_images import save
 
@@ -94,3 +104,78 @@ def test_pipes_sockets_and_devices_are_no_images(tmp_path: Path, caplog: pytest.
             find_inputs([str(tmp_path / name)])
         with pytest.raises(UserError, match=rf"{name}: cannot be read: it is a (named pipe|device), not a file"):
             read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", IMAGE_FORMATS)
+def test_every_format_is_pillows_and_read_to_the_pixel(kind: str, tmp_path: Path) -> None:
+    known = Image.registered_extensions()
+    assert {known[suffix] for suffix in IMAGE_FORMATS[kind]} == {kind}
+    y, x = np.mgrid[:32, :48].astype(np.uint8)
+    original = Image.fromarray(np.stack([y * 7, x * 5, 200 - y - x], axis=-1))
+    tolerance = 12 if kind in ("JPEG", "MPO", "WEBP", "AVIF") else 0
+    for suffix in IMAGE_FORMATS[kind]:
+        image = original.convert({".pgm": "L", ".pbm": "1", ".pfm": "L"}.get(suffix, "RGB"))
+        image = image if kind != "GIF" else image.quantize(8)
+        expected = np.asarray(image.convert("RGB"), dtype=np.int64)
+        image = Image.fromarray(np.float32(image) / np.float32(255)) if suffix == ".pfm" else image
+        image.save(tmp_path / f"x{suffix}")
+        found = np.asarray(read_image(tmp_path / f"x{suffix}"))
+        assert np.abs(found - expected).max() <= (tolerance or suffix == ".pfm"), suffix
+    assert len(find_images(tmp_path, "data.train")) == len(IMAGE_FORMATS[kind])
+
+
+def test_interpreted_and_ambiguous_suffixes_are_not_read() -> None:
+    assert not IMAGE_SUFFIXES & VIDEO_SUFFIXES
+    refused = [".eps", ".ps", ".pdf", ".wmf", ".emf", ".svg", ".rgb", ".h5", ".psd", ".ico", ".vst", ".npy", ".heic"]
+    assert not IMAGE_SUFFIXES & set(refused)
+
+
+def test_files_of_other_kinds_are_called_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Labels next to images are information; data that outnumber the images, or empty a class, are a warning."""
+    for name in ("cats/1.png", "cats/2.png", "cats/3.png", "dogs/1.jpg"):
+        save(tmp_path / name)
+        for suffix in (".txt", ".xml", ".json"):
+            (tmp_path / name).with_suffix(suffix).write_text("label")
+    (tmp_path / "cats" / "extra.heic").write_bytes(b"x")
+    with caplog.at_level(logging.INFO):
+        find_images(tmp_path, "data.train")
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    text = "4 .txt, 4 .xml, 4 .json, 1 .heic are not read by this tool"
+    assert all(part in record.message for part in text.replace(" are", ", are").split(", "))
+    for name in ("1.HEIC", "2.heic", "scan"):
+        (tmp_path / "dogs" / name).write_bytes(b"x")
+    caplog.clear()
+    find_images(tmp_path, "data.train")
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "3 .heic" in record.message
+    assert "1 without a suffix" in record.message
+    assert "are not read by this tool, more files than images in dogs. Convert them" in record.message
+    for number in range(2, 6):
+        (tmp_path / f"{number}.mp4").write_bytes(b"x")
+    caplog.clear()
+    find_images(tmp_path, "data.train")
+    assert "4 .mp4" in caplog.records[0].message
+
+
+def test_nothing_but_unread_files_is_an_error_that_counts_them(tmp_path: Path) -> None:
+    for name in ("a/1.npy", "a/2.npy", "b.dcm", "c.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"^data.train: no image in .*: 2 \.npy, 1 .* are not read by this tool\. Conv"):
+        find_images(tmp_path, "data.train")
+
+
+def test_files_of_a_list_are_judged_by_suffix_or_content(tmp_path: Path) -> None:
+    named = save(tmp_path / "1.png")
+    odd = tmp_path / "photo.jpg_large"
+    odd.write_bytes(named.read_bytes())
+    refuse_unread([str(named), str(odd)], "data.train: list.txt")
+    for name in ("1.npy", "2.npy", "clip.mp4"):
+        (tmp_path / name).write_bytes(b"\0" * 99)
+    Image.new("L", (4, 4)).save(tmp_path / "drawing.eps")
+    paths = [str(named), str(odd), *(str(tmp_path / name) for name in ("1.npy", "2.npy", "clip.mp4", "drawing.eps"))]
+    found = r"^data.train: list.txt: 2 \.npy, 1 \.mp4, 1 \.eps of 6 files are not read by this tool\. Convert"
+    with pytest.raises(UserError, match=found):
+        refuse_unread(paths, "data.train: list.txt")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from crossmae.data import pixels as pixels_module
 from crossmae.data.pixels import centre_view
 
 
@@ -32,3 +35,46 @@ def test_images_cover_the_size_and_keep_their_centre(size: tuple[int, int]) -> N
     inside = centre_view(ramp, (16, 32))
     torch.testing.assert_close(inside.mean(), ramp.mean(), rtol=0, atol=0.02)
     assert 0 <= inside.min() <= inside.max() <= 1
+
+
+def strips() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 256, shape, np.uint8) for shape in ((3, 900, 3), (700, 11, 3), (1, 400, 3), (2000, 4, 3))]
+    return [*noise, *((one > 127).astype(np.uint8) * 255 for one in noise)]
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875])
+@pytest.mark.parametrize("size", [(32, 32), (24, 56), (9, 80)])
+def test_strips_are_cropped_first_and_agree_within_a_grey_level(
+    size: tuple[int, int], crop_pct: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for strip in strips():
+        image, tensor = Image.fromarray(strip), torch.from_numpy(strip).permute(2, 0, 1)
+        cases: list[tuple[Image.Image | torch.Tensor, float]] = [(image, 1), (image.convert("L"), 1), (tensor, 1)]
+        for pixels, tolerance in [*cases, (tensor / 255, 1e-3)]:
+            views = []
+            for most in (0, 10**9):  # always, and never
+                monkeypatch.setattr(pixels_module, "MOST_ENLARGED", most)
+                views.append(centre_view(pixels, size, crop_pct))
+            assert views[0].dtype == views[1].dtype
+            torch.testing.assert_close(views[0].float(), views[1].float(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(4, 30_000), (60_000, 1), (1, 1), (30, 9_000), (200, 3_000), (900, 1_200)])
+def test_no_intermediate_image_is_out_of_proportion(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def spy(resize: Any) -> Any:
+        def resized(*arguments: Any, **named: Any) -> Any:
+            result = resize(*arguments, **named)
+            made.append(result.numel() if isinstance(result, torch.Tensor) else result.width * result.height)
+            return result
+
+        return resized
+
+    monkeypatch.setattr(Image.Image, "resize", spy(Image.Image.resize))
+    monkeypatch.setattr(pixels_module.VF, "resize", spy(pixels_module.VF.resize))
+    view = centre_view(Image.new("RGB", shape[::-1], (1, 2, 3)), (224, 224))
+    assert view.shape == (3, 224, 224)
+    assert view[:, 0, 0].tolist() == [1, 2, 3]
+    assert max(made) <= max(shape[0] * shape[1], 16 * 224 * 224)

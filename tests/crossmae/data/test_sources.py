@@ -164,9 +164,11 @@ def test_only_a_tree_with_every_image_in_a_class_has_classes(
 ) -> None:
     root = tmp_path / "tree"
     (root / "empty class").mkdir()
+    (root / "empty class" / "1.heic").write_bytes(b"x")
     with caplog.at_level(logging.WARNING):
         assert open_source(root, "data.train").classes == CLASSES
     assert "no image in the class folder empty class" in caplog.text
+    assert "1 .heic are not read by this tool, more files than images in empty class" in caplog.text
     paths[0].rename(root / "000.png")  # beside the class folders
     assert open_source(root, "data.train").classes == ()
     assert open_source(root / "bee", "data.train").classes == ()

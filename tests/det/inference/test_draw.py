@@ -230,3 +230,11 @@ def test_sheet_shows_every_picture_once_and_apart():
     bare = draw_sheet(pictures, [""] * 5)
     assert sheet.shape[1] == bare.shape[1]
     assert sheet.shape[0] - bare.shape[0] == 2 * 20  # a second line under both rows
+
+
+@pytest.mark.parametrize(("height", "width"), [(3, 6000), (6000, 2), (1, 1)])
+def test_strips_keep_a_pixel_of_both_sides(height, width):
+    strip = np.full((height, width, 3), 90, np.uint8)
+    drawn = draw_instances(strip, [DrawnInstance((0, 0, 1, 1), 0, "a", np.ones((height, width), bool))], 480)
+    assert sorted(drawn.shape[:2])[1] == 480
+    assert min(drawn.shape[:2]) >= 1

@@ -22,6 +22,7 @@ from det.inference.draw import class_color
 from det.inference.predict import Classes
 from det.inference.predict_files import FilePredictions, check_output, find_media, output_names
 from det.inference.video import Frame, Video, write_video
+from tests.det.videos import encode
 
 needs_av = pytest.mark.skipif(find_spec("av") is None, reason='PyAV is not installed: pip install -e ".[video]"')
 
@@ -126,6 +127,59 @@ def test_every_frame_of_a_video_is_predicted_drawn_and_listed(tmp_path):
         assert frame.shape == (360, 540, 3)
         assert np.abs(frame[300:340, 400:].astype(int) - 20 * index).max() <= 6  # clear of the object
         assert np.abs(frame[26 * 9 - 1, 20 * 9].astype(int) - class_color(1)).max() <= 60
+
+
+@needs_av
+def test_frames_of_another_size_keep_their_own_pixels(tmp_path):
+    """Boxes count the pixels of their frame, and the drawn video shows them within the size of the first frame."""
+    clip = tmp_path / "call.webm"
+    encode(clip, [(60, 40), (60, 40), (120, 160)], "libvpx")
+    job, content = predict(tmp_path, clip)
+    assert [(image["width"], image["height"]) for image in content["images"]] == [(60, 40), (60, 40), (120, 160)]
+    assert [annotation["bbox"] for annotation in content["annotations"]] == [[10.0, 12.0, 20.0, 14.0]] * 3
+    last = list(Video(tmp_path / "out/call.mp4"))[-1].pixels.astype(int)
+    assert last.shape == (360, 540, 3)
+    scale = 360 / 160  # of the last frame within the first
+    left = (540 - 120 * scale) / 2
+    x, y = (round(left + 20 * scale), round(26 * scale) - 1)  # the lower edge of the box
+    assert np.abs(last[y, x] - class_color(1)).max() <= 90
+    assert last[:, : int(left) - 8].max() <= 12
+    assert job.failures == []
+
+
+@needs_av
+def test_a_pixel_aspect_is_undone_and_recorded(tmp_path):
+    (tmp_path / "in").mkdir()
+    encode(tmp_path / "in/dv.mkv", [(60, 40)] * 2, aspect=Fraction(2))
+    _, content = predict(tmp_path, tmp_path / "in")  # the videos of a folder are found, too
+    found = [(image["width"], image["height"], image["pixel_aspect"]) for image in content["images"]]
+    assert found == [(120, 40, 2.0)] * 2
+
+
+def test_videos_of_a_folder_need_pyav(tmp_path, monkeypatch):
+    save_image(tmp_path / "in/a.jpg")
+    (tmp_path / "in/clip.ts").write_bytes(b"x")
+    monkeypatch.setattr("det.inference.predict_files.find_spec", lambda name: None)
+    assert [one.name for one in find_media([str(tmp_path / "in")])[1]] == ["a.jpg"]
+
+
+def test_the_frames_of_an_animated_picture_are_counted(tmp_path, caplog):
+    frames = [Image.new("RGB", (60, 40), (90 * number, 0, 0)) for number in range(3)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    save_image(tmp_path / "b.jpg")
+    _, content = predict(tmp_path, tmp_path / "a.gif", tmp_path / "b.jpg")
+    assert len(content["images"]) == 2
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path}/a.gif has 3 frames, of which the first is predicted"
+    ]
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 6000), (6000, 2)])
+def test_pictures_of_any_shape_are_drawn(tmp_path, height, width):
+    save_image(tmp_path / "in/[1] a*.png", height, width)
+    job, content = predict(tmp_path, tmp_path / "in")
+    assert (job.failures, written(tmp_path / "out")) == ([], ["[1] a*.png", "predictions.json"])
+    assert (content["images"][0]["width"], content["images"][0]["height"]) == (width, height)
 
 
 @needs_av

@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from contextlib import suppress
 from fractions import Fraction
 
 import numpy as np
@@ -12,17 +13,10 @@ pytest.importorskip("av", reason='PyAV is not installed: pip install -e ".[video
 
 import av
 
+from crossmae.data.paths import VIDEO_SUFFIXES
 from crossmae.errors import UserError
-from det.inference.video import Frame, Video, is_video, write_video
-
-CORNER, GROUND = (20, 180, 60), (200, 40, 90)
-
-
-def picture(height=48, width=64):
-    """All one colour, but for the upper left quarter."""
-    pixels = np.full((height, width, 3), GROUND, np.uint8)
-    pixels[: height // 2, : width // 2] = CORNER
-    return pixels
+from det.inference.video import Frame, Video, is_video, letterbox, write_video
+from tests.det.videos import CORNER, GROUND, encode, picture
 
 
 def frames(count, rate, pixels=None):
@@ -163,3 +157,137 @@ def test_a_file_that_can_not_be_written_is_an_os_error_and_the_frames_that_are_l
     with pytest.raises(OSError, match=r"b\.mp4") as caught:
         write_video(tmp_path / "b.mp4", frames(2, Fraction(10)), Fraction(10))
     assert caught.value.errno == errno.EISDIR
+
+
+KINDS = {
+    **dict.fromkeys(("mp4", "m4v", "mov", "3gp", "3g2", "f4v"), ("libx264", None)),
+    **dict.fromkeys(("mkv", "flv"), ("libx264", None)),
+    **dict.fromkeys(("ts", "mts", "m2t", "m2ts"), ("libx264", "mpegts")),
+    **dict.fromkeys(("mpg", "mpeg", "mpe"), ("mpeg2video", "mpeg")),
+    **dict.fromkeys(("wmv", "asf"), ("wmv2", "asf")),
+    **dict.fromkeys(("avi", "divx"), ("mpeg4", "avi")),
+    "webm": ("libvpx", None),
+    "qt": ("libx264", "mov"),
+    "ivf": ("libvpx", "ivf"),
+    "vob": ("mpeg2video", "vob"),
+    "mxf": ("mpeg2video", "mxf"),
+    "ogv": ("libvpx", "ogg"),
+    "rm": ("rv20", "rm"),
+    "m1v": ("mpeg1video", "mpeg1video"),
+    "m2v": ("mpeg2video", "mpeg2video"),
+    "mjpeg": ("mjpeg", "mjpeg"),
+    "h264": ("libx264", "h264"),
+    "hevc": ("libx265", "hevc"),
+    "y4m": ("rawvideo", "yuv4mpegpipe"),
+    "dv": ("dvvideo", "dv"),
+}
+
+
+@pytest.mark.parametrize("suffix", sorted(VIDEO_SUFFIXES))
+def test_every_container_is_read(tmp_path, suffix):
+    if suffix == ".rmvb":
+        pytest.skip("a name of .rm")
+    codec, kind = KINDS[suffix[1:]]
+    size = (720, 576) if suffix == ".dv" else (128, 96)
+    quiet = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    path = encode(tmp_path / f"a{suffix.upper()}", [size] * 4, codec, kind=kind, pix_fmt=pix_fmt, **quiet)
+    assert is_video(path)
+    found = list(Video(path))
+    assert len(found) == 4
+    assert all(close(frame.pixels[40, 40], CORNER) for frame in found)
+    write_video(tmp_path / "copy.mp4", found, Video(path).rate)
+    assert len(list(Video(tmp_path / "copy.mp4"))) == 4
+
+
+@pytest.mark.parametrize("other", [(48, 64), (32, 24), (66, 50), (200, 40)])
+def test_frames_of_another_size_are_letterboxed(tmp_path, caplog, other):
+    """The first frame decides the size of what is written, and no picture is distorted."""
+    sizes = [(64, 48), other]
+    path = encode(tmp_path / "call.webm", [sizes[0], sizes[0], sizes[1]], "libvpx")
+    with caplog.at_level("INFO"):
+        found = list(Video(path))
+    assert [frame.pixels.shape[1::-1] for frame in found] == [sizes[0], sizes[0], sizes[1]]
+    text = "from frame 2 on, frames have {} x {} pixels, not {} x {}".format(*sizes[1], *sizes[0])
+    assert [text in record.message for record in caplog.records] == [True]
+    write_video(tmp_path / "a.mp4", found, Fraction(10))
+    copies = [frame.pixels for frame in Video(tmp_path / "a.mp4")]
+    assert {copy.shape[1::-1] for copy in copies} == {sizes[0]}
+    (width, height), last = sizes[0], copies[2].astype(int)
+    scale = min(width / sizes[1][0], height / sizes[1][1])
+    inner = np.array([sizes[1][1] * scale, sizes[1][0] * scale])
+    top, left = (np.array([height, width]) - inner) / 2
+    for share, color in ((0.25, CORNER), (0.75, GROUND)):
+        y, x = (np.array([top, left]) + inner * share).astype(int)
+        assert np.abs(last[y, x] - color).max() <= 30
+    if top >= 8:
+        assert last[2].max() <= 20
+    if left >= 8:
+        assert last[:, 2].max() <= 20
+
+
+@pytest.mark.parametrize(
+    ("aspect", "size"),
+    [(None, (96, 96)), (Fraction(1), (96, 96)), (Fraction(16, 9), (171, 96)), (Fraction(8, 9), (96, 108))],
+)
+def test_pixels_become_square(tmp_path, aspect, size):
+    video = Video(encode(tmp_path / "dv.mkv", [(96, 96)] * 2, aspect=aspect))
+    assert video.pixel_aspect == (aspect or 1)
+    for frame in video:
+        assert frame.pixels.shape[1::-1] == size
+        assert close(frame.pixels[size[1] // 2 - 6, size[0] // 2 - 6], CORNER)
+        assert close(frame.pixels[size[1] // 2 + 6, size[0] // 2 - 6], GROUND)
+
+
+def test_an_absurd_pixel_aspect_is_ignored(tmp_path):
+    (frame,) = Video(encode(tmp_path / "a.mkv", [(96, 96)], aspect=Fraction(1000)))
+    assert frame.pixels.shape == (96, 96, 3)
+
+
+def test_the_rotation_is_of_square_pixels(tmp_path):
+    path = tmp_path / "phone.mov"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(2)
+        stream.set_display_rotation(90)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(), format="rgb24")))
+        container.mux(stream.encode(None))
+    (frame,) = Video(path)
+    assert frame.pixels.shape == (128, 48, 3)
+
+
+def test_the_cover_of_a_song_is_no_video(tmp_path):
+    with av.open(str(tmp_path / "song.mp4"), "w") as container:
+        cover, song = container.add_stream("mjpeg", rate=10), container.add_stream("aac", rate=8000, layout="mono")
+        cover.width, cover.height, cover.pix_fmt = 64, 48, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.rate = 8000
+        for stream, frame in ((cover, av.VideoFrame.from_ndarray(picture(), format="rgb24")), (song, sound)):
+            container.mux([*stream.encode(frame), *stream.encode(None)])
+    with pytest.raises(UserError, match=r"song\.mp4: has no pictures"):
+        Video(tmp_path / "song.mp4")
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "ts", "avi"])
+def test_a_video_cut_in_the_middle_gives_the_frames_before(tmp_path, suffix):
+    path = encode(tmp_path / f"a.{suffix}", [(64, 48)] * 40, "mpeg4" if suffix == "avi" else "libx264", g="5")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 3 // 4])
+    found = []
+    with suppress(UserError):  # some containers tell
+        found.extend(frame.pixels for frame in Video(path))
+    assert 0 < len(found) < 40
+    assert all(close(pixels[5, 5], CORNER) for pixels in found[:-1])
+
+
+def test_a_picture_of_one_pixel_can_be_written(tmp_path):
+    write_video(tmp_path / "a.mp4", frames(2, Fraction(10), np.full((1, 1, 3), 200, np.uint8)), Fraction(10))
+    assert [frame.pixels.shape for frame in Video(tmp_path / "a.mp4")] == [(2, 2, 3)] * 2
+
+
+def test_a_letterboxed_strip_keeps_a_pixel():
+    strip = np.full((1, 500, 3), 200, np.uint8)
+    assert (letterbox(strip, (10, 50))[:, 25].max(axis=1) == [0] * 4 + [200] + [0] * 5).all()
+    assert letterbox(strip, (1, 500)) is strip

@@ -167,7 +167,9 @@ def test_a_broken_image_stops_or_is_left_out_and_listed(source: Source, tmp_path
     settings = ShardSettings(short_side=8, images_per_shard=4, skip_broken=True)
     index, _ = make_shards(source, tmp_path / "b", settings, threads=2)
     assert (index.total("names"), index.total("broken")) == (9, 1)
-    assert (tmp_path / "b/broken.txt").read_text() == f"{source.name(5)}: cannot be read as an image: not an image\n"
+    assert (tmp_path / "b/broken.txt").read_text() == (
+        f"{source.name(5)}: cannot be read as an image: not an image of a kind that this tool reads\n"
+    )
     shards = open_source(tmp_path / "b", "data.train")
     others = [index for index in range(10) if index != 5]
     assert [shards.name(index)[-13:] for index in range(9)] == [f"{index:09d}.jpg" for index in others]

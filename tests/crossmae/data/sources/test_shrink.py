@@ -108,9 +108,11 @@ def test_keeping_checks_the_image_and_finds_its_suffix() -> None:
     assert keep(data, "rows[3]") == Encoded(data, ".webp", (40, 30))
     assert keep(data, "a.JPEG").suffix == ".jpeg"
     gif = encode(gradient(4, 4).quantize(4), "GIF")
-    with pytest.raises(UserError, match=r"x\.gif: files of this kind are not packed"):
-        keep(gif, "x.gif")
-    assert shrink(gif, "x.gif", 32, 90).suffix == ".jpg"
+    assert keep(gif, "rows[4]") == Encoded(gif, ".gif", (4, 4)) == shrink(gif, "x.gif", 32, 90)
+    icon = encode(gradient(16, 16), "ICO")
+    with pytest.raises(UserError, match=r"x\.ico: files of this kind are not packed"):
+        keep(icon, "x.ico")
+    assert shrink(icon, "x.ico", 32, 90).suffix == ".jpg"
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", encode(gradient(90, 90), "JPEG")[:900]])

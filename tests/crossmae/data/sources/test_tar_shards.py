@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -104,8 +105,33 @@ def test_compressed_shards_and_shards_without_images_are_refused(tmp_path: Path)
     with pytest.raises(UserError, match=r"data.train: .*x\.tar\.gz: expected a plain \.tar file"):
         open_shards(str(tmp_path / "x.tar.gz"), "data.train")
     (tmp_path / "x.tar").write_bytes(tar_bytes({"1.txt": b""}))
-    with pytest.raises(UserError, match=r"data.train: no image in the 1 shards of .*x\.tar"):
+    with pytest.raises(UserError, match=r"data.train: no image in the 1 shards of .*x\.tar: 1 \.txt are not read"):
         open_shards(str(tmp_path / "x.tar"), "data.train")
+
+
+def test_members_that_are_not_read_are_counted_and_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = {f"{number}.{kind}": b"x" for number in range(3) for kind in ("jfif", "txt", "cls", "seg.npy")}
+    (tmp_path / "x.tar").write_bytes(tar_bytes(members))
+    with caplog.at_level(logging.INFO):
+        assert len(open_shards(str(tmp_path / "x.tar"), "data.train")) == 3
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert "3 .txt, 3 .npy are not read by this tool" in record.message
+    (tmp_path / "y.tar").write_bytes(tar_bytes({"4.jpg": b"x", "5.heic": b"x", "6.heic": b"x", "6.json": b"{}"}))
+    caplog.clear()
+    assert len(open_shards(str(tmp_path / "y.tar"), "data.train")) == 1
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "2 .heic, 1 .json are not read by this tool, more files than images. Convert them" in record.message
+
+
+def test_the_most_usual_format_of_a_sample_is_its_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A mask may be an image, too, such as a PGM or a GIF."""
+    members = {"1.pgm": b"mask", "1.jpg": b"1", "2.gif": b"mask", "2.left.jpg": b"no", "2.png": b"2", "3.gif": b"3"}
+    (tmp_path / "x.tar").write_bytes(tar_bytes(members))
+    source = open_shards(str(tmp_path / "x.tar"), "data.train")
+    assert [source.read(index) for index in range(3)] == [b"1", b"2", b"3"]
+    assert "unused, as their sample has another image: 1 .pgm, 1 .gif, 1 .left.jpg" in caplog.text
 
 
 def test_a_hiccup_of_the_network_is_outlasted(
