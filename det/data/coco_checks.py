@@ -304,9 +304,7 @@ def _describe_missing(path: Path, name: str, reason: str | None) -> str:
     return f"{name}: {reason}" if reason else name
 
 
-def read_header(
-    path: Path, limits: ImageLimits = IMAGE_LIMITS
-) -> tuple[tuple[int, int], tuple[int, int], int | None]:
+def read_header(path: Path, limits: ImageLimits = IMAGE_LIMITS) -> tuple[tuple[int, int], tuple[int, int], int | None]:
     """Read an image's stored size, its turned size, and its EXIF orientation.
 
     Raises UserError for an image that the limits refuse.
