@@ -93,7 +93,7 @@ def test_an_image_of_another_size_than_annotated_is_named(tmp_path, cfg):
 def test_objects_that_no_image_shows_stop_training(tmp_path, cfg, masks):
     """Whatever is wrong with them, and though every augmentation of training could lose all."""
     path, images, _ = write_coco(tmp_path / "a", kind="polygon")
-    register_coco("test_set", path, images)
+    register_coco("test_set", path, images, masks=True)
     cfg.INPUT.MASK_FORMAT, cfg.INPUT.MIN_SIZE_TRAIN = masks, (1,)
     records = DatasetCatalog.get("test_set")
     check_objects_left(records, NamingMapper(cfg, True))
