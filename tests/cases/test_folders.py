@@ -76,7 +76,7 @@ def test_odd_names_reach_every_output(written: Written, tool: Tool, tmp_path: Pa
     run = tmp_path / "run\n é $x$"
     run.mkdir()
     save_weights(run / "model.safetensors", model.state_dict(), metadata)
-    code, output = tool(reconstruct.main, run, folder, "--output", tmp_path / "found")
+    code, output = tool(reconstruct.main, run, folder, "--output", tmp_path / "found", "--no-gif")
     assert code == 0, output
     assert [line.split("/")[-1].split("  ")[0] for line in output.splitlines() if line.startswith(str(folder))] == [
         *("caf\\udce9.png", "new\\nline.png", 'q"uote,comma.png', "日本.png"),
