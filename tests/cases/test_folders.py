@@ -68,7 +68,7 @@ def test_labels_of_a_data_set(
 
 
 def test_odd_names_reach_every_output(written: Written, tool: Tool, tmp_path: Path) -> None:
-    folder = written("pretraining/names.py")
+    folder = written("pretraining/names.py") / "a"
     sizes = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "fuse_blocks": [0]}
     sizes |= {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2, "img_size": [16, 16]}
     model = CrossMAE(**sizes | {"img_size": (16, 16), "fuse_blocks": (0,)})  # type: ignore[arg-type]
@@ -76,13 +76,15 @@ def test_odd_names_reach_every_output(written: Written, tool: Tool, tmp_path: Pa
     run = tmp_path / "run\n é $x$"
     run.mkdir()
     save_weights(run / "model.safetensors", model.state_dict(), metadata)
-    code, output = tool(reconstruct.main, run, folder, "--output", tmp_path / "found")
+    code, output = tool(reconstruct.main, run, folder, "--output", tmp_path / "found", "--no-gif")
     assert code == 0, output
     assert [line.split("/")[-1].split("  ")[0] for line in output.splitlines() if line.startswith(str(folder))] == [
-        *("caf\\udce9.png", "new\\nline.png", 'q"uote,comma.png', "日本.png"),
-        *("caf\\udce9.png", "new\\nline.png", 'q"uote,comma.png', "日本.png"),
+        "caf\\udce9.png",
+        "new\\nline.png",
+        'q"uote,comma.png',
+        "日本.png",
     ]
-    assert len(json.loads((tmp_path / "found/psnr.json").read_text("utf-8"))["images"]) == 8
+    assert len(json.loads((tmp_path / "found/psnr.json").read_text("utf-8"))["images"]) == 4
 
 
 def test_odd_names_are_predicted(written: Written, tool: Tool, tmp_path: Path) -> None:

@@ -246,13 +246,13 @@ def _find_files(names: Sequence[str], folder: Path, path: Path, key: str, outsid
 def _check_repeated(source: ImageFiles) -> None:
     """Use no labels if an image is listed again with another label."""
     first: dict[str, int] = {}
-    repeated = 0
+    labels, repeated = source.labels(), 0
     for index in range(len(source)):
         name = os.path.normpath(source.name(index))
         other = first.setdefault(name, index)
         repeated += other != index
-        if source.label(other) != source.label(index):
-            both = " and ".join(repr(source.classes[source.label(one)]) for one in (other, index))
+        if labels[other] != labels[index]:
+            both = " and ".join(repr(source.classes[labels[one]]) for one in (other, index))
             source.leave_unlabelled(f"{printable(name)} is listed as {both}", SEVERAL_LABELS)
             return
     if repeated:

@@ -305,6 +305,14 @@ def test_lists_are_read_as_people_write_them(name: str, tmp_path: Path, paths: l
     assert found == labels
 
 
+def test_a_coco_file_never_names_images_outside_its_folder(tmp_path: Path, paths: list[Path]) -> None:
+    for name in (str(paths[0]), "../tree/ant/000.png"):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other/coco.json").write_text(json.dumps({"images": [{"file_name": name}]}))
+        with pytest.raises(UserError, match=r"1 of 1 images are not there: .*000\.png \(leads out of the folder\)"):
+            open_source(tmp_path / "other/coco.json", "data.train")
+
+
 def test_moved_files_are_said_and_missing_ones_have_a_reason(
     tmp_path: Path, paths: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
