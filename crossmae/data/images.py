@@ -74,7 +74,7 @@ def decode_image(data: bytes, name: str, channels: int = 3, bit_depth: int = 8) 
             with Image.open(io.BytesIO(data)) as image:
                 image.load()
                 upright = ImageOps.exif_transpose(image)
-            if bit_depth == 8 and channels in (1, 3):
+            if bit_depth == 8 and channels in (1, 3) and upright.mode != "F":
                 rgb = to_rgb(upright)
                 return rgb if channels == 3 else rgb.convert("L")
             samples = _samples(upright, channels)
@@ -101,7 +101,7 @@ def is_deep(data: bytes) -> bool:
 
 
 def count_frames(file: Path | io.BytesIO) -> int:
-    """Count the frames of an animation, 1 for other images and broken files."""
+    """Count the frames of an animation, 1 for other files."""
     try:
         with Image.open(file) as image:
             return getattr(image, "n_frames", 1) if image.format in ANIMATIONS else 1
