@@ -5,7 +5,7 @@
 | folder with images                  | all images in it and its subfolders     | one subfolder a class |
 | folder with .tar files, or one file | tar shards in WebDataset layout         | `.cls`, or in `.json` |
 | `x-*.tar`, `x-{000..012}.tar`, URLs | tar shards in WebDataset layout         | `.cls`, or in `.json` |
-| `.txt`                              | one path per line                       | none                  |
+| `.txt`                              | one path per line                       | after each path       |
 | `.csv`, `.tsv`, `.parquet`          | column path, image, file_name, filename | column label or class |
 | `.json`                             | the images of COCO annotations          | none                  |
 | folder by `Dataset.save_to_disk`    | Hugging Face data set, its Image column | its ClassLabel column |
@@ -30,6 +30,7 @@ from crossmae.data.sources.source import ImageFiles, Source
 from crossmae.data.sources.tar_index import PROGRESS_NAME
 from crossmae.data.sources.tar_shards import SHARD_SUFFIXES, open_shards
 from crossmae.errors import UserError, printable, shorten
+from crossmae.files import PACKED_STARTS, decode_text
 
 __all__ = ["LISTS", "Source", "open_named", "open_source", "warn_of_overlap"]
 
@@ -40,7 +41,8 @@ ACCEPTED = (
 WITHOUT = {"data.val": "data.val=null"} | dict.fromkeys(
     ("probe.train", "probe.val"), "probe.train=null probe.val=null"
 )  # overrides that disable an optional data set
-SPLIT_NAME = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval(uation)?|holdout|unlabell?ed)[-_ ]?\d*")
+SPLIT_NAME = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?|dev|evaluation|holdout|unlabell?ed)[-_ ]?\d*")
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip", ".xlsx")
 MOST_PREVIEWS = 10  # images next to tar shards that are taken for previews
 MOST_NAMES = 2_000_000  # largest number of names that are compared; more would take minutes
 
@@ -71,6 +73,10 @@ def open_source(value: str | Path, key: str, root: Path | None = None) -> Source
     if _names_shards(value):
         return open_shards(str(value), key)
     if path.is_file():
+        with open(path, "rb") as file:
+            start = file.read(8)
+        if path.suffix.lower() in PACKED_SUFFIXES and start.startswith(tuple(PACKED_STARTS)):
+            decode_text(start, path, f"{key}: {path}")
         raise UserError(f"{key}: {path}: no such kind of data is known. Expected {ACCEPTED}.")
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     raise UserError(f"{key}: {path} does not exist (the nearest folder that does: {parent}). Expected {ACCEPTED}.")
@@ -119,6 +125,10 @@ def _open_folder(folder: Path, key: str) -> Source:
             return open_shards(str(folder), key) if shards or not packed else open_idx(folder, key)
         message = "%s: the images in %s are read, not the files next to them: %s. To read these, name them"
         log.warning(message, key, folder, shorten(packed))
+    if next(_images(folder), None) is None:
+        tars = [path for path in walk_files(folder, []) if path.endswith(".tar")]
+        if homes := sorted({os.path.dirname(path) for path in tars}):
+            raise UserError(f"{key}: the .tar shards of {folder} are in {shorten(homes)}. Name one of these folders.")
     paths = find_images(folder, key)
     labels, advice = _classes_by_folder(folder, paths)
     source = ImageFiles(paths, f"{len(paths):,} images in the folder {folder}", labels)

@@ -21,11 +21,14 @@ from crossmae.files import decode_text, read_file
 
 PATH_COLUMNS = ("path", "image", "file_name", "filename")
 LABEL_COLUMNS = ("label", "class")
+MISSING_LABELS = ("", "nan", "NaN")  # as pandas writes them; NA and None are read as names of classes
 LABELLED_LINE = re.compile(
     rf"(.+(?:{'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))}))[\s,;]+([\w-]+)", re.IGNORECASE
 )  # a path and a label
 # Name of the setting for the base folder of a list, by the key of the data set.
 ROOT_KEYS = {"data.train": "data.root", "data.val": "data.val_root", "SRC": "--root"}
+
+SEVERAL_LABELS = "Keep one of these lines, or join the labels of an image, such as `cat|dog`, and set data.separator"
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +52,9 @@ def open_csv_list(path: Path, key: str, root: Path | None) -> ImageFiles:
     """Open a .csv or .tsv file whose first line names the columns."""
     rows = _read_rows(path, key)
     header = [name.strip() for name in rows[0]] if rows else []
-    if any(PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES for name in header):
+    if not header:
+        raise UserError(f"{key}: {path} is empty. Fill it, or name another list.")
+    if any(PurePosixPath(word).suffix.lower() in IMAGE_SUFFIXES for name in header for word in re.split("[;,|]", name)):
         raise UserError(f"{key}: {path}: the first line is {header}. It must name the columns, such as path,label.")
     path_column, label_column = _columns(header, path, key)
     names, labels = [], []
@@ -202,9 +207,13 @@ def _listed(
     paths = _find_files(given, folder, path, key, outside)
     refuse_unread(paths, f"{key}: {path}")
     shown = f" (columns {', '.join(columns)})" if columns else ""
+    if labels is not None:
+        labels = [None if label in MISSING_LABELS else label for label in labels]
     source = ImageFiles(paths, f"{len(paths):,} images in the list {path}{shown}", labels)
     if source.classes:
         _check_repeated(source)
+    elif labels is not None and not any(labels):
+        source.leave_unlabelled("the column of labels is empty", "Fill it in")
     return source
 
 
@@ -213,7 +222,7 @@ def _find_files(names: Sequence[str], folder: Path, path: Path, key: str, outsid
 
     Without `outside`, only files in the folder are used.
     """
-    paths = [os.path.join(folder, name) for name in names]
+    paths = [str(folder / name) for name in names]
     found = list(map_in_order(os.path.isfile, paths, bar="find images"))
     if not outside:
         found = [is_there and not _leads_out(name) for name, is_there in zip(names, found, strict=True)]
@@ -233,22 +242,21 @@ def _find_files(names: Sequence[str], folder: Path, path: Path, key: str, outsid
         )
     log.warning("%s: %s", path, describe_moved(folder, moved, len(missing)))
     return [
-        one if is_there else os.path.join(folder, moved[name])
-        for name, one, is_there in zip(names, paths, found, strict=True)
+        one if is_there else str(folder / moved[name]) for name, one, is_there in zip(names, paths, found, strict=True)
     ]
 
 
 def _check_repeated(source: ImageFiles) -> None:
     """Use no labels if an image is listed again with another label."""
     first: dict[str, int] = {}
-    repeated = 0
+    labels, repeated = source.labels(), 0
     for index in range(len(source)):
         name = os.path.normpath(source.name(index))
         other = first.setdefault(name, index)
         repeated += other != index
-        if source.label(other) != source.label(index):
-            both = " and ".join(repr(source.classes[source.label(one)]) for one in (other, index))
-            source.leave_unlabelled(f"{printable(name)} is listed as {both}", "Keep one of these lines")
+        if labels[other] != labels[index]:
+            both = " and ".join(repr(source.classes[labels[one]]) for one in (other, index))
+            source.leave_unlabelled(f"{printable(name)} is listed as {both}", SEVERAL_LABELS)
             return
     if repeated:
         log.info("%s: %s entries name an image again", source.description, f"{repeated:,}")

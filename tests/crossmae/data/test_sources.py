@@ -216,6 +216,10 @@ BAD: list[tuple[str, str, str]] = [
         r"columns\.csv: the columns are a, b\. Name one of them path, image, file_name or filename",
     ),
     ("header.csv", "ant/000.png\nant/001.png\n", r"header\.csv: the first line is .* must name the columns"),
+    ("semicolons.csv", "ant/000.png;a\n", r"semicolons\.csv: the first line is .* must name the columns"),
+    ("nothing.csv", "\n", r"nothing\.csv is empty\. Fill it, or name another list"),
+    ("table.csv.gz", "\x1f\x8b\x08", r"table\.csv\.gz: is compressed with gzip, not text\. Unpack it: gunzip -k table"),
+    ("table.xlsx", "PK\3\4", r"table\.xlsx: is a zip archive or an Excel table, not text\. .*save the table as CSV"),
     ("row.csv", "path,label\nx.png\n", r"row\.csv, line 2: has 1 values, the header 2"),
     ("blank.csv", "path,label\n,a\n", r"blank\.csv: image 1 of 1 has an empty path"),
     ("quote.csv", 'path\n"x.png', r"quote\.csv: not valid CSV"),
@@ -237,7 +241,7 @@ def test_a_bad_value_is_one_error_with_key_and_file(name: str, content: str, mes
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow")
     if content:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_text(content, encoding="latin-1" if name.endswith("z") else "utf-8")
     with pytest.raises(UserError, match=message) as raised:
         open_source(str(tmp_path / name), "data.train")
     assert "data.train" in str(raised.value)
@@ -281,6 +285,9 @@ LISTED: dict[str, tuple[str, list[str | None]]] = {  # name and content of a lis
     "excel.csv": ("sep=;\r\nPATH;LABEL\r\nant/000.png;x\r\nant/001.png;y\r\n;\r\n", ["x", "y"]),
     "exact.csv": ("Path,path,LABEL,label\n?,ant/000.png,?,x\n?,ant/001.png,?,y\n", ["x", "y"]),
     "moved.csv": ('path,label\n"C:\\d\\ANT\\000.PNG",x\n./tree/ant/001.png,y\n', ["x", "y"]),
+    "missing.csv": ("path,label\nant/000.png,NaN\nant/001.png,y\n", [None, None]),
+    "empty.csv": ("path,label\nant/000.png,\nant/001.png,\n", [None, None]),
+    "names.csv": ("path,label\nant/000.png,NA\nant/001.png,Nan\n", ["NA", "Nan"]),
     "caffe.txt": ("ant/000.png 0\nant/001.png 7\n", ["0", "7"]),
     "tabs.txt": ("ant/000.png\tx\nant\\001.png\ty\n", ["x", "y"]),
     "quoted.txt": ('"D:\\tree\\ant\\000.png"\n"D:\\tree\\ant\\001.png"\n', [None, None]),
@@ -296,6 +303,14 @@ def test_lists_are_read_as_people_write_them(name: str, tmp_path: Path, paths: l
     assert contents(source) == [path.read_bytes() for path in paths[:2]]
     found = [source.classes[source.label(index)] for index in range(2)] if source.classes else [None, None]
     assert found == labels
+
+
+def test_a_coco_file_never_names_images_outside_its_folder(tmp_path: Path, paths: list[Path]) -> None:
+    for name in (str(paths[0]), "../tree/ant/000.png"):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other/coco.json").write_text(json.dumps({"images": [{"file_name": name}]}))
+        with pytest.raises(UserError, match=r"1 of 1 images are not there: .*000\.png \(leads out of the folder\)"):
+            open_source(tmp_path / "other/coco.json", "data.train")
 
 
 def test_moved_files_are_said_and_missing_ones_have_a_reason(
@@ -317,7 +332,7 @@ def test_an_image_with_two_labels_has_none(tmp_path: Path, paths: list[Path]) ->
     assert open_source(tmp_path / "list.csv", "data.train").classes == ("a", "b")  # more often, but the same
     (tmp_path / "list.csv").write_text(rows + f"tree/../tree/{paths[0].relative_to(tmp_path / 'tree')},b\n")
     source = open_source(tmp_path / "list.csv", "data.train")
-    with pytest.raises(UserError, match=r"000\.png is listed as 'a' and 'b'\. Keep one of these lines\."):
+    with pytest.raises(UserError, match=r"000\.png is listed as 'a' and 'b'\. Keep one of these lines, or"):
         source.labels()
 
 
@@ -370,3 +385,11 @@ def test_a_preview_next_to_packed_images_is_named(
     (tmp_path / "tree/archive.tar").write_bytes(next(shards.glob("*.tar")).read_bytes())
     assert open_source(tmp_path / "tree", "data.train").classes == CLASSES
     assert "tree are read, not the files next to them: archive.tar. To read these, name them" in caplog.text
+
+
+def test_the_parent_of_shards_is_named(tmp_path: Path, paths: list[Path]) -> None:
+    shards = Path(as_shards(tmp_path / "up", paths))
+    with pytest.raises(
+        UserError, match=rf"the \.tar shards of {tmp_path}/up are in {shards}\. Name one of these folders"
+    ):
+        open_source(tmp_path / "up", "data.train")
