@@ -261,7 +261,7 @@ def is_deep(data: bytes) -> bool:
 
 
 def count_frames(file: Path | io.BytesIO) -> int:
-    """Count the frames of an animation, 1 for other images and broken files."""
+    """Count the frames of an animation, 1 for other files."""
     try:
         with Image.open(file) as image:
             return getattr(image, "n_frames", 1) if image.format in ANIMATIONS else 1

@@ -177,7 +177,7 @@ def log_unread(place: str | Path, unread: Mapping[tuple[str, str], int], images:
 
 
 def refuse_unread(paths: Sequence[str], where: str) -> None:
-    """Raise a UserError for files that are no images by suffix and content."""
+    """Raise a UserError for files that are no images."""
     others: dict[str, list[str]] = defaultdict(list)
     for path in paths:
         if (kind := file_kind(path)) not in IMAGE_SUFFIXES:

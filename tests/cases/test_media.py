@@ -59,7 +59,6 @@ PREDICTED: dict[str, tuple[list[tuple[int, int]], str]] = {
     "jfif": ([(64, 64)] * 3, "0.png 1.png 2.png"),
     "[1] set (a)": ([(64, 64)], "x[2]*#.png"),
     "[1] set (a)/x[2]*#.png": ([(64, 64)], "x[2]*#.png"),
-    "long_text": ([(64, 64)], "render.png"),
     "strip": ([(1, 1), (6000, 3)], "dot.png strip.png"),
     "blank": ([(64, 64)], "blank.png"),
 }
