@@ -263,8 +263,8 @@ def _describe(extent: Floats, box: Floats) -> str:
     return mask + "bbox [{:g}, {:g}, {:g}, {:g}]".format(*box)
 
 
-def _readings(pairs: _Pairs, only_fixed: bool) -> list[tuple[_Side, _Read]]:
-    """List the readings, the simplest first.
+def _readings(pairs: _Pairs, only_fixed: bool, most: int = 3) -> list[tuple[_Side, _Read]]:
+    """List the readings of at most three changes, the simplest first.
 
     Of equal ones, readings of the side that leaves the images more often are first.
     """
@@ -281,7 +281,7 @@ def _readings(pairs: _Pairs, only_fixed: bool) -> list[tuple[_Side, _Read]]:
     fixed = [
         (side, _fixed(side, start, unit, swapped, right, bottom))
         for changes, side, start, unit, swapped, right, bottom in sorted(choices, key=_simplest)
-        if 0 < changes <= 3
+        if 0 < changes <= most
     ]
     fits = _NEEDED if np.isfinite(masks).all() and not only_fixed else ()
     return fixed + [(side, _fitted(side, fit)) for fit in fits for side in sides]
@@ -415,7 +415,13 @@ def _strays(placed: Placed, explained: Collection[int]) -> dict[str, Notes]:
     free = placed.usable & np.isfinite(placed.extent).all(axis=1)
     free[list(explained)] = False
     rows = np.flatnonzero(free)
-    rows = rows[_agree(placed.extent[rows], corners_of(placed.box[rows]), placed.size[rows])[0] > 1]
+    if not len(rows):
+        return {}
+    error, contradict = _agree(placed.extent[rows], corners_of(placed.box[rows]), placed.size[rows])
+    alone = (
+        contradict & (error > _APART_ALONE) & ((error <= 1).mean() >= _EXPLAINED)
+    )  # in a file of tight boxes, these are not loose
+    rows, alone = rows[error > 1], alone[error > 1]
     extent, size, corners = placed.extent[rows], placed.size[rows], corners_of(placed.box[rows])
     side = np.tile(size, 2)
     leaves = np.concatenate([-extent[:, :2], extent[:, 2:] - size], axis=1) / side
@@ -426,11 +432,22 @@ def _strays(placed: Placed, explained: Collection[int]) -> dict[str, Notes]:
     slack = _tolerance(size) * [-1, -1, 1, 1]
     wide = [one + slack for one in (extent, corners)]
     apart = ~outside & (_overlap(*wide) < _OVERLAP * np.minimum(*map(_area, wide)))
+    apart |= ~outside & alone & (_union_share(extent, corners) < _SAME / 2)
+    pairs = _Pairs({"": extent}, placed.box[rows], size, placed.image[rows])
+    notes = [_describe(*one) + _of_image(of) for *one, of in zip(extent, pairs.box, size, strict=True)]
+    for at, words in _words_for_each(pairs.take(apart)).items():
+        notes[np.flatnonzero(apart)[at]] += f", but it fits {words}"
     kinds = {"mask-outside": outside, "mask-off-box": apart}
-    return {
-        kind: {int(rows[at]): _describe(extent[at], placed.box[rows[at]]) + _of_image(size[at]) for at in
-               np.flatnonzero(chosen)} for kind, chosen in kinds.items()
-    }  # fmt: skip
+    return {kind: {int(rows[at]): notes[at] for at in np.flatnonzero(chosen)} for kind, chosen in kinds.items()}
+
+
+def _words_for_each(pairs: _Pairs) -> dict[int, str]:
+    """Find a simple reading for single pairs."""
+    found: dict[int, str] = {}
+    for side, read in _readings(pairs, only_fixed=True, most=1) if len(pairs.box) else ():
+        corners, words = read(pairs)
+        found = dict.fromkeys(np.flatnonzero(_fits(side, corners, pairs)).tolist(), words[0]) | found
+    return found
 
 
 def _of_image(size: Floats) -> str:

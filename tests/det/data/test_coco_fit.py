@@ -191,6 +191,17 @@ def test_single_strays_are_named():
     assert found["mask-off-box"][6] == "mask from 200, 200 to 260, 260, bbox [10, 10, 40, 40] in an image of 640x480"
 
 
+def test_a_single_mask_in_another_frame_is_explained_among_tight_boxes():
+    size, box = FIXED
+    for words in ("with x and y swapped", "as shares of the image: multiply by its size"):
+        masks = polygons(box)
+        masks[2] = polygons(box, FRAMES[words], size)[2]
+        found = find(box, masks, size)
+        assert set(found) == {"mask-off-box"}
+        assert list(found["mask-off-box"]) == [2]
+        assert found["mask-off-box"][2].endswith(f", but it fits {words}")
+
+
 def jittered(size, box, kind):
     """Boxes and polygons of a sound data set."""
     x, y, w, h = box.T
