@@ -218,7 +218,7 @@ def test_wrong_classes_are_named(tmp_path, predictor):
     (tmp_path / "names.txt").write_text("one\ntwo")
     with pytest.raises(UserError, match=r"names.txt: has 2 class names. The detector needs 3"):
         find_classes(predictor, tmp_path / "names.txt")
-    with pytest.raises(UserError, match=r"none\.txt: cannot be read as text: No such file"):
+    with pytest.raises(UserError, match=r"none\.txt: cannot be read: No such file"):
         find_classes(predictor, tmp_path / "none.txt")
     for number, wrong in enumerate(({"id": 3}, {"id": "x", "name": "c"})):
         file = tmp_path / f"{number}.json"
