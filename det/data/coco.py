@@ -441,7 +441,7 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
 
 
 def _warn_of_crowded_images(json_path: str, summary: CocoSummary, detections: int, counted: int) -> None:
-    """Warn if an image has more objects than are detected, or than AP counts."""
+    """Warn if an image has more objects than detections that count."""
     lvis = MetadataCatalog.get(OWN_VAL).get("evaluator_type") == "lvis"  # with a limit of its own
     text = "%s: an image has %d objects%s, and %s only %d, which lowers recall and AP. Set %s=%d or more."
     if 0 <= detections < (most := summary.most_objects):

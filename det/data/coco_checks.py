@@ -390,7 +390,7 @@ def _check_annotations(found: Findings, known: dict[int, int], categories: dict[
 
 
 def _crowded_images(image: NDArray[np.int64], category: NDArray[np.int64], flags: list[Any]) -> dict[int, str]:
-    """Find images with more objects of a class than AP counts by default."""
+    """Find images with more objects of a class than AP counts."""
     counted = (image >= 0) & ~np.array(flags, bool)
     classes = category.max(initial=0) + 2  # -1 is an unknown category
     pairs, counts = np.unique((image * classes + category + 1)[counted], return_counts=True)
@@ -459,7 +459,7 @@ def _check_boxes(found: Findings, table: _Table, masks: Masks) -> None:
 
 
 def _find_misfits(table: _Table, masks: Masks, placed: NDArray[np.bool_]) -> dict[str, dict[int, str]]:
-    """Find masks and boxes that do not fit each other or their image, by kind and position."""
+    """Find masks and boxes that do not fit, by kind and position."""
     crowd = np.fromiter((bool(entry.get("iscrowd", 0)) for entry in table.entries), bool, len(table.entries))
     objects = Placed(table.box, masks.extent, table.size, table.image, placed & ~crowd)
     segmentations = [entry.get("segmentation") for entry in table.entries]

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from det.data.coco_masks import Floats, Ints, measure_masks
+from det.data.coco_masks import LARGEST_SIDE, Floats, Ints, measure_masks
 
 Rows = NDArray[np.bool_]
 Notes = dict[int, str]
@@ -30,6 +30,7 @@ _OVERLAP = 0.1  # a mask and a box that share less of the smaller of them belong
 _AGREE_SMALL = (1.0, 0.2)  # at most: pixels, plus a share of the object's side
 _CLOSER = 4.0  # a reading explains a difference that becomes that many times smaller
 _MOST, _EXPLAINED = 0.5, 0.8  # shares: of all annotations, and of the contradicting ones
+_MERGED = 4, 0.2  # annotations, and their share, that have another reading than the rest
 _SAMPLE = 10_000  # annotations on which the readings are tried
 _FAR, _OFF = 1.0, 0.25  # sides of the image by which masks leave it, if their box leaves it too or stays away
 # Boxes without masks: as many leave their image, by that share of its side; as many fit once they are read otherwise.
@@ -83,6 +84,7 @@ _Side = Literal["mask", "box"]
 _Read = Callable[[_Pairs], tuple[Floats, list[str]]]  # corners of a side, and words for all rows or for each
 
 
+@np.errstate(all="ignore")
 def find_misfits(placed: Placed, masks: Sequence[Any], wrong_size: Collection[int] = ()) -> dict[str, Notes]:
     """Find annotations that do not fit, by kind and row.
 
@@ -118,7 +120,8 @@ def _groups(placed: Placed, masks: Sequence[Any], wrong_size: Collection[int]) -
                 by_rows = {"when its run lengths are read by rows": _swap(_measure(masks, rows, turned=True))}
                 pairs = pairs._replace(masks=pairs.masks | by_rows)
             yield rows, pairs
-    if len(rows := np.array([row for row in sorted(wrong_size) if placed.usable[row]], np.int64)):
+    possible = [row for row in sorted(wrong_size) if all(0 < side <= LARGEST_SIDE for side in masks[row]["size"])]
+    if len(rows := np.array([row for row in possible if placed.usable[row]], np.int64)):
         size = placed.size[rows]
         yield rows, _Pairs(_other_sizes(masks, rows, size), placed.box[rows], size, placed.image[rows])
 
@@ -147,8 +150,7 @@ def _tolerance(size: Floats) -> Floats:
 
 def _error(one: Floats, other: Floats, tolerance: Floats) -> Floats:
     """Measure the largest difference (N,) of corners in tolerances. NaN becomes infinity."""
-    with np.errstate(invalid="ignore"):
-        worst = (np.abs(one - other) / tolerance).max(axis=1)
+    worst = (np.abs(one - other) / tolerance).max(axis=1)
     return np.where(np.isnan(worst), np.inf, worst)
 
 
@@ -162,8 +164,7 @@ def _overlap(one: Floats, other: Floats) -> Floats:
 
 def _union_share(one: Floats, other: Floats) -> Floats:
     both = _overlap(one, other)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return both / (_area(one) + _area(other) - both)
+    return both / (_area(one) + _area(other) - both)
 
 
 def _agree(extent: Floats, corners: Floats, size: Floats) -> tuple[Floats, Rows]:
@@ -193,11 +194,17 @@ def _within(inner: Floats, outer: Floats) -> Rows:
 
 
 def _contradicting(pairs: _Pairs) -> Rows:
-    """Select the pairs that contradict each other if fewer agree, otherwise none."""
+    """Select the pairs that contradict each other, unless they are few."""
     error, contradict = _agree(_usual(pairs), corners_of(pairs.box), pairs.size)
     if _different(pairs.box) < 2:
         contradict &= error > _APART_ALONE
-    return contradict & (contradict.sum() > (error <= 1).sum())
+    few = contradict.sum() <= (error <= 1).sum() and contradict.sum() < _enough(pairs)
+    return contradict & ~few
+
+
+def _enough(pairs: _Pairs) -> float:
+    """Count the pairs that have one reason because two files were merged."""
+    return max(_MERGED[0], _MERGED[1] * len(pairs.box))
 
 
 def _different(boxes: Floats) -> int:
@@ -228,8 +235,9 @@ def _explain(pairs: _Pairs) -> dict[str, Notes]:
     if not len(some):
         return {}
     sample = pairs.take(some[:: len(some) // _SAMPLE + 1])
+    merged = len(some) < _MOST * len(pairs.box)
     best: tuple[float, _Side, _Read] | None = None
-    for side, read in _readings(pairs):
+    for side, read in _readings(pairs, only_fixed=merged):
         share = float(_fits(side, read(sample)[0], sample).mean())
         if share >= _EXPLAINED and (best is None or share > best[0] + 0.02):
             best = share, side, read
@@ -238,7 +246,7 @@ def _explain(pairs: _Pairs) -> dict[str, Notes]:
     _, side, read = best
     corners, words = read(pairs)
     fits = _fits(side, corners, pairs)
-    if fits.sum() < _MOST * len(fits):
+    if fits.sum() < (_enough(pairs) if merged else _MOST * len(fits)):
         return {}
     other = "box" if side == "mask" else "mask"
     words = words * len(fits) if len(words) == 1 else words
@@ -255,8 +263,8 @@ def _describe(extent: Floats, box: Floats) -> str:
     return mask + "bbox [{:g}, {:g}, {:g}, {:g}]".format(*box)
 
 
-def _readings(pairs: _Pairs) -> list[tuple[_Side, _Read]]:
-    """List the readings, the simplest first.
+def _readings(pairs: _Pairs, only_fixed: bool, most: int = 3) -> list[tuple[_Side, _Read]]:
+    """List the readings of at most three changes, the simplest first.
 
     Of equal ones, readings of the side that leaves the images more often are first.
     """
@@ -273,9 +281,9 @@ def _readings(pairs: _Pairs) -> list[tuple[_Side, _Read]]:
     fixed = [
         (side, _fixed(side, start, unit, swapped, right, bottom))
         for changes, side, start, unit, swapped, right, bottom in sorted(choices, key=_simplest)
-        if 0 < changes <= 3
+        if 0 < changes <= most
     ]
-    fits = _NEEDED if np.isfinite(masks).all() else ()
+    fits = _NEEDED if np.isfinite(masks).all() and not only_fixed else ()
     return fixed + [(side, _fitted(side, fit)) for fit in fits for side in sides]
 
 
@@ -335,10 +343,14 @@ def _fitted(side: _Side, fit: _Fit) -> _Read:
     return read
 
 
-def _ratio(given: Floats, wanted: Floats) -> Floats:
-    """Fit the factor (N,) between numbers (N, K) by least squares."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray((given * wanted).sum(axis=1) / (given**2).sum(axis=1))
+def _ratio(given: Floats, wanted: Floats) -> float:
+    """Fit a factor between numbers (N, K): least squares, then the median."""
+    return _middle((given * wanted).sum(axis=1) / (given**2).sum(axis=1))
+
+
+def _middle(values: Floats) -> float:
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else np.nan
 
 
 def _times(factors: Floats, pairs: _Pairs, words: str = "") -> list[str]:
@@ -357,14 +369,14 @@ def _one_factor(given: Floats, wanted: Floats, pairs: _Pairs) -> tuple[Floats, l
 
     A single box needs a factor far from 1, because a box that is drawn by hand may have another.
     """
-    factors = np.full((len(given), 2), np.nanmedian(_ratio(given, wanted)))
+    factors = np.full((len(given), 2), _ratio(given, wanted))
     if 0.8 < factors[0, 0] < 1.25 and _different(wanted) < 2:
         factors[:] = np.nan
     return given * np.tile(factors, 2), _times(factors, pairs)
 
 
 def _two_factors(given: Floats, wanted: Floats, pairs: _Pairs) -> tuple[Floats, list[str]]:
-    each = [np.nanmedian(_ratio(given[:, [axis, axis + 2]], wanted[:, [axis, axis + 2]])) for axis in (0, 1)]
+    each = [_ratio(given[:, [axis, axis + 2]], wanted[:, [axis, axis + 2]]) for axis in (0, 1)]
     factors = np.tile(each, (len(given), 1))
     return given * np.tile(factors, 2), _times(factors, pairs)
 
@@ -380,8 +392,7 @@ def _factor_per_image(given: Floats, wanted: Floats, pairs: _Pairs) -> tuple[Flo
         return np.full_like(given, np.nan), [""]
     products, squares = ((given * one).reshape(-1, 2, 2).sum(axis=1) for one in (wanted, given))  # of x and of y
     sums = [[np.bincount(image, one[:, axis])[image] for axis in (0, 1)] for one in (products, squares)]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        factors = np.stack(sums[0], axis=1) / np.stack(sums[1], axis=1)
+    factors = np.stack(sums[0], axis=1) / np.stack(sums[1], axis=1)
     return given * np.tile(factors, 2), _times(factors, pairs, " (another factor in each image)")
 
 
@@ -391,8 +402,7 @@ def _shift(given: Floats, wanted: Floats, pairs: _Pairs) -> tuple[Floats, list[s
 
 
 def _shift_and_factor(given: Floats, wanted: Floats, pairs: _Pairs) -> tuple[Floats, list[str]]:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        factor = np.nanmedian(np.sqrt(_area(wanted) / _area(given)))
+    factor = _middle(np.sqrt(_area(wanted) / _area(given)))
     moved, words = _shift(given * factor, wanted, pairs)
     return moved, [f"times {round(factor, 3)} and {words[0]}"]
 
@@ -405,7 +415,13 @@ def _strays(placed: Placed, explained: Collection[int]) -> dict[str, Notes]:
     free = placed.usable & np.isfinite(placed.extent).all(axis=1)
     free[list(explained)] = False
     rows = np.flatnonzero(free)
-    rows = rows[_agree(placed.extent[rows], corners_of(placed.box[rows]), placed.size[rows])[0] > 1]
+    if not len(rows):
+        return {}
+    error, contradict = _agree(placed.extent[rows], corners_of(placed.box[rows]), placed.size[rows])
+    alone = (
+        contradict & (error > _APART_ALONE) & ((error <= 1).mean() >= _EXPLAINED)
+    )  # in a file of tight boxes, these are not loose
+    rows, alone = rows[error > 1], alone[error > 1]
     extent, size, corners = placed.extent[rows], placed.size[rows], corners_of(placed.box[rows])
     side = np.tile(size, 2)
     leaves = np.concatenate([-extent[:, :2], extent[:, 2:] - size], axis=1) / side
@@ -416,11 +432,22 @@ def _strays(placed: Placed, explained: Collection[int]) -> dict[str, Notes]:
     slack = _tolerance(size) * [-1, -1, 1, 1]
     wide = [one + slack for one in (extent, corners)]
     apart = ~outside & (_overlap(*wide) < _OVERLAP * np.minimum(*map(_area, wide)))
+    apart |= ~outside & alone & (_union_share(extent, corners) < _SAME / 2)
+    pairs = _Pairs({"": extent}, placed.box[rows], size, placed.image[rows])
+    notes = [_describe(*one) + _of_image(of) for *one, of in zip(extent, pairs.box, size, strict=True)]
+    for at, words in _words_for_each(pairs.take(apart)).items():
+        notes[np.flatnonzero(apart)[at]] += f", but it fits {words}"
     kinds = {"mask-outside": outside, "mask-off-box": apart}
-    return {
-        kind: {int(rows[at]): _describe(extent[at], placed.box[rows[at]]) + _of_image(size[at]) for at in
-               np.flatnonzero(chosen)} for kind, chosen in kinds.items()
-    }  # fmt: skip
+    return {kind: {int(rows[at]): notes[at] for at in np.flatnonzero(chosen)} for kind, chosen in kinds.items()}
+
+
+def _words_for_each(pairs: _Pairs) -> dict[int, str]:
+    """Find a simple reading for single pairs."""
+    found: dict[int, str] = {}
+    for side, read in _readings(pairs, only_fixed=True, most=1) if len(pairs.box) else ():
+        corners, words = read(pairs)
+        found = dict.fromkeys(np.flatnonzero(_fits(side, corners, pairs)).tolist(), words[0]) | found
+    return found
 
 
 def _of_image(size: Floats) -> str:
@@ -428,7 +455,7 @@ def _of_image(size: Floats) -> str:
 
 
 def _in_first_pixel(placed: Placed) -> Notes:
-    """Find boxes in the first pixel of their images if most are there."""
+    """Find boxes in the first pixel, if most are there."""
     first = placed.usable & (np.abs(placed.box) <= 1.05).all(axis=1) & (placed.size.min(axis=1) >= 8)
     if first.sum() <= _MOST * placed.usable.sum():
         return {}

@@ -85,7 +85,7 @@ _TABLE: dict[tuple[str, Rank], dict[str, str]] = {
         "empty-box": "the box has no width or no height: repair or remove it",
         "box-outside": "the whole box is outside the image: repair or remove it",
         "mask-outside": "the mask is outside the image, or one of its points is far away: repair it",
-        "mask-off-box": "mask and box have nothing in common: one may belong to another object: repair one of them",
+        "mask-off-box": "the mask is not where its box is, as if it were of another object: repair one of them",
         "missing-mask": "no 'segmentation': add masks or set MODEL.MASK_ON False",
         "bad-mask": "segmentation is neither a list of polygons nor run lengths: repair or remove it",
         "degenerate-polygon": "a polygon of fewer than 3 points, of an odd number of numbers or without area: remove "

@@ -105,7 +105,7 @@ def _cut(points: Floats, axis: int, bound: float, sign: int) -> Floats:
 
 
 def clip_polygons(segmentation: Any, height: int, width: int) -> Any:
-    """Clip the polygons of a COCO segmentation. Leave other masks as they are."""
+    """Clip the polygons of a COCO segmentation, and no other masks."""
     least, most = -max(height, width), height + width
     if not isinstance(segmentation, list) or all(least <= min(one) and max(one) <= most for one in segmentation if one):
         return segmentation
@@ -113,7 +113,7 @@ def clip_polygons(segmentation: Any, height: int, width: int) -> Any:
 
 
 def kept_pixels(transforms: T.TransformList, height: int, width: int) -> tuple[Ints, Ints] | None:
-    """Find the source row and column of each row and column after an augmentation.
+    """Find the source of each row and column after an augmentation.
 
     Returns None if a transform moves pixels in another way.
     """

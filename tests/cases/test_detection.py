@@ -24,6 +24,14 @@ CHECKED: dict[str, tuple[int, str]] = {
     "chinese_names": (0, "no faults"),
     "odd_file_names": (0, "no faults"),
     "jfif_names": (0, "no faults"),
+    "polygon_rows_first": (
+        1,
+        r"misfit-masks +error +8 of 8 annotations[^$]*its mask fits its box with x and y swapped",
+    ),
+    "polygon_far_away": (1, "mask-outside +droppable error +1 of 8 annotations, id 3\n"),
+    "polygon_far_20k": (1, "mask-outside +droppable error +1 of 8 annotations, id 3\n"),
+    "nearly_all_crowd": (0, "mostly-crowd .* 7 of 8 annotations.*\n.* set iscrowd 0 for single objects"),
+    "crowded_image": (0, "many-objects .*\n.*raise TEST.MAX_DETS and TEST.DETECTIONS_PER_IMAGE\n.*150 objects"),
     # keys that nothing uses, and values with one meaning
     "all_ids_zero": (0, "mended-annotation-id +information +7 of 8"),
     "ids_per_image": (0, "mended-annotation-id +information +6 of 8"),

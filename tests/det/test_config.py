@@ -83,6 +83,7 @@ def test_overrides_mix_both_forms(write):
         (["SOLVER.DECAY_AT=('a',)"], "SOLVER.DECAY_AT: .* It must be rising shares of 1"),
         (["SOLVER.STEPS=(5,3)"], "SOLVER.STEPS: .* It must be rising"),
         (["SOLVER.BETAS=(2.0,3.0)"], "SOLVER.BETAS: .* It must be two numbers from 0 to below 1"),
+        (["TEST.MAX_DETS=99"], "TEST.MAX_DETS: 99 is not allowed. It must be at least 100"),
         (["TEST.AUG.ENABLED=True"], "TEST.AUG.ENABLED: .* It must be False"),
         (["SOLVER.AMP.PRECISION=fp8"], "SOLVER.AMP.PRECISION: 'fp8' is not allowed. It must be bf16 or fp16"),
         (["SOLVER.BASE_LR=1e999"], "SOLVER.BASE_LR: inf is not allowed. It must be greater than 0"),
@@ -176,3 +177,10 @@ def test_a_gpu_of_a_higher_number_than_there_are_is_named(write, monkeypatch):
 
 def test_split_overrides_takes_values_that_look_like_keys():
     assert split_overrides(["A.B", "C=1", "D=E=F"]) == [("A.B", "C=1"), ("D", "E=F")]
+
+
+def test_detections_that_the_detector_does_not_return_cannot_count(caplog):
+    load_det_config("demo_mask_rcnn.yaml", ["TEST.MAX_DETS=150", "TEST.DETECTIONS_PER_IMAGE=150"])
+    assert "TEST.MAX_DETS" not in caplog.text
+    load_det_config("demo_mask_rcnn.yaml", ["TEST.MAX_DETS=150"])
+    assert "TEST.DETECTIONS_PER_IMAGE 20 is less than TEST.MAX_DETS 150" in caplog.text

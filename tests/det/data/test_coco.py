@@ -185,6 +185,32 @@ def test_crowd_regions_alone_are_nothing_to_train_on_but_can_be_evaluated(tmp_pa
     use_own_data(cfg, None, (str(path), str(images)))
 
 
+def test_crowd_flags_on_most_annotations_are_a_warning_of_their_own(tmp_path, cfg, caplog):
+    _, images, content = write_coco(tmp_path)
+    for entry in content["annotations"][1:]:
+        entry["iscrowd"] = 1
+    use_own_data(cfg, (str(save(tmp_path, content)), str(images)), None)
+    (line,) = (one.message for one in caplog.records if one.levelname == "WARNING")
+    assert "mostly-crowd in 9 of 10 annotations" in line
+    assert "set iscrowd 0 for single objects" in line
+
+
+def test_images_with_more_objects_than_count_are_a_warning_with_the_keys(tmp_path, cfg, caplog):
+    _, images, content = write_coco(tmp_path)
+    content["annotations"] += [{**content["annotations"][0], "id": 100 + number} for number in range(119)]
+    path = str(save(tmp_path, content))
+    use_own_data(cfg, None, (path, str(images)))
+    lines = [one.message for one in caplog.records if one.levelname == "WARNING"]
+    assert "an image has 121 objects, and the detector returns only 5, " in lines[0]
+    assert "Set TEST.DETECTIONS_PER_IMAGE=121 or more." in lines[0]
+    assert "an image has 120 objects of a class, and AP counts only 100, " in lines[1]
+    assert "Set TEST.MAX_DETS=120 or more." in lines[1]
+    caplog.clear()
+    cfg.TEST.DETECTIONS_PER_IMAGE, cfg.TEST.MAX_DETS = 121, 120
+    use_own_data(cfg, None, (path, str(images)))
+    assert not [one for one in caplog.records if one.levelname == "WARNING"]
+
+
 def damage_four(content):
     """A missing image, a box outside, an annotation of nothing, and half a polygon beside a whole one."""
     content["images"][0]["file_name"] = "no.png"

@@ -256,7 +256,8 @@ CASES = [
     ("box-outside", spoil(1, bbox=[64, 20, 5, 5]), [3]),
     ("box-outside", spoil(1, bbox=[5, -9, 5, 9]), [3]),
     ("box-over-edge", spoil(1, bbox=[30, 20, 36, 30]), [3]),
-    ("box-over-edge", spoil(1, bbox=[30, -2, 20, 30]), [3]),
+    ("box-over-edge", spoil(1, bbox=[30, -2, 20, 52]), [3]),
+    ("box-over-edge", spoil(1, bbox=[30, -2, 20, 30]), [3], {"mask-off-box": [3]}),
     ("corner-boxes", in_corners, ALL),
     ("corner-boxes", both(in_corners, remove("images", 0, "width")), ALL[2:], {"bad-image": [1]}),
     ("corner-boxes", in_corners_without_masks, [3, 5, 7, 9, 11], {"missing-mask": ALL}),  # those that leave the image

@@ -170,6 +170,15 @@ def test_boxes_that_do_not_fit_their_images_are_explained(change, words, masks):
         assert all(words in note for note in found["misfit-boxes"].values())
 
 
+def test_a_part_of_a_file_in_another_frame_is_explained():
+    for size, box in ((FIXED[0], FIXED[1]), SETS["many"]):
+        masks, quarter = polygons(box), len(box) // 4
+        masks[: 2 * quarter] = polygons(box, FRAMES["with x and y swapped"])[: 2 * quarter]
+        assert set(find(box, masks, size)["misfit-masks"]) <= set(range(2 * quarter))
+        masks[: 2 * quarter] = polygons(box)[: 2 * quarter]
+        assert find(box, masks, size) == {}
+
+
 def test_single_strays_are_named():
     size, box = SETS["many"]
     masks = polygons(box)
@@ -180,6 +189,17 @@ def test_single_strays_are_named():
     found = find(box, masks, size)
     assert {kind: sorted(rows) for kind, rows in found.items()} == {"mask-outside": [4, 5], "mask-off-box": [6]}
     assert found["mask-off-box"][6] == "mask from 200, 200 to 260, 260, bbox [10, 10, 40, 40] in an image of 640x480"
+
+
+def test_a_single_mask_in_another_frame_is_explained_among_tight_boxes():
+    size, box = FIXED
+    for words in ("with x and y swapped", "as shares of the image: multiply by its size"):
+        masks = polygons(box)
+        masks[2] = polygons(box, FRAMES[words], size)[2]
+        found = find(box, masks, size)
+        assert set(found) == {"mask-off-box"}
+        assert list(found["mask-off-box"]) == [2]
+        assert found["mask-off-box"][2].endswith(f", but it fits {words}")
 
 
 def jittered(size, box, kind):
@@ -222,6 +242,19 @@ def test_objects_of_several_parts_and_very_small_objects_are_sound():
     tiny = np.concatenate([RNG.uniform(0, 60, (30, 2)).round(), RNG.integers(1, 3, (30, 2))], axis=1)
     assert find(tiny, polygons(tiny), (64, 64)) == {}
     assert find([[0, 0, 1, 1]], [None], (64, 64)) != {}  # all boxes in the first pixel: shares
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        [[0, 0, 0, 0, 0, 0]], [[1e308, 0, -1e308, 9, 3, 4]], {"size": [10**400, 5], "counts": "0"},
+        {"size": [0, 0], "counts": [0]}, {"size": [5, 7], "counts": [9, 9]}, {"size": [64, 64], "counts": [0, 4096]},
+    ],
+)  # fmt: skip
+def test_impossible_masks_and_boxes_do_no_harm(mask):
+    for box in ([5, 5, 9, 9], [1e308, 1e308, 1e308, 1e308], [0, 0, 5e-324, 5e-324]):
+        find([box], [mask], (64, 64))
+        find([box] * 9, [mask] * 9, (64, 64))
 
 
 @pytest.mark.skipif(not SAMPLE.is_file(), reason="the sample of COCO is not there")

@@ -19,7 +19,13 @@ from crossmae.data.broken import Unreadable
 from crossmae.errors import UserError
 from det.config import InputKeys
 from det.data.coco import register_coco
-from det.data.loader import NamingMapper, build_augmentations, keyed_numpy_randomness, refuse_unreadable
+from det.data.loader import (
+    NamingMapper,
+    build_augmentations,
+    check_objects_left,
+    keyed_numpy_randomness,
+    refuse_unreadable,
+)
 from tests.det.batches import train_batches
 from tests.det.coco_files import annotation, save, write_coco
 
@@ -81,6 +87,28 @@ def test_an_image_of_another_size_than_annotated_is_named(tmp_path, cfg):
     assert isinstance(sample, Unreadable)
     assert str(images / "1.png") in sample.message
     assert json.dumps(sample.message).count("\\n") == 0
+
+
+@pytest.mark.parametrize("masks", ["bitmask", "polygon"])
+def test_objects_that_no_image_shows_stop_training(tmp_path, cfg, masks):
+    """Whatever is wrong with them, and though every augmentation of training could lose all."""
+    path, images, _ = write_coco(tmp_path / "a", kind="polygon")
+    register_coco("test_set", path, images, masks=True)
+    cfg.INPUT.MASK_FORMAT, cfg.INPUT.MIN_SIZE_TRAIN = masks, (1,)
+    records = DatasetCatalog.get("test_set")
+    check_objects_left(records, NamingMapper(cfg, True))
+    first, *others = [one for record in records for one in record["annotations"]]
+    for entry in others[:4]:
+        entry["segmentation"] = [[value + 200 for value in entry["segmentation"][0]]]
+    first["iscrowd"] = 1
+    check_objects_left(records, NamingMapper(cfg, True))
+    for entry in others[4:7]:
+        entry["bbox"] = [70, 70, 9, 9]
+    message = (
+        "DATASETS.TRAIN: of 9 objects in 5 images, only 2 are left .* 3 boxes are empty .* and 4 masks cover no pixel"
+    )
+    with pytest.raises(UserError, match=message):
+        check_objects_left(records, NamingMapper(cfg, True))
 
 
 def mapped(cfg, annotations, folder):

@@ -12,7 +12,16 @@ import detectron2.data.transforms as T
 import torch
 from detectron2.structures import BitMasks, PolygonMasks
 
-from det.data.masks import any_along, decode_segmentation, moved_masks, rasterize, tight_boxes
+from det.data.masks import (
+    any_along,
+    clip,
+    clip_polygons,
+    decode_part,
+    decode_segmentation,
+    moved_masks,
+    rasterize,
+    tight_boxes,
+)
 
 HEIGHT, WIDTH, MARGIN = 30, 40, 50
 SAME = T.TransformList([T.CropTransform(0, 0, WIDTH, HEIGHT)])
@@ -108,3 +117,88 @@ def encodings():
 @pytest.mark.parametrize("kind", ["polygon", "RLE", "RLE as text", "uncompressed RLE"])
 def test_every_coco_encoding_decodes_to_the_same_mask(kind):
     assert np.array_equal(decode_segmentation(encodings()[kind], HEIGHT, WIDTH), rectangle())
+
+
+@settings(max_examples=30, deadline=None)
+@given(polygon.filter(lambda points: (points > -MARGIN + 10).all()))
+def test_polygons_near_the_image_stay_the_same_array(points):
+    assert clip(points, HEIGHT, WIDTH) is points
+    flat = [points.reshape(-1).tolist()]
+    assert clip_polygons(flat, HEIGHT, WIDTH) is flat
+
+
+far = st.floats(-600, 600, allow_nan=False)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(far, far), min_size=3, max_size=7).map(np.array))
+def test_far_polygons_keep_their_pixels_in_the_image(points):
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    rasterize([clip(points, HEIGHT, WIDTH)], mask)
+    whole = fill([points + 600], HEIGHT + 1200, WIDTH + 1200)[600 : 600 + HEIGHT, 600 : 600 + WIDTH]
+    assert (mask ^ whole).sum() <= 40  # an edge across the image is rounded elsewhere
+    border = clip(points, HEIGHT, WIDTH)
+    assert (border >= -WIDTH).all()
+    assert (border <= [2 * WIDTH, HEIGHT + WIDTH]).all()
+
+
+@pytest.mark.parametrize("vertex", [(20000, 20000), (2e8, 3.5e8), (-1e300, 1e300)])
+def test_a_vertex_far_away_costs_nothing(vertex):
+    """Without clipping, libraries crash or take gigabytes."""
+    mask = [[6, 10, *vertex, 36, 22, 6, 22]]
+    decoded = decode_segmentation(mask, HEIGHT, WIDTH)
+    doubled = T.TransformList([T.ResizeTransform(HEIGHT, WIDTH, 2 * HEIGHT, 2 * WIDTH)])
+    bits = moved_masks([mask], (HEIGHT, WIDTH), doubled, (2 * HEIGHT, 2 * WIDTH), "bitmask").tensor
+    assert decoded.any()
+    assert bits.any()
+    polygons = moved_masks([mask], (HEIGHT, WIDTH), doubled, (2 * HEIGHT, 2 * WIDTH), "polygon")
+    assert polygons.crop_and_resize(torch.tensor([[12.0, 20.0, 72.0, 44.0]]), 28).any()
+
+
+def test_a_polygon_that_is_only_far_away_becomes_a_point():
+    mask = [[500, 500, 900, 500, 900, 900]]
+    assert not decode_segmentation(mask, HEIGHT, WIDTH).any()
+    assert not moved_masks([mask], (HEIGHT, WIDTH), SAME, (HEIGHT, WIDTH), "bitmask").tensor.any()
+    assert len(moved_masks([mask], (HEIGHT, WIDTH), SAME, (HEIGHT, WIDTH), "polygon")) == 1
+
+
+def augmentation(rng, height, width):
+    """Some flips, crops and changes of size, and the size at the end."""
+    transforms = []
+    for kind in rng.integers(4, size=rng.integers(4)):
+        if kind == 2:
+            top, left = rng.integers(0, height // 2 + 1), rng.integers(0, width // 2 + 1)
+            new = int(rng.integers(1, height - top + 1)), int(rng.integers(1, width - left + 1))
+            transforms.append(T.CropTransform(left, top, new[1], new[0]))
+            height, width = new
+        elif kind == 3:
+            new = rng.integers(1, 120, 2).tolist()
+            transforms.append(T.ResizeTransform(height, width, *new))
+            height, width = new
+        else:
+            transforms.append([T.HFlipTransform(width), T.VFlipTransform(height)][kind])
+    return T.TransformList([*transforms, T.NoOpTransform()]), (height, width)
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+@pytest.mark.parametrize("form", ["text", "bytes", "list"])
+def test_run_lengths_are_moved_in_their_box_as_if_in_the_whole_image(form):
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        size = rng.integers(5, 90, 2)
+        top, left = rng.integers(0, size)
+        mask = np.zeros(size, bool)
+        mask[top : top + 30, left : left + 40] = rng.random((min(30, size[0] - top), min(40, size[1] - left))) < 0.7
+        rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        if form == "list":
+            flat = mask.ravel(order="F")
+            rle["counts"] = np.diff([0, *(np.flatnonzero(np.diff(flat.astype(int))) + 1), flat.size]).tolist()
+            rle["counts"] = [0, *rle["counts"]] if flat[0] else rle["counts"]
+        elif form == "text":
+            rle["counts"] = rle["counts"].decode()
+        transforms, new_size = augmentation(rng, *size.tolist())
+        bits = moved_masks([rle], tuple(size), transforms, new_size, "bitmask").tensor[0].numpy()
+        np.testing.assert_array_equal(bits, transforms.apply_segmentation(mask.astype(np.uint8)).astype(bool))
+    assert decode_part({"size": [4, 3], "counts": [5, 2, 5]})[:2] == (1, 1)
+    assert decode_part({"size": [4, 3], "counts": [12]}) is None
+    assert decode_part({"size": [4, 3], "counts": [5, 2, 4]}) is None

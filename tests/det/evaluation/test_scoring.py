@@ -236,3 +236,33 @@ def test_what_is_not_compared_may_be_anything(task, evaluator):
     }
     expected, found = (score_results(content, results, task, evaluator) for content in (truth, dirty))
     np.testing.assert_array_equal(found.precision, expected.precision)
+
+
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_more_detections_of_an_image_are_counted_on_demand(task, evaluator):
+    boxes = [[8 * (n % 15), 8 * (n // 15), 6, 6] for n in range(150)]
+    shapes = [{"image_id": 1, "category_id": 1, "bbox": box, "segmentation": polygon(box)} for box in boxes]
+    truth = {
+        "images": [{"id": 1, "width": 128, "height": 128}],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [{**shape, "id": n, "area": 36, "iscrowd": 0} for n, shape in enumerate(shapes, 1)],
+    }
+    results = [{**shape, "score": 1 - n / 1000} for n, shape in enumerate(shapes)]
+    if task == "segm":
+        results = [{**one, "segmentation": encode_polygon(one["segmentation"])} for one in results]
+    usual, more = (score_results(truth, results, task, evaluator, max_dets=limit).numbers() for limit in (100, 150))
+    assert (usual["AR100"], more["AR150"], more["AP"]) == (pytest.approx(100 / 1.5), 100, 100)
+    assert usual["AP"] < 70
+    assert (more["AR1"], more["AR10"]) == (usual["AR1"], usual["AR10"])
+
+
+def encode_polygon(polygons):
+    encoded = rle.merge(rle.frPyObjects(polygons, 128, 128))
+    return {"size": encoded["size"], "counts": encoded["counts"].decode()}
+
+
+def test_a_true_polygon_with_a_vertex_far_away_is_scored(evaluator):
+    truth, results = copy.deepcopy(made_up(0))
+    polygons = [one for one in truth["annotations"] if isinstance(one["segmentation"], list)]
+    polygons[0]["segmentation"][0][:2] = [2e8, 3.5e8]
+    assert 0 < score_results(truth, results, "segm", evaluator).numbers()["AP"] < 100

@@ -54,6 +54,19 @@ def final_state(folder):
     return torch.load(folder / "model_final.pth", weights_only=True)
 
 
+def test_objects_outside_their_images_stop_a_run_before_anything_is_written(tmp_path, command, monkeypatch):
+    """Should the checks of the file ever miss what is wrong with them."""
+    monkeypatch.setattr("det.data.coco.find_faults", lambda *_, **__: [])
+    path = tmp_path / "data/coco.json"
+    content = json.loads(path.read_text())
+    for entry in content["annotations"]:
+        entry["bbox"][0] += 100
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="of 10 objects in 5 images, only 0 are left before any augmentation: 10 boxes"):
+        main(command)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_repeats_and_resumes_bit_for_bit(tmp_path, command, capsys, request):
     """Drop path and the sampling of boxes included; whatever the workers; then evaluation alone gives the same AP."""
     main(command)
