@@ -222,7 +222,7 @@ class DetectorKeys(ConfigKeys):
     """
 
     SEED: int = Field(0, ge=0, description="at least 0: the order of the images comes from it")
-    OUTPUT_DIR: str = Field(min_length=1, description="a folder")
+    OUTPUT_DIR: str = Field(min_length=1, description="a folder with a name in UTF-8")
     MODEL: _Model
     INPUT: InputKeys
     DATASETS: _Datasets

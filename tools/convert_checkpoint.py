@@ -21,7 +21,7 @@ from crossmae.checkpoints.conversion.proof import TOLERANCE
 from crossmae.checkpoints.conversion.targets import TARGETS
 from crossmae.checkpoints.pretrained import parse_settings
 from crossmae.checkpoints.provenance import LICENCE
-from crossmae.errors import run_cli
+from crossmae.errors import printable, run_cli
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,7 +61,7 @@ def describe(done: Conversion) -> str:
     """Return the text that is printed after a conversion."""
     layout, _, content = done.metadata["source_format"].rpartition(": ")
     lines = [
-        f"source       {done.source} ({done.source.stat().st_size / 1e6:,.1f} MB)",
+        f"source       {printable(done.source)} ({done.source.stat().st_size / 1e6:,.1f} MB)",
         f"sha256       {done.metadata['source_sha256']}",
         f"content      {CONTENTS.get(content, content)}{f', as {layout}' if layout else ''}",
         *([f"also in it   {', '.join(done.beside)}"] if done.beside else []),
@@ -70,8 +70,8 @@ def describe(done: Conversion) -> str:
         "",
         *(f"assumed      {sentence}" for sentence in done.assumed),
         done.proof.sentence(),
-        f"destination  {done.destination} ({_megabytes(done.destination):,.1f} MB)",
-        f"report       {done.report_path}",
+        f"destination  {printable(done.destination)} ({_megabytes(done.destination):,.1f} MB)",
+        f"report       {printable(done.report_path)}",
     ]
     if LICENCE in done.metadata:
         lines.append(f"licence      {done.metadata[LICENCE]}")

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from crossmae.checkpoints.conversion.inspection import inspect
-from crossmae.errors import run_cli
+from crossmae.errors import printable, run_cli
 from crossmae.files import check_destination, write_json
 
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         check_destination(args.json, force=args.force)
     found = inspect(args.file, values=not args.no_values)
-    print("\n".join(found.lines()))
+    print("\n".join(map(printable, found.lines())))
     if args.json:
         write_json(args.json, found.record())
 

@@ -21,9 +21,10 @@ from crossmae.data.batches import KeyedImages, KeyedSample, collate_as
 from crossmae.data.broken import NEVER_REPLACED, Broken, Unreadable
 from crossmae.data.pixels import centre_view, read_pixels
 from crossmae.data.sources import Source
-from crossmae.data.sources.labels import match_labels, unify_labels
+from crossmae.data.sources.labels import alike_labels, match_labels, unify_labels
 from crossmae.data.workers import Loader, usable_workers
 from crossmae.errors import UserError, shorten
+from crossmae.files import decode_text, read_file
 
 SEPARATORS = "|;,"
 
@@ -76,6 +77,8 @@ def find_classes(source: Source, key: str, separator: str | None = None) -> tupl
         classes = tuple(sorted({word for word in words if word}))
         for note in notes:
             log.warning("%s: %s", key, note)
+    if alike := alike_labels(classes):
+        log.warning("%s: %s differ in spaces or case only, but are classes of their own", key, shorten(alike))
     for name in classes:
         if not name.isprintable() or name.encode("utf-8", "replace").decode() != name:
             raise UserError(f"{key}: the class {name!r} is not valid text. Rename it.")
@@ -149,10 +152,7 @@ def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str])
     where = "data.class_names"
     if isinstance(names, Path):
         where = f"data.class_names: {names}"
-        try:
-            names = names.expanduser().read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{where}: cannot be read ({error}). Name a text file in UTF-8.") from None
+        names = decode_text(read_file(names.expanduser(), where), names, where).splitlines()
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{where}: {shorten(doubled)} twice. Give every class its own name.")
     if len(names) != len(classes):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from crossmae.classification.classifier import Classifier
 from crossmae.classification.evaluation.metrics import LABEL_THRESHOLD
 from crossmae.data.parallel import READERS, map_in_order
-from crossmae.data.paths import match_pattern
+from crossmae.data.paths import match_pattern, without_system_names
 from crossmae.data.pixels import Normalize, centre_view, read_pixels
 from crossmae.data.sources import LISTS, Source, open_source
 from crossmae.data.sources.idx import IDX_SUFFIXES
@@ -132,7 +132,7 @@ def _answer_batch(
 def expand_inputs(arguments: Sequence[str]) -> list[str]:
     """Replace patterns by the matching files. Keep shard patterns."""
     expanded = []
-    for argument in arguments:
+    for argument in without_system_names(arguments):
         path = Path(argument).expanduser()
         are_shards = argument.endswith(SHARD_SUFFIXES) and any(letter in argument for letter in "*{")
         if is_url(argument):

@@ -33,6 +33,11 @@ def _unquote(text: str) -> str:
     return unescape(text).replace("?d=", "/")  # Label Studio's local files are `/data/local-files/?d=FOLDER/NAME`
 
 
+def _bare(text: str) -> str:
+    text = text.strip(" \t\r\n\"'")
+    return re.sub(r"\s*/\s*", "/", text) if " " in text else text
+
+
 def _letters(text: str) -> str:
     return text if text.isascii() else normalize("NFKC", text)
 
@@ -47,7 +52,7 @@ _SPELLINGS: dict[str, Callable[[str], str]] = {
     "quoted as in a URL": _unquote,
     "separators of Windows": lambda text: text.replace("\\", "/"),
     "composed or decomposed letters": _letters,
-    "spaces at the ends": lambda text: re.sub(r"\s*/\s*", "/", text.strip()) if " " in text else text.strip(),
+    "spaces or quotes at the ends": _bare,
     "upper and lower case": str.casefold,
     "another suffix": _without_suffix,
 }
@@ -107,7 +112,8 @@ def find_moved(
             for name in claims:
                 other = next((claim for claim in claims if claim != name), path)
                 reasons[name] = f"the only file like it, {printable(path)}, also fits the entry {printable(other)}"
-    return {name: fit.path for name, fit in fits.items() if name not in reasons}, reasons
+    accepted = {name: fit.path for name, fit in fits.items() if name not in reasons}
+    return accepted, {name: reasons[name] for name in names if name in reasons}
 
 
 class _Files:
@@ -194,7 +200,7 @@ def explain(folder: Path, name: str, path: str) -> str:
     pairs = zip(reversed(mine), reversed(theirs), strict=False)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     causes = _needed(name, path, shared)
-    if os.path.isabs(name) or re.match(r"\w+:[\\/]|\\\\", name):
+    if os.path.isabs(name) or re.match(r"[\"' ]*(\w+:[\\/]|\\\\)", name):
         causes.insert(0, "absolute paths")
     elif mine == [*own, *theirs]:
         causes.insert(0, f"the folder {printable(os.path.basename(top))} is named again")

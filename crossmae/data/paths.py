@@ -60,6 +60,15 @@ def match_pattern(argument: str, key: str) -> list[str]:
     return found
 
 
+def without_system_names(arguments: Sequence[str]) -> list[str]:
+    """Leave out system names that a shell's `*` found."""
+    system = [name for name in map(os.path.basename, arguments) if is_system_name(name) and name[0] != "."]
+    if not system or len(arguments) == 1:
+        return list(arguments)
+    log.info("left out what is of the system: %s", count_names(system))
+    return [argument for argument in arguments if os.path.basename(argument) not in system]
+
+
 def find_images(folder: Path, key: str) -> list[str]:
     """Find all images in a folder and its subfolders, sorted by path.
 
@@ -114,7 +123,7 @@ def _refuse(error: OSError) -> None:
 def find_inputs(arguments: Sequence[str]) -> list[Path]:
     """Find all files named by files, folders and patterns, each once."""
     paths: list[str] = []
-    for argument in arguments:
+    for argument in without_system_names(arguments):
         path = Path(argument).expanduser()
         if path.is_dir():
             paths += find_images(path, "IMAGES")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ PlotKeys = Mapping[str, tuple[str, Mapping[str, str]]]
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically."""
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph ", UserWarning)  # a name in letters that the font lacks
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
 
 
 def line_plot(curves: Curves, *, title: str, x_label: str, y_label: str, caption: str) -> Plot:

@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from crossmae.errors import UserError
+from crossmae.files import decode_text, read_file
 
 CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
 
@@ -151,6 +152,8 @@ class RunConfig(ConfigSection):
     @field_validator("output_dir")
     @classmethod
     def _expand(cls, path: Path) -> Path:
+        if str(path).encode("utf-8", "replace").decode() != str(path):
+            raise ValueError("a name in UTF-8 is needed")
         return path.expanduser()
 
     def check_channels(self, channels: int) -> None:
@@ -239,8 +242,8 @@ def load_typed_config(schema: type[Schema], name: str, overrides: Sequence[str] 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping with the safe loader."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.safe_load(decode_text(read_file(path), path))
+    except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}. Correct it.") from None
     if not isinstance(values, dict):
         raise UserError(
@@ -261,8 +264,8 @@ def set_override(values: dict[str, Any], word: str) -> None:
             raise UserError(f"{word}: {section!r} is not a section. Write {section}=VALUE.")
     if not text.strip():
         raise UserError(f"{word}: no value. For none at all write {key}=null.")
-    if os.sep in text and os.path.exists(os.path.expanduser(text)):
-        values[last] = text  # YAML would read `/data/set #1` as `/data/set`
+    if not text.isprintable() or (os.sep in text and os.path.exists(os.path.expanduser(text))):
+        values[last] = text  # a path: YAML would read `/data/set #1` as `/data/set`
         return
     try:
         values[last] = yaml.safe_load(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -122,6 +123,8 @@ def file_kind(path: Path) -> str:
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read memory-mapped tensors and the metadata of a safetensors file."""
+    if "\ufffd" in os.fsencode(path).decode("utf-8", "replace"):
+        raise UserError(f"{path}: safetensors opens paths in UTF-8 only. Rename the file and its folders.")
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())  # the handle itself cannot be iterated

@@ -5,7 +5,7 @@
 | folder with images                  | all images in it and its subfolders     | one subfolder a class |
 | folder with .tar files, or one file | tar shards in WebDataset layout         | `.cls`, or in `.json` |
 | `x-*.tar`, `x-{000..012}.tar`, URLs | tar shards in WebDataset layout         | `.cls`, or in `.json` |
-| `.txt`                              | one path per line                       | none                  |
+| `.txt`                              | one path per line                       | after each path       |
 | `.csv`, `.tsv`, `.parquet`          | column path, image, file_name, filename | column label or class |
 | `.json`                             | the images of COCO annotations          | none                  |
 | folder by `Dataset.save_to_disk`    | Hugging Face data set, its Image column | its ClassLabel column |
@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from crossmae.data.sources.source import ImageFiles, Source
 from crossmae.data.sources.tar_index import PROGRESS_NAME
 from crossmae.data.sources.tar_shards import SHARD_SUFFIXES, open_shards
 from crossmae.errors import UserError, printable, shorten
+from crossmae.files import PACKED_STARTS, decode_text
 
 __all__ = ["LISTS", "Source", "open_named", "open_source", "warn_of_overlap"]
 
@@ -40,7 +41,8 @@ ACCEPTED = (
 WITHOUT = {"data.val": "data.val=null"} | dict.fromkeys(
     ("probe.train", "probe.val"), "probe.train=null probe.val=null"
 )  # overrides that disable an optional data set
-SPLIT_NAME = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval(uation)?|holdout|unlabell?ed)[-_ ]?\d*")
+SPLIT_NAME = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?|dev|evaluation|holdout|unlabell?ed)[-_ ]?\d*")
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip", ".xlsx")
 MOST_PREVIEWS = 10  # images next to tar shards that are taken for previews
 MOST_NAMES = 2_000_000  # largest number of names that are compared; more would take minutes
 
@@ -71,6 +73,10 @@ def open_source(value: str | Path, key: str, root: Path | None = None) -> Source
     if _names_shards(value):
         return open_shards(str(value), key)
     if path.is_file():
+        with open(path, "rb") as file:
+            start = file.read(8)
+        if path.suffix.lower() in PACKED_SUFFIXES and start.startswith(tuple(PACKED_STARTS)):
+            decode_text(start, path, f"{key}: {path}")
         raise UserError(f"{key}: {path}: no such kind of data is known. Expected {ACCEPTED}.")
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     raise UserError(f"{key}: {path} does not exist (the nearest folder that does: {parent}). Expected {ACCEPTED}.")
@@ -109,19 +115,20 @@ def _names_shards(value: str | Path) -> bool:
 def _open_folder(folder: Path, key: str) -> Source:
     if is_hugging_face(folder):
         return HuggingFaceImages(folder, key)
-    first = list(islice(_images(folder), MOST_PREVIEWS + 1))
-    if find_idx_files(folder) and not first:
-        return open_idx(folder, key)
     shards = sorted(path.name for path in folder.glob("*.tar") if not is_system_name(path.name))
-    if shards or (folder / PROGRESS_NAME).is_file():
-        previews = len(first) <= MOST_PREVIEWS and all(os.path.dirname(path) == str(folder) for path in first)
-        if previews:
+    packed = shards or [path.name for path in find_idx_files(folder)]
+    if packed or (folder / PROGRESS_NAME).is_file():
+        first = list(islice(_images(folder), MOST_PREVIEWS + 1))
+        if len(first) <= MOST_PREVIEWS and all(os.path.dirname(path) == str(folder) for path in first):
             if first:
-                names = shorten([printable(os.path.basename(path)) for path in first])
-                log.warning("%s: the %d .tar shards are read, not the images next to them: %s", key, len(shards), names)
-            return open_shards(str(folder), key)
-        message = "%s: the images in %s are read, not the .tar files next to them: %s. To read these, name %s/*.tar"
-        log.warning(message, key, folder, shorten([printable(name) for name in shards]), folder)
+                log.warning("%s: %s are read, not the images next to them: %s", key, shorten(packed), _names(first))
+            return open_shards(str(folder), key) if shards or not packed else open_idx(folder, key)
+        message = "%s: the images in %s are read, not the files next to them: %s. To read these, name them"
+        log.warning(message, key, folder, shorten(packed))
+    if next(_images(folder), None) is None:
+        tars = [path for path in walk_files(folder, []) if path.endswith(".tar")]
+        if homes := sorted({os.path.dirname(path) for path in tars}):
+            raise UserError(f"{key}: the .tar shards of {folder} are in {shorten(homes)}. Name one of these folders.")
     paths = find_images(folder, key)
     labels, advice = _classes_by_folder(folder, paths)
     source = ImageFiles(paths, f"{len(paths):,} images in the folder {folder}", labels)
@@ -134,6 +141,10 @@ def _open_folder(folder: Path, key: str) -> Source:
     if empty := [name for name in folders if name not in set(labels)]:
         log.warning("%s: no image in the class folder %s: not counted as a class", folder, shorten(empty))
     return source
+
+
+def _names(paths: Sequence[str]) -> str:
+    return shorten([printable(os.path.basename(path)) for path in paths])
 
 
 def _images(folder: Path) -> Iterator[str]:
@@ -149,7 +160,7 @@ def _classes_by_folder(folder: Path, names: list[str]) -> tuple[list[str | None]
     parts = [name[start:].partition(os.sep) for name in names]
     labels = [first if separator else None for first, separator, _ in parts]
     classes, loose = sorted({label for label in labels if label}), labels.count(None)
-    shown = shorten([printable(name) for name in classes])
+    shown = _names(classes)
     if len(classes) > 1 and all(SPLIT_NAME.fullmatch(name.lower()) for name in classes):
         why = f"the folders {shown} are splits, not classes"
         return None, (why, f"Name one of them, such as {folder / classes[0]}", True)
@@ -158,7 +169,7 @@ def _classes_by_folder(folder: Path, names: list[str]) -> tuple[list[str | None]
     if len(classes) == 1 and not loose:
         inner, advice = _classes_by_folder(folder / classes[0], names)
         if advice is None and inner is not None:
-            found = shorten([printable(name) for name in sorted({label for label in inner if label})])
+            found = _names(sorted({label for label in inner if label}))
             why = f"all are in {folder / classes[0]}"
             advice = (why, f"Name that folder if its folders {found} are the classes", False)
         return None, advice

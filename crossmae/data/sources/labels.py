@@ -42,9 +42,6 @@ def unify_labels(texts: Sequence[str | None]) -> tuple[list[str | None], list[st
         if len({text for text in group if not WHOLE_NUMBER.fullmatch(text)}) > 1
     ]
     notes = [shorten(joined, separator=". ")] if joined else []
-    cases = Counter(fold_label(label) for label in written)
-    if apart := sorted(label for label in written if cases[fold_label(label)] > 1):
-        notes.append(f"{shorten(apart)} differ in case only and are classes of their own")
     return [chosen.get(plain[text] or "") if text is not None else None for text in texts], notes
 
 
@@ -56,6 +53,12 @@ def plain_label(text: str) -> str:
 def fold_label(text: str) -> str:
     """Remove differences in spaces and case."""
     return plain_label(text).casefold()
+
+
+def alike_labels(classes: Sequence[str]) -> list[str]:
+    """List classes that differ in spaces or case only."""
+    counts = Counter(map(fold_label, classes))
+    return sorted(name for name in classes if counts[fold_label(name)] > 1)
 
 
 def match_labels(words: Iterable[str], classes: Sequence[str]) -> Mapping[str, int]:

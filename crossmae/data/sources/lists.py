@@ -20,11 +20,14 @@ from crossmae.files import decode_text, parse_json, read_file
 
 PATH_COLUMNS = ("path", "image", "file_name", "filename")
 LABEL_COLUMNS = ("label", "class")
+MISSING_LABELS = ("", "nan", "NaN")  # as pandas writes them; NA and None are read as names of classes
 LABELLED_LINE = re.compile(
     rf"(.+(?:{'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))}))[\s,;]+([\w-]+)", re.IGNORECASE
 )  # a path and a label
 # Name of the setting for the base folder of a list, by the key of the data set.
 ROOT_KEYS = {"data.train": "data.root", "data.val": "data.val_root", "SRC": "--root"}
+
+SEVERAL_LABELS = "Keep one of these lines, or join the labels of an image, such as `cat|dog`, and set data.separator"
 
 log = logging.getLogger(__name__)
 
@@ -48,19 +51,22 @@ def open_csv_list(path: Path, key: str, root: Path | None) -> ImageFiles:
     """Open a .csv or .tsv file whose first line names the columns."""
     rows = _read_rows(path, key)
     header = [name.strip() for name in rows[0]] if rows else []
-    if any(PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES for name in header):
+    if not header:
+        raise UserError(f"{key}: {path} is empty. Fill it, or name another list.")
+    if any(PurePosixPath(word).suffix.lower() in IMAGE_SUFFIXES for name in header for word in re.split("[;,|]", name)):
         raise UserError(f"{key}: {path}: the first line is {header}. It must name the columns, such as path,label.")
     path_column, label_column = _columns(header, path, key)
     names, labels = [], []
     for number, row in enumerate(rows[1:], start=2):
-        if row and len(row) != len(header):
+        if not any(cell.strip() for cell in row):  # Excel writes such rows at the end
+            continue
+        if len(row) != len(header):
             raise UserError(
                 f"{key}: {path}, line {number}: has {len(row)} values, the header {len(header)}: {row}. Correct it."
             )
-        if row:
-            cells = dict(zip(header, row, strict=True))
-            names.append(cells[path_column])
-            labels.append(cells[label_column] if label_column else None)
+        cells = dict(zip(header, row, strict=True))
+        names.append(cells[path_column])
+        labels.append(cells[label_column] if label_column else None)
     return _listed(names, labels if label_column else None, path, key, root, header)
 
 
@@ -123,7 +129,7 @@ def open_coco(path: Path, key: str, root: Path | None) -> ImageFiles:
     unique = list(dict.fromkeys(names))
     if len(unique) < len(names):
         log.info("%s: %s entries name an image again; each image counts once", path, f"{len(names) - len(unique):,}")
-    return _listed(unique, None, path, key, root)
+    return _listed(unique, None, path, key, root, outside=False)
 
 
 LISTS: dict[str, Callable[[Path, str, Path | None], ImageFiles]] = {
@@ -168,10 +174,12 @@ def _coco_name(entry: Any, where: str) -> str:
     name = entry.get("file_name") if isinstance(entry, dict) else None
     if not isinstance(name, str) or not name:
         raise UserError(f"{where}: file_name is {name!r}. It must be text.")
-    parts = PurePosixPath(name)
-    if parts.is_absolute() or PureWindowsPath(name).is_absolute() or ".." in parts.parts:
-        raise UserError(f"{where}: file_name {name!r} leads out of the image folder. Give a path inside it.")
     return name
+
+
+def _leads_out(name: str) -> bool:
+    parts = PurePosixPath(name)
+    return parts.is_absolute() or PureWindowsPath(name).is_absolute() or ".." in parts.parts
 
 
 def _listed(
@@ -181,6 +189,7 @@ def _listed(
     key: str,
     root: Path | None,
     columns: Sequence[str] = (),
+    outside: bool = True,
 ) -> ImageFiles:
     folder = root or path.parent
     if root is not None and not root.is_dir():
@@ -191,18 +200,27 @@ def _listed(
     if len(given) < len(names):
         number = next(number for number, name in enumerate(names, start=1) if not name or not name.strip())
         raise UserError(f"{key}: {path}: image {number} of {len(names)} has an empty path. Fill it in.")
-    paths = _find_files(given, folder, path, key)
+    paths = _find_files(given, folder, path, key, outside)
     shown = f" (columns {', '.join(columns)})" if columns else ""
+    if labels is not None:
+        labels = [None if label in MISSING_LABELS else label for label in labels]
     source = ImageFiles(paths, f"{len(paths):,} images in the list {path}{shown}", labels)
     if source.classes:
         _check_repeated(source)
+    elif labels is not None and not any(labels):
+        source.leave_unlabelled("the column of labels is empty", "Fill it in")
     return source
 
 
-def _find_files(names: Sequence[str], folder: Path, path: Path, key: str) -> list[str]:
-    """Return the file of each name, which may be written differently."""
-    paths = [os.path.join(folder, name) for name in names]
+def _find_files(names: Sequence[str], folder: Path, path: Path, key: str, outside: bool) -> list[str]:
+    """Return the file of each name, which may be written differently.
+
+    Without `outside`, only files in the folder are used.
+    """
+    paths = [str(folder / name) for name in names]
     found = list(map_in_order(os.path.isfile, paths, bar="find images"))
+    if not outside:
+        found = [is_there and not _leads_out(name) for name, is_there in zip(names, found, strict=True)]
     missing = list(dict.fromkeys(name for name, is_there in zip(names, found, strict=True) if not is_there))
     if not missing:
         return paths
@@ -210,31 +228,30 @@ def _find_files(names: Sequence[str], folder: Path, path: Path, key: str) -> lis
     moved, reasons = find_moved(folder, missing, present)
     if reasons:
         advice = f"set {ROOT_KEYS[key]}=FOLDER" if key in ROOT_KEYS else "write absolute paths"
-        lost = [
-            printable(name) + (f" ({reason})" if reason != NOTHING_LIKE else "") for name, reason in reasons.items()
-        ]
+        if not outside:
+            reasons = {name: "leads out of the folder" if _leads_out(name) else why for name, why in reasons.items()}
+        lost = [printable(name) + (f" ({why})" if why != NOTHING_LIKE else "") for name, why in reasons.items()]
         raise UserError(
             f"{key}: {path}: {len(lost):,} of {len(names):,} images are not there: {shorten(lost)}. Relative "
             f"paths start at {folder}: if that is the wrong folder, {advice}."
         )
     log.warning("%s: %s", path, describe_moved(folder, moved, len(missing)))
     return [
-        one if is_there else os.path.join(folder, moved[name])
-        for name, one, is_there in zip(names, paths, found, strict=True)
+        one if is_there else str(folder / moved[name]) for name, one, is_there in zip(names, paths, found, strict=True)
     ]
 
 
 def _check_repeated(source: ImageFiles) -> None:
     """Use no labels if an image is listed again with another label."""
     first: dict[str, int] = {}
-    repeated = 0
+    labels, repeated = source.labels(), 0
     for index in range(len(source)):
         name = os.path.normpath(source.name(index))
         other = first.setdefault(name, index)
         repeated += other != index
-        if source.label(other) != source.label(index):
-            both = " and ".join(repr(source.classes[source.label(one)]) for one in (other, index))
-            source.leave_unlabelled(f"{printable(name)} is listed as {both}", "Keep one of these lines")
+        if labels[other] != labels[index]:
+            both = " and ".join(repr(source.classes[labels[one]]) for one in (other, index))
+            source.leave_unlabelled(f"{printable(name)} is listed as {both}", SEVERAL_LABELS)
             return
     if repeated:
         log.info("%s: %s entries name an image again", source.description, f"{repeated:,}")

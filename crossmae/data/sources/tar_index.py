@@ -182,7 +182,7 @@ class _Sample:
         except ValueError:
             return None
         label = value.get("label") if isinstance(value, dict) else None
-        return str(label) if isinstance(label, int | str) and label != "" else None
+        return str(label) if isinstance(label, int | float | str) and label != "" else None
 
 
 def _split(name: str, at_last_dot: bool) -> tuple[str, str]:

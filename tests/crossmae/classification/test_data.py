@@ -61,8 +61,9 @@ def test_labels_meet_by_name_and_not_by_position(tmp_path: Path) -> None:
 
 
 def test_several_labels_per_image(tmp_path: Path) -> None:
-    picture(8, 8).save(tmp_path / "a.png")
-    rows = ["path,label", "a.png,cat; dog", "a.png,dog", "a.png,;", "a.png,bird;cat"]
+    for name in "abcd":
+        picture(8, 8).save(tmp_path / f"{name}.png")
+    rows = ["path,label", "a.png,cat; dog", "b.png,dog", "c.png,;", "d.png,bird;Cat"]
     (tmp_path / "list.csv").write_text("\n".join(rows))
     source = open_source(tmp_path / "list.csv", "data.train")
     classes = find_classes(source, "data.train", ";")
@@ -152,8 +153,9 @@ def test_views_to_evaluate_on(tmp_path: Path) -> None:
 
 
 def test_a_class_that_reads_like_several_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    picture(8, 8).save(tmp_path / "a.png")
-    rows = ["path,label", "a.png,cat", "a.png,cat|dog", "a.png,dog", 'a.png,"tench, Tinca"']
+    for name in "abcd":
+        picture(8, 8).save(tmp_path / f"{name}.png")
+    rows = ["path,label", "a.png,cat", "b.png,cat|dog", "c.png,dog", 'd.png,"tench, Tinca"']
     (tmp_path / "list.csv").write_text("\n".join(rows))
     source = open_source(tmp_path / "list.csv", "data.train")
     find_classes(source, "data.train")
@@ -167,8 +169,24 @@ def test_a_missing_label_is_named(tmp_path: Path) -> None:
     picture(8, 8).save(tmp_path / "a.png")
     picture(8, 8).save(tmp_path / "b.png")
     (tmp_path / "list.csv").write_text("path,label\na.png,cat\nb.png,\na.png,dog\n")
-    with pytest.raises(UserError, match=r"1 of them have no label, the first is .*b\.png\. Label or remove"):
+    with pytest.raises(UserError, match=r"data\.train: .*1 samples have none, the first is .*b\.png\. Label them"):
         find_classes(open_source(tmp_path / "list.csv", "data.train"), "data.train")
     (tmp_path / "list.csv").write_text("path,species\na.png,cat\n")
     with pytest.raises(UserError, match=r"\(columns path, species\) have no labels\. .* `label` or `class`"):
         find_classes(open_source(tmp_path / "list.csv", "data.train"), "data.train")
+
+
+def test_labels_match_classes_regardless_of_spaces_and_case(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in "abc":
+        picture(8, 8).save(tmp_path / f"{name}.png")
+    (tmp_path / "list.csv").write_text("path,label\na.png,Cat\nb.png, dog\nc.png,Cat\n")
+    source = open_source(tmp_path / "list.csv", "data.val")
+    assert label_targets(source, "data.val", ("cat", "dog")).tolist() == [0, 1, 0]
+    assert "data.val: spaces and case of labels are ignored: 'Cat' is the class 'cat'" in caplog.text
+    assert find_classes(source, "data.val") == ("Cat", "dog")
+    assert "classes of their own" not in caplog.text
+    (tmp_path / "letters.csv").write_text("path,label\na.png,a\nb.png,A\n")
+    assert find_classes(open_source(tmp_path / "letters.csv", "data.train"), "data.train") == ("A", "a")
+    assert "data.train: A, a differ in spaces or case only, but are classes of their own" in caplog.text
+    with pytest.raises(UserError, match=r"no classes of the model: Cat\."):  # which of the two is not certain
+        label_targets(source, "data.val", ("cat", "CAT", "dog"))

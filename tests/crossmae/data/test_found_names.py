@@ -51,8 +51,9 @@ MEANT = [  # name as written, files in the folder `images`, the file that is mea
     ("1.TIF", ["1.tiff"], "1.tiff", "upper and lower case and another suffix"),
     ("1", ["1.png"], "1.png", "another suffix"),
     ("scan.v2", ["scan.v2.jpg"], "scan.v2.jpg", "another suffix"),
-    (" 1.png ", ["1.png"], "1.png", "spaces at the ends"),
-    ("1.png\r", ["1.png"], "1.png", "spaces at the ends"),
+    (" 1.png ", ["1.png"], "1.png", "spaces or quotes at the ends"),
+    ('"D:\\a\\1.png"', ["a/1.png"], "a/1.png", "absolute paths and separators of Windows and sp"),
+    ("1.png\r", ["1.png"], "1.png", "spaces or quotes at the ends"),
 ]
 
 

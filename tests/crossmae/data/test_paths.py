@@ -64,6 +64,8 @@ def test_what_the_system_put_there_is_left_out_and_counted(tmp_path: Path, caplo
     save(tmp_path / "@eaDir/1.png")
     assert find_images(tmp_path / "@eaDir", "data.train") == find_images(tmp_path / "@eaDir", "")  # asked for by name
     assert find_inputs([str(tmp_path / "@eaDir/*.png")]) == [tmp_path / "@eaDir/1.png"]
+    assert find_inputs([str(path) for path in (tmp_path / "a").glob("*") if path.name[0] != "."]) == expected[:1]
+    assert find_inputs([str(tmp_path / "@eaDir")]) == [tmp_path / "@eaDir/1.png"]
 
 
 @pytest.mark.parametrize("name", ["cat", "tmp", "snapshot", "Recycle", "thumbs", "test", "@home", "#1", "~a", "icon"])

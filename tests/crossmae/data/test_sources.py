@@ -214,14 +214,18 @@ BAD: list[tuple[str, str, str]] = [
         r"columns\.csv: the columns are a, b\. Name one of them path, image, file_name or filename",
     ),
     ("header.csv", "ant/000.png\nant/001.png\n", r"header\.csv: the first line is .* must name the columns"),
+    ("semicolons.csv", "ant/000.png;a\n", r"semicolons\.csv: the first line is .* must name the columns"),
+    ("nothing.csv", "\n", r"nothing\.csv is empty\. Fill it, or name another list"),
+    ("table.csv.gz", "\x1f\x8b\x08", r"table\.csv\.gz: is compressed with gzip, not text\. Unpack it: gunzip -k table"),
+    ("table.xlsx", "PK\3\4", r"table\.xlsx: is a zip archive or an Excel table, not text\. .*save the table as CSV"),
     ("row.csv", "path,label\nx.png\n", r"row\.csv, line 2: has 1 values, the header 2"),
     ("blank.csv", "path,label\n,a\n", r"blank\.csv: image 1 of 1 has an empty path"),
     ("quote.csv", 'path\n"x.png', r"quote\.csv: not valid CSV"),
     ("broken.json", "{", r"broken\.json: not valid JSON"),
     ("list.json", "[]", r'list\.json: no COCO annotations. Give a mapping with a list "images"'),
     ("name.json", '{"images": [{"id": 1}]}', r"name\.json: images\[0\]: file_name is None"),
-    ("out.json", '{"images": [{"file_name": "../x.png"}]}', r"'\.\./x\.png' leads out of the image folder"),
-    ("absolute.json", '{"images": [{"file_name": "/x.png"}]}', r"'/x\.png' leads out of the image folder"),
+    ("out.json", '{"images": [{"file_name": "../x.png"}]}', r"\.\./x\.png \(leads out of the folder\)"),
+    ("absolute.json", '{"images": [{"file_name": "/x.png"}]}', r"/x\.png \(leads out of the folder\)"),
     ("gone.json", '{"images": [{"file_name": "x.png"}]}', r"1 of 1 images are not there: .*set data.root=FOLDER"),
     ("data.xyz", "?", r"data\.xyz: no such kind of data is known. Expected a folder"),
     ("bad.parquet", "?", r"bad\.parquet: not a whole Parquet file"),
@@ -235,7 +239,7 @@ def test_a_bad_value_is_one_error_with_key_and_file(name: str, content: str, mes
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow")
     if content:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_text(content, encoding="latin-1" if name.endswith("z") else "utf-8")
     with pytest.raises(UserError, match=message) as raised:
         open_source(str(tmp_path / name), "data.train")
     assert "data.train" in str(raised.value)
@@ -269,3 +273,121 @@ def test_parquet_with_images_inside_says_what_to_do(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pa.table({"image": [{"bytes": b"x", "path": "x"}]}), tmp_path / "x.parquet")
     with pytest.raises(UserError, match=r"column 'image' holds struct<.*save_to_disk"):
         open_source(tmp_path / "x.parquet", "data.train")
+
+
+LISTED: dict[str, tuple[str, list[str | None]]] = {  # name and content of a list of the first images, and their labels
+    "semicolon.csv": ("path;label\nant/000.png;x\nant/001.png;y\n", ["x", "y"]),
+    "tabs.csv": ("label\tpath\nx\tant/000.png\ny\tant/001.png\n", ["x", "y"]),
+    "bars.csv": ('note|File Name|Class\n"a|b"|ant/000.png|x\n|ant/001.png|y\n', ["x", "y"]),
+    "commas.tsv": ("path,label\nant/000.png,x\nant/001.png,y\n", ["x", "y"]),
+    "excel.csv": ("sep=;\r\nPATH;LABEL\r\nant/000.png;x\r\nant/001.png;y\r\n;\r\n", ["x", "y"]),
+    "exact.csv": ("Path,path,LABEL,label\n?,ant/000.png,?,x\n?,ant/001.png,?,y\n", ["x", "y"]),
+    "moved.csv": ('path,label\n"C:\\d\\ANT\\000.PNG",x\n./tree/ant/001.png,y\n', ["x", "y"]),
+    "missing.csv": ("path,label\nant/000.png,NaN\nant/001.png,y\n", [None, None]),
+    "empty.csv": ("path,label\nant/000.png,\nant/001.png,\n", [None, None]),
+    "names.csv": ("path,label\nant/000.png,NA\nant/001.png,Nan\n", ["NA", "Nan"]),
+    "caffe.txt": ("ant/000.png 0\nant/001.png 7\n", ["0", "7"]),
+    "tabs.txt": ("ant/000.png\tx\nant\\001.png\ty\n", ["x", "y"]),
+    "quoted.txt": ('"D:\\tree\\ant\\000.png"\n"D:\\tree\\ant\\001.png"\n', [None, None]),
+    "coco.json": ('{"images": [{"file_name": "/x/ant/000.png"}, {"file_name": "..\\\\ant\\\\001.png"}]}', [None, None]),
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_lists_are_read_as_people_write_them(name: str, tmp_path: Path, paths: list[Path]) -> None:
+    content, labels = LISTED[name]
+    (tmp_path / "tree" / name).write_text(content, newline="")
+    source = open_source(tmp_path / "tree" / name, "data.train")
+    assert contents(source) == [path.read_bytes() for path in paths[:2]]
+    found = [source.classes[source.label(index)] for index in range(2)] if source.classes else [None, None]
+    assert found == labels
+
+
+def test_a_coco_file_never_names_images_outside_its_folder(tmp_path: Path, paths: list[Path]) -> None:
+    for name in (str(paths[0]), "../tree/ant/000.png"):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other/coco.json").write_text(json.dumps({"images": [{"file_name": name}]}))
+        with pytest.raises(UserError, match=r"1 of 1 images are not there: .*000\.png \(leads out of the folder\)"):
+            open_source(tmp_path / "other/coco.json", "data.train")
+
+
+def test_moved_files_are_said_and_missing_ones_have_a_reason(
+    tmp_path: Path, paths: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = tmp_path / "list.txt"
+    lines.write_text("tree/ant/000.png\ntree\\ant\\001.png\n")
+    assert contents(open_source(lines, "data.train")) == [path.read_bytes() for path in paths[:2]]
+    assert "list.txt: 1 of 1 are there as tree/ant/001.png: separators of Windows" in caplog.text
+    lines.write_text("tree/ant/000.png\nTree/Ant/000.PNG\n9.png\n")
+    reason = r"2 of 3 images are not there: Tree/Ant/000\.PNG \(the only file like it, .*\), 9\.png\. Relative"
+    with pytest.raises(UserError, match=reason):
+        open_source(lines, "data.train")
+
+
+def test_an_image_with_two_labels_has_none(tmp_path: Path, paths: list[Path]) -> None:
+    rows = f"path,label\n{paths[0]},a\n{paths[1]},b\n"
+    (tmp_path / "list.csv").write_text(rows + f"{paths[0]},a\n")
+    assert open_source(tmp_path / "list.csv", "data.train").classes == ("a", "b")  # more often, but the same
+    (tmp_path / "list.csv").write_text(rows + f"tree/../tree/{paths[0].relative_to(tmp_path / 'tree')},b\n")
+    source = open_source(tmp_path / "list.csv", "data.train")
+    with pytest.raises(UserError, match=r"000\.png is listed as 'a' and 'b'\. Keep one of these lines, or"):
+        source.labels()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["Train/1", "valid/2", "test2017/3"], r"folders Train, test2017, valid are splits, not classes\. Name one of"),
+        (
+            ["all/train/1", "all/val/2"],
+            r"folders train, val are splits, not classes\. Name one of them, such as .*/all/t",
+        ),
+        (["train/1", "bus/2"], ""),
+        (
+            ["all/in/ant/1", "all/in/bee/2"],
+            r"all are in .*/all/in\. Name that folder if its folders ant, bee are the cl",
+        ),
+        (
+            ["ant/1", "bee/2", "3"],
+            r"1 samples have none, the first is .*/3\.png\. Label them, or leave them out: 2 would",
+        ),
+        (["ant/1", "bee/2", "3", "4"], r"have no labels\. Labels come from"),
+        (["ant/1", "3"], r"have no labels\. Labels come from"),
+        (["ant/1"], r"have no labels\. Labels come from"),
+        (["Ant/1", "ant/2"], ""),
+    ],
+)
+def test_folders_that_are_no_classes_are_named(names: list[str], message: str, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.png").write_bytes(b"x")
+    source = open_source(tmp_path, "data.train")
+    assert len(source) == len(names)  # all of them, for training without labels
+    if message:
+        with pytest.raises(UserError, match=message):
+            source.labels()
+    else:
+        assert len(source.classes) == len({name.partition("/")[0].lower() for name in names})
+
+
+def test_a_preview_next_to_packed_images_is_named(
+    tmp_path: Path, paths: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = Path(as_shards(tmp_path, paths))
+    (shards / "@eaDir").mkdir()
+    for name in ("preview.png", "@eaDir/SYNOPHOTO.png"):
+        (shards / name).write_bytes(paths[0].read_bytes())
+    source = open_source(shards, "data.train")
+    assert source.description.startswith("9 images in 3 tar shards")
+    assert "s-000.tar, s-001.tar, s-002.tar are read, not the images next to them: preview.png" in caplog.text
+    (tmp_path / "tree/archive.tar").write_bytes(next(shards.glob("*.tar")).read_bytes())
+    assert open_source(tmp_path / "tree", "data.train").classes == CLASSES
+    assert "tree are read, not the files next to them: archive.tar. To read these, name them" in caplog.text
+
+
+def test_the_parent_of_shards_is_named(tmp_path: Path, paths: list[Path]) -> None:
+    shards = Path(as_shards(tmp_path / "up", paths))
+    with pytest.raises(
+        UserError, match=rf"the \.tar shards of {tmp_path}/up are in {shards}\. Name one of these folders"
+    ):
+        open_source(tmp_path / "up", "data.train")

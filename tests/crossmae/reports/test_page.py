@@ -75,6 +75,12 @@ def test_no_string_becomes_markup():
     assert page.values("alt") == [EVIL, EVIL]
 
 
+def test_names_cannot_hide_on_a_page() -> None:
+    page = Page(Report("a\x1bb \u202egnp.exe \udce9\n 5\N{NO-BREAK SPACE}%", "日本").to_html())
+    assert "a\\x1bb \\u202egnp.exe \\udce9\n 5\N{NO-BREAK SPACE}%" in page.text
+    assert "日本" in page.text
+
+
 def test_page_loads_nothing():
     page = Page(full_page())
     links = page.values("src") + page.values("href") + page.values("xlink:href")

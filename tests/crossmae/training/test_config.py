@@ -131,3 +131,22 @@ def test_settings_without_effect_are_named() -> None:
         "probe.k",
         "validation.images",
     ]
+
+
+@pytest.mark.parametrize("name", ["set #1", "[1]", "a: b", "{x}", "2023", "two\nlines", "caf\udce9", "'q'", "null"])
+def test_paths_on_the_command_line_are_taken_as_they_are(name: str, config_file: Path, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    assert load_config(str(config_file), [f"data.train={tmp_path / name}"]).data.train == str(tmp_path / name)
+
+
+def test_a_folder_that_other_programs_cannot_write_is_an_error(config_file: Path) -> None:
+    with pytest.raises(UserError, match=r"output_dir: a name in UTF-8 is needed, got 'caf\\udce9'"):
+        load_config(str(config_file), ["output_dir=caf\udce9"])
+
+
+def test_a_config_in_another_encoding_is_named(config_file: Path) -> None:
+    config_file.write_text(MINIMAL, encoding="utf-16")
+    with pytest.raises(UserError, match=r"run\.yaml: is UTF-16 text, not UTF-8\. Convert it: iconv"):
+        load_config(str(config_file))
+    config_file.write_text(MINIMAL, encoding="utf-8-sig")
+    assert load_config(str(config_file)).data.train == "images"

@@ -233,3 +233,12 @@ def test_an_index_that_names_itself(tmp_path: Path, bounded: Any) -> None:
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": INDEX}}))
     with pytest.raises(UserError, match="names an index as a shard"), bounded():
         read_weights(tmp_path)
+
+
+def test_a_path_that_safetensors_cannot_open_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "caf\udce9"
+    folder.mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").rename(folder / "a.safetensors")
+    with pytest.raises(UserError, match=r"caf\\udce9/a\.safetensors: safetensors opens paths in UTF-8 only\. Rename"):
+        read_weights(folder / "a.safetensors")

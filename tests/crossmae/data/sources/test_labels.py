@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from crossmae.data.sources.labels import match_labels, unify_labels
+from crossmae.data.sources.labels import alike_labels, match_labels, unify_labels
 
 UNIFIED: list[tuple[list[str | None], list[str | None], str]] = [
     (
@@ -16,7 +16,7 @@ UNIFIED: list[tuple[list[str | None], list[str | None], str]] = [
     (["DOG", "DOG", "dog"], ["DOG"] * 3, "'DOG' (2) and 'dog' (1) are one class, 'DOG'"),
     (["polar  bear", "Polar bear", "polar\xa0bear"], ["polar bear"] * 3, "are one class, 'polar bear'"),
     (["caf\xe9", "cafe\u0301"], ["caf\xe9"] * 2, "are one class"),
-    (["a", "A", "Co", "CO"], ["a", "A", "Co", "CO"], "A, CO, Co, a differ in case only"),
+    (["a", "A", "Co", "CO"], ["a", "A", "Co", "CO"], ""),
     (["0.0", "1.0", "nan", None], ["0", "1", None, None], ""),
     (["0", "1.0", "1", ""], ["0", "1", "1", None], ""),
     (["0.5", "1.0"], ["0.5", "1.0"], ""),
@@ -33,6 +33,10 @@ def test_labels_are_unified(texts: list[str | None], labels: list[str | None], n
     assert found == labels
     assert note.replace("\\\\", "\\") in "".join(notes)
     assert bool(notes) == bool(note)
+
+
+def test_classes_that_stay_apart_are_listed() -> None:
+    assert alike_labels(["a", "A", "b", "Co", "CO", "d "]) == ["A", "CO", "Co", "a"]
 
 
 def test_labels_match_classes_by_name_first() -> None:
