@@ -295,6 +295,9 @@ def test_dropping_everything_is_an_error(tmp_path):
     path, images, _ = write_coco(tmp_path, images=2)
     for image in images.iterdir():
         image.unlink()
+    with pytest.raises(UserError, match="missing-image in 2 of 2") as error:
+        register_coco("test_set", path, images, masks=True)
+    assert "DATASETS.DROP" not in str(error.value)
     with pytest.raises(UserError, match=r"coco.json: DATASETS.DROP \('missing-image',\) leaves no images"):
         register_coco("test_set", path, images, drop=("missing-image",), masks=True)
 
