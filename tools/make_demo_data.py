@@ -74,7 +74,7 @@ MIN_COLOUR_DISTANCE = 110.0  # RGB steps between two digits of one image
 MAX_ROTATION = 15.0  # degrees
 MAX_TRIES = 40  # attempts to place a digit, and attempts to compose an image
 LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-IMAGE_LIMITS = {"train": (1, 1_000_000), "val": (1, 1_000_000), "size": (64, 1024), "seed": (0, 2**32 - 1)}
+LIMITS = {"train": (1, 1_000_000), "val": (1, 1_000_000), "size": (64, 1024), "seed": (0, 2**32 - 1)}
 
 STREAMS = ("train", "val", "classify/train", "classify/val")  # the position of a name seeds its random numbers
 SCENE_STREAMS = {"train": 100, "val": 101}
@@ -96,7 +96,7 @@ class DemoDataSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, (low, high) in IMAGE_LIMITS.items():
+        for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UserError(f"{name}={value} is out of range. Give a number from {low} to {high}.")

@@ -39,7 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from crossmae.data.tiff import DEEP, MAGIC, Layout, has_deep_samples, over_white, read_tiff, upright
+from crossmae.data.tiff import DEEP, MAGIC, Layout, has_deep_samples, over_white, read_tiff, say_once, upright
 from crossmae.errors import UserError, import_extra, printable
 from crossmae.files import read_file
 
@@ -120,7 +120,7 @@ def decode_image(
         samples: NDArray[Any] | int = 0  # an array, or a page that Pillow reads
         if data.startswith(MAGIC):
             check_size = partial(limits.check, name)
-            samples, layout = read_tiff(data, name, channels, limits.channels_key, check_size)
+            samples, layout = read_tiff(data, channels, limits.channels_key, check_size)
         if isinstance(samples, int):
             image = open_image(data)
             image.seek(samples)
@@ -136,9 +136,13 @@ def decode_image(
                 turned = _load(image, data)
                 if bit_depth == 8 and channels in (1, 3) and turned.mode != "F":
                     rgb = to_rgb(turned)
+                    if layout is not None:
+                        say_once(name, layout)
                     return rgb if channels == 3 else rgb.convert("L")
                 samples = _samples(turned, channels)
         pixels = _with_channels(_as_unit_range(samples, name), channels, name, limits.channels_key, layout)
+        if layout is not None:
+            say_once(name, layout)
     except UserError:
         raise
     except Exception as error:  # the libraries raise many kinds of errors for damaged files

@@ -133,7 +133,7 @@ def _is_stack(data: bytes) -> bool:
 
 
 def read_tiff(
-    data: bytes, name: str, channels: int, channels_key: str, check_size: Callable[[int, int], None]
+    data: bytes, channels: int, channels_key: str, check_size: Callable[[int, int], None]
 ) -> tuple[NDArray[Any] | int, Layout | None]:
     """Read the first image, upright (H, W, C), over white.
 
@@ -164,8 +164,6 @@ def read_tiff(
         stack.axes = stack.axes.translate(str.maketrans(NAMELESS, "PP"))
     layout = plan_layout(stack.axes, stack.shape, channels, channels_key)
     check_size(stack.shape[layout.columns], stack.shape[layout.rows])
-    if layout.text:
-        _say_once(name, layout)
     if layout.is_colour and isinstance(number, int) and pillow_reads(data, number, channels):
         return number, layout
     if kind not in ("MINISBLACK", "MINISWHITE", "RGB"):
@@ -214,9 +212,9 @@ class _Stack:
         return pixels.reshape(*pixels.shape[:2], -1)
 
 
-def _say_once(name: str, layout: Layout) -> None:
+def say_once(name: str, layout: Layout) -> None:
     """Log what is read of the first such file."""
-    if layout.text not in _said:
+    if layout.text and layout.text not in _said:
         _said.add(layout.text)
         log.warning(
             "%s: %s, as in all files like it%s", name, layout.text, f". {layout.advice}" if layout.advice else ""

@@ -230,8 +230,8 @@ def build_judges(
     held_out = HeldOut(val, model, config.validation.images, ranks, *views) if val else None
     preview = neighbours = None
     if ranks.is_main and count:
-        policy = "error" if val else data.broken
-        preview = HeldOut(val or source, model, count, Ranks(), *views, policy)
+        policy, key = "error" if val else data.broken, "data.val" if val else "data.train"
+        preview = HeldOut(val or source, model, count, Ranks(), *views, policy, key)
     if ranks.is_main and probe.train and probe.val:
         train = open_named(probe.train, "probe.train", limits=data.limits)
         test = open_named(probe.val, "probe.val", limits=data.limits)
