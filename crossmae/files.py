@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from crossmae.errors import UserError
 
@@ -134,13 +136,38 @@ def _umask() -> int:
     return mask
 
 
+def special_kind(path: str | Path) -> str:
+    """Name the kind of a pipe, socket or device, or return ""."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return ""
+    kinds = {
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return kinds.get(stat.S_IFMT(mode), "")
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a file for reading.
+
+    Raises OSError for a named pipe, a socket and a device, which would make the reader wait, or never end.
+    """
+    if kind := special_kind(path):
+        raise OSError(errno.EINVAL, f"it is {kind}, not a file", str(path))
+    return open(path, "rb")
+
+
 def read_file(path: str | Path, shown: str = "") -> bytes:
     """Read a whole file.
 
     Raises UserError if the file cannot be read. The message names the file, as `shown` if given.
     """
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             return file.read()
     except OSError as error:
         raise UserError(f"{printable(shown or path)}: cannot be read: {error.strerror}") from error

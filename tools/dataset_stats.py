@@ -4,7 +4,7 @@
     python tools/dataset_stats.py --config-file pretrain/demo.yaml data.train=IMAGES --images 5000 --output stats.json
 
 Images are decoded as in training: model.in_chans channels, data.bit_depth bits. Every image has the same weight,
-regardless of its size. Only the config keys data.train, data.root, data.bit_depth and model.in_chans are used.
+regardless of its size. Only model.in_chans and data.train, root, bit_depth and max_pixels are used.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     config = load(args.config_file, args.overrides)
     if args.output is not None:
         make_folder(args.output.parent, "--output")
-    source = open_source(config.data.train, "data.train", config.data.root)
+    source = open_source(config.data.train, "data.train", config.data.root, config.data.limits)
     print(source.description)
     indices = evenly_spaced(len(source), args.images or len(source))
     stats = measure(source, indices, config.model.in_chans, config.data.bit_depth, args.threads)

@@ -18,6 +18,7 @@ import logging
 import os
 from pathlib import Path
 
+from crossmae.data.images import MAX_PIXELS, ImageLimits
 from crossmae.data.sources import open_source
 from crossmae.data.sources.shard_files import is_url
 from crossmae.data.sources.shard_writer import ShardSettings, make_shards, verify_shards
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("--short-side", default.short_side, "short side of packed images in pixels"),
         ("--quality", default.quality, "quality of JPEG files, 1 to 100"),
         ("--images-per-shard", default.images_per_shard, "images in a shard"),
+        ("--max-pixels", MAX_PIXELS, "width * height of the largest image"),
         ("--workers", os.cpu_count() or 1, "threads, as many as cores by default"),
     ):
         parser.add_argument(name, type=int, default=value, metavar="N", help=f"{what} (default %(default)s)")
@@ -61,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.workers < 1:
         raise UserError(f"--workers: {args.workers} is too small. Give a number from 1.")
     settings = ShardSettings(args.short_side, args.quality, args.images_per_shard, args.keep_original, args.skip_broken)
-    source = open_source(args.source, "SRC", args.root)
+    source = open_source(args.source, "SRC", args.root, ImageLimits(args.max_pixels, "--max-pixels", ""))
     print(source.description)
     index, kept = make_shards(source, folder, settings, args.workers)
     print(

@@ -30,7 +30,7 @@ from crossmae.classification.predict import (
     open_inputs,
     write_answers,
 )
-from crossmae.data.images import parse_size
+from crossmae.data.images import MAX_PIXELS, ImageLimits, parse_size
 from crossmae.errors import UserError, exit_if_any, run_cli
 from crossmae.training.devices import open_device
 
@@ -51,6 +51,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help="images at once (%(default)s)")
     parser.add_argument("--img-size", metavar="N|HxW", help="pixels, such as 224 or 192x256 (the classifier's own)")
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="width * height of the largest image (%(default)s)",
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one")
     parser.add_argument("--force", action="store_true", help="overwrite what an earlier call wrote")
     return parser
@@ -59,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, predict, write and summarise."""
     args = build_parser().parse_intermixed_args(argv)
-    for name, value in (("--top-k", args.top_k), ("--batch-size", args.batch_size)):
+    for name, value in (("--top-k", args.top_k), ("--batch-size", args.batch_size), ("--max-pixels", args.max_pixels)):
         if value is not None and value < 1:
             raise UserError(f"{name} {value}: too small. Give a number from 1.")
     if args.threshold is not None and not 0 <= args.threshold <= 1:
@@ -67,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     device = open_device(args.device, "--device")
     inputs = expand_inputs(args.inputs)
     check_output(args.output, inputs, args.force)
-    sources = open_inputs(inputs)
+    sources = open_inputs(inputs, ImageLimits(args.max_pixels, "--max-pixels", ""))
     classifier = load_classifier(args.weights, args.img_size and parse_size(args.img_size, "--img-size"))
     if classifier.multi_label and args.top_k is not None:
         raise UserError("--top-k: this classifier can find several classes in an image. Limit them by --threshold.")

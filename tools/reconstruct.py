@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crossmae.checkpoints.pretrained import Pretrained, load_pretrained, parse_settings
+from crossmae.data.images import MAX_PIXELS, ImageLimits
 from crossmae.data.paths import find_inputs
 from crossmae.errors import UserError, run_cli
 from crossmae.files import printable
@@ -38,6 +39,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-gif", action="store_true", help="write no animations")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other masks (%(default)s)")
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="width * height of the largest image (%(default)s)",
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one")
     parser.add_argument(
         "--set",
@@ -84,7 +92,10 @@ def main(argv: list[str] | None = None) -> None:
     pretrained.model.to(device)
     print(describe(pretrained), end="\n\n")
     ratios = [] if args.no_gif else args.gif_ratios or possible_ratios(pretrained.model)
-    results = write_gallery(pretrained, paths, args.output, args.mask_ratio, sorted(ratios), args.seed, args.force)
+    limits = ImageLimits(args.max_pixels, "--max-pixels", "")
+    results = write_gallery(
+        pretrained, paths, args.output, args.mask_ratio, sorted(ratios), args.seed, args.force, limits
+    )
     print(table(results))
     print(f"\npictures in {args.output}, numbers in {args.output / NUMBERS}")
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from PIL import Image
 from torch import Tensor
 
-from crossmae.data.images import is_deep, is_whole
+from crossmae.data.images import header_is_sound, is_deep, is_whole
 from crossmae.data.parallel import map_in_order
 from crossmae.data.pixels import read_pixels
 from crossmae.data.sources import Source
@@ -68,10 +69,11 @@ def read_or_next(
 
 
 def find_broken(source: Source, indices: Sequence[int], channels: int = 3, bit_depth: int = 8) -> list[Broken]:
-    """Find truncated images: check the last bytes, decode when unsure."""
+    """Find images that cannot be read: check both ends, decode when unsure."""
 
     def look(index: int) -> Broken | None:
-        if is_whole(source.tail(index)):
+        sound = partial(header_is_sound, name=source.name(index), channels=channels, limits=source.limits)
+        if is_whole(source.tail(index)) and sound(source.head(index)):
             return None
         try:
             read_pixels(source, index, channels, bit_depth)

@@ -5,16 +5,20 @@ All rules (`bit_depth` is 8 by default; 16 keeps the precision of files with mor
     | file                          | result                                                               |
     | ----------------------------- | -------------------------------------------------------------------- |
     | EXIF or TIFF orientation      | applied                                                              |
-    | several frames or pages       | the first frame or page                                              |
+    | other metadata, whole or not  | no matter                                                            |
+    | several frames                | the first frame                                                      |
+    | several pages of a TIFF       | by their axes, see crossmae/data/tiff.py                             |
     | palette                       | converted to colours                                                 |
     | transparency                  | laid over white; kept as the 4th channel if 4 channels are requested |
     | grayscale, 3 channels wanted  | channel repeated                                                     |
     | colour, 1 channel wanted      | luma, 0.299 R + 0.587 G + 0.114 B                                    |
     | CMYK, YCbCr, LAB, HSV         | converted to RGB by Pillow                                           |
     | 16-bit                        | scaled from 0-65535, also if only 12 bits are used: measure mean and std |
-    | floating point                | read as 0-1; other values are an error                               |
+    | floating point                | read as 0-1; other values, and NaN, are an error                     |
     | signed, or 32-bit integers    | an error: rescale the values                                         |
     | other numbers of channels     | TIFF only, channels first or last, and exactly the requested number  |
+    | more pixels than the limit    | an error before the pixels are read                                  |
+    | no pixels, or cut off         | an error                                                             |
     | anything else                 | an error that names the file and its content                         |
 """
 
@@ -22,35 +26,79 @@ from __future__ import annotations
 
 import io
 import re
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from crossmae.data.tiff import DEEP, MAGIC, Layout, has_deep_samples, over_white, read_tiff, say_once, upright
 from crossmae.errors import UserError, import_extra
 from crossmae.files import printable, read_file
 
-# TIFF: the files that Pillow cannot read correctly have deep colour, many channels, signed or floating-point samples.
-DEEP = "an image of more than 8 bits a channel, or of other than 1 or 3 channels,"  # needs the optional extra
-MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-BITS, PHOTOMETRIC, SAMPLES, SAMPLE_FORMAT = 258, 262, 277, 339  # TIFF tags
-WHITE_IS_ZERO, UNSIGNED, OPACITY = 0, 1, (1, 2)  # values of TIFF tags
-SAMPLES_OF_MODE = {"1": 1, "L": 1, "P": 1, "LA": 2, "PA": 2, "RGB": 3, "YCbCr": 3, "LAB": 3, "RGBA": 4, "CMYK": 4}
+MAX_PIXELS = 178_956_970  # where Pillow stops, too; 0.5 GB as RGB
+# Pillow warns of metadata that it skips, which decide nothing. `ImageLimits` takes the place of its limit of pixels,
+# which warns from half of it.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+Image.MAX_IMAGE_PIXELS = None
+
+PNG = b"\x89PNG\r\n\x1a\n"
+PNG_PIXELS = (b"tRNS", b"eXIf")  # optional chunks that decide about pixels
+PNG_ORIENTATION = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # keywords of text that may hold an orientation
+LONGEST_ORIENTATION = 1 << 16  # bytes of such a text
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 # Last bytes of complete JPEG and PNG files. Files of other kinds must be decoded to find out if they are complete.
 LAST_BYTES = (b"\xff\xd9", b"IEND\xaeB`\x82")
+UNREAD, JUNK = 128, b"\x55\xaa\x13" * 256  # grey of missing JPEG data; bytes that would be decoded to something else
 
 
-def read_image(path: str | Path) -> Image.Image:
+class ImageLimits(NamedTuple):
+    """Largest number of pixels of an image, the key or flag that sets it, and the key of the channels, or ""."""
+
+    pixels: int = MAX_PIXELS
+    key: str = "data.max_pixels"
+    channels_key: str = "model.in_chans"
+
+    def check(self, name: str, width: int, height: int) -> None:
+        """Raise a UserError if an image has no pixels, or too many."""
+        if width * height == 0:
+            raise UserError(f"{name}: has {width} x {height} pixels. An image without pixels cannot be used.")
+        if width * height > self.pixels:
+            raise UserError(
+                f"{name}: has {width} x {height} = {width * height:,} pixels, {self.key} is {self.pixels:,}. Raise "
+                f"{self.key} if there is enough memory, or cut or shrink the image."
+            )
+
+
+IMAGE_LIMITS = ImageLimits()
+
+
+def read_image(path: str | Path, limits: ImageLimits = IMAGE_LIMITS) -> Image.Image:
     """Read one file as 8-bit RGB, by the rules above."""
-    return decode_image(read_file(path), str(path))  # type: ignore[return-value]  # three channels of 8 bits are an Image
+    return decode_image(read_file(path), str(path), limits=limits)  # type: ignore[return-value]  # 3 channels of 8 bits
 
 
-def decode_image(data: bytes, name: str, channels: int = 3, bit_depth: int = 8) -> Image.Image | NDArray[Any]:
+def decode_image(
+    data: bytes, name: str, channels: int = 3, bit_depth: int = 8, limits: ImageLimits = IMAGE_LIMITS
+) -> Image.Image | NDArray[Any]:
     """Decode a whole file to `channels` channels, by the rules above.
 
     Returns:
@@ -58,25 +106,37 @@ def decode_image(data: bytes, name: str, channels: int = 3, bit_depth: int = 8) 
         for a bit depth of 8 and float32 in 0-1 for 16.
 
     Raises:
-        UserError: If the file is empty, truncated, not an image, above Pillow's limit of pixels, or has a number of
+        UserError: If the file is empty, truncated, not an image, has more pixels than the limit, or has a number of
             channels that no rule converts to `channels`. The message names the file.
     """
-    name = printable(name)
+    name, layout = printable(name), None
     try:
-        if _needs_tifffile(data, channels):
-            samples = _read_tiff(data, channels)
-        elif _is_deep_colour_png(data) and (bit_depth == 16 or channels not in (1, 3)):
-            samples = np.asarray(import_extra("imagecodecs", DEEP).png_decode(data))
-            samples = _over_white(samples) if samples.shape[-1] in (2, 4) and channels != samples.shape[-1] else samples
-        else:
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-            if bit_depth == 8 and channels in (1, 3):
-                rgb = to_rgb(upright)
-                return rgb if channels == 3 else rgb.convert("L")
-            samples = _samples(upright, channels)
-        pixels = _with_channels(_as_unit_range(samples, name), channels, name)
+        samples: NDArray[Any] | int = 0  # an array, or a page that Pillow reads
+        if data.startswith(MAGIC):
+            check_size = partial(limits.check, name)
+            samples, layout = read_tiff(data, channels, limits.channels_key, check_size)
+        if isinstance(samples, int):
+            image = open_image(data)
+            image.seek(samples)
+            limits.check(name, *image.size)
+            if _is_deep_colour_png(data) and (bit_depth == 16 or channels not in (1, 3)):
+                decode = import_extra("imagecodecs", DEEP).png_decode
+                samples = np.atleast_3d(decode(_pixels_of_png(data, ())))
+                if samples.shape[-1] in (2, 4) and channels != samples.shape[-1]:
+                    samples = over_white(samples)
+                if any(word in data for word in (b"eXIf", *PNG_ORIENTATION)):
+                    samples = upright(samples, read_orientation(image))
+            else:
+                turned = _load(image, data)
+                if bit_depth == 8 and channels in (1, 3) and turned.mode != "F":
+                    rgb = to_rgb(turned)
+                    if layout is not None:
+                        say_once(name, layout)
+                    return rgb if channels == 3 else rgb.convert("L")
+                samples = _samples(turned, channels)
+        pixels = _with_channels(_as_unit_range(samples, name), channels, name, limits.channels_key, layout)
+        if layout is not None:
+            say_once(name, layout)
     except UserError:
         raise
     except Exception as error:  # the libraries raise many kinds of errors for damaged files
@@ -88,11 +148,111 @@ def decode_image(data: bytes, name: str, channels: int = 3, bit_depth: int = 8) 
     return Image.fromarray(cut.squeeze(-1) if channels == 1 else cut) if channels in (1, 3) else cut
 
 
+def header_is_sound(head: bytes, name: str, channels: int, limits: ImageLimits) -> bool:
+    """Check a file by its first bytes, which tell all but damage.
+
+    False if the whole file has to be decoded to find out.
+    """
+    try:
+        with Image.open(io.BytesIO(head)) as image:
+            limits.check(name, *image.size)
+            return channels in (1, 3) or (channels == 4 and _has_opacity(image))
+    except Exception:  # UserError, or one of Pillow's: decoding tells what it is
+        return False
+
+
+def open_image(data: bytes, load: bool = False) -> Image.Image:
+    """Open an image with Pillow, a PNG without metadata that Pillow refuses."""
+    try:
+        return _open(data, load)
+    except Exception:  # of many kinds
+        for keywords in (PNG_ORIENTATION, ()) if data.startswith(PNG) else ():
+            with suppress(Exception):
+                return _open(_pixels_of_png(data, keywords), load)
+        raise
+
+
+def _open(data: bytes, load: bool) -> Image.Image:
+    image = Image.open(io.BytesIO(data))
+    if load:
+        image.load()
+    return image
+
+
+def _load(image: Image.Image, data: bytes) -> Image.Image:
+    """Load the pixels, upright."""
+    try:
+        image.load()
+    except Exception:
+        if image.format != "PNG":
+            raise
+        image = open_image(data, load=True)  # metadata can follow the pixels
+    if image.format in ("JPEG", "MPO") and _ends_early(image, data):
+        raise OSError("its data end early, and the rest would be grey. Get a whole copy of the file")
+    turn = TURNS.get(read_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def read_orientation(image: Image.Image, load: bool = True) -> int:
+    """Read the orientation of EXIF or XMP data, default 1.
+
+    With `load`, Pillow decodes a PNG if its EXIF data may follow the pixels.
+    """
+    try:
+        value = (image.getexif() if load else Image.Image.getexif(image)).get(ExifTags.Base.Orientation, 1)
+        value = value[0] if isinstance(value, (tuple, bytes)) else value
+        return int(value) if int(value) in TURNS else 1
+    except Exception:  # Pillow raises many kinds of errors for damaged EXIF data
+        return 1
+
+
+def _pixels_of_png(data: bytes, keywords: Sequence[bytes]) -> bytes:
+    """Copy a PNG without metadata, except short texts with one of `keywords`."""
+    kept, start = [PNG], len(PNG)
+    while start + 12 <= len(data):
+        (length,), kind = struct.unpack(">I", data[start : start + 4]), data[start + 4 : start + 8]
+        chunk = data[start : start + length + 12]
+        is_whole_chunk = chunk[-4:] == struct.pack(">I", zlib.crc32(chunk[4:-4]))
+        is_orientation = length <= LONGEST_ORIENTATION and chunk[8:].startswith(
+            tuple(word + b"\0" for word in keywords)
+        )
+        if kind[:1].isupper() or (is_whole_chunk and (kind in PNG_PIXELS or is_orientation)):
+            kept.append(chunk)
+        start += len(chunk)
+    return b"".join(kept)
+
+
+def _lacks_scans(image: Image.Image, data: bytes) -> bool:
+    """Check whether a progressive JPEG lacks the last scan of a channel."""
+    if "progressive" not in image.info:
+        return False
+    complete: set[int] = set()
+    for match in re.finditer(rb"\xff\xda..([\x01-\x04])", data[:-16], re.DOTALL):
+        ends = match.end() + 2 * match[1][0]
+        last_frequency, bits_left = data[ends + 1 : ends + 3]
+        if last_frequency == 63 and bits_left & 15 == 0:
+            complete |= set(data[match.end() : ends : 2])
+    return len(complete) < len(image.getbands())
+
+
+def _ends_early(image: Image.Image, data: bytes) -> bool:
+    """Check whether a JPEG with an end has too few data.
+
+    The decoder fills the rest with grey. Bytes put before the end change the pixels only if they are needed.
+    """
+    corner = image.crop((max(image.width - 8, 0), image.height - 1, image.width, image.height))
+    if set(corner.tobytes()) - {UNREAD, UNREAD - 1} and not _lacks_scans(image, data):
+        return False
+    end = data.rfind(LAST_BYTES[0])
+    with Image.open(io.BytesIO(data[:end] + JUNK + data[end:])) as longer:
+        return longer.tobytes() != image.tobytes()
+
+
 def is_deep(data: bytes) -> bool:
     """Check whether a file's header declares more than 8 bits per channel."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.mode.startswith(("I", "F")) or _is_deep_colour_png(data) or _has_deep_samples(image)
+        image = open_image(data)
+        return image.mode.startswith(("I", "F")) or _is_deep_colour_png(data) or has_deep_samples(image)
     except Exception:  # unknown to Pillow, or broken: reading the file reports the error
         return False
 
@@ -107,8 +267,11 @@ def _samples(image: Image.Image, channels: int) -> NDArray[Any]:
         return _deep_grey(image)[..., None]
     if image.mode in ("F", "L") and "transparency" not in image.info:
         return np.asarray(image)[..., None]
-    has_opacity = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-    return np.asarray(image.convert("RGBA") if channels == 4 and has_opacity else to_rgb(image))
+    return np.asarray(image.convert("RGBA") if channels == 4 and _has_opacity(image) else to_rgb(image))
+
+
+def _has_opacity(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
 
 
 def _deep_grey(image: Image.Image) -> NDArray[np.uint16]:
@@ -126,22 +289,47 @@ def _as_unit_range(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:
         raise UserError(
             f"{name}: holds {pixels.dtype} samples. Convert it to 8 or 16 bits without sign, or to floats in 0-1."
         )
-    if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
+    finite = np.isfinite(pixels)
+    if not finite.all():
+        share = 1 - finite.mean()
         raise UserError(
-            f"{name}: floating-point samples from {pixels.min():g} to {pixels.max():g}. Rescale them to 0-1."
+            f"{name}: {share:.2%} of its samples are NaN or infinite, which marks missing data. Fill them with values "
+            "from 0 to 1, such as the mean of the others."
+        )
+    low, high = pixels.min(), pixels.max()
+    if low < 0 or high > 1:
+        raise UserError(
+            f"{name}: floating-point samples from {low:g} to {high:g}. Rescale them to 0-1{_scale(low, high)}."
         )
     return pixels.astype(np.float32)
 
 
-def _with_channels(pixels: NDArray[np.float32], channels: int, name: str) -> NDArray[np.float32]:
+def _scale(low: float, high: float) -> str:
+    """Say how a range probably becomes 0-1."""
+    if low < 0:
+        return ""
+    for top, what in ((255, "8-bit values"), (20_000, "reflectance times 10,000"), (65_535, "16-bit values")):
+        if high <= top:
+            return f": they look like {what}, so divide by {min(top, 10_000) if top != 65_535 else top:,}"
+    return ""
+
+
+def _with_channels(
+    pixels: NDArray[np.float32], channels: int, name: str, key: str, layout: Layout | None
+) -> NDArray[np.float32]:
     held = pixels.shape[-1]
     if held == channels:
         return np.ascontiguousarray(pixels)
     if held == 1 and channels == 3:
         return np.repeat(pixels, 3, axis=-1)
-    if held == 3 and channels == 1:
+    if held == 3 and channels == 1 and (layout is None or layout.is_colour):
         return (pixels @ LUMA)[..., None]
-    raise UserError(f"{name}: has {held} channels, model.in_chans is {channels}. Convert it, or change model.in_chans.")
+    text = f"{name}: has {held} channel{'s'[: held != 1]}, {f'{key} is {channels}' if key else f'{channels} are read'}"
+    advice = f"Convert it, or set {key}={held}." if key else "Convert it."
+    if layout is not None and layout.text:
+        text = f"{text}: it {layout.text.partition(',')[0]}"
+        advice += f" {layout.advice}." * bool(layout.advice)
+    raise UserError(f"{text}. {advice}")
 
 
 def is_whole(tail: bytes) -> bool:
@@ -153,7 +341,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any Pillow mode to 8-bit RGB, by the rules above."""
     if image.mode.startswith("I"):  # I;16, I;16B and I: modes of 16-bit PNG and TIFF files
         return Image.fromarray((_deep_grey(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if _has_opacity(image):
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
@@ -166,82 +354,3 @@ def parse_size(text: str, key: str) -> tuple[int, int]:
     if match is None:
         raise UserError(f"{key} {text}: expected pixels, such as 224, or 192x256 for height and width")
     return int(match[1]), int(match[2] or match[1])
-
-
-def _needs_tifffile(data: bytes, channels: int) -> bool:
-    """Check whether a file is a TIFF for `_read_tiff`, not for Pillow."""
-    if not data.startswith(MAGIC):
-        return False
-    if channels not in (1, 3):
-        return True
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            assert isinstance(image, TiffImagePlugin.TiffImageFile)
-            mode, tags = image.mode, image.tag_v2
-            bits, formats, samples = (_values(tags.get(tag, 1)) for tag in (BITS, SAMPLE_FORMAT, SAMPLES))
-            inverted = tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
-    except Exception:  # Pillow raises many kinds of errors; tifffile reports the problem
-        return True
-    if set(formats) != {UNSIGNED}:
-        return True
-    if max(bits) > 8:
-        return samples[0] > 1 or inverted or not mode.startswith("I;16")
-    return SAMPLES_OF_MODE.get(mode) != samples[0]
-
-
-def _has_deep_samples(image: Image.Image) -> bool:
-    """Check whether an image is a TIFF with over 8 bits/channel."""
-    return isinstance(image, TiffImagePlugin.TiffImageFile) and max(_values(image.tag_v2.get(BITS, 1))) > 8
-
-
-def _read_tiff(data: bytes, channels: int) -> NDArray[Any]:
-    """Read the first image, upright (H, W, C), over white.
-
-    Args:
-        channels: requested number of channels. If a file has exactly this number of pages of one size, the pages are
-            channels. Otherwise pages are frames.
-
-    Raises:
-        ValueError: If the file has CMYK, YCbCr, LAB or palette colours of more than 8 bits.
-    """
-    tifffile = import_extra("tifffile", DEEP)
-    with tifffile.TiffFile(io.BytesIO(data)) as file:
-        series, page = file.series[0], file.pages[0]
-        kind = tifffile.PHOTOMETRIC(page.photometric).name
-        pixels, axes = series.asarray(), series.axes
-        orientation = int(page.tags["Orientation"].value) if "Orientation" in page.tags else 1
-        has_opacity = bool(page.extrasamples) and int(page.extrasamples[-1]) in OPACITY
-    if kind not in ("MINISBLACK", "MINISWHITE", "RGB"):
-        raise ValueError(f"a TIFF file of {kind} colours with {pixels.dtype} samples has no rule. Convert it to RGB.")
-    if pixels.ndim == 3 and axes[-1] != "S":
-        pixels = np.moveaxis(pixels, 0, -1) if pixels.shape[0] == channels or axes[0] in "SC" else pixels[0]
-    while pixels.ndim > 3:
-        pixels = pixels[0]
-    pixels = _upright(np.atleast_3d(pixels), orientation)
-    if kind == "MINISWHITE":
-        pixels = _top(pixels) - pixels
-    return _over_white(pixels) if has_opacity and pixels.shape[-1] != channels else pixels
-
-
-def _upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Undo an EXIF orientation 1 .. 8 of pixels (H, W, C)."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
-
-
-def _over_white(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Blend samples with white. The last channel is the opacity."""
-    top = _top(pixels)
-    opacity = pixels[..., -1:] / top
-    return np.asarray(pixels[..., :-1] * opacity + top * (1 - opacity)).astype(pixels.dtype)
-
-
-def _top(pixels: NDArray[Any]) -> Any:
-    return 1.0 if np.issubdtype(pixels.dtype, np.floating) else np.iinfo(pixels.dtype).max
-
-
-def _values(value: Any) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, tuple) else (value,)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crossmae.errors import UserError
-from crossmae.files import printable
+from crossmae.files import printable, special_kind
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -43,9 +43,12 @@ def find_images(folder: Path, key: str) -> list[str]:
             for name in folders
             if not name.startswith(".") and os.path.realpath(os.path.join(parent, name)) not in visited
         )
+        special = find_special(parent)
         for name in files:
             suffix = os.path.splitext(name)[1].lower()
-            if not name.startswith(".") and suffix in IMAGE_SUFFIXES:
+            if name in special:
+                others[special[name]] += 1
+            elif not name.startswith(".") and suffix in IMAGE_SUFFIXES:
                 images.append(os.path.join(parent, name))
             else:
                 others[suffix or name] += 1
@@ -57,6 +60,19 @@ def find_images(folder: Path, key: str) -> list[str]:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise UserError(f"{key}: no image in {folder} or its subfolders (looked for {suffixes}).{found}")
     return sorted(images, key=lambda name: name.split(os.sep))
+
+
+def find_special(folder: str) -> dict[str, str]:
+    """Find named pipes, sockets and devices in a folder.
+
+    Returns what each name is. Links to such files count.
+    """
+    with os.scandir(folder) as entries:
+        plain = {
+            entry.path: entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False) for entry in entries
+        }
+    odd = [path for path, is_plain in plain.items() if not is_plain]
+    return {os.path.basename(path): kind for path in odd if (kind := special_kind(path))}
 
 
 def _refuse(error: OSError) -> None:
@@ -71,5 +87,7 @@ def find_inputs(arguments: Sequence[str]) -> list[Path]:
         if path.is_dir():
             paths += find_images(path, "IMAGES")
         else:
+            if kind := special_kind(path):
+                raise UserError(f"IMAGES: {printable(argument)}: it is {kind}, not a file. Name a file.")
             paths += [str(path)] if path.is_file() else match_pattern(argument, "IMAGES")
     return [Path(path) for path in dict.fromkeys(paths)]

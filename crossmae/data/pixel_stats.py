@@ -49,7 +49,7 @@ def measure(source: Source, indices: Sequence[int], channels: int, bit_depth: in
     """Measure the pixels of the images `indices`, at least one image."""
 
     def look(index: int) -> ImageMoments:
-        return _measure_image(decode_image(source.read(index), source.name(index), channels, bit_depth))
+        return _measure_image(decode_image(source.read(index), source.name(index), channels, bit_depth, source.limits))
 
     sums, square_sums = np.zeros(channels), np.zeros(channels)
     largest, sides = 0.0, array("I")  # two numbers per image

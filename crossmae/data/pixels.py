@@ -10,18 +10,20 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as VF
 
-from crossmae.data.images import decode_image
+from crossmae.data.images import IMAGE_LIMITS, ImageLimits, decode_image
 from crossmae.data.sources import Source
 
 
 def read_pixels(source: Source, index: int, channels: int = 3, bit_depth: int = 8) -> Image.Image | Tensor:
     """Read one sample as an image or a (C, H, W) tensor."""
-    return decode_pixels(source.read(index), source.name(index), channels, bit_depth)
+    return decode_pixels(source.read(index), source.name(index), channels, bit_depth, source.limits)
 
 
-def decode_pixels(data: bytes, name: str, channels: int = 3, bit_depth: int = 8) -> Image.Image | Tensor:
+def decode_pixels(
+    data: bytes, name: str, channels: int = 3, bit_depth: int = 8, limits: ImageLimits = IMAGE_LIMITS
+) -> Image.Image | Tensor:
     """Decode like `decode_image`, but return arrays as (C, H, W) tensors."""
-    decoded = decode_image(data, name, channels, bit_depth)
+    decoded = decode_image(data, name, channels, bit_depth, limits)
     return decoded if isinstance(decoded, Image.Image) else torch.from_numpy(decoded).permute(2, 0, 1)
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from crossmae.checkpoints.pretrained import Pretrained
+from crossmae.data.images import IMAGE_LIMITS, ImageLimits
 from crossmae.data.pixels import Normalize, centre_view, decode_pixels, to_unit_range
 from crossmae.errors import UserError
 from crossmae.files import make_folder, printable, read_file, write_atomically, write_json
@@ -70,13 +71,15 @@ def possible_ratios(model: CrossMAE) -> list[float]:
     return [ratio for ratio in GIF_RATIOS if _is_possible(model, ratio)]
 
 
-def load_images(paths: Sequence[Path], pretrained: Pretrained, seed: int) -> tuple[Tensor, Tensor]:
+def load_images(
+    paths: Sequence[Path], pretrained: Pretrained, seed: int, limits: ImageLimits = IMAGE_LIMITS
+) -> tuple[Tensor, Tensor]:
     """Load pixels (B, C, H, W) and mask noise (B, L)."""
     model = pretrained.model
     pixels, noise = [], []
     for path in paths:
         data = read_file(path)
-        decoded = decode_pixels(data, str(path), model.in_chans, pretrained.bit_depth)
+        decoded = decode_pixels(data, str(path), model.in_chans, pretrained.bit_depth, limits)
         pixels.append(to_unit_range(centre_view(decoded, model.img_size)))
         key = int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
         noise.append(np.random.default_rng([seed, key]).random(model.num_patches, dtype=np.float32))
@@ -91,6 +94,7 @@ def write_gallery(
     gif_ratios: Sequence[float] = (),
     seed: int = 0,
     force: bool = False,
+    limits: ImageLimits = IMAGE_LIMITS,
 ) -> list[Result]:
     """Reconstruct every image, and write all pictures and numbers.
 
@@ -111,7 +115,7 @@ def write_gallery(
     names = output_names(paths)
     _refuse_to_overwrite(output, names, bool(gif_ratios), force)
     for path in tqdm(paths, "read images", leave=False, unit="img"):
-        load_images([path], pretrained, seed)
+        load_images([path], pretrained, seed, limits)
     for folder in (output, output / GRIDS, *([output / ANIMATIONS] if gif_ratios else [])):
         make_folder(folder, "--output")
     device = model.cls_token.device
@@ -119,7 +123,7 @@ def write_gallery(
     results: list[Result] = []
     for start in tqdm(range(0, len(paths), SHEET), "reconstruct", unit="sheet"):
         own = slice(start, start + SHEET)
-        pixels, noise = (tensor.to(device) for tensor in load_images(paths[own], pretrained, seed))
+        pixels, noise = (tensor.to(device) for tensor in load_images(paths[own], pretrained, seed, limits))
         panels = reconstruct(model, pixels, mask_ratio, noise, normalize).cpu()
         results += _write_sheet(output, start // SHEET + 1, panels, paths[own], names[own], mask_ratio)
         frames: list[list[Image.Image]] = [[] for _ in paths[own]]

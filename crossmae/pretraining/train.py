@@ -126,7 +126,7 @@ def open_images(
     data: DataConfig, model: CrossMAE, batch_size: int, seed: int, ranks: Ranks
 ) -> tuple[PretrainImages, BatchPlan]:
     """Open the training images, and plan their batches."""
-    source = open_named(data.train, "data.train", data.root)
+    source = open_named(data.train, "data.train", data.root, data.limits)
     if ranks.is_main:
         warn_of_depth(source, data.bit_depth)
     crop = (model.img_size, model.num_patches, data.crop_scale, data.flip)
@@ -223,17 +223,18 @@ def build_judges(
     """
     count, health = config.log.pictures, config.health
     data, probe, size = config.data, config.probe, config.optim.batch_size
-    val = open_named(data.val, "data.val", data.val_root) if data.val else None
+    val = open_named(data.val, "data.val", data.val_root, data.limits) if data.val else None
     if val and ranks.is_main:
         warn_of_overlap(source, "data.train", val, "data.val")
     views = (config.model.mask_ratio, normalize, data.bit_depth, size)
     held_out = HeldOut(val, model, config.validation.images, ranks, *views) if val else None
     preview = neighbours = None
     if ranks.is_main and count:
-        policy = "error" if val else data.broken
-        preview = HeldOut(val or source, model, count, Ranks(), *views, policy)
+        policy, key = "error" if val else data.broken, "data.val" if val else "data.train"
+        preview = HeldOut(val or source, model, count, Ranks(), *views, policy, key)
     if ranks.is_main and probe.train and probe.val:
-        train, test = open_named(probe.train, "probe.train"), open_named(probe.val, "probe.val")
+        train = open_named(probe.train, "probe.train", limits=data.limits)
+        test = open_named(probe.val, "probe.val", limits=data.limits)
         warn_of_overlap(train, "probe.train", test, "probe.val")
         neighbours = Neighbours(train, test, model, normalize, data.bit_depth, size, probe)
     return Judges(

@@ -42,11 +42,11 @@ class HeldOut:
         bit_depth: int,
         batch_size: int,
         broken: Literal["error", "substitute"] = "error",
+        key: str = "data.val",
     ) -> None:
         chosen = evenly_spaced(len(source), most)
         self.count = len(chosen)
         own = chosen[ranks.rank :: ranks.world_size]
-        key = "data.val" if broken == "error" else "data.train"
         self.images = load_views(source, own, model, bit_depth, key, broken)
         self.noise = torch.stack([fixed_noise(index, model.num_patches) for index in own] or [torch.empty(0)])
         self.ranks, self.mask_ratio, self.normalize, self.batch_size = ranks, mask_ratio, normalize, batch_size
@@ -135,7 +135,8 @@ def load_views(
         for position, one in enumerate(map_in_order(view, indices, bar=f"read {key}")):
             views[position] = one
     except UserError as error:
-        raise UserError(f"{key}: {str(error).rstrip('.')}. {NEVER_REPLACED}") from None
+        advice = "Or set data.broken=substitute." if key == "data.train" else NEVER_REPLACED
+        raise UserError(f"{key}: {str(error).rstrip('.')}. {advice}") from None
     return views
 
 

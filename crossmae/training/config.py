@@ -24,13 +24,24 @@ from pydantic import (
     model_validator,
 )
 
+from crossmae.data.images import MAX_PIXELS, ImageLimits
 from crossmae.errors import UserError
 
 CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
 
 # Config sections, and keys of the data section, that may change when a run is resumed.
 NOT_DECISIVE = {"output_dir", "log", "validation", "probe", "health", "evaluation", "checkpoint"}
-NOT_DECISIVE_DATA = {"train", "root", "val", "val_root", "check", "broken_budget", "workers", "class_names"}
+NOT_DECISIVE_DATA = {
+    "train",
+    "root",
+    "val",
+    "val_root",
+    "check",
+    "broken_budget",
+    "workers",
+    "class_names",
+    "max_pixels",
+}
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -70,6 +81,7 @@ class DataConfig(ConfigSection):
     )
     broken_budget: Share = Field(0.01, description="substitute: share of broken images that stops the run after all")
     bit_depth: Literal[8, 16] = Field(8, description="16 keeps 16-bit and floating-point images as they are")
+    max_pixels: PositiveInt = Field(MAX_PIXELS, description="largest image that is read, as width * height")
     shuffle_shards: PositiveInt | None = Field(
         None, description="shuffle among so many tar shards at a time, for slow storage; null: among all images"
     )
@@ -78,6 +90,11 @@ class DataConfig(ConfigSection):
     flip: Share = Field(0.5, description="probability of a horizontal flip")
     mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="per channel, of pixels scaled to 0-1, RGB")
     std: tuple[Positive, ...] = Field((0.229, 0.224, 0.225), description="per channel, of pixels scaled to 0-1, RGB")
+
+    @property
+    def limits(self) -> ImageLimits:
+        """The limits of one image."""
+        return ImageLimits(self.max_pixels)
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:

@@ -142,8 +142,8 @@ def test_the_right_input_is_accepted(files: Path) -> None:
     ("tool", "options"),
     [
         (dataset_stats, "config-file images output threads"),
-        (make_shards, "root short-side quality images-per-shard workers keep-original skip-broken verify"),
-        (reconstruct, "output mask-ratio gif-ratios no-gif seed device set force"),
+        (make_shards, "root short-side quality images-per-shard max-pixels workers keep-original skip-broken verify"),
+        (reconstruct, "output mask-ratio gif-ratios no-gif seed max-pixels device set force"),
     ],
 )
 def test_options_are_frozen(tool: Any, options: str) -> None:

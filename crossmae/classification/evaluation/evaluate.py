@@ -215,7 +215,7 @@ def _open_images(
         raise UserError("data.separator: the classifier predicts several labels per image. Name their separator.")
     if not classifier.multi_label and data.separator is not None:
         raise UserError("data.separator: the classifier predicts one label per image. Leave it out.")
-    source = open_source(data.val, "data.val", data.val_root)
+    source = open_source(data.val, "data.val", data.val_root, data.limits)
     targets = label_targets(source, "data.val", classifier.classes, data.separator)
     how = (settings.crop_pct or classifier.crop_pct, classifier.mean, classifier.std, classifier.bit_depth)
     images = CentreViews(source, targets, Views(classifier.architecture.img_size, *how))

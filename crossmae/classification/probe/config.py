@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from crossmae.data.images import MAX_PIXELS, ImageLimits
 from crossmae.models.sizes import model_arguments
 from crossmae.pretraining.neighbours import FeaturePool
 from crossmae.training.config import ConfigSection, NonNegative, Positive, Ratio
@@ -32,6 +33,12 @@ class LabelledConfig(ConfigSection):
     mean: tuple[float, ...] | None = Field(None, description="per channel, pixels in 0-1; null: as the weights record")
     std: tuple[Positive, ...] | None = Field(None, description="as mean")
     bit_depth: Literal[8, 16] | None = Field(None, description="null: as the weights record, else 8")
+    max_pixels: PositiveInt = Field(MAX_PIXELS, description="largest image that is read, as width * height")
+
+    @property
+    def limits(self) -> ImageLimits:
+        """The limits of one image."""
+        return ImageLimits(self.max_pixels)
 
     @field_validator("separator", mode="before")
     @classmethod

@@ -116,7 +116,7 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
 def open_labelled(data: LabelledConfig) -> tuple[dict[str, Source], dict[str, Tensor]]:
     """Open "train" and "val", with labels as classes of "train"."""
     given = {"train": (data.train, "data.train", data.root), "val": (data.val, "data.val", data.val_root)}
-    sources = {name: open_source(*how) for name, how in given.items()}
+    sources = {name: open_source(*how, data.limits) for name, how in given.items()}
     for name, source in sources.items():
         log.info("data.%s: %s", name, source.description)
         if several := find_several(find_classes(source, f"data.{name}")):

@@ -285,7 +285,7 @@ def announce_model(model: nn.Module, size: Architecture, record: ClassifierRecor
 def open_labelled(config: FinetuneConfig, ranks: Ranks) -> LabelledImages:
     """Open both sources, with labels as classes of data.train."""
     data = config.data
-    source = open_named(data.train, "data.train", data.root)
+    source = open_named(data.train, "data.train", data.root, data.limits)
     if ranks.is_main:
         warn_of_depth(source, data.bit_depth)
     classes = find_classes(source, "data.train", data.separator)
@@ -295,7 +295,7 @@ def open_labelled(config: FinetuneConfig, ranks: Ranks) -> LabelledImages:
     names = read_class_names(data.class_names, classes)
     if data.val is None:
         return LabelledImages(source, targets, classes, names, None, None)
-    val = open_named(data.val, "data.val", data.val_root)
+    val = open_named(data.val, "data.val", data.val_root, data.limits)
     val_targets = label_targets(val, "data.val", classes, data.separator)
     if data.separator is not None and not bool(val_targets.any()):
         raise UserError("data.val: no image has any label. Label some images, or set data.val=null.")

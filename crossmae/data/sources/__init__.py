@@ -18,6 +18,7 @@ import logging
 import os
 from pathlib import Path
 
+from crossmae.data.images import IMAGE_LIMITS, ImageLimits
 from crossmae.data.paths import IMAGE_SUFFIXES, find_images
 from crossmae.data.sources.hugging_face import HuggingFaceImages, is_hugging_face
 from crossmae.data.sources.idx import IDX_SUFFIXES, find_idx_files, open_idx
@@ -27,6 +28,7 @@ from crossmae.data.sources.source import ImageFiles, Source
 from crossmae.data.sources.tar_index import PROGRESS_NAME
 from crossmae.data.sources.tar_shards import SHARD_SUFFIXES, open_shards
 from crossmae.errors import UserError, shorten
+from crossmae.files import special_kind
 
 __all__ = ["LISTS", "Source", "open_named", "open_source", "warn_of_overlap"]
 
@@ -42,17 +44,24 @@ MOST_NAMES = 2_000_000  # largest number of names that are compared; more would 
 log = logging.getLogger(__name__)
 
 
-def open_source(value: str | Path, key: str, root: Path | None = None) -> Source:
+def open_source(value: str | Path, key: str, root: Path | None = None, limits: ImageLimits = IMAGE_LIMITS) -> Source:
     """Open a data set of any kind in the table above.
 
     Args:
         value: path or URL; a `Path` is always on this machine. `~` is expanded.
         root: base folder of the relative paths in a list or COCO file; default: the folder of the list.
+        limits: see `Source`.
 
     Raises:
         UserError: If the data set does not exist, is of an unknown kind, or is damaged. The message names the key, the
             file and the expected kinds.
     """
+    source = _open_any(value, key, root)
+    source.limits = limits
+    return source
+
+
+def _open_any(value: str | Path, key: str, root: Path | None) -> Source:
     path = Path(value).expanduser()
     opener = LISTS.get(path.suffix.lower()) if path.is_file() else None
     if opener is not None:
@@ -65,18 +74,22 @@ def open_source(value: str | Path, key: str, root: Path | None = None) -> Source
         return open_idx(path, key)
     if _names_shards(value):
         return open_shards(str(value), key)
+    if kind := special_kind(path):
+        raise UserError(f"{key}: {path}: it is {kind}, not a file. Expected {ACCEPTED}.")
     if path.is_file():
         raise UserError(f"{key}: {path}: no such kind of data is known. Expected {ACCEPTED}.")
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     raise UserError(f"{key}: {path} does not exist (the nearest folder that does: {parent}). Expected {ACCEPTED}.")
 
 
-def open_named(value: str | Path | None, key: str, root: Path | None = None) -> Source:
+def open_named(
+    value: str | Path | None, key: str, root: Path | None = None, limits: ImageLimits = IMAGE_LIMITS
+) -> Source:
     """Open the data set of a config key and log its description."""
     if value is None:
         raise UserError(f"{key}: missing. Name a data set.")
     try:
-        source = open_source(value, key, root)
+        source = open_source(value, key, root, limits)
     except UserError as error:
         if key not in WITHOUT:
             raise

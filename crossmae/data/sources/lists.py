@@ -15,7 +15,7 @@ from crossmae.data.parallel import map_in_order
 from crossmae.data.paths import IMAGE_SUFFIXES
 from crossmae.data.sources.source import ImageFiles
 from crossmae.errors import UserError, import_extra, shorten
-from crossmae.files import printable, read_file
+from crossmae.files import printable, read_file, special_kind
 
 PATH_COLUMNS = ("path", "image", "file_name", "filename")
 LABEL_COLUMNS = ("label", "class")
@@ -134,6 +134,11 @@ def _coco_name(entry: Any, where: str) -> str:
     return name
 
 
+def _describe_missing(path: Path) -> str:
+    kind = special_kind(path)
+    return f"{printable(path)} ({kind}, not a file)" if kind else printable(path)
+
+
 def _listed(
     names: Sequence[str | None],
     labels: Sequence[str | None] | None,
@@ -152,7 +157,7 @@ def _listed(
         number = next(number for number, name in enumerate(names, start=1) if not name)
         raise UserError(f"{key}: {path}: image {number} of {len(names)} has an empty path. Fill it in.")
     found = map_in_order(os.path.isfile, paths, bar="find images")
-    if missing := [printable(path) for path, is_there in zip(paths, found, strict=True) if not is_there]:
+    if missing := [_describe_missing(path) for path, is_there in zip(paths, found, strict=True) if not is_there]:
         advice = f"set {ROOT_KEYS[key]}=FOLDER" if key in ROOT_KEYS else "write absolute paths"
         raise UserError(
             f"{key}: {path}: {len(missing):,} of {len(paths):,} images are not there: {shorten(missing)}. Relative "

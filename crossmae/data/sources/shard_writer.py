@@ -207,7 +207,7 @@ def _pack(source: Source, index: int, settings: ShardSettings) -> _Packed:
     label = source.label(index) if source.classes else None
     keeps, short_side, quality = settings.keep_original, settings.short_side, settings.quality
     try:
-        image = keep(data, name) if keeps else shrink(data, name, short_side, quality)
+        image = keep(data, name, source.limits) if keeps else shrink(data, name, short_side, quality, source.limits)
     except UserError as error:
         if not settings.skip_broken:
             raise UserError(f"{str(error).rstrip('.')}. --skip-broken leaves such images out and lists them.") from None

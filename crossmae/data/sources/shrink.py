@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 
-from crossmae.data.images import decode_image, is_deep
+from crossmae.data.images import IMAGE_LIMITS, ImageLimits, decode_image, is_deep, open_image, read_orientation
 from crossmae.data.paths import IMAGE_SUFFIXES
 from crossmae.errors import UserError
 
@@ -52,19 +52,19 @@ class Encoded:
     size: tuple[int, int] | None
 
 
-def shrink(data: bytes, name: str, short_side: int, quality: int) -> Encoded:
+def shrink(data: bytes, name: str, short_side: int, quality: int, limits: ImageLimits = IMAGE_LIMITS) -> Encoded:
     """Shrink an image to a short side of at most `short_side` pixels.
 
     Raises UserError if the file is not a readable image, or no rule exists for its kind. The message names the file.
     """
-    header = _read_header(data, name)
+    header = _read_header(data, name, limits)
     if header is None or _is_deep_colour(header, data):
         raise UserError(f"{name}: 16-bit colour and many channels cannot be resized. Use --keep-original.")
     is_deep_grey = header.mode.startswith(("I", "F"))
     channels = 1 if is_deep_grey or header.mode in ("1", "L") else 3
-    pixels = decode_image(data, name, channels, 16 if is_deep_grey else 8)
+    pixels = decode_image(data, name, channels, 16 if is_deep_grey else 8, limits)
     width, height = _size(pixels)
-    is_upright = header.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    is_upright = read_orientation(header) == 1
     if min(width, height) <= short_side and is_upright and header.format in SUFFIX_OF:
         return Encoded(data, SUFFIX_OF[header.format], (width, height))
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels[..., 0])
@@ -80,14 +80,14 @@ def shrink(data: bytes, name: str, short_side: int, quality: int) -> Encoded:
     return Encoded(encoded.getvalue(), ".jpg", (width, height))
 
 
-def keep(data: bytes, name: str) -> Encoded:
+def keep(data: bytes, name: str, limits: ImageLimits = IMAGE_LIMITS) -> Encoded:
     """Check that an image is not damaged, and keep its bytes.
 
     Raises UserError if the file is not a readable image, or training cannot read its kind. The message names the file.
     """
-    header, size = _read_header(data, name), None
+    header, size = _read_header(data, name, limits), None
     if header is not None and not _is_deep_colour(header, data):
-        size = _size(decode_image(data, name))
+        size = _size(decode_image(data, name, limits=limits))
     suffix = PurePosixPath(name).suffix.lower()
     if suffix not in IMAGE_SUFFIXES:
         suffix = SUFFIX_OF.get(header.format or "", "") if header is not None else ".tif"
@@ -100,15 +100,13 @@ def _size(pixels: Image.Image | NDArray[Any]) -> tuple[int, int]:
     return pixels.size if isinstance(pixels, Image.Image) else (pixels.shape[1], pixels.shape[0])
 
 
-def _read_header(data: bytes, name: str) -> Image.Image | None:
+def _read_header(data: bytes, name: str, limits: ImageLimits) -> Image.Image | None:
     """Read the header, or return None for a TIFF unknown to Pillow."""
     try:
-        image = Image.open(io.BytesIO(data))
-        image.getexif()
-        return image
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return open_image(data)
+    except Exception:  # of many kinds
         if data[:2] not in TIFF:
-            decode_image(data, name)  # raises an error for a damaged file
+            decode_image(data, name, limits=limits)  # raises an error for a damaged file
         return None
 
 

@@ -12,8 +12,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from crossmae.data.images import IMAGE_LIMITS, ImageLimits
 from crossmae.errors import UserError, shorten
-from crossmae.files import printable, read_file
+from crossmae.files import open_file, printable, read_file
+
+HEAD = 1 << 16  # bytes that hold the header of nearly every image
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +50,11 @@ class Source(ABC):
         classes: names of the classes; () without labels.
         groups: index of the first image of every shard. Samples of one shard are cheap to read together. None without
             shards.
+        limits: largest number of pixels of an image, and the keys that messages name.
     """
 
     description: str
+    limits: ImageLimits = IMAGE_LIMITS
     classes: tuple[str, ...] = ()
     groups: NDArray[np.int64] | None = None
     _labels: NDArray[np.int64] | None = None
@@ -73,6 +78,13 @@ class Source(ABC):
         """Read the last bytes of the file, or b"" if unreadable."""
         try:
             return self.read(index)[-length:]
+        except UserError:
+            return b""
+
+    def head(self, index: int, length: int = HEAD) -> bytes:
+        """Read the first bytes of the file, or b"" if unreadable."""
+        try:
+            return self.read(index)[:length]
         except UserError:
             return b""
 
@@ -164,10 +176,17 @@ class ImageFiles(Source):
 
     def tail(self, index: int, length: int = 16) -> bytes:
         try:
-            with open(self.name(index), "rb") as file:
+            with open_file(self.name(index)) as file:
                 file.seek(0, os.SEEK_END)
                 file.seek(max(file.tell() - length, 0))
                 return file.read()
+        except OSError:
+            return b""
+
+    def head(self, index: int, length: int = HEAD) -> bytes:
+        try:
+            with open_file(self.name(index)) as file:
+                return file.read(length)
         except OSError:
             return b""
 
@@ -178,7 +197,7 @@ class Subset(Source):
     def __init__(self, source: Source, chosen: Sequence[int] | NDArray[np.int64]) -> None:
         self._source, self._chosen = source, np.asarray(chosen, dtype=np.int64)
         self.description = f"{len(self._chosen):,} of the {source.description}"
-        self.classes = source.classes
+        self.classes, self.limits = source.classes, source.limits
         if source.classes:
             self._labels = source.labels()[self._chosen]
 
@@ -193,6 +212,9 @@ class Subset(Source):
 
     def tail(self, index: int, length: int = 16) -> bytes:
         return self._source.tail(int(self._chosen[index]), length)
+
+    def head(self, index: int, length: int = HEAD) -> bytes:
+        return self._source.head(int(self._chosen[index]), length)
 
     def stamp(self, index: int) -> str:
         return self._source.stamp(int(self._chosen[index]))

@@ -21,7 +21,7 @@ from crossmae.data.sources.shard_files import (
     locate,
     read_small,
 )
-from crossmae.data.sources.source import PackedStrings, Source
+from crossmae.data.sources.source import HEAD, PackedStrings, Source
 from crossmae.data.sources.tar_index import (
     INDEX_NAME,
     PROGRESS_NAME,
@@ -84,8 +84,14 @@ class TarShards(Source):
     def tail(self, index: int, length: int = 16) -> bytes:
         size = int(self._sizes[index])
         length = min(length, size)
+        return self._part(index, size - length, length)
+
+    def head(self, index: int, length: int = HEAD) -> bytes:
+        return self._part(index, 0, min(length, int(self._sizes[index])))
+
+    def _part(self, index: int, start: int, length: int) -> bytes:
         try:
-            return self._reader.read(self._shard(index), int(self._offsets[index]) + size - length, length)
+            return self._reader.read(self._shard(index), int(self._offsets[index]) + start, length)
         except Exception:  # as in `read`, which then reports the error
             return b""
 

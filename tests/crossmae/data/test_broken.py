@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-import pytest
 from PIL import Image
 
 from crossmae.data.broken import find_broken
+from crossmae.data.images import ImageLimits
 from crossmae.data.sources.source import ImageFiles
+from tests.crossmae.data.test_images import claiming, save
 
 
-@pytest.mark.filterwarnings("ignore:Truncated File Read:UserWarning")  # Pillow's, beside its error, of a TIFF file
 def test_one_truncated_file_among_many_is_found(tmp_path: Path) -> None:
     names = ("1.png", "2.jpg", "3.bmp", "4.tif", "5.webp")
     paths = [tmp_path / name for name in names]
@@ -30,3 +31,24 @@ def test_one_truncated_file_among_many_is_found(tmp_path: Path) -> None:
         path.write_bytes(whole)
     paths[1].write_bytes(paths[1].read_bytes() + bytes(20))  # whole, though it does not end as it should
     assert broken() == []
+
+
+def test_what_a_header_tells_is_found_before_pixels_are_read(tmp_path: Path) -> None:
+    """Whole files by their last bytes: too large, of no rows, of other channels, no image, a pipe."""
+    good = save(tmp_path / "0.png")
+    png = good.read_bytes()
+    files = {"1.png": claiming(png, 30_000, 30_000), "2.png": claiming(png, 0, 4), "3.jpg": b"none\xff\xd9"}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    os.mkfifo(tmp_path / "4.png")
+    paths = [good, *(tmp_path / name for name in files), tmp_path / "4.png"]
+    source = ImageFiles(paths, "images")
+    found = {one.index: one.message for one in find_broken(source, range(len(paths)))}
+    assert list(found) == [1, 2, 3, 4]
+    for index, text in ((1, "30000 x 30000"), (2, ""), (3, "not an image"), (4, "it is a named pipe, not a file")):
+        assert paths[index].name in found[index]
+        assert text in found[index]
+    assert [one.index for one in find_broken(source, [0], channels=4)] == [0]
+    source.limits = ImageLimits(23, "data.max_pixels")
+    (message,) = (one.message for one in find_broken(source, [0]))
+    assert "has 6 x 4 = 24 pixels, data.max_pixels is 23" in message

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from crossmae.data.images import decode_image, read_image
+from crossmae.data.images import ImageLimits, decode_image, header_is_sound, open_image, read_image
 from crossmae.errors import UserError
 
 
@@ -74,7 +76,7 @@ def test_eight_bit_files_become_the_channels_that_are_asked_for() -> None:
         np.abs(np.asarray(decode_image(alpha, "x", 3)) - (PIXELS[..., :3] * opacity + 255 * (1 - opacity))).max() <= 1
     )
     for data, channels, held in ((colour, 4, 3), (grey, 2, 1), (colour, 5, 3)):
-        with pytest.raises(UserError, match=f"x: has {held} channels, model.in_chans is {channels}"):
+        with pytest.raises(UserError, match=f"x: has {held} channels?, model.in_chans is {channels}"):
             decode_image(data, "x", channels)
 
 
@@ -180,6 +182,131 @@ def test_orientation_is_applied_to_every_kind_of_file(orientation: int, bit_dept
     exif[274] = orientation
     png = encoded(PIXELS[..., :3], "png", exif=exif)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(png)))) / 255
-    for data in (png, tiff(PIXELS[..., :3], photometric="rgb", extratags=[(274, "H", 1, orientation, True)])):
+    deep = pytest.importorskip("imagecodecs").png_encode(PIXELS[..., :3].astype(np.uint16) * 257)
+    deep = with_chunks(deep, chunk(b"eXIf", exif.tobytes()[6:]), LONG_TEXT)
+    for data in (png, deep, tiff(PIXELS[..., :3], photometric="rgb", extratags=[(274, "H", 1, orientation, True)])):
         found = np.asarray(decode_image(data, "x", 3, bit_depth), dtype=np.float64) / (255 if bit_depth == 8 else 1)
         np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def with_chunks(png: bytes, *chunks: bytes, last: bool = False) -> bytes:
+    """Put chunks behind the header of a PNG, or before its end."""
+    place = len(png) - 12 if last else 33
+    return png[:place] + b"".join(chunks) + png[place:]
+
+
+def claiming(png: bytes, width: int, height: int) -> bytes:
+    """A PNG whose header claims another size."""
+    return png[:8] + chunk(b"IHDR", struct.pack(">II", width, height) + png[24:29]) + png[33:]
+
+
+LONG_TEXT = chunk(b"zTXt", b"prompt\0\0" + zlib.compress(bytes(3 << 20)))
+METADATA = {
+    "long text": [LONG_TEXT],
+    "many texts": [chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(1 << 20)))] * 66,
+    "long profile": [chunk(b"iCCP", b"icc\0\0" + zlib.compress(bytes(3 << 20)))],
+    "broken profile": [chunk(b"iCCP", b"icc\0\0junk")],
+    "broken checksum": [chunk(b"tEXt", b"a\0b")[:-1] + b"?"],
+    "short chunks": [
+        chunk(kind, b"") for kind in (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"pHYs", b"gAMA", b"sRGB", b"eXIf")
+    ],
+}
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("kind", METADATA)
+def test_metadata_never_refuses_pixels(kind: str, last: bool) -> None:
+    for pixels in (PIXELS[..., 0], PIXELS[..., :3], PIXELS):
+        png = encoded(pixels, "png")
+        damaged = with_chunks(png, *METADATA[kind], last=last)
+        assert np.array_equal(np.asarray(decode_image(damaged, "x")), np.asarray(decode_image(png, "x")))
+        assert open_image(damaged).size == (5, 6)
+
+
+@pytest.mark.parametrize("where", ["exif", "raw profile", "xmp"])
+def test_the_orientation_beside_long_text_is_applied(where: str) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    raw = f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n".encode()
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
+    chunks = {
+        "exif": chunk(b"eXIf", exif.tobytes()[6:]),
+        "raw profile": chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(raw)),
+        "xmp": chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+    }
+    png = encoded(PIXELS[..., :3], "png")
+    for data in (with_chunks(png, chunks[where]), with_chunks(png, chunks[where], LONG_TEXT)):
+        assert np.array_equal(np.asarray(decode_image(data, "x")), np.rot90(PIXELS[..., :3], -1))
+
+
+def jpeg_with_exif(kind: int, count: int, value: bytes, *others: bytes, prefix: bytes = b"Exif\0\0") -> bytes:
+    """A JPEG with an entry for its orientation, and other entries of 12 bytes."""
+    entries = [struct.pack("<HHI", 0x112, kind, count) + value.ljust(4, b"\0"), *others]
+    exif = prefix + b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + bytes(4)
+    jpeg = encoded(PIXELS[..., :3], "jpeg", quality=95)
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+
+
+FAR_AWAY = struct.pack("<HHII", 0x10F, 2, 5000, 9000)
+IMPOSSIBLE = struct.pack("<HHII", 0x11A, 10, 1, 60)
+
+
+@pytest.mark.parametrize(
+    ("data", "turns"),
+    [
+        (jpeg_with_exif(3, 1, b"\x06"), -1),
+        (jpeg_with_exif(4, 1, b"\x06"), -1),
+        (jpeg_with_exif(1, 1, b"\x06"), -1),
+        (jpeg_with_exif(2, 2, b"6\0"), -1),
+        (jpeg_with_exif(3, 2, b"\x06\0\x01"), -1),
+        (jpeg_with_exif(3, 1, b"\x06", FAR_AWAY, IMPOSSIBLE), -1),
+        (jpeg_with_exif(3, 1, b"\x06", prefix=b"Exif\0\0Exif\0\0"), -1),
+        (jpeg_with_exif(3, 1, b"\x09"), 0),
+        (jpeg_with_exif(3, 1, b"\0"), 0),
+        (jpeg_with_exif(2, 2, b"x\0"), 0),
+        (jpeg_with_exif(3, 1, b"\x06").replace(b"II*", b"?!*"), 0),
+    ],
+)
+def test_odd_exif_is_read_as_far_as_it_can_be(data: bytes, turns: int) -> None:
+    plain = np.asarray(decode_image(encoded(PIXELS[..., :3], "jpeg", quality=95), "x"))
+    assert np.array_equal(np.asarray(decode_image(data, "x")), np.rot90(plain, turns))
+
+
+def test_one_limit_of_pixels_for_all_kinds_of_files(recwarn: pytest.WarningsRecorder) -> None:
+    limits = ImageLimits(29, "SOME.KEY")
+    for kind in ("png", "jpeg", "webp", "bmp", "gif", "tiff", "ppm"):
+        data = encoded(PIXELS[..., :3], kind)
+        with pytest.raises(UserError, match=r"x: has 5 x 6 = 30 pixels, SOME\.KEY is 29\. Raise SOME\.KEY"):
+            decode_image(data, "x", limits=limits)
+        decode_image(data, "x", limits=limits._replace(pixels=30))
+    grey = encoded(PIXELS[..., 0], "png")
+    with pytest.raises(UserError, match=r"has 14000 x 14000 = 196,000,000 pixels, data\.max_pixels is 178,956,970"):
+        decode_image(claiming(grey, 14_000, 14_000), "x")
+    assert not header_is_sound(claiming(grey, 14_000, 14_000), "x", 3, ImageLimits())
+    assert header_is_sound(claiming(grey, 10_000, 10_000), "x", 3, ImageLimits())  # where Pillow would warn
+    assert not recwarn.list
+
+
+def test_images_without_rows_or_columns_are_errors() -> None:
+    for size in ((0, 6), (5, 0)):
+        with pytest.raises(UserError, match=r"^x: "):
+            decode_image(claiming(encoded(PIXELS[..., 0], "png"), *size), "x")
+    with pytest.raises(UserError, match=r"^x: "):
+        decode_image(b"P5\n0 5\n255\n", "x")
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_a_jpeg_cut_in_its_data_is_named_even_if_it_ends_as_it_should(options: dict[str, object]) -> None:
+    noise = np.random.default_rng(5).integers(0, 256, (80, 64, 3), np.uint8)
+    for pixels in (noise, noise[..., 0]):
+        data = encoded(pixels, "jpeg", **options)
+        for end in (b"", b"\xff\xd9"):
+            with pytest.raises(UserError, match="x: cannot be read as an image: "):
+                decode_image(data[: len(data) // 3] + end, "x")
+        assert np.array_equal(np.asarray(decode_image(data + bytes(99), "x")), np.asarray(decode_image(data, "x")))
+    grey = encoded(np.full((64, 64), 128, np.uint8), "jpeg", **options)
+    assert (np.asarray(decode_image(grey, "x")) == 128).all()  # whole, though it looks like missing data

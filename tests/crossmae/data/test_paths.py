@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 
 import pytest
 
+from crossmae.data.images import read_image
 from crossmae.data.paths import find_images, find_inputs
 from crossmae.errors import UserError
 from tests.crossmae.data.test_images import save
@@ -43,3 +46,24 @@ def test_inputs_are_files_folders_and_patterns(tmp_path: Path) -> None:
     assert find_inputs([str(tmp_path / "**/d*.png")]) == [deep]
     with pytest.raises(UserError, match="IMAGES: none: no such file or folder, and no file matches"):
         find_inputs(["none"])
+
+
+def test_pipes_sockets_and_devices_are_no_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    image = save(tmp_path / "1.png")
+    os.mkfifo(tmp_path / "2.png")
+    for name, target in (("3.png", "/dev/zero"), ("4.png", "2.png"), ("5.png", "1.png"), ("6.png", "6.png")):
+        (tmp_path / name).symlink_to(target)
+    with caplog.at_level(logging.INFO):
+        found = find_images(tmp_path, "data.train")
+    assert found == [
+        str(image),
+        str(tmp_path / "5.png"),
+        str(tmp_path / "6.png"),
+    ]
+    # The last one is a broken link, which is an error when it is read.
+    assert "2 a named pipe, 1 a device" in caplog.text
+    for name in ("2.png", "3.png", "4.png"):
+        with pytest.raises(UserError, match=rf"IMAGES: .*{name}: it is a (named pipe|device), not a file"):
+            find_inputs([str(tmp_path / name)])
+        with pytest.raises(UserError, match=rf"{name}: cannot be read: it is a (named pipe|device), not a file"):
+            read_image(tmp_path / name)
