@@ -22,6 +22,7 @@ from detectron2.config import CfgNode, get_cfg
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from crossmae.data.images import MAX_PIXELS, ImageLimits
 from crossmae.errors import UserError
 from crossmae.training.config import read_yaml, resolve_config_path
 
@@ -136,6 +137,7 @@ class InputKeys(ConfigKeys):
     MAX_SIZE_TRAIN: int
     MIN_SIZE_TEST: int
     MAX_SIZE_TEST: int
+    MAX_PIXELS: AtLeast1 = MAX_PIXELS  # largest image that is read, as width * height
     RANDOM_FLIP: Literal["none", "horizontal", "vertical"]
     CROP: _Crop
     LSJ: _Jitter
@@ -210,6 +212,11 @@ class EvaluationKeys(ConfigKeys):
     AUG: _Off
     PRECISE_BN: _Off
     EXPECTED_RESULTS: list[Any] = Field(max_length=0, description="empty: results are not compared with any")
+
+
+def image_limits(max_pixels: int = MAX_PIXELS) -> ImageLimits:
+    """Return the limits of a detector's images."""
+    return ImageLimits(max_pixels, "INPUT.MAX_PIXELS", "")
 
 
 class DetectorKeys(ConfigKeys):

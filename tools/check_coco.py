@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from crossmae.data.images import MAX_PIXELS, ImageLimits
 from crossmae.errors import UserError, run_cli
 from crossmae.files import check_destination, check_writable, make_folder, write_json
 from det.data.coco import mask_kind, read_coco
@@ -37,6 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--evaluation", action="store_true", help="also check the keys that AP needs: area, iscrowd, LVIS's keys"
     )
     parser.add_argument("--skip-images", action="store_true", help="do not look at the image files")
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="width * height of the largest image (%(default)s)",
+    )
     parser.add_argument("--json", metavar="REPORT.json", type=Path, help="also write the findings as JSON")
     return parser
 
@@ -113,7 +121,8 @@ def main(argv: list[str] | None = None) -> None:
     images = None if arguments.skip_images else arguments.images
     counts = count(content)
     has_masks = counts["without mask"] < counts["annotations"]  # a data set without any masks needs none
-    findings = find_faults(content, images, for_evaluation=arguments.evaluation, masks=has_masks)
+    limits = ImageLimits(arguments.max_pixels, "INPUT.MAX_PIXELS, here --max-pixels,", "")
+    findings = find_faults(content, images, for_evaluation=arguments.evaluation, masks=has_masks, limits=limits)
     print(", ".join(f"{value} {name}" for name, value in counts.items()))
     print("\n".join(filter(None, (table(findings), advice(findings)))))
     if arguments.json is not None:

@@ -18,8 +18,10 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 
+from crossmae.data.images import MAX_PIXELS
 from crossmae.errors import UserError
 from crossmae.files import read_json
+from det.config import image_limits
 from det.data.coco_checks import (
     Finding,
     Findings,
@@ -71,6 +73,7 @@ def register_coco(
     for_evaluation: bool = False,
     masks: bool = False,
     drop: Sequence[str] = (),
+    max_pixels: int = MAX_PIXELS,
 ) -> CocoSummary:
     """Check a data set in COCO format and register it with detectron2.
 
@@ -81,6 +84,7 @@ def register_coco(
         for_evaluation: also check the facts that AP needs.
         masks: masks are trained or evaluated, so every annotation needs a mask.
         drop: kinds of faults from `det.data.coco_kinds.DROPPABLE`. Their entries are left out and logged.
+        max_pixels: width * height of the largest image that is read.
 
     Raises:
         UserError: the file or the folder is missing, the file has faults outside `drop`, or no entries are left.
@@ -89,7 +93,9 @@ def register_coco(
     content = read_coco(json_path)
     if not Path(images).is_dir():
         raise UserError(f"{json_path}: the image folder {images} does not exist. Name the folder with its images.")
-    findings = find_faults(content, Path(images), for_evaluation=for_evaluation, masks=masks)
+    findings = find_faults(
+        content, Path(images), for_evaluation=for_evaluation, masks=masks, limits=image_limits(max_pixels)
+    )
     dropped = plan_drop(content, findings, drop)
     if faults := remaining_faults(findings, dropped):
         command = f"python tools/check_coco.py {shlex.quote(str(json_path))} {shlex.quote(str(images))}"
@@ -280,16 +286,16 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
     `train` and `val` are each a COCO file and an image folder, or None. If both are None, nothing changes.
     """
     summaries = []
-    masks, drop = cfg.MODEL.MASK_ON, cfg.DATASETS.DROP
+    masks, drop, most = cfg.MODEL.MASK_ON, cfg.DATASETS.DROP, cfg.INPUT.MAX_PIXELS
     if train is not None:
-        summaries.append(register_coco(OWN_TRAIN, *train, masks=masks, drop=drop))
+        summaries.append(register_coco(OWN_TRAIN, *train, masks=masks, drop=drop, max_pixels=most))
         if not summaries[0].num_trainable:
             raise UserError(f"{train[0]}: all annotations are crowd regions (iscrowd 1). Add objects to train on.")
         if masks and "rle" in summaries[0].mask_kinds and cfg.INPUT.MASK_FORMAT == "polygon":
             cfg.INPUT.MASK_FORMAT = "bitmask"
             log.info("INPUT.MASK_FORMAT is bitmask: %s has run-length encoded masks", train[0])
     if val is not None:
-        summaries.append(register_coco(OWN_VAL, *val, for_evaluation=True, masks=masks, drop=drop))
+        summaries.append(register_coco(OWN_VAL, *val, for_evaluation=True, masks=masks, drop=drop, max_pixels=most))
     if train is not None and val is not None:
         check_same_categories(summaries[0].categories, summaries[1].categories, train[0], val[0])
     if not summaries:

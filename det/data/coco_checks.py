@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from reprlib import repr as short
@@ -23,9 +24,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from crossmae.data.broken import find_broken
+from crossmae.data.images import ImageLimits, open_image, read_orientation
 from crossmae.data.parallel import READERS, map_in_order
 from crossmae.data.sources.source import ImageFiles
-from crossmae.files import printable
+from crossmae.errors import UserError
+from crossmae.files import printable, read_file, special_kind
+from det.config import image_limits
 from det.data.coco_kinds import EVALUATION_KINDS, FREQUENCIES, KINDS, Kind, Rank
 from det.data.coco_masks import LARGEST_SIDE, NUMBERS, Floats, Masks, flatten, measure_masks
 
@@ -41,7 +45,6 @@ FIRST = 5  # number of entries that a message describes
 _Note = Callable[[int], str]
 
 _LEAVES = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)")
-EXIF_ORIENTATION = 0x0112
 _SURROGATE = re.compile(r"[\ud800-\udfff]")  # half a character: JSON allows it, but results files cannot have it
 _LATE_EXIF = re.compile(rb"eXIf|Raw profile type exif|adobe:ns:meta")
 LATE_EXIF_WITHIN = 1 << 16  # bytes at the end of a file that are searched
@@ -118,7 +121,12 @@ def paused_garbage_collection() -> Iterator[None]:
 
 
 def find_faults(
-    content: dict[str, Any], images: Path | None, *, for_evaluation: bool = False, masks: bool = False
+    content: dict[str, Any],
+    images: Path | None,
+    *,
+    for_evaluation: bool = False,
+    masks: bool = False,
+    limits: ImageLimits | None = None,
 ) -> list[Finding]:
     """Find faults and remarkable facts, in the order of `KINDS`.
 
@@ -135,7 +143,7 @@ def find_faults(
         if is_lvis(content):
             _check_lvis(found)
     if images is not None:
-        _check_files(found, images, known)
+        _check_files(found, images, known, limits or image_limits())
     return [found.all[name] for name in KINDS if name in found.all]
 
 
@@ -258,33 +266,45 @@ def _check_images(found: Findings) -> dict[int, int]:
     return _positions_by_id(entries)
 
 
-def _check_files(found: Findings, folder: Path, known: dict[int, int]) -> None:
+def _check_files(found: Findings, folder: Path, known: dict[int, int], limits: ImageLimits) -> None:
     entries = found.content["images"]
     sound = [at for at in sorted(known.values()) if not _image_fault(entries[at])]
     names = {at: name for at in sound if not leaves_folder(name := file_name(entries[at]))}
-    missing = {position: name for position, name in names.items() if not os.path.isfile(folder / name)}
+    missing = {
+        position: f"{name} is {kind}, not a file" if (kind := special_kind(folder / name)) else name
+        for position, name in names.items()
+        if not os.path.isfile(folder / name)
+    }
     there = [position for position in names if position not in missing]
-    source = ImageFiles([folder / names[position] for position in there], "images of a COCO file")
-    broken = {there[one.index]: one.message for one in find_broken(source, range(len(source)))}
     bar = tqdm(there, "check sizes", leave=False, unit="img", dynamic_ncols=True)
+    look = partial(_file_fault, limits=limits)
+    looks = map_in_order(lambda position: look(folder / names[position], entries[position]), bar, READERS)
+    faults = dict(zip(there, looks, strict=True))
+    decodable = [position for position in there if faults[position][0] != "too-large-image"]
+    source = ImageFiles([folder / names[position] for position in decodable], "images of a COCO file")
+    source.limits = limits
+    broken = {decodable[one.index]: one.message for one in find_broken(source, range(len(source)))}
     kinds: dict[str, dict[int, str]] = {"missing-image": missing, "broken-image": broken}
-    looks = map_in_order(lambda position: _file_fault(folder / names[position], entries[position]), bar, READERS)
-    for position, (kind, text) in zip(there, looks, strict=True):
+    for position, (kind, text) in faults.items():
         if kind and position not in broken:
-            kinds.setdefault(kind, {})[position] = text if kind == "broken-image" else f"{names[position]}: {text}"
+            named = kind in ("broken-image", "too-large-image")
+            kinds.setdefault(kind, {})[position] = text if named else f"{names[position]}: {text}"
     for kind, noted in kinds.items():
         found.add(kind, noted)
 
 
-def _file_fault(path: Path, entry: dict[str, Any]) -> tuple[str, str]:
+def _file_fault(path: Path, entry: dict[str, Any], limits: ImageLimits) -> tuple[str, str]:
     """Find a fault in an image's header. Return its kind and description."""
     wanted = entry["width"], entry["height"]
     try:
-        with Image.open(path) as image:
+        with _open_header(path) as image:
+            stored = image.size
+            limits.check(printable(path), *stored)
             # Pillow would decode a PNG file completely to find an orientation that is stored after the pixels.
             late = image.format == "PNG" and _LATE_EXIF.search(ImageFiles([path], "").tail(0, LATE_EXIF_WITHIN))
-            exif = image.getexif() if late else Image.Image.getexif(image)
-            stored, orientation = image.size, exif.get(EXIF_ORIENTATION)
+            orientation = read_orientation(open_image(read_file(path), load=True) if late else image, load=bool(late))
+    except UserError as error:
+        return "too-large-image" if all(stored) else "broken-image", str(error)
     except Exception as error:  # Pillow raises many types of errors for damaged headers
         return "broken-image", f"{path}: cannot be read as an image: {' '.join(str(error).split())}"
     turned = stored[::-1] if orientation in QUARTER_TURNS else stored
@@ -296,6 +316,13 @@ def _file_fault(path: Path, entry: dict[str, Any]) -> tuple[str, str]:
     if turned != stored and stored == wanted:
         return "exif-orientation", sizes
     return ("swapped-size" if turned[::-1] == wanted else "size-mismatch"), sizes
+
+
+def _open_header(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except Exception:  # the whole file tells whether only its metadata are at fault
+        return open_image(read_file(path))
 
 
 @dataclass(frozen=True)

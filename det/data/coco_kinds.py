@@ -52,6 +52,7 @@ _TABLE: dict[tuple[str, Rank], dict[str, str]] = {
     ("images", Rank.DROPPABLE): {
         "missing-image": "not in the image folder: add the file, or name the right folder",
         "broken-image": "cannot be read as an image: repair or remove what is broken",
+        "too-large-image": "more pixels than INPUT.MAX_PIXELS: raise that key, or make image and annotations smaller",
         "swapped-size": "width and height are swapped against the file: swap them back",
         "exif-orientation": "the size is right only before the turn by the EXIF orientation, which training applies: "
         "annotate the turned image, or remove the orientation from the file",

@@ -11,7 +11,7 @@ from typing import Any
 import detectron2.data.transforms as T
 import numpy as np
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.data.detection_utils import (
     annotations_to_instances,
@@ -24,11 +24,11 @@ from torch.utils.data import Dataset
 
 from crossmae.data.batches import BatchPlan
 from crossmae.data.broken import Unreadable
-from crossmae.data.images import read_image
+from crossmae.data.images import MAX_PIXELS, read_image
 from crossmae.data.workers import Loader, usable_workers
 from crossmae.errors import UserError
 from crossmae.files import printable
-from det.config import InputKeys
+from det.config import InputKeys, image_limits
 from det.data.copy_paste import paste_objects
 from det.data.masks import moved_masks, tight_boxes
 
@@ -95,11 +95,17 @@ class NamingMapper(DatasetMapper):
     training they are background, and evaluation ignores detections there.
     """
 
+    @configurable
+    def __init__(self, *, max_pixels: int = MAX_PIXELS, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.limits = image_limits(max_pixels)
+
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         """Read detectron2's arguments, and add large-scale jitter and copy-paste."""
         arguments, keys = super().from_config(cfg, is_train), InputKeys.model_validate(cfg.INPUT)
         test = ResizeShortestEdge(keys.MIN_SIZE_TEST, keys.MAX_SIZE_TEST, "choice")
+        arguments["max_pixels"] = keys.MAX_PIXELS
         arguments["augmentations"] = build_augmentations(keys) if is_train else [test]
         if is_train and keys.LSJ.ENABLED:
             arguments["recompute_boxes"] = cfg.MODEL.MASK_ON  # the crop may cut objects
@@ -119,7 +125,7 @@ class NamingMapper(DatasetMapper):
             return Unreadable(f"{printable(dataset_dict['file_name'])}: cannot be used: {reason}")
 
     def _sample(self, sample: dict[str, Any]) -> dict[str, Any]:
-        pixels = np.asarray(read_image(sample["file_name"]))
+        pixels = np.asarray(read_image(sample["file_name"], self.limits))
         check_image_size(sample, pixels)
         sample["image"], transforms = augment(pixels, self.augmentations, self.image_format)
         if not self.is_train:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crossmae.files import printable, write_atomically
+from det.config import image_limits
 from det.data.coco_checks import file_name
 from det.inference.draw import draw_instances, draw_sheet, instances_from_coco
 from det.inference.predict import read_rgb
@@ -39,7 +41,7 @@ def validation_pictures(
     pictures = []
     for entry in spread_images(ground_truth, count):
         name = file_name(entry)
-        pixels = read_rgb(images / name)
+        pixels = read_rgb(images / name, image_limits(sys.maxsize))  # evaluation has read it
         here = [[one for one in every if one["image_id"] == entry["id"]] for every in (true, found)]
         sides = [draw_instances(pixels, instances_from_coco(objects, categories), DRAWN_SIDE) for objects in here]
         captions = [

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
-from crossmae.data.images import read_image, to_rgb
+from crossmae.data.images import ImageLimits, read_image, to_rgb
 from crossmae.errors import UserError
 from det.backbone.weights import build_detector, find_detector, load_weights
-from det.config import CONFIG, RECORD, check_config, choose_device, load_det_config
+from det.config import CONFIG, RECORD, check_config, choose_device, image_limits, load_det_config
 from det.data.coco import read_categories
 from det.data.loader import ResizeShortestEdge, augment
 from det.inference.paste import coco_results
@@ -81,6 +81,7 @@ class Predictor:
         heads, inputs = self.cfg.MODEL.ROI_HEADS, self.cfg.INPUT
         self.num_classes, self.score_threshold, self._format = heads.NUM_CLASSES, heads.SCORE_THRESH_TEST, inputs.FORMAT
         resize = ResizeShortestEdge(inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST, "choice")
+        self.limits = image_limits(inputs.MAX_PIXELS)
         self._augmentations = AugmentationList([resize])
 
     def __call__(self, image: ImageLike) -> Instances:
@@ -115,7 +116,7 @@ class Predictor:
         """Call `model` once for each padded size."""
         inputs: list[dict[str, Any]] = []
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for index, pixels in enumerate(map(read_rgb, images)):
+        for index, pixels in enumerate(read_rgb(image, self.limits) for image in images):
             image, _ = augment(pixels, self._augmentations, self._format)  # as in evaluation
             inputs.append({"image": image, "height": pixels.shape[0], "width": pixels.shape[1]})
             groups[self._padded_size(image)].append(index)
@@ -159,13 +160,14 @@ def read_config(config_file: str | Path | None, weights: str | Path, overrides: 
     return load_det_config(str(config_file), overrides)
 
 
-def read_rgb(image: ImageLike) -> NDArray[np.uint8]:
+def read_rgb(image: ImageLike, limits: ImageLimits | None = None) -> NDArray[np.uint8]:
     """Read an image as training does: upright (H, W, 3) uint8 RGB.
 
-    Raises UserError for a file that cannot be read, and ValueError for an array of another shape or type.
+    Raises UserError for a file that cannot be read or has more pixels than the limits, and ValueError for an array of
+    another shape or type.
     """
     if isinstance(image, (str, Path)):
-        image = read_image(image)
+        image = read_image(image, limits or image_limits())
     elif isinstance(image, Image.Image):
         image = to_rgb(ImageOps.exif_transpose(image))
     pixels = np.asarray(image)

@@ -174,7 +174,7 @@ class FilePredictions:
     def _read_images(self, inputs: Iterable[MediaInput]) -> Iterator[tuple[Path, dict[str, Any], NDArray[np.uint8]]]:
         for one in inputs:
             try:
-                yield self.output / one.target, {"file_name": one.name}, read_rgb(one.path)
+                yield self.output / one.target, {"file_name": one.name}, read_rgb(one.path, self.predictor.limits)
             except UserError as error:
                 self.failures.append(str(error))
 

@@ -19,10 +19,12 @@ from detectron2.data.datasets import load_coco_json
 from det.data.coco import clean, describe_faults, plan_drop, remaining_faults
 from det.data.coco_checks import find_faults, leaves_folder
 from det.data.coco_kinds import DROPPABLE, KINDS, Rank
+from tests.crossmae.data.test_images import claiming, encoded
 from tests.det.coco_files import write_coco
 
 SAMPLE = Path(__file__).parents[4] / "shared/coco_sample/instances_val2014_100.json"
 NAN = math.nan
+PNG = encoded(np.zeros((64, 64), np.uint8), "png")
 
 
 @pytest.fixture
@@ -187,6 +189,7 @@ CASES = [
     ("broken-image", write("2.png", b"\x89PNG\r\n\x1a\n"), [2]),
     ("broken-image", write("2.png", b""), [2]),
     ("broken-image", write("2.png", b"no image, but it ends like one\xff\xd9"), [2]),
+    ("too-large-image", write("2.png", claiming(PNG, 20_000, 10_000)), [2]),
     ("swapped-size", resize(64, 96, annotated=(96, 64)), [2]),
     ("size-mismatch", resize(96, 96, annotated=(64, 64)), [2]),
     ("size-mismatch", turn(6, (96, 64), annotated=(96, 96)), [2]),

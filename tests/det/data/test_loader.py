@@ -161,6 +161,10 @@ def test_files_are_read_as_in_pretraining(tmp_path, cfg):
         cfg.INPUT.FORMAT = file_format
         sample = NamingMapper(cfg, False)({"file_name": str(path), "height": 64, "width": 64})
         assert sample["image"][:, 5, 5].tolist() == expected
+    cfg.INPUT.MAX_PIXELS = 4095
+    sample = NamingMapper(cfg, True)({"file_name": str(colour), "height": 64, "width": 64, "annotations": []})
+    with pytest.raises(UserError, match=r"colour\.png: has 64 x 64 = 4,096 pixels, INPUT\.MAX_PIXELS is 4,095"):
+        refuse_unreadable([sample])
 
 
 # Large-scale jitter is what the papers say, and masks and boxes of every form move with the pixels. Expected values

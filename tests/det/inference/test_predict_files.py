@@ -18,6 +18,7 @@ from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 
 from crossmae.errors import UserError
+from det.config import image_limits
 from det.inference.draw import class_color
 from det.inference.predict import Classes
 from det.inference.predict_files import FilePredictions, check_output, find_media, output_names
@@ -31,6 +32,8 @@ BOX = (10.0, 12.0, 30.0, 26.0)
 
 class OneDog:
     """Finds a dog of score 0.75 that fills `BOX` in every image, and remembers how many it was given at once."""
+
+    limits = image_limits()
 
     def __init__(self):
         self.batches = []
@@ -149,6 +152,14 @@ def test_what_can_not_be_read_is_reported_and_the_rest_is_predicted(tmp_path):
     assert written(tmp_path / "out") == ["a.png", "c.png", "good.mp4", "predictions.json"]
     assert [image["file_name"] for image in content["images"]] == ["a.jpg", "c.jpg"] + ["good.mp4"] * 5
     assert [image["id"] for image in content["images"]] == list(range(1, 8))
+
+
+def test_an_image_above_the_limit_is_reported(tmp_path, monkeypatch):
+    save_image(tmp_path / "in/a.jpg")
+    monkeypatch.setattr(OneDog, "limits", image_limits(9))
+    job, content = predict(tmp_path, tmp_path / "in")
+    assert "INPUT.MAX_PIXELS is 9" in job.failures[0]
+    assert content["images"] == []
 
 
 @needs_av
