@@ -94,7 +94,7 @@ def test_a_word_that_is_a_file_is_an_input(folder: Path) -> None:
         (["photos", "--output", "photos/out"], "--output: photos/out is in photos"),
         (["photos", "--weights", "none"], "none: no such file or folder"),
         (["photos", "MODEL.DEVISE=cpu"], "unknown key MODEL.DEVISE. Did you mean MODEL.DEVICE?"),
-        (["photos", "--classes", "none.txt"], "none.txt: cannot be read as text"),
+        (["photos", "--classes", "none.txt"], "none.txt: cannot be read"),
         (["photos/**/*.jpg", "--output", "photos/out"], "--output: photos/out is in photos/**/*.jpg"),
         (["photos", "--output", "photos/a.png"], "--output: photos/a.png is in photos"),
         (
