@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crossmae.checkpoints.provenance import NON_COMMERCIAL, recorded_licence
+from crossmae.checkpoints.provenance import LICENCE, NON_COMMERCIAL, recorded_inheritance
 from crossmae.errors import UserError
 from crossmae.pretraining.initial_weights import start_from
 from crossmae.pretraining.train import pretrain
@@ -46,7 +46,7 @@ def test_a_run_starts_from_given_weights(images: Path, tmp_path: Path, caplog: p
     assert all(
         torch.equal(tensor, source[name]) for name, tensor in load_file(tmp_path / "run/model.safetensors").items()
     )
-    assert recorded_licence(tmp_path / "run/model.safetensors") is None
+    assert recorded_inheritance(tmp_path / "run/model.safetensors").get(LICENCE) is None
 
 
 def test_a_decoder_of_another_kind_is_not_taken_over(
@@ -69,7 +69,7 @@ def test_the_licence_of_weights_goes_with_what_is_trained_from_them(images: Path
     torch.save({"model": load_file(first)}, tmp_path / "published.pth")  # without the record of our own training
     settings: dict[str, Any] = {"model": {"init": tmp_path / "published.pth"}}
     pretrain(make_config(images, tmp_path / "run", **settings, schedule={"max_steps": 1}))
-    assert recorded_licence(tmp_path / "run/model.safetensors") == NON_COMMERCIAL
+    assert recorded_inheritance(tmp_path / "run/model.safetensors").get(LICENCE) == NON_COMMERCIAL
     (tmp_path / "published.pth").unlink()
     pretrain(make_config(images, tmp_path / "run", **settings, schedule={"max_steps": 2}), resume=True)
-    assert recorded_licence(tmp_path / "run/model.safetensors") == NON_COMMERCIAL
+    assert recorded_inheritance(tmp_path / "run/model.safetensors").get(LICENCE) == NON_COMMERCIAL
