@@ -19,7 +19,7 @@ import torch
 from crossmae.checkpoints.formats.facts import MODEL_KEYS, Facts, ModelFact, assumed, assumed_lines
 from crossmae.checkpoints.load_report import LoadReport
 from crossmae.checkpoints.loading import load
-from crossmae.checkpoints.metadata import BIT_DEPTH, PIXEL_MEAN, PIXEL_STD, recorded_arguments
+from crossmae.checkpoints.metadata import BIT_DEPTH, PIXEL_MEAN, PIXEL_STD, assumed_names, recorded_arguments
 from crossmae.checkpoints.pretrained import whole_facts
 from crossmae.checkpoints.weights import Weights, read_weights
 from crossmae.errors import UserError
@@ -52,7 +52,8 @@ def start_from(model: CrossMAE, path: Path, arguments: Mapping[str, Any], data: 
     weights = read_weights(path)
     compare_pixels(weights, data)
     recorded = recorded_arguments(weights.metadata)
-    differing = [key for key in recorded if key != "img_size" and not _same(key, recorded, arguments)]
+    free = {"img_size", *assumed_names(weights.metadata)}
+    differing = [key for key in recorded if key not in free and not _same(key, recorded, arguments)]
     if not differing and _is_of(model, weights):
         report = load(model, weights, dropped=(r"norm\.",), resample=True)
         settings = MODEL_DEFAULTS | dict(arguments)

@@ -78,7 +78,8 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
     origin = recorded_inheritance(start / MODEL) if start else {}
     if config.model.init and not start:
         report = start_from(model, config.model.init.expanduser(), arguments, data)
-        found = assumed(report.assumed, config.model.model_fields_set & MODEL_KEYS.keys())
+        given = [key for key in config.model.model_fields_set if getattr(config.model, key) is not None]
+        found = assumed(report.assumed, given=[key for key in given if key in MODEL_KEYS])
         say_assumed(found, MODEL_KEYS)
         origin = inherited(report.licence, found)
     # The measurements, and a check of every image.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -50,6 +51,7 @@ _HEADS_OF_FAMILY = {
     "moco-v3": {"vit_small": 12, "vit_base": 12},
     "dino": {"vit_tiny": 3, "vit_small": 6, "deit_tiny": 3, "deit_small": 6, "vit_base": 12, "vit_large": 16},
 }
+_PLAIN_NAMES = ("vit_", "deit", "flexivit")  # of timm's plain ViTs
 _OURS_OR_PUBLISHED = re.compile(r"(?:(?:cross)?mae_)?vit_(\w+?)(?:_dec\w+)?")
 # Examples of other values, for advice. The heads have one that depends on the width.
 _EXAMPLES = {"img_size": "[HEIGHT,WIDTH]", "norm_eps": "1e-12", "norm_pix_loss": "false", "fuse_input": "true"}
@@ -227,9 +229,10 @@ def _heads_of_name(name: str, width: int, family: str) -> int | None:
     found = _OURS_OR_PUBLISHED.fullmatch(name)
     if found and (size := SIZES.get(found[1])) and size.embed_dim == width:
         return size.num_heads
-    if not timm.is_model(name):
+    if not (name.startswith(_PLAIN_NAMES) and timm.is_model(name)):
         return None
-    with suppress(Exception), torch.random.fork_rng(devices=[]), torch.device("meta"):  # timm raises various types
+    with suppress(Exception), warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+        warnings.simplefilter("ignore")  # about old names
         model: Any = timm.create_model(name, pretrained=False, depth=1)
         if isinstance(model, VisionTransformer) and model.embed_dim == width:
             attention: Any = model.blocks[0].attn

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from crossmae.checkpoints.metadata import TRAINER_SETTINGS
@@ -17,7 +19,7 @@ _KEYS = {
 }
 _OTHER_MODELS = ("decoder", "predictor", "text", "head", "teacher_model", "neck")  # parts of keys of other models
 _FAMILIES = {"moco-v3": ("momentum_encoder.",), "dino": ("teacher", "student")}  # by keys, or by parts of tensor names
-_MOST_ENTRIES, _MOST_LEVELS, _MOST_TEXT = 20_000, 5, 100
+_MOST_ENTRIES, _MOST_LEVELS, _MOST_TEXT, _MOST_VALUES = 20_000, 5, 100, 10
 
 
 def trainer_settings(content: Any) -> dict[str, str]:
@@ -28,10 +30,10 @@ def trainer_settings(content: Any) -> dict[str, str]:
     """
     found: dict[str, list[Any]] = {kind: [] for kind in _KEYS}
     families: list[str] = []
-    for key, value in _entries(content):
+    for key, value in islice(_entries(content), _MOST_ENTRIES):
         families += [name for name, parts in _FAMILIES.items() if any(_matches(key, part) for part in parts)]
         kind = next((kind for kind, keys in _KEYS.items() if key in keys), None)
-        if kind and _is_setting(kind, value) and value not in found[kind]:
+        if kind and _is_setting(kind, value) and value not in found[kind] and len(found[kind]) < _MOST_VALUES:
             found[kind].append(value)
     kept: dict[str, Any] = {kind: values for kind, values in found.items() if values}
     if not kept:
@@ -41,18 +43,17 @@ def trainer_settings(content: Any) -> dict[str, str]:
 
 def _entries(content: Any) -> Iterator[tuple[str, Any]]:
     """Yield the entries of nested dicts, except of other models."""
-    waiting = [(content, 0)]
-    for _ in range(_MOST_ENTRIES):
-        if not waiting:
-            return
-        node, level = waiting.pop(0)
+    waiting = deque([(content, 0)])
+    while waiting:
+        node, level = waiting.popleft()
         node = vars(node) if isinstance(node, argparse.Namespace) else node
         if not isinstance(node, Mapping) or level > _MOST_LEVELS:
             continue
         for key, value in node.items():
             if isinstance(key, str) and not any(part in key.lower().split("_") for part in _OTHER_MODELS):
                 yield key, value
-                waiting += [(value, level + 1)] if isinstance(value, Mapping | argparse.Namespace) else []
+                if isinstance(value, Mapping | argparse.Namespace):
+                    waiting.append((value, level + 1))
 
 
 def _matches(key: str, part: str) -> bool:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
+from crossmae.checkpoints.metadata import ASSUMED
 from crossmae.checkpoints.provenance import LICENCE, NON_COMMERCIAL, recorded_inheritance
 from crossmae.checkpoints.run_checkpoint import complete_checkpoints, read_state
 from crossmae.classification.classifier import load_classifier
@@ -292,6 +293,9 @@ def test_a_published_file_goes_straight_in(
     assert ("no final norm" in caplog.text) == (pool == "cls")
     assert recorded_inheritance(tmp_path / "run/model.safetensors").get(LICENCE) == NON_COMMERCIAL
     assert recorded_inheritance(tmp_path / "run/model_best.safetensors").get(LICENCE) == NON_COMMERCIAL
+    for name in ("model", "model_best"):  # the config gives the heads, and sine-cosine positions show the grid
+        assert recorded_inheritance(tmp_path / f"run/{name}.safetensors")[ASSUMED] == '["activation", "norm_eps"]'
+    assert "model.init: norm_eps: 1e-06 is assumed as in timm, the file does not tell." in caplog.text
     other = {"init": tmp_path / "pretrain.pth", "depth": 3}
     with pytest.raises(UserError, match="depth 2, not 3"):
         finetune(make_config(images, tmp_path / "other", model=other))
