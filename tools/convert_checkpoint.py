@@ -46,7 +46,10 @@ def build_parser() -> argparse.ArgumentParser:
     several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
     parser.add_argument("--drop", metavar="REGEX", help="drop tensors that FORMAT has no place for", **several)
     parser.add_argument(
-        "--set", metavar="KEY=VALUE", help="arguments of the source model that the file does not show", **several
+        "--set",
+        metavar="KEY=VALUE",
+        help="arguments, norm_eps, pixel_mean ... of the source that it does not tell",
+        **several,
     )
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="of the proof, relative to the maximum")
     parser.add_argument("--report", type=Path, metavar="R.json", help="default: DST.conversion.json")

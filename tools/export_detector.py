@@ -17,6 +17,7 @@ import argparse
 import json
 from pathlib import Path
 
+from crossmae.checkpoints.metadata import ASSUMED
 from crossmae.checkpoints.provenance import LICENCE, licence_notice
 from crossmae.checkpoints.weights import read_weights
 from crossmae.data.images import parse_size
@@ -54,7 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     image = None if args.image is None else read_rgb(args.image)
     predictor = Predictor(cfg, args.weights, device="cpu")
     metadata = {"class_names": json.dumps(find_classes(predictor, args.classes).names)}
-    licence = licence_notice(read_weights(find_detector(args.weights)))
+    weights = read_weights(find_detector(args.weights))
+    licence = licence_notice(weights)
+    metadata |= {key: weights.metadata[key] for key in (ASSUMED,) if key in weights.metadata}
     parity = export_detector(
         predictor.model,
         args.output,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal
 
+from crossmae.checkpoints.formats.facts import Facts
 from crossmae.checkpoints.formats.keys import ENCODER_HOMES
 from crossmae.errors import shorten
 
@@ -55,6 +56,7 @@ class LoadReport:
     target: str
     entries: list[TensorEntry] = field(default_factory=list)
     licence: str | None = None  # see `provenance.licence_notice`
+    assumed: Facts = field(default_factory=dict)  # values of the model that the file does not tell
 
     @property
     def ok(self) -> bool:

@@ -12,9 +12,17 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from crossmae.checkpoints.formats.facts import Facts, ModelFact, assumed, encoder_facts, other_heads
 from crossmae.checkpoints.formats.keys import CLASS_ROW_ADDED, encoder_home
 from crossmae.checkpoints.load_report import LoadReport, TensorEntry
-from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, NORM_EPS, NORM_EPS_OF_PLAIN, recorded_arguments
+from crossmae.checkpoints.metadata import (
+    MODEL_ARGUMENTS,
+    NORM_EPS,
+    NORM_EPS_OF_PLAIN,
+    assumed_names,
+    marked,
+    recorded_arguments,
+)
 from crossmae.checkpoints.provenance import licence_notice
 from crossmae.checkpoints.resample import fit
 from crossmae.checkpoints.weights import (
@@ -65,17 +73,19 @@ def load(
         resample: resample position embeddings, patch filters and input channels to the model's sizes, see `fitted`.
 
     Returns:
-        The status of every tensor.
+        The status of every tensor, and the values of the model that the file does not tell.
 
     Raises:
         UserError: a tensor is missing, unexpected or does not fit; the message contains the table. Nothing was loaded.
     """
     weights = source if isinstance(source, Weights) else read_weights(source)
+    assumed = assumed_facts(weights, model)
     weights, left = _encoder(weights, also) if part == "encoder" else (weights, [])
     if resample:
         weights = fitted(weights, model)
     report = _compare(model, weights, new, dropped)
     report.entries += left
+    report.assumed = assumed
     _fill(model, weights, report)
     return report
 
@@ -113,15 +123,29 @@ def resampled(
 ) -> Weights:
     """Return weights with resampled tensors, new recorded sizes and notes."""
     sizes = {key: arguments[key] for key in ("img_size", "patch_size", "in_chans") if key in arguments}
+    facts = encoder_facts(encoder_tensors(weights), weights.metadata)
+    marks = assumed_names(weights.metadata) | assumed(facts).keys()
     record = json.dumps(recorded_arguments(weights.metadata) | sizes)
     joined = {name: "; ".join(filter(None, (weights.notes.get(name), note))) for name, note in notes.items()}
     return replace(
         weights,
         tensors=weights.tensors | dict(tensors),
-        metadata=weights.metadata | {MODEL_ARGUMENTS: record},
+        metadata=weights.metadata | {MODEL_ARGUMENTS: record} | (marked(marks) if marks else {}),
         notes=weights.notes | joined,
         resampled=weights.resampled | notes.keys(),
     )
+
+
+def assumed_facts(weights: Weights, model: nn.Module) -> Facts:
+    """Find the values of a model that its file does not tell."""
+    if encoder_home(weights.tensors) is None or "patch_embed.proj.weight" not in model.state_dict():
+        return {}
+    facts = encoder_facts(encoder_tensors(weights), weights.metadata)
+    heads, width = _heads(model), model.state_dict()["patch_embed.proj.weight"].shape[0]
+    found = facts.get("num_heads", ModelFact(None, "assumed"))
+    if heads and found.source == "assumed" and found.value != heads:
+        facts["num_heads"] = ModelFact(heads, "assumed", "from the model's settings", other_heads(width, heads))
+    return assumed(facts)
 
 
 def left_out(name: str) -> str | None:
@@ -206,19 +230,23 @@ def _different_architecture(model: nn.Module, weights: Weights) -> str:
     target = model.state_dict()
     if encoder_home(weights.tensors) is None or "patch_embed.proj.weight" not in target:
         return ""
+    facts = encoder_facts(encoder_tensors(weights), weights.metadata)
     held = encoder_arguments(encoder_tensors(weights), weights.metadata)
     expected = encoder_arguments(target)
     if grid := _grid(model):
         expected["img_size"] = [side * expected["patch_size"] for side in grid]
-    # No shape shows the number of heads. It is compared only if the file records it.
-    heads = getattr(dict(model.named_modules()).get("blocks.0.attn"), "num_heads", None)
-    if heads is None or "num_heads" not in recorded_arguments(weights.metadata):
+    heads = _heads(model)  # compared only if the file tells its number
+    if heads is None or "num_heads" in assumed(facts):
         held.pop("num_heads", None)
     expected["num_heads"] = heads
     held, expected = ({key: plain_size(value) for key, value in side.items()} for side in (held, expected))
     differing = [key for key in held if held[key] != expected.get(key, held[key])]
     theirs, ours = (", ".join(f"{key} {side[key]}" for key in differing) for side in (held, expected))
     return f"the file has a ViT with {theirs}, but the model expects {ours}" if differing else ""
+
+
+def _heads(model: nn.Module) -> int | None:
+    return getattr(dict(model.named_modules()).get("blocks.0.attn"), "num_heads", None)
 
 
 def _grid(model: nn.Module) -> tuple[int, int] | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ MODEL_ARGUMENTS = "model"  # JSON: CrossMAE(**arguments)
 BIT_DEPTH = "bit_depth"  # bits per channel of the training images, 8 or 16
 PIXEL_MEAN, PIXEL_STD = "pixel_mean", "pixel_std"  # JSON lists, RGB, for pixels scaled to 0 .. 1
 NORM_EPS = "norm_eps"  # epsilon of the layer norms, recorded where it differs from NORM_EPS_OF_PLAIN
+ACTIVATION = "activation"  # "gelu", the only one of this toolkit; recorded where --set gave it
 NORM_EPS_OF_PLAIN = 1e-6  # epsilon in timm, the published files, detectron2's ViTDet and this toolkit
 CLASSES = "classes"  # JSON list of names, in the order of the head's outputs
 VERSION, STEP = "version", "step"
@@ -31,6 +32,8 @@ UNKNOWN = "unknown"  # value in a converted file whose source did not record the
 PICKLED_METADATA = "crossmae_metadata"
 # Key of the settings in a published file's `args` namespace, as JSON.
 PUBLISHED_ARGUMENTS = "published_args"
+TRAINER_SETTINGS = "trainer_settings"  # JSON: settings of the model in another trainer's file, see `reading.settings`
+ASSUMED = "assumed"  # JSON list of facts whose recorded value was assumed when the file was written
 DIGEST = "digest"  # key of the digest in the metadata
 _KIND = "sha256:"  # prefix of the digest; no other value in our metadata has this prefix
 
@@ -47,6 +50,25 @@ def recorded_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
     raise UserError(
         f"metadata {MODEL_ARGUMENTS!r} of a weight file: {text[:80]!r} is not a JSON object. Copy the file again."
     )
+
+
+def assumed_names(metadata: Mapping[str, str]) -> frozenset[str]:
+    """Return the names of the facts that the file marks as assumed.
+
+    Raises UserError if the mark is not a JSON list of names.
+    """
+    text = metadata.get(ASSUMED, "[]")
+    with suppress(json.JSONDecodeError):
+        if isinstance(names := json.loads(text), list) and all(isinstance(name, str) for name in names):
+            return frozenset(names)
+    raise UserError(
+        f"metadata {ASSUMED!r} of a weight file: {text[:80]!r} is not a JSON list of names. Copy the file again."
+    )
+
+
+def marked(names: Iterable[str]) -> dict[str, str]:
+    """Build the metadata that mark facts as assumed."""
+    return {ASSUMED: json.dumps(sorted(names))}
 
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

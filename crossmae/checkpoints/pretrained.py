@@ -3,27 +3,58 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from crossmae.checkpoints.formats.facts import (
+    SET_OPTION,
+    Facts,
+    ModelFact,
+    assumed_lines,
+    encoder_facts,
+    other_heads,
+    with_given,
+    with_marks,
+)
 from crossmae.checkpoints.loading import load
 from crossmae.checkpoints.metadata import (
+    ACTIVATION,
+    ASSUMED,
     BIT_DEPTH,
     MODEL_ARGUMENTS,
+    NORM_EPS,
     PIXEL_MEAN,
     PIXEL_STD,
     PUBLISHED_ARGUMENTS,
+    UNKNOWN,
+    assumed_names,
+    marked,
     recorded_arguments,
 )
-from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_tensors, read_weights
+from crossmae.checkpoints.weights import Weights, encoder_tensors, read_weights
 from crossmae.errors import UserError
 from crossmae.models.crossmae import MODEL_DEFAULTS, CrossMAE
 from crossmae.models.sizes import SIZES
 
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, int | float) for each in value)
+
+
+# Values that are not arguments of a model but metadata: their check, and its words.
+RECORDED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    NORM_EPS: (lambda value: isinstance(value, float) and 0 < value < 1, "a number between 0 and 1, such as 1.0e-6"),
+    ACTIVATION: (lambda value: value == "gelu", "gelu, the only activation here"),
+    PIXEL_MEAN: (_numbers, "a list of numbers, one per channel"),
+    PIXEL_STD: (lambda value: _numbers(value) and min(value) > 0, "a list of numbers above 0, one per channel"),
+    BIT_DEPTH: (lambda value: value in (8, 16), "8 or 16"),
+    "pool": (lambda value: value in ("avg", "cls"), "avg or cls"),
+}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -34,7 +65,7 @@ class Pretrained:
     Attributes:
         mean, std: statistics of each channel, for pixels in 0-1.
         bit_depth: 8 or 16, see `crossmae.data.images`.
-        assumed: one sentence for each assumption that neither the file nor the shapes confirm.
+        assumed: one line for each value that neither the file nor the shapes show, with the option that sets it.
     """
 
     path: Path
@@ -50,11 +81,11 @@ def load_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) ->
 
     Args:
         path: see `read_weights`.
-        given: arguments of `CrossMAE` that replace recorded or deduced values.
+        given: arguments of `CrossMAE` and `RECORDED` values, where the file does not tell them.
 
     Raises:
-        UserError: the file has no decoder; an argument is unknown, cannot be deduced or does not fit the tensors; or
-            the pixel statistics are unknown.
+        UserError: the file has no decoder; an argument is unknown, contradicts the file, cannot be deduced or does not
+            fit the tensors; or the pixel statistics are unknown.
     """
     weights = read_weights(path)
     if weights.format not in ("crossmae", "mae"):
@@ -62,7 +93,9 @@ def load_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) ->
             f"{weights.path}: has no decoder (format: {weights.format}). "
             "Name the folder of a pretraining run, or a published file of a whole pretraining model."
         )
-    arguments, assumed = arguments_of(weights, given or {})
+    given = dict(given or {})
+    weights = with_metadata(weights, {key: given.pop(key) for key in RECORDED if key in given})
+    arguments, facts = arguments_of(weights, given)
     try:
         model = CrossMAE(**arguments)
     except (ValueError, TypeError) as error:
@@ -70,29 +103,75 @@ def load_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) ->
         raise UserError(f"{weights.path}: no model with {listed}: {error}") from None
     # The record gives arguments that no shape shows, such as the sides of a grid. All shapes are compared nevertheless.
     load(model, replace(weights, metadata=weights.metadata | {MODEL_ARGUMENTS: json.dumps(arguments)}))
-    mean, std, guess = _pixel_statistics(weights, model.in_chans)
+    mean, std = _pixel_statistics(weights, model.in_chans)
     bit_depth = int(weights.metadata.get(BIT_DEPTH, "8"))
-    return Pretrained(weights.path, model.eval(), mean, std, bit_depth, (*assumed, *guess))
+    lines = assumed_lines(facts | pixel_facts(weights, model.in_chans), SET_OPTION)
+    return Pretrained(weights.path, model.eval(), mean, std, bit_depth, tuple(lines))
 
 
-def arguments_of(weights: Weights, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Find the arguments of a whole pretraining model, and list assumptions.
+def arguments_of(weights: Weights, given: Mapping[str, Any]) -> tuple[dict[str, Any], Facts]:
+    """Find the arguments of a whole pretraining model, and their facts.
 
     Args:
         weights: weights of the format "crossmae" or "mae".
-        given: arguments of `CrossMAE` that replace recorded or deduced values.
+        given: arguments of `CrossMAE` that the file does not show.
+
+    Raises UserError if a given argument is unknown or contradicts the file.
     """
     given = dict(given)
     unknown = sorted(given.keys() - MODEL_DEFAULTS.keys())
     if unknown:
         raise UserError(f"{', '.join(unknown)}: unknown model argument. Use one of {', '.join(MODEL_DEFAULTS)}.")
-    assumed: list[str] = []
-    recorded = recorded_arguments(weights.metadata)
-    arguments = recorded | given if recorded else _deduce(weights, given, assumed)
+    facts = with_given(whole_facts(weights, given), given, str(weights.path))
+    needed = () if recorded_arguments(weights.metadata) else ("img_size", "num_heads", "decoder_num_heads")
+    if missing := [key for key in needed if key not in facts]:
+        raise UserError(f"{weights.path}: {ask(missing)}")
+    arguments = {key: fact.value for key, fact in facts.items() if key not in ("norm_eps", "activation")}
     for key in ("img_size", "fuse_blocks"):
         if isinstance(arguments.get(key), list):
             arguments[key] = tuple(arguments[key])
-    return arguments, assumed
+    return arguments, facts
+
+
+def whole_facts(weights: Weights, given: Mapping[str, Any]) -> Facts:
+    """Find the facts about a whole pretraining model, see `arguments_of`."""
+    facts, recorded = encoder_facts(encoder_tensors(weights), weights.metadata), recorded_arguments(weights.metadata)
+    if not recorded:
+        return facts | _decoder_facts(weights, facts["depth"].value, given)
+    held = with_marks({key: ModelFact(value, "recorded") for key, value in recorded.items()}, weights.metadata)
+    return {key: facts[key] for key in ("norm_eps", "activation")} | held
+
+
+def with_metadata(weights: Weights, given: Mapping[str, Any]) -> Weights:
+    """Add given values to metadata that do not record them.
+
+    Raises UserError if a value contradicts the file.
+    """
+    marks = assumed_names(weights.metadata)
+    for key, value in given.items():
+        allowed, words = RECORDED[key]
+        if not allowed(value):
+            raise UserError(f"--set {key}: {value} is not {words}. Correct it.")
+    added = {key: value if isinstance(value, str) else json.dumps(value) for key, value in given.items()}
+    for key, value in added.items():
+        known = weights.metadata.get(key, UNKNOWN)
+        if known not in (UNKNOWN, value) and key not in marks:
+            raise UserError(f"--set {key}: {weights.path} shows {key} {known}. Set only what the file lacks.")
+    left = marked(marks - added.keys()) if ASSUMED in weights.metadata else {}
+    return replace(weights, metadata=weights.metadata | added | left)
+
+
+def pixel_facts(weights: Weights, channels: int) -> Facts:
+    """Find the facts about the pixels that a model was trained on."""
+    usual = {PIXEL_MEAN: list(IMAGENET_MEAN), PIXEL_STD: list(IMAGENET_STD)} if channels == len(IMAGENET_MEAN) else {}
+    facts = {key: ModelFact(value, "assumed", "as in ImageNet") for key, value in usual.items()}
+    facts[BIT_DEPTH] = ModelFact(8, "assumed", "as in most pictures")
+    if weights.metadata.get(PIXEL_MEAN, UNKNOWN) != UNKNOWN:  # a record of pixels leaves out only the usual depth
+        facts[BIT_DEPTH] = ModelFact(8, "recorded")
+    for key in (PIXEL_MEAN, PIXEL_STD, BIT_DEPTH):
+        with suppress(json.JSONDecodeError):
+            facts[key] = ModelFact(json.loads(weights.metadata.get(key, UNKNOWN)), "recorded")
+    return with_marks(facts, weights.metadata)
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
@@ -102,6 +181,9 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
         key, equals, value = setting.partition("=")
         try:
             parsed[key] = yaml.safe_load(value)
+            if isinstance(parsed[key], str):  # YAML reads 1e-6 as text
+                with suppress(ValueError):
+                    parsed[key] = float(value)
         except yaml.YAMLError:
             equals = ""
         if not equals:
@@ -109,65 +191,58 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     return parsed
 
 
-def _deduce(weights: Weights, given: dict[str, Any], assumed: list[str]) -> dict[str, Any]:
-    """Deduce arguments from shapes and published settings (specification, section 1.3)."""
+def _decoder_facts(weights: Weights, depth: int, given: Mapping[str, Any]) -> Facts:
+    """Find the facts about the decoder (specification, section 1.3)."""
     tensors = weights.tensors
     published = json.loads(weights.metadata.get(PUBLISHED_ARGUMENTS, "{}"))
-    arguments = encoder_arguments(encoder_tensors(weights))
     width = tensors["mask_token"].shape[-1]
-    heads = {size.decoder_embed_dim: size.decoder_num_heads for size in SIZES.values()}.get(width)
-    arguments |= {"decoder_num_heads": heads} if heads else {}
-    arguments["decoder_embed_dim"] = width
-    arguments["decoder_depth"] = len({name.split(".")[1] for name in tensors if name.startswith("decoder_blocks.")})
     cross = "cross_self" if "decoder_blocks.0.self_attn.qkv.weight" in tensors else "cross"
-    arguments["decoder"] = "self" if weights.format == "mae" else cross
+    shown = {
+        "decoder_embed_dim": width,
+        "decoder_depth": len({name.split(".")[1] for name in tensors if name.startswith("decoder_blocks.")}),
+        "decoder": "self" if weights.format == "mae" else cross,
+    }
+    facts = {key: ModelFact(value, "shapes") for key, value in shown.items()}
+    if heads := {size.decoder_embed_dim: size.decoder_num_heads for size in SIZES.values()}.get(width):
+        facts["decoder_num_heads"] = ModelFact(heads, "assumed", f"from the width {width}", other_heads(width, heads))
     if "wfm.linear.weight" in tensors:
-        arguments |= _fusion(weights, arguments["depth"], published, given, assumed)
+        facts |= _fusion(weights, depth, published, given)
     elif weights.format == "crossmae":
-        arguments["fuse_blocks"] = ()
-    if "norm_pix_loss" not in given | published:
-        assumed.append("predicted patches are standardised (norm_pix_loss=true), as in every published model")
-    arguments["norm_pix_loss"] = bool(published.get("norm_pix_loss", True))
-    arguments |= given
-    missing = [key for key in ("img_size", "num_heads", "decoder_num_heads") if key not in arguments]
-    if missing:
-        raise UserError(f"{weights.path}: {ask(missing)}")
-    return arguments
+        facts["fuse_blocks"] = ModelFact((), "shapes")
+    facts["norm_pix_loss"] = ModelFact(True, "assumed", "as in every published model")
+    if "norm_pix_loss" in published:
+        facts["norm_pix_loss"] = ModelFact(bool(published["norm_pix_loss"]), "recorded")
+    return facts
 
 
-def _fusion(
-    weights: Weights, depth: int, published: Mapping[str, Any], given: Mapping[str, Any], assumed: list[str]
-) -> dict[str, Any]:
+def _fusion(weights: Weights, depth: int, published: Mapping[str, Any], given: Mapping[str, Any]) -> Facts:
     columns = weights.tensors["wfm.linear.weight"].shape[1]
     if "fuse_blocks" in given:
         blocks = given["fuse_blocks"]
-        return {"fuse_input": columns > (depth if blocks is None else len(blocks))}
+        return {"fuse_input": ModelFact(columns > (depth if blocks is None else len(blocks)), "shapes")}
     chosen, fuse_input = published.get("use_fm"), given.get("fuse_input", published.get("use_input"))
+    every = ModelFact(None, "shapes")
     if chosen is not None and fuse_input is not None:
-        return {"fuse_blocks": None if chosen == [-1] else chosen, "fuse_input": bool(fuse_input)}
+        blocks = None if chosen == [-1] else chosen
+        return {"fuse_blocks": ModelFact(blocks, "recorded"), "fuse_input": ModelFact(bool(fuse_input), "recorded")}
     if columns == depth + 1:
-        return {"fuse_blocks": None, "fuse_input": True}
+        return {"fuse_blocks": every, "fuse_input": ModelFact(True, "shapes")}
     if columns == depth and not fuse_input:
-        if fuse_input is None:
-            assumed.append("every block's map and not the input is mixed for the decoder (fuse_input=false)")
-        return {"fuse_blocks": None, "fuse_input": False}
+        return {"fuse_blocks": every, "fuse_input": ModelFact(False, "assumed", "for as many maps as blocks")}
     raise UserError(
         f"{weights.path}: {columns} of {depth + 1} encoder maps are mixed for the decoder, and "
         f"{ask(['fuse_blocks', 'fuse_input'])}"
     )
 
 
-def _pixel_statistics(weights: Weights, channels: int) -> tuple[tuple[float, ...], tuple[float, ...], list[str]]:
-    try:
-        mean, std = (json.loads(weights.metadata[key]) for key in (PIXEL_MEAN, PIXEL_STD))
-        if len(mean) == len(std) == channels:
-            return tuple(map(float, mean)), tuple(map(float, std)), []
-    except (KeyError, json.JSONDecodeError):
-        if channels == 3:
-            return IMAGENET_MEAN, IMAGENET_STD, ["pixels were normalised by ImageNet's mean and deviation"]
+def _pixel_statistics(weights: Weights, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    facts = pixel_facts(weights, channels)
+    found = [fact.value for key in (PIXEL_MEAN, PIXEL_STD) if (fact := facts.get(key))]
+    if len(found) == 2 and all(isinstance(value, list) and len(value) == channels for value in found):
+        return tuple(map(float, found[0])), tuple(map(float, found[1]))
     raise UserError(
         f"{weights.path}: the metadata {PIXEL_MEAN!r} and {PIXEL_STD!r} do not have one number for each of the "
-        f"{channels} channels. Write them with crossmae.checkpoints.weights.save_weights."
+        f"{channels} channels. Add them with --set {PIXEL_MEAN}=[...] {PIXEL_STD}=[...]."
     )
 
 

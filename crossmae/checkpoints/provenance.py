@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import safe_open
 
 from crossmae import __version__
-from crossmae.checkpoints.metadata import PIXEL_MEAN, PIXEL_STD, PUBLISHED_ARGUMENTS, UNKNOWN, VERSION
+from crossmae.checkpoints.metadata import (
+    ASSUMED,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    PUBLISHED_ARGUMENTS,
+    UNKNOWN,
+    VERSION,
+    marked,
+)
 from crossmae.checkpoints.reading.files import HUB_CONFIG, shards
 from crossmae.checkpoints.weights import Weights
 from crossmae.files import sha256
@@ -68,15 +77,19 @@ def provenance(weights: Weights) -> dict[str, str]:
     return metadata | {LICENCE: notice} if notice else metadata
 
 
-def inherited(licence: str | None) -> dict[str, str]:
-    """Build the licence metadata of weights trained from licensed weights."""
-    return {LICENCE: licence} if licence else {}
+def inherited(licence: str | None, assumed: Iterable[str] = ()) -> dict[str, str]:
+    """Build the metadata that trained weights inherit from their initial weights.
+
+    `assumed` has the names of the facts that the file of the initial weights does not tell.
+    """
+    return ({LICENCE: licence} if licence else {}) | (marked(names) if (names := set(assumed)) else {})
 
 
-def recorded_licence(path: Path) -> str | None:
-    """Read the licence note of a safetensors file, None without a note."""
+def recorded_inheritance(path: Path) -> dict[str, str]:
+    """Read the inherited metadata of a run's checkpoint."""
     with safe_open(path, "pt") as file:
-        return (file.metadata() or {}).get(LICENCE)
+        metadata = file.metadata() or {}
+    return {key: metadata[key] for key in (LICENCE, ASSUMED) if key in metadata}
 
 
 def _text(path: Path) -> str:

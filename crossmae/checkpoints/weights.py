@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +11,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crossmae.checkpoints.formats.huggingface import mlp_ratio, read_config
+from crossmae.checkpoints.formats.facts import encoder_facts
+from crossmae.checkpoints.formats.huggingface import read_config
 from crossmae.checkpoints.formats.keys import ENCODER_HOMES, encoder_home, to_plain
 from crossmae.checkpoints.formats.timm_folder import timm_metadata
 from crossmae.checkpoints.metadata import recorded_arguments, signed
 from crossmae.checkpoints.reading.files import HUB_CONFIG, HUB_FILES, find_file, read_tensors
-from crossmae.checkpoints.resample import table_grid
+from crossmae.checkpoints.reading.quantized import refuse_quantized
 from crossmae.errors import UserError, shorten
 from crossmae.files import check_destination, write_atomically
 from crossmae.models.encoder import ENCODER_PREFIXES, patch_grid
-from crossmae.models.sizes import SIZES
 
 _FILTERS = ("patch_embed.proj.weight", "patch_embed.projection.weight", "patch_embeddings.projection.weight")
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -73,8 +70,8 @@ def read_weights(
 
     Raises:
         UserError: the file does not exist; the folder has no weights; the file is empty, damaged, a web page or a
-            git-lfs pointer; it refers to code; it is not a state dict; its digest differs from the recorded digest; or
-            it has NaN or infinity.
+            git-lfs pointer; it refers to code; it is not a state dict; its weights are quantized; its digest differs
+            from the recorded digest; or it has NaN or infinity.
     """
     file = find_file(Path(path))
     contents = read_tensors(file, ema=ema, trust=trust)
@@ -86,8 +83,9 @@ def read_weights(
 def translated(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], img_size: Any = None) -> Weights:
     """Translate the tensors of a file, and add the metadata in config.json.
 
-    Raises UserError if the tensors cannot be translated.
+    Raises UserError if the tensors are quantized or cannot be translated.
     """
+    refuse_quantized(tensors, file)
     in_folder = file.name in HUB_FILES  # then config.json in the same folder describes this file
     beside = timm_metadata(file.parent) if in_folder else {}
     try:
@@ -154,38 +152,12 @@ def encoder_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def encoder_arguments(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Deduce constructor arguments of `ViTEncoder` from encoder tensors.
+    """Find constructor arguments of `ViTEncoder`, see `facts.encoder_facts`.
 
-    Args:
-        tensors: encoder tensors under plain names.
-        metadata: metadata of the file. It gives `num_heads` and the sides of a grid that is not square, because no
-            shape shows them.
-
-    Returns:
-        `embed_dim`, `depth`, `patch_size`, `in_chans`, `mlp_ratio`, and if known `num_heads` and `img_size` (an int for
-        a square, else (height, width)).
-
-    Raises:
-        UserError: the tensors have no `patch_embed.proj.weight` of shape (E, C, p, p).
+    Assumed values are included. Raises UserError like `facts.encoder_facts`.
     """
-    patches = tensors.get("patch_embed.proj.weight")
-    if patches is None or patches.ndim != 4:
-        raise UserError("patch_embed.proj.weight: missing, or not of shape (E, C, p, p). Use weights of a plain ViT.")
-    E, C, p, _ = patches.shape
-    depth = 1 + max((int(found[1]) for name in tensors if (found := _BLOCK.match(name))), default=-1)
-    arguments: dict[str, Any] = {"embed_dim": E, "depth": depth, "patch_size": p, "in_chans": C}
-    if "blocks.0.mlp.fc1.weight" in tensors:
-        arguments["mlp_ratio"] = mlp_ratio(E, tensors["blocks.0.mlp.fc1.weight"].shape[0])
-    if (table := tensors.get("pos_embed")) is not None and table.ndim == 3:
-        with suppress(UserError):  # no shape shows the sides of a grid that is not square
-            (rows, _), _ = table_grid(table.shape[1], None, p)
-            arguments["img_size"] = rows * p
-    if heads := {size.embed_dim: size.num_heads for size in SIZES.values()}.get(E):
-        arguments["num_heads"] = heads
-    recorded = recorded_arguments(metadata or {})
-    if "img_size" in recorded:
-        arguments["img_size"] = plain_size(recorded["img_size"])
-    return arguments | {key: recorded[key] for key in ("num_heads",) if key in recorded}
+    facts = encoder_facts(tensors, metadata)
+    return {key: fact.value for key, fact in facts.items() if key not in ("norm_eps", "activation")}
 
 
 def save_weights(

@@ -12,6 +12,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 
 import crossmae
+from crossmae.checkpoints.formats.facts import MODEL_KEYS, ModelFact, assumed_lines
+from crossmae.checkpoints.formats.keys import encoder_home
 from crossmae.checkpoints.loading import load
 from crossmae.checkpoints.metadata import (
     BIT_DEPTH,
@@ -24,7 +26,7 @@ from crossmae.checkpoints.metadata import (
     UNKNOWN,
     VERSION,
 )
-from crossmae.checkpoints.pretrained import IMAGENET_MEAN, IMAGENET_STD
+from crossmae.checkpoints.pretrained import IMAGENET_MEAN, IMAGENET_STD, pixel_facts
 from crossmae.checkpoints.weights import Weights, read_weights
 from crossmae.classification.vit import Architecture, HeadKind, architecture_of, build_vit
 from crossmae.data.pixels import published_crop_pct
@@ -113,21 +115,25 @@ def load_classifier(path: str | Path, img_size: int | Sequence[int] | None = Non
             f"{weights.path}: no classifier (format: {weights.format}). Fine-tune its encoder by tools/finetune.py."
         )
     architecture = architecture_of(weights, img_size=img_size)
-    assumed, sentences = ({}, {}) if ours else _assume(weights, architecture)
-    record = _read_record(weights, assumed, architecture)
+    values, sentences = ({}, {}) if ours else _assume(weights, architecture)
+    record = _read_record(weights, values, architecture)
     model = build_vit(architecture, len(record.classes), record.pool, head=record.head)
-    load(model, weights, resample=True)
+    facts = load(model, weights, resample=True).assumed
+    if not ours:
+        facts |= {"pool": _pool(weights)} | pixel_facts(weights, architecture.in_chans)
     crop_pct = record.crop_pct
     if crop_pct == published_crop_pct(architecture_of(weights).img_size):  # depends on the image size
         crop_pct = published_crop_pct(architecture.img_size)
     unknown = tuple(words for key, words in sentences.items() if weights.metadata.get(key, UNKNOWN) == UNKNOWN)
-    found = {"path": weights.path, "model": model.eval(), "architecture": architecture, "assumed": unknown}
+    lines = (*unknown, *(assumed_lines(facts, MODEL_KEYS, "Train it again with") if ours else assumed_lines(facts)))
+    found = {"path": weights.path, "model": model.eval(), "architecture": architecture, "assumed": lines}
     return Classifier(**vars(record) | {"crop_pct": crop_pct} | found)
 
 
 def _read_record(weights: Weights, assumed: Mapping[str, str], architecture: Architecture) -> ClassifierRecord:
     """Read the record in the metadata, and add the assumed values."""
     known = {key: value for key, value in weights.metadata.items() if value != UNKNOWN}
+    known |= {"pool": "cls"} if known.get("pool") == "token" else {}  # timm's word
     try:
         record = TypeAdapter(ClassifierRecord).validate_python(
             {key: _decode(key, value) for key, value in {**assumed, **known}.items()}
@@ -163,15 +169,8 @@ def _assume(weights: Weights, architecture: Architecture) -> tuple[dict[str, str
     number = len(weights.tensors["head.1.weight" if probe else "head.weight"])
     crop_pct = published_crop_pct(architecture.img_size)
     classes = json.dumps([str(index) for index in range(number)])
-    pool = "cls" if "norm.weight" in weights.tensors else "avg"
-    average = json.loads(weights.metadata.get(PUBLISHED_ARGUMENTS, "{}")).get("global_pool")
-    if isinstance(average, bool) and average != (pool == "avg"):
-        raise UserError(
-            f"{weights.path}: its settings have global_pool={average}, but its final norm belongs to pooling {pool!r}. "
-            "Use another file."
-        )
     values = {
-        "pool": pool,
+        "pool": _pool(weights).value,
         "head": "batchnorm" if probe else "linear",
         "classes": classes,
         "class_names": weights.metadata.get("classes", classes),
@@ -183,11 +182,27 @@ def _assume(weights: Weights, architecture: Architecture) -> tuple[dict[str, str
         "classes": f"the names of the classes are the numbers 0 to {number - 1}",
         "multi_label": "an image is of exactly one class",
         "crop_pct": f"evaluation keeps {crop_pct:g} of the shorter side, as published for this size",
-        "num_heads": f"{architecture.num_heads} attention heads, as published for a width of {architecture.embed_dim}",
     }
-    if not isinstance(average, bool):
-        sentences["pool"] = f"pooling is {pool}, as published for its final norm"
     if architecture.in_chans == len(IMAGENET_MEAN):
         values |= {PIXEL_MEAN: json.dumps(IMAGENET_MEAN), PIXEL_STD: json.dumps(IMAGENET_STD)}
-        sentences[PIXEL_MEAN] = "pixels of 8 bits were normalised by ImageNet's mean and deviation"
     return values, sentences
+
+
+def _pool(weights: Weights) -> ModelFact:
+    """Find the pooling of a file that this toolkit did not train."""
+    recorded = {"token": "cls"}.get(pool := weights.metadata.get("pool", UNKNOWN), pool)  # timm's word
+    if recorded != UNKNOWN:
+        return ModelFact(recorded, "recorded")
+    home = encoder_home(weights.tensors) or ""
+    pool, other = ("cls", "avg") if f"{home}norm.weight" in weights.tensors else ("avg", "cls")
+    average = json.loads(weights.metadata.get(PUBLISHED_ARGUMENTS, "{}")).get("global_pool")
+    if isinstance(average, bool) and average != (pool == "avg"):
+        raise UserError(
+            f"{weights.path}: its settings have global_pool={average}, but its final norm belongs to pooling {pool!r}. "
+            "Use another file."
+        )
+    if isinstance(average, bool):
+        return ModelFact(pool, "recorded")
+    if f"{home}fc_norm.weight" in weights.tensors:
+        return ModelFact(pool, "shapes")
+    return ModelFact(pool, "assumed", "from its final norm" if pool == "cls" else "as it has no final norm", other)

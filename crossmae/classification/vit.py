@@ -12,10 +12,10 @@ from typing import Any, Literal, get_args
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from crossmae.checkpoints.formats.facts import assumed, encoder_facts
 from crossmae.checkpoints.load_report import LoadReport
 from crossmae.checkpoints.loading import load
-from crossmae.checkpoints.metadata import recorded_arguments
-from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_home, encoder_tensors
+from crossmae.checkpoints.weights import Weights, encoder_home, encoder_tensors
 from crossmae.errors import UserError
 from crossmae.models.encoder import patch_grid
 from crossmae.models.layers import LayerNorm
@@ -64,11 +64,11 @@ def architecture_of(weights: Weights, **given: Any) -> Architecture:
         UserError: the file has no encoder, a given value contradicts the file, the file does not tell a needed value,
             or the sizes do not fit together.
     """
-    tensors = encoder_tensors(weights)
-    found = encoder_arguments(tensors, weights.metadata)
+    facts = encoder_facts(encoder_tensors(weights), weights.metadata)
+    found = {key: fact.value for key, fact in facts.items() if key not in ("norm_eps", "activation")}
     given = {key: value for key, value in given.items() if value is not None}
     fixed = ["embed_dim", "depth", "mlp_ratio"]
-    fixed += ["num_heads"] if "num_heads" in recorded_arguments(weights.metadata) else []
+    fixed += ["num_heads"] if "num_heads" not in assumed(facts) else []
     wrong = [key for key in fixed if key in found and given.get(key, found[key]) != found[key]]
     if wrong:
         has = " and ".join(f"{key} {found[key]}, not {given[key]}" for key in wrong)

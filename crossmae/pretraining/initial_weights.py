@@ -10,14 +10,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from crossmae.checkpoints.formats.facts import MODEL_KEYS, Facts, ModelFact, assumed, assumed_lines
 from crossmae.checkpoints.load_report import LoadReport
 from crossmae.checkpoints.loading import load
-from crossmae.checkpoints.metadata import BIT_DEPTH, PIXEL_MEAN, PIXEL_STD, recorded_arguments
+from crossmae.checkpoints.metadata import BIT_DEPTH, PIXEL_MEAN, PIXEL_STD, assumed_names, recorded_arguments
+from crossmae.checkpoints.pretrained import whole_facts
 from crossmae.checkpoints.weights import Weights, read_weights
 from crossmae.errors import UserError
 from crossmae.models.crossmae import MODEL_DEFAULTS, CrossMAE, resolve_blocks
@@ -43,14 +46,20 @@ def start_from(model: CrossMAE, path: Path, arguments: Mapping[str, Any], data: 
     Position embeddings, patch filters and channels are converted to the size of the model: see
     `crossmae.checkpoints.load`.
 
-    Raises UserError if the encoders differ in more than their input. No weights have been loaded then.
+    Returns a report, whose `assumed` has the values of the decoder, too, if the file's decoder was loaded. Raises
+    UserError if the encoders differ in more than their input. No weights have been loaded then.
     """
     weights = read_weights(path)
     compare_pixels(weights, data)
     recorded = recorded_arguments(weights.metadata)
-    differing = [key for key in recorded if key != "img_size" and not _same(key, recorded, arguments)]
+    free = {"img_size", *assumed_names(weights.metadata)}
+    differing = [key for key in recorded if key not in free and not _same(key, recorded, arguments)]
     if not differing and _is_of(model, weights):
         report = load(model, weights, dropped=(r"norm\.",), resample=True)
+        settings = MODEL_DEFAULTS | dict(arguments)
+        for name, fact in assumed(whole_facts(weights, arguments)).items():
+            if name in MODEL_KEYS and name not in report.assumed:
+                report.assumed[name] = replace(fact, value=settings[name])
         log.info("model.init: the whole model comes from %s%s", weights.path, _changes(report))
         return report
     fresh = tuple(rf"{name}\." for name, _ in model.named_children() if name not in ("patch_embed", "blocks"))
@@ -87,8 +96,14 @@ def _same(key: str, recorded: Mapping[str, Any], arguments: Mapping[str, Any]) -
     return bool(theirs == mine)
 
 
+def say_assumed(facts: Facts, keys: Mapping[str, str]) -> None:
+    """Log the values that the file of `model.init` does not tell."""
+    for line in assumed_lines(facts, keys):
+        log.info("model.init: %s", line)
+
+
 def compare_pixels(weights: Weights, data: DataConfig) -> None:
-    """Warn if weights were trained with another mean, std or bit depth."""
+    """Log whether weights were trained with other or unknown pixel statistics."""
     for key, name, mine in (
         (PIXEL_MEAN, "mean", list(data.mean)),
         (PIXEL_STD, "std", list(data.std)),
@@ -97,6 +112,7 @@ def compare_pixels(weights: Weights, data: DataConfig) -> None:
         try:
             theirs = json.loads(weights.metadata.get(key, ""))
         except json.JSONDecodeError:
+            say_assumed({key: ModelFact(mine, "assumed", "from this run")}, {key: f"data.{name}"})
             continue
         if theirs != mine:
             log.warning("model.init: %s was trained with data.%s=%s, this run has %s", weights.path, name, theirs, mine)

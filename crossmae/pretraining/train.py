@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import crossmae
+from crossmae.checkpoints.formats.facts import MODEL_KEYS, assumed
 from crossmae.checkpoints.metadata import BIT_DEPTH, FORMAT, MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD, STEP, VERSION
-from crossmae.checkpoints.provenance import inherited, recorded_licence
+from crossmae.checkpoints.provenance import inherited, recorded_inheritance
 from crossmae.checkpoints.run_checkpoint import MODEL
 from crossmae.data.batches import BatchPlan
 from crossmae.data.broken import warn_of_depth
@@ -31,7 +32,7 @@ from crossmae.models.sizes import model_arguments
 from crossmae.pretraining.config import PretrainConfig
 from crossmae.pretraining.figures import fused_map_names, fusion_figure, reconstruction_figure
 from crossmae.pretraining.images import PretrainImages, collate_pretraining
-from crossmae.pretraining.initial_weights import build_model, start_from
+from crossmae.pretraining.initial_weights import build_model, say_assumed, start_from
 from crossmae.pretraining.validation import Health, HeldOut, Neighbours
 from crossmae.training.config import DataConfig
 from crossmae.training.devices import describe_place
@@ -74,9 +75,13 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
     fingerprint = config.fingerprint(schedule.images, precision, ranks.world_size)
     start = find_start(config.output_dir, resume)
     complete = is_complete(start, schedule.last_step, fingerprint)
-    licence = recorded_licence(start / MODEL) if start else None
+    origin = recorded_inheritance(start / MODEL) if start else {}
     if config.model.init and not start:
-        licence = start_from(model, config.model.init.expanduser(), arguments, data).licence
+        report = start_from(model, config.model.init.expanduser(), arguments, data)
+        given = [key for key in config.model.model_fields_set if getattr(config.model, key) is not None]
+        found = assumed(report.assumed, given=[key for key in given if key in MODEL_KEYS])
+        say_assumed(found, MODEL_KEYS)
+        origin = inherited(report.licence, found)
     # The measurements, and a check of every image.
     normalize = Normalize(data.mean, data.std, device)
     warmup = schedule.warmup_steps / schedule.total_steps
@@ -91,7 +96,7 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
     def metadata(step: int) -> dict[str, str]:
         pixels = {PIXEL_MEAN: json.dumps(data.mean), PIXEL_STD: json.dumps(data.std), BIT_DEPTH: str(data.bit_depth)}
         about = {FORMAT: "crossmae", MODEL_ARGUMENTS: json.dumps(arguments), VERSION: crossmae.__version__}
-        return about | pixels | {STEP: str(step)} | inherited(licence)
+        return about | pixels | {STEP: str(step)} | origin
 
     def announce(step: int) -> None:
         place = describe_place(device, precision, ranks.world_size)

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from crossmae.checkpoints.formats.facts import assumed, assumed_lines
 from crossmae.checkpoints.loading import load
 from crossmae.checkpoints.weights import encoder_arguments, encoder_tensors, read_weights
 from crossmae.errors import UserError
@@ -67,4 +68,7 @@ def build_backbone(
     if source is not None:
         report = load(net, source, part="encoder", new=NEW, dropped=DROPPED)
         log.info("weights from %s (%s): %s", source.path, source.format, report.summary())
+        given = [name for name in ("num_heads",) if name in overrides]
+        for line in assumed_lines(assumed(report.assumed, given), {"num_heads": "num_heads"}):
+            log.info("%s: %s", source.path, line)
     return build_pyramid(net, out_channels)

@@ -17,9 +17,10 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
+from crossmae.checkpoints.formats.facts import Facts, ModelFact, assumed, assumed_lines, encoder_facts
 from crossmae.checkpoints.load_report import LoadReport
 from crossmae.checkpoints.loading import load, resampled
-from crossmae.checkpoints.metadata import PIXEL_MEAN, PIXEL_STD, UNKNOWN, recorded_arguments
+from crossmae.checkpoints.metadata import NORM_EPS_OF_PLAIN, PIXEL_MEAN, PIXEL_STD, UNKNOWN, assumed_names
 from crossmae.checkpoints.resample import fit
 from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_home, encoder_tensors, read_weights
 from crossmae.errors import UserError
@@ -69,16 +70,32 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False)
             recorded = dict(flatten(read_yaml(config))) if config.is_file() else {}
             warn_of_other_settings({key: lookup(cfg, key) for key in COMPARED_SETTINGS}, recorded, config)
             report = _load_detector(model, weights, config, detector_only)
+            say_assumed(report.assumed, "Train it again with")
         elif detector_only:
             raise UserError(f"{path}: has only an encoder. Name a trained detector.")
         else:
             check_pixels(weights, cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
             report = _load_encoder(model, weights)
+            say_assumed(report.assumed | _pixels(weights, cfg))
     except UserError as error:
         raise UserError(f"MODEL.WEIGHTS: {error}") from error
     log.info("weights from %s (%s): %s", weights.path, weights.format, report.summary())
     log.debug("%s", report.table())
     return report
+
+
+def say_assumed(facts: Facts, word: str = "Set") -> None:
+    """Log the values that the file does not tell, and their keys."""
+    keys = {"num_heads": "MODEL.VIT.NUM_HEADS", "pixel_mean": "MODEL.PIXEL_MEAN", "pixel_std": "MODEL.PIXEL_STD"}
+    for line in assumed_lines(facts, keys, word):
+        log.warning("MODEL.WEIGHTS: %s", line)
+
+
+def _pixels(weights: Weights, cfg: CfgNode) -> Facts:
+    """Find pixel statistics that the file does not record."""
+    given = {PIXEL_MEAN: cfg.MODEL.PIXEL_MEAN, PIXEL_STD: cfg.MODEL.PIXEL_STD}
+    unknown = [key for key in given if weights.metadata.get(key, UNKNOWN) == UNKNOWN]
+    return {key: ModelFact(list(given[key]), "assumed", "from the config", "[103.5,116.3,123.7]") for key in unknown}
 
 
 def find_detector(path: Path) -> Path:
@@ -116,10 +133,16 @@ def _load_detector(model: nn.Module, weights: Weights, own_config: Path, detecto
         kept = {name: tensor for name, tensor in weights.tensors.items() if not re.match(CLASS_LAYERS, name)}
         weights = replace(weights, tensors=kept)
     try:
-        return load(model, weights, new=new)
+        report = load(model, weights, new=new)
     except UserError as error:
         hint = f"Use the config next to it: --config-file {own_config}. " * own_config.is_file()
         raise UserError(f"{hint}{error}") from error
+    if marks := assumed_names(weights.metadata):
+        net: Any = model.get_submodule("backbone.net")
+        values = {"num_heads": net.num_heads, "img_size": net.pretrain_img_size, "norm_eps": NORM_EPS_OF_PLAIN}
+        values |= {"activation": "gelu"}
+        report.assumed = {key: ModelFact(values[key], "assumed", "since pretraining") for key in values if key in marks}
+    return report
 
 
 def _load_encoder(model: nn.Module, weights: Weights) -> LoadReport:
@@ -168,13 +191,10 @@ def check_architecture(net: ViT, weights: Weights) -> None:
     """Reject a file with another encoder than `MODEL.VIT.*` describes."""
     found = encoder_arguments(encoder_tensors(weights), weights.metadata)
     found["pretrain_img_size"] = found.pop("img_size", net.pretrain_img_size)
+    if "num_heads" in assumed(encoder_facts(encoder_tensors(weights), weights.metadata)):
+        found.pop("num_heads")  # the config decides, and `say_assumed` logs that
     wrong = [name for name in SHOWN if found.get(name, getattr(net, name)) != getattr(net, name)]
-    if wrong == ["num_heads"] and "num_heads" not in recorded_arguments(weights.metadata):
-        # Neither shapes nor metadata show the number of heads. A number that is unusual for the width causes a warning,
-        # not an error.
-        words = "%s does not say how many attention heads it has; MODEL.VIT.NUM_HEADS is %d, published models have %d"
-        log.warning(words, weights.path, net.num_heads, found["num_heads"])
-    elif wrong:
+    if wrong:
         given = ", ".join(f"MODEL.VIT.{name.upper()} {getattr(net, name)}" for name in wrong)
         words = " ".join(f"MODEL.VIT.{name.upper()}={found[name]}" for name in wrong)
         raise UserError(f"{weights.path}: {given} does not fit the encoder in the file. Set {words}")

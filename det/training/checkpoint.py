@@ -18,6 +18,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from torch import nn
 
+from crossmae.checkpoints.metadata import PICKLED_METADATA
 from crossmae.checkpoints.reading.torch_file import read_torch_file
 from crossmae.checkpoints.weights import check_finite, describe_non_finite
 from crossmae.errors import UserError
@@ -50,12 +51,14 @@ _REPAIR = "Write the name of a checkpoint in this folder into it, such as model_
 class AtomicCheckpointer(DetectionCheckpointer):
     """detectron2's checkpoints of a run folder, with atomic writing and strict reading.
 
-    If there is a moving `average` of the weights, the average and the trained weights are saved.
+    If there is a moving `average` of the weights, the average and the trained weights are saved. `metadata` is written
+    with them, and kept on resuming.
     """
 
     def __init__(self, model: nn.Module, save_dir: str, average: nn.Module | None = None, **checkpointables: Any):
         super().__init__(model, save_dir, **checkpointables)
         self.average = average
+        self.metadata: dict[str, str] = {}
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write `<name>.pth`, then record its name in the file `last_checkpoint`."""
@@ -80,6 +83,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
                     f"{Path(self.save_dir, file_name)}: not written, because {found} (in `{key}`). Lower "
                     "SOLVER.BASE_LR and start a new run in another OUTPUT_DIR."
                 )
+        content = content | ({PICKLED_METADATA: self.metadata} if self.metadata else {})
         write_atomically(Path(self.save_dir, file_name), lambda path: torch.save(content, path))
 
     def resume(self, path: Path, max_iter: int) -> int:
@@ -114,6 +118,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
             raise UserError(
                 f"{filename}: has no {', '.join(missing)}, so it is no checkpoint of a training run. {advice}"
             )
+        self.metadata = content.get(PICKLED_METADATA, {})
         if self.average is not None and TRAINED in content:
             self.average.load_state_dict(content["model"])
             content["model"] = content.pop(TRAINED)

@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from timm.utils import ModelEmaV3
 
+from crossmae.checkpoints.provenance import inherited
 from crossmae.errors import UserError
 from crossmae.files import make_folder, write_text
 from crossmae.training.signals import StopRequest
@@ -74,8 +75,9 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
         model = build_detector(cfg)
         checkpoint = find_checkpoint(folder, resume)
         settings = shared_settings(dict(flatten(cfg)), len(samples))
+        loaded = None
         if checkpoint is None:
-            load_weights(model, cfg)
+            loaded = load_weights(model, cfg)
         else:
             check_continues(folder, settings)
         groups = parameter_groups(model, solver, schedule.base_lr, depth)
@@ -86,6 +88,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
         trainer = StepTrainer(wrapped, loader, adamw, cfg.SEED, solver.ACCUMULATE, precision, average)
         averaged = average.module if average else None
         checkpointer = AtomicCheckpointer(model, str(folder), averaged, trainer=weakref.proxy(trainer))
+        checkpointer.metadata = inherited(None, loaded.assumed) if loaded else {}
         evaluation = None
         if cfg.DATASETS.TEST:
             evaluated = partial(evaluate, cfg, averaged or wrapped)

@@ -68,7 +68,7 @@ def test_published_layout(folder: Path, capsys: pytest.CaptureFixture[str], name
         pytest.skip(f"{path.name} is not here")
     command = [path, "*.png", "--no-gif", "--set", "num_heads=2", "decoder_num_heads=2"]
     assert run(*command) == 0
-    assert "assumed  pixels were normalised by ImageNet's mean and deviation" in capsys.readouterr().out
+    assert "assumed  pixel_mean: [0.485, 0.456, 0.406] is assumed as in ImageNet" in capsys.readouterr().out
     written = {path.name for path in Path("reconstructions").rglob("*.*")}
     assert written == {"one.png", "overview-1.png", "psnr.json", "two.png"}
 

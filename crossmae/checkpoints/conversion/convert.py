@@ -19,11 +19,13 @@ from crossmae import __version__
 from crossmae.checkpoints.conversion import proof, targets
 from crossmae.checkpoints.conversion.proof import TOLERANCE, Proof
 from crossmae.checkpoints.conversion.targets import NO_SUFFIX, TARGETS, ConversionPlan, Names
+from crossmae.checkpoints.formats.facts import ENCODER_FACTS, SET_OPTION, assumed_lines, condition
 from crossmae.checkpoints.formats.huggingface import PREPROCESSOR
 from crossmae.checkpoints.formats.keys import CLASS_ROW_ADDED
 from crossmae.checkpoints.formats.timm_folder import is_timm_folder
 from crossmae.checkpoints.load_report import LoadReport, Status
-from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, NORM_EPS_OF_PLAIN
+from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, NORM_EPS_OF_PLAIN, marked
+from crossmae.checkpoints.pretrained import RECORDED, with_metadata
 from crossmae.checkpoints.provenance import provenance
 from crossmae.checkpoints.reading.files import HUB_CONFIG, find_file, shards
 from crossmae.checkpoints.resample import Channels, fit
@@ -64,7 +66,8 @@ class ConversionRequest:
     Attributes:
         source, ema, trust: see `read_weights`. The source is never changed.
         destination: file or folder to write. The suffix decides the kind of file, see `TARGETS`.
-        given: arguments of the source model (`ViTEncoder` or `CrossMAE`) that neither the file nor its shapes show.
+        given: arguments of the source model (`ViTEncoder` or `CrossMAE`) and `RECORDED` metadata, which neither the
+            file nor its shapes show.
         encoder_only: drop decoder and heads.
         drop: regular expressions, matched from the start of a plain name. A matching tensor may be dropped although the
             encoder computes something else without the tensor.
@@ -143,10 +146,12 @@ def convert(source: str | Path, destination: str | Path, to: str, **options: Any
     request = ConversionRequest(Path(source).expanduser(), Path(destination).expanduser(), to, **options)
     check_request(request)
     weights = read_weights(request.source, ema=request.ema, trust=request.trust, img_size=request.given.get("img_size"))
+    weights = with_metadata(weights, {key: value for key, value in request.given.items() if key in RECORDED})
+    given = {key: value for key, value in request.given.items() if key not in RECORDED}
     planned = targets.plan(weights, to, encoder_only=request.encoder_only, drop=request.drop)
     if planned.refused:
         raise UserError(targets.describe_refusal(weights, planned))
-    planned, assumed = targets.with_arguments(weights, planned, request.given)
+    planned = targets.with_arguments(weights, planned, given)
     planned = _resample(weights, planned, request.sizes)
     if request.destination.suffix == ".pkl":
         halves = [name for name, tensor in planned.tensors.items() if tensor.dtype == torch.bfloat16]
@@ -167,7 +172,7 @@ def convert(source: str | Path, destination: str | Path, to: str, **options: Any
             proof=proven,
             metadata=planned.metadata,
             report_path=request.report_path,
-            assumed=(*assumed, *_assumptions(weights, planned)),
+            assumed=(*assumed_lines(planned.assumed, SET_OPTION), *_assumptions(weights, planned)),
             beside=weights.beside,
         )
         write_json(temporary_report, done.record())
@@ -246,7 +251,8 @@ def _metadata(weights: Weights, planned: ConversionPlan) -> dict[str, str]:
         metadata = {key: value for key, value in metadata.items() if key not in HEAD_KEYS}
     # transformers and timm require the value "pt" under this key. Other files have the layout.
     layout = "pt" if planned.to in ("timm", "hf-vit", "hf-vitmae") else planned.to
-    return metadata | {FORMAT: layout, MODEL_ARGUMENTS: json.dumps(planned.arguments)}
+    model = {FORMAT: layout, MODEL_ARGUMENTS: json.dumps(planned.arguments)}
+    return metadata | model | marked(planned.assumed)
 
 
 def _assumptions(weights: Weights, planned: ConversionPlan) -> Iterator[str]:
@@ -282,7 +288,9 @@ def _prove(weights: Weights, planned: ConversionPlan, written: Path, tolerance: 
     source = partial(proof.source_encoder, weights.path, layout, tensors, arguments, **eps)
     target = partial(proof.file_encoder, written, planned.to, arguments, **eps)
     sizes, channels = proof.image_size(encoder, arguments), arguments["in_chans"]
-    return proof.prove(source, target, size=sizes, in_chans=channels, what=", ".join(words), tolerance=tolerance)
+    proven = proof.prove(source, target, size=sizes, in_chans=channels, what=", ".join(words), tolerance=tolerance)
+    taken = condition({key: fact for key, fact in planned.assumed.items() if key in ENCODER_FACTS})
+    return replace(proven, what=", ".join(filter(None, (proven.what, taken))))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from crossmae.checkpoints.conversion.targets import TARGETS, check_square, plan
+from crossmae.checkpoints.formats.facts import Facts, FactSource, assumed_lines, encoder_facts
 from crossmae.checkpoints.formats.keys import encoder_home, not_plain
 from crossmae.checkpoints.load_report import split_name
 from crossmae.checkpoints.metadata import (
@@ -23,9 +25,8 @@ from crossmae.checkpoints.metadata import (
     UNKNOWN,
     VERSION,
     check_digest,
-    recorded_arguments,
 )
-from crossmae.checkpoints.pretrained import arguments_of
+from crossmae.checkpoints.pretrained import arguments_of, pixel_facts, whole_facts
 from crossmae.checkpoints.provenance import licence_notice
 from crossmae.checkpoints.reading.files import file_kind, find_file, read_safetensors
 from crossmae.checkpoints.reading.wrappers import one_model
@@ -72,6 +73,8 @@ class Inspection:
         dtypes: number of values of each dtype.
         encoder: known constructor arguments of the encoder; {} without an encoder.
         facts: further facts for people, by a short name.
+        sources: source of each value of the model: recorded, shapes or assumed.
+        assumed: one line for each assumed value.
         not_plain: one sentence for each kind of tensor that a plain ViT does not have.
         non_finite: names of tensors with NaN or infinity; None if values were not read.
         becomes: outcome of a conversion, by the name of the target.
@@ -86,6 +89,8 @@ class Inspection:
     dtypes: dict[str, int]
     encoder: dict[str, Any]
     facts: dict[str, str]
+    sources: dict[str, FactSource]
+    assumed: tuple[str, ...]
     beside: tuple[str, ...]
     not_plain: tuple[str, ...]
     non_finite: tuple[str, ...] | None
@@ -113,6 +118,7 @@ class Inspection:
         }
         width = max(map(len, [*rows, *self.becomes])) + 2
         text = [f"{name:{width}}{value}" for name, value in rows.items() if value]
+        text += [f"{'assumed':{width}}{line}" for line in self.assumed]
         text += [f"{'NOT PLAIN':{width}}{sentence}" for sentence in self.not_plain]
         text += ["", "can become"]
         outcomes = set(self.becomes.values())
@@ -138,7 +144,9 @@ def inspect(path: str | Path, *, values: bool = True) -> Inspection:
         stored, metadata = read_safetensors(file)
         if values:
             check_digest(stored, metadata, file)
-        shapes, beside = one_model({name: tensor.to("meta") for name, tensor in stored.items()}, file)
+        # Positions keep their values, which show the grid if they are sine-cosine.
+        held = {name: each if "pos" in name and each.ndim == 3 else each.to("meta") for name, each in stored.items()}
+        shapes, beside = one_model(held, file)
         weights = replace(translated(file, shapes, metadata), beside=beside)
     else:
         weights = read_weights(path, finite=False)
@@ -147,8 +155,9 @@ def inspect(path: str | Path, *, values: bool = True) -> Inspection:
     for tensor in weights.tensors.values():
         dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
     encoder: dict[str, Any] = {}
-    facts = _recorded(weights)
+    facts, typed = _recorded(weights), Facts()
     if encoder_home(weights.tensors) is not None:
+        typed = _typed(weights)
         encoder = encoder_arguments(encoder_tensors(weights), weights.metadata)
         facts = _facts(weights, stored, encoder) | facts | {"licence": licence_notice(weights) or ""}
     return Inspection(
@@ -161,6 +170,8 @@ def inspect(path: str | Path, *, values: bool = True) -> Inspection:
         dtypes=dict(dtypes.most_common()),
         encoder=encoder,
         facts={key: value for key, value in facts.items() if value},
+        sources={key: fact.source for key, fact in typed.items()},
+        assumed=tuple(assumed_lines(typed)),
         beside=weights.beside,
         not_plain=tuple(not_plain(weights.tensors)) if encoder else (),
         non_finite=non_finite(stored) if values else None,
@@ -173,8 +184,8 @@ def _facts(weights: Weights, stored: Mapping[str, Tensor], arguments: Mapping[st
     heads, fusion = "", ""
     if "num_heads" not in arguments:
         heads = "unknown, the file does not show them. Conversions need --set num_heads=N"
-    elif "num_heads" not in recorded_arguments(weights.metadata):
-        heads = "not in the file, num_heads is that of the published models of this width"
+    elif told := encoder_facts(encoder_tensors(weights), weights.metadata)["num_heads"]:
+        heads = told.why if told.source == "recorded" else ""
     if (mixed := plain.get("wfm.linear.weight")) is not None:
         fusion = f"{mixed.shape[1]} maps of the encoder for each of {mixed.shape[0]} decoder blocks"
     head = plain.get("head.weight", plain.get("head.1.weight"))
@@ -194,12 +205,20 @@ def _facts(weights: Weights, stored: Mapping[str, Tensor], arguments: Mapping[st
 
 def _decoder(weights: Weights) -> str:
     try:
-        arguments, assumed = arguments_of(weights, {})
+        arguments, _ = arguments_of(weights, {})
     except UserError as error:
         return str(error).removeprefix(f"{weights.path}: ")
     keys = ("decoder", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss")
-    known = [f"{key} {(MODEL_DEFAULTS | arguments)[key]}" for key in keys]
-    return ", ".join([*known, *(f"assumed: {sentence}" for sentence in assumed)])
+    return ", ".join(f"{key} {(MODEL_DEFAULTS | arguments)[key]}" for key in keys)
+
+
+def _typed(weights: Weights) -> Facts:
+    """Find the facts about the model and its pixels."""
+    facts = encoder_facts(encoder_tensors(weights), weights.metadata)
+    if weights.format in ("crossmae", "mae"):
+        with suppress(UserError):
+            facts |= whole_facts(weights, {})
+    return facts | pixel_facts(weights, facts["in_chans"].value)
 
 
 def _recorded(weights: Weights) -> dict[str, str]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from crossmae import __version__
+from crossmae.checkpoints.formats.facts import Facts, ModelFact, assumed, encoder_facts, with_marks
 from crossmae.checkpoints.formats.huggingface import PREPROCESSOR, hf_config, hf_preprocessor_config
 from crossmae.checkpoints.formats.keys import encoder_home, from_plain, oddities
 from crossmae.checkpoints.formats.timm_folder import POOL, timm_config
@@ -38,7 +39,6 @@ from crossmae.checkpoints.resample import RELATIVE
 from crossmae.checkpoints.run_checkpoint import MODEL
 from crossmae.checkpoints.weights import (
     Weights,
-    encoder_arguments,
     encoder_part,
     encoder_tensors,
     plain_size,
@@ -70,6 +70,7 @@ class ConversionPlan:
         arguments: constructor arguments of `ViTEncoder` (for an encoder or a classifier) or of `CrossMAE` (for a whole
             pretraining model). `plan` leaves them empty, like the metadata.
         metadata: strings, see `crossmae.checkpoints.metadata`.
+        assumed: values of the source model that its file does not tell.
     """
 
     to: str
@@ -77,6 +78,7 @@ class ConversionPlan:
     report: LoadReport
     arguments: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    assumed: Facts = field(default_factory=dict)
 
     @property
     def refused(self) -> tuple[str, ...]:
@@ -343,10 +345,8 @@ def describe_refusal(weights: Weights, planned: ConversionPlan) -> str:
     return f"{headline}\n{planned.report.table()}"
 
 
-def with_arguments(
-    weights: Weights, planned: ConversionPlan, given: Mapping[str, Any]
-) -> tuple[ConversionPlan, list[str]]:
-    """Add the arguments of the source model, and list assumptions.
+def with_arguments(weights: Weights, planned: ConversionPlan, given: Mapping[str, Any]) -> ConversionPlan:
+    """Add the arguments and the assumed facts of the source model.
 
     Args:
         given: arguments that neither the file nor its shapes show.
@@ -355,20 +355,17 @@ def with_arguments(
         UserError: a given argument is unknown, has no effect or contradicts the file; or an argument is missing.
     """
     encoder = encoder_part(planned.tensors)
-    found, recorded = encoder_arguments(encoder, weights.metadata), recorded_arguments(weights.metadata)
-    _check_given(weights, planned.whole, found, recorded, given)
-    assumed: list[str] = []
+    facts = encoder_facts(encoder, weights.metadata)
+    _check_given(weights, planned.whole, facts, given)
+    found = {key: fact.value for key, fact in facts.items() if key in _ENCODER_ARGUMENTS} | dict(given)
     if planned.whole:
-        arguments, assumed = arguments_of(weights, given)
-        found = MODEL_DEFAULTS | found | arguments
+        arguments, whole = arguments_of(weights, given)
+        found, facts = MODEL_DEFAULTS | found | arguments, facts | whole
         _check_model(weights, found, planned.tensors)
-    found = found | dict(given)
     if missing := [key for key in ("img_size", "num_heads", "mlp_ratio") if key not in found]:
         raise UserError(f"{weights.path}: {ask(missing)}")
-    if "num_heads" not in recorded.keys() | given.keys():
-        assumed.append(f"{found['num_heads']} attention heads, as in the published models of this width")
     _check_sizes(weights, found, encoder["pos_embed"])
-    return replace(planned, arguments=found), assumed
+    return replace(planned, arguments=found, assumed=assumed(facts, given))
 
 
 def check_square(to: str, arguments: Mapping[str, Any]) -> None:
@@ -381,17 +378,16 @@ def check_square(to: str, arguments: Mapping[str, Any]) -> None:
         )
 
 
-def _check_given(
-    weights: Weights, whole: bool, found: Mapping[str, Any], recorded: Mapping[str, Any], given: Mapping[str, Any]
-) -> None:
+def _check_given(weights: Weights, whole: bool, facts: Facts, given: Mapping[str, Any]) -> None:
     """Raise UserError for `--set` arguments that are unknown, unused or contradictory."""
     if unknown := sorted(given.keys() - MODEL_DEFAULTS.keys()):
         raise UserError(f"--set {', '.join(unknown)}: unknown model argument. Use one of {', '.join(MODEL_DEFAULTS)}.")
     unused = [] if whole else sorted(given.keys() - _ENCODER_ARGUMENTS)
     if unused:
         raise UserError(f"--set {', '.join(unused)}: has no effect, only the encoder is converted. Leave it out.")
-    guessed = {"num_heads", "img_size"} - recorded.keys()  # guessed from the width, and as a square
-    sure = {key: value for key, value in found.items() if key not in guessed} | dict(recorded)
+    held = {key: ModelFact(value, "recorded") for key, value in recorded_arguments(weights.metadata).items()}
+    facts = facts | with_marks(held, weights.metadata)
+    sure = {key: fact.value for key, fact in facts.items() if fact.source != "assumed"}
     wrong = [key for key in given if key in sure and plain_size(sure[key]) != plain_size(given[key])]
     if wrong:
         known = ", ".join(f"{key} {plain_size(sure[key])}" for key in wrong)

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from crossmae.checkpoints.metadata import check_digest
+from crossmae.checkpoints.reading.settings import trainer_settings
 from crossmae.checkpoints.reading.torch_file import ZIP, read_torch_file
 from crossmae.checkpoints.reading.trusted import read_trusted
 from crossmae.checkpoints.reading.unpickle import damaged, read_numpy_pickle
@@ -143,7 +144,7 @@ def _read_one(path: Path, kind: str, *, ema: bool = False, trust: bool = False) 
     content = read_trusted(path, kind) if trust else read(path)
     tensors, beside, averaged = state_dict(content, path, ema=ema)
     metadata = check_digest(tensors, pickled_metadata(content, path), path)
-    return Contents(tensors, metadata | published_settings(content), beside, averaged)
+    return Contents(tensors, published_settings(content) | trainer_settings(content) | metadata, beside, averaged)
 
 
 def _read_shards(path: Path, trust: bool) -> Contents:

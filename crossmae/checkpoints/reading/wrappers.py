@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from crossmae.checkpoints.metadata import DIGEST, PICKLED_METADATA, PUBLISHED_ARGUMENTS
+from crossmae.checkpoints.reading.quantized import refuse_quantized
 from crossmae.checkpoints.reading.unpickle import allowance
 from crossmae.errors import UserError, shorten
 
@@ -58,6 +59,7 @@ def state_dict(content: Any, path: Path, *, ema: bool = False) -> tuple[dict[str
         content = _opened(content[found])
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"{path}: not a state dict of named tensors, but {_describe(content)}. {_SAVE}")
+    refuse_quantized(content, path)
     _check_values(content, path)
     seen: set[int] = set()
     return {name: _dense(value, name, path, seen) for name, value in content.items()}, tuple(beside), averaged

@@ -22,6 +22,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from crossmae.checkpoints.formats.facts import MODEL_KEYS, ModelFact, assumed, assumed_lines
 from crossmae.checkpoints.metadata import (
     BIT_DEPTH,
     MODEL_ARGUMENTS,
@@ -132,6 +133,8 @@ def open_encoder(weights: Weights, pool: FeaturePool, block: int | None, seed: i
         notes.append("the file has no class token, a random one is used: features differ a little from the original")
     heads = [name for name in ("fc_norm", "head") if any(key.startswith(f"{home}{name}.") for key in weights.tensors)]
     notes += [f"not used: {' and '.join(heads)} of the fine-tuned model"] if heads else []
+    told = () if given.get("num_heads") is None else ("num_heads",)
+    notes += assumed_lines(assumed(report.assumed, told), MODEL_KEYS)
     return FrozenEncoder(vit, architecture, chosen, has_norm and is_last, pool, *notes)
 
 
@@ -176,9 +179,16 @@ def choose_views(weights: Weights, architecture: Architecture, data: LabelledCon
             raise UserError(f"data.{key}: {wrong}. Measure them with tools/dataset_stats.py.")
         statistics.append(values)
         if given is None and recorded is None:
-            notes.append(f"assumed: data.{key} of ImageNet, because the weights record none")
+            notes += assumed_lines(
+                {record: ModelFact(list(values), "assumed", "as in ImageNet")}, {record: f"data.{key}"}
+            )
     crop_pct = data.crop_pct or _recorded(weights, "crop_pct") or published_crop_pct(size)
-    bit_depth = data.bit_depth or int(_recorded(weights, BIT_DEPTH) or 8)
+    depth = data.bit_depth or _recorded(weights, BIT_DEPTH)
+    if depth is None and _recorded(weights, PIXEL_MEAN) is None:
+        notes += assumed_lines(
+            {BIT_DEPTH: ModelFact(8, "assumed", "as in most pictures")}, {BIT_DEPTH: "data.bit_depth"}
+        )
+    bit_depth = int(depth or 8)
     return Views(size, crop_pct, statistics[0], statistics[1], bit_depth), notes
 
 

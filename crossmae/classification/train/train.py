@@ -22,8 +22,9 @@ from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from crossmae.checkpoints.formats.facts import MODEL_KEYS, assumed
 from crossmae.checkpoints.metadata import recorded_arguments
-from crossmae.checkpoints.provenance import inherited, licence_notice
+from crossmae.checkpoints.provenance import inherited, recorded_inheritance
 from crossmae.checkpoints.reading.files import find_file
 from crossmae.checkpoints.run_checkpoint import MODEL
 from crossmae.checkpoints.weights import Weights, read_weights, save_weights
@@ -61,7 +62,7 @@ from crossmae.data.sources.source import choose_per_class
 from crossmae.errors import UserError, shorten
 from crossmae.files import check_writable
 from crossmae.models.sizes import SIZES
-from crossmae.pretraining.initial_weights import compare_pixels
+from crossmae.pretraining.initial_weights import compare_pixels, say_assumed
 from crossmae.training.devices import describe_place
 from crossmae.training.log import NAMES, RunLog, announce_steps, describe
 from crossmae.training.loop import Callbacks, Job, check_images, train
@@ -110,7 +111,7 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
     }
     complete = is_complete(start, schedule.last_step, fingerprint)
     # The model, with its initial weights.
-    size, model, licence = build_model(config.model, data, seed, len(classes), start)
+    size, model, origin = build_model(config.model, data, seed, len(classes), start)
     model.set_grad_checkpointing(config.runtime.activation_checkpointing)
     crop_pct = config.evaluation.crop_pct or published_crop_pct(size.img_size)
     # The augmented images, and the loss.
@@ -132,7 +133,7 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
     )
 
     def metadata(step: int) -> dict[str, str]:
-        return classifier_metadata(size, record, step) | inherited(licence)
+        return classifier_metadata(size, record, step) | origin
 
     def announce(step: int) -> None:
         announce_model(model, size, record, describe_place(device, precision, ranks.world_size))
@@ -317,11 +318,11 @@ def check_labelled(labelled: LabelledImages, channels: int, data: LabelledDataCo
 
 def build_model(
     settings: ClassifierConfig, data: LabelledDataConfig, seed: int, num_classes: int, start: Path | None
-) -> tuple[Architecture, VisionTransformer, str | None]:
+) -> tuple[Architecture, VisionTransformer, dict[str, str]]:
     """Build the model from a checkpoint, `model.init`, or random numbers.
 
     Returns:
-        The architecture, the model, and the known licence of its weights.
+        The architecture, the model, and the metadata that it inherits from its weights.
 
     Raises:
         UserError: the file has no such encoder, or the sizes do not fit together.
@@ -332,15 +333,19 @@ def build_model(
     weights = read_weights(file) if file else None
     architecture = architecture_of(weights, **given) if weights else architecture_from(given, str(settings.name))
     model = build_vit(architecture, num_classes, settings.pool, settings.drop_path, settings.head)
+    origin = recorded_inheritance(file) if start and file else {}
     if weights and not start:
         compare_pixels(weights, data)
         warn_of_untrained_blocks(weights, architecture.depth)
         report = load_encoder_weights(model, weights)
         log.info("model.init: the encoder of %s: %s", weights.path, report.summary())
+        found = assumed(report.assumed, () if settings.num_heads is None else ("num_heads",))
+        say_assumed(found, MODEL_KEYS)
+        origin = inherited(report.licence, found)
     if settings.freeze:
         model.requires_grad_(False)
         model.head.requires_grad_(True)
-    return architecture, model, licence_notice(weights) if weights else None
+    return architecture, model, origin
 
 
 def warn_of_untrained_blocks(weights: Weights, depth: int) -> None:

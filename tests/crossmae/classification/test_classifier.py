@@ -151,9 +151,9 @@ def test_published_layout(tmp_path: Path, pool: str, head: str) -> None:
     assert (loaded.pool, loaded.multi_label, loaded.bit_depth, loaded.crop_pct) == (pool, False, 8, 0.875)
     assert loaded.mean == (0.485, 0.456, 0.406)
     text = "; ".join(loaded.assumed)
-    for word in ("0 to 3", "ImageNet", "0.875", "3 attention heads", "exactly one class"):
+    for word in ("0 to 3", "ImageNet", "0.875", "num_heads: 3 is assumed", "exactly one class"):
         assert word in text
-    assert "pooling" not in text  # its settings tell
+    assert "pool:" not in text  # its settings tell
 
 
 def test_published_file_without_settings(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_published_file_without_settings(tmp_path: Path) -> None:
     torch.save({f"module.{name}": tensor for name, tensor in model.state_dict().items()}, tmp_path / "a.pth")
     loaded = load_classifier(tmp_path / "a.pth")
     assert loaded.crop_pct == 1.0  # larger than 224 pixels
-    assert "pooling is cls, as published for its final norm" in loaded.assumed
+    assert any(line.startswith("pool: cls is assumed from its final norm") for line in loaded.assumed)
     assert load_classifier(tmp_path / "a.pth", 224).crop_pct == 0.875
 
 

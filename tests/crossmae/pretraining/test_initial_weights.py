@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crossmae.checkpoints.provenance import NON_COMMERCIAL, recorded_licence
+from crossmae.checkpoints.metadata import ASSUMED
+from crossmae.checkpoints.provenance import LICENCE, NON_COMMERCIAL, recorded_inheritance
 from crossmae.errors import UserError
 from crossmae.pretraining.initial_weights import start_from
 from crossmae.pretraining.train import pretrain
@@ -46,7 +48,7 @@ def test_a_run_starts_from_given_weights(images: Path, tmp_path: Path, caplog: p
     assert all(
         torch.equal(tensor, source[name]) for name, tensor in load_file(tmp_path / "run/model.safetensors").items()
     )
-    assert recorded_licence(tmp_path / "run/model.safetensors") is None
+    assert recorded_inheritance(tmp_path / "run/model.safetensors").get(LICENCE) is None
 
 
 def test_a_decoder_of_another_kind_is_not_taken_over(
@@ -69,7 +71,38 @@ def test_the_licence_of_weights_goes_with_what_is_trained_from_them(images: Path
     torch.save({"model": load_file(first)}, tmp_path / "published.pth")  # without the record of our own training
     settings: dict[str, Any] = {"model": {"init": tmp_path / "published.pth"}}
     pretrain(make_config(images, tmp_path / "run", **settings, schedule={"max_steps": 1}))
-    assert recorded_licence(tmp_path / "run/model.safetensors") == NON_COMMERCIAL
+    assert recorded_inheritance(tmp_path / "run/model.safetensors").get(LICENCE) == NON_COMMERCIAL
     (tmp_path / "published.pth").unlink()
     pretrain(make_config(images, tmp_path / "run", **settings, schedule={"max_steps": 2}), resume=True)
-    assert recorded_licence(tmp_path / "run/model.safetensors") == NON_COMMERCIAL
+    assert recorded_inheritance(tmp_path / "run/model.safetensors").get(LICENCE) == NON_COMMERCIAL
+
+
+def test_assumed_heads_are_logged_with_their_keys_and_stay_assumed(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = {"embed_dim": 192, "decoder_embed_dim": 128, "depth": 1, "decoder_depth": 1}
+    usual: dict[str, Any] = changes | {"num_heads": None, "decoder_num_heads": None}
+    first = pretrain(make_config(images, tmp_path / "first", model=usual, schedule={"max_steps": 1}))
+    torch.save({"model": load_file(first)}, tmp_path / "bare.pth")
+    settings = {"init": tmp_path / "bare.pth"}
+    with caplog.at_level("INFO"):
+        second = pretrain(make_config(images, tmp_path / "run", model=usual | settings, schedule={"max_steps": 1}))
+    for line in (
+        "num_heads: 3 is assumed from the width 192, the file does not tell. Set model.num_heads=6 if it differs",
+        "decoder_num_heads: 4 is assumed from the width 128, the file does not tell. "
+        "Set model.decoder_num_heads=2 if it differs",
+        "pixel_mean: [0.485, 0.456, 0.406] is assumed from this run, the file does not tell. "
+        "Set 'data.mean=[0.5,0.5,0.5]' if it differs",
+    ):
+        assert f"model.init: {line}" in caplog.messages
+    marks = recorded_inheritance(second)[ASSUMED]
+    assert {"decoder_num_heads", "num_heads"} <= set(json.loads(marks))
+    assert "img_size" not in json.loads(marks)  # the sines of the positions show the grid
+    pretrain(make_config(images, tmp_path / "run", model=usual | settings, schedule={"max_steps": 2}), resume=True)
+    assert recorded_inheritance(second)[ASSUMED] == marks
+    # Assumed values of the file do not contradict given values. Recorded values do.
+    given = make_config(images, tmp_path / "given", model=changes | {"num_heads": 6, "init": second})
+    report = start_from(build(given), second, arguments(given), given.data)
+    assert report.count("new") == 0
+    with pytest.raises(UserError, match="num_heads 3, but the model expects num_heads 6"):
+        start_from(build(given), first, arguments(given), given.data)

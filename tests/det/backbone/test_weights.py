@@ -12,9 +12,11 @@ from safetensors.torch import save_file
 
 from crossmae import CrossMAE
 from crossmae.checkpoints import convert
+from crossmae.checkpoints.provenance import inherited
 from crossmae.checkpoints.weights import read_weights
 from crossmae.errors import UserError
 from det.backbone.weights import build_detector, find_detector, load_weights
+from det.training.checkpoint import AtomicCheckpointer
 
 ENCODER = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
@@ -222,3 +224,29 @@ def test_files_that_are_not_there_are_named(cfg, path, message):
     cfg.MODEL.WEIGHTS = path
     with pytest.raises(UserError, match=message):
         load_weights(build_model(cfg), cfg)
+
+
+def test_what_the_file_does_not_tell_is_logged_with_its_key_and_stays_with_the_detector(tmp_path, cfg, caplog):
+    torch.save({"model": encoder_of(random_model())}, tmp_path / "bare.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "bare.pth")
+    detector = build_model(cfg)
+    report = load_weights(detector, cfg)
+    assert set(report.assumed) == {"num_heads", "img_size", "norm_eps", "activation"}
+    heads = "num_heads: 2 is assumed from the model's settings, the file does not tell. Set MODEL.VIT.NUM_HEADS="
+    assert f"MODEL.WEIGHTS: {heads}" in caplog.text
+    assert "pixel_mean: [123.675, 116.28, 103.53] is assumed from the config" in caplog.text
+    checkpointer = AtomicCheckpointer(detector, str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    checkpointer.metadata = inherited(None, report.assumed)
+    checkpointer.save("model_final")
+    caplog.clear()
+    cfg.MODEL.WEIGHTS = str(tmp_path / "run/model_final.pth")
+    again = load_weights(build_model(cfg), cfg, detector_only=True)
+    assert set(again.assumed) == set(report.assumed)
+    assert (
+        "num_heads: 2 is assumed since pretraining, the file does not tell. Train it again with MODEL.VIT"
+        in caplog.text
+    )
+    resumed = AtomicCheckpointer(build_model(cfg), str(tmp_path / "run"))
+    resumed.load(cfg.MODEL.WEIGHTS)
+    assert resumed.metadata == checkpointer.metadata

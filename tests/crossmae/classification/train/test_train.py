@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
-from crossmae.checkpoints.provenance import NON_COMMERCIAL, recorded_licence
+from crossmae.checkpoints.metadata import ASSUMED
+from crossmae.checkpoints.provenance import LICENCE, NON_COMMERCIAL, recorded_inheritance
 from crossmae.checkpoints.run_checkpoint import complete_checkpoints, read_state
 from crossmae.classification.classifier import load_classifier
 from crossmae.classification.data import CentreViews, LabelledImages, Views, label_targets
@@ -290,8 +291,11 @@ def test_a_published_file_goes_straight_in(
     for name in ("cls_token", "patch_embed.proj.weight", "blocks.1.attn.qkv.weight"):
         torch.testing.assert_close(after[name], tensors[name], rtol=0, atol=1e-10)
     assert ("no final norm" in caplog.text) == (pool == "cls")
-    assert recorded_licence(tmp_path / "run/model.safetensors") == NON_COMMERCIAL
-    assert recorded_licence(tmp_path / "run/model_best.safetensors") == NON_COMMERCIAL
+    assert recorded_inheritance(tmp_path / "run/model.safetensors").get(LICENCE) == NON_COMMERCIAL
+    assert recorded_inheritance(tmp_path / "run/model_best.safetensors").get(LICENCE) == NON_COMMERCIAL
+    for name in ("model", "model_best"):  # the config gives the heads, and sine-cosine positions show the grid
+        assert recorded_inheritance(tmp_path / f"run/{name}.safetensors")[ASSUMED] == '["activation", "norm_eps"]'
+    assert "model.init: norm_eps: 1e-06 is assumed as in timm, the file does not tell." in caplog.text
     other = {"init": tmp_path / "pretrain.pth", "depth": 3}
     with pytest.raises(UserError, match="depth 2, not 3"):
         finetune(make_config(images, tmp_path / "other", model=other))
