@@ -48,7 +48,8 @@ class Video:
         with self._open() as container:
             stream, seconds = _pictures(container), (container.duration or 0) / 1_000_000
             self.rate = Fraction(stream.average_rate or UNKNOWN_RATE)
-            self.pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
+            aspect = Fraction(stream.sample_aspect_ratio or 1)
+            self.pixel_aspect = aspect if Fraction(1, MOST_ASPECT) <= aspect <= MOST_ASPECT else Fraction(1)
             self._listed = int(stream.frames)
             self.frames = self._listed or round(seconds * self.rate) or None
 
@@ -101,7 +102,7 @@ def _pictures(container: Any) -> Any:
 
 def _square_pixels(picture: Any, aspect: Fraction) -> NDArray[np.uint8]:
     """Convert a frame to RGB (H, W, 3), enlarged to square pixels."""
-    if aspect == 1 or not Fraction(1, MOST_ASPECT) <= aspect <= MOST_ASPECT:
+    if aspect == 1:
         pixels: NDArray[np.uint8] = picture.to_ndarray(format="rgb24")
         return pixels
     width, height = round(picture.width * max(aspect, 1)), round(picture.height / min(aspect, 1))

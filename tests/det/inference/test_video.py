@@ -240,8 +240,11 @@ def test_pixels_become_square(tmp_path, aspect, size):
 
 
 def test_an_absurd_pixel_aspect_is_ignored(tmp_path):
-    (frame,) = Video(encode(tmp_path / "a.mkv", [(96, 96)], aspect=Fraction(1000)))
-    assert frame.pixels.shape == (96, 96, 3)
+    path = encode(tmp_path / "a.mkv", [(96, 96)], aspect=Fraction(10))
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].sample_aspect_ratio == 10
+    assert Video(path).pixel_aspect == 1
+    assert [frame.pixels.shape for frame in Video(path)] == [(96, 96, 3)]
 
 
 def test_the_rotation_is_of_square_pixels(tmp_path):
