@@ -63,7 +63,7 @@ def refusal(path: Path, name: str) -> UserError:
     if _SPECIAL.match(name):
         return UserError(
             f"{path}: has a tensor that is sparse, quantized or otherwise special ({name}). Nothing in the file was "
-            "run. Save it dense in the program that wrote it."
+            "run. Save it dense and dequantized in the program that wrote it."
         )
     return UserError(
         f"{path}: refused, because it refers to {name}, and not only to tensors, arrays, numbers, plain containers and "
