@@ -61,6 +61,7 @@ PREDICTED: dict[str, tuple[list[tuple[int, int]], str]] = {
     "[1] set (a)/x[2]*#.png": ([(64, 64)], "x[2]*#.png"),
     "strip": ([(1, 1), (6000, 3)], "dot.png strip.png"),
     "blank": ([(64, 64)], "blank.png"),
+    "long_text": ([(64, 64)], "render.png"),
 }
 
 
