@@ -20,6 +20,7 @@ from detectron2.data.datasets import load_coco_json, register_coco_instances
 
 from crossmae.errors import UserError
 from crossmae.files import read_json
+from det.classes import Classes
 from det.data.coco_checks import (
     Finding,
     Findings,
@@ -114,6 +115,7 @@ def register_coco(
     images_of = Counter(category for category, _ in pairs)
     counts = [{"id": entry["id"], "image_count": images_of[entry["id"]]} for entry in cleaned["categories"]]
     MetadataCatalog.get(name).set(class_image_count=counts)  # for detectron2's federated loss
+    _name_classes(name, cleaned["categories"])
     kept = [annotation for annotation in cleaned["annotations"] if not annotation.get("iscrowd", 0)]
     return CocoSummary(
         categories=tuple(entry["name"] for entry in sorted(cleaned["categories"], key=lambda entry: entry["id"])),
@@ -121,6 +123,24 @@ def register_coco(
         num_trainable=len({annotation["image_id"] for annotation in kept}),
         mask_kinds=frozenset(mask_kind(annotation) for annotation in kept),
     )
+
+
+def _name_classes(name: str, categories: Sequence[dict[str, Any]]) -> None:
+    """Set the classes of a data set as detectron2 does when it loads the records."""
+    entries = sorted(categories, key=lambda entry: entry["id"])
+    numbers = {entry["id"]: index for index, entry in enumerate(entries)}
+    names = [entry["name"] for entry in entries]
+    MetadataCatalog.get(name).set(thing_classes=names, thing_dataset_id_to_contiguous_id=numbers)
+
+
+def registered_classes(name: str) -> Classes | None:
+    """Return the classes of a registered data set, None before its file is read."""
+    metadata = MetadataCatalog.get(name)
+    names = metadata.get("thing_classes")
+    if names is None:
+        return None
+    numbers = metadata.get("thing_dataset_id_to_contiguous_id", range(1, len(names) + 1))  # LVIS has no gaps
+    return Classes(tuple(names), tuple(numbers))
 
 
 def _log_findings(findings: Sequence[Finding], dropped: Dropped, json_path: str | Path) -> None:
@@ -290,11 +310,11 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
             log.info("INPUT.MASK_FORMAT is bitmask: %s has run-length encoded masks", train[0])
     if val is not None:
         summaries.append(register_coco(OWN_VAL, *val, for_evaluation=True, masks=masks, drop=drop))
-    if train is not None and val is not None:
-        check_same_categories(summaries[0].categories, summaries[1].categories, train[0], val[0])
     if not summaries:
         return
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (OWN_TRAIN,) if train else (), (OWN_VAL,) if val else ()
+    if train is None:  # the number of classes is the detector's
+        return
     classes = len(summaries[0].categories)
     if classes != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
         log.info("MODEL.ROI_HEADS.NUM_CLASSES is %d, the number of categories of the data", classes)
@@ -335,17 +355,3 @@ def check_registered(names: tuple[str, ...], key: str, needed: str = "") -> None
                 f"{key}: {name} needs {path}, which does not exist. Set DETECTRON2_DATASETS to the folder with coco/, "
                 f"or name your own data with --{split}-json and --{split}-images."
             )
-
-
-def check_same_categories(train: Sequence[str], val: Sequence[str], train_json: str, val_json: str) -> None:
-    """Reject two files whose categories or category order differ."""
-    if train == val:
-        return
-    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-    detail = f"only in the first {only_train}, only in the second {only_val}"
-    if not only_train and not only_val:
-        detail = "the same names, but in another order of ids"
-    raise UserError(
-        f"{train_json}, {val_json}: the categories differ: {detail}. If the ids mean the same, copy the list "
-        "'categories' of one file into the other."
-    )

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from crossmae.errors import UserError
 from crossmae.files import make_folder, write_json, write_text
 from crossmae.reports.figures import save_figure
+from det.classes import classes_of, match_categories
 from det.config import PICTURES, PREDICTIONS, RESULTS
-from det.data.coco import ground_truth
+from det.data.coco import ground_truth, registered_classes
 from det.data.loader import NamingMapper, build_test_loader, refuse_unreadable
 from det.evaluation.curves import precision_recall_figure
 from det.evaluation.pictures import save_pictures, validation_pictures
@@ -40,16 +41,17 @@ PRINTED_CLASSES = 100  # a table with more classes would fill the screen
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     """Predict every image of `DATASETS.TEST` and score the predictions.
 
-    `TEST.EVALUATOR` names the library. Data sets with `evaluator_type` "lvis" are scored by the rules of LVIS. The
-    files in `OUTPUT_DIR` are: `results.json`; the predictions in `inference/coco_instances_results.json`; precision
-    over recall in `inference/pr_curves_<task>.png`; and `pictures/`, some images with true and predicted objects.
+    Categories and classes are matched by name, see `det.classes`. `TEST.EVALUATOR` names the library. Data sets with
+    `evaluator_type` "lvis" are scored by the rules of LVIS. The files in `OUTPUT_DIR` are: `results.json`; the
+    predictions in `inference/coco_instances_results.json`; precision over recall in `inference/pr_curves_<task>.png`;
+    and `pictures/`, some images with true and predicted objects.
 
     Returns:
         {"bbox": {"AP": 51.6, "AP50": ..., "AP-<class>": ...}, "segm": ...} in percent, with NaN for undefined values;
         see `DetectionScores.numbers`. Empty on all processes except the first.
 
     Raises:
-        UserError: an image cannot be read, or the model or its number of classes does not fit the data set.
+        UserError: an image cannot be read, or the model or its classes do not fit the data set.
     """
     (name,), folder = cfg.DATASETS.TEST, Path(cfg.OUTPUT_DIR)
     detector = model.module if isinstance(model, DistributedDataParallel) else model
@@ -57,13 +59,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
         raise UserError(f"MODEL.META_ARCHITECTURE: {type(detector).__name__} cannot be evaluated. Use GeneralizedRCNN.")
     loader = build_test_loader(name, NamingMapper(cfg, False), cfg.DATALOADER.NUM_WORKERS)
     truth = ground_truth(name)
-    category_ids = sorted(category["id"] for category in truth["categories"])
-    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if len(category_ids) != num_classes:
-        raise UserError(
-            f"MODEL.ROI_HEADS.NUM_CLASSES: {name} has {len(category_ids)} categories, not {num_classes}. "
-            f"Set MODEL.ROI_HEADS.NUM_CLASSES={len(category_ids)}."
-        )
+    category_ids = match_truth(detector, truth, name)
     parts = comm.gather(predict(detector, loader, category_ids), dst=0)
     if not comm.is_main_process():
         return {}
@@ -78,7 +74,18 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     return _write_scores(folder, name, scores)
 
 
-def predict(model: GeneralizedRCNN, loader: Any, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+def match_truth(detector: GeneralizedRCNN, truth: Mapping[str, Any], name: str) -> tuple[int | None, ...]:
+    """Find the category id of each class, None if it is not listed."""
+    entries = sorted(truth["categories"], key=lambda category: category["id"])
+    registered = registered_classes(name)  # of LVIS, detectron2 has other names than the file
+    known = registered is not None and len(registered.names) == len(entries)
+    names = registered.names if registered and known else [entry["name"] for entry in entries]
+    where = str(MetadataCatalog.get(name).get("json_file", name))
+    ids = [entry["id"] for entry in entries]
+    return match_categories(classes_of(detector), detector.roi_heads.num_classes, ids, names, where)
+
+
+def predict(model: GeneralizedRCNN, loader: Any, category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
     """Predict this process's images in evaluation mode. Return COCO results."""
     results = []
     bar = tqdm(loader, desc="evaluate", unit="batch", disable=not comm.is_main_process(), dynamic_ncols=True)

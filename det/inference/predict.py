@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,16 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import AugmentationList
-from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Instances
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
+from crossmae.class_names import describe_difference, list_names, pair_names
 from crossmae.data.images import read_image, to_rgb
 from crossmae.errors import UserError
-from det.backbone.weights import build_detector, find_detector, load_weights
+from det.backbone.weights import build_trained, find_detector
+from det.classes import Classes, classes_of, match_ids
 from det.config import CONFIG, RECORD, check_config, choose_device, load_det_config
 from det.data.coco import read_categories
 from det.data.loader import ResizeShortestEdge, augment
@@ -71,11 +70,7 @@ class Predictor:
             self.cfg.MODEL.DEVICE = device
             check_config(self.cfg)
         choose_device(self.cfg, asked=device is not None)
-        self.model: Any = build_detector(self.cfg).eval()
-        if not isinstance(self.model, GeneralizedRCNN):
-            name = self.cfg.MODEL.META_ARCHITECTURE
-            raise UserError(f"MODEL.META_ARCHITECTURE: {name} cannot predict here. Use GeneralizedRCNN.")
-        load_weights(self.model, self.cfg, detector_only=True)
+        self.model: Any = build_trained(self.cfg).eval()
         if not masks:
             self.model.roi_heads.mask_on = False
         heads, inputs = self.cfg.MODEL.ROI_HEADS, self.cfg.INPUT
@@ -174,38 +169,39 @@ def read_rgb(image: ImageLike) -> NDArray[np.uint8]:
     return pixels
 
 
-@dataclass(frozen=True)
-class Classes:
-    """Names of a detector's classes in order, and their category ids in COCO files."""
-
-    names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-
-
 def find_classes(predictor: Predictor, file: Path | None = None) -> Classes:
     """Find the names and category ids of a detector's classes.
 
-    `file` is a JSON file with COCO's `categories`, or a text file with one name per line. Without `file`, the names
-    come from the record of the run. Without a record, the names are numbers from 1, with a warning. Raises UserError if
-    the number of names differs from the number of classes.
+    `file` is a JSON file with COCO's `categories`, or a text file with one name per line. Its names are matched with
+    the names that the detector records, and its ids are used. Classes that it does not list are left out. If the
+    detector does not record names, they come from the file in order. Without both, the names are numbers from 1, with a
+    warning. Raises UserError if the file has other names or another number of names.
     """
-    wanted, record = predictor.num_classes, predictor.weights.with_name(RECORD)
-    classes = _recorded_classes(record) if file is None else _read_classes(file)
-    if classes is None:
-        log.warning("%s has no class names, so they are class 1 to class %d. Name them with --classes.", record, wanted)
+    wanted, recorded = predictor.num_classes, classes_of(predictor.model)
+    if file is None and recorded is None:
+        log.warning(
+            "%s has no class names, so they are class 1 to class %d. Name them with --classes.",
+            *(predictor.weights.with_name(RECORD), wanted),
+        )
         numbers = range(1, wanted + 1)
         return Classes(tuple(f"class {number}" for number in numbers), tuple(numbers))
-    if len(classes.names) != wanted:
-        raise UserError(f"{file or record}: has {len(classes.names)} class names. The detector needs {wanted}.")
-    return classes
-
-
-def _recorded_classes(record: Path) -> Classes | None:
-    try:
-        content = json.loads(record.read_text(encoding="utf-8"))
-        return Classes(tuple(content["classes"]), tuple(content["category_ids"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    given = recorded if file is None else _read_classes(file)
+    assert given is not None
+    if recorded is None and len(given.names) != wanted:
+        raise UserError(f"{file}: has {len(given.names)} class names. The detector needs {wanted}.")
+    if file is None or recorded is None:
+        return given
+    pairs = pair_names(given.names, recorded.names)
+    if pairs.unknown:
+        raise UserError(
+            f"{file}: the detector records other classes: {describe_difference(pairs)}. Leave out --classes, or name "
+            "a file with its classes."
+        )
+    for note in pairs.notes():
+        log.warning("%s: compared with the detector's classes, %s", file, note)
+    if pairs.absent:
+        log.warning("%s: detections of classes that it does not list are left out: %s", file, list_names(pairs.absent))
+    return Classes(recorded.names, match_ids(pairs, given.category_ids))
 
 
 def _read_classes(file: Path) -> Classes:

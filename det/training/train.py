@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.engine import HookBase, create_ddp_model, default_writers, hooks
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -19,9 +20,10 @@ from timm.utils import ModelEmaV3
 from crossmae.errors import UserError
 from crossmae.files import make_folder, write_text
 from crossmae.training.signals import StopRequest
-from det.backbone.weights import build_detector, load_weights
+from det.backbone.weights import build_detector, build_trained, load_weights
+from det.classes import Classes, classes_of, pair_categories, remember_classes
 from det.config import BEST, BEST_RECORD, CONFIG, METRICS, RECORD, flatten, read_keys
-from det.data.coco import check_classes, check_registered
+from det.data.coco import check_classes, check_registered, registered_classes
 from det.data.loader import build_train_loader, training_samples
 from det.evaluation.evaluate import evaluate
 from det.evaluation.report import write_report
@@ -57,7 +59,9 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
         seed_all_rng(cfg.SEED)
         records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
         samples = training_samples(cfg, records)
-        check_classes((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        check_classes(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        classes = registered_classes(cfg.DATASETS.TRAIN[0])
+        check_evaluated(classes, cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.DATASETS.TEST)
         schedule = resolve_schedule(solver, keys.TEST, len(samples))
         log.info("%s", describe_schedule(schedule, solver, len(samples), depth))
         batches = partial(
@@ -71,6 +75,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
         )
         loader = batches(range(schedule.max_iter))
         model = build_detector(cfg)
+        remember_classes(model, classes)
         checkpoint = find_checkpoint(folder, resume)
         settings = shared_settings(dict(flatten(cfg)), len(samples))
         if checkpoint is None:
@@ -120,6 +125,14 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
     return results
 
 
+def check_evaluated(classes: Classes | None, number: int, names: Sequence[str]) -> None:
+    """Reject data sets with classes that the detector does not have."""
+    for name in names:
+        if (registered := registered_classes(name)) is not None:
+            where = MetadataCatalog.get(name).get("json_file", name)
+            pair_categories(classes, number, registered.names, str(where))
+
+
 def build_savers(checkpointer: AtomicCheckpointer, period: int, kept: int) -> list[HookBase]:
     """Build the first process's progress bar and periodic checkpoints."""
     if not comm.is_main_process():
@@ -149,8 +162,9 @@ def evaluate_only(cfg: CfgNode) -> dict[str, dict[str, float]]:
     nothing, if there are no test data or the weights are not a whole detector.
     """
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST", "data to evaluate on")
-    model = build_detector(cfg)
-    load_weights(model, cfg, detector_only=True)
+    cfg = cfg.clone()
+    model = build_trained(cfg)
+    check_evaluated(classes_of(model), cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.DATASETS.TEST)
     folder = Path(cfg.OUTPUT_DIR)
     if (folder / RECORD).is_file():
         cfg, folder = cfg.clone(), folder / "evaluation"

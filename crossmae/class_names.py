@@ -1,0 +1,81 @@
+"""Comparison of classes by their names: a number means nothing outside the list that it counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from unicodedata import normalize
+
+from crossmae.errors import shorten
+
+LISTED = 20  # names in a message, at most
+
+
+@dataclass(frozen=True)
+class NamePairs:
+    """Names in `found`, such as a data set's, and their `places` in `known`, such as a model's.
+
+    A place is None for a name that `known` lacks. No place occurs twice.
+    """
+
+    found: tuple[str, ...]
+    known: tuple[str, ...]
+    places: tuple[int | None, ...]
+
+    @property
+    def unknown(self) -> list[str]:
+        """Names in `found` that `known` lacks."""
+        return [name for name, place in zip(self.found, self.places, strict=True) if place is None]
+
+    @property
+    def absent(self) -> list[str]:
+        """Names in `known` that `found` lacks."""
+        return [name for place, name in enumerate(self.known) if place not in self.places]
+
+    def notes(self) -> list[str]:
+        """Describe differences in order and spelling."""
+        pairs = [(name, self.known[at]) for name, at in zip(self.found, self.places, strict=True) if at is not None]
+        respelled = [f"{name!r} is {known!r}" for name, known in pairs if name != known]
+        notes = [f"names differ in spaces, case or Unicode form: {shorten(respelled)}"] if respelled else []
+        order = [place for place in self.places if place is not None]
+        return notes + ["the order differs, so classes are matched by name"] * (order != sorted(order))
+
+
+def pair_names(found: Sequence[str], known: Sequence[str]) -> NamePairs:
+    """Find each name in `known`.
+
+    A name without an equal name is paired with the only name that is equal after `fold_name`.
+    """
+    found, known = tuple(found), tuple(known)
+    if found == known:
+        return NamePairs(found, known, tuple(range(len(known))))
+    places = _unique_places(found, known)
+    folded = _unique_places([fold_name(name) for name in found], [fold_name(name) for name in known])
+    exact = {place for place in places if place is not None}
+    pairs = zip(places, folded, strict=True)
+    return NamePairs(found, known, tuple(loose if at is None and loose not in exact else at for at, loose in pairs))
+
+
+def _unique_places(found: Sequence[str], known: Sequence[str]) -> list[int | None]:
+    counts = Counter(found), Counter(known)
+    place_of = {name: place for place, name in enumerate(known) if counts[1][name] == 1}
+    return [place_of.get(name) if counts[0][name] == 1 else None for name in found]
+
+
+def fold_name(name: str) -> str:
+    """Remove differences in spaces, underscores, case and Unicode form."""
+    plain = normalize("NFKC", normalize("NFKC", name).casefold()).replace("_", " ")
+    visible = "".join(letter for letter in plain if letter.isspace() or letter.isprintable())
+    return " ".join(visible.split())
+
+
+def list_names(names: Sequence[str]) -> str:
+    """List names for a message, each in quotation marks."""
+    return shorten([repr(name) for name in names], most=LISTED)
+
+
+def describe_difference(pairs: NamePairs) -> str:
+    """Name the classes that `known` lacks, and both lists."""
+    unknown = "all of them" if len(pairs.unknown) == len(pairs.found) else list_names(pairs.unknown)
+    return f"its classes are {list_names(pairs.known)}; the data have {list_names(pairs.found)}, unknown: {unknown}"
