@@ -77,5 +77,5 @@ def list_names(names: Sequence[str]) -> str:
 
 def describe_difference(pairs: NamePairs) -> str:
     """Name the classes that `known` lacks, and both lists."""
-    unknown = "all of them" if len(pairs.unknown) == len(pairs.found) else list_names(pairs.unknown)
-    return f"its classes are {list_names(pairs.known)}; the data have {list_names(pairs.found)}, unknown: {unknown}"
+    unknown = "any of them" if len(pairs.unknown) == len(pairs.found) else list_names(pairs.unknown)
+    return f"{unknown} (it has the classes {list_names(pairs.known)}, the data list {list_names(pairs.found)})"

@@ -22,7 +22,6 @@ log = logging.getLogger(__name__)
 
 CATEGORY_IDS = "category_ids"  # key of the metadata and of `run.json`, next to CLASSES
 _ATTRIBUTE = "class_record"
-RENAME = "Give classes that mean the same the same name, or name a detector that was trained on these classes."
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,12 @@ def classes_of(model: nn.Module) -> Classes | None:
     return getattr(model, _ATTRIBUTE, None)
 
 
-def recorded_classes(path: Path, metadata: Mapping[str, str], number: int) -> Classes | None:
-    """Read the classes of a weight file from its metadata or the `run.json` next to it.
+def recorded_classes(path: Path, metadata: Mapping[str, str], number: int | None = None) -> Classes | None:
+    """Read the classes that a weight file or its run records.
 
-    Raises UserError if there are not `number` names.
+    The metadata of the file come first, then the `run.json` next to it.
+
+    Raises UserError if a `number` is given and there are not so many names.
     """
     record = path if CLASSES in metadata else path.with_name(RECORD)
     try:
@@ -68,7 +69,7 @@ def recorded_classes(path: Path, metadata: Mapping[str, str], number: int) -> Cl
         classes = Classes(tuple(map(str, names)), tuple(ids))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if len(classes.names) != number:
+    if number is not None and len(classes.names) != number:
         raise UserError(
             f"{record}: has {len(classes.names)} class names. The detector {path.name} needs {number}, so name the "
             "weights in their own run folder."
@@ -121,8 +122,21 @@ def pair_categories(classes: Classes | None, number: int, names: Sequence[str], 
         )
     pairs = pair_names(names, classes.names)
     if pairs.unknown:
-        raise UserError(f"{data}: the detector does not know its categories: {describe_difference(pairs)}. {RENAME}")
+        raise UserError(
+            f"{data}: its categories differ, the detector does not know {describe_difference(pairs)}. Give classes "
+            "that mean the same the same name, or name a detector that was trained on these classes."
+        )
     return pairs
+
+
+def start_notes(pairs: NamePairs) -> list[str]:
+    """Describe how a training on other classes uses the heads."""
+    notes = pairs.notes()
+    if pairs.unknown or pairs.absent:
+        kept = [name for name, place in zip(pairs.found, pairs.places, strict=True) if place is not None]
+        kept_names, new, left = (list_names(names) or "none" for names in (kept, pairs.unknown, pairs.absent))
+        notes.append(f"the heads keep the classes {kept_names}. New, from random weights: {new}. Left out: {left}")
+    return notes
 
 
 def match_ids(pairs: NamePairs, ids: Sequence[int | None]) -> tuple[int | None, ...]:

@@ -22,11 +22,11 @@ from crossmae.checkpoints.loading import load, resampled
 from crossmae.checkpoints.metadata import PIXEL_MEAN, PIXEL_STD, UNKNOWN, recorded_arguments
 from crossmae.checkpoints.resample import fit
 from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_home, encoder_tensors, read_weights
-from crossmae.class_names import NamePairs, list_names, pair_names
+from crossmae.class_names import NamePairs, pair_names
 from crossmae.errors import UserError
 from crossmae.training.config import read_yaml
 from det.backbone.vit import ViT
-from det.classes import classes_of, recorded_classes, remember_classes
+from det.classes import classes_of, recorded_classes, remember_classes, start_notes
 from det.config import BEST, CONFIG, FINAL, LAST, flatten, lookup
 
 log = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ def _load_detector(model: nn.Module, weights: Weights, own_config: Path, detecto
 
 
 def _rows_by_name(model: nn.Module, weights: Weights, pairs: NamePairs) -> Weights:
-    """Order the rows of the layers with one output per class as the model's classes.
+    """Order the rows of the last layers as the model's classes.
 
     Rows of classes that the file does not have come from the model.
     """
@@ -196,14 +196,10 @@ def _rows_by_name(model: nn.Module, weights: Weights, pairs: NamePairs) -> Weigh
         if background:
             rows[-1] = found[-1]
         tensors[name] = rows
-    for words in pairs.notes():
+    for words in start_notes(pairs):
         log.warning("%s: %s", weights.path, words)
-    kept = [name for name, place in zip(pairs.found, pairs.places, strict=True) if place is not None]
-    if pairs.unknown or pairs.absent:
-        listed = (list_names(names) or "none" for names in (kept, pairs.unknown, pairs.absent))
-        words = "%s: classes that the heads keep: %s. New, from random weights: %s. Left out: %s"
-        log.warning(words, weights.path, *listed)
-    note = f"rows of {len(kept)} classes by name, {len(pairs.unknown)} new"
+    new = len(pairs.unknown)
+    note = f"rows of {len(pairs.found) - new} classes by name, {new} new"
     notes = weights.notes | dict.fromkeys(tensors, note)
     return replace(weights, tensors=weights.tensors | tensors, notes=notes)
 

@@ -126,7 +126,7 @@ def register_coco(
 
 
 def _name_classes(name: str, categories: Sequence[dict[str, Any]]) -> None:
-    """Set the classes of a data set as detectron2 does when it loads the records."""
+    """Set the classes as detectron2 does when it loads the records."""
     entries = sorted(categories, key=lambda entry: entry["id"])
     numbers = {entry["id"]: index for index, entry in enumerate(entries)}
     names = [entry["name"] for entry in entries]
@@ -134,7 +134,7 @@ def _name_classes(name: str, categories: Sequence[dict[str, Any]]) -> None:
 
 
 def registered_classes(name: str) -> Classes | None:
-    """Return the classes of a registered data set, None before its file is read."""
+    """Return the classes of a data set, None if they are unknown yet."""
     metadata = MetadataCatalog.get(name)
     names = metadata.get("thing_classes")
     if names is None:

@@ -75,7 +75,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
 
 
 def match_truth(detector: GeneralizedRCNN, truth: Mapping[str, Any], name: str) -> tuple[int | None, ...]:
-    """Find the category id of each class, None if it is not listed."""
+    """Find the category id of each class, None for unlisted classes."""
     entries = sorted(truth["categories"], key=lambda category: category["id"])
     registered = registered_classes(name)  # of LVIS, detectron2 has other names than the file
     known = registered is not None and len(registered.names) == len(entries)

@@ -70,7 +70,8 @@ class Predictor:
             self.cfg.MODEL.DEVICE = device
             check_config(self.cfg)
         choose_device(self.cfg, asked=device is not None)
-        self.model: Any = build_trained(self.cfg).eval()
+        model: Any = build_trained(self.cfg)
+        self.model: Any = model.eval()
         if not masks:
             self.model.roi_heads.mask_on = False
         heads, inputs = self.cfg.MODEL.ROI_HEADS, self.cfg.INPUT
@@ -194,8 +195,8 @@ def find_classes(predictor: Predictor, file: Path | None = None) -> Classes:
     pairs = pair_names(given.names, recorded.names)
     if pairs.unknown:
         raise UserError(
-            f"{file}: the detector records other classes: {describe_difference(pairs)}. Leave out --classes, or name "
-            "a file with its classes."
+            f"{file}: its classes differ, the detector does not know {describe_difference(pairs)}. Leave "
+            "out --classes, or name a file with its classes."
         )
     for note in pairs.notes():
         log.warning("%s: compared with the detector's classes, %s", file, note)

@@ -76,7 +76,10 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return {"model": self.average.state_dict(), TRAINED: trained}
 
     def write(self, file_name: str, content: dict[str, Any]) -> None:
-        """Write one file of the folder with the model's classes. Reject weights that are not finite."""
+        """Write one file of the folder, with the names of the classes.
+
+        Rejects weights that are not finite.
+        """
         for key in ("model", TRAINED):
             if found := describe_non_finite(content.get(key, {})):
                 raise UserError(
