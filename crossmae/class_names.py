@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from unicodedata import normalize
 
+from torch import Tensor
+
 from crossmae.errors import shorten
 
 LISTED = 20  # names in a message, at most
@@ -61,6 +63,31 @@ def _unique_places(found: Sequence[str], known: Sequence[str]) -> list[int | Non
     counts = Counter(found), Counter(known)
     place_of = {name: place for place, name in enumerate(known) if counts[1][name] == 1}
     return [place_of.get(name) if counts[0][name] == 1 else None for name in found]
+
+
+def rows_by_name(own: Tensor, found: Tensor, pairs: NamePairs, parts: int = 1) -> Tensor:
+    """Copy the rows of a last layer by class name.
+
+    Args:
+        parts: number of rows per class.
+        own: rows of the classes `pairs.found`. Their values stay for classes that `pairs.known` lacks.
+        found: rows of the classes `pairs.known`.
+    """
+    rows = own.detach().cpu().clone()
+    for mine, theirs in enumerate(pairs.places):
+        if theirs is not None:
+            rows[parts * mine : parts * (mine + 1)] = found[parts * theirs : parts * (theirs + 1)]
+    return rows
+
+
+def start_notes(pairs: NamePairs) -> list[str]:
+    """Describe how a training on other classes uses a trained head."""
+    notes = pairs.notes()
+    if pairs.unknown or pairs.absent:
+        kept = [name for name, place in zip(pairs.found, pairs.places, strict=True) if place is not None]
+        kept_names, new, left = (list_names(names) or "none" for names in (kept, pairs.unknown, pairs.absent))
+        notes.append(f"the head keeps the classes {kept_names}. New, from random weights: {new}. Left out: {left}")
+    return notes
 
 
 def fold_name(name: str) -> str:

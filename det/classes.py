@@ -129,16 +129,6 @@ def pair_categories(classes: Classes | None, number: int, names: Sequence[str], 
     return pairs
 
 
-def start_notes(pairs: NamePairs) -> list[str]:
-    """Describe how a training on other classes uses the heads."""
-    notes = pairs.notes()
-    if pairs.unknown or pairs.absent:
-        kept = [name for name, place in zip(pairs.found, pairs.places, strict=True) if place is not None]
-        kept_names, new, left = (list_names(names) or "none" for names in (kept, pairs.unknown, pairs.absent))
-        notes.append(f"the heads keep the classes {kept_names}. New, from random weights: {new}. Left out: {left}")
-    return notes
-
-
 def match_ids(pairs: NamePairs, ids: Sequence[int | None]) -> tuple[int | None, ...]:
     """Order the ids of the found names as the known names.
 

@@ -27,11 +27,11 @@ from detectron2.structures import ImageList
 from numpy.typing import NDArray
 from PIL import Image
 
-from crossmae.class_names import pair_names
+from crossmae.class_names import pair_names, start_notes
 from crossmae.errors import UserError, run_cli
 from crossmae.files import check_writable, make_folder, printable, write_atomically
 from det.backbone.weights import find_detector
-from det.classes import recorded_classes, start_notes
+from det.classes import recorded_classes
 from det.config import load_det_config
 from det.data.coco import check_registered, use_own_data
 from det.data.loader import build_train_loader, refuse_unreadable, training_samples

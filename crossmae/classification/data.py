@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from crossmae.class_names import LISTED, pair_names
 from crossmae.classification.train.augment import keyed_everywhere
 from crossmae.data.batches import KeyedImages, KeyedSample, collate_as
 from crossmae.data.broken import NEVER_REPLACED, Broken, Unreadable
@@ -102,15 +103,18 @@ def label_targets(source: Source, key: str, classes: Sequence[str], separator: s
         UserError: the source has no labels, or has labels that are not in `classes`. The error names them.
     """
     labels = torch.from_numpy(np.array(source.labels()))
-    positions = {name: position for position, name in enumerate(classes)}
     words = [[text] if separator is None else split_labels(text, separator) for text in source.classes]
-    unknown = sorted({word for of_one in words for word in of_one} - positions.keys())
-    if unknown:
+    pairs = pair_names(tuple(dict.fromkeys(word for of_one in words for word in of_one)), classes)
+    positions = {word: place for word, place in zip(pairs.found, pairs.places, strict=True) if place is not None}
+    if any(word != classes[place] for word, place in positions.items()):
+        log.warning("%s: %s", key, pairs.notes()[0])
+    if unknown := sorted(pairs.unknown):
         several = find_several([*unknown, *classes]) if separator is None else None
         hint = f" Several labels per image need 'data.separator=\"{several[1]}\"'." if several else ""
         raise UserError(
-            f"{key}: {source.description}: no classes of the model: {shorten(unknown)}. Its {len(classes)} classes are "
-            f"{shorten(classes)}, compared by name.{hint}"
+            f"{key}: {source.description}: no classes of the model: {shorten(unknown, LISTED)}. Its {len(classes)} "
+            f"classes are {shorten(classes, LISTED)}, compared by name. The data have "
+            f"{shorten(source.classes, LISTED)}. Give classes that mean the same the same name.{hint}"
         )
     if separator is None:
         return torch.tensor([positions[word] for (word,) in words])[labels]

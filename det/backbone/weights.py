@@ -22,11 +22,11 @@ from crossmae.checkpoints.loading import load, resampled
 from crossmae.checkpoints.metadata import PIXEL_MEAN, PIXEL_STD, UNKNOWN, recorded_arguments
 from crossmae.checkpoints.resample import fit
 from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_home, encoder_tensors, read_weights
-from crossmae.class_names import NamePairs, pair_names
+from crossmae.class_names import NamePairs, pair_names, rows_by_name, start_notes
 from crossmae.errors import UserError
 from crossmae.training.config import read_yaml
 from det.backbone.vit import ViT
-from det.classes import classes_of, recorded_classes, remember_classes, start_notes
+from det.classes import classes_of, recorded_classes, remember_classes
 from det.config import BEST, CONFIG, FINAL, LAST, flatten, lookup
 
 log = logging.getLogger(__name__)
@@ -186,16 +186,12 @@ def _rows_by_name(model: nn.Module, weights: Weights, pairs: NamePairs) -> Weigh
         if not re.match(CLASS_LAYERS, name) or name not in own:
             continue
         parts, background = (4 if ".bbox_pred." in name else 1), int(".cls_score." in name)
-        rows = own[name].detach().cpu().clone()
         lengths = [parts * len(names) + background for names in (pairs.found, pairs.known)]
-        if [len(rows), len(found)] != lengths or rows.shape[1:] != found.shape[1:]:
+        if [len(own[name]), len(found)] != lengths or own[name].shape[1:] != found.shape[1:]:
             continue  # one output for all classes, or layers that do not fit
-        for mine, theirs in enumerate(pairs.places):
-            if theirs is not None:
-                rows[parts * mine : parts * (mine + 1)] = found[parts * theirs : parts * (theirs + 1)]
+        tensors[name] = rows_by_name(own[name], found, pairs, parts)
         if background:
-            rows[-1] = found[-1]
-        tensors[name] = rows
+            tensors[name][-1] = found[-1]
     for words in start_notes(pairs):
         log.warning("%s: %s", weights.path, words)
     new = len(pairs.unknown)

@@ -134,7 +134,7 @@ def _name_classes(name: str, categories: Sequence[dict[str, Any]]) -> None:
 
 
 def registered_classes(name: str) -> Classes | None:
-    """Return the classes of a data set, None if they are unknown yet."""
+    """Return the classes of a data set, None if unknown yet."""
     metadata = MetadataCatalog.get(name)
     names = metadata.get("thing_classes")
     if names is None:

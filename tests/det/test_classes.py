@@ -120,7 +120,7 @@ def test_rows_of_the_heads_follow_their_names(
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     remember_classes(model, Classes(("new", "b"), (1, 2)))
     load_weights(model, cfg)
-    assert "the heads keep the classes 'b'. New, from random weights: 'new'. Left out: 'a', 'c'" in caplog.text
+    assert "the head keeps the classes 'b'. New, from random weights: 'new'. Left out: 'a', 'c'" in caplog.text
     assert classes_of(model) == Classes(("new", "b"), (1, 2))
     heads, trained_heads = model.roi_heads, old.roi_heads
     scores, trained_scores = heads.box_predictor.cls_score.weight, trained_heads.box_predictor.cls_score.weight

@@ -304,7 +304,7 @@ def test_a_linear_probe_trains_the_head_alone(images: Path, tmp_path: Path) -> N
     optim = {"name": "lars", "weight_decay": 0.0, "lr": 100.0}
     config = make_config(images, tmp_path / "run", model=model, optim=optim, data={"auto_augment": None})
     head = (
-        train_module.build_model(config.model, config.data, config.runtime.seed, 3, None)[1]
+        train_module.build_model(config.model, config.data, config.runtime.seed, CLASSES, None)[1]
         .head[1]
         .weight.detach()
         .clone()
