@@ -12,6 +12,8 @@ from detectron2.structures import BitMasks, Boxes, PolygonMasks, polygons_to_bit
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from det.library_warnings import library_warnings_ignored
+
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
     """Decode a COCO `segmentation`, or an array, to (height, width).
@@ -31,7 +33,8 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[n
         rle = coco_mask.frPyObjects(segmentation, height, width) if uncompressed else segmentation
     else:
         raise ValueError(f"segmentation: expected polygons or an RLE, received {type(segmentation).__name__}")
-    return coco_mask.decode(rle).astype(bool)
+    with library_warnings_ignored():
+        return coco_mask.decode(rle).astype(bool)
 
 
 def moved_masks(

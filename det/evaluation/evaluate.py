@@ -32,12 +32,14 @@ from det.evaluation.pictures import save_pictures, validation_pictures
 from det.evaluation.run_files import HEADLINE, TASKS
 from det.evaluation.scoring import DetectionScores, score_results
 from det.inference.paste import coco_results
+from det.library_warnings import library_warnings_ignored
 
 log = logging.getLogger(__name__)
 
 PRINTED_CLASSES = 100  # a table with more classes would fill the screen
 
 
+@library_warnings_ignored()
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     """Predict every image of `DATASETS.TEST` and score the predictions.
 

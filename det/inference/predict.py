@@ -28,6 +28,7 @@ from det.config import CONFIG, RECORD, check_config, choose_device, load_det_con
 from det.data.coco import read_categories
 from det.data.loader import ResizeShortestEdge, augment
 from det.inference.paste import coco_results
+from det.library_warnings import library_warnings_ignored
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Predictor:
             not fit the config.
     """
 
+    @library_warnings_ignored()
     def __init__(
         self, config: CfgNode | str | Path | None, weights: str | Path, device: str | None = None, *, masks: bool = True
     ) -> None:
@@ -106,6 +108,7 @@ class Predictor:
         """
         return self._run(images, partial(self.model.inference, do_postprocess=False))
 
+    @library_warnings_ignored()
     @torch.no_grad()
     def _run(self, images: Sequence[ImageLike], model: Callable[[list[dict[str, Any]]], list[Any]]) -> list[Any]:
         """Call `model` once for each padded size."""

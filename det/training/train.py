@@ -27,6 +27,7 @@ from det.data.coco import check_classes, check_registered, registered_classes
 from det.data.loader import build_train_loader, training_samples
 from det.evaluation.evaluate import evaluate
 from det.evaluation.report import write_report
+from det.library_warnings import library_warnings_ignored
 from det.training.checkpoint import AtomicCheckpointer, check_continues, find_checkpoint, record_run, shared_settings
 from det.training.console import early_log, log_file
 from det.training.hooks import EvaluationHook, ProgressBar, StopBetweenSteps
@@ -39,6 +40,7 @@ WRITING_PERIOD = 20  # steps between two log entries
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+@library_warnings_ignored()
 def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
     """Train and evaluate one detector.
 
@@ -155,6 +157,7 @@ def run_steps(trainer: StepTrainer, first: int, schedule: StepSchedule) -> None:
         ) from error
 
 
+@library_warnings_ignored()
 def evaluate_only(cfg: CfgNode) -> dict[str, dict[str, float]]:
     """Evaluate the detector in `MODEL.WEIGHTS` on `DATASETS.TEST`.
 

@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
     {"tools"},
 ]
 DET_FLOORS: list[set[str]] = [
-    {"det.config"},
+    {"det.config", "det.library_warnings"},
     {"det.classes"},
     {"det.backbone", "det.data"},
     {"det.inference"},

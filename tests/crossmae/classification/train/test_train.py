@@ -234,7 +234,7 @@ def test_every_image_is_evaluated_once_on_any_number_of_processes(images: Path, 
     val = CentreViews(source, label_targets(source, "data.val", CLASSES), views)
     torch.manual_seed(0)
     settings = make_config(images, images, evaluation={"features": 5})
-    _, model, _ = train_module.build_model(settings.model, settings.data, 0, 3, None)
+    _, model, _ = train_module.build_model(settings.model, settings.data, 0, CLASSES, None)
     torch.nn.init.normal_(model.head.weight)
     model.double()
 
