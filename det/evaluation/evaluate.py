@@ -73,7 +73,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     scores = {task: score_results(truth, results, task, cfg.TEST.EVALUATOR, lvis) for task in tasks}
     drawn = validation_pictures(truth, Path(MetadataCatalog.get(name).image_root), results)
     save_pictures(drawn, folder / PICTURES)
-    return _write_scores(folder, name, scores)
+    return _write_scores(folder, name, scores, left_out(detector, category_ids))
 
 
 def match_truth(detector: GeneralizedRCNN, truth: Mapping[str, Any], name: str) -> tuple[int | None, ...]:
@@ -101,7 +101,16 @@ def predict(model: GeneralizedRCNN, loader: Any, category_ids: Sequence[int | No
     return results
 
 
-def _write_scores(folder: Path, name: str, scores: Mapping[str, DetectionScores]) -> dict[str, dict[str, float]]:
+def left_out(detector: nn.Module, category_ids: Sequence[int | None]) -> list[str]:
+    """Name the classes that the data set does not list."""
+    classes = classes_of(detector)
+    pairs = zip(classes.names, category_ids, strict=True) if classes else ()
+    return [name for name, number in pairs if number is None]
+
+
+def _write_scores(
+    folder: Path, name: str, scores: Mapping[str, DetectionScores], absent: Sequence[str]
+) -> dict[str, dict[str, float]]:
     """Write `results.json` and the curves. Return the results of `evaluate`."""
     results, by_class = {}, {task: of_task.by_class() for task, of_task in scores.items()}
     for task, of_task in scores.items():
@@ -115,7 +124,7 @@ def _write_scores(folder: Path, name: str, scores: Mapping[str, DetectionScores]
         for index, (label, count) in enumerate(zip(first.names, first.objects, strict=True))
     ]
     written = {task: _json_numbers(values) for task, values in results.items()}
-    write_json(folder / RESULTS, {**written, "classes": classes})
+    write_json(folder / RESULTS, {**written, "classes": classes} | ({"left_out": list(absent)} if absent else {}))
     log.info("results in %s, curves and predictions in %s", folder / RESULTS, folder / "inference")
     return results
 

@@ -30,11 +30,15 @@ class DetectedClass(FileContent):
 
 
 class DetectionResults(FileContent):
-    """Content of `results.json`: metrics in percent by task and name, None if undefined, and the classes."""
+    """Content of `results.json`: metrics in percent by task and name, None if undefined, and the classes.
+
+    `left_out` has the detector's classes that the data do not list.
+    """
 
     bbox: Percentages | None = None
     segm: Percentages | None = None
     classes: list[DetectedClass] = Field([])
+    left_out: list[str] = Field([])
 
     @model_validator(mode="after")
     def _has_headlines(self) -> DetectionResults:

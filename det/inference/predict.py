@@ -54,6 +54,7 @@ class Predictor:
     Attributes:
         cfg: the config. Its `MODEL.WEIGHTS` is the file that was read.
         model: the detector, in evaluation mode.
+        class_names: names of the classes in order, None if the detector does not record them.
 
     Raises:
         UserError: the file or the device does not exist, the config is not for a `GeneralizedRCNN`, or the weights do
@@ -76,6 +77,8 @@ class Predictor:
         self.model: Any = model.eval()
         if not masks:
             self.model.roi_heads.mask_on = False
+        recorded = classes_of(self.model)
+        self.class_names = recorded.names if recorded else None
         heads, inputs = self.cfg.MODEL.ROI_HEADS, self.cfg.INPUT
         self.num_classes, self.score_threshold, self._format = heads.NUM_CLASSES, heads.SCORE_THRESH_TEST, inputs.FORMAT
         resize = ResizeShortestEdge(inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST, "choice")

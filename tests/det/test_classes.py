@@ -21,6 +21,7 @@ from det.backbone.weights import build_trained, load_weights
 from det.classes import Classes, classes_of, match_categories, recorded_classes, remember_classes
 from det.data.coco import use_own_data
 from det.evaluation.evaluate import evaluate
+from det.evaluation.report import write_report
 from det.inference.predict import Predictor, find_classes
 from det.training.checkpoint import AtomicCheckpointer
 from tests.det.coco_files import save, write_coco
@@ -100,8 +101,11 @@ def test_detections_do_not_depend_on_the_order_or_the_number_of_categories(
     whole = detections(cfg, tmp_path / "whole", {1: "a", 3: "b", 7: "c"})
     assert len({name for name, _ in whole}) > 1
     assert detections(cfg, tmp_path / "other", {1: "c", 2: "b", 3: "A "}) == whole
+    assert "left_out" not in json.loads((tmp_path / "other/out/results.json").read_text())
     for name in "abc":
         assert detections(cfg, tmp_path / name, {5: name}) == [one for one in whole if one[0] == name]
+    assert json.loads((tmp_path / "b/out/results.json").read_text())["left_out"] == ["a", "c"]
+    assert "not scored: &#39;a&#39;, &#39;c&#39;." in write_report(tmp_path / "b/out").read_text()
     with pytest.raises(UserError, match=r"not know 'd' \(it has the classes 'a', 'b', 'c', the data list 'a', 'd'\)"):
         detections(cfg, tmp_path / "more", {1: "a", 3: "d"})
     assert not (tmp_path / "more/out").exists()
@@ -149,6 +153,7 @@ def test_the_same_classes_load_as_they_are(trained: Any, cfg: CfgNode, caplog: p
 def test_prediction_maps_the_classes_of_a_file(trained: Any, cfg: CfgNode, tmp_path: Path) -> None:
     predictor = Predictor(cfg, cfg.MODEL.WEIGHTS)
     assert find_classes(predictor) == TRAINED
+    assert predictor.class_names == TRAINED.names
     coco = tmp_path / "names.json"
     coco.write_text(json.dumps({"categories": [{"id": 5, "name": "c"}, {"id": 9, "name": "A"}]}))
     found = find_classes(predictor, coco)
