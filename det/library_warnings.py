@@ -20,7 +20,7 @@ TRACING_NOTE = "is_fx_tracing will return true for both"  # logged by torch when
 
 @contextmanager
 def library_warnings_ignored() -> Iterator[None]:
-    """Ignore the known warnings in a block, or as a decorator in a function."""
+    """Ignore the known warnings in a block or a decorated function."""
     with warnings.catch_warnings():
         for text, category, module in KNOWN:
             warnings.filterwarnings("ignore", text, category, module)

@@ -101,7 +101,7 @@ def _check_sections(name: str) -> None:
 
 
 def _try_policy(policy: Policy, name: str) -> None:
-    """Apply a policy to a small image a few times, and reject it if it fails."""
+    """Reject a policy that fails on a small image."""
     image = Image.fromarray(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))
     for trial in range(TRIALS):
         try:

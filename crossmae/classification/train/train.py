@@ -73,7 +73,7 @@ from crossmae.training.state import TrainingState
 
 log = logging.getLogger(__name__)
 
-CLASS_LAYERS = ("head.weight", "head.bias", "head.1.weight", "head.1.bias")  # one row per class
+_CLASS_LAYERS = ("head.weight", "head.bias", "head.1.weight", "head.1.bias")  # one row per class
 
 
 def finetune(config: FinetuneConfig, resume: bool = False) -> Path:
@@ -362,7 +362,7 @@ def start_head(model: VisionTransformer, weights: Weights, settings: ClassifierC
         return
     for name, own in model.state_dict().items():
         if name.startswith(("head.", "fc_norm.")):
-            found, per_class = weights.tensors[name], name in CLASS_LAYERS
+            found, per_class = weights.tensors[name], name in _CLASS_LAYERS
             own.copy_(rows_by_name(own, found, pairs) if per_class else found)
     for note in start_notes(pairs) or ["the head is loaded, too: it is for the same classes"]:
         log.info("model.init: %s: %s", weights.path, note)
