@@ -33,7 +33,8 @@ class NamePairs:
     @property
     def absent(self) -> list[str]:
         """Names in `known` that `found` lacks."""
-        return [name for place, name in enumerate(self.known) if place not in self.places]
+        present = set(self.places)
+        return [name for place, name in enumerate(self.known) if place not in present]
 
     def notes(self) -> list[str]:
         """Describe differences in order and spelling."""

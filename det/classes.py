@@ -59,7 +59,7 @@ def recorded_classes(path: Path, metadata: Mapping[str, str], number: int | None
 
     Raises UserError if a `number` is given and there are not so many names.
     """
-    record = path if CLASSES in metadata else path.with_name(RECORD)
+    record = path if CLASSES in metadata else path.parent / RECORD
     try:
         if CLASSES in metadata:
             names, ids = (json.loads(metadata[key]) for key in (CLASSES, CATEGORY_IDS))

@@ -50,9 +50,10 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False)
     """Load `MODEL.WEIGHTS`, an encoder or a detector, into a detector.
 
     In training, if the file is a detector with other classes than the model, its layers with one output per class are
-    loaded row by row, by the names of the classes. Classes that the file does not have keep their random rows. If names
-    are unknown and the numbers of classes differ, all classes do. Evaluation needs trained heads: `detector_only`
-    rejects a file with only an encoder.
+    loaded row by row, by the names of the classes. Classes that the file does not have keep their random rows. If no
+    class is in both, or names are unknown and the numbers of classes differ, these layers stay random.
+
+    Evaluation needs trained heads: `detector_only` rejects a file with only an encoder.
 
     The model remembers the classes in the file (`classes_of`), unless it has classes already.
 
@@ -144,28 +145,31 @@ def build_detector(cfg: CfgNode) -> nn.Module:
 
 
 def _load_detector(model: nn.Module, weights: Weights, own_config: Path, detector_only: bool) -> LoadReport:
-    new: tuple[str, ...] = ()
     number, wanted = count_classes(weights.tensors), count_classes(model.state_dict())
     recorded = recorded_classes(weights.path, weights.metadata, number) if number else None
-    own = classes_of(model)
-    if detector_only and number != wanted:
+    own = None if detector_only else classes_of(model)
+    if detector_only and number and number != wanted:
         raise UserError(
             f"{weights.path}: has {number} classes, not MODEL.ROI_HEADS.NUM_CLASSES {wanted}. "
             f"Set MODEL.ROI_HEADS.NUM_CLASSES={number}."
         )
-    if recorded and own and not detector_only:
-        weights = _rows_by_name(model, weights, pair_names(own.names, recorded.names))
-    elif number != wanted:
-        log.warning(
-            "%s is for %d classes: the last layers of the heads start from random weights", weights.path, number
-        )
+    pairs = pair_names(own.names, recorded.names) if own and recorded else None
+    for words in start_notes(pairs) if pairs else ():
+        log.warning("%s: %s", weights.path, words)
+    new: tuple[str, ...] = ()
+    if pairs and len(pairs.unknown) < len(pairs.found):
+        weights = _rows_by_name(model, weights, pairs)
+    elif pairs or number != wanted:
+        if not pairs:
+            words = "%s is for %d classes: the last layers of the heads start from random weights"
+            log.warning(words, weights.path, number)
         new = (CLASS_LAYERS,)
         kept = {name: tensor for name, tensor in weights.tensors.items() if not re.match(CLASS_LAYERS, name)}
         weights = replace(weights, tensors=kept)
-    elif own and not detector_only:
+    elif own and number:
         words = "%s does not record the names of its %d classes. They are taken for the classes of the data, in order"
         log.warning(words, weights.path, number)
-    if own is None or detector_only:
+    if own is None:
         remember_classes(model, recorded if number == wanted else None)
     try:
         return load(model, weights, new=new)
@@ -192,8 +196,6 @@ def _rows_by_name(model: nn.Module, weights: Weights, pairs: NamePairs) -> Weigh
         tensors[name] = rows_by_name(own[name], found, pairs, parts)
         if background:
             tensors[name][-1] = found[-1]
-    for words in start_notes(pairs):
-        log.warning("%s: %s", weights.path, words)
     new = len(pairs.unknown)
     note = f"rows of {len(pairs.found) - new} classes by name, {new} new"
     notes = weights.notes | dict.fromkeys(tensors, note)

@@ -141,6 +141,18 @@ def test_rows_of_the_heads_follow_their_names(
         assert torch.equal(masks[1], trained_masks[1])
 
 
+def test_without_a_common_class_the_last_layers_are_new(
+    trained: Any, cfg: CfgNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build_model(cfg)
+    remember_classes(model, Classes(("x", "y", "z"), (1, 2, 3)))
+    report = load_weights(model, cfg)
+    assert "keeps the classes none. New, from random weights: 'x', 'y', 'z'. Left out: 'a', 'b', 'c'" in caplog.text
+    assert {name.rpartition(".")[0] for name in report.names("new")} == {
+        "roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred", "roi_heads.mask_head.predictor",
+    }  # fmt: skip
+
+
 def test_the_same_classes_load_as_they_are(trained: Any, cfg: CfgNode, caplog: pytest.LogCaptureFixture) -> None:
     model = build_model(cfg)
     remember_classes(model, TRAINED)
