@@ -11,6 +11,7 @@ padding of the batch: the mean pixel.
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -26,13 +27,18 @@ from detectron2.structures import ImageList
 from numpy.typing import NDArray
 from PIL import Image
 
+from crossmae.class_names import pair_names, start_notes
 from crossmae.errors import UserError, printable, run_cli
 from crossmae.files import check_writable, make_folder, write_atomically
+from det.backbone.weights import find_detector
+from det.classes import recorded_classes
 from det.config import load_det_config
 from det.data.coco import check_registered, use_own_data
 from det.data.loader import build_train_loader, refuse_unreadable, training_samples
 from det.inference.draw import draw_instances, draw_sheet, instances_from_detectron2
 from det.training.console import set_up_console
+
+log = logging.getLogger("det.visualize_data")
 
 CELL = 448  # pixels of an image's longer side on the sheet
 LETTERS = 0.035  # height of label letters divided by the longer side
@@ -72,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN", "training data")
     samples = list(islice(padded_samples(cfg), args.num_images))
     names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes
+    compare_with_start(cfg.MODEL.WEIGHTS, names)
     pictures = [draw_sample(pixels, sample, names) for pixels, sample in samples]
     captions = [caption(sample, pixels) for pixels, sample in samples]
     make_folder(args.output.parent, "--output")
@@ -79,6 +86,13 @@ def main(argv: list[str] | None = None) -> None:
     form = FORMATS[args.output.suffix.lower()]
     write_atomically(args.output, lambda temporary: sheet.save(temporary, format=form, quality=JPEG_QUALITY))
     print(f"the first {len(samples)} training images: {printable(args.output)}")
+
+
+def compare_with_start(weights: str, names: Sequence[str]) -> None:
+    """Log how the classes differ from a detector that training starts from."""
+    if weights and (recorded := recorded_classes(find_detector(Path(weights)), {})) is not None:
+        for note in start_notes(pair_names(names, recorded.names)):
+            log.warning("MODEL.WEIGHTS: %s: %s", weights, note)
 
 
 def padded_samples(cfg: CfgNode) -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from crossmae.checkpoints.formats.keys import encoder_home
 from crossmae.checkpoints.loading import load
 from crossmae.checkpoints.metadata import (
     BIT_DEPTH,
+    CLASSES,
     FORMAT,
     MODEL_ARGUMENTS,
     PIXEL_MEAN,
@@ -67,13 +69,24 @@ class Classifier(ClassifierRecord):
     """A model in evaluation mode, with the record of its file.
 
     The model maps normalised pixels (B, C, H, W) to logits (B, N). `assumed` has a sentence for each value that neither
-    the file nor the shapes give.
+    the file nor the shapes give. `names_known` is False if the classes of the file have no names.
     """
 
     path: Path
     model: nn.Module
     architecture: Architecture
     assumed: tuple[str, ...]
+    names_known: bool = True
+
+    def only(self, classes: Sequence[str]) -> Classifier:
+        """Return a classifier that chooses among some of the classes only."""
+        places = [self.classes.index(name) for name in classes]
+        model = copy.deepcopy(self.model)
+        linear: Any = model.head if self.head == "linear" else model.head[1]  # type: ignore[index]
+        linear.weight, linear.bias = (nn.Parameter(tensor.detach()[places]) for tensor in (linear.weight, linear.bias))
+        linear.out_features = len(places)
+        names = tuple(self.class_names[at] for at in places)
+        return replace(self, model=model, classes=tuple(classes), class_names=names)
 
 
 def classifier_metadata(architecture: Architecture, record: ClassifierRecord, step: int) -> dict[str, str]:
@@ -127,6 +140,7 @@ def load_classifier(path: str | Path, img_size: int | Sequence[int] | None = Non
     unknown = tuple(words for key, words in sentences.items() if weights.metadata.get(key, UNKNOWN) == UNKNOWN)
     lines = (*unknown, *(assumed_lines(facts, MODEL_KEYS, "Train it again with") if ours else assumed_lines(facts)))
     found = {"path": weights.path, "model": model.eval(), "architecture": architecture, "assumed": lines}
+    found["names_known"] = ours or weights.metadata.get(CLASSES, UNKNOWN) != UNKNOWN
     return Classifier(**vars(record) | {"crop_pct": crop_pct} | found)
 
 

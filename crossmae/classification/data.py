@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from crossmae.class_names import LISTED, pair_names
 from crossmae.classification.train.augment import keyed_everywhere
 from crossmae.data.batches import KeyedImages, KeyedSample, collate_as
 from crossmae.data.broken import NEVER_REPLACED, Broken, Unreadable
 from crossmae.data.pixels import centre_view, read_pixels
 from crossmae.data.sources import Source
-from crossmae.data.sources.labels import alike_labels, match_labels, unify_labels
+from crossmae.data.sources.labels import alike_labels, unify_labels
 from crossmae.data.workers import Loader, usable_workers
 from crossmae.errors import UserError, shorten
 from crossmae.files import decode_text, read_file
@@ -113,18 +114,17 @@ def label_targets(source: Source, key: str, classes: Sequence[str], separator: s
     """
     labels = torch.from_numpy(np.array(source.labels()))
     words = [[text] if separator is None else split_labels(text, separator) for text in source.classes]
-    named = {word for of_one in words for word in of_one}
-    positions = match_labels(named, classes)
-    unknown = sorted(named - positions.keys())
-    if loose := sorted(named & positions.keys() - set(classes)):
-        shown = [f"{word!r} is the class {classes[positions[word]]!r}" for word in loose]
-        log.warning("%s: spaces and case of labels are ignored: %s", key, shorten(shown))
-    if unknown:
+    pairs = pair_names(tuple(dict.fromkeys(word for of_one in words for word in of_one)), classes)
+    positions = {word: place for word, place in zip(pairs.found, pairs.places, strict=True) if place is not None}
+    if any(word != classes[place] for word, place in positions.items()):
+        log.warning("%s: %s", key, pairs.notes()[0])
+    if unknown := sorted(pairs.unknown):
         several = find_several([*unknown, *classes]) if separator is None else None
         hint = f" Several labels per image need 'data.separator=\"{several[1]}\"'." if several else ""
         raise UserError(
-            f"{key}: {source.description}: no classes of the model: {shorten(unknown)}. Its {len(classes)} classes are "
-            f"{shorten(classes)}, compared by name.{hint}"
+            f"{key}: {source.description}: no classes of the model: {shorten(unknown, LISTED)}. Its {len(classes)} "
+            f"classes are {shorten(classes, LISTED)}, compared by name. The data have "
+            f"{shorten(source.classes, LISTED)}. Give classes that mean the same the same name.{hint}"
         )
     if separator is None:
         return torch.tensor([positions[word] for (word,) in words])[labels]

@@ -45,8 +45,8 @@ PlotKeys = Mapping[str, tuple[str, Mapping[str, str]]]
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph ", UserWarning)  # a name in letters that the font lacks
+    with warnings.catch_warnings():  # names may have letters that the font lacks
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
         write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
 
 

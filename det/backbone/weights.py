@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNN, build_model
 from torch import Tensor, nn
 
 from crossmae.checkpoints.formats.facts import Facts, ModelFact, assumed, assumed_lines, encoder_facts
@@ -23,9 +23,11 @@ from crossmae.checkpoints.loading import load, resampled
 from crossmae.checkpoints.metadata import NORM_EPS_OF_PLAIN, PIXEL_MEAN, PIXEL_STD, UNKNOWN, assumed_names
 from crossmae.checkpoints.resample import fit
 from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_home, encoder_tensors, read_weights
+from crossmae.class_names import NamePairs, pair_names, rows_by_name, start_notes
 from crossmae.errors import UserError
 from crossmae.training.config import read_yaml
 from det.backbone.vit import ViT
+from det.classes import classes_of, recorded_classes, remember_classes
 from det.config import BEST, CONFIG, FINAL, LAST, flatten, lookup
 
 log = logging.getLogger(__name__)
@@ -48,14 +50,44 @@ SHOWN = ("embed_dim", "depth", "num_heads", "patch_size", "mlp_ratio", "pretrain
 def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False) -> LoadReport | None:
     """Load `MODEL.WEIGHTS`, an encoder or a detector, into a detector.
 
-    In training, if the file is a detector with another number of classes, its layers with one output per class are not
-    loaded. Evaluation needs trained heads: `detector_only` rejects a file with only an encoder.
+    In training, if the file is a detector with other classes than the model, its layers with one output per class are
+    loaded row by row, by the names of the classes. Classes that the file does not have keep their random rows. If no
+    class is in both, or names are unknown and the numbers of classes differ, these layers stay random.
+
+    Evaluation needs trained heads: `detector_only` rejects a file with only an encoder.
+
+    The model remembers the classes in the file (`classes_of`), unless it has classes already.
 
     Returns a report on every tensor, or None if `MODEL.WEIGHTS` is empty: the weights then stay random. Raises
     UserError if the file cannot be read, has another architecture or other pixel statistics, or a tensor is missing or
     left over.
     """
-    path = cfg.MODEL.WEIGHTS
+    weights = open_weights(cfg.MODEL.WEIGHTS, detector_only)
+    return None if weights is None else _load(model, cfg, weights, detector_only)
+
+
+def build_trained(cfg: CfgNode) -> nn.Module:
+    """Build the detector in `MODEL.WEIGHTS`, with its number of classes.
+
+    `MODEL.ROI_HEADS.NUM_CLASSES` changes in place. Raises the errors of `build_detector` and `load_weights`, and
+    UserError for another model than a `GeneralizedRCNN`.
+    """
+    weights = open_weights(cfg.MODEL.WEIGHTS, detector_only=True)
+    assert weights is not None  # else a UserError
+    heads, number = cfg.MODEL.ROI_HEADS, count_classes(weights.tensors)
+    if number and number != heads.NUM_CLASSES:
+        log.info("MODEL.ROI_HEADS.NUM_CLASSES is %d, the number of classes of %s", number, weights.path)
+        heads.NUM_CLASSES = number
+    model = build_detector(cfg)
+    if not isinstance(model, GeneralizedRCNN):
+        name = cfg.MODEL.META_ARCHITECTURE
+        raise UserError(f"MODEL.META_ARCHITECTURE: {name} cannot predict here. Use GeneralizedRCNN.")
+    _load(model, cfg, weights, detector_only=True)
+    return model
+
+
+def open_weights(path: str, detector_only: bool) -> Weights | None:
+    """Read `MODEL.WEIGHTS`, None if it is empty."""
     if not path and detector_only:
         raise UserError("MODEL.WEIGHTS is empty. Name a trained detector, such as OUTPUT_DIR/model_final.pth.")
     if not path:
@@ -65,14 +97,21 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False)
         raise UserError(f"MODEL.WEIGHTS: {path} is a URL. Download the file and name its path.")
     try:
         weights = read_weights(find_detector(Path(path)))
+        if detector_only and weights.format != "detector":
+            raise UserError(f"{path}: has only an encoder. Name a trained detector.")
+    except UserError as error:
+        raise UserError(f"MODEL.WEIGHTS: {error}") from error
+    return weights
+
+
+def _load(model: nn.Module, cfg: CfgNode, weights: Weights, detector_only: bool) -> LoadReport:
+    try:
         if weights.format == "detector":
             config = weights.path.with_name(CONFIG)
             recorded = dict(flatten(read_yaml(config))) if config.is_file() else {}
             warn_of_other_settings({key: lookup(cfg, key) for key in COMPARED_SETTINGS}, recorded, config)
             report = _load_detector(model, weights, config, detector_only)
             say_assumed(report.assumed, "Train it again with")
-        elif detector_only:
-            raise UserError(f"{path}: has only an encoder. Name a trained detector.")
         else:
             check_pixels(weights, cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
             report = _load_encoder(model, weights)
@@ -123,15 +162,32 @@ def build_detector(cfg: CfgNode) -> nn.Module:
 
 
 def _load_detector(model: nn.Module, weights: Weights, own_config: Path, detector_only: bool) -> LoadReport:
-    new: tuple[str, ...] = ()
-    classes = count_classes(weights.tensors)
-    if not detector_only and classes != count_classes(model.state_dict()):
-        log.warning(
-            "%s is for %d classes: the last layers of the heads start from random weights", weights.path, classes
+    number, wanted = count_classes(weights.tensors), count_classes(model.state_dict())
+    recorded = recorded_classes(weights.path, weights.metadata, number) if number else None
+    own = None if detector_only else classes_of(model)
+    if detector_only and number and number != wanted:
+        raise UserError(
+            f"{weights.path}: has {number} classes, not MODEL.ROI_HEADS.NUM_CLASSES {wanted}. "
+            f"Set MODEL.ROI_HEADS.NUM_CLASSES={number}."
         )
+    pairs = pair_names(own.names, recorded.names) if own and recorded else None
+    for words in start_notes(pairs) if pairs else ():
+        log.warning("%s: %s", weights.path, words)
+    new: tuple[str, ...] = ()
+    if pairs and len(pairs.unknown) < len(pairs.found):
+        weights = _rows_by_name(model, weights, pairs)
+    elif pairs or number != wanted:
+        if not pairs:
+            words = "%s is for %d classes: the last layers of the heads start from random weights"
+            log.warning(words, weights.path, number)
         new = (CLASS_LAYERS,)
         kept = {name: tensor for name, tensor in weights.tensors.items() if not re.match(CLASS_LAYERS, name)}
         weights = replace(weights, tensors=kept)
+    elif own and number:
+        words = "%s does not record the names of its %d classes. They are taken for the classes of the data, in order"
+        log.warning(words, weights.path, number)
+    if own is None:
+        remember_classes(model, recorded if number == wanted else None)
     try:
         report = load(model, weights, new=new)
     except UserError as error:
@@ -143,6 +199,30 @@ def _load_detector(model: nn.Module, weights: Weights, own_config: Path, detecto
         values |= {"activation": "gelu"}
         report.assumed = {key: ModelFact(values[key], "assumed", "since pretraining") for key in values if key in marks}
     return report
+
+
+def _rows_by_name(model: nn.Module, weights: Weights, pairs: NamePairs) -> Weights:
+    """Order the rows of the last layers as the model's classes.
+
+    Rows of classes that the file does not have come from the model.
+    """
+    if pairs.places == tuple(range(len(pairs.known))):
+        return weights
+    own, tensors = model.state_dict(), {}
+    for name, found in weights.tensors.items():
+        if not re.match(CLASS_LAYERS, name) or name not in own:
+            continue
+        parts, background = (4 if ".bbox_pred." in name else 1), int(".cls_score." in name)
+        lengths = [parts * len(names) + background for names in (pairs.found, pairs.known)]
+        if [len(own[name]), len(found)] != lengths or own[name].shape[1:] != found.shape[1:]:
+            continue  # one output for all classes, or layers that do not fit
+        tensors[name] = rows_by_name(own[name], found, pairs, parts)
+        if background:
+            tensors[name][-1] = found[-1]
+    new = len(pairs.unknown)
+    note = f"rows of {len(pairs.found) - new} classes by name, {new} new"
+    notes = weights.notes | dict.fromkeys(tensors, note)
+    return replace(weights, tensors=weights.tensors | tensors, notes=notes)
 
 
 def _load_encoder(model: nn.Module, weights: Weights) -> LoadReport:

@@ -24,6 +24,7 @@ from crossmae.data.images import MAX_PIXELS
 from crossmae.data.parallel import READERS, map_in_order
 from crossmae.errors import UserError
 from crossmae.files import read_json
+from det.classes import Classes
 from det.config import image_limits
 from det.data.coco_checks import (
     Finding,
@@ -140,6 +141,7 @@ def register_coco(
             {"id": entry["id"], "image_count": images_of[entry["id"]]} for entry in cleaned["categories"]
         ],
     )
+    _name_classes(name, cleaned["categories"])
     kept = [annotation for annotation in cleaned["annotations"] if not annotation.get("iscrowd", 0)]
     objects = Counter(annotation["image_id"] for annotation in kept)
     return CocoSummary(
@@ -190,6 +192,24 @@ def read_sizes(folder: Path, names: Sequence[str]) -> Iterable[ImageSize | None]
             return None
 
     return map_in_order(read, names, READERS)
+
+
+def _name_classes(name: str, categories: Sequence[dict[str, Any]]) -> None:
+    """Set the classes as detectron2 does when it loads the records."""
+    entries = sorted(categories, key=lambda entry: entry["id"])
+    numbers = {entry["id"]: index for index, entry in enumerate(entries)}
+    names = [entry["name"] for entry in entries]
+    MetadataCatalog.get(name).set(thing_classes=names, thing_dataset_id_to_contiguous_id=numbers)
+
+
+def registered_classes(name: str) -> Classes | None:
+    """Return the classes of a data set, None if unknown yet."""
+    metadata = MetadataCatalog.get(name)
+    names = metadata.get("thing_classes")
+    if names is None:
+        return None
+    numbers = metadata.get("thing_dataset_id_to_contiguous_id", range(1, len(names) + 1))  # LVIS has no gaps
+    return Classes(tuple(names), tuple(numbers))
 
 
 def _log_findings(findings: Sequence[Finding], dropped: Dropped, json_path: str | Path) -> None:
@@ -427,16 +447,16 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
             cfg.INPUT.MASK_FORMAT = "bitmask"
             log.info("INPUT.MASK_FORMAT is bitmask: %s has run-length encoded masks", train[0])
     if val is not None:
-        classes = summaries[0].categories if summaries else ()
+        known = summaries[0].categories if summaries else ()
         summaries.append(
-            register_coco(OWN_VAL, *val, for_evaluation=True, masks=masks, drop=drop, keep=classes, max_pixels=most)
+            register_coco(OWN_VAL, *val, for_evaluation=True, masks=masks, drop=drop, keep=known, max_pixels=most)
         )
         _warn_of_crowded_images(val[0], summaries[-1], cfg.TEST.DETECTIONS_PER_IMAGE, cfg.TEST.MAX_DETS)
-    if train is not None and val is not None:
-        check_same_categories(summaries[0].categories, summaries[1].categories, train[0], val[0])
     if not summaries:
         return
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (OWN_TRAIN,) if train else (), (OWN_VAL,) if val else ()
+    if train is None:  # the number of classes is the detector's
+        return
     number = len(summaries[0].categories)
     if number != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
         log.info("MODEL.ROI_HEADS.NUM_CLASSES is %d, the number of categories of the data", number)
@@ -487,17 +507,3 @@ def check_registered(names: tuple[str, ...], key: str, needed: str = "") -> None
                 f"{key}: {name} needs {path}, which does not exist. Set DETECTRON2_DATASETS to the folder with coco/, "
                 f"or name your own data with --{split}-json and --{split}-images."
             )
-
-
-def check_same_categories(train: Sequence[str], val: Sequence[str], train_json: str, val_json: str) -> None:
-    """Reject two files whose categories or category order differ."""
-    if train == val:
-        return
-    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-    detail = f"only in the first {only_train}, only in the second {only_val}"
-    if not only_train and not only_val:
-        detail = "the same names, but in another order of ids"
-    raise UserError(
-        f"{train_json}, {val_json}: the categories differ: {detail}. If the ids mean the same, copy the list "
-        "'categories' of one file into the other."
-    )

@@ -31,6 +31,7 @@ from crossmae.errors import UserError, printable
 from det.config import InputKeys, image_limits
 from det.data.copy_paste import paste_objects
 from det.data.masks import moved_masks, tight_boxes
+from det.library_warnings import library_warnings_ignored
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +117,7 @@ class NamingMapper(DatasetMapper):
             arguments["instance_mask_format"] = "bitmask"
         return arguments
 
+    @library_warnings_ignored()
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | Unreadable:
         """Return one image with its annotations, in detectron2's format."""
         try:

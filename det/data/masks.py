@@ -14,6 +14,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from det.data.coco_masks import Floats, Ints, decompress
+from det.library_warnings import library_warnings_ignored
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
@@ -34,7 +35,8 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[n
         rle = coco_mask.frPyObjects(segmentation, height, width) if uncompressed else segmentation
     else:
         raise ValueError(f"segmentation: expected polygons or an RLE, received {type(segmentation).__name__}")
-    return coco_mask.decode(rle).astype(bool)
+    with library_warnings_ignored():
+        return coco_mask.decode(rle).astype(bool)
 
 
 def moved_masks(

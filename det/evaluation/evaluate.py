@@ -23,33 +23,37 @@ from tqdm import tqdm
 from crossmae.errors import UserError
 from crossmae.files import make_folder, write_json, write_text
 from crossmae.reports.figures import save_figure
+from det.classes import classes_of, match_categories
 from det.config import PICTURES, PREDICTIONS, RESULTS
-from det.data.coco import read_registered
+from det.data.coco import read_registered, registered_classes
 from det.data.loader import NamingMapper, build_test_loader, refuse_unreadable
 from det.evaluation.curves import precision_recall_figure
 from det.evaluation.pictures import save_pictures, validation_pictures
 from det.evaluation.run_files import HEADLINE, TASKS
 from det.evaluation.scoring import DetectionScores, count_detections, score_results
 from det.inference.paste import coco_results
+from det.library_warnings import library_warnings_ignored
 
 log = logging.getLogger(__name__)
 
 PRINTED_CLASSES = 100  # a table with more classes would fill the screen
 
 
+@library_warnings_ignored()
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     """Predict every image of `DATASETS.TEST` and score the predictions.
 
-    `TEST.EVALUATOR` names the library. Data sets with `evaluator_type` "lvis" are scored by the rules of LVIS. The
-    files in `OUTPUT_DIR` are: `results.json`; the predictions in `inference/coco_instances_results.json`; precision
-    over recall in `inference/pr_curves_<task>.png`; and `pictures/`, some images with true and predicted objects.
+    Categories and classes are matched by name, see `det.classes`. `TEST.EVALUATOR` names the library. Data sets with
+    `evaluator_type` "lvis" are scored by the rules of LVIS. The files in `OUTPUT_DIR` are: `results.json`; the
+    predictions in `inference/coco_instances_results.json`; precision over recall in `inference/pr_curves_<task>.png`;
+    and `pictures/`, some images with true and predicted objects.
 
     Returns:
         {"bbox": {"AP": 51.6, "AP50": ..., "AP-<class>": ...}, "segm": ...} in percent, with NaN for undefined values;
         see `DetectionScores.numbers`. Empty on all processes except the first.
 
     Raises:
-        UserError: an image cannot be read, or the model or its number of classes does not fit the data set.
+        UserError: an image cannot be read, or the model or its classes do not fit the data set.
     """
     (name,), folder = cfg.DATASETS.TEST, Path(cfg.OUTPUT_DIR)
     detector = model.module if isinstance(model, DistributedDataParallel) else model
@@ -57,13 +61,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
         raise UserError(f"MODEL.META_ARCHITECTURE: {type(detector).__name__} cannot be evaluated. Use GeneralizedRCNN.")
     loader = build_test_loader(name, NamingMapper(cfg, False), cfg.DATALOADER.NUM_WORKERS)
     truth, written = read_registered(name)
-    category_ids = sorted(category["id"] for category in truth["categories"])
-    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if len(category_ids) != num_classes:
-        raise UserError(
-            f"MODEL.ROI_HEADS.NUM_CLASSES: {name} has {len(category_ids)} categories, not {num_classes}. "
-            f"Set MODEL.ROI_HEADS.NUM_CLASSES={len(category_ids)}."
-        )
+    category_ids = match_truth(detector, truth, name)
     parts = comm.gather(predict(detector, loader, category_ids), dst=0)
     if not comm.is_main_process():
         return {}
@@ -76,7 +74,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     drawn = validation_pictures(truth, Path(MetadataCatalog.get(name).image_root), results)
     save_pictures(drawn, folder / PICTURES)
     false_alarms = [] if truth["annotations"] else count_detections(results)
-    return _write_scores(folder, name, scores, false_alarms)
+    return _write_scores(folder, name, scores, left_out(detector, category_ids), false_alarms)
 
 
 def with_written_ids(results: list[dict[str, Any]], written: Mapping[str, Mapping[int, Any]]) -> list[dict[str, Any]]:
@@ -87,7 +85,18 @@ def with_written_ids(results: list[dict[str, Any]], written: Mapping[str, Mappin
     return [result | {key: ids.get(result[key], result[key]) for key, ids in keys.items()} for result in results]
 
 
-def predict(model: GeneralizedRCNN, loader: Any, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+def match_truth(detector: GeneralizedRCNN, truth: Mapping[str, Any], name: str) -> tuple[int | None, ...]:
+    """Find the category id of each class, None for unlisted classes."""
+    entries = sorted(truth["categories"], key=lambda category: category["id"])
+    registered = registered_classes(name)  # of LVIS, detectron2 has other names than the file
+    known = registered is not None and len(registered.names) == len(entries)
+    names = registered.names if registered and known else [entry["name"] for entry in entries]
+    where = str(MetadataCatalog.get(name).get("json_file", name))
+    ids = [entry["id"] for entry in entries]
+    return match_categories(classes_of(detector), detector.roi_heads.num_classes, ids, names, where)
+
+
+def predict(model: GeneralizedRCNN, loader: Any, category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
     """Predict this process's images in evaluation mode. Return COCO results."""
     results = []
     bar = tqdm(loader, desc="evaluate", unit="batch", disable=not comm.is_main_process(), dynamic_ncols=True)
@@ -101,8 +110,19 @@ def predict(model: GeneralizedRCNN, loader: Any, category_ids: Sequence[int]) ->
     return results
 
 
+def left_out(detector: nn.Module, category_ids: Sequence[int | None]) -> list[str]:
+    """Name the classes that the data set does not list."""
+    classes = classes_of(detector)
+    pairs = zip(classes.names, category_ids, strict=True) if classes else ()
+    return [name for name, number in pairs if number is None]
+
+
 def _write_scores(
-    folder: Path, name: str, scores: Mapping[str, DetectionScores], false_alarms: list[dict[str, float]]
+    folder: Path,
+    name: str,
+    scores: Mapping[str, DetectionScores],
+    absent: Sequence[str],
+    false_alarms: list[dict[str, float]],
 ) -> dict[str, dict[str, float]]:
     """Write `results.json` and the curves. Return the results of `evaluate`."""
     results, by_class = {}, {task: of_task.by_class() for task, of_task in scores.items()}
@@ -118,7 +138,8 @@ def _write_scores(
     ]
     written = {task: _json_numbers(values) for task, values in results.items()}
     alarms = {"false_alarms": false_alarms} if false_alarms else {}
-    write_json(folder / RESULTS, {**written, "classes": classes, **alarms})
+    absences = {"left_out": list(absent)} if absent else {}
+    write_json(folder / RESULTS, {**written, "classes": classes, **absences, **alarms})
     if false_alarms:
         counts = ", ".join(f"{row['detections']} with scores from {row['score']:g}" for row in false_alarms)
         log.info("%s has no annotations, so AP is undefined and every detection is a false alarm: %s", name, counts)

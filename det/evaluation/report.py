@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from detectron2.config import get_cfg
 
+from crossmae.class_names import list_names
 from crossmae.data.images import read_image
 from crossmae.reports import page, sections
 from crossmae.reports.figures import MOST_CURVES, PlotKeys, curve_plots
@@ -123,6 +124,9 @@ def _evaluation_sections(
         if results.false_alarms:
             headlines.insert(0, _false_alarm_table(results))
     objects = "Objects: the number of objects of a class in the validation images, without crowd regions."
+    if results is not None and results.left_out:
+        listed = list_names(results.left_out)
+        objects += f" The data do not list these classes of the detector, so they are not scored: {listed}."
     found = [
         page.Section("Average precision", f"On the validation images, by the last evaluation. {AP_TEXT}", headlines),
         _progress_section(run, log),

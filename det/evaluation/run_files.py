@@ -41,12 +41,14 @@ class DetectionResults(FileContent):
     """Content of `results.json`: metrics in percent by task and name, None if undefined, and the classes.
 
     It has `false_alarms` if the validation images have no annotations.
+    `left_out` has the detector's classes that the data do not list.
     """
 
     bbox: Percentages | None = None
     segm: Percentages | None = None
     classes: list[DetectedClass] = Field([])
     false_alarms: list[FalseAlarms] = Field([])
+    left_out: list[str] = Field([])
 
     @model_validator(mode="after")
     def _has_headlines(self) -> DetectionResults:

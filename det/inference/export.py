@@ -106,7 +106,6 @@ def export_detector(
     about = {"input": INPUT_NOTE, "img_size": json.dumps([height, width]), "torch": torch.__version__}
     about |= {"crossmae": crossmae.__version__, **(metadata or {})}
     inputs = fit_image(_shapes(size) if image is None else image, size)
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder, torch.no_grad(), catch_warnings():
         simplefilter("ignore")  # warnings about library internals
         draft = Path(folder, path.name)

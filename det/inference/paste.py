@@ -24,7 +24,7 @@ SAMPLING_ERROR = 4e-6  # times M: limit for the float32 difference of two ways t
 
 
 def coco_results(
-    instances: Instances, image_id: int, height: int, width: int, category_ids: Sequence[int]
+    instances: Instances, image_id: int, height: int, width: int, category_ids: Sequence[int | None]
 ) -> list[dict[str, Any]]:
     """Convert raw predictions of one image to COCO results.
 
@@ -32,8 +32,12 @@ def coco_results(
 
     The input is the raw output of `GeneralizedRCNN.inference(..., do_postprocess=False)`, in pixels of the model's
     input, and the height and width of the image file. Returns dicts with `image_id`, `category_id`, `bbox` (x, y,
-    width, height), `score` and, with masks, `segmentation`. Objects with an empty box are left out.
+    width, height), `score` and, with masks, `segmentation`. Objects with an empty box, and of classes with the category
+    id None, are left out.
     """
+    if None in category_ids:
+        wanted = torch.tensor([number is not None for number in category_ids], device=instances.pred_classes.device)
+        instances = instances[wanted[instances.pred_classes]]
     fields = dict(instances.get_fields())
     masks = fields.pop("pred_masks", None)
     fields["pred_boxes"] = fields["pred_boxes"].clone()  # scaled in place below

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,20 +14,22 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import AugmentationList
-from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Instances
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
+from crossmae.class_names import describe_difference, list_names, pair_names
 from crossmae.data.images import ImageLimits, read_image, to_rgb
 from crossmae.errors import UserError
 from crossmae.files import decode_text, read_file
-from det.backbone.weights import build_detector, find_detector, load_weights
+from det.backbone.weights import build_trained, find_detector
+from det.classes import Classes, classes_of, match_ids
 from det.config import CONFIG, RECORD, check_config, choose_device, image_limits, load_det_config
 from det.data.coco import read_categories
 from det.data.loader import ResizeShortestEdge, augment
 from det.inference.paste import coco_results
+from det.library_warnings import library_warnings_ignored
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +55,14 @@ class Predictor:
     Attributes:
         cfg: the config. Its `MODEL.WEIGHTS` is the file that was read.
         model: the detector, in evaluation mode.
+        class_names: names of the classes in order, None if the detector does not record them.
 
     Raises:
         UserError: the file or the device does not exist, the config is not for a `GeneralizedRCNN`, or the weights do
             not fit the config.
     """
 
+    @library_warnings_ignored()
     def __init__(
         self, config: CfgNode | str | Path | None, weights: str | Path, device: str | None = None, *, masks: bool = True
     ) -> None:
@@ -72,13 +74,12 @@ class Predictor:
             self.cfg.MODEL.DEVICE = device
             check_config(self.cfg)
         choose_device(self.cfg, asked=device is not None)
-        self.model: Any = build_detector(self.cfg).eval()
-        if not isinstance(self.model, GeneralizedRCNN):
-            name = self.cfg.MODEL.META_ARCHITECTURE
-            raise UserError(f"MODEL.META_ARCHITECTURE: {name} cannot predict here. Use GeneralizedRCNN.")
-        load_weights(self.model, self.cfg, detector_only=True)
+        model: Any = build_trained(self.cfg)
+        self.model: Any = model.eval()
         if not masks:
             self.model.roi_heads.mask_on = False
+        recorded = classes_of(self.model)
+        self.class_names = recorded.names if recorded else None
         heads, inputs = self.cfg.MODEL.ROI_HEADS, self.cfg.INPUT
         self.num_classes, self.score_threshold, self._format = heads.NUM_CLASSES, heads.SCORE_THRESH_TEST, inputs.FORMAT
         resize = ResizeShortestEdge(inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST, "choice")
@@ -112,6 +113,7 @@ class Predictor:
         """
         return self._run(images, partial(self.model.inference, do_postprocess=False))
 
+    @library_warnings_ignored()
     @torch.no_grad()
     def _run(self, images: Sequence[ImageLike], model: Callable[[list[dict[str, Any]]], list[Any]]) -> list[Any]:
         """Call `model` once for each padded size."""
@@ -177,38 +179,39 @@ def read_rgb(image: ImageLike, limits: ImageLimits | None = None) -> NDArray[np.
     return pixels
 
 
-@dataclass(frozen=True)
-class Classes:
-    """Names of a detector's classes in order, and their category ids in COCO files."""
-
-    names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-
-
 def find_classes(predictor: Predictor, file: Path | None = None) -> Classes:
     """Find the names and category ids of a detector's classes.
 
-    `file` is a JSON file with COCO's `categories`, or a text file with one name per line. Without `file`, the names
-    come from the record of the run. Without a record, the names are numbers from 1, with a warning. Raises UserError if
-    the number of names differs from the number of classes.
+    `file` is a JSON file with COCO's `categories`, or a text file with one name per line. Its names are matched with
+    the names that the detector records, and its ids are used. Classes that it does not list are left out. If the
+    detector does not record names, they come from the file in order. Without both, the names are numbers from 1, with a
+    warning. Raises UserError if the file has other names or another number of names.
     """
-    wanted, record = predictor.num_classes, predictor.weights.with_name(RECORD)
-    classes = _recorded_classes(record) if file is None else _read_classes(file)
-    if classes is None:
-        log.warning("%s has no class names, so they are class 1 to class %d. Name them with --classes.", record, wanted)
+    wanted, recorded = predictor.num_classes, classes_of(predictor.model)
+    if file is None and recorded is None:
+        log.warning(
+            "%s has no class names, so they are class 1 to class %d. Name them with --classes.",
+            *(predictor.weights.with_name(RECORD), wanted),
+        )
         numbers = range(1, wanted + 1)
         return Classes(tuple(f"class {number}" for number in numbers), tuple(numbers))
-    if len(classes.names) != wanted:
-        raise UserError(f"{file or record}: has {len(classes.names)} class names. The detector needs {wanted}.")
-    return classes
-
-
-def _recorded_classes(record: Path) -> Classes | None:
-    try:
-        content = json.loads(record.read_text(encoding="utf-8"))
-        return Classes(tuple(content["classes"]), tuple(content["category_ids"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    given = recorded if file is None else _read_classes(file)
+    assert given is not None
+    if recorded is None and len(given.names) != wanted:
+        raise UserError(f"{file}: has {len(given.names)} class names. The detector needs {wanted}.")
+    if file is None or recorded is None:
+        return given
+    pairs = pair_names(given.names, recorded.names)
+    if pairs.unknown:
+        raise UserError(
+            f"{file}: its classes differ, the detector does not know {describe_difference(pairs)}. Leave "
+            "out --classes, or name a file with its classes."
+        )
+    for note in pairs.notes():
+        log.warning("%s: compared with the detector's classes, %s", file, note)
+    if pairs.absent:
+        log.warning("%s: detections of classes that it does not list are left out: %s", file, list_names(pairs.absent))
+    return Classes(recorded.names, match_ids(pairs, given.category_ids))
 
 
 def _read_classes(file: Path) -> Classes:

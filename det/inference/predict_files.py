@@ -214,7 +214,7 @@ class FilePredictions:
         self, images: Iterable[tuple[Item, dict[str, Any], NDArray[np.uint8]]], coco: CocoStream
     ) -> Iterator[tuple[Item, NDArray[np.uint8]]]:
         """Predict batches of (item, entry, pixels). Yield items with drawn pixels."""
-        queue, names = iter(images), dict(zip(self.classes.category_ids, self.classes.names, strict=True))
+        queue, names = iter(images), self.classes.by_id()
         while batch := list(islice(queue, self.batch_size)):
             found = self.predictor.predict_raw([pixels for _, _, pixels in batch])
             for (item, entry, pixels), instances in zip(batch, found, strict=True):
@@ -257,7 +257,6 @@ class CocoStream:
 
     def finish(self, info: dict[str, Any]) -> None:
         self.annotations.close()
-        pairs = zip(self.classes.category_ids, self.classes.names, strict=True)
-        categories = [{"id": number, "name": name} for number, name in pairs]
+        categories = [{"id": number, "name": name} for number, name in self.classes.by_id().items()]
         rest = {"images": self.images, "categories": categories, "info": info}
         self.file.write(", " + json.dumps(rest, ensure_ascii=False, allow_nan=False)[1:] + "\n")

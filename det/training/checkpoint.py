@@ -18,13 +18,15 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from torch import nn
 
-from crossmae.checkpoints.metadata import PICKLED_METADATA
+from crossmae.checkpoints.metadata import CLASSES, PICKLED_METADATA
 from crossmae.checkpoints.reading.torch_file import read_torch_file
 from crossmae.checkpoints.weights import check_finite, describe_non_finite
 from crossmae.errors import UserError
 from crossmae.files import sha256, write_atomically, write_json, write_text
 from crossmae.training.versions import versions
+from det.classes import CATEGORY_IDS, classes_of
 from det.config import CHECKPOINT, LAST, RECORD
+from det.data.coco import registered_classes
 
 log = logging.getLogger(__name__)
 
@@ -76,14 +78,19 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return {"model": self.average.state_dict(), TRAINED: trained}
 
     def write(self, file_name: str, content: dict[str, Any]) -> None:
-        """Write one file of the folder. Reject weights that are not finite."""
+        """Write one file of the folder, with the names of the classes.
+
+        Rejects weights that are not finite.
+        """
         for key in ("model", TRAINED):
             if found := describe_non_finite(content.get(key, {})):
                 raise UserError(
                     f"{Path(self.save_dir, file_name)}: not written, because {found} (in `{key}`). Lower "
                     "SOLVER.BASE_LR and start a new run in another OUTPUT_DIR."
                 )
-        content = content | ({PICKLED_METADATA: self.metadata} if self.metadata else {})
+        classes = classes_of(self.model)
+        metadata = self.metadata | (classes.metadata() if classes else {})
+        content = content | ({PICKLED_METADATA: metadata} if metadata else {})
         write_atomically(Path(self.save_dir, file_name), lambda path: torch.save(content, path))
 
     def resume(self, path: Path, max_iter: int) -> int:
@@ -210,7 +217,7 @@ def record_run(
     libraries = versions() | {"detectron2": detectron2.__version__, "processes": comm.get_world_size()}
     if torch.cuda.is_available():
         libraries["gpu"] = torch.cuda.get_device_name()
-    names = sets[train[0]]
-    classes = {"classes": list(names.thing_classes), "category_ids": list(names.thing_dataset_id_to_contiguous_id)}
+    trained = registered_classes(train[0])
+    classes = {CLASSES: list(trained.names), CATEGORY_IDS: list(trained.category_ids)} if trained else {}
     run = {"iterations": iterations, "versions": libraries, "data": data, "settings": settings}
     write_json(folder / RECORD, classes | run)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
@@ -17,15 +16,9 @@ from crossmae.errors import PrintableFormatter
 from crossmae.files import ODD_BYTES
 from det.config import LOG
 
-# Warnings of libraries that neither the caller nor the user can fix.
-LIBRARY_WARNINGS = ("The given NumPy array is not writable", "torch.meshgrid: in an upcoming release", "Glyph ")
-
 
 def set_up_console() -> None:
     """Show the log messages for the user, in every process."""
-    for text in LIBRARY_WARNINGS:
-        warnings.filterwarnings("ignore", text, UserWarning)
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     if not any(isinstance(handler, ConsoleHandler) for handler in logging.getLogger().handlers):
         handler = ConsoleHandler()
         handler.setFormatter(PrintableFormatter())

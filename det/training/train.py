@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.engine import HookBase, create_ddp_model, default_writers, hooks
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -20,12 +21,14 @@ from crossmae.checkpoints.provenance import inherited
 from crossmae.errors import UserError
 from crossmae.files import make_folder, write_text
 from crossmae.training.signals import StopRequest
-from det.backbone.weights import build_detector, load_weights
+from det.backbone.weights import build_detector, build_trained, load_weights
+from det.classes import Classes, classes_of, pair_categories, remember_classes
 from det.config import BEST, BEST_RECORD, CONFIG, METRICS, RECORD, flatten, read_keys
-from det.data.coco import check_classes, check_registered
+from det.data.coco import check_classes, check_registered, registered_classes
 from det.data.loader import NamingMapper, build_train_loader, check_objects_left, training_samples
 from det.evaluation.evaluate import evaluate
 from det.evaluation.report import write_report
+from det.library_warnings import library_warnings_ignored
 from det.training.checkpoint import AtomicCheckpointer, check_continues, find_checkpoint, record_run, shared_settings
 from det.training.console import early_log, log_file
 from det.training.hooks import EvaluationHook, ProgressBar, StopBetweenSteps
@@ -38,6 +41,7 @@ WRITING_PERIOD = 20  # steps between two log entries
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+@library_warnings_ignored()
 def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
     """Train and evaluate one detector.
 
@@ -59,7 +63,9 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
         records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
         check_objects_left(records, NamingMapper(cfg, True))
         samples = training_samples(cfg, records)
-        check_classes((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        check_classes(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        classes = registered_classes(cfg.DATASETS.TRAIN[0])
+        check_evaluated(classes, cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.DATASETS.TEST)
         schedule = resolve_schedule(solver, keys.TEST, len(samples))
         log.info("%s", describe_schedule(schedule, solver, len(samples), depth))
         batches = partial(
@@ -73,6 +79,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
         )
         loader = batches(range(schedule.max_iter))
         model = build_detector(cfg)
+        remember_classes(model, classes)
         checkpoint = find_checkpoint(folder, resume)
         settings = shared_settings(dict(flatten(cfg)), len(samples))
         loaded = None
@@ -124,6 +131,14 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, dict[str, float]]:
     return results
 
 
+def check_evaluated(classes: Classes | None, number: int, names: Sequence[str]) -> None:
+    """Reject data sets with classes that the detector does not have."""
+    for name in names:
+        if (registered := registered_classes(name)) is not None:
+            where = MetadataCatalog.get(name).get("json_file", name)
+            pair_categories(classes, number, registered.names, str(where))
+
+
 def build_savers(checkpointer: AtomicCheckpointer, period: int, kept: int) -> list[HookBase]:
     """Build the first process's progress bar and periodic checkpoints."""
     if not comm.is_main_process():
@@ -146,6 +161,7 @@ def run_steps(trainer: StepTrainer, first: int, schedule: StepSchedule) -> None:
         ) from error
 
 
+@library_warnings_ignored()
 def evaluate_only(cfg: CfgNode) -> dict[str, dict[str, float]]:
     """Evaluate the detector in `MODEL.WEIGHTS` on `DATASETS.TEST`.
 
@@ -153,8 +169,9 @@ def evaluate_only(cfg: CfgNode) -> dict[str, dict[str, float]]:
     nothing, if there are no test data or the weights are not a whole detector.
     """
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST", "data to evaluate on")
-    model = build_detector(cfg)
-    load_weights(model, cfg, detector_only=True)
+    cfg = cfg.clone()
+    model = build_trained(cfg)
+    check_evaluated(classes_of(model), cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.DATASETS.TEST)
     folder = Path(cfg.OUTPUT_DIR)
     if (folder / RECORD).is_file():
         cfg, folder = cfg.clone(), folder / "evaluation"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from det.inference.draw import class_color
 from tests.det.batches import train_batches
 from tests.det.coco_files import TINY, write_coco
 from tests.tools.command_line import exit_code
-from tools.visualize_data import CELL, draw_sample, main, padded_samples
+from tools.visualize_data import CELL, compare_with_start, draw_sample, main, padded_samples
 
 JITTER = ["INPUT.LSJ.ENABLED=True", "INPUT.LSJ.SIZE=64", "INPUT.LSJ.MIN_SCALE=0.3", "INPUT.LSJ.MAX_SCALE=1.2"]
 
@@ -55,6 +56,15 @@ def test_pictures_are_what_the_model_gets(folder: Path, pad: str, channels: str)
             shapes.add(tuple(sample["image"].shape[1:]))
     assert next(pictures, None) is None
     assert len(shapes) > 3  # jittered
+
+
+def test_classes_are_compared_with_a_detector_to_start_from(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for weights in (".", "missing.pth"):
+        compare_with_start(weights, ("a", "b"))
+    assert not caplog.records
+    Path("run.json").write_text(json.dumps({"classes": ["b", "c"], "category_ids": [1, 2]}))
+    compare_with_start("model_final.pth", ("a", "b"))
+    assert "the head keeps the classes 'b'. New, from random weights: 'a'. Left out: 'c'" in caplog.text
 
 
 @pytest.mark.parametrize("masks", ["polygon", "bitmask"])

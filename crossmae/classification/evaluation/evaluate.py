@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crossmae.class_names import LISTED, list_names, pair_names
 from crossmae.classification.classifier import Classifier, load_classifier
 from crossmae.classification.data import (
     CentreViews,
@@ -27,9 +28,9 @@ from crossmae.classification.evaluation.metrics import ClassificationScores, Pre
 from crossmae.classification.report import CONFIG, FOLDER, write_report
 from crossmae.classification.train.config import EvaluationConfig, LabelledDataConfig
 from crossmae.data.pixels import Normalize
-from crossmae.data.sources import open_source
+from crossmae.data.sources import Source, open_source
 from crossmae.data.sources.source import evenly_spaced
-from crossmae.errors import UserError
+from crossmae.errors import UserError, shorten
 from crossmae.files import check_writable, sha256
 from crossmae.training.devices import choose_precision, open_autocast, open_device
 from crossmae.training.processes import Ranks, find_ranks, process_group
@@ -168,10 +169,11 @@ def evaluate_only(
         try:
             ranks.together(lambda: _check_output(output_dir, force))
             classifier = ranks.together(lambda: load_classifier(weights, settings.img_size))
-            found = ranks.together(lambda: _open_images(classifier, data, settings, batch_size))
+            classifier, found = ranks.together(lambda: _open_images(classifier, data, settings, batch_size))
             if ranks.is_main:
                 log.info("data.val: %s", found.images.source.description)
-                warn_of_absent(found.images.targets, "data.val", classifier.classes)
+                if classifier.multi_label:
+                    warn_of_absent(found.images.targets, "data.val", classifier.classes)
                 for sentence in classifier.assumed:
                     log.info("assumed: %s", sentence)
             autocast = open_autocast(precision, opened)
@@ -188,6 +190,7 @@ def evaluate_only(
                 "data": data.val,
                 "data_root": data.val_root and str(data.val_root),
                 "precision": precision,
+                "softmax": None if classifier.multi_label else settings.softmax,
             }
             how = (classifier.class_names, about, settings.hardest)
             write_results(output_dir / FOLDER, found.images, predictions, scores, *how)
@@ -208,7 +211,7 @@ def _check_output(folder: Path, force: bool) -> None:
 
 def _open_images(
     classifier: Classifier, data: LabelledDataConfig, settings: EvaluationConfig, batch_size: int
-) -> EvaluationSet:
+) -> tuple[Classifier, EvaluationSet]:
     if data.val is None:
         raise UserError("data.val: missing. Name labelled images to evaluate on.")
     if classifier.multi_label and data.separator is None:
@@ -216,7 +219,35 @@ def _open_images(
     if not classifier.multi_label and data.separator is not None:
         raise UserError("data.separator: the classifier predicts one label per image. Leave it out.")
     source = open_source(data.val, "data.val", data.val_root, data.limits)
+    classifier = match_classes(classifier, source, settings.softmax)
     targets = label_targets(source, "data.val", classifier.classes, data.separator)
     how = (settings.crop_pct or classifier.crop_pct, classifier.mean, classifier.std, classifier.bit_depth)
     images = CentreViews(source, targets, Views(classifier.architecture.img_size, *how))
-    return EvaluationSet(images, settings.batch_size or batch_size, data.workers, settings.features)
+    return classifier, EvaluationSet(images, settings.batch_size or batch_size, data.workers, settings.features)
+
+
+def match_classes(classifier: Classifier, source: Source, softmax: Literal["all", "present"]) -> Classifier:
+    """Compare the classes of a classifier with the classes in data.val.
+
+    A classifier without class names gets the names of the data, in their order, if there are as many. If the data have
+    some of the classes, `softmax` decides among which classes an image is classified. Labels that are no classes are
+    left to `label_targets`.
+    """
+    source.label(0)
+    names, number = source.classes, len(classifier.classes)
+    if classifier.multi_label:  # every class is a decision of its own
+        return classifier
+    if not classifier.names_known and len(names) == number and not set(names) <= set(classifier.classes):
+        words = "data.val: %s does not record the names of its %d classes. They are taken for the data's, in order: %s"
+        log.warning(words, classifier.path, number, shorten(names, LISTED))
+        return replace(classifier, classes=names, class_names=names)
+    pairs = pair_names(names, classifier.classes)
+    if pairs.unknown or not pairs.absent:
+        return classifier
+    counted = f"data.val: has {len(names)} of the classifier's {number} classes, not {list_names(pairs.absent)}"
+    if softmax == "all" or len(names) < 2:
+        advice = "evaluation.softmax=present chooses among the present classes only"
+        log.warning("%s. The softmax is over all classes, so images can be taken for these. %s", counted, advice)
+        return classifier
+    log.warning("%s. The softmax is over the present classes only (evaluation.softmax)", counted)
+    return classifier.only([name for name in classifier.classes if name not in pairs.absent])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +28,11 @@ from crossmae.data.pixels import to_tensor
 from crossmae.errors import UserError
 
 Policy = Callable[[Image.Image], Image.Image]
+
+TRIALS = 4  # images that a policy must augment before it is used
+_SETTING = re.compile(r"(?P<key>mstd|mmax|inc|[mnpwdab])(?P<value>\d+(\.\d+)?)|t(3a|weights|3aw)", re.ASCII)
+_POSITIVE = ("n", "p", "w", "d", "a")  # number of operations, their probability, width, depth and alpha of augmix
+_POLICIES = "Name a policy such as rand-m9-mstd0.5-inc1, augmix-m3-w3, original or v0, or null for none."
 
 
 def train_view(
@@ -70,16 +77,40 @@ def build_policy(name: str, size: tuple[int, int], mean: Sequence[float]) -> Pol
             policy = augment_and_mix_transform(name, settings | {"translate_pct": 0.3})
         else:
             policy = auto_augment_transform(name, settings)
+        _check_sections(name)
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(
-            f"data.auto_augment: {name!r} is no policy of timm ({error or 'unknown'}). Name a policy such as "
-            "rand-m9-mstd0.5-inc1, augmix-m3-w3, original or v0, or null for none."
+            f"data.auto_augment: {name!r} is no policy of timm ({str(error) or 'unknown'}). {_POLICIES}"
         ) from None
     for operation in chain.from_iterable(policy.policy) if isinstance(policy, AutoAugment) else policy.ops:
         if operation.aug_fn is posterize:
             operation.aug_fn = _posterize
+    _try_policy(policy, name)
     applied: Policy = policy
     return applied
+
+
+def _check_sections(name: str) -> None:
+    """Reject settings that timm ignores, and zeros that leave nothing to apply."""
+    for section in name.split("-")[1:]:
+        setting = _SETTING.fullmatch(section)
+        if setting is None:
+            raise ValueError(f"{section!r} is no setting")
+        if setting["key"] in _POSITIVE and not float(setting["value"]) > 0:
+            raise ValueError(f"{section!r} must be more than 0")
+
+
+def _try_policy(policy: Policy, name: str) -> None:
+    """Reject a policy that fails on a small image."""
+    image = Image.fromarray(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))
+    for trial in range(TRIALS):
+        try:
+            with keyed_everywhere(trial), warnings.catch_warnings():
+                warnings.simplefilter("error", RuntimeWarning)  # such as pixels that are not numbers
+                policy(image)
+        except Exception as error:  # timm, numpy and Pillow raise many types
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"data.auto_augment: {name!r} fails on an image ({reason}). {_POLICIES}") from error
 
 
 def _posterize(image: Image.Image, bits: int, **settings: Any) -> Image.Image:

@@ -135,6 +135,9 @@ class EvaluationConfig(ConfigSection):
 
     every_epochs: PositiveInt = 1
     img_size: Pixels | None = Field(None, description="of --eval-only; null: as trained; positions are resampled")
+    softmax: Literal["all", "present"] = Field(
+        "all", description="of --eval-only, over all classes of the classifier, or only over the classes in data.val"
+    )
     batch_size: PositiveInt | None = Field(None, description="images per process; null: as in training")
     crop_pct: CropShare | None = Field(None, description="share of the side; null: 224/256 up to 224 px, else 1")
     hardest: int = Field(24, ge=0, description="images with the highest loss that are kept as pictures")
@@ -188,6 +191,6 @@ class FinetuneConfig(RunConfig):
             (data.val is None, "data.val is not given", "evaluation", set(EvaluationConfig.model_fields)),
             (data.broken == "error", "data.broken is error", "data", {"broken_budget"}),
             (not has_shards, "data.train has no shards", "data", {"shuffle_shards"}),
-            (True, "it is for --eval-only", "evaluation", {"img_size"}),
+            (True, "it is for --eval-only", "evaluation", {"img_size", "softmax"}),
         ]
         return self.unused_keys(cases)

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from crossmae.checkpoints.formats.facts import MODEL_KEYS, assumed
-from crossmae.checkpoints.metadata import recorded_arguments
+from crossmae.checkpoints.metadata import CLASSES, FORMAT, recorded_arguments
 from crossmae.checkpoints.provenance import inherited, recorded_inheritance
 from crossmae.checkpoints.reading.files import find_file
 from crossmae.checkpoints.run_checkpoint import MODEL
 from crossmae.checkpoints.weights import Weights, read_weights, save_weights
-from crossmae.classification.classifier import BEST, ClassifierRecord, classifier_metadata
+from crossmae.class_names import pair_names, rows_by_name, start_notes
+from crossmae.classification.classifier import BEST, CLASSIFIER, PLAIN, ClassifierRecord, classifier_metadata
 from crossmae.classification.data import (
     CentreViews,
     LabelledImages,
@@ -73,6 +74,8 @@ from crossmae.training.state import TrainingState
 
 log = logging.getLogger(__name__)
 
+_CLASS_LAYERS = ("head.weight", "head.bias", "head.1.weight", "head.1.bias")  # one row per class
+
 
 def finetune(config: FinetuneConfig, resume: bool = False) -> Path:
     """Train a classifier, and return the path of its last weights.
@@ -111,7 +114,7 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
     }
     complete = is_complete(start, schedule.last_step, fingerprint)
     # The model, with its initial weights.
-    size, model, origin = build_model(config.model, data, seed, len(classes), start)
+    size, model, origin = build_model(config.model, data, seed, classes, start)
     model.set_grad_checkpointing(config.runtime.activation_checkpointing)
     crop_pct = config.evaluation.crop_pct or published_crop_pct(size.img_size)
     # The augmented images, and the loss.
@@ -317,7 +320,7 @@ def check_labelled(labelled: LabelledImages, channels: int, data: LabelledDataCo
 
 
 def build_model(
-    settings: ClassifierConfig, data: LabelledDataConfig, seed: int, num_classes: int, start: Path | None
+    settings: ClassifierConfig, data: LabelledDataConfig, seed: int, classes: Sequence[str], start: Path | None
 ) -> tuple[Architecture, VisionTransformer, dict[str, str]]:
     """Build the model from a checkpoint, `model.init`, or random numbers.
 
@@ -332,7 +335,7 @@ def build_model(
     file = start / MODEL if start else settings.init
     weights = read_weights(file) if file else None
     architecture = architecture_of(weights, **given) if weights else architecture_from(given, str(settings.name))
-    model = build_vit(architecture, num_classes, settings.pool, settings.drop_path, settings.head)
+    model = build_vit(architecture, len(classes), settings.pool, settings.drop_path, settings.head)
     origin = recorded_inheritance(file) if start and file else {}
     if weights and not start:
         compare_pixels(weights, data)
@@ -342,10 +345,32 @@ def build_model(
         found = assumed(report.assumed, () if settings.num_heads is None else ("num_heads",))
         say_assumed(found, MODEL_KEYS)
         origin = inherited(report.licence, found)
+        if weights.metadata.get(FORMAT) == CLASSIFIER:
+            start_head(model, weights, settings, classes)
     if settings.freeze:
         model.requires_grad_(False)
         model.head.requires_grad_(True)
     return architecture, model, origin
+
+
+def start_head(model: VisionTransformer, weights: Weights, settings: ClassifierConfig, classes: Sequence[str]) -> None:
+    """Load the rows of a classifier's head by their names.
+
+    Classes that the classifier does not have keep their random rows. The head stays random if its kind or its pooling
+    differs, or no class is in both.
+    """
+    pairs = pair_names(classes, json.loads(weights.metadata.get(CLASSES, "[]")))
+    same = all(weights.metadata.get(key) == getattr(settings, key) for key in PLAIN)
+    if not same or len(pairs.unknown) == len(classes):
+        why = "none of its classes is in data.train" if same else "it is for another model.head or model.pool"
+        log.warning("model.init: the head of %s is not used, because %s", weights.path, why)
+        return
+    for name, own in model.state_dict().items():
+        if name.startswith(("head.", "fc_norm.")):
+            found, per_class = weights.tensors[name], name in _CLASS_LAYERS
+            own.copy_(rows_by_name(own, found, pairs) if per_class else found)
+    for note in start_notes(pairs) or ["the head is loaded, too: it is for the same classes"]:
+        log.info("model.init: %s: %s", weights.path, note)
 
 
 def warn_of_untrained_blocks(weights: Weights, depth: int) -> None:

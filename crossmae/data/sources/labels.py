@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from unicodedata import normalize
 
 from crossmae.errors import shorten
@@ -59,15 +59,6 @@ def alike_labels(classes: Sequence[str]) -> list[str]:
     """List classes that differ in spaces or case only."""
     counts = Counter(map(fold_label, classes))
     return sorted(name for name in classes if counts[fold_label(name)] > 1)
-
-
-def match_labels(words: Iterable[str], classes: Sequence[str]) -> Mapping[str, int]:
-    """Find labels in `classes`, if need be regardless of spaces and case."""
-    exact = {name: position for position, name in enumerate(classes)}
-    counts = Counter(map(fold_label, classes))
-    loose = {fold_label(name): position for name, position in exact.items() if counts[fold_label(name)] == 1}
-    found = {word: exact.get(word, loose.get(fold_label(word))) for word in words}
-    return {word: position for word, position in found.items() if position is not None}
 
 
 def _whole_numbers(plain: dict[str, str]) -> dict[str, str]:

@@ -138,10 +138,21 @@ def test_no_policy_leaves_the_range_of_pillow(name: str) -> None:
             assert view(image).shape == (3, 8, 8)
 
 
-@pytest.mark.parametrize("name", ["rand-m9-foo1", "nothing", "v0-bar2"])
+IGNORED_BY_TIMM = ["rand-m", "rand-mfoo", "rand-m9-twrong", "augmix-w", "v0-mstdinf", "rand-m9-mstdnan", "rand-"]
+NOTHING_LEFT = ["rand-m9-n0", "rand-m9-p0", "augmix-m3-w0", "augmix-m3-a0", "augmix-m3-d0", "augmix-w0.0"]
+
+
+@pytest.mark.parametrize("name", ["rand-m9-foo1", "nothing", "v0-bar2", *IGNORED_BY_TIMM, *NOTHING_LEFT])
 def test_an_unknown_policy_is_named(name: str) -> None:
     with pytest.raises(UserError, match=f"data.auto_augment: '{name}' is no policy"):
         train_view((16, 16), (0.5, 1.0), 0.5, name, 0.0, MEAN)
+
+
+def test_a_policy_that_fails_is_found_before_the_first_image() -> None:
+    state = np.random.get_state()[1].tolist()
+    with pytest.raises(UserError, match=r"data.auto_augment: 'augmix-a0.0001' fails on an image \(invalid value"):
+        train_view((16, 16), (0.5, 1.0), 0.5, "augmix-a0.0001", 0.0, MEAN)
+    assert np.random.get_state()[1].tolist() == state
 
 
 def test_views_to_evaluate_on(tmp_path: Path) -> None:

@@ -137,21 +137,6 @@ def test_polygons_keep_their_format(tmp_path, cfg):
     assert cfg.DATASETS.TEST == ()
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ({3: "b", 1: "c"}, r"the categories differ: only in the first \['a'\], only in the second \['c'\]"),
-        ({3: "a", 1: "b"}, "the categories differ: the same names, but in another order of ids"),
-    ],
-)
-def test_train_and_val_must_agree_on_categories(tmp_path, cfg, names, message):
-    train, images, content = write_coco(tmp_path / "a")
-    content["categories"] = [{"id": key, "name": name} for key, name in names.items()]
-    val = save(tmp_path, content)
-    with pytest.raises(UserError, match=message):
-        use_own_data(cfg, (str(train), str(images)), (str(val), str(images)))
-
-
 @pytest.mark.parametrize("count", [1, 10])
 def test_mask_training_needs_masks(tmp_path, cfg, count):
     _, images, content = write_coco(tmp_path)

@@ -208,7 +208,7 @@ def test_classes_come_from_a_file_or_the_run_or_are_numbers(tmp_path, run, caplo
     record = run / "run.json"
     record.write_text(json.dumps({"classes": ["x", "y", "z"], "category_ids": [5, 7, 8]}))
     try:
-        recorded = find_classes(predictor)
+        recorded = find_classes(Predictor(None, run))
     finally:
         record.unlink()
     assert recorded == Classes(("x", "y", "z"), (5, 7, 8))

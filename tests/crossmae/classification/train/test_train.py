@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from crossmae.files import sha256
 from crossmae.models.crossmae import CrossMAE
 from crossmae.training.processes import Ranks
 from crossmae.training.state import TrainingState
+from tests.crossmae.classification.classifiers import write_classifier
 from tests.crossmae.classification.labelled import CLASSES, write_classes
 
 CPU = torch.device("cpu")
@@ -235,7 +237,7 @@ def test_every_image_is_evaluated_once_on_any_number_of_processes(images: Path, 
     val = CentreViews(source, label_targets(source, "data.val", CLASSES), views)
     torch.manual_seed(0)
     settings = make_config(images, images, evaluation={"features": 5})
-    _, model, _ = train_module.build_model(settings.model, settings.data, 0, 3, None)
+    _, model, _ = train_module.build_model(settings.model, settings.data, 0, CLASSES, None)
     torch.nn.init.normal_(model.head.weight)
     model.double()
 
@@ -308,7 +310,7 @@ def test_a_linear_probe_trains_the_head_alone(images: Path, tmp_path: Path) -> N
     optim = {"name": "lars", "weight_decay": 0.0, "lr": 100.0}
     config = make_config(images, tmp_path / "run", model=model, optim=optim, data={"auto_augment": None})
     head = (
-        train_module.build_model(config.model, config.data, config.runtime.seed, 3, None)[1]
+        train_module.build_model(config.model, config.data, config.runtime.seed, CLASSES, None)[1]
         .head[1]
         .weight.detach()
         .clone()
@@ -483,3 +485,60 @@ def test_a_run_goes_on_without_the_file_that_it_started_from(images: Path, tmp_p
     (tmp_path / "pretrain.pth").unlink()
     finetune(make_config(images, tmp_path / "run", model=model, schedule={"max_steps": 4}), resume=True)
     assert complete_checkpoints(tmp_path / "run")[-1].name == "step-00000004"
+
+
+def logits_of(weights: Path, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return load_classifier(weights).model(images)
+
+
+def test_a_classifier_starts_a_training_on_other_classes_row_by_row(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    write_classifier(tmp_path / "old", ("red", "Blue ", "grey"))
+    init = tmp_path / "old/model_best.safetensors"
+    model = {"name": None, "init": init, **dict.fromkeys(("img_size", "patch_size", "embed_dim", "depth", "num_heads"))}
+    config = make_config(images, tmp_path / "run", model=model, data={"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.2, 0.3)})
+    how = (config.data, config.runtime.seed)
+    pixels = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    old = logits_of(tmp_path / "old", pixels)
+    built = train_module.build_model(config.model, *how, ("blue", "green", "red"), None)[1].eval()
+    new = built(pixels)
+    assert torch.allclose(new[:, [0, 2]], old[:, [1, 0]], atol=1e-6)
+    assert "keeps the classes 'blue', 'red'. New, from random weights: 'green'. Left out: 'grey'" in caplog.text
+    train_module.build_model(config.model, *how, ("ship", "plane"), None)
+    assert "is not used, because none of its classes is in data.train" in caplog.text
+    other = config.model.model_copy(update={"pool": "cls"})
+    train_module.build_model(other, *how, ("blue", "red"), None)
+    assert "it is for another model.head or model.pool" in caplog.text
+
+
+def test_some_of_the_classes_are_evaluated_among_all_or_among_themselves(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_classifier(tmp_path / "all", ("red", "green", "teal", "blue"))
+    rows = [f"{path},{path.parent.name}" for path in sorted((images / "val").rglob("*.png"))]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *(row for row in rows if "green" not in row)]))
+    data = {"val": str(tmp_path / "list.csv"), "train": ""}
+    among_all = evaluate_only(make_config(images, tmp_path / "a", data=data), tmp_path / "all")
+    assert len(among_all.classes) == 4
+    assert "has 2 of the classifier's 4 classes, not 'green', 'teal'. The softmax is over all classes" in caplog.text
+    evaluation = {"softmax": "present"}
+    few = evaluate_only(make_config(images, tmp_path / "b", data=data, evaluation=evaluation), tmp_path / "all")
+    assert "The softmax is over the present classes only" in caplog.text
+    assert [one.samples for one in few.classes] == [3, 3]
+    assert sum(one.predictions for one in few.classes) == 6
+    assert few.top1 >= among_all.top1
+    assert json.loads((tmp_path / "b/evaluation/evaluation.json").read_text())["about"]["softmax"] == "present"
+
+
+def test_classes_without_names_are_compared_by_number(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = open_source(images / "val", "data.val")
+    classifier = load_classifier(write_classifier(tmp_path, ("0", "1", "2")))
+    assert evaluation.match_classes(classifier, source, "all") is classifier  # `label_targets` refuses these
+    unnamed = replace(classifier, names_known=False)
+    assert evaluation.match_classes(unnamed, source, "all").classes == CLASSES
+    assert "does not record the names of its 3 classes. They are taken for the data's, in order: blue" in caplog.text

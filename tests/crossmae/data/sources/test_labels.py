@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from crossmae.data.sources.labels import alike_labels, match_labels, unify_labels
+from crossmae.data.sources.labels import alike_labels, unify_labels
 
 UNIFIED: list[tuple[list[str | None], list[str | None], str]] = [
     (
@@ -37,9 +37,3 @@ def test_labels_are_unified(texts: list[str | None], labels: list[str | None], n
 
 def test_classes_that_stay_apart_are_listed() -> None:
     assert alike_labels(["a", "A", "b", "Co", "CO", "d "]) == ["A", "CO", "Co", "a"]
-
-
-def test_labels_match_classes_by_name_first() -> None:
-    assert match_labels(["cat", "CAT ", "dog"], ["Cat", "bird"]) == {"cat": 0, "CAT ": 0}
-    assert match_labels(["a", "A", "b"], ["A", "a", "B"]) == {"A": 0, "a": 1, "b": 2}
-    assert match_labels(["ab"], ["AB", "Ab"]) == {}
