@@ -17,6 +17,7 @@ from crossmae.checkpoints.formats.huggingface import mlp_ratio, read_config
 from crossmae.checkpoints.formats.keys import ENCODER_HOMES, encoder_home, to_plain
 from crossmae.checkpoints.formats.timm_folder import timm_metadata
 from crossmae.checkpoints.metadata import recorded_arguments, signed
+from crossmae.checkpoints.reading.candidates import split_choice
 from crossmae.checkpoints.reading.files import HUB_CONFIG, HUB_FILES, find_file, read_tensors
 from crossmae.checkpoints.resample import table_grid
 from crossmae.errors import UserError, shorten
@@ -65,7 +66,8 @@ def read_weights(
         path: a file or a folder. The kind of a file is detected by its content, not its suffix: safetensors; a `.pth`
             or `.pt` file with a state dict or in the layout of the published CrossMAE and MAE files; or a `.pkl` of
             numpy arrays as detectron2 writes. A folder is a pretraining run (its final model is read, else its latest
-            complete checkpoint), one checkpoint of a run, or a transformers or timm folder, sharded or not.
+            complete checkpoint), one checkpoint of a run, or a transformers or timm folder, sharded or not. If a file
+            has several encoders, FILE::NAME reads one of them.
         finite: raise an error for NaN and infinity.
         ema: read the averaged weights. Raises an error if the file has none.
         trust: run any code in a pickle, after a warning with the file's SHA-256. Only the converter sets this.
@@ -76,8 +78,8 @@ def read_weights(
             git-lfs pointer; it refers to code; it is not a state dict; its digest differs from the recorded digest; or
             it has NaN or infinity.
     """
-    file = find_file(Path(path))
-    contents = read_tensors(file, ema=ema, trust=trust)
+    file, (_, choice) = find_file(Path(path)), split_choice(Path(path).expanduser())
+    contents = read_tensors(file, ema=ema, trust=trust, choice=choice)
     if finite:
         check_finite(contents.tensors, file)
     return replace(translated(file, contents.tensors, contents.metadata, img_size), beside=contents.beside)

@@ -27,6 +27,7 @@ from crossmae.checkpoints.metadata import (
 )
 from crossmae.checkpoints.pretrained import arguments_of
 from crossmae.checkpoints.provenance import licence_notice
+from crossmae.checkpoints.reading.candidates import split_choice
 from crossmae.checkpoints.reading.files import file_kind, find_file, read_safetensors
 from crossmae.checkpoints.reading.wrappers import one_model
 from crossmae.checkpoints.resample import RELATIVE, is_sincos, table_grid, window_of
@@ -138,7 +139,8 @@ def inspect(path: str | Path, *, values: bool = True) -> Inspection:
         stored, metadata = read_safetensors(file)
         if values:
             check_digest(stored, metadata, file)
-        shapes, beside = one_model({name: tensor.to("meta") for name, tensor in stored.items()}, file)
+        _, choice = split_choice(Path(path).expanduser())
+        shapes, beside = one_model({name: tensor.to("meta") for name, tensor in stored.items()}, file, choice=choice)
         weights = replace(translated(file, shapes, metadata), beside=beside)
     else:
         weights = read_weights(path, finite=False)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from crossmae.checkpoints.metadata import check_digest
+from crossmae.checkpoints.reading.candidates import split_choice
 from crossmae.checkpoints.reading.torch_file import ZIP, read_torch_file
 from crossmae.checkpoints.reading.trusted import read_trusted
 from crossmae.checkpoints.reading.unpickle import damaged, read_numpy_pickle
@@ -60,14 +61,17 @@ class Contents:
     averaged: bool = False
 
 
-def read_tensors(path: Path, *, ema: bool = False, trust: bool = False) -> Contents:
+def read_tensors(path: Path, *, ema: bool = False, trust: bool = False, choice: str = "") -> Contents:
     """Read a weight file, or all shards of an index.
 
     `read_weights` documents the arguments and errors.
     """
     kind = file_kind(path)
-    held = _read_shards(path, trust) if kind == "index" else _read_one(path, kind, ema=ema, trust=trust)
-    tensors, left_out = one_model(held.tensors, path, ema=ema and not held.averaged)
+    if kind == "index":
+        held = _read_shards(path, trust)
+    else:
+        held, choice = _read_one(path, kind, ema=ema, trust=trust, choice=choice)
+    tensors, left_out = one_model(held.tensors, path, ema=ema and not held.averaged, choice=choice)
     return Contents(tensors, held.metadata, held.beside + left_out, ema or held.averaged)
 
 
@@ -76,7 +80,7 @@ def find_file(path: Path) -> Path:
 
     Raises UserError if the path does not exist or the folder has no weights.
     """
-    path = path.expanduser()
+    path, _ = split_choice(path.expanduser())
     if path.is_file():
         return path
     if path.is_dir():
@@ -132,15 +136,18 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise damaged(path, error) from None
 
 
-def _read_one(path: Path, kind: str, *, ema: bool = False, trust: bool = False) -> Contents:
+def _read_one(
+    path: Path, kind: str, *, ema: bool = False, trust: bool = False, choice: str = ""
+) -> tuple[Contents, str]:
+    """Read one file. Returns the part of `choice` that is left for the names as well."""
     if kind == "safetensors":
         tensors, metadata = read_safetensors(path)
-        return Contents(tensors, check_digest(tensors, metadata, path))
+        return Contents(tensors, check_digest(tensors, metadata, path)), choice
     read = read_torch_file if kind == "torch" else read_numpy_pickle
     content = read_trusted(path, kind) if trust else read(path)
-    tensors, beside, averaged = state_dict(content, path, ema=ema)
+    tensors, beside, averaged, choice = state_dict(content, path, ema=ema, choice=choice)
     metadata = check_digest(tensors, pickled_metadata(content, path), path)
-    return Contents(tensors, metadata | published_settings(content), beside, averaged)
+    return Contents(tensors, metadata | published_settings(content), beside, averaged), choice
 
 
 def _read_shards(path: Path, trust: bool) -> Contents:
@@ -151,7 +158,7 @@ def _read_shards(path: Path, trust: bool) -> Contents:
         kind = file_kind(file)
         if kind == "index":
             raise UserError(f"{path}: names an index as a shard, {shard}. Download the index again.")
-        held = _read_one(file, kind, trust=trust)
+        held, _ = _read_one(file, kind, trust=trust)
         differing = sorted(names ^ held.tensors.keys())
         if differing:
             odd = shorten([name[:60] for name in differing])
