@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from crossmae.checkpoints.formats.keys import CLASS_ROW_ADDED, encoder_home
+from crossmae.checkpoints.formats.keys import CLASS_ROW_ADDED, UNKNOWN_KINDS, encoder_home, oddities
+from crossmae.checkpoints.formats.recognition import USE_PLAIN
 from crossmae.checkpoints.load_report import LoadReport, TensorEntry
 from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, NORM_EPS, NORM_EPS_OF_PLAIN, recorded_arguments
 from crossmae.checkpoints.provenance import licence_notice
@@ -33,7 +34,7 @@ Part = Literal["all", "encoder"]
 
 # Tensors outside an encoder, and the reason why they are dropped when only the encoder is loaded.
 _LEFT_OUT = {
-    r"mask_token$|encoder_mask_token$|decoder[._]|wfm\.|dec_norms\.|neck\.": "of pretraining only",
+    r"mask_token$|encoder_mask_token$|masked_embed$|decoder[._]|wfm\.|dec_norms\.|neck\.": "of pretraining only",
     r"fc_norm\.|head\.|classifier\.": "another task's head",
     r"norm\.": "the final norm has no place in this model",
     r"pooler\.": "the pooler of transformers is no part of the encoder",
@@ -71,6 +72,7 @@ def load(
         UserError: a tensor is missing, unexpected or does not fit; the message contains the table. Nothing was loaded.
     """
     weights = source if isinstance(source, Weights) else read_weights(source)
+    _check_plain(weights, model)
     weights, left = _encoder(weights, also) if part == "encoder" else (weights, [])
     if resample:
         weights = fitted(weights, model)
@@ -127,6 +129,22 @@ def resampled(
 def left_out(name: str) -> str | None:
     """Explain why a plain name is outside the encoder, or return None."""
     return next((reason for pattern, reason in _LEFT_OUT.items() if re.match(pattern, name)), None)
+
+
+def _check_plain(weights: Weights, model: nn.Module) -> None:
+    """Raise UserError if the file is another kind of ViT than the model.
+
+    Unknown tensors are left to the table.
+    """
+    home, target = encoder_home(weights.tensors) or "", model.state_dict().keys()
+    found = {
+        kind: names[0]
+        for kind, names in oddities(weights.tensors).items()
+        if kind not in UNKNOWN_KINDS and not any(name.removeprefix(home) in target for name in names)
+    }
+    if found:
+        what = " and ".join(f"{kind} ({name})" for kind, name in found.items())
+        raise UserError(f"{weights.path}: not a plain ViT, it has {what}. {USE_PLAIN}")
 
 
 def _encoder(weights: Weights, also: tuple[str, ...]) -> tuple[Weights, list[TensorEntry]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from crossmae.checkpoints.formats.recognition import mix_up
 from crossmae.checkpoints.loading import load
 from crossmae.checkpoints.metadata import (
     BIT_DEPTH,
@@ -58,10 +59,7 @@ def load_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) ->
     """
     weights = read_weights(path)
     if weights.format not in ("crossmae", "mae"):
-        raise UserError(
-            f"{weights.path}: has no decoder (format: {weights.format}). "
-            "Name the folder of a pretraining run, or a published file of a whole pretraining model."
-        )
+        raise mix_up(weights.path, weights.format, weights.metadata, "a whole pretraining model with its decoder")
     arguments, assumed = arguments_of(weights, given or {})
     try:
         model = CrossMAE(**arguments)

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crossmae.checkpoints.formats.huggingface import mlp_ratio, read_config
+from crossmae.checkpoints.formats.huggingface import check_model_type, mlp_ratio, read_config
 from crossmae.checkpoints.formats.keys import ENCODER_HOMES, encoder_home, to_plain
+from crossmae.checkpoints.formats.recognition import recognise
 from crossmae.checkpoints.formats.timm_folder import timm_metadata
 from crossmae.checkpoints.metadata import recorded_arguments, signed
 from crossmae.checkpoints.reading.candidates import split_choice
@@ -91,12 +92,16 @@ def translated(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, st
     Raises UserError if the tensors cannot be translated.
     """
     in_folder = file.name in HUB_FILES  # then config.json in the same folder describes this file
+    if in_folder:
+        check_model_type(file.parent)
+    if what := recognise(tensors):
+        raise UserError(f"{file}: {what}")
     beside = timm_metadata(file.parent) if in_folder else {}
     try:
         found = to_plain(tensors, _known_grid(tensors, beside | metadata, img_size))
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    if in_folder and found.layout in ("hf-vit", "hf-vitmae") and (file.parent / HUB_CONFIG).is_file():
+    if in_folder and found.layout.startswith("hf-") and (file.parent / HUB_CONFIG).is_file():
         beside = read_config(file.parent, found.tensors)
     metadata = beside | metadata  # metadata in the file override config.json
     return Weights(
@@ -120,7 +125,7 @@ def detect_format(tensors: Mapping[str, Any]) -> str:
         return "linear_probe"
     if "head.weight" in names:
         return "finetuned"
-    known = (*ENCODER_PREFIXES, "norm.", "fc_norm.", "pooler.", "encoder_mask_token")
+    known = (*ENCODER_PREFIXES, "norm.", "fc_norm.", "pooler.", "encoder_mask_token", "masked_embed")
     return "encoder" if all(name.startswith(known) for name in names) else "unknown"
 
 
@@ -131,12 +136,6 @@ def encoder_tensors(weights: Weights) -> dict[str, Tensor]:
     """
     home = encoder_home(weights.tensors)
     if home is None:
-        others = [name for name in weights.tensors if name.endswith("patch_embed.proj.weight")]
-        if len(others) == 1:
-            home = others[0].removesuffix("patch_embed.proj.weight")
-            raise UserError(
-                f"{weights.path}: its encoder is under {home!r}. Save only those tensors, without that prefix."
-            )
         homes = ", ".join(repr(f"{prefix}patch_embed.proj.weight") for prefix in reversed(ENCODER_HOMES))
         seen = shorten(list(weights.tensors))
         raise UserError(f"{weights.path}: has no ViT encoder. Its tensors are {seen}, and none of {homes}.")

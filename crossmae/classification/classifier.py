@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 
 import crossmae
+from crossmae.checkpoints.formats.recognition import mix_up
 from crossmae.checkpoints.loading import load
 from crossmae.checkpoints.metadata import (
     BIT_DEPTH,
@@ -109,9 +110,7 @@ def load_classifier(path: str | Path, img_size: int | Sequence[int] | None = Non
     weights = read_weights(path / BEST if (path / BEST).is_file() else path)
     ours = weights.metadata.get(FORMAT) == CLASSIFIER
     if not ours and weights.format not in ("finetuned", "linear_probe"):
-        raise UserError(
-            f"{weights.path}: no classifier (format: {weights.format}). Fine-tune its encoder by tools/finetune.py."
-        )
+        raise mix_up(weights.path, weights.format, weights.metadata, "a classifier")
     architecture = architecture_of(weights, img_size=img_size)
     assumed, sentences = ({}, {}) if ours else _assume(weights, architecture)
     record = _read_record(weights, assumed, architecture)

@@ -17,15 +17,17 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
+from crossmae.checkpoints.formats.recognition import mix_up
 from crossmae.checkpoints.load_report import LoadReport
 from crossmae.checkpoints.loading import load, resampled
 from crossmae.checkpoints.metadata import PIXEL_MEAN, PIXEL_STD, UNKNOWN, recorded_arguments
+from crossmae.checkpoints.reading.files import detector_file
 from crossmae.checkpoints.resample import fit
 from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_home, encoder_tensors, read_weights
 from crossmae.errors import UserError
 from crossmae.training.config import read_yaml
 from det.backbone.vit import ViT
-from det.config import BEST, CONFIG, FINAL, LAST, flatten, lookup
+from det.config import CONFIG, flatten, lookup
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, detector_only: bool = False)
             warn_of_other_settings({key: lookup(cfg, key) for key in COMPARED_SETTINGS}, recorded, config)
             report = _load_detector(model, weights, config, detector_only)
         elif detector_only:
-            raise UserError(f"{path}: has only an encoder. Name a trained detector.")
+            raise mix_up(weights.path, weights.format, weights.metadata, "a detector")
         else:
             check_pixels(weights, cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
             report = _load_encoder(model, weights)
@@ -86,12 +88,14 @@ def find_detector(path: Path) -> Path:
 
     Other paths are returned unchanged.
     """
-    if not path.is_dir():
-        return path
-    names = [BEST]
-    if (path / LAST).is_file():
-        names.append((path / LAST).read_text(encoding="utf-8", errors="replace").strip())
-    return next((path / name for name in (*names, FINAL) if (path / name).is_file()), path)
+    return (path.is_dir() and detector_file(path)) or path
+
+
+def check_detector(path: Path) -> None:
+    """Raise UserError if a path has something else than a detector."""
+    weights = read_weights(find_detector(path), finite=False)
+    if weights.format != "detector":
+        raise mix_up(path, weights.format, weights.metadata, "a detector")
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:

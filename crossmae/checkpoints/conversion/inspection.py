@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from crossmae.checkpoints.conversion.targets import TARGETS, check_square, plan
+from crossmae.checkpoints.conversion.targets import TARGETS, check_square, plan, why_refused
 from crossmae.checkpoints.formats.keys import encoder_home, not_plain
+from crossmae.checkpoints.formats.recognition import CONTENTS
 from crossmae.checkpoints.load_report import split_name
 from crossmae.checkpoints.metadata import (
     CLASSES,
@@ -42,17 +43,6 @@ from crossmae.checkpoints.weights import (
 )
 from crossmae.errors import UserError, shorten
 from crossmae.models.crossmae import MODEL_DEFAULTS
-
-CONTENTS = {
-    "crossmae": "a CrossMAE pretraining model, encoder and decoder",
-    "mae": "an MAE pretraining model, encoder and decoder",
-    "encoder": "an encoder",
-    "finetuned": "a classifier",
-    "linear_probe": "a linear probe",
-    "detectron2": "the encoder of a detection backbone, without class token",
-    "detector": "a detector",
-    "unknown": "no kind of model that is known, or more than one",
-}
 
 
 @dataclass(frozen=True)
@@ -225,7 +215,7 @@ def _outcome(weights: Weights, to: str, arguments: Mapping[str, Any]) -> Outcome
     except UserError as error:
         return Outcome(False, str(error).removeprefix(f"{weights.path}: "))
     if planned.refused:
-        return Outcome(False, f"unless --drop leaves them behind: {shorten(planned.refused)}")
+        return Outcome(False, why_refused(planned))
     lost: dict[str, dict[str, None]] = {}
     for entry in planned.report.entries:
         if entry.status == "dropped":

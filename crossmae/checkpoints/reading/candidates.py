@@ -73,7 +73,7 @@ class Candidate:
 
 
 def split_choice(path: Path) -> tuple[Path, str]:
-    """Split FILE::NAME into the file and the name of an encoder in it, "" without a name."""
+    """Split FILE::NAME into the file and the name of an encoder."""
     text, mark, choice = str(path).rpartition(MARK)
     return (Path(text), choice) if mark and not path.exists() else (path, "")
 
@@ -84,7 +84,7 @@ def unwrapped(name: str) -> str:
 
 
 def find_encoders(names: Iterable[str], keys: tuple[str, ...] = ()) -> list[Candidate]:
-    """Find the encoders in a dict of tensors, by the names of patch filters."""
+    """Find the encoders in a dict by the names of patch filters."""
     found: dict[str, Candidate] = {}
     for name in names:
         if match := _FILTERS.fullmatch(unwrapped(name)):
@@ -96,7 +96,10 @@ def find_encoders(names: Iterable[str], keys: tuple[str, ...] = ()) -> list[Cand
 
 
 def tensor_dicts(content: Any) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
-    """Yield every dict in a file that has tensors of its own, with its keys, outer dicts first."""
+    """Yield every dict with tensors of its own, and its keys.
+
+    Outer dicts come first.
+    """
     ahead: deque[tuple[tuple[str, ...], Any]] = deque([((), content)])
     seen: dict[int, Any] = {}
     while ahead and len(seen) < _MAX_DICTS:

@@ -30,6 +30,15 @@ MAX_DIMENSIONS = 16
 _MAX_DTYPE = 12  # most characters of a dtype's name, such as "<f4" or "U1000000"
 _ENTRY_BYTES = 100  # approximate memory of one entry of a container
 _SPECIAL = re.compile(r"torch\._utils\._rebuild_(sparse|qtensor|nested|meta|wrapper)|torch\.Q\w+")
+# Files that are a part of something, by the globals that they refer to.
+_PARTS = {
+    r"deepspeed\.": "a part of a DeepSpeed checkpoint, such as one process's optimizer. In the folder with the file "
+    "`latest`, run `python zero_to_fp32.py . OUT`, and name the file in OUT.",
+    r"torch\.distributed\.checkpoint\.": "the index of a distributed checkpoint (DCP). Name its folder.",
+    r"torch\.distributed\.": "one process's part of a sharded model (FSDP, DTensor). In the program that wrote it, "
+    "collect the model by torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+    "options=StateDictOptions(full_state_dict=True)), and save it.",
+}
 _KEYS = (str, bytes, bool, type(None))
 # Most numbers as keys in one file. Numbers with colliding hashes make each insertion as slow as all earlier ones.
 MAX_NUMBER_KEYS = 30_000
@@ -65,6 +74,8 @@ def refusal(path: Path, name: str) -> UserError:
             f"{path}: has a tensor that is sparse, quantized or otherwise special ({name}). Nothing in the file was "
             "run. Save it dense in the program that wrote it."
         )
+    if part := next((text for pattern, text in _PARTS.items() if re.match(pattern, name)), None):
+        return UserError(f"{path}: {part} Nothing in the file was run ({name}).")
     return UserError(
         f"{path}: refused, because it refers to {name}, and not only to tensors, arrays, numbers, plain containers and "
         "argparse.Namespace. Nothing in the file was run. Only if you trust its author, run in a sandbox: "

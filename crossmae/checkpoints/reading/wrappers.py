@@ -43,16 +43,20 @@ BRANCHES = ("base_encoder.", "teacher.", "student.")
 COUNTERS = ("n_averaged", "steps")  # entries without the prefix `module.` in averaged models of torch and mmengine
 _MAX_WRAPPERS, _MAX_NAME = 4, 1000
 _SAVE = "Save only model.state_dict() with torch.save."
-_OPTIMIZER = ("optimizer", "optimizer_state_dict", "optimizer_states", "lr_scheduler", "lr_schedulers", "param_groups")
+# Keys of files with the state of an optimizer, also of DeepSpeed's.
+_OPTIMIZER = (
+    *("optimizer", "optimizer_state_dict", "optimizer_states", "optim", "param_groups", "base_optimizer_state"),
+    *("lr_scheduler", "lr_schedulers", "scheduler", "scaler"),
+)
 _MAX_SETTINGS, _MAX_LISTED, _MAX_TEXT = 1000, 100, 250
 
 
 def state_dict(
     content: Any, path: Path, *, ema: bool = False, choice: str = ""
 ) -> tuple[dict[str, Tensor], tuple[str, ...], bool, str]:
-    """Extract the tensors of a pickle: the one dict that has an encoder, under any key.
+    """Extract the tensors of a pickle from its dicts.
 
-    Without an encoder, the dict under the first of `WRAPPERS` is used, else the only dict of tensors.
+    The one dict with an encoder is used, under any key. Without an encoder, the dict under the first of `WRAPPERS` is used, else the only dict of tensors.
 
     Returns:
         The tensors under their names in the file, the other keys of the wrappers, true for EMA weights, and the prefix
@@ -79,6 +83,11 @@ def state_dict(
         content = {name: value for name, value in content.items() if is_tensor(value)}
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"{path}: not a state dict of named tensors, but {_describe(content)}. {_SAVE}")
+    if not chosen and (state := [key for key in _OPTIMIZER if key in content]):
+        raise UserError(
+            f"{path}: has no weights, only the state of a training run ({', '.join(state)}). Name the file with the "
+            "model, which is often next to it."
+        )
     _check_values(content, path)
     seen: set[int] = set()
     tensors = {name: _dense(value, name, path, seen) for name, value in content.items()}
@@ -89,7 +98,7 @@ def state_dict(
 def one_model(
     tensors: dict[str, Tensor], path: Path, *, ema: bool = False, choice: str = ""
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Strip wrappers and prefixes, and select one encoder with what belongs to it.
+    """Strip wrappers and prefixes, and select the model with the encoder.
 
     Returns the tensors, and descriptions of the tensors that were left out. Raises UserError if `ema` is true and the
     file has no EMA weights, or several encoders are equally likely.
@@ -146,7 +155,10 @@ def _no_average(path: Path) -> UserError:
 
 
 def _without_wrappers(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Remove the parts of names that wrappers add; a model under two wrappers is kept once."""
+    """Remove the parts of names that wrappers add.
+
+    A model under two wrappers is kept once.
+    """
     found: dict[str, tuple[str, Tensor]] = {}
     for name, tensor in tensors.items():
         plain = unwrapped(name)
@@ -160,10 +172,11 @@ def _tensor_names(content: Mapping[Any, Any]) -> list[str]:
     return [name for name, value in content.items() if isinstance(name, str) and is_tensor(value)]
 
 
-def _same(
-    dicts: Mapping[tuple[str, ...], Mapping[Any, Any]], path: Path, first: Candidate, second: Candidate
-) -> bool:
-    """Compare the tensors of two encoders in dicts, unless they would take long to compare."""
+def _same(dicts: Mapping[tuple[str, ...], Mapping[Any, Any]], path: Path, first: Candidate, second: Candidate) -> bool:
+    """Compare the tensors of two encoders.
+
+    Tensors larger than the file count as different, because comparing them may take long.
+    """
     one, two = (
         {plain.removeprefix(each.home): value for plain, value in names if plain.startswith(each.home)}
         for each in (first, second)
