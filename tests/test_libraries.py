@@ -18,11 +18,11 @@ import torch
 from detectron2.structures import BoxMode
 from PIL import Image
 from pycocotools import mask as coco_mask
-from timm.data.random_erasing import RandomErasing
 
+from crossmae.classification.data import LabelledImages
 from crossmae.classification.evaluation.metrics import Predictions, score
 from crossmae.classification.train.augment import keyed_everywhere, train_view
-from crossmae.classification.train.config import FinetuneConfig, LossConfig
+from crossmae.classification.train.config import FinetuneConfig, LabelledDataConfig, LossConfig
 from crossmae.classification.train.objective import Objective
 from crossmae.data.images import decode_image
 from crossmae.data.pixels import centre_view
@@ -100,8 +100,11 @@ def test_pretraining_crops_and_evaluation_views(count: int) -> None:
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 @pytest.mark.parametrize("several", [False, True])
 def test_mixing_erasing_and_the_loss(mode: Any, several: bool, count: int) -> None:
-    erase = RandomErasing(0.5, mode="pixel", max_count=1, device="cpu")
-    objective = Objective(LossConfig(mixup=0.8, cutmix=1.0, mixup_mode=mode), None, erase, 5, 4, several)
+    data = LabelledDataConfig(train="X", erase=0.5, separator="," if several else None)
+    names = tuple("abcde")
+    images = LabelledImages([], torch.arange(5), names, names, None, None)  # type: ignore[arg-type]
+    loss_config = LossConfig(mixup=0.8, cutmix=1.0, mixup_mode=mode)
+    objective = Objective(loss_config, data, images, 4, torch.device("cpu"))
     for seed in range(count):
         with keyed_everywhere(seed):
             labels = torch.randint(0, 2, (4, 5)).float() if several else torch.randint(0, 5, (4,))

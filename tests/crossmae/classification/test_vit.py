@@ -327,13 +327,13 @@ def test_unknown_tensors_are_errors(name: str, home: str) -> None:
 def test_missing_and_mismatched_tensors_are_errors() -> None:
     tensors = dict(pretrained().state_dict())
     with pytest.raises(
-        UserError, match="the file holds a ViT with embed_dim 24, depth 3; the model expects embed_dim 48"
+        UserError, match="the file has a ViT with embed_dim 24, depth 3, but the model expects embed_dim 48"
     ):
         load_encoder_weights(build(change(embed_dim=48, depth=2)), held(tensors))
     del tensors["blocks.1.attn.qkv.bias"]
     with pytest.raises(UserError, match=r"new +blocks.1 +1 +missing from the file: attn.qkv.bias"):
         load_encoder_weights(build(), held(tensors))
-    with pytest.raises(UserError, match="num_heads 3; the model expects num_heads 6"):
+    with pytest.raises(UserError, match="num_heads 3, but the model expects num_heads 6"):
         load_encoder_weights(build(change(num_heads=6)), held(pretrained().state_dict(), num_heads=3))
     with pytest.raises(UserError, match="no ViT encoder"):
         load_encoder_weights(build(), held({"conv.weight": torch.zeros(2)}))
