@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from crossmae.checkpoints.load_report import LoadReport
-from crossmae.checkpoints.loading import load
+from crossmae.checkpoints.loading import check_plain, load
 from crossmae.checkpoints.metadata import recorded_arguments
 from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_home, encoder_tensors
 from crossmae.errors import UserError
@@ -64,6 +64,7 @@ def architecture_of(weights: Weights, **given: Any) -> Architecture:
         UserError: the file has no encoder, a given value contradicts the file, the file does not tell a needed value,
             or the sizes do not fit together.
     """
+    check_plain(weights)
     tensors = encoder_tensors(weights)
     found = encoder_arguments(tensors, weights.metadata)
     given = {key: value for key, value in given.items() if value is not None}

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
+from crossmae.checkpoints.formats.recognition import mix_up
 from crossmae.checkpoints.load_report import LoadReport
 from crossmae.checkpoints.loading import load
 from crossmae.checkpoints.metadata import BIT_DEPTH, PIXEL_MEAN, PIXEL_STD, recorded_arguments
-from crossmae.checkpoints.weights import Weights, read_weights
+from crossmae.checkpoints.weights import Weights, encoder_tensors, read_weights
 from crossmae.errors import UserError
 from crossmae.models.crossmae import MODEL_DEFAULTS, CrossMAE, resolve_blocks
 from crossmae.training.config import DataConfig
@@ -46,6 +47,9 @@ def start_from(model: CrossMAE, path: Path, arguments: Mapping[str, Any], data: 
     Raises UserError if the encoders differ in more than their input. No weights have been loaded then.
     """
     weights = read_weights(path)
+    if "cls_token" not in encoder_tensors(weights):
+        wanted = "weights with the class token that pretraining needs"
+        raise mix_up(weights.path, weights.format, weights.metadata, wanted)
     compare_pixels(weights, data)
     recorded = recorded_arguments(weights.metadata)
     differing = [key for key in recorded if key != "img_size" and not _same(key, recorded, arguments)]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from crossmae.checkpoints.formats.recognition import mix_up
 from crossmae.checkpoints.load_report import LoadReport
-from crossmae.checkpoints.loading import load, resampled
+from crossmae.checkpoints.loading import check_plain, load, resampled
 from crossmae.checkpoints.metadata import PIXEL_MEAN, PIXEL_STD, UNKNOWN, recorded_arguments
 from crossmae.checkpoints.reading.files import detector_file
 from crossmae.checkpoints.resample import fit
@@ -130,6 +130,7 @@ def _load_encoder(model: nn.Module, weights: Weights) -> LoadReport:
     net = model.get_submodule("backbone.net")
     if not isinstance(net, ViT):
         raise UserError("the file has only an encoder. Set MODEL.BACKBONE.NAME=build_crossmae_vitdet_backbone.")
+    check_plain(weights, net.state_dict())
     weights = fit_patches(weights, net.patch_size)
     check_architecture(net, weights)
     return load(net, weights, part="encoder", new=NEW, dropped=DROPPED)

@@ -105,6 +105,7 @@ _MORE_IN_BLOCK, _NO_PLAIN_NAME = (
     "more in a block than two norms, attention and an MLP",
     "something without a plain name",
 )
+WITHOUT_BIAS, GATED = "a layer without bias", "a gated MLP (fc1 and fc2 differ in hidden width)"
 UNKNOWN_KINDS = (_MORE_IN_BLOCK, _NO_PLAIN_NAME)  # kinds of `oddities` that do not tell which model it is
 _PLAIN_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 # Kinds of tensors that a plain ViT has no place for, by patterns of names without the prefix. The first match is used.
@@ -390,11 +391,11 @@ def _by_shape(tensors: Mapping[str, Tensor], home: str, name: str) -> str:
     if leaf != "weight" or not (module == "patch_embed.proj" or re.match(r"blocks\.\d+\.", module)):
         return ""
     if f"{home}{module}.bias" not in tensors:
-        return "a layer without bias"
+        return WITHOUT_BIAS
     fc2 = tensors.get(f"{home}{module.removesuffix('fc1')}fc2.weight")
     shape = tensors[f"{home}{name}"].shape
     gated = module.endswith(".mlp.fc1") and fc2 is not None and shape[:1] != fc2.shape[1:]
-    return "a gated MLP (fc1 and fc2 differ in hidden width)" if gated else ""
+    return GATED if gated else ""
 
 
 def _describe(tensor: Tensor) -> str:

@@ -134,9 +134,10 @@ def mix_up(path: Path, content: str, metadata: Mapping[str, str], wanted: str) -
         content: see `Weights.format`.
         wanted: what the tool wants, such as "a classifier".
     """
+    what, comma, more = CONTENTS[content].partition(",")
     ours = " of this toolkit" if VERSION in metadata and content != "unknown" else ""
     use = _USES.get(content, f"See what it is by tools/inspect_checkpoint.py {path}.").format(path)
-    return UserError(f"{path}: {CONTENTS[content]}{ours}, not {wanted}. {use}")
+    return UserError(f"{path}: {what}{ours}{comma}{more}, not {wanted}. {use}")
 
 
 def model_type_refusal(model_type: object) -> str:

@@ -150,8 +150,9 @@ def choose(
 
     def rank(each: Candidate) -> tuple[int, int, bool]:
         place = known.index(each.keys[0]) if each.keys and each.keys[0] in known else len(known)
-        return (0 if ema else each.role, place if each.keys else -1, bool(each.outer))
+        return (0 if ema else each.role, place if each.keys else -1, one_dict and bool(each.outer))
 
+    one_dict = len({each.keys for each in asked}) == 1
     best = min(asked, key=rank)
     others = [each for each in asked if each is not best and not same(best, each)]
     labels = [each.label[:_MAX_LABEL] for each in others]

@@ -193,7 +193,7 @@ def _find_in_folder(folder: Path) -> Path:
     found = next((folder / name for name in HUB_FILES if (folder / name).is_file()), None)
     if found:
         return found
-    checkpoint = latest_checkpoint(folder)
+    checkpoint = latest_checkpoint(folder.parent if folder.name == FOLDER else folder)
     if checkpoint:
         return checkpoint / MODEL
     if detector := detector_file(folder):

@@ -56,7 +56,8 @@ def state_dict(
 ) -> tuple[dict[str, Tensor], tuple[str, ...], bool, str]:
     """Extract the tensors of a pickle from its dicts.
 
-    The one dict with an encoder is used, under any key. Without an encoder, the dict under the first of `WRAPPERS` is used, else the only dict of tensors.
+    The one dict with an encoder is used, under any key. Without an encoder, the dict under the first of `WRAPPERS` is
+    used, else the only dict of tensors.
 
     Returns:
         The tensors under their names in the file, the other keys of the wrappers, true for EMA weights, and the prefix
