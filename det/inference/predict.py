@@ -24,7 +24,7 @@ from pycocotools import mask as coco_mask
 
 from crossmae.data.images import read_image, to_rgb
 from crossmae.errors import UserError
-from det.backbone.weights import build_detector, find_detector, load_weights
+from det.backbone.weights import build_detector, check_detector, find_detector, load_weights
 from det.config import CONFIG, RECORD, check_config, choose_device, load_det_config
 from det.data.coco import read_categories
 from det.data.loader import ResizeShortestEdge, augment
@@ -151,12 +151,16 @@ def read_config(config_file: str | Path | None, weights: str | Path, overrides: 
     """
     if not Path(weights).exists():
         raise UserError(f"{weights}: no such file or folder. Name a detector's weights, or the folder of its run.")
-    if config_file is None:
-        folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+    if config_file is not None:
+        return load_det_config(str(config_file), overrides)
+    folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+    try:
         if not (folder / CONFIG).is_file():
             raise UserError(f"{folder}: has no {CONFIG}. Name the config that the detector was trained with.")
-        config_file = folder / CONFIG
-    return load_det_config(str(config_file), overrides)
+        return load_det_config(str(folder / CONFIG), overrides)
+    except UserError:
+        check_detector(Path(weights))  # weights of another kind explain the error better
+        raise
 
 
 def read_rgb(image: ImageLike) -> NDArray[np.uint8]:

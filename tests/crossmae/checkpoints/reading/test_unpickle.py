@@ -187,7 +187,7 @@ def test_every_way_to_a_function_is_closed(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_refusal_names_the_global_and_the_way_on(tmp_path: Path) -> None:
     for content, name in (
-        ({"model": {}, "args": Path("x")}, "pathlib"),
+        ({"model": {}, "args": Stateful(tmp_path)}, f"{__name__}.Stateful"),
         (torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
     ):
         path = tmp_path / f"{name}.pth"
