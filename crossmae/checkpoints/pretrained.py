@@ -164,6 +164,8 @@ def pixel_facts(weights: Weights, channels: int) -> Facts:
     usual = {PIXEL_MEAN: list(IMAGENET_MEAN), PIXEL_STD: list(IMAGENET_STD)} if channels == len(IMAGENET_MEAN) else {}
     facts = {key: ModelFact(value, "assumed", "as in ImageNet") for key, value in usual.items()}
     facts[BIT_DEPTH] = ModelFact(8, "assumed", "as in most pictures")
+    if weights.metadata.get(PIXEL_MEAN, UNKNOWN) != UNKNOWN:  # a record of pixels leaves out only the usual depth
+        facts[BIT_DEPTH] = ModelFact(8, "recorded")
     for key in (PIXEL_MEAN, PIXEL_STD, BIT_DEPTH):
         with suppress(json.JSONDecodeError):
             facts[key] = ModelFact(json.loads(weights.metadata.get(key, UNKNOWN)), "recorded")

@@ -80,7 +80,7 @@ def refusal(path: Path, name: str) -> UserError:
     if _SPECIAL.match(name):
         return UserError(
             f"{path}: has a tensor that is sparse, quantized or otherwise special ({name}). Nothing in the file was "
-            "run. Save it dense in the program that wrote it."
+            "run. Save it dense and dequantized in the program that wrote it."
         )
     if part := next((text for pattern, text in _PARTS.items() if re.match(pattern, name)), None):
         return UserError(f"{path}: {part} Nothing in the file was run ({name}).")

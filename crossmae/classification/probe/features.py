@@ -184,7 +184,7 @@ def choose_views(weights: Weights, architecture: Architecture, data: LabelledCon
             )
     crop_pct = data.crop_pct or _recorded(weights, "crop_pct") or published_crop_pct(size)
     depth = data.bit_depth or _recorded(weights, BIT_DEPTH)
-    if depth is None:
+    if depth is None and _recorded(weights, PIXEL_MEAN) is None:
         notes += assumed_lines(
             {BIT_DEPTH: ModelFact(8, "assumed", "as in most pictures")}, {BIT_DEPTH: "data.bit_depth"}
         )

@@ -19,6 +19,7 @@ from crossmae.checkpoints.weights import (
     detect_format,
     encoder_arguments,
     encoder_tensors,
+    non_finite,
     read_weights,
     save_weights,
 )
@@ -132,9 +133,9 @@ def test_non_finite_tensors_are_named(tmp_path: Path, tensors: dict[str, Tensor]
         read_weights(tmp_path / "a.safetensors")
 
 
-def test_finite_8_bit_floats(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(3).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
-    assert read_weights(tmp_path / "a.safetensors").tensors["a"].float().tolist() == [1, 1, 1]
+def test_finite_8_bit_floats() -> None:
+    """`inspect` and `load` refuse them, but detectors are checked before they are written."""
+    assert non_finite({"a": torch.ones(3).to(torch.float8_e4m3fn)}) == ()
 
 
 # The encoder
