@@ -190,7 +190,7 @@ def check_plain(weights: Weights, target: Mapping[str, Tensor] = MappingProxyTyp
 
 
 def _has(target: Mapping[str, Tensor], held: Mapping[str, Tensor], name: str, home: str, kind: str) -> bool:
-    """Check whether a model has a tensor that tells a kind of ViT."""
+    """Check whether a model has a tensor that tells a kind."""
     mine = name if name in target else name.removeprefix(home)
     if kind == WITHOUT_BIAS:
         return mine in target and f"{mine.removesuffix('weight')}bias" not in target
