@@ -22,6 +22,7 @@ from detectron2.config import CfgNode, get_cfg
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from crossmae.checkpoints.reading.files import DETECTOR_BEST, DETECTOR_FINAL, DETECTOR_LAST
 from crossmae.data.images import MAX_PIXELS, ImageLimits
 from crossmae.errors import UserError
 from crossmae.training.config import read_yaml, resolve_config_path
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 # Files in the folder of a run.
 RECORD, CONFIG, LOG, METRICS = "run.json", "config.yaml", "log.txt", "metrics.json"
-BEST, BEST_RECORD, FINAL, LAST = "model_best.pth", "model_best.json", "model_final.pth", "last_checkpoint"
+BEST, BEST_RECORD, FINAL, LAST = DETECTOR_BEST, "model_best.json", DETECTOR_FINAL, DETECTOR_LAST
 RESULTS, PREDICTIONS, PICTURES = "results.json", "inference/coco_instances_results.json", "pictures"
 CHECKPOINT = re.compile(r"model_([0-9]{7,}|final)\.pth")  # training can resume from it; `BEST` has only weights
 

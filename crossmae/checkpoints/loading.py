@@ -8,12 +8,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from crossmae.checkpoints.formats.facts import Facts, ModelFact, assumed, encoder_facts, other_heads
-from crossmae.checkpoints.formats.keys import CLASS_ROW_ADDED, encoder_home
+from crossmae.checkpoints.formats.keys import (
+    CLASS_ROW_ADDED,
+    GATED,
+    UNKNOWN_KINDS,
+    WITHOUT_BIAS,
+    encoder_home,
+    oddities,
+)
+from crossmae.checkpoints.formats.recognition import USE_PLAIN
 from crossmae.checkpoints.load_report import LoadReport, TensorEntry
 from crossmae.checkpoints.metadata import (
     MODEL_ARGUMENTS,
@@ -24,7 +33,7 @@ from crossmae.checkpoints.metadata import (
     recorded_arguments,
 )
 from crossmae.checkpoints.provenance import licence_notice
-from crossmae.checkpoints.resample import fit
+from crossmae.checkpoints.resample import RELATIVE, fit
 from crossmae.checkpoints.weights import (
     Weights,
     encoder_arguments,
@@ -41,7 +50,7 @@ Part = Literal["all", "encoder"]
 
 # Tensors outside an encoder, and the reason why they are dropped when only the encoder is loaded.
 _LEFT_OUT = {
-    r"mask_token$|encoder_mask_token$|decoder[._]|wfm\.|dec_norms\.|neck\.": "of pretraining only",
+    r"mask_token$|encoder_mask_token$|masked_embed$|decoder[._]|wfm\.|dec_norms\.|neck\.": "of pretraining only",
     r"fc_norm\.|head\.|classifier\.": "another task's head",
     r"norm\.": "the final norm has no place in this model",
     r"pooler\.": "the pooler of transformers is no part of the encoder",
@@ -79,6 +88,7 @@ def load(
         UserError: a tensor is missing, unexpected or does not fit; the message contains the table. Nothing was loaded.
     """
     weights = source if isinstance(source, Weights) else read_weights(source)
+    check_plain(weights, model.state_dict())
     assumed = assumed_facts(weights, model)
     weights, left = _encoder(weights, also) if part == "encoder" else (weights, [])
     if resample:
@@ -151,6 +161,40 @@ def assumed_facts(weights: Weights, model: nn.Module) -> Facts:
 def left_out(name: str) -> str | None:
     """Explain why a plain name is outside the encoder, or return None."""
     return next((reason for pattern, reason in _LEFT_OUT.items() if re.match(pattern, name)), None)
+
+
+def check_plain(weights: Weights, target: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+    """Raise UserError if the file is another kind of ViT.
+
+    Tensors that do not tell the kind are left to the table of `load`.
+
+    Args:
+        target: the tensors of the model.
+    """
+    home = encoder_home(weights.tensors) or ""
+    kinds = oddities(weights.tensors)
+    blocks = {match[1] for name in weights.tensors if (match := re.match(r"blocks\.(\d+)\.", name.removeprefix(home)))}
+    if len(kinds.get(WITHOUT_BIAS, [])) < len(blocks):  # a bias of one block is missing, which no kind of ViT explains
+        kinds.pop(WITHOUT_BIAS, None)
+    kinds["relative positions, of a detector"] = [
+        name for name in weights.tensors if RELATIVE.fullmatch(name.removeprefix(home))
+    ]
+    found = {
+        kind: names[0]
+        for kind, names in kinds.items()
+        if kind not in UNKNOWN_KINDS and names and not _has(target, weights.tensors, names[0], home, kind)
+    }
+    if found:
+        what = " and ".join(f"{kind} ({name})" for kind, name in found.items())
+        raise UserError(f"{weights.path}: not a plain ViT, it has {what}. {USE_PLAIN}")
+
+
+def _has(target: Mapping[str, Tensor], held: Mapping[str, Tensor], name: str, home: str, kind: str) -> bool:
+    """Check whether a model has a tensor that tells a kind."""
+    mine = name if name in target else name.removeprefix(home)
+    if kind == WITHOUT_BIAS:
+        return mine in target and f"{mine.removesuffix('weight')}bias" not in target
+    return mine in target and (kind != GATED or target[mine].shape == held[name].shape)
 
 
 def _encoder(weights: Weights, also: tuple[str, ...]) -> tuple[Weights, list[TensorEntry]]:

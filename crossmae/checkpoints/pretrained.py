@@ -21,6 +21,7 @@ from crossmae.checkpoints.formats.facts import (
     with_given,
     with_marks,
 )
+from crossmae.checkpoints.formats.recognition import mix_up
 from crossmae.checkpoints.loading import load
 from crossmae.checkpoints.metadata import (
     ACTIVATION,
@@ -89,10 +90,7 @@ def load_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) ->
     """
     weights = read_weights(path)
     if weights.format not in ("crossmae", "mae"):
-        raise UserError(
-            f"{weights.path}: has no decoder (format: {weights.format}). "
-            "Name the folder of a pretraining run, or a published file of a whole pretraining model."
-        )
+        raise mix_up(weights.path, weights.format, weights.metadata, "a whole pretraining model with its decoder")
     given = dict(given or {})
     weights = with_metadata(weights, {key: given.pop(key) for key in RECORDED if key in given})
     arguments, facts = arguments_of(weights, given)

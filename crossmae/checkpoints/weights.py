@@ -12,10 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crossmae.checkpoints.formats.facts import encoder_facts
-from crossmae.checkpoints.formats.huggingface import read_config
+from crossmae.checkpoints.formats.huggingface import check_model_type, read_config
 from crossmae.checkpoints.formats.keys import ENCODER_HOMES, encoder_home, to_plain
+from crossmae.checkpoints.formats.recognition import recognise
 from crossmae.checkpoints.formats.timm_folder import timm_metadata
 from crossmae.checkpoints.metadata import recorded_arguments, signed
+from crossmae.checkpoints.reading.candidates import split_choice
 from crossmae.checkpoints.reading.files import HUB_CONFIG, HUB_FILES, find_file, read_tensors
 from crossmae.checkpoints.reading.quantized import refuse_quantized
 from crossmae.errors import UserError, shorten
@@ -62,7 +64,8 @@ def read_weights(
         path: a file or a folder. The kind of a file is detected by its content, not its suffix: safetensors; a `.pth`
             or `.pt` file with a state dict or in the layout of the published CrossMAE and MAE files; or a `.pkl` of
             numpy arrays as detectron2 writes. A folder is a pretraining run (its final model is read, else its latest
-            complete checkpoint), one checkpoint of a run, or a transformers or timm folder, sharded or not.
+            complete checkpoint), one checkpoint of a run, or a transformers or timm folder, sharded or not. If a file
+            has several encoders, FILE::NAME reads one of them.
         finite: raise an error for NaN and infinity.
         ema: read the averaged weights. Raises an error if the file has none.
         trust: run any code in a pickle, after a warning with the file's SHA-256. Only the converter sets this.
@@ -73,8 +76,8 @@ def read_weights(
             git-lfs pointer; it refers to code; it is not a state dict; its weights are quantized; its digest differs
             from the recorded digest; or it has NaN or infinity.
     """
-    file = find_file(Path(path))
-    contents = read_tensors(file, ema=ema, trust=trust)
+    file, (_, choice) = find_file(Path(path)), split_choice(Path(path).expanduser())
+    contents = read_tensors(file, ema=ema, trust=trust, choice=choice)
     if finite:
         check_finite(contents.tensors, file)
     return replace(translated(file, contents.tensors, contents.metadata, img_size), beside=contents.beside)
@@ -87,12 +90,16 @@ def translated(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, st
     """
     refuse_quantized(tensors, file)
     in_folder = file.name in HUB_FILES  # then config.json in the same folder describes this file
+    if in_folder:
+        check_model_type(file.parent)
+    if what := recognise(tensors):
+        raise UserError(f"{file}: {what}")
     beside = timm_metadata(file.parent) if in_folder else {}
     try:
         found = to_plain(tensors, _known_grid(tensors, beside | metadata, img_size))
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    if in_folder and found.layout in ("hf-vit", "hf-vitmae") and (file.parent / HUB_CONFIG).is_file():
+    if in_folder and found.layout.startswith("hf-") and (file.parent / HUB_CONFIG).is_file():
         beside = read_config(file.parent, found.tensors)
     metadata = beside | metadata  # metadata in the file override config.json
     return Weights(
@@ -116,7 +123,7 @@ def detect_format(tensors: Mapping[str, Any]) -> str:
         return "linear_probe"
     if "head.weight" in names:
         return "finetuned"
-    known = (*ENCODER_PREFIXES, "norm.", "fc_norm.", "pooler.", "encoder_mask_token")
+    known = (*ENCODER_PREFIXES, "norm.", "fc_norm.", "pooler.", "encoder_mask_token", "masked_embed")
     return "encoder" if all(name.startswith(known) for name in names) else "unknown"
 
 
@@ -127,12 +134,6 @@ def encoder_tensors(weights: Weights) -> dict[str, Tensor]:
     """
     home = encoder_home(weights.tensors)
     if home is None:
-        others = [name for name in weights.tensors if name.endswith("patch_embed.proj.weight")]
-        if len(others) == 1:
-            home = others[0].removesuffix("patch_embed.proj.weight")
-            raise UserError(
-                f"{weights.path}: its encoder is under {home!r}. Save only those tensors, without that prefix."
-            )
         homes = ", ".join(repr(f"{prefix}patch_embed.proj.weight") for prefix in reversed(ENCODER_HOMES))
         seen = shorten(list(weights.tensors))
         raise UserError(f"{weights.path}: has no ViT encoder. Its tensors are {seen}, and none of {homes}.")

@@ -15,6 +15,7 @@ from torch import nn
 import crossmae
 from crossmae.checkpoints.formats.facts import MODEL_KEYS, ModelFact, assumed_lines
 from crossmae.checkpoints.formats.keys import encoder_home
+from crossmae.checkpoints.formats.recognition import mix_up
 from crossmae.checkpoints.loading import load
 from crossmae.checkpoints.metadata import (
     BIT_DEPTH,
@@ -124,9 +125,7 @@ def load_classifier(path: str | Path, img_size: int | Sequence[int] | None = Non
     weights = read_weights(path / BEST if (path / BEST).is_file() else path)
     ours = weights.metadata.get(FORMAT) == CLASSIFIER
     if not ours and weights.format not in ("finetuned", "linear_probe"):
-        raise UserError(
-            f"{weights.path}: no classifier (format: {weights.format}). Fine-tune its encoder by tools/finetune.py."
-        )
+        raise mix_up(weights.path, weights.format, weights.metadata, "a classifier")
     architecture = architecture_of(weights, img_size=img_size)
     values, sentences = ({}, {}) if ours else _assume(weights, architecture)
     record = _read_record(weights, values, architecture)

@@ -14,7 +14,7 @@ from torch import nn
 
 from crossmae.checkpoints.formats.facts import assumed, encoder_facts
 from crossmae.checkpoints.load_report import LoadReport
-from crossmae.checkpoints.loading import load
+from crossmae.checkpoints.loading import check_plain, load
 from crossmae.checkpoints.weights import Weights, encoder_home, encoder_tensors
 from crossmae.errors import UserError
 from crossmae.models.encoder import patch_grid
@@ -64,6 +64,7 @@ def architecture_of(weights: Weights, **given: Any) -> Architecture:
         UserError: the file has no encoder, a given value contradicts the file, the file does not tell a needed value,
             or the sizes do not fit together.
     """
+    check_plain(weights)
     facts = encoder_facts(encoder_tensors(weights), weights.metadata)
     found = {key: fact.value for key, fact in facts.items() if key not in ("norm_eps", "activation")}
     given = {key: value for key, value in given.items() if value is not None}

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from crossmae.checkpoints.formats.facts import MODEL_KEYS, Facts, ModelFact, assumed, assumed_lines
+from crossmae.checkpoints.formats.recognition import mix_up
 from crossmae.checkpoints.load_report import LoadReport
 from crossmae.checkpoints.loading import load
 from crossmae.checkpoints.metadata import BIT_DEPTH, PIXEL_MEAN, PIXEL_STD, assumed_names, recorded_arguments
 from crossmae.checkpoints.pretrained import whole_facts
-from crossmae.checkpoints.weights import Weights, read_weights
+from crossmae.checkpoints.weights import Weights, encoder_tensors, read_weights
 from crossmae.errors import UserError
 from crossmae.models.crossmae import MODEL_DEFAULTS, CrossMAE, resolve_blocks
 from crossmae.training.config import DataConfig
@@ -50,6 +51,9 @@ def start_from(model: CrossMAE, path: Path, arguments: Mapping[str, Any], data: 
     UserError if the encoders differ in more than their input. No weights have been loaded then.
     """
     weights = read_weights(path)
+    if "cls_token" not in encoder_tensors(weights):
+        wanted = "weights with the class token that pretraining needs"
+        raise mix_up(weights.path, weights.format, weights.metadata, wanted)
     compare_pixels(weights, data)
     recorded = recorded_arguments(weights.metadata)
     free = {"img_size", *assumed_names(weights.metadata)}

@@ -18,9 +18,11 @@ from detectron2.modeling import GeneralizedRCNN, build_model
 from torch import Tensor, nn
 
 from crossmae.checkpoints.formats.facts import Facts, ModelFact, assumed, assumed_lines, encoder_facts
+from crossmae.checkpoints.formats.recognition import mix_up
 from crossmae.checkpoints.load_report import LoadReport
-from crossmae.checkpoints.loading import load, resampled
+from crossmae.checkpoints.loading import check_plain, load, resampled
 from crossmae.checkpoints.metadata import NORM_EPS_OF_PLAIN, PIXEL_MEAN, PIXEL_STD, UNKNOWN, assumed_names
+from crossmae.checkpoints.reading.files import detector_file
 from crossmae.checkpoints.resample import fit
 from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_home, encoder_tensors, read_weights
 from crossmae.class_names import NamePairs, pair_names, rows_by_name, start_notes
@@ -28,7 +30,7 @@ from crossmae.errors import UserError
 from crossmae.training.config import read_yaml
 from det.backbone.vit import ViT
 from det.classes import classes_of, recorded_classes, remember_classes
-from det.config import BEST, CONFIG, FINAL, LAST, flatten, lookup
+from det.config import CONFIG, flatten, lookup
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +100,7 @@ def open_weights(path: str, detector_only: bool) -> Weights | None:
     try:
         weights = read_weights(find_detector(Path(path)))
         if detector_only and weights.format != "detector":
-            raise UserError(f"{path}: has only an encoder. Name a trained detector.")
+            raise mix_up(weights.path, weights.format, weights.metadata, "a detector")
     except UserError as error:
         raise UserError(f"MODEL.WEIGHTS: {error}") from error
     return weights
@@ -142,12 +144,14 @@ def find_detector(path: Path) -> Path:
 
     Other paths are returned unchanged.
     """
-    if not path.is_dir():
-        return path
-    names = [BEST]
-    if (path / LAST).is_file():
-        names.append((path / LAST).read_text(encoding="utf-8", errors="replace").strip())
-    return next((path / name for name in (*names, FINAL) if (path / name).is_file()), path)
+    return (path.is_dir() and detector_file(path)) or path
+
+
+def check_detector(path: Path) -> None:
+    """Raise UserError if a path has something else than a detector."""
+    weights = read_weights(find_detector(path), finite=False)
+    if weights.format != "detector":
+        raise mix_up(path, weights.format, weights.metadata, "a detector")
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
@@ -229,6 +233,7 @@ def _load_encoder(model: nn.Module, weights: Weights) -> LoadReport:
     net = model.get_submodule("backbone.net")
     if not isinstance(net, ViT):
         raise UserError("the file has only an encoder. Set MODEL.BACKBONE.NAME=build_crossmae_vitdet_backbone.")
+    check_plain(weights, net.state_dict())
     weights = fit_patches(weights, net.patch_size)
     check_architecture(net, weights)
     return load(net, weights, part="encoder", new=NEW, dropped=DROPPED)

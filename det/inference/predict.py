@@ -23,7 +23,7 @@ from crossmae.class_names import describe_difference, list_names, pair_names
 from crossmae.data.images import ImageLimits, read_image, to_rgb
 from crossmae.errors import UserError
 from crossmae.files import decode_text, read_file
-from det.backbone.weights import build_trained, find_detector
+from det.backbone.weights import build_trained, check_detector, find_detector
 from det.classes import Classes, classes_of, match_ids
 from det.config import CONFIG, RECORD, check_config, choose_device, image_limits, load_det_config
 from det.data.coco import read_categories
@@ -155,12 +155,16 @@ def read_config(config_file: str | Path | None, weights: str | Path, overrides: 
     """
     if not Path(weights).exists():
         raise UserError(f"{weights}: no such file or folder. Name a detector's weights, or the folder of its run.")
-    if config_file is None:
-        folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+    if config_file is not None:
+        return load_det_config(str(config_file), overrides)
+    folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+    try:
         if not (folder / CONFIG).is_file():
             raise UserError(f"{folder}: has no {CONFIG}. Name the config that the detector was trained with.")
-        config_file = folder / CONFIG
-    return load_det_config(str(config_file), overrides)
+        return load_det_config(str(folder / CONFIG), overrides)
+    except UserError:
+        check_detector(Path(weights))  # weights of another kind explain the error better
+        raise
 
 
 def read_rgb(image: ImageLike, limits: ImageLimits | None = None) -> NDArray[np.uint8]:

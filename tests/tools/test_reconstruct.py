@@ -79,7 +79,10 @@ def test_published_layout(folder: Path, capsys: pytest.CaptureFixture[str], name
         (("gone", "one.png"), "no such file or folder: gone"),
         (("run", "gone.png"), "IMAGES: gone.png: no such file or folder"),
         (("run", "encoder.pth"), "encoder.pth: cannot be read as an image"),
-        (("encoder.pth", "one.png"), "encoder.pth: has no decoder (format: encoder)"),
+        (
+            ("encoder.pth", "one.png"),
+            "encoder.pth: an encoder, not a whole pretraining model with its decoder. Start from it: ",
+        ),
         (("whole.pth", "one.png"), "the file does not show img_size and num_heads and decoder_num_heads. Add --set"),
         (("run", "one.png", "--mask-ratio", "0.99"), "mask ratio 0.99: leaves no patch of 6 to see"),
         (("run", "one.png", "--gif-ratios", "0.5", "2"), "mask ratio 2.0"),

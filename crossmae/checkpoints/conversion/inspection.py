@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from crossmae.checkpoints.conversion.targets import TARGETS, check_square, plan
+from crossmae.checkpoints.conversion.targets import TARGETS, check_square, plan, why_refused
 from crossmae.checkpoints.formats.facts import Facts, FactSource, assumed_lines, encoder_facts
 from crossmae.checkpoints.formats.keys import encoder_home, not_plain
+from crossmae.checkpoints.formats.recognition import CONTENTS
 from crossmae.checkpoints.load_report import split_name
 from crossmae.checkpoints.metadata import (
     CLASSES,
@@ -28,6 +29,7 @@ from crossmae.checkpoints.metadata import (
 )
 from crossmae.checkpoints.pretrained import arguments_of, pixel_facts, whole_facts
 from crossmae.checkpoints.provenance import licence_notice
+from crossmae.checkpoints.reading.candidates import split_choice
 from crossmae.checkpoints.reading.files import file_kind, find_file, read_safetensors
 from crossmae.checkpoints.reading.wrappers import one_model
 from crossmae.checkpoints.resample import RELATIVE, is_sincos, table_grid, window_of
@@ -42,17 +44,6 @@ from crossmae.checkpoints.weights import (
 )
 from crossmae.errors import UserError, shorten
 from crossmae.models.crossmae import MODEL_DEFAULTS
-
-CONTENTS = {
-    "crossmae": "a CrossMAE pretraining model, encoder and decoder",
-    "mae": "an MAE pretraining model, encoder and decoder",
-    "encoder": "an encoder",
-    "finetuned": "a classifier",
-    "linear_probe": "a linear probe",
-    "detectron2": "the encoder of a detection backbone, without class token",
-    "detector": "a detector",
-    "unknown": "no kind of model that is known, or more than one",
-}
 
 
 @dataclass(frozen=True)
@@ -146,7 +137,8 @@ def inspect(path: str | Path, *, values: bool = True) -> Inspection:
             check_digest(stored, metadata, file)
         # Positions keep their values, which show the grid if they are sine-cosine.
         held = {name: each if "pos" in name and each.ndim == 3 else each.to("meta") for name, each in stored.items()}
-        shapes, beside = one_model(held, file)
+        _, choice = split_choice(Path(path).expanduser())
+        shapes, beside = one_model(held, file, choice=choice)
         weights = replace(translated(file, shapes, metadata), beside=beside)
     else:
         weights = read_weights(path, finite=False)
@@ -242,7 +234,7 @@ def _outcome(weights: Weights, to: str, arguments: Mapping[str, Any]) -> Outcome
     except UserError as error:
         return Outcome(False, str(error).removeprefix(f"{weights.path}: "))
     if planned.refused:
-        return Outcome(False, f"unless --drop leaves them behind: {shorten(planned.refused)}")
+        return Outcome(False, why_refused(planned))
     lost: dict[str, dict[str, None]] = {}
     for entry in planned.report.entries:
         if entry.status == "dropped":

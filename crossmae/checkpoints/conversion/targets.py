@@ -19,6 +19,7 @@ from crossmae import __version__
 from crossmae.checkpoints.formats.facts import Facts, ModelFact, assumed, encoder_facts, with_marks
 from crossmae.checkpoints.formats.huggingface import PREPROCESSOR, hf_config, hf_preprocessor_config
 from crossmae.checkpoints.formats.keys import encoder_home, from_plain, oddities
+from crossmae.checkpoints.formats.recognition import USE_PLAIN
 from crossmae.checkpoints.formats.timm_folder import POOL, timm_config
 from crossmae.checkpoints.load_report import LoadReport, TensorEntry
 from crossmae.checkpoints.loading import OUTSIDE, left_out
@@ -54,6 +55,7 @@ TargetHead = Literal["avg", "cls", "batchnorm", "other"]
 
 DETECTRON2_PREFIX = "backbone.net."
 NO_SUFFIX = ""  # suffix of a destination that is a folder
+NO_PLACE_KNOWN = "no place is known for it"
 ASKED_TO_DROP = "dropped as asked with --drop"  # reason of an entry in the report
 _ENCODER_ARGUMENTS = set(inspect.signature(ViTEncoder).parameters)
 _ANY_MODEL = ("norm.", "fc_norm.", "head.")  # further tensors that a file of this toolkit may have
@@ -144,7 +146,7 @@ def refusal(target: Target, name: str, content: str, head: TargetHead | None) ->
         return "", True
     reason = left_out(name)
     if reason is None:
-        return "no place is known for it", False
+        return NO_PLACE_KNOWN, False
     if name.startswith("norm."):
         return ("the final norm has no place in it" if target.norm == "none" else ""), True
     if name.startswith(("fc_norm.", "head.")):
@@ -330,19 +332,32 @@ def _head(plain: Mapping[str, Tensor], metadata: Mapping[str, str]) -> TargetHea
 
 
 def describe_refusal(weights: Weights, planned: ConversionPlan) -> str:
-    """Explain why a plan is refused, and name the `--drop` option."""
+    """Explain why a plan is refused, with the table.
+
+    Only tensors that may be useless come with the `--drop` option. Dropping others would destroy the encoder.
+    """
+    headline = f"{weights.path}: cannot become {planned.to}, because {why_refused(planned)}."
+    if all(entry.accepted or entry.reason == NO_PLACE_KNOWN for entry in planned.report.entries):
+        patterns = sorted({re.sub(r"\d+", r"\\d+", name.replace(".", r"\.")) for name in planned.refused})
+        quoted = " ".join(f"'{each}'" for each in patterns)
+        left = len(planned.report.entries) - len(planned.refused)
+        headline += (
+            f" If the encoder does not use them, add --drop {quoted}, which leaves {left} of "
+            f"{len(planned.report.entries)} tensors."
+        )
+    else:
+        headline += f" {USE_PLAIN}"
+    return f"{headline}\n{planned.report.table()}"
+
+
+def why_refused(planned: ConversionPlan) -> str:
+    """List the tensors without which the encoder computes something else, with reasons."""
     kinds: dict[str, list[str]] = {}
     for entry in planned.report.entries:
         if not entry.accepted:
             kinds.setdefault(entry.reason, []).append(entry.plain)
     what = ", ".join(f"{shorten(names)} ({reason})" for reason, names in kinds.items())
-    patterns = sorted({re.sub(r"\d+", r"\\d+", name.replace(".", r"\.")) for name in planned.refused})
-    headline = (
-        f"{weights.path}: cannot become {planned.to}, because the encoder computes something else without {what}."
-    )
-    if not any(refusal(TARGETS[planned.to], name, "encoder", None) == ("", True) for name in planned.refused):
-        headline += " To drop these tensors, add --drop " + " ".join(f"'{each}'" for each in patterns)
-    return f"{headline}\n{planned.report.table()}"
+    return f"the encoder computes something else without {what}"
 
 
 def with_arguments(weights: Weights, planned: ConversionPlan, given: Mapping[str, Any]) -> ConversionPlan:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
+from crossmae.checkpoints.formats.recognition import READ_TYPES, model_type_refusal
 from crossmae.checkpoints.metadata import CLASSES, MODEL_ARGUMENTS, NORM_EPS, PIXEL_MEAN, PIXEL_STD
 from crossmae.checkpoints.reading.files import HUB_CONFIG
 from crossmae.errors import UserError
@@ -49,12 +51,15 @@ _Number = Annotated[float, Field(strict=True, gt=-_LARGE, lt=_LARGE)]
 
 
 class _ViT(BaseModel):
-    """The settings of ViTConfig and ViTMAEConfig. Both have the same defaults."""
+    """The settings of ViTConfig and its relatives, and of Dinov2Config."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
-    model_type: Literal["vit", "vit_mae"] = Field(description="vit or vit_mae, other models are not read")
+    model_type: Literal["vit", "vit_mae", "vit_msn", "ijepa", "dinov2"] = Field(
+        description=f"{READ_TYPES}, other models are not read"
+    )
     hidden_act: Literal["gelu"] = Field("gelu", description="gelu, the activation of a plain ViT")
+    use_swiglu_ffn: Literal[False] = Field(False, description="false, because the MLP of a plain ViT has no gate")
     qkv_bias: Literal[True] = Field(True, description="true, because the attention of a plain ViT has a bias")
     hidden_size: _Size = 768
     num_hidden_layers: _Size = 12
@@ -70,6 +75,16 @@ class _ViT(BaseModel):
     decoder_intermediate_size: _Size = 2048
     norm_pix_loss: _Flag = False
     id2label: dict[str, str] = Field({}, description="a name for each of the numbers from 0 on")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Add the defaults that differ from those of ViTConfig."""
+        if values.get("model_type") != "dinov2":
+            return values | ({"layer_norm_eps": 1e-6} | values if values.get("model_type") == "vit_msn" else {})
+        width, ratio = values.get("hidden_size", 768), values.get("mlp_ratio", 4)
+        hidden = {"intermediate_size": int(width * ratio)} if isinstance(width, int) and isinstance(ratio, int) else {}
+        return {"layer_norm_eps": 1e-6, "patch_size": 14, **values, **hidden}
 
     @field_validator("patch_size")
     @classmethod
@@ -133,6 +148,16 @@ def read_config(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     if (folder / PREPROCESSOR).is_file():
         metadata |= _pixel_statistics(folder / PREPROCESSOR, settings.num_channels)
     return metadata
+
+
+def check_model_type(folder: Path) -> None:
+    """Raise UserError if config.json names another model than a plain ViT."""
+    path, settings = folder / HUB_CONFIG, None
+    with suppress(UserError):
+        settings = read_json(path)
+    kind = settings.get("model_type") if isinstance(settings, dict) else None
+    if what := model_type_refusal(kind):
+        raise UserError(f'{path}: model_type is "{kind}", {what}')
 
 
 def hf_config(

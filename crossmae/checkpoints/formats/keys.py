@@ -5,8 +5,9 @@ Plain names are the names in timm's VisionTransformer and in the published files
 | layout       | files                                                                                             |
 | ------------ | ------------------------------------------------------------------------------------------------- |
 | `plain`      | timm, the published files, this toolkit, detectron2's ViTDet; also with layer scale or chunks     |
-| `hf-vit`     | transformers' ViTModel, ViTForImageClassification, ViTForMaskedImageModeling, ViTMAEModel         |
+| `hf-vit`     | transformers' ViTModel with its heads, ViTMAEModel, ViTMSNModel, IJepaModel                        |
 | `hf-vitmae`  | transformers' ViTMAEForPreTraining                                                                |
+| `hf-dinov2`  | transformers' Dinov2Model; read, not written                                                      |
 | `mmpretrain` | OpenMMLab's mmpretrain, mmcls, mmselfsup: VisionTransformer and MAE; read, not written            |
 
 All functions accept meta tensors. A tensor without a plain name keeps the name in the file.
@@ -19,6 +20,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -60,6 +62,12 @@ _HF5_BLOCK = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
+# Names in blocks of DINOv2 in transformers that differ from those of ViT.
+_HF_DINOV2_BLOCK = {
+    **{f"norm{number}": f"norm{number}" for number in "12"},
+    **{f"mlp.fc{number}": f"mlp.fc{number}" for number in "12"},
+    **{f"layer_scale{number}.lambda1": f"ls{number}.gamma" for number in "12"},
+}
 _HF_DECODER_BLOCKS = ("decoder.decoder_layers", "decoder.decoder_encoder.layer")
 
 _MM_BLOCK = {
@@ -93,6 +101,12 @@ _QKV = re.compile(r"(.+\.attn)\.qkv\.(weight|bias)")
 _LAYER_SCALE = re.compile(r"(.*blocks\.\d+)\.(?:ls([12])\.gamma|gamma_([12]))")  # timm and DINOv2; DeiT III
 _SCALED = {"1": "attn.proj", "2": "mlp.fc2"}
 
+_MORE_IN_BLOCK, _NO_PLAIN_NAME = (
+    "more in a block than two norms, attention and an MLP",
+    "something without a plain name",
+)
+WITHOUT_BIAS, GATED = "a layer without bias", "a gated MLP (fc1 and fc2 differ in hidden width)"
+UNKNOWN_KINDS = (_MORE_IN_BLOCK, _NO_PLAIN_NAME)  # kinds of `oddities` that do not tell which model it is
 _PLAIN_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 # Kinds of tensors that a plain ViT has no place for, by patterns of names without the prefix. The first match is used.
 _NOT_PLAIN = {
@@ -109,9 +123,8 @@ _NOT_PLAIN = {
     r"blocks\.\d+\.mlp\.(w1|w2|w3|w12|fc1_g|fc1_x)\..+": "a gated MLP (SwiGLU)",
     r"blocks\.\d+\.(attns|ffns|in_proj|in_norm|out_proj|attn_out_proj|mlp_out_proj)\..+": "parallel blocks",
     r"blocks\.\d+\.(post_norm|norm\d?_post|post_norm\d)\..+": "norms after attention or MLP",
-    r"blocks\.\d+\.(?!(" + "|".join(_PLAIN_BLOCK) + r")\.(weight|bias)$|attn\.rel_pos_[hw]$).+": "more in a block than "
-    "two norms, attention and an MLP",
-    r"(vit\.)?(embeddings\.|encoder\.layer\.|layers\.\d).*|backbone\.layers\.\d.*": "something without a plain name",
+    r"blocks\.\d+\.(?!(" + "|".join(_PLAIN_BLOCK) + r")\.(weight|bias)$|attn\.rel_pos_[hw]$).+": _MORE_IN_BLOCK,
+    r"(vit\.)?(embeddings\.|encoder\.layer\.|layers\.\d).*|backbone\.layers\.\d.*": _NO_PLAIN_NAME,
 }
 
 
@@ -120,7 +133,7 @@ class Translated:
     """The tensors of a file under plain names.
 
     Attributes:
-        layout: "plain", "hf-vit", "hf-vitmae" or "mmpretrain".
+        layout: "plain", "hf-vit", "hf-vitmae", "hf-dinov2" or "mmpretrain".
         tensors: tensors under plain names. A tensor without a plain name keeps the name in the file. A plain encoder
             keeps its prefix, such as `backbone.net.`.
         sources: for each changed name, the names in the file: one name for a renamed tensor, three for joined q, k, v,
@@ -172,7 +185,8 @@ def to_plain(tensors: Mapping[str, Tensor], grid: tuple[int, int] | None = None)
     _fold_layer_scale(found)
     home = encoder_home(found.tensors) or ""
     _name_mask_token(found, home)
-    if layout == "plain":  # in transformers and mmpretrain, every class token has a row
+    # In transformers and mmpretrain, every class token has a row.
+    if layout == "plain" or f"{home}cls_token" not in found.tensors:
         _add_class_row(found, home, grid)
     return found
 
@@ -231,6 +245,8 @@ def _plain_names(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, str]]:
         if vit and f"{prefix}embeddings.patch_embeddings.projection.weight" in tensors:
             decoder = any(_look_up(_inverse(_HF_BESIDE["hf-vitmae"]), name) for name in tensors)
             return "hf-vitmae" if decoder else "hf-vit", _hf_names(tensors, prefix)
+    if "encoder.layer.0.layer_scale1.lambda1" in tensors and "embeddings.patch_embeddings.projection.weight" in tensors:
+        return "hf-dinov2", _hf_names(tensors, "", _HF_DINOV2_BLOCK)
     for prefix in ("backbone.", ""):
         blocks = (f"{prefix}layers.0.ln1.weight", f"{prefix}layers.0.norm1.weight")
         if f"{prefix}patch_embed.projection.weight" in tensors and any(name in tensors for name in blocks):
@@ -240,12 +256,12 @@ def _plain_names(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, str]]:
     return "plain", {name: f"{home}blocks.{match[1]}" if (match := chunked.get(name)) else name for name in tensors}
 
 
-def _hf_names(tensors: Iterable[str], prefix: str) -> dict[str, str]:
+def _hf_names(tensors: Iterable[str], prefix: str, also: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
     stacks = dict.fromkeys((f"{prefix}encoder.layer", f"{prefix}layers"), "blocks")
     stacks |= dict.fromkeys(_HF_DECODER_BLOCKS, "decoder_blocks")
     encoder = {f"{prefix}{name}": plain for name, plain in _inverse(_HF_ENCODER).items()}
     outside = encoder | _inverse(_HF_BESIDE["hf-vit"] | _HF_BESIDE["hf-vitmae"])
-    block = _inverse(_HF_BLOCK) | _HF5_BLOCK
+    block = _inverse(_HF_BLOCK) | _HF5_BLOCK | dict(also)
     return {name: _rename(name, stacks, block, outside) or name for name in tensors}
 
 
@@ -375,11 +391,11 @@ def _by_shape(tensors: Mapping[str, Tensor], home: str, name: str) -> str:
     if leaf != "weight" or not (module == "patch_embed.proj" or re.match(r"blocks\.\d+\.", module)):
         return ""
     if f"{home}{module}.bias" not in tensors:
-        return "a layer without bias"
+        return WITHOUT_BIAS
     fc2 = tensors.get(f"{home}{module.removesuffix('fc1')}fc2.weight")
     shape = tensors[f"{home}{name}"].shape
     gated = module.endswith(".mlp.fc1") and fc2 is not None and shape[:1] != fc2.shape[1:]
-    return "a gated MLP (fc1 and fc2 differ in hidden width)" if gated else ""
+    return GATED if gated else ""
 
 
 def _describe(tensor: Tensor) -> str:

@@ -76,8 +76,8 @@ def timm_model(folder: Path, depth: int | None = None) -> Any:
     if not isinstance(name, str) or not timm.is_model(name):
         raise UserError(f"{path}: the architecture {name!r} is not a model of timm. {_EXPECTED}")
     if not isinstance(given, dict) or (unknown := sorted(given.keys() - _KNOWN)):
-        found = ", ".join(unknown) if isinstance(given, dict) else type(given).__name__
-        raise UserError(f"{path}: model_args has {found}. A plain ViT has only {', '.join(sorted(_KNOWN))}.")
+        found = ", ".join(f"{key}={given[key]}"[:80] for key in unknown) if isinstance(given, dict) else str(given)[:80]
+        raise UserError(f"{path}: model_args has {found}, which a plain ViT does not have. {_EXPECTED}")
     arguments = {key: value for key, value in given.items() if key != "num_classes"}
     arguments |= {"depth": depth} if depth else {}
     wanted = arguments.get("depth", 1)

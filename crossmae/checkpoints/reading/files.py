@@ -6,7 +6,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from crossmae.checkpoints.metadata import check_digest
+from crossmae.checkpoints.reading.candidates import split_choice
+from crossmae.checkpoints.reading.other_files import (
+    failed_download,
+    other_file,
+    other_folder,
+    other_text,
+    weight_files,
+)
 from crossmae.checkpoints.reading.settings import trainer_settings
 from crossmae.checkpoints.reading.torch_file import ZIP, read_torch_file
 from crossmae.checkpoints.reading.trusted import read_trusted
@@ -25,25 +33,13 @@ from crossmae.errors import UserError, shorten
 # Names of weight files in folders of transformers and timm. An index lists the shards of a large model.
 HUB_FILES = (MODEL, f"{MODEL}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 HUB_CONFIG = "config.json"
-_MAX_LISTED = 10_000
+# Files in the folder of a detector's run. The last one has the name of the last weights.
+DETECTOR_BEST, DETECTOR_FINAL, DETECTOR_LAST = "model_best.pth", "model_final.pth", "last_checkpoint"
+_MAX_POINTER = 256
 _STEP_FOLDER = re.compile(r"step-\d+")
 _WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".pkl", ".bin", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
-_WEB_PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
-_GIT_LFS = b"version https://git-lfs"
 _PICKLE = b"\x80"
 _LEGACY_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # torch before version 1.6 pickled this magic number first
-_UNPACK = "Unpack it and name the weight file in it."
-_PYTORCH = "Use the PyTorch or safetensors file of the same model."
-# Kinds of files that are not read, recognised by their first bytes.
-_OTHERS = (
-    (re.compile(rb"\x1f\x8b|BZh|\xfd7zXZ\0|\x28\xb5\x2f\xfd|7z\xbc\xaf"), f"a compressed file. {_UNPACK}"),
-    (re.compile(rb".{257}ustar", re.DOTALL), f"a tar archive. {_UNPACK}"),
-    (re.compile(rb"\x89HDF\r\n"), f"an HDF5 file, as TensorFlow and Keras write. {_PYTORCH}"),
-    (re.compile(rb"[\x81-\x8f\xde\xdf].{0,4}[\xa1-\xbf\xd9]", re.DOTALL), f"msgpack, as Flax (JAX) writes. {_PYTORCH}"),
-    (re.compile(rb"\x08.\x12.{0,40}", re.DOTALL), f"an ONNX model, whose weights have lost their names. {_PYTORCH}"),
-    (re.compile(rb"GGUF"), f"a GGUF file of quantized weights. {_PYTORCH}"),
-    (re.compile(rb"\x93NUMPY"), "one NumPy array (.npy) without a name. Save a state dict."),
-)
 
 
 @dataclass(frozen=True)
@@ -62,14 +58,17 @@ class Contents:
     averaged: bool = False
 
 
-def read_tensors(path: Path, *, ema: bool = False, trust: bool = False) -> Contents:
+def read_tensors(path: Path, *, ema: bool = False, trust: bool = False, choice: str = "") -> Contents:
     """Read a weight file, or all shards of an index.
 
     `read_weights` documents the arguments and errors.
     """
     kind = file_kind(path)
-    held = _read_shards(path, trust) if kind == "index" else _read_one(path, kind, ema=ema, trust=trust)
-    tensors, left_out = one_model(held.tensors, path, ema=ema and not held.averaged)
+    if kind == "index":
+        held = _read_shards(path, trust)
+    else:
+        held, choice = _read_one(path, kind, ema=ema, trust=trust, choice=choice)
+    tensors, left_out = one_model(held.tensors, path, ema=ema and not held.averaged, choice=choice)
     return Contents(tensors, held.metadata, held.beside + left_out, ema or held.averaged)
 
 
@@ -78,7 +77,7 @@ def find_file(path: Path) -> Path:
 
     Raises UserError if the path does not exist or the folder has no weights.
     """
-    path = path.expanduser()
+    path, _ = split_choice(path.expanduser())
     if path.is_file():
         return path
     if path.is_dir():
@@ -99,13 +98,9 @@ def file_kind(path: Path) -> str:
             head = file.read(512)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from None
-    if not head:
-        raise UserError(f"{path}: the file is empty (0 bytes). Copy or download it again.")
-    if head.lstrip().lower().startswith(_WEB_PAGE):
-        raise UserError(f"{path}: a web page, not weights. Check the address and the log-in of the download.")
-    if head.startswith(_GIT_LFS):
-        raise UserError(f"{path}: a git-lfs pointer, not the file itself. Run `git lfs pull` where it comes from.")
-    if head.startswith(ZIP):
+    if what := failed_download(head):
+        raise UserError(f"{path}: {what}")
+    if head.startswith(ZIP) and path.suffix != ".distcp":
         return "torch"
     if head.lstrip().startswith(b"{"):
         return "index"
@@ -113,9 +108,8 @@ def file_kind(path: Path) -> str:
         return "safetensors"
     if head.startswith(_PICKLE):
         return "torch" if _LEGACY_TORCH in head[:32] else "pickle"
-    for pattern, what in _OTHERS:
-        if pattern.match(head):
-            raise UserError(f"{path}: {what}")
+    if what := other_file(path, head):
+        raise UserError(f"{path}: {what}")
     raise UserError(
         f"{path}: not a weight file ({path.stat().st_size:,} bytes, starting with {head[:12]!r}). Name a "
         "file of torch.save (.pth, .pt), a safetensors file, or a .pkl of numpy arrays."
@@ -136,15 +130,20 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise damaged(path, error) from None
 
 
-def _read_one(path: Path, kind: str, *, ema: bool = False, trust: bool = False) -> Contents:
+def _read_one(
+    path: Path, kind: str, *, ema: bool = False, trust: bool = False, choice: str = ""
+) -> tuple[Contents, str]:
+    """Read one file, and return the choice that is left for `one_model`."""
     if kind == "safetensors":
         tensors, metadata = read_safetensors(path)
-        return Contents(tensors, check_digest(tensors, metadata, path))
+        return Contents(tensors, check_digest(tensors, metadata, path)), choice
     read = read_torch_file if kind == "torch" else read_numpy_pickle
     content = read_trusted(path, kind) if trust else read(path)
-    tensors, beside, averaged = state_dict(content, path, ema=ema)
+    tensors, beside, averaged, choice = state_dict(content, path, ema=ema, choice=choice)
     metadata = check_digest(tensors, pickled_metadata(content, path), path)
-    return Contents(tensors, published_settings(content) | trainer_settings(content) | metadata, beside, averaged)
+    return Contents(
+        tensors, published_settings(content) | trainer_settings(content) | metadata, beside, averaged
+    ), choice
 
 
 def _read_shards(path: Path, trust: bool) -> Contents:
@@ -155,7 +154,7 @@ def _read_shards(path: Path, trust: bool) -> Contents:
         kind = file_kind(file)
         if kind == "index":
             raise UserError(f"{path}: names an index as a shard, {shard}. Download the index again.")
-        held = _read_one(file, kind, trust=trust)
+        held, _ = _read_one(file, kind, trust=trust)
         differing = sorted(names ^ held.tensors.keys())
         if differing:
             odd = shorten([name[:60] for name in differing])
@@ -169,15 +168,14 @@ def _read_shards(path: Path, trust: bool) -> Contents:
 
 def _weight_map(path: Path) -> dict[str, set[str]]:
     """Return the names of the tensors in each shard."""
+    text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        index: Any = json.loads(path.read_text(encoding="utf-8"))
+        index: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise damaged(path, error) from None
+        raise (UserError(f"{path}: {what}") if (what := other_text(path, text)) else damaged(path, error)) from None
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
-        raise UserError(
-            f"{path}: JSON, but not an index of weights (no weight_map). Name the weight file or its folder."
-        )
+        raise UserError(f"{path}: {other_text(path, text)}")
     shards: dict[str, set[str]] = {}
     for name, shard in names.items():
         shards.setdefault(shard, set()).add(name)
@@ -201,16 +199,46 @@ def _find_in_folder(folder: Path) -> Path:
     found = next((folder / name for name in HUB_FILES if (folder / name).is_file()), None)
     if found:
         return found
-    checkpoint = latest_checkpoint(folder)
+    checkpoint = latest_checkpoint(folder.parent if folder.name == FOLDER else folder)
     if checkpoint:
         return checkpoint / MODEL
+    if detector := detector_file(folder):
+        return detector
+    if deepspeed := _deepspeed_file(folder):
+        return deepspeed
+    if what := other_folder(folder):
+        raise UserError(f"{folder}: {what}")
     missing = f"without {MODEL}, a complete checkpoint {FOLDER}/step-*/ of a run, and {HUB_CONFIG} of other libraries"
     if (folder / HUB_CONFIG).is_file():
         missing = f"with {HUB_CONFIG}, but none of {', '.join(HUB_FILES)}"
-    files = islice(chain(folder.glob("*"), folder.glob("*/*")), _MAX_LISTED)  # the folder may have a million images
-    weights = sorted(str(file.relative_to(folder)) for file in files if file.suffix in _WEIGHT_SUFFIXES)
+    weights = weight_files(folder, _WEIGHT_SUFFIXES)
     remedy = f"one of its files: {shorten(weights)}" if weights else "a weight file or the folder of a run"
     raise UserError(f"{folder}: a folder without weights, {missing}. Name {remedy}.")
+
+
+def detector_file(folder: Path) -> Path | None:
+    """Find the best weights, else the last weights, of a detector's run."""
+    last = folder / DETECTOR_LAST
+    pointed = last.read_text(encoding="utf-8", errors="replace")[:_MAX_POINTER].strip() if last.is_file() else ""
+    names = (DETECTOR_BEST, Path(pointed).name, DETECTOR_FINAL)
+    return next((folder / name for name in names if name and (folder / name).is_file()), None)
+
+
+def _deepspeed_file(folder: Path) -> Path | None:
+    """Find the model in a checkpoint of DeepSpeed.
+
+    Raises UserError if the model is in several parts.
+    """
+    latest = folder / "latest"
+    name = latest.read_text(encoding="utf-8", errors="replace")[:_MAX_POINTER].strip() if latest.is_file() else ""
+    inside = folder / Path(name).name if name else folder
+    parts = sorted(inside.glob("*model_states.pt"))
+    if len(parts) > 1 or (not parts and list(islice(inside.glob("*optim_states.pt"), 1))):
+        raise UserError(
+            f"{folder}: a DeepSpeed checkpoint in several parts. Run `python zero_to_fp32.py . OUT` in the folder with "
+            "the file `latest`, and name the file in OUT."
+        )
+    return parts[0] if parts else None
 
 
 def shards(path: Path) -> list[Path]:

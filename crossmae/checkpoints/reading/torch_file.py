@@ -76,7 +76,8 @@ def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
         names = [info.filename[:60] for info in infos]
         what = f"a zip archive of other files than torch.save's ({shorten(names)}). Unpack it and name the weight file."
         if names and all(info.filename.endswith(".npy") for info in infos):
-            what = "a NumPy .npz archive, as of JAX models. Save its arrays as safetensors under timm's names."
+            remedy = "Read it by timm.create_model(NAME, checkpoint_path=FILE), and save model.state_dict()."
+            what = f"a NumPy .npz archive, as of JAX models (big_vision). {remedy}"
         raise UserError(f"{path}: {what}")
     if "constants.pkl" in entries:
         raise UserError(

@@ -3,7 +3,8 @@
 A pickle is a program. The interpreters of Python and torch use as much memory and time as this program requests. This
 includes torch's weights-only reader: 140 bytes of nested tuples keep it busy for 33 s, and 30 bytes can request
 gigabytes. This module therefore interprets the opcodes that training programs write. Nothing is imported. `GLOBALS`
-lists the globals that a file may refer to, each with a function that builds plain data. Any other global is refused.
+lists the globals that a file may refer to, each with a function that builds plain data. Objects of `_SETTINGS` become
+`Skipped`. Any other global is refused.
 
 Bounds: at most `MAX_OPCODES` opcodes; data of at most `MAX_GROWTH` times the file's size; only keys that hash quickly.
 """
@@ -30,6 +31,22 @@ MAX_DIMENSIONS = 16
 _MAX_DTYPE = 12  # most characters of a dtype's name, such as "<f4" or "U1000000"
 _ENTRY_BYTES = 100  # approximate memory of one entry of a container
 _SPECIAL = re.compile(r"torch\._utils\._rebuild_(sparse|qtensor|nested|meta|wrapper)|torch\.Q\w+")
+# Files that are a part of something, by the globals that they refer to.
+_PARTS = {
+    r"deepspeed\.": "a part of a DeepSpeed checkpoint, such as one process's optimizer. In the folder with the file "
+    "`latest`, run `python zero_to_fp32.py . OUT`, and name the file in OUT.",
+    r"torch\.distributed\.checkpoint\.": "the index of a distributed checkpoint (DCP). Name its folder.",
+    r"torch\.distributed\.": "one process's part of a sharded model (FSDP, DTensor). In the program that wrote it, "
+    "collect the model by torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+    "options=StateDictOptions(full_state_dict=True)), and save it.",
+}
+# Settings of a run, which are skipped: their classes and the builtins in them. No attribute of a module is looked up.
+_SETTINGS = re.compile(
+    r"(omegaconf|hydra|yacs|fvcore\.common\.config|addict|easydict|ml_collections|munch|box|mmengine\.config|mmcv\.utils|"
+    r"pytorch_lightning|lightning|lightning_fabric|transformers\.train\w+|torch\.optim|torch\.torch_version|pathlib|"
+    r"datetime|uuid|typing|enum)\..+|collections\.(defaultdict|deque)|types\.SimpleNamespace|copyreg\._reconstructor|"
+    r"builtins\.(dict|list|tuple|int|long|float|complex|str|bool|object|type|slice|range)"
+)
 _KEYS = (str, bytes, bool, type(None))
 # Most numbers as keys in one file. Numbers with colliding hashes make each insertion as slow as all earlier ones.
 MAX_NUMBER_KEYS = 30_000
@@ -65,6 +82,8 @@ def refusal(path: Path, name: str) -> UserError:
             f"{path}: has a tensor that is sparse, quantized or otherwise special ({name}). Nothing in the file was "
             "run. Save it dense and dequantized in the program that wrote it."
         )
+    if part := next((text for pattern, text in _PARTS.items() if re.match(pattern, name)), None):
+        return UserError(f"{path}: {part} Nothing in the file was run ({name}).")
     return UserError(
         f"{path}: refused, because it refers to {name}, and not only to tensors, arrays, numbers, plain containers and "
         "argparse.Namespace. Nothing in the file was run. Only if you trust its author, run in a sandbox: "
@@ -88,6 +107,13 @@ class Global:
 
     name: str
     build: Callable[..., Any] | None
+
+
+class Skipped:
+    """A placeholder for settings of a run: nothing of them is built or kept."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
 
 
 class Unpickler:
@@ -138,9 +164,12 @@ class Unpickler:
         self._stack.append(tuple(reversed(items)))
 
     def _extend(self, items: list[Any]) -> None:
-        expect(self._stack[-1], list).extend(items)
+        if not isinstance(self._stack[-1], Skipped):
+            expect(self._stack[-1], list).extend(items)
 
     def _set_items(self, items: list[Any]) -> None:
+        if isinstance(self._stack[-1], Skipped):
+            return
         target = expect(self._stack[-1], dict)
         for key, value in zip(items[::2], items[1::2], strict=True):
             target[_key(key)] = value
@@ -148,7 +177,8 @@ class Unpickler:
 
     def _add_items(self, items: list[Any]) -> None:
         self._count_keys(len(items))
-        expect(self._stack[-1], set).update(map(_key, items))
+        if not isinstance(self._stack[-1], Skipped):
+            expect(self._stack[-1], set).update(map(_key, items))
 
     def _count_keys(self, number: int) -> None:
         self._number_keys += number
@@ -160,9 +190,9 @@ class Unpickler:
 
     def _global(self, module: str, name: str) -> None:
         canonical = _canonical(f"{module}.{name}")
-        if canonical not in self._known:
+        if canonical not in self._known and not _SETTINGS.fullmatch(canonical):
             raise refusal(self._path, f"{module}.{name}")
-        value = self._known[canonical]
+        value = self._known.get(canonical, Skipped)
         self._stack.append(Global(canonical, value) if value is None or callable(value) else value)
 
     def _stack_global(self, _: Any) -> None:
@@ -186,7 +216,7 @@ class Unpickler:
         elif isinstance(target, argparse.Namespace):
             self._spend(expect(state, dict))
             vars(target).update({expect(key, str): value for key, value in state.items()})
-        elif not isinstance(target, dict):  # the attributes of a state dict (module versions) are unused
+        elif not isinstance(target, dict | Skipped):  # the attributes of a state dict (module versions) are unused
             raise ValueError(f"a state for an object of type {type(target).__name__}")
 
     def _load_persistent(self, _: Any) -> None:

@@ -1,7 +1,8 @@
 """Unwrap named tensors from the dicts and prefixes that trainers put around them.
 
-If a file has several sets of weights, the plain weights are used, or the averaged weights (EMA) on request. From a file
-with student and teacher (DINO) the teacher is used, which is an average as well. The unused sets are listed.
+The one encoder in a file is found in any dict and under any prefix. If a file has several, the plain weights are used,
+or the averaged weights (EMA) on request. From a file with student and teacher (DINO) the teacher is used, which is an
+average as well. The unused sets are listed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,77 +21,190 @@ import torch
 from torch import Tensor, nn
 
 from crossmae.checkpoints.metadata import DIGEST, PICKLED_METADATA, PUBLISHED_ARGUMENTS
+from crossmae.checkpoints.reading.candidates import (
+    Candidate,
+    choose,
+    find_encoders,
+    is_tensor,
+    opened,
+    same_tensors,
+    tensor_dicts,
+    unwrapped,
+)
 from crossmae.checkpoints.reading.quantized import refuse_quantized
 from crossmae.checkpoints.reading.unpickle import allowance
 from crossmae.errors import UserError, shorten
 
-# Keys under which trainers store a state dict. The first key that a file has is used.
+# Keys under which trainers store a state dict, most usual first.
 EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "ema", "teacher", "target_encoder")
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "teacher", "student", "encoder", *EMA_WRAPPERS)
-# Prefixes of names in a state dict of several models (MoCo v3, DINOv2).
+# Prefixes of names in a state dict of several models without an encoder.
 EMA_BRANCHES = ("momentum_encoder.", "teacher.")
 BRANCHES = ("base_encoder.", "teacher.", "student.")
-# Prefixes of every name, added by DDP, torch.compile and trainers.
-WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
 COUNTERS = ("n_averaged", "steps")  # entries without the prefix `module.` in averaged models of torch and mmengine
 _MAX_WRAPPERS, _MAX_NAME = 4, 1000
 _SAVE = "Save only model.state_dict() with torch.save."
+# Keys of files with the state of an optimizer, also of DeepSpeed's.
+_OPTIMIZER = (
+    *("optimizer", "optimizer_state_dict", "optimizer_states", "optim", "param_groups", "base_optimizer_state"),
+    *("lr_scheduler", "lr_schedulers", "scheduler", "scaler"),
+)
 _MAX_SETTINGS, _MAX_LISTED, _MAX_TEXT = 1000, 100, 250
 
 
-def state_dict(content: Any, path: Path, *, ema: bool = False) -> tuple[dict[str, Tensor], tuple[str, ...], bool]:
-    """Extract the tensors of a pickle from its `WRAPPERS`.
+def state_dict(
+    content: Any, path: Path, *, ema: bool = False, choice: str = ""
+) -> tuple[dict[str, Tensor], tuple[str, ...], bool, str]:
+    """Extract the tensors of a pickle from its dicts.
+
+    The one dict with an encoder is used, under any key. Without an encoder, the dict under the first of `WRAPPERS` is
+    used, else the only dict of tensors.
 
     Returns:
-        The tensors under their names in the file, the other keys of the wrappers, and true for EMA weights.
+        The tensors under their names in the file, the other keys of the wrappers, true for EMA weights, and the prefix
+        of the chosen encoder, for `one_model`.
 
     Raises:
-        UserError: the content is not a state dict.
+        UserError: the content is not a state dict, or has several encoders that are equally likely.
     """
+    content = opened(content)
+    dicts = dict(tensor_dicts(content))
+    found = [each for keys, held in dicts.items() for each in find_encoders(_tensor_names(held), keys)]
+    chosen = None
+    if found:
+        compare = partial(_same, dicts, path)
+        chosen = choose(found, path, ema=ema, choice=choice, known=WRAPPERS, same=compare)
+    keys = chosen.keys if chosen else _usual_keys(content, ema) or _only_keys(dicts)
     beside: list[str] = []
-    averaged = False
-    content = _opened(content)
-    for _ in range(_MAX_WRAPPERS):
-        found = _wrapper(content, EMA_WRAPPERS) if ema and not averaged else None
-        averaged = averaged or found is not None
-        found = found or _wrapper(content, WRAPPERS)
-        if found is None:
-            break
-        beside += [_short(key) for key in content if key not in (found, PICKLED_METADATA)]
-        content = _opened(content[found])
+    for key in keys:
+        beside += [_short(other) for other in content if other not in (key, PICKLED_METADATA)]
+        content = opened(content[key])
+    if chosen:
+        others = [name for name, value in content.items() if not is_tensor(value)]
+        beside += [_short(name) for name in others if name != PICKLED_METADATA]
+        content = {name: value for name, value in content.items() if is_tensor(value)}
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"{path}: not a state dict of named tensors, but {_describe(content)}. {_SAVE}")
+    if not chosen and (state := [key for key in _OPTIMIZER if key in content]):
+        raise UserError(
+            f"{path}: has no weights, only the state of a training run ({', '.join(state)}). Name the file with the "
+            "model, which is often next to it."
+        )
     refuse_quantized(content, path)
     _check_values(content, path)
     seen: set[int] = set()
-    return {name: _dense(value, name, path, seen) for name, value in content.items()}, tuple(beside), averaged
+    tensors = {name: _dense(value, name, path, seen) for name, value in content.items()}
+    averaged = ema and Candidate(tuple(keys), "", "").averaged
+    return tensors, tuple(beside), averaged, chosen.home.strip(".") if chosen else choice
 
 
 def one_model(
-    tensors: dict[str, Tensor], path: Path, *, ema: bool = False
+    tensors: dict[str, Tensor], path: Path, *, ema: bool = False, choice: str = ""
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Strip prefixes, and select one model of a file with several.
+    """Strip wrappers and prefixes, and select the model with the encoder.
 
     Returns the tensors, and descriptions of the tensors that were left out. Raises UserError if `ema` is true and the
-    file has no EMA weights.
+    file has no EMA weights, or several encoders are equally likely.
     """
+    tensors = _without_wrappers(tensors, path)
+    found = find_encoders(tensors)
+    if not found:
+        return _one_branch(tensors, path, ema)
+    under = {each: {name for name in tensors if name.startswith(each.home)} for each in found}
+
+    def same(first: Candidate, second: Candidate) -> bool:
+        one, two = ({name.removeprefix(each.home): tensors[name] for name in under[each]} for each in (first, second))
+        return same_tensors(one, two)
+
+    chosen = choose(found, path, ema=ema, choice=choice, known=WRAPPERS, same=same)
+    if chosen is None:
+        raise _no_average(path)
+    # A shorter prefix has the names of longer ones as well: they belong to the other encoders.
+    rivals = {name: each for each in found if not chosen.home.startswith(each.home) for name in under[each]}
+    apart = rivals.keys() | set(COUNTERS)
+    inside = {name for name in tensors if name.startswith(chosen.outer) and name not in apart}
+    kept = {name.removeprefix(chosen.outer): tensor for name, tensor in tensors.items() if name in inside}
+    others = [name for name in tensors if name not in inside]
+    counts = Counter(
+        rivals[name].outer.strip(".") if name in rivals and rivals[name].outer else name.partition(".")[0]
+        for name in others
+    )
+    return kept, tuple(
+        name if name in COUNTERS else f"{_short(name)} ({count} tensors)" for name, count in counts.items()
+    )
+
+
+def _one_branch(tensors: dict[str, Tensor], path: Path, ema: bool) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Select the tensors of one model, of a file without an encoder."""
     branches = EMA_BRANCHES if ema else BRANCHES
     branch = next((prefix for prefix in branches if any(name.startswith(prefix) for name in tensors)), None)
-    counters = [name for name in COUNTERS if name in tensors]
-    rest = [name for name in tensors if name not in counters]
-    prefix = next((p for p in WRAPPER_PREFIXES if rest and all(name.startswith(p) for name in rest)), None)
-    if home := branch or prefix:
-        kept = {name.removeprefix(home): value for name, value in tensors.items() if name.startswith(home)}
-        others = Counter(name.partition(".")[0] for name in tensors if not name.startswith(home))
-        left = [f"{name} ({count} tensors)" for name, count in others.items()] if branch else counters
-        inner, more = one_model(kept, path, ema=ema and not branch)
-        return inner, (*left, *more)
+    if branch:
+        kept = {name.removeprefix(branch): value for name, value in tensors.items() if name.startswith(branch)}
+        others = Counter(name.partition(".")[0] for name in tensors if not name.startswith(branch))
+        return kept, tuple(f"{name} ({count} tensors)" for name, count in others.items())
     if ema:
-        raise UserError(
-            f"{path}: has no EMA weights, no dict {', '.join(EMA_WRAPPERS)}, and no names that start with "
-            f"{' or '.join(EMA_BRANCHES)}. Use the plain weights."
-        )
-    return tensors, ()
+        raise _no_average(path)
+    left = tuple(name for name in COUNTERS if name in tensors)
+    kept = {name: value for name, value in tensors.items() if name not in left}
+    inside = bool(kept) and all(name.startswith("model.") for name in kept)
+    return ({name.removeprefix("model."): value for name, value in kept.items()}, left) if inside else (kept, left)
+
+
+def _no_average(path: Path) -> UserError:
+    return UserError(
+        f"{path}: has no EMA weights, no dict {', '.join(EMA_WRAPPERS)}, and no names that start with "
+        f"{' or '.join(EMA_BRANCHES)}. Use the plain weights."
+    )
+
+
+def _without_wrappers(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Remove the parts of names that wrappers add.
+
+    A model under two wrappers is kept once.
+    """
+    found: dict[str, tuple[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        plain = unwrapped(name)
+        earlier, held = found.setdefault(plain, (name, tensor))
+        if held is not tensor and not same_tensors({plain: held}, {plain: tensor}):
+            raise UserError(f"{path}: {earlier} and {name} are both {plain} without wrappers. Save one model alone.")
+    return {name: tensor for name, (_, tensor) in found.items()}
+
+
+def _tensor_names(content: Mapping[Any, Any]) -> list[str]:
+    return [name for name, value in content.items() if isinstance(name, str) and is_tensor(value)]
+
+
+def _same(dicts: Mapping[tuple[str, ...], Mapping[Any, Any]], path: Path, first: Candidate, second: Candidate) -> bool:
+    """Compare the tensors of two encoders.
+
+    Tensors larger than the file count as different, because comparing them may take long.
+    """
+    one, two = (
+        {plain.removeprefix(each.home): value for plain, value in names if plain.startswith(each.home)}
+        for each in (first, second)
+        for names in [[(unwrapped(str(name)), value) for name, value in dicts[each.keys].items() if is_tensor(value)]]
+    )
+    size = sum(math.prod(value.shape) * value.itemsize for value in one.values())
+    return size <= allowance(path) and same_tensors(one, two)
+
+
+def _usual_keys(content: Any, ema: bool) -> tuple[str, ...]:
+    """Find the keys of the usual wrappers around a state dict."""
+    keys: list[str] = []
+    while len(keys) < _MAX_WRAPPERS:
+        averaged = any(key in EMA_WRAPPERS for key in keys)
+        found = _wrapper(content, EMA_WRAPPERS) if ema and not averaged else None
+        found = found or _wrapper(content, WRAPPERS)
+        if found is None:
+            break
+        keys.append(found)
+        content = opened(content[found])
+    return tuple(keys)
+
+
+def _only_keys(dicts: Mapping[tuple[str, ...], Mapping[Any, Any]]) -> tuple[str, ...]:
+    return next(iter(dicts)) if len(dicts) == 1 else ()
 
 
 def pickled_metadata(content: Any, path: Path) -> dict[str, str]:
@@ -123,10 +238,6 @@ def _wrapper(content: Any, keys: Iterable[str]) -> str | None:
     found = [key for key in keys if isinstance(content.get(key), Mapping | nn.Module)]
     # A dict of settings can have the same key. Dicts with tensors come first.
     return next((key for key in found if holds_tensors(content[key])), next(iter(found), None))
-
-
-def _opened(content: Any) -> Any:
-    return content.state_dict() if isinstance(content, nn.Module) else content
 
 
 def _check_values(content: Mapping[Any, Any], path: Path) -> None:

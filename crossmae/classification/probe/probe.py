@@ -17,6 +17,7 @@ import sklearn
 import torch
 from torch import Tensor
 
+from crossmae.checkpoints.reading.candidates import split_choice
 from crossmae.checkpoints.weights import Weights, read_weights
 from crossmae.classification.data import Views, find_classes, find_several, label_targets, warn_of_absent
 from crossmae.classification.probe import knn, linear, logistic
@@ -177,7 +178,7 @@ def _open_weights(
         if name is not None:
             log.info("ignored, because there are weights: model.name")
         weights = read_weights(path)
-        digest = sha256(weights.path)
+        digest = sha256(weights.path) + split_choice(path)[1]  # the name of one of several encoders
     shown = None if path is None else str(weights.path)
     return weights, {"path": shown, "sha256": digest, "format": weights.format, "random": path is None}
 

@@ -144,5 +144,7 @@ def test_an_encoder_alone_can_not_reconstruct(tmp_path: Path) -> None:
         name: tensor for name, tensor in tiny().state_dict().items() if not name.startswith(("dec", "wfm", "mask"))
     }
     torch.save(encoder, tmp_path / "encoder.pth")
-    with pytest.raises(UserError, match=r"has no decoder \(format: encoder\)"):
+    with pytest.raises(
+        UserError, match=r"encoder\.pth: an encoder, not a whole pretraining model with its decoder\. Start from it: "
+    ):
         load_pretrained(tmp_path / "encoder.pth")

@@ -196,7 +196,7 @@ def test_evaluation_needs_a_whole_detector(tmp_path, cfg):
     with pytest.raises(UserError, match=r"MODEL.WEIGHTS is empty. Name a trained detector"):
         load_weights(detector, cfg, detector_only=True)
     cfg.MODEL.WEIGHTS = write(tmp_path / "model.safetensors", random_model().state_dict())
-    with pytest.raises(UserError, match=r"has only an encoder. Name a trained detector"):
+    with pytest.raises(UserError, match=r"a CrossMAE pretraining model, encoder and decoder, not a detector"):
         load_weights(detector, cfg, detector_only=True)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -233,9 +232,11 @@ def test_relative_positions_are_not_lost_by_accident(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         convert(tmp_path / "a.pth", tmp_path / "b", "timm", given={"num_heads": 3})
     assert "the encoder computes something else" in str(error.value)
-    patterns = tuple(re.findall("'(.+?)'", str(error.value).splitlines()[0].partition("--drop ")[2]))
+    assert "--drop" not in str(error.value)
     assert set(tmp_path.iterdir()) == before
-    done = convert(tmp_path / "a.pth", tmp_path / "b", "timm", given={"num_heads": 3}, drop=patterns)
+    done = convert(
+        tmp_path / "a.pth", tmp_path / "b", "timm", given={"num_heads": 3}, drop=(r"blocks\.\d+\.attn\.rel_pos",)
+    )
     assert "without blocks.0.attn.rel_pos_h, blocks.0.attn.rel_pos_w, " in done.proof.sentence()
     assert done.proof.equal
 
@@ -518,8 +519,9 @@ def test_registers_are_refused_by_name(tmp_path: Path) -> None:
     tensors = ViTEncoder(**ENCODER).state_dict() | {"reg_token": torch.zeros(1, 4, 24)}
     save_weights(tmp_path / "a.safetensors", tensors, {MODEL_ARGUMENTS: json.dumps(ENCODER)})
     with pytest.raises(
-        UserError, match=r"without reg_token \(register tokens, not in a plain ViT\).*--drop 'reg_token'"
-    ):
+        UserError, match=r"without reg_token \(register tokens, not in a plain ViT\)\. Use weights of a plain ViT"
+    ) as error:
         convert(tmp_path / "a.safetensors", tmp_path / "b", "timm")
+    assert "--drop" not in str(error.value)
     done = convert(tmp_path / "a.safetensors", tmp_path / "b", "timm", drop=("reg_token",))
     assert "without reg_token" in done.proof.sentence()

@@ -145,7 +145,7 @@ def test_registers_and_relative_positions_are_named(tmp_path: Path) -> None:
     found = inspect(tmp_path / "b.pth")
     assert found.facts["relative"] == "tables for sides of [2, 4]"
     assert found.becomes["detectron2"].possible
-    assert "unless --drop" in found.becomes["timm"].text
+    assert "relative positions have no place in a plain ViT" in found.becomes["timm"].text
 
 
 def test_no_encoder(tmp_path: Path) -> None:

@@ -228,8 +228,8 @@ def test_no_config(tmp_path: Path, text: str | None, message: str) -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model_type": None}, "model_type is null. model_type must be vit or vit_mae"),
-        ({"model_type": "dinov2"}, 'model_type is "dinov2"'),
+        ({"model_type": None}, "model_type is null. model_type must be vit, vit_mae, vit_msn, ijepa or dinov2"),
+        ({"model_type": "beit"}, 'model_type is "beit"'),
         ({"hidden_act": "quick_gelu"}, 'hidden_act is "quick_gelu". hidden_act must be gelu'),
         ({"qkv_bias": False}, "qkv_bias must be true"),
         ({"qkv_bias": "yes"}, 'qkv_bias is "yes". qkv_bias must be true'),

@@ -9,8 +9,9 @@ import pickle
 import re
 import struct
 import zipfile
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,7 @@ def test_every_way_to_a_function_is_closed(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_refusal_names_the_global_and_the_way_on(tmp_path: Path) -> None:
     for content, name in (
-        ({"model": {}, "args": Path("x")}, "pathlib"),
+        ({"model": {}, "args": Stateful(tmp_path)}, f"{__name__}.Stateful"),
         (torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
     ):
         path = tmp_path / f"{name}.pth"
@@ -196,6 +197,24 @@ def test_a_refusal_names_the_global_and_the_way_on(tmp_path: Path) -> None:
             read_weights(path)
         assert "Nothing in the file was run" in str(caught.value)
         assert f"tools/convert_checkpoint.py {path} DST --to crossmae --trust" in str(caught.value)
+
+
+def test_settings_of_a_run_are_skipped(tmp_path: Path) -> None:
+    """Their classes are neither imported nor built, and the tensors next to them are read."""
+    optimizer = torch.optim.AdamW([torch.zeros(2)])
+    content = {
+        "state_dict": {"a": torch.arange(3.0)},
+        "args": argparse.Namespace(output=Path("x"), at=datetime(2024, 1, 1), groups=defaultdict(list, a=[1])),
+        "optimizer": optimizer,
+        "types": [int, dict],
+    }
+    torch.save(content, tmp_path / "a.pth")
+    class_of_settings = b"cyacs.no_such_module\nNode\n)\x81}" + text("k") + b"]K\x01asb" + text("a") + b"K\x01s"
+    (tmp_path / "b.pkl").write_bytes(b"\x80\x02}" + text("hparams") + class_of_settings + b"s.")
+    assert list(read_numpy_pickle(tmp_path / "b.pkl")) == ["hparams"]
+    found = read_weights(tmp_path / "a.pth")
+    assert found.tensors["a"].tolist() == [0, 1, 2]
+    assert {"args", "optimizer", "types"} <= set(found.beside)
 
 
 # What is bounded: files put together by hand, as no program writes them
