@@ -66,7 +66,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_all_of_them_are_found() -> None:
-    assert len(COMMANDS) == 14
+    assert len(COMMANDS) == 15
     targets = {words[words.index("--to") + 1] for words in map(shlex.split, COMMANDS) if "--to" in words}
     assert targets == {"crossmae", "mae", "timm", "hf-vit", "hf-vitmae", "detectron2"}
 
