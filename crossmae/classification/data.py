@@ -114,6 +114,10 @@ def label_targets(source: Source, key: str, classes: Sequence[str], separator: s
     """
     labels = torch.from_numpy(np.array(source.labels()))
     words = [[text] if separator is None else split_labels(text, separator) for text in source.classes]
+    if separator is not None:
+        every = [word for of_one in words for word in of_one]
+        unified = dict(zip(every, unify_labels(every)[0], strict=True))
+        words = [[unified[word] or word for word in of_one] for of_one in words]
     pairs = pair_names(tuple(dict.fromkeys(word for of_one in words for word in of_one)), classes)
     positions = {word: place for word, place in zip(pairs.found, pairs.places, strict=True) if place is not None}
     if any(word != classes[place] for word, place in positions.items()):

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as VF
 from crossmae.data.images import IMAGE_LIMITS, ImageLimits, decode_image
 from crossmae.data.sources import Source
 
-MOST_ENLARGED = 16  # pixels of an enlarged image per pixel of its view; longer strips are cropped first
+MOST_ENLARGED = 64  # pixels of an enlarged image per pixel of its view; longer strips are cropped first
 MARGIN = 4  # pixels of the source; the filter for an enlargement reaches 2
 
 

@@ -186,10 +186,10 @@ def test_heads_that_nothing_tells_are_said_and_stay_assumed(
     assert line in open_encoder(read_weights(tmp_path / "alone.pth"), "avg", None).notes
     with caplog.at_level(logging.INFO):
         _, _, kept = build_model(
-            ClassifierConfig(init=tmp_path / "alone.pth"), LabelledDataConfig(train="x"), 0, 2, None
+            ClassifierConfig(init=tmp_path / "alone.pth"), LabelledDataConfig(train="x"), 0, ("a", "b"), None
         )
     assert f"model.init: {line}" in caplog.messages
     assert "num_heads" in kept["assumed"]
     given = ClassifierConfig(init=tmp_path / "alone.pth", num_heads=12)
-    architecture, _, kept = build_model(given, LabelledDataConfig(train="x"), 0, 2, None)
+    architecture, _, kept = build_model(given, LabelledDataConfig(train="x"), 0, ("a", "b"), None)
     assert (architecture.num_heads, "num_heads" in kept["assumed"]) == (12, False)

@@ -193,7 +193,7 @@ def test_labels_match_classes_regardless_of_spaces_and_case(tmp_path: Path, capl
     (tmp_path / "list.csv").write_text("path,label\na.png,Cat\nb.png, dog\nc.png,Cat\n")
     source = open_source(tmp_path / "list.csv", "data.val")
     assert label_targets(source, "data.val", ("cat", "dog")).tolist() == [0, 1, 0]
-    assert "data.val: spaces and case of labels are ignored: 'Cat' is the class 'cat'" in caplog.text
+    assert "data.val: names differ in spaces, case or Unicode form: 'Cat' is 'cat'" in caplog.text
     assert find_classes(source, "data.val") == ("Cat", "dog")
     assert "classes of their own" not in caplog.text
     (tmp_path / "letters.csv").write_text("path,label\na.png,a\nb.png,A\n")

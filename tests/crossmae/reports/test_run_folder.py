@@ -46,7 +46,7 @@ def test_faults_are_noted_by_file_without_the_path(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert [run.read(name, read_json, 7) for name in ("damaged.json", "absent")] == [7, 7]
     assert run.faults["absent"] == "the file does not exist"
-    assert run.faults["damaged.json"].startswith("not valid JSON")
+    assert run.faults["damaged.json"].startswith("line 1 is not UTF-8")
     assert run.missing("absent", "x", "no such key").why == "the file does not exist"
     assert run.missing("other", "x", "no such key").why == "no such key"
     assert str(tmp_path) not in str(run.faults)

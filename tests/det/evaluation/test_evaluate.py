@@ -100,6 +100,7 @@ def test_results_have_the_ids_of_the_file(cfg, tmp_path):
     for entry in content["categories"]:
         entry["id"] = f"c{entry['id']}"
     use_own_data(cfg, None, (str(save(path.parent, content)), str(images)))
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
     torch.manual_seed(0)
     results = evaluate(cfg, build_model(cfg))
     assert not math.isnan(results["bbox"]["AP"])
@@ -114,6 +115,7 @@ def test_without_annotations_false_alarms_are_counted(cfg, tmp_path, caplog, eva
     path, images, content = write_coco(tmp_path / "empty", images=2)
     content["annotations"] = []
     use_own_data(cfg, None, (str(save(path.parent, content)), str(images)))
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
     cfg.TEST.EVALUATOR = evaluator
     torch.manual_seed(0)
     results = evaluate(cfg, build_model(cfg))

@@ -212,7 +212,7 @@ def test_the_mlp_has_the_width_of_the_config(tmp_path: Path, hidden: int) -> Non
     [
         (None, "config.json: no such file"),
         ("", "config.json: not valid JSON"),
-        ("\udcff", "config.json: not valid JSON"),
+        ("\udcff", "config.json: line 1 is not UTF-8"),
         ("[" * 100_000, "config.json: not valid JSON"),
         ("[1]", "config.json: not a JSON object but a list"),
         (" " * (1 << 24) + "{}", "has more than 16,777,216 bytes"),
