@@ -34,7 +34,10 @@ LABELLED: dict[str, tuple[tuple[str, ...] | str, str]] = {
     "lists/space.csv": (("cat", "dog"), "'cat' .* and 'cat ' .* are one class, 'cat'"),
     "lists/case.csv": (("cat", "dog"), "'Cat' .* and 'cat' .* are one class, 'cat'"),
     "lists/semi.csv": (("cat", "dog"), ""),
-    "lists/latin.csv": (r"latin\.csv: line 2 is not UTF-8: 'caf\xe9' in WINDOWS-1252.*Convert it: iconv -f WINDOWS-1252", ""),
+    "lists/latin.csv": (
+        r"latin\.csv: line 2 is not UTF-8: 'caf\xe9' in WINDOWS-1252.*Convert it: iconv -f WINDOWS-1252",
+        "",
+    ),
     "lists/utf16.csv": (r"utf16\.csv: is UTF-16 text, not UTF-8\. Convert it: iconv -f UTF-16", ""),
     "lists/twice.csv": (r"cat/0\.png is listed as 'cat' and 'dog'\. Keep one", "not used"),
     "lists/back.csv": (("cat", "dog"), r"12 of 12 are there as cat/0\.png: separators of Windows"),
