@@ -137,7 +137,10 @@ def verify_sha256(wheel: Path) -> None:
     except OSError as error:
         raise InstallError(f"{wheel}: cannot be read: {error.strerror}. Nothing was installed.") from None
     if actual != WHEEL_SHA256:
-        raise InstallError(f"{wheel.name}: sha256 is {actual}, expected {WHEEL_SHA256}. Nothing was installed.")
+        raise InstallError(
+            f"{wheel.name}: sha256 is {actual}, expected {WHEEL_SHA256}. Nothing was installed. Download the wheel "
+            "again, or pass --from git."
+        )
 
 
 def make_pure_wheel(source: Path, folder: Path) -> Path:

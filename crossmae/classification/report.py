@@ -83,7 +83,7 @@ class Evaluation(FileContent):
     @model_validator(mode="after")
     def _has_a_headline(self) -> Evaluation:
         if self.metric not in self.numbers:
-            raise ValueError("numbers have neither top1 nor mean_ap")
+            raise ValueError("numbers: has neither top1 nor mean_ap. Evaluate the classifier again.")
         return self
 
     @property

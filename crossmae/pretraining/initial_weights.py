@@ -47,8 +47,8 @@ def start_from(model: CrossMAE, path: Path, arguments: Mapping[str, Any], data: 
     Position embeddings, patch filters and channels are converted to the size of the model: see
     `crossmae.checkpoints.load`.
 
-    Returns a report, whose `assumed` has the values of the decoder, too, if the file's decoder was loaded. Raises
-    UserError if the encoders differ in more than their input. No weights have been loaded then.
+    Returns a report. If the file's decoder was loaded, the report's `assumed` also has the assumed values of the
+    decoder. Raises UserError, before any weights are loaded, if the encoders differ in more than their input.
     """
     weights = read_weights(path)
     if "cls_token" not in encoder_tensors(weights):

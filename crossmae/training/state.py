@@ -152,8 +152,8 @@ class TrainingState:
         for suffix, model in self.models.items():
             if found := describe_non_finite(model.state_dict()):
                 raise UserError(
-                    f"optim.base_lr: a weight is not finite after step {self.step}. The last checkpoint stays. "
-                    f"model{suffix}: {found}. {AGAINST_OVERFLOW}"
+                    f"optim.base_lr: a weight is not finite after step {self.step} (model{suffix}: {found}). The last "
+                    f"checkpoint stays. {AGAINST_OVERFLOW}"
                 )
 
     def save(self, run: Path, keep: int, metadata: Mapping[str, str], record: Mapping[str, Any]) -> None:

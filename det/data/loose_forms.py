@@ -140,7 +140,7 @@ def _as_run_lengths(mask: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _text_of_bytes(text: str) -> Any:
-    """Return the text of a printed `b'...'`, or printed run lengths."""
+    """Read `counts` from a printed `b'...'` or a printed list."""
     if not re.fullmatch(r"""b(['"]).*\1""", text, re.DOTALL):
         return parsed(text)
     try:

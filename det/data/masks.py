@@ -18,7 +18,7 @@ from det.library_warnings import library_warnings_ignored
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
-    """Decode a COCO `segmentation`, or an array, to (height, width).
+    """Return a COCO `segmentation`, or an array, as a mask (height, width).
 
     Raises ValueError if its format is unknown or its size is wrong.
     """

@@ -175,8 +175,8 @@ def _run_stage(stage: Stage, records: list[dict[str, Any]], folder: Path) -> dic
         write_json(folder / RECORDS, {"stages": records})
     if failure:
         raise UserError(
-            f"stage {stage.name} failed after {format_seconds(seconds)}: {failure}. "
-            f"Run the demo again to continue with this stage: {stage.command}"
+            f"stage {stage.name}: failed after {format_seconds(seconds)}: {failure}. Run the demo again: it continues "
+            f"with this stage. The command of the stage is: {stage.command}"
         )
     return records[-1]
 

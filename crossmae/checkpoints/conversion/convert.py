@@ -135,13 +135,13 @@ class Conversion:
 def convert(source: str | Path, destination: str | Path, to: str, **options: Any) -> Conversion:
     """Convert a weight file. `options` are attributes of `ConversionRequest`.
 
-    Every tensor of the source is converted, or dropped with a reason. The equality check runs the source encoder and
-    the written encoder on random images, the written encoder in the target's library. If their tokens differ, the
-    written file is deleted and an error is raised. If the target's library is not installed, the check cannot run: the
-    file is kept unchecked, and the report says so.
+    Every tensor of the source is converted, or dropped with a reason. The equality check then sends random images
+    through the source encoder and through the written encoder, which runs in the target's library. If their tokens
+    differ, the written file is deleted and an error is raised. If the target's library is not installed, the check
+    cannot run: the file is kept unchecked, and the report says so.
 
     Raises:
-        UserError: the conversion is not possible, or the tokens differ. Nothing was written.
+        UserError: the conversion is not possible, or the tokens differ. No new file is left.
     """
     request = ConversionRequest(Path(source).expanduser(), Path(destination).expanduser(), to, **options)
     check_request(request)

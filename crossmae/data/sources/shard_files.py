@@ -119,7 +119,10 @@ def open_filesystem(url: str, key: str) -> tuple[Any, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{key}: {url}: {error}") from None
+        why = str(error).rstrip(".")
+        raise UserError(
+            f"{key}: {url} cannot be opened: {why}. Correct the URL, or install the package for its protocol."
+        ) from None
     return filesystem, path
 
 

@@ -251,7 +251,7 @@ def test_a_bad_value_is_one_error_with_key_and_file(name: str, content: str, mes
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("nono://bucket/x.tar", "data.train: nono://bucket/x.tar: Protocol not known"),
+        ("nono://bucket/x.tar", "data.train: nono://bucket/x.tar cannot be opened: Protocol not known"),
         ("memory://empty/x.tar", "data.train: 1 of 1 shards are not there: memory:///empty/x.tar"),
         ("memory://empty", r"data.train: no file matches memory://empty/\*\.tar"),
     ],

@@ -82,7 +82,7 @@ def test_failed_stage_is_named_and_the_next_run_continues_there(three: list[Stag
     three[1] = replace(good, arguments=("-S", "-c", "raise SystemExit(7)"))
     with pytest.raises(
         UserError,
-        match=r"stage b failed after .*: exit code 7\. .* continue with this stage: .* -c 'raise SystemExit\(7\)'",
+        match=r"stage b: failed after .*: exit code 7\. .* command of the stage is: .* -c 'raise SystemExit\(7\)'",
     ):
         run_stages(three, tmp_path / "demo")
     assert journal(tmp_path) == "a"
@@ -95,7 +95,7 @@ def test_failed_stage_is_named_and_the_next_run_continues_there(three: list[Stag
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("pass", r"stage a failed .*: wrote no .*a\.txt"),
+        ("pass", r"stage a: failed .*: wrote no .*a\.txt"),
         ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL, which is what happens when memory runs out"),
     ],
 )
