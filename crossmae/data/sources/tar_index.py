@@ -77,7 +77,7 @@ class FolderIndex:
         return ShardIndex(entry["names"], entry["offsets"], entry["sizes"], labels)
 
     def total(self, key: str) -> int:
-        """Sum the entry `key` of all shards. A list counts as its length."""
+        """Sum `key` over all shards, and count a list as its length."""
         values = [entry[key] for entry in self.shards.values()]
         return sum(len(value) if isinstance(value, list) else value for value in values)
 
