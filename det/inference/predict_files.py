@@ -199,7 +199,7 @@ class FilePredictions:
         deque(frames, maxlen=0)  # count the frames, even if they are not drawn or written
 
     def _read_video(self, video: Video, name: str) -> Iterator[tuple[Fraction, dict[str, Any], NDArray[np.uint8]]]:
-        """Yield time, entry and pixels of frames. Stop where the video is damaged, and record the failure."""
+        """Yield time, entry and pixels of frames until the video is damaged."""
         bar = tqdm(video, printable(name), video.frames, unit="frame", dynamic_ncols=True)
         try:
             for number, frame in enumerate(bar):
