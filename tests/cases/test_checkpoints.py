@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from crossmae.checkpoints.conversion.proof import plain_encoder
@@ -62,6 +63,7 @@ REFUSED: dict[str, str] = {
     "ViT-T.npz": r"a NumPy \.npz archive.*timm\.create_model\(NAME, checkpoint_path=FILE\)",
 }
 # Folders of transformers and timm that are read, with the class of transformers that computes the same.
+SAME_AS_TIMM = {"siglip2_gap": "vit_base_patch16_siglip_gap_224.v2_webli", "timm_deit3": "deit3_small_patch16_224"}
 SAME_AS_TRANSFORMERS = {"dinov2": "Dinov2Model", "ijepa": "IJepaModel", "vitmsn": "ViTMSNModel", "vit_pool": "ViTModel"}
 REFUSED_FOLDERS: dict[str, str] = {
     "dinov2reg": r'model_type is "dinov2_with_registers", DINOv2 with register tokens',
@@ -133,6 +135,22 @@ def test_folders_compute_what_transformers_computes(folders: Path, name: str) ->
         tokens, expected = encoder.tokens(encoder.model, images), theirs(images).last_hidden_state
     norm = (weights.tensors["norm.weight"], weights.tensors["norm.bias"])
     tokens = torch.nn.functional.layer_norm(tokens, (48,), *norm, eps)
+    torch.testing.assert_close(tokens[:, -expected.shape[1] :], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SAME_AS_TIMM)
+def test_folders_compute_what_timm_computes(folders: Path, name: str) -> None:
+    sizes = {"depth": 2, "embed_dim": 48, "num_heads": 4, "img_size": 32}
+    theirs = timm.create_model(SAME_AS_TIMM[name], pretrained=False, **sizes).eval()
+    theirs.load_state_dict(torch.load(folders / name / "pytorch_model.bin", weights_only=True))
+    weights = read_weights(folders / name)
+    tensors = encoder_tensors(weights)
+    encoder = plain_encoder(tensors, encoder_arguments(tensors, weights.metadata))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokens, expected = encoder.tokens(encoder.model, images), theirs.forward_features(images)
+    norm = (weights.tensors["norm.weight"], weights.tensors["norm.bias"])
+    tokens = torch.nn.functional.layer_norm(tokens, (48,), *norm, 1e-6)
     torch.testing.assert_close(tokens[:, -expected.shape[1] :], expected, atol=1e-6, rtol=1e-5)
 
 
