@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +75,22 @@ def recorded_classes(path: Path, metadata: Mapping[str, str], number: int | None
             "weights in their own run folder."
         )
     return classes
+
+
+def without_spare(found: Classes, known: Classes | None, empty: Collection[int | None], data: str) -> Classes:
+    """Leave out categories without objects that a detector does not know.
+
+    `empty` has the ids of categories without objects. Tools list such categories for the background. If nothing would
+    be left, all stay, so that the comparison names them.
+    """
+    unknown = set(pair_names(found.names, known.names).unknown) if known else set()
+    rows = list(zip(found.names, found.category_ids, strict=True))
+    kept = [(name, number) for name, number in rows if name not in unknown or number not in empty]
+    if not kept or len(kept) == len(rows):
+        return found
+    spare = [name for name, number in rows if (name, number) not in kept]
+    log.warning("%s: categories without objects that the detector does not know: %s", data, list_names(spare))
+    return Classes(*(tuple(column) for column in zip(*kept, strict=True)))
 
 
 def match_categories(

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from crossmae.errors import UserError
 from crossmae.files import make_folder, write_json, write_text
 from crossmae.reports.figures import save_figure
-from det.classes import classes_of, match_categories
+from det.classes import Classes, classes_of, match_categories, without_spare
 from det.config import PICTURES, PREDICTIONS, RESULTS
 from det.data.coco import read_registered, registered_classes
 from det.data.loader import NamingMapper, build_test_loader, refuse_unreadable
@@ -92,8 +92,10 @@ def match_truth(detector: GeneralizedRCNN, truth: Mapping[str, Any], name: str) 
     known = registered is not None and len(registered.names) == len(entries)
     names = registered.names if registered and known else [entry["name"] for entry in entries]
     where = str(MetadataCatalog.get(name).get("json_file", name))
-    ids = [entry["id"] for entry in entries]
-    return match_categories(classes_of(detector), detector.roi_heads.num_classes, ids, names, where)
+    own, ids = classes_of(detector), [entry["id"] for entry in entries]
+    empty = set(ids) - {annotation["category_id"] for annotation in truth["annotations"]}
+    found = without_spare(Classes(tuple(names), tuple(ids)), own, empty, where)
+    return match_categories(own, detector.roi_heads.num_classes, found.category_ids, found.names, where)
 
 
 def predict(model: GeneralizedRCNN, loader: Any, category_ids: Sequence[int | None]) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from crossmae.errors import UserError
 from crossmae.files import make_folder, write_text
 from crossmae.training.signals import StopRequest
 from det.backbone.weights import build_detector, build_trained, load_weights
-from det.classes import Classes, classes_of, pair_categories, remember_classes
+from det.classes import Classes, classes_of, pair_categories, remember_classes, without_spare
 from det.config import BEST, BEST_RECORD, CONFIG, METRICS, RECORD, flatten, read_keys
 from det.data.coco import check_classes, check_registered, registered_classes
 from det.data.loader import NamingMapper, build_train_loader, check_objects_left, training_samples
@@ -135,8 +135,10 @@ def check_evaluated(classes: Classes | None, number: int, names: Sequence[str]) 
     """Reject data sets with classes that the detector does not have."""
     for name in names:
         if (registered := registered_classes(name)) is not None:
-            where = MetadataCatalog.get(name).get("json_file", name)
-            pair_categories(classes, number, registered.names, str(where))
+            metadata = MetadataCatalog.get(name)
+            where, counts = str(metadata.get("json_file", name)), metadata.get("class_image_count", [])
+            empty = {row["id"] for row in counts if not row["image_count"]}
+            pair_categories(classes, number, without_spare(registered, classes, empty, where).names, where)
 
 
 def build_savers(checkpointer: AtomicCheckpointer, period: int, kept: int) -> list[HookBase]:

@@ -18,7 +18,7 @@ from detectron2.modeling import build_model
 from crossmae.checkpoints.weights import read_weights
 from crossmae.errors import UserError
 from det.backbone.weights import build_trained, load_weights
-from det.classes import Classes, classes_of, match_categories, recorded_classes, remember_classes
+from det.classes import Classes, classes_of, match_categories, recorded_classes, remember_classes, without_spare
 from det.data.coco import use_own_data
 from det.evaluation.evaluate import evaluate
 from det.evaluation.report import write_report
@@ -73,6 +73,28 @@ def test_a_detector_without_names_is_compared_by_number(caplog: pytest.LogCaptur
         match_categories(None, 2, [4], ["x"], "val.json")
 
 
+def test_categories_without_objects_that_the_detector_does_not_know_are_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    found = Classes(("_background_", "a", "d"), (0, 1, 2))
+    assert without_spare(found, TRAINED, {0, 1}, "x.json") == Classes(("a", "d"), (1, 2))
+    assert "x.json: categories without objects that the detector does not know: '_background_'" in caplog.text
+    assert without_spare(found, TRAINED, set(), "x.json") == found
+    assert without_spare(found, None, {0, 1, 2}, "x.json") == found
+    foreign = Classes(("ship",), (1,))
+    assert without_spare(foreign, TRAINED, {1}, "x.json") == foreign  # the comparison names it
+
+
+def test_a_background_category_changes_no_score(trained: Any, cfg: CfgNode, tmp_path: Path) -> None:
+    scores = []
+    for extra in ([], [{"id": 99, "name": "_background_"}]):
+        path, images, content = write_coco(tmp_path / f"data{len(extra)}")
+        content["categories"] += extra
+        use_own_data(cfg, None, (str(save(path.parent, content)), str(images)))
+        scores.append(evaluate(cfg, trained)["bbox"]["AP"])
+    assert scores[0] == scores[1]
+
+
 def test_the_number_of_classes_comes_from_the_file(trained: Any, cfg: CfgNode) -> None:
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
     model = build_trained(cfg)
@@ -106,8 +128,8 @@ def test_detections_do_not_depend_on_the_order_or_the_number_of_categories(
         assert detections(cfg, tmp_path / name, {5: name}) == [one for one in whole if one[0] == name]
     assert json.loads((tmp_path / "b/out/results.json").read_text())["left_out"] == ["a", "c"]
     assert "not scored: &#39;a&#39;, &#39;c&#39;." in write_report(tmp_path / "b/out").read_text()
-    with pytest.raises(UserError, match=r"not know 'd' \(it has the classes 'a', 'b', 'c', the data list 'a', 'd'\)"):
-        detections(cfg, tmp_path / "more", {1: "a", 3: "d"})
+    with pytest.raises(UserError, match=r"not know 'd' \(it has the classes 'a', 'b', 'c', the data list 'd', 'a'\)"):
+        detections(cfg, tmp_path / "more", {1: "d", 3: "a"})
     assert not (tmp_path / "more/out").exists()
 
 
