@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from crossmae.checkpoints.reading.wrappers import one_model, pickled_metadata, p
 from crossmae.checkpoints.run_checkpoint import FOLDER, MANIFEST, MODEL, defect, latest_checkpoint
 from crossmae.errors import UserError, shorten
 
+log = logging.getLogger(__name__)
+
 # Names of weight files in folders of transformers and timm. An index lists the shards of a large model.
 HUB_FILES = (MODEL, f"{MODEL}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 HUB_CONFIG = "config.json"
@@ -37,6 +40,7 @@ HUB_CONFIG = "config.json"
 DETECTOR_BEST, DETECTOR_FINAL, DETECTOR_LAST = "model_best.pth", "model_final.pth", "last_checkpoint"
 _MAX_POINTER = 256
 _STEP_FOLDER = re.compile(r"step-\d+")
+_PART = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|bin|pt|pth)$")
 _WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".pkl", ".bin", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
 _PICKLE = b"\x80"
 _LEGACY_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # torch before version 1.6 pickled this magic number first
@@ -79,6 +83,7 @@ def find_file(path: Path) -> Path:
     """
     path, _ = split_choice(path.expanduser())
     if path.is_file():
+        _refuse_part(path)
         return path
     if path.is_dir():
         return _find_in_folder(path)
@@ -86,6 +91,17 @@ def find_file(path: Path) -> Path:
     parent = next(folder for folder in full.parents if folder.is_dir())
     where = "" if full == path else f" ({full})"
     raise UserError(f"no such file or folder: {path}{where}. The nearest folder that exists is {parent}.")
+
+
+def _refuse_part(path: Path) -> None:
+    """Raise UserError for one of several parts of a model."""
+    match = _PART.search(path.name)
+    if match and int(match[1]) > 1:
+        index = next(iter(sorted(path.parent.glob("*.index.json"))), None)
+        remedy = (
+            f"Name the index {index.name}" if index else "Put all parts and their index (.index.json) into a folder"
+        )
+        raise UserError(f"{path}: one of {int(match[1])} parts of a model. {remedy}.")
 
 
 def file_kind(path: Path) -> str:
@@ -198,6 +214,8 @@ def _find_in_folder(folder: Path) -> Path:
         return folder / MODEL
     found = next((folder / name for name in HUB_FILES if (folder / name).is_file()), None)
     if found:
+        if others := sorted(path.name for path in folder.glob(f"{found.stem}_[0-9]*{found.suffix}")):
+            log.warning("%s: %s is read, not %s. Name a file to read another one.", folder, found.name, shorten(others))
         return found
     checkpoint = latest_checkpoint(folder.parent if folder.name == FOLDER else folder)
     if checkpoint:
@@ -212,6 +230,9 @@ def _find_in_folder(folder: Path) -> Path:
     if (folder / HUB_CONFIG).is_file():
         missing = f"with {HUB_CONFIG}, but none of {', '.join(HUB_FILES)}"
     weights = weight_files(folder, _WEIGHT_SUFFIXES)
+    parts = [name for name in weights if _PART.search(name)]
+    if parts:
+        _refuse_part(folder / parts[0])
     remedy = f"one of its files: {shorten(weights)}" if weights else "a weight file or the folder of a run"
     raise UserError(f"{folder}: a folder without weights, {missing}. Name {remedy}.")
 

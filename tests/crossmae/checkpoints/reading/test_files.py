@@ -242,3 +242,21 @@ def test_a_path_that_safetensors_cannot_open_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").rename(folder / "a.safetensors")
     with pytest.raises(UserError, match=r"caf\\udce9/a\.safetensors: safetensors opens paths in UTF-8 only\. Rename"):
         read_weights(folder / "a.safetensors")
+
+
+def test_one_part_of_a_model_is_no_model(tmp_path: Path) -> None:
+    part = tmp_path / "model-00001-of-00002.safetensors"
+    save_file({"cls_token": torch.zeros(1, 1, 4)}, part)
+    for path in (part, tmp_path):
+        with pytest.raises(UserError, match=rf"{part.name}: one of 2 parts of a model\. Put all parts and their index"):
+            read_weights(path)
+    (tmp_path / "x.index.json").write_text("{}")
+    with pytest.raises(UserError, match=r"one of 2 parts of a model\. Name the index x\.index\.json\."):
+        read_weights(part)
+
+
+def test_a_second_model_in_a_folder_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("model.safetensors", "model_1.safetensors"):
+        save_file({"cls_token": torch.zeros(1, 1, 4)}, tmp_path / name)
+    assert find_file(tmp_path) == tmp_path / "model.safetensors"
+    assert "model.safetensors is read, not model_1.safetensors" in caplog.text
