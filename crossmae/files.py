@@ -29,6 +29,8 @@ PACKED_STARTS = {
     b"\x89PNG": ("an image", "Name a text file"),
     b"\xff\xd8\xff": ("an image", "Name a text file"),
 }
+LFS_POINTER, CONVERT = "a Git LFS pointer", "Convert it to PNG, JPEG or TIFF"
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 WIDE_ENCODINGS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 # Tried to show how a text would read. Of equally likely encodings, the first comes first.
 OTHER_ENCODINGS = ("WINDOWS-1252", "WINDOWS-1251", "GB18030", "SHIFT_JIS", "EUC-KR", "BIG5")
@@ -263,18 +265,32 @@ def parse_json(text: str, shown: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # not JSON, thousands of digits, or deeply nested lists
-        raise UserError(f"{shown}: not valid JSON{_likeness(text)}: {error}. Write it again.") from None
+        kind, advice = recognize(text.lstrip()[:200].encode(errors="replace"))
+        likeness = f" but {kind}" * bool(kind) + f", so {advice[:1].lower()}{advice[1:]}" * (kind == LFS_POINTER)
+        raise UserError(f"{shown}: not valid JSON{likeness}: {error}. Write it again.") from None
 
 
-def _likeness(text: str) -> str:
-    """Say what a text that is no JSON looks like."""
-    start = text.lstrip()[:200].lower()
-    likely = {
-        "empty": not start,
-        "a Git LFS pointer, so run git lfs pull": start.startswith("version https://git-lfs"),
-        "a web page or XML": start.startswith("<"),
+def recognize(data: bytes) -> tuple[str, str]:
+    """Say what a misnamed file is, and what to do.
+
+    Both are "" for an unknown kind.
+    """
+    start, brand = data[:200].removeprefix(b"\xef\xbb\xbf").lstrip().lower(), data[8:12]
+    is_media = data[4:8] == b"ftyp"
+    kinds = {
+        ("empty", "Get it again"): not start,
+        (LFS_POINTER, "Run git lfs pull"): start.startswith(b"version https://git-lfs"),
+        ("a web page or XML", "Get the file that it stands for"): start.startswith(b"<"),
+        ("a HEIC image", CONVERT): is_media and brand in HEIC_BRANDS,
+        ("a video", "Take its frames out"): is_media and brand not in (*HEIC_BRANDS, b"avif", b"avis"),
+        ("a DICOM file", CONVERT): data[128:132] == b"DICM",
+        ("a PDF document", CONVERT): start.startswith(b"%pdf"),
+        ("a NumPy array", CONVERT): data.startswith(b"\x93NUMPY"),
     }
-    return next((f" but {kind}" for kind, fits in likely.items() if fits), "")
+    packed = {
+        (kind, "Unpack it"): data.startswith(magic) for magic, (kind, _) in PACKED_STARTS.items() if kind != "an image"
+    }
+    return next((found for found, fits in (kinds | packed).items() if fits), ("", ""))
 
 
 def read_json_lines(path: Path) -> list[Any]:

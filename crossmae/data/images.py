@@ -10,6 +10,7 @@ All rules (`bit_depth` is 8 by default; 16 keeps the precision of files with mor
     | several pages of a TIFF       | by their axes, see crossmae/data/tiff.py                             |
     | palette                       | converted to colours                                                 |
     | transparency                  | laid over white; kept as the 4th channel if 4 channels are requested |
+    | transparent everywhere        | white, with a warning                                                |
     | grayscale, 3 channels wanted  | channel repeated                                                     |
     | colour, 1 channel wanted      | luma, 0.299 R + 0.587 G + 0.114 B                                    |
     | CMYK, YCbCr, LAB, HSV         | converted to RGB by Pillow                                           |
@@ -41,7 +42,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from crossmae.data.tiff import DEEP, MAGIC, Layout, has_deep_samples, over_white, read_tiff, say_once, upright
 from crossmae.errors import UserError, import_extra, printable
-from crossmae.files import read_file
+from crossmae.files import read_file, recognize
 
 MAX_PIXELS = 178_956_970  # where Pillow stops, too; 0.5 GB as RGB
 # Pillow warns of metadata that it skips, which decide nothing. `ImageLimits` takes the place of its limit of pixels,
@@ -69,6 +70,8 @@ LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 # Last bytes of complete JPEG and PNG files. Files of other kinds must be decoded to find out if they are complete.
 LAST_BYTES = (b"\xff\xd9", b"IEND\xaeB`\x82")
+FILLED = bytes(64)  # after samples, such a run of zeros stands in place of the end of a JPEG
+FILL_VALUES, LOWEST = (-9999, -32768), -3.39e38  # missing data of GeoTIFF files, and all below
 UNREAD, JUNK = 128, b"\x55\xaa\x13" * 256  # grey of missing JPEG data; bytes that would be decoded to something else
 
 
@@ -134,25 +137,37 @@ def decode_image(
                     samples = upright(samples, read_orientation(image))
             else:
                 turned = _load(image, data)
+                _warn_if_invisible(turned, name, channels)
                 if bit_depth == 8 and channels in (1, 3) and turned.mode != "F":
                     rgb = to_rgb(turned)
                     if layout is not None:
-                        say_once(name, layout)
+                        say_once(name, layout.text, layout.advice)
                     return rgb if channels == 3 else rgb.convert("L")
                 samples = _samples(turned, channels)
         pixels = _with_channels(_as_unit_range(samples, name), channels, name, limits.channels_key, layout)
         if layout is not None:
-            say_once(name, layout)
+            say_once(name, layout.text, layout.advice)
     except UserError:
         raise
     except Exception as error:  # the libraries raise many kinds of errors for damaged files
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "not an image of a kind that this tool reads" if unknown else " ".join(str(error).split())
-        raise UserError(f"{name}: cannot be read as an image: {reason or type(error).__name__}") from error
+        raise UserError(f"{name}: cannot be read as an image: {_reason(error, data)}") from error
     if bit_depth == 16:
         return pixels
     cut = np.rint(pixels * 255).astype(np.uint8)
     return Image.fromarray(cut.squeeze(-1) if channels == 1 else cut) if channels in (1, 3) else cut
+
+
+def _reason(error: Exception, data: bytes) -> str:
+    """Say why a file is not read, or what else it is."""
+    if not isinstance(error, UnidentifiedImageError):
+        return " ".join(str(error).split()) or type(error).__name__
+    kind, advice = recognize(data)
+    return f"is {kind}. {advice}." if kind else "not an image of a kind that this tool reads"
+
+
+def _warn_if_invisible(image: Image.Image, name: str, channels: int) -> None:
+    if channels != 4 and image.mode in ("RGBA", "LA", "PA") and image.getchannel("A").getbbox() is None:
+        say_once(name, "is transparent everywhere and read as white", "Save it without transparency")
 
 
 def header_is_sound(head: bytes, name: str, channels: int, limits: ImageLimits) -> bool:
@@ -194,8 +209,11 @@ def _load(image: Image.Image, data: bytes) -> Image.Image:
         if image.format != "PNG":
             raise
         image = open_image(data, load=True)  # metadata can follow the pixels
-    if image.format in ("JPEG", "MPO") and _ends_early(image, data):
-        raise OSError("its data end early, and the rest would be grey. Get a whole copy of the file")
+    if image.format in ("JPEG", "MPO"):
+        if _ends_in_zeros(data):
+            raise OSError("its data end early, and the rest is zeros. Get a whole copy of the file")
+        if _ends_early(image, data):
+            raise OSError("its data end early, and the rest would be grey. Get a whole copy of the file")
     turn = TURNS.get(read_orientation(image))
     return image if turn is None else image.transpose(turn)
 
@@ -253,6 +271,21 @@ def _ends_early(image: Image.Image, data: bytes) -> bool:
     end = data.rfind(LAST_BYTES[0])
     with Image.open(io.BytesIO(data[:end] + JUNK + data[end:])) as longer:
         return longer.tobytes() != image.tobytes()
+
+
+def _ends_in_zeros(data: bytes) -> bool:
+    """Check whether zeros follow a JPEG's data in place of its end."""
+    start = 2 if data.endswith(FILLED) else len(data)
+    while (marker := data[start : start + 2])[:1] == b"\xff" and len(data) > start + 4:
+        if marker == LAST_BYTES[0]:
+            return False
+        start += 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+        if marker == b"\xff\xda":  # samples until the next marker
+            following = re.compile(rb"\xff[^\0\xff\xd0-\xd7]").search(data, start)
+            if following is None:
+                return True
+            start = following.start()
+    return False
 
 
 def is_deep(data: bytes) -> bool:
@@ -313,6 +346,12 @@ def _as_unit_range(pixels: NDArray[Any], name: str) -> NDArray[np.float32]:
             "from 0 to 1, such as the mean of the others."
         )
     low, high = pixels.min(), pixels.max()
+    if low in FILL_VALUES or low < LOWEST:
+        share = (pixels == low).mean()
+        raise UserError(
+            f"{name}: {share:.2%} of its samples are {low:g}, which marks missing data. Fill them with values from 0 "
+            "to 1, such as the mean of the others."
+        )
     if low < 0 or high > 1:
         raise UserError(
             f"{name}: floating-point samples from {low:g} to {high:g}. Rescale them to 0-1{_scale(low, high)}."

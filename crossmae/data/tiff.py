@@ -2,6 +2,7 @@
 
 | axes                                         | result                                                        |
 | -------------------------------------------- | ------------------------------------------------------------- |
+| axes as written by tifffile                  | win over colours that the file declares                       |
 | several images of different sizes            | the largest; previews, smaller levels and masks are left out   |
 | S (samples), C (channels)                    | channels, stored first or last                                |
 | pages without a name, as many as channels    | channels, which the log says                                  |
@@ -14,6 +15,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +34,7 @@ WHITE_IS_ZERO, UNSIGNED, OPACITY = 0, 1, (1, 2)  # values of TIFF tags
 SAMPLES_OF_MODE = {"1": 1, "L": 1, "P": 1, "LA": 2, "PA": 2, "RGB": 3, "YCbCr": 3, "LAB": 3, "RGBA": 4, "CMYK": 4}
 AXES = {"Z": "slices", "T": "times", "C": "channels", "S": "samples", "P": "images"}  # other axes are pages
 NAMELESS = "QI"
+NARROW = 17  # pixels: narrower pages than rows and pages are rows of pixels
 
 log = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -82,6 +85,10 @@ def plan_layout(axes: str, shape: tuple[int, ...], channels: int, channels_key: 
                 f"its {shape[0]} pages of {shape[rows]} x {channels} pixels are read as rows with {channels} channels"
             )
             return Layout(0, rows, (columns,), text, is_colour=False)
+    if not named and others == nameless == [0] and 1 < shape[columns] < min(shape[0], shape[rows], NARROW):
+        # Such an array that does not fit: no image, which `channels` refuse.
+        text = f"holds {shape[0]} rows of {shape[rows]} pixels with {shape[columns]} channels as pages"
+        return Layout(0, rows, (columns,), text, is_colour=False)
     samples = [position for position in named if axes[position] == "S"]
     if len(named) > 1 and samples and math.prod(shape[position] for position in named) != channels:
         named = samples
@@ -127,7 +134,9 @@ def _is_stack(data: bytes) -> bool:
         with Image.open(io.BytesIO(data)) as image:
             assert isinstance(image, TiffImagePlugin.TiffImageFile)
             text, depth = str(image.tag_v2.get(DESCRIPTION, "")), image.tag_v2.get(DEPTH, 1)
-            return image.n_frames > 1 or depth != 1 or "images=" in text or '"truncated": true' in text
+            axes = re.search(r'^{.*"axes": "([A-Z]+)"', text)
+            named = axes is not None and bool(set(axes[1]) - set("YXSC" + NAMELESS))
+            return named or image.n_frames > 1 or depth != 1 or "images=" in text or '"truncated": true' in text
     except Exception:  # as above
         return True
 
@@ -161,10 +170,14 @@ def read_tiff(
     check_size(page.imagewidth, page.imagelength)
     kind = tifffile.PHOTOMETRIC(page.photometric).name
     if kind not in ("MINISBLACK", "MINISWHITE") or page.bitspersample == 1:  # pages of documents are no channels
+        if stack.shape == page.shape and set(stack.axes) <= set("YX" + NAMELESS):
+            stack.axes = page.axes
         stack.axes = stack.axes.translate(str.maketrans(NAMELESS, "PP"))
     layout = plan_layout(stack.axes, stack.shape, channels, channels_key)
     check_size(stack.shape[layout.columns], stack.shape[layout.rows])
-    if layout.is_colour and isinstance(number, int) and pillow_reads(data, number, channels):
+    held = math.prod(stack.shape[position] for position in layout.channels)
+    fits = layout.is_colour and held == page.samplesperpixel  # else samples of a page are other images
+    if fits and isinstance(number, int) and pillow_reads(data, number, channels):
         return number, layout
     if kind not in ("MINISBLACK", "MINISWHITE", "RGB"):
         raise ValueError(f"a TIFF file of {kind} colours with {page.dtype} samples has no rule. Convert it to RGB.")
@@ -174,7 +187,7 @@ def read_tiff(
     pixels = upright(pixels, int(page.tags["Orientation"].value) if "Orientation" in page.tags else 1)
     if kind == "MINISWHITE":
         pixels = top_value(pixels) - pixels
-    has_opacity = bool(page.extrasamples) and int(page.extrasamples[-1]) in OPACITY and pixels.shape[-1] != channels
+    has_opacity = bool(page.extrasamples) and int(page.extrasamples[-1]) in OPACITY and held not in (1, channels)
     return over_white(pixels) if has_opacity else pixels, layout
 
 
@@ -212,13 +225,11 @@ class _Stack:
         return pixels.reshape(*pixels.shape[:2], -1)
 
 
-def say_once(name: str, layout: Layout) -> None:
+def say_once(name: str, text: str, advice: str = "") -> None:
     """Log what is read of the first such file."""
-    if layout.text and layout.text not in _said:
-        _said.add(layout.text)
-        log.warning(
-            "%s: %s, as in all files like it%s", name, layout.text, f". {layout.advice}" if layout.advice else ""
-        )
+    if text and text not in _said:
+        _said.add(text)
+        log.warning("%s: %s, as in all files like it%s", name, text, f". {advice}" if advice else "")
 
 
 def has_deep_samples(image: Image.Image) -> bool:

@@ -21,6 +21,8 @@ def test_one_truncated_file_among_many_is_found(tmp_path: Path) -> None:
     for path in paths:
         Image.new("RGB", (24, 20), (90, 30, 200)).save(path)
 
+    whole_jpeg = paths[1].read_bytes()
+
     def broken() -> list[str]:
         return [one.message for one in find_broken(ImageFiles(paths, "images"), range(len(paths)))]
 
@@ -31,6 +33,10 @@ def test_one_truncated_file_among_many_is_found(tmp_path: Path) -> None:
         (message,) = broken()
         assert path.name in message
         path.write_bytes(whole)
+    paths[1].write_bytes(whole_jpeg[:-2] + bytes(200))
+    (message,) = broken()
+    assert "2.jpg: cannot be read as an image: its data end early, and the rest is zeros" in message
+    paths[1].write_bytes(whole_jpeg)
     paths[1].write_bytes(paths[1].read_bytes() + bytes(20))  # whole, though it does not end as it should
     assert broken() == []
 

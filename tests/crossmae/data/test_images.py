@@ -29,6 +29,56 @@ def test_a_broken_image_is_named(tmp_path: Path, content: bytes | str) -> None:
         read_image(path)
 
 
+NOISE = np.random.default_rng(1).integers(0, 256, (200, 200, 3), np.uint8)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_with_zeros_in_place_of_its_end_is_named(progressive: bool) -> None:
+    thumbnail = encoded(NOISE[:16, :16], "jpeg")
+    data = encoded(NOISE, "jpeg", quality=90, progressive=progressive, comment=thumbnail)
+    half = len(data) // 2
+    with pytest.raises(UserError, match=r"x\.jpg: cannot be read as an image"):
+        decode_image(data[:half] + bytes(half), "x.jpg")
+    padded = decode_image(data + bytes(5000), "x.jpg")
+    assert np.array_equal(np.asarray(padded), np.asarray(decode_image(data, "x.jpg")))
+
+
+def test_zeros_that_are_samples_are_read() -> None:
+    flat = encoded(np.zeros((800, 800), np.uint8), "jpeg", optimize=True)
+    assert bytes(64) in flat
+    assert not np.asarray(decode_image(flat, "x.jpg")).any()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer. Run git lfs pull"),
+        (b"<!DOCTYPE html><html>", "is a web page or XML. Get"),
+        (b"\0\0\0\x18ftypheic" + bytes(90), "is a HEIC image. Convert it"),
+        (bytes(128) + b"DICM" + bytes(90), "is a DICOM file. Convert it"),
+        (b"\x1f\x8b\x08" + bytes(90), "is compressed with gzip. Unpack it"),
+        (b"", "is empty. Get it again"),
+        (b"\x89PNG and more", "not an image of a kind"),
+    ],
+)
+def test_what_a_file_named_as_an_image_is_instead_is_said(content: bytes, kind: str) -> None:
+    with pytest.raises(UserError, match=rf"x\.jpg: cannot be read as an image: {kind}"):
+        decode_image(content, "x.jpg")
+
+
+def test_an_image_that_is_transparent_everywhere_is_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("crossmae.data.tiff._said", set())
+    decode_image(encoded(PIXELS, "png"), "seen.png")
+    assert not caplog.messages
+    for _ in range(2):
+        image = decode_image(encoded(PIXELS * np.array([1, 1, 1, 0], np.uint8), "png"), "clear.png")
+        assert (np.asarray(image) == 255).all()
+    (line,) = caplog.messages
+    assert line.startswith("clear.png: is transparent everywhere and read as white")
+
+
 def pixel(path: Path) -> tuple[int, ...]:
     image = read_image(path)
     assert image.mode == "RGB"

@@ -101,6 +101,44 @@ def test_pages_and_samples_of_any_number_and_depth_are_channels(channels: int, d
         np.testing.assert_allclose(read(data, channels), scaled(last), atol=1e-6, err_msg=kind)
 
 
+@pytest.mark.filterwarnings("ignore:.*are stored as RGB:DeprecationWarning")
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("count", [3, 4])
+def test_written_axes_win_over_the_colours_that_tifffile_declares(
+    count: int, dtype: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pixels = stack(count, H, W, dtype=dtype)
+    for axes, text in (("TYX", "times"), ("ZYX", "slices")):
+        file = io.BytesIO()
+        tifffile.imwrite(file, pixels, metadata={"axes": axes})
+        for channels in (1, 3):
+            found = read(file.getvalue(), channels)
+            np.testing.assert_allclose(found, np.repeat(scaled(pixels[0])[..., None], channels, -1), atol=1e-6)
+        assert f"holds {count} {text} of 1 channel (axes {axes}), of which the first is read" in caplog.text
+    for axes in ("ZCYX", "CYX", "QYX")[: 3 if count == 3 else 2]:
+        chosen = pixels if len(axes) == 3 else np.stack([pixels, pixels[::-1]])
+        file = io.BytesIO()
+        tifffile.imwrite(file, chosen, metadata={"axes": axes})
+        np.testing.assert_allclose(read(file.getvalue(), count), scaled(np.moveaxis(pixels, 0, -1)), atol=1e-6)
+
+
+def test_rows_saved_as_pages_are_refused_with_their_channels() -> None:
+    pixels = stack(H, W, 4, dtype="uint8")
+    np.testing.assert_allclose(read(write(pixels), 4), scaled(pixels), atol=1e-6)
+    for channels in (1, 3):
+        match = rf"has 4 channels, model\.in_chans is {channels}: it holds 12 rows .* or set model\.in_chans=4\.$"
+        with pytest.raises(UserError, match=match):
+            read(write(pixels), channels)
+
+
+@pytest.mark.parametrize("value", [-9999, -32768, -3.4e38, np.finfo(np.float32).min])
+def test_fill_values_are_named_as_missing_data(value: float) -> None:
+    holes = stack(H, W, dtype="float32")
+    holes[:3] = value
+    with pytest.raises(UserError, match=r"x\.tif: 25\.00% of its samples are -\d.*, which marks missing data\. Fill"):
+        read(write(holes), 1)
+
+
 @pytest.mark.parametrize("kind", ["ome", "imagej", "plain"])
 @pytest.mark.parametrize("axes", ["ZCYX", "TCYX"])
 def test_the_first_of_a_named_stack_is_read_and_said_once(
