@@ -77,6 +77,7 @@ UNCLEAR = [  # name as written, files in the folder `images`, names that exist a
     ("1.jpg", ["1.jpeg", "1.JPG"], [], "2 files fit: "),
     ("1", ["1.jpg", "1.png"], [], "2 files fit: "),
     ("1.png", ["1.jpg"], [], "only 1.jpg is there, of another format"),
+    ("1.png?X=1", ["1.jpg"], [], "only 1.jpg is there, of another format"),
     ("1.png", ["2.png"], [], "no file has a name like it"),
     ("A.png", ["a.png"], ["a.png"], "the only file like it, a.png, also fits the entry a.png"),
     ("b/1.png", ["a/1.png"], ["a/1.png"], "the only file like it, a/1.png, also fits the entry a/1.png"),
