@@ -22,7 +22,7 @@ from crossmae.data.batches import KeyedImages, KeyedSample, collate_as
 from crossmae.data.broken import NEVER_REPLACED, Broken, Unreadable
 from crossmae.data.pixels import centre_view, read_pixels
 from crossmae.data.sources import Source
-from crossmae.data.sources.labels import alike_labels, unify_labels
+from crossmae.data.sources.labels import alike_labels, doubt_labels, unify_labels
 from crossmae.data.workers import Loader, usable_workers
 from crossmae.errors import UserError, shorten
 from crossmae.files import decode_text, read_file
@@ -71,6 +71,9 @@ def find_classes(source: Source, key: str, separator: str | None = None) -> tupl
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
     classes = source.classes
+    counts = np.bincount(source.labels(), minlength=len(classes)).tolist()
+    for note in (*source.doubts, *doubt_labels(dict(zip(classes, counts, strict=True)))):
+        log.warning("%s: %s", key, note)
     if separator is None and (several := find_several(classes)):
         log.warning("%s: the class %r reads like several labels. If so, set 'data.separator=\"%s\"'", key, *several)
     if separator is not None:

@@ -17,12 +17,23 @@ from typing import NamedTuple
 from unicodedata import normalize
 from urllib.parse import unquote
 
-from crossmae.data.paths import IMAGE_SUFFIXES, walk_files
+from crossmae.data.paths import COMPANIONS, IMAGE_SUFFIXES, walk_files
 from crossmae.errors import printable, shorten
 
 SAME_FORMAT = {".jpe": ".jpg", ".jpeg": ".jpg", ".jfif": ".jpg", ".tiff": ".tif", ".j2k": ".jp2"}
 NUMBERS_AND_SPLITS = re.compile(r"\d+|train(ing)?|val(id(ation)?)?|test(ing)?|dev")
+OPPOSITES = [
+    *("left right", "before after", "front back", "top bottom", "upper lower", "inner outer", "input output target"),
+    *("source target", "clean noisy", "sharp blurred blur", "real fake", "good bad", "positive negative", "hr lr"),
+    *("high low", "day night", "rgb ir thermal infrared nir", "visible infrared", "query gallery"),
+    *("original augmented", "dirty clean", "hazy clear", "l r"),
+]
+WORD = re.compile(r"[^\W_]+")
+OTHER_FOLDERS = "other folders, the same base name"
 NOTHING_LIKE = "no file has a name like it"
+QUERY = re.compile(rf"({'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))})\?.*", re.IGNORECASE)  # of a signed URL
+# Signs of the direction of writing, as in a path that was copied in Windows, and others without a width.
+INVISIBLE = "\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
 MOST_CANDIDATES = 3  # number of candidates in a reason
 MOST_COMPARED = 20  # number of candidates whose spelling is compared
 
@@ -30,11 +41,12 @@ MOST_COMPARED = 20  # number of candidates whose spelling is compared
 def _unquote(text: str) -> str:
     while "%" in text and (plain := unquote(text)) != text:  # some programs quote twice
         text = plain
-    return unescape(text).replace("?d=", "/")  # Label Studio's local files are `/data/local-files/?d=FOLDER/NAME`
+    text = unescape(text).replace("?d=", "/")  # Label Studio's local files are `/data/local-files/?d=FOLDER/NAME`
+    return QUERY.sub(r"\1", text) if "?" in text else text
 
 
 def _bare(text: str) -> str:
-    text = text.strip(" \t\r\n\"'")
+    text = text.strip(" \t\r\n\"'" + INVISIBLE)
     return re.sub(r"\s*/\s*", "/", text) if " " in text else text
 
 
@@ -139,7 +151,7 @@ class _Files:
         inside = name.removeprefix(self.top + os.sep)
         own = _reduce(inside)
         parts = own if os.path.isabs(inside) or inside[:3] in ("../", "..\\") else [*self.own, *own]
-        suffix = _canonical_suffix(name)
+        suffix = _canonical_suffix(_bare(_unquote(name)))
         others: list[str] = []
         for start in range(len(parts)):
             fitting = self.by_end.get("/".join(parts[start:]), [])
@@ -160,7 +172,9 @@ class _Files:
             return f"{len(found)} files fit: {shorten([printable(path) for path in found], MOST_CANDIDATES)}"
         there, mine = [*self.own, *_reduce(found[0])], own[: max(len(own) - shared, 0)]
         other = there[: len(there) - shared]
-        if mine and (mine[-1] in self.folders or (other and _siblings(mine[-1], other[-1]))):
+        inside = set(_reduce(found[0])[:-shared]) - set(mine)
+        is_sibling = bool(mine and other) and _siblings(mine[-1], other[-1])
+        if mine and (mine[-1] in self.folders or is_sibling or inside & COMPANIONS):
             return f"only {printable(found[0])} has its name, in another folder"
         return _Fit(found[0], shared)
 
@@ -171,8 +185,12 @@ def _canonical_suffix(name: str) -> str:
 
 
 def _siblings(one: str, other: str) -> bool:
-    """Check for names such as `train` and `val`, or `set1` and `set2`."""
-    return one != other and NUMBERS_AND_SPLITS.sub("#", one) == NUMBERS_AND_SPLITS.sub("#", other)
+    """Check for names such as `train` and `val`, or `left` and `right`."""
+    if one == other or NUMBERS_AND_SPLITS.sub("#", one) == NUMBERS_AND_SPLITS.sub("#", other):
+        return one != other
+    words, others = WORD.findall(one), WORD.findall(other)
+    differing = [{a, b} for a, b in zip(words, others, strict=False) if a != b]
+    return len(words) == len(others) and len(differing) == 1 and any(differing[0] <= set(o.split()) for o in OPPOSITES)
 
 
 def _rank(name: str, path: str, shared: int) -> int:
@@ -200,12 +218,12 @@ def explain(folder: Path, name: str, path: str) -> str:
     pairs = zip(reversed(mine), reversed(theirs), strict=False)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     causes = _needed(name, path, shared)
-    if os.path.isabs(name) or re.match(r"[\"' ]*(\w+:[\\/]|\\\\)", name):
-        causes.insert(0, "absolute paths")
+    if os.path.isabs(name) or re.match(r"\W*(\w+:[\\/]|\\\\)", name):
+        causes[:0] = ["absolute paths", OTHER_FOLDERS] if len(theirs) > shared else ["absolute paths"]
     elif mine == [*own, *theirs]:
         causes.insert(0, f"the folder {printable(os.path.basename(top))} is named again")
     elif len(mine) > shared:
-        causes.insert(0, "other folders, the same base name" if len(theirs) > shared else "folders that are not there")
+        causes.insert(0, OTHER_FOLDERS if len(theirs) > shared else "folders that are not there")
     elif len(theirs) > shared:
         causes.insert(0, "in a subfolder")
     return " and ".join(causes) or "written differently"
@@ -213,6 +231,8 @@ def explain(folder: Path, name: str, path: str) -> str:
 
 def describe_moved(folder: Path, accepted: Mapping[str, str], total: int) -> str:
     """Describe accepted names in one line, with counts and causes.
+
+    The least certain cause, `OTHER_FOLDERS`, is the first.
 
     Args:
         total: number of missing names.
@@ -225,6 +245,6 @@ def describe_moved(folder: Path, accepted: Mapping[str, str], total: int) -> str
         counts[cause] += 1
     shown = [
         f"{count:,} of {total:,} are there as {printable(first[cause])}: {cause}"
-        for cause, count in counts.most_common()
+        for cause, count in sorted(counts.most_common(), key=lambda item: OTHER_FOLDERS not in item[0])
     ]
     return shorten(shown, separator="; ")

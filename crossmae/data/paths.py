@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import chain
@@ -49,11 +50,23 @@ CONVERT = "Convert them to PNG, JPEG or TIFF, or name other files"
 # dot are left out as well.
 SYSTEM_NAMES = {
     *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "folder.htt", "_vti_cnf", "~snapshot", "lost+found"),
-    *("$recycle.bin", "recycler", "system volume information", "found.000", "temporary items", "network trash folder"),
+    *("$recycle.bin", "recycler", "system volume information", "temporary items", "network trash folder"),
     *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp", "@synoeastream", "@synoresource"),
     *("__macosx", "thevolumesettingsfolder", "__pycache__", "pax_global_header", "paxheader", "albumartsmall.jpg"),
+    *("lost.dir", "dfsrprivate", "msocache", "config.msi", "desktop db", "desktop df", "_gsdata_"),
+    *("@__thumb", "@sharebin", "@downloadstation", "@appstore"),
 }
+SYSTEM_SPELLINGS = {"RECYCLED", "eaDir"}  # `recycled` may be a class
+NUMBERED_SYSTEM_NAME = re.compile(r"(found|gnusparsefile)\.\d+|\$[a-z]\w{3,}(\.bin|\.~\w+)?")  # $WINDOWS.~BT, not $5
 SYSTEM_PREFIXES = (".", "paxheaders.", "@gmt-", "~$")  # hidden, tar programs, shadow copies, open documents
+
+# Folders next to the images that hold other pictures of the same base names.
+_COMPANIONS = """
+    mask masks label labels annotation annotations annot annots thumb thumbs thumbnail thumbnails preview previews depth
+    depths disparity normals segmentation segmentations segmentationclass segmentationobject seg groundtruth
+    ground_truth gt labelids overlay overlays edges heatmap heatmaps saliency
+"""
+COMPANIONS = frozenset(_COMPANIONS.split())
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +74,8 @@ log = logging.getLogger(__name__)
 def is_system_name(name: str) -> bool:
     """Check for hidden names and names of `SYSTEM_NAMES`."""
     folded = name.casefold()
-    return folded.startswith(SYSTEM_PREFIXES) or folded in SYSTEM_NAMES
+    known = folded in SYSTEM_NAMES or name in SYSTEM_SPELLINGS
+    return known or folded.startswith(SYSTEM_PREFIXES) or NUMBERED_SYSTEM_NAME.fullmatch(folded) is not None
 
 
 def find_system_part(path: str) -> str | None:

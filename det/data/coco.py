@@ -19,7 +19,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from pycocotools import mask as coco_mask
 
-from crossmae.data.found_names import describe_moved, find_moved
+from crossmae.data.found_names import OTHER_FOLDERS, describe_moved, find_moved
 from crossmae.data.images import MAX_PIXELS
 from crossmae.data.parallel import READERS, map_in_order
 from crossmae.errors import UserError
@@ -108,10 +108,8 @@ def register_coco(
     if not file["annotations"] and not for_evaluation:
         raise UserError(f"{json_path}: 'annotations' is empty. Name a file with objects to train on.")
     tidied = tidy_with_images(file, Path(images), masks, keep)
-    if tidied.moved:
-        log.info(
-            "%s: %s", json_path, describe_moved(Path(images), tidied.moved, len(tidied.moved) + len(tidied.missing))
-        )
+    if moved := describe_moved_images(tidied, Path(images)):
+        log.log(logging.WARNING if OTHER_FOLDERS in moved else logging.INFO, "%s: %s", json_path, moved)
     limits = image_limits(max_pixels)
     findings = find_faults(tidied, Path(images), for_evaluation=for_evaluation, masks=masks, limits=limits)
     dropped = plan_drop(tidied, findings, drop)

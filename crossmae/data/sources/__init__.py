@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 from crossmae.data.images import IMAGE_LIMITS, ImageLimits
 from crossmae.data.paths import IMAGE_SUFFIXES, find_images, is_system_name, walk_files
+from crossmae.data.sources.class_folders import SPLIT_NAME, doubt_classes
 from crossmae.data.sources.hugging_face import HuggingFaceImages, is_hugging_face
 from crossmae.data.sources.idx import IDX_SUFFIXES, find_idx_files, open_idx
 from crossmae.data.sources.lists import LISTS
@@ -42,7 +42,6 @@ ACCEPTED = (
 WITHOUT = {"data.val": "data.val=null"} | dict.fromkeys(
     ("probe.train", "probe.val"), "probe.train=null probe.val=null"
 )  # overrides that disable an optional data set
-SPLIT_NAME = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?|dev|evaluation|holdout|unlabell?ed)[-_ ]?\d*")
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip", ".xlsx")
 MOST_PREVIEWS = 10  # images next to tar shards that are taken for previews
 MOST_NAMES = 2_000_000  # largest number of names that are compared; more would take minutes
@@ -149,6 +148,7 @@ def _open_folder(folder: Path, key: str) -> Source:
     if labels is None or not source.classes:
         return source
     source.description = f"{len(paths):,} images of {len(source.classes):,} classes in the folder {folder}"
+    source.doubts = tuple(doubt_classes(folder, paths, [label or "" for label in labels]))
     folders = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_system_name(entry.name))
     if empty := [name for name in folders if name not in set(labels)]:
         log.warning("%s: no image in the class folder %s: not counted as a class", folder, shorten(empty))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from unicodedata import normalize
 
 from crossmae.errors import shorten
 
 WHOLE_NUMBER = re.compile(r"([+-]?\d+)(\.0*)?")
+TEXT_OF_LIST = re.compile(r"""\[\s*(?:'[^']*'|"[^"]*")(?:\s*,?\s*(?:'[^']*'|"[^"]*"))*\s*\]""")  # ['cat', 'dog']
 MOST_CASE_SENSITIVE = 2  # letters: `a` and `A`, or `Co` and `CO`, may be two classes
 
 
@@ -59,6 +60,20 @@ def alike_labels(classes: Sequence[str]) -> list[str]:
     """List classes that differ in spaces or case only."""
     counts = Counter(map(fold_label, classes))
     return sorted(name for name in classes if counts[fold_label(name)] > 1)
+
+
+def doubt_labels(counts: Mapping[str, int]) -> list[str]:
+    """List labels that may be no classes, by their numbers of images."""
+    notes = []
+    numbers = all(WHOLE_NUMBER.fullmatch(label) for label in counts)
+    if numbers and {"-1", "0", "1"} <= set(counts) and not any(re.match("-[^1]|-1.", label) for label in counts):
+        why = "is a class like the others, but often means unlabelled"
+        notes.append(f"the label -1 of {counts['-1']:,} images {why}. If so, leave these images out")
+    if texts := [repr(label) for label in counts if TEXT_OF_LIST.fullmatch(label)]:
+        notes.append(
+            f"the labels {shorten(texts)} are the text of a list. Write the label itself, or join several by |"
+        )
+    return notes
 
 
 def _whole_numbers(plain: dict[str, str]) -> dict[str, str]:

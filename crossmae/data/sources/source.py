@@ -49,6 +49,7 @@ class Source(ABC):
     Attributes:
         description: text for the log, such as "1,600 images in the folder X".
         classes: names of the classes; () without labels.
+        doubts: reasons why the classes may be wrong, for those who train on them.
         groups: index of the first image of every shard. Samples of one shard are cheap to read together. None without
             shards.
         limits: largest number of pixels of an image, and the keys that messages name.
@@ -57,6 +58,7 @@ class Source(ABC):
     description: str
     limits: ImageLimits = IMAGE_LIMITS
     classes: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
     groups: NDArray[np.int64] | None = None
     _labels: NDArray[np.int64] | None = None
     # End of the sentence that begins with the description, if there are no labels.

@@ -53,6 +53,12 @@ MEANT = [  # name as written, files in the folder `images`, the file that is mea
     ("scan.v2", ["scan.v2.jpg"], "scan.v2.jpg", "another suffix"),
     (" 1.png ", ["1.png"], "1.png", "spaces or quotes at the ends"),
     ('"D:\\a\\1.png"', ["a/1.png"], "a/1.png", "absolute paths and separators of Windows and sp"),
+    ("1.png?X-Amz-Signature=a%2Fb.c", ["1.png", "1.jpg"], "1.png", "quoted as in a URL"),
+    ("https://host/p/1.PNG?sig=x", ["a/1.png"], "a/1.png", "absolute paths and other folders, .* and quoted"),
+    ("\u202aC:\\d\\a\\1.png", ["a/1.png"], "a/1.png", "absolute paths and separators of Windows"),
+    ("\u202a1.png\u202c", ["1.png"], "1.png", "spaces or quotes at the ends"),
+    ("depth/1.png", ["kinect/depth/1.png"], "kinect/depth/1.png", "in a subfolder"),
+    ("1.png", ["masks/1.png"], "masks/1.png", "in a subfolder"),
     ("1.png\r", ["1.png"], "1.png", "spaces or quotes at the ends"),
 ]
 
@@ -71,11 +77,22 @@ UNCLEAR = [  # name as written, files in the folder `images`, names that exist a
     ("1.jpg", ["1.jpeg", "1.JPG"], [], "2 files fit: "),
     ("1", ["1.jpg", "1.png"], [], "2 files fit: "),
     ("1.png", ["1.jpg"], [], "only 1.jpg is there, of another format"),
+    ("1.png?X=1", ["1.jpg"], [], "only 1.jpg is there, of another format"),
     ("1.png", ["2.png"], [], "no file has a name like it"),
     ("A.png", ["a.png"], ["a.png"], "the only file like it, a.png, also fits the entry a.png"),
     ("b/1.png", ["a/1.png"], ["a/1.png"], "the only file like it, a/1.png, also fits the entry a/1.png"),
     ("b/1.png", ["a/1.png", "b/2.png"], [], "only a/1.png has its name, in another folder"),
     ("val/1.png", ["train/1.png"], [], "only train/1.png has its name, in another folder"),
+    *(
+        (name, [path], [], f"only {path} has its name, in another folder")
+        for name, path in (
+            ("rgb/1.png", "masks/1.png"),
+            ("photos/1.png", "thumbnails/1.png"),
+            ("photos/1.png", "SegmentationClass/a/1.png"),
+            ("left/1.png", "right/1.png"),
+            ("cam_left/1.png", "cam_right/1.png"),
+        )
+    ),
     ("set2\\1.png", ["set1/1.png"], [], "only set1/1.png has its name, in another folder"),
 ]
 

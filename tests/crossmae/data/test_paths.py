@@ -59,6 +59,9 @@ def test_inputs_are_files_folders_and_patterns(tmp_path: Path) -> None:
 
 
 SYSTEM = ["@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__MACOSX", ".Trash-1000"]
+SYSTEM += ["LOST.DIR", "RECYCLED", "FOUND.001", "found.012", "@__thumb", "@sharebin", "@DownloadStation", "@appstore"]
+SYSTEM += ["DfsrPrivate", "MSOCache", "Config.Msi", "$WINDOWS.~BT", "$WinREAgent", "$SysReset", "Desktop DB"]
+SYSTEM += ["_gsdata_", "GNUSparseFile.0", "eaDir"]
 SYSTEM += [".ipynb_checkpoints", ".thumbnails", "@Recently-Snapshot", ".git", ".AppleDouble", "~snapshot", "@GMT-2024"]
 
 
@@ -80,7 +83,24 @@ def test_what_the_system_put_there_is_left_out_and_counted(tmp_path: Path, caplo
     assert find_inputs([str(tmp_path / "@eaDir")]) == [tmp_path / "@eaDir/1.png"]
 
 
-@pytest.mark.parametrize("name", ["cat", "tmp", "snapshot", "Recycle", "thumbs", "test", "@home", "#1", "~a", "icon"])
+ORDINARY = [
+    "Trash",
+    "Thumbnails",
+    "cache",
+    "recycled",
+    "$5",
+    "$x$",
+    "$money.jpg",
+    "found.png",
+    "lost",
+    "eadir",
+    "masks",
+]
+
+
+@pytest.mark.parametrize(
+    "name", ["cat", "tmp", "snapshot", "Recycle", "thumbs", "test", "@home", "#1", "~a", "icon", *ORDINARY]
+)
 def test_ordinary_names_are_kept(name: str) -> None:
     assert not is_system_name(name)
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 
@@ -495,3 +496,22 @@ def test_a_number_of_classes_that_is_not_that_of_the_data_is_refused(tmp_path):
     check_classes(["test_set"], 2)
     with pytest.raises(UserError, match="NUM_CLASSES: test_set has 2 classes, not 3"):
         check_classes(["test_set"], 3)
+
+
+def test_images_of_the_same_base_name_alone_are_a_warning(tmp_path, caplog):
+    path, images, content = write_coco(tmp_path)
+    for folder, level in (("old", "WARNING"), (images.name, "INFO")):
+        for entry in content["images"]:
+            entry["file_name"] = f"{folder}/{Path(entry['file_name']).name}"
+        path.write_text(json.dumps(content))
+        if folder == "old":
+            (images / "new").mkdir()
+            for file in list(images.glob("*.*")):
+                file.rename(images / "new" / file.name)
+        else:
+            for file in list((images / "new").iterdir()):
+                file.rename(images / file.name)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            register_coco("moved_set", path, images, masks=True)
+        assert [record.levelname for record in caplog.records if "are there as" in record.getMessage()] == [level]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from crossmae.data.sources.labels import alike_labels, unify_labels
+from crossmae.data.sources.labels import alike_labels, doubt_labels, unify_labels
 
 UNIFIED: list[tuple[list[str | None], list[str | None], str]] = [
     (
@@ -37,3 +37,17 @@ def test_labels_are_unified(texts: list[str | None], labels: list[str | None], n
 
 def test_classes_that_stay_apart_are_listed() -> None:
     assert alike_labels(["a", "A", "b", "Co", "CO", "d "]) == ["A", "CO", "Co", "a"]
+
+
+def test_labels_that_may_be_no_classes_are_named() -> None:
+    assert "the label -1 of 7 images is a class like the others" in doubt_labels({"-1": 7, "0": 1, "1": 2})[0]
+    assert """the labels "['cat']" are the text of a list""" in doubt_labels({"['cat']": 1, "dog": 2})[0]
+    for sound in (
+        ["-1", "1"],
+        ["-2", "-1", "0", "1"],
+        ["-10", "-1", "0", "1"],
+        ["0", "1"],
+        ["[unknown]", "-1"],
+        ["[1]"],
+    ):
+        assert doubt_labels(dict.fromkeys(sound, 1)) == []
