@@ -34,6 +34,7 @@ from det.config import image_limits
 from det.data.coco_fit import Placed, corners_of, find_misfits
 from det.data.coco_kinds import EVALUATION_KINDS, FREQUENCIES, KINDS, Kind, Rank
 from det.data.coco_masks import LARGEST_SIDE, NUMBERS, Floats, Masks, flatten, measure_masks, no_masks
+from det.data.coco_odd_masks import find_odd_masks
 from det.data.tidy import LARGEST_AREA, LARGEST_ID, LVIS_LISTS, Tidy, image_name
 
 EDGE = 1.0  # tolerance in pixels for boxes that leave the image, because of rounding
@@ -495,9 +496,12 @@ def _check_boxes(found: Findings, table: _Table, masks: Masks) -> None:
 def _find_misfits(table: _Table, masks: Masks, placed: NDArray[np.bool_]) -> dict[str, dict[int, str]]:
     """Find masks and boxes that do not fit, by kind and position."""
     crowd = np.fromiter((bool(entry.get("iscrowd", 0)) for entry in table.entries), bool, len(table.entries))
-    objects = Placed(table.box, masks.extent, table.size, table.image, placed & ~crowd)
+    objects = Placed(table.box, masks.extent.copy(), table.size, table.image, placed & ~crowd)
     segmentations = [entry.get("segmentation") for entry in table.entries]
+    odd = find_odd_masks(objects, segmentations)
+    objects.extent[list(odd)] = np.nan
     misfits = find_misfits(objects, segmentations, masks.faults.get("rle-size", {}))
+    misfits["misfit-masks"] = odd | misfits.get("misfit-masks", {})
     return {kind: {int(table.position[row]): note for row, note in notes.items()} for kind, notes in misfits.items()}
 
 

@@ -35,11 +35,15 @@ _SAMPLE = 10_000  # annotations on which the readings are tried
 _FAR, _OFF = 1.0, 0.25  # sides of the image by which masks leave it, if their box leaves it too or stays away
 # Boxes without masks: as many leave their image, by that share of its side; as many fit once they are read otherwise.
 _LEAVING, _LEAVING_BY, _FITTING = 0.2, 0.05, 0.98
+# Boxes over the right or lower edge: least number and share; of as many, that share may go over the left or upper one.
+_ONE_SIDED = 6, 0.02, 0.05
+_LARGER, _TILES = 4.0, 10  # at most, a larger version of the image; images whose boxes would fit if they were moved
 _FEW = 2  # boxes that leave their image in any data set
 _REMAINS = 0.3  # share of a box in its image, at least, if the edge cuts it off
 _EDGE = 1.0  # pixels
 _CORNER, _CORNER_BOXES, _CORNER_IMAGES = 0.6, 20, 10  # all boxes in a part of the image; different boxes and images
 
+_UNEXPLAINED = "nothing: no order of the numbers, unit or size of the image brings the boxes into their images"
 _UNITS = {
     "": 0.0,
     "as shares of the image: multiply by its size": 1.0,
@@ -134,8 +138,7 @@ def _measure(masks: Sequence[Any], rows: Ints, turned: bool) -> Floats:
 
 
 def _other_sizes(masks: Sequence[Any], rows: Ints, size: Floats) -> dict[str, Floats]:
-    own = np.array([masks[row]["size"][::-1] for row in rows], np.float64)
-    extent = _measure(masks, rows, turned=False)
+    own, extent = np.array([masks[row]["size"][::-1] for row in rows], float), _measure(masks, rows, turned=False)
     return {
         "": np.full_like(extent, np.nan),
         "when its size is read as [width, height]": _measure(masks, rows, turned=True),
@@ -357,10 +360,8 @@ def _times(factors: Floats, pairs: _Pairs, words: str = "") -> list[str]:
     """Describe factors (N, 2) and the image size that they mean."""
     texts = []
     for (x, y), (width, height) in zip(factors, pairs.size, strict=True):
-        factor = (
-            f"times {round(x, 3)}" if abs(x - y) < 0.005 * x else f"times {round(x, 3)} in x and {round(y, 3)} in y"
-        )
-        texts.append(f"{factor}{words}, as if the image were {width / x:.0f}x{height / y:.0f}")
+        in_y = "" if abs(x - y) < 0.005 * x else f" in x and {round(y, 3)} in y"
+        texts.append(f"times {round(x, 3)}{in_y}{words}, as if the image were {width / x:.0f}x{height / y:.0f}")
     return texts
 
 
@@ -418,9 +419,8 @@ def _strays(placed: Placed, explained: Collection[int]) -> dict[str, Notes]:
     if not len(rows):
         return {}
     error, contradict = _agree(placed.extent[rows], corners_of(placed.box[rows]), placed.size[rows])
-    alone = (
-        contradict & (error > _APART_ALONE) & ((error <= 1).mean() >= _EXPLAINED)
-    )  # in a file of tight boxes, these are not loose
+    # In a file of tight boxes, these are not loose.
+    alone = contradict & (error > _APART_ALONE) & ((error <= 1).mean() >= _EXPLAINED)
     rows, alone = rows[error > 1], alone[error > 1]
     extent, size, corners = placed.extent[rows], placed.size[rows], corners_of(placed.box[rows])
     side = np.tile(size, 2)
@@ -471,9 +471,11 @@ def _explain_boxes(placed: Placed) -> Notes:
     corners = corners_of(box)
     beyond = ((corners[:, 2:] - size) / size).max(axis=1)
     alone = (_agree(extent, corners, size)[0] <= 1).mean() < _MOST  # otherwise masks prove the form of the boxes
-    reasons = [*(_forms_for_leaving(box, size, beyond) if alone else []), *_units_for_leaving(corners, size, beyond)]
-    if reasons:
-        return _box_notes(rows[beyond > _LEAVING_BY], placed, ", or ".join(reasons))
+    forms = _forms_for_leaving(box, size, beyond) if alone else []
+    sure = forms and _different(box) >= _ONE_SIDED[0]
+    units = [] if sure else _units_for_leaving(corners, size, beyond, placed.image[rows])
+    if reasons := [*forms, *units] if units != [_UNEXPLAINED] else forms or units:
+        return _box_notes(rows[beyond > (0 if forms else _LEAVING_BY)], placed, ", or ".join(reasons))
     if words := _words_for_corner(box, corners, size):
         return _box_notes(rows, placed, words)
     return {}
@@ -481,15 +483,20 @@ def _explain_boxes(placed: Placed) -> Notes:
 
 def _forms_for_leaving(box: Floats, size: Floats, beyond: Floats) -> list[str]:
     """Find forms that bring all boxes into their images."""
+    _, center, corner = _FORMS
+    pairs, forms = _Pairs({}, box, size, np.arange(len(box))), (("", True), (center, False), (corner, True))
+    read = [_fixed("box", start, "", turned, False, False)(pairs) for start, turned in forms]
+    inside = [_inside(corners, size) & (_area(corners) > 0) for corners, _ in read]
+    over = (corners_of(box)[:, 2:] > size + _EDGE).any(axis=1)
+    few, share, others = _ONE_SIDED
+    if _different(box[over]) >= few and over.mean() >= share and (~inside[1]).sum() <= others * over.sum():
+        return [center]
     if (beyond > _LEAVING_BY).sum() <= max(_FEW, _LEAVING * len(box)):
         return []
-    pairs = _Pairs({}, box, size, np.arange(len(box)))
-    forms = (("", True), ("read as [center x, center y, width, height]", False))
-    read = [_fixed("box", start, "", swapped, False, False)(pairs) for start, swapped in forms]
-    return [words[0] for corners, words in read if _inside(corners, size).mean() >= _FITTING]
+    return [words[0] for (_, words), fits in zip(read, inside, strict=True) if fits.mean() >= _FITTING]
 
 
-def _units_for_leaving(corners: Floats, size: Floats, beyond: Floats) -> list[str]:
+def _units_for_leaving(corners: Floats, size: Floats, beyond: Floats, image: Ints) -> list[str]:
     """Explain boxes that leave their images by far."""
     reach = np.quantile(corners[:, 2:].max(axis=1), _FITTING)
     reasons = [
@@ -502,7 +509,21 @@ def _units_for_leaving(corners: Floats, size: Floats, beyond: Floats) -> list[st
     if not often and gone.sum() <= max(1, _LEAVING * len(size)):
         return []
     most = (corners[:, 2:] / size).max()
+    if _fit_once_moved(corners, size, image):
+        return [_UNEXPLAINED]
+    if most > _LARGER:
+        return reasons or [_UNEXPLAINED]
     return [*reasons, f"in a larger version of the image (they reach {most:.3g} times its sides)"]
+
+
+def _fit_once_moved(corners: Floats, size: Floats, image: Ints) -> bool:
+    """Check whether the boxes of each image fit into it once moved."""
+    _, at, count = np.unique(image, return_inverse=True, return_counts=True)
+    low, high = np.full((len(count), 2), np.inf), np.full((len(count), 2), -np.inf)
+    np.minimum.at(low, at, (corners[:, :2] - _EDGE) / size)
+    np.maximum.at(high, at, corners[:, 2:] / size)
+    near = (high - low <= 1)[count > 1].all(axis=1)  # of images with several boxes
+    return len(near) >= _TILES and bool(near.mean() >= _FITTING)
 
 
 def _words_for_corner(box: Floats, corners: Floats, size: Floats) -> str:
@@ -514,12 +535,8 @@ def _words_for_corner(box: Floats, corners: Floats, size: Floats) -> str:
 
 
 def _box_notes(rows: Ints, placed: Placed, words: str) -> Notes:
-    return {
-        int(row): "bbox [{:g}, {:g}, {:g}, {:g}]".format(*placed.box[row])
-        + _of_image(placed.size[row])
-        + f" fits {words}"
-        for row in rows
-    }
+    described = {int(row): "bbox [{:g}, {:g}, {:g}, {:g}]".format(*placed.box[row]) for row in rows}
+    return {row: f"{bbox}{_of_image(placed.size[row])} fits {words}" for row, bbox in described.items()}
 
 
 def _in_corner(placed: Placed) -> Notes:
@@ -529,6 +546,5 @@ def _in_corner(placed: Placed) -> Notes:
         return {}
     if _different(box) < _CORNER_BOXES or len(np.unique(image)) < _CORNER_IMAGES:
         return {}
-    x, y = (corners_of(box)[:, 2:] / size).max(axis=0)
-    row = int(np.flatnonzero(placed.usable)[0])
+    (x, y), row = (corners_of(box)[:, 2:] / size).max(axis=0), int(np.flatnonzero(placed.usable)[0])
     return {row: f"no box reaches beyond {x:.2f} of the width and {y:.2f} of the height of its image"}

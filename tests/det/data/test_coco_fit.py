@@ -272,3 +272,45 @@ def test_coco_itself_has_no_finding(together):
 def test_boxes_that_all_lie_in_a_corner_are_information():
     size, box = spread(60, (640, 480), (480, 640))
     assert set(find(box / 2, polygons(box / 2), size)) == {"boxes-in-corner"}
+
+
+def small(count, width=640, height=480, sides=(20, 200)):
+    """Small boxes anywhere in images, four on each."""
+    side = RNG.integers(*sides, (count, 2)).astype(float)
+    return np.concatenate([(RNG.uniform(size=(count, 2)) * ([width, height] - side)).round(), side], axis=1)
+
+
+def without_masks(box, size):
+    size = np.broadcast_to(np.array(size, float), (len(box), 2))
+    image, extent = np.arange(len(box)) // 4, np.full((len(box), 4), np.nan)
+    return find_misfits(Placed(box, extent, size, image, np.ones(len(box), bool)), [None] * len(box))
+
+
+def test_small_boxes_with_centers_go_over_two_edges_only():
+    box = small(240)
+    center = np.concatenate([box[:, :2] + box[:, 2:] / 2, box[:, 2:]], axis=1)
+    found = without_masks(center, (640, 480))
+    assert len(found["misfit-boxes"]) >= 30
+    assert all("read as [center x, center y, width, height]" in note for note in found["misfit-boxes"].values())
+
+
+def test_boxes_over_the_edges_are_sound_without_masks():
+    for _ in range(20):
+        box = small(200)
+        loose = box + RNG.uniform(0, 0.3, box.shape) * np.tile(box[:, 2:], 2) * [-1, -1, 1, 1]
+        clipped = np.concatenate([np.maximum(loose[:, :2], 0), loose[:, 2:]], axis=1)
+        assert without_masks(loose, (640, 480)) == without_masks(clipped, (640, 480)) == {}
+
+
+def test_boxes_outside_their_images_get_no_wrong_explanation():
+    box, at = small(48, 96, 64, (6, 30)), np.arange(48) // 4
+    x1, y1, x2, y2 = box[:, 0], box[:, 1], box[:, 0] + box[:, 2], box[:, 1] + box[:, 3]
+    swapped = without_masks(np.stack([y1, x1, y2, x2], axis=1), (96, 64))
+    tiles = without_masks(box + np.stack([at % 4 * 96, at // 4 * 64, 0 * at, 0 * at], axis=1), (96, 64))
+    far = without_masks(box * 9.7, (96, 64))
+    larger = without_masks(box * 2, (96, 64))
+    words = ("corners [x1, y1, x2, y2], with x and y swapped", "fits nothing: ", "", "in a larger version")
+    for found, word in zip((swapped, tiles, far, larger), words, strict=True):
+        assert set(found) == {"misfit-boxes"}
+        assert all(word in note for note in found["misfit-boxes"].values())
+        assert found is larger or not any("larger" in note for note in found["misfit-boxes"].values())
