@@ -75,7 +75,8 @@ _TABLE: dict[tuple[str, Rank], dict[str, str]] = {
     ("annotations", Rank.ERROR): {
         "corner-boxes": "boxes seem to be [x1, y1, x2, y2]: convert all of them to [x, y, width, height]",
         "misfit-masks": "masks and boxes do not fit: convert all masks as said, or all boxes if the boxes are wrong",
-        "misfit-boxes": "boxes do not fit: convert all boxes as said, and masks that were written in the same way",
+        "misfit-boxes": "boxes do not fit: convert all boxes as said, and masks that were written in the same way; "
+        "if nothing fits, find the images that they were written for",
     },
     ("annotations", Rank.DROPPABLE): {
         "bad-annotation": "a key is missing, of the wrong type or out of range: repair it",

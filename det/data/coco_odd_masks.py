@@ -42,7 +42,7 @@ def find_odd_masks(placed: Placed, masks: Sequence[Any]) -> dict[int, str]:
     two = placed.usable & (np.abs(_two_corners(masks) - corners) <= _EDGE).all(axis=1)
     if two.sum() >= max(_MANY, _SOME * placed.usable.sum()):
         words = "its polygon has only two corners of its box: if it is a rectangle, write all four"
-        notes |= {int(row): f"{words} (bbox {placed.box[row].tolist()})" for row in np.flatnonzero(two)}
+        notes |= {int(row): f"{words} ({_describe(placed.box[row], placed.size[row])})" for row in np.flatnonzero(two)}
     return notes
 
 
