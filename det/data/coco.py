@@ -368,10 +368,12 @@ def drop_advice(tidied: Tidy, findings: Sequence[Finding], drop: Sequence[str] =
     """Propose a `DATASETS.DROP` for useless entries, or return "".
 
     The proposal says how many entries are left, and includes the kinds in `drop`, which are already dropped. There is
-    none if nothing would be left.
+    none if nothing would be left, or if an error has to be repaired first.
     """
     faults = remaining_faults(findings, plan_drop(tidied, findings, drop))
-    kinds = [one.kind.name for one in faults if one.rank is Rank.DROPPABLE and one.kind.name in USELESS]
+    if any(one.rank is Rank.ERROR for one in faults):  # its repair may give the other entries a meaning
+        return ""
+    kinds = [one.kind.name for one in faults if one.kind.name in USELESS]
     dropped = plan_drop(tidied, findings, (*drop, *kinds))
     left = [
         (len(tidied.content[key]) - len(gone), len(tidied.content[key]), key)

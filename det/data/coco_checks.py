@@ -35,6 +35,7 @@ from det.data.coco_fit import Placed, corners_of, find_misfits
 from det.data.coco_kinds import EVALUATION_KINDS, FREQUENCIES, KINDS, Kind, Rank
 from det.data.coco_masks import LARGEST_SIDE, NUMBERS, Floats, Masks, flatten, measure_masks, no_masks
 from det.data.coco_odd_masks import find_odd_masks
+from det.data.loose_forms import ROTATION_KEYS, as_whole_number
 from det.data.tidy import LARGEST_AREA, LARGEST_ID, LVIS_LISTS, Tidy, image_name
 
 EDGE = 1.0  # tolerance in pixels for boxes that leave the image, because of rounding
@@ -374,6 +375,8 @@ def _annotation_fault(entry: dict[str, Any]) -> str:
         return fault
     box = entry.get("bbox")
     if type(box) is not list or len(box) != 4 or not NUMBERS.issuperset(map(type, box)):
+        if isinstance(box, dict) and (turn := next((key for key in box if str(key).lower() in ROTATION_KEYS), None)):
+            return f"bbox must be [x, y, width, height] without {turn}, got {short(box[turn])}"
         return f"bbox must be [x, y, width, height], got {short(box)}" if "bbox" in entry else "has no 'bbox'"
     if entry.get("iscrowd", 0) not in (0, 1):
         return f"iscrowd must be 0 or 1, got {short(entry['iscrowd'])}"
@@ -404,7 +407,11 @@ def _check_annotations(found: Findings, known: dict[int, int], categories: dict[
 
     found.add("bad-annotation", bad)
     found.add("unknown-image", where(image_at < 0), value("image_id"))
-    found.add("unknown-category", where(key not in categories for key in category_ids), value("category_id"))
+    unknown = where(key not in categories for key in category_ids)
+    if step := _category_step(found, set(category_ids) & categories.keys(), unknown, categories):
+        found.add("shifted-category-id", positions, lambda at: f"{value('category_id')(at)}, all fit with ids {step}")
+    else:
+        found.add("unknown-category", unknown, value("category_id"))
     found.add("ignore-flag", where(entry.get("ignore", 0) != 0 for entry in kept), value("ignore"))
     crowd = where(flags)
     found.add("crowd", crowd)
@@ -422,6 +429,15 @@ def _check_annotations(found: Findings, known: dict[int, int], categories: dict[
     box = flatten([entry["bbox"] for entry in kept]).reshape(-1, 4)
     finite = np.asarray(np.isfinite(box).all(axis=1))
     return _Table(kept, np.array(positions, np.int64), box, image_at, sides[image_at], finite)
+
+
+def _category_step(found: Findings, used: set[int], unknown: list[int], known: Container[int]) -> str:
+    """Find the step of one that makes all category ids known."""
+    lost = {as_whole_number(found.shown["annotations"][at]["category_id"]) for at in unknown}
+    ids = used | {number for number in lost if number is not None}
+    if not unknown or None in lost or (len(ids) == 1 and 0 not in ids):
+        return ""
+    return next((f"{sign} 1" for sign in "+-" if all(number + int(f"{sign}1") in known for number in ids)), "")
 
 
 def _crowded_images(image: NDArray[np.int64], category: NDArray[np.int64], flags: list[Any]) -> dict[int, str]:

@@ -73,6 +73,8 @@ _TABLE: dict[tuple[str, Rank], dict[str, str]] = {
         "size-from-file": "width or height is 0, missing or no number: the size of the file is used",
     },
     ("annotations", Rank.ERROR): {
+        "shifted-category-id": "some category_ids are not in 'categories', but all are when moved by one, so that each "
+        "object has a wrong class: correct all of them",
         "corner-boxes": "boxes seem to be [x1, y1, x2, y2]: convert all of them to [x, y, width, height]",
         "misfit-masks": "masks and boxes do not fit: convert all masks as said, or all boxes if the boxes are wrong",
         "misfit-boxes": "boxes do not fit: convert all boxes as said, and masks that were written in the same way; "
@@ -108,7 +110,7 @@ _TABLE: dict[tuple[str, Rank], dict[str, str]] = {
         "mended-reference": "image_id or category_id is written in another way than the id, or is a name",
         "mended-flag": "iscrowd or ignore is null, missing, true, false or text, and is read as 0 or 1",
         "mended-area": "the area is missing, 0 or text: it is read, or measured on the mask or the box",
-        "mended-box": "the box is text or has keys: it is read as [x, y, width, height]",
+        "mended-box": "the box is text, has keys, or a negative width or height: it is read as [x, y, width, height]",
         "box-from-mask": "there is no box, or it has no width or no height: the box of the mask is used",
         "mended-mask": "points, numbers or run lengths in another form, which are read",
     },

@@ -27,6 +27,7 @@ LARGEST_SIDE = 1 << 20  # pixels of an image's side
 LARGEST_RUN = LARGEST_SIDE**2
 # Compressed run lengths in the format of the COCO API: characters from 48, six bits each. Bit 32 means that the number
 # continues. Bit 16 of its last character means that the number is negative.
+WKT_HOLE = re.compile(r"POLYGON.*[^)\s]\s*\)\s*,\s*\(\s*[^(\s]", re.IGNORECASE | re.DOTALL)
 COMPRESSED = re.compile(r"(?:[P-o]{0,7}[0-O])+")
 
 
@@ -97,6 +98,10 @@ def mask_fault(mask: Any) -> str:
         return ""
     if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
         wanted = "a list of polygons, [[x, y, x, y, x, y, ...], ...], or run-length encoding"
+        if any(
+            isinstance(text, str) and WKT_HOLE.search(text) for text in (mask if isinstance(mask, list) else [mask])
+        ):
+            wanted += ", which alone can have a hole"
         return f"segmentation must be {wanted}, got {short(mask)}"
     for number, polygon in enumerate(mask):
         if not NUMBERS.issuperset(map(type, polygon)):

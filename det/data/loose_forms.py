@@ -15,14 +15,18 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from det.data.coco_masks import COMPRESSED, NUMBERS, mask_fault, measure_masks
+from det.data.coco_masks import COMPRESSED, NUMBERS, WKT_HOLE, mask_fault, measure_masks
 
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _CALL = re.compile(r"[A-Za-z_][\w.]*\(")  # array( of numpy's and torch's printed values
 _DTYPE = re.compile(r",\s*(?:dtype|device|size)\s*=[^)]*")
 _SEPARATORS = re.compile(r"[\s,;\[\]()]+")
+_WKT = re.compile(r"(?:SRID=\d+;)?\s*(?:MULTI)?POLYGON\s*(?=\()", re.IGNORECASE)
+_RING_ENDS = re.compile(r"[;\[\]()]")
+ROTATION_KEYS = ("rotation", "angle")
 _CORNERS = (("xmin", "ymin", "xmax", "ymax"), ("x1", "y1", "x2", "y2"), ("left", "top", "right", "bottom"))
 _SIZES = (("x", "y", "width", "height"), ("x", "y", "w", "h"), ("left", "top", "width", "height"))
+NEAR = 2.0  # pixels between the box and the extent of its mask
 POINT_KEYS = (("x", "y"), ("X", "Y"))
 
 
@@ -60,7 +64,16 @@ def parsed(value: Any) -> Any:
     """
     if not isinstance(value, str):
         return value
-    plain = _CALL.sub("(", _DTYPE.sub("", value.strip()))
+    plain = _plain(value)
+    found = _literal(plain)
+    return (_numbers_of(plain) or value) if found is None else found
+
+
+def _plain(text: str) -> str:
+    return _CALL.sub("(", _DTYPE.sub("", text.strip()))
+
+
+def _literal(plain: str) -> list[Any] | dict[str, Any] | None:
     for read in (json.loads, ast.literal_eval):
         try:
             found = _without_tuples(read(plain))
@@ -68,7 +81,11 @@ def parsed(value: Any) -> Any:
             continue
         if isinstance(found, list | dict):
             return found
-    return as_numbers([word for word in _SEPARATORS.split(plain) if word]) or value
+    return None
+
+
+def _numbers_of(plain: str) -> list[float] | None:
+    return as_numbers([word for word in _SEPARATORS.split(plain) if word])
 
 
 def _without_tuples(value: Any) -> Any:
@@ -84,7 +101,14 @@ def is_empty(value: Any) -> bool:
     if isinstance(value, str):
         return value.strip().lower() in ("", "[]", "[[]]", "{}", "null", "none", "nan")
     if isinstance(value, list):
-        return all(map(is_empty, value))
+        left = list(value)  # not by recursion, because lists may be nested deeply
+        while left:
+            part = left.pop()
+            if isinstance(part, list):
+                left += part
+            elif not is_empty(part):
+                return False
+        return True
     return value is None or value == {} or (isinstance(value, float) and value != value)
 
 
@@ -104,6 +128,8 @@ def as_box(value: Any) -> Any:
 
 
 def _box_of_keys(box: Mapping[str, Any]) -> list[Any] | None:
+    if any(not is_empty(box.get(key)) and box[key] != 0 for key in ROTATION_KEYS):
+        return None
     for keys in _SIZES:
         if box.keys() >= set(keys) and not any(box.keys() >= set(corners) for corners in _CORNERS):
             return [box[key] for key in keys]
@@ -116,17 +142,62 @@ def _box_of_keys(box: Mapping[str, Any]) -> list[Any] | None:
 
 def as_mask(value: Any) -> Any:
     """Return a mask as polygons or run lengths, or None."""
-    mask = parsed(value)
+    mask = _parsed_mask(value)
     if is_empty(mask):
         return None
     if isinstance(mask, dict):
         return _as_run_lengths(mask) or value
     if not isinstance(mask, list):
         return value
-    parts = [part for part in map(parsed, mask) if not is_empty(part)]
+    parts = [part for part in map(_parsed_mask, mask) if not is_empty(part)]
     if parts and all(isinstance(part, dict) and "counts" in part for part in parts):
         return _united(parts) or value
     return _as_polygons(parts) or value
+
+
+def _parsed_mask(value: Any) -> Any:
+    """Return the lists or dict that a text holds.
+
+    The text may be WKT, or have brackets or semicolons between points or polygons. Holes are left.
+    """
+    if not isinstance(value, str) or WKT_HOLE.search(value):
+        return value
+    is_wkt = _WKT.match(value.strip())
+    plain = value.strip()[is_wkt.end() :] if is_wkt else _plain(value)
+    if not is_wkt and (found := _literal(plain)) is not None:
+        return found
+    rings = [_numbers_of(ring) for ring in _RING_ENDS.split(plain) if _SEPARATORS.sub("", ring)]
+    if None in rings or not rings:
+        return value
+    lengths = {len(ring) for ring in rings if ring}
+    if len(rings) == 1 or max(lengths) == 1:
+        return _numbers_of(plain)
+    return rings if lengths == {2} or min(lengths) >= 6 else value
+
+
+def by_axis(mask: Any, box: Any) -> list[list[float]] | None:
+    """Return the polygon of a mask of all x and all y.
+
+    VIA has such lists. They have to fit the box in this way, and not as two polygons. Otherwise returns None.
+    """
+    if type(mask) is not list or len(mask) != 2 or not all(type(part) is list and len(part) > 2 for part in mask):
+        return None
+    x, y = mask
+    if len(x) != len(y) or not NUMBERS.issuperset(map(type, (*x, *y))):
+        return None
+    found = as_numbers(as_box(box))
+    if found is None or len(found) != 4:
+        fits = len(x) % 2 == 1
+    else:
+        wanted = (found[0], found[1], found[0] + found[2], found[1] + found[3])
+        flat = [*x, *y]
+
+        def off(xs: list[float], ys: list[float]) -> float:
+            extent = (min(xs), min(ys), max(xs), max(ys))
+            return max(abs(one - other) for one, other in zip(extent, wanted, strict=True))
+
+        fits = off(x, y) <= NEAR and (len(x) % 2 == 1 or off(flat[::2], flat[1::2]) > NEAR)
+    return [[number for pair in zip(x, y, strict=True) for number in pair]] if fits else None
 
 
 def _as_run_lengths(mask: Mapping[str, Any]) -> dict[str, Any] | None:

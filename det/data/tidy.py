@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from det.data.coco_masks import COMPRESSED, LARGEST_SIDE, NUMBERS, flatten, mask_fault, measure_masks
-from det.data.loose_forms import as_box, as_mask, as_number, as_whole_number, is_empty
+from det.data.loose_forms import ROTATION_KEYS, as_box, as_mask, as_number, as_whole_number, by_axis, is_empty
 
 LARGEST_AREA = 1e5**2  # square pixels; evaluators ignore larger objects
 LARGEST_ID = 2**63 - 1  # of arrays; evaluators fail above it, and treat some ids below 0 as missing
@@ -282,6 +282,9 @@ class _Annotations:
     def tidy(self, entries: Entries, odd: set[str]) -> Entries:
         """Repair the odd parts of copies of the entries."""
         tidied = [_stripped(entry, "annotations") for entry in entries]
+        for entry, written in zip(tidied, entries, strict=True):
+            if isinstance(box := entry.get("bbox"), dict):  # whose turn may be next to it
+                entry["bbox"] = {key: written[key] for key in ROTATION_KEYS if key in written} | box
         for part, mend in {
             "references": self._mend_references,
             "flags": self._mend_flags,
@@ -338,10 +341,11 @@ class _Annotations:
             entry["area"] = area
 
     def _mend_mask(self, at: int, entry: dict[str, Any]) -> None:
-        if "segmentation" not in entry or _are_masks([entry["segmentation"]]):
+        polygon = by_axis(entry.get("segmentation"), entry.get("bbox"))
+        if "segmentation" not in entry or (polygon is None and _are_masks([entry["segmentation"]])):
             return
         written = entry.pop("segmentation")
-        mask = _read_mask(written)
+        mask = polygon or _read_mask(written)
         if mask is not None:
             entry["segmentation"] = mask
             if mask != written:
@@ -361,6 +365,9 @@ class _Annotations:
                 found = [left, top, right - left, bottom - top]
                 self.mended["box-from-mask"][at] = f"bbox {short(written[at].get('bbox'))}: its mask has {short(found)}"
                 entry["bbox"] = found
+            elif (flipped := _flipped(entry.get("bbox"))) is not None:
+                self.mended["mended-box"][at] = f"bbox {short(written[at]['bbox'])} is read as {short(flipped)}"
+                entry["bbox"] = flipped
             elif entry.get("bbox", 0) is None:  # for the message of the fault
                 entry["bbox"] = written[at]["bbox"]
             if _lacks_area(entry) and _has_box(entry):
@@ -415,6 +422,15 @@ def _has_box(entry: dict[str, Any]) -> bool | None:
     return bool(box[2] > 0 and box[3] > 0)
 
 
+def _flipped(box: Any) -> list[float] | None:
+    """Turn a box with a negative width or height around."""
+    if type(box) is not list or len(box) != 4 or not NUMBERS.issuperset(map(type, box)):
+        return None
+    x, y, w, h = box
+    found = [min(x, x + w), min(y, y + h), abs(w), abs(h)]
+    return found if min(w, h) < 0 and min(found) >= 0 and w * h != 0 else None  # -1 often stands for nothing
+
+
 def _lacks_area(entry: dict[str, Any]) -> bool:
     area = entry.get("area")
     return is_empty(area) or area == 0
@@ -447,7 +463,11 @@ def odd_parts(annotations: Entries, lvis: bool, masks: bool) -> set[str]:
         and not any(entry["ignore"] != 0 for entry in annotations if "ignore" in entry),
         "boxes": _are_boxes(_column(annotations, "bbox")),
         "areas": _are_areas(_column(annotations, "area")),
-        "masks": not masks or _are_masks(_column(annotations, "segmentation")),
+        "masks": not masks
+        or (
+            _are_masks(_column(annotations, "segmentation"))
+            and not any(by_axis(entry["segmentation"], entry.get("bbox")) for entry in annotations)
+        ),
     }
     return {part for part, right in sound.items() if not right}
 

@@ -255,6 +255,28 @@ def test_several_kinds_are_told_in_one_line_with_the_command_that_shows_all(tmp_
     )
 
 
+@pytest.mark.parametrize("where", ["images", "categories"])
+def test_nothing_is_proposed_to_be_dropped_while_another_repair_gives_it_a_meaning(tmp_path, where):
+    _, images, content = write_coco(tmp_path)
+    content[where][1]["id"] = content[where][0]["id"]  # the entries of the lost id are unknown
+    with pytest.raises(UserError, match=r"duplicate-\w+-id in 1 of .*; unknown-\w+ in ") as error:
+        register_coco("test_set", save(tmp_path, content), images, masks=True, drop=["missing-image"])
+    assert "DATASETS.DROP" not in str(error.value)
+
+
+@pytest.mark.parametrize("as_written", [int, str])
+@pytest.mark.parametrize(("step", "named"), [(-1, r"\+ 1"), (1, "- 1")])
+def test_classes_that_count_from_another_number_are_told_with_the_step(tmp_path, as_written, step, named):
+    _, images, content = write_coco(tmp_path)
+    content["categories"] = [{"id": number, "name": name} for number, name in enumerate("abc", 1)]
+    for entry, number in zip(content["annotations"], 4 * (1, 2, 3), strict=False):
+        entry["category_id"] = as_written(number + step)
+    text = f"shifted-category-id in 10 of 10 .*category_id '?[012]'?, all fit with ids {named}"
+    with pytest.raises(UserError, match=text) as error:
+        register_coco("test_set", save(tmp_path, content), images, masks=True)
+    assert "DATASETS.DROP" not in str(error.value)
+
+
 def test_the_last_polygon_takes_the_annotation_with_it(tmp_path):
     _, images, content = write_coco(tmp_path, kind="polygon")
     content["annotations"][0]["segmentation"] = [[1, 1, 9, 9], [2, 2, 4, 4, 8, 8]]

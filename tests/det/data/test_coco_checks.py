@@ -248,6 +248,8 @@ CASES = [
     ("unknown-image", spoil(1, image_id=99), [3]),
     ("unknown-image", spoil(1, image_id=99, bbox=[-9, 0, 20, 20]), [3]),
     ("unknown-category", spoil(1, category_id=99), [3]),
+    ("shifted-category-id", every(lambda entry: {"category_id": entry["category_id"] - 1}), ALL,
+     {"unused-category": [2]}),
     ("ignore-flag", spoil(1, ignore=1), [3]),
     ("not-finite", spoil(1, bbox=[1, NAN, 3, 4]), [3]),
     ("not-finite", spoil(1, bbox=[1, 2, math.inf, 4]), [3]),

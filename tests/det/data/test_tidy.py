@@ -121,6 +121,11 @@ ODD_VALUES: list[tuple[str, dict[str, Any], str]] = [
             "8,8 32,8 32,24 8,24",
             [["8,8", "32,8", "32,24", "8,24"]],
             [f"array({POLYGON})"],
+            "POLYGON((8 8, 32 8, 32 24, 8 24))",
+            ["SRID=4326;multipolygon ( ( (8 8, 32 8, 32 24, 8 24) ) )"],
+            "8 8; 32 8; 32 24; 8 24",
+            "[[ 8  8]\n [32  8]\n [32 24]\n [ 8 24]]",
+            [POLYGON[::2], POLYGON[1::2]],  # all x, then all y
         )
     ),
     *(("annotations", {"image_id": value}, "mended-reference") for value in ("1", 1.0, "1.0", "1.png")),
@@ -181,6 +186,69 @@ def test_run_lengths_of_several_parts_are_united() -> None:
     assert mend(odd).content["annotations"][0]["segmentation"] == {"size": [2, 3], "counts": [1, 2, 3]}
 
 
+TRIANGLES = [[8, 8, 32, 8, 32, 24], [8, 8, 32, 24, 8, 24]]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "MULTIPOLYGON(((8 8, 32 8, 32 24)),((8 8, 32 24, 8 24)))",
+        "MULTIPOLYGON (((8 8, 32 8, 32 24)), ((8 8, 32 24, 8 24)))",
+        "8,8 32,8 32,24; 8,8 32,24 8,24",
+        TRIANGLES,
+    ],
+    ids=str,
+)
+def test_parts_of_a_text_are_polygons_of_their_own(mask: Any) -> None:
+    odd = content()
+    odd["annotations"][0]["segmentation"] = mask
+    assert mend(odd).content["annotations"][0]["segmentation"] == TRIANGLES
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "box"),
+    [
+        ([9, 11, 11, 9], [9, 9, 11, 11], [9, 9, 2, 2]),  # both ways fit
+        ([8, 8, 40, 8], [8, 24, 40, 24], [8, 8, 24, 16]),  # neither
+        ([8, 32, 32, 8], [8, 8, 24, 24], None),  # nothing to compare with
+    ],
+)
+def test_two_lists_that_may_be_two_polygons_are_left(x: list[int], y: list[int], box: Any) -> None:
+    odd = content()
+    odd["annotations"][0] |= {"segmentation": [x, y], "bbox": box}
+    assert mend(odd).content["annotations"][0]["segmentation"] == [x, y]
+
+
+@pytest.mark.parametrize("box", [[32, 24, -24, -16], [32, 8, -24, 16], [8, "24", 24, -16]])
+def test_a_box_from_another_corner_is_turned(box: list[Any]) -> None:
+    odd = content()
+    odd["annotations"][0] |= {"bbox": box, "segmentation": []}
+    found = mend(odd, masks=False)
+    assert found.content["annotations"][0]["bbox"] == [8, 8, 24, 16]
+    assert list(found.mended) == ["mended-box"]
+    odd["annotations"][0]["bbox"] = [0, 0, -1, -1]  # stands for no box
+    assert mend(odd, masks=False).content["annotations"][0]["bbox"] == [0, 0, -1, -1]
+
+
+def test_a_turn_next_to_a_box_is_not_lost() -> None:
+    odd = content()
+    box = {"x": 8, "y": 8, "width": 24, "height": 16}
+    odd["annotations"][0] |= {"bbox": box, "rotation": 0}
+    assert mend(odd).content["annotations"][0]["bbox"] == [8, 8, 24, 16]
+    odd["annotations"][0]["rotation"] = 30
+    assert mend(odd).content["annotations"][0]["bbox"] == {"rotation": 30, **box}
+
+
+@pytest.mark.parametrize("key", ["bbox", "segmentation", "iscrowd", "area"])
+def test_lists_of_great_depth_are_left_for_the_checks(key: str) -> None:
+    deep: list[Any] = ["x"]
+    for _ in range(900):
+        deep = [deep]
+    odd = content()
+    odd["annotations"][0][key] = deep
+    assert not tidy(odd, masks=True).sound
+
+
 @pytest.mark.parametrize("mask", [[], [[]], None, {}, "", [None], "[]", "null", [[], []], "nan"], ids=str)
 def test_a_mask_of_nothing_is_none(mask: Any) -> None:
     odd = content()
@@ -198,6 +266,7 @@ def test_a_mask_of_nothing_is_none(mask: Any) -> None:
         ({"bbox": [[8, 8], [32, 24]]}, "corners, or a corner and a size"),
         ({"bbox": {"x": 1, "y": 2}}, "no size"),
         ({"bbox": "nothing"}, "words"),
+        ({"bbox": {"x": 8, "y": 8, "width": 24, "height": 16, "Rotation": 30}}, "a turned box"),
         ({"bbox": [True, 8, 24, 16]}, "a flag"),
         ({"iscrowd": 2}, "no flag"),
         ({"iscrowd": "perhaps"}, "no flag"),
@@ -205,6 +274,9 @@ def test_a_mask_of_nothing_is_none(mask: Any) -> None:
         ({"area": -5}, "below 0"),
         ({"area": "large"}, "words"),
         ({"segmentation": "mask.png"}, "a file"),
+        ({"segmentation": "POLYGON((8 8, 32 8, 32 24, 8 24),(9 9, 12 9, 12 12))"}, "a hole"),
+        ({"segmentation": ["MULTIPOLYGON (((8 8, 32 8, 32 24), (9 9, 12 9, 12 12)))"]}, "a hole"),
+        ({"segmentation": "8,8 32,8; 32,24 8,24"}, "one polygon, or two lines"),
         ({"segmentation": [POLYGON, RLE]}, "two kinds"),
         ({"segmentation": [RLE, {"size": [64, 64], "counts": [9]}]}, "run lengths that end too early"),
         ({"segmentation": [RLE, {"size": [32, 128], "counts": [4096]}]}, "two sizes"),
