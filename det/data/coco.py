@@ -42,6 +42,18 @@ from det.data.tidy import ImageSize, Tidy, image_name, tidy
 
 log = logging.getLogger(__name__)
 
+# Files of other tools and tasks, by keys of the file or of its first entry.
+OTHER_FORMATS = {
+    "a file of labelme": {"shapes", "imagePath"},
+    "a project of VIA": {"_via_img_metadata"},
+    "a file of VIA": {"filename", "regions"},
+    "an export of Label Studio in its own format": {"data", "annotations"},
+    "a short export of Label Studio": {"image", "id", "annotator"},
+    "results of a detector": {"image_id", "category_id", "score"},
+    "GeoJSON": {"type", "features"},
+    "a file of Supervisely": {"objects", "size"},
+}
+
 OWN_TRAIN, OWN_VAL = "own_coco_train", "own_coco_val"
 
 
@@ -421,9 +433,20 @@ def _read_lists(path: str | Path, *keys: str) -> dict[str, Any]:
     return content
 
 
+def _has_keys(content: Any, keys: set[str]) -> bool:
+    """Check for keys in the content or in its first entry."""
+    values = list(content.values()) if isinstance(content, dict) else content
+    first = values[0] if isinstance(values, list) and values else None
+    return any(isinstance(one, dict) and keys <= one.keys() for one in (content, first))
+
+
 def _check_list(path: str | Path, content: Any, key: str) -> None:
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
-        raise UserError(f"{path}: has no list {key!r}. Name a file in COCO format.")
+        looks = next((name for name, fits in OTHER_FORMATS.items() if _has_keys(content, fits)), "")
+        what = f"has no list {key!r}, and looks like {looks}" if looks else f"has no list {key!r}"
+        raise UserError(
+            f"{path}: {what}. {'Export the annotations in COCO format' if looks else 'Name a file in COCO format'}."
+        )
     for index, entry in enumerate(content[key]):
         if not isinstance(entry, dict):
             raise UserError(f"{path}: {key}[{index}] is {short(entry)}. Use dictionaries.")

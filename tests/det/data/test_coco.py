@@ -14,7 +14,15 @@ from detectron2.data.detection_utils import get_fed_loss_cls_weights
 from detectron2.modeling import build_model
 
 from crossmae.errors import UserError
-from det.data.coco import check_classes, ground_truth, read_categories, read_registered, register_coco, use_own_data
+from det.data.coco import (
+    check_classes,
+    ground_truth,
+    read_categories,
+    read_coco,
+    read_registered,
+    register_coco,
+    use_own_data,
+)
 from tests.det.coco_files import annotation, save, write_coco
 
 
@@ -537,3 +545,29 @@ def test_images_of_the_same_base_name_alone_are_a_warning(tmp_path, caplog):
         with caplog.at_level("INFO"):
             register_coco("moved_set", path, images, masks=True)
         assert [record.levelname for record in caplog.records if "are there as" in record.getMessage()] == [level]
+
+
+@pytest.mark.parametrize(
+    ("content", "looks"),
+    [
+        ({"version": "5", "shapes": [], "imagePath": "1.png"}, "a file of labelme"),
+        ({"_via_settings": {}, "_via_img_metadata": {}}, "a project of VIA"),
+        ({"1.png123": {"filename": "1.png", "regions": []}}, "a file of VIA"),
+        ([{"id": 1, "data": {"image": "1.png"}, "annotations": []}], "an export of Label Studio in its own format"),
+        ([{"image_id": 1, "category_id": 1, "score": 0.5, "bbox": []}], "results of a detector"),
+        ({"type": "FeatureCollection", "features": []}, "GeoJSON"),
+        ({"size": {"height": 1, "width": 1}, "objects": []}, "a file of Supervisely"),
+    ],
+)
+def test_files_of_other_tools_are_called_what_they_are(tmp_path, content, looks):
+    path = save(tmp_path, content)
+    with pytest.raises(
+        UserError, match=rf"has no list 'images', and looks like {looks}\. Export the annotations in COCO"
+    ):
+        read_coco(path)
+
+
+@pytest.mark.parametrize("content", [[], {}, 3, [1], {"a": 1}])
+def test_other_json_is_no_coco_file(tmp_path, content):
+    with pytest.raises(UserError, match=r"coco\.json: has no list 'images'\. Name a file in COCO format\."):
+        read_coco(save(tmp_path, content))
