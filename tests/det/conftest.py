@@ -9,4 +9,6 @@ def cfg(tmp_path):
     from tests.det.coco_files import TINY
 
     (tmp_path / "tiny.yaml").write_text(TINY)
-    return load_det_config(str(tmp_path / "tiny.yaml"))
+    config = load_det_config(str(tmp_path / "tiny.yaml"))
+    config.OUTPUT_DIR = str(tmp_path / "output")  # never the working folder
+    return config
