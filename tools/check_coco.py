@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crossmae.data.images import MAX_PIXELS, ImageLimits
+from crossmae.data.images import ImageLimits, add_max_pixels
 from crossmae.errors import UserError, run_cli
 from crossmae.files import check_destination, check_writable, make_folder, write_json
 from det.data.coco import describe_moved_images, drop_advice, mask_kind, read_coco, tidy_with_images
@@ -41,13 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-masks", action="store_true", help="do not look at masks, as with MODEL.MASK_ON=False")
     parser.add_argument("--skip-images", action="store_true", help="do not look at the image files")
-    parser.add_argument(
-        "--max-pixels",
-        type=int,
-        default=MAX_PIXELS,
-        metavar="N",
-        help="width * height of the largest image (%(default)s)",
-    )
+    add_max_pixels(parser)
     parser.add_argument("--json", metavar="REPORT.json", type=Path, help="also write the findings as JSON")
     return parser
 

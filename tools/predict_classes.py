@@ -30,7 +30,7 @@ from crossmae.classification.predict import (
     open_inputs,
     write_answers,
 )
-from crossmae.data.images import MAX_PIXELS, ImageLimits, parse_size
+from crossmae.data.images import ImageLimits, add_max_pixels, parse_size
 from crossmae.errors import UserError, exit_if_any, printable, run_cli
 from crossmae.training.devices import open_device
 
@@ -51,13 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help="images at once (%(default)s)")
     parser.add_argument("--img-size", metavar="N|HxW", help="pixels, such as 224 or 192x256 (the classifier's own)")
-    parser.add_argument(
-        "--max-pixels",
-        type=int,
-        default=MAX_PIXELS,
-        metavar="N",
-        help="width * height of the largest image (%(default)s)",
-    )
+    add_max_pixels(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one")
     parser.add_argument("--force", action="store_true", help="overwrite what an earlier call wrote")
     return parser

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crossmae.checkpoints.pretrained import Pretrained, load_pretrained, parse_settings
-from crossmae.data.images import MAX_PIXELS, ImageLimits
+from crossmae.data.images import ImageLimits, add_max_pixels
 from crossmae.data.paths import find_inputs
 from crossmae.errors import UserError, printable, run_cli
 from crossmae.pretraining.gallery import NUMBERS, Result, mean_psnr, possible_ratios, write_gallery
@@ -38,13 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-gif", action="store_true", help="write no animations")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other masks (%(default)s)")
-    parser.add_argument(
-        "--max-pixels",
-        type=int,
-        default=MAX_PIXELS,
-        metavar="N",
-        help="width * height of the largest image (%(default)s)",
-    )
+    add_max_pixels(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one")
     parser.add_argument(
         "--set",

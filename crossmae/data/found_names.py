@@ -17,11 +17,11 @@ from typing import NamedTuple
 from unicodedata import normalize
 from urllib.parse import unquote
 
-from crossmae.data.paths import COMPANIONS, IMAGE_SUFFIXES, walk_files
+from crossmae.data.paths import COMPANIONS, IMAGE_SUFFIXES, SPLIT_WORDS, walk_files
 from crossmae.errors import printable, shorten
 
 SAME_FORMAT = {".jpe": ".jpg", ".jpeg": ".jpg", ".jfif": ".jpg", ".tiff": ".tif", ".j2k": ".jp2"}
-NUMBERS_AND_SPLITS = re.compile(r"\d+|train(ing)?|val(id(ation)?)?|test(ing)?|dev")
+NUMBERS_AND_SPLITS = re.compile(rf"\d+|{SPLIT_WORDS}")
 OPPOSITES = [
     *("left right", "before after", "front back", "top bottom", "upper lower", "inner outer", "input output target"),
     *("source target", "clean noisy", "sharp blurred blur", "real fake", "good bad", "positive negative", "hr lr"),

@@ -25,6 +25,7 @@ All rules (`bit_depth` is 8 by default; 16 keeps the precision of files with mor
 
 from __future__ import annotations
 
+import argparse
 import io
 import re
 import struct
@@ -98,6 +99,12 @@ class ImageLimits(NamedTuple):
 
 
 IMAGE_LIMITS = ImageLimits()
+
+
+def add_max_pixels(parser: argparse.ArgumentParser) -> None:
+    """Add the option of the largest image to a command line."""
+    what = "width * height of the largest image (%(default)s)"
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=what)
 
 
 def read_image(path: str | Path, limits: ImageLimits = IMAGE_LIMITS) -> Image.Image:

@@ -67,6 +67,7 @@ _COMPANIONS = """
     ground_truth gt labelids overlay overlays edges heatmap heatmaps saliency
 """
 COMPANIONS = frozenset(_COMPANIONS.split())
+SPLIT_WORDS = "train(ing)?|val(id(ation)?)?|test(ing)?|dev"  # pattern of the usual names of splits
 
 log = logging.getLogger(__name__)
 

@@ -205,7 +205,7 @@ def read_sizes(folder: Path, names: Sequence[str]) -> Iterable[ImageSize | None]
 
 
 def _name_classes(name: str, categories: Sequence[dict[str, Any]]) -> None:
-    """Set the classes as detectron2 does when it loads the records."""
+    """Register the names and numbers of the classes."""
     entries = sorted(categories, key=lambda entry: entry["id"])
     numbers = {entry["id"]: index for index, entry in enumerate(entries)}
     names = [entry["name"] for entry in entries]
@@ -268,11 +268,7 @@ def read_registered(name: str) -> tuple[dict[str, Any], dict[str, dict[int, Any]
 
 
 def _load_records(name: str) -> list[dict[str, Any]]:
-    content, metadata = ground_truth(name), MetadataCatalog.get(name)
-    categories = sorted(content["categories"], key=lambda entry: entry["id"])
-    metadata.thing_classes = [entry["name"] for entry in categories]
-    metadata.thing_dataset_id_to_contiguous_id = {entry["id"]: index for index, entry in enumerate(categories)}
-    return dataset_records(content, metadata.image_root)
+    return dataset_records(ground_truth(name), MetadataCatalog.get(name).image_root)
 
 
 def dataset_records(content: dict[str, Any], image_root: str) -> list[dict[str, Any]]:

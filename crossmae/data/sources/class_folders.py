@@ -8,11 +8,11 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from crossmae.data.paths import COMPANIONS
+from crossmae.data.paths import COMPANIONS, SPLIT_WORDS
 from crossmae.errors import printable, shorten
 
 PICTURES = {"image", "images", "img", "imgs", "jpegimages", "photo", "photos", "picture", "pictures", "rgb"}
-SPLIT_NAME = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?|dev|evaluation|holdout|unlabell?ed)[-_ ]?\d*")
+SPLIT_NAME = re.compile(rf"({SPLIT_WORDS}|evaluation|holdout|unlabell?ed)[-_ ]?\d*")
 # Sub-folders that many sound classes have in common: splits, numbers, views.
 NO_CLASS = re.compile(
     rf"{SPLIT_NAME.pattern}|.*\d.*|left|right|front|back|side|rear|top|bottom|day|night|before|after|raw|processed"
