@@ -60,9 +60,7 @@ class Cost:
 
     def numbers(self) -> dict[str, float | None]:
         """Round the numbers to what is worth a line in a file."""
-        return {
-            key: None if value is None else round(value, 3) for key, value in dataclasses.asdict(self).items()
-        }
+        return {key: None if value is None else round(value, 3) for key, value in dataclasses.asdict(self).items()}
 
 
 FREE = Cost(energy_joules=0.0)

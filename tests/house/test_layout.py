@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
     {"crossmae.training"},
     {"crossmae.pretraining"},
     {"crossmae.classification", "det"},
-    {"crossmae.doctor"},
+    {"crossmae.doctor", "crossmae.experiments"},
     {"tools"},
 ]
 DET_FLOORS: list[set[str]] = [
