@@ -92,9 +92,10 @@ def run_cells(
 ) -> list[Row]:
     """Run the unfinished cells of a grid, and return the rows.
 
-    The rows are those of the finished cells, in the order of `cells`. A cell is finished if its row is in the file and has the cell's fingerprint. Otherwise it continues with its first
-    unfinished step. The output of the commands is in a folder logs/ next to `results`, with a record of the attempts.
-    Several calls may work on the same grid: no cell runs twice at the same time.
+    The rows are those of the finished cells, in the order of `cells`. A cell is finished if its row is in the file and
+    has the cell's fingerprint. Otherwise the cell continues with its first unfinished step. The output of the commands
+    is in a folder logs/ next to `results`, with a record of the attempts. Several calls may work on the same grid: no
+    cell runs twice at the same time. After SIGKILL, the commands are killed, too, and the next call continues.
 
     Args:
         results: file with a JSON line for each finished cell.
@@ -146,8 +147,9 @@ def check_cells(cells: Sequence[Cell]) -> None:
 def step_fingerprints(cells: Sequence[Cell], results: Path) -> dict[str, list[str]]:
     """Compute a hash for each step of each cell.
 
-    The hash of the last step is the fingerprint of the cell. A hash covers the version of this package, the command, the configs that the command names, the earlier steps of
-    the cell, and the cells that it needs. The place of repository and results has no influence.
+    The hash of the last step is the fingerprint of the cell. A hash covers the version of this package, the command,
+    the configs that the command names, the earlier steps of the cell, and the cells that it needs. The place of
+    repository and results has no influence.
     """
     places = {str(results.parent.resolve()): "@", str(results.parent): "@", str(REPOSITORY): "."}
     by_name, found = {cell.name: cell for cell in cells}, dict[str, list[str]]()

@@ -210,8 +210,9 @@ class RunningCommand:
 def run_command(command: Sequence[str]) -> tuple[int, int]:
     """Run a command in the terminal.
 
-    Returns its exit code and its peak memory (bytes). The exit code is negative if a signal ended the command. Memory is the sum over the command and its descendants of
-    resident memory, sampled four times a second. Shared pages count once for each process.
+    Returns its exit code and its peak memory (bytes). The exit code is negative if a signal ended the command. Memory
+    is the sum over the command and its descendants of resident memory, sampled four times a second. Shared pages count
+    once for each process.
     """
     process, peak = subprocess.Popen(command), 0
     while True:
