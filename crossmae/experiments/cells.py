@@ -22,7 +22,7 @@ from crossmae import __version__
 from crossmae.errors import UserError, shorten
 from crossmae.experiments.commands import (
     FREE,
-    ROOT,
+    REPOSITORY,
     Cost,
     EnergyMeter,
     RunningCommand,
@@ -90,11 +90,12 @@ def run_cells(
     gpus: Sequence[int] = (),
     minutes: float | None = None,
 ) -> list[Row]:
-    """Run the unfinished cells of a grid. Return the rows of the finished cells, in the order of `cells`.
+    """Run the unfinished cells of a grid, and return the rows.
 
-    A cell is finished if its row is in the file and has the cell's fingerprint. Otherwise it continues with its first
-    unfinished step. The output of the commands is in a folder logs/ next to `results`, with a record of the attempts.
-    Several calls may work on the same grid: no cell runs twice at the same time.
+    The rows are those of the finished cells, in the order of `cells`. A cell is finished if its row is in the file and
+    has the cell's fingerprint. Otherwise the cell continues with its first unfinished step. The output of the commands
+    is in a folder logs/ next to `results`, with a record of the attempts. Several calls may work on the same grid: no
+    cell runs twice at the same time. After SIGKILL, the commands are killed, too, and the next call continues.
 
     Args:
         results: file with a JSON line for each finished cell.
@@ -113,7 +114,7 @@ def run_cells(
 
     check_cells(cells)
     make_folder(results.parent / LOGS, "results")
-    grid = Grid(cells, results, list(gpus) or [None] * max(jobs, 1), minutes)
+    grid = GridRun(cells, results, list(gpus) or [None] * max(jobs, 1), minutes)
     with StopRequest(patient=False) as request:
         try:
             grid.run(lambda: request.number is not None)
@@ -127,7 +128,10 @@ def run_cells(
 
 
 def check_cells(cells: Sequence[Cell]) -> None:
-    """Raise ValueError if names are taken twice or unsafe, or if needs are unknown or circular."""
+    """Check names and needs.
+
+    Raises ValueError if a name is taken twice or unsafe, or if needs are unknown or circular.
+    """
     names = [cell.name for cell in cells]
     for cell in cells:
         if not SAFE_NAME.fullmatch(cell.name) or names.count(cell.name) > 1:
@@ -141,12 +145,13 @@ def check_cells(cells: Sequence[Cell]) -> None:
 
 
 def step_fingerprints(cells: Sequence[Cell], results: Path) -> dict[str, list[str]]:
-    """Compute a hash for each step of each cell. The last one is the fingerprint of the cell.
+    """Compute a hash for each step of each cell.
 
-    A hash covers the version of this package, the command, the configs that the command names, the earlier steps of
-    the cell, and the cells that it needs. The place of repository and results has no influence.
+    The hash of the last step is the fingerprint of the cell. A hash covers the version of this package, the command,
+    the configs that the command names, the earlier steps of the cell, and the cells that it needs. The place of
+    repository and results has no influence.
     """
-    places = {str(results.parent.resolve()): "@", str(results.parent): "@", str(ROOT): "."}
+    places = {str(results.parent.resolve()): "@", str(results.parent): "@", str(REPOSITORY): "."}
     by_name, found = {cell.name: cell for cell in cells}, dict[str, list[str]]()
     for name in TopologicalSorter({cell.name: cell.needs for cell in cells}).static_order():
         cell = by_name[name]
@@ -166,14 +171,14 @@ def hash_of(values: Sequence[str]) -> str:
 
 
 def config_hashes(arguments: Sequence[str]) -> list[str]:
-    """Hash the configs that a command names, and the configs that they are based on."""
+    """Hash the configs that a command names, and their bases."""
     ahead, found = (
         [word.rpartition("=")[2] for word in arguments if word.endswith((".yaml", ".yml"))],
         dict[Path, str](),
     )
     while ahead:
         word = ahead.pop()
-        path = next((place / word for place in (ROOT, ROOT / "configs") if (place / word).is_file()), None)
+        path = next((place / word for place in (REPOSITORY, REPOSITORY / "configs") if (place / word).is_file()), None)
         if path and path not in found:
             found[path] = sha256(path)
             bases = re.findall(r"^_BASE_: *[\"']?([^\"'\s]+)", path.read_text("utf-8", errors="replace"), re.MULTILINE)
@@ -204,7 +209,7 @@ class Attempts:
         return self.costs[number] is not None
 
     def record(self, number: int, cost: Cost) -> None:
-        """Store the cost of a step until now. This also notes that the step was started."""
+        """Store the cost of a step that was started."""
         self.costs[number] = cost
         steps = [
             {"fingerprint": mine if spent else "", "cost": asdict(spent or FREE)}
@@ -244,12 +249,13 @@ class RunningCell:
     ) -> None:
         self.cell, self.lock, self.attempts, self.environment = cell, lock, attempts, environment
         self.gpu, self.meter = gpu, meter
-        self.number, self.failure, self.command = -1, "", None  # type: int, str, RunningCommand | None
+        self.number, self.failure, self.log_start = -1, "", 0
+        self.command: RunningCommand | None = None
         self.log_path = Path(lock.name)
 
     def is_step_done(self, number: int) -> bool:
-        """Return true if a step has written its last file, with the command as it is now."""
-        return self.attempts.was_started(number) and (ROOT / self.cell.steps[number].done).exists()
+        """Return true if a step ended with its present command."""
+        return self.attempts.was_started(number) and (REPOSITORY / self.cell.steps[number].done).exists()
 
     def start_next_step(self) -> bool:
         """Start the next unfinished step. Return false if there is none."""
@@ -271,12 +277,12 @@ class RunningCell:
         return True
 
     def _words_to_resume(self, step: Step) -> tuple[str, ...]:
-        """Return the words that continue an earlier attempt. Without such an attempt, remove what it left."""
-        if self.attempts.was_started(self.number) and step.resume_if and (ROOT / step.resume_if).exists():
+        """Return the words that continue an earlier attempt, or clean up."""
+        if self.attempts.was_started(self.number) and step.resume_if and (REPOSITORY / step.resume_if).exists():
             return step.resume
-        (ROOT / step.done).unlink(missing_ok=True)
+        (REPOSITORY / step.done).unlink(missing_ok=True)
         if step.folder:
-            shutil.rmtree(ROOT / step.folder, ignore_errors=True)
+            shutil.rmtree(REPOSITORY / step.folder, ignore_errors=True)
         return ()
 
     def poll(self) -> bool:
@@ -294,10 +300,16 @@ class RunningCell:
             self.failure = f"killed by {signal.Signals(-code).name}{hint}"
         elif code:
             self.failure = f"exit code {code}"
-        elif not (ROOT / self.cell.steps[self.number].done).exists():
+        elif not (REPOSITORY / self.cell.steps[self.number].done).exists():
             self.failure = f"wrote no {self.cell.steps[self.number].done}"
         self.command = None
         return True
+
+    def read_log(self) -> str:
+        """Read the output of the current attempt."""
+        with open(self.log_path, "rb") as file:
+            file.seek(self.log_start)
+            return file.read().decode(errors="replace").strip()
 
     def row(self, fingerprint: str, machine: Mapping[str, Any]) -> Row:
         """Read the numbers of the finished cell."""
@@ -307,7 +319,7 @@ class RunningCell:
         return Row(self.cell.name, dict(self.cell.facts), numbers, cost, commands, fingerprint, machine, now())
 
 
-class Grid:
+class GridRun:
     """The state of `run_cells`: cells that wait, run, have failed, and have rows.
 
     Args:
@@ -333,7 +345,7 @@ class Grid:
         self.rows = {name: row for name, row in fit.items() if row.fingerprint == self.fingerprints[name][-1]}
 
     def run(self, stop: Callable[[], bool]) -> None:
-        """Start cells and wait, until nothing is left to start or `stop` returns true."""
+        """Start cells until none is left, or `stop` returns true."""
         log.info("%s", self.describe_progress())
         looked, told = 0.0, False
         while True:
@@ -356,7 +368,7 @@ class Grid:
             time.sleep(POLL_SECONDS)
 
     def ready(self) -> list[Cell]:
-        """List the cells that can start now, in the order of the grid."""
+        """List the cells that can start now."""
         if self.deadline is not None and time.monotonic() >= self.deadline:
             return []
         busy = {running.cell.name for running in self.running}
@@ -368,7 +380,7 @@ class Grid:
         ]
 
     def start_one(self, ready: Sequence[Cell]) -> bool:
-        """Start the first cell that no other call runs. Return false if there is none."""
+        """Start the first cell that no other call runs, if any."""
         for cell in ready:
             lock = open(self.logs / f"{cell.name}.log", "ab")  # noqa: SIM115 - it stays open while the cell runs
             try:
@@ -388,7 +400,7 @@ class Grid:
         """Start a cell in a free slot."""
         used = [running.gpu for running in self.running if running.gpu is not None]
         slot = next(slot for slot in self.slots if slot not in used)
-        environment = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+        environment = {"PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))}
         if "OMP_NUM_THREADS" not in os.environ:
             environment["OMP_NUM_THREADS"] = str(max(1, count_cores() // len(self.slots)))
         if slot is not None:
@@ -437,7 +449,7 @@ class Grid:
         """Note a failure, and show the end of the log."""
         name = running.cell.name
         self.failed[name] = reason
-        lines = running.log_path.read_text("utf-8", errors="replace").rstrip().splitlines()[-SHOWN_LINES:]
+        lines = running.read_log().splitlines()[-SHOWN_LINES:]
         log.error("%s: failed: %s. The end of %s:", name, reason, running.log_path)
         for line in lines:
             log.error("    %s", line)
@@ -482,7 +494,7 @@ class Grid:
         return finished + format_left(self.seconds_in_all()) * (len(self.rows) < len(self.cells))
 
     def raise_failures(self) -> None:
-        """Raise UserError if cells failed. Without failures, report the cells that are left."""
+        """Raise UserError if cells failed, and report what is left."""
         left = [cell.name for cell in self.cells if cell.name not in {*self.rows, *self.failed}]
         if self.failed:
             failures = [f"{name}: {reason}. Log: {self.logs / name}.log" for name, reason in self.failed.items()]
@@ -497,7 +509,10 @@ class Grid:
 
 
 def expected_seconds(cell: Cell, finished: Sequence[tuple[Cell, Row]]) -> float:
-    """Estimate the wall seconds of a cell by what cells of its kind took. 0: unknown."""
+    """Estimate the wall seconds of a cell from others of its kind.
+
+    Without such rows, the cell's own estimate counts. 0: unknown.
+    """
     same = [(other, row.cost) for other, row in finished if other.facts.get("kind") == cell.facts.get("kind")]
     walls = [float(cost["wall_seconds"] or 0.0) for _, cost in same]
     estimates = [other.estimate for other, _ in same]
@@ -509,5 +524,5 @@ def expected_seconds(cell: Cell, finished: Sequence[tuple[Cell, Row]]) -> float:
 
 
 def format_left(seconds: float) -> str:
-    """Write the remaining time as the end of a sentence, "" if it is unknown."""
+    """Write the remaining time as the end of a sentence."""
     return f", about {format_seconds(max(seconds, 1))} left in all" if seconds else ""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from crossmae.errors import UserError
-from crossmae.experiments.commands import ROOT
+from crossmae.experiments.commands import REPOSITORY
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +43,9 @@ class Row:
 
 
 def read_rows(results: Path) -> list[Row]:
-    """Read the newest row of every cell, in the order of the file; [] without the file.
+    """Read the newest row of every cell, in the file's order.
 
-    A torn last line is ignored with a warning: its cell runs again.
+    Without the file, there are no rows. A torn last line is ignored with a warning: its cell runs again.
 
     Raises UserError if another line is not a row.
     """
@@ -67,7 +67,7 @@ def read_rows(results: Path) -> list[Row]:
 
 
 def is_torn(line: bytes) -> bool:
-    """Return true for the start of a JSON line, whose end was never written."""
+    """Return true for a JSON line whose end was never written."""
     try:
         json.loads(line or b"0")
     except ValueError:
@@ -76,7 +76,10 @@ def is_torn(line: bytes) -> bool:
 
 
 def append_row(results: Path, row: Row) -> None:
-    """Append a row with one write, and wait until it is on disk. A torn last line is removed."""
+    """Append a row with one write, and flush it to disk.
+
+    A torn last line is removed first.
+    """
     line = json.dumps(asdict(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
     with open(results, "a+b") as file, _locked(file):
         file.seek(0)
@@ -99,8 +102,8 @@ def _locked(file: BinaryIO) -> Iterator[None]:
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """Write a command as in a shell in the root of the repository."""
-    words = ["python" if word == sys.executable else word.removeprefix(f"{ROOT}{os.sep}") for word in arguments]
+    """Write a command for a shell in the repository's root."""
+    words = ["python" if word == sys.executable else word.removeprefix(f"{REPOSITORY}{os.sep}") for word in arguments]
     return shlex.join(words)
 
 
