@@ -56,11 +56,11 @@ class IdxImages(Source):
 
     def __init__(self, path: Path, key: str) -> None:
         self._path = path
-        self._images = _read_array(path, key, axes=3)
+        self._images = read_array(path, key, axes=3)
         self.description = f"{len(self._images):,} images in {path}"
         labels_path = path.with_name(path.name.replace(IMAGES, LABELS))
         if labels_path.is_file():
-            labels = _read_array(labels_path, key, axes=1)
+            labels = read_array(labels_path, key, axes=1)
             if len(labels) != len(self._images):
                 raise UserError(
                     f"{key}: {labels_path} has {len(labels)} labels for {len(self._images)} images. Get both again."
@@ -79,7 +79,7 @@ class IdxImages(Source):
         return buffer.getvalue()
 
 
-def _read_array(path: Path, key: str, axes: int) -> NDArray[np.uint8]:
+def read_array(path: Path, key: str, axes: int) -> NDArray[np.uint8]:
     # File format: two zero bytes, type, number of axes, sizes (big-endian), values.
     data = read_file(path, f"{key}: {path}")
     try:

@@ -1,0 +1,1 @@
+"""The study of this repository: arms, cells, predictions and page."""

@@ -1,0 +1,223 @@
+"""Cells of the study on Fashion-MNIST: pretraining, fine-tuning with 1,000 labels, and probes of frozen features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from crossmae.experiments.cells import Cell, Step
+from crossmae.experiments.commands import REPOSITORY
+from crossmae.experiments.study.arms import (
+    FASHION_ARMS,
+    FASHION_BATCH,
+    FASHION_EPOCHS,
+    FASHION_LR,
+    FASHION_MODEL,
+    FASHION_PER_CLASS,
+    FASHION_RATE_EPOCHS,
+    FASHION_RATES,
+    MASK_RATIO,
+    SEEDS,
+    Arm,
+)
+from crossmae.files import read_json, read_json_lines
+
+SOURCE = "sources/fashion-mnist"  # link to the data set, so that no command names a place outside the study
+FASHION_CLASSES = 10
+RATE_ARMS = ("cross25_d6", "mae_d4")
+# Expected CPU seconds, from short runs on one busy core of an Intel Xeon.
+SECONDS_PER_EPOCH, SECONDS_PER_MAE_EPOCH, FINETUNE_SECONDS, PROBE_SECONDS = 45.0, 57.0, 180.0, 100.0
+
+
+def fashion_cells(folder: Path, *, arms: Sequence[Arm] = FASHION_ARMS, seeds: Sequence[int] = SEEDS) -> list[Cell]:
+    """List the cells: subset, learning rates, then every arm for each seed.
+
+    Args:
+        folder: folder of the study. It has the link `sources/fashion-mnist`.
+    """
+    by_name = {arm.name: arm for arm in FASHION_ARMS}
+    cells = [subset_cell(folder)]
+    cells += [cell for lr in FASHION_RATES for name in RATE_ARMS for cell in rate_cells(folder, by_name[name], lr)]
+    for seed in seeds:
+        for arm in arms:
+            cells += [pretrain_cell(folder, arm, seed), finetune_cell(folder, arm, seed), probe_cell(folder, arm, seed)]
+    return cells
+
+
+def subset_cell(folder: Path) -> Cell:
+    """Cut out the pictures that pretraining and probes see."""
+    output = folder / "fashion_mnist" / "subset"
+    words = ("--source", str(folder / SOURCE), "--output", str(output), "--per-class", str(FASHION_PER_CLASS))
+    step = Step(("-m", "crossmae.experiments.study.idx_subset", *words), output / "train-images-idx3-ubyte.gz")
+    facts = {"part": "fashion_mnist", "kind": "subset"}
+    return Cell(
+        "fashion-subset", facts, (step,), lambda: {"images": float(FASHION_CLASSES * FASHION_PER_CLASS)}, estimate=10
+    )
+
+
+def pretrain_words(folder: Path, arm: Arm, seed: int, output: Path, epochs: int, lr: float) -> tuple[str, ...]:
+    """Compose the command that pretrains an arm."""
+    return (
+        "tools/pretrain.py",
+        "--config-file",
+        "pretrain/fashion_mnist.yaml",
+        f"data.train={folder / 'fashion_mnist' / 'subset'}",
+        f"data.val={folder / SOURCE}",
+        "data.workers=0",
+        *arm.words,
+        f"optim.batch_size={FASHION_BATCH}",
+        f"optim.lr={lr:g}",
+        f"schedule.epochs={epochs}",
+        f"validation.every_epochs={FASHION_RATE_EPOCHS}",
+        f"checkpoint.every_epochs={FASHION_RATE_EPOCHS}",
+        f"runtime.seed={seed}",
+        f"output_dir={output}",
+    )
+
+
+def resumed(words: tuple[str, ...], output: Path, last: str) -> Step:
+    """Make a step of a command that can continue from its checkpoints."""
+    return Step(words, output / last, ("--resume",), output / "checkpoints")
+
+
+def pretrain_cell(folder: Path, arm: Arm, seed: int) -> Cell:
+    """Pretrain an arm.
+
+    Random weights come from a run that ends after one step, which has a learning rate of 0.
+    """
+    output = folder / "fashion_mnist" / f"{arm.name}-{seed}" / "pretrain"
+    words = pretrain_words(folder, arm, seed, output, arm.epochs or FASHION_EPOCHS, FASHION_LR)
+    words += () if arm.epochs else ("schedule.max_steps=1",)
+    per_epoch = SECONDS_PER_MAE_EPOCH if arm.is_mae or arm.predicted == MASK_RATIO else SECONDS_PER_EPOCH
+    return Cell(
+        f"fashion-pretrain-{arm.name}-seed{seed}",
+        fashion_facts("pretrain", arm, seed) | {"epochs": arm.epochs},
+        (resumed(words, output, "model.safetensors"),),
+        lambda: pretraining_numbers(output, arm, FASHION_MODEL, FASHION_CLASSES * FASHION_PER_CLASS),
+        needs=("fashion-subset",),
+        estimate=10 + per_epoch * (arm.epochs or 0.3),
+    )
+
+
+def finetune_cell(folder: Path, arm: Arm, seed: int) -> Cell:
+    """Fine-tune with 1,000 labels, and evaluate once, at the end."""
+    place = folder / "fashion_mnist" / f"{arm.name}-{seed}"
+    output = place / "finetune"
+    words = (
+        "tools/finetune.py",
+        "--config-file",
+        "finetune/fashion_mnist.yaml",
+        f"data.train={folder / SOURCE}",
+        f"data.val={folder / SOURCE}",
+        "data.workers=0",
+        f"model.init={place / 'pretrain'}",
+        # Random weights have nothing in their lower layers to preserve: no decay of their learning rates.
+        *(() if arm.epochs else ("optim.layer_decay=1",)),
+        f"runtime.seed={seed}",
+        f"output_dir={output}",
+    )
+    return Cell(
+        f"fashion-finetune-{arm.name}-seed{seed}",
+        fashion_facts("finetune", arm, seed) | {"labelled": 1000},
+        (resumed(words, output, "report.html"),),
+        lambda: {"top1": 100 * read_json(REPOSITORY / output / "evaluation" / "evaluation.json")["numbers"]["top1"]},
+        needs=(f"fashion-pretrain-{arm.name}-seed{seed}",),
+        estimate=FINETUNE_SECONDS,
+    )
+
+
+def probe_cell(folder: Path, arm: Arm, seed: int) -> Cell:
+    """Probe the frozen features with the labels of the subset."""
+    place = folder / "fashion_mnist" / f"{arm.name}-{seed}"
+    facts = fashion_facts("probe", arm, seed) | {"labelled": FASHION_CLASSES * FASHION_PER_CLASS}
+    step = probe_step(folder, place / "pretrain", place / "probe")
+    needs = (f"fashion-pretrain-{arm.name}-seed{seed}",)
+    name = f"fashion-probe-{arm.name}-seed{seed}"
+    return Cell(name, facts, (step,), lambda: probe_numbers(place / "probe"), needs, PROBE_SECONDS)
+
+
+def probe_step(folder: Path, weights: Path, output: Path, methods: str = "knn,linear") -> Step:
+    """Compose the command that probes an encoder with the labels of the subset."""
+    words = (
+        "tools/probe.py",
+        "--config-file",
+        "probe_fashion_mnist.yaml",
+        "--force",
+        f"weights={weights}",
+        f"methods=[{methods}]",
+        f"data.train={folder / 'fashion_mnist' / 'subset'}",
+        f"data.val={folder / SOURCE}",
+        "data.workers=0",
+        f"output_dir={output}",
+    )
+    return Step(words, output / "report.html")
+
+
+def rate_cells(folder: Path, arm: Arm, lr: float) -> list[Cell]:
+    """Pretrain for a third of the length, and measure kNN among the training pictures."""
+    place = folder / "fashion_mnist" / "rates" / f"{arm.name}-{lr:g}"
+    words = pretrain_words(folder, arm, 0, place / "pretrain", FASHION_RATE_EPOCHS, lr)
+    steps = (
+        resumed(words, place / "pretrain", "model.safetensors"),
+        probe_step(folder, place / "pretrain", place / "probe", "knn"),
+    )
+    per_epoch = SECONDS_PER_MAE_EPOCH if arm.is_mae else SECONDS_PER_EPOCH
+    return [
+        Cell(
+            f"fashion-rate-{arm.name}-lr{lr:g}",
+            fashion_facts("rate", arm, 0) | {"lr": lr},
+            steps,
+            lambda: held_out_numbers(place / "pretrain") | probe_numbers(place / "probe"),
+            needs=("fashion-subset",),
+            estimate=10 + FASHION_RATE_EPOCHS * per_epoch + PROBE_SECONDS,
+        )
+    ]
+
+
+def fashion_facts(kind: str, arm: Arm, seed: int) -> dict[str, str | int | float | None]:
+    """Collect what every cell of an arm has in its row."""
+    return {"part": "fashion_mnist", "kind": kind, "arm": arm.name, "seed": seed}
+
+
+def held_out_numbers(run: Path) -> dict[str, float]:
+    """Read the held-out losses of a pretraining run, by epoch and at the end."""
+    losses = {
+        row["epoch"]: row["val_loss"] for row in read_json_lines(REPOSITORY / run / "log.jsonl") if "val_loss" in row
+    }
+    by_epoch = {f"val_loss_epoch{round(epoch)}": loss for epoch, loss in losses.items()}
+    return by_epoch | {"val_loss": losses[max(losses)]}
+
+
+def pretraining_numbers(run: Path, arm: Arm, model: Mapping[str, Any], images: int) -> dict[str, float]:
+    """Read the losses of a pretraining run, and count its operations."""
+    counted = operations_of(arm, tuple(model.items()))
+    numbers = held_out_numbers(run) | {"megaflop_per_image": counted / 1e6}
+    return numbers | {"pretraining_tflop": counted * images * arm.epochs / 1e12}
+
+
+def operations_of(arm: Arm, model: tuple[tuple[str, Any], ...]) -> float:
+    """Count the operations of a training step of an arm, per image."""
+    return _operations(tuple((dict(model) | dict(arm.model)).items()), arm.predicted)
+
+
+@cache
+def _operations(arguments: tuple[tuple[str, Any], ...], predicted: float) -> float:
+    from crossmae.experiments.study.decoder_cost import training_operations  # imports torch, which takes seconds
+
+    return training_operations(dict(arguments), predicted)
+
+
+def probe_numbers(output: Path) -> dict[str, float]:
+    """Read the accuracies of a probe, in percent.
+
+    `knn_train` leaves one out among the training pictures: k and temperature are chosen by it, and so is a learning
+    rate.
+    """
+    methods = read_json(REPOSITORY / output / "results.json")["methods"]
+    chosen = methods["knn"]["chosen"]
+    numbers = {"knn": 100 * chosen["val"]["accuracy"], "knn_train": 100 * chosen["train"]["accuracy"]}
+    if "linear" in methods:
+        numbers["linear"] = 100 * methods["linear"]["mean"]["mean"]
+    return numbers

@@ -1,0 +1,103 @@
+"""The whole grid of the study: its parts, its plan, and the rows that the repository keeps."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from crossmae.errors import UserError
+from crossmae.experiments.cells import Cell, Step
+from crossmae.experiments.commands import REPOSITORY
+from crossmae.experiments.rows import Row, read_rows
+from crossmae.experiments.study.fashion_mnist import fashion_cells
+from crossmae.files import make_folder, read_json, write_text
+from crossmae.reports.page import format_seconds
+
+PARTS = ("decoder", "fashion_mnist")
+KEPT_ROWS = REPOSITORY / "docs" / "results" / "study.jsonl"
+
+
+def study_cells(folder: Path, parts: Sequence[str] = PARTS) -> list[Cell]:
+    """List the cells of some parts, in their order.
+
+    Args:
+        folder: folder of the study, relative to the root of the repository where possible.
+    """
+    cells = [decoder_cell(folder)] if "decoder" in parts else []
+    return cells + (fashion_cells(folder) if "fashion_mnist" in parts else [])
+
+
+def decoder_cell(folder: Path) -> Cell:
+    """Count and time the decoders of four models."""
+    output = folder / "decoder" / "decoder.json"
+    step = Step(("-m", "crossmae.experiments.study.decoder_cost", "--output", str(output)), output)
+    facts = {"part": "decoder", "kind": "decoder"}
+    return Cell("decoder-cost", facts, (step,), lambda: decoder_numbers(REPOSITORY / output), estimate=420)
+
+
+def decoder_numbers(path: Path) -> dict[str, float]:
+    """Read the ratios of MAE's decoder to CrossMAE's, named like `base_d12_25_ratio`."""
+    numbers = {}
+    for size in read_json(path):
+        for row in size["rows"]:
+            name = f"{size['size']}_d{row['depth']}_{row['predicted']:.0%}".removesuffix("%")
+            for key in ("ratio", "formula", "linear_only", "seconds_ratio", "seconds", "mae_seconds"):
+                numbers[f"{name}_{key}"] = float(row[key])
+    return numbers
+
+
+def link_sources(folder: Path, sources: Mapping[str, Path]) -> None:
+    """Link the data sets into the folder of the study.
+
+    So no command names a place outside this folder.
+
+    Raises UserError if a data set does not exist.
+    """
+    make_folder(folder / "sources", "--output")
+    for name, source in sources.items():
+        if not source.is_dir():
+            raise UserError(f"--{name}: {source} is no folder. Name the folder of the data set.")
+        link = folder / "sources" / name
+        if not link.exists() or link.resolve() != source.resolve():
+            link.unlink(missing_ok=True)
+            os.symlink(source.resolve(), link)
+
+
+def from_root(path: Path) -> Path:
+    """Write a path relative to the root of the repository where possible."""
+    absolute = path.expanduser().absolute()
+    return absolute.relative_to(REPOSITORY) if absolute.is_relative_to(REPOSITORY) else absolute
+
+
+def show_plan(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
+    """List the cells with their state, expected and spent CPU minutes."""
+    spent = {row.cell: float(row.cost["cpu_seconds"] or 0.0) for row in rows}
+    lines = [f"{'cell':46} expected   spent   (CPU minutes)"]
+    for cell in cells:
+        minutes = f"{spent[cell.name] / 60:7.1f}" if cell.name in spent else "missing"
+        lines.append(f"{cell.name:46} {cell.estimate / 60:8.1f} {minutes}")
+    missing = [cell.estimate for cell in cells if cell.name not in spent]
+    total = format_seconds(sum(cell.estimate for cell in cells))
+    lines.append(
+        f"{len(cells)} cells, {total} of CPU time in all; {len(missing)} missing, {format_seconds(sum(missing))}"
+    )
+    return "\n".join(lines)
+
+
+def publish(results: Path, kept: Path = KEPT_ROWS) -> list[Row]:
+    """Merge the rows of a run into the rows that the repository keeps.
+
+    The newest row of a cell wins.
+    """
+    by_cell = {row.cell: row for row in read_rows(kept)}
+    for row in read_rows(results):
+        if row.cell not in by_cell or row.finished >= by_cell[row.cell].finished:
+            by_cell[row.cell] = row
+    rows = sorted(by_cell.values(), key=lambda row: (row.finished, row.cell))
+    if rows:
+        make_folder(kept.parent, "docs/results")
+        write_text(kept, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
+    return rows

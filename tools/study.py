@@ -1,0 +1,58 @@
+"""Run the study of docs/results.md: CrossMAE, MAE and random weights, on Fashion-MNIST and on a detection set.
+
+    python tools/study.py --plan                              # cells and their expected minutes
+    python tools/study.py --minutes 60                        # unfinished cells that end within an hour
+    python tools/study.py --only fashion_mnist --jobs 2       # one part, two cells at a time
+    python tools/study.py --page                              # the page and docs/results.md, from the rows
+
+Every cell takes at most 20 minutes on one core and is a row of docs/results/study.jsonl at its end. The same command
+continues after anything. Set OMP_NUM_THREADS=1 if other programs run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from crossmae.errors import run_cli, set_up_log
+from crossmae.experiments.cells import run_cells
+from crossmae.experiments.commands import REPOSITORY
+from crossmae.experiments.rows import read_rows
+from crossmae.experiments.study.grid import PARTS, from_root, link_sources, publish, show_plan, study_cells
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("outputs/study"), help="folder (default: %(default)s)")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="parts (default: all)")
+    parser.add_argument("--plan", action="store_true", help="show the cells and their cost, run nothing")
+    parser.add_argument("--minutes", type=float, help="start no cell that would end later")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at the same time (default: %(default)s)")
+    parser.add_argument(
+        "--fashion-mnist", type=Path, default=FASHION_MNIST, metavar="DIR", help="Fashion-MNIST (default: %(default)s)"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run or show what is missing, then publish the rows."""
+    args = build_parser().parse_args(argv)
+    set_up_log()
+    folder = from_root(args.output)
+    cells, results = study_cells(folder, args.only), REPOSITORY / folder / "results.jsonl"
+    if args.plan:
+        print(show_plan(cells, read_rows(results)))
+        return
+    link_sources(REPOSITORY / folder, {"fashion-mnist": args.fashion_mnist} if "fashion_mnist" in args.only else {})
+    try:
+        run_cells(cells, results, jobs=args.jobs, minutes=args.minutes)
+    finally:
+        publish(results)
+
+
+if __name__ == "__main__":
+    run_cli(main)
