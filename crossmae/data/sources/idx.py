@@ -80,6 +80,10 @@ class IdxImages(Source):
 
 
 def read_array(path: Path, key: str, axes: int) -> NDArray[np.uint8]:
+    """Read an array of bytes, packed or not.
+
+    Raises UserError if the file does not exist, is damaged, or has another number of axes.
+    """
     # File format: two zero bytes, type, number of axes, sizes (big-endian), values.
     data = read_file(path, f"{key}: {path}")
     try:

@@ -52,9 +52,8 @@ def subset_cell(folder: Path) -> Cell:
     words = ("--source", str(folder / SOURCE), "--output", str(output), "--per-class", str(FASHION_PER_CLASS))
     step = Step(("-m", "crossmae.experiments.study.idx_subset", *words), output / "train-images-idx3-ubyte.gz")
     facts = {"part": "fashion_mnist", "kind": "subset"}
-    return Cell(
-        "fashion-subset", facts, (step,), lambda: {"images": float(FASHION_CLASSES * FASHION_PER_CLASS)}, estimate=10
-    )
+    count = float(FASHION_CLASSES * FASHION_PER_CLASS)
+    return Cell("fashion-subset", facts, (step,), lambda: {"images": count}, estimate=10)
 
 
 def pretrain_words(folder: Path, arm: Arm, seed: int, output: Path, epochs: int, lr: float) -> tuple[str, ...]:
@@ -139,7 +138,7 @@ def probe_cell(folder: Path, arm: Arm, seed: int) -> Cell:
 
 
 def probe_step(folder: Path, weights: Path, output: Path, methods: str = "knn,linear") -> Step:
-    """Compose the command that probes an encoder with the labels of the subset."""
+    """Compose the command that probes with the labels of the subset."""
     words = (
         "tools/probe.py",
         "--config-file",
@@ -156,7 +155,10 @@ def probe_step(folder: Path, weights: Path, output: Path, methods: str = "knn,li
 
 
 def rate_cells(folder: Path, arm: Arm, lr: float) -> list[Cell]:
-    """Pretrain for a third of the length, and measure kNN among the training pictures."""
+    """Pretrain for a third of the length, and measure kNN.
+
+    kNN leaves one out among the training pictures, so no test picture decides about a learning rate.
+    """
     place = folder / "fashion_mnist" / "rates" / f"{arm.name}-{lr:g}"
     words = pretrain_words(folder, arm, 0, place / "pretrain", FASHION_RATE_EPOCHS, lr)
     steps = (
@@ -182,7 +184,7 @@ def fashion_facts(kind: str, arm: Arm, seed: int) -> dict[str, str | int | float
 
 
 def held_out_numbers(run: Path) -> dict[str, float]:
-    """Read the held-out losses of a pretraining run, by epoch and at the end."""
+    """Read the held-out losses of a run by epoch, and the last."""
     losses = {
         row["epoch"]: row["val_loss"] for row in read_json_lines(REPOSITORY / run / "log.jsonl") if "val_loss" in row
     }

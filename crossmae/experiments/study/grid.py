@@ -88,7 +88,7 @@ def show_plan(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
 
 
 def publish(results: Path, kept: Path = KEPT_ROWS) -> list[Row]:
-    """Merge the rows of a run into the rows that the repository keeps.
+    """Merge the rows of a run into the kept rows.
 
     The newest row of a cell wins.
     """
