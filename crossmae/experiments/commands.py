@@ -20,7 +20,7 @@ import psutil
 
 # Do not import torch here: this module also serves commands that have nothing to compute.
 
-ROOT = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLE_SECONDS = 0.25
 POWERCAP = Path("/sys/class/powercap")
 # Linux ends the child if its parent ends, even by SIGKILL. `exec` keeps that wish and the number of the process.
@@ -47,7 +47,10 @@ class Cost:
     peak_memory_bytes: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        """Add up two costs. Energy of which a part is unknown is unknown."""
+        """Add up two costs.
+
+        Energy of which a part is unknown is unknown.
+        """
         return Cost(
             self.cpu_seconds + other.cpu_seconds,
             self.wall_seconds + other.wall_seconds,
@@ -60,9 +63,7 @@ class Cost:
 
     def numbers(self) -> dict[str, float | None]:
         """Round the numbers to what is worth a line in a file."""
-        return {
-            key: None if value is None else round(value, 3) for key, value in dataclasses.asdict(self).items()
-        }
+        return {key: None if value is None else round(value, 3) for key, value in dataclasses.asdict(self).items()}
 
 
 FREE = Cost(energy_joules=0.0)
@@ -89,7 +90,10 @@ class EnergyMeter:
         self.joules: float | None = 0.0 if self.before else None
 
     def sample(self) -> None:
-        """Add the energy since the last sample. Call this often, because the counters wrap around."""
+        """Add the energy since the last sample.
+
+        Call this often, because the counters wrap around.
+        """
         now = self._read()
         for name, joules in now.items():
             if self.joules is not None and name in self.before:
@@ -154,13 +158,16 @@ class RunningCommand:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            cwd=ROOT,
+            cwd=REPOSITORY,
             env=os.environ | dict(environment or {}),
             start_new_session=True,
         )
 
     def poll(self) -> int | None:
-        """Return the exit code, negative for a signal; None while the command runs. Samples memory and energy."""
+        """Return the exit code, None while the command runs.
+
+        The code is negative if a signal ended the command. Each call may sample memory and energy.
+        """
         if self.process.returncode is None:
             if time.monotonic() - self.sampled >= SAMPLE_SECONDS:
                 self._sample()
@@ -201,10 +208,11 @@ class RunningCommand:
 
 
 def run_command(command: Sequence[str]) -> tuple[int, int]:
-    """Run a command in the terminal. Return its exit code and its peak memory (bytes).
+    """Run a command in the terminal.
 
-    The exit code is negative if a signal ended the command. Memory is the sum over the command and its descendants of
-    resident memory, sampled four times a second. Shared pages count once for each process.
+    Returns its exit code and its peak memory (bytes). The exit code is negative if a signal ended the command. Memory
+    is the sum over the command and its descendants of resident memory, sampled four times a second. Shared pages count
+    once for each process.
     """
     process, peak = subprocess.Popen(command), 0
     while True:
@@ -219,7 +227,7 @@ def run_command(command: Sequence[str]) -> tuple[int, int]:
 
 
 def resident_bytes(pid: int) -> int:
-    """Measure the resident memory of a process and its descendants; 0 if the process has ended."""
+    """Measure the resident memory of a process and its descendants."""
     return sum(map(_resident, _family(pid)))
 
 
@@ -252,7 +260,7 @@ def count_cores() -> int:
 
 
 def find_gpus() -> dict[int, str]:
-    """List the NVIDIA GPUs that commands of this process may use, by index, with their names."""
+    """List the visible NVIDIA GPUs: name by index."""
     tool, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
     if not tool:
         return {}
