@@ -290,7 +290,10 @@ def make_demo_data(settings: DemoDataSettings, output: Path, force: bool = False
 
 
 def write_data(settings: DemoDataSettings, sources: dict[str, SourceImages], root: Path) -> dict[str, Any]:
-    """Write images and annotations under the empty folder `root`. Return no further entries for the manifest."""
+    """Write images and annotations under the empty folder `root`.
+
+    Returns the further entries of the manifest: none.
+    """
     seed, size = settings.seed, settings.size
     for split, count, images_per_scene in (("train", settings.train, 40), ("val", settings.val, 5)):
         write_detection(seed, size, split, count, sources[split], root)

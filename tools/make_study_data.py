@@ -4,8 +4,8 @@
     python tools/make_study_data.py --packages FOLDER OTHER      # packages that `dpkg -x` extracted there
     python tools/make_study_data.py --train 500 --val 100 --pretrain 0 --size 192 --output outputs/few
 
-The sources are files of five Debian packages, and nothing is downloaded: 300 cut-outs in 11 classes from
-tuxpaint-stamps-default, and more than 100 photographs from gcompris-qt-data, tuxpaint-data, mate-backgrounds and
+The sources are files of five Debian packages, and nothing is downloaded: 309 cut-outs in 11 classes from
+tuxpaint-stamps-default, and 110 photographs from gcompris-qt-data, tuxpaint-data, mate-backgrounds and
 lomiri-wallpapers-20.04. With root: `apt-get install` them. Without root: `apt-get download` them, then `dpkg -x` each
 .deb to one folder. The output folder contains
 
@@ -196,9 +196,10 @@ def place_thing(
 
 
 def render_cutout(rng: np.random.Generator, image: Image.Image, size: int) -> tuple[Array, Array]:
-    """Scale, flip, turn and light a cut-out at random, for an image of `size` pixels.
+    """Scale, flip, turn and light a cut-out at random.
 
-    Returns the colour (h, w, 3) in [0, 255] and the opacity (h, w) in [0, 1].
+    `size` is the side of the image in pixels. Returns the colour (h, w, 3) in [0, 255] and the opacity (h, w) in [0,
+    1].
     """
     side = min(rng.uniform(*LONGEST_SIDE) * size, MAX_ENLARGEMENT * max(image.size))
     scale = side / max(image.size)
@@ -237,7 +238,10 @@ def make_study_data(
 
 
 def write_data(settings: StudyDataSettings, sources: dict[str, Sources], root: Path) -> dict[str, Any]:
-    """Write images and annotations under the empty folder `root`. Return the sources for the manifest."""
+    """Write images and annotations under the empty folder `root`.
+
+    Returns the further entries of the manifest: the sources of each split.
+    """
     write_detection(settings.seed, settings.size, "train", settings.train, sources["train"], root)
     write_detection(settings.seed, settings.size, "val", settings.val, sources["val"], root)
     (root / "pretrain").mkdir()

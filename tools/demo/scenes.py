@@ -29,9 +29,9 @@ progress = partial(tqdm, unit="img", dynamic_ncols=True)
 
 
 def package_file(package: str, relative: str) -> Path:
-    """Return the path of a file in a Python package, without an import.
+    """Return the path of a file in a Python package.
 
-    Raises UserError if the package or the file is missing.
+    The package is not imported. Raises UserError if the package or the file is missing.
     """
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).parent / relative if spec and spec.origin else None
@@ -72,7 +72,10 @@ def is_hidden(own: Array, visible: Array, cover: Array) -> bool:
 
 
 def coco_annotation(annotation_id: int, image_id: int, category_id: int, visible: Array) -> dict[str, Any]:
-    """Describe the mask (size, size) bool of an object as a COCO annotation with compressed RLE."""
+    """Describe a mask as a COCO annotation with compressed RLE.
+
+    `visible` is (size, size) bool and not empty.
+    """
     from pycocotools import mask as coco_mask
 
     left, top, right, bottom = ink_box(visible)
@@ -89,9 +92,10 @@ def coco_annotation(annotation_id: int, image_id: int, category_id: int, visible
 
 
 def save_jpeg(pixels: Array, path: Path) -> None:
-    """Save pixels (H, W, 3) as a JPEG with full resolution of colour.
+    """Save a JPEG with full resolution of colour.
 
-    JPEG usually halves the resolution of colour. Then colours would cross the edges of the exact masks.
+    `pixels` is (H, W, 3) uint8. JPEG usually halves the resolution of colour. Then colours would cross the edges of the
+    exact masks.
     """
     Image.fromarray(pixels).save(path, quality=95, subsampling=0)
 

@@ -117,7 +117,10 @@ def missing(package: str, place: str) -> UserError:
 
 
 def load_cutouts(roots: Sequence[Path], side: int) -> dict[str, list[Cutout]]:
-    """Load the cut-outs of each class, sorted by name, of at most `side` pixels per side."""
+    """Load the cut-outs of each class, sorted by name.
+
+    Cut-outs have at most `side` pixels per side. Raises UserError if the package is missing.
+    """
     folder = next((root / STAMPS for root in (*roots, Path("/")) if (root / STAMPS).is_dir()), None)
     if folder is None:
         raise missing(STAMPS_PACKAGE, STAMPS)
@@ -134,7 +137,7 @@ def load_cutouts(roots: Sequence[Path], side: int) -> dict[str, list[Cutout]]:
 
 
 def class_of(name: str) -> str | None:
-    """Return the class of a stamp, or None if the stamp is left out.
+    """Return the class of a stamp, or None without a class.
 
     `name` is the path below the stamps, without suffix.
     """
@@ -147,7 +150,10 @@ def class_of(name: str) -> str | None:
 
 
 def load_cutout(path: Path, side: int) -> Image.Image:
-    """Load a cut-out as RGBA, cropped to its opaque pixels, of at most `side` pixels per side."""
+    """Load a cut-out as RGBA, cropped to its opaque pixels.
+
+    The result has at most `side` pixels per side. Raises UserError if no pixel is opaque.
+    """
     image = Image.open(path).convert("RGBA")
     box = Image.fromarray(np.asarray(image)[..., 3] >= 128).getbbox()
     if box is None:
@@ -158,7 +164,10 @@ def load_cutout(path: Path, side: int) -> Image.Image:
 
 
 def load_photographs(roots: Sequence[Path], side: int) -> dict[str, Image.Image]:
-    """Load the RGB photographs by package and name, of at most `side` pixels per side."""
+    """Load the RGB photographs by package and name.
+
+    Photographs have at most `side` pixels per side. Raises UserError if a package is missing.
+    """
     return {
         f"{source.package}/{name}": load_photograph(file, side)
         for source in PHOTOGRAPHS
@@ -167,9 +176,10 @@ def load_photographs(roots: Sequence[Path], side: int) -> dict[str, Image.Image]
 
 
 def find_files(source: PhotographSource, roots: Sequence[Path]) -> dict[str, Path | bytes]:
-    """Find the files of a source below the first of `roots` that has all of them, or installed.
+    """Find the files of a source, by name.
 
-    Packages share folders, so a folder may be there without these files.
+    The first of `roots` that has all files is taken, then the installed package. Packages share folders, so a folder
+    may be there without these files.
     """
     lacking = source.place
     for place in (root / source.place for root in (*roots, Path("/")) if (root / source.place).exists()):
@@ -192,9 +202,10 @@ def load_photograph(file: Path | bytes, side: int) -> Image.Image:
 
 
 def read_rcc(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of the uncompressed files in a Qt resource file.
+    """Yield name and content of files in a Qt resource file.
 
-    The header has the offsets of a tree, of names and of contents. A node of the tree is a folder or a file.
+    Compressed files are skipped: images are not compressed again. The header has the offsets of a tree, of names and of
+    contents. A node of the tree is a folder or a file.
     """
     data = path.read_bytes()
     try:
