@@ -43,7 +43,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a tool is run as
 from crossmae.errors import run_cli
 from tools.demo.scenes import (
     MAX_TRIES,
-    MIN_VISIBLE_AREA,
     Array,
     check_range,
     coco_annotation,
@@ -64,6 +63,7 @@ VAL_SHARE = 3  # one of so many sources is in val
 LONGEST_SIDE = (24 / 128, 80 / 128)  # smallest and largest side of a thing, as shares of the image
 MAX_ENLARGEMENT = 1.5  # of a cut-out, so that it is as sharp as the photograph
 MAX_ROTATION = 15.0  # degrees
+MIN_AREA = 0.006  # of the image; 98 pixels at 128, so that thin things are not tiny, too
 MIN_DIFFERENCE = 25.0  # mean difference (0 to 255) of a thing's pixels from those that it covers
 EMPTY_SHARE = 0.25  # of the images in pretrain
 COUNTS = (1, 4)  # smallest and largest number of things in an image
@@ -183,7 +183,7 @@ def place_thing(
         window = np.s_[top : top + alpha.shape[0], left : left + alpha.shape[1]]
         own = np.zeros(canvas.shape[:2], dtype=bool)
         own[window] = alpha >= 0.5
-        if np.count_nonzero(own) < MIN_VISIBLE_AREA or any(is_hidden(t.own, t.visible, own) for t in things):
+        if np.count_nonzero(own) < MIN_AREA * own.size or any(is_hidden(t.own, t.visible, own) for t in things):
             continue
         if np.abs(colour - canvas[window])[own[window]].mean() < MIN_DIFFERENCE:
             continue
