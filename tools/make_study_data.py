@@ -6,7 +6,7 @@
 
 The sources are files of five Debian packages, and nothing is downloaded: 309 cut-outs in 11 classes from
 tuxpaint-stamps-default, and 110 photographs from gcompris-qt-data, tuxpaint-data, mate-backgrounds and
-lomiri-wallpapers-20.04. With root: `apt-get install` them. Without root: `apt-get download` them, then `dpkg -x` each
+lomiri-wallpapers-16.04. With root: `apt-get install` them. Without root: `apt-get download` them, then `dpkg -x` each
 .deb to one folder. The output folder contains
 
     train/ val/                     JPEG images with 1 to 4 things
@@ -20,9 +20,9 @@ The mask of a thing has the pixels with an opacity of at least one half that no 
 The same settings and packages give the same bytes. Image i of a split depends only on (seed, split, i, size), so a
 larger data set begins with the images of a smaller one. A second run reuses unchanged data.
 
-Licences: the stamps are public domain or GPL-2+, tuxpaint-data is GPL-2+, gcompris-qt-data is AGPL-3+ with
-photographs under CC BY, CC BY-SA and in the public domain, mate-backgrounds is GPL-2+ and CC BY-SA, and
-lomiri-wallpapers-20.04 is CC BY-SA. /usr/share/doc/PACKAGE/copyright has the terms and the authors.
+Licences, by Debian: GPL-2+ for tuxpaint-stamps-default, tuxpaint-data and mate-backgrounds; CC BY 1.0 to 3.0, CC BY-SA
+2.0 to 4.0, CC0, GPL-2+, GPL-3 or public domain for the photographs in gcompris-qt-data; CC BY 4.0 or CC BY-SA 3.0 and
+4.0 for lomiri-wallpapers-16.04. /usr/share/doc/PACKAGE/copyright names the authors of each file.
 """
 
 from __future__ import annotations
@@ -210,7 +210,8 @@ def render_cutout(rng: np.random.Generator, image: Image.Image, size: int) -> tu
     # Pillow weights colours by opacity, so transparent pixels leave no halo.
     image = image.rotate(rng.uniform(-MAX_ROTATION, MAX_ROTATION), Image.Resampling.BICUBIC, expand=True)
     pixels = np.asarray(image, dtype=np.float32)
-    colour, alpha = pixels[..., :3], pixels[..., 3] / 255
+    alpha: Array = pixels[..., 3] / 255
+    colour: Array = pixels[..., :3]
     mean = colour[alpha >= 0.5].mean() if (alpha >= 0.5).any() else 0.0
     colour = (mean + rng.uniform(0.85, 1.15) * (colour - mean)) * rng.uniform(0.85, 1.15)
     return np.clip(colour, 0, 255), alpha

@@ -144,8 +144,8 @@ def test_splits_share_no_source_and_divide_all_of_them_2_to_1(data: Path, packag
         content = read_annotations(data, split)
         assert set(listed[split]["photographs"]) == allowed
         assert {image["photograph"] for image in content["images"]} <= allowed
-        names = {cutout.name for group in sources[split].cutouts for cutout in group}
-        assert {entry["cutout"] for entry in content["annotations"]} <= names
+        cutouts = {cutout.name for group in sources[split].cutouts for cutout in group}
+        assert {entry["cutout"] for entry in content["annotations"]} <= cutouts
 
 
 def test_pretraining_images_are_other_images_of_the_sources_of_train(data: Path, packages: list[Path]) -> None:
@@ -162,9 +162,9 @@ def test_pretraining_images_are_other_images_of_the_sources_of_train(data: Path,
 
 
 def test_a_mask_is_where_the_cutout_is_at_least_half_opaque() -> None:
-    cutout = things.Cutout(
-        "white", Image.fromarray(np.dstack([np.full((60, 90, 3), 255), disc(0).getchannel("A")]).astype(np.uint8))
-    )
+    white = Image.new("RGBA", (90, 60), "white")
+    white.putalpha(disc(0).getchannel("A"))
+    cutout = things.Cutout("white", white)
     for seed in range(20):
         canvas, painted = np.zeros((96, 96, 3), dtype=np.float32), list[study_data.Thing]()
         assert study_data.place_thing(np.random.default_rng(seed), canvas, painted, [cutout], 0)

@@ -93,7 +93,7 @@ PHOTOGRAPHS = (
         "Aqua.jpg Blinds.jpg Dune.jpg GreenMeadow.jpg RainDrops.jpg Storm.jpg Wood.jpg",
     ),
     PhotographSource(
-        "lomiri-wallpapers-20.04",
+        "lomiri-wallpapers-16.04",
         "usr/share/backgrounds",
         "Bridge_by_* aitzgorri_by_* analogpattern_by_* life_by_* picosdeeuropa_by_* sunset_by_*",
     ),
