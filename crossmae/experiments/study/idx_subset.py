@@ -24,7 +24,7 @@ from crossmae.files import make_folder, write_atomically
 
 log = logging.getLogger(__name__)
 
-PACKED_FILES = (f"train-{IMAGES}.gz", f"train-{LABELS}.gz")
+IMAGE_FILE, LABEL_FILE = f"train-{IMAGES}.gz", f"train-{LABELS}.gz"
 
 
 def first_of_each_class(labels: NDArray[np.uint8], per_class: int) -> NDArray[np.int64]:
@@ -56,39 +56,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--per-class", type=int, required=True, help="images of each class")
     args = parser.parse_args(argv)
     set_up_log()
-    images = read_array(args.source / PACKED_FILES[0], "--source", axes=3)
-    labels = read_array(args.source / PACKED_FILES[1], "--source", axes=1)
-    chosen = []
-    for label in np.unique(labels):
-        found = np.flatnonzero(labels == label)
-        if len(found) < per_class:
-            raise UserError(f"--per-class: class {label} has {len(found)} of {per_class} images. Lower the number.")
-        chosen.append(found[:per_class])
-    return np.sort(np.concatenate(chosen))
-
-
-def write_idx(path: Path, values: NDArray[np.uint8]) -> None:
-    """Write a packed idx file, always with the same bytes."""
-    head = struct.pack(f">HBB{values.ndim}I", 0, UBYTE, values.ndim, *values.shape)
-    packed = gzip.compress(head + values.tobytes(), compresslevel=6, mtime=0)
-    write_atomically(path, lambda part: part.write_bytes(packed))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Write the subset, the images last."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="folder with the train-* files")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the subset")
-    parser.add_argument("--per-class", type=int, required=True, help="images of each class")
-    args = parser.parse_args(argv)
-    set_up_log()
-    images, labels = (
-        read_array(args.source / name, "--source", axes) for name, axes in zip(PACKED_FILES, (3, 1), strict=True)
-    )
+    images = read_array(args.source / IMAGE_FILE, "--source", axes=3)
+    labels = read_array(args.source / LABEL_FILE, "--source", axes=1)
     chosen = first_of_each_class(labels, args.per_class)
     make_folder(args.output, "--output")
-    for name, values in ((PACKED_FILES[1], labels), (PACKED_FILES[0], images)):
-        write_idx(args.output / name, values[chosen])
+    write_idx(args.output / LABEL_FILE, labels[chosen])
+    write_idx(args.output / IMAGE_FILE, images[chosen])
     log.info("%d of %d images in %s", len(chosen), len(images), args.output)
 
 
