@@ -12,6 +12,7 @@ continues after anything. Set OMP_NUM_THREADS=1 if other programs run.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,16 @@ from crossmae.errors import run_cli, set_up_log
 from crossmae.experiments.cells import run_cells
 from crossmae.experiments.commands import REPOSITORY
 from crossmae.experiments.rows import read_rows
-from crossmae.experiments.study.grid import PARTS, from_root, link_sources, publish, show_plan, study_cells
+from crossmae.experiments.study.grid import (
+    KEPT_ROWS,
+    PARTS,
+    first_cells,
+    from_root,
+    link_sources,
+    publish,
+    show_plan,
+    study_cells,
+)
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -35,6 +45,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fashion-mnist", type=Path, default=FASHION_MNIST, metavar="DIR", help="Fashion-MNIST (default: %(default)s)"
     )
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        default=KEPT_ROWS,
+        metavar="FILE",
+        help="rows that are kept (default: docs/results/study.jsonl)",
+    )
     return parser
 
 
@@ -43,15 +60,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     set_up_log()
     folder = from_root(args.output)
-    cells, results = study_cells(folder, args.only), REPOSITORY / folder / "results.jsonl"
+    results = REPOSITORY / folder / "results.jsonl"
     if args.plan:
-        print(show_plan(cells, read_rows(results)))
+        rows = read_rows(results)
+        print(show_plan(study_cells(folder, args.only, rows), rows))
         return
     link_sources(REPOSITORY / folder, {"fashion-mnist": args.fashion_mnist} if "fashion_mnist" in args.only else {})
+    started = time.monotonic()
     try:
-        run_cells(cells, results, jobs=args.jobs, minutes=args.minutes)
+        first = first_cells(folder, args.only)
+        rows = run_cells(first, results, jobs=args.jobs, minutes=args.minutes)
+        left = None if args.minutes is None else args.minutes - (time.monotonic() - started) / 60
+        if len(rows) == len(first):
+            run_cells(study_cells(folder, args.only, rows), results, jobs=args.jobs, minutes=left)
     finally:
-        publish(results)
+        publish(results, args.rows)
 
 
 if __name__ == "__main__":

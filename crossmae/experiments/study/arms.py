@@ -57,8 +57,7 @@ FASHION_MODEL: Mapping[str, Any] = {
 FASHION_PER_CLASS = 1280  # pictures of the subset that pretraining and probes see: 12,800 in all
 FASHION_BATCH = 128  # 100 steps in an epoch
 FASHION_EPOCHS = 9
-FASHION_LR = 1.0e-3
-FASHION_RATES = (5.0e-4, 1.0e-3, 2.0e-3)
+FASHION_RATES = (5.0e-4, 1.0e-3, 2.0e-3)  # learning rates to choose from, the middle one until there is a choice
 FASHION_RATE_EPOCHS = 3
 # Lengths at equal compute: 9 epochs of MAE cost as many operations as 11.9 and 12.9 epochs of these arms.
 FASHION_ARMS = (

@@ -9,11 +9,11 @@ from typing import Any
 
 from crossmae.experiments.cells import Cell, Step
 from crossmae.experiments.commands import REPOSITORY
+from crossmae.experiments.rows import Row
 from crossmae.experiments.study.arms import (
     FASHION_ARMS,
     FASHION_BATCH,
     FASHION_EPOCHS,
-    FASHION_LR,
     FASHION_MODEL,
     FASHION_PER_CLASS,
     FASHION_RATE_EPOCHS,
@@ -26,24 +26,52 @@ from crossmae.files import read_json, read_json_lines
 
 SOURCE = "sources/fashion-mnist"  # link to the data set, so that no command names a place outside the study
 FASHION_CLASSES = 10
-RATE_ARMS = ("cross25_d6", "mae_d4")
+RATE_ARMS = ("cross25_d6", "mae_d4")  # whose learning rates serve all arms of CrossMAE, and of MAE
 # Expected CPU seconds, from short runs on one busy core of an Intel Xeon.
 SECONDS_PER_EPOCH, SECONDS_PER_MAE_EPOCH, FINETUNE_SECONDS, PROBE_SECONDS = 45.0, 57.0, 180.0, 100.0
 
 
-def fashion_cells(folder: Path, *, arms: Sequence[Arm] = FASHION_ARMS, seeds: Sequence[int] = SEEDS) -> list[Cell]:
-    """List the cells: subset, learning rates, then every arm for each seed.
+def rate_cells(folder: Path) -> list[Cell]:
+    """List the cells that must be finished before learning rates are chosen.
 
     Args:
         folder: folder of the study. It has the link `sources/fashion-mnist`.
     """
     by_name = {arm.name: arm for arm in FASHION_ARMS}
-    cells = [subset_cell(folder)]
-    cells += [cell for lr in FASHION_RATES for name in RATE_ARMS for cell in rate_cells(folder, by_name[name], lr)]
+    rates = [rate_cell(folder, by_name[name], lr) for lr in FASHION_RATES for name in RATE_ARMS]
+    return [subset_cell(folder), *rates]
+
+
+def arm_cells(folder: Path, rates: Mapping[str, float], seeds: Sequence[int] = SEEDS) -> list[Cell]:
+    """List the cells of every arm, seed by seed.
+
+    Args:
+        rates: learning rates from `choose_rates`.
+    """
+    cells = []
     for seed in seeds:
-        for arm in arms:
-            cells += [pretrain_cell(folder, arm, seed), finetune_cell(folder, arm, seed), probe_cell(folder, arm, seed)]
+        for arm in FASHION_ARMS:
+            lr = rates[RATE_ARMS[arm.is_mae]]
+            cells += [pretrain_cell(folder, arm, seed, lr), finetune_cell(folder, arm, seed)]
+            cells.append(probe_cell(folder, arm, seed))
     return cells
+
+
+def choose_rates(rows: Sequence[Row]) -> dict[str, float]:
+    """Choose a learning rate for CrossMAE and one for MAE, by arm of RATE_ARMS.
+
+    The best rate has the best kNN accuracy among the training pictures. Until all rates are measured, it is the middle
+    one.
+    """
+    found: dict[str, dict[float, float]] = {name: {} for name in RATE_ARMS}
+    for row in rows:
+        if (row.facts.get("part"), row.facts.get("kind")) == ("fashion_mnist", "rate"):
+            found[str(row.facts["arm"])][float(row.facts["lr"] or 0)] = row.numbers["knn_train"]
+    middle = FASHION_RATES[len(FASHION_RATES) // 2]
+    return {
+        name: max(values, key=lambda lr: values[lr]) if values.keys() >= set(FASHION_RATES) else middle
+        for name, values in found.items()
+    }
 
 
 def subset_cell(folder: Path) -> Cell:
@@ -81,18 +109,18 @@ def resumed(words: tuple[str, ...], output: Path, last: str) -> Step:
     return Step(words, output / last, ("--resume",), output / "checkpoints")
 
 
-def pretrain_cell(folder: Path, arm: Arm, seed: int) -> Cell:
+def pretrain_cell(folder: Path, arm: Arm, seed: int, lr: float) -> Cell:
     """Pretrain an arm.
 
     Random weights come from a run that ends after one step, which has a learning rate of 0.
     """
     output = folder / "fashion_mnist" / f"{arm.name}-{seed}" / "pretrain"
-    words = pretrain_words(folder, arm, seed, output, arm.epochs or FASHION_EPOCHS, FASHION_LR)
+    words = pretrain_words(folder, arm, seed, output, arm.epochs or FASHION_EPOCHS, lr)
     words += () if arm.epochs else ("schedule.max_steps=1",)
     per_epoch = SECONDS_PER_MAE_EPOCH if arm.is_mae or arm.predicted == MASK_RATIO else SECONDS_PER_EPOCH
     return Cell(
         f"fashion-pretrain-{arm.name}-seed{seed}",
-        fashion_facts("pretrain", arm, seed) | {"epochs": arm.epochs},
+        fashion_facts("pretrain", arm, seed) | {"epochs": arm.epochs, "lr": lr if arm.epochs else None},
         (resumed(words, output, "model.safetensors"),),
         lambda: pretraining_numbers(output, arm, FASHION_MODEL, FASHION_CLASSES * FASHION_PER_CLASS),
         needs=("fashion-subset",),
@@ -154,7 +182,7 @@ def probe_step(folder: Path, weights: Path, output: Path, methods: str = "knn,li
     return Step(words, output / "report.html")
 
 
-def rate_cells(folder: Path, arm: Arm, lr: float) -> list[Cell]:
+def rate_cell(folder: Path, arm: Arm, lr: float) -> Cell:
     """Pretrain for a third of the length, and measure kNN.
 
     kNN leaves one out among the training pictures, so no test picture decides about a learning rate.
@@ -166,16 +194,14 @@ def rate_cells(folder: Path, arm: Arm, lr: float) -> list[Cell]:
         probe_step(folder, place / "pretrain", place / "probe", "knn"),
     )
     per_epoch = SECONDS_PER_MAE_EPOCH if arm.is_mae else SECONDS_PER_EPOCH
-    return [
-        Cell(
-            f"fashion-rate-{arm.name}-lr{lr:g}",
-            fashion_facts("rate", arm, 0) | {"lr": lr},
-            steps,
-            lambda: held_out_numbers(place / "pretrain") | probe_numbers(place / "probe"),
-            needs=("fashion-subset",),
-            estimate=10 + FASHION_RATE_EPOCHS * per_epoch + PROBE_SECONDS,
-        )
-    ]
+    return Cell(
+        f"fashion-rate-{arm.name}-lr{lr:g}",
+        fashion_facts("rate", arm, 0) | {"lr": lr},
+        steps,
+        lambda: held_out_numbers(place / "pretrain") | probe_numbers(place / "probe"),
+        needs=("fashion-subset",),
+        estimate=10 + FASHION_RATE_EPOCHS * per_epoch + PROBE_SECONDS,
+    )
 
 
 def fashion_facts(kind: str, arm: Arm, seed: int) -> dict[str, str | int | float | None]:

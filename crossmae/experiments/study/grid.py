@@ -12,7 +12,7 @@ from crossmae.errors import UserError
 from crossmae.experiments.cells import Cell, Step
 from crossmae.experiments.commands import REPOSITORY
 from crossmae.experiments.rows import Row, read_rows
-from crossmae.experiments.study.fashion_mnist import fashion_cells
+from crossmae.experiments.study.fashion_mnist import arm_cells, choose_rates, rate_cells
 from crossmae.files import make_folder, read_json, write_text
 from crossmae.reports.page import format_seconds
 
@@ -20,14 +20,24 @@ PARTS = ("decoder", "fashion_mnist")
 KEPT_ROWS = REPOSITORY / "docs" / "results" / "study.jsonl"
 
 
-def study_cells(folder: Path, parts: Sequence[str] = PARTS) -> list[Cell]:
-    """List the cells of some parts, in their order.
+def first_cells(folder: Path, parts: Sequence[str] = PARTS) -> list[Cell]:
+    """List the cells of some parts on which the commands of other cells depend, and the decoders.
 
     Args:
         folder: folder of the study, relative to the root of the repository where possible.
     """
     cells = [decoder_cell(folder)] if "decoder" in parts else []
-    return cells + (fashion_cells(folder) if "fashion_mnist" in parts else [])
+    return cells + (rate_cells(folder) if "fashion_mnist" in parts else [])
+
+
+def study_cells(folder: Path, parts: Sequence[str] = PARTS, rows: Sequence[Row] = ()) -> list[Cell]:
+    """List all cells of some parts.
+
+    Args:
+        rows: rows of `first_cells`, by which learning rates are chosen.
+    """
+    cells = first_cells(folder, parts)
+    return cells + (arm_cells(folder, choose_rates(rows)) if "fashion_mnist" in parts else [])
 
 
 def decoder_cell(folder: Path) -> Cell:
