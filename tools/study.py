@@ -30,7 +30,11 @@ from crossmae.experiments.study.grid import (
     show_plan,
     study_cells,
 )
+from crossmae.experiments.study.page import write_study_page
+from crossmae.experiments.study.results_text import update_document
+from crossmae.files import make_folder
 
+DOCUMENT = REPOSITORY / "docs" / "results.md"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -40,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path("outputs/study"), help="folder (default: %(default)s)")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="parts (default: all)")
     parser.add_argument("--plan", action="store_true", help="show the cells and their cost, run nothing")
+    parser.add_argument("--page", action="store_true", help="write report.html and docs/results.md from the rows")
     parser.add_argument("--minutes", type=float, help="start no cell that would end later")
     parser.add_argument("--jobs", type=int, default=1, help="cells at the same time (default: %(default)s)")
     parser.add_argument(
@@ -61,6 +66,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up_log()
     folder = from_root(args.output)
     results = REPOSITORY / folder / "results.jsonl"
+    if args.page:
+        rows = publish(results, args.rows)
+        make_folder(REPOSITORY / folder, "--output")
+        write_study_page(rows, REPOSITORY / folder / "report.html")
+        if args.rows == KEPT_ROWS:
+            update_document(DOCUMENT, rows)
+        print(f"Open this page in a browser: {folder / 'report.html'}")
+        return
     if args.plan:
         rows = read_rows(results)
         print(show_plan(study_cells(folder, args.only, rows), rows))
