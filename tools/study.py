@@ -3,6 +3,7 @@
     python tools/study.py --plan                              # cells and their expected minutes
     python tools/study.py --minutes 60                        # unfinished cells that end within an hour
     python tools/study.py --only fashion_mnist --jobs 2       # one part, two cells at a time
+    python tools/study.py --preset gpu15                      # 15 minutes of one large GPU
     python tools/study.py --page                              # the page and docs/results.md, from the rows
 
 Every cell takes at most 20 minutes on one core and is a row of docs/results/study.jsonl at its end. The same command
@@ -12,21 +13,21 @@ continues after anything. Set OMP_NUM_THREADS=1 if other programs run.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from crossmae.errors import run_cli, set_up_log
-from crossmae.experiments.cells import run_cells
 from crossmae.experiments.commands import REPOSITORY
 from crossmae.experiments.rows import read_rows
 from crossmae.experiments.study.grid import (
+    GPU15,
+    GPU_MINUTES,
     KEPT_ROWS,
     PARTS,
-    first_cells,
     from_root,
     link_sources,
     publish,
+    run_study,
     show_plan,
     study_cells,
 )
@@ -45,10 +46,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="parts (default: all)")
     parser.add_argument("--plan", action="store_true", help="show the cells and their cost, run nothing")
     parser.add_argument("--page", action="store_true", help="write report.html and docs/results.md from the rows")
-    parser.add_argument("--minutes", type=float, help="start no cell that would end later")
+    parser.add_argument("--preset", choices=[GPU15], help="ViT-S on composed pictures of 224 px instead of the grid")
+    parser.add_argument("--minutes", type=float, help="start no cell that would end later (gpu15: 15)")
     parser.add_argument("--jobs", type=int, default=1, help="cells at the same time (default: %(default)s)")
     parser.add_argument(
         "--fashion-mnist", type=Path, default=FASHION_MNIST, metavar="DIR", help="Fashion-MNIST (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--packages",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="folders with extracted packages for the detection set (default: the installed ones)",
     )
     parser.add_argument(
         "--rows",
@@ -74,18 +84,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             update_document(DOCUMENT, rows)
         print(f"Open this page in a browser: {folder / 'report.html'}")
         return
+    parts = [args.preset] if args.preset else args.only
     if args.plan:
         rows = read_rows(results)
-        print(show_plan(study_cells(folder, args.only, rows), rows))
+        print(show_plan(study_cells(folder, parts, rows), rows))
         return
-    link_sources(REPOSITORY / folder, {"fashion-mnist": args.fashion_mnist} if "fashion_mnist" in args.only else {})
-    started = time.monotonic()
+    sources = {"fashion-mnist": args.fashion_mnist} if "fashion_mnist" in parts else {}
+    sources |= {f"packages-{number}": path for number, path in enumerate(args.packages)}
+    link_sources(REPOSITORY / folder, sources)
+    minutes = GPU_MINUTES if args.preset and args.minutes is None else args.minutes
+    packages = [folder / "sources" / f"packages-{number}" for number in range(len(args.packages))]
     try:
-        first = first_cells(folder, args.only)
-        rows = run_cells(first, results, jobs=args.jobs, minutes=args.minutes)
-        left = None if args.minutes is None else args.minutes - (time.monotonic() - started) / 60
-        if len(rows) == len(first):
-            run_cells(study_cells(folder, args.only, rows), results, jobs=args.jobs, minutes=left)
+        run_study(folder, parts, packages, args.jobs, minutes)
     finally:
         publish(results, args.rows)
 

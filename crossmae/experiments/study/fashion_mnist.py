@@ -112,17 +112,17 @@ def resumed(words: tuple[str, ...], output: Path, last: str) -> Step:
 def pretrain_cell(folder: Path, arm: Arm, seed: int, lr: float) -> Cell:
     """Pretrain an arm.
 
-    Random weights come from a run that ends after one step, which has a learning rate of 0.
+    Random weights come from a run that ends before its first step.
     """
     output = folder / "fashion_mnist" / f"{arm.name}-{seed}" / "pretrain"
     words = pretrain_words(folder, arm, seed, output, arm.epochs or FASHION_EPOCHS, lr)
-    words += () if arm.epochs else ("schedule.max_steps=1",)
+    words += () if arm.epochs else ("schedule.max_steps=0",)
     per_epoch = SECONDS_PER_MAE_EPOCH if arm.is_mae or arm.predicted == MASK_RATIO else SECONDS_PER_EPOCH
     return Cell(
         f"fashion-pretrain-{arm.name}-seed{seed}",
         fashion_facts("pretrain", arm, seed) | {"epochs": arm.epochs, "lr": lr if arm.epochs else None},
         (resumed(words, output, "model.safetensors"),),
-        lambda: pretraining_numbers(output, arm, FASHION_MODEL, FASHION_CLASSES * FASHION_PER_CLASS),
+        lambda: pretraining_numbers(output, arm, FASHION_MODEL, FASHION_CLASSES * FASHION_PER_CLASS * arm.epochs),
         needs=("fashion-subset",),
         estimate=10 + per_epoch * (arm.epochs or 0.3),
     )
@@ -219,10 +219,14 @@ def held_out_numbers(run: Path) -> dict[str, float]:
 
 
 def pretraining_numbers(run: Path, arm: Arm, model: Mapping[str, Any], images: int) -> dict[str, float]:
-    """Read the losses of a pretraining run, and count its operations."""
+    """Read the losses of a pretraining run, and count its operations.
+
+    Args:
+        images: images that the run saw, repetitions counted.
+    """
     counted = operations_of(arm, tuple(model.items()))
     numbers = held_out_numbers(run) | {"megaflop_per_image": counted / 1e6}
-    return numbers | {"pretraining_tflop": counted * images * arm.epochs / 1e12}
+    return numbers | {"pretraining_tflop": counted * images / 1e12}
 
 
 def operations_of(arm: Arm, model: tuple[tuple[str, Any], ...]) -> float:

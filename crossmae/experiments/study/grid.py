@@ -4,40 +4,73 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from crossmae.errors import UserError
-from crossmae.experiments.cells import Cell, Step
-from crossmae.experiments.commands import REPOSITORY
+from crossmae.experiments.cells import Cell, Step, run_cells
+from crossmae.experiments.commands import REPOSITORY, find_gpus
 from crossmae.experiments.rows import Row, read_rows
+from crossmae.experiments.study.arms import DETECTION_CPU, DETECTION_GPU15
+from crossmae.experiments.study.detection import detection_cells
 from crossmae.experiments.study.fashion_mnist import arm_cells, choose_rates, rate_cells
 from crossmae.files import make_folder, read_json, write_text
 from crossmae.reports.page import format_seconds
 
-PARTS = ("decoder", "fashion_mnist")
+PARTS = ("decoder", "fashion_mnist", "detection")
+GPU15, GPU_MINUTES = DETECTION_GPU15.part, 15.0  # a preset, and the minutes that it may take
 KEPT_ROWS = REPOSITORY / "docs" / "results" / "study.jsonl"
 
 
-def first_cells(folder: Path, parts: Sequence[str] = PARTS) -> list[Cell]:
-    """List the cells of some parts on which the commands of other cells depend, and the decoders.
+def first_cells(folder: Path, parts: Sequence[str] = PARTS, packages: Sequence[Path] = ()) -> list[Cell]:
+    """List the cells of some parts that must be finished before the others are known.
 
     Args:
         folder: folder of the study, relative to the root of the repository where possible.
+        packages: folders with extracted packages, from which the detection set is composed.
     """
     cells = [decoder_cell(folder)] if "decoder" in parts else []
-    return cells + (rate_cells(folder) if "fashion_mnist" in parts else [])
+    cells += rate_cells(folder) if "fashion_mnist" in parts else []
+    return cells + (detection_cells(folder, DETECTION_GPU15, packages)[:1] if GPU15 in parts else [])
 
 
-def study_cells(folder: Path, parts: Sequence[str] = PARTS, rows: Sequence[Row] = ()) -> list[Cell]:
+def study_cells(
+    folder: Path, parts: Sequence[str] = PARTS, rows: Sequence[Row] = (), packages: Sequence[Path] = ()
+) -> list[Cell]:
     """List all cells of some parts.
 
     Args:
+        folder, packages: see `first_cells`.
         rows: rows of `first_cells`, by which learning rates are chosen.
     """
-    cells = first_cells(folder, parts)
-    return cells + (arm_cells(folder, choose_rates(rows)) if "fashion_mnist" in parts else [])
+    cells = first_cells(folder, parts, packages)
+    cells += arm_cells(folder, choose_rates(rows)) if "fashion_mnist" in parts else []
+    cells += detection_cells(folder, DETECTION_CPU, packages) if "detection" in parts else []
+    return cells + (detection_cells(folder, DETECTION_GPU15, packages)[1:] if GPU15 in parts else [])
+
+
+def run_study(
+    folder: Path, parts: Sequence[str], packages: Sequence[Path] = (), jobs: int = 1, minutes: float | None = None
+) -> None:
+    """Run the unfinished cells of some parts.
+
+    On GPUs, each cell has one. The pictures of the preset are composed first, on the CPU, and do not count as minutes.
+
+    Args:
+        folder, packages: see `first_cells`.
+        jobs: cells at the same time, without a GPU.
+        minutes: start no cell that would end later.
+    """
+    results, gpus, started = REPOSITORY / folder / "results.jsonl", list(find_gpus()), time.monotonic()
+    first = first_cells(folder, parts, packages)
+    rows = run_cells(first, results, jobs=jobs, gpus=gpus, minutes=None if GPU15 in parts else minutes)
+    if len(rows) < len(first):
+        return
+    spent = 0.0 if GPU15 in parts else (time.monotonic() - started) / 60
+    left = None if minutes is None else max(minutes - spent, 0.0)
+    run_cells(study_cells(folder, parts, rows, packages), results, jobs=jobs, gpus=gpus, minutes=left)
 
 
 def decoder_cell(folder: Path) -> Cell:

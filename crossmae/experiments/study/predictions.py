@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from crossmae.experiments.rows import Row
@@ -155,6 +155,11 @@ def values_of(rows: Sequence[Row], measure: Measure, arm: str, share: float | No
     point = "labelled" if share is None else "share"
     scores = scores_of(own, measure.key, [measure.kind], point)
     return next((values for (name, at), values in scores.items() if name == arm and share in (None, at)), {})
+
+
+def in_part(measure: Measure, part: str) -> Measure:
+    """Return the same measure of another part."""
+    return replace(measure, part=part)
 
 
 def shares_of(rows: Sequence[Row], measure: Measure) -> list[float]:

@@ -24,6 +24,7 @@ from crossmae.experiments.study.tables import (
 from crossmae.files import write_text
 from crossmae.reports.page import format_seconds
 
+NOT_YET = "Not measured yet."
 ALL_COMMANDS = "The rows in `docs/results/study.jsonl` have the command of every number."
 BEGIN, END = "<!-- made by tools/study.py --page: begin -->", "<!-- made by tools/study.py --page: end -->"
 
@@ -37,13 +38,14 @@ def results_text(rows: Sequence[Row]) -> str:
     sections = (
         ("Fashion-MNIST", (fashion_table(rows), fashion_differences(rows))),
         ("Detection", (detection_table(rows), detection_differences(rows))),
+        ("ViT-S on a GPU", (detection_table(rows, "gpu15"),)),
         ("Decoders", (decoder_table(rows),)),
         ("Learning rates", (rate_table(rows),)),
     )
     for title, tables in sections:
         parts.append(f"### {title}")
         full = [markdown(table) for table in tables if table.rows]
-        parts += full or ["Not measured yet."]
+        parts += full or [NOT_YET]
     intervals = sum(finding.difference.has_interval for one in judgements for finding in (*one.findings, *one.also))
     parts += ["### How sure this is", f"{describe_width(len(SEEDS))} {describe_comparisons(intervals)}"]
     parts += [

@@ -10,7 +10,7 @@ from crossmae.classification.evaluation.metrics import Mean
 from crossmae.experiments.rows import Row
 from crossmae.experiments.score_blocks import bounds
 from crossmae.experiments.statistics import one_decimal, percent_mean
-from crossmae.experiments.study.arms import FASHION_ARMS
+from crossmae.experiments.study.arms import DETECTION_ARMS, FASHION_ARMS
 from crossmae.experiments.study.predictions import (
     BOX_AP,
     FASHION_MEASURES,
@@ -20,6 +20,7 @@ from crossmae.experiments.study.predictions import (
     Measure,
     describe,
     find,
+    in_part,
     judge_all,
     shares_of,
     unwelcome_first,
@@ -34,12 +35,6 @@ FASHION_PAIRS = (  # comparisons in addition to the predictions
     ("cross25_d4", "cross25_d6"),
     ("cross25_d2", "cross25_d6"),
 )
-DETECTION_ARMS = {
-    "random": "random weights, as pretraining starts",
-    "cross25": "CrossMAE, 25 % predicted",
-    "cross75": "CrossMAE, 75 % predicted",
-    "mae": "MAE",
-}
 DETECTION_PAIRS = (("cross25", "random"), ("mae", "random"), ("cross25", "mae"), ("cross75", "cross25"))
 SIZE_WORDS = {"fashion_mnist": "the study's model", "small": "ViT-S", "base": "ViT-B", "large": "ViT-L"}
 
@@ -137,14 +132,13 @@ def difference_caption() -> str:
     return "Paired differences with Student's 95 % interval. Only the rows of the predictions were predicted."
 
 
-def detection_table(rows: Sequence[Row]) -> TextTable:
+def detection_table(rows: Sequence[Row], part: str = "detection") -> TextTable:
     """List mask AP and box AP of every arm at every label share."""
-    table = []
-    for share in shares_of(rows, MASK_AP):
-        labelled = {row.facts.get("labelled") for row in rows if row.facts.get("share") == share}
-        images = f"{share:g} % ({', '.join(str(one) for one in labelled)})"
-        for arm, words in DETECTION_ARMS.items():
-            scores = [with_interval(values_of(rows, measure, arm, share)) for measure in (MASK_AP, BOX_AP)]
+    table, measures = [], [in_part(measure, part) for measure in (MASK_AP, BOX_AP)]
+    for share in shares_of(rows, measures[0]):
+        images = f"{share:g} % of the labels"
+        for arm, words in ((arm.name, arm.text) for arm in DETECTION_ARMS):
+            scores = [with_interval(values_of(rows, measure, arm, share)) for measure in measures]
             table.append([f"`{arm}`: {words}", images, *scores])
     columns = ["start of the encoder", "labelled images", MASK_AP.name, BOX_AP.name]
     return TextTable(columns, table, "Mean over seeds, in brackets Student's 95 % interval.")
@@ -165,11 +159,7 @@ def rate_table(rows: Sequence[Row]) -> TextTable:
     """List the learning rates that were tried, with the accuracy that chose one."""
     found, shown = [row for row in rows if row.facts.get("kind") == "rate"], ("knn_train", "val_loss")
     table = [
-        [
-            f"`{row.facts['arm']}`",
-            f"{row.facts['lr']:g}",
-            *(f"{row.numbers[key]:.3f}" for key in ("knn_train", "val_loss")),
-        ]
+        [f"`{row.facts['arm']}`", f"{row.facts['lr']:g}", *(f"{row.numbers[key]:.3f}" for key in shown)]
         for row in sorted(found, key=lambda row: (str(row.facts["arm"]), float(row.facts["lr"] or 0)))
     ]
     caption = (

@@ -30,7 +30,7 @@ def interval(low: float, high: float) -> Difference:
 
 
 def test_rows_that_hold_confirm() -> None:
-    assert verdicts(top1={"cross25_d6_nofusion": 74.5}) == dict.fromkeys(
+    assert verdicts(top1={"cross25_d6_nofusion": 75.2}) == dict.fromkeys(
         ["i", "ii", "iii", "iv-a", "iv-b", "v"], "confirmed"
     )
 

@@ -1,0 +1,133 @@
+"""Cells of the study on things in photographs: pretraining, and a detector at two label shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from crossmae.experiments.cells import Cell, Step
+from crossmae.experiments.commands import REPOSITORY
+from crossmae.experiments.study.arms import Arm, DetectionSettings
+from crossmae.experiments.study.fashion_mnist import pretraining_numbers, resumed
+from crossmae.experiments.study.label_subset import COUNTS
+from crossmae.experiments.worth.grid import read_detection
+from crossmae.files import read_json
+
+DATA_SECONDS, SUBSET_SECONDS = 400.0, 5.0
+
+
+def detection_cells(study: Path, settings: DetectionSettings, packages: Sequence[Path] = ()) -> list[Cell]:
+    """List the cells: data first, then label subsets and every arm for each seed.
+
+    Args:
+        study: folder of the study. The part has a folder of its name in it.
+        packages: folders with extracted packages, for `tools/make_study_data.py`.
+    """
+    folder, cells = study / settings.part, [data_cell(study / settings.part, settings, packages)]
+    for seed in settings.seeds:
+        cells.append(subset_cell(folder, settings, seed))
+        for arm in settings.arms:
+            cells.append(pretrain_cell(folder, settings, arm, seed))
+            cells += [detect_cell(folder, settings, arm, share, seed) for share in settings.shares]
+    return cells
+
+
+def data_cell(folder: Path, settings: DetectionSettings, packages: Sequence[Path]) -> Cell:
+    """Compose the pictures."""
+    output = folder / "things"
+    words = ["tools/make_study_data.py", *settings.data, "--output", str(output)]
+    words += ["--packages", *map(str, packages)] if packages else []
+    facts = {"part": settings.part, "kind": "detection_data"}
+    step = Step(tuple(words), output / "manifest.json")
+    return Cell(f"{settings.part}-data", facts, (step,), lambda: data_numbers(output), estimate=DATA_SECONDS)
+
+
+def data_numbers(output: Path) -> dict[str, float]:
+    """Read the numbers of images of a data set."""
+    settings = read_json(REPOSITORY / output / "manifest.json")["settings"]
+    return {key: float(settings[key]) for key in ("train", "val", "pretrain", "size")}
+
+
+def subset_cell(folder: Path, settings: DetectionSettings, seed: int) -> Cell:
+    """Draw the label subsets of a seed."""
+    output = folder / f"labels-{seed}"
+    words = ("--json", str(folder / "things" / "annotations" / "train.json"), "--shares")
+    words += (*(f"{share:g}" for share in settings.shares), "--seed", str(seed), "--output", str(output))
+    step = Step(("-m", "crossmae.experiments.study.label_subset", *words), output / COUNTS)
+    facts = {"part": settings.part, "kind": "label_subset", "seed": seed}
+    return Cell(
+        f"{settings.part}-labels-seed{seed}",
+        facts,
+        (step,),
+        lambda: {name: float(count) for name, count in read_json(REPOSITORY / output / COUNTS).items()},
+        (f"{settings.part}-data",),
+        SUBSET_SECONDS,
+    )
+
+
+def pretrain_cell(folder: Path, settings: DetectionSettings, arm: Arm, seed: int) -> Cell:
+    """Pretrain an arm on the pictures without labels."""
+    output = folder / f"{arm.name}-{seed}" / "pretrain"
+    third = max(1, settings.epochs // 3)
+    words = (
+        "tools/pretrain.py",
+        "--config-file",
+        settings.pretrain,
+        f"data.train={folder / 'things' / 'pretrain'}",
+        f"data.val={folder / 'things' / 'val'}",
+        "data.workers=0",
+        "probe.train=null",
+        "probe.val=null",
+        *arm.words,
+        f"schedule.epochs={settings.epochs}",
+        *settings.pretrain_words,
+        f"validation.every_epochs={third}",
+        f"checkpoint.every_epochs={third}",
+        "checkpoint.keep=1",
+        f"runtime.seed={seed}",
+        f"output_dir={output}",
+        *(() if arm.epochs else ("schedule.max_steps=0",)),
+    )
+    epochs = settings.epochs if arm.epochs else 0
+    counted = (arm, settings.model, epochs * settings.images)
+    return Cell(
+        f"{settings.part}-pretrain-{arm.name}-seed{seed}",
+        {"part": settings.part, "kind": "detection_pretrain", "arm": arm.name, "seed": seed, "epochs": epochs},
+        (resumed(words, output, "model.safetensors"),),
+        lambda: pretraining_numbers(output, *counted),
+        (f"{settings.part}-data",),
+        settings.pretrain_seconds if epochs else 20,
+    )
+
+
+def detect_cell(folder: Path, settings: DetectionSettings, arm: Arm, share: float, seed: int) -> Cell:
+    """Train the detector on a share of the labels, and evaluate it once, at the end."""
+    place, things = folder / f"{arm.name}-{seed}", folder / "things"
+    output = place / f"detect-share{share:g}"
+    labels = folder / f"labels-{seed}" / f"train-share{share:g}-seed{seed}.json"
+    words = (
+        "tools/train_net.py",
+        "--config-file",
+        settings.detect,
+        *("--train-json", str(labels), "--train-images", str(things / "train")),
+        *("--val-json", str(things / "annotations" / "val.json"), "--val-images", str(things / "val")),
+        f"MODEL.WEIGHTS={place / 'pretrain' / 'model.safetensors'}",
+        *settings.detect_words,
+        f"SOLVER.MAX_ITER={settings.steps}",
+        f"SOLVER.WARMUP_ITERS={max(1, settings.steps // 20)}",
+        f"SOLVER.CHECKPOINT_PERIOD={max(1, settings.steps // 3)}",
+        "SOLVER.CHECKPOINTS_KEPT=1",
+        "TEST.EVAL_PERIOD=0",
+        f"SEED={seed}",
+        f"OUTPUT_DIR={output}",
+    )
+    step = Step(words, output / "results.json", ("--resume",), output, output)
+    facts = {"part": settings.part, "kind": "detect", "arm": arm.name, "share": share, "seed": seed}
+    return Cell(
+        f"{settings.part}-detect-{arm.name}-share{share:g}-seed{seed}",
+        facts,
+        (step,),
+        lambda: read_detection(REPOSITORY / output),
+        (f"{settings.part}-pretrain-{arm.name}-seed{seed}", f"{settings.part}-labels-seed{seed}"),
+        settings.detect_seconds,
+    )
