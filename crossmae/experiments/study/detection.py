@@ -13,7 +13,7 @@ from crossmae.experiments.study.label_subset import COUNTS
 from crossmae.experiments.worth.grid import read_detection
 from crossmae.files import read_json
 
-DATA_SECONDS, SUBSET_SECONDS = 400.0, 5.0
+DATA_SECONDS, SUBSET_SECONDS = 300.0, 15.0
 
 
 def detection_cells(study: Path, settings: DetectionSettings, packages: Sequence[Path] = ()) -> list[Cell]:
@@ -28,7 +28,8 @@ def detection_cells(study: Path, settings: DetectionSettings, packages: Sequence
         cells.append(subset_cell(folder, settings, seed))
         for arm in settings.arms:
             cells.append(pretrain_cell(folder, settings, arm, seed))
-            cells += [detect_cell(folder, settings, arm, share, seed) for share in settings.shares]
+            shares = settings.shares if arm.name in settings.arms_at_all_shares else settings.shares[:1]
+            cells += [detect_cell(folder, settings, arm, share, seed) for share in shares]
     return cells
 
 
