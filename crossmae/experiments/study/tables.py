@@ -163,7 +163,7 @@ def rate_table(rows: Sequence[Row]) -> TextTable:
         for row in sorted(found, key=lambda row: (str(row.facts["arm"]), float(row.facts["lr"] or 0)))
     ]
     caption = (
-        "kNN leaves one out among the 11,520 training pictures, after a third of the length, one seed. The best "
+        "kNN leaves one out among the 12,800 training pictures, after a third of the length, one seed. The best "
         "rate of each arm serves all arms with its kind of decoder."
     )
     return TextTable(["arm", "learning rate", "kNN among training pictures, %", "held-out loss"], table, caption)
