@@ -516,19 +516,22 @@ class GridRun:
             log.warning("no time is left: %s. The same command continues.", self.describe_progress())
 
 
-def expected_seconds(cell: Cell, finished: Sequence[tuple[Cell, Row]]) -> float:
-    """Estimate the wall seconds of a cell from others of its kind.
+def expected_seconds(cell: Cell, finished: Sequence[tuple[Cell, Row]], cost: str = "wall_seconds") -> float:
+    """Estimate the seconds of a cell from others of its kind.
 
     Without such rows, the cell's own estimate counts. 0: unknown.
+
+    Args:
+        cost: "wall_seconds" or "cpu_seconds".
     """
     same = [(other, row.cost) for other, row in finished if other.facts.get("kind") == cell.facts.get("kind")]
-    walls = [float(cost["wall_seconds"] or 0.0) for _, cost in same]
-    estimates = [other.estimate for other, _ in same]
     if not same:
         return cell.estimate
+    seconds = [float(found[cost] or 0.0) for _, found in same]
+    estimates = [other.estimate for other, _ in same]
     if not cell.estimate or not all(estimates):
-        return sum(walls) / len(walls)
-    return cell.estimate * sum(walls) / sum(estimates)
+        return sum(seconds) / len(seconds)
+    return cell.estimate * sum(seconds) / sum(estimates)
 
 
 def format_left(seconds: float) -> str:

@@ -291,7 +291,7 @@ def count_images(images: Path) -> int:
 
 
 def check_weights(path: Path, sizes: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check that weights can be read and have the size of the model.
+    """Check that weights fit the model.
 
     Args:
         sizes: arguments of the encoder that is pretrained.
