@@ -124,17 +124,18 @@ def difference_curve(
     curves = {}
     for words, own in differences.items():
         means = {point: own[point].mean for point in sorted(places)}
-        known = {places[point]: mean for point, mean in means.items() if mean}
+        known = {point: mean for point, mean in means.items() if mean}
         values = [(places[point], value) for point in means for value in own[point].values.values()]
         if known:
-            intervals = [_interval(mean) for mean in known.values()]
-            curves[words] = MeanCurve(list(known), [mean.mean for mean in known.values()], intervals, values)
+            x = [places[point] for point in known]
+            intervals = [_interval(mean) if own[point].has_interval else None for point, mean in known.items()]
+            curves[words] = MeanCurve(x, [mean.mean for mean in known.values()], intervals, values)
     return mean_plot(
         curves,
         title=f"Differences of {metric.name}",
         x_label="labelled images (logarithmic)",
         y_label=f"difference in {metric.unit}",
-        caption="Above 0, the first of the two is better. A difference is shown where the vertical line does not cross "
+        caption="Above 0, the first of the two is better. A difference is shown where a vertical line does not cross "
         "0. Small dots are pairs of runs with the same seed.",
         zero=True,
     )
@@ -191,7 +192,7 @@ def cost_table(
             for key in measured.values():
                 own = fine_tuning[arm, point].get(key)
                 cells.append("-" if own is None else _amount(key, own))
-                unknown = own is None or (arm in given and key not in before)
+                unknown = own is None or ((arm in given or before) and key not in before)
                 total = "-" if unknown or own is None else _amount(key, own + before.get(key, 0.0))
                 cells.append(f"{total} + given" if arm in given and total != "-" else total)
             table.append(cells)
