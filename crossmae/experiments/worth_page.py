@@ -19,10 +19,10 @@ from crossmae.experiments.score_blocks import (
 )
 from crossmae.experiments.statistics import (
     METRICS_OF_ROWS,
+    Claim,
     Difference,
     Differences,
     Metric,
-    Outcome,
     Scores,
     describe_comparisons,
     describe_differences,
@@ -36,7 +36,7 @@ from crossmae.reports import page
 from crossmae.reports.page import Commands, Fact, PageBlock, Report, Section, Table, Words
 from crossmae.training.versions import versions
 
-KINDS = ("detect", "classify")  # cells that end with a score
+SCORED_KINDS = ("detect", "classify")  # cells that end with a score
 ARM_WORDS = {
     "own": "CrossMAE on your images",
     "continued": "your weights, continued",
@@ -58,8 +58,8 @@ PAIRS = (  # arm and control, the most important first
     ("continued", "random_detector_init"),
 )
 NOTHING_YET = "There is no answer yet: no two arms have finished runs."
-# Start of a sentence about places, by outcome.
-SUMMARIES: Mapping[Outcome, str] = {
+# Start of a sentence about places, by claim.
+SUMMARIES: Mapping[Claim, str] = {
     "gain": "{arm} is better than {control} {places}",
     "loss": "{arm} is worse than {control} {places}",
     "nothing shown": "No difference is shown {places}",
@@ -67,7 +67,7 @@ SUMMARIES: Mapping[Outcome, str] = {
     "one seed": "One seed was run {places}, which shows nothing",
     "no pair": "No pair of runs is there {places}",
 }
-LIMITS = (
+UNANSWERED = (
     (
         "Other validation images",
         "The intervals cover what the seeds change: the order of the images, the random numbers, and the choice of the "
@@ -119,10 +119,10 @@ def write_page(
     Returns:
         The answer in words, one paragraph, for the terminal.
     """
-    scored = [row for row in rows if row.facts.get("kind") in KINDS]
+    scored = [row for row in rows if row.facts.get("kind") in SCORED_KINDS]
     found = {str(row.facts["arm"]) for row in scored}
     named = {arm: arms.get(arm, arm) for arm in [*arms, *sorted(found - arms.keys())] if arm in found}
-    tables = {metric: scores_of(scored, metric.key, KINDS) for metric in METRICS_OF_ROWS}
+    tables = {metric: scores_of(scored, metric.key, SCORED_KINDS) for metric in METRICS_OF_ROWS}
     tables = {metric: scores for metric, scores in tables.items() if scores}
     places, seeds = places_of(scored), seeds_of(scored)
     pairs = [pair for pair in PAIRS if set(pair) <= named.keys()]
@@ -156,7 +156,7 @@ def seeds_of(rows: Sequence[Row]) -> list[int]:
 
 
 def plain(words: str) -> str:
-    """Write the words of an arm without a comma, for use in a sentence."""
+    """Write the words of an arm without a comma."""
     start, _, rest = words.partition(", ")
     return f"{start} ({rest})" if rest else start
 
@@ -175,17 +175,17 @@ def answer_of(
     pair: tuple[str, str],
     arms: Mapping[str, str],
 ) -> str:
-    """Sum up a comparison: the numbers of labelled images by outcome."""
+    """Sum up a comparison: the numbers of labelled images by claim."""
     arm, control = (plain(arms[one]) for one in pair)
-    by_outcome: dict[Outcome, list[str]] = {}
+    by_claim: dict[Claim, list[str]] = {}
     for share, labelled in places.items():
-        by_outcome.setdefault(differences[share].outcome, []).append(f"{labelled:,}")
+        by_claim.setdefault(differences[share].claim, []).append(f"{labelled:,}")
     sentences = []
-    if not by_outcome.keys() & {"gain", "loss"}:
+    if not by_claim.keys() & {"gain", "loss"}:
         sentences.append(f"These runs do not show a difference between {arm} and {control}.")
-    for outcome, text in SUMMARIES.items():
-        numbers = by_outcome.get(outcome)
-        if numbers and by_outcome.keys() != {"nothing shown"}:
+    for claim, text in SUMMARIES.items():
+        numbers = by_claim.get(claim)
+        if numbers and by_claim.keys() != {"nothing shown"}:
             listed = " and ".join(filter(None, [", ".join(numbers[:-1]), numbers[-1]]))
             where = f"at {listed} labelled images"
             sentences.append(_capital(text.format(arm=arm, control=control, places=where)) + ".")
@@ -207,9 +207,9 @@ def difference_fact(difference: Difference, metric: Metric, labelled: int) -> Fa
     label, mean = f"{_capital(metric.name)} at {labelled:,} labelled images", difference.mean
     if mean is None or not difference.has_interval:
         reasons = {"one seed": "one seed", "no spread": "the seeds have no effect"}
-        return Fact(label, "not shown", reasons.get(difference.outcome, "no pair of runs"))
+        return Fact(label, "not shown", reasons.get(difference.claim, "no pair of runs"))
     note = f"{bounds(mean)} with 95{page.PERCENT} confidence, {mean.runs} seeds"
-    if difference.outcome == "nothing shown":
+    if difference.claim == "nothing shown":
         return Fact(label, "not shown", note)
     sign = "+" if mean.mean > 0 else "\N{MINUS SIGN}"
     return Fact(label, f"{sign}{one_decimal(abs(mean.mean))} {metric.unit}", note)
@@ -218,7 +218,7 @@ def difference_fact(difference: Difference, metric: Metric, labelled: int) -> Fa
 def verdict_section(
     compared: Mapping[Metric, Differences], places: Mapping[float, int], arms: Mapping[str, str], seeds: int
 ) -> Section:
-    """State what the differences of the first metric show, and how sure this is."""
+    """State what the differences of the first metric show."""
     metric, differences = next(iter(compared.items()))
     verdicts = []
     for (arm, control), own in differences.items():
@@ -275,7 +275,7 @@ def score_sections(
 def cost_section(
     rows: Sequence[Row], tables: Mapping[Metric, Scores], arms: Mapping[str, str], places: Mapping[float, int]
 ) -> Section:
-    """Show the costs of the first metric's runs, with and without the pretraining."""
+    """Show the costs of all arms, with and without the pretraining."""
     text = (
         "CPU time is the time of all processor cores together. Weights can be used again, for other labels and other "
         "detectors. Then the pretraining counts once."
@@ -286,7 +286,7 @@ def cost_section(
             "together."
         )
     metric, scores = next(iter(tables.items()))
-    table = cost_table(rows, scores, arms, _headings(places), KINDS, metric, ("weights", "continued"))
+    table = cost_table(rows, scores, arms, _headings(places), SCORED_KINDS, metric, ("weights", "continued"))
     return Section("Cost", text, [table])
 
 
@@ -314,7 +314,7 @@ def missing_section(
 
 def limit_section(arms: Mapping[str, str], seeds: int) -> Section:
     """State the questions that the page does not answer."""
-    limits = [limit for limit in LIMITS if seeds <= 3 or limit[0] != "Few seeds"]
+    limits = [limit for limit in UNANSWERED if seeds <= 3 or limit[0] != "Few seeds"]
     return Section("What this page cannot tell", "", [Words(limits if LONGER in arms else [*limits, NO_EQUAL_COMPUTE])])
 
 
@@ -338,7 +338,7 @@ def setting_section(settings: Mapping[str, Any]) -> Section:
 
 
 def environment_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Describe the machines of the rows, and the versions that wrote the page."""
+    """Describe the machines of the rows, and the page's versions."""
     machines = list(dict.fromkeys(tuple(sorted((key, str(value)) for key, value in row.machine.items() if value))
                                   for row in rows if row.machine))  # fmt: skip
     found = []
