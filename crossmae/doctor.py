@@ -177,7 +177,9 @@ def _compiled_row() -> ReportLine:
     if try_import("detectron2._C"):
         return ReportLine("compiled operators", "present")
     value = "absent: no rotated boxes, no deformable convolution; nothing here uses them"
-    return ReportLine("compiled operators", value, f"{shlex.quote(sys.executable)} tools/install_detectron2.py --from git")
+    return ReportLine(
+        "compiled operators", value, f"{shlex.quote(sys.executable)} tools/install_detectron2.py --from git"
+    )
 
 
 def _cpu_row() -> ReportLine:
@@ -202,7 +204,9 @@ def _gpu_rows() -> list[ReportLine]:
     if rows or shutil.which("nvidia-smi") is None:
         return rows or [ReportLine("GPU", "none: everything runs on the CPU")]
     built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
-    return [ReportLine("GPU", f"a driver is there, but torch, built for {built_for}, cannot use it. Update one of the two.")]
+    return [
+        ReportLine("GPU", f"a driver is there, but torch, built for {built_for}, cannot use it. Update one of the two.")
+    ]
 
 
 def _disk_row() -> ReportLine:

@@ -127,6 +127,16 @@ def run_cells(
     return [grid.rows[cell.name] for cell in cells if cell.name in grid.rows]
 
 
+def finished_rows(cells: Sequence[Cell], results: Path) -> dict[str, Row]:
+    """Read the rows of the finished cells, by name.
+
+    A row of a cell that has changed since does not count.
+    """
+    rows, fingerprints = {row.cell: row for row in read_rows(results)}, step_fingerprints(cells, results)
+    fit = {cell.name: rows[cell.name] for cell in cells if cell.name in rows}
+    return {name: row for name, row in fit.items() if row.fingerprint == fingerprints[name][-1]}
+
+
 def check_cells(cells: Sequence[Cell]) -> None:
     """Check names and needs.
 
@@ -340,9 +350,7 @@ class GridRun:
 
     def update_rows(self) -> None:
         """Read the rows that fit the cells, also those of other calls."""
-        rows = {row.cell: row for row in read_rows(self.results)}
-        fit = {cell.name: rows[cell.name] for cell in self.cells if cell.name in rows}
-        self.rows = {name: row for name, row in fit.items() if row.fingerprint == self.fingerprints[name][-1]}
+        self.rows = finished_rows(self.cells, self.results)
 
     def run(self, stop: Callable[[], bool]) -> None:
         """Start cells until none is left, or `stop` returns true."""
@@ -508,19 +516,22 @@ class GridRun:
             log.warning("no time is left: %s. The same command continues.", self.describe_progress())
 
 
-def expected_seconds(cell: Cell, finished: Sequence[tuple[Cell, Row]]) -> float:
-    """Estimate the wall seconds of a cell from others of its kind.
+def expected_seconds(cell: Cell, finished: Sequence[tuple[Cell, Row]], cost: str = "wall_seconds") -> float:
+    """Estimate the seconds of a cell from others of its kind.
 
     Without such rows, the cell's own estimate counts. 0: unknown.
+
+    Args:
+        cost: "wall_seconds" or "cpu_seconds".
     """
     same = [(other, row.cost) for other, row in finished if other.facts.get("kind") == cell.facts.get("kind")]
-    walls = [float(cost["wall_seconds"] or 0.0) for _, cost in same]
-    estimates = [other.estimate for other, _ in same]
     if not same:
         return cell.estimate
+    seconds = [float(found[cost] or 0.0) for _, found in same]
+    estimates = [other.estimate for other, _ in same]
     if not cell.estimate or not all(estimates):
-        return sum(walls) / len(walls)
-    return cell.estimate * sum(walls) / sum(estimates)
+        return sum(seconds) / len(seconds)
+    return cell.estimate * sum(seconds) / sum(estimates)
 
 
 def format_left(seconds: float) -> str:
