@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ from crossmae.experiments.statistics import (
 from crossmae.reports import page
 from crossmae.reports.page import Commands, Fact, PageBlock, Report, Section, Table, Words
 from crossmae.training.versions import versions
+
+Facts = Mapping[str, str | int | float | None]  # of a cell
 
 SCORED_KINDS = ("detect", "classify")  # cells that end with a score
 ARM_WORDS = {
@@ -104,10 +106,12 @@ def write_page(
     settings: Mapping[str, Any],
     arms: Mapping[str, str] = ARM_WORDS,
     failed: Mapping[str, str] | None = None,
+    planned: Sequence[Facts] = (),
 ) -> str:
     """Write the page of a grid of runs.
 
-    The grid has all arms, shares and seeds of the rows. Runs of the grid without a row are listed as missing.
+    Runs of the grid without a row are listed as missing. The grid has all arms, shares and seeds of the rows and of the
+    planned runs.
 
     Args:
         rows: results with the facts kind, arm, share, labelled and seed.
@@ -115,16 +119,17 @@ def write_page(
         settings: what the runs have in common, shown by name.
         arms: words by arm, in the order of the page.
         failed: reasons by cell that failed.
+        planned: facts of all cells of the grid, as in the rows.
 
     Returns:
         The answer in words, one paragraph, for the terminal.
     """
     scored = [row for row in rows if row.facts.get("kind") in SCORED_KINDS]
-    found = {str(row.facts["arm"]) for row in scored}
-    named = {arm: arms.get(arm, arm) for arm in [*arms, *sorted(found - arms.keys())] if arm in found}
+    grid = [facts for facts in (*planned, *(row.facts for row in scored)) if facts.get("kind") in SCORED_KINDS]
+    named = words_of(arms, {str(row.facts["arm"]) for row in scored})
     tables = {metric: scores_of(scored, metric.key, SCORED_KINDS) for metric in METRICS_OF_ROWS}
     tables = {metric: scores for metric, scores in tables.items() if scores}
-    places, seeds = places_of(scored), seeds_of(scored)
+    places, seeds = places_of(grid), sorted({int(facts["seed"] or 0) for facts in grid})
     pairs = [pair for pair in PAIRS if set(pair) <= named.keys()]
     compared = {metric: differences_of(scores, pairs, places) for metric, scores in tables.items() if metric.main}
 
@@ -137,22 +142,23 @@ def write_page(
     if tables:
         sections += score_sections(tables, compared, named, places, seeds)
         sections += [cost_section(rows, tables, named, places), limit_section(named, len(seeds))]
-    sections += [missing_section(tables, named, places, seeds, failed or {})]
+    wanted = words_of(arms, {str(facts["arm"]) for facts in grid})
+    sections += [missing_section(tables, wanted, places, seeds, failed or {})]
     sections += [run_section(rows, list(tables))] if rows else []
     sections += [setting_section(settings)] if settings else []
     Report(title, lead, facts, sections, environment_of(rows), answer=answer).write(target)
     return answer
 
 
-def places_of(rows: Sequence[Row]) -> dict[float, int]:
+def places_of(grid: Sequence[Facts]) -> dict[float, int]:
     """Return the number of labelled images by share, in rising order."""
-    found = {float(row.facts["share"] or 0): int(row.facts.get("labelled") or row.facts["share"] or 0) for row in rows}
+    found = {float(facts["share"] or 0): int(facts.get("labelled") or facts["share"] or 0) for facts in grid}
     return dict(sorted(found.items()))
 
 
-def seeds_of(rows: Sequence[Row]) -> list[int]:
-    """List the seeds of the rows, in rising order."""
-    return sorted({int(row.facts["seed"] or 0) for row in rows})
+def words_of(arms: Mapping[str, str], found: Set[str]) -> dict[str, str]:
+    """Keep the words of the found arms, and name unknown arms by themselves."""
+    return {arm: arms.get(arm, arm) for arm in [*arms, *sorted(found - arms.keys())] if arm in found}
 
 
 def plain(words: str) -> str:

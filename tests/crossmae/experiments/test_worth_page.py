@@ -150,6 +150,17 @@ def test_missing_and_failed_cells_are_listed(build: Any) -> None:
     assert "missing" in table_with(report, "mean mask AP")[5]
 
 
+def test_planned_runs_are_missed_before_their_arm_has_a_row(build: Any) -> None:
+    rows = sample_rows()
+    done = [row for row in rows if row.facts["arm"] != "own" and row.facts["share"] != 100]
+    report, _ = build(done, planned=[row.facts for row in rows])
+    missing = next(section for section in report.sections if section.title == "Missing runs")
+    assert missing.text == "21 of 45 runs of the grid have no result."
+    found = cells(missing.blocks[0])  # type: ignore[arg-type]
+    assert ["CrossMAE on your images", "40", "0"] in found
+    assert ["your weights", "400", "2"] in found
+
+
 def test_a_page_without_runs(build: Any) -> None:
     report, answer = build([], failed={"pretrain-own-seed0": "killed by SIGKILL"})
     assert answer == "There is no answer yet: no two arms have finished runs."
