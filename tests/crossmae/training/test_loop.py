@@ -159,3 +159,15 @@ def test_a_fresh_start_forgets_an_earlier_try(images: Path, tmp_path: Path) -> N
     pretrain(make_config(images, run, data={"broken": "substitute"}, schedule={"max_steps": 1}))
     assert "val_loss" not in (run / "log.jsonl").read_text()
     assert not (run / "broken.jsonl").exists()
+
+
+def test_no_steps_write_the_initial_weights(images: Path, tmp_path: Path) -> None:
+    """The file has the weights that a run with the same seed starts with, and the schedule is not the run's."""
+    config = make_config(images, tmp_path / "run", schedule={"max_steps": 0}, runtime={"seed": 5})
+    written = load_file(pretrain(config))
+    for name, tensor in build(config).state_dict().items():
+        assert torch.equal(written[name], tensor), name
+    assert pretrain(config, resume=True).exists()  # it is complete
+    longer = make_config(images, tmp_path / "run", schedule={"max_steps": 1}, runtime={"seed": 5})
+    moved = load_file(pretrain(longer, resume=True))
+    assert any(not torch.equal(written[name], moved[name]) for name in written)
