@@ -315,11 +315,13 @@ class RunningCell:
         self.command = None
         return True
 
-    def read_log(self) -> str:
-        """Read the output of the current attempt."""
+    def read_log(self) -> list[str]:
+        """Read the last attempt's output, without overwritten progress bars."""
         with open(self.log_path, "rb") as file:
             file.seek(self.log_start)
-            return file.read().decode(errors="replace").strip()
+            lines = file.read().decode(errors="replace").split("\n")
+        shown = [line.rstrip().rpartition("\r")[2].strip() for line in lines]
+        return [line for line in shown if line]
 
     def row(self, fingerprint: str, machine: Mapping[str, Any]) -> Row:
         """Read the numbers of the finished cell."""
@@ -457,7 +459,7 @@ class GridRun:
         """Note a failure, and show the end of the log."""
         name = running.cell.name
         self.failed[name] = reason
-        lines = running.read_log().splitlines()[-SHOWN_LINES:]
+        lines = running.read_log()[-SHOWN_LINES:]
         log.error("%s: failed: %s. The end of %s:", name, reason, running.log_path)
         for line in lines:
             log.error("    %s", line)

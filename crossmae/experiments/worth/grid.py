@@ -342,9 +342,9 @@ def classify_words(
 
 def read_classification(run: Path) -> dict[str, float]:
     """Read the accuracy of a classifier in percent, and remove its weights."""
-    rows = [row for row in read_json_lines(run / "log.jsonl") if "accuracy" in row]
-    remove_weights(run, "checkpoints/*/*", "best.safetensors")
-    return {"top1": 100 * rows[-1]["accuracy"]}
+    last = [row["top1"] for row in read_json_lines(run / "log.jsonl") if "top1" in row][-1]
+    remove_weights(run, "checkpoints/*/*", "model_best.safetensors")
+    return {"top1": 100 * last}
 
 
 def timing_cells(question: Question, budget: Budget) -> list[Cell]:

@@ -131,7 +131,8 @@ class Plan:
     """The runs, with expected CPU seconds.
 
     Attributes:
-        load: wall seconds for each CPU second of the timing runs: below 1 with several cores, above 1 on a busy machine.
+        load: wall seconds for each CPU second of the timing runs. It is below 1 with several cores, and above 1 on a
+            busy machine.
     """
 
     cells: list[Cell]

@@ -93,9 +93,7 @@ def test_budgets_follow_the_images(question: Question):
         budget = choose_budget(replace(question, preset=preset, count=count), None)
         assert (budget.pretrain_epochs, budget.pretrain_steps) == (epochs, steps)
         assert budget.warmup_epochs == pytest.approx(epochs / 9, abs=1e-3)
-    given = replace(
-        question, preset=preset, count=640, pretrain_settings=("schedule.epochs=4", "schedule.max_steps=30")
-    )
+    given = replace(question, preset=preset, count=640, pretrain_settings=("schedule.epochs=4", "schedule.max_steps=9"))
     assert choose_budget(given, None).pretrain_steps == 9
     with pytest.raises(UserError, match="IMAGES: 3 images do not fill a step of 64"):
         choose_budget(replace(question, preset=preset, count=3), None)
