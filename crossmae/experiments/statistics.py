@@ -153,7 +153,7 @@ def describe_difference(difference: Difference, subject: str, unit: str) -> str:
         return "one seed shows nothing"
     if claim == "no spread":
         amount = "are equal" if abs(mean.mean) < 1e-9 else f"differ by the same {one_decimal(mean.mean)} {unit}"
-        return f"all {mean.runs} pairs of runs {amount}, and without a spread over seeds nothing is shown"
+        return f"all pairs of runs ({mean.runs}) {amount}, and without a spread over seeds nothing is shown"
     low, high, seeds = mean.low, mean.high, f"{mean.runs} seeds"
     if claim == "gain":
         return f"{subject} adds {one_decimal(mean.mean)} {unit} ({one_decimal(low)} to {one_decimal(high)}, {seeds})"

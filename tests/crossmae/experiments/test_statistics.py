@@ -88,11 +88,11 @@ def test_a_claim_follows_from_the_interval(own: dict[int, float], control: dict[
         ),
         ((50.0,), (10.0,), "one seed shows nothing"),
         ((), (10.0,), "no seed has runs of both, so nothing is shown"),
-        ((5.0, 5.0), (5.0, 5.0), "all 2 pairs of runs are equal, and without a spread over seeds nothing is shown"),
+        ((5.0, 5.0), (5.0, 5.0), "all pairs of runs (2) are equal, and without a spread over seeds nothing is shown"),
         (
             (8.0, 8.0, 8.0),
             (5.0, 5.0, 5.0),
-            "all 3 pairs of runs differ by the same 3.0 AP, and without a spread over seeds nothing is shown",
+            "all pairs of runs (3) differ by the same 3.0 AP, and without a spread over seeds nothing is shown",
         ),
     ],
 )
