@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pretrain_settings=arguments.pretrain_set,
         fine_tune_settings=arguments.detect_set,
     )
-    for remark in question.labels.remarks:
+    for _, remark in question.labels.remarks:
         print(remark)
     plan = worth.make_plan(question, arguments.steps, gpus)
     settings = {"Size": arguments.size or ("small" if gpus else "demo")}
@@ -94,9 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         limits = {"jobs": jobs, "gpus": gpus, "minutes": arguments.minutes}
         verdict = worth.answer(question, plan, settings=settings, **limits)
-    print(f"\n{verdict or 'No run is finished yet.'}")
-    if verdict:
-        print(f"Open this page in a browser: {arguments.output / worth.PAGE}")
+    print(f"\n{verdict}\nOpen this page in a browser: {arguments.output / worth.PAGE}")
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:

@@ -108,6 +108,7 @@ def write_page(
     arms: Mapping[str, str] = ARM_WORDS,
     failed: Mapping[str, str] | None = None,
     planned: Sequence[CellFacts] = (),
+    limits: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Write the page of a grid of runs.
 
@@ -121,6 +122,7 @@ def write_page(
         arms: words by arm, in the order of the page.
         failed: reasons by cell that failed.
         planned: facts of all cells of the grid, as in the rows.
+        limits: headings and texts that limit what these runs show, in addition to the limits of all grids.
 
     Returns:
         The answer in words, one paragraph, for the terminal.
@@ -143,7 +145,7 @@ def write_page(
         sections += [verdict_section(compared, places, named, len(seeds), best)]
     if tables:
         sections += score_sections(tables, compared, named, places, seeds)
-        sections += [cost_section(rows, tables, named, places), limit_section(named, len(seeds))]
+        sections += [cost_section(rows, tables, named, places), limit_section(named, len(seeds), limits)]
     wanted = words_of(arms, {str(facts["arm"]) for facts in grid})
     sections += [missing_section(tables, wanted, places, seeds, failed or {})]
     sections += [run_section(rows, list(tables))] if rows else []
@@ -334,9 +336,9 @@ def missing_section(
     return Section("Missing runs", text, blocks)
 
 
-def limit_section(arms: Mapping[str, str], seeds: int) -> Section:
+def limit_section(arms: Mapping[str, str], seeds: int, own: Sequence[tuple[str, str]] = ()) -> Section:
     """State the questions that the page does not answer."""
-    limits = [limit for limit in UNANSWERED if seeds <= 3 or limit[0] != "Few seeds"]
+    limits = [*own, *(limit for limit in UNANSWERED if seeds <= 3 or limit[0] != "Few seeds")]
     return Section("What this page cannot tell", "", [Words(limits if LONGER in arms else [*limits, NO_EQUAL_COMPUTE])])
 
 

@@ -141,7 +141,7 @@ class Plan:
 
 
 def make_plan(question: Question, steps: int | None, gpus: Sequence[int]) -> Plan:
-    """Measure the seconds of a step of each kind, and list the runs."""
+    """Measure the seconds of a step, and list the runs."""
     budget = choose_budget(question, steps)
     log.info("A short run of each kind comes first. It also checks data and settings")
     results = question.output / "timing" / RESULTS
@@ -230,23 +230,26 @@ def answer(
 def write_answer(question: Question, plan: Plan, settings: Mapping[str, Any]) -> str:
     """Write the page from the finished runs.
 
-    Returns the verdict in words, "" without a finished run of fine-tuning.
+    Returns the verdict in words.
     """
     from crossmae.experiments.worth_page import write_page  # imports matplotlib
 
     rows, budget = finished_rows(plan.cells, question.output / RESULTS), plan.budget
-    if not any(row.facts["kind"] == question.labels.task for row in rows.values()):
-        return ""
     shown = {
         **settings,
         "Images for pretraining": f"{question.count:,} in {question.images}",
         "Pretraining": f"{question.preset.pretrain}, {budget.pretrain_steps:,} steps",
-        "Fine-tuning": f"{fine_tune_config(question)}, {budget.fine_tune_steps:,} steps in every arm and share",
+        "Fine-tuning": f"{fine_tune_config(question)}, {budget.fine_tune_steps:,} steps",
         "Validation": f"{question.labels.val_images:,} images, {question.labels.val.labels}",
-        **{f"Remark {number}": text for number, text in enumerate(question.labels.remarks, start=1)},
     }
-    title = "Is pretraining worth it?"
-    return write_page(list(rows.values()), question.output / PAGE, title=title, settings=shown)
+    return write_page(
+        list(rows.values()),
+        question.output / PAGE,
+        title="Is pretraining worth it?",
+        settings=shown,
+        planned=[cell.facts for cell in plan.cells],
+        limits=question.labels.remarks,
+    )
 
 
 def fine_tune_config(question: Question) -> str:

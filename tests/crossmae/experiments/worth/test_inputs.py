@@ -63,8 +63,8 @@ def test_held_out_images_are_in_no_subset(tmp_path: Path):
         assert small < large
         assert not large & held_out
     assert found.train[0, 25.0].images == tmp_path / "train"  # next to the json
-    assert "20 of the labelled images are held out" in found.remarks[0]
-    assert "Pretraining sees 20 of the 20 validation images" in found.remarks[1]
+    assert "20 of the labelled images are held out" in found.remarks[0][1]
+    assert "Pretraining sees 20 of the 20 validation images" in found.remarks[1][1]
 
 
 def test_validation_labels_of_the_user(tmp_path: Path):
@@ -85,7 +85,7 @@ def test_other_labels_have_other_files(tmp_path: Path):
 def test_labels_without_masks_are_remarked(tmp_path: Path):
     found = prepare(tmp_path, write_labels(tmp_path, masks=False))
     assert not found.has_masks
-    assert any("boxes only" in remark for remark in found.remarks)
+    assert any("boxes only" in text for _, text in found.remarks)
 
 
 def test_folders_of_classes_are_split(tmp_path: Path):
