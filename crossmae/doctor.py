@@ -50,7 +50,7 @@ MODULES = {
 
 
 @dataclass(frozen=True)
-class Row:
+class ReportLine:
     """A line of the report. `needed` marks a failure, which makes the exit code 1."""
 
     name: str
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")  # other libraries warn about deprecations at import
         core, det = read_requirements()
         sections = {
-            "versions": [Row("python", f"{platform.python_version()}  ({sys.executable})"), _crossmae_row()],
+            "versions": [ReportLine("python", f"{platform.python_version()}  ({sys.executable})"), _crossmae_row()],
             "pretraining": [*map(library_row, core)],
             "detection": [*map(library_row, ("detectron2", *det)), _compiled_row()],
             "devices": [_cpu_row(), *_gpu_rows(), _disk_row()],
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any(row.needed for rows in sections.values() for row in rows))
 
 
-def print_report(sections: dict[str, list[Row]]) -> None:
+def print_report(sections: dict[str, list[ReportLine]]) -> None:
     """Print the table, then one line for each command that fixes problems."""
     rows = [row for section in sections.values() for row in section]
     width = max(len(row.name) for row in rows)
@@ -118,13 +118,13 @@ def tested_pair() -> list[str]:
     return [pin for pin in pins if pin.startswith(("torch==", "torchvision=="))]
 
 
-def _crossmae_row() -> Row:
+def _crossmae_row() -> ReportLine:
     if installed_version("crossmae"):
-        return Row("crossmae", crossmae.__version__)
-    return Row("crossmae", f"{crossmae.__version__}, not installed: found in the current folder", "make venv")
+        return ReportLine("crossmae", crossmae.__version__)
+    return ReportLine("crossmae", f"{crossmae.__version__}, not installed: found in the current folder", "make venv")
 
 
-def library_row(requirement: str) -> Row:
+def library_row(requirement: str) -> ReportLine:
     """Report the version of a required library, or its problem and fix."""
     name = library_name(requirement)
     try:
@@ -135,9 +135,9 @@ def library_row(requirement: str) -> Row:
     version = version or installed_version(name) or str(getattr(module, "__version__", "version unknown"))
     problem = version_problem(version, requirement)
     if not problem:
-        return Row(name, version)
+        return ReportLine(name, version)
     fix = pip_command(*(tested_pair() if name in ("torch", "torchvision") else [requirement]))
-    return Row(name, f"{version} is {problem} than supported ({requirement})", fix, needed=True)
+    return ReportLine(name, f"{version} is {problem} than supported ({requirement})", fix, needed=True)
 
 
 def library_name(requirement: str) -> str:
@@ -159,64 +159,68 @@ def release(version: str) -> list[int]:
     return [int(number) for number in re.split(r"[^\d.]", version)[0].split(".") if number]
 
 
-def broken_row(requirement: str, error: Exception) -> Row:
+def broken_row(requirement: str, error: Exception) -> ReportLine:
     """Report why a needed library cannot be imported, and the fix."""
     name = library_name(requirement)
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "torchvision::" in str(error):
         reason = f"torch and torchvision are not builds of one kind ({reason})"
-        return Row(name, reason, pip_command("--force-reinstall", *tested_pair()), needed=True)
+        return ReportLine(name, reason, pip_command("--force-reinstall", *tested_pair()), needed=True)
     if name == "detectron2":
-        return Row(name, reason, f"{shlex.quote(sys.executable)} tools/install_detectron2.py", needed=True)
+        return ReportLine(name, reason, f"{shlex.quote(sys.executable)} tools/install_detectron2.py", needed=True)
     # If the library itself is installed but lacks a dependency, the same command installs the dependency.
     again = () if isinstance(error, ModuleNotFoundError) else ("--force-reinstall", "--no-deps")
-    return Row(name, reason, pip_command(*again, requirement), needed=True)
+    return ReportLine(name, reason, pip_command(*again, requirement), needed=True)
 
 
-def _compiled_row() -> Row:
+def _compiled_row() -> ReportLine:
     if try_import("detectron2._C"):
-        return Row("compiled operators", "present")
+        return ReportLine("compiled operators", "present")
     value = "absent: no rotated boxes, no deformable convolution; nothing here uses them"
-    return Row("compiled operators", value, f"{shlex.quote(sys.executable)} tools/install_detectron2.py --from git")
+    return ReportLine(
+        "compiled operators", value, f"{shlex.quote(sys.executable)} tools/install_detectron2.py --from git"
+    )
 
 
-def _cpu_row() -> Row:
+def _cpu_row() -> ReportLine:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         memory = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB:.0f} GiB memory"
     except (AttributeError, ValueError, OSError):  # not available on every system
         memory = "memory unknown"
-    return Row("CPU", f"{cores} cores, {memory}, {platform.machine()}")
+    return ReportLine("CPU", f"{cores} cores, {memory}, {platform.machine()}")
 
 
-def _gpu_rows() -> list[Row]:
+def _gpu_rows() -> list[ReportLine]:
     torch = try_import("torch")
     if torch is None:
-        return [Row("GPU", "unknown without torch")]
+        return [ReportLine("GPU", "unknown without torch")]
     rows = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         gpu = torch.cuda.get_device_properties(index)
         bf16 = "native bfloat16" if gpu.major >= 8 else "no native bfloat16"
         memory = f"{gpu.total_memory / GIB:.0f} GiB"
-        rows.append(Row(f"GPU {index}", f"{gpu.name}, {memory}, capability {gpu.major}.{gpu.minor}, {bf16}"))
+        rows.append(ReportLine(f"GPU {index}", f"{gpu.name}, {memory}, capability {gpu.major}.{gpu.minor}, {bf16}"))
     if rows or shutil.which("nvidia-smi") is None:
-        return rows or [Row("GPU", "none: everything runs on the CPU")]
+        return rows or [ReportLine("GPU", "none: everything runs on the CPU")]
     built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
-    return [Row("GPU", f"a driver is there, but torch, built for {built_for}, cannot use it. Update one of the two.")]
+    return [
+        ReportLine("GPU", f"a driver is there, but torch, built for {built_for}, cannot use it. Update one of the two.")
+    ]
 
 
-def _disk_row() -> Row:
+def _disk_row() -> ReportLine:
     free = shutil.disk_usage(Path.cwd()).free / GIB
     warning = ": little for checkpoints" if free < LITTLE_DISK_GIB else ""
-    return Row("disk", f"{free:.0f} GiB free in the current folder{warning}")
+    return ReportLine("disk", f"{free:.0f} GiB free in the current folder{warning}")
 
 
-def _attention_rows() -> list[Row]:
+def _attention_rows() -> list[ReportLine]:
     torch = try_import("torch")
     if torch is None:
-        return [Row("attention", "unknown without torch")]
+        return [ReportLine("attention", "unknown without torch")]
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return [Row(f"on {device}", ", ".join(attention_backends(device)) or "none") for device in devices]
+    return [ReportLine(f"on {device}", ", ".join(attention_backends(device)) or "none") for device in devices]
 
 
 def attention_backends(device: str) -> list[str]:

@@ -14,8 +14,8 @@ from pathlib import Path
 from torch import nn
 
 from crossmae.checkpoints.metadata import CLASSES
-from crossmae.class_names import NamePairs, describe_difference, list_names, pair_names
 from crossmae.errors import UserError
+from crossmae.models.class_names import NamePairs, describe_difference, list_names, pair_names
 from det.config import RECORD
 
 log = logging.getLogger(__name__)

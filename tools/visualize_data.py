@@ -27,9 +27,9 @@ from detectron2.structures import ImageList
 from numpy.typing import NDArray
 from PIL import Image
 
-from crossmae.class_names import pair_names, start_notes
 from crossmae.errors import UserError, printable, run_cli
 from crossmae.files import check_writable, make_folder, write_atomically
+from crossmae.models.class_names import pair_names, start_notes
 from det.backbone.weights import find_detector
 from det.classes import recorded_classes
 from det.config import load_det_config

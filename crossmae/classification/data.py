@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from crossmae.class_names import LISTED, pair_names
 from crossmae.classification.train.augment import keyed_everywhere
 from crossmae.data.batches import KeyedImages, KeyedSample, collate_as
 from crossmae.data.broken import NEVER_REPLACED, Broken, Unreadable
@@ -26,6 +25,7 @@ from crossmae.data.sources.labels import alike_labels, doubt_labels, unify_label
 from crossmae.data.workers import Loader, usable_workers
 from crossmae.errors import UserError, shorten
 from crossmae.files import decode_text, read_file
+from crossmae.models.class_names import LISTED, pair_names
 
 SEPARATORS = "|;,"
 

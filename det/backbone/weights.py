@@ -25,8 +25,8 @@ from crossmae.checkpoints.metadata import NORM_EPS_OF_PLAIN, PIXEL_MEAN, PIXEL_S
 from crossmae.checkpoints.reading.files import detector_file
 from crossmae.checkpoints.resample import fit
 from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_home, encoder_tensors, read_weights
-from crossmae.class_names import NamePairs, pair_names, rows_by_name, start_notes
 from crossmae.errors import UserError
+from crossmae.models.class_names import NamePairs, pair_names, rows_by_name, start_notes
 from crossmae.training.config import read_yaml
 from det.backbone.vit import ViT
 from det.classes import classes_of, recorded_classes, remember_classes

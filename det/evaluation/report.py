@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from detectron2.config import get_cfg
 
-from crossmae.class_names import list_names
 from crossmae.data.images import read_image
+from crossmae.models.class_names import list_names
 from crossmae.reports import page, sections
 from crossmae.reports.figures import MOST_CURVES, PlotKeys, curve_plots
 from crossmae.reports.run_folder import REPORT, LoggedNumbers, RunFolder

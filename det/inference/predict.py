@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
-from crossmae.class_names import describe_difference, list_names, pair_names
 from crossmae.data.images import ImageLimits, read_image, to_rgb
 from crossmae.errors import UserError
 from crossmae.files import decode_text, read_file
+from crossmae.models.class_names import describe_difference, list_names, pair_names
 from det.backbone.weights import build_trained, check_detector, find_detector
 from det.classes import Classes, classes_of, match_ids
 from det.config import CONFIG, RECORD, check_config, choose_device, image_limits, load_det_config

@@ -85,7 +85,7 @@ def test_torch_outside_the_range_is_needed(version: str, word: str, monkeypatch:
 @pytest.mark.parametrize("version", ["2.6", "2.6.0", "2.11.0+cu130", "2.11.0+cpu"])
 def test_torch_inside_the_range_is_fine(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "installed_version", lambda name: version)
-    assert doctor.library_row(TORCH) == doctor.Row("torch", version)
+    assert doctor.library_row(TORCH) == doctor.ReportLine("torch", version)
 
 
 def test_an_old_library_is_upgraded_to_the_range_of_setup(monkeypatch: pytest.MonkeyPatch) -> None:

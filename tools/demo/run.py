@@ -17,7 +17,6 @@ import json
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -25,10 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from crossmae import __version__
 from crossmae.errors import UserError, run_cli
+from crossmae.experiments.commands import run_command
 from crossmae.files import make_folder, read_json, sha256, write_json
 from crossmae.reports.page import format_bytes, format_seconds
 
@@ -36,7 +34,6 @@ from crossmae.reports.page import format_bytes, format_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = "stages.json"
-SAMPLE_SECONDS = 0.25
 # The comparison: training images with labels, and training steps, of each of the two detectors.
 LABELLED, DETECTOR_STEPS = 160, 200
 PRETRAIN = "tools/pretrain.py --config-file pretrain/demo.yaml data.train=@/data/pretrain"
@@ -65,9 +62,8 @@ STAGES = (
     (
         "start",
         "Write the random weights that pretraining starts from",
-        # The warm-up starts with a learning rate of 0, so the first step leaves the weights as they are.
         f"{PRETRAIN} data.val=null probe.train=null probe.val=null log.pictures=0 "
-        "schedule.max_steps=1 output_dir=@/start",
+        "schedule.max_steps=0 output_dir=@/start",
         "start",
         "configs/pretrain/demo.yaml",
     ),
@@ -194,32 +190,6 @@ def _run_stage(stage: Stage, records: list[dict[str, Any]], folder: Path) -> dic
             f"with this stage. The command of the stage is: {stage.command}"
         )
     return records[-1]
-
-
-def run_command(command: Sequence[str]) -> tuple[int, int]:
-    """Run a command. Return its exit code and its peak memory (bytes).
-
-    The exit code is negative if a signal ended the command. Memory is the sum over the command and its descendants of
-    resident memory, sampled four times a second. Shared pages count once for each process.
-    """
-    process, peak = subprocess.Popen(command), 0
-    while True:
-        peak = max(peak, _resident_bytes(process.pid))
-        try:
-            return process.wait(timeout=SAMPLE_SECONDS), peak
-        except subprocess.TimeoutExpired:
-            continue
-        except KeyboardInterrupt:  # the terminal also interrupts the command, which saves and ends
-            process.wait()
-            raise
-
-
-def _resident_bytes(pid: int) -> int:
-    try:
-        root = psutil.Process(pid)
-        return sum(process.memory_info().rss for process in (root, *root.children(recursive=True)))
-    except psutil.NoSuchProcess:  # the process has ended
-        return 0
 
 
 def _read_records(path: Path) -> dict[str, dict[str, Any]]:

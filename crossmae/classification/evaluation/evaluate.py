@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crossmae.class_names import LISTED, list_names, pair_names
 from crossmae.classification.classifier import Classifier, load_classifier
 from crossmae.classification.data import (
     CentreViews,
@@ -32,6 +31,7 @@ from crossmae.data.sources import Source, open_source
 from crossmae.data.sources.source import evenly_spaced
 from crossmae.errors import UserError, shorten
 from crossmae.files import check_writable, sha256
+from crossmae.models.class_names import LISTED, list_names, pair_names
 from crossmae.training.devices import choose_precision, open_autocast, open_device
 from crossmae.training.processes import Ranks, find_ranks, process_group
 from crossmae.training.versions import versions

@@ -108,10 +108,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean accuracy of several runs with Student's 95% interval.
-
-    The interval is cut at 0 and 1. It is None for one run.
-    """
+    """Mean of several runs with Student's 95% interval. The interval is None for one run."""
 
     mean: float
     low: float | None
@@ -132,13 +129,21 @@ def accuracy_of(predicted: Tensor, labels: Tensor) -> Accuracy:
 
 
 def mean_of(values: Sequence[float]) -> Mean:
-    """Average one or more accuracies."""
+    """Average one or more accuracies. The interval is cut at 0 and 1."""
+    found = student_mean(values)
+    if found.low is None or found.high is None:
+        return found
+    return Mean(found.mean, max(found.low, 0.0), min(found.high, 1.0), found.runs)
+
+
+def student_mean(values: Sequence[float]) -> Mean:
+    """Average one or more numbers of any size, such as differences."""
     numbers = torch.tensor(values, dtype=torch.float64)
     mean, runs = float(numbers.mean()), len(values)
     if runs == 1:
         return Mean(mean, None, None, 1)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, runs - 1)) * float(numbers.std()) / math.sqrt(runs)
-    return Mean(mean, max(mean - half, 0.0), min(mean + half, 1.0), runs)
+    return Mean(mean, mean - half, mean + half, runs)
 
 
 @dataclass(frozen=True)

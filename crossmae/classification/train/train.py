@@ -28,7 +28,6 @@ from crossmae.checkpoints.provenance import inherited, recorded_inheritance
 from crossmae.checkpoints.reading.files import find_file
 from crossmae.checkpoints.run_checkpoint import MODEL
 from crossmae.checkpoints.weights import Weights, read_weights, save_weights
-from crossmae.class_names import pair_names, rows_by_name, start_notes
 from crossmae.classification.classifier import BEST, CLASSIFIER, PLAIN, ClassifierRecord, classifier_metadata
 from crossmae.classification.data import (
     CentreViews,
@@ -62,6 +61,7 @@ from crossmae.data.sources import open_named, warn_of_overlap
 from crossmae.data.sources.source import choose_per_class
 from crossmae.errors import UserError, shorten
 from crossmae.files import check_writable
+from crossmae.models.class_names import pair_names, rows_by_name, start_notes
 from crossmae.models.sizes import SIZES
 from crossmae.pretraining.initial_weights import compare_pixels, say_assumed
 from crossmae.training.devices import describe_place

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from crossmae.class_names import describe_difference, pair_names
+from crossmae.models.class_names import describe_difference, pair_names
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,112 @@
+"""Rows of results: JSON lines that are appended when a cell of an experiment ends."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from crossmae.errors import UserError
+from crossmae.experiments.commands import REPOSITORY
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The result of a cell: one line of results.jsonl.
+
+    Attributes:
+        cost: the fields of `crossmae.experiments.commands.Cost`, summed over all steps and attempts.
+        commands: command lines, as run in the root of the repository.
+        fingerprint: hash of everything that decides the result.
+        finished: time in UTC, ISO 8601.
+    """
+
+    cell: str
+    facts: Mapping[str, str | int | float | None]
+    numbers: Mapping[str, float]
+    cost: Mapping[str, float | None]
+    commands: Sequence[str] = ()
+    fingerprint: str = ""
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    finished: str = ""
+
+
+def read_rows(results: Path) -> list[Row]:
+    """Read the newest row of every cell, in the file's order.
+
+    Without the file, there are no rows. A torn last line is ignored with a warning: its cell runs again.
+
+    Raises UserError if another line is not a row.
+    """
+    lines = results.read_bytes().split(b"\n") if results.exists() else []
+    rows: dict[str, Row] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = Row(**json.loads(line))
+        except (ValueError, TypeError):
+            if number < len(lines):
+                raise UserError(f"{results}: line {number} is no row of results. Remove the line.") from None
+            log.warning("%s: the last line is torn and ignored: its cell runs again", results)
+            continue
+        rows.pop(row.cell, None)
+        rows[row.cell] = row
+    return list(rows.values())
+
+
+def is_torn(line: bytes) -> bool:
+    """Return true for a JSON line whose end was never written."""
+    try:
+        json.loads(line or b"0")
+    except ValueError:
+        return True
+    return False
+
+
+def append_row(results: Path, row: Row) -> None:
+    """Append a row with one write, and flush it to disk.
+
+    A torn last line is removed first.
+    """
+    line = json.dumps(asdict(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    with open(results, "a+b") as file, _locked(file):
+        file.seek(0)
+        complete, newline, last = file.read().rpartition(b"\n")
+        if is_torn(last):
+            file.truncate(len(complete + newline))
+            last = b""
+        file.write(b"\n" * bool(last) + line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _locked(file: BinaryIO) -> Iterator[None]:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """Write a command for a shell in the repository's root."""
+    words = ["python" if word == sys.executable else word.removeprefix(f"{REPOSITORY}{os.sep}") for word in arguments]
+    return shlex.join(words)
+
+
+def now() -> str:
+    """Write the time in UTC, ISO 8601."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
