@@ -127,6 +127,16 @@ def run_cells(
     return [grid.rows[cell.name] for cell in cells if cell.name in grid.rows]
 
 
+def finished_rows(cells: Sequence[Cell], results: Path) -> dict[str, Row]:
+    """Read the rows of the finished cells, by name.
+
+    A row of a cell that has changed since does not count.
+    """
+    rows, fingerprints = {row.cell: row for row in read_rows(results)}, step_fingerprints(cells, results)
+    fit = {cell.name: rows[cell.name] for cell in cells if cell.name in rows}
+    return {name: row for name, row in fit.items() if row.fingerprint == fingerprints[name][-1]}
+
+
 def check_cells(cells: Sequence[Cell]) -> None:
     """Check names and needs.
 
@@ -340,9 +350,7 @@ class GridRun:
 
     def update_rows(self) -> None:
         """Read the rows that fit the cells, also those of other calls."""
-        rows = {row.cell: row for row in read_rows(self.results)}
-        fit = {cell.name: rows[cell.name] for cell in self.cells if cell.name in rows}
-        self.rows = {name: row for name, row in fit.items() if row.fingerprint == self.fingerprints[name][-1]}
+        self.rows = finished_rows(self.cells, self.results)
 
     def run(self, stop: Callable[[], bool]) -> None:
         """Start cells until none is left, or `stop` returns true."""

@@ -15,7 +15,7 @@ from typing import Literal
 from scipy import stats
 
 from crossmae.classification.evaluation.metrics import CONFIDENCE, Mean, mean_of, student_mean
-from crossmae.experiments.cells import Row
+from crossmae.experiments.rows import Row
 
 Scores = Mapping[tuple[str, float], Mapping[int, float]]  # values by arm and point, and by seed
 Outcome = Literal["gain", "loss", "nothing shown", "no spread", "one seed", "no pair"]
@@ -23,18 +23,25 @@ Outcome = Literal["gain", "loss", "nothing shown", "no spread", "one seed", "no 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a row: its key, its name in words, and the unit of a difference. Larger values are better."""
+    """A number of a row, in percent. Larger values are better.
+
+    Attributes:
+        name: name in words.
+        unit: unit of a difference.
+        main: differences are compared. Otherwise only values are listed.
+    """
 
     key: str
     name: str
     unit: str
+    main: bool = True
 
 
 METRICS_OF_ROWS = (
     Metric("mask_AP", "mask AP", "AP"),
     Metric("box_AP", "box AP", "AP"),
-    Metric("mask_AP50", "mask AP50", "AP50"),
-    Metric("box_AP50", "box AP50", "AP50"),
+    Metric("mask_AP50", "mask AP50", "AP50", main=False),
+    Metric("box_AP50", "box AP50", "AP50", main=False),
     Metric("top1", "top-1 accuracy", "points"),
 )
 
@@ -54,8 +61,13 @@ class Difference:
     unpaired: tuple[int, ...] = ()
 
     @property
+    def has_interval(self) -> bool:
+        """True if the pairs are several and differ."""
+        return self.outcome in ("gain", "loss", "nothing shown")
+
+    @property
     def outcome(self) -> Outcome:
-        """The claim that the interval allows."""
+        """Claim that the interval allows."""
         if self.mean is None:
             return "no pair"
         if self.mean.low is None or self.mean.high is None:
@@ -65,6 +77,9 @@ class Difference:
         if self.mean.low > 0:
             return "gain"
         return "loss" if self.mean.high < 0 else "nothing shown"
+
+
+Differences = Mapping[tuple[str, str], Mapping[float, Difference]]  # by arm and control, and by point
 
 
 def scores_of(rows: Sequence[Row], metric: str, kinds: Collection[str], point: str = "share") -> Scores:
@@ -110,6 +125,18 @@ def difference_of(arm: Mapping[int, float], control: Mapping[int, float]) -> Dif
     return Difference(values, mean, tuple(sorted(arm.keys() ^ control.keys())))
 
 
+def differences_of(
+    scores: Scores, pairs: Sequence[tuple[str, str]], points: Collection[float]
+) -> dict[tuple[str, str], dict[float, Difference]]:
+    """Compare each pair (arm, control) at each point."""
+    return {
+        (arm, control): {
+            point: difference_of(scores.get((arm, point), {}), scores.get((control, point), {})) for point in points
+        }
+        for arm, control in pairs
+    }
+
+
 def describe_difference(difference: Difference, subject: str, unit: str) -> str:
     """Say what a difference shows, as the end of a sentence.
 
@@ -137,14 +164,14 @@ def describe_difference(difference: Difference, subject: str, unit: str) -> str:
     )
 
 
-def describe_differences(differences: Mapping[str, Difference], subject: str, unit: str) -> str:
-    """Say what the differences at several points show, one sentence for each.
+def describe_differences(differences: Mapping[str, Difference], subject: str, unit: str) -> list[str]:
+    """Say what the differences at several points show, one text for each.
 
     Args:
         differences: by place, such as "at 40 labelled images".
     """
     sentences = [f"{place}, {describe_difference(one, subject, unit)}." for place, one in differences.items()]
-    return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
+    return [sentence[0].upper() + sentence[1:] for sentence in sentences]
 
 
 def describe_width(seeds: int) -> str:
@@ -164,11 +191,11 @@ def _reach(seeds: int) -> float:
 def describe_comparisons(count: int) -> str:
     """Warn that some of many intervals miss the true difference."""
     if count < 2:
-        return "One in twenty 95 % intervals misses the true difference."
+        return "One in twenty 95 % intervals misses the true difference." if count else "No comparison has an interval."
     return (
-        f"This page makes {count} comparisons. One in twenty 95 % intervals misses the true difference, so about "
-        f"{one_decimal(count * (1 - CONFIDENCE))} of these {count} will miss it. A single gain among many comparisons "
-        "is weak evidence."
+        f"This page makes {count} comparisons. One in twenty 95 % intervals misses the true difference: of {count}, "
+        f"expect {one_decimal(count * (1 - CONFIDENCE))} to miss it. A single gain among many comparisons is weak "
+        "evidence."
     )
 
 

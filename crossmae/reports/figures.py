@@ -6,6 +6,7 @@ import io
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
 from crossmae.files import write_atomically
@@ -29,6 +31,9 @@ _TEXT, _GRID = "#01fe11", "#01fe12"
 _CSS_COLORS = {color: f"var(--series-{i})" for i, color in enumerate(_SERIES, start=1)}
 _CSS_COLORS |= {_TEXT: "var(--muted)", _GRID: "var(--line)"}
 _SIZE_INCHES = (4.6, 2.9)  # small, so that labels stay readable on a phone
+_MARKERS = "osD^vP"  # by curve, for readers who see few colours
+_SIDESTEP = 0.045  # shift of curves to each other, as a share of the range of x, so that intervals do not overlap
+_TICK_DISTANCE = 0.09  # smallest distance of two labels of the x axis, as a share of the range
 _STYLE: Any = {
     "svg.fonttype": "none",  # keep text selectable and in the font of the page
     "font.size": 9,
@@ -41,6 +46,23 @@ _STYLE: Any = {
 Curves = Mapping[str, Sequence[Sequence[float]]]  # x and y by label
 # Key: title of a plot. Value: name of the y axis, and curve labels by log key.
 PlotKeys = Mapping[str, tuple[str, Mapping[str, str]]]
+
+
+@dataclass(frozen=True)
+class MeanCurve:
+    """Means over x, their intervals, and the single values.
+
+    Attributes:
+        intervals: (low, high) of each mean; None: no interval.
+        values: (x, value) of single runs.
+        dashed: draw a dashed line, as for a control.
+    """
+
+    x: Sequence[float]
+    means: Sequence[float]
+    intervals: Sequence[tuple[float, float] | None]
+    values: Sequence[tuple[float, float]] = ()
+    dashed: bool = False
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -67,6 +89,65 @@ def line_plot(curves: Curves, *, title: str, x_label: str, y_label: str, caption
         _draw_curves(axes, curves)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return Plot(_themed_svg(buffer.getvalue(), title), title, caption)
+
+
+def mean_plot(
+    curves: Mapping[str, MeanCurve], *, title: str, x_label: str, y_label: str, caption: str, zero: bool = False
+) -> Plot:
+    """Draw means with intervals and single values over a logarithmic x axis.
+
+    Curves are a little apart, so that intervals do not cover each other. The x axis has a label for each x.
+
+    Args:
+        curves: by label; at most twice `MOST_CURVES`; x is positive.
+        title: unique on the page.
+        zero: draw a line at 0, as for differences.
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": title}):  # the SVG is reproducible
+        figure = Figure(figsize=(5.6, 3.4 + 0.19 * len(curves)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set(xlabel=x_label, ylabel=y_label)
+        if zero:
+            axes.axhline(0, color=_TEXT, linewidth=1.2)
+        _draw_means(axes, curves)
+        figure.legend(loc="outside lower left", frameon=False, fontsize=8.5, handlelength=3)
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return Plot(_themed_svg(buffer.getvalue(), title), title, caption)
+
+
+def _draw_means(axes: Axes, curves: Mapping[str, MeanCurve]) -> None:
+    places = np.unique([x for curve in curves.values() for x in curve.x])
+    width = float(np.log(places[-1] / places[0])) or 1.0
+    axes.set_xscale("log")
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    for number, (label, curve) in enumerate(curves.items()):
+        color = _SERIES[number % MOST_CURVES]
+        shift = float(np.exp(width * _SIDESTEP * (number - (len(curves) - 1) / 2)))
+        style: Any = {
+            "color": color,
+            "linestyle": (0, (4, 2)) if curve.dashed else "-",
+            "marker": _MARKERS[number % MOST_CURVES],
+        }
+        style["fillstyle"] = "full" if number < MOST_CURVES else "none"
+        axes.plot(np.multiply(curve.x, shift), curve.means, label=label, linewidth=1.6, markersize=5.5, **style)
+        for x, interval in zip(curve.x, curve.intervals, strict=True):
+            if interval is not None:
+                axes.plot([x * shift] * 2, interval, color=color, linewidth=1.1)
+        if curve.values:
+            x_values, values = zip(*curve.values, strict=True)
+            aside = float(np.exp(width * _SIDESTEP / 3))  # next to the line of the interval
+            axes.plot(np.multiply(x_values, shift * aside), values, ".", color=color, markersize=4, alpha=0.8)
+    edge = float(np.exp(width * (_SIDESTEP * len(curves) / 2 + 0.03 if len(places) > 1 else 0.5)))
+    axes.set_xlim(places[0] / edge, places[-1] * edge)
+    shown = [places[-1]]  # from the right, because the last place is the whole data set
+    for place in places[-2::-1]:
+        if np.log(shown[-1] / place) >= _TICK_DISTANCE * width:
+            shown.append(place)
+    axes.set_xticks(shown, [f"{place:,g}" for place in shown])
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def curve_plots(rows: Sequence[Mapping[str, Any]], source: Path, x: str, plots: PlotKeys) -> list[Plot | Missing]:

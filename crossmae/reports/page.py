@@ -99,19 +99,29 @@ class Plot(PageBlock):
 
 @dataclass(frozen=True)
 class Table(PageBlock):
-    """A table with text in the first column and formatted numbers in the other columns."""
+    """A table with text in the first column, which can `wrap`, and formatted numbers in the other columns."""
 
     columns: Sequence[str]
     rows: Sequence[TableRow]
     caption: str = ""
     footer: Sequence[str] = ()
+    wrap: bool = False
+
+
+@dataclass(frozen=True)
+class Words(PageBlock):
+    """Paragraphs, each with a heading or "". Conclusions are large."""
+
+    paragraphs: Sequence[tuple[str, str]]
+    large: bool = False
 
 
 @dataclass(frozen=True)
 class Commands(PageBlock):
-    """Commands to copy, each with a heading."""
+    """Commands to copy, each with a heading. With the text `folded`, a click on the text shows them."""
 
     commands: Sequence[tuple[str, str]]
+    folded: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,7 +149,12 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """HTML report page. `environment` contains (name, value) pairs, shown at the end of the page."""
+    """HTML report page.
+
+    Attributes:
+        environment: (name, value) pairs, shown at the end of the page.
+        answer: conclusion in large words, above the lead.
+    """
 
     title: str
     lead: str
@@ -147,6 +162,7 @@ class Report:
     sections: Sequence[Section] = ()
     environment: Sequence[tuple[str, str]] = ()
     created: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+    answer: str = ""
 
     def to_html(self) -> str:
         """Render the page as HTML."""

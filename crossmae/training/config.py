@@ -124,7 +124,9 @@ class ScheduleConfig(ConfigSection):
     epochs: PositiveInt = 800
     warmup_epochs: NonNegative = 40
     min_lr: NonNegative = 0.0
-    max_steps: PositiveInt | None = Field(None, description="stop after so many steps; the schedule stays as it is")
+    max_steps: int | None = Field(
+        None, ge=0, description="stop after so many steps; the schedule stays as it is; 0 writes the initial weights"
+    )
 
 
 class RuntimeConfig(ConfigSection):

@@ -144,6 +144,9 @@ def announce_steps(schedule: Schedule, step: int, rule: str) -> None:
         schedule.batches_per_epoch / schedule.accumulate,
         f"; {left_out} that fill no batch are left out of an epoch, others each time" if left_out else "",
     )
+    if schedule.last_step == 0:
+        log.info("schedule.max_steps is 0: the initial weights are written, and nothing is trained")
+        return
     if schedule.last_step < schedule.total_steps:
         words = "schedule.max_steps ends the run at step %d of %d, at a learning rate of %.3g"
         log.info(words, schedule.last_step, schedule.total_steps, schedule.lr_at(schedule.last_step - 1))

@@ -153,6 +153,8 @@ def run_job(config: RunConfig, job: Job, ranks: Ranks, precision: str) -> None:
     batches = iter(build_loader(job.images, job.batches, *span, config.data.workers, on_gpu, job.collate))
     with records, StopRequest(patient=ranks.world_size > 1) as request:
         train_steps(job, state, batches, broken, records, request, save, is_due, config.log.every_steps)
+        if schedule.last_step == 0:  # only the initial weights are wanted
+            save()
     for line in records.summary():
         log.info(line)
 

@@ -96,7 +96,7 @@ def make_schedule(batches: BatchPlan, optim: StepConfig, schedule: ScheduleConfi
         images_per_step=images_per_step,
         total_batches=total_batches,
         total_steps=total,
-        last_step=min(total, schedule.max_steps or total),
+        last_step=total if schedule.max_steps is None else min(total, schedule.max_steps),
         warmup_steps=schedule.warmup_epochs * per_epoch / accumulate,
         peak_lr=peak,
         min_lr=schedule.min_lr,

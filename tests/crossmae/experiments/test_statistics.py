@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from crossmae.experiments.cells import Row
+from crossmae.experiments.rows import Row
 from crossmae.experiments.statistics import (
     describe_comparisons,
     describe_difference,
@@ -102,10 +102,11 @@ def test_words_of_a_verdict(own: tuple[float, ...], control: tuple[float, ...], 
 
 def test_a_sentence_for_each_point() -> None:
     gain, nothing = difference_of(by_seed(6, 7, 5), by_seed(0, 0, 0)), difference_of(by_seed(6), by_seed(0))
-    text = describe_differences({"at 40 images": gain, "at 400 images": nothing}, "own pretraining", "AP")
-    assert text == (
-        "At 40 images, own pretraining adds 6.0 AP (3.5 to 8.5, 3 seeds). At 400 images, one seed shows nothing."
-    )
+    texts = describe_differences({"at 40 images": gain, "at 400 images": nothing}, "own pretraining", "AP")
+    assert texts == [
+        "At 40 images, own pretraining adds 6.0 AP (3.5 to 8.5, 3 seeds).",
+        "At 400 images, one seed shows nothing.",
+    ]
 
 
 def test_arms_that_are_equal_seldom_differ() -> None:
@@ -145,7 +146,7 @@ def test_width_and_number_of_comparisons_are_explained() -> None:
     assert "With 6 seeds, it would reach 1.0" in describe_width(3)
     assert "One seed has no interval" in describe_width(1)
     assert "makes 12 comparisons" in describe_comparisons(12)
-    assert "about 0.6 of these 12" in describe_comparisons(12)
+    assert "of 12, expect 0.6 to miss" in describe_comparisons(12)
     assert "This page" not in describe_comparisons(1)
 
 

@@ -1,0 +1,309 @@
+"""The data of the question: unlabelled images, labels, held-out labels, and weights, checked before anything runs."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from crossmae.checkpoints.weights import encoder_arguments, encoder_tensors, read_weights
+from crossmae.data.sources import open_source
+from crossmae.data.sources.source import Source
+from crossmae.errors import UserError, shorten
+from crossmae.experiments.labels import list_class_subsets, write_coco_subsets
+from crossmae.files import make_folder, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+HELD_OUT_SHARE = 0.2
+FEWEST_HELD_OUT = 20
+FEWEST_LEFT = 2  # labelled images for training, after held-out images were taken away
+SPLIT_SEED = 0
+
+Task = Literal["detect", "classify"]
+
+
+@dataclass(frozen=True)
+class LabelledPart:
+    """Labelled images of one split.
+
+    Attributes:
+        labels: COCO json for a detector. For a classifier, a folder per class or a list.
+        images: folder of the images that a json names.
+    """
+
+    labels: Path
+    images: Path | None = None
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labelled images for all runs.
+
+    Attributes:
+        train: subset of the labelled images by (seed, share in percent).
+        counts: labelled images by share.
+        all_images: labelled images for training at 100 %.
+        has_masks: every annotation has a mask.
+        remarks: what a reader of the results must know.
+    """
+
+    task: Task
+    train: Mapping[tuple[int, float], LabelledPart]
+    val: LabelledPart
+    counts: Mapping[float, int]
+    all_images: int
+    val_images: int
+    has_masks: bool
+    remarks: tuple[str, ...]
+
+
+def prepare_labels(
+    labels: LabelledPart,
+    val: LabelledPart | None,
+    unlabelled: Path,
+    shares: Sequence[float],
+    seeds: Sequence[int],
+    folder: Path,
+) -> Labels:
+    """Check the labels, split them if needed, and write the subsets.
+
+    Args:
+        labels: as given by the user. Folders of images may be unknown.
+        val: labels to evaluate on. None: a fifth of the labelled images, at least 20.
+        unlabelled: images of pretraining. Their folder may have the labelled images, too.
+        folder: folder for subsets. Its names depend on the content of the labels.
+
+    Raises:
+        UserError: files are missing, labels are missing or too few, or training and validation images are the same.
+    """
+    for key, part in (("LABELS", labels), ("--val-labels", val)):
+        if part and not part.labels.exists():
+            raise UserError(f"{key}: {part.labels} does not exist. Name a COCO json or a folder per class.")
+    if labels.labels.suffix.lower() == ".json":
+        return _prepare_coco(labels, val, unlabelled, shares, seeds, folder)
+    return _prepare_classes(labels.labels, val.labels if val else None, shares, seeds, folder)
+
+
+def _prepare_coco(
+    labels: LabelledPart,
+    val: LabelledPart | None,
+    unlabelled: Path,
+    shares: Sequence[float],
+    seeds: Sequence[int],
+    folder: Path,
+) -> Labels:
+    content = _read_annotations(labels.labels, "LABELS")
+    images = labels.images or _find_images(labels.labels, content, unlabelled, "--label-images")
+    _check_images(content, images, "LABELS")
+    folder = folder / _digest(labels.labels.read_bytes())
+    make_folder(folder, "--output")
+    remarks = []
+    if val is None:
+        train_json, val_json = _split_coco(labels.labels, content, folder)
+        content, held_out = read_json(train_json), read_json(val_json)
+        val_part = LabelledPart(val_json, images)
+        remarks.append(
+            f"No validation labels were given, so {len(held_out['images'])} of the labelled images are held out. "
+            "If several images show the same object, name an own validation set: --val-labels."
+        )
+    else:
+        train_json, held_out = labels.labels, _read_annotations(val.labels, "--val-labels")
+        val_images = val.images or _find_images(val.labels, held_out, unlabelled, "--val-images")
+        _check_images(held_out, val_images, "--val-labels")
+        _check_overlap(_paths(content, images), _paths(held_out, val_images))
+        val_part = LabelledPart(val.labels, val_images)
+    remarks += _remark_seen(unlabelled, _paths(held_out, val_part.images or images))
+    train = {
+        (seed, share): LabelledPart(path, images)
+        for seed in seeds
+        for share, path in write_coco_subsets(train_json, shares, seed, folder).items()
+    }
+    counts = {share: len(read_json(train[seeds[0], share].labels)["images"]) for share in shares}
+    annotations = [*content["annotations"], *held_out["annotations"]]
+    has_masks = all(annotation.get("segmentation") for annotation in annotations)
+    if not has_masks:
+        remarks.append("Some annotations have no mask, so the detector learns and measures boxes only.")
+    sizes = (len(content["images"]), len(held_out["images"]))
+    return Labels("detect", train, val_part, counts, *sizes, has_masks, tuple(remarks))
+
+
+def _read_annotations(path: Path, key: str) -> dict[str, Any]:
+    content = read_json(path)
+    for name in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(name), list) or not content[name]:
+            raise UserError(f"{key}: {path}: has no {name}. Name annotations in COCO format.")
+    named = all(isinstance(image, dict) and isinstance(image.get("file_name"), str) for image in content["images"])
+    if not named or not all(isinstance(annotation, dict) for annotation in content["annotations"]):
+        raise UserError(f"{key}: {path}: an image has no file_name. Check it: python tools/check_coco.py {path} IMAGES")
+    return content
+
+
+def _find_images(path: Path, content: Mapping[str, Any], unlabelled: Path, flag: str) -> Path:
+    """Find the folder in which the first image of a json is."""
+    first = content["images"][0]["file_name"]
+    here = path.absolute().parent
+    places = [here, here / "images", here / path.stem, here.parent / path.stem, here.parent / "images", here.parent]
+    found = next((place for place in [*places, unlabelled] if (place / first).is_file()), None)
+    if found is None:
+        raise UserError(
+            f"{path}: its image {first} is in none of {shorten(sorted({str(p) for p in places}))}. Add {flag}."
+        )
+    return found
+
+
+def _check_images(content: Mapping[str, Any], images: Path, key: str) -> None:
+    missing = [image["file_name"] for image in content["images"] if not (images / image["file_name"]).is_file()]
+    if missing:
+        total = len(content["images"])
+        raise UserError(
+            f"{key}: {len(missing)} of {total} images are not in {images}, such as {missing[0]}. Name their folder "
+            "with --label-images or --val-images, or remove them from the json."
+        )
+
+
+def _paths(content: Mapping[str, Any], images: Path) -> list[str]:
+    return [os.path.realpath(images / image["file_name"]) for image in content["images"]]
+
+
+def _check_overlap(train: Sequence[str], val: Sequence[str]) -> None:
+    both = set(train) & set(val)
+    if both:
+        raise UserError(
+            f"--val-labels: {len(both)} of {len(set(val))} validation images are labelled training images, too, such "
+            f"as {min(both)}. Name other validation images, or leave --val-labels out."
+        )
+
+
+def _remark_seen(unlabelled: Path, val: Sequence[str]) -> list[str]:
+    """Remark that pretraining sees validation images, if it does."""
+    source = open_source(unlabelled, "IMAGES")
+    seen = {os.path.realpath(source.name(index)) for index in range(len(source))}
+    both = len(seen & set(val))
+    if not both:
+        return []
+    return [
+        f"Pretraining sees {both} of the {len(val)} validation images, without their labels. The gain on new images "
+        "may be smaller."
+    ]
+
+
+def _split_coco(path: Path, content: dict[str, Any], folder: Path) -> tuple[Path, Path]:
+    """Write the labels of training and of held-out images."""
+    total = len(content["images"])
+    held_out = _count_held_out(total, "LABELS")
+    share = 100 * (total - held_out) / total
+    part = next(iter(write_coco_subsets(path, [share], SPLIT_SEED, folder).values()))
+    train = read_json(part)
+    part.unlink()
+    kept = {image["id"] for image in train["images"]}
+    val = content | {
+        "images": [image for image in content["images"] if image["id"] not in kept],
+        "annotations": [one for one in content["annotations"] if one.get("image_id") not in kept],
+    }
+    for name, values in (("train", train), ("val", val)):
+        write_json(folder / f"{name}.json", values)
+    if not val["annotations"]:
+        raise UserError("LABELS: the held-out images have no annotations. Name validation labels with --val-labels.")
+    return folder / "train.json", folder / "val.json"
+
+
+def _count_held_out(total: int, key: str) -> int:
+    held_out = max(round(HELD_OUT_SHARE * total), FEWEST_HELD_OUT)
+    if total - held_out < FEWEST_LEFT:
+        raise UserError(
+            f"{key}: {total} labelled images are too few to hold out {held_out} of them. Label at least "
+            f"{FEWEST_HELD_OUT + FEWEST_LEFT} images, or name validation labels with --val-labels."
+        )
+    return held_out
+
+
+def _prepare_classes(
+    labels: Path, val: Path | None, shares: Sequence[float], seeds: Sequence[int], folder: Path
+) -> Labels:
+    source = _open_classes(labels, "LABELS")
+    names = [source.name(index) for index in range(len(source))]
+    folder = folder / _digest(json.dumps([names, source.labels().tolist()]).encode())
+    make_folder(folder, "--output")
+    remarks: list[str] = []
+    if val is None:
+        train, val = _split_classes(labels, source, folder)
+        held_out = _open_classes(val, "LABELS")
+        remarks.append(f"No validation labels were given, so {len(held_out)} of the labelled images are held out.")
+    else:
+        train, held_out = labels, _open_classes(val, "--val-labels")
+        _check_overlap(*([os.path.realpath(one.name(i)) for i in range(len(one))] for one in (source, held_out)))
+        if unknown := sorted(set(held_out.classes) - set(source.classes)):
+            raise UserError(f"--val-labels: LABELS has no class {shorten(unknown)}. Name labels of the same classes.")
+    subsets = {
+        (seed, share): LabelledPart(path)
+        for seed in seeds
+        for share, path in list_class_subsets(train, shares, seed, folder).items()
+    }
+    counts = {share: len(open_source(subsets[seeds[0], share].labels, "LABELS")) for share in shares}
+    all_images = len(open_source(train, "LABELS"))
+    return Labels(
+        "classify", subsets, LabelledPart(val.absolute()), counts, all_images, len(held_out), False, tuple(remarks)
+    )
+
+
+def _open_classes(path: Path, key: str) -> Source:
+    source = open_source(path, key)
+    if len(source.classes) < 2:
+        raise UserError(
+            f"{key}: {path}: has fewer than two classes. Name a folder per class, a list with labels, or a COCO json."
+        )
+    return source
+
+
+def _split_classes(labels: Path, source: Source, folder: Path) -> tuple[Path, Path]:
+    """Write lists of training and of held-out images."""
+    total = len(source)
+    share = 100 * (total - _count_held_out(total, "LABELS")) / total
+    part = next(iter(list_class_subsets(labels, [share], SPLIT_SEED, folder).values()))
+    with open(part, encoding="utf-8", newline="") as file:
+        head, *kept = list(csv.reader(file))
+    part.unlink()
+    names = {row[0] for row in kept}
+    classes, targets = source.classes, source.labels()
+    rows = [(str(Path(source.name(i)).absolute()), classes[targets[i]]) for i in range(total) if targets[i] >= 0]
+    held_out = [row for row in rows if row[0] not in names]
+    for name, lines in (("train", kept), ("val", held_out)):
+        with open(folder / f"{name}.csv.new", "w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([head, *lines])
+        os.replace(folder / f"{name}.csv.new", folder / f"{name}.csv")
+    return folder / "train.csv", folder / "val.csv"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def count_images(images: Path) -> int:
+    """Count the unlabelled images. Raises UserError if there are none."""
+    return len(open_source(images, "IMAGES"))
+
+
+def check_weights(path: Path, sizes: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that weights can be read and have the size of the model.
+
+    Args:
+        sizes: arguments of the encoder that is pretrained.
+        presets: the same arguments by name of a size, for the advice.
+
+    Raises UserError if they do not fit. The message names the size that fits.
+    """
+    weights = read_weights(path)
+    theirs = encoder_arguments(encoder_tensors(weights), weights.metadata)
+    keys = ("embed_dim", "depth", "num_heads")
+    differing = [f"{key} {theirs.get(key)}, not {sizes[key]}" for key in keys if theirs.get(key) != sizes[key]]
+    if differing:
+        fitting = [name for name, known in presets.items() if all(theirs.get(key) == known[key] for key in keys)]
+        advice = f"Use --size {fitting[0]}" if fitting else "Name other weights, or set the sizes with --pretrain-set"
+        raise UserError(f"--weights: {path} has {', '.join(differing)}. {advice}.")

@@ -1,0 +1,232 @@
+"""The plan of the question and its execution: time, runs, and the page with the answer."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from crossmae.errors import UserError
+from crossmae.experiments.cells import Cell, expected_seconds, finished_rows, run_cells
+from crossmae.experiments.commands import count_cores, find_gpus
+from crossmae.experiments.rows import Row
+from crossmae.experiments.worth.grid import (
+    ARMS,
+    EQUAL_COMPUTE,
+    NEEDS_WEIGHTS,
+    PRESETS,
+    Budget,
+    Question,
+    build_cells,
+    choose_budget,
+    estimated,
+    timing_cells,
+)
+from crossmae.experiments.worth.inputs import LabelledPart, check_weights, count_images, prepare_labels
+from crossmae.files import make_folder
+from crossmae.reports.page import format_seconds
+
+log = logging.getLogger(__name__)
+
+RESULTS, PAGE = "results.jsonl", "report.html"
+MEMORY_OF_JOB = 4 * 2**30  # bytes that a run of the sizes for processors needs at most
+OWN_KEYS = {  # settings that the plan decides, and the option to use instead
+    "output_dir": "--output",
+    "OUTPUT_DIR": "--output",
+    "runtime.seed": "--seeds",
+    "SEED": "--seeds",
+    "data.train": "IMAGES",
+    "model.init": "--weights",
+    "MODEL.WEIGHTS": "--weights",
+    "SOLVER.MAX_ITER": "--steps",
+    "SOLVER.EPOCHS": "--steps",
+    "schedule.max_steps": "--steps, or schedule.epochs",
+}
+
+
+def check_settings(flag: str, settings: Sequence[str]) -> None:
+    """Raise UserError for words that are not KEY=VALUE, or that the plan decides."""
+    for word in settings:
+        key, sign, _ = word.partition("=")
+        if not sign:
+            raise UserError(f"{flag}: {word} is no setting. Write KEY=VALUE.")
+        if key in OWN_KEYS:
+            raise UserError(f"{flag}: {key} is decided by the plan. Use {OWN_KEYS[key]}.")
+
+
+def choose_arms(arms: Sequence[str] | None, has_weights: bool, equal_compute: bool) -> tuple[str, ...]:
+    """Choose the arms, in the order of the runs.
+
+    Raises UserError if an arm is unknown, or needs weights that are not given.
+    """
+    if arms is None:
+        arms = [arm for arm in ARMS if arm != EQUAL_COMPUTE and (has_weights or arm not in NEEDS_WEIGHTS)]
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise UserError(f"--arms: {unknown[0]} is unknown. Choose among {', '.join(ARMS)}.")
+    if not has_weights and (lacking := [arm for arm in arms if arm in NEEDS_WEIGHTS]):
+        raise UserError(f"--arms: {lacking[0]} needs weights to start from. Name them with --weights.")
+    chosen = {*arms, *([EQUAL_COMPUTE] if equal_compute else [])}
+    return tuple(arm for arm in ARMS if arm in chosen)
+
+
+def choose_jobs(gpus: Sequence[int] | None, jobs: int | None) -> tuple[int, list[int]]:
+    """Choose the number of runs at once, and the GPUs.
+
+    By default, each GPU has a run. Without a GPU, a run has two cores, if memory suffices.
+    """
+    found = list(find_gpus()) if gpus is None else list(gpus)
+    by_memory = int(psutil.virtual_memory().available // MEMORY_OF_JOB)
+    return jobs or max(1, min(count_cores() // 2, by_memory)), found
+
+
+def prepare_question(
+    images: Path,
+    labels: LabelledPart,
+    val: LabelledPart | None,
+    output: Path,
+    *,
+    size: str,
+    arms: tuple[str, ...],
+    shares: Sequence[float],
+    seeds: Sequence[int],
+    weights: Path | None,
+    pretrain_settings: Sequence[str] = (),
+    fine_tune_settings: Sequence[str] = (),
+) -> Question:
+    """Check everything that the user gave, and write the subsets of the labels.
+
+    Raises UserError before anything runs.
+    """
+    count, preset = count_images(images), PRESETS[size]
+    make_folder(output, "--output")
+    found = prepare_labels(labels, val, images, shares, seeds, output / "labels")
+    if weights:
+        presets = {name: preset.encoder() for name, preset in PRESETS.items()}
+        check_weights(weights, preset.encoder(pretrain_settings), presets)
+    return Question(
+        images=images,
+        count=count,
+        labels=found,
+        output=output,
+        preset=preset,
+        arms=arms,
+        shares=tuple(sorted(shares)),
+        seeds=tuple(seeds),
+        weights=weights,
+        pretrain_settings=tuple(pretrain_settings),
+        fine_tune_settings=tuple(fine_tune_settings),
+    )
+
+
+def plan(question: Question, steps: int | None, gpus: Sequence[int]) -> tuple[list[Cell], Budget]:
+    """Measure the seconds of a step of each kind, and list the runs with their expected CPU seconds."""
+    budget = choose_budget(question, steps)
+    log.info("A short run of each kind comes first. It also checks data and settings")
+    results = question.output / "timing" / RESULTS
+    make_folder(results.parent, "--output")
+    rows = run_cells(timing_cells(question, budget), results, gpus=gpus[:1])
+    timings = {str(row.facts["kind"]): seconds_of_kind(row) for row in rows}
+    if EQUAL_COMPUTE in question.arms:
+        if "pretrain" not in timings:
+            raise UserError(f"--arms: {EQUAL_COMPUTE} takes as long as own, which is not among the arms. Add own.")
+        (start, pretrain_step), (_, step) = timings["pretrain"], timings[question.labels.task]
+        budget = replace(budget, extra_steps=round((start + pretrain_step * budget.pretrain_steps) / step))
+    return estimated(build_cells(question, budget), timings), budget
+
+
+def seconds_of_kind(row: Row) -> tuple[float, float]:
+    """Split the cost of a timing run: CPU seconds without steps, and CPU seconds of a step."""
+    wall, cpu = float(row.cost["wall_seconds"] or 0), float(row.cost["cpu_seconds"] or 0)
+    share = min(row.numbers["steps"] * row.numbers["step_seconds"] / wall, 1.0)
+    return cpu * (1 - share), cpu * share / row.numbers["steps"]
+
+
+def describe_plan(question: Question, cells: Sequence[Cell], budget: Budget, jobs: int, gpus: Sequence[int]) -> str:
+    """Write the table of the plan, with what a smaller grid would cost."""
+    rows = finished_rows(cells, question.output / RESULTS)
+    pairs = [(cell, rows[cell.name]) for cell in cells if cell.name in rows]
+    seconds = {cell.name: expected_seconds(cell, pairs) for cell in cells}
+    kinds: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        kinds[str(cell.facts["kind"])].append(cell)
+    lines = [f"{'kind':<10} {'runs':>5} {'done':>5} {'minutes each':>13} {'minutes in all':>15}"]
+    for kind, members in kinds.items():
+        total = sum(seconds[cell.name] for cell in members) / 60
+        done = sum(cell.name in rows for cell in members)
+        lines.append(f"{kind:<10} {len(members):>5} {done:>5} {total / len(members):>13.1f} {total:>15.1f}")
+    at_once = len(gpus) or jobs
+    left = sum(seconds[cell.name] for cell in cells if cell.name not in rows)
+    where = f"{len(gpus)} GPU{'s' * (len(gpus) > 1)}" if gpus else f"{at_once} at once on {count_cores()} cores"
+    lines += [
+        f"{question.labels.task}: {budget.fine_tune_steps} steps in every arm and share; pretrain: "
+        f"{budget.pretrain_steps} steps, {budget.pretrain_epochs} epochs of {question.count} images",
+        f"All runs: about {format_seconds(sum(seconds.values()))} of a run at a time. "
+        f"Left: {format_seconds(left)}, or {format_seconds(left / at_once)} with {where}.",
+    ]
+    return "\n".join([*lines, *describe_smaller(question, cells, seconds)])
+
+
+def describe_smaller(question: Question, cells: Sequence[Cell], seconds: Mapping[str, float]) -> list[str]:
+    """Write what smaller grids would cost."""
+    shares = (question.shares[0], question.shares[-1])
+    options = {
+        f"--seeds {question.seeds[0]} (no intervals)": lambda facts: facts["seed"] == question.seeds[0],
+        f"--shares {shares[0]:g},{shares[1]:g}": lambda facts: facts.get("share", shares[0]) in shares,
+        "without random_detector_init (--arms)": lambda facts: facts["arm"] != "random_detector_init",
+    }
+    found = []
+    for words, keeps in options.items():
+        kept = [cell for cell in cells if keeps(cell.facts)]
+        if len(kept) < len(cells):
+            found.append(f"  {words}: {format_seconds(sum(seconds[cell.name] for cell in kept))}")
+    return ["A smaller grid would take:", *found] if found else []
+
+
+def answer(
+    question: Question,
+    cells: Sequence[Cell],
+    budget: Budget,
+    *,
+    jobs: int,
+    gpus: Sequence[int],
+    minutes: float | None,
+    settings: Mapping[str, Any],
+) -> str:
+    """Run the grid, and write the page. Return the verdict in words.
+
+    The page is also written if runs failed or time ran out. Raises the errors of `run_cells`.
+    """
+    try:
+        run_cells(cells, question.output / RESULTS, jobs=jobs, gpus=gpus, minutes=minutes)
+    finally:
+        verdict = write_answer(question, cells, budget, settings)
+    return verdict
+
+
+def write_answer(question: Question, cells: Sequence[Cell], budget: Budget, settings: Mapping[str, Any]) -> str:
+    """Write the page from the rows that are there. Return the verdict in words."""
+    from crossmae.experiments.worth_page import write_page  # imports matplotlib
+
+    rows = finished_rows(cells, question.output / RESULTS)
+    if not any(row.facts["kind"] == question.labels.task for row in rows.values()):
+        return ""
+    shown = {
+        **settings,
+        "Images for pretraining": f"{question.count:,} in {question.images}",
+        "Pretraining": f"{question.preset.pretrain}, {budget.pretrain_steps:,} steps",
+        "Fine-tuning": f"{fine_tune_config(question)}, {budget.fine_tune_steps:,} steps in every arm and share",
+        "Validation": f"{question.labels.val_images:,} images, {question.labels.val.labels}",
+        **{f"Remark {number}": text for number, text in enumerate(question.labels.remarks, start=1)},
+    }
+    title = "Is pretraining worth it?"
+    return write_page(list(rows.values()), question.output / PAGE, title=title, settings=shown)
+
+
+def fine_tune_config(question: Question) -> str:
+    """Return the name of the config of fine-tuning."""
+    return question.preset.detect if question.labels.task == "detect" else question.preset.classify

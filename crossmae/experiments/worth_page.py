@@ -1,0 +1,349 @@
+"""The page that answers if pretraining is worth it, from the rows of a grid of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from crossmae.errors import printable
+from crossmae.experiments.rows import Row
+from crossmae.experiments.score_blocks import (
+    bounds,
+    cost_table,
+    difference_curve,
+    difference_table,
+    run_table,
+    score_curve,
+    score_table,
+)
+from crossmae.experiments.statistics import (
+    METRICS_OF_ROWS,
+    Difference,
+    Differences,
+    Metric,
+    Outcome,
+    Scores,
+    describe_comparisons,
+    describe_differences,
+    describe_width,
+    differences_of,
+    missing_runs,
+    one_decimal,
+    scores_of,
+)
+from crossmae.reports import page
+from crossmae.reports.page import Commands, Fact, PageBlock, Report, Section, Table, Words
+from crossmae.training.versions import versions
+
+KINDS = ("detect", "classify")  # cells that end with a score
+ARM_WORDS = {
+    "own": "CrossMAE on your images",
+    "continued": "your weights, continued",
+    "weights": "your weights",
+    "random_equal_compute": "random weights, trained for longer",
+    "random_pretraining_init": "random weights, as pretraining starts",
+    "random_detector_init": "random weights, as the detector starts",
+}
+LONGER, MINOR_CONTROL = "random_equal_compute", "random_detector_init"
+RANDOM_ARMS = (LONGER, "random_pretraining_init", MINOR_CONTROL)
+PAIRS = (  # arm and control, the most important first
+    ("own", "random_pretraining_init"),
+    ("own", "random_detector_init"),
+    ("own", "random_equal_compute"),
+    ("continued", "weights"),
+    ("weights", "random_pretraining_init"),
+    ("weights", "random_detector_init"),
+    ("continued", "random_pretraining_init"),
+    ("continued", "random_detector_init"),
+)
+NOTHING_YET = "There is no answer yet: no two arms have finished runs."
+# Start of a sentence about places, by outcome.
+SUMMARIES: Mapping[Outcome, str] = {
+    "gain": "{arm} is better than {control} {places}",
+    "loss": "{arm} is worse than {control} {places}",
+    "nothing shown": "No difference is shown {places}",
+    "no spread": "The seeds have no effect {places}, so nothing is shown there",
+    "one seed": "One seed was run {places}, which shows nothing",
+    "no pair": "No pair of runs is there {places}",
+}
+LIMITS = (
+    (
+        "Other validation images",
+        "The intervals cover what the seeds change: the order of the images, the random numbers, and the choice of the "
+        "labelled images below 100 %. They do not cover the choice of the validation images, which are the same in all "
+        "runs.",
+    ),
+    (
+        "Other budgets and settings",
+        "Where the page says nothing else, all runs have the same model, number of steps and learning rate. An arm may "
+        "gain from more steps or from "
+        "another learning rate, and random weights usually need more steps than pretrained weights.",
+    ),
+    (
+        "A difference that is not shown",
+        "It may still be there. The interval says how large it can be.",
+    ),
+    (
+        "Few seeds",
+        "Student's interval assumes that runs are spread like a normal distribution. Two or three runs cannot test it.",
+    ),
+)
+NO_EQUAL_COMPUTE = (
+    "Equal total compute",
+    "No run trained random weights for as long as pretraining and fine-tuning take together. So this page compares "
+    "equal fine-tuning only, and the table of costs shows what pretraining took in addition.",
+)
+
+
+def write_page(
+    rows: Sequence[Row],
+    target: Path,
+    *,
+    title: str,
+    settings: Mapping[str, Any],
+    arms: Mapping[str, str] = ARM_WORDS,
+    failed: Mapping[str, str] | None = None,
+) -> str:
+    """Write the page of a grid of runs.
+
+    The grid has all arms, shares and seeds of the rows. Runs of the grid without a row are listed as missing.
+
+    Args:
+        rows: results with the facts kind, arm, share, labelled and seed.
+        target: HTML file in an existing folder.
+        settings: what the runs have in common, shown by name.
+        arms: words by arm, in the order of the page.
+        failed: reasons by cell that failed.
+
+    Returns:
+        The answer in words, one paragraph, for the terminal.
+    """
+    scored = [row for row in rows if row.facts.get("kind") in KINDS]
+    found = {str(row.facts["arm"]) for row in scored}
+    named = {arm: arms.get(arm, arm) for arm in [*arms, *sorted(found - arms.keys())] if arm in found}
+    tables = {metric: scores_of(scored, metric.key, KINDS) for metric in METRICS_OF_ROWS}
+    tables = {metric: scores for metric, scores in tables.items() if scores}
+    places, seeds = places_of(scored), seeds_of(scored)
+    pairs = [pair for pair in PAIRS if set(pair) <= named.keys()]
+    compared = {metric: differences_of(scores, pairs, places) for metric, scores in tables.items() if metric.main}
+
+    answer, lead, facts, sections = NOTHING_YET, "", list[Fact](), list[Section]()
+    if compared and pairs:
+        metric, differences = next(iter(compared.items()))
+        answer, lead = answer_of(differences[pairs[0]], places, pairs[0], named), lead_of(pairs[0], named, metric)
+        facts = [difference_fact(differences[pairs[0]][share], metric, places[share]) for share in places]
+        sections += [verdict_section(compared, places, named, len(seeds))]
+    if tables:
+        sections += score_sections(tables, compared, named, places, seeds)
+        sections += [cost_section(rows, tables, named, places), limit_section(named, len(seeds))]
+    sections += [missing_section(tables, named, places, seeds, failed or {})]
+    sections += [run_section(rows, list(tables))] if rows else []
+    sections += [setting_section(settings)] if settings else []
+    Report(title, lead, facts, sections, environment_of(rows), answer=answer).write(target)
+    return answer
+
+
+def places_of(rows: Sequence[Row]) -> dict[float, int]:
+    """Return the number of labelled images by share, in rising order."""
+    found = {float(row.facts["share"] or 0): int(row.facts.get("labelled") or row.facts["share"] or 0) for row in rows}
+    return dict(sorted(found.items()))
+
+
+def seeds_of(rows: Sequence[Row]) -> list[int]:
+    """List the seeds of the rows, in rising order."""
+    return sorted({int(row.facts["seed"] or 0) for row in rows})
+
+
+def plain(words: str) -> str:
+    """Write the words of an arm without a comma, for use in a sentence."""
+    start, _, rest = words.partition(", ")
+    return f"{start} ({rest})" if rest else start
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _headings(places: Mapping[float, int]) -> dict[float, str]:
+    return {share: f"{labelled:,} ({share:g}{page.PERCENT})" for share, labelled in places.items()}
+
+
+def answer_of(
+    differences: Mapping[float, Difference],
+    places: Mapping[float, int],
+    pair: tuple[str, str],
+    arms: Mapping[str, str],
+) -> str:
+    """Sum up a comparison: the numbers of labelled images by outcome."""
+    arm, control = (plain(arms[one]) for one in pair)
+    by_outcome: dict[Outcome, list[str]] = {}
+    for share, labelled in places.items():
+        by_outcome.setdefault(differences[share].outcome, []).append(f"{labelled:,}")
+    sentences = []
+    if not by_outcome.keys() & {"gain", "loss"}:
+        sentences.append(f"These runs do not show a difference between {arm} and {control}.")
+    for outcome, text in SUMMARIES.items():
+        numbers = by_outcome.get(outcome)
+        if numbers and by_outcome.keys() != {"nothing shown"}:
+            listed = " and ".join(filter(None, [", ".join(numbers[:-1]), numbers[-1]]))
+            where = f"at {listed} labelled images"
+            sentences.append(_capital(text.format(arm=arm, control=control, places=where)) + ".")
+    return " ".join(sentences)
+
+
+def lead_of(pair: tuple[str, str], arms: Mapping[str, str], metric: Metric) -> str:
+    """Explain the headline numbers."""
+    arm, control = (plain(arms[one]) for one in pair)
+    longer = f", and {plain(arms[LONGER])} have more steps" if LONGER in arms else ""
+    return (
+        f"The same model was fine-tuned in the same way. Only the start of its encoder differs{longer}. The numbers "
+        f"below are differences in {metric.name}: {arm}, minus {control}."
+    )
+
+
+def difference_fact(difference: Difference, metric: Metric, labelled: int) -> Fact:
+    """Show a difference as a headline number, or that nothing is shown."""
+    label, mean = f"{_capital(metric.name)} at {labelled:,} labelled images", difference.mean
+    if mean is None or not difference.has_interval:
+        reasons = {"one seed": "one seed", "no spread": "the seeds have no effect"}
+        return Fact(label, "not shown", reasons.get(difference.outcome, "no pair of runs"))
+    note = f"{bounds(mean)} with 95{page.PERCENT} confidence, {mean.runs} seeds"
+    if difference.outcome == "nothing shown":
+        return Fact(label, "not shown", note)
+    sign = "+" if mean.mean > 0 else "\N{MINUS SIGN}"
+    return Fact(label, f"{sign}{one_decimal(abs(mean.mean))} {metric.unit}", note)
+
+
+def verdict_section(
+    compared: Mapping[Metric, Differences], places: Mapping[float, int], arms: Mapping[str, str], seeds: int
+) -> Section:
+    """State what the differences of the first metric show, and how sure this is."""
+    metric, differences = next(iter(compared.items()))
+    verdicts = []
+    for (arm, control), own in differences.items():
+        by_place = {f"at {labelled:,} labelled images": own[share] for share, labelled in places.items()}
+        texts = describe_differences(by_place, subject_of(arm, arms), metric.unit)
+        heading = f"{_capital(plain(arms[arm]))}, compared with {plain(arms[control])}"
+        verdicts.append([(heading if number == 0 else "", text) for number, text in enumerate(texts)])
+    count = sum(one.has_interval for found in compared.values() for own in found.values() for one in own.values())
+    blocks = [Words(verdicts[0], large=True)]
+    blocks += [Words([paragraph for own in verdicts[1:] for paragraph in own])] if verdicts[1:] else []
+    blocks += [Words([("How sure this is", f"{describe_width(seeds)} {describe_comparisons(count)}")])]
+    text = (
+        f"Differences of {metric.name} between runs with the same seed, at equal fine-tuning. In brackets: the "
+        f"95{page.PERCENT} interval of the mean over seeds."
+    )
+    return Section("Verdict", text, blocks)
+
+
+def subject_of(arm: str, arms: Mapping[str, str]) -> str:
+    """Name an arm as the subject of a singular verb."""
+    short = {"own": "own pretraining", "continued": "continued pretraining", "weights": "starting from your weights"}
+    return short.get(arm, plain(arms[arm]))
+
+
+def score_sections(
+    tables: Mapping[Metric, Scores],
+    compared: Mapping[Metric, Differences],
+    arms: Mapping[str, str],
+    places: Mapping[float, int],
+    seeds: Sequence[int],
+) -> list[Section]:
+    """Show curves, differences and scores of all metrics."""
+    headings = _headings(places)
+    curves = [score_curve(tables[metric], arms, places, metric, RANDOM_ARMS) for metric in compared]
+    scores = [score_table(found, arms, headings, seeds, metric) for metric, found in tables.items()]
+    plots, lists = list[PageBlock](), list[PageBlock]()
+    for metric, found in compared.items():
+        named = {f"{arms[arm]} \N{MINUS SIGN} {arms[control]}": own for (arm, control), own in found.items()}
+        drawn = {
+            words: own for (words, own), pair in zip(named.items(), found, strict=True) if pair[1] != MINOR_CONTROL
+        }
+        if any(own[share].mean for own in drawn.values() for share in places):
+            plots.append(difference_curve(drawn, places, metric))
+        if named:
+            lists.append(difference_table(named, headings, metric))
+    text = (
+        "Runs with the same seed share their labelled images and random numbers, so they are good or bad together. "
+        "That is why a difference can be clear although the intervals of the two curves overlap."
+    )
+    differences = [Section("Differences", text, [*plots, *lists])] if lists else []
+    return [Section("Curves", "", curves), *differences, Section("Scores", "", scores)]
+
+
+def cost_section(
+    rows: Sequence[Row], tables: Mapping[Metric, Scores], arms: Mapping[str, str], places: Mapping[float, int]
+) -> Section:
+    """Show the costs of the first metric's runs, with and without the pretraining."""
+    text = (
+        "CPU time is the time of all processor cores together. Weights can be used again, for other labels and other "
+        "detectors. Then the pretraining counts once."
+    )
+    if LONGER in arms:
+        text += (
+            f" Equal total compute: {plain(arms[LONGER])} have about the cost of own pretraining and fine-tuning "
+            "together."
+        )
+    metric, scores = next(iter(tables.items()))
+    table = cost_table(rows, scores, arms, _headings(places), KINDS, metric, ("weights", "continued"))
+    return Section("Cost", text, [table])
+
+
+def missing_section(
+    tables: Mapping[Metric, Scores],
+    arms: Mapping[str, str],
+    places: Mapping[float, int],
+    seeds: Sequence[int],
+    failed: Mapping[str, str],
+) -> Section:
+    """List runs of the grid without a result, and cells that failed."""
+    lost = missing_runs(next(iter(tables.values()), {}), list(arms), list(places), seeds)
+    count = len(arms) * len(places) * len(seeds)
+    text = f"All {page.counted(count, 'run')} of the grid are there." if count else "No run has finished."
+    blocks: list[PageBlock] = []
+    if lost:
+        text = f"{len(lost)} of {page.counted(count, 'run')} of the grid have no result."
+        table = [[arms[arm], f"{places[share]:,}", str(seed)] for arm, share, seed in lost]
+        blocks.append(Table(["start of the encoder", "labelled images", "seed"], table, "Runs without a result."))
+    if failed:
+        text += f" {page.counted(len(failed), 'cell')} failed."
+        blocks.append(Words([(printable(cell), printable(reason)) for cell, reason in failed.items()]))
+    return Section("Missing runs", text, blocks)
+
+
+def limit_section(arms: Mapping[str, str], seeds: int) -> Section:
+    """State the questions that the page does not answer."""
+    limits = [limit for limit in LIMITS if seeds <= 3 or limit[0] != "Few seeds"]
+    return Section("What this page cannot tell", "", [Words(limits if LONGER in arms else [*limits, NO_EQUAL_COMPUTE])])
+
+
+def run_section(rows: Sequence[Row], metrics: Sequence[Metric]) -> Section:
+    """List all runs, with their commands behind a click."""
+    commands = [
+        (f"{row.cell}, step {number}" if len(row.commands) > 1 else row.cell, page.folded(command))
+        for row in rows
+        for number, command in enumerate(row.commands, start=1)
+    ]
+    blocks: list[PageBlock] = [run_table(rows, [metric for metric in metrics if metric.main])]
+    if commands:
+        blocks.append(Commands(commands, folded=f"Commands of all {page.counted(len(rows), 'run')}"))
+    return Section("Runs", "Commands run in the root of the repository.", blocks)
+
+
+def setting_section(settings: Mapping[str, Any]) -> Section:
+    """Show what the runs have in common."""
+    rows = [[printable(name), page.short_value(value)] for name, value in settings.items()]
+    return Section("Settings", "", [Table(["setting", "value"], rows)])
+
+
+def environment_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Describe the machines of the rows, and the versions that wrote the page."""
+    machines = list(dict.fromkeys(tuple(sorted((key, str(value)) for key, value in row.machine.items() if value))
+                                  for row in rows if row.machine))  # fmt: skip
+    found = []
+    for number, machine in enumerate(machines, start=1):
+        name = "Machine" if len(machines) == 1 else f"Machine {number}"
+        found.append((name, ", ".join(f"{key} {value}" for key, value in machine)))
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return [*found, ("This page", packages)]

@@ -1,0 +1,125 @@
+"""Answer if pretraining is worth it, on your own images and labels, with intervals and costs.
+
+    python tools/worth.py IMAGES LABELS --plan                    # what would run, and for how long
+    python tools/worth.py IMAGES LABELS                           # runs it, and writes outputs/worth/report.html
+    python tools/worth.py IMAGES LABELS --weights FILE            # also from your weights, and continued from them
+    python tools/worth.py IMAGES LABELS --shares 20,100 --seeds 0,1,2 --minutes 60
+    python tools/worth.py IMAGES LABELS --page                    # the page only, from the results that are there
+
+IMAGES are unlabelled images (any source that tools/pretrain.py reads). LABELS are a COCO json, for a detector, or a
+folder per class, for a classifier. The same model is fine-tuned with the same number of steps from each start:
+
+    random_pretraining_init   random weights, exactly as pretraining starts
+    random_detector_init      random weights, as the detector or classifier starts by itself
+    own                       CrossMAE, pretrained on IMAGES
+    weights, continued        your weights, without and with further pretraining on IMAGES
+    random_equal_compute      random weights, with as much computation as pretraining and fine-tuning together
+
+The same command continues after an interruption. Finished runs are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from crossmae.errors import UserError, run_cli, set_up_log
+from crossmae.experiments.commands import find_gpus
+from crossmae.experiments.worth.grid import ARMS, PRESETS
+from crossmae.experiments.worth.inputs import LabelledPart
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("images", type=Path, metavar="IMAGES", help="images to pretrain on; labels are not used")
+    add("labels", type=Path, metavar="LABELS", help="a COCO json, or a folder per class")
+    add("--label-images", type=Path, metavar="DIR", help="images that LABELS names (default: near LABELS, or IMAGES)")
+    add("--val-labels", type=Path, metavar="FILE", help="labels to evaluate on (default: a fifth of LABELS)")
+    add("--val-images", type=Path, metavar="DIR", help="images that --val-labels names")
+    add("--weights", type=Path, metavar="FILE", help="weights to compare with, in any format that the toolkit reads")
+    add("--output", type=Path, default=Path("outputs/worth"), help="folder (default: %(default)s)")
+    add("--size", choices=list(PRESETS), help="configs (default: demo without a GPU, small with a GPU)")
+    add("--shares", type=_numbers, default=[10.0, 30.0, 100.0], metavar="P,P", help="of LABELS (default: 10,30,100)")
+    add("--seeds", type=_seeds, default=[0, 1, 2], metavar="N,N", help="a pretraining each (default: 0,1,2)")
+    add("--arms", type=lambda text: text.split(","), metavar="ARM,ARM", help=f"among {', '.join(ARMS)}")
+    add("--equal-compute", action="store_true", help="also random weights with as much computation as own in all")
+    add("--steps", type=int, metavar="N", help="fine-tuning steps (default: 50 passes over all labels, within limits)")
+    add("--pretrain-set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of tools/pretrain.py")
+    add("--detect-set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the detector or classifier")
+    add("--jobs", type=int, metavar="N", help="runs at once on the processor (default: one for two cores)")
+    add("--gpus", type=_seeds, metavar="N,N", help="GPUs with a run each (default: all)")
+    add("--minutes", type=float, metavar="M", help="start no run that is expected to end later than this")
+    add("--plan", action="store_true", help="print the plan, and stop")
+    add("--page", action="store_true", help="write the page from the results that are there, and stop")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Plan, run, and write the page."""
+    arguments = build_parser().parse_args(argv)
+    set_up_log()
+    from crossmae.experiments.worth import plan as worth  # imports torch, which takes seconds
+
+    check_numbers(arguments)
+    for flag, settings in (("--pretrain-set", arguments.pretrain_set), ("--detect-set", arguments.detect_set)):
+        worth.check_settings(flag, settings)
+    jobs, gpus = worth.choose_jobs(arguments.gpus, arguments.jobs)
+    val = LabelledPart(arguments.val_labels, arguments.val_images) if arguments.val_labels else None
+    question = worth.prepare_question(
+        arguments.images.absolute(),
+        LabelledPart(arguments.labels.absolute(), arguments.label_images and arguments.label_images.absolute()),
+        val and LabelledPart(val.labels.absolute(), val.images and val.images.absolute()),
+        arguments.output.absolute(),
+        size=arguments.size or ("small" if gpus else "demo"),
+        arms=worth.choose_arms(arguments.arms, arguments.weights is not None, arguments.equal_compute),
+        shares=arguments.shares,
+        seeds=arguments.seeds,
+        weights=arguments.weights and arguments.weights.absolute(),
+        pretrain_settings=arguments.pretrain_set,
+        fine_tune_settings=arguments.detect_set,
+    )
+    for remark in question.labels.remarks:
+        print(remark)
+    cells, budget = worth.plan(question, arguments.steps, gpus)
+    settings = {"Size": arguments.size or ("small" if gpus else "demo")}
+    if not arguments.page:
+        print(worth.describe_plan(question, cells, budget, jobs, gpus), flush=True)
+    if arguments.plan:
+        return
+    if arguments.page:
+        verdict = worth.write_answer(question, cells, budget, settings)
+    else:
+        limits = {"jobs": jobs, "gpus": gpus, "minutes": arguments.minutes}
+        verdict = worth.answer(question, cells, budget, settings=settings, **limits)
+    print(f"\n{verdict or 'No run is finished yet.'}")
+    if verdict:
+        print(f"Open this page in a browser: {arguments.output / worth.PAGE}")
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Raise UserError for numbers out of range."""
+    for flag in ("steps", "jobs", "minutes"):
+        value = getattr(arguments, flag)
+        if value is not None and value <= 0:
+            raise UserError(f"--{flag}: {value:g} is not positive. Give a larger number.")
+    if unknown := set(arguments.gpus or ()) - set(find_gpus()):
+        raise UserError(f"--gpus: there is no GPU {min(unknown)}. This machine has {len(find_gpus())} GPUs.")
+    for flag in ("shares", "seeds"):
+        values = getattr(arguments, flag)
+        if len(set(values)) < len(values):
+            raise UserError(f"--{flag}: a number is there twice. Give different numbers.")
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(word) for word in text.split(",")]
+
+
+def _seeds(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+if __name__ == "__main__":
+    run_cli(main)
