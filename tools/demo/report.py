@@ -49,8 +49,8 @@ LEAD = (
 )
 ONE_SEED = (
     "Each detector was trained once. Trainings that differ only in their seed also differ in AP, often by several "
-    "points, so one seed of each shows nothing about the gain from pretraining. tools/worth.py trains every detector "
-    "with three seeds and computes intervals."
+    "points, so one seed of each shows nothing about the gain from pretraining. tools/worth.py trains with three seeds "
+    "and computes intervals."
 )
 
 
@@ -114,31 +114,41 @@ class Stages(FileContent):
 
 def comparison_section(run: RunFolder, arms: Sequence[Arm], differences: Mapping[str, Difference]) -> page.Section:
     """Compare the two detectors, and tell what the difference shows."""
-    blocks: list[page.PageBlock] = [
-        run.missing(arm.file(RESULTS), f"average precision from {arm.start}") for arm in arms if arm.results is None
-    ]
-    rows: list[page.TableRow] = [
-        [arm.start, *(page.bar(number and number / 100, unit="") for number in headlines(arm.results))]
-        for arm in arms
-        if arm.results
-    ]
-    if rows:
-        known = [signed(differences[task].value) if task in differences else "-" for task in TASKS]
-        caption = "Average precision on held-out images, in percent. A full bar is 100."
-        footer = ["difference", *known, *("" for _ in HEADLINES[len(known) :])]
-        blocks.insert(0, page.Table(["start", *HEADLINES], rows, caption, footer if len(rows) > 1 else ()))
+    found = [arm for arm in arms if arm.results]
+    blocks: list[page.PageBlock] = [comparison_table(found, differences)] if found else []
+    blocks += [run.missing(arm.file(RESULTS), f"average precision from {arm.start}") for arm in arms if not arm.results]
     if not differences:
         needed = (ANNOTATIONS, *(arm.file(PREDICTIONS) for arm in arms))
         blocks += [run.missing(name, "difference of the APs") for name in needed if name in run.faults]
+    blocks.append(worth_command(run.path / "data"))
     few = run.read(FEW, read_coco, None)
     labelled = page.counted(len(few["images"]), "labelled image") if few else "the same labelled images"
-    steps = {int(max(found)) for arm in arms if (found := arm.log.values("iteration"))}
+    steps = {int(max(logged)) for arm in arms if (logged := arm.log.values("iteration"))}
     length = f" for {steps.pop():,} steps" if len(steps) == 1 else ""
     text = (
         f"Both detectors were trained{length} on {labelled}, with the same settings, the same seed and the same order "
         f"of the images. Only the first weights of the encoder differ. {AP_TEXT}"
     )
     return page.Section("Comparison", f"{text}\n{verdict(differences)}", blocks)
+
+
+def comparison_table(arms: Sequence[Arm], differences: Mapping[str, Difference]) -> page.Table:
+    """Show the AP of each detector, and the differences below."""
+    rows: list[page.TableRow] = [
+        [arm.start, *(page.bar(ap and ap / 100, unit="") for ap in headlines(arm.results))] for arm in arms
+    ]
+    known = [signed(differences[task].value) if task in differences else "-" for task in TASKS]
+    footer = ["difference", *known, *("" for _ in HEADLINES[len(known) :])]
+    caption = "Average precision on held-out images, in percent. A full bar is 100."
+    return page.Table(["start", *HEADLINES], rows, caption, footer if len(arms) > 1 else ())
+
+
+def worth_command(data: Path) -> page.Commands:
+    """Show the command that repeats the comparison with three seeds."""
+    words = [data / "pretrain", data / "annotations/train.json", "--label-images", data / "train"]
+    words += ["--val-labels", data / "annotations/val.json", "--val-images", data / "val"]
+    words += ["--arms", "random_pretraining_init,own", "--shares", "10,100"]
+    return sections.commands({"The same question with three seeds": ["worth.py", *map(str, words)]})
 
 
 def headlines(results: DetectionResults | None) -> list[float | None]:

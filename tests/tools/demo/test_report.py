@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -14,21 +15,28 @@ from pycocotools import mask as coco_mask
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
 from crossmae.errors import UserError
-from crossmae.reports.page import Gallery, Missing, Plot, Section, Table
+from crossmae.experiments.worth.grid import ARMS
+from crossmae.reports.page import Commands, Gallery, Missing, Plot, Section, Table
 from crossmae.reports.run_folder import RunFolder
 from det.data.coco import read_coco
 from det.evaluation.resampling import Difference
 from tools.demo import report
 from tools.demo.report import COUNT, STAGES, Stages, main, read_arms
+from tools.worth import build_parser
 
 IMAGES = COUNT + 2
-ARMS = ("detect-random", "detect-own")
+DETECTORS = ("detect-random", "detect-own")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A demo's folder with every artifact, small."""
-    for name in ("data/annotations", "data/val", *(f"{arm}/inference" for arm in ARMS), "pretrain/reconstructions"):
+    for name in (
+        "data/annotations",
+        "data/val",
+        *(f"{arm}/inference" for arm in DETECTORS),
+        "pretrain/reconstructions",
+    ):
         (tmp_path / name).mkdir(parents=True)
     mask = np.zeros((16, 16), np.uint8, order="F")
     mask[4:12, 4:12] = 1
@@ -46,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
     write(tmp_path / "data/annotations/val.json", truth)
     write(tmp_path / "data/annotations/few.json", truth | {"images": truth["images"][:3]})
     # The detector from own pretraining finds every object, the other one every second.
-    for arm, chosen, ap50 in ((ARMS[0], ids[::2], 50.8), (ARMS[1], ids, 65.43)):
+    for arm, chosen, ap50 in ((DETECTORS[0], ids[::2], 50.8), (DETECTORS[1], ids, 65.43)):
         found = [{"image_id": i, "score": score, **shape} for i in chosen for score in (0.49, 0.5, 0.9)]
         values = {"AP": ap50 - 10, "AP50": ap50, "AP75": None, "AP-7": 12.5}
         classes = [{"name": "7", "objects": 14, "bbox": {"AP": ap50 - 10}, "segm": {"AP": 12.5}}]
@@ -110,8 +118,9 @@ def test_pictures_are_of_a_fixed_number_of_held_out_images_with_both_detectors(f
 
 def test_comparison_has_both_detectors_and_the_difference(folder: Path):
     section = sections(folder)["Comparison"]
-    (table,) = section.blocks
+    table, commands = section.blocks
     assert isinstance(table, Table)
+    assert isinstance(commands, Commands)
     assert list(table.columns) == ["start", "box AP", "mask AP", "box AP50", "mask AP50"]
     assert [[getattr(cell, "text", cell) for cell in row] for row in table.rows] == [
         ["random weights", "40.8", "-", "50.8", "50.8"],
@@ -120,6 +129,13 @@ def test_comparison_has_both_detectors_and_the_difference(folder: Path):
     # By the rules of COCO: 100 % of the objects, minus 7 of 14, with the best detection of each image.
     assert list(table.footer) == ["difference", "+49.5", "+49.5", "", ""]
     assert "for 3 steps on 3 labelled images" in section.text
+    ((_, line),) = commands.commands
+    python, tool, *words = shlex.split(line.replace("\\\n", ""))
+    assert (python, tool) == ("python", "tools/worth.py")
+    parsed = build_parser().parse_args(words)
+    assert parsed.arms == ["random_pretraining_init", "own"]
+    assert set(parsed.arms) <= set(ARMS)
+    assert parsed.label_images == folder / "data/train"
 
 
 @pytest.mark.parametrize(
@@ -139,11 +155,11 @@ def test_verdict_follows_from_the_interval_and_never_claims_a_gain(low: float, h
     assert report.verdict({}).endswith(report.ONE_SEED)
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", DETECTORS)
 def test_missing_detector_leaves_the_other_one_and_no_difference(folder: Path, arm: str):
     shutil.rmtree(folder / arm)
     found = sections(folder)
-    table, *missing = found["Comparison"].blocks
+    table, *missing, _ = found["Comparison"].blocks
     assert isinstance(table, Table)
     names = [str(block.path) for block in missing if isinstance(block, Missing)]
     assert names == [f"{arm}/results.json", f"{arm}/inference/coco_instances_results.json"]
@@ -187,9 +203,9 @@ def test_empty_folder_names_every_missing_file(tmp_path: Path):
     missing = {str(block.path) for block in missing_blocks(tmp_path)}
     assert missing == {
         "data/annotations/val.json",
-        *(f"{arm}/inference/coco_instances_results.json" for arm in ARMS),
-        *(f"{arm}/results.json" for arm in ARMS),
-        *(f"{arm}/metrics.json" for arm in ARMS),
+        *(f"{arm}/inference/coco_instances_results.json" for arm in DETECTORS),
+        *(f"{arm}/results.json" for arm in DETECTORS),
+        *(f"{arm}/metrics.json" for arm in DETECTORS),
         "pretrain/log.jsonl",
         "pretrain/reconstructions/step-*.png",
         "stages.json",
