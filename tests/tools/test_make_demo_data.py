@@ -24,6 +24,7 @@ from pycocotools.coco import COCO  # noqa: E402
 
 from crossmae.errors import UserError  # noqa: E402
 from tools import make_demo_data as demo_data  # noqa: E402
+from tools.demo import scenes  # noqa: E402
 from tools.make_demo_data import DemoDataSettings, compose_scene, make_demo_data  # noqa: E402
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_demo_data.py"
@@ -154,7 +155,7 @@ def test_masks_of_an_image_do_not_overlap_and_boxes_and_areas_are_exact(data: Pa
             for entry, mask in zip(entries, masks, strict=True):
                 y, x = np.nonzero(mask)
                 assert entry["bbox"] == [x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1]
-                assert entry["area"] == len(x) >= demo_data.MIN_VISIBLE_AREA
+                assert entry["area"] == len(x) >= scenes.MIN_VISIBLE_AREA
                 assert entry["iscrowd"] == 0
 
 
@@ -170,7 +171,7 @@ def test_occlusion_agrees_with_painting_one_pixel_at_a_time(sources: dict[str, d
         for order, instance in enumerate(scene.instances):
             assert np.array_equal(instance.visible, top == order)
             share = instance.visible.sum() / instance.own.sum()
-            assert share >= demo_data.MIN_VISIBLE_SHARE
+            assert share >= scenes.MIN_VISIBLE_SHARE
     assert covered > 0  # otherwise nothing was tested
 
 
@@ -190,7 +191,7 @@ def test_digits_stand_out_from_what_they_were_painted_on(sources: dict[str, demo
     weights = [0.299, 0.587, 0.114]
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        _, photograph = demo_data.crop_photograph(rng, sources["train"].photographs, 96)
+        _, photograph = scenes.crop_photograph(rng, sources["train"].photographs, 96)
         canvas, instances = photograph.astype(np.float32), list[demo_data.Instance]()
         if not demo_data.place_digit(rng, canvas, instances, sources["train"], seed % 10, (24, 48)):
             assert np.array_equal(canvas, photograph)  # a digit without a place leaves no trace
