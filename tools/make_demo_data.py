@@ -8,7 +8,7 @@ photographs from scikit-image and scikit-learn. Nothing is downloaded. The outpu
 
     train/ val/                        JPEG images; the splits share no photograph and no handwritten sample
     annotations/{train,val}.json       COCO format; category ids 1..10 are the digits "0".."9"
-    annotations/few.json               the annotations of the first train images only
+    annotations/few.json               the first train images with their annotations, for trainings on few labels
     pretrain/                          the train images again, as a folder without labels
     classify/{train,val}/<digit>/      one digit per image, as an ImageFolder
     scenes/{train,val}/<photograph>/   grayscale crops of the training photographs in changing light, as an
