@@ -81,22 +81,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         pretrain_settings=arguments.pretrain_set,
         fine_tune_settings=arguments.detect_set,
     )
-    for remark in question.labels.remarks:
+    for _, remark in question.labels.remarks:
         print(remark)
-    cells, budget = worth.plan(question, arguments.steps, gpus)
+    plan = worth.make_plan(question, arguments.steps, gpus)
     settings = {"Size": arguments.size or ("small" if gpus else "demo")}
     if not arguments.page:
-        print(worth.describe_plan(question, cells, budget, jobs, gpus), flush=True)
+        print(worth.describe_plan(question, plan, jobs, gpus), flush=True)
     if arguments.plan:
         return
     if arguments.page:
-        verdict = worth.write_answer(question, cells, budget, settings)
+        verdict = worth.write_answer(question, plan, settings)
     else:
         limits = {"jobs": jobs, "gpus": gpus, "minutes": arguments.minutes}
-        verdict = worth.answer(question, cells, budget, settings=settings, **limits)
-    print(f"\n{verdict or 'No run is finished yet.'}")
-    if verdict:
-        print(f"Open this page in a browser: {arguments.output / worth.PAGE}")
+        verdict = worth.answer(question, plan, settings=settings, **limits)
+    print(f"\n{verdict}\nOpen this page in a browser: {arguments.output / worth.PAGE}")
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:
