@@ -21,7 +21,9 @@ LEVEL = 95  # percent of the resamplings inside the interval
 
 
 class Matches(NamedTuple):
-    """N detections of a category in I images, matched by the rules of COCO.
+    """Detections of a category, matched with objects by the rules of COCO.
+
+    N is the number of detections, I the number of images.
 
     Attributes:
         image: (N,) position of each detection's image. Detections are sorted by score, highest first.
@@ -36,7 +38,7 @@ class Matches(NamedTuple):
     objects: NDArray[np.int64]
 
 
-class Difference(NamedTuple):
+class ApDifference(NamedTuple):
     """Difference of two APs in percent, with the ends of its interval."""
 
     value: float
@@ -103,7 +105,7 @@ def average_precision(categories: Sequence[Matches], weights: NDArray[np.int64])
 
 def bootstrap_difference(
     first: Sequence[Matches], second: Sequence[Matches], times: int = 1000, seed: int = 0
-) -> Difference:
+) -> ApDifference:
     """Compute the second AP minus the first, with a bootstrap interval.
 
     Each of `times` resamplings draws as many images as there are, with replacement, for both detectors. The interval
@@ -116,4 +118,4 @@ def bootstrap_difference(
         return average_precision(second, weights) - average_precision(first, weights)
 
     low, high = np.percentile([difference(weights) for weights in draws], [50 - LEVEL / 2, 50 + LEVEL / 2])
-    return Difference(difference(np.ones(images, np.int64)), float(low), float(high))
+    return ApDifference(difference(np.ones(images, np.int64)), float(low), float(high))

@@ -33,7 +33,7 @@ from crossmae.training.versions import versions
 from det.data.coco import read_coco
 from det.evaluation.pictures import compare_pictures
 from det.evaluation.report import AP_TEXT
-from det.evaluation.resampling import Difference, bootstrap_difference, match_detections
+from det.evaluation.resampling import ApDifference, bootstrap_difference, match_detections
 from det.evaluation.run_files import TASKS, DetectionResults, read_metrics
 
 COUNT = 12  # number of held-out images on the page
@@ -112,7 +112,7 @@ class Stages(FileContent):
         return page.format_seconds(sum(stage.seconds for stage in done)), page.format_bytes(peak)
 
 
-def comparison_section(run: RunFolder, arms: Sequence[Arm], differences: Mapping[str, Difference]) -> page.Section:
+def comparison_section(run: RunFolder, arms: Sequence[Arm], differences: Mapping[str, ApDifference]) -> page.Section:
     """Compare the two detectors, and tell what the difference shows."""
     found = [arm for arm in arms if arm.results]
     blocks: list[page.PageBlock] = [comparison_table(found, differences)] if found else []
@@ -132,7 +132,7 @@ def comparison_section(run: RunFolder, arms: Sequence[Arm], differences: Mapping
     return page.Section("Comparison", f"{text}\n{verdict(differences)}", blocks)
 
 
-def comparison_table(arms: Sequence[Arm], differences: Mapping[str, Difference]) -> page.Table:
+def comparison_table(arms: Sequence[Arm], differences: Mapping[str, ApDifference]) -> page.Table:
     """Show the AP of each detector, and the differences below."""
     rows: list[page.TableRow] = [
         [arm.start, *(page.bar(ap and ap / 100, unit="") for ap in headlines(arm.results))] for arm in arms
@@ -157,7 +157,7 @@ def headlines(results: DetectionResults | None) -> list[float | None]:
     return [numbers.get(task, {}).get(key) for key in ("AP", "AP50") for task in TASKS]
 
 
-def ap_differences(run: RunFolder, arms: tuple[Arm, Arm], truth: dict[str, Any] | None) -> dict[str, Difference]:
+def ap_differences(run: RunFolder, arms: tuple[Arm, Arm], truth: dict[str, Any] | None) -> dict[str, ApDifference]:
     """Compute the AP of the second detector minus the first, by task.
 
     Returns nothing if a file is missing or damaged. `run.faults` has the reason then.
@@ -175,7 +175,7 @@ def ap_differences(run: RunFolder, arms: tuple[Arm, Arm], truth: dict[str, Any] 
         return {}
 
 
-def verdict(differences: Mapping[str, Difference]) -> str:
+def verdict(differences: Mapping[str, ApDifference]) -> str:
     """Tell what the differences show, and what they do not show."""
     sentences = []
     for task, found in differences.items():
@@ -356,7 +356,7 @@ def environment() -> list[tuple[str, str]]:
 
 
 def build_report(
-    run: RunFolder, arms: Sequence[Arm], truth: dict[str, Any] | None, differences: Mapping[str, Difference]
+    run: RunFolder, arms: Sequence[Arm], truth: dict[str, Any] | None, differences: Mapping[str, ApDifference]
 ) -> page.Report:
     """Build the demo's page from the files in the demo's folder."""
     record = run.read(STAGES, Stages.read, Stages())
@@ -372,7 +372,7 @@ def build_report(
     return page.Report("CrossMAE demo: digits in photos", LEAD, facts(arms, record), shown, environment())
 
 
-def summary(arms: Sequence[Arm], differences: Mapping[str, Difference]) -> str:
+def summary(arms: Sequence[Arm], differences: Mapping[str, ApDifference]) -> str:
     """Format the comparison for a terminal."""
     lines = ["COCO average precision on held-out images, in percent, one seed each", ""]
     lines.append(f"{'':<18}{''.join(f'{key:>11}' for key in HEADLINES)}")

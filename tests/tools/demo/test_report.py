@@ -19,7 +19,7 @@ from crossmae.experiments.worth.grid import ARMS
 from crossmae.reports.page import Commands, Gallery, Missing, Plot, Section, Table
 from crossmae.reports.run_folder import RunFolder
 from det.data.coco import read_coco
-from det.evaluation.resampling import Difference
+from det.evaluation.resampling import ApDifference
 from tools.demo import report
 from tools.demo.report import COUNT, STAGES, Stages, main, read_arms
 from tools.worth import build_parser
@@ -148,7 +148,7 @@ def test_comparison_has_both_detectors_and_the_difference(folder: Path):
     ],
 )  # fmt: skip
 def test_verdict_follows_from_the_interval_and_never_claims_a_gain(low: float, high: float, words: str):
-    text = report.verdict({"segm": Difference((low + high) / 2, low, high)})
+    text = report.verdict({"segm": ApDifference((low + high) / 2, low, high)})
     assert text.startswith(f"Own pretraining minus random weights is {report.signed((low + high) / 2)} mask AP")
     assert words in text
     assert text.endswith(report.ONE_SEED)
