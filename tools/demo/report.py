@@ -261,9 +261,10 @@ def reconstruction_section(run: RunFolder) -> page.Section:
         row = run.picture(f"pretrain/fusion/{weights.name}", read_image, "fusion weights", alt=alt, caption=caption)
         blocks += sections.gallery([row], 420)
     text = (
-        "From left to right: a held-out image, the patches that the encoder saw, the prediction of the decoder, and "
+        "From top to bottom: a held-out image, the patches that the encoder saw, the prediction of the decoder, and "
         "both together. The model predicts normalised patches. Each patch is shown with the true mean and contrast of "
-        "its pixels. The fusion weights show how every decoder block mixes the encoder's maps."
+        "its pixels. After so short a pretraining, the prediction has little structure inside a patch: docs/pretraining.md "
+        "shows a longer one. The fusion weights show how every decoder block mixes the encoder's maps."
     )
     return page.Section("Reconstructions", text, blocks)
 

@@ -22,6 +22,7 @@ from det.data.coco import read_coco
 from det.evaluation.resampling import ApDifference
 from tools.demo import report
 from tools.demo.report import COUNT, STAGES, Stages, main, read_arms
+from tools.demo.run import RECORDS, demo_stages
 from tools.worth import build_parser
 
 IMAGES = COUNT + 2
@@ -212,6 +213,8 @@ def test_empty_folder_names_every_missing_file(tmp_path: Path):
     }
     html = (tmp_path / "report.html").read_text()
     assert all(f"{name}</code>" in html for name in missing)
+    written = {output for stage in demo_stages(tmp_path) for output in stage.outputs} | {RECORDS}
+    assert {Path(name).parts[0] for name in missing} <= written
 
 
 def missing_blocks(folder: Path) -> list[Missing]:
