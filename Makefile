@@ -17,7 +17,7 @@ help:  ## this list
 venv: $(STAMP)  ## set up .venv: about 3 minutes and 6 GB, once
 	@echo "$(VENV) is ready"
 
-demo: $(STAMP)  ## real images -> pretrain -> convert -> detect -> outputs/demo/report.html
+demo: $(STAMP)  ## real images -> pretrain -> detect, with and without it -> outputs/demo/report.html
 	@$(BIN)/python tools/demo/run.py
 
 test: lint types  ## lint, types and every test, in as many processes as there are cores, 4 at most

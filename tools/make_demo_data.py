@@ -8,6 +8,7 @@ photographs from scikit-image and scikit-learn. Nothing is downloaded. The outpu
 
     train/ val/                        JPEG images; the splits share no photograph and no handwritten sample
     annotations/{train,val}.json       COCO format; category ids 1..10 are the digits "0".."9"
+    annotations/few.json               the first train images with their annotations, for trainings on few labels
     pretrain/                          the train images again, as a folder without labels
     classify/{train,val}/<digit>/      one digit per image, as an ImageFolder
     scenes/{train,val}/<photograph>/   grayscale crops of the training photographs in changing light, as an
@@ -56,7 +57,7 @@ from tools.demo.scenes import (
     write_coco,
 )
 
-GENERATOR_VERSION = 2  # to be raised whenever the same settings give other bytes
+GENERATOR_VERSION = 3  # to be raised whenever the same settings give other bytes
 
 # Split by hand. Both views of the motorcycle show one scene, so they are in the same split.
 PHOTOGRAPHS = {
@@ -83,7 +84,7 @@ PHOTOGRAPH_BRIGHTNESS = 0.6  # factor on the photograph, so that bright digits o
 MIN_COLOUR_DISTANCE = 110.0  # RGB steps between two digits of one image
 MAX_ROTATION = 15.0  # degrees
 LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-LIMITS = {"train": (1, 1_000_000), "val": (1, 1_000_000), "size": (64, 1024), "seed": (0, 2**32 - 1)}
+LIMITS = {**dict.fromkeys(("train", "val", "few"), (1, 1_000_000)), "size": (64, 1024), "seed": (0, 2**32 - 1)}
 
 STREAMS = ("train", "val", "classify/train", "classify/val")  # the position of a name seeds its random numbers
 SCENE_STREAMS = {"train": 100, "val": 101}
@@ -93,13 +94,15 @@ SCENE_STREAMS = {"train": 100, "val": 101}
 class DemoDataSettings:
     """Settings that determine every byte of the data, for given versions of NumPy and Pillow.
 
-    `train` and `val` are numbers of images, `size` is the side of the images in pixels.
+    `train` and `val` are numbers of images, `size` is the side of the images in pixels. `few` is the largest number of
+    images in few.json.
     """
 
     train: int = 1600
     val: int = 150
     size: int = 128
     seed: int = 0
+    few: int = 160
 
     def __post_init__(self) -> None:
         for name, (low, high) in LIMITS.items():
@@ -296,15 +299,20 @@ def write_data(settings: DemoDataSettings, sources: dict[str, SourceImages], roo
     """
     seed, size = settings.seed, settings.size
     for split, count, images_per_scene in (("train", settings.train, 40), ("val", settings.val, 5)):
-        write_detection(seed, size, split, count, sources[split], root)
+        content = write_detection(seed, size, split, count, sources[split], root)
+        write_annotations(content, root, split)
+        if split == "train":
+            write_annotations(first_images(content, settings.few), root, "few")
         write_classification(seed, size // 2, split, count, sources[split], root)
         write_scenes(seed, size, split, max(count // images_per_scene, 1), sources["train"].photographs, root)
     shutil.copytree(root / "train", root / "pretrain")
     return {}
 
 
-def write_detection(seed: int, size: int, split: str, count: int, source: SourceImages, root: Path) -> None:
-    """Write the images and COCO annotations of a split."""
+def write_detection(
+    seed: int, size: int, split: str, count: int, source: SourceImages, root: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """Write the images of a split. Return their COCO images and annotations."""
     heights = max(24, round(0.27 * size)), round(0.5 * size)
     (root / split).mkdir()
     images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
@@ -315,14 +323,23 @@ def write_detection(seed: int, size: int, split: str, count: int, source: Source
         images.append(image | {"license": license_id, "photograph": scene.photograph})
         annotations += coco_annotations(index + 1, len(annotations) + 1, scene)
         save_jpeg(scene.pixels, root / split / f"{index:06d}.jpg")
-    content = {
-        "info": {"description": f"digits in photos, {split}", "version": str(GENERATOR_VERSION)},
+    return {"images": images, "annotations": annotations}
+
+
+def first_images(content: dict[str, list[dict[str, Any]]], count: int) -> dict[str, list[dict[str, Any]]]:
+    """Select images up to an id, which is their number, and their annotations."""
+    annotations = [one for one in content["annotations"] if one["image_id"] <= count]
+    return {"images": content["images"][:count], "annotations": annotations}
+
+
+def write_annotations(content: dict[str, list[dict[str, Any]]], root: Path, name: str) -> None:
+    """Write the COCO file annotations/`name`.json."""
+    about = {
+        "info": {"description": f"digits in photos, {name}", "version": str(GENERATOR_VERSION)},
         "licenses": [{"id": i, "name": name, "url": url} for i, (name, url) in enumerate(LICENSES.items(), 1)],
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": d + 1, "name": str(d), "supercategory": "digit"} for d in range(10)],
     }
-    write_coco(root, split, content)
+    categories = [{"id": d + 1, "name": str(d), "supercategory": "digit"} for d in range(10)]
+    write_coco(root, name, about | content | {"categories": categories})
 
 
 def coco_annotations(image_id: int, first_id: int, scene: Scene) -> Iterator[dict[str, Any]]:
@@ -358,12 +375,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo/data"), help="folder (default: %(default)s)")
     helps = {"train": "training images", "val": "held-out images", "size": "side in pixels", "seed": "random seed"}
+    helps["few"] = "training images in few.json"
     for name, what in helps.items():
         default = getattr(DemoDataSettings, name)
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="replace demo data of other settings")
     args = parser.parse_args()
-    made = make_demo_data(DemoDataSettings(args.train, args.val, args.size, args.seed), args.output, force=args.force)
+    settings = DemoDataSettings(args.train, args.val, args.size, args.seed, args.few)
+    made = make_demo_data(settings, args.output, force=args.force)
     done = f"made {args.train} train and {args.val} val images" if made else "reused, complete and unchanged"
     print(f"{args.output}: {done}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,25 +31,36 @@ _LONGEST_STEM = 80  # characters
 def validation_pictures(
     ground_truth: dict[str, Any], images: Path, results: list[dict[str, Any]], count: int = COUNT
 ) -> list[tuple[str, NDArray[np.uint8]]]:
-    """Draw images with true objects (left) and predicted objects (right).
+    """Draw true objects (left) and predicted objects (right), see `compare_pictures`."""
+    return compare_pictures(ground_truth, images, {"predicted": results}, count)
+
+
+def compare_pictures(
+    ground_truth: dict[str, Any], images: Path, results: Mapping[str, Sequence[dict[str, Any]]], count: int = COUNT
+) -> list[tuple[str, NDArray[np.uint8]]]:
+    """Draw images with true objects (left) and the predictions of each detector.
 
     Every call chooses the same images: `count` images with objects, evenly spaced by id. Crowd regions and predictions
     below SCORE_THRESHOLD are not drawn. Returns file names and pictures (H, W, 3) uint8 RGB.
+
+    Args:
+        results: COCO results by the words that name the detector in the picture.
     """
     categories = {one["id"]: str(one["name"]) for one in sorted(ground_truth["categories"], key=lambda one: one["id"])}
     true = [annotation for annotation in ground_truth["annotations"] if not annotation.get("iscrowd", 0)]
-    found = [result for result in results if result["score"] >= SCORE_THRESHOLD]
+    found = [[result for result in every if result["score"] >= SCORE_THRESHOLD] for every in results.values()]
     pictures = []
     for entry in spread_images(ground_truth, count):
         name = image_name(entry)
         pixels = read_rgb(images / name, image_limits(sys.maxsize))  # evaluation has read it
-        here = [[one for one in every if one["image_id"] == entry["id"]] for every in (true, found)]
-        sides = [draw_instances(pixels, instances_from_coco(objects, categories), DRAWN_SIDE) for objects in here]
+        here = [[one for one in every if one["image_id"] == entry["id"]] for every in (true, *found)]
+        panels = [draw_instances(pixels, instances_from_coco(objects, categories), DRAWN_SIDE) for objects in here]
+        predicted = zip(results, here[1:], strict=True)
         captions = [
             f"{printable(name)}, true objects: {len(here[0])}",
-            f"predicted, with scores >= {SCORE_THRESHOLD:g}: {len(here[1])}",
+            *(f"{words}, with scores >= {SCORE_THRESHOLD:g}: {len(objects)}" for words, objects in predicted),
         ]
-        pictures.append((name, draw_sheet(sides, captions, CAPTION_SIZE)))
+        pictures.append((name, draw_sheet(panels, captions, CAPTION_SIZE, len(panels))))
     return pictures
 
 

@@ -121,16 +121,15 @@ def score_results(
     if lvis:
         _check_lvis_keys(ground_truth)
     limits = LVIS_LIMITS if lvis else (*COCO_LIMITS[:-1], max_dets)
-    keys = ("image_id", "category_id", "score", GEOMETRY[task])
-    # Pass compared keys only. If a result has a box, COCO would use the area of the box for a mask.
-    slim = [{key: result[key] for key in keys} for result in results]
+    truth, slim = select_keys(ground_truth, results, task)
     if lvis:
         slim = _best_of_each_image(slim, LVIS_LIMITS[-1])
-    truth = _slim_truth(ground_truth, task)
     hotcoco = find_hotcoco(evaluator)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         evaluation = (
-            _by_hotcoco(hotcoco, truth, slim, task, lvis) if hotcoco else _by_pycocotools(truth, slim, task, lvis)
+            _by_hotcoco(hotcoco, truth, slim, task, lvis)
+            if hotcoco
+            else evaluate_by_pycocotools(truth, slim, task, lvis)
         )
         evaluation.params.maxDets = list(limits)
         evaluation.evaluate()
@@ -149,8 +148,15 @@ def score_results(
     )
 
 
-def _slim_truth(ground_truth: dict[str, Any], task: str) -> dict[str, Any]:
-    """Select the keys that evaluation needs, because hotcoco checks all keys."""
+def select_keys(
+    ground_truth: dict[str, Any], results: Sequence[dict[str, Any]], task: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Select the keys that the evaluation of a task needs.
+
+    hotcoco checks all keys of the ground truth. If a result has a box, COCO would use the area of the box for a mask.
+    """
+    keys = ("image_id", "category_id", "score", GEOMETRY[task])
+    slim_results = [{key: result[key] for key in keys} for result in results]
     mask = ("segmentation",) if task == "segm" else ()
     needed = {
         "images": ("id", "width", "height", "neg_category_ids", "not_exhaustive_category_ids"),
@@ -166,7 +172,7 @@ def _slim_truth(ground_truth: dict[str, Any], task: str) -> dict[str, Any]:
         if annotation.get("segmentation"):
             size = sizes[annotation["image_id"]]
             annotation["segmentation"] = clip_polygons(annotation["segmentation"], *size)
-    return slim
+    return slim, slim_results
 
 
 @functools.cache  # so that it logs only once
@@ -191,7 +197,8 @@ def _by_hotcoco(hotcoco: ModuleType, ground_truth: dict[str, Any], results: list
     return hotcoco.COCOeval(truth, truth.load_res(results), task, lvis_style=lvis)
 
 
-def _by_pycocotools(ground_truth: dict[str, Any], results: list[Any], task: str, lvis: bool) -> COCOeval:
+def evaluate_by_pycocotools(ground_truth: dict[str, Any], results: list[Any], task: str, lvis: bool) -> COCOeval:
+    """Prepare an evaluation by pycocotools, which has not run yet."""
     # pycocotools changes annotations and results, so it gets copies. LVIS has no crowd regions and no `iscrowd`.
     annotations = [{"iscrowd": 0, **annotation} for annotation in ground_truth["annotations"]]
     truth, found = COCO(), COCO()

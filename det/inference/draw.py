@@ -205,14 +205,19 @@ def _overlap(one: Corners, other: Corners) -> float:
     return max(width, 0.0) * max(height, 0.0)
 
 
-def draw_sheet(pictures: Sequence[NDArray[np.uint8]], captions: Sequence[str], letters: int = 14) -> NDArray[np.uint8]:
-    """Arrange pictures in a nearly square grid, with captions below them.
+def draw_sheet(
+    pictures: Sequence[NDArray[np.uint8]], captions: Sequence[str], letters: int = 14, columns: int | None = None
+) -> NDArray[np.uint8]:
+    """Arrange pictures in a grid, with captions below them.
 
     Pictures are (H, W, 3) uint8 RGB of any size. Captions may have several lines, and are cut off at the column width.
-    `letters` is the size of the letters in pixels.
+
+    Args:
+        letters: size of the letters in pixels.
+        columns: pictures side by side. None: as many as make the grid nearly square.
     """
     gap, line = 16, round(letters * 10 / 7)
-    columns = math.ceil(math.sqrt(len(pictures)))
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
     width = max(picture.shape[1] for picture in pictures)
     text = line * max(caption.count("\n") + 1 for caption in captions)
     rows = [range(start, min(start + columns, len(pictures))) for start in range(0, len(pictures), columns)]

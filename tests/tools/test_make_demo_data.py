@@ -134,6 +134,16 @@ def test_pretraining_folder_is_the_training_images_and_nothing_held_out(data: Pa
     assert not contents["pretrain"] & contents["val"]
 
 
+@pytest.mark.parametrize("few", [7, 100])
+def test_few_annotations_are_of_the_first_training_images(data: Path, tmp_path: Path, few: int) -> None:
+    make_demo_data(DemoDataSettings(train=12, val=1, size=96, seed=3, few=few), tmp_path / "data")
+    part, whole = read_annotations(tmp_path / "data", "few"), read_annotations(data, "train")
+    assert part["images"] == whole["images"][: min(few, 12)]
+    ids = {image["id"] for image in part["images"]}
+    assert part["annotations"] == [one for one in whole["annotations"] if one["image_id"] in ids]
+    assert part["categories"] == whole["categories"]
+
+
 def test_masks_of_an_image_do_not_overlap_and_boxes_and_areas_are_exact(data: Path) -> None:
     for split in SPLITS:
         coco = load_coco(data, split)

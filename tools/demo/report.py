@@ -8,12 +8,12 @@ The program can be run at any time. The page names missing or damaged files.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import platform
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +27,65 @@ from crossmae.data.images import read_image
 from crossmae.errors import UserError, run_cli
 from crossmae.files import read_json, write_text
 from crossmae.reports import page, sections
+from crossmae.reports.figures import curve_plots
 from crossmae.reports.run_folder import FileContent, LoggedNumbers, RunFolder, read_log
 from crossmae.training.versions import versions
 from det.data.coco import read_coco
-from det.evaluation.evaluate import format_results
-from det.evaluation.pictures import validation_pictures
-from det.evaluation.report import AP_TEXT, ap_facts, class_blocks, headline_table, loss_plots
-from det.evaluation.run_files import DetectionResults, read_metrics
+from det.evaluation.pictures import compare_pictures
+from det.evaluation.report import AP_TEXT
+from det.evaluation.resampling import ApDifference, bootstrap_difference, match_detections
+from det.evaluation.run_files import TASKS, DetectionResults, read_metrics
 
 COUNT = 12  # number of held-out images on the page
-RESULTS, STAGES = "detect/results.json", "stages.json"
-PRETRAIN_LOG, DETECT_LOG = "pretrain/log.jsonl", "detect/metrics.json"
-ANNOTATIONS, PREDICTIONS = "data/annotations/val.json", "detect/inference/coco_instances_results.json"
+STAGES, PRETRAIN_LOG = "stages.json", "pretrain/log.jsonl"
+FEW, ANNOTATIONS = "data/annotations/few.json", "data/annotations/val.json"
+RESULTS, PREDICTIONS, LOG = "results.json", "inference/coco_instances_results.json", "metrics.json"  # of each detector
 LEAD = (
-    "A masked autoencoder, CrossMAE, learned to reconstruct hidden patches of unlabelled images. Its encoder became "
-    "the backbone of a Mask R-CNN, which outlines handwritten digits in photographs. Digits and photographs are real. "
-    "The held-out images share none of them with the training images. Every number was measured by the commands shown, "
-    "on the machine described at the end."
+    "A masked autoencoder, CrossMAE, learned to reconstruct hidden patches of unlabelled images. Then the same Mask "
+    "R-CNN was trained twice on a few of these images with labels: once from the pretrained encoder, and once from the "
+    "random weights that pretraining had started from. It outlines handwritten digits in photographs. Digits and "
+    "photographs are real. The held-out images share none of them with the training images. Every number was measured "
+    "by the commands shown, on the machine described at the end."
 )
+ONE_SEED = (
+    "Each detector was trained once. Trainings that differ only in their seed also differ in AP, often by several "
+    "points, so one seed of each shows nothing about the gain from pretraining. tools/worth.py trains with three seeds "
+    "and computes intervals."
+)
+
+
+HEADLINES = [f"{word} {key}" for key in ("AP", "AP50") for word in TASKS.values()]  # columns of the comparison
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One detector of the comparison: words for its start, and its files."""
+
+    start: str
+    folder: str
+    results: DetectionResults | None
+    predictions: list[Any] | None
+    log: LoggedNumbers
+
+    def file(self, name: str) -> str:
+        """Return the name of one of its files in the demo's folder."""
+        return f"{self.folder}/{name}"
+
+
+def read_arms(run: RunFolder) -> tuple[Arm, Arm]:
+    """Read the detector from random weights, and the detector from own pretraining."""
+    return read_arm(run, "random weights", "detect-random"), read_arm(run, "own pretraining", "detect-own")
+
+
+def read_arm(run: RunFolder, start: str, folder: str) -> Arm:
+    """Read what the page needs from the folder of a detector."""
+    return Arm(
+        start,
+        folder,
+        run.read(f"{folder}/{RESULTS}", DetectionResults.read, None),
+        run.read(f"{folder}/{PREDICTIONS}", read_predictions, None),
+        run.read(f"{folder}/{LOG}", read_metrics, LoggedNumbers()),
+    )
 
 
 class StageRecord(FileContent):
@@ -71,31 +112,124 @@ class Stages(FileContent):
         return page.format_seconds(sum(stage.seconds for stage in done)), page.format_bytes(peak)
 
 
-def result_section(run: RunFolder, results: DetectionResults | None) -> page.Section:
-    """Show average precision over all classes and for each class."""
-    blocks: list[page.PageBlock] = [run.missing(RESULTS, "average precision")]
-    if results is not None:
-        blocks = [headline_table(results), *class_blocks(results, Path(RESULTS))]
-    return page.Section("Average precision", AP_TEXT, blocks)
+def comparison_section(run: RunFolder, arms: Sequence[Arm], differences: Mapping[str, ApDifference]) -> page.Section:
+    """Compare the two detectors, and tell what the difference shows."""
+    found = [arm for arm in arms if arm.results]
+    blocks: list[page.PageBlock] = [comparison_table(found, differences)] if found else []
+    blocks += [run.missing(arm.file(RESULTS), f"average precision from {arm.start}") for arm in arms if not arm.results]
+    if not differences:
+        needed = (ANNOTATIONS, *(arm.file(PREDICTIONS) for arm in arms))
+        blocks += [run.missing(name, "difference of the APs") for name in needed if name in run.faults]
+    blocks.append(worth_command(run.path / "data"))
+    few = run.read(FEW, read_coco, None)
+    labelled = page.counted(len(few["images"]), "labelled image") if few else "the same labelled images"
+    steps = {int(max(logged)) for arm in arms if (logged := arm.log.values("iteration"))}
+    length = f" for {steps.pop():,} steps" if len(steps) == 1 else ""
+    text = (
+        f"Both detectors were trained{length} on {labelled}, with the same settings, the same seed and the same order "
+        f"of the images. Only the first weights of the encoder differ. {AP_TEXT}"
+    )
+    return page.Section("Comparison", f"{text}\n{verdict(differences)}", blocks)
 
 
-def prediction_section(run: RunFolder) -> page.Section:
-    """Show true and predicted objects on held-out images, side by side."""
-    truth, found = run.read(ANNOTATIONS, read_coco, None), run.read(PREDICTIONS, read_predictions, None)
+def comparison_table(arms: Sequence[Arm], differences: Mapping[str, ApDifference]) -> page.Table:
+    """Show the AP of each detector, and the differences below."""
+    rows: list[page.TableRow] = [
+        [arm.start, *(page.bar(ap and ap / 100, unit="") for ap in headlines(arm.results))] for arm in arms
+    ]
+    known = [signed(differences[task].value) if task in differences else "-" for task in TASKS]
+    footer = ["difference", *known, *("" for _ in HEADLINES[len(known) :])]
+    caption = "Average precision on held-out images, in percent. A full bar is 100."
+    return page.Table(["start", *HEADLINES], rows, caption, footer if len(arms) > 1 else ())
+
+
+def worth_command(data: Path) -> page.Commands:
+    """Show the command that repeats the comparison with three seeds."""
+    words = [data / "pretrain", data / "annotations/train.json", "--label-images", data / "train"]
+    words += ["--val-labels", data / "annotations/val.json", "--val-images", data / "val"]
+    words += ["--arms", "random_pretraining_init,own", "--shares", "10,100"]
+    return sections.commands({"The same question with three seeds": ["worth.py", *map(str, words)]})
+
+
+def headlines(results: DetectionResults | None) -> list[float | None]:
+    """List the numbers of `HEADLINES` in percent, None if undefined."""
+    numbers = results.numbers if results else {}
+    return [numbers.get(task, {}).get(key) for key in ("AP", "AP50") for task in TASKS]
+
+
+def ap_differences(run: RunFolder, arms: tuple[Arm, Arm], truth: dict[str, Any] | None) -> dict[str, ApDifference]:
+    """Compute the AP of the second detector minus the first, by task.
+
+    Returns nothing if a file is missing or damaged. `run.faults` has the reason then.
+    """
+    first, second = (arm.predictions for arm in arms)
+    if truth is None or first is None or second is None:
+        return {}
+    try:
+        return {
+            task: bootstrap_difference(match_detections(truth, first, task), match_detections(truth, second, task))
+            for task in TASKS
+        }
+    except (KeyError, TypeError, ValueError, IndexError, AssertionError) as error:
+        run.faults[arms[1].file(PREDICTIONS)] = f"the detections do not fit {ANNOTATIONS}: {error!r}"
+        return {}
+
+
+def verdict(differences: Mapping[str, ApDifference]) -> str:
+    """Tell what the differences show, and what they do not show."""
+    sentences = []
+    for task, found in differences.items():
+        words = f"own pretraining minus random weights is {signed(found.value)} {TASKS[task]} AP"
+        interval = f"{signed(found.low)} to {signed(found.high)} in 95 % of 1,000 resamplings of the held-out images"
+        if found.low <= 0 <= found.high:
+            so = "the choice of the held-out images alone can explain such a difference"
+        else:
+            so = "the choice of the held-out images alone does not explain the difference"
+        sentences.append(f"{words} ({interval}): {so}.")
+    measured = " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
+    unknown = "The difference is unknown, because a file is missing or damaged."
+    return f"{measured or unknown} {ONE_SEED}"
+
+
+def signed(value: float) -> str:
+    """Format a difference with its sign: "+1.2", "-0.3", "0.0"."""
+    return "0.0" if abs(value) < 0.05 else f"{value:+.1f}"
+
+
+def class_section(run: RunFolder, arms: Sequence[Arm]) -> page.Section:
+    """Show the AP of every class for both detectors."""
+    found = {arm.start: {one.name: one for one in arm.results.classes} for arm in arms if arm.results}
+    names = {name: one.objects for classes in found.values() for name, one in classes.items()}
+    if not names:
+        return page.Section("Classes", "", [run.missing(arm.file(RESULTS), "AP by class") for arm in arms])
+    rows: list[page.TableRow] = []
+    for name, objects in names.items():
+        aps = [classes[name].ap(task) if name in classes else None for task in TASKS for classes in found.values()]
+        rows.append([name, f"{objects:,}", *(page.bar(value and value / 100, unit="") for value in aps)])
+    columns = ["class", "objects", *(f"{word} AP, {start}" for word in TASKS.values() for start in found)]
+    return page.Section("Classes", "", [page.Table(columns, rows, "AP in percent. A full bar is 100.")])
+
+
+def prediction_section(run: RunFolder, arms: Sequence[Arm], truth: dict[str, Any] | None) -> page.Section:
+    """Show true objects and the predictions of both detectors, side by side."""
     what = "pictures of detections"
-    absent = [name for name, content in ((ANNOTATIONS, truth), (PREDICTIONS, found)) if content is None]
+    absent = [arm.file(PREDICTIONS) for arm in arms if arm.predictions is None]
     blocks: list[page.PageBlock] = [run.missing(name, what) for name in absent]
-    if truth is not None and found is not None:
+    found = {arm.start: arm.predictions for arm in arms if arm.predictions is not None}
+    if truth is None:
+        blocks.append(run.missing(ANNOTATIONS, what))
+    elif found:
         try:
-            drawn = validation_pictures(truth, run.path / "data/val", found, COUNT)
-            alt = "true objects on the left, predicted ones on the right"
+            drawn = compare_pictures(truth, run.path / "data/val", found, COUNT)
+            alt = f"true objects on the left, then predictions from {' and '.join(found)}"
             pictures = [page.embed_image(pixels, alt=f"image {name}: {alt}", density=2) for name, pixels in drawn]
-            blocks = [page.Gallery([page.PictureRow([picture]) for picture in pictures], min_width=460)]
+            blocks.insert(0, page.Gallery([page.PictureRow([picture]) for picture in pictures], min_width=700))
         except (UserError, KeyError, TypeError, ValueError) as error:
-            blocks = [page.Missing(Path(PREDICTIONS), what, f"it does not fit {ANNOTATIONS}: {error}")]
+            names = ", ".join(arm.file(PREDICTIONS) for arm in arms if arm.predictions is not None)
+            blocks.append(page.Missing(Path(names), what, f"it does not fit {ANNOTATIONS}: {error}"))
     text = (
         f"{COUNT} held-out images, spread evenly over their ids: none was selected by hand. True objects are on the "
-        "left, predicted objects with their scores on the right. A class has the same colour on both sides."
+        "left, next to them the predictions of the detectors with their scores. A class has the same colour everywhere."
     )
     return page.Section("Held-out images", text, blocks)
 
@@ -127,9 +261,10 @@ def reconstruction_section(run: RunFolder) -> page.Section:
         row = run.picture(f"pretrain/fusion/{weights.name}", read_image, "fusion weights", alt=alt, caption=caption)
         blocks += sections.gallery([row], 420)
     text = (
-        "From left to right: a held-out image, the patches that the encoder saw, the prediction of the decoder, and "
+        "From top to bottom: a held-out image, the patches that the encoder saw, the prediction of the decoder, and "
         "both together. The model predicts normalised patches. Each patch is shown with the true mean and contrast of "
-        "its pixels. The fusion weights show how every decoder block mixes the encoder's maps."
+        "its pixels. After so short a pretraining, the prediction has little structure inside a patch: docs/pretraining.md "
+        "shows a longer one. The fusion weights show how every decoder block mixes the encoder's maps."
     )
     return page.Section("Reconstructions", text, blocks)
 
@@ -155,12 +290,20 @@ def pretraining_section(run: RunFolder) -> page.Section:
     return replace(sections.training_section(run, log, PRETRAIN_LOG, "step", plots, text), title="Pretraining")
 
 
-def detector_section(run: RunFolder) -> page.Section:
-    """Plot the losses of the detector's training."""
-    log = run.read(DETECT_LOG, read_metrics, LoggedNumbers())
+def detector_section(run: RunFolder, arms: Sequence[Arm]) -> page.Section:
+    """Plot the total losses of both detectors."""
+    rows = [
+        {"iteration": row["iteration"], arm.start: row["total_loss"]}
+        for arm in arms
+        for row in arm.log.rows
+        if "total_loss" in row
+    ]
+    missing = [run.missing(arm.file(LOG), f"loss from {arm.start}") for arm in arms if not arm.log.rows]
     text = "The total loss of Mask R-CNN is the sum of the losses of proposals, classes, boxes and masks."
-    shown = sections.training_section(run, log, DETECT_LOG, "iteration", loss_plots(log), text)
-    return replace(shown, title="Detector training")
+    labels = {arm.start: f"from {arm.start}" for arm in arms if arm.log.rows}
+    source = Path(" and ".join(arm.file(LOG) for arm in arms))
+    plots = curve_plots(rows, source, "iteration", {"Total loss": ("loss", labels)}) if labels else []
+    return page.Section("Detector training", text, [*plots, *missing])
 
 
 def stage_section(run: RunFolder, record: Stages) -> page.Section:
@@ -182,9 +325,15 @@ def stage_section(run: RunFolder, record: Stages) -> page.Section:
     return page.Section("Stages", "Each stage is one command. Run the commands in this order.", [table, commands])
 
 
-def facts(results: DetectionResults | None, record: Stages) -> list[page.Fact]:
+def facts(arms: Sequence[Arm], record: Stages) -> list[page.Fact]:
     """List the headline numbers that are available."""
-    found = ap_facts(results, "AP50", ("AP", "AP75")) if results else []
+    found = []
+    for task, word in reversed(TASKS.items()):
+        for arm in reversed(arms):
+            numbers = arm.results.numbers.get(task) if arm.results else None
+            if numbers:
+                value = page.percent(numbers["AP"] and numbers["AP"] / 100)
+                found.append(page.Fact(f"{word.capitalize()} AP", value, f"from {arm.start}, one seed"))
     if record.stages:
         seconds, memory = record.totals
         found.append(page.Fact("Time", seconds, "all stages, one after the other"))
@@ -207,21 +356,31 @@ def environment() -> list[tuple[str, str]]:
     ]
 
 
-def build_report(run: RunFolder, results: DetectionResults | None) -> page.Report:
+def build_report(
+    run: RunFolder, arms: Sequence[Arm], truth: dict[str, Any] | None, differences: Mapping[str, ApDifference]
+) -> page.Report:
     """Build the demo's page from the files in the demo's folder."""
     record = run.read(STAGES, Stages.read, Stages())
-    training = (reconstruction_section(run), pretraining_section(run), detector_section(run))
-    shown = [prediction_section(run), result_section(run, results), *training, stage_section(run, record)]
-    return page.Report("CrossMAE demo: digits in photos", LEAD, facts(results, record), shown, environment())
+    shown = [
+        comparison_section(run, arms, differences),
+        prediction_section(run, arms, truth),
+        class_section(run, arms),
+        reconstruction_section(run),
+        pretraining_section(run),
+        detector_section(run, arms),
+        stage_section(run, record),
+    ]
+    return page.Report("CrossMAE demo: digits in photos", LEAD, facts(arms, record), shown, environment())
 
 
-def summary(results: DetectionResults) -> str:
-    """Format the COCO table for a terminal."""
-    numbers = {
-        task: {key: math.nan if value is None else value for key, value in found.items()}
-        for task, found in results.numbers.items()
-    }
-    return f"COCO average precision on held-out images, in percent\n\n{format_results(numbers)}\n"
+def summary(arms: Sequence[Arm], differences: Mapping[str, ApDifference]) -> str:
+    """Format the comparison for a terminal."""
+    lines = ["COCO average precision on held-out images, in percent, one seed each", ""]
+    lines.append(f"{'':<18}{''.join(f'{key:>11}' for key in HEADLINES)}")
+    for arm in arms:
+        cells = ("-" if value is None else f"{value:.1f}" for value in headlines(arm.results))
+        lines.append(f"{arm.start:<18}" + "".join(f"{cell:>11}" for cell in cells))
+    return "\n".join([*lines, "", *textwrap.wrap(verdict(differences), 110)]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -231,11 +390,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = RunFolder(parser.parse_args(argv).folder)
     if not run.path.is_dir():
         raise UserError(f"{run.path}: no such folder. Run the demo first: python tools/demo/run.py")
-    results = run.read(RESULTS, DetectionResults.read, None)
+    arms, truth = read_arms(run), run.read(ANNOTATIONS, read_coco, None)
+    differences = ap_differences(run, arms, truth)
     target = run.path / "report.html"
-    text = summary(results) if results else f"{run.path / RESULTS}: {run.faults[RESULTS]}\n"
-    build_report(run, results).write(target)
-    write_text(run.path / "summary.txt", text)
+    build_report(run, arms, truth, differences).write(target)
+    write_text(run.path / "summary.txt", summary(arms, differences))
     print(f"wrote {target}, {target.stat().st_size / 1e6:.1f} MB")
 
 

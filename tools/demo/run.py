@@ -1,4 +1,4 @@
-"""Run the demo on real images: data, pretraining, conversion, detection, report. `make demo` runs this.
+"""Run the demo on real images: data, pretraining, two detectors, report. `make demo` runs this.
 
     python tools/demo/run.py                       # runs unfinished stages, in outputs/demo
     python tools/demo/run.py --output outputs/big  # writes to another folder
@@ -34,37 +34,51 @@ from crossmae.reports.page import format_bytes, format_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = "stages.json"
+# The comparison: training images with labels, and training steps, of each of the two detectors.
+LABELLED, DETECTOR_STEPS = 160, 200
+PRETRAIN = "tools/pretrain.py --config-file pretrain/demo.yaml data.train=@/data/pretrain"
+DETECT = (
+    "tools/train_net.py --config-file demo_mask_rcnn.yaml --train-json @/data/annotations/few.json "
+    "--train-images @/data/train --val-json @/data/annotations/val.json --val-images @/data/val "
+    f"SOLVER.MAX_ITER={DETECTOR_STEPS}"
+)
 # Name; title; tool with arguments (@ is the output folder); outputs in that folder; file that decides the outcome.
 STAGES = (
     (
         "data",
         "Compose handwritten digits over photographs",
-        "tools/make_demo_data.py --output @/data",
+        f"tools/make_demo_data.py --few {LABELLED} --output @/data",
         "data",
         "tools/make_demo_data.py",
     ),
     (
         "pretrain",
         "Pretrain CrossMAE on the training images, without their labels",
-        "tools/pretrain.py --config-file pretrain/demo.yaml data.train=@/data/pretrain data.val=@/data/val "
-        "probe.train=@/data/scenes/train probe.val=@/data/scenes/val output_dir=@/pretrain",
+        f"{PRETRAIN} data.val=@/data/val probe.train=@/data/scenes/train probe.val=@/data/scenes/val "
+        "output_dir=@/pretrain",
         "pretrain",
         "configs/pretrain/demo.yaml",
     ),
     (
-        "convert",
-        "Make the encoder a detection backbone",
-        "tools/convert_checkpoint.py @/pretrain/model.safetensors @/encoder_detectron2.pth --to detectron2",
-        "encoder_detectron2.pth",
-        "",
+        "start",
+        "Write the random weights that pretraining starts from",
+        f"{PRETRAIN} data.val=null probe.train=null probe.val=null log.pictures=0 "
+        "schedule.max_steps=0 output_dir=@/start",
+        "start",
+        "configs/pretrain/demo.yaml",
     ),
     (
-        "detect",
-        "Train Mask R-CNN on that backbone, and evaluate it on held-out images",
-        "tools/train_net.py --config-file demo_mask_rcnn.yaml --train-json @/data/annotations/train.json "
-        "--train-images @/data/train --val-json @/data/annotations/val.json --val-images @/data/val "
-        "MODEL.WEIGHTS=@/encoder_detectron2.pth OUTPUT_DIR=@/detect",
-        "detect",
+        "detect-random",
+        "Train Mask R-CNN on few labelled images, from random weights, and evaluate it on held-out images",
+        f"{DETECT} MODEL.WEIGHTS=@/start OUTPUT_DIR=@/detect-random",
+        "detect-random",
+        "configs/demo_mask_rcnn.yaml",
+    ),
+    (
+        "detect-own",
+        "Train and evaluate the same Mask R-CNN, from the pretrained encoder",
+        f"{DETECT} MODEL.WEIGHTS=@/pretrain OUTPUT_DIR=@/detect-own",
+        "detect-own",
         "configs/demo_mask_rcnn.yaml",
     ),
     ("report", "Put it all on one page", "tools/demo/report.py @", "report.html summary.txt", ""),

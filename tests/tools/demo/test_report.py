@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +15,29 @@ from pycocotools import mask as coco_mask
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
 from crossmae.errors import UserError
-from crossmae.reports.page import Gallery, Missing, Plot, Table
+from crossmae.experiments.worth.grid import ARMS
+from crossmae.reports.page import Commands, Gallery, Missing, Plot, Section, Table
 from crossmae.reports.run_folder import RunFolder
-from det.evaluation.run_files import DetectionResults
+from det.data.coco import read_coco
+from det.evaluation.resampling import ApDifference
 from tools.demo import report
-from tools.demo.report import COUNT, RESULTS, STAGES, Stages, main
+from tools.demo.report import COUNT, STAGES, Stages, main, read_arms
+from tools.demo.run import RECORDS, demo_stages
+from tools.worth import build_parser
 
 IMAGES = COUNT + 2
+DETECTORS = ("detect-random", "detect-own")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A demo's folder with every artifact, small."""
-    for name in ("data/annotations", "data/val", "detect/inference", "pretrain/reconstructions"):
+    for name in (
+        "data/annotations",
+        "data/val",
+        *(f"{arm}/inference" for arm in DETECTORS),
+        "pretrain/reconstructions",
+    ):
         (tmp_path / name).mkdir(parents=True)
     mask = np.zeros((16, 16), np.uint8, order="F")
     mask[4:12, 4:12] = 1
@@ -37,19 +49,21 @@ def folder(tmp_path: Path) -> Path:
         Image.new("RGB", (16, 16), (10 * i, 0, 0)).save(tmp_path / f"data/val/{i}.png")
     truth = {
         "images": [{"id": i, "file_name": f"{i}.png", "width": 16, "height": 16} for i in ids],
-        "annotations": [{"id": i, "image_id": i, **shape} for i in ids],
+        "annotations": [{"id": i, "image_id": i, "area": 64, "iscrowd": 0, **shape} for i in ids],
         "categories": [{"id": 1, "name": "7"}],
     }
-    found = [{"image_id": i, "score": score, **shape} for i in ids for score in (0.49, 0.5, 0.9)]
-    values = {"AP": 40.0, "AP50": 71.24, "AP75": None, "AP-7": 12.5}
     write(tmp_path / "data/annotations/val.json", truth)
-    write(tmp_path / "detect/inference/coco_instances_results.json", found)
-    classes = [{"name": "7", "objects": 14, "bbox": {"AP": 12.5}, "segm": {"AP": 12.5}}]
-    write(tmp_path / "detect/results.json", {"bbox": values, "segm": values | {"AP50": 65.43}, "classes": classes})
+    write(tmp_path / "data/annotations/few.json", truth | {"images": truth["images"][:3]})
+    # The detector from own pretraining finds every object, the other one every second.
+    for arm, chosen, ap50 in ((DETECTORS[0], ids[::2], 50.8), (DETECTORS[1], ids, 65.43)):
+        found = [{"image_id": i, "score": score, **shape} for i in chosen for score in (0.49, 0.5, 0.9)]
+        values = {"AP": ap50 - 10, "AP50": ap50, "AP75": None, "AP-7": 12.5}
+        classes = [{"name": "7", "objects": 14, "bbox": {"AP": ap50 - 10}, "segm": {"AP": 12.5}}]
+        write(tmp_path / arm / "inference/coco_instances_results.json", found)
+        write(tmp_path / arm / "results.json", {"bbox": values, "segm": values | {"AP": None}, "classes": classes})
+        lines(tmp_path / arm / "metrics.json", [{"iteration": i, "total_loss": 1.0, "loss_mask": 0.5} for i in (1, 2)])
     steps = [{"step": s, "loss": 1 / s, "lr": 0.1, "images_per_second": 9} for s in (1, 2)]
     lines(tmp_path / "pretrain/log.jsonl", steps)
-    losses = {"loss_mask": 0.5, "loss_cls": 0.5}
-    lines(tmp_path / "detect/metrics.json", [{"iteration": i, "total_loss": 1.0, **losses} for i in (1, 2)])
     for step in (8, 16, 100):
         Image.new("RGB", (8, 8)).save(tmp_path / f"pretrain/reconstructions/step-{step:08d}.png")
     done = {"title": "Title", "status": "done", "seconds": 61.0, "peak_memory_bytes": 3 * 2**30}
@@ -72,21 +86,90 @@ def lines(path: Path, rows: list[dict[str, float]]) -> None:
 def test_whole_page(folder: Path, capsys: pytest.CaptureFixture[str]):
     main([str(folder)])
     html, summary = (folder / "report.html").read_text(), (folder / "summary.txt").read_text()
-    assert "65.4 %" in html
-    assert "71.2" in summary
-    assert "65.4" in summary
+    for number in ("40.8", "50.8", "55.4", "65.4"):
+        assert number in html
+        assert number in summary
+    for page in (html, " ".join(summary.split())):
+        assert "one seed of each shows nothing about the gain from pretraining" in page
+        assert "tools/worth.py" in page
     assert "1 min 01 s" in html
     assert "python tools/b.py" in html
     assert 'class="card missing"' not in html
     assert "report.html" in capsys.readouterr().out
 
 
-def test_pictures_are_of_a_fixed_number_of_held_out_images(folder: Path):
-    (gallery,) = report.prediction_section(RunFolder(folder)).blocks
+def sections(folder: Path) -> dict[str, Section]:
+    """The sections of the page by title."""
+    run = RunFolder(folder)
+    arms, truth = read_arms(run), run.read(report.ANNOTATIONS, read_coco, None)
+    found = report.build_report(run, arms, truth, report.ap_differences(run, arms, truth)).sections
+    return {section.title: section for section in found}
+
+
+def test_pictures_are_of_a_fixed_number_of_held_out_images_with_both_detectors(folder: Path):
+    (gallery,) = sections(folder)["Held-out images"].blocks
     assert isinstance(gallery, Gallery)
     alts = [picture.alt for row in gallery.rows for picture in row.pictures]
     assert len(set(alts)) == COUNT
     assert alts[0].startswith("image 1.png: ")
+    assert alts[0].endswith("predictions from random weights and own pretraining")
+    (picture,) = gallery.rows[0].pictures
+    assert picture.width > 2.5 * picture.height  # three panels in a row
+
+
+def test_comparison_has_both_detectors_and_the_difference(folder: Path):
+    section = sections(folder)["Comparison"]
+    table, commands = section.blocks
+    assert isinstance(table, Table)
+    assert isinstance(commands, Commands)
+    assert list(table.columns) == ["start", "box AP", "mask AP", "box AP50", "mask AP50"]
+    assert [[getattr(cell, "text", cell) for cell in row] for row in table.rows] == [
+        ["random weights", "40.8", "-", "50.8", "50.8"],
+        ["own pretraining", "55.4", "-", "65.4", "65.4"],
+    ]
+    # By the rules of COCO: 100 % of the objects, minus 7 of 14, with the best detection of each image.
+    assert list(table.footer) == ["difference", "+49.5", "+49.5", "", ""]
+    assert "for 3 steps on 3 labelled images" in section.text
+    ((_, line),) = commands.commands
+    python, tool, *words = shlex.split(line.replace("\\\n", ""))
+    assert (python, tool) == ("python", "tools/worth.py")
+    parsed = build_parser().parse_args(words)
+    assert parsed.arms == ["random_pretraining_init", "own"]
+    assert set(parsed.arms) <= set(ARMS)
+    assert parsed.label_images == folder / "data/train"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (-0.4, 6.0, "(-0.4 to +6.0 in 95 % of 1,000 resamplings of the held-out images): the choice of the held-out "
+         "images alone can explain such a difference."),
+        (0.2, 6.0, "the choice of the held-out images alone does not explain the difference."),
+        (-6.0, -0.2, "the choice of the held-out images alone does not explain the difference."),
+    ],
+)  # fmt: skip
+def test_verdict_follows_from_the_interval_and_never_claims_a_gain(low: float, high: float, words: str):
+    text = report.verdict({"segm": ApDifference((low + high) / 2, low, high)})
+    assert text.startswith(f"Own pretraining minus random weights is {report.signed((low + high) / 2)} mask AP")
+    assert words in text
+    assert text.endswith(report.ONE_SEED)
+    assert report.verdict({}).endswith(report.ONE_SEED)
+
+
+@pytest.mark.parametrize("arm", DETECTORS)
+def test_missing_detector_leaves_the_other_one_and_no_difference(folder: Path, arm: str):
+    shutil.rmtree(folder / arm)
+    found = sections(folder)
+    table, *missing, _ = found["Comparison"].blocks
+    assert isinstance(table, Table)
+    names = [str(block.path) for block in missing if isinstance(block, Missing)]
+    assert names == [f"{arm}/results.json", f"{arm}/inference/coco_instances_results.json"]
+    assert len(table.rows) == 1
+    assert list(table.footer) == []
+    assert "The difference is unknown" in found["Comparison"].text
+    assert [type(block) for block in found["Held-out images"].blocks] == [Gallery, Missing]
+    main([str(folder)])
+    assert "The difference is unknown" in (folder / "summary.txt").read_text()
 
 
 def test_reconstructions_are_the_first_and_the_last_step(folder: Path):
@@ -96,20 +179,17 @@ def test_reconstructions_are_the_first_and_the_last_step(folder: Path):
 
 
 def test_curves_and_tables(folder: Path):
-    run = RunFolder(folder)
-    curves = [*report.pretraining_section(run).blocks, *report.detector_section(run).blocks]
+    found = sections(folder)
+    curves = [*found["Pretraining"].blocks, *found["Detector training"].blocks]
     titles = [block.title for block in curves if isinstance(block, Plot)]
-    assert titles == ["Reconstruction loss", "Learning rate", "Total loss", "Its parts"]
+    assert titles == ["Reconstruction loss", "Learning rate", "Total loss"]
     assert [block.what for block in curves if isinstance(block, Missing)] == []
-    summary, by_class = report.result_section(run, DetectionResults.read(folder / RESULTS)).blocks
-    assert isinstance(summary, Table)
+    total = next(block for block in curves if isinstance(block, Plot) and block.title == "Total loss")
+    assert all(f"from {start}" in total.svg for start in ("random weights", "own pretraining"))
+    (by_class,) = found["Classes"].blocks
     assert isinstance(by_class, Table)
-    assert [[getattr(cell, "text", cell) for cell in row] for row in summary.rows] == [
-        ["box", "40.0", "71.2", "-"],
-        ["mask", "40.0", "65.4", "-"],
-    ]
-    assert [getattr(cell, "text", cell) for cell in by_class.rows[0]] == ["7", "14", "12.5", "12.5"]
-    assert [getattr(cell, "share", None) for cell in by_class.rows[0]] == [None, None, 0.125, 0.125]
+    assert [getattr(cell, "text", cell) for cell in by_class.rows[0]] == ["7", "14", "40.8", "55.4", "12.5", "12.5"]
+    assert [getattr(cell, "share", 0) for cell in by_class.rows[0]] == [0, 0, 0.408, 0.5543, 0.125, 0.125]
 
 
 def test_report_in_the_making_has_no_time_of_its_own(folder: Path):
@@ -124,20 +204,21 @@ def test_empty_folder_names_every_missing_file(tmp_path: Path):
     missing = {str(block.path) for block in missing_blocks(tmp_path)}
     assert missing == {
         "data/annotations/val.json",
-        "detect/inference/coco_instances_results.json",
-        "detect/results.json",
-        "detect/metrics.json",
+        *(f"{arm}/inference/coco_instances_results.json" for arm in DETECTORS),
+        *(f"{arm}/results.json" for arm in DETECTORS),
+        *(f"{arm}/metrics.json" for arm in DETECTORS),
         "pretrain/log.jsonl",
         "pretrain/reconstructions/step-*.png",
         "stages.json",
     }
     html = (tmp_path / "report.html").read_text()
     assert all(f"{name}</code>" in html for name in missing)
+    written = {output for stage in demo_stages(tmp_path) for output in stage.outputs} | {RECORDS}
+    assert {Path(name).parts[0] for name in missing} <= written
 
 
 def missing_blocks(folder: Path) -> list[Missing]:
-    sections = report.build_report(RunFolder(folder), None).sections
-    return [block for section in sections for block in section.blocks if isinstance(block, Missing)]
+    return [block for one in sections(folder).values() for block in one.blocks if isinstance(block, Missing)]
 
 
 def test_log_without_the_values_is_named(folder: Path):
@@ -149,11 +230,15 @@ def test_log_without_the_values_is_named(folder: Path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("detect/results.json", {"bbox": {"AP": 1}}, "bbox: has no AP, AP50, AP75"),
-        ("detect/results.json", [], "expected a JSON object"),
+        ("detect-own/results.json", {"bbox": {"AP": 1}}, "bbox: has no AP, AP50, AP75"),
+        ("detect-own/results.json", [], "expected a JSON object"),
         ("data/annotations/val.json", {"images": []}, "&#39;images&#39; is empty"),
-        ("detect/inference/coco_instances_results.json", {}, "expected a list of detections"),
-        ("detect/inference/coco_instances_results.json", [{}], "does not fit data/annotations/val.json: &#39;score"),
+        ("detect-own/inference/coco_instances_results.json", {}, "expected a list of detections"),
+        (
+            "detect-own/inference/coco_instances_results.json",
+            [{}],
+            "does not fit data/annotations/val.json: &#39;score",
+        ),
         ("stages.json", {"stages": [{}]}, "unexpected content: stages: 0: name: Field required"),
     ],
 )

@@ -10,8 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from crossmae.errors import UserError
+from crossmae.models.sizes import model_arguments
+from crossmae.pretraining.config import load_config
+from crossmae.pretraining.initial_weights import build_model
 from tools.demo.run import RECORDS, ROOT, Stage, demo_stages, run_stages
 
 WRITE = "import sys; open(sys.argv[1], 'w').write('x'); open(sys.argv[2], 'a').write(sys.argv[3])"
@@ -157,6 +163,30 @@ def test_demo_commands_are_what_is_shown_and_write_inside_the_output(monkeypatch
         assert stage.config is None or stage.config.is_file()
 
 
+def test_the_detectors_differ_only_in_their_first_weights():
+    stages = {stage.name: stage for stage in demo_stages(Path("out"))}
+    random, own = (set(stages[name].arguments) for name in ("detect-random", "detect-own"))
+    assert random - own == {"MODEL.WEIGHTS=out/start", "OUTPUT_DIR=out/detect-random"}
+    assert own - random == {"MODEL.WEIGHTS=out/pretrain", "OUTPUT_DIR=out/detect-own"}
+
+
+def test_random_weights_are_those_that_pretraining_starts_from(tmp_path: Path):
+    start, run = (next(one for one in demo_stages(tmp_path) if one.name == name) for name in ("start", "pretrain"))
+    (tmp_path / "data/pretrain").mkdir(parents=True)
+    for number in range(64):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"data/pretrain/{number}.png")
+    subprocess.run([sys.executable, *start.arguments], check=True, cwd=ROOT)
+    configs = [load_config("pretrain/demo.yaml", one.arguments[3:]) for one in (start, run)]
+    assert configs[0].model == configs[1].model
+    assert configs[0].runtime.seed == configs[1].runtime.seed
+    model, seed = configs[1].model, configs[1].runtime.seed
+    arguments = model_arguments(model.name) | model.arguments()
+    expected = build_model(arguments, seed, model.mask_ratio, model.predict_ratio).state_dict()
+    written = load_file(tmp_path / "start/model.safetensors")
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[key], expected[key]) for key in expected)
+
+
 def test_nothing_to_do_is_quick_and_prints_the_table_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     done = []
@@ -173,8 +203,8 @@ def test_nothing_to_do_is_quick_and_prints_the_table_again(tmp_path: Path, monke
     out = subprocess.run(
         [sys.executable, "-c", probe, str(tmp_path)], check=True, capture_output=True, text=True
     ).stdout
-    assert out.count("reused") == 5
+    assert out.count("reused") == len(done)
     assert "mask 51.0" in out
-    assert "7 min 30 s" in out
+    assert "9 min 00 s" in out
     assert str(tmp_path / "report.html") in out
     assert out.endswith("[]\n")
