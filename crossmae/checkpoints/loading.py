@@ -188,8 +188,7 @@ def check_plain(weights: Weights, target: Mapping[str, Tensor] = MappingProxyTyp
     if SEVERAL_CLASS_TOKENS in found:
         number = weights.tensors[found[SEVERAL_CLASS_TOKENS]].shape[1]
         raise UserError(
-            f"{weights.path}: has {number} class tokens, which only pretraining and detection can load. Use an encoder "
-            "with one class token."
+            f"{weights.path}: has {number} class tokens, but the model does not. Build it with class_tokens={number}."
         )
     if found:
         what = " and ".join(f"{kind} ({name})" for kind, name in found.items())
@@ -202,7 +201,7 @@ def _has(target: Mapping[str, Tensor], held: Mapping[str, Tensor], name: str, ho
     if kind == WITHOUT_BIAS:
         return mine in target and f"{mine.removesuffix('weight')}bias" not in target
     if kind == SEVERAL_CLASS_TOKENS:  # a model without any, such as a dense backbone, drops them all
-        return bool(target) and (mine not in target or target[mine].shape == held[name].shape)
+        return mine not in target or target[mine].shape == held[name].shape
     return mine in target and (kind != GATED or target[mine].shape == held[name].shape)
 
 

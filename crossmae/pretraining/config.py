@@ -43,7 +43,7 @@ class ModelConfig(ConfigSection):
     mask_ratio: Ratio = Field(0.75, description="share of all patches that the encoder does not see")
     predict_ratio: Ratio = Field(0.25, description="share of all patches that is decoded")
     mask_block: PositiveInt = Field(1, description="side of the blocks of patches that are masked; divides the grid")
-    class_tokens: PositiveInt = Field(1, le=64, description="class tokens; several are for pretraining and detection")
+    class_tokens: PositiveInt = Field(1, le=64, description="class tokens; several have no place in other libraries")
     init: Path | None = Field(None, description="weights to start from: a whole model or an encoder; null: random ones")
 
     @field_validator("name")

@@ -265,11 +265,6 @@ def plan(weights: Weights, to: str, *, encoder_only: bool = False, drop: tuple[s
     """
     encoder_tensors(weights)  # raises without an encoder
     target, home, plain = TARGETS[to], encoder_home(weights.tensors) or "", plain_tensors(weights)
-    if target.class_token == "required" and "cls_token" not in plain:
-        raise UserError(
-            f"{weights.path}: has no class token, but {to} requires one. Use a source with a class token, "
-            "or another --to."
-        )
     content, head = "encoder" if encoder_only else weights.format, _head(plain, weights.metadata)
     odd = {name: kind for kind, names in oddities(weights.tensors).items() for name in names}
     kept: dict[str, Tensor] = {}
@@ -291,6 +286,12 @@ def plan(weights: Weights, to: str, *, encoder_only: bool = False, drop: tuple[s
             kept[inside] = tensor
             entry = TensorEntry(name, "used", weights.notes.get(name, ""), shape, shape, True, inside, sources)
         report.entries.append(entry)
+    is_dropped = any(entry.plain == "cls_token" and entry.reason == ASKED_TO_DROP for entry in report.entries)
+    if target.class_token == "required" and ("cls_token" not in plain or is_dropped):
+        raise UserError(
+            f"{weights.path}: has no class token, but {to} requires one. Use a source with a class token, "
+            "or another --to."
+        )
     _check_drop(weights, report, drop)
     if to == "timm":
         _fit_timm(kept, report)

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 from crossmae.classification import vit
+from crossmae.classification.train.config import FinetuneConfig
+from crossmae.classification.train.train import finetune
 from crossmae.errors import UserError
 from crossmae.models.crossmae import CrossMAE
 from crossmae.pretraining.train import parameter_groups, pretrain
@@ -138,3 +141,19 @@ def test_muon_without_a_place_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(UserError, match=r"optim.name: torch .* has no Muon. Install torch 2.9"):
         muon_of(model)
+
+
+def test_fine_tuning_with_muon_resumes_to_the_bit(labelled: Path, tmp_path: Path) -> None:
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    values: dict[str, Any] = {
+        "data": {"train": str(labelled / "train"), "workers": 0},
+        "model": {"name": "vit_tiny_patch16", **size},
+        "optim": {"name": "muon", "batch_size": 6, "lr": 0.01, "ema": 0.9},
+        "schedule": {"epochs": 3, "warmup_epochs": 1},
+        "runtime": {"device": "cpu"},
+    }
+    for run, stop, resume in (("whole", None, False), ("parts", 5, False), ("parts", None, True)):
+        changes = {"output_dir": tmp_path / run, "schedule": values["schedule"] | {"max_steps": stop}}
+        finetune(FinetuneConfig.model_validate(values | changes), resume)
+    whole, parts = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
