@@ -190,7 +190,7 @@ def test_mask_blocks_and_class_tokens_hold_from_the_run_to_its_pictures(
     assert_same(digest(tmp_path / "whole"), digest(tmp_path / "parts"))
     for key in ("val_loss", "knn_accuracy"):
         whole, parts = (log_lines(tmp_path / run, key) for run in ("whole", "parts"))
-        assert len(whole) == 5
+        assert len(whole) == 3
         assert set(whole) <= set(parts)  # the part that ended early measured once more, where it ended
     assert list((tmp_path / "whole/reconstructions").iterdir())
 
