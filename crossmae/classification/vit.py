@@ -105,7 +105,7 @@ class SeveralTokensViT(VisionTransformer):
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, class_tokens, self.embed_dim))
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """Add positions to patch tokens (B, L, E), and put class tokens first."""
+        """Add positions to patches (B, L, E), and put class tokens first."""
         tokens, positions = cast(Tensor, self.cls_token), cast(Tensor, self.pos_embed)
         tokens = (tokens + positions[:, :1]).expand(x.shape[0], -1, -1)
         return self.pos_drop(torch.cat([tokens, x + positions[:, 1:]], dim=1))

@@ -104,7 +104,7 @@ def split_patches(
 
 
 def block_order(noise: Tensor, order: Tensor, grid: tuple[int, int], block: int) -> Tensor:
-    """Sort patches by the noise of their block, and within it by their own.
+    """Sort patches by the noise of their block, then by their own.
 
     The noise of a block is the fractional part of the sum of its patches' noise. So it is uniform, independent of the
     noise of each single patch, and needs no further random numbers. In float64, the sum does not depend on the order.
