@@ -66,7 +66,9 @@ def test_both_parts_step_as_torchs_own_optimizers(tmp_path: Path) -> None:
     imgs, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
     for step in range(3):
         if step == 2:  # as on a restart
-            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = muon_of(model)
+            optimizer.load_state_dict(state)
         for each, parts in ((model, [optimizer]), (other, [muon, adamw])):
             each(imgs, 0.75, 0.25, noise).loss.backward()
             for part in parts:
