@@ -17,6 +17,7 @@ from crossmae.checkpoints.formats.facts import Facts, ModelFact, assumed, encode
 from crossmae.checkpoints.formats.keys import (
     CLASS_ROW_ADDED,
     GATED,
+    SEVERAL_CLASS_TOKENS,
     UNKNOWN_KINDS,
     WITHOUT_BIAS,
     encoder_home,
@@ -184,6 +185,11 @@ def check_plain(weights: Weights, target: Mapping[str, Tensor] = MappingProxyTyp
         for kind, names in kinds.items()
         if kind not in UNKNOWN_KINDS and names and not _has(target, weights.tensors, names[0], home, kind)
     }
+    if SEVERAL_CLASS_TOKENS in found:
+        number = weights.tensors[found[SEVERAL_CLASS_TOKENS]].shape[1]
+        raise UserError(
+            f"{weights.path}: has {number} class tokens, but the model does not. Build it with class_tokens={number}."
+        )
     if found:
         what = " and ".join(f"{kind} ({name})" for kind, name in found.items())
         raise UserError(f"{weights.path}: not a plain ViT, it has {what}. {USE_PLAIN}")
@@ -194,6 +200,8 @@ def _has(target: Mapping[str, Tensor], held: Mapping[str, Tensor], name: str, ho
     mine = name if name in target else name.removeprefix(home)
     if kind == WITHOUT_BIAS:
         return mine in target and f"{mine.removesuffix('weight')}bias" not in target
+    if kind == SEVERAL_CLASS_TOKENS:  # a model without any, such as a dense backbone, drops them all
+        return mine not in target or target[mine].shape == held[name].shape
     return mine in target and (kind != GATED or target[mine].shape == held[name].shape)
 
 

@@ -34,6 +34,7 @@ from crossmae.checkpoints.weights import Weights, read_weights
 from crossmae.classification.vit import Architecture, HeadKind, architecture_of, build_vit
 from crossmae.data.pixels import published_crop_pct
 from crossmae.errors import UserError
+from crossmae.models.sizes import OFF_BY_DEFAULT
 from crossmae.pretraining.neighbours import Pool
 
 CLASSIFIER = "classifier"  # the format in the metadata
@@ -99,9 +100,10 @@ def classifier_metadata(architecture: Architecture, record: ClassifierRecord, st
     height, width = architecture.img_size
     size = height if height == width else [height, width]
     values = TypeAdapter(ClassifierRecord).dump_python(record, by_alias=True)
+    sizes = {key: value for key, value in asdict(architecture).items() if OFF_BY_DEFAULT.get(key) != value}
     return {
         FORMAT: CLASSIFIER,
-        MODEL_ARGUMENTS: json.dumps(asdict(architecture) | {"img_size": size}),
+        MODEL_ARGUMENTS: json.dumps(sizes | {"img_size": size}),
         **{key: value if key in PLAIN else json.dumps(value, ensure_ascii=False) for key, value in values.items()},
         VERSION: crossmae.__version__,
         STEP: str(step),

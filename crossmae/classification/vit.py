@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal, cast, get_args
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from crossmae.checkpoints.formats.facts import assumed, encoder_facts
 from crossmae.checkpoints.load_report import LoadReport
@@ -33,6 +35,7 @@ class Architecture:
     Attributes:
         img_size: height and width in pixels, multiples of `patch_size`.
         mlp_ratio: hidden width of the MLP divided by E.
+        class_tokens: number of class tokens, K.
 
     Raises:
         ValueError: the sizes do not fit together.
@@ -45,6 +48,7 @@ class Architecture:
     depth: int
     num_heads: int
     mlp_ratio: float
+    class_tokens: int = 1
 
     def __post_init__(self) -> None:
         patch_grid(self.img_size, self.patch_size)
@@ -74,7 +78,7 @@ def architecture_of(weights: Weights, **given: Any) -> Architecture:
     if wrong:
         has = " and ".join(f"{key} {found[key]}, not {given[key]}" for key in wrong)
         raise UserError(f"{weights.path}: its encoder has {has}. Leave that out, or name another file.")
-    arguments = found | given
+    arguments = {"class_tokens": 1} | found | given
     missing = [field.name for field in fields(Architecture) if field.name not in arguments]
     if missing:
         what, keys = " and ".join(missing), " ".join(f"model.{name}=..." for name in missing)
@@ -87,6 +91,32 @@ def architecture_of(weights: Weights, **given: Any) -> Architecture:
         raise UserError(f"{weights.path}: {error}") from None
 
 
+class SeveralTokensViT(VisionTransformer):
+    """timm's model with several class tokens, as in `ViTEncoder`. Pooling takes their mean.
+
+    Args:
+        class_tokens: K.
+        arguments: arguments of timm's model.
+    """
+
+    def __init__(self, class_tokens: int, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.num_prefix_tokens = class_tokens
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, class_tokens, self.embed_dim))
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """Add positions to patches (B, L, E), and put class tokens first."""
+        tokens, positions = cast(Tensor, self.cls_token), cast(Tensor, self.pos_embed)
+        tokens = (tokens + positions[:, :1]).expand(x.shape[0], -1, -1)
+        return self.pos_drop(torch.cat([tokens, x + positions[:, 1:]], dim=1))
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """Pool tokens (B, K + L, E) to (B, E)."""
+        if (pool_type or self.global_pool) == "token":
+            return x[:, : self.num_prefix_tokens].mean(dim=1)
+        return super().pool(x, pool_type)
+
+
 def build_vit(
     architecture: Architecture, num_classes: int, pool: Pool = "avg", drop_path: float = 0.0, head: HeadKind = "linear"
 ) -> VisionTransformer:
@@ -97,7 +127,7 @@ def build_vit(
     | pool  | before the head                           |
     | ----- | ----------------------------------------- |
     | `avg` | mean of the patch tokens, then `fc_norm`  |
-    | `cls` | `norm`, then the class token              |
+    | `cls` | `norm`, then the (mean of) class tokens   |
 
     Args:
         num_classes: N. 0 builds no head.
@@ -109,8 +139,10 @@ def build_vit(
     if pool not in get_args(Pool) or head not in get_args(HeadKind):
         known = f"Choose pool from {get_args(Pool)}, head from {get_args(HeadKind)}."
         raise ValueError(f"pool={pool!r}, head={head!r}: unknown. {known}")
-    model = VisionTransformer(
-        **vars(architecture),
+    sizes = dict(vars(architecture))
+    tokens = sizes.pop("class_tokens")
+    model = (VisionTransformer if tokens == 1 else partial(SeveralTokensViT, tokens))(
+        **sizes,
         num_classes=num_classes,
         global_pool="token" if pool == "cls" else "avg",
         drop_path_rate=drop_path,

@@ -1,7 +1,7 @@
 """CrossMAE and plain MAE pretraining models.
 
-Shapes: B batch, L patches, V visible, M predicted, E encoder width, D decoder width, N decoder blocks, K fused maps. P
-= patch_size ** 2 * channels is the number of values in a patch.
+Shapes: B batch, L patches, V visible, M predicted, K class tokens, E encoder width, D decoder width, N decoder blocks,
+F fused maps. P = patch_size ** 2 * channels is the number of values in a patch.
 
 Written from the method specification (sections 1.3 to 1.8) of arXiv 2401.14391. Key names and shapes are the published
 names and shapes.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from crossmae.models.encoder import ViTEncoder
 from crossmae.models.layers import Block, CrossBlock, LayerNorm
-from crossmae.models.masking import MaskCounts, gather_tokens, mask_counts, split_patches
+from crossmae.models.masking import MaskCounts, check_blocks, gather_tokens, mask_counts, split_patches
 from crossmae.models.positions import sincos_pos_embed
 from crossmae.models.sizes import DECODERS, Decoder, model_arguments
 
@@ -51,9 +51,9 @@ class FeatureMixer(nn.Module):
         self.linear = nn.Linear(num_maps, num_mixes, bias=False)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """Mix K maps (B, ...) into N contiguous maps, one per block."""
-        stacked = torch.stack(maps)  # (K, B, V + 1, E); stacked on the last axis, a mix would not be contiguous
-        mixes = self.linear.weight.to(stacked.dtype) @ stacked.flatten(1)  # (N, B * (V + 1) * E)
+        """Mix F maps (B, ...) into N contiguous maps, one per block."""
+        stacked = torch.stack(maps)  # (F, B, K + V, E); stacked on the last axis, a mix would not be contiguous
+        mixes = self.linear.weight.to(stacked.dtype) @ stacked.flatten(1)  # (N, B * (K + V) * E)
         return mixes.view(-1, *stacked.shape[1:])
 
 
@@ -72,6 +72,8 @@ class CrossMAE(ViTEncoder):
             of the last block after a final norm `norm`. Blocks after the last fused block are frozen and never run.
         fuse_input: also mix the tokens before the first block. Has no effect without fusion.
         norm_pix_loss: standardise each target patch by its mean and unbiased variance (1e-6 inside the root).
+        mask_block: side in patches of the square blocks that are masked; must divide the grid. See `masking`.
+        class_tokens: see `ViTEncoder`. The decoder also reads them.
     """
 
     def __new__(cls, *_: Any, decoder: Decoder = "cross", **__: Any) -> CrossMAE:
@@ -95,11 +97,14 @@ class CrossMAE(ViTEncoder):
         fuse_blocks: tuple[int, ...] | None = None,
         fuse_input: bool = True,
         norm_pix_loss: bool = True,
+        mask_block: int = 1,
+        class_tokens: int = 1,
     ) -> None:
-        super().__init__(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio)
+        super().__init__(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, class_tokens)
+        check_blocks(self.grid, mask_block, patch_size)
         if decoder not in DECODERS:
             raise ValueError(f"decoder {decoder!r} is unknown. Choose one of {', '.join(DECODERS)}.")
-        self.decoder, self.norm_pix_loss = decoder, norm_pix_loss
+        self.decoder, self.norm_pix_loss, self.mask_block = decoder, norm_pix_loss, mask_block
         self.fused_blocks = resolve_blocks(fuse_blocks, depth)
         self.fuse_input = fuse_input and bool(self.fused_blocks)
 
@@ -166,7 +171,8 @@ class CrossMAE(ViTEncoder):
         """
         if noise is None:
             noise = torch.rand(imgs.shape[0], self.num_patches, device=imgs.device)
-        visible_idx, predict_idx = split_patches(noise, self.patch_counts(mask_ratio, predict_ratio))
+        counts = self.patch_counts(mask_ratio, predict_ratio)
+        visible_idx, predict_idx = split_patches(noise, counts, self.grid, self.mask_block)
         contexts = self.encode(imgs, visible_idx)
         return self.reconstruct(imgs, contexts, visible_idx, predict_idx)
 
@@ -179,7 +185,7 @@ class CrossMAE(ViTEncoder):
         return predict_ratio
 
     def encode(self, imgs: Tensor, visible_idx: Tensor | None = None) -> list[Tensor]:
-        """Encode the context (B, V + 1, E) of each decoder block.
+        """Encode the context (B, K + V, E) of each decoder block.
 
         Without fusion, every context is the output of the last block after `norm`.
         """
@@ -245,14 +251,16 @@ class MAE(CrossMAE):
         self, imgs: Tensor, contexts: list[Tensor], visible_idx: Tensor, predict_idx: Tensor
     ) -> CrossMAEOutput:
         """Decode all patches, and compute the loss of patches predict_idx (B, M)."""
-        x = self.decoder_embed(contexts[-1])  # (B, V + 1, D): class token and visible tokens
+        x = self.decoder_embed(contexts[-1])  # (B, K + V, D): class tokens and visible tokens
         B, _, D = x.shape
+        K, positions = self.class_tokens, self.decoder_pos_embed
         where = visible_idx.unsqueeze(-1).expand(-1, -1, D)
         masked = self.mask_token.to(x.dtype).expand(B, self.num_patches, D)
-        x = torch.cat([x[:, :1], masked.scatter(1, where, x[:, 1:])], dim=1) + self.decoder_pos_embed  # (B, L + 1, D)
+        x = torch.cat([x[:, :K], masked.scatter(1, where, x[:, K:])], dim=1)  # (B, K + L, D)
+        x = x + torch.cat([positions[:, :1].expand(-1, K, -1), positions[:, 1:]], dim=1)
         for block in self.decoder_blocks:
             x = self.run_block(block, x)
-        pred = self.decoder_pred(self.decoder_norm(x))[:, 1:]  # (B, L, P)
+        pred = self.decoder_pred(self.decoder_norm(x))[:, K:]  # (B, L, P)
         loss = self.loss(gather_tokens(pred, predict_idx), imgs, predict_idx)
         every_idx = torch.arange(self.num_patches, device=pred.device).expand(B, -1)
         return CrossMAEOutput(loss, pred, visible_idx, every_idx)

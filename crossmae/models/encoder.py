@@ -1,6 +1,6 @@
 """The plain ViT encoder that every part of the toolkit uses.
 
-Shapes: B batch, L patches, V visible patches, E width. Key names are the published names.
+Shapes: B batch, L patches, V visible patches, K class tokens, E width. Key names are the published names.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, i
 
 
 class ViTEncoder(nn.Module):
-    """Patch embedding, class token, fixed sine-cosine position embeddings and pre-norm blocks, without a final norm.
+    """Patch embedding, class tokens, fixed sine-cosine position embeddings and pre-norm blocks, without a final norm.
 
     Args:
         img_size: image size in pixels; one number for a square image, or (height, width). Both sides must be multiples
             of `patch_size`.
         patch_size: side of a square patch in pixels.
         mlp_ratio: hidden width of the MLP divided by E.
+        class_tokens: number of class tokens, K. Published models have 1; Pixio (arXiv 2512.15715) has 8.
     """
 
     def __init__(
@@ -55,12 +56,15 @@ class ViTEncoder(nn.Module):
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
+        class_tokens: int = 1,
     ) -> None:
         super().__init__()
         self.grid = patch_grid(img_size, patch_size)
         self.patch_size, self.in_chans, self.embed_dim, self.depth = patch_size, in_chans, embed_dim, depth
+        if class_tokens < 1:
+            raise ValueError(f"class_tokens {class_tokens} is too small. Choose at least 1.")
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, class_tokens, embed_dim))
         # A parameter without gradient: part of the state dict, as published, but not changed by the optimizer.
         self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, self.grid), requires_grad=False)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
@@ -72,12 +76,17 @@ class ViTEncoder(nn.Module):
         return self.grid[0] * self.grid[1]
 
     @property
+    def class_tokens(self) -> int:
+        """Number of class tokens, K."""
+        return self.cls_token.shape[1]
+
+    @property
     def img_size(self) -> tuple[int, int]:
         """Height and width of the images in pixels."""
         return self.grid[0] * self.patch_size, self.grid[1] * self.patch_size
 
     def embed(self, imgs: Tensor, visible_idx: Tensor | None = None) -> Tensor:
-        """Embed images as tokens (B, V + 1, E), class token first.
+        """Embed images as tokens (B, K + V, E), class tokens first.
 
         Args:
             imgs: (B, C, H, W) normalised pixels of the image size that the model was built for.
@@ -96,10 +105,10 @@ class ViTEncoder(nn.Module):
         return torch.cat([cls_token.expand(B, -1, -1).to(tokens.dtype), tokens], dim=1)
 
     def features(self, tokens: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-        """Run the blocks, and collect the outputs (B, V + 1, E).
+        """Run the blocks, and collect the outputs (B, K + V, E).
 
         Args:
-            tokens: (B, V + 1, E) from `embed`.
+            tokens: (B, K + V, E) from `embed`.
             blocks: ascending indices of the blocks whose outputs are collected.
         """
         maps = []

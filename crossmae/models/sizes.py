@@ -36,6 +36,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "crossmae_vit": {"decoder": "cross", "decoder_depth": 12},
     "mae_vit": {"decoder": "self", "decoder_depth": 8},
 }
+# Arguments of CrossMAE that are off by default. Files record them only if they are on.
+OFF_BY_DEFAULT = {"mask_block": 1, "class_tokens": 1}
 
 
 def list_models() -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from crossmae.models.sizes import DECODERS, Decoder, model_arguments
+from crossmae.models.sizes import DECODERS, OFF_BY_DEFAULT, Decoder, model_arguments
 from crossmae.training.config import (
     ConfigSection,
     LogConfig,
@@ -42,6 +42,8 @@ class ModelConfig(ConfigSection):
     norm_pix_loss: bool = Field(True, description="standardise each target patch")
     mask_ratio: Ratio = Field(0.75, description="share of all patches that the encoder does not see")
     predict_ratio: Ratio = Field(0.25, description="share of all patches that is decoded")
+    mask_block: PositiveInt = Field(1, description="side of the blocks of patches that are masked; divides the grid")
+    class_tokens: PositiveInt = Field(1, le=64, description="class tokens; several have no place in other libraries")
     init: Path | None = Field(None, description="weights to start from: a whole model or an encoder; null: random ones")
 
     @field_validator("name")
@@ -51,14 +53,21 @@ class ModelConfig(ConfigSection):
         return name
 
     def arguments(self) -> dict[str, Any]:
-        """Collect the arguments of `create_model` except the name."""
-        others = {"name", "mask_ratio", "predict_ratio", "init"}
+        """Collect the arguments of `create_model` except the name.
+
+        Options that are off are left out, so that earlier versions of this toolkit read the weights.
+        """
+        off = {key for key, value in OFF_BY_DEFAULT.items() if getattr(self, key) == value}
+        others = {"name", "mask_ratio", "predict_ratio", "init"} | off
         return {key: value for key, value in self if key not in others and (value is not None or key == "fuse_blocks")}
 
 
 class OptimConfig(StepConfig):
-    """Settings of `StepConfig`, and the rule for the learning rate."""
+    """Settings of `StepConfig`, the optimizer, and the rule for the learning rate."""
 
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: for the matrices of encoder and decoder blocks, AdamW for the rest; torch >= 2.9"
+    )
     lr_rule: Literal["published", "none", "inverse"] = Field(
         "published", description="factor on base_lr * images / 256: predict/mask ratio, 1, or mask/predict ratio"
     )

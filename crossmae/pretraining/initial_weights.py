@@ -54,9 +54,12 @@ def start_from(model: CrossMAE, path: Path, arguments: Mapping[str, Any], data: 
     if "cls_token" not in encoder_tensors(weights):
         wanted = "weights with the class token that pretraining needs"
         raise mix_up(weights.path, weights.format, weights.metadata, wanted)
+    held = encoder_tensors(weights)["cls_token"].shape
+    if len(held) == 3 and held[1] != model.class_tokens:
+        raise UserError(f"model.init: {weights.path} has {held[1]} class token(s). Set model.class_tokens={held[1]}.")
     compare_pixels(weights, data)
     recorded = recorded_arguments(weights.metadata)
-    free = {"img_size", *assumed_names(weights.metadata)}
+    free = {"img_size", "mask_block", *assumed_names(weights.metadata)}
     differing = [key for key in recorded if key not in free and not _same(key, recorded, arguments)]
     if not differing and _is_of(model, weights):
         report = load(model, weights, dropped=(r"norm\.",), resample=True)

@@ -1,6 +1,6 @@
 """Quality of frozen features: k-nearest-neighbour accuracy on labelled images.
 
-Shapes: B batch, L patches, E width, N training images, M other images.
+Shapes: B batch, L patches, K class tokens, E width, N training images, M other images.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ VALUES = 1 << 24  # largest number of similarities in memory at a time: 64 MB
 CONSTANT = 1e-6  # a deviation below this share of the mean is a rounding error
 
 
-def pool_tokens(tokens: Tensor, pool: FeaturePool) -> Tensor:
-    """Pool tokens (B, L + 1, E), class token first, to features.
+def pool_tokens(tokens: Tensor, pool: FeaturePool, class_tokens: int = 1) -> Tensor:
+    """Pool tokens (B, K + L, E), class tokens first, to features.
 
     Args:
-        pool: "avg": mean of the patch tokens (B, E); "cls": class token (B, E); "cls_avg": both concatenated (B, 2 E).
+        pool: "avg": mean of the patch tokens (B, E); "cls": mean of the class tokens (B, E); "cls_avg": both
+            concatenated (B, 2 E).
+        class_tokens: K.
     """
     if pool not in get_args(FeaturePool):
         raise ValueError(f"pool: {pool!r} is unknown. Choose one of {', '.join(get_args(FeaturePool))}.")
     if pool == "cls":
-        return tokens[:, 0]
-    mean = tokens[:, 1:].mean(dim=1)
-    return mean if pool == "avg" else torch.cat([tokens[:, 0], mean], dim=1)
+        return tokens[:, :class_tokens].mean(dim=1)
+    mean = tokens[:, class_tokens:].mean(dim=1)
+    return mean if pool == "avg" else torch.cat([tokens[:, :class_tokens].mean(dim=1), mean], dim=1)
 
 
 def encode_tokens(encoder: ViTEncoder, imgs: Tensor) -> Tensor:
-    """Encode images with the last trained block: (B, L + 1, E).
+    """Encode images with the last trained block: (B, K + L, E).
 
     With fusion, the last trained block is the last fused block, whose output the decoder reads without a norm. A model
     without fusion, including decoder="self", ends with `norm`, which is applied. A bare encoder has no norm.
@@ -61,10 +63,10 @@ def encode_images(encoder: ViTEncoder, batches: Iterable[Tensor], pool: Pool = "
     Args:
         batches: normalised pixels (B, C, H, W) on any device, in order; at least one batch.
     """
-    device, was_training = encoder.cls_token.device, encoder.training
+    device, was_training, count = encoder.cls_token.device, encoder.training, encoder.class_tokens
     encoder.eval()
     try:
-        features = [pool_tokens(encode_tokens(encoder, imgs.to(device)), pool).float().cpu() for imgs in batches]
+        features = [pool_tokens(encode_tokens(encoder, imgs.to(device)), pool, count).float().cpu() for imgs in batches]
     finally:
         encoder.train(was_training)
     return torch.cat(features)

@@ -38,6 +38,7 @@ from crossmae.training.config import DataConfig
 from crossmae.training.devices import describe_place
 from crossmae.training.log import RunLog, announce_steps
 from crossmae.training.loop import Callbacks, Job, check_images, train
+from crossmae.training.optimizers import make_optimizer
 from crossmae.training.processes import Ranks
 from crossmae.training.resume import find_start, is_complete
 from crossmae.training.schedule import make_schedule
@@ -91,7 +92,7 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
     # The optimizer.
     model = model.to(device)
     groups = parameter_groups(model, optim.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=schedule.peak_lr, betas=optim.betas, fused=True)
+    optimizer = make_optimizer(optim.name, model, groups, schedule.peak_lr, optim.betas)
 
     def metadata(step: int) -> dict[str, str]:
         pixels = {PIXEL_MEAN: json.dumps(data.mean), PIXEL_STD: json.dumps(data.std), BIT_DEPTH: str(data.bit_depth)}

@@ -106,7 +106,7 @@ class DataConfig(ConfigSection):
 
 
 class StepConfig(ConfigSection):
-    """AdamW settings, the size of a step, and the moving average of the weights (EMA)."""
+    """Optimizer settings, the size of a step, and the moving average of the weights (EMA)."""
 
     batch_size: PositiveInt = Field(64, description="images per process and micro-batch")
     accumulate: PositiveInt = Field(1, description="micro-batches per optimizer step")

@@ -13,6 +13,8 @@ from crossmae.training.processes import Ranks
 
 log = logging.getLogger(__name__)
 
+# Settings that checkpoints of earlier versions do not record, with the values that these versions had.
+ADDED = {"model.mask_block": "1", "model.class_tokens": "1", "optim.name": '"adamw"'}
 WEIGHTS, EMA_WEIGHTS = "model.safetensors", "model_ema.safetensors"
 
 
@@ -47,7 +49,7 @@ def is_complete(start: Path | None, last_step: int, fingerprint: Mapping[str, st
     """
     if start is None or step_of(start) >= last_step:
         return start is not None
-    theirs: dict[str, str] = json.loads((start / RECORD).read_text(encoding="utf-8")).get("fingerprint", {})
+    theirs: dict[str, str] = ADDED | json.loads((start / RECORD).read_text(encoding="utf-8")).get("fingerprint", {})
     changed = [
         f"{key} was {theirs.get(key)}, is {mine}" for key, mine in fingerprint.items() if mine != theirs.get(key)
     ]

@@ -34,7 +34,7 @@ def reference_loss(
         predicted = sorted(order[num_visible + num_dropped :])
         patches = cut_patches(image, patch_size)
 
-        tokens = [params["cls_token"][0, 0]]
+        tokens = list(params["cls_token"][0])
         for index in visible:
             flat = patches[index].permute(2, 0, 1).reshape(-1)  # the convolution's weight is channel-first
             weight = params["patch_embed.proj.weight"].reshape(len(params["patch_embed.proj.bias"]), -1)

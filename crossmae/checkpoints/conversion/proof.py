@@ -34,7 +34,7 @@ from crossmae.models.encoder import ViTEncoder, patch_grid
 
 TOLERANCE = 1e-5
 HF_MODELS = {"hf-vit": "ViTModel", "hf-vitmae": "ViTMAEModel"}
-_ENCODER_SIZES = tuple(inspect.signature(ViTEncoder).parameters)
+_ENCODER_SIZES = tuple(key for key in inspect.signature(ViTEncoder).parameters if key != "class_tokens")
 _REMEDIES = {
     "transformers": 'pip install -e ".[hf]"',
     "detectron2": 'pip install -e ".[det]", then python tools/install_detectron2.py',
@@ -192,7 +192,8 @@ def plain_encoder(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], *
 
     Args:
         tensors: tensors of an encoder under plain names, of any floating type. They are not copied. Without a class
-            token (a dense backbone), the row of the class token in `pos_embed` is left out.
+            token (a dense backbone), the row of the class token in `pos_embed` is left out. Of several class tokens,
+            the first is timm's, and the others are timm's registers.
         arguments: constructor arguments of `ViTEncoder`.
         norm_eps: epsilon of the layer norms.
     """
@@ -200,8 +201,13 @@ def plain_encoder(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], *
     rows = math.prod(patch_grid(known["img_size"], known["patch_size"]))
     if not class_token and tensors["pos_embed"].shape[1] == 1 + rows:
         tensors = {**tensors, "pos_embed": tensors["pos_embed"][:, 1:]}
+    if registers := tensors["cls_token"].shape[1] - 1 if class_token else 0:
+        row, patches = tensors["pos_embed"][:, :1], tensors["pos_embed"][:, 1:]
+        first, others = (tensors["cls_token"] + row).tensor_split([1], dim=1)
+        tensors = {**tensors, "cls_token": first, "reg_token": others, "pos_embed": patches}
+    options: dict[str, Any] = {"num_classes": 0, "global_pool": "", "class_token": class_token, "weight_init": "skip"}
     with _Unfilled():
-        model = VisionTransformer(**known, num_classes=0, global_pool="", class_token=class_token, weight_init="skip")
+        model = VisionTransformer(**known, **options, reg_tokens=registers, no_embed_class=registers > 0)
     return _filled(_timm(model, norm_eps), tensors)
 
 
@@ -270,7 +276,7 @@ def file_encoder(path: Path, to: str, arguments: Mapping[str, Any], *, norm_eps:
     if "cls_token" not in tensors:  # a ViTEncoder always has a class token
         return plain_encoder(tensors, arguments, norm_eps=norm_eps)
     with _Unfilled():
-        model = ViTEncoder(**_sizes(arguments))
+        model = ViTEncoder(**_sizes(arguments), class_tokens=tensors["cls_token"].shape[1])
     _set_epsilon(model, norm_eps)
     tokens = lambda vit, imgs: vit.features(vit.embed(imgs), [vit.depth - 1])[0]  # noqa: E731
     return _filled(Encoder("our ViTEncoder", model, tokens), tensors)

@@ -18,7 +18,7 @@ from torch import Tensor
 from crossmae import __version__
 from crossmae.checkpoints.formats.facts import Facts, ModelFact, assumed, encoder_facts, with_marks
 from crossmae.checkpoints.formats.huggingface import PREPROCESSOR, hf_config, hf_preprocessor_config
-from crossmae.checkpoints.formats.keys import encoder_home, from_plain, oddities
+from crossmae.checkpoints.formats.keys import SEVERAL_CLASS_TOKENS, encoder_home, from_plain, oddities
 from crossmae.checkpoints.formats.recognition import USE_PLAIN
 from crossmae.checkpoints.formats.timm_folder import POOL, timm_config
 from crossmae.checkpoints.load_report import LoadReport, TensorEntry
@@ -50,6 +50,7 @@ from crossmae.errors import UserError, shorten
 from crossmae.files import write_json
 from crossmae.models.crossmae import MODEL_DEFAULTS, CrossMAE
 from crossmae.models.encoder import ENCODER_PREFIXES, ViTEncoder, patch_grid
+from crossmae.models.sizes import OFF_BY_DEFAULT
 
 TargetHead = Literal["avg", "cls", "batchnorm", "other"]
 
@@ -111,7 +112,7 @@ class Target:
         write: function that writes a file, or the files of an empty folder.
         decoder: pretraining model whose decoder has a place in the layout.
         heads: kinds of classification heads that have a place, see `TargetHead`.
-        class_token, norm: whether the layout has a class token or a final norm.
+        class_token, norm: whether the layout has a class token (or several) or a final norm.
         relative: true if the layout has relative positions.
         square: true if the layout allows only square images.
     """
@@ -121,7 +122,7 @@ class Target:
     write: Callable[[Path, ConversionPlan], Names]
     decoder: Literal["crossmae", "mae"] | None = None
     heads: tuple[TargetHead, ...] = ()
-    class_token: Literal["required", "optional", "none"] = "optional"
+    class_token: Literal["required", "optional", "several", "none"] = "optional"
     norm: Literal["required", "optional", "none"] = "optional"
     relative: bool = False
     square: bool = False
@@ -206,10 +207,11 @@ TARGETS = {
     "crossmae": Target(
         "this toolkit's CrossMAE model, encoder or classifier (.pth: the layout of the published files)",
         (".safetensors", ".pth"), _write_own, decoder="crossmae", heads=("avg", "cls", "batchnorm"),
+        class_token="several",
     ),
     "mae": Target(
         "the same for MAE models",
-        (".safetensors", ".pth"), _write_own, decoder="mae", heads=("avg", "cls", "batchnorm"),
+        (".safetensors", ".pth"), _write_own, decoder="mae", heads=("avg", "cls", "batchnorm"), class_token="several",
     ),
     "timm": Target(
         "timm's VisionTransformer: a file for checkpoint_path=, or a folder for local-dir:",
@@ -263,11 +265,6 @@ def plan(weights: Weights, to: str, *, encoder_only: bool = False, drop: tuple[s
     """
     encoder_tensors(weights)  # raises without an encoder
     target, home, plain = TARGETS[to], encoder_home(weights.tensors) or "", plain_tensors(weights)
-    if target.class_token == "required" and "cls_token" not in plain:
-        raise UserError(
-            f"{weights.path}: has no class token, but {to} requires one. Use a source with a class token, "
-            "or another --to."
-        )
     content, head = "encoder" if encoder_only else weights.format, _head(plain, weights.metadata)
     odd = {name: kind for kind, names in oddities(weights.tensors).items() for name in names}
     kept: dict[str, Tensor] = {}
@@ -275,7 +272,8 @@ def plan(weights: Weights, to: str, *, encoder_only: bool = False, drop: tuple[s
     for name, tensor in weights.tensors.items():
         inside = name.removeprefix(home)
         reason, harmless = (OUTSIDE, True) if not name.startswith(home) else refusal(target, inside, content, head)
-        if name in odd:
+        takes_several = target.class_token in ("several", "none")
+        if name in odd and not (odd[name] == SEVERAL_CLASS_TOKENS and takes_several):
             reason, harmless = f"{odd[name]}, not in a plain ViT", False
         if not reason and encoder_only and inside.startswith(("fc_norm.", "head.")):
             reason = "a head, and only the encoder was requested"
@@ -288,6 +286,12 @@ def plan(weights: Weights, to: str, *, encoder_only: bool = False, drop: tuple[s
             kept[inside] = tensor
             entry = TensorEntry(name, "used", weights.notes.get(name, ""), shape, shape, True, inside, sources)
         report.entries.append(entry)
+    is_dropped = any(entry.plain == "cls_token" and entry.reason == ASKED_TO_DROP for entry in report.entries)
+    if target.class_token == "required" and ("cls_token" not in plain or is_dropped):
+        raise UserError(
+            f"{weights.path}: has no class token, but {to} requires one. Use a source with a class token, "
+            "or another --to."
+        )
     _check_drop(weights, report, drop)
     if to == "timm":
         _fit_timm(kept, report)
@@ -375,7 +379,8 @@ def with_arguments(weights: Weights, planned: ConversionPlan, given: Mapping[str
     found = {key: fact.value for key, fact in facts.items() if key in _ENCODER_ARGUMENTS} | dict(given)
     if planned.whole:
         arguments, whole = arguments_of(weights, given)
-        found, facts = MODEL_DEFAULTS | found | arguments, facts | whole
+        defaults = {key: value for key, value in MODEL_DEFAULTS.items() if key not in OFF_BY_DEFAULT}
+        found, facts = defaults | found | arguments, facts | whole
         _check_model(weights, found, planned.tensors)
     if missing := [key for key in ("img_size", "num_heads", "mlp_ratio") if key not in found]:
         raise UserError(f"{weights.path}: {ask(missing)}")

@@ -92,7 +92,8 @@ def encoder_facts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
 
     Returns:
         `embed_dim`, `depth`, `patch_size`, `in_chans`, `mlp_ratio`, `norm_eps`, `activation`, and where a value can be
-        found or assumed, `num_heads` and `img_size` (an int for a square, else (height, width)).
+        found or assumed, `num_heads` and `img_size` (an int for a square, else (height, width)). `class_tokens` if
+        there are several.
 
     Raises:
         UserError: the tensors have no `patch_embed.proj.weight` of shape (E, C, p, p).
@@ -105,6 +106,8 @@ def encoder_facts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
     shown: dict[str, Any] = {"embed_dim": E, "depth": depth, "patch_size": p, "in_chans": C}
     if "blocks.0.mlp.fc1.weight" in tensors:
         shown["mlp_ratio"] = mlp_ratio(E, tensors["blocks.0.mlp.fc1.weight"].shape[0])
+    if (tokens := tensors.get("cls_token")) is not None and tokens.ndim == 3 and tokens.shape[1] > 1:
+        shown["class_tokens"] = tokens.shape[1]
     facts = {key: ModelFact(value, "shapes") for key, value in shown.items()}
     recorded, told = recorded_arguments(metadata), json.loads(metadata.get(TRAINER_SETTINGS, "{}"))
     heads, size = _heads(tensors, E, told, metadata), _img_size(tensors.get("pos_embed"), p, told)

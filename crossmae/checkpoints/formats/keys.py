@@ -105,6 +105,7 @@ _MORE_IN_BLOCK, _NO_PLAIN_NAME = (
     "more in a block than two norms, attention and an MLP",
     "something without a plain name",
 )
+SEVERAL_CLASS_TOKENS = "several class tokens"
 WITHOUT_BIAS, GATED = "a layer without bias", "a gated MLP (fc1 and fc2 differ in hidden width)"
 UNKNOWN_KINDS = (_MORE_IN_BLOCK, _NO_PLAIN_NAME)  # kinds of `oddities` that do not tell which model it is
 _PLAIN_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
@@ -387,14 +388,16 @@ def _add_class_row(found: Translated, home: str, grid: tuple[int, int] | None) -
 
 def _by_shape(tensors: Mapping[str, Tensor], home: str, name: str) -> str:
     """Return the kind of an oddity that only shapes show, or ""."""
+    tensor = tensors[f"{home}{name}"]
+    if name == "cls_token" and tensor.ndim == 3 and tensor.shape[1] > 1:
+        return SEVERAL_CLASS_TOKENS
     module, _, leaf = name.rpartition(".")
     if leaf != "weight" or not (module == "patch_embed.proj" or re.match(r"blocks\.\d+\.", module)):
         return ""
     if f"{home}{module}.bias" not in tensors:
         return WITHOUT_BIAS
     fc2 = tensors.get(f"{home}{module.removesuffix('fc1')}fc2.weight")
-    shape = tensors[f"{home}{name}"].shape
-    gated = module.endswith(".mlp.fc1") and fc2 is not None and shape[:1] != fc2.shape[1:]
+    gated = module.endswith(".mlp.fc1") and fc2 is not None and tensor.shape[:1] != fc2.shape[1:]
     return GATED if gated else ""
 
 

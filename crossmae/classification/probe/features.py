@@ -77,7 +77,7 @@ class FrozenEncoder(nn.Module):
             intermediates_only=True,
         )
         patches, prefix = found[0]
-        return pool_tokens(torch.cat([prefix, patches], dim=1).float(), self.pool)
+        return pool_tokens(torch.cat([prefix, patches], dim=1).float(), self.pool, prefix.shape[1])
 
 
 def random_weights(name: str, seed: int, **given: Any) -> Weights:

@@ -115,7 +115,9 @@ class LossConfig(ConfigSection):
 class FinetuneOptimConfig(StepConfig):
     """Learning rates by layer, batch size, and moving average of the weights."""
 
-    name: Literal["adamw", "lars"] = Field("adamw", description="lars: with momentum 0.9, for linear probes")
+    name: Literal["adamw", "muon", "lars"] = Field(
+        "adamw", description="muon: for the matrices of the blocks; lars: with momentum 0.9, for linear probes"
+    )
     batch_size: PositiveInt = Field(64, description="images per process and micro-batch")
     base_lr: Positive = Field(5e-4, description="learning rate per 256 images of a step, all processes counted")
     betas: tuple[Ratio, Ratio] = (0.9, 0.999)

@@ -67,6 +67,7 @@ from crossmae.pretraining.initial_weights import compare_pixels, say_assumed
 from crossmae.training.devices import describe_place
 from crossmae.training.log import NAMES, RunLog, announce_steps, describe
 from crossmae.training.loop import Callbacks, Job, check_images, train
+from crossmae.training.optimizers import make_optimizer
 from crossmae.training.processes import Ranks
 from crossmae.training.resume import find_start, is_complete
 from crossmae.training.schedule import Schedule, make_schedule
@@ -268,11 +269,11 @@ def build_judge(
 
 
 def build_optimizer(model: VisionTransformer, optim: FinetuneOptimConfig, peak_lr: float) -> torch.optim.Optimizer:
-    """Build AdamW with layer decay, or LARS for a linear probe."""
+    """Build the optimizer: with layer decay, or LARS for a linear probe."""
     if optim.name == "lars":
         return lars(model, peak_lr, optim.weight_decay)
     groups = parameter_groups(model, optim.weight_decay, optim.layer_decay)
-    return torch.optim.AdamW(groups, lr=peak_lr, betas=optim.betas, fused=True)
+    return make_optimizer(optim.name, model, groups, peak_lr, optim.betas)
 
 
 def announce_model(model: nn.Module, size: Architecture, record: ClassifierRecord, place: str) -> None:

@@ -241,3 +241,26 @@ def test_heads_and_sides_are_known_to_whatever_starts_from_it(tmp_path: Path) ->
     assert architecture_of(read_weights(tmp_path / "b.pth")) == architecture
     with pytest.raises(UserError, match=r"an encoder.*, not a classifier"):
         load_classifier(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize(("pool", "head"), [("avg", "linear"), ("cls", "linear"), ("cls", "batchnorm")])
+def test_a_classifier_with_several_class_tokens_comes_back(tmp_path: Path, pool: Any, head: Any) -> None:
+    architecture = dataclasses.replace(TINY, class_tokens=3)
+    model = trained(architecture, pool, head)
+    imgs = torch.randn(2, 3, 32, 32)
+    path = write(tmp_path / "a.safetensors", model, architecture=architecture, pool=pool, head=head)
+    found = load_classifier(path)
+    assert found.architecture == architecture
+    assert torch.equal(found.model(imgs), model(imgs))
+    tokens = model.forward_features(imgs)
+    assert tokens.shape == (2, 3 + 16, 192)
+    pooled = tokens[:, :3].mean(1) if pool == "cls" else tokens[:, 3:].mean(1)
+    torch.testing.assert_close(model(imgs), model.head(model.fc_norm(pooled)))
+    with pytest.raises(UserError, match="cannot become timm"):
+        convert(path, tmp_path / "b.pth", "timm")
+    assert convert(path, tmp_path / "c.safetensors", "crossmae").proof.equal
+    assert torch.equal(load_classifier(tmp_path / "c.safetensors").model(imgs), model(imgs))
+
+
+def test_one_class_token_is_not_recorded() -> None:
+    assert "class_tokens" not in metadata()["model"]

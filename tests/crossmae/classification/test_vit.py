@@ -433,3 +433,24 @@ def test_final_norm_is_not_a_block() -> None:
     assert groups["head.1.weight"] == (1.0, 0.05)
     assert groups["cls_token"] == (0.5**4, 0.0)
     assert groups["blocks.2.mlp.fc1.weight"] == (0.5, 0.05)
+
+
+@pytest.mark.parametrize("pool", ["avg", "cls"])
+def test_an_encoder_with_several_class_tokens_loads_whole(pool: Any) -> None:
+    """timm's blocks compute the tokens of pretraining; a classifier with one class token refuses the file."""
+    encoder = pretrained(change(class_tokens=4))
+    weights = held(dict(encoder.state_dict()), num_heads=3, img_size=32)
+    architecture = architecture_of(weights)
+    assert architecture == change(class_tokens=4)
+    model = build(architecture, pool)
+    load_encoder_weights(model, weights)
+    model.norm = nn.Identity()
+    imgs = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = encoder.features(encoder.embed(imgs), [2])[0]
+        assert expected.shape == (2, 4 + 16, 24)
+        torch.testing.assert_close(model.forward_features(imgs), expected)
+    groups = parameter_groups(model, 0.05, 0.5)
+    assert any(model.cls_token is p for p in groups[0]["params"])
+    with pytest.raises(UserError, match="has 4 class tokens, but the model does not"):
+        load_encoder_weights(build(SMALL, pool), weights)

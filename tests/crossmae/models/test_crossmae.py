@@ -58,6 +58,7 @@ def check_gradients(model: CrossMAE) -> None:
         ({"fuse_input": False, "norm_pix_loss": False}, [0, 1, 2]),
         ({"fuse_blocks": (-1, 0)}, [0, 2]),
         ({"img_size": (8, 24), "in_chans": 2}, [0, 1, 2]),
+        ({"class_tokens": 3}, [0, 1, 2]),
     ],
 )
 def test_equals_the_slow_reference(overrides: dict[str, Any], fused: list[int]) -> None:
@@ -243,6 +244,7 @@ def test_counts_of_the_model() -> None:
         ("cross", {"fuse_blocks": (0,), "fuse_input": False, "norm_pix_loss": False}),
         ("cross_self", {}),
         ("self", {}),
+        ("cross", {"mask_block": 2, "class_tokens": 3}),
     ],
 )
 def test_model_and_loss_compile_without_a_graph_break(decoder: Any, overrides: dict[str, Any]) -> None:
@@ -293,3 +295,57 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
             model(*inputs(model)[:1], 0.75, 0.25, inputs(model)[1]).loss.backward()
             grads.append([p.grad for p in model.parameters() if p.grad is not None])
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("decoder", ["cross", "cross_self", "self"])
+@pytest.mark.parametrize("fuse_blocks", [None, ()])
+def test_every_one_of_several_class_tokens_is_trained_and_read(decoder: Any, fuse_blocks: Any) -> None:
+    model = tiny(decoder=decoder, fuse_blocks=fuse_blocks, class_tokens=4)
+    imgs, noise = inputs(model)
+    out = model(imgs, 0.75, 0.25, noise)
+    out.loss.backward()
+    check_gradients(model)
+    gradient = model.cls_token.grad
+    assert gradient is not None
+    assert gradient.abs().sum(dim=2).min() > 0
+    assert len(gradient[0].unique(dim=0)) == 4  # tokens that differ learn to differ
+    assert model.embed(imgs, out.visible_idx).shape == (2, 4 + 4, 16)
+    assert out.pred.shape == (2, 16 if decoder == "self" else 4, 48)
+    for token in range(4):
+        contexts = [context.clone() for context in model.encode(imgs, out.visible_idx)]
+        for context in contexts:
+            context[:, token, ::2] += 1  # a norm removes what is the same everywhere
+        changed = model.reconstruct(imgs, contexts, out.visible_idx, out.predict_idx)
+        assert not torch.equal(changed.loss, out.loss)
+
+
+def test_several_equal_class_tokens_of_a_one_block_mae_count_as_one() -> None:
+    """Attention weighs a repeated key twice; a block without it, here by zero values, treats all tokens alike."""
+    several, one = tiny(decoder="self", class_tokens=3), tiny(decoder="self")
+    state = one.state_dict()
+    several.load_state_dict(state | {"cls_token": state["cls_token"].expand(1, 3, -1)})
+    for model in (several, one):
+        for block in (*model.blocks, *model.decoder_blocks):
+            block.attn.proj.weight.data.zero_()
+    imgs, noise = inputs(one)
+    assert torch.equal(several(imgs, 0.75, 0.75, noise).pred, one(imgs, 0.75, 0.75, noise).pred)
+
+
+@pytest.mark.parametrize("decoder", ["cross", "self"])
+def test_the_model_masks_in_its_blocks(decoder: Any) -> None:
+    model = tiny(decoder=decoder, mask_block=2)
+    imgs, noise = inputs(model, batch=8)
+    plain = tiny(decoder=decoder)(imgs, 0.75, 0.25, noise)
+    out = model(imgs, 0.75, 0.25, noise)
+    assert out.visible_idx.shape == plain.visible_idx.shape
+    corners = out.visible_idx.min(dim=1).values
+    assert set(corners.tolist()) <= {0, 2, 8, 10}
+    assert torch.equal(out.visible_idx.sort().values, corners[:, None] + torch.tensor([0, 1, 4, 5]))
+    assert not torch.equal(out.loss, plain.loss)
+
+
+def test_options_out_of_range_are_named() -> None:
+    with pytest.raises(ValueError, match="mask_block 3 does not divide the 4 x 4 patches"):
+        tiny(mask_block=3)
+    with pytest.raises(ValueError, match="class_tokens 0 is too small"):
+        tiny(class_tokens=0)

@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from crossmae.checkpoints.pretrained import load_pretrained
 from crossmae.checkpoints.run_checkpoint import complete_checkpoints
+from crossmae.data.pixels import Normalize
 from crossmae.errors import UserError
 from crossmae.models.crossmae import create_model
+from crossmae.pretraining.reconstruction import reconstruct
 from crossmae.pretraining.train import lr_factor, parameter_groups, pretrain
-from tests.crossmae.pretraining.runs import judged, log_lines, make_config
+from tests.crossmae.pretraining.runs import assert_same, digest, judged, log_lines, make_config
 
 
 def test_the_loss_falls_and_everything_promised_is_written(images: Path, tmp_path: Path) -> None:
@@ -169,3 +173,64 @@ def test_vit_base_has_the_published_groups() -> None:
     assert {id(p) for group in (without, with_decay) for p in group["params"]} == trainable
     decayed = {id(p) for p in with_decay["params"]}
     assert {id(model.cls_token), id(model.mask_token), id(model.wfm.linear.weight)} <= decayed
+
+
+@pytest.mark.parametrize("decoder", ["cross", "self"])
+def test_mask_blocks_and_class_tokens_hold_from_the_run_to_its_pictures(
+    labelled: Path, tmp_path: Path, decoder: str
+) -> None:
+    """Training, held-out loss, neighbours, pictures and the reloaded model agree, and a run resumes to the bit."""
+    settings = judged(labelled)
+    settings["model"] = {"decoder": decoder, "mask_block": 2, "class_tokens": 3}
+    settings["probe"]["pool"] = "cls"
+    train = labelled / "train"
+    weights = pretrain(make_config(train, tmp_path / "whole", **settings))
+    pretrain(make_config(train, tmp_path / "parts", **settings, schedule={"max_steps": 7}))
+    pretrain(make_config(train, tmp_path / "parts", **settings), resume=True)
+    assert_same(digest(tmp_path / "whole"), digest(tmp_path / "parts"))
+    for key in ("val_loss", "knn_accuracy"):
+        whole, parts = (log_lines(tmp_path / run, key) for run in ("whole", "parts"))
+        assert len(whole) == 3
+        assert set(whole) <= set(parts)  # the part that ended early measured once more, where it ended
+    assert list((tmp_path / "whole/reconstructions").iterdir())
+
+    pretrained = load_pretrained(weights)
+    stored = load_file(weights)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in pretrained.model.state_dict().items())
+    assert stored["cls_token"].shape == (1, 3, 16)
+    assert len(stored["cls_token"][0].unique(dim=0)) == 3
+    normalize = Normalize(pretrained.mean, pretrained.std, torch.device("cpu"))
+    images, noise = torch.rand(3, 3, 32, 32), torch.rand(3, 16)
+    panels = reconstruct(pretrained.model, images, 0.75, noise, normalize)
+    hidden = torch.nn.functional.avg_pool2d(panels.hidden.float(), 16)  # blocks of 2 x 2 patches of 8 pixels
+    assert hidden.flatten(1).sort().values.tolist() == 3 * [[0.0, 1.0, 1.0, 1.0]]
+    assert torch.equal(torch.where(panels.hidden, 0.0, panels.pasted - panels.input), torch.zeros_like(images))
+
+
+def test_options_that_do_not_fit_are_named_and_those_that_are_off_are_not_recorded(
+    images: Path, tmp_path: Path
+) -> None:
+    for changes, message in (
+        ({"mask_block": 3}, r"model: mask_block 3 does not divide the 4 x 4 patches .* Choose mask_block from 1, 2,"),
+        ({"mask_block": 4}, "into several blocks"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pretrain(make_config(images, tmp_path / "run", model=changes))
+        assert not (tmp_path / "run").exists()
+    for section, key, value in (
+        ("model", "mask_block", 0),
+        ("model", "class_tokens", 0),
+        ("model", "class_tokens", 65),
+        ("optim", "name", "sgd"),
+    ):
+        with pytest.raises(ValidationError, match=rf"{section}.{key}"):
+            make_config(images, tmp_path / "run", **{section: {key: value}})
+    first = pretrain(make_config(images, tmp_path / "run", schedule={"max_steps": 1}))
+    with safe_open(first, "pt") as file:
+        assert not {"mask_block", "class_tokens"} & json.loads(file.metadata()["model"]).keys()
+    with pytest.raises(UserError, match=r"model.init: .* has 1 class token\(s\)\. Set model.class_tokens=1"):
+        pretrain(make_config(images, tmp_path / "other", model={"init": first, "class_tokens": 2}))
+    model = {"init": first, "mask_block": 2}
+    pretrain(make_config(images, tmp_path / "blocks", model=model, schedule={"max_steps": 1}))
+    start, end = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "blocks"))
+    assert all(torch.equal(start[name], end[name]) for name in start)  # the decoder, too; the first rate is 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from crossmae.errors import UserError
 from crossmae.pretraining.train import pretrain
+from crossmae.training.resume import is_complete
 from tests.crossmae.pretraining.runs import make_config
 
 
@@ -33,3 +35,17 @@ def test_a_complete_run_only_gets_its_weights_back(images: Path, tmp_path: Path)
     assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
     again = load_file(tmp_path / "run" / "model_ema.safetensors")
     assert all(torch.equal(averaged[name], again[name]) for name in averaged)
+
+
+def test_runs_of_versions_without_an_option_continue_while_it_is_off(images: Path, tmp_path: Path) -> None:
+    start = tmp_path / "step-00000003"
+    start.mkdir()
+    old = make_config(images, tmp_path).fingerprint(13, "fp32", 1)
+    for key in ("model.mask_block", "model.class_tokens", "optim.name"):
+        del old[key]
+    (start / "run.json").write_text(json.dumps({"fingerprint": old}))
+    assert not is_complete(start, 9, make_config(images, tmp_path).fingerprint(13, "fp32", 1))
+    for section, key, value in (("model", "mask_block", 2), ("model", "class_tokens", 4), ("optim", "name", "muon")):
+        changed = make_config(images, tmp_path, **{section: {key: value}}).fingerprint(13, "fp32", 1)
+        with pytest.raises(UserError, match=rf"other settings: {section}.{key} was \S+, is"):
+            is_complete(start, 9, changed)

@@ -250,3 +250,13 @@ def test_what_the_file_does_not_tell_is_logged_with_its_key_and_stays_with_the_d
     resumed = AtomicCheckpointer(build_model(cfg), str(tmp_path / "run"))
     resumed.load(cfg.MODEL.WEIGHTS)
     assert resumed.metadata == checkpointer.metadata
+
+
+def test_several_class_tokens_are_dropped_like_one(tmp_path, cfg):
+    pretrained = random_model(class_tokens=4)
+    metadata = METADATA | {"model": json.dumps(ENCODER | {"class_tokens": 4})}
+    cfg.MODEL.WEIGHTS = write(tmp_path / "model.safetensors", pretrained.state_dict(), metadata)
+    detector = build_model(cfg)
+    report = load_weights(detector, cfg)
+    assert_loaded(detector, encoder_of(pretrained))
+    assert "cls_token" in report.names("dropped")

@@ -25,6 +25,7 @@ from crossmae.classification.classifier import load_classifier
 from crossmae.errors import UserError
 from crossmae.models.crossmae import CrossMAE
 from crossmae.models.encoder import ViTEncoder
+from crossmae.models.sizes import OFF_BY_DEFAULT
 
 SHARED = Path(__file__).parents[5] / "shared/golden"
 ENCODER: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
@@ -77,7 +78,8 @@ def test_whole_models_stay_whole(tmp_path: Path, suffix: str, decoder: str) -> N
     converted = read_weights(done.destination)
     assert_same(converted.tensors, source.tensors)
     arguments = json.loads(converted.metadata[MODEL_ARGUMENTS])
-    assert arguments == MODEL_DEFAULTS | ENCODER | DECODER | {"decoder": decoder, "fuse_blocks": [0, -1]}
+    recorded = {key: value for key, value in MODEL_DEFAULTS.items() if key not in OFF_BY_DEFAULT}
+    assert arguments == recorded | ENCODER | DECODER | {"decoder": decoder, "fuse_blocks": [0, -1]}
     model = CrossMAE(**arguments)
     load(model, converted)
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)

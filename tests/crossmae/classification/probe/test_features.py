@@ -27,7 +27,7 @@ from crossmae.models.crossmae import CrossMAE
 from crossmae.models.sizes import model_arguments
 from crossmae.pretraining.config import load_config
 from crossmae.pretraining.initial_weights import build_model
-from crossmae.pretraining.neighbours import encode_images, pool_tokens
+from crossmae.pretraining.neighbours import encode_images, encode_tokens, pool_tokens
 from tests.crossmae.classification.labelled import write_classes
 
 TINY: dict[str, Any] = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
@@ -182,3 +182,19 @@ def test_unreadable_images_and_numbers(tmp_path: Path) -> None:
     encoder.vit.blocks[0].attn.proj.bias.data.fill_(0)
     with pytest.raises(UserError, match=r"data.train: .*green/1.png.*never replaced"):
         extract(encoder, source, labels, VIEWS, cpu, batch_size=2, name="data.train")
+
+
+@pytest.mark.parametrize("decoder", ["cross", "self"])
+def test_several_class_tokens_are_pooled_by_their_mean(decoder: Any) -> None:
+    arguments = TINY | {"class_tokens": 4}
+    model = CrossMAE(**arguments, **DECODER, decoder=decoder).eval()
+    lively(model)
+    weights = weights_of(model, arguments | {"decoder": decoder})
+    tokens = encode_tokens(model, IMGS)
+    assert tokens.shape[1] == 4 + model.num_patches
+    with torch.no_grad():
+        torch.testing.assert_close(open_encoder(weights, "avg", None)(IMGS), tokens[:, 4:].mean(1))
+        torch.testing.assert_close(open_encoder(weights, "cls", None)(IMGS), tokens[:, :4].mean(1))
+        both = torch.cat([tokens[:, :4].mean(1), tokens[:, 4:].mean(1)], dim=1)
+        torch.testing.assert_close(open_encoder(weights, "cls_avg", None)(IMGS), both)
+        torch.testing.assert_close(encode_images(model, [IMGS], "cls"), tokens[:, :4].mean(1))
