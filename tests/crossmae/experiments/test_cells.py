@@ -289,7 +289,7 @@ def test_killed_at_any_time_the_grid_continues(tmp_path: Path):
         time.sleep(0.1)
         now = contents(tmp_path)
         assert kept.items() <= now.items(), f"seed {seed}"
-        time.sleep(0.3)  # longer than a command works
+        time.sleep(1.0)  # longer than a command works, unless the machine is very busy
         assert contents(tmp_path) == now, f"seed {seed}"
         kept = now
     rows = run_cells(twelve_cells(tmp_path), tmp_path / "results.jsonl", jobs=2)
