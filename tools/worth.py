@@ -21,6 +21,7 @@ The same command continues after an interruption. Finished runs are not repeated
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Plan, run, and write the page."""
-    arguments = build_parser().parse_args(argv)
+    started, arguments = time.monotonic(), build_parser().parse_args(argv)
     set_up_log()
     from crossmae.experiments.worth import plan as worth  # imports torch, which takes seconds
 
@@ -81,22 +82,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         pretrain_settings=arguments.pretrain_set,
         fine_tune_settings=arguments.detect_set,
     )
-    for remark in question.labels.remarks:
+    for _, remark in question.labels.remarks:
         print(remark)
-    cells, budget = worth.plan(question, arguments.steps, gpus)
+    plan = worth.make_plan(question, arguments.steps, gpus)
     settings = {"Size": arguments.size or ("small" if gpus else "demo")}
     if not arguments.page:
-        print(worth.describe_plan(question, cells, budget, jobs, gpus), flush=True)
+        print(worth.describe_plan(question, plan, jobs, gpus), flush=True)
     if arguments.plan:
         return
     if arguments.page:
-        verdict = worth.write_answer(question, cells, budget, settings)
+        verdict = worth.write_answer(question, plan, settings)
     else:
-        limits = {"jobs": jobs, "gpus": gpus, "minutes": arguments.minutes}
-        verdict = worth.answer(question, cells, budget, settings=settings, **limits)
-    print(f"\n{verdict or 'No run is finished yet.'}")
-    if verdict:
-        print(f"Open this page in a browser: {arguments.output / worth.PAGE}")
+        minutes = arguments.minutes and max(arguments.minutes - (time.monotonic() - started) / 60, 0.0)
+        verdict = worth.answer(question, plan, jobs=jobs, gpus=gpus, minutes=minutes, settings=settings)
+    print(f"\n{verdict}\nOpen this page in a browser: {arguments.output / worth.PAGE}")
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:

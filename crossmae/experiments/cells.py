@@ -315,11 +315,13 @@ class RunningCell:
         self.command = None
         return True
 
-    def read_log(self) -> str:
-        """Read the output of the current attempt."""
+    def read_log(self) -> list[str]:
+        """Read the last attempt's output, without overwritten progress bars."""
         with open(self.log_path, "rb") as file:
             file.seek(self.log_start)
-            return file.read().decode(errors="replace").strip()
+            lines = file.read().decode(errors="replace").split("\n")
+        shown = [line.rstrip().rpartition("\r")[2].strip() for line in lines]
+        return [line for line in shown if line]
 
     def row(self, fingerprint: str, machine: Mapping[str, Any]) -> Row:
         """Read the numbers of the finished cell."""
@@ -457,7 +459,7 @@ class GridRun:
         """Note a failure, and show the end of the log."""
         name = running.cell.name
         self.failed[name] = reason
-        lines = running.read_log().splitlines()[-SHOWN_LINES:]
+        lines = running.read_log()[-SHOWN_LINES:]
         log.error("%s: failed: %s. The end of %s:", name, reason, running.log_path)
         for line in lines:
             log.error("    %s", line)
@@ -516,19 +518,22 @@ class GridRun:
             log.warning("no time is left: %s. The same command continues.", self.describe_progress())
 
 
-def expected_seconds(cell: Cell, finished: Sequence[tuple[Cell, Row]]) -> float:
-    """Estimate the wall seconds of a cell from others of its kind.
+def expected_seconds(cell: Cell, finished: Sequence[tuple[Cell, Row]], cost: str = "wall_seconds") -> float:
+    """Estimate the seconds of a cell from others of its kind.
 
     Without such rows, the cell's own estimate counts. 0: unknown.
+
+    Args:
+        cost: "wall_seconds" or "cpu_seconds".
     """
     same = [(other, row.cost) for other, row in finished if other.facts.get("kind") == cell.facts.get("kind")]
-    walls = [float(cost["wall_seconds"] or 0.0) for _, cost in same]
-    estimates = [other.estimate for other, _ in same]
     if not same:
         return cell.estimate
+    seconds = [float(found[cost] or 0.0) for _, found in same]
+    estimates = [other.estimate for other, _ in same]
     if not cell.estimate or not all(estimates):
-        return sum(walls) / len(walls)
-    return cell.estimate * sum(walls) / sum(estimates)
+        return sum(seconds) / len(seconds)
+    return cell.estimate * sum(seconds) / sum(estimates)
 
 
 def format_left(seconds: float) -> str:

@@ -11,12 +11,12 @@ from statistics import fmean
 
 from crossmae.classification.evaluation.metrics import Mean
 from crossmae.experiments.rows import Row
-from crossmae.experiments.statistics import Difference, Metric, Outcome, Scores, one_decimal, percent_mean
+from crossmae.experiments.statistics import Claim, Difference, Metric, Scores, one_decimal, percent_mean
 from crossmae.reports import page
 from crossmae.reports.figures import MeanCurve, mean_plot
 from crossmae.reports.page import Plot, Table, TableRow
 
-OUTCOME_WORDS: Mapping[Outcome, str] = {
+CLAIM_WORDS: Mapping[Claim, str] = {
     "gain": "gain:",
     "loss": "loss:",
     "nothing shown": "not shown:",
@@ -30,7 +30,7 @@ COST_KEYS = {"CPU time": "cpu_seconds", "GPU time": "gpu_seconds", "energy": "en
 def score_curve(
     scores: Scores, arms: Mapping[str, str], places: Mapping[float, float], metric: Metric, controls: Sequence[str]
 ) -> Plot:
-    """Draw the mean of each arm with its interval, and single runs as dots.
+    """Draw each arm: means with intervals, and single runs as dots.
 
     Args:
         places: number of labelled images by point.
@@ -60,7 +60,7 @@ def _interval(mean: Mean) -> tuple[float, float] | None:
 
 
 def bounds(mean: Mean | None) -> str:
-    """Format an interval such as "3.0 to 9.2", or a dash without one."""
+    """Format an interval as "3.0 to 9.2", or as a dash."""
     if mean is None or mean.low is None or mean.high is None:
         return "-"
     return f"{one_decimal(mean.low)} to {one_decimal(mean.high)}"
@@ -103,7 +103,7 @@ def difference_table(
         for found in (own[point] for point in points):
             amount = f" {one_decimal(found.mean.mean)}" if found.mean else ""
             interval = f" ({bounds(found.mean)})" if found.has_interval else ""
-            cells.append(f"{OUTCOME_WORDS[found.outcome]}{amount}{interval}")
+            cells.append(f"{CLAIM_WORDS[found.claim]}{amount}{interval}")
         rows.append(cells)
     caption = (
         f"Differences of {metric.name} between runs with the same seed: mean, and Student's 95{page.PERCENT} interval. "
@@ -124,17 +124,18 @@ def difference_curve(
     curves = {}
     for words, own in differences.items():
         means = {point: own[point].mean for point in sorted(places)}
-        known = {places[point]: mean for point, mean in means.items() if mean}
+        known = {point: mean for point, mean in means.items() if mean}
         values = [(places[point], value) for point in means for value in own[point].values.values()]
         if known:
-            intervals = [_interval(mean) for mean in known.values()]
-            curves[words] = MeanCurve(list(known), [mean.mean for mean in known.values()], intervals, values)
+            x = [places[point] for point in known]
+            intervals = [_interval(mean) if own[point].has_interval else None for point, mean in known.items()]
+            curves[words] = MeanCurve(x, [mean.mean for mean in known.values()], intervals, values)
     return mean_plot(
         curves,
         title=f"Differences of {metric.name}",
         x_label="labelled images (logarithmic)",
         y_label=f"difference in {metric.unit}",
-        caption="Above 0, the first of the two is better. A difference is shown where the vertical line does not cross "
+        caption="Above 0, the first of the two is better. A difference is shown where a vertical line does not cross "
         "0. Small dots are pairs of runs with the same seed.",
         zero=True,
     )
@@ -191,7 +192,7 @@ def cost_table(
             for key in measured.values():
                 own = fine_tuning[arm, point].get(key)
                 cells.append("-" if own is None else _amount(key, own))
-                unknown = own is None or (arm in given and key not in before)
+                unknown = own is None or ((arm in given or before) and key not in before)
                 total = "-" if unknown or own is None else _amount(key, own + before.get(key, 0.0))
                 cells.append(f"{total} + given" if arm in given and total != "-" else total)
             table.append(cells)

@@ -18,7 +18,7 @@ from crossmae.classification.evaluation.metrics import CONFIDENCE, Mean, mean_of
 from crossmae.experiments.rows import Row
 
 Scores = Mapping[tuple[str, float], Mapping[int, float]]  # values by arm and point, and by seed
-Outcome = Literal["gain", "loss", "nothing shown", "no spread", "one seed", "no pair"]
+Claim = Literal["gain", "loss", "nothing shown", "no spread", "one seed", "no pair"]
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class Difference:
     @property
     def has_interval(self) -> bool:
         """True if the pairs are several and differ."""
-        return self.outcome in ("gain", "loss", "nothing shown")
+        return self.claim in ("gain", "loss", "nothing shown")
 
     @property
-    def outcome(self) -> Outcome:
+    def claim(self) -> Claim:
         """Claim that the interval allows."""
         if self.mean is None:
             return "no pair"
@@ -101,7 +101,7 @@ def scores_of(rows: Sequence[Row], metric: str, kinds: Collection[str], point: s
 def missing_runs(
     scores: Scores, arms: Sequence[str], points: Sequence[float], seeds: Sequence[int]
 ) -> list[tuple[str, float, int]]:
-    """List the arm, point and seed of all runs of a grid without a value."""
+    """List arm, point and seed of all missing runs of a grid."""
     return [
         (arm, point, seed)
         for arm in arms
@@ -144,18 +144,18 @@ def describe_difference(difference: Difference, subject: str, unit: str) -> str:
         subject: the arm, such as "own pretraining".
         unit: unit of the difference, such as "AP".
     """
-    mean, outcome = difference.mean, difference.outcome
+    mean, claim = difference.mean, difference.claim
     if mean is None:
         return "no seed has runs of both, so nothing is shown"
     if mean.low is None or mean.high is None:
         return "one seed shows nothing"
-    if outcome == "no spread":
+    if claim == "no spread":
         amount = "are equal" if abs(mean.mean) < 1e-9 else f"differ by the same {one_decimal(mean.mean)} {unit}"
         return f"all {mean.runs} pairs of runs {amount}, and without a spread over seeds nothing is shown"
     low, high, seeds = mean.low, mean.high, f"{mean.runs} seeds"
-    if outcome == "gain":
+    if claim == "gain":
         return f"{subject} adds {one_decimal(mean.mean)} {unit} ({one_decimal(low)} to {one_decimal(high)}, {seeds})"
-    if outcome == "loss":
+    if claim == "loss":
         bounds = f"{one_decimal(-high)} to {one_decimal(-low)}"
         return f"{subject} loses {one_decimal(-mean.mean)} {unit} ({bounds}, {seeds})"
     return (
@@ -200,7 +200,7 @@ def describe_comparisons(count: int) -> str:
 
 
 def one_decimal(value: float) -> str:
-    """Format a number with one decimal, or more if it would read as 0."""
+    """Format a number with one decimal, small ones with more."""
     if 1e-4 < abs(value) < 0.05:
         return f"{value:.1g}"
     return f"{round(value, 1) or 0.0:.1f}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from crossmae.experiments.score_blocks import (
 )
 from crossmae.experiments.statistics import (
     METRICS_OF_ROWS,
+    Claim,
     Difference,
     Differences,
     Metric,
-    Outcome,
     Scores,
     describe_comparisons,
     describe_differences,
@@ -36,7 +36,9 @@ from crossmae.reports import page
 from crossmae.reports.page import Commands, Fact, PageBlock, Report, Section, Table, Words
 from crossmae.training.versions import versions
 
-KINDS = ("detect", "classify")  # cells that end with a score
+Facts = Mapping[str, str | int | float | None]  # of a cell
+
+SCORED_KINDS = ("detect", "classify")  # cells that end with a score
 ARM_WORDS = {
     "own": "CrossMAE on your images",
     "continued": "your weights, continued",
@@ -58,8 +60,8 @@ PAIRS = (  # arm and control, the most important first
     ("continued", "random_detector_init"),
 )
 NOTHING_YET = "There is no answer yet: no two arms have finished runs."
-# Start of a sentence about places, by outcome.
-SUMMARIES: Mapping[Outcome, str] = {
+# Start of a sentence about places, by claim.
+SUMMARIES: Mapping[Claim, str] = {
     "gain": "{arm} is better than {control} {places}",
     "loss": "{arm} is worse than {control} {places}",
     "nothing shown": "No difference is shown {places}",
@@ -67,7 +69,7 @@ SUMMARIES: Mapping[Outcome, str] = {
     "one seed": "One seed was run {places}, which shows nothing",
     "no pair": "No pair of runs is there {places}",
 }
-LIMITS = (
+UNANSWERED = (
     (
         "Other validation images",
         "The intervals cover what the seeds change: the order of the images, the random numbers, and the choice of the "
@@ -104,10 +106,13 @@ def write_page(
     settings: Mapping[str, Any],
     arms: Mapping[str, str] = ARM_WORDS,
     failed: Mapping[str, str] | None = None,
+    planned: Sequence[Facts] = (),
+    limits: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Write the page of a grid of runs.
 
-    The grid has all arms, shares and seeds of the rows. Runs of the grid without a row are listed as missing.
+    Runs of the grid without a row are listed as missing. The grid has all arms, shares and seeds of the rows and of the
+    planned runs.
 
     Args:
         rows: results with the facts kind, arm, share, labelled and seed.
@@ -115,16 +120,18 @@ def write_page(
         settings: what the runs have in common, shown by name.
         arms: words by arm, in the order of the page.
         failed: reasons by cell that failed.
+        planned: facts of all cells of the grid, as in the rows.
+        limits: headings and texts that limit what these runs show, in addition to the limits of all grids.
 
     Returns:
         The answer in words, one paragraph, for the terminal.
     """
-    scored = [row for row in rows if row.facts.get("kind") in KINDS]
-    found = {str(row.facts["arm"]) for row in scored}
-    named = {arm: arms.get(arm, arm) for arm in [*arms, *sorted(found - arms.keys())] if arm in found}
-    tables = {metric: scores_of(scored, metric.key, KINDS) for metric in METRICS_OF_ROWS}
+    scored = [row for row in rows if row.facts.get("kind") in SCORED_KINDS]
+    grid = [facts for facts in (*planned, *(row.facts for row in scored)) if facts.get("kind") in SCORED_KINDS]
+    named = words_of(arms, {str(row.facts["arm"]) for row in scored})
+    tables = {metric: scores_of(scored, metric.key, SCORED_KINDS) for metric in METRICS_OF_ROWS}
     tables = {metric: scores for metric, scores in tables.items() if scores}
-    places, seeds = places_of(scored), seeds_of(scored)
+    places, seeds = places_of(grid), sorted({int(facts["seed"] or 0) for facts in grid})
     pairs = [pair for pair in PAIRS if set(pair) <= named.keys()]
     compared = {metric: differences_of(scores, pairs, places) for metric, scores in tables.items() if metric.main}
 
@@ -136,27 +143,28 @@ def write_page(
         sections += [verdict_section(compared, places, named, len(seeds))]
     if tables:
         sections += score_sections(tables, compared, named, places, seeds)
-        sections += [cost_section(rows, tables, named, places), limit_section(named, len(seeds))]
-    sections += [missing_section(tables, named, places, seeds, failed or {})]
+        sections += [cost_section(rows, tables, named, places), limit_section(named, len(seeds), limits)]
+    wanted = words_of(arms, {str(facts["arm"]) for facts in grid})
+    sections += [missing_section(tables, wanted, places, seeds, failed or {})]
     sections += [run_section(rows, list(tables))] if rows else []
     sections += [setting_section(settings)] if settings else []
     Report(title, lead, facts, sections, environment_of(rows), answer=answer).write(target)
     return answer
 
 
-def places_of(rows: Sequence[Row]) -> dict[float, int]:
+def places_of(grid: Sequence[Facts]) -> dict[float, int]:
     """Return the number of labelled images by share, in rising order."""
-    found = {float(row.facts["share"] or 0): int(row.facts.get("labelled") or row.facts["share"] or 0) for row in rows}
+    found = {float(facts["share"] or 0): int(facts.get("labelled") or facts["share"] or 0) for facts in grid}
     return dict(sorted(found.items()))
 
 
-def seeds_of(rows: Sequence[Row]) -> list[int]:
-    """List the seeds of the rows, in rising order."""
-    return sorted({int(row.facts["seed"] or 0) for row in rows})
+def words_of(arms: Mapping[str, str], found: Set[str]) -> dict[str, str]:
+    """Keep the words of the found arms, and name unknown arms by themselves."""
+    return {arm: arms.get(arm, arm) for arm in [*arms, *sorted(found - arms.keys())] if arm in found}
 
 
 def plain(words: str) -> str:
-    """Write the words of an arm without a comma, for use in a sentence."""
+    """Write the words of an arm without a comma."""
     start, _, rest = words.partition(", ")
     return f"{start} ({rest})" if rest else start
 
@@ -175,17 +183,17 @@ def answer_of(
     pair: tuple[str, str],
     arms: Mapping[str, str],
 ) -> str:
-    """Sum up a comparison: the numbers of labelled images by outcome."""
+    """Sum up a comparison: the numbers of labelled images by claim."""
     arm, control = (plain(arms[one]) for one in pair)
-    by_outcome: dict[Outcome, list[str]] = {}
+    by_claim: dict[Claim, list[str]] = {}
     for share, labelled in places.items():
-        by_outcome.setdefault(differences[share].outcome, []).append(f"{labelled:,}")
+        by_claim.setdefault(differences[share].claim, []).append(f"{labelled:,}")
     sentences = []
-    if not by_outcome.keys() & {"gain", "loss"}:
+    if not by_claim.keys() & {"gain", "loss"}:
         sentences.append(f"These runs do not show a difference between {arm} and {control}.")
-    for outcome, text in SUMMARIES.items():
-        numbers = by_outcome.get(outcome)
-        if numbers and by_outcome.keys() != {"nothing shown"}:
+    for claim, text in SUMMARIES.items():
+        numbers = by_claim.get(claim)
+        if numbers and by_claim.keys() != {"nothing shown"}:
             listed = " and ".join(filter(None, [", ".join(numbers[:-1]), numbers[-1]]))
             where = f"at {listed} labelled images"
             sentences.append(_capital(text.format(arm=arm, control=control, places=where)) + ".")
@@ -207,9 +215,9 @@ def difference_fact(difference: Difference, metric: Metric, labelled: int) -> Fa
     label, mean = f"{_capital(metric.name)} at {labelled:,} labelled images", difference.mean
     if mean is None or not difference.has_interval:
         reasons = {"one seed": "one seed", "no spread": "the seeds have no effect"}
-        return Fact(label, "not shown", reasons.get(difference.outcome, "no pair of runs"))
+        return Fact(label, "not shown", reasons.get(difference.claim, "no pair of runs"))
     note = f"{bounds(mean)} with 95{page.PERCENT} confidence, {mean.runs} seeds"
-    if difference.outcome == "nothing shown":
+    if difference.claim == "nothing shown":
         return Fact(label, "not shown", note)
     sign = "+" if mean.mean > 0 else "\N{MINUS SIGN}"
     return Fact(label, f"{sign}{one_decimal(abs(mean.mean))} {metric.unit}", note)
@@ -218,7 +226,7 @@ def difference_fact(difference: Difference, metric: Metric, labelled: int) -> Fa
 def verdict_section(
     compared: Mapping[Metric, Differences], places: Mapping[float, int], arms: Mapping[str, str], seeds: int
 ) -> Section:
-    """State what the differences of the first metric show, and how sure this is."""
+    """State what the differences of the first metric show."""
     metric, differences = next(iter(compared.items()))
     verdicts = []
     for (arm, control), own in differences.items():
@@ -275,7 +283,7 @@ def score_sections(
 def cost_section(
     rows: Sequence[Row], tables: Mapping[Metric, Scores], arms: Mapping[str, str], places: Mapping[float, int]
 ) -> Section:
-    """Show the costs of the first metric's runs, with and without the pretraining."""
+    """Show the costs of all arms, with and without the pretraining."""
     text = (
         "CPU time is the time of all processor cores together. Weights can be used again, for other labels and other "
         "detectors. Then the pretraining counts once."
@@ -286,7 +294,7 @@ def cost_section(
             "together."
         )
     metric, scores = next(iter(tables.items()))
-    table = cost_table(rows, scores, arms, _headings(places), KINDS, metric, ("weights", "continued"))
+    table = cost_table(rows, scores, arms, _headings(places), SCORED_KINDS, metric, ("weights", "continued"))
     return Section("Cost", text, [table])
 
 
@@ -312,9 +320,9 @@ def missing_section(
     return Section("Missing runs", text, blocks)
 
 
-def limit_section(arms: Mapping[str, str], seeds: int) -> Section:
+def limit_section(arms: Mapping[str, str], seeds: int, own: Sequence[tuple[str, str]] = ()) -> Section:
     """State the questions that the page does not answer."""
-    limits = [limit for limit in LIMITS if seeds <= 3 or limit[0] != "Few seeds"]
+    limits = [*own, *(limit for limit in UNANSWERED if seeds <= 3 or limit[0] != "Few seeds")]
     return Section("What this page cannot tell", "", [Words(limits if LONGER in arms else [*limits, NO_EQUAL_COMPUTE])])
 
 
@@ -338,7 +346,7 @@ def setting_section(settings: Mapping[str, Any]) -> Section:
 
 
 def environment_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Describe the machines of the rows, and the versions that wrote the page."""
+    """Describe the machines of the rows, and the page's versions."""
     machines = list(dict.fromkeys(tuple(sorted((key, str(value)) for key, value in row.machine.items() if value))
                                   for row in rows if row.machine))  # fmt: skip
     found = []

@@ -129,7 +129,7 @@ def accuracy_of(predicted: Tensor, labels: Tensor) -> Accuracy:
 
 
 def mean_of(values: Sequence[float]) -> Mean:
-    """Average one or more accuracies. The interval is cut at 0 and 1."""
+    """Average one or more accuracies, with an interval between 0 and 1."""
     found = student_mean(values)
     if found.low is None or found.high is None:
         return found

@@ -27,7 +27,7 @@ ARMS = (
 NEEDS_WEIGHTS = ("weights", "continued")
 EQUAL_COMPUTE = "random_equal_compute"
 PRETRAINED = {"own": "pretrain-own", "continued": "pretrain-continued"}
-NUMBERS = (
+APS_OF_RESULTS = (
     ("segm", "AP", "mask_AP"),
     ("bbox", "AP", "box_AP"),
     ("segm", "AP50", "mask_AP50"),
@@ -152,12 +152,12 @@ def choose_budget(question: Question, steps: int | None, extra_steps: int = 0) -
 
 
 def class_batch(question: Question) -> int:
-    """Return the images per step of a classifier, the same for all shares."""
+    """Return the images per step of a classifier in all shares."""
     return min(32, min(question.labels.counts.values()))
 
 
 def build_cells(question: Question, budget: Budget) -> list[Cell]:
-    """List all runs: all arms of the first seed, then the next seed."""
+    """List all runs, one seed after the other."""
     cells = []
     for seed in question.seeds:
         if {"random_pretraining_init", EQUAL_COMPUTE} & set(question.arms):
@@ -287,7 +287,7 @@ def read_detection(run: Path) -> dict[str, float]:
     results = read_json(run / "results.json")
     numbers = {
         name: float(results[task][key])
-        for task, key, name in NUMBERS
+        for task, key, name in APS_OF_RESULTS
         if task in results and results[task].get(key) is not None
     }
     remove_weights(run, "*.pth")
@@ -342,13 +342,13 @@ def classify_words(
 
 def read_classification(run: Path) -> dict[str, float]:
     """Read the accuracy of a classifier in percent, and remove its weights."""
-    rows = [row for row in read_json_lines(run / "log.jsonl") if "accuracy" in row]
-    remove_weights(run, "checkpoints/*/*", "best.safetensors")
-    return {"top1": 100 * rows[-1]["accuracy"]}
+    last = [row["top1"] for row in read_json_lines(run / "log.jsonl") if "top1" in row][-1]
+    remove_weights(run, "checkpoints/*/*", "model_best.safetensors")
+    return {"top1": 100 * last}
 
 
 def timing_cells(question: Question, budget: Budget) -> list[Cell]:
-    """Build one short run of each kind. Its numbers have the seconds of a step."""
+    """Build one short run of each kind, to measure its seconds."""
     folder, seed, share = question.output / "timing", question.seeds[0], max(question.shares)
     cells = []
     if {*PRETRAINED} & set(question.arms):
@@ -375,7 +375,7 @@ def timing_cells(question: Question, budget: Budget) -> list[Cell]:
 
 
 def timing_reader(log_path: Path, step_seconds: Callable[[Path], tuple[int, float]]) -> Callable[[], dict[str, float]]:
-    """Return a function that reads steps and seconds of a step from a log."""
+    """Return a function that reads the speed from a log."""
 
     def read() -> dict[str, float]:
         steps, seconds = step_seconds(log_path)
@@ -385,7 +385,7 @@ def timing_reader(log_path: Path, step_seconds: Callable[[Path], tuple[int, floa
 
 
 def seconds_of_steps(log_path: Path) -> tuple[int, float]:
-    """Return the steps of a log, and the median seconds of a step.
+    """Return the steps of a log, and a step's median seconds.
 
     The log has a line for each step.
     """
@@ -396,7 +396,7 @@ def seconds_of_steps(log_path: Path) -> tuple[int, float]:
 
 
 def seconds_of_detector_steps(log_path: Path) -> tuple[int, float]:
-    """Return the steps of a detector's log, and the seconds of a step."""
+    """Return the steps of a detector's log, and a step's seconds."""
     rows = [row for row in read_json_lines(log_path) if "time" in row]
     return int(rows[-1]["iteration"]) + 1, float(rows[-1]["time"])
 

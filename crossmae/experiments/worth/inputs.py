@@ -51,7 +51,7 @@ class Labels:
         counts: labelled images by share.
         all_images: labelled images for training at 100 %.
         has_masks: every annotation has a mask.
-        remarks: what a reader of the results must know.
+        remarks: heading and text of what a reader of the results must know.
     """
 
     task: Task
@@ -61,7 +61,7 @@ class Labels:
     all_images: int
     val_images: int
     has_masks: bool
-    remarks: tuple[str, ...]
+    remarks: tuple[tuple[str, str], ...]
 
 
 def prepare_labels(
@@ -104,15 +104,12 @@ def _prepare_coco(
     _check_images(content, images, "LABELS")
     folder = folder / _digest(labels.labels.read_bytes())
     make_folder(folder, "--output")
-    remarks = []
+    remarks: list[tuple[str, str]] = []
     if val is None:
         train_json, val_json = _split_coco(labels.labels, content, folder)
         content, held_out = read_json(train_json), read_json(val_json)
         val_part = LabelledPart(val_json, images)
-        remarks.append(
-            f"No validation labels were given, so {len(held_out['images'])} of the labelled images are held out. "
-            "If several images show the same object, name an own validation set: --val-labels."
-        )
+        remarks.append(held_out_remark(len(held_out["images"])))
     else:
         train_json, held_out = labels.labels, _read_annotations(val.labels, "--val-labels")
         val_images = val.images or _find_images(val.labels, held_out, unlabelled, "--val-images")
@@ -129,7 +126,7 @@ def _prepare_coco(
     annotations = [*content["annotations"], *held_out["annotations"]]
     has_masks = all(annotation.get("segmentation") for annotation in annotations)
     if not has_masks:
-        remarks.append("Some annotations have no mask, so the detector learns and measures boxes only.")
+        remarks.append(("Masks", "Some annotations have no mask, so the detector learns and measures boxes only."))
     sizes = (len(content["images"]), len(held_out["images"]))
     return Labels("detect", train, val_part, counts, *sizes, has_masks, tuple(remarks))
 
@@ -181,17 +178,26 @@ def _check_overlap(train: Sequence[str], val: Sequence[str]) -> None:
         )
 
 
-def _remark_seen(unlabelled: Path, val: Sequence[str]) -> list[str]:
+def held_out_remark(count: int) -> tuple[str, str]:
+    """Remark that validation images were taken from the labelled images."""
+    return (
+        "Validation images of your choice",
+        f"No validation labels were given, so {count} of the labelled images are held out. If several images show the "
+        "same object or place, the scores are too good: name other images with --val-labels.",
+    )
+
+
+def _remark_seen(unlabelled: Path, val: Sequence[str]) -> list[tuple[str, str]]:
     """Remark that pretraining sees validation images, if it does."""
     source = open_source(unlabelled, "IMAGES")
     seen = {os.path.realpath(source.name(index)) for index in range(len(source))}
     both = len(seen & set(val))
     if not both:
         return []
-    return [
-        f"Pretraining sees {both} of the {len(val)} validation images, without their labels. The gain on new images "
-        "may be smaller."
-    ]
+    text = (
+        f"Pretraining sees {both} of the {len(val)} validation images, without labels. On new images it may gain less."
+    )
+    return [("Validation images in IMAGES", text)]
 
 
 def _split_coco(path: Path, content: dict[str, Any], folder: Path) -> tuple[Path, Path]:
@@ -231,11 +237,11 @@ def _prepare_classes(
     names = [source.name(index) for index in range(len(source))]
     folder = folder / _digest(json.dumps([names, source.labels().tolist()]).encode())
     make_folder(folder, "--output")
-    remarks: list[str] = []
+    remarks: list[tuple[str, str]] = []
     if val is None:
         train, val = _split_classes(labels, source, folder)
         held_out = _open_classes(val, "LABELS")
-        remarks.append(f"No validation labels were given, so {len(held_out)} of the labelled images are held out.")
+        remarks.append(held_out_remark(len(held_out)))
     else:
         train, held_out = labels, _open_classes(val, "--val-labels")
         _check_overlap(*([os.path.realpath(one.name(i)) for i in range(len(one))] for one in (source, held_out)))
@@ -291,7 +297,7 @@ def count_images(images: Path) -> int:
 
 
 def check_weights(path: Path, sizes: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check that weights can be read and have the size of the model.
+    """Check that weights fit the model.
 
     Args:
         sizes: arguments of the encoder that is pretrained.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,10 @@ OWN_KEYS = {  # settings that the plan decides, and the option to use instead
 
 
 def check_settings(flag: str, settings: Sequence[str]) -> None:
-    """Raise UserError for words that are not KEY=VALUE, or that the plan decides."""
+    """Raise UserError for settings that the plan decides.
+
+    A word that is not KEY=VALUE is an error, too.
+    """
     for word in settings:
         key, sign, _ = word.partition("=")
         if not sign:
@@ -98,7 +101,7 @@ def prepare_question(
     pretrain_settings: Sequence[str] = (),
     fine_tune_settings: Sequence[str] = (),
 ) -> Question:
-    """Check everything that the user gave, and write the subsets of the labels.
+    """Check everything that the user gave, and write label subsets.
 
     Raises UserError before anything runs.
     """
@@ -123,8 +126,22 @@ def prepare_question(
     )
 
 
-def plan(question: Question, steps: int | None, gpus: Sequence[int]) -> tuple[list[Cell], Budget]:
-    """Measure the seconds of a step of each kind, and list the runs with their expected CPU seconds."""
+@dataclass(frozen=True)
+class Plan:
+    """The runs, with expected CPU seconds.
+
+    Attributes:
+        load: wall seconds for each CPU second of the timing runs. It is below 1 with several cores, and above 1 on a
+            busy machine.
+    """
+
+    cells: list[Cell]
+    budget: Budget
+    load: float
+
+
+def make_plan(question: Question, steps: int | None, gpus: Sequence[int]) -> Plan:
+    """Measure the seconds of a step, and list the runs."""
     budget = choose_budget(question, steps)
     log.info("A short run of each kind comes first. It also checks data and settings")
     results = question.output / "timing" / RESULTS
@@ -136,37 +153,40 @@ def plan(question: Question, steps: int | None, gpus: Sequence[int]) -> tuple[li
             raise UserError(f"--arms: {EQUAL_COMPUTE} takes as long as own, which is not among the arms. Add own.")
         (start, pretrain_step), (_, step) = timings["pretrain"], timings[question.labels.task]
         budget = replace(budget, extra_steps=round((start + pretrain_step * budget.pretrain_steps) / step))
-    return estimated(build_cells(question, budget), timings), budget
+    wall, cpu = (sum(float(row.cost[key] or 0) for row in rows) for key in ("wall_seconds", "cpu_seconds"))
+    return Plan(estimated(build_cells(question, budget), timings), budget, wall / cpu)
 
 
 def seconds_of_kind(row: Row) -> tuple[float, float]:
-    """Split the cost of a timing run: CPU seconds without steps, and CPU seconds of a step."""
+    """Split the CPU seconds of a timing run: start, and a step."""
     wall, cpu = float(row.cost["wall_seconds"] or 0), float(row.cost["cpu_seconds"] or 0)
     share = min(row.numbers["steps"] * row.numbers["step_seconds"] / wall, 1.0)
     return cpu * (1 - share), cpu * share / row.numbers["steps"]
 
 
-def describe_plan(question: Question, cells: Sequence[Cell], budget: Budget, jobs: int, gpus: Sequence[int]) -> str:
-    """Write the table of the plan, with what a smaller grid would cost."""
+def describe_plan(question: Question, plan: Plan, jobs: int, gpus: Sequence[int]) -> str:
+    """Write the table of the plan, and the cost of smaller grids."""
+    cells, budget = plan.cells, plan.budget
     rows = finished_rows(cells, question.output / RESULTS)
     pairs = [(cell, rows[cell.name]) for cell in cells if cell.name in rows]
-    seconds = {cell.name: expected_seconds(cell, pairs) for cell in cells}
+    seconds = {cell.name: expected_seconds(cell, pairs, "cpu_seconds") for cell in cells}
     kinds: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
         kinds[str(cell.facts["kind"])].append(cell)
-    lines = [f"{'kind':<10} {'runs':>5} {'done':>5} {'minutes each':>13} {'minutes in all':>15}"]
+    lines = [f"{'kind':<10} {'runs':>5} {'done':>5} {'CPU minutes each':>17} {'in all':>12}"]
     for kind, members in kinds.items():
         total = sum(seconds[cell.name] for cell in members) / 60
         done = sum(cell.name in rows for cell in members)
-        lines.append(f"{kind:<10} {len(members):>5} {done:>5} {total / len(members):>13.1f} {total:>15.1f}")
+        lines.append(f"{kind:<10} {len(members):>5} {done:>5} {total / len(members):>17.1f} {total:>12.1f}")
     at_once = len(gpus) or jobs
     left = sum(seconds[cell.name] for cell in cells if cell.name not in rows)
-    where = f"{len(gpus)} GPU{'s' * (len(gpus) > 1)}" if gpus else f"{at_once} at once on {count_cores()} cores"
+    wall = left * plan.load if at_once == 1 or gpus else left * max(plan.load, 1.0)
+    where = f"on {len(gpus)} GPU{'s' * (len(gpus) > 1)}" if gpus else f"with {at_once} at once on {count_cores()} cores"
     lines += [
-        f"{question.labels.task}: {budget.fine_tune_steps} steps in every arm and share; pretrain: "
-        f"{budget.pretrain_steps} steps, {budget.pretrain_epochs} epochs of {question.count} images",
-        f"All runs: about {format_seconds(sum(seconds.values()))} of a run at a time. "
-        f"Left: {format_seconds(left)}, or {format_seconds(left / at_once)} with {where}.",
+        f"{question.labels.task}: {budget.fine_tune_steps} steps in every arm and share. Pretraining: "
+        f"{budget.pretrain_steps} steps, {budget.pretrain_epochs} epochs of {question.count} images.",
+        f"All runs: {sum(seconds.values()) / 3600:.2f} CPU hours, of which {left / 3600:.2f} are left: about "
+        f"{format_seconds(wall / at_once)}, {where}.",
     ]
     return "\n".join([*lines, *describe_smaller(question, cells, seconds)])
 
@@ -183,14 +203,13 @@ def describe_smaller(question: Question, cells: Sequence[Cell], seconds: Mapping
     for words, keeps in options.items():
         kept = [cell for cell in cells if keeps(cell.facts)]
         if len(kept) < len(cells):
-            found.append(f"  {words}: {format_seconds(sum(seconds[cell.name] for cell in kept))}")
+            found.append(f"  {words}: {sum(seconds[cell.name] for cell in kept) / 3600:.2f} CPU hours")
     return ["A smaller grid would take:", *found] if found else []
 
 
 def answer(
     question: Question,
-    cells: Sequence[Cell],
-    budget: Budget,
+    plan: Plan,
     *,
     jobs: int,
     gpus: Sequence[int],
@@ -202,29 +221,35 @@ def answer(
     The page is also written if runs failed or time ran out. Raises the errors of `run_cells`.
     """
     try:
-        run_cells(cells, question.output / RESULTS, jobs=jobs, gpus=gpus, minutes=minutes)
+        run_cells(plan.cells, question.output / RESULTS, jobs=jobs, gpus=gpus, minutes=minutes)
     finally:
-        verdict = write_answer(question, cells, budget, settings)
+        verdict = write_answer(question, plan, settings)
     return verdict
 
 
-def write_answer(question: Question, cells: Sequence[Cell], budget: Budget, settings: Mapping[str, Any]) -> str:
-    """Write the page from the rows that are there. Return the verdict in words."""
+def write_answer(question: Question, plan: Plan, settings: Mapping[str, Any]) -> str:
+    """Write the page from the finished runs.
+
+    Returns the verdict in words.
+    """
     from crossmae.experiments.worth_page import write_page  # imports matplotlib
 
-    rows = finished_rows(cells, question.output / RESULTS)
-    if not any(row.facts["kind"] == question.labels.task for row in rows.values()):
-        return ""
+    rows, budget = finished_rows(plan.cells, question.output / RESULTS), plan.budget
     shown = {
         **settings,
         "Images for pretraining": f"{question.count:,} in {question.images}",
         "Pretraining": f"{question.preset.pretrain}, {budget.pretrain_steps:,} steps",
-        "Fine-tuning": f"{fine_tune_config(question)}, {budget.fine_tune_steps:,} steps in every arm and share",
+        "Fine-tuning": f"{fine_tune_config(question)}, {budget.fine_tune_steps:,} steps",
         "Validation": f"{question.labels.val_images:,} images, {question.labels.val.labels}",
-        **{f"Remark {number}": text for number, text in enumerate(question.labels.remarks, start=1)},
     }
-    title = "Is pretraining worth it?"
-    return write_page(list(rows.values()), question.output / PAGE, title=title, settings=shown)
+    return write_page(
+        list(rows.values()),
+        question.output / PAGE,
+        title="Is pretraining worth it?",
+        settings=shown,
+        planned=[cell.facts for cell in plan.cells],
+        limits=question.labels.remarks,
+    )
 
 
 def fine_tune_config(question: Question) -> str:

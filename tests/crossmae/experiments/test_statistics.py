@@ -71,8 +71,8 @@ def test_a_claim_follows_from_the_interval(own: dict[int, float], control: dict[
     assert (" adds " in text) == bool(half and np.mean(values) > half)
     assert (" loses " in text) == bool(half and -np.mean(values) > half)
     assert ("nothing" in text) == (half == 0)
-    mirrored = difference_of(control, own).outcome
-    assert (found.outcome, mirrored) in {("gain", "loss"), ("loss", "gain")} or found.outcome == mirrored
+    mirrored = difference_of(control, own).claim
+    assert (found.claim, mirrored) in {("gain", "loss"), ("loss", "gain")} or found.claim == mirrored
 
 
 @pytest.mark.parametrize(
@@ -112,13 +112,13 @@ def test_a_sentence_for_each_point() -> None:
 def test_arms_that_are_equal_seldom_differ() -> None:
     """2,000 simulated grids without any effect: a gain is claimed in 2.5 % of the comparisons, a loss in 2.5 %."""
     rng = np.random.default_rng(0)
-    outcomes = []
+    claims = []
     for _ in range(2000):
         runs = 30 + rng.normal(0, 2, 3) + rng.normal(0, 3, (2, 3))  # seeds share labels, and runs differ
-        outcomes.append(difference_of(by_seed(*runs[0]), by_seed(*runs[1])).outcome)
-    for outcome in ("gain", "loss"):
+        claims.append(difference_of(by_seed(*runs[0]), by_seed(*runs[1])).claim)
+    for claim in ("gain", "loss"):
         low, high = stats.binom.interval(0.999, 2000, 0.025)
-        assert low <= outcomes.count(outcome) <= high
+        assert low <= claims.count(claim) <= high
 
 
 def row(facts: Mapping[str, str | int | float | None], **numbers: float) -> Row:

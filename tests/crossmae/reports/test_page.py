@@ -24,6 +24,7 @@ from crossmae.reports.page import (
     Report,
     Section,
     Table,
+    Words,
     embed_image,
     folded,
     format_bytes,
@@ -60,18 +61,22 @@ def full_page(text: str = EVIL) -> str:
         Gallery([PictureRow([picture, picture], text)], caption=text),
         Table([text, "AP"], [[text, Bar(text, 0.5)], [text, text]], text, [text, text]),
         Commands([(text, text)]),
+        Commands([(text, text)], folded=text),
+        Words([(text, text), ("", text)]),
+        Words([(text, text)], large=True),
         Missing(Path(text), text),
     ]
     sections = [Section("One", text, blocks)]
-    return Report(text, text, [Fact(text, text, text)], sections, [(text, text)]).to_html()
+    return Report(text, text, [Fact(text, text, text)], sections, [(text, text)], answer=text).to_html()
 
 
 def test_no_string_becomes_markup():
     page = Page(full_page())
     assert "script" not in {tag for tag, _ in page.elements}
-    # Every place that takes a string shows it letter by letter: 7 in the head of page and section, 8 in and
-    # under the plots, 2 in the gallery, 8 in the table, 2 each in commands, missing file and environment.
-    assert page.text.count(EVIL) == 31
+    # Every place that takes a string shows it letter by letter: 8 in the head of page and section, 8 in and
+    # under the plots, 2 in the gallery, 8 in the table, 3 in folded commands, 5 in words, 2 each in commands, missing
+    # file and environment.
+    assert page.text.count(EVIL) == 40
     assert page.values("alt") == [EVIL, EVIL]
 
 
@@ -104,6 +109,18 @@ def test_plots_side_by_side_other_blocks_alone():
     assert [name for name in Page(html).values("class") if name.startswith("plots")] == [
         "plots",
         "plots single",
+    ]
+
+
+def test_folded_commands_wait_for_a_click_and_words_are_large_on_demand() -> None:
+    commands = [("Evaluate", "python a.py")]
+    blocks = [Commands(commands, folded="All commands"), Commands(commands), Words([("", "b")]), Words([], large=True)]
+    page = Page(Report("t", "l", sections=[Section("s", "", blocks)]).to_html())
+    assert [tag for tag, _ in page.elements].count("details") == 1
+    assert page.text.count("python a.py") == 2
+    assert [name for name in page.values("class") if name.startswith("card words")] == [
+        "card words",
+        "card words large",
     ]
 
 

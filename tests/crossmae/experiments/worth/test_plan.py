@@ -1,0 +1,72 @@
+"""The plan: arms and settings are checked, costs are split, and a small grid ends in a page."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from crossmae.errors import UserError
+from crossmae.experiments.rows import Row
+from crossmae.experiments.worth import plan
+from crossmae.experiments.worth.grid import ARMS, build_cells, choose_budget
+from tests.crossmae.experiments.worth.test_inputs import write_labels
+from tests.crossmae.experiments.worth.tiny_question import ask, tiny_preset
+
+
+def test_arms_by_default():
+    assert plan.choose_arms(None, False, False) == ("random_pretraining_init", "own", "random_detector_init")
+    assert plan.choose_arms(None, True, True) == ARMS
+    assert plan.choose_arms(["own", "random_detector_init"], False, False) == ("own", "random_detector_init")
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"), [(["weights"], "weights needs weights"), (["other"], "--arms: other is unknown")]
+)
+def test_bad_arms(arms: list[str], message: str):
+    with pytest.raises(UserError, match=message):
+        plan.choose_arms(arms, False, False)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("x", "--detect-set: x is no setting"), ("SOLVER.MAX_ITER=3", "is decided by the plan. Use --steps")],
+)
+def test_bad_settings(word: str, message: str):
+    plan.check_settings("--detect-set", ["SOLVER.BASE_LR=1"])
+    with pytest.raises(UserError, match=message):
+        plan.check_settings("--detect-set", [word])
+
+
+def test_a_timing_run_has_a_start_and_steps():
+    cost = {"wall_seconds": 40.0, "cpu_seconds": 60.0}
+    row = Row("detect", {"kind": "detect"}, {"steps": 10, "step_seconds": 3.0}, cost)
+    assert plan.seconds_of_kind(row) == pytest.approx((15.0, 4.5))
+
+
+def test_plan_and_page_of_a_grid_of_two_cells(tmp_path: Path):
+    """Real tools: pretraining, and a detector that starts from it."""
+    pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
+    from tests.det.coco_files import TINY
+
+    labels = write_labels(tmp_path, 24)
+    preset = tiny_preset(tmp_path / "configs", TINY)
+    question = ask(tmp_path / "out", tmp_path / "train", labels, preset, ("own",), shares=(100.0,))
+    budget = choose_budget(question, None)
+    cells = [replace(cell, estimate=60.0) for cell in build_cells(question, budget)]
+    two = plan.Plan(cells, budget, load=3.0)
+    text = plan.describe_plan(question, two, 2, [])
+    assert f"{'pretrain':<10} {1:>5} {0:>5} {1.0:>17.1f} {1.0:>12.1f}" in text
+    assert "All runs: 0.03 CPU hours, of which 0.03 are left: about 3 min 00 s, with 2 at once" in text
+    limits = {"jobs": 1, "gpus": [], "minutes": None}
+    verdict = plan.answer(question, two, settings={"Size": "tiny"}, **limits)
+    page = (tmp_path / "out" / plan.PAGE).read_text()
+    assert "is pretraining worth it?" in page.lower()
+    assert "held out" in page
+    assert verdict
+    assert f"{'detect':<10} {1:>5} {1:>5}" in plan.describe_plan(question, two, 2, [])
+    run = tmp_path / "out/runs/detect-own-share100-seed0"
+    assert not list(run.glob("*.pth"))
+    (row,) = [row for row in plan.finished_rows(cells, tmp_path / "out/results.jsonl").values() if row.cell == run.name]
+    assert {"mask_AP", "box_AP"} <= row.numbers.keys()
