@@ -130,8 +130,7 @@ def run_detection(folder: Path, settings: DetectionSettings, arm: str) -> Mappin
 
 
 def test_detection(tmp_path: Path) -> None:
-    words = (*DETECTION_CPU.detect_words, "MODEL.ROI_HEADS.NUM_CLASSES=2")
-    found = run_detection(tmp_path, replace(DETECTION_CPU, detect_words=words), "mae")
+    found = run_detection(tmp_path, DETECTION_CPU, "mae")
     assert found["detection-labels-seed0"] == {"train-share10-seed0.json": 2, "train-share100-seed0.json": 20}
     assert found["detection-pretrain-mae-seed0"]["pretraining_tflop"] > 0
     assert found["detection-detect-mae-share10-seed0"].keys() >= {"mask_AP", "box_AP"}
