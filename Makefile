@@ -30,8 +30,8 @@ lint: $(STAMP)  ## ruff: rules and format
 types: $(STAMP)  ## mypy
 	@$(BIN)/mypy
 
-study: $(STAMP)  ## the gain of pretraining on Fashion-MNIST, over three seeds: about an hour (docs/results.md)
-	@$(BIN)/python -m pytest --slow tests/test_fashion_mnist.py
+study: $(STAMP)  ## CrossMAE, MAE and random weights, compared: less than ten CPU hours in all (docs/results.md)
+	@$(BIN)/python tools/study.py && $(BIN)/python tools/study.py --page
 
 doctor:  ## versions, devices, missing libraries, and the command that mends each
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m crossmae.doctor; else $(PYTHON) -m crossmae.doctor; fi

@@ -96,6 +96,7 @@ def detection_arms(depth: int, mae_depth: int) -> tuple[Arm, ...]:
     )
 
 
+DECAYED_RANDOM = "random_decay"  # random weights with the layer decay of pretrained ones, a control at few labels
 DETECTION_ARMS = detection_arms(6, 4)  # half of the usual depths, as the encoder has half the depth of a ViT-S
 
 
@@ -113,6 +114,8 @@ class DetectionSettings:
         pretrain_words, detect_words: changes of the configs.
         shares: percent of the labelled images, nested.
         arms_at_all_shares: arms that are measured at every share. The others only at the smallest.
+        layer_decay: decay of the detector's learning rate over the layers of a pretrained encoder. Random weights have
+            1.0, because their lower layers contain nothing to preserve.
         steps: steps of the detector, the same at every label share.
         pretrain_seconds, detect_seconds: expected seconds, CPU seconds without a GPU.
     """
@@ -130,6 +133,7 @@ class DetectionSettings:
     epochs: int
     pretrain_words: tuple[str, ...]
     detect_words: tuple[str, ...]
+    layer_decay: float
     steps: int
     pretrain_seconds: float
     detect_seconds: float
@@ -149,23 +153,24 @@ DETECTION_CPU = DetectionSettings(
         "decoder_embed_dim": 128,
         "decoder_num_heads": 4,
     },
-    arms=tuple(arm for arm in DETECTION_ARMS if arm.name != "cross75"),  # 75 % has no room in ten hours
+    arms=DETECTION_ARMS,
     seeds=SEEDS,
     shares=(10.0, 100.0),
-    arms_at_all_shares=("random", "cross25"),
+    arms_at_all_shares=("random", "cross25", "mae"),
     data=(),
     images=8000,
     epochs=17,  # 2,125 steps of 64 crops
     pretrain_words=("health.band=[]", "schedule.warmup_epochs=1"),
     detect_words=(
-        "MODEL.ROI_HEADS.NUM_CLASSES=11",
+        "MODEL.ROI_HEADS.NUM_CLASSES=1",
         "INPUT.RANDOM_FLIP=horizontal",
         "MODEL.ANCHOR_GENERATOR.SIZES=[[28],[56]]",
         "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS=[[0.5,1.0,2.0]]",
     ),
-    steps=800,
+    layer_decay=0.7,
+    steps=400,
     pretrain_seconds=800,
-    detect_seconds=720,
+    detect_seconds=360,
 )
 
 # Fifteen minutes of one large GPU: ViT-S at 224 px on the same pictures, larger and more. Not run on a GPU yet: the
@@ -210,6 +215,7 @@ DETECTION_GPU15 = DetectionSettings(
         "SOLVER.IMS_PER_BATCH=16",
         "SOLVER.ACCUMULATE=1",
     ),
+    layer_decay=0.7,
     steps=300,
     pretrain_seconds=120,
     detect_seconds=90,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from crossmae.experiments.cells import Cell, Step
 from crossmae.experiments.commands import REPOSITORY
-from crossmae.experiments.study.arms import Arm, DetectionSettings
+from crossmae.experiments.study.arms import DECAYED_RANDOM, Arm, DetectionSettings
 from crossmae.experiments.study.fashion_mnist import pretraining_numbers, resumed
-from crossmae.experiments.study.label_subset import COUNTS
+from crossmae.experiments.study.label_subset import COUNTS, VAL
 from crossmae.experiments.worth.grid import read_detection
 from crossmae.files import read_json
 
@@ -30,6 +30,8 @@ def detection_cells(study: Path, settings: DetectionSettings, packages: Sequence
             cells.append(pretrain_cell(folder, settings, arm, seed))
             shares = settings.shares if arm.name in settings.arms_at_all_shares else settings.shares[:1]
             cells += [detect_cell(folder, settings, arm, share, seed) for share in shares]
+            if not arm.epochs:
+                cells.append(detect_cell(folder, settings, arm, shares[0], seed, DECAYED_RANDOM))
     return cells
 
 
@@ -52,8 +54,9 @@ def data_numbers(output: Path) -> dict[str, float]:
 def subset_cell(folder: Path, settings: DetectionSettings, seed: int) -> Cell:
     """Draw the label subsets of a seed."""
     output = folder / f"labels-{seed}"
-    words = ("--json", str(folder / "things" / "annotations" / "train.json"), "--shares")
-    words += (*(f"{share:g}" for share in settings.shares), "--seed", str(seed), "--output", str(output))
+    annotations = folder / "things" / "annotations"
+    words = ("--json", str(annotations / "train.json"), "--val-json", str(annotations / "val.json"), "--one-class")
+    words += ("--seed", str(seed), "--output", str(output), "--shares", *(f"{share:g}" for share in settings.shares))
     step = Step(("-m", "crossmae.experiments.study.label_subset", *words), output / COUNTS)
     facts = {"part": settings.part, "kind": "label_subset", "seed": seed}
     return Cell(
@@ -101,19 +104,27 @@ def pretrain_cell(folder: Path, settings: DetectionSettings, arm: Arm, seed: int
     )
 
 
-def detect_cell(folder: Path, settings: DetectionSettings, arm: Arm, share: float, seed: int) -> Cell:
-    """Train the detector on a share of the labels, and evaluate it once, at the end."""
-    place, things = folder / f"{arm.name}-{seed}", folder / "things"
-    output = place / f"detect-share{share:g}"
+def detect_cell(
+    folder: Path, settings: DetectionSettings, arm: Arm, share: float, seed: int, control: str | None = None
+) -> Cell:
+    """Train the detector on a share of the labels, and evaluate it once, at the end.
+
+    Args:
+        control: name of the arm if random weights get the layer decay of pretrained ones.
+    """
+    place, things, name = folder / f"{arm.name}-{seed}", folder / "things", control or arm.name
+    output = folder / f"{name}-{seed}" / f"detect-share{share:g}"
+    decay = settings.layer_decay if arm.epochs or control else 1.0
     labels = folder / f"labels-{seed}" / f"train-share{share:g}-seed{seed}.json"
     words = (
         "tools/train_net.py",
         "--config-file",
         settings.detect,
         *("--train-json", str(labels), "--train-images", str(things / "train")),
-        *("--val-json", str(things / "annotations" / "val.json"), "--val-images", str(things / "val")),
+        *("--val-json", str(labels.parent / VAL), "--val-images", str(things / "val")),
         f"MODEL.WEIGHTS={place / 'pretrain' / 'model.safetensors'}",
         *settings.detect_words,
+        f"SOLVER.LAYER_DECAY={decay:g}",
         f"SOLVER.MAX_ITER={settings.steps}",
         f"SOLVER.WARMUP_ITERS={max(1, settings.steps // 20)}",
         f"SOLVER.CHECKPOINT_PERIOD={max(1, settings.steps // 3)}",
@@ -123,9 +134,9 @@ def detect_cell(folder: Path, settings: DetectionSettings, arm: Arm, share: floa
         f"OUTPUT_DIR={output}",
     )
     step = Step(words, output / "results.json", ("--resume",), output, output)
-    facts = {"part": settings.part, "kind": "detect", "arm": arm.name, "share": share, "seed": seed}
+    facts = {"part": settings.part, "kind": "detect", "arm": name, "share": share, "seed": seed}
     return Cell(
-        f"{settings.part}-detect-{arm.name}-share{share:g}-seed{seed}",
+        f"{settings.part}-detect-{name}-share{share:g}-seed{seed}",
         facts,
         (step,),
         lambda: read_detection(REPOSITORY / output),

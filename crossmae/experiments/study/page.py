@@ -7,7 +7,7 @@ from pathlib import Path
 
 from crossmae.experiments.rows import Row
 from crossmae.experiments.statistics import describe_comparisons, describe_width, percent_mean
-from crossmae.experiments.study.arms import DETECTION_ARMS, FASHION_ARMS, SEEDS
+from crossmae.experiments.study.arms import FASHION_ARMS, SEEDS
 from crossmae.experiments.study.predictions import (
     FASHION_MEASURES,
     MASK_AP,
@@ -20,6 +20,7 @@ from crossmae.experiments.study.predictions import (
 )
 from crossmae.experiments.study.results_text import summary
 from crossmae.experiments.study.tables import (
+    DETECTION_WORDS,
     TextTable,
     decoder_table,
     detection_differences,
@@ -135,5 +136,5 @@ def loss_plot(rows: Sequence[Row]) -> Plot | None:
 
 def detection_section(rows: Sequence[Row]) -> Section:
     """Show the detection scores by label share."""
-    runs = single_runs(rows, MASK_AP, [arm.name for arm in DETECTION_ARMS], shares_of(rows, MASK_AP))
+    runs = single_runs(rows, MASK_AP, list(DETECTION_WORDS), shares_of(rows, MASK_AP))
     return Section("Detection", "", blocks_of([detection_table(rows), detection_differences(rows), runs]))

@@ -10,7 +10,7 @@ from crossmae.classification.evaluation.metrics import Mean
 from crossmae.experiments.rows import Row
 from crossmae.experiments.score_blocks import bounds
 from crossmae.experiments.statistics import one_decimal, percent_mean
-from crossmae.experiments.study.arms import DETECTION_ARMS, FASHION_ARMS
+from crossmae.experiments.study.arms import DECAYED_RANDOM, DETECTION_ARMS, FASHION_ARMS
 from crossmae.experiments.study.predictions import (
     BOX_AP,
     FASHION_MEASURES,
@@ -35,7 +35,15 @@ FASHION_PAIRS = (  # comparisons in addition to the predictions
     ("cross25_d4", "cross25_d6"),
     ("cross25_d2", "cross25_d6"),
 )
-DETECTION_PAIRS = (("cross25", "random"), ("mae", "random"), ("cross25", "mae"), ("cross75", "cross25"))
+DETECTION_WORDS = {arm.name: arm.text for arm in DETECTION_ARMS}
+DETECTION_WORDS[DECAYED_RANDOM] = "random weights, with the layer decay of pretrained ones"
+DETECTION_PAIRS = (
+    ("cross25", "random"),
+    ("mae", "random"),
+    ("cross25", "mae"),
+    ("cross75", "cross25"),
+    ("cross25", DECAYED_RANDOM),
+)
 SIZE_WORDS = {"fashion_mnist": "the study's model", "small": "ViT-S", "base": "ViT-B", "large": "ViT-L"}
 
 
@@ -137,8 +145,10 @@ def detection_table(rows: Sequence[Row], part: str = "detection") -> TextTable:
     table, measures = [], [in_part(measure, part) for measure in (MASK_AP, BOX_AP)]
     for share in shares_of(rows, measures[0]):
         images = f"{share:g} % of the labels"
-        for arm, words in ((arm.name, arm.text) for arm in DETECTION_ARMS):
+        for arm, words in DETECTION_WORDS.items():
             scores = [with_interval(values_of(rows, measure, arm, share)) for measure in measures]
+            if scores[0] == MISSING:  # not every arm is measured at every share
+                continue
             table.append([f"`{arm}`: {words}", images, *scores])
     columns = ["start of the encoder", "labelled images", MASK_AP.name, BOX_AP.name]
     return TextTable(columns, table, "Mean over seeds, in brackets Student's 95 % interval.")
@@ -149,9 +159,9 @@ def detection_differences(rows: Sequence[Row]) -> TextTable:
     table = []
     for share in shares_of(rows, MASK_AP):
         for pair in DETECTION_PAIRS:
-            rule = "helps" if pair[1] == "random" else "equal"
+            rule = "helps" if pair[1].startswith("random") else "equal"
             findings = [find(rows, pair, measure, rule, share) for measure in (MASK_AP, BOX_AP)]
-            table += [[f"{share:g} %", *cells] for cells in finding_rows(findings)]
+            table += [[f"{share:g} %", *cells] for cells in finding_rows(findings) if findings[0].difference.mean]
     return TextTable(["labels", "difference", "measure", "rule", "says"], table, difference_caption())
 
 

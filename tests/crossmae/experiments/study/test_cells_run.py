@@ -16,12 +16,15 @@ from safetensors.torch import load_file
 from crossmae.data.sources.idx import IMAGES, LABELS
 from crossmae.experiments.cells import Cell, run_cells
 from crossmae.experiments.rows import Row
-from crossmae.experiments.study.arms import DETECTION_CPU, FASHION_MODEL, DetectionSettings
+from crossmae.experiments.study.arms import DETECTION_CPU, DETECTION_GPU15, FASHION_MODEL, DetectionSettings
 from crossmae.experiments.study.detection import detection_cells
 from crossmae.experiments.study.fashion_mnist import SOURCE
-from crossmae.experiments.study.grid import study_cells
+from crossmae.experiments.study.grid import GPU15, study_cells
 from crossmae.experiments.study.idx_subset import write_idx
 from crossmae.models.crossmae import CrossMAE
+from crossmae.models.sizes import model_arguments
+from crossmae.pretraining.config import load_config
+from det.config import load_det_config
 
 SHORT = {
     "tools/pretrain.py": ("schedule.max_steps=2", "validation.images=8", "data.check=false"),
@@ -127,8 +130,29 @@ def run_detection(folder: Path, settings: DetectionSettings, arm: str) -> Mappin
 
 
 def test_detection(tmp_path: Path) -> None:
-    words = (*DETECTION_CPU.detect_words, "MODEL.ROI_HEADS.NUM_CLASSES=2")
-    found = run_detection(tmp_path, replace(DETECTION_CPU, detect_words=words), "mae")
+    found = run_detection(tmp_path, DETECTION_CPU, "mae")
     assert found["detection-labels-seed0"] == {"train-share10-seed0.json": 2, "train-share100-seed0.json": 20}
     assert found["detection-pretrain-mae-seed0"]["pretraining_tflop"] > 0
     assert found["detection-detect-mae-share10-seed0"].keys() >= {"mask_AP", "box_AP"}
+
+
+def test_the_commands_of_the_preset_are_valid(tmp_path: Path) -> None:
+    cells = [cell for cell in study_cells(tmp_path, [GPU15]) if cell.facts["kind"] in ("detection_pretrain", "detect")]
+    for words in (cell.steps[0].arguments for cell in cells):
+        config, settings = words[2], [word for word in words[3:] if "=" in word]
+        if words[0] == "tools/pretrain.py":
+            model = load_config(config, settings).model
+            built = model_arguments(model.name) | model.arguments()
+            assert {key: built[key] for key in DETECTION_GPU15.model} == dict(DETECTION_GPU15.model)
+        else:
+            cfg = load_det_config(config, settings)
+            sizes = (cfg.MODEL.VIT.EMBED_DIM, cfg.MODEL.VIT.DEPTH, cfg.MODEL.VIT.PATCH_SIZE, cfg.MODEL.VIT.IMG_SIZE)
+            assert sizes == (384, 12, 16, 224)
+
+
+@pytest.mark.slow
+def test_the_preset_in_two_steps(tmp_path: Path) -> None:
+    words = (*DETECTION_GPU15.pretrain_words, "data.workers=0", "optim.batch_size=2", "schedule.warmup_epochs=1")
+    settings = replace(DETECTION_GPU15, pretrain_words=words)
+    found = run_detection(tmp_path, settings, "cross25")
+    assert found["gpu15-detect-cross25-share10-seed0"].keys() >= {"mask_AP", "box_AP"}
