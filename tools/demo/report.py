@@ -263,8 +263,9 @@ def reconstruction_section(run: RunFolder) -> page.Section:
     text = (
         "From top to bottom: a held-out image, the patches that the encoder saw, the prediction of the decoder, and "
         "both together. The model predicts normalised patches. Each patch is shown with the true mean and contrast of "
-        "its pixels. After so short a pretraining, the prediction has little structure inside a patch: docs/pretraining.md "
-        "shows a longer one. The fusion weights show how every decoder block mixes the encoder's maps."
+        "its pixels. After so short a pretraining, the prediction has little structure inside a patch: "
+        "docs/pretraining.md shows a longer one. The fusion weights show how every decoder block mixes the encoder's "
+        "maps."
     )
     return page.Section("Reconstructions", text, blocks)
 
