@@ -21,6 +21,7 @@ The same command continues after an interruption. Finished runs are not repeated
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Plan, run, and write the page."""
-    arguments = build_parser().parse_args(argv)
+    started, arguments = time.monotonic(), build_parser().parse_args(argv)
     set_up_log()
     from crossmae.experiments.worth import plan as worth  # imports torch, which takes seconds
 
@@ -92,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.page:
         verdict = worth.write_answer(question, plan, settings)
     else:
-        limits = {"jobs": jobs, "gpus": gpus, "minutes": arguments.minutes}
-        verdict = worth.answer(question, plan, settings=settings, **limits)
+        minutes = arguments.minutes and max(arguments.minutes - (time.monotonic() - started) / 60, 0.0)
+        verdict = worth.answer(question, plan, jobs=jobs, gpus=gpus, minutes=minutes, settings=settings)
     print(f"\n{verdict}\nOpen this page in a browser: {arguments.output / worth.PAGE}")
 
 

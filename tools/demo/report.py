@@ -34,12 +34,13 @@ from det.data.coco import read_coco
 from det.evaluation.pictures import compare_pictures
 from det.evaluation.report import AP_TEXT
 from det.evaluation.resampling import ApDifference, bootstrap_difference, match_detections
-from det.evaluation.run_files import TASKS, DetectionResults, read_metrics
+from det.evaluation.run_files import TASKS, DetectionResults, RunRecord, read_metrics
 
 COUNT = 12  # number of held-out images on the page
 STAGES, PRETRAIN_LOG = "stages.json", "pretrain/log.jsonl"
 FEW, ANNOTATIONS = "data/annotations/few.json", "data/annotations/val.json"
-RESULTS, PREDICTIONS, LOG = "results.json", "inference/coco_instances_results.json", "metrics.json"  # of each detector
+# Files of each detector.
+RESULTS, PREDICTIONS, LOG, RECORD = "results.json", "inference/coco_instances_results.json", "metrics.json", "run.json"
 LEAD = (
     "A masked autoencoder, CrossMAE, learned to reconstruct hidden patches of unlabelled images. Then the same Mask "
     "R-CNN was trained twice on a few of these images with labels: once from the pretrained encoder, and once from the "
@@ -66,6 +67,7 @@ class Arm:
     results: DetectionResults | None
     predictions: list[Any] | None
     log: LoggedNumbers
+    settings: Mapping[str, Any]
 
     def file(self, name: str) -> str:
         """Return the name of one of its files in the demo's folder."""
@@ -85,6 +87,7 @@ def read_arm(run: RunFolder, start: str, folder: str) -> Arm:
         run.read(f"{folder}/{RESULTS}", DetectionResults.read, None),
         run.read(f"{folder}/{PREDICTIONS}", read_predictions, None),
         run.read(f"{folder}/{LOG}", read_metrics, LoggedNumbers()),
+        sections.leaves(run.read(f"{folder}/{RECORD}", RunRecord.read, RunRecord()).settings),
     )
 
 
@@ -126,10 +129,28 @@ def comparison_section(run: RunFolder, arms: Sequence[Arm], differences: Mapping
     steps = {int(max(logged)) for arm in arms if (logged := arm.log.values("iteration"))}
     length = f" for {steps.pop():,} steps" if len(steps) == 1 else ""
     text = (
-        f"Both detectors were trained{length} on {labelled}, with the same settings, the same seed and the same order "
-        f"of the images. Only the first weights of the encoder differ. {AP_TEXT}"
+        f"Both detectors were trained{length} on {labelled}, with the same seed and the same order of the images. "
+        f"{differing_settings(arms)}{AP_TEXT}"
     )
     return page.Section("Comparison", f"{text}\n{verdict(differences)}", blocks)
+
+
+def differing_settings(arms: Sequence[Arm]) -> str:
+    """Name the settings that differ, with the values of each detector."""
+    if not all(arm.settings for arm in arms):
+        return ""
+    keys = sorted({key for arm in arms for key in arm.settings})
+    changed = {key: [arm.settings.get(key) for arm in arms] for key in keys}
+    texts = [
+        f"{key} ({', '.join(f'{value} from {arm.start}' for value, arm in zip(values, arms, strict=True))})"
+        for key, values in changed.items()
+        if any(value != values[0] for value in values)
+    ]
+    if not texts:
+        return "All settings are the same. Only the first weights of the encoder differ. "
+    why = "Layer decay keeps what pretraining has learned, and random weights have nothing to keep. "
+    names = f"The first weights of the encoder differ, and these settings: {', '.join(texts)}. "
+    return names + (why if "SOLVER.LAYER_DECAY" in " ".join(texts) else "")
 
 
 def comparison_table(arms: Sequence[Arm], differences: Mapping[str, ApDifference]) -> page.Table:

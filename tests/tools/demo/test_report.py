@@ -62,6 +62,8 @@ def folder(tmp_path: Path) -> Path:
         write(tmp_path / arm / "inference/coco_instances_results.json", found)
         write(tmp_path / arm / "results.json", {"bbox": values, "segm": values | {"AP": None}, "classes": classes})
         lines(tmp_path / arm / "metrics.json", [{"iteration": i, "total_loss": 1.0, "loss_mask": 0.5} for i in (1, 2)])
+        settings = {"SEED": 0, "SOLVER": {"MAX_ITER": 3, "LAYER_DECAY": 1.0 if arm == DETECTORS[0] else 0.7}}
+        write(tmp_path / arm / "run.json", {"settings": settings})
     steps = [{"step": s, "loss": 1 / s, "lr": 0.1, "images_per_second": 9} for s in (1, 2)]
     lines(tmp_path / "pretrain/log.jsonl", steps)
     for step in (8, 16, 100):
@@ -130,6 +132,9 @@ def test_comparison_has_both_detectors_and_the_difference(folder: Path):
     # By the rules of COCO: 100 % of the objects, minus 7 of 14, with the best detection of each image.
     assert list(table.footer) == ["difference", "+49.5", "+49.5", "", ""]
     assert "for 3 steps on 3 labelled images" in section.text
+    differ = "and these settings: SOLVER.LAYER_DECAY (1.0 from random weights, 0.7 from own pretraining). Layer decay"
+    assert differ in section.text
+    assert "MAX_ITER" not in section.text
     ((_, line),) = commands.commands
     python, tool, *words = shlex.split(line.replace("\\\n", ""))
     assert (python, tool) == ("python", "tools/worth.py")
@@ -154,6 +159,13 @@ def test_verdict_follows_from_the_interval_and_never_claims_a_gain(low: float, h
     assert words in text
     assert text.endswith(report.ONE_SEED)
     assert report.verdict({}).endswith(report.ONE_SEED)
+
+
+def test_the_page_tells_if_no_setting_differs(folder: Path):
+    shutil.copy(folder / DETECTORS[0] / "run.json", folder / DETECTORS[1])
+    assert "Only the first weights of the encoder differ." in sections(folder)["Comparison"].text
+    (folder / DETECTORS[1] / "run.json").unlink()
+    assert "differ" not in sections(folder)["Comparison"].text.partition("\n")[0]
 
 
 @pytest.mark.parametrize("arm", DETECTORS)
