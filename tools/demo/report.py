@@ -118,21 +118,24 @@ class Stages(FileContent):
 def comparison_section(run: RunFolder, arms: Sequence[Arm], differences: Mapping[str, ApDifference]) -> page.Section:
     """Compare the two detectors, and tell what the difference shows."""
     found = [arm for arm in arms if arm.results]
-    blocks: list[page.PageBlock] = [comparison_table(found, differences)] if found else []
+    caption = f"AP and AP50 on held-out images, in percent. A full bar is 100. {training_text(run, arms)}{AP_TEXT}"
+    blocks: list[page.PageBlock] = [comparison_table(found, differences, caption)] if found else []
     blocks += [run.missing(arm.file(RESULTS), f"average precision from {arm.start}") for arm in arms if not arm.results]
     if not differences:
         needed = (ANNOTATIONS, *(arm.file(PREDICTIONS) for arm in arms))
         blocks += [run.missing(name, "difference of the APs") for name in needed if name in run.faults]
     blocks.append(worth_command(run.path / "data"))
+    return page.Section("Comparison", verdict(differences), blocks)
+
+
+def training_text(run: RunFolder, arms: Sequence[Arm]) -> str:
+    """Tell how the detectors were trained."""
     few = run.read(FEW, read_coco, None)
     labelled = page.counted(len(few["images"]), "labelled image") if few else "the same labelled images"
     steps = {int(max(logged)) for arm in arms if (logged := arm.log.values("iteration"))}
     length = f" for {steps.pop():,} steps" if len(steps) == 1 else ""
-    text = (
-        f"Both detectors were trained{length} on {labelled}, with the same seed and the same order of the images. "
-        f"{differing_settings(arms)}{AP_TEXT}"
-    )
-    return page.Section("Comparison", f"{text}\n{verdict(differences)}", blocks)
+    order = "with the same seed and the same order of the images"
+    return f"Both detectors were trained{length} on {labelled}, {order}. {differing_settings(arms)}"
 
 
 def differing_settings(arms: Sequence[Arm]) -> str:
@@ -153,14 +156,13 @@ def differing_settings(arms: Sequence[Arm]) -> str:
     return names + (why if "SOLVER.LAYER_DECAY" in " ".join(texts) else "")
 
 
-def comparison_table(arms: Sequence[Arm], differences: Mapping[str, ApDifference]) -> page.Table:
+def comparison_table(arms: Sequence[Arm], differences: Mapping[str, ApDifference], caption: str) -> page.Table:
     """Show the AP of each detector, and the differences below."""
     rows: list[page.TableRow] = [
         [arm.start, *(page.bar(ap and ap / 100, unit="") for ap in headlines(arm.results))] for arm in arms
     ]
     known = [signed(differences[task].value) if task in differences else "-" for task in TASKS]
     footer = ["difference", *known, *("" for _ in HEADLINES[len(known) :])]
-    caption = "Average precision on held-out images, in percent. A full bar is 100."
     return page.Table(["start", *HEADLINES], rows, caption, footer if len(arms) > 1 else ())
 
 
@@ -198,18 +200,21 @@ def ap_differences(run: RunFolder, arms: tuple[Arm, Arm], truth: dict[str, Any] 
 
 def verdict(differences: Mapping[str, ApDifference]) -> str:
     """Tell what the differences show, and what they do not show."""
-    sentences = []
-    for task, found in differences.items():
-        words = f"own pretraining minus random weights is {signed(found.value)} {TASKS[task]} AP"
-        interval = f"{signed(found.low)} to {signed(found.high)} in 95 % of 1,000 resamplings of the held-out images"
-        if found.low <= 0 <= found.high:
-            so = "the choice of the held-out images alone can explain such a difference"
-        else:
-            so = "the choice of the held-out images alone does not explain the difference"
-        sentences.append(f"{words} ({interval}): {so}.")
-    measured = " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
-    unknown = "The difference is unknown, because a file is missing or damaged."
-    return f"{measured or unknown} {ONE_SEED}"
+    if not differences:
+        return f"The difference is unknown, because a file is missing or damaged. {ONE_SEED}"
+    measured = [
+        f"{signed(found.value)} {TASKS[task]} AP ({signed(found.low)} to {signed(found.high)})"
+        for task, found in differences.items()
+    ]
+    open_tasks = [TASKS[task] for task, found in differences.items() if found.low <= 0 <= found.high]
+    if open_tasks:
+        so = f"Other held-out images could give a difference of {' and '.join(open_tasks)} AP with the other sign."
+    else:
+        so = "Other held-out images would most likely give differences of the same sign."
+    return (
+        f"Own pretraining minus random weights: {', '.join(measured)}. In parentheses: the middle 95 % of 1,000 "
+        f"resamplings of the held-out images. {so} {ONE_SEED}"
+    )
 
 
 def signed(value: float) -> str:
