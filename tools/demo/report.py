@@ -34,12 +34,13 @@ from det.data.coco import read_coco
 from det.evaluation.pictures import compare_pictures
 from det.evaluation.report import AP_TEXT
 from det.evaluation.resampling import ApDifference, bootstrap_difference, match_detections
-from det.evaluation.run_files import TASKS, DetectionResults, read_metrics
+from det.evaluation.run_files import TASKS, DetectionResults, RunRecord, read_metrics
 
 COUNT = 12  # number of held-out images on the page
 STAGES, PRETRAIN_LOG = "stages.json", "pretrain/log.jsonl"
 FEW, ANNOTATIONS = "data/annotations/few.json", "data/annotations/val.json"
-RESULTS, PREDICTIONS, LOG = "results.json", "inference/coco_instances_results.json", "metrics.json"  # of each detector
+# Files of each detector.
+RESULTS, PREDICTIONS, LOG, RECORD = "results.json", "inference/coco_instances_results.json", "metrics.json", "run.json"
 LEAD = (
     "A masked autoencoder, CrossMAE, learned to reconstruct hidden patches of unlabelled images. Then the same Mask "
     "R-CNN was trained twice on a few of these images with labels: once from the pretrained encoder, and once from the "
@@ -66,6 +67,7 @@ class Arm:
     results: DetectionResults | None
     predictions: list[Any] | None
     log: LoggedNumbers
+    settings: Mapping[str, Any]
 
     def file(self, name: str) -> str:
         """Return the name of one of its files in the demo's folder."""
@@ -85,6 +87,7 @@ def read_arm(run: RunFolder, start: str, folder: str) -> Arm:
         run.read(f"{folder}/{RESULTS}", DetectionResults.read, None),
         run.read(f"{folder}/{PREDICTIONS}", read_predictions, None),
         run.read(f"{folder}/{LOG}", read_metrics, LoggedNumbers()),
+        sections.leaves(run.read(f"{folder}/{RECORD}", RunRecord.read, RunRecord()).settings),
     )
 
 
@@ -115,31 +118,51 @@ class Stages(FileContent):
 def comparison_section(run: RunFolder, arms: Sequence[Arm], differences: Mapping[str, ApDifference]) -> page.Section:
     """Compare the two detectors, and tell what the difference shows."""
     found = [arm for arm in arms if arm.results]
-    blocks: list[page.PageBlock] = [comparison_table(found, differences)] if found else []
+    caption = f"AP and AP50 on held-out images, in percent. A full bar is 100. {training_text(run, arms)}{AP_TEXT}"
+    blocks: list[page.PageBlock] = [comparison_table(found, differences, caption)] if found else []
     blocks += [run.missing(arm.file(RESULTS), f"average precision from {arm.start}") for arm in arms if not arm.results]
     if not differences:
         needed = (ANNOTATIONS, *(arm.file(PREDICTIONS) for arm in arms))
         blocks += [run.missing(name, "difference of the APs") for name in needed if name in run.faults]
     blocks.append(worth_command(run.path / "data"))
+    return page.Section("Comparison", verdict(differences), blocks)
+
+
+def training_text(run: RunFolder, arms: Sequence[Arm]) -> str:
+    """Tell how the detectors were trained."""
     few = run.read(FEW, read_coco, None)
     labelled = page.counted(len(few["images"]), "labelled image") if few else "the same labelled images"
     steps = {int(max(logged)) for arm in arms if (logged := arm.log.values("iteration"))}
     length = f" for {steps.pop():,} steps" if len(steps) == 1 else ""
-    text = (
-        f"Both detectors were trained{length} on {labelled}, with the same settings, the same seed and the same order "
-        f"of the images. Only the first weights of the encoder differ. {AP_TEXT}"
-    )
-    return page.Section("Comparison", f"{text}\n{verdict(differences)}", blocks)
+    order = "with the same seed and the same order of the images"
+    return f"Both detectors were trained{length} on {labelled}, {order}. {differing_settings(arms)}"
 
 
-def comparison_table(arms: Sequence[Arm], differences: Mapping[str, ApDifference]) -> page.Table:
+def differing_settings(arms: Sequence[Arm]) -> str:
+    """Name the settings that differ, with the values of each detector."""
+    if not all(arm.settings for arm in arms):
+        return ""
+    keys = sorted({key for arm in arms for key in arm.settings})
+    changed = {key: [arm.settings.get(key) for arm in arms] for key in keys}
+    texts = [
+        f"{key} ({', '.join(f'{value} from {arm.start}' for value, arm in zip(values, arms, strict=True))})"
+        for key, values in changed.items()
+        if any(value != values[0] for value in values)
+    ]
+    if not texts:
+        return "All settings are the same. Only the first weights of the encoder differ. "
+    why = "Layer decay keeps what pretraining has learned, and random weights have nothing to keep. "
+    names = f"The first weights of the encoder differ, and these settings: {', '.join(texts)}. "
+    return names + (why if "SOLVER.LAYER_DECAY" in " ".join(texts) else "")
+
+
+def comparison_table(arms: Sequence[Arm], differences: Mapping[str, ApDifference], caption: str) -> page.Table:
     """Show the AP of each detector, and the differences below."""
     rows: list[page.TableRow] = [
         [arm.start, *(page.bar(ap and ap / 100, unit="") for ap in headlines(arm.results))] for arm in arms
     ]
     known = [signed(differences[task].value) if task in differences else "-" for task in TASKS]
     footer = ["difference", *known, *("" for _ in HEADLINES[len(known) :])]
-    caption = "Average precision on held-out images, in percent. A full bar is 100."
     return page.Table(["start", *HEADLINES], rows, caption, footer if len(arms) > 1 else ())
 
 
@@ -177,18 +200,21 @@ def ap_differences(run: RunFolder, arms: tuple[Arm, Arm], truth: dict[str, Any] 
 
 def verdict(differences: Mapping[str, ApDifference]) -> str:
     """Tell what the differences show, and what they do not show."""
-    sentences = []
-    for task, found in differences.items():
-        words = f"own pretraining minus random weights is {signed(found.value)} {TASKS[task]} AP"
-        interval = f"{signed(found.low)} to {signed(found.high)} in 95 % of 1,000 resamplings of the held-out images"
-        if found.low <= 0 <= found.high:
-            so = "the choice of the held-out images alone can explain such a difference"
-        else:
-            so = "the choice of the held-out images alone does not explain the difference"
-        sentences.append(f"{words} ({interval}): {so}.")
-    measured = " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
-    unknown = "The difference is unknown, because a file is missing or damaged."
-    return f"{measured or unknown} {ONE_SEED}"
+    if not differences:
+        return f"The difference is unknown, because a file is missing or damaged. {ONE_SEED}"
+    measured = [
+        f"{signed(found.value)} {TASKS[task]} AP ({signed(found.low)} to {signed(found.high)})"
+        for task, found in differences.items()
+    ]
+    open_tasks = [TASKS[task] for task, found in differences.items() if found.low <= 0 <= found.high]
+    if open_tasks:
+        so = f"Other held-out images could give a difference of {' and '.join(open_tasks)} AP with the other sign."
+    else:
+        so = "Other held-out images would most likely give differences of the same sign."
+    return (
+        f"Own pretraining minus random weights: {', '.join(measured)}. In parentheses: the middle 95 % of 1,000 "
+        f"resamplings of the held-out images. {so} {ONE_SEED}"
+    )
 
 
 def signed(value: float) -> str:
@@ -263,8 +289,9 @@ def reconstruction_section(run: RunFolder) -> page.Section:
     text = (
         "From top to bottom: a held-out image, the patches that the encoder saw, the prediction of the decoder, and "
         "both together. The model predicts normalised patches. Each patch is shown with the true mean and contrast of "
-        "its pixels. After so short a pretraining, the prediction has little structure inside a patch: docs/pretraining.md "
-        "shows a longer one. The fusion weights show how every decoder block mixes the encoder's maps."
+        "its pixels. After so short a pretraining, the prediction has little structure inside a patch: "
+        "docs/pretraining.md shows a longer one. The fusion weights show how every decoder block mixes the encoder's "
+        "maps."
     )
     return page.Section("Reconstructions", text, blocks)
 

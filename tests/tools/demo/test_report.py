@@ -62,6 +62,8 @@ def folder(tmp_path: Path) -> Path:
         write(tmp_path / arm / "inference/coco_instances_results.json", found)
         write(tmp_path / arm / "results.json", {"bbox": values, "segm": values | {"AP": None}, "classes": classes})
         lines(tmp_path / arm / "metrics.json", [{"iteration": i, "total_loss": 1.0, "loss_mask": 0.5} for i in (1, 2)])
+        settings = {"SEED": 0, "SOLVER": {"MAX_ITER": 3, "LAYER_DECAY": 1.0 if arm == DETECTORS[0] else 0.7}}
+        write(tmp_path / arm / "run.json", {"settings": settings})
     steps = [{"step": s, "loss": 1 / s, "lr": 0.1, "images_per_second": 9} for s in (1, 2)]
     lines(tmp_path / "pretrain/log.jsonl", steps)
     for step in (8, 16, 100):
@@ -129,7 +131,10 @@ def test_comparison_has_both_detectors_and_the_difference(folder: Path):
     ]
     # By the rules of COCO: 100 % of the objects, minus 7 of 14, with the best detection of each image.
     assert list(table.footer) == ["difference", "+49.5", "+49.5", "", ""]
-    assert "for 3 steps on 3 labelled images" in section.text
+    assert "for 3 steps on 3 labelled images" in table.caption
+    differ = "and these settings: SOLVER.LAYER_DECAY (1.0 from random weights, 0.7 from own pretraining). Layer decay"
+    assert differ in table.caption
+    assert "MAX_ITER" not in table.caption
     ((_, line),) = commands.commands
     python, tool, *words = shlex.split(line.replace("\\\n", ""))
     assert (python, tool) == ("python", "tools/worth.py")
@@ -140,20 +145,32 @@ def test_comparison_has_both_detectors_and_the_difference(folder: Path):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "words"),
+    ("box", "mask", "words"),
     [
-        (-0.4, 6.0, "(-0.4 to +6.0 in 95 % of 1,000 resamplings of the held-out images): the choice of the held-out "
-         "images alone can explain such a difference."),
-        (0.2, 6.0, "the choice of the held-out images alone does not explain the difference."),
-        (-6.0, -0.2, "the choice of the held-out images alone does not explain the difference."),
+        ((-0.4, 6.0), (0.2, 6.0), "could give a difference of box AP with the other sign."),
+        ((0.2, 6.0), (-0.4, 6.0), "could give a difference of mask AP with the other sign."),
+        ((-0.4, 6.0), (-3.0, 0.4), "could give a difference of box and mask AP with the other sign."),
+        ((0.2, 6.0), (-6.0, -0.2), "would most likely give differences of the same sign."),
     ],
-)  # fmt: skip
-def test_verdict_follows_from_the_interval_and_never_claims_a_gain(low: float, high: float, words: str):
-    text = report.verdict({"segm": ApDifference((low + high) / 2, low, high)})
-    assert text.startswith(f"Own pretraining minus random weights is {report.signed((low + high) / 2)} mask AP")
+)
+def test_verdict_follows_from_the_intervals_and_never_claims_a_gain(
+    box: tuple[float, float], mask: tuple[float, float], words: str
+):
+    text = report.verdict({"bbox": ApDifference(2.0, *box), "segm": ApDifference(-0.04, *mask)})
+    assert f"+2.0 box AP ({box[0]:+.1f} to {box[1]:+.1f}), 0.0 mask AP (" in text
     assert words in text
     assert text.endswith(report.ONE_SEED)
     assert report.verdict({}).endswith(report.ONE_SEED)
+
+
+def test_the_page_tells_if_no_setting_differs(folder: Path):
+    arms = read_arms(RunFolder(folder))
+    assert "SOLVER.LAYER_DECAY" in report.differing_settings(arms)
+    shutil.copy(folder / DETECTORS[0] / "run.json", folder / DETECTORS[1])
+    same = report.differing_settings(read_arms(RunFolder(folder)))
+    assert same == "All settings are the same. Only the first weights of the encoder differ. "
+    (folder / DETECTORS[1] / "run.json").unlink()
+    assert report.differing_settings(read_arms(RunFolder(folder))) == ""
 
 
 @pytest.mark.parametrize("arm", DETECTORS)
