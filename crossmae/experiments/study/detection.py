@@ -17,7 +17,7 @@ DATA_SECONDS, SUBSET_SECONDS = 300.0, 15.0
 
 
 def detection_cells(study: Path, settings: DetectionSettings, packages: Sequence[Path] = ()) -> list[Cell]:
-    """List the cells: data first, then label subsets and every arm for each seed.
+    """List the cells: data, then label subsets and arms, seed by seed.
 
     Args:
         study: folder of the study. The part has a folder of its name in it.
@@ -107,7 +107,7 @@ def pretrain_cell(folder: Path, settings: DetectionSettings, arm: Arm, seed: int
 def detect_cell(
     folder: Path, settings: DetectionSettings, arm: Arm, share: float, seed: int, control: str | None = None
 ) -> Cell:
-    """Train the detector on a share of the labels, and evaluate it once, at the end.
+    """Train the detector on a share of the labels, and evaluate it.
 
     Args:
         control: name of the arm if random weights get the layer decay of pretrained ones.

@@ -58,10 +58,10 @@ def arm_cells(folder: Path, rates: Mapping[str, float], seeds: Sequence[int] = S
 
 
 def choose_rates(rows: Sequence[Row]) -> dict[str, float]:
-    """Choose a learning rate for CrossMAE and one for MAE, by arm of RATE_ARMS.
+    """Choose a learning rate for CrossMAE and one for MAE.
 
-    The best rate has the best kNN accuracy among the training pictures. Until all rates are measured, it is the middle
-    one.
+    The keys are RATE_ARMS. The best rate has the best kNN accuracy among the training pictures. Until all rates are
+    measured, it is the middle one.
     """
     found: dict[str, dict[float, float]] = {name: {} for name in RATE_ARMS}
     for row in rows:

@@ -15,7 +15,7 @@ from crossmae.experiments.study.predictions import (
     BOX_AP,
     FASHION_MEASURES,
     MASK_AP,
-    Finding,
+    ArmComparison,
     Judgement,
     Measure,
     describe,
@@ -119,7 +119,7 @@ def single_runs(
     return TextTable(["arm", "seed 0", "seed 1", "seed 2"], table, f"{measure.name} in percent, every run.")
 
 
-def finding_rows(findings: Sequence[Finding]) -> list[list[str]]:
+def finding_rows(findings: Sequence[ArmComparison]) -> list[list[str]]:
     """List differences with what their rule says about them."""
     return [[describe(one), one.measure.name, one.rule, one.verdict] for one in findings]
 
@@ -141,7 +141,7 @@ def difference_caption() -> str:
 
 
 def detection_table(rows: Sequence[Row], part: str = "detection") -> TextTable:
-    """List mask AP and box AP of every arm at every label share."""
+    """List the APs of every arm at every label share."""
     table, measures = [], [in_part(measure, part) for measure in (MASK_AP, BOX_AP)]
     for share in shares_of(rows, measures[0]):
         images = f"{share:g} % of the labels"
@@ -166,7 +166,7 @@ def detection_differences(rows: Sequence[Row]) -> TextTable:
 
 
 def rate_table(rows: Sequence[Row]) -> TextTable:
-    """List the learning rates that were tried, with the accuracy that chose one."""
+    """List the learning rates that were tried, with their accuracies."""
     found, shown = [row for row in rows if row.facts.get("kind") == "rate"], ("knn_train", "val_loss")
     table = [
         [f"`{row.facts['arm']}`", f"{row.facts['lr']:g}", *(f"{row.numbers[key]:.3f}" for key in shown)]
