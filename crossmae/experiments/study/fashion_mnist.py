@@ -224,12 +224,12 @@ def pretraining_numbers(run: Path, arm: Arm, model: Mapping[str, Any], images: i
     Args:
         images: images that the run saw, repetitions counted.
     """
-    counted = operations_of(arm, tuple(model.items()))
+    counted = operations_of(arm, model)
     numbers = held_out_numbers(run) | {"megaflop_per_image": counted / 1e6}
     return numbers | {"pretraining_tflop": counted * images / 1e12}
 
 
-def operations_of(arm: Arm, model: tuple[tuple[str, Any], ...]) -> float:
+def operations_of(arm: Arm, model: Mapping[str, Any]) -> float:
     """Count the operations of a training step of an arm, per image."""
     return _operations(tuple((dict(model) | dict(arm.model)).items()), arm.predicted)
 

@@ -72,8 +72,8 @@ def as_block(table: TextTable) -> Table:
 
 def blocks_of(tables: Sequence[TextTable]) -> list[PageBlock]:
     """Show the tables that have rows."""
-    shown = [as_block(table) for table in tables if table.rows]
-    return list(shown or [Words([("", "Not measured yet.")])])
+    shown: list[PageBlock] = [as_block(table) for table in tables if table.rows]
+    return shown or [Words([("", "Not measured yet.")])]
 
 
 def fashion_section(rows: Sequence[Row]) -> Section:

@@ -18,6 +18,7 @@ from crossmae.experiments.study.predictions import (
     ArmComparison,
     Judgement,
     Measure,
+    Rule,
     describe,
     find,
     in_part,
@@ -130,7 +131,7 @@ def fashion_differences(rows: Sequence[Row]) -> TextTable:
     for judgement in judge_all(rows):
         findings += [one for one in (*judgement.findings, *judgement.also) if one.measure in FASHION_MEASURES]
     for pair in FASHION_PAIRS:
-        rule = "helps" if pair[1] == "random" else "equal"
+        rule: Rule = "helps" if pair[1] == "random" else "equal"
         findings += [find(rows, pair, measure, rule, None) for measure in FASHION_MEASURES]
     return TextTable(["difference", "measure", "rule", "says"], finding_rows(findings), difference_caption())
 
@@ -159,7 +160,7 @@ def detection_differences(rows: Sequence[Row]) -> TextTable:
     table = []
     for share in shares_of(rows, MASK_AP):
         for pair in DETECTION_PAIRS:
-            rule = "helps" if pair[1].startswith("random") else "equal"
+            rule: Rule = "helps" if pair[1].startswith("random") else "equal"
             findings = [find(rows, pair, measure, rule, share) for measure in (MASK_AP, BOX_AP)]
             table += [[f"{share:g} %", *cells] for cells in finding_rows(findings) if findings[0].difference.mean]
     return TextTable(["labels", "difference", "measure", "rule", "says"], table, difference_caption())
