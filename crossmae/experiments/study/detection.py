@@ -13,7 +13,7 @@ from crossmae.experiments.study.label_subset import COUNTS, VAL
 from crossmae.experiments.worth.grid import read_detection
 from crossmae.files import read_json
 
-Facts = dict[str, str | int | float | None]
+RowFacts = dict[str, str | int | float | None]
 DATA_SECONDS, SUBSET_SECONDS = 300.0, 15.0
 
 
@@ -60,7 +60,7 @@ def subset_cell(folder: Path, settings: DetectionSettings, seed: int) -> Cell:
     shares = (f"{share:g}" for share in settings.shares)
     words = (*jsons, "--one-class", "--seed", str(seed), "--output", str(output), "--shares", *shares)
     step = Step(("-m", "crossmae.experiments.study.label_subset", *words), output / COUNTS)
-    facts: Facts = {"part": settings.part, "kind": "label_subset", "seed": seed}
+    facts: RowFacts = {"part": settings.part, "kind": "label_subset", "seed": seed}
     return Cell(
         f"{settings.part}-labels-seed{seed}",
         facts,
@@ -136,7 +136,7 @@ def detect_cell(
         f"OUTPUT_DIR={output}",
     )
     step = Step(words, output / "results.json", ("--resume",), output, output)
-    facts: Facts = {"part": settings.part, "kind": "detect", "arm": name, "share": share, "seed": seed}
+    facts: RowFacts = {"part": settings.part, "kind": "detect", "arm": name, "share": share, "seed": seed}
     return Cell(
         f"{settings.part}-detect-{name}-share{share:g}-seed{seed}",
         facts,

@@ -217,7 +217,7 @@ def unwelcome_first(judgements: Sequence[Judgement]) -> list[Judgement]:
 
 
 def describe(finding: ArmComparison) -> str:
-    """Write a difference, such as "cross25 - mae: +0.4 AP (-1.6 to 2.4)"."""
+    """Write a difference with its interval, as on the page."""
     mean, head = finding.difference.mean, f"{finding.arm} - {finding.control}"
     if mean is None:
         return f"{head}: no pair of runs"
