@@ -13,11 +13,12 @@ from crossmae.experiments.study.label_subset import COUNTS, VAL
 from crossmae.experiments.worth.grid import read_detection
 from crossmae.files import read_json
 
+RowFacts = dict[str, str | int | float | None]
 DATA_SECONDS, SUBSET_SECONDS = 300.0, 15.0
 
 
 def detection_cells(study: Path, settings: DetectionSettings, packages: Sequence[Path] = ()) -> list[Cell]:
-    """List the cells: data first, then label subsets and every arm for each seed.
+    """List the cells: data, then label subsets and arms, seed by seed.
 
     Args:
         study: folder of the study. The part has a folder of its name in it.
@@ -55,10 +56,11 @@ def subset_cell(folder: Path, settings: DetectionSettings, seed: int) -> Cell:
     """Draw the label subsets of a seed."""
     output = folder / f"labels-{seed}"
     annotations = folder / "things" / "annotations"
-    words = ("--json", str(annotations / "train.json"), "--val-json", str(annotations / "val.json"), "--one-class")
-    words += ("--seed", str(seed), "--output", str(output), "--shares", *(f"{share:g}" for share in settings.shares))
+    jsons = ("--json", str(annotations / "train.json"), "--val-json", str(annotations / "val.json"))
+    shares = (f"{share:g}" for share in settings.shares)
+    words = (*jsons, "--one-class", "--seed", str(seed), "--output", str(output), "--shares", *shares)
     step = Step(("-m", "crossmae.experiments.study.label_subset", *words), output / COUNTS)
-    facts = {"part": settings.part, "kind": "label_subset", "seed": seed}
+    facts: RowFacts = {"part": settings.part, "kind": "label_subset", "seed": seed}
     return Cell(
         f"{settings.part}-labels-seed{seed}",
         facts,
@@ -107,7 +109,7 @@ def pretrain_cell(folder: Path, settings: DetectionSettings, arm: Arm, seed: int
 def detect_cell(
     folder: Path, settings: DetectionSettings, arm: Arm, share: float, seed: int, control: str | None = None
 ) -> Cell:
-    """Train the detector on a share of the labels, and evaluate it once, at the end.
+    """Train the detector on a share of the labels, and evaluate it.
 
     Args:
         control: name of the arm if random weights get the layer decay of pretrained ones.
@@ -134,7 +136,7 @@ def detect_cell(
         f"OUTPUT_DIR={output}",
     )
     step = Step(words, output / "results.json", ("--resume",), output, output)
-    facts = {"part": settings.part, "kind": "detect", "arm": name, "share": share, "seed": seed}
+    facts: RowFacts = {"part": settings.part, "kind": "detect", "arm": name, "share": share, "seed": seed}
     return Cell(
         f"{settings.part}-detect-{name}-share{share:g}-seed{seed}",
         facts,

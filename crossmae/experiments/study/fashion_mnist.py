@@ -58,10 +58,10 @@ def arm_cells(folder: Path, rates: Mapping[str, float], seeds: Sequence[int] = S
 
 
 def choose_rates(rows: Sequence[Row]) -> dict[str, float]:
-    """Choose a learning rate for CrossMAE and one for MAE, by arm of RATE_ARMS.
+    """Choose a learning rate for CrossMAE and one for MAE.
 
-    The best rate has the best kNN accuracy among the training pictures. Until all rates are measured, it is the middle
-    one.
+    The keys are RATE_ARMS. The best rate has the best kNN accuracy among the training pictures. Until all rates are
+    measured, it is the middle one.
     """
     found: dict[str, dict[float, float]] = {name: {} for name in RATE_ARMS}
     for row in rows:
@@ -224,12 +224,12 @@ def pretraining_numbers(run: Path, arm: Arm, model: Mapping[str, Any], images: i
     Args:
         images: images that the run saw, repetitions counted.
     """
-    counted = operations_of(arm, tuple(model.items()))
+    counted = operations_of(arm, model)
     numbers = held_out_numbers(run) | {"megaflop_per_image": counted / 1e6}
     return numbers | {"pretraining_tflop": counted * images / 1e12}
 
 
-def operations_of(arm: Arm, model: tuple[tuple[str, Any], ...]) -> float:
+def operations_of(arm: Arm, model: Mapping[str, Any]) -> float:
     """Count the operations of a training step of an arm, per image."""
     return _operations(tuple((dict(model) | dict(arm.model)).items()), arm.predicted)
 

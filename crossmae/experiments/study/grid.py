@@ -25,7 +25,7 @@ KEPT_ROWS = REPOSITORY / "docs" / "results" / "study.jsonl"
 
 
 def first_cells(folder: Path, parts: Sequence[str] = PARTS, packages: Sequence[Path] = ()) -> list[Cell]:
-    """List the cells of some parts that must be finished before the others are known.
+    """List the cells that must be finished before others are known.
 
     Args:
         folder: folder of the study, relative to the root of the repository where possible.

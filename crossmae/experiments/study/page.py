@@ -72,8 +72,8 @@ def as_block(table: TextTable) -> Table:
 
 def blocks_of(tables: Sequence[TextTable]) -> list[PageBlock]:
     """Show the tables that have rows."""
-    shown = [as_block(table) for table in tables if table.rows]
-    return list(shown or [Words([("", "Not measured yet.")])])
+    shown: list[PageBlock] = [as_block(table) for table in tables if table.rows]
+    return shown or [Words([("", "Not measured yet.")])]
 
 
 def fashion_section(rows: Sequence[Row]) -> Section:
@@ -86,7 +86,7 @@ def fashion_section(rows: Sequence[Row]) -> Section:
 
 
 def accuracy_plot(rows: Sequence[Row], measure: Measure) -> Plot | None:
-    """Draw the accuracy of each arm over the operations of its pretraining. None without values."""
+    """Draw accuracies over the operations of pretraining, None without values."""
     curves, places = {}, []
     for arm in FASHION_ARMS:
         values, pretrained = values_of(rows, measure, arm.name), rows_of(rows, "pretrain", arm.name)
@@ -111,7 +111,7 @@ def accuracy_plot(rows: Sequence[Row], measure: Measure) -> Plot | None:
 
 
 def loss_plot(rows: Sequence[Row]) -> Plot | None:
-    """Draw the held-out losses of the arms with equal epochs. None without values."""
+    """Draw held-out losses at equal epochs, None without values."""
     curves = {}
     for arm in FASHION_ARMS:
         pretrained = rows_of(rows, "pretrain", arm.name)

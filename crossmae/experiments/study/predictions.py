@@ -16,7 +16,7 @@ from crossmae.experiments.study.arms import SEEDS
 Verdict = Literal["refuted", "undecided", "not measured", "confirmed"]
 Rule = Literal["equal", "not worse", "helps"]
 VERDICTS: tuple[Verdict, ...] = ("refuted", "undecided", "not measured", "confirmed")  # the unwelcome ones first
-TOLERANCE = 0.05  # of a ratio, prediction i
+RATIO_TOLERANCE = 0.05  # of a ratio, prediction i
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ RATIOS_TEXT = "The decoder's arithmetic, as a ratio to MAE's, is the formula's w
 
 
 @dataclass(frozen=True)
-class Finding:
+class ArmComparison:
     """A difference and the verdict that follows from it.
 
     Attributes:
@@ -122,8 +122,8 @@ class Judgement:
     text: str
     verdict: Verdict
     detail: str
-    findings: tuple[Finding, ...] = ()
-    also: tuple[Finding, ...] = ()
+    findings: tuple[ArmComparison, ...] = ()
+    also: tuple[ArmComparison, ...] = ()
 
 
 def judge(difference: Difference, rule: Rule, margin: float) -> Verdict:
@@ -168,11 +168,13 @@ def shares_of(rows: Sequence[Row], measure: Measure) -> list[float]:
     return sorted({float(row.facts["share"] or 0) for row in own if row.facts.get("share") is not None})
 
 
-def find(rows: Sequence[Row], pair: tuple[str, str], measure: Measure, rule: Rule, share: float | None) -> Finding:
+def find(
+    rows: Sequence[Row], pair: tuple[str, str], measure: Measure, rule: Rule, share: float | None
+) -> ArmComparison:
     """Compare two arms."""
     arm, control = pair
     difference = difference_of(values_of(rows, measure, arm, share), values_of(rows, measure, control, share))
-    return Finding(arm, control, measure, rule, difference, judge(difference, rule, measure.margin), share)
+    return ArmComparison(arm, control, measure, rule, difference, judge(difference, rule, measure.margin), share)
 
 
 def judge_prediction(rows: Sequence[Row], prediction: Prediction) -> Judgement:
@@ -200,7 +202,7 @@ def judge_ratios(rows: Sequence[Row]) -> Judgement:
     if not errors:
         return Judgement("i", RATIOS_TEXT, "not measured", "not measured")
     name = max(errors, key=lambda key: abs(errors[key]))
-    verdict: Verdict = "confirmed" if abs(errors[name]) <= TOLERANCE else "refuted"
+    verdict: Verdict = "confirmed" if abs(errors[name]) <= RATIO_TOLERANCE else "refuted"
     return Judgement("i", RATIOS_TEXT, verdict, f"{len(errors)} ratios, at most {abs(errors[name]):.1%} off")
 
 
@@ -214,8 +216,8 @@ def unwelcome_first(judgements: Sequence[Judgement]) -> list[Judgement]:
     return sorted(judgements, key=lambda one: VERDICTS.index(one.verdict))
 
 
-def describe(finding: Finding) -> str:
-    """Write a difference with its interval, such as "cross25_d6 - mae_d4: +0.4 points (-1.6 to 2.4)"."""
+def describe(finding: ArmComparison) -> str:
+    """Write a difference with its interval, as on the page."""
     mean, head = finding.difference.mean, f"{finding.arm} - {finding.control}"
     if mean is None:
         return f"{head}: no pair of runs"

@@ -15,9 +15,10 @@ from crossmae.experiments.study.predictions import (
     BOX_AP,
     FASHION_MEASURES,
     MASK_AP,
-    Finding,
+    ArmComparison,
     Judgement,
     Measure,
+    Rule,
     describe,
     find,
     in_part,
@@ -119,7 +120,7 @@ def single_runs(
     return TextTable(["arm", "seed 0", "seed 1", "seed 2"], table, f"{measure.name} in percent, every run.")
 
 
-def finding_rows(findings: Sequence[Finding]) -> list[list[str]]:
+def finding_rows(findings: Sequence[ArmComparison]) -> list[list[str]]:
     """List differences with what their rule says about them."""
     return [[describe(one), one.measure.name, one.rule, one.verdict] for one in findings]
 
@@ -130,7 +131,7 @@ def fashion_differences(rows: Sequence[Row]) -> TextTable:
     for judgement in judge_all(rows):
         findings += [one for one in (*judgement.findings, *judgement.also) if one.measure in FASHION_MEASURES]
     for pair in FASHION_PAIRS:
-        rule = "helps" if pair[1] == "random" else "equal"
+        rule: Rule = "helps" if pair[1] == "random" else "equal"
         findings += [find(rows, pair, measure, rule, None) for measure in FASHION_MEASURES]
     return TextTable(["difference", "measure", "rule", "says"], finding_rows(findings), difference_caption())
 
@@ -141,7 +142,7 @@ def difference_caption() -> str:
 
 
 def detection_table(rows: Sequence[Row], part: str = "detection") -> TextTable:
-    """List mask AP and box AP of every arm at every label share."""
+    """List the APs of every arm at every label share."""
     table, measures = [], [in_part(measure, part) for measure in (MASK_AP, BOX_AP)]
     for share in shares_of(rows, measures[0]):
         images = f"{share:g} % of the labels"
@@ -159,14 +160,14 @@ def detection_differences(rows: Sequence[Row]) -> TextTable:
     table = []
     for share in shares_of(rows, MASK_AP):
         for pair in DETECTION_PAIRS:
-            rule = "helps" if pair[1].startswith("random") else "equal"
+            rule: Rule = "helps" if pair[1].startswith("random") else "equal"
             findings = [find(rows, pair, measure, rule, share) for measure in (MASK_AP, BOX_AP)]
             table += [[f"{share:g} %", *cells] for cells in finding_rows(findings) if findings[0].difference.mean]
     return TextTable(["labels", "difference", "measure", "rule", "says"], table, difference_caption())
 
 
 def rate_table(rows: Sequence[Row]) -> TextTable:
-    """List the learning rates that were tried, with the accuracy that chose one."""
+    """List the learning rates that were tried, with their accuracies."""
     found, shown = [row for row in rows if row.facts.get("kind") == "rate"], ("knn_train", "val_loss")
     table = [
         [f"`{row.facts['arm']}`", f"{row.facts['lr']:g}", *(f"{row.numbers[key]:.3f}" for key in shown)]
