@@ -6,8 +6,9 @@
     python tools/worth.py IMAGES LABELS --shares 20,100 --seeds 0,1,2 --minutes 60
     python tools/worth.py IMAGES LABELS --page                    # the page only, from the results that are there
 
-IMAGES are unlabelled images (any source that tools/pretrain.py reads). LABELS are a COCO json, for a detector, or a
-folder per class, for a classifier. The same model is fine-tuned with the same number of steps from each start:
+IMAGES are unlabelled images: any source on this machine that tools/pretrain.py reads. LABELS are a COCO json, for a
+detector, or a folder per class, for a classifier. The same model is fine-tuned with the same number of steps from each
+start:
 
     random_pretraining_init   random weights, exactly as pretraining starts
     random_detector_init      random weights, as the detector or classifier starts by itself

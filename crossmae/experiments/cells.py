@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -327,6 +328,8 @@ class RunningCell:
         """Read the numbers of the finished cell."""
         commands = [command_line([sys.executable, *step.arguments]) for step in self.cell.steps]
         numbers = {key: float(value) for key, value in self.cell.read().items()}
+        if odd := [key for key, value in numbers.items() if not math.isfinite(value)]:
+            raise ValueError(f"{odd[0]} is {numbers[odd[0]]}")
         cost = self.attempts.cost.numbers()
         return Row(self.cell.name, dict(self.cell.facts), numbers, cost, commands, fingerprint, machine, now())
 
@@ -519,21 +522,22 @@ class GridRun:
 
 
 def expected_seconds(cell: Cell, finished: Sequence[tuple[Cell, Row]], cost: str = "wall_seconds") -> float:
-    """Estimate the seconds of a cell from others of its kind.
+    """Estimate the seconds of a cell from finished cells.
 
-    Without such rows, the cell's own estimate counts. 0: unknown.
+    The cell's own estimate is scaled by what cells of its kind took, or else all cells: the machine may be busy, or
+    have many cores. 0: unknown.
 
     Args:
         cost: "wall_seconds" or "cpu_seconds".
     """
-    same = [(other, row.cost) for other, row in finished if other.facts.get("kind") == cell.facts.get("kind")]
-    if not same:
+    known = [(other, float(row.cost[cost] or 0.0)) for other, row in finished]
+    same = [pair for pair in known if pair[0].facts.get("kind") == cell.facts.get("kind")]
+    if same and not (cell.estimate and all(other.estimate for other, _ in same)):
+        return sum(seconds for _, seconds in same) / len(same)
+    scaled = same or [(other, seconds) for other, seconds in known if other.estimate]
+    if not scaled:
         return cell.estimate
-    seconds = [float(found[cost] or 0.0) for _, found in same]
-    estimates = [other.estimate for other, _ in same]
-    if not cell.estimate or not all(estimates):
-        return sum(seconds) / len(seconds)
-    return cell.estimate * sum(seconds) / sum(estimates)
+    return cell.estimate * sum(seconds for _, seconds in scaled) / sum(other.estimate for other, _ in scaled)
 
 
 def format_left(seconds: float) -> str:

@@ -112,8 +112,10 @@ class EnergyMeter:
         return found if joules is None else found | {"gpu": joules}
 
     def _range(self, name: str) -> float:
-        zone = next(zone for zone in self.packages if zone.name == name)
-        return int((zone / "max_energy_range_uj").read_text()) / 1e6
+        for zone in self.packages:
+            if zone.name == name:
+                return int((zone / "max_energy_range_uj").read_text()) / 1e6
+        return 0.0  # a GPU's counter does not wrap around
 
 
 def _gpu_joules(gpu: int) -> float | None:

@@ -20,6 +20,8 @@ from crossmae.experiments.rows import Row
 Scores = Mapping[tuple[str, float], Mapping[int, float]]  # values by arm and point, and by seed
 Claim = Literal["gain", "loss", "nothing shown", "no spread", "one seed", "no pair"]
 
+ENOUGH_SEEDS = 5  # from here on, an interval reaches about one standard deviation
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -151,7 +153,7 @@ def describe_difference(difference: Difference, subject: str, unit: str) -> str:
         return "one seed shows nothing"
     if claim == "no spread":
         amount = "are equal" if abs(mean.mean) < 1e-9 else f"differ by the same {one_decimal(mean.mean)} {unit}"
-        return f"all {mean.runs} pairs of runs {amount}, and without a spread over seeds nothing is shown"
+        return f"all pairs of runs ({mean.runs}) {amount}, and without a spread over seeds nothing is shown"
     low, high, seeds = mean.low, mean.high, f"{mean.runs} seeds"
     if claim == "gain":
         return f"{subject} adds {one_decimal(mean.mean)} {unit} ({one_decimal(low)} to {one_decimal(high)}, {seeds})"
@@ -179,8 +181,9 @@ def describe_width(seeds: int) -> str:
     if seeds < 2:
         return "One seed has no interval: two runs of the same arm differ as well. Run at least 3 seeds."
     return (
-        f"With {seeds} seeds, an interval reaches {one_decimal(_reach(seeds))} standard deviations of the differences "
-        f"to each side. With {2 * seeds} seeds, it would reach {one_decimal(_reach(2 * seeds))}."
+        f"With {seeds} seeds, intervals {'are wide: they ' if seeds < ENOUGH_SEEDS else ''}reach "
+        f"{one_decimal(_reach(seeds))} standard deviations of the differences to each side. With {2 * seeds} seeds, "
+        f"they would reach {one_decimal(_reach(2 * seeds))}."
     )
 
 

@@ -36,7 +36,7 @@ from crossmae.reports import page
 from crossmae.reports.page import Commands, Fact, PageBlock, Report, Section, Table, Words
 from crossmae.training.versions import versions
 
-Facts = Mapping[str, str | int | float | None]  # of a cell
+CellFacts = Mapping[str, str | int | float | None]  # of a cell
 
 SCORED_KINDS = ("detect", "classify")  # cells that end with a score
 ARM_WORDS = {
@@ -59,13 +59,14 @@ PAIRS = (  # arm and control, the most important first
     ("continued", "random_pretraining_init"),
     ("continued", "random_detector_init"),
 )
+USEFUL_SCORE = 1.0  # percent
 NOTHING_YET = "There is no answer yet: no two arms have finished runs."
 # Start of a sentence about places, by claim.
 SUMMARIES: Mapping[Claim, str] = {
     "gain": "{arm} is better than {control} {places}",
     "loss": "{arm} is worse than {control} {places}",
     "nothing shown": "No difference is shown {places}",
-    "no spread": "The seeds have no effect {places}, so nothing is shown there",
+    "no spread": "Results do not vary over the seeds {places}, so nothing is shown there",
     "one seed": "One seed was run {places}, which shows nothing",
     "no pair": "No pair of runs is there {places}",
 }
@@ -106,7 +107,7 @@ def write_page(
     settings: Mapping[str, Any],
     arms: Mapping[str, str] = ARM_WORDS,
     failed: Mapping[str, str] | None = None,
-    planned: Sequence[Facts] = (),
+    planned: Sequence[CellFacts] = (),
     limits: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Write the page of a grid of runs.
@@ -140,7 +141,8 @@ def write_page(
         metric, differences = next(iter(compared.items()))
         answer, lead = answer_of(differences[pairs[0]], places, pairs[0], named), lead_of(pairs[0], named, metric)
         facts = [difference_fact(differences[pairs[0]][share], metric, places[share]) for share in places]
-        sections += [verdict_section(compared, places, named, len(seeds))]
+        best = max(value for values in tables[metric].values() for value in values.values())
+        sections += [verdict_section(compared, places, named, len(seeds), best)]
     if tables:
         sections += score_sections(tables, compared, named, places, seeds)
         sections += [cost_section(rows, tables, named, places), limit_section(named, len(seeds), limits)]
@@ -152,14 +154,14 @@ def write_page(
     return answer
 
 
-def places_of(grid: Sequence[Facts]) -> dict[float, int]:
+def places_of(grid: Sequence[CellFacts]) -> dict[float, int]:
     """Return the number of labelled images by share, in rising order."""
     found = {float(facts["share"] or 0): int(facts.get("labelled") or facts["share"] or 0) for facts in grid}
     return dict(sorted(found.items()))
 
 
 def words_of(arms: Mapping[str, str], found: Set[str]) -> dict[str, str]:
-    """Keep the words of the found arms, and name unknown arms by themselves."""
+    """Keep the words of the found arms. Unknown arms keep their name."""
     return {arm: arms.get(arm, arm) for arm in [*arms, *sorted(found - arms.keys())] if arm in found}
 
 
@@ -214,7 +216,7 @@ def difference_fact(difference: Difference, metric: Metric, labelled: int) -> Fa
     """Show a difference as a headline number, or that nothing is shown."""
     label, mean = f"{_capital(metric.name)} at {labelled:,} labelled images", difference.mean
     if mean is None or not difference.has_interval:
-        reasons = {"one seed": "one seed", "no spread": "the seeds have no effect"}
+        reasons = {"one seed": "one seed", "no spread": "no spread over seeds"}
         return Fact(label, "not shown", reasons.get(difference.claim, "no pair of runs"))
     note = f"{bounds(mean)} with 95{page.PERCENT} confidence, {mean.runs} seeds"
     if difference.claim == "nothing shown":
@@ -224,9 +226,17 @@ def difference_fact(difference: Difference, metric: Metric, labelled: int) -> Fa
 
 
 def verdict_section(
-    compared: Mapping[Metric, Differences], places: Mapping[float, int], arms: Mapping[str, str], seeds: int
+    compared: Mapping[Metric, Differences],
+    places: Mapping[float, int],
+    arms: Mapping[str, str],
+    seeds: int,
+    best: float,
 ) -> Section:
-    """State what the differences of the first metric show."""
+    """State what the differences of the first metric show.
+
+    Args:
+        best: highest score of all runs. If it is near 0, the section warns.
+    """
     metric, differences = next(iter(compared.items()))
     verdicts = []
     for (arm, control), own in differences.items():
@@ -237,7 +247,13 @@ def verdict_section(
     count = sum(one.has_interval for found in compared.values() for own in found.values() for one in own.values())
     blocks = [Words(verdicts[0], large=True)]
     blocks += [Words([paragraph for own in verdicts[1:] for paragraph in own])] if verdicts[1:] else []
-    blocks += [Words([("How sure this is", f"{describe_width(seeds)} {describe_comparisons(count)}")])]
+    notes = [("How sure this is", f"{describe_width(seeds)} {describe_comparisons(count)}")]
+    if best < USEFUL_SCORE:
+        trouble = f"The highest {metric.name} of all runs is {one_decimal(best)}{page.PERCENT}"
+        notes.append(
+            ("Too short a training", f"{trouble}. Models that have learned nothing cannot differ: train longer.")
+        )
+    blocks += [Words(notes)]
     text = (
         f"Differences of {metric.name} between runs with the same seed, at equal fine-tuning. In brackets: the "
         f"95{page.PERCENT} interval of the mean over seeds."

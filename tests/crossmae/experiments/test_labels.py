@@ -145,11 +145,15 @@ def test_an_image_may_have_every_category(tmp_path: Path) -> None:
 
 def test_crowd_regions_are_no_examples_but_stay(tmp_path: Path) -> None:
     content = coco([{0: 1}] * 10)
-    content["annotations"] += [
-        {"id": 10**6 + image, "image_id": image, "category_id": 7, "iscrowd": 1} for image in range(10)
+    crowds = [
+        {"id": 10**6 + image, "image_id": image, "category_id": 7 + image % 2, "iscrowd": 1} for image in range(10)
     ]
+    content["annotations"] += crowds
     (written,) = write_coco_subsets(write(tmp_path, content), [10], 0, tmp_path).values()
-    assert [one["category_id"] for one in json.loads(written.read_text())["annotations"]] == [0, 7]
+    subset = json.loads(written.read_text())
+    (image,) = subset["images"]  # one image cannot have an object of each of the categories 0, 7 and 8
+    assert subset["annotations"] == [one for one in content["annotations"] if one["image_id"] == image["id"]]
+    assert len(subset["annotations"]) == 2
 
 
 @pytest.mark.parametrize(

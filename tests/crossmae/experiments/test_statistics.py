@@ -88,11 +88,11 @@ def test_a_claim_follows_from_the_interval(own: dict[int, float], control: dict[
         ),
         ((50.0,), (10.0,), "one seed shows nothing"),
         ((), (10.0,), "no seed has runs of both, so nothing is shown"),
-        ((5.0, 5.0), (5.0, 5.0), "all 2 pairs of runs are equal, and without a spread over seeds nothing is shown"),
+        ((5.0, 5.0), (5.0, 5.0), "all pairs of runs (2) are equal, and without a spread over seeds nothing is shown"),
         (
             (8.0, 8.0, 8.0),
             (5.0, 5.0, 5.0),
-            "all 3 pairs of runs differ by the same 3.0 AP, and without a spread over seeds nothing is shown",
+            "all pairs of runs (3) differ by the same 3.0 AP, and without a spread over seeds nothing is shown",
         ),
     ],
 )
@@ -142,8 +142,9 @@ def test_scores_are_sorted_by_arm_point_and_seed() -> None:
 
 
 def test_width_and_number_of_comparisons_are_explained() -> None:
-    assert "reaches 2.5 standard deviations" in describe_width(3)
-    assert "With 6 seeds, it would reach 1.0" in describe_width(3)
+    assert "With 3 seeds, intervals are wide: they reach 2.5 standard deviations" in describe_width(3)
+    assert "With 6 seeds, they would reach 1.0" in describe_width(3)
+    assert "With 5 seeds, intervals reach 1.2 standard deviations" in describe_width(5)
     assert "One seed has no interval" in describe_width(1)
     assert "makes 12 comparisons" in describe_comparisons(12)
     assert "of 12, expect 0.6 to miss" in describe_comparisons(12)

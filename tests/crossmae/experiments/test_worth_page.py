@@ -130,8 +130,11 @@ def test_seeds_without_effect_claim_nothing(build: Any) -> None:
         replace(row, numbers={"mask_AP": 10 + GAINS[str(row.facts["arm"])]}) for row in sample_rows() if row.numbers
     ]
     report, answer = build(rows)
-    assert "The seeds have no effect at 40, 120 and 400 labelled images" in answer
+    assert "Results do not vary over the seeds at 40, 120 and 400 labelled images" in answer
     assert " adds " not in texts(report)
+    assert "Too short a training" not in texts(report)
+    rows = [replace(row, numbers={"mask_AP": 0.0}) for row in rows]
+    assert "The highest mask AP of all runs is 0.0" in texts(build(rows)[0])
 
 
 def test_runs_that_differ_by_chance_show_no_difference(build: Any) -> None:
