@@ -36,7 +36,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORDS = "stages.json"
 # The comparison: training images with labels, and training steps, of each of the two detectors.
 LABELLED, DETECTOR_STEPS = 160, 200
-OWN_LAYER_DECAY = 0.7  # early layers of a pretrained encoder learn more slowly; random weights have nothing to keep
 PRETRAIN = "tools/pretrain.py --config-file pretrain/demo.yaml data.train=@/data/pretrain"
 DETECT = (
     "tools/train_net.py --config-file demo_mask_rcnn.yaml --train-json @/data/annotations/few.json "
@@ -78,7 +77,7 @@ STAGES = (
     (
         "detect-own",
         "Train and evaluate the same Mask R-CNN, from the pretrained encoder",
-        f"{DETECT} SOLVER.LAYER_DECAY={OWN_LAYER_DECAY} MODEL.WEIGHTS=@/pretrain OUTPUT_DIR=@/detect-own",
+        f"{DETECT} MODEL.WEIGHTS=@/pretrain OUTPUT_DIR=@/detect-own",
         "detect-own",
         "configs/demo_mask_rcnn.yaml",
     ),
