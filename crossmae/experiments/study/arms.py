@@ -141,8 +141,8 @@ class DetectionSettings:
 
 DETECTION_CPU = DetectionSettings(
     part="detection",
-    pretrain="pretrain/demo.yaml",
-    detect="demo_mask_rcnn.yaml",
+    pretrain="pretrain/things.yaml",
+    detect="things_mask_rcnn.yaml",
     model={
         "img_size": 64,
         "patch_size": 8,
@@ -160,13 +160,8 @@ DETECTION_CPU = DetectionSettings(
     data=(),
     images=8000,
     epochs=17,  # 2,125 steps of 64 crops
-    pretrain_words=("health.band=[]", "schedule.warmup_epochs=1"),
-    detect_words=(
-        "MODEL.ROI_HEADS.NUM_CLASSES=1",
-        "INPUT.RANDOM_FLIP=horizontal",
-        "MODEL.ANCHOR_GENERATOR.SIZES=[[28],[56]]",
-        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS=[[0.5,1.0,2.0]]",
-    ),
+    pretrain_words=(),
+    detect_words=(),
     layer_decay=0.7,
     steps=400,
     pretrain_seconds=800,
