@@ -327,7 +327,7 @@ def write_detection(
 
 
 def first_images(content: dict[str, list[dict[str, Any]]], count: int) -> dict[str, list[dict[str, Any]]]:
-    """Select images up to an id, which is their number, and their annotations."""
+    """Select the first images, with their annotations. Ids count from 1."""
     annotations = [one for one in content["annotations"] if one["image_id"] <= count]
     return {"images": content["images"][:count], "annotations": annotations}
 
