@@ -146,6 +146,7 @@ def _halve(block: Sequence[int], counts: Sequence[Counts]) -> tuple[list[int], l
         for category in counts[index] or (None,):
             members[category].append(index)
     halves: tuple[list[int], list[int]] = ([], [])
+    left = Counter({category: len(own) for category, own in members.items()})  # images without a half yet
     surplus = Counter[object]()  # annotations of the first half, minus annotations of the second half
     assigned: set[int] = set()
     held: set[object] = set()
@@ -154,10 +155,12 @@ def _halve(block: Sequence[int], counts: Sequence[Counts]) -> tuple[list[int], l
             if index in assigned:
                 continue
             assigned.add(index)
-            more = surplus[category] or len(halves[0]) - len(halves[1])
-            side = 0 if category not in held or more <= 0 else 1
-            halves[side].append(index)
             own = counts[index] or {None: 1}
+            more = surplus[category] or len(halves[0]) - len(halves[1])
+            is_needed = category not in held or any(one not in held and left[one] == 1 for one in own)
+            side = 0 if is_needed or more <= 0 else 1
+            halves[side].append(index)
+            left.subtract(own.keys())
             for one, number in own.items():
                 surplus[one] += -number if side else number
             if side == 0:

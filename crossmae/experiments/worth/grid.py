@@ -58,9 +58,9 @@ class Preset:
     detect_settings: tuple[str, ...] = ()
 
     def encoder(self, settings: Sequence[str] = ()) -> dict[str, Any]:
-        """Return the arguments of the encoder that is pretrained."""
+        """Return name and arguments of the model that is pretrained."""
         config = load_config(self.pretrain, ["data.train=IMAGES", "output_dir=OUT", *settings])
-        return model_arguments(config.model.name) | config.model.arguments()
+        return {"name": config.model.name} | model_arguments(config.model.name) | config.model.arguments()
 
 
 PRESETS = {
@@ -318,6 +318,7 @@ def classify_words(
     """Write the command of a classifier's run, without its weights."""
     encoder, batch = question.preset.encoder(question.pretrain_settings), class_batch(question)
     sizes = [f"model.{key}={encoder[key]}" for key in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")]
+    name = encoder["name"].partition("_")[2]  # crossmae_vit_tiny_patch16 is vit_tiny_patch16 here
     epochs = math.ceil(steps / max(labelled // batch, 1))
     return (
         "tools/finetune.py",
@@ -325,6 +326,7 @@ def classify_words(
         question.preset.classify,
         f"data.train={train.labels}",
         f"data.val={question.labels.val.labels}",
+        f"model.name={name}",
         *sizes,
         f"optim.batch_size={batch}",
         f"schedule.epochs={epochs}",

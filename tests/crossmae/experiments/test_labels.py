@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from crossmae.data.sources import open_source
@@ -54,6 +54,7 @@ def random_counts(images: int, seed: int = 0) -> list[dict[int, int]]:
 
 
 @given(counts_of_images, st.integers(0, 3))
+@example([{2: 1, 6: 1, 4: 1, 0: 1}, *[{}] * 2, {0: 1, 1: 1, 5: 1}, *[{}] * 3, {4: 1}, {2: 1, 5: 1, 1: 1}, *[{}] * 2], 0)
 def test_the_order_has_every_image_once_and_all_categories_early(counts: list[dict[int, int]], seed: int) -> None:
     order = stratified_order(counts, seed)
     assert sorted(order) == list(range(len(counts)))

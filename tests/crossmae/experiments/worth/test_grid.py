@@ -121,14 +121,13 @@ def test_timing_runs_have_few_steps(question: Question):
     assert [cell.name for cell in timing_cells(without, choose_budget(without, None))] == ["detect"]
 
 
-def test_two_cells_of_a_classifier(tmp_path: Path):
-    """Real tools: pretraining, and a classifier that starts from it."""
-    labels = LabelledPart(write_classes(tmp_path / "classes", per_class=10))
-    question = ask(
-        tmp_path / "out", tmp_path / "classes", labels, tiny_preset(tmp_path / "configs"), ("own",), shares=(100.0,)
-    )
+def test_cells_of_a_classifier(tmp_path: Path):
+    """Real tools: pretraining, a classifier that starts from it, and a classifier with its own initialisation."""
+    labels, preset = LabelledPart(write_classes(tmp_path / "classes", per_class=10)), tiny_preset(tmp_path / "configs")
+    arms = ("own", "random_detector_init")
+    question = ask(tmp_path / "out", tmp_path / "classes", labels, preset, arms, shares=(100.0,))
     rows = run_cells(build_cells(question, choose_budget(question, None)), tmp_path / "out/results.jsonl")
-    assert [row.facts["kind"] for row in rows] == ["pretrain", "classify"]
+    assert [row.facts["kind"] for row in rows] == ["pretrain", "classify", "classify"]
     assert rows[0].numbers["val_loss"] > 0
-    assert 0 <= rows[1].numbers["top1"] <= 100
-    assert rows[1].facts["labelled"] == 10
+    assert all(0 <= row.numbers["top1"] <= 100 for row in rows[1:])
+    assert [row.facts["labelled"] for row in rows[1:]] == [10, 10]
