@@ -208,9 +208,10 @@ def verdict(differences: Mapping[str, ApDifference]) -> str:
     ]
     open_tasks = [TASKS[task] for task, found in differences.items() if found.low <= 0 <= found.high]
     if open_tasks:
-        so = f"Other held-out images could give a difference of {' and '.join(open_tasks)} AP with the other sign."
+        names = " and ".join(open_tasks)
+        so = f"For these two, other held-out images could give a difference of {names} AP with the other sign."
     else:
-        so = "Other held-out images would most likely give differences of the same sign."
+        so = "For these two, other held-out images would most likely give differences of the same sign."
     return (
         f"Own pretraining minus random weights: {', '.join(measured)}. In parentheses: the middle 95 % of 1,000 "
         f"resamplings of the held-out images. {so} {ONE_SEED}"
