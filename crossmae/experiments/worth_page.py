@@ -91,6 +91,11 @@ UNANSWERED = (
         "Few seeds",
         "Student's interval assumes that runs are spread like a normal distribution. Two or three runs cannot test it.",
     ),
+    (
+        "Learning rates",
+        "Random weights have the same learning rate in all layers. Pretrained weights have a lower one in early "
+        "layers, as the config says. No other rates were tried.",
+    ),
 )
 NO_EQUAL_COMPUTE = (
     "Equal total compute",

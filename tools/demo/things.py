@@ -194,9 +194,9 @@ def find_files(source: PhotographSource, roots: Sequence[Path]) -> dict[str, Pat
 
 def load_photograph(file: Path | bytes, side: int) -> Image.Image:
     """Load an RGB photograph of at most `side` pixels per side."""
-    photograph = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
-    photograph.draft("RGB", (side, side))  # a JPEG is decoded at a fraction of its size
-    photograph = photograph.convert("RGB")
+    encoded = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+    encoded.draft("RGB", (side, side))  # a JPEG is decoded at a fraction of its size
+    photograph = encoded.convert("RGB")
     photograph.thumbnail((side, side), Image.Resampling.LANCZOS)
     return photograph
 

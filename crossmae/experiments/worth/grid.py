@@ -64,7 +64,15 @@ class Preset:
 
 
 PRESETS = {
-    "demo": Preset("pretrain/demo.yaml", "demo_mask_rcnn.yaml", "finetune/small.yaml", 8, (450, 1500), (200, 400)),
+    "demo": Preset(
+        "pretrain/demo.yaml",
+        "demo_mask_rcnn.yaml",
+        "finetune/small.yaml",
+        8,
+        (450, 1500),
+        (200, 400),
+        ("SOLVER.LAYER_DECAY=0.7",),  # the config's 1.0 overwrites what pretraining learned
+    ),
     "small": Preset(
         "pretrain/small.yaml", "small_mask_rcnn.yaml", "finetune/small.yaml", 8, (3000, 30000), (1000, 10000)
     ),
@@ -249,6 +257,15 @@ def fine_tune_facts(question: Question, budget: Budget, kind: str, arm: str, sha
     return facts | {"steps": budget.fine_tune_steps + (budget.extra_steps if arm == EQUAL_COMPUTE else 0)}
 
 
+def even_rates(question: Question, arm: str, key: str) -> tuple[str, ...]:
+    """Return the setting that gives all layers of random weights the full learning rate.
+
+    Random weights have nothing in their lower layers to preserve. The user's own setting of `key` wins.
+    """
+    given = any(word.startswith(f"{key}=") for word in question.fine_tune_settings)
+    return (f"{key}=1.0",) if arm.startswith("random") and not given else ()
+
+
 def detect_cell(question: Question, budget: Budget, arm: str, share: float, seed: int) -> Cell:
     """Build a run of the detector."""
     name = f"detect-{arm}-share{share:g}-seed{seed}"
@@ -256,7 +273,8 @@ def detect_cell(question: Question, budget: Budget, arm: str, share: float, seed
     facts = fine_tune_facts(question, budget, "detect", arm, share, seed)
     train = question.labels.train[seed, share]
     words = detect_words(question, train, facts["steps"], run, seed)
-    step = Step((*words, f"MODEL.WEIGHTS={weights}"), run / "results.json", ("--resume",), run, run)
+    words += (*even_rates(question, arm, "SOLVER.LAYER_DECAY"), f"MODEL.WEIGHTS={weights}")
+    step = Step(words, run / "results.json", ("--resume",), run, run)
     return Cell(name, facts, (step,), lambda: read_detection(run), needs)
 
 
@@ -307,7 +325,7 @@ def classify_cell(question: Question, budget: Budget, arm: str, share: float, se
     run, (weights, needs) = runs_of(question) / name, start_of(question, arm, seed)
     facts = fine_tune_facts(question, budget, "classify", arm, share, seed)
     words = classify_words(question, question.labels.train[seed, share], facts["labelled"], facts["steps"], run, seed)
-    start = (f"model.init={weights}",) if weights else ()
+    start = (*even_rates(question, arm, "optim.layer_decay"), *((f"model.init={weights}",) if weights else ()))
     step = Step((*words, *start), run / "model.safetensors", ("--resume",), run, run)
     return Cell(name, facts, (step,), lambda: read_classification(run), needs)
 

@@ -40,7 +40,10 @@ def question(tmp_path: Path) -> Question:
     return replace(question, weights=tmp_path / "weights.pth")
 
 
-def test_arms_differ_in_their_start_only(question: Question):
+EVEN_RATES = "SOLVER.LAYER_DECAY=1.0"
+
+
+def test_arms_differ_in_their_start_and_layer_decay_only(question: Question):
     budget = replace(choose_budget(question, 7), extra_steps=5)
     cells = {cell.name: cell for cell in build_cells(question, budget)}
     check_cells(list(cells.values()))
@@ -51,7 +54,8 @@ def test_arms_differ_in_their_start_only(question: Question):
             (step,) = cells[f"detect-{arm}-share{share}-seed4"].steps
             words = [word.replace(f"detect-{arm}-", "detect-") for word in step.arguments]
             starts |= {word for word in words if word.startswith("MODEL.WEIGHTS=")}
-            commands.add(tuple(word for word in words if not word.startswith("MODEL.WEIGHTS=")))
+            assert (EVEN_RATES in words) == arm.startswith("random")
+            commands.add(tuple(word for word in words if not word.startswith("MODEL.WEIGHTS=") and word != EVEN_RATES))
         assert len(commands) == 1
         assert len(starts) == 5
         assert "SOLVER.MAX_ITER=7" in next(iter(commands))
@@ -64,6 +68,13 @@ def test_arms_differ_in_their_start_only(question: Question):
     assert cells["detect-own-share50-seed3"].needs == ("pretrain-own-seed3",)
     assert cells["detect-random_pretraining_init-share50-seed3"].needs == ("initial-seed3",)
     assert cells["detect-weights-share50-seed3"].needs == ()
+
+
+def test_a_given_layer_decay_holds_for_all_arms(question: Question):
+    question = replace(question, fine_tune_settings=("SOLVER.LAYER_DECAY=0.9",))
+    cells = build_cells(question, choose_budget(question, 7))
+    decays = {word for cell in cells for word in cell.steps[0].arguments if word.startswith("SOLVER.LAYER_DECAY")}
+    assert decays == {"SOLVER.LAYER_DECAY=0.9"}
 
 
 def test_pretraining_differs_in_seed_and_start_only(question: Question):
