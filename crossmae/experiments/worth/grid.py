@@ -258,7 +258,7 @@ def fine_tune_facts(question: Question, budget: Budget, kind: str, arm: str, sha
 
 
 def even_rates(question: Question, arm: str, key: str) -> tuple[str, ...]:
-    """Return the setting that gives all layers of random weights the full learning rate.
+    """Give all layers of random weights the full learning rate.
 
     Random weights have nothing in their lower layers to preserve. The user's own setting of `key` wins.
     """

@@ -263,10 +263,17 @@ def test_a_grid_that_contradicts_itself_is_refused(
 
 
 def start(folder: Path, jobs: int = 1) -> subprocess.Popen[str]:
-    """Start the twelve cells in a program of their own."""
+    """Start the twelve cells in a program of their own.
+
+    A shell's background jobs ignore Ctrl-C, and so would their programs: the program gets the default again.
+    """
     program = REPOSITORY / "tests/crossmae/experiments/tiny_grid.py"
-    command = [sys.executable, str(program), str(folder), str(jobs)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        command = [sys.executable, str(program), str(folder), str(jobs)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_for_start(process: subprocess.Popen[str]) -> None:

@@ -72,6 +72,7 @@ def write_pictures(folder: Path, per_class: int = 13) -> None:
         write_idx(folder / f"{split}-{LABELS}.gz", labels)
 
 
+@pytest.mark.slow
 def test_fashion_mnist(tmp_path: Path) -> None:
     write_pictures(tmp_path / SOURCE)
     cells = study_cells(tmp_path, ["fashion_mnist"])

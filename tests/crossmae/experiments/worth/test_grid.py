@@ -100,10 +100,11 @@ def test_first_weights_are_those_of_step_zero(question: Question, tmp_path: Path
 
 def test_budgets_follow_the_images(question: Question):
     preset = PRESETS["demo"]
-    for count, epochs, steps in ((2000, 18, 558), (640, 45, 450), (64, 450, 450), (100_000, 1, 1562)):
+    # 32 epochs of the config, at least 450 steps, at most one epoch beyond 1,500 steps
+    for count, epochs, steps in ((2000, 32, 992), (640, 45, 450), (64, 450, 450), (100_000, 1, 1562)):
         budget = choose_budget(replace(question, preset=preset, count=count), None)
         assert (budget.pretrain_epochs, budget.pretrain_steps) == (epochs, steps)
-        assert budget.warmup_epochs == pytest.approx(epochs / 9, abs=1e-3)
+        assert budget.warmup_epochs == pytest.approx(epochs / 16, abs=1e-3)
     given = replace(question, preset=preset, count=640, pretrain_settings=("schedule.epochs=4", "schedule.max_steps=9"))
     assert choose_budget(given, None).pretrain_steps == 9
     with pytest.raises(UserError, match="IMAGES: 3 images do not fill a step of 64"):
