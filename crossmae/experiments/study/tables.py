@@ -126,13 +126,14 @@ def finding_rows(findings: Sequence[ArmComparison]) -> list[list[str]]:
 
 
 def fashion_differences(rows: Sequence[Row]) -> TextTable:
-    """List all paired differences on Fashion-MNIST."""
+    """List the paired differences on Fashion-MNIST that have a pair of runs."""
     findings = []
     for judgement in judge_all(rows):
         findings += [one for one in (*judgement.findings, *judgement.also) if one.measure in FASHION_MEASURES]
     for pair in FASHION_PAIRS:
         rule: Rule = "helps" if pair[1] == "random" else "equal"
         findings += [find(rows, pair, measure, rule, None) for measure in FASHION_MEASURES]
+    findings = [one for one in findings if one.difference.claim != "no pair"]
     return TextTable(["difference", "measure", "rule", "says"], finding_rows(findings), difference_caption())
 
 
