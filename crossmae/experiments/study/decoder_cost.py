@@ -4,7 +4,7 @@
 
 Arithmetic is counted by fvcore on the real models: matrix products, those of attention included, as two operations per
 multiply-add. Seconds are of forward and backward pass of the decoder alone. Both decoders of a pair are timed in turn,
-A-B-A-B, so that other work on the machine slows both.
+A-B-A-B, so that other work on the machine slows both. One thread computes.
 """
 
 from __future__ import annotations
@@ -202,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="repetitions (default: %(default)s)")
     args = parser.parse_args(argv)
     set_up_log()
+    torch.set_num_threads(1)  # the seconds are those of one thread on every machine
     make_folder(args.output.parent, "--output")
     write_json(args.output, [compare(*size, args.rounds) for size in sizes_to_compare(args.sizes)])
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from crossmae.experiments.study import decoder_cost
 from crossmae.experiments.study.arms import FASHION_MODEL
 from crossmae.experiments.study.decoder_cost import compare, count_products, decoder_formula, time_decoders
 from crossmae.models.crossmae import CrossMAE
@@ -56,6 +59,17 @@ def test_decoders_are_timed_in_turn() -> None:
     seconds = time_decoders(models, images=2, rounds=2)
     assert len(seconds) == 2
     assert min(seconds) > 0
+
+
+def test_seconds_are_of_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(decoder_cost, "compare", lambda *_: seen.append(torch.get_num_threads()))
+    try:
+        torch.set_num_threads(2)
+        decoder_cost.main(["--output", str(tmp_path / "decoder.json"), "--sizes", "small"])
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1]
 
 
 def test_a_comparison_has_every_depth_and_share() -> None:
