@@ -22,6 +22,7 @@ from crossmae.experiments.study.results_text import summary
 from crossmae.experiments.study.tables import (
     DETECTION_WORDS,
     TextTable,
+    count_intervals,
     decoder_table,
     detection_differences,
     detection_table,
@@ -48,12 +49,12 @@ def write_study_page(rows: Sequence[Row], target: Path) -> None:
     """Write the page into an existing folder."""
     judgements = unwelcome_first(judge_all(rows))
     facts = [Fact(f"Prediction {one.name}", one.verdict, one.text) for one in judgements]
-    count = sum(one.difference.has_interval for found in judgements for one in (*found.findings, *found.also))
-    sure = Words([("How sure this is", f"{describe_width(len(SEEDS))} {describe_comparisons(count)}")])
+    sure = Words([("How sure this is", f"{describe_width(len(SEEDS))} {describe_comparisons(count_intervals(rows))}")])
     sections = [
         Section("Predictions", "The unwelcome verdicts first.", [as_block(prediction_table(judgements)), sure]),
         fashion_section(rows),
         detection_section(rows),
+        Section("ViT-S on a GPU", "", blocks_of([detection_table(rows, "gpu15")])),
         Section("Decoders", "", blocks_of([decoder_table(rows)])),
         Section("Learning rates", "", blocks_of([rate_table(rows)])),
     ]

@@ -11,7 +11,7 @@ from typing import Literal
 
 from crossmae.experiments.rows import Row
 from crossmae.experiments.statistics import Difference, difference_of, one_decimal, scores_of
-from crossmae.experiments.study.arms import SEEDS
+from crossmae.experiments.study.arms import DETECTION_CPU, SEEDS
 
 Verdict = Literal["refuted", "undecided", "not measured", "confirmed"]
 Rule = Literal["equal", "not worse", "helps"]
@@ -179,8 +179,9 @@ def find(
 
 def judge_prediction(rows: Sequence[Row], prediction: Prediction) -> Judgement:
     """Judge a prediction by its measure, and compare the other measures."""
-    measure, shares = prediction.measure, shares_of(rows, prediction.measure)
-    share = shares[0] if shares else None
+    measure = prediction.measure
+    shares: list[float | None] = [*sorted(DETECTION_CPU.shares)] if measure == MASK_AP else [None]
+    share = shares[0]  # the smaller one, also while it has no rows
     findings = tuple(find(rows, pair, measure, prediction.rule, share) for pair in prediction.pairs)
     others = FASHION_MEASURES if measure == TOP1 else (BOX_AP,)
     also = [find(rows, pair, one, prediction.rule, share) for pair in prediction.pairs for one in others]

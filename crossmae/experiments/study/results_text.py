@@ -12,6 +12,7 @@ from crossmae.experiments.study.arms import SEEDS
 from crossmae.experiments.study.predictions import judge_all
 from crossmae.experiments.study.tables import (
     TextTable,
+    count_intervals,
     decoder_table,
     detection_differences,
     detection_table,
@@ -33,8 +34,7 @@ def results_text(rows: Sequence[Row]) -> str:
     """Write the results as Markdown."""
     if not rows:
         return "No cell of the study has run yet."
-    judgements = judge_all(rows)
-    parts = [summary(rows), markdown(prediction_table(judgements))]
+    parts = [summary(rows), markdown(prediction_table(judge_all(rows)))]
     sections = (
         ("Fashion-MNIST", (fashion_table(rows), fashion_differences(rows))),
         ("Detection", (detection_table(rows), detection_differences(rows))),
@@ -46,8 +46,7 @@ def results_text(rows: Sequence[Row]) -> str:
         parts.append(f"### {title}")
         full = [markdown(table) for table in tables if table.rows]
         parts += full or [NOT_YET]
-    intervals = sum(finding.difference.has_interval for one in judgements for finding in (*one.findings, *one.also))
-    parts += ["### How sure this is", f"{describe_width(len(SEEDS))} {describe_comparisons(intervals)}"]
+    parts += ["### How sure this is", f"{describe_width(len(SEEDS))} {describe_comparisons(count_intervals(rows))}"]
     parts += [
         "### Commands of the first seed",
         ALL_COMMANDS,

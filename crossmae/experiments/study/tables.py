@@ -10,7 +10,14 @@ from crossmae.classification.evaluation.metrics import Mean
 from crossmae.experiments.rows import Row
 from crossmae.experiments.score_blocks import bounds
 from crossmae.experiments.statistics import one_decimal, percent_mean
-from crossmae.experiments.study.arms import DECAYED_RANDOM, DETECTION_ARMS, FASHION_ARMS
+from crossmae.experiments.study.arms import (
+    DECAYED_RANDOM,
+    DETECTION_ARMS,
+    DETECTION_CPU,
+    DETECTION_GPU15,
+    FASHION_ARMS,
+    SEEDS,
+)
 from crossmae.experiments.study.predictions import (
     BOX_AP,
     FASHION_MEASURES,
@@ -94,12 +101,16 @@ def rows_of(rows: Sequence[Row], kind: str, arm: str, part: str = "fashion_mnist
     return [row for row in rows if tuple(row.facts.get(key) for key in ("part", "kind", "arm")) == wanted]
 
 
-def with_interval(values: Mapping[int, float]) -> str:
-    """Format a mean with its interval, such as "76.9 (75.5 to 78.4)"."""
+def with_interval(values: Mapping[int, float], seeds: int = len(SEEDS)) -> str:
+    """Format a mean with its interval, such as "76.9 (75.5 to 78.4)".
+
+    Args:
+        seeds: number of planned seeds. If some are missing, the text says so.
+    """
     if not values:
         return MISSING
     mean = percent_mean(values)
-    missing = "" if len(values) > 2 else f", {len(values)} of 3 seeds"
+    missing = "" if len(values) >= seeds else f", {len(values)} of {seeds} seeds"
     return f"{one_decimal(mean.mean)}{_brackets(mean)}{missing}"
 
 
@@ -120,51 +131,79 @@ def single_runs(
     return TextTable(["arm", "seed 0", "seed 1", "seed 2"], table, f"{measure.name} in percent, every run.")
 
 
-def finding_rows(findings: Sequence[ArmComparison]) -> list[list[str]]:
-    """List differences with what their rule says about them."""
-    return [[describe(one), one.measure.name, one.rule, one.verdict] for one in findings]
-
-
-def fashion_differences(rows: Sequence[Row]) -> TextTable:
-    """List the paired differences on Fashion-MNIST that have a pair of runs."""
+def fashion_findings(rows: Sequence[Row]) -> list[ArmComparison]:
+    """Compare arms on Fashion-MNIST: for the predictions, then for FASHION_PAIRS."""
     findings = []
     for judgement in judge_all(rows):
         findings += [one for one in (*judgement.findings, *judgement.also) if one.measure in FASHION_MEASURES]
     for pair in FASHION_PAIRS:
         rule: Rule = "helps" if pair[1] == "random" else "equal"
         findings += [find(rows, pair, measure, rule, None) for measure in FASHION_MEASURES]
-    findings = [one for one in findings if one.difference.claim != "no pair"]
-    return TextTable(["difference", "measure", "rule", "says"], finding_rows(findings), difference_caption())
+    return [one for one in findings if one.difference.mean]
 
 
-def difference_caption() -> str:
-    """Explain a table of differences."""
-    return "Paired differences with Student's 95 % interval. Only the rows of the predictions were predicted."
+def detection_findings(rows: Sequence[Row]) -> list[ArmComparison]:
+    """Compare the arms of detection at every label share."""
+    findings = []
+    for share in shares_of(rows, MASK_AP):
+        for pair in DETECTION_PAIRS:
+            rule: Rule = "helps" if pair[1].startswith("random") else "equal"
+            findings += [find(rows, pair, measure, rule, share) for measure in (MASK_AP, BOX_AP)]
+    return [one for one in findings if one.difference.mean]
+
+
+def count_intervals(rows: Sequence[Row]) -> int:
+    """Count the intervals of differences in all tables."""
+    return sum(one.difference.has_interval for one in (*fashion_findings(rows), *detection_findings(rows)))
+
+
+def difference_table(rows: Sequence[Row], findings: Sequence[ArmComparison]) -> TextTable:
+    """List differences with what their rule says about them."""
+    names = {
+        (one.arm, one.control, one.measure, one.share): judgement.name
+        for judgement in judge_all(rows)
+        for one in judgement.findings
+    }
+    table = [
+        [
+            names.get((one.arm, one.control, one.measure, one.share), "none"),
+            *([f"{one.share:g} %"] if one.share is not None else []),
+            *(describe(one), one.measure.name, one.rule, one.verdict),
+        ]
+        for one in findings
+    ]
+    labels = ["labels"] if any(one.share is not None for one in findings) else []
+    caption = (
+        "Paired differences with Student's 95 % interval. A prediction was made only for the rows that name it. The "
+        "others are judged by the same rules, and are no test of anything that was claimed before."
+    )
+    return TextTable(["prediction", *labels, "difference", "measure", "rule", "verdict"], table, caption)
+
+
+def fashion_differences(rows: Sequence[Row]) -> TextTable:
+    """List the paired differences on Fashion-MNIST that have a pair of runs."""
+    return difference_table(rows, fashion_findings(rows))
 
 
 def detection_table(rows: Sequence[Row], part: str = "detection") -> TextTable:
     """List the APs of every arm at every label share."""
     table, measures = [], [in_part(measure, part) for measure in (MASK_AP, BOX_AP)]
+    seeds = len((DETECTION_GPU15 if part == DETECTION_GPU15.part else DETECTION_CPU).seeds)
     for share in shares_of(rows, measures[0]):
         images = f"{share:g} % of the labels"
         for arm, words in DETECTION_WORDS.items():
-            scores = [with_interval(values_of(rows, measure, arm, share)) for measure in measures]
+            scores = [with_interval(values_of(rows, measure, arm, share), seeds) for measure in measures]
             if scores[0] == MISSING:  # not every arm is measured at every share
                 continue
             table.append([f"`{arm}`: {words}", images, *scores])
     columns = ["start of the encoder", "labelled images", MASK_AP.name, BOX_AP.name]
-    return TextTable(columns, table, "Mean over seeds, in brackets Student's 95 % interval.")
+    caption = "One seed, so no interval." if seeds == 1 else "Mean over seeds, in brackets Student's 95 % interval."
+    return TextTable(columns, table, caption)
 
 
 def detection_differences(rows: Sequence[Row]) -> TextTable:
-    """List all paired differences of detection."""
-    table = []
-    for share in shares_of(rows, MASK_AP):
-        for pair in DETECTION_PAIRS:
-            rule: Rule = "helps" if pair[1].startswith("random") else "equal"
-            findings = [find(rows, pair, measure, rule, share) for measure in (MASK_AP, BOX_AP)]
-            table += [[f"{share:g} %", *cells] for cells in finding_rows(findings) if findings[0].difference.mean]
-    return TextTable(["labels", "difference", "measure", "rule", "says"], table, difference_caption())
+    """List the paired differences of detection that have a pair of runs."""
+    return difference_table(rows, detection_findings(rows))
 
 
 def rate_table(rows: Sequence[Row]) -> TextTable:

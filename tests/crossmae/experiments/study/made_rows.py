@@ -35,9 +35,9 @@ def make_rows(
             rows.append(make_row(facts | {"kind": "finetune", "labelled": 1000}, {"top1": values.pop("top1")}))
             rows.append(make_row(facts | {"kind": "probe", "labelled": 12800}, values))
         for arm_name, mean in (AP | dict(ap or {})).items():
-            for share, labelled in ((5, 100), (50, 1000)):
+            for share, labelled in ((10, 200), (100, 2000)):
                 facts = {"part": "detection", "kind": "detect", "arm": arm_name, "seed": seed}
-                score = mean + rng.normal(0, spread) + (0 if share == 5 else 5)
+                score = mean + rng.normal(0, spread) + (0 if share == 10 else 5)
                 numbers = {"mask_AP": score, "box_AP": score + 2}
                 rows.append(make_row(facts | {"share": share, "labelled": labelled}, numbers))
     return rows

@@ -14,8 +14,14 @@ from crossmae.experiments.study.grid import KEPT_ROWS
 from crossmae.experiments.study.page import write_study_page
 from crossmae.experiments.study.predictions import TOP1, values_of
 from crossmae.experiments.study.results_text import BEGIN, END, results_text, update_document
-from crossmae.experiments.study.tables import fashion_table, single_runs
-from tests.crossmae.experiments.study.made_rows import make_rows
+from crossmae.experiments.study.tables import (
+    detection_differences,
+    detection_table,
+    fashion_differences,
+    fashion_table,
+    single_runs,
+)
+from tests.crossmae.experiments.study.made_rows import make_row, make_rows
 
 
 def test_the_page_has_verdicts_arms_and_commands(tmp_path: Path) -> None:
@@ -42,6 +48,22 @@ def test_tables_have_the_values_of_the_rows() -> None:
     assert table["`cross25_d4`"] == [f"{values[seed]:.2f}" for seed in (0, 1, 2)]
     cells = next(row for row in fashion_table(rows).rows if row[0].startswith("`cross25_d4`"))
     assert cells[-1 - 2].startswith(f"{sum(values.values()) / 3:.1f} (")
+
+
+def test_all_differences_in_the_tables_are_counted() -> None:
+    rows = make_rows()
+    shown = [row for table in (fashion_differences(rows), detection_differences(rows)) for row in table.rows]
+    assert f"makes {len(shown)} comparisons" in results_text(rows)
+    predicted = sorted(row[0] for row in shown if row[0] != "none")
+    assert predicted == ["ii", "iii", "iii", "iv-a", "iv-b", "v"]
+
+
+def test_the_preset_has_one_seed_and_a_place_on_the_page(tmp_path: Path) -> None:
+    facts = {"part": "gpu15", "kind": "detect", "arm": "mae", "share": 10.0, "seed": 0}
+    rows = [make_row(facts, {"mask_AP": 12.34, "box_AP": 23.45})]
+    assert detection_table(rows, "gpu15").rows[0][-2:] == ["12.3", "23.4"]
+    write_study_page(rows, tmp_path / "report.html")
+    assert "12.3" in (tmp_path / "report.html").read_text("utf-8")
 
 
 def test_unwelcome_results_come_first_in_the_document() -> None:

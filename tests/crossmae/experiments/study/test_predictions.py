@@ -57,6 +57,11 @@ def test_noise_decides_nothing() -> None:
     assert {found[name] for name in ("ii", "iii", "iv-a", "v")} == {"undecided"}
 
 
+def test_runs_with_many_labels_say_nothing_about_few() -> None:
+    rows = [row for row in make_rows() if row.facts.get("share") != 10]
+    assert {one.name: one.verdict for one in judge_all(rows)}["v"] == "not measured"
+
+
 def test_missing_runs_are_not_measured() -> None:
     assert {one.verdict for one in judge_all([])} == {"not measured"}
     two_seeds = [row for row in make_rows() if row.facts.get("seed") != 2]
