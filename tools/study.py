@@ -7,7 +7,8 @@
     python tools/study.py --page                              # the page and docs/results.md, from the rows
 
 Every cell takes at most 20 minutes on one core and is a row of docs/results/study.jsonl at its end. The same command
-continues after anything. Set OMP_NUM_THREADS=1 if other programs run.
+continues after anything. Cells that only docs/results/study.jsonl has run again on a new machine. Set OMP_NUM_THREADS=1
+if other programs run.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crossmae.errors import run_cli, set_up_log
+from crossmae.experiments.cells import finished_rows
 from crossmae.experiments.commands import REPOSITORY
-from crossmae.experiments.rows import read_rows
 from crossmae.experiments.study.grid import (
     GPU15,
     GPU_MINUTES,
     KEPT_ROWS,
     PARTS,
+    first_cells,
     from_root,
+    link_packages,
     link_sources,
+    linked_packages,
     publish,
     run_study,
     show_plan,
@@ -36,13 +40,14 @@ from crossmae.experiments.study.results_text import update_document
 from crossmae.files import make_folder
 
 DOCUMENT = REPOSITORY / "docs" / "results.md"
+OUTPUT = Path("outputs/study")
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/study"), help="folder (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder (default: %(default)s)")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="parts (default: all)")
     parser.add_argument("--plan", action="store_true", help="show the cells and their cost, run nothing")
     parser.add_argument("--page", action="store_true", help="write report.html and docs/results.md from the rows")
@@ -58,14 +63,13 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="FOLDER",
-        help="folders with extracted packages for the detection set (default: the installed ones)",
+        help="folders with extracted packages for the detection set (default: as before, or the installed ones)",
     )
     parser.add_argument(
         "--rows",
         type=Path,
-        default=KEPT_ROWS,
         metavar="FILE",
-        help="rows that are kept (default: docs/results/study.jsonl)",
+        help="rows that are kept (default: docs/results/study.jsonl, or OUTPUT/study.jsonl with --output)",
     )
     return parser
 
@@ -76,28 +80,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up_log()
     folder = from_root(args.output)
     results = REPOSITORY / folder / "results.jsonl"
+    kept = args.rows or (KEPT_ROWS if folder == OUTPUT else REPOSITORY / folder / "study.jsonl")
     if args.page:
-        rows = publish(results, args.rows)
+        rows = publish(results, kept)
         make_folder(REPOSITORY / folder, "--output")
         write_study_page(rows, REPOSITORY / folder / "report.html")
-        if args.rows == KEPT_ROWS:
+        if kept.resolve() == KEPT_ROWS:
             update_document(DOCUMENT, rows)
         print(f"Open this page in a browser: {folder / 'report.html'}")
         return
     parts = [args.preset] if args.preset else args.only
     if args.plan:
-        rows = read_rows(results)
-        print(show_plan(study_cells(folder, parts, rows), rows))
+        packages = [folder / "sources" / f"packages-{number}" for number in range(len(args.packages))]
+        packages = packages or [from_root(link) for link in linked_packages(REPOSITORY / folder)]
+        first = finished_rows(first_cells(folder, parts, packages), results)
+        cells = study_cells(folder, parts, list(first.values()), packages)
+        print(show_plan(cells, list(finished_rows(cells, results).values())))
         return
     sources = {"fashion-mnist": args.fashion_mnist} if "fashion_mnist" in parts else {}
-    sources |= {f"packages-{number}": path for number, path in enumerate(args.packages)}
     link_sources(REPOSITORY / folder, sources)
+    if {"detection", GPU15} & set(parts):
+        link_packages(REPOSITORY / folder, args.packages)
     minutes = GPU_MINUTES if args.preset and args.minutes is None else args.minutes
-    packages = [folder / "sources" / f"packages-{number}" for number in range(len(args.packages))]
+    packages = [from_root(link) for link in linked_packages(REPOSITORY / folder)]
     try:
         run_study(folder, parts, packages, args.jobs, minutes)
     finally:
-        publish(results, args.rows)
+        publish(results, kept)
 
 
 if __name__ == "__main__":

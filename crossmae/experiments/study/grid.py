@@ -21,6 +21,7 @@ from crossmae.reports.page import format_seconds
 
 PARTS = ("decoder", "fashion_mnist", "detection")
 GPU15, GPU_MINUTES = DETECTION_GPU15.part, 15.0  # a preset, and the minutes that it may take
+PACKAGES = "packages-"  # start of the names of links to folders with extracted packages
 KEPT_ROWS = REPOSITORY / "docs" / "results" / "study.jsonl"
 
 
@@ -102,11 +103,32 @@ def link_sources(folder: Path, sources: Mapping[str, Path]) -> None:
     make_folder(folder / "sources", "--output")
     for name, source in sources.items():
         if not source.is_dir():
-            raise UserError(f"--{name}: {source} is no folder. Name the folder of the data set.")
+            option = "packages" if name.startswith(PACKAGES) else name
+            raise UserError(f"--{option}: {source} is no folder. Name the folder of the data set.")
         link = folder / "sources" / name
         if not link.exists() or link.resolve() != source.resolve():
             link.unlink(missing_ok=True)
             os.symlink(source.resolve(), link)
+
+
+def link_packages(folder: Path, given: Sequence[Path]) -> None:
+    """Link folders with extracted packages, and remove earlier links.
+
+    Without folders, the links of the last call stay.
+
+    Raises UserError if a folder does not exist.
+    """
+    link_sources(folder, {f"{PACKAGES}{number}": path for number, path in enumerate(given)})
+    for link in linked_packages(folder)[len(given) :] if given else []:
+        link.unlink()
+    if lost := [link for link in linked_packages(folder) if not link.is_dir()]:
+        raise UserError(f"--packages: {os.readlink(lost[0])} is gone. Name the folders again.")
+
+
+def linked_packages(folder: Path) -> list[Path]:
+    """List the links to folders with extracted packages."""
+    links = [path for path in (folder / "sources").glob(f"{PACKAGES}*") if path.is_symlink()]
+    return sorted(links, key=lambda path: int(path.name.removeprefix(PACKAGES)))
 
 
 def from_root(path: Path) -> Path:
@@ -116,7 +138,11 @@ def from_root(path: Path) -> Path:
 
 
 def show_plan(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
-    """List the cells with their state, expected and spent CPU minutes."""
+    """List the cells with their state, expected and spent CPU minutes.
+
+    Args:
+        rows: rows of finished cells.
+    """
     spent = {row.cell: float(row.cost["cpu_seconds"] or 0.0) for row in rows}
     lines = [f"{'cell':46} expected   spent   (CPU minutes)"]
     for cell in cells:

@@ -21,7 +21,17 @@ from crossmae.experiments.study.arms import (
     SEEDS,
 )
 from crossmae.experiments.study.fashion_mnist import RATE_ARMS, choose_rates, operations_of
-from crossmae.experiments.study.grid import GPU15, GPU_MINUTES, PARTS, link_sources, publish, show_plan, study_cells
+from crossmae.experiments.study.grid import (
+    GPU15,
+    GPU_MINUTES,
+    PARTS,
+    link_packages,
+    link_sources,
+    linked_packages,
+    publish,
+    show_plan,
+    study_cells,
+)
 from crossmae.experiments.study.predictions import PREDICTIONS
 from tests.crossmae.experiments.study.made_rows import make_row
 
@@ -159,3 +169,17 @@ def test_data_sets_are_linked(tmp_path: Path) -> None:
         assert (tmp_path / "study" / "sources" / "fashion-mnist").resolve() == tmp_path / name
     with pytest.raises(UserError, match="--fashion-mnist"):
         link_sources(tmp_path / "study", {"fashion-mnist": tmp_path / "missing"})
+
+
+def test_the_packages_of_the_last_call_stay(tmp_path: Path) -> None:
+    places = [tmp_path / name for name in ("a", "b")]
+    for place in places:
+        place.mkdir()
+    for given, expected in ((places, places), ([], places), (places[1:], places[1:]), ([], places[1:])):
+        link_packages(tmp_path / "study", given)
+        assert [link.resolve() for link in linked_packages(tmp_path / "study")] == expected
+    places[1].rmdir()
+    with pytest.raises(UserError, match=r"--packages: .* is gone"):
+        link_packages(tmp_path / "study", [])
+    with pytest.raises(UserError, match="--packages: "):
+        link_packages(tmp_path / "study", places[1:])
