@@ -30,8 +30,8 @@ lint: $(STAMP)  ## ruff: rules and format
 types: $(STAMP)  ## mypy
 	@$(BIN)/mypy
 
-study: $(STAMP)  ## CrossMAE, MAE and random weights, compared: less than ten CPU hours in all (docs/results.md)
-	@$(BIN)/python tools/study.py && $(BIN)/python tools/study.py --page
+study: $(STAMP)  ## CrossMAE, MAE and random weights compared, planned for ten CPU hours; needs six Debian packages (docs/results.md)
+	@$(BIN)/python tools/study.py; code=$$?; $(BIN)/python tools/study.py --page && exit $$code
 
 doctor:  ## versions, devices, missing libraries, and the command that mends each
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m crossmae.doctor; else $(PYTHON) -m crossmae.doctor; fi

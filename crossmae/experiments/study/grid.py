@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from crossmae.errors import UserError
+from crossmae.errors import UserError, shorten
 from crossmae.experiments.cells import Cell, Step, run_cells
 from crossmae.experiments.commands import REPOSITORY, find_gpus
 from crossmae.experiments.rows import Row, read_rows
@@ -18,6 +19,8 @@ from crossmae.experiments.study.detection import detection_cells
 from crossmae.experiments.study.fashion_mnist import arm_cells, choose_rates, rate_cells
 from crossmae.files import make_folder, read_json, write_text
 from crossmae.reports.page import format_seconds
+
+log = logging.getLogger(__name__)
 
 PARTS = ("decoder", "fashion_mnist", "detection")
 GPU15, GPU_MINUTES = DETECTION_GPU15.part, 15.0  # a preset, and the minutes that it may take
@@ -104,7 +107,7 @@ def link_sources(folder: Path, sources: Mapping[str, Path]) -> None:
     for name, source in sources.items():
         if not source.is_dir():
             option = "packages" if name.startswith(PACKAGES) else name
-            raise UserError(f"--{option}: {source} is no folder. Name the folder of the data set.")
+            raise UserError(f"--{option}: {source} is no folder. Name the folder of the data set, see docs/results.md.")
         link = folder / "sources" / name
         if not link.exists() or link.resolve() != source.resolve():
             link.unlink(missing_ok=True)
@@ -159,12 +162,23 @@ def show_plan(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
 def publish(results: Path, kept: Path = KEPT_ROWS) -> list[Row]:
     """Merge the rows of a run into the kept rows.
 
-    The newest row of a cell wins.
+    The newest row of a cell wins. A warning tells if rows of the run are older than the kept ones.
     """
+    older = []
     by_cell = {row.cell: row for row in read_rows(kept)}
     for row in read_rows(results):
         if row.cell not in by_cell or row.finished >= by_cell[row.cell].finished:
             by_cell[row.cell] = row
+        else:
+            older.append(row.cell)
+    if older:
+        log.warning(
+            "%s: the rows of %s are older than the rows in %s, which stay. Check the clock, or write to another file "
+            "with --rows",
+            results,
+            shorten(older),
+            kept,
+        )
     rows = sorted(by_cell.values(), key=lambda row: (row.finished, row.cell))
     if rows:
         make_folder(kept.parent, "docs/results")

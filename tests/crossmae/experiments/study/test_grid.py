@@ -154,6 +154,18 @@ def test_the_newest_row_of_a_cell_is_kept(tmp_path: Path) -> None:
     assert publish(tmp_path / "none.jsonl", tmp_path / "kept.jsonl") == rows
 
 
+def test_rows_that_are_not_published_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept = make_row({"part": "decoder", "kind": "decoder"}, {"x": 1.0})
+    append_row(tmp_path / "kept.jsonl", kept)
+    append_row(tmp_path / "results.jsonl", kept)
+    publish(tmp_path / "results.jsonl", tmp_path / "kept.jsonl")
+    assert not caplog.records
+    append_row(tmp_path / "results.jsonl", replace(kept, numbers={"x": 2.0}, finished="2020-01-01"))
+    rows = publish(tmp_path / "results.jsonl", tmp_path / "kept.jsonl")
+    assert [row.numbers for row in rows] == [{"x": 1.0}]
+    assert kept.cell in caplog.text
+
+
 def test_the_plan_counts_what_is_missing(cells: list[Cell]) -> None:
     done = replace(make_row({"part": "decoder", "kind": "decoder"}, {}), cell="decoder-cost")
     lines = show_plan(cells, [done]).splitlines()
