@@ -6,9 +6,9 @@
     python tools/study.py --preset gpu15                      # 15 minutes of one large GPU
     python tools/study.py --page                              # the page and docs/results.md, from the rows
 
-Every cell is planned for at most 20 minutes on one core and is a row of docs/results/study.jsonl at its end. The same command
-continues after anything. Cells that only docs/results/study.jsonl has run again on a new machine. Set OMP_NUM_THREADS=1
-if other programs run.
+Every cell is planned for at most 20 minutes on one core and is a row of docs/results/study.jsonl at its end. The same
+command continues after anything. Cells that only docs/results/study.jsonl has run again on a new machine. Set
+OMP_NUM_THREADS=1 if other programs run.
 """
 
 from __future__ import annotations
