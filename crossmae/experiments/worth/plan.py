@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from crossmae.errors import UserError
-from crossmae.experiments.cells import Cell, expected_seconds, finished_rows, run_cells
+from crossmae.experiments.cells import Cell, FailedCells, expected_seconds, finished_rows, run_cells
 from crossmae.experiments.commands import count_cores, find_gpus
 from crossmae.experiments.rows import Row
 from crossmae.experiments.worth.grid import (
@@ -220,15 +220,25 @@ def answer(
 
     The page is also written if runs failed or time ran out. Raises the errors of `run_cells`.
     """
+    failed: Mapping[str, str] = {}
     try:
         run_cells(plan.cells, question.output / RESULTS, jobs=jobs, gpus=gpus, minutes=minutes)
+    except FailedCells as error:
+        failed = error.reasons
+        log.warning("%s: lists the failed runs", question.output / PAGE)
+        raise
     finally:
-        verdict = write_answer(question, plan, settings)
+        verdict = write_answer(question, plan, settings, failed)
     return verdict
 
 
-def write_answer(question: Question, plan: Plan, settings: Mapping[str, Any]) -> str:
+def write_answer(
+    question: Question, plan: Plan, settings: Mapping[str, Any], failed: Mapping[str, str] | None = None
+) -> str:
     """Write the page from the finished runs.
+
+    Args:
+        failed: reasons by run that failed.
 
     Returns the verdict in words.
     """
@@ -247,6 +257,7 @@ def write_answer(question: Question, plan: Plan, settings: Mapping[str, Any]) ->
         question.output / PAGE,
         title="Is pretraining worth it?",
         settings=shown,
+        failed=failed,
         planned=[cell.facts for cell in plan.cells],
         limits=question.labels.remarks,
     )

@@ -45,6 +45,21 @@ def test_a_timing_run_has_a_start_and_steps():
     assert plan.seconds_of_kind(row) == pytest.approx((15.0, 4.5))
 
 
+def test_failed_runs_are_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    question = ask(tmp_path / "out", tmp_path / "train", write_labels(tmp_path), tiny_preset(tmp_path / "c"), ("own",))
+    made = plan.Plan(build_cells(question, choose_budget(question, 3)), choose_budget(question, 3), load=1.0)
+
+    def fail(*_: object, **__: object) -> None:
+        raise plan.FailedCells("1 of 3 cells failed", [], {"pretrain-own-seed0": "exit code 7"})
+
+    monkeypatch.setattr(plan, "run_cells", fail)
+    with pytest.raises(UserError, match="1 of 3 cells failed"):
+        plan.answer(question, made, jobs=1, gpus=[], minutes=None, settings={})
+    page = (tmp_path / "out" / plan.PAGE).read_text()
+    assert "pretrain-own-seed0" in page
+    assert "exit code 7" in page
+
+
 def test_plan_and_page_of_a_grid_of_two_cells(tmp_path: Path):
     """Real tools: pretraining, and a detector that starts from it."""
     pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
