@@ -105,7 +105,8 @@ def run_cells(
     """Run the unfinished cells of a grid, and return the rows.
 
     The rows are those of the finished cells, in the order of `cells`. A cell is finished if its row is in the file and
-    has the cell's fingerprint. Otherwise the cell continues with its first unfinished step. The output of the commands
+    has the cell's fingerprint. Otherwise the cell continues with its first unfinished step. A finished cell runs again
+    if an unfinished cell needs it and the files of its steps were removed. The output of the commands
     is in a folder logs/ next to `results`, with a record of the attempts. Several calls may work on the same grid: no
     cell runs twice at the same time. After SIGKILL, the commands are killed, too, and the next call continues.
 
@@ -137,6 +138,11 @@ def run_cells(
         request.end()
     grid.raise_failures()
     return [grid.rows[cell.name] for cell in cells if cell.name in grid.rows]
+
+
+def has_files(step: Step) -> bool:
+    """Return true if a step has its file, or can continue."""
+    return any(path and (REPOSITORY / path).exists() for path in (step.done, step.resume_if))
 
 
 def finished_rows(cells: Sequence[Cell], results: Path) -> dict[str, Row]:
@@ -320,6 +326,7 @@ class GridRun:
         self.fingerprints = step_fingerprints(cells, results)
         self.failed: dict[str, str] = {}
         self.rows: dict[str, Row] = {}
+        self.ended, self.lost = set[str](), set[str]()
         self.running: list[RunningCell] = []
         self.machine, self.gpus = describe_machine(), find_gpus()
         self.update_rows()
@@ -327,6 +334,22 @@ class GridRun:
     def update_rows(self) -> None:
         """Read the rows that fit the cells, also those of other calls."""
         self.rows = finished_rows(self.cells, self.results)
+        while lost := self.find_lost():
+            for name in lost:
+                del self.rows[name]
+            if new := sorted(lost - self.lost):
+                log.warning("files that other cells need were removed. Again: %s", shorten(new))
+            self.lost |= lost
+
+    def find_lost(self) -> set[str]:
+        """Find finished cells without their files that an unfinished cell needs."""
+        needed = {need for cell in self.cells if cell.name not in self.rows for need in cell.needs}
+        return {
+            cell.name
+            for cell in self.cells
+            if cell.name in (needed & self.rows.keys()) - self.ended
+            if not all((REPOSITORY / step.done).exists() for step in cell.steps)
+        }
 
     def run(self, stop: Callable[[], bool]) -> None:
         """Start cells until none is left, or `stop` returns true."""
@@ -391,6 +414,8 @@ class GridRun:
             environment |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(slot)}
         gpu = slot if slot is not None else next(iter(self.gpus), None)
         attempts = Attempts(self.logs, cell.name, self.fingerprints[cell.name])
+        if cell.name in self.lost:
+            attempts.forget([number for number, step in enumerate(cell.steps) if not has_files(step)])
         running = RunningCell(cell, lock, attempts, environment, gpu, meter=len(self.slots) == 1)
         self.running.append(running)
         self.advance(running)
@@ -414,6 +439,7 @@ class GridRun:
                 return
             append_row(self.results, row)
         self.rows[cell.name] = row
+        self.ended.add(cell.name)
         numbers = ", ".join(f"{key} {value:.4g}" for key, value in row.numbers.items())
         spent = format_seconds(row.cost["wall_seconds"] or 0.0)
         log.info("[%d/%d] %s: done in %s: %s", len(self.rows), len(self.cells), cell.name, spent, numbers or "done")

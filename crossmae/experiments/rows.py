@@ -125,6 +125,11 @@ class Attempts:
         ]
         write_json(self.path, {"steps": steps})
 
+    def forget(self, numbers: Sequence[int]) -> None:
+        """Forget steps whose files were removed, with their cost."""
+        for number in numbers:
+            self.costs[number] = None
+
     @property
     def cost(self) -> Cost:
         """The cost of all steps and attempts."""
