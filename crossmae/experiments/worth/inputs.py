@@ -88,7 +88,10 @@ def prepare_labels(
             raise UserError(f"{key}: {part.labels} does not exist. Name a COCO json or a folder per class.")
     if labels.labels.suffix.lower() == ".json":
         return _prepare_coco(labels, val, unlabelled, shares, seeds, folder)
-    return _prepare_classes(labels.labels, val.labels if val else None, shares, seeds, folder)
+    for flag, part in (("--label-images", labels), ("--val-images", val)):
+        if part and part.images:
+            raise UserError(f"{flag}: only a COCO json needs it. Leave it out: {part.labels} is no json.")
+    return _prepare_classes(labels.labels, val.labels if val else None, unlabelled, shares, seeds, folder)
 
 
 def _prepare_coco(
@@ -231,7 +234,7 @@ def _count_held_out(total: int, key: str) -> int:
 
 
 def _prepare_classes(
-    labels: Path, val: Path | None, shares: Sequence[float], seeds: Sequence[int], folder: Path
+    labels: Path, val: Path | None, unlabelled: Path, shares: Sequence[float], seeds: Sequence[int], folder: Path
 ) -> Labels:
     source = _open_classes(labels, "LABELS")
     names = [source.name(index) for index in range(len(source))]
@@ -247,6 +250,7 @@ def _prepare_classes(
         _check_overlap(*([os.path.realpath(one.name(i)) for i in range(len(one))] for one in (source, held_out)))
         if unknown := sorted(set(held_out.classes) - set(source.classes)):
             raise UserError(f"--val-labels: LABELS has no class {shorten(unknown)}. Name labels of the same classes.")
+    remarks += _remark_seen(unlabelled, [os.path.realpath(held_out.name(i)) for i in range(len(held_out))])
     subsets = {
         (seed, share): LabelledPart(path)
         for seed in seeds

@@ -99,6 +99,9 @@ def test_folders_of_classes_are_split(tmp_path: Path):
         assert len(train) == 40
         assert not held_out & {train.name(index) for index in range(len(train))}
     assert found.counts == {25.0: 10, 100.0: 40}
+    assert "Pretraining sees 20 of the 20 validation images" in found.remarks[1][1]
+    own = prepare(tmp_path, LabelledPart(tmp_path / "classes"), LabelledPart(write_classes(tmp_path / "val")))
+    assert own.remarks == ()
 
 
 def without(part: LabelledPart, key: str, value: object) -> LabelledPart:
@@ -120,6 +123,7 @@ def without(part: LabelledPart, key: str, value: object) -> LabelledPart:
         ("val is train", "--val-labels: 40 of 40 validation images are labelled training images"),
         ("one class", "LABELS: .*: has fewer than two classes"),
         ("no val", "--val-labels: .*nowhere.json does not exist"),
+        ("images of classes", "--label-images: only a COCO json needs it"),
         ("other classes", "--val-labels: LABELS has no class blue"),
     ],
 )
@@ -145,6 +149,8 @@ def test_bad_input_is_named(tmp_path: Path, case: str, message: str):
         labels = LabelledPart(tmp_path / "train")
     elif case == "no val":
         val = LabelledPart(tmp_path / "nowhere.json")
+    elif case == "images of classes":
+        labels = LabelledPart(write_classes(tmp_path / "classes"), tmp_path)
     elif case == "other classes":
         labels = LabelledPart(write_classes(tmp_path / "classes"))
         val = LabelledPart(write_classes(tmp_path / "val"))
