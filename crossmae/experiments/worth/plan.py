@@ -45,7 +45,10 @@ OWN_KEYS = {  # settings that the plan decides, and the option to use instead
     "MODEL.WEIGHTS": "--weights",
     "SOLVER.MAX_ITER": "--steps",
     "SOLVER.EPOCHS": "--steps",
-    "schedule.max_steps": "--steps, or schedule.epochs",
+}
+OWN_KEYS_BY_FLAG = {
+    "--pretrain-set": OWN_KEYS | {"schedule.max_steps": "schedule.epochs"},
+    "--detect-set": OWN_KEYS | {"schedule.max_steps": "--steps", "schedule.epochs": "--steps"},
 }
 
 
@@ -58,14 +61,14 @@ def check_settings(flag: str, settings: Sequence[str]) -> None:
         key, sign, _ = word.partition("=")
         if not sign:
             raise UserError(f"{flag}: {word} is no setting. Write KEY=VALUE.")
-        if key in OWN_KEYS:
-            raise UserError(f"{flag}: {key} is decided by the plan. Use {OWN_KEYS[key]}.")
+        if instead := OWN_KEYS_BY_FLAG[flag].get(key):
+            raise UserError(f"{flag}: {key} is decided by the plan. Use {instead}.")
 
 
 def choose_arms(arms: Sequence[str] | None, has_weights: bool, equal_compute: bool) -> tuple[str, ...]:
     """Choose the arms, in the order of the runs.
 
-    Raises UserError if an arm is unknown, or needs weights that are not given.
+    Raises UserError if an arm is unknown, or needs weights or another arm that are not given.
     """
     if arms is None:
         arms = [arm for arm in ARMS if arm != EQUAL_COMPUTE and (has_weights or arm not in NEEDS_WEIGHTS)]
@@ -74,6 +77,8 @@ def choose_arms(arms: Sequence[str] | None, has_weights: bool, equal_compute: bo
     if not has_weights and (lacking := [arm for arm in arms if arm in NEEDS_WEIGHTS]):
         raise UserError(f"--arms: {lacking[0]} needs weights to start from. Name them with --weights.")
     chosen = {*arms, *([EQUAL_COMPUTE] if equal_compute else [])}
+    if EQUAL_COMPUTE in chosen and "own" not in chosen:
+        raise UserError(f"--arms: {EQUAL_COMPUTE} takes as long as own, which is not among the arms. Add own.")
     return tuple(arm for arm in ARMS if arm in chosen)
 
 
@@ -149,8 +154,6 @@ def make_plan(question: Question, steps: int | None, gpus: Sequence[int]) -> Pla
     rows = run_cells(timing_cells(question, budget), results, gpus=gpus[:1])
     timings = {str(row.facts["kind"]): seconds_of_kind(row) for row in rows}
     if EQUAL_COMPUTE in question.arms:
-        if "pretrain" not in timings:
-            raise UserError(f"--arms: {EQUAL_COMPUTE} takes as long as own, which is not among the arms. Add own.")
         (start, pretrain_step), (_, step) = timings["pretrain"], timings[question.labels.task]
         budget = replace(budget, extra_steps=round((start + pretrain_step * budget.pretrain_steps) / step))
     wall, cpu = (sum(float(row.cost[key] or 0) for row in rows) for key in ("wall_seconds", "cpu_seconds"))

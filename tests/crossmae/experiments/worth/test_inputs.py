@@ -104,6 +104,11 @@ def test_folders_of_classes_are_split(tmp_path: Path):
     assert own.remarks == ()
 
 
+def test_a_folder_of_images_without_a_json(tmp_path: Path):
+    with pytest.raises(UserError, match="--label-images: only a COCO json needs it"):
+        prepare(tmp_path, LabelledPart(write_classes(tmp_path / "classes"), tmp_path))
+
+
 def without(part: LabelledPart, key: str, value: object) -> LabelledPart:
     content = json.loads(part.labels.read_text())
     part.labels.write_text(json.dumps(content | {key: value}))
@@ -123,7 +128,6 @@ def without(part: LabelledPart, key: str, value: object) -> LabelledPart:
         ("val is train", "--val-labels: 40 of 40 validation images are labelled training images"),
         ("one class", "LABELS: .*: has fewer than two classes"),
         ("no val", "--val-labels: .*nowhere.json does not exist"),
-        ("images of classes", "--label-images: only a COCO json needs it"),
         ("other classes", "--val-labels: LABELS has no class blue"),
     ],
 )
@@ -149,8 +153,6 @@ def test_bad_input_is_named(tmp_path: Path, case: str, message: str):
         labels = LabelledPart(tmp_path / "train")
     elif case == "no val":
         val = LabelledPart(tmp_path / "nowhere.json")
-    elif case == "images of classes":
-        labels = LabelledPart(write_classes(tmp_path / "classes"), tmp_path)
     elif case == "other classes":
         labels = LabelledPart(write_classes(tmp_path / "classes"))
         val = LabelledPart(write_classes(tmp_path / "val"))

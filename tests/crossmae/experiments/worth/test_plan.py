@@ -22,7 +22,12 @@ def test_arms_by_default():
 
 
 @pytest.mark.parametrize(
-    ("arms", "message"), [(["weights"], "weights needs weights"), (["other"], "--arms: other is unknown")]
+    ("arms", "message"),
+    [
+        (["weights"], "weights needs weights"),
+        (["other"], "--arms: other is unknown"),
+        (["random_equal_compute"], "takes as long as own, which is not among the arms. Add own"),
+    ],
 )
 def test_bad_arms(arms: list[str], message: str):
     with pytest.raises(UserError, match=message):
@@ -31,10 +36,15 @@ def test_bad_arms(arms: list[str], message: str):
 
 @pytest.mark.parametrize(
     ("word", "message"),
-    [("x", "--detect-set: x is no setting"), ("SOLVER.MAX_ITER=3", "is decided by the plan. Use --steps")],
+    [
+        ("x", "--detect-set: x is no setting"),
+        ("SOLVER.MAX_ITER=3", "is decided by the plan. Use --steps"),
+        ("schedule.epochs=3", "is decided by the plan. Use --steps"),  # epochs differ between the shares
+    ],
 )
 def test_bad_settings(word: str, message: str):
     plan.check_settings("--detect-set", ["SOLVER.BASE_LR=1"])
+    plan.check_settings("--pretrain-set", ["schedule.epochs=3"])
     with pytest.raises(UserError, match=message):
         plan.check_settings("--detect-set", [word])
 
