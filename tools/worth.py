@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for _, remark in question.labels.remarks:
         print(remark)
-    plan = worth.make_plan(question, arguments.steps, gpus)
+    plan = worth.make_plan(question, arguments.steps, gpus, runs=not arguments.page)
     settings = {"Size": arguments.size or ("small" if gpus else "demo")}
     if not arguments.page:
         print(worth.describe_plan(question, plan, jobs, gpus), flush=True)

@@ -160,7 +160,7 @@ def choose_budget(question: Question, steps: int | None, extra_steps: int = 0) -
 
 
 def class_batch(question: Question) -> int:
-    """Return the images that a classifier takes at a time in all shares, unless the user says otherwise."""
+    """Return the images that a classifier takes at a time, by default."""
     return min(32, min(question.labels.counts.values()))
 
 

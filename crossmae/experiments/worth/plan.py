@@ -11,10 +11,10 @@ from typing import Any
 
 import psutil
 
-from crossmae.errors import UserError
+from crossmae.errors import UserError, shorten
 from crossmae.experiments.cells import Cell, FailedCells, expected_seconds, finished_rows, run_cells
 from crossmae.experiments.commands import count_cores, find_gpus
-from crossmae.experiments.rows import Row
+from crossmae.experiments.rows import Row, read_rows
 from crossmae.experiments.worth.grid import (
     ARMS,
     EQUAL_COMPUTE,
@@ -145,13 +145,25 @@ class Plan:
     load: float
 
 
-def make_plan(question: Question, steps: int | None, gpus: Sequence[int]) -> Plan:
-    """Measure the seconds of a step, and list the runs."""
+def make_plan(question: Question, steps: int | None, gpus: Sequence[int], runs: bool = True) -> Plan:
+    """Measure the seconds of a step, and list the runs.
+
+    Args:
+        runs: measure what has not been measured.
+
+    Raises UserError if something has not been measured and must not run.
+    """
     budget = choose_budget(question, steps)
-    log.info("A short run of each kind comes first. It also checks data and settings")
     results = question.output / "timing" / RESULTS
+    timed = timing_cells(question, budget)
+    if not runs and len(finished_rows(timed, results)) < len(timed):
+        raise UserError(
+            f"--page: {question.output} has no results of this command. Give the options of the runs, or leave --page "
+            "out."
+        )
+    log.info("A short run of each kind comes first. It also checks data and settings")
     make_folder(results.parent, "--output")
-    rows = run_cells(timing_cells(question, budget), results, gpus=gpus[:1])
+    rows = run_cells(timed, results, gpus=gpus[:1])
     timings = {str(row.facts["kind"]): seconds_of_kind(row) for row in rows}
     if EQUAL_COMPUTE in question.arms:
         (start, pretrain_step), (_, step) = timings["pretrain"], timings[question.labels.task]
@@ -248,6 +260,8 @@ def write_answer(
     from crossmae.experiments.worth_page import write_page  # imports matplotlib
 
     rows, budget = finished_rows(plan.cells, question.output / RESULTS), plan.budget
+    if others := sorted({row.cell for row in read_rows(question.output / RESULTS)} - rows.keys()):
+        log.warning("runs with other options or another version are not on the page: %s", shorten(others))
     shown = {
         **settings,
         "Images for pretraining": f"{question.count:,} in {question.images}",

@@ -164,6 +164,12 @@ def test_planned_runs_are_missed_before_their_arm_has_a_row(build: Any) -> None:
     assert ["your weights", "400", "2"] in found
 
 
+def test_the_lead_says_what_differs(build: Any) -> None:
+    rates = "Only the start of its encoder, with the learning rates of its early layers, differs."
+    assert rates in build(sample_rows())[0].lead
+    assert "Only the start of its encoder differs." in build(sample_rows(["weights", "continued"]))[0].lead
+
+
 def test_a_page_without_runs(build: Any) -> None:
     report, answer = build([], failed={"pretrain-own-seed0": "killed by SIGKILL"})
     assert answer == "There is no answer yet: no two arms have finished runs."

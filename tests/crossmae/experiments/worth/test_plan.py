@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from crossmae.errors import UserError
-from crossmae.experiments.rows import Row
+from crossmae.experiments.rows import Row, append_row
 from crossmae.experiments.worth import plan
 from crossmae.experiments.worth.grid import ARMS, build_cells, choose_budget
 from tests.crossmae.experiments.worth.test_inputs import write_labels
@@ -53,6 +53,14 @@ def test_a_timing_run_has_a_start_and_steps():
     cost = {"wall_seconds": 40.0, "cpu_seconds": 60.0}
     row = Row("detect", {"kind": "detect"}, {"steps": 10, "step_seconds": 3.0}, cost)
     assert plan.seconds_of_kind(row) == pytest.approx((15.0, 4.5))
+
+
+def test_runs_with_other_options_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    question = ask(tmp_path / "out", tmp_path / "train", write_labels(tmp_path), tiny_preset(tmp_path / "c"), ("own",))
+    append_row(tmp_path / "out" / plan.RESULTS, Row("pretrain-own-seed0", {}, {}, {}, fingerprint="of other options"))
+    budget = choose_budget(question, 3)
+    plan.write_answer(question, plan.Plan(build_cells(question, budget), budget, load=1.0), {})
+    assert "other options or another version are not on the page: pretrain-own-seed0" in caplog.text
 
 
 def test_failed_runs_are_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
