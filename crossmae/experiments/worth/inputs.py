@@ -17,7 +17,7 @@ from crossmae.data.sources import open_source
 from crossmae.data.sources.source import Source
 from crossmae.errors import UserError, shorten
 from crossmae.experiments.labels import list_class_subsets, write_coco_subsets
-from crossmae.files import make_folder, read_json, write_json
+from crossmae.files import make_folder, read_json, sha256, write_json
 
 log = logging.getLogger(__name__)
 
@@ -298,6 +298,26 @@ def _digest(content: bytes) -> str:
 def count_images(images: Path) -> int:
     """Count the unlabelled images. Raises UserError if there are none."""
     return len(open_source(images, "IMAGES"))
+
+
+def check_unchanged(output: Path, results: Path, contents: Mapping[str, Path | int]) -> None:
+    """Check that inputs are those of the results, and record them.
+
+    Commands name inputs by their paths, so a changed input does not change a command.
+
+    Args:
+        output: folder of the record.
+        results: rows of finished runs. Without this file, nothing is checked.
+        contents: a file, or the number of images, by the words for the input.
+
+    Raises UserError if an input has changed.
+    """
+    record = output / "inputs.json"
+    known = read_json(record) if record.is_file() and results.exists() else {}
+    found = {words: sha256(one) if isinstance(one, Path) else one for words, one in contents.items()}
+    if changed := [words for words, one in found.items() if known.get(words, one) != one]:
+        raise UserError(f"{changed[0]}: has changed since the runs in {output}. Name another --output, or restore it.")
+    write_json(record, known | found)
 
 
 def check_weights(path: Path, sizes: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> None:

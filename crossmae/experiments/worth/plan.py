@@ -27,7 +27,13 @@ from crossmae.experiments.worth.grid import (
     estimated,
     timing_cells,
 )
-from crossmae.experiments.worth.inputs import LabelledPart, check_weights, count_images, prepare_labels
+from crossmae.experiments.worth.inputs import (
+    LabelledPart,
+    check_unchanged,
+    check_weights,
+    count_images,
+    prepare_labels,
+)
 from crossmae.files import make_folder
 from crossmae.reports.page import format_seconds
 
@@ -116,6 +122,9 @@ def prepare_question(
     if weights:
         presets = {name: preset.encoder() for name, preset in PRESETS.items()}
         check_weights(weights, preset.encoder(pretrain_settings), presets)
+    files = {"--weights": weights, "--val-labels": val and found.val.labels}
+    contents: dict[str, Path | int] = {f"{key}: {path}": path for key, path in files.items() if path and path.is_file()}
+    check_unchanged(output, output / RESULTS, contents | {f"IMAGES: {images}": count})
     return Question(
         images=images,
         count=count,
@@ -166,17 +175,34 @@ def make_plan(question: Question, steps: int | None, gpus: Sequence[int], runs: 
     rows = run_cells(timed, results, gpus=gpus[:1])
     timings = {str(row.facts["kind"]): seconds_of_kind(row) for row in rows}
     if EQUAL_COMPUTE in question.arms:
-        (start, pretrain_step), (_, step) = timings["pretrain"], timings[question.labels.task]
-        budget = replace(budget, extra_steps=round((start + pretrain_step * budget.pretrain_steps) / step))
+        budget = replace(budget, extra_steps=steps_of_pretraining(rows, budget.pretrain_steps, on_gpu=bool(gpus)))
     wall, cpu = (sum(float(row.cost[key] or 0) for row in rows) for key in ("wall_seconds", "cpu_seconds"))
     return Plan(estimated(build_cells(question, budget), timings), budget, wall / cpu)
 
 
-def seconds_of_kind(row: Row) -> tuple[float, float]:
-    """Split the CPU seconds of a timing run: start, and a step."""
-    wall, cpu = float(row.cost["wall_seconds"] or 0), float(row.cost["cpu_seconds"] or 0)
+def seconds_of_kind(row: Row, cost: str = "cpu_seconds") -> tuple[float, float]:
+    """Split the seconds of a timing run: start, and a step.
+
+    Args:
+        cost: "cpu_seconds" or "wall_seconds".
+    """
+    wall, seconds = float(row.cost["wall_seconds"] or 0), float(row.cost[cost] or 0)
     share = min(row.numbers["steps"] * row.numbers["step_seconds"] / wall, 1.0)
-    return cpu * (1 - share), cpu * share / row.numbers["steps"]
+    return seconds * (1 - share), seconds * share / row.numbers["steps"]
+
+
+def steps_of_pretraining(rows: Sequence[Row], pretrain_steps: int, on_gpu: bool) -> int:
+    """Return the number of fine-tuning steps that take as long as pretraining.
+
+    Time is CPU time, or on a GPU the time of the run.
+
+    Args:
+        rows: timing runs of pretraining and of fine-tuning.
+    """
+    cost = "wall_seconds" if on_gpu else "cpu_seconds"
+    found = {row.facts["kind"] == "pretrain": seconds_of_kind(row, cost) for row in rows}
+    (start, pretrain_step), (_, step) = found[True], found[False]
+    return round((start + pretrain_step * pretrain_steps) / step)
 
 
 def describe_plan(question: Question, plan: Plan, jobs: int, gpus: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from crossmae.checkpoints.weights import save_weights
 from crossmae.data.sources import open_source
 from crossmae.errors import UserError
 from crossmae.experiments.worth.grid import PRESETS
-from crossmae.experiments.worth.inputs import LabelledPart, check_weights, prepare_labels
+from crossmae.experiments.worth.inputs import LabelledPart, check_unchanged, check_weights, prepare_labels
 from crossmae.models.crossmae import create_model
 from tests.crossmae.classification.labelled import write_classes
 
@@ -160,6 +160,21 @@ def test_bad_input_is_named(tmp_path: Path, case: str, message: str):
             path.unlink()
     with pytest.raises(UserError, match=message):
         prepare(tmp_path, labels, val, **options)
+
+
+def test_changed_inputs_are_refused_once_there_are_results(tmp_path: Path):
+    weights, results = tmp_path / "weights.pth", tmp_path / "results.jsonl"
+    for content in (b"first", b"second"):
+        weights.write_bytes(content)
+        check_unchanged(tmp_path, results, {"--weights: a": weights, "IMAGES: b": 3})
+    results.touch()
+    check_unchanged(tmp_path, results, {"IMAGES: c": 4})
+    check_unchanged(tmp_path, results, {"--weights: a": weights, "IMAGES: b": 3})
+    with pytest.raises(UserError, match="IMAGES: b: has changed since the runs in "):
+        check_unchanged(tmp_path, results, {"--weights: a": weights, "IMAGES: b": 4})
+    weights.write_bytes(b"third")
+    with pytest.raises(UserError, match=r"--weights: a: has changed .* Name another --output"):
+        check_unchanged(tmp_path, results, {"--weights: a": weights})
 
 
 def test_weights_must_fit(tmp_path: Path):

@@ -55,6 +55,17 @@ def test_a_timing_run_has_a_start_and_steps():
     assert plan.seconds_of_kind(row) == pytest.approx((15.0, 4.5))
 
 
+def test_equal_compute_is_equal_cpu_time_or_equal_time_on_a_gpu():
+    pretrain = Row("a", {"kind": "pretrain"}, {"steps": 10, "step_seconds": 2.0}, wall_and_cpu(wall=24, cpu=48))
+    detect = Row("b", {"kind": "detect"}, {"steps": 10, "step_seconds": 4.0}, wall_and_cpu(wall=50, cpu=25))
+    assert plan.steps_of_pretraining([detect, pretrain], 100, on_gpu=False) == (8 + 4 * 100) / 2
+    assert plan.steps_of_pretraining([detect, pretrain], 100, on_gpu=True) == (4 + 2 * 100) / 4
+
+
+def wall_and_cpu(wall: float, cpu: float) -> dict[str, float | None]:
+    return {"wall_seconds": wall, "cpu_seconds": cpu}
+
+
 def test_runs_with_other_options_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     question = ask(tmp_path / "out", tmp_path / "train", write_labels(tmp_path), tiny_preset(tmp_path / "c"), ("own",))
     append_row(tmp_path / "out" / plan.RESULTS, Row("pretrain-own-seed0", {}, {}, {}, fingerprint="of other options"))
