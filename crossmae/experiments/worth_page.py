@@ -319,7 +319,7 @@ def cost_section(
             "together."
         )
     metric, scores = next(iter(tables.items()))
-    table = cost_table(rows, scores, arms, _headings(places), SCORED_KINDS, metric, ("weights", "continued"))
+    table = cost_table(rows, scores, arms, _headings(places), SCORED_KINDS, metric, ("weights", "continued"), ("own",))
     return Section("Cost", text, [table])
 
 

@@ -119,6 +119,8 @@ def prepare_question(
     count, preset = count_images(images), PRESETS[size]
     make_folder(output, "--output")
     found = prepare_labels(labels, val, images, shares, seeds, output / "labels")
+    if found.task == "detect":
+        check_sizes(preset.encoder(), preset.encoder(pretrain_settings), fine_tune_settings)
     if weights:
         presets = {name: preset.encoder() for name, preset in PRESETS.items()}
         check_weights(weights, preset.encoder(pretrain_settings), presets)
@@ -138,6 +140,20 @@ def prepare_question(
         pretrain_settings=tuple(pretrain_settings),
         fine_tune_settings=tuple(fine_tune_settings),
     )
+
+
+def check_sizes(usual: Mapping[str, Any], ours: Mapping[str, Any], fine_tune_settings: Sequence[str]) -> None:
+    """Check that the detector's encoder has the sizes of pretraining.
+
+    Args:
+        usual: arguments of the encoder in the configs; ours: as the user changed them.
+
+    Raises UserError for sizes that the user changed for pretraining only.
+    """
+    given = {word.partition("=")[0] for word in fine_tune_settings}
+    names = {key: f"MODEL.VIT.{key.upper()}" for key in ("embed_dim", "depth", "num_heads") if usual[key] != ours[key]}
+    if lacking := [f"{name}={ours[key]}" for key, name in names.items() if name not in given]:
+        raise UserError(f"--pretrain-set: the detector has other sizes. Add --detect-set {' '.join(lacking)}.")
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,14 @@ def test_costs_are_with_and_without_the_pretraining(build: Any) -> None:
     assert costs["random weights, as pretraining starts", "120 (30 %)"] == ["5 min 30 s", "5 min 30 s"]
 
 
+def test_a_total_without_its_pretraining_is_not_shown(build: Any) -> None:
+    rows = [row for row in sample_rows() if row.facts["kind"] != "pretrain"]
+    found = table_with(build(rows)[0], "CPU time with pretraining")
+    totals = {row[0]: row[4] for row in found if row[1] == "40 (10 %)"}
+    assert totals["CrossMAE on your images"] == "-"
+    assert totals["random weights, as pretraining starts"] == "5 min 10 s"
+
+
 def test_energy_and_gpus_are_shown_if_all_runs_have_them(build: Any) -> None:
     rows = [replace(row, cost={**row.cost, "gpu_seconds": 60.0, "energy_joules": 5000.0}) for row in sample_rows()]
     found = table_with(build(rows)[0], "GPU time with pretraining", "energy with pretraining")

@@ -55,6 +55,15 @@ def test_a_timing_run_has_a_start_and_steps():
     assert plan.seconds_of_kind(row) == pytest.approx((15.0, 4.5))
 
 
+def test_the_detector_has_the_sizes_of_pretraining():
+    usual = plan.PRESETS["demo"].encoder()
+    smaller = plan.PRESETS["demo"].encoder(["model.depth=4"])
+    plan.check_sizes(usual, usual, [])
+    plan.check_sizes(usual, smaller, ["MODEL.VIT.DEPTH=4"])
+    with pytest.raises(UserError, match=r"other sizes\. Add --detect-set MODEL\.VIT\.DEPTH=4\."):
+        plan.check_sizes(usual, smaller, [])
+
+
 def test_equal_compute_is_equal_cpu_time_or_equal_time_on_a_gpu():
     pretrain = Row("a", {"kind": "pretrain"}, {"steps": 10, "step_seconds": 2.0}, wall_and_cpu(wall=24, cpu=48))
     detect = Row("b", {"kind": "detect"}, {"steps": 10, "step_seconds": 4.0}, wall_and_cpu(wall=50, cpu=25))
