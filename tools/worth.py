@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for _, remark in question.labels.remarks:
         print(remark)
-    plan = worth.make_plan(question, arguments.steps, gpus)
+    plan = worth.make_plan(question, arguments.steps, gpus, runs=not arguments.page)
     settings = {"Size": arguments.size or ("small" if gpus else "demo")}
     if not arguments.page:
         print(worth.describe_plan(question, plan, jobs, gpus), flush=True)
@@ -107,6 +107,12 @@ def check_numbers(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{flag}: {value:g} is not positive. Give a larger number.")
     if unknown := set(arguments.gpus or ()) - set(find_gpus()):
         raise UserError(f"--gpus: there is no GPU {min(unknown)}. This machine has {len(find_gpus())} GPUs.")
+    if not all(0 <= seed < 2**32 for seed in arguments.seeds):
+        raise UserError(
+            f"--seeds: {min(arguments.seeds)} to {max(arguments.seeds)}. Give numbers from 0 to {2**32 - 1}."
+        )
+    if arguments.val_images and not arguments.val_labels:
+        raise UserError("--val-images: there are no --val-labels that name these images. Add them.")
     for flag in ("shares", "seeds"):
         values = getattr(arguments, flag)
         if len(set(values)) < len(values):
@@ -114,11 +120,17 @@ def check_numbers(arguments: argparse.Namespace) -> None:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(word) for word in text.split(",")]
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers. Write for example 10,100") from None
 
 
 def _seeds(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers. Write for example 0,1") from None
 
 
 if __name__ == "__main__":

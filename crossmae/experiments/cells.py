@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,15 +24,14 @@ from crossmae.errors import UserError, shorten
 from crossmae.experiments.commands import (
     FREE,
     REPOSITORY,
-    Cost,
     EnergyMeter,
     RunningCommand,
     count_cores,
     describe_machine,
     find_gpus,
 )
-from crossmae.experiments.rows import Row, append_row, command_line, now, read_rows
-from crossmae.files import make_folder, sha256, write_json
+from crossmae.experiments.rows import Attempts, Row, append_row, command_line, now, read_rows
+from crossmae.files import make_folder, sha256
 from crossmae.reports.page import format_seconds
 
 log = logging.getLogger(__name__)
@@ -83,6 +82,18 @@ class Cell:
     estimate: float = 0.0
 
 
+class FailedCells(UserError):
+    """Cells failed.
+
+    Attributes:
+        reasons: why, by cell.
+    """
+
+    def __init__(self, message: str, details: Sequence[str], reasons: Mapping[str, str]) -> None:
+        super().__init__(message, *details)
+        self.reasons = reasons
+
+
 def run_cells(
     cells: Sequence[Cell],
     results: Path,
@@ -94,7 +105,8 @@ def run_cells(
     """Run the unfinished cells of a grid, and return the rows.
 
     The rows are those of the finished cells, in the order of `cells`. A cell is finished if its row is in the file and
-    has the cell's fingerprint. Otherwise the cell continues with its first unfinished step. The output of the commands
+    has the cell's fingerprint. Otherwise the cell continues with its first unfinished step. A finished cell runs again
+    if an unfinished cell needs it and the files of its steps were removed. The output of the commands
     is in a folder logs/ next to `results`, with a record of the attempts. Several calls may work on the same grid: no
     cell runs twice at the same time. After SIGKILL, the commands are killed, too, and the next call continues.
 
@@ -106,7 +118,7 @@ def run_cells(
         minutes: start no cell that is expected to end later than so many minutes from now.
 
     Raises:
-        UserError: cells failed. The message names them and their logs. The next call runs them again.
+        FailedCells: cells failed. The message names them and their logs. The next call runs them again.
         ValueError: the cells contradict each other.
         KeyboardInterrupt: after Ctrl-C, once all commands have ended. A second Ctrl-C kills the commands.
         SystemExit: after SIGTERM, once all commands have ended.
@@ -126,6 +138,11 @@ def run_cells(
         request.end()
     grid.raise_failures()
     return [grid.rows[cell.name] for cell in cells if cell.name in grid.rows]
+
+
+def has_files(step: Step) -> bool:
+    """Return true if a step has its file, or can continue."""
+    return any(path and (REPOSITORY / path).exists() for path in (step.done, step.resume_if))
 
 
 def finished_rows(cells: Sequence[Cell], results: Path) -> dict[str, Row]:
@@ -195,46 +212,6 @@ def config_hashes(arguments: Sequence[str]) -> list[str]:
             bases = re.findall(r"^_BASE_: *[\"']?([^\"'\s]+)", path.read_text("utf-8", errors="replace"), re.MULTILINE)
             ahead += [str(path.parent / base) for base in bases]
     return sorted(found.values())
-
-
-class Attempts:
-    """The record of a cell's attempts: what was started, and what it cost. A small file next to the log.
-
-    Args:
-        folder: folder of the logs.
-        fingerprints: hashes of the cell's steps, as the cell is now. Steps with another hash are forgotten.
-    """
-
-    def __init__(self, folder: Path, cell: Cell, fingerprints: Sequence[str]) -> None:
-        self.path, self.fingerprints = folder / f"{cell.name}.json", fingerprints
-        try:
-            known = json.loads(self.path.read_text("utf-8"))["steps"]
-            costs = [Cost(**step["cost"]) if step["fingerprint"] == mine else None
-                     for step, mine in zip(known, fingerprints, strict=False)]  # fmt: skip
-        except (OSError, ValueError, KeyError, TypeError):  # a first attempt
-            costs = []
-        self.costs: list[Cost | None] = [*costs, *[None] * (len(fingerprints) - len(costs))][: len(fingerprints)]
-
-    def was_started(self, number: int) -> bool:
-        """Return true if the step was started before with the same command."""
-        return self.costs[number] is not None
-
-    def record(self, number: int, cost: Cost) -> None:
-        """Store the cost of a step that was started."""
-        self.costs[number] = cost
-        steps = [
-            {"fingerprint": mine if spent else "", "cost": asdict(spent or FREE)}
-            for mine, spent in zip(self.fingerprints, self.costs, strict=False)
-        ]
-        write_json(self.path, {"steps": steps})
-
-    @property
-    def cost(self) -> Cost:
-        """The cost of all steps and attempts."""
-        total = FREE
-        for spent in self.costs:
-            total = total + spent if spent else total
-        return total
 
 
 class RunningCell:
@@ -349,6 +326,7 @@ class GridRun:
         self.fingerprints = step_fingerprints(cells, results)
         self.failed: dict[str, str] = {}
         self.rows: dict[str, Row] = {}
+        self.ended, self.lost = set[str](), set[str]()
         self.running: list[RunningCell] = []
         self.machine, self.gpus = describe_machine(), find_gpus()
         self.update_rows()
@@ -356,6 +334,22 @@ class GridRun:
     def update_rows(self) -> None:
         """Read the rows that fit the cells, also those of other calls."""
         self.rows = finished_rows(self.cells, self.results)
+        while lost := self.find_lost():
+            for name in lost:
+                del self.rows[name]
+            if new := sorted(lost - self.lost):
+                log.warning("files that other cells need were removed. Again: %s", shorten(new))
+            self.lost |= lost
+
+    def find_lost(self) -> set[str]:
+        """Find finished cells without their files that an unfinished cell needs."""
+        needed = {need for cell in self.cells if cell.name not in self.rows for need in cell.needs}
+        return {
+            cell.name
+            for cell in self.cells
+            if cell.name in (needed & self.rows.keys()) - self.ended
+            if not all((REPOSITORY / step.done).exists() for step in cell.steps)
+        }
 
     def run(self, stop: Callable[[], bool]) -> None:
         """Start cells until none is left, or `stop` returns true."""
@@ -419,7 +413,9 @@ class GridRun:
         if slot is not None:
             environment |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(slot)}
         gpu = slot if slot is not None else next(iter(self.gpus), None)
-        attempts = Attempts(self.logs, cell, self.fingerprints[cell.name])
+        attempts = Attempts(self.logs, cell.name, self.fingerprints[cell.name])
+        if cell.name in self.lost:
+            attempts.forget([number for number, step in enumerate(cell.steps) if not has_files(step)])
         running = RunningCell(cell, lock, attempts, environment, gpu, meter=len(self.slots) == 1)
         self.running.append(running)
         self.advance(running)
@@ -443,6 +439,7 @@ class GridRun:
                 return
             append_row(self.results, row)
         self.rows[cell.name] = row
+        self.ended.add(cell.name)
         numbers = ", ".join(f"{key} {value:.4g}" for key, value in row.numbers.items())
         spent = format_seconds(row.cost["wall_seconds"] or 0.0)
         log.info("[%d/%d] %s: done in %s: %s", len(self.rows), len(self.cells), cell.name, spent, numbers or "done")
@@ -492,7 +489,7 @@ class GridRun:
         """Estimate the seconds that an unfinished cell still needs. 0: unknown."""
         pairs = [(other, self.rows[other.name]) for other in self.cells if other.name in self.rows]
         seconds = expected_seconds(cell, pairs)
-        spent = Attempts(self.logs, cell, self.fingerprints[cell.name]).cost.wall_seconds
+        spent = Attempts(self.logs, cell.name, self.fingerprints[cell.name]).cost.wall_seconds
         return max(seconds - spent, seconds * LEAST_LEFT)
 
     def seconds_in_all(self) -> float:
@@ -512,10 +509,11 @@ class GridRun:
         if self.failed:
             failures = [f"{name}: {reason}. Log: {self.logs / name}.log" for name, reason in self.failed.items()]
             waiting = f", and {len(left)} more did not run" if left else ""
-            raise UserError(
+            raise FailedCells(
                 f"{self.results}: {len(self.failed)} of {len(self.cells)} cells failed{waiting}. Read the logs and "
                 "repair the cause. Then the same command runs only what is left.",
-                *failures,
+                failures,
+                self.failed,
             )
         if left:
             log.warning("no time is left: %s. The same command continues.", self.describe_progress())

@@ -1,4 +1,4 @@
-"""Rows of results: JSON lines that are appended when a cell of an experiment ends."""
+"""Rows of results: JSON lines, appended when a cell of an experiment ends. Records of the attempts until then."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from crossmae.errors import UserError
-from crossmae.experiments.commands import REPOSITORY
+from crossmae.experiments.commands import FREE, REPOSITORY, Cost
+from crossmae.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,52 @@ def append_row(results: Path, row: Row) -> None:
         file.write(b"\n" * bool(last) + line)
         file.flush()
         os.fsync(file.fileno())
+
+
+class Attempts:
+    """The record of a cell's attempts: what was started, and what it cost. A small file next to the log.
+
+    Args:
+        folder: folder of the logs.
+        cell: name of the cell.
+        fingerprints: hashes of the cell's steps, as the cell is now. Steps with another hash are forgotten.
+    """
+
+    def __init__(self, folder: Path, cell: str, fingerprints: Sequence[str]) -> None:
+        self.path, self.fingerprints = folder / f"{cell}.json", fingerprints
+        try:
+            known = json.loads(self.path.read_text("utf-8"))["steps"]
+            costs = [Cost(**step["cost"]) if step["fingerprint"] == mine else None
+                     for step, mine in zip(known, fingerprints, strict=False)]  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError):  # a first attempt
+            costs = []
+        self.costs: list[Cost | None] = [*costs, *[None] * (len(fingerprints) - len(costs))][: len(fingerprints)]
+
+    def was_started(self, number: int) -> bool:
+        """Return true if the step was started before with the same command."""
+        return self.costs[number] is not None
+
+    def record(self, number: int, cost: Cost) -> None:
+        """Store the cost of a step that was started."""
+        self.costs[number] = cost
+        steps = [
+            {"fingerprint": mine if spent else "", "cost": asdict(spent or FREE)}
+            for mine, spent in zip(self.fingerprints, self.costs, strict=False)
+        ]
+        write_json(self.path, {"steps": steps})
+
+    def forget(self, numbers: Sequence[int]) -> None:
+        """Forget steps whose files were removed, with their cost."""
+        for number in numbers:
+            self.costs[number] = None
+
+    @property
+    def cost(self) -> Cost:
+        """The cost of all steps and attempts."""
+        total = FREE
+        for spent in self.costs:
+            total = total + spent if spent else total
+        return total
 
 
 @contextmanager

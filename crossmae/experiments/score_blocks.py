@@ -173,12 +173,14 @@ def cost_table(
     kinds: Sequence[str],
     metric: Metric,
     given: Sequence[str],
+    pretrained: Sequence[str] = (),
 ) -> Table:
     """List the mean cost of a run, with and without its pretraining.
 
     Args:
         kinds: kinds of the cells that fine-tune.
         given: arms that start from weights whose own pretraining was not measured.
+        pretrained: other arms with a pretraining. Without its row, the total is unknown.
     """
     fine_tuning = {(arm, point): mean_costs(rows, kinds, arm, point) for arm in arms for point in points}
     measured = {heading: key for heading, key in COST_KEYS.items() if any(key in own for own in fine_tuning.values())}
@@ -192,7 +194,7 @@ def cost_table(
             for key in measured.values():
                 own = fine_tuning[arm, point].get(key)
                 cells.append("-" if own is None else _amount(key, own))
-                unknown = own is None or ((arm in given or before) and key not in before)
+                unknown = own is None or ((arm in (*given, *pretrained) or before) and key not in before)
                 total = "-" if unknown or own is None else _amount(key, own + before.get(key, 0.0))
                 cells.append(f"{total} + given" if arm in given and total != "-" else total)
             table.append(cells)

@@ -79,9 +79,9 @@ UNANSWERED = (
     ),
     (
         "Other budgets and settings",
-        "Where the page says nothing else, all runs have the same model, number of steps and learning rate. An arm may "
-        "gain from more steps or from "
-        "another learning rate, and random weights usually need more steps than pretrained weights.",
+        "Where the page says nothing else, all runs have the same model, number of steps and highest learning rate. An "
+        "arm may gain from more steps or from another learning rate, and random weights usually need more steps than "
+        "pretrained weights.",
     ),
     (
         "A difference that is not shown",
@@ -93,8 +93,9 @@ UNANSWERED = (
     ),
     (
         "Learning rates",
-        "Random weights have the same learning rate in all layers. Pretrained weights have a lower one in early "
-        "layers, as the config says. No other rates were tried.",
+        "Unless a setting gives one decay to all runs, random weights have the same learning rate in all layers. "
+        "Pretrained weights have a lower one in early layers, as the config says. No other rates were tried, so a part "
+        "of a difference may come from the rates.",
     ),
 )
 NO_EQUAL_COMPUTE = (
@@ -210,10 +211,13 @@ def answer_of(
 def lead_of(pair: tuple[str, str], arms: Mapping[str, str], metric: Metric) -> str:
     """Explain the headline numbers."""
     arm, control = (plain(arms[one]) for one in pair)
+    rates = (
+        ", with the learning rates of its early layers," if (pair[0] in RANDOM_ARMS) != (pair[1] in RANDOM_ARMS) else ""
+    )
     longer = f", and {plain(arms[LONGER])} have more steps" if LONGER in arms else ""
     return (
-        f"The same model was fine-tuned in the same way. Only the start of its encoder differs{longer}. The numbers "
-        f"below are differences in {metric.name}: {arm}, minus {control}."
+        f"The same model was fine-tuned in the same way. Only the start of its encoder{rates} differs{longer}. The "
+        f"numbers below are differences in {metric.name}: {arm}, minus {control}."
     )
 
 
@@ -315,7 +319,7 @@ def cost_section(
             "together."
         )
     metric, scores = next(iter(tables.items()))
-    table = cost_table(rows, scores, arms, _headings(places), SCORED_KINDS, metric, ("weights", "continued"))
+    table = cost_table(rows, scores, arms, _headings(places), SCORED_KINDS, metric, ("weights", "continued"), ("own",))
     return Section("Cost", text, [table])
 
 

@@ -26,6 +26,13 @@ def _nothing_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         (["--shares", "0,50"], "shares: 0 is not a percentage"),
         (["--shares", "50,50"], "--shares: a number is there twice"),
         (["--seeds", "1,1"], "--seeds: a number is there twice"),
+        (["--seeds=-1,0"], "--seeds: -1 to 0. Give numbers from 0"),
+        (["--seeds", "0;1"], "'0;1' is no list of whole numbers. Write for example 0,1"),
+        (["--val-images", "."], "--val-images: there are no --val-labels"),
+        (
+            ["--page", "--pretrain-set", "optim.batch_size=8"],
+            "out has no results of this command. Give the options of the runs",
+        ),
         (["--steps", "0"], "--steps: 0 is not positive"),
         (["--arms", "own,mine"], "--arms: mine is unknown"),
         (["--arms", "continued"], "continued needs weights"),

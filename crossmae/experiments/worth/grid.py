@@ -152,16 +152,32 @@ def choose_budget(question: Question, steps: int | None, extra_steps: int = 0) -
     warmup = round(schedule.warmup_epochs / schedule.epochs * epochs, 3)
     total = epochs * per_epoch
     total = total if schedule.max_steps is None else min(total, schedule.max_steps)
+    images_per_step = question.preset.detect_batch if question.labels.task == "detect" else class_step(question)
     if steps is None:
         least, most = question.preset.fine_tune_steps
-        images_per_step = question.preset.detect_batch if question.labels.task == "detect" else class_batch(question)
         steps = min(max(round(EPOCHS_OF_LABELS * question.labels.all_images / images_per_step), least), most)
     return Budget(epochs, warmup, total, steps, extra_steps)
 
 
 def class_batch(question: Question) -> int:
-    """Return the images per step of a classifier in all shares."""
+    """Return the images that a classifier takes at a time, by default."""
     return min(32, min(question.labels.counts.values()))
+
+
+def class_step(question: Question) -> int:
+    """Return the images per step of a classifier in all shares.
+
+    Raises UserError if the user wants more than the smallest share has.
+    """
+    smallest, pairs = min(question.labels.counts.values()), [one.split("=", 1) for one in question.fine_tune_settings]
+    given = {key: int(value) for key, value in pairs if value.isdecimal()}
+    images = given.get("optim.batch_size", class_batch(question)) * given.get("optim.accumulate", 1)
+    if images > smallest:
+        raise UserError(
+            f"--detect-set: a step has {images} images, but the smallest share only {smallest}. Lower optim.batch_size "
+            "or optim.accumulate, or give larger --shares."
+        )
+    return max(images, 1)
 
 
 def build_cells(question: Question, budget: Budget) -> list[Cell]:
@@ -337,7 +353,7 @@ def classify_words(
     encoder, batch = question.preset.encoder(question.pretrain_settings), class_batch(question)
     sizes = [f"model.{key}={encoder[key]}" for key in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")]
     name = encoder["name"].partition("_")[2]  # crossmae_vit_tiny_patch16 is vit_tiny_patch16 here
-    epochs = math.ceil(steps / max(labelled // batch, 1))
+    epochs = math.ceil(steps / max(labelled // class_step(question), 1))
     return (
         "tools/finetune.py",
         "--config-file",

@@ -17,7 +17,7 @@ from crossmae.data.sources import open_source
 from crossmae.data.sources.source import Source
 from crossmae.errors import UserError, shorten
 from crossmae.experiments.labels import list_class_subsets, write_coco_subsets
-from crossmae.files import make_folder, read_json, write_json
+from crossmae.files import make_folder, read_json, sha256, write_json
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,10 @@ def prepare_labels(
             raise UserError(f"{key}: {part.labels} does not exist. Name a COCO json or a folder per class.")
     if labels.labels.suffix.lower() == ".json":
         return _prepare_coco(labels, val, unlabelled, shares, seeds, folder)
-    return _prepare_classes(labels.labels, val.labels if val else None, shares, seeds, folder)
+    for flag, part in (("--label-images", labels), ("--val-images", val)):
+        if part and part.images:
+            raise UserError(f"{flag}: only a COCO json needs it. Leave it out: {part.labels} is no json.")
+    return _prepare_classes(labels.labels, val.labels if val else None, unlabelled, shares, seeds, folder)
 
 
 def _prepare_coco(
@@ -231,7 +234,7 @@ def _count_held_out(total: int, key: str) -> int:
 
 
 def _prepare_classes(
-    labels: Path, val: Path | None, shares: Sequence[float], seeds: Sequence[int], folder: Path
+    labels: Path, val: Path | None, unlabelled: Path, shares: Sequence[float], seeds: Sequence[int], folder: Path
 ) -> Labels:
     source = _open_classes(labels, "LABELS")
     names = [source.name(index) for index in range(len(source))]
@@ -247,6 +250,7 @@ def _prepare_classes(
         _check_overlap(*([os.path.realpath(one.name(i)) for i in range(len(one))] for one in (source, held_out)))
         if unknown := sorted(set(held_out.classes) - set(source.classes)):
             raise UserError(f"--val-labels: LABELS has no class {shorten(unknown)}. Name labels of the same classes.")
+    remarks += _remark_seen(unlabelled, [os.path.realpath(held_out.name(i)) for i in range(len(held_out))])
     subsets = {
         (seed, share): LabelledPart(path)
         for seed in seeds
@@ -294,6 +298,26 @@ def _digest(content: bytes) -> str:
 def count_images(images: Path) -> int:
     """Count the unlabelled images. Raises UserError if there are none."""
     return len(open_source(images, "IMAGES"))
+
+
+def check_unchanged(output: Path, results: Path, contents: Mapping[str, Path | int]) -> None:
+    """Check that inputs are those of the results, and record them.
+
+    Commands name inputs by their paths, so a changed input does not change a command.
+
+    Args:
+        output: folder of the record.
+        results: rows of finished runs. Without this file, nothing is checked.
+        contents: a file, or the number of images, by the words for the input.
+
+    Raises UserError if an input has changed.
+    """
+    record = output / "inputs.json"
+    known = read_json(record) if record.is_file() and results.exists() else {}
+    found = {words: sha256(one) if isinstance(one, Path) else one for words, one in contents.items()}
+    if changed := [words for words, one in found.items() if known.get(words, one) != one]:
+        raise UserError(f"{changed[0]}: has changed since the runs in {output}. Name another --output, or restore it.")
+    write_json(record, known | found)
 
 
 def check_weights(path: Path, sizes: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> None:

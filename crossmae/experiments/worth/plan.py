@@ -11,10 +11,10 @@ from typing import Any
 
 import psutil
 
-from crossmae.errors import UserError
-from crossmae.experiments.cells import Cell, expected_seconds, finished_rows, run_cells
+from crossmae.errors import UserError, shorten
+from crossmae.experiments.cells import Cell, FailedCells, expected_seconds, finished_rows, run_cells
 from crossmae.experiments.commands import count_cores, find_gpus
-from crossmae.experiments.rows import Row
+from crossmae.experiments.rows import Row, read_rows
 from crossmae.experiments.worth.grid import (
     ARMS,
     EQUAL_COMPUTE,
@@ -27,7 +27,13 @@ from crossmae.experiments.worth.grid import (
     estimated,
     timing_cells,
 )
-from crossmae.experiments.worth.inputs import LabelledPart, check_weights, count_images, prepare_labels
+from crossmae.experiments.worth.inputs import (
+    LabelledPart,
+    check_unchanged,
+    check_weights,
+    count_images,
+    prepare_labels,
+)
 from crossmae.files import make_folder
 from crossmae.reports.page import format_seconds
 
@@ -45,7 +51,10 @@ OWN_KEYS = {  # settings that the plan decides, and the option to use instead
     "MODEL.WEIGHTS": "--weights",
     "SOLVER.MAX_ITER": "--steps",
     "SOLVER.EPOCHS": "--steps",
-    "schedule.max_steps": "--steps, or schedule.epochs",
+}
+OWN_KEYS_BY_FLAG = {
+    "--pretrain-set": OWN_KEYS | {"schedule.max_steps": "schedule.epochs"},
+    "--detect-set": OWN_KEYS | {"schedule.max_steps": "--steps", "schedule.epochs": "--steps"},
 }
 
 
@@ -58,14 +67,14 @@ def check_settings(flag: str, settings: Sequence[str]) -> None:
         key, sign, _ = word.partition("=")
         if not sign:
             raise UserError(f"{flag}: {word} is no setting. Write KEY=VALUE.")
-        if key in OWN_KEYS:
-            raise UserError(f"{flag}: {key} is decided by the plan. Use {OWN_KEYS[key]}.")
+        if instead := OWN_KEYS_BY_FLAG[flag].get(key):
+            raise UserError(f"{flag}: {key} is decided by the plan. Use {instead}.")
 
 
 def choose_arms(arms: Sequence[str] | None, has_weights: bool, equal_compute: bool) -> tuple[str, ...]:
     """Choose the arms, in the order of the runs.
 
-    Raises UserError if an arm is unknown, or needs weights that are not given.
+    Raises UserError if an arm is unknown, or needs weights or another arm that are not given.
     """
     if arms is None:
         arms = [arm for arm in ARMS if arm != EQUAL_COMPUTE and (has_weights or arm not in NEEDS_WEIGHTS)]
@@ -74,6 +83,8 @@ def choose_arms(arms: Sequence[str] | None, has_weights: bool, equal_compute: bo
     if not has_weights and (lacking := [arm for arm in arms if arm in NEEDS_WEIGHTS]):
         raise UserError(f"--arms: {lacking[0]} needs weights to start from. Name them with --weights.")
     chosen = {*arms, *([EQUAL_COMPUTE] if equal_compute else [])}
+    if EQUAL_COMPUTE in chosen and "own" not in chosen:
+        raise UserError(f"--arms: {EQUAL_COMPUTE} takes as long as own, which is not among the arms. Add own.")
     return tuple(arm for arm in ARMS if arm in chosen)
 
 
@@ -108,9 +119,14 @@ def prepare_question(
     count, preset = count_images(images), PRESETS[size]
     make_folder(output, "--output")
     found = prepare_labels(labels, val, images, shares, seeds, output / "labels")
+    if found.task == "detect":
+        check_sizes(preset.encoder(), preset.encoder(pretrain_settings), fine_tune_settings)
     if weights:
         presets = {name: preset.encoder() for name, preset in PRESETS.items()}
         check_weights(weights, preset.encoder(pretrain_settings), presets)
+    files = {"--weights": weights, "--val-labels": val and found.val.labels}
+    contents: dict[str, Path | int] = {f"{key}: {path}": path for key, path in files.items() if path and path.is_file()}
+    check_unchanged(output, output / RESULTS, contents | {f"IMAGES: {images}": count})
     return Question(
         images=images,
         count=count,
@@ -124,6 +140,20 @@ def prepare_question(
         pretrain_settings=tuple(pretrain_settings),
         fine_tune_settings=tuple(fine_tune_settings),
     )
+
+
+def check_sizes(usual: Mapping[str, Any], ours: Mapping[str, Any], fine_tune_settings: Sequence[str]) -> None:
+    """Check that the detector's encoder has the sizes of pretraining.
+
+    Args:
+        usual: arguments of the encoder in the configs; ours: as the user changed them.
+
+    Raises UserError for sizes that the user changed for pretraining only.
+    """
+    given = {word.partition("=")[0] for word in fine_tune_settings}
+    names = {key: f"MODEL.VIT.{key.upper()}" for key in ("embed_dim", "depth", "num_heads") if usual[key] != ours[key]}
+    if lacking := [f"{name}={ours[key]}" for key, name in names.items() if name not in given]:
+        raise UserError(f"--pretrain-set: the detector has other sizes. Add --detect-set {' '.join(lacking)}.")
 
 
 @dataclass(frozen=True)
@@ -140,28 +170,55 @@ class Plan:
     load: float
 
 
-def make_plan(question: Question, steps: int | None, gpus: Sequence[int]) -> Plan:
-    """Measure the seconds of a step, and list the runs."""
+def make_plan(question: Question, steps: int | None, gpus: Sequence[int], runs: bool = True) -> Plan:
+    """Measure the seconds of a step, and list the runs.
+
+    Args:
+        runs: measure what has not been measured.
+
+    Raises UserError if something has not been measured and must not run.
+    """
     budget = choose_budget(question, steps)
-    log.info("A short run of each kind comes first. It also checks data and settings")
     results = question.output / "timing" / RESULTS
+    timed = timing_cells(question, budget)
+    if not runs and len(finished_rows(timed, results)) < len(timed):
+        raise UserError(
+            f"--page: {question.output} has no results of this command. Give the options of the runs, or leave --page "
+            "out."
+        )
+    log.info("A short run of each kind comes first. It also checks data and settings")
     make_folder(results.parent, "--output")
-    rows = run_cells(timing_cells(question, budget), results, gpus=gpus[:1])
+    rows = run_cells(timed, results, gpus=gpus[:1])
     timings = {str(row.facts["kind"]): seconds_of_kind(row) for row in rows}
     if EQUAL_COMPUTE in question.arms:
-        if "pretrain" not in timings:
-            raise UserError(f"--arms: {EQUAL_COMPUTE} takes as long as own, which is not among the arms. Add own.")
-        (start, pretrain_step), (_, step) = timings["pretrain"], timings[question.labels.task]
-        budget = replace(budget, extra_steps=round((start + pretrain_step * budget.pretrain_steps) / step))
+        budget = replace(budget, extra_steps=steps_of_pretraining(rows, budget.pretrain_steps, on_gpu=bool(gpus)))
     wall, cpu = (sum(float(row.cost[key] or 0) for row in rows) for key in ("wall_seconds", "cpu_seconds"))
     return Plan(estimated(build_cells(question, budget), timings), budget, wall / cpu)
 
 
-def seconds_of_kind(row: Row) -> tuple[float, float]:
-    """Split the CPU seconds of a timing run: start, and a step."""
-    wall, cpu = float(row.cost["wall_seconds"] or 0), float(row.cost["cpu_seconds"] or 0)
+def seconds_of_kind(row: Row, cost: str = "cpu_seconds") -> tuple[float, float]:
+    """Split the seconds of a timing run: start, and a step.
+
+    Args:
+        cost: "cpu_seconds" or "wall_seconds".
+    """
+    wall, seconds = float(row.cost["wall_seconds"] or 0), float(row.cost[cost] or 0)
     share = min(row.numbers["steps"] * row.numbers["step_seconds"] / wall, 1.0)
-    return cpu * (1 - share), cpu * share / row.numbers["steps"]
+    return seconds * (1 - share), seconds * share / row.numbers["steps"]
+
+
+def steps_of_pretraining(rows: Sequence[Row], pretrain_steps: int, on_gpu: bool) -> int:
+    """Return the number of fine-tuning steps that take as long as pretraining.
+
+    Time is CPU time, or on a GPU the time of the run.
+
+    Args:
+        rows: timing runs of pretraining and of fine-tuning.
+    """
+    cost = "wall_seconds" if on_gpu else "cpu_seconds"
+    found = {row.facts["kind"] == "pretrain": seconds_of_kind(row, cost) for row in rows}
+    (start, pretrain_step), (_, step) = found[True], found[False]
+    return round((start + pretrain_step * pretrain_steps) / step)
 
 
 def describe_plan(question: Question, plan: Plan, jobs: int, gpus: Sequence[int]) -> str:
@@ -220,21 +277,33 @@ def answer(
 
     The page is also written if runs failed or time ran out. Raises the errors of `run_cells`.
     """
+    failed: Mapping[str, str] = {}
     try:
         run_cells(plan.cells, question.output / RESULTS, jobs=jobs, gpus=gpus, minutes=minutes)
+    except FailedCells as error:
+        failed = error.reasons
+        log.warning("%s: lists the failed runs", question.output / PAGE)
+        raise
     finally:
-        verdict = write_answer(question, plan, settings)
+        verdict = write_answer(question, plan, settings, failed)
     return verdict
 
 
-def write_answer(question: Question, plan: Plan, settings: Mapping[str, Any]) -> str:
+def write_answer(
+    question: Question, plan: Plan, settings: Mapping[str, Any], failed: Mapping[str, str] | None = None
+) -> str:
     """Write the page from the finished runs.
+
+    Args:
+        failed: reasons by run that failed.
 
     Returns the verdict in words.
     """
     from crossmae.experiments.worth_page import write_page  # imports matplotlib
 
     rows, budget = finished_rows(plan.cells, question.output / RESULTS), plan.budget
+    if others := sorted({row.cell for row in read_rows(question.output / RESULTS)} - rows.keys()):
+        log.warning("runs with other options or another version are not on the page: %s", shorten(others))
     shown = {
         **settings,
         "Images for pretraining": f"{question.count:,} in {question.images}",
@@ -247,6 +316,7 @@ def write_answer(question: Question, plan: Plan, settings: Mapping[str, Any]) ->
         question.output / PAGE,
         title="Is pretraining worth it?",
         settings=shown,
+        failed=failed,
         planned=[cell.facts for cell in plan.cells],
         limits=question.labels.remarks,
     )

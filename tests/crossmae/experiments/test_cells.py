@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -161,6 +162,29 @@ def test_a_step_continues_where_an_attempt_left_off(tmp_path: Path):
     with pytest.raises(UserError, match="exit code 1"):  # as the first attempt, not because of leftovers
         run_cells([changed], results)
     assert "leftovers" not in (tmp_path / "logs/a.log").read_text().rpartition("$ ")[2].partition("\n")[2]
+
+
+def test_a_needed_cell_without_its_files_runs_again(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Only if an unfinished cell needs them, once, and at the cost of the new run."""
+    results = tmp_path / "results.jsonl"
+    cells = [working_cell(tmp_path, "a"), working_cell(tmp_path, "b", needs=("a",))]
+    run_cells(cells, results)
+    (tmp_path / "a-0").unlink()
+    record = tmp_path / "logs/a.json"
+    record.write_text(re.sub(r'"cpu_seconds": [\d.]+', '"cpu_seconds": 1000.0', record.read_text()))
+    run_cells(cells, results)
+    assert journal(tmp_path) == ["a-0", "b-0"]
+    (again, _, _) = run_cells([*cells, working_cell(tmp_path, "c", needs=("a",))], results)
+    assert journal(tmp_path) == ["a-0", "b-0", "a-0", "c-0"]
+    assert "were removed. Again: a" in caplog.text
+    assert (again.cost["cpu_seconds"] or 0) < 1000
+
+
+def test_a_needed_cell_that_removes_its_files_runs_once(tmp_path: Path):
+    file, results = tmp_path / "a-0", tmp_path / "results.jsonl"
+    cell = replace(working_cell(tmp_path, "a"), read=lambda: {"x": file.unlink() or 1.0})
+    assert len(run_cells([cell, working_cell(tmp_path, "b", needs=("a",))], results)) == 2
+    assert journal(tmp_path) == ["a-0", "b-0"]
 
 
 def test_a_torn_last_line_is_ignored_and_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -108,6 +108,14 @@ def test_costs_are_with_and_without_the_pretraining(build: Any) -> None:
     assert costs["random weights, as pretraining starts", "120 (30 %)"] == ["5 min 30 s", "5 min 30 s"]
 
 
+def test_a_total_without_its_pretraining_is_not_shown(build: Any) -> None:
+    rows = [row for row in sample_rows() if row.facts["kind"] != "pretrain"]
+    found = table_with(build(rows)[0], "CPU time with pretraining")
+    totals = {row[0]: row[4] for row in found if row[1] == "40 (10 %)"}
+    assert totals["CrossMAE on your images"] == "-"
+    assert totals["random weights, as pretraining starts"] == "5 min 10 s"
+
+
 def test_energy_and_gpus_are_shown_if_all_runs_have_them(build: Any) -> None:
     rows = [replace(row, cost={**row.cost, "gpu_seconds": 60.0, "energy_joules": 5000.0}) for row in sample_rows()]
     found = table_with(build(rows)[0], "GPU time with pretraining", "energy with pretraining")
@@ -162,6 +170,12 @@ def test_planned_runs_are_missed_before_their_arm_has_a_row(build: Any) -> None:
     found = cells(missing.blocks[0])  # type: ignore[arg-type]
     assert ["CrossMAE on your images", "40", "0"] in found
     assert ["your weights", "400", "2"] in found
+
+
+def test_the_lead_says_what_differs(build: Any) -> None:
+    rates = "Only the start of its encoder, with the learning rates of its early layers, differs."
+    assert rates in build(sample_rows())[0].lead
+    assert "Only the start of its encoder differs." in build(sample_rows(["weights", "continued"]))[0].lead
 
 
 def test_a_page_without_runs(build: Any) -> None:

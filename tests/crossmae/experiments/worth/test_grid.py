@@ -133,6 +133,19 @@ def test_timing_runs_have_few_steps(question: Question):
     assert [cell.name for cell in timing_cells(without, choose_budget(without, None))] == ["detect"]
 
 
+def test_all_shares_of_a_classifier_have_the_same_number_of_steps(tmp_path: Path):
+    labels, preset = LabelledPart(write_classes(tmp_path / "classes", per_class=20)), tiny_preset(tmp_path / "configs")
+    question = ask(tmp_path / "out", tmp_path / "classes", labels, preset, ("random_detector_init",))
+    for settings, images in ((), 20), (("optim.batch_size=8",), 8), (("optim.batch_size=3", "optim.accumulate=2"), 6):
+        given = replace(question, fine_tune_settings=settings)
+        for cell in build_cells(given, choose_budget(given, 30)):
+            epochs = next(word for word in cell.steps[0].arguments if word.startswith("schedule.epochs="))
+            per_epoch = int(cell.facts["labelled"] or 0) // images
+            assert per_epoch * int(epochs.partition("=")[2]) >= 30
+    with pytest.raises(UserError, match="a step has 21 images, but the smallest share only 20"):
+        choose_budget(replace(question, fine_tune_settings=("optim.batch_size=21",)), 30)
+
+
 def test_cells_of_a_classifier(tmp_path: Path):
     """Real tools: pretraining, a classifier that starts from it, and a classifier with its own initialisation."""
     labels, preset = LabelledPart(write_classes(tmp_path / "classes", per_class=10)), tiny_preset(tmp_path / "configs")

@@ -14,7 +14,7 @@ from crossmae.checkpoints.weights import save_weights
 from crossmae.data.sources import open_source
 from crossmae.errors import UserError
 from crossmae.experiments.worth.grid import PRESETS
-from crossmae.experiments.worth.inputs import LabelledPart, check_weights, prepare_labels
+from crossmae.experiments.worth.inputs import LabelledPart, check_unchanged, check_weights, prepare_labels
 from crossmae.models.crossmae import create_model
 from tests.crossmae.classification.labelled import write_classes
 
@@ -99,6 +99,14 @@ def test_folders_of_classes_are_split(tmp_path: Path):
         assert len(train) == 40
         assert not held_out & {train.name(index) for index in range(len(train))}
     assert found.counts == {25.0: 10, 100.0: 40}
+    assert "Pretraining sees 20 of the 20 validation images" in found.remarks[1][1]
+    own = prepare(tmp_path, LabelledPart(tmp_path / "classes"), LabelledPart(write_classes(tmp_path / "val")))
+    assert own.remarks == ()
+
+
+def test_a_folder_of_images_without_a_json(tmp_path: Path):
+    with pytest.raises(UserError, match="--label-images: only a COCO json needs it"):
+        prepare(tmp_path, LabelledPart(write_classes(tmp_path / "classes"), tmp_path))
 
 
 def without(part: LabelledPart, key: str, value: object) -> LabelledPart:
@@ -152,6 +160,21 @@ def test_bad_input_is_named(tmp_path: Path, case: str, message: str):
             path.unlink()
     with pytest.raises(UserError, match=message):
         prepare(tmp_path, labels, val, **options)
+
+
+def test_changed_inputs_are_refused_once_there_are_results(tmp_path: Path):
+    weights, results = tmp_path / "weights.pth", tmp_path / "results.jsonl"
+    for content in (b"first", b"second"):
+        weights.write_bytes(content)
+        check_unchanged(tmp_path, results, {"--weights: a": weights, "IMAGES: b": 3})
+    results.touch()
+    check_unchanged(tmp_path, results, {"IMAGES: c": 4})
+    check_unchanged(tmp_path, results, {"--weights: a": weights, "IMAGES: b": 3})
+    with pytest.raises(UserError, match="IMAGES: b: has changed since the runs in "):
+        check_unchanged(tmp_path, results, {"--weights: a": weights, "IMAGES: b": 4})
+    weights.write_bytes(b"third")
+    with pytest.raises(UserError, match=r"--weights: a: has changed .* Name another --output"):
+        check_unchanged(tmp_path, results, {"--weights: a": weights})
 
 
 def test_weights_must_fit(tmp_path: Path):

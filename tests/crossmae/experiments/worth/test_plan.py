@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from crossmae.errors import UserError
-from crossmae.experiments.rows import Row
+from crossmae.experiments.rows import Row, append_row
 from crossmae.experiments.worth import plan
 from crossmae.experiments.worth.grid import ARMS, build_cells, choose_budget
 from tests.crossmae.experiments.worth.test_inputs import write_labels
@@ -22,7 +22,12 @@ def test_arms_by_default():
 
 
 @pytest.mark.parametrize(
-    ("arms", "message"), [(["weights"], "weights needs weights"), (["other"], "--arms: other is unknown")]
+    ("arms", "message"),
+    [
+        (["weights"], "weights needs weights"),
+        (["other"], "--arms: other is unknown"),
+        (["random_equal_compute"], "takes as long as own, which is not among the arms. Add own"),
+    ],
 )
 def test_bad_arms(arms: list[str], message: str):
     with pytest.raises(UserError, match=message):
@@ -31,10 +36,15 @@ def test_bad_arms(arms: list[str], message: str):
 
 @pytest.mark.parametrize(
     ("word", "message"),
-    [("x", "--detect-set: x is no setting"), ("SOLVER.MAX_ITER=3", "is decided by the plan. Use --steps")],
+    [
+        ("x", "--detect-set: x is no setting"),
+        ("SOLVER.MAX_ITER=3", "is decided by the plan. Use --steps"),
+        ("schedule.epochs=3", "is decided by the plan. Use --steps"),  # epochs differ between the shares
+    ],
 )
 def test_bad_settings(word: str, message: str):
     plan.check_settings("--detect-set", ["SOLVER.BASE_LR=1"])
+    plan.check_settings("--pretrain-set", ["schedule.epochs=3"])
     with pytest.raises(UserError, match=message):
         plan.check_settings("--detect-set", [word])
 
@@ -43,6 +53,49 @@ def test_a_timing_run_has_a_start_and_steps():
     cost = {"wall_seconds": 40.0, "cpu_seconds": 60.0}
     row = Row("detect", {"kind": "detect"}, {"steps": 10, "step_seconds": 3.0}, cost)
     assert plan.seconds_of_kind(row) == pytest.approx((15.0, 4.5))
+
+
+def test_the_detector_has_the_sizes_of_pretraining():
+    usual = plan.PRESETS["demo"].encoder()
+    smaller = plan.PRESETS["demo"].encoder(["model.depth=4"])
+    plan.check_sizes(usual, usual, [])
+    plan.check_sizes(usual, smaller, ["MODEL.VIT.DEPTH=4"])
+    with pytest.raises(UserError, match=r"other sizes\. Add --detect-set MODEL\.VIT\.DEPTH=4\."):
+        plan.check_sizes(usual, smaller, [])
+
+
+def test_equal_compute_is_equal_cpu_time_or_equal_time_on_a_gpu():
+    pretrain = Row("a", {"kind": "pretrain"}, {"steps": 10, "step_seconds": 2.0}, wall_and_cpu(wall=24, cpu=48))
+    detect = Row("b", {"kind": "detect"}, {"steps": 10, "step_seconds": 4.0}, wall_and_cpu(wall=50, cpu=25))
+    assert plan.steps_of_pretraining([detect, pretrain], 100, on_gpu=False) == (8 + 4 * 100) / 2
+    assert plan.steps_of_pretraining([detect, pretrain], 100, on_gpu=True) == (4 + 2 * 100) / 4
+
+
+def wall_and_cpu(wall: float, cpu: float) -> dict[str, float | None]:
+    return {"wall_seconds": wall, "cpu_seconds": cpu}
+
+
+def test_runs_with_other_options_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    question = ask(tmp_path / "out", tmp_path / "train", write_labels(tmp_path), tiny_preset(tmp_path / "c"), ("own",))
+    append_row(tmp_path / "out" / plan.RESULTS, Row("pretrain-own-seed0", {}, {}, {}, fingerprint="of other options"))
+    budget = choose_budget(question, 3)
+    plan.write_answer(question, plan.Plan(build_cells(question, budget), budget, load=1.0), {})
+    assert "other options or another version are not on the page: pretrain-own-seed0" in caplog.text
+
+
+def test_failed_runs_are_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    question = ask(tmp_path / "out", tmp_path / "train", write_labels(tmp_path), tiny_preset(tmp_path / "c"), ("own",))
+    made = plan.Plan(build_cells(question, choose_budget(question, 3)), choose_budget(question, 3), load=1.0)
+
+    def fail(*_: object, **__: object) -> None:
+        raise plan.FailedCells("1 of 3 cells failed", [], {"pretrain-own-seed0": "exit code 7"})
+
+    monkeypatch.setattr(plan, "run_cells", fail)
+    with pytest.raises(UserError, match="1 of 3 cells failed"):
+        plan.answer(question, made, jobs=1, gpus=[], minutes=None, settings={})
+    page = (tmp_path / "out" / plan.PAGE).read_text()
+    assert "pretrain-own-seed0" in page
+    assert "exit code 7" in page
 
 
 def test_plan_and_page_of_a_grid_of_two_cells(tmp_path: Path):
