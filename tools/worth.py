@@ -6,15 +6,15 @@
     python tools/worth.py IMAGES LABELS --shares 20,100 --seeds 0,1,2 --minutes 60
     python tools/worth.py IMAGES LABELS --page                    # the page only, from the results that are there
 
-IMAGES are unlabelled images: any source on this machine that tools/pretrain.py reads. LABELS are a COCO json, for a
-detector, or a folder per class, for a classifier. The same model is fine-tuned with the same number of steps from each
-start:
+IMAGES are unlabelled images: any source on this machine that tools/pretrain.py reads. If validation images are among
+them, pretraining sees them without their labels, and the page says so. LABELS are a COCO json, for a detector, or a
+folder per class, for a classifier. The same model is fine-tuned with the same number of steps from each start:
 
     random_pretraining_init   random weights, exactly as pretraining starts
     random_detector_init      random weights, as the detector or classifier starts by itself
     own                       CrossMAE, pretrained on IMAGES
     weights, continued        your weights, without and with further pretraining on IMAGES
-    random_equal_compute      random weights, with as much computation as pretraining and fine-tuning together
+    random_equal_compute      random weights, with the time of pretraining and fine-tuning together
 
 The same command continues after an interruption. Finished runs are not repeated.
 """
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gpus", type=_seeds, metavar="N,N", help="GPUs with a run each (default: all)")
     add("--minutes", type=float, metavar="M", help="start no run that is expected to end later than this")
     add("--plan", action="store_true", help="print the plan, and stop")
-    add("--page", action="store_true", help="write the page from the results that are there, and stop")
+    add("--page", action="store_true", help="write the page from the results of these options, and stop")
     return parser
 
 

@@ -283,7 +283,8 @@ def set_override(values: dict[str, Any], word: str) -> None:
             raise UserError(f"{word}: {section!r} is not a section. Write {section}=VALUE.")
     if not text.strip():
         raise UserError(f"{word}: no value. For none at all write {key}=null.")
-    if not text.isprintable() or (os.sep in text and os.path.exists(os.path.expanduser(text))):
+    is_path = text.startswith(os.sep) or (os.sep in text and os.path.exists(os.path.expanduser(text)))
+    if is_path or not text.isprintable():
         values[last] = text  # a path: YAML would read `/data/set #1` as `/data/set`
         return
     try:

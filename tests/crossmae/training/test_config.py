@@ -139,6 +139,12 @@ def test_paths_on_the_command_line_are_taken_as_they_are(name: str, config_file:
     assert load_config(str(config_file), [f"data.train={tmp_path / name}"]).data.train == str(tmp_path / name)
 
 
+def test_an_absolute_path_need_not_exist(config_file: Path, tmp_path: Path) -> None:
+    """YAML would write the run to a folder `runs`."""
+    words = ["data.train=x", f"output_dir={tmp_path}/runs #2/a: b"]
+    assert load_config(str(config_file), words).output_dir == tmp_path / "runs #2/a: b"
+
+
 def test_a_folder_that_other_programs_cannot_write_is_an_error(config_file: Path) -> None:
     with pytest.raises(UserError, match=r"output_dir: a name in UTF-8 is needed, got 'caf\\udce9'"):
         load_config(str(config_file), ["output_dir=caf\udce9"])
