@@ -150,9 +150,15 @@ def finished_rows(cells: Sequence[Cell], results: Path) -> dict[str, Row]:
 
     A row of a cell that has changed since does not count.
     """
-    rows, fingerprints = {row.cell: row for row in read_rows(results)}, step_fingerprints(cells, results)
-    fit = {cell.name: rows[cell.name] for cell in cells if cell.name in rows}
-    return {name: row for name, row in fit.items() if row.fingerprint == fingerprints[name][-1]}
+    return fitting_rows(results, step_fingerprints(cells, results))
+
+
+def fitting_rows(results: Path, fingerprints: Mapping[str, Sequence[str]]) -> dict[str, Row]:
+    """Read the rows that fit `step_fingerprints`, by name of the cell."""
+    rows = {row.cell: row for row in read_rows(results)}
+    return {
+        name: rows[name] for name, own in fingerprints.items() if name in rows and rows[name].fingerprint == own[-1]
+    }
 
 
 def check_cells(cells: Sequence[Cell]) -> None:
@@ -190,7 +196,7 @@ def step_fingerprints(cells: Sequence[Cell], results: Path) -> dict[str, list[st
                 text = text.replace(json.dumps(place)[1:-1], sign)
             chain.append(hash_of([chain[-1], text, *config_hashes(step.arguments)]))
         found[name] = chain[1:] or chain
-    return found
+    return {cell.name: found[cell.name] for cell in cells}
 
 
 def hash_of(values: Sequence[str]) -> str:
@@ -333,7 +339,7 @@ class GridRun:
 
     def update_rows(self) -> None:
         """Read the rows that fit the cells, also those of other calls."""
-        self.rows = finished_rows(self.cells, self.results)
+        self.rows = fitting_rows(self.results, self.fingerprints)
         while lost := self.find_lost():
             for name in lost:
                 del self.rows[name]
@@ -360,8 +366,8 @@ class GridRun:
                 self.end_running()
                 return
             self.poll()
-            ready = self.ready()
-            if len(self.running) < len(self.slots) and ready and time.monotonic() >= looked:
+            ready = self.ready() if len(self.running) < len(self.slots) else []
+            if ready and time.monotonic() >= looked:
                 started = self.start_one(ready)
                 if started:
                     continue

@@ -138,7 +138,7 @@ class RunningCommand:
         command: program and arguments.
         log: file to which output and errors are appended.
         environment: changes of the environment.
-        gpu: index of the GPU that the command uses. None: no GPU.
+        on_gpu: its time is time on a GPU, too.
         meter: energy counters that count for this command only. None: energy stays unknown.
     """
 
@@ -203,7 +203,7 @@ class RunningCommand:
     def _sample(self) -> None:
         self.sampled = time.monotonic()
         processes = list(_family(self.process.pid))
-        self.peak = max(self.peak, resident_bytes(self.process.pid))
+        self.peak = max(self.peak, sum(map(_resident, processes)))
         self.cpu_seconds = max(self.cpu_seconds, sum(map(_cpu_seconds, processes)))
         if self.meter:
             self.meter.sample()

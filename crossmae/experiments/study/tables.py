@@ -127,8 +127,8 @@ def single_runs(
         for arm in arms:
             values = values_of(rows, measure, arm, share)
             label = f"`{arm}`" if share is None else f"`{arm}`, {share:g} % of the labels"
-            table.append([label, *(f"{values[seed]:.2f}" if seed in values else MISSING for seed in (0, 1, 2))])
-    return TextTable(["arm", "seed 0", "seed 1", "seed 2"], table, f"{measure.name} in percent, every run.")
+            table.append([label, *(f"{values[seed]:.2f}" if seed in values else MISSING for seed in SEEDS)])
+    return TextTable(["arm", *(f"seed {seed}" for seed in SEEDS)], table, f"{measure.name} in percent, every run.")
 
 
 def fashion_findings(rows: Sequence[Row]) -> list[ArmComparison]:

@@ -1,16 +1,10 @@
 """The bootstrap agrees with pycocotools on every resampling, pairs the detectors, and depends on its seed only."""
 
-import contextlib
-import copy
-import io
-
 import numpy as np
 import pytest
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from det.evaluation.resampling import average_precision, bootstrap_difference, match_detections
-from tests.det.evaluation.test_scoring import made_up
+from tests.det.evaluation.test_scoring import made_up, reference
 
 TASKS = ["bbox", "segm"]
 
@@ -32,31 +26,21 @@ def repeated(truth, results, weights):
     return whole, found
 
 
-def reference(truth, results, task):
+def reference_ap(truth, results, task):
     """AP by pycocotools, in percent."""
-    if task == "segm":
-        results = [{key: value for key, value in result.items() if key != "bbox"} for result in results]
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = copy.deepcopy(truth)
-        coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(copy.deepcopy(results)), task)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return 100 * evaluation.stats[0]
+    return 100 * reference(truth, results, task).stats[0]
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_ap_of_the_images_as_they_are(task):
     ones = np.ones(16, np.int64)
-    assert average_precision(matches(0, task), ones) == pytest.approx(reference(*made_up(0), task), abs=1e-9)
+    assert average_precision(matches(0, task), ones) == pytest.approx(reference_ap(*made_up(0), task), abs=1e-9)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_ap_of_resampled_images(task):
     for weights in np.random.default_rng(0).multinomial(16, np.full(16, 1 / 16), size=4):
-        expected = reference(*repeated(*made_up(1), weights), task)
+        expected = reference_ap(*repeated(*made_up(1), weights), task)
         # Copies of one image have equal scores. pycocotools orders them by image, so AP moves a little.
         assert average_precision(matches(1, task), weights) == pytest.approx(expected, abs=0.3)
 
