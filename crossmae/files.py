@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import hashlib
 import json
@@ -12,6 +13,8 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
+
+import yaml
 
 from crossmae.errors import UserError, printable
 
@@ -35,6 +38,11 @@ WIDE_ENCODINGS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\x
 # Tried to show how a text would read. Of equally likely encodings, the first comes first.
 OTHER_ENCODINGS = ("WINDOWS-1252", "WINDOWS-1251", "GB18030", "SHIFT_JIS", "EUC-KR", "BIG5")
 MOST_READINGS = 4
+# Bounds of texts that others wrote. Larger values would exhaust memory, the stack, or the numbers of numpy and torch.
+MAX_DEPTH = 100  # lists and mappings in each other
+MAX_DIGITS, MAX_SETTING = 300, 10**18  # digits of a whole number in JSON; absolute value of a setting
+MAX_SETTINGS_TEXT, MAX_SETTINGS = 1 << 18, 100_000  # characters of settings; their values, with aliases counted again
+_VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\{[^}/]*\})")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -124,6 +132,8 @@ def make_folder(folder: Path, key: str) -> None:
     Raises UserError if the folder cannot be created or written. The message names `key`, the config key or flag of the
     folder.
     """
+    if why := why_unexpanded(folder):
+        raise UserError(f"{key}: {folder}: {why}")
     probe = folder / f".write-test.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -135,6 +145,8 @@ def make_folder(folder: Path, key: str) -> None:
 
 def check_writable(folder: Path, key: str) -> None:
     """Check that a folder can be written, without changing the folder."""
+    if why := why_unexpanded(folder):
+        raise UserError(f"{key}: {folder}: {why}")
     there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
     if not there.is_dir():
         raise UserError(f"{key}: cannot write in {folder}: {there} is a file. Name another folder.")
@@ -146,6 +158,33 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def expand_path(value: str | Path, key: str) -> Path:
+    """Expand `~` in a path that a user gave.
+
+    Raises UserError if the path is empty, or has a variable or a user that nothing expands. The message names `key`.
+    """
+    if not str(value).strip():
+        raise UserError(f"{key}: an empty path. Name a file or folder.")
+    if why := why_unexpanded(value):
+        raise UserError(f"{key}: {value}: {why}")
+    return Path(os.path.expanduser(value))
+
+
+def why_unexpanded(value: str | Path) -> str:
+    """Name what was not expanded in a path, or return "".
+
+    It is a variable or `~user`. Files may have such names, so a part of the path that exists is no such case.
+    """
+    path = Path(os.path.expanduser(value))
+    there = next((part for part in (path, *path.parents) if os.path.lexists(part)), path)
+    lacking = str(path.relative_to(there))
+    if found := _VARIABLE.search(lacking):
+        return f"the variable {found[0]} was not expanded. Write the value of {found[1].strip('{}')}."
+    if lacking.startswith("~") and str(there) == ".":
+        return f"the home folder {lacking.partition(os.sep)[0]} is unknown. Write the whole path."
+    return ""
 
 
 def special_kind(path: str | Path) -> str:
@@ -254,20 +293,111 @@ def read_json(path: Path) -> Any:
     try:
         text = decode_text(path.read_bytes(), path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Name an existing file.") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}. Name another file.") from None
+        raise UserError(f"{path}: {why_unexpanded(path) or 'no such file. Name an existing file.'}") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: cannot be read: {why}. Name another file.") from None
     return parse_json(text, str(path))
 
 
 def parse_json(text: str, shown: str) -> Any:
     """Parse JSON text. UserError names the file as `shown`, and the line."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # not JSON, thousands of digits, or deeply nested lists
+        return load_json(text)
+    except ValueError as error:
         kind, advice = recognize(text.lstrip()[:200].encode(errors="replace"))
         likeness = f" but {kind}" * bool(kind) + f", so {advice[:1].lower()}{advice[1:]}" * (kind == LFS_POINTER)
         raise UserError(f"{shown}: not valid JSON{likeness}: {error}. Write it again.") from None
+
+
+def load_json(text: str | bytes) -> Any:
+    """Parse JSON within bounds.
+
+    Raises ValueError if the text is not JSON, is nested too deeply, or has a number with too many digits.
+    """
+    try:
+        value = json.loads(text, parse_int=_whole_number)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    _check_bounds(value)
+    return value
+
+
+def load_yaml(text: str) -> Any:
+    """Parse YAML settings within bounds, and run nothing.
+
+    Raises ValueError if the text is not YAML, too long, nested too deeply, or has a number that is too large, a key
+    that is given again, or aliases that multiply.
+    """
+    if len(text) > MAX_SETTINGS_TEXT:
+        raise ValueError(f"{len(text):,} characters are more than {MAX_SETTINGS_TEXT:,}")
+    try:
+        value = yaml.load(text, _SettingsLoader)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:  # a tag for another kind of value
+        raise ValueError(f"a tag does not fit its value ({error})") from None
+    _check_bounds(value, MAX_SETTINGS)
+    return value
+
+
+def load_literal(text: str) -> Any:
+    """Parse a Python literal within the bounds of `load_yaml`.
+
+    Raises ValueError for other text.
+    """
+    if len(text) > MAX_SETTINGS_TEXT:
+        raise ValueError(f"{len(text):,} characters are more than {MAX_SETTINGS_TEXT:,}")
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:  # of the parser, for deep nesting
+        raise ValueError(f"not a literal: {error or type(error).__name__}") from None
+    _check_bounds(value, MAX_SETTINGS)
+    return value
+
+
+class _SettingsLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which refuses a key that is given again."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        given = node.value if isinstance(node, yaml.MappingNode) else []
+        plain = [key.value for key, _ in given if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge")]
+        if again := [key for key in plain if plain.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {again[0]!r} is given again", node.start_mark)
+        return dict(super().construct_mapping(node, deep))
+
+
+_TOO_DEEP = f"more than {MAX_DEPTH} lists or mappings in each other"
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits):,} digits, more than {MAX_DIGITS}")
+    return int(digits)
+
+
+def _check_bounds(value: Any, most: int | None = None) -> None:
+    """Raise ValueError for deep nesting and, with `most`, many values."""
+    level, count = [[value]], 0
+    for _ in range(MAX_DEPTH + 1):
+        if most is not None:
+            values = [one for many in level for one in (many.values() if isinstance(many, dict) else many)]
+            count += len(values)
+            if count > most:
+                raise ValueError(f"more than {most:,} values, with those behind aliases")
+            if any(isinstance(one, int) and abs(one) > MAX_SETTING for one in values):
+                raise ValueError(f"a number is greater than {MAX_SETTING:.0e}")
+        level = [
+            one for many in level for one in (many.values() if isinstance(many, dict) else many)
+            if isinstance(one, dict | list | tuple | set)
+        ]  # fmt: skip
+        if not level:
+            return
+    raise ValueError(_TOO_DEEP)
 
 
 def recognize(data: bytes) -> tuple[str, str]:
@@ -296,10 +426,10 @@ def recognize(data: bytes) -> tuple[str, str]:
 def read_json_lines(path: Path) -> list[Any]:
     """Read the complete JSON lines of a file, [] without the file."""
     rows = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            rows.append(load_json(line))
+        except ValueError:
             continue
     return rows
 

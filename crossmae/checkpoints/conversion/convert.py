@@ -32,7 +32,7 @@ from crossmae.checkpoints.resample import Channels, fit
 from crossmae.checkpoints.run_checkpoint import MODEL
 from crossmae.checkpoints.weights import Weights, encoder_part, plain_size, plain_tensors, read_weights
 from crossmae.errors import UserError, shorten
-from crossmae.files import allow_reading, check_destination, check_writable, sync_folder, write_json
+from crossmae.files import allow_reading, check_destination, check_writable, expand_path, sync_folder, write_json
 
 HEAD_KEYS = ("classes", "class_names", "multi_label", "pool", "head", "crop_pct")  # metadata of a classification head
 FIXED_POSITIONS = ("crossmae", "mae", "hf-vitmae")  # layouts whose models do not train their position embeddings
@@ -93,7 +93,7 @@ class ConversionRequest:
     def report_path(self) -> Path:
         """Path of the report."""
         if self.report:
-            return Path(self.report).expanduser()
+            return expand_path(self.report, "--report")
         return self.destination.with_name(f"{self.destination.name}{REPORT_SUFFIX}")
 
     @property
@@ -143,7 +143,7 @@ def convert(source: str | Path, destination: str | Path, to: str, **options: Any
     Raises:
         UserError: the conversion is not possible, or the tokens differ. No new file is left.
     """
-    request = ConversionRequest(Path(source).expanduser(), Path(destination).expanduser(), to, **options)
+    request = ConversionRequest(expand_path(source, "SRC"), expand_path(destination, "DST"), to, **options)
     check_request(request)
     weights = read_weights(request.source, ema=request.ema, trust=request.trust, img_size=request.given.get("img_size"))
     weights = with_metadata(weights, {key: value for key, value in request.given.items() if key in RECORDED})
