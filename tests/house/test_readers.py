@@ -1,4 +1,4 @@
-"""Proves that text of others is parsed in one place only, within the bounds that `crossmae/files.py` states."""
+"""Proves that text of others is parsed in one place only, within the bounds of `crossmae/files/parsing.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.house.tree import ROOT
 UNBOUNDED = {"json.load", "json.loads", "yaml.safe_load", "yaml.load", "ast.literal_eval", "yaml.full_load"}
 # Files that may call an unbounded parser, with the reason.
 ALLOWED = {
-    "crossmae/files.py": "the bounded readers",
+    "crossmae/files/parsing.py": "the bounded readers",
     "crossmae/doctor.py": "our own setup.py, before any library is known to be installed",
     "det/evaluation/report.py": "what json.dumps has just written",
     "det/training/checkpoint.py": "what json.dumps has just written, and run.json",
