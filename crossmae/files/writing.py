@@ -51,9 +51,9 @@ def _write_error(message: str, path: Path, number: int | None, reason: str | Non
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, then rename it.
 
-    The temporary file has the same name, in a temporary folder next to `path`, because some libraries leave files next to those they write. The
-    content is on disk before the file is renamed. If anything fails, `path` is unchanged and the temporary folder is
-    removed. Only a killed process leaves the temporary folder behind: see `leftovers.sweep`.
+    The temporary file has the same name, in a temporary folder next to `path`, because some libraries leave files next
+    to those they write. The content is on disk before the file is renamed. If anything fails, `path` is unchanged and
+    the temporary folder is removed. Only a killed process leaves the folder behind: see `leftovers.sweep`.
 
     Raises WriteError if the file cannot be written, also for errors of the libraries that `write` calls.
     """
