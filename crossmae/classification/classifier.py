@@ -126,7 +126,7 @@ def load_classifier(path: str | Path, img_size: int | Sequence[int] | None = Non
         UserError: the file cannot be read, has no head, or its record is incomplete or does not fit the tensors.
     """
     path = Path(os.path.expanduser(path))
-    weights = read_weights(path / BEST if (path / BEST).is_file() else path)
+    weights = read_weights(path / BEST if os.path.isfile(path / BEST) else path)
     ours = weights.metadata.get(FORMAT) == CLASSIFIER
     if not ours and weights.format not in ("finetuned", "linear_probe"):
         raise mix_up(weights.path, weights.format, weights.metadata, "a classifier")
