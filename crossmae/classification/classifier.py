@@ -29,6 +29,7 @@ from crossmae.checkpoints.metadata import (
     STEP,
     UNKNOWN,
     VERSION,
+    recorded_value,
 )
 from crossmae.checkpoints.pretrained import IMAGENET_MEAN, IMAGENET_STD, pixel_facts
 from crossmae.checkpoints.weights import Weights, read_weights
@@ -212,7 +213,7 @@ def _pool(weights: Weights) -> ModelFact:
         return ModelFact(recorded, "recorded")
     home = encoder_home(weights.tensors) or ""
     pool, other = ("cls", "avg") if f"{home}norm.weight" in weights.tensors else ("avg", "cls")
-    average = recorded(weights.metadata, PUBLISHED_ARGUMENTS, dict).get("global_pool")
+    average = recorded_value(weights.metadata, PUBLISHED_ARGUMENTS, dict).get("global_pool")
     if isinstance(average, bool) and average != (pool == "avg"):
         raise UserError(
             f"{weights.path}: its settings have global_pool={average}, but its final norm belongs to pooling {pool!r}. "

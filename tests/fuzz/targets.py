@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,13 +243,19 @@ def _write_header(folder: Path) -> None:
     _write_unsigned(folder)
     data = (folder / "w.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
-    (folder / "header.json").write_bytes(data[8 : 8 + length].rstrip(b" "))
+    header = json.loads(data[8 : 8 + length])
+    (folder / "model.json").write_text(header["__metadata__"].pop("model"))
+    (folder / "header.json").write_text(json.dumps(header))
     (folder / "body.bin").write_bytes(data[8 + length :])
     (folder / "w.safetensors").unlink()
 
 
 def _read_header(folder: Path, _: list[str]) -> None:
     header = (folder / "header.json").read_bytes()
+    with suppress(ValueError, TypeError, KeyError):  # with the recorded arguments, unless the header is no header
+        content = json.loads(header)
+        content["__metadata__"]["model"] = (folder / "model.json").read_text(errors="replace")
+        header = json.dumps(content).encode()
     body = (folder / "body.bin").read_bytes()
     (folder / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + body)
     try:
