@@ -35,6 +35,7 @@ from crossmae.files import (
     allow_reading,
     check_destination,
     check_writable,
+    expand_path,
     name_write_errors,
     sync_file,
     sync_folder,
@@ -101,7 +102,7 @@ class ConversionRequest:
     def report_path(self) -> Path:
         """Path of the report."""
         if self.report:
-            return Path(self.report).expanduser()
+            return expand_path(self.report, "--report")
         return self.destination.with_name(f"{self.destination.name}{REPORT_SUFFIX}")
 
     @property
@@ -151,7 +152,7 @@ def convert(source: str | Path, destination: str | Path, to: str, **options: Any
     Raises:
         UserError: the conversion is not possible, or the tokens differ. No new file is left.
     """
-    request = ConversionRequest(Path(source).expanduser(), Path(destination).expanduser(), to, **options)
+    request = ConversionRequest(expand_path(source, "SRC"), expand_path(destination, "DST"), to, **options)
     check_request(request)
     weights = read_weights(request.source, ema=request.ema, trust=request.trust, img_size=request.given.get("img_size"))
     weights = with_metadata(weights, {key: value for key, value in request.given.items() if key in RECORDED})

@@ -35,6 +35,8 @@ from crossmae.data.sources.tar_index import (
     INDEX_NAME,
     PROGRESS_NAME,
     FolderIndex,
+    all_are,
+    entry_fault,
     read_folder_index,
     scan_shard,
     shard_entry,
@@ -158,9 +160,12 @@ def _complete_shards(folder: Path, wanted: dict[str, Any]) -> dict[str, dict[str
 def _read_progress(path: Path) -> FolderIndex | None:
     """Read `progress.jsonl`, or return None if missing or damaged."""
     header, *entries = read_json_lines(path) or [{}]
-    if "settings" not in header:
+    settings, classes = (header.get(key) if isinstance(header, dict) else None for key in ("settings", "classes"))
+    if not isinstance(settings, dict) or not all_are(str, classes):
         return None
-    return FolderIndex(header["settings"], tuple(header["classes"]), {entry["file"]: entry for entry in entries})
+    entries = [entry for entry in entries if isinstance(entry, dict) and all_are(str, entry.get("broken"))]
+    good = {entry["file"]: entry for entry in entries if not entry_fault(entry, len(classes))}
+    return FolderIndex(settings, tuple(classes), good)
 
 
 def _unchanged(folder: Path, entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
