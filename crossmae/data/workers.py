@@ -84,7 +84,7 @@ def _end_with_parent() -> None:
 
 
 def _end_unsent(error: BaseException, _: object) -> None:
-    """End a worker whose batch cannot be sent, with an exit code for the reason."""
+    """End a worker whose batch cannot be sent."""
     text = str(error)
     if _is_about_shared_memory(text):
         os._exit(NO_SHARED_MEMORY_EXIT_CODE)

@@ -42,6 +42,7 @@ from crossmae.files import (
     temporary_folder,
     write_json,
 )
+from crossmae.files.leftovers import SHARED_SECONDS, sweep
 
 HEAD_KEYS = ("classes", "class_names", "multi_label", "pool", "head", "crop_pct")  # metadata of a classification head
 FIXED_POSITIONS = ("crossmae", "mae", "hf-vitmae")  # layouts whose models do not train their position embeddings
@@ -315,6 +316,7 @@ def _new_files(request: ConversionRequest) -> Iterator[tuple[Path, Path]]:
         for path in targets:
             with name_write_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(targets[0].parent, depth=0, min_age=SHARED_SECONDS)
         with temporary_folder(targets[0]) as place, temporary_folder(targets[1]) as report_place:
             if request.is_folder:
                 (place / targets[0].name).mkdir()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 from hypothesis import given, settings
@@ -27,12 +28,12 @@ ROOT = Path(__file__).parents[3]
 HOLDER = """
 import os, sys, time
 from pathlib import Path
+from typing import IO
 from crossmae.files.claim import claim
 
 with claim(Path(sys.argv[1]), "pretraining"):
-    child = os.fork() if sys.argv[2] == "with a worker" else 1
-    if child:
-        print(child, flush=True)
+    if sys.argv[2] == "alone" or not os.fork():
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 
@@ -85,6 +86,23 @@ def test_a_claim_ends_with_its_run_and_the_kind_stays(tmp_path: Path, caplog: py
     message = f"OUTPUT_DIR: {folder} is the folder of a pretraining run, not of detection. Name another folder."
     assert str(caught.value) == message
     assert record(folder) == {"kind": "pretraining"}
+
+
+def test_a_claim_without_a_kind_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim that opened the file before its holder removed it locks the new file."""
+    for kind in ("shards", "others"):
+        with claim(tmp_path, kind, keeps_kind=False), pytest.raises(UserError), claim(tmp_path, kind):
+            pass
+        assert list(tmp_path.iterdir()) == []
+
+    def remove_first(file: IO[bytes]) -> bool | None:
+        monkeypatch.setattr(claims, "lock_now", lock_now)
+        (tmp_path / CLAIM_LOCK).unlink()
+        return lock_now(file)
+
+    monkeypatch.setattr(claims, "lock_now", remove_first)
+    with claim(tmp_path, "shards"), pytest.raises(UserError, match="in use"), claim(tmp_path, "shards"):
+        pass
 
 
 def test_an_error_ends_a_claim(tmp_path: Path) -> None:
