@@ -101,7 +101,7 @@ def test_a_claim_without_a_kind_leaves_nothing(tmp_path: Path, monkeypatch: pyte
         """Let the holder remove its file, and another process lock a new one."""
         monkeypatch.setattr(claims, "lock_now", lock_now)
         (tmp_path / CLAIM_LOCK).unlink()
-        others.append(open(tmp_path / CLAIM_LOCK, "ab"))
+        others.append(open(tmp_path / CLAIM_LOCK, "ab"))  # noqa: SIM115
         assert lock_now(others[0])
         return lock_now(file)
 
