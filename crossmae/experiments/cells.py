@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -32,6 +31,8 @@ from crossmae.experiments.commands import (
 )
 from crossmae.experiments.rows import Attempts, Row, append_row, command_line, now, read_rows
 from crossmae.files import make_folder, sha256
+from crossmae.files.claim import lock_now
+from crossmae.files.leftovers import SHARED_SECONDS, sweep
 from crossmae.reports.page import format_seconds
 
 log = logging.getLogger(__name__)
@@ -127,6 +128,7 @@ def run_cells(
 
     check_cells(cells)
     make_folder(results.parent / LOGS, "results")
+    sweep(results.parent / LOGS, min_age=SHARED_SECONDS)
     grid = GridRun(cells, results, list(gpus) or [None] * max(jobs, 1), minutes)
     with StopRequest() as request:
         try:
@@ -396,9 +398,7 @@ class GridRun:
         """Start the first cell that no other call runs, if any."""
         for cell in ready:
             lock = open(self.logs / f"{cell.name}.log", "ab")  # noqa: SIM115 - it stays open while the cell runs
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if lock_now(lock) is False:
                 lock.close()
                 continue
             self.update_rows()  # another call may have finished the cell just now

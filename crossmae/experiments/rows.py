@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from crossmae.errors import UserError
 from crossmae.experiments.commands import FREE, REPOSITORY, Cost
-from crossmae.files import write_json
+from crossmae.files import load_json, write_json
+from crossmae.files.claim import locked
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,9 @@ class Row:
     finished: str = ""
 
 
+_ROW = TypeAdapter(Row)
+
+
 def read_rows(results: Path) -> list[Row]:
     """Read the newest row of every cell, in the file's order.
 
@@ -56,8 +60,8 @@ def read_rows(results: Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = Row(**json.loads(line))
-        except (ValueError, TypeError):
+            row = _ROW.validate_python(load_json(line))
+        except ValueError:
             if number < len(lines):
                 raise UserError(f"{results}: line {number} is no row of results. Remove the line.") from None
             log.warning("%s: the last line is torn and ignored: its cell runs again", results)
@@ -70,7 +74,7 @@ def read_rows(results: Path) -> list[Row]:
 def is_torn(line: bytes) -> bool:
     """Return true for a JSON line whose end was never written."""
     try:
-        json.loads(line or b"0")
+        load_json(line or b"0")
     except ValueError:
         return True
     return False
@@ -82,7 +86,7 @@ def append_row(results: Path, row: Row) -> None:
     A torn last line is removed first.
     """
     line = json.dumps(asdict(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    with open(results, "a+b") as file, _locked(file):
+    with open(results, "a+b") as file, locked(file):
         file.seek(0)
         complete, newline, last = file.read().rpartition(b"\n")
         if is_torn(last):
@@ -105,7 +109,7 @@ class Attempts:
     def __init__(self, folder: Path, cell: str, fingerprints: Sequence[str]) -> None:
         self.path, self.fingerprints = folder / f"{cell}.json", fingerprints
         try:
-            known = json.loads(self.path.read_text("utf-8"))["steps"]
+            known = load_json(self.path.read_text("utf-8"))["steps"]
             costs = [Cost(**step["cost"]) if step["fingerprint"] == mine else None
                      for step, mine in zip(known, fingerprints, strict=False)]  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError):  # a first attempt
@@ -137,15 +141,6 @@ class Attempts:
         for spent in self.costs:
             total = total + spent if spent else total
         return total
-
-
-@contextmanager
-def _locked(file: BinaryIO) -> Iterator[None]:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def command_line(arguments: Sequence[str]) -> str:

@@ -34,8 +34,9 @@ from tqdm import tqdm
 
 from crossmae.data.images import count_frames
 from crossmae.data.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_inputs
-from crossmae.errors import DISK_TROUBLE, UserError, printable
-from crossmae.files import JsonArray, make_folder, stream_text, write_atomically
+from crossmae.errors import UserError, printable
+from crossmae.files import JsonArray, WriteError, make_folder, name_write_errors, stream_text, write_atomically
+from crossmae.files.leftovers import SHARED_SECONDS, sweep
 from det.inference.draw import draw_instances, instances_from_coco
 from det.inference.predict import Classes, Predictor, coco_annotations, read_rgb
 from det.inference.video import Frame, Video, is_video, pyav, write_video
@@ -43,6 +44,7 @@ from det.inference.video import Frame, Video, is_video, pyav, write_video
 COCO_FILE = "predictions.json"
 ENLARGED_BELOW = 512  # pixels: images are drawn enlarged, by an integer scale, if both sides are shorter
 LABEL_SIZE = 0.03  # height of letters divided by the longest side
+BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)  # no other file can be written, either
 MAX_FILE_NAME = 255  # bytes, in usual file systems
 Item = TypeVar("Item")
 
@@ -159,6 +161,7 @@ class FilePredictions:
     def write(self, inputs: Sequence[MediaInput], info: dict[str, Any]) -> None:
         """Remove an older predictions.json, predict all files, write the results."""
         make_folder(self.output, "--output")
+        sweep(self.output, min_age=SHARED_SECONDS)
         (self.output / COCO_FILE).unlink(missing_ok=True)
 
         def write(file: TextIO) -> None:
@@ -229,14 +232,15 @@ class FilePredictions:
                 yield item, pixels
 
     def _save(self, path: Path, write: Callable[[], object]) -> None:
-        """Write a file. Note a failure, unless the disk is full."""
+        """Write a file. Note a failure, unless no file can be written."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write()
-        except OSError as error:
-            if error.errno in DISK_TROUBLE and error.errno != errno.EACCES:
+            with name_write_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write()
+        except WriteError as error:
+            if error.errno in BROKEN_DISK:
                 raise
-            self.failures.append(f"{printable(path)}: cannot be written: {error.strerror or error}")
+            self.failures.append(str(error))
 
 
 class CocoStream:
