@@ -130,7 +130,7 @@ def run_cells(
     make_folder(results.parent / LOGS, "results")
     sweep(results.parent / LOGS, min_age=SHARED_SECONDS)
     grid = GridRun(cells, results, list(gpus) or [None] * max(jobs, 1), minutes)
-    with StopRequest(patient=False) as request:
+    with StopRequest() as request:
         try:
             grid.run(lambda: request.number is not None)
         finally:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 TRAINERS = {  # the file that grows with the run's steps, the checkpoints' names, and the setting of the run's end
     "pretrain": ("log.jsonl", "checkpoints/step-*", "schedule.max_steps"),
     "finetune": ("log.jsonl", "checkpoints/step-*", "schedule.max_steps"),
-    "train_net": ("metrics.json", "model_0*.pth", "SOLVER.MAX_ITER"),
+    "train_net": ("log.jsonl", "checkpoints/step-*", "SOLVER.MAX_ITER"),
 }
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 DECODER = {"decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2}
