@@ -15,7 +15,7 @@ from crossmae.training.processes import Ranks
 T = TypeVar("T")
 
 # Several processes agree on a stop about every so many seconds. torchrun and SLURM kill them 30 seconds after a signal.
-AGREEMENT_SECONDS = 5.0
+AGREEMENT_SECONDS = 2.0
 
 
 class StopAsked(Exception):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -37,11 +36,13 @@ from crossmae.files import (
     check_writable,
     expand_path,
     name_write_errors,
+    put_in_place,
     sync_file,
     sync_folder,
     temporary_folder,
     write_json,
 )
+from crossmae.files.leftovers import SHARED_SECONDS, sweep
 
 HEAD_KEYS = ("classes", "class_names", "multi_label", "pool", "head", "crop_pct")  # metadata of a classification head
 FIXED_POSITIONS = ("crossmae", "mae", "hf-vitmae")  # layouts whose models do not train their position embeddings
@@ -315,7 +316,9 @@ def _new_files(request: ConversionRequest) -> Iterator[tuple[Path, Path]]:
         for path in targets:
             with name_write_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_folder(targets[0]) as place, temporary_folder(targets[1]) as report_place:
+        sweep(targets[0].parent, depth=0, min_age=SHARED_SECONDS)
+        # The inner folder is that of the destination, because errors without a name count as errors of the inner one.
+        with temporary_folder(targets[1]) as report_place, temporary_folder(targets[0]) as place:
             if request.is_folder:
                 (place / targets[0].name).mkdir()
             yield place / targets[0].name, report_place / targets[1].name
@@ -330,16 +333,8 @@ def _commit(temporary: Path, destination: Path) -> None:
     for path in (path for path in (temporary, *temporary.glob("*")) if path.is_file()):
         allow_reading(path)
         sync_file(path)
-    if not destination.is_dir():
-        os.replace(temporary, destination)
+    if temporary.is_dir():
+        put_in_place(temporary, destination.absolute())
     else:
-        # Not in the temporary folder, so that nothing can remove it: the process may be killed before the next rename.
-        old = destination.with_name(f"{destination.name}.replaced-{os.getpid()}")
-        destination.rename(old)
-        try:
-            os.replace(temporary, destination)
-        except BaseException:
-            old.rename(destination)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    sync_folder(destination.absolute().parent)
+        os.replace(temporary, destination)
+        sync_folder(destination.absolute().parent)

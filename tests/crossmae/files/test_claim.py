@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 from hypothesis import given, settings
@@ -27,12 +28,12 @@ ROOT = Path(__file__).parents[3]
 HOLDER = """
 import os, sys, time
 from pathlib import Path
+from typing import IO
 from crossmae.files.claim import claim
 
 with claim(Path(sys.argv[1]), "pretraining"):
-    child = os.fork() if sys.argv[2] == "with a worker" else 1
-    if child:
-        print(child, flush=True)
+    if sys.argv[2] == "alone" or not os.fork():
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 
@@ -87,6 +88,29 @@ def test_a_claim_ends_with_its_run_and_the_kind_stays(tmp_path: Path, caplog: py
     assert record(folder) == {"kind": "pretraining"}
 
 
+def test_a_claim_without_a_kind_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim that opened the file before its holder removed it locks the new file."""
+    for kind in ("shards", "others"):
+        with claim(tmp_path, kind, keeps_kind=False), pytest.raises(UserError), claim(tmp_path, kind):
+            pass
+        assert list(tmp_path.iterdir()) == []
+
+    others: list[IO[bytes]] = []
+
+    def remove_first(file: IO[bytes]) -> bool | None:
+        """Let the holder remove its file, and another process lock a new one."""
+        monkeypatch.setattr(claims, "lock_now", lock_now)
+        (tmp_path / CLAIM_LOCK).unlink()
+        others.append(open(tmp_path / CLAIM_LOCK, "ab"))  # noqa: SIM115
+        assert lock_now(others[0])
+        return lock_now(file)
+
+    monkeypatch.setattr(claims, "lock_now", remove_first)
+    with pytest.raises(UserError, match="is in use by another process"), claim(tmp_path, "shards"):
+        pass
+    others[0].close()
+
+
 def test_an_error_ends_a_claim(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), claim(tmp_path, "pretraining"):
         raise KeyboardInterrupt
@@ -114,6 +138,16 @@ def test_a_second_claim_in_the_same_process_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"process {os.getpid()} on"), claim(tmp_path, "pretraining"):
             pass
         assert record(tmp_path)["process"] == os.getpid()
+
+
+@pytest.mark.parametrize("content", [None, "damaged"])
+def test_a_lock_counts_without_its_record(tmp_path: Path, content: str | None) -> None:
+    with holder(tmp_path):
+        (tmp_path / CLAIM_RECORD).unlink()
+        if content:
+            (tmp_path / CLAIM_RECORD).write_text(content)
+        with pytest.raises(UserError, match="is in use by another process"), claim(tmp_path, "pretraining"):
+            pass
 
 
 def test_a_killed_holder_is_named_and_its_folder_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -145,7 +179,7 @@ def test_a_run_on_another_machine_is_known_by_its_heartbeat(tmp_path: Path, capl
         while not ended.wait(0.02):
             os.utime(tmp_path / CLAIM_RECORD)
 
-    thread = threading.Thread(target=beat)
+    thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     with (
         pytest.raises(UserError, match="in use by a pretraining run: process 7 on elsewhere"),
