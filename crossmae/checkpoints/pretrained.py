@@ -143,7 +143,10 @@ def whole_facts(weights: Weights, given: Mapping[str, Any]) -> Facts:
 
 
 def _check_recorded_sizes(weights: Weights, facts: Facts, recorded: Mapping[str, Any]) -> None:
-    """Raise UserError for recorded sizes that the tensors contradict, before a model of these sizes is built."""
+    """Raise UserError for recorded sizes that the tensors contradict.
+
+    This comes before a model is built, which may be of any size.
+    """
     tensors = weights.tensors
     shown = {key: fact.value for key, fact in facts.items() if fact.source == "shapes" and key != "mlp_ratio"}
     if "mask_token" in tensors:
