@@ -29,6 +29,7 @@ from crossmae.checkpoints.metadata import (
     STEP,
     UNKNOWN,
     VERSION,
+    recorded_value,
 )
 from crossmae.checkpoints.pretrained import IMAGENET_MEAN, IMAGENET_STD, pixel_facts
 from crossmae.checkpoints.weights import Weights, read_weights
@@ -126,7 +127,7 @@ def load_classifier(path: str | Path, img_size: int | Sequence[int] | None = Non
         UserError: the file cannot be read, has no head, or its record is incomplete or does not fit the tensors.
     """
     path = Path(os.path.expanduser(path))
-    weights = read_weights(path / BEST if (path / BEST).is_file() else path)
+    weights = read_weights(path / BEST if os.path.isfile(path / BEST) else path)
     ours = weights.metadata.get(FORMAT) == CLASSIFIER
     if not ours and weights.format not in ("finetuned", "linear_probe"):
         raise mix_up(weights.path, weights.format, weights.metadata, "a classifier")
@@ -207,12 +208,12 @@ def _assume(weights: Weights, architecture: Architecture) -> tuple[dict[str, str
 
 def _pool(weights: Weights) -> ModelFact:
     """Find the pooling of a file that this toolkit did not train."""
-    recorded = {"token": "cls"}.get(pool := weights.metadata.get("pool", UNKNOWN), pool)  # timm's word
-    if recorded != UNKNOWN:
-        return ModelFact(recorded, "recorded")
+    named = {"token": "cls"}.get(pool := weights.metadata.get("pool", UNKNOWN), pool)  # timm's word
+    if named != UNKNOWN:
+        return ModelFact(named, "recorded")
     home = encoder_home(weights.tensors) or ""
     pool, other = ("cls", "avg") if f"{home}norm.weight" in weights.tensors else ("avg", "cls")
-    average = recorded(weights.metadata, PUBLISHED_ARGUMENTS, dict).get("global_pool")
+    average = recorded_value(weights.metadata, PUBLISHED_ARGUMENTS, dict).get("global_pool")
     if isinstance(average, bool) and average != (pool == "avg"):
         raise UserError(
             f"{weights.path}: its settings have global_pool={average}, but its final norm belongs to pooling {pool!r}. "
