@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from crossmae.checkpoints.run_checkpoint import complete_checkpoints, step_of
 from tests.faults.digests import digest
 from tests.faults.trainers import TRAINERS, Trainer
 from tests.faults.zygote import Zygote
@@ -23,12 +23,17 @@ class Whole:
         words: command line of the run.
         events: file events in their order, as "kind path".
         digest: comparable content of the run folder.
+        steps: length of the run.
     """
 
     trainer: Trainer
     words: list[str]
     events: list[str]
     digest: dict[str, Any]
+    steps: int
+
+
+WholeOf = Callable[[str], Whole]
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +45,7 @@ def zygote() -> Iterator[Zygote]:
 
 
 @pytest.fixture(scope="session")
-def whole_of(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
+def whole_of(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> WholeOf:
     """Return a function that returns the unbroken run of a trainer, which is run once."""
     known: dict[str, Whole] = {}
 
@@ -50,7 +55,9 @@ def whole_of(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Callab
             words, record = trainer.write(folder), folder / "events.txt"
             run = trainer.start(zygote, words, folder / "whole", {"record": str(record)})
             assert run.wait() == 0, run.printed
-            known[name] = Whole(trainer, words, record.read_text().splitlines(), digest(run.folder / "run"))
+            steps = step_of(complete_checkpoints(run.folder / "run")[-1])
+            events = record.read_text().splitlines()
+            known[name] = Whole(trainer, words, events, digest(run.folder / "run"), steps)
         return known[name]
 
     return find

@@ -209,6 +209,7 @@ class FileEvents:
 
     def watch_fsync(self) -> None:
         """Count the calls of fsync in place of waiting for the disk."""
+
         def counted(descriptor: Any) -> None:
             number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
             self.note("fsync", os.readlink(f"/proc/self/fd/{number}"))

@@ -8,13 +8,13 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from crossmae.checkpoints.run_checkpoint import latest_checkpoint, step_of
-from tests.faults.conftest import Whole
+from tests.faults.conftest import Whole, WholeOf
 from tests.faults.digests import differences, digest
 from tests.faults.trainers import TRAINERS
 from tests.faults.zygote import Zygote
@@ -22,8 +22,6 @@ from tests.faults.zygote import Zygote
 FEW = 7  # kills per trainer in `make test`
 PIECES, PER_PIECE = 8, 25  # kills per trainer of the slow test, in pieces of a few minutes
 COMMIT = re.compile(r"rename checkpoints/step-(\d{8})/manifest\.json")
-
-WholeOf = Callable[[str], Whole]
 
 
 def committed(record: Path) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +29,18 @@ class Trainer:
             `run` in the working folder.
         step: function called once in every step; an update of the weights.
         saving: function called in the middle of every save.
-        judging: function called once in every evaluation.
+        judging: function called in every evaluation, and the number of its first call after a step.
         workers, steps: words that set the number of loader workers and the length of the run.
     """
 
     tool: str
     imports: tuple[str, ...]
     write: Callable[[Path], list[str]]
-    judging: str
+    judging: tuple[str, int]
     workers: str
     steps: str
     step: str = f"{LOOP}.update"
     saving: str = "crossmae.checkpoints.run_checkpoint:sha256"
-    ready: tuple[str, ...] = field(default=())
 
     def start(
         self,
@@ -110,14 +109,14 @@ TRAINERS = {
         tool="pretrain",
         imports=("crossmae.pretraining.train", "matplotlib.backends.backend_agg", "tensorboard.compat.proto"),
         write=write_pretraining,
-        judging="crossmae.pretraining.validation:HeldOut.loss",
+        judging=("crossmae.pretraining.validation:HeldOut.loss", 3),
         **OWN_SETTINGS,
     ),
     "finetune": Trainer(
         tool="finetune",
         imports=("crossmae.classification.train.train", "matplotlib.backends.backend_agg"),
         write=write_finetuning,
-        judging="crossmae.classification.train.train:evaluate",
+        judging=("crossmae.classification.train.train:evaluate", 1),
         **OWN_SETTINGS,
     ),
 }

@@ -110,9 +110,9 @@ class Zygote:
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        assert answer, "the zygote has ended"
-        return json.loads(answer)
+        line = self.process.stdout.readline()
+        assert line, "the zygote has ended"
+        return json.loads(line)
 
     def start(
         self,
@@ -143,15 +143,21 @@ def serve() -> dict[str, Any] | None:
             if not pid:
                 return dict(request)
             children.add(pid)
-            print(pid, flush=True)
+            answer(pid)
         else:
             code = wait(request["pid"], request["seconds"])
             if code is not None:
                 children.discard(request["pid"])
-            print(json.dumps(code), flush=True)
+            answer(code)
     for pid in children:
         os.killpg(pid, signal.SIGKILL)
     return None
+
+
+def answer(value: int | None) -> None:
+    """Send an answer to the test."""
+    sys.stdout.write(f"{json.dumps(value)}\n")
+    sys.stdout.flush()
 
 
 def wait(pid: int, seconds: float) -> int | None:
