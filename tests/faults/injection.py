@@ -92,7 +92,7 @@ def fail() -> None:
 def at_call(place: str, number: int, act: Callable[[], None] | None) -> None:
     """Wrap a function so that its call with a number, counted from 1, starts with the fault.
 
-    Without an `act`, the call returns its result times NaN.
+    Without an `act`, the loss function that the call gets as its first argument returns NaN.
     """
     module, _, path = place.partition(":")
     *owners, name = path.split(".")
@@ -107,11 +107,18 @@ def at_call(place: str, number: int, act: Callable[[], None] | None) -> None:
         if calls != number:
             return original(*given, **named)
         if act is None:
-            return original(*given, **named) * float("nan")
+            return original(given[0], lambda *inputs: poisoned(given[1](*inputs)), *given[2:], **named)
         act()
         return original(*given, **named)
 
     setattr(owner, name, wrapped)
+
+
+def poisoned(loss: Any) -> Any:
+    """Multiply a loss, or each of several losses, by NaN."""
+    if isinstance(loss, dict):
+        return {name: poisoned(value) for name, value in loss.items()}
+    return loss * float("nan")
 
 
 class FileEvents:

@@ -30,7 +30,9 @@ class Trainer:
         step: function called once in every step; an update of the weights.
         saving: function called in the middle of every save.
         judging: function called in every evaluation, and the number of its first call after a step.
-        workers, steps: words that set the number of loader workers and the length of the run.
+        workers, timeout: words that set the number of loader workers, and how long processes wait for each other.
+        halved: words for one of two processes, with half the batch each.
+        unmixed: words that leave out what depends on the place of an image in its batch.
     """
 
     tool: str
@@ -38,7 +40,9 @@ class Trainer:
     write: Callable[[Path], list[str]]
     judging: tuple[str, int]
     workers: str
-    steps: str
+    timeout: str
+    halved: tuple[str, ...]
+    unmixed: tuple[str, ...]
     step: str = f"{LOOP}.update"
     saving: str = "crossmae.checkpoints.run_checkpoint:sha256"
 
@@ -49,9 +53,11 @@ class Trainer:
         folder: Path,
         fault: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
+        output: str | None = None,
     ) -> Run:
-        """Start a run in the working folder `folder`."""
-        return zygote.start(self.tool, self.imports, words, folder, fault, environment)
+        """Start a run in the working folder `folder`. It prints to a file there."""
+        name = output or f"printed-{len(list(folder.glob('printed-*')))}.txt"
+        return zygote.start(self.tool, self.imports, words, folder, fault or {}, environment or {}, name)
 
 
 def write_config(folder: Path, values: Mapping[str, Any]) -> list[str]:
@@ -103,21 +109,23 @@ def write_finetuning(folder: Path) -> list[str]:
     return write_config(folder, values)
 
 
-OWN_SETTINGS = {"workers": "data.workers={}", "steps": "schedule.max_steps={}"}
+OWN_WORDS = {"workers": "data.workers={}", "timeout": "runtime.timeout_minutes={}", "halved": ("optim.batch_size=1",)}
 TRAINERS = {
     "pretrain": Trainer(
         tool="pretrain",
         imports=("crossmae.pretraining.train", "matplotlib.backends.backend_agg", "tensorboard.compat.proto"),
         write=write_pretraining,
         judging=("crossmae.pretraining.validation:HeldOut.loss", 3),
-        **OWN_SETTINGS,
+        unmixed=(),
+        **OWN_WORDS,
     ),
     "finetune": Trainer(
         tool="finetune",
         imports=("crossmae.classification.train.train", "matplotlib.backends.backend_agg"),
         write=write_finetuning,
         judging=("crossmae.classification.train.train:evaluate", 1),
-        **OWN_SETTINGS,
+        unmixed=("loss.mixup=0", "model.drop_path=0", "data.erase=0"),
+        **OWN_WORDS,
     ),
 }
 HAS_DETECTRON2 = importlib.util.find_spec("detectron2") is not None

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,18 @@ class Run:
 
     Attributes:
         folder: working folder of the run. The run folder is `folder`/run.
-        fault: see `tests.faults.injection.Fault`; {}: none.
+        output: name of the file in `folder` that has what the run prints. Runs of one name append to one file.
     """
 
     zygote: Zygote
     pid: int
     folder: Path
-    fault: dict[str, Any] = field(default_factory=dict)
+    output: str
 
     @property
     def printed(self) -> str:
         """Everything that the run has printed so far."""
-        return (self.folder / f"printed.{self.pid}.txt").read_text("utf-8", "replace")
+        return (self.folder / self.output).read_text("utf-8", "replace")
 
     @property
     def marker(self) -> Path:
@@ -61,12 +61,16 @@ class Run:
         end = time.monotonic() + seconds
         while not self.marker.exists():
             assert time.monotonic() < end, self.printed
-            assert self.zygote.ask({"do": "wait", "pid": self.pid, "seconds": 0}) is None, self.printed
+            assert self.is_running(), self.printed
             time.sleep(LATEST)
 
     def signal_group(self, number: int) -> None:
         """Signal every process of the run."""
         os.killpg(self.pid, number)
+
+    def is_running(self) -> bool:
+        """Check that the run has not ended."""
+        return self.zygote.ask({"do": "wait", "pid": self.pid, "seconds": 0}) is None
 
     def go_on(self) -> None:
         """Let a run continue that waits at its fault."""
@@ -120,14 +124,15 @@ class Zygote:
         imports: Sequence[str],
         words: Sequence[str],
         folder: Path,
-        fault: Mapping[str, Any] | None = None,
-        environment: Mapping[str, str] | None = None,
+        fault: Mapping[str, Any],
+        environment: Mapping[str, str],
+        output: str,
     ) -> Run:
         """Start tools/`tool`.py with the given words in the working folder `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         request = {"do": "start", "tool": tool, "imports": list(imports), "words": list(words), "folder": str(folder)}
-        request |= {"fault": dict(fault or {}), "environment": dict(environment or {})}
-        return Run(self, int(self.ask(request)), folder, dict(fault or {}))
+        request |= {"fault": dict(fault), "environment": dict(environment), "output": output}
+        return Run(self, int(self.ask(request)), folder, output)
 
 
 def serve() -> dict[str, Any] | None:
@@ -177,7 +182,7 @@ def run(request: dict[str, Any]) -> None:
     os.setsid()
     os.chdir(request["folder"])
     os.environ.update(request["environment"])
-    printed = os.open(f"printed.{os.getpid()}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    printed = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (printed, 1), (printed, 2)):
         os.dup2(source, target)
     for number in HANDLED:  # tests may run in the background, where Ctrl-C is ignored
