@@ -155,7 +155,8 @@ class FileEvents:
             self.note("open", given[0])
         elif event in AUDITED:
             folder = given[-1] if event in ("os.remove", "os.rmdir", "os.mkdir") else -1
-            self.note(AUDITED[event], given[1] if event == "os.rename" else given[0], folder)
+            source = given[0] if event == "os.rename" else None
+            self.note(AUDITED[event], given[0] if source is None else given[1], folder, source=source)
 
     def inside(self, path: Any, folder: int = -1) -> str | None:
         """Return a path relative to the run folder, None outside of it; `folder` is a descriptor, or -1."""
@@ -168,11 +169,18 @@ class FileEvents:
         relative = os.path.relpath(whole, self.folder)
         return None if relative.startswith(UNCOUNTED) else relative
 
-    def note(self, kind: str, path: Any, folder: int = -1, torn: Callable[[], None] | None = None) -> None:
-        """Count an event. At the chosen event, tear the file and run the fault."""
+    def note(
+        self, kind: str, path: Any, folder: int = -1, torn: Callable[[], None] | None = None, source: Any = None
+    ) -> None:
+        """Count an event. At the chosen event, tear the file and run the fault.
+
+        Args:
+            source: earlier name of a renamed file.
+        """
         name = self.inside(path, folder)
         if name is None or os.getpid() != self.process:  # workers only read
             return
+        name += f" from {self.inside(source)}" if source else ""
         os.write(self.record, f"{kind} {name.replace(str(self.process), 'PID')}\n".encode())
         self.count += 1
         if self.count - 1 == self.number and self.act:

@@ -21,7 +21,9 @@ from tests.faults.zygote import Zygote
 
 FEW = 7  # kills per trainer in `make test`
 PIECES, PER_PIECE = 8, 25  # kills per trainer of the slow test, in pieces of a few minutes
-COMMIT = re.compile(r"rename checkpoints/step-(\d{8})/manifest\.json")
+COMMIT = re.compile(r"rename checkpoints/step-(\d{8})/manifest\.json from .*")
+TEMPORARY = re.compile(r"\.tmp$|\.tmp/|/\.evaluation-|\.write-test")
+GROWING = ("log.jsonl", "broken.jsonl")  # files that grow by whole lines
 
 
 def committed(record: Path) -> int:
@@ -75,6 +77,33 @@ def spread_over_kinds(events: list[str], seed: int) -> Iterator[int]:
         for kind in generator.sample(kinds, len(kinds)):
             if numbers[kind]:
                 yield numbers[kind].pop()
+
+
+def unsafe_events(events: list[str]) -> list[str]:
+    """Find files written under their own name, renames of content that is not on disk, and folders never flushed."""
+    found, unflushed, renamed = [], set(), set()
+    for event in events:
+        kind, _, rest = event.partition(" ")
+        path, _, source = rest.partition(" from ")
+        if kind in ("open", "write"):
+            unflushed.add(path)
+            if not TEMPORARY.search(path) and path not in GROWING:
+                found.append(f"{event}: under the file's own name")
+        elif kind == "fsync":
+            unflushed.discard(path)
+            renamed.discard(path)
+        elif kind == "rename":
+            if any(name == source or name.startswith(f"{source}/") for name in unflushed):
+                found.append(f"{event}: before its content is flushed")
+            renamed.add(str(Path(path).parent))
+    return found + [f"{path}: a file was renamed, and then the folder is not flushed" for path in sorted(renamed)]
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_file_is_flushed_and_then_renamed(name: str, whole_of: WholeOf) -> None:
+    """A kill of the process cannot show this: only a power failure loses what is not flushed."""
+    found = unsafe_events(whole_of(name).events)
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("name", TRAINERS)

@@ -109,13 +109,15 @@ def write_finetuning(folder: Path) -> list[str]:
     return write_config(folder, values)
 
 
-OWN_WORDS = {"workers": "data.workers={}", "timeout": "runtime.timeout_minutes={}", "halved": ("optim.batch_size=1",)}
+OWN_WORDS = {"workers": "data.workers={}", "timeout": "runtime.timeout_minutes={}"}
+HALVED = "optim.batch_size=1"
 TRAINERS = {
     "pretrain": Trainer(
         tool="pretrain",
         imports=("crossmae.pretraining.train", "matplotlib.backends.backend_agg", "tensorboard.compat.proto"),
         write=write_pretraining,
         judging=("crossmae.pretraining.validation:HeldOut.loss", 3),
+        halved=(HALVED,),
         unmixed=(),
         **OWN_WORDS,
     ),
@@ -124,6 +126,7 @@ TRAINERS = {
         imports=("crossmae.classification.train.train", "matplotlib.backends.backend_agg"),
         write=write_finetuning,
         judging=("crossmae.classification.train.train:evaluate", 1),
+        halved=(HALVED, "loss.mixup=0"),  # an odd batch cannot be mixed
         unmixed=("loss.mixup=0", "model.drop_path=0", "data.erase=0"),
         **OWN_WORDS,
     ),
