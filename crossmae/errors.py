@@ -10,19 +10,29 @@ import errno
 import importlib
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from copy import copy
 from io import TextIOWrapper
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 SOME_FAILED_EXIT_CODE = 1
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
 BROKEN_PIPE_EXIT_CODE = 141
-# Disk errors: full, over quota, read-only, no permission, broken.
-DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+# Disk errors, and what to do about them.
+DISK_TROUBLE = {
+    errno.ENOSPC: "Free space, or name another folder.",
+    errno.EDQUOT: "Free space, or have the quota raised.",
+    errno.EROFS: "Name a folder on a disk that can be written.",
+    errno.EACCES: "Change its permissions, or name another folder.",
+    errno.EIO: "Check the disk, or name another folder.",
+    errno.ESTALE: "Check the network disk, or name another folder.",
+    errno.EFBIG: "Raise the limit of file sizes (ulimit -f).",
+    errno.ENAMETOOLONG: "Shorten the name.",
+}
 
 
 def printable(name: object) -> str:
@@ -63,6 +73,31 @@ def set_up_log(level: int = logging.INFO) -> None:
     logging.basicConfig(level=level, handlers=[handler])
 
 
+def free_space(path: Path) -> tuple[Path, int | None]:
+    """Return the nearest existing folder, and its free bytes.
+
+    None: the system does not tell.
+    """
+    path = path.absolute()
+    there = next((folder for folder in (path, *path.parents) if os.path.isdir(folder)), Path(path.anchor))
+    try:
+        usage = shutil.disk_usage(there)
+    except OSError:
+        return there, None
+    return there, usage.free if usage.total else None
+
+
+def describe_disk_error(error: OSError, folder: Path) -> str:
+    """Describe an error with the free space and what to do.
+
+    The text is `<reason> (<free> free in <folder>). <What to do.>`
+    """
+    there, free = free_space(folder)
+    space = "free space unknown" if free is None else f"{free / 1e9:.3g} GB free"
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return f"{reason} ({space} in {there}). {DISK_TROUBLE.get(error.errno or 0, 'Name another folder.')}"
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run `main` and print user errors as one line.
 
@@ -81,7 +116,8 @@ def run_cli(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in DISK_TROUBLE:
             raise
-        message = f"{printable(error.filename or 'writing')}: {error.strerror}"
+        path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+        message = f"{printable(path or 'writing')}: {describe_disk_error(error, path.parent if path else Path())}"
     except MemoryError:
         message = "there is not enough memory for this"
     except KeyboardInterrupt:

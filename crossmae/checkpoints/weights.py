@@ -21,7 +21,7 @@ from crossmae.checkpoints.reading.candidates import split_choice
 from crossmae.checkpoints.reading.files import HUB_CONFIG, HUB_FILES, find_file, read_tensors
 from crossmae.checkpoints.reading.quantized import refuse_quantized
 from crossmae.errors import UserError, shorten
-from crossmae.files import check_destination, write_atomically
+from crossmae.files import check_destination, name_write_errors, write_atomically
 from crossmae.models.encoder import ENCODER_PREFIXES, patch_grid
 
 _FILTERS = ("patch_embed.proj.weight", "patch_embed.projection.weight", "patch_embeddings.projection.weight")
@@ -171,11 +171,9 @@ def save_weights(
     """
     path = Path(path)
     check_destination(path, force=force)
-    try:
+    with name_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: write_safetensors(file, tensors, metadata))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+    write_atomically(path, lambda file: write_safetensors(file, tensors, metadata))
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -32,6 +31,7 @@ from crossmae.experiments.commands import (
 )
 from crossmae.experiments.rows import Attempts, Row, append_row, command_line, now, read_rows
 from crossmae.files import make_folder, sha256
+from crossmae.files.claim import lock_now
 from crossmae.reports.page import format_seconds
 
 log = logging.getLogger(__name__)
@@ -396,9 +396,7 @@ class GridRun:
         """Start the first cell that no other call runs, if any."""
         for cell in ready:
             lock = open(self.logs / f"{cell.name}.log", "ab")  # noqa: SIM115 - it stays open while the cell runs
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if lock_now(lock) is False:
                 lock.close()
                 continue
             self.update_rows()  # another call may have finished the cell just now

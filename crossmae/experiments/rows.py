@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from crossmae.errors import UserError
 from crossmae.experiments.commands import FREE, REPOSITORY, Cost
 from crossmae.files import write_json
+from crossmae.files.claim import locked
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +81,7 @@ def append_row(results: Path, row: Row) -> None:
     A torn last line is removed first.
     """
     line = json.dumps(asdict(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    with open(results, "a+b") as file, _locked(file):
+    with open(results, "a+b") as file, locked(file):
         file.seek(0)
         complete, newline, last = file.read().rpartition(b"\n")
         if is_torn(last):
@@ -137,15 +136,6 @@ class Attempts:
         for spent in self.costs:
             total = total + spent if spent else total
         return total
-
-
-@contextmanager
-def _locked(file: BinaryIO) -> Iterator[None]:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def command_line(arguments: Sequence[str]) -> str:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from warnings import catch_warnings, simplefilter
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 import crossmae
 from crossmae.errors import UserError, import_extra
-from crossmae.files import check_destination, write_atomically
+from crossmae.files import allow_reading, check_destination, sync_file, sync_folder, temporary_folder
 from det.inference.export_graph import ExportableBackbone, ExportableDetector, obstacle
 
 log = logging.getLogger(__name__)
@@ -106,13 +106,16 @@ def export_detector(
     about = {"input": INPUT_NOTE, "img_size": json.dumps([height, width]), "torch": torch.__version__}
     about |= {"crossmae": crossmae.__version__, **(metadata or {})}
     inputs = fit_image(_shapes(size) if image is None else image, size)
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder, torch.no_grad(), catch_warnings():
+    with temporary_folder(path) as folder, torch.no_grad(), catch_warnings():
         simplefilter("ignore")  # warnings about library internals
-        draft = Path(folder, path.name)
+        draft = folder / path.name
         _write(model, draft, size, backbone_only, about)
         parity = _check(model, draft, inputs, backbone_only) if check else None
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # separate weights first
-            write_atomically(path.with_name(file.name), file.replace)
+        for file in sorted(folder.iterdir(), reverse=True):  # separate weights first
+            allow_reading(file)
+            sync_file(file)
+            os.replace(file, path.with_name(file.name))
+        sync_folder(path.parent)
     return parity
 
 

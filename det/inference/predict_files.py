@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 from crossmae.data.images import count_frames
 from crossmae.data.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_inputs
-from crossmae.errors import DISK_TROUBLE, UserError, printable
-from crossmae.files import JsonArray, make_folder, stream_text, write_atomically
+from crossmae.errors import UserError, printable
+from crossmae.files import JsonArray, WriteError, make_folder, name_write_errors, stream_text, write_atomically
 from det.inference.draw import draw_instances, instances_from_coco
 from det.inference.predict import Classes, Predictor, coco_annotations, read_rgb
 from det.inference.video import Frame, Video, is_video, pyav, write_video
@@ -43,6 +43,7 @@ from det.inference.video import Frame, Video, is_video, pyav, write_video
 COCO_FILE = "predictions.json"
 ENLARGED_BELOW = 512  # pixels: images are drawn enlarged, by an integer scale, if both sides are shorter
 LABEL_SIZE = 0.03  # height of letters divided by the longest side
+BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)  # no other file can be written, either
 MAX_FILE_NAME = 255  # bytes, in usual file systems
 Item = TypeVar("Item")
 
@@ -229,14 +230,15 @@ class FilePredictions:
                 yield item, pixels
 
     def _save(self, path: Path, write: Callable[[], object]) -> None:
-        """Write a file. Note a failure, unless the disk is full."""
+        """Write a file. Note a failure, unless no file can be written."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            with name_write_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
             write()
-        except OSError as error:
-            if error.errno in DISK_TROUBLE and error.errno != errno.EACCES:
+        except WriteError as error:
+            if error.errno in BROKEN_DISK:
                 raise
-            self.failures.append(f"{printable(path)}: cannot be written: {error.strerror or error}")
+            self.failures.append(str(error))
 
 
 class CocoStream:

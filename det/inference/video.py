@@ -119,20 +119,24 @@ def write_video(path: Path, frames: Iterable[Frame], rate: Fraction) -> None:
     """Write at least one frame as H.264 in MP4, atomically.
 
     All frames get the size of the first one: others are scaled to fit, with black margins. An odd last row or column is
-    doubled, because the format needs even sides. Raises OSError if the file cannot be written. The remaining frames are
-    then not consumed.
+    doubled, because the format needs even sides. Raises WriteError if the file cannot be written. The remaining frames
+    are then not consumed.
     """
     queue = iter(frames)
     first = next(queue, None)
     if first is not None:
         shape = first.pixels.shape
-        try:
-            write_atomically(path, lambda temporary: _encode(temporary, chain([first], queue), shape[:2], rate))
-        except pyav().FFmpegError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        write_atomically(path, lambda temporary: _encode(temporary, chain([first], queue), shape[:2], rate))
 
 
 def _encode(path: Path, frames: Iterable[Frame], size: tuple[int, ...], rate: Fraction) -> None:
+    try:
+        _encode_frames(path, frames, size, rate)
+    except pyav().FFmpegError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _encode_frames(path: Path, frames: Iterable[Frame], size: tuple[int, ...], rate: Fraction) -> None:
     with pyav().open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": QUALITY})
         stream.height, stream.width = (side + side % 2 for side in size)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from crossmae.errors import (
+    DISK_TROUBLE,
     INTERRUPTED_EXIT_CODE,
     USER_ERROR_EXIT_CODE,
     PrintableFormatter,
     UserError,
     exit_if_any,
+    free_space,
     run_cli,
 )
 
@@ -32,7 +36,6 @@ def raising(error: BaseException) -> Callable[[], None]:
     [
         (UserError("two\nlines.png: broken"), USER_ERROR_EXIT_CODE, "error: two\\nlines.png: broken\n"),
         (UserError("caf\udce9.png", "| table |"), USER_ERROR_EXIT_CODE, "error: caf\\udce9.png\n| table |\n"),
-        (OSError(errno.ENOSPC, "No space left", "a.pth"), USER_ERROR_EXIT_CODE, "error: a.pth: No space left\n"),
         (MemoryError(), USER_ERROR_EXIT_CODE, "error: there is not enough memory for this\n"),
         (KeyboardInterrupt(), INTERRUPTED_EXIT_CODE, "interrupted\n"),
     ],
@@ -44,6 +47,30 @@ def test_the_users_trouble_is_one_line(
         run_cli(raising(error))
     assert exit_info.value.code == code
     assert capsys.readouterr().err == shown
+
+
+@pytest.mark.parametrize("number", DISK_TROUBLE, ids=errno.errorcode.get)
+def test_trouble_with_the_disk_names_file_space_and_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    """Also of writers that are not ours, such as tensorboard's."""
+    with pytest.raises(SystemExit) as exit_info:
+        run_cli(raising(OSError(number, os.strerror(number), str(tmp_path / "a.pth"))))
+    assert exit_info.value.code == USER_ERROR_EXIT_CODE
+    shown = capsys.readouterr().err
+    start, end = (
+        f"error: {tmp_path}/a.pth: {os.strerror(number)} (",
+        f" GB free in {tmp_path}). {DISK_TROUBLE[number]}\n",
+    )
+    assert shown.startswith(start)
+    assert shown.endswith(end)
+    free = float(shown.removeprefix(start).removesuffix(end))
+    assert free == pytest.approx(shutil.disk_usage(tmp_path).free / 1e9, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "gone/x"])
+def test_free_space_is_that_of_the_nearest_folder(tmp_path: Path, name: str) -> None:
+    assert free_space(tmp_path / name / "y")[0] == tmp_path
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.ENOTTY, "a bug")])

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from crossmae import __version__
 from crossmae.checkpoints.conversion import proof, targets
 from crossmae.checkpoints.conversion.proof import TOLERANCE, Proof
-from crossmae.checkpoints.conversion.targets import NO_SUFFIX, TARGETS, ConversionPlan, Names
+from crossmae.checkpoints.conversion.targets import NO_SUFFIX, TARGETS, ConversionPlan
 from crossmae.checkpoints.formats.facts import ENCODER_FACTS, SET_OPTION, assumed_lines, condition
 from crossmae.checkpoints.formats.huggingface import PREPROCESSOR
 from crossmae.checkpoints.formats.keys import CLASS_ROW_ADDED
@@ -32,7 +31,16 @@ from crossmae.checkpoints.resample import Channels, fit
 from crossmae.checkpoints.run_checkpoint import MODEL
 from crossmae.checkpoints.weights import Weights, encoder_part, plain_size, plain_tensors, read_weights
 from crossmae.errors import UserError, shorten
-from crossmae.files import allow_reading, check_destination, check_writable, sync_folder, write_json
+from crossmae.files import (
+    allow_reading,
+    check_destination,
+    check_writable,
+    name_write_errors,
+    sync_file,
+    sync_folder,
+    temporary_folder,
+    write_json,
+)
 
 HEAD_KEYS = ("classes", "class_names", "multi_label", "pool", "head", "crop_pct")  # metadata of a classification head
 FIXED_POSITIONS = ("crossmae", "mae", "hf-vitmae")  # layouts whose models do not train their position embeddings
@@ -158,7 +166,7 @@ def convert(source: str | Path, destination: str | Path, to: str, **options: Any
         planned = _with_notes(planned, dict.fromkeys(halves, "bfloat16 to float32"), "used")
     planned = replace(planned, metadata=_metadata(weights, planned))
     with _new_files(request) as (temporary, temporary_report):
-        names = _write(temporary, planned)
+        names = TARGETS[planned.to].write(temporary, planned)
         entries = [replace(entry, targets=names.get(entry.plain, ())) for entry in planned.report.entries]
         proven = _prove(weights, planned, temporary, request.tolerance)
         if proven.ran and not proven.equal:
@@ -297,50 +305,40 @@ def _prove(weights: Weights, planned: ConversionPlan, written: Path, tolerance: 
 def _new_files(request: ConversionRequest) -> Iterator[tuple[Path, Path]]:
     """Yield temporary paths for the destination and the report.
 
-    The names stay the same, in hidden folders that are removed at the end. OSError becomes UserError.
+    The names stay the same, in hidden folders that are removed at the end. Raises WriteError if a file cannot be
+    written.
     """
     targets = [path.absolute() for path in (request.destination, request.report_path)]
     made = [folder for path in targets for folder in path.parents if not folder.exists()]
-    temporary = [path.parent / f".{path.name}.{os.getpid()}.tmp" / path.name for path in targets]
     try:
-        for path in temporary:
-            path.parent.mkdir(parents=True)
-        if request.is_folder:
-            temporary[0].mkdir()
-        yield temporary[0], temporary[1]
-    except OSError as error:
-        raise UserError(
-            f"{request.destination}: cannot be written: {error.strerror or error}. Free space or name another folder."
-        ) from None
+        for path in targets:
+            with name_write_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(targets[0]) as place, temporary_folder(targets[1]) as report_place:
+            if request.is_folder:
+                (place / targets[0].name).mkdir()
+            yield place / targets[0].name, report_place / targets[1].name
     finally:
-        for path in temporary:
-            shutil.rmtree(path.parent, ignore_errors=True)
         for folder in made:  # the innermost folder first; folders that are not empty stay
             with suppress(OSError):
                 folder.rmdir()
-
-
-def _write(path: Path, planned: ConversionPlan) -> Names:
-    try:
-        return TARGETS[planned.to].write(path, planned)
-    except (SafetensorError, RuntimeError) as error:  # safetensors and torch raise these for a full disk
-        raise UserError(f"{path.name}: cannot be written: {' '.join(str(error).split())[:200]}") from None
 
 
 def _commit(temporary: Path, destination: Path) -> None:
     """Move a file or folder to the destination, replacing an existing one."""
     for path in (path for path in (temporary, *temporary.glob("*")) if path.is_file()):
         allow_reading(path)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        sync_file(path)
     if not destination.is_dir():
         os.replace(temporary, destination)
     else:
-        old = temporary.with_name("old")
+        # Not in the temporary folder, so that nothing can remove it: the process may be killed before the next rename.
+        old = destination.with_name(f"{destination.name}.replaced-{os.getpid()}")
         destination.rename(old)
         try:
             os.replace(temporary, destination)
         except BaseException:
             old.rename(destination)
             raise
+        shutil.rmtree(old, ignore_errors=True)
     sync_folder(destination.absolute().parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from crossmae.data.sources import open_source
 from crossmae.data.sources.source import Source
 from crossmae.errors import UserError, shorten
 from crossmae.experiments.labels import list_class_subsets, write_coco_subsets
-from crossmae.files import make_folder, read_json, sha256, write_json
+from crossmae.files import make_folder, read_json, sha256, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -285,9 +286,9 @@ def _split_classes(labels: Path, source: Source, folder: Path) -> tuple[Path, Pa
     rows = [(str(Path(source.name(i)).absolute()), classes[targets[i]]) for i in range(total) if targets[i] >= 0]
     held_out = [row for row in rows if row[0] not in names]
     for name, lines in (("train", kept), ("val", held_out)):
-        with open(folder / f"{name}.csv.new", "w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([head, *lines])
-        os.replace(folder / f"{name}.csv.new", folder / f"{name}.csv")
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([head, *lines])
+        write_text(folder / f"{name}.csv", text.getvalue())
     return folder / "train.csv", folder / "val.csv"
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crossmae import files
 from crossmae.checkpoints.run_checkpoint import (
     MANIFEST,
     MODEL,
@@ -21,6 +20,7 @@ from crossmae.checkpoints.run_checkpoint import (
     save_checkpoint,
 )
 from crossmae.errors import UserError
+from crossmae.files import writing
 
 
 def save(run: Path, step: int, keep: int = 2) -> Path:
@@ -82,11 +82,11 @@ def test_a_crash_at_any_rename_leaves_the_previous_checkpoint(tmp_path: Path, mo
             calls += 1
             replace(source, target)
 
-        monkeypatch.setattr(files.os, "replace", crash)
+        monkeypatch.setattr(writing.os, "replace", crash)
         with pytest.raises(OSError, match="no space"):
             save(tmp_path, 2, keep=1)
         assert steps(tmp_path) == [1]
-    monkeypatch.setattr(files.os, "replace", replace)
+    monkeypatch.setattr(writing.os, "replace", replace)
     save(tmp_path, 2, keep=1)
     assert steps(tmp_path) == [2]
 

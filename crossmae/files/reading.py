@@ -1,23 +1,23 @@
-"""Read files with errors that name the file, and write files that are complete or absent."""
+"""Read files with errors that name the file, or skip what cannot be read."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
+import logging
+import math
 import os
 import re
 import shlex
 import stat
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 from crossmae.errors import UserError, printable
 
-# Error handler for text files that contain names. Bytes that are not UTF-8 become escapes, which JSON can decode.
-ODD_BYTES = "backslashreplace"
-
+log = logging.getLogger(__name__)
 
 # Starts of files that are no text: what they are, and what to do.
 PACKED_STARTS = {
@@ -35,117 +35,6 @@ WIDE_ENCODINGS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\x
 # Tried to show how a text would read. Of equally likely encodings, the first comes first.
 OTHER_ENCODINGS = ("WINDOWS-1252", "WINDOWS-1251", "GB18030", "SHIFT_JIS", "EUC-KR", "BIG5")
 MOST_READINGS = 4
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file next to `path`, then rename it.
-
-    The content is on disk before the file is renamed. If anything fails, `path` is unchanged and the temporary file is
-    removed. Only a killed process leaves the temporary file behind.
-    """
-    # The name is cut, because `path.name` may have the maximum length. The digest keeps cut names distinct.
-    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
-    temporary = path.with_name(f".{path.name[:40]}.{digest}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        allow_reading(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def allow_reading(path: Path) -> None:
-    """Give a file the default permissions, which safetensors does not."""
-    path.chmod(0o666 & ~_umask())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically, with other bytes escaped, such as \\udcff."""
-    stream_text(path, lambda file: file.write(text))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def stream_text(path: Path, write: Callable[[TextIO], object]) -> None:
-    """Let `write` fill a UTF-8 file atomically, with `write_text`'s escapes."""
-
-    def fill(temporary: Path) -> None:
-        with open(temporary, "w", encoding="utf-8", errors=ODD_BYTES, newline="") as file:
-            write(file)
-
-    write_atomically(path, fill)
-
-
-class JsonArray:
-    """A JSON array that is written entry by entry, one entry per line."""
-
-    def __init__(self, file: TextIO) -> None:
-        self.file, self.count = file, 0
-        file.write("[")
-
-    def add(self, entry: Any) -> None:
-        """Write one entry."""
-        text = json.dumps(entry, ensure_ascii=False, allow_nan=False)
-        self.file.write(f",\n{text}" if self.count else f"\n{text}")
-        self.count += 1
-
-    def close(self) -> None:
-        """Write the end of the array. The file stays open."""
-        self.file.write("\n]")
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the renames in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    """Compute the hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def make_folder(folder: Path, key: str) -> None:
-    """Create a folder, and test that files can be written there.
-
-    Raises UserError if the folder cannot be created or written. The message names `key`, the config key or flag of the
-    folder.
-    """
-    probe = folder / f".write-test.{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{key}: cannot write in {folder}: {error.strerror}. Name another folder.") from None
-
-
-def check_writable(folder: Path, key: str) -> None:
-    """Check that a folder can be written, without changing the folder."""
-    there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
-    if not there.is_dir():
-        raise UserError(f"{key}: cannot write in {folder}: {there} is a file. Name another folder.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{key}: cannot write in {folder}: no permission in {there}. Name another folder.")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def special_kind(path: str | Path) -> str:
@@ -293,20 +182,84 @@ def recognize(data: bytes) -> tuple[str, str]:
     return next((found for found, fits in (kinds | packed).items() if fits), ("", ""))
 
 
-def read_json_lines(path: Path) -> list[Any]:
-    """Read the complete JSON lines of a file, [] without the file."""
-    rows = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+def read_json_lines(path: Path, **kinds: type) -> list[dict[str, Any]]:
+    """Read the objects in JSON lines, [] without the file.
+
+    All other lines are skipped, and the log has their number and the first reason. This function raises no error for
+    any content.
+
+    Args:
+        kinds: fields that every row must have, as field=type. A `float` may be any finite number.
+    """
+    try:
+        with open_file(path) as file:
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        log.warning("skipping %s: it cannot be read: %s", path, error.strerror)
+        return []
+    rows: list[dict[str, Any]] = []
+    faults: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
             continue
+        row, fault = _read_row(line, kinds)
+        if fault:
+            faults.append(f"line {number} {fault}")
+        else:
+            rows.append(row)
+    if faults:
+        log.warning("%s: skipping %d of %d lines: %s", path, len(faults), len(rows) + len(faults), faults[0])
     return rows
 
 
-def check_destination(path: Path, *, force: bool = False) -> None:
-    """Raise UserError if the file exists and must not be overwritten."""
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder. Name the file to write.")
-    if path.exists() and not force:
-        raise UserError(f"{path}: exists already. Name another file, or overwrite it with --force.")
+def _read_row(line: bytes, kinds: Mapping[str, type]) -> tuple[dict[str, Any], str]:
+    """Read a JSON object, and say what is wrong with it."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        return {}, f"is not JSON ({' '.join(str(error).split())[:80]})"
+    if not isinstance(row, dict):
+        return {}, "is not a JSON object"
+    for field, kind in kinds.items():
+        if field not in row:
+            return {}, f"has no {field}"
+        if not (is_number(row[field]) if kind is float else type(row[field]) is kind):
+            return {}, f"has no valid {field}"
+    return row, ""
+
+
+def is_number(value: object) -> bool:
+    """Return true for a finite number that fits a float."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return False
+
+
+def read_side_file(path: Path, most_bytes: int = 1 << 24) -> dict[str, Any]:
+    """Read a small JSON object that anything may have changed.
+
+    Raises UserError for any content that is not a JSON object, and if the file cannot be read or is too large.
+    """
+    try:
+        with open_file(path) as file:
+            data = file.read(most_bytes + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}. Remove it.") from None
+    if len(data) > most_bytes:
+        raise UserError(f"{path}: has more than {most_bytes:,} bytes. Remove it.")
+    row, fault = _read_row(data, {})
+    if fault:
+        raise UserError(f"{path}: {fault}. Remove it.")
+    return row
+
+
+def sha256(path: Path) -> str:
+    """Compute the hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
