@@ -66,11 +66,29 @@ class PrintableFormatter(logging.Formatter):
         return super().format(record)
 
 
+class ConsoleHandler(logging.Handler):
+    """Console output above the progress bar: messages of this project, and warnings of all libraries.
+
+    Of several processes, the main process shows messages. All processes show warnings.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(PrintableFormatter())
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        is_own = record.name.split(".")[0] in ("crossmae", "det", "tools", "__main__")
+        return record.levelno >= logging.WARNING or (is_own and os.environ.get("RANK", "0") == "0")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def set_up_log(level: int = logging.INFO) -> None:
     """Print log messages to stderr."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(PrintableFormatter())
-    logging.basicConfig(level=level, handlers=[handler])
+    logging.basicConfig(level=level, handlers=[ConsoleHandler()])
 
 
 def free_space(path: Path) -> tuple[Path, int | None]:

@@ -30,10 +30,9 @@ from crossmae.training.config import read_yaml, resolve_config_path
 log = logging.getLogger(__name__)
 
 # Files in the folder of a run.
-RECORD, CONFIG, LOG, METRICS = "run.json", "config.yaml", "log.txt", "metrics.json"
+RECORD, CONFIG, LOG = "run.json", "config.yaml", "log.txt"
 BEST, BEST_RECORD, FINAL, LAST = DETECTOR_BEST, "model_best.json", DETECTOR_FINAL, DETECTOR_LAST
 RESULTS, PREDICTIONS, PICTURES = "results.json", "inference/coco_instances_results.json", "pictures"
-CHECKPOINT = re.compile(r"model_([0-9]{7,}|final)\.pth")  # training can resume from it; `BEST` has only weights
 
 BASE_KEY = "_BASE_"
 _KEY = re.compile(r"[A-Z_][A-Z0-9_]*(\.[A-Z0-9_]+)*")
@@ -231,6 +230,8 @@ class DetectorKeys(ConfigKeys):
 
     SEED: int = Field(0, ge=0, description="at least 0: the order of the images comes from it")
     OUTPUT_DIR: str = Field(min_length=1, description="a folder with a name in UTF-8")
+    # Several processes: longest time that they wait for each other.
+    TIMEOUT_MINUTES: float = Field(30.0, gt=0, description="greater than 0")
     MODEL: _Model
     INPUT: InputKeys
     DATASETS: _Datasets

@@ -6,7 +6,7 @@ CPU, for a short test (2 iterations of one image):
 One GPU, your own data in COCO format:
     python tools/train_net.py --config-file coco_mask_rcnn.yaml --train-json TRAIN.json --train-images IMAGES \\
         --val-json VAL.json --val-images IMAGES MODEL.WEIGHTS=WEIGHTS OUTPUT_DIR=OUT SOLVER.IMS_PER_BATCH=4
-Eight GPUs, COCO 2017 in $DETECTRON2_DATASETS/coco:
+Eight GPUs, COCO 2017 in $DETECTRON2_DATASETS/coco; torchrun does the same, also on several machines:
     python tools/train_net.py --config-file coco_mask_rcnn.yaml --num-gpus 8 MODEL.WEIGHTS=WEIGHTS OUTPUT_DIR=OUT
 The same command with --resume continues from the last checkpoint. With --eval-only MODEL.WEIGHTS=OUT/model_final.pth,
 it evaluates. Settings follow as KEY VALUE or KEY=VALUE.
@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
 
 import torch
-from detectron2.config import CfgNode
-from detectron2.engine import launch
-from detectron2.utils import comm
-from torch.multiprocessing import ProcessRaisedException
 
 from crossmae.errors import UserError, run_cli
-from crossmae.training.signals import pass_on_sigterm
 from det.config import load_det_config
 from det.data.coco import use_own_data
 from det.evaluation.evaluate import format_results
@@ -63,23 +62,19 @@ def main(argv: list[str] | None = None) -> None:
             f"--num-gpus {arguments.num_gpus}: this machine has {gpus} GPUs. Use at most so many, or 1 without a GPU."
         )
     cfg = load_det_config(arguments.config_file, arguments.overrides)
-    if arguments.num_gpus > 1:
-        pass_on_sigterm()
-    try:
-        launch(run, arguments.num_gpus, dist_url="auto", args=(cfg, own_data, arguments.eval_only, arguments.resume))
-    except ProcessRaisedException as error:
-        _, is_ours, message = str(error).rpartition("UserError: ")
-        raise UserError(message.strip()) if is_ours else error from None
-
-
-def run(cfg: CfgNode, own_data: tuple[tuple[str, str] | None, ...], eval_only: bool, resume: bool) -> None:
-    """Train or evaluate in one process."""
-    set_up_console()
+    if arguments.num_gpus > 1 and "RANK" not in os.environ:
+        start_processes(arguments.num_gpus, sys.argv[1:] if argv is None else argv)
     train_data, val_data = own_data
-    use_own_data(cfg, None if eval_only else train_data, val_data)
-    results = evaluate_only(cfg) if eval_only else train(cfg, resume)
-    if comm.is_main_process() and results:
+    use_own_data(cfg, None if arguments.eval_only else train_data, val_data)
+    results = evaluate_only(cfg) if arguments.eval_only else train(cfg, arguments.resume)
+    if results:
         print(format_results(results))
+
+
+def start_processes(number: int, words: list[str]) -> NoReturn:
+    """Become torchrun, which starts this tool in so many processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+    os.execv(sys.executable, [sys.executable, *torchrun, str(Path(__file__).resolve()), *words])
 
 
 def _pair(arguments: argparse.Namespace, split: str) -> tuple[str, str] | None:

@@ -128,7 +128,7 @@ def run_cells(
     check_cells(cells)
     make_folder(results.parent / LOGS, "results")
     grid = GridRun(cells, results, list(gpus) or [None] * max(jobs, 1), minutes)
-    with StopRequest(patient=False) as request:
+    with StopRequest() as request:
         try:
             grid.run(lambda: request.number is not None)
         finally:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import crossmae
 from crossmae.checkpoints.formats.facts import MODEL_KEYS, assumed
@@ -25,7 +25,6 @@ from crossmae.data.batches import BatchPlan
 from crossmae.data.broken import warn_of_depth
 from crossmae.data.pixels import Normalize
 from crossmae.data.sources import Source, open_named, warn_of_overlap
-from crossmae.errors import UserError
 from crossmae.files import check_writable
 from crossmae.models.crossmae import MAE, CrossMAE
 from crossmae.models.sizes import model_arguments
@@ -36,13 +35,13 @@ from crossmae.pretraining.initial_weights import build_model, say_assumed, start
 from crossmae.pretraining.validation import Health, HeldOut, Neighbours
 from crossmae.training.config import DataConfig
 from crossmae.training.devices import describe_place
-from crossmae.training.log import RunLog, announce_steps
-from crossmae.training.loop import Callbacks, Job, check_images, train
+from crossmae.training.log import RunLog, announce_steps, describe
+from crossmae.training.loop import Callbacks, Job, broken_watch, check_images, image_batches, train, write_weights
 from crossmae.training.optimizers import make_optimizer
 from crossmae.training.processes import Ranks
-from crossmae.training.resume import find_start, is_complete
+from crossmae.training.resume import EMA_WEIGHTS, WEIGHTS, find_start, is_complete
 from crossmae.training.schedule import make_schedule
-from crossmae.training.state import TrainingState
+from crossmae.training.state import Diverged, Losses, TrainingState
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +54,8 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
     Raises UserError if the data are bad, the folder is in use by another run, settings contradict each other, or the
     loss is not finite.
     """
-    return train(config, partial(build_job, config, resume))
+    train(config.run_settings(), partial(build_job, config, resume))
+    return config.output_dir / WEIGHTS
 
 
 def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.device, precision: str) -> Job:
@@ -114,17 +114,20 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
         word="pretrain",
         model=model,
         optimizer=optimizer,
-        images=images,
-        batches=batches,
-        collate=collate_pretraining,
-        broken=broken,
+        open_batches=image_batches(images, batches, data.workers, device.type == "cuda", collate_pretraining),
+        name_images=lambda batch: [source.name(index) for index in batch.indices.tolist()],
+        watch_broken=broken_watch(source, broken, data.broken_budget, ranks),
         loss=partial(reconstruction_loss, normalize, mask_ratio, predict_ratio),
         schedule=schedule,
+        saves_after=lambda step: config.saves_after(step, schedule.ends_period),
         fingerprint=fingerprint,
         start=start,
+        is_complete=complete,
         metadata=metadata,
         announce=announce,
         callbacks=judges,
+        finals=(WEIGHTS, EMA_WEIGHTS),
+        write_finals=partial(write_weights, config.output_dir, optim.ema, metadata),
     )
 
 
@@ -143,11 +146,10 @@ def open_images(
 
 def reconstruction_loss(
     normalize: Normalize, mask_ratio: float, predict_ratio: float, model: nn.Module, batch: Any, number: int
-) -> Tensor:
+) -> Losses:
     """Compute the loss of the predicted patches of a micro-batch."""
     images, noise = (tensor.to(normalize.mean.device, non_blocking=True) for tensor in (batch.images, batch.noise))
-    loss: Tensor = model(normalize(images), mask_ratio, predict_ratio, noise).loss
-    return loss
+    return {"loss": model(normalize(images), mask_ratio, predict_ratio, noise).loss}
 
 
 @dataclass(frozen=True)
@@ -200,10 +202,7 @@ class Judges(Callbacks):
             if probe and self.neighbours:
                 values[f"knn_accuracy{suffix}"] = self.neighbours.accuracy(model)
         if not all(map(math.isfinite, values.values())):
-            raise UserError(
-                f"data.val: the held-out loss at step {state.step} is not finite. The last checkpoint stays. Lower "
-                "optim.base_lr, or set optim.clip_grad."
-            )
+            raise Diverged(f"the held-out loss is not finite ({describe(values)})")
         if values:
             records.announce(state.step, values)
 

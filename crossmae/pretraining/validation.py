@@ -20,6 +20,7 @@ from crossmae.pretraining.config import ProbeConfig
 from crossmae.pretraining.neighbours import encode_images, knn_accuracy, standardize
 from crossmae.pretraining.reconstruction import Panels, reconstruct
 from crossmae.training.processes import Ranks
+from crossmae.training.signals import until_stop
 
 
 class HeldOut:
@@ -60,7 +61,8 @@ class HeldOut:
         device, was_training = self.normalize.mean.device, model.training
         model.eval()
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for images, noise in zip(self.images.split(self.batch_size), self.noise.split(self.batch_size), strict=True):
+        parts = list(zip(self.images.split(self.batch_size), self.noise.split(self.batch_size), strict=True))
+        for images, noise in until_stop(parts, self.ranks, len(parts)):
             if len(images):  # a process may have no images
                 with autocast:
                     pixels = self.normalize(images.to(device))
@@ -107,7 +109,8 @@ class Neighbours:
         """Compute the share of probe.val images that are classified correctly."""
         device, settings, features = self.normalize.mean.device, self.settings, []
         for views in self.views:
-            batches = (self.normalize(batch.to(device)) for batch in views.split(self.batch_size))
+            parts = views.split(self.batch_size)
+            batches = (self.normalize(batch.to(device)) for batch in until_stop(parts, Ranks(), len(parts)))
             features.append(encode_images(model, batches, settings.pool))
         train, val = standardize(*features)
         about = (self.num_classes, settings.k, settings.temperature)

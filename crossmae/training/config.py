@@ -9,7 +9,8 @@ import argparse
 import difflib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -139,6 +140,7 @@ class RuntimeConfig(ConfigSection):
     compile: bool = Field(False, description="torch.compile: a slow first step, faster ones after it")
     activation_checkpointing: bool = Field(False, description="compute blocks twice instead of keeping what they made")
     seed: int = Field(0, ge=0)
+    timeout_minutes: Positive = Field(30, description="several processes: longest time that they wait for each other")
 
 
 class LogConfig(ConfigSection):
@@ -154,6 +156,45 @@ class CheckpointConfig(ConfigSection):
     every_epochs: PositiveInt = 20
     every_steps: PositiveInt | None = Field(None, description="and after so many steps, where epochs are long")
     keep: int = Field(2, ge=1, description="checkpoints kept; older ones are deleted after a newer one is complete")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of a run that do not depend on its task, as plain values.
+
+    Attributes:
+        folder, folder_key: folder of the run, and the config key that names it. The other keys are for errors, too.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        precision: "auto", "fp32", "bf16" or "fp16".
+        settings: all settings as JSON values, for checkpoints and Weights & Biases.
+        config_text: content of config.yaml.
+        ema, ema_power: decay of the averaged weights, None: no average; and how fast the decay rises to it.
+        clip_grad: largest norm of the gradients; None: no clipping.
+        keep: number of checkpoints to keep.
+        log_every: steps between two lines of the log.
+        timeout_minutes: longest time that the processes wait for each other.
+        against_divergence, against_full_memory: advice for errors.
+    """
+
+    folder: Path
+    folder_key: str
+    device: str
+    device_key: str
+    precision: str
+    precision_key: str
+    lr_key: str
+    settings: Mapping[str, Any]
+    config_text: str
+    against_divergence: str
+    against_full_memory: str
+    ema: float | None = None
+    ema_power: float = 2 / 3
+    clip_grad: float | None = None
+    compiled: bool = False
+    keep: int = 2
+    log_every: int = 20
+    wandb: str | None = None
+    timeout_minutes: float = 30.0
 
 
 class RunConfig(ConfigSection):
@@ -184,6 +225,36 @@ class RunConfig(ConfigSection):
                     f"data.{key} has {len(values)} values for model.in_chans {channels}. Measure them with "
                     "tools/dataset_stats.py"
                 )
+
+    def run_settings(self) -> RunSettings:
+        """Return the settings that do not depend on the task."""
+        settings = self.model_dump(mode="json")
+        return RunSettings(
+            folder=self.output_dir,
+            folder_key="output_dir",
+            device=self.runtime.device,
+            device_key="runtime.device",
+            precision=self.runtime.precision,
+            precision_key="runtime.precision",
+            lr_key="optim.base_lr",
+            settings=settings,
+            config_text=yaml.safe_dump(settings, sort_keys=False),
+            against_divergence="Lower optim.base_lr, set optim.clip_grad, or use runtime.precision=fp32.",
+            against_full_memory="Halve optim.batch_size and double optim.accumulate, or set "
+            "runtime.activation_checkpointing=true.",
+            ema=self.optim.ema,
+            clip_grad=self.optim.clip_grad,
+            compiled=self.runtime.compile,
+            keep=self.checkpoint.keep,
+            log_every=self.log.every_steps,
+            wandb=self.log.wandb,
+            timeout_minutes=self.runtime.timeout_minutes,
+        )
+
+    def saves_after(self, step: int, ends_period: Callable[[int, int], bool]) -> bool:
+        """Tell whether a checkpoint is due. `ends_period` is that of the schedule."""
+        every_steps = self.checkpoint.every_steps
+        return ends_period(step, self.checkpoint.every_epochs) or (every_steps is not None and step % every_steps == 0)
 
     def fingerprint(self, images: int, precision: str, processes: int) -> dict[str, str]:
         """Collect settings that must not change on resuming, as text by key."""

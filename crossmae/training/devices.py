@@ -38,13 +38,13 @@ def open_device(name: str, key: str, local_rank: int = 0, processes: int = 1) ->
     return device
 
 
-def choose_precision(precision: str, device: torch.device) -> str:
+def choose_precision(precision: str, device: torch.device, key: str = "runtime.precision") -> str:
     """Resolve "auto" to "bf16" on GPUs that support it, else "fp32"."""
     has_bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
     if precision == "auto":
         return "bf16" if device.type == "cuda" and has_bf16 else "fp32"
     if precision == "bf16" and not has_bf16:
-        raise UserError(f"runtime.precision: {device} has no bf16. Choose fp16 or fp32.")
+        raise UserError(f"{key}: {device} has no bf16. Choose fp16 or fp32.")
     return precision
 
 

@@ -13,10 +13,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from crossmae.data.broken import Broken
 from crossmae.data.sources import Source
@@ -47,6 +48,7 @@ class RunLog:
 
     Args:
         step: step that the run continues from. Log lines after this step are dropped, because the steps are run again.
+            So are the measurements of this step.
         resumed: true if the run continues from a checkpoint. Otherwise the logs of an earlier attempt are deleted.
     """
 
@@ -71,7 +73,6 @@ class RunLog:
             board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.first_step + 1)
             self.board = self.writers.enter_context(board)
             self.lines = self.writers.enter_context(open(self.folder / LOG, "a", encoding="utf-8"))
-        self.writers.enter_context(logging_redirect_tqdm())  # print warnings above the progress bar, not into the bar
         bar = tqdm(desc=self.word, dynamic_ncols=True, disable=not self.is_main, **steps)
         self.bar = self.writers.enter_context(bar)
         return self
@@ -79,18 +80,19 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         self.writers.close()
 
-    def progress(self, step: int, loss: float, lr: float, speed: float, waiting: float, memory: float) -> None:
+    def progress(self, step: int, losses: Mapping[str, float], values: Mapping[str, float], memory: float) -> None:
         """Log the progress of training, and update the progress bar.
 
         Args:
-            speed: images per second.
-            waiting: share of the time that was spent waiting for data.
+            losses: "loss", and its parts if there are several.
+            values: "lr", "images_per_second", "data_wait_share" (of the time), and numbers of the task.
             memory: in GB.
         """
-        values = {"loss": loss, "lr": lr, "images_per_second": speed, "data_wait_share": waiting, "memory_gb": memory}
-        self.record(step, values)
-        shown = f"loss {loss:.4f}, lr {lr:.2e}, {speed:.0f} img/s, waiting for data {waiting:.0%}, {memory:.1f} GB"
-        self.bar.set_postfix_str(shown)
+        self.record(step, {**losses, **values, "memory_gb": memory})
+        speed, waiting = values["images_per_second"], values["data_wait_share"]
+        rate = f"{speed:.0f}" if speed >= 10 else f"{speed:.2g}"
+        shown = f"loss {losses['loss']:.4f}, lr {values['lr']:.2e}, {rate} img/s, waiting for data {waiting:.0%}"
+        self.bar.set_postfix_str(f"{shown}, {memory:.1f} GB")
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Write values to the log, TensorBoard and Weights & Biases."""
@@ -115,6 +117,10 @@ class RunLog:
         self.board.add_figure(name, figure, step)
         if self.wandb is not None:
             self.wandb.log({name: importlib.import_module("wandb").Image(str(path))}, step=step)
+
+    def image(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
+        """Show an image (H, W, 3) in TensorBoard."""
+        self.board.add_image(name, pixels, step, dataformats="HWC")
 
     def announce(self, step: int, values: Mapping[str, float]) -> None:
         """Record and log the values measured at a step."""
@@ -191,8 +197,9 @@ class BrokenImages:
 
 
 def truncate_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the lines after `step`, and return the remaining lines."""
-    rows = [row for row in read_json_lines(path) if row.get("step", math.inf) <= step]
+    """Drop the lines after `step` and the measurements of `step`, and return the remaining lines."""
+    rows = [row for row in read_json_lines(path) if isinstance(row, dict)]
+    rows = [row for row in rows if (at := row.get("step", math.inf)) < step or (at == step and "loss" in row)]
     if path.exists():
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows

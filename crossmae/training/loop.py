@@ -6,16 +6,14 @@ the data are a function of (seed, step): see `crossmae.data.batches`.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-import yaml
 from torch import nn
 
 from crossmae.checkpoints.run_checkpoint import MODEL, complete_checkpoints, read_state, step_of
@@ -23,20 +21,21 @@ from crossmae.checkpoints.weights import save_weights
 from crossmae.data.batches import BatchPlan, KeyedImages, build_loader
 from crossmae.data.broken import Broken, Unreadable, find_broken, refuse_broken
 from crossmae.data.sources import Source
-from crossmae.errors import UserError
+from crossmae.errors import USER_ERROR_EXIT_CODE, UserError, shorten
 from crossmae.files import make_folder, write_atomically, write_text
-from crossmae.training.config import RunConfig
+from crossmae.training.config import RunSettings
 from crossmae.training.devices import choose_precision, open_device
 from crossmae.training.log import BROKEN, BrokenImages, RunLog, start_wandb
 from crossmae.training.processes import Ranks, find_ranks, process_group
 from crossmae.training.resume import EMA_WEIGHTS, WEIGHTS, check_agreement
 from crossmae.training.schedule import Schedule
-from crossmae.training.signals import StopRequest
-from crossmae.training.state import Loss, TrainingState, memory_gb
+from crossmae.training.signals import StopAsked, StopRequest
+from crossmae.training.state import Diverged, Loss, TrainingState, memory_gb
 
 log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
+MOST_NAMES = 8  # largest number of images that an error names
 
 
 class Callbacks:
@@ -48,8 +47,15 @@ class Callbacks:
     def after_log(self, state: TrainingState, records: RunLog, loss: float) -> None:
         """Check the mean loss after a line of the log was written."""
 
+    def numbers(self) -> dict[str, float]:
+        """Return more numbers of the last step for the log."""
+        return {}
+
     def measure(self, state: TrainingState, records: RunLog) -> None:
-        """Measure and draw everything due at this step, before a checkpoint."""
+        """Measure and draw everything due at this step.
+
+        A checkpoint of the step is written before. A restart from the checkpoint measures again.
+        """
 
     def finish(self) -> None:
         """Report the final weights. Called in the main process only."""
@@ -60,177 +66,262 @@ class Job:
     """Everything that the loop needs from a task, built and checked before any file is written.
 
     Attributes:
-        images, batches, collate: training images, the order of the images, and the function that stacks a micro-batch.
-        broken: training images that were found broken.
-        loss: computes the loss of (model, micro-batch, number of the micro-batch in the run).
+        open_batches: returns micro-batches from one number to before another number of the run. It raises UserError for
+            an image that cannot be read.
+        name_images: names the images of a micro-batch, for errors.
+        watch_broken: counts the broken images of a micro-batch, with the folder of the run and whether it was resumed.
+        loss: computes the losses of (model, micro-batch, number of the micro-batch in the run).
+        saves_after: true for the steps after which a checkpoint is due.
         fingerprint: settings that must not change when the run is resumed.
         start: checkpoint to continue from; None: a new run.
+        is_complete: true if the run has its final weights.
         metadata: returns the metadata for the weights of a step. Weight files contain this metadata.
         announce: logs the next steps after a given step.
+        finals: names of the final weight files in the run's folder.
+        write_finals: writes them from a checkpoint.
     """
 
     word: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    images: KeyedImages
-    batches: BatchPlan
-    collate: Callable[[list[Any]], Any]
-    broken: list[Broken]
+    open_batches: Callable[[int, int], Iterator[Any]]
+    name_images: Callable[[Any], Sequence[str]]
+    watch_broken: Callable[[Path, bool], Callable[[Any], None]]
     loss: Loss
     schedule: Schedule
+    saves_after: Callable[[int], bool]
     fingerprint: dict[str, str]
     start: Path | None
+    is_complete: bool
     metadata: Callable[[int], dict[str, str]]
     announce: Callable[[int], None]
     callbacks: Callbacks
+    finals: tuple[str, ...]
+    write_finals: Callable[[Path], None]
 
 
-def train(config: RunConfig, build_job: Callable[[Ranks, torch.device, str], Job]) -> Path:
-    """Run a job to its last step, and return the weight file.
+def train(run: RunSettings, build_job: Callable[[Ranks, torch.device, str], Job]) -> None:
+    """Run a job to its last step.
 
     With torchrun, each process trains on its share of every batch. Only the first process writes files.
     """
     ranks = find_ranks()
-    device = open_device(config.runtime.device, "runtime.device", ranks.local_rank, ranks.world_size)
-    precision = choose_precision(config.runtime.precision, device)
-    with process_group(ranks, device):
+    device = open_device(run.device, run.device_key, ranks.local_rank, ranks.world_size)
+    precision = choose_precision(run.precision, device, run.precision_key)
+    with process_group(ranks, device, run.timeout_minutes):
         try:
             job = ranks.together(lambda: build_job(ranks, device, precision))
             check_agreement(ranks, step_of(job.start) if job.start else 0, job.fingerprint)
-            start, last_step = job.start, job.schedule.last_step
-            final = start if start and step_of(start) >= last_step else None
-            if final:
-                log.info("the run is complete: %s has reached step %d of %d", start, step_of(final), last_step)
+            final = job.start
+            if job.is_complete and final:
+                last = job.schedule.last_step
+                log.info("the run is complete: %s has reached step %d of %d", final, step_of(final), last)
             else:
-                run_job(config, job, ranks, precision)
-            if ranks.is_main:
-                final = final or complete_checkpoints(config.output_dir)[-1]
-                write_final(final, config.output_dir, config.optim.ema, job.metadata)
+                run_job(run, job, ranks, precision)
+                final = complete_checkpoints(run.folder)[-1] if ranks.is_main else None
+            if final and ranks.is_main:
+                job.write_finals(final)
                 job.callbacks.finish()
             ranks.wait()
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"optim.batch_size: the GPU's memory is full ({str(error).splitlines()[0]}). The last "
-                "checkpoint stays. Halve optim.batch_size and double optim.accumulate, or set "
-                "runtime.activation_checkpointing=true."
+                f"{run.device_key}: the GPU's memory is full ({str(error).splitlines()[0]}). The last "
+                f"checkpoint stays. {run.against_full_memory}"
             ) from error
-    return config.output_dir / WEIGHTS
 
 
-def run_job(config: RunConfig, job: Job, ranks: Ranks, precision: str) -> None:
+def run_job(run: RunSettings, job: Job, ranks: Ranks, precision: str) -> None:
     """Restore the training state, open the logs, and run the steps."""
-    folder, optim, schedule, resumed = config.output_dir, config.optim, job.schedule, job.start is not None
-    settings = config.model_dump(mode="json")
-    make_folder(folder, "output_dir")
-    values = (optim.ema, optim.clip_grad, config.runtime.compile)
-    state = TrainingState(job.model, job.optimizer, ranks, precision, *values, job.start)
-    name = BROKEN if ranks.is_main else f"broken.rank{ranks.rank}.jsonl"
-    broken = BrokenImages(folder / name, job.images.source, config.data.broken_budget, resumed)
-    broken.add(job.broken)
+    folder, schedule, resumed = run.folder, job.schedule, job.start is not None
+    make_folder(folder, run.folder_key)
+    values = (run.ema, run.clip_grad, run.compiled, job.start, run.ema_power)
+    state = TrainingState(job.model, job.optimizer, ranks, precision, *values)
+    watch = job.watch_broken(folder, resumed)
     job.announce(state.step)
-    wandb = start_wandb(config.log.wandb, folder, settings, resumed) if ranks.is_main and config.log.wandb else None
+    wandb = start_wandb(run.wandb, folder, run.settings, resumed) if ranks.is_main and run.wandb else None
     records = RunLog(folder, schedule, state.step, resumed, ranks.is_main, job.word, wandb)
     if ranks.is_main:
         # Final weights of an earlier attempt must not be mistaken for the weights of this run.
-        for name in (WEIGHTS, EMA_WEIGHTS):
+        for name in job.finals:
             (folder / name).unlink(missing_ok=True)
-        write_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False))
-    plan = dataclasses.asdict(schedule) | {"device": str(state.device), "precision": precision}
-    del plan["min_lr"]
-    about = {"plan": plan, "config": settings, "fingerprint": job.fingerprint}
+        write_text(folder / CONFIG, run.config_text)
+    plan = {"device": str(state.device), "precision": precision} | schedule.plan()
+    about = {"plan": plan, "config": run.settings, "fingerprint": job.fingerprint}
 
     def save() -> None:
-        if ranks.is_main:
-            record = {"batches_consumed": schedule.batches_done(state.step), **about}
-            state.save(folder, config.checkpoint.keep, job.metadata(state.step), record)
+        state.check_weights()
+        record = {"batches_consumed": schedule.batches_done(state.step), **about}
+        state.save(folder, run.keep, job.metadata(state.step), record)
 
-    def is_due(step: int) -> bool:
-        every_epochs, every_steps = config.checkpoint.every_epochs, config.checkpoint.every_steps
-        return schedule.ends_period(step, every_epochs) or (every_steps is not None and step % every_steps == 0)
-
-    span = schedule.batches_done(state.step), schedule.batches_done(schedule.last_step)
-    on_gpu = state.device.type == "cuda"
-    batches = iter(build_loader(job.images, job.batches, *span, config.data.workers, on_gpu, job.collate))
-    with records, StopRequest(patient=ranks.world_size > 1) as request:
-        train_steps(job, state, batches, broken, records, request, save, is_due, config.log.every_steps)
-        if schedule.last_step == 0:  # only the initial weights are wanted
-            save()
+    batches = job.open_batches(schedule.batches_done(state.step), schedule.batches_done(schedule.last_step))
+    with records, StopRequest(ranks) as request:
+        steps = TrainingSteps(job, state, records, request, save, watch, run)
+        steps.run(batches, resumed)
     for line in records.summary():
         log.info(line)
 
 
-def train_steps(
-    job: Job,
-    state: TrainingState,
-    batches: Iterator[Any],
-    broken: BrokenImages,
-    records: RunLog,
-    request: StopRequest,
-    save: Callable[[], None],
-    is_due: Callable[[int], bool],
-    log_every: int,
-) -> None:
-    """Run the training steps and save checkpoints.
+class TrainingSteps:
+    """Training steps, checkpoints and measurements of a job, from the step of `state` to the last one.
 
-    Raises UserError if an image is broken or the loss is not finite. The last checkpoint stays.
+    Args:
+        save: writes a checkpoint.
+        watch: counts the broken images of a micro-batch.
     """
-    schedule, losses = job.schedule, state.losses
-    job.callbacks.begin(state, records)
-    window, waited = time.perf_counter(), 0.0
-    while state.step < schedule.last_step:
-        numbers = schedule.micro_batches(state.step)
+
+    def __init__(
+        self,
+        job: Job,
+        state: TrainingState,
+        records: RunLog,
+        request: StopRequest,
+        save: Callable[[], None],
+        watch: Callable[[Any], None],
+        settings: RunSettings,
+    ) -> None:
+        self.job, self.state, self.records, self.request = job, state, records, request
+        self.save, self.watch, self.settings = save, watch, settings
+        self.saved: int | None = None  # step of the last checkpoint
+        self.names: list[Sequence[str]] = []  # images of the micro-batches of the current step
+        self.start_window()
+
+    def run(self, batches: Iterator[Any], resumed: bool) -> None:
+        """Run to the last step.
+
+        Raises UserError if an image is broken, or a loss, a gradient or a weight is not finite. The last checkpoint
+        stays. A stop request ends the run as in `StopRequest.end`.
+        """
+        state, last_step = self.state, self.job.schedule.last_step
+        self.saved = state.step if resumed else None
+        try:
+            self.job.callbacks.begin(state, self.records)
+            if resumed:
+                self.job.callbacks.measure(state, self.records)  # it may have been cut off
+            if last_step == 0:  # only the initial weights are wanted
+                self.save()
+            self.request.start_clock()
+            self.start_window()
+            while state.step < last_step:
+                self.step(batches)
+                self.log_and_save()
+                if self.request.is_agreed() and state.step < last_step:
+                    raise StopAsked
+        except StopAsked:
+            self.stop()
+        except Diverged as error:
+            self.explain(error)
+
+    def step(self, batches: Iterator[Any]) -> None:
+        """Make one optimizer step."""
+        job, state = self.job, self.state
+        numbers = job.schedule.micro_batches(state.step)
+        self.names.clear()
         for number in numbers:
             # Fetch a micro-batch.
             asked = time.perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - asked
-            if isinstance(batch, Unreadable):
-                raise UserError(f"{batch.message.rstrip('.')}. Repair or remove it, or set data.broken=substitute.")
-            broken.add(batch.broken)
+            self.waited += time.perf_counter() - asked
+            self.watch(batch)
+            self.names.append(job.name_images(batch))
             # Forward and backward: gradients of the micro-batches add up.
             is_last = number == numbers[-1]
-            losses.append(state.forward_backward(job.loss, batch, number, len(numbers), is_last))
-        # Clip, and update.
-        lr = schedule.lr_at(state.step)
-        state.update(lr)
-        records.bar.update()
-        # Log.
-        step = state.step
-        saves = is_due(step)
-        if saves or step % log_every == 0:
-            loss = state.mean_loss(lr)  # waits for the device, so that the time is measured correctly
-            elapsed = time.perf_counter() - window
-            speed = len(losses) * schedule.images_per_batch / elapsed
-            records.progress(step, loss, lr, speed, waited / elapsed, memory_gb(state.device))
-            job.callbacks.after_log(state, records, loss)
-            window, waited = time.perf_counter(), 0.0
-            losses.clear()
-        # Measure, and save a checkpoint.
+            state.losses.append(state.forward_backward(job.loss, batch, number, len(numbers), is_last))
+        # Check, clip, and update.
+        self.lr = job.schedule.lr_at(state.step)
+        state.update(self.lr)
+        self.names.clear()
+        self.records.bar.update()
+        self.done += len(numbers)
+
+    def log_and_save(self) -> None:
+        """Log, save and measure if this is due after a step."""
+        job, state = self.job, self.state
+        saves = job.saves_after(state.step)
+        if saves or state.step % self.settings.log_every == 0:
+            losses = state.mean_losses()  # waits for the device, so that the time is measured correctly
+            elapsed = time.perf_counter() - self.begun
+            speed = self.done * job.schedule.images_per_batch / elapsed
+            more = {"lr": self.lr, "images_per_second": speed, "data_wait_share": self.waited / elapsed}
+            self.records.progress(state.step, losses, more | job.callbacks.numbers(), memory_gb(state.device))
+            job.callbacks.after_log(state, self.records, losses["loss"])
+            self.start_window()
+            state.losses.clear()
         paused = time.perf_counter()
         if saves:
-            state.check_weights()
-        job.callbacks.measure(state, records)
-        if saves:
-            save()
-        window += time.perf_counter() - paused  # the speed excludes measuring and saving
-        # Stop if a signal requested it.
-        stop_if_asked(state, request, save, is_last=step == schedule.last_step)
+            self.save()
+            self.saved = state.step
+        job.callbacks.measure(state, self.records)
+        self.begun += time.perf_counter() - paused  # the speed excludes measuring and saving
+
+    def start_window(self) -> None:
+        """Begin to measure the speed for the next line of the log."""
+        self.begun, self.waited, self.done = time.perf_counter(), 0.0, 0
+
+    def stop(self) -> NoReturn:
+        """Save a checkpoint if the last one is older, and end the run."""
+        step = self.state.step
+        if step and self.saved != step:
+            self.save()
+        self.state.ranks.wait()
+        if step:
+            words = "stopped after step %d, which is saved; the same command with --resume continues from there"
+            log.info(words, step)
+        else:
+            log.info("stopped before the first step; nothing is saved")
+        self.request.end()
+
+    def explain(self, error: Diverged) -> NoReturn:
+        """Raise UserError for values that are not finite, in the main process only.
+
+        It names the images of the step whose loss is not finite, or all images of the step.
+        """
+        state, run = self.state, self.settings
+        recent = state.losses[-len(self.names) :] if self.names else []
+        bad = [
+            names
+            for names, losses in zip(self.names, recent, strict=False)
+            if not all(bool(loss.isfinite()) for loss in losses.values())
+        ]
+        told = state.ranks.gather((bool(bad), [name for names in (bad or self.names) for name in names]))
+        culprits = [names for is_bad, names in told if is_bad] or [names for _, names in told]
+        if not state.ranks.is_main:
+            raise SystemExit(USER_ERROR_EXIT_CODE)  # only the main process reports the error
+        images = shorten([name for names in culprits for name in names], MOST_NAMES)
+        seen = f", with the images {images}" if images else ""
+        lr = f"learning rate {self.job.schedule.lr_at(min(state.step, self.job.schedule.last_step - 1)):.3g}"
+        scale = f", scale {state.scaler.get_scale():g}" if state.scaler.is_enabled() else ""
+        raise UserError(
+            f"{run.lr_key}: training diverged after step {state.step} ({lr}{scale}): {error}{seen}. "
+            f"The last checkpoint stays. {run.against_divergence}"
+        ) from error
 
 
-def stop_if_asked(state: TrainingState, request: StopRequest, save: Callable[[], None], is_last: bool) -> None:
-    """Save a checkpoint and end the run if a signal requested it."""
-    if state.ranks.world_size > 1:
-        if state.losses:
-            return
-        request.number = max(state.ranks.gather(request.number or 0)) or None
-    if request.number is None:
-        return
-    if not is_last:
-        state.check_weights()
-        save()
-    state.ranks.wait()
-    log.info("stopped after step %d, which is saved; the same command with --resume continues from there", state.step)
-    request.end()
+def image_batches(
+    images: KeyedImages, plan: BatchPlan, workers: int, pin_memory: bool, collate: Callable[[list[Any]], Any]
+) -> Callable[[int, int], Iterator[Any]]:
+    """Return `Job.open_batches` of keyed images."""
+
+    def open_batches(first: int, last: int) -> Iterator[Any]:
+        for batch in build_loader(images, plan, first, last, workers, pin_memory, collate):
+            if isinstance(batch, Unreadable):
+                raise UserError(f"{batch.message.rstrip('.')}. Repair or remove it, or set data.broken=substitute.")
+            yield batch
+
+    return open_batches
+
+
+def broken_watch(
+    source: Source, found: list[Broken], budget: float, ranks: Ranks
+) -> Callable[[Path, bool], Callable[[Any], None]]:
+    """Return `Job.watch_broken` of keyed images, with the broken images that were found before training."""
+
+    def open_list(folder: Path, resumed: bool) -> Callable[[Any], None]:
+        name = BROKEN if ranks.is_main else f"broken.rank{ranks.rank}.jsonl"
+        broken = BrokenImages(folder / name, source, budget, resumed)
+        broken.add(found)
+        return lambda batch: broken.add(batch.broken)
+
+    return open_list
 
 
 def check_images(source: Source, channels: int, bit_depth: int, policy: str, ranks: Ranks) -> list[Broken]:
@@ -242,7 +333,9 @@ def check_images(source: Source, channels: int, bit_depth: int, policy: str, ran
     return broken
 
 
-def write_final(checkpoint: Path, folder: Path, decay: float | None, metadata: Callable[[int], dict[str, str]]) -> None:
+def write_weights(
+    folder: Path, decay: float | None, metadata: Callable[[int], dict[str, str]], checkpoint: Path
+) -> None:
     """Copy the weights of a checkpoint to the run folder."""
     weights = folder / WEIGHTS
     write_atomically(weights, lambda path: path.write_bytes((checkpoint / MODEL).read_bytes()))

@@ -17,8 +17,6 @@ from crossmae.errors import USER_ERROR_EXIT_CODE, UserError
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=30)  # the other processes wait while the main process validates and probes
-
 
 @dataclass(frozen=True)
 class Ranks:
@@ -88,7 +86,7 @@ def find_ranks() -> Ranks:
 
 
 @contextmanager
-def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
+def process_group(ranks: Ranks, device: torch.device, timeout_minutes: float = 30.0) -> Iterator[None]:
     """Connect the processes: NCCL on GPUs, Gloo on CPUs."""
     if ranks.world_size == 1:
         yield
@@ -96,7 +94,8 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None)
+    timeout = timedelta(minutes=timeout_minutes)  # the others wait while the main process validates and probes
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
     try:
         yield
     finally:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from crossmae.checkpoints.run_checkpoint import RECORD, latest_checkpoint, step_of
 from crossmae.errors import UserError
+from crossmae.files import read_json
 from crossmae.training.processes import Ranks
 
 log = logging.getLogger(__name__)
@@ -18,45 +18,51 @@ ADDED = {"model.mask_block": "1", "model.class_tokens": "1", "optim.name": '"ada
 WEIGHTS, EMA_WEIGHTS = "model.safetensors", "model_ema.safetensors"
 
 
-def find_start(run: Path, resume: bool) -> Path | None:
+def find_start(run: Path, resume: bool, key: str = "output_dir", final: str = WEIGHTS) -> Path | None:
     """Find the checkpoint to continue from, None for a new run.
 
-    Raises UserError if the folder contains a run and `resume` is false, or contains final weights without a checkpoint.
+    Raises UserError if the folder contains a run and `resume` is false, or contains the `final` weights without a
+    checkpoint. The message names `key`, the config key of the folder.
     """
     latest = latest_checkpoint(run)
     if latest and not resume:
         raise UserError(
-            f"output_dir: {run} already holds a run ({latest.name}). Pass --resume to continue, or name another folder."
+            f"{key}: {run} already holds a run ({latest.name}). Pass --resume to continue, or name another folder."
         )
-    if not latest and (run / WEIGHTS).exists():
-        raise UserError(
-            f"output_dir: {run} holds {WEIGHTS} but no complete checkpoint to continue from. Name another folder."
-        )
+    if not latest and (run / final).exists():
+        raise UserError(f"{key}: {run} holds {final} but no complete checkpoint to continue from. Name another folder.")
     if resume and not latest:
         log.info("--resume: no complete checkpoint in %s, starting from scratch", run)
     return latest
 
 
-def is_complete(start: Path | None, last_step: int, fingerprint: Mapping[str, str]) -> bool:
+def is_complete(
+    start: Path | None, last_step: int, fingerprint: Mapping[str, str], final: str = WEIGHTS, key: str = "output_dir"
+) -> bool:
     """Return true if a run is complete, false if it can continue.
 
     Args:
         start: checkpoint to continue from; None for a new run.
+        final: name of the final weights. Without them, the measurements of the last step may be missing.
         fingerprint: settings that must not change when the run is resumed.
 
     Raises:
         UserError: If the checkpoint was written with other settings.
     """
-    if start is None or step_of(start) >= last_step:
-        return start is not None
-    theirs: dict[str, str] = ADDED | json.loads((start / RECORD).read_text(encoding="utf-8")).get("fingerprint", {})
+    if start is None:
+        return False
+    if step_of(start) >= last_step and (start.parents[1] / final).is_file():
+        return True
+    record = read_json(start / RECORD)
+    theirs = record.get("fingerprint") if isinstance(record, dict) else None
+    theirs = ADDED | (theirs if isinstance(theirs, dict) else {})
     changed = [
         f"{key} was {theirs.get(key)}, is {mine}" for key, mine in fingerprint.items() if mine != theirs.get(key)
     ]
     if changed:
         raise UserError(
             f"--resume: {start} is of a run with other settings: {', '.join(changed)}. Repeat those settings, the "
-            "images and the number of processes, or name another output_dir."
+            f"images and the number of processes, or name another {key}."
         )
     return False
 

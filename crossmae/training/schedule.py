@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from crossmae.data.batches import BatchPlan
 from crossmae.errors import UserError
@@ -56,6 +58,10 @@ class Schedule:
         """Check that `step` ends the run or a period of `epochs` epochs."""
         period = self.batches_per_epoch * epochs
         return step == self.last_step or self.batches_done(step) // period > self.batches_done(step - 1) // period
+
+    def plan(self) -> dict[str, Any]:
+        """Return the counts and rates for the record of a checkpoint."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key != "min_lr"}
 
     def lr_at(self, step: int) -> float:
         """Compute the learning rate of step `step`, counted from 0."""

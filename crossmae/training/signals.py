@@ -1,50 +1,89 @@
-"""Signals that stop a run between two steps."""
+"""Signals that stop a run between two steps, or between two batches of an evaluation."""
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 import threading
+import time
+from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from crossmae.data.workers import SIGNALS
+from crossmae.training.processes import Ranks
+
+T = TypeVar("T")
+
+# Several processes agree on a stop about every so many seconds. torchrun and SLURM kill them 30 seconds after a signal.
+AGREEMENT_SECONDS = 5.0
+
+
+class StopAsked(Exception):
+    """A signal asks to stop, in all processes at the same batch of an evaluation."""
 
 
 class StopRequest:
-    """Request to stop, set by Ctrl-C or SIGTERM as `number`.
+    """Request to stop, set as `number` by one of `crossmae.data.workers.SIGNALS`.
 
     The signal handler only stores the number of the signal, because a signal may arrive in the middle of a step. The
-    loop saves a checkpoint after the step.
+    loop saves a checkpoint after the step. Several processes stop together: they exchange the number in a step or batch
+    that they all compute from the slowest process's seconds per step, so that its time is bounded.
 
     Args:
-        patient: also ignore a second Ctrl-C. torchrun forwards Ctrl-C to processes that already received it from the
-            terminal.
+        ranks: the processes that stop together. torchrun forwards Ctrl-C to processes that already received it from
+            the terminal, so several processes also ignore a second Ctrl-C.
     """
 
-    def __init__(self, patient: bool) -> None:
-        self.patient = patient
+    current: StopRequest | None = None
+
+    def __init__(self, ranks: Ranks = Ranks()) -> None:  # noqa: B008 - it is immutable
+        self.ranks = ranks
         self.number: int | None = None
+        self.period, self.since, self.begun = 1, 0, time.monotonic()
 
     def __enter__(self) -> StopRequest:
         self.can_listen = threading.current_thread() is threading.main_thread()
         if self.can_listen:
-            # Keep ignoring signals that the shell ignores, such as Ctrl-C for background jobs.
+            # Keep ignoring signals that the shell ignores, such as Ctrl-C for background jobs and SIGHUP for nohup.
             heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
             self.before = {number: signal.signal(number, self._note) for number in heard}
+        StopRequest.current = self
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        StopRequest.current = None
         if self.can_listen:
             for number, handler in self.before.items():
                 signal.signal(number, handler)
+
+    def is_agreed(self) -> bool:
+        """Count one step or batch, and tell whether all processes stop after it.
+
+        All processes call this after the same steps and batches.
+        """
+        self.since += 1
+        if self.ranks.world_size == 1:
+            return self.number is not None
+        if self.since < self.period:
+            return False
+        seconds = (time.monotonic() - self.begun) / self.since
+        told = self.ranks.gather((self.number or 0, seconds))
+        self.number = max(number for number, _ in told) or None
+        slowest = max(seconds for _, seconds in told)
+        self.period = max(int(AGREEMENT_SECONDS / max(slowest, 1e-6)), 1)
+        self.since, self.begun = 0, time.monotonic()
+        return self.number is not None
+
+    def start_clock(self) -> None:
+        """Forget the time of earlier steps or batches. All processes call this together."""
+        self.period, self.since, self.begun = 1, 0, time.monotonic()
 
     def end(self) -> NoReturn:
         """End the run after a stop request.
 
         Raises:
             KeyboardInterrupt: After Ctrl-C.
-            SystemExit: After SIGTERM.
+            SystemExit: After another signal, with 128 + its number.
         """
         if self.number is None or self.number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -52,17 +91,26 @@ class StopRequest:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.number = self.number or number
-        if number == signal.SIGINT and not self.patient:
+        if number == signal.SIGINT and self.ranks.world_size == 1:
             signal.signal(number, self.before[signal.SIGINT])
 
 
-def pass_on_sigterm() -> None:
-    """Forward SIGTERM to the children of this process, then exit."""
-    signal.signal(signal.SIGTERM, _end_children)
+def until_stop(batches: Iterable[T], ranks: Ranks, count: int) -> Iterator[T]:
+    """Yield batches of an evaluation, and raise StopAsked if the run is asked to stop.
 
-
-def _end_children(number: int, _: FrameType | None) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)
-    for child in multiprocessing.active_children():
-        child.terminate()
-    raise SystemExit(128 + number)  # on exit, Python waits for the children
+    Args:
+        ranks: the processes that evaluate together. All or one: then the other processes of a run wait, and the
+            evaluation is not interrupted.
+        count: number of this process's batches. The processes may have different numbers.
+    """
+    request = StopRequest.current
+    if request is None or ranks.world_size != request.ranks.world_size:
+        yield from batches
+        return
+    shared = min(ranks.gather(count))
+    request.start_clock()
+    for number, batch in enumerate(batches):
+        if number < shared and request.is_agreed():
+            raise StopAsked
+        yield batch
+    request.start_clock()

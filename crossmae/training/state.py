@@ -14,10 +14,11 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from crossmae.checkpoints.loading import load
-from crossmae.checkpoints.run_checkpoint import MODEL, read_state, save_checkpoint
-from crossmae.checkpoints.weights import describe_non_finite
+from crossmae.checkpoints.reading.files import read_safetensors
+from crossmae.checkpoints.run_checkpoint import MODEL, STATE, read_state, save_checkpoint
+from crossmae.checkpoints.weights import check_finite, describe_non_finite
 from crossmae.errors import UserError
 from crossmae.training.devices import open_autocast
 from crossmae.training.processes import Ranks
@@ -26,9 +27,14 @@ from crossmae.training.versions import versions
 log = logging.getLogger(__name__)
 
 MAX_SKIPPED = 20  # largest number of consecutive steps that fp16 may skip because a gradient is not finite
-AGAINST_OVERFLOW = "Lower optim.base_lr, set optim.clip_grad, or use runtime.precision=fp32."
 
-Loss = Callable[[nn.Module, Any, int], Tensor]  # arguments: model, micro-batch, number of the micro-batch in the run
+Losses = dict[str, Tensor]  # one loss, "loss", or several losses that are added up
+# Arguments: model, micro-batch, number of the micro-batch in the run.
+Loss = Callable[[nn.Module, Any, int], Losses]
+
+
+class Diverged(ArithmeticError):
+    """A loss, a gradient or a weight is not finite. The message has no advice."""
 
 
 class TrainingState:
@@ -43,7 +49,7 @@ class TrainingState:
 
     Attributes:
         skipped: consecutive steps that fp16 skipped.
-        losses: losses of the micro-batches since the last line of the log.
+        losses: losses of the micro-batches since the last line of the log. The average of several processes is logged.
         kept: values that callbacks store in checkpoints and read after a restart.
     """
 
@@ -57,20 +63,21 @@ class TrainingState:
         clip_grad: float | None,
         compiled: bool,
         start: Path | None,
+        ema_power: float = 2 / 3,
     ) -> None:
         self.model, self.optimizer, self.ranks, self.clip_grad = model, optimizer, ranks, clip_grad
         self.device = next(model.parameters()).device
         self.step = self.skipped = 0
-        self.losses: list[Tensor] = []
+        self.losses: list[Losses] = []
         self.kept: dict[str, Any] = {}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.autocast = open_autocast(precision, self.device)
         state = None
         if start:
             log.info("continuing from %s", start)
-            load(model, start / MODEL)
+            restore_weights(model, start / MODEL)
             state = read_state(start)
-        self.ema = ModelEmaV3(model, ema, use_warmup=True) if ema else None
+        self.ema = ModelEmaV3(model, ema, use_warmup=True, warmup_power=ema_power) if ema else None
         # Only training steps are compiled. Evaluation uses other shapes and would make the compiled shapes dynamic.
         self.parallel: nn.Module = cast(nn.Module, torch.compile(model)) if compiled else model
         if ranks.world_size > 1:
@@ -78,24 +85,33 @@ class TrainingState:
             self.parallel = DistributedDataParallel(
                 self.parallel, ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-        if state is None:
+        if state is None or start is None:
             return
         self.step = int(state["step"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.skipped = int(state["skipped"])
-        self.losses = [loss.to(self.device) for loss in state["losses"]]
+        own = own_losses(state["losses"], ranks.rank)
+        self.losses = [{name: loss.to(self.device) for name, loss in losses.items()} for losses in own]
         self.kept = dict(state.get("kept", {}))
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
+        self.check_finite(start / STATE)
 
     @property
     def models(self) -> dict[str, nn.Module]:
         """Model and averaged model, by the suffix of their metrics."""
         return {"": self.model} if self.ema is None else {"": self.model, "_ema": self.ema.module}
 
-    def forward_backward(self, loss_of: Loss, batch: Any, number: int, micro_batches: int, last: bool) -> Tensor:
-        """Add the gradients of a micro-batch, and return the detached loss.
+    def check_finite(self, path: Path) -> None:
+        """Raise UserError if the averaged weights or the optimizer's moments in a file are not finite."""
+        averaged = {} if self.ema is None else self.ema.module.state_dict()
+        check_finite(averaged, path)
+        for number, moments in self.optimizer.state_dict()["state"].items():
+            check_finite({f"{number}.{key}": one for key, one in moments.items() if isinstance(one, Tensor)}, path)
+
+    def forward_backward(self, loss_of: Loss, batch: Any, number: int, micro_batches: int, last: bool) -> Losses:
+        """Add the gradients of a micro-batch, and return the detached losses.
 
         Args:
             micro_batches: number of micro-batches in the step. The step minimises the mean loss over its micro-batches.
@@ -104,66 +120,79 @@ class TrainingState:
         model = self.parallel
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
             with self.autocast:
-                loss = loss_of(model, batch, number)
-            self.scaler.scale(loss / micro_batches).backward()
-        return loss.detach()
+                losses = loss_of(model, batch, number)
+            self.scaler.scale(add_up(losses) / micro_batches).backward()
+        return {name: loss.detach() for name, loss in losses.items()}
 
     def update(self, lr: float) -> None:
-        """Clip the gradients, update weights and average, count the step.
+        """Check and clip the gradients, update weights and average, count the step.
 
         Args:
             lr: learning rate; each parameter group multiplies it by its own `lr_scale`.
 
         Raises:
-            UserError: If fp16 gradients were not finite in too many consecutive steps.
+            Diverged: The gradient is not finite, in all processes. Model and optimizer are as before the step. Or fp16
+                gradients were not finite in too many consecutive steps.
         """
-        if self.clip_grad is not None:
+        if not self.scaler.is_enabled() or self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+            norm = self.gradient_norm()
+            if self.clip_grad is not None:
+                clip_grads_with_norm_(self.model.parameters(), self.clip_grad, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         was_skipped = scaled_step(self.scaler, self.optimizer)
         self.skipped = self.skipped + 1 if was_skipped else 0
         if self.skipped >= MAX_SKIPPED:
-            raise UserError(
-                f"runtime.precision: fp16 skipped {self.skipped} steps in a row up to step {self.step + 1}, because "
-                "gradients were not finite. The last checkpoint stays. Use bf16 or fp32, or lower optim.base_lr."
-            )
+            raise Diverged(f"fp16 skipped {self.skipped} steps in a row, because gradients were not finite")
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.ema is not None and not was_skipped:
             self.ema.update(self.model, self.step)
 
-    def mean_loss(self, lr: float) -> float:
-        """Average the losses since the last log line, over all processes.
+    def gradient_norm(self) -> Tensor:
+        """Compute the norm of all gradients. Raise Diverged if it is not finite.
 
-        Raises UserError if the mean is not finite.
+        With fp16, the update is skipped instead.
         """
-        mean = self.ranks.mean(torch.stack(self.losses).mean()).item()
-        if not math.isfinite(mean):
-            raise UserError(
-                f"optim.base_lr: the loss is {mean} at step {self.step} (learning rate {lr:.3g}). The last checkpoint "
-                f"stays. {AGAINST_OVERFLOW}"
-            )
-        return mean
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        norm = get_total_norm(gradients.values())
+        if not self.scaler.is_enabled() and not norm.isfinite():
+            found = describe_non_finite(gradients) or "no single gradient is infinite"
+            raise Diverged(f"the norm of the gradient is {norm.item()} ({found})")
+        return norm
+
+    def mean_losses(self) -> dict[str, float]:
+        """Average the losses since the last log line, over all processes. "loss" is their sum.
+
+        Raises Diverged if a mean is not finite.
+        """
+        names = list(self.losses[0])
+        columns = [[losses[name].float() for losses in self.losses] for name in names]
+        means = self.ranks.mean(torch.stack([torch.stack(column).mean() for column in columns])).tolist()
+        found = dict(zip(names, means, strict=True))
+        if not all(map(math.isfinite, means)):
+            raise Diverged(", ".join(f"{name} is {mean}" for name, mean in found.items() if not math.isfinite(mean)))
+        return {"loss": sum(means)} | found
 
     def check_weights(self) -> None:
-        """Raise UserError if a weight or averaged weight is not finite."""
-        for suffix, model in self.models.items():
-            if found := describe_non_finite(model.state_dict()):
-                raise UserError(
-                    f"optim.base_lr: a weight is not finite after step {self.step} (model{suffix}: {found}). The last "
-                    f"checkpoint stays. {AGAINST_OVERFLOW}"
-                )
+        """Raise Diverged if a weight or averaged weight is not finite, in all processes together."""
+        found = [describe_non_finite(model.state_dict()) for model in self.models.values()]
+        told = [f"model{suffix}: {text}" for suffix, text in zip(self.models, found, strict=True) if text]
+        if told := [text for texts in self.ranks.gather(told) for text in texts]:
+            raise Diverged(f"a weight is not finite ({told[0]})")
 
     def save(self, run: Path, keep: int, metadata: Mapping[str, str], record: Mapping[str, Any]) -> None:
-        """Write a checkpoint of the current step."""
+        """Write a checkpoint of the current step. All processes call this, and the first process writes."""
+        losses = self.ranks.gather([{name: loss.cpu() for name, loss in one.items()} for one in self.losses])
+        if not self.ranks.is_main:
+            return
         state = {
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped,
-            "losses": [loss.cpu() for loss in self.losses],
+            "losses": losses,
             "kept": self.kept,
         }
         if self.ema is not None:
@@ -171,6 +200,36 @@ class TrainingState:
         tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
         record = {"step": self.step, **record, "versions": versions()}
         save_checkpoint(run, self.step, tensors, dict(metadata), state, record, keep)
+
+
+def add_up(losses: Losses) -> Tensor:
+    """Add up the losses in float32 or more."""
+    values = list(losses.values())
+    return values[0] if len(values) == 1 else torch.stack([value.float() for value in values]).sum()
+
+
+def own_losses(saved: list[Any], rank: int) -> list[Losses]:
+    """Return the losses of one process. Earlier versions saved one loss of the first process."""
+    if not saved:
+        return []
+    if isinstance(saved[0], Tensor):
+        return [{"loss": loss} for loss in saved]
+    losses: list[Losses] = saved[rank]
+    return losses
+
+
+def restore_weights(model: nn.Module, path: Path) -> None:
+    """Load the weights of a checkpoint of the same model.
+
+    Raises UserError if a tensor is missing, left over, of another shape, or not finite.
+    """
+    tensors, _ = read_safetensors(path)
+    check_finite(tensors, path)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        wrong = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: does not fit the config: {wrong}. Resume with the config of the run.") from None
 
 
 def memory_gb(device: torch.device) -> float:

@@ -17,12 +17,13 @@ from detectron2.evaluation.evaluator import inference_context
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils import comm
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from crossmae.errors import UserError
 from crossmae.files import make_folder, write_json, write_text
 from crossmae.reports.figures import save_figure
+from crossmae.training.processes import Ranks
+from crossmae.training.signals import until_stop
 from det.classes import Classes, classes_of, match_categories, without_spare
 from det.config import PICTURES, PREDICTIONS, RESULTS
 from det.data.coco import read_registered, registered_classes
@@ -56,13 +57,12 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
         UserError: an image cannot be read, or the model or its classes do not fit the data set.
     """
     (name,), folder = cfg.DATASETS.TEST, Path(cfg.OUTPUT_DIR)
-    detector = model.module if isinstance(model, DistributedDataParallel) else model
-    if not isinstance(detector, GeneralizedRCNN):
-        raise UserError(f"MODEL.META_ARCHITECTURE: {type(detector).__name__} cannot be evaluated. Use GeneralizedRCNN.")
+    if not isinstance(model, GeneralizedRCNN):
+        raise UserError(f"MODEL.META_ARCHITECTURE: {type(model).__name__} cannot be evaluated. Use GeneralizedRCNN.")
     loader = build_test_loader(name, NamingMapper(cfg, False), cfg.DATALOADER.NUM_WORKERS)
     truth, written = read_registered(name)
-    category_ids = match_truth(detector, truth, name)
-    parts = comm.gather(predict(detector, loader, category_ids), dst=0)
+    category_ids = match_truth(model, truth, name)
+    parts = comm.gather(predict(model, loader, category_ids), dst=0)
     if not comm.is_main_process():
         return {}
     make_folder(folder / "inference", "OUTPUT_DIR")
@@ -74,7 +74,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     drawn = validation_pictures(truth, Path(MetadataCatalog.get(name).image_root), results)
     save_pictures(drawn, folder / PICTURES)
     false_alarms = [] if truth["annotations"] else count_detections(results)
-    return _write_scores(folder, name, scores, left_out(detector, category_ids), false_alarms)
+    return _write_scores(folder, name, scores, left_out(model, category_ids), false_alarms)
 
 
 def with_written_ids(results: list[dict[str, Any]], written: Mapping[str, Mapping[int, Any]]) -> list[dict[str, Any]]:
@@ -103,7 +103,8 @@ def predict(model: GeneralizedRCNN, loader: Any, category_ids: Sequence[int | No
     results = []
     bar = tqdm(loader, desc="evaluate", unit="batch", disable=not comm.is_main_process(), dynamic_ncols=True)
     with inference_context(model), torch.no_grad():
-        for batch in bar:
+        ranks = Ranks(comm.get_rank(), 0, comm.get_world_size())
+        for batch in until_stop(bar, ranks, len(loader)):
             refuse_unreadable(batch)
             outputs = model.inference(batch, do_postprocess=False)
             for sample, instances in zip(batch, outputs, strict=True):

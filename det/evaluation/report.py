@@ -15,18 +15,20 @@ from typing import Any
 import numpy as np
 from detectron2.config import get_cfg
 
+from crossmae.checkpoints.reading.files import find_file
 from crossmae.data.images import read_image
+from crossmae.errors import UserError
 from crossmae.models.class_names import list_names
 from crossmae.reports import page, sections
 from crossmae.reports.figures import MOST_CURVES, PlotKeys, curve_plots
 from crossmae.reports.run_folder import REPORT, LoggedNumbers, RunFolder
 from crossmae.training.config import read_yaml
+from crossmae.training.log import LOG as TRAINING_LOG
 from det.backbone.weights import find_detector
 from det.config import (
     BEST_RECORD,
     CONFIG,
     FINAL,
-    METRICS,
     PICTURES,
     RECORD,
     RESULTS,
@@ -35,7 +37,7 @@ from det.config import (
 )
 from det.data.coco import OWN_TRAIN, OWN_VAL
 from det.evaluation.pictures import find_pictures
-from det.evaluation.run_files import HEADLINE, TASKS, BestEvaluation, DetectionResults, RunRecord, read_metrics
+from det.evaluation.run_files import HEADLINE, TASKS, BestEvaluation, DetectionResults, RunRecord, read_training_log
 
 LOSSES = {
     "loss_mask": "mask",
@@ -66,7 +68,7 @@ def loss_plots(log: LoggedNumbers) -> PlotKeys:
     names = {key for row in log.rows for key in row if key.startswith("loss_")}
     known = [key for key in LOSSES if key in names]
     parts = [(key, LOSSES.get(key, key.removeprefix("loss_"))) for key in (*known, *sorted(names - LOSSES.keys()))]
-    plots = {"Total loss": ("loss", {"total_loss": "total loss"})}
+    plots = {"Total loss": ("loss", {"loss": "total loss"})}
     for first in range(0, len(parts), MOST_CURVES):
         title = "Its parts" if first == 0 else f"Its parts from {first + 1}"
         plots[title] = "loss", dict(parts[first : first + MOST_CURVES])
@@ -165,8 +167,8 @@ def _progress_section(run: RunFolder, log: LoggedNumbers) -> page.Section:
         for key in ("AP", "AP50")
     }
     why = "no evaluation is logged in it"
-    absent = [run.missing(METRICS, "average precision over the training", why)]
-    blocks = curve_plots(log.rows, Path(METRICS), "iteration", plots) if found else absent
+    absent = [run.missing(TRAINING_LOG, "average precision over the training", why)]
+    blocks = curve_plots(log.rows, Path(TRAINING_LOG), "step", plots) if found else absent
     return page.Section("Over the training", "The results of each evaluation during the training.", blocks)
 
 
@@ -196,9 +198,11 @@ def _picture_section(run: RunFolder) -> page.Section:
 
 
 def _command_section(folder: Path, data: Mapping[str, Mapping[str, Any]], unfinished: bool) -> page.Section:
-    weights, train_net = find_detector(folder), ["train_net.py", "--config-file", str(folder / CONFIG)]
-    if weights == folder:
-        absent = page.Missing(Path("model_*.pth"), "commands to use the detector", "there are no weights")
+    train_net = ["train_net.py", "--config-file", str(folder / CONFIG)]
+    try:
+        weights = find_file(find_detector(folder))
+    except UserError:
+        absent = page.Missing(Path(FINAL), "commands to use the detector", "there are no weights")
         return page.Section("Using the detector", "", [absent])
     train, val = _own_data(data, "train", OWN_TRAIN), _own_data(data, "val", OWN_VAL)
     evaluated = [f"MODEL.WEIGHTS={weights}", f"OUTPUT_DIR={folder / 'evaluation'}"]
@@ -248,26 +252,27 @@ def build_report(folder: Path) -> page.Report:
     run = RunFolder(folder)
     record = run.read(RECORD, RunRecord.read, RunRecord())
     settings: dict[str, Any] = run.read(CONFIG, read_yaml, {})
-    log = run.read(METRICS, read_metrics, LoggedNumbers())
+    log = run.read(TRAINING_LOG, read_training_log, LoggedNumbers())
     results = run.read(RESULTS, DetectionResults.read, None)
     best = run.read(BEST_RECORD, BestEvaluation.read, None)
     unfinished = bool(log.rows) and not run.has(FINAL)
-    done, total = int(log.rows[-1]["iteration"]) if log.rows else 0, record.iterations
+    done, total = int(log.rows[-1]["step"]) if log.rows else 0, record.iterations
     progress = f"{done:,} of {total:,} iterations" if total > done else page.counted(done, "iteration")
     changed = changed_from_defaults(settings)
     plots = {
         **loss_plots(log),
         "Learning rate": ("learning rate", {"lr": "learning rate"}),
-        "Speed": ("seconds", {"time": "whole iteration", "data_time": "waiting for data"}),
+        "Speed": ("images per second", {"images_per_second": "images"}),
+        "Waiting for data": ("share of the time", {"data_wait_share": "waiting for data"}),
     }
-    text = "The total loss is the sum of the losses of proposals, classes, boxes and masks. Medians of 20 iterations."
+    text = "The total loss is the sum of the losses of proposals, classes, boxes and masks."
     return page.Report(
         f"Detector: {folder.resolve().name}",
         sections.lead(f"{_detector(settings)}. ", progress if unfinished else ""),
         _accuracy_facts(results, best) + _training_facts(record, log, progress),
         [
             *_evaluation_sections(run, results, log),
-            sections.training_section(run, log, METRICS, "iteration", plots, text),
+            sections.training_section(run, log, TRAINING_LOG, "step", plots, text),
             _command_section(folder, record.data, unfinished),
             sections.settings_section(run, CONFIG, not settings, changed, "detectron2 and of this toolkit"),
             _data_section(run, record),
@@ -301,10 +306,11 @@ def _training_facts(record: RunRecord, log: LoggedNumbers, progress: str) -> lis
     if isinstance(images, int):
         note = page.counted(len(record.classes), "class", "classes") if record.classes else ""
         found.append(page.Fact("Training images", f"{images:,}", note))
-    if times := log.values("time"):
-        seconds = sum(steps * time for steps, time in log.spans("iteration", "time"))
-        note = f"{progress} of {np.median(times):.3g} s, without evaluations"
+    speeds, per_step = log.values("images_per_second"), record.settings.get("SOLVER.IMS_PER_BATCH")
+    if speeds and isinstance(per_step, int):
+        seconds = sum(steps * per_step / speed for steps, speed in log.spans("step", "images_per_second"))
+        note = f"{progress}, {np.median(speeds):.3g} images per second (median), without evaluations"
         found.append(page.Fact("Training time", page.format_seconds(seconds), note))
-    if memory := log.values("peak_memory_bytes"):
-        found.append(page.Fact("Peak memory", page.format_bytes(max(memory)), "of one GPU"))
+    if memory := log.values("memory_gb"):
+        found.append(page.Fact("Peak memory", f"{max(memory):.1f} GB", "of one process"))
     return found

@@ -84,24 +84,17 @@ class BestEvaluation(FileContent):
     segm: float | None = Field(None, alias="segm/AP")
 
 
-def read_metrics(path: Path) -> LoggedNumbers:
-    """Read the `metrics.json` of detectron2, with one row per iteration.
+def read_training_log(path: Path) -> LoggedNumbers:
+    """Read the `log.jsonl` of a detector. The losses of the stages of a cascade are added up.
 
-    A resumed run may log an iteration twice: the later values are used. Iteration numbers become counts of iterations,
-    so that the evaluation after training has the number of the last iteration. The losses of the stages of a cascade
-    are added up. Raises UserError if the file does not exist.
+    Raises UserError if the file does not exist.
     """
-    log = read_log(path, "iteration")
-    rows: dict[float, dict[str, float]] = {}
+    log = read_log(path, "step")
+    rows: list[dict[str, float]] = []
     for row in log.rows:
         whole: dict[str, float] = {}
         for key, value in row.items():
             name = re.sub(r"^(loss_.*)_stage\d+$", r"\1", key)
             whole[name] = whole.get(name, 0.0) + value
-        rows.setdefault(row["iteration"], {}).update(whole)
-    last = max((iteration for iteration, row in rows.items() if "total_loss" in row), default=max(rows, default=0))
-    merged: dict[float, dict[str, float]] = {}
-    for iteration in sorted(rows):
-        done = min(iteration, last) + 1
-        merged.setdefault(done, {}).update({**rows[iteration], "iteration": done})
-    return LoggedNumbers(list(merged.values()), log.damaged)
+        rows.append(whole)
+    return LoggedNumbers(rows, log.damaged)

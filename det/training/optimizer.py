@@ -6,14 +6,14 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from detectron2.layers.batch_norm import LayerNorm as ChannelFirstLayerNorm
 from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
-from detectron2.solver import LRMultiplier, WarmupParamScheduler
+from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import reduce_param_groups
-from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
+from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler, ParamScheduler
 from torch import nn
 
+from crossmae.training.schedule import Schedule
 from det.config import EvaluationKeys, SolverKeys
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ _POSITIONS = ("pos_embed", "pos_embed_global", "rel_pos_h", "rel_pos_w")
 LONGEST_WARMUP = 0.1
 
 
-def parameter_groups(model: nn.Module, solver: SolverKeys, base_lr: float, depth: int) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, solver: SolverKeys, depth: int) -> list[dict[str, Any]]:
     """Group trainable parameters by learning rate and weight decay.
 
     Source: method specification, section 3.1. `depth` is the number n of blocks. The learning rate of encoder layer i
@@ -44,76 +44,102 @@ def parameter_groups(model: nn.Module, solver: SolverKeys, base_lr: float, depth
             elif name in _POSITIONS:
                 decay = solver.WEIGHT_DECAY_POS
             factor = get_vit_lr_decay_rate(f"{module_name}.{name}", solver.LAYER_DECAY, depth)
-            groups.append({"params": [parameter], "lr": base_lr * factor, "weight_decay": decay})
+            groups.append({"params": [parameter], "lr_scale": factor, "weight_decay": decay})
     return reduce_param_groups(groups)
 
 
 @dataclass(frozen=True)
-class StepSchedule:
-    """A detector's schedule in optimizer steps."""
+class StepSchedule(Schedule):
+    """A detector's schedule in optimizer steps.
 
-    max_iter: int
-    base_lr: float  # after warm-up, for layers outside the encoder
-    base_lr_end: float  # at the end of a cosine schedule
-    warmup_iters: int  # at most a tenth of the run
-    steps: tuple[int, ...]  # steps after which the learning rate falls
-    eval_period: int  # 0: evaluate only at the end
+    Attributes:
+        lr_end: learning rate at the end of a cosine schedule.
+        milestones: steps after which the learning rate falls.
+        eval_period: steps between evaluations. 0: evaluate only at the end.
+        checkpoint_period: steps between checkpoints.
+        multiplier: factor on `peak_lr` at a share of the run.
+    """
+
+    lr_end: float
+    milestones: tuple[int, ...]
+    eval_period: int
     checkpoint_period: int
+    multiplier: ParamScheduler
+
+    def lr_at(self, step: int) -> float:
+        """Compute the learning rate of step `step`, counted from 0."""
+        return self.peak_lr * float(self.multiplier(step / self.total_steps))
+
+    def plan(self) -> dict[str, Any]:
+        return {key: value for key, value in super().plan().items() if key != "multiplier"}
+
+    def saves_after(self, step: int) -> bool:
+        """Tell whether a checkpoint is due after a step."""
+        return step == self.last_step or step % self.checkpoint_period == 0
 
 
-def resolve_schedule(solver: SolverKeys, test: EvaluationKeys, num_images: int) -> StepSchedule:
+def resolve_schedule(solver: SolverKeys, test: EvaluationKeys, num_images: int, processes: int = 1) -> StepSchedule:
     """Convert epochs and fractions of a run to steps.
 
-    If there is a `REFERENCE_BATCH`, the learning rate is scaled linearly with the batch size. With `EVAL_EPOCHS`, there
-    is at least one checkpoint per evaluation. `num_images` is the size of the training set.
+    If there is a `REFERENCE_BATCH`, the learning rate is scaled linearly with the batch size. There is a checkpoint
+    before each evaluation with `EVAL_EPOCHS`. `num_images` is the size of the training set.
     """
-    batch = solver.IMS_PER_BATCH
+    batch, parts = solver.IMS_PER_BATCH, solver.ACCUMULATE
     factor = batch / solver.REFERENCE_BATCH if solver.REFERENCE_BATCH else 1.0
-    max_iter = max(1, round(solver.EPOCHS * num_images / batch)) if solver.EPOCHS else solver.MAX_ITER
-    warmup = min(solver.WARMUP_ITERS, max(1, int(LONGEST_WARMUP * max_iter)))
+    total = max(1, round(solver.EPOCHS * num_images / batch)) if solver.EPOCHS else solver.MAX_ITER
+    warmup = min(solver.WARMUP_ITERS, max(1, int(LONGEST_WARMUP * total)))
     if warmup < solver.WARMUP_ITERS:
         log.info("SOLVER.WARMUP_ITERS is %d, a tenth of the run", warmup)
-    steps = [round(share * max_iter) for share in solver.DECAY_AT] or solver.STEPS
+    steps = [round(share * total) for share in solver.DECAY_AT] or solver.STEPS
+    milestones = tuple(sorted({step for step in steps if step < total}))
     eval_period, checkpoint_period = test.EVAL_PERIOD, solver.CHECKPOINT_PERIOD
     if test.EVAL_EPOCHS:
         eval_period = max(1, round(test.EVAL_EPOCHS * num_images / batch))
         checkpoint_period = min(checkpoint_period, eval_period)
     return StepSchedule(
-        max_iter=max_iter,
-        base_lr=solver.BASE_LR * factor,
-        base_lr_end=solver.BASE_LR_END * factor,
-        warmup_iters=warmup,
-        steps=tuple(sorted({step for step in steps if step < max_iter})),
+        images=num_images,
+        world_size=processes,
+        batches_per_epoch=max(num_images // batch, 1) * parts,
+        accumulate=parts,
+        images_per_step=batch,
+        total_batches=total * parts,
+        total_steps=total,
+        last_step=total,
+        warmup_steps=warmup,
+        peak_lr=solver.BASE_LR * factor,
+        min_lr=0.0,
+        lr_end=solver.BASE_LR_END * factor,
+        milestones=milestones,
         eval_period=eval_period,
         checkpoint_period=checkpoint_period,
+        multiplier=lr_multiplier(solver, total, warmup, milestones),
     )
 
 
 def describe_schedule(schedule: StepSchedule, solver: SolverKeys, num_images: int, depth: int) -> str:
     """Describe the schedule of a run in one line."""
     batch = solver.IMS_PER_BATCH
-    epochs = schedule.max_iter * batch / num_images
+    epochs = schedule.total_steps * batch / num_images
     parts = f" in {solver.ACCUMULATE} parts" if solver.ACCUMULATE > 1 else ""
     rule = f" (= {solver.BASE_LR:g} x {batch} / {solver.REFERENCE_BATCH})" if solver.REFERENCE_BATCH else ""
-    lowest = schedule.base_lr * solver.LAYER_DECAY ** (depth + 1)
+    lowest = schedule.peak_lr * solver.LAYER_DECAY ** (depth + 1)
     layers = f", {lowest:.3g} in the first layer" if solver.LAYER_DECAY < 1 else ""
     if solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
-        decay = f", then along a cosine to {schedule.base_lr_end:g}"
+        decay = f", then along a cosine to {schedule.lr_end:g}"
     else:
-        decay = "".join(f", x {solver.GAMMA:g} after step {step:,}" for step in schedule.steps)
+        decay = "".join(f", x {solver.GAMMA:g} after step {step:,}" for step in schedule.milestones)
     return (
-        f"{schedule.max_iter:,} steps of {batch} images{parts}: {epochs:.4g} epochs of {num_images:,} images; learning "
-        f"rate {schedule.base_lr:.3g}{rule}{layers}, after {schedule.warmup_iters:,} steps of warm-up{decay}"
+        f"{schedule.total_steps:,} steps of {batch} images{parts}: {epochs:.4g} epochs of {num_images:,} images; "
+        f"learning rate {schedule.peak_lr:.3g}{rule}{layers}, after {schedule.warmup_steps:,} steps of warm-up{decay}"
     )
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, solver: SolverKeys, schedule: StepSchedule) -> LRMultiplier:
-    """Build a warm-up, followed by a cosine or drops by `GAMMA`."""
+def lr_multiplier(solver: SolverKeys, total: int, warmup: int, milestones: tuple[int, ...]) -> ParamScheduler:
+    """Build the factor on the learning rate: warm-up, then a cosine or drops by `GAMMA`."""
     if solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
-        after = CosineParamScheduler(1, schedule.base_lr_end / schedule.base_lr)
+        after = CosineParamScheduler(1, solver.BASE_LR_END / solver.BASE_LR)
     else:
-        factors = [solver.GAMMA**drops for drops in range(len(schedule.steps) + 1)]
-        after = MultiStepParamScheduler(factors, milestones=schedule.steps, num_updates=schedule.max_iter)
-    warmup = schedule.warmup_iters / schedule.max_iter
-    whole = WarmupParamScheduler(after, solver.WARMUP_FACTOR, warmup, solver.WARMUP_METHOD, solver.RESCALE_INTERVAL)
-    return LRMultiplier(optimizer, multiplier=whole, max_iter=schedule.max_iter)
+        factors = [solver.GAMMA**drops for drops in range(len(milestones) + 1)]
+        after = MultiStepParamScheduler(factors, milestones=milestones, num_updates=total)
+    share = warmup / total
+    return WarmupParamScheduler(after, solver.WARMUP_FACTOR, share, solver.WARMUP_METHOD, solver.RESCALE_INTERVAL)

@@ -34,13 +34,13 @@ from det.data.coco import read_coco
 from det.evaluation.pictures import compare_pictures
 from det.evaluation.report import AP_TEXT
 from det.evaluation.resampling import ApDifference, bootstrap_difference, match_detections
-from det.evaluation.run_files import TASKS, DetectionResults, RunRecord, read_metrics
+from det.evaluation.run_files import TASKS, DetectionResults, RunRecord, read_training_log
 
 COUNT = 12  # number of held-out images on the page
 STAGES, PRETRAIN_LOG = "stages.json", "pretrain/log.jsonl"
 FEW, ANNOTATIONS = "data/annotations/few.json", "data/annotations/val.json"
 # Files of each detector.
-RESULTS, PREDICTIONS, LOG, RECORD = "results.json", "inference/coco_instances_results.json", "metrics.json", "run.json"
+RESULTS, PREDICTIONS, LOG, RECORD = "results.json", "inference/coco_instances_results.json", "log.jsonl", "run.json"
 LEAD = (
     "A masked autoencoder, CrossMAE, learned to reconstruct hidden patches of unlabelled images. Then the same Mask "
     "R-CNN was trained twice on a few of these images with labels: once from the pretrained encoder, and once from the "
@@ -86,7 +86,7 @@ def read_arm(run: RunFolder, start: str, folder: str) -> Arm:
         folder,
         run.read(f"{folder}/{RESULTS}", DetectionResults.read, None),
         run.read(f"{folder}/{PREDICTIONS}", read_predictions, None),
-        run.read(f"{folder}/{LOG}", read_metrics, LoggedNumbers()),
+        run.read(f"{folder}/{LOG}", read_training_log, LoggedNumbers()),
         sections.leaves(run.read(f"{folder}/{RECORD}", RunRecord.read, RunRecord()).settings),
     )
 
@@ -132,7 +132,7 @@ def training_text(run: RunFolder, arms: Sequence[Arm]) -> str:
     """Tell how the detectors were trained."""
     few = run.read(FEW, read_coco, None)
     labelled = page.counted(len(few["images"]), "labelled image") if few else "the same labelled images"
-    steps = {int(max(logged)) for arm in arms if (logged := arm.log.values("iteration"))}
+    steps = {int(max(logged)) for arm in arms if (logged := arm.log.values("step"))}
     length = f" for {steps.pop():,} steps" if len(steps) == 1 else ""
     order = "with the same seed and the same order of the images"
     return f"Both detectors were trained{length} on {labelled}, {order}. {differing_settings(arms)}"
@@ -320,17 +320,12 @@ def pretraining_section(run: RunFolder) -> page.Section:
 
 def detector_section(run: RunFolder, arms: Sequence[Arm]) -> page.Section:
     """Plot the total losses of both detectors."""
-    rows = [
-        {"iteration": row["iteration"], arm.start: row["total_loss"]}
-        for arm in arms
-        for row in arm.log.rows
-        if "total_loss" in row
-    ]
+    rows = [{"step": row["step"], arm.start: row["loss"]} for arm in arms for row in arm.log.rows if "loss" in row]
     missing = [run.missing(arm.file(LOG), f"loss from {arm.start}") for arm in arms if not arm.log.rows]
     text = "The total loss of Mask R-CNN is the sum of the losses of proposals, classes, boxes and masks."
     labels = {arm.start: f"from {arm.start}" for arm in arms if arm.log.rows}
     source = Path(" and ".join(arm.file(LOG) for arm in arms))
-    plots = curve_plots(rows, source, "iteration", {"Total loss": ("loss", labels)}) if labels else []
+    plots = curve_plots(rows, source, "step", {"Total loss": ("loss", labels)}) if labels else []
     return page.Section("Detector training", text, [*plots, *missing])
 
 

@@ -217,11 +217,11 @@ def _find_in_folder(folder: Path) -> Path:
         if others := sorted(path.name for path in folder.glob(f"{found.stem}_[0-9]*{found.suffix}")):
             log.warning("%s: %s is read, not %s. Name a file to read another one.", folder, found.name, shorten(others))
         return found
+    if detector := detector_file(folder):
+        return detector
     checkpoint = latest_checkpoint(folder.parent if folder.name == FOLDER else folder)
     if checkpoint:
         return checkpoint / MODEL
-    if detector := detector_file(folder):
-        return detector
     if deepspeed := _deepspeed_file(folder):
         return deepspeed
     if what := other_folder(folder):

@@ -34,6 +34,7 @@ from crossmae.files import check_writable, sha256
 from crossmae.models.class_names import LISTED, list_names, pair_names
 from crossmae.training.devices import choose_precision, open_autocast, open_device
 from crossmae.training.processes import Ranks, find_ranks, process_group
+from crossmae.training.signals import until_stop
 from crossmae.training.versions import versions
 
 TOP = 5  # number of best classes recorded for each sample
@@ -63,18 +64,19 @@ def evaluate(
         UserError: an image cannot be read. All processes raise it.
     """
     indices = range(ranks.rank, len(data.images), ranks.world_size)
-    mine = ranks.together(lambda: list(_predict(model, data, indices, device, autocast, ranks.is_main)))
+    mine = ranks.together(lambda: list(_predict(model, data, indices, device, autocast, ranks)))
     return merge([part for of_rank in ranks.gather(mine) for part in of_rank], len(data.images))
 
 
 def _predict(
-    model: Any, data: EvaluationSet, indices: range, device: torch.device, autocast: torch.autocast, show: bool
+    model: Any, data: EvaluationSet, indices: range, device: torch.device, autocast: torch.autocast, ranks: Ranks
 ) -> Iterator[Predictions]:
     with_features = torch.tensor(evenly_spaced(len(data.images), data.features), dtype=torch.int64)
     normalize = Normalize(data.images.views.mean, data.images.views.std, device)
-    how = (data.batch_size, data.workers, device.type == "cuda", "evaluate", "data.val", show)
+    how = (data.batch_size, data.workers, device.type == "cuda", "evaluate", "data.val", ranks.is_main)
     with _evaluation_mode(model), torch.no_grad():
-        for batch in evaluation_batches(data.images, indices, *how):
+        batches = evaluation_batches(data.images, indices, *how)
+        for batch in until_stop(batches, ranks, -(-len(indices) // data.batch_size)):
             with autocast:
                 tokens = model.forward_features(normalize(batch.images.to(device, non_blocking=True)))
                 pooled = model.forward_head(tokens, pre_logits=True)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from crossmae.checkpoints.formats.facts import MODEL_KEYS, assumed
 from crossmae.checkpoints.metadata import CLASSES, FORMAT, recorded_arguments
@@ -66,12 +66,12 @@ from crossmae.models.sizes import SIZES
 from crossmae.pretraining.initial_weights import compare_pixels, say_assumed
 from crossmae.training.devices import describe_place
 from crossmae.training.log import NAMES, RunLog, announce_steps, describe
-from crossmae.training.loop import Callbacks, Job, check_images, train
+from crossmae.training.loop import Callbacks, Job, broken_watch, check_images, image_batches, train, write_weights
 from crossmae.training.optimizers import make_optimizer
 from crossmae.training.processes import Ranks
-from crossmae.training.resume import find_start, is_complete
+from crossmae.training.resume import EMA_WEIGHTS, WEIGHTS, find_start, is_complete
 from crossmae.training.schedule import Schedule, make_schedule
-from crossmae.training.state import TrainingState
+from crossmae.training.state import Diverged, Losses, TrainingState
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,8 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> Path:
         raise UserError("data.train: missing. Name labelled images to train on.")
     if config.model.init is None and config.model.name is None:
         raise UserError("model: neither init nor name is given. Name weights to start from, or a size without weights.")
-    return train(config, partial(build_job, config, resume))
+    train(config.run_settings(), partial(build_job, config, resume))
+    return config.output_dir / WEIGHTS
 
 
 def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.device, precision: str) -> Job:
@@ -150,23 +151,26 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
         word="finetune",
         model=model,
         optimizer=build_optimizer(model, optim, schedule.peak_lr),
-        images=images,
-        batches=batches,
-        collate=collate_labelled,
-        broken=broken,
+        open_batches=image_batches(images, batches, data.workers, device.type == "cuda", collate_labelled),
+        name_images=lambda batch: [source.name(index) for index in batch.indices.tolist()],
+        watch_broken=broken_watch(source, broken, data.broken_budget, ranks),
         loss=partial(classification_loss, objective, Normalize(data.mean, data.std, device), seed, ranks.rank),
         schedule=schedule,
+        saves_after=lambda step: config.saves_after(step, schedule.ends_period),
         fingerprint=fingerprint,
         start=start,
+        is_complete=complete,
         metadata=metadata,
         announce=announce,
+        finals=(WEIGHTS, EMA_WEIGHTS),
+        write_finals=partial(write_weights, config.output_dir, optim.ema, metadata),
         callbacks=build_judge(config, labelled, size, crop_pct, schedule, metadata),
     )
 
 
 def classification_loss(
     objective: Objective, normalize: Normalize, seed: int, rank: int, model: nn.Module, batch: Any, number: int
-) -> Tensor:
+) -> Losses:
     """Augment a micro-batch and compute its loss.
 
     The random numbers depend on `seed`, `rank` and the `number` of the batch only.
@@ -176,7 +180,7 @@ def classification_loss(
     with keyed_everywhere(seed, 1, number, rank + 1, device=device):  # differs from the key of every sample
         images, targets = objective.augment(normalize(pixels), targets)
         logits = model(images)
-    return objective.loss(logits.float(), targets)
+    return {"loss": objective.loss(logits.float(), targets)}
 
 
 @dataclass(frozen=True)
@@ -219,8 +223,7 @@ class Judge(Callbacks):
             scores = score(predictions, len(self.class_names))
             values |= {f"{name}{suffix}": value for name, value in headline(scores).items()}
             if not all(map(math.isfinite, values.values())):
-                what = f"data.val: the evaluation at step {step} is not finite ({describe(values)})"
-                raise UserError(f"{what}. Lower optim.base_lr, and start again or from the last checkpoint.")
+                raise Diverged(f"the evaluation on data.val is not finite ({describe(values)})")
             if is_best(state.kept, step, scores, suffix) and state.ranks.is_main:
                 record = {f"best_{key}": str(value) for key, value in state.kept["best"].items()}
                 save_weights(self.folder / BEST, model.state_dict(), self.metadata(step) | record, force=True)

@@ -392,49 +392,31 @@ def timing_cells(question: Question, budget: Budget) -> list[Cell]:
         words = pretrain_words(question, budget, run, seed)
         limit = f"schedule.max_steps={min(TIMED_PRETRAINING, budget.pretrain_steps)}"
         step = Step((*words, "log.every_steps=1", limit), run / "model.safetensors", folder=run)
-        cells.append(
-            Cell("pretrain", {"kind": "pretrain"}, (step,), timing_reader(run / "log.jsonl", seconds_of_steps))
-        )
+        cells.append(Cell("pretrain", {"kind": "pretrain"}, (step,), timing_reader(run / "log.jsonl")))
     kind, train, run = question.labels.task, question.labels.train[seed, share], folder / question.labels.task
     if kind == "detect":
         words = (*detect_words(question, train, TIMED_FINE_TUNING, run, seed), "MODEL.WEIGHTS=")
         step = Step(words, run / "results.json", folder=run)
-        cells.append(
-            Cell(kind, {"kind": kind}, (step,), timing_reader(run / "metrics.json", seconds_of_detector_steps))
-        )
+        cells.append(Cell(kind, {"kind": kind}, (step,), timing_reader(run / "log.jsonl")))
     else:
         labelled = question.labels.counts[share]
         words = (*classify_words(question, train, labelled, TIMED_FINE_TUNING, run, seed), "log.every_steps=1")
         step = Step(words, run / "model.safetensors", folder=run)
-        cells.append(Cell(kind, {"kind": kind}, (step,), timing_reader(run / "log.jsonl", seconds_of_steps)))
+        cells.append(Cell(kind, {"kind": kind}, (step,), timing_reader(run / "log.jsonl")))
     return cells
 
 
-def timing_reader(log_path: Path, step_seconds: Callable[[Path], tuple[int, float]]) -> Callable[[], dict[str, float]]:
-    """Return a function that reads the speed from a log."""
+def timing_reader(log_path: Path) -> Callable[[], dict[str, float]]:
+    """Return a function that reads the steps of a log, and a step's median seconds."""
 
     def read() -> dict[str, float]:
-        steps, seconds = step_seconds(log_path)
-        return {"steps": steps, "step_seconds": seconds}
+        rows = [row for row in read_json_lines(log_path) if "images_per_second" in row]
+        record = read_json(next(log_path.parent.glob("checkpoints/*/run.json")))
+        speeds = sorted(row["images_per_second"] for row in rows[len(rows) // 3 :])
+        seconds = record["plan"]["images_per_step"] / speeds[len(speeds) // 2]
+        return {"steps": rows[-1]["step"], "step_seconds": seconds}
 
     return read
-
-
-def seconds_of_steps(log_path: Path) -> tuple[int, float]:
-    """Return the steps of a log, and a step's median seconds.
-
-    The log has a line for each step.
-    """
-    rows = [row for row in read_json_lines(log_path) if "images_per_second" in row]
-    record = read_json(next(log_path.parent.glob("checkpoints/*/run.json")))
-    speeds = sorted(row["images_per_second"] for row in rows[len(rows) // 3 :])
-    return len(rows), record["plan"]["images_per_step"] / speeds[len(speeds) // 2]
-
-
-def seconds_of_detector_steps(log_path: Path) -> tuple[int, float]:
-    """Return the steps of a detector's log, and a step's seconds."""
-    rows = [row for row in read_json_lines(log_path) if "time" in row]
-    return int(rows[-1]["iteration"]) + 1, float(rows[-1]["time"])
 
 
 def estimated(cells: Sequence[Cell], timings: Mapping[str, tuple[float, float]]) -> list[Cell]:

@@ -16,7 +16,10 @@ from crossmae.training.log import start_wandb, truncate_log
 
 def test_a_log_is_cut_after_the_step_that_a_run_goes_on_from(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 0, "val_loss": 2}\n{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    path.write_text(
+        '{"step": 0, "val_loss": 2}\n{"step": 1}\n[5]\n'
+        '{"step": 2, "loss": 1}\n{"step": 2, "val_loss": 1}\n{"step": 3}\n{"ste'
+    )
     assert [row["step"] for row in truncate_log(path, 2)] == [0, 1, 2]
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
     assert truncate_log(tmp_path / "none.jsonl", 2) == []

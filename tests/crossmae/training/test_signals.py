@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from crossmae.data.workers import Loader
+from crossmae.training.processes import Ranks
 from crossmae.training.signals import StopRequest
 
 
@@ -23,7 +24,7 @@ def foreground() -> Iterator[None]:
 
 def test_the_first_signal_is_noted_and_handlers_come_back() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with StopRequest(patient=False) as request:
+    with StopRequest() as request:
         assert request.number is None
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
@@ -32,13 +33,13 @@ def test_the_first_signal_is_noted_and_handlers_come_back() -> None:
 
 
 def test_a_second_ctrl_c_ends_one_process() -> None:
-    with pytest.raises(KeyboardInterrupt), StopRequest(patient=False):  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), StopRequest():  # noqa: PT012
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
 
 def test_several_processes_wait_for_each_other() -> None:
-    with StopRequest(patient=True) as request:
+    with StopRequest(Ranks(world_size=2)) as request:
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             signal.raise_signal(number)
         assert request.number == signal.SIGINT
@@ -46,7 +47,7 @@ def test_several_processes_wait_for_each_other() -> None:
 
 def test_what_is_ignored_stays_ignored() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with StopRequest(patient=False) as request:
+    with StopRequest() as request:
         signal.raise_signal(signal.SIGINT)
         assert request.number is None
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

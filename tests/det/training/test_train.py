@@ -15,9 +15,10 @@ import torch
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
 
+from det.training.hooks import keep_best
+
 from crossmae.errors import UserError, run_cli
 from det.training.checkpoint import AtomicCheckpointer, last_checkpoint
-from det.training.hooks import keep_best
 from det.training.steps import StepTrainer
 from tests.det.coco_files import TINY, save, write_coco
 from tools.train_net import build_parser, main
