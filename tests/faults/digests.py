@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 
 TIMINGS = {"images_per_second", "data_wait_share", "memory_gb"}
-# Files whose bytes may differ: curves of events with times, the digest of a zip file with its own name, a page.
-PRESENT_ONLY = {"manifest.json", "report.html"}
+# Files whose bytes may differ: digests of a zip file that has its own name, a page and a log with times.
+PRESENT_ONLY = {"manifest.json", "report.html", "log.txt"}
 UNCOMPARED = "tensorboard"
 
 
@@ -26,7 +26,7 @@ def digest(run: Path) -> dict[str, Any]:
             continue
         if path.name in PRESENT_ONLY:
             found[name] = "present"
-        elif path.suffix == ".pt":
+        elif path.suffix in (".pt", ".pth"):
             state = torch.load(path, map_location="cpu", weights_only=True)
             found |= {f"{name}:{key}": value for key, value in entries(state, "")}
         elif path.suffix == ".safetensors":  # its metadata have no fixed order

@@ -109,6 +109,35 @@ def write_finetuning(folder: Path) -> list[str]:
     return write_config(folder, values)
 
 
+def write_detection(folder: Path) -> list[str]:
+    from tests.det.coco_files import TINY, write_coco
+
+    (folder / "config.yaml").write_text(TINY)
+    path, images, _ = write_coco(folder / "data")
+    named = [
+        f"--{split}-{kind}={value}"
+        for split in ("train", "val")
+        for kind, value in (("json", path), ("images", images))
+    ]
+    settings = {
+        "OUTPUT_DIR": "run",
+        "SOLVER.MAX_ITER": 8,
+        "SOLVER.IMS_PER_BATCH": 2,
+        "SOLVER.ACCUMULATE": 2,
+        "SOLVER.BASE_LR": 0.01,
+        "SOLVER.EMA.ENABLED": True,
+        "SOLVER.CHECKPOINT_PERIOD": 3,
+        "SOLVER.CHECKPOINTS_KEPT": 2,
+        "TEST.EVAL_PERIOD": 5,
+    }
+    return [
+        "--config-file",
+        str(folder / "config.yaml"),
+        *named,
+        *(f"{key}={value}" for key, value in settings.items()),
+    ]
+
+
 OWN_WORDS = {"workers": "data.workers={}", "timeout": "runtime.timeout_minutes={}"}
 HALVED = "optim.batch_size=1"
 TRAINERS = {
@@ -131,4 +160,14 @@ TRAINERS = {
         **OWN_WORDS,
     ),
 }
-HAS_DETECTRON2 = importlib.util.find_spec("detectron2") is not None
+if importlib.util.find_spec("detectron2") is not None:
+    TRAINERS["train_net"] = Trainer(
+        tool="train_net",
+        imports=("matplotlib.backends.backend_agg", "det.evaluation.report"),
+        write=write_detection,
+        judging=("det.training.train:evaluate", 1),
+        workers="DATALOADER.NUM_WORKERS={}",
+        timeout="TIMEOUT_MINUTES={}",
+        halved=("SOLVER.ACCUMULATE=1",),
+        unmixed=(),
+    )
