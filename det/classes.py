@@ -15,6 +15,7 @@ from torch import nn
 
 from crossmae.checkpoints.metadata import CLASSES
 from crossmae.errors import UserError
+from crossmae.files import load_json
 from crossmae.models.class_names import NamePairs, describe_difference, list_names, pair_names
 from det.config import RECORD
 
@@ -62,9 +63,9 @@ def recorded_classes(path: Path, metadata: Mapping[str, str], number: int | None
     record = path if CLASSES in metadata else path.parent / RECORD
     try:
         if CLASSES in metadata:
-            names, ids = (json.loads(metadata[key]) for key in (CLASSES, CATEGORY_IDS))
+            names, ids = (load_json(metadata[key]) for key in (CLASSES, CATEGORY_IDS))
         else:
-            content = json.loads(record.read_text(encoding="utf-8"))
+            content = load_json(record.read_text(encoding="utf-8"))
             names, ids = content[CLASSES], content[CATEGORY_IDS]
         classes = Classes(tuple(map(str, names)), tuple(ids))
     except (OSError, ValueError, KeyError, TypeError):

@@ -5,7 +5,6 @@ detectron2's own reader evaluates Python tags and opens URLs. This reader does n
 
 from __future__ import annotations
 
-import ast
 import difflib
 import logging
 import re
@@ -19,13 +18,33 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from crossmae.checkpoints.reading.files import DETECTOR_BEST, DETECTOR_FINAL, DETECTOR_LAST
 from crossmae.data.images import MAX_PIXELS, ImageLimits
 from crossmae.errors import UserError
-from crossmae.training.config import read_yaml, resolve_config_path
+from crossmae.files import expand_path, load_literal
+from crossmae.training.config import abbreviate, read_yaml, resolve_config_path
+from det.detectron2_keys import (
+    AnchorKeys,
+    AtLeast0,
+    AtLeast1,
+    BoxHeadKeys,
+    CascadeKeys,
+    ClippingKeys,
+    ConfigKeys,
+    MaskHeadKeys,
+    MoreThan0,
+    NotNegative,
+    ProposalKeys,
+    Rate,
+    RoiHeadsKeys,
+    RpnKeys,
+    Shares,
+    Steps,
+    ZeroToOne,
+)
 
 log = logging.getLogger(__name__)
 
@@ -44,34 +63,9 @@ BY_EPOCHS = {
 }
 
 
-def _rising(values: tuple[float, ...]) -> tuple[float, ...]:
-    if list(values) != sorted(values):
-        raise ValueError
-    return values
-
-
-AtLeast0 = Annotated[int, Field(ge=0, description="at least 0")]
-AtLeast1 = Annotated[int, Field(ge=1, description="at least 1")]
-NotNegative = Annotated[float, Field(ge=0, description="at least 0")]
-MoreThan0 = Annotated[float, Field(gt=0, description="greater than 0")]
-Rate = Annotated[float, Field(ge=0, lt=1, description="at least 0 and less than 1")]
-Steps = Annotated[tuple[int, ...], AfterValidator(_rising), Field(description="rising")]
-_Share = Annotated[float, Field(gt=0, lt=1, strict=True)]
-Shares = Annotated[tuple[_Share, ...], AfterValidator(_rising), Field(description="rising shares of 1")]
-
-
-class ConfigKeys(BaseModel):
-    """Base of the sections.
-
-    Keys with a default are added to detectron2's keys. Keys without a default are detectron2's own.
-    """
-
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-
-
 class _Vit(ConfigKeys):  # the encoder and its simple feature pyramid
-    IMG_SIZE: int = 1024  # pixels; decides the size of the relative positions of global blocks
-    PRETRAIN_IMG_SIZE: int = 224  # pixels of pretraining; decides the size of the position embeddings
+    IMG_SIZE: AtLeast1 = 1024  # pixels; decides the size of the relative positions of global blocks
+    PRETRAIN_IMG_SIZE: AtLeast1 = 224  # pixels of pretraining; decides the size of the position embeddings
     PATCH_SIZE: AtLeast1 = 16
     EMBED_DIM: AtLeast1 = 768
     DEPTH: AtLeast1 = 12
@@ -79,7 +73,7 @@ class _Vit(ConfigKeys):  # the encoder and its simple feature pyramid
     MLP_RATIO: MoreThan0 = 4.0
     DROP_PATH: Rate = 0.1  # rate of the last block; grows linearly from 0 in the first block
     WINDOW_SIZE: AtLeast0 = 14  # patches; 0: every block is global
-    GLOBAL_BLOCKS: list[int] = [2, 5, 8, 11]
+    GLOBAL_BLOCKS: list[int] = Field([2, 5, 8, 11], description="numbers of blocks")
     REL_POS: bool = True
     POS_EMBED: Literal["resize", "tiled", "absolute_win"] = "resize"  # fit of position embeddings to the image
     ATTENTION: Literal["folded", "materialized"] = "folded"  # equal except for rounding, see det/backbone/attention.py
@@ -87,15 +81,12 @@ class _Vit(ConfigKeys):  # the encoder and its simple feature pyramid
     # 0 freezes patch embedding and positions; n also freezes the first n blocks
     FROZEN_STAGES: int = Field(-1, ge=-1, description="at least -1")
     OUT_CHANNELS: AtLeast1 = 256
-    SCALE_FACTORS: list[float] = [4.0, 2.0, 1.0, 0.5]  # p2, p3, p4, p5 with patches of 16 pixels
+    # p2, p3, p4, p5 with patches of 16 pixels
+    SCALE_FACTORS: list[MoreThan0] = Field([4.0, 2.0, 1.0, 0.5], description="numbers greater than 0")
     NORM: str = "LN"
     MAX_POOL_LEVEL: bool = True  # p6
     SQUARE_PAD: AtLeast0 = 0  # pixels, in training; 0: pad to the largest image of the batch
     SQUARE_PAD_TEST: AtLeast0 = 0  # the same for evaluation and prediction
-
-
-class _RoiHeads(ConfigKeys):
-    NUM_CLASSES: AtLeast1
 
 
 class _Model(ConfigKeys):
@@ -105,7 +96,13 @@ class _Model(ConfigKeys):
     LOAD_PROPOSALS: Literal[False] = Field(description="False: proposals come from the detector itself")
     PIXEL_MEAN: list[float] = Field(min_length=3, max_length=3, description="three numbers")
     PIXEL_STD: list[MoreThan0] = Field(min_length=3, max_length=3, description="three numbers greater than 0")
-    ROI_HEADS: _RoiHeads
+    ANCHOR_GENERATOR: AnchorKeys
+    PROPOSAL_GENERATOR: ProposalKeys
+    RPN: RpnKeys
+    ROI_HEADS: RoiHeadsKeys
+    ROI_BOX_HEAD: BoxHeadKeys
+    ROI_BOX_CASCADE_HEAD: CascadeKeys
+    ROI_MASK_HEAD: MaskHeadKeys
     VIT: _Vit
 
 
@@ -113,18 +110,18 @@ class _Jitter(ConfigKeys):  # scale into a square of SIZE times a random factor,
     ENABLED: bool = False
     SIZE: AtLeast1 = 1024
     MIN_SCALE: MoreThan0 = 0.1
-    MAX_SCALE: float = 2.0
+    MAX_SCALE: MoreThan0 = 2.0
 
 
 class _CopyPaste(ConfigKeys):  # paste objects of another image (arXiv 2012.07177) with probability PROB
     ENABLED: bool = False
-    PROB: float = Field(0.5, ge=0, le=1, description="from 0 to 1")
+    PROB: ZeroToOne = 0.5
 
 
 class _Crop(ConfigKeys):
     ENABLED: bool
-    TYPE: str
-    SIZE: list[float]
+    TYPE: Literal["relative_range", "relative", "absolute", "absolute_range"]
+    SIZE: list[MoreThan0] = Field(min_length=2, max_length=2, description="two numbers greater than 0")
 
 
 class InputKeys(ConfigKeys):
@@ -132,11 +129,13 @@ class InputKeys(ConfigKeys):
 
     FORMAT: Literal["RGB", "BGR"]
     MASK_FORMAT: Literal["polygon", "bitmask"]
-    MIN_SIZE_TRAIN: int | tuple[int, ...]
-    MIN_SIZE_TRAIN_SAMPLING: str
-    MAX_SIZE_TRAIN: int
-    MIN_SIZE_TEST: int
-    MAX_SIZE_TEST: int
+    MIN_SIZE_TRAIN: AtLeast1 | Annotated[tuple[AtLeast1, ...], Field(min_length=1)] = Field(
+        description="pixels, at least 1, or several such numbers"
+    )
+    MIN_SIZE_TRAIN_SAMPLING: Literal["choice", "range"]
+    MAX_SIZE_TRAIN: AtLeast1
+    MIN_SIZE_TEST: AtLeast0  # 0: images keep their size
+    MAX_SIZE_TEST: AtLeast1
     MAX_PIXELS: AtLeast1 = MAX_PIXELS  # largest image that is read, as width * height
     RANDOM_FLIP: Literal["none", "horizontal", "vertical"]
     CROP: _Crop
@@ -171,11 +170,11 @@ class SolverKeys(ConfigKeys):
     """`SOLVER`: AdamW, the schedule, and checkpoints."""
 
     BASE_LR: MoreThan0
-    BASE_LR_END: float
+    BASE_LR_END: NotNegative
     BETAS: tuple[Rate, Rate] = Field((0.9, 0.999), description="two numbers from 0 to below 1")
     WEIGHT_DECAY: NotNegative
-    WEIGHT_DECAY_NORM: float
-    WEIGHT_DECAY_POS: float = 0.0  # for absolute and relative positions
+    WEIGHT_DECAY_NORM: NotNegative
+    WEIGHT_DECAY_POS: NotNegative = 0.0  # for absolute and relative positions
     LAYER_DECAY: float = Field(1.0, gt=0, le=1, description="greater than 0 and at most 1")  # 1: no layer decay
     IMS_PER_BATCH: AtLeast1
     ACCUMULATE: AtLeast1 = 1  # number of parts in which a step's IMS_PER_BATCH images are computed
@@ -186,13 +185,14 @@ class SolverKeys(ConfigKeys):
     LR_SCHEDULER_NAME: Literal["WarmupMultiStepLR", "WarmupCosineLR"]
     STEPS: Steps
     DECAY_AT: Shares = ()  # instead of STEPS: fractions of the run after which GAMMA lowers the rate
-    GAMMA: float
+    GAMMA: float = Field(gt=0, le=1, description="greater than 0 and at most 1")
     WARMUP_ITERS: AtLeast0
-    WARMUP_FACTOR: float
-    WARMUP_METHOD: str
+    WARMUP_FACTOR: ZeroToOne
+    WARMUP_METHOD: Literal["constant", "linear"]
     RESCALE_INTERVAL: bool
     BIAS_LR_FACTOR: float = Field(ge=1, le=1, description="1: biases learn at the rate of their layer")
     WEIGHT_DECAY_BIAS: None = Field(description="None: biases decay like their weights")
+    CLIP_GRADIENTS: ClippingKeys
     EMA: _MovingAverage
     AMP: _MixedPrecision
     CHECKPOINT_PERIOD: AtLeast1
@@ -210,6 +210,7 @@ class EvaluationKeys(ConfigKeys):
     EVAL_EPOCHS: NotNegative = 0.0  # with SOLVER.EPOCHS: evaluate and save after every so many epochs
     EVALUATOR: Literal["auto", "hotcoco", "pycocotools"] = "auto"  # auto: hotcoco if it is installed
     # Detections that AP counts per image and class, best first. COCO's AP counts 100.
+    DETECTIONS_PER_IMAGE: AtLeast1
     MAX_DETS: int = Field(100, ge=100, description="at least 100")
     AUG: _Off
     PRECISE_BN: _Off
@@ -228,7 +229,7 @@ class DetectorKeys(ConfigKeys):
     off, so that the order of images depends only on the seed.
     """
 
-    SEED: int = Field(0, ge=0, description="at least 0: the order of the images comes from it")
+    SEED: int = Field(0, ge=0, lt=2**32, description="at least 0 and less than 2**32: it orders the images")
     OUTPUT_DIR: str = Field(min_length=1, description="a folder with a name in UTF-8")
     # Several processes: longest time that they wait for each other.
     TIMEOUT_MINUTES: float = Field(30.0, gt=0, description="greater than 0")
@@ -272,6 +273,7 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
             log.info("%s on the command line replaces %s of the config", by_steps, by_epochs)
     _merge(cfg, given, "command line")
     check_config(cfg)
+    cfg.OUTPUT_DIR = str(expand_path(cfg.OUTPUT_DIR, "OUTPUT_DIR"))
     choose_device(cfg, asked="MODEL.DEVICE" in given)
     return cfg
 
@@ -358,7 +360,7 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
     except TypeError:
         wanted = type(default).__name__
         raise UserError(
-            f"{source}: {key} cannot be {value!r}. Use a value of type {wanted}, such as {default!r}."
+            f"{source}: {key} cannot be {abbreviate(repr(value))}. Use a value of type {wanted}, such as {default!r}."
         ) from None
 
 
@@ -371,8 +373,8 @@ def _coerce(value: Any, default: Any) -> Any:
     """Convert a value to the type of `default`, or raise TypeError."""
     if isinstance(value, str) and not isinstance(default, str):
         boolean = value.lower() in ("true", "false")
-        with suppress(ValueError, SyntaxError):
-            value = ast.literal_eval(value.capitalize() if boolean else value)
+        with suppress(ValueError):
+            value = load_literal(value.capitalize() if boolean else value)
     if default is None or type(value) is type(default):
         return value
     if isinstance(default, float) and type(value) is int:
@@ -386,6 +388,7 @@ def check_config(cfg: CfgNode) -> None:
     """Check values, and reject settings that contradict each other."""
     keys = read_keys(cfg)
     vit, images, lsj = keys.MODEL.VIT, keys.INPUT, keys.INPUT.LSJ
+    _check_heads(keys)
     outside = [index for index in vit.GLOBAL_BLOCKS if index not in range(vit.DEPTH)]
     if outside:
         raise UserError(f"MODEL.VIT.GLOBAL_BLOCKS: there is no block {outside}. The last block is {vit.DEPTH - 1}.")
@@ -398,7 +401,7 @@ def check_config(cfg: CfgNode) -> None:
     for key, needed in (("INPUT.LSJ.ENABLED", True), ("MODEL.MASK_ON", True), ("MODEL.KEYPOINT_ON", False)):
         if images.COPY_PASTE.ENABLED and lookup(cfg, key) != needed:
             raise UserError(f"INPUT.COPY_PASTE.ENABLED: {key} is {lookup(cfg, key)}. Set {key}={needed}.")
-    if keys.TEST.MAX_DETS > 100 and 0 <= cfg.TEST.DETECTIONS_PER_IMAGE < keys.TEST.MAX_DETS:
+    if keys.TEST.MAX_DETS > 100 and cfg.TEST.DETECTIONS_PER_IMAGE < keys.TEST.MAX_DETS:
         words = "TEST.DETECTIONS_PER_IMAGE %d is less than TEST.MAX_DETS %d: AP cannot count more. Raise the first."
         log.warning(words, cfg.TEST.DETECTIONS_PER_IMAGE, keys.TEST.MAX_DETS)
     if lsj.ENABLED and vit.SQUARE_PAD > lsj.SIZE:
@@ -415,6 +418,28 @@ def check_config(cfg: CfgNode) -> None:
             raise UserError(f"MODEL.VIT.{name}: {least} 0 resizes no image, so images may not fit. Set {least}.")
         if pad and pad < most:
             raise UserError(f"MODEL.VIT.{name}: images of {key} {most} do not fit into {pad}. Raise MODEL.VIT.{name}.")
+
+
+def _check_heads(keys: DetectorKeys) -> None:
+    """Reject values of heads and crops that do not fit each other."""
+    model, images = keys.MODEL, keys.INPUT
+    for name, head in (("RPN", model.RPN), ("ROI_HEADS", model.ROI_HEADS)):
+        if len(head.IOU_LABELS) != len(head.IOU_THRESHOLDS) + 1:
+            wanted = f"{len(head.IOU_THRESHOLDS) + 1} labels, one more than IOU_THRESHOLDS"
+            raise UserError(f"MODEL.{name}.IOU_LABELS: {head.IOU_LABELS} does not fit. Give {wanted}.")
+    if model.VIT.EMBED_DIM % model.VIT.NUM_HEADS:
+        raise UserError(
+            f"MODEL.VIT.NUM_HEADS: {model.VIT.NUM_HEADS} does not divide MODEL.VIT.EMBED_DIM {model.VIT.EMBED_DIM}. "
+            "Give another number."
+        )
+    cascade = model.ROI_BOX_CASCADE_HEAD
+    if len(cascade.IOUS) != len(cascade.BBOX_REG_WEIGHTS):
+        stages = len(cascade.BBOX_REG_WEIGHTS)
+        raise UserError(f"MODEL.ROI_BOX_CASCADE_HEAD.IOUS: {cascade.IOUS} are not {stages}. Give one per stage.")
+    if images.MIN_SIZE_TRAIN_SAMPLING == "range" and np.size(images.MIN_SIZE_TRAIN) != 2:
+        raise UserError(f"INPUT.MIN_SIZE_TRAIN: {images.MIN_SIZE_TRAIN} is no range. Give the least and the most.")
+    if images.CROP.TYPE.startswith("relative") and max(images.CROP.SIZE) > 1:
+        raise UserError(f"INPUT.CROP.SIZE: {images.CROP.SIZE} are not shares of the image. Give two of at most 1.")
 
 
 def read_keys(cfg: CfgNode) -> DetectorKeys:

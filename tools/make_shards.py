@@ -22,6 +22,7 @@ from crossmae.data.sources import open_source
 from crossmae.data.sources.shard_files import is_url
 from crossmae.data.sources.shard_writer import ShardSettings, make_shards, verify_shards
 from crossmae.errors import UserError, printable, run_cli, set_up_log
+from crossmae.files import expand_path
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     set_up_log()
     if is_url(args.folder):
         raise UserError(f"DST: {args.folder} is an address. Give a local folder, and copy the shards afterwards.")
-    folder = Path(args.folder).expanduser()
+    folder = expand_path(args.folder, "DST")
     if args.verify:
         print(f"{printable(folder)}: {verify_shards(folder):,} shards, all unchanged")
         return

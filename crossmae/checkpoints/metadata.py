@@ -10,12 +10,13 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from crossmae.errors import UserError
+from crossmae.files import load_json
 
 # Keys of the metadata in safetensors files of this toolkit. All values are strings.
 FORMAT = "format"  # "crossmae": a pretraining model of this toolkit; "detectron2": a converted encoder
@@ -35,6 +36,8 @@ PUBLISHED_ARGUMENTS = "published_args"
 TRAINER_SETTINGS = "trainer_settings"  # JSON: settings of the model in another trainer's file, see `reading.settings`
 ASSUMED = "assumed"  # JSON list of facts whose recorded value was assumed when the file was written
 DIGEST = "digest"  # key of the digest in the metadata
+MOST_NUMBER = 1e30  # larger numbers, infinity and NaN describe no pixels
+T = TypeVar("T")
 _KIND = "sha256:"  # prefix of the digest; no other value in our metadata has this prefix
 
 
@@ -43,13 +46,7 @@ def recorded_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
 
     Raises UserError if the record is not a JSON object.
     """
-    text = metadata.get(MODEL_ARGUMENTS, "{}")
-    with suppress(json.JSONDecodeError):
-        if isinstance(arguments := json.loads(text), dict):
-            return arguments
-    raise UserError(
-        f"metadata {MODEL_ARGUMENTS!r} of a weight file: {text[:80]!r} is not a JSON object. Copy the file again."
-    )
+    return recorded(metadata, MODEL_ARGUMENTS, dict)
 
 
 def assumed_names(metadata: Mapping[str, str]) -> frozenset[str]:
@@ -57,13 +54,46 @@ def assumed_names(metadata: Mapping[str, str]) -> frozenset[str]:
 
     Raises UserError if the mark is not a JSON list of names.
     """
-    text = metadata.get(ASSUMED, "[]")
-    with suppress(json.JSONDecodeError):
-        if isinstance(names := json.loads(text), list) and all(isinstance(name, str) for name in names):
-            return frozenset(names)
-    raise UserError(
-        f"metadata {ASSUMED!r} of a weight file: {text[:80]!r} is not a JSON list of names. Copy the file again."
-    )
+    return frozenset(recorded_names(metadata, ASSUMED))
+
+
+def recorded(metadata: Mapping[str, str], key: str, kind: type[T], expected: str = "") -> T:
+    """Parse a JSON value of the metadata, empty without a record.
+
+    Raises UserError if the value is not JSON of this kind. The message calls it `expected`, if given.
+    """
+    if (text := metadata.get(key, UNKNOWN)) == UNKNOWN:
+        return kind()
+    with suppress(ValueError):
+        if isinstance(value := load_json(text), kind):
+            return value
+    raise _unlike(key, text, expected or ("object" if kind is dict else kind.__name__))
+
+
+def recorded_names(metadata: Mapping[str, str], key: str) -> list[str]:
+    """Parse a JSON list of names, [] without a record.
+
+    Raises UserError if the value is anything else.
+    """
+    names = recorded(metadata, key, list, kind := "list of names")
+    if not all(isinstance(name, str) for name in names):
+        raise _unlike(key, metadata[key], kind)
+    return names
+
+
+def recorded_numbers(metadata: Mapping[str, str], key: str) -> list[float]:
+    """Parse a JSON list of finite numbers, [] without a record.
+
+    Raises UserError if the value is anything else.
+    """
+    numbers = recorded(metadata, key, list, kind := "list of finite numbers")
+    if not all(type(number) in (int, float) and abs(number) < MOST_NUMBER for number in numbers):
+        raise _unlike(key, metadata[key], kind)
+    return numbers
+
+
+def _unlike(key: str, text: str, expected: str) -> UserError:
+    return UserError(f"metadata {key!r} of a weight file: {text[:80]!r} is not a JSON {expected}. Copy the file again.")
 
 
 def marked(names: Iterable[str]) -> dict[str, str]:

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from crossmae.checkpoints.formats.facts import (
     SET_OPTION,
     Facts,
@@ -35,10 +33,12 @@ from crossmae.checkpoints.metadata import (
     UNKNOWN,
     assumed_names,
     marked,
+    recorded,
     recorded_arguments,
 )
 from crossmae.checkpoints.weights import Weights, encoder_tensors, read_weights
 from crossmae.errors import UserError
+from crossmae.files import load_json, load_yaml
 from crossmae.models.crossmae import MODEL_DEFAULTS, CrossMAE
 from crossmae.models.sizes import SIZES
 
@@ -167,8 +167,8 @@ def pixel_facts(weights: Weights, channels: int) -> Facts:
     if weights.metadata.get(PIXEL_MEAN, UNKNOWN) != UNKNOWN:  # a record of pixels leaves out only the usual depth
         facts[BIT_DEPTH] = ModelFact(8, "recorded")
     for key in (PIXEL_MEAN, PIXEL_STD, BIT_DEPTH):
-        with suppress(json.JSONDecodeError):
-            facts[key] = ModelFact(json.loads(weights.metadata.get(key, UNKNOWN)), "recorded")
+        with suppress(ValueError):
+            facts[key] = ModelFact(load_json(weights.metadata.get(key, UNKNOWN)), "recorded")
     return with_marks(facts, weights.metadata)
 
 
@@ -178,11 +178,11 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     for setting in settings:
         key, equals, value = setting.partition("=")
         try:
-            parsed[key] = yaml.safe_load(value)
+            parsed[key] = load_yaml(value)
             if isinstance(parsed[key], str):  # YAML reads 1e-6 as text
                 with suppress(ValueError):
                     parsed[key] = float(value)
-        except yaml.YAMLError:
+        except ValueError:
             equals = ""
         if not equals:
             raise UserError(f"--set {setting}: not KEY=VALUE. Write for example num_heads=6 or 'fuse_blocks=[0,11]'.")
@@ -192,7 +192,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 def _decoder_facts(weights: Weights, depth: int, given: Mapping[str, Any]) -> Facts:
     """Find the facts about the decoder (specification, section 1.3)."""
     tensors = weights.tensors
-    published = json.loads(weights.metadata.get(PUBLISHED_ARGUMENTS, "{}"))
+    published = recorded(weights.metadata, PUBLISHED_ARGUMENTS, dict)
     width = tensors["mask_token"].shape[-1]
     cross = "cross_self" if "decoder_blocks.0.self_attn.qkv.weight" in tensors else "cross"
     shown = {

@@ -12,25 +12,37 @@ A folder without a manifest is ignored. So is a folder whose files do not match 
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import re
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crossmae.errors import UserError
-from crossmae.files import sha256, write_atomically, write_json
+from crossmae.errors import UserError, shorten
+from crossmae.files import (
+    check_space,
+    name_write_errors,
+    read_side_file,
+    sha256,
+    sync_folder,
+    write_atomically,
+    write_json,
+)
+from crossmae.files.leftovers import sweep
 
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 MODEL, STATE, RECORD, MANIFEST = "model.safetensors", "state.pt", "run.json", "manifest.json"
+CHECKPOINT_FILES = (MODEL, STATE, RECORD)  # of a checkpoint, next to its manifest
 _NAME = re.compile(r"step-(\d{8})")
+_OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # its temporary files, which were next to the checkpoint's files
 
 
 def save_checkpoint(
@@ -44,6 +56,8 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint, then delete all except the newest `keep` checkpoints.
 
+    Older checkpoints are deleted only after the new one was read again.
+
     Args:
         run: folder of the run.
         step: number of finished optimizer steps.
@@ -51,33 +65,142 @@ def save_checkpoint(
 
     Returns:
         The folder of the checkpoint.
+
+    Raises:
+        UserError: The checkpoint cannot be written, or cannot be read again. Older checkpoints stay.
     """
     folder = run / FOLDER / f"step-{step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
+    with name_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
     write_atomically(folder / MODEL, lambda path: save_file(tensors, path, metadata))
     write_atomically(folder / STATE, lambda path: torch.save(state, path))
     write_json(folder / RECORD, record)
-    names = (MODEL, STATE, RECORD)
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
+    paths = [folder / name for name in CHECKPOINT_FILES]
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
     write_json(folder / MANIFEST, {"step": step, "files": files})
+    with name_write_errors(folder):
+        for parent in (folder.parent, run):
+            sync_folder(parent)
+    _check_written(folder, set(tensors))
     for old in complete_checkpoints(run)[:-keep]:
-        # The manifest is deleted first, so that an interrupted deletion leaves no checkpoint that seems complete.
-        (old / MANIFEST).unlink()
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old, CHECKPOINT_FILES)
     return folder
+
+
+def _check_written(folder: Path, names: set[str]) -> None:
+    """Read a new checkpoint again, without its tensors.
+
+    Raises UserError if the files differ from the manifest or cannot be opened.
+    """
+    reason = defect(folder, contents=True)
+    try:
+        if not reason:
+            with safe_open(folder / MODEL, "pt") as file:
+                reason = None if set(file.keys()) == names else f"{MODEL} has other tensors"
+            torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of safetensors or torch
+        reason = " ".join(str(error).split())[:300]
+    if reason:
+        (folder / MANIFEST).unlink(missing_ok=True)
+        raise UserError(
+            f"{folder}: the new checkpoint cannot be read: {reason}. Older checkpoints stay. Check the disk, and "
+            "continue with --resume."
+        )
+
+
+def _remove(folder: Path, names: Sequence[str]) -> None:
+    """Delete files of a checkpoint, then its folder if empty.
+
+    The manifest is deleted first, so that an interrupted deletion leaves no checkpoint that seems complete.
+    """
+    try:
+        for name in (MANIFEST, *names):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+    except OSError as error:
+        log.warning("%s: an old checkpoint cannot be deleted entirely: %s", folder, error.strerror)
+
+
+def sweep_run(run: Path) -> list[str]:
+    """Remove what killed runs left in a folder, and log the names.
+
+    Temporary files (see `leftovers.sweep`) and checkpoints that were never completed are removed. A folder with any
+    other file stays. Claim the folder first.
+    """
+    removed = sweep(run)
+    halves = [folder for folder in _folders(run) if _is_half_made(folder)]
+    for folder in halves:
+        _remove(folder, [path.name for path in folder.iterdir()])
+    if halves:
+        log.info("%s: removed half-made checkpoints: %s", run, shorten([folder.name for folder in halves]))
+    return [*removed, *(f"{FOLDER}/{folder.name}" for folder in halves if not folder.exists())]
+
+
+def _is_half_made(folder: Path) -> bool:
+    try:
+        if not _NAME.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+            return False
+        return all(_is_ours(path) for path in folder.iterdir())
+    except OSError:
+        return False
+
+
+def _is_ours(path: Path) -> bool:
+    is_known = path.name in CHECKPOINT_FILES or _OF_SAFETENSORS.fullmatch(path.name) is not None
+    return is_known and path.is_file() and not path.is_symlink()
+
+
+def _folders(run: Path) -> list[Path]:
+    """List whatever is named like a checkpoint."""
+    try:
+        return sorted((run / FOLDER).glob("step-*"))
+    except OSError:
+        return []
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """List complete checkpoints by ascending step. Log incomplete checkpoints."""
     found = []
-    for folder in sorted((run / FOLDER).glob("step-*")):
-        reason = "its name is not step-<8 digits>" if not _NAME.fullmatch(folder.name) else defect(folder)
+    for folder in _folders(run):
+        if not _NAME.fullmatch(folder.name):
+            reason: str | None = "its name is not step-<8 digits>"
+        else:
+            reason = "it is a link" if folder.is_symlink() else defect(folder)
         if reason:
             log.warning("skipping checkpoint %s: %s", folder, reason)
         else:
             found.append(folder)
     return found
+
+
+def checkpoint_bytes(model_bytes: int, optimizer_copies: int, averaged: bool) -> int:
+    """Estimate the bytes of one checkpoint.
+
+    Args:
+        model_bytes: bytes of the model's tensors.
+        optimizer_copies: tensors that the optimizer has for each parameter, such as 2 for AdamW.
+        averaged: true if a moving average of the weights is saved.
+    """
+    return model_bytes * (1 + optimizer_copies + averaged)
+
+
+def check_checkpoint_space(run: Path, checkpoint: int, weights: int, keep: int, key: str) -> None:
+    """Check that the disk has room for the checkpoints of a run.
+
+    While a checkpoint is written, `keep` older ones are still there. Complete checkpoints that are already in the
+    folder need no more room, because new ones replace them.
+
+    Args:
+        checkpoint: bytes of one checkpoint, see `checkpoint_bytes`.
+        weights: bytes of the files that a run writes next to its checkpoints, such as its final and best weights.
+        key: config key or flag of the folder, for the error.
+
+    Raises:
+        UserError: There is too little free space. The message has both numbers.
+    """
+    there = sum(1 for folder in _folders(run) if _NAME.fullmatch(folder.name) and not defect(folder))
+    check_space(run, checkpoint * max(keep + 1 - there, 1) + weights, key)
 
 
 def step_of(folder: Path) -> int:
@@ -98,22 +221,47 @@ def latest_checkpoint(run: Path) -> Path | None:
 def defect(folder: Path, contents: bool = False) -> str | None:
     """Describe the first defect of a checkpoint, or return None.
 
-    The manifest and the file sizes are checked; with `contents`, the SHA-256 of every file as well.
+    Name, manifest and file sizes are checked; with `contents`, the SHA-256 of every file as well. This function raises
+    no error for any content of the folder.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
+        return _defect(folder, contents)
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+
+
+def _defect(folder: Path, contents: bool) -> str | None:
+    if not folder.is_dir():
+        return "it is not a folder"
+    if not os.path.lexists(folder / MANIFEST):
         return f"no {MANIFEST}, so it was never completed"
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    try:
+        manifest = read_side_file(folder / MANIFEST)
+        files, step = manifest["files"], manifest["step"]
+        # Other names are never opened: they could lead anywhere.
+        known = {name: (int(files[name]["bytes"]), str(files[name]["sha256"])) for name in CHECKPOINT_FILES}
+        if set(files) != set(CHECKPOINT_FILES):
+            return f"{MANIFEST} is damaged: it has other files"
+    except (UserError, KeyError, TypeError, ValueError, OverflowError):
         return f"{MANIFEST} is damaged"
-    for name, expected in files.items():
+    if _NAME.fullmatch(folder.name) and step != step_of(folder):
+        return f"{MANIFEST} is of another step"
+    for name, (size, digest) in known.items():
         path = folder / name
-        size = path.stat().st_size if path.is_file() else "no"
-        if size != expected["bytes"]:
-            return f"{name} has {size} bytes instead of {expected['bytes']}"
-        if contents and sha256(path) != expected["sha256"]:
+        found = path.stat().st_size if path.is_file() else "no"
+        if found != size:
+            return f"{name} has {found} bytes instead of {size}"
+        if contents and sha256(path) != digest:
             return f"{name} has another SHA-256 than {MANIFEST} says"
     return None
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read `run.json` of a checkpoint.
+
+    Raises UserError if the file cannot be read or has no JSON object.
+    """
+    return read_side_file(folder / RECORD)
 
 
 def read_state(folder: Path) -> Any:

@@ -76,7 +76,7 @@ def read_weights(
             git-lfs pointer; it refers to code; it is not a state dict; its weights are quantized; its digest differs
             from the recorded digest; or it has NaN or infinity.
     """
-    file, (_, choice) = find_file(Path(path)), split_choice(Path(path).expanduser())
+    file, (_, choice) = find_file(Path(path)), split_choice(Path(path))
     contents = read_tensors(file, ema=ema, trust=trust, choice=choice)
     if finite:
         check_finite(contents.tensors, file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from crossmae.checkpoints.weights import Weights, read_weights
 from crossmae.classification.vit import Architecture, HeadKind, architecture_of, build_vit
 from crossmae.data.pixels import published_crop_pct
 from crossmae.errors import UserError
+from crossmae.files import load_json
 from crossmae.models.sizes import OFF_BY_DEFAULT
 from crossmae.pretraining.neighbours import Pool
 
@@ -123,7 +125,7 @@ def load_classifier(path: str | Path, img_size: int | Sequence[int] | None = Non
     Raises:
         UserError: the file cannot be read, has no head, or its record is incomplete or does not fit the tensors.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     weights = read_weights(path / BEST if (path / BEST).is_file() else path)
     ours = weights.metadata.get(FORMAT) == CLASSIFIER
     if not ours and weights.format not in ("finetuned", "linear_probe"):
@@ -170,8 +172,8 @@ def _read_record(weights: Weights, assumed: Mapping[str, str], architecture: Arc
 def _decode(key: str, value: str) -> Any:
     """Decode a JSON value. Return text that is not JSON unchanged."""
     try:
-        return value if key in PLAIN else json.loads(value)
-    except (ValueError, RecursionError):
+        return value if key in PLAIN else load_json(value)
+    except ValueError:
         return value
 
 
@@ -210,7 +212,7 @@ def _pool(weights: Weights) -> ModelFact:
         return ModelFact(recorded, "recorded")
     home = encoder_home(weights.tensors) or ""
     pool, other = ("cls", "avg") if f"{home}norm.weight" in weights.tensors else ("avg", "cls")
-    average = json.loads(weights.metadata.get(PUBLISHED_ARGUMENTS, "{}")).get("global_pool")
+    average = recorded(weights.metadata, PUBLISHED_ARGUMENTS, dict).get("global_pool")
     if isinstance(average, bool) and average != (pool == "avg"):
         raise UserError(
             f"{weights.path}: its settings have global_pool={average}, but its final norm belongs to pooling {pool!r}. "

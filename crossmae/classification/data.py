@@ -159,7 +159,7 @@ def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str])
     where = "data.class_names"
     if isinstance(names, Path):
         where = f"data.class_names: {names}"
-        names = decode_text(read_file(names.expanduser(), where), names, where).splitlines()
+        names = decode_text(read_file(names, where), names, where).splitlines()
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{where}: {shorten(doubled)} twice. Give every class its own name.")
     if len(names) != len(classes):

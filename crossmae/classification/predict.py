@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ def expand_inputs(arguments: Sequence[str]) -> list[str]:
     """Replace patterns by the matching files. Keep shard patterns."""
     expanded = []
     for argument in without_system_names(arguments):
-        path = Path(argument).expanduser()
+        path = Path(os.path.expanduser(argument))
         are_shards = argument.endswith(SHARD_SUFFIXES) and any(letter in argument for letter in "*{")
         if is_url(argument):
             expanded.append(argument)

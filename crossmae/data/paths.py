@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from crossmae.errors import UserError, printable, shorten
-from crossmae.files import special_kind
+from crossmae.files import special_kind, why_unexpanded
 
 # Formats that Pillow decodes itself, the most usual first, by Pillow's names. The first suffix is written. EPS, PDF and
 # WMF need an interpreter, FITS and HDF5 hold other data, PSD and ICO hold several pictures, `.rgb` may be raw pixels.
@@ -103,7 +103,8 @@ def match_pattern(argument: str, key: str) -> list[str]:
     if len(found) < len(paths):
         log.info("%s: left out what is hidden or of the system: %s", argument, count_names(filter(None, systems)))
     if not found:
-        raise UserError(f"{key}: {argument}: no such file or folder, and no file matches it as a pattern. Correct it.")
+        why = why_unexpanded(argument) or "no such file or folder, and no file matches it as a pattern. Correct it."
+        raise UserError(f"{key}: {argument}: {why}")
     return found
 
 
@@ -265,7 +266,7 @@ def find_inputs(arguments: Sequence[str], suffixes: Set[str] = IMAGE_SUFFIXES) -
     """
     paths: list[str] = []
     for argument in without_system_names(arguments):
-        path = Path(argument).expanduser()
+        path = Path(os.path.expanduser(argument))
         if path.is_dir():
             paths += find_images(path, "IMAGES", suffixes)
         else:

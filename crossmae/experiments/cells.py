@@ -32,6 +32,7 @@ from crossmae.experiments.commands import (
 from crossmae.experiments.rows import Attempts, Row, append_row, command_line, now, read_rows
 from crossmae.files import make_folder, sha256
 from crossmae.files.claim import lock_now
+from crossmae.files.leftovers import SHARED_SECONDS, sweep
 from crossmae.reports.page import format_seconds
 
 log = logging.getLogger(__name__)
@@ -127,6 +128,7 @@ def run_cells(
 
     check_cells(cells)
     make_folder(results.parent / LOGS, "results")
+    sweep(results.parent / LOGS, min_age=SHARED_SECONDS)
     grid = GridRun(cells, results, list(gpus) or [None] * max(jobs, 1), minutes)
     with StopRequest() as request:
         try:

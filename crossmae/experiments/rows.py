@@ -15,7 +15,7 @@ from typing import Any
 
 from crossmae.errors import UserError
 from crossmae.experiments.commands import FREE, REPOSITORY, Cost
-from crossmae.files import write_json
+from crossmae.files import load_json, write_json
 from crossmae.files.claim import locked
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def read_rows(results: Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = Row(**json.loads(line))
+            row = Row(**load_json(line))
         except (ValueError, TypeError):
             if number < len(lines):
                 raise UserError(f"{results}: line {number} is no row of results. Remove the line.") from None
@@ -69,7 +69,7 @@ def read_rows(results: Path) -> list[Row]:
 def is_torn(line: bytes) -> bool:
     """Return true for a JSON line whose end was never written."""
     try:
-        json.loads(line or b"0")
+        load_json(line or b"0")
     except ValueError:
         return True
     return False
@@ -104,7 +104,7 @@ class Attempts:
     def __init__(self, folder: Path, cell: str, fingerprints: Sequence[str]) -> None:
         self.path, self.fingerprints = folder / f"{cell}.json", fingerprints
         try:
-            known = json.loads(self.path.read_text("utf-8"))["steps"]
+            known = load_json(self.path.read_text("utf-8"))["steps"]
             costs = [Cost(**step["cost"]) if step["fingerprint"] == mine else None
                      for step, mine in zip(known, fingerprints, strict=False)]  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError):  # a first attempt

@@ -1,5 +1,7 @@
 """Files: reading with errors that name the file, atomic writing, claims of folders, and leftovers of killed runs."""
 
+from crossmae.files.expansion import expand_path, why_unexpanded
+from crossmae.files.parsing import load_json, load_literal, load_yaml
 from crossmae.files.reading import (
     PACKED_STARTS,
     decode_text,
@@ -42,6 +44,10 @@ __all__ = [
     "check_space",
     "check_writable",
     "decode_text",
+    "expand_path",
+    "load_json",
+    "load_literal",
+    "load_yaml",
     "make_folder",
     "name_write_errors",
     "open_file",
@@ -57,6 +63,7 @@ __all__ = [
     "sync_file",
     "sync_folder",
     "temporary_folder",
+    "why_unexpanded",
     "write_atomically",
     "write_json",
     "write_text",

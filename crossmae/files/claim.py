@@ -32,7 +32,7 @@ _locked_files: set[IO[bytes]] = set()
 
 
 @contextmanager
-def claim(folder: Path, kind: str, key: str = "output_dir") -> Iterator[None]:
+def claim(folder: Path, kind: str, key: str = "output_dir", keeps_kind: bool = True) -> Iterator[None]:
     """Claim a folder for this process, creating the folder if necessary.
 
     The claim is a lock of the operating system, so it ends with the process in any case. A record next to it has kind,
@@ -42,20 +42,14 @@ def claim(folder: Path, kind: str, key: str = "output_dir") -> Iterator[None]:
     Args:
         kind: kind of run, such as "pretraining". The folder keeps the kind of its first claim.
         key: config key or flag of the folder, for the error.
+        keeps_kind: False: the folder keeps no kind, and no file of the claim.
 
     Raises:
         UserError: another process has claimed the folder, or the folder is of another kind.
     """
     make_folder(folder, key)
-    path = folder / CLAIM_LOCK
-    try:
-        if found := special_kind(path):
-            raise OSError(errno.EINVAL, f"it is {found}", str(path))
-        lock = open(path, "ab", buffering=0)  # noqa: SIM115 - it stays open as long as the claim
-    except OSError as error:
-        raise UserError(f"{path}: cannot be opened: {error.strerror}. Remove it, or name another {key}.") from None
+    lock, has_lock = _open_lock(folder / CLAIM_LOCK, key)
     with lock:
-        has_lock = lock_now(lock)
         record = _read_record(folder / CLAIM_RECORD)
         known = record.get("kind")
         if isinstance(known, str) and known != kind:
@@ -66,8 +60,28 @@ def claim(folder: Path, kind: str, key: str = "output_dir") -> Iterator[None]:
             )
         if "process" in record:
             log.warning("%s: %s ended without notice; its folder is taken over", folder, _holder(record))
-        with _recorded(folder / CLAIM_RECORD, kind), _closed_in_children(lock):
-            yield
+        try:
+            with _recorded(folder / CLAIM_RECORD, kind), _closed_in_children(lock):
+                yield
+        finally:
+            for name in () if keeps_kind else (CLAIM_RECORD, CLAIM_LOCK):
+                with suppress(OSError):
+                    (folder / name).unlink()
+
+
+def _open_lock(path: Path, key: str) -> tuple[IO[bytes], bool | None]:
+    """Open the lock file, and lock it without waiting."""
+    while True:
+        try:
+            if found := special_kind(path):
+                raise OSError(errno.EINVAL, f"it is {found}", str(path))
+            lock = open(path, "ab", buffering=0)  # noqa: SIM115 - it stays open as long as the claim
+            has_lock = lock_now(lock)
+            if not has_lock or (path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())):
+                return lock, has_lock
+            lock.close()  # the holder has removed the file just now: lock the new one
+        except OSError as error:
+            raise UserError(f"{path}: cannot be opened: {error.strerror}. Remove it, or name another {key}.") from None
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -8,7 +8,9 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -19,6 +21,7 @@ log = logging.getLogger(__name__)
 
 MOST_LETTERS = 40  # of a file's name that are kept in its temporary name
 DEPTH = 2  # levels of folders below a swept folder: checkpoints/step-00000005
+SHARED_SECONDS = 86_400.0  # age of leftovers in a folder that several machines may write
 CLOCK_SECONDS = 1.0  # error of the time of a process or of a file
 _TEMPORARY = re.compile(r"\.(.+)\.([0-9a-f]{8})\.(\d+)\.tmp", re.DOTALL)
 _PROBE = re.compile(r"\.write-test\.(\d+)")
@@ -76,14 +79,19 @@ def is_running(process: str | int, changed: float) -> bool:
         return False
 
 
-def sweep(folder: Path) -> list[str]:
+def sweep(folder: Path, depth: int = DEPTH, min_age: float = 0.0) -> list[str]:
     """Remove what killed processes left in a folder, and log the names.
 
-    Only temporary files and folders of this toolkit are removed, up to DEPTH levels below. Links are not followed.
-    Claim the folder first, so that no other run writes there.
+    Only temporary files and folders of this toolkit are removed. Links are not followed. Claim the folder first, so
+    that no other run writes there. In a folder that nothing claims, use `min_age`, because processes of other machines
+    may write there.
+
+    Args:
+        depth: levels of folders below `folder`.
+        min_age: seconds since the last change of a leftover.
     """
     removed = []
-    for path in list(_leftovers(folder)):
+    for path in [path for path in _leftovers(folder, depth) if _age(path) >= min_age]:
         try:
             shutil.rmtree(path) if os.path.isdir(path) else path.unlink()
         except OSError as error:
@@ -95,10 +103,16 @@ def sweep(folder: Path) -> list[str]:
     return removed
 
 
-def _leftovers(folder: Path) -> Iterator[Path]:
+def _age(path: Path) -> float:
+    with suppress(OSError):
+        return time.time() - path.lstat().st_mtime
+    return 0.0
+
+
+def _leftovers(folder: Path, depth: int) -> Iterator[Path]:
     for place, folders, files in os.walk(folder):
         paths = {name: Path(place, name) for name in (*folders, *files)}
         ours = {name for name, path in paths.items() if is_leftover(path)}
         yield from (paths[name] for name in sorted(ours))
-        is_deep = len(Path(place).relative_to(folder).parts) >= DEPTH
+        is_deep = len(Path(place).relative_to(folder).parts) >= depth
         folders[:] = [] if is_deep else [name for name in folders if name not in ours]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import logging
 import math
 import os
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from crossmae.errors import UserError, printable
+from crossmae.files.expansion import why_unexpanded
+from crossmae.files.parsing import load_json
 
 log = logging.getLogger(__name__)
 
@@ -141,19 +142,21 @@ def read_json(path: Path) -> Any:
     (see `decode_text`), or is not JSON. The message names the file and the line.
     """
     try:
-        text = decode_text(path.read_bytes(), path)
+        with open_file(path) as file:
+            data = file.read()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Name an existing file.") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}. Name another file.") from None
-    return parse_json(text, str(path))
+        raise UserError(f"{path}: {why_unexpanded(path) or 'no such file. Name an existing file.'}") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: cannot be read: {why}. Name another file.") from None
+    return parse_json(decode_text(data, path), str(path))
 
 
 def parse_json(text: str, shown: str) -> Any:
     """Parse JSON text. UserError names the file as `shown`, and the line."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # not JSON, thousands of digits, or deeply nested lists
+        return load_json(text)
+    except ValueError as error:
         kind, advice = recognize(text.lstrip()[:200].encode(errors="replace"))
         likeness = f" but {kind}" * bool(kind) + f", so {advice[:1].lower()}{advice[1:]}" * (kind == LFS_POINTER)
         raise UserError(f"{shown}: not valid JSON{likeness}: {error}. Write it again.") from None
@@ -217,8 +220,8 @@ def read_json_lines(path: Path, **kinds: type) -> list[dict[str, Any]]:
 def _read_row(line: bytes, kinds: Mapping[str, type]) -> tuple[dict[str, Any], str]:
     """Read a JSON object, and say what is wrong with it."""
     try:
-        row = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        row = load_json(line.decode("utf-8"))
+    except ValueError as error:
         return {}, f"is not JSON ({' '.join(str(error).split())[:80]})"
     if not isinstance(row, dict):
         return {}, "is not a JSON object"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from crossmae.errors import UserError, describe_disk_error, free_space
+from crossmae.files.expansion import why_unexpanded
 from crossmae.files.leftovers import probe_name, temporary_name
 
 # Error handler for text files that contain names. Bytes that are not UTF-8 become escapes, which JSON can decode.
@@ -50,9 +51,9 @@ def _write_error(message: str, path: Path, number: int | None, reason: str | Non
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, then rename it.
 
-    The temporary file has the same name, in a temporary folder next to `path`, because some libraries leave files next to those they write. The
-    content is on disk before the file is renamed. If anything fails, `path` is unchanged and the temporary folder is
-    removed. Only a killed process leaves the temporary folder behind: see `leftovers.sweep`.
+    The temporary file has the same name, in a temporary folder next to `path`, because some libraries leave files next
+    to those they write. The content is on disk before the file is renamed. If anything fails, `path` is unchanged and
+    the temporary folder is removed. Only a killed process leaves the folder behind: see `leftovers.sweep`.
 
     Raises WriteError if the file cannot be written, also for errors of the libraries that `write` calls.
     """
@@ -210,6 +211,8 @@ def make_folder(folder: Path, key: str) -> None:
     Raises UserError if the folder cannot be created or written. The message names `key`, the config key or flag of the
     folder.
     """
+    if why := why_unexpanded(folder):
+        raise UserError(f"{key}: {folder}: {why}")
     probe = folder / probe_name()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -223,6 +226,8 @@ def make_folder(folder: Path, key: str) -> None:
 
 def check_writable(folder: Path, key: str) -> None:
     """Check that a folder can be written, without changing the folder."""
+    if why := why_unexpanded(folder):
+        raise UserError(f"{key}: {folder}: {why}")
     there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
     if not there.is_dir():
         raise UserError(f"{key}: cannot write in {folder}: {there} is a file. Name another folder.")

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,6 +23,7 @@ from crossmae.checkpoints.metadata import BIT_DEPTH, PIXEL_MEAN, PIXEL_STD, assu
 from crossmae.checkpoints.pretrained import whole_facts
 from crossmae.checkpoints.weights import Weights, encoder_tensors, read_weights
 from crossmae.errors import UserError
+from crossmae.files import load_json
 from crossmae.models.crossmae import MODEL_DEFAULTS, CrossMAE, resolve_blocks
 from crossmae.training.config import DataConfig
 
@@ -117,8 +117,8 @@ def compare_pixels(weights: Weights, data: DataConfig) -> None:
         (BIT_DEPTH, "bit_depth", data.bit_depth),
     ):
         try:
-            theirs = json.loads(weights.metadata.get(key, ""))
-        except json.JSONDecodeError:
+            theirs = load_json(weights.metadata.get(key, ""))
+        except ValueError:
             say_assumed({key: ModelFact(mine, "assumed", "from this run")}, {key: f"data.{name}"})
             continue
         if theirs != mine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from crossmae.errors import UserError
-from crossmae.files import read_json
+from crossmae.files import load_json, read_json
 from crossmae.reports.page import Missing, PictureRow, embed_image
 
 REPORT = "report.html"
@@ -81,10 +80,10 @@ def read_log(path: Path, needed: str) -> LoggedNumbers:
 def _numbers_of(line: str) -> dict[str, float]:
     """Read the numbers in a JSON object, including NaN."""
     try:
-        row = json.loads(line)
+        row = load_json(line)
         items = row.items() if isinstance(row, dict) else ()
         return {key: value for key, value in items if type(value) in (int, float) and not math.isinf(value)}
-    except (ValueError, RecursionError, OverflowError):
+    except (ValueError, OverflowError):
         return {}
 
 

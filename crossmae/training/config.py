@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -28,7 +28,7 @@ from pydantic import (
 
 from crossmae.data.images import MAX_PIXELS, ImageLimits
 from crossmae.errors import UserError
-from crossmae.files import decode_text, read_file
+from crossmae.files import decode_text, load_yaml, read_file, why_unexpanded
 
 CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
 
@@ -46,6 +46,8 @@ NOT_DECISIVE_DATA = {
     "max_pixels",
 }
 
+MOST_SHOWN = 200  # characters of a value in an error message
+
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -58,6 +60,18 @@ class ConfigSection(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), coerce_numbers_to_str=True
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _expanded(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if not isinstance(value, str) or Path not in (annotation, *get_args(annotation)):
+            return value
+        if not value.strip():
+            raise ValueError("an empty path. Name a file or folder")
+        if why := why_unexpanded(value):
+            raise ValueError(why.rstrip("."))
+        return Path(os.path.expanduser(value))
 
     @field_validator("*", mode="before")
     @classmethod
@@ -139,7 +153,7 @@ class RuntimeConfig(ConfigSection):
     )
     compile: bool = Field(False, description="torch.compile: a slow first step, faster ones after it")
     activation_checkpointing: bool = Field(False, description="compute blocks twice instead of keeping what they made")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**63 - 1)
     timeout_minutes: Positive = Field(30, description="several processes: longest time that they wait for each other")
 
 
@@ -211,10 +225,10 @@ class RunConfig(ConfigSection):
 
     @field_validator("output_dir")
     @classmethod
-    def _expand(cls, path: Path) -> Path:
+    def _is_utf8(cls, path: Path) -> Path:
         if str(path).encode("utf-8", "replace").decode() != str(path):
             raise ValueError("a name in UTF-8 is needed")
-        return path.expanduser()
+        return path
 
     def check_channels(self, channels: int) -> None:
         """Check for one mean and one standard deviation per image channel."""
@@ -330,11 +344,13 @@ def load_typed_config(schema: type[Schema], name: str, overrides: Sequence[str] 
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping with the safe loader."""
+    """Read a YAML mapping within the bounds of `load_yaml`."""
     try:
-        values = yaml.safe_load(decode_text(read_file(path), path))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}. Correct it.") from None
+        values = load_yaml(decode_text(read_file(path), path))
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not valid YAML: {error}. Correct it.") from None
     if not isinstance(values, dict):
         raise UserError(
             f"{path}: has a {type(values).__name__}, no sections. Write sections with keys (data:, model:, ...)."
@@ -359,9 +375,10 @@ def set_override(values: dict[str, Any], word: str) -> None:
         values[last] = text  # a path: YAML would read `/data/set #1` as `/data/set`
         return
     try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{word}: the value is not valid YAML. Quote it.") from None
+        values[last] = load_yaml(text)
+    except ValueError as error:
+        why = str(error).partition(' in "')[0]  # without the line and column of a file
+        raise UserError(f"{abbreviate(word)}: the value is not valid YAML: {why}. Quote it.") from None
 
 
 def describe_errors(error: ValidationError, path: Path, words: set[str], schema: type[ConfigSection]) -> str:
@@ -387,9 +404,14 @@ def describe_errors(error: ValidationError, path: Path, words: set[str], schema:
         else:
             message = item["msg"].removeprefix("Value error, ")
             message = message[0].lower() + message[1:]
-            given = "" if isinstance(item["input"], dict | BaseModel) else f", got {item['input']!r}"
+            given = "" if isinstance(item["input"], dict | BaseModel) else f", got {abbreviate(repr(item['input']))}"
             found.append(f"{key}: {message}{given}" if key else message)
     return "; ".join(f"{place}: {'; '.join(dict.fromkeys(found))}" for place, found in problems.items() if found)
+
+
+def abbreviate(text: str) -> str:
+    """Cut a text for an error message."""
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def _suggestion(location: list[str], schema: type[ConfigSection]) -> str:

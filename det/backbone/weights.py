@@ -5,7 +5,6 @@ The lists below name the tensors that may be new or left over. Any other differe
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,14 @@ from crossmae.checkpoints.formats.facts import Facts, ModelFact, assumed, assume
 from crossmae.checkpoints.formats.recognition import mix_up
 from crossmae.checkpoints.load_report import LoadReport
 from crossmae.checkpoints.loading import check_plain, load, resampled
-from crossmae.checkpoints.metadata import NORM_EPS_OF_PLAIN, PIXEL_MEAN, PIXEL_STD, UNKNOWN, assumed_names
+from crossmae.checkpoints.metadata import (
+    NORM_EPS_OF_PLAIN,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    UNKNOWN,
+    assumed_names,
+    recorded_numbers,
+)
 from crossmae.checkpoints.reading.files import detector_file
 from crossmae.checkpoints.resample import fit
 from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_home, encoder_tensors, read_weights
@@ -294,7 +300,7 @@ def check_pixels(weights: Weights, image_format: str, mean: Sequence[float], std
             raise UserError(
                 f"{weights.path}: the encoder was pretrained on RGB, not {image_format}. Set INPUT.FORMAT=RGB."
             )
-        wanted = [255 * value for value in json.loads(weights.metadata[field])]
+        wanted = [255 * value for value in recorded_numbers(weights.metadata, field)]
         if len(given) != len(wanted) or max(abs(a - b) for a, b in zip(given, wanted, strict=True)) > 0.01:
             rounded = [round(value, 3) for value in wanted]
             raise UserError(

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 # Before training: images that are mapped, bytes of the masks of an image, and the share of objects that has to be left.
 CHECKED_IMAGES, CHECKED_BYTES, LEFT = 16, 1 << 28, 0.5
+WORKERS_KEY = "DATALOADER.NUM_WORKERS"
 MIN_SIDE = 1e-5  # pixels; objects with smaller boxes after augmentation are dropped, as in detectron2
 
 
@@ -256,7 +257,8 @@ def build_test_loader(name: str, mapper: NamingMapper, workers: int) -> Loader:
     """Build a loader of this process's share, one image per batch."""
     records = get_detection_dataset_dicts([name], filter_empty=False)
     built = build_detection_test_loader(records, mapper=mapper, num_workers=0)
-    return Loader(built.dataset, usable_workers(workers), sampler=built.sampler, collate_fn=built.collate_fn)
+    how = {"sampler": built.sampler, "collate_fn": built.collate_fn}
+    return Loader(built.dataset, usable_workers(workers), WORKERS_KEY, **how)
 
 
 def build_train_loader(
@@ -290,6 +292,7 @@ def build_train_loader(
     return Loader(
         samples,
         usable_workers(workers),
+        WORKERS_KEY,
         batch_sampler=map(plan.batch, steps),
         collate_fn=list,
         # Without its own generator, the loader would change the random numbers of the model.

@@ -6,8 +6,6 @@ reject.
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from crossmae.files import load_json, load_literal
 from det.data.coco_masks import COMPRESSED, NUMBERS, WKT_HOLE, mask_fault, measure_masks
 
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
@@ -74,10 +73,10 @@ def _plain(text: str) -> str:
 
 
 def _literal(plain: str) -> list[Any] | dict[str, Any] | None:
-    for read in (json.loads, ast.literal_eval):
+    for read in (load_json, load_literal):
         try:
             found = _without_tuples(read(plain))
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        except ValueError:
             continue
         if isinstance(found, list | dict):
             return found
@@ -215,9 +214,9 @@ def _text_of_bytes(text: str) -> Any:
     if not re.fullmatch(r"""b(['"]).*\1""", text, re.DOTALL):
         return parsed(text)
     try:
-        data: bytes = ast.literal_eval(text)
+        data: bytes = load_literal(text)
         return data.decode("ascii")
-    except (ValueError, SyntaxError):
+    except ValueError:
         return text
 
 

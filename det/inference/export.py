@@ -27,6 +27,7 @@ from torch import Tensor
 import crossmae
 from crossmae.errors import UserError, import_extra
 from crossmae.files import allow_reading, check_destination, sync_file, sync_folder, temporary_folder
+from crossmae.files.leftovers import SHARED_SECONDS, sweep
 from det.inference.export_graph import ExportableBackbone, ExportableDetector, obstacle
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,7 @@ def export_detector(
     about = {"input": INPUT_NOTE, "img_size": json.dumps([height, width]), "torch": torch.__version__}
     about |= {"crossmae": crossmae.__version__, **(metadata or {})}
     inputs = fit_image(_shapes(size) if image is None else image, size)
+    sweep(path.parent, depth=0, min_age=SHARED_SECONDS)
     with temporary_folder(path) as folder, torch.no_grad(), catch_warnings():
         simplefilter("ignore")  # warnings about library internals
         draft = folder / path.name

@@ -36,6 +36,7 @@ from crossmae.data.images import count_frames
 from crossmae.data.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_inputs
 from crossmae.errors import UserError, printable
 from crossmae.files import JsonArray, WriteError, make_folder, name_write_errors, stream_text, write_atomically
+from crossmae.files.leftovers import SHARED_SECONDS, sweep
 from det.inference.draw import draw_instances, instances_from_coco
 from det.inference.predict import Classes, Predictor, coco_annotations, read_rgb
 from det.inference.video import Frame, Video, is_video, pyav, write_video
@@ -160,6 +161,7 @@ class FilePredictions:
     def write(self, inputs: Sequence[MediaInput], info: dict[str, Any]) -> None:
         """Remove an older predictions.json, predict all files, write the results."""
         make_folder(self.output, "--output")
+        sweep(self.output, min_age=SHARED_SECONDS)
         (self.output / COCO_FILE).unlink(missing_ok=True)
 
         def write(file: TextIO) -> None:

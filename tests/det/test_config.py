@@ -7,7 +7,7 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed: python to
 import torch
 
 from crossmae.errors import UserError
-from det.config import load_det_config, split_overrides
+from det.config import DetectorKeys, check_config, load_det_config, lookup, split_overrides
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_overrides_mix_both_forms(write):
         ),
         (["DATASETS.TEST=('a','b')"], r"DATASETS.TEST: \('a', 'b'\) is not allowed. It must be at most one data set"),
         (["MODEL.VIT.SQUARE_PAD_TEST=1344", "INPUT.MIN_SIZE_TEST=0"], "INPUT.MIN_SIZE_TEST 0 resizes no image"),
-        (["MODEL.VIT.SQUARE_PAD=1344", "INPUT.MIN_SIZE_TRAIN=(0,)"], "INPUT.MIN_SIZE_TRAIN 0 resizes no image"),
+        (["INPUT.MIN_SIZE_TRAIN=(0,)"], r"INPUT.MIN_SIZE_TRAIN: \(0,\) is not allowed. It must be pixels, at least 1"),
         (["MODEL.DEVICE=foo"], "MODEL.DEVICE: 'foo' is not allowed. It must be cpu, cuda or cuda:N"),
         (["MODEL.VIT.SQUARE_PAD=1340"], "MODEL.VIT.SQUARE_PAD: 1340 does not fit the patches. Use a multiple of 16"),
         (["MODEL.VIT.SQUARE_PAD=1024"], "SQUARE_PAD: images of INPUT.MAX_SIZE_TRAIN 1333 do not fit into 1024"),
@@ -184,3 +184,54 @@ def test_detections_that_the_detector_does_not_return_cannot_count(caplog):
     assert "TEST.MAX_DETS" not in caplog.text
     load_det_config("demo_mask_rcnn.yaml", ["TEST.MAX_DETS=150"])
     assert "TEST.DETECTIONS_PER_IMAGE 20 is less than TEST.MAX_DETS 150" in caplog.text
+
+
+def numbers_of(keys, prefix=""):
+    """(dotted key, annotation) of each key that holds numbers, sections included."""
+    for name, field in keys.model_fields.items():
+        if hasattr(field.annotation, "model_fields"):
+            yield from numbers_of(field.annotation, f"{prefix}{name}.")
+        elif any(word in str(field.annotation) for word in ("int", "float")):
+            yield f"{prefix}{name}", field
+
+
+@pytest.mark.parametrize("key", [key for key, _ in numbers_of(DetectorKeys)])
+def test_every_number_has_a_range(key):
+    """A number far below any range is refused, in lists as well."""
+    cfg = load_det_config("demo_mask_rcnn.yaml")
+    *sections, last = key.split(".")
+    node = lookup(cfg, ".".join(sections)) if sections else cfg
+    default = node[last]
+
+    def low(value):
+        return type(value)(map(low, value)) if isinstance(value, (list, tuple)) else -(10**9)
+
+    node[last] = low(default) if not isinstance(default, (list, tuple)) or default else type(default)([-(10**9)])
+    if key == "MODEL.PIXEL_MEAN":  # any finite number
+        node[last] = [float("nan")] * 3
+    with pytest.raises(UserError, match=rf"{key}: "):
+        check_config(cfg)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["TEST.DETECTIONS_PER_IMAGE=-1"], "TEST.DETECTIONS_PER_IMAGE: -1 is not allowed. It must be at least 1"),
+        (["INPUT.MIN_SIZE_TRAIN=()"], "INPUT.MIN_SIZE_TRAIN: .* It must be pixels, at least 1"),
+        (["SOLVER.IMS_PER_BATCH=" + "(" * 100_000], "SOLVER.IMS_PER_BATCH cannot be"),
+        (["SOLVER.IMS_PER_BATCH=" + "-" * 100_000 + "1"], "SOLVER.IMS_PER_BATCH cannot be"),
+        (["SOLVER.IMS_PER_BATCH=" + "1+" * 100_000 + "1"], "SOLVER.IMS_PER_BATCH cannot be"),
+        (["SOLVER.BASE_LR=" + "9" * 4000], "SOLVER.BASE_LR cannot be"),
+        (["SEED=4294967296"], r"SEED: 4294967296 is not allowed. It must be at least 0 and less than 2\*\*32"),
+        (["OUTPUT_DIR=${UNSET}/x"], r"OUTPUT_DIR: \$\{UNSET\}/x: the variable \$\{UNSET\} was not expanded"),
+        (["OUTPUT_DIR=~nobody-here/x"], "OUTPUT_DIR: .* the home folder ~nobody-here is unknown"),
+        (["MODEL.RPN.IOU_THRESHOLDS=[0.7]"], "MODEL.RPN.IOU_LABELS: .* Give 2 labels"),
+        (["MODEL.VIT.NUM_HEADS=5"], "MODEL.VIT.NUM_HEADS: 5 does not divide MODEL.VIT.EMBED_DIM"),
+        (["INPUT.MIN_SIZE_TRAIN_SAMPLING=range", "INPUT.MIN_SIZE_TRAIN=(1,2,3)"], "INPUT.MIN_SIZE_TRAIN: .* no range"),
+        (["INPUT.CROP.SIZE=[300.0,300.0]"], "INPUT.CROP.SIZE: .* Give two of at most 1"),
+    ],
+)
+def test_odd_values_end_in_a_short_line(words, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_det_config("demo_mask_rcnn.yaml", words)
+    assert len(str(error.value)) < 500

@@ -28,7 +28,8 @@ FLOORS: list[set[str]] = [
     {"tools"},
 ]
 DET_FLOORS: list[set[str]] = [
-    {"det.config", "det.library_warnings"},
+    {"det.detectron2_keys", "det.library_warnings"},
+    {"det.config"},
     {"det.classes"},
     {"det.backbone", "det.data"},
     {"det.inference"},

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from crossmae.errors import UserError
-from crossmae.files import sha256, write_json
+from crossmae.files import load_json, sha256, write_json
 
 MIN_VISIBLE_SHARE = 0.8  # share of an object's pixels that later objects may not cover
 MIN_VISIBLE_AREA = 40  # pixels
@@ -149,7 +149,7 @@ def read_manifest(output: Path, kind: str) -> tuple[dict[str, Any], str]:
     Raises UserError if `output` is not data of this `kind`.
     """
     try:
-        manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
+        manifest = load_json((output / "manifest.json").read_text(encoding="utf-8"))
         manifest["settings"]["generator_version"]
         return manifest["settings"], manifest.get("sha256", "")
     except (OSError, ValueError, KeyError, TypeError):

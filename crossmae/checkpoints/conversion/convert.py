@@ -35,12 +35,14 @@ from crossmae.files import (
     allow_reading,
     check_destination,
     check_writable,
+    expand_path,
     name_write_errors,
     sync_file,
     sync_folder,
     temporary_folder,
     write_json,
 )
+from crossmae.files.leftovers import SHARED_SECONDS, sweep
 
 HEAD_KEYS = ("classes", "class_names", "multi_label", "pool", "head", "crop_pct")  # metadata of a classification head
 FIXED_POSITIONS = ("crossmae", "mae", "hf-vitmae")  # layouts whose models do not train their position embeddings
@@ -101,7 +103,7 @@ class ConversionRequest:
     def report_path(self) -> Path:
         """Path of the report."""
         if self.report:
-            return Path(self.report).expanduser()
+            return expand_path(self.report, "--report")
         return self.destination.with_name(f"{self.destination.name}{REPORT_SUFFIX}")
 
     @property
@@ -151,7 +153,7 @@ def convert(source: str | Path, destination: str | Path, to: str, **options: Any
     Raises:
         UserError: the conversion is not possible, or the tokens differ. No new file is left.
     """
-    request = ConversionRequest(Path(source).expanduser(), Path(destination).expanduser(), to, **options)
+    request = ConversionRequest(expand_path(source, "SRC"), expand_path(destination, "DST"), to, **options)
     check_request(request)
     weights = read_weights(request.source, ema=request.ema, trust=request.trust, img_size=request.given.get("img_size"))
     weights = with_metadata(weights, {key: value for key, value in request.given.items() if key in RECORDED})
@@ -314,6 +316,7 @@ def _new_files(request: ConversionRequest) -> Iterator[tuple[Path, Path]]:
         for path in targets:
             with name_write_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(targets[0].parent, depth=0, min_age=SHARED_SECONDS)
         with temporary_folder(targets[0]) as place, temporary_folder(targets[1]) as report_place:
             if request.is_folder:
                 (place / targets[0].name).mkdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -26,6 +25,7 @@ from crossmae.checkpoints.metadata import (
     UNKNOWN,
     VERSION,
     check_digest,
+    recorded_names,
 )
 from crossmae.checkpoints.pretrained import arguments_of, pixel_facts, whole_facts
 from crossmae.checkpoints.provenance import licence_notice
@@ -137,7 +137,7 @@ def inspect(path: str | Path, *, values: bool = True) -> Inspection:
             check_digest(stored, metadata, file)
         # Positions keep their values, which show the grid if they are sine-cosine.
         held = {name: each if "pos" in name and each.ndim == 3 else each.to("meta") for name, each in stored.items()}
-        _, choice = split_choice(Path(path).expanduser())
+        _, choice = split_choice(Path(path))
         shapes, beside = one_model(held, file, choice=choice)
         weights = replace(translated(file, shapes, metadata), beside=beside)
     else:
@@ -221,7 +221,7 @@ def _recorded(weights: Weights) -> dict[str, str]:
     return {
         "pixels": "" if mean == std == UNKNOWN else f"mean {mean}, std {std}",
         "norm eps": metadata.get(NORM_EPS, ""),
-        "classes": shorten(json.loads(metadata.get(CLASSES, "[]"))),
+        "classes": shorten(recorded_names(metadata, CLASSES)),
         "written by": " ".join(writer),
         "converted": f"from {metadata['source_file']}" if metadata.get("source_file") else "",
     }

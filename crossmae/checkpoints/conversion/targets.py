@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -30,8 +29,9 @@ from crossmae.checkpoints.metadata import (
     PICKLED_METADATA,
     PIXEL_MEAN,
     PIXEL_STD,
-    UNKNOWN,
     recorded_arguments,
+    recorded_names,
+    recorded_numbers,
     signed,
 )
 from crossmae.checkpoints.pretrained import arguments_of, ask
@@ -180,9 +180,9 @@ def _write_transformers(path: Path, model: ConversionPlan, layout: str) -> Names
     write_safetensors(path / MODEL, tensors, model.metadata)
     classes = _class_names(model)
     write_json(path / HUB_CONFIG, hf_config(layout, model.arguments, norm_eps=model.norm_eps, classes=classes))
-    mean, std = (model.metadata.get(key, UNKNOWN) for key in (PIXEL_MEAN, PIXEL_STD))
-    if UNKNOWN not in (mean, std):
-        settings = hf_preprocessor_config(model.arguments["img_size"], json.loads(mean), json.loads(std))
+    statistics = [recorded_numbers(model.metadata, key) for key in (PIXEL_MEAN, PIXEL_STD)]
+    if all(statistics):
+        settings = hf_preprocessor_config(model.arguments["img_size"], *statistics)
         write_json(path / PREPROCESSOR, settings)
     written = iter(tensors)  # in the order of model.tensors; each qkv tensor became three
     return {name: tuple(next(written) for _ in range(3 if ".attn.qkv." in name else 1)) for name in model.tensors}
@@ -239,7 +239,7 @@ def _class_names(model: ConversionPlan) -> list[str]:
     if "head.weight" not in model.tensors:
         return []
     number = len(model.tensors["head.weight"])
-    names = json.loads(model.metadata.get("class_names", model.metadata.get(CLASSES, "[]")))
+    names = recorded_names(model.metadata, "class_names" if "class_names" in model.metadata else CLASSES)
     return names if len(set(names)) == number else [f"LABEL_{index}" for index in range(number)]
 
 

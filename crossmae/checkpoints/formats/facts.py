@@ -7,7 +7,6 @@ value by its source.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Collection, Mapping
@@ -29,6 +28,7 @@ from crossmae.checkpoints.metadata import (
     PUBLISHED_ARGUMENTS,
     TRAINER_SETTINGS,
     assumed_names,
+    recorded,
     recorded_arguments,
 )
 from crossmae.checkpoints.resample import is_sincos, table_grid
@@ -109,14 +109,16 @@ def encoder_facts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
     if (tokens := tensors.get("cls_token")) is not None and tokens.ndim == 3 and tokens.shape[1] > 1:
         shown["class_tokens"] = tokens.shape[1]
     facts = {key: ModelFact(value, "shapes") for key, value in shown.items()}
-    recorded, told = recorded_arguments(metadata), json.loads(metadata.get(TRAINER_SETTINGS, "{}"))
+    model, told = recorded_arguments(metadata), recorded(metadata, TRAINER_SETTINGS, dict)
     heads, size = _heads(tensors, E, told, metadata), _img_size(tensors.get("pos_embed"), p, told)
     facts |= {key: fact for key, fact in (("num_heads", heads), ("img_size", size)) if fact}
     for key in ("num_heads", "img_size"):
-        if key in recorded:
-            facts[key] = ModelFact(_plain(recorded[key]), "recorded")
+        if key in model:
+            facts[key] = ModelFact(_plain(model[key]), "recorded")
     ours = MODEL_ARGUMENTS in metadata
-    eps = float(metadata.get(NORM_EPS, NORM_EPS_OF_PLAIN))
+    eps = recorded(metadata, NORM_EPS, float) or NORM_EPS_OF_PLAIN
+    if not 0 < eps < 1:
+        raise UserError(f"metadata {NORM_EPS!r} of a weight file: {eps} is not between 0 and 1. Copy the file again.")
     facts["norm_eps"] = ModelFact(eps, "recorded" if ours or NORM_EPS in metadata else "assumed", "as in timm")
     # A config of transformers or timm is read only if the activation is GELU.
     told_activation = ours or ACTIVATION in metadata
@@ -198,7 +200,7 @@ def _heads(
         heads = count(shape, width) if shape and 0 < shape[-1] < width else 0
         if heads and width % heads == 0:
             return ModelFact(heads, "shapes")
-    published = json.loads(metadata.get(PUBLISHED_ARGUMENTS, "{}"))
+    published = recorded(metadata, PUBLISHED_ARGUMENTS, dict)
     numbers = [heads for heads in told.get("num_heads", []) if width % heads == 0]
     why, family = "in the settings of its trainer", told.get("family", "")
     names = [*told.get("name", []), *(published.get(key) for key in ("model", "arch"))]

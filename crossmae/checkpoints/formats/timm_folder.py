@@ -18,7 +18,15 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from crossmae.checkpoints.metadata import CLASSES, MODEL_ARGUMENTS, NORM_EPS, PIXEL_MEAN, PIXEL_STD
+from crossmae.checkpoints.metadata import (
+    CLASSES,
+    MODEL_ARGUMENTS,
+    NORM_EPS,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    recorded_names,
+    recorded_numbers,
+)
 from crossmae.checkpoints.reading.files import HUB_CONFIG, HUB_FILES
 from crossmae.errors import UserError
 from crossmae.files import read_json
@@ -115,9 +123,9 @@ def timm_config(
     pretrained |= {"num_classes": classes, "first_conv": "patch_embed.proj", "classifier": "head"}
     for key, name in ((PIXEL_MEAN, "mean"), (PIXEL_STD, "std")):
         if metadata.get(key, "").startswith("["):
-            pretrained[name] = json.loads(metadata[key])
+            pretrained[name] = recorded_numbers(metadata, key)
     if classes and CLASSES in metadata:
-        pretrained["label_names"] = json.loads(metadata[CLASSES])
+        pretrained["label_names"] = recorded_names(metadata, CLASSES)
     return {
         "architecture": _ARCHITECTURE,
         "num_classes": classes,

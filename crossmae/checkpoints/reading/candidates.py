@@ -6,6 +6,7 @@ A path may end with `::NAME`, the keys and the prefix of the encoder to read: `d
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -73,7 +74,8 @@ class Candidate:
 
 
 def split_choice(path: Path) -> tuple[Path, str]:
-    """Split FILE::NAME into the file and the name of an encoder."""
+    """Split FILE::NAME into file, with `~` expanded, and encoder."""
+    path = Path(os.path.expanduser(path))
     text, mark, choice = str(path).rpartition(MARK)
     return (Path(text), choice) if mark and not path.exists() else (path, "")
 

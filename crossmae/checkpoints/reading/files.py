@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -30,6 +29,7 @@ from crossmae.checkpoints.reading.unpickle import damaged, read_numpy_pickle
 from crossmae.checkpoints.reading.wrappers import one_model, pickled_metadata, published_settings, state_dict
 from crossmae.checkpoints.run_checkpoint import FOLDER, MANIFEST, MODEL, defect, latest_checkpoint
 from crossmae.errors import UserError, shorten
+from crossmae.files import load_json, why_unexpanded
 
 log = logging.getLogger(__name__)
 
@@ -81,12 +81,14 @@ def find_file(path: Path) -> Path:
 
     Raises UserError if the path does not exist or the folder has no weights.
     """
-    path, _ = split_choice(path.expanduser())
+    path, _ = split_choice(path)
     if path.is_file():
         _refuse_part(path)
         return path
     if path.is_dir():
         return _find_in_folder(path)
+    if why := why_unexpanded(path):
+        raise UserError(f"{path}: {why}")
     full = path.absolute()
     parent = next(folder for folder in full.parents if folder.is_dir())
     where = "" if full == path else f" ({full})"
@@ -186,8 +188,8 @@ def _weight_map(path: Path) -> dict[str, set[str]]:
     """Return the names of the tensors in each shard."""
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        index: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        index: Any = load_json(text)
+    except ValueError as error:
         raise (UserError(f"{path}: {what}") if (what := other_text(path, text)) else damaged(path, error)) from None
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
+
+from crossmae.files import load_json
 
 _MAX_LISTED = 10_000
 _WEB_PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
@@ -71,8 +72,8 @@ def other_file(path: Path, head: bytes) -> str:
 def other_text(path: Path, text: str) -> str:
     """Describe JSON that is no index of weights, "" if damaged."""
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
+        content = load_json(text)
+    except ValueError:
         first = text.lstrip().partition("\n")[0]
         return f"a log of JSON lines, not weights. {_WEIGHTS}" if "\n" in text.strip() and _is_json(first) else ""
     keys = content.keys() if isinstance(content, dict) else set()
@@ -111,6 +112,6 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _is_json(text: str) -> bool:
     try:
-        return isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
+        return isinstance(load_json(text), dict)
+    except ValueError:
         return False

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from crossmae.data.parallel import READERS, map_in_order
 from crossmae.data.sources import Source
-from crossmae.files import write_atomically
+from crossmae.files import name_write_errors, write_atomically
+from crossmae.files.leftovers import SHARED_SECONDS, sweep
 
 LAYOUT = 1  # version of the files: features with another version are extracted again
 KEY, CHECKSUM = "key", "sha256"
@@ -74,8 +75,10 @@ def cached(folder: Path, name: str, key: dict[str, Any], extract: Callable[[], C
         log.info("features of %s: from %s", name, path)
         return found
     found = extract()
+    sweep(folder, min_age=SHARED_SECONDS)
     tensors = {"features": found.features, "labels": found.labels}
-    folder.mkdir(parents=True, exist_ok=True)
+    with name_write_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
     metadata = {KEY: text, CHECKSUM: tensors_digest(tensors)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
     return found

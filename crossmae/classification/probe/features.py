@@ -40,6 +40,7 @@ from crossmae.data.batches import keyed_randomness
 from crossmae.data.pixels import Normalize, published_crop_pct
 from crossmae.data.sources import Source
 from crossmae.errors import UserError
+from crossmae.files import load_json
 from crossmae.models.crossmae import create_model, resolve_blocks
 from crossmae.models.sizes import model_arguments
 from crossmae.pretraining.neighbours import FeaturePool, pool_tokens
@@ -150,7 +151,7 @@ def last_trained_block(weights: Weights, depth: int) -> int:
         # None mixes all blocks, [] mixes none. With a plain MAE decoder the setting has no effect.
         blocks = recorded.get("fuse_blocks") if recorded.get("decoder") != "self" else None
         return resolve_blocks(tuple(blocks), depth)[-1] if blocks else depth - 1
-    published = json.loads(weights.metadata.get(PUBLISHED_ARGUMENTS, "{}")).get("use_fm")
+    published = recorded(weights.metadata, PUBLISHED_ARGUMENTS, dict).get("use_fm")
     if published not in (None, [-1]):
         return resolve_blocks(tuple(published), depth)[-1]
     if published is None and mixing.shape[1] < depth:
@@ -195,8 +196,8 @@ def choose_views(weights: Weights, architecture: Architecture, data: LabelledCon
 def _recorded(weights: Weights, key: str) -> Any:
     """Read a value of the metadata. Return None if it is unknown."""
     try:
-        return json.loads(weights.metadata.get(key, "null"))
-    except json.JSONDecodeError:
+        return load_json(weights.metadata.get(key, "null"))
+    except ValueError:
         return None
 
 

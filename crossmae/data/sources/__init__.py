@@ -25,13 +25,13 @@ from crossmae.data.paths import IMAGE_SUFFIXES, find_images, is_system_name, wal
 from crossmae.data.sources.class_folders import SPLIT_NAME, doubt_classes
 from crossmae.data.sources.hugging_face import HuggingFaceImages, is_hugging_face
 from crossmae.data.sources.idx import IDX_SUFFIXES, find_idx_files, open_idx
-from crossmae.data.sources.lists import LISTS
+from crossmae.data.sources.lists import LISTS, ROOT_KEYS
 from crossmae.data.sources.shard_files import is_url
 from crossmae.data.sources.source import ImageFiles, Source
 from crossmae.data.sources.tar_index import PROGRESS_NAME
 from crossmae.data.sources.tar_shards import SHARD_SUFFIXES, open_shards
 from crossmae.errors import UserError, printable, shorten
-from crossmae.files import PACKED_STARTS, decode_text, special_kind
+from crossmae.files import PACKED_STARTS, decode_text, expand_path, special_kind
 
 __all__ = ["LISTS", "Source", "open_named", "open_source", "warn_of_overlap"]
 
@@ -67,10 +67,10 @@ def open_source(value: str | Path, key: str, root: Path | None = None, limits: I
 
 
 def _open_any(value: str | Path, key: str, root: Path | None) -> Source:
-    path = Path(value).expanduser()
+    path = Path(value) if isinstance(value, str) and is_url(value) else expand_path(value, key)
     opener = LISTS.get(path.suffix.lower()) if path.is_file() else None
     if opener is not None:
-        return opener(path, key, root.expanduser() if root is not None else None)
+        return opener(path, key, expand_path(root, ROOT_KEYS.get(key, key)) if root is not None else None)
     if root is not None:
         log.info("%s: %s is no list of files, so the folder %s for relative paths is unused", key, value, root)
     if path.is_dir():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from crossmae.data.sources.source import Source
 from crossmae.errors import UserError, import_extra
-from crossmae.files import read_file
+from crossmae.files import read_file, read_json
 
 SPLITS_FILE = "dataset_dict.json"
 DATASET_FILES = ("state.json", "dataset_info.json")
@@ -67,8 +66,9 @@ def is_hugging_face(folder: Path) -> bool:
 
 def _load(datasets: Any, folder: Path, key: str) -> Any:
     if (folder / SPLITS_FILE).is_file():
-        splits = json.loads((folder / SPLITS_FILE).read_text(encoding="utf-8")).get("splits", [])
-        if not splits:
+        content = read_json(folder / SPLITS_FILE)
+        splits = content.get("splits") if isinstance(content, dict) else None
+        if not isinstance(splits, list) or not splits or not all(isinstance(split, str) for split in splits):
             raise UserError(f"{key}: {folder} holds no data set. Save it again.")
         raise UserError(
             f"{key}: {folder} holds several data sets: {', '.join(splits)}. Name one: {key}={folder}/{splits[0]}"

@@ -35,12 +35,16 @@ from crossmae.data.sources.tar_index import (
     INDEX_NAME,
     PROGRESS_NAME,
     FolderIndex,
+    all_are,
+    entry_fault,
     read_folder_index,
     scan_shard,
     shard_entry,
 )
 from crossmae.errors import UserError, shorten
 from crossmae.files import make_folder, read_json_lines, sha256, write_atomically, write_text
+from crossmae.files.claim import CLAIM_LOCK, CLAIM_RECORD, claim
+from crossmae.files.leftovers import is_leftover, sweep
 
 BROKEN_NAME = "broken.txt"
 
@@ -70,10 +74,26 @@ class ShardSettings:
 def make_shards(source: Source, folder: Path, settings: ShardSettings, threads: int) -> tuple[FolderIndex, int]:
     """Write missing or damaged shards. Return index and number of kept shards.
 
-    Raises UserError if an image is broken (unless settings.skip_broken), the folder cannot be written, or the folder
-    contains other files or shards with other settings.
+    Raises UserError if an image is broken (unless settings.skip_broken), the folder cannot be written, another process
+    makes shards there, or the folder contains other files or shards with other settings.
     """
     make_folder(folder, "DST")
+    _refuse_other_files(folder)
+    with claim(folder, "shards", "DST", keeps_kind=False):
+        sweep(folder)
+        return _make_shards(source, folder, settings, threads)
+
+
+def _refuse_other_files(folder: Path) -> None:
+    if any((folder / name).exists() for name in (INDEX_NAME, PROGRESS_NAME)):
+        return
+    ours = (CLAIM_LOCK, CLAIM_RECORD)
+    others = sorted(path.name for path in folder.iterdir() if path.name not in ours and not is_leftover(path))
+    if others:
+        raise UserError(f"DST: {folder} holds something else ({shorten(others)}). Give a new folder.")
+
+
+def _make_shards(source: Source, folder: Path, settings: ShardSettings, threads: int) -> tuple[FolderIndex, int]:
     wanted = _describe(source, settings)
     done = _complete_shards(folder, wanted)
     size, kept = settings.images_per_shard, len(done)
@@ -132,13 +152,8 @@ def _describe(source: Source, settings: ShardSettings) -> dict[str, Any]:
 
 def _complete_shards(folder: Path, wanted: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Read the entries of undamaged shards from an earlier run, by file."""
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink()  # temporary file of a run that was killed while writing
     earlier = read_folder_index(_stored(folder / INDEX_NAME)) or _read_progress(folder / PROGRESS_NAME)
     if earlier is None:
-        others = sorted(entry.name for entry in folder.iterdir())
-        if others:
-            raise UserError(f"DST: {folder} holds something else ({shorten(others)}). Give a new folder.")
         return {}
     for key, value in wanted.items():
         # Completed shards had no broken images, or the broken images were left out.
@@ -158,9 +173,12 @@ def _complete_shards(folder: Path, wanted: dict[str, Any]) -> dict[str, dict[str
 def _read_progress(path: Path) -> FolderIndex | None:
     """Read `progress.jsonl`, or return None if missing or damaged."""
     header, *entries = read_json_lines(path) or [{}]
-    if "settings" not in header:
+    settings, classes = (header.get(key) if isinstance(header, dict) else None for key in ("settings", "classes"))
+    if not isinstance(settings, dict) or not all_are(str, classes):
         return None
-    return FolderIndex(header["settings"], tuple(header["classes"]), {entry["file"]: entry for entry in entries})
+    entries = [entry for entry in entries if isinstance(entry, dict) and all_are(str, entry.get("broken"))]
+    good = {entry["file"]: entry for entry in entries if not entry_fault(entry, len(classes))}
+    return FolderIndex(settings, tuple(classes), good)
 
 
 def _unchanged(folder: Path, entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

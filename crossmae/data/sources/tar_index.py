@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 from crossmae.data.paths import IMAGE_FORMATS, IMAGE_SUFFIXES, find_system_part
 from crossmae.data.sources.shard_files import StoredFile, open_file, read_small
 from crossmae.errors import UserError
-from crossmae.files import write_text
+from crossmae.files import load_json, write_text
 
 BLOCK = 512  # bytes; every header and file in a tar archive begins at a multiple of this size
 CACHE_VERSION = 2  # increase whenever the same shard would get a different index
@@ -94,19 +94,57 @@ def shard_entry(file: str, size: int, sha256: str, index: ShardIndex, labels: Se
 
 
 def read_folder_index(file: StoredFile) -> FolderIndex | None:
-    """Read an `index.json`, or return None if missing or not ours."""
+    """Read an `index.json`, or return None if missing or not ours.
+
+    Raises UserError if an index of ours leads out of its folder or out of a shard, or is damaged otherwise.
+    """
     data = read_small(file)
     if data is None:
         return None
     try:
-        content = json.loads(data)
-        if content["format"] == INDEX_FORMAT:
-            shards = {entry["file"]: entry for entry in content["shards"]}
-            return FolderIndex(content["settings"], tuple(content["classes"]), shards)
-    except (ValueError, KeyError, TypeError):
-        pass
-    log.info("%s is no index by make_shards.py: ignored", file.name)
-    return None
+        content = load_json(data)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or content.get("format") != INDEX_FORMAT:
+        log.info("%s is no index by make_shards.py: ignored", file.name)
+        return None
+    settings, classes, entries = (content.get(key) for key in ("settings", "classes", "shards"))
+    fault = "settings, classes or shards are missing"
+    if isinstance(settings, dict) and all_are(str, classes) and all_are(dict, entries):
+        fault = next((found for entry in entries if (found := entry_fault(entry, len(classes)))), "")
+        if not fault:
+            return FolderIndex(settings, tuple(classes), {entry["file"]: entry for entry in entries})
+    raise UserError(f"{file.name}: damaged: {fault}. Copy it again, or run the same make_shards.py command again.")
+
+
+def all_are(kind: type, values: Any) -> bool:
+    """Check for a list whose values have one kind."""
+    return isinstance(values, list) and set(map(type, values)) <= {kind}
+
+
+def entry_fault(entry: Mapping[str, Any], classes: int) -> str:
+    """Find a fault in an entry of `index.json`."""
+    name, length, labels = entry.get("file"), entry.get("bytes"), entry.get("labels")
+    if not isinstance(name, str) or not name or PurePosixPath(name).name != name or "\0" in name:
+        return f"{str(name)[:200]!r} is no file name, or leads out of the folder"
+    if type(length) is not int or not isinstance(entry.get("sha256"), str):
+        return f"{name}: bytes or sha256 is missing"
+    whole = isinstance(labels, list) and set(map(type, labels)) <= {int, type(None)}
+    if not whole or not all(label is None or 0 <= label < classes for label in labels):
+        return f"{name}: labels are not numbers of the {classes} classes"
+    return _range_fault(name, entry, length)
+
+
+def _range_fault(name: str, lists: Mapping[str, Any], length: int) -> str:
+    """Find a fault in the lists of a shard."""
+    names, offsets, sizes, labels = (lists.get(key) for key in ("names", "offsets", "sizes", "labels"))
+    if not (all_are(str, names) and all_are(int, offsets) and all_are(int, sizes) and isinstance(labels, list)):
+        return f"{name}: names, offsets, sizes or labels are missing"
+    if len({len(names), len(offsets), len(sizes), len(labels)}) > 1:
+        return f"{name}: names, offsets, sizes and labels differ in number"
+    if not all(start >= 0 and size >= 0 and start + size <= length for start, size in zip(offsets, sizes, strict=True)):
+        return f"{name}: an image lies outside the shard's {length:,} bytes"
+    return ""
 
 
 def cache_folder() -> Path:
@@ -119,9 +157,17 @@ def index_shard(shard: StoredFile, marks: dict[str, str]) -> ShardIndex:
     path = cache_folder() / f"{hashlib.sha256(os.fsencode(shard.identity)).hexdigest()[:32]}.json"
     about = {"version": CACHE_VERSION, "shard": shard.identity, **marks}
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["about"] == about:
-            return ShardIndex(**kept["index"])
+        kept = load_json(path.read_text(encoding="utf-8"))
+        index = ShardIndex(**kept["index"])
+        counted = isinstance(index.left_out, dict) and all_are(int, [*index.left_out.values()])
+        texts = all_are(str, index.system) and {type(label) for label in index.labels} <= {str, type(None)}
+        if (
+            kept["about"] == about
+            and counted
+            and texts
+            and not _range_fault(shard.name, kept["index"], int(marks["bytes"]))
+        ):
+            return index
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no cached index, or a damaged one: build the index
     index = scan_shard(shard)
@@ -147,6 +193,8 @@ def scan_shard(shard: StoredFile) -> ShardIndex:
             _refuse_compressed(shard, file)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
+                    if member.size < 0 or (members and member.offset <= members[-1].offset):
+                        raise tarfile.HeaderError(f"a negative size near byte {member.offset:,}")  # would not end
                     end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isreg() else 0)
                     if not member.isdir():
                         members.append(member)
@@ -157,7 +205,9 @@ def scan_shard(shard: StoredFile) -> ShardIndex:
             file.seek(end)
             if file.read(BLOCK) != bytes(BLOCK):
                 raise UserError(f"{shard.name}: damaged or cut off at byte {end:,}: no end mark. Copy it again.")
-    except (tarfile.TarError, EOFError) as error:
+    except UserError:
+        raise
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, RecursionError, LookupError) as error:
         raise UserError(f"{shard.name}: not a tar file, or cut off: {error}. Copy it again.") from None
     except OSError as error:
         raise UserError(f"{shard.name}: cannot be read: {error.strerror or error}. Check the address.") from error
@@ -181,7 +231,7 @@ class _Sample:
         if "cls" in self.texts:
             return self.texts["cls"].decode(errors="replace").strip() or None
         try:
-            value: Any = json.loads(self.texts.get("json", b"{}"))
+            value: Any = load_json(self.texts.get("json", b"{}"))
         except ValueError:
             return None
         label = value.get("label") if isinstance(value, dict) else None

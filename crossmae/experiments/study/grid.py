@@ -17,7 +17,7 @@ from crossmae.experiments.rows import Row, read_rows
 from crossmae.experiments.study.arms import DETECTION_CPU, DETECTION_GPU15
 from crossmae.experiments.study.detection import detection_cells
 from crossmae.experiments.study.fashion_mnist import arm_cells, choose_rates, rate_cells
-from crossmae.files import make_folder, read_json, write_text
+from crossmae.files import expand_path, make_folder, read_json, write_text
 from crossmae.reports.page import format_seconds
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def linked_packages(folder: Path) -> list[Path]:
 
 def from_root(path: Path) -> Path:
     """Write a path relative to the root of the repository where possible."""
-    absolute = path.expanduser().absolute()
+    absolute = expand_path(path, "path").absolute()
     return absolute.relative_to(REPOSITORY) if absolute.is_relative_to(REPOSITORY) else absolute
 
 

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from crossmae.checkpoints import run_checkpoint
 from crossmae.checkpoints.run_checkpoint import (
+    CHECKPOINT_FILES,
+    FOLDER,
     MANIFEST,
     MODEL,
+    RECORD,
     STATE,
+    check_checkpoint_space,
+    checkpoint_bytes,
     complete_checkpoints,
+    defect,
     latest_checkpoint,
+    read_record,
     read_state,
     save_checkpoint,
+    sweep_run,
 )
 from crossmae.errors import UserError
 from crossmae.files import writing
@@ -78,12 +92,12 @@ def test_a_crash_at_any_rename_leaves_the_previous_checkpoint(tmp_path: Path, mo
         def crash(source: Path, target: Path, crash_at: int = crash_at) -> None:
             nonlocal calls
             if calls == crash_at:
-                raise OSError("no space left on device")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             calls += 1
             replace(source, target)
 
         monkeypatch.setattr(writing.os, "replace", crash)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(UserError, match=r"No space left .* GB free in "):
             save(tmp_path, 2, keep=1)
         assert steps(tmp_path) == [1]
     monkeypatch.setattr(writing.os, "replace", replace)
@@ -105,3 +119,207 @@ def test_state_is_read_without_running_code(tmp_path: Path) -> None:
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def spoil(folder: Path, kind: str) -> None:
+    """Make of a checkpoint's folder something that is none."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if kind == "file":
+        shutil.rmtree(folder)
+        folder.write_text("a file")
+    elif kind == "link":
+        folder.rename(folder.parent / "elsewhere")
+        folder.symlink_to(folder.parent / "elsewhere")
+    elif kind == "folder as manifest":
+        (folder / MANIFEST).unlink()
+        (folder / MANIFEST).mkdir()
+    elif kind == "pipe as manifest":
+        (folder / MANIFEST).unlink()
+        os.mkfifo(folder / MANIFEST)
+    elif kind == "pipe as state":
+        (folder / STATE).unlink()
+        os.mkfifo(folder / STATE)
+    elif kind == "foreign name":
+        (folder.parent.parent / "outside").write_text("x")
+        manifest["files"]["../../outside"] = {"bytes": 1, "sha256": "0" * 64}
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+    elif kind == "missing name":
+        del manifest["files"][STATE]
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+    elif kind == "another step":
+        (folder / MANIFEST).write_text(json.dumps(manifest | {"step": 1}))
+    else:
+        raise AssertionError(kind)
+
+
+KINDS = {
+    "file": "not a folder",
+    "link": "a link",
+    "folder as manifest": "damaged",
+    "pipe as manifest": "damaged",
+    "pipe as state": "no bytes",
+    "foreign name": "other files",
+    "missing name": "damaged",
+    "another step": "another step",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_checkpoint_is_skipped_with_a_reason(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = save(tmp_path, 1, keep=9)
+    spoil(save(tmp_path, 2, keep=9), kind)
+    assert latest_checkpoint(tmp_path) == good
+    assert any("step-00000002" in line and KINDS[kind] in line for line in caplog.messages)
+    for step in (3, 4):
+        save(tmp_path, step, keep=1)  # retention leaves what is no checkpoint
+    assert steps(tmp_path) == [4]
+    assert (tmp_path / FOLDER / "step-00000002").exists()
+
+
+MANIFESTS = [b"", b"\0", b"\xff\xfe", b"[]", b"null", b"[" * 10_000, b"9" * 5000, b'{"files": []}', b'{"files": {}}']
+VALUES = (
+    st.none() | st.integers() | st.floats() | st.text() | st.lists(st.none()) | st.dictionaries(st.text(), st.none())
+)
+ENTRIES = VALUES | st.fixed_dictionaries({"bytes": VALUES, "sha256": VALUES})
+NAMES = st.sampled_from([*CHECKPOINT_FILES, "../x", "/etc/passwd", "a\0", "x" * 300])
+SHAPED = st.fixed_dictionaries({"step": VALUES | st.just(2), "files": VALUES | st.dictionaries(NAMES, ENTRIES)})
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(MANIFESTS) | st.binary() | SHAPED.map(lambda content: json.dumps(content).encode()))
+def test_any_bytes_in_a_manifest_are_a_reason(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    run = tmp_path_factory.getbasetemp() / "run"
+    if not run.exists():
+        save(run, 1, keep=9)
+        save(run, 2, keep=9)
+    (run / FOLDER / "step-00000002" / MANIFEST).write_bytes(data)
+    assert defect(run / FOLDER / "step-00000002", contents=True)
+    assert steps(run) == [1]
+
+
+def test_a_reading_error_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    digest = run_checkpoint.sha256
+
+    def fail(path: Path) -> str:
+        if path.parent == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return digest(path)
+
+    monkeypatch.setattr(run_checkpoint, "sha256", fail)
+    assert latest_checkpoint(tmp_path) == good
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+def test_older_checkpoints_are_deleted_only_after_the_new_one_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The disk returns other bytes than were written."""
+    good, flush = save(tmp_path, 1, keep=1), run_checkpoint.sync_folder
+
+    def spoil_then_flush(folder: Path) -> None:
+        path = tmp_path / FOLDER / "step-00000002" / name
+        path.write_bytes(bytes(path.stat().st_size))
+        flush(folder)
+
+    monkeypatch.setattr(run_checkpoint, "sync_folder", spoil_then_flush)
+    with pytest.raises(UserError, match=rf"step-00000002: the new checkpoint cannot be read: {name}"):
+        save(tmp_path, 2, keep=1)
+    assert latest_checkpoint(tmp_path) == good
+
+
+def test_a_new_checkpoint_that_does_not_open_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = save(tmp_path, 1, keep=1)
+    monkeypatch.setattr(run_checkpoint, "save_file", lambda tensors, path, metadata: path.write_bytes(b"nothing"))
+    with pytest.raises(UserError, match="step-00000002: the new checkpoint cannot be read"):
+        save(tmp_path, 2, keep=1)
+    assert latest_checkpoint(tmp_path) == good
+
+
+def test_the_names_of_a_new_checkpoint_are_on_disk_before_older_ones_are_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, keep=1)
+    flushed: list[Path] = []
+
+    def note(folder: Path) -> None:
+        assert (tmp_path / FOLDER / "step-00000001" / MANIFEST).exists()
+        flushed.append(folder)
+
+    monkeypatch.setattr(run_checkpoint, "sync_folder", note)
+    save(tmp_path, 2, keep=1)
+    assert flushed == [tmp_path / FOLDER, tmp_path]
+    assert steps(tmp_path) == [2]
+
+
+def test_retention_deletes_our_files_alone(tmp_path: Path) -> None:
+    old = save(tmp_path, 1, keep=1)
+    (old / "notes.txt").write_text("mine")
+    (tmp_path / FOLDER / "step-00000000-mine").mkdir()
+    save(tmp_path, 2, keep=1)
+    assert [path.name for path in old.iterdir()] == ["notes.txt"]
+    assert (tmp_path / FOLDER / "step-00000000-mine").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "step-00000001").write_text("mine")
+    with pytest.raises(UserError, match="step-00000001: cannot be written: File exists"):
+        save(tmp_path, 1)
+
+
+def test_a_sweep_removes_half_made_checkpoints_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good = save(tmp_path, 1, keep=9)
+    (save(tmp_path, 2, keep=9) / MANIFEST).unlink()
+    (tmp_path / FOLDER / "step-00000003").mkdir()
+    (tmp_path / FOLDER / "step-00000003" / ".tmpx3k9ab").write_text("of safetensors")
+    (tmp_path / FOLDER / "step-00000004").mkdir()
+    stays = save(tmp_path, 5, keep=9)  # someone's notes
+    (stays / MANIFEST).unlink()
+    (stays / "notes.txt").write_text("mine")
+    (save(tmp_path, 6, keep=9) / MANIFEST).write_text("damaged")
+    links = tmp_path / FOLDER / "step-00000007"
+    links.mkdir()
+    (links / STATE).symlink_to(good / STATE)
+    (tmp_path / FOLDER / "step-00000008").symlink_to(stays)
+    (tmp_path / FOLDER / "step-00000009").write_text("a file")
+    (tmp_path / FOLDER / "step-latest").mkdir()
+    (tmp_path / FOLDER / "step-000000010").mkdir()
+    (tmp_path / FOLDER / "step-00000011" / MODEL).mkdir(parents=True)
+    before = tree(tmp_path)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        removed = sweep_run(tmp_path)
+    assert removed == [f"{FOLDER}/step-0000000{step}" for step in (2, 3, 4)]
+    assert caplog.messages == [
+        f"{tmp_path}: removed half-made checkpoints: step-00000002, step-00000003, step-00000004"
+    ]
+    gone = {name for name in before if any(name.startswith(folder) for folder in removed)}
+    assert tree(tmp_path) == {name: content for name, content in before.items() if name not in gone}
+    assert sweep_run(tmp_path) == []
+    assert sweep_run(tmp_path / "none") == []
+
+
+def test_space_for_the_checkpoints_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checkpoint_bytes(100, optimizer_copies=2, averaged=True) == 400
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=int(3.1e9)))
+    check_checkpoint_space(tmp_path, int(1e9), int(0.1e9), keep=2, key="output_dir")
+    with pytest.raises(UserError, match=r"^output_dir: .* needs 3\.2 GB, but only 3\.1 GB are free"):
+        check_checkpoint_space(tmp_path, int(1e9), int(0.2e9), keep=2, key="output_dir")
+    save(tmp_path, 1)  # its place is used again
+    check_checkpoint_space(tmp_path, int(1e9), int(0.2e9), keep=2, key="output_dir")
+
+
+def test_a_record_is_an_object_or_an_error(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    assert read_record(folder) == {"config": {}}
+    (folder / RECORD).write_bytes(b"[\xff")
+    with pytest.raises(UserError, match=r"run\.json: is not JSON"):
+        read_record(folder)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from crossmae.files.leftovers import MOST_LETTERS, is_leftover, probe_name, sweep, temporary_name
+from crossmae.files.leftovers import MOST_LETTERS, SHARED_SECONDS, is_leftover, probe_name, sweep, temporary_name
 
 ROOT = Path(__file__).parents[3]
 NEVER = 2**31 - 1  # no process has this number
@@ -140,6 +140,19 @@ def test_every_temporary_name_fits_a_file_system_and_is_ours(tmp_path_factory: A
     path.unlink()
     longer = name + "a" * MOST_LETTERS
     assert len({temporary_name(longer + end) for end in "ab"}) == 2
+
+
+def test_in_a_shared_folder_only_old_leftovers_are_removed(tmp_path: Path) -> None:
+    """Another machine may have a process that writes there."""
+    new, old = (tmp_path / of_a_dead_process(name) for name in ("new", "old"))
+    new.mkdir()
+    old.mkdir()
+    os.utime(old, (1e9, 1e9))
+    assert sweep(tmp_path, min_age=SHARED_SECONDS) == [old.name]
+    (tmp_path / "folder").mkdir()
+    new.rename(tmp_path / "folder" / new.name)
+    assert sweep(tmp_path, depth=0) == []
+    assert len(sweep(tmp_path, depth=1)) == 1
 
 
 def test_a_folder_that_does_not_exist_has_nothing(tmp_path: Path) -> None:

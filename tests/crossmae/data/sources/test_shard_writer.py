@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from crossmae.data.sources import open_source, shard_writer
 from crossmae.data.sources.shard_writer import ShardSettings, make_shards, verify_shards
 from crossmae.data.sources.source import Source
 from crossmae.errors import UserError
+from crossmae.files.claim import claim
+from crossmae.files.leftovers import temporary_name
 from tests.crossmae.data.sources.source_files import CLASSES, write_tree
 
 SETTINGS = ShardSettings(short_side=8, images_per_shard=4)
@@ -22,6 +25,10 @@ SETTINGS = ShardSettings(short_side=8, images_per_shard=4)
 def source(tmp_path: Path) -> Source:
     write_tree(tmp_path / "tree", 10)
     return open_source(tmp_path / "tree", "SRC")
+
+
+def of_a_dead_process(name: str) -> str:
+    return temporary_name(name).replace(f".{os.getpid()}.", f".{2**31 - 1}.")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -105,7 +112,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         open_source(folder, "data.train")
     with pytest.raises(UserError, match="has not finished"):
         verify_shards(folder)
-    (folder / ".shard-000009.tar.123.tmp").write_bytes(b"left by a kill")
+    (folder / of_a_dead_process("shard-000009.tar")).write_bytes(b"left by a kill")
     with open(folder / "progress.jsonl", "a") as file:
         file.write('{"file": "shard-0000')  # so was this line
     assert make_shards(source, folder, SETTINGS, threads=2)[1] == stop_at // 4
@@ -202,3 +209,27 @@ def test_settings_out_of_range_are_named() -> None:
         ShardSettings(images_per_shard=0)
     with pytest.raises(UserError, match="--quality 101"):
         ShardSettings(quality=101)
+
+
+def test_two_processes_do_not_make_shards_in_one_folder(source: Source, tmp_path: Path) -> None:
+    with claim(tmp_path / "shards", "shards"), pytest.raises(UserError, match=r"DST: .* is in use by a shards run"):
+        make_shards(source, tmp_path / "shards", SETTINGS, 1)
+
+
+def test_leftovers_of_a_killed_run_are_removed_and_other_files_stay(source: Source, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    left = folder / of_a_dead_process("shard-000000.tar")
+    left.mkdir()
+    make_shards(source, folder, SETTINGS, 1)
+    assert not left.exists()
+    (folder / ".mine.tmp").write_text("not ours")
+    make_shards(source, folder, SETTINGS, 1)
+    assert (folder / ".mine.tmp").read_text() == "not ours"
+
+
+def test_a_folder_with_other_files_stays_as_it_is(source: Source, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(UserError, match="holds something else"):
+        make_shards(source, tmp_path, SETTINGS, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "tree"]

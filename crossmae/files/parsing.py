@@ -1,0 +1,102 @@
+"""JSON, YAML settings and Python literals that others wrote, parsed within bounds. Only ValueError is raised."""
+
+from __future__ import annotations
+
+import ast
+import json
+from typing import Any
+
+import yaml
+
+# Bounds of texts that others wrote. Larger values would exhaust memory, the stack, or the numbers of numpy and torch.
+MAX_DEPTH = 100  # lists and mappings in each other
+MAX_DIGITS, MAX_SETTING = 300, 10**18  # digits of a whole number in JSON; absolute value of a setting
+MAX_SETTINGS_TEXT, MAX_SETTINGS = 1 << 18, 100_000  # characters of settings; their values, with aliases counted again
+
+
+def load_json(text: str | bytes) -> Any:
+    """Parse JSON within bounds.
+
+    Raises ValueError if the text is not JSON, is nested too deeply, or has a number with too many digits.
+    """
+    try:
+        value = json.loads(text, parse_int=_whole_number)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    _check_bounds(value)
+    return value
+
+
+def load_yaml(text: str) -> Any:
+    """Parse YAML settings within bounds, and run nothing.
+
+    Raises ValueError if the text is not YAML, too long, nested too deeply, or has a number that is too large, a key
+    that is given again, or aliases that multiply.
+    """
+    if len(text) > MAX_SETTINGS_TEXT:
+        raise ValueError(f"{len(text):,} characters are more than {MAX_SETTINGS_TEXT:,}")
+    try:
+        value = yaml.load(text, _SettingsLoader)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:  # a tag for another kind of value
+        raise ValueError(f"a tag does not fit its value ({error})") from None
+    _check_bounds(value, MAX_SETTINGS)
+    return value
+
+
+def load_literal(text: str) -> Any:
+    """Parse a Python literal within the bounds of `load_yaml`.
+
+    Raises ValueError for other text.
+    """
+    if len(text) > MAX_SETTINGS_TEXT:
+        raise ValueError(f"{len(text):,} characters are more than {MAX_SETTINGS_TEXT:,}")
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:  # of the parser, for deep nesting
+        raise ValueError(f"not a literal: {error or type(error).__name__}") from None
+    _check_bounds(value, MAX_SETTINGS)
+    return value
+
+
+class _SettingsLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which refuses a key that is given again."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        given = node.value if isinstance(node, yaml.MappingNode) else []
+        plain = [key.value for key, _ in given if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge")]
+        if again := [key for key in plain if plain.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {again[0]!r} is given again", node.start_mark)
+        return dict(super().construct_mapping(node, deep))
+
+
+_TOO_DEEP = f"more than {MAX_DEPTH} lists or mappings in each other"
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits):,} digits, more than {MAX_DIGITS}")
+    return int(digits)
+
+
+def _check_bounds(value: Any, most: int | None = None) -> None:
+    """Raise ValueError for deep nesting and, with `most`, many values."""
+    level, count = [[value]], 0
+    for _ in range(MAX_DEPTH + 1):
+        if most is not None:
+            values = [one for many in level for one in (many.values() if isinstance(many, dict) else many)]
+            count += len(values)
+            if count > most:
+                raise ValueError(f"more than {most:,} values, with those behind aliases")
+            if any(isinstance(one, int) and abs(one) > MAX_SETTING for one in values):
+                raise ValueError(f"a number is greater than {MAX_SETTING:.0e}")
+        level = [
+            one for many in level for one in (many.values() if isinstance(many, dict) else many)
+            if isinstance(one, dict | list | tuple | set)
+        ]  # fmt: skip
+        if not level:
+            return
+    raise ValueError(_TOO_DEEP)
