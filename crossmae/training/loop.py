@@ -270,22 +270,22 @@ class TrainingSteps:
             log.info("stopped before the first step; nothing is saved")
         self.request.end()
 
-    def explain(self, error: Diverged) -> NoReturn:
-        """Raise UserError for values that are not finite, in the main process only.
+    def suspects(self) -> tuple[bool, list[str]]:
+        """Return whether losses of the step are not finite, and the images of these losses, or of the whole step."""
+        names, recent = self.names, self.state.losses[-len(self.names) :] if self.names else []
+        finite = [all(bool(loss.isfinite()) for loss in losses.values()) for losses in recent]
+        bad = [these for these, is_finite in zip(names, finite, strict=False) if not is_finite]
+        return bool(bad), [name for these in (bad or names) for name in these]
 
-        It names the images of the step whose loss is not finite, or all images of the step.
-        """
+    def explain(self, error: Diverged) -> NoReturn:
+        """Raise UserError for values that are not finite, with the names of the suspected images."""
         state, run = self.state, self.settings
-        recent = state.losses[-len(self.names) :] if self.names else []
-        bad = [
-            names
-            for names, losses in zip(self.names, recent, strict=False)
-            if not all(bool(loss.isfinite()) for loss in losses.values())
-        ]
-        told = state.ranks.gather((bool(bad), [name for names in (bad or self.names) for name in names]))
+        told = [(True, list(self.names[-1]) if self.names else [])]
+        if error.is_shared:
+            told = state.ranks.gather(self.suspects())
+            if not state.ranks.is_main:
+                raise SystemExit(USER_ERROR_EXIT_CODE)  # only the main process reports the error
         culprits = [names for is_bad, names in told if is_bad] or [names for _, names in told]
-        if not state.ranks.is_main:
-            raise SystemExit(USER_ERROR_EXIT_CODE)  # only the main process reports the error
         images = shorten([name for names in culprits for name in names], MOST_NAMES)
         seen = f", with the images {images}" if images else ""
         lr = f"learning rate {self.job.schedule.lr_at(min(state.step, self.job.schedule.last_step - 1)):.3g}"

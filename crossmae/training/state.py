@@ -34,7 +34,15 @@ Loss = Callable[[nn.Module, Any, int], Losses]
 
 
 class Diverged(ArithmeticError):
-    """A loss, a gradient or a weight is not finite. The message has no advice."""
+    """A loss, a gradient or a weight is not finite. The message has no advice.
+
+    Attributes:
+        is_shared: all processes raise it in the same step. Otherwise the other processes end with this one.
+    """
+
+    def __init__(self, message: str, is_shared: bool = True) -> None:
+        super().__init__(message)
+        self.is_shared = is_shared
 
 
 class TrainingState:
@@ -204,8 +212,8 @@ class TrainingState:
 
 def add_up(losses: Losses) -> Tensor:
     """Add up the losses in float32 or more."""
-    values = list(losses.values())
-    return values[0] if len(values) == 1 else torch.stack([value.float() for value in values]).sum()
+    values = [value.to(torch.promote_types(value.dtype, torch.float32)) for value in losses.values()]
+    return values[0] if len(values) == 1 else torch.stack(values).sum()
 
 
 def own_losses(saved: list[Any], rank: int) -> list[Losses]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
@@ -26,11 +26,12 @@ def log_file(folder: Path, is_main: bool) -> Iterator[Callable[[], None]]:
     if not is_main:
         yield lambda: None
         return
-    early, root = MemoryHandler(10_000), logging.getLogger()
+    early, root, files = MemoryHandler(10_000), logging.getLogger(), ExitStack()
     root.addHandler(early)
 
     def start() -> None:
         file = logging.FileHandler(folder / LOG, encoding="utf-8", errors=ODD_BYTES)
+        files.callback(file.close)
         file.setFormatter(PrintableFormatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s"))
         early.setTarget(file)
         early.flush()
@@ -41,5 +42,4 @@ def log_file(folder: Path, is_main: bool) -> Iterator[Callable[[], None]]:
     finally:
         root.removeHandler(early)
         early.close()
-        if early.target is not None:
-            early.target.close()
+        files.close()

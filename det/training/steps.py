@@ -12,7 +12,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.utils.data import DataLoader
 
-from crossmae.training.state import Losses
+from crossmae.training.state import Diverged, Losses
 from det.data.loader import refuse_unreadable
 
 
@@ -37,12 +37,18 @@ class DetectorLoss:
         self.scalars: dict[str, float] = {}
 
     def __call__(self, model: nn.Module, part: list[Any], number: int) -> Losses:
-        """Compute the losses of the part with this number in the run."""
+        """Compute the losses of the part with this number in the run.
+
+        Raises Diverged if proposals are not finite.
+        """
         step, place = divmod(number, self.parts)
         key = np.random.SeedSequence([self.seed, step, self.rank * self.parts + place])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))
         with EventStorage(step) as storage:
-            losses: Losses = model(part)
+            try:
+                losses: Losses = model(part)
+            except FloatingPointError as error:  # of detectron2's proposals
+                raise Diverged(" ".join(str(error).split()).rstrip("."), is_shared=False) from error
             found = {name: float(value) for name, (value, _) in storage.latest().items()}
         self.scalars = {name: value for name, value in found.items() if math.isfinite(value)}
         return losses

@@ -15,9 +15,9 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed: python to
 
 from detectron2.modeling import build_model
 
-from det.classes import Classes, remember_classes
+from det.classes import Classes, classes_of, remember_classes
 from det.config import load_det_config
-from det.training.checkpoint import AtomicCheckpointer
+from det.training.checkpoint import write_detector
 from tests.cases.conftest import Tool, Written
 from tools import predict, train_net
 
@@ -53,7 +53,7 @@ def detector(written: Written, tmp_path: Path) -> Path:
     model = build_model(cfg)
     categories = json.loads((folder / "coco.json").read_text())["categories"]
     remember_classes(model, Classes(*zip(*((one["name"], one["id"]) for one in categories), strict=True)))
-    AtomicCheckpointer(model, str(run)).write("model_final.pth", {"model": model.state_dict()})
+    write_detector(run / "model_final.pth", model.state_dict(), classes_of(model).metadata(), 1)
     return run
 
 

@@ -23,7 +23,7 @@ from det.data.coco import use_own_data
 from det.evaluation.evaluate import evaluate
 from det.evaluation.report import write_report
 from det.inference.predict import Predictor, find_classes
-from det.training.checkpoint import AtomicCheckpointer
+from det.training.checkpoint import write_detector
 from tests.det.coco_files import save, write_coco
 
 TRAINED = Classes(("a", "b", "c"), (1, 3, 7))
@@ -36,7 +36,7 @@ def trained(cfg: CfgNode, tmp_path: Path) -> Any:
     model = build_model(cfg)
     remember_classes(model, TRAINED)
     (tmp_path / "run").mkdir()
-    AtomicCheckpointer(model, str(tmp_path / "run")).write("model_final.pth", {"model": model.state_dict()})
+    write_detector(tmp_path / "run" / "model_final.pth", model.state_dict(), classes_of(model).metadata(), 1)
     cfg.MODEL.WEIGHTS = str(tmp_path / "run/model_final.pth")
     return model
 
@@ -140,7 +140,7 @@ def test_rows_of_the_heads_follow_their_names(
     cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK = agnostic
     old = build_model(cfg)
     remember_classes(old, TRAINED)
-    AtomicCheckpointer(old, str(tmp_path / "run")).write("model_final.pth", {"model": old.state_dict()})
+    write_detector(tmp_path / "run" / "model_final.pth", old.state_dict(), classes_of(old).metadata(), 1)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
     model = build_model(cfg)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -15,7 +15,7 @@ from crossmae.reports.run_folder import LoggedNumbers
 from crossmae.training.config import read_yaml
 from det.config import load_det_config
 from det.evaluation.report import build_report, changed_from_defaults, loss_plots, write_report
-from det.evaluation.run_files import DetectionResults, read_metrics
+from det.evaluation.run_files import DetectionResults, read_training_log
 from tests.crossmae.reports.pages import blocks_in, cells, draw_no_plots
 from tests.det.coco_files import TINY
 from tools import predict, train_net
@@ -34,8 +34,8 @@ def numbers(ap):
 
 
 def logged(iteration, loss, **others):
-    row = {"iteration": iteration, "total_loss": loss, "loss_mask": loss / 2, "loss_cls": loss / 2}
-    return row | {"lr": 0.01, "time": 2.0, "data_time": 0.5} | others
+    row = {"step": iteration, "loss": loss, "loss_mask": loss / 2, "loss_cls": loss / 2}
+    return row | {"lr": 0.01, "images_per_second": 1.0, "data_wait_share": 0.5} | others
 
 
 def write_lines(path, rows):
@@ -53,7 +53,11 @@ def folder(tmp_path):
     (run / "config.yaml").write_text(cfg.dump())
     data = {f"own_coco_{split}": {"json": f"/far/away/{split}.json", "images": f"/far/pics/{split}"}
             for split in ("train", "val")}  # fmt: skip
-    settings = {"number of training images": 4321, "SHA-256 of the json of own_coco_train": "0123456789abcdef" * 4}
+    settings = {
+        "number of training images": 4321,
+        "SOLVER.IMS_PER_BATCH": 2,
+        "SHA-256 of the json of own_coco_train": "0123456789abcdef" * 4,
+    }
     record = {"classes": NAMES, "category_ids": [1, 2, 3], "versions": {"torch": "9.8.7"}, "data": data}
     (run / "run.json").write_text(json.dumps(record | {"settings": settings, "iterations": 40}))
     classes = [{"name": name, "objects": 10 + at, "bbox": {"AP": AP[name]}, "segm": {"AP": AP[name]}}
@@ -61,7 +65,7 @@ def folder(tmp_path):
     results = {"bbox": numbers(41.23), "segm": numbers(34.56), "classes": classes}
     (run / "results.json").write_text(json.dumps(results))
     evaluation = {"bbox/AP": 41.23, "segm/AP": 34.56, "bbox/AP50": 61.23, "segm/AP50": 54.56}
-    write_lines(run / "metrics.json", [logged(19, 4.0), logged(39, 3.0), {"iteration": 40, **evaluation}])
+    write_lines(run / "log.jsonl", [logged(20, 4.0), logged(40, 3.0), {"step": 40, **evaluation}])
     (run / "model_best.json").write_text(json.dumps({"iteration": 20, "segm/AP": 35.67}))
     for name in ("model_best.pth", "model_final.pth"):
         (run / name).touch()
@@ -84,7 +88,7 @@ def test_the_page_has_the_numbers_of_the_files(folder):
         "Box AP": ("41.2 %", "AP50 61.2, AP75 -"),
         "Best mask AP": ("35.7 %", "after 20 iterations: model_best.pth"),
         "Training images": ("4,321", "3 classes"),
-        "Training time": ("1 min 20 s", "40 iterations of 2 s, without evaluations"),
+        "Training time": ("1 min 20 s", "40 iterations, 1 images per second (median), without evaluations"),
     }
     headline, others, classes, settings, data = blocks_of(folder, Table)
     assert cells(headline) == [["box", "41.2", "61.2", "-"], ["mask", "34.6", "54.6", "-"]]
@@ -98,14 +102,14 @@ def test_the_page_has_the_numbers_of_the_files(folder):
     curves = {plot.title: json.loads(plot.svg) for plot in blocks_of(folder, Plot)}
     assert curves["Total loss"] == {"total loss": [[20, 40], [4.0, 3.0]]}
     assert curves["AP over the training"] == {"box AP": [[40], [41.23]], "mask AP": [[40], [34.56]]}
-    assert curves["Speed"]["waiting for data"] == [[20, 40], [0.5, 0.5]]
+    assert curves["Waiting for data"]["waiting for data"] == [[20, 40], [0.5, 0.5]]
     assert set(curves) >= {"AP50 over the training", "Its parts", "Learning rate"}
 
 
 REQUIRED = {
     "run.json": ("run.json",),
     "config.yaml": ("config.yaml",),
-    "metrics.json": ("metrics.json",),
+    "log.jsonl": ("log.jsonl",),
     "results.json": ("results.json",),
     "inference/pr_curves_bbox.png": ("inference/pr_curves_bbox.png",),
     "inference/pr_curves_segm.png": ("inference/pr_curves_segm.png",),
@@ -137,14 +141,14 @@ def test_a_folder_with_nothing_names_everything(tmp_path):
 def test_a_run_without_evaluation_says_so_once(folder):
     for name in ("results.json", "model_best.json", *(name for name in REQUIRED if "/" in name)):
         (folder / name).unlink()
-    write_lines(folder / "metrics.json", [logged(19, 4.0)])
+    write_lines(folder / "log.jsonl", [logged(20, 4.0)])
     titles = [section.title for section in build_report(folder).sections]
     assert titles == ["Evaluation", "Training", "Using the detector", "Settings", "Data"]
 
 
 def test_a_run_that_was_cut_off_tells_how_far_it_came_and_how_to_go_on(folder):
     (folder / "model_final.pth").unlink()
-    write_lines(folder / "metrics.json", [logged(19, 4.0)])
+    write_lines(folder / "log.jsonl", [logged(20, 4.0)])
     report = build_report(folder)
     assert "was cut off, after 20 of 40 iterations" in report.lead
     (block,) = blocks_of(folder, Commands)
@@ -166,22 +170,6 @@ def test_the_commands_are_ones_that_the_tools_take(folder):
     assert str(folder / "evaluation") == cfg.OUTPUT_DIR  # the results of the run stay
 
 
-def test_later_lines_replace_those_of_the_same_iteration(tmp_path):
-    """As after a run that was cut off; half a line is left out and counted."""
-    path = tmp_path / "metrics.json"
-    write_lines(path, [logged(19, 4.0, once=1.0), logged(39, 3.0), {"iteration": 29, "segm/AP": 10.0}])
-    with open(path, "a") as file:
-        file.write('{"iteration": 59, "total_lo\n\n[]\n')
-    with open(path, "a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in (logged(39, 2.5), {"iteration": 40, "segm/AP": 11.0}))
-    metrics = read_metrics(path)
-    assert metrics.damaged == 2
-    assert [(row["iteration"], row.get("total_loss")) for row in metrics.rows] == [(20, 4.0), (30, None), (40, 2.5)]
-    assert metrics.rows[0]["once"] == 1.0
-    assert metrics.rows[1]["segm/AP"] == 10.0
-    assert metrics.rows[2]["segm/AP"] == 11.0  # of the evaluation after the last of 40 iterations
-
-
 def test_text_instead_of_a_number_is_named(folder):
     results = json.loads((folder / "results.json").read_text())
     results["bbox"]["AP"] = "high"
@@ -192,9 +180,9 @@ def test_text_instead_of_a_number_is_named(folder):
 
 def test_the_stages_of_a_cascade_are_one_curve(tmp_path):
     staged = {f"loss_{kind}_stage{stage}": float(stage + 1) for kind in ("cls", "box_reg") for stage in range(3)}
-    write_lines(tmp_path / "metrics.json", [{"iteration": 0, "total_loss": 9.0, "loss_mask": 1.0, **staged}])
-    (row,) = read_metrics(tmp_path / "metrics.json").rows
-    assert row == {"iteration": 1, "total_loss": 9.0, "loss_mask": 1.0, "loss_cls": 6.0, "loss_box_reg": 6.0}
+    write_lines(tmp_path / "log.jsonl", [{"step": 1, "loss": 9.0, "loss_mask": 1.0, **staged}])
+    (row,) = read_training_log(tmp_path / "log.jsonl").rows
+    assert row == {"step": 1, "loss": 9.0, "loss_mask": 1.0, "loss_cls": 6.0, "loss_box_reg": 6.0}
 
 
 def test_more_parts_than_a_plot_takes_are_in_two():
@@ -227,5 +215,5 @@ def test_settings_are_those_that_differ_from_the_defaults(tmp_path):
 
 
 def test_peak_memory_is_shown_where_it_is_logged(folder):
-    write_lines(folder / "metrics.json", [logged(19, 4.0, peak_memory_bytes=3 * 2.0**30), logged(39, 3.0)])
-    assert build_report(folder).facts[-1].value == "3.00 GiB"
+    write_lines(folder / "log.jsonl", [logged(20, 4.0, memory_gb=3.04), logged(40, 3.0)])
+    assert build_report(folder).facts[-1].value == "3.0 GB"

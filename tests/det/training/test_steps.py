@@ -1,6 +1,5 @@
 """A step in parts has the mean gradient of its parts, and is the step of as many processes; the moving average."""
 
-import contextlib
 import copy
 import functools
 
@@ -11,14 +10,11 @@ import torch.distributed as dist
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
 from detectron2.modeling import build_model
-from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
-from timm.utils import ModelEmaV3
-from torch.nn.parallel import DistributedDataParallel
 
-from crossmae.training.state import MAX_SKIPPED
+from crossmae.training.processes import Ranks
+from crossmae.training.state import Diverged, TrainingState
 from det.config import load_det_config
-from det.training.steps import StepTrainer
+from det.training.steps import DetectorLoss, in_parts
 from tests.det.backbone.test_parity import inputs
 from tests.det.coco_files import TINY
 
@@ -35,14 +31,17 @@ class Quadratic(torch.nn.Module):
         return {"a": (x @ self.weight).square().mean(), "b": (x * self.weight).abs().mean()}
 
 
-def one_step(model, batch, parts, **arguments):
-    """The state of a trainer after one step by SGD, and the losses that it wrote."""
+def one_step(model, batch, parts, rank=0, world_size=1):
+    """The model after one step by SGD, and the logged losses."""
     model = copy.deepcopy(model)
-    trainer = StepTrainer(model, [batch], torch.optim.SGD(model.parameters(), 1.0), 0, parts, **arguments)
-    with EventStorage() as storage:
-        trainer.iter = 0
-        trainer.run_step()
-        return model, {name: value for name, (value, _) in storage.latest().items()}
+    state = TrainingState(
+        model, torch.optim.SGD(model.parameters(), 1.0), Ranks(rank, rank, world_size), "fp32", None, None, False, None
+    )
+    loss = DetectorLoss(0, parts, rank)
+    for number, part in enumerate(in_parts(lambda steps: [batch for _ in steps], parts)(0, parts)):
+        state.losses.append(state.forward_backward(loss, part, number, parts, number == parts - 1))
+    state.update(1.0)
+    return model, state.mean_losses()
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 6])
@@ -54,7 +53,7 @@ def test_parts_make_the_step_of_the_whole_batch_where_losses_are_means_over_imag
     stepped, written = one_step(model, batch, parts)
     torch.testing.assert_close(stepped.weight, model.weight - gradient, atol=1e-12, rtol=0)
     assert written["a"] == pytest.approx(losses["a"].item())
-    assert written["total_loss"] == pytest.approx(sum(losses.values()).item())
+    assert written["loss"] == pytest.approx(sum(losses.values()).item())
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +70,7 @@ def test_a_detectors_step_in_parts_has_the_mean_gradient_of_the_parts(detector):
     expected = {name: torch.zeros_like(p) for name, p in detector.named_parameters()}
     for number, sample in enumerate(batch):
         model = copy.deepcopy(detector)
-        trainer = StepTrainer(model, [], torch.optim.SGD(model.parameters(), 1.0), 0, 2)
-        trainer.iter = 0
-        trainer._seed(number)
-        with EventStorage():
-            sum(model([sample]).values()).backward()
+        sum(DetectorLoss(0, 2, 0)(model, [sample], number).values()).backward()
         for name, parameter in model.named_parameters():
             expected[name] += parameter.grad / 2
     stepped, _ = one_step(detector, batch, 2)
@@ -88,14 +83,9 @@ def run_process(rank, model, batch, out):
     """One of two processes, with its half of the batch, in a group that talks over gloo."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}.group", rank=rank, world_size=2)
-    comm.create_local_process_group(2)
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False)
-    trainer = StepTrainer(wrapped, [batch[rank : rank + 1]], torch.optim.SGD(model.parameters(), 1.0), 0)
-    with EventStorage():
-        trainer.iter = 0
-        trainer.run_step()
+    stepped, _ = one_step(model, batch[rank : rank + 1], 1, rank, 2)
     if rank == 0:
-        torch.save(model.state_dict(), out)
+        torch.save(stepped.state_dict(), out)
     dist.destroy_process_group()
 
 
@@ -114,29 +104,17 @@ def test_two_parts_make_the_step_of_two_processes(detector, tmp_path):
 
 def test_the_average_follows_the_weights_and_warms_up():
     model = Quadratic()
-    average = ModelEmaV3(model, 0.9, use_warmup=True, warmup_power=1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    state = TrainingState(model, optimizer, Ranks(), "fp32", 0.9, None, False, None, ema_power=1.0)
     batch = list(torch.ones(2, 2, dtype=torch.float64))
-    trainer = StepTrainer(model, [batch] * 50, torch.optim.SGD(model.parameters(), 0.01), 0, average=average)
     expected = model.weight.detach().clone()
-    with EventStorage():
-        for step in range(50):
-            trainer.iter = step
-            trainer.run_step()
-            decay = 0.0 if step == 0 else min(0.9, step / (1 + step))
-            expected = decay * expected + (1 - decay) * model.weight.detach()
-    torch.testing.assert_close(average.module.weight.detach(), expected)
-    assert not torch.equal(average.module.weight, model.weight)
-
-
-def test_a_loss_that_is_not_finite_leaves_the_weights_alone():
-    model = Quadratic()
-    before = model.weight.detach().clone()
-    batch = [torch.full((2,), float("inf"), dtype=torch.float64)]
-    trainer = StepTrainer(model, [batch], torch.optim.SGD(model.parameters(), 1.0), 0)
-    trainer.iter = 0
-    with EventStorage(), pytest.raises(FloatingPointError):
-        trainer.run_step()
-    assert torch.equal(model.weight, before)
+    for step in range(50):
+        state.forward_backward(DetectorLoss(0, 1, 0), batch, step, 1, True)
+        state.update(0.01)
+        decay = 0.0 if step == 0 else min(0.9, step / (1 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+    torch.testing.assert_close(state.ema.module.weight.detach(), expected)
+    assert not torch.equal(state.ema.module.weight, model.weight)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -145,51 +123,15 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(parts, value):
     """The losses are finite; of two parts the last one spoils the sum."""
     model = Quadratic()
     before = model.weight.detach().clone()
-    trainer = StepTrainer(
-        model, [list(torch.ones(2, 2, dtype=torch.float64))], torch.optim.SGD([model.weight]), 0, parts
-    )
+    state = TrainingState(model, torch.optim.SGD([model.weight]), Ranks(), "fp32", None, None, False, None)
     seen = []
     model.weight.register_hook(
         lambda grad: torch.full_like(grad, value) if seen.append(1) or len(seen) == parts else grad
     )
-    trainer.iter = 0
-    with EventStorage(), pytest.raises(FloatingPointError, match=r"norm of the gradient .* infinity: weight"):
-        trainer.run_step()
+    for number in range(parts):
+        batch = list(torch.ones(1, 2, dtype=torch.float64))
+        state.forward_backward(DetectorLoss(0, parts, 0), batch, number, parts, number == parts - 1)
+    with pytest.raises(Diverged, match=r"norm of the gradient .* infinity: weight"):
+        state.update(1e-3)
     assert torch.equal(model.weight, before)
-
-
-@pytest.mark.parametrize("skipped", [MAX_SKIPPED - 1, MAX_SKIPPED])
-def test_float16_may_skip_a_few_steps_in_a_row(skipped):
-    """The scale falls until gradients are finite; then counting begins again."""
-    model = Quadratic().float()
-    batches = [list(torch.ones(2, 2))] * (skipped + 1)
-    trainer = StepTrainer(model, batches, torch.optim.SGD([model.weight], 1e-3), 0)
-    trainer.scaler = torch.amp.GradScaler("cpu")
-    before = model.weight.detach().clone()
-    model.weight.register_hook(lambda grad: torch.full_like(grad, torch.inf) if trainer.iter < skipped else grad)
-    fails = pytest.raises(FloatingPointError, match=f"float16 skipped {MAX_SKIPPED} steps in a row")
-    with EventStorage(), fails if skipped == MAX_SKIPPED else contextlib.nullcontext():
-        for step in range(skipped + 1):
-            trainer.iter = step
-            trainer.run_step()
-    assert model.weight.isfinite().all()
-    assert torch.equal(model.weight, before) == (skipped == MAX_SKIPPED)
-    assert trainer.skipped == (MAX_SKIPPED if skipped == MAX_SKIPPED else 0)
-
-
-def test_a_run_that_becomes_float16_begins_with_a_new_scale(caplog):
-    """The settings of mixed precision may change on resume, and a run on the CPU has none."""
-    caplog.set_level("INFO")
-    models = Quadratic(), Quadratic()
-    trainers = [StepTrainer(model, [], torch.optim.SGD(model.parameters(), 1.0), 0) for model in models]
-    trainers[1].scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    for trainer in trainers:
-        trainer.iter = 0
-    plain, scaled = (trainer.state_dict() for trainer in trainers)
-    assert "grad_scaler" not in plain["_trainer"]
-    assert scaled["_trainer"]["grad_scaler"]["scale"] == 8
-    trainers[1].load_state_dict(plain)
-    assert "the scale of gradients starts again" in caplog.text
-    trainers[1].scaler = torch.amp.GradScaler("cpu")
-    trainers[1].load_state_dict(scaled)
-    assert trainers[1].scaler.get_scale() == 8
+    assert state.step == 0

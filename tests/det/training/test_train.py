@@ -5,21 +5,23 @@ import logging
 import math
 import os
 import pickle
+import re
+import shutil
 import signal
 import sys
-from contextlib import nullcontext
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
 
-from det.training.hooks import keep_best
-
+from crossmae.checkpoints.run_checkpoint import complete_checkpoints, read_state, step_of
 from crossmae.errors import UserError, run_cli
-from det.training.checkpoint import AtomicCheckpointer, last_checkpoint
-from det.training.steps import StepTrainer
+from crossmae.files import sha256
+from crossmae.training.state import TrainingState
+from det.training.evaluations import is_best
 from tests.det.coco_files import TINY, save, write_coco
 from tools.train_net import build_parser, main
 
@@ -36,7 +38,7 @@ def quiet_root_logger():
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Draw neither report nor pictures nor curves, which take seconds and have tests of their own."""
-    for name in ("det.training.train", "det.training.hooks"):
+    for name in ("det.training.train", "det.training.evaluations"):
         monkeypatch.setattr(sys.modules[name], "write_report", lambda folder: folder / "report.html")
     monkeypatch.setattr(sys.modules["det.evaluation.evaluate"], "validation_pictures", lambda *_: [])
     monkeypatch.setattr(sys.modules["det.evaluation.evaluate"], "save_figure", lambda *_: None)
@@ -53,6 +55,46 @@ def command(tmp_path):
 
 def final_state(folder):
     return torch.load(folder / "model_final.pth", weights_only=True)
+
+
+def steps(run):
+    return [step_of(folder) for folder in complete_checkpoints(run)]
+
+
+def interrupt(run, step):
+    """Leave a run as it was when the checkpoint of `step` was the last."""
+    (run / "model_final.pth").unlink()
+    for folder in complete_checkpoints(run):
+        if step_of(folder) > step:
+            shutil.rmtree(folder)
+
+
+def assert_same_end(one, other):
+    """Compare the last checkpoints of two runs, bit for bit."""
+    ends = [complete_checkpoints(run)[-1] for run in (one, other)]
+    tensors = [load_file(end / "model.safetensors") for end in ends]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+    states = [dict(flatten(read_state(end))) for end in ends]
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        same = torch.equal(value, states[1][key]) if isinstance(value, torch.Tensor) else value == states[1][key]
+        assert same, key
+
+
+def flatten(value, prefix=""):
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if pairs is None:
+        yield prefix, value
+    for key, inner in pairs or ():
+        yield from flatten(inner, f"{prefix}.{key}")
+
+
+def rows(run):
+    """The lines of the log without times."""
+    found = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    varying = {"images_per_second", "data_wait_share", "memory_gb"}
+    return [{key: value for key, value in row.items() if key not in varying} for row in found]
 
 
 def test_objects_outside_their_images_stop_a_run_before_anything_is_written(tmp_path, command, monkeypatch):
@@ -72,11 +114,9 @@ def test_a_run_repeats_and_resumes_bit_for_bit(tmp_path, command, capsys, reques
     """Drop path and the sampling of boxes included; whatever the workers; then evaluation alone gives the same AP."""
     main(command)
     printed = capsys.readouterr().out
-    whole = final_state(tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith("events")) == [
-        "config.yaml", "inference", "last_checkpoint", "log.txt", "metrics.json", "model_0000001.pth",
-        "model_0000003.pth", "model_best.json", "model_best.pth", "model_final.pth", "pictures", "report.html",
-        "results.json", "run.json",
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "checkpoints", "config.yaml", "inference", "log.jsonl", "log.txt", "model_best.json", "model_best.pth",
+        "model_final.pth", "pictures", "report.html", "results.json", "run.json", "tensorboard",
     ]  # fmt: skip
     report = (tmp_path / "out/report.html").read_text()
     assert "Detector: out" in report
@@ -91,14 +131,13 @@ def test_a_run_repeats_and_resumes_bit_for_bit(tmp_path, command, capsys, reques
     request.getfixturevalue("no_pictures")
     second = [*command[:-1], f"OUTPUT_DIR={tmp_path / 'second'}", "DATALOADER.NUM_WORKERS=1"]
     main(second)
-    interrupt(tmp_path / "second", "model_0000001")
-    with pytest.raises(UserError, match=r"already has a run. Continue it with --resume"):
+    interrupt(tmp_path / "second", 2)
+    with pytest.raises(UserError, match=r"already holds a run .* Pass --resume"):
         main(second)
     main([*second, "--resume"])
-    resumed = final_state(tmp_path / "second")
-    assert resumed["iteration"] == whole["iteration"] == 3
-    for name, tensor in whole["model"].items():
-        assert torch.equal(resumed["model"][name], tensor), name
+    assert_same_end(tmp_path / "out", tmp_path / "second")
+    assert final_state(tmp_path / "second")["iteration"] == 4
+    assert rows(tmp_path / "second") == rows(tmp_path / "out")
     assert json.loads((tmp_path / "second/results.json").read_text()) == results
 
     weights = tmp_path / "out/model_final.pth"
@@ -120,30 +159,28 @@ def test_a_run_with_an_average_and_parts_resumes_bit_for_bit(tmp_path, command, 
     words += ["SOLVER.CLIP_GRADIENTS.ENABLED=True", "TEST.EVAL_PERIOD=2"]
     main([*command, *words])
     run = tmp_path / "out"
-    whole = final_state(run)
-    assert sorted(path.name for path in run.glob("model_*.pth")) == [
-        "model_0000002.pth", "model_0000003.pth", "model_best.pth", "model_final.pth",
-    ]  # fmt: skip
-    assert any(not torch.equal(whole["model"][name], value) for name, value in whole["trained_model"].items())
+    assert steps(run) == [3, 4]
+    trained = load_file(run / "checkpoints/step-00000004/model.safetensors")
+    whole = final_state(run)["model"]  # the average
+    assert any(not torch.equal(trained[name], value) for name, value in whole.items())
     assert "4 steps of 2 images in 2 parts: 1.6 epochs of 5 images; learning rate 0.001" in caplog.text
 
     record = json.loads((run / "model_best.json").read_text())
-    results = [line for line in map(json.loads, (run / "metrics.json").read_text().splitlines()) if "segm/AP" in line]
-    assert len(results) == 2
-    best = max(results, key=lambda line: line["segm/AP"])
+    results = [row for row in rows(run) if "segm/AP" in row]
+    assert [row["step"] for row in results] == [2, 4]
+    best = max(results, key=lambda row: row["segm/AP"])
     assert record["segm/AP"] == pytest.approx(best["segm/AP"])
     kept = torch.load(run / "model_best.pth", weights_only=True)
-    assert kept["iteration"] == record["iteration"] == (4 if best["iteration"] > 2 else 2)
+    assert kept["iteration"] == record["iteration"] == best["step"]
     assert "optimizer" not in kept
 
     second = [*command[:-1], f"OUTPUT_DIR={tmp_path / 'second'}", *words]
     main(second)
-    interrupt(tmp_path / "second", "model_0000002")
+    interrupt(tmp_path / "second", 3)
     main([*second, "--resume"])
-    resumed = final_state(tmp_path / "second")
-    for key in ("model", "trained_model"):
-        for name, tensor in whole[key].items():
-            assert torch.equal(resumed[key][name], tensor), name
+    assert_same_end(run, tmp_path / "second")
+    resumed = final_state(tmp_path / "second")["model"]
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
     final = ["--eval-only", f"OUTPUT_DIR={tmp_path / 'third'}", f"MODEL.WEIGHTS={run / 'model_final.pth'}"]
     main([*command[:-1], *final])
@@ -151,74 +188,104 @@ def test_a_run_with_an_average_and_parts_resumes_bit_for_bit(tmp_path, command, 
 
 
 @pytest.mark.parametrize(
-    ("values", "best"), [([3.0, 5.0, 4.0], 2), ([float("nan"), 1.0, 1.0], 2), ([2.0, 9.0, 10.0], 3)]
+    ("values", "best"), [([3.0, 5.0, 4.0], 2), ([math.nan, 1.0, 1.0], 2), ([2.0, 9.0, 10.0], 3), ([math.nan], None)]
 )
-def test_the_best_weights_are_those_of_the_highest_mask_ap(tmp_path, values, best):
-    """The first of equals; NaN is no record; a run that goes on knows the record of the one that was cut off."""
-    model = torch.nn.Linear(1, 1)
-    for number, value in enumerate(values):
-        torch.nn.init.constant_(model.weight, number + 1)
-        checkpointer = AtomicCheckpointer(model, str(tmp_path))
-        keep_best(checkpointer, {"bbox": {"AP": 100.0 - value}, "segm": {"AP": value}}, number + 1)
-    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["model"]["weight"].item() == best
-    assert json.loads((tmp_path / "model_best.json").read_text()) == {"iteration": best, "segm/AP": values[best - 1]}
+def test_the_best_weights_are_those_of_the_highest_mask_ap(values, best):
+    """The first of equals; NaN is no record."""
+    kept = {}
+    found = [
+        step
+        for step, value in enumerate(values, start=1)
+        if is_best(kept, {"bbox": {"AP": 100.0 - value}, "segm": {"AP": value}}, step)
+    ]
+    assert (found[-1] if found else None) == best
+    assert kept == ({"best": {"iteration": best, "segm/AP": values[best - 1]}} if best else {})
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_run_without_a_checkpoint_yet_is_a_run(tmp_path, command):
-    """Another is not laid over it, and --resume begins it anew, without the record of what is lost."""
+def test_an_evaluation_that_was_cut_off_is_made_up(tmp_path, command, monkeypatch):
+    """The checkpoint of its step is there; best weights and log rows are those of the unbroken run."""
+    words = ["SOLVER.CHECKPOINT_PERIOD=2", "TEST.EVAL_PERIOD=2"]
+    main([*command, *words])
+    for number, step in ((1, 2), (2, 4)):
+        second = [*command[:-1], *words, f"OUTPUT_DIR={tmp_path / str(step)}"]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules["det.evaluation.evaluate"], "predict", failing_at(number, patch))
+            with pytest.raises(RuntimeError, match="cut off"):
+                main(second)
+        assert steps(tmp_path / str(step))[-1] == step
+        main([*second, "--resume"])
+        assert_same_end(tmp_path / "out", tmp_path / str(step))
+        assert rows(tmp_path / str(step)) == rows(tmp_path / "out")
+        bests = [
+            torch.load(run / "model_best.pth", weights_only=True) for run in (tmp_path / "out", tmp_path / str(step))
+        ]
+        assert bests[0]["iteration"] == bests[1]["iteration"]
+        assert all(torch.equal(tensor, bests[1]["model"][name]) for name, tensor in bests[0]["model"].items())
+
+
+def failing_at(number, _):
+    """detection of evaluation `number` is cut off."""
+    original, calls = sys.modules["det.evaluation.evaluate"].predict, []
+
+    def predict(*args):
+        calls.append(1)
+        if len(calls) == number:
+            raise RuntimeError("cut off")
+        return original(*args)
+
+    return predict
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_complete_run_is_not_run_again(tmp_path, command, caplog):
+    caplog.set_level("INFO")
     run = tmp_path / "out"
-    main([*command, "SOLVER.MAX_ITER=1"])
-    for path in [*run.glob("model_*.pth"), run / "last_checkpoint"]:
-        path.unlink()
-    (run / "model_best.json").write_text('{"iteration": 1, "segm/AP": 99.0}')
-    with pytest.raises(UserError, match=r"already has a run. Continue it with --resume"):
-        main([*command, "SOLVER.MAX_ITER=1"])
-    main([*command, "SOLVER.MAX_ITER=1", "--resume"])
-    assert json.loads((run / "model_best.json").read_text())["segm/AP"] < 99
-    assert "1 steps of 2 images" in (run / "log.txt").read_text()  # logged before there is a folder
+    main([*command, "SOLVER.MAX_ITER=2"])
+    before = (run / "log.jsonl").read_bytes()
+    main([*command, "SOLVER.MAX_ITER=2", "--resume"])
+    assert "the run is complete" in caplog.text
+    assert (run / "log.jsonl").read_bytes() == before
     main([*command, "SOLVER.MAX_ITER=3", "--resume"])
-    with pytest.raises(UserError, match="3 steps are done already, of 2"):
-        main([*command, "SOLVER.MAX_ITER=2", "--resume"])
+    assert final_state(run)["iteration"] == 3
+    assert "2 steps of 2 images" in (run / "log.txt").read_text()  # logged before there is a folder
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize(("number", "end"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_a_signal_saves_between_two_steps_and_the_run_goes_on_bit_for_bit(
-    tmp_path, command, monkeypatch, request, number, end
-):
-    main(command)
-    whole = final_state(tmp_path / "out")
-    step = StepTrainer.run_step
+def test_a_signal_stops_a_run_and_its_evaluation(tmp_path, command, monkeypatch, request):
+    """The run saves between two steps, or before the evaluation, and goes on bit for bit."""
+    main([*command, "TEST.EVAL_PERIOD=2"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may have told to ignore Ctrl-C
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    for number, end, module, name, step in (
+        (signal.SIGINT, KeyboardInterrupt, "crossmae.training.state", "scaled_step", 3),
+        (signal.SIGTERM, SystemExit, "crossmae.training.state", "scaled_step", 3),
+        (signal.SIGTERM, SystemExit, "det.evaluation.evaluate", "coco_results", 2),
+    ):
+        run = tmp_path / f"{number}-{name}"
+        second = [*command[:-1], "TEST.EVAL_PERIOD=2", f"OUTPUT_DIR={run}"]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules[module], name, signalling(getattr(sys.modules[module], name), number, step))
+            with pytest.raises(end):
+                main(second)
+        assert steps(run)[-1] == step
+        assert not (run / "model_final.pth").exists()
+        main([*second, "--resume"])
+        assert_same_end(tmp_path / "out", run)
+        assert rows(run) == rows(tmp_path / "out")
 
-    def step_and_signal(self):
-        step(self)
-        if self.iter == 2:
+
+def signalling(original, number, call):
+    """Send a signal to this process in one call of a function."""
+    calls = []
+
+    def signalled(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
             os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
 
-    second = [*command[:-1], f"OUTPUT_DIR={tmp_path / 'second'}"]
-    # The shell may have told this process to ignore Ctrl-C, which a run respects.
-    before = signal.signal(number, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(number, before))
-    with monkeypatch.context() as patch:
-        patch.setattr(StepTrainer, "run_step", step_and_signal)
-        with pytest.raises(end):
-            main(second)
-    assert (tmp_path / "second/last_checkpoint").read_text() == "model_0000002.pth"
-    assert not (tmp_path / "second/results.json").exists()
-    main([*second, "--resume"])
-    for name, tensor in whole["model"].items():
-        assert torch.equal(final_state(tmp_path / "second")["model"][name], tensor), name
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_checkpoints_of_before_a_resume_are_not_kept_for_ever(tmp_path, command):
-    words = [*command, "SOLVER.CHECKPOINT_PERIOD=1", "SOLVER.CHECKPOINTS_KEPT=2"]
-    main([*words, "SOLVER.MAX_ITER=3"])
-    main([*words, "SOLVER.MAX_ITER=5", "--resume"])
-    assert sorted(path.name for path in (tmp_path / "out").glob("model_0*.pth")) == [
-        "model_0000003.pth", "model_0000004.pth",
-    ]  # fmt: skip
+    return signalled
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -233,29 +300,6 @@ def test_evaluation_does_not_write_over_the_results_of_a_training(tmp_path, comm
     assert (run / "results.json").read_bytes() == before
     again = json.loads((run / "evaluation/results.json").read_text())
     assert [one["objects"] for one in again["classes"]] == [2, 2]
-
-
-def interrupt(folder, checkpoint):
-    """Leave a run as it was when `checkpoint` was the last."""
-    for path in folder.glob("model_*.pth"):
-        if path.stem != checkpoint:
-            path.unlink()
-    (folder / "last_checkpoint").write_text(f"{checkpoint}.pth")
-
-
-def test_a_kill_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    checkpointer = AtomicCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
-    checkpointer.save("model_0000000")
-
-    def die(data, path):
-        path.write_bytes(b"half a file")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", die)
-    with pytest.raises(KeyboardInterrupt):
-        checkpointer.save("model_0000001")
-    assert last_checkpoint(tmp_path) == tmp_path / "model_0000000.pth"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last_checkpoint", "model_0000000.pth"]
 
 
 def fails_with_one_line(words, capsys, monkeypatch):
@@ -314,47 +358,59 @@ def test_without_data_the_flags_are_named(command, capsys, monkeypatch):
     assert "DETECTRON2_DATASETS" in line
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(tmp_path, command, capsys, monkeypatch):
-    """Also in the last step, which is not evaluated then."""
+def test_a_run_that_diverges_ends_with_one_line(tmp_path, command, capsys, monkeypatch):
+    """It is not evaluated then. The images of the step are named."""
     line = fails_with_one_line([*command, "SOLVER.BASE_LR=1e30", "SOLVER.MAX_ITER=2"], capsys, monkeypatch)
-    assert "training diverged at iteration 1: " in line
+    assert line.startswith("error: SOLVER.BASE_LR: training diverged after step 1 (learning rate 1e+30): ")
     assert "Lower SOLVER.BASE_LR" in line
+    assert len(re.findall(r"images/\d+\.png", line)) == 2
     assert not (tmp_path / "out/results.json").exists()
+    assert not (tmp_path / "out/model_final.pth").exists()
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_resuming_with_other_settings_or_a_torn_checkpoint_is_refused(tmp_path, command, capsys, monkeypatch):
+def test_resuming_with_other_settings_is_refused(tmp_path, command, capsys, monkeypatch):
     """What only says where and how long to train may change."""
     main([*command, "SOLVER.MAX_ITER=1"])
     run = tmp_path / "out"
     before = (run / "run.json").read_bytes()
-    for word, change in [
-        ("SEED=1", "SEED was 0, now 1"),
-        ("SOLVER.IMS_PER_BATCH=1", "SOLVER.IMS_PER_BATCH was 2, now 1"),
-        ("MODEL.VIT.DEPTH=3", "MODEL.VIT.DEPTH was 2, now 3"),
-    ]:
-        line = fails_with_one_line([*command, "--resume", word], capsys, monkeypatch)
-        assert line.endswith(f"settings of the run have changed: {change}. Restore them, or start a new run.")
-    path, images, _ = write_coco(tmp_path / "other", images=4)
-    words = [*command, "--resume", "--train-json", str(path), "--train-images", str(images)]
-    line = fails_with_one_line(words, capsys, monkeypatch)
-    assert "SHA-256 of the json of own_coco_train was '" in line
-    assert "number of training images was 5, now 4" in line
-
     longer = [*command, "--resume", "SOLVER.MAX_ITER=2", "SOLVER.CHECKPOINT_PERIOD=1", "TEST.DETECTIONS_PER_IMAGE=4"]
-    final = run / "model_final.pth"
-    whole = final.read_bytes()
-    final.write_bytes(whole[: len(whole) // 2])
-    line = fails_with_one_line(longer, capsys, monkeypatch)
-    assert f"{final}: truncated or damaged" in line
-    assert line.endswith(f"Name an older checkpoint in {run / 'last_checkpoint'}.")
+    for word, change in [
+        ("SEED=1", "SEED was 0, is 1"),
+        ("SOLVER.IMS_PER_BATCH=1", "SOLVER.IMS_PER_BATCH was 2, is 1"),
+        ("MODEL.VIT.DEPTH=3", "MODEL.VIT.DEPTH was 2, is 3"),
+    ]:
+        line = fails_with_one_line([*longer, word], capsys, monkeypatch)
+        assert f"is of a run with other settings: {change}. Repeat those settings" in line
+        assert line.endswith("or name another OUTPUT_DIR.")
+    path, images, _ = write_coco(tmp_path / "other", images=4)
+    line = fails_with_one_line([*longer, "--train-json", str(path), "--train-images", str(images)], capsys, monkeypatch)
+    assert "SHA-256 of the json of own_coco_train was " in line
+    assert "number of training images was 5, is 4" in line
     assert (run / "run.json").read_bytes() == before
-    final.write_bytes(whole)
     main(longer)
-    assert final_state(run)["iteration"] == 1
+    assert final_state(run)["iteration"] == 2
 
-    (run / "run.json").write_text("{")
-    assert "run.json is missing or damaged" in fails_with_one_line(longer, capsys, monkeypatch)
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_damaged_checkpoint_is_skipped_for_an_older_one(tmp_path, command, caplog):
+    """Torn or with a flipped bit; the end is that of the unbroken run."""
+    words = ["SOLVER.CHECKPOINT_PERIOD=1", "SOLVER.CHECKPOINTS_KEPT=0"]
+    main([*command, *words])
+    second = [*command[:-1], *words, f"OUTPUT_DIR={tmp_path / 'second'}"]
+    main(second)
+    run = tmp_path / "second"
+    (run / "model_final.pth").unlink()
+    torn, flipped = run / "checkpoints/step-00000004/state.pt", run / "checkpoints/step-00000003/model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-10])
+    data = bytearray(flipped.read_bytes())
+    data[-5] ^= 1
+    flipped.write_bytes(data)
+    main([*second, "--resume"])
+    assert "step-00000004: state.pt has" in caplog.text
+    assert "step-00000003: model.safetensors has another SHA-256" in caplog.text
+    assert_same_end(tmp_path / "out", run)
+    assert rows(run) == rows(tmp_path / "out")
 
 
 class Payload:
@@ -368,68 +424,33 @@ class Payload:
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_resuming_runs_nothing_that_is_in_a_checkpoint(tmp_path, command, capsys, monkeypatch):
-    """Neither in a pickle that `last_checkpoint` names nor in a file with the name of a checkpoint."""
+def test_resuming_runs_nothing_that_is_in_a_folder(tmp_path, command, capsys, monkeypatch):
+    """detectron2's loader and its `last_checkpoint` are never used."""
     run, sentinel = tmp_path / "out", tmp_path / "sentinel"
-    main([*command, "SOLVER.MAX_ITER=1"])
-    content = torch.load(run / "model_final.pth", weights_only=True)
-    for name in ("payload.pkl", "model_final.pkl", "model_0000007.pkl"):
+
+    def never(*_, **__):
+        raise AssertionError("detectron2's checkpointer is reached")
+
+    monkeypatch.setattr(sys.modules["fvcore.common.checkpoint"].Checkpointer, "load", never)
+    monkeypatch.setattr(sys.modules["fvcore.common.checkpoint"].Checkpointer, "_load_file", never)
+    run.mkdir()
+    for name in ("payload.pkl", "model_final.pkl", "../payload.pkl", "model_0000007.pth"):
         (run / name).write_bytes(pickle.dumps({"model": Payload(sentinel), "__author__": "x"}))
         (run / "last_checkpoint").write_text(name)
         line = fails_with_one_line([*command, "--resume"], capsys, monkeypatch)
-        assert f"{run / 'last_checkpoint'}: '{name}' is not the name of a checkpoint. " in line
-    path = run / "model_0000007.pth"
-    (run / "last_checkpoint").write_text(path.name)
-    for write in (
-        lambda: torch.save(content | {"extra": Payload(sentinel)}, path),
-        lambda: path.write_bytes(pickle.dumps({"model": Payload(sentinel)}, protocol=2)),
-    ):
-        write()
-        line = fails_with_one_line([*command, "--resume"], capsys, monkeypatch)
-        assert line.startswith(f"error: {path}: ")
+        assert "has checkpoints of detectron2 or of an earlier version, which cannot be continued. Start a new" in line
+    shutil.rmtree(run)
+    main([*command, "SOLVER.MAX_ITER=1"])
+    path = run / "checkpoints/step-00000001/state.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"extra": Payload(sentinel)}, path)
+    manifest = path.with_name("manifest.json")
+    content = json.loads(manifest.read_text())
+    content["files"]["state.pt"] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    manifest.write_text(json.dumps(content))
+    line = fails_with_one_line([*command, "SOLVER.MAX_ITER=2", "--resume"], capsys, monkeypatch)
+    assert line.startswith(f"error: {path}: ")
     assert not sentinel.exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "'' is not the name of a checkpoint. Write the name"),
-        ("\0\xff" * 500, "is not the name of a checkpoint"),
-        ("model_0000001.pth\nmodel_0000002.pth", "is not the name of a checkpoint"),
-        ("../model_0000001.pth", "is not the name of a checkpoint"),
-        ("/etc/model_0000001.pth", "is not the name of a checkpoint"),
-        ("model_best.pth", "is not the name of a checkpoint"),
-        ("model_000000\u0661.pth", "is not the name of a checkpoint"),
-        ("model_0000001.pth", "model_0000001.pth does not exist. Write the name"),
-        ("model_0000002.pth", "model_0000002.pth is a link to a file outside"),
-    ],
-)
-def test_last_checkpoint_names_one_checkpoint_of_its_folder(tmp_path, text, message):
-    folder = tmp_path / "out"
-    folder.mkdir()
-    torch.save({}, tmp_path / "model_0000001.pth")
-    (folder / "model_0000002.pth").symlink_to("../model_0000001.pth")
-    torch.save({}, folder / "model_best.pth")
-    (folder / "last_checkpoint").write_text(text)
-    with pytest.raises(UserError) as raised:
-        last_checkpoint(folder)
-    assert str(raised.value).startswith(f"{folder / 'last_checkpoint'}: ")
-    assert message in str(raised.value)
-
-
-def test_last_checkpoint_may_be_written_by_hand(tmp_path):
-    assert last_checkpoint(tmp_path) is None
-    torch.save({}, tmp_path / "model_0000001.pth")
-    (tmp_path / "last_checkpoint").write_text("model_0000001.pth\n")
-    assert last_checkpoint(tmp_path) == tmp_path / "model_0000001.pth"
-
-
-@pytest.mark.parametrize("content", [[], {}, {"model": []}, {"trainer": {}, "model": None}])
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
-    path = tmp_path / "model_0000001.pth"
-    torch.save(content, path)
-    with pytest.raises(UserError, match=rf"^{path}: has no model.* no checkpoint of a training run\. Name an older"):
-        AtomicCheckpointer(torch.nn.Linear(1, 1), str(tmp_path)).load(str(path))
 
 
 WEIGHT = "roi_heads.mask_head.predictor.weight"
@@ -437,35 +458,32 @@ WEIGHT = "roi_heads.mask_head.predictor.weight"
 
 @pytest.mark.usefixtures("no_pictures")
 def test_weights_that_are_not_finite_are_not_loaded(tmp_path, command, capsys, monkeypatch):
-    """Neither to train on from, nor to evaluate, nor on --resume, where the average is checked, too."""
-    run, average = tmp_path / "out", "SOLVER.EMA.ENABLED=True"
-    main([*command, average, "SOLVER.MAX_ITER=1"])
+    """Neither to train on from, nor to evaluate."""
+    run = tmp_path / "out"
+    main([*command, "SOLVER.MAX_ITER=1"])
     path = run / "model_final.pth"
     content = torch.load(path, weights_only=True)
     message = f"{path}: 1 of {len(content['model'])} tensors hold NaN or infinity: {WEIGHT}"
-    for part in ("model", "trained_model"):
-        damaged = content | {part: content[part] | {WEIGHT: content[part][WEIGHT].clone()}}
-        damaged[part][WEIGHT][0, 0] = math.nan
-        torch.save(damaged, path)
-        assert message in fails_with_one_line([*command, average, "--resume"], capsys, monkeypatch)
-        if part == "model":
-            words = [*command[:-1], f"OUTPUT_DIR={tmp_path / 'new'}", f"MODEL.WEIGHTS={path}"]
-            assert message in fails_with_one_line(words, capsys, monkeypatch)
-            assert message in fails_with_one_line([*words, "--eval-only"], capsys, monkeypatch)
+    content["model"][WEIGHT][0, 0] = math.nan
+    torch.save(content, path)
+    words = [*command[:-1], f"OUTPUT_DIR={tmp_path / 'new'}", f"MODEL.WEIGHTS={path}"]
+    assert message in fails_with_one_line(words, capsys, monkeypatch)
+    assert message in fails_with_one_line([*words, "--eval-only"], capsys, monkeypatch)
     assert not (tmp_path / "new").exists()
 
 
-def spoil_step(monkeypatch, method, iteration, spoil):
-    """Call `spoil` with the detector after `method` of a step, once."""
-    original = getattr(StepTrainer, method)
+def spoil(monkeypatch, method, call, change):
+    """Change the model of the training state after one call of a method."""
+    original, calls = getattr(TrainingState, method), []
 
     def spoiled(self, *args):
         result = original(self, *args)
-        if self.iter == iteration:
-            spoil(self.model)
+        calls.append(1)
+        if len(calls) == call:
+            change(self.model)
         return result
 
-    monkeypatch.setattr(StepTrainer, method, spoiled)
+    monkeypatch.setattr(TrainingState, method, spoiled)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -473,42 +491,33 @@ def spoil_step(monkeypatch, method, iteration, spoil):
 def test_a_gradient_that_is_not_finite_ends_the_run_before_the_update(tmp_path, command, capsys, monkeypatch, parts):
     """In one part of a step already; the checkpoint of before stays the last, and nothing is evaluated."""
 
-    def spoil(model):
+    def change(model):
         model.get_parameter(WEIGHT).grad[0, 0] = math.nan
 
-    spoil_step(monkeypatch, "_backward", 3, spoil)
+    spoil(monkeypatch, "forward_backward", 3 * parts + 1, change)
     line = fails_with_one_line([*command, f"SOLVER.ACCUMULATE={parts}"], capsys, monkeypatch)
-    assert "training diverged at iteration 3: the norm of the gradient is nan: 1 of " in line
-    assert f"tensors hold NaN or infinity: {WEIGHT}. Lower SOLVER.BASE_LR" in line
+    assert "training diverged after step 3 (learning rate 0.001): the norm of the gradient is nan (1 of " in line
+    assert f"tensors hold NaN or infinity: {WEIGHT}), with the images " in line
     run = tmp_path / "out"
-    assert [path.name for path in run.glob("model_*")] == ["model_0000001.pth"]
-    assert (run / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert steps(run) == [2]
     assert not (run / "results.json").exists()
 
 
-@pytest.mark.parametrize("spoiled", ["model", "average"])
-@pytest.mark.parametrize("tensor", ["weight", "running_var"])
-def test_no_file_gets_weights_that_are_not_finite(tmp_path, spoiled, tensor):
-    """Parameters and buffers, of the model and of its average; the checkpoint of before stays the last."""
-    models = {name: torch.nn.BatchNorm1d(2) for name in ("model", "average")}
-    checkpointer = AtomicCheckpointer(models["model"], str(tmp_path), models["average"])
-    checkpointer.save("model_0000000")
-    models[spoiled].state_dict()[tensor][1] = math.inf
-    with pytest.raises(UserError, match=rf"model_0000001.pth: not written, because 1 of 5 .*: {tensor} "):
-        checkpointer.save("model_0000001")
-    with pytest.raises(UserError, match=r"model_best.pth: not written") if spoiled == "average" else nullcontext():
-        keep_best(checkpointer, {"bbox": {"AP": 1.0}}, 1)
-    names = {"last_checkpoint", "model_0000000.pth"}
-    names |= set() if spoiled == "average" else {"model_best.json", "model_best.pth"}
-    assert {path.name for path in tmp_path.iterdir()} == names
-    assert (tmp_path / "last_checkpoint").read_text() == "model_0000000.pth"
-
-
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    AtomicCheckpointer(torch.nn.Linear(1, 1), str(tmp_path)).save("model_0000000")
-    checkpointer = AtomicCheckpointer(torch.nn.Linear(2, 1), str(tmp_path))
-    with pytest.raises(UserError, match=r"does not fit the config: 2 tensors .* such as weight"):
-        checkpointer.load(str(last_checkpoint(tmp_path)))
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("tensor", [WEIGHT, "backbone.net.pos_embed"])
+def test_no_file_gets_weights_that_are_not_finite(tmp_path, command, capsys, monkeypatch, tensor):
+    """The checkpoint of before stays the last; nothing is evaluated or written."""
+    spoil(
+        monkeypatch,
+        "update",
+        4,
+        lambda model: model.state_dict().get(tensor, model.get_parameter(WEIGHT)).fill_(math.inf),
+    )
+    line = fails_with_one_line(command, capsys, monkeypatch)
+    assert "training diverged after step 4 (learning rate 0.001): a weight is not finite (model: 1 of " in line
+    run = tmp_path / "out"
+    assert steps(run) == [2]
+    assert not list(run.glob("model_*"))
 
 
 def test_the_command_line_is_frozen():

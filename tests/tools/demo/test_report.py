@@ -61,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
         classes = [{"name": "7", "objects": 14, "bbox": {"AP": ap50 - 10}, "segm": {"AP": 12.5}}]
         write(tmp_path / arm / "inference/coco_instances_results.json", found)
         write(tmp_path / arm / "results.json", {"bbox": values, "segm": values | {"AP": None}, "classes": classes})
-        lines(tmp_path / arm / "metrics.json", [{"iteration": i, "total_loss": 1.0, "loss_mask": 0.5} for i in (1, 2)])
+        lines(tmp_path / arm / "log.jsonl", [{"step": i, "loss": 1.0, "loss_mask": 0.5} for i in (1, 2)])
         settings = {"SEED": 0, "SOLVER": {"MAX_ITER": 3, "LAYER_DECAY": 1.0 if arm == DETECTORS[0] else 0.7}}
         write(tmp_path / arm / "run.json", {"settings": settings})
     steps = [{"step": s, "loss": 1 / s, "lr": 0.1, "images_per_second": 9} for s in (1, 2)]
@@ -223,7 +223,7 @@ def test_empty_folder_names_every_missing_file(tmp_path: Path):
         "data/annotations/val.json",
         *(f"{arm}/inference/coco_instances_results.json" for arm in DETECTORS),
         *(f"{arm}/results.json" for arm in DETECTORS),
-        *(f"{arm}/metrics.json" for arm in DETECTORS),
+        *(f"{arm}/log.jsonl" for arm in DETECTORS),
         "pretrain/log.jsonl",
         "pretrain/reconstructions/step-*.png",
         "stages.json",
