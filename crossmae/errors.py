@@ -21,6 +21,7 @@ from typing import Any
 SOME_FAILED_EXIT_CODE = 1
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
+LONGEST_MESSAGE = 4000  # characters
 BROKEN_PIPE_EXIT_CODE = 141
 # Disk errors, and what to do about them.
 DISK_TROUBLE = {
@@ -52,7 +53,10 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         message, *details = self.args
-        return "\n".join([printable(message), *details])
+        message = printable(message)
+        if len(message) > LONGEST_MESSAGE:  # a value of thousands of characters; the advice is at the end
+            message = f"{message[: LONGEST_MESSAGE - 500]} [...] {message[-500:]}"
+        return "\n".join([message, *details])
 
 
 class PrintableFormatter(logging.Formatter):

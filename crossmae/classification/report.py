@@ -266,7 +266,7 @@ def _command_section(folder: Path, weights: object, validated: bool, unfinished:
 
 def changed_from_defaults(content: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """List key, value and default of changed settings, except data settings."""
-    least = FinetuneConfig.model_validate({"output_dir": "", "data": {}, "model": {}})
+    least = FinetuneConfig.model_validate({"output_dir": ".", "data": {}, "model": {}})
     defaults = sections.leaves(least.model_dump(mode="json", exclude={"output_dir"}))
     return [row for row in sections.changed_settings(content, defaults) if row[0] not in DATA_KEYS]
 

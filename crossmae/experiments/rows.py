@@ -13,6 +13,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from crossmae.errors import UserError
 from crossmae.experiments.commands import FREE, REPOSITORY, Cost
 from crossmae.files import load_json, write_json
@@ -42,6 +44,9 @@ class Row:
     finished: str = ""
 
 
+_ROW = TypeAdapter(Row)
+
+
 def read_rows(results: Path) -> list[Row]:
     """Read the newest row of every cell, in the file's order.
 
@@ -55,8 +60,8 @@ def read_rows(results: Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = Row(**load_json(line))
-        except (ValueError, TypeError):
+            row = _ROW.validate_python(load_json(line))
+        except ValueError:
             if number < len(lines):
                 raise UserError(f"{results}: line {number} is no row of results. Remove the line.") from None
             log.warning("%s: the last line is torn and ignored: its cell runs again", results)

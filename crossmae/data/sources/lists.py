@@ -101,20 +101,20 @@ def open_parquet_list(path: Path, key: str, root: Path | None) -> ImageFiles:
         schema = parquet.read_schema(path)
         path_column, label_column = _columns(schema.names, path, key)
         table = parquet.read_table(path, columns=[path_column] + ([label_column] if label_column else []))
+        names = table[path_column].to_pylist()
+        texts = table[label_column].to_pylist() if label_column else []
     except UserError:
         raise
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+    except Exception as error:  # pyarrow raises many kinds of errors for damaged files
         raise UserError(
             f"{key}: {path}: not a whole Parquet file, or it cannot be read: {error}. Write it again."
         ) from error
-    names = table[path_column].to_pylist()
     if any(name is not None and not isinstance(name, str) for name in names):
         kind = str(schema.field(path_column).type)
         raise UserError(
             f"{key}: {path}: column {path_column!r} holds {kind}, expected paths. Images inside Parquet files are read "
             "once the library datasets has saved them: load_dataset('parquet', data_files=...).save_to_disk(...)."
         )
-    texts = table[label_column].to_pylist() if label_column else []
     labels = [None if label is None or label != label else str(label) for label in texts] if label_column else None
     return _listed(names, labels, path, key, root, schema.names)
 
