@@ -1,19 +1,21 @@
 """Proves that two processes train like one, and that they end together, with the first cause as the last line.
 
-The processes are started with torchrun's environment variables, and meet through Gloo on the CPU.
+The processes are started with torchrun's environment variables, and meet through Gloo on the CPU. As under torchrun,
+the process that starts them keeps the store by which they meet.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import signal
-import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
 from tests.faults.conftest import Whole, WholeOf
 from tests.faults.digests import TIMINGS, differences, digest
@@ -23,21 +25,19 @@ from tests.faults.zygote import Run, Zygote
 
 DEADLINE = 60  # seconds for the end of all processes on a busy machine; waiting for each other would take minutes
 OUTPUT = "printed.txt"
+BAR = re.compile(r"\d+%\|")
+STORES: list[TCPStore] = []  # a store ends with its object
 LOSS = f"{LOOP}.forward_backward"
-
-
-def free_port() -> int:
-    """Find a port that no process listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def start_two(
     whole: Whole, zygote: Zygote, folder: Path, words: list[str], faults: Mapping[int, dict[str, Any]]
 ) -> list[Run]:
     """Start two processes of a run, with half the batch each. Both print to one file, as under torchrun."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    STORES.append(store)
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "GLOO_SOCKET_IFNAME": "lo"}
     words = [*whole.words, *whole.trainer.halved, *words]
     return [
         whole.trainer.start(
@@ -45,7 +45,7 @@ def start_two(
             words,
             folder,
             faults.get(rank),
-            shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
+            shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             OUTPUT,
         )
         for rank in range(2)
@@ -64,8 +64,9 @@ def wait_for_both(runs: list[Run], seconds: float = DEADLINE) -> list[int]:
 
 
 def last_line(folder: Path) -> str:
-    """Return the last line that the processes have printed."""
-    return (folder / OUTPUT).read_text().strip().splitlines()[-1]
+    """Return the last line that the processes have printed, without progress bars."""
+    lines = [line for line in (folder / OUTPUT).read_text().splitlines() if line.strip() and not BAR.search(line)]
+    return lines[-1]
 
 
 def log_rows(run: Path) -> list[dict[str, Any]]:
@@ -144,8 +145,8 @@ def test_processes_end_together_and_the_cause_is_the_last_line(
 def test_a_frozen_process_ends_the_other_one(name: str, whole_of: WholeOf, zygote: Zygote, tmp_path: Path) -> None:
     """torchrun then ends the frozen process."""
     whole = whole_of(name)
-    fault = {"act": "wait", "call": LOSS, "number": 7}
-    runs = start_two(whole, zygote, tmp_path, [whole.trainer.timeout.format(0.05)], {1: fault})
+    fault = {"act": "wait", "call": LOSS, "number": 2}
+    runs = start_two(whole, zygote, tmp_path, [whole.trainer.timeout.format(0.15)], {1: fault})
     runs[1].wait_for_fault()
     runs[1].signal_group(signal.SIGSTOP)
     try:
