@@ -5,6 +5,7 @@ from crossmae.files.parsing import load_json, load_literal, load_yaml
 from crossmae.files.reading import (
     PACKED_STARTS,
     decode_text,
+    is_number,
     open_file,
     parse_json,
     read_file,
@@ -45,6 +46,7 @@ __all__ = [
     "check_writable",
     "decode_text",
     "expand_path",
+    "is_number",
     "load_json",
     "load_literal",
     "load_yaml",

@@ -93,7 +93,7 @@ def name_write_errors(path: Path) -> Iterator[None]:
         cause = _cause(error, path)
         if cause is None:
             raise
-        if not os.path.isdir(path.parent):  # unlike Path.is_dir, raises no error
+        if cause.errno in (None, errno.ENOENT) and not os.path.isdir(path.parent):  # unlike Path.is_dir, never raises
             cause = FileNotFoundError(errno.ENOENT, f"there is no folder {path.parent}")
         message = f"{path}: cannot be written: {describe_disk_error(cause, path.parent)}"
         raise _write_error(message, path, cause.errno, cause.strerror) from error

@@ -236,7 +236,7 @@ class FilePredictions:
         try:
             with name_write_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            write()
+                write()
         except WriteError as error:
             if error.errno in BROKEN_DISK:
                 raise

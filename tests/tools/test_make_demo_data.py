@@ -4,6 +4,7 @@ Masks are checked against an independent slow reference that paints the digits a
 pycocotools, which is what users' tools read them with.
 """
 
+import errno
 import importlib.util
 import json
 import runpy
@@ -270,10 +271,10 @@ def test_a_folder_of_someone_else_is_never_replaced(tmp_path: Path, content: str
 
 def test_a_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(demo_data, "write_classification", fail)
-    with pytest.raises(UserError, match=r"cannot be written: No space left"):
+    with pytest.raises(UserError, match=r"data: cannot be written: No space left on device \(.* GB free in "):
         make_demo_data(DemoDataSettings(train=1, val=1, size=64), tmp_path / "data")
     assert list(tmp_path.iterdir()) == []
 

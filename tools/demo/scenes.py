@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from crossmae.errors import UserError
-from crossmae.files import load_json, sha256, write_json
+from crossmae.files import load_json, name_write_errors, sha256, temporary_folder, write_json
 
 MIN_VISIBLE_SHARE = 0.8  # share of an object's pixels that later objects may not cover
 MIN_VISIBLE_AREA = 40  # pixels
@@ -129,18 +128,16 @@ def replace_folder(output: Path, record: Mapping[str, Any], write: Callable[[Pat
 
     `write` fills an empty folder, and returns further entries for the manifest.
     """
-    unfinished = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
-        unfinished.mkdir(parents=True)
+    with name_write_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(output) as place:
+        unfinished = place / output.name
+        unfinished.mkdir()
         further = write(unfinished)
         write_json(unfinished / "manifest.json", {"settings": record, "sha256": hash_folder(unfinished), **further})
         if output.exists():
             shutil.rmtree(output)
         unfinished.rename(output)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error}. Free space, or give another --output.") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def read_manifest(output: Path, kind: str) -> tuple[dict[str, Any], str]:

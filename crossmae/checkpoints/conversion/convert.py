@@ -317,7 +317,8 @@ def _new_files(request: ConversionRequest) -> Iterator[tuple[Path, Path]]:
             with name_write_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
         sweep(targets[0].parent, depth=0, min_age=SHARED_SECONDS)
-        with temporary_folder(targets[0]) as place, temporary_folder(targets[1]) as report_place:
+        # The inner folder is that of the destination, because errors without a name count as errors of the inner one.
+        with temporary_folder(targets[1]) as report_place, temporary_folder(targets[0]) as place:
             if request.is_folder:
                 (place / targets[0].name).mkdir()
             yield place / targets[0].name, report_place / targets[1].name
