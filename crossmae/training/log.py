@@ -197,7 +197,10 @@ class BrokenImages:
 
 
 def truncate_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the lines after `step` and the measurements of `step`, and return the remaining lines."""
+    """Drop what follows the training line of `step`. Return the rest.
+
+    Measurements of `step` are dropped, too.
+    """
     rows = [row for row in read_json_lines(path) if isinstance(row, dict)]
     rows = [row for row in rows if (at := row.get("step", math.inf)) < step or (at == step and "loss" in row)]
     if path.exists():

@@ -35,7 +35,7 @@ from crossmae.training.state import Diverged, Loss, TrainingState, memory_gb
 log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
-MOST_NAMES = 8  # largest number of images that an error names
+MOST_SUSPECTS = 8  # largest number of images that an error of divergence names
 
 
 class Callbacks:
@@ -258,7 +258,7 @@ class TrainingSteps:
         self.begun, self.waited, self.done = time.perf_counter(), 0.0, 0
 
     def stop(self) -> NoReturn:
-        """Save a checkpoint if the last one is older, and end the run."""
+        """Save a checkpoint unless there is one, and end the run."""
         step = self.state.step
         if step and self.saved != step:
             self.save()
@@ -271,14 +271,17 @@ class TrainingSteps:
         self.request.end()
 
     def suspects(self) -> tuple[bool, list[str]]:
-        """Return whether losses of the step are not finite, and the images of these losses, or of the whole step."""
+        """Return the images of losses that are not finite, after True.
+
+        If all losses of the step are finite, return all images of the step, after False.
+        """
         names, recent = self.names, self.state.losses[-len(self.names) :] if self.names else []
         finite = [all(bool(loss.isfinite()) for loss in losses.values()) for losses in recent]
         bad = [these for these, is_finite in zip(names, finite, strict=False) if not is_finite]
         return bool(bad), [name for these in (bad or names) for name in these]
 
     def explain(self, error: Diverged) -> NoReturn:
-        """Raise UserError for values that are not finite, with the names of the suspected images."""
+        """Raise UserError, with the names of the suspected images."""
         state, run = self.state, self.settings
         told = [(True, list(self.names[-1]) if self.names else [])]
         if error.is_shared:
@@ -286,7 +289,7 @@ class TrainingSteps:
             if not state.ranks.is_main:
                 raise SystemExit(USER_ERROR_EXIT_CODE)  # only the main process reports the error
         culprits = [names for is_bad, names in told if is_bad] or [names for _, names in told]
-        images = shorten([name for names in culprits for name in names], MOST_NAMES)
+        images = shorten([name for names in culprits for name in names], MOST_SUSPECTS)
         seen = f", with the images {images}" if images else ""
         lr = f"learning rate {self.job.schedule.lr_at(min(state.step, self.job.schedule.last_step - 1)):.3g}"
         scale = f", scale {state.scaler.get_scale():g}" if state.scaler.is_enabled() else ""
@@ -313,7 +316,10 @@ def image_batches(
 def broken_watch(
     source: Source, found: list[Broken], budget: float, ranks: Ranks
 ) -> Callable[[Path, bool], Callable[[Any], None]]:
-    """Return `Job.watch_broken` of keyed images, with the broken images that were found before training."""
+    """Return `Job.watch_broken` of keyed images.
+
+    `found` are the broken images that were found before training.
+    """
 
     def open_list(folder: Path, resumed: bool) -> Callable[[Any], None]:
         name = BROKEN if ranks.is_main else f"broken.rank{ranks.rank}.jsonl"

@@ -15,7 +15,7 @@ from crossmae.training.processes import Ranks
 T = TypeVar("T")
 
 # Several processes agree on a stop about every so many seconds. torchrun and SLURM kill them 30 seconds after a signal.
-AGREEMENT_SECONDS = 5.0
+AGREEMENT_SECONDS = 2.0
 
 
 class StopAsked(Exception):
@@ -57,7 +57,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def is_agreed(self) -> bool:
-        """Count one step or batch, and tell whether all processes stop after it.
+        """Count one step or batch. Return true if all processes stop now.
 
         All processes call this after the same steps and batches.
         """
@@ -75,7 +75,10 @@ class StopRequest:
         return self.number is not None
 
     def start_clock(self) -> None:
-        """Forget the time of earlier steps or batches. All processes call this together."""
+        """Forget the time of earlier steps or batches.
+
+        All processes call this together.
+        """
         self.period, self.since, self.begun = 1, 0, time.monotonic()
 
     def end(self) -> NoReturn:
@@ -96,7 +99,9 @@ class StopRequest:
 
 
 def until_stop(batches: Iterable[T], ranks: Ranks, count: int) -> Iterator[T]:
-    """Yield batches of an evaluation, and raise StopAsked if the run is asked to stop.
+    """Yield batches of an evaluation until a signal asks to stop.
+
+    Raises StopAsked then.
 
     Args:
         ranks: the processes that evaluate together. All or one: then the other processes of a run wait, and the

@@ -112,7 +112,7 @@ class TrainingState:
         return {"": self.model} if self.ema is None else {"": self.model, "_ema": self.ema.module}
 
     def check_finite(self, path: Path) -> None:
-        """Raise UserError if the averaged weights or the optimizer's moments in a file are not finite."""
+        """Reject averaged weights and moments that are not finite."""
         averaged = {} if self.ema is None else self.ema.module.state_dict()
         check_finite(averaged, path)
         for number, moments in self.optimizer.state_dict()["state"].items():
@@ -159,9 +159,9 @@ class TrainingState:
             self.ema.update(self.model, self.step)
 
     def gradient_norm(self) -> Tensor:
-        """Compute the norm of all gradients. Raise Diverged if it is not finite.
+        """Compute the norm of all gradients.
 
-        With fp16, the update is skipped instead.
+        Raises Diverged if it is not finite. With fp16, the update is skipped instead.
         """
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         norm = get_total_norm(gradients.values())
@@ -171,7 +171,9 @@ class TrainingState:
         return norm
 
     def mean_losses(self) -> dict[str, float]:
-        """Average the losses since the last log line, over all processes. "loss" is their sum.
+        """Average the losses since the last log line, over all processes.
+
+        "loss" is the sum of the losses.
 
         Raises Diverged if a mean is not finite.
         """
@@ -184,14 +186,17 @@ class TrainingState:
         return {"loss": sum(means)} | found
 
     def check_weights(self) -> None:
-        """Raise Diverged if a weight or averaged weight is not finite, in all processes together."""
+        """Raise Diverged if a weight is not finite in any process."""
         found = [describe_non_finite(model.state_dict()) for model in self.models.values()]
         told = [f"model{suffix}: {text}" for suffix, text in zip(self.models, found, strict=True) if text]
         if told := [text for texts in self.ranks.gather(told) for text in texts]:
             raise Diverged(f"a weight is not finite ({told[0]})")
 
     def save(self, run: Path, keep: int, metadata: Mapping[str, str], record: Mapping[str, Any]) -> None:
-        """Write a checkpoint of the current step. All processes call this, and the first process writes."""
+        """Write a checkpoint of the current step.
+
+        All processes call this. The first process writes.
+        """
         losses = self.ranks.gather([{name: loss.cpu() for name, loss in one.items()} for one in self.losses])
         if not self.ranks.is_main:
             return
@@ -217,7 +222,10 @@ def add_up(losses: Losses) -> Tensor:
 
 
 def own_losses(saved: list[Any], rank: int) -> list[Losses]:
-    """Return the losses of one process. Earlier versions saved one loss of the first process."""
+    """Return the losses of one process.
+
+    Earlier versions saved one loss of the first process.
+    """
     if not saved:
         return []
     if isinstance(saved[0], Tensor):

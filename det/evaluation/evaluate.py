@@ -17,6 +17,7 @@ from detectron2.evaluation.evaluator import inference_context
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils import comm
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from crossmae.errors import UserError
@@ -57,6 +58,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
         UserError: an image cannot be read, or the model or its classes do not fit the data set.
     """
     (name,), folder = cfg.DATASETS.TEST, Path(cfg.OUTPUT_DIR)
+    model = model.module if isinstance(model, DistributedDataParallel) else model
     if not isinstance(model, GeneralizedRCNN):
         raise UserError(f"MODEL.META_ARCHITECTURE: {type(model).__name__} cannot be evaluated. Use GeneralizedRCNN.")
     loader = build_test_loader(name, NamingMapper(cfg, False), cfg.DATALOADER.NUM_WORKERS)

@@ -85,7 +85,9 @@ class BestEvaluation(FileContent):
 
 
 def read_training_log(path: Path) -> LoggedNumbers:
-    """Read the `log.jsonl` of a detector. The losses of the stages of a cascade are added up.
+    """Read the `log.jsonl` of a detector.
+
+    The losses of the stages of a cascade are added up.
 
     Raises UserError if the file does not exist.
     """

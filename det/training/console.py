@@ -22,7 +22,10 @@ def set_up_console() -> None:
 
 @contextmanager
 def log_file(folder: Path, is_main: bool) -> Iterator[Callable[[], None]]:
-    """Write all log messages to `log.txt`. Yields the function that starts the file once the run has its folder."""
+    """Write all log messages to `log.txt`.
+
+    Yields the function that starts the file. It is called when the run has its folder.
+    """
     if not is_main:
         yield lambda: None
         return

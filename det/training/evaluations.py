@@ -94,7 +94,7 @@ class Evaluations(Callbacks):
 
 
 def logged_numbers(results: Results) -> dict[str, float]:
-    """Select the defined numbers of an evaluation, without classes if they are many."""
+    """Select the defined numbers of an evaluation, without many classes."""
     many = sum(key.startswith("AP-") for key in next(iter(results.values()), {})) > LOGGED_CLASSES
     return {
         f"{task}/{key}": value

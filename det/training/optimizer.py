@@ -135,7 +135,7 @@ def describe_schedule(schedule: StepSchedule, solver: SolverKeys, num_images: in
 
 
 def lr_multiplier(solver: SolverKeys, total: int, warmup: int, milestones: tuple[int, ...]) -> ParamScheduler:
-    """Build the factor on the learning rate: warm-up, then a cosine or drops by `GAMMA`."""
+    """Build the warm-up, followed by a cosine or drops by `GAMMA`."""
     if solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
         after = CosineParamScheduler(1, solver.BASE_LR_END / solver.BASE_LR)
     else:

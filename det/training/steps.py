@@ -55,7 +55,7 @@ class DetectorLoss:
 
 
 def in_parts(open_loader: Callable[[range], DataLoader[Any]], parts: int) -> Callable[[int, int], Iterator[list[Any]]]:
-    """Return a function that yields the parts from one number to before another number of the run.
+    """Return `Job.open_batches` of batches in parts.
 
     Args:
         open_loader: returns the batches of some steps. A process's batch has a multiple of `parts` images.

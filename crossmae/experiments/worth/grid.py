@@ -407,7 +407,7 @@ def timing_cells(question: Question, budget: Budget) -> list[Cell]:
 
 
 def timing_reader(log_path: Path) -> Callable[[], dict[str, float]]:
-    """Return a function that reads the steps of a log, and a step's median seconds."""
+    """Return a reader of a log's steps and a step's median seconds."""
 
     def read() -> dict[str, float]:
         rows = [row for row in read_json_lines(log_path) if "images_per_second" in row]

@@ -61,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
         classes = [{"name": "7", "objects": 14, "bbox": {"AP": ap50 - 10}, "segm": {"AP": 12.5}}]
         write(tmp_path / arm / "inference/coco_instances_results.json", found)
         write(tmp_path / arm / "results.json", {"bbox": values, "segm": values | {"AP": None}, "classes": classes})
-        lines(tmp_path / arm / "log.jsonl", [{"step": i, "loss": 1.0, "loss_mask": 0.5} for i in (1, 2)])
+        lines(tmp_path / arm / "log.jsonl", [{"step": i, "loss": 1.0, "loss_mask": 0.5} for i in (1, 3)])
         settings = {"SEED": 0, "SOLVER": {"MAX_ITER": 3, "LAYER_DECAY": 1.0 if arm == DETECTORS[0] else 0.7}}
         write(tmp_path / arm / "run.json", {"settings": settings})
     steps = [{"step": s, "loss": 1 / s, "lr": 0.1, "images_per_second": 9} for s in (1, 2)]
