@@ -22,9 +22,12 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
+
+from crossmae.reports.page import Plot
 
 AUDITED = {
     "os.rename": "rename",
@@ -36,6 +39,16 @@ AUDITED = {
 }
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 UNCOUNTED = "tensorboard"
+DRAWN: dict[str, Callable[..., Any]] = {  # functions that draw, and what replaces them
+    "crossmae.reports.figures:line_plot": lambda curves, *, title, caption, **_: Plot(
+        Markup("<svg></svg>"), title, caption
+    ),
+    "crossmae.pretraining.train:reconstruction_figure": lambda *_: Figure(),
+    "crossmae.pretraining.train:fusion_figure": lambda *_: Figure(),
+    "crossmae.classification.evaluation.files:confusion_figure": lambda *_: Figure(),
+    "crossmae.classification.evaluation.files:calibration_figure": lambda *_: Figure(),
+    "det.evaluation.evaluate:precision_recall_figure": lambda *_, **named: Figure(),
+}
 
 
 class InjectedError(Exception):
@@ -57,7 +70,11 @@ def inject(fault: dict[str, Any], run: Path) -> None:
 
 
 def draw_nothing() -> None:
-    """Let figures be saved as an empty picture."""
+    """Let figures be empty, and pictures be saved without compression."""
+    for place, empty in DRAWN.items():
+        module, _, name = place.partition(":")
+        if module in sys.modules:
+            setattr(sys.modules[module], name, empty)
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "png")
 
@@ -68,7 +85,9 @@ def draw_nothing() -> None:
             Path(target).write_bytes(buffer.getvalue())
 
     Figure.savefig = save  # type: ignore[assignment]
-    SummaryWriter.add_figure = lambda *_, **named: None  # type: ignore[method-assign]
+    SummaryWriter.add_figure = SummaryWriter.add_image = lambda *_, **named: None  # type: ignore[method-assign]
+    compress = Image.Image.save
+    Image.Image.save = functools.partialmethod(compress, compress_level=0)  # type: ignore[assignment]
 
 
 def kill() -> None:

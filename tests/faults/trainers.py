@@ -163,7 +163,7 @@ TRAINERS = {
 if importlib.util.find_spec("detectron2") is not None:
     TRAINERS["train_net"] = Trainer(
         tool="train_net",
-        imports=("matplotlib.backends.backend_agg", "det.evaluation.report"),
+        imports=("matplotlib.backends.backend_agg", "det.evaluation.report", "hotcoco"),
         write=write_detection,
         judging=("det.training.train:evaluate", 1),
         workers="DATALOADER.NUM_WORKERS={}",
