@@ -12,6 +12,7 @@ A folder without a manifest is ignored. So is a folder whose files do not match 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -28,9 +29,11 @@ from crossmae.errors import UserError, shorten
 from crossmae.files import (
     check_space,
     name_write_errors,
+    put_in_place,
     read_side_file,
     sha256,
     sync_folder,
+    temporary_folder,
     write_atomically,
     write_json,
 )
@@ -56,7 +59,8 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint, then delete all except the newest `keep` checkpoints.
 
-    Older checkpoints are deleted only after the new one was read again.
+    The checkpoint is written and read again in a temporary folder, and appears by one rename. An earlier checkpoint of
+    the same step is there until then. Older checkpoints are deleted last.
 
     Args:
         run: folder of the run.
@@ -67,32 +71,39 @@ def save_checkpoint(
         The folder of the checkpoint.
 
     Raises:
-        UserError: The checkpoint cannot be written, or cannot be read again. Older checkpoints stay.
+        UserError: The checkpoint cannot be written, or cannot be read again. Earlier checkpoints stay.
     """
     folder = run / FOLDER / f"step-{step:08d}"
     with name_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)
-    write_atomically(folder / MODEL, lambda path: save_file(tensors, path, metadata))
-    write_atomically(folder / STATE, lambda path: torch.save(state, path))
-    write_json(folder / RECORD, record)
-    paths = [folder / name for name in CHECKPOINT_FILES]
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
-    write_json(folder / MANIFEST, {"step": step, "files": files})
-    with name_write_errors(folder):
-        for parent in (folder.parent, run):
-            sync_folder(parent)
-    _check_written(folder, set(tensors))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+            raise FileExistsError(errno.EEXIST, "there is a file or link of this name", str(folder))
+    with temporary_folder(folder) as place:
+        new = place / folder.name
+        new.mkdir()
+        write_atomically(new / MODEL, lambda path: save_file(tensors, path, metadata))
+        write_atomically(new / STATE, lambda path: torch.save(state, path))
+        write_json(new / RECORD, record)
+        paths = [new / name for name in CHECKPOINT_FILES]
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+        write_json(new / MANIFEST, {"step": step, "files": files})
+        if reason := _reading_error(new, set(tensors)):
+            raise UserError(
+                f"{folder}: cannot be read after it was written: {reason}. Earlier checkpoints stay. Check the disk, "
+                "and continue with --resume."
+            )
+        put_in_place(new, folder)
+        for path in list(new.iterdir()) if new.is_dir() else ():  # of an earlier folder of this name
+            if path.name not in (MANIFEST, *CHECKPOINT_FILES):
+                path.rename(folder / path.name)
+        sync_folder(run)
     for old in complete_checkpoints(run)[:-keep]:
         _remove(old, CHECKPOINT_FILES)
     return folder
 
 
-def _check_written(folder: Path, names: set[str]) -> None:
-    """Read a new checkpoint again, without its tensors.
-
-    Raises UserError if the files differ from the manifest or cannot be opened.
-    """
+def _reading_error(folder: Path, names: set[str]) -> str | None:
+    """Open a new checkpoint again, without reading its tensors twice."""
     reason = defect(folder, contents=True)
     try:
         if not reason:
@@ -101,12 +112,7 @@ def _check_written(folder: Path, names: set[str]) -> None:
             torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of safetensors or torch
         reason = " ".join(str(error).split())[:300]
-    if reason:
-        (folder / MANIFEST).unlink(missing_ok=True)
-        raise UserError(
-            f"{folder}: the new checkpoint cannot be read: {reason}. Older checkpoints stay. Check the disk, and "
-            "continue with --resume."
-        )
+    return reason
 
 
 def _remove(folder: Path, names: Sequence[str]) -> None:

@@ -29,6 +29,7 @@ from crossmae.checkpoints.metadata import (
     STEP,
     UNKNOWN,
     VERSION,
+    recorded,
 )
 from crossmae.checkpoints.pretrained import IMAGENET_MEAN, IMAGENET_STD, pixel_facts
 from crossmae.checkpoints.weights import Weights, read_weights
@@ -207,9 +208,9 @@ def _assume(weights: Weights, architecture: Architecture) -> tuple[dict[str, str
 
 def _pool(weights: Weights) -> ModelFact:
     """Find the pooling of a file that this toolkit did not train."""
-    recorded = {"token": "cls"}.get(pool := weights.metadata.get("pool", UNKNOWN), pool)  # timm's word
-    if recorded != UNKNOWN:
-        return ModelFact(recorded, "recorded")
+    named = {"token": "cls"}.get(pool := weights.metadata.get("pool", UNKNOWN), pool)  # timm's word
+    if named != UNKNOWN:
+        return ModelFact(named, "recorded")
     home = encoder_home(weights.tensors) or ""
     pool, other = ("cls", "avg") if f"{home}norm.weight" in weights.tensors else ("avg", "cls")
     average = recorded(weights.metadata, PUBLISHED_ARGUMENTS, dict).get("global_pool")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -128,6 +129,36 @@ def _probe(path: Path, folder: Path) -> OSError | None:
     except OSError as error:
         return error
     return None
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Rename a folder to `path` at once, and flush the rename to disk.
+
+    An existing folder at `path` is afterwards at `new`. Systems without an exchange of names rename twice: a process
+    that is killed in between leaves the existing folder under a name that ends with .replaced.
+    """
+    if not path.exists():
+        os.rename(new, path)
+    elif not _exchange(new, path):
+        old = path.with_name(f"{path.name}.replaced")
+        os.rename(path, old)
+        os.rename(new, path)
+        os.rename(old, new)
+    sync_folder(path.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names at once. False: the system cannot."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    here = -100  # AT_FDCWD
+    if call(here, os.fsencode(first), here, os.fsencode(second), ctypes.c_uint(2)) == 0:  # RENAME_EXCHANGE
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS):
+        return False
+    raise OSError(number, os.strerror(number), str(second))
 
 
 def allow_reading(path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from crossmae.errors import UserError
-from crossmae.files import load_json, name_write_errors, sha256, temporary_folder, write_json
+from crossmae.files import load_json, name_write_errors, put_in_place, sha256, temporary_folder, write_json
 
 MIN_VISIBLE_SHARE = 0.8  # share of an object's pixels that later objects may not cover
 MIN_VISIBLE_AREA = 40  # pixels
@@ -135,9 +134,7 @@ def replace_folder(output: Path, record: Mapping[str, Any], write: Callable[[Pat
         unfinished.mkdir()
         further = write(unfinished)
         write_json(unfinished / "manifest.json", {"settings": record, "sha256": hash_folder(unfinished), **further})
-        if output.exists():
-            shutil.rmtree(output)
-        unfinished.rename(output)
+        put_in_place(unfinished, output)
 
 
 def read_manifest(output: Path, kind: str) -> tuple[dict[str, Any], str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -37,6 +36,7 @@ from crossmae.files import (
     check_writable,
     expand_path,
     name_write_errors,
+    put_in_place,
     sync_file,
     sync_folder,
     temporary_folder,
@@ -333,16 +333,8 @@ def _commit(temporary: Path, destination: Path) -> None:
     for path in (path for path in (temporary, *temporary.glob("*")) if path.is_file()):
         allow_reading(path)
         sync_file(path)
-    if not destination.is_dir():
-        os.replace(temporary, destination)
+    if temporary.is_dir():
+        put_in_place(temporary, destination.absolute())
     else:
-        # Not in the temporary folder, so that nothing can remove it: the process may be killed before the next rename.
-        old = destination.with_name(f"{destination.name}.replaced-{os.getpid()}")
-        destination.rename(old)
-        try:
-            os.replace(temporary, destination)
-        except BaseException:
-            old.rename(destination)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    sync_folder(destination.absolute().parent)
+        os.replace(temporary, destination)
+        sync_folder(destination.absolute().parent)

@@ -29,6 +29,7 @@ from crossmae.checkpoints.metadata import (
     PIXEL_MEAN,
     PIXEL_STD,
     PUBLISHED_ARGUMENTS,
+    recorded,
     recorded_arguments,
 )
 from crossmae.checkpoints.pretrained import IMAGENET_MEAN, IMAGENET_STD
@@ -146,10 +147,10 @@ def last_trained_block(weights: Weights, depth: int) -> int:
         UserError: only some feature maps are mixed, and the file does not tell which maps.
     """
     mixing = weights.tensors.get("wfm.linear.weight")
-    recorded = recorded_arguments(weights.metadata)
-    if "fuse_blocks" in recorded or mixing is None:
+    ours = recorded_arguments(weights.metadata)
+    if "fuse_blocks" in ours or mixing is None:
         # None mixes all blocks, [] mixes none. With a plain MAE decoder the setting has no effect.
-        blocks = recorded.get("fuse_blocks") if recorded.get("decoder") != "self" else None
+        blocks = ours.get("fuse_blocks") if ours.get("decoder") != "self" else None
         return resolve_blocks(tuple(blocks), depth)[-1] if blocks else depth - 1
     published = recorded(weights.metadata, PUBLISHED_ARGUMENTS, dict).get("use_fm")
     if published not in (None, [-1]):

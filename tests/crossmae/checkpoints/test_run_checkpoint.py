@@ -97,7 +97,7 @@ def test_a_crash_at_any_rename_leaves_the_previous_checkpoint(tmp_path: Path, mo
             replace(source, target)
 
         monkeypatch.setattr(writing.os, "replace", crash)
-        with pytest.raises(UserError, match=r"No space left .* GB free in "):
+        with pytest.raises(UserError, match=r"step-00000002: cannot be written: No space left .* GB free in "):
             save(tmp_path, 2, keep=1)
         assert steps(tmp_path) == [1]
     monkeypatch.setattr(writing.os, "replace", replace)
@@ -221,23 +221,68 @@ def test_older_checkpoints_are_deleted_only_after_the_new_one_was_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """The disk returns other bytes than were written."""
-    good, flush = save(tmp_path, 1, keep=1), run_checkpoint.sync_folder
+    good, write = save(tmp_path, 1, keep=1), run_checkpoint.write_json
 
-    def spoil_then_flush(folder: Path) -> None:
-        path = tmp_path / FOLDER / "step-00000002" / name
-        path.write_bytes(bytes(path.stat().st_size))
-        flush(folder)
+    def write_then_spoil(path: Path, value: object) -> None:
+        write(path, value)
+        if path.name == MANIFEST:
+            path.with_name(name).write_bytes(bytes(path.with_name(name).stat().st_size))
 
-    monkeypatch.setattr(run_checkpoint, "sync_folder", spoil_then_flush)
-    with pytest.raises(UserError, match=rf"step-00000002: the new checkpoint cannot be read: {name}"):
+    monkeypatch.setattr(run_checkpoint, "write_json", write_then_spoil)
+    with pytest.raises(UserError, match=rf"step-00000002: cannot be read after it was written: {name}"):
         save(tmp_path, 2, keep=1)
+    assert list((tmp_path / FOLDER).iterdir()) == [good]
     assert latest_checkpoint(tmp_path) == good
+
+
+def test_an_earlier_checkpoint_of_the_same_step_stays_until_the_new_one_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was resumed, and is stopped before its next step, saves the same step again."""
+    folder = save(tmp_path, 1, keep=1)
+    (folder / "notes.txt").write_text("mine")
+    before, flush = tree(tmp_path), os.fsync
+    left = 0
+
+    def fail(descriptor: int) -> None:
+        nonlocal left
+        if not left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left -= 1
+        flush(descriptor)
+
+    monkeypatch.setattr(writing.os, "fsync", fail)
+    for flushed in range(8):  # files and their folder: nothing has been renamed yet
+        left = flushed
+        with pytest.raises(UserError, match="step-00000001: cannot be written: No space left"):
+            save(tmp_path, 1, keep=1)
+        assert tree(tmp_path) == before
+        assert steps(tmp_path) == [1]
+    monkeypatch.undo()
+    (folder / RECORD).write_text("damaged")
+    assert save(tmp_path, 1, keep=1) == folder
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("has_exchange", [True, False])
+def test_a_folder_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_exchange: bool) -> None:
+    if not has_exchange:
+        monkeypatch.setattr(writing, "_exchange", lambda *_: False)
+    for content in ("first", "second"):
+        new = tmp_path / "temporary"
+        new.mkdir()
+        (new / content).touch()
+        writing.put_in_place(new, tmp_path / "place")
+        assert [path.name for path in (tmp_path / "place").iterdir()] == [content]
+        if content == "second":
+            assert [path.name for path in new.iterdir()] == ["first"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["place", "temporary"]
 
 
 def test_a_new_checkpoint_that_does_not_open_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = save(tmp_path, 1, keep=1)
     monkeypatch.setattr(run_checkpoint, "save_file", lambda tensors, path, metadata: path.write_bytes(b"nothing"))
-    with pytest.raises(UserError, match="step-00000002: the new checkpoint cannot be read"):
+    with pytest.raises(UserError, match="step-00000002: cannot be read after it was written"):
         save(tmp_path, 2, keep=1)
     assert latest_checkpoint(tmp_path) == good
 
@@ -253,8 +298,9 @@ def test_the_names_of_a_new_checkpoint_are_on_disk_before_older_ones_are_deleted
         flushed.append(folder)
 
     monkeypatch.setattr(run_checkpoint, "sync_folder", note)
+    monkeypatch.setattr(writing, "sync_folder", note)
     save(tmp_path, 2, keep=1)
-    assert flushed == [tmp_path / FOLDER, tmp_path]
+    assert flushed[-2:] == [tmp_path / FOLDER, tmp_path]
     assert steps(tmp_path) == [2]
 
 
@@ -270,7 +316,7 @@ def test_retention_deletes_our_files_alone(tmp_path: Path) -> None:
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / "step-00000001").write_text("mine")
-    with pytest.raises(UserError, match="step-00000001: cannot be written: File exists"):
+    with pytest.raises(UserError, match="step-00000001: cannot be written: there is a file or link of this name"):
         save(tmp_path, 1)
 
 

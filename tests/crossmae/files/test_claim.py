@@ -95,14 +95,20 @@ def test_a_claim_without_a_kind_leaves_nothing(tmp_path: Path, monkeypatch: pyte
             pass
         assert list(tmp_path.iterdir()) == []
 
+    others: list[IO[bytes]] = []
+
     def remove_first(file: IO[bytes]) -> bool | None:
+        """Let the holder remove its file, and another process lock a new one."""
         monkeypatch.setattr(claims, "lock_now", lock_now)
         (tmp_path / CLAIM_LOCK).unlink()
+        others.append(open(tmp_path / CLAIM_LOCK, "ab"))  # noqa: SIM115
+        assert lock_now(others[0])
         return lock_now(file)
 
     monkeypatch.setattr(claims, "lock_now", remove_first)
-    with claim(tmp_path, "shards"), pytest.raises(UserError, match="in use"), claim(tmp_path, "shards"):
+    with pytest.raises(UserError, match="is in use by another process"), claim(tmp_path, "shards"):
         pass
+    others[0].close()
 
 
 def test_an_error_ends_a_claim(tmp_path: Path) -> None:
@@ -134,6 +140,16 @@ def test_a_second_claim_in_the_same_process_is_refused(tmp_path: Path) -> None:
         assert record(tmp_path)["process"] == os.getpid()
 
 
+@pytest.mark.parametrize("content", [None, "damaged"])
+def test_a_lock_counts_without_its_record(tmp_path: Path, content: str | None) -> None:
+    with holder(tmp_path):
+        (tmp_path / CLAIM_RECORD).unlink()
+        if content:
+            (tmp_path / CLAIM_RECORD).write_text(content)
+        with pytest.raises(UserError, match="is in use by another process"), claim(tmp_path, "pretraining"):
+            pass
+
+
 def test_a_killed_holder_is_named_and_its_folder_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Also while a worker of the killed run still lives: it has no part in the lock."""
     with holder(tmp_path, "with a worker") as (process, worker):
@@ -163,7 +179,7 @@ def test_a_run_on_another_machine_is_known_by_its_heartbeat(tmp_path: Path, capl
         while not ended.wait(0.02):
             os.utime(tmp_path / CLAIM_RECORD)
 
-    thread = threading.Thread(target=beat)
+    thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     with (
         pytest.raises(UserError, match="in use by a pretraining run: process 7 on elsewhere"),

@@ -67,9 +67,11 @@ def test_leftovers_are_found_in_folders_but_not_behind_links(tmp_path: Path) -> 
         (folder / name / "model.safetensors").write_text("a part")
     (run / ".write-test.2147483647").touch()
     (run / "link").symlink_to(elsewhere)
-    (run / of_a_dead_process("linked")).symlink_to(elsewhere)
+    links = [of_a_dead_process(name) for name in ("to a folder", "to a file")]
+    (run / links[0]).symlink_to(elsewhere)
+    (run / links[1]).symlink_to(elsewhere / name / "model.safetensors")
     assert len(sweep(run)) == 4
-    assert tree(run) == {"checkpoints", "checkpoints/step-00000001", "link", of_a_dead_process("linked")}
+    assert tree(run) == {"checkpoints", "checkpoints/step-00000001", "link", *links}
     assert (elsewhere / name).exists()
 
 

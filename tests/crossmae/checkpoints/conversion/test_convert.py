@@ -413,14 +413,11 @@ def test_a_failure_between_the_renames_brings_the_old_folder_back(
     source = own(tmp_path / "a.safetensors")
     convert(source, tmp_path / "b", "timm")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    replaces = conversion_module.os.replace
 
-    def interrupted(first: Path, second: Path) -> None:
-        if Path(second).name == "b":
-            raise KeyboardInterrupt
-        replaces(first, second)
+    def interrupted(*_: Path) -> None:
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(conversion_module.os, "replace", interrupted)
+    monkeypatch.setattr(conversion_module, "put_in_place", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "b", "timm", force=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
