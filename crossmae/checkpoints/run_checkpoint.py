@@ -165,6 +165,11 @@ def _folders(run: Path) -> list[Path]:
         return []
 
 
+def checkpoint_names(run: Path) -> list[str]:
+    """List the names of checkpoints that have a manifest."""
+    return [folder.name for folder in _folders(run) if (folder / MANIFEST).exists()]
+
+
 def complete_checkpoints(run: Path) -> list[Path]:
     """List complete checkpoints by ascending step. Log incomplete checkpoints."""
     found = []

@@ -112,6 +112,7 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
 
     return Job(
         word="pretrain",
+        kind="pretraining",
         model=model,
         optimizer=optimizer,
         open_batches=image_batches(images, batches, data.workers, device.type == "cuda", collate_pretraining),

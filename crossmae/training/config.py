@@ -197,6 +197,7 @@ class RunSettings:
     precision: str
     precision_key: str
     lr_key: str
+    workers_key: str
     settings: Mapping[str, Any]
     config_text: str
     against_divergence: str
@@ -251,6 +252,7 @@ class RunConfig(ConfigSection):
             precision=self.runtime.precision,
             precision_key="runtime.precision",
             lr_key="optim.base_lr",
+            workers_key="data.workers",
             settings=settings,
             config_text=yaml.safe_dump(settings, sort_keys=False),
             against_divergence="Lower optim.base_lr, set optim.clip_grad, or use runtime.precision=fp32.",

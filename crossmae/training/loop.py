@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,13 +17,25 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from crossmae.checkpoints.run_checkpoint import MODEL, complete_checkpoints, read_state, step_of
+from crossmae.checkpoints.run_checkpoint import (
+    MODEL,
+    check_checkpoint_space,
+    checkpoint_bytes,
+    checkpoint_names,
+    complete_checkpoints,
+    latest_checkpoint,
+    read_state,
+    step_of,
+    sweep_run,
+)
 from crossmae.checkpoints.weights import save_weights
 from crossmae.data.batches import BatchPlan, KeyedImages, build_loader
 from crossmae.data.broken import Broken, Unreadable, find_broken, refuse_broken
 from crossmae.data.sources import Source
+from crossmae.data.workers import explain_dead_workers
 from crossmae.errors import USER_ERROR_EXIT_CODE, UserError, shorten
-from crossmae.files import make_folder, write_atomically, write_text
+from crossmae.files import write_atomically, write_text
+from crossmae.files.claim import claim
 from crossmae.training.config import RunSettings
 from crossmae.training.devices import choose_precision, open_device
 from crossmae.training.log import BROKEN, BrokenImages, RunLog, start_wandb
@@ -35,6 +48,7 @@ from crossmae.training.state import Diverged, Loss, TrainingState, memory_gb
 log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
+OPTIMIZER_COPIES = 2  # tensors of AdamW for each parameter
 MOST_SUSPECTS = 8  # largest number of images that an error of divergence names
 
 
@@ -66,6 +80,7 @@ class Job:
     """Everything that the loop needs from a task, built and checked before any file is written.
 
     Attributes:
+        word, kind: name of the progress bar, and of the run in the record of its folder.
         open_batches: returns micro-batches from one number to before another number of the run. It raises UserError for
             an image that cannot be read.
         name_images: names the images of a micro-batch, for errors.
@@ -82,6 +97,7 @@ class Job:
     """
 
     word: str
+    kind: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
     open_batches: Callable[[int, int], Iterator[Any]]
@@ -108,32 +124,65 @@ def train(run: RunSettings, build_job: Callable[[Ranks, torch.device, str], Job]
     ranks = find_ranks()
     device = open_device(run.device, run.device_key, ranks.local_rank, ranks.world_size)
     precision = choose_precision(run.precision, device, run.precision_key)
-    with process_group(ranks, device, run.timeout_minutes):
-        try:
-            job = ranks.together(lambda: build_job(ranks, device, precision))
-            check_agreement(ranks, step_of(job.start) if job.start else 0, job.fingerprint)
-            final = job.start
-            if job.is_complete and final:
-                last = job.schedule.last_step
-                log.info("the run is complete: %s has reached step %d of %d", final, step_of(final), last)
-            else:
-                run_job(run, job, ranks, precision)
-                final = complete_checkpoints(run.folder)[-1] if ranks.is_main else None
-            if final and ranks.is_main:
-                job.write_finals(final)
-                job.callbacks.finish()
-            ranks.wait()
-        except torch.OutOfMemoryError as error:
+    with process_group(ranks, device, run.timeout_minutes), explained_memory(run), ExitStack() as stack:
+        found = checkpoint_names(run.folder)
+        job = ranks.together(lambda: build_job(ranks, device, precision))
+        check_agreement(ranks, step_of(job.start) if job.start else 0, job.fingerprint)
+        ranks.together(lambda: stack.enter_context(claimed(run, job, found)) if ranks.is_main else None)
+        final = job.start
+        if job.is_complete and final:
+            last = job.schedule.last_step
+            log.info("the run is complete: %s has reached step %d of %d", final, step_of(final), last)
+        else:
+            run_job(run, job, ranks, precision)
+            final = complete_checkpoints(run.folder)[-1] if ranks.is_main else None
+        if final and ranks.is_main:
+            job.write_finals(final)
+            job.callbacks.finish()
+        ranks.wait()
+
+
+@contextmanager
+def explained_memory(run: RunSettings) -> Iterator[None]:
+    """Explain full memory of the GPU, and workers that were killed."""
+    try:
+        with explain_dead_workers(run.workers_key, lambda: latest_checkpoint(run.folder)):
+            yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{run.device_key}: the GPU's memory is full ({str(error).splitlines()[0]}). The last "
+            f"checkpoint stays. {run.against_full_memory}"
+        ) from error
+
+
+@contextmanager
+def claimed(run: RunSettings, job: Job, found: list[str]) -> Iterator[None]:
+    """Claim the folder of a run, and clean it.
+
+    Args:
+        found: checkpoints in the folder before the job was built.
+
+    Raises:
+        UserError: The folder is in use or of another kind, it has changed since the job was built, or its disk has no
+            room for the checkpoints.
+    """
+    with claim(run.folder, job.kind, run.folder_key):
+        if checkpoint_names(run.folder) != found:
             raise UserError(
-                f"{run.device_key}: the GPU's memory is full ({str(error).splitlines()[0]}). The last "
-                f"checkpoint stays. {run.against_full_memory}"
-            ) from error
+                f"{run.folder_key}: another run has just written checkpoints in {run.folder}. Start this run again."
+            )
+        sweep_run(run.folder)
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in job.model.state_dict().values())
+        checkpoint = checkpoint_bytes(weights, OPTIMIZER_COPIES, run.ema is not None)
+        more = weights * 2 * (1 if run.ema is None else 2)  # the final and the best weights
+        if not job.is_complete:
+            check_checkpoint_space(run.folder, checkpoint, more, run.keep or 1, run.folder_key)
+        yield
 
 
 def run_job(run: RunSettings, job: Job, ranks: Ranks, precision: str) -> None:
     """Restore the training state, open the logs, and run the steps."""
     folder, schedule, resumed = run.folder, job.schedule, job.start is not None
-    make_folder(folder, run.folder_key)
     values = (run.ema, run.clip_grad, run.compiled, job.start, run.ema_power)
     state = TrainingState(job.model, job.optimizer, ranks, precision, *values)
     watch = job.watch_broken(folder, resumed)

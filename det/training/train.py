@@ -28,7 +28,7 @@ from det.backbone.weights import build_detector, build_trained, load_weights
 from det.classes import Classes, classes_of, pair_categories, remember_classes, without_spare
 from det.config import FINAL, RECORD, flatten, read_keys
 from det.data.coco import check_classes, check_registered, registered_classes
-from det.data.loader import NamingMapper, build_train_loader, check_objects_left, training_samples
+from det.data.loader import WORKERS_KEY, NamingMapper, build_train_loader, check_objects_left, training_samples
 from det.evaluation.evaluate import evaluate
 from det.evaluation.report import write_report
 from det.library_warnings import library_warnings_ignored
@@ -80,6 +80,7 @@ def run_settings(cfg: CfgNode) -> RunSettings:
         precision=solver.AMP.PRECISION if solver.AMP.ENABLED else "fp32",
         precision_key="SOLVER.AMP.PRECISION",
         lr_key="SOLVER.BASE_LR",
+        workers_key=WORKERS_KEY,
         settings=json.loads(json.dumps(cfg)),
         config_text=cfg.dump(),
         against_divergence=f"Lower SOLVER.BASE_LR (now {solver.BASE_LR:g}) or raise SOLVER.WARMUP_ITERS (now "
@@ -140,6 +141,7 @@ def build_job(
 
     return loop.Job(
         word="train",
+        kind="detection",
         model=model,
         optimizer=adamw,
         open_batches=in_parts(open_loader, solver.ACCUMULATE),

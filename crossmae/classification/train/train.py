@@ -149,6 +149,7 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
 
     return Job(
         word="finetune",
+        kind="fine-tuning",
         model=model,
         optimizer=build_optimizer(model, optim, schedule.peak_lr),
         open_batches=image_batches(images, batches, data.workers, device.type == "cuda", collate_labelled),

@@ -1,0 +1,104 @@
+"""Proves that a signal to all processes of a run saves it, in a step, an evaluation and a save, and nothing is lost.
+
+SLURM, systemd, `timeout`, a terminal and Ctrl-C signal the whole group: the run and its loader workers.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from crossmae.checkpoints.run_checkpoint import complete_checkpoints, step_of
+from tests.faults.conftest import Whole, WholeOf
+from tests.faults.digests import differences, digest
+from tests.faults.trainers import TRAINERS
+from tests.faults.zygote import Run, Zygote
+
+CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129, "SIGUSR1": 138}
+# The place of the first signal, and the signals.
+IN_EVERY_TEST = [
+    ("step", ["SIGTERM"]),
+    ("judging", ["SIGUSR1"]),
+    ("saving", ["SIGHUP"]),
+    ("first step", ["SIGINT"]),
+]
+IN_SLOW_TESTS = [
+    ("step", ["SIGTERM", "SIGTERM"]),
+    ("step", ["SIGINT"]),
+    ("step", ["SIGHUP", "SIGTERM"]),
+    ("step", ["SIGUSR1"]),
+    ("judging", ["SIGTERM"]),
+    ("judging", ["SIGINT"]),
+    ("judging", ["SIGHUP"]),
+    ("saving", ["SIGTERM", "SIGTERM"]),
+    ("saving", ["SIGINT"]),
+    ("first step", ["SIGTERM"]),
+    ("last step", ["SIGTERM"]),
+]
+CASES = [*IN_EVERY_TEST, *(pytest.param(*case, marks=pytest.mark.slow) for case in IN_SLOW_TESTS)]
+
+
+def signalled(whole: Whole, zygote: Zygote, folder: Path, place: str, signals: list[str]) -> Run:
+    """Start a run with two workers, and signal its group at a place."""
+    trainer = whole.trainer
+    steps = {"first step": 1, "step": 4, "last step": whole.steps}
+    call, number = {"judging": trainer.judging, "saving": (trainer.saving, 2)}.get(place, (trainer.step, 0))
+    fault = {"act": "wait", "call": call, "number": number or steps[place]}
+    run = trainer.start(zygote, [*whole.words, trainer.workers.format(2)], folder, fault)
+    run.wait_for_fault()
+    for name in signals:
+        run.signal_group(getattr(signal, name))
+        time.sleep(0.05)
+    run.go_on()
+    return run
+
+
+def ends(run: Path) -> list[int]:
+    """Return the steps of the complete checkpoints."""
+    return [step_of(folder) for folder in complete_checkpoints(run)]
+
+
+def only_last(content: dict[str, object], last: int) -> dict[str, object]:
+    """Leave out the checkpoints before the last: a stop saves one more."""
+    other = re.compile(rf"checkpoints/step-(?!{last:08d})")
+    return {key: value for key, value in content.items() if not other.match(key)}
+
+
+@pytest.mark.parametrize("place, signals", CASES)
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_signal_saves_the_run_and_nothing_is_lost(
+    name: str, place: str, signals: list[str], whole_of: WholeOf, zygote: Zygote, tmp_path: Path
+) -> None:
+    whole = whole_of(name)
+    run = signalled(whole, zygote, tmp_path, place, signals)
+    code = run.wait()
+    assert "Traceback" not in run.printed, run.printed
+    assert code == (0 if place == "last step" else CODES[signals[0]]), run.printed
+    assert run.is_gone()
+    saved = ends(tmp_path / "run")
+    if place == "last step":
+        assert saved[-1] == whole.steps
+        return
+    expected = {"first step": 1, "step": 4}.get(place)
+    assert saved[-1:] == [expected or saved[-1]], run.printed
+    assert f"stopped after step {saved[-1]}, which is saved" in run.printed
+
+    resumed = whole.trainer.start(zygote, [*whole.words, "--resume"], tmp_path)
+    assert resumed.wait() == 0, resumed.printed
+    contents = [only_last(content, whole.steps) for content in (whole.digest, digest(tmp_path / "run"))]
+    found = differences(*contents)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_second_ctrl_c_ends_the_run_now(name: str, whole_of: WholeOf, zygote: Zygote, tmp_path: Path) -> None:
+    """One process does not save then. The workers end, too."""
+    run = signalled(whole_of(name), zygote, tmp_path, "step", ["SIGINT", "SIGINT"])
+    assert run.wait() == CODES["SIGINT"]
+    assert "Traceback" not in run.printed, run.printed
+    assert run.is_gone()
+    assert 4 not in ends(tmp_path / "run")
