@@ -18,8 +18,6 @@ ALLOWED = {
     "det/evaluation/report.py": "what json.dumps has just written",
     "det/training/checkpoint.py": "what json.dumps has just written",
     "det/training/train.py": "what json.dumps has just written",
-    "crossmae/checkpoints/run_checkpoint.py": "manifest.json, whose fields are checked there",
-    "crossmae/training/resume.py": "run.json, after the manifest's digest of it has been compared",
     "crossmae/classification/train/train.py": "metadata of weights",
 }
 
