@@ -23,7 +23,7 @@ FEW = 7  # kills per trainer in `make test`
 PIECES, PER_PIECE = 8, 25  # kills per trainer of the slow test, in pieces of a few minutes
 COMMIT = re.compile(r"rename checkpoints/step-(\d{8})/manifest\.json from .*")
 TEMPORARY = re.compile(r"\.tmp$|\.tmp/|/\.evaluation-|\.write-test")
-GROWING = ("log.jsonl", "broken.jsonl", "log.txt")  # files that grow by whole lines
+GROWING = ("log.jsonl", "broken.jsonl", "log.txt", ".claim.lock")  # files that grow by whole lines
 
 
 def committed(record: Path) -> int:
