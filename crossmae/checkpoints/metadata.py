@@ -10,9 +10,10 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from crossmae.errors import UserError
@@ -41,12 +42,49 @@ T = TypeVar("T")
 _KIND = "sha256:"  # prefix of the digest; no other value in our metadata has this prefix
 
 
+_Count = Annotated[int, Field(ge=1, le=1000, strict=True)]
+_Width = Annotated[int, Field(ge=1, le=1 << 17, strict=True)]
+_Ratio = Annotated[float, Field(gt=0, le=1000)]
+
+
+class _ModelRecord(BaseModel):
+    """Kinds and ranges of recorded arguments. Sizes without bounds would ask for any amount of memory."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    img_size: _Width | tuple[_Width, _Width] = 1
+    patch_size: _Count = 1
+    in_chans: _Width = 1
+    embed_dim: _Width = 1
+    depth: _Count = 1
+    num_heads: _Width = 1
+    mlp_ratio: _Ratio = 1.0
+    decoder_embed_dim: _Width = 1
+    decoder_depth: _Count = 1
+    decoder_num_heads: _Width = 1
+    decoder: str = ""
+    fuse_blocks: list[int] | None = None
+    fuse_input: bool = False
+    norm_pix_loss: bool = False
+    mask_block: _Width = 1
+    class_tokens: Annotated[int, Field(ge=0, le=1000, strict=True)] = 1
+
+
 def recorded_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
     """Return the recorded constructor arguments of `CrossMAE`, {} without a record.
 
-    Raises UserError if the record is not a JSON object.
+    Raises UserError if the record is not a JSON object, or a size is out of range.
     """
-    return recorded(metadata, MODEL_ARGUMENTS, dict)
+    arguments = recorded_value(metadata, MODEL_ARGUMENTS, dict)
+    try:
+        _ModelRecord.model_validate(arguments)
+    except ValidationError as error:
+        key = error.errors()[0]["loc"][0]
+        raise UserError(
+            f"metadata {MODEL_ARGUMENTS!r} of a weight file: {key} {str(arguments[str(key)])[:80]} is out of range. "
+            "Copy the file again."
+        ) from None
+    return arguments
 
 
 def assumed_names(metadata: Mapping[str, str]) -> frozenset[str]:
@@ -57,7 +95,7 @@ def assumed_names(metadata: Mapping[str, str]) -> frozenset[str]:
     return frozenset(recorded_names(metadata, ASSUMED))
 
 
-def recorded(metadata: Mapping[str, str], key: str, kind: type[T], expected: str = "") -> T:
+def recorded_value(metadata: Mapping[str, str], key: str, kind: type[T], expected: str = "") -> T:
     """Parse a JSON value of the metadata, empty without a record.
 
     Raises UserError if the value is not JSON of this kind. The message calls it `expected`, if given.
@@ -75,7 +113,7 @@ def recorded_names(metadata: Mapping[str, str], key: str) -> list[str]:
 
     Raises UserError if the value is anything else.
     """
-    names = recorded(metadata, key, list, kind := "list of names")
+    names = recorded_value(metadata, key, list, kind := "list of names")
     if not all(isinstance(name, str) for name in names):
         raise _unlike(key, metadata[key], kind)
     return names
@@ -86,10 +124,21 @@ def recorded_numbers(metadata: Mapping[str, str], key: str) -> list[float]:
 
     Raises UserError if the value is anything else.
     """
-    numbers = recorded(metadata, key, list, kind := "list of finite numbers")
+    numbers = recorded_value(metadata, key, list, kind := "list of finite numbers")
     if not all(type(number) in (int, float) and abs(number) < MOST_NUMBER for number in numbers):
         raise _unlike(key, metadata[key], kind)
     return numbers
+
+
+def recorded_bit_depth(metadata: Mapping[str, str]) -> int:
+    """Parse the bits per channel, 8 without a record.
+
+    Raises UserError if the value is neither 8 nor 16.
+    """
+    depth = recorded_value(metadata, BIT_DEPTH, int, kind := "number, 8 or 16") or 8
+    if depth not in (8, 16):
+        raise _unlike(BIT_DEPTH, metadata[BIT_DEPTH], kind)
+    return depth
 
 
 def _unlike(key: str, text: str, expected: str) -> UserError:

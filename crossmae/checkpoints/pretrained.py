@@ -33,8 +33,9 @@ from crossmae.checkpoints.metadata import (
     UNKNOWN,
     assumed_names,
     marked,
-    recorded,
     recorded_arguments,
+    recorded_bit_depth,
+    recorded_value,
 )
 from crossmae.checkpoints.weights import Weights, encoder_tensors, read_weights
 from crossmae.errors import UserError
@@ -102,7 +103,7 @@ def load_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) ->
     # The record gives arguments that no shape shows, such as the sides of a grid. All shapes are compared nevertheless.
     load(model, replace(weights, metadata=weights.metadata | {MODEL_ARGUMENTS: json.dumps(arguments)}))
     mean, std = _pixel_statistics(weights, model.in_chans)
-    bit_depth = int(weights.metadata.get(BIT_DEPTH, "8"))
+    bit_depth = recorded_bit_depth(weights.metadata)
     lines = assumed_lines(facts | pixel_facts(weights, model.in_chans), SET_OPTION)
     return Pretrained(weights.path, model.eval(), mean, std, bit_depth, tuple(lines))
 
@@ -136,8 +137,26 @@ def whole_facts(weights: Weights, given: Mapping[str, Any]) -> Facts:
     facts, recorded = encoder_facts(encoder_tensors(weights), weights.metadata), recorded_arguments(weights.metadata)
     if not recorded:
         return facts | _decoder_facts(weights, facts["depth"].value, given)
+    _check_recorded_sizes(weights, facts, recorded)
     held = with_marks({key: ModelFact(value, "recorded") for key, value in recorded.items()}, weights.metadata)
     return {key: facts[key] for key in ("norm_eps", "activation")} | held
+
+
+def _check_recorded_sizes(weights: Weights, facts: Facts, recorded: Mapping[str, Any]) -> None:
+    """Reject recorded sizes that the tensors contradict."""
+    tensors = weights.tensors
+    shown = {key: fact.value for key, fact in facts.items() if fact.source == "shapes" and key != "mlp_ratio"}
+    if "mask_token" in tensors:
+        shown["decoder_embed_dim"] = tensors["mask_token"].shape[-1]
+    shown["decoder_depth"] = len({name.split(".")[1] for name in tensors if name.startswith("decoder_blocks.")})
+    wrong = [key for key in shown if key in recorded and recorded[key] != shown[key]]
+    if "mlp_ratio" in facts and abs(recorded.get("mlp_ratio", facts["mlp_ratio"].value) - facts["mlp_ratio"].value) > 1:
+        wrong.append("mlp_ratio")
+    if wrong:
+        raise UserError(
+            f"{weights.path}: its metadata {MODEL_ARGUMENTS!r} has {wrong[0]} {recorded[wrong[0]]}, which its tensors "
+            "contradict. Copy the file again."
+        )
 
 
 def with_metadata(weights: Weights, given: Mapping[str, Any]) -> Weights:
@@ -192,7 +211,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 def _decoder_facts(weights: Weights, depth: int, given: Mapping[str, Any]) -> Facts:
     """Find the facts about the decoder (specification, section 1.3)."""
     tensors = weights.tensors
-    published = recorded(weights.metadata, PUBLISHED_ARGUMENTS, dict)
+    published = recorded_value(weights.metadata, PUBLISHED_ARGUMENTS, dict)
     width = tensors["mask_token"].shape[-1]
     cross = "cross_self" if "decoder_blocks.0.self_attn.qkv.weight" in tensors else "cross"
     shown = {

@@ -29,7 +29,7 @@ from crossmae.checkpoints.metadata import (
     STEP,
     UNKNOWN,
     VERSION,
-    recorded,
+    recorded_value,
 )
 from crossmae.checkpoints.pretrained import IMAGENET_MEAN, IMAGENET_STD, pixel_facts
 from crossmae.checkpoints.weights import Weights, read_weights
@@ -127,7 +127,7 @@ def load_classifier(path: str | Path, img_size: int | Sequence[int] | None = Non
         UserError: the file cannot be read, has no head, or its record is incomplete or does not fit the tensors.
     """
     path = Path(os.path.expanduser(path))
-    weights = read_weights(path / BEST if (path / BEST).is_file() else path)
+    weights = read_weights(path / BEST if os.path.isfile(path / BEST) else path)
     ours = weights.metadata.get(FORMAT) == CLASSIFIER
     if not ours and weights.format not in ("finetuned", "linear_probe"):
         raise mix_up(weights.path, weights.format, weights.metadata, "a classifier")
@@ -213,7 +213,7 @@ def _pool(weights: Weights) -> ModelFact:
         return ModelFact(named, "recorded")
     home = encoder_home(weights.tensors) or ""
     pool, other = ("cls", "avg") if f"{home}norm.weight" in weights.tensors else ("avg", "cls")
-    average = recorded(weights.metadata, PUBLISHED_ARGUMENTS, dict).get("global_pool")
+    average = recorded_value(weights.metadata, PUBLISHED_ARGUMENTS, dict).get("global_pool")
     if isinstance(average, bool) and average != (pool == "avg"):
         raise UserError(
             f"{weights.path}: its settings have global_pool={average}, but its final norm belongs to pooling {pool!r}. "

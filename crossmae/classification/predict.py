@@ -140,7 +140,7 @@ def expand_inputs(arguments: Sequence[str]) -> list[str]:
         if is_url(argument):
             expanded.append(argument)
         else:
-            expanded += [str(path)] if path.exists() or are_shards else match_pattern(argument, "INPUT")
+            expanded += [str(path)] if os.path.exists(path) or are_shards else match_pattern(argument, "INPUT")
     return expanded
 
 

@@ -267,10 +267,10 @@ def find_inputs(arguments: Sequence[str], suffixes: Set[str] = IMAGE_SUFFIXES) -
     paths: list[str] = []
     for argument in without_system_names(arguments):
         path = Path(os.path.expanduser(argument))
-        if path.is_dir():
+        if os.path.isdir(path):
             paths += find_images(path, "IMAGES", suffixes)
         else:
             if kind := special_kind(path):
                 raise UserError(f"IMAGES: {printable(argument)}: it is {kind}, not a file. Name a file.")
-            paths += [str(path)] if path.is_file() else match_pattern(argument, "IMAGES")
+            paths += [str(path)] if os.path.isfile(path) else match_pattern(argument, "IMAGES")
     return [Path(path) for path in dict.fromkeys(paths)]

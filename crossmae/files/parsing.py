@@ -84,7 +84,8 @@ def _whole_number(digits: str) -> int:
 
 def _check_bounds(value: Any, most: int | None = None) -> None:
     """Raise ValueError for deep nesting and, with `most`, many values."""
-    level, count = [[value]], 0
+    level: list[Any] = [[value]]
+    count = 0
     for _ in range(MAX_DEPTH + 1):
         if most is not None:
             values = [one for many in level for one in (many.values() if isinstance(many, dict) else many)]

@@ -132,7 +132,7 @@ def _probe(path: Path, folder: Path) -> OSError | None:
 
 
 def put_in_place(new: Path, path: Path) -> None:
-    """Rename a folder to `path` at once, and flush the rename to disk.
+    """Rename a folder to `path` at once, flushed to disk.
 
     An existing folder at `path` is afterwards at `new`. Systems without an exchange of names rename twice: a process
     that is killed in between leaves the existing folder under a name that ends with .replaced.

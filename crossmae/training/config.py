@@ -312,7 +312,7 @@ def resolve_config_path(name: str) -> Path:
         *(CONFIG_ROOT / folder / name for folder in ("pretrain", "finetune")),
     ]
     for path in candidates:
-        if path.is_file():
+        if os.path.isfile(path):
             return path
     known = sorted(str(path.relative_to(CONFIG_ROOT)) for path in CONFIG_ROOT.rglob("*.yaml"))
     raise UserError(f"--config-file {name}: no such file here or in configs/. Choose one of {', '.join(known)}.")

@@ -151,7 +151,7 @@ def end_with_others(store: dist.Store, error: BaseException, timeout_minutes: fl
 
 
 def wait_for_readers(store: dist.Store, ranks: Ranks) -> None:
-    """Keep the store of this process until the others know that it failed."""
+    """Keep this process until the others know that it failed."""
     end = time.monotonic() + READING_SECONDS
     with suppress(RuntimeError):
         while time.monotonic() < end and store.add(READ, 0) < ranks.world_size - 1:
@@ -159,6 +159,6 @@ def wait_for_readers(store: dist.Store, ranks: Ranks) -> None:
 
 
 def shorten_line(text: str) -> str:
-    """Return the first line of an error of torch, without its C++ part."""
+    """Return the first line of an error, without its C++ part."""
     lines = text.strip().splitlines() or [""]
     return re.sub(r"^\[\S*:\d+\]\s*|\s*Exception raised from.*", "", lines[0])[:200]

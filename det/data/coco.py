@@ -115,7 +115,7 @@ def register_coco(
     """
     check_drop(drop)
     file = read_coco(json_path)
-    if not Path(images).is_dir():
+    if not os.path.isdir(images):
         raise UserError(f"{json_path}: the image folder {images} does not exist. Name the folder with its images.")
     if not file["annotations"] and not for_evaluation:
         raise UserError(f"{json_path}: 'annotations' is empty. Name a file with objects to train on.")

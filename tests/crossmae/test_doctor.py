@@ -32,7 +32,7 @@ def test_a_complete_environment_passes(capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize(
-    "name, fix", [("detectron2", "tools/install_detectron2.py"), ("shapely", "-m pip install 'shapely>=2'")]
+    "name, fix", [("detectron2", "tools/install_detectron2.py"), ("shapely", "-m pip install 'shapely>=2.0.5'")]
 )
 def test_a_missing_library_fails_with_its_command(
     name: str, fix: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -53,7 +53,7 @@ def test_runs_where_nothing_is_installed() -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (1, "")
     assert result.stdout.count("MISSING") == len(LIBRARIES)
-    assert "-m pip install 'torch>=2.6,<2.12'" in result.stdout
+    assert "-m pip install 'torch>=2.8,<2.12'" in result.stdout
     assert "tools/install_detectron2.py" in result.stdout
     assert "make venv" in result.stdout
 
@@ -82,7 +82,7 @@ def test_torch_outside_the_range_is_needed(version: str, word: str, monkeypatch:
     assert row.fix.endswith(PAIR)
 
 
-@pytest.mark.parametrize("version", ["2.6", "2.6.0", "2.11.0+cu130", "2.11.0+cpu"])
+@pytest.mark.parametrize("version", ["2.8", "2.8.0", "2.11.0+cu130", "2.11.0+cpu"])
 def test_torch_inside_the_range_is_fine(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "installed_version", lambda name: version)
     assert doctor.library_row(TORCH) == doctor.ReportLine("torch", version)

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from crossmae.classification.classifier import load_classifier
 from crossmae.classification.probe.config import ProbeRunConfig
 from crossmae.classification.report import build_report
 from crossmae.classification.train.config import FinetuneConfig
+from crossmae.classification.vit import architecture_of
 from crossmae.data.images import ImageLimits, decode_image
 from crossmae.data.sources import open_source
 from crossmae.experiments.rows import append_row, read_rows
@@ -34,7 +36,6 @@ from crossmae.models.crossmae import create_model
 from crossmae.pretraining.config import PretrainConfig
 from crossmae.reports.run_folder import read_log
 from crossmae.training.config import load_typed_config
-from crossmae.training.log import truncate_log
 from crossmae.training.resume import find_start, is_complete
 from tests.crossmae.classification.classifiers import write_classifier
 from tests.crossmae.data.sources.source_files import encoded, tar_bytes
@@ -103,7 +104,7 @@ def _write_images(folder: Path) -> None:
 
 def _read_image(folder: Path, changed: list[str]) -> None:
     path = folder / changed[0]
-    for channels, depth in ((3, 8), (1, 16), (4, 8)):
+    for channels, depth in ((3, 8), (1, 16), *[(4, 8)] * ("RGBA" in path.name)):
         decode_image(path.read_bytes(), str(path), channels, depth, LIMITS)
 
 
@@ -161,7 +162,7 @@ def _write_shards(folder: Path, index: bool = True) -> None:
 CONFIGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "pretrain": (PretrainConfig, {"model": {"name": "crossmae_vit_tiny_patch16"}}),
     "finetune": (FinetuneConfig, {"model": {"name": "vit_tiny_patch16"}}),
-    "probe": (ProbeRunConfig, {"weights": None, "model": {"name": "vit_tiny_patch16"}}),
+    "probe": (ProbeRunConfig, {"weights": None, "model": {"name": "crossmae_vit_tiny_patch16"}}),
 }
 
 
@@ -173,8 +174,8 @@ def _config_target(name: str, words: bool) -> Target:
         content |= {"runtime": {"seed": 3, "device": "cpu"}}
         (folder / "c.yaml").write_text(yaml.safe_dump(content))
 
-    def read(folder: Path, words: list[str]) -> None:
-        load_typed_config(schema, str(folder / "c.yaml"), words)
+    def read(folder: Path, given: list[str]) -> None:
+        load_typed_config(schema, str(folder / "c.yaml"), given if words else ())
 
     return Target(make, read, tuple(_keys_of(schema)) if words else ())
 
@@ -221,13 +222,18 @@ def _write_hf(folder: Path) -> None:
     (folder / "w.safetensors").unlink()
 
 
-def _read_path(name: str) -> Callable[[Path, list[str]], None]:
+def _read_path(name: str, whole: bool = True, **given: Any) -> Callable[[Path, list[str]], None]:
+    """Inspect and read weights, and build a model of them: a whole one, or the encoder."""
+
     def read(folder: Path, _: list[str]) -> None:
         path = folder / name
         inspect(path)
         weights = read_weights(path)
         assert all(tensor.isfinite().all() for tensor in weights.tensors.values() if tensor.is_floating_point())
-        load_pretrained(path)
+        if whole:
+            load_pretrained(path, given)
+        else:
+            architecture_of(weights, **given)
 
     return read
 
@@ -237,13 +243,19 @@ def _write_header(folder: Path) -> None:
     _write_unsigned(folder)
     data = (folder / "w.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
-    (folder / "header.json").write_bytes(data[8 : 8 + length].rstrip(b" "))
+    header = json.loads(data[8 : 8 + length])
+    (folder / "model.json").write_text(header["__metadata__"].pop("model"))
+    (folder / "header.json").write_text(json.dumps(header))
     (folder / "body.bin").write_bytes(data[8 + length :])
     (folder / "w.safetensors").unlink()
 
 
 def _read_header(folder: Path, _: list[str]) -> None:
     header = (folder / "header.json").read_bytes()
+    with suppress(ValueError, TypeError, KeyError):  # with the recorded arguments, unless the header is no header
+        content = json.loads(header)
+        content["__metadata__"]["model"] = (folder / "model.json").read_text(errors="replace")
+        header = json.dumps(content).encode()
     body = (folder / "body.bin").read_bytes()
     (folder / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + body)
     try:
@@ -296,7 +308,6 @@ def _continue_run(folder: Path, _: list[str]) -> None:
     is_complete(start, 100, {"images": "4"})
     if start:
         read_state(start)
-    truncate_log(folder / "log.jsonl", 5)
     read_log(folder / "log.jsonl", "epoch")
     read_json_lines(folder / "broken.jsonl", name=str)
 
@@ -311,6 +322,7 @@ def _write_rows(folder: Path) -> None:
         append_row(folder / "rows.jsonl", row)
 
 
+READ_PTH = _read_path("w.pth", num_heads=2, decoder_num_heads=1)
 TARGETS: dict[str, Target] = {
     "images": Target(_write_images, _read_image),
     **{f"list {suffix}": _list_target(suffix) for suffix in (".txt", ".csv", ".tsv", ".parquet", ".json")},
@@ -321,10 +333,12 @@ TARGETS: dict[str, Target] = {
     "ours safetensors": Target(_write_ours, _read_path("w.safetensors")),
     "plain safetensors": Target(_write_unsigned, _read_path("w.safetensors")),
     "header of safetensors": Target(_write_header, _read_header, kept=(".bin",)),
-    "pth": Target(_write_pth, _read_path("w.pth")),
-    "legacy pth": Target(lambda folder: _write_pth(folder, legacy=True), _read_path("w.pth")),
-    "pkl": Target(_write_pkl, _read_path("w.pkl")),
-    "transformers folder": Target(_write_hf, _read_path("hf"), kept=(".safetensors",)),
+    "pth": Target(_write_pth, _read_path("w.pth", num_heads=2, decoder_num_heads=1)),
+    "legacy pth": Target(
+        lambda folder: _write_pth(folder, legacy=True), _read_path("w.pth", num_heads=2, decoder_num_heads=1)
+    ),
+    "pkl": Target(_write_pkl, _read_path("w.pkl", whole=False, num_heads=2)),
+    "transformers folder": Target(_write_hf, _read_path("hf", whole=False), kept=(".safetensors",)),
     "classifier": Target(
         lambda folder: write_classifier(folder, ["a", "b"]), lambda folder, _: load_classifier(folder)
     ),

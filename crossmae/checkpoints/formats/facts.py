@@ -28,8 +28,8 @@ from crossmae.checkpoints.metadata import (
     PUBLISHED_ARGUMENTS,
     TRAINER_SETTINGS,
     assumed_names,
-    recorded,
     recorded_arguments,
+    recorded_value,
 )
 from crossmae.checkpoints.resample import is_sincos, table_grid
 from crossmae.errors import UserError
@@ -109,14 +109,16 @@ def encoder_facts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
     if (tokens := tensors.get("cls_token")) is not None and tokens.ndim == 3 and tokens.shape[1] > 1:
         shown["class_tokens"] = tokens.shape[1]
     facts = {key: ModelFact(value, "shapes") for key, value in shown.items()}
-    model, told = recorded_arguments(metadata), recorded(metadata, TRAINER_SETTINGS, dict)
+    model, told = recorded_arguments(metadata), recorded_value(metadata, TRAINER_SETTINGS, dict)
     heads, size = _heads(tensors, E, told, metadata), _img_size(tensors.get("pos_embed"), p, told)
     facts |= {key: fact for key, fact in (("num_heads", heads), ("img_size", size)) if fact}
     for key in ("num_heads", "img_size"):
         if key in model:
+            if key == "img_size":
+                _check_img_size(model[key], tensors.get("pos_embed"), p)
             facts[key] = ModelFact(_plain(model[key]), "recorded")
     ours = MODEL_ARGUMENTS in metadata
-    eps = recorded(metadata, NORM_EPS, float) or NORM_EPS_OF_PLAIN
+    eps = recorded_value(metadata, NORM_EPS, float) or NORM_EPS_OF_PLAIN
     if not 0 < eps < 1:
         raise UserError(f"metadata {NORM_EPS!r} of a weight file: {eps} is not between 0 and 1. Copy the file again.")
     facts["norm_eps"] = ModelFact(eps, "recorded" if ours or NORM_EPS in metadata else "assumed", "as in timm")
@@ -124,6 +126,21 @@ def encoder_facts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
     told_activation = ours or ACTIVATION in metadata
     facts["activation"] = ModelFact("gelu", "recorded" if told_activation else "assumed", "as in timm")
     return with_marks(facts, metadata)
+
+
+def _check_img_size(size: Any, table: Tensor | None, patch_size: int) -> None:
+    """Reject recorded sides that do not give the stored positions."""
+    if table is None or table.ndim != 3:
+        return
+    try:
+        h, w = patch_grid(size if isinstance(size, int) else tuple(size), patch_size)
+    except ValueError as error:
+        raise UserError(f"metadata {MODEL_ARGUMENTS!r} of a weight file: {error}. Copy the file again.") from None
+    if not 0 <= table.shape[1] - h * w < max(2, table.shape[1] // 2):  # the rest: class tokens
+        raise UserError(
+            f"metadata {MODEL_ARGUMENTS!r} of a weight file: img_size {size} has {h * w} patches, the file "
+            f"{table.shape[1]} positions. Copy the file again."
+        )
 
 
 def with_marks(facts: Mapping[str, ModelFact], metadata: Mapping[str, str]) -> Facts:
@@ -200,7 +217,7 @@ def _heads(
         heads = count(shape, width) if shape and 0 < shape[-1] < width else 0
         if heads and width % heads == 0:
             return ModelFact(heads, "shapes")
-    published = recorded(metadata, PUBLISHED_ARGUMENTS, dict)
+    published = recorded_value(metadata, PUBLISHED_ARGUMENTS, dict)
     numbers = [heads for heads in told.get("num_heads", []) if width % heads == 0]
     why, family = "in the settings of its trainer", told.get("family", "")
     names = [*told.get("name", []), *(published.get(key) for key in ("model", "arch"))]

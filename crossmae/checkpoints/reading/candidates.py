@@ -77,7 +77,7 @@ def split_choice(path: Path) -> tuple[Path, str]:
     """Split FILE::NAME into file, with `~` expanded, and encoder."""
     path = Path(os.path.expanduser(path))
     text, mark, choice = str(path).rpartition(MARK)
-    return (Path(text), choice) if mark and not path.exists() else (path, "")
+    return (Path(text), choice) if mark and not os.path.exists(path) else (path, "")
 
 
 def unwrapped(name: str) -> str:

@@ -82,15 +82,15 @@ def find_file(path: Path) -> Path:
     Raises UserError if the path does not exist or the folder has no weights.
     """
     path, _ = split_choice(path)
-    if path.is_file():
+    if os.path.isfile(path):  # False for a name that is too long
         _refuse_part(path)
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         return _find_in_folder(path)
     if why := why_unexpanded(path):
         raise UserError(f"{path}: {why}")
     full = path.absolute()
-    parent = next(folder for folder in full.parents if folder.is_dir())
+    parent = next(folder for folder in full.parents if os.path.isdir(folder))
     where = "" if full == path else f" ({full})"
     raise UserError(f"no such file or folder: {path}{where}. The nearest folder that exists is {parent}.")
 

@@ -29,8 +29,9 @@ from crossmae.checkpoints.metadata import (
     PIXEL_MEAN,
     PIXEL_STD,
     PUBLISHED_ARGUMENTS,
-    recorded,
     recorded_arguments,
+    recorded_bit_depth,
+    recorded_value,
 )
 from crossmae.checkpoints.pretrained import IMAGENET_MEAN, IMAGENET_STD
 from crossmae.checkpoints.weights import Weights, detect_format, encoder_home
@@ -152,7 +153,7 @@ def last_trained_block(weights: Weights, depth: int) -> int:
         # None mixes all blocks, [] mixes none. With a plain MAE decoder the setting has no effect.
         blocks = ours.get("fuse_blocks") if ours.get("decoder") != "self" else None
         return resolve_blocks(tuple(blocks), depth)[-1] if blocks else depth - 1
-    published = recorded(weights.metadata, PUBLISHED_ARGUMENTS, dict).get("use_fm")
+    published = recorded_value(weights.metadata, PUBLISHED_ARGUMENTS, dict).get("use_fm")
     if published not in (None, [-1]):
         return resolve_blocks(tuple(published), depth)[-1]
     if published is None and mixing.shape[1] < depth:
@@ -185,12 +186,12 @@ def choose_views(weights: Weights, architecture: Architecture, data: LabelledCon
                 {record: ModelFact(list(values), "assumed", "as in ImageNet")}, {record: f"data.{key}"}
             )
     crop_pct = data.crop_pct or _recorded(weights, "crop_pct") or published_crop_pct(size)
-    depth = data.bit_depth or _recorded(weights, BIT_DEPTH)
+    depth = data.bit_depth or (recorded_bit_depth(weights.metadata) if BIT_DEPTH in weights.metadata else None)
     if depth is None and _recorded(weights, PIXEL_MEAN) is None:
         notes += assumed_lines(
             {BIT_DEPTH: ModelFact(8, "assumed", "as in most pictures")}, {BIT_DEPTH: "data.bit_depth"}
         )
-    bit_depth = int(depth or 8)
+    bit_depth = depth or 8
     return Views(size, crop_pct, statistics[0], statistics[1], bit_depth), notes
 
 

@@ -68,26 +68,27 @@ def open_source(value: str | Path, key: str, root: Path | None = None, limits: I
 
 def _open_any(value: str | Path, key: str, root: Path | None) -> Source:
     path = Path(value) if isinstance(value, str) and is_url(value) else expand_path(value, key)
-    opener = LISTS.get(path.suffix.lower()) if path.is_file() else None
+    is_file = os.path.isfile(path)  # False for a name that is too long
+    opener = LISTS.get(path.suffix.lower()) if is_file else None
     if opener is not None:
         return opener(path, key, expand_path(root, ROOT_KEYS.get(key, key)) if root is not None else None)
     if root is not None:
         log.info("%s: %s is no list of files, so the folder %s for relative paths is unused", key, value, root)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _open_folder(path, key)
-    if path.is_file() and path.name.endswith(IDX_SUFFIXES):
+    if is_file and path.name.endswith(IDX_SUFFIXES):
         return open_idx(path, key)
     if _names_shards(value):
         return open_shards(str(value), key)
     if kind := special_kind(path):
         raise UserError(f"{key}: {path}: it is {kind}, not a file. Expected {ACCEPTED}.")
-    if path.is_file():
+    if is_file:
         with open(path, "rb") as file:
             start = file.read(8)
         if path.suffix.lower() in PACKED_SUFFIXES and start.startswith(tuple(PACKED_STARTS)):
             decode_text(start, path, f"{key}: {path}")
         raise UserError(f"{key}: {path}: no such kind of data is known. Expected {ACCEPTED}.")
-    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    parent = next(parent for parent in path.absolute().parents if os.path.exists(parent))
     raise UserError(f"{key}: {path} does not exist (the nearest folder that does: {parent}). Expected {ACCEPTED}.")
 
 

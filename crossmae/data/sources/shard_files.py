@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import logging
+import math
 import os
 import re
 import time
@@ -18,6 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from crossmae.data.paths import match_pattern
 from crossmae.errors import UserError
 
+MOST_NAMES, MOST_BRACES = 1_000_000, 20  # files and pairs of braces of a brace list
 MAX_OPEN = 128  # files per process; the usual limit of the system is 1,024
 PAUSES = (1.0, 2.0, 4.0)  # seconds between attempts of a remote read, so that a run survives short network failures
 
@@ -67,11 +69,20 @@ def is_url(value: str) -> bool:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand `a{0..2}`, `{08..11}` (keeps leading zeros) and `{x,y}`."""
+    """Expand `a{0..2}`, `{08..11}` (keeps leading zeros) and `{x,y}`.
+
+    Raises UserError for more than `MOST_NAMES` names.
+    """
+    parts = re.findall(r"\{([^{}]*)\}", pattern)
+    spans = [re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", part) for part in parts]
+    counts = [int(span[2]) - int(span[1]) + 1 if span else part.count(",") + 1
+              for part, span in zip(parts, spans, strict=True)]  # fmt: skip
+    if len(parts) > MOST_BRACES or math.prod(max(count, 1) for count in counts) > MOST_NAMES:
+        raise UserError(f"{pattern}: names more than {MOST_NAMES:,} files. Name fewer, or a pattern with *.")
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
         return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1])
     if span:
         width = len(span[1]) if span[1].startswith("0") else 0
         choices = [str(number).zfill(width) for number in range(int(span[1]), int(span[2]) + 1)]
