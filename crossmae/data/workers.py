@@ -68,13 +68,15 @@ def ignore_signals() -> None:
     SIGTERM from the main process must end the worker, because Python waits for its workers on exit. Only a thread can
     find out which process sent a signal.
     """
-    for number in set(SIGNALS) - {signal.SIGTERM}:
+    others = set(SIGNALS) - {signal.SIGTERM}
+    for number in others:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_end_with_parent, daemon=True).start()
     else:  # on macOS, torch ends a worker after any SIGTERM
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        others.add(signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, others)
 
 
 def _end_with_parent() -> None:
