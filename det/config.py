@@ -273,7 +273,8 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
             log.info("%s on the command line replaces %s of the config", by_steps, by_epochs)
     _merge(cfg, given, "command line")
     check_config(cfg)
-    cfg.OUTPUT_DIR = str(expand_path(cfg.OUTPUT_DIR, "OUTPUT_DIR"))
+    if (folder := expand_path(cfg.OUTPUT_DIR, "OUTPUT_DIR")) != Path(cfg.OUTPUT_DIR):
+        cfg.OUTPUT_DIR = str(folder)
     choose_device(cfg, asked="MODEL.DEVICE" in given)
     return cfg
 
