@@ -39,7 +39,7 @@ def load_yaml(text: str) -> Any:
     if _DEEP_START.search(text):  # PyYAML takes seconds for it
         raise ValueError(_TOO_DEEP)
     try:
-        value = yaml.load(text, _SettingsLoader)
+        value = _SettingsLoader(text).get_single_data()
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     except yaml.YAMLError as error:
