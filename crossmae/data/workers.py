@@ -170,7 +170,8 @@ def _find_end(error: RuntimeError) -> tuple[int | str, str, str] | None:
     if not _DEAD.search(text):
         return None
     # While the loader waits, torch raises a second error, without the reason.
-    text = next(text for text in (str(error.__cause__), text) if _DEAD.search(text))
+    texts = [text for text in (text, str(error.__cause__)) if _DEAD.search(text)]
+    text = next((text for text in texts if "killed by" in text or _EXIT_CODE.search(text)), text)
     code, found = _EXIT_CODE.search(text), _DEAD.search(text)
     assert found is not None
     how = found[2]
