@@ -143,7 +143,7 @@ def whole_facts(weights: Weights, given: Mapping[str, Any]) -> Facts:
 
 
 def _check_recorded_sizes(weights: Weights, facts: Facts, recorded: Mapping[str, Any]) -> None:
-    """Raise UserError for recorded sizes that the tensors contradict, before a model of these sizes is built."""
+    """Reject recorded sizes that the tensors contradict."""
     tensors = weights.tensors
     shown = {key: fact.value for key, fact in facts.items() if fact.source == "shapes" and key != "mlp_ratio"}
     if "mask_token" in tensors:

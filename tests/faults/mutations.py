@@ -81,9 +81,9 @@ MUTATIONS = {
     "retention": Mutation(
         "older checkpoints stay until the new one was read",
         CHECKPOINT,
-        "    _check_written(folder, set(tensors))\n",
-        "",
-        (RUN_CHECKPOINT, "-k", "older_checkpoints"),
+        "if reason := _reading_error(new, set(tensors)):",
+        'if reason := "":',
+        (RUN_CHECKPOINT, "-k", "older_checkpoints or does_not_open"),
     ),
     "keep": Mutation(
         "the newest checkpoints are kept",
@@ -174,14 +174,14 @@ MUTATIONS = {
         STATE,
         "        model.load_state_dict(tensors)\n",
         "        model.load_state_dict(tensors, strict=False)\n",
-        ("tests/crossmae/training/test_state.py", "-k", "fit or missing"),
+        ("tests/crossmae/training/test_state.py", "-k", "does_not_fit"),
     ),
     "strict_loading": Mutation(
         "weights that fit only in part are refused",
         "crossmae/checkpoints/loading.py",
         "    if problem or not report.ok:\n",
         "    if problem:\n",
-        ("tests/crossmae/checkpoints/test_loading.py", "-k", "stays_behind"),
+        ("tests/crossmae/checkpoints/test_pretrained.py",),
     ),
     "signals_in_workers": Mutation(
         "loader workers leave signals to the run",

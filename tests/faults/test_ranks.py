@@ -141,7 +141,9 @@ def test_processes_end_together_and_the_cause_is_the_last_line(
     assert ("Traceback" in runs[0].printed) == ("exception" in case)
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize(
+    "name", [name if name == "pretrain" else pytest.param(name, marks=pytest.mark.slow) for name in TRAINERS]
+)
 def test_a_frozen_process_ends_the_other_one(name: str, whole_of: WholeOf, zygote: Zygote, tmp_path: Path) -> None:
     """torchrun then ends the frozen process."""
     whole = whole_of(name)

@@ -136,24 +136,27 @@ class Zygote:
 
 
 def serve() -> dict[str, Any] | None:
-    """Answer requests. Return a request in the child that runs it, None at the end."""
+    """Answer requests. Return a request in the child that runs it, None at the end of the test."""
     children: set[int] = set()
     for line in sys.stdin:
         request = json.loads(line)
-        if request["do"] == "start":
-            for name in (f"tools.{request['tool']}", *request["imports"]):
-                importlib.import_module(name)
-            gc.freeze()  # the collector of a child then leaves the shared memory alone
-            pid = os.fork()
-            if not pid:
-                return dict(request)
-            children.add(pid)
-            answer(pid)
-        else:
-            code = wait(request["pid"], request["seconds"])
-            if code is not None:
-                children.discard(request["pid"])
-            answer(code)
+        try:
+            if request["do"] == "start":
+                for name in (f"tools.{request['tool']}", *request["imports"]):
+                    importlib.import_module(name)
+                gc.freeze()  # the collector of a child then leaves the shared memory alone
+                pid = os.fork()
+                if not pid:
+                    return dict(request)
+                children.add(pid)
+                answer(pid)
+            else:
+                code = wait(request["pid"], request["seconds"])
+                if code is not None:
+                    children.discard(request["pid"])
+                answer(code)
+        except BrokenPipeError:  # the test was killed
+            break
     for pid in children:
         os.killpg(pid, signal.SIGKILL)
     return None

@@ -129,7 +129,7 @@ def encoder_facts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
 
 
 def _check_img_size(size: Any, table: Tensor | None, patch_size: int) -> None:
-    """Raise UserError if recorded sides do not give the positions that are stored."""
+    """Reject recorded sides that do not give the stored positions."""
     if table is None or table.ndim != 3:
         return
     try:

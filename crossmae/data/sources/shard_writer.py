@@ -173,7 +173,8 @@ def _complete_shards(folder: Path, wanted: dict[str, Any]) -> dict[str, dict[str
 def _read_progress(path: Path) -> FolderIndex | None:
     """Read `progress.jsonl`, or return None if missing or damaged."""
     header, *entries = read_json_lines(path) or [{}]
-    settings, classes = (header.get(key) if isinstance(header, dict) else None for key in ("settings", "classes"))
+    found: list[Any] = [header.get(key) if isinstance(header, dict) else None for key in ("settings", "classes")]
+    settings, classes = found
     if not isinstance(settings, dict) or not all_are(str, classes):
         return None
     entries = [entry for entry in entries if isinstance(entry, dict) and all_are(str, entry.get("broken"))]

@@ -108,7 +108,8 @@ def read_folder_index(file: StoredFile) -> FolderIndex | None:
     if not isinstance(content, dict) or content.get("format") != INDEX_FORMAT:
         log.info("%s is no index by make_shards.py: ignored", file.name)
         return None
-    settings, classes, entries = (content.get(key) for key in ("settings", "classes", "shards"))
+    values: list[Any] = [content.get(key) for key in ("settings", "classes", "shards")]
+    settings, classes, entries = values
     fault = "settings, classes or shards are missing"
     if isinstance(settings, dict) and all_are(str, classes) and all_are(dict, entries):
         fault = next((found for entry in entries if (found := entry_fault(entry, len(classes)))), "")
@@ -129,15 +130,19 @@ def entry_fault(entry: Mapping[str, Any], classes: int) -> str:
         return f"{str(name)[:200]!r} is no file name, or leads out of the folder"
     if type(length) is not int or not isinstance(entry.get("sha256"), str):
         return f"{name}: bytes or sha256 is missing"
-    whole = isinstance(labels, list) and set(map(type, labels)) <= {int, type(None)}
-    if not whole or not all(label is None or 0 <= label < classes for label in labels):
+    if (
+        not isinstance(labels, list)
+        or not set(map(type, labels)) <= {int, type(None)}
+        or not all(label is None or 0 <= label < classes for label in labels)
+    ):
         return f"{name}: labels are not numbers of the {classes} classes"
     return _range_fault(name, entry, length)
 
 
 def _range_fault(name: str, lists: Mapping[str, Any], length: int) -> str:
     """Find a fault in the lists of a shard."""
-    names, offsets, sizes, labels = (lists.get(key) for key in ("names", "offsets", "sizes", "labels"))
+    found: list[Any] = [lists.get(key) for key in ("names", "offsets", "sizes", "labels")]
+    names, offsets, sizes, labels = found
     if not (all_are(str, names) and all_are(int, offsets) and all_are(int, sizes) and isinstance(labels, list)):
         return f"{name}: names, offsets, sizes or labels are missing"
     if len({len(names), len(offsets), len(sizes), len(labels)}) > 1:

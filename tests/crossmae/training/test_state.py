@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from crossmae.checkpoints.run_checkpoint import complete_checkpoints
 from crossmae.errors import UserError
@@ -104,3 +105,19 @@ def test_weights_that_are_not_finite_are_never_saved(
     ):
         pretrain(make_config(images, tmp_path / "run", checkpoint={"keep": 1}, optim={"ema": 0.9}))
     assert [folder.name for folder in complete_checkpoints(tmp_path / "run")] == ["step-00000003"]
+
+
+@pytest.mark.parametrize("change", ["missing", "left over", "another shape"])
+def test_a_checkpoint_that_does_not_fit_the_model_is_refused(tmp_path: Path, change: str) -> None:
+    """Nothing is resumed in part: the file of a checkpoint has the tensors of its run, or is of another model."""
+    model, path = nn.Linear(3, 2), tmp_path / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(tensors, path)
+    run_module.restore_weights(model, path)
+    if change == "missing":
+        del tensors["bias"]
+    else:
+        tensors["more" if change == "left over" else "bias"] = torch.zeros(5)
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=r"model\.safetensors: does not fit the config: .*(bias|more).*\. Resume with"):
+        run_module.restore_weights(model, path)

@@ -115,7 +115,8 @@ def test_a_run_repeats_and_resumes_bit_for_bit(tmp_path, command, capsys, reques
     main(command)
     printed = capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        ".claim.json", ".claim.lock", "checkpoints", "config.yaml", "inference", "log.jsonl", "log.txt", "model_best.json", "model_best.pth",
+        ".claim.json", ".claim.lock",
+        "checkpoints", "config.yaml", "inference", "log.jsonl", "log.txt", "model_best.json", "model_best.pth",
         "model_final.pth", "pictures", "report.html", "results.json", "run.json", "tensorboard",
     ]  # fmt: skip
     report = (tmp_path / "out/report.html").read_text()
