@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ class Whole:
         events: file events in their order, as "kind path".
         digest: comparable content of the run folder.
         steps: length of the run.
+        seconds: time of the run.
     """
 
     trainer: Trainer
@@ -31,6 +33,7 @@ class Whole:
     events: list[str]
     digest: dict[str, Any]
     steps: int
+    seconds: float
 
 
 WholeOf = Callable[[str], Whole]
@@ -53,11 +56,14 @@ def whole_of(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> WholeO
         if name not in known:
             trainer, folder = TRAINERS[name], tmp_path_factory.mktemp(name)
             words, record = trainer.write(folder), folder / "events.txt"
+            zygote.load(trainer.tool, trainer.imports)
+            begun = time.monotonic()
             run = trainer.start(zygote, words, folder / "whole", {"record": str(record)})
             assert run.wait() == 0, run.printed
+            seconds = time.monotonic() - begun
             steps = step_of(complete_checkpoints(run.folder / "run")[-1])
             events = record.read_text().splitlines()
-            known[name] = Whole(trainer, words, events, digest(run.folder / "run"), steps)
+            known[name] = Whole(trainer, words, events, digest(run.folder / "run"), steps, seconds)
         return known[name]
 
     return find

@@ -146,7 +146,7 @@ MUTATIONS = {
         STATE,
         '        own = own_losses(state["losses"], ranks.rank)\n',
         "        own: list[Losses] = []\n",
-        (EXACT, "-k", "signal_ends"),
+        (SIGNALS, "-k", "finetune and nothing and step-signals0 and not first"),
     ),
     "log": Mutation(
         "the log is cut after the step of the checkpoint",

@@ -119,7 +119,7 @@ def test_a_signal_to_one_process_stops_both_and_nothing_is_lost(
 
 
 FAULTS = {  # the fault, the process that has it, and what the last line holds
-    "a loss is NaN": ({"act": "nan", "call": LOSS, "number": 7}, 1, "error: "),
+    "a loss is NaN": ({"act": "nan", "call": LOSS, "number": 7}, 1, "the norm of the gradient is nan"),
     "an exception": ({"act": "raise", "call": LOSS, "number": 7}, 1, "InjectedError: an injected fault"),
     "an exception in a save": ({"act": "raise", "call": "saving", "number": 1}, 0, "InjectedError: an injected fault"),
     "SIGKILL": ({"act": "kill", "call": LOSS, "number": 7}, 1, "error: "),
