@@ -36,6 +36,7 @@ from crossmae.models.crossmae import create_model
 from crossmae.pretraining.config import PretrainConfig
 from crossmae.reports.run_folder import read_log
 from crossmae.training.config import load_typed_config
+from crossmae.training.log import truncate_log
 from crossmae.training.resume import find_start, is_complete
 from tests.crossmae.classification.classifiers import write_classifier
 from tests.crossmae.data.sources.source_files import encoded, tar_bytes
@@ -308,6 +309,7 @@ def _continue_run(folder: Path, _: list[str]) -> None:
     is_complete(start, 100, {"images": "4"})
     if start:
         read_state(start)
+    truncate_log(folder / "log.jsonl", 5)
     read_log(folder / "log.jsonl", "epoch")
     read_json_lines(folder / "broken.jsonl", name=str)
 

@@ -19,6 +19,7 @@ from crossmae.errors import UserError
 from crossmae.experiments.rows import read_rows
 from crossmae.files import load_json, load_literal, load_yaml, read_json_lines
 from crossmae.reports.run_folder import read_log
+from crossmae.training.log import truncate_log
 from tests.crossmae.data.sources.source_files import encoded, tar_bytes
 from tests.crossmae.experiments.sample_rows import sample_rows
 from tests.fuzz.attempts import limited
@@ -115,6 +116,7 @@ def test_a_line_of_a_log_is_skipped(tmp_path: Path, line: str) -> None:
     path = write(tmp_path / "log.jsonl", f'{line}\n\udcff\n{{"step": 1, "epoch": 1}}\n')
     assert [row for row in read_json_lines(path, step=float) if row] == [{"step": 1, "epoch": 1}]
     assert read_log(path, "epoch").rows == [{"step": 1, "epoch": 1}]
+    assert truncate_log(path, 5) == [{"step": 1, "epoch": 1}]
 
 
 @pytest.mark.parametrize(
