@@ -66,6 +66,7 @@ def save_checkpoint(
         run: folder of the run.
         step: number of finished optimizer steps.
         state: nested dicts and lists of tensors, numbers and strings.
+        keep: number of checkpoints to keep, 0 for all.
 
     Returns:
         The folder of the checkpoint.

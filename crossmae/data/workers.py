@@ -11,9 +11,12 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing import AuthenticationError
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import psutil
@@ -27,6 +30,7 @@ log = logging.getLogger(__name__)
 NAMES_OF_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 SIGNALS: tuple[signal.Signals, ...] = tuple(getattr(signal, name) for name in NAMES_OF_SIGNALS if hasattr(signal, name))
 SHARED_MEMORY = Path("/dev/shm")
+DEATH_SECONDS = 5.0  # longest time from the first trace of a worker's death to its end
 NO_SHARED_MEMORY_EXIT_CODE, NO_FILES_EXIT_CODE, FAILED_EXIT_CODE = 75, 76, 77  # of a worker that cannot send a batch
 _DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? (\d+)[\d, ]*\) (?:is killed by signal: (\w[\w ]*)|exited)")
 _CAUGHT = re.compile(r"Caught \w+ in DataLoader worker process (\d+)")
@@ -57,6 +61,7 @@ def blocked_signals() -> Iterator[None]:
 def prepare_worker(_: int) -> None:
     """Ignore the run's signals, and end if a batch cannot be sent."""
     ignore_signals()
+    sys.excepthook = _report_unless_cut_off
     # By default, the batch would be dropped, and the main process would wait for it forever.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # type: ignore[attr-defined]
 
@@ -68,19 +73,27 @@ def ignore_signals() -> None:
     SIGTERM from the main process must end the worker, because Python waits for its workers on exit. Only a thread can
     find out which process sent a signal.
     """
-    for number in set(SIGNALS) - {signal.SIGTERM}:
+    others = set(SIGNALS) - {signal.SIGTERM}
+    for number in others:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_end_with_parent, daemon=True).start()
     else:  # on macOS, torch ends a worker after any SIGTERM
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        others.add(signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, others)
 
 
 def _end_with_parent() -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
         pass
     os._exit(0)  # torch reports an error for any other exit code
+
+
+def _report_unless_cut_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Report an error of a thread, unless the main process hung up."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_unsent(error: BaseException, _: object) -> None:
@@ -157,7 +170,8 @@ def _find_end(error: RuntimeError) -> tuple[int | str, str, str] | None:
     if not _DEAD.search(text):
         return None
     # While the loader waits, torch raises a second error, without the reason.
-    text = next(text for text in (str(error.__cause__), text) if _DEAD.search(text))
+    texts = [text for text in (text, str(error.__cause__)) if _DEAD.search(text)]
+    text = next((text for text in texts if "killed by" in text or _EXIT_CODE.search(text)), text)
     code, found = _EXIT_CODE.search(text), _DEAD.search(text)
     assert found is not None
     how = found[2]
@@ -217,8 +231,36 @@ class _Batches:
         return getattr(self.batches, name)
 
     def __next__(self) -> Any:
-        with explain_dead_workers(self.key, number_of=self._name):
+        try:
+            with explain_dead_workers(self.key, number_of=self._name):
+                return self._next()
+        except DeadWorker:
+            with suppress(RuntimeError):  # about another dead worker
+                self.batches._shutdown_workers()
+            raise
+
+    def _next(self) -> Any:
+        try:
             return next(self.batches)
+        except (OSError, EOFError, AuthenticationError, RuntimeError) as error:
+            # The main process asks a worker for the memory of a batch: a dead worker does not answer. And torch's error
+            # may lack the reason.
+            is_other = isinstance(error, RuntimeError) and not _DEAD.search(str(error))
+            dead = None if is_other or _CAUGHT.search(str(error)) else self._find_dead()
+            if dead is None:
+                raise
+            name = signal.strsignal(-dead.exitcode) if dead.exitcode < 0 else None
+            end = f"is killed by signal: {name}" if name else f"exited unexpectedly with exit code {dead.exitcode}"
+            raise RuntimeError(f"DataLoader worker (pid {dead.pid}) {end}.") from error
+
+    def _find_dead(self) -> Any:
+        """Find a worker that ended, also a little later than its answer."""
+        end = time.monotonic() + DEATH_SECONDS
+        while time.monotonic() < end:
+            if dead := next((worker for worker in self.workers if worker.exitcode), None):
+                return dead
+            time.sleep(0.02)
+        return None
 
     def _name(self, process: int) -> str:
         workers = self.workers

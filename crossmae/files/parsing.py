@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from typing import Any
 
 import yaml
@@ -35,6 +36,8 @@ def load_yaml(text: str) -> Any:
     """
     if len(text) > MAX_SETTINGS_TEXT:
         raise ValueError(f"{len(text):,} characters are more than {MAX_SETTINGS_TEXT:,}")
+    if _DEEP_START.search(text):  # PyYAML takes seconds for it
+        raise ValueError(_TOO_DEEP)
     try:
         value = yaml.load(text, _SettingsLoader)
     except RecursionError:
@@ -68,11 +71,13 @@ class _SettingsLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         given = node.value if isinstance(node, yaml.MappingNode) else []
         plain = [key.value for key, _ in given if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge")]
-        if again := [key for key in plain if plain.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {again[0]!r} is given again", node.start_mark)
+        if len(set(plain)) < len(plain):
+            again = next(key for at, key in enumerate(plain) if key in plain[:at])
+            raise yaml.constructor.ConstructorError(None, None, f"the key {again!r} is given again", node.start_mark)
         return dict(super().construct_mapping(node, deep))
 
 
+_DEEP_START = re.compile(rf"(?:[\[{{]\s*){{{MAX_DEPTH + 1}}}")
 _TOO_DEEP = f"more than {MAX_DEPTH} lists or mappings in each other"
 
 

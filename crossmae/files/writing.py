@@ -132,10 +132,11 @@ def _probe(path: Path, folder: Path) -> OSError | None:
 
 
 def put_in_place(new: Path, path: Path) -> None:
-    """Rename a folder to `path` at once, flushed to disk.
+    """Rename a folder to `path` at once.
 
-    An existing folder at `path` is afterwards at `new`. Systems without an exchange of names rename twice: a process
-    that is killed in between leaves the existing folder under a name that ends with .replaced.
+    The rename is flushed to disk. An existing folder at `path` is afterwards at `new`. Systems without an exchange of
+    names rename twice: a process that is killed in between leaves the existing folder under a name that ends with
+    .replaced.
     """
     if not path.exists():
         os.rename(new, path)

@@ -20,6 +20,8 @@ from torch import Tensor
 from crossmae.data.workers import SIGNALS, DeadWorker, Loader, explain_dead_workers
 
 ROOT = Path(__file__).parents[3]
+# torch raises in a signal handler. In a callback of the garbage collection, Python reports this error and drops it.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 class Slow:
@@ -139,6 +141,30 @@ def test_a_batch_that_cannot_be_sent_ends_the_run(capfd: pytest.CaptureFixture[s
     with pytest.raises(DeadWorker, match=r"ended with exit code 77\. Probable cause: it could not send a batch, and"):
         list(open_loader(Unsendable(), collate_fn=list))
     assert "Can't pickle" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(), FileNotFoundError(), EOFError()], ids=repr)
+def test_a_dead_worker_that_does_not_answer_is_explained(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """The main process asks for the memory of a batch, and the worker dies before it answers."""
+    batches = iter(open_loader(Slow()))
+
+    def ask_in_vain(*_: object) -> None:
+        monkeypatch.undo()
+        os.kill(batches.workers[0].pid, signal.SIGKILL)
+        raise error
+
+    monkeypatch.setattr(type(batches.batches), "_next_data", ask_in_vain)
+    with pytest.raises(DeadWorker, match=r"\(worker 1 of 2, process \d+\) was killed by a signal \(Killed\)"):
+        next(batches)
+    assert not any(worker.is_alive() for worker in batches.workers)
+
+
+def test_an_error_of_the_files_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crossmae.data.workers.DEATH_SECONDS", 0.1)
+    batches = iter(open_loader(Slow()))
+    monkeypatch.setattr(type(batches.batches), "_next_data", lambda _: (_ for _ in ()).throw(OSError("a bug")))
+    with pytest.raises(OSError, match="a bug"):
+        next(batches)
 
 
 def test_other_errors_stay_as_they_are() -> None:

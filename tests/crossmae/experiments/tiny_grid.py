@@ -54,4 +54,8 @@ def twelve_cells(folder: Path) -> list[Cell]:
 if __name__ == "__main__":
     set_up_log()
     FOLDER, JOBS = Path(sys.argv[1]), int(sys.argv[2])
-    run_cli(lambda: logging.info("%d rows", len(run_cells(twelve_cells(FOLDER), FOLDER / "results.jsonl", jobs=JOBS))))
+    run_cli(
+        lambda: logging.getLogger("tools").info(
+            "%d rows", len(run_cells(twelve_cells(FOLDER), FOLDER / "results.jsonl", jobs=JOBS))
+        )
+    )
