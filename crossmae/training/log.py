@@ -8,8 +8,9 @@ import logging
 import math
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from crossmae.data.broken import Broken
 from crossmae.data.sources import Source
 from crossmae.errors import UserError, import_extra
-from crossmae.files import read_json_lines, write_text
+from crossmae.files import is_number, name_write_errors, read_json_lines, write_text
 from crossmae.reports.figures import save_figure
 from crossmae.training.schedule import Schedule
 
@@ -58,6 +59,7 @@ class RunLog:
         self.folder, self.schedule, self.first_step = folder, schedule, step
         self.is_main, self.word, self.wandb = is_main, word, wandb
         self.writers = ExitStack()
+        self.board: SummaryWriter | None = None
         self.rows: list[dict[str, Any]] = []
         if is_main and resumed:
             self.rows = truncate_log(folder / LOG, step)
@@ -70,8 +72,8 @@ class RunLog:
         if self.wandb is not None:
             self.writers.callback(self.wandb.finish)
         if self.is_main:
-            board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.first_step + 1)
-            self.board = self.writers.enter_context(board)
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.first_step + 1)
+            self.writers.callback(self.close_board)
             self.lines = self.writers.enter_context(open(self.folder / LOG, "a", encoding="utf-8"))
         bar = tqdm(desc=self.word, dynamic_ncols=True, disable=not self.is_main, **steps)
         self.bar = self.writers.enter_context(bar)
@@ -79,6 +81,10 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.writers.close()
+
+    def close_board(self) -> None:
+        """Write what TensorBoard has not written yet."""
+        self.show(lambda board: board.close())
 
     def progress(self, step: int, losses: Mapping[str, float], values: Mapping[str, float], memory: float) -> None:
         """Log the progress of training, and update the progress bar.
@@ -101,10 +107,11 @@ class RunLog:
         rounded = {key: float(f"{value:.6g}") for key, value in values.items()}
         line = {"step": step, "epoch": round(self.schedule.epoch(step), 4), **rounded}
         self.rows.append(line)
-        self.lines.write(json.dumps(line) + "\n")
-        self.lines.flush()
+        with name_write_errors(self.folder / LOG):
+            self.lines.write(json.dumps(line) + "\n")
+            self.lines.flush()
         for key, value in values.items():
-            self.board.add_scalar(key, value, step)
+            self.show(partial(SummaryWriter.add_scalar, tag=key, scalar_value=value, global_step=step))
         if self.wandb is not None:
             self.wandb.log(dict(values), step=step)
 
@@ -114,13 +121,23 @@ class RunLog:
         folder.mkdir(exist_ok=True)
         path = folder / f"step-{step:08d}.png"
         save_figure(figure, path)
-        self.board.add_figure(name, figure, step)
+        self.show(lambda board: board.add_figure(name, figure, step))
         if self.wandb is not None:
             self.wandb.log({name: importlib.import_module("wandb").Image(str(path))}, step=step)
 
     def image(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
         """Show an image (H, W, 3) in TensorBoard."""
-        self.board.add_image(name, pixels, step, dataformats="HWC")
+        self.show(lambda board: board.add_image(name, pixels, step, dataformats="HWC"))
+
+    def show(self, add: Callable[[SummaryWriter], object]) -> None:
+        """Add something to TensorBoard, whose files may fail: training goes on without them."""
+        if self.board is None:
+            return
+        try:
+            add(self.board)
+        except OSError as error:
+            log.warning("%s: TensorBoard ends, training goes on: %s", self.folder / "tensorboard", error.strerror)
+            self.board = None
 
     def announce(self, step: int, values: Mapping[str, float]) -> None:
         """Record and log the values measured at a step."""
@@ -176,7 +193,7 @@ class BrokenImages:
         self.path, self.source, self.most = path, source, math.floor(budget * len(source))
         if not resumed:
             path.unlink(missing_ok=True)
-        self.known = {str(row["name"]) for row in read_json_lines(path) if "name" in row}
+        self.known = {row["name"] for row in read_json_lines(path, name=str)}
 
     def add(self, broken: Sequence[Broken]) -> None:
         """Count and list new broken images."""
@@ -201,8 +218,8 @@ def truncate_log(path: Path, step: int) -> list[dict[str, Any]]:
 
     Measurements of `step` are dropped, too.
     """
-    rows = [row for row in read_json_lines(path) if isinstance(row, dict)]
-    rows = [row for row in rows if (at := row.get("step", math.inf)) < step or (at == step and "loss" in row)]
+    rows = [{key: one for key, one in row.items() if is_number(one)} for row in read_json_lines(path, step=float)]
+    rows = [row for row in rows if row["step"] < step or (row["step"] == step and "loss" in row)]
     if path.exists():
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows

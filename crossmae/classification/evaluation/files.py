@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import matplotlib as mpl
@@ -37,7 +36,7 @@ from crossmae.classification.evaluation.figures import calibration_figure, confu
 from crossmae.classification.evaluation.metrics import LABEL_THRESHOLD, ClassificationScores, Predictions
 from crossmae.data.pixels import to_tensor, to_unit_range
 from crossmae.errors import UserError
-from crossmae.files import make_folder, stream_text, sync_folder, write_atomically, write_json
+from crossmae.files import make_folder, stream_text, sync_folder, temporary_folder, write_atomically, write_json
 from crossmae.pretraining.figures import DARK, to_display, whole_scale
 from crossmae.reports.figures import save_figure
 
@@ -69,8 +68,7 @@ def write_evaluation(
         UserError: the folder is not writable.
     """
     make_folder(folder, "output_dir")
-    with TemporaryDirectory(prefix=".evaluation-", dir=folder) as temporary:
-        new = Path(temporary)
+    with temporary_folder(folder / EVALUATION) as new:
         classes = _class_rows(scores, class_names)
         _write_csv(new / PER_CLASS_CSV, [list(classes[0]), *(list(row.values()) for row in classes)])
         _write_csv(new / PREDICTIONS_CSV, _prediction_rows(predictions, class_names, sample_names))
