@@ -18,7 +18,10 @@ UNCOMPARED = "tensorboard"
 
 
 def digest(run: Path) -> dict[str, Any]:
-    """Return what a run folder holds, by file and entry. Tensors and other files are SHA-256 digests."""
+    """Return what a run folder holds, by file and entry. Tensors and other files are SHA-256 digests.
+
+    The versions in a record are left out: they have the revision of this repository, which may change during a test.
+    """
     found: dict[str, Any] = {}
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()
@@ -33,6 +36,9 @@ def digest(run: Path) -> dict[str, Any]:
             with safe_open(path, "pt") as file:
                 content = {"metadata": file.metadata()} | {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             found |= {f"{name}:{key}": value for key, value in entries(content, "")}
+        elif path.name == "run.json":
+            record = json.loads(path.read_text("utf-8"))
+            found |= {f"{name}:{key}": value for key, value in record.items() if key != "versions"}
         elif path.suffix == ".jsonl":
             rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
             found |= {f"{name}:{number}": without_timings(row) for number, row in enumerate(rows)}

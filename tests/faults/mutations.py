@@ -151,7 +151,7 @@ MUTATIONS = {
     "log": Mutation(
         "the log is cut after the step of the checkpoint",
         "crossmae/training/log.py",
-        'if (at := row.get("step", math.inf)) < step or (at == step and "loss" in row)]',
+        ' if row["step"] < step or (row["step"] == step and "loss" in row)]',
         "]",
         ("tests/crossmae/training/test_log.py", "-k", "cut"),
     ),

@@ -5,6 +5,7 @@ SLURM, systemd, `timeout`, a terminal and Ctrl-C signal the whole group: the run
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import time
@@ -86,6 +87,9 @@ def test_a_signal_saves_the_run_and_nothing_is_lost(
     expected = {"first step": 1, "step": 4}.get(place)
     assert saved[-1:] == [expected or saved[-1]], run.printed
     assert f"stopped after step {saved[-1]}, which is saved" in run.printed
+    if place == "judging":  # the evaluation was cut off, and is made up
+        rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+        assert all("lr" in row for row in rows if row["step"] == saved[-1])
 
     resumed = whole.trainer.start(zygote, [*whole.words, "--resume"], tmp_path)
     assert resumed.wait() == 0, resumed.printed
