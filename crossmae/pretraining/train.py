@@ -78,7 +78,7 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
     complete = is_complete(start, schedule.last_step, fingerprint)
     origin = recorded_inheritance(start / MODEL) if start else {}
     if config.model.init and not start:
-        report = start_from(model, config.model.init.expanduser(), arguments, data)
+        report = start_from(model, config.model.init, arguments, data)
         given = [key for key in config.model.model_fields_set if getattr(config.model, key) is not None]
         found = assumed(report.assumed, given=[key for key in given if key in MODEL_KEYS])
         say_assumed(found, MODEL_KEYS)

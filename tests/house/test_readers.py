@@ -18,7 +18,6 @@ ALLOWED = {
     "det/evaluation/report.py": "what json.dumps has just written",
     "det/training/checkpoint.py": "what json.dumps has just written",
     "det/training/train.py": "what json.dumps has just written",
-    "crossmae/classification/train/train.py": "metadata of weights",
 }
 
 

@@ -23,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from crossmae.checkpoints.formats.facts import MODEL_KEYS, assumed
-from crossmae.checkpoints.metadata import CLASSES, FORMAT, recorded_arguments
+from crossmae.checkpoints.metadata import CLASSES, FORMAT, recorded_arguments, recorded_names
 from crossmae.checkpoints.provenance import inherited, recorded_inheritance
 from crossmae.checkpoints.reading.files import find_file
 from crossmae.checkpoints.run_checkpoint import MODEL
@@ -364,7 +364,7 @@ def start_head(model: VisionTransformer, weights: Weights, settings: ClassifierC
     Classes that the classifier does not have keep their random rows. The head stays random if its kind or its pooling
     differs, or no class is in both.
     """
-    pairs = pair_names(classes, json.loads(weights.metadata.get(CLASSES, "[]")))
+    pairs = pair_names(classes, recorded_names(weights.metadata, CLASSES))
     same = all(weights.metadata.get(key) == getattr(settings, key) for key in PLAIN)
     if not same or len(pairs.unknown) == len(classes):
         why = "none of its classes is in data.train" if same else "it is for another model.head or model.pool"
