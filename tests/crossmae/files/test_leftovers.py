@@ -40,7 +40,11 @@ def tree(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "x" * 250, "\U0001f600" * 62, "caf\udce9.png", "a\nb"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "x" * 250, "\U0001f600" * 62, "caf\udce9.png", "a\nb"],
+    ids=["plain", "long", "wide", "not-utf-8", "two-lines"],
+)
 def test_what_a_killed_writer_left_is_removed_and_named(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
