@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from crossmae.errors import shorten
+from crossmae.errors import printable, shorten
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def sweep(folder: Path, depth: int = DEPTH, min_age: float = 0.0) -> list[str]:
             continue
         removed.append(str(path.relative_to(folder)))
     if removed:
-        log.info("%s: removed what a killed process left: %s", folder, shorten(sorted(removed)))
+        log.info("%s: removed what a killed process left: %s", folder, shorten(sorted(map(printable, removed))))
     return removed
 
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from crossmae.errors import printable
 from crossmae.files.leftovers import MOST_LETTERS, SHARED_SECONDS, is_leftover, probe_name, sweep, temporary_name
 
 ROOT = Path(__file__).parents[3]
@@ -56,7 +57,7 @@ def test_what_a_killed_writer_left_is_removed_and_named(
     with caplog.at_level(logging.INFO):
         assert sweep(tmp_path) == [left]
     assert tree(tmp_path) == {"keep"}
-    assert caplog.messages == [f"{tmp_path}: removed what a killed process left: {left}"]
+    assert caplog.messages == [f"{tmp_path}: removed what a killed process left: {printable(left)}"]
     caplog.clear()
     assert sweep(tmp_path) == []
     assert not caplog.messages
