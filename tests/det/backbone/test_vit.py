@@ -222,7 +222,7 @@ def test_sides_that_are_no_multiple_of_the_patch_are_refused():
     ("override", "message"),
     [
         ("MODEL.VIT.PATCH_SIZE=14", "MODEL.VIT: img_size 1024 is not a multiple of patch_size 14"),
-        ("MODEL.VIT.NUM_HEADS=5", "MODEL.VIT: a width of 768 cannot be split over 5 attention heads"),
+        ("MODEL.VIT.NUM_HEADS=5", "MODEL.VIT.NUM_HEADS: 5 does not divide MODEL.VIT.EMBED_DIM 768"),
         ("MODEL.VIT.SCALE_FACTORS=[3.0]", r"MODEL.VIT: SCALE_FACTORS \[3.0\] is not possible. Use neighbours of"),
         (
             "MODEL.VIT.SCALE_FACTORS=[2.0, 0.5]",
@@ -235,9 +235,9 @@ def test_sides_that_are_no_multiple_of_the_patch_are_refused():
 def test_impossible_settings_name_the_section(override, message):
     from detectron2.layers import ShapeSpec
 
-    cfg = load_det_config("coco_mask_rcnn.yaml", [override, "MODEL.VIT.SQUARE_PAD=0", "MODEL.VIT.SQUARE_PAD_TEST=0"])
+    words = [override, "MODEL.VIT.SQUARE_PAD=0", "MODEL.VIT.SQUARE_PAD_TEST=0"]
     with torch.device("meta"), pytest.raises(UserError, match=message):
-        build_crossmae_vitdet_backbone(cfg, ShapeSpec(channels=3))
+        build_crossmae_vitdet_backbone(load_det_config("coco_mask_rcnn.yaml", words), ShapeSpec(channels=3))
 
 
 @pytest.mark.parametrize("scale_factors", [(2.0, 1.0), (4.0, 2.0), (1.0, 0.5)])

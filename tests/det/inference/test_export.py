@@ -142,7 +142,7 @@ def test_a_loaded_program_finds_what_detectron2_finds(tmp_path):
         ["MODEL.MASK_ON=False", "INPUT.FORMAT=BGR", "MODEL.PIXEL_MEAN=[10., 100., 200.]"],
         ["MODEL.PROPOSAL_GENERATOR.MIN_SIZE=9", "MODEL.RPN.PRE_NMS_TOPK_TEST=30", "MODEL.RPN.POST_NMS_TOPK_TEST=12"],
         ["MODEL.ROI_HEADS.SCORE_THRESH_TEST=0.3", "TEST.DETECTIONS_PER_IMAGE=100"],
-        ["MODEL.VIT.POS_EMBED=absolute_win", "MODEL.VIT.ATTENTION=materialized", "TEST.DETECTIONS_PER_IMAGE=-1"],
+        ["MODEL.VIT.POS_EMBED=absolute_win", "MODEL.VIT.ATTENTION=materialized", "TEST.DETECTIONS_PER_IMAGE=1000"],
     ],
     ids=lambda overrides: overrides[0].split(".")[-1],
 )
