@@ -130,13 +130,16 @@ class RunLog:
         self.show(lambda board: board.add_image(name, pixels, step, dataformats="HWC"))
 
     def show(self, add: Callable[[SummaryWriter], object]) -> None:
-        """Add something to TensorBoard, whose files may fail: training goes on without them."""
+        """Add something to TensorBoard.
+
+        If its files cannot be written, training continues without TensorBoard.
+        """
         if self.board is None:
             return
         try:
             add(self.board)
         except OSError as error:
-            log.warning("%s: TensorBoard ends, training goes on: %s", self.folder / "tensorboard", error.strerror)
+            log.warning("%s: TensorBoard ends, training continues: %s", self.folder / "tensorboard", error.strerror)
             self.board = None
 
     def announce(self, step: int, values: Mapping[str, float]) -> None:

@@ -36,9 +36,9 @@ def digest(run: Path) -> dict[str, Any]:
             with safe_open(path, "pt") as file:
                 content = {"metadata": file.metadata()} | {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             found |= {f"{name}:{key}": value for key, value in entries(content, "")}
-        elif path.name == "run.json":
-            record = json.loads(path.read_text("utf-8"))
-            found |= {f"{name}:{key}": value for key, value in record.items() if key != "versions"}
+        elif path.suffix == ".json":
+            pairs = entries(json.loads(path.read_text("utf-8")), "")
+            found |= {f"{name}:{key}": value for key, value in pairs if "/versions/" not in key}
         elif path.suffix == ".jsonl":
             rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
             found |= {f"{name}:{number}": without_timings(row) for number, row in enumerate(rows)}

@@ -119,6 +119,7 @@ def test_captions_and_logs_of_detection(tmp_path: Path, monkeypatch: pytest.Monk
     sample = {"file_name": f"photos/{LINES}", "instances": [], "width": 8, "height": 8, "image": torch.zeros(3, 8, 8)}
     assert caption(sample, pixels).splitlines()[0] == f"{SHOWN[1]}, objects: 0"
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's report cannot be sent with odd bytes in it
-    with log_file(tmp_path):
+    with log_file(tmp_path, True) as start:
+        start()
         logging.getLogger("det").warning("%s is odd", LATIN)
     assert f"{SHOWN[0]} is odd" in (tmp_path / LOG).read_text("utf-8")

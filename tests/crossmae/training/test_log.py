@@ -65,4 +65,4 @@ def test_training_goes_on_without_tensorboard(
             records.record(step, {"loss": 1.0})
     assert [row["step"] for row in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())] == [1, 2, 3]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "TensorBoard ends, training goes on: No space left on device" in caplog.text
+    assert "TensorBoard ends, training continues: No space left on device" in caplog.text
