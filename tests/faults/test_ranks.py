@@ -126,8 +126,15 @@ FAULTS = {  # the fault, the process that has it, and what the last line holds
 }
 
 
-@pytest.mark.parametrize("case", FAULTS)
-@pytest.mark.parametrize("name", TRAINERS)
+# An exception takes the same way for every trainer.
+PAIRS = [
+    pytest.param(name, case, marks=[pytest.mark.slow] if "exception" in case and name != "train_net" else [])
+    for name in TRAINERS
+    for case in FAULTS
+]
+
+
+@pytest.mark.parametrize("name, case", PAIRS)
 def test_processes_end_together_and_the_cause_is_the_last_line(
     name: str, case: str, whole_of: WholeOf, zygote: Zygote, tmp_path: Path
 ) -> None:
