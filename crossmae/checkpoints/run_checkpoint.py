@@ -103,6 +103,16 @@ def save_checkpoint(
     return folder
 
 
+def drop_older(run: Path, newest: Path, keep: int) -> None:
+    """Delete all except `keep` checkpoints up to `newest`.
+
+    A run that was killed after a save may have left them. `newest` must be valid.
+    """
+    older = [folder for folder in complete_checkpoints(run) if step_of(folder) <= step_of(newest)]
+    for old in older[:-keep]:
+        _remove(old, CHECKPOINT_FILES)
+
+
 def _reading_error(folder: Path, names: set[str]) -> str | None:
     """Open a new checkpoint again, without reading its tensors twice."""
     reason = defect(folder, contents=True)

@@ -23,6 +23,7 @@ from crossmae.checkpoints.run_checkpoint import (
     checkpoint_bytes,
     checkpoint_names,
     complete_checkpoints,
+    drop_older,
     latest_checkpoint,
     read_state,
     step_of,
@@ -172,6 +173,8 @@ def claimed(run: RunSettings, job: Job, found: list[str]) -> Iterator[None]:
                 f"{run.folder_key}: another run has just written checkpoints in {run.folder}. Start this run again."
             )
         sweep_run(run.folder)
+        if job.start:
+            drop_older(run.folder, job.start, run.keep)
         weights = sum(tensor.numel() * tensor.element_size() for tensor in job.model.state_dict().values())
         checkpoint = checkpoint_bytes(weights, OPTIMIZER_COPIES, run.ema is not None)
         more = weights * 2 * (1 if run.ema is None else 2)  # the final and the best weights
