@@ -57,7 +57,7 @@ def save_checkpoint(
     record: Any,
     keep: int,
 ) -> Path:
-    """Write a checkpoint, then delete all except the newest `keep` checkpoints.
+    """Write a checkpoint, then delete all except `keep` up to it.
 
     The checkpoint is written and read again in a temporary folder, and appears by one rename. An earlier checkpoint of
     the same step is there until then. Older checkpoints are deleted last.
@@ -98,18 +98,17 @@ def save_checkpoint(
             if path.name not in (MANIFEST, *CHECKPOINT_FILES):
                 path.rename(folder / path.name)
         sync_folder(run)
-    for old in complete_checkpoints(run)[:-keep]:
-        _remove(old, CHECKPOINT_FILES)
+    drop_older(run, folder, keep)
     return folder
 
 
 def drop_older(run: Path, newest: Path, keep: int) -> None:
-    """Delete all except `keep` checkpoints up to `newest`.
+    """Delete all except `keep` checkpoints up to `newest`, which is valid.
 
-    A run that was killed after a save may have left them. `newest` must be valid.
+    Later ones stay, because their contents may not match their manifests: then `newest` is the last good one.
     """
-    older = [folder for folder in complete_checkpoints(run) if step_of(folder) <= step_of(newest)]
-    for old in older[:-keep]:
+    upto = [folder for folder in complete_checkpoints(run) if step_of(folder) <= step_of(newest)]
+    for old in upto[:-keep]:
         _remove(old, CHECKPOINT_FILES)
 
 

@@ -88,8 +88,8 @@ MUTATIONS = {
     "keep": Mutation(
         "the newest checkpoints are kept",
         CHECKPOINT,
-        "for old in complete_checkpoints(run)[:-keep]:",
-        "for old in complete_checkpoints(run)[:keep]:",
+        "for old in upto[:-keep]:",
+        "for old in upto[:keep]:",
         (RUN_CHECKPOINT, "-k", "retention"),
     ),
     "lock": Mutation(

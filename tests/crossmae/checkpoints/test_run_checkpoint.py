@@ -56,6 +56,18 @@ def test_round_trip_and_retention(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_a_later_damaged_checkpoint_does_not_cost_the_new_one(tmp_path: Path) -> None:
+    """A run continued before the damage, so its newest good checkpoint is not the last by name."""
+    for step in (1, 2, 9):
+        folder = save(tmp_path, step, keep=9)
+    torn = bytearray((folder / STATE).read_bytes())
+    torn[-1] ^= 1
+    (folder / STATE).write_bytes(torn)
+    new = save(tmp_path, 3, keep=1)
+    assert latest_checkpoint(tmp_path) == new
+    assert steps(tmp_path) == [3, 9]
+
+
 def test_latest_complete_wins_over_a_zoo_of_bad_entries(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = save(tmp_path, 1, keep=9)
     (save(tmp_path, 2, keep=9) / MANIFEST).unlink()

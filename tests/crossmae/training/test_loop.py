@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crossmae.checkpoints.run_checkpoint import complete_checkpoints
+from crossmae.checkpoints.run_checkpoint import complete_checkpoints, step_of
 from crossmae.errors import UserError
 from crossmae.pretraining.train import pretrain
 from crossmae.training import state as run_module
@@ -29,6 +29,16 @@ def test_resume_is_exact_to_the_bit(images: Path, tmp_path: Path, stop: int, wor
     torch.manual_seed(1234)
     pretrain(make_config(images, tmp_path / "parts", **settings), resume=True)
     assert_same(digest(tmp_path / "whole"), digest(tmp_path / "parts"))
+
+
+def test_checkpoints_that_a_killed_run_did_not_delete_are_deleted(images: Path, tmp_path: Path) -> None:
+    """It was killed after its last save."""
+    run, checkpoint = tmp_path / "run", {"keep": 9, "every_steps": 1}
+    pretrain(make_config(images, run, checkpoint=checkpoint, schedule={"max_steps": 3}))
+    assert [step_of(folder) for folder in complete_checkpoints(run)] == [1, 2, 3]
+    (run / "model.safetensors").unlink()
+    pretrain(make_config(images, run, checkpoint=checkpoint | {"keep": 1}, schedule={"max_steps": 3}), resume=True)
+    assert [step_of(folder) for folder in complete_checkpoints(run)] == [3]
 
 
 def test_accumulation_equals_one_large_batch(images: Path, tmp_path: Path) -> None:
