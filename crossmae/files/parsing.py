@@ -78,6 +78,7 @@ class _SettingsLoader(yaml.SafeLoader):
 
 
 _DEEP_START = re.compile(rf"(?:[\[{{]\s*){{{MAX_DEPTH + 1}}}")
+_NESTED = frozenset({dict, list, tuple, set})  # the parsers make no subclasses
 _TOO_DEEP = f"more than {MAX_DEPTH} lists or mappings in each other"
 
 
@@ -87,22 +88,25 @@ def _whole_number(digits: str) -> int:
     return int(digits)
 
 
+def _inner(many: Any) -> Any:
+    return many.values() if type(many) is dict else many
+
+
 def _check_bounds(value: Any, most: int | None = None) -> None:
     """Raise ValueError for deep nesting and, with `most`, many values."""
     level: list[Any] = [[value]]
     count = 0
     for _ in range(MAX_DEPTH + 1):
         if most is not None:
-            values = [one for many in level for one in (many.values() if isinstance(many, dict) else many)]
+            values = [one for many in level for one in _inner(many)]
             count += len(values)
             if count > most:
                 raise ValueError(f"more than {most:,} values, with those behind aliases")
             if any(isinstance(one, int) and abs(one) > MAX_SETTING for one in values):
                 raise ValueError(f"a number is greater than {MAX_SETTING:.0e}")
-        level = [
-            one for many in level for one in (many.values() if isinstance(many, dict) else many)
-            if isinstance(one, dict | list | tuple | set)
-        ]  # fmt: skip
+        # The first condition skips lists of coordinates, of which an annotation file has millions of values.
+        nested = [many for many in level if not _NESTED.isdisjoint(map(type, _inner(many)))]
+        level = [one for many in nested for one in _inner(many) if type(one) in _NESTED]
         if not level:
             return
     raise ValueError(_TOO_DEEP)

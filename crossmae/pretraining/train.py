@@ -36,7 +36,16 @@ from crossmae.pretraining.validation import Health, HeldOut, Neighbours
 from crossmae.training.config import DataConfig
 from crossmae.training.devices import describe_place
 from crossmae.training.log import RunLog, announce_steps, describe
-from crossmae.training.loop import Callbacks, Job, broken_watch, check_images, image_batches, train, write_weights
+from crossmae.training.loop import (
+    Callbacks,
+    Job,
+    broken_watch,
+    check_images,
+    image_batches,
+    image_names,
+    train,
+    write_weights,
+)
 from crossmae.training.optimizers import make_optimizer
 from crossmae.training.processes import Ranks
 from crossmae.training.resume import EMA_WEIGHTS, WEIGHTS, find_start, is_complete
@@ -116,7 +125,7 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
         model=model,
         optimizer=optimizer,
         open_batches=image_batches(images, batches, data.workers, device.type == "cuda", collate_pretraining),
-        name_images=lambda batch: [source.name(index) for index in batch.indices.tolist()],
+        name_images=image_names(source),
         watch_broken=broken_watch(source, broken, data.broken_budget, ranks),
         loss=partial(reconstruction_loss, normalize, mask_ratio, predict_ratio),
         schedule=schedule,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,8 @@ CONFIG = "config.yaml"
 OPTIMIZER_COPIES = 2  # tensors of AdamW for each parameter
 MOST_SUSPECTS = 8  # largest number of images that an error of divergence names
 
+NameImages = Callable[[], list[str]]
+
 
 class Callbacks:
     """Task-specific work between steps. By default, every callback does nothing."""
@@ -84,7 +86,7 @@ class Job:
         word, kind: name of the progress bar, and of the run in the record of its folder.
         open_batches: returns micro-batches from one number to before another number of the run. It raises UserError for
             an image that cannot be read.
-        name_images: names the images of a micro-batch, for errors.
+        name_images: returns a function that names the images of a micro-batch, for errors. It must not hold the pixels.
         watch_broken: counts the broken images of a micro-batch, with the folder of the run and whether it was resumed.
         loss: computes the losses of (model, micro-batch, number of the micro-batch in the run).
         saves_after: true for the steps after which a checkpoint is due.
@@ -102,7 +104,7 @@ class Job:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     open_batches: Callable[[int, int], Iterator[Any]]
-    name_images: Callable[[Any], Sequence[str]]
+    name_images: Callable[[Any], NameImages]
     watch_broken: Callable[[Path, bool], Callable[[Any], None]]
     loss: Loss
     schedule: Schedule
@@ -117,8 +119,8 @@ class Job:
     write_finals: Callable[[Path], None]
 
 
-def train(run: RunSettings, build_job: Callable[[Ranks, torch.device, str], Job]) -> None:
-    """Run a job to its last step.
+def train(run: RunSettings, build_job: Callable[[Ranks, torch.device, str], Job]) -> Job:
+    """Run a job to its last step, and return it.
 
     With torchrun, each process trains on its share of every batch. Only the first process writes files.
     """
@@ -128,7 +130,7 @@ def train(run: RunSettings, build_job: Callable[[Ranks, torch.device, str], Job]
     with process_group(ranks, device, run.timeout_minutes), explained_memory(run), ExitStack() as stack:
         found = checkpoint_names(run.folder)
         job = ranks.together(lambda: build_job(ranks, device, precision))
-        check_agreement(ranks, step_of(job.start) if job.start else 0, job.fingerprint)
+        check_agreement(ranks, step_of(job.start) if job.start else 0, job.fingerprint, run.folder_key)
         ranks.together(lambda: stack.enter_context(claimed(run, job, found)) if ranks.is_main else None)
         final = job.start
         if job.is_complete and final:
@@ -141,6 +143,7 @@ def train(run: RunSettings, build_job: Callable[[Ranks, torch.device, str], Job]
             job.write_finals(final)
             job.callbacks.finish()
         ranks.wait()
+    return job
 
 
 @contextmanager
@@ -234,7 +237,7 @@ class TrainingSteps:
         self.job, self.state, self.records, self.request = job, state, records, request
         self.save, self.watch, self.settings = save, watch, settings
         self.saved: int | None = None  # step of the last checkpoint
-        self.names: list[Sequence[str]] = []  # images of the micro-batches of the current step
+        self.names: list[NameImages] = []  # of the micro-batches of the current step
         self.start_window()
 
     def run(self, batches: Iterator[Any], resumed: bool) -> None:
@@ -330,12 +333,12 @@ class TrainingSteps:
         names, recent = self.names, self.state.losses[-len(self.names) :] if self.names else []
         finite = [all(bool(loss.isfinite()) for loss in losses.values()) for losses in recent]
         bad = [these for these, is_finite in zip(names, finite, strict=False) if not is_finite]
-        return bool(bad), [name for these in (bad or names) for name in these]
+        return bool(bad), [name for these in (bad or names) for name in these()]
 
     def explain(self, error: Diverged) -> NoReturn:
         """Raise UserError, with the names of the suspected images."""
         state, run = self.state, self.settings
-        told = [(True, list(self.names[-1]) if self.names else [])]
+        told = [(True, self.names[-1]() if self.names else [])]
         if error.is_shared:
             told = state.ranks.gather(self.suspects())
             if not state.ranks.is_main:
@@ -363,6 +366,16 @@ def image_batches(
             yield batch
 
     return open_batches
+
+
+def image_names(source: Source) -> Callable[[Any], NameImages]:
+    """Return `Job.name_images` of keyed images."""
+
+    def name_images(batch: Any) -> NameImages:
+        indices = batch.indices
+        return lambda: [source.name(index) for index in indices.tolist()]
+
+    return name_images
 
 
 def broken_watch(

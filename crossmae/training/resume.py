@@ -6,9 +6,8 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from crossmae.checkpoints.run_checkpoint import RECORD, latest_checkpoint, step_of
+from crossmae.checkpoints.run_checkpoint import latest_checkpoint, read_record, step_of
 from crossmae.errors import UserError
-from crossmae.files import read_json
 from crossmae.training.processes import Ranks
 
 log = logging.getLogger(__name__)
@@ -53,8 +52,7 @@ def is_complete(
         return False
     if step_of(start) >= last_step and (start.parents[1] / final).is_file():
         return True
-    record = read_json(start / RECORD)
-    theirs = record.get("fingerprint") if isinstance(record, dict) else None
+    theirs = read_record(start).get("fingerprint")
     theirs = ADDED | (theirs if isinstance(theirs, dict) else {})
     changed = [
         f"{key} was {theirs.get(key)}, is {mine}" for key, mine in fingerprint.items() if mine != theirs.get(key)
@@ -67,13 +65,15 @@ def is_complete(
     return False
 
 
-def check_agreement(ranks: Ranks, step: int, fingerprint: Mapping[str, str]) -> None:
-    """Check that all processes have the same step and settings."""
+def check_agreement(ranks: Ranks, step: int, fingerprint: Mapping[str, str], key: str = "output_dir") -> None:
+    """Check that all processes have the same step and settings.
+
+    The error names `key`, the config key of the folder.
+    """
     told = ranks.gather({"step": str(step)} | dict(fingerprint))
     differing = sorted(key for key in told[0] if len({str(one[key]) for one in told}) > 1)
     if differing:
         values = ", ".join(f"{key} is {' or '.join(one[key] for one in told)}" for key in differing)
         raise UserError(
-            f"output_dir: the processes do not agree: {values}. Give every machine the same images and "
-            "one shared folder."
+            f"{key}: the processes do not agree: {values}. Give every machine the same images and one shared folder."
         )

@@ -74,7 +74,8 @@ class TrainingState:
         ema_power: float = 2 / 3,
     ) -> None:
         self.model, self.optimizer, self.ranks, self.clip_grad = model, optimizer, ranks, clip_grad
-        self.device = next(model.parameters()).device
+        self.parameters = list(model.parameters())  # walking through the modules in every step would take time
+        self.device = self.parameters[0].device
         self.step = self.skipped = 0
         self.losses: list[Losses] = []
         self.kept: dict[str, Any] = {}
@@ -146,7 +147,7 @@ class TrainingState:
             self.scaler.unscale_(self.optimizer)
             norm = self.gradient_norm()
             if self.clip_grad is not None:
-                clip_grads_with_norm_(self.model.parameters(), self.clip_grad, norm)
+                clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         was_skipped = scaled_step(self.scaler, self.optimizer)
@@ -163,9 +164,9 @@ class TrainingState:
 
         Raises Diverged if it is not finite. With fp16, the update is skipped instead.
         """
-        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        norm = get_total_norm(gradients.values())
+        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if not self.scaler.is_enabled() and not norm.isfinite():
+            gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
             found = describe_non_finite(gradients) or "no single gradient is infinite"
             raise Diverged(f"the norm of the gradient is {norm.item()} ({found})")
         return norm

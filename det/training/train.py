@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode
@@ -57,16 +57,9 @@ def train(cfg: CfgNode, resume: bool = False) -> Results:
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
     if not cfg.DATASETS.TEST:
         log.info("no validation data, so no weights are the best. Name them with --val-json.")
-    jobs: list[loop.Job] = []
-
-    def build(ranks: Ranks, device: torch.device, precision: str) -> loop.Job:
-        jobs.append(build_job(cfg, resume, start_file, ranks, device))
-        return jobs[0]
-
     with log_file(Path(cfg.OUTPUT_DIR), find_ranks().is_main) as start_file:  # nothing is written before all checks
-        loop.train(run_settings(cfg), build)
-    judge = jobs[0].callbacks
-    return judge.results if isinstance(judge, Evaluations) else {}
+        job = loop.train(run_settings(cfg), lambda ranks, device, _: build_job(cfg, resume, start_file, ranks, device))
+    return cast(Evaluations, job.callbacks).results
 
 
 def run_settings(cfg: CfgNode) -> RunSettings:
@@ -145,7 +138,7 @@ def build_job(
         model=model,
         optimizer=adamw,
         open_batches=in_parts(open_loader, solver.ACCUMULATE),
-        name_images=lambda part: [str(sample["file_name"]) for sample in part],
+        name_images=part_names,
         watch_broken=lambda folder, resumed: ignore_batch,
         loss=loss,
         schedule=schedule,
@@ -167,6 +160,12 @@ def build_job(
         finals=(FINAL,),
         write_finals=partial(write_final, folder, solver.EMA.ENABLED, metadata),
     )
+
+
+def part_names(part: list[Any]) -> Callable[[], list[str]]:
+    """Return a function that names the images of a part."""
+    names = [str(sample["file_name"]) for sample in part]
+    return lambda: names
 
 
 def ignore_batch(_: Any) -> None:

@@ -66,7 +66,16 @@ from crossmae.models.sizes import SIZES
 from crossmae.pretraining.initial_weights import compare_pixels, say_assumed
 from crossmae.training.devices import describe_place
 from crossmae.training.log import NAMES, RunLog, announce_steps, describe
-from crossmae.training.loop import Callbacks, Job, broken_watch, check_images, image_batches, train, write_weights
+from crossmae.training.loop import (
+    Callbacks,
+    Job,
+    broken_watch,
+    check_images,
+    image_batches,
+    image_names,
+    train,
+    write_weights,
+)
 from crossmae.training.optimizers import make_optimizer
 from crossmae.training.processes import Ranks
 from crossmae.training.resume import EMA_WEIGHTS, WEIGHTS, find_start, is_complete
@@ -153,7 +162,7 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
         model=model,
         optimizer=build_optimizer(model, optim, schedule.peak_lr),
         open_batches=image_batches(images, batches, data.workers, device.type == "cuda", collate_labelled),
-        name_images=lambda batch: [source.name(index) for index in batch.indices.tolist()],
+        name_images=image_names(source),
         watch_broken=broken_watch(source, broken, data.broken_budget, ranks),
         loss=partial(classification_loss, objective, Normalize(data.mean, data.std, device), seed, ranks.rank),
         schedule=schedule,
