@@ -20,7 +20,9 @@ CORE = [
     "torchvision>=0.23,<0.27",  # the releases that pair with those of torch
     "timm>=1.0.9,<2",
     "numpy>=2.0",
-    "pillow>=12.1.1",  # memory errors of decoders: CVE-2024-28219, CVE-2025-48379, CVE-2026-25990
+    # 12.3 and 13: memory errors of decoders (CVE-2026-54058, CVE-2026-96639); 13 needs Python 3.11.
+    "pillow>=13; python_version >= '3.11'",
+    "pillow>=12.3; python_version < '3.11'",
     "pydantic>=2.7,<3",
     "pyyaml>=6.0.1",
     "safetensors>=0.4.3",
@@ -59,7 +61,7 @@ DATA = [
     "tifffile>=2024.7.2",
     "imagecodecs>=2024.6.1",  # 2023.9.18: libwebp (CVE-2023-4863)
     "fsspec[http]>=2024.3.1",
-    "aiohttp>=3.13.3",  # what a server answers: CVE-2025-69223 and others
+    "aiohttp>=3.14.4",  # what a server answers: CVE-2025-69223, CVE-2026-128131 and others
 ]
 
 # Predictions on video, with a codec that browsers play; ONNX files, and the runtime that they are checked with.

@@ -98,12 +98,19 @@ def print_report(sections: dict[str, list[ReportLine]]) -> None:
 
 
 def read_requirements() -> tuple[list[str], list[str]]:
-    """Read the requirements of pretraining and of detection from setup.py.
+    """Read the requirements of pretraining and of detection from setup.py, for this version of Python.
 
     Raises SystemExit outside a clone of the repository.
     """
     lists = read_lists()
-    return lists["CORE"], lists["DET"]
+    core, det = ([one.partition(";")[0] for one in lists[name] if for_this_python(one)] for name in ("CORE", "DET"))
+    return core, det
+
+
+def for_this_python(requirement: str) -> bool:
+    """Whether a requirement has no marker, or one for this version of Python."""
+    marker = re.sub(r"[ '\"]", "", requirement.partition(";")[2])
+    return not version_problem(platform.python_version(), marker)
 
 
 def read_lists() -> dict[str, list[str]]:

@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 MODEL, STATE, RECORD, MANIFEST = "model.safetensors", "state.pt", "run.json", "manifest.json"
 CHECKPOINT_FILES = (MODEL, STATE, RECORD)  # of a checkpoint, next to its manifest
+SOUND_TORCH = "2.10"  # an older torch.load with weights_only=True can be made to overwrite memory
 _NAME = re.compile(r"step-(\d{8})")
 _OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # its temporary files, which were next to the checkpoint's files
 
@@ -290,6 +291,14 @@ def read_state(folder: Path) -> Any:
 
     Raises UserError if the file cannot be read.
     """
+    if torch.__version__ < SOUND_TORCH:
+        log.warning(
+            "%s: torch %s has a hole in its restricted reader (CVE-2026-24747). Continue only runs of your own, or "
+            "update torch to %s or later.",
+            folder / STATE,
+            torch.__version__,
+            SOUND_TORCH,
+        )
     try:
         return torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises various types for one cause

@@ -111,3 +111,20 @@ def test_an_option_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit, match="2"):
         doctor.main(["--fix"])
     assert "unrecognized arguments: --fix" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "requirement, python, expected",
+    [
+        ("pillow>=13; python_version >= '3.11'", "3.11.7", True),
+        ("pillow>=13; python_version >= '3.11'", "3.10.14", False),
+        ("pillow>=12.3; python_version < '3.11'", "3.11.7", False),
+        ("pillow>=12.3; python_version < '3.11'", "3.10.14", True),
+        ("torch>=2.8,<2.12", "3.10.14", True),
+    ],
+)
+def test_only_requirements_for_this_python_are_looked_at(
+    requirement: str, python: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor.platform, "python_version", lambda: python)
+    assert doctor.for_this_python(requirement) is expected

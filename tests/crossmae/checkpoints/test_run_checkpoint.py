@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.torch_version import TorchVersion
 
 from crossmae.checkpoints import run_checkpoint
 from crossmae.checkpoints.run_checkpoint import (
@@ -127,6 +128,17 @@ def test_state_is_read_without_running_code(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"state\.pt"):
         read_state(folder)
     assert not (tmp_path / "sentinel").exists()
+
+
+def test_an_old_torch_is_warned_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save(tmp_path, 1)
+    for version, warned in ((TorchVersion("2.9.1"), True), (TorchVersion("2.10.0+cu130"), False)):
+        caplog.clear()
+        monkeypatch.setattr(torch, "__version__", version)
+        read_state(folder)
+        assert ("CVE-2026-24747" in caplog.text) is warned
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
