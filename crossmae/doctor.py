@@ -98,9 +98,9 @@ def print_report(sections: dict[str, list[ReportLine]]) -> None:
 
 
 def read_requirements() -> tuple[list[str], list[str]]:
-    """Read the requirements of pretraining and of detection from setup.py, for this version of Python.
+    """Read the requirements of pretraining and of detection from setup.py.
 
-    Raises SystemExit outside a clone of the repository.
+    Requirements for other versions of Python are left out. Raises SystemExit outside a clone of the repository.
     """
     lists = read_lists()
     core, det = ([one.partition(";")[0] for one in lists[name] if for_this_python(one)] for name in ("CORE", "DET"))
@@ -108,7 +108,7 @@ def read_requirements() -> tuple[list[str], list[str]]:
 
 
 def for_this_python(requirement: str) -> bool:
-    """Whether a requirement has no marker, or one for this version of Python."""
+    """Check that a requirement has no marker for other versions of Python."""
     marker = re.sub(r"[ '\"]", "", requirement.partition(";")[2])
     return not version_problem(platform.python_version(), marker)
 
