@@ -27,7 +27,7 @@ def library_warnings_ignored() -> Iterator[None]:
 
 
 def ignore_library_warnings() -> None:
-    """Ignore the known warnings from now on, because modules of `det` import detectron2 later."""
+    """Ignore the known warnings from now on."""
     for text, category, module in KNOWN:
         warnings.filterwarnings("ignore", text, category, module)
 

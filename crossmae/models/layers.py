@@ -76,7 +76,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform tokens (B, L, E) one by one, and keep the shape."""
+        """Transform each token of (B, L, E), and keep the shape."""
         return self.fc2(self.act(self.fc1(x)))
 
 
