@@ -1,35 +1,57 @@
 """Detection with a CrossMAE encoder: a ViTDet-style backbone for detectron2.
 
-Importing this package registers `build_crossmae_vitdet_backbone` in detectron2's BACKBONE_REGISTRY.
+Public names are imported on first use, so that `import det` is quick. The first use of a name also registers
+`build_crossmae_vitdet_backbone` in detectron2's BACKBONE_REGISTRY. In a script of detectron2, this happens with
+`det.add_crossmae_config(cfg)`, which adds the backbone's keys, or with `det.register_backbone()`. If detectron2's
+models were imported before, `import det` registers the backbone immediately.
 """
 
-from det.library_warnings import drop_tracing_note, library_warnings_ignored
+from __future__ import annotations
 
-try:
-    import detectron2  # noqa: F401
-except ImportError as error:
-    raise ImportError("det needs detectron2; install it with: python tools/install_detectron2.py") from error
+import importlib
+import sys
+from importlib.util import find_spec
+from typing import Any
 
-with library_warnings_ignored():
-    from det.backbone.build import build_backbone
-    from det.backbone.vit import ViT, build_crossmae_vitdet_backbone
-    from det.backbone.weights import load_weights
-    from det.config import add_crossmae_config, load_det_config
-    from det.data.coco import register_coco
-    from det.evaluation.evaluate import evaluate
-    from det.inference.predict import Predictor
-    from det.training.train import train
+from det.library_warnings import drop_tracing_note, ignore_library_warnings, library_warnings_ignored
+
+_HOME = {
+    "Predictor": "det.inference.predict",
+    "ViT": "det.backbone.vit",
+    "add_crossmae_config": "det.config",
+    "build_backbone": "det.backbone.build",
+    "build_crossmae_vitdet_backbone": "det.backbone.vit",
+    "evaluate": "det.evaluation.evaluate",
+    "load_det_config": "det.config",
+    "load_weights": "det.backbone.weights",
+    "register_coco": "det.data.coco",
+    "train": "det.training.train",
+}
+
+__all__ = list(_HOME)
+
+if find_spec("detectron2") is None:
+    raise ImportError("det needs detectron2; install it with: python tools/install_detectron2.py")
+ignore_library_warnings()
 drop_tracing_note()
 
-__all__ = [
-    "Predictor",
-    "ViT",
-    "add_crossmae_config",
-    "build_backbone",
-    "build_crossmae_vitdet_backbone",
-    "evaluate",
-    "load_det_config",
-    "load_weights",
-    "register_coco",
-    "train",
-]
+
+def register_backbone() -> None:
+    """Register the backbone with detectron2, which imports its models."""
+    importlib.import_module("det.backbone.vit")
+
+
+if "detectron2.modeling" in sys.modules:
+    register_backbone()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'det' has no attribute {name!r}")
+    with library_warnings_ignored():
+        register_backbone()
+        return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -10,14 +10,16 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from crossmae.checkpoints.metadata import CLASSES
 from crossmae.errors import UserError
 from crossmae.files import load_json
 from crossmae.models.class_names import NamePairs, describe_difference, list_names, pair_names
 from det.config import RECORD
+
+if TYPE_CHECKING:
+    from torch import nn
 
 log = logging.getLogger(__name__)
 

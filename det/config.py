@@ -11,17 +11,18 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import reduce
+from importlib.util import find_spec
 from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
-import torch
-from detectron2.config import CfgNode, get_cfg
 from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
+from yacs.config import CfgNode
 
-from crossmae.checkpoints.reading.files import DETECTOR_BEST, DETECTOR_FINAL, DETECTOR_LAST
+import det
+from crossmae.checkpoints.reading import DETECTOR_BEST, DETECTOR_FINAL, DETECTOR_LAST
 from crossmae.data.images import MAX_PIXELS, ImageLimits
 from crossmae.errors import UserError
 from crossmae.files import expand_path, load_literal
@@ -245,7 +246,7 @@ def add_crossmae_config(cfg: CfgNode, keys: type[ConfigKeys] = DetectorKeys) -> 
     """Add the keys of `DetectorKeys` to a detectron2 config, in place."""
     for name, field in keys.model_fields.items():
         if _is_section(field):
-            add_crossmae_config(cfg.setdefault(name, CfgNode()), field.annotation)  # type: ignore[arg-type]
+            add_crossmae_config(cfg.setdefault(name, type(cfg)()), field.annotation)  # type: ignore[arg-type]
         elif not field.is_required():
             cfg[name] = field.get_default()
 
@@ -261,7 +262,7 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
     values are Python literals or plain text. Raises UserError, which names file and key, if the file does not exist or
     is not YAML, a key is unknown, or a value has a wrong type or is out of range.
     """
-    cfg = get_cfg()
+    cfg = detectron2_defaults()
     add_crossmae_config(cfg)
     for path, tree in _read_with_base(resolve_config_path(name)):
         _merge(cfg, dict(flatten(tree)), str(path))
@@ -275,8 +276,27 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
     check_config(cfg)
     if (folder := expand_path(cfg.OUTPUT_DIR, "OUTPUT_DIR")) != Path(cfg.OUTPUT_DIR):
         cfg.OUTPUT_DIR = str(folder)
-    choose_device(cfg, asked="MODEL.DEVICE" in given)
-    return cfg
+
+    # Imported after the checks, because this import takes seconds.
+    from detectron2.config import CfgNode as DetectronConfig
+
+    det.register_backbone()
+    checked = DetectronConfig(cfg)
+    choose_device(checked, asked="MODEL.DEVICE" in given)
+    return checked
+
+
+def detectron2_defaults() -> CfgNode:
+    """Read detectron2's default settings from its file, without importing detectron2.
+
+    The import would take seconds before the first error in a setting. The file only imports the class of its nodes, and
+    assigns settings to them.
+    """
+    (folder,) = find_spec("detectron2").submodule_search_locations  # type: ignore[union-attr,misc]  # a package
+    source = Path(folder, "config", "defaults.py").read_text("utf-8")
+    names: dict[str, Any] = {"CN": CfgNode}
+    exec(source.replace("from .config import CfgNode as CN\n", ""), names)
+    return names["_C"]
 
 
 def choose_device(cfg: CfgNode, asked: bool) -> None:
@@ -284,6 +304,8 @@ def choose_device(cfg: CfgNode, asked: bool) -> None:
 
     `MODEL.DEVICE` and `SOLVER.AMP.ENABLED` change in place. Raises UserError if the user `asked` for a missing GPU.
     """
+    import torch  # slow import
+
     device, count = cfg.MODEL.DEVICE, torch.cuda.device_count()
     if device.startswith("cuda") and not torch.cuda.is_available():
         if asked:

@@ -22,9 +22,14 @@ TRACING_NOTE = "is_fx_tracing will return true for both"  # logged by torch when
 def library_warnings_ignored() -> Iterator[None]:
     """Ignore the known warnings in a block or a decorated function."""
     with warnings.catch_warnings():
-        for text, category, module in KNOWN:
-            warnings.filterwarnings("ignore", text, category, module)
+        ignore_library_warnings()
         yield
+
+
+def ignore_library_warnings() -> None:
+    """Ignore the known warnings from now on."""
+    for text, category, module in KNOWN:
+        warnings.filterwarnings("ignore", text, category, module)
 
 
 def drop_tracing_note() -> None:

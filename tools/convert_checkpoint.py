@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from crossmae.checkpoints.conversion.convert import Conversion, Sizes, convert
-from crossmae.checkpoints.conversion.inspection import CONTENTS
-from crossmae.checkpoints.conversion.proof import TOLERANCE
-from crossmae.checkpoints.conversion.targets import TARGETS
-from crossmae.checkpoints.pretrained import parse_settings
-from crossmae.checkpoints.provenance import LICENCE
+from crossmae.checkpoints.conversion import LAYOUTS, TOLERANCE
 from crossmae.errors import printable, run_cli
+
+if TYPE_CHECKING:
+    from crossmae.checkpoints.conversion.convert import Conversion
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command-line parser."""
-    formats = "\n".join(f"  {name:11} {target.what}" for name, target in TARGETS.items())
+    formats = "\n".join(f"  {name:11} {what}" for name, what in LAYOUTS.items())
     parser = argparse.ArgumentParser(
         description="Convert a weight file into the layout of another program, and prove that it computes the same.",
         epilog=f"formats:\n{formats}",
@@ -34,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", metavar="SRC", type=Path, help="weight file, or a folder with weights")
     parser.add_argument("destination", metavar="DST", type=Path, help="file or folder to write, by its suffix")
-    parser.add_argument("--to", required=True, metavar="FORMAT", help=f"layout to write: {', '.join(TARGETS)}")
+    parser.add_argument("--to", required=True, metavar="FORMAT", help=f"layout to write: {', '.join(LAYOUTS)}")
     size = parser.add_argument_group("other sizes, resampled in float32")
     size.add_argument("--img-size", nargs="+", type=int, metavar="PIXELS", help="H W, or one number, for positions")
     size.add_argument("--patch-size", type=int, metavar="P", help="pixels. The grid stays without --img-size")
@@ -62,6 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def describe(done: Conversion) -> str:
     """Return the text that is printed after a conversion."""
+    from crossmae.checkpoints.conversion.inspection import CONTENTS
+    from crossmae.checkpoints.provenance import LICENCE
+
     layout, _, content = done.metadata["source_format"].rpartition(": ")
     lines = [
         f"source       {printable(done.source)} ({done.source.stat().st_size / 1e6:,.1f} MB)",
@@ -84,6 +85,11 @@ def describe(done: Conversion) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     args = build_parser().parse_args(argv)
+
+    # Imported after the arguments, because these imports take seconds.
+    from crossmae.checkpoints.conversion.convert import Sizes, convert
+    from crossmae.checkpoints.pretrained import parse_settings
+
     image = tuple(args.img_size) if args.img_size and len(args.img_size) > 1 else args.img_size and args.img_size[0]
     sizes = Sizes(image, args.patch_size, args.in_chans, args.channels, args.window)
     options = {key: getattr(args, key) for key in ("encoder_only", "tolerance", "report", "ema", "trust", "force")}

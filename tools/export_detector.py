@@ -17,14 +17,9 @@ import argparse
 import json
 from pathlib import Path
 
-from crossmae.checkpoints.metadata import ASSUMED
-from crossmae.checkpoints.provenance import LICENCE, licence_notice
-from crossmae.checkpoints.weights import read_weights
 from crossmae.data.images import parse_size
 from crossmae.errors import UserError, printable, run_cli
-from det.backbone.weights import find_detector
-from det.inference.export import export_detector
-from det.inference.predict import Predictor, add_detector_arguments, find_classes, read_config, read_rgb
+from det.inference.arguments import add_detector_arguments, read_config
 from det.training.console import set_up_console
 
 
@@ -52,6 +47,15 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--image has no effect with --no-check. Leave out one of the two.")
     cfg = read_config(args.config_file, args.weights, args.overrides)
     size = parse_size(args.img_size or str(cfg.MODEL.VIT.IMG_SIZE), "--img-size")
+
+    # Imported after the arguments, because these imports take seconds.
+    from crossmae.checkpoints.metadata import ASSUMED
+    from crossmae.checkpoints.provenance import LICENCE, licence_notice
+    from crossmae.checkpoints.weights import read_weights
+    from det.backbone.weights import find_detector
+    from det.inference.export import export_detector
+    from det.inference.predict import Predictor, find_classes, read_rgb
+
     image = None if args.image is None else read_rgb(args.image)
     predictor = Predictor(cfg, args.weights, device="cpu")
     metadata = {"class_names": json.dumps(find_classes(predictor, args.classes).names)}

@@ -44,8 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     set_up_log(logging.INFO if is_main else logging.WARNING)
     config = load_typed_config(FinetuneConfig, arguments.config_file, arguments.overrides)
 
+    # Imported after the arguments, because these imports take seconds.
     if arguments.eval_only:
-        from crossmae.classification.evaluation.evaluate import evaluate_only  # slow import
+        from crossmae.classification.evaluation.evaluate import evaluate_only
         from crossmae.training.log import describe
 
         images, settings, runtime = config.data, config.evaluation, config.runtime

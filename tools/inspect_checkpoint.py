@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from crossmae.checkpoints.conversion.inspection import inspect
 from crossmae.errors import printable, run_cli
 from crossmae.files import check_destination, write_json
 
@@ -32,6 +31,10 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.json:
         check_destination(args.json, force=args.force)
+
+    # Imported after the arguments, because these imports take seconds.
+    from crossmae.checkpoints.conversion.inspection import inspect
+
     found = inspect(args.file, values=not args.no_values)
     print("\n".join(map(printable, found.lines())))
     if args.json:

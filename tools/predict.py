@@ -20,11 +20,8 @@ import os
 import re
 from pathlib import Path
 
-import torch
-
 from crossmae.errors import UserError, exit_if_any, printable, run_cli
-from det.inference.predict import Predictor, add_detector_arguments, find_classes, read_config
-from det.inference.predict_files import COCO_FILE, FilePredictions, check_output, find_media
+from det.inference.arguments import COCO_FILE, add_detector_arguments, read_config
 from det.training.console import set_up_console
 
 SETTING = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*=.*")
@@ -60,11 +57,19 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--batch-size {args.batch_size} is too small. Use a number from 1.")
     if not inputs:
         raise UserError("INPUT: nothing to predict. Name images, folders, patterns or videos.")
-    root, media = find_media(inputs)
-    check_output(args.output, media, inputs, args.force)
     # Set in the config, because masks are computed only for kept objects. Later settings override it.
     settings.insert(0, f"MODEL.ROI_HEADS.SCORE_THRESH_TEST={args.score_threshold}")
-    predictor = Predictor(read_config(args.config_file, args.weights, settings), args.weights, masks=not args.no_masks)
+    config = read_config(args.config_file, args.weights, settings)
+
+    # Imported after the arguments, because these imports take seconds.
+    import torch
+
+    from det.inference.predict import Predictor, find_classes
+    from det.inference.predict_files import FilePredictions, check_output, find_media
+
+    root, media = find_media(inputs)
+    check_output(args.output, media, inputs, args.force)
+    predictor = Predictor(config, args.weights, masks=not args.no_masks)
     classes = find_classes(predictor, args.classes)
     job = FilePredictions(predictor, classes, args.output, args.batch_size, draw=not args.no_pictures)
     info = {"image_folder": str(root), "weights": str(predictor.weights), "score_threshold": predictor.score_threshold}

@@ -16,23 +16,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-from crossmae.classification.classifier import load_classifier
-from crossmae.classification.evaluation.metrics import LABEL_THRESHOLD
-from crossmae.classification.predict import (
-    BATCH_SIZE,
-    STDOUT,
-    TOP_K,
-    Selection,
-    check_output,
-    expand_inputs,
-    open_inputs,
-    write_answers,
-)
+from crossmae.classification import BATCH_SIZE, LABEL_THRESHOLD, STDOUT, TOP_K
 from crossmae.data.images import ImageLimits, add_max_pixels, parse_size
 from crossmae.errors import UserError, exit_if_any, printable, run_cli
-from crossmae.training.devices import open_device
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,6 +51,14 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{name} {value}: too small. Give a number from 1.")
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold {args.threshold}: no probability. Give a number from 0 to 1.")
+
+    # Imported after the arguments, because these imports take seconds.
+    import torch
+
+    from crossmae.classification.classifier import load_classifier
+    from crossmae.classification.predict import Selection, check_output, expand_inputs, open_inputs, write_answers
+    from crossmae.training.devices import open_device
+
     device = open_device(args.device, "--device")
     inputs = expand_inputs(args.inputs)
     check_output(args.output, inputs, args.force)

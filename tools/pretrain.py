@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     set_up_log(logging.INFO if is_main else logging.WARNING)
     config = load_config(arguments.config_file, arguments.overrides)
 
-    # Imported after the config check, because this import takes seconds.
+    # Imported after the arguments, because these imports take seconds.
     from crossmae.pretraining.train import pretrain
 
     pretrain(config, resume=arguments.resume)

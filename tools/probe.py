@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 
+from crossmae.classification.probe.config import ProbeRunConfig
 from crossmae.errors import printable, run_cli, set_up_log
 from crossmae.training.config import add_config_arguments, load_typed_config
 
@@ -27,11 +28,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="replace the results of an earlier call")
     arguments = parser.parse_intermixed_args(argv)
     set_up_log()
-
-    from crossmae.classification.probe.config import ProbeRunConfig  # after --help, because these imports take seconds
-
     config = load_typed_config(ProbeRunConfig, arguments.config_file, arguments.overrides)
 
+    # Imported after the arguments, because these imports take seconds.
     from crossmae.classification.probe.probe import PAGE, RESULTS, probe
     from crossmae.classification.probe.report import table
 

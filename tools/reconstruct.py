@@ -13,13 +13,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from crossmae.checkpoints.pretrained import Pretrained, load_pretrained, parse_settings
 from crossmae.data.images import ImageLimits, add_max_pixels
 from crossmae.data.paths import find_inputs
 from crossmae.errors import UserError, printable, run_cli
-from crossmae.pretraining.gallery import NUMBERS, Result, mean_psnr, possible_ratios, write_gallery
-from crossmae.training.devices import open_device
+
+if TYPE_CHECKING:
+    from crossmae.checkpoints.pretrained import Pretrained
+    from crossmae.pretraining.gallery import Result
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,6 +64,8 @@ def describe(pretrained: Pretrained) -> str:
 
 def table(results: Sequence[Result]) -> str:
     """Format the PSNR of every image, and the mean values."""
+    from crossmae.pretraining.gallery import mean_psnr
+
     names = [printable(result.image) for result in results]
     width = max(len("image"), *map(len, names))
     lines = [f"{'image':<{width}}  {'masked':>8}  {'pasted':>8}   PSNR, dB"]
@@ -79,8 +83,14 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--gif-ratios: --no-gif draws no animation. Give only one of them.")
     if args.seed < 0:
         raise UserError(f"--seed: {args.seed} is negative. Give a number from 0.")
-    device = open_device(args.device, "--device")
     paths = find_inputs(args.images)
+
+    # Imported after the arguments, because these imports take seconds.
+    from crossmae.checkpoints.pretrained import load_pretrained, parse_settings
+    from crossmae.pretraining.gallery import NUMBERS, possible_ratios, write_gallery
+    from crossmae.training.devices import open_device
+
+    device = open_device(args.device, "--device")
     pretrained = load_pretrained(args.checkpoint, parse_settings(args.set))
     pretrained.model.to(device)
     print(describe(pretrained), end="\n\n")

@@ -35,8 +35,6 @@ from crossmae.experiments.study.grid import (
     show_plan,
     study_cells,
 )
-from crossmae.experiments.study.page import write_study_page
-from crossmae.experiments.study.results_text import update_document
 from crossmae.files import make_folder
 
 DOCUMENT = REPOSITORY / "docs" / "results.md"
@@ -82,6 +80,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = REPOSITORY / folder / "results.jsonl"
     kept = args.rows or (KEPT_ROWS if folder == OUTPUT else REPOSITORY / folder / "study.jsonl")
     if args.page:
+        # Imported after the arguments, because these imports take seconds.
+        from crossmae.experiments.study.page import write_study_page
+        from crossmae.experiments.study.results_text import update_document
+
         rows = publish(results, kept)
         make_folder(REPOSITORY / folder, "--output")
         write_study_page(rows, REPOSITORY / folder / "report.html")

@@ -21,14 +21,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-
 from crossmae.errors import UserError, run_cli
 from det.config import load_det_config
-from det.data.coco import use_own_data
-from det.evaluation.evaluate import format_results
 from det.training.console import set_up_console
-from det.training.train import evaluate_only, train
 
 log = logging.getLogger("det.train_net")
 
@@ -56,12 +51,20 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--eval-only and --resume contradict each other. Evaluate, or continue the training.")
     if arguments.eval_only and own_data[0] is not None:
         log.info("--eval-only: --train-json is ignored")
+    cfg = load_det_config(arguments.config_file, arguments.overrides)
+
+    # Imported after the arguments, because these imports take seconds.
+    import torch
+
+    from det.data.coco import use_own_data
+    from det.evaluation.evaluate import format_results
+    from det.training.train import evaluate_only, train
+
     gpus = torch.cuda.device_count()
     if arguments.num_gpus < 1 or (arguments.num_gpus > 1 and arguments.num_gpus > gpus):
         raise UserError(
             f"--num-gpus {arguments.num_gpus}: this machine has {gpus} GPUs. Use at most so many, or 1 without a GPU."
         )
-    cfg = load_det_config(arguments.config_file, arguments.overrides)
     if arguments.num_gpus > 1 and "RANK" not in os.environ:
         start_processes(arguments.num_gpus, sys.argv[1:] if argv is None else argv)
     train_data, val_data = own_data

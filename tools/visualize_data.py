@@ -19,23 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
-from detectron2.modeling import build_backbone
-from detectron2.structures import ImageList
 from numpy.typing import NDArray
 from PIL import Image
+from yacs.config import CfgNode
 
 from crossmae.errors import UserError, printable, run_cli
 from crossmae.files import check_writable, make_folder, write_atomically
 from crossmae.models.class_names import pair_names, start_notes
-from det.backbone.weights import find_detector
 from det.classes import recorded_classes
 from det.config import load_det_config
 from det.data.coco import check_registered, use_own_data
-from det.data.loader import build_train_loader, refuse_unreadable, training_samples
-from det.inference.draw import draw_instances, draw_sheet, instances_from_detectron2
 from det.training.console import set_up_console
 
 log = logging.getLogger("det.visualize_data")
@@ -74,6 +67,12 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--output {args.output}: is a folder. Name a file in it.")
     check_writable(args.output.parent, "--output")
     cfg = load_det_config(args.config_file, args.overrides)
+
+    # Imported after the arguments, because these imports take seconds.
+    from detectron2.data import MetadataCatalog
+
+    from det.inference.draw import draw_sheet
+
     use_own_data(cfg, (args.train_json, args.train_images) if args.train_json else None, None)
     check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN", "training data")
     samples = list(islice(padded_samples(cfg), args.num_images))
@@ -90,6 +89,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def compare_with_start(weights: str, names: Sequence[str]) -> None:
     """Log how the classes differ from a detector that training starts from."""
+    from det.backbone.weights import find_detector
+
     if weights and (recorded := recorded_classes(find_detector(Path(weights)), {})) is not None:
         for note in start_notes(pair_names(names, recorded.names)):
             log.warning("MODEL.WEIGHTS: %s: %s", weights, note)
@@ -97,6 +98,13 @@ def compare_with_start(weights: str, names: Sequence[str]) -> None:
 
 def padded_samples(cfg: CfgNode) -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:
     """Yield padded images (H, W, 3) and their samples in training order."""
+    import torch
+    from detectron2.data import get_detection_dataset_dicts
+    from detectron2.modeling import build_backbone
+    from detectron2.structures import ImageList
+
+    from det.data.loader import build_train_loader, refuse_unreadable, training_samples
+
     with torch.device("meta"):  # build the model without memory for weights
         backbone = build_backbone(cfg)
     mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
@@ -114,6 +122,8 @@ def padded_samples(cfg: CfgNode) -> Iterator[tuple[NDArray[np.uint8], dict[str, 
 
 def draw_sample(pixels: NDArray[np.uint8], sample: dict[str, Any], names: Sequence[str]) -> NDArray[np.uint8]:
     """Draw a sample's objects on its padded image (H, W, 3)."""
+    from det.inference.draw import draw_instances, instances_from_detectron2
+
     padding = [(0, padded - side) for padded, side in zip(pixels.shape, sample["image"].shape[1:], strict=False)]
     instances = [
         instance if instance.mask is None else replace(instance, mask=np.pad(instance.mask, padding))

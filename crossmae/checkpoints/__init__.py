@@ -6,12 +6,33 @@
 | `load`    | load a file into a model and account for every tensor; all tools use this function  |
 | `convert` | write a file for another library, and check that it computes the same               |
 | `read`    | return the tensors of a file under plain names                                      |
+
+The functions are imported on first use, because they need torch.
 """
 
-from crossmae.checkpoints.conversion.convert import Sizes, convert
-from crossmae.checkpoints.conversion.inspection import inspect
-from crossmae.checkpoints.conversion.targets import TARGETS
-from crossmae.checkpoints.loading import load
-from crossmae.checkpoints.weights import read_weights as read
+from __future__ import annotations
 
-__all__ = ["TARGETS", "Sizes", "convert", "inspect", "load", "read"]
+import importlib
+from typing import Any
+
+_HOME = {
+    "TARGETS": ("crossmae.checkpoints.conversion.targets", "TARGETS"),
+    "Sizes": ("crossmae.checkpoints.conversion.convert", "Sizes"),
+    "convert": ("crossmae.checkpoints.conversion.convert", "convert"),
+    "inspect": ("crossmae.checkpoints.conversion.inspection", "inspect"),
+    "load": ("crossmae.checkpoints.loading", "load"),
+    "read": ("crossmae.checkpoints.weights", "read_weights"),
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'crossmae.checkpoints' has no attribute {name!r}")
+    module, attribute = _HOME[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -10,14 +10,15 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
 
 from crossmae.errors import UserError
 from crossmae.files import load_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Keys of the metadata in safetensors files of this toolkit. All values are strings.
 FORMAT = "format"  # "crossmae": a pretraining model of this toolkit; "detectron2": a converted encoder
@@ -152,6 +153,8 @@ def marked(names: Iterable[str]) -> dict[str, str]:
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """Compute SHA-256 over names, types, shapes, values and metadata without the digest."""
+    import torch  # slow import
+
     names = sorted(tensors)
     described = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
     rest = sorted((key, value) for key, value in metadata.items() if key != DIGEST)

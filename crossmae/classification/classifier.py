@@ -38,7 +38,7 @@ from crossmae.data.pixels import published_crop_pct
 from crossmae.errors import UserError
 from crossmae.files import load_json
 from crossmae.models.sizes import OFF_BY_DEFAULT
-from crossmae.pretraining.neighbours import Pool
+from crossmae.pretraining.config import Pool
 
 CLASSIFIER = "classifier"  # the format in the metadata
 PLAIN = ("pool", "head")  # values of the metadata that are text, not JSON

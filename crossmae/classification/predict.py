@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from crossmae.classification import BATCH_SIZE, LABEL_THRESHOLD, STDOUT, TOP_K
 from crossmae.classification.classifier import Classifier
-from crossmae.classification.evaluation.metrics import LABEL_THRESHOLD
 from crossmae.data.images import IMAGE_LIMITS, ImageLimits
 from crossmae.data.parallel import READERS, map_in_order
 from crossmae.data.paths import match_pattern, without_system_names
@@ -37,9 +37,6 @@ from crossmae.data.sources.source import ImageFiles
 from crossmae.data.sources.tar_shards import SHARD_SUFFIXES
 from crossmae.errors import UserError
 from crossmae.files import JsonArray, check_destination, make_folder, sha256, stream_text
-
-STDOUT = "-"
-TOP_K, BATCH_SIZE = 5, 32
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from crossmae.checkpoints.weights import Weights, encoder_home, encoder_tensors
 from crossmae.errors import UserError
 from crossmae.models.encoder import patch_grid
 from crossmae.models.layers import LayerNorm
-from crossmae.pretraining.neighbours import Pool
+from crossmae.pretraining.config import Pool
 
 log = logging.getLogger(__name__)
 

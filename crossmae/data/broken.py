@@ -7,17 +7,18 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
-from torch import Tensor
 
 from crossmae.data.images import count_frames, header_is_sound, is_deep, is_whole
 from crossmae.data.parallel import map_in_order
-from crossmae.data.pixels import read_pixels
 from crossmae.data.sources import Source
 from crossmae.data.sources.source import evenly_spaced
 from crossmae.errors import UserError, printable, shorten
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_SUBSTITUTES = 100  # consecutive broken images that raise an error
 LOOKS = 8  # number of images whose bit depth is checked
@@ -56,6 +57,8 @@ def read_or_next(
         UserError: If the sample cannot be read and `policy` is "error", or MAX_SUBSTITUTES consecutive samples cannot
             be read.
     """
+    from crossmae.data.pixels import read_pixels  # slow import
+
     broken: list[Broken] = []
     for candidate in range(index, index + MAX_SUBSTITUTES):
         position = candidate % len(source)
@@ -75,6 +78,8 @@ def find_broken(source: Source, indices: Sequence[int], channels: int = 3, bit_d
         sound = partial(header_is_sound, name=source.name(index), channels=channels, limits=source.limits)
         if is_whole(source.tail(index)) and sound(source.head(index)):
             return None
+        from crossmae.data.pixels import read_pixels  # slow import
+
         try:
             read_pixels(source, index, channels, bit_depth)
         except UserError as error:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from unicodedata import normalize
 
-from torch import Tensor
-
 from crossmae.errors import shorten
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LISTED = 20  # names in a message, at most
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import partial
 
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -67,6 +66,40 @@ class CrossAttention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(B, L, D))
 
 
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them, with timm's names of the parameters."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each token of (B, L, E), and keep the shape."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, samples lose the branch with probability `drop_prob` (arXiv 1603.09382)."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Set random samples of x (B, ...) to 0.
+
+        The other samples are divided by the expected share of kept samples.
+        """
+        if not self.training or self.drop_prob == 0:
+            return x
+        kept = 1 - self.drop_prob
+        # Drawn like timm's DropPath: the same seed drops the same samples.
+        drawn = x.new_empty((len(x),) + (1,) * (x.ndim - 1)).bernoulli_(kept)
+        return x * (drawn / kept)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: self-attention, then MLP, each with a residual."""
 
@@ -75,7 +108,7 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(dim)
         self.attn = Attention(dim, num_heads)
         self.norm2 = LayerNorm(dim)
-        self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,7 +131,7 @@ class CrossBlock(nn.Module):
         self.norm1 = LayerNorm(dim)
         self.cross_attn = CrossAttention(dim, context_dim, num_heads)
         self.norm2 = LayerNorm(dim)
-        self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Update tokens (B, M, D) from a normalised context (B, S, E)."""

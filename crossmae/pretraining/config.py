@@ -21,6 +21,9 @@ from crossmae.training.config import (
     load_typed_config,
 )
 
+Pool = Literal["avg", "cls"]  # of the tokens of an encoder, see `pool_tokens`
+FeaturePool = Literal["avg", "cls", "cls_avg"]
+
 
 class ModelConfig(ConfigSection):
     """A named model size, changes to the size, the masking ratios, and the initial weights."""

@@ -6,7 +6,7 @@ Shapes: B batch, L patches, K class tokens, E width, N training images, M other 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,7 @@ from torch import Tensor
 
 from crossmae.models.crossmae import CrossMAE
 from crossmae.models.encoder import ViTEncoder
-
-Pool = Literal["avg", "cls"]
-FeaturePool = Literal["avg", "cls", "cls_avg"]
+from crossmae.pretraining.config import FeaturePool, Pool
 
 VALUES = 1 << 24  # largest number of similarities in memory at a time: 64 MB
 CONSTANT = 1e-6  # a deviation below this share of the mean is a rounding error

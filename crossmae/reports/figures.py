@@ -8,18 +8,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup, escape
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
 from crossmae.files import write_atomically
 from crossmae.reports.page import Missing, Plot, counted
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 DPI = 120
 SMOOTH_FROM = 40  # curves with fewer points are not smoothed
@@ -81,6 +81,9 @@ def line_plot(curves: Curves, *, title: str, x_label: str, y_label: str, caption
         curves: x and y of equal length, by label; at most `MOST_CURVES`; NaN in y leaves a gap.
         title: unique on the page.
     """
+    import matplotlib as mpl  # slow import
+    from matplotlib.figure import Figure  # slow import
+
     buffer = io.StringIO()
     with mpl.rc_context(_STYLE | {"svg.hashsalt": title}):  # the SVG is reproducible
         figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
@@ -103,6 +106,9 @@ def mean_plot(
         title: unique on the page.
         zero: draw a line at 0, as for differences.
     """
+    import matplotlib as mpl  # slow import
+    from matplotlib.figure import Figure  # slow import
+
     buffer = io.StringIO()
     with mpl.rc_context(_STYLE | {"svg.hashsalt": title}):  # the SVG is reproducible
         figure = Figure(figsize=(5.6, 3.4 + 0.19 * len(curves)), layout="constrained")
@@ -117,6 +123,8 @@ def mean_plot(
 
 
 def _draw_means(axes: Axes, curves: Mapping[str, MeanCurve]) -> None:
+    from matplotlib.ticker import NullLocator  # slow import
+
     places = np.unique([x for curve in curves.values() for x in curve.x])
     width = float(np.log(places[-1] / places[0])) or 1.0
     axes.set_xscale("log")

@@ -14,10 +14,8 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
-from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
 from pycocotools import mask as coco_mask
+from yacs.config import CfgNode
 
 from crossmae.data.found_names import OTHER_FOLDERS, describe_moved, find_moved
 from crossmae.data.images import MAX_PIXELS
@@ -113,6 +111,8 @@ def register_coco(
     Raises:
         UserError: the file or the folder is missing, the file has faults outside `drop`, or no entries are left.
     """
+    from detectron2.data import DatasetCatalog, MetadataCatalog  # slow import
+
     check_drop(drop)
     file = read_coco(json_path)
     if not os.path.isdir(images):
@@ -206,6 +206,8 @@ def read_sizes(folder: Path, names: Sequence[str]) -> Iterable[ImageSize | None]
 
 def _name_classes(name: str, categories: Sequence[dict[str, Any]]) -> None:
     """Register the names and numbers of the classes."""
+    from detectron2.data import MetadataCatalog  # slow import
+
     entries = sorted(categories, key=lambda entry: entry["id"])
     numbers = {entry["id"]: index for index, entry in enumerate(entries)}
     names = [entry["name"] for entry in entries]
@@ -214,6 +216,8 @@ def _name_classes(name: str, categories: Sequence[dict[str, Any]]) -> None:
 
 def registered_classes(name: str) -> Classes | None:
     """Return the classes of a data set, None if unknown yet."""
+    from detectron2.data import MetadataCatalog  # slow import
+
     metadata = MetadataCatalog.get(name)
     names = metadata.get("thing_classes")
     if names is None:
@@ -252,6 +256,8 @@ def ground_truth(name: str) -> dict[str, Any]:
 
 def read_registered(name: str) -> tuple[dict[str, Any], dict[str, dict[int, Any]]]:
     """Read the ground truth, and the ids of the file (`Tidy.written`)."""
+    from detectron2.data import MetadataCatalog  # slow import
+
     metadata = MetadataCatalog.get(name)
     path = metadata.get("json_file")
     if path is None:
@@ -268,6 +274,8 @@ def read_registered(name: str) -> tuple[dict[str, Any], dict[str, dict[int, Any]
 
 
 def _load_records(name: str) -> list[dict[str, Any]]:
+    from detectron2.data import MetadataCatalog  # slow import
+
     return dataset_records(ground_truth(name), MetadataCatalog.get(name).image_root)
 
 
@@ -276,6 +284,8 @@ def dataset_records(content: dict[str, Any], image_root: str) -> list[dict[str, 
 
     Sound files give the same records as detectron2's `load_coco_json`, which fails on keys that nobody uses.
     """
+    from detectron2.structures import BoxMode  # slow import
+
     classes = {number: index for index, number in enumerate(sorted(entry["id"] for entry in content["categories"]))}
     objects: dict[int, list[dict[str, Any]]] = {entry["id"]: [] for entry in content["images"]}
     for entry in content["annotations"]:
@@ -488,6 +498,8 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
 
 def _warn_of_crowded_images(json_path: str, summary: CocoSummary, detections: int, counted: int) -> None:
     """Warn if an image has more objects than detections that count."""
+    from detectron2.data import MetadataCatalog  # slow import
+
     lvis = MetadataCatalog.get(OWN_VAL).get("evaluator_type") == "lvis"  # with a limit of its own
     text = "%s: an image has %d objects%s, and %s only %d, which lowers recall and AP. Set %s=%d or more."
     if 0 <= detections < (most := summary.most_objects):
@@ -498,6 +510,8 @@ def _warn_of_crowded_images(json_path: str, summary: CocoSummary, detections: in
 
 def check_classes(names: Sequence[str], num_classes: int) -> None:
     """Reject loaded data sets whose number of classes differs from the model."""
+    from detectron2.data import MetadataCatalog  # slow import
+
     for name in names:
         found = MetadataCatalog.get(name).get("thing_classes")
         if found is not None and len(found) != num_classes:
@@ -512,6 +526,8 @@ def check_registered(names: tuple[str, ...], key: str, needed: str = "") -> None
 
     With `needed`, at least one data set is required.
     """
+    from detectron2.data import DatasetCatalog, MetadataCatalog  # slow import
+
     split = "train" if key == "DATASETS.TRAIN" else "val"
     if needed and not names:
         raise UserError(f"{key}: there is no {needed}. Name it with --{split}-json and --{split}-images.")

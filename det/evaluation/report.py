@@ -37,7 +37,15 @@ from det.config import (
 )
 from det.data.coco import OWN_TRAIN, OWN_VAL
 from det.evaluation.pictures import find_pictures
-from det.evaluation.run_files import HEADLINE, TASKS, BestEvaluation, DetectionResults, RunRecord, read_training_log
+from det.evaluation.run_files import (
+    AP_TEXT,
+    HEADLINE,
+    TASKS,
+    BestEvaluation,
+    DetectionResults,
+    RunRecord,
+    read_training_log,
+)
 
 LOSSES = {
     "loss_mask": "mask",
@@ -57,10 +65,6 @@ MEANING = {
     "ARm": "recall, objects in between",
     "ARl": "recall, objects over 96 x 96 pixels",
 }
-AP_TEXT = (
-    "AP50 counts a detection as right when its overlap with the true object (IoU) is at least 0.5. AP "
-    "is the mean over ten such thresholds from 0.5 to 0.95."
-)
 
 
 def loss_plots(log: LoggedNumbers) -> PlotKeys:

@@ -12,6 +12,10 @@ from crossmae.reports.run_folder import FileContent, LoggedNumbers, read_log
 
 TASKS = {"bbox": "box", "segm": "mask"}
 HEADLINE = ("AP", "AP50", "AP75")
+AP_TEXT = (
+    "AP50 counts a detection as right when its overlap with the true object (IoU) is at least 0.5. AP "
+    "is the mean over ten such thresholds from 0.5 to 0.95."
+)
 
 Percentages = dict[str, float | None]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -23,11 +22,12 @@ from crossmae.data.images import ImageLimits, read_image, to_rgb
 from crossmae.errors import UserError
 from crossmae.files import decode_text, read_file
 from crossmae.models.class_names import describe_difference, list_names, pair_names
-from det.backbone.weights import build_trained, check_detector, find_detector
+from det.backbone.weights import build_trained, find_detector
 from det.classes import Classes, classes_of, match_ids
-from det.config import CONFIG, RECORD, check_config, choose_device, image_limits, load_det_config
+from det.config import RECORD, check_config, choose_device, image_limits
 from det.data.coco import read_categories
 from det.data.loader import ResizeShortestEdge, augment
+from det.inference.arguments import read_config
 from det.inference.paste import coco_results
 from det.library_warnings import library_warnings_ignored
 
@@ -134,37 +134,6 @@ class Predictor:
             return (constraints["square_size"],)
         divisor = constraints["size_divisibility"]
         return tuple(-(-side // divisor) * divisor for side in image.shape[1:])
-
-
-def add_detector_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a detector and its classes."""
-    parser.add_argument(
-        "--weights", type=Path, required=True, metavar="PATH", help="a detector's file, or the folder of its run"
-    )
-    parser.add_argument("--config-file", metavar="NAME", help="a YAML file, or its name under configs/ (the run's own)")
-    parser.add_argument(
-        "--classes", type=Path, metavar="FILE", help="class names: a COCO file, or a text with one per line (the run's)"
-    )
-
-
-def read_config(config_file: str | Path | None, weights: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
-    """Read the config of a detector, and apply `KEY=VALUE` words.
-
-    `config_file` is a YAML file, a name under configs/, or a run's folder. None uses `config.yaml` next to the
-    `weights`, which are a run's folder or a file in it.
-    """
-    if not Path(weights).exists():
-        raise UserError(f"{weights}: no such file or folder. Name a detector's weights, or the folder of its run.")
-    if config_file is not None:
-        return load_det_config(str(config_file), overrides)
-    folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
-    try:
-        if not (folder / CONFIG).is_file():
-            raise UserError(f"{folder}: has no {CONFIG}. Name the config that the detector was trained with.")
-        return load_det_config(str(folder / CONFIG), overrides)
-    except UserError:
-        check_detector(Path(weights))  # weights of another kind explain the error better
-        raise
 
 
 def read_rgb(image: ImageLike, limits: ImageLimits | None = None) -> NDArray[np.uint8]:

@@ -15,12 +15,10 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import detectron2
 import numpy as np
 import psutil
-import torch
 from pydantic import Field
 
 from crossmae.data.images import read_image
@@ -31,10 +29,10 @@ from crossmae.reports.figures import curve_plots
 from crossmae.reports.run_folder import FileContent, LoggedNumbers, RunFolder, read_log
 from crossmae.training.versions import versions
 from det.data.coco import read_coco
-from det.evaluation.pictures import compare_pictures
-from det.evaluation.report import AP_TEXT
-from det.evaluation.resampling import ApDifference, bootstrap_difference, match_detections
-from det.evaluation.run_files import TASKS, DetectionResults, RunRecord, read_training_log
+from det.evaluation.run_files import AP_TEXT, TASKS, DetectionResults, RunRecord, read_training_log
+
+if TYPE_CHECKING:
+    from det.evaluation.resampling import ApDifference
 
 COUNT = 12  # number of held-out images on the page
 STAGES, PRETRAIN_LOG = "stages.json", "pretrain/log.jsonl"
@@ -185,6 +183,8 @@ def ap_differences(run: RunFolder, arms: tuple[Arm, Arm], truth: dict[str, Any] 
 
     Returns nothing if a file is missing or damaged. `run.faults` has the reason then.
     """
+    from det.evaluation.resampling import bootstrap_difference, match_detections  # slow import
+
     first, second = (arm.predictions for arm in arms)
     if truth is None or first is None or second is None:
         return {}
@@ -239,6 +239,8 @@ def class_section(run: RunFolder, arms: Sequence[Arm]) -> page.Section:
 
 def prediction_section(run: RunFolder, arms: Sequence[Arm], truth: dict[str, Any] | None) -> page.Section:
     """Show true objects and the predictions of both detectors, side by side."""
+    from det.evaluation.pictures import compare_pictures  # slow import
+
     what = "pictures of detections"
     absent = [arm.file(PREDICTIONS) for arm in arms if arm.predictions is None]
     blocks: list[page.PageBlock] = [run.missing(name, what) for name in absent]
@@ -366,6 +368,9 @@ def facts(arms: Sequence[Arm], record: Stages) -> list[page.Fact]:
 
 def environment() -> list[tuple[str, str]]:
     """List facts about machine and versions as (name, value) pairs."""
+    import detectron2  # slow import
+    import torch  # slow import
+
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
     libraries = versions() | {"detectron2": detectron2.__version__}

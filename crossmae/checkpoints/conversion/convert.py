@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from crossmae import __version__
-from crossmae.checkpoints.conversion import proof, targets
-from crossmae.checkpoints.conversion.proof import TOLERANCE, Proof
+from crossmae.checkpoints.conversion import TOLERANCE, proof, targets
+from crossmae.checkpoints.conversion.proof import Proof
 from crossmae.checkpoints.conversion.targets import NO_SUFFIX, TARGETS, ConversionPlan
 from crossmae.checkpoints.formats.facts import ENCODER_FACTS, SET_OPTION, assumed_lines, condition
 from crossmae.checkpoints.formats.huggingface import PREPROCESSOR

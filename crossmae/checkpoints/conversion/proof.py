@@ -25,6 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from crossmae.checkpoints.conversion import TOLERANCE
 from crossmae.checkpoints.formats.timm_folder import is_timm_folder, timm_model
 from crossmae.checkpoints.reading.files import HUB_CONFIG, read_tensors
 from crossmae.checkpoints.resample import window_of
@@ -32,7 +33,6 @@ from crossmae.checkpoints.weights import encoder_tensors, read_weights
 from crossmae.errors import UserError, shorten
 from crossmae.models.encoder import ViTEncoder, patch_grid
 
-TOLERANCE = 1e-5
 HF_MODELS = {"hf-vit": "ViTModel", "hf-vitmae": "ViTMAEModel"}
 _ENCODER_SIZES = tuple(key for key in inspect.signature(ViTEncoder).parameters if key != "class_tokens")
 _REMEDIES = {

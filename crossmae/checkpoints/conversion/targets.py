@@ -107,7 +107,6 @@ class Target:
     """A layout that can be written.
 
     Attributes:
-        what: description in one line.
         suffixes: allowed suffixes of the destination; `NO_SUFFIX` means a folder.
         write: function that writes a file, or the files of an empty folder.
         decoder: pretraining model whose decoder has a place in the layout.
@@ -117,7 +116,6 @@ class Target:
         square: true if the layout allows only square images.
     """
 
-    what: str
     suffixes: tuple[str, ...]
     write: Callable[[Path, ConversionPlan], Names]
     decoder: Literal["crossmae", "mae"] | None = None
@@ -205,30 +203,24 @@ def _write_detectron2(path: Path, model: ConversionPlan) -> Names:
 
 TARGETS = {
     "crossmae": Target(
-        "this toolkit's CrossMAE model, encoder or classifier (.pth: the layout of the published files)",
         (".safetensors", ".pth"), _write_own, decoder="crossmae", heads=("avg", "cls", "batchnorm"),
         class_token="several",
     ),
     "mae": Target(
-        "the same for MAE models",
         (".safetensors", ".pth"), _write_own, decoder="mae", heads=("avg", "cls", "batchnorm"), class_token="several",
     ),
     "timm": Target(
-        "timm's VisionTransformer: a file for checkpoint_path=, or a folder for local-dir:",
         (NO_SUFFIX, ".safetensors", ".pth"), _write_timm, heads=("avg", "cls"), norm="required",
     ),
     "hf-vit": Target(
-        "transformers' ViTModel or ViTForImageClassification: a folder for from_pretrained",
         (NO_SUFFIX,), partial(_write_transformers, layout="hf-vit"), heads=("cls",), class_token="required",
         norm="required",
     ),
     "hf-vitmae": Target(
-        "transformers' ViTMAEModel or ViTMAEForPreTraining: a folder for from_pretrained",
         (NO_SUFFIX,), partial(_write_transformers, layout="hf-vitmae"), decoder="mae", class_token="required",
         norm="required", square=True,
     ),
     "detectron2": Target(
-        "the backbone of detectron2's ViTDet, for MODEL.WEIGHTS",
         (".pth", ".pkl", ".safetensors"), _write_detectron2, class_token="none", norm="none", relative=True,
         square=True,
     ),

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from crossmae.checkpoints.metadata import check_digest
+from crossmae.checkpoints.reading import DETECTOR_BEST, DETECTOR_FINAL, DETECTOR_LAST
 from crossmae.checkpoints.reading.candidates import split_choice
 from crossmae.checkpoints.reading.other_files import (
     failed_download,
@@ -36,8 +37,6 @@ log = logging.getLogger(__name__)
 # Names of weight files in folders of transformers and timm. An index lists the shards of a large model.
 HUB_FILES = (MODEL, f"{MODEL}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 HUB_CONFIG = "config.json"
-# Files in the folder of a detector's run. The last one has the name of the last weights.
-DETECTOR_BEST, DETECTOR_FINAL, DETECTOR_LAST = "model_best.pth", "model_final.pth", "last_checkpoint"
 _MAX_POINTER = 256
 _STEP_FOLDER = re.compile(r"step-\d+")
 _PART = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|bin|pt|pth)$")

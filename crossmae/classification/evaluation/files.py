@@ -32,8 +32,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from crossmae.classification import LABEL_THRESHOLD
 from crossmae.classification.evaluation.figures import calibration_figure, confusion_figure, map_figure
-from crossmae.classification.evaluation.metrics import LABEL_THRESHOLD, ClassificationScores, Predictions
+from crossmae.classification.evaluation.metrics import ClassificationScores, Predictions
 from crossmae.data.pixels import to_tensor, to_unit_range
 from crossmae.errors import UserError
 from crossmae.files import make_folder, stream_text, sync_folder, temporary_folder, write_atomically, write_json

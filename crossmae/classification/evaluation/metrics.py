@@ -14,14 +14,12 @@ from itertools import pairwise
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
-from sklearn.metrics import average_precision_score, confusion_matrix
 from torch import Tensor
 
+from crossmae.classification import LABEL_THRESHOLD
 from crossmae.errors import UserError, shorten
 
 BINS = 15  # bins of the calibration error, as in arXiv 1706.04599
-LABEL_THRESHOLD = 0.5  # if an image can have several labels: smallest score of a predicted class
 CONFIDENCE = 0.95  # level of every interval
 
 
@@ -118,6 +116,8 @@ class Mean:
 
 def wilson(right: int, images: int) -> tuple[float, float]:
     """Compute Wilson's 95% interval of a share of independently drawn images."""
+    from scipy import stats  # slow import
+
     interval = stats.binomtest(right, images).proportion_ci(CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -138,6 +138,8 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 def student_mean(values: Sequence[float]) -> Mean:
     """Average one or more numbers of any size, such as differences."""
+    from scipy import stats  # slow import
+
     numbers = torch.tensor(values, dtype=torch.float64)
     mean, runs = float(numbers.mean()), len(values)
     if runs == 1:
@@ -231,6 +233,8 @@ def score(predictions: Predictions, num_classes: int) -> ClassificationScores:
 
 
 def _score_one_label(predictions: Predictions, num_classes: int, loss: float) -> ClassificationScores:
+    from sklearn.metrics import confusion_matrix  # slow import
+
     labels, top = predictions.labels.numpy(), predictions.top_classes.numpy()  # (N,), (N, K)
     correct = predictions.correct.numpy()
     confusion = confusion_matrix(labels, top[:, 0], labels=np.arange(num_classes)).astype(np.int64)
@@ -251,6 +255,8 @@ def _score_one_label(predictions: Predictions, num_classes: int, loss: float) ->
 
 
 def _score_several_labels(predictions: Predictions, num_classes: int, loss: float) -> ClassificationScores:
+    from sklearn.metrics import average_precision_score  # slow import
+
     assert predictions.scores is not None
     labels, scores = predictions.labels.numpy(), predictions.scores.numpy()  # (N, C)
     predicted = scores >= LABEL_THRESHOLD

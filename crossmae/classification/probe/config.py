@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from crossmae.data.images import MAX_PIXELS, ImageLimits
 from crossmae.models.sizes import model_arguments
-from crossmae.pretraining.neighbours import FeaturePool
+from crossmae.pretraining.config import FeaturePool
 from crossmae.training.config import ConfigSection, NonNegative, Positive, Ratio
 
 Method = Literal["knn", "linear", "logistic", "few_shot"]

@@ -45,7 +45,8 @@ from crossmae.errors import UserError
 from crossmae.files import load_json
 from crossmae.models.crossmae import create_model, resolve_blocks
 from crossmae.models.sizes import model_arguments
-from crossmae.pretraining.neighbours import FeaturePool, pool_tokens
+from crossmae.pretraining.config import FeaturePool
+from crossmae.pretraining.neighbours import pool_tokens
 from crossmae.training.devices import open_autocast
 
 log = logging.getLogger(__name__)

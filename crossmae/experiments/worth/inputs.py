@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from crossmae.checkpoints.weights import encoder_arguments, encoder_tensors, read_weights
 from crossmae.data.sources import open_source
 from crossmae.data.sources.source import Source
 from crossmae.errors import UserError, shorten
@@ -330,6 +329,8 @@ def check_weights(path: Path, sizes: Mapping[str, Any], presets: Mapping[str, Ma
 
     Raises UserError if they do not fit. The message names the size that fits.
     """
+    from crossmae.checkpoints.weights import encoder_arguments, encoder_tensors, read_weights  # slow import
+
     weights = read_weights(path)
     theirs = encoder_arguments(encoder_tensors(weights), weights.metadata)
     keys = ("embed_dim", "depth", "num_heads")

@@ -1,0 +1,47 @@
+"""Arguments of the tools that predict with a detector, and its config, read before torch is imported."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from crossmae.errors import UserError
+from det.config import CONFIG, load_det_config
+
+COCO_FILE = "predictions.json"
+
+
+def add_detector_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a detector and its classes."""
+    parser.add_argument(
+        "--weights", type=Path, required=True, metavar="PATH", help="a detector's file, or the folder of its run"
+    )
+    parser.add_argument("--config-file", metavar="NAME", help="a YAML file, or its name under configs/ (the run's own)")
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="class names: a COCO file, or a text with one per line (the run's)"
+    )
+
+
+def read_config(config_file: str | Path | None, weights: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
+    """Read the config of a detector, and apply `KEY=VALUE` words.
+
+    `config_file` is a YAML file, a name under configs/, or a run's folder. None uses `config.yaml` next to the
+    `weights`, which are a run's folder or a file in it.
+    """
+    if not Path(weights).exists():
+        raise UserError(f"{weights}: no such file or folder. Name a detector's weights, or the folder of its run.")
+    if config_file is not None:
+        return load_det_config(str(config_file), overrides)
+    folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+    try:
+        if not (folder / CONFIG).is_file():
+            raise UserError(f"{folder}: has no {CONFIG}. Name the config that the detector was trained with.")
+        return load_det_config(str(folder / CONFIG), overrides)
+    except UserError:
+        from det.backbone.weights import check_detector  # slow import
+
+        check_detector(Path(weights))  # weights of another kind explain the error better
+        raise
