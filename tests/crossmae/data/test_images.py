@@ -386,7 +386,7 @@ def test_the_size_of_a_plain_jpeg_is_pillows(change: str, tmp_path: Path) -> Non
         assert plain_jpeg_size(str(tmp_path / "x")) is None
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.integers(0, 620), st.integers(0, 255))
 def test_no_changed_byte_gives_a_size_that_pillow_refuses(at: int, value: int) -> None:
     file = io.BytesIO()

@@ -71,7 +71,7 @@ def test_odd_texts_have_one_meaning(text: str) -> None:
     assert read(text) == read_by_json(text)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(VALUES, st.booleans(), st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32-be"]))
 def test_values_have_one_meaning_in_every_encoding(value: Any, ascii_only: bool, encoding: str) -> None:
     pytest.importorskip("orjson")
