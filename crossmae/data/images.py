@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import re
 import struct
 import warnings
@@ -71,6 +72,7 @@ LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 # Last bytes of complete JPEG and PNG files. Files of other kinds must be decoded to find out if they are complete.
 LAST_BYTES = (b"\xff\xd9", b"IEND\xaeB`\x82")
+PLAIN_HEAD = 4096  # bytes that hold the header of a JPEG without metadata
 FILLED = bytes(64)  # after samples, such a run of zeros stands in place of the end of a JPEG
 FILL_VALUES, LOWEST = (-9999, -32768), -3.39e38  # missing data of GeoTIFF files, and all below
 UNREAD, JUNK = 128, b"\x55\xaa\x13" * 256  # grey of missing JPEG data; bytes that would be decoded to something else
@@ -397,6 +399,42 @@ def _with_channels(
 def is_whole(tail: bytes) -> bool:
     """Check whether the last bytes end a complete JPEG or PNG."""
     return tail.endswith(LAST_BYTES)
+
+
+def plain_jpeg_size(path: str) -> tuple[int, int] | None:
+    """Read (width, height) of a complete JPEG without EXIF data.
+
+    None for every other file, for which Pillow has to tell. This is several times faster than Pillow.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            head = file.read(PLAIN_HEAD)
+            file.seek(-2, os.SEEK_END)
+            end = file.read(2)
+    except OSError:
+        return None
+    start, size = 2, None
+    while len(head) > start + 4 and head[start] == 0xFF:
+        kind, stop = head[start + 1], start + 2 + int.from_bytes(head[start + 2 : start + 4], "big")
+        body = head[start + 4 : stop]
+        if stop > len(head):
+            return None
+        if kind == 0xDA:  # the samples
+            return size if head[:2] == b"\xff\xd8" and end == LAST_BYTES[0] else None
+        if kind in (0xC0, 0xC1, 0xC2):
+            if size or len(body) < 6 or body[0] != 8 or body[5] not in (1, 3) or len(body) != 6 + 3 * body[5]:
+                return None
+            size = int.from_bytes(body[3:5], "big"), int.from_bytes(body[1:3], "big")
+        elif kind == 0xE0 and body.startswith(b"JFIF\0"):
+            if len(body) < 14:
+                return None
+        elif kind == 0xDB:
+            if len(body) % 65 or any(number > 3 for number in body[::65]):
+                return None
+        elif kind not in (0xC4, 0xDD):  # tables and their intervals; what else there is may turn the image
+            return None
+        start = stop
+    return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -8,11 +8,13 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
 from PIL import Image
 
+from crossmae.data.parallel import map_in_order
 from crossmae.errors import UserError, printable, shorten
 from crossmae.files import special_kind, why_unexpanded
 
@@ -68,6 +70,9 @@ _COMPANIONS = """
 """
 COMPANIONS = frozenset(_COMPANIONS.split())
 SPLIT_WORDS = "train(ing)?|val(id(ation)?)?|test(ing)?|dev"  # pattern of the usual names of splits
+
+SCANNED_FROM = 32  # names in a folder; fewer files are looked at one by one
+_ODD_PATH = re.compile(r"//|/\.?$|(?:^|/)\./|^\.$")  # pathlib writes such paths in another way
 
 log = logging.getLogger(__name__)
 
@@ -240,6 +245,36 @@ def walk_files(
             special |= odd
         paths = (os.path.join(parent, name) for name in files if not is_system_name(name))
         yield from (path for path in paths if path not in odd)
+
+
+def join_names(folder: Path, names: Sequence[str]) -> list[str]:
+    """Join like `str(folder / name)`, ten times faster for plain names."""
+    start = str(folder / "x")[:-1]
+    return [
+        str(folder / name) if _ODD_PATH.search(name) or os.sep != "/" else name if name[0] == "/" else start + name
+        for name in names
+    ]
+
+
+def are_files(paths: Sequence[str]) -> list[bool]:
+    """Check which paths are files, with one look at a folder of many."""
+    parents = [path.rpartition(os.sep)[0] for path in paths]
+    known: set[str] = set()
+    for parent, count in Counter(parents).items():
+        if count >= SCANNED_FROM:
+            known.update(_files_in(parent))
+    rest = [path for path in paths if path not in known]
+    there = dict(zip(rest, map_in_order(os.path.isfile, rest, bar="find images"), strict=True))
+    return [path in known or there[path] for path in paths]
+
+
+def _files_in(folder: str) -> Iterator[str]:
+    """Yield the paths of files, and of links to files, in a folder."""
+    with suppress(OSError, ValueError), os.scandir(folder or os.sep) as entries:
+        for entry in entries:
+            with suppress(OSError):  # a link to itself
+                if entry.is_file():
+                    yield f"{folder}{os.sep}{entry.name}"
 
 
 def find_special(folder: str) -> dict[str, str]:

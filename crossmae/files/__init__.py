@@ -1,7 +1,7 @@
 """Files: reading with errors that name the file, atomic writing, claims of folders, and leftovers of killed runs."""
 
 from crossmae.files.expansion import expand_path, why_unexpanded
-from crossmae.files.parsing import load_json, load_literal, load_yaml
+from crossmae.files.parsing import load_json, load_literal, load_yaml, paused_garbage_collection
 from crossmae.files.reading import (
     PACKED_STARTS,
     decode_text,
@@ -15,6 +15,7 @@ from crossmae.files.reading import (
     recognize,
     sha256,
     special_kind,
+    stamp_file,
 )
 from crossmae.files.writing import (
     ODD_BYTES,
@@ -55,6 +56,7 @@ __all__ = [
     "name_write_errors",
     "open_file",
     "parse_json",
+    "paused_garbage_collection",
     "put_in_place",
     "read_file",
     "read_json",
@@ -63,6 +65,7 @@ __all__ = [
     "recognize",
     "sha256",
     "special_kind",
+    "stamp_file",
     "stream_text",
     "sync_file",
     "sync_folder",

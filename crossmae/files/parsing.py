@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import ast
+import gc
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import yaml
+
+try:  # three times faster for large files
+    from orjson import loads as _load_strictly
+except ImportError:  # pragma: no cover
+    _load_strictly = None  # type: ignore[assignment,unused-ignore]
 
 # Bounds of texts that others wrote. Larger values would exhaust memory, the stack, or the numbers of numpy and torch.
 MAX_DEPTH = 100  # lists and mappings in each other
@@ -20,12 +28,31 @@ def load_json(text: str | bytes) -> Any:
 
     Raises ValueError if the text is not JSON, is nested too deeply, or has a number with too many digits.
     """
-    try:
-        value = json.loads(text, parse_int=_whole_number)
-    except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
+    digits = (text.encode(errors="replace") if isinstance(text, str) else text).translate(_DIGITS_AS_ZERO)
+    value, is_read = None, False
+    if _load_strictly is not None and _LONG_NUMBER not in digits:  # it makes floats of numbers above 64 bits
+        with suppress(ValueError):  # NaN, half characters and numbers above floats are read below, and errors worded
+            value, is_read = _load_strictly(text), True
+    if not is_read:
+        try:
+            value = json.loads(text, parse_int=_whole_number if _TOO_LONG_NUMBER in digits else None)
+        except RecursionError:
+            raise ValueError(_TOO_DEEP) from None
+    del digits
     _check_bounds(value)
     return value
+
+
+@contextmanager
+def paused_garbage_collection() -> Iterator[None]:
+    """Pause garbage collection, which would double the reading time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def load_yaml(text: str) -> Any:
@@ -78,6 +105,8 @@ class _SettingsLoader(yaml.SafeLoader):
 
 
 _DEEP_START = re.compile(rf"(?:[\[{{]\s*){{{MAX_DEPTH + 1}}}")
+_DIGITS_AS_ZERO = bytes.maketrans(b"123456789", b"000000000")
+_LONG_NUMBER, _TOO_LONG_NUMBER = b"0" * 19, b"0" * (MAX_DIGITS + 1)
 _NESTED = frozenset({dict, list, tuple, set})  # the parsers make no subclasses
 _TOO_DEEP = f"more than {MAX_DEPTH} lists or mappings in each other"
 

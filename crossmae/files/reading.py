@@ -259,6 +259,15 @@ def read_side_file(path: Path, most_bytes: int = 1 << 24) -> dict[str, Any]:
     return row
 
 
+def stamp_file(path: str | Path) -> tuple[int, ...]:
+    """Return numbers that change when a file is written, () without a file."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def sha256(path: Path) -> str:
     """Compute the hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()

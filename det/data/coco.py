@@ -20,8 +20,9 @@ from yacs.config import CfgNode
 from crossmae.data.found_names import OTHER_FOLDERS, describe_moved, find_moved
 from crossmae.data.images import MAX_PIXELS
 from crossmae.data.parallel import READERS, map_in_order
+from crossmae.data.paths import are_files, join_names
 from crossmae.errors import UserError
-from crossmae.files import read_json
+from crossmae.files import paused_garbage_collection, read_json, stamp_file
 from det.classes import Classes
 from det.config import image_limits
 from det.data.coco_checks import (
@@ -31,7 +32,6 @@ from det.data.coco_checks import (
     find_faults,
     is_lvis,
     leaves_folder,
-    paused_garbage_collection,
     read_header,
 )
 from det.data.coco_kinds import DROPPABLE, KINDS, USELESS, WARNINGS, Rank
@@ -53,6 +53,8 @@ OTHER_FORMATS = {
 }
 
 OWN_TRAIN, OWN_VAL = "own_coco_train", "own_coco_val"
+# Stamp of the file and result of `read_registered`, by name of the data set, from registration on.
+_PARSED: dict[str, tuple[tuple[int, ...], tuple[dict[str, Any], dict[str, dict[int, Any]]]]] = {}
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Dropped:
     categories: frozenset[int] = frozenset()
 
 
+@paused_garbage_collection()
 def register_coco(
     name: str,
     json_path: str | Path,
@@ -114,6 +117,7 @@ def register_coco(
     from detectron2.data import DatasetCatalog, MetadataCatalog  # slow import
 
     check_drop(drop)
+    stamp = stamp_file(json_path)
     file = read_coco(json_path)
     if not os.path.isdir(images):
         raise UserError(f"{json_path}: the image folder {images} does not exist. Name the folder with its images.")
@@ -139,13 +143,14 @@ def register_coco(
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     DatasetCatalog.register(name, lambda: _load_records(name))
+    _PARSED[name] = stamp, (cleaned, tidied.written)
     pairs = {(annotation["category_id"], annotation["image_id"]) for annotation in cleaned["annotations"]}
     images_of = Counter(category for category, _ in pairs)
     MetadataCatalog.get(name).set(
         json_file=str(json_path),
         image_root=str(images),
         evaluator_type="lvis" if is_lvis(cleaned) else "coco",
-        reading=_Reading(masks, tuple(keep), dropped),
+        reading=_Reading(masks, tuple(keep), dropped, for_evaluation),
         # for detectron2's federated loss
         class_image_count=[
             {"id": entry["id"], "image_count": images_of[entry["id"]]} for entry in cleaned["categories"]
@@ -166,18 +171,20 @@ def register_coco(
 
 @dataclass(frozen=True)
 class _Reading:
-    """Arguments of `register_coco` with which a file is read again."""
+    """Arguments of `register_coco` with which a file is read, and whether a run reads it `again`."""
 
     masks: bool = True
     keep: tuple[str, ...] = ()
     dropped: Dropped = Dropped()
+    again: bool = True
 
 
 def tidy_with_images(content: dict[str, Any], folder: Path | None, masks: bool, keep: Collection[str] = ()) -> Tidy:
     """Repair a COCO content (`tidy`), with the files of a folder."""
 
     def find(names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-        missing = [name for name in names if leaves_folder(name) or not os.path.isfile(where / name)]
+        found = are_files(join_names(where, names))
+        missing = [name for name, is_there in zip(names, found, strict=True) if not is_there or leaves_folder(name)]
         return find_moved(where, missing, set(names) - set(missing))
 
     with paused_garbage_collection():
@@ -262,21 +269,28 @@ def read_registered(name: str) -> tuple[dict[str, Any], dict[str, dict[int, Any]
     path = metadata.get("json_file")
     if path is None:
         raise UserError(f"{name}: this data set has no file in COCO format. Set 'json_file' in its metadata.")
-    reading = metadata.get("reading", _Reading())
-    tidied = tidy_with_images(read_coco(path), Path(metadata.image_root), reading.masks, reading.keep)
-    content = clean(tidied.content, replace(reading.dropped, categories=tidied.left_out))
+    stamp, parsed = _PARSED.get(name, ((), None))
+    if parsed is None or stamp != stamp_file(path):
+        reading = metadata.get("reading", _Reading())
+        tidied = tidy_with_images(read_coco(path), Path(metadata.image_root), reading.masks, reading.keep)
+        parsed = clean(tidied.content, replace(reading.dropped, categories=tidied.left_out)), tidied.written
+    content, written = parsed
     taken = {annotation["id"] for annotation in content["annotations"]}
     free = next(number for number in count(1) if number not in taken)
     for annotation in content["annotations"]:
         if annotation["id"] == 0:
             annotation["id"] = free
-    return content, tidied.written
+    return content, written
 
 
+@paused_garbage_collection()
 def _load_records(name: str) -> list[dict[str, Any]]:
     from detectron2.data import MetadataCatalog  # slow import
 
-    return dataset_records(ground_truth(name), MetadataCatalog.get(name).image_root)
+    metadata, content = MetadataCatalog.get(name), ground_truth(name)
+    if not metadata.get("reading", _Reading()).again:
+        _PARSED.pop(name, None)  # training reads its records once
+    return dataset_records(content, metadata.image_root)
 
 
 def dataset_records(content: dict[str, Any], image_root: str) -> list[dict[str, Any]]:

@@ -6,14 +6,10 @@ lengths of all entries without such a fault are then checked as arrays.
 
 from __future__ import annotations
 
-import gc
-import os
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -21,15 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from crossmae.data.broken import find_broken
 from crossmae.data.found_names import NOTHING_LIKE
-from crossmae.data.images import IMAGE_LIMITS, ImageLimits, TooManyPixels, open_image, read_orientation
+from crossmae.data.images import IMAGE_LIMITS, ImageLimits, TooManyPixels, open_image, plain_jpeg_size, read_orientation
 from crossmae.data.parallel import READERS, map_in_order
+from crossmae.data.paths import are_files, join_names
 from crossmae.data.sources.source import ImageFiles
 from crossmae.errors import UserError, printable
-from crossmae.files import read_file, special_kind
+from crossmae.files import paused_garbage_collection, read_file, special_kind
 from det.config import image_limits
 from det.data.coco_fit import Placed, corners_of, find_misfits
 from det.data.coco_kinds import EVALUATION_KINDS, FREQUENCIES, KINDS, Kind, Rank
@@ -46,6 +42,7 @@ AGREE = 2.0  # pixels
 AGREEING, LEAVING, LEAVING_BY, FITTING = 0.5, 0.2, 0.05, 0.95
 COUNTED = 100  # objects of a class and image that AP counts, unless TEST.MAX_DETS is raised
 MOSTLY = 0.5  # share of crowd regions above which iscrowd may be an error
+LOOKS_AT_ONCE = 64  # image files per task of a thread
 FIRST = 5  # number of entries that a message describes
 _Note = Callable[[int], str]
 
@@ -122,18 +119,6 @@ class Findings:
             one = self.all.pop(name)
             if left := [position for position in one.positions if position not in explained]:
                 self.all[name] = replace(one, positions=left)
-
-
-@contextmanager
-def paused_garbage_collection() -> Iterator[None]:
-    """Pause garbage collection, which would double the reading time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def find_faults(
@@ -277,18 +262,23 @@ def _check_files(found: Findings, folder: Path, known: dict[int, int], limits: I
     entries = found.content["images"]
     named = {at: name for at in sorted(known.values()) if isinstance(name := image_name(entries[at]), str) and name}
     names = {at: name for at, name in named.items() if not leaves_folder(name)}
+    paths = dict(zip(names, join_names(folder, list(names.values())), strict=True))
+    is_there = dict(zip(names, are_files(list(paths.values())), strict=True))
     missing = {
         position: _describe_missing(folder / name, name, found.reasons.get(name))
         for position, name in names.items()
-        if not os.path.isfile(folder / name)
+        if not is_there[position]
     }
-    there = [position for position in names if position not in missing]
-    bar = tqdm(there, "check sizes", leave=False, unit="img", dynamic_ncols=True)
-    look = partial(_file_fault, limits=limits)
-    looks = map_in_order(lambda position: look(folder / names[position], entries[position]), bar, READERS)
-    faults = dict(zip(there, looks, strict=True))
-    decodable = [position for position in there if faults[position][0] != "too-large-image"]
-    source = ImageFiles([folder / names[position] for position in decodable], "images of a COCO file")
+    there = [position for position in names if is_there[position]]
+    parts = [there[at : at + LOOKS_AT_ONCE] for at in range(0, len(there), LOOKS_AT_ONCE)]
+
+    def look(part: list[int]) -> list[tuple[int, str, str, bool]]:
+        return [(position, *_file_fault(paths[position], entries[position], limits)) for position in part]
+
+    looks = list(chain.from_iterable(map_in_order(look, parts, READERS, bar="check sizes")))
+    faults = {position: (kind, text) for position, kind, text, _ in looks}
+    decodable = [position for position, kind, _, sure in looks if kind != "too-large-image" and not sure]
+    source = ImageFiles([paths[position] for position in decodable], "images of a COCO file")
     source.limits = limits
     broken = {decodable[one.index]: one.message for one in find_broken(source, range(len(source)))}
     kinds: dict[str, dict[int, str]] = {"missing-image": missing, "broken-image": broken}
@@ -320,25 +310,33 @@ def read_header(path: Path, limits: ImageLimits = IMAGE_LIMITS) -> tuple[tuple[i
     return stored, stored[::-1] if orientation in QUARTER_TURNS else stored, orientation
 
 
-def _file_fault(path: Path, entry: dict[str, Any], limits: ImageLimits) -> tuple[str, str]:
-    """Find a fault in an image's header. Return its kind and description."""
+def _file_fault(path: str, entry: dict[str, Any], limits: ImageLimits) -> tuple[str, str, bool]:
+    """Find a fault in an image's header.
+
+    Returns its kind and description, and whether the file is known to be complete.
+    """
     wanted = entry.get("width"), entry.get("height")
+    plain = plain_jpeg_size(path)
+    sure = plain is not None and 0 < plain[0] * plain[1] <= limits.pixels
+    if sure and plain == wanted:
+        return "", "", True
     try:
-        stored, turned, orientation = read_header(path, limits)
+        stored, turned, orientation = read_header(Path(path), limits)
     except TooManyPixels as error:
-        return "too-large-image", str(error)
+        return "too-large-image", str(error), sure
     except UserError as error:
-        return "broken-image", str(error)
+        return "broken-image", str(error), sure
     except Exception as error:  # Pillow raises many types of errors for damaged headers
-        return "broken-image", f"{path}: cannot be read as an image: {' '.join(str(error).split())}"
+        return "broken-image", f"{path}: cannot be read as an image: {' '.join(str(error).split())}", sure
     sizes = "the json has {}x{} (width x height), the file {}x{}".format(*wanted, *stored)
     if turned != stored:
         sizes += " and {}x{} once turned by its EXIF orientation {}".format(*turned, orientation)
     if turned == wanted:
-        return ("exif-turned", f"EXIF orientation {orientation}") if orientation in range(2, 9) else ("", "")
+        kind = "exif-turned" if orientation in range(2, 9) else ""
+        return kind, f"EXIF orientation {orientation}" if kind else "", sure
     if turned != stored and stored == wanted:
-        return "exif-orientation", sizes
-    return ("swapped-size" if turned[::-1] == wanted else "size-mismatch"), sizes
+        return "exif-orientation", sizes, sure
+    return ("swapped-size" if turned[::-1] == wanted else "size-mismatch"), sizes, sure
 
 
 def _open_header(path: Path) -> Image.Image:

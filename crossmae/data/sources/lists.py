@@ -8,12 +8,12 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from crossmae.data.found_names import NOTHING_LIKE, describe_moved, find_moved
-from crossmae.data.parallel import map_in_order
-from crossmae.data.paths import IMAGE_SUFFIXES, refuse_unread
+from crossmae.data.paths import IMAGE_SUFFIXES, are_files, join_names, refuse_unread
 from crossmae.data.sources.source import ImageFiles
 from crossmae.errors import UserError, import_extra, printable, shorten
 from crossmae.files import decode_text, parse_json, read_file, special_kind
@@ -39,8 +39,8 @@ def open_text_list(path: Path, key: str, root: Path | None) -> ImageFiles:
     """
     lines = [line.strip() for line in _read_text(path, key).split("\n")]
     lines = [line for line in lines if line and not line.startswith("#")]
-    pairs = [LABELLED_LINE.fullmatch(line) for line in lines]
-    if lines and all(pairs) and not os.path.isfile((root or path.parent) / lines[0]):
+    pairs = list(takewhile(bool, map(LABELLED_LINE.fullmatch, lines)))  # the first line without a label is the last
+    if lines and len(pairs) == len(lines) and not os.path.isfile((root or path.parent) / lines[0]):
         log.info("%s: every line ends in a label, such as %r", path, lines[0])
         names, labels = zip(*(pair.groups() for pair in pairs if pair), strict=True)
         return _listed(names, labels, path, key, root)
@@ -207,7 +207,7 @@ def _listed(
         labels = [None if label in MISSING_LABELS else label for label in labels]
     source = ImageFiles(paths, f"{len(paths):,} images in the list {path}{shown}", labels)
     if source.classes:
-        _check_repeated(source)
+        _check_repeated(source, paths)
     elif labels is not None and not any(labels):
         source.leave_unlabelled("the column of labels is empty", "Fill it in")
     return source
@@ -218,8 +218,8 @@ def _find_files(names: Sequence[str], folder: Path, path: Path, key: str, outsid
 
     Without `outside`, only files in the folder are used.
     """
-    paths = [str(folder / name) for name in names]
-    found = list(map_in_order(os.path.isfile, paths, bar="find images"))
+    paths = join_names(folder, names)
+    found = are_files(paths)
     if not outside:
         found = [is_there and not _leads_out(name) for name, is_there in zip(names, found, strict=True)]
     missing = list(dict.fromkeys(name for name, is_there in zip(names, found, strict=True) if not is_there))
@@ -243,12 +243,14 @@ def _find_files(names: Sequence[str], folder: Path, path: Path, key: str, outsid
     ]
 
 
-def _check_repeated(source: ImageFiles) -> None:
+def _check_repeated(source: ImageFiles, paths: Sequence[str]) -> None:
     """Use no labels if an image is listed again with another label."""
+    names = list(map(os.path.normpath, paths))
+    if len(set(names)) == len(names):
+        return
     first: dict[str, int] = {}
     labels, repeated = source.labels(), 0
-    for index in range(len(source)):
-        name = os.path.normpath(source.name(index))
+    for index, name in enumerate(names):
         other = first.setdefault(name, index)
         repeated += other != index
         if labels[other] != labels[index]:

@@ -6,12 +6,16 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image, ImageOps
 
-from crossmae.data.images import ImageLimits, decode_image, header_is_sound, open_image, read_image
+from crossmae.data.images import ImageLimits, decode_image, header_is_sound, open_image, plain_jpeg_size, read_image
 from crossmae.errors import UserError
 
 
@@ -360,3 +364,39 @@ def test_a_jpeg_cut_in_its_data_is_named_even_if_it_ends_as_it_should(options: d
         assert np.array_equal(np.asarray(decode_image(data + bytes(99), "x")), np.asarray(decode_image(data, "x")))
     grey = encoded(np.full((64, 64), 128, np.uint8), "jpeg", **options)
     assert (np.asarray(decode_image(grey, "x")) == 128).all()  # whole, though it looks like missing data
+
+
+@pytest.mark.parametrize(
+    "change", ["none", "progressive", "grey", "exif", "cmyk", "comment", "icc", "cut", "png", "empty"]
+)
+def test_the_size_of_a_plain_jpeg_is_pillows(change: str, tmp_path: Path) -> None:
+    mode = {"grey": "L", "cmyk": "CMYK"}.get(change, "RGB")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    extra: dict[str, Any] = {"progressive": {"progressive": True}, "exif": {"exif": exif}, "comment": {"comment": b"x"}}
+    extra["icc"] = {"icc_profile": b"x" * 9}
+    file = io.BytesIO()
+    Image.new(mode, (31, 17)).save(file, "PNG" if change == "png" else "JPEG", **extra.get(change, {}))
+    data = {"cut": file.getvalue()[:-2], "empty": b""}.get(change, file.getvalue())
+    (tmp_path / "x").write_bytes(data)
+    is_plain = change in ("none", "progressive", "grey")
+    assert plain_jpeg_size(str(tmp_path / "x")) == ((31, 17) if is_plain else None)
+    for length in range(0, len(data) - 2, 7):
+        (tmp_path / "x").write_bytes(data[:length])
+        assert plain_jpeg_size(str(tmp_path / "x")) is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 620), st.integers(0, 255))
+def test_no_changed_byte_gives_a_size_that_pillow_refuses(at: int, value: int) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (31, 17)).save(file, "JPEG")
+    data = bytearray(file.getvalue())
+    data[at] = value
+    with NamedTemporaryFile() as changed:
+        changed.write(data)
+        changed.flush()
+        size = plain_jpeg_size(changed.name)
+        if size is not None and 0 not in size:
+            with Image.open(changed.name) as image:
+                assert (image.size, image.getexif().get(ExifTags.Base.Orientation, 1)) == (size, 1)

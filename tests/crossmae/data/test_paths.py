@@ -14,10 +14,13 @@ from crossmae.data.images import read_image
 from crossmae.data.paths import (
     IMAGE_FORMATS,
     IMAGE_SUFFIXES,
+    SCANNED_FROM,
     VIDEO_SUFFIXES,
+    are_files,
     find_images,
     find_inputs,
     is_system_name,
+    join_names,
     refuse_unread,
 )
 from crossmae.errors import UserError
@@ -199,3 +202,45 @@ def test_files_of_a_list_are_judged_by_suffix_or_content(tmp_path: Path) -> None
     found = r"^data.train: list.txt: 2 \.npy, 1 \.mp4, 1 \.eps of 6 files are not read by this tool\. Convert"
     with pytest.raises(UserError, match=found):
         refuse_unread(paths, "data.train: list.txt")
+
+
+ODD_NAMES = [
+    "a.png",
+    "./a.png",
+    "b//a.png",
+    "b/./a.png",
+    "b/../a.png",
+    ".",
+    "..",
+    "b/",
+    "b/.",
+    "...",
+    ".a",
+    "b/.a",
+    " ",
+]
+
+
+@pytest.mark.parametrize("folder", ["/", ".", "x", "/x/y", "../x", "/x y/é"])
+def test_joined_names_are_those_of_pathlib(folder: str) -> None:
+    names = [*ODD_NAMES, *(f"/{name}" for name in ODD_NAMES), *(f"//{name}" for name in ODD_NAMES)]
+    assert join_names(Path(folder), names) == [str(Path(folder) / name) for name in names]
+
+
+def test_many_paths_are_files_as_each_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [f"many/{number}.png" for number in range(SCANNED_FROM)] + ["few/1.png"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "many/folder.png").mkdir()
+    os.mkfifo(tmp_path / "many/pipe.png")
+    for link, target in (("link", "0.png"), ("broken", "none"), ("loop", "loop.png"), ("deep", "folder.png")):
+        (tmp_path / f"many/{link}.png").symlink_to(target)
+    names = sorted(os.listdir(tmp_path / "many"))
+    paths = [f"{tmp_path}/{name}" for name in [*(f"many/{name}" for name in names), "few/1.png", "few/2.png", "many"]]
+    paths += [path for name in names for path in (f"{tmp_path}/few/../many/{name}", f"{tmp_path}/none/{name}")]
+    paths += [f"{tmp_path}/many/\0{name}" for name in names] + [f"{tmp_path}\0/{name}" for name in names]
+    assert are_files(paths) == list(map(os.path.isfile, paths))
+    asked: list[str] = []
+    monkeypatch.setattr(os.path, "isfile", lambda path: asked.append(path) or False)
+    assert all(are_files([f"{tmp_path}/many/{number}.png" for number in range(SCANNED_FROM)]))
+    assert not asked  # the folder was listed once

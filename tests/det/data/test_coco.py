@@ -571,3 +571,24 @@ def test_files_of_other_tools_are_called_what_they_are(tmp_path, content, looks)
 def test_other_json_is_no_coco_file(tmp_path, content):
     with pytest.raises(UserError, match=r"coco\.json: has no list 'images'\. Name a file in COCO format\."):
         read_coco(save(tmp_path, content))
+
+
+def test_a_run_parses_its_file_once(tmp_path, monkeypatch):
+    path, images, content = write_coco(tmp_path)
+    content["annotations"][0]["id"] = 0
+    save(path.parent, content)
+    register_coco("test_set", path, images, for_evaluation=True, masks=True)
+    kept = copy.deepcopy((DatasetCatalog.get("test_set"), read_registered("test_set")))
+    monkeypatch.setattr("det.data.coco._PARSED", {})
+    again = DatasetCatalog.get("test_set"), read_registered("test_set")
+    assert again == kept  # as if the file was parsed each time
+    for for_evaluation, reads in ((True, 3), (False, 1)):
+        register_coco("test_set", path, images, for_evaluation=for_evaluation, masks=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("det.data.coco.read_coco", lambda path: pytest.fail(f"{path} is parsed again"))
+            for _ in range(reads):
+                assert DatasetCatalog.get("test_set") == kept[0]
+    register_coco("test_set", path, images, for_evaluation=True, masks=True)
+    content["images"][0]["license"] = 7
+    save(path.parent, content)
+    assert ground_truth("test_set")["images"][0]["license"] == 7  # a file that changed is parsed again

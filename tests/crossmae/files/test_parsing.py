@@ -1,0 +1,87 @@
+"""Proves that JSON is read with the same values and errors whether or not the fast library reads it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crossmae.files import load_json, parsing
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=20,
+)
+ODD_NUMBERS = [
+    "-0",
+    "[-0, -0.0]",
+    "1e999",
+    "-1e999",
+    "NaN",
+    "[-Infinity]",
+    "1e-400",
+    "4.9e-324",
+    "01",
+    "1.",
+    ".5",
+    "+1",
+]
+ODD_NUMBERS += [*("9" * count for count in (18, 19, 300, 301, 5000)), f"-{2**63 + 1}", str(2**64), f"1.{'1' * 400}"]
+ODD_TEXTS = [
+    '{"a": 1, "b": 2, "a": 3}',
+    '"\\ud800"',
+    "\ufeff[]",
+    "",
+    " ",
+    "[1,]",
+    "[1] 2",
+    '"\t"',
+    '"\x7f"',
+    '{"a": \n }',
+]
+ODD_TEXTS += [*("[" * depth + "]" * depth for depth in (100, 101, 1500)), "[" * 5000, "\ud800", '"\ud800"']
+ODD_TEXTS += ["'a'", "{a: 1}", "nul", "[1, 2\n, }", *ODD_NUMBERS]
+
+
+def read(text: str | bytes) -> tuple[str, str]:
+    """Return the value as text, where NaN equals NaN, or the error."""
+    try:
+        return repr(load_json(text)), ""
+    except ValueError as error:
+        return "", str(error)
+
+
+def read_by_json(text: str | bytes) -> tuple[str, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parsing, "_load_strictly", None)
+        return read(text)
+
+
+def refuse(text: Any) -> None:
+    raise AssertionError(f"json was asked for {text!r}")
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS, ids=range(len(ODD_TEXTS)))
+def test_odd_texts_have_one_meaning(text: str) -> None:
+    pytest.importorskip("orjson")
+    assert read(text) == read_by_json(text)
+
+
+@settings(max_examples=60, deadline=None)
+@given(VALUES, st.booleans(), st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32-be"]))
+def test_values_have_one_meaning_in_every_encoding(value: Any, ascii_only: bool, encoding: str) -> None:
+    pytest.importorskip("orjson")
+    text = json.dumps(value, ensure_ascii=ascii_only)
+    data = text.encode(encoding, errors="replace")
+    assert read(text) == read_by_json(text) == (repr(json.loads(text)), "")
+    assert read(data) == read_by_json(data)
+
+
+def test_plain_text_is_read_by_the_fast_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("orjson")
+    monkeypatch.setattr(json, "loads", refuse)
+    assert load_json('{"id": 123456789012345678, "box": [0.5, 1e3, -2], "é": null}')["id"] == 123456789012345678
