@@ -77,7 +77,8 @@ class _Vit(ConfigKeys):  # the encoder and its simple feature pyramid
     GLOBAL_BLOCKS: list[int] = Field([2, 5, 8, 11], description="numbers of blocks")
     REL_POS: bool = True
     POS_EMBED: Literal["resize", "tiled", "absolute_win"] = "resize"  # fit of position embeddings to the image
-    ATTENTION: Literal["folded", "materialized"] = "folded"  # equal except for rounding, see det/backbone/attention.py
+    # equal except for rounding, see det/backbone/attention.py
+    ATTENTION: Literal["auto", "blocks", "folded", "materialized"] = "auto"
     ACTIVATION_CHECKPOINTING: bool = False  # recompute blocks in the backward pass instead of storing activations
     # 0 freezes patch embedding and positions; n also freezes the first n blocks
     FROZEN_STAGES: int = Field(-1, ge=-1, description="at least -1")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from crossmae.models.encoder import ViTEncoder
 from crossmae.models.layers import Block, CrossBlock, LayerNorm
-from crossmae.models.masking import MaskCounts, check_blocks, gather_tokens, mask_counts, split_patches
+from crossmae.models.masking import MaskCounts, check_blocks, gather_patches, gather_tokens, mask_counts, split_patches
 from crossmae.models.positions import sincos_pos_embed
 from crossmae.models.sizes import DECODERS, Decoder, model_arguments
 
@@ -220,7 +220,7 @@ class CrossMAE(ViTEncoder):
 
     def targets(self, imgs: Tensor, idx: Tensor) -> Tensor:
         """Cut out target values (B, M, P) of patches idx."""
-        patches = gather_tokens(patchify(imgs, self.patch_size), idx).float()
+        patches = gather_patches(imgs, idx, self.patch_size).permute(0, 1, 3, 4, 2).flatten(2).float()
         if not self.norm_pix_loss:
             return patches
         mean, std = patch_statistics(patches)

@@ -98,10 +98,12 @@ class ViTEncoder(nn.Module):
             raise ValueError(
                 f"images of (channels, height, width) {(C, H, W)} do not fit the model. It needs {expected}."
             )
-        tokens = self.patch_embed(imgs).flatten(1, 2) + self.pos_embed[:, 1:]  # (B, L, E)
+        positions = self.pos_embed[:, 1:]
+        if visible_idx is None:
+            tokens = self.patch_embed(imgs).flatten(1, 2) + positions  # (B, L, E)
+        else:
+            tokens = self.patch_embed(imgs, visible_idx) + gather_tokens(positions.expand(B, -1, -1), visible_idx)
         cls_token = self.cls_token + self.pos_embed[:, :1]  # zeros, unless the position embeddings were learned
-        if visible_idx is not None:
-            tokens = gather_tokens(tokens, visible_idx)  # (B, V, E)
         return torch.cat([cls_token.expand(B, -1, -1).to(tokens.dtype), tokens], dim=1)
 
     def features(self, tokens: Tensor, blocks: Sequence[int]) -> list[Tensor]:

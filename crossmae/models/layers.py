@@ -11,6 +11,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crossmae.models.masking import gather_patches
+
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
@@ -21,9 +23,15 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, imgs: Tensor) -> Tensor:
-        """Embed images as tokens (B, H / p, W / p, E)."""
-        return self.proj(imgs).permute(0, 2, 3, 1)
+    def forward(self, imgs: Tensor, idx: Tensor | None = None) -> Tensor:
+        """Embed all patches, or only the patches `idx` (B, K).
+
+        The tokens are (B, H / p, W / p, E) or (B, K, E).
+        """
+        if idx is None:
+            return self.proj(imgs).permute(0, 2, 3, 1)
+        patches = gather_patches(imgs, idx, self.proj.kernel_size[0])
+        return F.linear(patches.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Attention(nn.Module):

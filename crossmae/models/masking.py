@@ -124,3 +124,15 @@ def block_order(noise: Tensor, order: Tensor, grid: tuple[int, int], block: int)
 def gather_tokens(tokens: Tensor, idx: Tensor) -> Tensor:
     """Select tokens (B, K, E) by their indices (B, K)."""
     return tokens.gather(1, idx.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def gather_patches(imgs: Tensor, idx: Tensor, patch_size: int) -> Tensor:
+    """Cut patches out of images by their indices.
+
+    Images (B, C, H, W) and indices (B, K) give patches (B, K, C, p, p). Only these patches are copied.
+    """
+    B, C, H, W = imgs.shape
+    p = patch_size
+    cells = imgs.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, C, p, p)
+    image = torch.arange(B, device=imgs.device)[:, None]
+    return cells[image, idx // (W // p), idx % (W // p)]

@@ -8,16 +8,17 @@ heads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from detectron2.modeling.backbone.utils import window_partition, window_unpartition
 from torch import Tensor, nn
 
 from crossmae.models.layers import Attention
+from det.backbone.blocked_attention import blocked_attention
 
-RelPosAttention = Literal["folded", "materialized"]
+RelPosAttention = Literal["auto", "blocks", "folded", "materialized"]
 # Attention kernels without an N x N matrix support heads up to this width. In half precision, they need q, k and v of
 # equal width.
 WIDEST_HEAD = 256
@@ -32,9 +33,11 @@ class SpatialAttention(Attention):
     Args:
         window_size: side of a window in tokens. 0 attends over the whole grid.
         rel_pos_size: side of the grid that the relative position tables fit. 0 makes no tables.
-        rel_pos_attention: `folded` puts relative positions into extra channels of queries and keys, and needs no N x N
-            matrix. `materialized` adds an N x N matrix of relative positions to the scores, and is the reference. The
-            results are equal except for rounding.
+        rel_pos_attention: how relative positions are added to the scores. The results are equal except for rounding.
+            `auto`: `blocks` on CPUs, `folded` on other devices and in exported graphs.
+            `blocks`: the matrix of scores is computed for a block of queries at a time, twice in training.
+            `folded`: relative positions become extra channels of queries and keys, for kernels of plain attention.
+            `materialized`: an N x N matrix of relative positions is added. This is the reference.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class SpatialAttention(Attention):
         num_heads: int,
         window_size: int = 0,
         rel_pos_size: int = 0,
-        rel_pos_attention: RelPosAttention = "folded",
+        rel_pos_attention: RelPosAttention = "auto",
     ) -> None:
         super().__init__(dim, num_heads)
         self.window_size, self.rel_pos_attention = window_size, rel_pos_attention
@@ -55,25 +58,47 @@ class SpatialAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over a grid of tokens (B, h, w, E)."""
-        qkv = self.qkv(x)  # (B, h, w, 3E); projected before padding, because padding equals the bias
-        if not self.window_size:
-            return self.proj(self._attend(qkv))
         h, w = x.shape[1:3]
-        whole = pad_grid(qkv, self.qkv.bias.to(qkv.dtype), -h % self.window_size, -w % self.window_size)
-        windows, padded = window_partition(whole, self.window_size)  # (B * windows, window, window, 3E)
-        return self.proj(window_unpartition(self._attend(windows), self.window_size, padded, (h, w)))
-
-    def _attend(self, qkv: Tensor) -> Tensor:
-        B, H, W, E3 = qkv.shape
-        split = qkv.reshape(B, H * W, 3, self.num_heads, E3 // 3 // self.num_heads)
-        q, k, v = split.permute(2, 0, 3, 1, 4)  # each (B, n, N, d)
+        H, W = (self.window_size or h), (self.window_size or w)
+        qkv = self.qkv(x)  # (B, h, w, 3E); projected before padding, because padding equals the bias
+        if h % H or w % W:
+            qkv = pad_grid(qkv, self.qkv.bias.to(qkv.dtype), -h % H, -w % W)
+        q, k, v = split_windows(qkv, (H, W), self.num_heads)
         if not self.has_rel_pos:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
             rows, columns = relative_scores(q, (H, W), self.rel_pos_h, self.rel_pos_w)
-            attend = folded_attention if self.rel_pos_attention == "folded" else materialized_attention
-            out = attend(q, k, v, rows, columns)
-        return out.transpose(1, 2).reshape(B, H, W, E3 // 3)
+            out = self._choose(q.device)(q, k, v, rows, columns)
+        return self.proj(join_windows(out, (H, W), qkv.shape[1:3])[:, :h, :w])
+
+    def _choose(self, device: torch.device) -> Callable[..., Tensor]:
+        if self.rel_pos_attention == "materialized":
+            return materialized_attention
+        blocks = device.type == "cpu" and not torch.compiler.is_compiling()
+        if self.rel_pos_attention == "blocks" or (self.rel_pos_attention == "auto" and blocks):
+            return blocked_attention
+        return folded_attention
+
+
+def split_windows(qkv: Tensor, window: tuple[int, int], heads: int) -> tuple[Tensor, ...]:
+    """Split queries, keys and values of a grid into windows.
+
+    The grid is (B, h, w, 3E), and `window` H, W divides h and w. The three results are contiguous, (B * windows, n, N,
+    d).
+    """
+    (B, h, w, E3), (H, W) = qkv.shape, window
+    cells = qkv.reshape(B, h // H, H, w // W, W, 3, heads, E3 // 3 // heads)
+    return cells.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, -1, heads, H * W, E3 // 3 // heads).unbind(0)
+
+
+def join_windows(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Join windows to a grid.
+
+    Windows (B * windows, n, N, d) of H, W tokens become (B, h, w, n * d).
+    """
+    (_, n, _, d), (H, W), (h, w) = x.shape, window, grid
+    cells = x.reshape(-1, h // H, w // W, n, H, W, d)
+    return cells.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, h, w, n * d)
 
 
 def pad_grid(x: Tensor, fill: Tensor, bottom: int, right: int) -> Tensor:

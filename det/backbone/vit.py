@@ -80,7 +80,7 @@ class ViT(Backbone):
         global_blocks: Sequence[int] = (2, 5, 8, 11),
         rel_pos: bool = True,
         pos_embed_mode: PosEmbed = "resize",
-        rel_pos_attention: RelPosAttention = "folded",
+        rel_pos_attention: RelPosAttention = "auto",
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()

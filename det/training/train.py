@@ -125,7 +125,10 @@ def build_job(
     metadata = origin | (classes.metadata() if classes else {})
     # The optimizer, and the evaluations.
     groups = parameter_groups(model, solver, depth)
-    adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(groups, lr=schedule.peak_lr, betas=solver.BETAS)
+    # detectron2 clips in the optimizer's step. With a loss scaler, a fused step would clip scaled gradients.
+    fused = not (solver.AMP.ENABLED and solver.AMP.PRECISION == "fp16")
+    adamw_class = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+    adamw = adamw_class(groups, lr=schedule.peak_lr, betas=solver.BETAS, fused=fused)
     loss = DetectorLoss(cfg.SEED, solver.ACCUMULATE, ranks.rank)
 
     def start_run() -> None:

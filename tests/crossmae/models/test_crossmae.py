@@ -349,3 +349,16 @@ def test_options_out_of_range_are_named() -> None:
         tiny(mask_block=3)
     with pytest.raises(ValueError, match="class_tokens 0 is too small"):
         tiny(class_tokens=0)
+
+
+def test_projected_visible_patches_equal_the_convolution_of_the_image() -> None:
+    torch.manual_seed(0)
+    model = CrossMAE(img_size=(24, 32), patch_size=8, embed_dim=32, depth=1, num_heads=2, decoder_depth=1).double()
+    imgs, idx = torch.randn(2, 3, 24, 32, dtype=torch.float64), torch.tensor([[11, 0, 4], [7, 3, 8]])
+    results = []
+    for tokens in (model.embed(imgs, idx)[:, 1:], gather_tokens(model.embed(imgs)[:, 1:], idx)):
+        model.zero_grad()
+        tokens.square().sum().backward()
+        results.append([tokens, *(parameter.grad for parameter in model.patch_embed.parameters())])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crossmae.models.masking import MaskCounts, check_blocks, mask_counts, split_patches
+from crossmae.models.masking import MaskCounts, check_blocks, gather_patches, mask_counts, split_patches
 
 # Method specification, 1.5: L, mask ratio, predict ratio -> visible, dropped, predicted.
 PUBLISHED = [
@@ -143,3 +143,14 @@ def test_blocks_that_do_not_fit_name_those_that_do(grid: tuple[int, int], block:
         check_blocks(grid, fits, 16)
     check_blocks((1, 1), 1, 16)
     check_blocks((4, 8), 4, 16)
+
+
+def test_patches_are_cut_out_image_by_image() -> None:
+    imgs, idx = torch.randn(3, 2, 8, 12), torch.tensor([[0, 5], [3, 1], [2, 2]])  # a grid of 2 x 3
+    patches = gather_patches(imgs, idx, 4)
+    assert patches.shape == (3, 2, 2, 4, 4)
+    for image in range(3):
+        for place in range(2):
+            row, column = divmod(int(idx[image, place]), 3)
+            expected = imgs[image, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+            assert torch.equal(patches[image, place], expected)

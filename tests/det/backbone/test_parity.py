@@ -23,7 +23,7 @@ from tests.det.coco_files import TINY
 SQUARE = 64
 
 
-@pytest.fixture(scope="module", params=["folded", "materialized"])
+@pytest.fixture(scope="module", params=["blocks", "folded", "materialized"])
 def models(request, tmp_path_factory):
     """Ours and the reference, with equal random weights, relative positions away from zero."""
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"

@@ -49,8 +49,8 @@ def test_the_encoder_is_counted_apart() -> None:
     encoders = {
         decoder: count_products(CrossMAE(**TINY, decoder=decoder), 0.25)["encoder"] for decoder in ("cross", "self")
     }
-    n, width = 5, 32
-    by_hand = 2 * (24 * n * width**2 + 4 * n**2 * width) + 2 * 16 * 192 * width
+    n, width = 5, 32  # a class token and 4 visible patches; only these patches are projected
+    by_hand = 2 * (24 * n * width**2 + 4 * n**2 * width) + 2 * 4 * 192 * width
     assert encoders == {"cross": by_hand, "self": by_hand}
 
 
