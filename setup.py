@@ -42,6 +42,7 @@ DET = [
     "hotcoco>=1.3,<2",  # the same numbers as pycocotools, twenty times faster; also LVIS
     # Headless: the other build needs libGL, which servers and containers lack. CVE-2023-4863 (4.8.1), CVE-2025-53644.
     "opencv-python-headless>=4.12.0.88",
+    "orjson>=3.11.6",  # reads JSON three times faster than json; CVE-2024-27454, CVE-2025-67221
     "shapely>=2.0.5",  # large-scale jitter crops polygon masks with it
     "fvcore>=0.1.5.post20221221,<0.1.6",
     "iopath>=0.1.9,<0.1.10",
@@ -61,7 +62,6 @@ DATA = [
     "tifffile>=2024.7.2",
     "imagecodecs>=2024.6.1",  # 2023.9.18: libwebp (CVE-2023-4863)
     "fsspec[http]>=2024.3.1",
-    "orjson>=3.9.15",  # JSON is read, three times faster than json; CVE-2024-27454
     "aiohttp>=3.14.4",  # what a server answers: CVE-2025-69223, CVE-2026-128131 and others
 ]
 

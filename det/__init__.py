@@ -1,15 +1,13 @@
 """Detection with a CrossMAE encoder: a ViTDet-style backbone for detectron2.
 
-Public names are imported on first use, so that `import det` is quick. The first use of a name also registers
-`build_crossmae_vitdet_backbone` in detectron2's BACKBONE_REGISTRY. In a script of detectron2, this happens with
-`det.add_crossmae_config(cfg)`, which adds the backbone's keys, or with `det.register_backbone()`. If detectron2's
-models were imported before, `import det` registers the backbone immediately.
+Public names are imported on first use, so that `import det` is quick. The first use of a public name also registers
+`build_crossmae_vitdet_backbone` in detectron2's BACKBONE_REGISTRY. In a script of detectron2, this name is
+`det.add_crossmae_config`, which adds the keys of the backbone to a config.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
 from importlib.util import find_spec
 from typing import Any
 
@@ -36,20 +34,11 @@ ignore_library_warnings()
 drop_tracing_note()
 
 
-def register_backbone() -> None:
-    """Register the backbone with detectron2, which imports its models."""
-    importlib.import_module("det.backbone.vit")
-
-
-if "detectron2.modeling" in sys.modules:
-    register_backbone()
-
-
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'det' has no attribute {name!r}")
     with library_warnings_ignored():
-        register_backbone()
+        importlib.import_module("det.backbone.vit")  # registers the backbone
         return getattr(importlib.import_module(_HOME[name]), name)
 
 

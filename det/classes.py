@@ -45,6 +45,18 @@ class Classes:
         return {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
 
 
+def registered_classes(name: str) -> Classes | None:
+    """Return the classes of a data set, None if unknown yet."""
+    from detectron2.data import MetadataCatalog  # slow import
+
+    metadata = MetadataCatalog.get(name)
+    names = metadata.get("thing_classes")
+    if names is None:
+        return None
+    numbers = metadata.get("thing_dataset_id_to_contiguous_id", range(1, len(names) + 1))  # LVIS has no gaps
+    return Classes(tuple(names), tuple(numbers))
+
+
 def remember_classes(model: nn.Module, classes: Classes | None) -> None:
     """Attach the known classes to a detector."""
     setattr(model, _ATTRIBUTE, classes)

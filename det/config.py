@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import reduce
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -21,7 +21,6 @@ from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 from yacs.config import CfgNode
 
-import det
 from crossmae.checkpoints.reading import DETECTOR_BEST, DETECTOR_FINAL, DETECTOR_LAST
 from crossmae.data.images import MAX_PIXELS, ImageLimits
 from crossmae.errors import UserError
@@ -281,7 +280,6 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
     # Imported after the checks, because this import takes seconds.
     from detectron2.config import CfgNode as DetectronConfig
 
-    det.register_backbone()
     checked = DetectronConfig(cfg)
     choose_device(checked, asked="MODEL.DEVICE" in given)
     return checked
@@ -290,14 +288,15 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
 def detectron2_defaults() -> CfgNode:
     """Read detectron2's default settings from its file, without importing detectron2.
 
-    The import would take seconds before the first error in a setting. The file only imports the class of its nodes, and
-    assigns settings to them.
+    The import would take seconds before the first error in a setting. As a module of `det`, the file finds the CfgNode
+    that it imports in this module.
     """
     (folder,) = find_spec("detectron2").submodule_search_locations  # type: ignore[union-attr,misc]  # a package
-    source = Path(folder, "config", "defaults.py").read_text("utf-8")
-    names: dict[str, Any] = {"CN": CfgNode}
-    exec(source.replace("from .config import CfgNode as CN\n", ""), names)
-    return names["_C"]
+    spec = spec_from_file_location("det.detectron2_defaults", Path(folder, "config", "defaults.py"))
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module._C
 
 
 def choose_device(cfg: CfgNode, asked: bool) -> None:

@@ -23,6 +23,7 @@ SOUND = {
     "pyarrow": "14.0.1",
     "imagecodecs": "2023.9.18",
     "aiohttp": "3.14.4",
+    "orjson": "3.11.6",
     "transformers": "4.48",
     "onnx": "1.17",
     "pydantic": "2.4",

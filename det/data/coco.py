@@ -23,7 +23,6 @@ from crossmae.data.parallel import READERS, map_in_order
 from crossmae.data.paths import are_files, join_names
 from crossmae.errors import UserError
 from crossmae.files import paused_garbage_collection, read_json, stamp_file
-from det.classes import Classes
 from det.config import image_limits
 from det.data.coco_checks import (
     Finding,
@@ -146,7 +145,7 @@ def register_coco(
     _PARSED[name] = stamp, (cleaned, tidied.written)
     pairs = {(annotation["category_id"], annotation["image_id"]) for annotation in cleaned["annotations"]}
     images_of = Counter(category for category, _ in pairs)
-    MetadataCatalog.get(name).set(
+    _metadata(name).set(
         json_file=str(json_path),
         image_root=str(images),
         evaluator_type="lvis" if is_lvis(cleaned) else "coco",
@@ -211,26 +210,18 @@ def read_sizes(folder: Path, names: Sequence[str]) -> Iterable[ImageSize | None]
     return map_in_order(read, names, READERS)
 
 
-def _name_classes(name: str, categories: Sequence[dict[str, Any]]) -> None:
-    """Register the names and numbers of the classes."""
+def _metadata(name: str) -> Any:
     from detectron2.data import MetadataCatalog  # slow import
 
+    return MetadataCatalog.get(name)
+
+
+def _name_classes(name: str, categories: Sequence[dict[str, Any]]) -> None:
+    """Register the names and numbers of the classes."""
     entries = sorted(categories, key=lambda entry: entry["id"])
     numbers = {entry["id"]: index for index, entry in enumerate(entries)}
     names = [entry["name"] for entry in entries]
-    MetadataCatalog.get(name).set(thing_classes=names, thing_dataset_id_to_contiguous_id=numbers)
-
-
-def registered_classes(name: str) -> Classes | None:
-    """Return the classes of a data set, None if unknown yet."""
-    from detectron2.data import MetadataCatalog  # slow import
-
-    metadata = MetadataCatalog.get(name)
-    names = metadata.get("thing_classes")
-    if names is None:
-        return None
-    numbers = metadata.get("thing_dataset_id_to_contiguous_id", range(1, len(names) + 1))  # LVIS has no gaps
-    return Classes(tuple(names), tuple(numbers))
+    _metadata(name).set(thing_classes=names, thing_dataset_id_to_contiguous_id=numbers)
 
 
 def _log_findings(findings: Sequence[Finding], dropped: Dropped, json_path: str | Path) -> None:
@@ -263,9 +254,7 @@ def ground_truth(name: str) -> dict[str, Any]:
 
 def read_registered(name: str) -> tuple[dict[str, Any], dict[str, dict[int, Any]]]:
     """Read the ground truth, and the ids of the file (`Tidy.written`)."""
-    from detectron2.data import MetadataCatalog  # slow import
-
-    metadata = MetadataCatalog.get(name)
+    metadata = _metadata(name)
     path = metadata.get("json_file")
     if path is None:
         raise UserError(f"{name}: this data set has no file in COCO format. Set 'json_file' in its metadata.")
@@ -285,9 +274,7 @@ def read_registered(name: str) -> tuple[dict[str, Any], dict[str, dict[int, Any]
 
 @paused_garbage_collection()
 def _load_records(name: str) -> list[dict[str, Any]]:
-    from detectron2.data import MetadataCatalog  # slow import
-
-    metadata, content = MetadataCatalog.get(name), ground_truth(name)
+    metadata, content = _metadata(name), ground_truth(name)
     if not metadata.get("reading", _Reading()).again:
         _PARSED.pop(name, None)  # training reads its records once
     return dataset_records(content, metadata.image_root)
@@ -512,9 +499,7 @@ def use_own_data(cfg: CfgNode, train: tuple[str, str] | None, val: tuple[str, st
 
 def _warn_of_crowded_images(json_path: str, summary: CocoSummary, detections: int, counted: int) -> None:
     """Warn if an image has more objects than detections that count."""
-    from detectron2.data import MetadataCatalog  # slow import
-
-    lvis = MetadataCatalog.get(OWN_VAL).get("evaluator_type") == "lvis"  # with a limit of its own
+    lvis = _metadata(OWN_VAL).get("evaluator_type") == "lvis"  # with a limit of its own
     text = "%s: an image has %d objects%s, and %s only %d, which lowers recall and AP. Set %s=%d or more."
     if 0 <= detections < (most := summary.most_objects):
         log.warning(text, json_path, most, "", "the detector returns", detections, "TEST.DETECTIONS_PER_IMAGE", most)
@@ -524,10 +509,8 @@ def _warn_of_crowded_images(json_path: str, summary: CocoSummary, detections: in
 
 def check_classes(names: Sequence[str], num_classes: int) -> None:
     """Reject loaded data sets whose number of classes differs from the model."""
-    from detectron2.data import MetadataCatalog  # slow import
-
     for name in names:
-        found = MetadataCatalog.get(name).get("thing_classes")
+        found = _metadata(name).get("thing_classes")
         if found is not None and len(found) != num_classes:
             raise UserError(
                 f"MODEL.ROI_HEADS.NUM_CLASSES: {name} has {len(found)} classes, not {num_classes}. "
@@ -540,7 +523,7 @@ def check_registered(names: tuple[str, ...], key: str, needed: str = "") -> None
 
     With `needed`, at least one data set is required.
     """
-    from detectron2.data import DatasetCatalog, MetadataCatalog  # slow import
+    from detectron2.data import DatasetCatalog  # slow import
 
     split = "train" if key == "DATASETS.TRAIN" else "val"
     if needed and not names:
@@ -550,7 +533,7 @@ def check_registered(names: tuple[str, ...], key: str, needed: str = "") -> None
             raise UserError(f"{key}: {name} is your own data. Name it again with --{split}-json and --{split}-images.")
         if name not in DatasetCatalog:
             raise UserError(f"{key}: no data set {name!r} is registered. Name your own with --{split}-json.")
-        path = MetadataCatalog.get(name).get("json_file")
+        path = _metadata(name).get("json_file")
         if path is not None and not Path(path).is_file():
             raise UserError(
                 f"{key}: {name} needs {path}, which does not exist. Set DETECTRON2_DATASETS to the folder with coco/, "

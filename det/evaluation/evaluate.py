@@ -25,9 +25,9 @@ from crossmae.files import make_folder, write_json, write_text
 from crossmae.reports.figures import save_figure
 from crossmae.training.processes import Ranks
 from crossmae.training.signals import until_stop
-from det.classes import Classes, classes_of, match_categories, without_spare
+from det.classes import Classes, classes_of, match_categories, registered_classes, without_spare
 from det.config import PICTURES, PREDICTIONS, RESULTS
-from det.data.coco import read_registered, registered_classes
+from det.data.coco import read_registered
 from det.data.loader import NamingMapper, build_test_loader, refuse_unreadable
 from det.evaluation.curves import precision_recall_figure
 from det.evaluation.pictures import save_pictures, validation_pictures

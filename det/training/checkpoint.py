@@ -23,9 +23,8 @@ from crossmae.errors import UserError
 from crossmae.files import sha256, write_atomically, write_json
 from crossmae.training.resume import find_start
 from crossmae.training.versions import versions
-from det.classes import CATEGORY_IDS
+from det.classes import CATEGORY_IDS, registered_classes
 from det.config import FINAL, LAST, RECORD
-from det.data.coco import registered_classes
 
 log = logging.getLogger(__name__)
 

@@ -25,9 +25,9 @@ from crossmae.training.devices import open_device
 from crossmae.training.processes import Ranks, find_ranks, process_group
 from crossmae.training.resume import is_complete
 from det.backbone.weights import build_detector, build_trained, load_weights
-from det.classes import Classes, classes_of, pair_categories, remember_classes, without_spare
+from det.classes import Classes, classes_of, pair_categories, registered_classes, remember_classes, without_spare
 from det.config import FINAL, RECORD, flatten, read_keys
-from det.data.coco import check_classes, check_registered, registered_classes
+from det.data.coco import check_classes, check_registered
 from det.data.loader import WORKERS_KEY, NamingMapper, build_train_loader, check_objects_left, training_samples
 from det.evaluation.evaluate import evaluate
 from det.evaluation.report import write_report
