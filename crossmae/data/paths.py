@@ -257,7 +257,7 @@ def join_names(folder: Path, names: Sequence[str]) -> list[str]:
 
 
 def are_files(paths: Sequence[str]) -> list[bool]:
-    """Check which paths are files, with one look at a folder of many."""
+    """Check which paths are files. List a folder that has many once."""
     parents = [path.rpartition(os.sep)[0] for path in paths]
     known: set[str] = set()
     for parent, count in Counter(parents).items():
@@ -269,7 +269,7 @@ def are_files(paths: Sequence[str]) -> list[bool]:
 
 
 def _files_in(folder: str) -> Iterator[str]:
-    """Yield the paths of files, and of links to files, in a folder."""
+    """Yield paths of files, and of links to files, in a folder."""
     with suppress(OSError, ValueError), os.scandir(folder or os.sep) as entries:
         for entry in entries:
             with suppress(OSError):  # a link to itself

@@ -260,7 +260,7 @@ def read_side_file(path: Path, most_bytes: int = 1 << 24) -> dict[str, Any]:
 
 
 def stamp_file(path: str | Path) -> tuple[int, ...]:
-    """Return numbers that change when a file is written, () without a file."""
+    """Return numbers that change with a file, () without a file."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):

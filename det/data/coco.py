@@ -170,7 +170,7 @@ def register_coco(
 
 @dataclass(frozen=True)
 class _Reading:
-    """Arguments of `register_coco` with which a file is read, and whether a run reads it `again`."""
+    """Arguments of `register_coco` for reading a file, perhaps `again`."""
 
     masks: bool = True
     keep: tuple[str, ...] = ()
