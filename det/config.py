@@ -293,7 +293,8 @@ def detectron2_defaults() -> CfgNode:
     """
     (folder,) = find_spec("detectron2").submodule_search_locations  # type: ignore[union-attr,misc]  # a package
     spec = spec_from_file_location("det.detectron2_defaults", Path(folder, "config", "defaults.py"))
-    assert spec is not None and spec.loader is not None
+    assert spec is not None  # the file exists
+    assert spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module._C

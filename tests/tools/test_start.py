@@ -79,7 +79,7 @@ def test_check_coco_loads_no_heavy_library(tmp_path: Path) -> None:
 
 
 def test_crossmae_costs_little_more_than_torch() -> None:
-    """The processor time of an import, the smaller of two, A-B-A-B. Measured about 1.1; timm alone would add 0.4."""
+    """The processor time of an import, the smaller of two, A-B-A-B."""
     code = "import {}, time; {}; print(time.process_time())"
     sides = [code.format("torch", "torch"), code.format("crossmae", "crossmae.CrossMAE")]
     seconds: list[list[float]] = [[], []]
