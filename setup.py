@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent
 CORE = [
     "torch>=2.8,<2.12",  # 2.6: torch.load without trust ran code (CVE-2025-32434); 2.8: CVE-2025-2953, CVE-2025-3730
     "torchvision>=0.23,<0.27",  # the releases that pair with those of torch
-    "timm>=1.0.9,<2",
+    "timm>=1.0.12,<2",
     "numpy>=2.0",
     # 12.3 and 13: memory errors of decoders (CVE-2026-54058, CVE-2026-96639); 13 needs Python 3.11.
     "pillow>=13; python_version >= '3.11'",

@@ -123,7 +123,7 @@ def step_gflop(path: Path) -> float:
     L, V, E = model.num_patches, visible + 1, model.embed_dim
     P, D = model.decoder_pred.weight.shape
     N = len(model.decoder_blocks)
-    flop = 2 * L * P * E + model.depth * (24 * V * E**2 + 4 * V**2 * E)
+    flop = 2 * (V - 1) * P * E + model.depth * (24 * V * E**2 + 4 * V**2 * E)
     if model.decoder == "self":
         flop += 2 * V * E * D + N * (24 * (L + 1) * D**2 + 4 * (L + 1) ** 2 * D) + 2 * (L + 1) * D * P
     else:
