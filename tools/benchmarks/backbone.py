@@ -27,6 +27,7 @@ LAYERS = (
     ("window", 25, 14, {"cpu": 1.2}, {}, {"cpu": 1.1}, {}),
 )
 VIT_B = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
+ON_CPU = ("SOLVER.AMP.ENABLED=False", "MODEL.DEVICE=cpu")  # only the kind of attention is read
 VIT_GOALS = (({"cpu": 2.0}, {"cpu": 0.15}), ({"cpu": 1.3}, {"cpu": 0.5}))
 
 
@@ -62,7 +63,9 @@ def compare_attention(
 ) -> Comparison:
     """Compare a layer with detectron2's, with the same weights and relative positions."""
     torch.manual_seed(0)
-    chosen: Any = load_det_config("coco_mask_rcnn.yaml").MODEL.VIT.ATTENTION
+    chosen: Any = load_det_config(
+        "coco_mask_rcnn.yaml", ["SOLVER.AMP.ENABLED=False", "MODEL.DEVICE=cpu"]
+    ).MODEL.VIT.ATTENTION
     ours = SpatialAttention(width, heads, 0, side, chosen)
     for table in (ours.rel_pos_h, ours.rel_pos_w):
         nn.init.normal_(table, std=0.2)

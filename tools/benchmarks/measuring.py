@@ -235,7 +235,8 @@ def _memory_ratio(ours: int | None, other: int | None) -> float | None:
 def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
     """Measure the bytes that a call needs at its peak.
 
-    Bytes in use before are not counted. None: the system does not tell. On Linux, the highest resident size of the process is reset before the call.
+    Bytes in use before are not counted. None: the system does not tell. On Linux, the highest resident size of the
+    process is reset before the call.
     """
     gc.collect()
     if device.type == "cuda":
@@ -264,7 +265,8 @@ def _status(key: str) -> int:
 def largest_difference(ours: Iterable[Tensor], other: Iterable[Tensor]) -> float:
     """Find the largest difference of tensors, relative to large values.
 
-    A difference is divided by the largest value of its tensor if that is above 1. NaN in either is a difference. It is infinite if shapes or numbers of tensors are not equal.
+    A difference is divided by the largest value of its tensor if that is above 1. NaN in either is a
+    difference. The difference is infinite if shapes or numbers of tensors are not equal.
     """
     worst, all_ours, all_other = 0.0, list(ours), list(other)
     if len(all_ours) != len(all_other):

@@ -3,7 +3,8 @@
 Everything is done as the specification describes it (sections 1.4 to 1.8): feature maps are stacked on a new last axis
 and mixed by a tiny linear layer, each decoder block normalises a strided slice of the result, all patches are embedded
 and cut out, and binary masks select queries and targets. State dicts of `crossmae.CrossMAE` fit. Shapes: N images, L
-patches, V visible patches, M predicted patches, E and d widths of encoder and decoder, k maps, D decoder blocks, S = 1 + V tokens.
+patches, V visible patches, M predicted patches, E and d widths of encoder and decoder, k maps, D decoder
+blocks, S = 1 + V tokens.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ class PublishedCrossMAE(nn.Module):
         return self.decode_loss(images, self.wfm(maps), mask)
 
     def decode_loss(self, images: Tensor, mixes: Tensor, mask: Tensor) -> Tensor:
-        """Compute the loss from mixes (N, S, E, D) and a mask (N, L)."""
+        """Compute the loss from mixes (N, S, E, D) and a mask."""
         size, patches = mask.shape
         queries = (self.decoder_pos_embed[:, 1:] + self.mask_token).expand(size, patches, -1)
         x = queries[mask.bool()].reshape(size, -1, queries.shape[-1])

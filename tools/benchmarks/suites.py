@@ -23,6 +23,9 @@ SUITES: dict[str, tuple[str, bool]] = {
     "fusion": ("pretraining", True),
     "attention": ("backbone", True),
     "vitdet": ("backbone", True),
+    "optimizer": ("training", True),
+    "checkpoint": ("training", True),
+    "finetune": ("training", True),
 }
 ON_GPU = ("pretrain", "fusion", "attention", "vitdet", "detector", "optimizer", "checkpoint", "finetune")
 MINUTES = 1.0  # for a suite, if the total is not given

@@ -36,6 +36,12 @@ TINY: dict[str, dict[str, Any]] = {
         **{"width": 32, "heads": 2},
     },
     "vitdet": {"img_size": 64, "size": VIT, "window": 3},
+    "optimizer": {"overrides": MODEL},
+    "checkpoint": {"overrides": MODEL},
+    "finetune": {
+        **{"images": 2, "img_size": 32, "classes": 5},
+        "overrides": {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    },
 }
 
 
