@@ -63,9 +63,7 @@ def compare_attention(
 ) -> Comparison:
     """Compare a layer with detectron2's, with the same weights and relative positions."""
     torch.manual_seed(0)
-    chosen: Any = load_det_config(
-        "coco_mask_rcnn.yaml", ["SOLVER.AMP.ENABLED=False", "MODEL.DEVICE=cpu"]
-    ).MODEL.VIT.ATTENTION
+    chosen: Any = load_det_config("coco_mask_rcnn.yaml", ON_CPU).MODEL.VIT.ATTENTION
     ours = SpatialAttention(width, heads, 0, side, chosen)
     for table in (ours.rel_pos_h, ours.rel_pos_w):
         nn.init.normal_(table, std=0.2)

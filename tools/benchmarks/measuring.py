@@ -7,8 +7,11 @@ import gc
 import logging
 import math
 import resource
+import shutil
 import statistics
+import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -260,6 +263,14 @@ def _status(key: str) -> int:
     """Read bytes from the status of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+class ScratchFolder:
+    """A temporary folder that disappears with the last function that holds it."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="crossmae-benchmark-"))
+        weakref.finalize(self, shutil.rmtree, self.path, True)
 
 
 def largest_difference(ours: Iterable[Tensor], other: Iterable[Tensor]) -> float:

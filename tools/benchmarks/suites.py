@@ -23,9 +23,14 @@ SUITES: dict[str, tuple[str, bool]] = {
     "fusion": ("pretraining", True),
     "attention": ("backbone", True),
     "vitdet": ("backbone", True),
+    "detector": ("detector", True),
+    "loader": ("loader", False),
+    "cocoeval": ("cocoeval", False),
     "optimizer": ("training", True),
     "checkpoint": ("training", True),
     "finetune": ("training", True),
+    "start": ("start", False),
+    "growth": ("growth", False),
 }
 ON_GPU = ("pretrain", "fusion", "attention", "vitdet", "detector", "optimizer", "checkpoint", "finetune")
 MINUTES = 1.0  # for a suite, if the total is not given

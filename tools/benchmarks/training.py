@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -33,7 +31,7 @@ from crossmae.training.devices import choose_precision
 from crossmae.training.optimizers import make_optimizer
 from crossmae.training.processes import Ranks
 from crossmae.training.state import TrainingState
-from tools.benchmarks.measuring import Comparison, Gate, Row, largest_difference
+from tools.benchmarks.measuring import Comparison, Gate, Row, ScratchFolder, largest_difference
 from tools.benchmarks.pretraining import BETAS, LR, MEAN, STD, WEIGHT_DECAY
 
 Build = Callable[[], Comparison | Row]
@@ -139,8 +137,8 @@ class Checkpoints:
     """Checkpoints of the same state in a temporary folder, ours and torch's."""
 
     def __init__(self, arguments: Mapping[str, Any], device: torch.device) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="crossmae-benchmark-"))
-        self.ours, self.plain = self.folder / "run", self.folder / "plain.pt"
+        self.folder = ScratchFolder()
+        self.ours, self.plain = self.folder.path / "run", self.folder.path / "plain.pt"
         self.state = make_state(arguments, device)
         give_gradients(self.state.parameters)
         self.state.update(LR)
@@ -166,9 +164,6 @@ class Checkpoints:
     def complete(self) -> bool:
         """Tell whether the last checkpoint is there."""
         return any(folder.name.endswith(f"{self.state.step:08d}") for folder in complete_checkpoints(self.ours))
-
-    def __del__(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def compare_saves(arguments: Mapping[str, Any], device: torch.device) -> Comparison:
