@@ -3,7 +3,7 @@
     python tools/benchmark.py                                  # every suite, about a minute each
     python tools/benchmark.py pretrain attention --minutes 10
     python tools/benchmark.py --minutes 60 --json all.json --plot all.png
-    python tools/benchmark.py --device cuda --minutes 8 --json gpu.json
+    python tools/benchmark.py --device cuda --minutes 8 --json gpu.json --table gpu.md
 
 Both sides run in turn in one process. On a CPU, processor seconds decide, with one thread, so that other work on the
 machine slows both sides alike. A row is void if the two sides compute different results. The ratio is the other
@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, metavar="N", help="for all suites together (default: one per suite)")
     add("--threads", type=int, default=1, metavar="N", help="of the CPU (default: %(default)s)")
     add("--json", type=Path, metavar="OUT", help="file for all numbers, with machine and versions")
+    add("--table", type=Path, metavar="OUT", help="file for the tables in Markdown")
     add("--plot", type=Path, metavar="OUT", help="picture of the ratios and their goals, such as ratios.png")
     return parser
 
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up_log()
     import torch  # takes seconds
 
+    from crossmae.files import write_text
     from tools.benchmarks import results
     from tools.benchmarks.suites import MINUTES, ON_GPU, open_suite, run_suite
 
@@ -82,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for table in (results.format_rows(rows) if rows else "", results.format_growth(growths) if growths else ""):
         if table:
             print(f"\n{table}")
+    if arguments.table:
+        write_text(arguments.table, results.format_page(rows, growths, command, device))
     if arguments.plot:
         results.draw(rows, arguments.plot, command)
 
@@ -110,7 +114,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, flag)
         if value is not None and not value > 0:
             raise UserError(f"--{flag}: {value:g} is not positive. Give a larger number.")
-    for flag in ("json", "plot"):
+    for flag in ("json", "table", "plot"):
         path = getattr(arguments, flag)
         if path is not None and not path.absolute().parent.is_dir():
             raise UserError(f"--{flag}: there is no folder {path.parent}. Make it first.")

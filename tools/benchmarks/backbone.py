@@ -22,7 +22,9 @@ from tools.benchmarks.measuring import Comparison, Gate, Row, largest_difference
 
 Build = Callable[[], Comparison | Row]
 # Name, images or windows, side in tokens; goals of time and memory of the forward pass and of both passes.
-LAYERS = (
+Goals = Mapping[str, float]
+Layer = tuple[str, int, int, Goals, Goals, Goals, Goals]
+LAYERS: tuple[Layer, ...] = (
     ("global", 1, 64, {"cpu": 2.5}, {}, {"cpu": 1.1, "cuda": 3.0}, {"cpu": 0.25, "cuda": 0.1}),
     ("window", 25, 14, {"cpu": 1.2}, {}, {"cpu": 1.1}, {}),
 )
@@ -33,9 +35,7 @@ VIT_GOALS = (({"cpu": 2.0}, {"cpu": 0.15}), ({"cpu": 1.3}, {"cpu": 0.5}))
 
 def attention(
     device: torch.device,
-    layers: Sequence[
-        tuple[str, int, int, dict[str, float], dict[str, float], dict[str, float], dict[str, float]]
-    ] = LAYERS,
+    layers: Sequence[Layer] = LAYERS,
     width: int = 768,
     heads: int = 12,
 ) -> list[Build]:
@@ -113,7 +113,7 @@ def check_passes(ours: nn.Module, other: nn.Module, x: Tensor, both: bool, limit
         with torch.set_grad_enabled(both):
             outputs = flat(module(x))
         if both:
-            sum(one.square().mean() for one in outputs).backward()
+            torch.stack([one.square().mean() for one in outputs]).sum().backward()
         gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
         found.append([*(one.detach() for one in outputs), *(gradients[name] for name in sorted(gradients))])
         module.zero_grad(set_to_none=True)
@@ -124,7 +124,7 @@ def vitdet(
     device: torch.device,
     img_size: int = 1024,
     images: int | None = None,
-    size: Mapping[str, int] = VIT_B,
+    size: Mapping[str, Any] = VIT_B,
     window: int = 14,
 ) -> list[Build]:
     """List the backbone with its pyramid, forward and both passes."""
@@ -133,7 +133,7 @@ def vitdet(
 
 
 def make_backbones(
-    img_size: int, size: Mapping[str, int], window: int, pretrain_size: int = 224
+    img_size: int, size: Mapping[str, Any], window: int, pretrain_size: int = 224
 ) -> tuple[nn.Module, nn.Module]:
     """Build our backbone and detectron2's with the same random weights."""
     torch.manual_seed(0)
@@ -161,7 +161,7 @@ def make_backbones(
 
 
 def compare_backbones(
-    device: torch.device, img_size: int, images: int, size: Mapping[str, int], window: int, both: bool
+    device: torch.device, img_size: int, images: int, size: Mapping[str, Any], window: int, both: bool
 ) -> Comparison:
     """Compare two backbones with the same weights."""
     ours, other = (side.to(device) for side in make_backbones(img_size, size, window))

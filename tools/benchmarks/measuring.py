@@ -171,35 +171,36 @@ def measure(
     if gate and not gate.holds:
         return Row(**about, void=f"results differ by {gate.difference:.3g}, more than {gate.limit:g}")
     clock = clock or open_clock(device, comparison.seconds)
-    begun = clock.wall()
+    begun, settle = clock.wall(), comparison.settle or (lambda: None)
     sides = (comparison.ours, comparison.other)
-    settle = comparison.settle or (lambda: None)
-    warm = [_warm_up(side, settle, clock, WARM_UP.get(kind, 1)) for side in sides]
+    for _ in range(WARM_UP.get(kind, 1) - (gate is not None)):  # the gate has called both sides
+        for side in sides:
+            side()
+            settle()
     with_memory = with_memory and comparison.seconds != "children"
-    peaks = [peak_memory(side, device) if with_memory else None for side in sides]
-    settle()
-    calls = 1 if comparison.settle else max(1, min(MOST_CALLS, math.ceil(SHORTEST / max(min(warm), 1e-9))))
-    rounds: list[list[tuple[float, float]]] = []
-    last = 0.0
+    peaks = [_peak_of(side, settle, device) if with_memory else None for side in sides]
+    rounds, calls, last = [], 1, 0.0
     while len(rounds) < least or (len(rounds) < MOST_ROUNDS and clock.wall() - begun + last <= budget):
         started = clock.wall()
-        rounds.append([_time_calls(side, settle, clock, calls) for side in sides])
+        found = [_time_calls(side, settle, clock, calls) for side in sides]
         last = clock.wall() - started
+        shortest = min(wall for _, wall in found)
+        if calls == 1 and shortest < SHORTEST and not comparison.settle:
+            calls = min(MOST_CALLS, math.ceil(SHORTEST / max(shortest, 1e-9)))
+            if calls > 1:
+                continue  # too short to measure by single calls
+        rounds.append(found)
     return Row(**about, **summarise(rounds), memory_ratio=_memory_ratio(*peaks), clock=_clock_name(comparison, kind))
+
+
+def _peak_of(side: Callable[[], object], settle: Callable[[], object], device: torch.device) -> int | None:
+    found = peak_memory(side, device)
+    settle()
+    return found
 
 
 def _clock_name(comparison: Comparison, kind: str) -> str:
     return "wall" if kind == "cuda" and comparison.seconds == "cpu" else comparison.seconds
-
-
-def _warm_up(side: Callable[[], object], settle: Callable[[], object], clock: Clock, calls: int) -> float:
-    """Return the wall seconds of the last of some calls."""
-    for _ in range(calls):
-        started = clock.wall()
-        side()
-        took = clock.wall() - started
-        settle()
-    return took
 
 
 def _time_calls(

@@ -253,7 +253,8 @@ def against_transformers(
         norm_pix_loss=True,
         mask_ratio=MASK_RATIO,
     )
-    other = ViTMAEForPreTraining(config).to(device).train()
+    other: Any = ViTMAEForPreTraining(config)
+    other.to(device).train()
     pixels = Normalize(MEAN, STD, device)(batch.images)
     return Comparison(
         what=label,

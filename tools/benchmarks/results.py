@@ -45,12 +45,13 @@ def fit_exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(np.maximum(seconds, 1e-9)), 1)[0])
 
 
-def format_rows(rows: Sequence[Row]) -> str:
-    """Format rows as a text table."""
+def format_rows(rows: Sequence[Row], style: str = "simple") -> str:
+    """Format rows as a table in a style of tabulate."""
     from tabulate import tabulate
 
+    widths = _WIDTHS if style == "simple" else None
     headers = ("suite", "what", "against", "goal", "ratio", "range", "memory", "gate", "ours / other", "")
-    return str(tabulate([_cells(row) for row in rows], headers, disable_numparse=True, maxcolwidths=_WIDTHS))
+    return str(tabulate([_cells(row) for row in rows], headers, style, disable_numparse=True, maxcolwidths=widths))
 
 
 _WIDTHS = [None, 44, 30, None, None, None, None, None, None, 30]
@@ -90,7 +91,7 @@ def headline(row: Row) -> str:
     return row.note if row.ratio is None else f"{row.ratio:.2f}{goal}"
 
 
-def format_growth(growths: Sequence[Growth]) -> str:
+def format_growth(growths: Sequence[Growth], style: str = "simple") -> str:
     """Format growth as a text table, one line per size."""
     from tabulate import tabulate
 
@@ -101,7 +102,18 @@ def format_growth(growths: Sequence[Growth]) -> str:
             memory = "" if megabytes is None else f"{megabytes:.1f}"
             first = (growth.what, f"{growth.exponent:.2f}") if index == 0 else ("", "")
             lines.append([first[0], f"{size:,} {growth.unit}", _time(growth.seconds[index]), memory, first[1]])
-    return str(tabulate(lines, ("what", "size", "time", "MB", "exponent"), disable_numparse=True))
+    return str(tabulate(lines, ("what", "size", "time", "MB", "exponent"), style, disable_numparse=True))
+
+
+def format_page(rows: Sequence[Row], growths: Sequence[Growth], command: str, device: torch.device) -> str:
+    """Format all tables in Markdown, with command, machine and date."""
+    about, found = describe_machine(device), versions()
+    place = about.get("gpu") or f"{about['processor']}, {about['cores']} cores, {torch.get_num_threads()} thread(s)"
+    date = datetime.now(timezone.utc).date()
+    lines = [f"`{command}`", f"{date}, {place}, torch {found['torch']}, revision {found['git']}"]
+    lines += [format_rows(rows, "github")] if rows else []
+    lines += [format_growth(growths, "github")] if growths else []
+    return "\n\n".join(lines) + "\n"
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

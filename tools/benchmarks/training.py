@@ -232,7 +232,7 @@ def finetune(
 ) -> list[Build]:
     """List a classifier's training step with mixup."""
     chosen = SIZES[size]
-    values = {"embed_dim": chosen.embed_dim, "depth": chosen.depth, "num_heads": chosen.num_heads}
+    values: dict[str, Any] = {"embed_dim": chosen.embed_dim, "depth": chosen.depth, "num_heads": chosen.num_heads}
     values |= {"patch_size": chosen.patch_size} | dict(overrides or {})
     count = images or (256 if device.type == "cuda" else 8)
     return [partial(compare_classifiers, values, count, img_size, classes, device)]
@@ -249,7 +249,7 @@ class LabelledBatch:
 
 
 def compare_classifiers(
-    values: Mapping[str, int], images: int, img_size: int, classes: int, device: torch.device
+    values: Mapping[str, Any], images: int, img_size: int, classes: int, device: torch.device
 ) -> Comparison:
     """Compare a step with timm's model, mixup and loss."""
     torch.manual_seed(0)

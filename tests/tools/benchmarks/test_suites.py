@@ -136,8 +136,9 @@ def test_the_command_writes_table_json_and_picture(tmp_path: Path, monkeypatch, 
     ]
     growth = results.Growth("files", "files", (10, 100), (0.1, 1.0), (None, 2.5), 1.0)
     monkeypatch.setattr(suites, "open_suite", lambda *_: [lambda row=row: row for row in (*rows, growth)])
-    out, picture = tmp_path / "out.json", tmp_path / "out.png"
-    assert exit_code(benchmark.main, "fusion", "--minutes", "0.1", "--json", str(out), "--plot", str(picture)) == 0
+    out, picture, table = tmp_path / "out.json", tmp_path / "out.png", tmp_path / "out.md"
+    words = ["fusion", "--minutes", "0.1", "--json", str(out), "--plot", str(picture), "--table", str(table)]
+    assert exit_code(benchmark.main, *words) == 0
     printed = capsys.readouterr().out
     assert "2.50" in printed
     assert "results differ" in printed
@@ -145,11 +146,12 @@ def test_the_command_writes_table_json_and_picture(tmp_path: Path, monkeypatch, 
     assert {"format", "command", "date", "versions", "machine", "threads", "device", "minutes"} < record.keys()
     assert {"git", "torch"} < record["versions"].keys()
     assert {"processor", "cores", "memory_gb"} < record["machine"].keys()
-    assert record["command"].endswith(f"fusion --minutes 0.1 --json {out} --plot {picture}")
+    assert record["command"].endswith(" ".join(words))
     met, void = record["rows"]
     assert (met["ratio"], met["goal"], met["verdict"], met["seconds"]) == (2.5, 2.0, "met", 0.5)
     assert (void["ratio"], void["verdict"], void["gate"]) == (None, "void", {"difference": 1.0, "limit": 1e-5})
     assert record["growth"][0]["sizes"] == [10, 100]
+    assert "| fusion  | met" in table.read_text()
     with Image.open(picture) as image:
         assert image.width > 500
 
