@@ -40,7 +40,9 @@ def cocoeval(
     pasted: tuple[tuple[int, int, int, float], ...] = PASTED,
     annotations: int = 860_000,
 ) -> list[Build]:
-    """List scores of both tasks, masks, and a large file. On a GPU, only masks.
+    """List scores, masks and a large file.
+
+    On a GPU, only masks are listed.
 
     Args:
         per_image: detections of an image.

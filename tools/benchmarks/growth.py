@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -49,6 +50,7 @@ def growth(
 def grow(what: str, unit: str, sizes: Sequence[int], prepare: Callable[[int], Callable[[], object]]) -> Growth:
     """Measure prepared work at each size, and fit the exponent."""
     seconds, megabytes = [], []
+    gc.collect()
     for size in sizes:
         work = prepare(size)
         work()

@@ -178,6 +178,7 @@ def measure(
             side()
             settle()
     with_memory = with_memory and comparison.seconds != "children"
+    gc.collect()
     peaks = [_peak_of(side, settle, device) if with_memory else None for side in sides]
     rounds, calls, last = [], 1, 0.0
     while len(rounds) < least or (len(rounds) < MOST_ROUNDS and clock.wall() - begun + last <= budget):
@@ -242,7 +243,6 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
     Bytes in use before are not counted. None: the system does not tell. On Linux, the highest resident size of the
     process is reset before the call.
     """
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

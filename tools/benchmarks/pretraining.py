@@ -42,9 +42,11 @@ STEPS = {
 }
 
 
-def flops(sizes: Sequence[str] = COUNTED, depths: Sequence[int] = (12, 8)) -> list[Build]:
+def flops(
+    sizes: Sequence[str] = COUNTED, depths: Sequence[int] = (12, 8), ratios: Sequence[float] = (0.25, 0.75)
+) -> list[Build]:
     """List counts of decoder arithmetic, MAE with 8 blocks against CrossMAE."""
-    return [partial(count_decoder, size, depth, ratio) for size in sizes for ratio in (0.25, 0.75) for depth in depths]
+    return [partial(count_decoder, size, depth, ratio) for size in sizes for ratio in ratios for depth in depths]
 
 
 def count_decoder(size: str, depth: int, predict_ratio: float) -> Row:

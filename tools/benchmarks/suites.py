@@ -56,6 +56,7 @@ def run_suite(
     seconds: float,
     report: Callable[[Row | Growth], None],
     least: int = LEAST_ROUNDS,
+    with_memory: bool = True,
 ) -> None:
     """Make the measurements of a suite, and report each.
 
@@ -72,7 +73,7 @@ def run_suite(
             with contextlib.redirect_stderr(io.StringIO()):
                 found = build()
                 if isinstance(found, Comparison):
-                    found = measure(found, name, device, share, least=least)
+                    found = measure(found, name, device, share, least=least, with_memory=with_memory)
         except Exception as error:  # of any library: the table names it
             log.debug("%s", name, exc_info=True)
             found = Row(name, describe_build(build), "", device.type, void=describe_failure(error))
