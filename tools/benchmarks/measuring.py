@@ -9,6 +9,7 @@ import math
 import resource
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 import weakref
@@ -27,6 +28,7 @@ LEAST_ROUNDS, MOST_ROUNDS = 3, 100
 SHORTEST = 0.02  # seconds of a side in a round: shorter calls are repeated
 MOST_CALLS = 1000  # of a side in a round
 WARM_UP = {"cpu": 1, "cuda": 20}  # calls of each side before the first round
+NOISE = 1e-6  # of the largest tensor: smaller tensors are rounding errors
 LEAST_BYTES = 2**20  # smaller peaks are noise, and give no ratio
 
 
@@ -275,21 +277,18 @@ class ScratchFolder:
 
 
 def largest_difference(ours: Iterable[Tensor], other: Iterable[Tensor]) -> float:
-    """Find the largest difference of tensors, relative to large values.
+    """Find the largest difference of tensors, relative to their largest values.
 
-    A difference is divided by the largest value of its tensor if that is above 1. NaN in either is a
-    difference. The difference is infinite if shapes or numbers of tensors are not equal.
+    A difference is divided by the largest value of its tensor on the other side, so that small gradients count as much
+    as large outputs. Tensors of rounding errors alone, a millionth of the largest tensor, do not count. NaN is a
+    difference. Other shapes or another number of tensors are an infinite difference.
     """
-    worst, all_ours, all_other = 0.0, list(ours), list(other)
-    if len(all_ours) != len(all_other):
+    ones, twos = ([tensor.detach().double() for tensor in side] for side in (ours, other))
+    if [one.shape for one in ones] != [two.shape for two in twos]:
         return math.inf
-    for one, two in zip(all_ours, all_other, strict=True):
-        if one.shape != two.shape:
-            return math.inf
-        one, two = one.detach().double(), two.detach().double()
-        difference = float((one - two).abs().max()) / max(1.0, float(two.abs().max()))
-        if not difference <= worst:  # also if the difference is NaN
-            worst = difference
-        if math.isnan(worst):
-            return worst
-    return worst
+    scales = [float(two.abs().max()) for two in twos]
+    least = max(NOISE * max(scales, default=0.0), sys.float_info.min)
+    found = [
+        float((one - two).abs().max()) / max(scale, least) for one, two, scale in zip(ones, twos, scales, strict=True)
+    ]
+    return math.nan if any(map(math.isnan, [*found, *scales])) else max(found, default=0.0)

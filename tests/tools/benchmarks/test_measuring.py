@@ -93,10 +93,13 @@ def test_a_verdict_needs_both_time_and_memory():
     assert Row(**about, goal=2.0, memory_goal=0.5, memory_ratio=0.4).verdict == "met"
 
 
-def test_differences_are_found_with_nan_shapes_and_scale():
+def test_differences_are_relative_and_found_with_nan_and_shapes():
     one = torch.tensor([1.0, 2.0])
     assert largest_difference([one, one], [one, one + 0.25]) == pytest.approx(0.25 / 2.25)
-    assert largest_difference([1000 * one], [1000 * one + 1]) == pytest.approx(1 / 2001)
+    assert largest_difference([1e-4 * one, one], [2e-4 * one, one]) == pytest.approx(0.5)  # a small gradient
+    assert largest_difference([1e-8 * one, one], [-1e-9 * one, one]) < 0.02  # rounding errors next to a tensor of ones
+    assert largest_difference([one * 0], [one * 0]) == 0
+    assert largest_difference([one], [one * 0]) > 1
     assert math.isnan(largest_difference([one, one], [one * math.nan, one]))
     assert largest_difference([one], [one[:1]]) == math.inf
     assert largest_difference([one], [one, one]) == math.inf

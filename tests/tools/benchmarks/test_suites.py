@@ -15,6 +15,7 @@ from torch import nn
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 pytest.importorskip("transformers", reason="transformers is not installed: pip install -e '.[hf]'")
 
+from crossmae.models.crossmae import FeatureMixer
 from tests.tools.command_line import exit_code
 from tools import benchmark
 from tools.benchmarks import backbone, pretraining, results, suites
@@ -92,6 +93,11 @@ def test_broken_sides_void_their_rows(monkeypatch):
     row = measure(pretraining.against_port("step", tiny, 2, CPU, "fp32", None), "pretrain", CPU, 0.0)
     assert row.verdict == "void"
     row = measure(pretraining.choose_patches(tiny, 2, CPU), "fusion", CPU, 0.0)
+    assert row.verdict == "void"
+    with monkeypatch.context() as patch:
+        mix = FeatureMixer.forward
+        patch.setattr(FeatureMixer, "forward", lambda self, maps: mix(self, maps) + 1e-4 * maps[0])
+        row = measure(pretraining.fuse_maps(tiny, 2, CPU), "fusion", CPU, 0.0)
     assert row.verdict == "void"
     layer = partial(backbone.compare_attention, "global", 1, 4, 32, 2, CPU, True, {}, {})
     with monkeypatch.context() as patch:  # without relative positions
