@@ -61,9 +61,9 @@ def detector(
     return found
 
 
-def make_detectors(config: str, settings: Sequence[str]) -> tuple[nn.Module, nn.Module, CfgNode]:
+def make_detectors(config_file: str, settings: Sequence[str]) -> tuple[nn.Module, nn.Module, CfgNode]:
     """Build a detector, and the same detector on detectron2's backbone."""
-    loaded = load_det_config(config, settings)
+    loaded = load_det_config(config_file, settings)
     torch.manual_seed(0)
     ours = build_detector(loaded)
     other: Any = build_detector(loaded)
@@ -72,29 +72,29 @@ def make_detectors(config: str, settings: Sequence[str]) -> tuple[nn.Module, nn.
     return ours, other, loaded
 
 
-def their_backbone(vit: CfgNode) -> SimpleFeaturePyramid:
-    """Build detectron2's ViT and pyramid from `MODEL.VIT`."""
-    outside = [index for index in range(vit.DEPTH) if index not in vit.GLOBAL_BLOCKS]
+def their_backbone(vit: Mapping[str, Any]) -> SimpleFeaturePyramid:
+    """Build detectron2's ViT and pyramid from the keys of `MODEL.VIT`."""
+    outside = [index for index in range(vit["DEPTH"]) if index not in vit["GLOBAL_BLOCKS"]]
     net = TheirViT(
-        vit.IMG_SIZE,
-        vit.PATCH_SIZE,
-        embed_dim=vit.EMBED_DIM,
-        depth=vit.DEPTH,
-        num_heads=vit.NUM_HEADS,
-        mlp_ratio=vit.MLP_RATIO,
-        drop_path_rate=vit.DROP_PATH,
+        vit["IMG_SIZE"],
+        vit["PATCH_SIZE"],
+        embed_dim=vit["EMBED_DIM"],
+        depth=vit["DEPTH"],
+        num_heads=vit["NUM_HEADS"],
+        mlp_ratio=vit["MLP_RATIO"],
+        drop_path_rate=vit["DROP_PATH"],
         norm_layer=LayerNorm,
-        use_rel_pos=vit.REL_POS,
-        window_size=vit.WINDOW_SIZE,
-        window_block_indexes=outside if vit.WINDOW_SIZE else (),
-        pretrain_img_size=vit.PRETRAIN_IMG_SIZE,
+        use_rel_pos=vit["REL_POS"],
+        window_size=vit["WINDOW_SIZE"],
+        window_block_indexes=outside if vit["WINDOW_SIZE"] else (),
+        pretrain_img_size=vit["PRETRAIN_IMG_SIZE"],
         out_feature="last_feat",
     )
-    top = LastLevelMaxPool() if vit.MAX_POOL_LEVEL else None
-    scales = tuple(vit.SCALE_FACTORS)
+    top = LastLevelMaxPool() if vit["MAX_POOL_LEVEL"] else None
+    scales = tuple(vit["SCALE_FACTORS"])
     if top is not None and scales[-1] != 0.5:
-        top.in_feature = f"p{int(torch.log2(torch.tensor(vit.PATCH_SIZE / scales[-1])))}"
-    return SimpleFeaturePyramid(net, "last_feat", vit.OUT_CHANNELS, scales, top, vit.NORM, vit.SQUARE_PAD)
+        top.in_feature = f"p{int(torch.log2(torch.tensor(vit['PATCH_SIZE'] / scales[-1])))}"
+    return SimpleFeaturePyramid(net, "last_feat", vit["OUT_CHANNELS"], scales, top, vit["NORM"], vit["SQUARE_PAD"])
 
 
 def make_samples(images: int, side: int, classes: int, objects: int = 6) -> list[dict[str, Any]]:
@@ -117,7 +117,7 @@ def make_samples(images: int, side: int, classes: int, objects: int = 6) -> list
 
 
 def compare_training(
-    config: str,
+    config_file: str,
     settings: Sequence[str],
     side: int,
     images: int,
@@ -129,7 +129,7 @@ def compare_training(
 
     On a GPU, the other side computes in fp16 with a scaler, as detectron2 does.
     """
-    ours, other, loaded = make_detectors(config, settings)
+    ours, other, loaded = make_detectors(config_file, settings)
     samples = make_samples(images, side, loaded.MODEL.ROI_HEADS.NUM_CLASSES)
     loss, precision = DetectorLoss(0, 1, 0), choose_precision("auto", device)
 
@@ -150,7 +150,7 @@ def compare_training(
         state.update(LR)
 
     return Comparison(
-        what=f"training step of {config}, batch {images}, {side} pixels, {precision}",
+        what=f"training step of {config_file}, batch {images}, {side} pixels, {precision}",
         against="the same on detectron2's backbone and optimizer",
         ours=step,
         other=their_step(other, samples, device),
@@ -180,10 +180,10 @@ def their_step(model: nn.Module, samples: list[dict[str, Any]], device: torch.de
 
 
 def compare_inference(
-    config: str, settings: Sequence[str], side: int, images: int, device: torch.device, goals: Mapping[str, float]
+    config_file: str, settings: Sequence[str], side: int, images: int, device: torch.device, goals: Mapping[str, float]
 ) -> Comparison:
     """Compare predictions of images, up to encoded masks."""
-    ours, other, loaded = make_detectors(config, [*settings, "MODEL.ROI_HEADS.SCORE_THRESH_TEST=0.0"])
+    ours, other, loaded = make_detectors(config_file, [*settings, "MODEL.ROI_HEADS.SCORE_THRESH_TEST=0.0"])
     own, their = ours.eval(), other.eval()
     for model in (own, their):
         sharpen(model)
@@ -215,7 +215,7 @@ def compare_inference(
         return Gate(largest_difference([torch.tensor(one)], [torch.tensor(two)]), 1e-4)
 
     return Comparison(
-        what=f"inference of {config}, batch {images}, {side} pixels, {precision}",
+        what=f"inference of {config_file}, batch {images}, {side} pixels, {precision}",
         against="the same on detectron2's backbone and postprocessing",
         ours=predict,
         other=predict_theirs,
