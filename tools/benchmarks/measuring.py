@@ -182,7 +182,8 @@ def measure(
     with_memory = with_memory and comparison.seconds != "children"
     gc.collect()
     peaks = [_peak_of(side, settle, device) if with_memory else None for side in sides]
-    rounds, calls, last = [], 1, 0.0
+    rounds: list[list[tuple[float, float]]] = []
+    calls, last = 1, 0.0
     while len(rounds) < least or (len(rounds) < MOST_ROUNDS and clock.wall() - begun + last <= budget):
         started = clock.wall()
         found = [_time_calls(side, settle, clock, calls) for side in sides]
