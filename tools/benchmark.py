@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -94,14 +95,11 @@ class Budget:
     """Wall time shared equally by suites. What a suite leaves is for the later ones."""
 
     def __init__(self, seconds: float, suites: int) -> None:
-        import time
-
-        self.now = time.monotonic
-        self.end, self.left = self.now() + seconds, suites
+        self.end, self.left = time.monotonic() + seconds, suites
 
     def share(self) -> float:
         """Return the seconds of the next suite."""
-        seconds = max(self.end - self.now(), 0.0) / max(self.left, 1)
+        seconds = max(self.end - time.monotonic(), 0.0) / max(self.left, 1)
         self.left -= 1
         return seconds
 
