@@ -99,13 +99,17 @@ class Plot(PageBlock):
 
 @dataclass(frozen=True)
 class Table(PageBlock):
-    """A table with text in the first column, which can `wrap`, and formatted numbers in the other columns."""
+    """A table with text in the first column, which can `wrap`, and formatted numbers in the other columns.
+
+    With `prose`, every column has text that wraps.
+    """
 
     columns: Sequence[str]
     rows: Sequence[TableRow]
     caption: str = ""
     footer: Sequence[str] = ()
     wrap: bool = False
+    prose: bool = False
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def write_study_page(rows: Sequence[Row], target: Path) -> None:
 def as_block(table: TextTable) -> Table:
     """Show a table on the page."""
     rows = [[cell.replace("`", "") for cell in row] for row in table.rows]
-    return Table(table.columns, rows, table.caption, wrap=True)
+    return Table(table.columns, rows, table.caption, wrap=True, prose="verdict" in table.columns)
 
 
 def blocks_of(tables: Sequence[TextTable]) -> list[PageBlock]:
@@ -119,9 +119,8 @@ def loss_plot(rows: Sequence[Row]) -> Plot | None:
         if not arm.epochs or not pretrained or arm.name.endswith("_equal"):
             continue
         per_epoch = pretrained[0].numbers["pretraining_tflop"] / arm.epochs
-        epochs = sorted(
-            int(key.removeprefix("val_loss_epoch")) for key in pretrained[0].numbers if key.startswith("val_loss_epoch")
-        )
+        keys = [key for key in pretrained[0].numbers if key.startswith("val_loss_epoch")]
+        epochs = sorted({int(key.removeprefix("val_loss_epoch")) for key in keys} - {0})  # the first one would hide all
         losses = [[row.numbers.get(f"val_loss_epoch{epoch}", float("nan")) for row in pretrained] for epoch in epochs]
         curves[arm.name] = ([per_epoch * epoch for epoch in epochs], [sum(one) / len(one) for one in losses])
     if not curves:
