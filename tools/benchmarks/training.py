@@ -201,7 +201,7 @@ def compare_restarts(arguments: Mapping[str, Any], device: torch.device) -> Comp
 
     def other() -> TrainingState:
         state = make_state(arguments, device)
-        found = torch.load(files.plain, map_location="cpu")
+        found = torch.load(files.plain, map_location="cpu", weights_only=True)
         state.model.load_state_dict(found["model"])
         state.optimizer.load_state_dict(found["optimizer"])
         return state

@@ -111,7 +111,7 @@ def test_peak_memory_is_that_of_one_call():
     found = peak_memory(lambda: torch.ones(size).sum(), CPU)
     if found is None:
         pytest.skip("this system does not tell the peak memory of a process")
-    assert 4 * size <= found <= 4.6 * size
+    assert 3.8 * size <= found <= 4.6 * size  # some pages may have been there before
     small = peak_memory(lambda: kept.sum(), CPU)
     assert small is not None
     assert small < size / 4
