@@ -63,6 +63,10 @@ BY_EPOCHS = {
 }
 
 
+PosEmbed = Literal["resize", "tiled", "absolute_win"]
+RelPosAttention = Literal["auto", "blocks", "folded", "materialized"]
+
+
 class _Vit(ConfigKeys):  # the encoder and its simple feature pyramid
     IMG_SIZE: AtLeast1 = 1024  # pixels; decides the size of the relative positions of global blocks
     PRETRAIN_IMG_SIZE: AtLeast1 = 224  # pixels of pretraining; decides the size of the position embeddings
@@ -75,9 +79,9 @@ class _Vit(ConfigKeys):  # the encoder and its simple feature pyramid
     WINDOW_SIZE: AtLeast0 = 14  # patches; 0: every block is global
     GLOBAL_BLOCKS: list[int] = Field([2, 5, 8, 11], description="numbers of blocks")
     REL_POS: bool = True
-    POS_EMBED: Literal["resize", "tiled", "absolute_win"] = "resize"  # fit of position embeddings to the image
+    POS_EMBED: PosEmbed = "resize"  # fit of position embeddings to the image
     # equal except for rounding, see det/backbone/attention.py
-    ATTENTION: Literal["auto", "blocks", "folded", "materialized"] = "auto"
+    ATTENTION: RelPosAttention = "auto"
     ACTIVATION_CHECKPOINTING: bool = False  # recompute blocks in the backward pass instead of storing activations
     # 0 freezes patch embedding and positions; n also freezes the first n blocks
     FROZEN_STAGES: int = Field(-1, ge=-1, description="at least -1")

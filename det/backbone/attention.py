@@ -9,7 +9,6 @@ heads.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 
 from crossmae.models.layers import Attention
 from det.backbone.blocked_attention import blocked_attention
+from det.config import RelPosAttention
 
-RelPosAttention = Literal["auto", "blocks", "folded", "materialized"]
 # Attention kernels without an N x N matrix support heads up to this width. In half precision, they need q, k and v of
 # equal width.
 WIDEST_HEAD = 256

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +25,10 @@ from crossmae.errors import UserError
 from crossmae.models.encoder import patch_grid
 from crossmae.models.layers import Block, PatchEmbed
 from crossmae.models.positions import sincos_pos_embed
-from det.backbone.attention import RelPosAttention, SpatialAttention
+from det.backbone.attention import SpatialAttention
+from det.config import PosEmbed, RelPosAttention
 
 SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
-PosEmbed = Literal["resize", "tiled", "absolute_win"]
 NORMS = ("", "LN", "GN", "BN", "SyncBN", "FrozenBN")
 # Keys of MODEL.VIT. In lower case, they are names of arguments.
 ENCODER_KEYS = (

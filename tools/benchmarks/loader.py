@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
+from crossmae.data.pixels import decode_pixels, to_tensor
 from crossmae.data.sources import Source, open_named, open_source
 from crossmae.data.sources.shard_writer import ShardSettings, make_shards
 from crossmae.pretraining.images import PretrainImages, collate_pretraining
@@ -88,17 +90,12 @@ def read_usual(images: ImageFolder) -> Tensor:
     return torch.stack([images[index][0] for index in range(len(images))])
 
 
-def count_up() -> Iterator[int]:
-    """Count epochs, so that every batch has other crops."""
-    yield from range(10**9)
-
-
 def compare_originals(images: int, side: int, crop: int) -> Comparison:
     """Compare batches from JPEG files in one process."""
     folder = ScratchFolder()
     write_jpegs(folder.path, images, side)
     own, usual = our_images(open_source(folder.path, "data"), crop), ImageFolder(folder.path, usual_recipe(crop))
-    epochs = count_up()
+    epochs = count()  # every batch has other crops
 
     def gate() -> Gate:
         """Compare pixels in grey levels where both draw the same crops."""
@@ -133,8 +130,6 @@ def same_draws() -> Iterator[None]:
 
 def decode_and_augment(images: PretrainImages, data: bytes, name: str) -> Tensor:
     """Decode and augment as `PretrainImages`, with torch's current generator."""
-    from crossmae.data.pixels import decode_pixels, to_tensor
-
     return to_tensor(images.augment(decode_pixels(data, name)))
 
 
@@ -145,7 +140,7 @@ def compare_shards(images: int, side: int, crop: int, shard_side: int) -> Compar
     write_jpegs(originals, images, side)
     make_shards(open_source(originals, "SRC"), shards, ShardSettings(short_side=shard_side), 1)
     own, usual = our_images(open_source(shards, "data"), crop), ImageFolder(originals, usual_recipe(crop))
-    epochs = count_up()
+    epochs = count()  # every batch has other crops
     return Comparison(
         what=f"{images} images in shards of {shard_side} pixels, to crops of {crop}",
         against="torchvision's recipe on the original files",

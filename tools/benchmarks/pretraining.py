@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from crossmae.data.pixels import Normalize
-from crossmae.experiments.study.decoder_cost import MASK_RATIO, count_products
+from crossmae.experiments.study.decoder_cost import MASK_RATIO, count_products, decoder_passes
 from crossmae.models.crossmae import CrossMAE
 from crossmae.models.masking import gather_tokens, split_patches
 from crossmae.models.sizes import model_arguments
@@ -291,7 +291,7 @@ def decoder_seconds(size: str, images: int, device: torch.device, changes: Mappi
     for family, ratio in (("crossmae_vit", PREDICT), ("mae_vit", MASK_RATIO)):
         own = {key: value for key, value in changes.items() if key != "decoder_depth"}
         model = CrossMAE(**model_arguments(f"{family}_{size}") | own).to(device)
-        sides.append(decoder_passes(model, ratio, images, device))
+        sides.append(decoder_passes(model, ratio, images, choose_precision("auto", device)))
     return Comparison(
         what=f"decoder of ViT-{size[0].upper()}, batch {images}, both passes, depth 12",
         against="our MAE decoder, depth 8",
@@ -300,27 +300,6 @@ def decoder_seconds(size: str, images: int, device: torch.device, changes: Mappi
         goals={"cpu": 2.0, "cuda": 2.2},
         note="another model, so no gate",
     )
-
-
-def decoder_passes(model: CrossMAE, predict_ratio: float, images: int, device: torch.device) -> Callable[[], None]:
-    """Return forward and backward pass of everything after the encoder."""
-    noise = torch.rand(images, model.num_patches, device=device)
-    visible, predicted = split_patches(noise, model.patch_counts(MASK_RATIO, predict_ratio))
-    pixels = torch.rand(images, model.in_chans, *model.img_size, device=device)
-    tokens = model.embed(pixels, visible).detach()
-    maps = [torch.randn_like(tokens).requires_grad_() for _ in range(max(len(model.fused_blocks), 1))]
-    precision = choose_precision("auto", device)
-
-    def run() -> None:
-        with open_autocast(precision, device):
-            if model.fused_blocks:
-                contexts = list(model.wfm([tokens, *maps] if model.fuse_input else maps))
-            else:
-                contexts = [model.norm(maps[0])] * len(model.decoder_blocks)
-            loss = model.reconstruct(pixels, contexts, visible, predicted).loss
-        loss.backward()
-
-    return run
 
 
 def fusion(

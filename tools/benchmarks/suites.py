@@ -34,7 +34,7 @@ SUITES: dict[str, tuple[str, bool]] = {
     "start": ("start", False),
     "growth": ("growth", False),
 }
-ON_GPU = ("pretrain", "fusion", "attention", "vitdet", "detector", "cocoeval", "optimizer", "checkpoint", "finetune")
+ON_GPU = tuple(name for name, (_, takes_device) in SUITES.items() if takes_device)
 MINUTES = 1.0  # for a suite, if the total is not given
 
 

@@ -15,7 +15,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from crossmae.files import make_folder, write_json
 from crossmae.models.crossmae import MODEL_DEFAULTS, CrossMAE
 from crossmae.models.masking import split_patches
 from crossmae.models.sizes import model_arguments
+from crossmae.training.devices import open_autocast
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def time_decoders(models: Sequence[tuple[CrossMAE, float]], images: int, rounds:
     Args:
         models: models of the same image size, each with its share of predicted patches.
     """
-    runs = [_decoder_run(model, predict_ratio, images) for model, predict_ratio in models]
+    runs = [decoder_passes(model, predict_ratio, images) for model, predict_ratio in models]
     seconds: list[list[float]] = [[] for _ in runs]
     for number in range(rounds + 1):  # the first round warms up
         for run, found in zip(runs, seconds, strict=True):
@@ -127,19 +128,23 @@ def time_decoders(models: Sequence[tuple[CrossMAE, float]], images: int, rounds:
     return [statistics.median(found) for found in seconds]
 
 
-def _decoder_run(model: CrossMAE, predict_ratio: float, images: int) -> Any:
+def decoder_passes(model: CrossMAE, predict_ratio: float, images: int, precision: str = "fp32") -> Callable[[], None]:
     """Prepare the decoder's input, and return a function that runs both passes."""
-    pixels = torch.rand(images, model.in_chans, *model.img_size, generator=torch.Generator().manual_seed(1))
-    visible, predicted = split_patches(_noise(model, images), model.patch_counts(MASK_RATIO, predict_ratio))
+    device = model.pos_embed.device
+    pixels = torch.rand(images, model.in_chans, *model.img_size, generator=torch.Generator().manual_seed(1)).to(device)
+    counts = model.patch_counts(MASK_RATIO, predict_ratio)
+    visible, predicted = split_patches(_noise(model, images).to(device), counts)
     tokens = model.embed(pixels, visible).detach()
     maps = [torch.randn_like(tokens).requires_grad_() for _ in range(max(len(model.fused_blocks), 1))]
 
     def run() -> None:
-        if not model.fused_blocks:
-            contexts = [model.norm(maps[0])] * len(model.decoder_blocks)
-        else:
-            contexts = list(model.wfm([tokens, *maps] if model.fuse_input else maps))
-        model.reconstruct(pixels, contexts, visible, predicted).loss.backward()
+        with open_autocast(precision, device):
+            if not model.fused_blocks:
+                contexts = [model.norm(maps[0])] * len(model.decoder_blocks)
+            else:
+                contexts = list(model.wfm([tokens, *maps] if model.fuse_input else maps))
+            loss = model.reconstruct(pixels, contexts, visible, predicted).loss
+        loss.backward()
 
     return run
 
