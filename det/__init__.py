@@ -34,11 +34,16 @@ ignore_library_warnings()
 drop_tracing_note()
 
 
+def register_backbone() -> None:
+    """Register the backbone with detectron2, which imports its models."""
+    importlib.import_module("det.backbone.vit")
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'det' has no attribute {name!r}")
     with library_warnings_ignored():
-        importlib.import_module("det.backbone.vit")  # registers the backbone
+        register_backbone()
         return getattr(importlib.import_module(_HOME[name]), name)
 
 

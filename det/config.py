@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 from yacs.config import CfgNode
 
+import det
 from crossmae.checkpoints.reading import DETECTOR_BEST, DETECTOR_FINAL, DETECTOR_LAST
 from crossmae.data.images import MAX_PIXELS, ImageLimits
 from crossmae.errors import UserError
@@ -284,6 +285,7 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
     # Imported after the checks, because this import takes seconds.
     from detectron2.config import CfgNode as DetectronConfig
 
+    det.register_backbone()
     checked = DetectronConfig(cfg)
     choose_device(checked, asked="MODEL.DEVICE" in given)
     return checked

@@ -78,6 +78,16 @@ def test_check_coco_loads_no_heavy_library(tmp_path: Path) -> None:
     assert results[0][1] in (0, 1), errors
 
 
+@needs_detectron2
+def test_a_config_alone_makes_the_backbone_known() -> None:
+    """In a fresh interpreter, where no other module has registered it."""
+    code = "import det.config as c; cfg = c.load_det_config('demo_mask_rcnn.yaml')\n"
+    code += "import torch; from detectron2.modeling import build_backbone\n"
+    code += "with torch.device('meta'): print(type(build_backbone(cfg)).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.split() == ["FeaturePyramid"], done.stderr
+
+
 def test_crossmae_costs_little_more_than_torch() -> None:
     """The processor time of an import, the smaller of two, A-B-A-B."""
     code = "import {}, time; {}; print(time.process_time())"
