@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -50,6 +50,7 @@ from crossmae.training.optimizers import make_optimizer
 from crossmae.training.processes import Ranks
 from crossmae.training.resume import EMA_WEIGHTS, WEIGHTS, find_start, is_complete
 from crossmae.training.schedule import make_schedule
+from crossmae.training.signals import in_main_process
 from crossmae.training.state import Diverged, Losses, TrainingState
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
     Raises UserError if the data are bad, the folder is in use by another run, settings contradict each other, or the
     loss is not finite.
     """
-    train(config.run_settings(), partial(build_job, config, resume))
+    width = (model_arguments(config.model.name) | config.model.arguments())["embed_dim"]
+    train(replace(config.run_settings(), width=width), partial(build_job, config, resume))
     return config.output_dir / WEIGHTS
 
 
@@ -209,12 +211,20 @@ class Judges(Callbacks):
         for suffix, model in cast(dict[str, CrossMAE], state.models).items():
             if validate and self.held_out:
                 values[f"val_loss{suffix}"] = self.held_out.loss(model, state.autocast)
-            if probe and self.neighbours:
-                values[f"knn_accuracy{suffix}"] = self.neighbours.accuracy(model)
+            accuracy = in_main_process(partial(self.accuracy, model)) if probe else None
+            if accuracy is not None:
+                values[f"knn_accuracy{suffix}"] = accuracy
         if not all(map(math.isfinite, values.values())):
             raise Diverged(f"the held-out loss is not finite ({describe(values)})")
         if values:
             records.announce(state.step, values)
+
+    def accuracy(self, model: CrossMAE) -> float | None:
+        """Classify by nearest neighbours.
+
+        None without labelled images, and outside the main process.
+        """
+        return self.neighbours.accuracy(model) if self.neighbours else None
 
     def draw(self, state: TrainingState, records: RunLog) -> None:
         """Draw reconstructions and fusion weights."""

@@ -149,7 +149,7 @@ class RuntimeConfig(ConfigSection):
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 autocast on GPUs that have it; fp16 comes with a loss scaler"
+        "auto", description="auto: bf16 autocast where it is faster; fp16 comes with a loss scaler"
     )
     compile: bool = Field(False, description="torch.compile: a slow first step, faster ones after it")
     activation_checkpointing: bool = Field(False, description="compute blocks twice instead of keeping what they made")
@@ -180,6 +180,7 @@ class RunSettings:
         folder, folder_key: folder of the run, and the config key that names it. The other keys are for errors, too.
         device: "auto", "cpu", "cuda" or "cuda:N".
         precision: "auto", "fp32", "bf16" or "fp16".
+        width: width of the encoder, which "auto" depends on; 0: it does not.
         settings: all settings as JSON values, for checkpoints and Weights & Biases.
         config_text: content of config.yaml.
         ema, ema_power: decay of the averaged weights, None: no average; and how fast the decay rises to it.
@@ -210,6 +211,7 @@ class RunSettings:
     log_every: int = 20
     wandb: str | None = None
     timeout_minutes: float = 30.0
+    width: int = 0
 
 
 class RunConfig(ConfigSection):

@@ -6,6 +6,9 @@ import torch
 
 from crossmae.errors import UserError
 
+# From this width on, bf16 is faster than fp32 on processors that multiply it. Below, conversions cost more than that.
+BF16_WIDTH = 384
+
 
 def open_autocast(precision: str, device: torch.device) -> torch.autocast:
     """Return the mixed-precision context of a device, disabled for "fp32"."""
@@ -38,14 +41,41 @@ def open_device(name: str, key: str, local_rank: int = 0, processes: int = 1) ->
     return device
 
 
-def choose_precision(precision: str, device: torch.device, key: str = "runtime.precision") -> str:
-    """Resolve "auto" to "bf16" on GPUs that support it, else "fp32"."""
+def choose_precision(
+    precision: str,
+    device: torch.device,
+    key: str = "runtime.precision",
+    width: int = 0,
+    recorded: str | None = None,
+) -> str:
+    """Resolve "auto" to "bf16" where it is faster, else to "fp32".
+
+    A run that is continued keeps what it has recorded. On a CPU, bf16 is faster if its instructions multiply bf16 and the model is wide.
+
+    Args:
+        width: width of the encoder. 0: "auto" is "fp32" on a CPU.
+        recorded: precision of the run that is continued.
+
+    Raises:
+        UserError: If the device has no bf16.
+    """
     has_bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
-    if precision == "auto":
-        return "bf16" if device.type == "cuda" and has_bf16 else "fp32"
+    if precision == "auto" and recorded is None:
+        pays = width >= BF16_WIDTH and multiplies_bf16() if device.type == "cpu" else has_bf16
+        return "bf16" if pays else "fp32"
+    precision = recorded if precision == "auto" and recorded else precision
     if precision == "bf16" and not has_bf16:
         raise UserError(f"{key}: {device} has no bf16. Choose fp16 or fp32.")
     return precision
+
+
+def multiplies_bf16() -> bool:
+    """Check for instructions of this processor that multiply bf16.
+
+    False if torch cannot tell.
+    """
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(bool(found.get(name)) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def describe_place(device: torch.device, precision: str, processes: int) -> str:

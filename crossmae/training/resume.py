@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from crossmae.checkpoints.run_checkpoint import latest_checkpoint, read_record, step_of
+from crossmae.checkpoints.run_checkpoint import FOLDER, checkpoint_names, latest_checkpoint, read_record, step_of
 from crossmae.errors import UserError
 from crossmae.training.processes import Ranks
 
@@ -33,6 +34,20 @@ def find_start(run: Path, resume: bool, key: str = "output_dir", final: str = WE
     if resume and not latest:
         log.info("--resume: no complete checkpoint in %s, starting from scratch", run)
     return latest
+
+
+def recorded_precision(run: Path) -> str | None:
+    """Read the precision of the newest checkpoint that records it.
+
+    It is "fp32", "bf16" or "fp16".
+    """
+    for name in reversed(checkpoint_names(run)):
+        with suppress(UserError):
+            fingerprint = read_record(run / FOLDER / name).get("fingerprint")
+            found = fingerprint.get("precision") if isinstance(fingerprint, dict) else None
+            if found in ("fp32", "bf16", "fp16"):
+                return str(found)
+    return None
 
 
 def is_complete(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, TracebackType
 from typing import NoReturn, TypeVar
 
@@ -39,6 +39,7 @@ class StopRequest:
     def __init__(self, ranks: Ranks = Ranks()) -> None:  # noqa: B008 - it is immutable
         self.ranks = ranks
         self.number: int | None = None
+        self.is_alone = False  # only the main process measures now
         self.period, self.since, self.begun = 1, 0, time.monotonic()
 
     def __enter__(self) -> StopRequest:
@@ -104,11 +105,16 @@ def until_stop(batches: Iterable[T], ranks: Ranks, count: int) -> Iterator[T]:
     Raises StopAsked then.
 
     Args:
-        ranks: the processes that evaluate together. All or one: then the other processes of a run wait, and the
-            evaluation is not interrupted.
+        ranks: the processes that evaluate together: all, or the main process in `in_main_process`.
         count: number of this process's batches. The processes may have different numbers.
     """
     request = StopRequest.current
+    if request is not None and request.is_alone:
+        for batch in batches:
+            if request.number is not None:
+                raise StopAsked
+            yield batch
+        return
     if request is None or ranks.world_size != request.ranks.world_size:
         yield from batches
         return
@@ -119,3 +125,33 @@ def until_stop(batches: Iterable[T], ranks: Ranks, count: int) -> Iterator[T]:
             raise StopAsked
         yield batch
     request.start_clock()
+
+
+def in_main_process(measure: Callable[[], T]) -> T | None:
+    """Measure in the main process, while the others wait.
+
+    A signal to the main process stops all processes. All processes call this together.
+
+    Returns:
+        What `measure` returns. None in the other processes.
+
+    Raises:
+        StopAsked: In all processes, if `until_stop` in `measure` ended early.
+    """
+    request, value, number = StopRequest.current, None, None
+    if request is None:
+        return measure()
+    if request.ranks.is_main:
+        request.is_alone = True
+        try:
+            value = measure()
+        except StopAsked:
+            number = request.number
+        finally:
+            request.is_alone = False
+    number = request.ranks.gather(number)[0]
+    request.start_clock()
+    if number is not None:
+        request.number = number
+        raise StopAsked
+    return value

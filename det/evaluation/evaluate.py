@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import orjson
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from crossmae.errors import UserError
-from crossmae.files import make_folder, write_json, write_text
+from crossmae.files import make_folder, write_atomically, write_json
 from crossmae.reports.figures import save_figure
 from crossmae.training.processes import Ranks
 from crossmae.training.signals import until_stop
@@ -69,7 +70,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
         return {}
     make_folder(folder / "inference", "OUTPUT_DIR")
     results = list(itertools.chain(*parts))
-    write_text(folder / PREDICTIONS, json.dumps(with_written_ids(results, written)))
+    write_predictions(folder / PREDICTIONS, with_written_ids(results, written))
     lvis = MetadataCatalog.get(name).get("evaluator_type") == "lvis"
     tasks = tuple(TASKS) if cfg.MODEL.MASK_ON else ("bbox",)
     scores = {task: score_results(truth, results, task, cfg.TEST.EVALUATOR, lvis, cfg.TEST.MAX_DETS) for task in tasks}
@@ -77,6 +78,15 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     save_pictures(drawn, folder / PICTURES)
     false_alarms = [] if truth["annotations"] else count_detections(results)
     return _write_scores(folder, name, scores, left_out(model, category_ids), false_alarms)
+
+
+def write_predictions(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Write COCO results as JSON, atomically."""
+    try:
+        content = orjson.dumps(results)
+    except TypeError:  # an id above 64 bits, or with half of a character
+        content = json.dumps(results).encode()
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def with_written_ids(results: list[dict[str, Any]], written: Mapping[str, Mapping[int, Any]]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from det.evaluation.scoring import COCO_LIMITS, evaluate_by_pycocotools, select_keys
+from det.evaluation.scoring import COCO_LIMITS, evaluate_by_pycocotools, select_results, select_truth
 
 AREA = [0, 1e10]  # objects of all sizes
 RECALLS = np.linspace(0, 1, 101)
@@ -54,7 +54,7 @@ def match_detections(ground_truth: dict[str, Any], results: Sequence[dict[str, A
         results: content of a COCO results file.
         task: "bbox" or "segm".
     """
-    truth, slim = select_keys(ground_truth, results, task)
+    truth, slim = select_truth(ground_truth, task), select_results(results, task)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         evaluation = evaluate_by_pycocotools(truth, slim, task, lvis=False)
         params = evaluation.params

@@ -139,6 +139,24 @@ def test_a_signal_to_one_process_stops_both_and_nothing_is_lost(
     assert not found, "\n".join(found)
 
 
+def test_a_signal_interrupts_what_the_main_process_measures_alone(
+    whole_of: WholeOf, zygote: Zygote, tmp_path: Path
+) -> None:
+    whole = whole_of("pretrain")
+    expected = digest(unbroken_pair(whole, zygote, tmp_path / "whole", []))
+    fault = {"act": "wait", "call": "crossmae.pretraining.validation:encode_images", "number": 5}
+    runs = start_two(whole, zygote, tmp_path / "parts", [], {0: fault})
+    runs[0].wait_for_fault()
+    runs[0].signal_group(signal.SIGTERM)
+    runs[0].go_on()
+    assert wait_for_both(runs) == [CODES["SIGTERM"]] * 2, runs[0].printed
+    run = tmp_path / "parts/run"
+    assert [row["step"] for row in log_rows(run) if "knn_accuracy" in row] == [0]
+    assert unbroken_pair(whole, zygote, tmp_path / "parts", ["--resume"]) == run
+    found = differences(only_last(expected, whole.steps), only_last(digest(run), whole.steps))
+    assert not found, "\n".join(found)
+
+
 FAULTS = {  # the fault, the process that has it, and what the last line holds
     "a loss is NaN": ({"act": "nan", "call": LOSS, "number": 7}, 1, "the norm of the gradient is nan"),
     "an exception": ({"act": "raise", "call": LOSS, "number": 7}, 1, "InjectedError: an injected fault"),

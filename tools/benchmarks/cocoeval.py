@@ -20,8 +20,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from crossmae.files import write_text
 from det.data.coco import read_coco, register_coco
+from det.evaluation.evaluate import write_predictions
 from det.evaluation.scoring import DetectionScores, score_results
 from det.inference.paste import encode_masks
 from tools.benchmarks.measuring import Comparison, Gate, Row, ScratchFolder
@@ -139,7 +139,7 @@ def compare_scores(images: int, per_image: int, objects: int, categories: int) -
 
     def ours() -> list[DetectionScores]:
         """Do what the evaluation of a detector does with its predictions."""
-        write_text(scratch.path / "ours.json", json.dumps(detections))
+        write_predictions(scratch.path / "ours.json", detections)
         known = read_coco(folder / "truth.json")
         return [score_results(known, detections, task) for task in ("bbox", "segm")]
 

@@ -93,7 +93,7 @@ def pretrain(
         name = f"step of ViT-{size[0].upper()}, batch {images}, {PREDICT:.0%}, depth {arguments['decoder_depth']}"
         precisions = ("fp32", "auto") if kind == "cpu" else ("auto",)
         for precision in precisions:
-            chosen = choose_precision(precision, device)
+            chosen = choose_precision(precision, device, width=arguments["embed_dim"])
             if precision == "auto":
                 goals = (None if kind == "cpu" else port_goal, auto_goal)
             else:
@@ -291,7 +291,7 @@ def decoder_seconds(size: str, images: int, device: torch.device, changes: Mappi
     for family, ratio in (("crossmae_vit", PREDICT), ("mae_vit", MASK_RATIO)):
         own = {key: value for key, value in changes.items() if key != "decoder_depth"}
         model = CrossMAE(**model_arguments(f"{family}_{size}") | own).to(device)
-        sides.append(decoder_passes(model, ratio, images, choose_precision("auto", device)))
+        sides.append(decoder_passes(model, ratio, images, choose_precision("auto", device, width=model.embed_dim)))
     return Comparison(
         what=f"decoder of ViT-{size[0].upper()}, batch {images}, both passes, depth 12",
         against="our MAE decoder, depth 8",

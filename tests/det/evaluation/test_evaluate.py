@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from crossmae.errors import UserError
 from det.data.coco import use_own_data
 from det.data.loader import NamingMapper
-from det.evaluation.evaluate import evaluate, format_results, predict
+from det.evaluation.evaluate import evaluate, format_results, predict, write_predictions
 from det.evaluation.report import build_report
 from tests.det.coco_files import save, write_coco
 
@@ -107,6 +107,13 @@ def test_results_have_the_ids_of_the_file(cfg, tmp_path):
     found = json.loads((tmp_path / "out/inference/coco_instances_results.json").read_text())
     assert {result["image_id"] for result in found} == {"img1", "img2"}
     assert {result["category_id"] for result in found} <= {"c1", "c3"}
+
+
+@pytest.mark.parametrize("odd", [7, 2**70, "a name", "half of a character: \ud83d"])
+def test_predictions_are_written_with_any_id(tmp_path, odd):
+    results = [{"image_id": odd, "category_id": 1, "bbox": [0.1, 1e-7, 2 / 3, 4.0], "score": 0.30000001192092896}]
+    write_predictions(tmp_path / "results.json", results)
+    assert json.loads((tmp_path / "results.json").read_bytes()) == results
 
 
 @pytest.mark.parametrize("evaluator", ["pycocotools", "auto"])

@@ -175,6 +175,25 @@ def test_the_sample_of_coco(task, evaluator):
     assert [f"{value / 100:.6f}" for value in numbers.values()] == expected.split()[1:]
 
 
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_ids_of_any_size_are_told_apart(task):
+    """A file may have ids of 64 bits, which float64 would round to one number."""
+    truth, results = made_up(0)
+    expected = score_results(truth, results, task, "hotcoco")
+    for key, where in (("image_id", "images"), ("category_id", "categories")):
+        large = {entry["id"]: 2**60 + entry["id"] for entry in truth[where]}
+        others = ("images", "categories", "annotations")
+        moved = {name: [_renumbered(one, key, large, name == where) for one in truth[name]] for name in others}
+        found = [_renumbered(one, key, large, False) for one in results]
+        scores = score_results(moved, found, task, "hotcoco")
+        assert np.array_equal(scores.precision, expected.precision)
+
+
+def _renumbered(entry, key, large, is_defined):
+    key = "id" if is_defined else key
+    return {**entry, key: large[entry[key]]} if key in entry else entry
+
+
 def test_classes_count_their_objects_and_have_an_ap_of_their_own(evaluator):
     truth, results = made_up(1)
     scores = score_results(truth, results, "bbox", evaluator)
