@@ -8,11 +8,10 @@ from typing import Literal, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
 
 from crossmae.data.batches import KeyedImages, collate_as, keyed_randomness
 from crossmae.data.broken import Broken
-from crossmae.data.pixels import to_tensor
+from crossmae.data.pixels import random_crop
 from crossmae.data.sources import Source
 
 
@@ -56,13 +55,12 @@ class PretrainImages(KeyedImages):
     ) -> None:
         super().__init__(source, seed, channels, bit_depth, broken)
         self.num_patches = num_patches
-        crop = v2.RandomResizedCrop(img_size, scale=crop_scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
-        self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(flip)])
+        self.crop = random_crop(img_size, crop_scale, flip)
 
     def sample(self, pixels: Image.Image | Tensor, position: int, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """Crop an image, and draw mask noise (L,)."""
         with keyed_randomness(*key):
-            return to_tensor(self.augment(pixels)), torch.rand(self.num_patches)
+            return self.crop(pixels), torch.rand(self.num_patches)
 
 
 collate_pretraining = partial(collate_as, Batch)

@@ -50,7 +50,8 @@ def choose_precision(
 ) -> str:
     """Resolve "auto" to "bf16" where it is faster, else to "fp32".
 
-    A run that is continued keeps what it has recorded. On a CPU, bf16 is faster if its instructions multiply bf16 and the model is wide.
+    A run that is continued keeps what it has recorded. On a CPU, bf16 is faster if its instructions multiply bf16 and
+    the model is wide.
 
     Args:
         width: width of the encoder. 0: "auto" is "fp32" on a CPU.

@@ -21,10 +21,12 @@ from timm.data.auto_augment import (
     posterize,
     rand_augment_transform,
 )
-from torchvision.transforms import InterpolationMode, v2
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import to_pil_image
 
 from crossmae.data.batches import keyed_randomness
-from crossmae.data.pixels import to_tensor
+from crossmae.data.pixels import random_crop, to_tensor
 from crossmae.errors import UserError
 
 Policy = Callable[[Image.Image], Image.Image]
@@ -51,18 +53,18 @@ def train_view(
     Raises:
         UserError: timm has no such policy.
     """
-    crop = v2.RandomResizedCrop(size, scale=crop_scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
-    steps: list[Callable[[Any], Any]] = [crop, v2.RandomHorizontalFlip(flip)]
+    steps: list[Callable[[Any], Any]] = [random_crop(size, crop_scale, flip)]
     if auto_augment:
         steps.append(partial(_in_colours, build_policy(auto_augment, size, mean)))
     elif color_jitter:
         steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
-    return v2.Compose([*steps, to_tensor])
+    return v2.Compose(steps)
 
 
-def _in_colours(policy: Policy, image: Image.Image) -> Image.Image:
-    """Apply a policy in RGB, and restore the image's mode."""
-    return policy(image.convert("RGB")).convert(image.mode)
+def _in_colours(policy: Policy, pixels: Tensor) -> Tensor:
+    """Apply a policy in RGB, and restore the number of channels."""
+    image: Image.Image = to_pil_image(pixels)
+    return to_tensor(policy(image.convert("RGB")).convert(image.mode))
 
 
 def build_policy(name: str, size: tuple[int, int], mean: Sequence[float]) -> Policy:
