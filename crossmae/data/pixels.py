@@ -40,7 +40,7 @@ def to_tensor(pixels: Image.Image | Tensor) -> Tensor:
 
 
 def random_crop(size: tuple[int, int], scale: tuple[float, float], flip: float) -> v2.Compose:
-    """Build a random crop, resized and flipped, of an image or a tensor.
+    """Build a random crop of an image or tensor, resized and flipped.
 
     torch resizes 8-bit tensors four times as fast as Pillow resizes images, and with the same mean error, about 0.3
     grey levels.
