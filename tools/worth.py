@@ -11,6 +11,7 @@ them, pretraining sees them without their labels, and the page says so. LABELS a
 folder per class, for a classifier. The same model is fine-tuned with the same number of steps from each start:
 
     random_pretraining_init   random weights, exactly as pretraining starts
+    random_same_rates         the same, with the learning rates of pretrained weights
     random_detector_init      random weights, as the detector or classifier starts by itself
     own                       CrossMAE, pretrained on IMAGES
     weights, continued        your weights, without and with further pretraining on IMAGES

@@ -45,18 +45,23 @@ ARM_WORDS = {
     "weights": "your weights",
     "random_equal_compute": "random weights, trained for longer",
     "random_pretraining_init": "random weights, as pretraining starts",
+    "random_same_rates": "random weights, with the learning rates of pretrained ones",
     "random_detector_init": "random weights, as the detector starts",
 }
-LONGER, MINOR_CONTROL = "random_equal_compute", "random_detector_init"
-RANDOM_ARMS = (LONGER, "random_pretraining_init", MINOR_CONTROL)
+LONGER, SAME_RATES, MINOR_CONTROL = "random_equal_compute", "random_same_rates", "random_detector_init"
+WITH_EVEN_RATES = (LONGER, "random_pretraining_init", MINOR_CONTROL)
+RANDOM_ARMS = (*WITH_EVEN_RATES, SAME_RATES)
 PAIRS = (  # arm and control, the most important first
     ("own", "random_pretraining_init"),
+    ("own", SAME_RATES),
     ("own", "random_detector_init"),
     ("own", "random_equal_compute"),
     ("continued", "weights"),
     ("weights", "random_pretraining_init"),
+    ("weights", SAME_RATES),
     ("weights", "random_detector_init"),
     ("continued", "random_pretraining_init"),
+    ("continued", SAME_RATES),
     ("continued", "random_detector_init"),
 )
 USEFUL_SCORE = 1.0  # percent
@@ -94,8 +99,9 @@ UNANSWERED = (
     (
         "Learning rates",
         "Unless a setting gives one decay to all runs, random weights have the same learning rate in all layers. "
-        "Pretrained weights have a lower one in early layers, as the config says. No other rates were tried, so a part "
-        "of a difference may come from the rates.",
+        "Pretrained weights have a lower one in early layers, as the config says. A part of a difference may come from "
+        "these rates: the arm random_same_rates, random weights with the rates of pretrained ones, shows how much. No "
+        "other rates were tried.",
     ),
 )
 NO_EQUAL_COMPUTE = (
@@ -212,7 +218,9 @@ def lead_of(pair: tuple[str, str], arms: Mapping[str, str], metric: Metric) -> s
     """Explain the headline numbers."""
     arm, control = (plain(arms[one]) for one in pair)
     rates = (
-        ", with the learning rates of its early layers," if (pair[0] in RANDOM_ARMS) != (pair[1] in RANDOM_ARMS) else ""
+        ", with the learning rates of its early layers,"
+        if (pair[0] in WITH_EVEN_RATES) != (pair[1] in WITH_EVEN_RATES)
+        else ""
     )
     longer = f", and {plain(arms[LONGER])} have more steps" if LONGER in arms else ""
     return (

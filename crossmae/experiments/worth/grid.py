@@ -19,13 +19,15 @@ from crossmae.pretraining.config import load_config
 ARMS = (
     "random_pretraining_init",
     "own",
+    "random_same_rates",
     "random_detector_init",
     "weights",
     "continued",
     "random_equal_compute",
 )
 NEEDS_WEIGHTS = ("weights", "continued")
-EQUAL_COMPUTE = "random_equal_compute"
+EQUAL_COMPUTE, SAME_RATES = "random_equal_compute", "random_same_rates"
+MINOR_CONTROLS = (SAME_RATES, "random_detector_init")
 PRETRAINED = {"own": "pretrain-own", "continued": "pretrain-continued"}
 APS_OF_RESULTS = (
     ("segm", "AP", "mask_AP"),
@@ -184,7 +186,7 @@ def build_cells(question: Question, budget: Budget) -> list[Cell]:
     """List all runs, one seed after the other."""
     cells = []
     for seed in question.seeds:
-        if {"random_pretraining_init", EQUAL_COMPUTE} & set(question.arms):
+        if {"random_pretraining_init", SAME_RATES, EQUAL_COMPUTE} & set(question.arms):
             cells.append(pretrain_cell(question, budget, "initial", seed))
         for arm in ("own", "continued"):
             if arm in question.arms:
@@ -276,10 +278,12 @@ def fine_tune_facts(question: Question, budget: Budget, kind: str, arm: str, sha
 def even_rates(question: Question, arm: str, key: str) -> tuple[str, ...]:
     """Give all layers of random weights the full learning rate.
 
-    Random weights have nothing in their lower layers to preserve. The user's own setting of `key` wins.
+    Random weights have nothing in their lower layers to preserve. The arm with the rates of pretrained weights shows
+    what this changes. The user's own setting of `key` wins.
     """
     given = any(word.startswith(f"{key}=") for word in question.fine_tune_settings)
-    return (f"{key}=1.0",) if arm.startswith("random") and not given else ()
+    is_even = arm.startswith("random") and arm != SAME_RATES
+    return (f"{key}=1.0",) if is_even and not given else ()
 
 
 def detect_cell(question: Question, budget: Budget, arm: str, share: float, seed: int) -> Cell:

@@ -18,6 +18,7 @@ from crossmae.experiments.rows import Row, read_rows
 from crossmae.experiments.worth.grid import (
     ARMS,
     EQUAL_COMPUTE,
+    MINOR_CONTROLS,
     NEEDS_WEIGHTS,
     PRESETS,
     Budget,
@@ -254,7 +255,7 @@ def describe_smaller(question: Question, cells: Sequence[Cell], seconds: Mapping
     options = {
         f"--seeds {question.seeds[0]} (no intervals)": lambda facts: facts["seed"] == question.seeds[0],
         f"--shares {shares[0]:g},{shares[1]:g}": lambda facts: facts.get("share", shares[0]) in shares,
-        "without random_detector_init (--arms)": lambda facts: facts["arm"] != "random_detector_init",
+        f"without {' and '.join(MINOR_CONTROLS)} (--arms)": lambda facts: facts["arm"] not in MINOR_CONTROLS,
     }
     found = []
     for words, keeps in options.items():

@@ -9,11 +9,13 @@ import numpy as np
 from crossmae.experiments.rows import Row
 
 GAINS = {"random_detector_init": 0.0, "random_pretraining_init": 2.0, "own": 7.0, "weights": 9.0, "continued": 11.0}
+USUAL = tuple(GAINS)
+GAINS |= {"random_same_rates": 1.0}
 MACHINE = {"processor": "A made-up CPU", "cores": 2, "gpu": None, "torch": "2.11.0", "python": "3.11.9"}
 
 
 def sample_rows(
-    arms: Sequence[str] = tuple(GAINS),
+    arms: Sequence[str] = USUAL,
     shares: Mapping[float, int] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     spread: float = 1.5,

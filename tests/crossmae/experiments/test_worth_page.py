@@ -49,6 +49,13 @@ def texts(report: Report) -> str:
     return "\n".join(f"{head}\n{text}" for words in blocks_in(report, Words) for head, text in words.paragraphs)
 
 
+def test_learning_rates_are_named_only_where_they_differ(build: Any) -> None:
+    rates = "with the learning rates of its early layers"
+    for control, differ in (("random_pretraining_init", True), ("random_same_rates", False)):
+        report, _ = build(sample_rows(["own", control]))
+        assert (rates in report.lead) == differ
+
+
 def test_the_answer_is_the_paired_difference_to_the_right_control(build: Any) -> None:
     rows = sample_rows()
     report, answer = build(rows)

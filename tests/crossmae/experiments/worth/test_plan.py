@@ -16,7 +16,8 @@ from tests.crossmae.experiments.worth.tiny_question import ask, tiny_preset
 
 
 def test_arms_by_default():
-    assert plan.choose_arms(None, False, False) == ("random_pretraining_init", "own", "random_detector_init")
+    usual = ("random_pretraining_init", "own", "random_same_rates", "random_detector_init")
+    assert plan.choose_arms(None, False, False) == usual
     assert plan.choose_arms(None, True, True) == ARMS
     assert plan.choose_arms(["own", "random_detector_init"], False, False) == ("own", "random_detector_init")
 
