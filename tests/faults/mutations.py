@@ -193,9 +193,16 @@ MUTATIONS = {
     "stop_in_evaluation": Mutation(
         "a signal ends an evaluation",
         "crossmae/training/signals.py",
-        "            raise StopAsked\n",
-        "            pass\n",
+        "        if number < shared and request.is_agreed():\n            raise StopAsked\n",
+        "        if number < shared and request.is_agreed():\n            pass\n",
         (SIGNALS, "-k", "train_net and judging"),
+    ),
+    "stop_in_main_process": Mutation(
+        "a signal ends what the main process measures alone",
+        "crossmae/training/signals.py",
+        "        request.is_alone = True\n",
+        "        pass\n",
+        (RANKS, "-k", "measures_alone"),
     ),
     "agreement": Mutation(
         "processes stop together",

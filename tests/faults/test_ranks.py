@@ -144,7 +144,8 @@ def test_a_signal_interrupts_what_the_main_process_measures_alone(
 ) -> None:
     whole = whole_of("pretrain")
     expected = digest(unbroken_pair(whole, zygote, tmp_path / "whole", []))
-    fault = {"act": "wait", "call": "crossmae.pretraining.validation:encode_images", "number": 5}
+    # Two sets of images for each of two models before the first step. The seventh is the last model's after it.
+    fault = {"act": "wait", "call": "crossmae.pretraining.validation:encode_images", "number": 7}
     runs = start_two(whole, zygote, tmp_path / "parts", [], {0: fault})
     runs[0].wait_for_fault()
     runs[0].signal_group(signal.SIGTERM)
