@@ -41,30 +41,21 @@ def open_device(name: str, key: str, local_rank: int = 0, processes: int = 1) ->
     return device
 
 
-def choose_precision(
-    precision: str,
-    device: torch.device,
-    key: str = "runtime.precision",
-    width: int = 0,
-    recorded: str | None = None,
-) -> str:
+def choose_precision(precision: str, device: torch.device, key: str = "runtime.precision", width: int = 0) -> str:
     """Resolve "auto" to "bf16" where it is faster, else to "fp32".
 
-    A run that is continued keeps what it has recorded. On a CPU, bf16 is faster if its instructions multiply bf16 and
-    the model is wide.
+    On a CPU, bf16 is faster if its instructions multiply bf16 and the model is wide.
 
     Args:
         width: width of the encoder. 0: "auto" is "fp32" on a CPU.
-        recorded: precision of the run that is continued.
 
     Raises:
         UserError: If the device has no bf16.
     """
     has_bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
-    if precision == "auto" and recorded is None:
+    if precision == "auto":
         pays = width >= BF16_WIDTH and multiplies_bf16() if device.type == "cpu" else has_bf16
         return "bf16" if pays else "fp32"
-    precision = recorded if precision == "auto" and recorded else precision
     if precision == "bf16" and not has_bf16:
         raise UserError(f"{key}: {device} has no bf16. Choose fp16 or fp32.")
     return precision

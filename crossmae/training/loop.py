@@ -41,7 +41,7 @@ from crossmae.training.config import RunSettings
 from crossmae.training.devices import choose_precision, open_device
 from crossmae.training.log import BROKEN, BrokenImages, RunLog, start_wandb
 from crossmae.training.processes import Ranks, find_ranks, process_group
-from crossmae.training.resume import EMA_WEIGHTS, WEIGHTS, check_agreement, recorded_precision
+from crossmae.training.resume import EMA_WEIGHTS, WEIGHTS, check_agreement, resumed_precision
 from crossmae.training.schedule import Schedule
 from crossmae.training.signals import StopAsked, StopRequest
 from crossmae.training.state import Diverged, Loss, TrainingState, memory_gb
@@ -126,8 +126,8 @@ def train(run: RunSettings, build_job: Callable[[Ranks, torch.device, str], Job]
     """
     ranks = find_ranks()
     device = open_device(run.device, run.device_key, ranks.local_rank, ranks.world_size)
-    recorded = recorded_precision(run.folder)
-    precision = choose_precision(run.precision, device, run.precision_key, run.width, recorded)
+    wanted = resumed_precision(run.precision, run.folder)
+    precision = choose_precision(wanted, device, run.precision_key, run.width)
     with process_group(ranks, device, run.timeout_minutes), explained_memory(run), ExitStack() as stack:
         found = checkpoint_names(run.folder)
         job = ranks.together(lambda: build_job(ranks, device, precision))

@@ -36,18 +36,18 @@ def find_start(run: Path, resume: bool, key: str = "output_dir", final: str = WE
     return latest
 
 
-def recorded_precision(run: Path) -> str | None:
-    """Read the precision of the newest checkpoint that records it.
+def resumed_precision(precision: str, run: Path) -> str:
+    """Replace "auto" by the precision that a run has recorded.
 
-    It is "fp32", "bf16" or "fp16".
+    The newest checkpoint that records one counts. A run without one keeps "auto".
     """
-    for name in reversed(checkpoint_names(run)):
+    for name in reversed(checkpoint_names(run)) if precision == "auto" else ():
         with suppress(UserError):
             fingerprint = read_record(run / FOLDER / name).get("fingerprint")
             found = fingerprint.get("precision") if isinstance(fingerprint, dict) else None
             if found in ("fp32", "bf16", "fp16"):
                 return str(found)
-    return None
+    return precision
 
 
 def is_complete(

@@ -63,7 +63,7 @@ class StopRequest:
         All processes call this after the same steps and batches.
         """
         self.since += 1
-        if self.ranks.world_size == 1:
+        if self.ranks.world_size == 1 or self.is_alone:
             return self.number is not None
         if self.since < self.period:
             return False
@@ -109,13 +109,7 @@ def until_stop(batches: Iterable[T], ranks: Ranks, count: int) -> Iterator[T]:
         count: number of this process's batches. The processes may have different numbers.
     """
     request = StopRequest.current
-    if request is not None and request.is_alone:
-        for batch in batches:
-            if request.number is not None:
-                raise StopAsked
-            yield batch
-        return
-    if request is None or ranks.world_size != request.ranks.world_size:
+    if request is None or (ranks.world_size != request.ranks.world_size and not request.is_alone):
         yield from batches
         return
     shared = min(ranks.gather(count))

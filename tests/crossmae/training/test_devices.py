@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from crossmae.training.devices import BF16_WIDTH, choose_precision, multiplies_bf16
-from crossmae.training.resume import recorded_precision
+from crossmae.training.resume import resumed_precision
 
 CPU = torch.device("cpu")
 
@@ -26,11 +26,12 @@ def test_auto_takes_bf16_on_a_cpu_that_multiplies_it_and_for_wide_models(
 
 
 @pytest.mark.parametrize("recorded", ["fp32", "bf16"])
-def test_a_resumed_run_keeps_its_precision(monkeypatch: pytest.MonkeyPatch, recorded: str) -> None:
+def test_a_resumed_run_keeps_its_precision(monkeypatch: pytest.MonkeyPatch, recorded: str, tmp_path: Path) -> None:
+    write_record(tmp_path, 1, {"fingerprint": {"precision": recorded}})
     for has_bf16 in (True, False):
         monkeypatch.setattr("crossmae.training.devices.multiplies_bf16", lambda has_bf16=has_bf16: has_bf16)
-        assert choose_precision("auto", CPU, width=BF16_WIDTH, recorded=recorded) == recorded
-    assert choose_precision("fp16", CPU, width=BF16_WIDTH, recorded=recorded) == "fp16"
+        assert choose_precision(resumed_precision("auto", tmp_path), CPU, width=BF16_WIDTH) == recorded
+    assert choose_precision(resumed_precision("fp16", tmp_path), CPU, width=BF16_WIDTH) == "fp16"
 
 
 @pytest.mark.parametrize("names, expected", [(["avx512_bf16"], True), (["amx_bf16"], True), (["avx2"], False)])
@@ -49,10 +50,10 @@ def write_record(run: Path, step: int, content: Any) -> None:
 
 
 def test_the_precision_is_that_of_the_newest_checkpoint_that_records_one(tmp_path: Path) -> None:
-    assert recorded_precision(tmp_path) is None
+    assert resumed_precision("auto", tmp_path) == "auto"
     for step, precision in enumerate(["fp32", "bf16"]):
         write_record(tmp_path, step, {"fingerprint": {"precision": precision}})
-        assert recorded_precision(tmp_path) == precision
+        assert resumed_precision("auto", tmp_path) == precision
     for step, odd in enumerate([[], {}, {"fingerprint": 3}, {"fingerprint": {"precision": ["fp32"]}}], start=2):
         write_record(tmp_path, step, odd)
-        assert recorded_precision(tmp_path) == "bf16"
+        assert resumed_precision("auto", tmp_path) == "bf16"
