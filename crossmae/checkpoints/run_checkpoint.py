@@ -16,8 +16,10 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -101,6 +103,83 @@ def save_checkpoint(
         sync_folder(run)
     drop_older(run, folder, keep)
     return folder
+
+
+class CheckpointWriter:
+    """Write the checkpoints of a run in a thread, while training continues.
+
+    The thread writes copies of the tensors, so that training waits only until they are copied. The copies are in main
+    memory, and the next checkpoint reuses them. At most one checkpoint is being written. The end of the `with` block
+    waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: Future[Path] | None = None
+        self.copies: dict[str, Tensor] = {}
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        self.thread.shutdown()
+        try:
+            self.wait()
+        except UserError as error:
+            if kind is None:
+                raise
+            log.error("%s", error)  # the first error ends the run
+
+    def save(
+        self,
+        run: Path,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        state: Any,
+        record: Any,
+        keep: int,
+    ) -> None:
+        """Copy the tensors, and begin `save_checkpoint`.
+
+        Raises UserError like `wait`, for the checkpoint before.
+        """
+        self.wait()
+        copied, state = self.copy(dict(tensors), "model"), self.copy(state, "state")
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies from the GPU may still be under way
+        self.writing = self.thread.submit(save_checkpoint, run, step, copied, dict(metadata), state, record, keep)
+
+    def copy(self, value: Any, name: str) -> Any:
+        """Copy the tensors of nested dicts and lists to main memory.
+
+        `name` is the place of `value` among the reused copies.
+        """
+        if isinstance(value, Mapping):
+            return {key: self.copy(one, f"{name}.{key}") for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self.copy(one, f"{name}.{number}") for number, one in enumerate(value))
+        if not isinstance(value, Tensor):
+            return value
+        copy = self.copies.get(name)
+        if copy is None or (copy.shape, copy.dtype) != (value.shape, value.dtype):
+            copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self.copies[name] = copy
+        return copy.copy_(value.detach(), non_blocking=value.is_cuda)
+
+    def check(self) -> None:
+        """Raise the error of a checkpoint that could not be written."""
+        if self.writing is not None and self.writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint is complete.
+
+        Raises UserError if it cannot be written. Earlier checkpoints stay.
+        """
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
 
 
 def drop_older(run: Path, newest: Path, keep: int) -> None:
@@ -286,10 +365,14 @@ def read_record(folder: Path) -> dict[str, Any]:
     return read_side_file(folder / RECORD)
 
 
-def read_state(folder: Path) -> Any:
+def read_state(folder: Path, mapped: bool = True) -> Any:
     """Read the `state` of a checkpoint on the CPU, by restricted unpickling.
 
-    Raises UserError if the file cannot be read.
+    Args:
+        mapped: leave the tensors in the file until they are used, so that they must be used before it is deleted.
+
+    Raises:
+        UserError: The file cannot be read.
     """
     if torch.__version__ < SOUND_TORCH:
         log.warning(
@@ -300,6 +383,6 @@ def read_state(folder: Path) -> Any:
             SOUND_TORCH,
         )
     try:
-        return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        return torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises various types for one cause
         raise UserError(f"{folder / STATE}: cannot be read: {' '.join(str(error).split())[:300]}") from error

@@ -49,7 +49,7 @@ from crossmae.training.loop import (
 from crossmae.training.optimizers import make_optimizer
 from crossmae.training.processes import Ranks
 from crossmae.training.resume import EMA_WEIGHTS, WEIGHTS, find_start, is_complete
-from crossmae.training.schedule import make_schedule
+from crossmae.training.schedule import Schedule, make_schedule
 from crossmae.training.signals import in_main_process
 from crossmae.training.state import Diverged, Losses, TrainingState
 
@@ -96,8 +96,7 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
         origin = inherited(report.licence, found)
     # The measurements, and a check of every image.
     normalize = Normalize(data.mean, data.std, device)
-    warmup = schedule.warmup_steps / schedule.total_steps
-    judges = build_judges(config, model, source, warmup, ranks, normalize)
+    judges = build_judges(config, model, source, schedule, ranks, normalize)
     check = data.check and not complete
     broken = check_images(source, model.in_chans, data.bit_depth, data.broken, ranks) if check else []
     # The optimizer.
@@ -176,6 +175,7 @@ class Judges(Callbacks):
         is_given: the run started from given weights, so the loss may fall only a little.
     """
 
+    schedule: Schedule
     held_out: HeldOut | None
     neighbours: Neighbours | None
     preview: HeldOut | None
@@ -195,14 +195,22 @@ class Judges(Callbacks):
         """Warn if the loss is not as expected."""
         if state.ranks.is_main:
             first = math.inf if self.is_given else next(float(row["loss"]) for row in records.rows if "loss" in row)
-            for warning in self.health.warnings(state.step / records.schedule.total_steps, loss, first):
+            for warning in self.health.warnings(state.step / self.schedule.total_steps, loss, first):
                 log.warning(warning)
 
+    def due(self, step: int) -> tuple[bool, bool, bool]:
+        """Say whether held-out loss, neighbours and pictures are due after a step."""
+        validate, probe = (self.schedule.ends_period(step, every) for every in (self.validate_every, self.probe_every))
+        return validate, probe, step == self.schedule.last_step or step % self.draw_every == 0
+
+    def is_due(self, step: int) -> bool:
+        there = (self.held_out is not None, self.neighbours is not None, self.preview is not None)
+        return any(is_there and is_due for is_there, is_due in zip(there, self.due(step), strict=True))
+
     def measure(self, state: TrainingState, records: RunLog) -> None:
-        step, schedule = state.step, records.schedule
-        due = [schedule.ends_period(step, every) for every in (self.validate_every, self.probe_every)]
-        self.judge(state, records, *due)
-        if step == schedule.last_step or step % self.draw_every == 0:
+        validate, probe, draw = self.due(state.step)
+        self.judge(state, records, validate, probe)
+        if draw:
             self.draw(state, records)
 
     def judge(self, state: TrainingState, records: RunLog, validate: bool, probe: bool) -> None:
@@ -239,13 +247,10 @@ class Judges(Callbacks):
 
 
 def build_judges(
-    config: PretrainConfig, model: CrossMAE, source: Source, warmup: float, ranks: Ranks, normalize: Normalize
+    config: PretrainConfig, model: CrossMAE, source: Source, schedule: Schedule, ranks: Ranks, normalize: Normalize
 ) -> Judges:
-    """Read the held-out images and the labelled images.
-
-    Args:
-        warmup: share of the schedule in which the learning rate rises.
-    """
+    """Read the held-out images and the labelled images."""
+    warmup = schedule.warmup_steps / schedule.total_steps
     count, health = config.log.pictures, config.health
     data, probe, size = config.data, config.probe, config.optim.batch_size
     val = open_named(data.val, "data.val", data.val_root, data.limits) if data.val else None
@@ -263,6 +268,7 @@ def build_judges(
         warn_of_overlap(train, "probe.train", test, "probe.val")
         neighbours = Neighbours(train, test, model, normalize, data.bit_depth, size, probe)
     return Judges(
+        schedule=schedule,
         held_out=held_out,
         neighbours=neighbours,
         preview=preview,

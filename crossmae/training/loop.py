@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from crossmae.checkpoints.run_checkpoint import (
     MODEL,
+    CheckpointWriter,
     check_checkpoint_space,
     checkpoint_bytes,
     checkpoint_names,
@@ -68,10 +70,14 @@ class Callbacks:
         """Return more numbers of the last step for the log."""
         return {}
 
+    def is_due(self, step: int) -> bool:
+        """Return true if `measure` has anything to do after this step."""
+        return False
+
     def measure(self, state: TrainingState, records: RunLog) -> None:
         """Measure and draw everything due at this step.
 
-        A checkpoint of the step is written before. A restart from the checkpoint measures again.
+        A checkpoint of the step is complete before. A restart from the checkpoint measures again.
         """
 
     def finish(self) -> None:
@@ -204,14 +210,14 @@ def run_job(run: RunSettings, job: Job, ranks: Ranks, precision: str) -> None:
     plan = {"device": str(state.device), "precision": precision} | schedule.plan()
     about = {"plan": plan, "config": run.settings, "fingerprint": job.fingerprint}
 
-    def save() -> None:
+    def save(writer: CheckpointWriter) -> None:
         state.check_weights()
         record = {"batches_consumed": schedule.batches_done(state.step), **about}
-        state.save(folder, run.keep, job.metadata(state.step), record)
+        state.save(writer, folder, run.keep, job.metadata(state.step), record)
 
     batches = job.open_batches(schedule.batches_done(state.step), schedule.batches_done(schedule.last_step))
-    with records, StopRequest(ranks) as request:
-        steps = TrainingSteps(job, state, records, request, save, watch, run)
+    with records, StopRequest(ranks) as request, CheckpointWriter() as writer:
+        steps = TrainingSteps(job, state, records, request, writer, save, watch, run)
         steps.run(batches, resumed)
     for line in records.summary():
         log.info(line)
@@ -221,7 +227,7 @@ class TrainingSteps:
     """Training steps, checkpoints and measurements of a job, from the step of `state` to the last one.
 
     Args:
-        save: writes a checkpoint.
+        save: begins to write a checkpoint.
         watch: counts the broken images of a micro-batch.
     """
 
@@ -231,12 +237,14 @@ class TrainingSteps:
         state: TrainingState,
         records: RunLog,
         request: StopRequest,
-        save: Callable[[], None],
+        writer: CheckpointWriter,
+        save: Callable[[CheckpointWriter], None],
         watch: Callable[[Any], None],
         settings: RunSettings,
     ) -> None:
         self.job, self.state, self.records, self.request = job, state, records, request
-        self.save, self.watch, self.settings = save, watch, settings
+        self.writer, self.watch, self.settings = writer, watch, settings
+        self.save = partial(save, writer)
         self.saved: int | None = None  # step of the last checkpoint
         self.names: list[NameImages] = []  # of the micro-batches of the current step
         self.start_window()
@@ -303,9 +311,12 @@ class TrainingSteps:
             self.start_window()
             state.losses.clear()
         paused = time.perf_counter()
+        self.writer.check()
         if saves:
             self.save()
             self.saved = state.step
+        if job.callbacks.is_due(state.step):
+            self.writer.wait()
         job.callbacks.measure(state, self.records)
         self.begun += time.perf_counter() - paused  # the speed excludes measuring and saving
 
@@ -318,6 +329,7 @@ class TrainingSteps:
         step = self.state.step
         if step and self.saved != step:
             self.save()
+        self.writer.wait()
         self.state.ranks.wait()
         if step:
             words = "stopped after step %d, which is saved; the same command with --resume continues from there"

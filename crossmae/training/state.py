@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from crossmae.checkpoints.reading.files import read_safetensors
-from crossmae.checkpoints.run_checkpoint import MODEL, STATE, read_state, save_checkpoint
+from crossmae.checkpoints.run_checkpoint import MODEL, STATE, CheckpointWriter, read_state
 from crossmae.checkpoints.weights import check_finite, describe_non_finite
 from crossmae.errors import UserError
 from crossmae.training.devices import open_autocast
@@ -85,7 +85,8 @@ class TrainingState:
         if start:
             log.info("continuing from %s", start)
             restore_weights(model, start / MODEL)
-            state = read_state(start)
+            # An optimizer on the CPU keeps these tensors, and the file is deleted after a later checkpoint.
+            state = read_state(start, mapped=self.device.type != "cpu")
         self.ema = ModelEmaV3(model, ema, use_warmup=True, warmup_power=ema_power) if ema else None
         # Only training steps are compiled. Evaluation uses other shapes and would make the compiled shapes dynamic.
         self.parallel: nn.Module = cast(nn.Module, torch.compile(model)) if compiled else model
@@ -193,10 +194,12 @@ class TrainingState:
         if told := [text for texts in self.ranks.gather(told) for text in texts]:
             raise Diverged(f"a weight is not finite ({told[0]})")
 
-    def save(self, run: Path, keep: int, metadata: Mapping[str, str], record: Mapping[str, Any]) -> None:
-        """Write a checkpoint of the current step.
+    def save(
+        self, writer: CheckpointWriter, run: Path, keep: int, metadata: Mapping[str, str], record: Mapping[str, Any]
+    ) -> None:
+        """Begin to write a checkpoint of the current step.
 
-        All processes call this. The first process writes.
+        All processes call this. The first process writes. Raises UserError if the checkpoint before cannot be written.
         """
         losses = self.ranks.gather([{name: loss.cpu() for name, loss in one.items()} for one in self.losses])
         if not self.ranks.is_main:
@@ -211,9 +214,8 @@ class TrainingState:
         }
         if self.ema is not None:
             state["ema"] = self.ema.module.state_dict()
-        tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
         record = {"step": self.step, **record, "versions": versions()}
-        save_checkpoint(run, self.step, tensors, dict(metadata), state, record, keep)
+        writer.save(run, self.step, self.model.state_dict(), metadata, state, record, keep)
 
 
 def add_up(losses: Losses) -> Tensor:

@@ -65,10 +65,15 @@ class Evaluations(Callbacks):
     def numbers(self) -> dict[str, float]:
         return self.loss.scalars
 
+    def is_due(self, step: int) -> bool:
+        """Return true in every period and after the last step."""
+        in_period = step == self.last_step or (self.period > 0 and step % self.period == 0)
+        return self.evaluate is not None and step > 0 and in_period
+
     def measure(self, state: TrainingState, records: RunLog) -> None:
         """Evaluate if it is due, and keep the best weights."""
         step = state.step
-        if self.evaluate is None or not step or (step != self.last_step and (not self.period or step % self.period)):
+        if self.evaluate is None or not self.is_due(step):
             return
         model = state.model if state.ema is None else state.ema.module
         self.results = self.evaluate(model)

@@ -71,6 +71,27 @@ MUTATIONS = {
         "if contents and not digest:",
         (RUN_CHECKPOINT, "-k", "zoo"),
     ),
+    "copied": Mutation(
+        "training does not change a checkpoint that is being written",
+        CHECKPOINT,
+        "        return copy.copy_(value.detach(), non_blocking=value.is_cuda)\n",
+        "        return value\n",
+        (RUN_CHECKPOINT, "-k", "values_of_its_step"),
+    ),
+    "measured_after_the_save": Mutation(
+        "measurements wait for the checkpoint of their step",
+        "crossmae/training/loop.py",
+        "        if job.callbacks.is_due(state.step):\n            self.writer.wait()\n",
+        "",
+        (EXACT, "-k", "measurements_do"),
+    ),
+    "thread_errors": Mutation(
+        "a checkpoint that cannot be written ends the run",
+        CHECKPOINT,
+        "            writing.result()\n",
+        "            pass\n",
+        (RUN_CHECKPOINT, "-k", "error_of_the_thread"),
+    ),
     "manifest": Mutation(
         "the manifest is the commit",
         CHECKPOINT,
@@ -235,8 +256,8 @@ MUTATIONS = {
     "restricted_pickle": Mutation(
         "a checkpoint's state runs no code",
         CHECKPOINT,
-        'return torch.load(folder / STATE, map_location="cpu", weights_only=True)',
-        'return torch.load(folder / STATE, map_location="cpu", weights_only=False)',
+        'return torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=mapped)',
+        'return torch.load(folder / STATE, map_location="cpu", weights_only=False, mmap=mapped)',
         (RUN_CHECKPOINT, "-k", "running_code"),
     ),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from crossmae.checkpoints.run_checkpoint import complete_checkpoints
+from crossmae.checkpoints.run_checkpoint import CheckpointWriter, complete_checkpoints
 from crossmae.classification.data import LabelledImages
 from crossmae.classification.train.config import LabelledDataConfig, LossConfig
 from crossmae.classification.train.objective import Objective
@@ -36,7 +35,6 @@ from tools.benchmarks.pretraining import BETAS, LR, MEAN, STD, WEIGHT_DECAY
 
 Build = Callable[[], Comparison | Row]
 DECAY, CLIP = 0.999, 1.0
-PATIENCE = 120.0  # seconds until a checkpoint must be complete
 
 
 def optimizer(
@@ -139,31 +137,19 @@ class Checkpoints:
     def __init__(self, arguments: Mapping[str, Any], device: torch.device) -> None:
         self.folder = ScratchFolder()
         self.ours, self.plain = self.folder.path / "run", self.folder.path / "plain.pt"
-        self.state = make_state(arguments, device)
+        self.state, self.writer = make_state(arguments, device), CheckpointWriter()
         give_gradients(self.state.parameters)
         self.state.update(LR)
 
     def save(self) -> None:
-        """Save ours under a new step."""
+        """Begin to save ours under a new step."""
         self.state.step += 1
-        self.state.save(self.ours, 1, {}, {})
+        self.state.save(self.writer, self.ours, 1, {}, {})
 
     def save_plain(self) -> None:
         """Save model and optimizer by `torch.save`."""
         state = {"model": self.state.model.state_dict(), "optimizer": self.state.optimizer.state_dict()}
         torch.save(state, self.plain)
-
-    def settle(self) -> None:
-        """Wait until the checkpoint of the step is complete."""
-        end = time.monotonic() + PATIENCE
-        while self.ours.is_dir() and not self.complete():
-            if time.monotonic() > end:
-                raise TimeoutError(f"{self.ours}: no checkpoint after {PATIENCE:g} s")
-            time.sleep(0.01)
-
-    def complete(self) -> bool:
-        """Tell whether the last checkpoint is there."""
-        return any(folder.name.endswith(f"{self.state.step:08d}") for folder in complete_checkpoints(self.ours))
 
 
 def compare_saves(arguments: Mapping[str, Any], device: torch.device) -> Comparison:
@@ -172,7 +158,7 @@ def compare_saves(arguments: Mapping[str, Any], device: torch.device) -> Compari
 
     def gate() -> Gate:
         files.save()
-        files.settle()
+        files.writer.wait()
         again = make_state(arguments, device, complete_checkpoints(files.ours)[-1])
         return Gate(largest_difference(again.model.state_dict().values(), files.state.model.state_dict().values()), 0.0)
 
@@ -184,7 +170,7 @@ def compare_saves(arguments: Mapping[str, Any], device: torch.device) -> Compari
         goals=dict.fromkeys(("cpu", "cuda"), 10.0),
         gate=gate,
         seconds="wall",
-        settle=files.settle,
+        settle=files.writer.wait,
     )
 
 
@@ -193,7 +179,7 @@ def compare_restarts(arguments: Mapping[str, Any], device: torch.device) -> Comp
     files = Checkpoints(arguments, device)
     files.save()
     files.save_plain()
-    files.settle()
+    files.writer.wait()
     start = complete_checkpoints(files.ours)[-1]
 
     def ours() -> TrainingState:

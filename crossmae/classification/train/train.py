@@ -219,10 +219,14 @@ class Judge(Callbacks):
             state.model.eval()
             state.model.get_submodule("head").train()
 
+    def is_due(self, step: int) -> bool:
+        """Return true at the end of a period."""
+        return self.data is not None and self.schedule.ends_period(step, self.settings.every_epochs)
+
     def measure(self, state: TrainingState, records: RunLog) -> None:
-        """Evaluate at the end of a period, and keep the best weights."""
+        """Evaluate if it is due, and keep the best weights."""
         step = state.step
-        if self.data is None or not self.schedule.ends_period(step, self.settings.every_epochs):
+        if self.data is None or not self.is_due(step):
             return
         values: dict[str, float] = {}
         for suffix, model in state.models.items():

@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from crossmae.checkpoints.run_checkpoint import (
     MODEL,
     RECORD,
     STATE,
+    CheckpointWriter,
     check_checkpoint_space,
     checkpoint_bytes,
     complete_checkpoints,
@@ -342,6 +345,78 @@ def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / FOLDER / "step-00000001").write_text("mine")
     with pytest.raises(UserError, match="step-00000001: cannot be written: there is a file or link of this name"):
         save(tmp_path, 1)
+
+
+def save_by(writer: CheckpointWriter, run: Path, step: int, weight: torch.Tensor, state: object = None) -> None:
+    writer.save(run, step, {"weight": weight}, {"step": str(step)}, state or {"step": step}, {"config": {}}, keep=2)
+
+
+def test_a_checkpoint_has_the_values_of_its_step_although_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing begins only after the values have changed, and takes as long as it likes."""
+    changed, plain = threading.Event(), save_checkpoint
+
+    def late(*arguments: Any) -> Path:
+        assert changed.wait(60)
+        return plain(*arguments)
+
+    monkeypatch.setattr(run_checkpoint, "save_checkpoint", late)
+    weight, moment = torch.arange(6.0).view(2, 3).T, torch.ones(3, dtype=torch.float64)
+    state = {"step": 1, "optimizer": {"state": {0: {"moment": moment}}, "groups": [{"betas": (0.9, 0.95)}]}}
+    expected = {"step": 1, "optimizer": {"state": {0: {"moment": moment.clone()}}, "groups": [{"betas": (0.9, 0.95)}]}}
+    with CheckpointWriter() as writer:
+        save_by(writer, tmp_path, 1, weight, state)
+        assert not steps(tmp_path)
+        weight.zero_(), moment.zero_(), state["optimizer"].clear()  # type: ignore[attr-defined]
+        changed.set()
+    folder = tmp_path / FOLDER / "step-00000001"
+    assert latest_checkpoint(tmp_path) == folder
+    assert torch.equal(load_file(folder / MODEL)["weight"], torch.arange(6.0).view(2, 3).T)
+    found = read_state(folder)
+    assert torch.equal(found["optimizer"]["state"][0].pop("moment"), expected["optimizer"]["state"][0].pop("moment"))
+    assert found == expected
+
+
+def test_the_next_checkpoint_waits_for_the_one_before_and_reuses_its_copies(tmp_path: Path) -> None:
+    weight, places = torch.zeros(3), set()
+    with CheckpointWriter() as writer:
+        for step in range(1, 6):
+            save_by(writer, tmp_path, step, weight.fill_(step))
+            places.add(writer.copies["model.weight"].data_ptr())
+            assert step == 1 or step - 1 in steps(tmp_path)
+        assert len(places) == 1
+        save_by(writer, tmp_path, 6, torch.full((2, 2), 6.0))  # another shape has another copy
+    assert steps(tmp_path) == [5, 6]
+    for step, shape in ((5, (3,)), (6, (2, 2))):
+        assert torch.equal(load_file(tmp_path / FOLDER / f"step-{step:08d}" / MODEL)["weight"], torch.full(shape, step))
+
+
+@pytest.mark.parametrize("way", ["check", "wait", "save", "end", "other"])
+def test_an_error_of_the_thread_reaches_training_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, way: str
+) -> None:
+    def fail(*_: Any) -> Path:
+        raise UserError("disk: full. Free some space.")
+
+    writer, weight = CheckpointWriter(), torch.zeros(3)
+    save_by(writer, tmp_path, 1, weight)
+    writer.wait()
+    monkeypatch.setattr(run_checkpoint, "save_checkpoint", fail)
+    save_by(writer, tmp_path, 2, weight)
+    assert writer.writing is not None
+    assert writer.writing.exception(timeout=60) is not None
+    if way == "other":  # the error that ends the run stays the one that is raised
+        with pytest.raises(ArithmeticError), writer:
+            raise ArithmeticError
+        assert "disk: full" in caplog.text
+    else:
+        call = {"check": writer.check, "wait": writer.wait, "end": lambda: writer.__exit__(None)}
+        with pytest.raises(UserError, match="disk: full"):
+            call.get(way, lambda: save_by(writer, tmp_path, 3, weight))()
+    writer.check()
+    writer.wait()
+    assert steps(tmp_path) == [1]
 
 
 def test_a_sweep_removes_half_made_checkpoints_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

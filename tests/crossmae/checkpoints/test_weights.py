@@ -133,6 +133,17 @@ def test_non_finite_tensors_are_named(tmp_path: Path, tensors: dict[str, Tensor]
         read_weights(tmp_path / "a.safetensors")
 
 
+def test_finite_tensors_whose_sum_overflows() -> None:
+    """Nor do infinities of both signs, or an infinity among such numbers, cancel out."""
+    large = {
+        str(dtype): torch.full((9,), torch.finfo(dtype).max, dtype=dtype) for dtype in (torch.float16, torch.float32)
+    }
+    large |= {"integers": torch.full((9,), 2**62), "none": torch.zeros(0), "mask": torch.ones(9, dtype=torch.bool)}
+    assert non_finite(large) == ()
+    infinities = torch.tensor([torch.inf, -torch.inf, 1.0])
+    assert non_finite(large | {"a": infinities, "b": torch.cat([large["torch.float32"], infinities])}) == ("a", "b")
+
+
 def test_finite_8_bit_floats() -> None:
     """`inspect` and `load` refuse them, but detectors are checked before they are written."""
     assert non_finite({"a": torch.ones(3).to(torch.float8_e4m3fn)}) == ()

@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import tarfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crossmae.checkpoints.run_checkpoint import complete_checkpoints, step_of
+from crossmae.checkpoints import run_checkpoint
+from crossmae.checkpoints.run_checkpoint import CheckpointWriter, complete_checkpoints, step_of
 from crossmae.errors import UserError
-from crossmae.pretraining.train import pretrain
+from crossmae.pretraining.train import Judges, pretrain
 from crossmae.training import state as run_module
 from tests.crossmae.pretraining.runs import assert_same, build, digest, log_lines, make_config
 
@@ -160,6 +162,66 @@ def test_a_signal_ends_the_run_after_the_step_and_nothing_is_lost(
     by_step = dict(log_lines(tmp_path / "parts", "loss"))
     assert set(by_step) == {4, 8, 12}
     assert_same(whole | {"curve": parts["curve"]}, parts)
+
+
+def test_steps_do_not_wait_for_a_checkpoint_but_measurements_do(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint of a step is written when the next step or the end of the run has begun."""
+    run, saved, may_write = tmp_path / "run", run_checkpoint.save_checkpoint, threading.Event()
+    forward, wait, judge = run_module.TrainingState.forward_backward, CheckpointWriter.wait, Judges.judge
+    trained: list[tuple[int, list[int]]] = []
+    measured: list[tuple[int, list[int]]] = []
+
+    def steps() -> list[int]:
+        return [step_of(folder) for folder in complete_checkpoints(run)]
+
+    def when_allowed(*arguments: Any) -> Path:
+        assert may_write.wait(60)
+        return saved(*arguments)
+
+    def train(state: run_module.TrainingState, *given: Any, **named: Any) -> Any:
+        trained.append((state.step, steps()))
+        return forward(state, *given, **named)
+
+    def allow(writer: CheckpointWriter) -> None:
+        may_write.set()
+        wait(writer)
+        may_write.clear()
+
+    def measure(judges: Judges, state: run_module.TrainingState, records: Any, validate: bool, probe: bool) -> None:
+        if validate and state.step:
+            measured.append((state.step, steps()))
+        judge(judges, state, records, validate, probe)
+
+    monkeypatch.setattr(run_checkpoint, "save_checkpoint", when_allowed)
+    monkeypatch.setattr(run_module.TrainingState, "forward_backward", train)
+    monkeypatch.setattr(CheckpointWriter, "wait", allow)
+    monkeypatch.setattr(Judges, "judge", measure)
+    pretrain(
+        make_config(
+            images,
+            run,
+            data={"val": str(images)},
+            checkpoint={"every_steps": 2, "every_epochs": 9, "keep": 9},
+            validation={"every_epochs": 2},
+            log={"pictures": 0},
+            schedule={"max_steps": 9},
+        )
+    )
+    # Steps are numbered from 0. Step 6 ends an epoch that is measured.
+    assert trained == [
+        (0, []),
+        (1, []),
+        (2, []),
+        (3, []),
+        (4, [2]),
+        (5, [2]),
+        (6, [2, 4, 6]),
+        (7, [2, 4, 6]),
+        (8, [2, 4, 6]),
+    ]
+    assert measured == [(6, [2, 4, 6]), (9, [2, 4, 6, 8, 9])]
 
 
 def test_a_fresh_start_forgets_an_earlier_try(images: Path, tmp_path: Path) -> None:
