@@ -42,7 +42,10 @@ def printable(name: object) -> str:
     Errors, log messages, pages and pictures show names through this function. JSON and CSV files keep the original
     names: see `crossmae.files.ODD_BYTES`.
     """
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(name))
+    text = str(name)
+    if text.isprintable():  # of every image, so it must be quick
+        return text
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 class UserError(ValueError):

@@ -7,8 +7,9 @@ SRC is a data set of any kind that data.train accepts: a folder, a list, a COCO 
 After an interruption, the same command continues. It also repairs damaged shards.
 
 Packing changes the data. Training crops are cut from images with 256 pixels on the short side instead of the originals,
-so small crops are less sharp. Photographs are compressed as JPEG a second time. --keep-original packs the files
-unchanged. The rules for each kind of file are in crossmae/data/sources/shrink.py.
+so small crops are less sharp. Photographs are compressed as JPEG a second time. --uncompressed packs their pixels: ten
+times the space, and no time to decode. --keep-original packs the files unchanged. The rules for each kind of file are
+in crossmae/data/sources/shrink.py.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
         ("--workers", os.cpu_count() or 1, "threads, as many as cores by default"),
     ):
         parser.add_argument(name, type=int, default=value, metavar="N", help=f"{what} (default %(default)s)")
+    parser.add_argument(
+        "--uncompressed", action="store_true", help="do not compress the pixels: larger, and quicker to read"
+    )
     parser.add_argument("--keep-original", action="store_true", help="pack the files unchanged, whatever their size")
     parser.add_argument(
         "--skip-broken", action="store_true", help="leave broken images out and list them in broken.txt"
@@ -62,7 +66,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("SRC: is missing. Give two paths: the images, and the folder of the shards.")
     if args.workers < 1:
         raise UserError(f"--workers: {args.workers} is too small. Give a number from 1.")
-    settings = ShardSettings(args.short_side, args.quality, args.images_per_shard, args.keep_original, args.skip_broken)
+    if args.uncompressed and args.keep_original:
+        raise UserError("--uncompressed: --keep-original packs the files as they are. Give one of the two.")
+    quality = None if args.uncompressed else args.quality
+    settings = ShardSettings(args.short_side, quality, args.images_per_shard, args.keep_original, args.skip_broken)
     source = open_source(args.source, "SRC", args.root, ImageLimits(args.max_pixels, "--max-pixels", ""))
     print(source.description)
     index, kept = make_shards(source, folder, settings, args.workers)

@@ -183,7 +183,7 @@ class TrainImages(KeyedImages):
         super().__init__(source, seed, channels, bit_depth, broken)
         self.targets, self.view = targets, view
 
-    def sample(self, pixels: Image.Image | Tensor, position: int, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    def sample(self, pixels: Tensor, position: int, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """Return an augmented image and its target."""
         with keyed_everywhere(*key):
             return self.view(pixels), self.targets[position]

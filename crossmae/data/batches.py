@@ -18,11 +18,11 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from crossmae.data.broken import Broken, Unreadable, read_or_next
+from crossmae.data.pixels import read_tensor
 from crossmae.data.sources import Source
 from crossmae.data.workers import Loader, usable_workers
 from crossmae.errors import UserError
@@ -107,13 +107,14 @@ class KeyedImages(Dataset[Any], ABC):
     def __getitem__(self, key: tuple[int, int]) -> KeyedSample | Unreadable:
         epoch, index = key
         try:
-            pixels, position, broken = read_or_next(self.source, index, self.channels, self.bit_depth, self.broken)
+            kind = (self.channels, self.bit_depth, self.broken)
+            pixels, position, broken = read_or_next(self.source, index, *kind, read_tensor)
         except UserError as error:
             return Unreadable(str(error))
         return (*self.sample(pixels, position, (self.seed, epoch, index)), position, broken)
 
     @abstractmethod
-    def sample(self, pixels: Image.Image | Tensor, position: int, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    def sample(self, pixels: Tensor, position: int, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """Return the augmented image (C, H, W), and its noise or target."""
 
 

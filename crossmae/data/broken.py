@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
-
-from PIL import Image
+from typing import Literal, TypeVar
 
 from crossmae.data.images import count_frames, header_is_sound, is_deep, is_whole
 from crossmae.data.parallel import map_in_order
@@ -17,8 +15,7 @@ from crossmae.data.sources import Source
 from crossmae.data.sources.source import evenly_spaced
 from crossmae.errors import UserError, printable, shorten
 
-if TYPE_CHECKING:
-    from torch import Tensor
+T = TypeVar("T")
 
 MAX_SUBSTITUTES = 100  # consecutive broken images that raise an error
 LOOKS = 8  # number of images whose bit depth is checked
@@ -46,9 +43,17 @@ class Unreadable:
 
 
 def read_or_next(
-    source: Source, index: int, channels: int, bit_depth: int, policy: Literal["error", "substitute"]
-) -> tuple[Image.Image | Tensor, int, tuple[Broken, ...]]:
+    source: Source,
+    index: int,
+    channels: int,
+    bit_depth: int,
+    policy: Literal["error", "substitute"],
+    read: Callable[[Source, int, int, int], T],
+) -> tuple[T, int, tuple[Broken, ...]]:
     """Read a sample, or with "substitute" the next readable sample.
+
+    Args:
+        read: `read_pixels` or `read_tensor`.
 
     Returns:
         Pixels and index of the sample that was read, and the broken samples before it.
@@ -57,13 +62,11 @@ def read_or_next(
         UserError: If the sample cannot be read and `policy` is "error", or MAX_SUBSTITUTES consecutive samples cannot
             be read.
     """
-    from crossmae.data.pixels import read_pixels  # slow import
-
     broken: list[Broken] = []
     for candidate in range(index, index + MAX_SUBSTITUTES):
         position = candidate % len(source)
         try:
-            return read_pixels(source, position, channels, bit_depth), position, tuple(broken)
+            return read(source, position, channels, bit_depth), position, tuple(broken)
         except UserError as error:
             if policy == "error":
                 raise

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as VF
 
-from crossmae.data.images import IMAGE_LIMITS, ImageLimits, decode_image
+from crossmae.data.images import IMAGE_LIMITS, ImageLimits, decode_image, decode_plain
 from crossmae.data.sources import Source
 
 MOST_ENLARGED = 64  # pixels of an enlarged image per pixel of its view; longer strips are cropped first
@@ -32,6 +32,18 @@ def decode_pixels(
     return decoded if isinstance(decoded, Image.Image) else torch.from_numpy(decoded).permute(2, 0, 1)
 
 
+def read_tensor(source: Source, index: int, channels: int = 3, bit_depth: int = 8) -> Tensor:
+    """Read one sample as a (C, H, W) tensor, uint8 or float32 in 0-1.
+
+    The values are those of `read_pixels`. Plain JPEG and PPM files take half the time.
+    """
+    data, name = source.read(index), source.name(index)
+    plain = decode_plain(data, name, source.limits) if (channels, bit_depth) == (3, 8) else None
+    if plain is not None:
+        return torch.from_numpy(plain).permute(2, 0, 1)
+    return to_tensor(decode_pixels(data, name, channels, bit_depth, source.limits))
+
+
 def to_tensor(pixels: Image.Image | Tensor) -> Tensor:
     """Convert to (C, H, W): uint8, or float32 clipped to 0-1."""
     if isinstance(pixels, Image.Image):
@@ -40,7 +52,7 @@ def to_tensor(pixels: Image.Image | Tensor) -> Tensor:
 
 
 def random_crop(size: tuple[int, int], scale: tuple[float, float], flip: float) -> v2.Compose:
-    """Build a random crop of an image or tensor, resized and flipped.
+    """Build a random crop of a tensor, resized and flipped.
 
     torch resizes 8-bit tensors four times as fast as Pillow resizes images, and with the same mean error, about 0.3
     grey levels.
@@ -51,7 +63,7 @@ def random_crop(size: tuple[int, int], scale: tuple[float, float], flip: float) 
         flip: probability of a horizontal flip.
     """
     crop = v2.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return v2.Compose([to_tensor, crop, v2.RandomHorizontalFlip(flip), to_tensor])
+    return v2.Compose([crop, v2.RandomHorizontalFlip(flip), to_tensor])
 
 
 def centre_view(pixels: Image.Image | Tensor, size: tuple[int, int], crop_pct: float = 1.0) -> Tensor:

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from crossmae.data.batches import KeyedImages, collate_as, keyed_randomness
@@ -57,7 +56,7 @@ class PretrainImages(KeyedImages):
         self.num_patches = num_patches
         self.crop = random_crop(img_size, crop_scale, flip)
 
-    def sample(self, pixels: Image.Image | Tensor, position: int, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    def sample(self, pixels: Tensor, position: int, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """Crop an image, and draw mask noise (L,)."""
         with keyed_randomness(*key):
             return self.crop(pixels), torch.rand(self.num_patches)

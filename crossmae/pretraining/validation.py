@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crossmae.data.broken import NEVER_REPLACED, read_or_next
 from crossmae.data.parallel import map_in_order
-from crossmae.data.pixels import Normalize, centre_view
+from crossmae.data.pixels import Normalize, centre_view, read_pixels
 from crossmae.data.sources import Source
 from crossmae.data.sources.source import evenly_spaced
 from crossmae.errors import UserError, shorten
@@ -128,7 +128,8 @@ def load_views(
     """Read centre views (N, C, H, W), uint8 or float32 in 0-1."""
 
     def view(index: int) -> Tensor:
-        return centre_view(read_or_next(source, index, model.in_chans, bit_depth, broken)[0], model.img_size)
+        pixels, *_ = read_or_next(source, index, model.in_chans, bit_depth, broken, read_pixels)
+        return centre_view(pixels, model.img_size)
 
     # Filled in place, because stacking a list would need twice the memory.
     views = torch.empty(

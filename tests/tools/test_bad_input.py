@@ -142,7 +142,10 @@ def test_the_right_input_is_accepted(files: Path) -> None:
     ("tool", "options"),
     [
         (dataset_stats, "config-file images output threads"),
-        (make_shards, "root short-side quality images-per-shard max-pixels workers keep-original skip-broken verify"),
+        (
+            make_shards,
+            "root short-side quality images-per-shard max-pixels workers uncompressed keep-original skip-broken verify",
+        ),
         (reconstruct, "output mask-ratio gif-ratios no-gif seed max-pixels device set force"),
     ],
 )

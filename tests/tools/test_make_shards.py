@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from crossmae.data.images import decode_image
 from crossmae.data.sources import open_source
 from crossmae.errors import USER_ERROR_EXIT_CODE
 from tests.crossmae.data.sources.source_files import write_tree
@@ -46,6 +47,15 @@ def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
     assert "error: shards: 1 of 1 shards are missing or changed" in capsys.readouterr().err
 
 
+def test_uncompressed_shards_have_the_pixels_of_the_files() -> None:
+    assert run("tree", "shards", "--uncompressed", "--short-side", "1000") == 0
+    files, shards = (open_source(path, "data.train") for path in ("tree", "shards"))
+    assert len(shards) == len(files)
+    for index in range(len(files)):
+        one, two = (decode_image(source.read(index), source.name(index)) for source in (files, shards))
+        assert one.tobytes() == two.tobytes()
+
+
 def test_a_list_with_root_and_broken_images(capsys: pytest.CaptureFixture[str]) -> None:
     Path("lists").mkdir()
     Path("lists/list.txt").write_text("ant/000.png\nant/001.png\n")
@@ -64,6 +74,7 @@ def test_a_list_with_root_and_broken_images(capsys: pytest.CaptureFixture[str]) 
         (("tree", "tree"), "DST: tree holds something else"),
         (("tree", "s3://bucket/x"), "is an address. Give a local folder"),
         (("tree", "shards", "--quality", "0"), "--quality 0: out of range. Give a number from 1 to 100."),
+        (("tree", "shards", "--uncompressed", "--keep-original"), "--uncompressed: --keep-original packs"),
         (("tree", "shards", "--workers", "0"), "--workers: 0 is too small"),
         (("list.txt", "shards"), "2 of 2 images are not there: list-a.png, list-b.png. "),
         (("--verify", "tree"), "tree: no index.json by make_shards.py"),

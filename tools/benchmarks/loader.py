@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import ImageOps
@@ -16,7 +16,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
-from crossmae.data.pixels import decode_pixels
+from crossmae.data.pixels import read_tensor
 from crossmae.data.sources import Source, open_named, open_source
 from crossmae.data.sources.shard_writer import ShardSettings, make_shards
 from crossmae.pretraining.images import PretrainImages, collate_pretraining
@@ -43,7 +43,7 @@ def loader(
     """
     return [
         partial(compare_originals, images, side, crop),
-        partial(compare_shards, images, side, crop, shard_side),
+        *(partial(compare_shards, images, side, crop, shard_side, quality) for quality in (90, None)),
         partial(compare_lists, files),
     ]
 
@@ -105,8 +105,7 @@ def compare_originals(images: int, side: int, crop: int) -> Comparison:
             with same_draws():
                 theirs = plain[index][0]
             with same_draws():
-                image = own.source.read(index)
-                ours = decode_and_augment(own, image, own.source.name(index))
+                ours = own.crop(read_tensor(own.source, index))
             worst = max(worst, float((theirs * 255 - ours.float()).abs().max()))
         return Gate(worst, GREY_LEVELS)
 
@@ -128,21 +127,19 @@ def same_draws() -> Iterator[None]:
         yield
 
 
-def decode_and_augment(images: PretrainImages, data: bytes, name: str) -> Tensor:
-    """Decode and augment as `PretrainImages`, with torch's current generator."""
-    return cast(Tensor, images.crop(decode_pixels(data, name)))
+def compare_shards(images: int, side: int, crop: int, shard_side: int, quality: int | None) -> Comparison:
+    """Compare batches from shards of small images with the original files.
 
-
-def compare_shards(images: int, side: int, crop: int, shard_side: int) -> Comparison:
-    """Compare batches from shards of small images with the original files."""
+    `quality` is that of JPEG files; None: the pixels are not compressed.
+    """
     folder = ScratchFolder()
     originals, shards = folder.path / "originals", folder.path / "shards"
     write_jpegs(originals, images, side)
-    make_shards(open_source(originals, "SRC"), shards, ShardSettings(short_side=shard_side), 1)
+    make_shards(open_source(originals, "SRC"), shards, ShardSettings(shard_side, quality), 1)
     own, usual = our_images(open_source(shards, "data"), crop), ImageFolder(originals, usual_recipe(crop))
-    epochs = count()  # every batch has other crops
+    epochs, how = count(), "" if quality else ", uncompressed"  # every batch has other crops
     return Comparison(
-        what=f"{images} images in shards of {shard_side} pixels, to crops of {crop}",
+        what=f"{images} images in shards of {shard_side} pixels{how}, to crops of {crop}",
         against="torchvision's recipe on the original files",
         ours=lambda: read_ours(own, epochs),
         other=lambda: (read_usual(usual), folder)[0],

@@ -53,10 +53,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """Settings that decide the bytes of shards: `short_side` in pixels, JPEG `quality`, and other options."""
+    """Settings that decide the bytes of shards.
+
+    Attributes:
+        short_side: largest short side of an image in pixels.
+        quality: quality of JPEG files; None: the pixels are not compressed.
+        keep_original: pack the files unchanged.
+        skip_broken: leave broken images out.
+    """
 
     short_side: int = 256
-    quality: int = 90
+    quality: int | None = 90
     images_per_shard: int = 1000
     keep_original: bool = False
     skip_broken: bool = False
@@ -65,7 +72,7 @@ class ShardSettings:
         limits = {"short_side": (1, 65_000), "quality": (1, 100), "images_per_shard": (1, 1_000_000)}
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise UserError(
                     f"--{name.replace('_', '-')} {value}: out of range. Give a number from {low} to {high:,}."
                 )

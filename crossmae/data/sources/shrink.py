@@ -2,9 +2,9 @@
 
 | file                                                  | result                                                     |
 | ----------------------------------------------------- | ---------------------------------------------------------- |
-| short side within the limit, and upright              | unchanged                                                  |
-| 8 bits                                                | JPEG, grayscale or RGB; palette, transparency and CMYK:    |
-|                                                       | see crossmae/data/images.py                                |
+| short side within the limit, and upright              | unchanged, if shards are compressed                        |
+| 8 bits                                                | JPEG or PPM, grayscale or RGB; palette, transparency and   |
+|                                                       | CMYK: see crossmae/data/images.py                          |
 | grayscale, 16-bit or floating point                   | PNG, 16-bit                                                |
 | 16-bit colour, other numbers of channels              | an error: pack the originals                               |
 
@@ -44,10 +44,14 @@ class Encoded:
     size: tuple[int, int] | None
 
 
-def shrink(data: bytes, name: str, short_side: int, quality: int, limits: ImageLimits = IMAGE_LIMITS) -> Encoded:
+def shrink(data: bytes, name: str, short_side: int, quality: int | None, limits: ImageLimits = IMAGE_LIMITS) -> Encoded:
     """Shrink an image to a short side of at most `short_side` pixels.
 
-    Raises UserError if the file is not a readable image, or no rule exists for its kind. The message names the file.
+    Args:
+        quality: quality of JPEG files; None: PPM, which needs no decoding.
+
+    Raises:
+        UserError: If the file is not a readable image, or no rule exists for its kind. The message names the file.
     """
     header = _read_header(data, name, limits)
     if header is None or _is_deep_colour(header, data):
@@ -57,7 +61,8 @@ def shrink(data: bytes, name: str, short_side: int, quality: int, limits: ImageL
     pixels = decode_image(data, name, channels, 16 if is_deep_grey else 8, limits)
     width, height = _size(pixels)
     is_upright = read_orientation(header) == 1
-    if min(width, height) <= short_side and is_upright and header.format in SUFFIX_OF:
+    is_small_enough = min(width, height) <= short_side and is_upright
+    if is_small_enough and header.format in SUFFIX_OF and (quality is not None or is_deep_grey):
         return Encoded(data, SUFFIX_OF[header.format], (width, height))
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels[..., 0])
     scale = short_side / min(width, height)
@@ -68,6 +73,9 @@ def shrink(data: bytes, name: str, short_side: int, quality: int, limits: ImageL
         deep = np.rint(np.asarray(image).clip(0, 1) * 65535).astype(np.uint16)  # bicubic values may leave 0-1
         Image.fromarray(deep).save(encoded, "PNG")
         return Encoded(encoded.getvalue(), ".png", (width, height))
+    if quality is None:
+        image.save(encoded, "PPM")
+        return Encoded(encoded.getvalue(), ".ppm", (width, height))
     image.save(encoded, "JPEG", quality=quality)
     return Encoded(encoded.getvalue(), ".jpg", (width, height))
 

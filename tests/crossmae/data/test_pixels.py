@@ -1,17 +1,26 @@
-"""Proves that views of evaluation cover any size, undistorted and centred, and that random crops are Pillow's."""
+"""Proves that views are undistorted and centred, and that fast crops and fast JPEG files have Pillow's pixels."""
 
 from __future__ import annotations
 
+import io
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image
 from torchvision.transforms import InterpolationMode, v2
 
+from crossmae.data import images
 from crossmae.data import pixels as pixels_module
-from crossmae.data.pixels import centre_view, random_crop
+from crossmae.data.images import ImageLimits, decode_image, decode_plain
+from crossmae.data.pixels import centre_view, random_crop, read_tensor, to_tensor
+from crossmae.data.sources import open_source
+from crossmae.errors import UserError
 
 
 def test_the_centre_view_covers_any_size_without_distortion() -> None:
@@ -115,3 +124,124 @@ def test_random_crops_are_as_exact_as_those_of_pillow(size: tuple[int, int], mod
         assert (found.int() - expected.int()).abs().max() <= 4
     own, of_pillow = np.mean(errors, axis=0)
     assert own < 1.05 * of_pillow < 0.4
+
+
+# Plain JPEG and PPM files, without Pillow
+
+
+def jpeg(seed: int, width: int, height: int, **options: Any) -> bytes:
+    """A JPEG of smooth and noisy content."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    noise = rng.integers(-20, 20, (height, width, 3))
+    pixels = Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8))
+    buffer = io.BytesIO()
+    pixels.convert(options.pop("mode", "RGB")).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+PLAIN: list[dict[str, Any]] = [
+    *({"subsampling": kind, "quality": quality} for kind in (0, 1, 2) for quality in (5, 75, 100)),
+    {"optimize": True, "comment": b"A comment."},
+    {"icc_profile": bytes(700), "exif": turned(1), "dpi": (72, 72)},
+    {"restart_marker_blocks": 1},
+    {"xmp": b"<x:xmpmeta>nothing of the orientation</x:xmpmeta>"},
+]
+OTHERS: list[dict[str, Any]] = [
+    *({"exif": turned(orientation)} for orientation in range(2, 9)),
+    {"xmp": b'<rdf:Description tiff:Orientation="6"/>'},
+    {"progressive": True},
+    {"mode": "L"},
+    {"mode": "CMYK"},
+    {"keep_rgb": True},
+]
+
+
+@pytest.mark.parametrize("options", PLAIN)
+@pytest.mark.parametrize("size", [(1, 1), (7, 33), (64, 48)])
+def test_plain_jpeg_files_are_decoded_to_the_pixels_of_pillow(options: dict[str, Any], size: tuple[int, int]) -> None:
+    data = jpeg(0, *size, **options)
+    plain = decode_plain(data, "x.jpg")
+    assert plain is not None
+    assert np.array_equal(plain, np.asarray(decode_image(data, "x.jpg")))
+
+
+@pytest.mark.parametrize("options", OTHERS)
+def test_other_jpeg_files_are_left_to_pillow(options: dict[str, Any], tmp_path: Path) -> None:
+    """So a tensor of a file has the rules of `decode_image`."""
+    data = jpeg(0, 20, 12, **options)
+    assert decode_plain(data, "x.jpg") is None
+    (tmp_path / "x.jpg").write_bytes(data)
+    tensor = read_tensor(open_source(str(tmp_path), "data.train"), 0)
+    assert torch.equal(tensor, to_tensor(decode_image(data, "x.jpg")))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 33), (64, 48)])
+def test_ppm_files_are_read_to_the_pixels_of_pillow(size: tuple[int, int]) -> None:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(jpeg(0, *size))).save(buffer, "PPM")
+    data = buffer.getvalue()
+    plain = decode_plain(data, "x.ppm")
+    assert plain is not None
+    assert plain.flags.writeable
+    assert np.array_equal(plain, np.asarray(decode_image(data, "x.ppm")))
+    header = b"P6\n%d %d\n255\n" % size
+    pixels = data.removeprefix(header)
+    for other in (data[:-1], data + b"x", b"P6 %d %d 255\n" % size + pixels, header[:-4] + b"127\n" + pixels):
+        assert decode_plain(other, "x.ppm") is None
+
+
+def test_files_of_two_pictures_are_left_to_pillow() -> None:
+    buffer, (first, second) = io.BytesIO(), (Image.new("RGB", (9, 9), colour) for colour in ("red", "blue"))
+    first.save(buffer, "MPO", save_all=True, append_images=[second])
+    assert decode_plain(buffer.getvalue(), "x.jpg") is None
+
+
+@given(
+    kind=st.integers(0, len(PLAIN + OTHERS) - 1),
+    change=st.sampled_from(["byte", "cut", "delete", "zeros", "end"]),
+    places=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    value=st.integers(0, 255),
+)
+@settings(max_examples=300, deadline=None)
+def test_whatever_is_decoded_of_a_damaged_jpeg_is_what_pillow_decodes(
+    kind: int, change: str, places: tuple[float, float], value: int
+) -> None:
+    data = jpeg(1, 40, 24, **(PLAIN + OTHERS)[kind])
+    first, last = sorted(int(place * (len(data) - 3)) for place in places)
+    changed = {
+        "byte": data[:first] + bytes([value]) + data[first + 1 :],
+        "cut": data[:first] + b"\xff\xd9",
+        "delete": data[:first] + data[last:],
+        "zeros": data[:first] + bytes(last - first) + data[last:],
+        "end": data[:first] + b"\xff\xd9" + data[first:],
+    }[change]
+    plain = decode_plain(changed, "x.jpg")
+    if plain is not None:
+        assert np.array_equal(plain, np.asarray(decode_image(changed, "x.jpg")))
+
+
+def test_too_many_pixels_of_a_plain_jpeg_are_named() -> None:
+    data, limits = jpeg(0, 40, 24), ImageLimits(959)
+    told = []
+    for decode in (decode_plain, partial(decode_image, limits=limits)):
+        with pytest.raises(UserError, match=r"x\.jpg: has 40 x 24 = 960 pixels") as error:
+            decode(data, "x.jpg", **({} if isinstance(decode, partial) else {"limits": limits}))
+        told.append(str(error.value))
+    assert told[0] == told[1]
+
+
+def test_without_the_library_pillow_decodes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.jpg").write_bytes(jpeg(0, 40, 24))
+    source = open_source(str(tmp_path), "data.train")
+    fast = read_tensor(source, 0)
+    monkeypatch.setattr(images, "decode_jpeg", None)
+    assert torch.equal(read_tensor(source, 0), fast)

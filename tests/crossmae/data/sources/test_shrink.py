@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from crossmae.data.images import decode_image
 from crossmae.data.sources.shrink import Encoded, keep, shrink
 from crossmae.errors import UserError
 
@@ -86,10 +87,31 @@ def test_modes_follow_the_rules_of_reading() -> None:
         assert np.abs(np.subtract(result.getpixel((5, 5)), value)).max() <= 2
 
 
+@pytest.mark.parametrize("image", [gradient(20, 32), gradient(20, 32).convert("L"), gradient(20, 32).quantize(8)])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_uncompressed_pixels_are_those_of_the_file(image: Image.Image, kind: str) -> None:
+    """Also where the image is smaller than asked: every image of a shard is as quick to read."""
+    data = encode(image, kind)
+    result = shrink(data, "x", 64, None)
+    assert (result.suffix, result.size) == (".ppm", (20, 32))
+    assert len(result.data) < 20 * 32 * (1 if image.mode == "L" else 3) + 20
+    for channels in (1, 3):
+        one, two = (np.asarray(decode_image(encoded, "x", channels)) for encoded in (data, result.data))
+        assert np.array_equal(one, two)
+
+
+def test_uncompressed_pixels_are_shrunk_like_others() -> None:
+    data = encode(gradient(99, 66))
+    raw, jpeg = (np.asarray(opened(shrink(data, "x", 32, quality)), dtype=float) for quality in (None, 100))
+    assert raw.shape == jpeg.shape
+    assert np.abs(raw - jpeg).mean() < 1
+
+
 def test_16_bit_grey_keeps_its_depth() -> None:
     pixels = np.random.default_rng(0).integers(0, 65536, (40, 40)).astype(np.uint16)
     pixels[:20] = 0xABCD
     result = shrink(encode(Image.fromarray(pixels)), "x", 20, 90)
+    assert result == shrink(encode(Image.fromarray(pixels)), "x", 20, None)
     assert result.suffix == ".png"
     small = np.asarray(opened(result))
     assert small.dtype == np.uint16
