@@ -85,6 +85,16 @@ def test_the_same_bytes_on_an_image_of_usual_size(seed):
     assert encode_masks(mask, boxes.tensor, 800, 1333) == expected
 
 
+@pytest.mark.parametrize("size", [3, 7, 28, 56])
+def test_the_same_bytes_where_pixels_are_on_the_threshold_except_for_rounding(size):
+    generator = torch.Generator().manual_seed(size)
+    masks = torch.randint(0, 2, (16, size, size), generator=generator).float()  # 0.5 is halfway between two values
+    corner = torch.randint(0, 100, (16, 2), generator=generator) + 0.5
+    boxes = torch.cat([corner, corner + size * torch.randint(2, 10, (16, 2), generator=generator)], dim=1)
+    expected = encode_whole(paste_masks_in_image(masks, boxes, (640, 640)))
+    assert encode_masks(masks, boxes, 640, 640) == expected
+
+
 def test_whole_image_left_half_and_nothing():
     full, left = torch.ones(1, 28, 28), torch.ones(1, 28, 28)
     left[:, :, 14:] = 0
@@ -94,6 +104,29 @@ def test_whole_image_left_half_and_nothing():
     assert encode_masks(left, torch.tensor([[0.0, 0, 6, 4]]), 4, 6) == encode_whole(half)
     assert encode_masks(full * 0, torch.tensor([[0.0, 0, 6, 4]]), 4, 6) == encode_whole(torch.zeros(1, 4, 6))
     assert encode_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), 4, 6) == []
+
+
+def test_masks_that_fill_the_image_do_not_run_into_each_other():
+    box = torch.tensor([[0.0, 0, 6, 4]]).repeat(3, 1)
+    assert encode_masks(torch.ones(3, 28, 28), box, 4, 6) == encode_whole(torch.ones(3, 4, 6))
+
+
+def test_masks_that_do_not_fit_into_memory_together(monkeypatch):
+    masks = torch.rand(7, 28, 28, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[3.5, 2, 40.25, 30]]).repeat(7, 1) + torch.arange(7)[:, None]
+    together = encode_masks(masks, boxes, 48, 64)
+    for pixels in (1, 2500):
+        monkeypatch.setattr("det.inference.paste.PIXELS_AT_ONCE", pixels)
+        assert encode_masks(masks, boxes, 48, 64) == together
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_mask_that_is_not_finite_is_empty_and_spoils_no_other(value):
+    masks, boxes = torch.ones(3, 28, 28), torch.tensor([[0.0, 0, 6, 4]]).repeat(3, 1)
+    masks[1, 5, 7] = value
+    expected = torch.ones(3, 4, 6)
+    expected[1] = 0
+    assert encode_masks(masks, boxes, 4, 6) == encode_whole(expected)
 
 
 @pytest.mark.parametrize("box", [(2, 1, 2, 3), (1, 2, 3, 2), (2, 2, 2, 2), (-9, 0, -5, 4), (0, 9, 6, 12), (7, 0, 9, 4)])
