@@ -203,7 +203,10 @@ def decode_plain(data: bytes, name: str, limits: ImageLimits = IMAGE_LIMITS) -> 
 
 
 def _is_plain_jpeg(data: bytes) -> bool:
-    """Check for one upright JPEG without progressive scans, which may be missing in silence."""
+    """Check for one upright JPEG in a single scan.
+
+    Scans of a progressive JPEG may be missing in silence.
+    """
     if not data.startswith(LAST_BYTES[0][:1] + b"\xd8") or not data.endswith(LAST_BYTES[0]):
         return False
     start = 2

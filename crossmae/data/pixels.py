@@ -33,9 +33,9 @@ def decode_pixels(
 
 
 def read_tensor(source: Source, index: int, channels: int = 3, bit_depth: int = 8) -> Tensor:
-    """Read one sample as a (C, H, W) tensor, uint8 or float32 in 0-1.
+    """Read one sample as a tensor (C, H, W), by a shorter way if possible.
 
-    The values are those of `read_pixels`. Plain JPEG and PPM files take half the time.
+    The values, uint8 or float32 in 0-1, are those of `read_pixels`. Plain JPEG and PPM files take half the time.
     """
     data, name = source.read(index), source.name(index)
     plain = decode_plain(data, name, source.limits) if (channels, bit_depth) == (3, 8) else None
