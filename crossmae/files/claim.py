@@ -51,13 +51,9 @@ def claim(folder: Path, kind: str, key: str = "output_dir", keeps_kind: bool = T
     lock, has_lock = _open_lock(folder / CLAIM_LOCK, key)
     with lock:
         record = _read_record(folder / CLAIM_RECORD)
-        known = record.get("kind")
-        if isinstance(known, str) and known != kind:
-            raise UserError(f"{key}: {folder} is the folder of a {known} run, not of {kind}. Name another folder.")
+        _check_kind(folder, record, kind, key)
         if has_lock is False or _is_alive(folder, record, has_lock=has_lock is True):
-            raise UserError(
-                f"{key}: {folder} is in use by {_holder(record)}. Wait for its end or stop it, or name another folder."
-            )
+            raise _in_use(folder, record, key)
         if "process" in record:
             log.warning("%s: %s ended without notice; its folder is taken over", folder, _holder(record))
         try:
@@ -67,6 +63,54 @@ def claim(folder: Path, kind: str, key: str = "output_dir", keeps_kind: bool = T
             for name in () if keeps_kind else (CLAIM_RECORD, CLAIM_LOCK):
                 with suppress(OSError):
                     (folder / name).unlink()
+
+
+def check_folder(folder: Path, kind: str, key: str = "output_dir") -> None:
+    """Reject a folder of another kind of run, without claiming it.
+
+    Raises UserError as `claim` does. Writes and logs nothing.
+    """
+    _check_kind(folder, _peek_record(folder), kind, key)
+
+
+def check_unused(folder: Path, key: str = "output_dir") -> None:
+    """Reject a folder that another process uses, by its record alone.
+
+    Raises UserError as `claim` does. Writes nothing and does not wait. A process on another machine counts if it has
+    touched its record lately.
+    """
+    record = _peek_record(folder)
+    process = record.get("process")
+    try:
+        touched = (folder / CLAIM_RECORD).stat().st_mtime
+    except OSError:
+        return
+    if record.get("host") == socket.gethostname():
+        is_used = isinstance(process, int) and process != os.getpid() and is_running(process, touched)
+    else:
+        is_used = process is not None and time.time() - touched < SILENT_SECONDS
+    if is_used:
+        raise _in_use(folder, record, key)
+
+
+def _peek_record(folder: Path) -> dict[str, Any]:
+    """Read the record of a folder. A damaged record, which `claim` logs, counts as none."""
+    try:
+        return read_side_file(folder / CLAIM_RECORD)
+    except UserError:
+        return {}
+
+
+def _check_kind(folder: Path, record: dict[str, Any], kind: str, key: str) -> None:
+    known = record.get("kind")
+    if isinstance(known, str) and known != kind:
+        raise UserError(f"{key}: {folder} is the folder of a {known} run, not of {kind}. Name another folder.")
+
+
+def _in_use(folder: Path, record: dict[str, Any], key: str) -> UserError:
+    return UserError(
+        f"{key}: {folder} is in use by {_holder(record)}. Wait for its end or stop it, or name another folder."
+    )
 
 
 def _open_lock(path: Path, key: str) -> tuple[IO[bytes], bool | None]:

@@ -8,7 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from crossmae.checkpoints.run_checkpoint import FOLDER, checkpoint_names, latest_checkpoint, read_record, step_of
-from crossmae.errors import UserError
+from crossmae.errors import UserError, shorten
+from crossmae.files.claim import check_folder, check_unused
 from crossmae.training.processes import Ranks
 
 log = logging.getLogger(__name__)
@@ -18,14 +19,16 @@ ADDED = {"model.mask_block": "1", "model.class_tokens": "1", "optim.name": '"ada
 WEIGHTS, EMA_WEIGHTS = "model.safetensors", "model_ema.safetensors"
 
 
-def find_start(run: Path, resume: bool, key: str = "output_dir", final: str = WEIGHTS) -> Path | None:
+def find_start(run: Path, resume: bool, kind: str, key: str = "output_dir", final: str = WEIGHTS) -> Path | None:
     """Find the checkpoint to continue from, None for a new run.
 
-    Raises UserError if the folder contains a run and `resume` is false, or contains the `final` weights without a
-    checkpoint. The message names `key`, the config key of the folder.
+    Raises UserError if the folder is of another `kind` of run, if it contains a run and `resume` is false, or if it
+    contains the `final` weights without a checkpoint. The message names `key`, the config key of the folder.
     """
+    check_folder(run, kind, key)
     latest = latest_checkpoint(run)
     if latest and not resume:
+        check_unused(run, key)
         raise UserError(
             f"{key}: {run} already holds a run ({latest.name}). Pass --resume to continue, or name another folder."
         )
@@ -74,7 +77,7 @@ def is_complete(
     ]
     if changed:
         raise UserError(
-            f"--resume: {start} is of a run with other settings: {', '.join(changed)}. Repeat those settings, the "
+            f"--resume: {start} is of a run with other settings: {shorten(changed)}. Repeat those settings, the "
             f"images and the number of processes, or name another {key}."
         )
     return False

@@ -305,7 +305,7 @@ def _write_run(folder: Path) -> None:
 
 
 def _continue_run(folder: Path, _: list[str]) -> None:
-    start = find_start(folder, resume=True)
+    start = find_start(folder, resume=True, kind="pretraining")
     is_complete(start, 100, {"images": "4"})
     if start:
         read_state(start)

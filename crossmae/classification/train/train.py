@@ -84,6 +84,8 @@ from crossmae.training.state import Diverged, Losses, TrainingState
 
 log = logging.getLogger(__name__)
 
+KIND = "fine-tuning"  # of run, in the record of the folder
+
 _CLASS_LAYERS = ("head.weight", "head.bias", "head.1.weight", "head.1.bias")  # one row per class
 
 
@@ -108,7 +110,7 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
     """Build and check model, data and schedule. Write nothing."""
     data, optim, seed, channels = config.data, config.optim, config.runtime.seed, config.model.in_chans
     check_writable(config.output_dir, "output_dir")
-    start = find_start(config.output_dir, resume)
+    start = find_start(config.output_dir, resume, KIND)
     if config.model.init is not None and not start:
         find_file(config.model.init)  # before the data are read, which takes minutes
     # The labelled images, and the schedule, which depends on their number.
@@ -158,7 +160,7 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
 
     return Job(
         word="finetune",
-        kind="fine-tuning",
+        kind=KIND,
         model=model,
         optimizer=build_optimizer(model, optim, schedule.peak_lr),
         open_batches=image_batches(images, batches, data.workers, device.type == "cuda", collate_labelled),

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from crossmae.errors import UserError
 from crossmae.files import claim as claims
-from crossmae.files.claim import CLAIM_LOCK, CLAIM_RECORD, claim, lock_now, locked
+from crossmae.files.claim import CLAIM_LOCK, CLAIM_RECORD, check_folder, check_unused, claim, lock_now, locked
 
 ROOT = Path(__file__).parents[3]
 HOLDER = """
@@ -109,6 +109,34 @@ def test_a_claim_without_a_kind_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match="is in use by another process"), claim(tmp_path, "shards"):
         pass
     others[0].close()
+
+
+def test_kind_and_use_are_seen_without_a_claim(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The errors are those of a claim, nothing is written, and other records say nothing."""
+    check_folder(tmp_path, "detection")
+    check_unused(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with holder(tmp_path):
+        before = (tmp_path / CLAIM_RECORD).read_bytes()
+        check_folder(tmp_path, "pretraining")
+        for kind in ("detection", "pretraining"):
+            with pytest.raises(UserError) as claimed, claim(tmp_path, kind, "KEY"):
+                pass
+            with pytest.raises(UserError) as checked:
+                check_folder(tmp_path, kind, "KEY")
+                check_unused(tmp_path, "KEY")
+            assert str(checked.value) == str(claimed.value)
+        assert (tmp_path / CLAIM_RECORD).read_bytes() == before
+    check_unused(tmp_path)  # it was killed
+    write_record(tmp_path, host="elsewhere", process=1, started="now")
+    with pytest.raises(UserError, match="in use by a pretraining run: process 1 on elsewhere"):
+        check_unused(tmp_path)
+    os.utime(tmp_path / CLAIM_RECORD, (0, 0))
+    check_unused(tmp_path)
+    (tmp_path / CLAIM_RECORD).write_bytes(b"\xff{")
+    check_folder(tmp_path, "detection")
+    check_unused(tmp_path)
+    assert not caplog.messages
 
 
 def test_an_error_ends_a_claim(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 
 from crossmae.errors import UserError
 from crossmae.pretraining.train import pretrain
-from crossmae.training.resume import is_complete
+from crossmae.training.resume import find_start, is_complete
 from tests.crossmae.pretraining.runs import make_config
 
 
@@ -22,6 +24,36 @@ def test_a_used_folder_needs_resume_and_the_same_settings(images: Path, tmp_path
         pretrain(make_config(images, run))
     with pytest.raises(UserError, match=r"other settings: .*optim\.base_lr was 0\.1, is 0\.2"):
         pretrain(make_config(images, run, optim={"base_lr": 0.2}), resume=True)
+
+
+def test_another_kind_is_named_before_any_advice_to_resume(images: Path, tmp_path: Path) -> None:
+    """With and without --resume, for every kind of run."""
+    run = tmp_path / "run"
+    pretrain(make_config(images, run, schedule={"max_steps": 1}))
+    for kind, key in (("fine-tuning", "output_dir"), ("detection", "OUTPUT_DIR")):
+        for resume in (False, True):
+            with pytest.raises(UserError) as caught:
+                find_start(run, resume, kind, key)
+            message = f"{key}: {run} is the folder of a pretraining run, not of {kind}. Name another folder."
+            assert str(caught.value) == message
+
+
+def test_a_folder_in_use_is_not_to_be_resumed(images: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = make_config(images, run, schedule={"max_steps": 1})
+    pretrain(config)
+    started = {"kind": "pretraining", "host": socket.gethostname(), "process": os.getppid(), "started": "now"}
+    (run / ".claim.json").write_text(json.dumps(started))
+    with pytest.raises(UserError, match=r"^output_dir: .* is in use by a pretraining run: process"):
+        pretrain(config)
+
+
+def test_many_changed_settings_are_counted(tmp_path: Path) -> None:
+    start = tmp_path / "step-00000003"
+    start.mkdir()
+    (start / "run.json").write_text("{}")
+    with pytest.raises(UserError, match=r"settings: k0 was None, is 0, .*k4 was None, is 4 and 95 more\. Repeat"):
+        is_complete(start, 9, {f"k{number}": str(number) for number in range(100)})
 
 
 def test_a_complete_run_only_gets_its_weights_back(images: Path, tmp_path: Path) -> None:
