@@ -55,8 +55,6 @@ from crossmae.training.state import Diverged, Losses, TrainingState
 
 log = logging.getLogger(__name__)
 
-KIND = "pretraining"  # of run, in the record of the folder
-
 
 def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
     """Train a model and return the file of its final weights.
@@ -87,7 +85,7 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
     schedule = make_schedule(batches, optim, config.schedule, factor)
     # The initial weights: a checkpoint of this run, given weights, or random weights.
     fingerprint = config.fingerprint(schedule.images, precision, ranks.world_size)
-    start = find_start(config.output_dir, resume, KIND)
+    start = find_start(config.output_dir, resume, "pretraining")
     complete = is_complete(start, schedule.last_step, fingerprint)
     origin = recorded_inheritance(start / MODEL) if start else {}
     if config.model.init and not start:
@@ -124,7 +122,7 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
 
     return Job(
         word="pretrain",
-        kind=KIND,
+        kind="pretraining",
         model=model,
         optimizer=optimizer,
         open_batches=image_batches(images, batches, data.workers, device.type == "cuda", collate_pretraining),

@@ -28,8 +28,6 @@ from det.config import FINAL, LAST, RECORD
 
 log = logging.getLogger(__name__)
 
-KIND = "detection"  # of run, in the record of the folder
-
 # Settings that decide the order of the data, the model or the schedule.
 _SHARED = ("SEED", "DATASETS.TRAIN", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "INPUT.", "MODEL.", "SOLVER.")
 # Settings that may change although they match `_SHARED`: device, weights, length of training, settings of evaluation.
@@ -64,7 +62,7 @@ def find_checkpoint(folder: Path, resume: bool) -> Path | None:
 
     Raises UserError as `find_start` does, and for a run of detectron2 or of an earlier version.
     """
-    start = find_start(folder, resume, KIND, "OUTPUT_DIR", FINAL)
+    start = find_start(folder, resume, "detection", "OUTPUT_DIR", FINAL)
     if start is None and (folder / LAST).exists():
         raise UserError(
             f"OUTPUT_DIR: {folder} has checkpoints of detectron2 or of an earlier version, which cannot be continued. "

@@ -32,7 +32,7 @@ from det.data.loader import WORKERS_KEY, NamingMapper, build_train_loader, check
 from det.evaluation.evaluate import evaluate
 from det.evaluation.report import write_report
 from det.library_warnings import library_warnings_ignored
-from det.training.checkpoint import KIND, find_checkpoint, record_run, shared_settings, write_final
+from det.training.checkpoint import find_checkpoint, record_run, shared_settings, write_final
 from det.training.console import log_file
 from det.training.evaluations import Evaluations, Results
 from det.training.optimizer import describe_schedule, parameter_groups, resolve_schedule
@@ -137,7 +137,7 @@ def build_job(
 
     return loop.Job(
         word="train",
-        kind=KIND,
+        kind="detection",
         model=model,
         optimizer=adamw,
         open_batches=in_parts(open_loader, solver.ACCUMULATE),

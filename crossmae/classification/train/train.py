@@ -84,8 +84,6 @@ from crossmae.training.state import Diverged, Losses, TrainingState
 
 log = logging.getLogger(__name__)
 
-KIND = "fine-tuning"  # of run, in the record of the folder
-
 _CLASS_LAYERS = ("head.weight", "head.bias", "head.1.weight", "head.1.bias")  # one row per class
 
 
@@ -110,7 +108,7 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
     """Build and check model, data and schedule. Write nothing."""
     data, optim, seed, channels = config.data, config.optim, config.runtime.seed, config.model.in_chans
     check_writable(config.output_dir, "output_dir")
-    start = find_start(config.output_dir, resume, KIND)
+    start = find_start(config.output_dir, resume, "fine-tuning")
     if config.model.init is not None and not start:
         find_file(config.model.init)  # before the data are read, which takes minutes
     # The labelled images, and the schedule, which depends on their number.
@@ -160,7 +158,7 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
 
     return Job(
         word="finetune",
-        kind=KIND,
+        kind="fine-tuning",
         model=model,
         optimizer=build_optimizer(model, optim, schedule.peak_lr),
         open_batches=image_batches(images, batches, data.workers, device.type == "cuda", collate_labelled),

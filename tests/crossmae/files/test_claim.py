@@ -111,6 +111,11 @@ def test_a_claim_without_a_kind_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     others[0].close()
 
 
+def find_trouble(folder: Path, kind: str) -> None:
+    check_folder(folder, kind, "KEY")
+    check_unused(folder, "KEY")
+
+
 def test_kind_and_use_are_seen_without_a_claim(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The errors are those of a claim, nothing is written, and other records say nothing."""
     check_folder(tmp_path, "detection")
@@ -123,8 +128,7 @@ def test_kind_and_use_are_seen_without_a_claim(tmp_path: Path, caplog: pytest.Lo
             with pytest.raises(UserError) as claimed, claim(tmp_path, kind, "KEY"):
                 pass
             with pytest.raises(UserError) as checked:
-                check_folder(tmp_path, kind, "KEY")
-                check_unused(tmp_path, "KEY")
+                find_trouble(tmp_path, kind)
             assert str(checked.value) == str(claimed.value)
         assert (tmp_path / CLAIM_RECORD).read_bytes() == before
     check_unused(tmp_path)  # it was killed
