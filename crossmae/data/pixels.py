@@ -33,7 +33,7 @@ def decode_pixels(
 
 
 def read_tensor(source: Source, index: int, channels: int = 3, bit_depth: int = 8) -> Tensor:
-    """Read one sample as a tensor (C, H, W), by a shorter way if possible.
+    """Read one sample as a tensor (C, H, W), faster if possible.
 
     The values, uint8 or float32 in 0-1, are those of `read_pixels`. Plain JPEG and PPM files take half the time.
     """
