@@ -12,7 +12,8 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from io import TextIOWrapper
 from pathlib import Path, PurePath
@@ -60,6 +61,26 @@ class UserError(ValueError):
         if len(message) > LONGEST_MESSAGE:  # a value of thousands of characters; the advice is at the end
             message = f"{message[: LONGEST_MESSAGE - 500]} [...] {message[-500:]}"
         return "\n".join([message, *details])
+
+
+@contextmanager
+def named_by(key: str, path: str | Path) -> Iterator[None]:
+    """Put a key before errors about the path that it names.
+
+    Errors about something else stay as they are. A config key that a lower function put before the path is replaced.
+    """
+    try:
+        yield
+    except UserError as error:
+        whole, name = str(error.args[0]), str(path).partition("::")[0]  # without a choice in the file
+        head, _, rest = whole.partition(": ")
+        names = {name, os.path.expanduser(name), str(Path(name).absolute())} - {".", ""}
+        starts = tuple(f"{one}{following}" for one in names for following in (":", "/", " "))
+        texts = (whole, rest) if "." in head or head == key else (whole,)
+        found = next((text for text in texts if text.startswith(starts)), None)
+        if found is not None:
+            error.args = (f"{key}: {found}", *error.args[1:])
+        raise
 
 
 class PrintableFormatter(logging.Formatter):

@@ -26,7 +26,7 @@ from crossmae.checkpoints.reading import DETECTOR_BEST, DETECTOR_FINAL, DETECTOR
 from crossmae.data.images import MAX_PIXELS, ImageLimits
 from crossmae.errors import UserError
 from crossmae.files import expand_path, load_literal
-from crossmae.training.config import abbreviate, read_yaml, resolve_config_path
+from crossmae.training.config import DETECT, abbreviate, check_tool, find_tool, read_yaml, resolve_config_path
 from det.detectron2_keys import (
     AnchorKeys,
     AtLeast0,
@@ -270,6 +270,7 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
     cfg = detectron2_defaults()
     add_crossmae_config(cfg)
     for path, tree in _read_with_base(resolve_config_path(name)):
+        check_tool(find_tool(tree), DETECT, path)
         _merge(cfg, dict(flatten(tree)), str(path))
     given = dict(split_overrides(overrides))
     for by_steps, by_epochs in BY_EPOCHS.items():

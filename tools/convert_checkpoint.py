@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crossmae.checkpoints.conversion import LAYOUTS, TOLERANCE
-from crossmae.errors import printable, run_cli
+from crossmae.errors import named_by, printable, run_cli
 
 if TYPE_CHECKING:
     from crossmae.checkpoints.conversion.convert import Conversion
@@ -94,7 +94,9 @@ def main(argv: list[str] | None = None) -> None:
     sizes = Sizes(image, args.patch_size, args.in_chans, args.channels, args.window)
     options = {key: getattr(args, key) for key in ("encoder_only", "tolerance", "report", "ema", "trust", "force")}
     options |= {"sizes": sizes, "given": parse_settings(args.set), "drop": tuple(args.drop)}
-    print(describe(convert(args.source, args.destination, args.to, **options)))
+    with named_by("SRC", args.source):
+        done = convert(args.source, args.destination, args.to, **options)
+    print(describe(done))
 
 
 def _megabytes(path: Path) -> float:

@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 
 from crossmae.data.images import parse_size
-from crossmae.errors import UserError, printable, run_cli
+from crossmae.errors import UserError, named_by, printable, run_cli
 from det.inference.arguments import add_detector_arguments, read_config
 from det.training.console import set_up_console
 
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     set_up_console()
     if args.image and args.no_check:
         raise UserError("--image has no effect with --no-check. Leave out one of the two.")
-    cfg = read_config(args.config_file, args.weights, args.overrides)
+    cfg = read_config(args.config_file, args.weights, args.overrides, "--weights")
     size = parse_size(args.img_size or str(cfg.MODEL.VIT.IMG_SIZE), "--img-size")
 
     # Imported after the arguments, because these imports take seconds.
@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     from det.inference.predict import Predictor, find_classes, read_rgb
 
     image = None if args.image is None else read_rgb(args.image)
-    predictor = Predictor(cfg, args.weights, device="cpu")
+    with named_by("--weights", args.weights):
+        predictor = Predictor(cfg, args.weights, device="cpu")
     metadata = {"class_names": json.dumps(find_classes(predictor, args.classes).names)}
     weights = read_weights(find_detector(args.weights))
     licence = licence_notice(weights)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from crossmae.errors import printable, run_cli
+from crossmae.errors import named_by, printable, run_cli
 from crossmae.files import check_destination, write_json
 
 
@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     # Imported after the arguments, because these imports take seconds.
     from crossmae.checkpoints.conversion.inspection import inspect
 
-    found = inspect(args.file, values=not args.no_values)
+    with named_by("FILE", args.file):
+        found = inspect(args.file, values=not args.no_values)
     print("\n".join(map(printable, found.lines())))
     if args.json:
         write_json(args.json, found.record())

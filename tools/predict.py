@@ -20,7 +20,7 @@ import os
 import re
 from pathlib import Path
 
-from crossmae.errors import UserError, exit_if_any, printable, run_cli
+from crossmae.errors import UserError, exit_if_any, named_by, printable, run_cli
 from det.inference.arguments import COCO_FILE, add_detector_arguments, read_config
 from det.training.console import set_up_console
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("INPUT: nothing to predict. Name images, folders, patterns or videos.")
     # Set in the config, because masks are computed only for kept objects. Later settings override it.
     settings.insert(0, f"MODEL.ROI_HEADS.SCORE_THRESH_TEST={args.score_threshold}")
-    config = read_config(args.config_file, args.weights, settings)
+    config = read_config(args.config_file, args.weights, settings, "--weights")
 
     # Imported after the arguments, because these imports take seconds.
     import torch
@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
 
     root, media = find_media(inputs)
     check_output(args.output, media, inputs, args.force)
-    predictor = Predictor(config, args.weights, masks=not args.no_masks)
+    with named_by("--weights", args.weights):
+        predictor = Predictor(config, args.weights, masks=not args.no_masks)
     classes = find_classes(predictor, args.classes)
     job = FilePredictions(predictor, classes, args.output, args.batch_size, draw=not args.no_pictures)
     info = {"image_folder": str(root), "weights": str(predictor.weights), "score_threshold": predictor.score_threshold}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from crossmae.classification import BATCH_SIZE, LABEL_THRESHOLD, STDOUT, TOP_K
 from crossmae.data.images import ImageLimits, add_max_pixels, parse_size
-from crossmae.errors import UserError, exit_if_any, printable, run_cli
+from crossmae.errors import UserError, exit_if_any, named_by, printable, run_cli
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,7 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     inputs = expand_inputs(args.inputs)
     check_output(args.output, inputs, args.force)
     sources = open_inputs(inputs, ImageLimits(args.max_pixels, "--max-pixels", ""))
-    classifier = load_classifier(args.weights, args.img_size and parse_size(args.img_size, "--img-size"))
+    img_size = parse_size(args.img_size, "--img-size") if args.img_size else None
+    with named_by("--weights", args.weights):
+        classifier = load_classifier(args.weights, img_size)
     if classifier.multi_label and args.top_k is not None:
         raise UserError("--top-k: this classifier can find several classes in an image. Limit them by --threshold.")
     if not classifier.multi_label and args.threshold is not None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from crossmae.data.images import ImageLimits, add_max_pixels
 from crossmae.data.paths import find_inputs
-from crossmae.errors import UserError, printable, run_cli
+from crossmae.errors import UserError, named_by, printable, run_cli
 
 if TYPE_CHECKING:
     from crossmae.checkpoints.pretrained import Pretrained
@@ -91,7 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     from crossmae.training.devices import open_device
 
     device = open_device(args.device, "--device")
-    pretrained = load_pretrained(args.checkpoint, parse_settings(args.set))
+    with named_by("CKPT", args.checkpoint):
+        pretrained = load_pretrained(args.checkpoint, parse_settings(args.set))
     pretrained.model.to(device)
     print(describe(pretrained), end="\n\n")
     ratios = [] if args.no_gif else args.gif_ratios or possible_ratios(pretrained.model)

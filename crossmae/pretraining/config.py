@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from crossmae.models.sizes import DECODERS, OFF_BY_DEFAULT, Decoder, model_arguments
 from crossmae.training.config import (
+    PRETRAIN,
     ConfigSection,
     LogConfig,
     NonNegative,
@@ -134,6 +135,7 @@ class HealthConfig(ConfigSection):
 class PretrainConfig(RunConfig):
     """All settings of a pretraining run."""
 
+    tool: ClassVar[str] = PRETRAIN
     model: ModelConfig
     optim: OptimConfig = OptimConfig()
     log: PretrainLogConfig = PretrainLogConfig()

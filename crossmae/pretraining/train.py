@@ -25,6 +25,7 @@ from crossmae.data.batches import BatchPlan
 from crossmae.data.broken import warn_of_depth
 from crossmae.data.pixels import Normalize
 from crossmae.data.sources import Source, open_named, warn_of_overlap
+from crossmae.errors import named_by
 from crossmae.files import check_writable
 from crossmae.models.crossmae import MAE, CrossMAE
 from crossmae.models.sizes import model_arguments
@@ -89,7 +90,8 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
     complete = is_complete(start, schedule.last_step, fingerprint)
     origin = recorded_inheritance(start / MODEL) if start else {}
     if config.model.init and not start:
-        report = start_from(model, config.model.init, arguments, data)
+        with named_by("model.init", config.model.init):
+            report = start_from(model, config.model.init, arguments, data)
         given = [key for key in config.model.model_fields_set if getattr(config.model, key) is not None]
         found = assumed(report.assumed, given=[key for key in given if key in MODEL_KEYS])
         say_assumed(found, MODEL_KEYS)

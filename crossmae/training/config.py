@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from crossmae.data.images import MAX_PIXELS, ImageLimits
-from crossmae.errors import UserError
+from crossmae.errors import UserError, shorten
 from crossmae.files import decode_text, load_yaml, read_file, why_unexpanded
 
 CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
@@ -46,6 +46,24 @@ NOT_DECISIVE_DATA = {
     "max_pixels",
 }
 
+# Tools, with a config of each, and the sections and keys that only their configs have. Keys of detection are in upper
+# case.
+PRETRAIN, FINETUNE, PROBE, DETECT = "tools/pretrain.py", "tools/finetune.py", "tools/probe.py", "tools/train_net.py"
+EXAMPLES = {
+    PRETRAIN: "pretrain/small.yaml",
+    FINETUNE: "finetune/small.yaml",
+    PROBE: "probe.yaml",
+    DETECT: "small_mask_rcnn.yaml",
+}
+KEYS_OF_ONE_TOOL = {
+    PRETRAIN: """health probe validation log.pictures log.pictures_every_steps model.class_tokens model.decoder
+        model.decoder_depth model.decoder_embed_dim model.decoder_num_heads model.fuse_blocks model.fuse_input
+        model.mask_block model.mask_ratio model.norm_pix_loss model.predict_ratio optim.lr_rule""",
+    FINETUNE: """evaluation loss data.auto_augment data.class_names data.color_jitter data.erase data.erase_count
+        data.erase_mode data.per_class model.drop_path model.freeze model.head model.pool optim.layer_decay""",
+    PROBE: "features few_shot knn linear logistic methods weights data.crop_pct",
+}
+
 MOST_SHOWN = 200  # characters of a value in an error message
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
@@ -55,7 +73,13 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class ConfigSection(BaseModel):
-    """Base of all sections. Unknown keys are errors, and values cannot change after the check."""
+    """Base of all sections. Unknown keys are errors, and values cannot change after the check.
+
+    Attributes:
+        tool: the tool that reads such configs, for a whole config.
+    """
+
+    tool: ClassVar[str] = ""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), coerce_numbers_to_str=True
@@ -338,13 +362,35 @@ def load_typed_config(schema: type[Schema], name: str, overrides: Sequence[str] 
     """
     path = resolve_config_path(name)
     values = read_yaml(path)
+    tool = find_tool(values)
     for word in overrides:
         set_override(values, word)
     try:
         return schema.model_validate(values)
     except ValidationError as error:
+        check_tool(tool, schema.tool, path)
         words = {word.partition("=")[0] for word in overrides}
         raise UserError(describe_errors(error, path, words, schema)) from None
+
+
+def find_tool(values: Mapping[str, Any]) -> str:
+    """Find the tool of a config by the keys of KEYS_OF_ONE_TOOL.
+
+    Returns "" if the keys do not decide.
+    """
+    keys = {str(key) for key in values}
+    keys |= {f"{key}.{name}" for key, section in values.items() if isinstance(section, dict) for name in section}
+    found = {tool: len(keys & set(marks.split())) for tool, marks in KEYS_OF_ONE_TOOL.items()}
+    found[DETECT] = sum(str(key).isupper() for key in values)
+    tool, *others = sorted(found, key=lambda tool: found[tool], reverse=True)
+    return tool if found[tool] > max(found[others[0]], 1) else ""  # one key may be a mistake
+
+
+def check_tool(tool: str, reader: str, path: Path) -> None:
+    """Reject a config that is for another tool than its reader."""
+    if tool and reader and tool != reader:
+        advice = f"Name a config of {reader}, such as {EXAMPLES[reader]}"
+        raise UserError(f"{path}: is a config of {tool}, not of {reader}. {advice}.")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -392,6 +438,7 @@ def describe_errors(error: ValidationError, path: Path, words: set[str], schema:
         words: keys from the command line. The message blames the file for other keys.
     """
     problems: dict[str, list[str]] = {"command line": []}
+    unknown: dict[tuple[str, str], list[str]] = {}  # keys without a suggestion, by place and known keys
     for item in error.errors(include_url=False):
         location = [
             part for part in item["loc"] if isinstance(part, str) and not part.startswith(("tuple[", "constrained"))
@@ -402,7 +449,11 @@ def describe_errors(error: ValidationError, path: Path, words: set[str], schema:
         place = "command line" if typed else f"command line and {path}" if of_section else str(path)
         found = problems.setdefault(place, [])
         if item["type"] == "extra_forbidden":
-            found.append(f"unknown key {key!r}{_suggestion(location, schema)}")
+            near, known = _suggestion(location, schema)
+            if near:
+                found.append(f"unknown key {key!r} (did you mean {near!r}?)")
+            else:
+                unknown.setdefault((place, known), []).append(key)
         elif item["type"] == "missing":
             found.append(f"missing key {key!r}: add it to the file or pass {key}=...")
         else:
@@ -410,6 +461,9 @@ def describe_errors(error: ValidationError, path: Path, words: set[str], schema:
             message = message[0].lower() + message[1:]
             given = "" if isinstance(item["input"], dict | BaseModel) else f", got {abbreviate(repr(item['input']))}"
             found.append(f"{key}: {message}{given}" if key else message)
+    for (place, known), keys in unknown.items():
+        words = f"unknown {'key' if len(keys) == 1 else 'keys'} {shorten([repr(key) for key in keys])}"
+        problems[place].append(f"{words} (known: {known})" if known else words)
     return "; ".join(f"{place}: {'; '.join(dict.fromkeys(found))}" for place, found in problems.items() if found)
 
 
@@ -418,18 +472,19 @@ def abbreviate(text: str) -> str:
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
-def _suggestion(location: list[str], schema: type[ConfigSection]) -> str:
+def _suggestion(location: list[str], schema: type[ConfigSection]) -> tuple[str, str]:
+    """Suggest a known key, "" for none, and list the section's known keys."""
     section: Any = schema
     for part in location[:-1]:
         section = section.model_fields[part].annotation if part in section.model_fields else None
         if not _fields(section):
-            return ""
+            return "", ""
     sections = [name for name, field in schema.model_fields.items() if location[-1] in _fields(field.annotation)]
     if len(location) == 1 and sections:
-        return f" (did you mean {sections[0] + '.' + location[-1]!r}?)"
+        return f"{sections[0]}.{location[-1]}", ""
     known = list(section.model_fields)
     near = difflib.get_close_matches(location[-1], known, n=1)
-    return f" (did you mean {'.'.join([*location[:-1], near[0]])!r}?)" if near else f" (known: {', '.join(known)})"
+    return ".".join([*location[:-1], near[0]]) if near else "", ", ".join(known)
 
 
 def _fields(annotation: Any) -> Iterable[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from crossmae.errors import UserError
+from crossmae.errors import UserError, named_by
 from det.config import CONFIG, load_det_config
 
 COCO_FILE = "predictions.json"
@@ -25,23 +25,28 @@ def add_detector_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_config(config_file: str | Path | None, weights: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
+def read_config(
+    config_file: str | Path | None, weights: str | Path, overrides: Sequence[str] = (), key: str = "weights"
+) -> CfgNode:
     """Read the config of a detector, and apply `KEY=VALUE` words.
 
     `config_file` is a YAML file, a name under configs/, or a run's folder. None uses `config.yaml` next to the
-    `weights`, which are a run's folder or a file in it.
+    `weights`, which are a run's folder or a file in it. Errors name `key`, the option or argument of the weights.
     """
     if not Path(weights).exists():
-        raise UserError(f"{weights}: no such file or folder. Name a detector's weights, or the folder of its run.")
+        raise UserError(
+            f"{key}: {weights}: no such file or folder. Name a detector's weights, or the folder of its run."
+        )
     if config_file is not None:
         return load_det_config(str(config_file), overrides)
     folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
     try:
         if not (folder / CONFIG).is_file():
-            raise UserError(f"{folder}: has no {CONFIG}. Name the config that the detector was trained with.")
+            raise UserError(f"{folder}: has no {CONFIG}. Name the config of its training by --config-file.")
         return load_det_config(str(folder / CONFIG), overrides)
     except UserError:
         from det.backbone.weights import check_detector  # slow import
 
-        check_detector(Path(weights))  # weights of another kind explain the error better
+        with named_by(key, weights):
+            check_detector(Path(weights))  # weights of another kind explain the error better
         raise

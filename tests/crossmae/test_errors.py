@@ -20,6 +20,7 @@ from crossmae.errors import (
     UserError,
     exit_if_any,
     free_space,
+    named_by,
     run_cli,
 )
 
@@ -97,3 +98,22 @@ def test_names_cannot_break_a_line_of_the_log() -> None:
     assert record.args == arguments  # other handlers get the original
     plain = logging.LogRecord("x", logging.INFO, "", 0, "100%", (), None)
     assert PrintableFormatter().format(plain) == "100%"
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("a/b: is bad. Mend it.", "KEY: a/b: is bad. Mend it."),
+        ("a/b/c.pth: is bad. Mend it.", "KEY: a/b/c.pth: is bad. Mend it."),
+        ("a/b has no head. Name another.", "KEY: a/b has no head. Name another."),
+        ("MODEL.WEIGHTS: a/b: is bad. Mend it.", "KEY: a/b: is bad. Mend it."),
+        ("KEY: a/b: is bad. Mend it.", "KEY: a/b: is bad. Mend it."),
+        ("a/bc: is bad. Mend it.", "a/bc: is bad. Mend it."),
+        ("num_heads: a/b: fits nothing. Set it.", "num_heads: a/b: fits nothing. Set it."),
+        ("num_heads: is bad in a/b. Set it.", "num_heads: is bad in a/b. Set it."),
+    ],
+)
+def test_errors_about_a_path_name_its_key(message: str, told: str) -> None:
+    with pytest.raises(UserError) as caught, named_by("KEY", "a/b::ema"):
+        raise UserError(message, "a table")
+    assert caught.value.args == (told, "a table")

@@ -86,7 +86,7 @@ def test_every_option_reaches_the_conversion(source: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("names", "told"),
     [
-        (("gone.pth", "b.pth", "--to", "detectron2"), "no such file or folder"),
+        (("gone.pth", "b.pth", "--to", "detectron2"), "SRC: gone.pth: no such file or folder"),
         (("a.pth", "b.pth", "--to", "detectron2"), "num_heads=16"),
         (("a.pth", "b.pth", "--to", "crossmae", "--img-size", "1", "2", "3", *HEADS), "one number or (height, width)"),
         (("a.pth", "b.pth", "--to", "crossmae", "--img-size", "33", *HEADS), "33 is not a multiple of patch_size 8"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,21 @@ from timm.models.vision_transformer import VisionTransformer
 
 from crossmae.checkpoints.metadata import FORMAT, MODEL_ARGUMENTS, VERSION
 from crossmae.checkpoints.weights import save_weights
-from crossmae.errors import USER_ERROR_EXIT_CODE
+from crossmae.errors import USER_ERROR_EXIT_CODE, UserError
+from crossmae.experiments.worth.inputs import check_weights
 from crossmae.models.crossmae import CrossMAE
 from tests.tools.command_line import exit_code
-from tools import export_detector, predict, predict_classes, pretrain, reconstruct
+from tools import (
+    convert_checkpoint,
+    export_detector,
+    finetune,
+    inspect_checkpoint,
+    predict,
+    predict_classes,
+    pretrain,
+    probe,
+    reconstruct,
+)
 
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 DECODER = {"decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 1}
@@ -46,6 +58,10 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.save({"model": backbone | {"roi_heads.x.weight": torch.zeros(1)}}, "detector/model_final.pth")
     Path("photos").mkdir()
     Image.new("RGB", (32, 32)).save("photos/a.png")
+    for name in ("red", "blue"):
+        Path("labelled", name).mkdir(parents=True)
+        for number in range(12):
+            Image.new("RGB", (32, 32), name).save(f"labelled/{name}/{number}.png")
     Path("metrics.json").write_text('{"loss": 1}\n{"loss": 2}\n')
     return tmp_path
 
@@ -54,12 +70,40 @@ def weights_for(main: Callable[..., None], *words: str) -> Callable[[str], tuple
     return lambda path: (main, [word.replace("WEIGHTS", path) for word in words])
 
 
+FINETUNE = [
+    "--config-file",
+    "finetune/small.yaml",
+    "optim.batch_size=4",
+    "output_dir=OUT",
+    "runtime.device=cpu",
+    "data.workers=0",
+]
+PROBE = ["--config-file", "probe.yaml", "output_dir=OUT", "runtime.device=cpu", "data.workers=0"]
 TOOLS = {
     "predict": weights_for(predict.main, "--weights", "WEIGHTS", "photos/a.png", "--output", "OUT"),
     "export": weights_for(export_detector.main, "--weights", "WEIGHTS", "--output", "OUT.onnx"),
     "classes": weights_for(predict_classes.main, "--weights", "WEIGHTS", "photos", "--output", "OUT.json"),
     "reconstruct": weights_for(reconstruct.main, "WEIGHTS", "photos/a.png", "--output", "OUT"),
     "pretrain": weights_for(pretrain.main, "--config-file", "run/config.yaml", "model.init=WEIGHTS"),
+}
+KEYS = {
+    "predict": "--weights",
+    "export": "--weights",
+    "classes": "--weights",
+    "reconstruct": "CKPT",
+    "pretrain": "model.init",
+    "finetune": "model.init",
+    "evaluation": "--eval-only",
+    "probe": "weights",
+    "convert": "SRC",
+    "inspect": "FILE",
+}
+OTHER_TOOLS = {
+    "finetune": weights_for(finetune.main, *FINETUNE, "data.train=labelled", "model.init=WEIGHTS"),
+    "evaluation": weights_for(finetune.main, *FINETUNE, "data.val=labelled", "--eval-only", "WEIGHTS"),
+    "probe": weights_for(probe.main, *PROBE, "data.train=labelled", "data.val=labelled", "weights=WEIGHTS"),
+    "convert": weights_for(convert_checkpoint.main, "WEIGHTS", "OUT.pth", "--to", "detectron2"),
+    "inspect": weights_for(inspect_checkpoint.main, "WEIGHTS"),
 }
 CASES = [
     ("predict", "run", "run: a CrossMAE pretraining model of this toolkit, encoder and decoder, not a detector"),
@@ -101,3 +145,22 @@ def test_mix_ups(files: Path, capsys: pytest.CaptureFixture[str], tool: str, pat
     (line,) = capsys.readouterr().err.strip().split("error: ")[1].splitlines()
     assert told in line
     assert sorted(files.rglob("*")) == before
+
+
+@pytest.mark.parametrize("path", ["nofile.pth", "outputs/lpa", "photos", "photos/a.png"])
+@pytest.mark.parametrize("tool", KEYS)
+def test_the_key_of_the_weights_is_named(files: Path, capsys: pytest.CaptureFixture[str], tool: str, path: str) -> None:
+    """The line is `<key>: <path>: <what is wrong>. <What to do.>`, for missing paths and for other content."""
+    main, words = (TOOLS | OTHER_TOOLS)[tool](path)
+    assert exit_code(main, *words) == USER_ERROR_EXIT_CODE
+    (line,) = capsys.readouterr().err.strip().split("error: ")[1].splitlines()
+    assert line.startswith(f"{KEYS[tool]}: {path}: "), line
+    assert re.search(r"\. [A-Z][^.]+", line), line
+    if not Path(path).exists():
+        assert "no such file or folder" in line
+
+
+def test_weights_of_worth_are_named(files: Path) -> None:
+    for path in ("nofile.pth", "photos"):
+        with pytest.raises(UserError, match=rf"^--weights: {files / path}: "):
+            check_weights(files / path, {}, {})

@@ -159,7 +159,7 @@ def nothing(folder: Path) -> None:
         (truncate, [], "VAL/green/2.png"),
         (nothing, ["few_shot.shots=[1,13]"], "few_shot.shots: 13 images per class are wanted"),
         (nothing, ["knn.k=[36]"], "knn.k: [36] need more than the 36 images of data.train"),
-        (nothing, ["weights=absent.pth"], "no such file or folder: absent.pth"),
+        (nothing, ["weights=absent.pth"], "error: weights: absent.pth: no such file or folder"),
         (nothing, ["weights=null"], "model.name: missing, with weights=null"),
         (nothing, ["model.embed_dim=32"], "embed_dim 24, not 32"),
         (nothing, ["model.in_chans=1"], "has not one value for each of the 1 channels"),

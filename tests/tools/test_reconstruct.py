@@ -76,7 +76,7 @@ def test_published_layout(folder: Path, capsys: pytest.CaptureFixture[str], name
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("gone", "one.png"), "no such file or folder: gone"),
+        (("gone", "one.png"), "CKPT: gone: no such file or folder"),
         (("run", "gone.png"), "IMAGES: gone.png: no such file or folder"),
         (("run", "encoder.pth"), "encoder.pth: cannot be read as an image"),
         (

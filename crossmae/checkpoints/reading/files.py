@@ -91,7 +91,9 @@ def find_file(path: Path) -> Path:
     full = path.absolute()
     parent = next(folder for folder in full.parents if os.path.isdir(folder))
     where = "" if full == path else f" ({full})"
-    raise UserError(f"no such file or folder: {path}{where}. The nearest folder that exists is {parent}.")
+    raise UserError(
+        f"{path}: no such file or folder{where}. Correct the path: the nearest folder that exists is {parent}."
+    )
 
 
 def _refuse_part(path: Path) -> None:

@@ -29,7 +29,7 @@ from crossmae.classification.train.config import EvaluationConfig, LabelledDataC
 from crossmae.data.pixels import Normalize
 from crossmae.data.sources import Source, open_source
 from crossmae.data.sources.source import evenly_spaced
-from crossmae.errors import UserError, shorten
+from crossmae.errors import UserError, named_by, shorten
 from crossmae.files import check_writable, sha256
 from crossmae.models.class_names import LISTED, list_names, pair_names
 from crossmae.training.devices import choose_precision, open_autocast, open_device
@@ -170,7 +170,7 @@ def evaluate_only(
     with process_group(ranks, opened):
         try:
             ranks.together(lambda: _check_output(output_dir, force))
-            classifier = ranks.together(lambda: load_classifier(weights, settings.img_size))
+            classifier = ranks.together(lambda: _load_named(weights, settings.img_size))
             classifier, found = ranks.together(lambda: _open_images(classifier, data, settings, batch_size))
             if ranks.is_main:
                 log.info("data.val: %s", found.images.source.description)
@@ -199,6 +199,11 @@ def evaluate_only(
             log.info("report: %s", write_report(output_dir))
         ranks.wait()
     return scores
+
+
+def _load_named(weights: str | Path, img_size: int | tuple[int, int] | None) -> Classifier:
+    with named_by("--eval-only", weights):
+        return load_classifier(weights, img_size)
 
 
 def _check_output(folder: Path, force: bool) -> None:

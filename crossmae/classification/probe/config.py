@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from crossmae.data.images import MAX_PIXELS, ImageLimits
 from crossmae.models.sizes import model_arguments
 from crossmae.pretraining.config import FeaturePool
-from crossmae.training.config import ConfigSection, NonNegative, Positive, Ratio
+from crossmae.training.config import PROBE, ConfigSection, NonNegative, Positive, Ratio
 
 Method = Literal["knn", "linear", "logistic", "few_shot"]
 Seeds = tuple[int, ...]
@@ -126,6 +126,7 @@ class ComputeConfig(ConfigSection):
 class ProbeRunConfig(ConfigSection):
     """Settings of a probe of frozen features."""
 
+    tool: ClassVar[str] = PROBE
     output_dir: Path = Field(description="folder of the results")
     weights: Path | None = Field(description="weight file, or folder of a run; null: random ones, as a baseline")
     methods: tuple[Method, ...] = Field(("knn", "linear", "logistic", "few_shot"), min_length=1)

@@ -27,7 +27,7 @@ from crossmae.classification.probe.features import choose_views, extract, open_e
 from crossmae.classification.probe.report import REACH, build_page
 from crossmae.data.broken import find_broken, refuse_broken
 from crossmae.data.sources import Source, open_source, warn_of_overlap
-from crossmae.errors import UserError
+from crossmae.errors import UserError, named_by
 from crossmae.files import check_writable, make_folder, sha256, write_json
 from crossmae.training.devices import choose_precision, open_device
 from crossmae.training.processes import find_ranks
@@ -177,7 +177,8 @@ def _open_weights(
     else:
         if name is not None:
             log.info("ignored, because there are weights: model.name")
-        weights = read_weights(path)
+        with named_by("weights", path):
+            weights = read_weights(path)
         digest = sha256(weights.path) + split_choice(path)[1]  # the name of one of several encoders
     shown = None if path is None else str(weights.path)
     return weights, {"path": shown, "sha256": digest, "format": weights.format, "random": path is None}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from crossmae.classification.probe.config import EncoderSizes, Pixels
 from crossmae.models.sizes import SIZES
 from crossmae.training.config import (
+    FINETUNE,
     CheckpointConfig,
     ConfigSection,
     DataConfig,
@@ -149,6 +150,7 @@ class EvaluationConfig(ConfigSection):
 class FinetuneConfig(RunConfig):
     """All settings of a fine-tuning run."""
 
+    tool: ClassVar[str] = FINETUNE
     data: LabelledDataConfig
     model: ClassifierConfig
     loss: LossConfig = LossConfig()

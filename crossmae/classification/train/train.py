@@ -59,7 +59,7 @@ from crossmae.data.broken import NEVER_REPLACED, Broken, find_broken, refuse_bro
 from crossmae.data.pixels import Normalize, published_crop_pct
 from crossmae.data.sources import open_named, warn_of_overlap
 from crossmae.data.sources.source import choose_per_class
-from crossmae.errors import UserError, shorten
+from crossmae.errors import UserError, named_by, shorten
 from crossmae.files import check_writable
 from crossmae.models.class_names import pair_names, rows_by_name, start_notes
 from crossmae.models.sizes import SIZES
@@ -110,7 +110,8 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
     check_writable(config.output_dir, "output_dir")
     start = find_start(config.output_dir, resume, "fine-tuning")
     if config.model.init is not None and not start:
-        find_file(config.model.init)  # before the data are read, which takes minutes
+        with named_by("model.init", config.model.init):
+            find_file(config.model.init)  # before the data are read, which takes minutes
     # The labelled images, and the schedule, which depends on their number.
     labelled = open_labelled(config, ranks)
     source, classes = labelled.train, labelled.classes
@@ -351,7 +352,8 @@ def build_model(
     given = settings.given()
     torch.manual_seed(seed)
     file = start / MODEL if start else settings.init
-    weights = read_weights(file) if file else None
+    with named_by("model.init", file or ""):
+        weights = read_weights(file) if file else None
     architecture = architecture_of(weights, **given) if weights else architecture_from(given, str(settings.name))
     model = build_vit(architecture, len(classes), settings.pool, settings.drop_path, settings.head)
     origin = recorded_inheritance(file) if start and file else {}

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from crossmae.data.sources import open_source
 from crossmae.data.sources.source import Source
-from crossmae.errors import UserError, shorten
+from crossmae.errors import UserError, named_by, shorten
 from crossmae.experiments.labels import list_class_subsets, write_coco_subsets
 from crossmae.files import make_folder, read_json, sha256, write_json, write_text
 
@@ -331,7 +331,8 @@ def check_weights(path: Path, sizes: Mapping[str, Any], presets: Mapping[str, Ma
     """
     from crossmae.checkpoints.weights import encoder_arguments, encoder_tensors, read_weights  # slow import
 
-    weights = read_weights(path)
+    with named_by("--weights", path):
+        weights = read_weights(path)
     theirs = encoder_arguments(encoder_tensors(weights), weights.metadata)
     keys = ("embed_dim", "depth", "num_heads")
     differing = [f"{key} {theirs.get(key)}, not {sizes[key]}" for key in keys if theirs.get(key) != sizes[key]]

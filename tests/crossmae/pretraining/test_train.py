@@ -74,7 +74,7 @@ def test_the_loss_falls_and_everything_promised_is_written(images: Path, tmp_pat
             r"probe.train: .* across, along \(2\), but .*none",
         ),
         ({"probe": {"train": "{train}", "val": "{val}", "k": 30}}, r"probe.k: 30 neighbours of 24 images"),
-        ({"model": {"init": "nowhere"}}, r"no such file or folder: nowhere"),
+        ({"model": {"init": "nowhere"}}, r"model.init: nowhere: no such file or folder"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(

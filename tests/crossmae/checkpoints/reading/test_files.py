@@ -110,7 +110,7 @@ def test_truncated_safetensors(tmp_path: Path, tensors: dict[str, Tensor], share
 def test_missing_paths(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     with pytest.raises(
-        UserError, match=rf"no such file.*gone/x\.pth.*nearest folder that exists is {tmp_path}/here\.$"
+        UserError, match=rf"gone/x\.pth: no such file.*nearest folder that exists is {tmp_path}/here\.$"
     ):
         read_weights(tmp_path / "here/gone/x.pth")
     with pytest.raises(UserError, match=r"here: a folder without weights, without model\.safetensors"):

@@ -358,7 +358,7 @@ def test_several_labels_per_image(images: Path, tmp_path: Path) -> None:
         ({"data": {"train": "nowhere"}}, "data.train: nowhere does not exist"),
         ({"data": {"per_class": 7}}, r"data\.per_class: fewer than 7 images of blue \(6\)"),
         ({"data": {"auto_augment": "rand-m9-what1"}}, "data.auto_augment"),
-        ({"model": {"init": "nowhere.pth"}}, "no such file or folder: nowhere.pth"),
+        ({"model": {"init": "nowhere.pth"}}, "model.init: nowhere.pth: no such file or folder"),
         ({"model": {"img_size": 30}}, "model: img_size .* multiple of patch_size 8"),
         ({"optim": {"batch_size": 20}}, "needs 20 images, the data set has 18"),
         ({"loss": {"class_weights": {"cat": 1.0}}}, "loss.class_weights: cat: no class of data.train"),
