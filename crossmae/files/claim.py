@@ -94,7 +94,10 @@ def check_unused(folder: Path, key: str = "output_dir") -> None:
 
 
 def _peek_record(folder: Path) -> dict[str, Any]:
-    """Read the record of a folder. A damaged record, which `claim` logs, counts as none."""
+    """Read the record of a folder.
+
+    A damaged record counts as none, because `claim` logs it.
+    """
     try:
         return read_side_file(folder / CLAIM_RECORD)
     except UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, PIXEL_MEAN, PIXEL_STD
 from crossmae.checkpoints.weights import save_weights
 from crossmae.classification.probe import probe as module
 from crossmae.classification.probe.config import ProbeRunConfig
-from crossmae.errors import USER_ERROR_EXIT_CODE
+from crossmae.errors import USER_ERROR_EXIT_CODE, UserError
 from crossmae.models.crossmae import CrossMAE
 from crossmae.training.config import load_typed_config
 from tests.crossmae.classification.labelled import CLASSES, write_classes
@@ -187,6 +188,58 @@ def test_errors_are_one_line_and_write_nothing(
     assert len(lines) == 1
     assert told in lines[0]
     assert sorted(folder.rglob("*")) == before
+
+
+def test_defaults_that_need_more_images_are_left_out(
+    folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """With 8 images per class: the log, the results, the page and the terminal say it."""
+    for path in Path("TRAIN").rglob("*.png"):
+        if int(path.stem) >= 8:
+            path.unlink()
+    main(command("methods=[knn,few_shot]"))
+    found = results()
+    assert [one["per_class"] for one in found["methods"]["few_shot"]["shots"]] == [1, 5]
+    assert {cell["k"] for cell in found["methods"]["knn"]["cells"]} == {1, 5, 10, 20}
+    told = [
+        "knn.k: [50, 100, 200] need more than the 24 images of data.train. They are left out",
+        "few_shot.shots: [10] images per class are not there, a class of data.train has only 8. They are left out",
+    ]
+    assert found["left_out"] == told
+    out = capsys.readouterr().out
+    page = Path("OUT/report.html").read_text()
+    for sentence in told:
+        assert sentence in caplog.messages
+        assert f"{sentence}.\n" in out
+        assert f"{sentence}." in page
+
+
+@pytest.mark.parametrize(
+    ("counts", "given", "methods", "ks", "shots"),
+    [
+        ([12, 12], {"knn.k", "few_shot.shots", "methods"}, "knn linear logistic few_shot", (1, 20), (1, 10)),
+        ([12, 3], set(), "knn linear logistic few_shot", (1,), (1,)),
+        ([12, 3], {"methods"}, "knn linear logistic few_shot", (1,), (1,)),
+        ([12, 3], {"knn.k"}, "knn.k: [20] need more than the 15 images of data.train. Lower knn.k.", (), ()),
+        ([12, 3], {"few_shot.shots"}, "few_shot.shots: 10 images per class are wanted", (), ()),
+        ([1, 1], set(), "knn linear few_shot", (1,), (1,)),
+        ([1, 1], {"methods"}, "methods: logistic needs two images of a class in data.train. Leave it out.", (), ()),
+        ([1, 0], set(), "linear", (), ()),
+        ([1, 0], {"methods"}, "knn.k: [1, 20] need more than the 1 images of data.train. Leave knn out of", (), ()),
+    ],
+)
+def test_given_values_are_never_left_out(
+    counts: list[int], given: set[str], methods: str, ks: tuple[int, ...], shots: tuple[int, ...]
+) -> None:
+    labels = torch.repeat_interleave(torch.arange(2), torch.tensor(counts))
+    wanted = (("knn", "linear", "logistic", "few_shot"), (1, 20), (1, 10), labels, ["cat", "dog"], given)
+    if not ks and given:
+        with pytest.raises(UserError, match=f"^{re.escape(methods)}"):
+            module.choose_methods(*wanted)
+        return
+    choice = module.choose_methods(*wanted)
+    assert (choice.methods, choice.ks, choice.shots) == (tuple(methods.split()), ks, shots)
+    assert bool(choice.left_out) == (counts != [12, 12])
 
 
 def test_the_recipe_is_the_default(folder: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
 from itertools import pairwise
@@ -22,7 +22,7 @@ from crossmae.checkpoints.weights import Weights, read_weights
 from crossmae.classification.data import Views, find_classes, find_several, label_targets, warn_of_absent
 from crossmae.classification.probe import knn, linear, logistic
 from crossmae.classification.probe.cache import CachedFeatures, cached, data_digest, is_cached, tensors_digest
-from crossmae.classification.probe.config import LabelledConfig, LinearConfig, ProbeRunConfig
+from crossmae.classification.probe.config import LabelledConfig, ProbeRunConfig
 from crossmae.classification.probe.features import choose_views, extract, open_encoder, random_weights
 from crossmae.classification.probe.report import REACH, build_page
 from crossmae.data.broken import find_broken, refuse_broken
@@ -56,7 +56,12 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
     classes = sources["train"].classes
     batch_size = min(config.linear.batch_size, len(labels["train"]))
     head = config.linear.model_copy(update={"batch_size": batch_size})
-    ks = check_methods(config.methods, config.knn.k, head, config.few_shot.shots, labels["train"], classes)
+    shots, given = config.few_shot.shots, set(config.model_fields_set & {"methods"})
+    given |= {"knn.k"} if "k" in config.knn.model_fields_set else set()
+    given |= {"few_shot.shots"} if "shots" in config.few_shot.model_fields_set else set()
+    choice = choose_methods(config.methods, config.knn.k, shots, labels["train"], classes, given)
+    if "linear" in choice.methods and linear.reach(head, len(labels["train"])) < 1:
+        log.warning("linear: %d images are too few steps: %s", len(labels["train"]), REACH)
 
     sizes = config.model.model_dump(exclude={"name"})
     weights, about = _open_weights(config.weights, config.model.name, seed, sizes)
@@ -86,14 +91,15 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
     train, val = _load_features(cache, key, sources, views if data.check else None, features_of)
     clock.append(("features", time.perf_counter()))
     strengths, most, few = config.logistic.strengths, config.logistic.max_iterations, config.few_shot
+    few_settings = (choice.shots, few.seeds, few.strength, few.max_iterations)
     runs: dict[str, Callable[[], dict[str, Any]]] = {
-        "knn": lambda: knn.sweep(train, val, len(classes), ks, config.knn.temperature, device),
+        "knn": lambda: knn.sweep(train, val, len(classes), choice.ks, config.knn.temperature, device),
         "linear": lambda: linear.run_linear(train, val, len(classes), head, device),
         "logistic": lambda: logistic.run_logistic(train, val, strengths, most, seed),
-        "few_shot": lambda: logistic.run_few_shot(train, val, few.shots, few.seeds, few.strength, few.max_iterations),
+        "few_shot": lambda: logistic.run_few_shot(train, val, *few_settings),
     }
     found: dict[str, Any] = {}
-    for name in (name for name in runs if name in config.methods):
+    for name in (name for name in runs if name in choice.methods):
         found[name] = runs[name]()
         clock.append((name, time.perf_counter()))
 
@@ -103,6 +109,7 @@ def probe(config: ProbeRunConfig, force: bool = False) -> dict[str, Any]:
         "features": decisive | {"width": encoder.width, "notes": notes},
         "data": facts | {"classes": list(classes)},
         "methods": found,
+        "left_out": choice.left_out,
         "config": config.model_dump(mode="json"),
         "versions": versions() | {"scikit-learn": sklearn.__version__, "scipy": scipy.__version__},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -131,29 +138,71 @@ def open_labelled(data: LabelledConfig) -> tuple[dict[str, Source], dict[str, Te
     return sources, labels
 
 
-def check_methods(
+@dataclass(frozen=True)
+class Choice:
+    """The methods that the training images suffice for, and what was left out, as sentences."""
+
+    methods: tuple[str, ...]
+    ks: tuple[int, ...]
+    shots: tuple[int, ...]
+    left_out: tuple[str, ...]
+
+
+def choose_methods(
     methods: Sequence[str],
     ks: Sequence[int],
-    head: LinearConfig,
     shots: Sequence[int],
     labels: Tensor,
     classes: Sequence[str],
-) -> tuple[int, ...]:
-    """Check the number of training images and return usable neighbour numbers."""
-    images = len(labels)
-    possible = tuple(k for k in ks if k < images)
-    if "knn" in methods and len(possible) < len(ks):
-        left_out = sorted(set(ks) - set(possible))
-        if not possible:
-            raise UserError(f"knn.k: {left_out} need more than the {images} images of data.train. Lower knn.k.")
-        log.warning("knn.k: %s are left out, because data.train has %d images", left_out, images)
-    if "linear" in methods and linear.reach(head, images) < 1:
-        log.warning("linear: %d images are too few steps: %s", images, REACH)
-    if "few_shot" in methods:
-        logistic.check_shots(labels, classes, shots, "few_shot.shots")
-    if "logistic" in methods and int(torch.bincount(labels).max()) < 2:
-        raise UserError("methods: logistic needs two images of a class in data.train. Leave it out.")
-    return possible
+    given: Set[str] = frozenset(),
+) -> Choice:
+    """Leave out the default values that need more training images.
+
+    Args:
+        methods: names of methods.
+        ks: numbers of neighbours.
+        shots: numbers of images per class.
+        labels: class numbers of the training images (N,).
+        given: keys among "methods", "knn.k" and "few_shot.shots" that the user gave. These values are not left out.
+
+    Raises:
+        UserError: A given value needs more training images, or no method is left.
+    """
+    images, counts = len(labels), torch.bincount(labels, minlength=len(classes))
+    kept, left_out = list(methods), []
+    fitting = {"knn": tuple(k for k in ks if k < images), "few_shot": tuple(n for n in shots if n <= int(counts.min()))}
+
+    def leave_out(method: str, sentence: str, advice: str) -> None:
+        if "methods" in given:
+            raise UserError(f"{sentence}. {advice}.")
+        left_out.append(f"{sentence}. The method is left out")
+        kept.remove(method)
+
+    if "knn" in methods and len(fitting["knn"]) < len(ks):
+        sentence = f"knn.k: {sorted(set(ks) - set(fitting['knn']))} need more than the {images} images of data.train"
+        if "knn.k" in given:
+            raise UserError(f"{sentence}. Lower knn.k.")
+        if fitting["knn"]:
+            left_out.append(f"{sentence}. They are left out")
+        else:
+            leave_out("knn", sentence, "Leave knn out of methods")
+    if "few_shot" in methods and len(fitting["few_shot"]) < len(shots):
+        if "few_shot.shots" in given:
+            logistic.check_shots(labels, classes, shots, "few_shot.shots")
+        larger = sorted(set(shots) - set(fitting["few_shot"]))
+        smallest = f"a class of data.train has only {int(counts.min())}"
+        sentence = f"few_shot.shots: {larger} images per class are not there, {smallest}"
+        if fitting["few_shot"]:
+            left_out.append(f"{sentence}. They are left out")
+        else:
+            leave_out("few_shot", sentence, "Leave few_shot out of methods")
+    if "logistic" in methods and int(counts.max()) < 2:
+        leave_out("logistic", "methods: logistic needs two images of a class in data.train", "Leave it out")
+    if not kept:
+        raise UserError(f"methods: none of {', '.join(methods)} is possible with {images} training images. Add images.")
+    for sentence in left_out:
+        log.warning("%s", sentence)
+    return Choice(tuple(kept), fitting["knn"], fitting["few_shot"], tuple(left_out))
 
 
 def _check_start(output: Path, cache: Path, force: bool) -> None:

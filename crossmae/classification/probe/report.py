@@ -79,7 +79,8 @@ def table(results: Mapping[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     layout = "{:%d}  {:%d}  {:>%d}  {:>%d}" % tuple(widths)  # noqa: UP031
     footer = "intervals of means over seeds cover only the seeds, others the choice of validation images"
-    return "\n".join([*(layout.format(*row) for row in rows), footer])
+    left_out = [f"{sentence}." for sentence in results.get("left_out", ())]
+    return "\n".join([*(layout.format(*row) for row in rows), footer, *left_out])
 
 
 def build_page(results: Mapping[str, Any]) -> Report:
@@ -94,6 +95,8 @@ def build_page(results: Mapping[str, Any]) -> Report:
         "Top-1 accuracy on validation images, in percent. The interval of a single number is Wilson's, which covers "
         "only the choice of validation images. The interval of a mean over seeds is Student's."
     )
+    if left_out := results.get("left_out"):
+        text += f" {'. '.join(left_out)}."
     rows: list[TableRow] = [[f"{TITLES[one.method]}: {one.setting}", _bar(one.accuracy), one.interval] for one in found]
     sections = [
         Section("Results", text, [Table(["method", "top-1", "95 % interval"], rows, "A full bar is 100.")]),
