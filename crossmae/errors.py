@@ -196,3 +196,9 @@ def shorten(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
     """List the first `most` names, and count the remaining names."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return separator.join(names[:most]) + more
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Format a count with its noun: "1 image", "1,600 images", "2 classes"."""
+    several = plural or noun + ("es" if noun.endswith("s") else "s")
+    return f"{number:,} {noun if number == 1 else several}"

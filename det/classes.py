@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crossmae.checkpoints.metadata import CLASSES
-from crossmae.errors import UserError
+from crossmae.errors import UserError, counted
 from crossmae.files import load_json
 from crossmae.models.class_names import NamePairs, describe_difference, list_names, pair_names
 from det.config import RECORD
@@ -86,8 +86,8 @@ def recorded_classes(path: Path, metadata: Mapping[str, str], number: int | None
         return None
     if number is not None and len(classes.names) != number:
         raise UserError(
-            f"{record}: has {len(classes.names)} class names. The detector {path.name} needs {number}, so name the "
-            "weights in their own run folder."
+            f"{record}: has {counted(len(classes.names), 'class name')}. The detector {path.name} needs {number}, so "
+            "name the weights in their own run folder."
         )
     return classes
 
@@ -148,8 +148,9 @@ def pair_categories(classes: Classes | None, number: int, names: Sequence[str], 
         if len(names) == number:
             return None
         raise UserError(
-            f"{data}: has {len(names)} categories ({list_names(names)}), but the detector has {number} classes, whose "
-            f"names are unknown. List the detector's {number} classes in its order, or name another detector."
+            f"{data}: has {counted(len(names), 'category', 'categories')} ({list_names(names)}), but the detector has "
+            f"{counted(number, 'class')}, whose names are unknown. List the detector's classes in its order, or "
+            "name another detector."
         )
     pairs = pair_names(names, classes.names)
     if pairs.unknown:

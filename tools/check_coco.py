@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from crossmae.data.images import ImageLimits, add_max_pixels
-from crossmae.errors import UserError, run_cli
+from crossmae.errors import UserError, counted, run_cli
 from crossmae.files import check_destination, check_writable, make_folder, write_json
 from det.data.coco import describe_moved_images, drop_advice, mask_kind, read_coco, tidy_with_images
 from det.data.coco_checks import Finding, find_faults
@@ -75,7 +75,8 @@ def advice(tidied: Tidy, findings: Sequence[Finding]) -> str:
     if not faults:
         return "no faults"
     droppable = sum(one.rank is Rank.DROPPABLE for one in faults)
-    return f"{len(faults)} kinds of faults, {droppable} of them droppable{drop_advice(tidied, findings)}"
+    kinds = counted(len(faults), "kind of faults", "kinds of faults")
+    return f"{kinds}, {droppable} of them droppable{drop_advice(tidied, findings)}"
 
 
 def report(arguments: argparse.Namespace, counts: dict[str, int], findings: Sequence[Finding]) -> dict[str, Any]:

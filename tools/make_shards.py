@@ -22,7 +22,7 @@ from crossmae.data.images import MAX_PIXELS, ImageLimits
 from crossmae.data.sources import open_source
 from crossmae.data.sources.shard_files import is_url
 from crossmae.data.sources.shard_writer import ShardSettings, make_shards, verify_shards
-from crossmae.errors import UserError, printable, run_cli, set_up_log
+from crossmae.errors import UserError, counted, printable, run_cli, set_up_log
 from crossmae.files import expand_path
 
 
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"DST: {args.folder} is an address. Give a local folder, and copy the shards afterwards.")
     folder = expand_path(args.folder, "DST")
     if args.verify:
-        print(f"{printable(folder)}: {verify_shards(folder):,} shards, all unchanged")
+        print(f"{printable(folder)}: {counted(verify_shards(folder), 'shard')}, all unchanged")
         return
     if args.source is None:
         raise UserError("SRC: is missing. Give two paths: the images, and the folder of the shards.")
@@ -74,11 +74,12 @@ def main(argv: list[str] | None = None) -> None:
     print(source.description)
     index, kept = make_shards(source, folder, settings, args.workers)
     print(
-        f"{index.total('names'):,} images in {len(index.shards):,} shards ({kept:,} were there already), "
+        f"{counted(index.total('names'), 'image')} in {counted(len(index.shards), 'shard')} "
+        f"({kept:,} were there already), "
         f"{index.total('source_bytes') / 1e6:,.1f} MB became {index.total('bytes') / 1e6:,.1f} MB"
     )
     if broken := index.total("broken"):
-        print(f"{broken:,} broken images left out, listed in {printable(folder / 'broken.txt')}")
+        print(f"{counted(broken, 'broken image')} left out, listed in {printable(folder / 'broken.txt')}")
     print(f"paste: data.train={printable(folder)}")
 
 

@@ -20,10 +20,11 @@ import os
 import re
 from pathlib import Path
 
-from crossmae.errors import UserError, exit_if_any, named_by, printable, run_cli
+from crossmae.errors import UserError, counted, exit_if_any, named_by, printable, run_cli
 from det.inference.arguments import COCO_FILE, add_detector_arguments, read_config
 from det.training.console import set_up_console
 
+FEW = 0.1  # objects per image; fewer may come from the threshold
 SETTING = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*=.*")
 
 
@@ -80,8 +81,12 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"--batch-size {args.batch_size}: too many images for the memory of the GPU. Lower it."
         ) from None
-    print(f"{job.objects} objects in {job.images} images: {printable(args.output / COCO_FILE)}")
-    exit_if_any(job.failures, f"of {len(media)} files, these could not be read or written:")
+    print(f"{counted(job.objects, 'object')} in {counted(job.images, 'image')}: {printable(args.output / COCO_FILE)}")
+    if job.images and job.objects < FEW * job.images:
+        highest, number = job.highest_score(media)
+        seen = f"the highest score in {counted(number, 'file')} is {highest:.2g}"
+        print(f"few objects: {seen}. Lower --score-threshold, which is {predictor.score_threshold:g}, to see more.")
+    exit_if_any(job.failures, f"of {counted(len(media), 'file')}, these could not be read or written:")
 
 
 if __name__ == "__main__":

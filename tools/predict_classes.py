@@ -18,7 +18,7 @@ from pathlib import Path
 
 from crossmae.classification import BATCH_SIZE, LABEL_THRESHOLD, STDOUT, TOP_K
 from crossmae.data.images import ImageLimits, add_max_pixels, parse_size
-from crossmae.errors import UserError, exit_if_any, named_by, printable, run_cli
+from crossmae.errors import UserError, counted, exit_if_any, named_by, printable, run_cli
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,8 +80,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--batch-size {args.batch_size}: the GPU's memory is full. Lower it.") from None
     total = sum(map(len, sources))
     if args.output != STDOUT:
-        print(f"classes of {total - len(failures)} images: {printable(args.output)}")
-    exit_if_any(failures, f"of {total} images, these could not be read:")
+        print(f"classes of {counted(total - len(failures), 'image')}: {printable(args.output)}")
+    exit_if_any(failures, f"of {counted(total, 'image')}, these could not be read:")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from yacs.config import CfgNode
 
-from crossmae.errors import UserError, printable, run_cli
+from crossmae.errors import UserError, counted, printable, run_cli
 from crossmae.files import check_writable, make_folder, write_atomically
 from crossmae.models.class_names import pair_names, start_notes
 from det.classes import recorded_classes
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     sheet = Image.fromarray(draw_sheet(pictures, captions))
     form = FORMATS[args.output.suffix.lower()]
     write_atomically(args.output, lambda temporary: sheet.save(temporary, format=form, quality=JPEG_QUALITY))
-    print(f"the first {len(samples)} training images: {printable(args.output)}")
+    print(f"the first {counted(len(samples), 'training image')}: {printable(args.output)}")
 
 
 def compare_with_start(weights: str, names: Sequence[str]) -> None:

@@ -35,7 +35,7 @@ from crossmae.checkpoints.pretrained import IMAGENET_MEAN, IMAGENET_STD, pixel_f
 from crossmae.checkpoints.weights import Weights, read_weights
 from crossmae.classification.vit import Architecture, HeadKind, architecture_of, build_vit
 from crossmae.data.pixels import published_crop_pct
-from crossmae.errors import UserError
+from crossmae.errors import UserError, counted
 from crossmae.files import load_json
 from crossmae.models.sizes import OFF_BY_DEFAULT
 from crossmae.pretraining.config import Pool
@@ -166,7 +166,9 @@ def _read_record(weights: Weights, assumed: Mapping[str, str], architecture: Arc
         (PIXEL_STD, record.std, channels, "channels"),
     ):
         if len(values) != expected:
-            raise UserError(f"{weights.path}: {key} has {len(values)} values for {expected} {what}. {REPAIR}")
+            raise UserError(
+                f"{weights.path}: {key} has {counted(len(values), 'value')} for {expected} {what}. {REPAIR}"
+            )
     return record
 
 

@@ -23,7 +23,7 @@ from crossmae.data.pixels import centre_view, read_pixels
 from crossmae.data.sources import Source
 from crossmae.data.sources.labels import alike_labels, doubt_labels, unify_labels
 from crossmae.data.workers import Loader, usable_workers
-from crossmae.errors import UserError, shorten
+from crossmae.errors import UserError, counted, shorten
 from crossmae.files import decode_text, read_file
 from crossmae.models.class_names import LISTED, pair_names
 
@@ -87,7 +87,7 @@ def find_classes(source: Source, key: str, separator: str | None = None) -> tupl
         if not name.isprintable() or name.encode("utf-8", "replace").decode() != name:
             raise UserError(f"{key}: the class {name!r} is not valid text. Rename it.")
     if len(classes) < (2 if separator is None else 1):
-        raise UserError(f"{key}: {source.description}: {len(classes)} classes. Name images of at least two.")
+        raise UserError(f"{key}: {source.description}: {counted(len(classes), 'class')}. Name images of at least two.")
     return classes
 
 
@@ -163,7 +163,8 @@ def read_class_names(names: Sequence[str] | Path | None, classes: Sequence[str])
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{where}: {shorten(doubled)} twice. Give every class its own name.")
     if len(names) != len(classes):
-        raise UserError(f"{where}: {len(names)} names for {len(classes)} classes. Name all of {shorten(classes)}.")
+        found = f"{counted(len(names), 'name')} for {counted(len(classes), 'class')}"
+        raise UserError(f"{where}: {found}. Name all of {shorten(classes)}.")
     return tuple(names)
 
 

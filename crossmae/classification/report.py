@@ -27,6 +27,7 @@ from crossmae.classification.evaluation.files import (
 )
 from crossmae.classification.train.config import FinetuneConfig
 from crossmae.data.images import read_image
+from crossmae.errors import counted
 from crossmae.files import read_json
 from crossmae.reports import page, sections
 from crossmae.reports.run_folder import REPORT, FileContent, LoggedNumbers, RunFolder, read_log
@@ -134,7 +135,7 @@ def _result_section(run: RunFolder, found: Evaluation | None) -> page.Section:
 
 
 def _images(found: Evaluation) -> str:
-    return f"{page.counted(found.samples, 'image')} of {page.counted(len(found.classes), 'class', 'classes')}"
+    return f"{counted(found.samples, 'image')} of {counted(len(found.classes), 'class')}"
 
 
 def _weights(about: Mapping[str, Any]) -> str:
@@ -198,7 +199,7 @@ def _hardest_section(run: RunFolder, hardest: Hardest | None) -> page.Section:
         why = "none were asked for (evaluation.hardest)" if hardest.wrong else "no image is classified wrongly"
         return page.Section("Hardest images", text, [run.missing(HARDEST_IMAGES, "hardest images", why)])
     if hardest.wrong > len(hardest.images):
-        text += f" Of {hardest.wrong:,} wrong images, the worst {len(hardest.images)}."
+        text += f" Of {counted(hardest.wrong, 'wrong image')}, the worst {len(hardest.images)}."
     caption = f"{HARDEST_IMAGES} has names and losses. Probabilities are the classifier's."
     pictures = [_hard_image(run, one) for one in hardest.images]
     return page.Section("Hardest images", text, sections.gallery(pictures, 190, caption))
@@ -300,7 +301,7 @@ def build_report(folder: Path) -> page.Report:
     only_evaluated = found is not None and not log.rows and not run.has(CONFIG)
     unfinished = bool(log.rows) and not run.has(WEIGHTS)
     done, epochs = log.rows[-1]["epoch"] if log.rows else 0.0, settings.get("schedule", {}).get("epochs")
-    progress = f"{done:.4g} of {epochs:,} epochs" if isinstance(epochs, int) else f"{done:.4g} epochs"
+    progress = f"{done:.4g} of {counted(epochs, 'epoch')}" if isinstance(epochs, int) else f"{done:.4g} epochs"
     weights = folder if run.has(BEST, WEIGHTS) else about.get("weights") if only_evaluated else None
     splits = {
         "training": (data.get("train"), plan.get("images")),

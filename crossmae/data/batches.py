@@ -25,7 +25,7 @@ from crossmae.data.broken import Broken, Unreadable, read_or_next
 from crossmae.data.pixels import read_tensor
 from crossmae.data.sources import Source
 from crossmae.data.workers import Loader, usable_workers
-from crossmae.errors import UserError
+from crossmae.errors import UserError, counted
 
 KeyedSample = tuple[Tensor, Tensor, int, tuple[Broken, ...]]
 B = TypeVar("B")
@@ -58,7 +58,7 @@ class BatchPlan:
     def __post_init__(self) -> None:
         if self.batches_per_epoch == 0:
             raise UserError(
-                f"optim.batch_size: a batch of {self.batch_size} on {self.world_size} process(es) needs "
+                f"optim.batch_size: a batch of {self.batch_size} on {counted(self.world_size, 'process')} needs "
                 f"{self.batch_size * self.world_size} images, the data set has {self.num_images}. "
                 "Lower optim.batch_size."
             )

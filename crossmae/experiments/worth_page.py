@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from crossmae.errors import printable
+from crossmae.errors import counted, printable
 from crossmae.experiments.rows import Row
 from crossmae.experiments.score_blocks import (
     bounds,
@@ -341,14 +341,14 @@ def missing_section(
     """List runs of the grid without a result, and cells that failed."""
     lost = missing_runs(next(iter(tables.values()), {}), list(arms), list(places), seeds)
     count = len(arms) * len(places) * len(seeds)
-    text = f"All {page.counted(count, 'run')} of the grid are there." if count else "No run has finished."
+    text = f"All {counted(count, 'run')} of the grid are there." if count else "No run has finished."
     blocks: list[PageBlock] = []
     if lost:
-        text = f"{len(lost)} of {page.counted(count, 'run')} of the grid have no result."
+        text = f"{len(lost)} of {counted(count, 'run')} of the grid have no result."
         table = [[arms[arm], f"{places[share]:,}", str(seed)] for arm, share, seed in lost]
         blocks.append(Table(["start of the encoder", "labelled images", "seed"], table, "Runs without a result."))
     if failed:
-        text += f" {page.counted(len(failed), 'cell')} failed."
+        text += f" {counted(len(failed), 'cell')} failed."
         blocks.append(Words([(printable(cell), printable(reason)) for cell, reason in failed.items()]))
     return Section("Missing runs", text, blocks)
 
@@ -368,7 +368,7 @@ def run_section(rows: Sequence[Row], metrics: Sequence[Metric]) -> Section:
     ]
     blocks: list[PageBlock] = [run_table(rows, [metric for metric in metrics if metric.main])]
     if commands:
-        blocks.append(Commands(commands, folded=f"Commands of all {page.counted(len(rows), 'run')}"))
+        blocks.append(Commands(commands, folded=f"Commands of all {counted(len(rows), 'run')}"))
     return Section("Runs", "Commands run in the root of the repository.", blocks)
 
 

@@ -22,7 +22,7 @@ from crossmae.checkpoints.loading import load
 from crossmae.checkpoints.metadata import BIT_DEPTH, PIXEL_MEAN, PIXEL_STD, assumed_names, recorded_arguments
 from crossmae.checkpoints.pretrained import whole_facts
 from crossmae.checkpoints.weights import Weights, encoder_tensors, read_weights
-from crossmae.errors import UserError
+from crossmae.errors import UserError, counted
 from crossmae.files import load_json
 from crossmae.models.crossmae import MODEL_DEFAULTS, CrossMAE, resolve_blocks
 from crossmae.training.config import DataConfig
@@ -56,7 +56,9 @@ def start_from(model: CrossMAE, path: Path, arguments: Mapping[str, Any], data: 
         raise mix_up(weights.path, weights.format, weights.metadata, wanted)
     held = encoder_tensors(weights)["cls_token"].shape
     if len(held) == 3 and held[1] != model.class_tokens:
-        raise UserError(f"model.init: {weights.path} has {held[1]} class token(s). Set model.class_tokens={held[1]}.")
+        raise UserError(
+            f"model.init: {weights.path} has {counted(held[1], 'class token')}. Set model.class_tokens={held[1]}."
+        )
     compare_pixels(weights, data)
     recorded = recorded_arguments(weights.metadata)
     free = {"img_size", "mask_block", *assumed_names(weights.metadata)}

@@ -139,7 +139,7 @@ def load_views(
         for position, one in enumerate(map_in_order(view, indices, bar=f"read {key}")):
             views[position] = one
     except UserError as error:
-        advice = "Or set data.broken=substitute." if key == "data.train" else NEVER_REPLACED
+        advice = "Repair or remove it, or set data.broken=substitute." if key == "data.train" else NEVER_REPLACED
         raise UserError(f"{key}: {str(error).rstrip('.')}. {advice}") from None
     return views
 

@@ -14,8 +14,9 @@ import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
+from crossmae.errors import counted
 from crossmae.files import write_atomically
-from crossmae.reports.page import Missing, Plot, counted
+from crossmae.reports.page import Missing, Plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -221,11 +221,6 @@ def embed_image(
     return Picture(source, round(picture.width / density), round(picture.height / density), alt)
 
 
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """Format a count with its noun: "1 image", "1,600 images"."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
-
-
 def percent(share: float | None, digits: int = 1, unit: str = PERCENT) -> str:
     """Format a share as percent, or as a dash if undefined."""
     return "-" if share is None or math.isnan(share) else f"{100 * share:.{digits}f}{unit}"

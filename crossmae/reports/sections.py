@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from crossmae.errors import counted
 from crossmae.reports import page
 from crossmae.reports.figures import PlotKeys, curve_plots
 from crossmae.reports.page import Commands, Gallery, Missing, PageBlock, PictureRow, Section, Table, TableRow
@@ -66,7 +67,7 @@ def training_section(run: RunFolder, log: LoggedNumbers, name: str, x: str, plot
     if not log.rows:
         return Section("Training", "", [run.missing(name, "curves of the training", "no line of it can be read")])
     if log.damaged:
-        text += f" Left out: {page.counted(log.damaged, 'damaged line')} of {name}."
+        text += f" Left out: {counted(log.damaged, 'damaged line')} of {name}."
     return Section("Training", text, curve_plots(log.rows, Path(name), x, plots))
 
 

@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from crossmae.data.images import MAX_PIXELS, ImageLimits
-from crossmae.errors import UserError, shorten
+from crossmae.errors import UserError, counted, shorten
 from crossmae.files import decode_text, load_yaml, read_file, why_unexpanded
 
 CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
@@ -263,7 +263,7 @@ class RunConfig(ConfigSection):
             values = getattr(self.data, key)
             if len(values) != channels:
                 raise ValueError(
-                    f"data.{key} has {len(values)} values for model.in_chans {channels}. Measure them with "
+                    f"data.{key} has {counted(len(values), 'value')} for model.in_chans {channels}. Measure them with "
                     "tools/dataset_stats.py"
                 )
 
@@ -459,12 +459,14 @@ def describe_errors(error: ValidationError, path: Path, words: set[str], schema:
         else:
             message = item["msg"].removeprefix("Value error, ")
             message = message[0].lower() + message[1:]
+            message, period, advice = message.removesuffix(".").partition(". ")
             given = "" if isinstance(item["input"], dict | BaseModel) else f", got {abbreviate(repr(item['input']))}"
-            found.append(f"{key}: {message}{given}" if key else message)
+            message = f"{message}{given}{period}{advice}"
+            found.append(f"{key}: {message}" if key else message)
     for (place, known), keys in unknown.items():
-        words = f"unknown {'key' if len(keys) == 1 else 'keys'} {shorten([repr(key) for key in keys])}"
-        problems[place].append(f"{words} (known: {known})" if known else words)
-    return "; ".join(f"{place}: {'; '.join(dict.fromkeys(found))}" for place, found in problems.items() if found)
+        text = f"unknown {'key' if len(keys) == 1 else 'keys'} {shorten([repr(key) for key in keys])}"
+        problems[place].append(f"{text} (known: {known})" if known else text)
+    return "; ".join(f"{place}: {'; '.join(dict.fromkeys(found))}" for place, found in problems.items() if found) + "."
 
 
 def abbreviate(text: str) -> str:
@@ -473,7 +475,7 @@ def abbreviate(text: str) -> str:
 
 
 def _suggestion(location: list[str], schema: type[ConfigSection]) -> tuple[str, str]:
-    """Suggest a known key, "" for none, and list the section's known keys."""
+    """Suggest a known key or "", and list the section's keys."""
     section: Any = schema
     for part in location[:-1]:
         section = section.model_fields[part].annotation if part in section.model_fields else None

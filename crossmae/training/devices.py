@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from crossmae.errors import UserError
+from crossmae.errors import UserError, counted
 
 # From this width on, bf16 is faster than fp32 on processors that multiply it. Below, conversions cost more than that.
 BF16_WIDTH = 384
@@ -72,5 +72,5 @@ def multiplies_bf16() -> bool:
 
 def describe_place(device: torch.device, precision: str, processes: int) -> str:
     """Format device, processes and precision for the log."""
-    more = f" and {processes - 1} more processes" if processes > 1 else ""
+    more = f" and {counted(processes - 1, 'more process')}" if processes > 1 else ""
     return f"{device}{more} in {precision}"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from crossmae.data.broken import Broken
 from crossmae.data.sources import Source
-from crossmae.errors import UserError, import_extra
+from crossmae.errors import UserError, counted, import_extra
 from crossmae.files import is_number, name_write_errors, read_json_lines, write_text
 from crossmae.reports.figures import save_figure
 from crossmae.training.schedule import Schedule
@@ -164,8 +164,8 @@ def announce_steps(schedule: Schedule, step: int, rule: str) -> None:
     """Log the number of steps and the `rule` for the learning rate."""
     left_out = schedule.images - schedule.batches_per_epoch * schedule.images_per_batch
     log.info(
-        "%d images, %d per step, %.4g steps per epoch%s",
-        schedule.images,
+        "%s, %d per step, %.4g steps per epoch%s",
+        counted(schedule.images, "image"),
         schedule.images_per_step,
         schedule.batches_per_epoch / schedule.accumulate,
         f"; {left_out} that fill no batch are left out of an epoch, others each time" if left_out else "",

@@ -31,7 +31,7 @@ from crossmae.checkpoints.metadata import (
 from crossmae.checkpoints.reading.files import detector_file
 from crossmae.checkpoints.resample import fit
 from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_home, encoder_tensors, read_weights
-from crossmae.errors import UserError
+from crossmae.errors import UserError, counted
 from crossmae.models.class_names import NamePairs, pair_names, rows_by_name, start_notes
 from crossmae.training.config import read_yaml
 from det.backbone.vit import ViT
@@ -177,7 +177,7 @@ def _load_detector(model: nn.Module, weights: Weights, own_config: Path, detecto
     own = None if detector_only else classes_of(model)
     if detector_only and number and number != wanted:
         raise UserError(
-            f"{weights.path}: has {number} classes, not MODEL.ROI_HEADS.NUM_CLASSES {wanted}. "
+            f"{weights.path}: has {counted(number, 'class')}, not MODEL.ROI_HEADS.NUM_CLASSES {wanted}. "
             f"Set MODEL.ROI_HEADS.NUM_CLASSES={number}."
         )
     pairs = pair_names(own.names, recorded.names) if own and recorded else None
@@ -230,7 +230,7 @@ def _rows_by_name(model: nn.Module, weights: Weights, pairs: NamePairs) -> Weigh
         if background:
             tensors[name][-1] = found[-1]
     new = len(pairs.unknown)
-    note = f"rows of {len(pairs.found) - new} classes by name, {new} new"
+    note = f"rows of {counted(len(pairs.found) - new, 'class')} by name, {new} new"
     notes = weights.notes | dict.fromkeys(tensors, note)
     return replace(weights, tensors=weights.tensors | tensors, notes=notes)
 

@@ -21,7 +21,7 @@ from crossmae.data.found_names import OTHER_FOLDERS, describe_moved, find_moved
 from crossmae.data.images import MAX_PIXELS
 from crossmae.data.parallel import READERS, map_in_order
 from crossmae.data.paths import are_files, join_names
-from crossmae.errors import UserError
+from crossmae.errors import UserError, counted
 from crossmae.files import paused_garbage_collection, read_json, stamp_file
 from det.config import image_limits
 from det.data.coco_checks import (
@@ -229,7 +229,9 @@ def _log_findings(findings: Sequence[Finding], dropped: Dropped, json_path: str 
               for rank in Rank}  # fmt: skip
     if dropped.images or dropped.annotations or dropped.polygons:
         parts = f", polygons of {len(dropped.polygons)} more" if dropped.polygons else ""
-        numbers = f"{len(dropped.images)} images and {len(dropped.annotations)} annotations{parts}"
+        numbers = (
+            f"{counted(len(dropped.images), 'image')} and {counted(len(dropped.annotations), 'annotation')}{parts}"
+        )
         log.warning("%s: DATASETS.DROP leaves out %s: %s", json_path, numbers, counts[Rank.DROPPABLE])
     for one in findings:
         if one.kind.name in WARNINGS:

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from crossmae.errors import counted
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -115,7 +117,7 @@ def polygon_fault(polygon: list[float]) -> str:
     Returns "" if there is no fault.
     """
     if len(polygon) < 6 or len(polygon) % 2:
-        return f"must be x and y of at least 3 points, got {len(polygon)} numbers"
+        return f"must be x and y of at least 3 points, got {counted(len(polygon), 'number')}"
     return "has no area" if _polygon_sizes([polygon])[2][0] < MIN_AREA else ""
 
 

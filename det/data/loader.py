@@ -27,7 +27,7 @@ from crossmae.data.batches import BatchPlan
 from crossmae.data.broken import Unreadable
 from crossmae.data.images import MAX_PIXELS, read_image
 from crossmae.data.workers import Loader, usable_workers
-from crossmae.errors import UserError, printable
+from crossmae.errors import UserError, counted, printable
 from det.config import InputKeys, image_limits
 from det.data.copy_paste import paste_objects
 from det.data.masks import moved_masks, tight_boxes
@@ -222,8 +222,9 @@ def check_objects_left(records: list[dict[str, Any]], mapper: NamingMapper) -> N
         inside += sum(_box_in_image(one, record) for one in objects)
     if left < LEFT * total:
         raise UserError(
-            f"DATASETS.TRAIN: of {total} objects in {len(some)} images, only {left} are left before any augmentation: "
-            f"{total - inside} boxes are empty or outside their image, and {inside - left} masks cover no pixel of it. "
+            f"DATASETS.TRAIN: of {counted(total, 'object')} in {counted(len(some), 'image')}, {left} are left "
+            f"before any augmentation: {total - inside} boxes are empty or outside their image, and {inside - left} "
+            "masks cover no pixel of it. "
             "Check that boxes and masks are in pixels of these images, with x before y."
         )
 
@@ -280,8 +281,9 @@ def build_train_loader(
     """
     if batch % (world_size * parts):
         raise UserError(
-            f"SOLVER.IMS_PER_BATCH: {batch} images cannot be divided over {world_size} processes and SOLVER.ACCUMULATE "
-            f"{parts} parts. Use a multiple of {world_size * parts}."
+            f"SOLVER.IMS_PER_BATCH: {counted(batch, 'image')} cannot be divided over "
+            f"{counted(world_size, 'process')} and SOLVER.ACCUMULATE {parts} parts. Use a multiple of "
+            f"{world_size * parts}."
         )
     if batch > len(samples):
         raise UserError(

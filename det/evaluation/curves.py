@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from crossmae.errors import counted
 from crossmae.reports.figures import DPI
 from det.evaluation.scoring import ALL, IOU_50, IOU_75, DetectionScores
 
@@ -25,7 +26,7 @@ def precision_recall_figure(scores: DetectionScores, title: str) -> Figure:
     drawn = [index for index, count in enumerate(scores.objects) if count]
     few, colors = len(drawn) <= CLASSES_UP_TO, colormaps["tab10" if len(drawn) <= 10 else "tab20"]
     figure = Figure(figsize=(11.5 if few else 9.5, 3.9), dpi=DPI, layout="constrained")
-    heading = title if few else f"{title}, {len(drawn)} classes"
+    heading = title if few else f"{title}, {counted(len(drawn), 'class')}"
     figure.suptitle(heading, fontsize=12, x=0.01, ha="left", fontweight="bold", parse_math=False)
     panels = figure.subplots(1, 3, sharex=True, sharey=True)
     numbers = scores.numbers()

@@ -17,7 +17,7 @@ from detectron2.config import get_cfg
 
 from crossmae.checkpoints.reading.files import find_file
 from crossmae.data.images import read_image
-from crossmae.errors import UserError
+from crossmae.errors import UserError, counted
 from crossmae.models.class_names import list_names
 from crossmae.reports import page, sections
 from crossmae.reports.figures import MOST_CURVES, PlotKeys, curve_plots
@@ -261,7 +261,7 @@ def build_report(folder: Path) -> page.Report:
     best = run.read(BEST_RECORD, BestEvaluation.read, None)
     unfinished = bool(log.rows) and not run.has(FINAL)
     done, total = int(log.rows[-1]["step"]) if log.rows else 0, record.iterations
-    progress = f"{done:,} of {total:,} iterations" if total > done else page.counted(done, "iteration")
+    progress = f"{done:,} of {total:,} iterations" if total > done else counted(done, "iteration")
     changed = changed_from_defaults(settings)
     plots = {
         **loss_plots(log),
@@ -298,7 +298,7 @@ def _detector(settings: Mapping[str, Any]) -> str:
 def _accuracy_facts(results: DetectionResults | None, best: BestEvaluation | None) -> list[page.Fact]:
     found = [] if results is None else ap_facts(results, "AP", ("AP50", "AP75"))
     if best is not None:
-        note = f"after {page.counted(best.iteration, 'iteration')}: model_best.pth"
+        note = f"after {counted(best.iteration, 'iteration')}: model_best.pth"
         scores = {"box": best.bbox, "mask": best.segm}
         found += [page.Fact(f"Best {task} AP", _shown(ap, " %"), note) for task, ap in scores.items() if ap is not None]
     return found
@@ -308,7 +308,7 @@ def _training_facts(record: RunRecord, log: LoggedNumbers, progress: str) -> lis
     found = []
     images = record.settings.get("number of training images")
     if isinstance(images, int):
-        note = page.counted(len(record.classes), "class", "classes") if record.classes else ""
+        note = counted(len(record.classes), "class") if record.classes else ""
         found.append(page.Fact("Training images", f"{images:,}", note))
     speeds, per_step = log.values("images_per_second"), record.settings.get("SOLVER.IMS_PER_BATCH")
     if speeds and isinstance(per_step, int):

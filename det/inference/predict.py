@@ -17,9 +17,10 @@ from detectron2.structures import Instances
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
+from torch import nn
 
 from crossmae.data.images import ImageLimits, read_image, to_rgb
-from crossmae.errors import UserError
+from crossmae.errors import UserError, counted
 from crossmae.files import decode_text, read_file
 from crossmae.models.class_names import describe_difference, list_names, pair_names
 from det.backbone.weights import build_trained, find_detector
@@ -113,6 +114,20 @@ class Predictor:
         """
         return self._run(images, partial(self.model.inference, do_postprocess=False))
 
+    def highest_score(self, images: Sequence[ImageLike]) -> float:
+        """Find the highest score in some images, below the threshold too.
+
+        Returns 0 if there are no proposals. Masks are not predicted.
+        """
+        heads = self.model.roi_heads
+        last = heads.box_predictor[-1] if isinstance(heads.box_predictor, nn.ModuleList) else heads.box_predictor
+        settings = last.test_score_thresh, heads.mask_on
+        last.test_score_thresh, heads.mask_on = 0.0, False
+        try:
+            return max((float(found.scores.max()) for found in self.predict_raw(images) if len(found)), default=0.0)
+        finally:
+            last.test_score_thresh, heads.mask_on = settings
+
     @library_warnings_ignored()
     @torch.no_grad()
     def _run(self, images: Sequence[ImageLike], model: Callable[[list[dict[str, Any]]], list[Any]]) -> list[Any]:
@@ -171,7 +186,7 @@ def find_classes(predictor: Predictor, file: Path | None = None) -> Classes:
     given = recorded if file is None else _read_classes(file)
     assert given is not None
     if recorded is None and len(given.names) != wanted:
-        raise UserError(f"{file}: has {len(given.names)} class names. The detector needs {wanted}.")
+        raise UserError(f"{file}: has {counted(len(given.names), 'class name')}. The detector needs {wanted}.")
     if file is None or recorded is None:
         return given
     pairs = pair_names(given.names, recorded.names)

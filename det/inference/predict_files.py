@@ -17,6 +17,7 @@ import os
 import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -34,6 +35,7 @@ from tqdm import tqdm
 
 from crossmae.data.images import count_frames
 from crossmae.data.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_inputs
+from crossmae.data.sources.source import evenly_spaced
 from crossmae.errors import UserError, printable
 from crossmae.files import JsonArray, WriteError, make_folder, name_write_errors, stream_text, write_atomically
 from crossmae.files.leftovers import SHARED_SECONDS, sweep
@@ -43,6 +45,7 @@ from det.inference.predict import Classes, Predictor, coco_annotations, read_rgb
 from det.inference.video import Frame, Video, is_video, pyav, write_video
 
 ENLARGED_BELOW = 512  # pixels: images are drawn enlarged, by an integer scale, if both sides are shorter
+LOOKED_AGAIN = 16  # files, for the highest score below the threshold
 LABEL_SIZE = 0.03  # height of letters divided by the longest side
 BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)  # no other file can be written, either
 MAX_FILE_NAME = 255  # bytes, in usual file systems
@@ -172,6 +175,19 @@ class FilePredictions:
             coco.finish(info)
 
         stream_text(self.output / COCO_FILE, write)
+
+    def highest_score(self, inputs: Sequence[MediaInput]) -> tuple[float, int]:
+        """Find the highest score in some of the files, and count these.
+
+        At most LOOKED_AGAIN files are looked at, and the first frame of videos. Unreadable files are left out.
+        """
+        highest, number = 0.0, 0
+        for index in evenly_spaced(len(inputs), LOOKED_AGAIN):
+            path = inputs[index].path
+            with suppress(UserError):
+                pixels = next(iter(Video(path))).pixels if is_video(path) else read_rgb(path, self.predictor.limits)
+                highest, number = max(highest, self.predictor.highest_score([pixels])), number + 1
+        return highest, number
 
     def _predict_images(self, inputs: Sequence[MediaInput], coco: CocoStream) -> None:
         bar = tqdm(inputs, "predict", unit="img", disable=not inputs, dynamic_ncols=True)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crossmae.data.paths import VIDEO_SUFFIXES
-from crossmae.errors import UserError, import_extra, printable
+from crossmae.errors import UserError, counted, import_extra, printable
 from crossmae.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,9 @@ class Video:
         if not number:
             raise UserError(f"{printable(self.path)}: has no readable picture. Name another video.")
         if number < self._listed:  # the file was cut off, or trimmed without encoding
-            log.warning("%s: %d frames could be read, the file lists %d", printable(self.path), number, self._listed)
+            log.warning(
+                "%s: %s could be read, the file lists %d", printable(self.path), counted(number, "frame"), self._listed
+            )
 
     def _open(self) -> Any:
         try:

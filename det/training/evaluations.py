@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
+from crossmae.errors import counted
 from crossmae.files import write_json
 from crossmae.training.log import RunLog
 from crossmae.training.loop import Callbacks
@@ -81,11 +82,11 @@ class Evaluations(Callbacks):
             return
         records.record(step, logged_numbers(self.results))
         values = ", ".join(f"{TASKS[task]} AP {numbers['AP']:.1f}" for task, numbers in self.results.items())
-        log.info("after %d steps: %s", step, values)
+        log.info("after %s: %s", counted(step, "step"), values)
         if is_best(state.kept, self.results, step):
             write_detector(self.folder / BEST, model.state_dict(), self.metadata(step), step)
             write_json(self.folder / BEST_RECORD, state.kept["best"])
-            log.info("%s: after %d steps", BEST, step)
+            log.info("%s: after %s", BEST, counted(step, "step"))
         for number, path in enumerate(find_pictures(self.folder / PICTURES), start=1):
             records.image(step, f"validation/{number}", np.asarray(Image.open(path)))
         if step < self.last_step:  # the last report is written after all other files

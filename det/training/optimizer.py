@@ -13,6 +13,7 @@ from detectron2.solver.build import reduce_param_groups
 from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler, ParamScheduler
 from torch import nn
 
+from crossmae.errors import counted
 from crossmae.training.schedule import Schedule
 from det.config import EvaluationKeys, SolverKeys
 
@@ -129,7 +130,8 @@ def describe_schedule(schedule: StepSchedule, solver: SolverKeys, num_images: in
     else:
         decay = "".join(f", x {solver.GAMMA:g} after step {step:,}" for step in schedule.milestones)
     return (
-        f"{schedule.total_steps:,} steps of {batch} images{parts}: {epochs:.4g} epochs of {num_images:,} images; "
+        f"{counted(schedule.total_steps, 'step')} of {counted(batch, 'image')}{parts}: {epochs:.4g} epochs of "
+        f"{counted(num_images, 'image')}; "
         f"learning rate {schedule.peak_lr:.3g}{rule}{layers}, after {schedule.warmup_steps:,} steps of warm-up{decay}"
     )
 

@@ -23,14 +23,17 @@ from tools import reconstruct
 # The data set, its classes or the pattern of the error, and the pattern of a warning.
 LABELLED: dict[str, tuple[tuple[str, ...] | str, str]] = {
     "clean_val": (("cat", "dog"), ""),
-    "loose": (r"12 would be left", r"1 samples have none, the first is .*/classes\.png"),
+    "loose": (r"12 would be left", r"there is none for 1 sample, the first is .*/classes\.png"),
     "parent": (r"the folders train, val are splits, not classes\. Name one of them", "labels are not used"),
     "deep": (r"all are in .*deep/images\. Name that folder if its folders cat, dog", ""),
     "shards_mac": (("0", "1"), ""),
     "shards_dots": (("0", "1"), ""),
     "shards_preview": (("0", "1"), r"not the images next to them: preview\.png"),
-    "lists/nan.parquet": (r"1 samples have none, the first is .*/cat/5\.png\. Label them.* 11 would be", "not used"),
-    "lists/nan.csv": (r"1 samples have none, the first is .*/cat/5\.png", "not used"),
+    "lists/nan.parquet": (
+        r"none for 1 sample, the first is .*/cat/5\.png\. Label them.* 11 would be",
+        "not used",
+    ),
+    "lists/nan.csv": (r"there is none for 1 sample, the first is .*/cat/5\.png", "not used"),
     "lists/space.csv": (("cat", "dog"), "'cat' .* and 'cat ' .* are one class, 'cat'"),
     "lists/case.csv": (("cat", "dog"), "'Cat' .* and 'cat' .* are one class, 'cat'"),
     "lists/semi.csv": (("cat", "dog"), ""),

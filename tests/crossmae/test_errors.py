@@ -18,6 +18,7 @@ from crossmae.errors import (
     USER_ERROR_EXIT_CODE,
     PrintableFormatter,
     UserError,
+    counted,
     exit_if_any,
     free_space,
     named_by,
@@ -117,3 +118,19 @@ def test_errors_about_a_path_name_its_key(message: str, told: str) -> None:
     with pytest.raises(UserError) as caught, named_by("KEY", "a/b::ema"):
         raise UserError(message, "a table")
     assert caught.value.args == (told, "a table")
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "told"),
+    [
+        (0, ("image",), "0 images"),
+        (1, ("image",), "1 image"),
+        (1600, ("image",), "1,600 images"),
+        (1, ("class",), "1 class"),
+        (2, ("class",), "2 classes"),
+        (2, ("category", "categories"), "2 categories"),
+        (1, ("kind of faults", "kinds of faults"), "1 kind of faults"),
+    ],
+)
+def test_counts_have_the_right_form(number: int, words: tuple[str, ...], told: str) -> None:
+    assert counted(number, *words) == told

@@ -47,7 +47,7 @@ def test_every_weight_file_carries_its_classes_and_they_win_over_a_stranger_next
     weights = read_weights(tmp_path / "run/model_final.pth")
     (tmp_path / "run/run.json").write_text(json.dumps({"classes": ["x"], "category_ids": [1]}))
     assert recorded_classes(weights.path, weights.metadata, 3) == TRAINED
-    with pytest.raises(UserError, match=r"run\.json: has 1 class names. The detector model_final\.pth needs 3"):
+    with pytest.raises(UserError, match=r"run\.json: has 1 class name. The detector model_final\.pth needs 3"):
         recorded_classes(weights.path, {}, 3)
     (tmp_path / "run/run.json").write_text("{")
     assert recorded_classes(weights.path, {}, 3) is None
@@ -69,7 +69,7 @@ def test_categories_are_found_by_name(names: tuple[str, ...], ids: tuple[int | N
 def test_a_detector_without_names_is_compared_by_number(caplog: pytest.LogCaptureFixture) -> None:
     assert match_categories(None, 2, [4, 9], ["x", "y"], "val.json") == (4, 9)
     assert "does not record the names" in caplog.text
-    with pytest.raises(UserError, match=r"val\.json: has 1 categories \('x'\), but the detector has 2 classes, whose"):
+    with pytest.raises(UserError, match=r"val\.json: has 1 category \('x'\), but the detector has 2 classes, whose"):
         match_categories(None, 2, [4], ["x"], "val.json")
 
 

@@ -41,7 +41,7 @@ def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
     run("tree", "shards")
     capsys.readouterr()
     assert run("--verify", "shards") == 0
-    assert capsys.readouterr().out == "shards: 1 shards, all unchanged\n"
+    assert capsys.readouterr().out == "shards: 1 shard, all unchanged\n"
     Path("shards/shard-000000.tar").write_bytes(b"other")
     assert run("--verify", "shards") == USER_ERROR_EXIT_CODE
     assert "error: shards: 1 of 1 shards are missing or changed" in capsys.readouterr().err
@@ -62,8 +62,8 @@ def test_a_list_with_root_and_broken_images(capsys: pytest.CaptureFixture[str]) 
     Path("tree/ant/001.png").write_bytes(b"broken")
     assert run("lists/list.txt", "shards", "--root", "tree", "--skip-broken") == 0
     out = capsys.readouterr().out
-    assert "1 images in 1 shards" in out
-    assert "1 broken images left out, listed in shards/broken.txt" in out
+    assert "1 image in 1 shard" in out
+    assert "1 broken image left out, listed in shards/broken.txt" in out
 
 
 @pytest.mark.parametrize(

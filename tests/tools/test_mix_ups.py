@@ -115,7 +115,7 @@ CASES = [
     ),
     ("predict", "encoder.safetensors", "encoder.safetensors: an encoder, not a detector"),
     ("predict", "metrics.json", "metrics.json: a log of JSON lines, not weights"),
-    ("predict", "photos", "photos: a folder of data (1 images), not weights"),
+    ("predict", "photos", "photos: a folder of data (1 image), not weights"),
     ("export", "run", "run: a CrossMAE pretraining model of this toolkit, encoder and decoder, not a detector"),
     (
         "classes",
@@ -133,7 +133,7 @@ CASES = [
     ("reconstruct", "classes", "a classifier of this toolkit, not a whole pretraining model with its decoder"),
     ("reconstruct", "photos/a.png", "photos/a.png: an image, not weights"),
     ("pretrain", "detector", "a detector, not weights with the class token that pretraining needs"),
-    ("pretrain", "photos", "photos: a folder of data (1 images), not weights"),
+    ("pretrain", "photos", "photos: a folder of data (1 image), not weights"),
 ]
 
 

@@ -55,6 +55,23 @@ def test_the_file_says_what_the_predictor_says(folder: Path, capsys: pytest.Capt
     assert {path.name for path in Path("outputs/predictions").iterdir()} == {"a.png", "b.png", "predictions.json"}
 
 
+def test_few_objects_name_the_threshold_and_the_highest_score(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--weights", "run", "photos", "--no-pictures", "--force", "--output", "out")
+    assert exit_code(main, *words, "--score-threshold", "0.99") == 0
+    out = capsys.readouterr().out
+    predictor = Predictor(None, "run")
+    (highest,) = {max(float(predictor(path).scores.max()) for path in Path("photos").iterdir())}
+    assert "0 objects in 2 images: out/predictions.json\n" in out
+    told = f"few objects: the highest score in 2 files is {highest:.2g}. Lower --score-threshold, which is 0.99, to see"
+    assert told in out
+    assert exit_code(main, *words, "--score-threshold", f"{highest * 0.9}") == 0
+    assert "few objects" not in capsys.readouterr().out
+    assert len(predictor(Path("photos/a.png"))) > 0
+    before = [found.scores.tolist() for found in predictor.predict(sorted(Path("photos").iterdir()))]
+    predictor.highest_score(sorted(Path("photos").iterdir()))
+    assert [found.scores.tolist() for found in predictor.predict(sorted(Path("photos").iterdir()))] == before
+
+
 def test_options_leave_out_masks_and_pictures(folder: Path) -> None:
     words = ("--weights", "run", "photos/*.png", "--no-masks", "--no-pictures", "--output", "out")
     assert exit_code(main, *words, "--score-threshold", "0.01") == 0

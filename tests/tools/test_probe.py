@@ -225,7 +225,7 @@ def test_defaults_that_need_more_images_are_left_out(
         ([1, 1], set(), "knn linear few_shot", (1,), (1,)),
         ([1, 1], {"methods"}, "methods: logistic needs two images of a class in data.train. Leave it out.", (), ()),
         ([1, 0], set(), "linear", (), ()),
-        ([1, 0], {"methods"}, "knn.k: [1, 20] need more than the 1 images of data.train. Leave knn out of", (), ()),
+        ([1, 0], {"methods"}, "knn.k: [1, 20] need more than the 1 image of data.train. Leave knn out of", (), ()),
     ],
 )
 def test_given_values_are_never_left_out(

@@ -22,7 +22,7 @@ import psutil
 from pydantic import Field
 
 from crossmae.data.images import read_image
-from crossmae.errors import UserError, run_cli
+from crossmae.errors import UserError, counted, run_cli
 from crossmae.files import read_json, write_text
 from crossmae.reports import page, sections
 from crossmae.reports.figures import curve_plots
@@ -129,9 +129,9 @@ def comparison_section(run: RunFolder, arms: Sequence[Arm], differences: Mapping
 def training_text(run: RunFolder, arms: Sequence[Arm]) -> str:
     """Tell how the detectors were trained."""
     few = run.read(FEW, read_coco, None)
-    labelled = page.counted(len(few["images"]), "labelled image") if few else "the same labelled images"
+    labelled = counted(len(few["images"]), "labelled image") if few else "the same labelled images"
     steps = {int(max(logged)) for arm in arms if (logged := arm.log.values("step"))}
-    length = f" for {steps.pop():,} steps" if len(steps) == 1 else ""
+    length = f" for {counted(steps.pop(), 'step')}" if len(steps) == 1 else ""
     order = "with the same seed and the same order of the images"
     return f"Both detectors were trained{length} on {labelled}, {order}. {differing_settings(arms)}"
 

@@ -42,7 +42,7 @@ from crossmae.checkpoints.weights import (
     read_weights,
     translated,
 )
-from crossmae.errors import UserError, shorten
+from crossmae.errors import UserError, counted, shorten
 from crossmae.models.crossmae import MODEL_DEFAULTS
 
 
@@ -96,7 +96,7 @@ class Inspection:
         types = ", ".join(f"{name} {count:,}" if len(self.dtypes) > 1 else name for name, count in self.dtypes.items())
         finite = "values were not read" if self.non_finite is None else "every value"
         if self.non_finite:
-            finite = f"NO: NaN or infinity in {len(self.non_finite)} tensors: {shorten(self.non_finite)}"
+            finite = f"NO: NaN or infinity in {counted(len(self.non_finite), 'tensor')}: {shorten(self.non_finite)}"
         rows = {
             "file": f"{self.path} ({self.file_bytes / 1e6:,.1f} MB)",
             "names": self.layout,
@@ -189,7 +189,7 @@ def _facts(weights: Weights, stored: Mapping[str, Tensor], arguments: Mapping[st
         "final norm": "norm" if "norm.weight" in plain else "fc_norm" if "fc_norm.weight" in plain else "none",
         "decoder": _decoder(weights) if weights.format in ("crossmae", "mae") else "",
         "fusion": fusion,
-        "head": "" if head is None else f"{len(head)} classes",
+        "head": "" if head is None else f"{counted(len(head), 'class')}",
         "relative": f"tables for sides of {tables}" if tables else "",
         "positions": _positions(weights, stored, arguments),
     }

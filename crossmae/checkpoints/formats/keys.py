@@ -25,7 +25,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from crossmae.errors import UserError, shorten
+from crossmae.errors import UserError, counted, shorten
 
 # Prefixes of an encoder's names: in this toolkit and detectron2's ViTDet, in other frameworks, or no prefix.
 ENCODER_HOMES = ("backbone.net.", "backbone.", "encoder.", "")
@@ -213,7 +213,9 @@ def from_plain(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
     parts = dict(part for item in tensors.items() for part in _split_qkv(*item))
     written = {name: _rename(name, stacks, _HF_BLOCK, outside) for name in parts}
     if homeless := [name for name, new in written.items() if new is None]:
-        raise UserError(f"{layout}: has no place for {len(homeless)} tensors: {shorten(homeless)}. Drop them.")
+        raise UserError(
+            f"{layout}: has no place for {counted(len(homeless), 'tensor')}: {shorten(homeless)}. Drop them."
+        )
     return {str(written[name]): tensor for name, tensor in parts.items()}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 
+from crossmae.errors import counted
 from crossmae.files import load_json
 
 _MAX_LISTED = 10_000
@@ -95,7 +96,7 @@ def other_folder(folder: Path) -> str:
     images = sum(file.suffix.lower() in _IMAGES for file in files)
     tars = sum(file.suffix == ".tar" for file in files)
     if 2 * (images + tars) > len(files):
-        what = f"{images:,} images" if images >= tars else f"{tars:,} tar files"
+        what = counted(images, "image") if images >= tars else counted(tars, "tar file")
         return f"a folder of data ({what}), not weights. {_WEIGHTS}"
     return ""
 

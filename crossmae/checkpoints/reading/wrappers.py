@@ -33,7 +33,7 @@ from crossmae.checkpoints.reading.candidates import (
 )
 from crossmae.checkpoints.reading.quantized import refuse_quantized
 from crossmae.checkpoints.reading.unpickle import allowance
-from crossmae.errors import UserError, shorten
+from crossmae.errors import UserError, counted, shorten
 
 # Keys under which trainers store a state dict, most usual first.
 EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "ema", "teacher", "target_encoder")
@@ -130,7 +130,7 @@ def one_model(
         for name in others
     )
     return kept, tuple(
-        name if name in COUNTERS else f"{_short(name)} ({count} tensors)" for name, count in counts.items()
+        name if name in COUNTERS else f"{_short(name)} ({counted(count, 'tensor')})" for name, count in counts.items()
     )
 
 
@@ -141,7 +141,7 @@ def _one_branch(tensors: dict[str, Tensor], path: Path, ema: bool) -> tuple[dict
     if branch:
         kept = {name.removeprefix(branch): value for name, value in tensors.items() if name.startswith(branch)}
         others = Counter(name.partition(".")[0] for name in tensors if not name.startswith(branch))
-        return kept, tuple(f"{name} ({count} tensors)" for name, count in others.items())
+        return kept, tuple(f"{name} ({counted(count, 'tensor')})" for name, count in others.items())
     if ema:
         raise _no_average(path)
     left = tuple(name for name in COUNTERS if name in tensors)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
 from crossmae.classification.evaluation.metrics import Bin, calibration_error
+from crossmae.errors import counted
 from crossmae.pretraining.figures import SMALL, TEXT
 from crossmae.reports.figures import DPI
 
@@ -57,7 +58,7 @@ def confusion_figure(confusion: NDArray[np.int64], class_names: Sequence[str]) -
     axis.set_yticks(range(len(labels)), labels, parse_math=False)
     for part in (axis, scale):
         _plain(part)
-    title = f"{C:,} classes, {samples:,} samples, top-1 {np.trace(confusion) / samples:.2%}"
+    title = f"{counted(C, 'class')}, {counted(samples, 'sample')}, top-1 {np.trace(confusion) / samples:.2%}"
     note = _note(class_names, labels)
     axis.set_title(title, fontsize=TEXT + 1, pad=24 if note else 8)
     figure.text(0.5, 1 + 8 / (cell * C), note, ha="center", fontsize=SMALL, color=GREY)
@@ -140,7 +141,7 @@ def calibration_figure(bins: Sequence[Bin]) -> Figure:
         axis.grid(color=LIGHT, linewidth=0.8)
         axis.set_axisbelow(True)
         _plain(axis)
-    title = f"{sum(counts):,} samples, expected calibration error {calibration_error(bins):.2%}"
+    title = f"{counted(sum(counts), 'sample')}, expected calibration error {calibration_error(bins):.2%}"
     figure.suptitle(title, fontsize=TEXT + 1)
     handles = upper.get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=SMALL, frameon=False)

@@ -27,7 +27,7 @@ from crossmae.classification.probe.features import choose_views, extract, open_e
 from crossmae.classification.probe.report import REACH, build_page
 from crossmae.data.broken import find_broken, refuse_broken
 from crossmae.data.sources import Source, open_source, warn_of_overlap
-from crossmae.errors import UserError, named_by
+from crossmae.errors import UserError, counted, named_by
 from crossmae.files import check_writable, make_folder, sha256, write_json
 from crossmae.training.devices import choose_precision, open_device
 from crossmae.training.processes import find_ranks
@@ -179,7 +179,8 @@ def choose_methods(
         kept.remove(method)
 
     if "knn" in methods and len(fitting["knn"]) < len(ks):
-        sentence = f"knn.k: {sorted(set(ks) - set(fitting['knn']))} need more than the {images} images of data.train"
+        larger = sorted(set(ks) - set(fitting["knn"]))
+        sentence = f"knn.k: {larger} need more than the {counted(images, 'image')} of data.train"
         if "knn.k" in given:
             raise UserError(f"{sentence}. Lower knn.k.")
         if fitting["knn"]:
@@ -199,7 +200,9 @@ def choose_methods(
     if "logistic" in methods and int(counts.max()) < 2:
         leave_out("logistic", "methods: logistic needs two images of a class in data.train", "Leave it out")
     if not kept:
-        raise UserError(f"methods: none of {', '.join(methods)} is possible with {images} training images. Add images.")
+        raise UserError(
+            f"methods: none of {', '.join(methods)} is possible with {counted(images, 'training image')}. Add images."
+        )
     for sentence in left_out:
         log.warning("%s", sentence)
     return Choice(tuple(kept), fitting["knn"], fitting["few_shot"], tuple(left_out))

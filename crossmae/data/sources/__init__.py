@@ -30,7 +30,7 @@ from crossmae.data.sources.shard_files import is_url
 from crossmae.data.sources.source import ImageFiles, Source
 from crossmae.data.sources.tar_index import PROGRESS_NAME
 from crossmae.data.sources.tar_shards import SHARD_SUFFIXES, open_shards
-from crossmae.errors import UserError, printable, shorten
+from crossmae.errors import UserError, counted, printable, shorten
 from crossmae.files import PACKED_STARTS, decode_text, expand_path, special_kind
 
 __all__ = ["LISTS", "Source", "open_named", "open_source", "warn_of_overlap"]
@@ -143,12 +143,14 @@ def _open_folder(folder: Path, key: str) -> Source:
             raise UserError(f"{key}: the .tar shards of {folder} are in {shorten(homes)}. Name one of these folders.")
     paths = find_images(folder, key)
     labels, advice = _classes_by_folder(folder, paths)
-    source = ImageFiles(paths, f"{len(paths):,} images in the folder {folder}", labels)
+    source = ImageFiles(paths, f"{counted(len(paths), 'image')} in the folder {folder}", labels)
     if advice:
         source.leave_unlabelled(*advice)
     if labels is None or not source.classes:
         return source
-    source.description = f"{len(paths):,} images of {len(source.classes):,} classes in the folder {folder}"
+    source.description = (
+        f"{counted(len(paths), 'image')} of {counted(len(source.classes), 'class')} in the folder {folder}"
+    )
     source.doubts = tuple(doubt_classes(folder, paths, [label or "" for label in labels]))
     folders = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_system_name(entry.name))
     if empty := [name for name in folders if name not in set(labels)]:

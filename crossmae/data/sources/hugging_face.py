@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from crossmae.data.sources.source import Source
-from crossmae.errors import UserError, import_extra
+from crossmae.errors import UserError, counted, import_extra
 from crossmae.files import read_file, read_json
 
 SPLITS_FILE = "dataset_dict.json"
@@ -28,7 +28,7 @@ class HuggingFaceImages(Source):
         datasets = import_extra("datasets", f"{key}: {folder}")
         datasets.disable_progress_bars()
         rows = _load(datasets, folder, key)
-        self.description = f"{len(rows):,} images in the Hugging Face data set {folder}"
+        self.description = f"{counted(len(rows), 'image')} in the Hugging Face data set {folder}"
         columns = _columns_of(rows, datasets.Image)
         if len(columns) != 1:
             found = f"several columns of images: {', '.join(columns)}" if columns else "no column of images"
@@ -40,7 +40,11 @@ class HuggingFaceImages(Source):
         if label is not None:
             labels = np.asarray(rows.with_format("numpy")[label][:], dtype=np.int64)
             if (labels < 0).any():
-                log.warning("%s: labels are not used, %d rows have none", self.description, int((labels < 0).sum()))
+                log.warning(
+                    "%s: labels are not used, because of %s without one",
+                    self.description,
+                    counted(int((labels < 0).sum()), "row"),
+                )
             else:
                 self.classes, self._labels = tuple(rows.features[label].names), labels
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crossmae.data.sources.source import Source
-from crossmae.errors import UserError
+from crossmae.errors import UserError, counted
 from crossmae.files import read_file
 
 IMAGES, LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
@@ -57,7 +57,7 @@ class IdxImages(Source):
     def __init__(self, path: Path, key: str) -> None:
         self._path = path
         self._images = read_array(path, key, axes=3)
-        self.description = f"{len(self._images):,} images in {path}"
+        self.description = f"{counted(len(self._images), 'image')} in {path}"
         labels_path = path.with_name(path.name.replace(IMAGES, LABELS))
         if labels_path.is_file():
             labels = read_array(labels_path, key, axes=1)

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from unicodedata import normalize
 
-from crossmae.errors import shorten
+from crossmae.errors import counted, shorten
 
 WHOLE_NUMBER = re.compile(r"([+-]?\d+)(\.0*)?")
 TEXT_OF_LIST = re.compile(r"""\[\s*(?:'[^']*'|"[^"]*")(?:\s*,?\s*(?:'[^']*'|"[^"]*"))*\s*\]""")  # ['cat', 'dog']
@@ -68,7 +68,7 @@ def doubt_labels(counts: Mapping[str, int]) -> list[str]:
     numbers = all(WHOLE_NUMBER.fullmatch(label) for label in counts)
     if numbers and {"-1", "0", "1"} <= set(counts) and not any(re.match("-[^1]|-1.", label) for label in counts):
         why = "is a class like the others, but often means unlabelled"
-        notes.append(f"the label -1 of {counts['-1']:,} images {why}. If so, leave these images out")
+        notes.append(f"the label -1 of {counted(counts['-1'], 'image')} {why}. If so, leave these images out")
     if texts := [repr(label) for label in counts if TEXT_OF_LIST.fullmatch(label)]:
         notes.append(
             f"the labels {shorten(texts)} are the text of a list. Write the label itself, or join several by |"

@@ -15,7 +15,7 @@ from typing import Any
 from crossmae.data.found_names import NOTHING_LIKE, describe_moved, find_moved
 from crossmae.data.paths import IMAGE_SUFFIXES, are_files, join_names, refuse_unread
 from crossmae.data.sources.source import ImageFiles
-from crossmae.errors import UserError, import_extra, printable, shorten
+from crossmae.errors import UserError, counted, import_extra, printable, shorten
 from crossmae.files import decode_text, parse_json, read_file, special_kind
 
 PATH_COLUMNS = ("path", "image", "file_name", "filename")
@@ -62,7 +62,8 @@ def open_csv_list(path: Path, key: str, root: Path | None) -> ImageFiles:
             continue
         if len(row) != len(header):
             raise UserError(
-                f"{key}: {path}, line {number}: has {len(row)} values, the header {len(header)}: {row}. Correct it."
+                f"{key}: {path}, line {number}: has {counted(len(row), 'value')}, the header {len(header)}: {row}. "
+                "Correct it."
             )
         cells = dict(zip(header, row, strict=True))
         names.append(cells[path_column])
@@ -128,7 +129,11 @@ def open_coco(path: Path, key: str, root: Path | None) -> ImageFiles:
     names = [_coco_name(entry, f"{key}: {path}: images[{index}]") for index, entry in enumerate(entries)]
     unique = list(dict.fromkeys(names))
     if len(unique) < len(names):
-        log.info("%s: %s entries name an image again; each image counts once", path, f"{len(names) - len(unique):,}")
+        log.info(
+            "%s: %s, each image counts once",
+            path,
+            counted(len(names) - len(unique), "repeated entry", "repeated entries"),
+        )
     return _listed(unique, None, path, key, root, outside=False)
 
 
@@ -205,7 +210,7 @@ def _listed(
     shown = f" (columns {', '.join(columns)})" if columns else ""
     if labels is not None:
         labels = [None if label in MISSING_LABELS else label for label in labels]
-    source = ImageFiles(paths, f"{len(paths):,} images in the list {path}{shown}", labels)
+    source = ImageFiles(paths, f"{counted(len(paths), 'image')} in the list {path}{shown}", labels)
     if source.classes:
         _check_repeated(source, paths)
     elif labels is not None and not any(labels):
@@ -258,4 +263,4 @@ def _check_repeated(source: ImageFiles, paths: Sequence[str]) -> None:
             source.leave_unlabelled(f"{printable(name)} is listed as {both}", SEVERAL_LABELS)
             return
     if repeated:
-        log.info("%s: %s entries name an image again", source.description, f"{repeated:,}")
+        log.info("%s: %s", source.description, counted(repeated, "repeated entry", "repeated entries"))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from crossmae.data.images import IMAGE_LIMITS, ImageLimits
 from crossmae.data.sources.labels import unify_labels
-from crossmae.errors import UserError, printable, shorten
+from crossmae.errors import UserError, counted, printable, shorten
 from crossmae.files import open_file, read_file
 
 HEAD = 1 << 16  # bytes that hold the header of nearly every image
@@ -132,7 +132,8 @@ class Source(ABC):
         if len(labelled) < len(labels):
             if labelled:
                 lacking = [index for index, label in enumerate(labels) if not label]
-                why = f"{len(lacking):,} samples have none, the first is {printable(self.name(lacking[0]))}"
+                first = printable(self.name(lacking[0]))
+                why = f"there is none for {counted(len(lacking), 'sample')}, the first is {first}"
                 self.leave_unlabelled(why, f"Label them, or leave them out: {len(labelled):,} would be left")
             return
         for note in notes:

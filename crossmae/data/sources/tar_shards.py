@@ -33,7 +33,7 @@ from crossmae.data.sources.tar_index import (
     is_image_extension,
     read_folder_index,
 )
-from crossmae.errors import UserError, printable, shorten
+from crossmae.errors import UserError, counted, printable, shorten
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -134,10 +134,11 @@ def open_shards(value: str, key: str) -> TarShards:
     for name, count in left_out.items():
         unread["", file_kind(f"x{name}")] += count if name not in spare else 0
     if not images:
-        raise UserError(f"{key}: {describe_lack(f'the {len(shards):,} shards of {value}', +unread)}")
+        place = f"the {counted(len(shards), 'shard')} of {value}"
+        raise UserError(f"{key}: {describe_lack(place, +unread)}")
     log_unread(value, +unread, repeat("", images))
     full = [(shard, index) for shard, index in zip(shards, indexes, strict=True) if index.names]
-    description = f"{images:,} images in {len(shards):,} tar shards ({value})"
+    description = f"{counted(images, 'image')} in {counted(len(shards), 'tar shard')} ({value})"
     classes = {folder.classes if folder else () for folder in ready}
     order = classes.pop() if len(classes) == 1 else ()
     return TarShards([shard for shard, _ in full], [index for _, index in full], description, order)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from crossmae.errors import counted
 from crossmae.experiments.rows import Row
 from crossmae.experiments.statistics import describe_comparisons, describe_width, percent_mean
 from crossmae.experiments.study.arms import FASHION_ARMS, SEEDS
@@ -60,7 +61,7 @@ def write_study_page(rows: Sequence[Row], target: Path) -> None:
     ]
     if rows:
         commands = [(row.cell, page.folded(command)) for row in rows for command in row.commands]
-        folded = Commands(commands, folded=f"Commands of all {page.counted(len(rows), 'cell')}")
+        folded = Commands(commands, folded=f"Commands of all {counted(len(rows), 'cell')}")
         sections.append(Section("Commands", f"{summary(rows)} Commands run in the root of the repository.", [folded]))
     Report(TITLE, LEAD, facts, sections, environment_of(rows)).write(target)
 

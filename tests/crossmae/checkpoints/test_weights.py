@@ -312,4 +312,4 @@ def test_an_encoder_under_another_beginning_is_read(tmp_path: Path) -> None:
     torch.save(tensors | {"text.weight": torch.ones(2)}, tmp_path / "a.pth")
     weights = read_weights(tmp_path / "a.pth")
     assert encoder_tensors(weights).keys() == {name.removeprefix("visual.trunk.") for name in tensors}
-    assert weights.beside == ("text (1 tensors)",)
+    assert weights.beside == ("text (1 tensor)",)

@@ -200,8 +200,8 @@ def test_an_encoder_is_no_classifier(tmp_path: Path) -> None:
     [
         ({"classes": "[1"}, "classes: Input should be a valid tuple"),
         ({"pool": "max"}, "pool: Input should be 'avg' or 'cls'"),
-        ({"class_names": '["a"]'}, "class_names has 1 values for 4 classes"),
-        ({"pixel_std": "[1]"}, "pixel_std has 1 values for 3 channels"),
+        ({"class_names": '["a"]'}, "class_names has 1 value for 4 classes"),
+        ({"pixel_std": "[1]"}, "pixel_std has 1 value for 3 channels"),
         ({"head": "batchnorm"}, r"unexpected, the model has no such tensor"),
         ({"classes": '["a", "b"]', "class_names": '["a", "b"]'}, r"weight: file \(4, 192\), model \(2, 192\)"),
     ],

@@ -76,7 +76,7 @@ def test_names_to_show(tmp_path: Path) -> None:
     assert read_class_names(None, CLASSES) == CLASSES
     (tmp_path / "names.txt").write_text("bleu\nvert\nrouge\n")
     assert read_class_names(tmp_path / "names.txt", CLASSES) == ("bleu", "vert", "rouge")
-    with pytest.raises(UserError, match=r"data\.class_names: 1 names for 3 classes\. Name all of blue, green, red"):
+    with pytest.raises(UserError, match=r"data\.class_names: 1 name for 3 classes\. Name all of blue, green, red"):
         read_class_names(("bleu",), CLASSES)
 
 
@@ -180,7 +180,7 @@ def test_a_missing_label_is_named(tmp_path: Path) -> None:
     picture(8, 8).save(tmp_path / "a.png")
     picture(8, 8).save(tmp_path / "b.png")
     (tmp_path / "list.csv").write_text("path,label\na.png,cat\nb.png,\na.png,dog\n")
-    with pytest.raises(UserError, match=r"data\.train: .*1 samples have none, the first is .*b\.png\. Label them"):
+    with pytest.raises(UserError, match=r"data\.train: .*none for 1 sample, the first is .*b\.png\. Label them"):
         find_classes(open_source(tmp_path / "list.csv", "data.train"), "data.train")
     (tmp_path / "list.csv").write_text("path,species\na.png,cat\n")
     with pytest.raises(UserError, match=r"\(columns path, species\) have no labels\. .* `label` or `class`"):

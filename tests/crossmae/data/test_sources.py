@@ -188,7 +188,7 @@ def test_a_missing_label_turns_labels_off_and_is_counted(
 ) -> None:
     (tmp_path / "list.csv").write_text(f"path,label\n{paths[0]},a\n{paths[1]},\n")
     assert open_source(tmp_path / "list.csv", "data.train").classes == ()
-    assert "labels are not used, 1 samples have none" in caplog.text
+    assert "labels are not used, there is none for 1 sample" in caplog.text
 
 
 def test_root_is_where_relative_paths_start(tmp_path: Path, paths: list[Path]) -> None:
@@ -220,7 +220,7 @@ BAD: list[tuple[str, str, str]] = [
     ("nothing.csv", "\n", r"nothing\.csv is empty\. Fill it, or name another list"),
     ("table.csv.gz", "\x1f\x8b\x08", r"table\.csv\.gz: is compressed with gzip, not text\. Unpack it: gunzip -k table"),
     ("table.xlsx", "PK\3\4", r"table\.xlsx: is a zip archive or an Excel table, not text\. .*save the table as CSV"),
-    ("row.csv", "path,label\nx.png\n", r"row\.csv, line 2: has 1 values, the header 2"),
+    ("row.csv", "path,label\nx.png\n", r"row\.csv, line 2: has 1 value, the header 2"),
     ("blank.csv", "path,label\n,a\n", r"blank\.csv: image 1 of 1 has an empty path"),
     ("quote.csv", 'path\n"x.png', r"quote\.csv: not valid CSV"),
     ("broken.json", "{", r"broken\.json: not valid JSON"),
@@ -351,7 +351,7 @@ def test_an_image_with_two_labels_has_none(tmp_path: Path, paths: list[Path]) ->
         ),
         (
             ["ant/1", "bee/2", "3"],
-            r"1 samples have none, the first is .*/3\.png\. Label them, or leave them out: 2 would",
+            r"there is none for 1 sample, the first is .*/3\.png\. Label them, or leave them out: 2 would",
         ),
         (["ant/1", "bee/2", "3", "4"], r"have no labels\. Labels come from"),
         (["ant/1", "3"], r"have no labels\. Labels come from"),

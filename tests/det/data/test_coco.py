@@ -223,7 +223,7 @@ def test_what_the_config_allows_is_left_out_of_training_and_evaluation(tmp_path,
     before = path.read_bytes()
     summary = register_coco("test_set", path, images, for_evaluation=True, masks=True, drop=FOUR)
     assert (summary.num_images, summary.num_trainable) == (4, 4)
-    assert "DATASETS.DROP leaves out 1 images and 4 annotations, polygons of 1 more: missing-image 1" in caplog.text
+    assert "DATASETS.DROP leaves out 1 image and 4 annotations, polygons of 1 more: missing-image 1" in caplog.text
 
     truth = ground_truth("test_set")
     assert [image["id"] for image in truth["images"]] == [2, 3, 4, 5]

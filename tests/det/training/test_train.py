@@ -320,7 +320,7 @@ def fails_with_one_line(words, capsys, monkeypatch):
         (["SOLVER.BASE_RL=1"], "unknown key SOLVER.BASE_RL. Did you mean SOLVER.BASE_LR?"),
         (
             ["SOLVER.ACCUMULATE=4"],
-            "SOLVER.IMS_PER_BATCH: 2 images cannot be divided over 1 processes and SOLVER.ACCUMULATE 4",
+            "SOLVER.IMS_PER_BATCH: 2 images cannot be divided over 1 process and SOLVER.ACCUMULATE 4",
         ),
         (["SOLVER.IMS_PER_BATCH=9"], "SOLVER.IMS_PER_BATCH: 9 is more than the 5 training images"),
         (["MODEL.WEIGHTS=nowhere.pth"], "MODEL.WEIGHTS: "),

@@ -458,7 +458,7 @@ def test_plain_names_that_are_incomplete_or_ambiguous(changes: dict[str, Any], m
     "layout, changes, message",
     [
         ("hf-vitmae", {}, "hf-vitmae: has no place for 2 tensors: head.weight, head.bias"),
-        ("hf-vit", {"mask_token": torch.ones(1, 1, 16)}, "hf-vit: has no place for 1 tensors: mask_token"),
+        ("hf-vit", {"mask_token": torch.ones(1, 1, 16)}, "hf-vit: has no place for 1 tensor: mask_token"),
         ("hf-vit", {"fc_norm.weight": torch.ones(24)}, "fc_norm.weight"),
         ("hf-vit", {"wfm.linear.weight": torch.ones(2, 2)}, "wfm.linear.weight"),
         ("hf-vit", {"decoder_blocks.0.norm1.weight": torch.ones(16)}, "decoder_blocks.0.norm1.weight"),

@@ -65,7 +65,7 @@ SEVERAL: dict[str, tuple[dict[str, Any], float, float, tuple[str, ...]]] = {
         },
         1,
         2,
-        ("arch", "momentum_encoder (3 tensors)", "predictor (1 tensors)"),
+        ("arch", "momentum_encoder (3 tensors)", "predictor (1 tensor)"),
     ),
     "mmengine": (
         {"state_dict": weights(1), "ema_state_dict": weights(2, "module.") | {"steps": torch.tensor(9)}, "meta": {}},

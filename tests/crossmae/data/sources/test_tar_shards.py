@@ -105,7 +105,7 @@ def test_compressed_shards_and_shards_without_images_are_refused(tmp_path: Path)
     with pytest.raises(UserError, match=r"data.train: .*x\.tar\.gz: expected a plain \.tar file"):
         open_shards(str(tmp_path / "x.tar.gz"), "data.train")
     (tmp_path / "x.tar").write_bytes(tar_bytes({"1.txt": b""}))
-    with pytest.raises(UserError, match=r"data.train: no image in the 1 shards of .*x\.tar: 1 \.txt are not read"):
+    with pytest.raises(UserError, match=r"data.train: no image in the 1 shard of .*x\.tar: 1 \.txt are not read"):
         open_shards(str(tmp_path / "x.tar"), "data.train")
 
 
