@@ -28,34 +28,47 @@ def load_json(text: str | bytes) -> Any:
 
     Raises ValueError if the text is not JSON, is nested too deeply, or has a number with too many digits.
     """
-    encoded = text.encode(errors="replace") if isinstance(text, str) else text
-    digits = encoded.translate(_DIGITS_AS_ZERO)
-    is_long = _LONG_NUMBER in digits
-    parse_int = _whole_number if is_long and _TOO_LONG_NUMBER in digits else None
-    del digits
-    value, is_read = None, False
-    if _load_strictly is not None and not is_long:  # it makes floats of numbers above 64 bits
-        with suppress(ValueError):  # NaN, half characters and numbers above floats are read below, and errors worded
-            value, is_read = _load_strictly(text), True
-    if not is_read:
-        try:
-            value = json.loads(text, parse_int=parse_int)
-        except RecursionError:
-            raise ValueError(_TOO_DEEP) from None
-    if not (is_read and _is_shallow(encoded)):
-        _check_bounds(value)
+    with suppress(ValueError):
+        return load_plain_json(text.encode() if isinstance(text, str) else text)
+    digits = (text.encode(errors="replace") if isinstance(text, str) else text).translate(_DIGITS_AS_ZERO)
+    try:
+        value = json.loads(text, parse_int=_whole_number if _TOO_LONG_NUMBER in digits else None)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    _check_bounds(value)
+    return value
+
+
+def load_plain_json(data: bytes) -> Any:
+    """Parse UTF-8 JSON with the fast library.
+
+    Raises ValueError for everything that has to be looked at more closely, for which `load_json` has an error or a
+    value: NaN, half characters, long numbers, deep nesting, and text that is not JSON.
+    """
+    # The library would make floats of numbers above 64 bits.
+    if _load_strictly is None or _LONG_NUMBER in data.translate(_DIGITS_AS_ZERO):
+        raise ValueError("not plain")
+    value = _load_strictly(data)
+    if not _is_shallow(data):
+        raise ValueError(_TOO_DEEP)
     return value
 
 
 @contextmanager
 def paused_garbage_collection() -> Iterator[None]:
-    """Pause garbage collection, which would double the reading time."""
+    """Pause garbage collection, which would double the reading time.
+
+    Afterwards all objects count as old, so that the next collection does not visit each of them.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was_enabled:
+            if not gc.get_freeze_count():  # what a caller froze stays frozen
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 

@@ -434,7 +434,7 @@ def _strays(placed: Placed, explained: Collection[int]) -> dict[str, Notes]:
     apart = ~outside & (_overlap(*wide) < _OVERLAP * np.minimum(*map(_area, wide)))
     apart |= ~outside & alone & (_union_share(extent, corners) < _SAME / 2)
     pairs = _Pairs({"": extent}, placed.box[rows], size, placed.image[rows])
-    notes = [_describe(*one) + _of_image(of) for *one, of in zip(extent, pairs.box, size, strict=True)]
+    notes = {at: _describe(extent[at], pairs.box[at]) + _of_image(size[at]) for at in np.flatnonzero(outside | apart)}
     for at, words in _words_for_each(pairs.take(apart)).items():
         notes[np.flatnonzero(apart)[at]] += f", but it fits {words}"
     kinds = {"mask-outside": outside, "mask-off-box": apart}

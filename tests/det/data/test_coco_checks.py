@@ -37,7 +37,7 @@ def data(tmp_path):
 
 def as_it_is(content):
     """The content without repairs: what the checks say of oddities that nobody repaired."""
-    return Tidy(content, content, {}, frozenset(), {}, {}, {}, sound=False)
+    return Tidy(content, content, {}, frozenset(), {}, {}, {}, columns=None)
 
 
 def find(content, images=None, **options):
