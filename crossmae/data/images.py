@@ -442,7 +442,10 @@ def plain_jpeg_size(path: str) -> tuple[int, int] | None:
 
 
 class ImageHeader(NamedTuple):
-    """Width and height as stored and once turned, the EXIF orientation, and True if both ends of the file are sound."""
+    """Width and height as stored and once turned, and the EXIF orientation.
+
+    `is_whole` is True if both ends of the file are sound.
+    """
 
     stored: tuple[int, int]
     turned: tuple[int, int]

@@ -138,9 +138,9 @@ def _whole_number(digits: str) -> int:
 
 
 def _is_shallow(text: bytes) -> bool:
-    """Check the brackets of valid JSON for at most `MAX_DEPTH` lists and mappings in each other.
+    """Check the depth of valid JSON by its brackets.
 
-    This takes a tenth of the time of a look at all values.
+    This takes a tenth of the time of a look at all values. Values of repeated keys count, too.
     """
     if b"\\" in text:
         text = text.replace(b"\\\\", b"").replace(b'\\"', b"")

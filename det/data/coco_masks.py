@@ -162,7 +162,7 @@ def _measure_polygons(result: Masks, rows: Ints, masks: list[list[list[float]]])
 def _measure_some_polygons(
     result: Masks, polygons: list[list[float]], lengths: Ints, owners: Ints, numbers: Ints
 ) -> None:
-    """Measure P polygons, which are the `numbers` in the masks of the rows `owners`."""
+    """Measure P polygons with their lengths, rows, and numbers in their masks."""
     short = (lengths < 6) | (lengths % 2 == 1)
     for index in np.flatnonzero(short):
         text = f"segmentation[{numbers[index]}] {polygon_fault(polygons[index])}"

@@ -63,7 +63,7 @@ class Tidy:
 
     @property
     def sound(self) -> bool:
-        """True if keys and types of all annotations are known to be right."""
+        """True if keys and types of all annotations are right."""
         return self.columns is not None
 
 
@@ -88,7 +88,7 @@ class Columns:
         return self._found[key]
 
     def read(self, key: str) -> list[Any]:
-        """Return the values of a key, or its `DEFAULTS` for annotations without it."""
+        """Return the values of a key, with `DEFAULTS` for absent ones."""
         if (found := self.find(key)) is not None:
             return found
         if key not in self._read:
@@ -97,12 +97,12 @@ class Columns:
 
     @cached_property
     def boxes(self) -> Floats:
-        """Boxes (N, 4), once all are known to be lists of four numbers."""
+        """Boxes (N, 4), if all are lists of four numbers."""
         return flatten(self.read("bbox")).reshape(-1, 4)
 
     @cached_property
     def areas(self) -> Floats:
-        """Areas (N,), once all are known to be numbers. An absent area is 0."""
+        """Areas (N,), if all are numbers or absent."""
         return flatten([self.read("area")])
 
 

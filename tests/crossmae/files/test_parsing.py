@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crossmae.files import load_json, parsing
+from crossmae.files import load_json, parsing, paused_garbage_collection
 from crossmae.files.parsing import MAX_DEPTH
 
 TOO_DEEP = f"more than {MAX_DEPTH} lists or mappings in each other"
@@ -101,6 +103,33 @@ def test_brackets_count_as_depth_unless_they_are_in_a_text(kinds: list[str], tex
             patch.setattr(parsing, "_check_bounds", refuse)
         assert read(text) == wanted
     assert read_by_json(text) == wanted
+
+
+def test_after_a_pause_the_next_collection_is_short_and_a_later_one_finds_cycles() -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.me = self
+
+    gc.collect()
+    with paused_garbage_collection():
+        lists = [[] for _ in range(10_000)]  # type: ignore[var-annotated]
+        gone = weakref.ref(Cycle())
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert len(gc.get_objects(0)) + len(gc.get_objects(1)) < len(lists)
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_pause_leaves_frozen_objects_frozen() -> None:
+    gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        with paused_garbage_collection():
+            pass
+        assert gc.get_freeze_count() == before > 0
+    finally:
+        gc.unfreeze()
 
 
 def test_only_the_last_value_of_a_key_counts() -> None:
