@@ -500,7 +500,7 @@ def odd_parts(annotations: Columns, lvis: bool, masks: bool) -> set[str]:
         "ids": not ids or (min(ids) >= 0 and max(ids) <= LARGEST_ID and len(set(ids)) == len(ids)),
         "references": are_whole("image_id", "category_id"),
         "flags": (lvis or (are_whole("iscrowd") and set(annotations.read("iscrowd")) <= {0, 1}))
-        and not any(value != 0 for value in annotations.read("ignore")),
+        and not any(entry["ignore"] != 0 for entry in annotations.entries if "ignore" in entry),
         "boxes": _are_boxes(annotations),
         "areas": _are_areas(annotations),
         "masks": not masks or (_are_masks(annotations.find("segmentation")) and not _any_by_axis(annotations)),
