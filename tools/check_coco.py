@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def count(content: dict[str, Any]) -> dict[str, int]:
     """Count images, annotations, categories and mask types."""
-    masks = Counter(mask_kind(annotation) for annotation in content["annotations"])
+    masks = Counter(mask_kind(annotation.get("segmentation")) for annotation in content["annotations"])
     return {
         **{key: len(content[key]) for key in ("images", "annotations", "categories")},
         "crowd regions": sum(annotation.get("iscrowd") == 1 for annotation in content["annotations"]),

@@ -365,11 +365,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     return read_side_file(folder / RECORD)
 
 
-def read_state(folder: Path, mapped: bool = True) -> Any:
+def read_state(folder: Path, mapped: bool = False) -> Any:
     """Read the `state` of a checkpoint on the CPU, by restricted unpickling.
 
     Args:
-        mapped: leave the tensors in the file until they are used, so that they must be used before it is deleted.
+        mapped: leave the tensors in the file, which must stay as it is until they are used.
 
     Raises:
         UserError: The file cannot be read.

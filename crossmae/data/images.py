@@ -70,6 +70,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+QUARTER_TURNS = (5, 6, 7, 8)  # orientations that swap width and height
 
 ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # MPO and TIFF hold other pictures than frames
 
@@ -77,6 +78,9 @@ LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 # Last bytes of complete JPEG and PNG files. Files of other kinds must be decoded to find out if they are complete.
 LAST_BYTES = (b"\xff\xd9", b"IEND\xaeB`\x82")
+LONGEST_END = 8  # bytes of them
+LATE_EXIF = re.compile(rb"eXIf|Raw profile type exif|adobe:ns:meta")
+LATE_EXIF_WITHIN = 1 << 16  # bytes at the end of a PNG that are searched for an orientation
 PLAIN_HEAD = 4096  # bytes that hold the header of a JPEG without metadata
 FILLED = bytes(64)  # after samples, such a run of zeros stands in place of the end of a JPEG
 FILL_VALUES, LOWEST = (-9999, -32768), -3.39e38  # missing data of GeoTIFF files, and all below
@@ -490,6 +494,49 @@ def plain_jpeg_size(path: str) -> tuple[int, int] | None:
             return None
         start = stop
     return None
+
+
+class ImageHeader(NamedTuple):
+    """Width and height as stored and once turned, and the EXIF orientation.
+
+    `is_whole` is True if both ends of the file are sound.
+    """
+
+    stored: tuple[int, int]
+    turned: tuple[int, int]
+    orientation: int
+    is_whole: bool
+
+
+def read_header(path: Path, limits: ImageLimits = IMAGE_LIMITS) -> ImageHeader:
+    """Read the header of an image, and the end of its file.
+
+    Raises UserError for an image that the limits refuse, and Pillow's errors for a file that is no image.
+    """
+    is_sound = True
+    try:
+        image: Image.Image = Image.open(path)
+    except Exception:  # the whole file tells whether only its metadata are at fault
+        image, is_sound = open_image(read_file(path)), False
+    with image:
+        stored, is_png = image.size, image.format == "PNG"
+        limits.check(printable(path), *stored)
+        end = _read_end(path, LATE_EXIF_WITHIN if is_png else LONGEST_END)
+        # Pillow would decode a PNG file completely to find an orientation that is stored after the pixels.
+        late = is_png and LATE_EXIF.search(end)
+        orientation = read_orientation(open_image(read_file(path), load=True) if late else image, load=bool(late))
+    turned = stored[::-1] if orientation in QUARTER_TURNS else stored
+    return ImageHeader(stored, turned, orientation, is_sound and is_whole(end))
+
+
+def _read_end(path: Path, length: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(file.tell() - length, 0))
+            return file.read()
+    except OSError:
+        return b""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -11,12 +11,13 @@ import re
 import shlex
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from crossmae.errors import UserError, printable
 from crossmae.files.expansion import why_unexpanded
-from crossmae.files.parsing import load_json
+from crossmae.files.parsing import load_json, load_plain_json
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +150,8 @@ def read_json(path: Path) -> Any:
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
         why = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path}: cannot be read: {why}. Name another file.") from None
+    with suppress(ValueError):
+        return load_plain_json(data)
     return parse_json(decode_text(data, path), str(path))
 
 

@@ -49,7 +49,7 @@ from crossmae.training.loop import (
 )
 from crossmae.training.optimizers import make_optimizer
 from crossmae.training.processes import Ranks
-from crossmae.training.resume import EMA_WEIGHTS, WEIGHTS, find_start, is_complete
+from crossmae.training.resume import EMA_WEIGHTS, IMAGE_NAMES, WEIGHTS, find_start, is_complete
 from crossmae.training.schedule import Schedule, make_schedule
 from crossmae.training.signals import in_main_process
 from crossmae.training.state import Diverged, Losses, TrainingState
@@ -86,6 +86,7 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
     schedule = make_schedule(batches, optim, config.schedule, factor)
     # The initial weights: a checkpoint of this run, given weights, or random weights.
     fingerprint = config.fingerprint(schedule.images, precision, ranks.world_size)
+    fingerprint[IMAGE_NAMES] = source.digest(labelled=False)
     start = find_start(config.output_dir, resume, "pretraining")
     complete = is_complete(start, schedule.last_step, fingerprint)
     origin = recorded_inheritance(start / MODEL) if start else {}

@@ -423,7 +423,7 @@ def write_weights(
     """Copy the weights of a checkpoint to the run folder."""
     weights = folder / WEIGHTS
     write_atomically(weights, lambda path: path.write_bytes((checkpoint / MODEL).read_bytes()))
-    state = read_state(checkpoint) if decay else {}  # may have gigabytes, so it is read only if needed
+    state = read_state(checkpoint, mapped=True) if decay else {}  # may have gigabytes, so it is read only if needed
     if "ema" in state:
         about = metadata(int(state["step"])) | {"ema_decay": str(decay)}
         save_weights(folder / EMA_WEIGHTS, state["ema"], about, force=True)

@@ -14,8 +14,9 @@ from crossmae.training.processes import Ranks
 
 log = logging.getLogger(__name__)
 
-# Settings that checkpoints of earlier versions do not record, with the values that these versions had.
-ADDED = {"model.mask_block": "1", "model.class_tokens": "1", "optim.name": '"adamw"'}
+IMAGE_NAMES = "names of the images"  # in the fingerprint, as a hash
+# Settings that checkpoints of earlier versions do not record, with the values that these versions had. None: unknown.
+ADDED = {"model.mask_block": "1", "model.class_tokens": "1", "optim.name": '"adamw"', IMAGE_NAMES: None}
 WEIGHTS, EMA_WEIGHTS = "model.safetensors", "model_ema.safetensors"
 
 
@@ -68,10 +69,10 @@ def is_complete(
     """
     if start is None:
         return False
-    if step_of(start) >= last_step and (start.parents[1] / final).is_file():
-        return True
     theirs = read_record(start).get("fingerprint")
     theirs = ADDED | (theirs if isinstance(theirs, dict) else {})
+    if theirs[IMAGE_NAMES] is None:
+        fingerprint = {key: mine for key, mine in fingerprint.items() if key != IMAGE_NAMES}
     changed = [
         f"{key} was {theirs.get(key)}, is {mine}" for key, mine in fingerprint.items() if mine != theirs.get(key)
     ]
@@ -80,7 +81,7 @@ def is_complete(
             f"--resume: {start} is of a run with other settings: {shorten(changed)}. Repeat those settings, the "
             f"images and the number of processes, or name another {key}."
         )
-    return False
+    return step_of(start) >= last_step and (start.parents[1] / final).is_file()
 
 
 def check_agreement(ranks: Ranks, step: int, fingerprint: Mapping[str, str], key: str = "output_dir") -> None:

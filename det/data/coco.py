@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
+from itertools import compress, count
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
+import numpy as np
 from pycocotools import mask as coco_mask
 from yacs.config import CfgNode
 
 from crossmae.data.found_names import OTHER_FOLDERS, describe_moved, find_moved
-from crossmae.data.images import MAX_PIXELS
+from crossmae.data.images import MAX_PIXELS, read_header
 from crossmae.data.parallel import READERS, map_in_order
 from crossmae.data.paths import are_files, join_names
 from crossmae.errors import UserError, counted
@@ -31,11 +31,10 @@ from det.data.coco_checks import (
     find_faults,
     is_lvis,
     leaves_folder,
-    read_header,
 )
 from det.data.coco_kinds import DROPPABLE, KINDS, USELESS, WARNINGS, Rank
 from det.data.coco_masks import polygon_fault
-from det.data.tidy import ImageSize, Tidy, image_name, tidy
+from det.data.tidy import Columns, ImageSize, Tidy, image_name, tidy
 
 log = logging.getLogger(__name__)
 
@@ -143,29 +142,37 @@ def register_coco(
         MetadataCatalog.remove(name)
     DatasetCatalog.register(name, lambda: _load_records(name))
     _PARSED[name] = stamp, (cleaned, tidied.written)
-    pairs = {(annotation["category_id"], annotation["image_id"]) for annotation in cleaned["annotations"]}
-    images_of = Counter(category for category, _ in pairs)
+    columns = tidied.columns
+    if columns is None or columns.entries is not cleaned["annotations"]:
+        columns = Columns(cleaned["annotations"])
+    images_of, counts = _count_objects(columns, [entry["id"] for entry in cleaned["categories"]])
     _metadata(name).set(
         json_file=str(json_path),
         image_root=str(images),
         evaluator_type="lvis" if is_lvis(cleaned) else "coco",
         reading=_Reading(masks, tuple(keep), dropped, for_evaluation),
         # for detectron2's federated loss
-        class_image_count=[
-            {"id": entry["id"], "image_count": images_of[entry["id"]]} for entry in cleaned["categories"]
-        ],
+        class_image_count=[{"id": key, "image_count": number} for key, number in images_of.items()],
     )
-    _name_classes(name, cleaned["categories"])
-    kept = [annotation for annotation in cleaned["annotations"] if not annotation.get("iscrowd", 0)]
-    objects = Counter(annotation["image_id"] for annotation in kept)
-    return CocoSummary(
-        categories=tuple(entry["name"] for entry in sorted(cleaned["categories"], key=lambda entry: entry["id"])),
-        num_images=len(cleaned["images"]),
-        num_trainable=len(objects),
-        most_objects=max(objects.values(), default=0),
-        most_of_class=max(Counter((one["image_id"], one["category_id"]) for one in kept).values(), default=0),
-        mask_kinds=frozenset(mask_kind(annotation) for annotation in kept),
+    return CocoSummary(tuple(_name_classes(name, cleaned["categories"])), len(cleaned["images"]), **counts)
+
+
+def _count_objects(annotations: Columns, categories: list[int]) -> tuple[dict[int, int], dict[str, Any]]:
+    """Count the images of each category, and what `CocoSummary` has of objects."""
+    (_, images), (used, classes) = (
+        np.unique(np.array(annotations.read(key), np.int64), return_inverse=True) for key in ("image_id", "category_id")
     )
+    pairs = images * len(used) + classes
+    images_of = dict.fromkeys(categories, 0)
+    images_of |= zip(used.tolist(), np.bincount(classes[np.unique(pairs, return_index=True)[1]]).tolist(), strict=True)
+    single = ~np.array(annotations.read("iscrowd"), bool)
+    objects, of_class = (np.unique(groups[single], return_counts=True)[1] for groups in (images, pairs))
+    return images_of, {
+        "num_trainable": len(objects),
+        "most_objects": int(objects.max(initial=0)),
+        "most_of_class": int(of_class.max(initial=0)),
+        "mask_kinds": frozenset(map(mask_kind, compress(annotations.read("segmentation"), single))),
+    }
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,7 @@ def read_sizes(folder: Path, names: Sequence[str]) -> Iterable[ImageSize | None]
 
     def read(name: str) -> ImageSize | None:
         try:
-            return None if leaves_folder(name) else read_header(folder / name)[1]
+            return None if leaves_folder(name) else read_header(folder / name).turned
         except Exception:  # Pillow raises many types of errors for damaged headers, which the checks report
             return None
 
@@ -216,12 +223,13 @@ def _metadata(name: str) -> Any:
     return MetadataCatalog.get(name)
 
 
-def _name_classes(name: str, categories: Sequence[dict[str, Any]]) -> None:
-    """Register the names and numbers of the classes."""
+def _name_classes(name: str, categories: Sequence[dict[str, Any]]) -> list[str]:
+    """Register the names and numbers of the classes. Return the names."""
     entries = sorted(categories, key=lambda entry: entry["id"])
     numbers = {entry["id"]: index for index, entry in enumerate(entries)}
     names = [entry["name"] for entry in entries]
     _metadata(name).set(thing_classes=names, thing_dataset_id_to_contiguous_id=numbers)
+    return names
 
 
 def _log_findings(findings: Sequence[Finding], dropped: Dropped, json_path: str | Path) -> None:
@@ -240,9 +248,8 @@ def _log_findings(findings: Sequence[Finding], dropped: Dropped, json_path: str 
         log.info("%s: good to know: %s", json_path, counts[Rank.INFORMATION])
 
 
-def mask_kind(annotation: dict[str, Any]) -> str:
-    """Name the mask type of an annotation: "polygon", "rle" or "none"."""
-    mask = annotation.get("segmentation")
+def mask_kind(mask: Any) -> str:
+    """Name the type of a segmentation: "polygon", "rle" or "none"."""
     return ("rle" if isinstance(mask, dict) else "polygon") if mask else "none"
 
 
@@ -266,10 +273,10 @@ def read_registered(name: str) -> tuple[dict[str, Any], dict[str, dict[int, Any]
         tidied = tidy_with_images(read_coco(path), Path(metadata.image_root), reading.masks, reading.keep)
         parsed = clean(tidied.content, replace(reading.dropped, categories=tidied.left_out)), tidied.written
     content, written = parsed
-    taken = {annotation["id"] for annotation in content["annotations"]}
-    free = next(number for number in count(1) if number not in taken)
-    for annotation in content["annotations"]:
-        if annotation["id"] == 0:
+    if zeros := [annotation for annotation in content["annotations"] if annotation["id"] == 0]:
+        taken = {annotation["id"] for annotation in content["annotations"]}
+        free = next(number for number in count(1) if number not in taken)
+        for annotation in zeros:
             annotation["id"] = free
     return content, written
 
@@ -291,11 +298,12 @@ def dataset_records(content: dict[str, Any], image_root: str) -> list[dict[str, 
 
     classes = {number: index for index, number in enumerate(sorted(entry["id"] for entry in content["categories"]))}
     objects: dict[int, list[dict[str, Any]]] = {entry["id"]: [] for entry in content["images"]}
+    mode = BoxMode.XYWH_ABS
     for entry in content["annotations"]:
-        record = {key: entry[key] for key in ("iscrowd", "bbox") if key in entry}
-        record |= {"bbox_mode": BoxMode.XYWH_ABS, "category_id": classes[entry["category_id"]]}
+        record = {"iscrowd": entry["iscrowd"]} if "iscrowd" in entry else {}
+        record |= {"bbox": entry["bbox"], "bbox_mode": mode, "category_id": classes[entry["category_id"]]}
         if mask := entry.get("segmentation"):
-            plain = isinstance(mask, dict) and isinstance(mask["counts"], list)
+            plain = type(mask) is dict and type(mask["counts"]) is list
             record["segmentation"] = coco_mask.frPyObjects(mask, *mask["size"]) if plain else mask
         objects[entry["image_id"]].append(record)
     return [
@@ -333,12 +341,13 @@ def clean(content: dict[str, Any], dropped: Dropped) -> dict[str, Any]:
 
     LVIS images get a `file_name`.
     """
-    annotations = []
-    for at, entry in enumerate(content["annotations"]):
-        if at in dropped.polygons:
-            entry = {**entry, "segmentation": _sound_polygons(entry)}
-        if at not in dropped.annotations:
-            annotations.append(entry)
+    annotations = content["annotations"]
+    if dropped.annotations or dropped.polygons:
+        annotations = [
+            {**entry, "segmentation": _sound_polygons(entry)} if at in dropped.polygons else entry
+            for at, entry in enumerate(annotations)
+            if at not in dropped.annotations
+        ]
     kept = (entry for at, entry in enumerate(content["images"]) if at not in dropped.images)
     return {
         **content,

@@ -9,30 +9,29 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, compress
+from itertools import chain, repeat
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from crossmae.data.broken import find_broken
 from crossmae.data.found_names import NOTHING_LIKE
-from crossmae.data.images import IMAGE_LIMITS, ImageLimits, TooManyPixels, open_image, plain_jpeg_size, read_orientation
+from crossmae.data.images import ImageLimits, TooManyPixels, plain_jpeg_size, read_header
 from crossmae.data.parallel import READERS, map_in_order
 from crossmae.data.paths import are_files, join_names
 from crossmae.data.sources.source import ImageFiles
 from crossmae.errors import UserError, printable
-from crossmae.files import paused_garbage_collection, read_file, special_kind
+from crossmae.files import paused_garbage_collection, special_kind
 from det.config import image_limits
 from det.data.coco_fit import Placed, corners_of, find_misfits
 from det.data.coco_kinds import EVALUATION_KINDS, FREQUENCIES, KINDS, Kind, Rank
-from det.data.coco_masks import LARGEST_SIDE, NUMBERS, Floats, Masks, flatten, measure_masks, no_masks
+from det.data.coco_masks import LARGEST_SIDE, NUMBERS, Floats, Masks, measure_masks, no_masks
 from det.data.coco_odd_masks import find_odd_masks
 from det.data.loose_forms import ROTATION_KEYS, as_whole_number
-from det.data.tidy import LARGEST_AREA, LARGEST_ID, LVIS_LISTS, Tidy, image_name
+from det.data.tidy import LARGEST_AREA, LARGEST_ID, LVIS_LISTS, Columns, Tidy, image_name
 
 EDGE = 1.0  # tolerance in pixels for boxes that leave the image, because of rounding
 AREA_SLACK = (10.0, 0.3)  # allowed difference of area and mask: pixels, plus a share of the larger area
@@ -48,9 +47,6 @@ _Note = Callable[[int], str]
 
 _LEAVES = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")  # half a character: JSON allows it, but results files cannot have it
-_LATE_EXIF = re.compile(rb"eXIf|Raw profile type exif|adobe:ns:meta")
-LATE_EXIF_WITHIN = 1 << 16  # bytes at the end of a file that are searched
-QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 @dataclass(frozen=True)
@@ -137,8 +133,8 @@ def find_faults(
     found = Findings(tidied, () if for_evaluation else EVALUATION_KINDS)
     with paused_garbage_collection():
         categories, known = check_categories(found), _check_images(found)
-        table = _check_annotations(found, known, categories, tidied.sound)
-        measured = _check_masks(found, table, for_evaluation, tidied.sound) if masks else no_masks(len(table.entries))
+        table = _check_annotations(found, known, categories, tidied.columns)
+        measured = _check_masks(found, table, for_evaluation, tidied.sound) if masks else no_masks(len(table.position))
         _check_areas(found, table, measured)
         _check_boxes(found, table, measured)
         if is_lvis(tidied.content):
@@ -296,20 +292,6 @@ def _describe_missing(path: Path, name: str, reason: str | None) -> str:
     return f"{name}: {reason}" if reason else name
 
 
-def read_header(path: Path, limits: ImageLimits = IMAGE_LIMITS) -> tuple[tuple[int, int], tuple[int, int], int | None]:
-    """Read an image's stored size, its turned size, and its EXIF orientation.
-
-    Raises UserError for an image that the limits refuse.
-    """
-    with _open_header(path) as image:
-        stored = image.size
-        limits.check(printable(path), *stored)
-        # Pillow would decode a PNG file completely to find an orientation that is stored after the pixels.
-        late = image.format == "PNG" and _LATE_EXIF.search(ImageFiles([path], "").tail(0, LATE_EXIF_WITHIN))
-        orientation = read_orientation(open_image(read_file(path), load=True) if late else image, load=bool(late))
-    return stored, stored[::-1] if orientation in QUARTER_TURNS else stored, orientation
-
-
 def _file_fault(path: str, entry: dict[str, Any], limits: ImageLimits) -> tuple[str, str, bool]:
     """Find a fault in an image's header.
 
@@ -321,7 +303,7 @@ def _file_fault(path: str, entry: dict[str, Any], limits: ImageLimits) -> tuple[
     if sure and plain == wanted:
         return "", "", True
     try:
-        stored, turned, orientation = read_header(Path(path), limits)
+        stored, turned, orientation, is_whole = read_header(Path(path), limits)
     except TooManyPixels as error:
         return "too-large-image", str(error), sure
     except UserError as error:
@@ -333,30 +315,25 @@ def _file_fault(path: str, entry: dict[str, Any], limits: ImageLimits) -> tuple[
         sizes += " and {}x{} once turned by its EXIF orientation {}".format(*turned, orientation)
     if turned == wanted:
         kind = "exif-turned" if orientation in range(2, 9) else ""
-        return kind, f"EXIF orientation {orientation}" if kind else "", sure
+        return kind, f"EXIF orientation {orientation}" if kind else "", sure or is_whole
     if turned != stored and stored == wanted:
-        return "exif-orientation", sizes, sure
-    return ("swapped-size" if turned[::-1] == wanted else "size-mismatch"), sizes, sure
-
-
-def _open_header(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except Exception:  # the whole file tells whether only its metadata are at fault
-        return open_image(read_file(path))
+        return "exif-orientation", sizes, sure or is_whole
+    return ("swapped-size" if turned[::-1] == wanted else "size-mismatch"), sizes, sure or is_whole
 
 
 @dataclass(frozen=True)
 class _Table:
     """The N annotations whose keys and types are right, by position in the file.
 
-    Boxes are (N, 4). `finite` is True where all four numbers are finite. `image` (N,) is the position of the image, and
-    -1 if it is unknown. `size` (N, 2) is its width and height, and then infinite.
+    Boxes are (N, 4). `crowd` (N,) is True for crowd regions, `finite` (N,) where all four numbers of a box are finite.
+    `image` (N,) is the position of the image, and -1 if it is unknown. `size` (N, 2) is its width and height, and then
+    infinite.
     """
 
-    entries: list[dict[str, Any]]
+    columns: Columns
     position: NDArray[np.int64]
     box: Floats
+    crowd: NDArray[np.bool_]
     image: NDArray[np.int64]
     size: Floats
     finite: NDArray[np.bool_]
@@ -386,37 +363,44 @@ def _annotation_fault(entry: dict[str, Any]) -> str:
     return ""
 
 
-def _check_annotations(found: Findings, known: dict[int, int], categories: dict[int, int], sound: bool) -> _Table:
+def _check_annotations(
+    found: Findings, known: dict[int, int], categories: dict[int, int], sound: Columns | None
+) -> _Table:
     """Check keys and types, unless `sound`, and references to images and categories."""
     entries, images = found.content["annotations"], found.content["images"]
     bad = {} if sound else _with_fault(entries, _annotation_fault)
-    positions = [position for position in range(len(entries)) if position not in bad]
-    kept = [entries[position] for position in positions]
-    image_ids, category_ids, ids = ([entry[key] for entry in kept] for key in ("image_id", "category_id", "id"))
-    image_at = np.array([known.get(key, -1) for key in image_ids], np.int64)
-    category_at = np.array([categories.get(key, -1) for key in category_ids], np.int64)
-    flags = [entry.get("iscrowd") for entry in kept]
+    position = np.delete(np.arange(len(entries)), list(bad))
+    columns = Columns([entries[at] for at in position]) if sound is None else sound
+    image_ids, category_ids = columns.read("image_id"), columns.read("category_id")
+    image_at, category_at = (
+        np.fromiter(map(numbers.get, ids, repeat(-1)), np.int64, len(ids))
+        for numbers, ids in ((known, image_ids), (categories, category_ids))
+    )
+    crowd = np.fromiter(map(bool, columns.read("iscrowd")), bool, len(position))
 
-    def where(tests: Iterable[Any]) -> list[int]:
-        return list(compress(positions, tests))
+    def where(rows: NDArray[np.bool_] | list[bool]) -> list[int]:
+        positions: list[int] = position[np.flatnonzero(rows)].tolist()
+        return positions
 
     def value(key: str) -> _Note:
         return lambda position: f"{key} {short(found.shown['annotations'][position][key])}"
 
     found.add("bad-annotation", bad)
     found.add("unknown-image", where(image_at < 0), value("image_id"))
-    unknown = where(key not in categories for key in category_ids)
+    unknown = where(category_at < 0)
     if step := _category_step(found, set(category_ids) & categories.keys(), unknown, categories):
-        found.add("shifted-category-id", positions, lambda at: f"{value('category_id')(at)}, all fit with ids {step}")
+        found.add(
+            "shifted-category-id", position.tolist(), lambda at: f"{value('category_id')(at)}, all fit with ids {step}"
+        )
     else:
         found.add("unknown-category", unknown, value("category_id"))
-    found.add("ignore-flag", where(entry.get("ignore", 0) != 0 for entry in kept), value("ignore"))
-    crowd = where(flags)
-    found.add("crowd", crowd)
-    found.add("mostly-crowd", crowd if len(crowd) > MOSTLY * len(entries) else ())
+    ignored = [] if sound else where([flag != 0 for flag in columns.read("ignore")])
+    found.add("ignore-flag", ignored, value("ignore"))
+    found.add("crowd", where(crowd))
+    found.add("mostly-crowd", where(crowd) if crowd.sum() > MOSTLY * len(entries) else ())
     if not is_lvis(found.content):
-        found.add("many-objects", _crowded_images(image_at, category_at, flags))
-    found.add("zero-annotation-id", where(key == 0 for key in ids))
+        found.add("many-objects", _crowded_images(image_at, category_at, crowd))
+    found.add("zero-annotation-id", where([number == 0 for number in columns.read("id")]))
     found.add("image-without-annotations", [known[key] for key in known.keys() - set(image_ids)])
     unused = [categories[key] for key in categories.keys() - set(category_ids)]
     found.add("unused-category", unused, lambda position: repr(found.content["categories"][position].get("name")))
@@ -424,9 +408,8 @@ def _check_annotations(found: Findings, known: dict[int, int], categories: dict[
     for at in known.values():
         if not _image_fault(images[at]):
             sides[at] = images[at]["width"], images[at]["height"]
-    box = flatten([entry["bbox"] for entry in kept]).reshape(-1, 4)
-    finite = np.asarray(np.isfinite(box).all(axis=1))
-    return _Table(kept, np.array(positions, np.int64), box, image_at, sides[image_at], finite)
+    finite = np.asarray(np.isfinite(columns.boxes).all(axis=1))
+    return _Table(columns, position, columns.boxes, crowd, image_at, sides[image_at], finite)
 
 
 def _category_step(found: Findings, used: set[int], unknown: list[int], known: Container[int]) -> str:
@@ -438,9 +421,9 @@ def _category_step(found: Findings, used: set[int], unknown: list[int], known: C
     return next((f"{sign} 1" for sign in "+-" if all(number + int(f"{sign}1") in known for number in ids)), "")
 
 
-def _crowded_images(image: NDArray[np.int64], category: NDArray[np.int64], flags: list[Any]) -> dict[int, str]:
+def _crowded_images(image: NDArray[np.int64], category: NDArray[np.int64], crowd: NDArray[np.bool_]) -> dict[int, str]:
     """Find images with more objects of a class than AP counts."""
-    counted = (image >= 0) & ~np.array(flags, bool)
+    counted = (image >= 0) & ~crowd
     classes = category.max(initial=0) + 2  # -1 is an unknown category
     pairs, counts = np.unique((image * classes + category + 1)[counted], return_counts=True)
     many = counts > COUNTED
@@ -449,10 +432,10 @@ def _crowded_images(image: NDArray[np.int64], category: NDArray[np.int64], flags
 
 def _check_masks(found: Findings, table: _Table, for_evaluation: bool, sound: bool) -> Masks:
     """Check segmentations, whose types are right if `sound`."""
-    masks = measure_masks([entry.get("segmentation") for entry in table.entries], table.size, checked=sound)
+    masks = measure_masks(table.columns.read("segmentation"), table.size, checked=sound)
     missing = masks.faults.get("missing-mask", {})
     if not for_evaluation:  # training ignores crowd regions
-        for row in [row for row in missing if table.entries[row].get("iscrowd", 0)]:
+        for row in [row for row in missing if table.crowd[row]]:
             del missing[row]
     for kind, faults in masks.faults.items():
         if kind != "not-finite":
@@ -462,13 +445,13 @@ def _check_masks(found: Findings, table: _Table, for_evaluation: bool, sound: bo
 
 def _check_areas(found: Findings, table: _Table, masks: Masks) -> None:
     """Compare areas with masks, and reject NaN."""
-    area = flatten([[entry.get("area", 0) for entry in table.entries]])
+    area = table.columns.areas
     infinite = {int(row): f"area {area[row]}" for row in np.flatnonzero(~np.isfinite(area))}
     infinite |= masks.faults.get("not-finite", {})
-    infinite |= {int(row): f"bbox {table.entries[row]['bbox']}" for row in np.flatnonzero(~table.finite)}
+    infinite |= {int(row): f"bbox {table.columns.entries[row]['bbox']}" for row in np.flatnonzero(~table.finite)}
     found.add("not-finite", {int(table.position[row]): text for row, text in infinite.items()})
     slack = AREA_SLACK[0] + AREA_SLACK[1] * np.fmax(area, masks.area)
-    has_area = np.array(["area" in entry for entry in table.entries], bool)
+    has_area = np.array(["area" in entry for entry in table.columns.entries], bool)
     far = table.at(has_area & (np.abs(area - masks.area) > slack))
     measured = dict(zip(far, masks.area[np.isin(table.position, far)], strict=True))
     entries = found.content["annotations"]
@@ -509,9 +492,8 @@ def _check_boxes(found: Findings, table: _Table, masks: Masks) -> None:
 
 def _find_misfits(table: _Table, masks: Masks, placed: NDArray[np.bool_]) -> dict[str, dict[int, str]]:
     """Find masks and boxes that do not fit, by kind and position."""
-    crowd = np.fromiter((bool(entry.get("iscrowd", 0)) for entry in table.entries), bool, len(table.entries))
-    objects = Placed(table.box, masks.extent.copy(), table.size, table.image, placed & ~crowd)
-    segmentations = [entry.get("segmentation") for entry in table.entries]
+    objects = Placed(table.box, masks.extent.copy(), table.size, table.image, placed & ~table.crowd)
+    segmentations = table.columns.read("segmentation")
     odd = find_odd_masks(objects, segmentations)
     objects.extent[list(odd)] = np.nan
     misfits = find_misfits(objects, segmentations, masks.faults.get("rle-size", {}))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
@@ -70,6 +71,11 @@ class Placed:
     image: Ints
     usable: Rows
 
+    @cached_property
+    def agreement(self) -> tuple[Floats, Rows]:
+        """Errors and contradictions (N,) of masks and boxes, see `_agree`."""
+        return _agree(self.extent, corners_of(self.box), self.size)
+
 
 class _Pairs(NamedTuple):
     """Masks with their boxes. Masks that can be read in several ways have corners by reading, first the usual one."""
@@ -98,7 +104,7 @@ def find_misfits(placed: Placed, masks: Sequence[Any], wrong_size: Collection[in
         return {"misfit-boxes": shares}
     found: dict[str, Notes] = {"misfit-masks": {}, "misfit-boxes": {}}
     for rows, pairs in _groups(placed, masks, wrong_size):
-        for side, notes in _explain(pairs).items():
+        for side, notes in _explain(pairs, placed.agreement[0][rows], placed.agreement[1][rows]).items():
             found[f"misfit-{side}"].update((int(rows[at]), note) for at, note in notes.items())
     if not found["misfit-boxes"]:
         found["misfit-boxes"] = _explain_boxes(placed)
@@ -120,7 +126,7 @@ def _groups(placed: Placed, masks: Sequence[Any], wrong_size: Collection[int]) -
     for among in (known & ~is_runs, known & is_runs):
         if len(rows := np.flatnonzero(among)):
             pairs = _Pairs({"": placed.extent[rows]}, placed.box[rows], placed.size[rows], placed.image[rows])
-            if is_runs[rows[0]] and _contradicting(pairs).any():
+            if is_runs[rows[0]] and _contradicting(pairs, placed.agreement[0][rows], placed.agreement[1][rows]).any():
                 by_rows = {"when its run lengths are read by rows": _swap(_measure(masks, rows, turned=True))}
                 pairs = pairs._replace(masks=pairs.masks | by_rows)
             yield rows, pairs
@@ -196,11 +202,10 @@ def _within(inner: Floats, outer: Floats) -> Rows:
     return np.asarray((inner[:, :2] >= outer[:, :2]).all(axis=1) & (inner[:, 2:] <= outer[:, 2:]).all(axis=1))
 
 
-def _contradicting(pairs: _Pairs) -> Rows:
+def _contradicting(pairs: _Pairs, error: Floats, contradict: Rows) -> Rows:
     """Select the pairs that contradict each other, unless they are few."""
-    error, contradict = _agree(_usual(pairs), corners_of(pairs.box), pairs.size)
     if _different(pairs.box) < 2:
-        contradict &= error > _APART_ALONE
+        contradict = contradict & (error > _APART_ALONE)
     few = contradict.sum() <= (error <= 1).sum() and contradict.sum() < _enough(pairs)
     return contradict & ~few
 
@@ -229,12 +234,12 @@ def _fits(side: _Side, corners: Floats, pairs: _Pairs) -> Rows:
     return (before > 1) & near & alike & (after <= np.maximum(1, before / _CLOSER))
 
 
-def _explain(pairs: _Pairs) -> dict[str, Notes]:
+def _explain(pairs: _Pairs, error: Floats, contradict: Rows) -> dict[str, Notes]:
     """Find the reading that makes most contradicting pairs agree.
 
     Returns its notes by side, masks or boxes.
     """
-    some = np.flatnonzero(_contradicting(pairs))
+    some = np.flatnonzero(_contradicting(pairs, error, contradict))
     if not len(some):
         return {}
     sample = pairs.take(some[:: len(some) // _SAMPLE + 1])
@@ -418,7 +423,7 @@ def _strays(placed: Placed, explained: Collection[int]) -> dict[str, Notes]:
     rows = np.flatnonzero(free)
     if not len(rows):
         return {}
-    error, contradict = _agree(placed.extent[rows], corners_of(placed.box[rows]), placed.size[rows])
+    error, contradict = placed.agreement[0][rows], placed.agreement[1][rows]
     # In a file of tight boxes, these are not loose.
     alone = contradict & (error > _APART_ALONE) & ((error <= 1).mean() >= _EXPLAINED)
     rows, alone = rows[error > 1], alone[error > 1]
@@ -429,12 +434,12 @@ def _strays(placed: Placed, explained: Collection[int]) -> dict[str, Notes]:
     far = ((leaves > _FAR) | ((leaves > _OFF) & (stays > _OFF))).any(axis=1)
     cut = np.clip(extent, 0, side)
     outside = far | ((_area(cut) == 0) & (cut[:, :2] >= cut[:, 2:]).any(axis=1))
-    slack = _tolerance(size) * [-1, -1, 1, 1]
-    wide = [one + slack for one in (extent, corners)]
+    wide = [one + _tolerance(size) * [-1, -1, 1, 1] for one in (extent, corners)]
     apart = ~outside & (_overlap(*wide) < _OVERLAP * np.minimum(*map(_area, wide)))
     apart |= ~outside & alone & (_union_share(extent, corners) < _SAME / 2)
     pairs = _Pairs({"": extent}, placed.box[rows], size, placed.image[rows])
-    notes = [_describe(*one) + _of_image(of) for *one, of in zip(extent, pairs.box, size, strict=True)]
+    image, chosen = " in an image of {:.0f}x{:.0f}", np.flatnonzero(outside | apart)
+    notes = {at: _describe(extent[at], pairs.box[at]) + image.format(*size[at]) for at in chosen}
     for at, words in _words_for_each(pairs.take(apart)).items():
         notes[np.flatnonzero(apart)[at]] += f", but it fits {words}"
     kinds = {"mask-outside": outside, "mask-off-box": apart}
@@ -450,10 +455,6 @@ def _words_for_each(pairs: _Pairs) -> dict[int, str]:
     return found
 
 
-def _of_image(size: Floats) -> str:
-    return " in an image of {:.0f}x{:.0f}".format(*size)
-
-
 def _in_first_pixel(placed: Placed) -> Notes:
     """Find boxes in the first pixel, if most are there."""
     first = placed.usable & (np.abs(placed.box) <= 1.05).all(axis=1) & (placed.size.min(axis=1) >= 8)
@@ -467,10 +468,9 @@ def _explain_boxes(placed: Placed) -> Notes:
     rows = np.flatnonzero(placed.usable)
     if not len(rows):
         return {}
-    box, size, extent = placed.box[rows], placed.size[rows], placed.extent[rows]
-    corners = corners_of(box)
+    box, size, corners = placed.box[rows], placed.size[rows], corners_of(placed.box[rows])
     beyond = ((corners[:, 2:] - size) / size).max(axis=1)
-    alone = (_agree(extent, corners, size)[0] <= 1).mean() < _MOST  # otherwise masks prove the form of the boxes
+    alone = (placed.agreement[0][rows] <= 1).mean() < _MOST  # otherwise masks prove the form of the boxes
     forms = _forms_for_leaving(box, size, beyond) if alone else []
     sure = forms and _different(box) >= _ONE_SIDED[0]
     units = [] if sure else _units_for_leaving(corners, size, beyond, placed.image[rows])
@@ -535,8 +535,8 @@ def _words_for_corner(box: Floats, corners: Floats, size: Floats) -> str:
 
 
 def _box_notes(rows: Ints, placed: Placed, words: str) -> Notes:
-    described = {int(row): "bbox [{:g}, {:g}, {:g}, {:g}]".format(*placed.box[row]) for row in rows}
-    return {row: f"{bbox}{_of_image(placed.size[row])} fits {words}" for row, bbox in described.items()}
+    note = "bbox [{:g}, {:g}, {:g}, {:g}] in an image of {:.0f}x{:.0f} fits {}"
+    return {int(row): note.format(*placed.box[row], *placed.size[row], words) for row in rows}
 
 
 def _in_corner(placed: Placed) -> Notes:

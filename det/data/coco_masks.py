@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, compress
 from reprlib import repr as short
 from typing import Any
 
@@ -60,31 +60,39 @@ def measure_masks(masks: Sequence[Any], sizes: Floats, checked: bool = False) ->
     If `checked`, no mask is missing or has a `mask_fault`.
     """
     result = no_masks(len(masks))
-    polygons: list[int] = []
-    runs: list[int] = []
-    for row, mask in enumerate(masks):
-        if not mask:
-            result.blame("missing-mask", row)
-        elif not checked and (fault := mask_fault(mask)):
-            result.blame("bad-mask", row, fault)
-        else:
-            (runs if isinstance(mask, dict) else polygons).append(row)
-    for rows in _chunks(polygons, [sum(map(len, masks[row])) for row in polygons]):
-        _measure_polygons(result, rows, masks)
-    runs = _with_sound_size(result, runs, masks, sizes)
-    for rows in _chunks(runs, [len(masks[row]["counts"]) for row in runs]):
-        _measure_runs(result, rows, masks)
+    is_runs = np.fromiter((isinstance(mask, dict) for mask in masks), bool, len(masks))
+    sound = np.ones(len(masks), bool) if checked else _find_sound(result, masks)
+    polygons = sound & ~is_runs
+    _measure_polygons(result, np.flatnonzero(polygons), list(compress(masks, polygons)))
+    runs = _with_sound_size(result, np.flatnonzero(sound & is_runs).tolist(), masks, sizes)
+    lengths = np.fromiter((len(masks[row]["counts"]) for row in runs), np.int64, len(runs))
+    for start, end in _chunks(lengths):
+        _measure_runs(result, runs[start:end], masks)
     return result
 
 
-def _chunks(rows: list[int], lengths: list[int]) -> list[list[int]]:
-    """Group rows into chunks of about `NUMBERS_AT_ONCE` numbers.
+def _find_sound(result: Masks, masks: Sequence[Any]) -> NDArray[np.bool_]:
+    """Select masks (N,). Record absent masks and wrong types."""
+    sound = np.ones(len(masks), bool)
+    for row, mask in enumerate(masks):
+        if not mask:
+            result.blame("missing-mask", row)
+        elif fault := mask_fault(mask):
+            result.blame("bad-mask", row, fault)
+        else:
+            continue
+        sound[row] = False
+    return sound
 
-    A larger row is one chunk.
+
+def _chunks(lengths: Ints) -> list[tuple[int, int]]:
+    """Group masks into chunks of about `NUMBERS_AT_ONCE` numbers.
+
+    A mask with more numbers is one chunk. Returns the first mask of each chunk, and the mask after its last.
     """
-    group = np.cumsum(lengths, dtype=np.int64) // NUMBERS_AT_ONCE
-    ends = [*(np.flatnonzero(np.diff(group)) + 1).tolist(), len(rows)]
-    return [rows[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    group = lengths.cumsum() // NUMBERS_AT_ONCE
+    ends = [*(np.flatnonzero(np.diff(group)) + 1).tolist(), len(lengths)]
+    return list(zip([0, *ends], ends, strict=False))
 
 
 def mask_fault(mask: Any) -> str:
@@ -140,24 +148,38 @@ def _polygon_sizes(polygons: Sequence[list[float]]) -> tuple[Floats, Floats, Flo
     return np.stack(reduced, axis=1), np.abs(area), covered
 
 
-def _measure_polygons(result: Masks, rows: list[int], masks: Sequence[Any]) -> None:
-    polygons, owners, numbers = [], [], []
-    for row in rows:
-        for number, polygon in enumerate(masks[row]):
-            if len(polygon) < 6 or len(polygon) % 2:
-                result.blame("degenerate-polygon", row, f"segmentation[{number}] {polygon_fault(polygon)}")
-            else:
-                polygons.append(polygon)
-                owners.append(row)
-                numbers.append(number)
+def _measure_polygons(result: Masks, rows: Ints, masks: list[list[list[float]]]) -> None:
+    """Measure (M,) rows with their masks, as lists of polygons."""
+    if not masks:
+        return
+    counts = np.fromiter(map(len, masks), np.int64, len(masks))
+    lengths = np.fromiter(map(len, chain.from_iterable(masks)), np.int64, counts.sum())  # (P,)
+    ends = np.concatenate([[0], counts.cumsum()])
+    for start, end in _chunks(np.add.reduceat(lengths, ends[:-1])):
+        polygons = list(chain.from_iterable(masks[start:end]))
+        owners, numbers = np.repeat(rows[start:end], counts[start:end]), _index_within(counts[start:end])
+        _measure_some_polygons(result, polygons, lengths[ends[start] : ends[end]], owners, numbers)
+
+
+def _measure_some_polygons(
+    result: Masks, polygons: list[list[float]], lengths: Ints, owners: Ints, numbers: Ints
+) -> None:
+    """Measure P polygons with their lengths, rows, and numbers in their masks."""
+    short = (lengths < 6) | (lengths % 2 == 1)
+    for index in np.flatnonzero(short):
+        text = f"segmentation[{numbers[index]}] {polygon_fault(polygons[index])}"
+        result.blame("degenerate-polygon", int(owners[index]), text)
+    if short.any():
+        polygons = list(compress(polygons, ~short))
+        owners, numbers = owners[~short], numbers[~short]
     if not polygons:
         return
     extent, area, covered = _polygon_sizes(polygons)
     finite = np.isfinite(extent).all(axis=1)
     for index in np.flatnonzero(~finite):
-        result.blame("not-finite", owners[index], f"segmentation[{numbers[index]}]")
+        result.blame("not-finite", int(owners[index]), f"segmentation[{numbers[index]}]")
     for index in np.flatnonzero(finite & (covered < MIN_AREA)):
-        result.blame("degenerate-polygon", owners[index], f"segmentation[{numbers[index]}] has no area")
+        result.blame("degenerate-polygon", int(owners[index]), f"segmentation[{numbers[index]}] has no area")
     measurable, first = np.unique(owners, return_index=True)
     result.area[measurable] = np.add.reduceat(area, first)
     result.extent[measurable, :2] = np.minimum.reduceat(extent[:, :2], first)

@@ -39,7 +39,10 @@ def find_odd_masks(placed: Placed, masks: Sequence[Any]) -> dict[int, str]:
         if near.all(axis=1).mean() >= _AGREEING:
             words = "fits its box when its mask is inverted"
         notes = {int(row): f"its mask {words} ({_describe(placed.box[row], placed.size[row])})" for row in whole}
-    two = placed.usable & (np.abs(_two_corners(masks) - corners) <= _EDGE).all(axis=1)
+    unmeasured = np.flatnonzero(placed.usable & ~known)  # as polygons of two points, which have no area
+    points = _two_corners([masks[row] for row in unmeasured.tolist()])
+    two = np.zeros_like(known)
+    two[unmeasured] = (np.abs(points - corners[unmeasured]) <= _EDGE).all(axis=1)
     if two.sum() >= max(_MANY, _SOME * placed.usable.sum()):
         words = "its polygon has only two corners of its box: if it is a rectangle, write all four"
         notes |= {int(row): f"{words} ({_describe(placed.box[row], placed.size[row])})" for row in np.flatnonzero(two)}

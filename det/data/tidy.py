@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from det.data.coco_masks import COMPRESSED, LARGEST_SIDE, NUMBERS, flatten, mask_fault, measure_masks
+from det.data.coco_masks import COMPRESSED, LARGEST_SIDE, NUMBERS, Floats, flatten, mask_fault, measure_masks
 from det.data.loose_forms import ROTATION_KEYS, as_box, as_mask, as_number, as_whole_number, by_axis, is_empty
 
 LARGEST_AREA = 1e5**2  # square pixels; evaluators ignore larger objects
@@ -28,6 +28,7 @@ READ_KEYS = {
     "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "ignore", "segmentation"),
     "categories": ("id", "name", "frequency", "supercategory"),
 }
+DEFAULTS = {"area": 0, "iscrowd": 0, "ignore": 0}
 NO_ID = -1  # stands for text that is the id of no image or category
 LVIS_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 FLAGS = {"0": 0, "1": 1, "false": 0, "true": 1, "no": 0, "yes": 1, "f": 0, "t": 1, "n": 0, "y": 1}
@@ -47,8 +48,8 @@ class Tidy:
 
     `mended` has a note by kind and position. Categories at the positions `left_out` are no classes. `written` has the
     ids of images and categories as the file has them, by the number in `content`, where the two differ. `moved` has
-    paths of image files by the name as written, and `missing` has reasons by name. If `sound`, keys and types of all
-    annotations are known to be right.
+    paths of image files by the name as written, and `missing` has reasons by name. `columns` has the annotations of
+    `content` if keys and types of all are known to be right.
     """
 
     file: dict[str, Any]
@@ -58,7 +59,51 @@ class Tidy:
     written: dict[str, dict[int, Any]]
     moved: dict[str, str]
     missing: dict[str, str]
-    sound: bool
+    columns: Columns | None
+
+    @property
+    def sound(self) -> bool:
+        """True if keys and types of all annotations are right."""
+        return self.columns is not None
+
+
+class Columns:
+    """Values of N annotations by key, each read once.
+
+    A look at one column after another is several times faster than at one annotation after another.
+    """
+
+    def __init__(self, entries: Entries) -> None:
+        self.entries = entries
+        self._found: dict[str, list[Any] | None] = {}
+        self._read: dict[str, list[Any]] = {}
+
+    def find(self, key: str) -> list[Any] | None:
+        """Return the values of a key that all annotations have, or None."""
+        if key not in self._found:
+            try:
+                self._found[key] = list(map(itemgetter(key), self.entries))
+            except KeyError:
+                self._found[key] = None
+        return self._found[key]
+
+    def read(self, key: str) -> list[Any]:
+        """Return the values of a key, with `DEFAULTS` for absent ones."""
+        if (found := self.find(key)) is not None:
+            return found
+        if key not in self._read:
+            self._read[key] = [entry.get(key, DEFAULTS.get(key)) for entry in self.entries]
+        return self._read[key]
+
+    @cached_property
+    def boxes(self) -> Floats:
+        """Boxes (N, 4), if all are lists of four numbers."""
+        return flatten(self.read("bbox")).reshape(-1, 4)
+
+    @cached_property
+    def areas(self) -> Floats:
+        """Areas (N,), if all are numbers or absent."""
+        return flatten([self.read("area")])
 
 
 def tidy(
@@ -92,13 +137,16 @@ def tidy(
     _tidy_sizes(images, read_sizes, mended)
     lvis = any(LVIS_LISTS[0] in image for image in images)
     annotations = content["annotations"]
-    odd = odd_parts(annotations, lvis, masks) | ({"references"} if image_ids.written or category_ids.written else set())
+    columns = Columns(annotations)
+    odd = odd_parts(columns, lvis, masks) | ({"references"} if image_ids.written or category_ids.written else set())
     if odd:
         annotations = _Annotations(images, image_ids, category_ids, lvis, masks, mended).tidy(annotations, odd)
-        odd = odd_parts(annotations, lvis, masks)
+        columns = Columns(annotations)
+        odd = odd_parts(columns, lvis, masks)
     elif not masks:
         annotations = [{key: entry[key] for key in entry if key != "segmentation"} for entry in annotations]
-    used = {number for entry in annotations if type(number := entry.get("category_id")) is int}
+        columns = Columns(annotations)
+    used = {number for number in columns.read("category_id") if type(number) is int}
     left_out = {} if lvis else _left_out(categories, used, keep)
     if left_out:
         mended["root-category"] = left_out
@@ -110,7 +158,7 @@ def tidy(
         {"images": image_ids.written, "categories": category_ids.written},
         moved,
         missing,
-        not odd,
+        None if odd else columns,
     )
 
 
@@ -436,55 +484,49 @@ def _lacks_area(entry: dict[str, Any]) -> bool:
     return is_empty(area) or area == 0
 
 
-def _column(entries: Entries, key: str) -> list[Any] | None:
-    try:
-        return list(map(itemgetter(key), entries))
-    except KeyError:
-        return None
-
-
-def odd_parts(annotations: Entries, lvis: bool, masks: bool) -> set[str]:
+def odd_parts(annotations: Columns, lvis: bool, masks: bool) -> set[str]:
     """Find the parts of annotations that are not all in COCO's form.
 
-    Annotations without odd parts need no repair, and have none of the faults of keys and types. A look at one column
-    after another is several times faster than at one annotation after another. The parts are ids, references, flags,
-    boxes, areas and masks.
+    Annotations without odd parts need no repair, and have none of the faults of keys and types. The parts are ids,
+    references, flags, boxes, areas and masks.
     """
 
     def are_whole(*keys: str) -> bool:
-        columns = [_column(annotations, key) for key in keys]
+        columns = [annotations.find(key) for key in keys]
         return all(column is not None and {int}.issuperset(map(type, column)) for column in columns)
 
-    ids = _column(annotations, "id") if are_whole("id") else [-1]
+    ids = annotations.read("id") if are_whole("id") else [-1]
     sound = {
         "ids": not ids or (min(ids) >= 0 and max(ids) <= LARGEST_ID and len(set(ids)) == len(ids)),
         "references": are_whole("image_id", "category_id"),
-        "flags": (lvis or (are_whole("iscrowd") and {entry["iscrowd"] for entry in annotations} <= {0, 1}))
-        and not any(entry["ignore"] != 0 for entry in annotations if "ignore" in entry),
-        "boxes": _are_boxes(_column(annotations, "bbox")),
-        "areas": _are_areas(_column(annotations, "area")),
-        "masks": not masks
-        or (
-            _are_masks(_column(annotations, "segmentation"))
-            and not any(by_axis(entry["segmentation"], entry.get("bbox")) for entry in annotations)
-        ),
+        "flags": (lvis or (are_whole("iscrowd") and set(annotations.read("iscrowd")) <= {0, 1}))
+        and not any(entry["ignore"] != 0 for entry in annotations.entries if "ignore" in entry),
+        "boxes": _are_boxes(annotations),
+        "areas": _are_areas(annotations),
+        "masks": not masks or (_are_masks(annotations.find("segmentation")) and not _any_by_axis(annotations)),
     }
     return {part for part, right in sound.items() if not right}
 
 
-def _are_boxes(boxes: list[Any] | None) -> bool:
+def _are_boxes(annotations: Columns) -> bool:
+    boxes = annotations.find("bbox")
     if boxes is None or not {list}.issuperset(map(type, boxes)) or not {4}.issuperset(map(len, boxes)):
         return False
-    return NUMBERS.issuperset(map(type, chain.from_iterable(boxes))) and bool(
-        (flatten(boxes).reshape(-1, 4)[:, 2:] > 0).all()
-    )
+    return NUMBERS.issuperset(map(type, chain.from_iterable(boxes))) and bool((annotations.boxes[:, 2:] > 0).all())
 
 
-def _are_areas(areas: list[Any] | None) -> bool:
+def _are_areas(annotations: Columns) -> bool:
+    areas = annotations.find("area")
     if areas is None or not NUMBERS.issuperset(map(type, areas)):
         return False
-    found = flatten([areas])
-    return bool(((found > 0) & (found <= LARGEST_AREA)).all())
+    return bool(((annotations.areas > 0) & (annotations.areas <= LARGEST_AREA)).all())
+
+
+def _any_by_axis(annotations: Columns) -> bool:
+    masks = annotations.read("segmentation")
+    return any(
+        by_axis(masks[row], annotations.entries[row].get("bbox")) for row, mask in enumerate(masks) if len(mask) == 2
+    )
 
 
 def _are_run_lengths(mask: dict[str, Any]) -> bool:

@@ -52,7 +52,7 @@ def write_detector(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
 
 def write_final(folder: Path, decay: float | None, metadata: Mapping[str, str], checkpoint: Path) -> None:
     """Write `model_final.pth` from a checkpoint: the averaged weights if there are any."""
-    tensors = read_state(checkpoint)["ema"] if decay else read_safetensors(checkpoint / MODEL)[0]
+    tensors = read_state(checkpoint, mapped=True)["ema"] if decay else read_safetensors(checkpoint / MODEL)[0]
     write_detector(folder / FINAL, tensors, metadata, step_of(checkpoint))
     log.info("final weights: %s", folder / FINAL)
 

@@ -78,7 +78,7 @@ from crossmae.training.loop import (
 )
 from crossmae.training.optimizers import make_optimizer
 from crossmae.training.processes import Ranks
-from crossmae.training.resume import EMA_WEIGHTS, WEIGHTS, find_start, is_complete
+from crossmae.training.resume import EMA_WEIGHTS, IMAGE_NAMES, WEIGHTS, find_start, is_complete
 from crossmae.training.schedule import Schedule, make_schedule
 from crossmae.training.state import Diverged, Losses, TrainingState
 
@@ -123,6 +123,7 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
     fingerprint = config.fingerprint(schedule.images, precision, ranks.world_size) | {
         "classes": json.dumps(classes, ensure_ascii=False),
         "evaluation.crop_pct": str(config.evaluation.crop_pct),
+        IMAGE_NAMES: source.digest(labelled=True),
     }
     complete = is_complete(start, schedule.last_step, fingerprint)
     # The model, with its initial weights.

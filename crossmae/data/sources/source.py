@@ -7,6 +7,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,20 @@ class Source(ABC):
     def stamp(self, index: int) -> str:
         """Return a text that changes whenever the sample changes."""
         return hashlib.sha256(self.read(index)).hexdigest()
+
+    def digest(self, labelled: bool) -> str:
+        """Hash the names of all samples, and their labels if `labelled`.
+
+        The order matters. A data set that is moved as a whole keeps its digest.
+        """
+        names = [self.name(index) for index in range(len(self))]
+        shared = ""
+        with suppress(ValueError):  # absolute and relative names have no folder in common
+            shared = os.path.commonpath([os.path.dirname(min(names)), os.path.dirname(max(names))])
+        found = hashlib.sha256("\n".join(name[len(shared) :] for name in names).encode(errors="surrogateescape"))
+        if labelled:
+            found.update(self.labels().tobytes())
+        return found.hexdigest()[:16]
 
     def label(self, index: int) -> int:
         """Return the sample's class as an index into `classes`.

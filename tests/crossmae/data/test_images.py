@@ -15,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
-from crossmae.data.images import ImageLimits, decode_image, header_is_sound, open_image, plain_jpeg_size, read_image
+from crossmae.data.images import (
+    ImageLimits,
+    TooManyPixels,
+    decode_image,
+    header_is_sound,
+    open_image,
+    plain_jpeg_size,
+    read_header,
+    read_image,
+)
 from crossmae.errors import UserError
 
 
@@ -295,6 +304,32 @@ def test_the_orientation_beside_long_text_is_applied(where: str) -> None:
     png = encoded(PIXELS[..., :3], "png")
     for data in (with_chunks(png, chunks[where]), with_chunks(png, chunks[where], LONG_TEXT)):
         assert np.array_equal(np.asarray(decode_image(data, "x")), np.rot90(PIXELS[..., :3], -1))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_header_tells_sizes_orientation_and_whether_the_file_ends(
+    tmp_path: Path, kind: str, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    whole = encoded(PIXELS[..., :3], kind, exif=exif)
+    sizes = (5, 6), (6, 5) if orientation == 6 else (5, 6)
+    path = tmp_path / "image"
+    for data, is_whole in ((whole, True), (whole[:-1], False), (whole + b"?", False)):
+        path.write_bytes(data)
+        assert read_header(path) == (*sizes, orientation, is_whole)
+    with pytest.raises(TooManyPixels, match="image"):
+        read_header(path, ImageLimits(29, "KEY"))
+
+
+def test_only_decoding_tells_whether_an_image_with_damaged_metadata_is_whole(tmp_path: Path) -> None:
+    png = encoded(PIXELS[..., :3], "png")
+    (tmp_path / "image").write_bytes(with_chunks(png, *METADATA["broken checksum"]))
+    assert read_header(tmp_path / "image") == ((5, 6), (5, 6), 1, False)
+    late = with_chunks(png, chunk(b"eXIf", b"II*\0" + struct.pack("<IHHHIHHI", 8, 1, 274, 3, 1, 6, 0, 0)), last=True)
+    (tmp_path / "image").write_bytes(late)
+    assert read_header(tmp_path / "image") == ((5, 6), (6, 5), 6, True)
 
 
 def jpeg_with_exif(kind: int, count: int, value: bytes, *others: bytes, prefix: bytes = b"Exif\0\0") -> bytes:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from PIL import Image
 
 from crossmae.data.sources import Source, open_source
 from crossmae.errors import UserError
@@ -393,3 +394,23 @@ def test_the_parent_of_shards_is_named(tmp_path: Path, paths: list[Path]) -> Non
         UserError, match=rf"the \.tar shards of {tmp_path}/up are in {shards}\. Name one of these folders"
     ):
         open_source(tmp_path / "up", "data.train")
+
+
+def test_a_digest_is_of_names_in_order_and_labels(tmp_path: Path) -> None:
+    """It stays if the data set is moved."""
+
+    def digests(name: str, rows: str) -> tuple[str, str]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        for image in ("a.png", "b.png", "c.png"):
+            Image.new("RGB", (2, 2)).save(tmp_path / name / image)
+        (tmp_path / name / "list.csv").write_text("path,label\n" + rows)
+        source = open_source(tmp_path / name / "list.csv", "data.train")
+        return source.digest(labelled=False), source.digest(labelled=True)
+
+    plain = digests("one", "a.png,x\nb.png,y\nc.png,y\n")
+    assert plain == digests("other", "a.png,x\nb.png,y\nc.png,y\n")
+    relabelled = digests("one", "a.png,x\nb.png,x\nc.png,y\n")
+    assert relabelled[0] == plain[0]
+    assert relabelled[1] != plain[1]
+    for rows in ("b.png,x\na.png,y\nc.png,y\n", "a.png,x\nb.png,y\n"):
+        assert not set(digests("one", rows)) & set(plain)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crossmae.files import load_json, parsing
+from crossmae.files import load_json, parsing, paused_garbage_collection
+from crossmae.files.parsing import MAX_DEPTH
 
+TOO_DEEP = f"more than {MAX_DEPTH} lists or mappings in each other"
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=3), inner),
@@ -79,6 +83,58 @@ def test_values_have_one_meaning_in_every_encoding(value: Any, ascii_only: bool,
     data = text.encode(encoding, errors="replace")
     assert read(text) == read_by_json(text) == (repr(json.loads(text)), "")
     assert read(data) == read_by_json(data)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.sampled_from(["{", "["]), min_size=97, max_size=103),
+    st.lists(st.text(st.sampled_from('[]{}"\\n\u00e9'), max_size=5), min_size=1, max_size=4),
+)
+def test_brackets_count_as_depth_unless_they_are_in_a_text(kinds: list[str], texts: list[str]) -> None:
+    pytest.importorskip("orjson")
+    value: Any = texts
+    for at, kind in enumerate(kinds):
+        name = texts[at % len(texts)]
+        value = {f"0{name}": at, name: value} if kind == "{" else [name, value, []]
+    text = json.dumps(value)
+    wanted = (repr(value), "") if len(kinds) < MAX_DEPTH else ("", TOO_DEEP)
+    with pytest.MonkeyPatch.context() as patch:
+        if wanted[0]:
+            patch.setattr(parsing, "_check_bounds", refuse)
+        assert read(text) == wanted
+    assert read_by_json(text) == wanted
+
+
+def test_after_a_pause_the_next_collection_is_short_and_a_later_one_finds_cycles() -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.me = self
+
+    gc.collect()
+    with paused_garbage_collection():
+        lists = [[] for _ in range(10_000)]  # type: ignore[var-annotated]
+        gone = weakref.ref(Cycle())
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert len(gc.get_objects(0)) + len(gc.get_objects(1)) < len(lists)
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_pause_leaves_frozen_objects_frozen() -> None:
+    gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        with paused_garbage_collection():
+            pass
+        assert gc.get_freeze_count() == before > 0
+    finally:
+        gc.unfreeze()
+
+
+def test_only_the_last_value_of_a_key_counts() -> None:
+    deep = "[" * 2 * MAX_DEPTH + "]" * 2 * MAX_DEPTH
+    assert load_json(f'{{"a": {deep}, "a": 1}}') == {"a": 1}
 
 
 def test_plain_text_is_read_by_the_fast_library(monkeypatch: pytest.MonkeyPatch) -> None:

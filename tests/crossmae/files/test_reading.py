@@ -9,6 +9,7 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crossmae.errors import UserError
-from crossmae.files import read_json, read_json_lines, read_side_file, sha256
+from crossmae.files import read_json, read_json_lines, read_side_file, reading, sha256
 from crossmae.files.reading import is_number
 
 
@@ -47,6 +48,24 @@ def test_wrong_json_names_the_file(tmp_path: Path, content: bytes | None, messag
 
 
 ODD_TEXTS = {"苹果": "gb18030", "Größe é": "windows-1252", "Яблоко": "windows-1251", "りんご": "shift_jis"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=8))
+def test_a_file_has_the_value_of_its_text_with_or_without_a_mark(value: Any) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "a.json")
+        for encoding in ("utf-8", "utf-8-sig"):
+            path.write_text(json.dumps(value), encoding=encoding)
+            assert repr(read_json(path)) == repr(value)
+
+
+def test_a_plain_json_file_is_read_without_decoding_it_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("orjson")
+    path = tmp_path / "a.json"
+    path.write_text('{"é": [1, 0.5]}', encoding="utf-8")
+    monkeypatch.setattr(reading, "decode_text", None)
+    assert read_json(path) == {"é": [1, 0.5]}
 
 
 @pytest.mark.parametrize(("text", "encoding"), ODD_TEXTS.items())

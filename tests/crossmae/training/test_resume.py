@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -81,3 +82,21 @@ def test_runs_of_versions_without_an_option_continue_while_it_is_off(images: Pat
         changed = make_config(images, tmp_path, **{section: {key: value}}).fingerprint(13, "fp32", 1)
         with pytest.raises(UserError, match=rf"other settings: {section}.{key} was \S+, is"):
             is_complete(start, 9, changed)
+
+
+def test_a_run_continues_with_its_images_alone(images: Path, tmp_path: Path) -> None:
+    """Wherever they are now. As many others are refused, also after the last step."""
+    moved, others, run = tmp_path / "moved", tmp_path / "others", tmp_path / "run"
+    shutil.copytree(images, moved)
+    shutil.copytree(images, others)
+    first = min(path for path in others.rglob("*") if path.is_file())
+    first.rename(first.with_name(f"new_{first.name}"))
+    pretrain(make_config(images, run, schedule={"max_steps": 2}))
+    pretrain(make_config(moved, run, schedule={"max_steps": 3}), resume=True)
+    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+    for steps in (3, 4):
+        with pytest.raises(UserError, match=r"--resume: .* other settings: names of the images was .*Repeat those"):
+            pretrain(make_config(others, run, schedule={"max_steps": steps}), resume=True)
+    with pytest.raises(UserError, match=r"other settings: optim\.base_lr was"):  # a complete run was not made so
+        pretrain(make_config(moved, run, schedule={"max_steps": 3}, optim={"base_lr": 0.7}), resume=True)
+    assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before

@@ -4,6 +4,7 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
@@ -34,6 +35,30 @@ def test_a_sound_data_set_is_registered_with_classes_by_category_id(tmp_path):
     assert len(DatasetCatalog.get("test_set")) == 5
     assert MetadataCatalog.get("test_set").thing_classes == ["a", "b"]
     register_coco("test_set", path, images, masks=True)  # again: a second run in one process
+
+
+def test_the_summary_counts_objects_and_images_as_a_plain_loop_does(tmp_path):
+    path, images, content = write_coco(tmp_path, kind="polygon")
+    rng = np.random.default_rng(0)
+    content["categories"].append({"id": 2, "name": "unused"})
+    content["annotations"] = [
+        annotation(number, int(rng.integers(2, 5)), 3 if number < 4 else 1, kind=rng.choice(["polygon", "rle"]))
+        | {"iscrowd": int(number % 4 == 0)}
+        for number in range(1, 60)
+    ]
+    path.write_text(json.dumps(content))
+    summary = register_coco("test_set", path, images, for_evaluation=True, masks=True)
+    objects = [entry for entry in content["annotations"] if not entry["iscrowd"]]
+    pairs = [(entry["image_id"], entry["category_id"]) for entry in objects]
+    of_image = [image for image, _ in pairs]
+    assert (summary.num_images, summary.num_trainable) == (5, len(set(of_image)))
+    assert summary.most_objects == max(map(of_image.count, of_image))
+    assert summary.most_of_class == max(map(pairs.count, pairs))
+    assert summary.mask_kinds == {"polygon", "rle"}
+    both = {(entry["image_id"], entry["category_id"]) for entry in content["annotations"]}
+    assert MetadataCatalog.get("test_set").class_image_count == [
+        {"id": number, "image_count": sum(number == of for _, of in both)} for number in (3, 1, 2)
+    ]
 
 
 def drop(key):

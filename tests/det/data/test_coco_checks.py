@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def data(tmp_path):
 
 def as_it_is(content):
     """The content without repairs: what the checks say of oddities that nobody repaired."""
-    return Tidy(content, content, {}, frozenset(), {}, {}, {}, sound=False)
+    return Tidy(content, content, {}, frozenset(), {}, {}, {}, columns=None)
 
 
 def find(content, images=None, **options):
@@ -297,6 +298,18 @@ def test_a_fault_is_found_with_its_ids_and_nothing_else(data, case):
     content, images = data
     damage(content, images)
     assert find(content, images) == {kind: ids, **dict(*others)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{number}-{case[0]}" for number, case in enumerate(CASES)])
+@pytest.mark.parametrize("masks", [False, True])
+def test_columns_have_the_findings_of_single_entries(data, case, masks):
+    content, _ = data
+    case[1](content, data[1])
+    tidied = tidy(content, masks=masks)
+    found, wanted = (find_faults(one, None, masks=masks) for one in (tidied, replace(tidied, columns=None)))
+    assert [(one.kind, one.first(), one.positions) for one in found] == [
+        (one.kind, one.first(), one.positions) for one in wanted
+    ]
 
 
 def test_every_kind_has_a_case():

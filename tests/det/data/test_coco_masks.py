@@ -140,6 +140,23 @@ def test_polygons_are_measured_as_a_plain_loop_does(monkeypatch):
     assert not measured.faults
 
 
+@pytest.mark.parametrize("chunk", [1, 1 << 18])
+def test_the_first_fault_of_a_polygon_names_its_number(monkeypatch, chunk):
+    monkeypatch.setattr("det.data.coco_masks.NUMBERS_AT_ONCE", chunk)
+    line, odd, endless = [1, 1, 2, 2, 3, 3], [*RECTANGLE, 1], [1, 1, 2, 2, np.inf, 3]
+    masks = [[RECTANGLE], [RECTANGLE, odd, []], [line, RECTANGLE], [[1, 2, 3, 4]], [RECTANGLE, RECTANGLE, endless]]
+    measured = measure_masks(masks, sizes(40, 40, len(masks)))
+    assert measured.faults == {
+        "degenerate-polygon": {
+            1: "segmentation[1] must be x and y of at least 3 points, got 9 numbers",
+            2: "segmentation[0] has no area",
+            3: "segmentation[0] must be x and y of at least 3 points, got 4 numbers",
+        },
+        "not-finite": {4: "segmentation[2]"},
+    }
+    assert np.isnan(measured.area[:4]).tolist() == [False, False, False, True]
+
+
 @pytest.fixture
 def mixed():
     """60 sound masks of 30 x 40 pixels: polygons and run lengths in both forms, of very different lengths."""
